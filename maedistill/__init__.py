@@ -1,0 +1,3 @@
+"""maedistill: small Vision Transformers distilled from large masked autoencoders."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,130 @@
+"""From a config to the objects of a run: the one place that unpacks it. Everything below takes plain arguments."""
+
+import os
+
+import torch
+
+from maedistill.config.batch import BatchPlan
+from maedistill.config.schema import PretrainConfig
+from maedistill.data.index import ShardIndex, open_index
+from maedistill.data.loader import RandomCrops
+from maedistill.data.order import SampleOrder
+from maedistill.errors import ConfigError
+from maedistill.masking import PatchSplit, num_visible, random_split
+from maedistill.methods.amd import AMD
+from maedistill.methods.dmae import DMAE
+from maedistill.methods.mae import MAE
+from maedistill.models.decoder import TokenDecoder
+from maedistill.models.encoder import MaskedEncoder, build_vit
+from maedistill.models.initialize import initialize
+from maedistill.models.teacher import Teacher, TeacherSource, open_teacher
+
+METHODS: dict[str, type[MAE]] = {"mae": MAE, "dmae": DMAE, "amd": AMD}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def precision(name: str, device: torch.device) -> str:
+    """Resolves `auto`: bf16 on a GPU, fp32 on a CPU."""
+    return name if name != "auto" else ("bf16" if device.type == "cuda" else "fp32")
+
+
+def build_encoder(config: PretrainConfig) -> MaskedEncoder:
+    """The student's encoder, uninitialised."""
+    return MaskedEncoder(build_vit(image_size=config.data.image_size, **config.student.model_dump()))
+
+
+def build_teacher_source(config: PretrainConfig, *, grid: int) -> TeacherSource | None:
+    """The teacher as its source gives it, or None for a method without one."""
+    if config.teacher.source is None:
+        return None
+    keywords = config.teacher.model_dump(exclude={"precision", "compile"})
+    return open_teacher(grid=grid, **keywords)
+
+
+def build_teacher(config: PretrainConfig, source: TeacherSource, device: torch.device) -> Teacher:
+    """The frozen teacher on `device`, cut to its taps."""
+    dtype = _DTYPES[precision(config.teacher.precision, device)]
+    return Teacher(source, taps=config.align.teacher, dtype=dtype).to(device)
+
+
+def build_method(config: PretrainConfig, encoder: MaskedEncoder, source: TeacherSource | None) -> MAE:
+    """The module that is trained: encoder, decoder, heads and generators, initialised from the seed."""
+    if config.method != "mae" and max(config.align.student) >= encoder.depth:
+        raise ConfigError(
+            f"align.student: block {max(config.align.student)} does not exist, the student has {encoder.depth}",
+            f"use 0 to {encoder.depth - 1}",
+        )
+    # The decoder and the generators use fixed tables even where the student learns its positions.
+    table = "sincos2d" if config.student.positions == "learned" else config.student.positions
+    decoder = TokenDecoder(
+        encoder.width,
+        grid=encoder.grid,
+        patch_size=encoder.patch_size,
+        num_prefix=encoder.num_prefix,
+        positions=table,
+        **config.decoder.model_dump(),
+    )
+    keywords: dict[str, object] = {
+        "mean": config.data.mean,
+        "std": config.data.std,
+        "pixel_kind": config.pixels.target,
+        "pixel_weight": config.pixels.weight,
+    }
+    if source is not None:
+        align = config.align.model_dump(exclude={"student", "teacher", "weight"})
+        keywords |= align | {
+            "student_taps": config.align.student,
+            "teacher_taps": config.align.teacher,
+            "align_weight": config.align.weight,
+            "teacher_width": source.encoder.width,
+            "teacher_prefix": source.encoder.num_prefix,
+        }
+    if config.method == "amd":
+        generate = config.generate
+        keywords |= {
+            "generator_depth": generate.depth,
+            "generator_heads": generate.heads,
+            "generate_weight": generate.weight,
+            "positions": table,
+        }
+    method = METHODS[config.method](encoder, decoder, **keywords)
+    initialize(method, seed=config.seed)
+    if config.engine.checkpoint_activations:
+        encoder.vit.set_grad_checkpointing(True)
+    return method
+
+
+def build_index(config: PretrainConfig) -> ShardIndex:
+    """The index of the training shards."""
+    return open_index(config.data.train, index=config.data.index)
+
+
+def build_crops(config: PretrainConfig, index: ShardIndex) -> RandomCrops:
+    """Training crops by position."""
+    data = config.data
+    order = SampleOrder(index.starts, seed=config.seed, views=data.views_per_image, window=data.window_shards)
+    return RandomCrops(
+        index, order, seed=config.seed, size=data.image_size, scale=data.crop_scale, ratio=data.crop_ratio
+    )
+
+
+def mask_sizes(config: PretrainConfig, num_patches: int) -> tuple[int, int]:
+    """How many patches student and teacher see: S and T."""
+    student = num_visible(config.masks.student_visible, num_patches)
+    return student, num_visible(config.masks.teacher_visible or config.masks.student_visible, num_patches)
+
+
+def split_of(config: PretrainConfig, positions: torch.Tensor, num_patches: int) -> PatchSplit:
+    """The patch split of the samples at `positions`, int64 [B]."""
+    student, teacher = mask_sizes(config, num_patches)
+    return random_split(positions, seed=config.seed, num_patches=num_patches, num_student=student, num_teacher=teacher)
+
+
+def cpu_share(local_ranks: int) -> int:
+    """CPU cores of one rank, when the machine's are shared fairly."""
+    return max(1, len(os.sched_getaffinity(0)) // max(1, local_ranks))
+
+
+def image_count(plan: BatchPlan, world_size: int) -> int:
+    """Samples of one optimizer step over all ranks: the global batch again."""
+    return plan.micro_batch * plan.accumulation * world_size

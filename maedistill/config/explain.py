@@ -1,0 +1,37 @@
+"""What a key means: the text of `--explain KEY`."""
+
+import json
+
+from maedistill.config.keys import Key, all_keys, all_sections
+from maedistill.config.problem import config_error
+from maedistill.config.values import unknown_key
+
+KINDS = {
+    "result": "changes the numbers of a run; a run folder continues with the same value only",
+    "runtime": "changes speed, place or noise, not the numbers; free to change when a run is continued",
+}
+
+
+def explain(name: str) -> str:
+    """A key's meaning, type, default and kind, or a section's keys. Raises `ConfigError` for another name."""
+    if name in all_sections():
+        return _section_text(name)
+    if name not in all_keys():
+        raise config_error([unknown_key(name)], {})
+    return _key_text(all_keys()[name])
+
+
+def _key_text(key: Key) -> str:
+    return (
+        f"{key.name}: {key.doc}\n"
+        f"  takes    {key.words}\n"
+        f"  default  {json.dumps(key.default)}\n"
+        f"  kind     {key.kind}: {KINDS[key.kind]}"
+    )
+
+
+def _section_text(name: str) -> str:
+    keys = [key for key in all_keys().values() if key.name.startswith(f"{name}.")]
+    rows = [(f"{key.name}={json.dumps(key.default)}", key.doc) for key in keys]
+    column = max(len(setting) for setting, _ in rows)
+    return "\n".join([f"{name}: {all_sections()[name]}", *(f"  {setting:<{column}}  {doc}" for setting, doc in rows)])

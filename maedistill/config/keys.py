@@ -1,0 +1,150 @@
+"""The keys of the schema by dotted name: type in words, default, kind, doc; the nearest key to a wrong one.
+
+Everything is read from pydantic's JSON schema of `PretrainConfig`, so a key is described in one place only. A dotted
+name has one or two parts, `seed` or `optim.lr`; settings flow through the package as flat dicts from names to values.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from maedistill.config.schema import PretrainConfig
+
+Kind = Literal["result", "runtime"]
+
+# What MAE's and timm's command lines call it.
+ALIASES = {
+    "accum_iter": ("engine.micro_batch",),
+    "batch_size": ("optim.global_batch", "engine.micro_batch"),
+    "blr": ("optim.base_lr",),
+    "clip_grad": ("optim.clip",),
+    "data_path": ("data.train",),
+    "input_size": ("data.image_size",),
+    "mask_ratio": ("masks.student_visible",),
+    "num_workers": ("data.workers",),
+    "output_dir": ("run",),
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the schema. `words` is its type in words, `default` is as JSON has it (lists for tuples)."""
+
+    name: str
+    kind: Kind
+    words: str
+    default: Any
+    doc: str
+    choices: tuple[str, ...]
+
+
+@cache
+def all_keys() -> dict[str, Key]:
+    """Every key by dotted name, in the order of the schema."""
+    keys = {}
+    for name, schema in _schema()["properties"].items():
+        if "$ref" in schema:
+            keys |= {f"{name}.{leaf}": _key(f"{name}.{leaf}", s) for leaf, s in _section(schema)["properties"].items()}
+        else:
+            keys[name] = _key(name, schema)
+    return keys
+
+
+@cache
+def all_sections() -> dict[str, str]:
+    """The doc of every section by name."""
+    return {n: _section(s)["description"] for n, s in _schema()["properties"].items() if "$ref" in s}
+
+
+def keys_of_kind(kind: Kind) -> list[str]:
+    """Dotted names of the keys that change the result, or of those that do not."""
+    return [name for name, key in all_keys().items() if key.kind == kind]
+
+
+def flat(config: PretrainConfig) -> dict[str, Any]:
+    """The values of a config by dotted name, as JSON has them, in the order of the schema."""
+    values = {}
+    for name, value in config.model_dump(mode="json").items():
+        values |= {f"{name}.{leaf}": v for leaf, v in value.items()} if isinstance(value, dict) else {name: value}
+    return values
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flat`: dicts within dicts."""
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        section, dot, leaf = name.partition(".")
+        if dot:
+            tree.setdefault(section, {})[leaf] = value
+        else:
+            tree[name] = value
+    return tree
+
+
+def differing_keys(old: PretrainConfig, new: PretrainConfig) -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) of every `result` key that differs: what forbids continuing a run folder."""
+    before, after = flat(old), flat(new)
+    return [(name, before[name], after[name]) for name in keys_of_kind("result") if before[name] != after[name]]
+
+
+def nearest_keys(name: str) -> list[str]:
+    """At most four keys or sections that `name` may have meant, likeliest first: a typo, or a wrong section."""
+    names, leaf = [*all_keys(), *all_sections()], name.rpartition(".")[2].replace("-", "_")
+    typo = difflib.get_close_matches(name, names, n=1, cutoff=0.85)
+    if typo:
+        return typo
+    if leaf in ALIASES:
+        return list(ALIASES[leaf])
+    by_leaf: dict[str, list[str]] = {}
+    for key in all_keys():
+        by_leaf.setdefault(key.rpartition(".")[2], []).append(key)
+    same_leaf = [key for near in difflib.get_close_matches(leaf, by_leaf, n=2, cutoff=0.75) for key in by_leaf[near]]
+    if leaf in by_leaf:
+        same_leaf = by_leaf[leaf]
+    return same_leaf[:4] or difflib.get_close_matches(name, names, n=3, cutoff=0.55)
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    return PretrainConfig.model_json_schema()
+
+
+def _section(reference: dict[str, Any]) -> dict[str, Any]:
+    """The section that a top-level property refers to."""
+    return _schema()["$defs"][reference["$ref"].rpartition("/")[2]]
+
+
+def _key(name: str, schema: dict[str, Any]) -> Key:
+    options = schema.get("anyOf", [schema])
+    choices = tuple(choice for option in options for choice in option.get("enum", ()))
+    return Key(name, schema["kind"], _in_words(schema), schema["default"], schema["description"], choices)
+
+
+def _in_words(schema: dict[str, Any]) -> str:
+    """A JSON schema in words: "a whole number >= 1, or null"."""
+    if "anyOf" in schema:
+        return ", or ".join(_in_words(option) for option in schema["anyOf"])
+    if "enum" in schema:
+        return "one of " + ", ".join(schema["enum"])
+    if schema["type"] == "array":
+        items = schema.get("prefixItems") or [schema["items"]]
+        count = f"{len(items)} " if "prefixItems" in schema else ""
+        limits = _limits(items[0])
+        return f"a list of {count}{_NOUNS[items[0]['type']]}s" + (f", each {limits}" if limits else "")
+    if schema["type"] in _NOUNS:
+        return " ".join(filter(None, ("a", _NOUNS[schema["type"]], _limits(schema))))
+    words = {"boolean": "true or false", "null": "null", "string": "text"}[schema["type"]]
+    return words + (f" of the form {schema['pattern']}" if "pattern" in schema else "")
+
+
+_NOUNS = {"integer": "whole number", "number": "number"}
+_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+
+
+def _limits(schema: dict[str, Any]) -> str:
+    bounds = [(sign, schema[name]) for name, sign in _BOUNDS.items() if name in schema]
+    return " and ".join(
+        f"{sign} {bound:g}" if isinstance(bound, float) else f"{sign} {bound}" for sign, bound in bounds
+    )

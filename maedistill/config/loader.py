@@ -1,0 +1,127 @@
+"""From a YAML file, the files it extends and `key=value` overrides to one frozen config that knows its origins.
+
+    extends: base.yaml            # or a list; relative to this file; later files win, this file wins over them
+    optim: {epochs: 300}          # overridden by `optim.epochs=400` on the command line, where the last one wins
+
+All settings are first merged as a flat dict from dotted names to values with the place they came from, then checked at
+once: each value by itself (`values.py`), then the rules between them (`rules.py`). Relative paths among the values are
+relative to the working directory.
+"""
+
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maedistill.config.document import Refusal, read_document
+from maedistill.config.keys import all_keys
+from maedistill.config.problem import config_error
+from maedistill.config.rules import broken_rules
+from maedistill.config.schema import PretrainConfig
+from maedistill.config.values import validated
+from maedistill.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A valid config, and for each dotted key "default", "FILE:LINE" or "command line"."""
+
+    config: PretrainConfig
+    origins: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """A value with its origin and the words by which an error message names the place: "run.yaml:12 optim.lr"."""
+
+    value: Any
+    origin: str
+    place: str
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Reads a config file, applies `key=value` overrides (values in YAML) and checks everything.
+
+    Raises `ConfigError`, which names the first problem with its place and counts the others.
+    """
+    settings = _read_file(Path(path), extended_by=())
+    for override in overrides:
+        settings |= _read_override(override)
+    config = validated({name: setting.value for name, setting in settings.items()})
+    problems = config if isinstance(config, list) else broken_rules(config)
+    if problems:
+        raise config_error(problems, {name: setting.place for name, setting in settings.items()})
+    origins = {name: settings[name].origin if name in settings else "default" for name in all_keys()}
+    return LoadedConfig(config, origins)
+
+
+def _read_file(path: Path, *, extended_by: tuple[Path, ...]) -> dict[str, _Setting]:
+    """The settings of a file on top of those of the files it extends. `extended_by`: the files on the way here."""
+    try:
+        leaves = read_document(_read_text(path))
+    except Refusal as error:
+        raise ConfigError(f"{path}:{error.line}: {error.cause}", error.remedy) from None
+    root, _ = leaves.pop("", (None, 1))  # what the file is, where it is not a mapping with something in it
+    if root not in (None, {}):
+        raise ConfigError(f"{path}: a config file is a mapping of `key: value`, not a list or text", "see configs/")
+    bases, line = leaves.pop("extends", ([], 0))
+    settings: dict[str, _Setting] = {}
+    for base in _extended_files(bases, path, line):
+        chain = (*extended_by, path)
+        if any(_same_file(base, other) for other in chain):
+            shown = " -> ".join(map(str, (*chain, base)))
+            raise ConfigError(f"{path}:{line} extends: the files extend each other: {shown}", "break the circle")
+        if not base.is_file():
+            raise ConfigError(f"{path}:{line} extends: there is no file {base}", _nearest_files(base))
+        settings |= _read_file(base, extended_by=chain)
+    own = {n: _Setting(value, f"{path}:{at}", f"{path}:{at} {n}") for n, (value, at) in leaves.items()}
+    return settings | own
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"there is no config file {path}", _nearest_files(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error}", "name a YAML file in UTF-8, e.g. one of configs/"
+        ) from None
+
+
+def _extended_files(bases: Any, path: Path, line: int) -> list[Path]:
+    """The files that an `extends` value names, relative to the file it stands in."""
+    names = [bases] if isinstance(bases, str) else bases
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(
+            f"{path}:{line} extends: expected a file name or a list of them", "write `extends: base.yaml`"
+        )
+    return [Path(os.path.normpath(path.parent / name)) for name in names]
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    return a.resolve() == b.resolve()
+
+
+def _nearest_files(path: Path) -> str:
+    """A remedy for a file that is missing: YAML files of similar names around the nearest folder that exists."""
+    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
+    there = sorted(str(found) for pattern in ("*.yaml", "*/*.yaml") for found in folder.glob(pattern))
+    near = difflib.get_close_matches(str(path), there, n=3, cutoff=0.6) or there[:3]
+    return f"did you mean {' or '.join(near)}?" if near else f"{folder} holds no .yaml files; name one that exists"
+
+
+def _read_override(text: str) -> dict[str, _Setting]:
+    """The settings of one `key=value`; more than one where the value is a mapping."""
+    place = f"command line {' '.join(text.split())}"
+    name, equals, value = text.partition("=")
+    if not equals or name.split() != [name] or name.startswith("-"):
+        raise ConfigError(f"{place}: not of the form key=value", "overrides look like optim.epochs=300, without dashes")
+    try:
+        leaves = read_document(value, prefix=name)
+    except Refusal as error:
+        remedy = f"{error.remedy}; on a command line '\"...\"' is text as it stands"
+        raise ConfigError(f"{place}: {error.cause}", remedy) from None
+    return {leaf: _Setting(value, "command line", place) for leaf, (value, _) in leaves.items()}

@@ -1,0 +1,35 @@
+"""One thing that is wrong with the settings, and how several of them become one error.
+
+`values.py` and `rules.py` find problems, which know only keys; `loader.py` knows in which file and line each key was
+set and turns the list into a `ConfigError`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from maedistill.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with the value of the dotted `key`, and what to do about it."""
+
+    key: str
+    cause: str
+    remedy: str
+
+
+def config_error(problems: Sequence[Problem], places: Mapping[str, str]) -> ConfigError:
+    """The first problem in full, with the keys of the others.
+
+    places: where each key was set, e.g. "run.yaml:12 optim.lr"; a key that nobody set stands for itself.
+    """
+    first, *others = problems
+    more = f" (and {len(others)} more: {_listed([p.key for p in others])})" if others else ""
+    return ConfigError(f"{places.get(first.key, first.key)}: {first.cause}{more}", first.remedy)
+
+
+def _listed(names: list[str], most: int = 4) -> str:
+    """At most so many of the names, each once."""
+    names = list(dict.fromkeys(names))
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -1,0 +1,57 @@
+"""A config as YAML that loads back equal: with origins for `--print-config`, without them for RUN/config.yaml."""
+
+import math
+from typing import Any
+
+import yaml
+
+from maedistill.config.document import RESOLVERS
+from maedistill.config.keys import flat
+from maedistill.config.loader import LoadedConfig
+from maedistill.config.schema import PretrainConfig
+
+WIDEST = 72  # a longer line does not push the comments of the others to the right
+
+
+def render_config(loaded: LoadedConfig) -> str:
+    """Every key with its value and, as an aligned comment, where the value came from."""
+    lines = _lines(loaded.config)
+    column = max(len(line) for line, _ in lines if len(line) <= WIDEST)
+    return "".join(
+        f"{line:<{column}}  # {loaded.origins[name]}\n" if name is not None else f"{line}\n" for line, name in lines
+    )
+
+
+def config_yaml(config: PretrainConfig) -> str:
+    """Every key with its value; `load_config` of it gives an equal config."""
+    return "".join(f"{line}\n" for line, _ in _lines(config))
+
+
+def _lines(config: PretrainConfig) -> list[tuple[str, str | None]]:
+    """(line, dotted key that it sets), None for the head of a section."""
+    lines: list[tuple[str, str | None]] = []
+    open_section = ""
+    for name, value in flat(config).items():
+        section, _, leaf = name.rpartition(".")
+        if section != open_section:
+            lines.append((f"{section}:", None))
+            open_section = section
+        lines.append((f"{'  ' if section else ''}{leaf}: {_scalar_or_list(value)}", name))
+    return lines
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever our loader or another YAML reader would take for something else than text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _tag, _regexp, _first in RESOLVERS:
+    _Dumper.add_implicit_resolver(_tag, _regexp, _first)
+
+
+def _scalar_or_list(value: Any) -> str:
+    """One value on one line. It is written inside a list, because a lone scalar gets an end-of-document mark."""
+    text = yaml.dump([value], Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return text.strip()[1:-1]

@@ -1,0 +1,97 @@
+"""Single settings against the schema: unknown keys, wrong types, values out of range, each as a `Problem`.
+
+A flat dict of settings comes in, a frozen `PretrainConfig` or a list of problems goes out. pydantic alone decides what
+is valid; its messages are replaced by ours, which name the key as the user wrote it and say what to write instead.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from maedistill.config.keys import Key, all_keys, all_sections, nearest_keys, nested
+from maedistill.config.problem import Problem
+from maedistill.config.schema import PretrainConfig
+
+
+def validated(values: Mapping[str, Any]) -> PretrainConfig | list[Problem]:
+    """The config that `values` (by dotted name; defaults for the rest) make, or everything that is wrong with them."""
+    known = {name: value for name, value in values.items() if name in all_keys()}
+    # A section that is set to an empty mapping sets nothing.
+    problems = [
+        unknown_key(name, value)
+        for name, value in values.items()
+        if name not in known and not (name in all_sections() and value == {})
+    ]
+    try:
+        # As JSON: given Python objects, strict mode would refuse a list where the schema has a tuple.
+        config = PretrainConfig.model_validate_json(json.dumps(nested(known)))
+    except ValidationError as error:
+        wrong = dict.fromkeys(_key_at(e["loc"]) for e in error.errors())  # a union reports each of its members
+        return problems + [_wrong_value(all_keys()[name], known[name]) for name in wrong]
+    return problems or config
+
+
+def unknown_key(name: str, value: Any = None) -> Problem:
+    """A name that is no key: a typo, the wrong section, a section set to a value, or a key used as a section."""
+    parent = name.rpartition(".")[0]
+    if name in all_sections():
+        return Problem(
+            name,
+            f"{name} is a section of keys and cannot be set to {shown(value)}",
+            f"set its keys instead: {', '.join(k for k in all_keys() if k.startswith(f'{name}.'))}",
+        )
+    if parent in all_keys():
+        words = all_keys()[parent].words
+        return Problem(name, f"{parent} is not a section, it takes {words}", f"set {parent} itself, to {words}")
+    if name == "extends":
+        return Problem(name, "extends works inside a file only", "name the other file on the command line itself")
+    near = nearest_keys(name)
+    remedy = (
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else f"sections are {', '.join(all_sections())}; --explain SECTION lists the keys of one"
+    )
+    return Problem(name, f"there is no key {name}", remedy)
+
+
+def shown(value: Any) -> str:
+    """A value as an error message names it, shortened."""
+    if isinstance(value, str):
+        text = f"the text {value!r}"
+    elif isinstance(value, dict):
+        text = "a mapping"
+    else:
+        text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _key_at(loc: tuple[int | str, ...]) -> str:
+    """The dotted key that a pydantic error is about: its location without list indices and union members."""
+    name = str(loc[0])
+    return f"{name}.{loc[1]}" if name in all_sections() else name
+
+
+def _wrong_value(key: Key, value: Any) -> Problem:
+    return Problem(key.name, f"expected {key.words}, got {shown(value)}", _remedy(key, value))
+
+
+def _remedy(key: Key, value: Any) -> str:
+    """What to write instead of `value`."""
+    explain = f"--explain {key.name} says what it does"
+    if key.choices:
+        near = difflib.get_close_matches(str(value).lower(), key.choices, n=1, cutoff=0.5)
+        return f"did you mean {near[0]}? {explain}" if near else f"write {' or '.join(key.choices)}; {explain}"
+    if key.words.startswith("true or false"):
+        return "write true or false: yes, no, on, off, 0 and 1 are not taken for them"
+    if key.words.startswith("text") and type(value) in (int, float, bool):
+        return f'put it in quotes, so that it is text: \'"{json.dumps(value)}"\' on a command line, "..." in a file'
+    if key.words.startswith("a list") and isinstance(value, int | float):
+        return f"put it in brackets: [{json.dumps(value)}]"
+    if key.words.startswith("a whole number") and isinstance(value, float) and value.is_integer():
+        return f"write {value:.0f}, without a point or an exponent"
+    if key.default is not None:
+        return f"the default is {json.dumps(key.default)}; {explain}"
+    return f"write {key.words}; {explain}"

@@ -1,0 +1,1 @@
+"""Images in: shards and their index, the order of samples, crops, the loader."""

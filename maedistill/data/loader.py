@@ -1,0 +1,177 @@
+"""From positions to micro-batches: which samples this rank reads at each step, decoded and cropped by worker processes.
+
+Step s of a run with global batch B takes the positions [sB, (s+1)B). Accumulation, ranks and workers only divide them:
+micro-batch j of rank r takes the j-th block of world * m positions, and of it the r-th part. So a restart needs one
+integer, and the number of ranks and workers changes nothing about what is read.
+
+    m micro-batch   s crop size
+"""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from maedistill.config.batch import BatchPlan
+from maedistill.data.images import BadImage, decode_rgb
+from maedistill.data.index import ShardIndex
+from maedistill.data.order import SampleOrder
+from maedistill.data.reader import ShardReader
+from maedistill.data.transforms import CROP_DRAWS, centre_crop, crop, random_box
+from maedistill.errors import DataError
+from maedistill.randomness import Stream, key, uniform
+
+_REPLACEMENTS = 16  # so many bad samples in a row mean that the whole set is bad
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: images uint8 [m, 3, s, s], positions and samples int64 [m], and what had to be replaced."""
+
+    images: Tensor
+    positions: Tensor
+    samples: Tensor
+    bad: tuple[str, ...] = ()
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its images and positions on a device."""
+        images, positions = (t.to(device, non_blocking=True) for t in (self.images, self.positions))
+        return Batch(images, positions, self.samples, self.bad)
+
+    def pin_memory(self) -> "Batch":
+        """Called by the loader when it feeds a GPU."""
+        return Batch(self.images.pin_memory(), self.positions.pin_memory(), self.samples, self.bad)
+
+
+class RandomCrops(Dataset[Batch]):
+    """Random crops by position. A sample that cannot be decoded is replaced by a fixed function of (seed, position)."""
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        order: SampleOrder,
+        *,
+        seed: int,
+        size: int,
+        scale: tuple[float, float],
+        ratio: tuple[float, float],
+    ) -> None:
+        self.index, self.order, self.seed = index, order, seed
+        self.size, self.scale, self.ratio = size, scale, ratio
+        self.reader = ShardReader(index)
+
+    def __getitems__(self, positions: list[int]) -> Batch:
+        """Reads one micro-batch. Views of one image stand side by side, so each image is decoded once."""
+        at = torch.tensor(positions)
+        samples = self.order.samples(at)
+        draws = uniform(self.seed, at, Stream.CROP, n=CROP_DRAWS).tolist()
+        crops, bad, last, image = [], [], -1, None
+        for i, sample in enumerate(samples.tolist()):
+            if sample != last:
+                image, samples[i], failed = self._decode(sample, positions[i])
+                bad += failed
+                last = sample
+            else:
+                samples[i] = samples[i - 1]
+            box = random_box(*image.shape[1:], draws[i], scale=self.scale, ratio=self.ratio)
+            crops.append(crop(image, box, size=self.size))
+        return Batch(torch.stack(crops), at, samples, tuple(bad))
+
+    def _decode(self, sample: int, position: int) -> tuple[Tensor, int, list[str]]:
+        """The image of a sample, or of its first decodable replacement; which sample it is; what failed before."""
+        failed: list[str] = []
+        start = position // self.order.views * self.order.views  # all views of an image share the replacement
+        for attempt in range(_REPLACEMENTS):
+            try:
+                return decode_rgb(self.reader.read(sample)), sample, failed
+            except BadImage as error:
+                failed.append(f"{self.index.shards[self.index.shard_of(sample)]}:{self.index.key(sample)}: {error}")
+            word = key(self.seed, int(Stream.REPLACEMENT), start, attempt)
+            sample = int(word) % len(self.index)
+        raise DataError(
+            f"{_REPLACEMENTS} samples in a row could not be decoded, the last is {failed[-1]}",
+            "check the shards with tools/make_shards.py --verify",
+        )
+
+
+class CentreCrops(Dataset[tuple[Tensor, int]]):
+    """Evaluation crops of given samples with their labels, in the order given. A bad image is an error here."""
+
+    def __init__(self, index: ShardIndex, samples: Tensor, *, size: int, share: float) -> None:
+        self.index, self.samples, self.size, self.share = index, samples, size, share
+        self.reader = ShardReader(index)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        sample = int(self.samples[i])
+        try:
+            image = decode_rgb(self.reader.read(sample))
+        except BadImage as error:
+            shard = self.index.shards[self.index.shard_of(sample)]
+            raise DataError(
+                f"{shard}:{self.index.key(sample)}: {error}", "evaluation skips nothing: replace or remove the image"
+            ) from error
+        return centre_crop(image, size=self.size, share=self.share), int(self.index.labels[sample])
+
+
+def rank_positions(step: int, micro: int, *, plan: BatchPlan, rank: int, world_size: int) -> range:
+    """The positions of one micro-batch of one rank: `plan.micro_batch` consecutive ones."""
+    block = world_size * plan.micro_batch
+    start = (step * plan.accumulation + micro) * block + rank * plan.micro_batch
+    return range(start, start + plan.micro_batch)
+
+
+class _Schedule:
+    """The micro-batches of one rank from `first_step` on, as lists of positions: what a DataLoader calls a sampler."""
+
+    def __init__(self, first_step: int, total_steps: int, *, plan: BatchPlan, rank: int, world_size: int) -> None:
+        self.steps, self.plan, self.rank, self.world_size = range(first_step, total_steps), plan, rank, world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            for micro in range(self.plan.accumulation):
+                yield list(rank_positions(step, micro, plan=self.plan, rank=self.rank, world_size=self.world_size))
+
+
+def training_batches(
+    crops: RandomCrops,
+    first_step: int,
+    total_steps: int,
+    *,
+    plan: BatchPlan,
+    rank: int,
+    world_size: int,
+    workers: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Micro-batches of the steps [first_step, total_steps) on `device`, `plan.accumulation` of them per step."""
+    schedule = _Schedule(first_step, total_steps, plan=plan, rank=rank, world_size=world_size)
+    loader = DataLoader(
+        crops,
+        batch_sampler=schedule,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=_identity,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_be_quiet,
+    )
+    return (batch.to(device) for batch in loader)
+
+
+def evaluation_batches(crops: CentreCrops, *, batch: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images uint8 [b, 3, s, s] and labels int64 [b] in order, the last batch as small as it is."""
+    return iter(DataLoader(crops, batch_size=batch, num_workers=workers, worker_init_fn=_be_quiet))
+
+
+def _identity(batch: Batch) -> Batch:
+    return batch
+
+
+def _be_quiet(_: int) -> None:
+    """Ctrl-C reaches the whole process group; the training process answers it, and workers end with that process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,62 @@
+"""Which sample comes when: position p of the endless training sequence -> (sample, epoch), a pure function.
+
+With n images and k views per image, position p is view p % k of the image at place (p % nk) // k of epoch p // nk.
+The place is looked up in the epoch's order: a keyed permutation of the whole set, or, with `window` shards, a
+permutation of the shards followed by one of the samples inside each window of consecutive shards, so that a bounded
+cache is enough for remote shards. One window over all shards is the whole set. Memory does not grow with n, nor does
+the time to jump anywhere; only the list of shard sizes is kept.
+
+    P positions   M shards
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maedistill.randomness import Stream, key, permute
+
+
+class SampleOrder:
+    """The order of all epochs of a data set.
+
+    starts: int64 [M + 1], the first sample of each shard and the number of samples n.
+    window: shards per window; None for the whole set.
+    """
+
+    def __init__(self, starts: np.ndarray, *, seed: int, views: int = 1, window: int | None = None) -> None:
+        self.starts = torch.from_numpy(np.asarray(starts, dtype=np.int64))
+        self.num_images = int(self.starts[-1])
+        self.num_shards = len(starts) - 1
+        self.seed, self.views = seed, views
+        self.window = min(window or self.num_shards, self.num_shards)
+        assert self.num_images >= 1 and self.window >= 1
+
+    def samples(self, positions: Tensor) -> Tensor:
+        """Sample ids of the positions: int64 [P] -> int64 [P]."""
+        epochs = positions // (self.num_images * self.views)  # [P]
+        places = positions % (self.num_images * self.views) // self.views  # [P]
+        out = torch.empty_like(places)
+        for epoch in epochs.unique().tolist():
+            here = epochs == epoch
+            out[here] = self.epoch(epoch, places[here])
+        return out
+
+    def epoch(self, epoch: int, places: Tensor) -> Tensor:
+        """Sample ids at the places of one epoch: int64 [P] -> int64 [P]."""
+        if self.window == self.num_shards:
+            return permute(places, self.num_images, key(self.seed, Stream.ORDER, epoch))
+        shards = permute(torch.arange(self.num_shards), self.num_shards, key(self.seed, Stream.SHARDS, epoch))  # [M]
+        sizes = self.starts[shards + 1] - self.starts[shards]  # [M], in this epoch's order
+        ends = sizes.cumsum(0)  # [M]
+        window_ends = torch.cat([ends[self.window - 1 :: self.window], ends[-1:]]).unique()
+        windows = torch.searchsorted(window_ends, places, right=True)  # [P]
+        out = torch.empty_like(places)
+        for window in windows.unique().tolist():
+            here = windows == window
+            first = int(window_ends[window - 1]) if window else 0
+            size = int(window_ends[window]) - first
+            within = permute(places[here] - first, size, key(self.seed, Stream.ORDER, epoch, window))
+            at = first + within  # places in the shuffled sequence of whole shards
+            shard = torch.searchsorted(ends, at, right=True)
+            out[here] = self.starts[shards[shard]] + at - (ends[shard] - sizes[shard])
+        return out

@@ -1,0 +1,103 @@
+"""From what a person writes for `data.train` to a sorted list of shard files: one tar, a glob, or a brace range.
+
+    DIR/train-000000.tar    DIR/train-*.tar    DIR/train-{000000..000008}.tar    DIR/train-{000000,000003}.tar
+
+Patterns are expanded here and never handed to a shell or to a library that would run a `pipe:` command.
+"""
+
+import glob
+import itertools
+import os
+import re
+
+from maedistill.errors import ConfigError, DataError
+
+MOST_NAMES = 1_000_000  # a cap for typing errors such as {0..99999999}
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
+
+
+def find_shards(shards: str) -> tuple[str, ...]:
+    """Absolute paths of existing shards, sorted by name, all in one folder.
+
+    Raises `ConfigError` for a pattern that cannot be meant, `DataError` where files are missing.
+    """
+    if _SCHEME.match(shards.partition("/")[0]):
+        raise ConfigError(
+            f"{shards!r} is a URL, and remote shards are not supported yet",
+            "copy the shards to a local or network disk and give their path",
+        )
+    pattern = os.path.abspath(os.path.expanduser(shards))
+    if os.path.isdir(pattern):
+        raise ConfigError(f"{shards!r} is a folder, not shards", f"name the shards of one split: '{_suggest(pattern)}'")
+    paths = sorted(itertools.chain.from_iterable(map(_expand_glob, expand_braces(pattern))))
+    if not paths:
+        raise DataError(f"no file matches {shards!r}", "check the path, or write shards with tools/make_shards.py")
+    if missing := [path for path in paths if not os.path.isfile(path)]:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise DataError(
+            f"{len(missing)} of {len(paths)} shards are missing: {', '.join(missing[:5])}{more}",
+            "copy the missing shards, or correct the range in the pattern",
+        )
+    for before, after in itertools.pairwise(paths):
+        if before == after:
+            raise ConfigError(f"{shards!r} names {after} twice", "name each shard once")
+    if len(folders := sorted({os.path.dirname(path) for path in paths})) > 1:
+        raise ConfigError(f"{shards!r} spans several folders: {', '.join(folders[:5])}", "put the shards in one folder")
+    return tuple(paths)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a-{08..10}-{x,y}` -> a-08-x, a-08-y, a-09-x, ...; a range keeps the zeros it is written with."""
+    parts = _BRACES.split(pattern)  # text and the insides of braces alternate
+    if any(brace in text for text in parts[::2] for brace in "{}"):
+        raise ConfigError(f"{pattern!r} has a brace without its partner", "write a range as {000000..000008}")
+    choices = [_expand_choices(inside, pattern) for inside in parts[1::2]]
+    total = 1
+    for choice in choices:
+        total *= len(choice)
+    if total > MOST_NAMES:
+        raise ConfigError(f"{pattern!r} means {total:,} shards", f"at most {MOST_NAMES:,} are allowed: check the range")
+    texts = [[text] for text in parts[::2]]
+    columns = [column for pair in itertools.zip_longest(texts, choices, fillvalue=[""]) for column in pair]
+    return ["".join(row) for row in itertools.product(*columns)]
+
+
+def split_name(paths: tuple[str, ...]) -> str:
+    """What the names of the shards begin with: 'train' for train-000000.tar ...; 'shards' where they share nothing."""
+    stems = [os.path.basename(path).removesuffix(".tar") for path in paths]
+    shared = os.path.commonprefix(stems)  # noqa: RUF071 letter by letter is what is wanted here
+    return shared.rstrip("0123456789-_.") or "shards"
+
+
+def _expand_choices(inside: str, pattern: str) -> list[str] | range:
+    """The insides of one pair of braces; the range check comes before anything large is built."""
+    if "," in inside:
+        return inside.split(",")
+    match = _RANGE.fullmatch(inside)
+    if not match:
+        raise ConfigError(f"{{{inside}}} in {pattern!r} is no range", "write a range as {000000..000008}")
+    first, last = match.groups()
+    padded = first.startswith("0") and len(first) > 1
+    if int(first) > int(last) or (padded and len(first) != len(last)):
+        raise ConfigError(
+            f"the range {{{inside}}} in {pattern!r} runs backwards or changes its width",
+            "write both ends with the same number of digits, the smaller first",
+        )
+    numbers = range(int(first), int(last) + 1)
+    if len(numbers) > MOST_NAMES:
+        raise ConfigError(f"{{{inside}}} means {len(numbers):,} shards", f"at most {MOST_NAMES:,} are allowed")
+    return [str(number).zfill(len(first) if padded else 0) for number in numbers]
+
+
+def _expand_glob(path: str) -> list[str]:
+    """A file may have `[` in its name, so what exists is taken as it is."""
+    return glob.glob(path) if glob.has_magic(path) and not os.path.exists(path) else [path]
+
+
+def _suggest(folder: str) -> str:
+    """A pattern for the first split in a folder of shards."""
+    tars = sorted(name for name in os.listdir(folder) if name.endswith(".tar"))
+    return os.path.join(folder, f"{split_name((tars[0],))}-*.tar" if tars else "train-*.tar")

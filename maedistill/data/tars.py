@@ -1,0 +1,150 @@
+"""A strict walk over a tar: where each regular member's bytes lie, or a `DataError` that says what is wrong with it.
+
+Training libraries read tars as streams and take whatever comes: a shard that was cut at a member boundary or whose
+header was overwritten ends early without a word, and the run goes on with fewer images. Here every header's checksum
+is tested and the two zero blocks that end an archive must be there, so a shard is whole or refused. Only headers are
+read; nothing is ever extracted.
+
+    shard.tar -> walk_tar -> Member(name, offset, size), in archive order
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from maedistill.errors import DataError
+
+BLOCK = 512  # bytes: tar headers are one block, data is padded to whole blocks
+LARGEST_EXTENSION = 1 << 20  # bytes of a long name or pax record; real ones have a few hundred
+READ = 1 << 20  # bytes read at once while the padding after the archive's end is checked
+
+REGULAR, DIRECTORY, PAX, PAX_GLOBAL, GNU_LONG_NAME = (b"0", b"\0"), b"5", b"x", b"g", b"L"
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
+_OCTAL = re.compile(rb" *([0-7]*)[ \0]*")
+
+
+class Member(NamedTuple):
+    """One regular file in a tar: its bytes are `[offset, offset + size)` of the archive."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def walk_tar(path: str) -> Iterator[Member]:
+    """Yields the regular members of the tar at `path`; directories are passed over.
+
+    Raises `DataError`, possibly after some members: not a tar, compressed, cut, damaged, links, devices, names that
+    lead out of the archive. So use what it yields only after it has ended.
+    """
+    with open(path, "rb", buffering=0) as file:
+        descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
+        position, long_name, long_size = 0, None, None
+        while True:
+            header = os.pread(descriptor, BLOCK, position)
+            if header.count(0) == BLOCK:
+                _check_end(path, descriptor, position, end)
+                return
+            name, size, kind = _parse_header(path, header, position)
+            if kind in REGULAR:
+                size = size if long_size is None else long_size
+            data, position = position + BLOCK, position + BLOCK + -(-size // BLOCK) * BLOCK
+            if position > end:
+                raise _damaged(path, f"is cut inside {name!r}, {data + size - end} bytes are missing")
+            if kind in (PAX, PAX_GLOBAL, GNU_LONG_NAME):
+                if size > LARGEST_EXTENSION:
+                    raise _damaged(path, f"has an extended header of {size} bytes at byte {data - BLOCK}")
+                extension = os.pread(descriptor, size, data)
+                if kind == GNU_LONG_NAME:
+                    long_name = _text(extension)
+                elif kind == PAX:
+                    long_name, long_size = _parse_pax(path, extension)
+                elif _parse_pax(path, extension) != (None, None):
+                    raise _damaged(path, "sets one name or size for all members")
+                continue
+            name, long_name, long_size = long_name or name, None, None
+            _check_name(path, name)
+            if kind in REGULAR and not name.endswith("/"):
+                yield Member(name, data, size)
+            elif kind not in (*REGULAR, DIRECTORY):
+                raise DataError(
+                    f"{path}: {name!r} is a link, a device or a sparse file (tar type {kind.decode('latin-1')!r})",
+                    "write the shard again with plain files only, e.g. with tools/make_shards.py",
+                )
+
+
+def _parse_header(path: str, header: bytes, position: int) -> tuple[str, int, bytes]:
+    """Name, size in bytes and type flag of one 512-byte header."""
+    if position == 0 and header.startswith(_COMPRESSED):
+        raise DataError(f"{path} is compressed: images are read in place, which needs a plain tar", "decompress it")
+    if len(header) < BLOCK:
+        at = "inside a header" if header else "at a member boundary"
+        raise _damaged(path, f"is cut {at}: the archive's end mark is missing at byte {position}")
+    checksum = _number(header[148:156])
+    if checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        raise _damaged(path, f"has a damaged header at byte {position}" if position else "is not a tar")
+    size = _number(header[124:136])
+    if size is None:
+        raise _damaged(path, f"has a header without a size at byte {position}")
+    name = header[:100].split(b"\0", 1)[0]
+    if header[257:263] == b"ustar\0" and header[345]:
+        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+    return _text(name), size, header[156:157]
+
+
+def _number(field: bytes) -> int | None:
+    """A header's number: octal text or, for large files, GNU's base 256; None where it is neither."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    match = _OCTAL.fullmatch(field)
+    return int(match[1] or b"0", 8) if match else None
+
+
+def _parse_pax(path: str, records: bytes) -> tuple[str | None, int | None]:
+    """The name and size that a pax header sets for the member after it; its other records do not matter here."""
+    name, size = None, None
+    while records:
+        length, _, _ = records.partition(b" ")
+        if not length.isdigit() or not len(length) < int(length) <= len(records):
+            raise _damaged(path, "has a damaged extended header")
+        key, _, value = records[len(length) + 1 : int(length) - 1].partition(b"=")
+        records = records[int(length) :]
+        if key.startswith(b"GNU.sparse"):
+            raise _damaged(path, "holds a sparse file")
+        if key == b"path":
+            name = _text(value)
+        elif key == b"size":
+            if not value.isdigit():
+                raise _damaged(path, f"has an extended header with the size {value!r}")
+            size = int(value)
+    return name, size
+
+
+def _check_name(path: str, name: str) -> None:
+    """Refuses names that would lead out of a folder if somebody extracted the tar."""
+    if name.startswith("/") or ".." in name.split("/"):
+        raise DataError(
+            f"{path}: the member name {name!r} leads out of the archive",
+            "do not use this shard: it is broken, or made to overwrite files where it is extracted",
+        )
+
+
+def _check_end(path: str, descriptor: int, position: int, end: int) -> None:
+    """The archive ends with two zero blocks, and nothing but zeros follows."""
+    if end - position < 2 * BLOCK:
+        raise _damaged(path, "is cut inside the archive's end mark")
+    while position < end:
+        chunk = os.pread(descriptor, READ, position)
+        if chunk.count(0) != len(chunk):
+            raise _damaged(path, f"has data after the archive's end mark, behind byte {position}")
+        position += len(chunk)
+
+
+def _text(raw: bytes) -> str:
+    """A member name; bytes that are not UTF-8 stay distinguishable."""
+    return raw.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
+
+
+def _damaged(path: str, what: str) -> DataError:
+    return DataError(f"{path} {what}", "copy or write this shard again")

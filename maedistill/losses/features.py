@@ -1,0 +1,30 @@
+"""Distances between student features and a teacher's.
+
+B batch   R rows   D width
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def feature_loss(student: Tensor, teacher: Tensor, *, distance: str, normalize: str, beta: float = 2.0) -> Tensor:
+    """Mean distance between student and teacher features of the same shape [B, R, D], in fp32: a scalar.
+
+    distance: `l1` (DMAE), `mse` (AMD), or `smooth_l1`, quadratic below `beta` (G2SD, Feature Distillation).
+    normalize: `l2` scales each row of both to unit length (DMAE's released code), `whiten` layer-normalises the
+    teacher's rows without affine (Feature Distillation), `none` takes both as they are (AMD; the formula of DMAE).
+    The teacher's side carries no gradient.
+    """
+    student, teacher = student.float(), teacher.detach().float()
+    if normalize == "l2":
+        student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    elif normalize == "whiten":
+        teacher = F.layer_norm(teacher, teacher.shape[-1:])
+    else:
+        assert normalize == "none"
+    if distance == "l1":
+        return F.l1_loss(student, teacher)
+    if distance == "mse":
+        return F.mse_loss(student, teacher)
+    assert distance == "smooth_l1"
+    return F.smooth_l1_loss(student, teacher, beta=beta)

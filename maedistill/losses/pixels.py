@@ -1,0 +1,37 @@
+"""The pixel loss of masked autoencoding: what is predicted for a hidden patch, and how far off it is.
+
+B batch   H hidden patches   p patch side
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+def patch_statistics(rows: Tensor, *, kind: str) -> tuple[Tensor, Tensor]:
+    """The shift and scale that normalise pixel rows [B, H, p*p*3]; both broadcast against the rows.
+
+    raw: none (0 and 1). patch: mean and sqrt(unbiased variance + 1e-6) over the whole patch (MAE, section 3).
+    patch_channel: mean and unbiased deviation + 1e-6 of each channel of the patch (VideoMAE and AMD).
+    """
+    if kind == "raw":
+        return rows.new_zeros(1), rows.new_ones(1)
+    if kind == "patch":
+        return rows.mean(-1, keepdim=True), (rows.var(-1, keepdim=True) + 1e-6).sqrt()
+    assert kind == "patch_channel"
+    pixels = rearrange(rows, "b h (x c) -> b h x c", c=3)
+    repeat = pixels.shape[2]
+    shift = pixels.mean(2, keepdim=True).expand(-1, -1, repeat, -1)
+    scale = (pixels.var(2, keepdim=True).sqrt() + 1e-6).expand(-1, -1, repeat, -1)
+    return tuple(rearrange(part, "b h x c -> b h (x c)") for part in (shift, scale))
+
+
+def pixel_target(rows: Tensor, *, kind: str) -> Tensor:
+    """What the decoder predicts for pixel rows [B, H, p*p*3] of hidden patches: the same, normalised by `kind`."""
+    shift, scale = patch_statistics(rows, kind=kind)
+    return (rows - shift) / scale
+
+
+def pixel_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over hidden patches, in fp32: both [B, H, p*p*3] -> scalar."""
+    return torch.nn.functional.mse_loss(predicted.float(), target.float())

@@ -1,0 +1,81 @@
+"""Masked autoencoding (He et al., CVPR 2022): predict the pixels of hidden patches from the visible ones.
+
+Also the base of the two distillation methods, which add terms to its loss. A method is the module that the engine
+trains: images and a patch split in, named losses out.
+
+    B batch   N patches   S visible   P prefix tokens   D width   p patch side   s image side
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from maedistill.data.transforms import normalize
+from maedistill.losses.pixels import patch_statistics, pixel_loss, pixel_target
+from maedistill.masking import PatchSplit, gather_rows
+from maedistill.models.decoder import TokenDecoder
+from maedistill.models.encoder import MaskedEncoder
+from maedistill.patches import patchify, unpatchify
+
+Target = dict[int, Tensor]
+Losses = dict[str, Tensor]
+
+
+class MAE(nn.Module):
+    """Encoder, decoder and the pixel loss."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        encoder: MaskedEncoder,
+        decoder: TokenDecoder,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        pixel_kind: str = "patch",
+        pixel_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.pixel_kind, self.pixel_weight = pixel_kind, pixel_weight
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor, split: PatchSplit, target: Target | None = None) -> Losses:
+        """Losses of one micro-batch. images: in [0, 1], [B, 3, s, s]. Returns scalars `pixels` and `loss`."""
+        pixels, _ = self.reconstruct(images, split)
+        return {"loss": self.pixel_weight * pixels, "pixels": pixels}
+
+    def reconstruct(self, images: Tensor, split: PatchSplit, taps: Sequence[int] = ()) -> tuple[Tensor, Target]:
+        """The pixel loss and the tapped features {block: [B, P + S, D]} of the student."""
+        normalized = normalize(images, self.mean, self.std)
+        tokens, tapped = self.encoder(normalized, split.student, taps=taps)  # [B, P + S, D]
+        predicted = self.decoder(tokens, split)  # [B, N - S, p*p*3]
+        return pixel_loss(
+            predicted, pixel_target(self._hidden(images, normalized, split), kind=self.pixel_kind)
+        ), tapped
+
+    @torch.no_grad()
+    def draw(self, images: Tensor, split: PatchSplit) -> Tensor:
+        """Predicted pixels of the hidden patches in [0, 1], the visible ones left black: [B, 3, s, s].
+
+        Normalised targets are un-normalised with the statistics of the true patch, as MAE's own pictures are.
+        """
+        normalized = normalize(images, self.mean, self.std)
+        tokens, _ = self.encoder(normalized, split.student)
+        shift, scale = patch_statistics(self._hidden(images, normalized, split), kind=self.pixel_kind)
+        rows = self.decoder(tokens, split).float() * scale + shift  # [B, N - S, p*p*3]
+        if self.pixel_kind != "patch_channel":  # back from the student's normalisation to [0, 1]
+            repeat = rows.shape[-1] // 3
+            rows = rows * self.std.flatten().repeat(repeat) + self.mean.flatten().repeat(repeat)
+        canvas = rows.new_zeros(len(rows), split.order.shape[1], rows.shape[-1])
+        canvas.scatter_(1, split.hidden[..., None].expand_as(rows), rows)
+        return unpatchify(canvas, self.encoder.patch_size).clamp(0, 1)
+
+    def _hidden(self, images: Tensor, normalized: Tensor, split: PatchSplit) -> Tensor:
+        """Pixel rows of the hidden patches. AMD normalises plain pixels, the others the student's normalised input."""
+        source = images if self.pixel_kind == "patch_channel" else normalized
+        return gather_rows(patchify(source, self.encoder.patch_size), split.hidden)  # [B, N - S, p*p*3]

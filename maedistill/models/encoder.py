@@ -1,0 +1,137 @@
+"""A timm VisionTransformer walked over chosen patches, returning the outputs of tapped blocks.
+
+Only chosen patches are embedded. Without a choice the walk equals timm's `forward_features`. Blocks are counted from 0
+and tapped at their output, before the final norm. Row order means nothing to a ViT once positions are added, so rows
+stay in the order in which they were chosen.
+
+    B batch   N patches   M chosen patches   P prefix tokens (class, registers)   D width
+"""
+
+import difflib
+from collections.abc import Sequence
+
+import timm
+import torch
+from einops import rearrange
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from maedistill.errors import ConfigError
+from maedistill.masking import gather_rows
+from maedistill.models.positions import position_table
+from maedistill.patches import patchify
+
+
+class MaskedEncoder(nn.Module):
+    """`vit` keeps timm's parameter names, so that an export is a strict load."""
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        self.vit = vit
+        self.width: int = vit.embed_dim
+        self.depth = len(vit.blocks)
+        self.num_prefix: int = vit.num_prefix_tokens
+        self.patch_size: int = vit.patch_embed.patch_size[0]
+        self.grid: int = vit.patch_embed.grid_size[0]
+
+    def embed(self, images: Tensor, ids: Tensor | None) -> Tensor:
+        """Tokens of the chosen patches, positions added, prefix first: [B, 3, s, s], [B, M] -> [B, P + M, D]."""
+        vit = self.vit
+        patches = patchify(images, self.patch_size)  # [B, N, p*p*3]
+        rows = vit.pos_embed[:, -(self.grid**2) :]  # [1, N, D]
+        if ids is not None:
+            patches, rows = gather_rows(patches, ids), gather_rows(rows, ids)  # [B, M, ...]
+        weight = rearrange(vit.patch_embed.proj.weight, "d c p q -> d (p q c)")
+        x = vit.patch_embed.norm(F.linear(patches, weight, vit.patch_embed.proj.bias)) + rows  # [B, M, D]
+        prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
+        if prefix:
+            head = torch.cat(prefix, dim=1)  # [1, P, D]
+            if not vit.no_embed_class:
+                head = head + vit.pos_embed[:, : self.num_prefix]
+            x = torch.cat([head.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # [B, P + M, D]
+        return vit.norm_pre(vit.pos_drop(x))
+
+    def forward(
+        self, images: Tensor, ids: Tensor | None = None, *, taps: Sequence[int] = (), to_last_tap: bool = False
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Runs the blocks over the patches `ids`, or over all of them.
+
+        images: normalised, [B, 3, s, s]. ids: int64 [B, M]. Returns the last tokens [B, P + M, D] and, for each block
+        in `taps`, its output [B, P + M, D]. With `to_last_tap` no block after the last tap runs, nor the final norm.
+        """
+        x = self.embed(images, ids)
+        tapped: dict[int, Tensor] = {}
+        last = max(taps) + 1 if to_last_tap else self.depth
+        for i, block in enumerate(self.vit.blocks[:last]):
+            recompute = self.vit.grad_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)  # [B, P + M, D]
+            if i in taps:
+                tapped[i] = x
+        return (x if to_last_tap else self.vit.norm(x)), tapped
+
+
+def build_vit(
+    model: str,
+    *,
+    image_size: int,
+    positions: str = "learned",
+    width: int | None = None,
+    depth: int | None = None,
+    heads: int | None = None,
+    patch_size: int | None = None,
+    class_token: bool | None = None,
+    register_tokens: int | None = None,
+    drop_path: float | None = None,
+) -> VisionTransformer:
+    """A randomly initialised timm `model` without classifier, for square images of `image_size` pixels.
+
+    positions: `sincos2d` or `sincos1d` replace the position parameter by a fixed buffer of that table; `learned`
+    keeps it. The other keywords override the model's own dimensions where they are not None.
+    Raises ConfigError for a name that is not a plain VisionTransformer with absolute positions.
+    """
+    if not timm.is_model(model):
+        near = difflib.get_close_matches(model, timm.list_models("vit_*"), n=3)
+        raise ConfigError(
+            f"timm has no model {model!r}", f"names near it: {', '.join(near) or 'vit_small_patch16_224'}"
+        )
+    with torch.device("meta"):  # spends neither memory nor time
+        require_plain_vit(timm.create_model(model, pretrained=False), model)
+    overrides = {
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "patch_size": patch_size,
+        "class_token": class_token,
+        "reg_tokens": register_tokens,
+        "drop_path_rate": drop_path,
+    }
+    given = {name: value for name, value in overrides.items() if value is not None}
+    vit = timm.create_model(model, pretrained=False, num_classes=0, global_pool="", img_size=image_size, **given)
+    if positions != "learned":
+        fix_positions(vit, positions)
+    return vit
+
+
+def fix_positions(vit: VisionTransformer, kind: str) -> None:
+    """Replaces the learned positions of `vit` by a fixed table in a buffer of the same name.
+
+    A buffer, not a frozen parameter: it is saved, moved and exported like one, and no optimizer or ZeRO stage sees it.
+    """
+    num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    grid = vit.patch_embed.grid_size[0]
+    table = position_table(kind, grid=grid, width=vit.embed_dim, num_prefix=num_prefix)
+    del vit.pos_embed
+    vit.register_buffer("pos_embed", table)
+
+
+def require_plain_vit(vit: nn.Module, model: str) -> None:
+    """Raises ConfigError unless `vit` is a plain VisionTransformer with absolute positions and linear patches."""
+    plain = type(vit) is VisionTransformer and getattr(vit, "pos_embed", None) is not None
+    if not plain or type(vit.patch_embed).__name__ != "PatchEmbed":
+        kind = type(vit).__name__
+        raise ConfigError(
+            f"{model} is a {kind}, whose patches cannot be left out one by one",
+            "use a plain ViT with absolute positions, e.g. vit_small_patch16_224",
+        )

@@ -1,0 +1,43 @@
+"""What stands between student and teacher features: projections, and AMD's generators. Thrown away after pre-training.
+
+B batch   S, T patches visible to student and teacher   D_s, D_t widths of student and teacher
+"""
+
+import torch
+from torch import Tensor, nn
+
+from maedistill.masking import PatchSplit, gather_rows
+from maedistill.models.decoder import TransformerBlock
+from maedistill.models.positions import position_table
+
+
+def projection(student_width: int, teacher_width: int, *, kind: str, bias: bool) -> nn.Module:
+    """Maps student rows to teacher width: one linear map, or an MLP with one hidden layer of teacher width."""
+    if kind == "linear":
+        return nn.Linear(student_width, teacher_width, bias=bias)
+    assert kind == "mlp"
+    hidden = nn.Linear(student_width, teacher_width, bias=bias)
+    return nn.Sequential(hidden, nn.GELU(), nn.Linear(teacher_width, teacher_width, bias=bias))
+
+
+class Generator(nn.Module):
+    """Predicts the features that the teacher has and the student has not seen (AMD, section 3.3).
+
+    Reads the projected student rows and one mask token per missing patch, all with positions; its rows come straight
+    out of the last block.
+    """
+
+    def __init__(self, width: int, *, depth: int, heads: int, grid: int, positions: str = "sincos2d") -> None:
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("pos_embed", position_table(positions, grid=grid, width=width))  # [1, N, D_t]
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
+
+    def forward(self, projected: Tensor, split: PatchSplit) -> Tensor:
+        """projected student rows [B, S, D_t] -> predicted rows of `order[:, S:T]`: [B, T - S, D_t]."""
+        missing = split.num_teacher - split.num_student
+        mask_tokens = self.mask_token.expand(len(projected), missing, -1).to(projected.dtype)
+        x = torch.cat([projected, mask_tokens], dim=1) + gather_rows(self.pos_embed, split.teacher)  # [B, T, D_t]
+        for block in self.blocks:
+            x = block(x)
+        return x[:, split.num_student :]

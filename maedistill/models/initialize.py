@@ -1,0 +1,33 @@
+"""Initial weights, MAE's (He et al., 2022, appendix A.1): every trainable parameter of a method is set here, once.
+
+Linear maps, the patch embedding seen as one, are Xavier-uniform with zero bias; norms are the identity; class,
+register and mask tokens and learned positions are N(0, 0.02).
+"""
+
+import torch
+from timm.layers import LayerScale
+from torch import nn
+
+_TOKENS = ("cls_token", "reg_token", "mask_token", "pos_embed")
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, *, seed: int) -> None:
+    """Draws all parameters of `module` in place, as a function of `seed` alone. Buffers are left as they are."""
+    if any(parameter.is_meta for parameter in module.parameters()):
+        return  # shapes only: there is nothing to draw
+    generator = torch.Generator().manual_seed(seed)
+    for child in module.modules():
+        for name, parameter in child.named_parameters(recurse=False):
+            if name in _TOKENS:
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+            elif name == "weight" and isinstance(child, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)  # a view: [out, in]
+            elif name == "weight" and isinstance(child, nn.LayerNorm):
+                parameter.fill_(1.0)
+            elif name == "gamma" and isinstance(child, LayerScale):
+                parameter.fill_(child.init_values)
+            elif name == "bias":
+                parameter.zero_()
+            else:
+                raise AssertionError(f"no initial value is defined for {name} of {type(child).__name__}")

@@ -1,0 +1,1 @@
+"""How a run is trained: processes, DeepSpeed engine, optimizer and schedule, checkpoints, metrics."""

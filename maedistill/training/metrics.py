@@ -1,0 +1,144 @@
+"""What a run says while it runs: averages without host syncs, metrics.jsonl, TensorBoard events, the progress line."""
+
+import json
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maedistill.training import distributed
+
+
+class Averages:
+    """Running sums of named scalars that stay on their device until somebody reads them."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Adds one micro-batch's losses."""
+        for name, value in values.items():
+            value = value.detach()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+
+    def read(self) -> dict[str, float]:
+        """Means since the last read, over all ranks (a collective), and a fresh start. This waits for the device."""
+        means = distributed.all_reduce_mean({name: value / self.count for name, value in self.sums.items()})
+        self.sums, self.count = {}, 0
+        return means
+
+
+class MetricsFile:
+    """metrics.jsonl and, where tensorboard is installed, TensorBoard events. Kept by rank 0 alone.
+
+    A run that continues at step s drops lines of steps above s: they belong to work that was lost and is done again.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int, tensorboard: bool) -> None:
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= first_step]
+        self.path.write_text("".join(kept))
+        self.file = self.path.open("a", buffering=1)
+        self.board = _tensorboard(folder / "tb", first_step) if tensorboard else None
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one object; numbers also go to TensorBoard."""
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.board is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, pixels: Any) -> None:
+        """Shows an image [H, W, 3] of uint8 in TensorBoard."""
+        if self.board is not None:
+            self.board.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flushes both."""
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All complete lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in _lines(folder / "metrics.jsonl")]
+
+
+def _lines(path: Path) -> list[str]:
+    """Complete lines of a file; a last line that was cut by a kill is left out."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+
+
+def _tensorboard(folder: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("no TensorBoard events: tensorboard is not installed (pip install maedistill[demo])", flush=True)
+        return None
+    return SummaryWriter(folder, purge_step=first_step + 1 if first_step else None)
+
+
+class Clock:
+    """Where the time of a run goes: images per second, share of it spent waiting for data, time left."""
+
+    def __init__(self) -> None:
+        self.trained = 0.0  # seconds of training up to the last read, pauses left out
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins an interval: nothing seen, nothing waited for."""
+        self.waited, self.images, self.start = 0.0, 0, time.perf_counter()
+
+    def wait(self, since: float) -> None:
+        """Adds the time from `since` until now to the waiting."""
+        self.waited += time.perf_counter() - since
+
+    def pause(self, since: float) -> None:
+        """Takes the time from `since` until now out of the account: saving, pictures, kNN."""
+        self.start += time.perf_counter() - since
+
+    def read(self) -> tuple[float, float]:
+        """Images per second and waiting share since the last read."""
+        elapsed = max(time.perf_counter() - self.start, 1e-9)
+        rate, share = self.images / elapsed, self.waited / elapsed
+        self.trained += elapsed
+        self.restart()
+        return rate, share
+
+
+def duration(seconds: float) -> str:
+    """`8h51m`, `12m04s`, `37s`."""
+    seconds = round(seconds)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds % 60:02d}s" if minutes else f"{seconds}s"
+
+
+def progress_line(
+    losses: Mapping[str, float], values: Mapping[str, float], *, step: int, total_steps: int, epochs: float
+) -> str:
+    """The line that a person watches: every loss term, then speed, waiting, memory and time left."""
+    terms = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if name != "loss")
+    return (
+        f"epoch {values['epoch']:.1f}/{epochs:g}  step {step}/{total_steps}  loss {losses['loss']:.4f} ({terms})  "
+        f"lr {values['lr']:.2e}  grad {values['grad_norm']:.3g}  {values['images_per_second']:.0f} img/s/rank  "
+        f"wait {values['data_wait']:.0%}  mem {values['memory_gb']:.1f} GB  eta {duration(values['eta_seconds'])}"
+    )
+
+
+def memory_gb(device: torch.device) -> float:
+    """Most memory this process has used so far: of its GPU, or of the machine where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

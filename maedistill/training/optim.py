@@ -1,0 +1,55 @@
+"""AdamW, what it decays, and its learning rate: timm's parameter groups and cosine schedule, torch's fused AdamW.
+
+    module -> parameter_groups -> build_optimizer -> build_schedule; `schedule.step_update(step)` before update `step`
+
+The rate is a pure function of the step: with W warm-up steps, T total steps, peak p and minimum m,
+
+    step <  W   p * step / W
+    step >= W   m + (p - m) / 2 * (1 + cos(pi * (step - W) / (T - W)))
+
+times the group's `lr_scale` where it has one (layer decay), which torch's AdamW alone would ignore.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+from torch.optim import AdamW
+
+NO_DECAY = ("cls_token", "reg_token", "mask_token", "pos_embed")
+
+
+def parameter_groups(
+    module: nn.Module, weight_decay: float, *, no_decay: Iterable[str] = NO_DECAY
+) -> list[dict[str, Any]]:
+    """Two groups: without weight decay (norms, biases, every other 1-D parameter, tokens, learned positions) and with.
+
+    no_decay: last parts of parameter names, wherever they are in the module.
+    """
+    tokens = [name for name, _ in module.named_parameters() if name.rpartition(".")[2] in set(no_decay)]
+    return param_groups_weight_decay(module, weight_decay, no_weight_decay_list=tokens)
+
+
+def build_optimizer(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float]) -> AdamW:
+    """Fused AdamW, on the CPU too: one kernel per update, which skips it without a host sync when told so."""
+    return AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def build_schedule(
+    optimizer: AdamW, *, peak: float, min_lr: float, warmup_steps: int, total_steps: int
+) -> CosineLRScheduler:
+    """Linear warm-up from 0 to `peak`, then half a cosine to `min_lr`, stepped per update with `step_update(step)`."""
+    assert 0 <= warmup_steps < total_steps
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = peak
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=total_steps - warmup_steps,  # with warmup_prefix the cosine starts after the warm-up
+        lr_min=min_lr,
+        warmup_t=warmup_steps,
+        warmup_lr_init=0.0,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )

@@ -1,0 +1,99 @@
+"""The folder of a run: its settings, its history, and whether a command may continue it.
+
+RUN/config.yaml      the settings, resolved        RUN/run.json       what was used: data, teacher, licence, versions
+RUN/metrics.jsonl    one object per logged step    RUN/exit.json      how the last start ended
+RUN/checkpoints/     see checkpoint.py             RUN/pictures/      reconstruction sheets
+RUN/bad_samples.txt  what could not be decoded     RUN/report.md      the summary, with the next command
+"""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from maedistill.config.keys import differing_keys
+from maedistill.config.loader import load_config
+from maedistill.config.render import config_yaml
+from maedistill.config.schema import PretrainConfig
+from maedistill.errors import ConfigError
+
+_PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy")
+
+
+class RunFolder:
+    """Paths inside a run folder, and the small files that are not checkpoints or metrics. Only rank 0 writes."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.config = self.path / "config.yaml"
+        self.checkpoints = self.path / "checkpoints"
+        self.pictures = self.path / "pictures"
+        self.report = self.path / "report.md"
+        self.bad_samples = self.path / "bad_samples.txt"
+        self._facts = self.path / "run.json"
+
+    def open(self, config: PretrainConfig, facts: dict[str, Any], *, fresh: bool, extend: bool) -> None:
+        """Creates the folder, or checks that `config` continues what is in it, and writes both files.
+
+        facts: what run.json says of this start; `data` must not change over a run's life.
+        Raises ConfigError when the folder belongs to other settings or other data, naming what differs.
+        """
+        if self.config.exists():
+            if fresh:
+                raise ConfigError(
+                    f"run: {self.path} already holds a run", "leave out --fresh to continue it, or use another run="
+                )
+            self._require_same(config, facts, extend=extend)
+        self.pictures.mkdir(parents=True, exist_ok=True)
+        starts = [*self.facts().get("starts", []), _start()]
+        write_text(self.config, config_yaml(config))
+        write_text(self._facts, json.dumps({**facts, "starts": starts}, indent=1) + "\n")
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json says; empty before the first start."""
+        return json.loads(self._facts.read_text()) if self._facts.exists() else {}
+
+    def ended(self, exit_code: int, reason: str, *, step: int) -> None:
+        """Writes exit.json: torchrun hides exit codes, this file does not."""
+        if self.path.is_dir():
+            write_text(
+                self.path / "exit.json", json.dumps({"exit_code": exit_code, "reason": reason, "step": step}) + "\n"
+            )
+
+    def _require_same(self, config: PretrainConfig, facts: dict[str, Any], *, extend: bool) -> None:
+        changed = differing_keys(load_config(self.config).config, config)
+        if extend:
+            changed = [change for change in changed if change[0] != "optim.epochs"]
+        if changed:
+            shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changed[:4])
+            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+            only_epochs = [key for key, _, _ in changed] == ["optim.epochs"]
+            remedy = "add --extend to go on to the new number" if only_epochs else "restore them, or use another run="
+            raise ConfigError(f"run: {self.path} belongs to other settings ({shown}{more})", remedy)
+        before = self.facts().get("data")
+        if before is not None and before != facts["data"]:
+            raise ConfigError(
+                f"run: {self.path} was trained on other data ({before['images']} images, {before['fingerprint'][:12]}; "
+                f"now {facts['data']['images']}, {facts['data']['fingerprint'][:12]})",
+                "name the same shards, wherever they are now, or use another run=",
+            )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _start() -> dict[str, Any]:
+    """One start of the run: the command, and what it ran with."""
+    return {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "host": platform.node(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+    }

@@ -1,0 +1,252 @@
+"""Wrong settings, one per row: each gives a line of cause that names the place and a line of remedy, before torch."""
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from maedistill.config.keys import all_keys, all_sections
+from maedistill.config.loader import load_config
+from maedistill.errors import ConfigError
+
+GOOD = """\
+method: dmae
+run: runs/test
+data:
+  train: shards/train-{000000..000003}.tar
+student: {model: vit_base_patch16_224}
+teacher: {source: "timm:vit_large_patch16_224.mae"}
+align: {student: [8], teacher: [17]}
+"""
+FILE = "FILE"  # stands for the path of the file in the expected texts
+
+# (overrides, fragments of the cause, fragments of the remedy), on top of GOOD
+OVERRIDES = [
+    # unknown keys
+    ("lr=1e-3", ["command line lr=1e-3", "no key lr"], ["did you mean optim.lr?"]),
+    ("optim.lrr=1e-3", ["command line optim.lrr=1e-3"], ["did you mean optim.lr?"]),
+    ("engine.width=64", ["no key engine.width"], ["student.width", "teacher.width", "decoder.width"]),
+    ("mask_ratio=0.75", ["no key mask_ratio"], ["masks.student_visible"]),
+    ("--batch-size=64", ["--batch-size=64", "key=value"], ["without dashes"]),
+    ("batch-size=64", ["no key batch-size"], ["optim.global_batch"]),
+    ("qqqq=1", ["no key qqqq"], ["sections are data, student", "--explain"]),
+    ("optim", ["not of the form key=value"], ["optim.epochs=300"]),
+    ("extends=base.yaml", ["inside a file only"], ["command line itself"]),
+    ("optim=3", ["optim is a section", "cannot be set to 3"], ["optim.lr"]),
+    ("optim.lr.peak=3", ["optim.lr is not a section", "a number > 0, or null"], ["set optim.lr itself"]),
+    ("optim.lr={a: 1}", ["optim.lr is not a section"], ["set optim.lr itself"]),
+    ("optim.lr={}", ["expected a number > 0, or null, got a mapping"], ["--explain optim.lr"]),
+    # wrong types and values
+    ("optim.lr=fast", ["optim.lr=fast", "expected a number > 0, or null, got the text 'fast'"], ["--explain optim.lr"]),
+    ("optim.lr=-1e-3", ["a number > 0", "got -0.001"], ["--explain optim.lr"]),
+    ("optim.lr=.nan", ["expected a number > 0", "got NaN"], ["--explain"]),
+    ("optim.epochs=.inf", ["got Infinity"], ["the default is 100.0"]),
+    ("optim.epochs=1e999", ["got Infinity"], ["the default is 100.0"]),
+    ("optim.epochs=null", ["expected a number > 0, got null"], ["the default is 100.0"]),
+    ("optim.global_batch=1e3", ["a whole number >= 1, got 1000.0"], ["write 1000, without"]),
+    ("optim.global_batch=true", ["a whole number >= 1, got true"], ["the default is 4096"]),
+    ("seed=007", ["a whole number", "the text '007'"], ["the default is 0"]),
+    ("seed=9223372036854775808", ["<= 9223372036854775807"], ["the default is 0"]),
+    ("engine.zero=true", ["a whole number >= 0 and <= 3, got true"], ["the default is 0"]),
+    ("engine.zero=4", ["<= 3, got 4"], ["the default is 0"]),
+    ("data.flip=on", ["expected true or false, got the text 'on'"], ["write true or false"]),
+    ("data.flip=0", ["expected true or false, got 0"], ["write true or false"]),
+    ("method=dame", ["one of mae, dmae, amd, got the text 'dame'"], ["did you mean dmae?"]),
+    ("pixels.target=4", ["one of patch, raw, patch_channel"], ["write patch or raw or patch_channel"]),
+    ("run=2024", ["expected text, got 2024"], ["quotes"]),
+    ("align.student=8", ["a list of whole numbers, each >= 0, got 8"], ["[8]"]),
+    ("align.student=[8.5]", ["each >= 0, got [8.5]"], ["--explain align.student"]),
+    ("data.crop_scale=[0.2]", ["a list of 2 numbers, each > 0 and <= 1, got [0.2]"], ["[0.2, 1.0]"]),
+    ("data.mean=[0.5, 0.5, .nan]", ["a list of 3 numbers", "NaN"], ["[0.485, 0.456, 0.406]"]),
+    ("teacher.sha256=abc", ["[0-9a-f]{64}"], ["--explain teacher.sha256"]),
+    # overrides that are not YAML, or too much of it
+    ("data.train=*.tar", ["command line data.train=*.tar: not YAML"], ["quotes"]),
+    ("data.train=[a", ["command line data.train=[a: not YAML"], ["quotes"]),
+    ("data.train=*shards", ["*shards is an alias"], ["text that begins with * needs quotes"]),
+    ("run=!!python/object:os.system x", ["tag"], ["without ! tags"]),
+    ("run=!env HOME", ["tag"], ["without ! tags"]),
+    ("align.student=" + "[" * 200, ["nested more than 8 deep"], ["sections and keys"]),
+    ('run="a\\nb"', ["line breaks or control characters"], ["one plain line"]),
+    ('run="\\ud800"', ["line breaks or control characters"], ["one plain line"]),
+    # rules between keys
+    ("data.train=''", ["data.train", "no training shards"], ["tools/make_shards.py"]),
+    ("run=''", ["no run folder"], ["run=runs/NAME"]),
+    ("data.std=[0.2, 0, 0.2]", ["data.std", "not above 0"], ["deviations"]),
+    ("data.crop_ratio=[1.3, 0.7]", ["data.crop_ratio", "not an increasing pair"], ["smaller value first"]),
+    ("optim={lr: 1e-3, base_lr: 1.5e-4}", ["lr=0.001 and base_lr=0.00015"], ["keep one", "lr=0.0024"]),
+    ("optim.min_lr=1", ["optim.min_lr", "above lr=0.0024"], ["smaller"]),
+    ("optim.warmup_epochs=100", ["100 is not below epochs=100"], ["5"]),
+    ("data.views_per_image=3", ["3 does not divide global_batch=4096"], ["divisor"]),
+    ("masks.student_visible=1.0", ["nothing to predict"], ["0.25"]),
+    ("masks.teacher_visible=0.5", ["0.5 differs from student_visible=0.25"], ["method=amd"]),
+    ("method=amd", ["masks.teacher_visible: missing"], ["sees more"]),
+    ("method=mae", ["method=mae has no teacher", "and 2 more: align.student, align.teacher"], ["remove it"]),
+    ("masks.student_visible=0.001", ["of 196 patches the student sees 0"], ["at least one"]),
+    ("teacher.source=null", ["method=dmae needs a teacher"], ["timm:vit_large_patch16_224.mae"]),
+    ("teacher.source=vit_large_patch16_224", ["is not KIND:NAME"], ["timm, hf-hub, local-dir"]),
+    ("teacher.source=file:x.pth", ["needs its model's name"], ["teacher.model=vit_large_patch16_224"]),
+    ("teacher.model=vit_large_patch16_224", ["a timm: teacher names its model itself"], ["remove it"]),
+    ("teacher.width=64", ["a timm: teacher brings its own width"], ["remove it"]),
+    (f"teacher.sha256={'0a' * 32}", ["only a file: teacher"], ["remove it"]),
+    ("teacher.std=[1, 1, 1]", ["mean and std go together"], ["both or none"]),
+    ("student.model=resnet50", ["'resnet50' is no VisionTransformer"], ["vit_small_patch16_224"]),
+    ("teacher.source=timm:resnet50", ["'resnet50' is no VisionTransformer"], ["vit_small_patch16_224"]),
+    ("align.student=[12]", ["block 12 does not exist, the student has 12"], ["0 to 11"]),
+    ("align.teacher=[24]", ["block 24 does not exist, the teacher has 24"], ["0 to 23"]),
+    ("align.teacher=[1, 2]", ["1 student blocks for 2 teacher blocks"], ["one to one"]),
+    ("align={student: [8, 8], teacher: [1, 2]}", ["twice in [8, 8]"], ["each block once"]),
+    ("data.image_size=230", ["patch size 16 does not divide 230"], ["use 224"]),
+    ("decoder.heads=7", ["7 heads do not divide width 384"], ["divisor of 384"]),
+    ("decoder={width: 6, heads: 1}", ["6 is not a multiple of 4"], ["use 8"]),
+]
+
+# (the file's text, fragments of the cause, fragments of the remedy)
+FILES = [
+    (GOOD + "optim:\n  epoch: 3\n", [f"{FILE}:9 optim.epoch", "no key"], ["did you mean optim.epochs?"]),
+    (GOOD + "optim:\n  lr: yes\n", [f"{FILE}:9 optim.lr", "got the text 'yes'"], ["--explain optim.lr"]),
+    (GOOD + "optim:\n", [f"{FILE}:8 optim", "is a section", "null"], ["optim.epochs"]),
+    (GOOD + "method: mae\n", [f"{FILE}:8", "method is given twice, first in line 1"], ["keep one"]),
+    (GOOD + "optim:\n  lr: 1\n  lr: 2\n", [f"{FILE}:10", "lr is given twice, first in line 9"], ["keep one"]),
+    (GOOD + "optim.lr: 1\n", [f"{FILE}:8", "dots are for the command line"], ["`optim:`", "`lr: ...`"]),
+    (GOOD + "optim: &o {lr: 1}\nlog: *o\n", [f"{FILE}:9", "*o is an alias"], ["write the value itself"]),
+    (GOOD + "<<: {seed: 1}\n", [f"{FILE}:8", "there is no key <<.seed"], ["did you mean seed?"]),
+    (GOOD + "1: 2\n", [f"{FILE}:8", "not a plain name"], ["name: value"]),
+    (GOOD + "seed: !!int 3\n", [f"{FILE}:8", "is a tag"], ["without ! tags"]),
+    (GOOD + "optim:\n\tlr: 1\n", [f"{FILE}:9", "not YAML"], ["spaces"]),
+    (GOOD + "run: [\n", [FILE, "not YAML"], ["correct it"]),
+    (GOOD + "---\nseed: 1\n", [f"{FILE}:8", "not YAML"], ["correct it"]),
+    (GOOD + "threads: \x01\n", [f"{FILE}:8", "U+0001"], ["remove it"]),
+    (GOOD + "threads: |\n  several\n  lines\n", [f"{FILE}:8", "line breaks"], ["one plain line"]),
+    (GOOD + "extends: missing.yaml\n", [f"{FILE}:8 extends", "missing.yaml"], ["bad.yaml"]),
+    (GOOD + "extends: [1]\n", [f"{FILE}:8 extends", "a file name or a list"], ["extends: base.yaml"]),
+    (GOOD + "extends: bad.yaml\n", [f"{FILE}:8 extends", "extend each other"], ["break the circle"]),
+    ("- a\n- b\n", [FILE, "a mapping of `key: value`"], ["configs/"]),
+    ("just text\n", [FILE, "a mapping of `key: value`"], ["configs/"]),
+    ("", ["data.train: no training shards", "and 3 more: run, teacher.source, align.student"], ["data.train="]),
+]
+
+
+def check(error: ConfigError, cause: list[str], remedy: list[str], file: str) -> None:
+    assert error.exit_code == 2
+    assert "\n" not in error.cause and "\n" not in error.remedy, "one line each"
+    for text, fragments in ((error.cause, cause), (error.remedy, remedy)):
+        for fragment in fragments:
+            assert fragment.replace(FILE, file) in text, f"{fragment!r} not in {text!r}"
+
+
+@pytest.mark.parametrize(("override", "cause", "remedy"), OVERRIDES, ids=lambda v: v[:40] if isinstance(v, str) else "")
+def test_wrong_override(tmp_path, override, cause, remedy):
+    file = tmp_path / "good.yaml"
+    file.write_text(GOOD)
+    load_config(file)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, [override])
+    check(caught.value, cause, remedy, str(file))
+
+
+@pytest.mark.parametrize(("text", "cause", "remedy"), FILES, ids=[text.replace(GOOD, "")[:20] for text, _, _ in FILES])
+def test_wrong_file(tmp_path, text, cause, remedy):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    check(caught.value, cause, remedy, str(file))
+
+
+def test_every_problem_is_counted_and_the_first_is_shown(tmp_path):
+    file = tmp_path / "good.yaml"
+    file.write_text(GOOD)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, ["engine.zero=3", "optim.ema=0.9", "decoder.heads=5", "align.student=[99]"])
+    check(
+        caught.value, ["optim.ema=0.9", "ZeRO 3", "(and 2 more: align.student, decoder.heads)"], ["zero=2"], str(file)
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, ["sed=1", "optim.lr=x", "decoder.heads=5"])
+    check(caught.value, ["no key sed", "(and 1 more: optim.lr)"], ["did you mean seed?"], str(file))
+
+
+def test_amd_generators_must_fit_the_teacher(tmp_path):
+    file = tmp_path / "good.yaml"
+    file.write_text(GOOD)
+    amd = ["method=amd", "masks.teacher_visible=0.5"]
+    load_config(file, [*amd, "generate.heads=8"])
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, [*amd, "generate.heads=7"])
+    check(caught.value, ["generate.heads=7", "the teacher's width 1024"], ["16 in AMD"], str(file))
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, ["method=amd", "masks.teacher_visible=0.251"])
+    check(caught.value, ["of 196 patches the teacher sees 49, the student 49"], ["at least one more"], str(file))
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    key=st.sampled_from([*all_keys(), *all_sections(), "", "extends", "a.b.c", ".", "optim."]) | st.text(max_size=5),
+    value=st.text(alphabet="[]{}:,#&*!|>'\"%@`~-.?=<0123456789eEinfaxytru \n\t\\\ud800\x85", max_size=12) | st.text(),
+)
+@example(key="? a", value="{? [1]: 2}")
+@example(key="data", value="{'': 1}")
+@example(key="optim.lr", value="9" * 5000)
+@example(key="optim.lr", value="1e" + "9" * 5000)
+def test_whatever_is_typed_is_taken_or_refused_in_two_lines(tmp_path_factory, key, value):
+    file = tmp_path_factory.getbasetemp() / "good.yaml"
+    file.write_text(GOOD)
+    try:
+        load_config(file, [f"{key}={value}"])
+    except ConfigError as error:
+        assert len(error.cause.splitlines()) == 1 and len(error.remedy.splitlines()) == 1
+    wild = tmp_path_factory.getbasetemp() / "wild.yaml"
+    wild.write_text(f"{GOOD}{key}: {value}", encoding="utf-8", errors="surrogatepass")
+    try:
+        load_config(wild)
+    except ConfigError as error:
+        assert len(error.cause.splitlines()) == 1 and len(error.remedy.splitlines()) == 1
+
+
+def test_missing_or_unreadable_files(tmp_path):
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "dmae_vit_b.yaml").write_text(GOOD)
+    binary = tmp_path / "teacher.pth"
+    binary.write_bytes(b"\x80\x02\xff\xfe")
+    for path, cause, remedy in (
+        (tmp_path / "pretrain" / "dmae_vitb.yaml", "there is no config file", "pretrain/dmae_vit_b.yaml?"),
+        (tmp_path / "dmae_vit_b.yaml", "there is no config file", "pretrain/dmae_vit_b.yaml?"),
+        (tmp_path / "typo" / "x.yaml", "there is no config file", "pretrain/dmae_vit_b.yaml"),
+        (tmp_path / "pretrain", "cannot be read", "name a YAML file"),
+        (binary, "cannot be read", "name a YAML file"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config(path)
+        check(caught.value, [str(path), cause], [remedy], "")
+
+
+PROBE = """
+import json, sys
+from maedistill.config.batch import batch_plan, world_size_from_environment
+from maedistill.config.explain import explain
+from maedistill.config.loader import load_config
+from maedistill.config.render import render_config
+from maedistill.errors import ConfigError, exit_code_of
+file, *overrides = sys.argv[1:]
+for override in overrides:
+    try:
+        load_config(file, [override])
+    except ConfigError:
+        continue
+    raise SystemExit(f"accepted {override}")
+render_config(load_config(file)), explain("optim.lr"), batch_plan(8, 4, world_size=world_size_from_environment())
+heavy = {"torch", "timm", "numpy", "deepspeed"} & set(sys.modules)
+assert not heavy, heavy
+sys.exit(exit_code_of(lambda: load_config(file, ["lr=1e-3"])))
+"""
+
+
+def test_nothing_here_imports_torch(tmp_path):
+    file = tmp_path / "good.yaml"
+    file.write_text(GOOD)
+    command = [sys.executable, "-c", PROBE, str(file), *(override for override, _, _ in OVERRIDES)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == "error: command line lr=1e-3: there is no key lr\n  fix: did you mean optim.lr?\n"

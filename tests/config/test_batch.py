@@ -1,0 +1,100 @@
+"""Sharing a global batch: the fewest micro-batches that fit, exact step counts, and the launcher's number of ranks."""
+
+import math
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maedistill.config.batch import BatchPlan, batch_plan, total_steps, world_size_from_environment
+from maedistill.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "world_size", "views", "plan"),
+    [
+        (4096, 256, 8, 1, BatchPlan(256, 2)),
+        (4096, 4096, 1, 1, BatchPlan(4096, 1)),
+        (4096, 300, 8, 1, BatchPlan(256, 2)),
+        (60, 16, 1, 1, BatchPlan(15, 4)),
+        (60, 16, 1, 4, BatchPlan(12, 5)),
+        (14, 6, 1, 1, BatchPlan(2, 7)),
+        (7, 6, 1, 1, BatchPlan(1, 7)),
+        (4096, 256, 4096, 1, BatchPlan(1, 1)),
+    ],
+)
+def test_batch_plan(global_batch, micro_batch, world_size, views, plan):
+    assert batch_plan(global_batch, micro_batch, world_size=world_size, views=views) == plan
+
+
+sizes = st.integers(1, 200)
+
+
+@given(images=sizes, micro_batch=sizes, world_size=st.integers(1, 9), views=st.integers(1, 5))
+def test_no_smaller_accumulation_fits(images, micro_batch, world_size, views):
+    global_batch = images * views * world_size
+    if micro_batch < views:
+        with pytest.raises(ConfigError, match=rf"views_per_image={views}.*\n.*micro_batch={views}"):
+            batch_plan(global_batch, micro_batch, world_size=world_size, views=views)
+        return
+    plan = batch_plan(global_batch, micro_batch, world_size=world_size, views=views)
+    assert plan.micro_batch * plan.accumulation * world_size == global_batch
+    assert plan.micro_batch <= micro_batch and plan.micro_batch % views == 0
+    per_rank = global_batch // world_size
+    for a in range(1, plan.accumulation):
+        assert per_rank % a or per_rank // a > micro_batch or per_rank // a % views
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "world_size", "views", "remedy"),
+    [
+        (4096, 6, 1, "start 4 or 8 ranks, or set optim.global_batch=4092 or 4098"),
+        (4, 8, 1, "start 4 ranks, or set optim.global_batch=8"),
+        (12, 5, 2, "start 3 or 6 ranks, or set optim.global_batch=10 or 20"),
+        (13, 2, 2, "set optim.global_batch=12 or 16"),
+    ],
+)
+def test_uneven_batch_names_rank_counts_that_divide(global_batch, world_size, views, remedy):
+    with pytest.raises(ConfigError) as caught:
+        batch_plan(global_batch, 4, world_size=world_size, views=views)
+    assert f"cannot be shared evenly by {world_size} ranks" in caught.value.cause
+    assert caught.value.remedy == remedy
+
+
+def test_total_steps_are_exact():
+    assert 0.29 * 100 < 29, "what a float product would do"
+    assert total_steps(0.29, 100, global_batch=1) == 29
+    assert total_steps(0.1, 30, global_batch=3) == 1
+    assert total_steps(1e-05, 100000, global_batch=1) == 1
+    assert total_steps(100.0, 1281167, global_batch=4096) == 31278
+    assert total_steps(800, 1281167, global_batch=4096) == 800 * 1281167 // 4096
+    with pytest.raises(ConfigError, match=r"0.5 epochs of 100 images are 50 samples, .*global_batch=64"):
+        total_steps(0.5, 100, global_batch=64)
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**7), st.integers(1, 10**5))
+def test_total_steps_is_the_floor(thousandths, images, global_batch):
+    exact = math.floor(Fraction(thousandths, 1000) * images / global_batch)
+    if exact:
+        assert total_steps(thousandths / 1000, images, global_batch=global_batch) == exact
+
+
+@pytest.mark.parametrize(
+    ("environment", "ranks"),
+    [
+        ({}, 1),
+        ({"WORLD_SIZE": "8"}, 8),
+        ({"SLURM_NTASKS": "16", "SLURM_STEP_ID": "0"}, 16),
+        ({"SLURM_NTASKS": "16"}, 1),  # a batch script: one process that starts the others
+        ({"WORLD_SIZE": "2", "SLURM_NTASKS": "16", "SLURM_STEP_ID": "0"}, 2),  # torchrun below srun
+    ],
+)
+def test_world_size_from_environment(environment, ranks):
+    assert world_size_from_environment(environment) == ranks
+
+
+@pytest.mark.parametrize("text", ["0", "", "many", "-1", "1.5"])
+def test_impossible_world_size(text):
+    with pytest.raises(ConfigError, match="WORLD_SIZE"):
+        world_size_from_environment({"WORLD_SIZE": text})

@@ -1,0 +1,106 @@
+"""The schema as it describes itself: every key marked and explained, and what forbids continuing a run."""
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from maedistill.config.explain import explain
+from maedistill.config.keys import (
+    ALIASES,
+    all_keys,
+    all_sections,
+    differing_keys,
+    flat,
+    keys_of_kind,
+    nearest_keys,
+    nested,
+)
+from maedistill.config.schema import PretrainConfig
+from maedistill.errors import ConfigError
+
+
+def leaves(model: type[BaseModel], prefix: str = "") -> dict[str, object]:
+    """Dotted name -> field, walked over the classes themselves, not over the JSON schema that keys.py reads."""
+    found = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field
+    return found
+
+
+def test_every_leaf_is_marked_documented_and_known():
+    fields = leaves(PretrainConfig)
+    assert list(fields) == list(all_keys())
+    for name, field in fields.items():
+        assert field.json_schema_extra["kind"] in ("result", "runtime"), name
+        assert field.description and "None" not in field.description, name
+        assert all_keys()[name].kind == field.json_schema_extra["kind"]
+    assert sorted(keys_of_kind("result") + keys_of_kind("runtime")) == sorted(fields)
+    assert {"optim.lr", "seed", "teacher.source"} <= set(keys_of_kind("result"))
+    assert {"engine.zero", "data.workers", "run"} <= set(keys_of_kind("runtime"))
+
+
+def test_every_section_has_one_line_and_is_frozen():
+    config = PretrainConfig()
+    for name, doc in all_sections().items():
+        section = type(getattr(config, name))
+        assert doc == section.__doc__ and "\n" not in doc and doc.endswith(".")
+        assert section.model_config["frozen"] and section.model_config["extra"] == "forbid"
+    with pytest.raises(ValidationError, match="frozen"):
+        config.optim.lr = 1.0
+
+
+def test_defaults_are_what_the_class_has():
+    assert flat(PretrainConfig()) == {name: key.default for name, key in all_keys().items()}
+    assert PretrainConfig.model_validate(nested(flat(PretrainConfig())), strict=False) == PretrainConfig()
+
+
+def test_only_result_keys_forbid_continuing():
+    old = PretrainConfig()
+    new = PretrainConfig.model_validate(
+        {"run": "elsewhere", "optim": {"lr": 0.1, "betas": (0.9, 0.99)}, "engine": {"zero": 2, "micro_batch": 8}}
+    )
+    assert differing_keys(old, new) == [("optim.lr", None, 0.1), ("optim.betas", [0.9, 0.95], [0.9, 0.99])]
+    assert differing_keys(new, new) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("optim.epoch", "optim.epochs"),
+        ("masks.student_visble", "masks.student_visible"),
+        ("zero", "engine.zero"),
+        ("optimizer.weight_decay", "optim.weight_decay"),
+        ("weightdecay", "optim.weight_decay"),
+        ("data.blr", "optim.base_lr"),
+        ("model.image_size", "data.image_size"),
+        ("engin", "engine"),
+    ],
+)
+def test_nearest_key(name, nearest):
+    assert nearest_keys(name)[0] == nearest
+
+
+def test_aliases_lead_to_keys_and_hide_none():
+    assert {key for keys in ALIASES.values() for key in keys} <= set(all_keys())
+    assert not set(ALIASES) & {name.rpartition(".")[2] for name in all_keys()}
+
+
+def test_explain():
+    assert explain("masks.student_visible") == (
+        "masks.student_visible: share of patches the student sees; 0.25 in MAE, DMAE and AMD\n"
+        "  takes    a number > 0 and <= 1\n"
+        "  default  0.25\n"
+        "  kind     result: changes the numbers of a run; a run folder continues with the same value only"
+    )
+    assert "one of l1, mse, smooth_l1" in explain("align.distance")
+    assert "a list of whole numbers, each >= 0" in explain("align.student")
+    assert "runtime: changes speed" in explain("engine.zero")
+    text = explain("masks")
+    assert text.startswith("masks: How many patches") and text.count("\n") == 2
+    assert "  masks.teacher_visible=null  share the teacher sees" in text
+    for name in [*all_keys(), *all_sections()]:
+        assert explain(name).startswith(f"{name}: ")
+    with pytest.raises(ConfigError, match=r"there is no key lr\ndid you mean optim\.lr\?"):
+        explain("lr")

@@ -1,0 +1,168 @@
+"""Merging files and overrides, where each value came from, YAML's traps, and writing a config that loads back equal."""
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maedistill.config.document import read_document
+from maedistill.config.keys import all_keys, flat
+from maedistill.config.loader import LoadedConfig, load_config
+from maedistill.config.render import config_yaml, render_config
+from maedistill.config.schema import PretrainConfig
+from maedistill.errors import ConfigError
+
+MAE = "method: mae\nrun: runs/test\ndata:\n  train: shards/a.tar\n  workers: 2\n"
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_origins_name_file_and_line(tmp_path):
+    base = write(tmp_path / "base.yaml", MAE)
+    top = write(
+        tmp_path / "top.yaml", "# a comment\nextends: base.yaml\n\noptim: {epochs: 3, warmup_epochs: 0}\nseed: 4\n"
+    )
+    loaded = load_config(top, ["seed=5", "data.workers=0", "log={every: 7}"])
+    assert set(loaded.origins) == set(all_keys())
+    shown = {name: origin for name, origin in loaded.origins.items() if origin != "default"}
+    assert shown == {
+        "method": f"{base}:1",
+        "run": f"{base}:2",
+        "data.train": f"{base}:4",
+        "data.workers": "command line",
+        "optim.epochs": f"{top}:4",
+        "optim.warmup_epochs": f"{top}:4",
+        "seed": "command line",
+        "log.every": "command line",
+    }
+    assert (loaded.config.seed, loaded.config.data.workers, loaded.config.log.every) == (5, 0, 7)
+    assert loaded.config.optim.epochs == 3.0 and isinstance(loaded.config.optim.epochs, float)
+
+
+def test_later_files_win_and_paths_are_relative_to_the_file(tmp_path, monkeypatch):
+    write(tmp_path / "base.yaml", MAE + "seed: 1\nthreads: 1\ndecoder: {width: 64, heads: 4, depth: 1}\n")
+    write(tmp_path / "parts" / "small.yaml", "extends: ../base.yaml\nseed: 2\ndecoder: {depth: 2}\n")
+    write(tmp_path / "parts" / "long.yaml", "seed: 3\nthreads: 3\n")
+    top = write(tmp_path / "runs" / "top.yaml", "extends: [../parts/small.yaml, ../parts/long.yaml]\nthreads: 4\n")
+    monkeypatch.chdir(tmp_path / "parts")
+    config = load_config(Path("../runs/top.yaml"), ["seed=5", "seed=6"]).config
+    assert (config.seed, config.threads) == (6, 4)
+    assert (config.decoder.width, config.decoder.depth) == (64, 2), "sections merge key by key"
+    assert config.run == "runs/test", "values are kept as written"
+    assert load_config(top).config.seed == 3
+
+    write(tmp_path / "x.yaml", "extends: y.yaml\n")
+    write(tmp_path / "y.yaml", "extends: z.yaml\n")
+    write(tmp_path / "z.yaml", "extends: y.yaml\n")
+    with pytest.raises(ConfigError, match=r"y\.yaml -> .*z\.yaml -> .*y\.yaml"):
+        load_config(tmp_path / "x.yaml")
+
+
+def test_a_wrong_value_below_an_override_does_no_harm(tmp_path):
+    file = write(tmp_path / "a.yaml", MAE + "optim: {epochs: many}\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml:6 optim\.epochs"):
+        load_config(file)
+    assert load_config(file, ["optim.epochs=30"]).config.optim.epochs == 30
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("-1.5E+2", -150.0),
+        (".5", 0.5),
+        ("3", 3),
+        ("-0", 0),
+        ("null", None),
+        ("", None),
+        ("[5, 11]", [5, 11]),
+        ("[5,11]", [5, 11]),
+        ("true", True),
+        ("on", "on"),
+        ("No", "No"),
+        ("007", "007"),
+        ("0x1f", "0x1f"),
+        ("1_000", "1_000"),
+        ("1:30", "1:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("'3'", "3"),
+        ('"null"', "null"),
+        ("~/runs", "~/runs"),
+        ("s3://b/train-{0000..1023}.tar", "s3://b/train-{0000..1023}.tar"),
+        ("dir/train-*.tar", "dir/train-*.tar"),
+        ("timm:vit_base_patch16_224.mae", "timm:vit_base_patch16_224.mae"),
+    ],
+)
+def test_scalars_mean_what_they_look_like(text, value):
+    ((name, (read, _)),) = read_document(text, prefix="key").items()
+    assert name == "key" and read == value and type(read) is type(value)
+
+
+def test_nan_and_infinity_are_numbers_for_the_schema_to_refuse():
+    values = read_document("[.inf, -.INF, .NaN]", prefix="key")["key"][0]
+    assert values[:2] == [math.inf, -math.inf] and math.isnan(values[2])
+
+
+def test_printed_config_loads_back_and_its_comments_are_aligned(tmp_path):
+    file = write(tmp_path / "a.yaml", MAE)
+    loaded = load_config(file, ["optim.lr=1e-3", "data.mean=[0.5,0.5,1e-5]", "teacher.licence='#1: \"yes\"'"])
+    printed = render_config(loaded)
+    again = load_config(write(tmp_path / "again.yaml", printed))
+    assert again.config == loaded.config
+    assert "default" not in again.origins.values(), "every key is printed"
+    settings = [line for line in printed.splitlines() if "  # " in line]
+    assert len(settings) == len(all_keys())
+    assert len({line.rindex("  # ") for line in settings}) == 1
+    assert f"method: mae{' ' * 10}" in printed and f"# {file}:1\n" in printed and "# command line\n" in printed
+
+
+def test_a_long_value_does_not_push_the_comments_of_others(tmp_path):
+    printed = render_config(load_config(write(tmp_path / "a.yaml", MAE), [f"data.val={'long/' * 40}v.tar"]))
+    lines = [line for line in printed.splitlines() if "long/" not in line]
+    assert max(map(len, lines)) < 72 + len(str(tmp_path)) + 30
+
+
+texts = st.text(
+    st.characters(min_codepoint=32, exclude_characters="\x7f\u2028\u2029", exclude_categories=("Cs", "Cc", "Cn"))
+)
+traps = st.sampled_from(
+    ["on", "1e-3", "null", "007", "1:30", "2024-01-01", "a: b", "# x", "*a", "!t", " x ", "😀", "-", "="]
+)
+numbers = st.floats(min_value=0, exclude_min=True, max_value=1e300)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    run=texts | traps,
+    licence=st.none() | texts | traps,
+    lr=st.none() | numbers,
+    mean=st.tuples(numbers, numbers, numbers),
+)
+def test_any_config_is_written_and_read_back_exactly(tmp_path_factory, run, licence, lr, mean):
+    config = PretrainConfig.model_validate(
+        {
+            "method": "mae",
+            "run": run or "x",
+            "data": {"train": "a.tar", "mean": mean},
+            "teacher": {"licence": licence},
+            "optim": {"lr": lr},
+        }
+    )
+    text = config_yaml(config)
+    assert len(text.splitlines()) == len(all_keys()) + 11
+    leaves = {name: value for name, (value, _) in read_document(text).items()}
+    assert leaves == flat(config)
+    other_reader = yaml.safe_load(text)
+    assert other_reader["run"] == config.run and other_reader["teacher"]["licence"] == licence
+    file = tmp_path_factory.getbasetemp() / "config.yaml"
+    file.write_text(text, encoding="utf-8")
+    assert load_config(file).config == config
+    commented = render_config(LoadedConfig(config, dict.fromkeys(all_keys(), "default")))
+    assert {name: value for name, (value, _) in read_document(commented).items()} == leaves

@@ -1,0 +1,134 @@
+"""What holds for all three methods: gradients reach everything, nothing is uninitialised, terms add up, loss falls."""
+
+import pytest
+import torch
+
+from maedistill.data.transforms import normalize
+from maedistill.losses.pixels import pixel_target
+from maedistill.masking import PatchSplit, random_split
+from maedistill.methods.amd import AMD
+from maedistill.methods.dmae import DMAE
+from maedistill.methods.mae import MAE
+from maedistill.models.decoder import TokenDecoder
+from maedistill.models.encoder import MaskedEncoder, build_vit
+from maedistill.models.initialize import initialize
+from maedistill.models.teacher import Teacher, open_teacher
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+CASES = ["mae", "dmae", "amd", "amd with class token", "amd learned", "dmae mlp", "dmae two pairs"]
+
+
+def build(case: str) -> tuple[MAE, Teacher | None, PatchSplit, torch.Tensor]:
+    """A method of 32 x 3 at 32 px with 64 patches, a teacher of 48 x 4 with patches twice as wide, and a batch."""
+    name = case.split()[0]
+    token = name != "amd" or "class token" in case
+    positions = "learned" if "learned" in case else "sincos2d"
+    shape = {"width": 32, "depth": 3, "heads": 2, "patch_size": 4}
+    vit = build_vit("vit_tiny_patch16_224", image_size=32, class_token=token, positions=positions, **shape)
+    encoder = MaskedEncoder(vit)
+    shape = {"width": 16, "depth": 1, "heads": 2, "grid": 8, "patch_size": 4}
+    decoder = TokenDecoder(32, num_prefix=encoder.num_prefix, **shape)
+    keywords = {"mean": MEAN, "std": STD, "pixel_kind": "patch_channel" if name == "amd" else "patch"}
+    teacher = None
+    if name != "mae":
+        pairs = {"student_taps": (1,), "teacher_taps": (2,)}
+        if name == "amd" or "two" in case:
+            pairs = {"student_taps": (0, 2), "teacher_taps": (1, 3)}
+        source = open_teacher("random:vit_tiny_patch16_224", grid=8, width=48, depth=4, heads=4, patch_size=8)
+        teacher = Teacher(source, taps=pairs["teacher_taps"])
+        keywords |= pairs | {"teacher_width": 48, "teacher_prefix": 1, "head": "mlp" if "mlp" in case else "linear"}
+        keywords |= {"distance": "mse", "normalize": "none"} if name == "amd" else {}
+    method = {"mae": MAE, "dmae": DMAE, "amd": AMD}[name](encoder, decoder, **keywords)
+    split = random_split(
+        torch.arange(4), seed=0, num_patches=64, num_student=16, num_teacher=32 if name == "amd" else 16
+    )
+    return method, teacher, split, torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def losses_of(method: MAE, teacher: Teacher | None, split: PatchSplit, images: torch.Tensor) -> dict:
+    return method(images, split, teacher(images, split) if teacher is not None else None)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nan_filled_parameters_are_all_initialised_and_get_gradients(case: str) -> None:
+    method, teacher, split, images = build(case)
+    for parameter in method.parameters():
+        parameter.data.fill_(torch.nan)
+    initialize(method, seed=0)
+    assert all(value.isfinite().all() for value in method.state_dict().values())
+    losses_of(method, teacher, split, images)["loss"].backward()
+    # The last block's output of a prefix token that nothing reads still moves through attention: all get gradients.
+    bare = [name for name, p in method.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not bare
+    if teacher is not None:
+        assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_terms_add_up_by_name(case: str) -> None:
+    method, teacher, split, images = build(case)
+    initialize(method, seed=0)
+    method.pixel_weight = 2.0
+    if teacher is not None:
+        method.align_weight = 3.0
+    if isinstance(method, AMD):
+        method.generate_weight = 5.0
+    losses = losses_of(method, teacher, split, images)
+    groups = {kind: [v for name, v in losses.items() if name.startswith(kind)] for kind in ("align/", "generate/")}
+    expected = 2 * losses["pixels"]
+    for kind, weight in (("align/", 3), ("generate/", 5)):
+        if groups[kind]:
+            expected = expected + weight * sum(groups[kind]) / len(groups[kind])
+    torch.testing.assert_close(losses["loss"], expected)
+    count = {"mae": 0, "dmae": 2 if "two" in case else 1, "amd": 2}[case.split()[0]]
+    assert len(groups["align/"]) == count and len(groups["generate/"]) == (count if "amd" in case else 0)
+
+
+@pytest.mark.parametrize("case", ["mae", "dmae", "amd"])
+def test_one_batch_is_learned(case: str) -> None:
+    method, teacher, split, images = build(case)
+    initialize(method, seed=0)
+    optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)
+    history = []
+    for _ in range(60):
+        losses = losses_of(method, teacher, split, images)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        history.append({name: float(value.detach()) for name, value in losses.items()})
+    assert history[-1].keys() == history[0].keys()
+    falls = {name: history[-1][name] < 0.95 * history[0][name] for name in history[0]}
+    assert all(falls.values()), falls
+
+
+def test_a_picture_of_perfect_predictions_is_the_image() -> None:
+    """`draw` inverts exactly what the loss compares with, for every kind of target."""
+    for kind in ("raw", "patch", "patch_channel"):
+        method, _, split, images = build("mae")
+        initialize(method, seed=0)
+        method.pixel_kind = kind
+        hidden = {}
+
+        def perfect(tokens: torch.Tensor, split: PatchSplit, method: MAE = method, kept: dict = hidden) -> torch.Tensor:
+            return kept["target"]
+
+        normalized = normalize(images, method.mean, method.std)
+        hidden["target"] = pixel_target(method._hidden(images, normalized, split), kind=kind)
+        method.decoder.forward = perfect
+        drawn = method.draw(images, split)
+        rows = torch.zeros(4, 64).scatter_(1, split.hidden, 1.0)
+        mask = rows.view(4, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        torch.testing.assert_close(drawn, images * mask, rtol=0, atol=1e-5)
+
+
+def test_student_and_teacher_patches_cover_the_same_part_of_the_image() -> None:
+    """A teacher with other patches sees the image resized to the student's grid: a bright patch stays patch i."""
+    _, teacher, _, _ = build("dmae")
+    images = torch.zeros(1, 3, 32, 32)
+    images[:, :, 8:12, 20:24] = 1.0  # patch (2, 5): id 21
+    seen = {}
+    teacher.encoder.forward = lambda x, ids, **_: (None, seen.setdefault("x", x))
+    teacher(images, PatchSplit(torch.arange(64)[None], 64, 64))
+    assert seen["x"].shape[-1] == 64
+    means = seen["x"].mean(1).unfold(1, 8, 8).unfold(2, 8, 8).mean((-1, -2)).flatten()
+    assert int(means.argmax()) == 21

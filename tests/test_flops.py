@@ -1,0 +1,51 @@
+"""FLOPs per image stay below what DESIGN promises: nothing hidden is embedded, no teacher block runs unused."""
+
+import pytest
+import torch
+
+from maedistill.flops import count_flops
+from maedistill.methods.amd import AMD
+from maedistill.methods.dmae import DMAE
+from maedistill.models.decoder import TokenDecoder
+from maedistill.models.encoder import MaskedEncoder, build_vit
+from maedistill.models.teacher import IMAGENET_MEAN, IMAGENET_STD, Teacher, TeacherSource
+
+PUBLISHED = {"width": 512, "depth": 8, "heads": 16}
+LIGHT = {"width": 384, "depth": 4, "heads": 6}
+
+
+def gflops(method: str, *, student: str, teacher: str, decoder: dict[str, int]) -> dict[str, float]:
+    """Counts for vit_{student} distilled from vit_{teacher} at 224 px with the papers' taps and masks."""
+    with torch.device("meta"):
+        guide = MaskedEncoder(build_vit(f"vit_{teacher}_patch16_224", image_size=224))
+        deep = guide.depth
+        taps = {"dmae": ((8,), (deep * 3 // 4 - 1,)), "amd": ((5, 11), (deep // 2 - 1, deep - 1))}[method]
+        source = TeacherSource(guide, "meta", IMAGENET_MEAN, IMAGENET_STD, "", "")
+        encoder = MaskedEncoder(
+            build_vit(f"vit_{student}_patch16_224", image_size=224, positions="sincos2d", class_token=method == "dmae")
+        )
+        shape = {"grid": 14, "patch_size": 16, "num_prefix": encoder.num_prefix}
+        keywords = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "student_taps": taps[0], "teacher_taps": taps[1]}
+        keywords |= {"teacher_width": guide.width, "teacher_prefix": guide.num_prefix}
+        kind = {"dmae": DMAE, "amd": AMD}[method]
+        model = kind(encoder, TokenDecoder(encoder.width, **shape, **decoder), **keywords)
+        guide = Teacher(source, taps=taps[1])
+    return count_flops(model, guide, num_student=49, num_teacher=49 if method == "dmae" else 98)
+
+
+@pytest.mark.parametrize(
+    ("method", "teacher", "student", "decoder", "most"),
+    [
+        ("dmae", "large", "base", PUBLISHED, 82.5),  # the published loop spends 100.6
+        ("dmae", "large", "small", PUBLISHED, 63.0),  # 80.9
+        ("dmae", "large", "tiny", PUBLISHED, 58.0),  # 75.8
+        ("dmae", "base", "small", PUBLISHED, 46.5),  # 58.7
+        ("dmae", "large", "base", LIGHT, 60.0),
+        ("amd", "large", "base", LIGHT, 128.0),
+    ],
+)
+def test_gflops_per_image(method: str, teacher: str, student: str, decoder: dict[str, int], most: float) -> None:
+    counts = gflops(method, student=student, teacher=teacher, decoder=decoder)
+    print({name: round(value, 2) for name, value in counts.items()})
+    assert counts["total"] <= most
+    assert counts["backward"] > counts["encoder"] + counts["decoder"]  # the backward pass was counted, all of it

@@ -1,0 +1,81 @@
+"""Imports point down: a stranger may read any file knowing that nothing above it matters."""
+
+import ast
+from pathlib import Path
+
+# From the bottom. A module may import from its own layer and from those below, never from those above.
+LAYERS = [
+    ["errors", "randomness", "patches"],
+    ["masking", "config", "losses"],
+    ["data", "training"],
+    ["models"],
+    ["methods"],
+    ["build", "evaluate", "pictures", "flops", "report"],
+    ["plan"],
+    ["pretrain"],
+    ["tools"],
+]
+HEAVY = {"torch", "timm", "torchvision", "deepspeed", "webdataset", "numpy"}
+
+
+def modules(root: Path) -> dict[str, Path]:
+    files = {".".join(p.relative_to(root).with_suffix("").parts): p for p in (root / "maedistill").rglob("*.py")}
+    files |= {f"tools.{p.stem}": p for p in (root / "tools").glob("*.py")}
+    return {name.removesuffix(".__init__"): path for name, path in files.items()}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def layer(module: str) -> int:
+    name = "tools" if module.startswith("tools.") else module.split(".")[1]
+    return next(i for i, names in enumerate(LAYERS) if name in names)
+
+
+def test_imports_point_down(root: Path) -> None:
+    files = modules(root)
+    for module, path in files.items():
+        for target in imports(path) & files.keys():
+            if module != "maedistill" and target != "maedistill":
+                assert layer(target) <= layer(module), f"{module} imports {target}, which stands above it"
+
+
+def test_there_are_no_circles(root: Path) -> None:
+    files = modules(root)
+    graph = {module: imports(path) & files.keys() - {module} for module, path in files.items()}
+    while graph:
+        free = {module for module, targets in graph.items() if not targets & graph.keys()}
+        assert free, f"these import each other: {sorted(graph)}"
+        graph = {module: targets for module, targets in graph.items() if module not in free}
+
+
+def test_only_the_engine_imports_deepspeed_and_config_nothing_heavy(root: Path) -> None:
+    for module, path in modules(root).items():
+        roots = {target.split(".")[0] for target in imports(path)}
+        if module != "maedistill.training.engine":
+            assert "deepspeed" not in roots, module
+        if module.startswith("maedistill.config") or module in ("maedistill", "maedistill.errors"):
+            assert not roots & HEAVY, module
+
+
+def test_leaves_never_see_the_config(root: Path) -> None:
+    """Only what assembles a run unpacks its config; everything below takes plain arguments."""
+    leaves = ("losses", "methods", "data", "masking", "randomness", "patches")
+    for module, path in modules(root).items():
+        if module.split(".")[1:2] and module.split(".")[1] in leaves:
+            seen = {target for target in imports(path) if target.startswith("maedistill.config")}
+            assert seen <= {"maedistill.config.batch", "maedistill.config.batch.BatchPlan"}, module
+
+
+def test_names_say_something(root: Path) -> None:
+    vague = {"utils", "misc", "common", "helpers"}
+    assert not [module for module in modules(root) if module.rpartition(".")[2] in vague]

@@ -1,0 +1,287 @@
+"""What the engine tests run in real processes: `python scenarios.py NAME FOLDER` on every rank; results go to FOLDER.
+
+Starting a process costs about 4 s (torch, DeepSpeed), so one process runs a whole scenario of many engines.
+"""
+
+import itertools
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from maedistill.errors import DataError
+from maedistill.training import checkpoint as checkpoint_file
+from maedistill.training import engine as engine_file
+from maedistill.training.checkpoint import load_latest, save_checkpoint
+from maedistill.training.distributed import (
+    all_reduce_mean,
+    broadcast_object,
+    from_main,
+    gather_rows,
+    on_main,
+    rank,
+    world_size,
+)
+from maedistill.training.engine import Engine, initialize_distributed, shutdown_distributed
+from maedistill.training.optim import build_optimizer, build_schedule, parameter_groups
+
+BATCH, STEPS, WIDTH = 12, 6, 5
+PEAK, CLIP, DECAY = 0.02, 0.05, 0.3
+
+
+@dataclass(frozen=True)
+class Split:
+    """Stands for PatchSplit: a dataclass with a tensor among the inputs."""
+
+    order: Tensor  # [B, 2]
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, WIDTH))
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.norm = nn.LayerNorm(WIDTH)
+
+
+class Toy(nn.Module):
+    """Small, with what is awkward for ZeRO 3 and for averaging.
+
+    Odd sizes, a token read from outside its module, activation checkpointing, a changing integer buffer, dataclass and
+    dict inputs, loss terms that share a graph with the loss.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Encoder()
+        self.head = nn.Linear(WIDTH, 3, bias=False)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("scale", torch.tensor([3.0]), persistent=False)
+
+    def forward(self, x: Tensor, split: Split, target: dict[int, Tensor]) -> dict[str, Tensor]:
+        self.calls += 1
+        x = x + self.encoder.cls_token
+        for layer in self.encoder.layers:
+            x = x + checkpoint(layer, x, use_reentrant=False).tanh()
+        y = self.head(self.encoder.norm(x)).float()
+        pixels = (y.gather(1, split.order) - target[4][:, :2]).square().mean() * self.scale.squeeze()
+        align = (y - target[7]).abs().mean()
+        return {"loss": pixels + 0.5 * align, "pixels": pixels, "align/1": align}
+
+
+def samples(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The global batch of an update: x [B, W], order [B, 2], two targets [B, 3]."""
+    g = torch.Generator().manual_seed(step)
+    x, a, b = (
+        torch.randn(BATCH, WIDTH, generator=g),
+        torch.randn(BATCH, 3, generator=g),
+        torch.rand(BATCH, 3, generator=g),
+    )
+    return x, torch.rand(BATCH, 3, generator=g).argsort(1)[:, :2], a, b
+
+
+def micro_batches(step: int, *, parts: int) -> list[tuple[Tensor, Split, dict[int, Tensor]]]:
+    """The global batch cut in order into `parts` equal inputs of Toy."""
+    return [(x, Split(o), {4: a, 7: b}) for x, o, a, b in zip(*(t.chunk(parts) for t in samples(step)), strict=True)]
+
+
+def toy() -> Toy:
+    torch.manual_seed(0)
+    return Toy()
+
+
+def build(zero: int, precision: str, accumulation: int):
+    """Engine, schedule and (below stage 3) moving average around a fresh Toy."""
+    module = toy()
+    optimizer = build_optimizer(parameter_groups(module, DECAY), lr=PEAK, betas=(0.9, 0.95))
+    schedule = build_schedule(optimizer, peak=PEAK, min_lr=0.001, warmup_steps=2, total_steps=STEPS)
+    ema = ModelEmaV3(module, decay=0.8) if zero < 3 else None
+    micro_batch = BATCH // (world_size() * accumulation)
+    engine = Engine(
+        module, optimizer, zero=zero, precision=precision, clip=CLIP, micro_batch=micro_batch, accumulation=accumulation
+    )
+    return engine, schedule, ema
+
+
+def train(engine, schedule, ema, steps, accumulation: int, *, spoiled=()) -> list[float]:
+    """Runs updates; returns their gradient norms. Rank 0's loss is NaN in `spoiled` steps."""
+    norms = []
+    for step in steps:
+        schedule.step_update(step)
+        mine = micro_batches(step, parts=world_size() * accumulation)[rank() * accumulation :][:accumulation]
+        for i, inputs in enumerate(mine):
+            loss = engine(*inputs)["loss"]
+            engine.backward(loss * float("nan") if step in spoiled and rank() == 0 else loss)
+            assert engine.step() == (i == accumulation - 1)
+        norms.append(float(engine.grad_norm))
+        if ema is not None:
+            ema.update(engine.module)
+    return norms
+
+
+def reference(precision: str, parts: int) -> tuple[dict[str, Tensor], list[float]]:
+    """The same training in plain torch, every part of the batch in this process."""
+    module = toy()
+    optimizer = torch.optim.AdamW(parameter_groups(module, DECAY), lr=PEAK, betas=(0.9, 0.95))
+    schedule = build_schedule(optimizer, peak=PEAK, min_lr=0.001, warmup_steps=2, total_steps=STEPS)
+    dtype, norms = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision), []
+    for step in range(STEPS):
+        schedule.step_update(step)
+        for inputs in micro_batches(step, parts=parts):
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+                loss = module(*inputs)["loss"]
+            (loss / parts).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), CLIP)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach().clone() for name, p in module.named_parameters()}, norms
+
+
+def first(folder: Path) -> dict:
+    """Every stage, number format and accumulation, with its plain-torch reference; checkpoints half-way."""
+    results = {}
+    for precision, accumulation in itertools.product(("fp32", "bf16", "fp16"), (1, 3)):
+        key = f"{precision}/{accumulation}"
+        results[f"{key}/torch"] = reference(precision, world_size() * accumulation)
+        for zero in range(4):
+            engine, schedule, ema = build(zero, precision, accumulation)
+            if engine.loss_scale:
+                engine.loss_scale.scale = 1024.0  # does not overflow here, so that torch without one is a reference
+            norms = train(engine, schedule, ema, range(STEPS // 2), accumulation)
+            half = engine.state()
+            save_checkpoint(
+                checkpoints(folder, world_size(), precision, accumulation, zero),
+                step=STEPS // 2,
+                engine=engine,
+                ema=ema,
+                state={"samples": BATCH * STEPS // 2},
+                keep=1,
+            )
+            norms += train(engine, schedule, ema, range(STEPS // 2, STEPS), accumulation)
+            results[f"{key}/{zero}"] = {"half": half, "final": engine.state(), "norms": norms, "ema": averaged(ema)}
+    results["skipped"] = {zero: skip(zero) for zero in range(4)}
+    results["overflow"] = {zero: overflow(zero) for zero in range(4)}
+    results["settings"] = {zero: settings(zero) for zero in range(4)}
+    results["collectives"] = collectives()
+    return results
+
+
+def averaged(ema: ModelEmaV3 | None) -> dict[str, Tensor] | None:
+    return ema and {name: value.clone() for name, value in ema.module.state_dict().items()}
+
+
+def skip(zero: int) -> tuple:
+    """Gradient norms and states of a run whose update 2 is NaN on rank 0, and of one that leaves update 2 out."""
+    engine, schedule, _ = build(zero, "fp32", 3)
+    norms = train(engine, schedule, None, range(4), 3, spoiled={2})
+    other, schedule, _ = build(zero, "fp32", 3)
+    train(other, schedule, None, (0, 1, 3), 3)
+    return norms, engine.state(), other.state()
+
+
+def overflow(zero: int) -> tuple[list[float], dict[str, float]]:
+    """Gradient norms and scalars of fp16 training that begins with a loss scale far too large."""
+    engine, schedule, _ = build(zero, "fp16", 1)
+    engine.loss_scale.scale, engine.loss_scale.growth_interval = 2.0**17, 2
+    norms = train(engine, schedule, None, range(STEPS), 1)
+    return norms, engine._scalars()
+
+
+def settings(zero: int) -> dict:
+    """What DeepSpeed understood of our dict: it ignores keys that it does not know."""
+    engine = build(zero, "fp32", 3)[0]._deepspeed
+    return {
+        "stage": engine.zero_optimization_stage(),
+        "batch": (engine.train_batch_size(), engine.train_micro_batch_size_per_gpu()),
+        "accumulation": engine.gradient_accumulation_steps(),
+        "clip": engine.gradient_clipping(),
+        "bucket": engine.zero_reduce_bucket_size(),
+        "waits for the device to time steps": engine.tput_timer.config.enabled,
+        "reduces in": engine.communication_data_type,
+    }
+
+
+def collectives() -> dict:
+    """What distributed.py returns with real ranks."""
+    errors = []
+    for error in (DataError("a cause", "a remedy"), KeyError("name")):
+        try:
+            on_main(lambda error=error: fail(error))
+        except Exception as raised:
+            errors.append((type(raised).__name__, str(raised)))
+    return {
+        "mean": all_reduce_mean({"a": torch.tensor(float(rank())), "b": torch.tensor(1 + 2e-8, dtype=torch.float64)}),
+        "rows": gather_rows(torch.arange(6).view(3, 2)[: 3 * (1 - rank())]),
+        "object": broadcast_object({"rank": rank()}),
+        "on_main": on_main(rank),
+        "errors": errors,
+        "tensor": from_main(torch.arange(3) if rank() == 0 else None, (3,), dtype=torch.int64),
+    }
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+def second(folder: Path) -> dict:
+    """Loads the checkpoints of `first`, of either number of ranks and any stage, into every stage; trains on."""
+    results = {}
+    layouts = itertools.product((1, 2), ("fp32", "bf16", "fp16"), (1, 3), range(4), range(4))
+    for ranks, precision, accumulation, zero, target in layouts:
+        same = zero == target and ranks == world_size()
+        if not same and (precision, accumulation) != ("fp32", 3):
+            continue
+        engine, schedule, ema = build(target, precision, accumulation)
+        ema = ema if zero < 3 else None  # stage 3 has none to load
+        state = load_latest(checkpoints(folder, ranks, precision, accumulation, zero), engine, ema)
+        assert state == {"samples": BATCH * STEPS // 2}
+        loaded = engine.state()
+        norms = train(engine, schedule, ema, range(STEPS // 2, STEPS), accumulation)
+        key = f"{ranks}/{precision}/{accumulation}/{zero}/{target}"
+        results[key] = {"half": loaded, "final": engine.state(), "norms": norms, "ema": averaged(ema)}
+    return results
+
+
+def failures(folder: Path) -> list[str]:
+    """A save that fails, then one that works; a load without an intact checkpoint: what every rank sees of them."""
+    engine, schedule, ema = build(1, "fp32", 1)
+    train(engine, schedule, ema, range(1), 1)
+    folder, seen = folder / "failures", []
+    real, checkpoint_file.save_file = (
+        checkpoint_file.save_file,
+        lambda tensors, path: fail(OSError(28, "No space left")),
+    )
+    save = partial(save_checkpoint, folder, step=1, engine=engine, state={}, keep=1)
+    seen.append(caught(save))
+    checkpoint_file.save_file = real
+    seen.append(save().name)
+    if rank() == 0:
+        (folder / "step_000000001" / "COMPLETE").unlink()
+    seen.append(caught(partial(load_latest, folder, engine)))
+    return seen
+
+
+def caught(work) -> str:
+    try:
+        return f"no error but {work()}"
+    except DataError as error:
+        return str(error)
+
+
+def checkpoints(folder: Path, *parts) -> Path:
+    return folder / "-".join(map(str, parts))
+
+
+if __name__ == "__main__":
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    engine_file.WHOLE = 0  # so that stage 3 really cuts up this small model
+    engine_file.FP16_DEVICES.add("cpu")  # autocast to fp16 works on a CPU, only slowly: enough to test the loss scale
+    initialize_distributed(60)
+    torch.save(globals()[name](folder), folder / f"{name}-{rank()}.pt")
+    shutdown_distributed()

@@ -1,0 +1,244 @@
+"""Resuming in new processes, bit for bit; and the folder protocol: torn, damaged, stray, pruned, durable."""
+
+import itertools
+import json
+import logging
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from maedistill.errors import DataError
+from maedistill.training import checkpoint
+from maedistill.training.checkpoint import latest_step, load_latest, newest_intact, read_weights, save_checkpoint
+from maedistill.training.state import MOMENTS, TrainingState
+
+# -- real engines: saved by one set of processes, loaded by another --
+
+
+def equal(a: TrainingState, b: TrainingState) -> bool:
+    return (
+        a.scalars == b.scalars
+        and all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights | b.weights)
+        and all(torch.equal(a.moments[m][name], b.moments[m][name]) for m in MOMENTS for name in a.moments[m])
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_three_steps_saved_and_three_more_are_six_bit_for_bit(runs, ranks, precision):
+    for accumulation, zero in itertools.product((1, 3), range(4)):
+        straight = runs["first", ranks][0][f"{precision}/{accumulation}/{zero}"]
+        resumed = runs["second", ranks][0][f"{ranks}/{precision}/{accumulation}/{zero}/{zero}"]
+        assert equal(resumed["half"], straight["half"])
+        assert equal(resumed["final"], straight["final"])
+        assert resumed["norms"] == straight["norms"][3:]
+        assert straight["final"].scalars["updates"] == 6
+        assert (zero == 3) == (straight["ema"] is None)
+        for name, value in (straight["ema"] or {}).items():
+            assert torch.equal(resumed["ema"][name], value)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("saved_by", [1, 2])
+def test_any_rank_count_and_stage_loads_what_any_other_saved(runs, ranks, saved_by):
+    for zero, target in itertools.product(range(4), range(4)):
+        straight = runs["first", saved_by][0][f"fp32/3/{zero}"]
+        resumed = runs["second", ranks][0][f"{saved_by}/fp32/3/{zero}/{target}"]
+        assert equal(resumed["half"], straight["half"]), (zero, target)  # nothing lost on the way
+        for name, value in straight["final"].weights.items():
+            if name != "calls":  # counts micro-batches
+                assert torch.allclose(resumed["final"].weights[name], value, rtol=0, atol=1e-6), (zero, target, name)
+
+
+def test_a_failed_save_reaches_every_rank_and_the_next_one_works(runs):
+    first, second = runs["failures", 2]
+    assert first == second
+    assert first[0].startswith("saving the checkpoint of step 1 in ") and "No space left" in first[0]
+    assert first[1] == "step_000000001"
+    assert "is intact: step_000000001" in first[2]
+
+
+# -- the protocol, without DeepSpeed --
+
+
+class OneTensor:
+    """Stands for an engine: what checkpoint.py asks of one."""
+
+    def __init__(self, value: float, width: int = 3) -> None:
+        self.weight = torch.full((width,), value)
+
+    def state(self) -> TrainingState:
+        moments = {moment: {"w": self.weight * k} for k, moment in enumerate(MOMENTS, start=2)}
+        return TrainingState({"w": self.weight.clone()}, moments, {"updates": float(self.weight[0])})
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"w": tuple(self.weight.shape)}
+
+    def load_state(self, state: TrainingState) -> None:
+        assert torch.equal(state.moments["exp_avg"]["w"], 2 * state.weights["w"])
+        assert state.scalars == {"updates": float(state.weights["w"][0])}
+        self.weight = state.weights["w"]
+
+
+def save(folder: Path, step: int, *, keep: int = 9) -> Path:
+    return save_checkpoint(folder, step=step, engine=OneTensor(step), state={"at": step}, keep=keep)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_newest_of_several_is_loaded_and_old_ones_go(tmp_path):
+    for step in (1, 2, 10):
+        save(tmp_path, step, keep=2)
+    engine = OneTensor(0)
+    assert load_latest(tmp_path, engine) == {"at": 10}
+    assert engine.weight.tolist() == [10, 10, 10]
+    assert names(tmp_path) == ["step_000000002", "step_000000010"]
+    assert latest_step(tmp_path) == 10
+    assert read_weights(tmp_path / "step_000000002")["w"].tolist() == [2, 2, 2]
+
+
+def test_no_checkpoint_is_no_error(tmp_path):
+    (tmp_path / "step_000000001.tmp").mkdir()  # killed during its first save
+    for folder in (tmp_path, tmp_path / "absent"):
+        assert load_latest(folder, OneTensor(0)) is None
+        assert latest_step(folder) is None
+
+
+def test_every_flipped_bit_and_every_cut_is_found(tmp_path, caplog):
+    good, newest = save(tmp_path, 1), save(tmp_path, 2)
+    with caplog.at_level(logging.ERROR, logger=checkpoint.logger.name):
+        for file in sorted(newest.iterdir()):
+            data = file.read_bytes()
+            for damaged in (data[:-1], data[:-1] + bytes([data[-1] ^ 1]), b"", data + b" "):
+                file.write_bytes(damaged)
+                assert newest_intact(tmp_path) == good, file.name
+            file.unlink()
+            assert newest_intact(tmp_path) == good, file.name
+            file.write_bytes(data)
+    assert newest_intact(tmp_path) == newest
+
+
+def test_a_damaged_checkpoint_is_named_passed_over_and_replaced_later(tmp_path, caplog):
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    (newest / "optimizer.safetensors").write_bytes(b"x")
+    assert load_latest(tmp_path, OneTensor(0)) == {"at": 1}
+    assert "step_000000002 is damaged (optimizer.safetensors is missing or has another size)" in caplog.text
+    save(tmp_path, 2, keep=1)
+    assert load_latest(tmp_path, OneTensor(0)) == {"at": 2}
+    assert names(tmp_path) == ["step_000000002"]
+
+
+def test_pruning_never_counts_damaged_later_ones(tmp_path):
+    (save(tmp_path, 9) / "COMPLETE").unlink()
+    for step in (1, 2):
+        save(tmp_path, step, keep=1)
+    assert names(tmp_path) == ["step_000000002", "step_000000009"]
+
+
+def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(tmp_path):
+    (save(tmp_path, 1) / "COMPLETE").unlink()
+    with pytest.raises(DataError, match=r"no checkpoint in .* is intact: step_000000001"):
+        load_latest(tmp_path, OneTensor(0))
+    assert latest_step(tmp_path) is None
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_tensor_name(tmp_path):
+    save(tmp_path, 1)
+    with pytest.raises(
+        DataError, match=r"another model: 1 tensors differ, first w: \(3,\) in the file, \(4,\) in the model"
+    ):
+        load_latest(tmp_path, OneTensor(0, width=4))
+
+
+def test_reading_an_average_that_was_not_saved_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"ema\.safetensors cannot be used: the checkpoint has no such file"):
+        read_weights(save(tmp_path, 1), "ema")
+
+
+def test_a_state_that_is_not_plain_fails_at_saving_time(tmp_path):
+    for value in (math.nan, torch.zeros(1), {1, 2}):
+        with pytest.raises((TypeError, ValueError)):
+            save_checkpoint(tmp_path, step=1, engine=OneTensor(1), state={"value": value}, keep=1)
+
+
+def test_an_intact_checkpoint_of_the_same_step_is_left_alone(tmp_path):
+    before = (save(tmp_path, 1) / "COMPLETE").stat().st_mtime_ns
+    assert (save(tmp_path, 1) / "COMPLETE").stat().st_mtime_ns == before
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+CALLS = (("save_file", checkpoint), ("_sync", checkpoint), ("_sha256", checkpoint), ("rename", Path), ("mkdir", Path))
+CALLS += (("write_text", Path), ("rmtree", checkpoint.shutil))
+
+
+def test_killed_before_any_call_of_a_save_the_newest_intact_one_loads_and_the_next_save_works(tmp_path, monkeypatch):
+    # The real kill is tested elsewhere; this one is cheap enough for every point.
+    points = 0
+    for point in itertools.count():
+        folder = tmp_path / str(point)
+        save(folder, 1, keep=1)
+        (folder / "step_000000000.tmp").mkdir()
+        with monkeypatch.context() as patch:
+            remaining = itertools.count(point, -1)
+            for name, owner in CALLS:
+                real = getattr(owner, name)
+                patch.setattr(owner, name, stop_at_zero(real, remaining))
+            try:
+                save(folder, 2, keep=1)
+            except Killed:
+                points += 1
+            else:
+                break
+        assert load_latest(folder, OneTensor(0)) in ({"at": 1}, {"at": 2})
+        save(folder, 3, keep=1)
+        assert names(folder) == ["step_000000003"]
+    assert points >= 20
+
+
+def stop_at_zero(real, remaining):
+    def call(*args, **kwargs):
+        if next(remaining) == 0:
+            raise Killed
+        return real(*args, **kwargs)
+
+    return call
+
+
+def test_files_and_folder_are_on_the_disk_before_the_rename_and_the_parent_after(tmp_path, monkeypatch):
+    events, descriptors = [], {}
+    real_open, real_sync, real_rename = os.open, os.fsync, Path.rename
+
+    def opened(path, *args, **kwargs):
+        descriptor = real_open(path, *args, **kwargs)
+        descriptors[descriptor] = Path(path).name
+        return descriptor
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "fsync", lambda d: (events.append(descriptors[d]), real_sync(d)))
+    monkeypatch.setattr(Path, "rename", lambda s, t: (events.append(f"-> {t.name}"), real_rename(s, t))[1])
+    final = save(tmp_path, 7)
+    *files, folder, rename, parent = events
+    assert sorted(files) == sorted(path.name for path in final.iterdir())
+    assert files[-1] == "COMPLETE"
+    assert (folder, rename, parent) == ("step_000000007.tmp", "-> step_000000007", tmp_path.name)
+
+
+def test_no_file_needs_unpickling(tmp_path):
+    final = save(tmp_path, 1)
+    assert names(final) == [
+        "COMPLETE",
+        "manifest.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+    assert json.loads((final / "state.json").read_text()) == {"step": 1, "engine": {"updates": 1.0}, "loop": {"at": 1}}

@@ -1,0 +1,82 @@
+"""Who am I, from each launcher's environment; and what the collectives give on one and on two processes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from maedistill.errors import ConfigError
+from maedistill.training.distributed import first_host, prepare_environment
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("node7", "node7"),
+        ("gpu[003-006,9],login", "gpu003"),
+        ("gpu-a[1,3]-ib", "gpu-a1-ib"),
+        ("rack[02-03]n[1-4]", "rack02n1"),
+        ("a,b[1-2]", "a"),
+        ("10.0.0.1", "10.0.0.1"),
+    ],
+)
+def test_first_host_of_a_compact_list(nodelist, host):
+    assert first_host(nodelist) == host
+
+
+def test_slurm_tasks_agree_on_address_and_port():
+    shared = {"SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "gpu[11-12]", "SLURM_JOB_ID": "123456", "PATH": "/bin"}
+    tasks = [prepare_environment(shared | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i % 4)}) for i in range(8)]
+    assert [(task["RANK"], task["LOCAL_RANK"], task["WORLD_SIZE"]) for task in tasks] == [
+        (str(i), str(i % 4), "8") for i in range(8)
+    ]
+    assert {(task["MASTER_ADDR"], task["MASTER_PORT"]) for task in tasks} == {("gpu11", "23456")}
+    one_gpu_each = shared | {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "3"}
+    assert prepare_environment(one_gpu_each)["LOCAL_RANK"] == "0"
+
+
+def test_torchrun_wins_over_slurm_and_is_taken_as_it_is():
+    given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "5"}
+    assert prepare_environment(given | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) == given
+
+
+def test_a_bare_start_is_one_process():
+    environment = prepare_environment({"PATH": "/bin"})
+    assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("0", "1", "0")
+
+
+def test_half_an_environment_is_refused_by_name():
+    with pytest.raises(ConfigError, match="MASTER_ADDR, MASTER_PORT not set, but RANK is"):
+        prepare_environment({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_collectives(runs, ranks):
+    for rank in range(ranks):
+        got = runs["first", ranks][rank]["collectives"]
+        assert got["mean"] == {"a": (ranks - 1) / 2, "b": 1 + 2e-8}  # float64: 2e-8 is lost in float32
+        assert torch.equal(got["rows"], torch.arange(6).view(3, 2))  # 3 rows of rank 0, none of rank 1
+        assert got["object"] == {"rank": 0}
+        assert got["on_main"] == 0
+        assert torch.equal(got["tensor"], torch.arange(3))
+
+
+def test_a_failure_on_rank_0_reaches_every_rank(runs):
+    told = [runs["first", 2][rank]["collectives"]["errors"] for rank in range(2)]
+    assert told[0] == [("DataError", "a cause\na remedy"), ("KeyError", "'name'")]
+    assert told[1][0] == ("DataError", "a cause\na remedy")
+    assert told[1][1] == ("PeerError", "rank 0 failed: KeyError: 'name'\nsee rank 0's traceback")
+
+
+def test_a_rank_whose_peer_never_comes_says_so_and_ends():
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    code = "from maedistill.errors import exit_code_of; from maedistill.training.engine import initialize_distributed\n"
+    code += "raise SystemExit(exit_code_of(lambda: initialize_distributed(1)))"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | alone, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 5
+    assert "the 2 processes of this run did not find each other within 1 s at 127.0.0.1:0" in ended.stderr
+    assert ended.stdout == ""

@@ -1,0 +1,97 @@
+"""The engine against plain torch: every ZeRO stage, number format and accumulation, on 1 and 2 real processes."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from maedistill.errors import ConfigError
+from maedistill.training.engine import Engine
+from maedistill.training.loss_scale import LossScale
+from maedistill.training.optim import build_optimizer, parameter_groups
+
+RANKS, PRECISIONS, ACCUMULATIONS, STAGES = (1, 2), ("fp32", "bf16", "fp16"), (1, 3), range(4)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("accumulation", ACCUMULATIONS)
+def test_every_stage_trains_like_plain_torch(runs, ranks, precision, accumulation):
+    # Six updates with warm-up, cosine, clipping that bites, and two groups of different weight decay.
+    results = runs["first", ranks][0]
+    expected, norms = results[f"{precision}/{accumulation}/torch"]
+    for zero in STAGES:
+        outcome = results[f"{precision}/{accumulation}/{zero}"]
+        for name, value in expected.items():
+            assert torch.allclose(outcome["final"].weights[name], value, rtol=0, atol=1e-6), (zero, name)
+        assert outcome["norms"] == pytest.approx(norms, rel=1e-6)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_numbers_of_ranks_and_micro_batches_agree(runs, ranks):
+    reference = runs["first", 1][0]["fp32/1/0"]["final"].weights
+    for accumulation, zero in itertools.product(ACCUMULATIONS, STAGES):
+        weights = runs["first", ranks][0][f"fp32/{accumulation}/{zero}"]["final"].weights
+        for name in ("head.weight", "encoder.cls_token", "encoder.norm.bias"):
+            assert torch.allclose(weights[name], reference[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_an_update_that_is_not_finite_is_skipped_at_every_stage(runs, ranks):
+    for zero, (norms, spoiled, without) in runs["first", ranks][0]["skipped"].items():
+        assert [math.isfinite(norm) for norm in norms] == [True, True, False, True], zero
+        assert spoiled.scalars["updates"] == without.scalars["updates"] == 3
+        for name, value in without.weights.items():
+            assert name == "calls" or torch.equal(spoiled.weights[name], value), (zero, name)
+        for moment, name in itertools.product(spoiled.moments, spoiled.moments["exp_avg"]):
+            assert torch.equal(spoiled.moments[moment][name], without.moments[moment][name]), (zero, moment, name)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_fp16_finds_its_loss_scale_at_every_stage(runs, ranks):
+    outcomes = runs["first", ranks][0]["overflow"]
+    for norms, scalars in outcomes.values():
+        skipped = sum(not math.isfinite(norm) for norm in norms)
+        assert 0 < skipped < len(norms)
+        assert scalars["updates"] == len(norms) - skipped
+        assert scalars["scale"] < 2.0**17
+        assert (norms[-1], scalars) == (pytest.approx(outcomes[0][0][-1], rel=1e-3), outcomes[0][1])
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_deepspeed_understood_every_setting(runs, ranks):
+    for zero, taken in runs["first", ranks][0]["settings"].items():
+        assert taken == {
+            "stage": zero,
+            "batch": (12, 4 // ranks),
+            "accumulation": 3,
+            "clip": 0.05 if zero else 0.0,  # at stage 0 the engine clips
+            "bucket": 50_000_000,
+            "waits for the device to time steps": False,
+            "reduces in": torch.float32,
+        }
+
+
+def test_loss_scale_halves_at_once_and_doubles_after_the_interval():
+    scale = LossScale(scale=8.0, growth_interval=3)
+    history = []
+    for finite in (True, True, False, True, True, True, True):
+        scale.update(finite=finite)
+        history.append(scale.scale)
+    assert history == [8, 8, 4, 4, 4, 8, 8]
+
+
+def test_fp16_without_a_gpu_is_refused():
+    module = torch.nn.Linear(2, 2)
+    optimizer = build_optimizer(parameter_groups(module, 0.1), lr=0.1, betas=(0.9, 0.95))
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        Engine(module, optimizer, zero=0, precision="fp16", clip=None, micro_batch=1, accumulation=1)
+
+
+def test_frozen_parameters_are_refused():
+    module = torch.nn.Linear(2, 2)
+    module.bias.requires_grad_(False)
+    optimizer = build_optimizer(parameter_groups(module, 0.1), lr=0.1, betas=(0.9, 0.95))
+    with pytest.raises(AssertionError, match="bias"):
+        Engine(module, optimizer, zero=0, precision="fp32", clip=None, micro_batch=1, accumulation=1)

@@ -1,0 +1,91 @@
+"""Turns images into WebDataset shards with an index: see `--help`; maedistill/data/shards.py says what is written."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from maedistill.data.shards import IMAGES_PER_SHARD, QUALITY, Note, make_shards
+from maedistill.data.sources import open_source
+from maedistill.data.verify import verify_shards
+from maedistill.errors import ConfigError, exit_code_of
+
+EXAMPLES = """examples:
+  python tools/make_shards.py photos/ shards/photos              class/image, images alone, or train/ and val/ of either
+  python tools/make_shards.py photos/ shards/photos --val-fraction 0.1
+  python tools/make_shards.py imagenet shards/in1k --root ILSVRC2012/ --workers 16
+  python tools/make_shards.py imagenet shards/in1k-256 --root ILSVRC2012/ --shorter-side 256
+  python tools/make_shards.py cifar10 shards/cifar10             downloads CIFAR-10 unless --root has it
+  python tools/make_shards.py digits shards/digits               1,797 scans that come with scikit-learn
+  python tools/make_shards.py --verify shards/photos             checks every byte; exit 3 if a shard is damaged
+
+A killed run continues with the same command. Images keep their bytes, except: CMYK, 16-bit, palette, transparent
+(laid over white) and animated (first frame) files, BMP, GIF and TIFF become lossless PNG. Damaged files are skipped
+and named.
+"""
+
+
+def main() -> None:
+    """Writes shards, or verifies them, and says what was done and what to do next."""
+    args = parse_arguments()
+    if args.verify and args.out is None:
+        out = Path(args.src)
+    elif args.out is None:
+        raise ConfigError("OUT is missing", "say where the shards shall go: make_shards.py SRC OUT")
+    else:
+        if args.quality is not None and args.shorter_side is None:
+            raise ConfigError("--quality has no effect without --shorter-side", "give both, or leave it out")
+        out = Path(args.out)
+        source = open_source(args.src, root=args.root, val_fraction=args.val_fraction)
+        notes = make_shards(
+            source,
+            out,
+            images_per_shard=args.images_per_shard,
+            shorter_side=args.shorter_side,
+            quality=QUALITY if args.quality is None else args.quality,
+            workers=args.workers,
+        )
+        print_summary(out, notes)
+    if args.verify:
+        print(f"{out}: all {verify_shards(out)} shards are as their index says")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; `--help` begins with examples."""
+    parser = argparse.ArgumentParser(
+        usage="make_shards.py SRC OUT [options]\n       make_shards.py --verify OUT\n\n" + EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("src", metavar="SRC", help="image folder, cifar10, imagenet or digits (./digits is a folder)")
+    add("out", metavar="OUT", nargs="?", help="new or empty folder for the shards, or one to continue")
+    add("--images-per-shard", type=int, default=IMAGES_PER_SHARD, metavar="N", help="at most (default %(default)s)")
+    add("--shorter-side", type=int, metavar="N", help="shrink larger images to N pixels and re-encode them as JPEG")
+    add("--quality", type=int, metavar="Q", help=f"of re-encoded JPEGs, 1 to 100 (default {QUALITY})")
+    add("--val-fraction", type=float, default=0.0, metavar="F", help="hold out a share of a folder without splits")
+    add(
+        "--root",
+        metavar="DIR",
+        help="files of imagenet or cifar10 (default: downloaded to ~/.cache/maedistill/cifar10)",
+    )
+    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads that decode (default: all cores)")
+    add("--verify", action="store_true", help="check the shards in OUT afterwards; without SRC only that")
+    return parser.parse_args()
+
+
+def print_summary(out: Path, notes: dict[str, Note]) -> None:
+    """Counts by split, what was converted or skipped, and the next command."""
+    for split, note in notes.items():
+        print(f"{split}: {note.images:,} images, {note.grayscale:,} of them grayscale, shards: {len(note.lengths):,}")
+        if note.converted:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in note.converted.items())
+            print(f"  converted {sum(note.converted.values()):,}: {reasons}")
+        if note.skipped:
+            print(f"  skipped {len(note.skipped):,}, all named in {out / 'make_shards.json'}:")
+            for path, reason in list(note.skipped.items())[:5]:
+                print(f"    {path}: {reason}")
+    print(f"next: python tools/pretrain.py CONFIG data.train='{out}/train-*.tar'")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))
