@@ -12,6 +12,7 @@ LAYERS = [
     ["methods"],
     ["build", "evaluate", "pictures", "flops", "report"],
     ["plan"],
+    ["run"],
     ["pretrain"],
     ["tools"],
 ]

@@ -67,6 +67,9 @@ def _engine(c: PretrainConfig) -> Iterator[Problem]:
     if c.engine.zero == 3 and c.optim.ema is not None:
         cause = "a moving average needs whole weights, which ZeRO 3 cuts up"
         yield Problem("optim.ema", cause, "use engine.zero=2, or optim.ema=null")
+    if c.engine.zero == 3 and c.engine.compile:
+        cause = "a compiled student reads whole weights, which ZeRO 3 cuts up"
+        yield Problem("engine.compile", cause, "use engine.zero=2, or engine.compile=false")
 
 
 def _visible_shares(c: PretrainConfig) -> Iterator[Problem]:

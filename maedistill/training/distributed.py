@@ -1,13 +1,14 @@
 """Which process this is and how it talks to the others: one process or many, from torchrun, deepspeed, srun or nothing.
 
 `prepare_environment` turns what the launcher left in the environment into the five variables that torch understands;
-`engine.initialize_distributed` exports them and opens the process group. Everything below works with one process and
-without a group as well. Functions marked *collective* must be called by every rank, in the same order.
+`open_group` exports them and opens the process group. Everything else works with one process and without a group as
+well. Functions marked *collective* must be called by every rank, in the same order.
 """
 
 import os
 import re
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,30 @@ from maedistill.errors import ConfigError, PeerError, UserError
 T = TypeVar("T")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def open_group(timeout_seconds: int) -> None:
+    """Finds the other processes of this run: NCCL on GPUs, gloo on CPUs.
+
+    A collective that waits longer than `timeout_seconds` for a rank fails. Raises PeerError when not all ranks come.
+    """
+    os.environ.update(prepare_environment(os.environ))
+    number, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    gpu = None
+    if torch.cuda.is_available():
+        gpu = _take_gpu(number)
+    try:
+        dist.init_process_group(
+            "gloo" if gpu is None else "nccl",
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=gpu if ranks > 1 else None,
+        )
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        raise PeerError(
+            f"the {ranks} processes of this run did not find each other within {timeout_seconds} s at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]})",
+            "start every rank (torchrun, deepspeed, or srun with one task per GPU) and let them reach that address",
+        ) from error
 
 
 def rank() -> int:
@@ -90,6 +115,13 @@ def on_main(work: Callable[[], T]) -> T:
     return result
 
 
+def main_first(work: Callable[[], T]) -> T:
+    """Collective. Every rank runs `work`, rank 0 before the others: what it leaves in a cache, they find there."""
+    mine: list[T] = []
+    on_main(lambda: mine.append(work()))
+    return mine[0] if is_main() else work()
+
+
 def all_reduce_mean(values: dict[str, Tensor]) -> dict[str, float]:
     """Collective. Mean over ranks of named scalars: one reduction in float64 and one wait for the device."""
     if not values:
@@ -155,6 +187,17 @@ def first_host(nodelist: str) -> str:
     """The first host of SLURM's compact list: 'gpu[003-006,9],login' -> 'gpu003'."""
     entry = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist).group()  # up to the first comma outside brackets
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", entry)
+
+
+def _take_gpu(number: int) -> torch.device:
+    gpus = torch.cuda.device_count()
+    if number >= gpus:
+        raise ConfigError(
+            f"rank {os.environ['RANK']} is number {number} on its machine, counted from 0, which has {gpus} GPUs",
+            "start at most one rank per GPU: torchrun --nproc-per-node, or srun --ntasks-per-node",
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def _slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -25,14 +25,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from maedistill.errors import ConfigError, PeerError
+from maedistill.errors import ConfigError
 from maedistill.training.distributed import (
     broadcast_object,
     copy_to_main,
     device,
     from_main,
     is_main,
-    prepare_environment,
+    open_group,
     rank,
     world_size,
 )
@@ -47,35 +47,21 @@ WHOLE = 100_000  # stage 3 leaves smaller parameters whole on every rank
 
 
 def initialize_distributed(timeout_seconds: int) -> None:
-    """Finds the other processes of this run and opens the group: NCCL on GPUs, gloo on CPUs. Once per process.
-
-    A collective that waits longer than `timeout_seconds` for a rank fails. Raises PeerError when not all ranks come.
-    """
-    os.environ.update(prepare_environment(os.environ))
-    cpu = not torch.cuda.is_available()
-    if cpu:
+    """Opens the process group (see `distributed.open_group`) and lets DeepSpeed join it. Once per process."""
+    open_group(timeout_seconds)
+    if device().type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    else:
-        _take_gpu(int(os.environ["LOCAL_RANK"]))
     import deepspeed  # not at the top: it reads the environment, and costs half a second
     import deepspeed.ops
 
     for handler in deepspeed.utils.logger.handlers:  # warnings and worse; its default is stdout, which is ours
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)
-    if cpu:
+    if device().type == "cpu":
         # Without this, the first start compiles an op that training never uses: 42 s, a compiler, ninja, and a lock
         # file that hangs every later start if the compile is killed.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    try:
-        deepspeed.init_distributed("gloo" if cpu else "nccl", timeout=timedelta(seconds=timeout_seconds), verbose=False)
-    except (dist.DistStoreError, dist.DistNetworkError) as error:
-        cause = str(error).splitlines()[0]
-        raise PeerError(
-            f"the {os.environ['WORLD_SIZE']} processes of this run did not find each other within {timeout_seconds} s "
-            f"at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({cause})",
-            "start every rank (torchrun, deepspeed, or srun with one task per GPU) and let them reach that address",
-        ) from error
+    deepspeed.init_distributed(dist.get_backend(), timeout=timedelta(seconds=timeout_seconds), verbose=False)
 
 
 def shutdown_distributed() -> None:
@@ -265,16 +251,6 @@ class _Autocast(nn.Module):
     def forward(self, *inputs: Any) -> dict[str, Tensor]:
         with torch.autocast(device().type, dtype=self.dtype, enabled=self.dtype is not None):
             return self.module(*inputs)
-
-
-def _take_gpu(number: int) -> None:
-    gpus = torch.cuda.device_count()
-    if number >= gpus:
-        raise ConfigError(
-            f"rank {os.environ['RANK']} is number {number} on its machine, counted from 0, which has {gpus} GPUs",
-            "start at most one rank per GPU: torchrun --nproc-per-node, or srun --ntasks-per-node",
-        )
-    torch.cuda.set_device(number)
 
 
 def _deepspeed_config(zero: int, clip: float | None, *, micro_batch: int, accumulation: int) -> dict[str, Any]:
