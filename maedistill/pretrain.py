@@ -129,11 +129,14 @@ def draw(run: Run, metrics: MetricsFile | None) -> None:
 def probe(run: Run, metrics: MetricsFile | None) -> None:
     """kNN accuracy of the validation images against training images. Collective."""
     data, most = run.config.data, run.config.log.knn_images
-    settings = {"size": data.image_size, "share": data.eval_crop, "batch": run.plan.batch.micro_batch}
+    batch, workers = run.plan.batch.micro_batch, run.workers
     bank, queries = (
-        pooled_features(run.method, index, spread_samples(index, most), **settings)
+        pooled_features(
+            run.method, index, spread_samples(index, most),
+            size=data.image_size, share=data.eval_crop, batch=batch, workers=workers,
+        )
         for index in (run.index, run.val_index)
-    )
+    )  # fmt: skip
     if metrics is not None:
         accuracy = knn_accuracy(*bank, *queries)
         metrics.write(run.step, {"knn": accuracy, "epoch": run.epoch})

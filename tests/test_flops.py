@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from maedistill.flops import count_flops
 from maedistill.methods.amd import AMD
 from maedistill.methods.dmae import DMAE
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
-from maedistill.models.teacher import IMAGENET_MEAN, IMAGENET_STD, Teacher, TeacherSource
+from maedistill.models.teacher import Teacher, TeacherSource
 
 PUBLISHED = {"width": 512, "depth": 8, "heads": 16}
 LIGHT = {"width": 384, "depth": 4, "heads": 6}
@@ -20,12 +21,17 @@ def gflops(method: str, *, student: str, teacher: str, decoder: dict[str, int]) 
         guide = MaskedEncoder(build_vit(f"vit_{teacher}_patch16_224", image_size=224))
         deep = guide.depth
         taps = {"dmae": ((8,), (deep * 3 // 4 - 1,)), "amd": ((5, 11), (deep // 2 - 1, deep - 1))}[method]
-        source = TeacherSource(guide, "meta", IMAGENET_MEAN, IMAGENET_STD, "", "")
+        source = TeacherSource(guide, "meta", IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "", "")
         encoder = MaskedEncoder(
             build_vit(f"vit_{student}_patch16_224", image_size=224, positions="sincos2d", class_token=method == "dmae")
         )
         shape = {"grid": 14, "patch_size": 16, "num_prefix": encoder.num_prefix}
-        keywords = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "student_taps": taps[0], "teacher_taps": taps[1]}
+        keywords = {
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "student_taps": taps[0],
+            "teacher_taps": taps[1],
+        }
         keywords |= {"teacher_width": guide.width, "teacher_prefix": guide.num_prefix}
         kind = {"dmae": DMAE, "amd": AMD}[method]
         model = kind(encoder, TokenDecoder(encoder.width, **shape, **decoder), **keywords)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from maedistill.losses.pixels import pixel_target
@@ -21,7 +22,7 @@ from maedistill.methods.mae import MAE
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
-from maedistill.models.teacher import IMAGENET_MEAN, IMAGENET_STD, Teacher, open_teacher
+from maedistill.models.teacher import Teacher, open_teacher
 from maedistill.models.weights import Imported, import_weights, read_weights_file
 from maedistill.patches import patchify
 
@@ -151,12 +152,12 @@ def in_raster_order(rows: Tensor, ids: Tensor) -> Tensor:
 
 def test_amd() -> None:
     gold = reference("amd")
-    mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1)
     guide = teacher("amd_teacher", width=64, depth=4, heads=4, taps=(1, 3), positions="sincos1d")
     method = AMD(
         *student(32, 2, amd=True),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
         pixel_kind="patch_channel",
         student_taps=(0, 1),
         teacher_taps=(1, 3),

@@ -10,6 +10,7 @@ integer, and the number of ranks and workers changes nothing about what is read.
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from maedistill.data.index import ShardIndex
 from maedistill.data.order import SampleOrder
 from maedistill.data.reader import ShardReader
 from maedistill.data.transforms import CROP_DRAWS, centre_crop, crop, random_box
-from maedistill.errors import DataError
+from maedistill.errors import DataError, UserError
 from maedistill.randomness import Stream, key, uniform
 
 _REPLACEMENTS = 16  # so many bad samples in a row mean that the whole set is bad
@@ -69,27 +70,29 @@ class RandomCrops(Dataset[Batch]):
         samples = self.order.samples(at)
         draws = uniform(self.seed, at, Stream.CROP, n=CROP_DRAWS).tolist()
         crops, bad, last, image = [], [], -1, None
-        for i, sample in enumerate(samples.tolist()):
-            if sample != last:
-                image, samples[i], failed = self._decode(sample, positions[i])
+        for i, (sample, visit) in enumerate(zip(samples.tolist(), (at // self.order.views).tolist(), strict=True)):
+            if visit != last:  # not `sample`: an epoch may begin with what the last one ended with, another visit
+                image, samples[i], failed = self._decode(sample, visit)
                 bad += failed
-                last = sample
+                last = visit
             else:
                 samples[i] = samples[i - 1]
             box = random_box(*image.shape[1:], draws[i], scale=self.scale, ratio=self.ratio)
             crops.append(crop(image, box, size=self.size))
         return Batch(torch.stack(crops), at, samples, tuple(bad))
 
-    def _decode(self, sample: int, position: int) -> tuple[Tensor, int, list[str]]:
-        """The image of a sample, or of its first decodable replacement; which sample it is; what failed before."""
+    def _decode(self, sample: int, visit: int) -> tuple[Tensor, int, list[str]]:
+        """The image of a sample, or of its first decodable replacement; which sample it is; what failed before.
+
+        visit: position // views, so that all views of an image share the replacement.
+        """
         failed: list[str] = []
-        start = position // self.order.views * self.order.views  # all views of an image share the replacement
         for attempt in range(_REPLACEMENTS):
             try:
                 return decode_rgb(self.reader.read(sample)), sample, failed
             except BadImage as error:
                 failed.append(f"{self.index.shards[self.index.shard_of(sample)]}:{self.index.key(sample)}: {error}")
-            word = key(self.seed, int(Stream.REPLACEMENT), start, attempt)
+            word = key(self.seed, int(Stream.REPLACEMENT), visit, attempt)
             sample = int(word) % len(self.index)
         raise DataError(
             f"{_REPLACEMENTS} samples in a row could not be decoded, the last is {failed[-1]}",
@@ -97,7 +100,7 @@ class RandomCrops(Dataset[Batch]):
         )
 
 
-class CentreCrops(Dataset[tuple[Tensor, int]]):
+class CentreCrops(Dataset[tuple[Tensor, Tensor]]):
     """Evaluation crops of given samples with their labels, in the order given. A bad image is an error here."""
 
     def __init__(self, index: ShardIndex, samples: Tensor, *, size: int, share: float) -> None:
@@ -107,16 +110,20 @@ class CentreCrops(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        sample = int(self.samples[i])
+    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Images uint8 [b, 3, s, s] and labels int64 [b] of some places in `samples`."""
+        samples = self.samples[rows]
+        crops = [centre_crop(self._decode(sample), size=self.size, share=self.share) for sample in samples.tolist()]
+        return torch.stack(crops), torch.from_numpy(self.index.labels)[samples]
+
+    def _decode(self, sample: int) -> Tensor:
         try:
-            image = decode_rgb(self.reader.read(sample))
+            return decode_rgb(self.reader.read(sample))
         except BadImage as error:
             shard = self.index.shards[self.index.shard_of(sample)]
             raise DataError(
                 f"{shard}:{self.index.key(sample)}: {error}", "evaluation skips nothing: replace or remove the image"
             ) from error
-        return centre_crop(image, size=self.size, share=self.share), int(self.index.labels[sample])
 
 
 def rank_positions(step: int, micro: int, *, plan: BatchPlan, rank: int, world_size: int) -> range:
@@ -151,24 +158,50 @@ def training_batches(
 ) -> Iterator[Batch]:
     """Micro-batches of the steps [first_step, total_steps) on `device`, `plan.accumulation` of them per step."""
     schedule = _Schedule(first_step, total_steps, plan=plan, rank=rank, world_size=world_size)
-    loader = DataLoader(
-        crops,
-        batch_sampler=schedule,  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=_identity,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_be_quiet,
+    pin_memory, prefetch_factor = device.type == "cuda", 4 if workers else None
+    batches = _load(
+        crops, batch_sampler=schedule, workers=workers, pin_memory=pin_memory, prefetch_factor=prefetch_factor
     )
-    return (batch.to(device) for batch in loader)
+    return (batch.to(device) for batch in batches)
 
 
 def evaluation_batches(crops: CentreCrops, *, batch: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Images uint8 [b, 3, s, s] and labels int64 [b] in order, the last batch as small as it is."""
-    return iter(DataLoader(crops, batch_size=batch, num_workers=workers, worker_init_fn=_be_quiet))
+    return _load(crops, batch_size=batch, workers=workers)
 
 
-def _identity(batch: Batch) -> Batch:
+class _Carrier(Dataset[Any]):
+    """Hands a `UserError` over as a value. Raised in a worker, torch would make a RuntimeError of its traceback."""
+
+    def __init__(self, crops: RandomCrops | CentreCrops) -> None:
+        self.crops = crops
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    def __getitems__(self, ids: list[int]) -> Any:
+        """What `crops` has for a batch of ids, or why it has nothing."""
+        try:
+            return self.crops.__getitems__(ids)
+        except UserError as error:
+            return error
+
+
+def _load(crops: RandomCrops | CentreCrops, *, workers: int, **keywords: Any) -> Iterator[Any]:
+    """The batches that `crops` makes, from `workers` processes that start now. keywords: torch's for its DataLoader."""
+    return map(
+        _unpack,
+        DataLoader(_Carrier(crops), num_workers=workers, collate_fn=_unchanged, worker_init_fn=_be_quiet, **keywords),
+    )
+
+
+def _unpack(batch: Any) -> Any:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
+
+
+def _unchanged(batch: Any) -> Any:
     return batch
 
 

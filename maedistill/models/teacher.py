@@ -12,6 +12,7 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as vision
 from torchvision.transforms.v2.functional import InterpolationMode
@@ -27,8 +28,6 @@ from maedistill.training.checkpoint import newest_intact, read_weights
 from maedistill.training.run_folder import RunFolder
 
 Triple = tuple[float, float, float]
-IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
-IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,8 @@ def open_teacher(
     return TeacherSource(
         encoder=MaskedEncoder(vit),
         source=source,
-        mean=mean or known.get("mean") or IMAGENET_MEAN,
-        std=std or known.get("std") or IMAGENET_STD,
+        mean=mean or known.get("mean") or IMAGENET_DEFAULT_MEAN,
+        std=std or known.get("std") or IMAGENET_DEFAULT_STD,
         licence=licence or known.get("license") or "not stated (set teacher.licence)",
         audit=str(audit),
     )

@@ -132,3 +132,16 @@ def test_student_and_teacher_patches_cover_the_same_part_of_the_image() -> None:
     assert seen["x"].shape[-1] == 64
     means = seen["x"].mean(1).unfold(1, 8, 8).unfold(2, 8, 8).mean((-1, -2)).flatten()
     assert int(means.argmax()) == 21
+
+
+@pytest.mark.parametrize("case", ["mae", "dmae", "amd"])
+def test_student_and_teacher_are_captured_as_whole_graphs(case: str) -> None:
+    """No graph breaks under torch.compile; the backend that only replays the graph needs no compiler."""
+    method, teacher, split, images = build(case)
+    initialize(method, seed=0)
+    expected = losses_of(method, teacher, split, images)
+    if teacher is not None:
+        teacher.compile(backend="eager", fullgraph=True)
+    method.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(losses_of(method, teacher, split, images), expected)
+    torch.compiler.reset()
