@@ -54,8 +54,8 @@ def pooled_features(
     """
     index.require_labels()
     rank, world_size = distributed.rank(), distributed.world_size()
-    padding = -len(samples) % world_size
-    mine = torch.cat([samples, samples[:padding]])[rank::world_size]
+    padded = len(samples) + -len(samples) % world_size
+    mine = samples[torch.arange(rank, padded, world_size) % len(samples)]
     training = method.training
     method.eval()
     rows, labels = [], []

@@ -3,10 +3,8 @@
 B batch   T patches visible to the teacher   Q its prefix tokens   D_t its width   s image side
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -19,11 +17,19 @@ from torchvision.transforms.v2.functional import InterpolationMode
 
 from maedistill.config.loader import load_config
 from maedistill.data.transforms import normalize
-from maedistill.errors import ConfigError, DataError
+from maedistill.errors import ConfigError, DataError, UserError
 from maedistill.masking import PatchSplit
 from maedistill.models.encoder import MaskedEncoder, build_vit, require_plain_vit
 from maedistill.models.initialize import initialize
-from maedistill.models.weights import Audit, Imported, import_weights, load_encoder, read_weights_file
+from maedistill.models.weights import (
+    READ_ERRORS,
+    Audit,
+    Imported,
+    import_weights,
+    load_encoder,
+    read_weights_file,
+    why_unreadable,
+)
 from maedistill.training.checkpoint import newest_intact, read_weights
 from maedistill.training.run_folder import RunFolder
 
@@ -123,8 +129,8 @@ def open_teacher(
     return TeacherSource(
         encoder=MaskedEncoder(vit),
         source=source,
-        mean=mean or known.get("mean") or IMAGENET_DEFAULT_MEAN,
-        std=std or known.get("std") or IMAGENET_DEFAULT_STD,
+        mean=tuple(mean or known.get("mean") or IMAGENET_DEFAULT_MEAN),
+        std=tuple(std or known.get("std") or IMAGENET_DEFAULT_STD),
         licence=licence or known.get("license") or "not stated (set teacher.licence)",
         audit=str(audit),
     )
@@ -142,11 +148,13 @@ def _open_timm(name: str, *, grid: int) -> tuple[nn.Module, str]:
             shape = timm.create_model(name, pretrained=False, num_classes=0, global_pool="")
         require_plain_vit(shape, name)
         size = grid * shape.patch_embed.patch_size[0]
-        vit = timm.create_model(name, pretrained=True, num_classes=0, global_pool="", img_size=size)
-    except (HfHubHTTPError, OSError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
+        vit = timm.create_model(name, pretrained=True, img_size=size)  # with its head: without, keys may be missing
+        vit.reset_classifier(0, "")
+    except UserError:
+        raise
+    except (HfHubHTTPError, *READ_ERRORS) as error:
         raise DataError(
-            f"{name}: the weights cannot be had ({type(error).__name__}: {reason})",
+            f"{name}: the weights cannot be had ({why_unreadable(error)})",
             "check the name and the network, or download the file and use teacher.source=file:PATH teacher.model=NAME",
         ) from error
     return vit, f"{len(vit.state_dict())} keys loaded by timm"
@@ -156,13 +164,7 @@ def _open_file(
     path: str, model: str, *, grid: int, positions: str | None, sha256: str | None, **dimensions: int | None
 ) -> tuple[nn.Module, Audit]:
     """A weights file in any of the known key styles. Whether there is a class token, the file says."""
-    if sha256 is not None:
-        digest = hashlib.file_digest(Path(path).expanduser().open("rb"), "sha256").hexdigest()
-        if digest != sha256:
-            raise DataError(
-                f"{path}: its sha256 is {digest}, not teacher.sha256", "download the file again, or fix the key"
-            )
-    imported = import_weights(read_weights_file(path), name=path)
+    imported = import_weights(read_weights_file(path, sha256=sha256), name=path)
     vit = build_vit(
         model,
         image_size=grid * (dimensions["patch_size"] or _patch_size(model)),

@@ -4,7 +4,11 @@ Understood are MAE's and DMAE's names, AMD's (VideoMAE's), timm's, and ours, as 
 The result has the names of `methods/`: `encoder.vit.*` (timm's names), `decoder.*`, `projections.*`, `generators.*`.
 """
 
+import hashlib
+import math
 import re
+import struct
+from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +20,17 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models import clean_state_dict
 from torch import Tensor, nn
+from torch.serialization import safe_globals
 
 from maedistill.errors import DataError
 
 Weights = dict[str, Tensor]
 
+# What reading a file that is cut, damaged or no weights at all raises, depending on where the damage is.
+READ_ERRORS = (
+    SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError,
+    AttributeError, AssertionError, struct.error,
+)  # fmt: skip
 # What a file may hold that nothing here needs: classifiers and pooling heads of fine-tuned models.
 _CLASSIFIER = re.compile(r"^(head|head_dist|fc_norm|attn_pool)\.")
 _RENAMED = [  # the first match renames; the order matters
@@ -72,24 +82,38 @@ class Audit:
         return ", ".join(parts)
 
 
-def read_weights_file(path: str | Path) -> object:
+def read_weights_file(path: str | Path, *, sha256: str | None = None) -> object:
     """What a .safetensors or .pth file holds; pickles are read weights-only, so no code of theirs can run.
 
-    Raises DataError for a missing, damaged or unsafe file.
+    sha256: the file's checksum, where it is known. Raises DataError for a missing, damaged, other or unsafe file.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise DataError(f"{path}: no such file", "check the path of the weights")
+    if sha256 is not None:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != sha256:
+            raise DataError(
+                f"{path}: its sha256 is {digest}, not teacher.sha256", "download the file again, or fix the key"
+            )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
+        with safe_globals([Namespace]):  # MAE's and AMD's training scripts keep their arguments beside the model
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except READ_ERRORS as error:
         raise DataError(
-            f"{path}: cannot be read as plain weights ({reason})",
+            f"{path}: cannot be read as plain weights ({why_unreadable(error)})",
             "use a .safetensors file, or a .pth of tensors and plain values (pickled objects are refused)",
         ) from error
+
+
+def why_unreadable(error: Exception) -> str:
+    """The telling line of an error of reading: torch's begin with advice to trust the file."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line.rpartition("Unpickler error: ")[2] for line in lines if re.search("GLOBAL|Unpickler error", line)]
+    return f"{type(error).__name__}: {(telling or lines or ['no more is known'])[0][:200]}"
 
 
 def import_weights(content: object, *, name: str = "weights") -> Imported:
@@ -104,7 +128,7 @@ def import_weights(content: object, *, name: str = "weights") -> Imported:
         if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
-    state = {k: v for k, v in clean_state_dict(content).items() if isinstance(v, Tensor)}
+    state = clean_state_dict({k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)})
     if not state:
         raise DataError(f"{name}: holds no tensors", "use the state dict of a model")
     state = _flatten_patches(_merge_qkv_biases(state), name)
@@ -134,7 +158,6 @@ def load_encoder(
     """
     weights, wanted = imported.part("encoder.vit."), vit.state_dict()
     audit = Audit(unused=[k for k in imported.weights if not k.startswith("encoder.vit.")] + list(imported.dropped))
-    _fit_grid(vit, weights, wanted, audit)
     foreign = list(imported.foreign) + [k for k in weights if k not in wanted]
     if foreign:
         raise DataError(
@@ -149,6 +172,7 @@ def load_encoder(
         if lost == ["pos_embed"]:
             remedy = "the file has no positions: name its fixed table, e.g. teacher.positions=sincos1d for AMD's"
         raise DataError(f"{name}: {len(lost)} keys are missing, e.g. {', '.join(lost[:3])}", remedy)
+    _fit_grid(vit, weights, wanted, audit)
     for key, value in weights.items():
         if value.shape != wanted[key].shape:
             raise DataError(
@@ -163,8 +187,10 @@ def load_encoder(
 def _fit_grid(vit: nn.Module, weights: Weights, wanted: Weights, audit: Audit) -> None:
     """Resamples positions and patch weights in place where the file's grid or patch size is another."""
     positions, kernel = weights.get("pos_embed"), weights.get("patch_embed.proj.weight")
-    if positions is not None and positions.ndim == 3 and positions.shape[1] != wanted["pos_embed"].shape[1]:
-        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    patches = positions.shape[1] - prefix if positions is not None and positions.ndim == 3 else 0
+    square = patches > 0 and math.isqrt(patches) ** 2 == patches  # anything else stays as it is and is refused
+    if square and positions.shape[1] != wanted["pos_embed"].shape[1]:
         grid = list(vit.patch_embed.grid_size)
         weights["pos_embed"] = resample_abs_pos_embed(positions, grid, num_prefix_tokens=prefix)
         audit.resampled.append("pos_embed")
@@ -187,7 +213,7 @@ def _merge_qkv_biases(state: Weights) -> Weights:
     merged = {}
     for key, value in state.items():
         if key.endswith("attn.q_bias"):
-            v_bias = state[key.replace("q_bias", "v_bias")]
+            v_bias = state.get(key.replace("q_bias", "v_bias"), value.new_empty(0))
             merged[key.replace("q_bias", "qkv.bias")] = torch.cat([value, torch.zeros_like(value), v_bias])
         elif not key.endswith("attn.v_bias"):
             merged[key] = value

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from maedistill.training import distributed
+from maedistill.training.run_folder import write_text
 
 
 class Averages:
@@ -43,7 +44,7 @@ class MetricsFile:
     def __init__(self, folder: Path, *, first_step: int, tensorboard: bool) -> None:
         self.path = folder / "metrics.jsonl"
         kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= first_step]
-        self.path.write_text("".join(kept))
+        write_text(self.path, "".join(kept))
         self.file = self.path.open("a", buffering=1)
         self.board = _tensorboard(folder / "tb", first_step) if tensorboard else None
 
@@ -85,7 +86,7 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
     except ImportError:
         print("no TensorBoard events: tensorboard is not installed (pip install maedistill[demo])", flush=True)
         return None
-    return SummaryWriter(folder, purge_step=first_step + 1 if first_step else None)
+    return SummaryWriter(folder, purge_step=first_step + 1)  # hides what a lost or failed start wrote above it
 
 
 class Clock:

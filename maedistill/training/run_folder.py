@@ -20,6 +20,7 @@ from maedistill.config.loader import load_config
 from maedistill.config.render import config_yaml
 from maedistill.config.schema import PretrainConfig
 from maedistill.errors import ConfigError
+from maedistill.training.checkpoint import latest_step
 
 _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy")
 
@@ -39,10 +40,11 @@ class RunFolder:
     def open(self, config: PretrainConfig, facts: dict[str, Any], *, fresh: bool, extend: bool) -> None:
         """Creates the folder, or checks that `config` continues what is in it, and writes both files.
 
-        facts: what run.json says of this start; `data` must not change over a run's life.
+        facts: what run.json says of this start; `data` must not change over a run's life. A start that failed before
+        its first checkpoint binds nobody.
         Raises ConfigError when the folder belongs to other settings or other data, naming what differs.
         """
-        if self.config.exists():
+        if latest_step(self.checkpoints) is not None:  # before the first checkpoint there is nothing to protect
             if fresh:
                 raise ConfigError(
                     f"run: {self.path} already holds a run", "leave out --fresh to continue it, or use another run="

@@ -1,0 +1,98 @@
+"""kNN against a loop that a person can check, and pooled features: each sample once, in order, in evaluation mode."""
+
+import math
+
+import pytest
+import torch
+
+from maedistill.data.images import decode_rgb
+from maedistill.data.index import open_index
+from maedistill.data.reader import ShardReader
+from maedistill.evaluate import knn_accuracy, pooled_features, spread_samples
+from maedistill.methods.mae import MAE
+from maedistill.models.decoder import TokenDecoder
+from maedistill.models.encoder import MaskedEncoder, build_vit
+from maedistill.models.initialize import initialize
+from maedistill.training import distributed
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+
+
+def method(**overrides) -> MAE:
+    shape = {"width": 32, "depth": 2, "heads": 2, "patch_size": 8} | overrides
+    encoder = MaskedEncoder(build_vit("vit_tiny_patch16_224", image_size=32, register_tokens=2, **shape))
+    decoder = TokenDecoder(32, width=16, depth=1, heads=2, grid=4, patch_size=8, num_prefix=3)
+    built = MAE(encoder, decoder, mean=MEAN, std=STD)
+    initialize(built, seed=0)
+    return built
+
+
+@pytest.mark.parametrize("k", [1, 5, 20, 1000])
+def test_knn_is_the_weighted_vote_of_the_nearest(k):
+    draws = torch.Generator().manual_seed(k)
+    centres = torch.randn(7, 16, generator=draws)
+    bank_labels, labels = (torch.randint(7, (n,), generator=draws) for n in (200, 1500))
+    bank, queries = (
+        (centres[truth] + 1.5 * torch.randn(len(truth), 16, generator=draws))
+        * torch.rand(len(truth), 1, generator=draws)
+        for truth in (bank_labels, labels)
+    )
+    correct = 0
+    for query, truth in zip(queries.double(), labels.tolist(), strict=True):
+        cosines = torch.nn.functional.cosine_similarity(query[None], bank.double()).tolist()
+        votes = dict.fromkeys(range(7), 0.0)
+        for cosine, label in sorted(zip(cosines, bank_labels.tolist(), strict=True), reverse=True)[:k]:
+            votes[label] += math.exp(cosine / 0.07)
+        correct += max(votes, key=votes.get) == truth
+    assert 0.2 < correct / 1500 < 0.99
+    assert knn_accuracy(bank, bank_labels, queries, labels, k=k) == pytest.approx(correct / 1500, abs=2 / 1500)
+
+
+def test_knn_allows_classes_that_only_one_side_has():
+    bank, labels = torch.eye(3), torch.tensor([0, 1, 1])
+    assert knn_accuracy(bank, labels, torch.eye(3), torch.tensor([0, 1, 9]), k=1) == pytest.approx(2 / 3)
+
+
+def test_a_spread_of_samples_is_fixed_and_has_each_once(shards):
+    index = open_index(str(shards / "train-*.tar"))
+    assert spread_samples(index, 1000).sort().values.tolist() == list(range(96))
+    some = spread_samples(index, 20)
+    assert len(set(some.tolist())) == 20 and torch.equal(some, spread_samples(index, 20))
+    assert len({index.shard_of(i) for i in some.tolist()}) == 4, "not the first shard alone"
+
+
+def test_features_are_means_of_patch_tokens_in_evaluation_mode(shards):
+    index, module = open_index(str(shards / "train-*.tar")), method(drop_path=0.5)
+    samples = torch.tensor([5, 90, 5, 33, 60])
+    module.train()
+    rows, labels = pooled_features(module, index, samples, size=32, share=1.0, batch=2)
+    assert module.training and labels.tolist() == index.labels[samples].tolist() and not rows.requires_grad
+    module.eval()
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    for sample, row in zip(samples.tolist(), rows, strict=True):
+        image = decode_rgb(ShardReader(index).read(sample)) / 255  # 32 px: the centre crop is all of it
+        tokens = module.encoder(((image - mean) / std)[None])[0][0, 3:]  # [16, D], without class and register tokens
+        torch.testing.assert_close(row, tokens.mean(0).detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("count", "world_size"), [(7, 2), (8, 2), (5, 3), (1, 4), (2, 5)])
+def test_ranks_together_pool_each_sample_once_in_order(shards, monkeypatch, count, world_size):
+    """One rank after the other, their parts gathered here; test_pretrain.py has real ranks. All run equally often."""
+    index, module, samples = open_index(str(shards / "train-*.tar")), method(), torch.arange(0, 9 * count, 9)
+    settings = {"size": 32, "share": 1.0, "batch": 2}
+    expected, parts = pooled_features(module, index, samples, **settings), ([], [])
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+
+    def gather(part):
+        """What the ranks so far have, filled up to what all of them will have."""
+        have = parts[part.ndim == 1]
+        have.append(part)
+        return torch.cat(have + [part] * (world_size - len(have)))
+
+    monkeypatch.setattr(distributed, "gather_rows", gather)
+    for rank in range(world_size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        features, labels = pooled_features(module, index, samples, **settings)
+    assert len({len(part) for part in parts[0]}) == 1
+    assert torch.equal(labels, expected[1])
+    torch.testing.assert_close(features, expected[0], rtol=0, atol=1e-5)
