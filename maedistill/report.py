@@ -19,6 +19,11 @@ KNN_CAVEAT = (
     "after fine-tuning."
 )
 
+PICTURE_NOTE = (
+    "Where the pixel target is normalised, predicted patches are shown with the mean and contrast of the true patch, "
+    "as MAE's own pictures are: they say whether structure is found, not brightness."
+)
+
 
 def write_run_report(folder: RunFolder) -> Path:
     """RUN/report.md: settings, losses, curve, last picture, and the next command."""
@@ -42,13 +47,30 @@ def write_run_report(folder: RunFolder) -> Path:
         "",
         *([f"![losses]({curve.name})", ""] if curve else []),
         *_last_picture(folder, folder.path),
-        "Next: use these weights as a teacher, or distil further:",
+        PICTURE_NOTE,
         "",
-        f"    python tools/pretrain.py configs/quickstart/dmae.yaml teacher.source=run:{shlex.quote(str(folder.path))}",
+        "Next: distil these weights into a student of half the width:",
+        "",
+        f"    {shlex.join(next_command(folder, config))}",
         "",
     ]
     write_text(folder.report, "\n".join(lines))
     return folder.report
+
+
+def next_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
+    """The command that distils this run by DMAE into a student of half the width, on the same data and schedule."""
+    path, arch = str(folder.path), config.student_architecture
+    overrides = ["method=dmae", f"run={path}_small", f"teacher.source=run:{path}"]
+    described = config.teacher.model_dump(
+        exclude={"source", "precision", "compile"}
+    )  # what was said of its own teacher
+    overrides += [f"teacher.{key}=null" for key, value in described.items() if value is not None]
+    overrides += ["masks.teacher_visible=null"] if config.masks.teacher_visible is not None else []
+    if arch is not None:
+        tap = max(0, arch.depth * 3 // 4 - 1)  # DMAE's 3/4 of the depth, block 17 of 24
+        overrides += [f"student.width={arch.width // 2}", f"align.student=[{tap}]", f"align.teacher=[{tap}]"]
+    return ["python", "tools/pretrain.py", str(folder.config), *overrides]
 
 
 def write_comparison(folders: Mapping[str, Path], out: Path, *, title: str, notes: Sequence[str] = ()) -> Path:
@@ -58,7 +80,7 @@ def write_comparison(folders: Mapping[str, Path], out: Path, *, title: str, note
     records = {name: read_metrics(run.path) for name, run in runs.items()}
     rows = {name: (load_config(run.config).config, summary(records[name])) for name, run in runs.items()}
     curve = _draw_curves(records, out / "curves.png")
-    lines = [f"# {title}", "", *notes, "", *_table(rows), "", KNN_CAVEAT, ""]
+    lines = [f"# {title}", "", *notes, "", *_table(rows), "", KNN_CAVEAT, "", PICTURE_NOTE, ""]
     lines += [f"![losses and kNN]({curve.name})", ""] if curve else []
     for name, run in runs.items():
         lines += [f"## {name}", "", *_last_picture(run, out)]

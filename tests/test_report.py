@@ -2,10 +2,12 @@
 
 import builtins
 import re
+import shlex
 import shutil
 
 import pytest
 
+from maedistill.config.loader import load_config
 from maedistill.report import summary, write_comparison, write_run_report
 from maedistill.training.run_folder import RunFolder
 
@@ -56,6 +58,10 @@ def test_a_run_s_report_says_what_it_was_and_what_came_of_it(trio, method):
         assert part in text, part
     assert ("teacher: none" in text) == (method == "mae") and f"teacher.source=run:{ended.run}" in text
     assert method == "mae" or str(trio["mae"].run) in text
+    command = shlex.split(text.rstrip().splitlines()[-1])
+    following = load_config(command[2], command[3:]).config
+    assert following.method == "dmae" and following.teacher.source == f"run:{ended.run}"
+    assert following.student_architecture.width == 16 and following.data == load_config(command[2]).config.data
 
 
 def test_a_comparison_has_a_row_and_a_picture_per_run(trio, tmp_path):
