@@ -78,7 +78,7 @@ def train(run: Run) -> None:
             split = split_of(config, batch.positions, num_patches)
             target = run.teacher(images, split) if run.teacher is not None else None
             if config.student.drop_path:
-                torch.manual_seed(int(key(config.seed, Stream.NETWORK, step, micro, distributed.rank())))
+                torch.manual_seed(key(config.seed, Stream.NETWORK, step, micro, distributed.rank()))
             losses = engine(images, split, target)
             engine.backward(losses["loss"])
             engine.step()

@@ -25,14 +25,13 @@ class Stream(IntEnum):
     NETWORK = 7
 
 
+_WORD = (1 << 64) - 1
+_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
 def _signed(word: int) -> int:
     """A 64-bit word as the two's-complement integer that an int64 tensor holds."""
     return word - (1 << 64) if word >= 1 << 63 else word
-
-
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_MIX_1 = _signed(0xBF58476D1CE4E5B9)
-_MIX_2 = _signed(0x94D049BB133111EB)
 
 
 def _shift(x: Tensor, count: int) -> Tensor:
@@ -42,18 +41,31 @@ def _shift(x: Tensor, count: int) -> Tensor:
 
 def mix(x: Tensor) -> Tensor:
     """SplitMix64's finaliser, element by element: a bijection of 64-bit words. int64 products wrap around."""
-    x = (x ^ _shift(x, 30)) * _MIX_1
-    x = (x ^ _shift(x, 27)) * _MIX_2
+    x = (x ^ _shift(x, 30)) * _signed(_MIX_1)
+    x = (x ^ _shift(x, 27)) * _signed(_MIX_2)
     return x ^ _shift(x, 31)
 
 
-def key(*parts: int | Tensor) -> Tensor:
-    """Absorbs integers (or int64 tensors that broadcast) one after another into one hash word each."""
-    state = torch.zeros((), dtype=torch.int64)
+def _mix_int(x: int) -> int:
+    """`mix` of one word in plain integers."""
+    x = ((x ^ (x >> 30)) * _MIX_1) & _WORD
+    x = ((x ^ (x >> 27)) * _MIX_2) & _WORD
+    return x ^ (x >> 31)
+
+
+def key(*parts: int) -> int:
+    """Absorbs integers one after another into one hash word, as a signed 64-bit integer."""
+    state = 0
     for part in parts:
-        word = part if isinstance(part, Tensor) else torch.tensor(_signed(part % (1 << 64)))
-        state = mix((state.to(word.device) + _GOLDEN) ^ mix(word + _GOLDEN))
-    return state
+        state = _mix_int(((state + _GOLDEN) & _WORD) ^ _mix_int((part + _GOLDEN) & _WORD))
+    return _signed(state)
+
+
+def _absorb(state: int | Tensor, part: Tensor) -> Tensor:
+    """One more part of a `key`, for a tensor of int64. Integers enter as kernel arguments: a GPU is not waited for."""
+    golden = _signed(_GOLDEN)
+    start = _signed((state + _GOLDEN) & _WORD) if isinstance(state, int) else state + golden
+    return mix(mix(part + golden) ^ start)
 
 
 def bits(seed: int, positions: Tensor, stream: Stream, *, n: int) -> Tensor:
@@ -61,8 +73,8 @@ def bits(seed: int, positions: Tensor, stream: Stream, *, n: int) -> Tensor:
 
     positions: int64 [P], any device; the result is on the same device.
     """
-    counter = torch.arange(n, device=positions.device)
-    return key(key(seed, int(stream)).to(positions.device), positions[:, None], counter)  # [P, n]
+    stem = key(key(seed, stream))
+    return _absorb(_absorb(stem, positions[:, None]), torch.arange(n, device=positions.device))  # [P, n]
 
 
 def uniform(seed: int, positions: Tensor, stream: Stream, *, n: int) -> Tensor:
@@ -70,7 +82,7 @@ def uniform(seed: int, positions: Tensor, stream: Stream, *, n: int) -> Tensor:
     return _shift(bits(seed, positions, stream, n=n), 11).double() * 2.0**-53
 
 
-def permute(x: Tensor, size: int, round_key: Tensor) -> Tensor:
+def permute(x: Tensor, size: int, round_key: int) -> Tensor:
     """The image of each `x` under a keyed permutation of {0, ..., size - 1}: int64, the shape of `x`.
 
     An unbalanced Feistel network (Luby & Rackoff, 1988) over the next power of two, with cycle walking (Black &
@@ -80,7 +92,7 @@ def permute(x: Tensor, size: int, round_key: Tensor) -> Tensor:
     if size == 1:
         return torch.zeros_like(x)
     width = max(2, (size - 1).bit_length())
-    round_keys = mix(round_key + torch.arange(1, 13) * _GOLDEN)
+    round_keys = mix(round_key + torch.arange(1, 13) * _signed(_GOLDEN))
     image = _feistel(x, width, round_keys)
     while bool((outside := image >= size).any()):  # fewer than half the words are outside each time
         image = torch.where(outside, _feistel(image, width, round_keys), image)

@@ -92,7 +92,7 @@ class RandomCrops(Dataset[Batch]):
                 return decode_rgb(self.reader.read(sample)), sample, failed
             except BadImage as error:
                 failed.append(f"{self.index.shards[self.index.shard_of(sample)]}:{self.index.key(sample)}: {error}")
-            word = key(self.seed, int(Stream.REPLACEMENT), visit, attempt)
+            word = key(self.seed, Stream.REPLACEMENT, visit, attempt)
             sample = int(word) % len(self.index)
         raise DataError(
             f"{_REPLACEMENTS} samples in a row could not be decoded, the last is {failed[-1]}",

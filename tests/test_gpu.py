@@ -1,0 +1,47 @@
+"""What only a GPU can show: the same draws as on the CPU, and a step without a host sync."""
+
+import pytest
+import torch
+
+from maedistill.masking import random_split
+from maedistill.methods.dmae import DMAE
+from maedistill.models.decoder import TokenDecoder
+from maedistill.models.encoder import MaskedEncoder, build_vit
+from maedistill.models.initialize import initialize
+from maedistill.models.teacher import Teacher, open_teacher
+from maedistill.randomness import Stream, bits, uniform
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU; written on a machine without one, not yet run on any"
+)
+
+
+def test_draws_are_those_of_the_cpu() -> None:
+    positions = torch.arange(10_000) + 10**11
+    for draw in (bits, uniform):
+        assert torch.equal(draw(3, positions, Stream.MASK, n=7), draw(3, positions.cuda(), Stream.MASK, n=7).cpu())
+    cuts = {"seed": 0, "num_patches": 196, "num_student": 49, "num_teacher": 98}
+    assert torch.equal(random_split(positions, **cuts).order, random_split(positions.cuda(), **cuts).order.cpu())
+
+
+def test_a_step_never_waits_for_the_gpu() -> None:
+    encoder = MaskedEncoder(build_vit("vit_tiny_patch16_224", image_size=64, positions="sincos2d", depth=2))
+    decoder = TokenDecoder(192, width=32, depth=1, heads=2, grid=4, patch_size=16, num_prefix=1)
+    teacher = Teacher(open_teacher("random:vit_tiny_patch16_224", grid=4, depth=3), taps=(2,), dtype=torch.bfloat16)
+    pairs = {"student_taps": (1,), "teacher_taps": (2,), "teacher_width": 192, "teacher_prefix": 1}
+    method = DMAE(encoder, decoder, mean=(0.5,) * 3, std=(0.5,) * 3, **pairs)
+    initialize(method, seed=0)
+    method, teacher = method.cuda(), teacher.cuda()
+    images, positions = torch.rand(4, 3, 64, 64, device="cuda"), torch.arange(4, device="cuda")
+
+    def step() -> None:
+        split = random_split(positions, seed=0, num_patches=16, num_student=4, num_teacher=4)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            method(images, split, teacher(images, split))["loss"].backward()
+
+    step()  # the first one may load libraries
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
