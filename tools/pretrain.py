@@ -70,8 +70,8 @@ def main() -> None:
 
         dry_run(config)
         return
-    # On a CPU, torch's threads spin while they wait for each other; next to any other busy process that cost up to
-    # 9/10 of the speed (measured on two cores), while sleeping costs nothing on a quiet machine. Read at torch's import.
+    # On a CPU, torch's threads spin while they wait for each other: next to other busy processes that cost up to nine
+    # tenths of the speed (measured on two cores), on a quiet machine sleeping costs nothing. Read when torch starts.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from maedistill.pretrain import pretrain
 
