@@ -26,6 +26,7 @@ from maedistill.run import Run, set_up
 from maedistill.training import distributed
 from maedistill.training.engine import initialize_distributed, shutdown_distributed
 from maedistill.training.metrics import Averages, MetricsFile, memory_gb, progress_line
+from maedistill.training.run_folder import RunFolder
 
 _PICTURES = 8  # images on a reconstruction sheet
 
@@ -36,12 +37,13 @@ def pretrain(config: PretrainConfig, *, fresh: bool = False, extend: bool = Fals
     fresh: refuse a folder that already holds a run. extend: allow a changed number of epochs.
     Raises kinds of UserError; RUN/exit.json says how it ended.
     """
-    initialize_distributed(config.engine.timeout_seconds)
-    run = set_up(config, fresh=fresh, extend=extend)
-    with run.recorded_end():
+    folder = RunFolder(config.run)
+    with folder.recorded_end():
+        initialize_distributed(config.engine.timeout_seconds)
+        run = set_up(config, folder, fresh=fresh, extend=extend)
         train(run)
         if distributed.is_main():
-            write_run_report(run.folder)
+            write_run_report(folder)
     shutdown_distributed()
 
 
@@ -166,7 +168,7 @@ def require_finite(losses: dict[str, float], step: int) -> None:
     if broken:
         raise NumericsError(
             f"not finite by step {step}: {', '.join(broken)}",
-            "lower optim.base_lr or set optim.clip=1; the last checkpoint is sound, the same command continues from it",
+            "start another run= with a lower optim.base_lr or optim.clip=1; the checkpoints of this one are sound",
         )
 
 

@@ -1,8 +1,6 @@
-"""A run: everything that the loop over steps needs, made once from the config, restored, saved, and ended on record."""
+"""A run: everything that the loop over steps needs, made once from the config, restored and saved."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +18,6 @@ from maedistill.build import (
 )
 from maedistill.config.schema import PretrainConfig
 from maedistill.data.index import ShardIndex, open_index
-from maedistill.errors import UserError
 from maedistill.methods.mae import MAE
 from maedistill.models.teacher import Teacher
 from maedistill.plan import Plan, make_plan, plan_lines
@@ -79,25 +76,8 @@ class Run:
         folder, keep = self.folder.checkpoints, self.config.log.keep
         save_checkpoint(folder, step=self.step, engine=self.engine, ema=self.ema, state=state, keep=keep)
 
-    @contextmanager
-    def recorded_end(self) -> Iterator[None]:
-        """Writes RUN/exit.json, however the block ends."""
-        try:
-            yield
-        except UserError as error:
-            self._end(error.exit_code, error.cause)
-            raise
-        except BaseException as error:
-            self._end(130 if isinstance(error, KeyboardInterrupt) else 1, f"{type(error).__name__}: {error}")
-            raise
-        self._end(0, "finished")
 
-    def _end(self, exit_code: int, reason: str) -> None:
-        if distributed.is_main():
-            self.folder.ended(exit_code, reason, step=self.step)
-
-
-def set_up(config: PretrainConfig, *, fresh: bool, extend: bool) -> Run:
+def set_up(config: PretrainConfig, folder: RunFolder, *, fresh: bool, extend: bool) -> Run:
     """Opens data, teacher and run folder, builds student and engine. Collective; the process group is open."""
     device = distributed.device()
     cores = cpu_share(distributed.local_world_size())
@@ -108,7 +88,6 @@ def set_up(config: PretrainConfig, *, fresh: bool, extend: bool) -> Run:
     encoder = build_encoder(config)
     source = distributed.main_first(lambda: build_teacher_source(config, grid=encoder.grid))
     method = build_method(config, encoder, source).to(device)
-    folder = RunFolder(config.run)
     facts = {
         "data": {"images": len(index), "fingerprint": index.fingerprint()},
         "teacher": source.describe() if source is not None else None,

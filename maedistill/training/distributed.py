@@ -177,7 +177,8 @@ def prepare_environment(environ: Mapping[str, str]) -> dict[str, str]:
                 "start with torchrun, deepspeed or srun, or unset RANK and WORLD_SIZE for one process",
             )
         return {name: environ[name] for name in VARIABLES}
-    if "SLURM_PROCID" in environ and "SLURM_NTASKS" in environ:
+    # A batch script sees SLURM_NTASKS too, but only a task that srun started is one of them and has a step.
+    if {"SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID"} <= environ.keys():
         return _slurm_environment(environ)
     # Port 0: the system picks a free one, so that two runs on a machine never meet.
     return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

@@ -1,6 +1,7 @@
 """What a run says while it runs: averages without host syncs, metrics.jsonl, TensorBoard events, the progress line."""
 
 import json
+import math
 import resource
 import time
 from collections.abc import Mapping
@@ -49,7 +50,8 @@ class MetricsFile:
         self.board = _tensorboard(folder / "tb", first_step) if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one object; numbers also go to TensorBoard."""
+        """Appends one object; numbers also go to TensorBoard. JSON has no inf or nan: they become null."""
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         if self.board is not None:
             for name, value in values.items():

@@ -11,6 +11,8 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from maedistill.config.keys import differing_keys
 from maedistill.config.loader import load_config
 from maedistill.config.render import config_yaml
 from maedistill.config.schema import PretrainConfig
-from maedistill.errors import ConfigError
+from maedistill.errors import ConfigError, UserError
+from maedistill.training import distributed
 from maedistill.training.checkpoint import latest_step
 
 _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy")
@@ -59,12 +62,25 @@ class RunFolder:
         """What run.json says; empty before the first start."""
         return json.loads(self._facts.read_text()) if self._facts.exists() else {}
 
-    def ended(self, exit_code: int, reason: str, *, step: int) -> None:
-        """Writes exit.json: torchrun hides exit codes, this file does not."""
-        if self.path.is_dir():
-            write_text(
-                self.path / "exit.json", json.dumps({"exit_code": exit_code, "reason": reason, "step": step}) + "\n"
-            )
+    @contextmanager
+    def recorded_end(self) -> Iterator[None]:
+        """Writes exit.json however the block ends, set-up included: torchrun hides exit codes, this file does not."""
+        try:
+            yield
+        except UserError as error:
+            self._write_end(error.exit_code, error.cause)
+            raise
+        except BaseException as error:
+            self._write_end(130 if isinstance(error, KeyboardInterrupt) else 1, f"{type(error).__name__}: {error}")
+            raise
+        self._write_end(0, "finished")
+
+    def _write_end(self, exit_code: int, reason: str) -> None:
+        if distributed.is_main():
+            self.path.mkdir(parents=True, exist_ok=True)
+            step = latest_step(self.checkpoints) or 0  # where the same command goes on
+            end = {"exit_code": exit_code, "reason": reason, "step": step}
+            write_text(self.path / "exit.json", json.dumps(end) + "\n")
 
     def _require_same(self, config: PretrainConfig, facts: dict[str, Any], *, extend: bool) -> None:
         changed = differing_keys(load_config(self.config).config, config)

@@ -49,6 +49,8 @@ def test_boxes_are_spread_as_torchvisions_are():
         both = np.sort(np.concatenate([ours, reference]))
         shares = [np.searchsorted(np.sort(sample), both, side="right") / count for sample in (ours, reference)]
         assert np.abs(shares[0] - shares[1]).max() < 1.95 * math.sqrt(2 / count)  # Kolmogorov-Smirnov, p = 0.001
+    places = [(top / (height - h + 1), left / (width - w + 1)) for top, left, h, w in found]
+    assert abs(np.corrcoef(np.array(places).T)[0, 1]) < 0.1, "row and column are drawn apart"
 
 
 def test_the_draws_are_those_of_every_run_so_far():

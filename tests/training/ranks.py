@@ -56,5 +56,6 @@ def slurm_variables(ranks: int) -> list[dict[str, str]]:
                 break
             except OSError:
                 continue
-    shared = {"SLURM_NTASKS": str(ranks), "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": str(40000 + job)}
+    shared = {"SLURM_NTASKS": str(ranks), "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": "localhost"}
+    shared["SLURM_JOB_ID"] = str(40000 + job)
     return [shared | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(ranks)]

@@ -27,7 +27,13 @@ def test_first_host_of_a_compact_list(nodelist, host):
 
 
 def test_slurm_tasks_agree_on_address_and_port():
-    shared = {"SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "gpu[11-12]", "SLURM_JOB_ID": "123456", "PATH": "/bin"}
+    shared = {
+        "SLURM_NTASKS": "8",
+        "SLURM_STEP_ID": "0",
+        "SLURM_JOB_NODELIST": "gpu[11-12]",
+        "SLURM_JOB_ID": "123456",
+        "PATH": "/bin",
+    }
     tasks = [prepare_environment(shared | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i % 4)}) for i in range(8)]
     assert [(task["RANK"], task["LOCAL_RANK"], task["WORLD_SIZE"]) for task in tasks] == [
         (str(i), str(i % 4), "8") for i in range(8)
@@ -43,6 +49,8 @@ def test_torchrun_wins_over_slurm_and_is_taken_as_it_is():
 
 
 def test_a_bare_start_is_one_process():
+    script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}  # sbatch's script itself, not srun's task
+    assert prepare_environment(script)["WORLD_SIZE"] == "1"
     environment = prepare_environment({"PATH": "/bin"})
     assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("0", "1", "0")
 

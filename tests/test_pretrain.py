@@ -1,0 +1,187 @@
+"""Pre-training end to end, in real processes: what a run leaves, and that layout, kills and restarts change nothing.
+
+Every start is `tools/pretrain.py` as a person, torchrun, deepspeed or srun starts it (tests/conftest.py). The AMD run
+of one process, ZeRO 0 and no accumulation is the reference; the others must see the same samples, pixels and masks and
+get the same losses. Their sums run in another order, which grows: 1e-5 holds for the first 20 steps.
+"""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+EPOCH = 8  # steps
+STEPS = 3 * EPOCH
+TERMS = {
+    "mae": {"loss", "pixels"},
+    "dmae": {"loss", "pixels", "align/1"},
+    "amd": {"loss", "pixels", "align/0", "align/1", "generate/0", "generate/1"},
+}
+# Layouts that must not change the numbers: launcher, ranks, settings. Together all ZeRO stages and all launchers.
+LAYOUTS = {
+    "two ranks": ("torchrun", 2, []),
+    "zero 1, srun, accumulation 3": ("slurm", 2, ["engine.zero=1", "engine.micro_batch=2", "data.workers=1"]),
+    "zero 2, deepspeed": ("deepspeed", 2, ["engine.zero=2"]),
+    "zero 3, accumulation 3": ("torchrun", 2, ["engine.zero=3", "engine.micro_batch=2", "optim.ema=null"]),
+    "accumulation 3": ("bare", 1, ["engine.micro_batch=4", "engine.checkpoint_activations=true"]),
+}
+
+
+@pytest.fixture(scope="module")
+def layouts(pretraining, settings, trio):
+    """The AMD run again, in each layout."""
+
+    def start(name):
+        launcher, ranks, more = LAYOUTS[name]
+        folder = name.replace(" ", "-").replace(",", "")
+        return pretraining(folder, *settings["amd"], *more, launcher=launcher, ranks=ranks, witness=True)
+
+    with ThreadPoolExecutor(2) as two:
+        return dict(zip(LAYOUTS, two.map(start, LAYOUTS), strict=True))
+
+
+def witnessed(run: Path) -> dict[int, list]:
+    """What the network was given, by position: sample, image, patch order, cuts. All ranks together."""
+    seen = {}
+    for file in sorted(run.glob("witness-*.jsonl")):
+        for note in map(json.loads, file.read_text().splitlines()):
+            columns = (note[name] for name in ("samples", "images", "orders", "seen"))
+            for position, *given in zip(note["positions"], *columns, strict=True):
+                assert position not in seen, "a position is trained on twice"
+                seen[position] = given
+    return seen
+
+
+@pytest.mark.parametrize("method", TERMS)
+def test_every_loss_falls(trio, method):
+    steps = trio[method].metrics()
+    for term in TERMS[method]:
+        first, last = (sum(record[term] for record in part) / 8 for part in (steps[:8], steps[-8:]))
+        assert last < 0.98 * first, term
+
+
+@pytest.mark.parametrize("method", TERMS)
+def test_a_run_leaves_a_complete_folder(trio, method):
+    ended = trio[method]
+    run, steps = ended.run, ended.metrics()
+    total = 5 * EPOCH if method == "mae" else STEPS
+    assert ended.err == ""
+    assert f"step {total}/{total}" in ended.out and "kNN" in ended.out
+    assert json.loads((run / "exit.json").read_text()) == {"exit_code": 0, "reason": "finished", "step": total}
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["data"]["images"] == 96 and len(facts["starts"]) == 1 and "torch" in facts["starts"][0]["versions"]
+    assert (facts["teacher"] is None) == (method == "mae")
+    assert len(steps) == total and TERMS[method] < steps[0].keys()
+    assert [r["step"] for r in ended.records() if "knn" in r] == [*range(16, total, 16), total]
+    names = {p.name for p in (run / "checkpoints").iterdir()}
+    assert names == {f"step_{total - EPOCH:09d}", f"step_{total:09d}"}
+    weights = load_file(ended.last_checkpoint() / "model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+    assert {name.split(".")[0] for name in weights} == {
+        "encoder",
+        "decoder",
+        *(() if method == "mae" else ("projections",)),
+        *(("generators",) if method == "amd" else ()),
+    }
+    pictures = sorted((run / "pictures").iterdir())
+    assert [picture.name for picture in pictures] == [f"step_{step:09d}.png" for step in (*range(16, total, 16), total)]
+    with Image.open(pictures[0]) as sheet:
+        assert sheet.size == ((3 if method == "mae" else 4) * 100 + 4, 18 + 8 * 100)
+    assert (run / "report.md").is_file() and (run / "config.yaml").is_file()
+    events = EventAccumulator(str(run / "tb")).Reload()
+    assert [event.step for event in events.Scalars("pixels")] == list(range(1, total + 1))
+    assert events.Tags()["images"] == ["reconstruction"]
+
+
+def test_a_teacher_from_a_run_is_named_with_its_keys_and_licence(trio):
+    line = next(line for line in trio["dmae"].out.splitlines() if line.startswith("teacher"))
+    assert str(trio["mae"].run) in line and "keys loaded" in line and "unused (decoder)" in line and "licence" in line
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_see_the_same_and_lose_the_same(trio, layouts, layout):
+    reference, other = trio["amd"], layouts[layout]
+    expected, seen = witnessed(reference.run), witnessed(other.run)
+    assert list(expected) == list(range(12 * STEPS)) and seen == expected
+    assert len({tuple(order) for _, _, order, _ in expected.values()}) > 200, "masks differ between samples"
+    for ours, theirs in zip(other.metrics()[:20], reference.metrics()[:20], strict=True):
+        for term in TERMS["amd"]:
+            assert ours[term] == pytest.approx(theirs[term], abs=1e-5, rel=0), (ours["step"], term)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    ours, theirs = (load_file(ended.last_checkpoint() / "model.safetensors") for ended in (other, reference))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if not name.endswith("qkv.bias"):  # attention ignores the keys' bias: Adam makes steps of its rounding errors
+            torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-3)
+
+
+def test_ranks_pool_the_same_features(trio, layouts):
+    """95 training images on 2 ranks, so one is padding. Each counts once, on every rank, also under ZeRO 3."""
+    expected = torch.load(trio["amd"].run / "features-0.pt")
+    assert [len(labels) for _, labels in expected] == [95, 24]
+    for layout, rank in (("two ranks", 0), ("two ranks", 1), ("zero 3, accumulation 3", 1)):
+        for (features, labels), (rows, truth) in zip(
+            torch.load(layouts[layout].run / f"features-{rank}.pt"), expected, strict=True
+        ):
+            assert torch.equal(labels, truth)
+            torch.testing.assert_close(features, rows, rtol=0, atol=1e-4)
+
+
+def test_a_killed_run_goes_on_bit_by_bit(pretraining, settings, trio):
+    """Killed in the middle of step 21, 5 steps after its checkpoint; the reference ran through, without workers."""
+    command = ["killed", *settings["amd"], "data.workers=1"]
+    before = pretraining(*command, witness=True, code=-9, WITNESS_KILL="21")
+    assert before.last_checkpoint().name == "step_000000016" and len(before.metrics()) == 20
+    assert not (before.run / "exit.json").exists()
+    after = pretraining(*command)
+    assert "continues at step 16 of 24" in after.out
+    files = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")
+    for ours, theirs in ((after.last_checkpoint() / name, trio["amd"].last_checkpoint() / name) for name in files):
+        assert ours.read_bytes() == theirs.read_bytes(), ours.name
+    for ours, theirs in zip(after.metrics(), trio["amd"].metrics(), strict=True):
+        assert {name: ours[name] for name in TERMS["amd"]} == {name: theirs[name] for name in TERMS["amd"]}
+    assert len(json.loads((after.run / "run.json").read_text())["starts"]) == 2
+
+
+def test_bf16_trains_nearly_the_same(pretraining, settings, trio):
+    ended = pretraining("bf16", *settings["amd"], "engine.precision=bf16", "engine.zero=2")
+    for ours, theirs in zip(ended.metrics(), trio["amd"].metrics(), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.03)
+        assert ours["loss"] != theirs["loss"]
+    dtypes = {value.dtype for value in load_file(ended.last_checkpoint() / "model.safetensors").values()}
+    assert dtypes == {torch.float32}
+
+
+def test_what_a_run_folder_allows_and_refuses(pretraining, settings, trio, shards, tmp_path):
+    """Other results, other data and --fresh are refused; other runtime keys and moved shards are not."""
+    run = pretraining.folder / "continued"
+    shutil.copytree(trio["dmae"].run, run)
+    moved = tmp_path / "moved"
+    shutil.copytree(shards, moved)
+    refusals = {
+        "optim.weight_decay": (["optim.weight_decay=0.1"], "another run="),
+        "other data (96 images": ([f"data.train={shards}/val-*.tar"], "the same shards"),
+        "already holds a run": (["--fresh"], "leave out --fresh"),
+        "optim.epochs: 3.0 there, 4.0 now": (["optim.epochs=4"], "add --extend"),
+    }
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "exit.json"}
+    with ThreadPoolExecutor(2) as two:
+        starts = [
+            two.submit(pretraining, "continued", *settings["dmae"], *more, code=2) for more, _ in refusals.values()
+        ]
+        for (cause, (_, remedy)), start in zip(refusals.items(), starts, strict=True):
+            error, fix = start.result().err.splitlines()
+            assert cause in error and remedy in fix
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path in before}
+    more = [f"data.train={moved}/train-{{000000..000003}}.tar", "log.every=2", "optim.epochs=4", "--extend"]
+    ended = pretraining("continued", *settings["dmae"], *more)
+    assert "continues at step 24 of 32" in ended.out
+    assert [r["step"] for r in ended.records() if "loss" in r] == [*range(1, 25), 26, 28, 30, 32]
+    again = pretraining("continued", *settings["dmae"], *more)
+    assert again.records() == ended.records() and "continues at step 32 of 32" in again.out

@@ -1,0 +1,132 @@
+"""Wrong inputs to tools/pretrain.py, in real processes: two lines on stderr, the right exit code, never a traceback."""
+
+import io
+import json
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from PIL import Image
+
+from maedistill.config.loader import load_config
+from maedistill.data.index import open_index
+from maedistill.models.encoder import build_vit
+from maedistill.training.run_folder import RunFolder
+
+TAPS = ["method=dmae", "align.student=[1]", "align.teacher=[1]"]
+FILE = [*TAPS, "teacher.model=vit_tiny_patch16_224", "teacher.width=32", "teacher.depth=2", "teacher.heads=2"]
+FIVE = {"WORLD_SIZE": "5"}
+# Arguments, environment, exit code, and what the lines of cause and remedy name. {made} is the folder of `made` below.
+SETTINGS = {
+    "no key of that name": (["optim.epoch=3"], {}, 2, "optim.epoch", "optim.epochs"),
+    "wrong type": (["optim.epochs=many"], {}, 2, "optim.epochs=many", "optim.epochs"),
+    "wrong type in a list": (["align.student=[a]"], {}, 2, "align.student", "align.student"),
+    "several mistakes": (["optim.epoch=3", "engine.zero=5"], {}, 2, "and 1 more: engine.zero", "optim.epochs"),
+    "tap past the student": (
+        ["method=dmae", "teacher.source=random:vit_tiny_patch16_224", "align.student=[2]", "align.teacher=[3]"],
+        {}, 2, "align.student=[2]: block 2 does not exist, the student has 2", "0 to 1",
+    ),
+    "batch for 5 ranks": ([], FIVE, 2, "12 samples cannot be shared evenly by 5 ranks", "4 or 6"),
+    "batch for 5 ranks, dry": (["--dry-run"], FIVE, 2, "12 samples cannot be shared evenly by 5 ranks", "4 or 6"),
+    "half a launcher": ([], {"RANK": "0"}, 2, "WORLD_SIZE", "torchrun"),
+    "no such config": (["nothing.yaml"], {}, 2, "nothing.yaml", ""),
+}  # fmt: skip
+INPUTS = {
+    "missing shards": (["data.train={shards}/train-{{000000..000005}}.tar"], {}, 3, "train-000004.tar", "missing"),
+    "relative positions": (["student.model=vit_relpos_small_patch16_224"], {}, 2, "vit_relpos_", "vit_small_patch16"),
+    "foreign keys": ([*FILE, "teacher.source=file:{made}/foreign.pth"], {}, 3, "rope.freqs", "teacher.model"),
+    "keys that are missing": ([*FILE, "teacher.source=file:{made}/lost.pth"], {}, 3, "blocks.1.", "teacher.model"),
+    "code in a pickle": ([*FILE, "teacher.source=file:{made}/evil.pth"], {}, 3, "evil.pth", "safetensors"),
+    "no such file": (
+        [*FILE, "teacher.source=file:{made}/none.pth", f"teacher.sha256={'0' * 64}"], {}, 3, "none.pth", "path",
+    ),
+    "no such run": ([*TAPS, "teacher.source=run:{made}/none"], {}, 3, "holds no checkpoint", "run folder"),
+    "tap past the teacher": (
+        ["method=dmae", "align.student=[1]", "align.teacher=[5]", "teacher.source=local-dir:{made}/saved"],
+        {}, 2, "align.teacher: block 5 does not exist, the teacher has 2", "0 to 1",
+    ),
+    "no labels": (["data.val={made}/bare.tar"], {}, 3, "bare.tar", "labelled shards"),
+    "all images bad": (["data.train={made}/bad.tar", "data.val=null", "data.workers=1"], {}, 3, "bad.tar:", "--verify"),
+    "a tenth bad": (["data.train={made}/tenth.tar", "data.val=null"], {}, 3, "max_bad_fraction", "bad_samples.txt"),
+    "learning rate far too high": (["optim.lr=1e18"], {}, 4, "not finite by step", "optim.base_lr"),
+}  # fmt: skip
+
+
+class Evil:
+    """Ends the process when it is unpickled."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code in a pickle was run')",)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder of files that are wrong in one way each."""
+    folder = tmp_path_factory.mktemp("made")
+    vit = build_vit("vit_tiny_patch16_224", image_size=32, width=32, depth=2, heads=2, patch_size=8)
+    state = vit.state_dict()
+    torch.save(state | {"rope.freqs": torch.zeros(3)}, folder / "foreign.pth")
+    torch.save({key: value for key, value in state.items() if "blocks.1." not in key}, folder / "lost.pth")
+    torch.save({"model": state, "more": Evil()}, folder / "evil.pth")
+    torch.save(state, (folder / "saved").mkdir() or folder / "saved" / "pytorch_model.bin")
+    arguments = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "img_size": 32}
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "model_args": arguments, "pretrained_cfg": {}}
+    (folder / "saved" / "config.json").write_text(json.dumps(config))
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(picture, "PNG")
+    for name, bad in (("bare", 0), ("bad", 20), ("tenth", 2)):
+        with tarfile.open(folder / f"{name}.tar", "w") as tar:
+            for i in range(20):
+                info, data = tarfile.TarInfo(f"{i:03d}.png"), b"no image" if i < bad else picture.getvalue()
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        open_index(str(folder / f"{name}.tar"))  # a scan would show its progress on stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def endings(pretraining, made, shards):
+    """How each case ends, two at a time."""
+
+    def start(item):
+        name, (arguments, variables, *_) = item
+        method = [] if "method=dmae" in arguments else ["method=mae"]
+        filled = [argument.format(made=made, shards=shards) for argument in arguments]
+        process = pretraining.start(f"wrong {name}", *method, *filled, **variables).processes[0]
+        _, err = process.communicate(timeout=120)
+        return process.returncode, err
+
+    cases = SETTINGS | INPUTS
+    with ThreadPoolExecutor(2) as two:
+        return dict(zip(cases, two.map(start, cases.items()), strict=True))
+
+
+@pytest.mark.parametrize("case", SETTINGS | INPUTS)
+def test_a_mistake_costs_two_lines_and_an_exit_code(endings, case):
+    _, _, code, cause, remedy = (SETTINGS | INPUTS)[case]
+    returned, err = endings[case]
+    assert (returned, err.count("\n")) == (code, 2), err
+    error, fix = err.splitlines()
+    assert error.startswith("error: ") and fix.startswith("  fix: ")
+    assert cause in error and remedy in fix
+
+
+def test_an_end_is_recorded_with_what_could_not_be_read(pretraining, endings):
+    run = pretraining.folder / "wrong a tenth bad"
+    end = json.loads((run / "exit.json").read_text())
+    assert (
+        end["exit_code"] == 3
+        and "max_bad_fraction" in end["reason"]
+        and f"error: {end['reason']}" in endings["a tenth bad"][1]
+    )
+    lines = (run / "bad_samples.txt").read_text().splitlines()
+    assert 1 <= len(lines) <= 4 and all(line.split("tenth.tar:")[1][:5] in ("000: ", "001: ") for line in lines)
+
+
+def test_a_start_that_failed_binds_nobody(pretraining, endings):
+    """Whoever corrects the tap that was too deep starts the same run folder again."""
+    folder = RunFolder(pretraining.folder / "wrong tap past the teacher")
+    corrected = load_config(folder.config, ["align.teacher=[1]"]).config
+    folder.open(corrected, {"data": folder.facts()["data"]}, fresh=True, extend=False)
+    assert load_config(folder.config).config.align.teacher == (1,)
