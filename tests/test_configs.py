@@ -1,0 +1,78 @@
+"""Every config that we ship: it loads, its header says what a person needs, and its networks fit together."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from maedistill.build import build_encoder, build_method, build_teacher, build_teacher_source, mask_sizes
+from maedistill.config.loader import load_config
+from maedistill.flops import count_flops
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = [path for path in sorted(ROOT.glob("configs/*/*.yaml")) if path.name != "base.yaml"]
+NEEDED = ["data.train=x.tar", "run=runs/x"]
+
+
+def without_weights(path: Path) -> list[str]:
+    """Overrides that put random weights of the same model in the place of a config's teacher."""
+    text = path.read_text()
+    if found := re.search(r"timm:(\w+)\.mae", text):
+        return [f"teacher.source=random:{found[1]}"]
+    if re.search(r"run:\S+/teacher", text):
+        shape = load_config(path.with_name("teacher.yaml"), NEEDED).config.student
+        sizes = [f"teacher.{key}={getattr(shape, key)}" for key in ("width", "depth", "heads", "patch_size")]
+        return [f"teacher.source=random:{shape.model}", *sizes]
+    return []
+
+
+def name_of(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_config_builds_and_its_header_is_true(path: Path) -> None:
+    config = load_config(path, NEEDED + without_weights(path)).config
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert f"tools/pretrain.py configs/{name_of(path)}.yaml" in header
+    with torch.device("meta"):
+        encoder = build_encoder(config)
+        source = build_teacher_source(config, grid=encoder.grid)
+        method = build_method(config, encoder, source)
+        teacher = build_teacher(config, source, torch.device("meta")) if source is not None else None
+    assert type(method).__name__.lower() == config.method and name_of(path).split("/")[1].startswith(
+        (config.method, "teacher")
+    )
+    student, visible = mask_sizes(config, encoder.grid**2)
+    flops = count_flops(method, teacher, num_student=student, num_teacher=visible)
+    if path.parent.name == "imagenet":
+        assert "Expected:" in header and "CVPR" in header and "8 GPUs" in header
+        assert f"{flops['total']:.1f} GFLOP per image" in header
+
+
+def test_imagenet_configs_are_the_papers_recipes() -> None:
+    """What FACTS of the papers fix: a changed number here is another recipe."""
+    recipes = {
+        "mae_vit_b": ("mae", 800, 40, (512, 8, 16), "patch", (), (), None),
+        "dmae_vit_b": ("dmae", 100, 20, (512, 8, 16), "raw", (8,), (17,), None),
+        "dmae_vit_s": ("dmae", 100, 20, (512, 8, 16), "raw", (8,), (8,), None),
+        "amd_vit_b": ("amd", 800, 40, (384, 4, 6), "patch_channel", (5, 11), (11, 23), 0.5),
+        "amd_vit_s": ("amd", 800, 40, (192, 4, 3), "patch_channel", (5, 11), (11, 23), 0.5),
+    }
+    for name, expected in recipes.items():
+        c = load_config(ROOT / f"configs/imagenet/{name}.yaml", NEEDED).config
+        decoder = (c.decoder.width, c.decoder.depth, c.decoder.heads)
+        taps = (c.align.student, c.align.teacher)
+        found = (
+            c.method,
+            c.optim.epochs,
+            c.optim.warmup_epochs,
+            decoder,
+            c.pixels.target,
+            *taps,
+            c.masks.teacher_visible,
+        )
+        assert found == expected, name
+        assert (c.optim.peak_lr, c.optim.global_batch, c.optim.betas) == (pytest.approx(2.4e-3), 4096, (0.9, 0.95))
+        assert (c.optim.weight_decay, c.masks.student_visible, c.data.crop_scale) == (0.05, 0.25, (0.2, 1.0))
