@@ -14,18 +14,20 @@ from maedistill.build import (
     build_teacher_source,
     cpu_share,
     mask_sizes,
+    precision,
     split_of,
 )
 from maedistill.config.batch import BatchPlan, batch_plan, total_steps, world_size_from_environment
 from maedistill.config.schema import PretrainConfig
 from maedistill.data.index import ShardIndex
+from maedistill.data.loader import Batch
 from maedistill.data.transforms import to_unit
 from maedistill.flops import count_flops
 from maedistill.methods.mae import MAE
 from maedistill.models.teacher import Teacher, TeacherSource
 from maedistill.training.metrics import duration, memory_gb
 
-_CPU_PROBE = 4  # images of a dry run's trial step on a CPU
+_TRIAL_SECONDS = 1.0  # a dry run tries larger batches until a step takes so long
 
 
 @dataclass(frozen=True)
@@ -107,31 +109,43 @@ def dry_run(config: PretrainConfig) -> None:
 def _measured(
     config: PretrainConfig, plan: Plan, index: ShardIndex, method: MAE, teacher: Teacher | None, device: torch.device
 ) -> list[str]:
-    """Speed, memory and time from one trial step on real crops. On a CPU a few images stand for the batch."""
-    count = plan.batch.micro_batch if device.type == "cuda" else min(_CPU_PROBE, plan.batch.micro_batch)
+    """Speed, memory and time from trial steps on real crops, larger and larger until one takes long enough."""
     crops = build_crops(config, index)
-    start = time.perf_counter()
-    batch = crops.__getitems__(list(range(count))).to(device)
-    loader = count / (time.perf_counter() - start)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for _ in range(2):  # the first warms up
+    count, seconds = 0, 0.0
+    while count < plan.batch.micro_batch and seconds < _TRIAL_SECONDS:
+        count = min(plan.batch.micro_batch, 8 * count or 4)
         start = time.perf_counter()
-        images, split = to_unit(batch.images), split_of(config, batch.positions, method.encoder.grid**2)
-        target = teacher(images, split) if teacher is not None else None
-        with torch.autocast(device.type, dtype=dtype, enabled=device.type == "cuda"):
-            loss = method(images, split, target)["loss"]
-        loss.backward()
-        loss.item()  # waits for the device
-        step = count / (time.perf_counter() - start)
+        batch = crops.__getitems__(list(range(count))).to(device)
+        loader = count / (time.perf_counter() - start)
+        seconds = _trial_step(config, batch, method, teacher, device)
+    step = count / seconds
     states = 3 * 4 * sum(p.numel() for p in method.parameters()) / 1e9  # gradients and Adam's two moments, fp32
     images_left = plan.steps * config.optim.global_batch / plan.world_size
-    workers = config.data.workers if config.data.workers is not None else cpu_share(1)
+    workers = config.data.workers if config.data.workers is not None else min(8, cpu_share(1))
     return [
         f"speed    step {step:.1f} images/s per rank (forward and backward, {count} images), "
         f"loader {loader:.0f} images/s per worker, {workers} workers",
         f"memory   {memory_gb(device):.2f} GB with {count} images; gradients and optimizer up to {states:.2f} GB more",
-        f"time     about {duration(images_left / step)} at that speed; small trial batches understate a GPU",
+        f"time     about {duration(images_left / min(step, max(1, workers) * loader))} at that speed",
     ]
+
+
+def _trial_step(
+    config: PretrainConfig, batch: Batch, method: MAE, teacher: Teacher | None, device: torch.device
+) -> float:
+    """Seconds of one forward and backward pass, after one that warms up."""
+    half = precision(config.engine.precision, device) == "bf16"
+    for _ in range(2):
+        start = time.perf_counter()
+        images, split = to_unit(batch.images), split_of(config, batch.positions, method.encoder.grid**2)
+        target = teacher(images, split) if teacher is not None else None
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+            loss = method(images, split, target)["loss"]
+        loss.backward()
+        loss.item()  # waits for the device
+        seconds = time.perf_counter() - start
+    method.zero_grad()
+    return seconds
 
 
 def _millions(module: torch.nn.Module) -> float:
