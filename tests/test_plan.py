@@ -1,0 +1,29 @@
+"""What a run says before it starts: every promise of --dry-run, and that it writes nothing."""
+
+import re
+
+
+def test_dry_run_tells_everything_and_writes_nothing(pretraining, settings, trio):
+    said = pretraining("planned", *settings["amd"], "--dry-run").out
+    assert not (pretraining.folder / "planned").exists()
+    lines = {line.split()[0]: line for line in said.splitlines()}
+    assert set(lines) == {
+        *("method", "teacher", "student", "data", "batch", "steps", "lr"),
+        *("run", "flops", "speed", "memory", "time", "nothing"),
+    }
+    assert "student sees 4 of 16 patches, teacher 8 (nested)" in lines["method"]
+    assert "run:" in lines["teacher"] and "keys loaded" in lines["teacher"] and "licence" in lines["teacher"]
+    assert "96 images in 4 shards" in lines["data"] and "12 = 1 ranks x 1 x 12" in lines["batch"]
+    total = trio["amd"].metrics()[-1]["step"]
+    assert f"{total} = floor(" in lines["steps"]
+    assert re.search(r"total [\d.]+ GFLOP per image", lines["flops"])
+    for key in ("speed", "memory", "time"):
+        assert re.search(r"\d", lines[key]), key
+
+
+def test_print_config_and_explain_need_no_run(pretraining, settings):
+    printed = pretraining("printed", *settings["mae"], "--print-config", "optim.clip=0.5").out
+    assert re.search(r"clip: 0.5 +# command line", printed) and re.search(r"seed: .*# ", printed)
+    explained = pretraining("explained", "--explain", "align.normalize").out
+    assert explained.startswith("align.normalize:") and "one of none, l2, whiten" in explained
+    assert not any((pretraining.folder / name).exists() for name in ("printed", "explained"))
