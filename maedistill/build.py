@@ -4,7 +4,6 @@ import os
 
 import torch
 
-from maedistill.config.batch import BatchPlan
 from maedistill.config.schema import PretrainConfig
 from maedistill.data.index import ShardIndex, open_index
 from maedistill.data.loader import RandomCrops
@@ -20,7 +19,7 @@ from maedistill.models.initialize import initialize
 from maedistill.models.teacher import Teacher, TeacherSource, open_teacher
 
 METHODS: dict[str, type[MAE]] = {"mae": MAE, "dmae": DMAE, "amd": AMD}
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def precision(name: str, device: torch.device) -> str:
@@ -43,7 +42,7 @@ def build_teacher_source(config: PretrainConfig, *, grid: int) -> TeacherSource 
 
 def build_teacher(config: PretrainConfig, source: TeacherSource, device: torch.device) -> Teacher:
     """The frozen teacher on `device`, cut to its taps."""
-    dtype = _DTYPES[precision(config.teacher.precision, device)]
+    dtype = DTYPES[precision(config.teacher.precision, device)]
     return Teacher(source, taps=config.align.teacher, dtype=dtype).to(device)
 
 
@@ -80,10 +79,16 @@ def build_method(config: PretrainConfig, encoder: MaskedEncoder, source: Teacher
             "teacher_prefix": source.encoder.num_prefix,
         }
     if config.method == "amd":
-        generate = config.generate
+        generate, width = config.generate, source.encoder.width
+        heads = generate.heads or max(1, width // 64)
+        if width % heads:
+            raise ConfigError(
+                f"generate.heads: {heads} heads do not divide the teacher's width {width}",
+                f"set generate.heads to a divisor of {width}",
+            )
         keywords |= {
             "generator_depth": generate.depth,
-            "generator_heads": generate.heads,
+            "generator_heads": heads,
             "generate_weight": generate.weight,
             "positions": table,
         }
@@ -123,8 +128,3 @@ def split_of(config: PretrainConfig, positions: torch.Tensor, num_patches: int) 
 def cpu_share(local_ranks: int) -> int:
     """CPU cores of one rank, when the machine's are shared fairly."""
     return max(1, len(os.sched_getaffinity(0)) // max(1, local_ranks))
-
-
-def image_count(plan: BatchPlan, world_size: int) -> int:
-    """Samples of one optimizer step over all ranks: the global batch again."""
-    return plan.micro_batch * plan.accumulation * world_size

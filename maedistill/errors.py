@@ -8,7 +8,6 @@ is raised is a bug of ours and keeps its traceback.
     3     data: shards, images, labels, a damaged checkpoint or teacher file
     4     numerics: a loss or gradient that is not finite
     5     a peer process or the hardware
-    75    pre-empted: saved, start the same command again
 """
 
 import sys
@@ -49,12 +48,6 @@ class PeerError(UserError):
     """Another process of the same run, or the hardware, failed."""
 
     exit_code = 5
-
-
-class Preempted(UserError):
-    """The run was asked to stop, saved its state, and wants to be started again."""
-
-    exit_code = 75
 
 
 def exit_code_of(main: Callable[[], None]) -> int:

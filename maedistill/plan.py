@@ -2,10 +2,13 @@
 
 import time
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
 
 import torch
 
 from maedistill.build import (
+    DTYPES,
     build_crops,
     build_encoder,
     build_index,
@@ -19,13 +22,14 @@ from maedistill.build import (
 )
 from maedistill.config.batch import BatchPlan, batch_plan, total_steps, world_size_from_environment
 from maedistill.config.schema import PretrainConfig
-from maedistill.data.index import ShardIndex
+from maedistill.data.index import ShardIndex, open_index
 from maedistill.data.loader import Batch
 from maedistill.data.transforms import to_unit
 from maedistill.flops import count_flops
 from maedistill.methods.mae import MAE
 from maedistill.models.teacher import Teacher, TeacherSource
 from maedistill.training.metrics import duration, memory_gb
+from maedistill.training.run_folder import RunFolder
 
 _TRIAL_SECONDS = 1.0  # a dry run tries larger batches until a step takes so long
 
@@ -56,8 +60,27 @@ def make_plan(config: PretrainConfig, index: ShardIndex, *, world_size: int) -> 
         optim.global_batch, config.engine.micro_batch, world_size=world_size, views=config.data.views_per_image
     )
     steps = total_steps(optim.epochs, len(index), global_batch=optim.global_batch)
-    warmup = min(steps - 1, int(optim.warmup_epochs * len(index) / optim.global_batch))
+    warmup = min(steps - 1, int(Fraction(repr(optim.warmup_epochs)) * len(index) // optim.global_batch))
     return Plan(batch, world_size, len(index), steps, warmup)
+
+
+def open_data(config: PretrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
+    """The indexes of training and validation shards; labels that kNN will need are missed now, not after hours."""
+    index = build_index(config)
+    val_index = open_index(config.data.val) if config.data.val else None
+    if val_index is not None and config.log.knn_every_epochs is not None:
+        index.require_labels()
+        val_index.require_labels()
+    return index, val_index
+
+
+def run_facts(index: ShardIndex, source: TeacherSource | None) -> dict[str, Any]:
+    """What run.json keeps of a start: which samples, which teacher, and the licence of the weights that went in."""
+    return {
+        "data": {"images": len(index), "fingerprint": index.fingerprint()},
+        "teacher": source.describe() if source is not None else None,
+        "licence": source.licence if source is not None else "yours: no other weights were used",
+    }
 
 
 def plan_lines(
@@ -72,7 +95,7 @@ def plan_lines(
         seen += f", teacher {teacher} (nested)" if teacher > student else ", teacher the same"
     sizes = {name: _millions(child) for name, child in method.named_children()}
     images = f"{plan.images:,} images in {len(index.shards)} shards at {config.data.image_size} px"
-    rate = f"{optim.lr:g}" if optim.lr else f"{optim.base_lr or 1.5e-4:g} x {optim.global_batch} / 256"
+    factors = "" if optim.lr else f" = {optim.peak_lr * 256 / optim.global_batch:g} x {optim.global_batch} / 256"
     lines = [
         f"method   {config.method}: {seen}",
         f"student  {config.student.title}  " + ", ".join(f"{name} {size:.2f} M" for name, size in sizes.items()),
@@ -80,7 +103,7 @@ def plan_lines(
         f"batch    {optim.global_batch} = {plan.world_size} ranks x {batch.accumulation} x {batch.micro_batch} samples",
         f"steps    {plan.steps:,} = floor({optim.epochs:g} epochs x {plan.images:,} / {optim.global_batch}), "
         f"{plan.warmup_steps:,} of them warm-up",
-        f"lr       {optim.peak_lr:.3g} = {rate}, cosine to {optim.min_lr:g}",
+        f"lr       {optim.peak_lr:.3g}{factors}, linear warm-up, then cosine to {optim.min_lr:g}",
         f"run      {config.run}",
     ]
     if source is not None:
@@ -89,13 +112,17 @@ def plan_lines(
 
 
 def dry_run(config: PretrainConfig) -> None:
-    """Opens data and teacher, counts FLOPs, times one small step and the loader, prints the plan, writes nothing."""
+    """Opens data, teacher and run folder, counts FLOPs, times a step and the loader, and prints the plan.
+
+    Writes nothing, but for the index of shards that have none.
+    """
     world_size = world_size_from_environment()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    index = build_index(config)
+    index, _ = open_data(config)
     plan = make_plan(config, index, world_size=world_size)
     encoder = build_encoder(config)
     source = build_teacher_source(config, grid=encoder.grid)
+    RunFolder(config.run).check(config, run_facts(index, source), fresh=False, extend=False)
     method = build_method(config, encoder, source).to(device)
     teacher = build_teacher(config, source, device) if source is not None else None
     student_sees, teacher_sees = mask_sizes(config, encoder.grid**2)
@@ -103,7 +130,7 @@ def dry_run(config: PretrainConfig) -> None:
     lines = plan_lines(config, plan, index, method, source)
     lines.append("flops    " + ", ".join(f"{name} {value:.2f}" for name, value in flops.items()) + " GFLOP per image")
     lines += _measured(config, plan, index, method, teacher, device)
-    print("\n".join(lines) + "\nnothing was written: dry run", flush=True)
+    print("\n".join(lines) + "\nnothing was started: dry run", flush=True)
 
 
 def _measured(
@@ -134,12 +161,12 @@ def _trial_step(
     config: PretrainConfig, batch: Batch, method: MAE, teacher: Teacher | None, device: torch.device
 ) -> float:
     """Seconds of one forward and backward pass, after one that warms up."""
-    half = precision(config.engine.precision, device) == "bf16"
+    dtype = DTYPES[precision(config.engine.precision, device)]
     for _ in range(2):
         start = time.perf_counter()
         images, split = to_unit(batch.images), split_of(config, batch.positions, method.encoder.grid**2)
         target = teacher(images, split) if teacher is not None else None
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             loss = method(images, split, target)["loss"]
         loss.backward()
         loss.item()  # waits for the device

@@ -29,6 +29,7 @@ from maedistill.training.metrics import Averages, MetricsFile, memory_gb, progre
 from maedistill.training.run_folder import RunFolder
 
 _PICTURES = 8  # images on a reconstruction sheet
+_LEAST_SEEN = 10_000  # samples that data.max_bad_fraction is a share of at least, so that one bad image ends no run
 
 
 def pretrain(config: PretrainConfig, *, fresh: bool = False, extend: bool = False) -> None:
@@ -43,7 +44,7 @@ def pretrain(config: PretrainConfig, *, fresh: bool = False, extend: bool = Fals
         run = set_up(config, folder, fresh=fresh, extend=extend)
         train(run)
         if distributed.is_main():
-            write_run_report(folder)
+            print(f"done: {write_run_report(folder)}", flush=True)
     shutdown_distributed()
 
 
@@ -180,7 +181,7 @@ def note_bad_samples(run: Run, bad: list[str]) -> None:
     share = distributed.all_reduce_mean({"bad": torch.tensor(float(len(bad)), device=run.device)})["bad"]
     run.bad += share * distributed.world_size()
     bad.clear()
-    seen = max(run.plan.images, run.step * run.config.optim.global_batch)  # one epoch's budget at least
+    seen = max(_LEAST_SEEN, run.step * run.config.optim.global_batch)
     if run.bad > run.config.data.max_bad_fraction * seen:
         raise DataError(
             f"{run.bad:.0f} bad samples, more than data.max_bad_fraction={run.config.data.max_bad_fraction:g} allows",

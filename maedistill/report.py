@@ -151,7 +151,8 @@ def _draw_curves(records: Mapping[str, Sequence[Mapping[str, Any]]], path: Path)
         for name, run in records.items():
             epochs, values = _series(run, prefix)
             if epochs:
-                axes.plot(epochs, values, label=name, marker="o" if prefix == "knn" else None, markersize=3)
+                few = prefix == "knn" or len(epochs) < 3  # points that no line would show
+                axes.plot(epochs, values, label=name, marker="o" if few else None, markersize=3)
         axes.set(xlabel="epoch", title=label)
         axes.grid(alpha=0.3)
         axes.legend()

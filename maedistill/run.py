@@ -9,7 +9,6 @@ from timm.utils import ModelEmaV3
 
 from maedistill.build import (
     build_encoder,
-    build_index,
     build_method,
     build_teacher,
     build_teacher_source,
@@ -17,10 +16,10 @@ from maedistill.build import (
     precision,
 )
 from maedistill.config.schema import PretrainConfig
-from maedistill.data.index import ShardIndex, open_index
+from maedistill.data.index import ShardIndex
 from maedistill.methods.mae import MAE
 from maedistill.models.teacher import Teacher
-from maedistill.plan import Plan, make_plan, plan_lines
+from maedistill.plan import Plan, make_plan, open_data, plan_lines, run_facts
 from maedistill.training import distributed
 from maedistill.training.checkpoint import load_latest, save_checkpoint
 from maedistill.training.engine import Engine
@@ -47,7 +46,7 @@ class Run:
     workers: int
     clock: Clock = field(default_factory=Clock)
     step: int = 0  # steps done
-    bad: float = 0.0  # samples replaced since this start, over all ranks
+    bad: float = 0.0  # samples replaced so far, over all ranks
 
     @property
     def epoch(self) -> float:
@@ -66,13 +65,13 @@ class Run:
         state = load_latest(self.folder.checkpoints, self.engine, ema=self.ema)
         if state is None:
             return
-        self.step, self.clock.trained = state["step"], state["trained_seconds"]
+        self.step, self.bad, self.clock.trained = state["step"], state["bad"], state["trained_seconds"]
         if distributed.is_main():
             print(f"continues at step {self.step} of {self.plan.steps} from {self.folder.checkpoints}", flush=True)
 
     def save(self) -> None:
         """Writes a checkpoint. Collective."""
-        state = {"step": self.step, "epoch": self.epoch, "trained_seconds": self.clock.trained}
+        state = {"step": self.step, "bad": self.bad, "trained_seconds": self.clock.trained}
         folder, keep = self.folder.checkpoints, self.config.log.keep
         save_checkpoint(folder, step=self.step, engine=self.engine, ema=self.ema, state=state, keep=keep)
 
@@ -83,17 +82,12 @@ def set_up(config: PretrainConfig, folder: RunFolder, *, fresh: bool, extend: bo
     cores = cpu_share(distributed.local_world_size())
     if config.threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(config.threads or cores)
-    index, val_index = distributed.main_first(lambda: _open_data(config))
+    index, val_index = distributed.main_first(lambda: open_data(config))
     plan = make_plan(config, index, world_size=distributed.world_size())
     encoder = build_encoder(config)
     source = distributed.main_first(lambda: build_teacher_source(config, grid=encoder.grid))
     method = build_method(config, encoder, source).to(device)
-    facts = {
-        "data": {"images": len(index), "fingerprint": index.fingerprint()},
-        "teacher": source.describe() if source is not None else None,
-        "licence": source.licence if source is not None else "yours: no other weights were used",
-    }
-    distributed.on_main(lambda: folder.open(config, facts, fresh=fresh, extend=extend))
+    distributed.on_main(lambda: folder.open(config, run_facts(index, source), fresh=fresh, extend=extend))
     if distributed.is_main():
         print("\n".join(plan_lines(config, plan, index, method, source)), flush=True)
     teacher = build_teacher(config, source, device) if source is not None else None
@@ -118,13 +112,3 @@ def set_up(config: PretrainConfig, folder: RunFolder, *, fresh: bool, extend: bo
     )
     workers = config.data.workers if config.data.workers is not None else min(8, cores)
     return Run(config, folder, plan, index, val_index, device, method, teacher, engine, schedule, ema, workers)
-
-
-def _open_data(config: PretrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
-    """The indexes of training and validation shards; labels that kNN will need are missed now, not after hours."""
-    index = build_index(config)
-    val_index = open_index(config.data.val) if config.data.val else None
-    if val_index is not None and config.log.knn_every_epochs is not None:
-        index.require_labels()
-        val_index.require_labels()
-    return index, val_index

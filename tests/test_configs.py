@@ -46,6 +46,7 @@ def test_config_builds_and_its_header_is_true(path: Path) -> None:
     )
     student, visible = mask_sizes(config, encoder.grid**2)
     flops = count_flops(method, teacher, num_student=student, num_teacher=visible)
+    assert "@" not in header, "a figure is missing"
     if path.parent.name == "imagenet":
         assert "Expected:" in header and "CVPR" in header and "8 GPUs" in header
         assert f"{flops['total']:.1f} GFLOP per image" in header

@@ -45,6 +45,7 @@ def close(ours: Tensor | float, theirs: np.ndarray, name: str) -> None:
     ours, expected = torch.as_tensor(ours).detach().numpy(), np.asarray(theirs)
     assert ours.shape == expected.shape, name
     error = np.abs(ours - expected).max() / np.abs(expected).max()
+    print(f"{name}: {error:.1e}")
     assert error <= 1e-5, f"{name}: off by {error:.1e} of its largest value"
 
 

@@ -48,7 +48,10 @@ INPUTS = {
     ),
     "no labels": (["data.val={made}/bare.tar"], {}, 3, "bare.tar", "labelled shards"),
     "all images bad": (["data.train={made}/bad.tar", "data.val=null", "data.workers=1"], {}, 3, "bad.tar:", "--verify"),
-    "a tenth bad": (["data.train={made}/tenth.tar", "data.val=null"], {}, 3, "max_bad_fraction", "bad_samples.txt"),
+    "a tenth bad": (
+        ["data.train={made}/tenth.tar", "data.val=null", "data.max_bad_fraction=1e-4"],
+        {}, 3, "max_bad_fraction", "bad_samples.txt",
+    ),
     "learning rate far too high": (["optim.lr=1e18"], {}, 4, "not finite by step", "optim.base_lr"),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 from maedistill.data.shards import IMAGES_PER_SHARD, QUALITY, Note, make_shards
@@ -78,13 +79,14 @@ def print_summary(out: Path, notes: dict[str, Note]) -> None:
     for split, note in notes.items():
         print(f"{split}: {note.images:,} images, {note.grayscale:,} of them grayscale, shards: {len(note.lengths):,}")
         if note.converted:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in note.converted.items())
-            print(f"  converted {sum(note.converted.values()):,}: {reasons}")
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in Counter(note.converted.values()).most_common())
+            print(f"  converted {len(note.converted):,}, all named in {out / 'make_shards.json'}: {reasons}")
         if note.skipped:
             print(f"  skipped {len(note.skipped):,}, all named in {out / 'make_shards.json'}:")
             for path, reason in list(note.skipped.items())[:5]:
                 print(f"    {path}: {reason}")
-    print(f"next: python tools/pretrain.py CONFIG data.train='{out}/train-*.tar'")
+    val = f" data.val='{out}/val-*.tar'" if "val" in notes else ""
+    print(f"next: python tools/pretrain.py CONFIG data.train='{out}/train-*.tar'{val} run=runs/NAME")
 
 
 if __name__ == "__main__":

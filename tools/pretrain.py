@@ -56,7 +56,7 @@ def main() -> None:
         return
     if not arguments.config:
         raise ConfigError("no config is named", "name one of configs/, e.g. configs/quickstart/dmae.yaml; see --help")
-    loaded = load_config(arguments.config, arguments.overrides)
+    loaded = load_config(arguments.config, arguments.overrides, to_run=not arguments.print_config)
     if arguments.print_config:
         print(render_config(loaded), end="")
         return

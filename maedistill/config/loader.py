@@ -41,16 +41,17 @@ class _Setting:
     place: str
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, to_run: bool = True) -> LoadedConfig:
     """Reads a config file, applies `key=value` overrides (values in YAML) and checks everything.
 
+    to_run: whether shards and run folder must be named.
     Raises `ConfigError`, which names the first problem with its place and counts the others.
     """
     settings = _read_file(Path(path), extended_by=())
     for override in overrides:
         settings |= _read_override(override)
     config = validated({name: setting.value for name, setting in settings.items()})
-    problems = config if isinstance(config, list) else broken_rules(config)
+    problems = config if isinstance(config, list) else broken_rules(config, to_run=to_run)
     if problems:
         raise config_error(problems, {name: setting.place for name, setting in settings.items()})
     origins = {name: settings[name].origin if name in settings else "default" for name in all_keys()}

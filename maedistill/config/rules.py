@@ -14,9 +14,13 @@ FAMILIES = ("vit_", "deit", "flexivit_", "aimv2_", "beit3_", "eva_", "test_vit")
 SOURCES = ("timm", "hf-hub", "local-dir", "file", "run", "random")
 
 
-def broken_rules(config: PretrainConfig) -> list[Problem]:
-    """Everything that is wrong between the keys of `config`; empty for a config that can be used."""
-    return [problem for rule in RULES for problem in rule(config)]
+def broken_rules(config: PretrainConfig, *, to_run: bool = True) -> list[Problem]:
+    """Everything that is wrong between the keys of `config`; empty for a config that can be used.
+
+    to_run: whether shards and run folder must be named, as for a run; to look at a recipe they need not.
+    """
+    rules = (_paths, *RULES) if to_run else RULES
+    return [problem for rule in rules for problem in rule(config)]
 
 
 def _paths(c: PretrainConfig) -> Iterator[Problem]:
@@ -188,4 +192,4 @@ def _widths(c: PretrainConfig) -> Iterator[Problem]:
         yield Problem("generate.heads", cause, f"use a divisor, {max(1, teacher.width // 64)} in AMD")
 
 
-RULES = (_paths, _images, _optimizer, _engine, _visible_shares, _teacher, _families, _taps, _grid, _widths)
+RULES = (_images, _optimizer, _engine, _visible_shares, _teacher, _families, _taps, _grid, _widths)

@@ -86,8 +86,10 @@ class Student(Section):
         None, "attention heads, where they differ from the model's; MAE-Lite gives ViT-Ti 12"
     )
     patch_size: Positive | None = result(None, "patch side in pixels, where it differs from the model's")
-    class_token: bool = result(True, "whether there is a class token; MAE and DMAE have one, AMD has none")
-    register_tokens: Count = result(0, "extra learned tokens beside the patches")
+    class_token: bool | None = result(
+        None, "whether there is a class token, where it differs from the model's; MAE and DMAE have one, AMD has none"
+    )
+    register_tokens: Count | None = result(None, "extra learned tokens, where their number differs from the model's")
     positions: Positions = result(
         "sincos2d", "position table: fixed 2-D sin-cos in MAE and DMAE, fixed interleaved 1-D in AMD, or learned"
     )

@@ -94,14 +94,14 @@ class RandomCrops(Dataset[Batch]):
                 failed.append(f"{self.index.shards[self.index.shard_of(sample)]}:{self.index.key(sample)}: {error}")
             word = key(self.seed, Stream.REPLACEMENT, visit, attempt)
             sample = int(word) % len(self.index)
-        raise DataError(
-            f"{_REPLACEMENTS} samples in a row could not be decoded, the last is {failed[-1]}",
-            "check the shards with tools/make_shards.py --verify",
-        )
+        raise _all_bad(failed[-1])
 
 
 class CentreCrops(Dataset[tuple[Tensor, Tensor]]):
-    """Evaluation crops of given samples with their labels, in the order given. A bad image is an error here."""
+    """Centre crops of given samples with their labels, in the order given, for pictures and for kNN as a trend.
+
+    A sample that cannot be decoded is replaced, label and all, by the next one that can: neither is worth a run.
+    """
 
     def __init__(self, index: ShardIndex, samples: Tensor, *, size: int, share: float) -> None:
         self.index, self.samples, self.size, self.share = index, samples, size, share
@@ -112,18 +112,26 @@ class CentreCrops(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Images uint8 [b, 3, s, s] and labels int64 [b] of some places in `samples`."""
-        samples = self.samples[rows]
-        crops = [centre_crop(self._decode(sample), size=self.size, share=self.share) for sample in samples.tolist()]
-        return torch.stack(crops), torch.from_numpy(self.index.labels)[samples]
+        found = [self._decode(sample) for sample in self.samples[rows].tolist()]
+        crops = [centre_crop(image, size=self.size, share=self.share) for image, _ in found]
+        return torch.stack(crops), torch.tensor([int(self.index.labels[sample]) for _, sample in found])
 
-    def _decode(self, sample: int) -> Tensor:
-        try:
-            return decode_rgb(self.reader.read(sample))
-        except BadImage as error:
-            shard = self.index.shards[self.index.shard_of(sample)]
-            raise DataError(
-                f"{shard}:{self.index.key(sample)}: {error}", "evaluation skips nothing: replace or remove the image"
-            ) from error
+    def _decode(self, sample: int) -> tuple[Tensor, int]:
+        """The image of a sample, or of the next decodable one, and which sample it is."""
+        for _ in range(_REPLACEMENTS):
+            try:
+                return decode_rgb(self.reader.read(sample)), sample
+            except BadImage as error:
+                failed = f"{self.index.shards[self.index.shard_of(sample)]}:{self.index.key(sample)}: {error}"
+            sample = (sample + 1) % len(self.index)
+        raise _all_bad(failed)
+
+
+def _all_bad(last: str) -> DataError:
+    return DataError(
+        f"{_REPLACEMENTS} samples in a row could not be decoded, the last is {last}",
+        "check the shards with tools/make_shards.py --verify",
+    )
 
 
 def rank_positions(step: int, micro: int, *, plan: BatchPlan, rank: int, world_size: int) -> range:

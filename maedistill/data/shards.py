@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -45,7 +44,7 @@ class Note:
     images: int = 0  # written
     lengths: list[int] = field(default_factory=list)  # images per shard
     grayscale: int = 0  # in the source, whether converted or not
-    converted: dict[str, int] = field(default_factory=dict)  # reason -> images
+    converted: dict[str, str] = field(default_factory=dict)  # source file -> what it was
     skipped: dict[str, str] = field(default_factory=dict)  # source file -> reason
 
 
@@ -180,7 +179,7 @@ def _write_shard(
                 note.images += 1
                 note.grayscale += result.is_grayscale
                 if result.change:
-                    note.converted[result.change] = note.converted.get(result.change, 0) + 1
+                    note.converted[record.origin] = result.change
         file.flush()
         os.fsync(file.fileno())
     note.lengths.append(note.images)
@@ -206,17 +205,16 @@ def _find_finished(out: Path, name: str, bar: tqdm) -> tuple[Note, ShardScan] | 
 
 def _sum(split: str, parts: list[Note]) -> Note:
     """The notes of a split's shards as one. Raises `DataError` if they hold no image."""
-    total, converted = Note(), Counter[str]()
+    total = Note()
     for part in parts:
         total.images += part.images
         total.lengths += part.lengths
         total.grayscale += part.grayscale
-        converted.update(part.converted)
+        total.converted |= part.converted
         total.skipped |= part.skipped
     if not total.images:
         path, reason = next(iter(total.skipped.items()))
         raise DataError(f"not one image of {split!r} can be used; {path}: {reason}", "check that SRC holds images")
-    total.converted = dict(converted.most_common())
     return total
 
 

@@ -91,13 +91,14 @@ def build_vit(
     keeps it. The other keywords override the model's own dimensions where they are not None.
     Raises ConfigError for a name that is not a plain VisionTransformer with absolute positions.
     """
-    if not timm.is_model(model):
-        near = difflib.get_close_matches(model, timm.list_models("vit_*"), n=3)
-        raise ConfigError(
-            f"timm has no model {model!r}", f"names near it: {', '.join(near) or 'vit_small_patch16_224'}"
-        )
+    require_known(model)
     with torch.device("meta"):  # spends neither memory nor time
-        require_plain_vit(timm.create_model(model, pretrained=False), model)
+        plain = timm.create_model(model, pretrained=False)
+    require_plain_vit(plain, model)
+    num_heads = heads or getattr(getattr(plain.blocks[0], "attn", None), "num_heads", 1)
+    _require_fit(
+        image_size, patch_size or plain.patch_embed.patch_size[0], width=width or plain.embed_dim, heads=num_heads
+    )
     overrides = {
         "embed_dim": width,
         "depth": depth,
@@ -124,6 +125,23 @@ def fix_positions(vit: VisionTransformer, kind: str) -> None:
     table = position_table(kind, grid=grid, width=vit.embed_dim, num_prefix=num_prefix)
     del vit.pos_embed
     vit.register_buffer("pos_embed", table)
+
+
+def require_known(model: str) -> None:
+    """Raises ConfigError, with the nearest names, unless timm has a model of this name."""
+    if not timm.is_model(model):
+        near = difflib.get_close_matches(model, timm.list_models("vit_*"), n=3)
+        raise ConfigError(
+            f"timm has no model {model!r}", f"names near it: {', '.join(near) or 'vit_small_patch16_224'}"
+        )
+
+
+def _require_fit(image_size: int, patch_size: int, *, width: int, heads: int) -> None:
+    """Raises ConfigError for dimensions that do not divide, for models that the config's own rules do not know."""
+    if image_size % patch_size:
+        raise ConfigError(f"patch size {patch_size} does not divide image size {image_size}", "change one of them")
+    if width % heads or width % 4:
+        raise ConfigError(f"width {width} is no multiple of 4 and of {heads} heads", "change width or heads")
 
 
 def require_plain_vit(vit: nn.Module, model: str) -> None:

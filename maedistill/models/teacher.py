@@ -19,7 +19,7 @@ from maedistill.config.loader import load_config
 from maedistill.data.transforms import normalize
 from maedistill.errors import ConfigError, DataError, UserError
 from maedistill.masking import PatchSplit
-from maedistill.models.encoder import MaskedEncoder, build_vit, require_plain_vit
+from maedistill.models.encoder import MaskedEncoder, build_vit, require_known, require_plain_vit
 from maedistill.models.initialize import initialize
 from maedistill.models.weights import (
     READ_ERRORS,
@@ -112,6 +112,8 @@ def open_teacher(
     kind, _, name = source.partition(":")
     dimensions = {"width": width, "depth": depth, "heads": heads, "patch_size": patch_size}
     if kind in ("timm", "hf-hub", "local-dir"):
+        if kind == "timm":
+            require_known(name)
         vit, audit = _open_timm(name if kind == "timm" else source, grid=grid)
         known = vit.pretrained_cfg
     elif kind == "file":
@@ -176,7 +178,7 @@ def _open_file(
     return vit, audit
 
 
-def _open_run(folder: str, *, grid: int) -> tuple[nn.Module, Audit, dict[str, Any]]:
+def _open_run(folder: str, *, grid: int) -> tuple[nn.Module, str, dict[str, Any]]:
     """The student of one of our own run folders, from its newest complete checkpoint."""
     run = RunFolder(folder)
     checkpoint = newest_intact(run.checkpoints)
@@ -186,4 +188,5 @@ def _open_run(folder: str, *, grid: int) -> tuple[nn.Module, Audit, dict[str, An
     size = grid * (config.student.patch_size or _patch_size(config.student.model))
     vit = build_vit(image_size=size, **config.student.model_dump())
     audit = load_encoder(vit, Imported(read_weights(checkpoint)), name=str(checkpoint))
+    audit = f"{audit} of {checkpoint.name} ({config.optim.epochs:g} epochs planned)"
     return vit, audit, {"mean": config.data.mean, "std": config.data.std, "license": run.facts().get("licence")}

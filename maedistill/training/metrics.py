@@ -86,7 +86,7 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        print("no TensorBoard events: tensorboard is not installed (pip install maedistill[demo])", flush=True)
+        print("no TensorBoard events: tensorboard is not installed (pip install tensorboard)", flush=True)
         return None
     return SummaryWriter(folder, purge_step=first_step + 1)  # hides what a lost or failed start wrote above it
 

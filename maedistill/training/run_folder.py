@@ -39,6 +39,7 @@ class RunFolder:
         self.report = self.path / "report.md"
         self.bad_samples = self.path / "bad_samples.txt"
         self._facts = self.path / "run.json"
+        self._opened = False
 
     def open(self, config: PretrainConfig, facts: dict[str, Any], *, fresh: bool, extend: bool) -> None:
         """Creates the folder, or checks that `config` continues what is in it, and writes both files.
@@ -47,16 +48,26 @@ class RunFolder:
         its first checkpoint binds nobody.
         Raises ConfigError when the folder belongs to other settings or other data, naming what differs.
         """
-        if latest_step(self.checkpoints) is not None:  # before the first checkpoint there is nothing to protect
-            if fresh:
-                raise ConfigError(
-                    f"run: {self.path} already holds a run", "leave out --fresh to continue it, or use another run="
-                )
-            self._require_same(config, facts, extend=extend)
-        self.pictures.mkdir(parents=True, exist_ok=True)
+        self.check(config, facts, fresh=fresh, extend=extend)
+        try:
+            self.pictures.mkdir(parents=True, exist_ok=True)
+            (self.path / "exit.json").unlink(missing_ok=True)  # it told of the start before
+        except OSError as error:
+            raise ConfigError(f"run: {self.path} cannot be written to ({error})", "use another run=") from error
+        self._opened = True
         starts = [*self.facts().get("starts", []), _start()]
         write_text(self.config, config_yaml(config))
         write_text(self._facts, json.dumps({**facts, "starts": starts}, indent=1) + "\n")
+
+    def check(self, config: PretrainConfig, facts: dict[str, Any], *, fresh: bool, extend: bool) -> None:
+        """The part of `open` that only looks."""
+        if latest_step(self.checkpoints) is None:  # before the first checkpoint there is nothing to protect
+            return
+        if fresh:
+            raise ConfigError(
+                f"run: {self.path} already holds a run", "leave out --fresh to continue it, or use another run="
+            )
+        self._require_same(config, facts, extend=extend)
 
     def facts(self) -> dict[str, Any]:
         """What run.json says; empty before the first start."""
@@ -76,26 +87,36 @@ class RunFolder:
         self._write_end(0, "finished")
 
     def _write_end(self, exit_code: int, reason: str) -> None:
-        if distributed.is_main():
+        step = latest_step(self.checkpoints)
+        if not distributed.is_main() or (step is not None and not self._opened):
+            return  # a start that was refused leaves the record of the run that lives here
+        end = {"exit_code": exit_code, "reason": reason, "step": step or 0}  # step: where the same command goes on
+        try:
             self.path.mkdir(parents=True, exist_ok=True)
-            step = latest_step(self.checkpoints) or 0  # where the same command goes on
-            end = {"exit_code": exit_code, "reason": reason, "step": step}
             write_text(self.path / "exit.json", json.dumps(end) + "\n")
+        except OSError as error:  # what ended the run is the news, not this
+            print(f"exit.json could not be written: {error}", file=sys.stderr, flush=True)
 
     def _require_same(self, config: PretrainConfig, facts: dict[str, Any], *, extend: bool) -> None:
-        changed = differing_keys(load_config(self.config).config, config)
+        before = load_config(self.config).config
+        changed = differing_keys(before, config)
         if extend:
             changed = [change for change in changed if change[0] != "optim.epochs"]
+            if config.optim.epochs < before.optim.epochs:
+                raise ConfigError(
+                    f"optim.epochs: {config.optim.epochs:g} is less than the {before.optim.epochs:g} of {self.path}",
+                    "--extend only adds epochs; use another run= for fewer",
+                )
         if changed:
             shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changed[:4])
             more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
             only_epochs = [key for key, _, _ in changed] == ["optim.epochs"]
             remedy = "add --extend to go on to the new number" if only_epochs else "restore them, or use another run="
             raise ConfigError(f"run: {self.path} belongs to other settings ({shown}{more})", remedy)
-        before = self.facts().get("data")
-        if before is not None and before != facts["data"]:
+        data = self.facts().get("data")
+        if data is not None and data != facts["data"]:
             raise ConfigError(
-                f"run: {self.path} was trained on other data ({before['images']} images, {before['fingerprint'][:12]}; "
+                f"run: {self.path} was trained on other data ({data['images']} images, {data['fingerprint'][:12]}; "
                 f"now {facts['data']['images']}, {facts['data']['fingerprint'][:12]})",
                 "name the same shards, wherever they are now, or use another run=",
             )

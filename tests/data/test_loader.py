@@ -164,7 +164,13 @@ def test_evaluation_reads_each_sample_once_in_order(tars, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_evaluation_skips_nothing(tars, workers):
-    crops = CentreCrops(tars["some"], torch.arange(10), size=8, share=1.0)
-    error = refusal(lambda: evaluation_batches(crops, batch=2, workers=workers))
-    assert "some.tar:003: " in error.cause and "replace or remove" in error.remedy
+def test_a_bad_image_costs_no_picture_and_no_probe(tars, workers):
+    """The next decodable sample stands in, label and all; only a set that is bad throughout is an error."""
+    some = tars["some"]
+    images, labels = zip(
+        *evaluation_batches(CentreCrops(some, torch.tensor([3, 4]), size=8, share=1.0), batch=1, workers=workers),
+        strict=True,
+    )
+    assert torch.equal(*images) and [int(label) for label in labels] == [int(some.labels[4])] * 2
+    crops = CentreCrops(tars["none"], torch.arange(2), size=8, share=1.0)
+    assert "--verify" in refusal(lambda: evaluation_batches(crops, batch=2, workers=workers)).remedy

@@ -138,7 +138,7 @@ def test_bad_files_are_skipped_or_converted_and_named(tmp_path):
     Image.open(io.BytesIO(whole)).convert("L").save(photos / "dog" / "gray.jpg")
     Image.open(io.BytesIO(whole)).save(photos / "dog" / "bitmap.bmp")
     note = make_shards(open_folder(photos), tmp_path / "out", workers=2)["train"]
-    assert (note.images, note.grayscale, note.converted) == (9, 1, {"CMYK": 1, "BMP": 1})
+    assert (note.images, note.grayscale, note.converted) == (9, 1, {"dog/cmyk.jpg": "CMYK", "dog/bitmap.bmp": "BMP"})
     assert set(note.skipped) == {"cat/cut.jpg", "cat/text.png", "cat/gone.jpg"}
     assert json.loads((tmp_path / "out" / "make_shards.json").read_text())["splits"]["train"]["skipped"] == note.skipped
     index = open_index(str(tmp_path / "out" / "train-*.tar"))

@@ -99,3 +99,16 @@ def test_fixed_positions_are_a_saved_buffer() -> None:
     assert "pos_embed" in vit.state_dict() and "pos_embed" not in dict(vit.named_parameters())
     learned = build_vit("vit_tiny_patch16_224", image_size=32, **TINY)
     assert "pos_embed" in dict(learned.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cause"),
+    [
+        ({"image_size": 38}, "patch size 16 does not divide image size 38"),
+        ({"image_size": 32, "width": 96, "heads": 5}, "width 96 .* 5 heads"),
+        ({"image_size": 32, "width": 54, "heads": 3}, "multiple of 4"),
+    ],
+)
+def test_dimensions_that_do_not_fit_are_refused_for_any_name(overrides: dict, cause: str) -> None:
+    with pytest.raises(ConfigError, match=cause):
+        build_vit("vit_base_patch16_plus_240", **overrides)

@@ -81,7 +81,7 @@ def test_a_folder_that_does_not_fit_is_refused_never_filled_with_random_weights(
 
 
 def test_names_that_timm_does_not_have_or_that_cannot_be_walked_are_refused():
-    with pytest.raises(DataError, match="vit_tiny_patch16_999"):
+    with pytest.raises(ConfigError, match=r"vit_tiny_patch16_999.*\n.*vit_tiny_patch16_224"):
         open_teacher("timm:vit_tiny_patch16_999", grid=14)
     with pytest.raises(ConfigError, match="vit_relpos_small_patch16_224"):
         open_teacher("timm:vit_relpos_small_patch16_224", grid=14)
