@@ -24,7 +24,7 @@ from maedistill.randomness import Stream, key
 from maedistill.report import write_run_report
 from maedistill.run import Run, set_up
 from maedistill.training import distributed
-from maedistill.training.engine import initialize_distributed, shutdown_distributed
+from maedistill.training.engine import initialize_distributed
 from maedistill.training.metrics import Averages, MetricsFile, memory_gb, progress_line
 from maedistill.training.run_folder import RunFolder
 
@@ -43,9 +43,10 @@ def pretrain(config: PretrainConfig, *, fresh: bool = False, extend: bool = Fals
         initialize_distributed(config.engine.timeout_seconds)
         run = set_up(config, folder, fresh=fresh, extend=extend)
         train(run)
+        report = distributed.on_main(lambda: write_run_report(folder))
         if distributed.is_main():
-            print(f"done: {write_run_report(folder)}", flush=True)
-    shutdown_distributed()
+            print(f"done: {report}", flush=True)
+    distributed.barrier()  # a launcher ends the others when one rank is gone: nobody leaves before all are done
 
 
 def train(run: Run) -> None:
