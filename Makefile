@@ -1,4 +1,4 @@
-# make quickstart   sets up .venv, then trains a teacher and three students on real digits, and writes a report
+# make quickstart   sets up .venv, trains a teacher and students on real digits, fine-tunes, exports and compares them
 # make test         sets up .venv, then checks the style and runs the tests
 # make env          sets up .venv alone
 

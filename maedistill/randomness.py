@@ -23,6 +23,8 @@ class Stream(IntEnum):
     REPLACEMENT = 5
     SHARDS = 6
     NETWORK = 7
+    SUBSET = 8
+    AUGMENT = 9
 
 
 _WORD = (1 << 64) - 1

@@ -1,4 +1,4 @@
-"""What came out of a run, and of several beside each other: report.md with a table, curves and pictures.
+"""What came out of a run: report.md with its numbers, curves and last picture; grid/comparison.py compares several.
 
 Reads run folders only, so it can be made again at any time. Curves need matplotlib and are left out without it.
 """
@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from maedistill.config.loader import load_config
-from maedistill.config.schema import PretrainConfig
+from maedistill.config.pretrain import PretrainConfig
 from maedistill.training.metrics import duration, read_metrics
 from maedistill.training.run_folder import RunFolder, write_text
 
@@ -27,10 +26,10 @@ PICTURE_NOTE = (
 
 def write_run_report(folder: RunFolder) -> Path:
     """RUN/report.md: settings, losses, curve, last picture, and the next command."""
-    config, records = load_config(folder.config).config, read_metrics(folder.path)
+    config, records = folder.load_config(), read_metrics(folder.path)
     facts = folder.facts()
     last = summary(records)
-    curve = _draw_curves({config.method: records}, folder.path / "curves.png")
+    curve = draw_curves({config.method: records}, folder.path / "curves.png")
     lines = [
         f"# {folder.path.name}: {config.method} pre-training of {config.student.title}",
         "",
@@ -41,21 +40,71 @@ def write_run_report(folder: RunFolder) -> Path:
         f"- training time {duration(last['seconds'])} at {last['rate']:.0f} images/s per rank",
         f"- command: `{facts['starts'][-1]['command']}`, started {len(facts['starts'])} time(s)",
         "",
-        *_table({folder.path.name: (config, last)}),
+        *losses_table({folder.path.name: (config, last)}),
         "",
         KNN_CAVEAT,
         "",
         *([f"![losses]({curve.name})", ""] if curve else []),
-        *_last_picture(folder, folder.path),
+        *last_picture(folder, folder.path),
         PICTURE_NOTE,
         "",
-        "Next: distil these weights into a student of half the width:",
+        "Next: fine-tune this student, or distil it into one of half the width:",
         "",
+        f"    {shlex.join(finetune_command(folder, config))}",
         f"    {shlex.join(next_command(folder, config))}",
         "",
     ]
     write_text(folder.report, "\n".join(lines))
     return folder.report
+
+
+def write_finetune_report(folder: RunFolder) -> Path:
+    """RUN/report.md: accuracy, settings, curve, and the next command."""
+    config, records, facts = folder.load_config(), read_metrics(folder.path), folder.facts()
+    last, scores = summary(records), [record for record in records if "top1" in record]
+    score = scores[-1]
+    averaged = [record for record in records if "ema_top1" in record]
+    curve = draw_curves({folder.path.name: records}, folder.path / "curves.png")
+    name = facts["network"]["name"]
+    lines = [
+        f"# {folder.path.name}: {name} fine-tuned",
+        "",
+        f"**top-1 {percent(score['top1'], score['images'])}**, top-5 {percent(score['top5'], score['images'])} on "
+        f"{score['images']:,} validation images, each counted once; loss {score['val_loss']:.4f}",
+        "",
+        *([f"- moving average: top-1 {percent(averaged[-1]['ema_top1'], score['images'])}"] if averaged else []),
+        f"- start: {facts['init'] or 'from scratch'}",
+        f"- {config.optim.epochs:g} epochs of {facts['data']['images']:,} images, {last['step']} steps, "
+        f"global batch {config.optim.global_batch}, lr {config.optim.peak_lr:.3g}, layer decay "
+        f"{config.optim.layer_decay:g}, seed {config.seed}",
+        f"- licence of the weights that went in: {facts['licence']}",
+        f"- training time {duration(last['seconds'])} at {last['rate']:.0f} images/s per rank",
+        f"- command: `{facts['starts'][-1]['command']}`, started {len(facts['starts'])} time(s)",
+        "",
+        *([f"![loss and accuracy]({curve.name})", ""] if curve else []),
+        "Next: hand the network over as a timm model:",
+        "",
+        f"    {shlex.join(['python', 'tools/export.py', str(folder.path)])}",
+        "",
+    ]
+    write_text(folder.report, "\n".join(lines))
+    return folder.report
+
+
+def percent(count: int, total: int) -> str:
+    """`81.23 % (4061 of 5000)`."""
+    return f"{count / total:.2%} ({count} of {total})".replace("%", " %")
+
+
+def finetune_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
+    """The command that fine-tunes this run on the same data, by the recipe of its size where there is one."""
+    sizes = {"vit_tiny": "vit_tiny", "vit_small": "vit_small", "vit_base": "vit_base", "vit_large": "vit_large"}
+    recipe = next((size for size in sizes if config.student.model.startswith(size)), "vit_base")
+    if config.data.image_size <= 64:
+        recipe = "small_images"
+    overrides = [f"init.source=run:{folder.path}", f"run={folder.path}_finetuned", f"data.train={config.data.train}"]
+    overrides += [f"data.val={config.data.val or 'VALIDATION_SHARDS'}"]
+    return ["python", "tools/finetune.py", f"configs/finetune/{recipe}.yaml", *overrides]
 
 
 def next_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
@@ -73,21 +122,6 @@ def next_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
     return ["python", "tools/pretrain.py", str(folder.config), *overrides]
 
 
-def write_comparison(folders: Mapping[str, Path], out: Path, *, title: str, notes: Sequence[str] = ()) -> Path:
-    """OUT/report.md: the named run folders beside each other, with their curves and last pictures."""
-    out.mkdir(parents=True, exist_ok=True)
-    runs = {name: RunFolder(path) for name, path in folders.items()}
-    records = {name: read_metrics(run.path) for name, run in runs.items()}
-    rows = {name: (load_config(run.config).config, summary(records[name])) for name, run in runs.items()}
-    curve = _draw_curves(records, out / "curves.png")
-    lines = [f"# {title}", "", *notes, "", *_table(rows), "", KNN_CAVEAT, "", PICTURE_NOTE, ""]
-    lines += [f"![losses and kNN]({curve.name})", ""] if curve else []
-    for name, run in runs.items():
-        lines += [f"## {name}", "", *_last_picture(run, out)]
-    write_text(out / "report.md", "\n".join(lines))
-    return out / "report.md"
-
-
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The last losses and kNN of a run, its steps, training time in seconds and mean images per second and rank."""
     steps = [record for record in records if "loss" in record]
@@ -100,7 +134,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return last
 
 
-def _table(rows: Mapping[str, tuple[PretrainConfig, Mapping[str, Any]]]) -> list[str]:
+def losses_table(rows: Mapping[str, tuple[PretrainConfig, Mapping[str, Any]]]) -> list[str]:
     """A Markdown table with one line per run; means over pairs for alignment and generation."""
     lines = [
         "| run | method | student | epochs | loss | pixels | align | generate | kNN | time |",
@@ -125,14 +159,15 @@ def _mean(values: Mapping[str, Any], prefix: str) -> str:
     return f"{sum(found) / len(found):.4f}" if found else "-"
 
 
-def _last_picture(folder: RunFolder, relative_to: Path) -> list[str]:
+def last_picture(folder: RunFolder, relative_to: Path) -> list[str]:
+    """Markdown of the newest reconstruction sheet; nothing where there is none."""
     pictures = sorted(folder.pictures.glob("step_*.png"))
     if not pictures:
         return []
     return [f"![what is seen, predicted and true]({os.path.relpath(pictures[-1], relative_to)})", ""]
 
 
-def _draw_curves(records: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path | None:
+def draw_curves(records: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path | None:
     """Pixel loss, alignment terms and kNN over epochs, one line per run. None where matplotlib is missing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -144,6 +179,8 @@ def _draw_curves(records: Mapping[str, Sequence[Mapping[str, Any]]], path: Path)
         ("align/", "direct alignment"),
         ("generate/", "generated alignment"),
         ("knn", "kNN"),
+        ("cross_entropy", "cross-entropy"),
+        ("accuracy", "top-1"),
     ]
     shown = [(prefix, label) for prefix, label in panels if any(_series(r, prefix)[0] for r in records.values())]
     figure = Figure(figsize=(4 * len(shown), 3.2), layout="constrained")
@@ -151,7 +188,7 @@ def _draw_curves(records: Mapping[str, Sequence[Mapping[str, Any]]], path: Path)
         for name, run in records.items():
             epochs, values = _series(run, prefix)
             if epochs:
-                few = prefix == "knn" or len(epochs) < 3  # points that no line would show
+                few = prefix in ("knn", "accuracy") or len(epochs) < 3  # points that no line would show
                 axes.plot(epochs, values, label=name, marker="o" if few else None, markersize=3)
         axes.set(xlabel="epoch", title=label)
         axes.grid(alpha=0.3)
@@ -164,7 +201,8 @@ def _series(records: Sequence[Mapping[str, Any]], prefix: str) -> tuple[list[flo
     """Epochs and mean values of the metrics whose names start with `prefix`."""
     epochs, values = [], []
     for record in records:
-        found = [value for name, value in record.items() if name.startswith(prefix)]
+        values_of = record | ({"accuracy": record["top1"] / record["images"]} if "top1" in record else {})
+        found = [value for name, value in values_of.items() if name.startswith(prefix)]
         if found:
             epochs.append(record["epoch"])
             values.append(sum(found) / len(found))

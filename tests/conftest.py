@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread per process, tiny shards, and `pretraining`, which starts tools/pretrain.py on them.
+"""Shared by all tests: one thread per process, tiny shards, and `pretraining` and `finetuning`, which start the tools.
 
 The tiny run: 96 images of 32 px in 4 shards, a ViT of 32 x 2 with 16 patches, 12 samples a step, 8 steps an epoch. It
 takes a second or two; starting its process takes four (torch, timm, DeepSpeed), so tests share runs where they can.
@@ -40,6 +40,20 @@ decoder: {{width: 16, depth: 1, heads: 2}}
 optim: {{epochs: 3, warmup_epochs: 0.5, global_batch: 12, lr: 3e-3}}
 engine: {{micro_batch: 12}}
 log: {{every: 1, pictures_every_epochs: 2, knn_every_epochs: 2, knn_images: 95, save_every_epochs: 1}}
+"""
+# Everything random is on: RandAugment, erasing, mixup, cutmix, drop path; and a moving average, and accumulation.
+FINETUNE_CONFIG = """\
+data:
+  train: {shards}/train-*.tar
+  val: {shards}/val-*.tar
+  image_size: 32
+  eval_crop: 1.0
+  workers: 0
+student: {{drop_path: 0.2}}
+augment: {{rand_augment: rand-m9-mstd0.5-inc1, mixup: 0.8, cutmix: 1.0, erasing: 0.5, smoothing: 0.1}}
+optim: {{epochs: 3, warmup_epochs: 0.5, global_batch: 12, lr: 3e-3, layer_decay: 0.5, ema: 0.9}}
+engine: {{micro_batch: 6}}
+log: {{every: 1, eval_every_epochs: 1, save_every_epochs: 1}}
 """
 
 
@@ -121,24 +135,24 @@ class Started:
         return Finished(self.run, code, out, err)
 
 
-class Pretraining:
-    """Starts `python tools/pretrain.py CONFIG ...` on the tiny shards, as a person or a launcher would."""
+class Tool:
+    """Starts `python TOOL CONFIG ...` with a tiny config, as a person or a launcher would."""
 
-    def __init__(self, folder: Path, shards: Path) -> None:
-        self.folder, self.config = folder, folder / "tiny.yaml"
-        self.config.write_text(CONFIG.format(shards=shards))
+    def __init__(self, tool: str, config: str, folder: Path) -> None:
+        self.tool, self.folder, self.config = tool, folder, folder / "tiny.yaml"
+        self.config.write_text(config)
 
     def start(
         self, run: str, *arguments: str, ranks: int = 1, launcher: str = "bare", witness: bool = False, **variables: str
     ) -> Started:
         """Starts a run in the folder `run`; `arguments` are overrides and flags, `variables` go to the environment.
 
-        launcher: bare, torchrun, deepspeed or slurm. witness: start witness.py in place of the tool, which notes in the
-        run folder what the network was given.
+        launcher: bare, torchrun, deepspeed or slurm. witness: let witness.py start the tool, which notes in the run
+        folder what the network was given.
         """
         path = self.folder / run
-        tool = "tests/witness.py" if witness else "tools/pretrain.py"
-        command = [tool, str(self.config), f"run={path}", *arguments]
+        observer = ["tests/witness.py"] if witness else []
+        command = [*observer, self.tool, str(self.config), f"run={path}", *arguments]
         scripts, port = Path(sys.executable).parent, free_port()
         torchrun = [scripts / "torchrun", "--standalone", f"--nproc-per-node={ranks}"]
         deepspeed = [scripts / "deepspeed", f"--num_gpus={ranks}", f"--master_port={port}"]
@@ -182,13 +196,19 @@ def slurm_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def pretraining(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Pretraining:
-    """Starts tools/pretrain.py on the tiny shards; see `Pretraining.start`."""
-    return Pretraining(tmp_path_factory.mktemp("runs"), shards)
+def pretraining(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Tool:
+    """Starts tools/pretrain.py on the tiny shards; see `Tool.start`."""
+    return Tool("tools/pretrain.py", CONFIG.format(shards=shards), tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="session")
-def settings(pretraining: Pretraining) -> dict[str, list[str]]:
+def finetuning(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Tool:
+    """Starts tools/finetune.py on the tiny shards; see `Tool.start`."""
+    return Tool("tools/finetune.py", FINETUNE_CONFIG.format(shards=shards), tmp_path_factory.mktemp("tuned"))
+
+
+@pytest.fixture(scope="session")
+def settings(pretraining: Tool) -> dict[str, list[str]]:
     """What the command line of each method adds to the tiny config; the teacher is the run of `mae`."""
     source = f"teacher.source=run:{pretraining.folder}/mae"
     amd = ["masks.teacher_visible=0.5", "align.student=[0,1]", "align.teacher=[0,1]", "align.distance=mse"]
@@ -201,10 +221,21 @@ def settings(pretraining: Pretraining) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="session")
-def trio(pretraining: Pretraining, settings: dict[str, list[str]]) -> dict[str, Finished]:
+def mae(pretraining: Tool, settings: dict[str, list[str]]) -> Finished:
+    """A finished MAE run of 5 epochs: the teacher of others, and what fine-tuning starts from."""
+    return pretraining("mae", *settings["mae"], "optim.epochs=5")
+
+
+@pytest.fixture(scope="session")
+def trio(pretraining: Tool, settings: dict[str, list[str]], mae: Finished) -> dict[str, Finished]:
     """One finished run of each method: `mae`, and `dmae` and `amd` with it as their teacher. amd has a witness."""
-    runs = {"mae": pretraining("mae", *settings["mae"], "optim.epochs=5")}
     with ThreadPoolExecutor(2) as two:
         dmae = two.submit(pretraining, "dmae", *settings["dmae"])
         amd = two.submit(pretraining, "amd", *settings["amd"], witness=True)
-        return runs | {"dmae": dmae.result(), "amd": amd.result()}
+        return {"mae": mae, "dmae": dmae.result(), "amd": amd.result()}
+
+
+@pytest.fixture(scope="session")
+def tuned(finetuning: Tool, mae: Finished) -> Finished:
+    """The MAE run fine-tuned, with everything on that is random: one process, ZeRO 0. It has a witness."""
+    return finetuning("tuned", f"init.source=run:{mae.run}", witness=True)

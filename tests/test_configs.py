@@ -1,17 +1,21 @@
 """Every config that we ship: it loads, its header says what a person needs, and its networks fit together."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
-from maedistill.build import build_encoder, build_method, build_teacher, build_teacher_source, mask_sizes
+from maedistill.build_pretraining import build_encoder, build_method, build_teacher, build_teacher_source, mask_sizes
+from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.flops import count_flops
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = [path for path in sorted(ROOT.glob("configs/*/*.yaml")) if path.name != "base.yaml"]
+SHIPPED = [path for path in sorted(ROOT.glob("configs/*/*.yaml")) if path.stem not in ("base", "grid", "study")]
+FINETUNE = [path for path in SHIPPED if path.parent.name == "finetune" or path.stem == "finetune"]
+CONFIGS = [path for path in SHIPPED if path not in FINETUNE]
 NEEDED = ["data.train=x.tar", "run=runs/x"]
 
 
@@ -77,3 +81,38 @@ def test_imagenet_configs_are_the_papers_recipes() -> None:
         assert found == expected, name
         assert (c.optim.peak_lr, c.optim.global_batch, c.optim.betas) == (pytest.approx(2.4e-3), 4096, (0.9, 0.95))
         assert (c.optim.weight_decay, c.masks.student_visible, c.data.crop_scale) == (0.05, 0.25, (0.2, 1.0))
+
+
+@pytest.mark.parametrize("path", FINETUNE, ids=name_of)
+def test_fine_tuning_config_loads_and_its_header_is_true(path: Path) -> None:
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    command = re.search(rf"tools/finetune\.py configs/{name_of(path)}\.yaml (.*)", header)
+    assert command, "no command"
+    overrides = shlex.split(command[1].replace("...", "x.tar"))
+    config = load_config(path, overrides, root=FinetuneConfig).config
+    assert config.init.source and config.data.val
+    model = config.student.model
+    if path.stem.startswith("vit_"):
+        assert model == f"{path.stem}_patch16_224" and ("Expected:" in header and "%" in header)
+        assert load_config(path, [*overrides, "init.source=null"], root=FinetuneConfig).config.student_architecture
+        assert ("[unverified]" in header) == (path.stem == "vit_small")
+    else:
+        assert model is None, "any source of that size"
+        assert "Expected:" not in header and "No published recipe" in header
+
+
+def test_fine_tuning_configs_are_the_papers_recipes() -> None:
+    recipes = {  # epochs, base lr, layer decay, drop path, (mixup, cutmix, erasing, smoothing), RandAugment's magnitude
+        "vit_tiny": (300, 1e-3, 0.85, 0.0, (0.2, 0.0, 0.0, 0.0), 10),
+        "vit_small": (200, 1e-3, 0.75, 0.1, (0.8, 1.0, 0.25, 0.1), 9),
+        "vit_base": (100, 5e-4, 0.65, 0.1, (0.8, 1.0, 0.25, 0.1), 9),
+        "vit_large": (50, 1e-3, 0.75, 0.2, (0.8, 1.0, 0.25, 0.1), 9),
+    }
+    for name, expected in recipes.items():
+        c = load_config(ROOT / f"configs/finetune/{name}.yaml", root=FinetuneConfig, to_run=False).config
+        o, a = c.optim, c.augment
+        mixing = (a.mixup, a.cutmix, a.erasing, a.smoothing)
+        magnitude = int(re.fullmatch(r"rand-m(\d+)-mstd0\.5-inc1", a.rand_augment)[1])
+        assert (o.epochs, o.base_lr, o.layer_decay, c.student.drop_path, mixing, magnitude) == expected, name
+        assert (o.global_batch, o.warmup_epochs, o.min_lr, o.betas) == (1024, 5.0, 1e-6, (0.9, 0.999))
+        assert (o.weight_decay, c.student.pooling, c.data.crop_scale) == (0.05, "avg", (0.08, 1.0))

@@ -9,7 +9,8 @@ from maedistill.methods.amd import AMD
 from maedistill.methods.dmae import DMAE
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
-from maedistill.models.teacher import Teacher, TeacherSource
+from maedistill.models.source import Source
+from maedistill.models.teacher import Teacher
 
 PUBLISHED = {"width": 512, "depth": 8, "heads": 16}
 LIGHT = {"width": 384, "depth": 4, "heads": 6}
@@ -21,7 +22,7 @@ def gflops(method: str, *, student: str, teacher: str, decoder: dict[str, int]) 
         guide = MaskedEncoder(build_vit(f"vit_{teacher}_patch16_224", image_size=224))
         deep = guide.depth
         taps = {"dmae": ((8,), (deep * 3 // 4 - 1,)), "amd": ((5, 11), (deep // 2 - 1, deep - 1))}[method]
-        source = TeacherSource(guide, "meta", IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "", "")
+        source = Source(guide, "meta", IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "", "")
         encoder = MaskedEncoder(
             build_vit(f"vit_{student}_patch16_224", image_size=224, positions="sincos2d", class_token=method == "dmae")
         )

@@ -22,7 +22,8 @@ from maedistill.methods.mae import MAE
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
-from maedistill.models.teacher import Teacher, open_teacher
+from maedistill.models.source import open_source
+from maedistill.models.teacher import Teacher
 from maedistill.models.weights import Imported, import_weights, read_weights_file
 from maedistill.patches import patchify
 
@@ -77,7 +78,7 @@ def load(method: MAE, name: str) -> MAE:
 
 def teacher(name: str, *, width: int, depth: int, heads: int, taps: tuple[int, ...], **keywords) -> Teacher:
     dimensions = {"width": width, "depth": depth, "heads": heads, "patch_size": 4}
-    source = open_teacher(f"file:{GOLDEN / name}.pth", grid=8, model=VIT, **dimensions, **keywords)
+    source = open_source(f"file:{GOLDEN / name}.pth", grid=8, model=VIT, **dimensions, **keywords)
     return Teacher(source, taps=taps)
 
 

@@ -5,15 +5,17 @@ from pathlib import Path
 
 # From the bottom. A module may import from its own layer and from those below, never from those above.
 LAYERS = [
-    ["errors", "randomness", "patches"],
+    ["errors", "randomness", "patches", "machine"],
     ["masking", "config", "losses"],
     ["data", "training"],
     ["models"],
     ["methods"],
-    ["build", "evaluate", "pictures", "flops", "report"],
-    ["plan"],
-    ["run"],
-    ["pretrain"],
+    ["build_pretraining", "build_finetuning", "evaluation", "pictures", "flops", "report"],
+    ["export", "plan"],
+    ["pretraining", "finetuning", "run"],
+    ["pretrain", "finetune"],
+    ["grid"],
+    ["command_line"],
     ["tools"],
 ]
 HEAVY = {"torch", "timm", "torchvision", "deepspeed", "webdataset", "numpy"}

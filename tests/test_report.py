@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from maedistill.config.loader import load_config
-from maedistill.report import summary, write_comparison, write_run_report
+from maedistill.report import summary, write_run_report
 from maedistill.training.run_folder import RunFolder
 
 
@@ -62,16 +62,6 @@ def test_a_run_s_report_says_what_it_was_and_what_came_of_it(trio, method):
     following = load_config(command[2], command[3:]).config
     assert following.method == "dmae" and following.teacher.source == f"run:{ended.run}"
     assert following.student_architecture.width == 16 and following.data == load_config(command[2]).config.data
-
-
-def test_a_comparison_has_a_row_and_a_picture_per_run(trio, tmp_path):
-    folders = {f"the {name}": ended.run for name, ended in trio.items()}
-    report = write_comparison(folders, tmp_path / "out", title="Three", notes=["A note."])
-    rows = table(report)
-    assert list(rows) == list(folders) and [row["method"] for row in rows.values()] == ["mae", "dmae", "amd"]
-    assert len(links(report)) == 4 and report.read_text().startswith("# Three\n\nA note.\n")
-    for name, ended in trio.items():
-        assert rows[f"the {name}"]["loss"] == f"{ended.metrics()[-1]['loss']:.4f}"
 
 
 def test_a_report_does_without_matplotlib_and_without_pictures(trio, tmp_path, monkeypatch):

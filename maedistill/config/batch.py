@@ -20,23 +20,30 @@ class BatchPlan:
     accumulation: int
 
 
-def batch_plan(global_batch: int, micro_batch: int, *, world_size: int, views: int = 1) -> BatchPlan:
+def batch_plan(
+    global_batch: int, micro_batch: int, *, world_size: int, views: int = 1, pairs: bool = False
+) -> BatchPlan:
     """Shares a global batch evenly among ranks, in the fewest equal micro-batches of at most `micro_batch` samples.
 
     views: a micro-batch is a multiple of it, so that the views of an image stay together.
-    Raises `ConfigError` where the ranks cannot share the batch evenly, or a micro-batch cannot hold one image's views.
+    pairs: a micro-batch is even, so that mixup and cutmix find each image a partner; not with views.
+    Raises `ConfigError` where the ranks cannot share the batch evenly, or one such group exceeds a micro-batch.
     """
-    if micro_batch < views:
+    assert views == 1 or not pairs
+    group = 2 if pairs else views
+    if micro_batch < group:
+        what = "the two images that mixup and cutmix mix" if pairs else f"data.views_per_image={views}"
         raise ConfigError(
-            f"engine.micro_batch: {micro_batch} is less than data.views_per_image={views}, which stay together",
-            f"use engine.micro_batch={views} or more",
+            f"engine.micro_batch: {micro_batch} is less than {what}, which stay together",
+            f"use engine.micro_batch={group} or more",
         )
-    images, rest = divmod(global_batch, views * world_size)
+    groups, rest = divmod(global_batch, group * world_size)
     if rest:
-        raise _uneven(global_batch, world_size=world_size, views=views)
-    most = micro_batch // views
-    accumulation = next(a for a in range(-(-images // most), images + 1) if images % a == 0)
-    return BatchPlan(micro_batch=images // accumulation * views, accumulation=accumulation)
+        noun = "pairs to mix" if pairs else f"images of {views} views"
+        raise _uneven(global_batch, world_size=world_size, group=group, noun=noun)
+    most = micro_batch // group
+    accumulation = next(a for a in range(-(-groups // most), groups + 1) if groups % a == 0)
+    return BatchPlan(micro_batch=groups // accumulation * group, accumulation=accumulation)
 
 
 def total_steps(epochs: float, images: int, *, global_batch: int) -> int:
@@ -71,15 +78,18 @@ def world_size_from_environment(environment: Mapping[str, str] = os.environ) -> 
     return int(text)
 
 
-def _uneven(global_batch: int, *, world_size: int, views: int) -> ConfigError:
-    """Names the rank counts next to `world_size` that divide the batch, and the batches nearby that it does divide."""
-    unit = world_size * views
+def _uneven(global_batch: int, *, world_size: int, group: int, noun: str) -> ConfigError:
+    """Names the rank counts next to `world_size` that divide the batch, and the batches nearby that it does divide.
+
+    noun: what the batch consists of where `group` samples stay together.
+    """
+    unit = world_size * group
     batches = [b for b in (global_batch // unit * unit, -(-global_batch // unit) * unit) if b > 0]
-    images, odd = divmod(global_batch, views)
-    counts = [] if odd else [n for n in range(1, images + 1) if images % n == 0]
+    groups, odd = divmod(global_batch, group)
+    counts = [] if odd else [n for n in range(1, groups + 1) if groups % n == 0]
     near = [n for n in counts if n < world_size][-1:] + [n for n in counts if n > world_size][:1]
     ranks = f"start {' or '.join(map(str, near))} ranks, or " if near else ""
-    what = f"{global_batch} samples" + (f" in images of {views} views" if views > 1 else "")
+    what = f"{global_batch} samples" + (f" in {noun}" if group > 1 else "")
     return ConfigError(
         f"optim.global_batch: {what} cannot be shared evenly by {world_size} ranks",
         f"{ranks}set optim.global_batch={' or '.join(map(str, batches))}",

@@ -3,7 +3,9 @@
 import json
 
 from maedistill.config.keys import Key, all_keys, all_sections
+from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.problem import config_error
+from maedistill.config.schema import RunConfig
 from maedistill.config.values import unknown_key
 
 KINDS = {
@@ -12,13 +14,13 @@ KINDS = {
 }
 
 
-def explain(name: str) -> str:
+def explain(name: str, *, root: type[RunConfig] = PretrainConfig) -> str:
     """A key's meaning, type, default and kind, or a section's keys. Raises `ConfigError` for another name."""
-    if name in all_sections():
-        return _section_text(name)
-    if name not in all_keys():
-        raise config_error([unknown_key(name)], {})
-    return _key_text(all_keys()[name])
+    if name in all_sections(root=root):
+        return _section_text(name, root)
+    if name not in all_keys(root=root):
+        raise config_error([unknown_key(name, root=root)], {})
+    return _key_text(all_keys(root=root)[name])
 
 
 def _key_text(key: Key) -> str:
@@ -30,8 +32,9 @@ def _key_text(key: Key) -> str:
     )
 
 
-def _section_text(name: str) -> str:
-    keys = [key for key in all_keys().values() if key.name.startswith(f"{name}.")]
+def _section_text(name: str, root: type[RunConfig]) -> str:
+    keys = [key for key in all_keys(root=root).values() if key.name.startswith(f"{name}.")]
     rows = [(f"{key.name}={json.dumps(key.default)}", key.doc) for key in keys]
     column = max(len(setting) for setting, _ in rows)
-    return "\n".join([f"{name}: {all_sections()[name]}", *(f"  {setting:<{column}}  {doc}" for setting, doc in rows)])
+    head = f"{name}: {all_sections(root=root)[name]}"
+    return "\n".join([head, *(f"  {setting:<{column}}  {doc}" for setting, doc in rows)])

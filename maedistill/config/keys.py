@@ -1,6 +1,6 @@
-"""The keys of the schema by dotted name: type in words, default, kind, doc; the nearest key to a wrong one.
+"""The keys of a stage's schema by dotted name: type in words, default, kind, doc; the nearest key to a wrong one.
 
-Everything is read from pydantic's JSON schema of `PretrainConfig`, so a key is described in one place only. A dotted
+Everything is read from pydantic's JSON schema of the stage's root, so a key is described in one place only. A dotted
 name has one or two parts, `seed` or `optim.lr`; settings flow through the package as flat dicts from names to values.
 """
 
@@ -10,21 +10,27 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from maedistill.config.schema import PretrainConfig
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.schema import RunConfig
 
 Kind = Literal["result", "runtime"]
 
-# What MAE's and timm's command lines call it.
+# What MAE's and timm's command lines call it, in either stage.
 ALIASES = {
+    "aa": ("augment.rand_augment",),
     "accum_iter": ("engine.micro_batch",),
     "batch_size": ("optim.global_batch", "engine.micro_batch"),
     "blr": ("optim.base_lr",),
     "clip_grad": ("optim.clip",),
     "data_path": ("data.train",),
+    "finetune": ("init.source",),
+    "global_pool": ("student.pooling",),
     "input_size": ("data.image_size",),
     "mask_ratio": ("masks.student_visible",),
+    "nb_classes": ("data.num_classes",),
     "num_workers": ("data.workers",),
     "output_dir": ("run",),
+    "reprob": ("augment.erasing",),
 }
 
 
@@ -41,29 +47,30 @@ class Key:
 
 
 @cache
-def all_keys() -> dict[str, Key]:
+def all_keys(*, root: type[RunConfig] = PretrainConfig) -> dict[str, Key]:
     """Every key by dotted name, in the order of the schema."""
     keys = {}
-    for name, schema in _schema()["properties"].items():
+    for name, schema in _schema(root)["properties"].items():
         if "$ref" in schema:
-            keys |= {f"{name}.{leaf}": _key(f"{name}.{leaf}", s) for leaf, s in _section(schema)["properties"].items()}
+            leaves = _section(schema, root)["properties"]
+            keys |= {f"{name}.{leaf}": _key(f"{name}.{leaf}", s) for leaf, s in leaves.items()}
         else:
             keys[name] = _key(name, schema)
     return keys
 
 
 @cache
-def all_sections() -> dict[str, str]:
+def all_sections(*, root: type[RunConfig] = PretrainConfig) -> dict[str, str]:
     """The doc of every section by name."""
-    return {n: _section(s)["description"] for n, s in _schema()["properties"].items() if "$ref" in s}
+    return {n: _section(s, root)["description"] for n, s in _schema(root)["properties"].items() if "$ref" in s}
 
 
-def keys_of_kind(kind: Kind) -> list[str]:
+def keys_of_kind(kind: Kind, *, root: type[RunConfig] = PretrainConfig) -> list[str]:
     """Dotted names of the keys that change the result, or of those that do not."""
-    return [name for name, key in all_keys().items() if key.kind == kind]
+    return [name for name, key in all_keys(root=root).items() if key.kind == kind]
 
 
-def flat(config: PretrainConfig) -> dict[str, Any]:
+def flat(config: RunConfig) -> dict[str, Any]:
     """The values of a config by dotted name, as JSON has them, in the order of the schema."""
     values = {}
     for name, value in config.model_dump(mode="json").items():
@@ -83,22 +90,25 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def differing_keys(old: PretrainConfig, new: PretrainConfig) -> list[tuple[str, Any, Any]]:
+def differing_keys(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) of every `result` key that differs: what forbids continuing a run folder."""
     before, after = flat(old), flat(new)
-    return [(name, before[name], after[name]) for name in keys_of_kind("result") if before[name] != after[name]]
+    names = keys_of_kind("result", root=type(old))
+    return [(name, before[name], after[name]) for name in names if before[name] != after[name]]
 
 
-def nearest_keys(name: str) -> list[str]:
+def nearest_keys(name: str, *, root: type[RunConfig] = PretrainConfig) -> list[str]:
     """At most four keys or sections that `name` may have meant, likeliest first: a typo, or a wrong section."""
-    names, leaf = [*all_keys(), *all_sections()], name.rpartition(".")[2].replace("-", "_")
+    keys = all_keys(root=root)
+    names, leaf = [*keys, *all_sections(root=root)], name.rpartition(".")[2].replace("-", "_")
     typo = difflib.get_close_matches(name, names, n=1, cutoff=0.85)
     if typo:
         return typo
-    if leaf in ALIASES:
-        return list(ALIASES[leaf])
+    meant = [key for key in ALIASES.get(leaf, ()) if key in keys]
+    if meant:
+        return meant
     by_leaf: dict[str, list[str]] = {}
-    for key in all_keys():
+    for key in keys:
         by_leaf.setdefault(key.rpartition(".")[2], []).append(key)
     same_leaf = [key for near in difflib.get_close_matches(leaf, by_leaf, n=2, cutoff=0.75) for key in by_leaf[near]]
     if leaf in by_leaf:
@@ -107,13 +117,13 @@ def nearest_keys(name: str) -> list[str]:
 
 
 @cache
-def _schema() -> dict[str, Any]:
-    return PretrainConfig.model_json_schema()
+def _schema(root: type[RunConfig]) -> dict[str, Any]:
+    return root.model_json_schema()
 
 
-def _section(reference: dict[str, Any]) -> dict[str, Any]:
+def _section(reference: dict[str, Any], root: type[RunConfig]) -> dict[str, Any]:
     """The section that a top-level property refers to."""
-    return _schema()["$defs"][reference["$ref"].rpartition("/")[2]]
+    return _schema(root)["$defs"][reference["$ref"].rpartition("/")[2]]
 
 
 def _key(name: str, schema: dict[str, Any]) -> Key:

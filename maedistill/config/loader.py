@@ -4,8 +4,8 @@
     optim: {epochs: 300}          # overridden by `optim.epochs=400` on the command line, where the last one wins
 
 All settings are first merged as a flat dict from dotted names to values with the place they came from, then checked at
-once: each value by itself (`values.py`), then the rules between them (`rules.py`). Relative paths among the values are
-relative to the working directory.
+once: each value by itself (`values.py`), then the rules between them (`rules.py`, `pretrain_rules.py`,
+`finetune_rules.py`). Relative paths among the values are relative to the working directory.
 """
 
 import difflib
@@ -13,22 +13,24 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
+from maedistill.config import finetune_rules, pretrain_rules
 from maedistill.config.document import Refusal, read_document
+from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import all_keys
-from maedistill.config.problem import config_error
-from maedistill.config.rules import broken_rules
-from maedistill.config.schema import PretrainConfig
-from maedistill.config.values import validated
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.problem import Problem, config_error
+from maedistill.config.schema import RunConfig
+from maedistill.config.values import Root, validated
 from maedistill.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class LoadedConfig:
+class LoadedConfig(Generic[Root]):
     """A valid config, and for each dotted key "default", "FILE:LINE" or "command line"."""
 
-    config: PretrainConfig
+    config: Root
     origins: dict[str, str]
 
 
@@ -41,20 +43,23 @@ class _Setting:
     place: str
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, to_run: bool = True) -> LoadedConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, root: type[Root] = PretrainConfig, to_run: bool = True
+) -> LoadedConfig[Root]:
     """Reads a config file, applies `key=value` overrides (values in YAML) and checks everything.
 
-    to_run: whether shards and run folder must be named.
+    root: the schema, PretrainConfig or FinetuneConfig.
+    to_run: whether shards and run folder must be named, as for a run; to look at a recipe they need not.
     Raises `ConfigError`, which names the first problem with its place and counts the others.
     """
     settings = _read_file(Path(path), extended_by=())
     for override in overrides:
         settings |= _read_override(override)
-    config = validated({name: setting.value for name, setting in settings.items()})
-    problems = config if isinstance(config, list) else broken_rules(config, to_run=to_run)
+    config = validated({name: setting.value for name, setting in settings.items()}, root=root)
+    problems = config if isinstance(config, list) else _broken_rules(config, to_run=to_run)
     if problems:
         raise config_error(problems, {name: setting.place for name, setting in settings.items()})
-    origins = {name: settings[name].origin if name in settings else "default" for name in all_keys()}
+    origins = {name: settings[name].origin if name in settings else "default" for name in all_keys(root=root)}
     return LoadedConfig(config, origins)
 
 
@@ -64,8 +69,8 @@ def _read_file(path: Path, *, extended_by: tuple[Path, ...]) -> dict[str, _Setti
         leaves = read_document(_read_text(path))
     except Refusal as error:
         raise ConfigError(f"{path}:{error.line}: {error.cause}", error.remedy) from None
-    root, _ = leaves.pop("", (None, 1))  # what the file is, where it is not a mapping with something in it
-    if root not in (None, {}):
+    whole, _ = leaves.pop("", (None, 1))  # what the file is, where it is not a mapping with something in it
+    if whole not in (None, {}):
         raise ConfigError(f"{path}: a config file is a mapping of `key: value`, not a list or text", "see configs/")
     bases, line = leaves.pop("extends", ([], 0))
     settings: dict[str, _Setting] = {}
@@ -126,3 +131,10 @@ def _read_override(text: str) -> dict[str, _Setting]:
         remedy = f"{error.remedy}; on a command line '\"...\"' is text as it stands"
         raise ConfigError(f"{place}: {error.cause}", remedy) from None
     return {leaf: _Setting(value, "command line", place) for leaf, (value, _) in leaves.items()}
+
+
+def _broken_rules(config: RunConfig, *, to_run: bool) -> list[Problem]:
+    """Everything that is wrong between the keys of a config; empty for one that can be used."""
+    stage = {PretrainConfig: pretrain_rules, FinetuneConfig: finetune_rules}[type(config)]
+    rules = (*stage.TO_RUN, *stage.RULES) if to_run else stage.RULES
+    return [problem for rule in rules for problem in rule(config)]

@@ -8,12 +8,12 @@ import yaml
 from maedistill.config.document import RESOLVERS
 from maedistill.config.keys import flat
 from maedistill.config.loader import LoadedConfig
-from maedistill.config.schema import PretrainConfig
+from maedistill.config.schema import RunConfig
 
 WIDEST = 72  # a longer line does not push the comments of the others to the right
 
 
-def render_config(loaded: LoadedConfig) -> str:
+def render_config(loaded: LoadedConfig[RunConfig]) -> str:
     """Every key with its value and, as an aligned comment, where the value came from."""
     lines = _lines(loaded.config)
     column = max(len(line) for line, _ in lines if len(line) <= WIDEST)
@@ -22,12 +22,12 @@ def render_config(loaded: LoadedConfig) -> str:
     )
 
 
-def config_yaml(config: PretrainConfig) -> str:
-    """Every key with its value; `load_config` of it gives an equal config."""
+def config_yaml(config: RunConfig) -> str:
+    """Every key with its value; `load_config` of it, with the same root, gives an equal config."""
     return "".join(f"{line}\n" for line, _ in _lines(config))
 
 
-def _lines(config: PretrainConfig) -> list[tuple[str, str | None]]:
+def _lines(config: RunConfig) -> list[tuple[str, str | None]]:
     """(line, dotted key that it sets), None for the head of a section."""
     lines: list[tuple[str, str | None]] = []
     open_section = ""

@@ -1,20 +1,22 @@
-"""The schema of a pre-training run: every key, its type, range, default, and what the papers used.
+"""What the schemas of all stages share: how a key is declared, value types, and the sections that each stage extends.
 
 A key is `result` when it changes the numbers that a run produces and `runtime` when it only changes how fast, where or
 how loudly. A run folder may be continued with other `runtime` keys; another `result` key is refused.
 
-Here every value is checked by itself; what must hold between keys is in `rules.py`, and `loader.py` fills the schema
-from YAML and the command line. Neither torch nor timm is imported: whatever can be known to be wrong is said at once.
+`pretrain.py` and `finetune.py` hold one root each, a `RunConfig`, with every key of its stage: type, range, default,
+and what the papers used. There every value is checked by itself; what must hold between keys is in `rules.py` and its
+two stages, and `loader.py` fills a schema from YAML and the command line. Neither torch nor timm is imported: whatever
+can be known to be wrong is said at once.
 
-Relative paths (shards, teacher, run folder) are relative to the working directory, not to the file that names them; `~`
+Relative paths (shards, weights, run folder) are relative to the working directory, not to the file that names them; `~`
 is expanded where a path is used, so that a run's `config.yaml` says what the user said.
 """
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from maedistill.config.architectures import Architecture, architecture_of
+from maedistill.config.batch import BatchPlan, batch_plan
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
@@ -22,8 +24,10 @@ Positive = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0.0)]
 Above0 = Annotated[float, Field(gt=0.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Triple = tuple[float, float, float]
 Positions = Literal["sincos2d", "sincos1d", "learned"]
+DropPath = Annotated[float, Field(ge=0.0, lt=1.0)]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
@@ -46,40 +50,37 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Data(Section):
-    """Training images: shards, crops, normalisation and the loader's processes."""
+class Images(Section):
+    """Labelled or unlabelled images: shards, crops, normalisation and the loader's processes."""
 
     train: str = runtime(
         "",
         "training shards: DIR/train-{000000..000008}.tar, DIR/train-*.tar or one .tar; a run may find them elsewhere "
         "when it is continued, if they hold the same samples",
     )
-    val: str | None = runtime(None, "labelled shards for kNN and pictures; without them kNN is off")
+    val: str | None  # what is annotated only, each stage declares with its own default and words
     index: str | None = runtime(None, "index file of data.train, where it is not beside the shards")
     image_size: Positive = result(224, "side of the square training crop, in pixels")
-    mean: Triple = result(IMAGENET_MEAN, "per-channel mean of the student's normalisation, pixels in [0, 1]")
-    std: Triple = result(IMAGENET_STD, "per-channel standard deviation of the student's normalisation, above 0")
-    crop_scale: tuple[Fraction, Fraction] = result(
-        (0.2, 1.0), "area of RandomResizedCrop as a share of the image; (0.2, 1) in MAE, DMAE and AMD"
-    )
+    mean: Triple | None
+    std: Triple | None
+    crop_scale: tuple[Fraction, Fraction]
     crop_ratio: tuple[float, float] = result((0.75, 4 / 3), "aspect ratios of RandomResizedCrop, width / height")
-    flip: bool = result(True, "mirror half of the crops; MAE, DMAE and AMD do")
-    views_per_image: Positive = result(1, "crops taken from one decoded image; each counts as a sample of the epoch")
+    flip: bool
     window_shards: Positive | None = result(None, "shuffle inside windows of so many shards; null: the whole set")
-    eval_crop: Fraction = runtime(0.875, "share of the shorter side that kNN and pictures look at; 1 for 32 px images")
+    eval_crop: Fraction
     workers: Count | None = runtime(
         None, "loader processes per rank, 0: load in the training process; null: one per core of the rank, at most 8"
     )
-    max_bad_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = runtime(
+    max_bad_fraction: Probability = runtime(
         0.001,
         "stop when a larger share of the samples seen could not be decoded; each one is replaced and listed",
     )
 
 
-class Student(Section):
-    """The small Vision Transformer that is trained."""
+class Backbone(Section):
+    """The Vision Transformer that is trained: a timm model and what is changed about it."""
 
-    model: str = result("vit_small_patch16_224", "a timm VisionTransformer with absolute positions")
+    model: str | None
     width: Positive | None = result(None, "embedding dimension, where it differs from the model's")
     depth: Positive | None = result(None, "number of blocks, where it differs from the model's")
     heads: Positive | None = result(
@@ -90,112 +91,21 @@ class Student(Section):
         None, "whether there is a class token, where it differs from the model's; MAE and DMAE have one, AMD has none"
     )
     register_tokens: Count | None = result(None, "extra learned tokens, where their number differs from the model's")
-    positions: Positions = result(
-        "sincos2d", "position table: fixed 2-D sin-cos in MAE and DMAE, fixed interleaved 1-D in AMD, or learned"
-    )
-    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = result(
-        0.0, "stochastic depth rate; none in the papers' pre-training"
-    )
-
-    @property
-    def title(self) -> str:
-        """The model's name with the dimensions that were changed: `vit_tiny_patch16_224 (width 96, depth 4)`."""
-        shape = {name: getattr(self, name) for name in ("width", "depth", "heads", "patch_size")}
-        changed = ", ".join(f"{name} {value}" for name, value in shape.items() if value is not None)
-        return f"{self.model} ({changed})" if changed else self.model
+    drop_path: DropPath
 
 
-class Teacher(Section):
-    """The frozen Vision Transformer whose features the student imitates; none with method=mae."""
-
-    source: str | None = result(
-        None,
-        "where the weights are: timm:NAME, hf-hub:ID, local-dir:PATH, file:PATH (with teacher.model), "
-        "run:PATH (a run folder of ours), or random:NAME (tests and benchmarks)",
-    )
-    model: str | None = result(None, "timm model that a file: source holds, e.g. vit_large_patch16_224")
-    width: Positive | None = result(None, "embedding dimension of a file: or random: teacher, where it differs")
-    depth: Positive | None = result(None, "number of blocks of a file: or random: teacher, where it differs")
-    heads: Positive | None = result(None, "attention heads of a file: or random: teacher, where they differ")
-    patch_size: Positive | None = result(None, "patch side of a file: or random: teacher, where it differs")
-    positions: Positions | None = result(None, "fixed table for a file: teacher that stores none; AMD's is sincos1d")
-    mean: Triple | None = result(None, "per-channel mean of the teacher's input; by default what its source says")
-    std: Triple | None = result(None, "per-channel deviation of the teacher's input; goes with teacher.mean")
-    licence: str | None = runtime(None, "licence of the weights, for the student's card, where the source names none")
-    sha256: str | None = runtime(None, "refuse a file: source with another checksum", pattern="^[0-9a-f]{64}$")
-    precision: Precision = result("auto", "number format of the teacher; auto: bf16 on a GPU, fp32 on a CPU")
-    compile: bool = runtime(False, "torch.compile the teacher")
-
-
-class Masks(Section):
-    """How many patches the student and the teacher see."""
-
-    student_visible: Fraction = result(0.25, "share of patches the student sees; 0.25 in MAE, DMAE and AMD")
-    teacher_visible: Fraction | None = result(
-        None, "share the teacher sees: the same by default (DMAE); 0.5 in AMD, whose sets are nested"
-    )
-
-
-class Decoder(Section):
-    """The light decoder that predicts the pixels of hidden patches from the student's tokens."""
-
-    width: Positive = result(384, "embedding dimension; 512 in MAE and DMAE; AMD: 192 for ViT-S, 384 for B, 512 for L")
-    depth: Positive = result(4, "number of blocks; 8 in MAE and DMAE, 4 in AMD")
-    heads: Positive = result(6, "attention heads; 16 in MAE and DMAE; AMD: 3 for ViT-S, 6 for B, 8 for L")
-    bias: bool = result(True, "bias of the encoder-to-decoder map; AMD has none")
-
-
-class Pixels(Section):
-    """The loss on predicted pixels."""
-
-    target: Literal["patch", "raw", "patch_channel"] = result(
-        "patch",
-        "what is predicted: pixels normalised per patch (MAE), raw (DMAE), or normalised per patch and channel (AMD)",
-    )
-    weight: Weight = result(1.0, "weight of the pixel loss; 1 everywhere")
-
-
-class Align(Section):
-    """Direct alignment: student features imitate teacher features where both see (dmae, amd)."""
-
-    student: tuple[Count, ...] = result((), "0-based student blocks; [8] of 12 in DMAE, [5, 11] of 12 in AMD")
-    teacher: tuple[Count, ...] = result(
-        (), "0-based teacher blocks, one per student block; [17] of 24 in DMAE, [11, 23] of 24 in AMD"
-    )
-    distance: Literal["l1", "mse", "smooth_l1"] = result("l1", "between aligned features; l1 in DMAE, mse in AMD")
-    beta: Above0 = result(2.0, "where smooth_l1 turns from square to linear; 2 in G2SD")
-    normalize: Literal["none", "l2", "whiten"] = result(
-        "l2",
-        "before the distance; l2: both rows to unit length (DMAE's code); "
-        "whiten: LayerNorm without affine of the teacher's; none (AMD)",
-    )
-    head: Literal["linear", "mlp"] = result("linear", "kind of the projection from student to teacher width")
-    bias: bool = result(True, "bias of the projection; DMAE has one, AMD none")
-    weight: Weight = result(1.0, "weight of the direct alignment, mean over pairs; 1 in DMAE and AMD")
-
-
-class Generate(Section):
-    """Generated alignment: generators predict teacher features at patches that only the teacher sees (amd)."""
-
-    depth: Positive = result(2, "blocks of each generator; 2 in AMD")
-    heads: Positive | None = result(None, "attention heads of a generator; by default teacher width / 64 as in AMD")
-    weight: Weight = result(1.0, "weight of the generated alignment, mean over pairs; 1 in AMD")
-
-
-class Optim(Section):
+class Optimization(Section):
     """Length of the training, batch, AdamW and its cosine schedule."""
 
+    default_base_lr: ClassVar[float]
+
     epochs: Above0 = result(100.0, "length of the run: total steps = floor(epochs * images / global_batch)")
-    warmup_epochs: Annotated[float, Field(ge=0.0)] = result(
-        20.0, "linear warm-up of the learning rate; 40 of 800 in MAE, 20 of 100 in DMAE"
-    )
-    global_batch: Positive = result(4096, "samples per optimizer step over all ranks; 4096 in the papers")
-    base_lr: Above0 | None = result(
-        None, "learning rate per 256 samples: lr = base_lr * global_batch / 256; 1.5e-4 in MAE, DMAE and by default"
-    )
+    warmup_epochs: Weight
+    global_batch: Positive
+    base_lr: Above0 | None
     lr: Above0 | None = result(None, "peak learning rate itself, instead of base_lr")
-    min_lr: Weight = result(0.0, "learning rate at the end of the cosine")
-    betas: tuple[Beta, Beta] = result((0.9, 0.95), "decay of AdamW's first and second moment; (0.9, 0.95) everywhere")
+    min_lr: Weight
+    betas: tuple[Beta, Beta]
     weight_decay: Weight = result(
         0.05, "of AdamW; 0 on norms, biases and other 1-D parameters, and on tokens and positions"
     )
@@ -207,7 +117,7 @@ class Optim(Section):
     @property
     def peak_lr(self) -> float:
         """The learning rate at the end of the warm-up."""
-        return self.lr if self.lr is not None else (self.base_lr or 1.5e-4) * self.global_batch / 256
+        return self.lr if self.lr is not None else (self.base_lr or self.default_base_lr) * self.global_batch / 256
 
 
 class Engine(Section):
@@ -223,49 +133,39 @@ class Engine(Section):
     timeout_seconds: Positive = runtime(600, "how long a rank waits for another before the run ends")
 
 
-class Log(Section):
-    """How often progress, pictures, kNN and checkpoints are written."""
+class Progress(Section):
+    """How often progress and checkpoints are written."""
 
     every: Positive = runtime(20, "steps between lines of metrics.jsonl and of progress")
-    pictures_every_epochs: Above0 | None = runtime(10.0, "epochs between reconstruction pictures; null: never")
-    knn_every_epochs: Above0 | None = runtime(10.0, "epochs between kNN scores, which need data.val; null: never")
-    knn_images: Positive = runtime(10000, "most training images that kNN compares with")
     save_every_epochs: Above0 = runtime(1.0, "epochs between checkpoints")
     keep: Positive = runtime(2, "newest checkpoints that are kept")
     tensorboard: bool = runtime(True, "also write TensorBoard events, where tensorboard is installed")
 
 
-class PretrainConfig(Section):
-    """One pre-training run. Derived numbers are properties, never mutations; `rules.py` says what must hold."""
+class RunConfig(Section):
+    """One run of any stage. Derived numbers are properties, never mutations."""
 
-    method: Literal["mae", "dmae", "amd"] = result(
-        "dmae", "mae: no teacher; dmae: it sees the student's patches; amd: it sees more"
-    )
+    stage: ClassVar[str]
+    tool: ClassVar[str]
+
     run: str = runtime("", "run folder; starting the same command again continues the run")
-    seed: Count = result(0, "seeds the sample order, crops, flips, masks and initial weights", le=2**63 - 1)
+    seed: Count
     threads: Positive | None = runtime(
         None, "CPU threads per rank; by default OMP_NUM_THREADS, or else the cores shared by the local ranks"
     )
-    data: Data = Data()
-    student: Student = Student()
-    teacher: Teacher = Teacher()
-    masks: Masks = Masks()
-    decoder: Decoder = Decoder()
-    pixels: Pixels = Pixels()
-    align: Align = Align()
-    generate: Generate = Generate()
-    optim: Optim = Optim()
-    engine: Engine = Engine()
-    log: Log = Log()
+
+    def share_batch(self, world_size: int) -> BatchPlan:
+        """How so many ranks share the global batch. Raises ConfigError where they cannot."""
+        return batch_plan(self.optim.global_batch, self.engine.micro_batch, world_size=world_size, **self.grouping)
 
     @property
-    def student_architecture(self) -> Architecture | None:
-        """The student's dimensions, or None where only timm knows them."""
-        return architecture_of(self.student.model, self.student)
+    def grouping(self) -> dict[str, Any]:
+        """Which samples must stay in one micro-batch: keywords of `batch_plan`."""
+        return {}
 
-    @property
-    def teacher_architecture(self) -> Architecture | None:
-        """The teacher's dimensions, or None where only its source knows them."""
-        kind, _, name = (self.teacher.source or "").partition(":")
-        model = self.teacher.model or (name if kind in ("timm", "random") else None)
-        return architecture_of(model, self.teacher) if model else None
+    if TYPE_CHECKING:  # every stage has these; it declares them itself, so that its sections come in its order
+        data: Images
+        student: Backbone
+        optim: Optimization
+        engine: Engine
+        log: Progress

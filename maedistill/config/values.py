@@ -1,58 +1,71 @@
 """Single settings against the schema: unknown keys, wrong types, values out of range, each as a `Problem`.
 
-A flat dict of settings comes in, a frozen `PretrainConfig` or a list of problems goes out. pydantic alone decides what
-is valid; its messages are replaced by ours, which name the key as the user wrote it and say what to write instead.
+A flat dict of settings comes in, a frozen config of the stage asked for or a list of problems goes out. pydantic alone
+decides what is valid; its messages are replaced by ours, which name the key as the user wrote it and say what to write
+instead.
 """
 
 import difflib
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import Key, all_keys, all_sections, nearest_keys, nested
+from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.problem import Problem
-from maedistill.config.schema import PretrainConfig
+from maedistill.config.schema import RunConfig
+
+ROOTS: tuple[type[RunConfig], ...] = (PretrainConfig, FinetuneConfig)
+Root = TypeVar("Root", bound=RunConfig)
 
 
-def validated(values: Mapping[str, Any]) -> PretrainConfig | list[Problem]:
+def validated(values: Mapping[str, Any], *, root: type[Root] = PretrainConfig) -> Root | list[Problem]:
     """The config that `values` (by dotted name; defaults for the rest) make, or everything that is wrong with them."""
-    known = {name: value for name, value in values.items() if name in all_keys()}
+    keys, sections = all_keys(root=root), all_sections(root=root)
+    known = {name: value for name, value in values.items() if name in keys}
     # A section that is set to an empty mapping sets nothing.
     problems = [
-        unknown_key(name, value)
+        unknown_key(name, value, root=root)
         for name, value in values.items()
-        if name not in known and not (name in all_sections() and value == {})
+        if name not in known and not (name in sections and value == {})
     ]
     try:
         # As JSON: given Python objects, strict mode would refuse a list where the schema has a tuple.
-        config = PretrainConfig.model_validate_json(json.dumps(nested(known)))
+        config = root.model_validate_json(json.dumps(nested(known)))
     except ValidationError as error:
-        wrong = dict.fromkeys(_key_at(e["loc"]) for e in error.errors())  # a union reports each of its members
-        return problems + [_wrong_value(all_keys()[name], known[name]) for name in wrong]
+        # Each once: a union reports each of its members.
+        wrong = dict.fromkeys(_key_at(e["loc"], sections) for e in error.errors())
+        return problems + [_wrong_value(keys[name], known[name]) for name in wrong]
     return problems or config
 
 
-def unknown_key(name: str, value: Any = None) -> Problem:
-    """A name that is no key: a typo, the wrong section, a section set to a value, or a key used as a section."""
+def unknown_key(name: str, value: Any = None, *, root: type[RunConfig] = PretrainConfig) -> Problem:
+    """A name that is no key: a typo, the wrong section or stage, a section set to a value, or a key used as one."""
+    keys, sections = all_keys(root=root), all_sections(root=root)
     parent = name.rpartition(".")[0]
-    if name in all_sections():
+    if name in sections:
         return Problem(
             name,
             f"{name} is a section of keys and cannot be set to {shown(value)}",
-            f"set its keys instead: {', '.join(k for k in all_keys() if k.startswith(f'{name}.'))}",
+            f"set its keys instead: {', '.join(k for k in keys if k.startswith(f'{name}.'))}",
         )
-    if parent in all_keys():
-        words = all_keys()[parent].words
+    if parent in keys:
+        words = keys[parent].words
         return Problem(name, f"{parent} is not a section, it takes {words}", f"set {parent} itself, to {words}")
     if name == "extends":
         return Problem(name, "extends works inside a file only", "name the other file on the command line itself")
-    near = nearest_keys(name)
+    for other in ROOTS:
+        foreign_sections = all_sections(root=other).keys() - sections.keys()
+        if name in all_keys(root=other) or name.partition(".")[0] in foreign_sections:
+            return Problem(name, f"{name} belongs to {other.stage} ({other.tool})", f"remove it, or run {other.tool}")
+    near = nearest_keys(name, root=root)
     remedy = (
         f"did you mean {' or '.join(near)}?"
         if near
-        else f"sections are {', '.join(all_sections())}; --explain SECTION lists the keys of one"
+        else f"sections are {', '.join(sections)}; --explain SECTION lists the keys of one"
     )
     return Problem(name, f"there is no key {name}", remedy)
 
@@ -68,10 +81,10 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _key_at(loc: tuple[int | str, ...]) -> str:
+def _key_at(loc: tuple[int | str, ...], sections: Collection[str]) -> str:
     """The dotted key that a pydantic error is about: its location without list indices and union members."""
     name = str(loc[0])
-    return f"{name}.{loc[1]}" if name in all_sections() else name
+    return f"{name}.{loc[1]}" if name in sections else name
 
 
 def _wrong_value(key: Key, value: Any) -> Problem:

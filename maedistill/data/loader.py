@@ -8,7 +8,7 @@ integer, and the number of ranks and workers changes nothing about what is read.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,25 +30,32 @@ _REPLACEMENTS = 16  # so many bad samples in a row mean that the whole set is ba
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: images uint8 [m, 3, s, s], positions and samples int64 [m], and what had to be replaced."""
+    """One micro-batch, and what had to be replaced in it."""
 
-    images: Tensor
-    positions: Tensor
-    samples: Tensor
+    images: Tensor  # uint8 [m, 3, s, s]
+    positions: Tensor  # int64 [m]
+    labels: Tensor  # int64 [m], of the samples that were really read; -1 where the index has none
+    samples: Tensor  # int64 [m], stays on the host
     bad: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch with its images and positions on a device."""
-        images, positions = (t.to(device, non_blocking=True) for t in (self.images, self.positions))
-        return Batch(images, positions, self.samples, self.bad)
+        """The same batch on a device."""
+        images, positions, labels = (
+            part.to(device, non_blocking=True) for part in (self.images, self.positions, self.labels)
+        )
+        return Batch(images, positions, labels, self.samples, self.bad)
 
     def pin_memory(self) -> "Batch":
         """Called by the loader when it feeds a GPU."""
-        return Batch(self.images.pin_memory(), self.positions.pin_memory(), self.samples, self.bad)
+        images, positions, labels = (part.pin_memory() for part in (self.images, self.positions, self.labels))
+        return Batch(images, positions, labels, self.samples, self.bad)
 
 
 class RandomCrops(Dataset[Batch]):
-    """Random crops by position. A sample that cannot be decoded is replaced by a fixed function of (seed, position)."""
+    """Random crops by position. A sample that cannot be decoded is replaced by a fixed function of (seed, position).
+
+    augment: what is done to each crop, uint8 [3, s, s], at its position; a pure function of the two.
+    """
 
     def __init__(
         self,
@@ -59,9 +66,10 @@ class RandomCrops(Dataset[Batch]):
         size: int,
         scale: tuple[float, float],
         ratio: tuple[float, float],
+        augment: Callable[[Tensor, int], Tensor] | None = None,
     ) -> None:
         self.index, self.order, self.seed = index, order, seed
-        self.size, self.scale, self.ratio = size, scale, ratio
+        self.size, self.scale, self.ratio, self.augment = size, scale, ratio, augment
         self.reader = ShardReader(index)
 
     def __getitems__(self, positions: list[int]) -> Batch:
@@ -78,8 +86,10 @@ class RandomCrops(Dataset[Batch]):
             else:
                 samples[i] = samples[i - 1]
             box = random_box(*image.shape[1:], draws[i], scale=self.scale, ratio=self.ratio)
-            crops.append(crop(image, box, size=self.size))
-        return Batch(torch.stack(crops), at, samples, tuple(bad))
+            cut = crop(image, box, size=self.size)
+            crops.append(self.augment(cut, positions[i]) if self.augment else cut)
+        labels = torch.from_numpy(self.index.labels[samples.numpy()])  # [m]
+        return Batch(torch.stack(crops), at, labels, samples, tuple(bad))
 
     def _decode(self, sample: int, visit: int) -> tuple[Tensor, int, list[str]]:
         """The image of a sample, or of its first decodable replacement; which sample it is; what failed before.
@@ -91,9 +101,9 @@ class RandomCrops(Dataset[Batch]):
             try:
                 return decode_rgb(self.reader.read(sample)), sample, failed
             except BadImage as error:
-                failed.append(f"{self.index.shards[self.index.shard_of(sample)]}:{self.index.key(sample)}: {error}")
+                failed.append(f"{sample_name(self.index, sample)}: {error}")
             word = key(self.seed, Stream.REPLACEMENT, visit, attempt)
-            sample = int(word) % len(self.index)
+            sample = int(self.order.unshuffled(torch.tensor(word % self.order.num_images)))
         raise _all_bad(failed[-1])
 
 
@@ -122,9 +132,14 @@ class CentreCrops(Dataset[tuple[Tensor, Tensor]]):
             try:
                 return decode_rgb(self.reader.read(sample)), sample
             except BadImage as error:
-                failed = f"{self.index.shards[self.index.shard_of(sample)]}:{self.index.key(sample)}: {error}"
+                failed = f"{sample_name(self.index, sample)}: {error}"
             sample = (sample + 1) % len(self.index)
         raise _all_bad(failed)
+
+
+def sample_name(index: ShardIndex, sample: int) -> str:
+    """Where a person finds a sample: `SHARD:KEY`."""
+    return f"{index.shards[index.shard_of(sample)]}:{index.key(sample)}"
 
 
 def _all_bad(last: str) -> DataError:
@@ -167,7 +182,7 @@ def training_batches(
     """Micro-batches of the steps [first_step, total_steps) on `device`, `plan.accumulation` of them per step."""
     schedule = _Schedule(first_step, total_steps, plan=plan, rank=rank, world_size=world_size)
     pin_memory, prefetch_factor = device.type == "cuda", 4 if workers else None
-    batches = _load(
+    batches = load_batches(
         crops, batch_sampler=schedule, workers=workers, pin_memory=pin_memory, prefetch_factor=prefetch_factor
     )
     return (batch.to(device) for batch in batches)
@@ -175,32 +190,35 @@ def training_batches(
 
 def evaluation_batches(crops: CentreCrops, *, batch: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Images uint8 [b, 3, s, s] and labels int64 [b] in order, the last batch as small as it is."""
-    return _load(crops, batch_size=batch, workers=workers)
+    return load_batches(crops, batch_size=batch, workers=workers)
+
+
+def load_batches(images: Dataset[Any], *, workers: int, **keywords: Any) -> Iterator[Any]:
+    """What `images.__getitems__` makes of each batch of ids, from `workers` processes that start now.
+
+    keywords: torch's for its DataLoader. A `UserError` in a worker is raised here as it was there.
+    """
+    return map(
+        _unpack,
+        DataLoader(_Carrier(images), num_workers=workers, collate_fn=_unchanged, worker_init_fn=_be_quiet, **keywords),
+    )
 
 
 class _Carrier(Dataset[Any]):
     """Hands a `UserError` over as a value. Raised in a worker, torch would make a RuntimeError of its traceback."""
 
-    def __init__(self, crops: RandomCrops | CentreCrops) -> None:
-        self.crops = crops
+    def __init__(self, images: Dataset[Any]) -> None:
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.crops)
+        return len(self.images)
 
     def __getitems__(self, ids: list[int]) -> Any:
-        """What `crops` has for a batch of ids, or why it has nothing."""
+        """What `images` has for a batch of ids, or why it has nothing."""
         try:
-            return self.crops.__getitems__(ids)
+            return self.images.__getitems__(ids)
         except UserError as error:
             return error
-
-
-def _load(crops: RandomCrops | CentreCrops, *, workers: int, **keywords: Any) -> Iterator[Any]:
-    """The batches that `crops` makes, from `workers` processes that start now. keywords: torch's for its DataLoader."""
-    return map(
-        _unpack,
-        DataLoader(_Carrier(crops), num_workers=workers, collate_fn=_unchanged, worker_init_fn=_be_quiet, **keywords),
-    )
 
 
 def _unpack(batch: Any) -> Any:

@@ -4,7 +4,7 @@ With n images and k views per image, position p is view p % k of the image at pl
 The place is looked up in the epoch's order: a keyed permutation of the whole set, or, with `window` shards, a
 permutation of the shards followed by one of the samples inside each window of consecutive shards, so that a bounded
 cache is enough for remote shards. One window over all shards is the whole set. Memory does not grow with n, nor does
-the time to jump anywhere; only the list of shard sizes is kept.
+the time to jump anywhere; only the list of shard sizes is kept, and a subset's ids where only those are trained on.
 
     P positions   M shards
 """
@@ -21,10 +21,23 @@ class SampleOrder:
 
     starts: int64 [M + 1], the first sample of each shard and the number of samples n.
     window: shards per window; None for the whole set.
+    subset: sorted ids of the samples that take part, int64 [n']; None for all. n' then stands for n, `num_images`.
     """
 
-    def __init__(self, starts: np.ndarray, *, seed: int, views: int = 1, window: int | None = None) -> None:
+    def __init__(
+        self,
+        starts: np.ndarray,
+        *,
+        seed: int,
+        views: int = 1,
+        window: int | None = None,
+        subset: Tensor | None = None,
+    ) -> None:
         self.starts = torch.from_numpy(np.asarray(starts, dtype=np.int64))
+        self.subset = subset
+        if subset is not None:
+            assert bool((subset.diff() > 0).all()) and subset[0] >= 0 and subset[-1] < self.starts[-1]
+            self.starts = torch.searchsorted(subset, self.starts)  # the shards, had only the subset been written
         self.num_images = int(self.starts[-1])
         self.num_shards = len(starts) - 1
         self.seed, self.views = seed, views
@@ -39,10 +52,14 @@ class SampleOrder:
         for epoch in epochs.unique().tolist():
             here = epochs == epoch
             out[here] = self.epoch(epoch, places[here])
-        return out
+        return self.unshuffled(out)
+
+    def unshuffled(self, places: Tensor) -> Tensor:
+        """Sample ids at places of the sorted list of those that take part: int64 [P] -> int64 [P]."""
+        return places if self.subset is None else self.subset[places]
 
     def epoch(self, epoch: int, places: Tensor) -> Tensor:
-        """Sample ids at the places of one epoch: int64 [P] -> int64 [P]."""
+        """Which places of the sorted list come at the places of one epoch: int64 [P] -> int64 [P]."""
         if self.window == self.num_shards:
             return permute(places, self.num_images, key(self.seed, Stream.ORDER, epoch))
         shards = permute(torch.arange(self.num_shards), self.num_shards, key(self.seed, Stream.SHARDS, epoch))  # [M]

@@ -84,11 +84,14 @@ def build_vit(
     class_token: bool | None = None,
     register_tokens: int | None = None,
     drop_path: float | None = None,
+    num_classes: int = 0,
+    pooling: str = "",
 ) -> VisionTransformer:
-    """A randomly initialised timm `model` without classifier, for square images of `image_size` pixels.
+    """A randomly initialised timm `model` for square images of `image_size` pixels, by default without classifier.
 
     positions: `sincos2d` or `sincos1d` replace the position parameter by a fixed buffer of that table; `learned`
-    keeps it. The other keywords override the model's own dimensions where they are not None.
+    keeps it. The other dimensions override the model's own where they are not None. pooling: timm's `global_pool`:
+    with `avg`, the mean of the patch tokens goes through a norm of its own, `fc_norm`, and the encoder's is left out.
     Raises ConfigError for a name that is not a plain VisionTransformer with absolute positions.
     """
     require_known(model)
@@ -109,7 +112,8 @@ def build_vit(
         "drop_path_rate": drop_path,
     }
     given = {name: value for name, value in overrides.items() if value is not None}
-    vit = timm.create_model(model, pretrained=False, num_classes=0, global_pool="", img_size=image_size, **given)
+    keywords = {"num_classes": num_classes, "global_pool": pooling, "img_size": image_size, **given}
+    vit = timm.create_model(model, pretrained=False, **keywords)
     if positions != "learned":
         fix_positions(vit, positions)
     return vit

@@ -148,12 +148,18 @@ def import_weights(content: object, *, name: str = "weights") -> Imported:
 
 
 def load_encoder(
-    vit: nn.Module, imported: Imported, *, name: str, optional: Iterable[str] = (), fixed_positions: bool = False
+    vit: nn.Module,
+    imported: Imported,
+    *,
+    name: str,
+    section: str = "teacher",
+    optional: Iterable[str] = (),
+    fixed_positions: bool = False,
 ) -> Audit:
     """Loads the encoder of `imported` into a timm `vit`, positions and patches resampled by timm where sizes differ.
 
     optional: names below which the file may lack keys (the final norm of a teacher that is never run so far).
-    fixed_positions: the file may lack positions, the model's table stands.
+    fixed_positions: the file may lack positions, the model's table stands. section: of the config, for errors.
     Raises DataError when keys are foreign, missing or of another shape.
     """
     weights, wanted = imported.part("encoder.vit."), vit.state_dict()
@@ -162,22 +168,22 @@ def load_encoder(
     if foreign:
         raise DataError(
             f"{name}: {len(foreign)} keys belong to no ViT of this kind, e.g. {', '.join(foreign[:3])}",
-            "check teacher.model and its depth; the file must hold a plain ViT's encoder",
+            "check the model's name and depth; the file must hold a plain ViT's encoder",
         )
     missing = [k for k in wanted if k not in weights]
     allowed = [k for k in missing if k.startswith(tuple(optional)) or (fixed_positions and k == "pos_embed")]
     if len(missing) > len(allowed):
         lost = [k for k in missing if k not in allowed]
-        remedy = "check teacher.model and its dimensions"
+        remedy = "check the model's name and dimensions"
         if lost == ["pos_embed"]:
-            remedy = "the file has no positions: name its fixed table, e.g. teacher.positions=sincos1d for AMD's"
+            remedy = f"the file has no positions: name its fixed table, e.g. {section}.positions=sincos1d for AMD's"
         raise DataError(f"{name}: {len(lost)} keys are missing, e.g. {', '.join(lost[:3])}", remedy)
     _fit_grid(vit, weights, wanted, audit)
     for key, value in weights.items():
         if value.shape != wanted[key].shape:
             raise DataError(
                 f"{name}: {key} is {tuple(value.shape)}, the model expects {tuple(wanted[key].shape)}",
-                "check teacher.model and its dimensions",
+                "check the model's name and dimensions",
             )
     vit.load_state_dict(weights, strict=False)
     audit.absent, audit.loaded = allowed, len(weights)

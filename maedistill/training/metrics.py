@@ -70,6 +70,11 @@ class MetricsFile:
             self.board.close()
 
 
+def open_metrics(folder: Path, *, first_step: int, tensorboard: bool) -> MetricsFile | None:
+    """The metrics of a run on rank 0, None on the others."""
+    return MetricsFile(folder, first_step=first_step, tensorboard=tensorboard) if distributed.is_main() else None
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """All complete lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in _lines(folder / "metrics.jsonl")]

@@ -13,7 +13,8 @@ times the group's `lr_scale` where it has one (layer decay), which torch's AdamW
 from collections.abc import Iterable
 from typing import Any
 
-from timm.optim import param_groups_weight_decay
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.optim import AdamW
@@ -30,6 +31,27 @@ def parameter_groups(
     """
     tokens = [name for name, _ in module.named_parameters() if name.rpartition(".")[2] in set(no_decay)]
     return param_groups_weight_decay(module, weight_decay, no_weight_decay_list=tokens)
+
+
+def layerwise_groups(vit: VisionTransformer, weight_decay: float, *, layer_decay: float) -> list[dict[str, Any]]:
+    """Two groups per layer (with and without weight decay), whose rate falls from the head to the patches.
+
+    With L blocks, `lr_scale` is layer_decay^0 for the head and the norm before it, layer_decay^(L + 1 - i) for layer i:
+    0 holds the patch embedding, the tokens and the positions, i the block i - 1 (Bao et al., BEiT; MAE uses the same).
+    """
+    groups = param_groups_layer_decay(vit, weight_decay, no_weight_decay_list=NO_DECAY, layer_decay=layer_decay)
+    # timm counts `norm`, the one before a head that reads the class token, as part of the last block.
+    norm = {id(parameter): parameter for parameter in vit.norm.parameters()}
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in norm]
+    undecayed_head = next(group for group in groups if any(p is vit.head.bias for p in group["params"]))
+    undecayed_head["params"] += norm.values()
+    return groups
+
+
+def layer_rates(groups: list[dict[str, Any]], peak: float) -> list[float]:
+    """The peak learning rate of each layer, patch embedding first, head last: what `layerwise_groups` comes to."""
+    return sorted({peak * group["lr_scale"] for group in groups})
 
 
 def build_optimizer(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float]) -> AdamW:

@@ -17,14 +17,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import differing_keys
 from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.render import config_yaml
-from maedistill.config.schema import PretrainConfig
+from maedistill.config.schema import RunConfig
 from maedistill.errors import ConfigError, UserError
 from maedistill.training import distributed
 from maedistill.training.checkpoint import latest_step
 
+STAGES: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy")
 
 
@@ -41,7 +44,7 @@ class RunFolder:
         self._facts = self.path / "run.json"
         self._opened = False
 
-    def open(self, config: PretrainConfig, facts: dict[str, Any], *, fresh: bool, extend: bool) -> None:
+    def open(self, config: RunConfig, facts: dict[str, Any], *, fresh: bool, extend: bool) -> None:
         """Creates the folder, or checks that `config` continues what is in it, and writes both files.
 
         facts: what run.json says of this start; `data` must not change over a run's life. A start that failed before
@@ -59,7 +62,7 @@ class RunFolder:
         write_text(self.config, config_yaml(config))
         write_text(self._facts, json.dumps({**facts, "starts": starts}, indent=1) + "\n")
 
-    def check(self, config: PretrainConfig, facts: dict[str, Any], *, fresh: bool, extend: bool) -> None:
+    def check(self, config: RunConfig, facts: dict[str, Any], *, fresh: bool, extend: bool) -> None:
         """The part of `open` that only looks."""
         if latest_step(self.checkpoints) is None:  # before the first checkpoint there is nothing to protect
             return
@@ -68,6 +71,16 @@ class RunFolder:
                 f"run: {self.path} already holds a run", "leave out --fresh to continue it, or use another run="
             )
         self._require_same(config, facts, extend=extend)
+
+    def load_config(self) -> RunConfig:
+        """The settings of the run that lives here, of whichever stage it is."""
+        stage = self.facts().get("stage")
+        if stage not in STAGES:
+            raise ConfigError(
+                f"run: {self.path} was written by another version (its run.json says stage {stage!r})",
+                "use another run=",
+            )
+        return load_config(self.config, root=STAGES[stage]).config
 
     def facts(self) -> dict[str, Any]:
         """What run.json says; empty before the first start."""
@@ -97,8 +110,12 @@ class RunFolder:
         except OSError as error:  # what ended the run is the news, not this
             print(f"exit.json could not be written: {error}", file=sys.stderr, flush=True)
 
-    def _require_same(self, config: PretrainConfig, facts: dict[str, Any], *, extend: bool) -> None:
-        before = load_config(self.config).config
+    def _require_same(self, config: RunConfig, facts: dict[str, Any], *, extend: bool) -> None:
+        before = self.load_config()
+        if type(before) is not type(config):
+            raise ConfigError(
+                f"run: {self.path} holds a run of {before.stage}, not of {config.stage}", "use another run="
+            )
         changed = differing_keys(before, config)
         if extend:
             changed = [change for change in changed if change[0] != "optim.epochs"]
@@ -113,6 +130,13 @@ class RunFolder:
             only_epochs = [key for key, _, _ in changed] == ["optim.epochs"]
             remedy = "add --extend to go on to the new number" if only_epochs else "restore them, or use another run="
             raise ConfigError(f"run: {self.path} belongs to other settings ({shown}{more})", remedy)
+        seen = self.facts().get("input", {})
+        for name in ("mean", "std"):
+            if name in seen and list(seen[name]) != list(facts["input"][name]):
+                raise ConfigError(
+                    f"run: {self.path} reads images with {name} {seen[name]}, now {list(facts['input'][name])}",
+                    f"set data.{name} to what it was, or use another run=",
+                )
         data = self.facts().get("data")
         if data is not None and data != facts["data"]:
             raise ConfigError(

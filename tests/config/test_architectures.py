@@ -7,8 +7,8 @@ from timm.models import model_entrypoint
 from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.config.architectures import Architecture, architecture_of
+from maedistill.config.pretrain import Student
 from maedistill.config.rules import FAMILIES
-from maedistill.config.schema import Student
 
 COVERED = [name for name in timm.list_models() if architecture_of(name, Student())]
 

@@ -1,5 +1,6 @@
 """Wrong settings, one per row: each gives a line of cause that names the place and a line of remedy, before torch."""
 
+import json
 import subprocess
 import sys
 
@@ -7,8 +8,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import all_keys, all_sections
 from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError
 
 GOOD = """\
@@ -19,6 +22,14 @@ data:
 student: {model: vit_base_patch16_224}
 teacher: {source: "timm:vit_large_patch16_224.mae"}
 align: {student: [8], teacher: [17]}
+"""
+FINETUNE = """\
+run: runs/test
+data:
+  train: shards/train-{000000..000003}.tar
+  val: shards/val-000000.tar
+init: {source: "file:student.safetensors"}
+student: {model: vit_small_patch16_224}
 """
 FILE = "FILE"  # stands for the path of the file in the expected texts
 
@@ -79,6 +90,7 @@ OVERRIDES = [
     ("optim.min_lr=1", ["optim.min_lr", "above lr=0.0024"], ["smaller"]),
     ("optim.warmup_epochs=100", ["100 is not below epochs=100"], ["5"]),
     ("data.views_per_image=3", ["3 does not divide global_batch=4096"], ["divisor"]),
+    ("engine={zero: 3, compile: true}", ["a compiled student reads whole weights"], ["engine.zero=2"]),
     ("masks.student_visible=1.0", ["nothing to predict"], ["0.25"]),
     ("masks.teacher_visible=0.5", ["0.5 differs from student_visible=0.25"], ["method=amd"]),
     ("method=amd", ["masks.teacher_visible: missing"], ["sees more"]),
@@ -101,6 +113,57 @@ OVERRIDES = [
     ("decoder.heads=7", ["7 heads do not divide width 384"], ["divisor of 384"]),
     ("decoder={width: 6, heads: 1}", ["6 is not a multiple of 4"], ["use 8"]),
 ]
+
+# The same on top of FINETUNE; what both stages share is above.
+FINETUNE_OVERRIDES = [
+    # the other stage's, and its neighbours
+    ("masks.student_visible=0.5", ["masks.student_visible belongs to pre-training (tools/pretrain.py)"], ["remove it"]),
+    ("method=amd", ["method belongs to pre-training"], ["run tools/pretrain.py"]),
+    ("teacher.sorce=x", ["teacher.sorce belongs to pre-training"], ["remove it"]),
+    ("align=3", ["align belongs to pre-training"], ["remove it"]),
+    ("init.sorce=x", ["no key init.sorce"], ["did you mean init.source?"]),
+    ("layer_decay=0.75", ["no key layer_decay"], ["did you mean optim.layer_decay?"]),
+    ("reprob=0.25", ["no key reprob"], ["augment.erasing"]),
+    ("qqqq=1", ["no key qqqq"], ["sections are init, student, data, augment"]),
+    # values
+    ("optim.layer_decay=0", ["a number > 0 and <= 1, got 0"], ["the default is 0.65"]),
+    ("optim.layer_decay=1.5", ["a number > 0 and <= 1, got 1.5"], ["the default is 0.65"]),
+    ("data.label_fraction=0", ["a number > 0 and <= 1, got 0"], ["the default is 1.0"]),
+    ("data.num_classes=1", ["a whole number >= 2, or null, got 1"], ["--explain data.num_classes"]),
+    ("augment.mixup=-0.1", ["a number >= 0, got -0.1"], ["the default is 0.8"]),
+    ("augment.mix_probability=1.1", ["a number >= 0 and <= 1, got 1.1"], ["the default is 1.0"]),
+    ("augment.smoothing=1.0", ["a number >= 0 and < 1, got 1.0"], ["the default is 0.1"]),
+    ("student.pooling=cls", ["one of avg, token, got the text 'cls'"], ["write avg or token"]),
+    # rules between keys
+    ("data.train=''", ["no training shards"], ["tools/make_shards.py"]),
+    ("data.val=null", ["data.val", "no labelled shards to evaluate on"], ["data.val=DIR/val-*.tar"]),
+    ("run=''", ["no run folder"], ["run=runs/NAME"]),
+    ("data.std=[0.2, 0.2, 0.2]", ["mean and std go together"], ["both or none"]),
+    ("data={mean: [0, 0, 0], std: [0, 1, 1]}", ["[0.0, 1.0, 1.0] is not above 0"], ["deviations"]),
+    ("data.crop_scale=[1.0, 0.5]", ["[1, 0.5] is not an increasing pair"], ["smaller value first"]),
+    ("optim={lr: 1e-3, base_lr: 5e-4}", ["lr=0.001 and base_lr=0.0005"], ["keep one", "lr=0.002"]),
+    ("optim.min_lr=1", ["above lr=0.002"], ["1e-06 in the papers"]),
+    ("optim.epochs=5", ["5 is not below epochs=5"], ["shorten the warm-up"]),
+    ("engine={zero: 3, compile: true}", ["a compiled student reads whole weights"], ["engine.zero=2"]),
+    ("init.source=vit_small_patch16_224", ["is not KIND:NAME"], ["run, timm, hf-hub, local-dir, file"]),
+    ("init.source=random:vit_small_patch16_224", ["is not KIND:NAME"], ["run, timm"]),
+    ("init.source='run:'", ["is not KIND:NAME"], ["run, timm"]),
+    ("init.source=timm:resnet50", ["'resnet50' is no VisionTransformer"], ["vit_small_patch16_224"]),
+    ("student.model=resnet50", ["'resnet50' is no VisionTransformer"], ["vit_small_patch16_224"]),
+    ("student.model=null", ["a file: source needs its model's name"], ["student.model=vit_small_patch16_224"]),
+    ("init={source: null, licence: mit}", ["nothing is loaded without init.source"], ["add init.source"]),
+    ("init={source: 'run:a', positions: learned}", ["a run: source brings its own positions"], ["remove it"]),
+    (f"init={{source: 'timm:vit_small_patch16_224', sha256: {'0a' * 32}}}", ["only a file: source"], ["remove it"]),
+    ("student={class_token: false, pooling: token}", ["there is no class token to read"], ["student.pooling=avg"]),
+    ("data.image_size=230", ["patch size 16 does not divide 230"], ["use 224"]),
+    ("student.heads=7", ["7 heads do not divide width 384"], ["divisor of 384"]),
+    ("augment.rand_augment=m9", ["'m9' is not timm's notation"], ["rand-m9-mstd0.5-inc1"]),
+    ("augment.rand_augment=rand-m9.5", ["'rand-m9.5' is not timm's notation"], ["rand-m9-mstd0.5-inc1"]),
+    ("optim.global_batch=1023", ["1023 images cannot be mixed in pairs"], ["augment.mixup=0 augment.cutmix=0"]),
+    ("engine.micro_batch=1", ["1 image cannot be mixed"], ["use 2 or more"]),
+]
+ROWS = [(PretrainConfig, GOOD, *row) for row in OVERRIDES]
+ROWS += [(FinetuneConfig, FINETUNE, *row) for row in FINETUNE_OVERRIDES]
 
 # (the file's text, fragments of the cause, fragments of the remedy)
 FILES = [
@@ -136,13 +199,15 @@ def check(error: ConfigError, cause: list[str], remedy: list[str], file: str) ->
             assert fragment.replace(FILE, file) in text, f"{fragment!r} not in {text!r}"
 
 
-@pytest.mark.parametrize(("override", "cause", "remedy"), OVERRIDES, ids=lambda v: v[:40] if isinstance(v, str) else "")
-def test_wrong_override(tmp_path, override, cause, remedy):
+@pytest.mark.parametrize(
+    ("root", "good", "override", "cause", "remedy"), ROWS, ids=[f"{row[0].stage}-{row[2][:40]}" for row in ROWS]
+)
+def test_wrong_override(tmp_path, root, good, override, cause, remedy):
     file = tmp_path / "good.yaml"
-    file.write_text(GOOD)
-    load_config(file)
+    file.write_text(good)
+    load_config(file, root=root)
     with pytest.raises(ConfigError) as caught:
-        load_config(file, [override])
+        load_config(file, [override], root=root)
     check(caught.value, cause, remedy, str(file))
 
 
@@ -168,6 +233,21 @@ def test_every_problem_is_counted_and_the_first_is_shown(tmp_path):
     check(caught.value, ["no key sed", "(and 1 more: optim.lr)"], ["did you mean seed?"], str(file))
 
 
+def test_fine_tuning_starts_from_something(tmp_path):
+    file = tmp_path / "finetune.yaml"
+    file.write_text(FINETUNE)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, ["student.model=null", "init.source=null"], root=FinetuneConfig)
+    check(caught.value, ["neither weights nor student.model"], ["init.source=run:runs/NAME", "from scratch"], str(file))
+    load_config(file, ["init.source=null"], root=FinetuneConfig)
+    load_config(file, ["student.model=null", "init.source=run:runs/x"], root=FinetuneConfig)
+    load_config(file, ["augment={mixup: 0, cutmix: 0}", "engine.micro_batch=1"], root=FinetuneConfig)
+    file.write_text(GOOD)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, root=FinetuneConfig)
+    check(caught.value, [f"{file}:1", "method belongs to pre-training", "more"], ["run tools/pretrain.py"], str(file))
+
+
 def test_amd_generators_must_fit_the_teacher(tmp_path):
     file = tmp_path / "good.yaml"
     file.write_text(GOOD)
@@ -181,26 +261,33 @@ def test_amd_generators_must_fit_the_teacher(tmp_path):
     check(caught.value, ["of 196 patches the teacher sees 49, the student 49"], ["at least one more"], str(file))
 
 
-@settings(deadline=None, max_examples=200)
+NAMES = [*all_keys(), *all_keys(root=FinetuneConfig), *all_sections(), *all_sections(root=FinetuneConfig)]
+NAMES += ["", "extends", "a.b.c", ".", "optim."]
+
+
+@settings(deadline=None, max_examples=300)
 @given(
-    key=st.sampled_from([*all_keys(), *all_sections(), "", "extends", "a.b.c", ".", "optim."]) | st.text(max_size=5),
+    stage=st.sampled_from([(PretrainConfig, GOOD), (FinetuneConfig, FINETUNE)]),
+    key=st.sampled_from(NAMES) | st.text(max_size=5),
     value=st.text(alphabet="[]{}:,#&*!|>'\"%@`~-.?=<0123456789eEinfaxytru \n\t\\\ud800\x85", max_size=12) | st.text(),
 )
-@example(key="? a", value="{? [1]: 2}")
-@example(key="data", value="{'': 1}")
-@example(key="optim.lr", value="9" * 5000)
-@example(key="optim.lr", value="1e" + "9" * 5000)
-def test_whatever_is_typed_is_taken_or_refused_in_two_lines(tmp_path_factory, key, value):
+@example(stage=(PretrainConfig, GOOD), key="? a", value="{? [1]: 2}")
+@example(stage=(PretrainConfig, GOOD), key="data", value="{'': 1}")
+@example(stage=(PretrainConfig, GOOD), key="optim.lr", value="9" * 5000)
+@example(stage=(PretrainConfig, GOOD), key="optim.lr", value="1e" + "9" * 5000)
+@example(stage=(FinetuneConfig, FINETUNE), key="init.source", value="':'")
+def test_whatever_is_typed_is_taken_or_refused_in_two_lines(tmp_path_factory, stage, key, value):
+    root, good = stage
     file = tmp_path_factory.getbasetemp() / "good.yaml"
-    file.write_text(GOOD)
+    file.write_text(good)
     try:
-        load_config(file, [f"{key}={value}"])
+        load_config(file, [f"{key}={value}"], root=root)
     except ConfigError as error:
         assert len(error.cause.splitlines()) == 1 and len(error.remedy.splitlines()) == 1
     wild = tmp_path_factory.getbasetemp() / "wild.yaml"
-    wild.write_text(f"{GOOD}{key}: {value}", encoding="utf-8", errors="surrogatepass")
+    wild.write_text(f"{good}{key}: {value}", encoding="utf-8", errors="surrogatepass")
     try:
-        load_config(wild)
+        load_config(wild, root=root)
     except ConfigError as error:
         assert len(error.cause.splitlines()) == 1 and len(error.remedy.splitlines()) == 1
 
@@ -223,19 +310,23 @@ def test_missing_or_unreadable_files(tmp_path):
 
 
 PROBE = """
-import json, sys
+import json, pathlib, sys
 from maedistill.config.batch import batch_plan, world_size_from_environment
 from maedistill.config.explain import explain
+from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.render import render_config
 from maedistill.errors import ConfigError, exit_code_of
-file, *overrides = sys.argv[1:]
-for override in overrides:
-    try:
-        load_config(file, [override])
-    except ConfigError:
-        continue
-    raise SystemExit(f"accepted {override}")
+folder = sys.argv[1]
+for root in (PretrainConfig, FinetuneConfig):
+    for override in json.loads(pathlib.Path(folder, f"{root.stage}.json").read_text()):
+        try:
+            load_config(f"{folder}/{root.stage}.yaml", [override], root=root)
+        except ConfigError:
+            continue
+        raise SystemExit(f"accepted {override}")
+file = f"{folder}/pre-training.yaml"
 render_config(load_config(file)), explain("optim.lr"), batch_plan(8, 4, world_size=world_size_from_environment())
 heavy = {"torch", "timm", "numpy", "deepspeed"} & set(sys.modules)
 assert not heavy, heavy
@@ -244,9 +335,10 @@ sys.exit(exit_code_of(lambda: load_config(file, ["lr=1e-3"])))
 
 
 def test_nothing_here_imports_torch(tmp_path):
-    file = tmp_path / "good.yaml"
-    file.write_text(GOOD)
-    command = [sys.executable, "-c", PROBE, str(file), *(override for override, _, _ in OVERRIDES)]
+    for root, good in ((PretrainConfig, GOOD), (FinetuneConfig, FINETUNE)):
+        (tmp_path / f"{root.stage}.yaml").write_text(good)
+        (tmp_path / f"{root.stage}.json").write_text(json.dumps([row[2] for row in ROWS if row[0] is root]))
+    command = [sys.executable, "-c", PROBE, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr == "error: command line lr=1e-3: there is no key lr\n  fix: did you mean optim.lr?\n"

@@ -46,6 +46,20 @@ def test_no_smaller_accumulation_fits(images, micro_batch, world_size, views):
         assert per_rank % a or per_rank // a > micro_batch or per_rank // a % views
 
 
+@given(images=sizes, micro_batch=sizes, world_size=st.integers(1, 9))
+def test_pairs_are_two_samples_that_stay_together(images, micro_batch, world_size):
+    """The same division as that of two views per image, and refused in the same cases in words of its own."""
+    try:
+        plan = batch_plan(images, micro_batch, world_size=world_size, views=2)
+    except ConfigError as error:
+        with pytest.raises(ConfigError, match=r"micro_batch.* mix|pairs to mix") as caught:
+            batch_plan(images, micro_batch, world_size=world_size, pairs=True)
+        assert caught.value.remedy == error.remedy and "view" not in caught.value.cause
+    else:
+        assert batch_plan(images, micro_batch, world_size=world_size, pairs=True) == plan
+        assert plan.micro_batch % 2 == 0
+
+
 @pytest.mark.parametrize(
     ("global_batch", "world_size", "views", "remedy"),
     [

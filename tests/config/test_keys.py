@@ -1,9 +1,10 @@
-"""The schema as it describes itself: every key marked and explained, and what forbids continuing a run."""
+"""The schemas as they describe themselves: every key marked and explained, and what forbids continuing a run."""
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
 from maedistill.config.explain import explain
+from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import (
     ALIASES,
     all_keys,
@@ -14,8 +15,11 @@ from maedistill.config.keys import (
     nearest_keys,
     nested,
 )
-from maedistill.config.schema import PretrainConfig
+from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError
+
+ROOTS = (PretrainConfig, FinetuneConfig)
+each_root = pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.stage)
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> dict[str, object]:
@@ -29,21 +33,23 @@ def leaves(model: type[BaseModel], prefix: str = "") -> dict[str, object]:
     return found
 
 
-def test_every_leaf_is_marked_documented_and_known():
-    fields = leaves(PretrainConfig)
-    assert list(fields) == list(all_keys())
+@each_root
+def test_every_leaf_is_marked_documented_and_known(root):
+    fields = leaves(root)
+    assert list(fields) == list(all_keys(root=root))
     for name, field in fields.items():
         assert field.json_schema_extra["kind"] in ("result", "runtime"), name
         assert field.description and "None" not in field.description, name
-        assert all_keys()[name].kind == field.json_schema_extra["kind"]
-    assert sorted(keys_of_kind("result") + keys_of_kind("runtime")) == sorted(fields)
-    assert {"optim.lr", "seed", "teacher.source"} <= set(keys_of_kind("result"))
-    assert {"engine.zero", "data.workers", "run"} <= set(keys_of_kind("runtime"))
+        assert all_keys(root=root)[name].kind == field.json_schema_extra["kind"]
+    assert sorted(keys_of_kind("result", root=root) + keys_of_kind("runtime", root=root)) == sorted(fields)
+    assert {"optim.lr", "seed", "student.drop_path"} <= set(keys_of_kind("result", root=root))
+    assert {"engine.zero", "data.workers", "run"} <= set(keys_of_kind("runtime", root=root))
 
 
-def test_every_section_has_one_line_and_is_frozen():
-    config = PretrainConfig()
-    for name, doc in all_sections().items():
+@each_root
+def test_every_section_has_one_line_and_is_frozen(root):
+    config = root()
+    for name, doc in all_sections(root=root).items():
         section = type(getattr(config, name))
         assert doc == section.__doc__ and "\n" not in doc and doc.endswith(".")
         assert section.model_config["frozen"] and section.model_config["extra"] == "forbid"
@@ -51,9 +57,10 @@ def test_every_section_has_one_line_and_is_frozen():
         config.optim.lr = 1.0
 
 
-def test_defaults_are_what_the_class_has():
-    assert flat(PretrainConfig()) == {name: key.default for name, key in all_keys().items()}
-    assert PretrainConfig.model_validate(nested(flat(PretrainConfig())), strict=False) == PretrainConfig()
+@each_root
+def test_defaults_are_what_the_class_has(root):
+    assert flat(root()) == {name: key.default for name, key in all_keys(root=root).items()}
+    assert root.model_validate(nested(flat(root())), strict=False) == root()
 
 
 def test_only_result_keys_forbid_continuing():
@@ -63,6 +70,9 @@ def test_only_result_keys_forbid_continuing():
     )
     assert differing_keys(old, new) == [("optim.lr", None, 0.1), ("optim.betas", [0.9, 0.95], [0.9, 0.99])]
     assert differing_keys(new, new) == []
+    old = FinetuneConfig()
+    new = FinetuneConfig.model_validate({"data": {"eval_crop": 1.0}, "log": {"eval_every_epochs": None}})
+    assert differing_keys(old, new) == [("data.eval_crop", 0.875, 1.0)], "it changes the top-1 that is reported"
 
 
 @pytest.mark.parametrize(
@@ -83,8 +93,11 @@ def test_nearest_key(name, nearest):
 
 
 def test_aliases_lead_to_keys_and_hide_none():
-    assert {key for keys in ALIASES.values() for key in keys} <= set(all_keys())
-    assert not set(ALIASES) & {name.rpartition(".")[2] for name in all_keys()}
+    known = {name for root in ROOTS for name in all_keys(root=root)}
+    assert {key for keys in ALIASES.values() for key in keys} <= known
+    assert not set(ALIASES) & {name.rpartition(".")[2] for name in known}
+    assert nearest_keys("nb_classes", root=FinetuneConfig) == ["data.num_classes"]
+    assert "data.num_classes" not in nearest_keys("nb_classes"), "no advice that pre-training cannot take"
 
 
 def test_explain():
@@ -100,7 +113,11 @@ def test_explain():
     text = explain("masks")
     assert text.startswith("masks: How many patches") and text.count("\n") == 2
     assert "  masks.teacher_visible=null  share the teacher sees" in text
-    for name in [*all_keys(), *all_sections()]:
-        assert explain(name).startswith(f"{name}: ")
+    assert "share of each class's labelled images" in explain("data.label_fraction", root=FinetuneConfig)
+    for root in ROOTS:
+        for name in [*all_keys(root=root), *all_sections(root=root)]:
+            assert explain(name, root=root).startswith(f"{name}: ")
     with pytest.raises(ConfigError, match=r"there is no key lr\ndid you mean optim\.lr\?"):
         explain("lr")
+    with pytest.raises(ConfigError, match=r"optim\.layer_decay belongs to fine-tuning \(tools/finetune\.py\)"):
+        explain("optim.layer_decay")

@@ -9,13 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maedistill.config.document import read_document
-from maedistill.config.keys import all_keys, flat
+from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.keys import all_keys, all_sections, flat
 from maedistill.config.loader import LoadedConfig, load_config
+from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.render import config_yaml, render_config
-from maedistill.config.schema import PretrainConfig
 from maedistill.errors import ConfigError
 
 MAE = "method: mae\nrun: runs/test\ndata:\n  train: shards/a.tar\n  workers: 2\n"
+SCRATCH = "run: runs/test\nstudent: {model: vit_tiny_patch16_224}\ndata:\n  train: shards/a.tar\n  val: shards/b.tar\n"
 
 
 def write(path: Path, text: str) -> Path:
@@ -110,17 +112,27 @@ def test_nan_and_infinity_are_numbers_for_the_schema_to_refuse():
     assert values[:2] == [math.inf, -math.inf] and math.isnan(values[2])
 
 
-def test_printed_config_loads_back_and_its_comments_are_aligned(tmp_path):
-    file = write(tmp_path / "a.yaml", MAE)
-    loaded = load_config(file, ["optim.lr=1e-3", "data.mean=[0.5,0.5,1e-5]", "teacher.licence='#1: \"yes\"'"])
+@pytest.mark.parametrize(
+    ("root", "text", "overrides"),
+    [
+        (PretrainConfig, MAE, ["data.mean=[0.5,0.5,1e-5]", "teacher.licence='#1: \"yes\"'"]),
+        (FinetuneConfig, SCRATCH, ["augment.rand_augment=null", "data.val='#1: \"yes\".tar'"]),
+    ],
+)
+def test_printed_config_loads_back_and_its_comments_are_aligned(tmp_path, root, text, overrides):
+    file = write(tmp_path / "a.yaml", text)
+    loaded = load_config(file, ["optim.lr=1e-3", *overrides], root=root)
+    assert type(loaded.config) is root
     printed = render_config(loaded)
-    again = load_config(write(tmp_path / "again.yaml", printed))
+    again = load_config(write(tmp_path / "again.yaml", printed), root=root)
     assert again.config == loaded.config
+    assert load_config(write(tmp_path / "bare.yaml", config_yaml(loaded.config)), root=root).config == loaded.config
     assert "default" not in again.origins.values(), "every key is printed"
     settings = [line for line in printed.splitlines() if "  # " in line]
-    assert len(settings) == len(all_keys())
+    assert len(settings) == len(all_keys(root=root))
     assert len({line.rindex("  # ") for line in settings}) == 1
-    assert f"method: mae{' ' * 10}" in printed and f"# {file}:1\n" in printed and "# command line\n" in printed
+    first = text.splitlines()[0]
+    assert f"{first}{' ' * 10}" in printed and f"# {file}:1\n" in printed and "# command line\n" in printed
 
 
 def test_a_long_value_does_not_push_the_comments_of_others(tmp_path):
@@ -156,7 +168,7 @@ def test_any_config_is_written_and_read_back_exactly(tmp_path_factory, run, lice
         }
     )
     text = config_yaml(config)
-    assert len(text.splitlines()) == len(all_keys()) + 11
+    assert len(text.splitlines()) == len(all_keys()) + len(all_sections())
     leaves = {name: value for name, (value, _) in read_document(text).items()}
     assert leaves == flat(config)
     other_reader = yaml.safe_load(text)

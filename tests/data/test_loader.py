@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from maedistill.config.batch import batch_plan
+from maedistill.data.augment import RandAugment
 from maedistill.data.index import open_index
 from maedistill.data.loader import CentreCrops, RandomCrops, evaluation_batches, training_batches
 from maedistill.data.order import SampleOrder
@@ -42,9 +43,11 @@ def tars(tmp_path_factory):
     return {name: open_index(str(folder / f"{name}.tar")) for name in ("good", "some", "none")}
 
 
-def crops_of(index, *, views=1, seed=SEED, window=None):
-    order = SampleOrder(index.starts, seed=seed, views=views, window=window)
-    return RandomCrops(index, order, seed=seed, size=16, scale=(0.2, 1.0), ratio=(0.75, 4 / 3))
+def crops_of(index, *, views=1, seed=SEED, window=None, subset=None, spec=None):
+    order = SampleOrder(index.starts, seed=seed, views=views, window=window, subset=subset)
+    augment = RandAugment(spec, size=16, mean=(0.5, 0.5, 0.5), seed=seed) if spec else None
+    keywords = {"seed": seed, "size": 16, "scale": (0.2, 1.0), "ratio": (0.75, 4 / 3), "augment": augment}
+    return RandomCrops(index, order, **keywords)
 
 
 def batches_of(crops, ranks, workers, most, first_step=0):
@@ -71,12 +74,15 @@ def given(steps):
     return seen
 
 
-@pytest.mark.parametrize("views", [1, 2])
-def test_no_layout_changes_what_is_given(shards, views):
-    crops = crops_of(open_index(str(shards / "train-*.tar")), views=views, window=2)
+@pytest.mark.parametrize(("views", "spec"), [(1, None), (2, None), (1, "rand-m9-mstd0.5-inc1")])
+def test_no_layout_changes_what_is_given(shards, views, spec):
+    crops = crops_of(open_index(str(shards / "train-*.tar")), views=views, window=2, spec=spec)
     plain = given(batches_of(crops, *LAYOUTS[0]))
     assert len(plain) == GLOBAL_BATCH * STEPS and len({crop for _, crop, _ in plain.values()}) == len(plain)
     assert len({sample for sample, *_ in plain.values()}) == min(96, len(plain) // views)
+    if spec:
+        crops_alone = given(batches_of(crops_of(crops.index, views=views, window=2), *LAYOUTS[0]))
+        assert sum(plain[p][1] != crop for p, (_, crop, _) in crops_alone.items()) > len(plain) / 2
     for layout in LAYOUTS[1:]:
         steps = batches_of(crops, *layout)
         for step, batches in steps.items():
@@ -111,6 +117,8 @@ def test_a_bad_image_is_replaced_by_a_fixed_one_and_named(tars, views):
     damaged = (asked == 3) | (asked == 7)
     assert damaged.sum() > 20 and torch.equal(samples[~damaged], asked[~damaged])
     assert not torch.isin(samples, torch.tensor([3, 7])).any() and len(samples[damaged].unique()) > 4
+    labels = torch.cat([batch.labels for part in plain.values() for batch in part])  # [P]
+    assert torch.equal(labels, samples % 3), "the label of what is seen, not of what was asked for"
     if views == 2:
         assert torch.equal(samples[::2], samples[1::2])
     for batch in (batch for part in plain.values() for batch in part):
@@ -128,6 +136,20 @@ def test_a_bad_image_is_replaced_by_a_fixed_one_and_named(tars, views):
     other = crops_of(tars["some"], views=views, seed=SEED + 1)
     other.order = crops.order
     assert not torch.equal(torch.cat([other.__getitems__(positions.tolist()).samples]), samples)
+
+
+def test_what_stands_in_for_a_bad_image_is_of_the_same_subset(tars):
+    """Otherwise labels outside a label subset would be trained on."""
+    crops = crops_of(tars["some"], subset=torch.tensor([3, 5, 7, 8]))
+    samples = torch.cat([batch.samples for part in batches_of(crops, *LAYOUTS[0]).values() for batch in part])
+    assert sorted(samples.unique().tolist()) == [5, 8]
+
+
+def test_samples_without_label_have_minus_one(tars):
+    index = replace(tars["good"], labels=tars["good"].labels.copy())
+    index.labels[4] = -1
+    batch = crops_of(index).__getitems__(list(range(10)))
+    assert torch.equal(batch.labels, torch.where(batch.samples == 4, -1, batch.samples % 3))
 
 
 def refusal(batches) -> DataError:

@@ -34,6 +34,28 @@ def test_every_sample_comes_once_per_epoch_and_its_views_together(sizes, window,
         assert samples[:, 0].sort().values.tolist() == list(range(n))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 20), min_size=1, max_size=9).filter(any),
+    window=st.none() | st.integers(1, 12),
+    views=st.integers(1, 3),
+    seed=st.integers(0, 2**63 - 1),
+    data=st.data(),
+)
+def test_a_subset_is_ordered_as_if_nothing_else_were_in_the_shards(sizes, window, views, seed, data):
+    chosen = sorted(data.draw(st.sets(st.integers(0, sum(sizes) - 1), min_size=1)))
+    order = SampleOrder(starts(sizes), seed=seed, window=window, views=views, subset=torch.tensor(chosen))
+    ends = starts(sizes)
+    left = [sum(low <= sample < high for sample in chosen) for low, high in itertools.pairwise(ends)]
+    alone = SampleOrder(starts(left), seed=seed, window=window, views=views)
+    assert order.num_images == alone.num_images == len(chosen)
+    positions = torch.arange(3 * views * len(chosen))
+    samples = order.samples(positions)
+    assert samples.tolist() == [chosen[place] for place in alone.samples(positions)]
+    for epoch in samples.view(3, -1, views):
+        assert epoch[:, 0].sort().values.tolist() == chosen
+
+
 def test_positions_may_come_in_any_order_and_from_any_epoch():
     order = SampleOrder(starts([5, 9, 1, 30, 2]), seed=3, window=2, views=2)
     positions = torch.randperm(5 * 94)

@@ -12,7 +12,8 @@ from maedistill.methods.mae import MAE
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
-from maedistill.models.teacher import Teacher, open_teacher
+from maedistill.models.source import open_source
+from maedistill.models.teacher import Teacher
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 CASES = ["mae", "dmae", "amd", "amd with class token", "amd learned", "dmae mlp", "dmae two pairs"]
@@ -34,7 +35,7 @@ def build(case: str) -> tuple[MAE, Teacher | None, PatchSplit, torch.Tensor]:
         pairs = {"student_taps": (1,), "teacher_taps": (2,)}
         if name == "amd" or "two" in case:
             pairs = {"student_taps": (0, 2), "teacher_taps": (1, 3)}
-        source = open_teacher("random:vit_tiny_patch16_224", grid=8, width=48, depth=4, heads=4, patch_size=8)
+        source = open_source("random:vit_tiny_patch16_224", grid=8, width=48, depth=4, heads=4, patch_size=8)
         teacher = Teacher(source, taps=pairs["teacher_taps"])
         keywords |= pairs | {"teacher_width": 48, "teacher_prefix": 1, "head": "mlp" if "mlp" in case else "linear"}
         keywords |= {"distance": "mse", "normalize": "none"} if name == "amd" else {}

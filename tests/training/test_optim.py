@@ -1,13 +1,14 @@
-"""Weight decay by name and shape, and the schedule against its closed form at every step."""
+"""Weight decay by name and shape, rates by layer, and the schedule against its closed form at every step."""
 
 import math
 
 import pytest
+import timm
 import torch
 from timm.layers import PatchEmbed
 from torch import nn
 
-from maedistill.training.optim import build_optimizer, build_schedule, parameter_groups
+from maedistill.training.optim import build_optimizer, build_schedule, layer_rates, layerwise_groups, parameter_groups
 
 
 class Vit(nn.Module):
@@ -55,3 +56,59 @@ def test_schedule_is_its_closed_form_at_every_step(warmup, total):
         scaled, plain = (group["lr"] for group in optimizer.param_groups)
         assert plain == pytest.approx(expected, rel=0, abs=1e-12 * peak)
         assert scaled == pytest.approx(0.65 * expected, rel=0, abs=1e-12 * peak)
+
+
+def papers_layer(name, depth):
+    """BEiT's and MAE's layer of a ViT's parameter: 0 to depth + 1."""
+    if name in ("cls_token", "reg_token", "pos_embed") or name.startswith("patch_embed."):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    assert name.split(".")[0] in ("norm", "fc_norm", "head"), name
+    return depth + 1
+
+
+def vit_base(**arguments):
+    with torch.device("meta"):  # names and shapes are all that is asked for
+        return timm.create_model("vit_base_patch16_224", **arguments)
+
+
+NETWORKS = {
+    "ViT-B, as MAE fine-tunes it": {"global_pool": "avg"},
+    "class token": {"global_pool": "token"},
+    "registers": {"global_pool": "avg", "reg_tokens": 4, "class_token": False},
+    "no decay by layer": {"global_pool": "token"},
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_parameter_has_the_papers_rate_and_decay_at_every_step(network):
+    vit, depth, peak, low, warmup, total = vit_base(**NETWORKS[network]), 12, 2e-3, 1e-6, 5, 40
+    layer_decay = 1.0 if network == "no decay by layer" else 0.65
+    groups = layerwise_groups(vit, 0.05, layer_decay=layer_decay)
+    optimizer = build_optimizer(groups, lr=123.0, betas=(0.9, 0.999))
+    schedule = build_schedule(optimizer, peak=peak, min_lr=low, warmup_steps=warmup, total_steps=total)
+    in_groups = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    names = {id(parameter): name for name, parameter in vit.named_parameters()}
+    assert sorted(in_groups) == sorted(names), "each parameter in one group"
+    assert sum(papers_layer(name, depth) == depth + 1 for name in names.values()) == 4
+    for step in (0, 1, 4, warmup, 17, total - 1, total):
+        schedule.step_update(step)
+        cosine = low + (peak - low) / 2 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+        rate = peak * step / warmup if step < warmup else cosine
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name = names[id(parameter)]
+                scale = layer_decay ** (depth + 1 - papers_layer(name, depth))
+                assert group["lr_scale"] == pytest.approx(scale, rel=0, abs=1e-12), name
+                assert group["lr"] == pytest.approx(scale * rate, rel=1e-12, abs=1e-12 * peak), (name, step)
+                matrix = parameter.ndim > 1 and name not in ("cls_token", "reg_token", "pos_embed")
+                assert group["weight_decay"] == (0.05 if matrix else 0), name
+
+
+def test_the_rates_that_are_printed_are_one_for_each_layer():
+    for pooling in ("avg", "token"):
+        vit = vit_base(global_pool=pooling)
+        expected = [2e-3 * 0.65 ** (13 - layer) for layer in range(14)]
+        assert layer_rates(layerwise_groups(vit, 0.05, layer_decay=0.65), 2e-3) == pytest.approx(expected, rel=1e-12)
+        assert layer_rates(layerwise_groups(vit, 0.05, layer_decay=1.0), 2e-3) == [2e-3]

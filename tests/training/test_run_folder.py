@@ -8,7 +8,13 @@ from maedistill.config.loader import load_config
 from maedistill.errors import ConfigError
 from maedistill.training.run_folder import RunFolder
 
-FACTS = {"data": {"images": 4, "fingerprint": "f" * 64}, "teacher": None, "licence": "none"}
+FACTS = {
+    "stage": "pretrain",
+    "input": {"mean": [0.5] * 3, "std": [0.5] * 3},
+    "data": {"images": 4, "fingerprint": "f" * 64},
+    "teacher": None,
+    "licence": "none",
+}
 
 
 @pytest.fixture

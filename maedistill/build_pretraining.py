@@ -1,14 +1,13 @@
-"""From a config to the objects of a run: the one place that unpacks it. Everything below takes plain arguments."""
-
-import os
+"""From a config to the objects of a pre-training run: the one place that unpacks it; below are plain arguments."""
 
 import torch
 
-from maedistill.config.schema import PretrainConfig
-from maedistill.data.index import ShardIndex, open_index
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.data.index import ShardIndex
 from maedistill.data.loader import RandomCrops
 from maedistill.data.order import SampleOrder
 from maedistill.errors import ConfigError
+from maedistill.machine import DTYPES, precision
 from maedistill.masking import PatchSplit, num_visible, random_split
 from maedistill.methods.amd import AMD
 from maedistill.methods.dmae import DMAE
@@ -16,15 +15,10 @@ from maedistill.methods.mae import MAE
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
-from maedistill.models.teacher import Teacher, TeacherSource, open_teacher
+from maedistill.models.source import Source, open_source
+from maedistill.models.teacher import Teacher
 
 METHODS: dict[str, type[MAE]] = {"mae": MAE, "dmae": DMAE, "amd": AMD}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def precision(name: str, device: torch.device) -> str:
-    """Resolves `auto`: bf16 on a GPU, fp32 on a CPU."""
-    return name if name != "auto" else ("bf16" if device.type == "cuda" else "fp32")
 
 
 def build_encoder(config: PretrainConfig) -> MaskedEncoder:
@@ -32,21 +26,21 @@ def build_encoder(config: PretrainConfig) -> MaskedEncoder:
     return MaskedEncoder(build_vit(image_size=config.data.image_size, **config.student.model_dump()))
 
 
-def build_teacher_source(config: PretrainConfig, *, grid: int) -> TeacherSource | None:
+def build_teacher_source(config: PretrainConfig, *, grid: int) -> Source | None:
     """The teacher as its source gives it, or None for a method without one."""
     if config.teacher.source is None:
         return None
     keywords = config.teacher.model_dump(exclude={"precision", "compile"})
-    return open_teacher(grid=grid, **keywords)
+    return open_source(grid=grid, **keywords)
 
 
-def build_teacher(config: PretrainConfig, source: TeacherSource, device: torch.device) -> Teacher:
+def build_teacher(config: PretrainConfig, source: Source, device: torch.device) -> Teacher:
     """The frozen teacher on `device`, cut to its taps."""
     dtype = DTYPES[precision(config.teacher.precision, device)]
     return Teacher(source, taps=config.align.teacher, dtype=dtype).to(device)
 
 
-def build_method(config: PretrainConfig, encoder: MaskedEncoder, source: TeacherSource | None) -> MAE:
+def build_method(config: PretrainConfig, encoder: MaskedEncoder, source: Source | None) -> MAE:
     """The module that is trained: encoder, decoder, heads and generators, initialised from the seed."""
     if config.method != "mae" and max(config.align.student) >= encoder.depth:
         raise ConfigError(
@@ -99,11 +93,6 @@ def build_method(config: PretrainConfig, encoder: MaskedEncoder, source: Teacher
     return method
 
 
-def build_index(config: PretrainConfig) -> ShardIndex:
-    """The index of the training shards."""
-    return open_index(config.data.train, index=config.data.index)
-
-
 def build_crops(config: PretrainConfig, index: ShardIndex) -> RandomCrops:
     """Training crops by position."""
     data = config.data
@@ -123,8 +112,3 @@ def split_of(config: PretrainConfig, positions: torch.Tensor, num_patches: int) 
     """The patch split of the samples at `positions`, int64 [B]."""
     student, teacher = mask_sizes(config, num_patches)
     return random_split(positions, seed=config.seed, num_patches=num_patches, num_student=student, num_teacher=teacher)
-
-
-def cpu_share(local_ranks: int) -> int:
-    """CPU cores of one rank, when the machine's are shared fairly."""
-    return max(1, len(os.sched_getaffinity(0)) // max(1, local_ranks))

@@ -8,7 +8,7 @@ import torch
 from maedistill.data.images import decode_rgb
 from maedistill.data.index import open_index
 from maedistill.data.reader import ShardReader
-from maedistill.evaluate import knn_accuracy, pooled_features, spread_samples
+from maedistill.evaluation.knn import knn_accuracy, pooled_features, spread_samples
 from maedistill.methods.mae import MAE
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit

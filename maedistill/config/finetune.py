@@ -1,0 +1,163 @@
+"""The schema of a fine-tuning run: every key, its type, range, default, and what the papers used.
+
+`FinetuneConfig` is the root; the sections below it extend those in `schema.py`, which pre-training extends as well. The
+defaults are MAE's recipe for ViT-B (He et al., CVPR 2022); `configs/finetune/` has one recipe per size.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from maedistill.config.architectures import Architecture, architecture_of
+from maedistill.config.schema import (
+    Above0,
+    Backbone,
+    Beta,
+    Count,
+    DropPath,
+    Engine,
+    Fraction,
+    Images,
+    Optimization,
+    Positions,
+    Positive,
+    Probability,
+    Progress,
+    RunConfig,
+    Section,
+    Triple,
+    Weight,
+    result,
+    runtime,
+)
+
+
+class Init(Section):
+    """The weights that fine-tuning starts from; from scratch without them."""
+
+    source: str | None = result(
+        None,
+        "where the weights are: run:PATH (a pre-training run folder of ours), timm:NAME, hf-hub:ID, local-dir:PATH, "
+        "or file:PATH (with student.model); null: none, the student starts from scratch",
+    )
+    positions: Positions | None = result(None, "position table that a file: source was trained with but does not store")
+    sha256: str | None = runtime(None, "refuse a file: source with another checksum", pattern="^[0-9a-f]{64}$")
+    licence: str | None = runtime(None, "licence of the weights, for the student's card, where the source names none")
+
+
+class Student(Backbone):
+    """The Vision Transformer that is fine-tuned; what init.source says about itself need not be repeated here."""
+
+    model: str | None = result(
+        None,
+        "a timm VisionTransformer with absolute positions; needed from scratch and with a file: source, otherwise "
+        "what init.source holds, and checked against it",
+    )
+    drop_path: DropPath = result(0.1, "stochastic depth rate; 0.1 for ViT-B and 0.2 for ViT-L in MAE, 0 in MAE-Lite")
+    pooling: Literal["avg", "token"] = result(
+        "avg",
+        "what the head reads: avg: the mean of the patch tokens through a fresh fc_norm, as MAE fine-tunes; "
+        "token: the class token after the encoder's own norm",
+    )
+
+
+class Data(Images):
+    """Labelled images: shards, crops, normalisation, label subsets and the loader's processes."""
+
+    val: str | None = runtime(None, "labelled shards that are evaluated, every image exactly once")
+    mean: Triple | None = result(
+        None, "per-channel mean of the normalisation, pixels in [0, 1]; null: init.source's, from scratch ImageNet's"
+    )
+    std: Triple | None = result(None, "per-channel deviation of the normalisation, above 0; goes with data.mean")
+    crop_scale: tuple[Fraction, Fraction] = result(
+        (0.08, 1.0), "area of RandomResizedCrop as a share of the image; (0.08, 1) in MAE"
+    )
+    flip: bool = result(True, "mirror half of the crops; MAE does")
+    eval_crop: Fraction = result(
+        0.875, "share of the shorter side that evaluation looks at; 0.875 (224 of 256) in MAE, 1 for 32 px images"
+    )
+    label_fraction: Fraction = result(
+        1.0,
+        "share of each class's labelled images that is trained on, chosen by the seed; 0.01 and 0.1 are the usual ones",
+    )
+    num_classes: Annotated[int, Field(ge=2)] | None = result(
+        None, "outputs of the head; null: as many as the training labels have"
+    )
+
+
+class Augment(Section):
+    """What is done to training images and labels beyond crop and flip; evaluation sees none of it."""
+
+    rand_augment: str | None = result(
+        "rand-m9-mstd0.5-inc1", "timm's RandAugment, in its notation; rand-m9-mstd0.5-inc1 in MAE; null: none"
+    )
+    mixup: Weight = result(0.8, "alpha of mixup's Beta distribution; 0.8 in MAE, 0.2 in MAE-Lite; 0: no mixup")
+    cutmix: Weight = result(1.0, "alpha of cutmix's Beta distribution; 1 in MAE, 0 in MAE-Lite; 0: no cutmix")
+    mix_probability: Probability = result(1.0, "how often a micro-batch is mixed at all, where mixup or cutmix is on")
+    switch_probability: Probability = result(0.5, "how often it is cutmix, where both are on")
+    erasing: Probability = result(0.25, "how often a random rectangle is erased; 0.25 in MAE, 0 in MAE-Lite")
+    smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = result(0.1, "label smoothing; 0.1 in MAE, 0 in MAE-Lite")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are ever mixed in pairs."""
+        return self.mix_probability > 0 and max(self.mixup, self.cutmix) > 0
+
+
+class Optim(Optimization):
+    """Length of the training, batch, AdamW, its layer-wise rates and cosine schedule."""
+
+    default_base_lr = 5e-4
+
+    warmup_epochs: Weight = result(5.0, "linear warm-up of the learning rate; 5 in MAE and MAE-Lite")
+    global_batch: Positive = result(1024, "images per optimizer step over all ranks; 1024 in MAE and MAE-Lite")
+    base_lr: Above0 | None = result(
+        None,
+        "learning rate per 256 images: lr = base_lr * global_batch / 256; 5e-4 for ViT-B in MAE and by default, 1e-3 "
+        "for its ViT-L and for MAE-Lite's ViT-Ti",
+    )
+    min_lr: Weight = result(1e-6, "learning rate at the end of the cosine, before layer_decay; 1e-6 in MAE")
+    betas: tuple[Beta, Beta] = result((0.9, 0.999), "decay of AdamW's first and second moment; (0.9, 0.999) in MAE")
+    layer_decay: Fraction = result(
+        0.65,
+        "factor of the learning rate from each block to the one below; 0.65 for ViT-B and 0.75 for ViT-L in MAE, 0.85 "
+        "for ViT-Ti in MAE-Lite; 1: none",
+    )
+
+
+class Log(Progress):
+    """How often progress, evaluations and checkpoints are written."""
+
+    eval_every_epochs: Above0 | None = runtime(1.0, "epochs between evaluations on data.val; null: only at the end")
+
+
+class FinetuneConfig(RunConfig):
+    """One fine-tuning run; `finetune_rules.py` says what must hold between its keys."""
+
+    stage = "fine-tuning"
+    tool = "tools/finetune.py"
+
+    seed: Count = result(
+        0, "seeds the sample order, label subset, augmentations, drop path and initial weights", le=2**63 - 1
+    )
+    init: Init = Init()
+    student: Student = Student()
+    data: Data = Data()
+    augment: Augment = Augment()
+    optim: Optim = Optim()
+    engine: Engine = Engine()
+    log: Log = Log()
+
+    @property
+    def grouping(self) -> dict[str, Any]:
+        """Mixup and cutmix pair the images of a micro-batch."""
+        return {"pairs": self.augment.mixes}
+
+    @property
+    def student_architecture(self) -> Architecture | None:
+        """The student's dimensions, or None where only init.source or timm knows them."""
+        kind, _, name = (self.init.source or "").partition(":")
+        if kind in ("run", "hf-hub", "local-dir"):
+            return None
+        model = name if kind == "timm" else self.student.model
+        return architecture_of(model, self.student) if model else None

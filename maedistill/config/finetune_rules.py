@@ -1,0 +1,80 @@
+"""What must hold between the keys of a fine-tuning run: start, student and mixing, beside the rules of any stage."""
+
+import re
+from collections.abc import Iterator
+
+from maedistill.config import rules
+from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.problem import Problem
+
+SOURCES = ("run", "timm", "hf-hub", "local-dir", "file")
+# timm's notation: magnitude m, its ceiling mmax and deviation mstd, n operations per image, each with probability p,
+# inc1: those that grow with the magnitude.
+_RAND_AUGMENT = re.compile(r"^rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?)*$")
+
+
+def _validation(c: FinetuneConfig) -> Iterator[Problem]:
+    if not c.data.val:
+        yield Problem("data.val", "no labelled shards to evaluate on are named", "add data.val=DIR/val-*.tar")
+
+
+def _images(c: FinetuneConfig) -> Iterator[Problem]:
+    yield from rules.deviations("data.std", c.data.std)
+    yield from rules.mean_with_std("data", mean=c.data.mean, std=c.data.std)
+    yield from rules.crops(c)
+
+
+def _init(c: FinetuneConfig) -> Iterator[Problem]:
+    i = c.init
+    if i.source is None:
+        for key in ("positions", "sha256", "licence"):
+            if getattr(i, key) is not None:
+                yield Problem(f"init.{key}", "nothing is loaded without init.source", "remove it, or add init.source")
+        if c.student.model is None:
+            remedy = "add init.source=run:runs/NAME, or student.model=vit_small_patch16_224 to start from scratch"
+            yield Problem("init.source", "neither weights nor student.model are named", remedy)
+        return
+    wrong_kind = list(rules.kind_of_source("init", i.source, kinds=SOURCES))
+    if wrong_kind:
+        yield from wrong_kind
+        return
+    kind = i.source.partition(":")[0]
+    if kind == "file" and c.student.model is None:
+        remedy = "add e.g. student.model=vit_small_patch16_224"
+        yield Problem("student.model", "a file: source needs its model's name", remedy)
+    yield from rules.checksum("init", i.sha256, kind=kind, noun="source")
+    if kind != "file" and i.positions is not None:
+        yield Problem("init.positions", f"a {kind}: source brings its own positions", "remove it")
+
+
+def _student(c: FinetuneConfig) -> Iterator[Problem]:
+    kind, _, name = (c.init.source or "").partition(":")
+    yield from rules.family("student.model", c.student.model)
+    if kind == "timm":
+        yield from rules.family("init.source", name)
+    if c.student.pooling == "token" and c.student.class_token is False:
+        cause = "there is no class token to read with student.class_token=false"
+        yield Problem("student.pooling", cause, "use student.pooling=avg")
+    arch = c.student_architecture
+    yield from rules.whole_patches(c, arch)
+    if arch is not None:
+        yield from rules.tower("student", width=arch.width, heads=arch.heads)
+
+
+def _augment(c: FinetuneConfig) -> Iterator[Problem]:
+    a = c.augment
+    if a.rand_augment is not None and not _RAND_AUGMENT.match(a.rand_augment):
+        cause = f"{a.rand_augment!r} is not timm's notation of RandAugment"
+        yield Problem("augment.rand_augment", cause, "write e.g. rand-m9-mstd0.5-inc1, or null for none")
+    # mixup and cutmix pair an image with one of the same micro-batch. Here is judged what holds for any ranks.
+    if a.mixes and c.optim.global_batch % 2:
+        cause = f"{c.optim.global_batch} images cannot be mixed in pairs"
+        remedy = "use an even one, or augment.mixup=0 augment.cutmix=0"
+        yield Problem("optim.global_batch", cause, remedy)
+    elif a.mixes and c.engine.micro_batch == 1:
+        remedy = "use 2 or more, or augment.mixup=0 augment.cutmix=0"
+        yield Problem("engine.micro_batch", "1 image cannot be mixed with another", remedy)
+
+
+TO_RUN = (rules.paths, _validation)
+RULES = (_images, rules.schedule, rules.engine, _init, _student, _augment)

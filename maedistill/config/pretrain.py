@@ -1,0 +1,201 @@
+"""The schema of a pre-training run: every key, its type, range, default, and what the papers used.
+
+`PretrainConfig` is the root; the sections below it that fine-tuning shares are in `schema.py`.
+"""
+
+from typing import Any, Literal
+
+from maedistill.config.architectures import Architecture, architecture_of
+from maedistill.config.schema import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Above0,
+    Backbone,
+    Beta,
+    Count,
+    DropPath,
+    Engine,
+    Fraction,
+    Images,
+    Optimization,
+    Positions,
+    Positive,
+    Precision,
+    Progress,
+    RunConfig,
+    Section,
+    Triple,
+    Weight,
+    result,
+    runtime,
+)
+
+
+class Data(Images):
+    """Training images: shards, crops, normalisation and the loader's processes."""
+
+    val: str | None = runtime(None, "labelled shards for kNN and pictures; without them kNN is off")
+    mean: Triple = result(IMAGENET_MEAN, "per-channel mean of the student's normalisation, pixels in [0, 1]")
+    std: Triple = result(IMAGENET_STD, "per-channel standard deviation of the student's normalisation, above 0")
+    crop_scale: tuple[Fraction, Fraction] = result(
+        (0.2, 1.0), "area of RandomResizedCrop as a share of the image; (0.2, 1) in MAE, DMAE and AMD"
+    )
+    flip: bool = result(True, "mirror half of the crops; MAE, DMAE and AMD do")
+    views_per_image: Positive = result(1, "crops taken from one decoded image; each counts as a sample of the epoch")
+    eval_crop: Fraction = runtime(0.875, "share of the shorter side that kNN and pictures look at; 1 for 32 px images")
+
+
+class Student(Backbone):
+    """The small Vision Transformer that is trained."""
+
+    model: str = result("vit_small_patch16_224", "a timm VisionTransformer with absolute positions")
+    positions: Positions = result(
+        "sincos2d", "position table: fixed 2-D sin-cos in MAE and DMAE, fixed interleaved 1-D in AMD, or learned"
+    )
+    drop_path: DropPath = result(0.0, "stochastic depth rate; none in the papers' pre-training")
+
+    @property
+    def title(self) -> str:
+        """The model's name with the dimensions that were changed: `vit_tiny_patch16_224 (width 96, depth 4)`."""
+        shape = {name: getattr(self, name) for name in ("width", "depth", "heads", "patch_size")}
+        changed = ", ".join(f"{name} {value}" for name, value in shape.items() if value is not None)
+        return f"{self.model} ({changed})" if changed else self.model
+
+
+class Teacher(Section):
+    """The frozen Vision Transformer whose features the student imitates; none with method=mae."""
+
+    source: str | None = result(
+        None,
+        "where the weights are: timm:NAME, hf-hub:ID, local-dir:PATH, file:PATH (with teacher.model), "
+        "run:PATH (a run folder of ours), or random:NAME (tests and benchmarks)",
+    )
+    model: str | None = result(None, "timm model that a file: source holds, e.g. vit_large_patch16_224")
+    width: Positive | None = result(None, "embedding dimension of a file: or random: teacher, where it differs")
+    depth: Positive | None = result(None, "number of blocks of a file: or random: teacher, where it differs")
+    heads: Positive | None = result(None, "attention heads of a file: or random: teacher, where they differ")
+    patch_size: Positive | None = result(None, "patch side of a file: or random: teacher, where it differs")
+    positions: Positions | None = result(None, "fixed table for a file: teacher that stores none; AMD's is sincos1d")
+    mean: Triple | None = result(None, "per-channel mean of the teacher's input; by default what its source says")
+    std: Triple | None = result(None, "per-channel deviation of the teacher's input; goes with teacher.mean")
+    licence: str | None = runtime(None, "licence of the weights, for the student's card, where the source names none")
+    sha256: str | None = runtime(None, "refuse a file: source with another checksum", pattern="^[0-9a-f]{64}$")
+    precision: Precision = result("auto", "number format of the teacher; auto: bf16 on a GPU, fp32 on a CPU")
+    compile: bool = runtime(False, "torch.compile the teacher")
+
+
+class Masks(Section):
+    """How many patches the student and the teacher see."""
+
+    student_visible: Fraction = result(0.25, "share of patches the student sees; 0.25 in MAE, DMAE and AMD")
+    teacher_visible: Fraction | None = result(
+        None, "share the teacher sees: the same by default (DMAE); 0.5 in AMD, whose sets are nested"
+    )
+
+
+class Decoder(Section):
+    """The light decoder that predicts the pixels of hidden patches from the student's tokens."""
+
+    width: Positive = result(384, "embedding dimension; 512 in MAE and DMAE; AMD: 192 for ViT-S, 384 for B, 512 for L")
+    depth: Positive = result(4, "number of blocks; 8 in MAE and DMAE, 4 in AMD")
+    heads: Positive = result(6, "attention heads; 16 in MAE and DMAE; AMD: 3 for ViT-S, 6 for B, 8 for L")
+    bias: bool = result(True, "bias of the encoder-to-decoder map; AMD has none")
+
+
+class Pixels(Section):
+    """The loss on predicted pixels."""
+
+    target: Literal["patch", "raw", "patch_channel"] = result(
+        "patch",
+        "what is predicted: pixels normalised per patch (MAE), raw (DMAE), or normalised per patch and channel (AMD)",
+    )
+    weight: Weight = result(1.0, "weight of the pixel loss; 1 everywhere")
+
+
+class Align(Section):
+    """Direct alignment: student features imitate teacher features where both see (dmae, amd)."""
+
+    student: tuple[Count, ...] = result((), "0-based student blocks; [8] of 12 in DMAE, [5, 11] of 12 in AMD")
+    teacher: tuple[Count, ...] = result(
+        (), "0-based teacher blocks, one per student block; [17] of 24 in DMAE, [11, 23] of 24 in AMD"
+    )
+    distance: Literal["l1", "mse", "smooth_l1"] = result("l1", "between aligned features; l1 in DMAE, mse in AMD")
+    beta: Above0 = result(2.0, "where smooth_l1 turns from square to linear; 2 in G2SD")
+    normalize: Literal["none", "l2", "whiten"] = result(
+        "l2",
+        "before the distance; l2: both rows to unit length (DMAE's code); "
+        "whiten: LayerNorm without affine of the teacher's; none (AMD)",
+    )
+    head: Literal["linear", "mlp"] = result("linear", "kind of the projection from student to teacher width")
+    bias: bool = result(True, "bias of the projection; DMAE has one, AMD none")
+    weight: Weight = result(1.0, "weight of the direct alignment, mean over pairs; 1 in DMAE and AMD")
+
+
+class Generate(Section):
+    """Generated alignment: generators predict teacher features at patches that only the teacher sees (amd)."""
+
+    depth: Positive = result(2, "blocks of each generator; 2 in AMD")
+    heads: Positive | None = result(None, "attention heads of a generator; by default teacher width / 64 as in AMD")
+    weight: Weight = result(1.0, "weight of the generated alignment, mean over pairs; 1 in AMD")
+
+
+class Optim(Optimization):
+    """Length of the training, batch, AdamW and its cosine schedule."""
+
+    default_base_lr = 1.5e-4
+
+    warmup_epochs: Weight = result(20.0, "linear warm-up of the learning rate; 40 of 800 in MAE, 20 of 100 in DMAE")
+    global_batch: Positive = result(4096, "samples per optimizer step over all ranks; 4096 in the papers")
+    base_lr: Above0 | None = result(
+        None, "learning rate per 256 samples: lr = base_lr * global_batch / 256; 1.5e-4 in MAE, DMAE and by default"
+    )
+    min_lr: Weight = result(0.0, "learning rate at the end of the cosine")
+    betas: tuple[Beta, Beta] = result((0.9, 0.95), "decay of AdamW's first and second moment; (0.9, 0.95) everywhere")
+
+
+class Log(Progress):
+    """How often progress, pictures, kNN and checkpoints are written."""
+
+    pictures_every_epochs: Above0 | None = runtime(10.0, "epochs between reconstruction pictures; null: never")
+    knn_every_epochs: Above0 | None = runtime(10.0, "epochs between kNN scores, which need data.val; null: never")
+    knn_images: Positive = runtime(10000, "most training images that kNN compares with")
+
+
+class PretrainConfig(RunConfig):
+    """One pre-training run; `pretrain_rules.py` says what must hold between its keys."""
+
+    stage = "pre-training"
+    tool = "tools/pretrain.py"
+
+    method: Literal["mae", "dmae", "amd"] = result(
+        "dmae", "mae: no teacher; dmae: it sees the student's patches; amd: it sees more"
+    )
+    seed: Count = result(0, "seeds the sample order, crops, flips, masks and initial weights", le=2**63 - 1)
+    data: Data = Data()
+    student: Student = Student()
+    teacher: Teacher = Teacher()
+    masks: Masks = Masks()
+    decoder: Decoder = Decoder()
+    pixels: Pixels = Pixels()
+    align: Align = Align()
+    generate: Generate = Generate()
+    optim: Optim = Optim()
+    engine: Engine = Engine()
+    log: Log = Log()
+
+    @property
+    def grouping(self) -> dict[str, Any]:
+        """The views of an image stay together."""
+        return {"views": self.data.views_per_image}
+
+    @property
+    def student_architecture(self) -> Architecture | None:
+        """The student's dimensions, or None where only timm knows them."""
+        return architecture_of(self.student.model, self.student)
+
+    @property
+    def teacher_architecture(self) -> Architecture | None:
+        """The teacher's dimensions, or None where only its source knows them."""
+        kind, _, name = (self.teacher.source or "").partition(":")
+        model = self.teacher.model or (name if kind in ("timm", "random") else None)
+        return architecture_of(model, self.teacher) if model else None

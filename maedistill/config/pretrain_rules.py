@@ -1,0 +1,139 @@
+"""What must hold between the keys of a pre-training run: masks, teacher and taps, beside the rules of any stage."""
+
+from collections.abc import Iterator
+
+from maedistill.config import rules
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.problem import Problem
+
+SOURCES = ("timm", "hf-hub", "local-dir", "file", "run", "random")
+
+
+def _images(c: PretrainConfig) -> Iterator[Problem]:
+    yield from rules.deviations("data.std", c.data.std)
+    yield from rules.deviations("teacher.std", c.teacher.std)
+    yield from rules.crops(c)
+
+
+def _views(c: PretrainConfig) -> Iterator[Problem]:
+    if c.optim.global_batch % c.data.views_per_image:
+        yield Problem(
+            "data.views_per_image",
+            f"{c.data.views_per_image} does not divide global_batch={c.optim.global_batch}",
+            "choose a divisor, so that no step splits the views of an image",
+        )
+
+
+def _visible_shares(c: PretrainConfig) -> Iterator[Problem]:
+    key, student, teacher = "masks.teacher_visible", c.masks.student_visible, c.masks.teacher_visible
+    if student == 1.0:
+        yield Problem(
+            "masks.student_visible", "1.0 leaves nothing to predict", "use a share below 1, 0.25 in the papers"
+        )
+    if c.method == "mae" and teacher is not None:
+        yield Problem(key, "method=mae has no teacher", "remove it, or use method=dmae or amd")
+    if c.method == "dmae" and teacher not in (None, student):
+        cause = f"{teacher:g} differs from student_visible={student:g}, which dmae does not allow"
+        yield Problem(key, cause, "remove it (the teacher sees what the student sees), or use method=amd")
+    if c.method == "amd" and (teacher is None or teacher <= student):
+        cause = "missing" if teacher is None else f"{teacher:g} is not above student_visible={student:g}"
+        yield Problem(key, cause, "method=amd needs a teacher that sees more; 0.5 beside 0.25 in the paper")
+
+
+def _teacher(c: PretrainConfig) -> Iterator[Problem]:
+    t = c.teacher
+    if c.method == "mae":
+        if t.source is not None:
+            yield Problem("teacher.source", "method=mae has no teacher", "remove it, or use method=dmae or amd")
+        return
+    if t.source is None:
+        remedy = "add e.g. teacher.source=timm:vit_large_patch16_224.mae"
+        yield Problem("teacher.source", f"method={c.method} needs a teacher", remedy)
+        return
+    wrong_kind = list(rules.kind_of_source("teacher", t.source, kinds=SOURCES))
+    if wrong_kind:
+        yield from wrong_kind
+        return
+    kind = t.source.partition(":")[0]
+    if kind == "file" and t.model is None:
+        remedy = "add e.g. teacher.model=vit_large_patch16_224"
+        yield Problem("teacher.model", "a file: teacher needs its model's name", remedy)
+    if kind != "file" and t.model is not None:
+        yield Problem("teacher.model", f"a {kind}: teacher names its model itself", "remove it")
+    yield from rules.checksum("teacher", t.sha256, kind=kind, noun="teacher")
+    for key in ("width", "depth", "heads", "patch_size", "positions"):
+        if kind not in ("file", "random") and getattr(t, key) is not None:
+            yield Problem(f"teacher.{key}", f"a {kind}: teacher brings its own {key}", "remove it")
+    yield from rules.mean_with_std("teacher", mean=t.mean, std=t.std)
+
+
+def _families(c: PretrainConfig) -> Iterator[Problem]:
+    kind, _, name = (c.teacher.source or "").partition(":")
+    yield from rules.family("student.model", c.student.model)
+    yield from rules.family("teacher.model", c.teacher.model)
+    if kind in ("timm", "random"):
+        yield from rules.family("teacher.source", name)
+
+
+def _taps(c: PretrainConfig) -> Iterator[Problem]:
+    student, teacher = c.align.student, c.align.teacher
+    if c.method == "mae":
+        for key, taps in (("student", student), ("teacher", teacher)):
+            if taps:
+                yield Problem(f"align.{key}", "method=mae aligns nothing", "remove it, or use method=dmae or amd")
+        return
+    if not student or len(student) != len(teacher):
+        yield Problem(
+            "align.student",
+            f"{len(student)} student blocks for {len(teacher)} teacher blocks",
+            "pair them one to one, e.g. align.student=[8] align.teacher=[17] (DMAE, ViT-B from ViT-L)",
+        )
+    for who, taps, arch in (("student", student, c.student_architecture), ("teacher", teacher, c.teacher_architecture)):
+        if len(set(taps)) != len(taps):
+            yield Problem(f"align.{who}", f"a block is named twice in {list(taps)}", "name each block once")
+        if taps and arch is not None and max(taps) >= arch.depth:
+            cause = f"block {max(taps)} does not exist, the {who} has {arch.depth}"
+            yield Problem(f"align.{who}", cause, f"use 0 to {arch.depth - 1}")
+
+
+def _grid(c: PretrainConfig) -> Iterator[Problem]:
+    arch, size = c.student_architecture, c.data.image_size
+    yield from rules.whole_patches(c, arch)
+    if arch is None or size % arch.patch_size:
+        return
+    patches = (size // arch.patch_size) ** 2
+    student = round(c.masks.student_visible * patches)
+    teacher = round((c.masks.teacher_visible or c.masks.student_visible) * patches)
+    if not 1 <= student < patches:
+        cause = f"of {patches} patches the student sees {student}"
+        yield Problem("masks.student_visible", cause, "leave at least one to see and one to predict")
+    elif c.method == "amd" and teacher <= student:
+        cause = f"of {patches} patches the teacher sees {teacher}, the student {student}"
+        yield Problem("masks.teacher_visible", cause, "let the teacher see at least one more")
+
+
+def _widths(c: PretrainConfig) -> Iterator[Problem]:
+    student, teacher = c.student_architecture, c.teacher_architecture
+    towers = [("decoder", c.decoder.width, c.decoder.heads)]
+    towers += [(who, a.width, a.heads) for who, a in (("student", student), ("teacher", teacher)) if a is not None]
+    for who, width, heads in towers:
+        yield from rules.tower(who, width=width, heads=heads)
+    heads = c.generate.heads
+    if c.method == "amd" and heads is not None and teacher is not None and teacher.width % heads:
+        cause = f"{heads} heads do not divide the teacher's width {teacher.width}"
+        yield Problem("generate.heads", cause, f"use a divisor, {max(1, teacher.width // 64)} in AMD")
+
+
+TO_RUN = (rules.paths,)
+RULES = (
+    _images,
+    rules.schedule,
+    _views,
+    rules.engine,
+    _visible_shares,
+    _teacher,
+    _families,
+    _taps,
+    _grid,
+    _widths,
+)

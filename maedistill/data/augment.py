@@ -1,0 +1,94 @@
+"""RandAugment (Cubuk et al., 2019) of training crops in the loader's workers, and seeding of the libraries' generators.
+
+    uint8 crop [3, s, s], position -> RandAugment -> uint8 crop [3, s, s]
+
+timm draws from the global generators of python and numpy. They are seeded anew for every crop from (seed, position), so
+the result depends neither on the worker nor on the rank or batch that the crop is part of.
+
+The flip comes afterwards, on the device, while timm flips first. Both have the same distribution: mirrored, a rotation,
+horizontal shear or translation by v is the one by -v, timm draws the sign of v with equal odds, with `inc` and without,
+and the operations on colours do not care. One exception: timm's ShearY keeps the left column in place, so here it keeps
+the right one in half of the images.
+
+    s crop size
+"""
+
+import random
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.auto_augment import posterize, rand_augment_transform
+from timm.data.transforms import str_to_pil_interp
+from torch import Tensor
+from torchvision.transforms.v2 import functional as vision
+
+from maedistill.errors import ConfigError
+from maedistill.randomness import Stream, key
+
+# timm silently passes over a section that it does not know, e.g. `inc` without its number; its sets t3a and t3aw are
+# 3-Augment, which is nothing without colour jitter
+_SPEC = re.compile(r"rand(-((m|n|mmax|inc)\d+|(p|mstd)\d+(\.\d+)?|tweights))*")
+
+
+class RandAugment:
+    """timm's RandAugment for one crop, as `timm.data.create_transform` sets it up, at a position.
+
+    spec: in timm's notation, e.g. rand-m9-mstd0.5-inc1. size: side of the crops in pixels. mean: of the normalisation,
+    pixels in [0, 1]; it fills what a rotation or shift leaves empty. Raises `ConfigError` for a spec that timm would
+    refuse or misread.
+    """
+
+    def __init__(self, spec: str, *, size: int, mean: tuple[float, float, float], seed: int) -> None:
+        if not _SPEC.fullmatch(spec):
+            raise _wrong(spec)
+        self.seed = seed
+        self.transform = rand_augment_transform(
+            spec,
+            {
+                "translate_const": int(size * 0.45),
+                "img_mean": tuple(min(255, round(255 * value)) for value in mean),
+                "interpolation": str_to_pil_interp("bicubic"),
+            },
+        )
+        for operation in self.transform.ops:
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
+        weights = self.transform.choice_weights
+        if weights is not None and self.transform.num_layers > len(weights):  # drawn without replacement
+            raise _wrong(spec)
+
+    def __call__(self, crop: Tensor, position: int) -> Tensor:
+        """uint8 [3, s, s] -> uint8 [3, s, s]. Leaves the generators of python and numpy seeded."""
+        _seed_host(self.seed, Stream.AUGMENT, position)
+        return vision.pil_to_tensor(self.transform(vision.to_pil_image(crop)))
+
+
+def seed_generators(*parts: int) -> None:
+    """Seeds the global generators of python, numpy and torch, on every device, from `parts`.
+
+    For what has no generator argument: timm's Mixup and RandomErasing, drop path.
+    """
+    _seed_host(*parts)
+    torch.manual_seed(key(*parts))
+
+
+def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
+    """timm's at magnitude 10 keeps no bit, which made a black image before Pillow 13 and is an error since."""
+    return posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
+
+
+def _seed_host(*parts: int) -> None:
+    """python's and numpy's generators. From one seed both would give the same numbers: they are the same algorithm."""
+    random.seed(key(*parts, 1) % 2**64)  # python drops the sign of a seed
+    np.random.seed(np.array([key(*parts, 2)]).view(np.uint32))
+
+
+def _wrong(spec: str) -> ConfigError:
+    return ConfigError(
+        f"augment.rand_augment={spec!r} is not in timm's notation for RandAugment",
+        "write e.g. rand-m9-mstd0.5-inc1: magnitude 9 of 10, its deviation 0.5, stronger with the magnitude; "
+        "also n (operations, 2; at most 15 with tweights), p (probability of each, 0.5), mmax, tweights",
+    )

@@ -1,0 +1,251 @@
+"""The model card of an export: README.md with the front matter that model hubs read.
+
+Every statement is taken from the run's own files (run.json, config.yaml, metrics.jsonl) or from the network; what they
+do not say is said to be missing. Records of steps after the exported checkpoint are left out: other weights made them.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import timm
+import torch
+import yaml
+from timm.models import get_model_args
+from timm.models.vision_transformer import VisionTransformer
+from torch.utils.flop_counter import FlopCounterMode
+
+from maedistill.build_pretraining import mask_sizes
+from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.export.licence import hub_licence, licence_sentence
+from maedistill.models.saved import Saved, Weights
+from maedistill.report import KNN_CAVEAT, percent
+from maedistill.training.metrics import read_metrics
+
+METHODS = {
+    None: "by a method that is not recorded",
+    "mae": "as a masked autoencoder (MAE, He et al., CVPR 2022)",
+    "dmae": "by distilling a masked autoencoder (DMAE, Bai et al., CVPR 2023)",
+    "amd": "by asymmetric masked distillation (AMD, Zhao et al., CVPR 2024)",
+}
+Lines = list[str]
+
+
+def model_card(saved: Saved, vit: VisionTransformer, *, weights: Weights = "model") -> str:
+    """The card of `vit`, the network of `saved` as it is exported, in Markdown."""
+    facts, folder = saved.facts, saved.folder
+    config = folder.load_config() if folder.config.exists() else None
+    step = int(saved.checkpoint.name.removeprefix("step_"))
+    records = [record for record in read_metrics(folder.path) if record["step"] <= step]
+    tuned = facts["stage"] == "finetune"
+    sections = {
+        "Origin and licence": _origin(facts),
+        "Training": _training(facts, config, vit, step, weights),
+        "Results": _accuracy(records, facts, weights) if tuned else _features(records, config, weights),
+        "Use": _use(facts, vit),
+        "Limits": _limits(facts, vit),
+    }
+    body = "\n".join(f"## {title}\n\n" + "\n".join(lines) + "\n" for title, lines in sections.items())
+    return f"{_front_matter(facts, vit)}# {folder.path.resolve().name}\n\n{_summary(facts, vit)}\n\n{body}"
+
+
+def forward_gflop(vit: VisionTransformer) -> float:
+    """GFLOP of one image's forward pass, counted by torch on shapes alone; a multiply-add counts as two."""
+    with torch.device("meta"):
+        shapes = timm.create_model(vit.pretrained_cfg["architecture"], pretrained=False, **get_model_args(vit)).eval()
+        images = torch.empty(1, 3, *vit.patch_embed.img_size)  # [1, 3, s, s]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        shapes(images)
+    return counter.get_total_flops() / 1e9
+
+
+def _front_matter(facts: Mapping[str, Any], vit: VisionTransformer) -> str:
+    identifier, name = hub_licence(facts["licence"])
+    method = facts.get("method") or (facts.get("origin") or {}).get("method")
+    tags = ["timm", "vision-transformer", *([method] if method else [])]
+    if method in ("dmae", "amd"):
+        tags.append("knowledge-distillation")
+    entries = {
+        "library_name": "timm",
+        "license": identifier,
+        **({"license_name": name} if name else {}),
+        "pipeline_tag": "image-classification" if vit.num_classes else "image-feature-extraction",
+        "tags": tags,
+    }
+    return f"---\n{yaml.safe_dump(entries, sort_keys=False)}---\n\n"
+
+
+def _summary(facts: Mapping[str, Any], vit: VisionTransformer) -> str:
+    """What it is and what it costs, in one paragraph."""
+    millions = sum(parameter.numel() for parameter in vit.parameters()) / 1e6
+    size, patch = vit.patch_embed.img_size[0], vit.patch_embed.patch_size[0]
+    tokens = "a class token" if vit.has_class_token else "no class token"
+    tokens += f" and {vit.num_reg_tokens} register tokens" if vit.num_reg_tokens else ""
+    pooled = {"avg": "mean of the patch tokens", "token": "class token"}[vit.global_pool]
+    gives = f"{vit.num_classes:,} logits" if vit.num_classes else f"{vit.embed_dim} features"
+    how = "Fine-tuned on labels" if facts["stage"] == "finetune" else f"Pre-trained {METHODS[facts.get('method')]}"
+    return (
+        f"{how}: a Vision Transformer (timm's `{facts['network']['name']}`), {vit.embed_dim} wide, {len(vit.blocks)} "
+        f"blocks, with {tokens}, on images of {size} px in patches of {patch} px. {millions:.2f} M parameters, "
+        f"{forward_gflop(vit):.3g} GFLOP for one image's forward pass (a multiply-add counts as two). The output is "
+        f"{gives}, from the {pooled}."
+    )
+
+
+def _origin(facts: Mapping[str, Any]) -> Lines:
+    """Whose weights went in, what their licence asks for, and which images."""
+    origin, teacher, lines = facts.get("origin") or {}, facts.get("teacher"), []
+    if facts["stage"] == "finetune":
+        lines.append(f"- Start: {facts.get('init') or 'from scratch, no other weights'}.")
+    if origin.get("stage") == "finetune":
+        lines.append(f"- That start was itself fine-tuned{_images(origin, ' on')}; its own start is not recorded here.")
+    elif origin:
+        teacher = teacher or origin.get("teacher")
+        lines.append(f"- That start was pre-trained {METHODS[origin.get('method')]}{_images(origin, ', on')}.")
+    if teacher or facts["stage"] == "pretrain" or origin.get("stage") == "pretrain":
+        lines.append(f"- Teacher: {teacher or 'none'}.")
+    lines.append(f"- Licence: {licence_sentence(facts['licence'])}")
+    return [*lines, f"- Data:{_images(facts) or ' not recorded'}. The licence of the images is not recorded."]
+
+
+def _images(facts: Mapping[str, Any], before: str = "") -> str:
+    """`before 50,000 images (fingerprint 0123456789ab)`, or nothing where no data are recorded."""
+    data = facts.get("data")
+    return f"{before} {data['images']:,} images (fingerprint {data['fingerprint'][:12]})" if data else ""
+
+
+def _training(
+    facts: Mapping[str, Any],
+    config: PretrainConfig | FinetuneConfig | None,
+    vit: VisionTransformer,
+    step: int,
+    weights: Weights,
+) -> Lines:
+    averaged = ", the moving average of the weights" if weights == "ema" else ""
+    lines = [f"- These weights: the checkpoint after step {step:,}{averaged}."]
+    if config is None:
+        lines.append("- The settings are missing: the run folder had no config.yaml.")
+    else:
+        recipe = _finetuning(config) if isinstance(config, FinetuneConfig) else _pretraining(config, vit)
+        lines += [f"- Training shards: `{config.data.train}`.", *recipe, _schedule(config)]
+    starts = facts.get("starts", [])
+    commands = Counter(start["command"] for start in starts)
+    lines += [f"- Command: `{command}`, started {count} time(s)." for command, count in commands.items()]
+    if not starts:
+        return [*lines, "- Command and software versions are not recorded."]
+    versions = ", ".join(f"{name} {number}" for name, number in starts[-1]["versions"].items())
+    return [*lines, f"- Software: {versions}."]
+
+
+def _schedule(config: PretrainConfig | FinetuneConfig) -> str:
+    optim = config.optim
+    clip = f", gradients clipped at {optim.clip:g}" if optim.clip is not None else ""
+    return (
+        f"- Schedule: {optim.epochs:g} epochs, {optim.global_batch} images a step; AdamW with betas {optim.betas}, "
+        f"peak learning rate {optim.peak_lr:.3g} after {optim.warmup_epochs:g} epochs of warm-up, cosine to "
+        f"{optim.min_lr:g}, weight decay {optim.weight_decay:g}{clip}; seed {config.seed}."
+    )
+
+
+def _pretraining(config: PretrainConfig, vit: VisionTransformer) -> Lines:
+    num_patches = vit.patch_embed.num_patches
+    student, teacher = mask_sizes(config, num_patches)
+    sees = f"the student sees {student} of {num_patches} patches"
+    losses = [f"pixels of the hidden patches (target {config.pixels.target}, weight {config.pixels.weight:g})"]
+    if config.method != "mae":
+        align = config.align
+        sees += f", the teacher {teacher}, those among them" if teacher > student else ", the teacher the same"
+        pairs = ", ".join(f"{s} with {t}" for s, t in zip(align.student, align.teacher, strict=True))
+        losses.append(
+            f"alignment of student with teacher blocks, counted from 0: {pairs} ({align.distance}, normalisation "
+            f"{align.normalize}, weight {align.weight:g})"
+        )
+    if config.method == "amd":
+        losses.append(f"generated alignment where only the teacher sees (weight {config.generate.weight:g})")
+    decoder, data, (low, high) = config.decoder, config.data, config.data.crop_scale
+    return [
+        f"- Masks: {sees}.",
+        f"- Losses: {'; '.join(losses)}.",
+        f"- Decoder: {decoder.width} wide, {decoder.depth} blocks; as every part but the encoder, not exported.",
+        f"- Augmentation: crops of {low:g} to {high:g} of the area{', flips' if data.flip else ''}.",
+    ]
+
+
+def _finetuning(config: FinetuneConfig) -> Lines:
+    data, augment, (low, high) = config.data, config.augment, config.data.crop_scale
+    share = f"; {data.label_fraction:.3g} of the labels of each class" if data.label_fraction < 1 else ""
+    mixing = f"mixup {augment.mixup:g}, cutmix {augment.cutmix:g}" if augment.mixes else "no mixing"
+    return [
+        f"- Augmentation: crops of {low:g} to {high:g} of the area{', flips' if data.flip else ''}, "
+        f"RandAugment {augment.rand_augment or 'off'}, {mixing}, erasing {augment.erasing:g}, label smoothing "
+        f"{augment.smoothing:g}{share}.",
+        f"- Layer-wise learning rates: times {config.optim.layer_decay:g} a layer; drop path "
+        f"{config.student.drop_path:g}; pooling {config.student.pooling}.",
+    ]
+
+
+def _features(records: Sequence[Mapping[str, Any]], config: PretrainConfig | None, weights: Weights) -> Lines:
+    """Losses and kNN of a pre-trained student."""
+    losses = next((record for record in reversed(records) if "loss" in record), None)
+    probe = next((record for record in reversed(records) if "knn" in record), None)
+    lines = []
+    if losses is not None:
+        parts = {k: v for k, v in losses.items() if k in ("loss", "pixels") or k.startswith(("align/", "generate/"))}
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
+        lines.append(f"- Training losses by epoch {losses['epoch']:.1f}: {shown}.")
+    if probe is not None:
+        bank = f" to at most {config.log.knn_images:,} training images" if config else ""
+        lines.append(f"- kNN accuracy at epoch {probe['epoch']:.1f}: {probe['knn']:.1%}, compared{bank}. {KNN_CAVEAT}")
+    if weights == "ema" and lines:
+        lines.append("- These figures are of the weights as trained; their moving average was not measured.")
+    return [*(lines or ["- No measurement is recorded."]), "- No accuracy after fine-tuning is recorded for this run."]
+
+
+def _accuracy(records: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], weights: Weights) -> Lines:
+    """Top-1 and top-5 of a fine-tuned network."""
+    prefix = "ema_" if weights == "ema" else ""
+    last = next((record for record in reversed(records) if f"{prefix}top1" in record), None)
+    if last is None:
+        return ["- No evaluation of these weights is recorded."]
+    top1, top5, images, loss = (last[prefix + name] for name in ("top1", "top5", "images", "val_loss"))
+    return [
+        f"- **Top-1 {percent(top1, images)}**, top-5 {percent(top5, images)}, cross-entropy {loss:.4f} on the "
+        f"{images:,} validation images, each counted once, at epoch {last['epoch']:.1f}. This is one run: what "
+        "another seed would give is not recorded.",
+        f"- Validation data:{_images({'data': facts.get('validation')}) or ' not recorded'}.",
+    ]
+
+
+def _use(facts: Mapping[str, Any], vit: VisionTransformer) -> Lines:
+    gives = f"[1, {vit.num_classes}] logits" if vit.num_classes else f"[1, {vit.embed_dim}] features"
+    seen = facts["input"]
+    return [
+        "```python",
+        "import timm",
+        "",
+        'model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()',
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)",
+        f"output = model(transform(image).unsqueeze(0))  # image: PIL, RGB -> {gives}",
+        "```",
+        "",
+        f"The transform takes the middle square, {100 * seen['crop']:.4g} % of the shorter side, resizes it to "
+        f"{seen['size']} x {seen['size']} (bicubic) and normalises pixels in [0, 1] by mean {tuple(seen['mean'])} and "
+        f"deviation {tuple(seen['std'])}, as in training. `model.forward_features` gives all tokens.",
+        "",
+        f"Verified when this folder was written: timm {version('timm')} with torch {version('torch')} gives the "
+        "outputs of the run's checkpoint in fp32, bit for bit. Other versions were not tried.",
+    ]
+
+
+def _limits(facts: Mapping[str, Any], vit: VisionTransformer) -> Lines:
+    lines = [
+        f"- Trained at {facts['input']['size']} px with the normalisation above; what others give is not recorded.",
+        "- Nothing is recorded on other data sets, robustness, calibration or fairness.",
+    ]
+    if not vit.num_classes:
+        lines.append("- There is no classifier: features for fine-tuning, or for a head of your own.")
+    elif not facts.get("classes"):
+        lines.append("- The names of the classes are not recorded: outputs are in the order of the labels' numbers.")
+    return lines

@@ -1,0 +1,120 @@
+"""Fine-tuning: the loop over optimizer steps, top to bottom, and the exact evaluation between epochs.
+
+    shards -> crops, RandAugment -> flip, normalise, erase, mix -> network -> cross-entropy -> engine
+
+Everything random is a function of (seed, position) or (seed, step, micro-batch, rank), so a restart in the same layout
+repeats every bit and needs nothing but the step.
+
+    m micro-batch   C classes   s image side
+"""
+
+import time
+
+from maedistill.build_finetuning import build_labelled_crops, build_mixing
+from maedistill.config.finetune import FinetuneConfig
+from maedistill.data.augment import seed_generators
+from maedistill.data.loader import training_batches
+from maedistill.data.transforms import random_flip, to_unit
+from maedistill.evaluation.accuracy import evaluate
+from maedistill.finetuning import Finetuning, open_finetuning
+from maedistill.machine import precision
+from maedistill.randomness import Stream
+from maedistill.report import write_finetune_report
+from maedistill.run import Run, join, start_run
+from maedistill.training import distributed
+from maedistill.training.metrics import Averages, MetricsFile, open_metrics
+from maedistill.training.run_folder import RunFolder
+
+
+def finetune(config: FinetuneConfig, *, fresh: bool = False, extend: bool = False) -> None:
+    """Runs or continues a fine-tuning run to its end. Every rank calls it.
+
+    fresh: refuse a folder that already holds a run. extend: allow a changed number of epochs.
+    Raises kinds of UserError; RUN/exit.json says how it ended.
+    """
+    folder = RunFolder(config.run)
+    with folder.recorded_end():
+        join(config)
+        parts = open_finetuning(config, world_size=distributed.world_size(), device=distributed.device())
+        run = start_run(parts, folder, fresh=fresh, extend=extend)
+        train(run, parts)
+        report = distributed.on_main(lambda: write_finetune_report(folder))
+        if distributed.is_main():
+            print(f"done: {report}", flush=True)
+    distributed.barrier()  # a launcher ends the others when one rank is gone: nobody leaves before all are done
+
+
+def train(run: Run, parts: Finetuning) -> None:
+    """The loop. Collective."""
+    config, plan, engine, rank = parts.config, parts.plan, run.engine, distributed.rank()
+    run.restore()
+    metrics = open_metrics(run.folder.path, first_step=run.step, tensorboard=config.log.tensorboard)
+    batches = training_batches(
+        build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean),
+        run.step,
+        plan.steps,
+        plan=plan.batch,
+        rank=rank,
+        world_size=distributed.world_size(),
+        workers=run.workers,
+        device=run.device,
+    )
+    mixing = build_mixing(config, num_classes=parts.num_classes, device=run.device)
+    averages, bad = Averages(), []
+    run.clock.restart()
+
+    for step in range(run.step, plan.steps):
+        run.schedule.step_update(step)
+        for micro in range(plan.batch.accumulation):
+            waiting = time.perf_counter()
+            batch = next(batches)
+            run.clock.wait(waiting)
+            images = to_unit(batch.images)  # [m, 3, s, s]
+            if config.data.flip:
+                images = random_flip(images, batch.positions, seed=config.seed)
+            seed_generators(config.seed, Stream.NETWORK, step, micro, rank)  # erasing, mixing, drop path
+            images, targets = mixing(parts.normalize(images), batch.labels)  # [m, 3, s, s], [m, C]
+            losses = engine(images, targets)
+            engine.backward(losses["loss"])
+            engine.step()
+            averages.add(losses)
+            run.clock.images += len(images)
+            bad += batch.bad
+        run.step = step + 1
+        if run.ema is not None:
+            run.ema.update(run.module, step=run.step)
+
+        # Log: the only place where the host waits for the device.
+        if run.step % config.log.every == 0 or run.step == plan.steps:
+            run.log(averages, bad, metrics)
+
+        # Evaluate, save: each on its own period, neither counted as training time. Saving comes last, so that a
+        # checkpoint never stands for an evaluation that a kill took away.
+        pause = time.perf_counter()
+        if run.step == plan.steps or run.due(config.log.eval_every_epochs):
+            validate(run, parts, metrics)
+        if run.due(config.log.save_every_epochs):
+            run.save()
+        run.clock.pause(pause)
+    if metrics is not None:
+        metrics.close()
+
+
+def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
+    """Top-1 and top-5 on every validation image, of the weights and of their moving average. Collective."""
+    networks = {"": parts.module.vit} | ({"ema_": run.ema.module.vit} if run.ema is not None else {})
+    for prefix, network in networks.items():
+        found = evaluate(
+            network,
+            parts.validation(),
+            mean=parts.mean,
+            std=parts.std,
+            batch=parts.plan.batch.micro_batch,
+            workers=run.workers,
+            device=run.device,
+            precision=precision(parts.config.engine.precision, run.device),
+        )
+        if metrics is not None:
+            values = {"top1": found.top1, "top5": found.top5, "images": found.images, "val_loss": found.loss}
+            metrics.write(run.step, {"epoch": run.epoch, **{prefix + name: value for name, value in values.items()}})
+            print(f"epoch {run.epoch:.1f}  {prefix.replace('_', ' ')}{found.line()}", flush=True)

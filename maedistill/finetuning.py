@@ -1,0 +1,181 @@
+"""What a fine-tuning run is made of before its engine exists: data, network, recipe; opened, described, tried."""
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+from maedistill.build_finetuning import build_classifier, build_init_source, build_labelled_crops, build_mixing
+from maedistill.config.batch import world_size_from_environment
+from maedistill.config.finetune import FinetuneConfig
+from maedistill.data.augment import seed_generators
+from maedistill.data.evaluation import EvaluationImages, evaluation_transform
+from maedistill.data.index import ShardIndex, open_index
+from maedistill.data.subset import label_subset
+from maedistill.data.transforms import normalize, to_unit
+from maedistill.errors import ConfigError, DataError
+from maedistill.machine import DTYPES, precision
+from maedistill.methods.supervised import Supervised
+from maedistill.models.saved import describe_network
+from maedistill.models.source import Source
+from maedistill.plan import Plan, make_plan, measured_lines, millions, plan_lines
+from maedistill.training import distributed
+from maedistill.training.optim import layer_rates, layerwise_groups
+from maedistill.training.run_folder import RunFolder
+
+Triple = tuple[float, float, float]
+
+
+@dataclass
+class Finetuning:
+    """The parts, on `device`. source is None from scratch; samples are the ids of the label subset, int64 [n]."""
+
+    config: FinetuneConfig
+    plan: Plan
+    index: ShardIndex
+    val_index: ShardIndex
+    samples: Tensor
+    num_classes: int
+    module: Supervised
+    source: Source | None
+    mean: Triple
+    std: Triple
+    device: torch.device
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for the optimizer."""
+        optim = self.config.optim
+        return layerwise_groups(self.module.vit, optim.weight_decay, layer_decay=optim.layer_decay)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What run.json keeps: the network, its input, which samples, what it began with and under which licence."""
+        data, source = self.config.data, self.source
+        return {
+            "stage": "finetune",
+            "network": describe_network(self.module.vit),
+            "input": {"size": data.image_size, "mean": self.mean, "std": self.std, "crop": data.eval_crop},
+            "classes": list(self.index.classes) or None,
+            "data": {"images": len(self.samples), "fingerprint": self.index.fingerprint()},
+            "validation": {"images": len(self.val_index), "fingerprint": self.val_index.fingerprint()},
+            "init": source.describe() if source is not None else None,
+            "origin": source.origin if source is not None else None,
+            "licence": source.licence if source is not None else "yours: no other weights were used",
+        }
+
+    @property
+    def lines(self) -> list[str]:
+        """The run in words, one fact a line."""
+        config, vit, data = self.config, self.module.vit, self.config.data
+        share = f" ({100 * data.label_fraction:g} % of each class)" if data.label_fraction < 1 else ""
+        rates = layer_rates(self.groups, config.optim.peak_lr)
+        return [
+            f"start    {self.source.describe() if self.source is not None else 'from scratch'}",
+            f"network  {vit.embed_dim} x {len(vit.blocks)}, {millions(vit):.2f} M, pooling {config.student.pooling}, "
+            f"{self.num_classes} classes, drop path {config.student.drop_path:g}",
+            f"data     {self.plan.images:,} images{share} at {data.image_size} px, {data.train}",
+            f"eval     {len(self.val_index):,} images, {data.val}",
+            *plan_lines(config, self.plan),
+            f"layers   lr times {config.optim.layer_decay:g} a layer, head to patches: "
+            + " ".join(f"{rate:.3g}" for rate in reversed(rates)),
+        ]
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """As the network reads images: [B, 3, s, s] in [0, 1] -> the same shape."""
+        return normalize(images, *self._channels)
+
+    @cached_property
+    def _channels(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation on the device, [3, 1, 1] each: made once, because a GPU is waited for."""
+        mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (self.mean, self.std))
+        return mean, std
+
+    def validation(self) -> EvaluationImages:
+        """Every validation image, as timm's own evaluation sees it."""
+        data = self.config.data
+        transform = evaluation_transform(size=data.image_size, crop=data.eval_crop)
+        return EvaluationImages(self.val_index, torch.arange(len(self.val_index)), transform)
+
+
+def open_finetuning(config: FinetuneConfig, *, world_size: int, device: torch.device) -> Finetuning:
+    """Opens data and weights, builds the network. Collective, where there is a process group."""
+    index, val_index = distributed.main_first(lambda: _open_data(config))
+    samples = label_subset(index.labels, config.data.label_fraction, seed=config.seed)
+    plan = make_plan(config, len(samples), world_size=world_size)
+    num_classes = _num_classes(config, index, val_index)
+    source = distributed.main_first(lambda: build_init_source(config))
+    mean, std = config.data.mean, config.data.std
+    if mean is None or std is None:
+        mean, std = (source.mean, source.std) if source else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    module = Supervised(build_classifier(config, source, num_classes=num_classes)).to(device)
+    return Finetuning(config, plan, index, val_index, samples, num_classes, module, source, mean, std, device)
+
+
+def dry_run(config: FinetuneConfig) -> None:
+    """Opens everything, times a step and the loader, and prints the plan.
+
+    Writes nothing, but for the index of shards that have none.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parts = open_finetuning(config, world_size=world_size_from_environment(), device=device)
+    RunFolder(config.run).check(config, parts.facts, fresh=False, extend=False)
+    lines = parts.lines
+    lines += measured_lines(config, parts.plan, parts.module, lambda count: _trial(parts, count), device=device)
+    print("\n".join(lines) + "\nnothing was started: dry run", flush=True)
+
+
+def _open_data(config: FinetuneConfig) -> tuple[ShardIndex, ShardIndex]:
+    """The indexes of training and validation shards, all of it labelled, with the same classes."""
+    index = open_index(config.data.train, index=config.data.index)
+    val_index = open_index(config.data.val)
+    for part in (index, val_index):
+        part.require_labels()
+    if index.classes and val_index.classes and index.classes != val_index.classes:
+        raise DataError(
+            f"training and validation shards name other classes ({len(index.classes)} and {len(val_index.classes)})",
+            "name shards of one data set in data.train and data.val",
+        )
+    return index, val_index
+
+
+def _num_classes(config: FinetuneConfig, index: ShardIndex, val_index: ShardIndex) -> int:
+    """Outputs of the head. Raises ConfigError where a label would have none."""
+    most = int(max(np.max(index.labels), np.max(val_index.labels))) + 1
+    given = config.data.num_classes
+    if given is not None and given < most:
+        raise ConfigError(
+            f"data.num_classes: {given} outputs for labels up to {most - 1}", f"use {most} or more, or null"
+        )
+    if given is None and int(np.max(val_index.labels)) >= index.num_classes:
+        raise DataError(
+            f"validation labels go up to {most - 1}, training shards have {index.num_classes} classes",
+            "name shards of one data set in data.train and data.val, or set data.num_classes",
+        )
+    return given or max(2, index.num_classes)
+
+
+def _trial(parts: Finetuning, count: int) -> tuple[float, float]:
+    """Seconds of loading `count` images and of one forward and backward pass, after one that warms up."""
+    config = parts.config
+    start = time.perf_counter()
+    crops = build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean)
+    batch = crops.__getitems__(list(range(count))).to(parts.device)
+    loading = time.perf_counter() - start
+    dtype = DTYPES[precision(config.engine.precision, parts.device)]
+    mixing = build_mixing(config, num_classes=parts.num_classes, device=parts.device)
+    for _ in range(2):
+        start = time.perf_counter()
+        seed_generators(config.seed)
+        images, targets = mixing(parts.normalize(to_unit(batch.images)), batch.labels)
+        with torch.autocast(parts.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = parts.module(images, targets)["loss"]
+        loss.backward()
+        loss.item()  # waits for the device
+        seconds = time.perf_counter() - start
+    return loading, seconds

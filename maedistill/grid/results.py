@@ -1,0 +1,145 @@
+"""What came out of the runs of a grid, read from their folders: facts of each run, statistics over seeds.
+
+    OUT/STUDENT/seed_K/{pretrain,finetune}/{config.yaml,*.json,metrics.jsonl} -> collect -> what results.json holds
+
+Runs that are not finished count for nothing but their progress. Accuracies are shares, times seconds.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from maedistill.config.finetune import FinetuneConfig
+from maedistill.grid.file import TEACHER, TEACHER_FINETUNE, Grid
+from maedistill.grid.finished import is_finished
+from maedistill.grid.plan import TEST_FILE, finetune_step, pretrain_step
+from maedistill.report import summary
+from maedistill.training.metrics import read_metrics
+from maedistill.training.run_folder import RunFolder
+
+_BASELINE = "mae"
+_Facts = Mapping[str, Any]
+_MEASURES = {
+    "test_accuracy": ("test", "accuracy"),
+    "pixels": ("pretrain", "pixels"),
+    "knn": ("pretrain", "knn"),
+    "pretrain_seconds": ("pretrain", "seconds"),
+    "finetune_seconds": ("finetune", "seconds"),
+}
+_SIZES = {
+    "pretrain_epochs": ("pretrain", "epochs"),
+    "pretrain_images": ("pretrain", "images"),
+    "pixel_target": ("pretrain", "target"),
+    "finetune_epochs": ("finetune", "epochs"),
+    "finetune_images": ("finetune", "images"),
+}
+
+
+def collect(grid: Grid, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """{"networks": {name: {"runs": {seed: facts}, "summary": ...}}, "unfinished": [...]}, the teacher first.
+
+    The facts of a seed are {"pretrain": ..., "finetune": ..., "test": ...}, each absent where it is not there (yet).
+    """
+    steps = {name: {seed: _steps_of(grid, name, seed) for seed in seeds} for name in grid.students}
+    if grid.teacher is not None:
+        steps = {TEACHER: {0: (TEACHER, TEACHER_FINETUNE if grid.finetune_teacher else None)}} | steps
+    runs = {name: {str(k): _facts_of(out, *pair) for k, pair in of.items()} for name, of in steps.items()}
+    networks = {name: {"runs": of, "summary": summarize(of, _baseline_of(name, runs))} for name, of in runs.items()}
+    everything = [step for of in steps.values() for pair in of.values() for step in pair if step is not None]
+    return {"networks": networks, "unfinished": _unfinished(out, everything)}
+
+
+def summarize(runs: Mapping[str, _Facts], baseline: Mapping[str, _Facts]) -> dict[str, Any]:
+    """Statistics of a network over its seeds, and of its differences to the baseline's runs of the same seeds.
+
+    Sizes are those of the first seed: all seeds have the same settings.
+    """
+    each, before = _column(runs, "finetune", "accuracy"), _column(baseline, "finetune", "accuracy")
+    sizes = {name: next(iter(_column(runs, *key).values()), None) for name, key in _SIZES.items()}
+    networks = _column(runs, "finetune", "parameters") or _column(runs, "pretrain", "parameters")
+    return {
+        "each": each,
+        "accuracy": statistics(each.values()),
+        "difference": statistics(value - before[seed] for seed, value in each.items() if seed in before),
+        **{name: statistics(_column(runs, *key).values()) for name, key in _MEASURES.items()},
+        **sizes,
+        "parameters": next(iter(networks.values()), None),
+    }
+
+
+def statistics(values: Iterable[float]) -> dict[str, float | int | None]:
+    """n, mean and standard deviation (n - 1); None where there are too few values for it."""
+    values = list(values)
+    n = len(values)
+    mean = math.fsum(values) / n if n else None
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1)) if n > 1 else None
+    return {"n": n, "mean": mean, "sd": spread}
+
+
+def run_facts(folder: RunFolder) -> dict[str, Any] | None:
+    """What a finished run was and what came of it; None for one that is not finished."""
+    if not is_finished(folder):
+        return None
+    config, facts, records = folder.load_config(), folder.facts(), read_metrics(folder.path)
+    last = summary(records)
+    found = {
+        "folder": str(folder.path),
+        "command": facts["starts"][-1]["command"],
+        "epochs": config.optim.epochs,
+        "images": facts["data"]["images"],
+        "seconds": last["seconds"],
+        "images_per_second": last["rate"],
+        "parameters": parameters_of(facts["network"]),
+    }
+    if isinstance(config, FinetuneConfig):
+        score = [record for record in records if "top1" in record][-1]
+        return found | _score(score) | {"start": facts["init"]}
+    return found | {"method": config.method, "target": config.pixels.target} | {k: last[k] for k in ("pixels", "knn")}
+
+
+def parameters_of(network: Mapping[str, Any]) -> int:
+    """Parameters of a network as run.json describes it."""
+    with torch.device("meta"):
+        vit = timm.create_model(network["name"], pretrained=False, **network["arguments"])
+    return sum(parameter.numel() for parameter in vit.parameters())
+
+
+def _steps_of(grid: Grid, name: str, seed: int) -> tuple[str | None, str | None]:
+    """The steps of a student: pre-training, where it has one, and fine-tuning."""
+    return pretrain_step(name, seed) if grid.students[name].config else None, finetune_step(name, seed)
+
+
+def _facts_of(out: Path, pretrain: str | None, finetune: str | None) -> dict[str, Any]:
+    steps = {"pretrain": pretrain, "finetune": finetune}
+    found = {stage: run_facts(RunFolder(out / step)) for stage, step in steps.items() if step is not None}
+    if found.get("finetune") and (out / finetune / TEST_FILE).is_file():
+        found["test"] = _score(json.loads((out / finetune / TEST_FILE).read_text()))
+    return {stage: facts for stage, facts in found.items() if facts is not None}
+
+
+def _score(record: _Facts) -> dict[str, Any]:
+    """Counts of correct images, and their share."""
+    return {"accuracy": record["top1"] / record["images"], "top1": record["top1"], "of": record["images"]}
+
+
+def _column(runs: Mapping[str, _Facts], stage: str, key: str) -> dict[str, Any]:
+    """One fact of each run that has it, by seed."""
+    found = {seed: facts.get(stage, {}).get(key) for seed, facts in runs.items()}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def _baseline_of(name: str, runs: Mapping[str, Mapping[str, _Facts]]) -> Mapping[str, _Facts]:
+    """What a student is compared with: plain MAE, where the grid has it."""
+    return runs.get(_BASELINE, {}) if name not in (_BASELINE, TEACHER) else {}
+
+
+def _unfinished(out: Path, steps: Sequence[str]) -> list[dict[str, Any]]:
+    """Each run that is not finished, and how many epochs it has done."""
+    missing = [step for step in steps if not is_finished(RunFolder(out / step))]
+    epochs = {step: max((record["epoch"] for record in read_metrics(out / step)), default=0.0) for step in missing}
+    return [{"run": step, "epochs": done} for step, done in epochs.items()]

@@ -1,0 +1,244 @@
+"""Commands that depend on each other: run in order, some at a time, skipping what is done; ended together.
+
+    [Step, ...] -> what is done already? -> start the first whose needs are met, at most `jobs` at once -> all done
+                                            a failed one holds back what needs it, and nothing else
+
+Each step is a process of its own in a session of its own, so that Ctrl-C or SIGTERM reaches this process alone, which
+then ends all of them with their loader processes. OUT/steps.lock is held by this process and every step: while one of
+them lives, even if this process was killed, nobody else can start steps in OUT.
+"""
+
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from maedistill.errors import ConfigError, UserError
+from maedistill.machine import cpu_share
+from maedistill.training.metrics import duration
+
+_POLL_SECONDS = 0.1
+_GRACE_SECONDS = 20.0  # between asking a step to end and killing it
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command. `done` looks at the disk, and raises ConfigError where another command's results are in the way."""
+
+    name: str
+    command: tuple[str, ...]  # a tool of ours and its arguments, as they follow `python`
+    needs: tuple[str, ...] = ()  # names of other steps
+    done: Callable[[], bool] = field(default=_never, compare=False)
+
+    @property
+    def shown(self) -> str:
+        """The command as a person would type it."""
+        return f"python {shlex.join(self.command)}"
+
+
+class StepsFailed(UserError):
+    """Some steps failed; leaves with the exit code of the first of them."""
+
+    def __init__(self, cause: str, remedy: str, exit_code: int) -> None:
+        super().__init__(cause, remedy)
+        self.exit_code = exit_code
+
+
+@dataclass
+class _Process:
+    step: Step
+    process: subprocess.Popen[bytes]
+    log: Path | None
+    start: float
+
+
+def finished_steps(steps: Sequence[Step]) -> set[str]:
+    """Names of the steps that are done. Raises ConfigError for a result whose origin is not there (any more)."""
+    done = {step.name for step in steps if step.done()}
+    for step in steps:
+        lost = [name for name in step.needs if step.name in done and name not in done]
+        if lost:
+            raise ConfigError(
+                f"{step.name} is done, but {lost[0]}, which it comes from, is not",
+                f"bring the folder of {lost[0]} back, remove what came from it, or use another --out",
+            )
+    return done
+
+
+def print_steps(steps: Sequence[Step]) -> None:
+    """Says what `run_steps` would do."""
+    done = finished_steps(steps)
+    for number, step in enumerate(steps, start=1):
+        state = "done" if step.name in done else "to do"
+        print(f"{number}/{len(steps)} {step.name}: {state}\n    {step.shown}", flush=True)
+
+
+def run_steps(steps: Sequence[Step], *, root: Path, out: Path, jobs: int = 1) -> None:
+    """Runs what is not done yet, `jobs` steps at a time; the first that can start goes first.
+
+    root: the folder that the commands' tools are named from. out: keeps the lock and, with several jobs, one log per
+    step; a single job writes to the terminal. With several jobs the cores are shared, unless OMP_NUM_THREADS is set.
+    Raises StepsFailed at the end where steps failed, ConfigError where steps run in `out` already.
+    """
+    done = finished_steps(steps)
+    for step in steps:
+        if step.name in done:
+            print(f"skips {step.name}: done", flush=True)
+    waiting = [step for step in steps if step.name not in done]
+    with _locked(out) as lock, _signals() as received:
+        start = partial(_start, root=root, out=out, jobs=jobs, lock=lock, total=len(steps))
+        failed = _work(waiting, done, jobs=jobs, start=start, received=received)
+    if received:
+        raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
+    if failed:
+        raise _failure(failed, waiting, out if jobs > 1 else None)
+
+
+def _work(
+    waiting: list[Step], done: set[str], *, jobs: int, start: Callable[..., _Process], received: Sequence[int]
+) -> dict[str, int]:
+    """Starts steps until all have ended or a signal came; takes them from `waiting`. Exit codes of what failed."""
+    running: list[_Process] = []
+    failed: dict[str, int] = {}
+    try:
+        while not received:
+            while len(running) < jobs and (step := _next(waiting, done)) is not None:
+                waiting.remove(step)
+                running.append(start(step, number=len(done) + len(failed) + len(running) + 1))
+            if not running:
+                break
+            time.sleep(_POLL_SECONDS)
+            for ended in [one for one in running if one.process.poll() is not None]:
+                running.remove(ended)
+                code = _report(ended)
+                if code:
+                    failed[ended.step.name] = code
+                else:
+                    done.add(ended.step.name)
+    finally:
+        _end(running)
+    return failed
+
+
+def _next(waiting: Sequence[Step], done: Collection[str]) -> Step | None:
+    """The first step whose needs are done. A need that failed is never done."""
+    return next((step for step in waiting if all(name in done for name in step.needs)), None)
+
+
+def _start(step: Step, *, number: int, total: int, root: Path, out: Path, jobs: int, lock: IO[str]) -> _Process:
+    tool, *arguments = step.command
+    log = out / "logs" / f"{step.name.replace('/', '_')}.log" if jobs > 1 else None
+    where = f"  > {log}" if log is not None else ""
+    print(f"\n== {number}/{total} {step.name}\n$ {step.shown}{where}", flush=True)
+    environment = dict(os.environ)
+    if jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(cpu_share(jobs)))
+    file = _open_log(log, step) if log is not None else None
+    process = subprocess.Popen(
+        [sys.executable, str(root / tool), *arguments],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=file,
+        stderr=file,
+        start_new_session=True,
+        pass_fds=(lock.fileno(),),
+    )
+    if file is not None:
+        file.close()  # the process has its own
+    return _Process(step, process, log, time.monotonic())
+
+
+def _open_log(path: Path, step: Step) -> IO[str]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a")
+    file.write(f"$ {step.shown}\n")
+    file.flush()
+    return file
+
+
+def _report(ended: _Process) -> int:
+    """Says how a step with a log ended, and why where it failed. Returns its exit code, as a shell counts."""
+    code, name = ended.process.returncode, ended.step.name
+    code = 128 - code if code < 0 else code
+    if ended.log is None:
+        return code
+    if code:
+        last = "".join(f"\n    {line}" for line in ended.log.read_text(errors="replace").splitlines()[-2:])
+        print(f"FAILED {name}, exit code {code}, {ended.log}:{last}", flush=True)
+    else:
+        print(f"finished {name} in {duration(time.monotonic() - ended.start)}", flush=True)
+    return code
+
+
+def _failure(failed: dict[str, int], waiting: Sequence[Step], out: Path | None) -> StepsFailed:
+    causes = ", ".join(f"{name} (exit code {code})" for name, code in failed.items())
+    held_back = f"; not started for that reason: {', '.join(step.name for step in waiting)}" if waiting else ""
+    where = f"see {out / 'logs'}" if out is not None else "see above"
+    return StepsFailed(
+        f"failed: {causes}{held_back}",
+        f"{where}, mend the cause and start the same command again: it goes on from there",
+        next(iter(failed.values())),
+    )
+
+
+def _end(running: Sequence[_Process]) -> None:
+    """Ends the processes and theirs."""
+    for one in running:
+        _signal_group(one.process, signal.SIGTERM)
+    limit = time.monotonic() + _GRACE_SECONDS
+    while any(one.process.poll() is None for one in running) and time.monotonic() < limit:
+        time.sleep(_POLL_SECONDS)
+    for one in running:
+        _signal_group(one.process, signal.SIGKILL)  # also what a step left behind
+        one.process.wait()
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return  # all of the group have ended
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[IO[str]]:
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "steps.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{out}: steps of another start are still running there",
+                "wait until they have ended, or use another --out",
+            ) from None
+        yield file
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM are noted in inside the block, so that no process is lost between two lines."""
+    received: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,139 @@
+"""What a pre-training run is made of before its engine exists: data, student, teacher; opened, described, tried."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from maedistill.build_pretraining import (
+    build_crops,
+    build_encoder,
+    build_method,
+    build_teacher,
+    build_teacher_source,
+    mask_sizes,
+    split_of,
+)
+from maedistill.config.batch import world_size_from_environment
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.data.index import ShardIndex, open_index
+from maedistill.data.transforms import to_unit
+from maedistill.flops import count_flops
+from maedistill.machine import DTYPES, precision
+from maedistill.methods.mae import MAE
+from maedistill.models.saved import describe_network
+from maedistill.models.source import Source
+from maedistill.models.teacher import Teacher
+from maedistill.plan import Plan, make_plan, measured_lines, millions, plan_lines
+from maedistill.training import distributed
+from maedistill.training.optim import parameter_groups
+from maedistill.training.run_folder import RunFolder
+
+
+@dataclass
+class Pretraining:
+    """The parts, on `device`. teacher is None for a method without one."""
+
+    config: PretrainConfig
+    plan: Plan
+    index: ShardIndex
+    val_index: ShardIndex | None
+    module: MAE
+    source: Source | None
+    teacher: Teacher | None
+    device: torch.device
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for the optimizer."""
+        return parameter_groups(self.module, self.config.optim.weight_decay)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What run.json keeps: the network, which samples, which teacher, the licence of the weights that went in."""
+        data, source = self.config.data, self.source
+        return {
+            "stage": "pretrain",
+            "method": self.config.method,
+            "network": describe_network(self.module.encoder.vit),
+            "input": {"size": data.image_size, "mean": data.mean, "std": data.std, "crop": data.eval_crop},
+            "data": {"images": len(self.index), "fingerprint": self.index.fingerprint()},
+            "teacher": source.describe() if source is not None else None,
+            "licence": source.licence if source is not None else "yours: no other weights were used",
+        }
+
+    @property
+    def lines(self) -> list[str]:
+        """The run in words, one fact a line."""
+        config = self.config
+        num_patches = self.module.encoder.grid**2
+        student, teacher = mask_sizes(config, num_patches)
+        seen = f"student sees {student} of {num_patches} patches"
+        if self.source is not None:
+            seen += f", teacher {teacher} (nested)" if teacher > student else ", teacher the same"
+        sizes = ", ".join(f"{name} {millions(child):.2f} M" for name, child in self.module.named_children())
+        images = f"{self.plan.images:,} images in {len(self.index.shards)} shards at {config.data.image_size} px"
+        return [
+            f"method   {config.method}: {seen}",
+            *([f"teacher  {self.source.describe()}"] if self.source is not None else []),
+            f"student  {config.student.title}  {sizes}",
+            f"data     {images}, {config.data.train}",
+            *plan_lines(config, self.plan),
+        ]
+
+
+def open_pretraining(config: PretrainConfig, *, world_size: int, device: torch.device) -> Pretraining:
+    """Opens data and teacher, builds the student. Collective, where there is a process group."""
+    index, val_index = distributed.main_first(lambda: _open_data(config))
+    plan = make_plan(config, len(index), world_size=world_size)
+    encoder = build_encoder(config)
+    source = distributed.main_first(lambda: build_teacher_source(config, grid=encoder.grid))
+    method = build_method(config, encoder, source).to(device)
+    teacher = build_teacher(config, source, device) if source is not None else None
+    return Pretraining(config, plan, index, val_index, method, source, teacher, device)
+
+
+def dry_run(config: PretrainConfig) -> None:
+    """Opens everything, counts FLOPs, times a step and the loader, and prints the plan.
+
+    Writes nothing, but for the index of shards that have none.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parts = open_pretraining(config, world_size=world_size_from_environment(), device=device)
+    RunFolder(config.run).check(config, parts.facts, fresh=False, extend=False)
+    student_sees, teacher_sees = mask_sizes(config, parts.module.encoder.grid**2)
+    flops = count_flops(parts.module, parts.teacher, num_student=student_sees, num_teacher=teacher_sees)
+    lines = parts.lines
+    lines.append("flops    " + ", ".join(f"{name} {value:.2f}" for name, value in flops.items()) + " GFLOP per image")
+    lines += measured_lines(config, parts.plan, parts.module, lambda count: _trial(parts, count), device=device)
+    print("\n".join(lines) + "\nnothing was started: dry run", flush=True)
+
+
+def _open_data(config: PretrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
+    """The indexes of training and validation shards; labels that kNN will need are missed now, not after hours."""
+    index = open_index(config.data.train, index=config.data.index)
+    val_index = open_index(config.data.val) if config.data.val else None
+    if val_index is not None and config.log.knn_every_epochs is not None:
+        index.require_labels()
+        val_index.require_labels()
+    return index, val_index
+
+
+def _trial(parts: Pretraining, count: int) -> tuple[float, float]:
+    """Seconds of loading `count` images and of one forward and backward pass, after one that warms up."""
+    config, method, teacher = parts.config, parts.module, parts.teacher
+    start = time.perf_counter()
+    batch = build_crops(config, parts.index).__getitems__(list(range(count))).to(parts.device)
+    loading = time.perf_counter() - start
+    dtype = DTYPES[precision(config.engine.precision, parts.device)]
+    for _ in range(2):
+        start = time.perf_counter()
+        images, split = to_unit(batch.images), split_of(config, batch.positions, method.encoder.grid**2)
+        target = teacher(images, split) if teacher is not None else None
+        with torch.autocast(parts.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = method(images, split, target)["loss"]
+        loss.backward()
+        loss.item()  # waits for the device
+        seconds = time.perf_counter() - start
+    return loading, seconds

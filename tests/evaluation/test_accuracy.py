@@ -1,0 +1,230 @@
+"""Exact evaluation against a loop that a person can check; each image once, whatever the batch and the ranks."""
+
+import csv
+import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import nn
+from torch.nn import functional as F
+
+from maedistill.data.evaluation import EvaluationImages, evaluation_transform
+from maedistill.data.index import open_index
+from maedistill.data.shards import make_shards
+from maedistill.data.sources import open_folder
+from maedistill.errors import DataError, NumericsError
+from maedistill.evaluation import accuracy as module
+from maedistill.evaluation.accuracy import Evaluation, evaluate, write_predictions
+from maedistill.training import distributed
+
+INPUT = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
+SETTINGS = INPUT | {"workers": 0, "device": torch.device("cpu")}
+
+
+def network(num_classes=12) -> nn.Module:
+    """A ViT of 24 px whose best class differs from image to image."""
+    torch.manual_seed(0)
+    shape = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "global_pool": "avg"}
+    vit = timm.create_model("vit_tiny_patch16_224", **shape, num_classes=num_classes, drop_path_rate=0.5)
+    nn.init.normal_(vit.patch_embed.proj.weight)
+    nn.init.normal_(vit.head.weight, std=0.2)
+    return vit
+
+
+def images_of(shards, samples) -> EvaluationImages:
+    return EvaluationImages(open_index(str(shards / "train-*.tar")), samples, evaluation_transform(size=24, crop=0.8))
+
+
+@pytest.fixture(scope="module")
+def samples():
+    """95 of the 96 images, in disorder: a number that no batch size divides but 1 and 5."""
+    return torch.randperm(96, generator=torch.Generator().manual_seed(0))[:95]
+
+
+@pytest.fixture(scope="module")
+def oracle(shards, samples):
+    """One image after the other: tarfile, Pillow, timm's own transform."""
+    vit, logits, labels = network().eval(), [], []
+    transform = create_transform(24, crop_pct=0.8, interpolation="bicubic", **INPUT)
+    for i in sorted(samples.tolist()):
+        with tarfile.open(shards / f"train-{i // 24:06d}.tar") as tar:
+            key = [name for name in tar.getnames() if name.endswith(".png")][i % 24].removesuffix(".png")
+            image, label = (tar.extractfile(key + suffix) for suffix in (".png", ".cls"))
+            logits.append(vit(transform(Image.open(image).convert("RGB"))[None]).detach()[0])
+            labels.append(int(label.read()))
+    return torch.stack(logits), torch.tensor(labels)  # [n, C], [n]
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64, 1000])
+def test_every_image_is_judged_once_as_timm_would(shards, samples, oracle, batch):
+    logits, labels = oracle
+    found = evaluate(network(), images_of(shards, samples), batch=batch, **SETTINGS)
+    assert torch.equal(found.ids, samples.sort().values) and torch.equal(found.labels, labels)
+    assert torch.equal(found.predictions, logits.topk(5).indices)
+    torch.testing.assert_close(found.losses, F.cross_entropy(logits, labels, reduction="none"), rtol=0, atol=1e-5)
+    assert found.top1 == int((logits.argmax(1) == labels).sum()) and 0 < found.top1 < found.top5 < found.images == 95
+    assert found.loss == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-6)
+    assert found.line().startswith(f"top-1 {100 * found.top1 / 95:.2f} % ({found.top1} of 95), top-5 ")
+
+
+class Ranks:
+    """Threads in place of processes; test_evaluate_tool.py has real ones."""
+
+    def __init__(self, world_size, monkeypatch):
+        self.world_size, self.mine, self.boxes = world_size, threading.local(), [[] for _ in range(world_size)]
+        self.all_here = threading.Barrier(world_size, timeout=60)
+        monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+        monkeypatch.setattr(distributed, "rank", lambda: self.mine.rank)
+        monkeypatch.setattr(distributed, "gather_rows", self.gather)
+
+    def gather(self, part):
+        box = self.boxes[self.mine.rank]
+        box.append(part)
+        self.all_here.wait()
+        return torch.cat([other[len(box) - 1] for other in self.boxes])
+
+    def run(self, work):
+        def rank(number):
+            self.mine.rank = number
+            return work()
+
+        with ThreadPoolExecutor(self.world_size) as pool:
+            return list(pool.map(rank, range(self.world_size)))
+
+
+@pytest.mark.parametrize(("count", "world_size", "batch"), [(95, 2, 7), (95, 3, 64), (5, 3, 2), (1, 4, 8), (2, 5, 1)])
+def test_ranks_together_judge_each_image_once(shards, samples, monkeypatch, count, world_size, batch):
+    vit, images, passes = network().eval(), images_of(shards, samples[:count]), []
+    alone = evaluate(vit, images, batch=batch, **SETTINGS)
+    vit.register_forward_hook(lambda _, inputs, __: passes.append(len(inputs[0])))
+    everywhere = Ranks(world_size, monkeypatch).run(lambda: evaluate(vit, images, batch=batch, **SETTINGS))
+    assert len(everywhere) == world_size
+    for found in everywhere:
+        for name in ("ids", "labels", "predictions", "losses"):
+            assert torch.equal(getattr(found, name), getattr(alone, name)), name
+    assert len(set(passes)) == 1 and len(passes) % world_size == 0, "passes of one shape, equally many on all ranks"
+
+
+def test_a_row_too_many_is_noticed(shards, samples, monkeypatch):
+    monkeypatch.setattr(distributed, "gather_rows", lambda part: torch.cat([part, part[:1]]))
+    with pytest.raises(AssertionError, match="not those that were asked for"):
+        evaluate(network(), images_of(shards, samples), batch=8, **SETTINGS)
+    monkeypatch.undo()
+    with pytest.raises(AssertionError, match="asked for twice"):
+        evaluate(network(), images_of(shards, torch.tensor([3, 3])), batch=8, **SETTINGS)
+
+
+def test_every_module_is_in_evaluation_mode_and_then_in_its_own_again(shards):
+    vit, seen = network(), []
+    vit.train()
+    vit.blocks[0].eval()
+    modes = [part.training for part in vit.modules()]
+    vit.register_forward_hook(lambda *_: seen.append(any(part.training for part in vit.modules())))
+    found = evaluate(vit, images_of(shards, torch.arange(5)), batch=2, **SETTINGS)
+    assert seen == [False] * 3 and [part.training for part in vit.modules()] == modes
+    assert not found.losses.requires_grad
+
+
+class Constant(nn.Module):
+    """Says the same of every image."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.tensor(logits)
+
+    def forward(self, images):
+        return self.logits.expand(len(images), -1)
+
+
+def test_of_equal_logits_the_lower_classes_are_best(shards):
+    found = evaluate(
+        Constant([0.0, 2.0, 2.0, 0.0, 0.0, 0.0]), images_of(shards, torch.arange(96)), batch=64, **SETTINGS
+    )
+    assert found.predictions.unique(dim=0).tolist() == [[1, 2, 0, 3, 4]]
+    assert (found.top1, found.top5) == (32, 96)
+
+
+def test_fewer_than_five_classes(shards):
+    found = evaluate(Constant([0.0, 0.0, 1.0]), images_of(shards, torch.arange(96)), batch=64, **SETTINGS)
+    assert found.predictions.shape == (96, 3) and (found.top1, found.top5) == (32, 96)
+
+
+def test_half_precision_is_autocast(shards, samples, oracle):
+    seen, vit = [], network()
+    vit.head.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    found = evaluate(vit, images_of(shards, samples), batch=64, precision="bf16", **SETTINGS)
+    expected = F.cross_entropy(*oracle, reduction="none")
+    assert set(seen) == {torch.bfloat16} and found.losses.dtype == torch.float32
+    assert 1e-4 < float((found.losses - expected).abs().max()) < 0.2
+
+
+def test_a_label_that_is_no_class_of_the_model_is_refused(shards):
+    with pytest.raises(DataError, match=r"the model has 2 classes, 0 to 1, but 32 of 96 .*train-000000.tar:.* with 2"):
+        evaluate(network(num_classes=2), images_of(shards, torch.arange(96)), batch=8, **SETTINGS)
+
+
+def test_nothing_to_evaluate_on_is_refused(shards):
+    with pytest.raises(DataError, match="no image"):
+        evaluate(network(), images_of(shards, torch.arange(0)), batch=8, **SETTINGS)
+
+
+def test_a_loss_that_is_not_finite_is_refused(shards):
+    with pytest.raises(NumericsError, match=r"of 96 of 96 images is not finite, first .*train-000000.tar:"):
+        evaluate(Constant([0.0, float("nan"), 0.0]), images_of(shards, torch.arange(96)), batch=8, **SETTINGS)
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
+    for i in range(3):
+        (tmp_path / "in" / "a").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((9, 9, 3), 80 * i, np.uint8)).save(tmp_path / "in" / "a" / f"{i}.png")
+    make_shards(open_folder(tmp_path / "in"), tmp_path / "out")
+    (tar,) = (tmp_path / "out").glob("*.tar")
+    index = open_index(str(tar))
+    data = bytearray(tar.read_bytes())
+    data[index.offsets[1] + 8 : index.offsets[1] + index.sizes[1]] = bytes(index.sizes[1] - 8)
+    tar.write_bytes(data)
+    images, vit = EvaluationImages(index, torch.arange(3), evaluation_transform(size=24, crop=1.0)), network()
+    with pytest.raises(DataError) as raised:
+        evaluate(vit, images, batch=2, **SETTINGS)
+    assert f"{tar}:{index.key(1)}" in raised.value.cause and vit.training
+
+
+def test_predictions_come_back_from_their_file(shards, samples, tmp_path):
+    index = open_index(str(shards / "train-*.tar"))
+    found = evaluate(network(), images_of(shards, samples), batch=64, **SETTINGS)
+    write_predictions(tmp_path / "p.csv", found, index)
+    with (tmp_path / "p.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    best = [[int(row[f"top{k}"]) for k in range(1, 6)] for row in rows]
+    columns = {"ids": [int(row["id"]) for row in rows], "labels": [int(row["label"]) for row in rows]}
+    losses = torch.tensor([float(row["loss"]) for row in rows])
+    again = Evaluation(
+        **{k: torch.tensor(v) for k, v in columns.items()}, predictions=torch.tensor(best), losses=losses
+    )
+    for name in ("ids", "labels", "predictions", "losses"):
+        assert torch.equal(getattr(again, name), getattr(found, name)), name
+    assert [row["key"] for row in rows] == [index.key(i) for i in columns["ids"]]
+    assert [row["shard"] for row in rows] == [f"train-{i // 24:06d}.tar" for i in columns["ids"]]
+    names = dict(enumerate("abc"))
+    assert [(r["label_name"], r["top1_name"]) for r in rows] == [
+        (names[int(r["label"])], names.get(int(r["top1"]), "")) for r in rows
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["p.csv"]
+
+
+def test_a_predictions_file_is_written_whole_or_not_at_all(shards, tmp_path, monkeypatch):
+    index = open_index(str(shards / "val-*.tar"))
+    found = Evaluation(
+        torch.arange(2), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64), torch.ones(2)
+    )
+    (tmp_path / "p.csv").write_text("before")
+    monkeypatch.setattr(module.csv, "writer", lambda *_, **__: pytest.fail("stopped half-way"))
+    with pytest.raises(pytest.fail.Exception):
+        write_predictions(tmp_path / "p.csv", found, index)
+    assert (tmp_path / "p.csv").read_text() == "before"

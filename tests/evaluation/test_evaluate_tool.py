@@ -1,0 +1,155 @@
+"""tools/evaluate.py in real processes: one, two and three of them count the same; mistakes are two lines and a code."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+
+from maedistill.data.shards import make_shards
+from maedistill.data.sources import open_folder
+
+CONFIG = {"input_size": (3, 24, 24), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25), "crop_pct": 0.9}
+COUNTS = ("images", "top1", "top5")
+
+
+def evaluate(root: Path, *arguments, ranks=1, code=0) -> subprocess.CompletedProcess:
+    """The tool as a person starts it, or with `ranks` processes under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    launchers = ("SLURM", "RANK", "WORLD_SIZE", "LOCAL_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(launchers)} | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, *torchrun, "tools/evaluate.py", *map(str, arguments)],
+        cwd=root, env=environment, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert ended.returncode == code, f"{ended.stdout}\n{ended.stderr[-3000:]}"
+    return ended
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A model, shards of 25 images that neither ranks nor batches divide, and shards with mistakes."""
+    folder, draws = tmp_path_factory.mktemp("evaluate"), np.random.default_rng(0)
+    for i in range(25):
+        path = folder / "pictures" / f"class{i % 12:02d}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        small = Image.fromarray(draws.integers(0, 256, (4, 5, 3), np.uint8))
+        small.resize((40 + i, 30 + 2 * (i % 7)), Image.Resampling.BICUBIC).save(path)
+    make_shards(open_folder(folder / "pictures"), folder / "shards", images_per_shard=10)
+    torch.manual_seed(0)
+    arguments = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "global_pool": "avg"}
+    for name, classes in (("model", 12), ("other", 5)):
+        vit = timm.create_model("vit_tiny_patch16_224", num_classes=classes, **arguments)
+        torch.nn.init.normal_(vit.patch_embed.proj.weight)
+        torch.nn.init.normal_(vit.head.weight, std=0.2)
+        keywords = {"model_args": arguments, "data_config": CONFIG, "safe_serialization": True}
+        save_for_hf(vit, folder / name, **keywords)
+    order = [f"class{i:02d}" for i in (1, 0, *range(2, 12))]
+    for name in ("permuted", "nan"):
+        (folder / name).mkdir()
+        for file in (folder / "model").iterdir():
+            (folder / name / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "model/config.json").read_text())
+    (folder / "permuted/config.json").write_text(json.dumps(config | {"label_names": order}))
+    weights = load_file(folder / "model/model.safetensors")
+    save_file(weights | {"head.bias": torch.full((12,), torch.nan)}, folder / "nan/model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(root, made):
+    """{processes: (stdout, JSON, predictions.csv)}, the first with latency."""
+
+    def start(ranks):
+        out = made / f"out{ranks}"
+        out.mkdir()
+        files = ["--json", out / "result.json", "--predictions", out / "predictions.csv"]
+        settings = ["--batch", 7, "--workers", ranks - 1] + (["--no-latency"] if ranks > 1 else [])
+        ended = evaluate(root, made / "model", made / "shards/*.tar", *files, *settings, ranks=ranks)
+        return ended.stdout, json.loads((out / "result.json").read_text()), (out / "predictions.csv").read_bytes()
+
+    with ThreadPoolExecutor(2) as two:
+        return dict(zip((1, 2, 3), two.map(start, (1, 2, 3)), strict=True))
+
+
+def test_any_number_of_processes_counts_the_same(results):
+    alone = results[1]
+    assert alone[1]["images"] == 25 and 0 < alone[1]["top1"] < alone[1]["top5"] < 25
+    for ranks in (2, 3):
+        assert results[ranks][2] == alone[2], "predictions and losses to the last bit"
+        assert [results[ranks][1][key] for key in (*COUNTS, "loss")] == [alone[1][key] for key in (*COUNTS, "loss")]
+
+
+def test_the_predictions_are_of_every_image_and_give_the_counts(results):
+    rows = list(csv.DictReader(results[3][2].decode().splitlines()))
+    assert [int(row["id"]) for row in rows] == list(range(25)) and len({row["key"] for row in rows}) == 25
+    assert sum(row["label"] == row["top1"] for row in rows) == results[3][1]["top1"]
+    assert sum(row["label"] in [row[f"top{k}"] for k in range(1, 6)] for row in rows) == results[3][1]["top5"]
+    assert all(row["label_name"] == f"class{int(row['label']):02d}" for row in rows)
+
+
+def test_stdout_says_it_once(results, made):
+    for ranks, (out, result, _) in results.items():
+        names = ["model", "input", "data", "result", *(["speed"] if ranks == 1 else [])]
+        assert [line.split()[0] for line in out.splitlines()] == names
+        assert f"({result['top1']} of 25)" in out and result["fingerprint"][:12] in out
+        assert "24 px, center crop 0.9, bicubic, mean 0.5 0.4 0.3, std 0.2 0.3 0.25" in out
+    result = results[1][1]
+    assert 0 < result["latency_ms"] <= result["latency_p90_ms"] and result["images_per_second"] > 0
+    assert "latency_ms" not in results[2][1]
+    assert result["model"] == f"local-dir:{made / 'model'}" and result["classes"] == 12
+
+
+MISTAKES = {
+    "no such model": (["resnet18", "{shards}"], 2, "resnet18 is neither", "did you mean timm:resnet18?"),
+    "labels beyond the classes": (["{made}/other", "{shards}"], 3, "5 classes, 0 to 4, but 14 of 25", "finetune.py"),
+    "classes in another order": (["{made}/permuted", "{shards}"], 3, "label 0 is 'class01' to the model", "order"),
+    "nan": (["{made}/nan", "{shards}"], 4, "25 of 25 images is not finite", "fp32"),
+    "no folder to write to": (["x", "y", "--json", "{made}/none/a.json"], 2, "--json: {made}/none/a.json", "folder"),
+    "a folder as file": (["x", "y", "--predictions", "{made}"], 2, "--predictions: {made} is a folder", "file"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(root, made):
+    def start(name):
+        arguments, code, *_ = MISTAKES[name]
+        words = [word.format(made=made, shards=made / "shards/*.tar") for word in arguments]
+        return evaluate(root, *words, "--no-latency", "--workers", 0, code=code)
+
+    with ThreadPoolExecutor(2) as two:
+        return dict(zip(MISTAKES, two.map(start, MISTAKES), strict=True))
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_two_lines(mistakes, made, name):
+    cause, remedy = mistakes[name].stderr.splitlines()
+    assert cause.startswith("error: ") and MISTAKES[name][2].format(made=made) in cause
+    assert remedy.startswith("  fix: ") and MISTAKES[name][3] in remedy
+
+
+@pytest.mark.parametrize("flags", [["--crop", "1.5"], ["--crop", "x"], ["--batch", "0"], ["--workers", "-1"]])
+def test_a_wrong_number_is_named_before_anything_is_opened(root, flags):
+    ended = evaluate(root, "model", "shards", *flags, code=2)
+    assert f"argument {flags[0]}: {flags[1]} is no" in ended.stderr
+
+
+def test_crop_and_size_can_be_others_than_the_models(root, made, results):
+    """--image-size 40 resamples the positions, --crop 1 sees more: another result, of the images asked for."""
+    out = made / "other.json"
+    flags = ["--image-size", 40, "--crop", 1, "--no-latency", "--threads", 1, "--json", out, "--precision", "bf16"]
+    ended = evaluate(root, f"local-dir:{made / 'model'}", made / "shards/*.tar", *flags)
+    result = json.loads(out.read_text())
+    assert "40 px, center crop 1, bicubic" in ended.stdout and result["images"] == 25
+    assert (result["size"], result["crop"], result["precision"]) == (40, 1.0, "bf16")
+    assert result["loss"] != results[1][1]["loss"]

@@ -1,0 +1,35 @@
+"""Latency of a network whose time is known: it sleeps 4 ms an image, and much longer in its first passes."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from maedistill.evaluation.latency import measure_latency
+
+
+class Sleeper(nn.Module):
+    """Notes what it was given and in which state it was."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.batches, self.seen = nn.Linear(8, 2), [], set()
+
+    def forward(self, images):
+        time.sleep(0.3 if len(images) not in self.batches else 0.004 * len(images))
+        self.batches.append(len(images))
+        out = self.linear(images[:, 0, 0])
+        self.seen.add((self.training, tuple(images.shape[1:]), out.dtype, torch.is_grad_enabled()))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_time_of_a_network_after_its_warm_up(precision, dtype):
+    network = Sleeper()
+    found = measure_latency(
+        network, size=8, batch=5, device=torch.device("cpu"), precision=precision, seconds=0.1
+    )  # at least 25 images, one after the other, then 5 passes of 5 images
+    assert 4 <= found["latency_ms"] <= found["latency_p90_ms"] < 100  # sleeping takes longer on a busy machine
+    assert 20 < found["images_per_second"] <= 250
+    assert network.training and network.seen == {(False, (3, 8, 8), dtype, False)}
+    assert set(network.batches) == {1, 5} and network.batches.count(1) >= 13 and network.batches.count(5) >= 4

@@ -1,0 +1,237 @@
+"""Fine-tuning end to end, in real processes: what a run leaves, and that layout, kills and restarts change nothing.
+
+`tuned` (tests/conftest.py) is the reference where everything random is on; mixing and drop path draw per rank, so only
+runs of one rank compare with it. `plain` has RandAugment alone: there ranks, ZeRO stages and accumulation must not
+change the numbers, up to the order of sums.
+"""
+
+import json
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from maedistill.data.evaluation import EvaluationImages, evaluation_transform
+from maedistill.data.index import open_index
+from maedistill.data.shards import make_shards
+from maedistill.data.sources import open_folder
+from maedistill.data.subset import label_subset
+from maedistill.evaluation.accuracy import evaluate
+from maedistill.models.classifier import open_classifier
+
+EPOCH = 8  # steps
+TIMES = {"images_per_second", "data_wait", "memory_gb", "eta_seconds", "trained_seconds"}
+PLAIN = ["augment.mixup=0", "augment.cutmix=0", "augment.erasing=0", "student.drop_path=0", "optim.ema=null"]
+PLAIN += ["optim.epochs=2"]
+LAYOUTS = {
+    "two ranks, zero 2": ("torchrun", 2, ["engine.zero=2", "data.workers=1"]),
+    "two ranks, zero 3, accumulation 3": ("torchrun", 2, ["engine.zero=3", "engine.micro_batch=2"]),
+}
+COLOURS = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.heads=2"]
+COLOURS += ["student.patch_size=8", "student.pooling=token", "augment.rand_augment=null", "optim.epochs=5"]
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """Shards of three classes that differ in their strongest colour, noisy."""
+    pictures, out = tmp_path_factory.mktemp("colours"), tmp_path_factory.mktemp("coloured") / "shards"
+    draws = np.random.default_rng(0)
+    for split, count in (("train", 96), ("val", 24)):
+        for i in range(count):
+            pixels = draws.normal(100, 40, (32, 32, 3)) + 60 * np.eye(3)[i % 3]
+            file = pictures / split / "rgb"[i % 3] / f"{i:03d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file)
+    make_shards(open_folder(pictures), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(finetuning, mae, tuned, colours):
+    """All other runs of this file by name, two at a time."""
+    source = f"init.source=run:{mae.run}"
+    larger = ["data.image_size=64", "data.label_fraction=0.5", "optim.epochs=2", f"init.source=run:{tuned.run}"]
+    data = [f"data.train={colours}/train-*.tar", f"data.val={colours}/val-*.tar"]
+
+    def layout(name):
+        launcher, ranks, more = LAYOUTS[name]
+        folder = name.replace(" ", "-").replace(",", "")
+        return finetuning(folder, source, *PLAIN, *more, launcher=launcher, ranks=ranks, witness=True)
+
+    def killed():
+        """Killed in the second half of step 21, 5 steps after its checkpoint."""
+        command = ["killed", source, "data.workers=2"]
+        before = finetuning(*command, witness=True, code=-9, WITNESS_KILL="42")
+        assert before.last_checkpoint().name == "step_000000016" and len(before.metrics()) == 20
+        return finetuning(*command)
+
+    starts = {name: lambda name=name: layout(name) for name in LAYOUTS} | {
+        "killed": killed,
+        "plain": lambda: finetuning("plain", source, *PLAIN, witness=True),
+        "zero 1": lambda: finetuning("zero-1", source, "engine.zero=1", witness=True),
+        "larger": lambda: finetuning("larger", *larger, witness=True),
+        "colours": lambda: finetuning("colours", *data, *COLOURS),
+        "dry": lambda: finetuning("dry", source, "data.label_fraction=0.01", "optim.epochs=20", "--dry-run"),
+    }
+    with ThreadPoolExecutor(2) as two:
+        return dict(zip(starts, two.map(lambda start: start(), starts.values()), strict=True))
+
+
+def witnessed(run: Path) -> dict[int, tuple]:
+    """What was trained on, by position: sample, uint8 crop, image as the network reads it, target. All ranks."""
+    seen = {}
+    for file in sorted(run.glob("witness-*.jsonl")):
+        for note in map(json.loads, file.read_text().splitlines()):
+            columns = (note[name] for name in ("samples", "crops", "images", "targets"))
+            for position, *given in zip(note["positions"], *columns, strict=True):
+                assert position not in seen, "a position is trained on twice"
+                seen[position] = tuple(given)
+    return seen
+
+
+def rates(run: Path, *, micro: int) -> list[list[float]]:
+    """The learning rate of each parameter group at each step, as rank 0 has them."""
+    notes = [json.loads(line)["rates"] for line in (run / "witness-0.jsonl").read_text().splitlines()]
+    assert all(notes[i] == notes[i - i % micro] for i in range(len(notes))), "rates change inside a step"
+    return notes[::micro]
+
+
+def evaluations(ended) -> list[dict]:
+    """The records of metrics.jsonl that evaluations left."""
+    return [record for record in ended.records() if "loss" not in record]
+
+
+def test_a_run_leaves_a_complete_folder(tuned):
+    run, steps = tuned.run, tuned.metrics()
+    assert tuned.err == "" and "step 24/24" in tuned.out
+    assert json.loads((run / "exit.json").read_text()) == {"exit_code": 0, "reason": "finished", "step": 24}
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["input"] == {"size": 32, "mean": [0.5] * 3, "std": [0.25] * 3, "crop": 1.0}, "as its source's"
+    assert facts["classes"] == ["a", "b", "c"] and facts["origin"]["method"] == "mae"
+    assert len(steps) == 24 and all(np.isfinite(record["loss"]) for record in steps)
+    assert [(record["step"], "ema_top1" in record) for record in evaluations(tuned)] == [
+        (step, averaged) for step in (8, 16, 24) for averaged in (False, True)
+    ]
+    assert all(record.get("images", 24) == record.get("ema_images", 24) == 24 for record in evaluations(tuned))
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_000000016", "step_000000024"}
+
+
+def test_what_was_measured_is_what_the_checkpoint_does(tuned, shards):
+    """The weights and their moving average, opened as strangers would, give the counts of the last evaluation."""
+    index = open_index(f"{shards}/val-*.tar")
+    images = EvaluationImages(index, torch.arange(24), evaluation_transform(size=32, crop=1.0))
+    for weights, recorded, prefix in (("model", -2, ""), ("ema", -1, "ema_")):
+        opened, record = open_classifier(str(tuned.run), weights=weights), evaluations(tuned)[recorded]
+        how = {"mean": opened.mean, "std": opened.std, "batch": 6, "workers": 0, "device": torch.device("cpu")}
+        found = evaluate(opened.network, images, **how)
+        assert record[f"{prefix}top1"] == found.top1 and record[f"{prefix}val_loss"] == pytest.approx(
+            found.loss, rel=1e-6
+        )
+    assert evaluations(tuned)[-2]["val_loss"] != evaluations(tuned)[-1]["ema_val_loss"]
+
+
+def test_the_report_repeats_the_metrics_and_names_what_went_in(tuned, mae):
+    text, (score, averaged), last = (tuned.run / "report.md").read_text(), evaluations(tuned)[-2:], tuned.metrics()[-1]
+    assert f"**top-1 {100 * score['top1'] / 24:.2f} % ({score['top1']} of 24)**" in text
+    assert f"loss {score['val_loss']:.4f}" in text
+    assert f"moving average: top-1 {100 * averaged['ema_top1'] / 24:.2f} % ({averaged['ema_top1']} of 24)" in text
+    assert f"start: run:{mae.run}  32 x 2" in text and "yours: no other weights were used" in text
+    assert f"3 epochs of 96 images, {last['step']} steps, global batch 12, lr 0.003, layer decay 0.5, seed 0" in text
+    assert text.rstrip().endswith(f"python tools/export.py {tuned.run}")
+    assert (tuned.run / re.search(r"!\[.*\]\((.*)\)", text)[1]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_killed_run_goes_on_bit_by_bit(runs, tuned):
+    """RandAugment, erasing, mixing and drop path on, with other loader processes than the reference had."""
+    ended = runs["killed"]
+    assert "continues at step 16 of 24" in ended.out
+    for name in ("model.safetensors", "optimizer.safetensors", "ema.safetensors"):
+        assert (ended.last_checkpoint() / name).read_bytes() == (tuned.last_checkpoint() / name).read_bytes(), name
+    ours, theirs = ([{k: v for k, v in r.items() if k not in TIMES} for r in e.records()] for e in (ended, tuned))
+    assert ours == theirs and len(ours) == 24 + 6
+
+
+def test_layouts_see_the_same(runs, tuned):
+    plain, mixed = witnessed(runs["plain"].run), witnessed(tuned.run)
+    assert list(plain) == list(range(12 * 2 * EPOCH)) and list(mixed) == list(range(12 * 3 * EPOCH))
+    for layout in LAYOUTS:
+        seen = witnessed(runs[layout].run)
+        assert {position: seen[position] for position in sorted(seen)} == plain
+    assert all(mixed[position][:2] == plain[position][:2] for position in plain), "crops know nothing of what follows"
+    assert sum(mixed[position][2] == plain[position][2] for position in plain) < 10
+    assert len({crop for _, crop, _, _ in mixed.values()}) > 0.95 * len(mixed), "each epoch crops anew"
+
+
+def test_targets_are_the_samples_labels(runs, tuned, shards):
+    labels = open_index(f"{shards}/train-*.tar").labels
+    plain, mixed = witnessed(runs["plain"].run), witnessed(tuned.run)
+    for sample, _, _, target in plain.values():
+        assert target == pytest.approx(np.where(np.arange(3) == labels[sample], 0.9 + 0.1 / 3, 0.1 / 3), abs=1e-6)
+    targets = np.array([target for *_, target in mixed.values()])  # [P, C]
+    assert targets.sum(1) == pytest.approx(1, abs=1e-5)
+    assert (np.sort(targets)[:, 1] > 0.1).mean() > 0.3, "two classes, where the partner is of another one"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_lose_and_score_the_same(runs, layout):
+    compare(runs[layout], runs["plain"])
+    micro = {"two ranks, zero 2": 1, "two ranks, zero 3, accumulation 3": 3}[layout]
+    assert rates(runs[layout].run, micro=micro) == rates(runs["plain"].run, micro=2)
+
+
+def test_zero_changes_no_layer_s_rate(runs, tuned):
+    compare(runs["zero 1"], tuned)
+    expected = rates(tuned.run, micro=2)
+    assert rates(runs["zero 1"].run, micro=2) == expected
+    scales = [0.5**layer for layer in (3, 2, 1, 0)]  # patches and tokens, two blocks, head
+    assert sorted(set(expected[4])) == pytest.approx([3e-3 * scale for scale in scales], rel=1e-12)
+    assert "layers   lr times 0.5 a layer, head to patches: 0.003 0.0015 0.00075 0.000375" in tuned.out
+
+
+def compare(ended, reference) -> None:
+    """Losses, gradient norms and evaluations up to the order of sums, which grows: 1e-5 holds for 20 steps."""
+    for ours, theirs in zip(ended.metrics()[:20], reference.metrics()[:20], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5, rel=0), ours["step"]
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    for ours, theirs in zip(evaluations(ended), evaluations(reference), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    ours, theirs = (load_file(e.last_checkpoint() / "model.safetensors") for e in (ended, reference))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if not name.endswith("qkv.bias"):  # attention ignores the keys' bias: Adam makes steps of its rounding errors
+            torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-3)
+
+
+def test_a_label_subset_is_all_that_is_seen_at_twice_the_resolution(runs, tuned, shards):
+    """Half of each class, on from a fine-tuned run of 32 px: its positions are resampled, its head is new."""
+    ended = runs["larger"]
+    subset = label_subset(open_index(f"{shards}/train-*.tar").labels, 0.5, seed=0).tolist()
+    assert Counter(sample for sample, *_ in witnessed(ended.run).values()) == {sample: 2 for sample in subset}
+    for line in ("48 images (50 % of each class) at 64 px", "8 = floor(2 epochs x 48 / 12)", "1 resampled (pos_embed)"):
+        assert line in ended.out
+    facts = json.loads((ended.run / "run.json").read_text())
+    assert (facts["data"]["images"], facts["input"]["size"], facts["origin"]["stage"]) == (48, 64, "finetune")
+    assert load_file(ended.last_checkpoint() / "model.safetensors")["vit.pos_embed"].shape == (1, 65, 32)
+    assert [record["step"] for record in evaluations(ended) if "top1" in record] == [4, 8]
+
+
+def test_labels_are_learned(runs):
+    """From scratch, by the class token, in 40 steps with mixing on; chance is 8 of 24 and log 3 = 1.0986."""
+    score = [record for record in evaluations(runs["colours"]) if "top1" in record][-1]
+    assert score["top1"] >= 20 and score["val_loss"] < 0.8
+
+
+def test_a_dry_run_says_all_and_writes_nothing(runs):
+    ended = runs["dry"]
+    assert not ended.run.exists()
+    said = {line.split()[0]: line for line in ended.out.splitlines()}
+    words = "start network data eval batch steps lr run layers speed memory time nothing"
+    assert list(said) == words.split()
+    assert "3 images (1 % of each class)" in said["data"], "each class keeps one"
+    assert "5 = floor(20 epochs x 3 / 12)" in said["steps"] and "24 images" in said["eval"]
