@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,7 @@ from PIL import Image
 from maedistill.config.loader import load_config
 from maedistill.data.index import open_index
 from maedistill.models.encoder import build_vit
+from maedistill.training.lock import FolderLock
 from maedistill.training.run_folder import RunFolder
 
 TAPS = ["method=dmae", "align.student=[1]", "align.teacher=[1]"]
@@ -133,3 +135,18 @@ def test_a_start_that_failed_binds_nobody(pretraining, endings):
     corrected = load_config(folder.config, ["optim.lr=1e-4"]).config
     folder.open(corrected, folder.facts(), fresh=True, extend=False)
     assert folder.load_config().optim.lr == 1e-4
+
+
+def test_a_folder_in_use_is_refused_and_its_records_stay(pretraining, settings, mae):
+    run = mae.run
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    lock = FolderLock(run)
+    try:
+        process = pretraining.start(run.name, *settings["mae"], "optim.epochs=5").processes[0]
+        _, err = process.communicate(timeout=120)
+    finally:
+        lock.release()
+    assert process.returncode == 2 and f"{run} is in use by process {os.getpid()} on " in err
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file() and path.name != "lock"} == {
+        path: content for path, content in before.items() if path.name != "lock"
+    }

@@ -4,6 +4,7 @@
     seeds: [0, 1, 2]
     teacher: {config: teacher.yaml}            # pre-trained once; left out where no student needs it
     finetune_teacher: true                     # its own top-1, for comparison
+    pretrain_set: [optim.epochs=50]            # for every student's pre-training, not for the teacher's
     students:
       scratch: {shape_of: mae}                 # not pre-trained; the network that `mae` is
       mae: {config: mae.yaml}                  # relative to this file
@@ -59,6 +60,7 @@ class Grid(Section):
     seeds: tuple[Count, ...]
     teacher: Recipe | None = None
     finetune_teacher: bool = False
+    pretrain_set: tuple[str, ...] = ()
     students: dict[str, Student]
     finetune: Recipe
 
@@ -101,6 +103,7 @@ def _problems(grid: Grid) -> Iterator[tuple[str, str, str]]:
     for name, student in grid.students.items():
         yield from _student_problems(name, student, grid)
     recipes = {"teacher.set": grid.teacher.set if grid.teacher else (), "finetune.set": grid.finetune.set}
+    recipes["pretrain_set"] = grid.pretrain_set
     for name, student in grid.students.items():
         recipes |= {f"students.{name}.set": student.set, f"students.{name}.finetune_set": student.finetune_set}
     for key, texts in recipes.items():
@@ -164,13 +167,18 @@ def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_here(grid: Grid, folder: Path) -> Grid:
-    """The grid with its config paths relative to the working directory instead of the file's folder."""
+    """The grid with its config paths relative to the working directory instead of the file's folder, and with what is
+    set for every student set for each.
+    """
 
     def moved(recipe: Any) -> Any:
         if recipe is None or recipe.config is None:
             return recipe
         return recipe.model_copy(update={"config": os.path.normpath(folder / recipe.config)})
 
-    students = {name: moved(student) for name, student in grid.students.items()}
+    def with_common(student: Student) -> Student:
+        return student.model_copy(update={"set": (*grid.pretrain_set, *student.set)}) if student.config else student
+
+    students = {name: with_common(moved(student)) for name, student in grid.students.items()}
     changes = {"teacher": moved(grid.teacher), "finetune": moved(grid.finetune), "students": students}
     return grid.model_copy(update=changes)

@@ -4,6 +4,7 @@ RUN/config.yaml      the settings, resolved        RUN/run.json       what was u
 RUN/metrics.jsonl    one object per logged step    RUN/exit.json      how the last start ended
 RUN/checkpoints/     see checkpoint.py             RUN/pictures/      reconstruction sheets
 RUN/bad_samples.txt  what could not be decoded     RUN/report.md      the summary, with the next command
+RUN/lock             held while a process trains here
 """
 
 import json
@@ -26,6 +27,7 @@ from maedistill.config.schema import RunConfig
 from maedistill.errors import ConfigError, UserError
 from maedistill.training import distributed
 from maedistill.training.checkpoint import latest_step
+from maedistill.training.lock import FolderLock
 
 STAGES: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy")
@@ -42,22 +44,27 @@ class RunFolder:
         self.report = self.path / "report.md"
         self.bad_samples = self.path / "bad_samples.txt"
         self._facts = self.path / "run.json"
-        self._opened = False
+        self._lock: FolderLock | None = None
+        self._in_use = False  # by another process, whose records are not ours to change
 
     def open(self, config: RunConfig, facts: dict[str, Any], *, fresh: bool, extend: bool) -> None:
-        """Creates the folder, or checks that `config` continues what is in it, and writes both files.
+        """Creates the folder, or checks that `config` continues what is in it, takes its lock and writes both files.
 
         facts: what run.json says of this start; `data` must not change over a run's life. A start that failed before
         its first checkpoint binds nobody.
-        Raises ConfigError when the folder belongs to other settings or other data, naming what differs.
+        Raises ConfigError when the folder belongs to other settings or other data, naming what differs, or when another
+        process runs in it.
         """
         self.check(config, facts, fresh=fresh, extend=extend)
         try:
             self.pictures.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self.path)
             (self.path / "exit.json").unlink(missing_ok=True)  # it told of the start before
         except OSError as error:
             raise ConfigError(f"run: {self.path} cannot be written to ({error})", "use another run=") from error
-        self._opened = True
+        except ConfigError:
+            self._in_use = True
+            raise
         starts = [*self.facts().get("starts", []), _start()]
         write_text(self.config, config_yaml(config))
         write_text(self._facts, json.dumps({**facts, "starts": starts}, indent=1) + "\n")
@@ -101,7 +108,7 @@ class RunFolder:
 
     def _write_end(self, exit_code: int, reason: str) -> None:
         step = latest_step(self.checkpoints)
-        if not distributed.is_main() or (step is not None and not self._opened):
+        if not distributed.is_main() or self._in_use or (step is not None and self._lock is None):
             return  # a start that was refused leaves the record of the run that lives here
         end = {"exit_code": exit_code, "reason": reason, "step": step or 0}  # step: where the same command goes on
         try:
@@ -109,6 +116,8 @@ class RunFolder:
             write_text(self.path / "exit.json", json.dumps(end) + "\n")
         except OSError as error:  # what ended the run is the news, not this
             print(f"exit.json could not be written: {error}", file=sys.stderr, flush=True)
+        if self._lock is not None:
+            self._lock.release()
 
     def _require_same(self, config: RunConfig, facts: dict[str, Any], *, extend: bool) -> None:
         before = self.load_config()

@@ -16,6 +16,7 @@ students:
   mae: {config: mae.yaml}
   ten: {config: ../other/dmae.yaml, set: [align.weight=10], finetune_set: [optim.epochs=2]}
 finetune: {config: finetune.yaml}
+pretrain_set: [log.every=5]
 """
 # What is replaced in GRID, by what, and what the two lines of the error name.
 MISTAKES = {
@@ -33,6 +34,7 @@ MISTAKES = {
     "set from scratch": ("shape_of: mae", "shape_of: mae, set: [a=1]", "students.scratch.set", "finetune_set"),
     "folder": ("  ten:", "  logs:", "g.yaml:7 students.logs: logs cannot name", "letters"),
     "own key": ("align.weight=10", "seed=3", "g.yaml:7 students.ten.set: the grid sets seed itself", "remove"),
+    "own key for all": ("log.every=5", "run=a", "g.yaml:9 pretrain_set: the grid sets run itself", "remove"),
     "no teacher": ("teacher: {config: teacher.yaml}", "finetune_teacher: true", "g.yaml:3 finetune_teacher", "add one"),
     "not YAML": ("[0, 1]", "[0, 1", "g.yaml:", ""),
     "key twice": ("  ten:", "  mae:", "g.yaml:7: mae is given twice", "keep one"),
@@ -47,8 +49,9 @@ def test_paths_are_found_beside_the_file(tmp_path: Path) -> None:
     assert list(grid.students) == ["scratch", "mae", "ten"]
     assert grid.teacher.config == str(tmp_path / "grids/teacher.yaml")
     assert grid.students["ten"].config == str(tmp_path / "other/dmae.yaml")
-    assert grid.students["ten"].set == ("align.weight=10",)
+    assert grid.students["ten"].set == ("log.every=5", "align.weight=10")
     assert grid.students["scratch"].config is None and grid.students["scratch"].shape_of == "mae"
+    assert grid.students["mae"].set == ("log.every=5",) and grid.students["scratch"].set == ()
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
