@@ -25,8 +25,8 @@ setup(
     ],
     extras_require={
         "demo": ["scikit-learn", "matplotlib", "tensorboard"],
-        "remote": ["aiohttp", "s3fs"],
+        "remote": ["s3fs", "gcsfs"],  # http and hf need nothing more
         "export": ["onnx", "onnxscript", "onnxruntime"],
-        "test": ["ruff", "hypothesis"],
+        "test": ["ruff", "hypothesis", "s3fs", "moto[s3,server]"],
     },
 )

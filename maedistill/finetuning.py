@@ -16,6 +16,7 @@ from maedistill.config.finetune import FinetuneConfig
 from maedistill.data.augment import seed_generators
 from maedistill.data.evaluation import EvaluationImages, evaluation_transform
 from maedistill.data.index import ShardIndex, open_index
+from maedistill.data.reader import require_room
 from maedistill.data.subset import label_subset
 from maedistill.data.transforms import normalize, to_unit
 from maedistill.errors import ConfigError, DataError
@@ -133,6 +134,7 @@ def dry_run(config: FinetuneConfig) -> None:
 def _open_data(config: FinetuneConfig) -> tuple[ShardIndex, ShardIndex]:
     """The indexes of training and validation shards, all of it labelled, with the same classes."""
     index = open_index(config.data.train, index=config.data.index)
+    require_room(index, window=config.data.window_shards)
     val_index = open_index(config.data.val)
     for part in (index, val_index):
         part.require_labels()

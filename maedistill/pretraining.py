@@ -18,6 +18,7 @@ from maedistill.build_pretraining import (
 from maedistill.config.batch import world_size_from_environment
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.index import ShardIndex, open_index
+from maedistill.data.reader import require_room
 from maedistill.data.transforms import to_unit
 from maedistill.flops import count_flops
 from maedistill.machine import DTYPES, precision
@@ -113,6 +114,7 @@ def dry_run(config: PretrainConfig) -> None:
 def _open_data(config: PretrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
     """The indexes of training and validation shards; labels that kNN will need are missed now, not after hours."""
     index = open_index(config.data.train, index=config.data.index)
+    require_room(index, window=config.data.window_shards)
     val_index = open_index(config.data.val) if config.data.val else None
     if val_index is not None and config.log.knn_every_epochs is not None:
         index.require_labels()

@@ -1,7 +1,8 @@
 """The index of a set of shards: each sample's shard, byte range, label and key, so that any image is one read away.
 
 `make_shards` writes it beside the shards; for shards made elsewhere one strict scan does, saved beside them or, where
-nobody may write, in the user's cache. It is one safetensors file: five arrays and a JSON text with everything else.
+nobody may write and for remote shards, in the user's cache. It is one safetensors file: five arrays and a JSON text
+with everything else.
 
     open_index("DIR/train-*.tar") -> ShardIndex       sample ids are 0 .. n-1, shard after shard, in archive order
 
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from maedistill.data.patterns import find_shards, split_name
+from maedistill.data.remote import Patience, check_url, is_url, read_small
 from maedistill.data.scan import NO_LABEL, ShardScan, scan_shards
 from maedistill.errors import DataError
 
@@ -38,7 +40,7 @@ _log = logging.getLogger(__name__)
 class ShardIndex:
     """Where every sample lies. Sample `i` is `sizes[i]` bytes at `offsets[i]` of `shards[shard_of(i)]`."""
 
-    shards: tuple[str, ...]  # absolute paths
+    shards: tuple[str, ...]  # absolute paths or URLs
     shard_bytes: tuple[int, ...]
     shard_sha256: tuple[str, ...]
     starts: np.ndarray  # int64 [m + 1], the first sample of each shard, then n
@@ -89,28 +91,29 @@ def open_index(shards: str, *, index: str | None = None) -> ShardIndex:
     """The index of the shards that the pattern names (one tar, a glob or a brace range), a subset of a split included.
 
     Takes the file `index` where it is given, else the one beside the shards or in the cache, else scans the shards and
-    saves the result. Raises `ConfigError` for a wrong pattern, `DataError` for shards that are missing, damaged, or
-    not of the size that the index states.
+    saves the result. All may be URLs. Raises `ConfigError` for a wrong pattern, `DataError` for shards that are
+    missing, damaged, or not of the size that the index states; of remote shards that shows when they are downloaded.
     """
     paths = find_shards(shards)
     folder = os.path.dirname(paths[0])
-    beside = Path(index or os.path.join(folder, split_name(paths) + SUFFIX))
+    where = index or os.path.join(folder, split_name(paths) + SUFFIX)
+    beside = _fetch_index(where) if is_url(where) else Path(where)
     if index and not beside.is_file():
         raise DataError(f"the index {index} does not exist", "leave data.index out: the shards are then scanned once")
     file = beside if beside.is_file() else _cache_file(paths)
     known = load_index(file) if file.is_file() else None
     names = set(known.shards) if known else set()
     unknown = [path for path in paths if os.path.basename(path) not in names]
-    if known and unknown and (index or known.made != SCANNED):
+    if known and unknown and (index or is_url(folder) or known.made != SCANNED):
         raise DataError(
-            f"{unknown[0]} is not in the index {file} ({len(unknown)} such shards)",
+            f"{unknown[0]} is not in the index {where} ({len(unknown)} such shards)",
             "name only shards of the index, or remove that file: the shards are then scanned once",
         )
     if unknown:  # a scan of fewer shards is made again for all of them
         old = [path for path in (os.path.join(folder, name) for name in names) if os.path.isfile(path)]
         todo = sorted({*old, *paths})
         known = index_of(todo, scan_shards(todo), classes=read_classes(folder), made=SCANNED)
-        file = _save_where_possible(known, beside, _cache_file(paths))
+        file = _save_where_possible(known, None if is_url(folder) else beside, _cache_file(paths))
     assert known is not None
     found = select_shards(known, paths)
     _check_sizes(found, file)
@@ -208,11 +211,15 @@ def load_index(file: Path) -> ShardIndex:
 
 def read_classes(folder: str) -> tuple[str, ...]:
     """Class names from `classes.json` in the shards' folder, a list of names; empty without that file."""
-    file = Path(folder, CLASSES_FILE)
-    if not file.is_file():
+    file = f"{folder}/{CLASSES_FILE}"
+    if is_url(folder):
+        data = read_small(file, patience=Patience())
+    else:
+        data = Path(file).read_bytes() if os.path.isfile(file) else None
+    if data is None:
         return ()
     try:
-        names = json.loads(file.read_text(encoding="utf-8"))
+        names = json.loads(data)
     except ValueError as error:
         raise DataError(f"{file} is not JSON ({error})", "correct it, or remove it") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -232,7 +239,7 @@ def _check_rows(index: ShardIndex) -> None:
 def _check_sizes(index: ShardIndex, file: Path) -> None:
     """Each shard has the size that the index states: the cheap sign of a changed or half-copied file."""
     for path, expected in zip(index.shards, index.shard_bytes, strict=True):
-        if (found := os.stat(path).st_size) != expected:
+        if not is_url(path) and (found := os.stat(path).st_size) != expected:
             remedy = "copy the shard again"
             if index.made == SCANNED:
                 remedy += f", or, if it was changed on purpose, remove {file}: the shards are then scanned once"
@@ -240,16 +247,41 @@ def _check_sizes(index: ShardIndex, file: Path) -> None:
 
 
 def _cache_file(paths: Sequence[str]) -> Path:
-    """Where the index of shards in a read-only folder lives; changed shards get another name."""
-    states = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in ((path, os.stat(path)) for path in paths)]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "maedistill", "index")
-    return cache / f"{split_name(tuple(paths))}-{hashlib.sha256(json.dumps(states).encode()).hexdigest()[:24]}{SUFFIX}"
+    """Where the index of shards in a read-only folder lives; changed shards get another name, but for remote ones."""
+    states = [(path, *_state(path)) for path in paths]
+    digest = hashlib.sha256(json.dumps(states).encode()).hexdigest()[:24]
+    return _cache_folder() / f"{split_name(tuple(paths))}-{digest}{SUFFIX}"
 
 
-def _save_where_possible(index: ShardIndex, beside: Path, cached: Path) -> Path:
-    """Saves beside the shards, else in the cache, else not at all; returns the file."""
+def _state(path: str) -> tuple[int, ...]:
+    if is_url(path):
+        return ()
+    stat = os.stat(path)
+    return (stat.st_size, stat.st_mtime_ns)
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "maedistill", "index")
+
+
+def _fetch_index(url: str) -> Path:
+    """A copy of a remote index, fetched anew each time: the shards may have been made again. Absent where it is."""
+    check_url(url)
+    file = _cache_folder() / f"{hashlib.sha256(url.encode()).hexdigest()}{SUFFIX}"
+    if (data := read_small(url, patience=Patience())) is None:
+        file.unlink(missing_ok=True)
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    temporary.replace(file)
+    return file
+
+
+def _save_where_possible(index: ShardIndex, beside: Path | None, cached: Path) -> Path:
+    """Saves beside the shards, else in the cache, else not at all; returns the file. beside: None for remote shards."""
     # the mode bits are asked for root's sake, who may write into folders that were made read-only
-    if beside.parent.stat().st_mode & 0o222 and os.access(beside.parent, os.W_OK):
+    if beside and beside.parent.stat().st_mode & 0o222 and os.access(beside.parent, os.W_OK):
         save_index(index, beside)
         return beside
     try:

@@ -71,9 +71,13 @@ class RandomCrops(Dataset[Batch]):
         self.index, self.order, self.seed = index, order, seed
         self.size, self.scale, self.ratio, self.augment = size, scale, ratio, augment
         self.reader = ShardReader(index)
+        self._ahead: list[int] = []  # shards that were asked for last
 
     def __getitems__(self, positions: list[int]) -> Batch:
         """Reads one micro-batch. Views of one image stand side by side, so each image is decoded once."""
+        if self.reader.is_remote and (ahead := self.order.shards_ahead(positions[-1])) != self._ahead:
+            self._ahead = ahead
+            self.reader.read_ahead(ahead)
         at = torch.tensor(positions)
         samples = self.order.samples(at)
         draws = uniform(self.seed, at, Stream.CROP, n=CROP_DRAWS).tolist()

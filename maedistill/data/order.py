@@ -62,7 +62,7 @@ class SampleOrder:
         """Which places of the sorted list come at the places of one epoch: int64 [P] -> int64 [P]."""
         if self.window == self.num_shards:
             return permute(places, self.num_images, key(self.seed, Stream.ORDER, epoch))
-        shards = permute(torch.arange(self.num_shards), self.num_shards, key(self.seed, Stream.SHARDS, epoch))  # [M]
+        shards = self._shards(epoch)  # [M]
         sizes = self.starts[shards + 1] - self.starts[shards]  # [M], in this epoch's order
         ends = sizes.cumsum(0)  # [M]
         window_ends = torch.cat([ends[self.window - 1 :: self.window], ends[-1:]]).unique()
@@ -77,3 +77,18 @@ class SampleOrder:
             shard = torch.searchsorted(ends, at, right=True)
             out[here] = self.starts[shards[shard]] + at - (ends[shard] - sizes[shard])
         return out
+
+    def shards_ahead(self, position: int) -> list[int]:
+        """The shards of the window that a position lies in, then those of the window after it, nearest first."""
+        epoch, place = divmod(position // self.views, self.num_images)
+        shards = self._shards(epoch)  # [M]
+        ends = (self.starts[shards + 1] - self.starts[shards]).cumsum(0)  # [M]
+        first = int(torch.searchsorted(ends, place, right=True)) // self.window * self.window
+        following = shards[first + self.window : first + 2 * self.window]
+        if not len(following):
+            following = self._shards(epoch + 1)[: self.window]
+        return torch.cat([shards[first : first + self.window], following]).tolist()
+
+    def _shards(self, epoch: int) -> Tensor:
+        """All shards in the order of one epoch: int64 [M]."""
+        return permute(torch.arange(self.num_shards), self.num_shards, key(self.seed, Stream.SHARDS, epoch))

@@ -1,7 +1,8 @@
-"""From what a person writes for `data.train` to a sorted list of shard files: one tar, a glob, or a brace range.
+"""From what a person writes for `data.train` to a sorted list of shards: one tar, a glob, or a brace range.
 
     DIR/train-000000.tar    DIR/train-*.tar    DIR/train-{000000..000008}.tar    DIR/train-{000000,000003}.tar
 
+DIR is a folder or the URL of one: https://HOST/DIR, s3://BUCKET/DIR, gs://BUCKET/DIR, hf://datasets/USER/NAME.
 Patterns are expanded here and never handed to a shell or to a library that would run a `pipe:` command.
 """
 
@@ -10,32 +11,28 @@ import itertools
 import os
 import re
 
+from maedistill.data.remote import check_url, is_url, list_urls
 from maedistill.errors import ConfigError, DataError
 
 MOST_NAMES = 1_000_000  # a cap for typing errors such as {0..99999999}
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
 
 
 def find_shards(shards: str) -> tuple[str, ...]:
-    """Absolute paths of existing shards, sorted by name, all in one folder.
+    """Absolute paths or URLs of shards, sorted by name, all in one folder. Whether URLs exist shows when they are read.
 
     Raises `ConfigError` for a pattern that cannot be meant, `DataError` where files are missing.
     """
-    if _SCHEME.match(shards.partition("/")[0]):
-        raise ConfigError(
-            f"{shards!r} is a URL, and remote shards are not supported yet",
-            "copy the shards to a local or network disk and give their path",
-        )
-    pattern = os.path.abspath(os.path.expanduser(shards))
-    if os.path.isdir(pattern):
-        raise ConfigError(f"{shards!r} is a folder, not shards", f"name the shards of one split: '{_suggest(pattern)}'")
-    paths = sorted(itertools.chain.from_iterable(map(_expand_glob, expand_braces(pattern))))
+    names = expand_braces(shards.removeprefix("file://") if shards.startswith("file:///") else shards)
+    if remote := any(map(is_url, names)):  # asked of the expanded names: `{pi,}pe:...` is no better than `pipe:...`
+        paths = sorted(itertools.chain.from_iterable(map(_expand_url, names)))
+    else:
+        paths = sorted(itertools.chain.from_iterable(map(_expand_path, names)))
     if not paths:
         raise DataError(f"no file matches {shards!r}", "check the path, or write shards with tools/make_shards.py")
-    if missing := [path for path in paths if not os.path.isfile(path)]:
+    if not remote and (missing := [path for path in paths if not os.path.isfile(path)]):
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise DataError(
             f"{len(missing)} of {len(paths)} shards are missing: {', '.join(missing[:5])}{more}",
@@ -92,8 +89,19 @@ def _expand_choices(inside: str, pattern: str) -> list[str] | range:
     return [str(number).zfill(len(first) if padded else 0) for number in numbers]
 
 
-def _expand_glob(path: str) -> list[str]:
+def _expand_url(url: str) -> list[str]:
+    check_url(url)
+    found = list_urls(url) if glob.has_magic(url) else [url]
+    for each in found:
+        check_url(each)
+    return found
+
+
+def _expand_path(name: str) -> list[str]:
     """A file may have `[` in its name, so what exists is taken as it is."""
+    path = os.path.abspath(os.path.expanduser(name))
+    if os.path.isdir(path):
+        raise ConfigError(f"{name!r} is a folder, not shards", f"name the shards of one split: '{_suggest(path)}'")
     return glob.glob(path) if glob.has_magic(path) and not os.path.exists(path) else [path]
 
 

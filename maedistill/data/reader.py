@@ -1,36 +1,73 @@
-"""One image's bytes by sample id: one positioned read from its shard.
+"""One image's bytes by sample id: one positioned read from its shard, or from the cached copy of a remote one.
 
 ShardIndex, sample id -> ShardReader.read -> bytes
 """
 
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
+from maedistill.data.cache import ReadAhead, RemoteShard, ShardCache, check_window, default_bound
 from maedistill.data.index import ShardIndex
+from maedistill.data.remote import is_url
 from maedistill.errors import DataError
 
 MOST_OPEN = 64  # shards; many systems allow 1,024 open files, to be shared by all loader workers' sockets and pipes
+
+
+def require_room(index: ShardIndex, *, window: int | None) -> None:
+    """Raises `ConfigError` where shuffling so many remote shards at a time (None: all) would not fit into the cache."""
+    if any(map(is_url, index.shards)):
+        check_window(index.shard_bytes, window=window, cache_bytes=default_bound())
 
 
 class ShardReader:
     """Reads images of an index; shards are opened when first needed and the longest unused is closed.
 
     Works in a forked process (positioned reads share no file offset) and after pickling (nothing open travels).
-    Not for several threads at once: one of them could close what another reads.
+    Not for several threads at once: one of them could close what another reads. Remote shards are opened for one read
+    each, which takes microseconds, so that no reader keeps the cache from evicting a shard that it is done with.
+
+    cache: for remote shards; None for the one that the environment names.
     """
 
-    def __init__(self, index: ShardIndex) -> None:
+    def __init__(self, index: ShardIndex, *, cache: ShardCache | None = None) -> None:
         self.index = index
+        self._cache = cache or (ShardCache() if any(map(is_url, index.shards)) else None)
+        self._ahead = ReadAhead(self._cache) if self._cache else None
         self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, longest unused first
 
     def read(self, i: int) -> bytes:
-        """The encoded bytes of sample `i`. Raises `DataError` if its shard has gone or changed its size."""
+        """The encoded bytes of sample `i`. Raises `DataError` if its shard has gone, changed or cannot be had."""
         shard = self.index.shard_of(i)
         size, offset = int(self.index.sizes[i]), int(self.index.offsets[i])
-        data = os.pread(self._descriptor(shard), size, offset)
+        if not is_url(self.index.shards[shard]):
+            return self._read(self._descriptor(shard), shard, size, offset)
+        assert self._cache is not None
+        descriptor = self._cache.open(self._remote(shard))
+        try:
+            return self._read(descriptor, shard, size, offset)
+        finally:
+            os.close(descriptor)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether any shard is behind a URL."""
+        return self._cache is not None
+
+    def read_ahead(self, shards: Sequence[int]) -> None:
+        """Says which shards are needed next, nearest first; remote ones begin to arrive in the background."""
+        if self._ahead:
+            self._ahead.want([self._remote(shard) for shard in shards])
+
+    def _remote(self, shard: int) -> RemoteShard:
+        return RemoteShard(self.index.shards[shard], self.index.shard_bytes[shard], self.index.shard_sha256[shard])
+
+    def _read(self, descriptor: int, shard: int, size: int, offset: int) -> bytes:
+        data = os.pread(descriptor, size, offset)
         while len(data) < size:  # a read may be short, e.g. on a network disk or beyond 2 GiB
-            more = os.pread(self._descriptor(shard), size - len(data), offset + len(data))
+            more = os.pread(descriptor, size - len(data), offset + len(data))
             if not more:
                 raise self._changed(shard)
             data += more
@@ -63,10 +100,10 @@ class ShardReader:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"index": self.index}
+        return {"index": self.index, "cache": self._cache}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["index"])
+        self.__init__(state["index"], cache=state["cache"])
 
     def __del__(self) -> None:
         if hasattr(self, "_open"):

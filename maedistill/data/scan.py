@@ -3,7 +3,7 @@
 A sample is `KEY.jpg|jpeg|png|webp` with an optional `KEY.cls`, whose text is the class id. Upper-case suffixes count,
 the key may hold dots and folders, members may come in any order. Other members are counted, never opened.
 
-    shard.tar -> walk_tar -> scan_shard -> ShardScan (rows in archive order, checksum)
+    shard.tar or its URL -> walk_tar -> scan_shard -> ShardScan (rows in archive order, checksum)
 """
 
 import hashlib
@@ -16,6 +16,8 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
+from maedistill.data.cache import RemoteShard, ShardCache
+from maedistill.data.remote import file_size, is_url
 from maedistill.data.tars import walk_tar
 from maedistill.errors import DataError
 
@@ -51,25 +53,41 @@ def scan_shards(paths: list[str]) -> list[ShardScan]:
 
 
 def scan_shard(path: str) -> ShardScan:
-    """Checksum of the whole shard, offsets of all images, labels. Raises `DataError` naming shard and key."""
+    """Checksum of the whole shard, offsets of all images, labels. Raises `DataError` naming shard and key.
+
+    A remote shard stays in the cache as long as it fits, unless it is damaged.
+    """
+    if not is_url(path):
+        with open(path, "rb") as file:
+            return _scan(file, path)
+    cache = ShardCache()
+    shard = RemoteShard(path, file_size(path, patience=cache.patience))
+    with open(cache.open(shard), "rb") as file:
+        try:
+            return _scan(file, path)
+        except DataError:
+            cache.discard(shard)
+            raise
+
+
+def _scan(file: BinaryIO, path: str) -> ShardScan:
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     ignored: Counter[str] = Counter()
-    with open(path, "rb") as file:
-        num_bytes, sha256 = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
-        for name, offset, size in walk_tar(path):
-            key, _, suffix = name.rpartition(".")
-            suffix, group = suffix.lower(), None
-            if suffix in IMAGE_SUFFIXES and not _is_resource_fork(name):
-                group, value = images, (offset, size)
-            elif suffix == LABEL_SUFFIX and not _is_resource_fork(name):
-                group, value = labels, _read_label(path, file, name, offset, size)
-            if group is None:
-                ignored["." + suffix if key else name] += 1
-            elif key in group:
-                raise DataError(f"{path}: the key {key!r} occurs twice", "write this shard again with unique keys")
-            else:
-                group[key] = value
+    num_bytes, sha256 = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    for name, offset, size in walk_tar(file, path):
+        key, _, suffix = name.rpartition(".")
+        suffix, group = suffix.lower(), None
+        if suffix in IMAGE_SUFFIXES and not _is_resource_fork(name):
+            group, value = images, (offset, size)
+        elif suffix == LABEL_SUFFIX and not _is_resource_fork(name):
+            group, value = labels, _read_label(path, file, name, offset, size)
+        if group is None:
+            ignored["." + suffix if key else name] += 1
+        elif key in group:
+            raise DataError(f"{path}: the key {key!r} occurs twice", "write this shard again with unique keys")
+        else:
+            group[key] = value
     if orphans := labels.keys() - images.keys():
         raise DataError(
             f"{path}: {min(orphans)!r} has a label but no image ({len(orphans)} such keys)",

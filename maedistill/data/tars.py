@@ -11,7 +11,7 @@ read; nothing is ever extracted.
 import os
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from maedistill.errors import DataError
 
@@ -32,46 +32,45 @@ class Member(NamedTuple):
     size: int
 
 
-def walk_tar(path: str) -> Iterator[Member]:
-    """Yields the regular members of the tar at `path`; directories are passed over.
+def walk_tar(file: BinaryIO, path: str) -> Iterator[Member]:
+    """Yields the regular members of a tar; directories are passed over. `path` is what errors call it.
 
     Raises `DataError`, possibly after some members: not a tar, compressed, cut, damaged, links, devices, names that
     lead out of the archive. So use what it yields only after it has ended.
     """
-    with open(path, "rb", buffering=0) as file:
-        descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
-        position, long_name, long_size = 0, None, None
-        while True:
-            header = os.pread(descriptor, BLOCK, position)
-            if header.count(0) == BLOCK:
-                _check_end(path, descriptor, position, end)
-                return
-            name, size, kind = _parse_header(path, header, position)
-            if kind in REGULAR:
-                size = size if long_size is None else long_size
-            data, position = position + BLOCK, position + BLOCK + -(-size // BLOCK) * BLOCK
-            if position > end:
-                raise _damaged(path, f"is cut inside {name!r}, {data + size - end} bytes are missing")
-            if kind in (PAX, PAX_GLOBAL, GNU_LONG_NAME):
-                if size > LARGEST_EXTENSION:
-                    raise _damaged(path, f"has an extended header of {size} bytes at byte {data - BLOCK}")
-                extension = os.pread(descriptor, size, data)
-                if kind == GNU_LONG_NAME:
-                    long_name = _text(extension)
-                elif kind == PAX:
-                    long_name, long_size = _parse_pax(path, extension)
-                elif _parse_pax(path, extension) != (None, None):
-                    raise _damaged(path, "sets one name or size for all members")
-                continue
-            name, long_name, long_size = long_name or name, None, None
-            _check_name(path, name)
-            if kind in REGULAR and not name.endswith("/"):
-                yield Member(name, data, size)
-            elif kind not in (*REGULAR, DIRECTORY):
-                raise DataError(
-                    f"{path}: {name!r} is a link, a device or a sparse file (tar type {kind.decode('latin-1')!r})",
-                    "write the shard again with plain files only, e.g. with tools/make_shards.py",
-                )
+    descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
+    position, long_name, long_size = 0, None, None
+    while True:
+        header = os.pread(descriptor, BLOCK, position)
+        if header.count(0) == BLOCK:
+            _check_end(path, descriptor, position, end)
+            return
+        name, size, kind = _parse_header(path, header, position)
+        if kind in REGULAR:
+            size = size if long_size is None else long_size
+        data, position = position + BLOCK, position + BLOCK + -(-size // BLOCK) * BLOCK
+        if position > end:
+            raise _damaged(path, f"is cut inside {name!r}, {data + size - end} bytes are missing")
+        if kind in (PAX, PAX_GLOBAL, GNU_LONG_NAME):
+            if size > LARGEST_EXTENSION:
+                raise _damaged(path, f"has an extended header of {size} bytes at byte {data - BLOCK}")
+            extension = os.pread(descriptor, size, data)
+            if kind == GNU_LONG_NAME:
+                long_name = _text(extension)
+            elif kind == PAX:
+                long_name, long_size = _parse_pax(path, extension)
+            elif _parse_pax(path, extension) != (None, None):
+                raise _damaged(path, "sets one name or size for all members")
+            continue
+        name, long_name, long_size = long_name or name, None, None
+        _check_name(path, name)
+        if kind in REGULAR and not name.endswith("/"):
+            yield Member(name, data, size)
+        elif kind not in (*REGULAR, DIRECTORY):
+            raise DataError(
+                f"{path}: {name!r} is a link, a device or a sparse file (tar type {kind.decode('latin-1')!r})",
+                "write the shard again with plain files only, e.g. with tools/make_shards.py",
+            )
 
 
 def _parse_header(path: str, header: bytes, position: int) -> tuple[str, int, bytes]:

@@ -246,7 +246,7 @@ def test_missing_shards_are_named(tmp_path):
 
 @pytest.mark.parametrize(
     "pattern",
-    ["pipe:cat x.tar", "s3://bucket/a-{0..9}.tar", "https://x/a.tar", "file:a.tar", "a-{0..9", "a-{x}.tar",
+    ["pipe:cat x.tar", "file:a.tar", "a-{0..9", "a-{x}.tar",
      "a-{9..0}.tar", "a-{00..100}.tar", "a-{0..9999999}.tar",
      "{0..9}{0..9}{0..9}{0..9}{0..9}{0..9}{0..9}", "{0..1}/a", "."],
 )  # fmt: skip

@@ -119,3 +119,16 @@ def test_the_order_is_the_one_of_every_run_so_far():
         order = SampleOrder(starts([5, 9, 1, 30, 2]), seed=1234, window=window, views=views)
         digest.update(order.samples(torch.arange(1000)).numpy().tobytes())
     assert digest.hexdigest() == "0d4d3fac2aabc593e88d9b55e3425a44cb892acca025281113301dfdf2d05909"
+
+
+@pytest.mark.parametrize(("window", "subset"), [(1, None), (2, None), (3, torch.arange(0, 23, 2)), (None, None)])
+def test_shards_ahead_hold_what_comes_next(window, subset):
+    """The samples of a position and of all later ones of its window lie in the first shards that are named."""
+    starts = np.array([0, 5, 6, 13, 20, 23])
+    order = SampleOrder(starts, seed=3, window=window, subset=subset)
+    count = min(window or 5, 5)
+    for position in range(2 * order.num_images):
+        sample = int(order.samples(torch.tensor([position])))
+        shard = int(np.searchsorted(starts, sample, side="right")) - 1
+        ahead = order.shards_ahead(position)
+        assert shard in ahead[:count] and shard in order.shards_ahead(max(0, position - 1))
