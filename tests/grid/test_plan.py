@@ -148,5 +148,5 @@ def test_every_fine_tuned_network_is_tested_after_it_is_there(grid) -> None:
 
 
 def test_the_shipped_grids_plan(root) -> None:
-    for file in sorted(root.glob("configs/*/grid.yaml")):
+    for file in sorted([*root.glob("configs/*/grid.yaml"), *root.glob("configs/*/study.yaml")]):
         plan(load_grid(file), seeds=load_grid(file).seeds, settings=DATA)
