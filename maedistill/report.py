@@ -98,12 +98,14 @@ def percent(count: int, total: int) -> str:
 
 def finetune_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
     """The command that fine-tunes this run on the same data, by the recipe of its size where there is one."""
-    sizes = {"vit_tiny": "vit_tiny", "vit_small": "vit_small", "vit_base": "vit_base", "vit_large": "vit_large"}
+    sizes = ("vit_tiny", "vit_small", "vit_base", "vit_large")
     recipe = next((size for size in sizes if config.student.model.startswith(size)), "vit_base")
     if config.data.image_size <= 64:
         recipe = "small_images"
     overrides = [f"init.source=run:{folder.path}", f"run={folder.path}_finetuned", f"data.train={config.data.train}"]
-    overrides += [f"data.val={config.data.val or 'VALIDATION_SHARDS'}"]
+    overrides += [f"data.val={config.data.val or 'VALIDATION_SHARDS'}", f"data.image_size={config.data.image_size}"]
+    if recipe != "small_images":
+        overrides += ["student.model=null"]  # dimensions that were changed are the source's to tell
     return ["python", "tools/finetune.py", f"configs/finetune/{recipe}.yaml", *overrides]
 
 
