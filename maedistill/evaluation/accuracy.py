@@ -4,7 +4,8 @@
     rows of all ranks -> without padding, sorted by id, each sample asked for once or an error -> Evaluation
 
 Where the images run out, a batch is filled with padding. So all ranks run equally many forward passes (ZeRO 3 needs
-that), all of one shape, and an image's logits do not depend on how many processes share the work.
+that), all of one shape. More processes move an image to another place in its batch, where kernels may round
+differently: losses agree to the last bits, counts unless two logits tie that closely.
 
     n images   b batch   s image side   C classes   k classes that are kept, min(5, C)
 """
