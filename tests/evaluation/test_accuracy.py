@@ -108,7 +108,8 @@ def test_ranks_together_judge_each_image_once(shards, samples, monkeypatch, coun
     for found in everywhere:
         for name in ("ids", "labels", "predictions"):
             assert torch.equal(getattr(found, name), getattr(alone, name)), name
-        torch.testing.assert_close(found.losses, alone.losses, rtol=1e-6, atol=1e-6)  # kernels round by place in a batch
+        # Kernels round by an image's place in its batch.
+        torch.testing.assert_close(found.losses, alone.losses, rtol=1e-6, atol=1e-6)
     assert len(set(passes)) == 1 and len(passes) % world_size == 0, "passes of one shape, equally many on all ranks"
 
 
