@@ -14,10 +14,11 @@ from maedistill.config.loader import load_config
 from maedistill.config.render import render_config
 from maedistill.config.schema import RunConfig
 from maedistill.errors import ConfigError, exit_code_of
+from maedistill.training.orphans import end_with_launcher
 
 EXIT_CODES = """
 Starting the same command again continues the run. Exit codes: 0 done, 2 usage, 3 data, 4 numerics, 5 a peer or the
-hardware; RUN/exit.json says the same, since torchrun hides codes.
+hardware, 75 asked to leave by SIGTERM or SIGUSR1; RUN/exit.json says the same, since torchrun hides codes.
 """
 
 
@@ -33,13 +34,14 @@ def run_tool(
 
     start: called as start(config, fresh=..., extend=...). Both callables import what is heavy themselves.
     """
+    end_with_launcher()
     code = exit_code_of(lambda: _main(root, _parse(about, examples), start=start, dry_run=dry_run))
-    if code == 0:
-        # Leave without the interpreter's teardown: on its way through it a finished rank was seen to abort ("terminate
-        # called without an active exception", threads of the process group), which a launcher takes for a failed run.
-        sys.stdout.flush()
-        os._exit(0)
-    sys.exit(code)
+    # Leave without the interpreter's teardown: on its way through it a finished rank was seen to abort ("terminate
+    # called without an active exception", threads of the process group), which a launcher takes for a failed run, and
+    # one whose peers are gone may wait there for them.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _parse(about: str, examples: str) -> argparse.Namespace:
@@ -88,6 +90,7 @@ def _main(
     # On a CPU, torch's threads spin while they wait for each other: next to other busy processes that cost up to nine
     # tenths of the speed (measured on two cores), on a quiet machine sleeping costs nothing. Read when torch starts.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost peer costs 15 lines of C++ frames
     if arguments.dry_run:
         dry_run(config)
     else:

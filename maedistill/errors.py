@@ -1,13 +1,14 @@
 """What a user did wrong, or what broke: one line of cause, one of remedy, one exit code.
 
-Every error that a person can mend is a `UserError`; `tools/` turns it into two lines on stderr. Anything else that
-is raised is a bug of ours and keeps its traceback.
+Every error that a person can mend is a `UserError`; `tools/` turns it into two lines on stderr. A run that was asked to
+make room ends with `Preempted` and one line. Anything else that is raised is a bug of ours and keeps its traceback.
 
     code  meaning
     2     usage: config, command line, a run folder that belongs to other settings
     3     data: shards, images, labels, a damaged checkpoint or teacher file
     4     numerics: a loss or gradient that is not finite
     5     a peer process or the hardware
+    75    pre-empted: saved, and to be started again
 """
 
 import sys
@@ -50,14 +51,36 @@ class PeerError(UserError):
     exit_code = 5
 
 
+class Preempted(Exception):
+    """A signal asked the run to leave, and it did, its state saved. Nobody's mistake, so no `UserError`."""
+
+    exit_code = 75
+
+    def __init__(self, signal: str, step: int) -> None:
+        super().__init__(f"stopped by {signal} after step {step}, which is saved; the same command goes on from there")
+
+
+def print_error(error: UserError) -> None:
+    """The two lines that a person sees of an error, whatever names from outside are in them."""
+    cause, remedy = (_printable(text) for text in (error.cause, error.remedy))
+    print(f"error: {cause}\n  fix: {remedy}", file=sys.stderr, flush=True)
+
+
 def exit_code_of(main: Callable[[], None]) -> int:
-    """Runs `main`; a `UserError` becomes two lines on stderr and its exit code, success becomes 0."""
+    """Runs `main`; a `UserError` becomes two lines on stderr and its exit code, `Preempted` one, success becomes 0."""
     try:
         main()
     except UserError as error:
-        print(f"error: {error.cause}\n  fix: {error.remedy}", file=sys.stderr, flush=True)
+        print_error(error)
         return error.exit_code
+    except Preempted as stop:
+        print(stop, file=sys.stderr, flush=True)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)
         return 130
     return 0
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

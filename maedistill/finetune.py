@@ -20,9 +20,10 @@ from maedistill.finetuning import Finetuning, open_finetuning
 from maedistill.machine import precision
 from maedistill.randomness import Stream
 from maedistill.report import write_finetune_report
-from maedistill.run import Run, join, start_run
+from maedistill.run import Run
+from maedistill.start import joined, start_run
 from maedistill.training import distributed
-from maedistill.training.metrics import Averages, MetricsFile, open_metrics
+from maedistill.training.metrics import Averages, MetricsFile
 from maedistill.training.run_folder import RunFolder
 
 
@@ -33,35 +34,35 @@ def finetune(config: FinetuneConfig, *, fresh: bool = False, extend: bool = Fals
     Raises kinds of UserError; RUN/exit.json says how it ended.
     """
     folder = RunFolder(config.run)
-    with folder.recorded_end():
-        join(config)
+    with joined(config, folder) as peers:
         parts = open_finetuning(config, world_size=distributed.world_size(), device=distributed.device())
-        run = start_run(parts, folder, fresh=fresh, extend=extend)
-        train(run, parts)
+        with start_run(parts, folder, peers, fresh=fresh, extend=extend) as run:
+            finished = False
+            while not finished:
+                with run.attempt() as metrics:
+                    finished = train(run, parts, metrics)
         report = distributed.on_main(lambda: write_finetune_report(folder))
         if distributed.is_main():
             print(f"done: {report}", flush=True)
-    distributed.barrier()  # a launcher ends the others when one rank is gone: nobody leaves before all are done
 
 
-def train(run: Run, parts: Finetuning) -> None:
-    """The loop. Collective."""
+def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> bool:
+    """The loop, to the end of the run; False where it is to begin again at the newest checkpoint. Collective."""
     config, plan, engine, rank = parts.config, parts.plan, run.engine, distributed.rank()
-    run.restore()
-    metrics = open_metrics(run.folder.path, first_step=run.step, tensorboard=config.log.tensorboard)
+    crops = build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean)
     batches = training_batches(
-        build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean),
-        run.step,
-        plan.steps,
+        crops,
+        run.step + run.shift,
+        plan.steps + run.shift,
         plan=plan.batch,
         rank=rank,
         world_size=distributed.world_size(),
         workers=run.workers,
         device=run.device,
+        timeout_seconds=config.data.timeout_seconds,
     )
     mixing = build_mixing(config, num_classes=parts.num_classes, device=run.device)
-    averages, bad = Averages(), []
-    run.clock.restart()
+    averages = Averages()
 
     for step in range(run.step, plan.steps):
         run.schedule.step_update(step)
@@ -69,6 +70,7 @@ def train(run: Run, parts: Finetuning) -> None:
             waiting = time.perf_counter()
             batch = next(batches)
             run.clock.wait(waiting)
+            run.peers.beat(step)
             images = to_unit(batch.images)  # [m, 3, s, s]
             if config.data.flip:
                 images = random_flip(images, batch.positions, seed=config.seed)
@@ -79,25 +81,23 @@ def train(run: Run, parts: Finetuning) -> None:
             engine.step()
             averages.add(losses)
             run.clock.images += len(images)
-            bad += batch.bad
-        run.step = step + 1
-        if run.ema is not None:
-            run.ema.update(run.module, step=run.step)
+            run.replaced += batch.bad
+        if not run.end_step(crops):
+            return False
 
         # Log: the only place where the host waits for the device.
-        if run.step % config.log.every == 0 or run.step == plan.steps:
-            run.log(averages, bad, metrics)
+        if run.logs:
+            run.log(averages, metrics)
 
         # Evaluate, save: each on its own period, neither counted as training time. Saving comes last, so that a
         # checkpoint never stands for an evaluation that a kill took away.
-        pause = time.perf_counter()
-        if run.step == plan.steps or run.due(config.log.eval_every_epochs):
-            validate(run, parts, metrics)
-        if run.due(config.log.save_every_epochs):
-            run.save()
-        run.clock.pause(pause)
-    if metrics is not None:
-        metrics.close()
+        with run.aside():
+            if run.step == plan.steps or run.due(config.log.eval_every_epochs):
+                validate(run, parts, metrics)
+            if run.saves:
+                run.save()
+        run.leave_if_asked()
+    return True
 
 
 def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
@@ -113,6 +113,7 @@ def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
             workers=run.workers,
             device=run.device,
             precision=precision(parts.config.engine.precision, run.device),
+            timeout_seconds=parts.config.data.timeout_seconds,
         )
         if metrics is not None:
             values = {"top1": found.top1, "top5": found.top5, "images": found.images, "val_loss": found.loss}

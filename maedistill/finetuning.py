@@ -14,6 +14,7 @@ from maedistill.build_finetuning import build_classifier, build_init_source, bui
 from maedistill.config.batch import world_size_from_environment
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.data.augment import seed_generators
+from maedistill.data.cache import set_cache
 from maedistill.data.evaluation import EvaluationImages, evaluation_transform
 from maedistill.data.index import ShardIndex, open_index
 from maedistill.data.reader import require_room
@@ -106,6 +107,7 @@ class Finetuning:
 
 def open_finetuning(config: FinetuneConfig, *, world_size: int, device: torch.device) -> Finetuning:
     """Opens data and weights, builds the network. Collective, where there is a process group."""
+    set_cache(folder=config.data.cache_folder, gigabytes=config.data.cache_gb)
     index, val_index = distributed.main_first(lambda: _open_data(config))
     samples = label_subset(index.labels, config.data.label_fraction, seed=config.seed)
     plan = make_plan(config, len(samples), world_size=world_size)

@@ -21,9 +21,10 @@ from maedistill.pictures import reconstruction_sheet
 from maedistill.pretraining import Pretraining, open_pretraining
 from maedistill.randomness import Stream, key
 from maedistill.report import write_run_report
-from maedistill.run import Run, join, start_run
+from maedistill.run import Run
+from maedistill.start import joined, start_run
 from maedistill.training import distributed
-from maedistill.training.metrics import Averages, MetricsFile, open_metrics
+from maedistill.training.metrics import Averages, MetricsFile
 from maedistill.training.run_folder import RunFolder
 
 _PICTURES = 8  # images on a reconstruction sheet
@@ -36,37 +37,37 @@ def pretrain(config: PretrainConfig, *, fresh: bool = False, extend: bool = Fals
     Raises kinds of UserError; RUN/exit.json says how it ended.
     """
     folder = RunFolder(config.run)
-    with folder.recorded_end():
-        join(config)
+    with joined(config, folder) as peers:
         parts = open_pretraining(config, world_size=distributed.world_size(), device=distributed.device())
-        run = start_run(parts, folder, fresh=fresh, extend=extend)
         if config.teacher.compile and parts.teacher is not None:
             parts.teacher.compile()
-        train(run, parts)
+        with start_run(parts, folder, peers, fresh=fresh, extend=extend) as run:
+            finished = False
+            while not finished:
+                with run.attempt() as metrics:
+                    finished = train(run, parts, metrics)
         report = distributed.on_main(lambda: write_run_report(folder))
         if distributed.is_main():
             print(f"done: {report}", flush=True)
-    distributed.barrier()  # a launcher ends the others when one rank is gone: nobody leaves before all are done
 
 
-def train(run: Run, parts: Pretraining) -> None:
-    """The loop. Collective."""
+def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> bool:
+    """The loop, to the end of the run; False where it is to begin again at the newest checkpoint. Collective."""
     config, plan, engine, teacher = parts.config, parts.plan, run.engine, parts.teacher
     num_patches = parts.module.encoder.grid**2
-    run.restore()
-    metrics = open_metrics(run.folder.path, first_step=run.step, tensorboard=config.log.tensorboard)
+    crops = build_crops(config, parts.index)
     batches = training_batches(
-        build_crops(config, parts.index),
-        run.step,
-        plan.steps,
+        crops,
+        run.step + run.shift,
+        plan.steps + run.shift,
         plan=plan.batch,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         workers=run.workers,
         device=run.device,
+        timeout_seconds=config.data.timeout_seconds,
     )
-    averages, bad = Averages(), []
-    run.clock.restart()
+    averages = Averages()
 
     for step in range(run.step, plan.steps):
         run.schedule.step_update(step)
@@ -74,6 +75,7 @@ def train(run: Run, parts: Pretraining) -> None:
             waiting = time.perf_counter()
             batch = next(batches)
             run.clock.wait(waiting)
+            run.peers.beat(step)
             images = to_unit(batch.images)  # [m, 3, s, s]
             if config.data.flip:
                 images = random_flip(images, batch.positions, seed=config.seed)
@@ -86,27 +88,25 @@ def train(run: Run, parts: Pretraining) -> None:
             engine.step()
             averages.add(losses)
             run.clock.images += len(images)
-            bad += batch.bad
-        run.step = step + 1
-        if run.ema is not None:
-            run.ema.update(run.module, step=run.step)
+            run.replaced += batch.bad
+        if not run.end_step(crops):
+            return False
 
         # Log: the only place where the host waits for the device.
-        if run.step % config.log.every == 0 or run.step == plan.steps:
-            run.log(averages, bad, metrics)
+        if run.logs:
+            run.log(averages, metrics)
 
         # Draw, probe, save: each on its own period, none of it counted as training time. Saving comes last, so that
         # a checkpoint never stands for a picture or a probe that a kill took away.
-        pause = time.perf_counter()
-        if run.due(config.log.pictures_every_epochs):
-            draw(run, parts, metrics)
-        if parts.val_index is not None and run.due(config.log.knn_every_epochs):
-            probe(run, parts, metrics)
-        if run.due(config.log.save_every_epochs):
-            run.save()
-        run.clock.pause(pause)
-    if metrics is not None:
-        metrics.close()
+        with run.aside():
+            if run.due(config.log.pictures_every_epochs):
+                draw(run, parts, metrics)
+            if parts.val_index is not None and run.due(config.log.knn_every_epochs):
+                probe(run, parts, metrics)
+            if run.saves:
+                run.save()
+        run.leave_if_asked()
+    return True
 
 
 def draw(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
@@ -129,6 +129,7 @@ def probe(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
         pooled_features(
             parts.module, index, spread_samples(index, most),
             size=data.image_size, share=data.eval_crop, batch=batch, workers=workers,
+            timeout_seconds=data.timeout_seconds,
         )
         for index in (parts.index, parts.val_index)
     )  # fmt: skip

@@ -17,6 +17,7 @@ from maedistill.build_pretraining import (
 )
 from maedistill.config.batch import world_size_from_environment
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.data.cache import set_cache
 from maedistill.data.index import ShardIndex, open_index
 from maedistill.data.reader import require_room
 from maedistill.data.transforms import to_unit
@@ -86,6 +87,7 @@ class Pretraining:
 
 def open_pretraining(config: PretrainConfig, *, world_size: int, device: torch.device) -> Pretraining:
     """Opens data and teacher, builds the student. Collective, where there is a process group."""
+    set_cache(folder=config.data.cache_folder, gigabytes=config.data.cache_gb)
     index, val_index = distributed.main_first(lambda: _open_data(config))
     plan = make_plan(config, len(index), world_size=world_size)
     encoder = build_encoder(config)

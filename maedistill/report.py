@@ -126,7 +126,7 @@ def next_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
 
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The last losses and kNN of a run, its steps, training time in seconds and mean images per second and rank."""
-    steps = [record for record in records if "loss" in record]
+    steps = [record for record in records if record.get("loss") is not None]  # null: no update was finite
     probes = [record["knn"] for record in records if "knn" in record]
     rates = [record["images_per_second"] for record in steps]
     last = dict(steps[-1])
@@ -204,7 +204,7 @@ def _series(records: Sequence[Mapping[str, Any]], prefix: str) -> tuple[list[flo
     epochs, values = [], []
     for record in records:
         values_of = record | ({"accuracy": record["top1"] / record["images"]} if "top1" in record else {})
-        found = [value for name, value in values_of.items() if name.startswith(prefix)]
+        found = [value for name, value in values_of.items() if name.startswith(prefix) and value is not None]
         if found:
             epochs.append(record["epoch"])
             values.append(sum(found) / len(found))

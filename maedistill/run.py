@@ -3,11 +3,14 @@
 What a stage adds (data, teacher, losses) is in its parts: `pretraining.py`, `finetuning.py`.
 """
 
-import math
-import os
-from collections.abc import Mapping
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from timm.scheduler import CosineLRScheduler
@@ -15,43 +18,26 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from maedistill.config.schema import RunConfig
-from maedistill.errors import DataError, NumericsError
-from maedistill.machine import cpu_share, precision
+from maedistill.data.loader import RandomCrops
+from maedistill.data.reader import sample_name
+from maedistill.errors import DataError, NumericsError, Preempted
 from maedistill.plan import Plan
 from maedistill.training import distributed
-from maedistill.training.checkpoint import load_latest, save_checkpoint
-from maedistill.training.engine import Engine, initialize_distributed
-from maedistill.training.metrics import Averages, Clock, MetricsFile, memory_gb, progress_line
-from maedistill.training.optim import build_optimizer, build_schedule
+from maedistill.training.checkpoint import load_latest
+from maedistill.training.engine import Engine
+from maedistill.training.interrupt import StopRequest
+from maedistill.training.metrics import Averages, Clock, MetricsFile, memory_gb, open_metrics, progress_line
+from maedistill.training.nonfinite import NonfiniteUpdates
+from maedistill.training.peers import Peers
 from maedistill.training.run_folder import RunFolder
+from maedistill.training.saver import Saver
 
 _LEAST_SEEN = 10_000  # samples that data.max_bad_fraction is a share of at least, so that one bad image ends no run
 
 
-class Parts(Protocol):
-    """What a stage opens before its engine exists."""
-
-    config: RunConfig
-    plan: Plan
-    module: nn.Module
-    device: torch.device
-
-    @property
-    def groups(self) -> list[dict[str, Any]]:
-        """Parameter groups for the optimizer."""
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What run.json keeps of the start."""
-
-    @property
-    def lines(self) -> list[str]:
-        """The run in words."""
-
-
 @dataclass
 class Run:
-    """The engine and how far it is, on this rank."""
+    """The engine and how far it is, on this rank. `with` it: afterwards its checkpoints are written."""
 
     config: RunConfig
     folder: RunFolder
@@ -62,9 +48,18 @@ class Run:
     ema: ModelEmaV3 | None
     device: torch.device
     workers: int
+    peers: Peers
+    saver: Saver
+    stop: StopRequest
     clock: Clock = field(default_factory=Clock)
     step: int = 0  # steps done
+    leaving: bool = False  # a signal asked for the end of the process
+    shift: int = 0  # batches passed over so far: step s takes batch s + shift
     bad: float = 0.0  # samples replaced so far, over all ranks
+    replaced: list[str] = field(default_factory=list)  # those of this rank that are not counted yet
+    nonfinite: NonfiniteUpdates = field(default_factory=NonfiniteUpdates)
+    returns: int = 0  # to the newest checkpoint, since it was written
+    _next_batch: int | None = None  # where data goes on after a return
 
     @property
     def epoch(self) -> float:
@@ -78,26 +73,148 @@ class Run:
         period = self.plan.steps_in(every_epochs)
         return self.step == self.plan.steps or self.step // period > (self.step - 1) // period
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self.peers.paused():
+            self.saver.__exit__(kind, error, trace)
+        if kind is None:
+            self.stop.close()
+
+    @contextmanager
+    def attempt(self) -> Iterator[MetricsFile | None]:
+        """From the newest checkpoint on, with the metrics file open on rank 0. Collective."""
+        self.restore()
+        log = self.config.log
+        with open_metrics(self.folder.path, first_step=self.step, tensorboard=log.tensorboard) as metrics:
+            self.clock.restart()
+            yield metrics
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """For what is no training, such as saving and evaluating: it counts as no training time, and may take long."""
+        start = time.perf_counter()
+        with self.peers.paused():
+            yield
+        self.clock.pause(start)
+
     def restore(self) -> None:
         """Goes on from the newest complete checkpoint, if there is one. Collective."""
+        self.saver.settle()
         state = load_latest(self.folder.checkpoints, self.engine, ema=self.ema)
         if state is None:
+            if self.config.engine.nonfinite == "rollback":
+                self.save()  # the place to return to
+                self.saver.settle()  # before workers are forked, which would keep its copies
             return
-        self.step, self.bad, self.clock.trained = state["step"], state["bad"], state["trained_seconds"]
+        self._require_known(state)
+        self.step, self.shift, self.bad = state["step"], state["shift"], state["bad"]
+        if self._next_batch is None:
+            self.clock.trained = state["trained_seconds"]
+            self.nonfinite = NonfiniteUpdates(state["nonfinite"], state["nonfinite_in_a_row"])
+        else:
+            self.shift = self._next_batch - self.step
         if distributed.is_main():
             print(f"continues at step {self.step} of {self.plan.steps} from {self.folder.checkpoints}", flush=True)
 
     def save(self) -> None:
-        """Writes a checkpoint. Collective."""
-        state = {"step": self.step, "bad": self.bad, "trained_seconds": self.clock.trained}
-        folder, keep = self.folder.checkpoints, self.config.log.keep
-        save_checkpoint(folder, step=self.step, engine=self.engine, ema=self.ema, state=state, keep=keep)
+        """Takes a checkpoint, which is written while training goes on. Collective."""
+        self.count_replaced()
+        self.saver.save(step=self.step, engine=self.engine, state=self._state(), ema=self.ema)
+        self.returns, self._next_batch = 0, None
 
-    def log(self, averages: Averages, bad: list[str], metrics: MetricsFile | None) -> None:
-        """Writes and prints the losses since the last time; ends the run where they or the samples are bad."""
+    def _state(self) -> dict[str, int | float]:
+        """What a checkpoint keeps of the loop."""
+        return {
+            "step": self.step,
+            "shift": self.shift,
+            "bad": self.bad,
+            "nonfinite": self.nonfinite.total,
+            "nonfinite_in_a_row": self.nonfinite.in_a_row,
+            "trained_seconds": self.clock.trained,
+        }
+
+    def _require_known(self, state: dict[str, Any]) -> None:
+        """Raises DataError where a checkpoint keeps other things of the loop than this version does."""
+        known = self._state()
+        odd = sorted(name for name in known | state if type(state.get(name)) is not type(known.get(name)))
+        if odd:
+            raise DataError(
+                f"the newest checkpoint in {self.folder.checkpoints} is of another version: its state differs in "
+                f"{', '.join(odd)}",
+                "continue with the version that the run began with, or use another run=",
+            )
+
+    def end_step(self, crops: RandomCrops) -> bool:
+        """Counts the step whose update was just made. Collective. False: begin again, at the newest checkpoint.
+
+        Raises NumericsError where the numbers are the end of the run.
+        """
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.module, step=self.step)
+        self.peers.beat(self.step)
+        self.leaving = self.stop.agreed() and self.step < self.plan.steps
+        return self._judge_update(crops)
+
+    @property
+    def logs(self) -> bool:
+        """Whether losses are to be read after the step just done: the only time when the host waits for the device."""
+        return self.step % self.config.log.every == 0 or self.step == self.plan.steps or self.leaving
+
+    @property
+    def saves(self) -> bool:
+        """Whether a checkpoint is to be taken after the step just done."""
+        return self.due(self.config.log.save_every_epochs) or self.leaving
+
+    def leave_if_asked(self) -> None:
+        """Raises Preempted at the end of a step in which a signal asked for it, its checkpoint written. Collective."""
+        if self.leaving:
+            with self.peers.paused():
+                self.saver.close()
+            raise Preempted(self.stop.signal.name, self.step)
+
+    def _judge_update(self, crops: RandomCrops) -> bool:
+        """Follows `engine.nonfinite` where the loss or gradient of an update was not finite; no such update is applied.
+
+        The verdict on an update is known one step later, or at once where a checkpoint or the end comes next.
+        """
+        settings = self.config.engine
+        now = self.step == self.plan.steps or self.saves
+        for step in self.nonfinite.note(self.step - 1, self.engine.broken, now=now):
+            self._note_nonfinite(step, crops)
+            again = settings.nonfinite == "rollback"
+            self.returns += again
+            if settings.nonfinite == "stop" or max(self.nonfinite.in_a_row, self.returns) > settings.most_nonfinite:
+                raise NumericsError(
+                    f"the loss or the gradient of step {step + 1} is not finite, {self.nonfinite.in_a_row} in a row "
+                    f"(engine.nonfinite={settings.nonfinite}); {self.folder.nonfinite} names its samples",
+                    "look at them, or start another run= with a lower optim.base_lr or optim.clip=1; checkpoints of "
+                    "this one are sound",
+                )
+            if again:
+                self._next_batch = step + self.shift + 1
+                return False
+        return True
+
+    def _note_nonfinite(self, step: int, crops: RandomCrops) -> None:
+        """Writes down the samples of an update that was not applied."""
+        if not distributed.is_main():
+            return
+        batch, size = step + self.shift, self.config.optim.global_batch
+        samples = crops.order.samples(torch.arange(batch * size, (batch + 1) * size)).unique().tolist()
+        note = {"step": step + 1, "samples": [sample_name(crops.index, sample) for sample in samples]}
+        with self.folder.nonfinite.open("a") as file:
+            file.write(json.dumps(note) + "\n")
+        print(f"step {step + 1} is not applied: its loss or gradient is not finite", file=sys.stderr, flush=True)
+
+    def log(self, averages: Averages, metrics: MetricsFile | None) -> None:
+        """Writes and prints the losses since the last time. Collective."""
         means = averages.read()
-        self.require_finite(means)
-        self.note_bad_samples(bad)
+        self.count_replaced()
         values = means | self.measure()
         if metrics is not None:
             metrics.write(self.step, values)
@@ -116,27 +233,19 @@ class Run:
             "images_per_second": rate,
             "data_wait": wait,
             "memory_gb": memory_gb(self.device),
+            "nonfinite": self.nonfinite.total,
             "eta_seconds": left / rate,
             "trained_seconds": self.clock.trained,
         }
 
-    def require_finite(self, losses: Mapping[str, float]) -> None:
-        """The engine skips updates with a gradient that is not finite; a loss that is not finite ends the run."""
-        broken = [name for name, value in losses.items() if not math.isfinite(value)]
-        if broken:
-            raise NumericsError(
-                f"not finite by step {self.step}: {', '.join(broken)}",
-                "start another run= with a lower optim.base_lr or optim.clip=1; the checkpoints of this one are sound",
-            )
-
-    def note_bad_samples(self, bad: list[str]) -> None:
-        """Lists what could not be decoded, and ends the run when it is too much. Collective."""
-        if bad:
+    def count_replaced(self) -> None:
+        """Lists the samples that could not be decoded, and ends the run when they are too many. Collective."""
+        if self.replaced:
             with self.folder.bad_samples.open("a") as file:
-                file.writelines(f"{line}\n" for line in bad)
-        share = distributed.all_reduce_mean({"bad": torch.tensor(float(len(bad)), device=self.device)})["bad"]
-        self.bad += share * distributed.world_size()
-        bad.clear()
+                file.writelines(f"{line}\n" for line in self.replaced)
+        count = torch.tensor(float(len(self.replaced)), device=self.device)
+        self.bad += distributed.all_reduce_mean({"bad": count})["bad"] * distributed.world_size()
+        self.replaced.clear()
         seen = max(_LEAST_SEEN, self.step * self.config.optim.global_batch)
         if self.bad > self.config.data.max_bad_fraction * seen:
             raise DataError(
@@ -144,40 +253,3 @@ class Run:
                 "allows",
                 f"see {self.folder.bad_samples}; repair the shards or raise the limit",
             )
-
-
-def join(config: RunConfig) -> None:
-    """Makes this process a rank: process group, DeepSpeed, CPU threads. Once per process."""
-    initialize_distributed(config.engine.timeout_seconds)
-    if config.threads is not None or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(config.threads or cpu_share(distributed.local_world_size()))
-
-
-def start_run(parts: Parts, folder: RunFolder, *, fresh: bool, extend: bool) -> Run:
-    """Opens the run folder, says what is going to happen, builds the engine. Collective.
-
-    fresh: refuse a folder that already holds a run. extend: allow a changed number of epochs.
-    """
-    config, plan, module, optim = parts.config, parts.plan, parts.module, parts.config.optim
-    distributed.on_main(lambda: folder.open(config, parts.facts, fresh=fresh, extend=extend))
-    if distributed.is_main():
-        print("\n".join(parts.lines), flush=True)
-    if config.engine.compile:
-        module.compile()
-    optimizer = build_optimizer(parts.groups, lr=optim.peak_lr, betas=optim.betas)
-    schedule = build_schedule(
-        optimizer, peak=optim.peak_lr, min_lr=optim.min_lr, warmup_steps=plan.warmup_steps, total_steps=plan.steps
-    )
-    ema = ModelEmaV3(module, decay=optim.ema, use_warmup=True) if optim.ema is not None else None
-    engine = Engine(
-        module,
-        optimizer,
-        zero=config.engine.zero,
-        precision=precision(config.engine.precision, parts.device),
-        clip=optim.clip,
-        micro_batch=plan.batch.micro_batch,
-        accumulation=plan.batch.accumulation,
-    )
-    cores = cpu_share(distributed.local_world_size())
-    workers = config.data.workers if config.data.workers is not None else min(8, cores)
-    return Run(config, folder, plan, module, engine, schedule, ema, parts.device, workers)

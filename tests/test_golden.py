@@ -24,7 +24,8 @@ from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
 from maedistill.models.source import open_source
 from maedistill.models.teacher import Teacher
-from maedistill.models.weights import Imported, import_weights, read_weights_file
+from maedistill.models.weights import Imported, import_weights
+from maedistill.models.weights_file import read_weights_file
 from maedistill.patches import patchify
 
 GOLDEN = Path(os.environ.get("MAEDISTILL_GOLDEN") or Path(__file__).parent / "golden")

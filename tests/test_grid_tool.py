@@ -63,7 +63,8 @@ class Tool:
         return out, err
 
     def finished(self) -> list[str]:
-        return [step for step in STEPS if (self.out / step / "exit.json").exists()]
+        ends = {step: self.out / step / "exit.json" for step in STEPS}
+        return [step for step, end in ends.items() if end.exists() and json.loads(end.read_text())["exit_code"] == 0]
 
 
 def records(run: Path) -> list[dict]:
@@ -79,7 +80,7 @@ def tool(root, shards, pretraining, tmp_path_factory) -> Tool:
 
 @pytest.fixture(scope="module")
 def made(tool) -> str:
-    """What was said while the grid was made: its fine-tuning of `mae` was killed with it, and both started again."""
+    """What was said while the grid was made: its fine-tuning of `mae` was stopped with it, and both started again."""
     first = tool.start("optim.epochs=6")
     metrics, limit = tool.out / "mae/seed_0/finetune/metrics.jsonl", time.monotonic() + 200
     while not (metrics.exists() and metrics.read_text().count("\n") > 10):
@@ -89,6 +90,7 @@ def made(tool) -> str:
     first.communicate(timeout=60)
     assert first.returncode == 143
     assert tool.finished() == ["teacher", "scratch/seed_0/finetune", "mae/seed_0/pretrain"]
+    assert json.loads((tool.out / "mae/seed_0/finetune/exit.json").read_text())["exit_code"] == 75
     return tool("optim.epochs=6", "--jobs", "2")[0]
 
 

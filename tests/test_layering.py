@@ -12,7 +12,7 @@ LAYERS = [
     ["methods"],
     ["build_pretraining", "build_finetuning", "evaluation", "pictures", "flops", "report"],
     ["export", "plan"],
-    ["pretraining", "finetuning", "run"],
+    ["pretraining", "finetuning", "run", "start"],
     ["pretrain", "finetune"],
     ["grid"],
     ["command_line"],

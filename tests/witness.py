@@ -5,8 +5,8 @@
 RUN/witness-RANK.jsonl gets one line per micro-batch: the positions, the samples, a checksum of each uint8 crop and of
 each image as the network reads it, the learning rate of each parameter group; in pre-training each sample's patch order
 and where it is cut, in fine-tuning the targets. RUN/features-RANK.pt gets what the first kNN compares.
-WITNESS_KILL=N kills the process with SIGKILL in the middle of its N-th micro-batch. ZeRO 3 cuts up even the small
-tensors of a tiny model here, which it would leave whole.
+WITNESS_KILL=N kills the process with SIGKILL in the middle of its N-th micro-batch. WITNESS_NAN=P,Q,... makes the
+images at these positions nan. ZeRO 3 cuts up even the small tensors of a tiny model here, which it would leave whole.
 """
 
 import hashlib
@@ -33,8 +33,8 @@ from maedistill.training.distributed import rank
 class Witness:
     """Stands between the loop in `stage` (maedistill.pretrain or finetune) and its loader, its engine and its probe."""
 
-    def __init__(self, stage: ModuleType, run: Path, kill_at: int) -> None:
-        self.run, self.kill_at, self.seen = run, kill_at, 0
+    def __init__(self, stage: ModuleType, run: Path, kill_at: int, nan_at: set[int]) -> None:
+        self.run, self.kill_at, self.nan_at, self.seen = run, kill_at, nan_at, 0
         self.batch: Batch | None = None
         self.features: list[tuple[Tensor, Tensor]] = []
         self.load, self.compute = stage.training_batches, engine_file.Engine.__call__
@@ -69,6 +69,9 @@ class Witness:
         self.seen += 1
         if self.seen == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        for row, position in enumerate(self.batch.positions.tolist()):
+            if position in self.nan_at:
+                images[row] = torch.nan
         return self.compute(engine, images, *more)
 
     def pooled_features(self, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
@@ -90,6 +93,7 @@ if __name__ == "__main__":
     tool = Path(__file__).parent.parent / name
     run = next(argument for argument in sys.argv if argument.startswith("run=")).removeprefix("run=")
     stage = importlib.import_module(f"maedistill.{tool.stem}")
-    Witness(stage, Path(run), int(os.environ.get("WITNESS_KILL", "0")))
+    nan_at = {int(position) for position in os.environ.get("WITNESS_NAN", "").split(",") if position}
+    Witness(stage, Path(run), int(os.environ.get("WITNESS_KILL", "0")), nan_at)
     engine_file.WHOLE = 0
     runpy.run_path(str(tool), run_name="__main__")

@@ -7,11 +7,13 @@ aliases, no key twice, no text over several lines. Scalars follow YAML 1.2: `1e-
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
 
 DEEPEST = 8
+LONGEST = 100_000  # characters: what a mistake may cost to read; ours have a few thousand
 _NAME = re.compile(r"^[^\s:]+$")
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _NULL, _BOOL, _INT, _FLOAT, _STR = (f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str"))
@@ -38,11 +40,19 @@ class Refusal(Exception):
         self.line, self.cause, self.remedy = line, cause, remedy
 
 
+def read_text(path: Path) -> str:
+    """A file in UTF-8, or so much of it that `read_document` refuses it: a mistake may name one without end."""
+    with path.open(encoding="utf-8-sig") as file:
+        return file.read(LONGEST + 1)
+
+
 def read_document(text: str, *, prefix: str = "") -> dict[str, tuple[Any, int]]:
     """The leaves of a YAML text: dotted name -> (value, line from 1). Lists stay whole, mappings become dots.
 
     prefix: the dotted name that the whole text is the value of. Raises `Refusal`.
     """
+    if len(text) > LONGEST:
+        raise Refusal(1, f"more than {LONGEST:,} characters, too much for settings", "check which file is meant")
     try:
         node = _StrictLoader(text).get_single_node()
     except yaml.MarkedYAMLError as error:
@@ -52,6 +62,8 @@ def read_document(text: str, *, prefix: str = "") -> dict[str, tuple[Any, int]]:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise Refusal(line, f"not YAML: the character U+{error.character:04X} is not allowed", "remove it") from None
+    except (ValueError, OverflowError) as error:  # PyYAML's own chr() and int(): "\\UFFFFFFFF", %YAML 99...9
+        raise Refusal(1, f"not YAML: {str(error)[:200]}", "write the characters and numbers themselves") from None
     if node is None:
         return {prefix: (None, 1)}
     return dict(_leaves(node, prefix, node.start_mark.line + 1))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from maedistill.config import finetune_rules, pretrain_rules
-from maedistill.config.document import Refusal, read_document
+from maedistill.config.document import Refusal, read_document, read_text
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import all_keys
 from maedistill.config.pretrain import PretrainConfig
@@ -24,6 +24,10 @@ from maedistill.config.problem import Problem, config_error
 from maedistill.config.schema import RunConfig
 from maedistill.config.values import Root, validated
 from maedistill.errors import ConfigError
+
+MOST_FILES = 32  # that one config may extend, a file that several extend counted each time
+
+_LONGEST_PLACE = 200  # characters of an override that an error repeats
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def load_config(
     to_run: whether shards and run folder must be named, as for a run; to look at a recipe they need not.
     Raises `ConfigError`, which names the first problem with its place and counts the others.
     """
-    settings = _read_file(Path(path), extended_by=())
+    settings = _read_file(Path(path), extended_by=(), read=[])
     for override in overrides:
         settings |= _read_override(override)
     config = validated({name: setting.value for name, setting in settings.items()}, root=root)
@@ -63,8 +67,14 @@ def load_config(
     return LoadedConfig(config, origins)
 
 
-def _read_file(path: Path, *, extended_by: tuple[Path, ...]) -> dict[str, _Setting]:
-    """The settings of a file on top of those of the files it extends. `extended_by`: the files on the way here."""
+def _read_file(path: Path, *, extended_by: tuple[Path, ...], read: list[Path]) -> dict[str, _Setting]:
+    """The settings of a file on top of those of the files it extends.
+
+    extended_by: the files on the way here. read: all files so far, this one is added.
+    """
+    read.append(path)
+    if len(read) > MOST_FILES:
+        raise ConfigError(f"{path}: {read[0]} extends more than {MOST_FILES} files", "extend fewer of them")
     try:
         leaves = read_document(_read_text(path))
     except Refusal as error:
@@ -79,16 +89,16 @@ def _read_file(path: Path, *, extended_by: tuple[Path, ...]) -> dict[str, _Setti
         if any(_same_file(base, other) for other in chain):
             shown = " -> ".join(map(str, (*chain, base)))
             raise ConfigError(f"{path}:{line} extends: the files extend each other: {shown}", "break the circle")
-        if not base.is_file():
+        if not os.path.isfile(base):  # not base.is_file(), which raises for a name that is too long
             raise ConfigError(f"{path}:{line} extends: there is no file {base}", _nearest_files(base))
-        settings |= _read_file(base, extended_by=chain)
+        settings |= _read_file(base, extended_by=chain, read=read)
     own = {n: _Setting(value, f"{path}:{at}", f"{path}:{at} {n}") for n, (value, at) in leaves.items()}
     return settings | own
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path)
     except FileNotFoundError:
         raise ConfigError(f"there is no config file {path}", _nearest_files(path)) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -113,7 +123,7 @@ def _same_file(a: Path, b: Path) -> bool:
 
 def _nearest_files(path: Path) -> str:
     """A remedy for a file that is missing: YAML files of similar names around the nearest folder that exists."""
-    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
+    folder = next((parent for parent in path.parents if os.path.isdir(parent)), Path())
     there = sorted(str(found) for pattern in ("*.yaml", "*/*.yaml") for found in folder.glob(pattern))
     near = difflib.get_close_matches(str(path), there, n=3, cutoff=0.6) or there[:3]
     return f"did you mean {' or '.join(near)}?" if near else f"{folder} holds no .yaml files; name one that exists"
@@ -122,6 +132,7 @@ def _nearest_files(path: Path) -> str:
 def _read_override(text: str) -> dict[str, _Setting]:
     """The settings of one `key=value`; more than one where the value is a mapping."""
     place = f"command line {' '.join(text.split())}"
+    place = place if len(place) <= _LONGEST_PLACE else place[:_LONGEST_PLACE] + "..."
     name, equals, value = text.partition("=")
     if not equals or name.split() != [name] or name.startswith("-"):
         raise ConfigError(f"{place}: not of the form key=value", "overrides look like optim.epochs=300, without dashes")

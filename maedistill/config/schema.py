@@ -75,6 +75,19 @@ class Images(Section):
         0.001,
         "stop when a larger share of the samples seen could not be decoded; each one is replaced and listed",
     )
+    timeout_seconds: Positive = runtime(
+        300,
+        "how long the loader processes may be stuck at their samples before the run ends and names them; fetching a "
+        "remote shard has time limits of its own",
+    )
+    cache_folder: str | None = runtime(
+        None,
+        "where remote shards are kept, for all runs of a machine; by default MAEDISTILL_CACHE, or else "
+        "maedistill/shards in the user's cache folder",
+    )
+    cache_gb: Above0 | None = runtime(
+        None, "most gigabytes (10^9 bytes) of remote shards that are kept; by default MAEDISTILL_CACHE_GB, else 100"
+    )
 
 
 class Backbone(Section):
@@ -131,6 +144,14 @@ class Engine(Section):
     compile: bool = runtime(False, "torch.compile the student")
     checkpoint_activations: bool = runtime(False, "recompute activations in the backward pass: less memory, more time")
     timeout_seconds: Positive = runtime(600, "how long a rank waits for another before the run ends")
+    nonfinite: Literal["skip", "rollback", "stop"] = runtime(
+        "skip",
+        "what follows an update whose loss or gradient is not finite, which is never applied; skip: the next one; "
+        "rollback: the newest checkpoint again, with the data that comes next; stop: the end, exit 4",
+    )
+    most_nonfinite: Positive = runtime(
+        5, "most such updates in a row, or returns to one checkpoint; one more ends the run, exit 4"
+    )
 
 
 class Progress(Section):
@@ -139,6 +160,7 @@ class Progress(Section):
     every: Positive = runtime(20, "steps between lines of metrics.jsonl and of progress")
     save_every_epochs: Above0 = runtime(1.0, "epochs between checkpoints")
     keep: Positive = runtime(2, "newest checkpoints that are kept")
+    keep_every_epochs: Above0 | None = runtime(None, "epochs between checkpoints that are kept for good; null: none is")
     tensorboard: bool = runtime(True, "also write TensorBoard events, where tensorboard is installed")
 
 

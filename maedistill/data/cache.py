@@ -6,44 +6,29 @@
     URLHASH-CONTENT.tar   whole; a reader holds a shared lock, and only what nobody has locked is evicted
 
 The locks are on the files themselves and end with their process, however it ends: a killed download leaves a `.part`
-that the next one continues, and nothing else. A file's time of change says when it was last used.
+that the next one continues, and nothing else. A file's time of change says when it was last used. Files with other
+names are none of the cache's: they are neither counted nor removed.
 """
 
 import fcntl
 import hashlib
-import itertools
-import logging
-import math
 import os
+import re
 import shutil
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from maedistill.data.remote import Patience, TransferError, open_stream, retry
+from maedistill.data.download import Patience, RemoteShard, download
 from maedistill.errors import ConfigError, DataError
 
 FOLDER_VARIABLE, BOUND_VARIABLE = "MAEDISTILL_CACHE", "MAEDISTILL_CACHE_GB"
 DEFAULT_GB = 100.0  # gigabytes (1e9 bytes)
-_CHANGED = (
-    "bring the shard that the index was made of, or make its index again: one that was scanned lies in the user's "
-    "cache, in maedistill/index, and may be removed"
-)
+_OURS = re.compile(r"[0-9a-f]{64}-([0-9]+\.part|[0-9a-f]{16}\.tar)")
 _POLL = 0.05  # seconds between two looks for room
 _FRESH = 1.0  # seconds for which a use need not be noted again
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RemoteShard:
-    """What must arrive. Without an index the checksum is not known; the first scan finds it."""
-
-    url: str
-    num_bytes: int
-    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,9 +126,10 @@ class ShardCache:
                     return descriptor, _try_lock(descriptor)
                 others = any(self._files())  # all of them in use: they may go
             if too_large or not others or time.monotonic() > deadline:
+                allowed = f"{self.max_bytes / 1e9:g} GB"
                 raise DataError(
                     f"{shard.url} has {shard.num_bytes:,} bytes, for which the cache {self.folder} has no room",
-                    f"free disk space, or allow more than {self.max_bytes / 1e9:g} GB: {BOUND_VARIABLE}=...",
+                    f"free disk space, or allow more than {allowed}: data.cache_gb=..., or {BOUND_VARIABLE}=...",
                 )
             time.sleep(_POLL)
 
@@ -164,7 +150,7 @@ class ShardCache:
     def _files(self) -> Iterator[tuple[Path, int, float]]:
         """Path, bytes and time of last use; a `.part` counts as what it will be."""
         for path in self.folder.iterdir():
-            if path.suffix in (".part", ".tar"):
+            if _OURS.fullmatch(path.name):
                 with suppress(FileNotFoundError):
                     state = path.stat()
                     size = int(path.stem.rpartition("-")[2]) if path.suffix == ".part" else state.st_size
@@ -178,7 +164,7 @@ class ShardCache:
         except OSError as error:
             raise DataError(
                 f"the cache of remote shards {self.folder} cannot be used: {error}",
-                f"free disk space, or name another folder: {FOLDER_VARIABLE}=DIR",
+                f"free disk space, or name another folder: data.cache_folder=DIR, or {FOLDER_VARIABLE}=DIR",
             ) from error
 
     @contextmanager
@@ -193,93 +179,12 @@ class ShardCache:
             os.close(descriptor)
 
 
-class ReadAhead:
-    """Fetches shards into the cache in the background, nearest first, in one thread.
-
-    Loader workers that want the same shards share the work: each takes the first that nobody is at.
-    """
-
-    def __init__(self, cache: ShardCache) -> None:
-        self._cache = cache
-        self._todo: list[RemoteShard] = []
-        self._thread: threading.Thread | None = None
-
-    def want(self, shards: Sequence[RemoteShard]) -> None:
-        """Replaces the list of what to fetch; returns at once."""
-        self._todo = list(shards)
-        if self._todo and not (self._thread and self._thread.is_alive()):
-            self._thread = threading.Thread(target=self._work, name="read-ahead", daemon=True)
-            self._thread.start()
-
-    def _work(self) -> None:
-        while todo := self._todo:
-            shard, self._todo = todo[0], todo[1:]
-            try:
-                self._cache.fetch(shard)
-            except DataError as error:  # the reader that needs this shard tries again and raises
-                _log.warning("read-ahead: %s", error.cause)
-
-
-def download(shard: RemoteShard, descriptor: int, *, patience: Patience) -> str:
-    """Fills a file with the shard, going on where it ends if the bytes can be proved right; returns their sha256.
-
-    Raises `DataError` naming the URL, `OSError` if the file cannot be written.
-    """
-    tag, num_bytes = None, shard.num_bytes
-    wrong: set[str] = set()  # checksums that arrived
-    if shard.sha256 is None:
-        os.ftruncate(descriptor, 0)  # nothing could tell whether an older beginning fits
-
-    def attempt() -> str:
-        nonlocal tag
-        start = os.fstat(descriptor).st_size
-        if start > num_bytes or (start and not (shard.sha256 or tag)):
-            os.ftruncate(descriptor, start := 0)
-        if start < num_bytes:
-            with open_stream(shard.url, start=start, tag=tag, timeout=patience.timeout) as stream:
-                tag = stream.tag
-                if stream.size not in (None, num_bytes):
-                    what = f"the file there has {stream.size:,} bytes instead of {num_bytes:,}"
-                    raise TransferError(what, final=True, remedy=_CHANGED)
-                _write(descriptor, stream.chunks, start=stream.start, num_bytes=num_bytes)
-        sha256 = _hash(descriptor)
-        if sha256 != (shard.sha256 or sha256):
-            os.ftruncate(descriptor, 0)
-            again = sha256 in wrong
-            wrong.add(sha256)
-            what = "its checksum is not the one in the index" + ", twice in the same way" * again
-            raise TransferError(what, final=again, remedy=_CHANGED)
-        return sha256
-
-    return retry(attempt, shard.url, patience=patience)
-
-
-def largest_window(shard_bytes: Sequence[int], cache_bytes: int) -> int:
-    """How many shards `data.window_shards` may be: all if the set fits the cache, else so many that any two windows do.
-
-    One window is read while the next arrives. 0 where not even two shards fit.
-    """
-    if sum(shard_bytes) <= cache_bytes:
-        return len(shard_bytes)
-    totals = itertools.accumulate(sorted(shard_bytes, reverse=True))
-    return sum(total <= cache_bytes for total in totals) // 2
-
-
-def check_window(shard_bytes: Sequence[int], *, window: int | None, cache_bytes: int) -> None:
-    """Raises `ConfigError` if training on remote shards would download them again and again. window: None for all."""
-    largest = largest_window(shard_bytes, cache_bytes)
-    if (window or len(shard_bytes)) <= largest:
-        return
-    whole = sum(shard_bytes) / 1e9
-    least = sum(sorted(shard_bytes)[-2:]) / 1e9
-    remedy = f"set data.window_shards={largest}, or {BOUND_VARIABLE}={_round_up(whole)}"
-    if not largest:
-        remedy = f"set data.window_shards=1 and {BOUND_VARIABLE}={_round_up(least)} or more"
-    raise ConfigError(
-        f"data.window_shards is {window or 'null'}, but of {len(shard_bytes):,} remote shards ({whole:.3g} GB) only "
-        f"{largest} at a time fit twice into the cache of {cache_bytes / 1e9:g} GB",
-        remedy,
-    )
+def set_cache(*, folder: str | None, gigabytes: float | None) -> None:
+    """What a config says about the cache: it wins over the environment, here and in the processes started from here."""
+    if folder is not None:
+        os.environ[FOLDER_VARIABLE] = folder
+    if gigabytes is not None:
+        os.environ[BOUND_VARIABLE] = str(gigabytes)
 
 
 def default_folder() -> Path:
@@ -299,31 +204,6 @@ def default_bound() -> int:
     if bound <= 0:
         raise ConfigError(f"{BOUND_VARIABLE} is {text!r}", "give the gigabytes that the cache may take, e.g. 100")
     return bound
-
-
-def _write(descriptor: int, chunks: Iterator[bytes], *, start: int, num_bytes: int) -> None:
-    """Writes what arrives from byte `start` on; what came before a failure stays for the next attempt."""
-    os.ftruncate(descriptor, start)
-    position = start
-    for chunk in chunks:
-        if position + len(chunk) > num_bytes:
-            os.ftruncate(descriptor, 0)
-            raise TransferError(f"more than the expected {num_bytes:,} bytes came")
-        view = memoryview(chunk)
-        while view:
-            written = os.pwrite(descriptor, view, position)
-            view, position = view[written:], position + written
-    if position < num_bytes:
-        raise TransferError(f"it ended after {position:,} of {num_bytes:,} bytes")
-
-
-def _hash(descriptor: int) -> str:
-    """Hex sha256 of the whole file; the next read begins at its beginning."""
-    with open(descriptor, "rb", closefd=False) as file:
-        file.seek(0)
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(0)
-    return sha256
 
 
 def _remove_unused(path: Path) -> bool:
@@ -351,7 +231,3 @@ def _try_lock(descriptor: int) -> bool:
 
 def _url_hash(url: str) -> str:
     return hashlib.sha256(url.encode()).hexdigest()
-
-
-def _round_up(gigabytes: float) -> str:
-    return f"{math.ceil(gigabytes * 1000) / 1000:g}"

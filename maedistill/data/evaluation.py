@@ -18,9 +18,9 @@ from torchvision.transforms.v2 import functional as vision
 
 from maedistill.data.images import BadImage, decode_rgb
 from maedistill.data.index import ShardIndex
-from maedistill.data.loader import load_batches, sample_name
-from maedistill.data.reader import ShardReader
+from maedistill.data.reader import ShardReader, sample_name
 from maedistill.data.scan import NO_LABEL
+from maedistill.data.workers import TIMEOUT_SECONDS, load_batches
 from maedistill.errors import DataError
 
 PADDING = -1  # in place of a sample id: a black image without label
@@ -78,9 +78,14 @@ class EvaluationImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return self.transform(vision.to_pil_image(pixels))
 
 
-def exact_batches(images: EvaluationImages, *, batch: int, workers: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Images uint8 [b, 3, s, s], labels and ids int64 [b], in order, the last batch as small as it is."""
-    return load_batches(images, batch_size=batch, workers=workers)
+def exact_batches(
+    images: EvaluationImages, *, batch: int, workers: int, timeout_seconds: float = TIMEOUT_SECONDS
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Images uint8 [b, 3, s, s], labels and ids int64 [b], in order, the last batch as small as it is.
+
+    timeout_seconds: as in `load_batches`.
+    """
+    return load_batches(images, workers=workers, timeout_seconds=timeout_seconds, batch_size=batch)
 
 
 def rank_share(samples: Tensor, *, rank: int, world_size: int) -> Tensor:

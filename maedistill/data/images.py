@@ -10,6 +10,7 @@ orientation and colour profiles are ignored, as ImageNet's users always have.
 
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 
 SHARD_FORMATS = ("JPEG", "PNG", "WEBP")
 MOST_PIXELS = 64_000_000  # an image may not cost more memory than this when decoded, however small its file is
+MOST_SCANNED = 100 * MOST_PIXELS  # each scan of a progressive JPEG is one more walk over all pixels: usual are ten
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 
 # torchvision's operator rather than its Python function, which since 0.29 warns at every call that a later release will
@@ -33,7 +35,10 @@ _DECODE_ERRORS = (
     struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
 _JPEG = ("JPEG", "MPO")  # MPO: a JPEG with a second one, e.g. a preview, behind it
+_START_OF_SCAN, _SMALLEST_SCAN = b"\xff\xda", 10  # bytes: the marker and the header of one component
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # what Pillow finds odd is judged here, and not worth a line each
 
 
 class BadImage(ValueError):
@@ -57,14 +62,19 @@ def decode_rgb(data: bytes) -> Tensor:
 
 
 def open_image(data: bytes, *, formats: tuple[str, ...] = SHARD_FORMATS) -> Image.Image:
-    """Reads the header only. Raises `BadImage` if it is none of Pillow's `formats`, or too large."""
+    """Reads the header only. Raises `BadImage` if it is none of Pillow's `formats`, or too large to decode."""
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
     except _DECODE_ERRORS as error:
         reason = "no " + ", ".join(formats) + " file" if isinstance(error, Image.UnidentifiedImageError) else error
         raise BadImage(str(reason)) from error
-    if image.width * image.height > MOST_PIXELS:
+    pixels = image.width * image.height
+    if pixels > MOST_PIXELS:
         raise BadImage(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
+    if image.format in _JPEG and pixels * len(data) > MOST_SCANNED * _SMALLEST_SCAN:  # else they are not worth counting
+        scans = data.count(_START_OF_SCAN)
+        if pixels * scans > MOST_SCANNED:
+            raise BadImage(f"{scans:,} scans of {image.width} x {image.height} pixels, which would take too long")
     return image
 
 

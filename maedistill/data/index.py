@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,8 +23,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from maedistill.data.download import Patience
+from maedistill.data.index_check import check_arrays, check_text, is_text, parse_json
 from maedistill.data.patterns import find_shards, split_name
-from maedistill.data.remote import Patience, check_url, is_url, read_small
+from maedistill.data.remote import check_url, is_url, read_small
 from maedistill.data.scan import NO_LABEL, ShardScan, scan_shards
 from maedistill.errors import DataError
 
@@ -31,6 +34,7 @@ FORMAT = 1
 SUFFIX = ".index.safetensors"
 CLASSES_FILE = "classes.json"
 SCANNED = {"made_by": "scan"}
+MOST_SUFFIXES = 20  # named in the log; a hostile shard may hold one of each
 
 _ARRAYS = ("starts", "offsets", "sizes", "labels", "key_text", "key_ends")
 _log = logging.getLogger(__name__)
@@ -117,6 +121,8 @@ def open_index(shards: str, *, index: str | None = None) -> ShardIndex:
     assert known is not None
     found = select_shards(known, paths)
     _check_sizes(found, file)
+    if not len(found):
+        raise DataError(f"{shards!r} holds no images", "name others, or write shards with tools/make_shards.py")
     return found
 
 
@@ -138,9 +144,13 @@ def index_of(
         key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),  # [n]
         made=made,
     )
-    ignored = {suffix: sum(scan.ignored[suffix] for scan in scans) for scan in scans for suffix in sorted(scan.ignored)}
+    ignored: Counter[str] = Counter()
+    for scan in scans:
+        ignored.update(scan.ignored)
     if ignored:
-        _log.warning("members that are neither image nor label are never opened: %s", ignored)
+        most, kinds = dict(ignored.most_common(MOST_SUFFIXES)), len(ignored)
+        rest = f" and {kinds - MOST_SUFFIXES:,} more" if kinds > MOST_SUFFIXES else ""
+        _log.warning("members that are neither image nor label are never opened: %s%s", most, rest)
     if classes and found.labels.max(initial=NO_LABEL) >= len(classes):
         i = int(found.labels.argmax())
         raise DataError(
@@ -192,21 +202,23 @@ def save_index(index: ShardIndex, file: Path) -> None:
 
 
 def load_index(file: Path) -> ShardIndex:
-    """Reads an index as it was saved: `shards` are bare file names. Raises `DataError` where it is damaged."""
+    """Reads an index as it was saved: `shards` are bare file names. Raises `DataError` where it is damaged or lies."""
     try:
         with safe_open(file, framework="numpy") as stored:
-            text = json.loads(stored.metadata()["index"])
+            text = parse_json(stored.metadata()["index"])
             arrays = {name: stored.get_tensor(name) for name in _ARRAYS}
-        assert text.pop("format") == FORMAT
-        made, lists = text.pop("made"), {name: tuple(values) for name, values in text.items()}
-        index = ShardIndex(**lists, **arrays, made=made)
-        _check_rows(index)
-    except (SafetensorError, AssertionError, KeyError, TypeError, ValueError) as error:
+        check_text(text)
+        if text["format"] != FORMAT:
+            raise ValueError(f"it has format {text['format']}")
+        check_arrays(arrays, text)
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        reason = " ".join(str(error)[:200].split())
         raise DataError(
-            f"{file} is no index of format {FORMAT} ({type(error).__name__}: {error})",
+            f"{file} is no index of format {FORMAT} ({type(error).__name__}: {reason})",
             "remove it: the shards are then scanned once",
         ) from error
-    return index
+    lists = {name: tuple(text[name]) for name in ("shards", "shard_bytes", "shard_sha256", "classes")}
+    return ShardIndex(**lists, **arrays, made=text["made"])
 
 
 def read_classes(folder: str) -> tuple[str, ...]:
@@ -219,21 +231,12 @@ def read_classes(folder: str) -> tuple[str, ...]:
     if data is None:
         return ()
     try:
-        names = json.loads(data)
+        names = parse_json(data)
     except ValueError as error:
-        raise DataError(f"{file} is not JSON ({error})", "correct it, or remove it") from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{file} is not JSON ({str(error)[:200]})", "correct it, or remove it") from error
+    if not isinstance(names, list) or not all(map(is_text, names)):
         raise DataError(f"{file} is not a list of names", 'write ["name of class 0", "name of class 1", ...]')
     return tuple(names)
-
-
-def _check_rows(index: ShardIndex) -> None:
-    """The arrays fit together, and every image lies inside its shard."""
-    n, per_shard = len(index), np.diff(index.starts)  # [m]
-    ends = np.repeat(np.array(index.shard_bytes, dtype=np.int64), per_shard)  # [n]
-    assert len(index.shards) == len(index.shard_bytes) == len(index.shard_sha256) == len(per_shard)
-    assert len(index.sizes) == len(index.labels) == len(index.key_ends) == len(ends) == n
-    assert index.starts[0] == 0 and (per_shard >= 0).all() and (index.offsets + index.sizes <= ends).all()
 
 
 def _check_sizes(index: ShardIndex, file: Path) -> None:

@@ -7,22 +7,21 @@ integer, and the number of ranks and workers changes nothing about what is read.
     m micro-batch   s crop size
 """
 
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from maedistill.config.batch import BatchPlan
 from maedistill.data.images import BadImage, decode_rgb
 from maedistill.data.index import ShardIndex
 from maedistill.data.order import SampleOrder
-from maedistill.data.reader import ShardReader
+from maedistill.data.reader import ShardReader, sample_name
 from maedistill.data.transforms import CROP_DRAWS, centre_crop, crop, random_box
-from maedistill.errors import DataError, UserError
+from maedistill.data.workers import TIMEOUT_SECONDS, load_batches
+from maedistill.errors import DataError
 from maedistill.randomness import Stream, key, uniform
 
 _REPLACEMENTS = 16  # so many bad samples in a row mean that the whole set is bad
@@ -141,11 +140,6 @@ class CentreCrops(Dataset[tuple[Tensor, Tensor]]):
         raise _all_bad(failed)
 
 
-def sample_name(index: ShardIndex, sample: int) -> str:
-    """Where a person finds a sample: `SHARD:KEY`."""
-    return f"{index.shards[index.shard_of(sample)]}:{index.key(sample)}"
-
-
 def _all_bad(last: str) -> DataError:
     return DataError(
         f"{_REPLACEMENTS} samples in a row could not be decoded, the last is {last}",
@@ -182,59 +176,27 @@ def training_batches(
     world_size: int,
     workers: int,
     device: torch.device,
+    timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> Iterator[Batch]:
-    """Micro-batches of the steps [first_step, total_steps) on `device`, `plan.accumulation` of them per step."""
+    """Micro-batches of the steps [first_step, total_steps) on `device`, `plan.accumulation` of them per step.
+
+    timeout_seconds: as in `load_batches`.
+    """
     schedule = _Schedule(first_step, total_steps, plan=plan, rank=rank, world_size=world_size)
     pin_memory, prefetch_factor = device.type == "cuda", 4 if workers else None
     batches = load_batches(
-        crops, batch_sampler=schedule, workers=workers, pin_memory=pin_memory, prefetch_factor=prefetch_factor
+        crops,
+        workers=workers,
+        timeout_seconds=timeout_seconds,
+        batch_sampler=schedule,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch_factor,
     )
     return (batch.to(device) for batch in batches)
 
 
-def evaluation_batches(crops: CentreCrops, *, batch: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def evaluation_batches(
+    crops: CentreCrops, *, batch: int, workers: int, timeout_seconds: float = TIMEOUT_SECONDS
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Images uint8 [b, 3, s, s] and labels int64 [b] in order, the last batch as small as it is."""
-    return load_batches(crops, batch_size=batch, workers=workers)
-
-
-def load_batches(images: Dataset[Any], *, workers: int, **keywords: Any) -> Iterator[Any]:
-    """What `images.__getitems__` makes of each batch of ids, from `workers` processes that start now.
-
-    keywords: torch's for its DataLoader. A `UserError` in a worker is raised here as it was there.
-    """
-    return map(
-        _unpack,
-        DataLoader(_Carrier(images), num_workers=workers, collate_fn=_unchanged, worker_init_fn=_be_quiet, **keywords),
-    )
-
-
-class _Carrier(Dataset[Any]):
-    """Hands a `UserError` over as a value. Raised in a worker, torch would make a RuntimeError of its traceback."""
-
-    def __init__(self, images: Dataset[Any]) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitems__(self, ids: list[int]) -> Any:
-        """What `images` has for a batch of ids, or why it has nothing."""
-        try:
-            return self.images.__getitems__(ids)
-        except UserError as error:
-            return error
-
-
-def _unpack(batch: Any) -> Any:
-    if isinstance(batch, UserError):
-        raise batch
-    return batch
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
-
-
-def _be_quiet(_: int) -> None:
-    """Ctrl-C reaches the whole process group; the training process answers it, and workers end with that process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return load_batches(crops, workers=workers, timeout_seconds=timeout_seconds, batch_size=batch)

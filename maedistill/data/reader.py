@@ -5,15 +5,22 @@ ShardIndex, sample id -> ShardReader.read -> bytes
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from maedistill.data.cache import ReadAhead, RemoteShard, ShardCache, check_window, default_bound
+from maedistill.data.cache import ShardCache, default_bound
+from maedistill.data.download import RemoteShard
 from maedistill.data.index import ShardIndex
+from maedistill.data.read_ahead import ReadAhead, check_window
 from maedistill.data.remote import is_url
 from maedistill.errors import DataError
 
 MOST_OPEN = 64  # shards; many systems allow 1,024 open files, to be shared by all loader workers' sockets and pipes
+
+
+def sample_name(index: ShardIndex, sample: int) -> str:
+    """Where a person finds a sample: `SHARD:KEY`."""
+    return f"{index.shards[index.shard_of(sample)]}:{index.key(sample)}"
 
 
 def require_room(index: ShardIndex, *, window: int | None) -> None:
@@ -29,32 +36,40 @@ class ShardReader:
     Not for several threads at once: one of them could close what another reads. Remote shards are opened for one read
     each, which takes microseconds, so that no reader keeps the cache from evicting a shard that it is done with.
 
-    cache: for remote shards; None for the one that the environment names.
+    cache: for remote shards; None for the one that the environment names. A watch may be set as `note`: it is told each
+    sample that is read, and whether the sample's shard has to be fetched first.
     """
 
     def __init__(self, index: ShardIndex, *, cache: ShardCache | None = None) -> None:
         self.index = index
         self._cache = cache or (ShardCache() if any(map(is_url, index.shards)) else None)
         self._ahead = ReadAhead(self._cache) if self._cache else None
+        self.note: Callable[[int, bool], None] = _note_nothing
         self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, longest unused first
 
     def read(self, i: int) -> bytes:
         """The encoded bytes of sample `i`. Raises `DataError` if its shard has gone, changed or cannot be had."""
         shard = self.index.shard_of(i)
-        size, offset = int(self.index.sizes[i]), int(self.index.offsets[i])
-        if not is_url(self.index.shards[shard]):
-            return self._read(self._descriptor(shard), shard, size, offset)
-        assert self._cache is not None
-        descriptor = self._cache.open(self._remote(shard))
         try:
-            return self._read(descriptor, shard, size, offset)
-        finally:
-            os.close(descriptor)
+            if is_url(self.index.shards[shard]):
+                return self._read_cached(i, shard)
+            self.note(i, False)
+            return self._read(self._descriptor(shard), i, shard)
+        except OSError as error:
+            raise DataError(
+                f"{sample_name(self.index, i)} cannot be read: {error.strerror}",
+                "see to the rights, and to the disk or network drive that the shard is on, then start again",
+            ) from error
 
     @property
     def is_remote(self) -> bool:
         """Whether any shard is behind a URL."""
         return self._cache is not None
+
+    @property
+    def longest_fetch(self) -> float:
+        """Seconds that a shard may take to arrive before it is read."""
+        return self._cache.patience.longest if self._cache else 0.0
 
     def read_ahead(self, shards: Sequence[int]) -> None:
         """Says which shards are needed next, nearest first; remote ones begin to arrive in the background."""
@@ -64,7 +79,18 @@ class ShardReader:
     def _remote(self, shard: int) -> RemoteShard:
         return RemoteShard(self.index.shards[shard], self.index.shard_bytes[shard], self.index.shard_sha256[shard])
 
-    def _read(self, descriptor: int, shard: int, size: int, offset: int) -> bytes:
+    def _read_cached(self, i: int, shard: int) -> bytes:
+        assert self._cache is not None
+        self.note(i, True)
+        descriptor = self._cache.open(self._remote(shard))
+        self.note(i, False)
+        try:
+            return self._read(descriptor, i, shard)
+        finally:
+            os.close(descriptor)
+
+    def _read(self, descriptor: int, i: int, shard: int) -> bytes:
+        size, offset = int(self.index.sizes[i]), int(self.index.offsets[i])
         data = os.pread(descriptor, size, offset)
         while len(data) < size:  # a read may be short, e.g. on a network disk or beyond 2 GiB
             more = os.pread(descriptor, size - len(data), offset + len(data))
@@ -108,3 +134,7 @@ class ShardReader:
     def __del__(self) -> None:
         if hasattr(self, "_open"):
             self.close()
+
+
+def _note_nothing(sample: int, fetching: bool) -> None:
+    pass

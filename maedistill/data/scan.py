@@ -16,7 +16,8 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from maedistill.data.cache import RemoteShard, ShardCache
+from maedistill.data.cache import ShardCache
+from maedistill.data.download import RemoteShard
 from maedistill.data.remote import file_size, is_url
 from maedistill.data.tars import walk_tar
 from maedistill.errors import DataError

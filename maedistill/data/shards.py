@@ -101,8 +101,11 @@ def plan_shards(split: str, records: list[Record], images_per_shard: int) -> lis
 
 
 def read_report(out: Path) -> dict[str, Note]:
-    """What `make_shards` found when it made `out`, by split."""
-    return {split: Note(**note) for split, note in _read_json(out / REPORT_FILE)["splits"].items()}
+    """What `make_shards` found when it made `out`, by split. Raises `ConfigError` where the report is none of its."""
+    try:
+        return {split: Note(**note) for split, note in _read_json(out / REPORT_FILE)["splits"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _foreign(out / REPORT_FILE) from error
 
 
 def _settings(source: Source, *, images_per_shard: int, shorter_side: int | None, quality: int) -> dict[str, Any]:
@@ -132,7 +135,9 @@ def _begin(out: Path, made: dict[str, Any]) -> bool:
     """Prepares `out`; True if it is finished. Raises `ConfigError` if it holds anything that is not of this making."""
     settings, report = out / WORK_FOLDER / "settings.json", out / REPORT_FILE
     if report.is_file() or settings.is_file():
-        before = _read_json(report)["made"] if report.is_file() else _read_json(settings)
+        before = _read_json(report).get("made") if report.is_file() else _read_json(settings)
+        if not isinstance(before, dict):
+            raise _foreign(report)
         if changed := sorted(key for key in before | made if before.get(key) != made.get(key)):
             changes = ", ".join(f"{key} was {before.get(key)}, is {made.get(key)}" for key in changed)
             raise ConfigError(
@@ -196,7 +201,7 @@ def _find_finished(out: Path, name: str, bar: tqdm) -> tuple[Note, ShardScan] | 
         return None
     stored = _read_json(noted)
     with open(file, "rb") as shard:
-        if hashlib.file_digest(shard, "sha256").hexdigest() != stored["sha256"]:
+        if hashlib.file_digest(shard, "sha256").hexdigest() != stored.get("sha256"):
             return None
     note = Note(**stored["note"])
     bar.update(note.images + len(note.skipped))
@@ -242,5 +247,16 @@ def _write_json(file: Path, value: Any) -> None:
     temporary.replace(file)
 
 
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
+def _read_json(file: Path) -> dict[str, Any]:
+    """A JSON object that `_write_json` wrote. Raises `ConfigError` for anything else under its name."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _foreign(file) from error
+    if not isinstance(value, dict):
+        raise _foreign(file)
+    return value
+
+
+def _foreign(file: Path) -> ConfigError:
+    return ConfigError(f"{file} is not what make_shards writes", "give another OUT, or remove this one")

@@ -19,11 +19,13 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, ImageNet
 
 from maedistill.data.convert import encode_png
+from maedistill.data.images import BadImage
 from maedistill.data.scan import NO_LABEL
 from maedistill.errors import ConfigError, DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = ("train", "val", "test")
+LARGEST_FILE = 1 << 30  # bytes; one image that large is none of a data set's
 LONGEST_KEY = 80  # characters; a plain tar header holds names of up to 100
 CIFAR10_VALIDATION, DIGITS_VALIDATION = 5_000, 300  # images
 DIGITS_SIZE = 32  # pixels; the scans have 8
@@ -85,7 +87,7 @@ def open_folder(folder: Path, *, val_fraction: float = 0.0) -> Source:
     if val_fraction:
         splits = _hold_out(splits["train"], val_fraction)
     made = {"source": "folder", "name": folder.resolve().name, "val_fraction": val_fraction}
-    return Source(made, classes, splits, lambda record: (folder / record.origin).read_bytes())
+    return Source(made, classes, splits, lambda record: _read_file(folder / record.origin))
 
 
 def smallest_hashes(images: np.ndarray, count: int) -> np.ndarray:
@@ -177,15 +179,31 @@ def _array_source(
 
 
 def _list_images(folder: Path) -> list[str]:
-    """Paths below `folder`, with forward slashes, sorted; hidden files and folders are passed over, links followed."""
+    """Paths below `folder`, with forward slashes, sorted; hidden files and folders are passed over, links followed.
+
+    Raises DataError for a link that leads back to a folder above it: the same images again and again.
+    """
     found = []
     for where, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            path = os.path.join(where, name)
+            if os.path.islink(path) and Path(os.path.realpath(where)).is_relative_to(os.path.realpath(path)):
+                raise DataError(f"{path} is a link to a folder above it", "remove the link")
         below = Path(where).relative_to(folder)
         found += [
             (below / name).as_posix() for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")
         ]
     return sorted(found)
+
+
+def _read_file(path: Path) -> bytes:
+    """A file's bytes. Raises `BadImage` for what would never end, or not fit: a pipe, a device, a huge file."""
+    if not path.is_file():
+        raise BadImage("it is no file" if path.exists() else "there is no such file")
+    if (size := path.stat().st_size) > LARGEST_FILE:
+        raise BadImage(f"{size:,} bytes, more than {LARGEST_FILE:,}")
+    return path.read_bytes()
 
 
 def _class_names(folder: Path, files: dict[str, list[str]]) -> tuple[str, ...]:

@@ -17,11 +17,14 @@ from maedistill.errors import DataError
 
 BLOCK = 512  # bytes: tar headers are one block, data is padded to whole blocks
 LARGEST_EXTENSION = 1 << 20  # bytes of a long name or pax record; real ones have a few hundred
+LONGEST_NAME = 1024  # letters; systems allow 255 for a file and some thousands for its path
 READ = 1 << 20  # bytes read at once while the padding after the archive's end is checked
 
 REGULAR, DIRECTORY, PAX, PAX_GLOBAL, GNU_LONG_NAME = (b"0", b"\0"), b"5", b"x", b"g", b"L"
+EXTENSIONS = (PAX, PAX_GLOBAL, GNU_LONG_NAME)
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _OCTAL = re.compile(rb" *([0-7]*)[ \0]*")
+_PAX_LENGTH, _PAX_SIZE = re.compile(rb"([0-9]{1,7}) "), re.compile(rb"[0-9]{1,19}")  # int() refuses 4,300 digits
 
 
 class Member(NamedTuple):
@@ -39,31 +42,31 @@ def walk_tar(file: BinaryIO, path: str) -> Iterator[Member]:
     lead out of the archive. So use what it yields only after it has ended.
     """
     descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
-    position, long_name, long_size = 0, None, None
+    position, kind = 0, b""
+    extended: tuple[str | None, int | None] | None = None  # name and size for the next member
     while True:
         header = os.pread(descriptor, BLOCK, position)
         if header.count(0) == BLOCK:
+            if kind in EXTENSIONS:
+                raise _damaged(path, "ends behind an extended header, whose member is missing")
             _check_end(path, descriptor, position, end)
             return
         name, size, kind = _parse_header(path, header, position)
-        if kind in REGULAR:
-            size = size if long_size is None else long_size
+        if extended and kind in REGULAR:
+            size = size if extended[1] is None else extended[1]
         data, position = position + BLOCK, position + BLOCK + -(-size // BLOCK) * BLOCK
         if position > end:
-            raise _damaged(path, f"is cut inside {name!r}, {data + size - end} bytes are missing")
-        if kind in (PAX, PAX_GLOBAL, GNU_LONG_NAME):
-            if size > LARGEST_EXTENSION:
-                raise _damaged(path, f"has an extended header of {size} bytes at byte {data - BLOCK}")
-            extension = os.pread(descriptor, size, data)
-            if kind == GNU_LONG_NAME:
-                long_name = _text(extension)
-            elif kind == PAX:
-                long_name, long_size = _parse_pax(path, extension)
-            elif _parse_pax(path, extension) != (None, None):
-                raise _damaged(path, "sets one name or size for all members")
+            raise _damaged(path, f"is cut inside {name!r}, {position - end} bytes are missing")
+        if kind in EXTENSIONS:
+            if size > LARGEST_EXTENSION or (extended and kind != PAX_GLOBAL):
+                raise _damaged(path, f"has an extended header of {size} bytes, or two, at byte {data - BLOCK}")
+            found = _parse_extension(path, kind, os.pread(descriptor, size, data))
+            extended = extended if kind == PAX_GLOBAL else found
             continue
-        name, long_name, long_size = long_name or name, None, None
+        name, extended = extended[0] or name if extended else name, None
         _check_name(path, name)
+        if kind == DIRECTORY and size:  # readers disagree whether such data is there
+            raise _damaged(path, f"gives the folder {name!r} a size of {size} bytes")
         if kind in REGULAR and not name.endswith("/"):
             yield Member(name, data, size)
         elif kind not in (*REGULAR, DIRECTORY):
@@ -100,28 +103,41 @@ def _number(field: bytes) -> int | None:
     return int(match[1] or b"0", 8) if match else None
 
 
+def _parse_extension(path: str, kind: bytes, data: bytes) -> tuple[str | None, int | None]:
+    """The name and size that an extended header sets for the member after it, None for what it leaves alone."""
+    name, size = (_text(data), None) if kind == GNU_LONG_NAME else _parse_pax(path, data)
+    if name == "":
+        raise _damaged(path, "has an extended header with an empty name")
+    if kind == PAX_GLOBAL and (name, size) != (None, None):
+        raise _damaged(path, "sets one name or size for all members")
+    return name, size
+
+
 def _parse_pax(path: str, records: bytes) -> tuple[str | None, int | None]:
-    """The name and size that a pax header sets for the member after it; its other records do not matter here."""
-    name, size = None, None
-    while records:
-        length, _, _ = records.partition(b" ")
-        if not length.isdigit() or not len(length) < int(length) <= len(records):
+    """The name and size among the records of a pax header; the others do not matter here."""
+    name, size, start = None, None, 0
+    while start < len(records):
+        match = _PAX_LENGTH.match(records, start)
+        end = start + int(match[1]) if match else 0
+        if not match or not match.end() < end <= len(records):
             raise _damaged(path, "has a damaged extended header")
-        key, _, value = records[len(length) + 1 : int(length) - 1].partition(b"=")
-        records = records[int(length) :]
+        key, _, value = records[match.end() : end - 1].partition(b"=")
+        start = end
         if key.startswith(b"GNU.sparse"):
             raise _damaged(path, "holds a sparse file")
         if key == b"path":
             name = _text(value)
         elif key == b"size":
-            if not value.isdigit():
-                raise _damaged(path, f"has an extended header with the size {value!r}")
+            if not _PAX_SIZE.fullmatch(value):
+                raise _damaged(path, f"has an extended header with the size {value[:40]!r}")
             size = int(value)
     return name, size
 
 
 def _check_name(path: str, name: str) -> None:
-    """Refuses names that would lead out of a folder if somebody extracted the tar."""
+    """Refuses names that would lead out of a folder if somebody extracted the tar, or that no file can have."""
+    if len(name) > LONGEST_NAME:
+        raise _damaged(path, f"has a member whose name is {len(name):,} letters long, beginning {name[:40]!r}")
     if name.startswith("/") or ".." in name.split("/"):
         raise DataError(
             f"{path}: the member name {name!r} leads out of the archive",

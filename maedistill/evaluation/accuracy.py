@@ -25,8 +25,9 @@ from torch.nn import functional as F
 
 from maedistill.data.evaluation import PADDING, EvaluationImages, exact_batches, rank_share
 from maedistill.data.index import ShardIndex
-from maedistill.data.loader import sample_name
+from maedistill.data.reader import sample_name
 from maedistill.data.transforms import normalize, to_unit
+from maedistill.data.workers import TIMEOUT_SECONDS
 from maedistill.errors import DataError, NumericsError
 from maedistill.machine import DTYPES
 from maedistill.training import distributed
@@ -84,12 +85,13 @@ def evaluate(
     workers: int,
     device: torch.device,
     precision: str = "fp32",
+    timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> Evaluation:
     """Collective. Shows each of `images` to `network` (on `device`; normalised [b, 3, s, s] -> logits [b, C]) once.
 
-    batch: images per forward pass and rank. precision: fp32, or bf16 or fp16 under autocast. The network keeps its
-    mode. Raises DataError for images without a label, with a label that is no class of the network, or undecodable;
-    NumericsError where a loss is not finite.
+    batch: images per forward pass and rank. precision: fp32, or bf16 or fp16 under autocast. timeout_seconds: as in
+    `load_batches`. The network keeps its mode. Raises DataError for images without a label, with a label that is no
+    class of the network, or undecodable; NumericsError where a loss is not finite.
     """
     if not len(images.samples):
         raise DataError("the shards hold no image to evaluate on", "name shards that hold labelled images")
@@ -101,7 +103,7 @@ def evaluate(
     dtype, found = DTYPES[precision], []
     with evaluation_mode(network):
         mine = EvaluationImages(images.index, whole, images.transform)
-        for pixels, labels, ids in exact_batches(mine, batch=batch, workers=workers):
+        for pixels, labels, ids in exact_batches(mine, batch=batch, workers=workers, timeout_seconds=timeout_seconds):
             x = normalize(to_unit(pixels.to(device, non_blocking=True)), means, stds)  # [b, 3, s, s]
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 logits = network(x)  # [b, C]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from maedistill.data.index import ShardIndex
 from maedistill.data.loader import CentreCrops, evaluation_batches
 from maedistill.data.transforms import normalize, to_unit
+from maedistill.data.workers import TIMEOUT_SECONDS
 from maedistill.methods.mae import MAE
 from maedistill.randomness import Stream, key, permute
 from maedistill.training import distributed
@@ -45,7 +46,15 @@ def spread_samples(index: ShardIndex, count: int, *, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def pooled_features(
-    method: MAE, index: ShardIndex, samples: Tensor, *, size: int, share: float, batch: int, workers: int = 0
+    method: MAE,
+    index: ShardIndex,
+    samples: Tensor,
+    *,
+    size: int,
+    share: float,
+    batch: int,
+    workers: int = 0,
+    timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> tuple[Tensor, Tensor]:
     """Mean-pooled patch tokens of centre crops, each sample once for any number of ranks: [n, D], labels int64 [n].
 
@@ -60,7 +69,7 @@ def pooled_features(
     method.eval()
     rows, labels = [], []
     for images, truth in evaluation_batches(
-        CentreCrops(index, mine, size=size, share=share), batch=batch, workers=workers
+        CentreCrops(index, mine, size=size, share=share), batch=batch, workers=workers, timeout_seconds=timeout_seconds
     ):
         images = normalize(to_unit(images.to(method.mean.device)), method.mean, method.std)
         tokens, _ = method.encoder(images)  # [b, P + N, D]

@@ -11,6 +11,7 @@ into the outputs of the checkpoint, to the last bit.
 """
 
 import json
+import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -48,23 +49,16 @@ def export(
     for a folder that is no run, has no such weights, or cannot be written.
     """
     folder = RunFolder(run)
-    out = Path(out).expanduser() if out is not None else folder.path / "export"
-    _require_free(out)
-    saved = open_saved(folder.path, weights=weights)
-    vit = _with_pooling(saved, pooling)
-    final = out.resolve()
-    temporary = final.with_name(f"{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # what a kill left
+    # As it is meant: `new/..` does not exist, and so looked free, but would be created in place of this folder.
+    out = Path(os.path.normpath(os.path.expanduser(out))) if out is not None else folder.path / "export"
     try:
-        temporary.mkdir(parents=True)
-        _fill(temporary, saved, vit, weights)
-        _commit(temporary, final)
+        _require_free(out)
+        saved = open_saved(folder.path, weights=weights)
+        _replace(out.resolve(), saved, _with_pooling(saved, pooling), weights)
     except (OSError, SafetensorError) as error:
         raise DataError(
             f"the export cannot be written to {out}: {error}", "make room or mend the permissions, or use another --out"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 
@@ -85,6 +79,28 @@ def _require_free(out: Path) -> None:
         raise ConfigError(
             f"{out} holds something else than an export of ours ({', '.join(others[:3])})", "use another --out"
         )
+
+
+def _replace(out: Path, saved: Saved, vit: VisionTransformer, weights: Weights) -> None:
+    """Fills a temporary folder beside `out` and gives it that name. Nothing else beside it is touched."""
+    temporary, retired = (out.with_name(f"{out.name}{suffix}") for suffix in (".tmp", ".old.tmp"))
+    for leftover in (temporary, retired):
+        _remove_leftover(leftover)
+    try:
+        temporary.mkdir(parents=True)
+        _fill(temporary, saved, vit, weights)
+        _commit(temporary, out, retired)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_leftover(folder: Path) -> None:
+    """Removes what a kill left under a temporary name. Raises OSError for what is somebody else's."""
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir() or not {path.name for path in folder.iterdir()} <= FILES:
+        raise FileExistsError(f"{folder} is in the way, and is not what an export leaves")
+    shutil.rmtree(folder)
 
 
 def _with_pooling(saved: Saved, pooling: Pooling | None) -> VisionTransformer:
@@ -144,13 +160,11 @@ def _compare(folder: Path, saved: Saved, vit: VisionTransformer) -> dict[str, An
     return {"max_difference": difference, "values": sum(got.numel() for _, got in pairs), "versions": versions}
 
 
-def _commit(temporary: Path, out: Path) -> None:
+def _commit(temporary: Path, out: Path, retired: Path) -> None:
     """The new folder takes the name; an earlier export is whole under one name or another at any instant."""
     if not out.exists():
         temporary.rename(out)
         return
-    retired = out.with_name(f"{out.name}.old.tmp")
-    shutil.rmtree(retired, ignore_errors=True)
     out.rename(retired)
     temporary.rename(out)
     shutil.rmtree(retired)

@@ -26,7 +26,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from maedistill.config.document import Refusal, read_document
+from maedistill.config.document import Refusal, read_document, read_text
 from maedistill.config.schema import Count, Section
 from maedistill.errors import ConfigError
 
@@ -69,7 +69,7 @@ def load_grid(path: str | Path) -> Grid:
     """Reads a grid file. Raises ConfigError, which names the first problem with its line."""
     path = Path(path)
     try:
-        leaves = read_document(path.read_text(encoding="utf-8-sig"))
+        leaves = read_document(read_text(path))
     except (OSError, UnicodeDecodeError) as error:
         remedy = "name a YAML file, e.g. configs/cifar10/grid.yaml"
         raise ConfigError(f"the grid {path} cannot be read: {error}", remedy) from None

@@ -28,7 +28,7 @@ from maedistill.machine import cpu_share
 from maedistill.training.metrics import duration
 
 _POLL_SECONDS = 0.1
-_GRACE_SECONDS = 20.0  # between asking a step to end and killing it
+_GRACE_SECONDS = 60.0  # in which a run saves where it is
 
 
 def _never() -> bool:

@@ -17,9 +17,10 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from maedistill.errors import ConfigError, DataError
+from maedistill.models.facts import read_facts
+from maedistill.models.outside import image_config, require_moderate_network
 from maedistill.models.saved import Weights, open_saved
-from maedistill.models.weights import READ_ERRORS, why_unreadable
-from maedistill.training.run_folder import RunFolder
+from maedistill.models.weights_file import READ_ERRORS, why_unreadable
 
 KINDS = ("run", "local-dir", "timm", "hf-hub")
 
@@ -90,10 +91,10 @@ def _kind_and_name(source: str) -> tuple[str, str]:
 def _open_run(path: str, weights: Weights, image_size: int | None) -> Classifier:
     """A fine-tuned network from its run folder."""
     name = f"run:{path}"
-    facts = RunFolder(path).facts()
-    if facts and facts.get("stage") != "finetune":
+    _, facts = read_facts(path)
+    if facts["stage"] != "finetune":
         raise _no_classifier(name)
-    if facts and image_size:
+    if image_size:
         _require_multiple(name, facts["network"], image_size)
     saved = open_saved(path, weights=weights, image_size=image_size)
     seen = saved.facts["input"]
@@ -120,6 +121,7 @@ def _open_timm(kind: str, name: str, image_size: int | None) -> Classifier:
         raise ConfigError(f"timm has no model {name!r}", f"names near it: {', '.join(near) or 'none'}")
     address = name if kind == "timm" else source
     try:
+        require_moderate_network(address)
         with torch.device("meta"):  # spends neither memory nor time, and loads no weights
             shape = timm.create_model(address, pretrained=False)
         if not shape.num_classes:
@@ -139,23 +141,22 @@ def _open_timm(kind: str, name: str, image_size: int | None) -> Classifier:
 
 def _with_input_of_timm(network: nn.Module, name: str, image_size: int | None) -> Classifier:
     seen: dict[str, Any] = resolve_model_data_config(network)
-    channels, height, width = seen["input_size"]
-    if channels != 3 or height != width:
-        raise ConfigError(
-            f"{name} looks at {channels} x {height} x {width} pixels", "use a model of square images with 3 channels"
-        )
+    if list(seen["input_size"])[:1] != [3] or len({*seen["input_size"][1:]}) != 1:
+        size = " x ".join(map(str, seen["input_size"]))[:60]
+        raise ConfigError(f"{name} looks at {size} pixels", "use a model of square images with 3 channels")
+    checked = image_config(seen, name)
     return Classifier(
         network=network,
         name=name,
-        mean=tuple(seen["mean"]),
-        std=tuple(seen["std"]),
-        size=image_size or height,
-        crop=seen["crop_pct"],
-        interpolation=seen["interpolation"],
-        crop_mode=seen["crop_mode"],
+        mean=checked.mean,
+        std=checked.std,
+        size=image_size or checked.input_size[1],
+        crop=checked.crop_pct,
+        interpolation=checked.interpolation,
+        crop_mode=checked.crop_mode,
         num_classes=network.num_classes,
-        licence=network.pretrained_cfg.get("license") or "not stated",
-        classes=tuple(network.pretrained_cfg.get("label_names") or ()),
+        licence=str(network.pretrained_cfg.get("license") or "not stated"),
+        classes=tuple(map(str, network.pretrained_cfg.get("label_names") or ())),
     )
 
 

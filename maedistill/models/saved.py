@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import timm
+import torch
 from timm.models import get_model_args
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from maedistill.errors import DataError
+from maedistill.models.encoder import require_plain_vit
+from maedistill.models.facts import read_facts
 from maedistill.models.weights import Audit, Imported, load_encoder
 from maedistill.training.checkpoint import newest_intact, read_weights
 from maedistill.training.run_folder import RunFolder
@@ -44,15 +48,7 @@ def open_saved(path: str | Path, *, weights: Weights = "model", image_size: int 
     weights: `ema` for the moving average. Raises DataError for a folder that is no run of ours, holds no checkpoint or
     has no such weights.
     """
-    folder = RunFolder(path)
-    facts = folder.facts()
-    missing = [name for name in ("stage", "network", "input", "licence") if name not in facts]
-    if missing:
-        what = "does not say its " + ", ".join(missing) if facts else "is not there"
-        raise DataError(
-            f"{folder.path} holds no run of this version: its run.json {what}",
-            "name a run folder that tools/pretrain.py or tools/finetune.py has written",
-        )
+    folder, facts = read_facts(path)
     checkpoint = newest_intact(folder.checkpoints)
     if checkpoint is None:
         raise DataError(
@@ -60,10 +56,32 @@ def open_saved(path: str | Path, *, weights: Weights = "model", image_size: int 
         )
     if weights == "ema" and not (checkpoint / "ema.safetensors").is_file():
         raise DataError(f"{folder.path} kept no moving average of its weights", "leave out --ema (optim.ema keeps one)")
-    arguments = facts["network"]["arguments"] | ({"img_size": image_size} if image_size else {})
-    vit = timm.create_model(facts["network"]["name"], pretrained=False, **arguments)
     prefix, encoder = PREFIX[facts["stage"]], PREFIX["pretrain"]
     tensors = {name: value for name, value in read_weights(checkpoint, weights).items() if name.startswith(prefix)}
+    _require_same_size(facts["network"], tensors, checkpoint)
+    arguments = facts["network"]["arguments"] | ({"img_size": image_size} if image_size else {})
+    vit = timm.create_model(facts["network"]["name"], pretrained=False, **arguments)
     renamed = {encoder + name.removeprefix(prefix): value for name, value in tensors.items()}
     audit = load_encoder(vit, Imported(renamed), name=str(checkpoint))
     return Saved(vit.eval(), folder, facts, checkpoint, audit)
+
+
+def _require_same_size(network: Mapping[str, Any], tensors: Mapping[str, Tensor], checkpoint: Path) -> None:
+    """Raises DataError unless the network of run.json is as large as the checkpoint: before it takes memory."""
+    try:
+        with torch.device("meta"):
+            shape = timm.create_model(network["name"], pretrained=False, **network["arguments"])
+    except (RuntimeError, TypeError, ValueError, AssertionError, LookupError, ArithmeticError) as error:
+        raise DataError(
+            f"{checkpoint.parent.parent}/run.json describes no network that timm can build ({type(error).__name__}: "
+            f"{' '.join(str(error)[:200].split())})",
+            "name a run folder that tools/pretrain.py or tools/finetune.py has written",
+        ) from error
+    require_plain_vit(shape, network["name"])
+    described, held = (sum(value.numel() for value in part.values()) for part in (shape.state_dict(), tensors))
+    if described != held:
+        raise DataError(
+            f"{checkpoint.parent.parent}/run.json describes a network of {described:,} numbers, but {checkpoint.name} "
+            f"holds {held:,}",
+            "restore the run folder as it was written: the two belong together",
+        )

@@ -11,7 +11,6 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.errors import DataError, UserError
@@ -22,17 +21,10 @@ from maedistill.models.encoder import (
     require_plain_vit,
 )
 from maedistill.models.initialize import initialize
+from maedistill.models.outside import Triple, image_statistics, require_moderate_network
 from maedistill.models.saved import open_saved
-from maedistill.models.weights import (
-    READ_ERRORS,
-    import_weights,
-    load_encoder,
-    read_weights_file,
-    why_unreadable,
-)
-
-Triple = tuple[float, float, float]
-UNSTATED = "not stated"
+from maedistill.models.weights import import_weights, load_encoder, require_finite
+from maedistill.models.weights_file import READ_ERRORS, read_weights_file, why_unreadable
 
 
 @dataclass(frozen=True)
@@ -95,12 +87,13 @@ def open_source(
     else:
         assert kind == "random"
         vit, audit, known = _open_random(name, size, positions=positions, **dimensions)
+    stated_mean, stated_std = image_statistics(known, source)
     return Source(
         encoder=MaskedEncoder(vit),
         source=source,
-        mean=tuple(mean or known.get("mean") or IMAGENET_DEFAULT_MEAN),
-        std=tuple(std or known.get("std") or IMAGENET_DEFAULT_STD),
-        licence=licence or known.get("license") or f"not stated (set {section}.licence)",
+        mean=tuple(mean or stated_mean),
+        std=tuple(std or stated_std),
+        licence=licence or str(known.get("license") or "") or f"not stated (set {section}.licence)",
         audit=str(audit),
         origin=known.get("origin"),
     )
@@ -112,6 +105,7 @@ def _open_timm(source: str, size: _Size, section: str) -> _Opened:
     if source != name:
         require_known(name)
     try:
+        require_moderate_network(name)
         with torch.device("meta"):
             shape = timm.create_model(name, pretrained=False, num_classes=0, global_pool="")
         require_plain_vit(shape, name)
@@ -125,6 +119,7 @@ def _open_timm(source: str, size: _Size, section: str) -> _Opened:
             f"{name}: the weights cannot be had ({why_unreadable(error)})",
             f"check the name and the network, or download the file and use {section}.source=file:PATH with its model",
         ) from error
+    require_finite(vit.state_dict(), name)
     return vit, f"{len(vit.state_dict())} keys loaded by timm", vit.pretrained_cfg
 
 
@@ -139,7 +134,7 @@ def _open_file(
     **dimensions: Any,
 ) -> _Opened:
     """A weights file in any of the known key styles. Whether there is a class token, the file says."""
-    imported = import_weights(read_weights_file(path, sha256=sha256), name=path)
+    imported = import_weights(read_weights_file(path, sha256=sha256, section=section), name=path)
     dimensions["class_token"] = "cls_token" in imported.part("encoder.vit.")
     vit = build_vit(
         model,

@@ -1,36 +1,24 @@
-"""Weight files of others: read without executing anything, renamed to our names, audited key by key.
+"""Weights of others: renamed to our names, audited key by key.
 
 Understood are MAE's and DMAE's names, AMD's (VideoMAE's), timm's, and ours, as safetensors or as weights-only pickles.
 The result has the names of `methods/`: `encoder.vit.*` (timm's names), `decoder.*`, `projections.*`, `generators.*`.
 """
 
-import hashlib
 import math
 import re
-import struct
-from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models import clean_state_dict
 from torch import Tensor, nn
-from torch.serialization import safe_globals
 
 from maedistill.errors import DataError
 
 Weights = dict[str, Tensor]
 
-# What reading a file that is cut, damaged or no weights at all raises, depending on where the damage is.
-READ_ERRORS = (
-    SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError,
-    AttributeError, AssertionError, struct.error,
-)  # fmt: skip
+_LONGEST_NAME = 100  # characters of a key that an error repeats
 # What a file may hold that nothing here needs: classifiers and pooling heads of fine-tuned models.
 _CLASSIFIER = re.compile(r"^(head|head_dist|fc_norm|attn_pool)\.")
 _RENAMED = [  # the first match renames; the order matters
@@ -82,44 +70,11 @@ class Audit:
         return ", ".join(parts)
 
 
-def read_weights_file(path: str | Path, *, sha256: str | None = None) -> object:
-    """What a .safetensors or .pth file holds; pickles are read weights-only, so no code of theirs can run.
-
-    sha256: the file's checksum, where it is known. Raises DataError for a missing, damaged, other or unsafe file.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise DataError(f"{path}: no such file", "check the path of the weights")
-    if sha256 is not None:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != sha256:
-            raise DataError(
-                f"{path}: its sha256 is {digest}, not teacher.sha256", "download the file again, or fix the key"
-            )
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with safe_globals([Namespace]):  # MAE's and AMD's training scripts keep their arguments beside the model
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except READ_ERRORS as error:
-        raise DataError(
-            f"{path}: cannot be read as plain weights ({why_unreadable(error)})",
-            "use a .safetensors file, or a .pth of tensors and plain values (pickled objects are refused)",
-        ) from error
-
-
-def why_unreadable(error: Exception) -> str:
-    """The telling line of an error of reading: torch's begin with advice to trust the file."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line.rpartition("Unpickler error: ")[2] for line in lines if re.search("GLOBAL|Unpickler error", line)]
-    return f"{type(error).__name__}: {(telling or lines or ['no more is known'])[0][:200]}"
-
-
 def import_weights(content: object, *, name: str = "weights") -> Imported:
     """Renames a file's weights to ours; `name` stands for the file in errors.
 
-    Raises DataError where there are no tensors, or where video weights (tubelets of 2 frames) cannot fit images.
+    Raises DataError where there are no tensors, or other than plain ones, or video weights (tubelets of 2 frames),
+    which cannot fit images.
     """
     if not isinstance(content, dict):
         raise DataError(f"{name}: holds a {type(content).__name__}, no named weights", "use a state dict")
@@ -131,7 +86,8 @@ def import_weights(content: object, *, name: str = "weights") -> Imported:
     state = clean_state_dict({k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)})
     if not state:
         raise DataError(f"{name}: holds no tensors", "use the state dict of a model")
-    state = _flatten_patches(_merge_qkv_biases(state), name)
+    _require_plain(state, name)
+    state = _flatten_patches(_merge_qkv_biases(state, name), name)
     weights: Weights = {}
     dropped, foreign = [], []
     for key, value in state.items():
@@ -142,7 +98,8 @@ def import_weights(content: object, *, name: str = "weights") -> Imported:
             foreign.append(key)
         else:
             weights[new] = value
-    for i, token in enumerate(beside.get("generator_mask_tokens", [])):  # AMD keeps them beside its model
+    tokens = beside.get("generator_mask_tokens")  # AMD keeps them beside its model
+    for i, token in enumerate(tokens if isinstance(tokens, list) else ()):
         weights[f"generators.{i}.mask_token"] = token
     return Imported(weights, tuple(dropped), tuple(foreign))
 
@@ -160,14 +117,14 @@ def load_encoder(
 
     optional: names below which the file may lack keys (the final norm of a teacher that is never run so far).
     fixed_positions: the file may lack positions, the model's table stands. section: of the config, for errors.
-    Raises DataError when keys are foreign, missing or of another shape.
+    Raises DataError when keys are foreign, missing, of another shape, or hold anything but finite numbers.
     """
     weights, wanted = imported.part("encoder.vit."), vit.state_dict()
     audit = Audit(unused=[k for k in imported.weights if not k.startswith("encoder.vit.")] + list(imported.dropped))
     foreign = list(imported.foreign) + [k for k in weights if k not in wanted]
     if foreign:
         raise DataError(
-            f"{name}: {len(foreign)} keys belong to no ViT of this kind, e.g. {', '.join(foreign[:3])}",
+            f"{name}: {len(foreign)} keys belong to no ViT of this kind, e.g. {_shown(foreign)}",
             "check the model's name and depth; the file must hold a plain ViT's encoder",
         )
     missing = [k for k in wanted if k not in weights]
@@ -177,17 +134,49 @@ def load_encoder(
         remedy = "check the model's name and dimensions"
         if lost == ["pos_embed"]:
             remedy = f"the file has no positions: name its fixed table, e.g. {section}.positions=sincos1d for AMD's"
-        raise DataError(f"{name}: {len(lost)} keys are missing, e.g. {', '.join(lost[:3])}", remedy)
+        raise DataError(f"{name}: {len(lost)} keys are missing, e.g. {_shown(lost)}", remedy)
     _fit_grid(vit, weights, wanted, audit)
     for key, value in weights.items():
         if value.shape != wanted[key].shape:
             raise DataError(
-                f"{name}: {key} is {tuple(value.shape)}, the model expects {tuple(wanted[key].shape)}",
+                f"{name}: {_shown([key])} is {tuple(value.shape)}, the model expects {tuple(wanted[key].shape)}",
                 "check the model's name and dimensions",
             )
+    require_finite(weights, name)
     vit.load_state_dict(weights, strict=False)
     audit.absent, audit.loaded = allowed, len(weights)
     return audit
+
+
+def require_finite(weights: Mapping[str, Tensor], name: str) -> None:
+    """Raises DataError for weights that hold other than finite floating-point numbers; `name` is their source's."""
+    for key, value in weights.items():
+        if value.is_meta or not value.is_floating_point():
+            what = "no numbers" if value.is_meta else str(value.dtype)
+            raise DataError(f"{name}: {_shown([key])} holds {what}, no weights", "use the weights of a model")
+        broken = int((~value.float().isfinite()).sum())
+        if broken:
+            raise DataError(
+                f"{name}: {broken:,} of {value.numel():,} values of {_shown([key])} are not finite",
+                "use weights from before the training that made them broke",
+            )
+
+
+def _require_plain(state: Weights, name: str) -> None:
+    """Refuses what only looks like weights: nothing is computed on a tensor that the file does not really hold."""
+    for key, value in state.items():
+        dense = value.layout == torch.strided and not value.is_nested and not value.is_quantized
+        if not dense or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise DataError(
+                f"{name}: {_shown([key])} is no plain tensor of {tuple(value.shape)} numbers",
+                "save it as one: tensor.to_dense().contiguous().clone()",
+            )
+
+
+def _shown(keys: Sequence[str]) -> str:
+    """The first few keys as an error names them: on one line, and no longer than a person reads."""
+    names = [key if key.isprintable() else ascii(key)[1:-1] for key in keys[:3]]
+    return ", ".join(name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "..." for name in names)
 
 
 def _fit_grid(vit: nn.Module, weights: Weights, wanted: Weights, audit: Audit) -> None:
@@ -214,12 +203,14 @@ def _rename(key: str) -> str | None:
     return None
 
 
-def _merge_qkv_biases(state: Weights) -> Weights:
+def _merge_qkv_biases(state: Weights, name: str) -> Weights:
     """BEiT-style blocks keep biases of queries and values only: timm's qkv bias is cat(q, 0, v)."""
     merged = {}
     for key, value in state.items():
         if key.endswith("attn.q_bias"):
             v_bias = state.get(key.replace("q_bias", "v_bias"), value.new_empty(0))
+            if value.ndim != 1 or v_bias.ndim != 1 or v_bias.dtype != value.dtype:
+                raise DataError(f"{name}: {_shown([key])} and its v_bias do not fit", "use the state dict of a model")
             merged[key.replace("q_bias", "qkv.bias")] = torch.cat([value, torch.zeros_like(value), v_bias])
         elif not key.endswith("attn.v_bias"):
             merged[key] = value

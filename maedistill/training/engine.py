@@ -5,7 +5,8 @@
 What it promises at every ZeRO stage, number format, rank count and accumulation:
 - parameters, gradients, their reduction and Adam's moments are fp32; bf16 and fp16 are autocast in the forward pass;
 - one update per `accumulation` micro-batches, from the mean gradient over micro-batches and ranks, clipped by its norm;
-- an update whose gradient is not finite is skipped, moments included; `grad_norm` then is inf or nan;
+- an update whose gradient, or the loss of any rank, is not finite is skipped, moments included; `grad_norm` then is
+  inf or nan, and `broken` says so unless fp16's loss scale is what it teaches;
 - `state()` and `load_state()` know neither rank count nor stage, so any checkpoint loads anywhere.
 Stage 0 never waits for the device within a step; stages 1 to 3 do, once per update, inside DeepSpeed.
 
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from maedistill.errors import ConfigError
+from maedistill.errors import ConfigError, DataError
 from maedistill.training.distributed import (
     broadcast_object,
     copy_to_main,
@@ -99,6 +100,7 @@ class Engine:
         self.zero, self.clip = zero, clip
         self.loss_scale = LossScale() if precision == "fp16" else None
         self.grad_norm = torch.zeros((), device=device())  # of the last update, over all ranks, before clipping
+        self.broken = torch.zeros((), dtype=torch.bool, device=device())  # whether it was left out for its numbers
         self._parameters = dict(module.named_parameters())
         self._deepspeed, *_ = deepspeed.initialize(
             model=_Autocast(module, precision),
@@ -113,6 +115,7 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of one micro-batch's mean loss; DeepSpeed divides by `accumulation`."""
+        loss = loss * (1 + 0 * loss.detach())  # times 1, or nan: then all gradients are, on all ranks
         if self.loss_scale and self.zero:
             self._deepspeed.optimizer.override_loss_scale(self.loss_scale.scale)
         elif self.loss_scale:
@@ -127,8 +130,12 @@ class Engine:
         self._deepspeed.step()
         if last and self.zero:
             self.grad_norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), device=device())
+        if last:
+            self.broken = ~self.grad_norm.isfinite()
         if last and self.loss_scale:
-            self.loss_scale.update(finite=bool(self.grad_norm.isfinite()))
+            finite = not self.broken
+            self.broken &= self.loss_scale.scale <= 1  # above 1, an overflow is how the scale finds its place
+            self.loss_scale.update(finite=finite)
         return last
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -228,14 +235,22 @@ class Engine:
 
     def _scalars(self) -> dict[str, float]:
         updates = self.optimizer.state[next(self._adam_parameters())]["step"]
-        scale = {} if self.loss_scale is None else vars(self.loss_scale)
-        return {"updates": float(updates), **scale}
+        if self.loss_scale is None:
+            return {"updates": float(updates)}
+        scale, finite_updates = self.loss_scale.scale, self.loss_scale.finite_updates
+        return {"updates": float(updates), "scale": scale, "finite_updates": finite_updates}
 
     def _set_scalars(self, scalars: dict[str, float]) -> None:
         scalars = broadcast_object(scalars)
+        missing = sorted(self._scalars().keys() - scalars.keys())
+        if missing:
+            raise DataError(
+                f"the checkpoint lacks {', '.join(missing)} of the engine",
+                "continue with the settings the run began with",
+            )
         for parameter in self._adam_parameters():
             self.optimizer.state[parameter]["step"].fill_(scalars["updates"])
-        if self.loss_scale is not None and "scale" in scalars:
+        if self.loss_scale is not None:
             self.loss_scale.scale = scalars["scale"]
             self.loss_scale.finite_updates = int(scalars["finite_updates"])
 

@@ -4,36 +4,43 @@ import json
 import math
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from maedistill.errors import DataError
 from maedistill.training import distributed
 from maedistill.training.run_folder import write_text
 
 
 class Averages:
-    """Running sums of named scalars that stay on their device until somebody reads them."""
+    """Running sums of the finite values of named scalars; they stay on their device until somebody reads them."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
+        self.counts: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Adds one micro-batch's losses."""
         for name, value in values.items():
             value = value.detach()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count += 1
+            finite = value.isfinite()
+            self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
+            self.counts[name] = self.counts.get(name, 0) + finite
 
     def read(self) -> dict[str, float]:
-        """Means since the last read, over all ranks (a collective), and a fresh start. This waits for the device."""
-        means = distributed.all_reduce_mean({name: value / self.count for name, value in self.sums.items()})
-        self.sums, self.count = {}, 0
-        return means
+        """Means since the last read, over all ranks (a collective), and a fresh start. This waits for the device.
+
+        nan where no value was finite.
+        """
+        names, counts = list(self.sums), {f"count of {name}": count for name, count in self.counts.items()}
+        means = distributed.all_reduce_mean(self.sums | counts)
+        self.sums, self.counts = {}, {}
+        return {name: means[name] / (means[f"count of {name}"] or math.nan) for name in names}
 
 
 class MetricsFile:
@@ -44,8 +51,8 @@ class MetricsFile:
 
     def __init__(self, folder: Path, *, first_step: int, tensorboard: bool) -> None:
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= first_step]
-        write_text(self.path, "".join(kept))
+        kept = [record for record in read_metrics(folder) if record["step"] <= first_step]
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self.file = self.path.open("a", buffering=1)
         self.board = _tensorboard(folder / "tb", first_step) if tensorboard else None
 
@@ -70,21 +77,36 @@ class MetricsFile:
             self.board.close()
 
 
-def open_metrics(folder: Path, *, first_step: int, tensorboard: bool) -> MetricsFile | None:
-    """The metrics of a run on rank 0, None on the others."""
-    return MetricsFile(folder, first_step=first_step, tensorboard=tensorboard) if distributed.is_main() else None
+@contextmanager
+def open_metrics(folder: Path, *, first_step: int, tensorboard: bool) -> Iterator[MetricsFile | None]:
+    """The metrics of a run on rank 0, None on the others; closed at the block's end."""
+    if not distributed.is_main():
+        yield None
+        return
+    metrics = MetricsFile(folder, first_step=first_step, tensorboard=tensorboard)
+    try:
+        yield metrics
+    finally:
+        metrics.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All complete lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in _lines(folder / "metrics.jsonl")]
+    """All complete lines of a run's metrics.jsonl; a last line that was cut by a kill is left out.
 
-
-def _lines(path: Path) -> list[str]:
-    """Complete lines of a file; a last line that was cut by a kill is left out."""
+    Raises DataError for a file that no run has written.
+    """
+    path = folder / "metrics.jsonl"
     if not path.exists():
         return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+        if not all(isinstance(record, dict) and isinstance(record.get("step"), int) for record in records):
+            raise ValueError("not all lines say their step")
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path} cannot be read ({str(error)[:200]})", "restore it from a copy, or remove it"
+        ) from error
+    return records
 
 
 def _tensorboard(folder: Path, first_step: int) -> Any:

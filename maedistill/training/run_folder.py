@@ -4,6 +4,7 @@ RUN/config.yaml      the settings, resolved        RUN/run.json       what was u
 RUN/metrics.jsonl    one object per logged step    RUN/exit.json      how the last start ended
 RUN/checkpoints/     see checkpoint.py             RUN/pictures/      reconstruction sheets
 RUN/bad_samples.txt  what could not be decoded     RUN/report.md      the summary, with the next command
+RUN/nonfinite.jsonl  updates that were left out, with their samples
 RUN/lock             held while a process trains here
 """
 
@@ -24,7 +25,7 @@ from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.render import config_yaml
 from maedistill.config.schema import RunConfig
-from maedistill.errors import ConfigError, UserError
+from maedistill.errors import ConfigError, DataError, Preempted, UserError
 from maedistill.training import distributed
 from maedistill.training.checkpoint import latest_step
 from maedistill.training.lock import FolderLock
@@ -37,15 +38,17 @@ class RunFolder:
     """Paths inside a run folder, and the small files that are not checkpoints or metrics. Only rank 0 writes."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))  # Path.expanduser fails for a user that is not there
         self.config = self.path / "config.yaml"
         self.checkpoints = self.path / "checkpoints"
         self.pictures = self.path / "pictures"
         self.report = self.path / "report.md"
         self.bad_samples = self.path / "bad_samples.txt"
+        self.nonfinite = self.path / "nonfinite.jsonl"
         self._facts = self.path / "run.json"
         self._lock: FolderLock | None = None
         self._in_use = False  # by another process, whose records are not ours to change
+        self.is_ours = False  # rank 0 has opened it; each rank sets this for itself
 
     def open(self, config: RunConfig, facts: dict[str, Any], *, fresh: bool, extend: bool) -> None:
         """Creates the folder, or checks that `config` continues what is in it, takes its lock and writes both files.
@@ -71,6 +74,8 @@ class RunFolder:
 
     def check(self, config: RunConfig, facts: dict[str, Any], *, fresh: bool, extend: bool) -> None:
         """The part of `open` that only looks."""
+        if os.path.lexists(self.checkpoints) and not os.path.isdir(self.checkpoints):
+            raise ConfigError(f"run: {self.checkpoints} is no folder", "remove it, or use another run=")
         if latest_step(self.checkpoints) is None:  # before the first checkpoint there is nothing to protect
             return
         if fresh:
@@ -90,8 +95,19 @@ class RunFolder:
         return load_config(self.config, root=STAGES[stage]).config
 
     def facts(self) -> dict[str, Any]:
-        """What run.json says; empty before the first start."""
-        return json.loads(self._facts.read_text()) if self._facts.exists() else {}
+        """What run.json says; empty before the first start. Raises DataError where it is damaged."""
+        if not os.path.exists(self._facts):
+            return {}
+        try:
+            facts = json.loads(self._facts.read_text())
+            if not isinstance(facts, dict):
+                raise ValueError("no JSON object")
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(
+                f"{self._facts} cannot be read ({str(error)[:200]})",
+                "restore it from a copy, or use another run folder",
+            ) from error
+        return facts
 
     @contextmanager
     def recorded_end(self) -> Iterator[None]:
@@ -101,23 +117,35 @@ class RunFolder:
         except UserError as error:
             self._write_end(error.exit_code, error.cause)
             raise
+        except Preempted as stop:
+            self._write_end(stop.exit_code, str(stop))
+            raise
         except BaseException as error:
             self._write_end(130 if isinstance(error, KeyboardInterrupt) else 1, f"{type(error).__name__}: {error}")
             raise
         self._write_end(0, "finished")
 
+    def record_error(self, error: UserError) -> None:
+        """What exit.json says where this process is about to be ended, or speaks for rank 0, which is lost."""
+        if self.is_ours:
+            self._write(error.exit_code, error.cause)
+
     def _write_end(self, exit_code: int, reason: str) -> None:
-        step = latest_step(self.checkpoints)
-        if not distributed.is_main() or self._in_use or (step is not None and self._lock is None):
+        refused = self._in_use or (self._lock is None and latest_step(self.checkpoints) is not None)
+        if refused or not distributed.is_main():
             return  # a start that was refused leaves the record of the run that lives here
+        self._write(exit_code, reason)
+        if self._lock is not None:
+            self._lock.release()
+
+    def _write(self, exit_code: int, reason: str) -> None:
+        step = latest_step(self.checkpoints)
         end = {"exit_code": exit_code, "reason": reason, "step": step or 0}  # step: where the same command goes on
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / "exit.json", json.dumps(end) + "\n")
         except OSError as error:  # what ended the run is the news, not this
             print(f"exit.json could not be written: {error}", file=sys.stderr, flush=True)
-        if self._lock is not None:
-            self._lock.release()
 
     def _require_same(self, config: RunConfig, facts: dict[str, Any], *, extend: bool) -> None:
         before = self.load_config()

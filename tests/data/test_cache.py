@@ -1,21 +1,13 @@
-"""The cache of remote shards: its bound, who is evicted, who never is, and the window of shards that fits it."""
+"""The cache of remote shards: its bound, who is evicted, who never is, and who says where it is and how large."""
 
 import os
 from contextlib import contextmanager
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from maedistill.data.cache import (
-    RemoteShard,
-    ShardCache,
-    check_window,
-    default_bound,
-    default_folder,
-    largest_window,
-)
-from maedistill.data.remote import Patience, Stream
+from maedistill.data.cache import ShardCache, default_bound, default_folder, set_cache
+from maedistill.data.download import Patience, RemoteShard
+from maedistill.data.streams import Stream
 from maedistill.errors import ConfigError, DataError
 
 SIZE = 1000
@@ -31,7 +23,7 @@ def fetched(monkeypatch):
         urls.append(url)
         yield Stream(start, SIZE, None, iter([url.encode().ljust(SIZE)[start:]]))
 
-    monkeypatch.setattr("maedistill.data.cache.open_stream", open_stream)
+    monkeypatch.setattr("maedistill.data.download.open_stream", open_stream)
     return urls
 
 
@@ -108,40 +100,12 @@ def test_a_disk_that_is_full_is_named(tmp_path, fetched, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched, pytest.raises(DataError, match=r"cannot be used: .*No space left"):
-        patched.setattr("maedistill.data.cache.os.pwrite", full)
+        patched.setattr("maedistill.data.download.os.pwrite", full)
         cache_of(tmp_path, 3).open(RemoteShard("a", SIZE))
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"cannot be used: .*\n.*MAEDISTILL_CACHE=DIR"):
         cache_of(tmp_path / "file", 3).open(RemoteShard("a", SIZE))
     assert len(fetched) == 1  # a full disk is no reason for another try
-
-
-@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30), bound=st.integers(1, 400))
-def test_any_two_of_the_largest_windows_fit(sizes, bound):
-    window = largest_window(sizes, bound)
-    if window == len(sizes):
-        assert sum(sizes) <= bound
-    else:
-        ordered = sorted(sizes, reverse=True)
-        assert sum(ordered[: 2 * window]) <= bound < sum(ordered[: 2 * window + 2])
-        if window:
-            check_window(sizes, window=window, cache_bytes=bound)
-        with pytest.raises(ConfigError):
-            check_window(sizes, window=None, cache_bytes=bound)
-        with pytest.raises(ConfigError):
-            check_window(sizes, window=window + 1, cache_bytes=bound)
-
-
-def test_the_remedy_for_a_small_cache_is_exact():
-    sizes = [140_000_000] * 1024
-    with pytest.raises(ConfigError, match=r"is null, but of 1,024 remote shards \(143 GB\) .*100 GB") as caught:
-        check_window(sizes, window=None, cache_bytes=100_000_000_000)
-    assert caught.value.remedy == "set data.window_shards=357, or MAEDISTILL_CACHE_GB=143.36"
-    check_window(sizes, window=357, cache_bytes=100_000_000_000)
-    check_window(sizes, window=None, cache_bytes=143_360_000_000)
-    with pytest.raises(ConfigError) as caught:
-        check_window(sizes, window=None, cache_bytes=200_000_000)
-    assert caught.value.remedy == "set data.window_shards=1 and MAEDISTILL_CACHE_GB=0.28 or more"
 
 
 def test_the_environment_names_folder_and_bound(tmp_path, monkeypatch):
@@ -156,3 +120,23 @@ def test_the_environment_names_folder_and_bound(tmp_path, monkeypatch):
         monkeypatch.setenv("MAEDISTILL_CACHE_GB", text)
         with pytest.raises(ConfigError, match="MAEDISTILL_CACHE_GB"):
             default_bound()
+
+
+def test_what_a_config_says_wins_over_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("MAEDISTILL_CACHE", str(tmp_path / "environment"))
+    monkeypatch.setenv("MAEDISTILL_CACHE_GB", "no number")
+    set_cache(folder=None, gigabytes=0.1)
+    assert ShardCache().folder == tmp_path / "environment" and ShardCache().max_bytes == 100_000_000
+    set_cache(folder=str(tmp_path / "config"), gigabytes=None)
+    assert ShardCache().folder == tmp_path / "config" and ShardCache().max_bytes == 100_000_000
+
+
+def test_files_that_are_not_the_caches_are_neither_counted_nor_removed(tmp_path, fetched):
+    """Somebody may name the folder where shards of their own lie."""
+    others = [tmp_path / name for name in ("train-000000.tar", "a.part", f"{'0' * 64}-x.part", "notes")]
+    for path in others:
+        path.write_bytes(b"x" * 5 * SIZE)
+    cache = cache_of(tmp_path, 2)
+    for at, name in enumerate("abc"):
+        touch(cache, name, 1000 + at)
+    assert all(path.stat().st_size == 5 * SIZE for path in others) and len(list(tmp_path.iterdir())) == 6

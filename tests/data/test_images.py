@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -139,6 +141,25 @@ def test_decompression_bombs_are_refused_before_decoding(size):
     bomb = header_only[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + header_only[33:]
     with pytest.raises(BadImage, match="pixels"):
         decode_rgb(bomb)
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_before_decoding():
+    data = encode(picture(size=(2000, 2000)), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    assert decode_rgb(data).shape == (3, 2000, 2000)
+    with pytest.raises(BadImage, match="2,009 scans of 2000 x 2000 pixels"):
+        decode_rgb(data[:last] + data[last:-2] * 2000 + data[-2:])
+
+
+def test_what_pillow_warns_about_is_no_error_and_no_noise():
+    two = encode(picture(), "MPO", save_all=True, append_images=[picture()])
+    damaged = two.replace(b"MPF\0", b"MPF\0\xff\xff", 1)  # "malformed MPO file"
+    code = (
+        "import warnings; from maedistill.data.images import decode_rgb; warnings.simplefilter('error', append=True); "
+    )
+    code += f"print(tuple(decode_rgb({damaged!r}).shape))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "(3, 17, 24)" and "PIL" not in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,44 @@ def test_shards_that_make_no_sense_are_refused(tmp_path, members, match):
         scan_shard(str(write_tar(tmp_path / "a.tar", members)))
 
 
+def pax(*records: bytes) -> bytes:
+    """A pax header block by block; `tarfile` would not write these records."""
+    info = tarfile.TarInfo("pax")
+    info.type, info.size = tarfile.XHDTYPE, sum(map(len, records))
+    return info.tobuf(tarfile.USTAR_FORMAT) + b"".join(records) + bytes(-info.size % 512)
+
+
+@pytest.mark.parametrize(
+    ("records", "match"),
+    [
+        ([b"5011 size=" + b"9" * 5000 + b"\n"], "with the size b'9999"),  # int() refuses so many digits
+        ([b"9" * 5000 + b" a=b\n"], "damaged extended header"),
+        ([b"4 =\n"] * 250_000, "ends behind an extended header"),  # was quadratic: a minute for a megabyte
+        ([b"8 path=\n"], "an empty name"),
+    ],
+)
+def test_extended_headers_that_lie_are_refused_at_once(tmp_path, records, match):
+    (tmp_path / "a.tar").write_bytes(pax(*records) + bytes(1024))
+    start = time.process_time()
+    with pytest.raises(DataError, match=match) as caught:
+        scan_shard(str(tmp_path / "a.tar"))
+    assert time.process_time() - start < 5 and len(caught.value.cause) < 1000
+
+
+def test_what_readers_of_tars_disagree_about_is_refused(tmp_path):
+    folder = tarfile.TarInfo("folder")
+    folder.type, folder.size = tarfile.DIRTYPE, 512  # with or without a block of data behind it
+    images = write_tar(tmp_path / "a.tar", SAMPLES).read_bytes()
+    stacked = pax(b"14 path=a.jpg\n", b"") * 2
+    for start, match in (
+        (folder.tobuf(), "gives the folder 'folder/' a size"),
+        (stacked, "extended header of 14 bytes"),
+    ):
+        (tmp_path / "b.tar").write_bytes(start + images)
+        with pytest.raises(DataError, match=match):
+            scan_shard(str(tmp_path / "b.tar"))
+
+
 def test_open_index_scans_once_then_reads(tmp_path):
     pattern = write_split(tmp_path)
     (tmp_path / "classes.json").write_text('["a", "b", "c"]')
@@ -221,11 +260,48 @@ def test_a_shard_of_another_size_and_a_damaged_index_are_named(tmp_path):
             open_index(pattern)
 
 
-def test_an_index_whose_rows_lead_out_of_a_shard_is_refused(tmp_path):
+LIES = {
+    "sizes too large": lambda i: {"sizes": i.sizes + 100_000},
+    "offsets before the shard": lambda i: {"offsets": i.offsets - 2**40},
+    "offset + size wraps around": lambda i: {"offsets": i.offsets + 2**62, "sizes": i.sizes + 2**62},
+    "samples that are not there": lambda i: {"starts": np.array([0, 4, 8, 2**33])},
+    "shards that overlap": lambda i: {"starts": np.array([0, 8, 4, 12])},
+    "labels without a class": lambda i: {"labels": i.labels + 2**62},
+    "keys beyond their text": lambda i: {"key_ends": i.key_ends + 2**40},
+    "keys that fall": lambda i: {"key_ends": i.key_ends[::-1].copy()},
+    "fractions": lambda i: {"offsets": i.offsets.astype(np.float64)},
+    "a table": lambda i: {"labels": i.labels[:, None]},
+    "sizes of another kind": lambda i: {"shard_bytes": ("4096", True, None)},
+    "no shards": lambda i: {"shards": (), "shard_bytes": (), "shard_sha256": (), "starts": np.array([], np.int64)},
+    "half a character": lambda i: {"key_text": np.frombuffer("é".encode() * 18, np.uint8), "key_ends": i.key_ends},
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_an_index_that_lies_is_refused(tmp_path, lie):
     index = open_index(write_split(tmp_path))
-    save_index(dataclasses.replace(index, sizes=index.sizes + 100_000), tmp_path / "train.index.safetensors")
+    save_index(dataclasses.replace(index, **LIES[lie](index)), tmp_path / "train.index.safetensors")
     with pytest.raises(DataError, match="no index"):
         load_index(tmp_path / "train.index.safetensors")
+
+
+def test_an_index_may_not_name_files_elsewhere(tmp_path):
+    pattern = write_split(tmp_path)
+    open_index(pattern)
+    file = tmp_path / "train.index.safetensors"
+    for name in (b"/tmp/n-00001.tar", b"../ain-00001.tar"):  # as long as the name that it takes the place of
+        file.write_bytes(file.read_bytes().replace(b"train-000001.tar", name))
+        with pytest.raises(DataError, match="distinct bare file names"):
+            open_index(pattern)
+        file.unlink()
+        open_index(pattern)
+
+
+def test_json_of_any_depth_is_an_error_of_ours(tmp_path):
+    pattern = write_split(tmp_path)
+    (tmp_path / "classes.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="not JSON"):
+        open_index(pattern)
 
 
 def test_missing_labels_and_nameless_classes_are_named(tmp_path):
@@ -248,7 +324,8 @@ def test_missing_shards_are_named(tmp_path):
     "pattern",
     ["pipe:cat x.tar", "file:a.tar", "a-{0..9", "a-{x}.tar",
      "a-{9..0}.tar", "a-{00..100}.tar", "a-{0..9999999}.tar",
-     "{0..9}{0..9}{0..9}{0..9}{0..9}{0..9}{0..9}", "{0..1}/a", "."],
+     "{0..9}{0..9}{0..9}{0..9}{0..9}{0..9}{0..9}", "{0..1}/a", ".",
+     "{a,b}" * 20_000, "{0.." + "9" * 5000 + "}", "a\0*.tar", "a\n.tar", "\udcff.tar", "x" * 5000],
 )  # fmt: skip
 def test_patterns_that_cannot_be_meant_are_refused(pattern, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

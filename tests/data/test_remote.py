@@ -1,273 +1,34 @@
-"""Remote shards against real servers on loopback, which refuse, stall, cut, corrupt and forget: all is well or said."""
+"""Shards behind URLs: the same pixels as local ones, damage named, and addresses that are not plain refused."""
 
-import hashlib
-import http.server
 import importlib.util
-import os
 import pickle
-import random
-import signal
 import socket
-import subprocess
-import sys
-import threading
-import time
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from maedistill.data.cache import RemoteShard, ShardCache
+from maedistill.data.cache import set_cache
+from maedistill.data.download import Patience
 from maedistill.data.index import open_index
 from maedistill.data.loader import RandomCrops
 from maedistill.data.order import SampleOrder
 from maedistill.data.patterns import find_shards
 from maedistill.data.reader import ShardReader
-from maedistill.data.remote import Patience, TransferError, read_small, retry
+from maedistill.data.remote import read_small
+from maedistill.data.workers import load_batches
 from maedistill.errors import ConfigError, DataError
 
-HASTY = Patience(tries=3, timeout=0.5, wait=0.01, longest=20)
-DATA = random.Random(0).randbytes(3 << 20)
-SHA = hashlib.sha256(DATA).hexdigest()
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Serves `files`; each request for a tar takes one fault off the list. Notes what it was asked for."""
-
-    daemon_threads = True
-
-    def __init__(self, files: dict[str, bytes]):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.faults, self.asked = files, [], []
-        self.ranges, self.tag, self.pause, self.over = True, '"one"', 0.0, threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-    def handle_error(self, request, client_address):
-        """A client that went away."""
-
-    def tars(self):
-        """Byte ranges asked for of tars, but for the questions for the size."""
-        return [(name, part) for name, part in self.asked if name.endswith(".tar") and part != "bytes=0-0"]
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        server, part = self.server, self.headers.get("Range")
-        server.asked.append((self.path, part))
-        fault = server.faults.pop(0) if server.faults and self.path.endswith(".tar") and part != "bytes=0-0" else ""
-        if fault.isdigit() or self.path not in server.files:
-            return self.send_error(int(fault or 404))
-        if fault.startswith("to "):
-            self.send_response(302)
-            self.send_header("Location", fault[3:])
-            return self.end_headers()
-        whole = body = server.files[self.path]
-        start = 0
-        if server.ranges and part and self.headers.get("If-Range", server.tag) == server.tag:
-            start, _, last = part.removeprefix("bytes=").partition("-")
-            start = int(start)
-            body = whole[start : int(last) + 1 if last else None]
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(whole)}")
-        else:
-            self.send_response(200)
-        if fault != "cut, no length":
-            self.send_header("Content-Length", str(len(body) // 2 if fault == "lie" else len(body)))
-        if server.tag:
-            self.send_header("ETag", server.tag)
-        self.end_headers()
-        if fault == "flip":
-            body = bytes([body[0] ^ 1]) + body[1:]
-        elif fault:
-            body = body[: len(body) // 2]
-        for at in range(0, len(body), 1 << 18):
-            server.over.wait(server.pause)
-            self.wfile.write(body[at : at + (1 << 18)])
-        if fault == "stall":
-            server.over.wait(10)
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    server = Server({"/train/000.tar": DATA, "/val/000.tar": DATA[::-1]})
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield server
-    server.over.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """All caches lie in the test's own folder; a few tries with short waits are the default."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(Patience.__init__, "__defaults__", (HASTY.tries, HASTY.timeout, HASTY.wait, HASTY.longest))
-    return tmp_path / "cache" / "maedistill" / "shards"
-
-
-def shard(server, name="train/000.tar", *, sha256=SHA):
-    return RemoteShard(f"{server.url}/{name}", len(DATA), sha256)
-
-
-def read(descriptor):
-    with open(descriptor, "rb") as file:
-        return file.read()
-
-
-def names(folder):
-    return sorted(path.suffix for path in folder.iterdir())
-
-
-@pytest.mark.parametrize("sha256", [SHA, None], ids=["known", "unknown"])
-@pytest.mark.parametrize("ranges", [True, False])
-@pytest.mark.parametrize("faults", [[], ["503", "503"], ["429"], ["stall"], ["cut"], ["cut", "cut, no length"]])
-def test_what_one_more_try_can_mend_is_mended(server, folder, faults, ranges, sha256):
-    server.faults, server.ranges = list(faults), ranges
-    assert read(ShardCache(patience=HASTY).open(shard(server, sha256=sha256))) == DATA
-    assert not server.faults and names(folder) == [".tar"]
-    parts = [part for _, part in server.tars()]
-    half = len(DATA) // 2
-    if "cut" in faults or "stall" in faults:  # the half that came is not asked for again
-        assert parts[:2] == [None, f"bytes={half}-"]
-    else:
-        assert parts == [None] * (1 + len(faults))
-
-
-@pytest.mark.parametrize("tag", [None, 'W/"weak"'])
-def test_without_checksum_and_tag_a_broken_download_begins_again(server, tag):
-    server.faults, server.tag = ["cut"], tag
-    assert read(ShardCache(patience=HASTY).open(shard(server, sha256=None))) == DATA
-    assert [part for _, part in server.tars()] == [None, None]
-
-
-def test_a_flipped_byte_is_found_and_fetched_again(server, folder):
-    server.faults = ["flip"]
-    assert read(ShardCache(patience=HASTY).open(shard(server))) == DATA
-    assert [part for _, part in server.tars()] == [None, None] and names(folder) == [".tar"]
-
-
-def test_a_file_that_changes_between_two_tries_is_not_patched_together(server, monkeypatch):
-    server.faults, other = ["cut"], DATA[::-1]
-
-    def change(_):
-        server.files["/train/000.tar"], server.tag = other, '"two"'
-
-    monkeypatch.setattr(time, "sleep", change)  # between the two tries
-    assert read(ShardCache(patience=HASTY).open(shard(server, sha256=None))) == other
-    assert len(server.tars()) == 2
-
-
-@pytest.mark.parametrize(
-    ("faults", "tries", "said"),
-    [
-        (["503"] * 9, 3, "3 tries in .* 503 Service Unavailable"),
-        (["stall"] * 9, 3, "3 tries in .* timed out"),
-        (["404"], 1, "1 try in .* 404 Not Found"),
-        (["403"], 1, "1 try in .* 403 Forbidden"),
-        (["flip"] * 9, 2, "2 tries in .* checksum is not the one in the index, twice in the same way"),
-        (["lie"], 1, "1 try in .* has 1,572,864 bytes instead of 3,145,728"),
-        (["cut, no length"] * 9, 3, "3 tries in .* ended after 1,572,864 of 3,145,728 bytes"),
-        (["to file:///etc/passwd"], 1, "302 Found - Redirection to url 'file:///etc/passwd' is not allowed"),
-        (["to ftp://127.0.0.1/x"], 1, "redirects to an address that is not followed"),
-    ],
-)
-def test_what_cannot_be_mended_names_the_url_and_the_last_try(server, folder, faults, tries, said):
-    server.faults, server.ranges = list(faults), False
-    began = time.monotonic()
-    with pytest.raises(DataError, match=f"^{server.url}/train/000.tar could not be read.*{said}"):
-        ShardCache(patience=HASTY).open(shard(server))
-    assert len(server.tars()) == tries and time.monotonic() - began < 5
-    assert ".tar" not in names(folder)
-
-
-def test_a_server_that_drips_is_a_stalled_one(server):
-    class Dripping:
-        def read1(self, _):
-            time.sleep(0.02)
-            return b"x"
-
-    from maedistill.data.remote import _read_chunks
-
-    with pytest.raises(TransferError, match="stalls"):
-        for _ in _read_chunks(Dripping(), 0.1):
-            pass
-
-
-def test_nobody_listening_is_tried_again_with_longer_waits(monkeypatch):
-    waits = []
-    monkeypatch.setattr(time, "sleep", waits.append)
-
-    def refuse():
-        raise TransferError("refused")
-
-    with pytest.raises(DataError, match=r"https://h/a could not be read \(5 tries.*refused"):
-        retry(refuse, "https://h/a", patience=Patience(tries=5, wait=1, longest=1e9))
-    assert all(2**i / 2 <= wait <= 2**i for i, wait in enumerate(waits)) and len(waits) == 4
-    with pytest.raises(DataError, match="3 tries"):
-        retry(refuse, "https://h/a", patience=Patience(tries=50, wait=1, longest=2))
-
-
-def test_equal_names_do_not_collide_and_nothing_is_fetched_twice(server, folder):
-    cache = ShardCache(patience=HASTY)
-    other = hashlib.sha256(DATA[::-1]).hexdigest()
-    for _ in range(2):
-        assert read(cache.open(shard(server))) == DATA
-        assert read(cache.open(shard(server, "val/000.tar", sha256=other))) == DATA[::-1]
-    assert len(server.tars()) == 2 and names(folder) == [".tar", ".tar"]
-
-
-def test_a_copy_that_was_cut_by_somebody_is_fetched_again(server, folder):
-    cache = ShardCache(patience=HASTY)
-    os.close(cache.open(shard(server)))
-    os.truncate(next(folder.iterdir()), 99)
-    assert read(cache.open(shard(server))) == DATA and len(server.tars()) == 2
-
-
-DOWNLOAD = "import os, pickle, sys; cache, shard = pickle.load(sys.stdin.buffer); os.close(cache.open(shard))"
-
-
-def start_download(*arguments):
-    """A process of its own that opens a shard by a cache."""
-    child = subprocess.Popen([sys.executable, "-c", DOWNLOAD], stdin=subprocess.PIPE)
-    child.stdin.write(pickle.dumps(arguments))
-    child.stdin.close()
-    return child
-
-
-def test_processes_that_want_the_same_shard_fetch_it_once(server, folder):
-    server.pause, cache = 0.1, ShardCache(patience=HASTY)
-    children = [start_download(cache, shard(server)) for _ in range(3)]
-    assert [child.wait(timeout=60) for child in children] == [0, 0, 0]
-    assert len(server.tars()) == 1 and names(folder) == [".tar"]
-
-
-def test_a_killed_download_is_continued_and_leaves_nothing_else(server, folder):
-    server.pause, cache = 0.1, ShardCache(patience=HASTY)
-    child = start_download(cache, shard(server))
-    deadline = time.monotonic() + 60
-    while not (parts := list(folder.glob("*.part"))) or parts[0].stat().st_size < 1 << 20:
-        assert time.monotonic() < deadline and child.poll() is None
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    arrived, server.pause = parts[0].stat().st_size, 0
-    assert names(folder) == [".part"] and 0 < arrived < len(DATA)
-    assert read(cache.open(shard(server))) == DATA and names(folder) == [".tar"]
-    assert [part for _, part in server.tars()] == [None, f"bytes={arrived}-"]
-
-
+pytestmark = pytest.mark.usefixtures("folder")
 SPEC = {"size": 16, "scale": (0.2, 1.0), "ratio": (0.75, 4 / 3)}
 
 
 def crops(index, *, window=1, count=100):
     order = SampleOrder(index.starts, seed=3, window=window)
     return RandomCrops(index, order, seed=3, **SPEC).__getitems__(list(range(count)))  # 96 are one epoch
+
+
+def names(folder):
+    return sorted(path.suffix for path in folder.iterdir())
 
 
 @pytest.mark.parametrize("with_index", [True, False])
@@ -297,30 +58,13 @@ def test_a_set_larger_than_the_cache_is_scanned_and_read_all_the_same(shards, se
     assert sum(path.stat().st_size for path in folder.iterdir()) <= largest * 1.5
 
 
-def test_read_ahead_brings_shards_before_they_are_read(shards, server, folder):
-    server.files = {f"/{path.name}": path.read_bytes() for path in shards.iterdir()}
-    reader = ShardReader(open_index(f"{server.url}/train-{{000000..000003}}.tar"))
-    reader.read_ahead([2, 1])
-    deadline = time.monotonic() + 10
-    while len(list(folder.glob("*.tar")) if folder.exists() else ()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert [name for name, _ in server.tars()] == ["/train-000002.tar", "/train-000001.tar"]
-    reader.read(int(reader.index.starts[2]))
-    assert len(server.tars()) == 2
-
-
-def test_workers_that_read_ahead_share_the_work(shards, server, folder):
-    server.files, server.pause = {f"/{path.name}": path.read_bytes() for path in shards.iterdir()}, 0.4
-    index = open_index(f"{server.url}/train-{{000000..000003}}.tar")
-    readers = [ShardReader(index) for _ in range(2)]
-    for reader in readers:
-        reader.read_ahead([2, 1])
-    deadline = time.monotonic() + 10
-    while len(server.tars()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert names(folder) == [".part", ".part"]  # both arrive at the same time
-    assert readers[0].read(int(index.starts[2])) == readers[1].read(int(index.starts[2]))
-    assert len(server.tars()) == 2
+def test_scan_and_training_use_the_cache_that_the_config_names(shards, server, folder, tmp_path, monkeypatch):
+    server.files = {f"/{path.name}": path.read_bytes() for path in shards.glob("*.tar")}
+    for variable in ("MAEDISTILL_CACHE", "MAEDISTILL_CACHE_GB"):
+        monkeypatch.setenv(variable, "wrong")
+    set_cache(folder=str(tmp_path / "elsewhere"), gigabytes=1)
+    crops(open_index(f"{server.url}/train-{{000000..000003}}.tar"))
+    assert names(tmp_path / "elsewhere") == [".tar"] * 4 and not folder.exists() and len(server.tars()) == 4
 
 
 @pytest.mark.parametrize("fault", ["damaged", "changed"])
@@ -345,11 +89,11 @@ def test_a_missing_remote_shard_is_named(shards, server):
 
 
 def test_small_files_are_whole_or_absent(server):
-    server.files |= {"/a": b"abc"}
-    assert read_small(f"{server.url}/a", patience=HASTY) == b"abc"
-    assert read_small(f"{server.url}/b", patience=HASTY) is None
+    server.files = {"/a": b"abc"}
+    assert read_small(f"{server.url}/a", patience=Patience()) == b"abc"
+    assert read_small(f"{server.url}/b", patience=Patience()) is None
     with pytest.raises(DataError, match="more than 2 bytes"):
-        read_small(f"{server.url}/a", patience=HASTY, most=2)
+        read_small(f"{server.url}/a", patience=Patience(), most=2)
 
 
 @pytest.mark.parametrize(
@@ -425,14 +169,14 @@ def test_a_store_that_never_answers_is_an_error(bucket, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of botocore, moto and fork
 def test_shards_in_a_bucket(bucket, shards, folder, monkeypatch):
-    monkeypatch.setattr("maedistill.data.remote.PART", 10_000)  # several requests per shard
+    monkeypatch.setattr("maedistill.data.streams.PART", 10_000)  # several requests per shard
     local = open_index(str(shards / "train-*.tar"))
     remote = open_index("s3://bucket/in1k/train-*.tar")
     assert remote.fingerprint() == local.fingerprint() and not folder.exists()  # the index alone was fetched
     assert torch.equal(crops(remote).images, crops(local).images) and names(folder) == [".tar"] * 4
     next(folder.iterdir()).unlink()
     dataset = RandomCrops(remote, SampleOrder(remote.starts, seed=3), seed=3, **SPEC)
-    batches = DataLoader(dataset, num_workers=2, batch_sampler=[[*range(96)]] * 2, collate_fn=lambda batch: batch)
+    batches = load_batches(dataset, workers=2, batch_sampler=[[*range(96)]] * 2)
     expected = crops(local, window=None, count=96).images
     assert all(torch.equal(batch.images, expected) for batch in batches)  # forked from a process that used the store
     bucket.delete_object(Bucket="bucket", Key="in1k/train.index.safetensors")

@@ -14,7 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from maedistill.errors import DataError
+from maedistill.errors import DataError, PeerError
 from maedistill.training import checkpoint as checkpoint_file
 from maedistill.training import engine as engine_file
 from maedistill.training.checkpoint import load_latest, save_checkpoint
@@ -29,6 +29,7 @@ from maedistill.training.distributed import (
 )
 from maedistill.training.engine import Engine, initialize_distributed, shutdown_distributed
 from maedistill.training.optim import build_optimizer, build_schedule, parameter_groups
+from maedistill.training.saver import Saver
 
 BATCH, STEPS, WIDTH = 12, 6, 5
 PEAK, CLIP, DECAY = 0.02, 0.05, 0.3
@@ -248,7 +249,7 @@ def second(folder: Path) -> dict:
 
 
 def failures(folder: Path) -> list[str]:
-    """A save that fails, then one that works; a load without an intact checkpoint: what every rank sees of them."""
+    """Saves that fail and work, at once and behind the training; a load of nothing intact: what every rank sees."""
     engine, schedule, ema = build(1, "fp32", 1)
     train(engine, schedule, ema, range(1), 1)
     folder, seen = folder / "failures", []
@@ -258,8 +259,17 @@ def failures(folder: Path) -> list[str]:
     )
     save = partial(save_checkpoint, folder, step=1, engine=engine, state={}, keep=1)
     seen.append(caught(save))
+    saver = Saver(folder, keep=1, most_failures=2)
+    later = partial(saver.save, engine=engine, ema=ema, state={})
+    seen += [caught(partial(later, step=step)) for step in (2, 3, 4)]
     checkpoint_file.save_file = real
+    saver = Saver(folder, keep=1)
+    saver.save(step=1, engine=engine, ema=ema, state={})
+    seen.append(caught(saver.close))
     seen.append(save().name)
+    checkpoint_file.seal = lambda folder: fail(KeyError("a bug"))
+    saver.save(step=2, engine=engine, ema=ema, state={})
+    seen.append(caught(saver.settle))
     if rank() == 0:
         (folder / "step_000000001" / "COMPLETE").unlink()
     seen.append(caught(partial(load_latest, folder, engine)))
@@ -269,8 +279,15 @@ def failures(folder: Path) -> list[str]:
 def caught(work) -> str:
     try:
         return f"no error but {work()}"
-    except DataError as error:
-        return str(error)
+    except (DataError, KeyError, PeerError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def mutations(folder: Path) -> dict[str, dict[str, str]]:
+    """What becomes of a run whose checkpoint lacks or changes one item; see mutations.py. fp16 has more to save."""
+    from mutations import endings  # not at the top: it takes the whole of maedistill
+
+    return {precision: endings(folder, precision) for precision in ("fp32", "fp16")}
 
 
 def checkpoints(folder: Path, *parts) -> Path:

@@ -1,18 +1,33 @@
-"""Resuming in new processes, bit for bit; and the folder protocol: torn, damaged, stray, pruned, durable."""
+"""Resuming in new processes, bit for bit; and the folder protocol: torn, damaged, stray, pruned, durable, hostile."""
 
+import hashlib
 import itertools
 import json
 import logging
 import math
 import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from maedistill.errors import DataError
 from maedistill.training import checkpoint
-from maedistill.training.checkpoint import latest_step, load_latest, newest_intact, read_weights, save_checkpoint
+from maedistill.training.checkpoint import (
+    latest_step,
+    load_latest,
+    newest_intact,
+    read_weights,
+    save_checkpoint,
+    take_snapshot,
+    write_snapshot,
+)
+from maedistill.training.saver import Saver
+from maedistill.training.seal import COMPLETE, MANIFEST, Damage, seal, verify
 from maedistill.training.state import MOMENTS, TrainingState
 
 # -- real engines: saved by one set of processes, loaded by another --
@@ -55,10 +70,28 @@ def test_any_rank_count_and_stage_loads_what_any_other_saved(runs, ranks, saved_
 
 def test_a_failed_save_reaches_every_rank_and_the_next_one_works(runs):
     first, second = runs["failures", 2]
-    assert first == second
-    assert first[0].startswith("saving the checkpoint of step 1 in ") and "No space left" in first[0]
-    assert first[1] == "step_000000001"
-    assert "is intact: step_000000001" in first[2]
+    assert (first[0], first[5], first[-1]) == (second[0], second[5], second[-1])
+    assert first[0].startswith("DataError: saving the checkpoint of step 1 in ") and "No space left" in first[0]
+    assert first[5] == "step_000000001"
+    assert "is intact: step_000000001" in first[-1]
+
+
+def test_every_saved_item_bears_weight(run_scenario, pretraining, tmp_path):
+    # Without any one of them the run is refused, with another value it ends otherwise. None is saved in vain.
+    shutil.copy(pretraining.config, tmp_path / "tiny.yaml")
+    (found,) = run_scenario("mutations", tmp_path, ranks=1)
+    saved, matter = set(), set()
+    for endings in found.values():
+        uninterrupted, continued = endings.pop("uninterrupted"), endings.pop("continued")
+        assert uninterrupted.split()[0] == continued.split()[0]
+        saved |= endings.keys()
+        matter |= {item for item, ending in endings.items() if ending != continued}
+        gone = {item: ending for item, ending in endings.items() if item.endswith(" gone")}
+        assert [item for item, ending in gone.items() if not ending.startswith("refused: ")] == []
+    assert saved - matter == set()
+    assert {f"{kind}.safetensors gone" for kind in ("model", "optimizer", "ema")} | {"state.json gone"} <= saved
+    for value in ("engine/updates", "engine/scale", "loop/step", "loop/shift", "loop/bad", "loop/trained_seconds"):
+        assert f"state.json {value} changed" in saved
 
 
 # -- the protocol, without DeepSpeed --
@@ -68,7 +101,8 @@ class OneTensor:
     """Stands for an engine: what checkpoint.py asks of one."""
 
     def __init__(self, value: float, width: int = 3) -> None:
-        self.weight = torch.full((width,), value)
+        self.weight = torch.full((width,), float(value))
+        self.module = nn.ParameterDict({"w": self.weight})
 
     def state(self) -> TrainingState:
         moments = {moment: {"w": self.weight * k} for k, moment in enumerate(MOMENTS, start=2)}
@@ -83,8 +117,9 @@ class OneTensor:
         self.weight = state.weights["w"]
 
 
-def save(folder: Path, step: int, *, keep: int = 9) -> Path:
-    return save_checkpoint(folder, step=step, engine=OneTensor(step), state={"at": step}, keep=keep)
+def save(folder: Path, step: int, *, keep: int = 9, keep_every: float | None = None) -> Path:
+    snapshot = take_snapshot(step=step, engine=OneTensor(step), state={"at": step})
+    return write_snapshot(folder, snapshot, keep=keep, keep_every=keep_every)
 
 
 def names(folder: Path) -> list[str]:
@@ -100,6 +135,22 @@ def test_the_newest_of_several_is_loaded_and_old_ones_go(tmp_path):
     assert names(tmp_path) == ["step_000000002", "step_000000010"]
     assert latest_step(tmp_path) == 10
     assert read_weights(tmp_path / "step_000000002")["w"].tolist() == [2, 2, 2]
+
+
+def test_the_first_that_reaches_a_multiple_stays_for_good_and_does_not_count(tmp_path):
+    for step in (*range(2, 30, 2), 31):
+        save(tmp_path, step, keep=2, keep_every=10.0)
+    assert [int(name[5:]) for name in names(tmp_path)] == [10, 20, 26, 28, 31]
+    for step in (33, 35, 37):
+        save(tmp_path, step, keep=2, keep_every=10.0)
+    assert [int(name[5:]) for name in names(tmp_path)] == [10, 20, 31, 35, 37]
+
+
+def test_what_cannot_be_removed_costs_no_new_checkpoint(tmp_path, caplog):
+    (tmp_path / "step_000000001.tmp").write_text("a file where a folder should be")
+    save(tmp_path, 2)
+    assert names(tmp_path) == ["step_000000001.tmp", "step_000000002"]
+    assert "step_000000001.tmp could not be removed" in caplog.text
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
@@ -151,7 +202,7 @@ def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused_by_tensor_name(tmp_path):
     save(tmp_path, 1)
     with pytest.raises(
-        DataError, match=r"another model: 1 tensors differ, first w: \(3,\) in the file, \(4,\) in the model"
+        DataError, match=r"another model: 1 tensors differ, first w: \(3,\) in model.safetensors, \(4,\) in the model"
     ):
         load_latest(tmp_path, OneTensor(0, width=4))
 
@@ -159,6 +210,49 @@ def test_a_checkpoint_of_another_model_is_refused_by_tensor_name(tmp_path):
 def test_reading_an_average_that_was_not_saved_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"ema\.safetensors cannot be used: the checkpoint has no such file"):
         read_weights(save(tmp_path, 1), "ema")
+
+
+def test_nothing_leads_out_of_the_folder(tmp_path):
+    inside = save(tmp_path, 1)
+    (inside / "model.safetensors").rename(tmp_path / "model.safetensors")
+    manifest = (inside / MANIFEST).read_text().replace("model.safetensors", "../model.safetensors")
+    (inside / MANIFEST).write_text(manifest)
+    (inside / COMPLETE).write_text(hashlib.sha256(manifest.encode()).hexdigest())
+    with pytest.raises(Damage, match=r"manifest\.json is no list of files"):
+        verify(inside)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("state.json", b"[" * 99_999),
+        ("state.json", b"\xff"),
+        ("state.json", b" " * 1_000_001),
+        ("state.json", b'{"step": 1, "engine": {"updates": 1e999}, "loop": {}}'),
+        ("state.json", b'{"step": 1, "engine": {"updates": %s}, "loop": {}}' % (b"9" * 400)),
+        ("state.json", b'{"step": 1, "engine": {"updates": NaN}, "loop": {}}'),
+        ("state.json", b'{"step": 2, "engine": {"updates": 1}, "loop": {}}'),
+        ("state.json", b'{"step": 1, "engine": {"updates": 1}}'),
+        ("model.safetensors", b""),
+        ("model.safetensors", (2**62).to_bytes(8, "little") + b"{}"),
+        ("optimizer.safetensors", (2).to_bytes(8, "little") + b"{}"),
+    ],
+)
+def test_a_sealed_checkpoint_with_odd_content_is_refused_and_changes_nothing(tmp_path, file, content):
+    written = save(tmp_path, 1)
+    (written / file).write_bytes(content)
+    reseal(written)
+    engine = OneTensor(0)
+    with pytest.raises(DataError, match=file):
+        load_latest(tmp_path, engine)
+    assert engine.weight.tolist() == [0, 0, 0]
+
+
+def reseal(folder: Path) -> None:
+    """What somebody does who changes a checkpoint and knows how it is sealed."""
+    (folder / MANIFEST).unlink()
+    (folder / COMPLETE).unlink()
+    seal(folder)
 
 
 def test_a_state_that_is_not_plain_fails_at_saving_time(tmp_path):
@@ -172,45 +266,56 @@ def test_an_intact_checkpoint_of_the_same_step_is_left_alone(tmp_path):
     assert (save(tmp_path, 1) / "COMPLETE").stat().st_mtime_ns == before
 
 
-class Killed(BaseException):
-    """Stands for kill -9: nothing catches it."""
-
-
-CALLS = (("save_file", checkpoint), ("_sync", checkpoint), ("_sha256", checkpoint), ("rename", Path), ("mkdir", Path))
-CALLS += (("write_text", Path), ("rmtree", checkpoint.shutil))
-
-
-def test_killed_before_any_call_of_a_save_the_newest_intact_one_loads_and_the_next_save_works(tmp_path, monkeypatch):
-    # The real kill is tested elsewhere; this one is cheap enough for every point.
+def test_killed_at_any_call_of_a_save_the_newest_intact_one_loads_and_the_next_save_cleans_up(tmp_path):
+    # Real processes, killed inside the thread of a real Saver: before its k-th call, or after half of a write.
     points = 0
     for point in itertools.count():
         folder = tmp_path / str(point)
-        save(folder, 1, keep=1)
-        (folder / "step_000000000.tmp").mkdir()
-        with monkeypatch.context() as patch:
-            remaining = itertools.count(point, -1)
-            for name, owner in CALLS:
-                real = getattr(owner, name)
-                patch.setattr(owner, name, stop_at_zero(real, remaining))
+        save(folder, 1)
+        (folder / "step_000000000.tmp").mkdir()  # an earlier kill left it
+        (folder / "step_000000000.tmp" / "state.json").touch()
+        child = os.fork()
+        if child == 0:
             try:
-                save(folder, 2, keep=1)
-            except Killed:
-                points += 1
-            else:
-                break
-        assert load_latest(folder, OneTensor(0)) in ({"at": 1}, {"at": 2})
+                kill_at(point)
+                saver = Saver(folder, keep=1)
+                saver.save(step=2, engine=OneTensor(2), state={"at": 2})
+                saver.close()
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert load_latest(folder, OneTensor(0)) in ([{"at": 1}, {"at": 2}] if status else [{"at": 2}])
         save(folder, 3, keep=1)
         assert names(folder) == ["step_000000003"]
-    assert points >= 20
+        if status == 0:
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        points += 1
+    assert points >= 30
 
 
-def stop_at_zero(real, remaining):
-    def call(*args, **kwargs):
-        if next(remaining) == 0:
-            raise Killed
-        return real(*args, **kwargs)
+def kill_at(point: int) -> None:
+    """Lets this process kill itself at the `point`-th of the calls that change or read files."""
+    remaining = itertools.count(point, -1)
 
-    return call
+    def lethal(real, half):
+        def call(*args, **kwargs):
+            if next(remaining) == 0:
+                half(*args)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call
+
+    def half_a_file(tensors, path):
+        save_file(tensors, path)
+        os.truncate(path, path.stat().st_size // 2)
+
+    for name in ("open", "fsync", "mkdir", "rename", "rmdir", "unlink"):
+        setattr(os, name, lethal(getattr(os, name), lambda *args: None))
+    real_write = os.write
+    os.write = lethal(real_write, lambda file, data: real_write(file, data[: len(data) // 2]))
+    checkpoint.save_file = lethal(save_file, half_a_file)
 
 
 def test_files_and_folder_are_on_the_disk_before_the_rename_and_the_parent_after(tmp_path, monkeypatch):
@@ -227,8 +332,8 @@ def test_files_and_folder_are_on_the_disk_before_the_rename_and_the_parent_after
     monkeypatch.setattr(Path, "rename", lambda s, t: (events.append(f"-> {t.name}"), real_rename(s, t))[1])
     final = save(tmp_path, 7)
     *files, folder, rename, parent = events
-    assert sorted(files) == sorted(path.name for path in final.iterdir())
-    assert files[-1] == "COMPLETE"
+    assert sorted(set(files)) == sorted(path.name for path in final.iterdir())
+    assert files[-2:] == ["manifest.json", "COMPLETE"]
     assert (folder, rename, parent) == ("step_000000007.tmp", "-> step_000000007", tmp_path.name)
 
 

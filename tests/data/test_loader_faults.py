@@ -1,0 +1,376 @@
+"""Loader workers that are killed, hang or stop, with real processes: an error that names the sample, and nobody left.
+
+And odd and bad images of every kind: which are read, and which are replaced, named and counted.
+"""
+
+import gc
+import io
+import multiprocessing
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from dataclasses import replace
+from multiprocessing.popen_fork import Popen
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maedistill.config.batch import batch_plan
+from maedistill.data.cache import ShardCache
+from maedistill.data.download import Patience
+from maedistill.data.evaluation import EvaluationImages, exact_batches
+from maedistill.data.index import open_index
+from maedistill.data.loader import RandomCrops, training_batches
+from maedistill.data.order import SampleOrder
+from maedistill.data.reader import ShardReader, sample_name
+from maedistill.errors import DataError, PeerError, UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's own threads
+VICTIM = 29  # a position in the third batch of twelve
+TIMEOUT = 3.0  # seconds
+SOON = 60  # seconds, on a machine that has other things to do; an idle one takes five
+
+
+def crops_of(index, augment=None):
+    order = SampleOrder(index.starts, seed=5)
+    return RandomCrops(index, order, seed=5, size=16, scale=(0.2, 1.0), ratio=(1.0, 1.0), augment=augment)
+
+
+def batches_of(crops, *, workers=2, timeout_seconds=TIMEOUT, steps=8):
+    """Micro-batches of 12."""
+    keywords = {"plan": batch_plan(12, 12, world_size=1), "rank": 0, "world_size": 1, "device": torch.device("cpu")}
+    return training_batches(crops, 0, steps, workers=workers, timeout_seconds=timeout_seconds, **keywords)
+
+
+@pytest.fixture
+def index(shards):
+    return open_index(str(shards / "train-*.tar"))
+
+
+@pytest.fixture
+def victim(index):
+    """The name of the sample at the position VICTIM."""
+    return sample_name(index, int(crops_of(index).order.samples(torch.tensor([VICTIM]))))
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_left():
+    before = multiprocessing.active_children()
+    yield
+    gc.collect()
+    assert multiprocessing.active_children() == before
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+
+
+def at_victim(act):
+    """An augmentation that acts at one position."""
+
+    def augment(crop, position):
+        if position == VICTIM:
+            act()
+        return crop
+
+    return augment
+
+
+def assert_matches(pattern, text):
+    assert re.search(pattern, text), text
+
+
+def failure(batches):
+    """The error that ends the batches and how many came before, and in how many seconds."""
+    began, count = time.monotonic(), 0
+    try:
+        for _ in batches:
+            count += 1
+    except UserError as error:
+        return error.with_traceback(None), count, time.monotonic() - began
+    pytest.fail("there was no error")
+
+
+DEATHS = {
+    "out of memory": (lambda: os.kill(os.getpid(), signal.SIGKILL), r"signal 9 \(Killed\)", "memory"),
+    "shared memory full": (lambda: os.kill(os.getpid(), signal.SIGBUS), r"signal 7 \(Bus error\)", "/dev/shm"),
+    "decoder crashes": (
+        lambda: os.kill(os.getpid(), signal.SIGSEGV),
+        r"signal 11 \(Segmentation fault\)",
+        "look at that sample",
+    ),
+    "process leaves": (lambda: os._exit(3), "ended with exit code 3", "look at"),
+}
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_worker_that_dies_is_an_error_that_names_its_sample(index, victim, death):
+    act, said, remedy = DEATHS[death]
+    error, count, seconds = failure(batches_of(crops_of(index, at_victim(act)), timeout_seconds=300))
+    assert isinstance(error, PeerError) and count <= 2 and seconds < SOON
+    pattern = rf"a loader worker \(process \d+\) .*{said}, at {victim}$"
+    assert_matches(pattern, error.cause)
+    assert remedy in error.remedy and error.__cause__ is None and error.__context__ is None
+
+
+HANGS = {"sleeps": lambda: time.sleep(1e6), "is stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP)}
+
+
+@pytest.mark.parametrize("hang", HANGS)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_hangs_is_an_error_that_names_its_sample(index, victim, hang, workers):
+    crops = crops_of(index, at_victim(HANGS[hang]))
+    error, count, seconds = failure(batches_of(crops, workers=workers))
+    # a stopped worker does not even hand over what it has made
+    assert isinstance(error, DataError) and (count == 2 or hang == "is stopped") and seconds < SOON
+    assert_matches(rf"1 of {workers} loader workers have not moved for \S+ s: process \d+ is at {victim}$", error.cause)
+
+
+def test_a_read_that_never_returns_is_named_by_shard_in_evaluation_too(index, tmp_path):
+    """A pipe that nobody writes to holds whoever opens it, as a dead network drive does."""
+    pipe = tmp_path / "dead.tar"
+    os.mkfifo(pipe)
+    dead = replace(index, shards=(str(pipe), *index.shards[1:]))
+    images = EvaluationImages(dead, torch.arange(20, 60), lambda image: torch.zeros(3, 2, 2, dtype=torch.uint8))
+    error, count, seconds = failure(exact_batches(images, batch=2, workers=2, timeout_seconds=TIMEOUT))
+    assert isinstance(error, DataError) and count == 0 and seconds < SOON
+    assert "2 of 2 loader workers" in error.cause and f"is at {sample_name(dead, 20)}; process " in error.cause
+
+
+def test_slow_samples_are_no_hang(index):
+    """A batch takes longer than the time-out, a sample does not."""
+
+    def augment(crop, _):
+        time.sleep(TIMEOUT / 8)
+        return crop
+
+    began = time.monotonic()
+    assert len(list(batches_of(crops_of(index, augment), workers=1, steps=1))) == 1
+    assert time.monotonic() - began > 1.4 * TIMEOUT
+
+
+@pytest.mark.parametrize("longest", [60.0, 0.5])
+def test_a_shard_that_is_on_its_way_has_a_time_limit_of_its_own(index, tmp_path, longest, monkeypatch):
+    """The first takes twice the time-out to come."""
+    paths, came = dict(enumerate(index.shards)), []
+    remote = replace(index, shards=tuple(f"http://h/{number}.tar" for number in paths))
+
+    def fetch(cache, shard):
+        if not came:
+            time.sleep(2 * TIMEOUT)
+        came.append(shard)
+        return os.open(paths[int(shard.url[9:-4])], os.O_RDONLY)
+
+    monkeypatch.setattr(ShardCache, "open", fetch)
+    monkeypatch.setattr("maedistill.data.reader.ReadAhead.want", lambda *_: None)
+    crops = crops_of(remote)
+    crops.reader = ShardReader(remote, cache=ShardCache(folder=tmp_path, patience=Patience(longest=longest)))
+    few = batches_of(crops, workers=1, steps=1)
+    if longest > TIMEOUT:
+        assert len(next(few).images) == 12
+    else:
+        error, _, seconds = failure(few)
+        assert_matches(r"process \d+ waits for the shard of http://h/\d.tar:", error.cause)
+        assert seconds < SOON
+
+
+def test_workers_leave_signals_to_the_training_process(index):
+    """SIGTERM and SIGUSR1 come to all processes of a group; a training process that answers them needs its workers."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    try:
+        batches = batches_of(crops_of(index), workers=2, timeout_seconds=300)
+        assert len(next(batches).images) == 12
+        for worker in multiprocessing.active_children():
+            for number in numbers:
+                os.kill(worker.pid, number)
+        assert sum(1 for _ in batches) == 7
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_batches_that_are_left_behind_leave_no_worker_not_even_a_hung_one(index):
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        batches = batches_of(crops_of(index, at_victim(HANGS["sleeps"])))
+        next(batches)
+        time.sleep(0.5)
+        assert len(multiprocessing.active_children()) == 2
+        began = time.monotonic()
+        del batches
+        assert not multiprocessing.active_children() and time.monotonic() - began < SOON
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_worker_that_no_signal_ends_keeps_nobody(index, monkeypatch):
+    """A process that waits for a dead disk does not even answer SIGKILL; here it is spared."""
+    monkeypatch.setattr(Popen, "_send_signal", lambda *_: None)
+    monkeypatch.setattr("maedistill.data.watch._END", 0.1)
+    batches = batches_of(crops_of(index, at_victim(HANGS["sleeps"])), workers=1)
+    pid = multiprocessing.active_children()[-1].pid
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
+    failure(batches)
+    assert not multiprocessing.active_children()
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def alive(pid):
+    """Whether a process runs; one that ended but was not waited for does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def test_workers_of_a_killed_process_vanish_hung_or_not(index):
+    """One worker hangs, the other waits for work."""
+    receiver, sender = os.pipe()
+    parent = os.fork()
+    if not parent:
+        try:
+            batches = batches_of(crops_of(index, at_victim(HANGS["sleeps"])), timeout_seconds=60)
+            next(batches), next(batches)
+            os.write(sender, struct.pack("2i", *(worker.pid for worker in multiprocessing.active_children()[-2:])))
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(sender)
+    workers = struct.unpack("2i", os.read(receiver, 8))
+    os.close(receiver)
+    assert all(map(alive, workers))
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    deadline = time.monotonic() + SOON
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, workers))
+
+
+LEAVES = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: None)
+from maedistill.data.index import open_index
+from maedistill.data.loader import RandomCrops
+from maedistill.data.order import SampleOrder
+from maedistill.data.workers import load_batches
+
+index = open_index(sys.argv[1])
+hang = lambda crop, position: time.sleep(1e6) if position > 20 else crop
+crops = RandomCrops(index, SampleOrder(index.starts, seed=5), seed=5, size=16, scale=(1, 1), ratio=(1, 1), augment=hang)
+batches = load_batches(crops, workers=2, batch_sampler=[[*range(12 * i, 12 * i + 12)] for i in range(8)])
+next(batches)
+print(time.time(), flush=True)
+raise AssertionError("a bug elsewhere")
+"""
+
+
+def test_a_process_that_fails_for_another_reason_ends_though_a_worker_hangs(index, shards):
+    """Python waits for children at exit; the batches are alive till then, in the traceback of an uncaught error."""
+    command = [sys.executable, "-c", LEAVES, str(shards / "train-*.tar")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "a bug elsewhere" in done.stderr
+    assert time.time() - float(done.stdout) < SOON + 5
+
+
+def encode(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def bomb():
+    """A PNG of a few bytes that says it has 10,000 x 10,000 pixels."""
+    plain = encode(Image.new("RGB", (1, 1)), "PNG")
+    header = struct.pack(">II", 10_000, 10_000) + plain[24:29]
+    return plain[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + plain[33:]
+
+
+def samples():
+    """{key: (suffix, bytes, why it is bad or None)}."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)
+    image, frames = Image.fromarray(pixels), [Image.new("RGB", (20, 24), "blue")]
+    deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    jpeg, png, webp = (encode(image, kind) for kind in ("JPEG", "PNG", "WEBP"))
+    return {
+        "plain": ("jpg", jpeg, None),
+        "grayscale": ("jpg", encode(image.convert("L"), "JPEG"), None),
+        "cmyk": ("jpg", encode(image.convert("CMYK"), "JPEG"), None),
+        "progressive": ("jpg", encode(image, "JPEG", progressive=True), None),
+        "palette": ("png", encode(image.convert("P"), "PNG"), None),
+        "one-bit": ("png", encode(image.convert("1"), "PNG"), None),
+        "alpha": ("png", encode(image.convert("RGBA"), "PNG"), None),
+        "16-bit": ("png", encode(deep, "PNG"), None),
+        "animated-webp": ("webp", encode(image, "WEBP", save_all=True, append_images=frames), None),
+        "animated-png": ("png", encode(image, "PNG", save_all=True, append_images=frames), None),
+        "png-called-jpg": ("jpg", png, None),
+        "jpg-called-webp": ("webp", jpeg, None),
+        "zero-byte": ("jpg", b"", "no JPEG, PNG, WEBP file"),
+        "text-called-jpg": ("jpg", b"<html>404</html>", "no JPEG, PNG, WEBP file"),
+        "gif-called-jpg": ("jpg", encode(image, "GIF"), "no JPEG, PNG, WEBP file"),
+        "tiff-called-png": ("png", encode(image, "TIFF"), "no JPEG, PNG, WEBP file"),
+        "truncated-jpg": ("jpg", jpeg[: len(jpeg) // 2], "truncated"),
+        "truncated-png": ("png", png[: len(png) // 2], ""),
+        "truncated-webp": ("webp", webp[: len(webp) // 2], ""),
+        "header-only": ("jpg", jpeg[:20], ""),
+        "corrupt-png": ("png", png[:50] + b"\xff" * 100 + png[150:], ""),
+        "bomb": ("png", bomb(), "pixels"),
+    }
+
+
+@pytest.fixture(scope="module")
+def oddities(tmp_path_factory):
+    path = tmp_path_factory.mktemp("odd") / "odd.tar"
+    with tarfile.open(path, "w") as tar:
+        for key, (suffix, data, _) in samples().items():
+            info = tarfile.TarInfo(f"{key}.{suffix}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return open_index(str(path))
+
+
+@pytest.mark.parametrize("key", samples())
+def test_each_kind_of_image_is_read_or_replaced_and_named(oddities, key):
+    bad = samples()[key][2]
+    crops = crops_of(oddities)
+    sample = next(i for i in range(len(oddities)) if oddities.key(i) == key)
+    position = crops.order.samples(torch.arange(len(oddities))).tolist().index(sample)
+    batch = crops.__getitems__([position])
+    assert batch.images.shape == (1, 3, 16, 16)
+    if bad is None:
+        assert not batch.bad and batch.samples.tolist() == [sample]
+    else:
+        assert batch.bad[0].startswith(f"{oddities.shards[0]}:{key}: ") and bad in batch.bad[0]
+        assert samples()[oddities.key(int(batch.samples))][2] is None
+        again = crops.__getitems__([position])
+        assert torch.equal(again.images, batch.images) and again.bad == batch.bad
+
+
+def test_every_bad_image_of_an_epoch_is_listed_and_no_other(oddities):
+    count = len(oddities)
+    crops = crops_of(oddities)
+    batches = list(exact := batches_of(crops, steps=count))  # twelve epochs
+    del exact
+    positions = torch.cat([batch.positions for batch in batches])
+    assert positions.tolist() == list(range(12 * count))
+    named = [line.split(": ")[0].rpartition(":")[2] for batch in batches for line in batch.bad]
+    wrong = {key for key, (_, _, bad) in samples().items() if bad is not None}
+    assert set(named) == wrong and all(named.count(key) >= 12 for key in wrong)  # replacements may be bad, too
+
+
+def test_a_disk_error_names_the_sample(index, monkeypatch):
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("maedistill.data.reader.os.pread", broken)
+    error, count, _ = failure(batches_of(crops_of(index), workers=1))
+    assert isinstance(error, DataError) and count == 0
+    assert_matches(r"train-00000\d.tar:\S+ cannot be read: Input/output error", error.cause)

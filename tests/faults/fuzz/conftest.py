@@ -1,0 +1,20 @@
+"""One sandbox per fuzzer; its helpers are importable by name."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from sandbox import Sandbox
+
+
+@pytest.fixture(scope="module")
+def sandbox(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    """A child process that runs `check` of the test's module; what it has seen is printed at the end."""
+    box = Sandbox(request.path, tmp_path_factory.mktemp(request.path.stem))
+    yield box
+    box.close()
+    print(f"\n{request.path.stem}: {box.summary()}")

@@ -1,0 +1,166 @@
+"""Image bytes: damaged JPEG, PNG and WebP files of every kind, with checksums mended and sizes that lie.
+
+An image that is taken has the size its header states; the converter's plain files decode to the same.
+"""
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from damage import NASTY, byte_edits, cases, edited
+from hypothesis import example, given
+from hypothesis import strategies as st
+from PIL import Image
+
+from maedistill.data.convert import convert
+from maedistill.data.images import BadImage, decode_rgb, open_image
+
+REFUSALS = (BadImage,)
+MARKERS = (b"\xff\xd8", b"\xff\xd9", b"\xff\xda", b"\xff\xc0", b"\xff\xc2", b"\xff\xc4", b"\xff\xdd\0\4\0\1",
+           b"\xff\xd0", b"IHDR", b"IDAT", b"IEND", b"tRNS", b"PLTE", b"acTL", b"fcTL", b"ANMF", b"VP8X", b"VP8L",
+           b"ALPH")  # fmt: skip
+
+
+def check(case: tuple[bytes, bool]) -> None:
+    """Decodes as the loader does or, where the flag is set, converts as make_shards does."""
+    data, converts = case
+    if converts:
+        converted = convert(data)
+        assert decode_rgb(converted.data).shape[0] == 3 and (converted.change is None) == (converted.data is data)
+        return
+    pixels = decode_rgb(data)
+    with open_image(data) as image:
+        assert tuple(pixels.shape) == (3, image.height, image.width) and image.width * image.height <= 64_000_000
+    assert str(pixels.dtype) == "torch.uint8" and pixels.max() >= pixels.min()  # every byte is there
+
+
+def encode(kind: str, mode: str = "RGB", size: tuple[int, int] = (37, 23), **options: Any) -> bytes:
+    """A smooth picture with some noise."""
+    draws = np.random.default_rng(0)
+    small = Image.fromarray(draws.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize(size)
+    buffer = io.BytesIO()
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(small.convert("L")).astype(np.uint16) * 257)
+    else:
+        image = small.convert(mode)
+    if options.pop("frames", 1) > 1:
+        options |= {"save_all": True, "append_images": [image.rotate(90), image.rotate(180)]}
+    if options.pop("exif", False):
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 6
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+SEEDS = {
+    "jpeg": encode("JPEG"),
+    "progressive": encode("JPEG", progressive=True, subsampling=0, exif=True),
+    "restarts": encode("JPEG", restart_marker_blocks=1, subsampling=2),
+    "gray": encode("JPEG", "L"),
+    "cmyk": encode("JPEG", "CMYK"),
+    "mpo": encode("MPO", frames=2),
+    "png": encode("PNG"),
+    "rgba": encode("PNG", "RGBA"),
+    "palette": encode("PNG", "P", transparency=3),
+    "one bit": encode("PNG", "1"),
+    "16 bit": encode("PNG", "I;16"),
+    "gray alpha": encode("PNG", "LA"),
+    "apng": encode("PNG", frames=2),
+    "webp": encode("WEBP"),
+    "lossless": encode("WEBP", "RGBA", lossless=True),
+    "animated": encode("WEBP", frames=2),
+    "gif": encode("GIF", "P", frames=2),
+    "bmp": encode("BMP"),
+    "tiff": encode("TIFF", compression="tiff_lzw"),
+}
+PNGS = [name for name, data in SEEDS.items() if data.startswith(b"\x89PNG")]
+SIZES = st.sampled_from([0, 1, 2, 255, 4096, 7999, 8000, 16383, 16384, 65535, 2**31 - 1, 2**32 - 1])
+
+
+def chunks(data: bytes) -> list[tuple[bytes, bytes]]:
+    """(name, content) of each chunk of a PNG."""
+    found, at = [], 8
+    while at < len(data):
+        size = struct.unpack(">I", data[at : at + 4])[0]
+        found.append((data[at + 4 : at + 8], data[at + 8 : at + 8 + size]))
+        at += size + 12
+    return found
+
+
+def png(parts: list[tuple[bytes, bytes]]) -> bytes:
+    """A PNG of these chunks, each with the right length and checksum."""
+    whole = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(whole)
+
+
+def resized(name: str, width: int, height: int) -> bytes:
+    """A seed whose header states another size."""
+    data = bytearray(SEEDS[name])
+    if name in PNGS:
+        data[16:24] = struct.pack(">II", width, height)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    elif data[:2] == b"\xff\xd8":
+        start = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2"))
+        data[start + 5 : start + 9] = struct.pack(">HH", height & 0xFFFF, width & 0xFFFF)
+    elif name == "webp":
+        data[26:30] = struct.pack("<HH", width & 0x3FFF, height & 0x3FFF)
+    elif data[12:16] == b"VP8X":
+        data[24:30] = struct.pack("<I", width & 0xFFFFFF)[:3] + struct.pack("<I", height & 0xFFFFFF)[:3]
+    return bytes(data)
+
+
+def many_scans(count: int, side: int = 8000) -> bytes:
+    """A progressive JPEG of 16 million pixels or more with `count` empty scans: each costs a walk over all blocks."""
+    data = resized("progressive", side, side)
+    scan = data.rindex(b"\xff\xda")
+    return data[:scan] + data[scan:-2] * count + data[-2:]
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_what_is_not_damaged_is_taken(sandbox, name):
+    assert sandbox((SEEDS[name], True)) == "taken"
+    assert sandbox((SEEDS[name], False)) == ("BadImage" if name in ("gif", "bmp", "tiff") else "taken")
+
+
+@cases(0.1)
+@given(
+    st.sampled_from(sorted(SEEDS)), byte_edits(6, nasty=(*NASTY[:8], *MARKERS)), st.sampled_from([False, False, True])
+)
+def test_damaged_images_decode_or_are_bad(sandbox, name, edits, converts):
+    sandbox((edited(SEEDS[name], edits), converts))
+
+
+@cases(0.06)
+@given(
+    st.sampled_from(PNGS),
+    st.lists(st.tuples(st.integers(0, 20), byte_edits(2), st.booleans()), max_size=3),
+    st.booleans(),
+)
+def test_pngs_whose_checksums_hold(sandbox, name, changes, converts):
+    parts = chunks(SEEDS[name])
+    for number, edits, inside in changes:
+        kind, data = parts[number % len(parts)]
+        if inside and kind == b"IDAT":
+            data = zlib.compress(edited(zlib.decompress(dict(chunks(SEEDS[name]))[kind]), edits))
+        else:
+            data = edited(data, edits)
+        parts[number % len(parts)] = kind, data
+    sandbox((png(parts), converts))
+
+
+@cases(0.04)
+@given(st.sampled_from(sorted(SEEDS)), SIZES, SIZES, byte_edits(1))
+@example("progressive", 8000, 8000, [])
+@example("png", 8000, 8000, [])
+@example("rgba", 8000, 8000, [])
+def test_sizes_that_lie(sandbox, name, width, height, edits):
+    sandbox((edited(resized(name, width, height), edits), False))
+
+
+def test_a_jpeg_of_very_many_scans_is_bad(sandbox):
+    assert sandbox((many_scans(2000, side=2000), False)) == "BadImage"

@@ -1,0 +1,94 @@
+"""Ranks of a tiny loop with StopRequest and Peers, as processes that a test kills, stops and signals.
+
+They are forked from a server that has imported torch already: a start takes half a second instead of several. What a
+rank prints, `exit.json` included, is in FOLDER/rank-N.txt; it leaves with the exit code of a tool.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from maedistill.errors import DataError, Preempted, UserError, exit_code_of
+from maedistill.training import distributed
+from maedistill.training.interrupt import StopRequest
+from maedistill.training.orphans import end_with_launcher, quiet_worker
+from maedistill.training.peers import Peers
+
+STEPS = 400  # of 20 ms and more
+TIMEOUT = 8  # seconds that a rank waits for another
+
+
+def start_ranks(folder: Path, fault: str, *, ranks: int = 2, workers: int = 0) -> list[BaseProcess]:
+    """Starts them; `fault` is what rank 1 does to itself at step 10."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["torch.utils.data", "maedistill.training.interrupt", "maedistill.training.peers"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        numbers = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_PORT": port}
+        environment = {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        processes.append(server.Process(target=_be_a_rank, args=(folder, fault, workers, environment)))
+        processes[-1].start()
+    return processes
+
+
+def _be_a_rank(folder: Path, fault: str, workers: int, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    output = os.open(folder / f"rank-{environment['RANK']}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    os._exit(exit_code_of(lambda: _train(fault, workers)))
+
+
+def _record(error: UserError) -> None:
+    print(f"exit.json {error.exit_code} {error.cause}", flush=True)
+
+
+def _train(fault: str, workers: int) -> None:
+    distributed.open_group(TIMEOUT)
+    with Peers(timeout_seconds=TIMEOUT, on_loss=_record) as peers:
+        stop = StopRequest(timeout_seconds=TIMEOUT)
+        fork = {"multiprocessing_context": "fork", "worker_init_fn": _begin} if workers else {}
+        batches = iter(DataLoader(range(STEPS), num_workers=workers, **fork))
+        for step in range(1, STEPS + 1):
+            next(batches)
+            peers.beat(step - 1)
+            if step == 10 and distributed.rank() == 1:
+                _do(fault)
+            dist.all_reduce(torch.ones(10))
+            time.sleep(0.02)
+            peers.beat(step)
+            print(f"step {step}", flush=True)
+            if stop.agreed():
+                raise Preempted(stop.signal.name, step)
+        stop.close()
+
+
+def _begin(_: int) -> None:
+    quiet_worker()
+    print(f"worker {os.getpid()}", flush=True)
+
+
+def _do(fault: str) -> None:
+    if fault == "data":
+        raise DataError("shard 3 is gone", "bring it back")
+    if fault == "bug":
+        raise KeyError("oops")
+    if fault == "hang":
+        time.sleep(600)
+
+
+if __name__ == "__main__":  # a rank under a launcher: FOLDER WORKERS
+    end_with_launcher()
+    _be_a_rank(Path(sys.argv[1]), "", int(sys.argv[2]), {"RANK": os.environ["RANK"]})

@@ -1,0 +1,69 @@
+"""A disk that takes no checkpoint: a run with real processes loses nothing, and ends as it would have with room.
+
+The kernel lets no file grow beyond a limit that every file of the run keeps but optimizer.safetensors, which is
+what a full disk does to the largest file first. Each run goes on from step 32 of 40 of a finished one.
+"""
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+
+from maedistill.training.checkpoint import newest_intact
+
+GOES_ON = ["method=mae", "optim.epochs=5"]
+
+
+@pytest.fixture
+def interrupted(pretraining, mae, request) -> Path:
+    """The finished run, as if it had been killed before its last checkpoint."""
+    run = pretraining.folder / request.node.name
+    shutil.copytree(mae.run, run)
+    shutil.rmtree(run / "checkpoints" / "step_000000040")
+    (run / "exit.json").unlink()
+    return run
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def assert_same_end(run: Path, reference: Path) -> None:
+    last = "checkpoints/step_000000040"
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (run / last / file).read_bytes() == (reference / last / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("every", "step", "failures"), [(1, 40, 1), (0.25, 38, 3)], ids=["the last one", "three in a row"]
+)
+def test_a_full_disk_ends_a_run_with_exit_3_and_with_room_it_comes_to_the_same_end(
+    pretraining, mae, interrupted, every, step, failures
+):
+    started = pretraining.start(interrupted.name, *GOES_ON, f"log.save_every_epochs={every}")
+    size = (interrupted / "checkpoints" / "step_000000032" / "model.safetensors").stat().st_size
+    resource.prlimit(started.processes[0].pid, resource.RLIMIT_FSIZE, (size, size))
+    ended = started.finish(3)
+    assert f"error: saving the checkpoint of step {step} in " in ended.err
+    assert ended.err.count("File too large") == failures
+    assert "Traceback" not in ended.err
+    assert checkpoints(interrupted) == ["step_000000032"]
+    assert newest_intact(interrupted / "checkpoints").name == "step_000000032"
+    end = json.loads((interrupted / "exit.json").read_text())
+    assert (end["exit_code"], end["step"]) == (3, 32)
+
+    again = pretraining(interrupted.name, *GOES_ON)
+    assert "continues at step 32 of 40" in again.out
+    assert_same_end(interrupted, mae.run)
+
+
+def test_one_checkpoint_that_cannot_be_written_is_a_warning_and_the_run_goes_on(pretraining, mae, interrupted):
+    (interrupted / "checkpoints" / "step_000000036.tmp").write_text("a file where a folder must be")
+    ended = pretraining(interrupted.name, *GOES_ON, "log.save_every_epochs=0.25", "log.keep=9")
+    assert "warning: saving the checkpoint of step 36 in " in ended.err
+    assert "that of step 34 stands\n  fix: make room" in ended.err
+    steps = [32, 34, 38, 40]
+    assert [f"step_{step:09d}" for step in steps] == [name for name in checkpoints(interrupted) if "tmp" not in name]
+    assert_same_end(interrupted, mae.run)

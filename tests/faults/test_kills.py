@@ -1,0 +1,115 @@
+"""SIGKILL at random instants: each restart goes on with the same samples and ends with the same bits.
+
+    MAEDISTILL_KILLS=100 MAEDISTILL_SEED=7 pytest tests/faults/test_kills.py
+
+Three runs are killed: AMD pre-training with its teacher and a moving average, fine-tuning with everything random on,
+and AMD on two ranks, of which one is killed. Saving every second step and a disk that takes a while for each fsync put
+many of the instants inside a checkpoint write. A run that ends before its kill is checked, and the next one begins.
+"""
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from notes import Notes, same_result
+from starts import Start
+
+KILLS = int(os.environ.get("MAEDISTILL_KILLS", "12"))
+SEED = int(os.environ.get("MAEDISTILL_SEED", random.SystemRandom().randrange(10**6)))
+SHARES = {"pretrain": 0.5, "finetune": 0.25, "two ranks": 0.25}
+OFTEN = ["log.save_every_epochs=0.25"]  # every 2 steps
+LONGEST = 3.0  # seconds after its start at which a kill that waits for nothing comes at the latest
+FSYNC = 0.02  # seconds; a write has nine
+MOST = 15  # kills of one run
+
+
+def wait_for_instant(start: Start, draws: random.Random) -> None:
+    """Returns at a random instant in the life of a start, or when it has ended.
+
+    A quarter of the instants fall anywhere, set-up included, a quarter anywhere after the first step, half in one of
+    the first checkpoint writes.
+    """
+    kind = draws.choices(("any", "step", "write"), (1, 1, 2))[0]
+    if kind == "any":
+        start.ended(draws.uniform(0, LONGEST))
+        return
+    seen, left = temporary(start.run), draws.randint(1, 3)
+    while not start.ended(0.002):
+        now = temporary(start.run)
+        left, seen = left - len(now - seen), now
+        if kind == "write" and left <= 0:
+            start.ended(draws.uniform(0, 10 * FSYNC))
+            return
+        if kind == "step" and list(start.run.glob("witness-*.jsonl")):
+            start.ended(draws.uniform(0, 0.4))
+            return
+
+
+def temporary(run: Path) -> set[Path]:
+    """Checkpoints that are being written or removed, or were when a kill came."""
+    return set((run / "checkpoints").glob("*.tmp"))
+
+
+def interrupted(run: Path, *, since: float) -> str:
+    """What a kill came into: the newest thing that happened to a checkpoint after `since`."""
+    complete = {path.name for path in (run / "checkpoints").glob("step_?????????")}
+    for path in temporary(run):
+        if path.stat().st_mtime > since:
+            return "inside a write" if path.stem > max(complete, default="") else "inside a removal"
+    return "elsewhere"
+
+
+def kill_until_done(forks, run: Path, command: list, reference: Path, *, kills: int, ranks: int, draws) -> Counter:
+    """One run, killed at most `kills` times, to its end, which is checked; what happened is counted."""
+    happened, notes, codes = Counter(runs=1), Notes(reference), []
+    while codes != [0] * ranks:
+        happened["restarts that found a .tmp"] += bool(temporary(run))
+        slow = {"FAULTS_FSYNC": FSYNC} if draws.random() < 0.75 else {}
+        began, victim = time.time(), draws.randrange(ranks)
+        start = forks.start(run, *command, ranks=ranks, witness=True, **slow)
+        if happened["kills"] < kills:
+            wait_for_instant(start, draws)
+            start.signal(signal.SIGKILL, victim)
+        codes = start.wait(grace=2)
+        notes.check(start)
+        if codes[victim] == -signal.SIGKILL:
+            happened.update(["kills", interrupted(run, since=began)])
+            happened.update(f"survivor: {code}" for code in codes[:victim] + codes[victim + 1 :])
+        else:
+            assert codes == [0] * ranks, start.printed()[-3000:]
+    same_result(run, reference)
+    return happened
+
+
+@pytest.fixture(scope="module")
+def commands(pretraining, finetuning, settings, mae):
+    """Tool, config and settings of each kind of run."""
+    amd = ["tools/pretrain.py", pretraining.config, *settings["amd"], *OFTEN]
+    tune = ["tools/finetune.py", finetuning.config, f"init.source=run:{mae.run}", *OFTEN]
+    return {"pretrain": amd, "finetune": tune, "two ranks": [*amd, "engine.timeout_seconds=30"]}
+
+
+@pytest.fixture(scope="module")
+def references(trio, tuned, forks, commands, tmp_path_factory):
+    """The uninterrupted run of each kind; the first two were started as a person starts them, not by fork."""
+    two = tmp_path_factory.mktemp("uninterrupted") / "two"
+    forks.start(two, *commands["two ranks"], ranks=2, witness=True).finish()
+    return {"pretrain": trio["amd"].run, "finetune": tuned.run, "two ranks": two}
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_killed_at_random_instants_a_run_ends_with_the_same_bits(forks, commands, references, tmp_path, capsys, kind):
+    kills, draws, happened, began = round(SHARES[kind] * KILLS), random.Random(f"{SEED} {kind}"), Counter(), time.time()
+    while happened["kills"] < kills:
+        run, most = tmp_path / f"run-{happened['runs']}", min(kills - happened["kills"], MOST)
+        ranks = 2 if kind == "two ranks" else 1
+        happened += kill_until_done(forks, run, commands[kind], references[kind], kills=most, ranks=ranks, draws=draws)
+        shutil.rmtree(run)
+    rate = 60 * happened["kills"] / (time.time() - began)
+    with capsys.disabled():
+        print(f"\n{kind}: seed {SEED}, {rate:.0f} kills a minute, {dict(happened)}")

@@ -1,0 +1,228 @@
+"""Signals, dead and frozen ranks, dead launchers: real processes, first of a tiny loop, then of the real tool."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the processes of the loop, too
+
+import ranks_under_fault as loop
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
+PASS_ON = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": "120"}  # torchrun's options
+
+
+def wait_until(true, seconds=120):
+    """Waits for `true()`."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"waited {seconds} s in vain"
+        time.sleep(0.02)
+
+
+def lines(folder, rank):
+    file = folder / f"rank-{rank}.txt"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def steps(folder, rank):
+    return [line for line in lines(folder, rank) if line.startswith("step ")]
+
+
+class Ranks:
+    """The loop on two ranks, under way. However a test ends, they do."""
+
+    def __init__(self, folder, fault="", workers=0):
+        self.folder, self.processes = folder, loop.start_ranks(folder, fault, workers=workers)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def signal(self, rank, number):
+        """Sends a signal once both ranks are well under way; the time then."""
+        wait_until(lambda: len(steps(self.folder, 0)) > 9 and len(steps(self.folder, 1)) > 9)
+        os.kill(self.processes[rank].pid, number)
+        return time.monotonic()
+
+    def code(self, rank):
+        """The exit code of a rank that ends by itself."""
+        self.processes[rank].join(60)
+        return self.processes[rank].exitcode
+
+    def errors(self, rank):
+        """What a rank said of its end: after its own lines, and after all stacks."""
+        return [line for line in lines(self.folder, rank) if line.startswith(("error: ", "  fix: ", "exit.json "))]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path, number):
+    with Ranks(tmp_path, workers=1) as ranks:
+        ranks.signal(0, 0)  # nothing yet
+        for rank in range(2):
+            worker = next(line for line in lines(tmp_path, rank) if line.startswith("worker "))
+            os.kill(int(worker.split()[1]), number)  # reaches the workers, too: they go on
+        before = len(steps(tmp_path, 1))
+        ranks.signal(1, number)
+        assert [ranks.code(rank) for rank in range(2)] == [75, 75]
+    assert steps(tmp_path, 0) == steps(tmp_path, 1)
+    last = len(steps(tmp_path, 1))
+    assert before <= last < before + 20
+    assert lines(tmp_path, 0)[-1].startswith(f"stopped by {number.name} after step {last}, which is saved")
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_killed_or_frozen_is_named(tmp_path, lost, number):
+    other = 1 - lost
+    with Ranks(tmp_path) as ranks:
+        start = ranks.signal(lost, number)
+        assert ranks.code(other) == 5
+        assert time.monotonic() - start < loop.TIMEOUT + 1
+        error, fix = (line for line in ranks.errors(other) if not line.startswith("exit.json"))
+        assert error.startswith(f"error: rank {lost} ")
+        assert error.endswith("ended, froze or cannot be reached")
+        assert "the same command goes on" in fix
+        assert not any(line.startswith("Traceback") for line in lines(tmp_path, other))
+        if number == signal.SIGSTOP:
+            assert any("in all_reduce" in line for line in lines(tmp_path, other))  # stacks
+        if lost == 0:  # nobody else can write it
+            assert f"exit.json 5 {error.removeprefix('error: ')}" in ranks.errors(1)
+
+
+def test_a_rank_that_hangs_is_named_by_both_and_both_end(tmp_path):
+    with Ranks(tmp_path, "hang") as ranks:
+        assert [ranks.code(rank) for rank in range(2)] == [5, 5]
+        for rank in range(2):
+            causes = [line for line in ranks.errors(rank) if line.startswith("error: ")]
+            assert len(causes) == 1
+            assert causes[0].startswith(f"error: no step for {loop.TIMEOUT} s: rank 1 on ")
+            assert causes[0].endswith("; the others wait")
+        assert any(line.endswith("in _do") for line in lines(tmp_path, 1))  # where it hangs
+        assert sum(line.startswith("exit.json 5 ") for rank in range(2) for line in ranks.errors(rank)) == 1
+
+
+def test_the_failure_of_one_rank_is_the_failure_of_all(tmp_path):
+    with Ranks(tmp_path, "data") as ranks:
+        assert [ranks.code(rank) for rank in range(2)] == [3, 3]
+        assert ranks.errors(1) == ["error: shard 3 is gone", "  fix: bring it back"]
+        assert ranks.errors(0)[0].endswith(": shard 3 is gone")
+        assert ranks.errors(0)[1:] == ["  fix: bring it back"]
+
+
+@LINUX
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
+def test_torchrun_passes_signals_on_and_leaves_nobody_behind(tmp_path, number):
+    torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc-per-node=2"]
+    outside = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "RANK", "WORLD_SIZE", "LOCAL_"))}
+    with (tmp_path / "torchrun.txt").open("w") as file:
+        launcher = subprocess.Popen(
+            [*torchrun, loop.__file__, tmp_path, "1"], env=outside | PASS_ON, stdout=file, stderr=file
+        )
+    wait_until(lambda: len(steps(tmp_path, 0)) > 9 and len(steps(tmp_path, 1)) > 9)
+    family = descendants(launcher.pid)
+    assert len(family) >= 4  # two ranks with a worker each
+    launcher.send_signal(number)
+    launcher.wait(60)
+    wait_until(lambda: not any(lives(process) for process in family))
+    assert steps(tmp_path, 0) == steps(tmp_path, 1)
+    name = "SIGTERM" if number == signal.SIGKILL else number.name
+    assert all(lines(tmp_path, rank)[-1].startswith(f"stopped by {name} after step ") for rank in range(2))
+
+
+@LINUX
+def test_the_tool_stops_on_each_signal_and_the_same_command_gives_the_same_weights(pretraining):
+    often = ["method=mae", "optim.epochs=12", "optim.warmup_epochs=1", "log.save_every_epochs=12", "data.workers=1"]
+    often += ["log.pictures_every_epochs=null", "log.knn_every_epochs=null"]
+    reference = pretraining("whole", *often, ranks=2, launcher="torchrun")
+    stopped = pretraining.folder / "stopped"
+    seen = 0
+    for number, to_rank in ((signal.SIGTERM, True), (signal.SIGUSR1, False), (signal.SIGKILL, False)):
+        started = pretraining.start("stopped", *often, ranks=2, launcher="torchrun", **PASS_ON)
+        launcher = started.processes[0]
+        wait_until(lambda: logged(stopped) > seen + 10)  # noqa: B023
+        family = descendants(launcher.pid)
+        ranks = [process for process in family if parent(process) == launcher.pid]
+        assert len(ranks) == 2
+        os.kill(ranks[1] if to_rank else launcher.pid, number)
+        started.finish(-9 if number == signal.SIGKILL else 1)  # torchrun hides what its ranks say
+        wait_until(lambda: not any(lives(process) for process in family))  # noqa: B023
+        end = json.loads((stopped / "exit.json").read_text())
+        seen = logged(stopped)
+        name = "SIGTERM" if number == signal.SIGKILL else number.name
+        assert (end["exit_code"], end["step"]) == (75, seen)
+        assert end["reason"].startswith(f"stopped by {name} after step {seen}")
+        assert seen < 12 * 8  # it had not ended anyway
+    finished = pretraining("stopped", *often, ranks=2, launcher="torchrun")
+    assert json.loads((stopped / "exit.json").read_text())["exit_code"] == 0
+    assert weights(finished) == weights(reference)
+    assert [record["loss"] for record in finished.metrics()] == [record["loss"] for record in reference.metrics()]
+
+
+def test_the_tool_names_a_frozen_rank_and_ends(pretraining):
+    often = ["method=mae", "optim.epochs=400", "engine.timeout_seconds=20", "log.save_every_epochs=400"]
+    often += ["log.pictures_every_epochs=null", "log.knn_every_epochs=null"]
+    started = pretraining.start("frozen", *often, ranks=2, launcher="slurm")
+    zero, one = started.processes
+    try:
+        wait_until(lambda: logged(started.run) > 10)
+        one.send_signal(signal.SIGSTOP)
+        start = time.monotonic()
+        _, err = zero.communicate(timeout=60)
+        assert time.monotonic() - start < 21
+    finally:
+        for process in started.processes:
+            process.kill()
+            process.communicate()
+    assert zero.returncode == 5
+    end = json.loads((started.run / "exit.json").read_text())
+    assert end["exit_code"] == 5
+    assert end["reason"].startswith("rank 1 on ")
+    assert f"error: {end['reason']}\n  fix: " in err
+    assert "most recent call first" in err
+
+
+def logged(run):
+    """Steps in metrics.jsonl so far."""
+    file = run / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def weights(run):
+    tensors = load_file(run.last_checkpoint() / "model.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def parent(process):
+    """The parent's number of a process; 0 of one that has ended."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except FileNotFoundError:
+        return 0
+
+
+def lives(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def descendants(process):
+    """All processes that it started, and that those started."""
+    parents = {int(folder.name): parent(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdecimal()}
+    found = [process]
+    for one in found:
+        found += [child for child, whose in parents.items() if whose == one]
+    return found[1:]

@@ -1,0 +1,69 @@
+"""Two machines, one rank each, started by torchrun: one is cut off, one dies, and the run ends with the same bits.
+
+They are network namespaces (machines.py) with one disk; where those are not permitted, the test is skipped.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from machines import Machines, Unavailable
+from notes import losses, same_result
+
+STEPS = 80
+PEER_SECONDS = 10  # engine.timeout_seconds: how long a rank waits for one that was cut off
+TIMEOUT = 120
+
+
+@pytest.fixture
+def machines():
+    try:
+        machines = Machines()
+    except Unavailable as error:
+        pytest.skip(str(error))
+    yield machines
+    machines.close()
+
+
+def test_a_machine_that_goes_and_comes_back_changes_nothing(machines, pretraining, settings, mae, root, tmp_path):
+    torchrun = Path(sys.executable).with_name("torchrun")
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    command = [root / "tools/pretrain.py", pretraining.config, *settings["amd"], f"optim.epochs={STEPS // 8}"]
+    command += ["log.save_every_epochs=0.5", f"engine.timeout_seconds={PEER_SECONDS}"]
+
+    def start(folder: Path) -> list:
+        return [machines.torchrun(machine, torchrun, *command, f"run={folder}") for machine in (0, 1)]
+
+    def ended(both: list) -> tuple[list[int], str]:
+        printed = "".join(process.communicate(timeout=TIMEOUT)[0] for process in both)
+        print(printed)
+        return [process.returncode for process in both], printed
+
+    assert ended(start(whole))[0] == [0, 0] and losses(whole)[-1]["step"] == STEPS
+
+    both = start(run)
+    wait_for_step(run, 20)
+    machines.plug(False)
+    cut = time.monotonic()
+    assert all(ended(both)[0]), "both leave with an error"
+    assert time.monotonic() - cut < PEER_SECONDS + 20
+    machines.plug(True)
+
+    both = start(run)
+    wait_for_step(run, 50)
+    machines.switch_off(1)
+    codes, printed = ended(both)
+    assert all(codes) and "continues at step" in printed, "the other leaves with an error"
+
+    codes, printed = ended(start(run))
+    assert codes == [0, 0] and "continues at step" in printed
+    same_result(run, whole)
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    """Returns when the run has logged so many steps."""
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + TIMEOUT
+    while not metrics.exists() or f'"step": {step}, "loss"' not in metrics.read_text():
+        assert time.monotonic() < deadline, f"step {step} does not come"
+        time.sleep(0.005)

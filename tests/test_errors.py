@@ -1,0 +1,42 @@
+"""How errors leave a tool: exit codes, and what a person reads."""
+
+import pytest
+
+from maedistill.errors import ConfigError, DataError, NumericsError, PeerError, Preempted, UserError, exit_code_of
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"), [(UserError, 2), (ConfigError, 2), (DataError, 3), (NumericsError, 4), (PeerError, 5)]
+)
+def test_an_error_is_two_lines_and_a_code(kind, code, capsys):
+    def main():
+        raise kind("what is wrong", "what to do")
+
+    assert exit_code_of(main) == code
+    assert capsys.readouterr() == ("", "error: what is wrong\n  fix: what to do\n")
+
+
+def test_names_from_outside_stay_on_their_line(capsys):
+    def main():
+        raise DataError("a\nfile\x1b[31m named \u202eoddly, bär", "remove it")
+
+    assert exit_code_of(main) == 3
+    assert capsys.readouterr().err == "error: a\\nfile\\x1b[31m named \\u202eoddly, bär\n  fix: remove it\n"
+
+
+def test_a_stop_on_request_is_one_line_and_no_error(capsys):
+    def main():
+        raise Preempted("SIGUSR1", 120)
+
+    assert not issubclass(Preempted, UserError)  # nobody's mistake: what catches those must not catch this
+    assert exit_code_of(main) == 75
+    assert capsys.readouterr() == (
+        "",
+        "stopped by SIGUSR1 after step 120, which is saved; the same command goes on from there\n",
+    )
+
+
+def test_success_is_0_and_a_bug_keeps_its_traceback():
+    assert exit_code_of(lambda: None) == 0
+    with pytest.raises(KeyError):
+        exit_code_of(lambda: {}["a"])

@@ -1,0 +1,127 @@
+"""Who is blamed, from what ranks say of themselves; and the watch on one process. Real ranks are in tests/faults."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch.distributed as dist
+
+from maedistill.errors import ConfigError, DataError, NumericsError, PeerError
+from maedistill.training.blame import Beat, Judgement, judge, own_failure, peer_error
+from maedistill.training.peers import Peers
+
+# Four ranks that were just seen to live: after ten steps of two moves each, waiting for each other.
+BEFORE = [
+    Beat(rank, f"node{rank // 2}", 100 + rank, rounds=50, moves=20, step=10, place="engine.py:7 step", waits=True)
+    for rank in range(4)
+]
+AFTER = [replace(beat, rounds=54) for beat in BEFORE]
+
+
+def blamed(after, before=BEFORE):
+    return judge(before, after, why="no step for 60 s")
+
+
+def changed(rank, **values):
+    return [replace(beat, **values) if beat.rank == rank else beat for beat in AFTER]
+
+
+def test_silent_ranks_are_lost():
+    after = [AFTER[0], BEFORE[1], AFTER[2], BEFORE[3]]
+    after[0] = replace(after[0], moves=1)  # who is behind does not matter then
+    judgement = blamed(after)
+    assert judgement.lost == (1, 3)
+    assert judgement.error.cause == (
+        "rank 1 on node0 (process 101, step 10), rank 3 on node1 (process 103, step 10) ended, froze or cannot be "
+        "reached"
+    )
+
+
+def test_the_rank_that_moved_least_is_named_though_it_too_seems_to_wait():
+    judgement = blamed(changed(2, moves=19, place="loader.py:5 next"))
+    assert judgement.lost == ()
+    assert judgement.error.cause == (
+        "no step for 60 s: rank 2 on node1 (process 102, step 10) is in loader.py:5 next; the others wait"
+    )
+    assert "engine.timeout_seconds" in judgement.error.remedy
+
+
+def test_among_equals_it_is_the_one_that_does_not_wait():
+    cause = blamed(changed(3, waits=False, place="teacher.py:9 forward")).error.cause
+    assert cause.endswith(": rank 3 on node1 (process 103, step 10) is in teacher.py:9 forward; the others wait")
+
+
+def test_where_all_wait_all_are_named():
+    cause = blamed(AFTER).error.cause
+    assert all(f"rank {rank} on" in cause for rank in range(4))
+    assert "others" not in cause
+
+
+def test_who_left_on_good_terms_is_never_blamed():
+    after = changed(1, rounds=50, moves=1, left=True)
+    assert "rank 1 on" not in blamed(after).error.cause
+
+
+@pytest.mark.parametrize("kind", [ConfigError, DataError, NumericsError, PeerError])
+def test_an_error_reaches_the_other_ranks_as_what_it_was(kind):
+    told = own_failure(BEFORE[1], kind("a cause", "a remedy"))
+    heard = Judgement.from_text(told.to_text())
+    assert type(heard.error) is kind
+    assert (heard.error.cause, heard.error.remedy, heard.lost) == ("rank 1 on node0: a cause", "a remedy", ())
+
+
+def test_a_bug_reaches_the_other_ranks_by_name():
+    error = own_failure(BEFORE[1], KeyError("x")).error
+    assert (type(error), error.cause) == (PeerError, "rank 1 on node0 failed: KeyError: 'x'")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [  # as they were seen: after kill -9, after SIGSTOP, on a second try
+        RuntimeError(
+            "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer "
+            "[127.0.0.1]:8934. This is typically caused by a remote worker crashing."
+        ),
+        RuntimeError(
+            "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 6000ms "
+            "for recv operation to complete"
+        ),
+        RuntimeError("Application timeout caused pair closure"),
+        dist.DistBackendError("NCCL communicator was aborted on rank 0."),
+        dist.DistNetworkError("failed to recv, got 0 bytes"),
+    ],
+)
+def test_failures_of_the_process_group_are_recognised(error):
+    assert peer_error(error).exit_code == 5
+    assert str(error).splitlines()[0] in peer_error(error).cause
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("gloo")])
+def test_other_errors_are_not(error):
+    assert peer_error(error) is None
+
+
+def test_a_process_that_stops_moving_is_ended_with_its_stacks_but_not_while_it_pauses(monkeypatch, capfd):
+    left, recorded = [], []
+    monkeypatch.setattr("os._exit", left.append)
+    with Peers(timeout_seconds=2, on_loss=recorded.append) as peers:
+        time.sleep(1.6)  # the first step may take its time: nothing moved yet
+        peers.beat(7)
+        with peers.paused():
+            time.sleep(1.6)
+        assert not left
+        wait_for(left, seconds=20)
+    assert set(left) == {5}
+    out, err = capfd.readouterr()
+    assert "error: no step for 2 s: rank 0 on " in err
+    assert "step 7) is in " in err
+    assert "in wait_for" in err  # the stack of this very thread
+    assert recorded[0].exit_code == 5
+    assert out == ""
+
+
+def wait_for(things, *, seconds):
+    end = time.monotonic() + seconds
+    while not things and time.monotonic() < end:
+        time.sleep(0.01)
+    assert things

@@ -1,0 +1,230 @@
+"""Writing behind the training: what is written, who waits, what a write that fails costs; on one rank and on two."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from maedistill.errors import DataError, NumericsError
+from maedistill.training import checkpoint
+from maedistill.training.checkpoint import latest_step, load_latest
+from maedistill.training.saver import Saver
+from maedistill.training.state import MOMENTS, TrainingState
+
+
+class OneTensor:
+    """Stands for an engine of one rank; its weight is trained in place, as a real one's are."""
+
+    def __init__(self, size: int = 3) -> None:
+        self.module = nn.ParameterDict({"w": torch.zeros(size)})
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.module["w"].data
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"w": tuple(self.weight.shape)}
+
+    def state(self) -> TrainingState:
+        return TrainingState({"w": self.weight.clone()}, {kind: {"w": self.weight.clone()} for kind in MOMENTS}, {})
+
+    def load_state(self, state: TrainingState) -> None:
+        self.weight.copy_(state.weights["w"])
+
+
+@pytest.fixture
+def engine() -> OneTensor:
+    return OneTensor()
+
+
+def save(saver: Saver, engine: OneTensor, step: int) -> None:
+    """One step of training, and its checkpoint."""
+    engine.weight.fill_(step)
+    saver.save(step=step, engine=engine, state={"step": step})
+
+
+def loaded(folder: Path) -> tuple[int, list[float]]:
+    """The step and the weights of the checkpoint that a restart finds."""
+    fresh = OneTensor()
+    return load_latest(folder, fresh)["step"], fresh.weight.tolist()
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Writing a file of tensors waits until this is set."""
+    ready = threading.Event()
+
+    def slow(tensors: dict, path: Path) -> None:
+        assert ready.wait(20)
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    return ready
+
+
+@contextmanager
+def largest_file(size: int):
+    """The kernel refuses to let a file of this process grow beyond so many bytes, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_training_goes_on_during_a_write_and_leaves_no_trace_in_it(tmp_path, engine, disk):
+    with Saver(tmp_path, keep=2) as saver:
+        save(saver, engine, 1)
+        engine.weight.fill_(99)  # training goes on
+        assert latest_step(tmp_path) is None
+        disk.set()
+        saver.settle()
+        assert loaded(tmp_path) == (1, [1, 1, 1])
+
+
+def test_the_next_save_waits_for_the_one_under_way(tmp_path, engine, disk):
+    with Saver(tmp_path, keep=1) as saver:
+        save(saver, engine, 1)
+        threading.Timer(0.3, disk.set).start()
+        save(saver, engine, 2)
+        assert latest_step(tmp_path) in (1, 2)
+    assert loaded(tmp_path) == (2, [2, 2, 2])
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000000002"]
+
+
+def test_the_copies_are_let_go_when_they_are_written(tmp_path, engine):
+    with Saver(tmp_path, keep=1) as saver:
+        save(saver, engine, 1)
+        saver._writing.join()
+        assert not saver._writing.__dict__.keys() & {"_target", "_args"}
+
+
+def test_a_full_disk_is_a_warning_costs_no_older_checkpoint_and_the_next_save_works(tmp_path, engine, capsys):
+    with Saver(tmp_path, keep=1) as saver:
+        save(saver, engine, 1)
+        saver.settle()
+        with largest_file(64):
+            save(saver, engine, 2)
+            saver.settle()
+            assert saver.failures == 1
+            assert [path.name for path in tmp_path.iterdir()] == ["step_000000001"]
+            assert loaded(tmp_path) == (1, [1, 1, 1])
+            save(saver, engine, 3)
+            saver.settle()
+        said = capsys.readouterr().err.splitlines()
+        assert said[0].startswith(f"warning: saving the checkpoint of step 2 in {tmp_path} failed (")
+        assert said[0].endswith("File too large (os error 27)); that of step 1 stands")
+        assert said[1].startswith("  fix: make room or mend the permissions there")
+        assert len(said) == 4
+        save(saver, engine, 4)
+    assert saver.failures == 0
+    assert loaded(tmp_path) == (4, [4, 4, 4])
+
+
+def test_failures_in_a_row_end_the_run_though_none_was_saved_before(tmp_path, engine):
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    saver = Saver(tmp_path / "checkpoints", keep=1, most_failures=3)
+    for step in (1, 2, 3):
+        save(saver, engine, step)
+    with pytest.raises(DataError, match=r"step 3 in .*; there is none before it\nmake room"):
+        saver.settle()
+
+
+def test_the_last_write_must_not_fail(tmp_path, engine, capsys):
+    for settled in (False, True):
+        saver = Saver(tmp_path, keep=1)
+        with largest_file(64), pytest.raises(DataError, match="step 5 in"), saver:
+            save(saver, engine, 5)
+            if settled:
+                saver.settle()  # also where its failure is known already
+        assert capsys.readouterr().err.count("step 5") == settled
+
+
+def test_a_bug_of_ours_is_raised_as_it_is(tmp_path, engine, monkeypatch):
+    monkeypatch.setattr(checkpoint, "seal", lambda folder: [][0])
+    saver = Saver(tmp_path, keep=1)
+    save(saver, engine, 1)
+    with pytest.raises(IndexError):
+        saver.settle()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_run_waits_for_the_write_under_way_and_stays_the_error(tmp_path, engine, disk):
+    with pytest.raises(NumericsError), Saver(tmp_path, keep=1) as saver:
+        save(saver, engine, 1)
+        threading.Timer(0.3, disk.set).start()
+        raise NumericsError("a cause", "a remedy")
+    assert loaded(tmp_path) == (1, [1, 1, 1])
+
+
+def test_a_write_that_fails_beside_another_error_is_told(tmp_path, engine, capsys):
+    with pytest.raises(NumericsError), largest_file(64), Saver(tmp_path, keep=1) as saver:
+        save(saver, engine, 1)
+        raise NumericsError("a cause", "a remedy")
+    assert "warning: saving the checkpoint of step 1" in capsys.readouterr().err
+
+
+def test_a_dead_disk_keeps_no_dead_process_alive(tmp_path):
+    program = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_saver
+from maedistill.training import checkpoint, saver
+checkpoint.save_file = lambda tensors, path: time.sleep(600)
+saver._PATIENCE = 0.2
+with saver.Saver(test_saver.Path({str(tmp_path)!r}), keep=1) as saver:
+    test_saver.save(saver, test_saver.OneTensor(), 1)
+    raise SystemExit(4)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (4, "warning: step 1 is still being written: given up\n")
+
+
+def test_processes_forked_during_a_write_neither_write_nor_hang(tmp_path, engine):
+    size = 300_000  # long enough for several forks
+    engine = OneTensor(size)
+    forks = 0
+    with Saver(tmp_path, keep=1) as saver:
+        for step in range(1, 6):
+            save(saver, engine, step)
+            while saver._writing.is_alive():
+                child = os.fork()
+                if child == 0:
+                    torch.zeros(1000).sum()
+                    print("a loader worker", file=sys.stderr)
+                    os._exit(0)
+                deadline = time.monotonic() + 20
+                while os.waitpid(child, os.WNOHANG) == (0, 0):
+                    if time.monotonic() > deadline:
+                        os.kill(child, signal.SIGKILL)
+                        raise AssertionError("a forked process hangs")
+                    time.sleep(0.001)
+                forks += 1
+    assert forks >= 5
+    fresh = OneTensor(size)
+    assert load_latest(tmp_path, fresh) == {"step": 5}
+    assert torch.equal(fresh.weight, engine.weight)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000000005"]
+
+
+def test_every_rank_hears_how_a_write_ended(runs):
+    first, second = runs["failures", 2]
+    assert first[1:6] == second[1:6]
+    assert first[1] == first[2] == "no error but None"  # a failure is known at the next save, and one is a warning
+    assert first[3].startswith("DataError: saving the checkpoint of step 3 in ")
+    assert first[4] == "no error but None"
+    assert (first[6], second[6]) == (
+        "KeyError: 'a bug'",
+        "PeerError: rank 0 failed: KeyError: 'a bug'\nsee rank 0's traceback",
+    )
