@@ -24,7 +24,7 @@ from maedistill.data.scan import NO_LABEL
 from maedistill.errors import ConfigError, DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-SPLITS = ("train", "val", "test")
+SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}  # folder -> split
 LARGEST_FILE = 1 << 30  # bytes; one image that large is none of a data set's
 LONGEST_KEY = 80  # characters; a plain tar header holds names of up to 100
 CIFAR10_VALIDATION, DIGITS_VALIDATION = 5_000, 300  # images
@@ -68,26 +68,45 @@ def open_source(source: str, *, root: str | None = None, val_fraction: float = 0
 
 
 def open_folder(folder: Path, *, val_fraction: float = 0.0) -> Source:
-    """`class/image`, or images without classes, or either below `train/`, `val/`, `test/`; classes in sorted order."""
+    """`class/image`, or images without classes, or either below folders of SPLITS; classes in sorted order.
+
+    Raises ConfigError where such a folder stands beside others, or two mean one split: nothing is left out unsaid.
+    """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is neither a folder nor cifar10, imagenet or digits", "correct the path")
     if not 0 <= val_fraction < 1:
         raise ConfigError(f"--val-fraction is {val_fraction}", "give a share from 0 to 1, e.g. 0.1")
-    names = [name for name in SPLITS if (folder / name).is_dir()]
-    is_split = "train" in names
-    if is_split and val_fraction:
+    names = _split_names(folder)  # of the splits' folders
+    if names and val_fraction:
         raise ConfigError(f"{folder} has its own splits: {', '.join(names)}", "leave --val-fraction out")
-    files = {name: _list_images(folder / name) for name in names} if is_split else {"train": _list_images(folder)}
-    for split, paths in files.items():
+    files = {name: _list_images(folder / name) for name in names or ("",)}
+    for name, paths in files.items():
         if not paths:
-            where = folder / split if is_split else folder
-            raise DataError(f"{where} holds no images", f"images are files that end in {', '.join(SUFFIXES)}")
+            raise DataError(f"{folder / name} holds no images", f"images are files that end in {', '.join(SUFFIXES)}")
     classes = _class_names(folder, files)
-    splits = {split: _records(paths, classes, prefix=f"{split}/" if is_split else "") for split, paths in files.items()}
+    splits = {
+        SPLITS[name] if name else "train": _records(paths, classes, prefix=f"{name}/" if name else "")
+        for name, paths in files.items()
+    }
     if val_fraction:
         splits = _hold_out(splits["train"], val_fraction)
     made = {"source": "folder", "name": folder.resolve().name, "val_fraction": val_fraction}
     return Source(made, classes, splits, lambda record: _read_file(folder / record.origin))
+
+
+def _split_names(folder: Path) -> list[str]:
+    """Which folders of SPLITS there are, in that order; none where the images are not split."""
+    inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = [name for name in SPLITS if name in inside]
+    others = [name for name in inside if name not in SPLITS]
+    if names and others:
+        raise ConfigError(
+            f"{folder} holds {names[0]}, a split, beside {others[0]}, which is none",
+            f"put classes below {', '.join(SPLITS)}, or name one of them alone",
+        )
+    if len({SPLITS[name] for name in names}) < len(names):
+        raise ConfigError(f"{folder} holds {' and '.join(names)}: two mean one split", "keep one of them")
+    return names
 
 
 def smallest_hashes(images: np.ndarray, count: int) -> np.ndarray:
@@ -207,22 +226,23 @@ def _read_file(path: Path) -> bytes:
 
 
 def _class_names(folder: Path, files: dict[str, list[str]]) -> tuple[str, ...]:
-    """Names of the training split's sub-folders; no classes at all where its images lie in one flat folder."""
+    """Names of the first split's sub-folders, the training one's where there is one; no classes at all where its images lie in one flat folder."""
     flat = {split: [path for path in paths if "/" not in path] for split, paths in files.items()}
     mixed = next((split for split, paths in files.items() if 0 < len(flat[split]) < len(paths)), None)
-    if mixed:
+    if mixed is not None:
         raise DataError(
             f"{folder}: {len(flat[mixed])} images lie beside the class folders, first {flat[mixed][0]!r}",
             "move them into a class folder or away; without any class folder the images are unlabelled",
         )
     classes = {split: {path.split("/")[0] for path in paths if "/" in path} for split, paths in files.items()}
+    first = next(iter(classes))
     for split, names in classes.items():
-        if foreign := names - classes["train"]:
+        if foreign := names - classes[first]:
             raise DataError(
-                f"{folder / split} has the class {min(foreign)!r}, which train has not ({len(foreign)} such)",
+                f"{folder / split} has the class {min(foreign)!r}, which {first} has not ({len(foreign)} such)",
                 "give all splits the same class folders",
             )
-    return tuple(sorted(classes["train"]))
+    return tuple(sorted(classes[first]))
 
 
 def _records(paths: list[str], classes: tuple[str, ...], *, prefix: str) -> list[Record]:

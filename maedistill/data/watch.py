@@ -62,7 +62,10 @@ class Watch:
 
     def judge(self, patience: float) -> UserError | None:
         """The error for workers that hung, or for the first that has ended or does so within `patience` seconds."""
-        wait([process.sentinel for process in self._processes], timeout=patience)
+        ended = wait([process.sentinel for process in self._processes], timeout=patience)
+        for process in self._processes:
+            if process.sentinel in ended:
+                process.join(_END)  # the sentinel goes off a moment before the exit code is there
         dead = next((process for process in self._processes if process.exitcode is not None), None)
         if self._hang is not None or dead is None:
             return self._hang

@@ -31,6 +31,7 @@ from maedistill.training.checkpoint import latest_step
 from maedistill.training.lock import FolderLock
 
 STAGES: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+_BEFORE_A_RUN = {"exit.json", "lock", "pictures"}  # what a start that failed early leaves
 _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy")
 
 
@@ -74,6 +75,8 @@ class RunFolder:
 
     def check(self, config: RunConfig, facts: dict[str, Any], *, fresh: bool, extend: bool) -> None:
         """The part of `open` that only looks."""
+        if foreign := self._foreign():
+            raise ConfigError(f"run: {self.path} holds something else than a run ({foreign[0]})", "use another run=")
         if os.path.lexists(self.checkpoints) and not os.path.isdir(self.checkpoints):
             raise ConfigError(f"run: {self.checkpoints} is no folder", "remove it, or use another run=")
         if latest_step(self.checkpoints) is None:  # before the first checkpoint there is nothing to protect
@@ -131,7 +134,8 @@ class RunFolder:
             self._write(error.exit_code, error.cause)
 
     def _write_end(self, exit_code: int, reason: str) -> None:
-        refused = self._in_use or (self._lock is None and latest_step(self.checkpoints) is not None)
+        untouched = self._lock is None  # nothing there is ours
+        refused = self._in_use or (untouched and (latest_step(self.checkpoints) is not None or self._foreign()))
         if refused or not distributed.is_main():
             return  # a start that was refused leaves the record of the run that lives here
         self._write(exit_code, reason)
@@ -146,6 +150,11 @@ class RunFolder:
             write_text(self.path / "exit.json", json.dumps(end) + "\n")
         except OSError as error:  # what ended the run is the news, not this
             print(f"exit.json could not be written: {error}", file=sys.stderr, flush=True)
+
+    def _foreign(self) -> list[str]:
+        """Names in the folder where it is no run's and not empty: somebody's data, perhaps."""
+        names = [name for name in os.listdir(self.path) if name[0] != "."] if os.path.isdir(self.path) else []
+        return [] if "run.json" in names else sorted(set(names) - _BEFORE_A_RUN)
 
     def _require_same(self, config: RunConfig, facts: dict[str, Any], *, extend: bool) -> None:
         before = self.load_config()

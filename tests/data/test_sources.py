@@ -158,6 +158,15 @@ def test_folders_that_make_no_sense_are_refused(tmp_path):
         open_folder(touch(tmp_path / "b", "x/x.jpg", "y.jpg"))
     with pytest.raises(DataError, match="the class 'cow', which train has not"):
         open_folder(touch(tmp_path / "c", "train/x/1.jpg", "val/cow/1.jpg"))
+    with pytest.raises(ConfigError, match="holds train, a split, beside extra, which is none"):
+        open_folder(touch(tmp_path / "d", "train/x/1.jpg", "extra/x/1.jpg"))
+    with pytest.raises(ConfigError, match="val and validation: two mean one split"):
+        open_folder(touch(tmp_path / "e", "train/x/1.jpg", "val/x/1.jpg", "validation/x/1.jpg"))
+
+
+def test_a_split_goes_by_its_usual_names_and_may_stand_alone(tmp_path):
+    alone = open_folder(touch(tmp_path, "validation/dog/1.jpg", "validation/cat/1.jpg"))
+    assert alone.splits.keys() == {"val"} and alone.classes == ("cat", "dog")
 
 
 @pytest.mark.parametrize(
