@@ -136,5 +136,5 @@ def _require_same_shape(config: FinetuneConfig, encoder: MaskedEncoder) -> None:
             raise ConfigError(
                 f"init.source: {config.init.source} has {name} {found[name]}, student.{name} or the recipe's "
                 f"student.model says {value}",
-                "use the recipe of the source's size, or leave student.* to the source: student.model=null",
+                f"use the recipe of the source's size, or let the source say: student.model=null student.{name}=null",
             )

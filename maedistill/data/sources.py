@@ -226,7 +226,7 @@ def _read_file(path: Path) -> bytes:
 
 
 def _class_names(folder: Path, files: dict[str, list[str]]) -> tuple[str, ...]:
-    """Names of the first split's sub-folders, the training one's where there is one; no classes at all where its images lie in one flat folder."""
+    """Names of the sub-folders of the first split (train, where there is one); none where its images lie flat."""
     flat = {split: [path for path in paths if "/" not in path] for split, paths in files.items()}
     mixed = next((split for split, paths in files.items() if 0 < len(flat[split]) < len(paths)), None)
     if mixed is not None:

@@ -112,15 +112,18 @@ def _head(classifier: Classifier, index: ShardIndex, shards: str) -> list[str]:
         f"model    {classifier.describe()}",
         f"input    {classifier.size} px, {how}, mean {mean}, std {std}",
         f"data     {samples}, {shards}",
-        *_compare_names(classifier.classes, index.classes),
+        *_compare_names(classifier.classes, index.classes, num_known=classifier.num_classes),
     ]
 
 
-def _compare_names(known: tuple[str, ...], given: tuple[str, ...]) -> list[str]:
-    """A warning where model (`known`) and shards (`given`) have other class names; both may be empty: not known.
+def _compare_names(known: tuple[str, ...], given: tuple[str, ...], *, num_known: int) -> list[str]:
+    """A warning where model (`known`) and shards (`given`) have other classes; both names may be empty: not known.
 
     Raises DataError where they have the same names in another order: every count would be wrong.
     """
+    if given and not known and num_known != len(given):
+        numbers = f"the model has {num_known:,} classes without names, the shards {len(given):,}"
+        return [f"warning  {numbers}: are they the same ones?"]
     if not known or not given or known == given:
         return []
     label = next((i for i, names in enumerate(zip(known, given, strict=False)) if names[0] != names[1]), None)

@@ -7,6 +7,7 @@
 
 import inspect
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -106,8 +107,9 @@ def read_facts(path: str | Path) -> tuple[RunFolder, dict[str, Any]]:
     folder = RunFolder(path)
     facts = folder.facts()
     if missing := [name for name in _NEEDED if name not in facts]:
-        what = "does not say its " + ", ".join(missing) if facts else "is not there"
-        raise DataError(f"{folder.path} holds no run of this version: its run.json {what}", _REMEDY)
+        what = "its run.json does not say its " + ", ".join(missing) if facts else "its run.json is not there"
+        what = what if os.path.isdir(folder.path) else "there is no such folder"
+        raise DataError(f"{folder.path} holds no run of this version: {what}", _REMEDY)
     try:
         Facts.model_validate_json(json.dumps(facts))  # as JSON: Python's lists would be no tuples
     except ValidationError as error:

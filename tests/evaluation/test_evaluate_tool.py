@@ -18,6 +18,7 @@ from timm.models import save_for_hf
 
 from maedistill.data.shards import make_shards
 from maedistill.data.sources import open_folder
+from maedistill.evaluation.scorecard import _compare_names
 
 CONFIG = {"input_size": (3, 24, 24), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25), "crop_pct": 0.9}
 COUNTS = ("images", "top1", "top5")
@@ -140,6 +141,11 @@ def test_a_mistake_is_two_lines(mistakes, made, name):
     cause, remedy = mistakes[name].stderr.splitlines()
     assert cause.startswith("error: ") and MISTAKES[name][2].format(made=made) in cause
     assert remedy.startswith("  fix: ") and MISTAKES[name][3] in remedy
+
+
+def test_another_number_of_classes_is_remarked():
+    assert "1,000 classes without names, the shards 2" in _compare_names((), ("cat", "dog"), num_known=1000)[0]
+    assert _compare_names((), ("cat", "dog"), num_known=2) == _compare_names((), (), num_known=2) == []
 
 
 @pytest.mark.parametrize("flags", [["--crop", "1.5"], ["--crop", "x"], ["--batch", "0"], ["--workers", "-1"]])

@@ -68,3 +68,12 @@ def test_a_folder_that_cannot_be_made_is_the_user_s_news(config, tmp_path, capsy
     with pytest.raises(ConfigError, match="cannot be written to"), folder.recorded_end():
         folder.open(config(), FACTS, fresh=False, extend=False)
     assert "exit.json could not be written" in capsys.readouterr().err
+
+
+def test_a_run_never_begins_in_somebodys_folder(config, tmp_path):
+    (tmp_path / "run/train").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds something else than a run"):
+        RunFolder(config().run).open(config(), FACTS, fresh=False, extend=False)
+    with pytest.raises(ConfigError), RunFolder(config().run).recorded_end():
+        raise ConfigError("a start that failed early", "leaves nothing there")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["train"]
