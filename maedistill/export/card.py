@@ -98,16 +98,21 @@ def _origin(facts: Mapping[str, Any]) -> Lines:
     """Whose weights went in, what their licence asks for, and which images."""
     origin, teacher, lines = facts.get("origin") or {}, facts.get("teacher"), []
     if facts["stage"] == "finetune":
-        lines.append(f"- Start: {facts.get('init') or 'from scratch, no other weights'}.")
+        lines.append(f"- Start: {_listed(facts.get('init') or 'from scratch, no other weights')}.")
     if origin.get("stage") == "finetune":
         lines.append(f"- That start was itself fine-tuned{_images(origin, ' on')}; its own start is not recorded here.")
     elif origin:
         teacher = teacher or origin.get("teacher")
         lines.append(f"- That start was pre-trained {METHODS[origin.get('method')]}{_images(origin, ', on')}.")
     if teacher or facts["stage"] == "pretrain" or origin.get("stage") == "pretrain":
-        lines.append(f"- Teacher: {teacher or 'none'}.")
+        lines.append(f"- Teacher: {_listed(teacher or 'none')}.")
     lines.append(f"- Licence: {licence_sentence(facts['licence'])}")
     return [*lines, f"- Data:{_images(facts) or ' not recorded'}. The licence of the images is not recorded."]
+
+
+def _listed(line: str) -> str:
+    """A line of the log, whose parts stand two spaces apart, as prose."""
+    return line.replace("  ", ", ")
 
 
 def _images(facts: Mapping[str, Any], before: str = "") -> str:
@@ -175,7 +180,7 @@ def _pretraining(config: PretrainConfig, vit: VisionTransformer) -> Lines:
 
 def _finetuning(config: FinetuneConfig) -> Lines:
     data, augment, (low, high) = config.data, config.augment, config.data.crop_scale
-    share = f"; {data.label_fraction:.3g} of the labels of each class" if data.label_fraction < 1 else ""
+    share = f"; trained on {data.label_fraction:.3g} of each class's labels" if data.label_fraction < 1 else ""
     mixing = f"mixup {augment.mixup:g}, cutmix {augment.cutmix:g}" if augment.mixes else "no mixing"
     return [
         f"- Augmentation: crops of {low:g} to {high:g} of the area{', flips' if data.flip else ''}, "

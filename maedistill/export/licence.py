@@ -15,6 +15,8 @@ def hub_licence(text: str) -> tuple[str, str | None]:
 
     "CC BY-NC 4.0" -> ("cc-by-nc-4.0", None); "research only" -> ("other", "research-only").
     """
+    if text.startswith("yours"):
+        return "other", "to-be-chosen-by-who-trained-it"
     slug = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
     for identifier in _NON_COMMERCIAL:
         if re.search(rf"(^|-){re.escape(identifier)}(-|$)", slug):

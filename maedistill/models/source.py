@@ -42,7 +42,7 @@ class Source:
     def describe(self) -> str:
         """One line for the log: source, size, keys, normalisation, licence."""
         millions = sum(p.numel() for p in self.encoder.parameters()) / 1e6
-        size = f"{self.encoder.width} x {self.encoder.depth}, {millions:.1f} M"
+        size = f"{self.encoder.width} x {self.encoder.depth}, {millions:.2f} M"
         return f"{self.source}  {size}  {self.audit}  mean {self.mean}  licence {self.licence}"
 
 
