@@ -55,11 +55,13 @@ class Notes:
 def same_result(run: Path, reference: Path) -> None:
     """Checks that two runs ended with the same bytes and the same losses, and that nothing temporary is left."""
     ours, theirs = (max((folder / "checkpoints").glob("step_?????????")) for folder in (run, reference))
-    assert ours.name == theirs.name
+    assert ours.name == theirs.name, f"{ours.name} is not {theirs.name}"
     for name in WEIGHTS:
         assert (ours / name).read_bytes() == (theirs / name).read_bytes(), f"{name} differs"
-    assert losses(run) == losses(reference)
-    assert not list(run.rglob("*.tmp")) and json.loads((run / "exit.json").read_text())["exit_code"] == 0
+    for mine, other in zip(losses(run), losses(reference), strict=True):
+        assert mine == other, f"metrics differ: {mine} is not {other}"
+    assert not (strays := list(run.rglob("*.tmp"))), f"left behind: {strays}"
+    assert json.loads((run / "exit.json").read_text())["exit_code"] == 0, "exit.json does not say that it finished"
 
 
 def losses(run: Path) -> list[dict[str, float]]:
