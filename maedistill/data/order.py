@@ -43,6 +43,7 @@ class SampleOrder:
         self.seed, self.views = seed, views
         self.window = min(window or self.num_shards, self.num_shards)
         assert self.num_images >= 1 and self.window >= 1
+        self._known: tuple[int, Tensor, Tensor] | None = None  # epoch, and what `_shards` says of it
 
     def samples(self, positions: Tensor) -> Tensor:
         """Sample ids of the positions: int64 [P] -> int64 [P]."""
@@ -62,9 +63,7 @@ class SampleOrder:
         """Which places of the sorted list come at the places of one epoch: int64 [P] -> int64 [P]."""
         if self.window == self.num_shards:
             return permute(places, self.num_images, key(self.seed, Stream.ORDER, epoch))
-        shards = self._shards(epoch)  # [M]
-        sizes = self.starts[shards + 1] - self.starts[shards]  # [M], in this epoch's order
-        ends = sizes.cumsum(0)  # [M]
+        shards, ends = self._shards(epoch)  # [M], [M]
         window_ends = torch.cat([ends[self.window - 1 :: self.window], ends[-1:]]).unique()
         windows = torch.searchsorted(window_ends, places, right=True)  # [P]
         out = torch.empty_like(places)
@@ -75,20 +74,25 @@ class SampleOrder:
             within = permute(places[here] - first, size, key(self.seed, Stream.ORDER, epoch, window))
             at = first + within  # places in the shuffled sequence of whole shards
             shard = torch.searchsorted(ends, at, right=True)
-            out[here] = self.starts[shards[shard]] + at - (ends[shard] - sizes[shard])
+            out[here] = self.starts[shards[shard] + 1] - (ends[shard] - at)
         return out
 
     def shards_ahead(self, position: int) -> list[int]:
         """The shards of the window that a position lies in, then those of the window after it, nearest first."""
         epoch, place = divmod(position // self.views, self.num_images)
-        shards = self._shards(epoch)  # [M]
-        ends = (self.starts[shards + 1] - self.starts[shards]).cumsum(0)  # [M]
+        shards, ends = self._shards(epoch)  # [M], [M]
         first = int(torch.searchsorted(ends, place, right=True)) // self.window * self.window
         following = shards[first + self.window : first + 2 * self.window]
         if not len(following):
-            following = self._shards(epoch + 1)[: self.window]
+            following = self._permuted_shards(epoch + 1)[: self.window]
         return torch.cat([shards[first : first + self.window], following]).tolist()
 
-    def _shards(self, epoch: int) -> Tensor:
-        """All shards in the order of one epoch: int64 [M]."""
+    def _shards(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """All shards in the order of one epoch, and where each of them ends there: int64 [M] both."""
+        if self._known is None or self._known[0] != epoch:  # with 100,000 shards it takes 70 ms to find out
+            shards = self._permuted_shards(epoch)
+            self._known = epoch, shards, (self.starts[shards + 1] - self.starts[shards]).cumsum(0)
+        return self._known[1:]
+
+    def _permuted_shards(self, epoch: int) -> Tensor:
         return permute(torch.arange(self.num_shards), self.num_shards, key(self.seed, Stream.SHARDS, epoch))

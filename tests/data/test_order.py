@@ -103,10 +103,14 @@ def test_neighbours_are_scattered():
 def test_any_place_among_a_billion_samples_is_found_at_once(window):
     """A list of a billion samples would take 8 GB and most of a minute."""
     order = SampleOrder(starts([1_000_000] * 1000), seed=0, window=window)
-    positions = 10**9 * 123 + 987_654_321 + torch.arange(4096)
-    begin = time.perf_counter()
-    samples = order.samples(positions)
-    assert time.perf_counter() - begin < 1
+    seconds = []
+    for epoch in range(123, 133):
+        positions = 10**9 * epoch + 987_654_321 + torch.arange(256)
+        begin = time.perf_counter()
+        order.samples(positions)
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) < 0.01
+    samples = order.samples(10**9 * 123 + 987_654_321 + torch.arange(4096))
     assert samples.unique().numel() == 4096 and samples.min() >= 0 and samples.max() < 10**9
     reached = (samples // 1_000_000).unique().numel()
     assert reached > 900 if window is None else reached <= window

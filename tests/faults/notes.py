@@ -69,7 +69,7 @@ def losses(run: Path) -> list[dict[str, float]]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     records = [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
     steps = [record["step"] for record in records if "loss" in record]
-    assert steps == list(range(1, len(steps) + 1))
+    assert steps == list(range(1, len(steps) + 1)), f"losses of steps {steps}"
     return records
 
 

@@ -39,7 +39,7 @@ student: {{model: vit_tiny_patch16_224, width: 32, depth: 2, heads: 2, patch_siz
 decoder: {{width: 16, depth: 1, heads: 2}}
 optim: {{epochs: {epochs}, warmup_epochs: 0.5, global_batch: 12, lr: 3e-3, ema: 0.9}}
 engine: {{timeout_seconds: 30}}
-log: {{every: {every}, save_every_epochs: 0.5, pictures_every_epochs: {pictures}, tensorboard: false}}
+log: {{every: 1, save_every_epochs: 0.5, pictures_every_epochs: {pictures}, tensorboard: false}}
 """
 AMD = ["method=amd", "masks.teacher_visible=0.5", "align.student=[0,1]", "align.teacher=[0,1]", "generate.depth=1"]
 
@@ -166,9 +166,7 @@ def main(folder: Path, *, minutes: float, seed: int, gap: float) -> list[str]:
     shards, steps, forks = draw_shards(folder), round(STEPS_A_MINUTE * minutes), Forks(folder)
     epochs = steps * BATCH / IMAGES
     config = folder / "tiny.yaml"
-    config.write_text(
-        CONFIG.format(shards=folder / "shards", epochs=epochs, every=max(1, steps // 100), pictures=epochs / 40)
-    )
+    config.write_text(CONFIG.format(shards=folder / "shards", epochs=epochs, pictures=epochs / 40))
     tool, run, whole = ["tools/pretrain.py", config], folder / "run", folder / "whole"
     forks.start(folder / "teacher", *tool, "method=mae", "optim.epochs=2").finish()
     command = [*tool, *AMD, f"teacher.source=run:{folder}/teacher"]
