@@ -23,12 +23,12 @@ from maedistill.data.reader import sample_name
 from maedistill.errors import DataError, NumericsError, Preempted
 from maedistill.plan import Plan
 from maedistill.training import distributed
-from maedistill.training.checkpoint import load_latest
 from maedistill.training.engine import Engine
 from maedistill.training.interrupt import StopRequest
 from maedistill.training.metrics import Averages, Clock, MetricsFile, memory_gb, open_metrics, progress_line
 from maedistill.training.nonfinite import NonfiniteUpdates
 from maedistill.training.peers import Peers
+from maedistill.training.restore import load_latest
 from maedistill.training.run_folder import RunFolder
 from maedistill.training.saver import Saver
 

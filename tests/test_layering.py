@@ -13,7 +13,7 @@ LAYERS = [
     ["build_pretraining", "build_finetuning", "evaluation", "pictures", "flops", "report"],
     ["export", "plan"],
     ["pretraining", "finetuning", "run", "start"],
-    ["pretrain", "finetune"],
+    ["pretrain", "finetune", "benchmark"],
     ["grid"],
     ["command_line"],
     ["tools"],

@@ -19,7 +19,7 @@ from maedistill.errors import DataError
 from maedistill.models.encoder import require_plain_vit
 from maedistill.models.facts import read_facts
 from maedistill.models.weights import Audit, Imported, load_encoder
-from maedistill.training.checkpoint import newest_intact, read_weights
+from maedistill.training.restore import newest_intact, read_weights
 from maedistill.training.run_folder import RunFolder
 
 Weights = Literal["model", "ema"]

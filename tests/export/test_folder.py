@@ -33,7 +33,8 @@ from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.saved import describe_network
 from maedistill.models.source import open_source
 from maedistill.models.weights import Imported, load_encoder
-from maedistill.training.checkpoint import newest_intact, read_weights, save_checkpoint
+from maedistill.training.checkpoint import take_snapshot, write_snapshot
+from maedistill.training.restore import newest_intact, read_weights
 from maedistill.training.state import MOMENTS, TrainingState
 
 TINY = {"width": 32, "depth": 2, "heads": 2, "patch_size": 8}
@@ -109,9 +110,8 @@ def imitate(folder: Path, vit: VisionTransformer, stage: str = "pretrain", **cha
     if stage == "pretrain":  # what is left behind
         weights |= {name: torch.ones(3) for name in ("decoder.norm.weight", "projections.0.bias", "mean")}
     engine = SimpleNamespace(state=lambda: TrainingState(weights, {kind: {} for kind in MOMENTS}, {}))
-    save_checkpoint(
-        folder / "checkpoints", step=7, engine=engine, state={}, keep=1, ema=SimpleNamespace(module=averaged)
-    )
+    snapshot = take_snapshot(step=7, engine=engine, state={}, ema=SimpleNamespace(module=averaged))
+    write_snapshot(folder / "checkpoints", snapshot, keep=1)
     facts = {
         "stage": stage,
         "network": describe_network(vit),
@@ -267,7 +267,7 @@ def drop_average(run: Path) -> None:
     engine = SimpleNamespace(
         state=lambda: TrainingState({"encoder.vit.x": torch.ones(1)}, {k: {} for k in MOMENTS}, {})
     )
-    save_checkpoint(run / "checkpoints", step=8, engine=engine, state={}, keep=1)
+    write_snapshot(run / "checkpoints", take_snapshot(step=8, engine=engine, state={}), keep=1)
 
 
 def old_facts(run: Path) -> None:

@@ -32,7 +32,7 @@ from maedistill.config.render import config_yaml
 from maedistill.data.index import open_index
 from maedistill.models.encoder import build_vit
 from maedistill.models.initialize import initialize
-from maedistill.training import checkpoint
+from maedistill.training.checkpoint import take_snapshot, write_snapshot
 from maedistill.training.run_folder import RunFolder
 from maedistill.training.state import MOMENTS, TrainingState
 
@@ -288,7 +288,7 @@ def imitated_run(parts: Any, path: Path) -> None:
     moments = {kind: {name: torch.zeros_like(p) for name, p in parts.module.named_parameters()} for kind in MOMENTS}
     engine = SimpleNamespace(state=lambda: TrainingState(tensors, moments, {"updates": 1.0}))
     loop = {"step": 1, "bad": 0.0, "trained_seconds": 1.0}
-    checkpoint.save_checkpoint(run.checkpoints, step=1, engine=engine, state=loop, keep=1)
+    write_snapshot(run.checkpoints, take_snapshot(step=1, engine=engine, state=loop), keep=1)
 
 
 def write(path: Path, content: File, good: Path) -> None:

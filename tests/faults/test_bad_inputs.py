@@ -37,7 +37,7 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.index import open_index
 from maedistill.finetuning import open_finetuning
 from maedistill.pretraining import open_pretraining
-from maedistill.training.checkpoint import load_latest
+from maedistill.training.restore import load_latest
 from maedistill.training.run_folder import RunFolder
 
 SECONDS, MEMORY = 60, 2 << 30  # that one case may take

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from maedistill.training.checkpoint import newest_intact
+from maedistill.training.restore import newest_intact
 
 GOES_ON = ["method=mae", "optim.epochs=5"]
 

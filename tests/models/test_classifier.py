@@ -12,7 +12,7 @@ from maedistill.errors import ConfigError, DataError
 from maedistill.models.classifier import open_classifier
 from maedistill.models.encoder import build_vit
 from maedistill.models.saved import PREFIX, describe_network
-from maedistill.training.checkpoint import save_checkpoint
+from maedistill.training.checkpoint import take_snapshot, write_snapshot
 from maedistill.training.state import MOMENTS, TrainingState
 
 TINY = {"image_size": 32, "width": 32, "depth": 2, "heads": 2, "patch_size": 8}
@@ -44,7 +44,7 @@ def make_run(folder, vit, *, stage="finetune", ema=None):
     training = TrainingState(named(vit), {moment: {} for moment in MOMENTS}, {})
     averaged = ema and SimpleNamespace(module=SimpleNamespace(state_dict=lambda: named(ema)))
     engine = SimpleNamespace(state=lambda: training)
-    save_checkpoint(folder / "checkpoints", step=7, engine=engine, ema=averaged, state={}, keep=1)
+    write_snapshot(folder / "checkpoints", take_snapshot(step=7, engine=engine, ema=averaged, state={}), keep=1)
     return folder
 
 

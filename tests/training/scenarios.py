@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from maedistill.errors import DataError, PeerError
 from maedistill.training import checkpoint as checkpoint_file
 from maedistill.training import engine as engine_file
-from maedistill.training.checkpoint import load_latest, save_checkpoint
 from maedistill.training.distributed import (
     all_reduce_mean,
     broadcast_object,
@@ -29,6 +28,7 @@ from maedistill.training.distributed import (
 )
 from maedistill.training.engine import Engine, initialize_distributed, shutdown_distributed
 from maedistill.training.optim import build_optimizer, build_schedule, parameter_groups
+from maedistill.training.restore import load_latest
 from maedistill.training.saver import Saver
 
 BATCH, STEPS, WIDTH = 12, 6, 5
@@ -155,14 +155,8 @@ def first(folder: Path) -> dict:
                 engine.loss_scale.scale = 1024.0  # does not overflow here, so that torch without one is a reference
             norms = train(engine, schedule, ema, range(STEPS // 2), accumulation)
             half = engine.state()
-            save_checkpoint(
-                checkpoints(folder, world_size(), precision, accumulation, zero),
-                step=STEPS // 2,
-                engine=engine,
-                ema=ema,
-                state={"samples": BATCH * STEPS // 2},
-                keep=1,
-            )
+            with Saver(checkpoints(folder, world_size(), precision, accumulation, zero), keep=1) as saver:
+                saver.save(step=STEPS // 2, engine=engine, ema=ema, state={"samples": BATCH * STEPS // 2})
             norms += train(engine, schedule, ema, range(STEPS // 2, STEPS), accumulation)
             results[f"{key}/{zero}"] = {"half": half, "final": engine.state(), "norms": norms, "ema": averaged(ema)}
     results["skipped"] = {zero: skip(zero) for zero in range(4)}
@@ -249,7 +243,7 @@ def second(folder: Path) -> dict:
 
 
 def failures(folder: Path) -> list[str]:
-    """Saves that fail and work, at once and behind the training; a load of nothing intact: what every rank sees."""
+    """Saves that fail and work; a load of nothing intact: what every rank sees."""
     engine, schedule, ema = build(1, "fp32", 1)
     train(engine, schedule, ema, range(1), 1)
     folder, seen = folder / "failures", []
@@ -257,8 +251,6 @@ def failures(folder: Path) -> list[str]:
         checkpoint_file.save_file,
         lambda tensors, path: fail(OSError(28, "No space left")),
     )
-    save = partial(save_checkpoint, folder, step=1, engine=engine, state={}, keep=1)
-    seen.append(caught(save))
     saver = Saver(folder, keep=1, most_failures=2)
     later = partial(saver.save, engine=engine, ema=ema, state={})
     seen += [caught(partial(later, step=step)) for step in (2, 3, 4)]
@@ -266,7 +258,6 @@ def failures(folder: Path) -> list[str]:
     saver = Saver(folder, keep=1)
     saver.save(step=1, engine=engine, ema=ema, state={})
     seen.append(caught(saver.close))
-    seen.append(save().name)
     checkpoint_file.seal = lambda folder: fail(KeyError("a bug"))
     saver.save(step=2, engine=engine, ema=ema, state={})
     seen.append(caught(saver.settle))

@@ -25,7 +25,8 @@ from maedistill.errors import DataError
 from maedistill.models.encoder import build_vit
 from maedistill.models.weights import import_weights, load_encoder
 from maedistill.models.weights_file import read_weights_file
-from maedistill.training.checkpoint import latest_step, load_latest, newest_intact, read_weights
+from maedistill.training.checkpoint import latest_step
+from maedistill.training.restore import load_latest, newest_intact, read_weights
 from maedistill.training.state import MOMENTS, TrainingState
 
 warnings.filterwarnings("ignore", module=r"torch\.")  # torch.load remarks on pickles that it reads all the same
