@@ -1,10 +1,6 @@
-"""Loader workers that are killed, hang or stop, with real processes: an error that names the sample, and nobody left.
-
-And odd and bad images of every kind: which are read, and which are replaced, named and counted.
-"""
+"""Loader workers that die, hang or stop, with real processes: an error that names the sample, and nobody left."""
 
 import gc
-import io
 import multiprocessing
 import os
 import re
@@ -12,16 +8,12 @@ import signal
 import struct
 import subprocess
 import sys
-import tarfile
 import time
-import zlib
 from dataclasses import replace
 from multiprocessing.popen_fork import Popen
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from maedistill.config.batch import batch_plan
 from maedistill.data.cache import ShardCache
@@ -279,91 +271,6 @@ def test_a_process_that_fails_for_another_reason_ends_though_a_worker_hangs(inde
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "a bug elsewhere" in done.stderr
     assert time.time() - float(done.stdout) < SOON + 5
-
-
-def encode(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def bomb():
-    """A PNG of a few bytes that says it has 10,000 x 10,000 pixels."""
-    plain = encode(Image.new("RGB", (1, 1)), "PNG")
-    header = struct.pack(">II", 10_000, 10_000) + plain[24:29]
-    return plain[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + plain[33:]
-
-
-def samples():
-    """{key: (suffix, bytes, why it is bad or None)}."""
-    pixels = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)
-    image, frames = Image.fromarray(pixels), [Image.new("RGB", (20, 24), "blue")]
-    deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
-    jpeg, png, webp = (encode(image, kind) for kind in ("JPEG", "PNG", "WEBP"))
-    return {
-        "plain": ("jpg", jpeg, None),
-        "grayscale": ("jpg", encode(image.convert("L"), "JPEG"), None),
-        "cmyk": ("jpg", encode(image.convert("CMYK"), "JPEG"), None),
-        "progressive": ("jpg", encode(image, "JPEG", progressive=True), None),
-        "palette": ("png", encode(image.convert("P"), "PNG"), None),
-        "one-bit": ("png", encode(image.convert("1"), "PNG"), None),
-        "alpha": ("png", encode(image.convert("RGBA"), "PNG"), None),
-        "16-bit": ("png", encode(deep, "PNG"), None),
-        "animated-webp": ("webp", encode(image, "WEBP", save_all=True, append_images=frames), None),
-        "animated-png": ("png", encode(image, "PNG", save_all=True, append_images=frames), None),
-        "png-called-jpg": ("jpg", png, None),
-        "jpg-called-webp": ("webp", jpeg, None),
-        "zero-byte": ("jpg", b"", "no JPEG, PNG, WEBP file"),
-        "text-called-jpg": ("jpg", b"<html>404</html>", "no JPEG, PNG, WEBP file"),
-        "gif-called-jpg": ("jpg", encode(image, "GIF"), "no JPEG, PNG, WEBP file"),
-        "tiff-called-png": ("png", encode(image, "TIFF"), "no JPEG, PNG, WEBP file"),
-        "truncated-jpg": ("jpg", jpeg[: len(jpeg) // 2], "truncated"),
-        "truncated-png": ("png", png[: len(png) // 2], ""),
-        "truncated-webp": ("webp", webp[: len(webp) // 2], ""),
-        "header-only": ("jpg", jpeg[:20], ""),
-        "corrupt-png": ("png", png[:50] + b"\xff" * 100 + png[150:], ""),
-        "bomb": ("png", bomb(), "pixels"),
-    }
-
-
-@pytest.fixture(scope="module")
-def oddities(tmp_path_factory):
-    path = tmp_path_factory.mktemp("odd") / "odd.tar"
-    with tarfile.open(path, "w") as tar:
-        for key, (suffix, data, _) in samples().items():
-            info = tarfile.TarInfo(f"{key}.{suffix}")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return open_index(str(path))
-
-
-@pytest.mark.parametrize("key", samples())
-def test_each_kind_of_image_is_read_or_replaced_and_named(oddities, key):
-    bad = samples()[key][2]
-    crops = crops_of(oddities)
-    sample = next(i for i in range(len(oddities)) if oddities.key(i) == key)
-    position = crops.order.samples(torch.arange(len(oddities))).tolist().index(sample)
-    batch = crops.__getitems__([position])
-    assert batch.images.shape == (1, 3, 16, 16)
-    if bad is None:
-        assert not batch.bad and batch.samples.tolist() == [sample]
-    else:
-        assert batch.bad[0].startswith(f"{oddities.shards[0]}:{key}: ") and bad in batch.bad[0]
-        assert samples()[oddities.key(int(batch.samples))][2] is None
-        again = crops.__getitems__([position])
-        assert torch.equal(again.images, batch.images) and again.bad == batch.bad
-
-
-def test_every_bad_image_of_an_epoch_is_listed_and_no_other(oddities):
-    count = len(oddities)
-    crops = crops_of(oddities)
-    batches = list(exact := batches_of(crops, steps=count))  # twelve epochs
-    del exact
-    positions = torch.cat([batch.positions for batch in batches])
-    assert positions.tolist() == list(range(12 * count))
-    named = [line.split(": ")[0].rpartition(":")[2] for batch in batches for line in batch.bad]
-    wrong = {key for key, (_, _, bad) in samples().items() if bad is not None}
-    assert set(named) == wrong and all(named.count(key) >= 12 for key in wrong)  # replacements may be bad, too
 
 
 def test_a_disk_error_names_the_sample(index, monkeypatch):
