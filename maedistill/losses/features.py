@@ -1,6 +1,6 @@
 """Distances between student features and a teacher's.
 
-B batch   R rows   D width
+B batch   R rows   D width   C channels, which may differ between student and teacher   h, w sides of a map
 """
 
 from torch import Tensor
@@ -28,3 +28,14 @@ def feature_loss(student: Tensor, teacher: Tensor, *, distance: str, normalize: 
         return F.mse_loss(student, teacher)
     assert distance == "smooth_l1"
     return F.smooth_l1_loss(student, teacher, beta=beta)
+
+
+def attention_transfer_loss(student: Tensor, teacher: Tensor, *, power: int = 2) -> Tensor:
+    """Mean squared difference of where two networks look: [B, C, h, w] each -> a scalar (Zagoruyko & Komodakis, 2017).
+
+    A map is the mean of its channels to the `power`, flattened and scaled to unit length. Both have the same h and w.
+    """
+    looks, expected = (
+        F.normalize(maps.float().pow(power).mean(1).flatten(1), dim=-1) for maps in (student, teacher.detach())
+    )  # [B, h*w]
+    return F.mse_loss(looks, expected)

@@ -1,0 +1,66 @@
+"""What a teacher's predictions say about a student's: response-based distillation.
+
+The teacher's side never carries a gradient. Divergences are summed over classes and averaged over the batch.
+
+B batch   C classes
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Decoupled(NamedTuple):
+    """The two parts of `decoupled_divergence`, each a scalar."""
+
+    target: Tensor  # TCKD: how sure the teacher is of the label
+    others: Tensor  # NCKD: how it shares the rest among the other classes
+
+
+def standardize(logits: Tensor) -> Tensor:
+    """Z-scores of each row, with the unbiased standard deviation: [B, C] -> [B, C] (Sun et al., CVPR 2024).
+
+    a z + b with a > 0 has the scores of z: a student need not match the scale and shift of its teacher's logits.
+    """
+    deviation, mean = torch.std_mean(logits.float(), dim=-1, keepdim=True)
+    return (logits - mean) / (deviation + 1e-7)
+
+
+def divergence(student: Tensor, teacher: Tensor, *, temperature: float, teacher_temperature: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T_t), softmax(student / T)): a scalar (Hinton et al., 2015).
+
+    T is the student's temperature. Its square keeps the gradient's size for any T; with T_t = T it is Hinton's term.
+    """
+    expected = F.log_softmax(teacher.detach().float() / teacher_temperature, dim=-1)
+    predicted = F.log_softmax(student.float() / temperature, dim=-1)
+    return temperature**2 * F.kl_div(predicted, expected, reduction="batchmean", log_target=True)
+
+
+def decoupled_divergence(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float) -> Decoupled:
+    """DKD's parts, T^2 included (Zhao et al., CVPR 2022). labels: int64 [B].
+
+    At T = 1, KL = target + (1 - p) others row by row, with the teacher's probability p of the label.
+    """
+    is_label = F.one_hot(labels, student.shape[-1]).bool()  # [B, C]
+    (one, rest), (one_expected, rest_expected) = (
+        _decouple(logits.float() / temperature, is_label) for logits in (student, teacher.detach())
+    )
+    target, others = (
+        temperature**2 * F.kl_div(predicted, expected, reduction="batchmean", log_target=True)
+        for predicted, expected in ((one, one_expected), (rest, rest_expected))
+    )
+    return Decoupled(target, others)
+
+
+def hard_label_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Cross-entropy with the class that the teacher finds likeliest: a scalar (DeiT, Touvron et al., 2021)."""
+    return F.cross_entropy(student.float(), teacher.detach().argmax(dim=-1))
+
+
+def _decouple(logits: Tensor, is_label: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of label against all others, [B, 2], and among the others, [B, C - 1]."""
+    others = logits[~is_label].view(len(logits), -1)  # [B, C - 1]
+    pair = torch.stack([logits[is_label], others.logsumexp(dim=-1)], dim=-1)  # [B, 2]
+    return F.log_softmax(pair, dim=-1), F.log_softmax(others, dim=-1)
