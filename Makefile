@@ -10,7 +10,7 @@ env: .venv/installed
 
 .venv/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --editable '.[demo,test]'
+	$(BIN)/pip install --editable '.[demo,fast,test]'
 	touch $@
 
 quickstart: env

@@ -54,7 +54,14 @@ def build_labelled_crops(config: FinetuneConfig, index: ShardIndex, samples: Ten
     spec = config.augment.rand_augment
     augment = RandAugment(spec, size=data.image_size, mean=mean, seed=seed) if spec is not None else None
     return RandomCrops(
-        index, order, seed=seed, size=data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, augment=augment
+        index,
+        order,
+        seed=seed,
+        size=data.image_size,
+        scale=data.crop_scale,
+        ratio=data.crop_ratio,
+        augment=augment,
+        scaled_decode=data.scaled_decode,
     )
 
 

@@ -12,13 +12,14 @@ from maedistill.masking import PatchSplit, num_visible, random_split
 from maedistill.methods.amd import AMD
 from maedistill.methods.dmae import DMAE
 from maedistill.methods.mae import MAE
-from maedistill.models.decoder import TokenDecoder
+from maedistill.models.decoder import CrossDecoder, TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
 from maedistill.models.source import Source, open_source
 from maedistill.models.teacher import Teacher
 
 METHODS: dict[str, type[MAE]] = {"mae": MAE, "dmae": DMAE, "amd": AMD}
+DECODERS: dict[str, type[TokenDecoder]] = {"self": TokenDecoder, "cross": CrossDecoder}
 
 
 def build_encoder(config: PretrainConfig) -> MaskedEncoder:
@@ -49,19 +50,20 @@ def build_method(config: PretrainConfig, encoder: MaskedEncoder, source: Source 
         )
     # The decoder and the generators use fixed tables even where the student learns its positions.
     table = "sincos2d" if config.student.positions == "learned" else config.student.positions
-    decoder = TokenDecoder(
+    decoder = DECODERS[config.decoder.attention](
         encoder.width,
         grid=encoder.grid,
         patch_size=encoder.patch_size,
         num_prefix=encoder.num_prefix,
         positions=table,
-        **config.decoder.model_dump(),
+        **config.decoder.model_dump(exclude={"attention", "predict"}),
     )
     keywords: dict[str, object] = {
         "mean": config.data.mean,
         "std": config.data.std,
         "pixel_kind": config.pixels.target,
         "pixel_weight": config.pixels.weight,
+        "predict": config.decoder.predict,
     }
     if source is not None:
         align = config.align.model_dump(exclude={"student", "teacher", "weight"})
@@ -98,7 +100,13 @@ def build_crops(config: PretrainConfig, index: ShardIndex) -> RandomCrops:
     data = config.data
     order = SampleOrder(index.starts, seed=config.seed, views=data.views_per_image, window=data.window_shards)
     return RandomCrops(
-        index, order, seed=config.seed, size=data.image_size, scale=data.crop_scale, ratio=data.crop_ratio
+        index,
+        order,
+        seed=config.seed,
+        size=data.image_size,
+        scale=data.crop_scale,
+        ratio=data.crop_ratio,
+        scaled_decode=data.scaled_decode,
     )
 
 

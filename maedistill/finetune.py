@@ -60,6 +60,7 @@ def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> bool:
         workers=run.workers,
         device=run.device,
         timeout_seconds=config.data.timeout_seconds,
+        longest_wait=run.longest_wait,
     )
     mixing = build_mixing(config, num_classes=parts.num_classes, device=run.device)
     averages = Averages()

@@ -17,7 +17,7 @@ from maedistill.data.augment import seed_generators
 from maedistill.data.cache import set_cache
 from maedistill.data.evaluation import EvaluationImages, evaluation_transform
 from maedistill.data.index import ShardIndex, open_index
-from maedistill.data.reader import require_room
+from maedistill.data.reader import require_room, sample_name
 from maedistill.data.subset import label_subset
 from maedistill.data.transforms import normalize, to_unit
 from maedistill.errors import ConfigError, DataError
@@ -31,6 +31,7 @@ from maedistill.training.optim import layer_rates, layerwise_groups
 from maedistill.training.run_folder import RunFolder
 
 Triple = tuple[float, float, float]
+_SPARSE = 10  # of so many classes up to the largest label, one occurs at least
 
 
 @dataclass
@@ -156,12 +157,25 @@ def _num_classes(config: FinetuneConfig, index: ShardIndex, val_index: ShardInde
         raise ConfigError(
             f"data.num_classes: {given} outputs for labels up to {most - 1}", f"use {most} or more, or null"
         )
+    if given is None and not index.classes:
+        _require_dense(index)
     if given is None and int(np.max(val_index.labels)) >= index.num_classes:
         raise DataError(
             f"validation labels go up to {most - 1}, training shards have {index.num_classes} classes",
             "name shards of one data set in data.train and data.val, or set data.num_classes",
         )
     return given or max(2, index.num_classes)
+
+
+def _require_dense(index: ShardIndex) -> None:
+    """Raises DataError where so few of the classes up to the largest label occur that this label is a slip, perhaps."""
+    found, largest = len(np.unique(index.labels)), int(np.max(index.labels))
+    if largest + 1 > _SPARSE * found:
+        first = sample_name(index, int(np.argmax(index.labels)))
+        raise DataError(
+            f"labels go up to {largest:,}, first {first}, but only {found} of these classes occur",
+            f"mend the label, or set data.num_classes={largest + 1} if it is meant",
+        )
 
 
 def _trial(parts: Finetuning, count: int) -> tuple[float, float]:

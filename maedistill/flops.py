@@ -11,12 +11,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from maedistill.masking import PatchSplit
-from maedistill.methods.mae import MAE
-from maedistill.models.teacher import Teacher
 
 
-def count_flops(method: MAE, teacher: Teacher | None, *, num_student: int, num_teacher: int) -> dict[str, float]:
-    """GFLOP per image by part, and their `total`.
+def count_flops(
+    method: nn.Module, teacher: nn.Module | None, *, num_student: int, num_teacher: int
+) -> dict[str, float]:
+    """GFLOP per image of a method and its teacher, or of `benchmark/plain_step.py`'s, by part, and their `total`.
 
     Parts are the forward passes of `teacher` and of the method's children (`encoder`, `decoder`, `projections`,
     `generators`) and the whole `backward` pass. num_student and num_teacher are the visible patches S and T.
@@ -28,9 +28,9 @@ def count_flops(method: MAE, teacher: Teacher | None, *, num_student: int, num_t
     target = None
     if teacher is not None:
         with FlopCounterMode(display=False) as counter:
-            target = _on_meta(teacher)(images, split)
+            target = on_meta(teacher)(images, split)
         counts["teacher"] = counter.get_total_flops() / 1e9
-    shapes = _on_meta(method)
+    shapes = on_meta(method)
     with FlopCounterMode(display=False) as counter:
         loss = shapes(images, split, target)["loss"]
     by_module = counter.get_flop_counts()
@@ -49,7 +49,7 @@ def _is_item(key: str, prefix: str) -> bool:
     return key.startswith(prefix + ".") and key.removeprefix(prefix + ".").isdigit()
 
 
-def _on_meta(module: nn.Module) -> nn.Module:
+def on_meta(module: nn.Module) -> nn.Module:
     """A copy of `module` whose tensors have shapes only; the deep copy finds them in its memo and copies no weight."""
     memo = {}
     for tensor in itertools.chain(module.parameters(), module.buffers()):

@@ -25,6 +25,7 @@ from maedistill.run import Run
 from maedistill.start import joined, start_run
 from maedistill.training import distributed
 from maedistill.training.metrics import Averages, MetricsFile
+from maedistill.training.records import spared
 from maedistill.training.run_folder import RunFolder
 
 _PICTURES = 8  # images on a reconstruction sheet
@@ -66,6 +67,7 @@ def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> bool:
         workers=run.workers,
         device=run.device,
         timeout_seconds=config.data.timeout_seconds,
+        longest_wait=run.longest_wait,
     )
     averages = Averages()
 
@@ -117,7 +119,8 @@ def draw(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
     split = split_of(parts.config, torch.arange(len(images), device=parts.device), parts.module.encoder.grid**2)
     sheet = reconstruction_sheet(parts.module, images, split, teacher=parts.teacher is not None)
     if metrics is not None:
-        sheet.save(run.folder.pictures / f"step_{run.step:09d}.png")
+        with spared(path := run.folder.pictures / f"step_{run.step:09d}.png"):
+            sheet.save(path)
         metrics.picture(run.step, "reconstruction", np.asarray(sheet))
 
 

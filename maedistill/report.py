@@ -11,7 +11,8 @@ from typing import Any
 
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.training.metrics import duration, read_metrics
-from maedistill.training.run_folder import RunFolder, write_text
+from maedistill.training.records import write_text
+from maedistill.training.run_folder import RunFolder
 
 KNN_CAVEAT = (
     "kNN on frozen features is a trend, no forecast: masked autoencoders have been reported at 11 % kNN beside 81 % "

@@ -25,9 +25,10 @@ from maedistill.plan import Plan
 from maedistill.training import distributed
 from maedistill.training.engine import Engine
 from maedistill.training.interrupt import StopRequest
-from maedistill.training.metrics import Averages, Clock, MetricsFile, memory_gb, open_metrics, progress_line
+from maedistill.training.metrics import Averages, Clock, MetricsFile, WaitHint, memory_gb, open_metrics, progress_line
 from maedistill.training.nonfinite import NonfiniteUpdates
 from maedistill.training.peers import Peers
+from maedistill.training.records import Lines
 from maedistill.training.restore import load_latest
 from maedistill.training.run_folder import RunFolder
 from maedistill.training.saver import Saver
@@ -52,6 +53,7 @@ class Run:
     saver: Saver
     stop: StopRequest
     clock: Clock = field(default_factory=Clock)
+    hint: WaitHint = field(default_factory=WaitHint)
     step: int = 0  # steps done
     leaving: bool = False  # a signal asked for the end of the process
     shift: int = 0  # batches passed over so far: step s takes batch s + shift
@@ -59,7 +61,13 @@ class Run:
     replaced: list[str] = field(default_factory=list)  # those of this rank that are not counted yet
     nonfinite: NonfiniteUpdates = field(default_factory=NonfiniteUpdates)
     returns: int = 0  # to the newest checkpoint, since it was written
+    _records: list[Lines] = field(default_factory=list)  # of rank 0: what must be on the disk before a checkpoint is
     _next_batch: int | None = None  # where data goes on after a return
+
+    @property
+    def longest_wait(self) -> float:
+        """Seconds that a batch may take, so that the error says which sample is missing before any rank gives up."""
+        return 0.75 * self.config.engine.timeout_seconds
 
     @property
     def epoch(self) -> float:
@@ -72,6 +80,10 @@ class Run:
             return False
         period = self.plan.steps_in(every_epochs)
         return self.step == self.plan.steps or self.step // period > (self.step - 1) // period
+
+    def __post_init__(self) -> None:
+        self._bad_samples = Lines(self.folder.bad_samples, unique=True)
+        self._left_out = Lines(self.folder.nonfinite, unique=True)
 
     def __enter__(self) -> Self:
         return self
@@ -90,6 +102,8 @@ class Run:
         self.restore()
         log = self.config.log
         with open_metrics(self.folder.path, first_step=self.step, tensorboard=log.tensorboard) as metrics:
+            if metrics is not None:
+                self._records = [metrics.lines, self._bad_samples, self._left_out]
             self.clock.restart()
             yield metrics
 
@@ -123,7 +137,7 @@ class Run:
     def save(self) -> None:
         """Takes a checkpoint, which is written while training goes on. Collective."""
         self.count_replaced()
-        self.saver.save(step=self.step, engine=self.engine, state=self._state(), ema=self.ema)
+        self.saver.save(step=self.step, engine=self.engine, state=self._state(), ema=self.ema, records=self._records)
         self.returns, self._next_batch = 0, None
 
     def _state(self) -> dict[str, int | float]:
@@ -184,21 +198,24 @@ class Run:
         """
         settings = self.config.engine
         now = self.step == self.plan.steps or self.saves
-        for step in self.nonfinite.note(self.step - 1, self.engine.broken, now=now):
+        steps = self.nonfinite.note(self.step - 1, self.engine.broken, now=now)
+        for step in steps:
             self._note_nonfinite(step, crops)
-            again = settings.nonfinite == "rollback"
-            self.returns += again
-            if settings.nonfinite == "stop" or max(self.nonfinite.in_a_row, self.returns) > settings.most_nonfinite:
-                raise NumericsError(
-                    f"the loss or the gradient of step {step + 1} is not finite, {self.nonfinite.in_a_row} in a row "
-                    f"(engine.nonfinite={settings.nonfinite}); {self.folder.nonfinite} names its samples",
-                    "look at them, or start another run= with a lower optim.base_lr or optim.clip=1; checkpoints of "
-                    "this one are sound",
-                )
-            if again:
-                self._next_batch = step + self.shift + 1
-                return False
-        return True
+        if not steps:
+            return True
+        again = settings.nonfinite == "rollback"
+        self.returns += again
+        if settings.nonfinite == "stop" or max(self.nonfinite.in_a_row, self.returns) > settings.most_nonfinite:
+            often = f"after {self.returns} returns" if again else f"{self.nonfinite.in_a_row} in a row"
+            raise NumericsError(
+                f"the loss or the gradient of step {steps[-1] + 1} is not finite, {often} "
+                f"(engine.nonfinite={settings.nonfinite}); {self.folder.nonfinite} names its samples",
+                "look at them, or start another run= with a lower optim.base_lr or optim.clip=1; no checkpoint has "
+                "such numbers",
+            )
+        if again:
+            self._next_batch = steps[-1] + self.shift + 1
+        return not again
 
     def _note_nonfinite(self, step: int, crops: RandomCrops) -> None:
         """Writes down the samples of an update that was not applied."""
@@ -207,8 +224,7 @@ class Run:
         batch, size = step + self.shift, self.config.optim.global_batch
         samples = crops.order.samples(torch.arange(batch * size, (batch + 1) * size)).unique().tolist()
         note = {"step": step + 1, "samples": [sample_name(crops.index, sample) for sample in samples]}
-        with self.folder.nonfinite.open("a") as file:
-            file.write(json.dumps(note) + "\n")
+        self._left_out.append(json.dumps(note))
         print(f"step {step + 1} is not applied: its loss or gradient is not finite", file=sys.stderr, flush=True)
 
     def log(self, averages: Averages, metrics: MetricsFile | None) -> None:
@@ -220,6 +236,8 @@ class Run:
             metrics.write(self.step, values)
             position = {"step": self.step, "total_steps": self.plan.steps, "epochs": self.config.optim.epochs}
             print(progress_line(means, values, **position), flush=True)
+            if hint := self.hint.note(values["data_wait"], workers=self.workers):
+                print(hint, flush=True)
 
     def measure(self) -> dict[str, float]:
         """What metrics.jsonl records beside the losses. Waits for the device."""
@@ -240,12 +258,11 @@ class Run:
 
     def count_replaced(self) -> None:
         """Lists the samples that could not be decoded, and ends the run when they are too many. Collective."""
-        if self.replaced:
-            with self.folder.bad_samples.open("a") as file:
-                file.writelines(f"{line}\n" for line in self.replaced)
-        count = torch.tensor(float(len(self.replaced)), device=self.device)
-        self.bad += distributed.all_reduce_mean({"bad": count})["bad"] * distributed.world_size()
-        self.replaced.clear()
+        replaced = [line for lines in distributed.gather_objects(self.replaced) for line in lines]
+        if replaced and distributed.is_main():
+            self._bad_samples.append(*sorted(replaced))
+        self.bad += len(replaced)
+        self.replaced = []
         seen = max(_LEAST_SEEN, self.step * self.config.optim.global_batch)
         if self.bad > self.config.data.max_bad_fraction * seen:
             raise DataError(

@@ -48,9 +48,20 @@ class Parts(Protocol):
 
 def join(config: RunConfig) -> None:
     """Makes this process a rank: process group, DeepSpeed, CPU threads. Once per process."""
+    keep_compiled()
     initialize_distributed(config.engine.timeout_seconds)
     if config.threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(config.threads or cpu_share(distributed.local_world_size()))
+
+
+def keep_compiled() -> None:
+    """Lets torch.compile keep its results in the user's cache, where that can be written to: a warm second start.
+
+    torch's own place is the machine's folder for temporary files, which a reboot or a new container empties.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.access(cache, os.W_OK):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache, "maedistill", "compiled"))
 
 
 @contextmanager

@@ -45,6 +45,7 @@ OPENING = {
     "labels without output": (
         ["data.val={made}/beyond.tar"], 3, "validation labels go up to 4, training shards have 3", "data.num_classes",
     ),
+    "a label that is a slip": (["data.train={made}/slip.tar"], 3, "labels go up to 99,999, first", "mend the label"),
     "other classes": (["data.val={made}/other/train-*.tar"], 3, "other classes (3 and 2)", "one data set"),
     "too few outputs": (["data.num_classes=2"], 2, "data.num_classes: 2 outputs for labels up to 2", "use 3"),
 }  # fmt: skip
@@ -55,10 +56,10 @@ def made(tmp_path_factory):
     """A folder of shards with 5 images that are wrong in one way each."""
     folder, picture = tmp_path_factory.mktemp("made"), io.BytesIO()
     Image.new("RGB", (32, 32)).save(picture, "PNG")
-    for name in ("bare", "beyond", "damaged"):
+    for name in ("bare", "beyond", "damaged", "slip"):
         with tarfile.open(folder / f"{name}.tar", "w") as tar:
             for i in range(5):
-                label = i if name == "beyond" else i % 3
+                label = 99_999 if (name, i) == ("slip", 4) else i if name == "beyond" else i % 3
                 pixels = picture.getvalue()[: 60 if name == "damaged" and i == 4 else None]
                 members = {"png": pixels} | ({} if name == "bare" else {"cls": str(label).encode()})
                 for suffix, data in members.items():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from maedistill.benchmark.plain_step import PlainTeacher, plain_method
 from maedistill.flops import count_flops
 from maedistill.methods.amd import AMD
 from maedistill.methods.dmae import DMAE
@@ -16,7 +17,9 @@ PUBLISHED = {"width": 512, "depth": 8, "heads": 16}
 LIGHT = {"width": 384, "depth": 4, "heads": 6}
 
 
-def gflops(method: str, *, student: str, teacher: str, decoder: dict[str, int]) -> dict[str, float]:
+def gflops(
+    method: str, *, student: str, teacher: str, decoder: dict[str, int], plain: bool = False
+) -> dict[str, float]:
     """Counts for vit_{student} distilled from vit_{teacher} at 224 px with the papers' taps and masks."""
     with torch.device("meta"):
         guide = MaskedEncoder(build_vit(f"vit_{teacher}_patch16_224", image_size=224))
@@ -37,6 +40,9 @@ def gflops(method: str, *, student: str, teacher: str, decoder: dict[str, int]) 
         kind = {"dmae": DMAE, "amd": AMD}[method]
         model = kind(encoder, TokenDecoder(encoder.width, **shape, **decoder), **keywords)
         guide = Teacher(source, taps=taps[1])
+        if plain:
+            published = TokenDecoder(source.encoder.width, grid=14, patch_size=16, num_prefix=1, **PUBLISHED)
+            model, guide = plain_method(model), PlainTeacher(guide, published)
     return count_flops(model, guide, num_student=49, num_teacher=49 if method == "dmae" else 98)
 
 
@@ -56,3 +62,12 @@ def test_gflops_per_image(method: str, teacher: str, student: str, decoder: dict
     print({name: round(value, 2) for name, value in counts.items()})
     assert counts["total"] <= most
     assert counts["backward"] > counts["encoder"] + counts["decoder"]  # the backward pass was counted, all of it
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "published"),
+    [("large", "base", 100.6), ("large", "small", 80.9), ("large", "tiny", 75.8), ("base", "small", 58.7)],
+)
+def test_the_plain_step_costs_what_the_published_loop_does(teacher: str, student: str, published: float) -> None:
+    counts = gflops("dmae", student=student, teacher=teacher, decoder=PUBLISHED, plain=True)
+    assert counts["total"] == pytest.approx(published, rel=0.01)

@@ -5,7 +5,7 @@ import torch
 
 from maedistill.masking import random_split
 from maedistill.methods.dmae import DMAE
-from maedistill.models.decoder import TokenDecoder
+from maedistill.models.decoder import CrossDecoder, TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
 from maedistill.models.source import open_source
@@ -25,11 +25,12 @@ def test_draws_are_those_of_the_cpu() -> None:
     assert torch.equal(random_split(positions, **cuts).order, random_split(positions.cuda(), **cuts).order.cpu())
 
 
-def test_a_step_never_waits_for_the_gpu() -> None:
+@pytest.mark.parametrize("kind", [TokenDecoder, CrossDecoder])
+def test_a_step_never_waits_for_the_gpu(kind: type[TokenDecoder]) -> None:
     encoder = MaskedEncoder(build_vit("vit_tiny_patch16_224", image_size=64, positions="sincos2d", depth=2))
-    decoder = TokenDecoder(192, width=32, depth=1, heads=2, grid=4, patch_size=16, num_prefix=1)
+    decoder = kind(192, width=32, depth=1, heads=2, grid=4, patch_size=16, num_prefix=1)
     teacher = Teacher(open_source("random:vit_tiny_patch16_224", grid=4, depth=3), taps=(2,), dtype=torch.bfloat16)
-    pairs = {"student_taps": (1,), "teacher_taps": (2,), "teacher_width": 192, "teacher_prefix": 1}
+    pairs = {"student_taps": (1,), "teacher_taps": (2,), "teacher_width": 192, "teacher_prefix": 1, "predict": 0.5}
     method = DMAE(encoder, decoder, mean=(0.5,) * 3, std=(0.5,) * 3, **pairs)
     initialize(method, seed=0)
     method, teacher = method.cuda(), teacher.cuda()

@@ -6,7 +6,8 @@ RUN/witness-RANK.jsonl gets one line per micro-batch: the positions, the samples
 each image as the network reads it, the learning rate of each parameter group; in pre-training each sample's patch order
 and where it is cut, in fine-tuning the targets. RUN/features-RANK.pt gets what the first kNN compares.
 WITNESS_KILL=N kills the process with SIGKILL in the middle of its N-th micro-batch. WITNESS_NAN=P,Q,... makes the
-images at these positions nan. ZeRO 3 cuts up even the small tensors of a tiny model here, which it would leave whole.
+images at these positions nan. WITNESS_PACE=S makes each micro-batch take S seconds more, and then nothing is noted.
+ZeRO 3 cuts up even the small tensors of a tiny model here, which it would leave whole.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -51,6 +53,9 @@ class Witness:
 
     def forward(self, engine: Any, images: Tensor, *more: Any) -> dict[str, Tensor]:
         """The engine's forward pass, its inputs noted."""
+        if pace := os.environ.get("WITNESS_PACE"):
+            time.sleep(float(pace))
+            return self.compute(engine, images, *more)
         note = {
             "positions": self.batch.positions.tolist(),
             "samples": self.batch.samples.tolist(),
@@ -77,7 +82,7 @@ class Witness:
     def pooled_features(self, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
         """The probe's features and labels, those of the first kNN kept in a file."""
         self.features.append(self.pool(*args, **keywords))
-        if len(self.features) == 2:  # training images, then validation images
+        if len(self.features) == 2 and "WITNESS_PACE" not in os.environ:  # training images, then validation images
             torch.save(self.features, self.run / f"features-{rank()}.pt")
         return self.features[-1]
 

@@ -100,6 +100,16 @@ class Decoder(Section):
     depth: Positive = result(4, "number of blocks; 8 in MAE and DMAE, 4 in AMD")
     heads: Positive = result(6, "attention heads; 16 in MAE and DMAE; AMD: 3 for ViT-S, 6 for B, 8 for L")
     bias: bool = result(True, "bias of the encoder-to-decoder map; AMD has none")
+    attention: Literal["self", "cross"] = result(
+        "self",
+        "self: all rows read each other (MAE, DMAE, AMD); cross: hidden rows read the visible ones only, which costs "
+        "less (CrossMAE)",
+    )
+    predict: Fraction = result(
+        1.0,
+        "share of the hidden patches that is predicted, anew for each image; the others cost nothing; 1 in MAE, DMAE, "
+        "AMD; CrossMAE predicts a part",
+    )
 
 
 class Pixels(Section):

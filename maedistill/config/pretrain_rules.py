@@ -110,6 +110,10 @@ def _grid(c: PretrainConfig) -> Iterator[Problem]:
     elif c.method == "amd" and teacher <= student:
         cause = f"of {patches} patches the teacher sees {teacher}, the student {student}"
         yield Problem("masks.teacher_visible", cause, "let the teacher see at least one more")
+    hidden = patches - student
+    if hidden > 0 and not round(c.decoder.predict * hidden):
+        cause = f"{c.decoder.predict:g} of {hidden} hidden patches is none"
+        yield Problem("decoder.predict", cause, f"predict at least one of them, {1 / hidden:.2g} or more")
 
 
 def _widths(c: PretrainConfig) -> Iterator[Problem]:

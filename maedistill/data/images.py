@@ -1,11 +1,12 @@
 """From the bytes of one image file to RGB pixels, the same wherever the project looks at an image.
 
-    bytes -> decode_rgb -> uint8 tensor [3, H, W]            bytes -> open_image -> to_rgb -> Pillow image
+    bytes -> open_image -> header -> decode -> uint8 tensor [3, H, W]                 decode_rgb: both at once
+                                     to_rgb -> Pillow image
 
-JPEGs take torchvision's decoder: 1.1 ms for an ImageNet photograph where Pillow takes 1.9, same pixels. Pillow reads
-every header first (15 us) and decodes everything else, PNG and WebP (50 us at 32 pixels) included: torchvision's PNG
-decoder is a little faster but crashes the process on some damaged files. No other format is ever opened. EXIF
-orientation and colour profiles are ignored, as ImageNet's users always have.
+Pillow reads every header first (25 us) and judges it. JPEGs then take simplejpeg where it is installed, or else
+torchvision's decoder; the pixels are Pillow's, bit for bit. Pillow decodes everything else, and what those two refuse:
+it has the last word. (torchvision's PNG decoder is a little faster, but crashes the process on some damaged files.) No
+other format is ever opened. EXIF orientation and colour profiles are ignored, as ImageNet's users always have.
 """
 
 import io
@@ -19,15 +20,22 @@ import torchvision.io  # noqa: F401 registers torch.ops.image
 from PIL import Image
 from torch import Tensor
 
+try:
+    import simplejpeg
+except ImportError:  # the extra "fast" brings it
+    simplejpeg = None
+
 SHARD_FORMATS = ("JPEG", "PNG", "WEBP")
 MOST_PIXELS = 64_000_000  # an image may not cost more memory than this when decoded, however small its file is
 MOST_SCANNED = 100 * MOST_PIXELS  # each scan of a progressive JPEG is one more walk over all pixels: usual are ten
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 
 # torchvision's operator rather than its Python function, which since 0.29 warns at every call that a later release will
-# drop the decoders; where they are gone, Pillow decodes JPEGs too
-_decode_jpeg = getattr(torch.ops.image, "decode_jpeg", None)
+# drop the decoders
+_torchvision_decode = getattr(torch.ops.image, "decode_jpeg", None)
 _TO_RGB, _KEEP_ORIENTATION = 3, False  # torchvision's ImageReadMode.RGB and apply_exif_orientation
+_found = {"simplejpeg": simplejpeg, "torchvision": _torchvision_decode, "pillow": Image}
+JPEG_DECODERS = tuple(name for name, found in _found.items() if found)  # of the same pixels, the fastest first
 
 # what Pillow's decoders raise on damaged bytes, depending on where the damage is
 _DECODE_ERRORS = (
@@ -51,14 +59,7 @@ def decode_rgb(data: bytes) -> Tensor:
     Raises `BadImage` for anything else, for damaged files, and for more than 64 million pixels before decoding them.
     """
     with open_image(data) as image:
-        if _decode_jpeg and image.format in _JPEG and image.mode in ("RGB", "L"):
-            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # [bytes]; torch wants writable memory
-            try:
-                return _decode_jpeg(encoded, _TO_RGB, _KEEP_ORIENTATION)  # [3, H, W]
-            except RuntimeError:
-                pass  # Pillow has the last word, and the better message
-        pixels = np.array(to_rgb(image))  # [H, W, 3]
-    return torch.from_numpy(pixels).permute(2, 0, 1)  # [3, H, W]
+        return decode(image, data)
 
 
 def open_image(data: bytes, *, formats: tuple[str, ...] = SHARD_FORMATS) -> Image.Image:
@@ -76,6 +77,38 @@ def open_image(data: bytes, *, formats: tuple[str, ...] = SHARD_FORMATS) -> Imag
         if pixels * scans > MOST_SCANNED:
             raise BadImage(f"{scans:,} scans of {image.width} x {image.height} pixels, which would take too long")
     return image
+
+
+def decode(image: Image.Image, data: bytes, *, reduction: int = 1, decoder: str = JPEG_DECODERS[0]) -> Tensor:
+    """Pixels of an opened image as uint8 [3, H, W], channels last in memory.
+
+    data: the bytes that it was opened from. reduction: 1, or 2, 4 or 8 to decode a JPEG to that fraction of its sides,
+    rounded up, from the lowest frequencies alone; other formats come whole. decoder: of JPEGs, of `JPEG_DECODERS`.
+    Raises `BadImage` if the file is damaged.
+    """
+    assert reduction <= min(image.size)
+    if image.format in _JPEG and image.mode in ("RGB", "L"):
+        height, width = -(-image.height // reduction), -(-image.width // reduction)
+        pixels = _decode_jpeg(data, height, width, reduction=reduction, decoder=decoder)
+        if pixels is not None and pixels.shape == (3, height, width):  # the header as Pillow understood it
+            return pixels
+        if reduction > 1:
+            image.draft(None, (image.width // reduction, image.height // reduction))
+    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)  # [3, H, W]
+
+
+def _decode_jpeg(data: bytes, height: int, width: int, *, reduction: int, decoder: str) -> Tensor | None:
+    """uint8 [3, H, W]; None where Pillow has to decode, or has the last word and the better message."""
+    try:
+        if decoder == "simplejpeg":
+            smallest = {"min_height": height, "min_width": width} if reduction > 1 else {}
+            return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB", **smallest)).permute(2, 0, 1)
+        if decoder == "torchvision" and reduction == 1:
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # [bytes]; torch wants writable memory
+            return _torchvision_decode(encoded, _TO_RGB, _KEEP_ORIENTATION)
+    except (RuntimeError, ValueError):
+        pass
+    return None
 
 
 def oddity(image: Image.Image, data: bytes) -> str | None:

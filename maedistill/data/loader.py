@@ -7,53 +7,37 @@ integer, and the number of ranks and workers changes nothing about what is read.
     m micro-batch   s crop size
 """
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from maedistill.config.batch import BatchPlan
-from maedistill.data.images import BadImage, decode_rgb
+from maedistill.data.batch import Batch
+from maedistill.data.images import JPEG_DECODERS, BadImage, decode, decode_rgb, open_image
 from maedistill.data.index import ShardIndex
 from maedistill.data.order import SampleOrder
+from maedistill.data.prefetch import DevicePrefetch
 from maedistill.data.reader import ShardReader, sample_name
-from maedistill.data.transforms import CROP_DRAWS, centre_crop, crop, random_box
+from maedistill.data.slots import Parcel, Slots
+from maedistill.data.transforms import CROP_DRAWS, centre_crop, crop, random_box, reduced_box, reduction_of
 from maedistill.data.workers import TIMEOUT_SECONDS, load_batches
 from maedistill.errors import DataError
 from maedistill.randomness import Stream, key, uniform
 
+PREFETCHED = 4  # batches per worker
 _REPLACEMENTS = 16  # so many bad samples in a row mean that the whole set is bad
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch, and what had to be replaced in it."""
-
-    images: Tensor  # uint8 [m, 3, s, s]
-    positions: Tensor  # int64 [m]
-    labels: Tensor  # int64 [m], of the samples that were really read; -1 where the index has none
-    samples: Tensor  # int64 [m], stays on the host
-    bad: tuple[str, ...] = ()
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
-        images, positions, labels = (
-            part.to(device, non_blocking=True) for part in (self.images, self.positions, self.labels)
-        )
-        return Batch(images, positions, labels, self.samples, self.bad)
-
-    def pin_memory(self) -> "Batch":
-        """Called by the loader when it feeds a GPU."""
-        images, positions, labels = (part.pin_memory() for part in (self.images, self.positions, self.labels))
-        return Batch(images, positions, labels, self.samples, self.bad)
 
 
 class RandomCrops(Dataset[Batch]):
     """Random crops by position. A sample that cannot be decoded is replaced by a fixed function of (seed, position).
 
     augment: what is done to each crop, uint8 [3, s, s], at its position; a pure function of the two.
+    scaled_decode: decode JPEGs to 1/2, 1/4 or 1/8 where all crops of an image still come out at `size` or more.
+    decoder: of JPEGs, one of `JPEG_DECODERS`; all give the same pixels.
     """
 
     def __init__(
@@ -66,48 +50,82 @@ class RandomCrops(Dataset[Batch]):
         scale: tuple[float, float],
         ratio: tuple[float, float],
         augment: Callable[[Tensor, int], Tensor] | None = None,
+        scaled_decode: bool = False,
+        decoder: str = JPEG_DECODERS[0],
     ) -> None:
         self.index, self.order, self.seed = index, order, seed
         self.size, self.scale, self.ratio, self.augment = size, scale, ratio, augment
+        self.scaled_decode, self.decoder = scaled_decode, decoder
         self.reader = ShardReader(index)
         self._ahead: list[int] = []  # shards that were asked for last
 
     def __getitems__(self, positions: list[int]) -> Batch:
-        """Reads one micro-batch. Views of one image stand side by side, so each image is decoded once."""
+        """Reads one micro-batch."""
+        images = torch.empty(len(positions), self.size, self.size, 3, dtype=torch.uint8)
+        return self.fill(images.permute(0, 3, 1, 2), positions)
+
+    def fill(self, images: Tensor, positions: list[int]) -> Batch:
+        """Reads one micro-batch into `images`, uint8 [m, 3, s, s]. Consecutive views of an image cost one decoding."""
         if self.reader.is_remote and (ahead := self.order.shards_ahead(positions[-1])) != self._ahead:
             self._ahead = ahead
             self.reader.read_ahead(ahead)
         at = torch.tensor(positions)
-        samples = self.order.samples(at)
+        samples = self.order.samples(at).tolist()
         draws = uniform(self.seed, at, Stream.CROP, n=CROP_DRAWS).tolist()
-        crops, bad, last, image = [], [], -1, None
-        for i, (sample, visit) in enumerate(zip(samples.tolist(), (at // self.order.views).tolist(), strict=True)):
-            if visit != last:  # not `sample`: an epoch may begin with what the last one ended with, another visit
-                image, samples[i], failed = self._decode(sample, visit)
-                bad += failed
-                last = visit
-            else:
-                samples[i] = samples[i - 1]
-            box = random_box(*image.shape[1:], draws[i], scale=self.scale, ratio=self.ratio)
-            cut = crop(image, box, size=self.size)
-            crops.append(self.augment(cut, positions[i]) if self.augment else cut)
-        labels = torch.from_numpy(self.index.labels[samples.numpy()])  # [m]
-        return Batch(torch.stack(crops), at, labels, samples, tuple(bad))
+        bad = []
+        # By visit, not by sample: an epoch may begin with what the last one ended with, and that is another visit.
+        for visit, group in itertools.groupby(range(len(positions)), key=lambda i: positions[i] // self.order.views):
+            views = list(group)
+            crops, sample, failed = self._crops(samples[views[0]], visit, [draws[i] for i in views])
+            bad += failed
+            for i, cut in zip(views, crops, strict=True):
+                images[i].copy_(self.augment(cut, positions[i]) if self.augment else cut)
+                samples[i] = sample
+        labels = torch.from_numpy(self.index.labels[samples])  # [m]
+        return Batch(images, at, labels, torch.tensor(samples), tuple(bad))
 
-    def _decode(self, sample: int, visit: int) -> tuple[Tensor, int, list[str]]:
-        """The image of a sample, or of its first decodable replacement; which sample it is; what failed before.
+    def _crops(self, sample: int, visit: int, draws: list[list[float]]) -> tuple[list[Tensor], int, list[str]]:
+        """A crop per row of draws of a sample, or of its first decodable replacement; which it is; what failed before.
 
         visit: position // views, so that all views of an image share the replacement.
         """
         failed: list[str] = []
         for attempt in range(_REPLACEMENTS):
             try:
-                return decode_rgb(self.reader.read(sample)), sample, failed
+                return self._cut(self.reader.read(sample), draws), sample, failed
             except BadImage as error:
                 failed.append(f"{sample_name(self.index, sample)}: {error}")
             word = key(self.seed, Stream.REPLACEMENT, visit, attempt)
             sample = int(self.order.unshuffled(torch.tensor(word % self.order.num_images)))
         raise _all_bad(failed[-1])
+
+    def _cut(self, data: bytes, draws: list[list[float]]) -> list[Tensor]:
+        """Crops uint8 [3, s, s] of an encoded image. Raises `BadImage`."""
+        with open_image(data) as header:
+            height, width = header.height, header.width
+            boxes = [random_box(height, width, row, scale=self.scale, ratio=self.ratio) for row in draws]
+            reduction = reduction_of(boxes, size=self.size) if self.scaled_decode else 1
+            image = decode(header, data, reduction=reduction, decoder=self.decoder)  # [3, H, W]
+        if image.shape[1:] != (height, width):
+            boxes = [reduced_box(box, reduction=reduction) for box in boxes]
+        return [crop(image, box, size=self.size) for box in boxes]
+
+
+class _CropsInSlots(Dataset[Parcel]):
+    """What workers are asked for: `crops` whose images wait in slots. Batch j of a rank takes slot j mod C.
+
+    block: positions from one batch of a rank to its next.
+    """
+
+    def __init__(self, crops: RandomCrops, slots: Slots, *, block: int) -> None:
+        self.crops, self.slots, self.block = crops, slots, block
+        self.index, self.reader = crops.index, crops.reader
+
+    def __getitems__(self, positions: list[int]) -> Parcel:
+        """Reads one micro-batch into its slot."""
+        slot = positions[0] // self.block % len(self.slots)
+        batch = self.crops.fill(self.slots[slot], positions)
+        return Parcel(self.slots, slot, batch.positions.numpy(), batch.labels.numpy(), batch.samples.numpy(), batch.bad)
 
 
 class CentreCrops(Dataset[tuple[Tensor, Tensor]]):
@@ -154,11 +172,16 @@ def rank_positions(step: int, micro: int, *, plan: BatchPlan, rank: int, world_s
     return range(start, start + plan.micro_batch)
 
 
-class _Schedule:
+class Schedule:
     """The micro-batches of one rank from `first_step` on, as lists of positions: what a DataLoader calls a sampler."""
 
     def __init__(self, first_step: int, total_steps: int, *, plan: BatchPlan, rank: int, world_size: int) -> None:
         self.steps, self.plan, self.rank, self.world_size = range(first_step, total_steps), plan, rank, world_size
+
+    @property
+    def block(self) -> int:
+        """Positions from the beginning of one micro-batch to that of the next."""
+        return self.world_size * self.plan.micro_batch
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
@@ -177,22 +200,33 @@ def training_batches(
     workers: int,
     device: torch.device,
     timeout_seconds: float = TIMEOUT_SECONDS,
+    longest_wait: float = math.inf,
 ) -> Iterator[Batch]:
     """Micro-batches of the steps [first_step, total_steps) on `device`, `plan.accumulation` of them per step.
 
-    timeout_seconds: as in `load_batches`.
+    timeout_seconds, longest_wait: as in `load_batches`.
     """
-    schedule = _Schedule(first_step, total_steps, plan=plan, rank=rank, world_size=world_size)
-    pin_memory, prefetch_factor = device.type == "cuda", 4 if workers else None
-    batches = load_batches(
-        crops,
-        workers=workers,
-        timeout_seconds=timeout_seconds,
-        batch_sampler=schedule,
-        pin_memory=pin_memory,
-        prefetch_factor=prefetch_factor,
-    )
-    return (batch.to(device) for batch in batches)
+    schedule = Schedule(first_step, total_steps, plan=plan, rank=rank, world_size=world_size)
+    limits = {"timeout_seconds": timeout_seconds, "longest_wait": longest_wait}
+    batches = host_batches(crops, schedule, workers=workers, pin_memory=device.type == "cuda", **limits)
+    return DevicePrefetch(batches, device) if device.type == "cuda" else (batch.to(device) for batch in batches)
+
+
+def host_batches(
+    crops: RandomCrops, schedule: Schedule, *, workers: int, pin_memory: bool, **limits: float
+) -> Iterator[Batch]:
+    """The micro-batches of a schedule in the memory of this process, their images channels last.
+
+    pin_memory: for a GPU to copy from. limits: `timeout_seconds` and `longest_wait` of `load_batches`.
+    """
+    keywords = {"workers": workers, "batch_sampler": schedule, "pin_memory": pin_memory} | limits
+    if not workers:
+        return load_batches(crops, **keywords)
+    # A worker is asked for batch j + workers * PREFETCHED when batch j is fetched: until then, batch j - 1 is copied.
+    slots = Slots(workers * PREFETCHED + 1, batch=schedule.plan.micro_batch, size=crops.size)
+    images = _CropsInSlots(crops, slots, block=schedule.block)
+    parcels = load_batches(images, prefetch_factor=PREFETCHED, **keywords)
+    return (parcel.open() if isinstance(parcel, Parcel) else parcel for parcel in parcels)  # what is pinned is open
 
 
 def evaluation_batches(

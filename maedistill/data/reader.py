@@ -13,6 +13,7 @@ from maedistill.data.download import RemoteShard
 from maedistill.data.index import ShardIndex
 from maedistill.data.read_ahead import ReadAhead, check_window
 from maedistill.data.remote import is_url
+from maedistill.data.tars import BLOCK, is_header_of
 from maedistill.errors import DataError
 
 MOST_OPEN = 64  # shards; many systems allow 1,024 open files, to be shared by all loader workers' sockets and pipes
@@ -91,11 +92,13 @@ class ShardReader:
 
     def _read(self, descriptor: int, i: int, shard: int) -> bytes:
         size, offset = int(self.index.sizes[i]), int(self.index.offsets[i])
+        if not is_header_of(os.pread(descriptor, BLOCK, offset - BLOCK), self.index.key(i)):
+            raise self._changed(shard, "holds other samples than its index says")
         data = os.pread(descriptor, size, offset)
         while len(data) < size:  # a read may be short, e.g. on a network disk or beyond 2 GiB
             more = os.pread(descriptor, size - len(data), offset + len(data))
             if not more:
-                raise self._changed(shard)
+                raise self._changed(shard, "has become shorter since its index was made")
             data += more
         return data
 
@@ -116,12 +119,12 @@ class ShardReader:
             raise DataError(f"{self.index.shards[shard]} is gone", "put the shard back, then start again") from error
         self._open[shard] = descriptor
         if os.fstat(descriptor).st_size != self.index.shard_bytes[shard]:
-            raise self._changed(shard)
+            raise self._changed(shard, "has changed its size since its index was made")
         return descriptor
 
-    def _changed(self, shard: int) -> DataError:
+    def _changed(self, shard: int, how: str) -> DataError:
         return DataError(
-            f"{self.index.shards[shard]} has changed its size since its index was made",
+            f"{self.index.shards[shard]} {how}",
             "copy the shard again; do not write shards while a run reads them",
         )
 

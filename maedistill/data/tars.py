@@ -18,6 +18,7 @@ from maedistill.errors import DataError
 BLOCK = 512  # bytes: tar headers are one block, data is padded to whole blocks
 LARGEST_EXTENSION = 1 << 20  # bytes of a long name or pax record; real ones have a few hundred
 LONGEST_NAME = 1024  # letters; systems allow 255 for a file and some thousands for its path
+_SURELY_IN_HEADER = 90  # letters of a name without its suffix; a header has 100
 READ = 1 << 20  # bytes read at once while the padding after the archive's end is checked
 
 REGULAR, DIRECTORY, PAX, PAX_GLOBAL, GNU_LONG_NAME = (b"0", b"\0"), b"5", b"x", b"g", b"L"
@@ -76,6 +77,16 @@ def walk_tar(file: BinaryIO, path: str) -> Iterator[Member]:
             )
 
 
+def is_header_of(header: bytes, key: str) -> bool:
+    """Whether the 512 bytes in front of a file may be its header: whether they name it `key` and a suffix.
+
+    Names that may not stand there in full, long or not ASCII, are taken on trust.
+    """
+    if len(key) > _SURELY_IN_HEADER or not key.isascii():
+        return True
+    return len(header) == BLOCK and _name(header).rpartition(".")[0] == key
+
+
 def _parse_header(path: str, header: bytes, position: int) -> tuple[str, int, bytes]:
     """Name, size in bytes and type flag of one 512-byte header."""
     if position == 0 and header.startswith(_COMPRESSED):
@@ -89,10 +100,14 @@ def _parse_header(path: str, header: bytes, position: int) -> tuple[str, int, by
     size = _number(header[124:136])
     if size is None:
         raise _damaged(path, f"has a header without a size at byte {position}")
+    return _name(header), size, header[156:157]
+
+
+def _name(header: bytes) -> str:
     name = header[:100].split(b"\0", 1)[0]
     if header[257:263] == b"ustar\0" and header[345]:
         name = header[345:500].split(b"\0", 1)[0] + b"/" + name
-    return _text(name), size, header[156:157]
+    return _text(name)
 
 
 def _number(field: bytes) -> int | None:

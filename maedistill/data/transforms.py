@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as vision
-from torchvision.transforms.v2.functional import InterpolationMode
+from torch.nn.functional import interpolate
 
 from maedistill.randomness import Stream, uniform
 
@@ -41,11 +40,27 @@ def random_box(
 
 
 def crop(image: Tensor, box: Box, *, size: int) -> Tensor:
-    """Cuts the box out and resizes it, bicubic with antialiasing: uint8 [3, H, W] -> uint8 [3, s, s]."""
+    """Cuts the box out and resizes it, bicubic with antialiasing: uint8 [3, H, W] -> uint8 [3, s, s], channels last.
+
+    The pixels of torchvision's `resized_crop`. Its crops are planar, and putting them so takes a third of its time.
+    """
     top, left, height, width = box
-    return vision.resized_crop(
-        image, top, left, height, width, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True
-    )
+    cut = image.permute(1, 2, 0)[None, top : top + height, left : left + width].permute(0, 3, 1, 2)  # [1, 3, h, w]
+    return interpolate(cut, size=(size, size), mode="bicubic", antialias=True)[0]
+
+
+def reduction_of(boxes: Sequence[Box], *, size: int) -> int:
+    """The smallest fraction of an image that still has all its boxes at `size` pixels or more: 1/1, 1/2, 1/4 or 1/8."""
+    shortest = min(min(height, width) for _, _, height, width in boxes)
+    return next(reduction for reduction in (8, 4, 2, 1) if reduction == 1 or shortest >= reduction * size)
+
+
+def reduced_box(box: Box, *, reduction: int) -> Box:
+    """The box in an image at 1 / `reduction` of its sides, each edge moved to the next border between pixels."""
+    top, left, height, width = box
+    edges = (top, left, top + height, left + width)
+    top, left, bottom, right = ((edge + reduction // 2) // reduction for edge in edges)
+    return top, left, bottom - top, right - left
 
 
 def centre_crop(image: Tensor, *, size: int, share: float) -> Tensor:

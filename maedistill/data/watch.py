@@ -18,6 +18,7 @@ import threading
 import time
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,16 +48,23 @@ class Images(Protocol):
 class Watch:
     """The workers of one loader. What its thread holds is this, not the batches: those may be left behind at any time.
 
-    table: what the workers keep, int64 [W, 3]. timeout_seconds: as in `load_batches`.
+    table: what the workers keep, int64 [W, 3]. timeout_seconds, longest_wait: as in `load_batches`.
     """
 
     def __init__(
-        self, processes: list[BaseProcess], table: np.ndarray, images: Images, *, timeout_seconds: float
+        self,
+        processes: list[BaseProcess],
+        table: np.ndarray,
+        images: Images,
+        *,
+        timeout_seconds: float,
+        longest_wait: float,
     ) -> None:
         self.turns = 0  # odd while a batch is waited for
         self._processes, self._table, self._owner = processes, table, os.getpid()
         self._index, self._timeout, self._longest_fetch = images.index, timeout_seconds, images.reader.longest_fetch
-        self._hang: DataError | None = None
+        self._longest_wait = longest_wait
+        self._hang: UserError | None = None
         self._ended = threading.Event()
         threading.Thread(target=self._look, name="loader-watch", daemon=True).start()
 
@@ -99,13 +107,13 @@ class Watch:
 
     def _look(self) -> None:
         """The thread. It counts looks and reads no clock: who stops this process (Ctrl-Z) stops its workers, too."""
-        period = min(_LOOK, self._timeout / 2)
+        period = min(_LOOK, self._timeout / 2, self._longest_wait / 2)
         seen, turns, quiet = self._table.copy(), 0, 0.0
         while not self._ended.wait(period):
             is_quiet = turns == self.turns and turns % 2 and np.array_equal(seen, self._table)
             seen, turns, quiet = self._table.copy(), self.turns, quiet + period if is_quiet else 0.0
             is_fetching = (seen[:, SAMPLE] != IDLE) & (seen[:, FETCHING] == 1)  # [W]
-            if quiet >= self._timeout + is_fetching.any() * self._longest_fetch:
+            if quiet >= min(self._timeout + is_fetching.any() * self._longest_fetch, self._longest_wait):
                 self._hang = _describe_hang(seen, quiet, self._index)
                 for process in self._processes:
                     process.kill()
@@ -132,10 +140,14 @@ def _cause_of_death(code: int) -> tuple[str, str]:
     return how, "look at that sample; a decoder that crashes is worth a report" + again
 
 
-def _describe_hang(table: np.ndarray, seconds: float, index: ShardIndex) -> DataError:
+def _describe_hang(table: np.ndarray, seconds: float, index: ShardIndex) -> UserError:
     rows = [row for row in table.tolist() if row[SAMPLE] != IDLE]
     if not rows:
-        return DataError(f"no batch came for {seconds:.0f} s, though no loader worker is at a sample", "start again")
+        states = ", ".join(f"process {pid} {_state(pid)}" for pid in table[:_SAID, PID].tolist())
+        return PeerError(
+            f"no batch came for {seconds:.0f} s, though no loader worker is at a sample: {states}",
+            "see what stopped them; the same command goes on from the last checkpoint",
+        )
     said = "; ".join(
         f"process {row[PID]} {'waits for the shard of' if row[FETCHING] else 'is at'} {sample_name(index, row[SAMPLE])}"
         for row in rows[:_SAID]
@@ -143,5 +155,15 @@ def _describe_hang(table: np.ndarray, seconds: float, index: ShardIndex) -> Data
     more = f"; and {len(rows) - _SAID} more" if len(rows) > _SAID else ""
     return DataError(
         f"{len(rows)} of {len(table)} loader workers have not moved for {seconds:.0f} s: {said}{more}",
-        "see to the disk or network drive that does not answer, and start again; data.timeout_seconds allows more",
+        "see to the disk, network drive or server that does not answer, and start again; data.timeout_seconds allows "
+        "more, as far as engine.timeout_seconds does",
     )
+
+
+def _state(pid: int) -> str:
+    """What the kernel says that a process is doing."""
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "is gone"
+    return {"T": "is stopped", "t": "is being traced", "D": "waits for a disk", "Z": "has ended"}.get(letter, "waits")

@@ -7,6 +7,7 @@ A worker that dies or hangs is an error that names its sample, never a wait: see
 
 import atexit
 import functools
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -30,12 +31,18 @@ _DETECTING, _ENDING = 2.0, 30.0  # seconds for a death to show; for a crash, of 
 
 
 def load_batches(
-    images: Images, *, workers: int, timeout_seconds: float = TIMEOUT_SECONDS, **keywords: Any
+    images: Images,
+    *,
+    workers: int,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    longest_wait: float = math.inf,
+    **keywords: Any,
 ) -> Iterator[Any]:
     """What `images.__getitems__` makes of each batch of ids, from `workers` processes that start now.
 
     timeout_seconds: how long all workers together may make no progress, by samples, while a batch is waited for. A
     remote shard that is on its way has bounds of its own (`Patience`): as long as one is, its `longest` comes on top.
+    longest_wait: what both together may not exceed, so that it is this error that ends a run.
     keywords: torch's for its DataLoader.
 
     A `UserError` in a worker is raised here as it was there. Raises `PeerError` for a worker that died, `DataError` for
@@ -43,7 +50,8 @@ def load_batches(
     """
     carrier = _Carrier(images)
     if workers:
-        return _WatchedBatches(carrier, workers=workers, timeout_seconds=timeout_seconds, **keywords)
+        limits = {"timeout_seconds": timeout_seconds, "longest_wait": longest_wait}
+        return _WatchedBatches(carrier, workers=workers, limits=limits, **keywords)
     return map(_unpack, DataLoader(carrier, collate_fn=_unchanged, **keywords))
 
 
@@ -83,7 +91,7 @@ class _Carrier(Dataset[Any]):
 class _WatchedBatches:
     """The batches, in order, and the processes that make them; these end with it, with any error, and at exit."""
 
-    def __init__(self, carrier: _Carrier, *, workers: int, timeout_seconds: float, **keywords: Any) -> None:
+    def __init__(self, carrier: _Carrier, *, workers: int, limits: dict[str, float], **keywords: Any) -> None:
         table = new_table(workers)  # [W, 3]
         loader = DataLoader(
             carrier,
@@ -95,7 +103,7 @@ class _WatchedBatches:
             **keywords,
         )
         self._batches, processes = _start(loader)
-        self._watch = Watch(processes, table, carrier.images, timeout_seconds=timeout_seconds)
+        self._watch = Watch(processes, table, carrier.images, **limits)
         # multiprocessing waits for its children at exit, and quiet ones do not heed its SIGTERM
         atexit.register(self._watch.kill)
 

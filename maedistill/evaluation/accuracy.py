@@ -31,7 +31,7 @@ from maedistill.data.workers import TIMEOUT_SECONDS
 from maedistill.errors import DataError, NumericsError
 from maedistill.machine import DTYPES
 from maedistill.training import distributed
-from maedistill.training.run_folder import write_text
+from maedistill.training.records import write_text
 
 _KEPT = 5  # classes kept of each image
 

@@ -21,7 +21,7 @@ from maedistill.machine import precision as resolve_precision
 from maedistill.models.classifier import Classifier, open_classifier
 from maedistill.models.saved import Weights
 from maedistill.training import distributed
-from maedistill.training.run_folder import write_text
+from maedistill.training.records import write_text
 
 _PATIENCE = 1800  # seconds that a rank waits for the others: their shares are equal, their machines may not be
 

@@ -16,7 +16,8 @@ from typing import Any
 from maedistill.grid.charts import accuracy_chart, latency_chart
 from maedistill.report import KNN_CAVEAT, PICTURE_NOTE, draw_curves, last_picture, losses_table, percent, summary
 from maedistill.training.metrics import duration, read_metrics
-from maedistill.training.run_folder import RunFolder, write_text
+from maedistill.training.records import write_text
+from maedistill.training.run_folder import RunFolder
 
 _Facts = Mapping[str, Any]
 

@@ -3,7 +3,7 @@
 Also the base of the two distillation methods, which add terms to its loss. A method is the module that the engine
 trains: images and a patch split in, named losses out.
 
-    B batch   N patches   S visible   P prefix tokens   D width   p patch side   s image side
+    B batch   N patches   S visible   H predicted   P prefix tokens   D width   p patch side   s image side
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from maedistill.data.transforms import normalize
 from maedistill.losses.pixels import patch_statistics, pixel_loss, pixel_target
-from maedistill.masking import PatchSplit, gather_rows
+from maedistill.masking import PatchSplit, gather_rows, num_visible
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder
 from maedistill.patches import patchify, unpatchify
@@ -23,7 +23,7 @@ Losses = dict[str, Tensor]
 
 
 class MAE(nn.Module):
-    """Encoder, decoder and the pixel loss."""
+    """Encoder, decoder and the pixel loss, which is taken over the share `predict` of the hidden patches."""
 
     mean: Tensor
     std: Tensor
@@ -37,10 +37,11 @@ class MAE(nn.Module):
         std: Sequence[float],
         pixel_kind: str = "patch",
         pixel_weight: float = 1.0,
+        predict: float = 1.0,
     ) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        self.pixel_kind, self.pixel_weight = pixel_kind, pixel_weight
+        self.pixel_kind, self.pixel_weight, self.predict = pixel_kind, pixel_weight, predict
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -53,21 +54,28 @@ class MAE(nn.Module):
         """The pixel loss and the tapped features {block: [B, P + S, D]} of the student."""
         normalized = normalize(images, self.mean, self.std)
         tokens, tapped = self.encoder(normalized, split.student, taps=taps)  # [B, P + S, D]
-        predicted = self.decoder(tokens, split)  # [B, N - S, p*p*3]
-        return pixel_loss(
-            predicted, pixel_target(self._hidden(images, normalized, split), kind=self.pixel_kind)
-        ), tapped
+        hidden = split.hidden[:, : self.num_predicted(split)]  # [B, H]: the order is random, so the first are any
+        predicted = self.decoder(tokens, split, hidden)  # [B, H, p*p*3]
+        target = pixel_target(self.pixels_of(images, normalized, hidden), kind=self.pixel_kind)
+        return pixel_loss(predicted, target), tapped
+
+    def num_predicted(self, split: PatchSplit) -> int:
+        """How many of the hidden patches of an image are predicted in training: H."""
+        return num_visible(self.predict, split.hidden.shape[1])
 
     @torch.no_grad()
     def draw(self, images: Tensor, split: PatchSplit) -> Tensor:
         """Predicted pixels of the hidden patches in [0, 1], the visible ones left black: [B, 3, s, s].
 
-        Normalised targets are un-normalised with the statistics of the true patch, as MAE's own pictures are.
+        Normalised targets are un-normalised with the statistics of the true patch, as MAE's own pictures are. All are
+        predicted, at most so many at once as in training: the decoder sees what it is used to.
         """
         normalized = normalize(images, self.mean, self.std)
         tokens, _ = self.encoder(normalized, split.student)
-        shift, scale = patch_statistics(self._hidden(images, normalized, split), kind=self.pixel_kind)
-        rows = self.decoder(tokens, split).float() * scale + shift  # [B, N - S, p*p*3]
+        shift, scale = patch_statistics(self.pixels_of(images, normalized, split.hidden), kind=self.pixel_kind)
+        parts = split.hidden.split(self.num_predicted(split), dim=1)
+        rows = torch.cat([self.decoder(tokens, split, part) for part in parts], dim=1)  # [B, N - S, p*p*3]
+        rows = rows.float() * scale + shift
         if self.pixel_kind != "patch_channel":  # back from the student's normalisation to [0, 1]
             repeat = rows.shape[-1] // 3
             rows = rows * self.std.flatten().repeat(repeat) + self.mean.flatten().repeat(repeat)
@@ -75,7 +83,7 @@ class MAE(nn.Module):
         canvas.scatter_(1, split.hidden[..., None].expand_as(rows), rows)
         return unpatchify(canvas, self.encoder.patch_size).clamp(0, 1)
 
-    def _hidden(self, images: Tensor, normalized: Tensor, split: PatchSplit) -> Tensor:
-        """Pixel rows of the hidden patches. AMD normalises plain pixels, the others the student's normalised input."""
+    def pixels_of(self, images: Tensor, normalized: Tensor, ids: Tensor) -> Tensor:
+        """Pixel rows of the patches `ids` [B, M]: in AMD plain ones, else of the student's normalised input."""
         source = images if self.pixel_kind == "patch_channel" else normalized
-        return gather_rows(patchify(source, self.encoder.patch_size), split.hidden)  # [B, N - S, p*p*3]
+        return gather_rows(patchify(source, self.encoder.patch_size), ids)  # [B, M, p*p*3]

@@ -1,23 +1,25 @@
-"""The light decoder: visible tokens and mask tokens in, pixels of the hidden patches out (MAE, section 3).
+"""The light decoders: visible tokens and mask tokens in, pixels of hidden patches out.
 
-B batch   N patches   S visible   P prefix tokens   D encoder width   W decoder width   p patch side
+`TokenDecoder` is MAE's (He et al., 2022, section 3): a small ViT over visible and hidden rows. In `CrossDecoder` (after
+CrossMAE, Fu et al., 2024) hidden rows read the visible ones and never each other, so that it costs less and a patch is
+predicted the same whatever others are.
+
+    B batch   N patches   S visible   H predicted, of the N - S hidden   P prefix tokens   D encoder width   W own width
+    p patch side
 """
 
-from functools import partial
-
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from maedistill.masking import PatchSplit, gather_rows
+from maedistill.models.blocks import CrossBlock, LayerNorm, TransformerBlock
 from maedistill.models.positions import position_table
-
-# timm's Block with the LayerNorm epsilon of all three papers, MLP ratio 4 and qkv bias.
-TransformerBlock = partial(Block, mlp_ratio=4.0, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 
 
 class TokenDecoder(nn.Module):
-    """A small ViT over all N patches that predicts pixels for the hidden ones only."""
+    """A small ViT over the visible and the predicted patches; a hidden patch that is not predicted takes no part."""
+
+    block: type[nn.Module] = TransformerBlock
 
     def __init__(
         self,
@@ -38,22 +40,41 @@ class TokenDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         table = position_table(positions, grid=grid, width=width, num_prefix=num_prefix)
         self.register_buffer("pos_embed", table)  # [1, P + N, W]
-        self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.blocks = nn.ModuleList(self.block(width, heads) for _ in range(depth))
+        self.norm = LayerNorm(width)
         self.head = nn.Linear(width, patch_size**2 * 3)
 
-    def rows(self, tokens: Tensor, split: PatchSplit) -> Tensor:
-        """Decoded rows of every patch, in the order of `split.order`: tokens [B, P + S, D] -> [B, P + N, W]."""
-        prefix, table = self.pos_embed[:, : self.num_prefix], self.pos_embed[:, self.num_prefix :]
-        positions = torch.cat([prefix.expand(len(tokens), -1, -1), gather_rows(table, split.order)], dim=1)
-        x = self.embed(tokens)  # [B, P + S, W]
-        hidden = self.mask_token.expand(len(x), split.hidden.shape[1], -1).to(x.dtype)  # [B, N - S, W]
-        x = torch.cat([x, hidden], dim=1) + positions  # [B, P + N, W]
-        for block in self.blocks:
-            x = block(x)
-        return x
+    def forward(self, tokens: Tensor, split: PatchSplit, hidden: Tensor | None = None) -> Tensor:
+        """Predicted pixel targets: tokens [B, P + S, D] -> [B, H, p*p*3], in the order of `hidden`.
 
-    def forward(self, tokens: Tensor, split: PatchSplit) -> Tensor:
-        """Predicted pixel targets of the hidden patches: tokens [B, P + S, D] -> [B, N - S, p*p*3]."""
-        hidden = self.rows(tokens, split)[:, self.num_prefix + split.num_student :]  # [B, N - S, W]
-        return self.head(self.norm(hidden))
+        hidden: ids of the patches to predict, int64 [B, H]; by default all that `split` hides from the student.
+        """
+        rows = self.rows(tokens, split, hidden, first=self.num_prefix + split.num_student)  # [B, H, W]
+        return self.head(self.norm(rows))
+
+    def rows(self, tokens: Tensor, split: PatchSplit, hidden: Tensor | None = None, *, first: int = 0) -> Tensor:
+        """Rows `first` and after of the last block: prefix, visible and then hidden ones, [B, P + S + H - first, W]."""
+        x = torch.cat(self.inputs(tokens, split, hidden), dim=1)  # [B, P + S + H, W]
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.blocks[-1](x, first=first)
+
+    def inputs(self, tokens: Tensor, split: PatchSplit, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What is known and what is asked, with positions: [B, P + S, W] and [B, H, W]."""
+        prefix, table = self.pos_embed[:, : self.num_prefix], self.pos_embed[:, self.num_prefix :]
+        positions = torch.cat([prefix.expand(len(tokens), -1, -1), gather_rows(table, split.student)], dim=1)
+        asked = self.mask_token + gather_rows(table, split.hidden if hidden is None else hidden)
+        return self.embed(tokens) + positions, asked
+
+
+class CrossDecoder(TokenDecoder):
+    """Hidden rows that read the visible ones only. Each block has its own keys and values of the last encoder block."""
+
+    block = CrossBlock
+
+    def forward(self, tokens: Tensor, split: PatchSplit, hidden: Tensor | None = None) -> Tensor:
+        """As `TokenDecoder`'s; a patch's prediction does not depend on which others are in `hidden`."""
+        known, rows = self.inputs(tokens, split, hidden)
+        for block in self.blocks:
+            rows = block(rows, known)  # [B, H, W]
+        return self.head(self.norm(rows))

@@ -39,12 +39,7 @@ class MaskedEncoder(nn.Module):
     def embed(self, images: Tensor, ids: Tensor | None) -> Tensor:
         """Tokens of the chosen patches, positions added, prefix first: [B, 3, s, s], [B, M] -> [B, P + M, D]."""
         vit = self.vit
-        patches = patchify(images, self.patch_size)  # [B, N, p*p*3]
-        rows = vit.pos_embed[:, -(self.grid**2) :]  # [1, N, D]
-        if ids is not None:
-            patches, rows = gather_rows(patches, ids), gather_rows(rows, ids)  # [B, M, ...]
-        weight = rearrange(vit.patch_embed.proj.weight, "d c p q -> d (p q c)")
-        x = vit.patch_embed.norm(F.linear(patches, weight, vit.patch_embed.proj.bias)) + rows  # [B, M, D]
+        x = self.embed_patches(images, ids)  # [B, M, D]
         prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
         if prefix:
             head = torch.cat(prefix, dim=1)  # [1, P, D]
@@ -52,6 +47,16 @@ class MaskedEncoder(nn.Module):
                 head = head + vit.pos_embed[:, : self.num_prefix]
             x = torch.cat([head.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # [B, P + M, D]
         return vit.norm_pre(vit.pos_drop(x))
+
+    def embed_patches(self, images: Tensor, ids: Tensor | None) -> Tensor:
+        """The chosen patches with positions, nothing computed for the others: [B, 3, s, s], [B, M] -> [B, M, D]."""
+        embed = self.vit.patch_embed
+        patches = patchify(images, self.patch_size)  # [B, N, p*p*3]
+        rows = self.vit.pos_embed[:, -(self.grid**2) :]  # [1, N, D]
+        if ids is not None:
+            patches, rows = gather_rows(patches, ids), gather_rows(rows, ids)  # [B, M, ...]
+        weight = rearrange(embed.proj.weight, "d c p q -> d (p q c)")
+        return embed.norm(F.linear(patches, weight, embed.proj.bias)) + rows
 
     def forward(
         self, images: Tensor, ids: Tensor | None = None, *, taps: Sequence[int] = (), to_last_tap: bool = False

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from maedistill.masking import PatchSplit, gather_rows
-from maedistill.models.decoder import TransformerBlock
+from maedistill.models.blocks import TransformerBlock
 from maedistill.models.positions import position_table
 
 
@@ -38,6 +38,6 @@ class Generator(nn.Module):
         missing = split.num_teacher - split.num_student
         mask_tokens = self.mask_token.expand(len(projected), missing, -1).to(projected.dtype)
         x = torch.cat([projected, mask_tokens], dim=1) + gather_rows(self.pos_embed, split.teacher)  # [B, T, D_t]
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        return x[:, split.num_student :]
+        return self.blocks[-1](x, first=split.num_student)

@@ -39,7 +39,11 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, split: PatchSplit) -> dict[int, Tensor]:
-        """images in [0, 1], [B, 3, s, s] -> {block: [B, Q + T, D_t]}, rows in the order of `split.teacher`.
+        """images in [0, 1], [B, 3, s, s] -> {block: [B, Q + T, D_t]}, rows in the order of `split.teacher`."""
+        return self.encoder(self.prepare(images), split.teacher, taps=self.taps, to_last_tap=True)[1]
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """What the encoder reads: images in [0, 1], [B, 3, s, s] -> normalised, at the teacher's own size.
 
         Where the teacher's patches have another size than the student's, the image is resized so that both see the
         same grid: patch i covers the same part of the picture for both.
@@ -47,5 +51,4 @@ class Teacher(nn.Module):
         if images.shape[-1] != self.image_size:
             size = [self.image_size, self.image_size]
             images = vision.resize(images, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
-        images = normalize(images, self.mean, self.std).to(self.dtype)
-        return self.encoder(images, split.teacher, taps=self.taps, to_last_tap=True)[1]
+        return normalize(images, self.mean, self.std).to(self.dtype)

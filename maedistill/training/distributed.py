@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -146,6 +146,15 @@ def copy_to_main(tensors: dict[str, Tensor], name: str, value: Tensor) -> None:
     """Stores a CPU copy of a tensor that every rank has under `name` on rank 0, nothing elsewhere."""
     if is_main():
         tensors[name] = value.detach().to("cpu", copy=True)
+
+
+def gather_objects(value: T) -> list[T]:
+    """Collective. The picklable values of all ranks in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def gather_rows(rows: Tensor) -> Tensor:

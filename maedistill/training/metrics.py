@@ -4,8 +4,9 @@ import json
 import math
 import resource
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from torch import Tensor
 
 from maedistill.errors import DataError
 from maedistill.training import distributed
-from maedistill.training.run_folder import write_text
+from maedistill.training.records import Lines, warn, write_text
+
+_BEARABLE = 0.05  # share of the time that may go by in waiting for data
+_PATIENCE = 3  # log intervals above it in a row, before a person is told
 
 
 class Averages:
@@ -53,28 +57,34 @@ class MetricsFile:
         self.path = folder / "metrics.jsonl"
         kept = [record for record in read_metrics(folder) if record["step"] <= first_step]
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-        self.file = self.path.open("a", buffering=1)
+        self.lines = Lines(self.path)
         self.board = _tensorboard(folder / "tb", first_step) if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one object; numbers also go to TensorBoard. JSON has no inf or nan: they become null."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.board is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(name, value, step)
+        self.lines.append(json.dumps({"step": step, **values}))
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        self._show(lambda board: [board.add_scalar(name, value, step) for name, value in numbers.items()])
 
     def picture(self, step: int, name: str, pixels: Any) -> None:
         """Shows an image [H, W, 3] of uint8 in TensorBoard."""
-        if self.board is not None:
-            self.board.add_image(name, pixels, step, dataformats="HWC")
+        self._show(lambda board: board.add_image(name, pixels, step, dataformats="HWC"))
 
     def close(self) -> None:
-        """Flushes both."""
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
+        """Flushes both. Raises DataError where the disk does not take the last lines of metrics.jsonl."""
+        self._show(lambda board: board.close())
+        self.lines.close()
+
+    def _show(self, act: Callable[[Any], object]) -> None:
+        """Does something with TensorBoard's events, which nobody gets any more once a disk was full."""
+        if self.board is None:
+            return
+        try:
+            act(self.board)
+        except OSError as error:
+            self.board = None
+            warn(f"no more TensorBoard events in this start: {error}")
 
 
 @contextmanager
@@ -86,8 +96,11 @@ def open_metrics(folder: Path, *, first_step: int, tensorboard: bool) -> Iterato
     metrics = MetricsFile(folder, first_step=first_step, tensorboard=tensorboard)
     try:
         yield metrics
-    finally:
-        metrics.close()
+    except BaseException:
+        with suppress(DataError):  # the error that ends the run is the news
+            metrics.close()
+        raise
+    metrics.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -144,6 +157,36 @@ class Clock:
         self.trained += elapsed
         self.restart()
         return rate, share
+
+
+class WaitHint:
+    """Says once what to do where training keeps waiting for images: `_PATIENCE` intervals in a row above `_BEARABLE`.
+
+    The first interval does not count: in it the loader's processes start and caches are cold.
+    """
+
+    def __init__(self) -> None:
+        self._seen = self._in_a_row = 0
+
+    def note(self, share: float, *, workers: int) -> str | None:
+        """The hint, the first time that it is due. share: of the interval spent waiting; workers: loader processes."""
+        self._seen += 1
+        if self._in_a_row < _PATIENCE and self._seen > 1:
+            self._in_a_row = self._in_a_row + 1 if share > _BEARABLE else 0
+            if self._in_a_row == _PATIENCE:
+                return wait_hint(share, workers=workers)
+        return None
+
+
+def wait_hint(share: float, *, workers: int) -> str:
+    """What helps a run that waits for images."""
+    decoder = "" if find_spec("simplejpeg") else "a faster JPEG decoder (pip install simplejpeg), "
+    return (
+        f"hint     {share:.0%} of the time is spent waiting for images. What helps: more loader processes "
+        f"(data.workers, now {workers}), {decoder}smaller images (tools/make_shards.py --shorter-side 256), in "
+        "pre-training several crops of each decoded image (data.views_per_image); "
+        "tools/benchmark.py loader measures them"
+    )
 
 
 def duration(seconds: float) -> str:

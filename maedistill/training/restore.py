@@ -95,6 +95,8 @@ def _read_state(checkpoint: Path) -> tuple[dict[str, float], dict[str, Any]]:
             raise Damage("it belongs to another step")
         if not isinstance(state, dict) or not isinstance(scalars, dict):
             raise Damage("it does not say what the engine and the loop were at")
+        if state.get("step", document["step"]) != document["step"]:
+            raise Damage("its loop was at another step")
         if not all(type(value) in (int, float) and abs(value) < 2**63 for value in scalars.values()):
             raise Damage("the engine's scalars are no numbers")
     except Damage as problem:

@@ -27,11 +27,13 @@ from maedistill.config.render import config_yaml
 from maedistill.config.schema import RunConfig
 from maedistill.errors import ConfigError, DataError, Preempted, UserError
 from maedistill.training import distributed
-from maedistill.training.checkpoint import latest_step
+from maedistill.training.checkpoint import checkpoint_steps, latest_step
 from maedistill.training.lock import FolderLock
+from maedistill.training.records import warn, write_text
 
 STAGES: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 _BEFORE_A_RUN = {"exit.json", "lock", "pictures"}  # what a start that failed early leaves
+_RESTORE = "restore it from a copy, or use another run="
 _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy")
 
 
@@ -75,11 +77,15 @@ class RunFolder:
 
     def check(self, config: RunConfig, facts: dict[str, Any], *, fresh: bool, extend: bool) -> None:
         """The part of `open` that only looks."""
-        if foreign := self._foreign():
+        if "checkpoints" in (foreign := self._foreign()):
+            raise ConfigError(
+                f"run: {self._facts} is gone, without which nothing vouches for the checkpoints", _RESTORE
+            )
+        if foreign:
             raise ConfigError(f"run: {self.path} holds something else than a run ({foreign[0]})", "use another run=")
         if os.path.lexists(self.checkpoints) and not os.path.isdir(self.checkpoints):
             raise ConfigError(f"run: {self.checkpoints} is no folder", "remove it, or use another run=")
-        if latest_step(self.checkpoints) is None:  # before the first checkpoint there is nothing to protect
+        if not checkpoint_steps(self.checkpoints):  # before the first checkpoint there is nothing to protect
             return
         if fresh:
             raise ConfigError(
@@ -95,6 +101,8 @@ class RunFolder:
                 f"run: {self.path} was written by another version (its run.json says stage {stage!r})",
                 "use another run=",
             )
+        if not os.path.exists(self.config):
+            raise ConfigError(f"run: {self.config} is gone, so nobody knows the settings of the run", _RESTORE)
         return load_config(self.config, root=STAGES[stage]).config
 
     def facts(self) -> dict[str, Any]:
@@ -135,7 +143,7 @@ class RunFolder:
 
     def _write_end(self, exit_code: int, reason: str) -> None:
         untouched = self._lock is None  # nothing there is ours
-        refused = self._in_use or (untouched and (latest_step(self.checkpoints) is not None or self._foreign()))
+        refused = self._in_use or (untouched and (checkpoint_steps(self.checkpoints) or self._foreign()))
         if refused or not distributed.is_main():
             return  # a start that was refused leaves the record of the run that lives here
         self._write(exit_code, reason)
@@ -148,8 +156,8 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / "exit.json", json.dumps(end) + "\n")
-        except OSError as error:  # what ended the run is the news, not this
-            print(f"exit.json could not be written: {error}", file=sys.stderr, flush=True)
+        except (OSError, DataError) as error:  # what ended the run is the news, not this
+            warn(f"exit.json could not be written: {error}")
 
     def _foreign(self) -> list[str]:
         """Names in the folder where it is no run's and not empty: somebody's data, perhaps."""
@@ -190,13 +198,6 @@ class RunFolder:
                 f"now {facts['data']['images']}, {facts['data']['fingerprint'][:12]})",
                 "name the same shards, wherever they are now, or use another run=",
             )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _start() -> dict[str, Any]:

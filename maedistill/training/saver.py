@@ -16,6 +16,7 @@ kernel, imports nothing, and the locks of malloc and logging are made whole at a
 
 import sys
 import threading
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -23,9 +24,10 @@ from typing import Any, Self
 from timm.utils import ModelEmaV3
 
 from maedistill.errors import DataError
-from maedistill.training.checkpoint import WRITE_ERRORS, failed_write, take_snapshot, write_snapshot
+from maedistill.training.checkpoint import WRITE_ERRORS, Snapshot, failed_write, take_snapshot, write_snapshot
 from maedistill.training.distributed import on_main
 from maedistill.training.engine import Engine
+from maedistill.training.records import Lines
 
 _PATIENCE = 60  # seconds that a run which has failed waits for a disk
 
@@ -57,16 +59,30 @@ class Saver:
             else:
                 self._conclude(self.most_failures + 1)
 
-    def save(self, *, step: int, engine: Engine, state: dict[str, Any], ema: ModelEmaV3 | None = None) -> None:
+    def save(
+        self,
+        *,
+        step: int,
+        engine: Engine,
+        state: dict[str, Any],
+        ema: ModelEmaV3 | None = None,
+        records: Sequence[Lines] = (),
+    ) -> None:
         """Collective. Takes the checkpoint of `step` and begins to write it, once the one before is written.
 
-        state: plain JSON types, handed back by `load_latest`. Raises what `settle` raises.
+        state: plain JSON types, handed back by `load_latest`. records: what the run has said up to this step; on rank 0
+        it is on the disk before the checkpoint is, or there is no checkpoint. Raises what `settle` raises.
         """
         self.settle()
         snapshot = take_snapshot(step=step, engine=engine, state=state, ema=ema)
         if snapshot is not None:
-            write = partial(write_snapshot, self.folder, snapshot, keep=self.keep, keep_every=self.keep_every)
-            self._writing = _Writing(write, step)
+            self._writing = _Writing(partial(self._write, snapshot, records), step)
+
+    def _write(self, snapshot: Snapshot, records: Sequence[Lines]) -> None:
+        """What the thread does."""
+        for lines in records:
+            lines.flush()
+        write_snapshot(self.folder, snapshot, keep=self.keep, keep_every=self.keep_every)
 
     def settle(self) -> None:
         """Collective. Waits for the write under way; DataError on every rank when it was one failure too many."""
@@ -101,7 +117,7 @@ class Saver:
 class _Writing(threading.Thread):
     """One checkpoint on its way to the disk. A daemon, so that a dead disk does not keep a dead process alive."""
 
-    def __init__(self, write: partial[Path], step: int) -> None:
+    def __init__(self, write: partial[None], step: int) -> None:
         super().__init__(target=write, name=f"checkpoint of step {step}", daemon=True)
         self.step = step
         self.error: Exception | None = None

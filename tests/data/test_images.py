@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from maedistill.data.convert import convert
-from maedistill.data.images import BadImage, decode_rgb
+from maedistill.data.images import JPEG_DECODERS, BadImage, decode, decode_rgb, open_image
 
 
 def encode(image, kind, **options):
@@ -57,17 +58,70 @@ def test_plain_files_give_pillows_pixels_and_keep_their_bytes(kind, mode):
     assert converted.is_grayscale == (mode == "L" and kind != "WEBP")  # WebP has no grayscale
 
 
-def test_real_photographs_decode_as_pillow_does(shared):
-    for path in sorted((shared / "data" / "imagenet500").glob("*/*"))[:40:4]:
-        data = path.read_bytes()
-        assert np.array_equal(to_array(decode_rgb(data)), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+def decode_by(decoder, data, **keywords):
+    with open_image(data) as image:
+        return decode(image, data, decoder=decoder, **keywords)
 
 
-def test_without_torchvisions_decoder_pillow_gives_the_same(monkeypatch):
-    data = encode(picture(), "JPEG")
-    expected = decode_rgb(data)
-    monkeypatch.setattr("maedistill.data.images._decode_jpeg", None)
-    assert torch.equal(decode_rgb(data), expected)
+def test_all_decoders_give_pillows_pixels_of_500_photographs(shared):
+    """Grayscale ones are among them."""
+    files, modes = sorted((shared / "data" / "imagenet500").glob("*/*")), set()
+    assert len(files) == 500 and len(JPEG_DECODERS) > 1
+    for data in map(Path.read_bytes, files):
+        image = Image.open(io.BytesIO(data))
+        modes.add(image.mode)
+        expected = np.asarray(image.convert("RGB"))
+        for decoder in JPEG_DECODERS[:-1]:
+            assert np.array_equal(to_array(decode_by(decoder, data)), expected)
+    assert modes == {"RGB", "L"}
+
+
+JPEGS = {
+    "plain": ("RGB", {}),
+    "grayscale": ("L", {}),
+    "full chroma": ("RGB", {"subsampling": 0}),
+    "progressive": ("RGB", {"progressive": True}),
+    "restarts": ("RGB", {"restart_marker_blocks": 1}),
+    "coarse": ("RGB", {"quality": 5}),
+    "RGB": ("RGB", {"keep_rgb": True}),
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("size", [(64, 48), (61, 43), (8, 9), (1, 1)])
+def test_all_decoders_give_the_same_pixels_of_all_kinds_of_jpeg_at_all_reductions(kind, size):
+    mode, options = JPEGS[kind]
+    data = encode(picture(mode, size=size), "JPEG", **options)
+    for reduction in (r for r in (1, 2, 4, 8) if r <= min(size)):
+        expected = decode_by("pillow", data, reduction=reduction)
+        assert expected.shape == (3, -(-size[1] // reduction), -(-size[0] // reduction))
+        for decoder in JPEG_DECODERS:
+            assert torch.equal(decode_by(decoder, data, reduction=reduction), expected), (decoder, reduction)
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+def test_a_reduced_photograph_is_the_mean_of_its_pixels_for_every_decoder(shared, reduction):
+    for file in sorted((shared / "data" / "imagenet500").glob("*/*"))[::50]:
+        data = file.read_bytes()
+        found = decode_by(JPEG_DECODERS[0], data, reduction=reduction)
+        for decoder in JPEG_DECODERS[1:]:
+            assert torch.equal(found, decode_by(decoder, data, reduction=reduction))
+        whole = decode_rgb(data).float()
+        height, width = (side // reduction for side in whole.shape[1:])
+        means = torch.nn.functional.avg_pool2d(whole, reduction)  # what the 8 x 8 cosines amount to, but for overshoot
+        assert (found[:, :height, :width] - means).abs().mean() < 3, file
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGB"), ("WEBP", "RGB"), ("JPEG", "CMYK")])
+def test_what_cannot_be_reduced_comes_whole(kind, mode):
+    data = encode(picture(mode, size=(40, 30)), kind)
+    assert torch.equal(decode_by(JPEG_DECODERS[0], data, reduction=4), decode_rgb(data))
+
+
+def test_without_simplejpeg_torchvision_decodes():
+    code = "import sys; sys.modules['simplejpeg'] = None; from maedistill.data.images import JPEG_DECODERS as found; "
+    done = subprocess.run([sys.executable, "-c", code + "print(*found)"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["torchvision", "pillow"]
 
 
 def test_exif_orientation_is_ignored():
@@ -168,6 +222,24 @@ def test_cut_files_are_bad(kind):
     for length in (0, 5, len(data) // 3, len(data) // 2, len(data) - 40):
         with pytest.raises(BadImage):
             decode_rgb(data[:length])
+
+
+def verdict(decoder, data):
+    try:
+        return decode_by(decoder, data).numpy().tobytes()
+    except BadImage as error:
+        return str(error)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(edits=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=4), cut=st.integers(0, 300))
+def test_all_decoders_judge_a_damaged_jpeg_alike(edits, cut):
+    """Otherwise what a run reads would depend on what is installed."""
+    data = bytearray(encode(picture(size=(40, 30)), "JPEG"))
+    for position, value in edits:
+        data[position % len(data)] = value
+    damaged = bytes(data[: len(data) - max(0, cut - 250)])
+    assert len({verdict(decoder, damaged) for decoder in JPEG_DECODERS}) == 1
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

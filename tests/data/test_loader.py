@@ -1,7 +1,9 @@
 """The loader: the same samples, crops, flips and masks in any layout; bad images replaced, and errors that arrive."""
 
 import io
+import os
 import tarfile
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,10 +11,13 @@ import torch
 from PIL import Image
 
 from maedistill.config.batch import batch_plan
+from maedistill.data import loader
 from maedistill.data.augment import RandAugment
+from maedistill.data.images import JPEG_DECODERS, decode
 from maedistill.data.index import open_index
-from maedistill.data.loader import CentreCrops, RandomCrops, evaluation_batches, training_batches
+from maedistill.data.loader import PREFETCHED, CentreCrops, RandomCrops, evaluation_batches, training_batches
 from maedistill.data.order import SampleOrder
+from maedistill.data.slots import Parcel
 from maedistill.data.transforms import random_flip, to_unit
 from maedistill.errors import DataError
 from maedistill.masking import random_split
@@ -143,6 +148,81 @@ def test_what_stands_in_for_a_bad_image_is_of_the_same_subset(tars):
     crops = crops_of(tars["some"], subset=torch.tensor([3, 5, 7, 8]))
     samples = torch.cat([batch.samples for part in batches_of(crops, *LAYOUTS[0]).values() for batch in part])
     assert sorted(samples.unique().tolist()) == [5, 8]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_batch_is_overwritten_while_it_is_taken_over(shards, workers, monkeypatch):
+    """The workers make what they may while a batch waits in its slot; that slot must not be among what they fill."""
+    crops, take = crops_of(open_index(str(shards / "train-*.tar"))), Parcel.open
+    monkeypatch.setattr(Parcel, "open", lambda parcel: time.sleep(0.1) or take(parcel))
+    steps = batches_of(crops, 1, workers, 6)
+    assert sum(map(len, steps.values())) > 2 * (PREFETCHED * workers + 1)
+    monkeypatch.undo()
+    assert given(steps) == given(batches_of(crops, *LAYOUTS[0]))
+
+
+def test_images_need_no_room_in_shared_files(shards):
+    """/dev/shm is 64 MB in many a container."""
+    before = set(os.listdir("/dev/shm"))
+    for batch in training_batches(
+        crops_of(open_index(str(shards / "train-*.tar"))),
+        0,
+        6,
+        plan=batch_plan(24, 24, world_size=1),
+        rank=0,
+        world_size=1,
+        workers=1,
+        device=torch.device("cpu"),
+    ):
+        assert batch.images.is_contiguous() and not batch.images.is_shared()
+        assert not any(name.startswith("torch_") for name in set(os.listdir("/dev/shm")) - before)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Six large smooth pictures as JPEG, and the same as PNG."""
+    folder, draws = tmp_path_factory.mktemp("photographs"), torch.Generator().manual_seed(0)
+    for kind in ("JPEG", "PNG"):
+        with tarfile.open(folder / f"{kind}.tar", "w") as tar:
+            for i in range(6):
+                coarse = torch.randint(0, 256, (6, 8, 3), dtype=torch.uint8, generator=draws)
+                file = io.BytesIO()
+                Image.fromarray(coarse.numpy()).resize((401 + i, 307 - i), Image.Resampling.BICUBIC).save(file, kind)
+                info = tarfile.TarInfo(f"{i}.{kind.lower()}")
+                info.size = file.tell()
+                file.seek(0)
+                tar.addfile(info, file)
+    return {kind: open_index(str(folder / f"{kind}.tar")) for kind in ("JPEG", "PNG")}
+
+
+def scaled(index, views, **options):
+    order = SampleOrder(index.starts, seed=SEED, views=views)
+    keywords = {"seed": SEED, "size": 32, "scale": (0.2, 1.0), "ratio": (0.75, 4 / 3)}
+    return RandomCrops(index, order, **keywords, **options)
+
+
+@pytest.mark.parametrize("views", [1, 4])
+def test_scaled_decoding_shows_the_same_boxes_from_fewer_pixels(photographs, views, monkeypatch):
+    """Also where an image has several views: all come from one decoding, at the reduction that the smallest allows."""
+    asked = []
+    monkeypatch.setattr(loader, "decode", lambda *a, **k: asked.append(k["reduction"]) or decode(*a, **k))
+    index, positions = photographs["JPEG"], list(range(24))
+    whole = scaled(index, views).__getitems__(positions)
+    assert set(asked) == {1}
+    asked.clear()
+    found = scaled(index, views, scaled_decode=True).__getitems__(positions)
+    assert len(asked) == len(positions) // views and set(asked) <= {2, 4, 8} and (views > 1 or len(set(asked)) > 1)
+    assert torch.equal(found.samples, whole.samples)
+    difference = (found.images.int() - whole.images).abs().float().flatten(1).mean(1)  # [24]
+    assert difference.min() > 0 and difference.max() < 8, "an edge may be half a pixel of the reduced image off"
+    for decoder in JPEG_DECODERS:
+        same = scaled(index, views, scaled_decode=True, decoder=decoder).__getitems__(positions)
+        assert torch.equal(same.images, found.images)
+
+
+def test_scaled_decoding_leaves_other_formats_as_they_are(photographs):
+    one, other = (scaled(photographs["PNG"], 2, scaled_decode=on).__getitems__(list(range(12))) for on in (True, False))
+    assert torch.equal(one.images, other.images)
 
 
 def test_samples_without_label_have_minus_one(tars):

@@ -7,10 +7,13 @@ what a full disk does to the largest file first. Each run goes on from step 32 o
 import json
 import resource
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from maedistill.training.metrics import read_metrics
 from maedistill.training.restore import newest_intact
 
 GOES_ON = ["method=mae", "optim.epochs=5"]
@@ -57,6 +60,50 @@ def test_a_full_disk_ends_a_run_with_exit_3_and_with_room_it_comes_to_the_same_e
     again = pretraining(interrupted.name, *GOES_ON)
     assert "continues at step 32 of 40" in again.out
     assert_same_end(interrupted, mae.run)
+
+
+def test_a_disk_that_takes_nothing_at_all_for_a_while_costs_nothing(pretraining, mae, interrupted):
+    """Not one line of metrics.jsonl; its pictures are left out."""
+    started = pretraining.start(
+        interrupted.name, *GOES_ON, "log.pictures_every_epochs=0.1", witness=True, WITNESS_PACE="0.3"
+    )
+    pid, everything = started.processes[0].pid, resource.RLIM_INFINITY
+    wait_for(lambda: 34 <= last_step(interrupted) < 38)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (10, everything))
+    time.sleep(1)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (everything, everything))
+    ended = started.finish()
+    assert ended.err.count("metrics.jsonl cannot be written (File too large); its lines wait for room") == 1
+    assert ".png is left out" in ended.err
+    assert [record["step"] for record in read_metrics(interrupted) if "loss" in record] == list(range(1, 41))
+    assert_same_end(interrupted, mae.run)
+
+
+def test_a_disk_that_takes_nothing_ends_a_run_with_exit_3_and_leaves_nothing(pretraining, mae, interrupted):
+    # without TensorBoard, whose own thread would print a traceback first
+    settings = [*GOES_ON, "log.tensorboard=false"]
+    started = pretraining.start(interrupted.name, *settings, witness=True, WITNESS_PACE="0.3")
+    wait_for(lambda: 34 <= last_step(interrupted) < 38)
+    resource.prlimit(started.processes[0].pid, resource.RLIMIT_FSIZE, (10, 10))
+    ended = started.finish(3)
+    assert "Traceback" not in ended.err and "exit.json could not be written" in ended.err
+    assert not list(interrupted.rglob("*.tmp"))
+    assert checkpoints(interrupted) == ["step_000000032"]
+    pretraining(interrupted.name, *GOES_ON)
+    assert [record["step"] for record in read_metrics(interrupted) if "loss" in record] == list(range(1, 41))
+    assert_same_end(interrupted, mae.run)
+
+
+def last_step(run: Path) -> int:
+    """The last that has a record; 40 until the start has opened its records."""
+    return max(record["step"] for record in read_metrics(run))
+
+
+def wait_for(there: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_one_checkpoint_that_cannot_be_written_is_a_warning_and_the_run_goes_on(pretraining, mae, interrupted):

@@ -1,5 +1,7 @@
 """What holds for all three methods: gradients reach everything, nothing is uninitialised, terms add up, loss falls."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,14 +11,16 @@ from maedistill.masking import PatchSplit, random_split
 from maedistill.methods.amd import AMD
 from maedistill.methods.dmae import DMAE
 from maedistill.methods.mae import MAE
-from maedistill.models.decoder import TokenDecoder
+from maedistill.models.decoder import CrossDecoder, TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
 from maedistill.models.source import open_source
 from maedistill.models.teacher import Teacher
+from maedistill.patches import patchify, unpatchify
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 CASES = ["mae", "dmae", "amd", "amd with class token", "amd learned", "dmae mlp", "dmae two pairs"]
+CASES += ["mae cross", "dmae partial", "amd cross partial"]
 
 
 def build(case: str) -> tuple[MAE, Teacher | None, PatchSplit, torch.Tensor]:
@@ -28,8 +32,10 @@ def build(case: str) -> tuple[MAE, Teacher | None, PatchSplit, torch.Tensor]:
     vit = build_vit("vit_tiny_patch16_224", image_size=32, class_token=token, positions=positions, **shape)
     encoder = MaskedEncoder(vit)
     shape = {"width": 16, "depth": 1, "heads": 2, "grid": 8, "patch_size": 4}
-    decoder = TokenDecoder(32, num_prefix=encoder.num_prefix, **shape)
+    kind = CrossDecoder if "cross" in case else TokenDecoder
+    decoder = kind(32, num_prefix=encoder.num_prefix, **shape)
     keywords = {"mean": MEAN, "std": STD, "pixel_kind": "patch_channel" if name == "amd" else "patch"}
+    keywords |= {"predict": 0.25} if "partial" in case else {}
     teacher = None
     if name != "mae":
         pairs = {"student_taps": (1,), "teacher_taps": (2,)}
@@ -85,7 +91,7 @@ def test_terms_add_up_by_name(case: str) -> None:
     assert len(groups["align/"]) == count and len(groups["generate/"]) == (count if "amd" in case else 0)
 
 
-@pytest.mark.parametrize("case", ["mae", "dmae", "amd"])
+@pytest.mark.parametrize("case", ["mae", "dmae", "amd", "mae cross", "dmae partial"])
 def test_one_batch_is_learned(case: str) -> None:
     method, teacher, split, images = build(case)
     initialize(method, seed=0)
@@ -102,24 +108,40 @@ def test_one_batch_is_learned(case: str) -> None:
     assert all(falls.values()), falls
 
 
+def perfect(method: MAE, images: torch.Tensor, _: torch.Tensor, split: PatchSplit, ids: torch.Tensor) -> torch.Tensor:
+    """A decoder that knows the answers."""
+    normalized = normalize(images, method.mean, method.std)
+    return pixel_target(method.pixels_of(images, normalized, ids), kind=method.pixel_kind)
+
+
 def test_a_picture_of_perfect_predictions_is_the_image() -> None:
     """`draw` inverts exactly what the loss compares with, for every kind of target."""
-    for kind in ("raw", "patch", "patch_channel"):
-        method, _, split, images = build("mae")
+    for kind, case in (("raw", "mae"), ("patch", "mae partial"), ("patch_channel", "mae")):
+        method, _, split, images = build(case)
         initialize(method, seed=0)
         method.pixel_kind = kind
-        hidden = {}
-
-        def perfect(tokens: torch.Tensor, split: PatchSplit, method: MAE = method, kept: dict = hidden) -> torch.Tensor:
-            return kept["target"]
-
-        normalized = normalize(images, method.mean, method.std)
-        hidden["target"] = pixel_target(method._hidden(images, normalized, split), kind=kind)
-        method.decoder.forward = perfect
+        method.decoder.forward = partial(perfect, method, images)
         drawn = method.draw(images, split)
         rows = torch.zeros(4, 64).scatter_(1, split.hidden, 1.0)
         mask = rows.view(4, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
         torch.testing.assert_close(drawn, images * mask, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("decoder", ["", "cross"])
+def test_a_share_is_predicted_of_pixels_that_the_rest_does_not_touch(decoder: str) -> None:
+    """12 of 48: the loss is the mean over them, and what the other hidden patches hold changes nothing."""
+    method, _, split, images = build(f"mae {decoder} partial")
+    initialize(method, seed=0)
+    asked, left = split.hidden[:, :12], split.hidden[:, 12:]
+    normalized = normalize(images, method.mean, method.std)
+    predicted = method.decoder(method.encoder(normalized, split.student)[0], split, asked)
+    target = pixel_target(method.pixels_of(images, normalized, asked), kind="patch")
+    expected = (predicted - target).square().mean()
+    noisy = patchify(images, 4).scatter(1, left[..., None].expand(-1, -1, 48), 7.0)
+    for version in (images, unpatchify(noisy, 4)):
+        torch.testing.assert_close(method(version, split)["pixels"], expected)
+    shown = method.draw(images, split)
+    assert (patchify(shown, 4).gather(1, left[..., None].expand(-1, -1, 48)) > 0).any(2).all(), "pictures show all"
 
 
 def test_student_and_teacher_patches_cover_the_same_part_of_the_image() -> None:
@@ -135,7 +157,7 @@ def test_student_and_teacher_patches_cover_the_same_part_of_the_image() -> None:
     assert int(means.argmax()) == 21
 
 
-@pytest.mark.parametrize("case", ["mae", "dmae", "amd"])
+@pytest.mark.parametrize("case", ["mae", "dmae", "amd", "mae cross", "amd cross partial"])
 def test_student_and_teacher_are_captured_as_whole_graphs(case: str) -> None:
     """No graph breaks under torch.compile; the backend that only replays the graph needs no compiler."""
     method, teacher, split, images = build(case)

@@ -62,6 +62,17 @@ def test_a_refused_start_leaves_the_record_of_the_run_and_a_new_start_removes_it
     assert not record.exists()  # a killed run must not look finished
 
 
+def test_checkpoints_bind_whether_they_are_whole_or_not(config):
+    """Their owner may have a copy: nothing that vouches for it may be written over."""
+    folder = begun(config)
+    (folder.checkpoints / "step_000000001" / "COMPLETE").unlink()
+    assert "seed: 0 there, 1 now" in refused(folder, config("seed=1"))
+    folder.config.unlink()
+    assert "config.yaml is gone" in refused(folder, config())
+    (folder.path / "run.json").unlink()
+    assert "run.json is gone" in refused(folder, config())
+
+
 def test_a_folder_that_cannot_be_made_is_the_user_s_news(config, tmp_path, capsys):
     (tmp_path / "run").write_text("a file")
     folder = RunFolder(tmp_path / "run")

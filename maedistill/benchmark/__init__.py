@@ -1,0 +1,1 @@
+"""Where the time goes on this machine: measured side by side, counted where counting is possible."""

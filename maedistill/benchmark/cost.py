@@ -1,0 +1,184 @@
+"""What a run will take: hours to the end of a config, from the speeds of step and loader here, and what limits it.
+
+    EngineStep -> images/s of one GPU       RandomCrops on data.train -> images/s of one core
+    both, and communication.py -> images/s of one GPU among many -> epochs x images -> hours
+
+Without shards the loader is not measured, and taken to keep up. Without a GPU, step and loader share the cores.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from maedistill.benchmark.communication import BANDWIDTH, OnPaper, on_paper
+from maedistill.benchmark.engine_step import EngineStep
+from maedistill.benchmark.report import Report, Row
+from maedistill.benchmark.timing import Rates, interleave
+from maedistill.build_pretraining import build_crops
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.data.cache import set_cache
+from maedistill.data.index import ShardIndex, open_index
+from maedistill.data.loader import RandomCrops
+from maedistill.machine import cpu_share
+from maedistill.start import join
+from maedistill.training.engine import shutdown_distributed
+
+IMAGENET_IMAGES = 1_281_167  # of ImageNet-1K, on which the papers train
+_STEP_SECONDS = 1.0  # that a step takes at most
+_ROUND_SECONDS = 2.0  # for which each path runs in a round
+_LOADED = 32  # images that the loader makes between two looks at the clock
+STEP, LOADER = "step, images/s", "loader, images/s of a core"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one GPU of a run does, and one core of its loader."""
+
+    cluster: OnPaper  # with its speed by itself, and what exchanging gradients adds
+    loader: float | None  # images per second and core; None: not measured
+    cores: int  # that load for one GPU
+    shared: bool  # without a GPU: the cores compute the steps as well
+
+    @property
+    def step(self) -> float:
+        """Images per second of one GPU that need not wait for data, among the others."""
+        return self.cluster.images_per_second / self.cluster.ranks
+
+    @property
+    def images_per_second(self) -> float:
+        """Of one GPU."""
+        if self.loader is None:
+            return self.step
+        loaded = self.loader * self.cores
+        return 1 / (1 / self.step + 1 / loaded) if self.shared else min(self.step, loaded)
+
+    @property
+    def cores_needed(self) -> float:
+        """Loader cores that one GPU's step keeps busy."""
+        return self.step / self.loader
+
+    @property
+    def limit(self) -> str:
+        """What to mend first."""
+        if self.loader is not None and self.loader * self.cores < self.step:
+            return "loader"
+        return "exchange of gradients" if self.cluster.reduce > self.cluster.compute else "step"
+
+
+def measure_cost(config: PretrainConfig, *, gpus: int, rounds: int) -> Report:
+    """Measures step and loader here, in turn, and says what the config's epochs take on `gpus` such devices.
+
+    Raises ConfigError where so many cannot share the batch, DataError for shards that cannot be read.
+    """
+    plan = config.share_batch(gpus)
+    index = _open_shards(config)
+    join(config)
+    try:
+        step = EngineStep(config)
+        if step.device.type != "cuda":
+            step.take_what_fits(_STEP_SECONDS)
+        paths = {STEP: _for_a_while(step)}
+        if index is not None:
+            paths[LOADER] = _for_a_while(_one_core(build_crops(config, index)))
+        rates = interleave(paths, rounds=rounds)
+        alone = rates[STEP].spread.median
+        update = {"images": plan.micro_batch * plan.accumulation, "parameters": step.parameters}
+        cluster = on_paper(gpus, images_per_second=alone, zero=config.engine.zero, **update)
+    finally:
+        shutdown_distributed()
+    has_gpu = step.device.type == "cuda"
+    cores = cpu_share(min(gpus, torch.cuda.device_count() or 1))
+    workers = config.data.workers if config.data.workers is not None else min(8, cores)
+    loader = rates[LOADER].spread.median if index is not None else None
+    speed = Speed(cluster, loader, cores=min(cores, max(1, workers)) if has_gpu else cores, shared=not has_gpu)
+    return cost_report(config, speed, rates, batch=step.batch, images=None if index is None else len(index))
+
+
+def cost_report(
+    config: PretrainConfig, speed: Speed, rates: dict[str, Rates], *, batch: int, images: int | None
+) -> Report:
+    """The tables. batch: images of a measured step; images: how many data.train holds, where it is named."""
+    device, ranks = "CPU" if speed.shared else "GPU", speed.cluster.ranks
+    tables: dict[str, list[Row]] = {
+        f"measured, steps of {batch} images": [{"what": name, "speed": rate.spread} for name, rate in rates.items()],
+        f"a run on {ranks} of this {device}": [_run_row(speed)],
+        f"{config.optim.epochs:g} epochs": [
+            _hours_row(name, count * config.optim.epochs, speed, device=device)
+            for name, count in (("data.train", images), ("ImageNet-1K", IMAGENET_IMAGES))
+            if count is not None
+        ],
+    }
+    remarks = [f"{speed.limit} limits"]
+    if speed.loader is None:
+        remarks.append("data.train is not named: the loader was not measured, and is taken to keep up")
+    elif speed.shared:
+        remarks.append(f"without a GPU, step and loader share {speed.cores} cores: their times add up")
+    else:
+        remarks.append(f"one GPU keeps {speed.cores_needed:.2g} loader cores busy; counted on are {speed.cores}")
+    if ranks > 1:
+        remarks.append(
+            f"exchange of gradients: on paper, at {BANDWIDTH / 1e9:g} GB/s per {device}, assumed (communication.py)"
+        )
+    return Report(tables, [*remarks, "images of the steps were noise; pictures, kNN and checkpoints come on top"])
+
+
+def _run_row(speed: Speed) -> Row:
+    """One device among the others."""
+    cluster = speed.cluster
+    return {
+        "images/s of each": round(speed.images_per_second, 1),
+        "images per update of each": cluster.images,
+        "gradients' share of a step": f"{1 - cluster.efficiency:.1%}",
+        "loader cores to keep up": "-" if speed.loader is None else f"{speed.cores_needed:.2g}",
+        "limit": speed.limit,
+    }
+
+
+def _hours_row(name: str, images: float, speed: Speed, *, device: str) -> Row:
+    hours = images / speed.images_per_second / 3600
+    return {
+        "data": name,
+        "images": round(images),
+        f"{device}-hours": hours,
+        f"hours on {speed.cluster.ranks}": hours / speed.cluster.ranks,
+    }
+
+
+def _open_shards(config: PretrainConfig) -> ShardIndex | None:
+    """The index of data.train, where it is named."""
+    if not config.data.train:
+        return None
+    set_cache(folder=config.data.cache_folder, gigabytes=config.data.cache_gb)
+    return open_index(config.data.train, index=config.data.index)
+
+
+def _one_core(crops: RandomCrops) -> Callable[[], int]:
+    """Loads the next images of the run, as a loader process does."""
+    position = 0
+
+    def load() -> int:
+        nonlocal position
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        crops.__getitems__(list(range(position, position + count)))
+        torch.set_num_threads(threads)
+        position += count
+        return count
+
+    views = crops.order.views
+    count = -(-_LOADED // views) * views
+    return load
+
+
+def _for_a_while(work: Callable[[], int]) -> Callable[[], int]:
+    """Repeats `work` until its time in a round is over."""
+
+    def repeated() -> int:
+        images, start = 0, time.perf_counter()
+        while time.perf_counter() - start < _ROUND_SECONDS:
+            images += work()
+        return images
+
+    return repeated

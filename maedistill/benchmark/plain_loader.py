@@ -1,0 +1,36 @@
+"""The loader that most projects have: an image folder, Pillow, torchvision's transforms to float32, a DataLoader.
+
+It is DMAE's, and MAE's, in every step; the yardstick of ours.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import Compose, InterpolationMode, Normalize, RandomHorizontalFlip, ToTensor
+from torchvision.transforms import RandomResizedCrop as Crop
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def write_folder(folder: Path, files: Iterable[bytes]) -> None:
+    """The encoded images as files of one class, in order."""
+    (folder / "class").mkdir()
+    for number, data in enumerate(files):
+        (folder / "class" / f"{number:06d}.jpg").write_bytes(data)
+
+
+def plain_batches(
+    folder: Path, order: list[int], *, size: int, scale: tuple[float, float], batch: int, workers: int
+) -> Iterator[list[Tensor]]:
+    """Batches of float32 [b, 3, s, s] and labels int64 [b].
+
+    folder, order: what `write_folder` wrote, and which of its files comes when.
+    """
+    crop = Crop(size, scale=scale, interpolation=InterpolationMode.BICUBIC)
+    transform = Compose([crop, RandomHorizontalFlip(), ToTensor(), Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    images = Subset(ImageFolder(str(folder), transform), order)
+    context = "fork" if workers else None
+    return iter(DataLoader(images, batch_size=batch, num_workers=workers, multiprocessing_context=context))

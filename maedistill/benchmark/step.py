@@ -1,0 +1,219 @@
+"""`benchmark step`: how fast an optimizer step is, what it computes and where its time goes, against the plain one.
+
+    config -> Contest -> FLOPs counted, memory, steps interleaved, shares of time -> Report
+
+Images are made up, and weights that would be downloaded: speed depends on neither.
+"""
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from maedistill.benchmark.matrix_peak import matrix_peak
+from maedistill.benchmark.memory import peak_memory
+from maedistill.benchmark.report import Report, Row
+from maedistill.benchmark.timing import Rates, interleave, ratio, spread
+from maedistill.benchmark.training_step import Contest, TrainingStep
+from maedistill.build_pretraining import mask_sizes
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.flops import count_flops
+from maedistill.machine import DTYPES
+from maedistill.start import join
+from maedistill.training import distributed
+from maedistill.training.engine import shutdown_distributed
+
+_STEP_SECONDS = 0.7  # the batch is doubled until a step takes longer
+_ROUND_SECONDS = 0.5  # a round repeats a step until it has taken so long
+PLAIN, OURS, COMPILED, ENGINE = "plain", "ours", "ours, compiled", "ours, DeepSpeed engine"
+PUBLISHED = "plain, published decoder"
+Steps = dict[str, TrainingStep]
+
+
+def measure_step(config: PretrainConfig, *, batch: int | None, rounds: int) -> Report:
+    """Steps of `batch` images; None: so many that a step takes about a second, at most engine.micro_batch.
+
+    Opens a process group of one for the engine, and closes it. Raises ConfigError for a number format that the
+    machine has not, and for a teacher that cannot be built.
+    """
+    join(config)
+    try:
+        contest = Contest(without_download(config), distributed.device())
+        steps = {PLAIN: contest.plain(), OURS: contest.ours()}
+        chosen = batch or _batch(contest, steps[OURS], most=config.engine.micro_batch)
+        contest.take(chosen)
+        return _compare(contest, steps, batch=chosen, rounds=rounds)
+    finally:
+        shutdown_distributed()
+
+
+def without_download(config: PretrainConfig) -> PretrainConfig:
+    """The config with random weights in a teacher of the same shape, where the real ones are a download or a file."""
+    teacher = config.teacher
+    kind, _, name = (teacher.source or "").partition(":")
+    name = {"timm": name, "file": teacher.model}.get(kind)
+    if name is None:
+        return config
+    changed = {"source": f"random:{name}", "model": None, "sha256": None}
+    return config.model_copy(update={"teacher": teacher.model_copy(update=changed)})
+
+
+def _compare(contest: Contest, steps: Steps, *, batch: int, rounds: int) -> Report:
+    """All tables; what needs memory for itself comes before the other steps are made."""
+    device, is_compiled = contest.device, contest.config.engine.compile or contest.device.type == "cuda"
+    methods = {PLAIN: contest.plain_method, OURS: contest.method}
+    losses = {name: _loss(step, steps[OURS]) for name, step in steps.items()}
+    memory = {name: _memory(step, device) / batch for name, step in steps.items()}
+    if (published := contest.published_method()) is not None:
+        methods[PUBLISHED], steps[PUBLISHED] = published, contest.plain(published)
+    if is_compiled:
+        steps[COMPILED] = contest.ours(compiled=True)
+    steps[ENGINE] = contest.engine(compiled=is_compiled)
+    best = COMPILED if is_compiled else OURS
+    peak, side = matrix_peak(DTYPES[contest.precision], device)
+    repeats = math.ceil(_ROUND_SECONDS / _seconds(steps[OURS], device))
+    paths = {name: _path(step, device, batch=batch, repeats=repeats) for name, step in steps.items()}
+    rates = interleave(paths, rounds=rounds)
+    shares = {name: _shares(steps[name], device, repeats=rounds * repeats) for name in (PLAIN, best)}
+    flops = {name: _flops(contest, method) for name, method in methods.items()}
+    tables = {
+        f"steps of {batch} images, {contest.precision}": _speed(rates, flops, peak),
+        "images/s against each other": _ratios(rates, best),
+        "GFLOP per image, counted": _side_by_side("part", flops),
+        "share of time": _side_by_side("part", shares),
+        f"MB per image, {_MEMORY[device.type]}": [{name: size / 1e6 for name, size in memory.items()}],
+    }
+    return Report(tables, _remarks(contest, batch=batch, peak=peak, side=side, losses=losses, steps=steps))
+
+
+_MEMORY = {
+    "cuda": "most that forward and backward pass allocate at once",
+    "cpu": "most bytes of tensors of forward and backward pass that are alive at once, counted",
+}
+
+
+def _flops(contest: Contest, method: nn.Module) -> dict[str, float]:
+    """GFLOP per image by part, of a method with our teacher or the plain one, as it is ours or plain."""
+    teacher = contest.teacher if method is contest.method else contest.plain_teacher
+    student_sees, teacher_sees = mask_sizes(contest.config, contest.num_patches)
+    return count_flops(method, teacher, num_student=student_sees, num_teacher=teacher_sees)
+
+
+@torch.no_grad()
+def _loss(step: TrainingStep, ours: TrainingStep) -> float:
+    """The loss of the images and masks that `ours` draws."""
+    images, split = ours.draw()
+    target = step.teacher(images, split) if step.teacher is not None else None
+    return step.losses(images, split, target)["loss"].item()
+
+
+def _memory(step: TrainingStep, device: torch.device) -> int:
+    """What forward and backward pass need at once, beside weights, gradients and the optimizer's moments."""
+    step.gradients()  # makes room for the gradients
+    found = peak_memory(step.gradients, device)
+    step()  # and gives it back
+    return found
+
+
+def _batch(contest: Contest, step: TrainingStep, *, most: int) -> int:
+    """The smallest power of two whose step takes `_STEP_SECONDS`, or `most`."""
+    batch = 1
+    while True:
+        contest.take(batch)
+        step()  # the first of a shape is slower
+        if batch == most or _seconds(step, contest.device) > _STEP_SECONDS:
+            return batch
+        batch = min(2 * batch, most)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _seconds(step: TrainingStep, device: torch.device) -> float:
+    """One step."""
+    _wait(device)
+    start = time.perf_counter()
+    step()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _path(step: TrainingStep, device: torch.device, *, batch: int, repeats: int) -> Callable[[], int]:
+    """What `interleave` times: some steps, to their end on the device."""
+
+    def run() -> int:
+        for _ in range(repeats):
+            step()
+        _wait(device)
+        return batch * repeats
+
+    return run
+
+
+def _shares(step: TrainingStep, device: torch.device, *, repeats: int) -> dict[str, float]:
+    """Share of each part in the time of a step that waits for the device after each."""
+    spent: dict[str, float] = {}
+    for _ in range(repeats):
+        _wait(device)
+        last = time.perf_counter()
+
+        def mark(part: str) -> None:
+            nonlocal last
+            _wait(device)
+            now = time.perf_counter()
+            spent[part] = spent.get(part, 0.0) + now - last
+            last = now
+
+        step(mark)
+    total = sum(spent.values())
+    return {part: seconds / total for part, seconds in spent.items()}
+
+
+def _speed(rates: dict[str, Rates], flops: dict[str, dict[str, float]], peak: float) -> list[Row]:
+    """One line per step: images/s, and how near its own FLOPs come to the matrix peak."""
+    rows = []
+    for name, rate in rates.items():
+        per_image = flops.get(name, flops[OURS])["total"] * 1e9
+        share = spread(tuple(images * per_image / peak for images in rate.rounds))
+        rows.append({"step": name, "images/s": rate.spread, "MFU": share})
+    return rows
+
+
+def _ratios(rates: dict[str, Rates], best: str) -> list[Row]:
+    """Which step is how many times as fast as which, within rounds."""
+    pairs = [(name, other) for name in (OURS, COMPILED) for other in (PLAIN, PUBLISHED)] + [(ENGINE, best)]
+    known = [(name, other) for name, other in pairs if name in rates and other in rates]
+    return [{"step": name, "against": other, "times": ratio(rates[name], rates[other])} for name, other in known]
+
+
+def _side_by_side(key: str, columns: dict[str, dict[str, float]]) -> list[Row]:
+    """One line per part, one column per step."""
+    parts = dict.fromkeys(part for column in columns.values() for part in column)
+    return [{key: part} | {name: column.get(part, 0.0) for name, column in columns.items()} for part in parts]
+
+
+def _remarks(
+    contest: Contest, *, batch: int, peak: float, side: int, losses: dict[str, float], steps: Steps
+) -> list[str]:
+    """How to read the tables."""
+    config = contest.config
+    lines = [
+        f"plain: the same weights and losses as published loops compute them ({contest.plain_precision}): all patches "
+        "embedded then dropped, whole teacher, argsort and unshuffle, every patch predicted (by cross-attention: every "
+        "hidden one asked for), softmax(QK')V written out, loss.item() at every step, torch's default AdamW loop",
+        f"loss of the same images and masks: {losses[PLAIN]:.6f} plain, {losses[OURS]:.6f} ours",
+        f"MFU: counted FLOPs against {peak / 1e9:,.1f} GFLOP/s, the fastest square matrix product here (side {side}, "
+        f"{contest.precision})",
+        f"a step takes {batch} images: --batch, or so many that it lasts about a second, at most engine.micro_batch="
+        f"{config.engine.micro_batch}",
+        "images are made up: nothing waits for data here, `benchmark.py loader` measures that",
+    ]
+    if contest.plain_teacher is not None:
+        lines.append(f"teacher: {config.teacher.source}; the plain one also runs {contest.plain_teacher.title}")
+    if PUBLISHED in steps:
+        lines.append(f"{PUBLISHED}: the student's is 512 wide, 8 blocks, 16 heads: more work than {PLAIN} and ours do")
+    return lines

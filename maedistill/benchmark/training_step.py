@@ -1,0 +1,205 @@
+"""One optimizer step on made-up images, in parts that can be timed: ours, the plain one, ours through the engine.
+
+    draw -> teacher -> losses -> backward -> update
+
+The learning rate is 0, so that all train the same weights without moving them; an update costs the same.
+
+    B images   N patches   s image side
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from maedistill.benchmark.plain_step import PlainTeacher, plain_method
+from maedistill.build_pretraining import (
+    build_encoder,
+    build_method,
+    build_teacher,
+    build_teacher_source,
+    mask_sizes,
+    split_of,
+)
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.data.transforms import random_flip, to_unit
+from maedistill.machine import DTYPES, precision
+from maedistill.masking import PatchSplit
+from maedistill.methods.mae import MAE, Target
+from maedistill.models.decoder import TokenDecoder
+from maedistill.models.encoder import MaskedEncoder
+from maedistill.models.initialize import initialize
+from maedistill.models.teacher import Teacher
+from maedistill.training.engine import Engine
+from maedistill.training.optim import build_optimizer, parameter_groups
+
+PUBLISHED_DECODER = {"width": 512, "depth": 8, "heads": 16}  # of MAE's ViT-B, L and H (He et al., 2022), and of DMAE
+LARGE = 768  # the width of ViT-B
+Mark = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """draw() -> images [B, 3, s, s] in [0, 1] and their split; losses and what follows as in the training loop."""
+
+    draw: Callable[[], tuple[Tensor, PatchSplit]]
+    teacher: Callable[[Tensor, PatchSplit], Target] | None
+    losses: Callable[[Tensor, PatchSplit, Target | None], dict[str, Tensor]]
+    backward: Callable[[Tensor], None]
+    update: Callable[[], object]
+
+    def __call__(self, mark: Mark = lambda part: None) -> None:
+        """Runs the step; `mark` is called after each part with its name."""
+        self.gradients(mark)
+        self.update()
+        mark("optimizer")
+
+    def gradients(self, mark: Mark = lambda part: None) -> None:
+        """All of it but the update."""
+        images, split = self.draw()
+        mark("images and masks")
+        target = self.teacher(images, split) if self.teacher is not None else None
+        mark("teacher")
+        loss = self.losses(images, split, target)["loss"]
+        mark("student forward")
+        self.backward(loss)
+        mark("backward")
+
+
+class Contest:
+    """The networks of a config, ours and plain around the same weights, and their steps on `images` [B, 3, s, s]."""
+
+    images: Tensor  # uint8, as the loader hands them over
+
+    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        encoder = build_encoder(config)
+        self.source = source = build_teacher_source(config, grid=encoder.grid)
+        self.method: MAE = build_method(config, encoder, source).to(device)
+        self.plain_method = plain_method(self.method)
+        self.num_patches = encoder.grid**2
+        self.precision = precision(config.engine.precision, device)
+        # Published loops run in fp16 on a GPU, with a loss scale.
+        self.plain_precision = "fp16" if device.type == "cuda" and self.precision != "fp32" else self.precision
+        self.teacher: Teacher | None = None
+        self.plain_teacher: PlainTeacher | None = None
+        if source is not None:
+            self.teacher = build_teacher(config, copy.deepcopy(source), device)
+            exact = Teacher(source, taps=config.align.teacher).to(device)
+            if self.teacher.dtype == exact.dtype:
+                self.teacher = exact
+            self.plain_teacher = PlainTeacher(exact, _teacher_decoder(config, exact.encoder).to(device))
+
+    def take(self, batch: int) -> None:
+        """Makes up `batch` images, with which all steps go on."""
+        side = self.config.data.image_size
+        self.images = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8, device=self.device)
+        self._unit, self._positions = to_unit(self.images), torch.arange(batch, device=self.device)
+
+    def ours(self, *, compiled: bool = False) -> TrainingStep:
+        """What the training loop does, around a bare optimizer."""
+        method, teacher = self.method, self.teacher
+        if compiled:
+            method, teacher = torch.compile(method), torch.compile(teacher) if teacher is not None else None
+        losses, optimizer = self._autocast(method, self.precision), self._optimizer(self.method)
+        return self._bare(self._draw, teacher, losses, optimizer, scaled=self.precision == "fp16")
+
+    def engine(self, *, compiled: bool = False) -> TrainingStep:
+        """The same through DeepSpeed, as training runs it, around a copy of the weights."""
+        method, teacher = copy.deepcopy(self.method), self.teacher
+        if compiled:
+            method.compile()
+            teacher = torch.compile(teacher) if teacher is not None else None
+        settings = {"zero": self.config.engine.zero, "precision": self.precision, "clip": self.config.optim.clip}
+        engine = Engine(method, self._optimizer(method), micro_batch=len(self.images), accumulation=1, **settings)
+        return TrainingStep(self._draw, teacher, engine, engine.backward, engine.step)
+
+    def plain(self, method: MAE | None = None) -> TrainingStep:
+        """`plain_method` or another one: with torch's own choice of AdamW loop, reading the loss at every step."""
+        method = method or self.plain_method
+        groups = parameter_groups(method, self.config.optim.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=self.config.optim.betas)
+        # As published, the teacher runs in the student's format; where ours is exact, the plain one is, too.
+        number = self.plain_precision if self.teacher and self.teacher.dtype != torch.float32 else "fp32"
+        teacher = self.plain_teacher and self._autocast(self.plain_teacher, number)
+        losses = self._autocast(method, self.plain_precision)
+        step = self._bare(self._plain_draw, teacher, losses, optimizer, scaled=self.plain_precision == "fp16")
+
+        def backward(loss: Tensor) -> None:
+            loss.item()  # waits for the device
+            step.backward(loss)
+
+        return replace(step, backward=backward)
+
+    def published_method(self) -> MAE | None:
+        """The plain method with the decoder that MAE and DMAE are published with, where the config's is another.
+
+        None where it is the same, for AMD, whose decoders are light, and for students of teachers below ViT-B.
+        """
+        config = self.config
+        if config.method == "amd" or self.source is None or self.source.encoder.width < LARGE:
+            return None
+        if _size(config) == PUBLISHED_DECODER:
+            return None
+        changed = config.model_copy(update={"decoder": type(config.decoder)(**PUBLISHED_DECODER)})
+        return plain_method(build_method(changed, build_encoder(changed), self.source).to(self.device))
+
+    def _draw(self) -> tuple[Tensor, PatchSplit]:
+        """The loop's way from bytes to what is fed in."""
+        images = to_unit(self.images)
+        if self.config.data.flip:
+            images = random_flip(images, self._positions, seed=self.config.seed)
+        return images, split_of(self.config, self._positions, self.num_patches)
+
+    def _plain_draw(self) -> tuple[Tensor, PatchSplit]:
+        """Images that the loader has converted already, and a patch order by sorting noise."""
+        noise = torch.rand(len(self._unit), self.num_patches, device=self.device)
+        return self._unit, PatchSplit(noise.argsort(dim=1), *mask_sizes(self.config, self.num_patches))
+
+    def _optimizer(self, method: MAE) -> torch.optim.AdamW:
+        groups = parameter_groups(method, self.config.optim.weight_decay)
+        return build_optimizer(groups, lr=0.0, betas=self.config.optim.betas)
+
+    def _autocast(self, module: nn.Module, number: str) -> Callable:
+        """Calls `module` in the number format."""
+
+        def call(*inputs: object) -> dict:
+            with torch.autocast(self.device.type, dtype=DTYPES[number], enabled=number != "fp32"):
+                return module(*inputs)
+
+        return call
+
+    def _bare(
+        self,
+        draw: Callable,
+        teacher: Callable | None,
+        losses: Callable,
+        optimizer: torch.optim.AdamW,
+        *,
+        scaled: bool,
+    ) -> TrainingStep:
+        """A step without engine; `scaled`: with the loss scale of fp16."""
+        scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+
+        def update() -> None:
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+        return TrainingStep(draw, teacher, losses, lambda loss: scaler.scale(loss).backward(), update)
+
+
+def _teacher_decoder(config: PretrainConfig, encoder: MaskedEncoder) -> TokenDecoder:
+    """A random decoder of the size that such a teacher is published with; ours for teachers below ViT-B's width."""
+    size = PUBLISHED_DECODER if encoder.width >= LARGE else _size(config)
+    shape = {"grid": encoder.grid, "patch_size": encoder.patch_size, "num_prefix": encoder.num_prefix}
+    decoder = TokenDecoder(encoder.width, **size, **shape)
+    initialize(decoder, seed=0)
+    return decoder
+
+
+def _size(config: PretrainConfig) -> dict[str, int]:
+    """Of the student's decoder."""
+    return config.decoder.model_dump(include=set(PUBLISHED_DECODER))

@@ -1,0 +1,58 @@
+"""Transformer blocks of decoders and generators: timm's, for the rows that are read only, and one of cross-attention.
+
+Both reach their weights through submodules only, because ZeRO 3 gathers parameters where a submodule is called.
+
+    B batch   R rows   Q rows that are read   C context rows   W width
+"""
+
+from functools import partial
+
+from einops import rearrange
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # of MAE, DMAE and AMD
+
+
+class TransformerBlock(Block):
+    """timm's Block as the papers have it: MLP ratio 4, qkv bias."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm)
+
+    def forward(self, x: Tensor, *, first: int = 0) -> Tensor:
+        """Rows `first` and after of the block's output: [B, R, W] -> [B, Q, W] with Q = R - first.
+
+        The rows before are keys and values only. For a last block whose other rows nobody reads this saves their
+        attention, projection and MLP; what is returned is the same.
+        """
+        if not first:
+            return super().forward(x)
+        qkv = self.attn.qkv(self.norm1(x))  # [B, R, 3W]
+        q, k, v = rearrange(qkv, "b r (three h d) -> three b h r d", three=3, h=self.attn.num_heads)
+        read = F.scaled_dot_product_attention(q[:, :, first:], k, v)  # [B, h, Q, W/h]
+        x = x[:, first:] + self.attn.proj(rearrange(read, "b h q d -> b q (h d)"))
+        return x + self.mlp(self.norm2(x))
+
+
+class CrossBlock(nn.Module):
+    """Rows that read a context, never each other (CrossMAE, Fu et al., 2024), then an MLP; a norm before each."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm_context, self.norm2 = LayerNorm(width), LayerNorm(width), LayerNorm(width)
+        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.mlp = Mlp(width, hidden_features=4 * width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """[B, Q, W], context [B, C, W] -> [B, Q, W]."""
+        q = rearrange(self.query(self.norm1(x)), "b q (h d) -> b h q d", h=self.heads)
+        key_value = self.key_value(self.norm_context(context))  # [B, C, 2W]
+        k, v = rearrange(key_value, "b c (two h d) -> two b h c d", two=2, h=self.heads)
+        read = F.scaled_dot_product_attention(q, k, v)  # [B, h, Q, W/h]
+        x = x + self.proj(rearrange(read, "b h q d -> b q (h d)"))
+        return x + self.mlp(self.norm2(x))

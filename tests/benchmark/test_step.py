@@ -1,0 +1,112 @@
+"""The plain step is the same mathematics, and what is counted and measured around both is what it is said to be."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from maedistill.benchmark.memory import peak_memory
+from maedistill.benchmark.step import without_download
+from maedistill.benchmark.training_step import Contest
+from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
+
+TINY = """
+method: {method}
+data: {{image_size: 32}}
+student: {{model: vit_tiny_patch16_224, width: 32, depth: 3, heads: 2, patch_size: 4}}
+decoder: {{width: 16, depth: 2, heads: 2}}
+"""
+TEACHER = "teacher: {source: 'random:vit_tiny_patch16_224', width: 48, depth: 4, heads: 4, patch_size: 8}\n"
+PAIRS = {
+    "mae": "",
+    "dmae": "align: {student: [1], teacher: [2]}\n",
+    "amd": "align: {student: [0, 2], teacher: [1, 3]}\n",
+}
+
+
+@pytest.fixture
+def contest(tmp_path, request) -> Contest:
+    method, *overrides = request.param.split()
+    text = TINY.format(method=method) + PAIRS[method]
+    text += TEACHER if method != "mae" else ""
+    text += "masks: {teacher_visible: 0.5}\n" if method == "amd" else ""
+    (tmp_path / "tiny.yaml").write_text(text)
+    config = load_config(tmp_path / "tiny.yaml", overrides, root=PretrainConfig, to_run=False).config
+    made = Contest(config, torch.device("cpu"))
+    made.take(5)
+    return made
+
+
+CASES = ["mae", "dmae", "amd", "dmae decoder.attention=cross", "amd decoder.predict=0.3", "mae pixels.target=raw"]
+CASES += ["dmae student.register_tokens=2", "mae decoder.attention=cross decoder.predict=0.5"]
+
+
+@pytest.mark.parametrize("contest", CASES, indirect=True)
+def test_plain_and_ours_have_the_same_losses_and_gradients(contest: Contest) -> None:
+    for parameter in contest.method.parameters():  # away from zeros and ones
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    ours, plain, found = contest.ours(), contest.plain(), []
+    images, split = ours.draw()
+    for step in (ours, plain):
+        target = step.teacher(images, split) if step.teacher is not None else None
+        losses = step.losses(images, split, target)
+        step.backward(losses["loss"])
+        gradients = {name: p.grad.clone() for name, p in contest.method.named_parameters()}
+        contest.method.zero_grad()
+        found.append((target, losses, gradients))
+    (target, losses, gradients), (plain_target, plain_losses, plain_gradients) = found
+    torch.testing.assert_close(plain_target, target, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(plain_losses, losses, rtol=1e-5, atol=1e-6)
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        error = (plain_gradients[name] - gradient).abs().max() / gradient.abs().max()
+        assert error < 2e-5, (name, float(error))
+
+
+def test_memory_is_what_lives_at_once() -> None:
+    """1,000 floats at a time: views, changes in place and what was there before take none; what dies gives it back."""
+    before = torch.ones(1000)
+
+    def work() -> torch.Tensor:
+        first = before * 2  # 1
+        second = first.view(10, 100).t() + 0  # 2
+        first.add_(1)
+        del first  # 1
+        before.mul_(1)
+        third = second * 2  # 2
+        return torch.cat([third.flatten(), before])  # 3, since flattening a transposed one copies it, and 2 make 5
+
+    assert peak_memory(work, torch.device("cpu")) == 5 * 4000
+    x = torch.ones(1000, requires_grad=True)
+    x.grad = torch.zeros(1000)
+    # exp's result is kept for its gradient, beside which there are at most that of the sum and the one that is added
+    assert 2 * 4000 <= peak_memory(lambda: x.exp().sum().backward(), torch.device("cpu")) <= 3 * 4000
+
+
+def test_a_report_of_a_tiny_pair(root, tmp_path) -> None:
+    """The whole tool in a process of its own: DeepSpeed's group is not for ours."""
+    (tmp_path / "tiny.yaml").write_text(TINY.format(method="dmae") + PAIRS["dmae"] + TEACHER)
+    command = [sys.executable, "tools/benchmark.py", "step", tmp_path / "tiny.yaml", "--batch", "3", "--rounds", "2"]
+    done = subprocess.run([*command, "--json", tmp_path / "out.json"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tables = json.loads((tmp_path / "out.json").read_text())["tables"]
+    speed, ratios, flops, shares, memory = tables.values()
+    assert [row["step"] for row in speed] == ["plain", "ours", "ours, DeepSpeed engine"]
+    assert all(row["images/s"]["median"] > 0 and 0 < row["MFU"]["median"] < 1 for row in speed)
+    assert [(row["step"], row["against"]) for row in ratios] == [("ours", "plain"), ("ours, DeepSpeed engine", "ours")]
+    assert {row["part"] for row in flops} == {"teacher", "encoder", "decoder", "projections", "backward", "total"}
+    assert all(0 < row["ours"] <= row["plain"] for row in flops)
+    for name in ("plain", "ours"):
+        assert sum(row[name] for row in shares) == pytest.approx(1)
+    assert 0 < memory[0]["ours"] < memory[0]["plain"]
+
+
+def test_nothing_is_downloaded(root) -> None:
+    for name, expected in (("dmae_vit_b", "random:vit_large_patch16_224.mae"), ("mae_vit_b", None)):
+        config = load_config(root / f"configs/imagenet/{name}.yaml", [], root=PretrainConfig, to_run=False).config
+        assert without_download(config).teacher.source == expected
+    config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"source": "run:runs/mine"})})
+    assert without_download(config) is config

@@ -1,0 +1,141 @@
+"""Measures where time goes on this machine: `loader`, `step`, `scale`, `cost`, `start`. See `--help` of each."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from maedistill.errors import ConfigError, exit_code_of
+
+if TYPE_CHECKING:
+    from maedistill.benchmark.report import Report
+    from maedistill.config.pretrain import PretrainConfig
+
+EXAMPLES = """examples:
+  images/s per core, by stage, against the plain path:
+    python tools/benchmark.py loader 'in1k/train-*.tar' --workers 2
+  FLOPs, images/s and memory, against the plain step:
+    python tools/benchmark.py step configs/imagenet/dmae_vit_b.yaml engine.precision=fp32 --batch 2
+  what more processes bring, here and on paper:
+    python tools/benchmark.py scale configs/cifar10/dmae.yaml --processes 2
+  hours to a paper's number, and what limits them:
+    python tools/benchmark.py cost configs/imagenet/dmae_vit_b.yaml data.train='in1k/train-*.tar' --gpus 8
+  from the command to the first step:
+    python tools/benchmark.py start configs/cifar10/dmae.yaml
+
+Every comparison is made side by side in one run: medians, and the range that holds half of the rounds.
+"""
+
+
+def main() -> None:
+    """Measures, prints and, with --json, writes."""
+    arguments = parse_arguments()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the training tools do, see command_line.py
+    if arguments.json and not arguments.json.parent.is_dir():
+        raise ConfigError(f"--json: there is no folder {arguments.json.parent}", "make it, or name another file")
+    report = arguments.measure(arguments)
+    print(report.text())
+    if arguments.json:
+        report.write_json(arguments.json, command=sys.argv)
+
+
+def loader(arguments: argparse.Namespace) -> "Report":
+    """How fast images come."""
+    from maedistill.benchmark.loader import measure_loader
+
+    return measure_loader(
+        arguments.shards,
+        size=arguments.size,
+        views=arguments.views,
+        workers=arguments.workers,
+        images=arguments.images,
+        rounds=arguments.rounds,
+        against=arguments.against,
+    )
+
+
+def step(arguments: argparse.Namespace) -> "Report":
+    """How fast a step is."""
+    from maedistill.benchmark.step import measure_step
+
+    return measure_step(config_of(arguments), batch=arguments.batch, rounds=arguments.rounds)
+
+
+def scale(arguments: argparse.Namespace) -> "Report":
+    """What more processes bring."""
+    from maedistill.benchmark.scale import measure_scale
+
+    return measure_scale(arguments.config, arguments.overrides, processes=arguments.processes, rounds=arguments.rounds)
+
+
+def cost(arguments: argparse.Namespace) -> "Report":
+    """What a run will take."""
+    from maedistill.benchmark.cost import measure_cost
+
+    return measure_cost(config_of(arguments), gpus=arguments.gpus, rounds=arguments.rounds)
+
+
+def start(arguments: argparse.Namespace) -> "Report":
+    """From the command to the first step."""
+    from maedistill.benchmark.start import measure_start
+
+    return measure_start(arguments.config, arguments.overrides, rounds=arguments.rounds)
+
+
+def config_of(arguments: argparse.Namespace) -> "PretrainConfig":
+    """The pre-training config that the command line names."""
+    from maedistill.config.loader import load_config
+    from maedistill.config.pretrain import PretrainConfig
+
+    return load_config(arguments.config, arguments.overrides, root=PretrainConfig, to_run=False).config
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; `--help` begins with examples."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0], epilog=EXAMPLES, formatter_class=raw)
+    kinds = parser.add_subparsers(required=True, metavar="loader|step|scale|cost|start")
+
+    def kind(measure, rounds: int) -> argparse.ArgumentParser:  # noqa: ANN001
+        one = kinds.add_parser(measure.__name__, help=measure.__doc__, description=measure.__doc__)
+        one.set_defaults(measure=measure)
+        one.add_argument("--rounds", type=positive, default=rounds, metavar="N", help="measured (default %(default)s)")
+        one.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+        return one
+
+    def configured(measure, rounds: int) -> argparse.ArgumentParser:  # noqa: ANN001
+        one = kind(measure, rounds)
+        one.add_argument("config", help="a pre-training YAML file, e.g. one of configs/")
+        one.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of it")
+        return one
+
+    one = kind(loader, 7)
+    one.add_argument("shards", help="shards of real images, e.g. 'in1k/train-*.tar'")
+    one.add_argument("--size", type=positive, default=224, metavar="PX", help="side of a crop (default %(default)s)")
+    one.add_argument("--views", type=positive, default=1, metavar="K", help="crops per decoded image (default 1)")
+    one.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes (default 1)")
+    one.add_argument("--images", type=positive, default=256, metavar="N", help="crops per round (default %(default)s)")
+    one.add_argument("--against", metavar="SHARDS", help="that the plain path reads: the same images, not re-encoded")
+    configured(step, 7).add_argument("--batch", type=positive, metavar="N", help="images (default: the micro-batch)")
+    configured(scale, 3).add_argument("--processes", type=positive, metavar="N", help="at most (default: one per core)")
+    configured(cost, 3).add_argument("--gpus", type=positive, default=1, metavar="N", help="that share the work")
+    configured(start, 3)
+    arguments, rest = parser.parse_known_args()
+    if rest and (any(text.startswith("-") for text in rest) or "overrides" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # settings behind an option
+        arguments.overrides += rest
+    return arguments
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))
