@@ -1,6 +1,7 @@
 """Loader workers that die, hang or stop, with real processes: an error that names the sample, and nobody left."""
 
 import gc
+import math
 import multiprocessing
 import os
 import re
@@ -36,10 +37,11 @@ def crops_of(index, augment=None):
     return RandomCrops(index, order, seed=5, size=16, scale=(0.2, 1.0), ratio=(1.0, 1.0), augment=augment)
 
 
-def batches_of(crops, *, workers=2, timeout_seconds=TIMEOUT, steps=8):
+def batches_of(crops, *, workers=2, steps=8, timeout_seconds=TIMEOUT, longest_wait=math.inf):
     """Micro-batches of 12."""
+    limits = {"timeout_seconds": timeout_seconds, "longest_wait": longest_wait}
     keywords = {"plan": batch_plan(12, 12, world_size=1), "rank": 0, "world_size": 1, "device": torch.device("cpu")}
-    return training_batches(crops, 0, steps, workers=workers, timeout_seconds=timeout_seconds, **keywords)
+    return training_batches(crops, 0, steps, workers=workers, **limits, **keywords)
 
 
 @pytest.fixture
@@ -121,6 +123,24 @@ def test_a_worker_that_hangs_is_an_error_that_names_its_sample(index, victim, ha
     # a stopped worker does not even hand over what it has made
     assert isinstance(error, DataError) and (count == 2 or hang == "is stopped") and seconds < SOON
     assert_matches(rf"1 of {workers} loader workers have not moved for \S+ s: process \d+ is at {victim}$", error.cause)
+
+
+def test_a_worker_that_is_stopped_between_two_samples_is_named_too(index):
+    batches = batches_of(crops_of(index), workers=1, steps=20)
+    next(batches)
+    time.sleep(2)  # by now it has made as much ahead as it may, and waits
+    worker = multiprocessing.active_children()[0].pid
+    os.kill(worker, signal.SIGSTOP)
+    error, _, seconds = failure(batches)
+    assert isinstance(error, PeerError) and seconds < SOON
+    assert_matches(rf"no loader worker is at a sample: process {worker} is stopped$", error.cause)
+
+
+def test_a_wait_ends_before_the_other_ranks_give_up(index, victim):
+    """The limit of all waiting holds where the limit of the workers is longer."""
+    crops = crops_of(index, at_victim(HANGS["sleeps"]))
+    error, _, seconds = failure(batches_of(crops, workers=1, timeout_seconds=10 * SOON, longest_wait=TIMEOUT))
+    assert isinstance(error, DataError) and seconds < SOON and victim in error.cause
 
 
 def test_a_read_that_never_returns_is_named_by_shard_in_evaluation_too(index, tmp_path):
