@@ -215,14 +215,14 @@ def training_batches(
 def host_batches(
     crops: RandomCrops, schedule: Schedule, *, workers: int, pin_memory: bool, **limits: float
 ) -> Iterator[Batch]:
-    """The micro-batches of a schedule in the memory of this process, their images channels last.
+    """The micro-batches of a schedule on the host, their images channels last, each good until the next is asked for.
 
     pin_memory: for a GPU to copy from. limits: `timeout_seconds` and `longest_wait` of `load_batches`.
     """
     keywords = {"workers": workers, "batch_sampler": schedule, "pin_memory": pin_memory} | limits
     if not workers:
         return load_batches(crops, **keywords)
-    # A worker is asked for batch j + workers * PREFETCHED when batch j is fetched: until then, batch j - 1 is copied.
+    # A worker is asked for batch j + workers * PREFETCHED when batch j is fetched: until then, batch j - 1 is used.
     slots = Slots(workers * PREFETCHED + 1, batch=schedule.plan.micro_batch, size=crops.size)
     images = _CropsInSlots(crops, slots, block=schedule.block)
     parcels = load_batches(images, prefetch_factor=PREFETCHED, **keywords)

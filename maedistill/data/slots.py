@@ -59,12 +59,12 @@ class Parcel:
     bad: tuple[str, ...]
 
     def open(self) -> Batch:
-        """The batch in memory of its own."""
-        return self._batch(self.slots[self.slot].clone())
+        """The batch where it lies: its images are the slot, which is filled anew once the next batch is asked for."""
+        return self._batch(self.slots[self.slot])
 
     def pin_memory(self) -> Batch:
         """The batch in pinned memory; torch's loader calls this when it feeds a GPU."""
-        return self._batch(self.slots[self.slot]).pin_memory()
+        return self.open().pin_memory()
 
     def _batch(self, images: Tensor) -> Batch:
         positions, labels, samples = map(torch.from_numpy, (self.positions, self.labels, self.samples))

@@ -13,11 +13,11 @@ from PIL import Image
 from maedistill.config.batch import batch_plan
 from maedistill.data import loader
 from maedistill.data.augment import RandAugment
+from maedistill.data.batch import Batch
 from maedistill.data.images import JPEG_DECODERS, decode
 from maedistill.data.index import open_index
 from maedistill.data.loader import PREFETCHED, CentreCrops, RandomCrops, evaluation_batches, training_batches
 from maedistill.data.order import SampleOrder
-from maedistill.data.slots import Parcel
 from maedistill.data.transforms import random_flip, to_unit
 from maedistill.errors import DataError
 from maedistill.masking import random_split
@@ -153,8 +153,8 @@ def test_what_stands_in_for_a_bad_image_is_of_the_same_subset(tars):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_no_batch_is_overwritten_while_it_is_taken_over(shards, workers, monkeypatch):
     """The workers make what they may while a batch waits in its slot; that slot must not be among what they fill."""
-    crops, take = crops_of(open_index(str(shards / "train-*.tar"))), Parcel.open
-    monkeypatch.setattr(Parcel, "open", lambda parcel: time.sleep(0.1) or take(parcel))
+    crops, take = crops_of(open_index(str(shards / "train-*.tar"))), Batch.to
+    monkeypatch.setattr(Batch, "to", lambda batch, device: time.sleep(0.1) or take(batch, device))
     steps = batches_of(crops, 1, workers, 6)
     assert sum(map(len, steps.values())) > 2 * (PREFETCHED * workers + 1)
     monkeypatch.undo()
