@@ -545,7 +545,7 @@ RUNS = {
     "settings gone": case(
         f"{PRETRAIN} run=bad",
         2,
-        "there is no config file bad/config.yaml",
+        "bad/config.yaml is gone, so nobody knows the settings",
         "",
         bad=copy_of("mae", lambda run: (run / "config.yaml").unlink()),
     ),
