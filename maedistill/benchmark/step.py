@@ -23,9 +23,11 @@ from maedistill.flops import count_flops
 from maedistill.machine import DTYPES
 from maedistill.start import join
 from maedistill.training import distributed
+from maedistill.training.checkpoint import take_snapshot
 from maedistill.training.engine import shutdown_distributed
 
 _STEP_SECONDS = 0.7  # the batch is doubled until a step takes longer
+_SAVES = 5
 _ROUND_SECONDS = 0.5  # a round repeats a step until it has taken so long
 PLAIN, OURS, COMPILED, ENGINE = "plain", "ours", "ours, compiled", "ours, DeepSpeed engine"
 PUBLISHED = "plain, published decoder"
@@ -84,6 +86,7 @@ def _compare(contest: Contest, steps: Steps, *, batch: int, rounds: int) -> Repo
         "GFLOP per image, counted": _side_by_side("part", flops),
         "share of time": _side_by_side("part", shares),
         f"MB per image, {_MEMORY[device.type]}": [{name: size / 1e6 for name, size in memory.items()}],
+        "a checkpoint, written while training goes on": [_checkpoint(steps[ENGINE], device)],
     }
     return Report(tables, _remarks(contest, batch=batch, peak=peak, side=side, losses=losses, steps=steps))
 
@@ -188,6 +191,18 @@ def _ratios(rates: dict[str, Rates], best: str) -> list[Row]:
     pairs = [(name, other) for name in (OURS, COMPILED) for other in (PLAIN, PUBLISHED)] + [(ENGINE, best)]
     known = [(name, other) for name, other in pairs if name in rates and other in rates]
     return [{"step": name, "against": other, "times": ratio(rates[name], rates[other])} for name, other in known]
+
+
+def _checkpoint(step: TrainingStep, device: torch.device) -> Row:
+    """How long training waits for one: until everything is copied to the CPU."""
+    stalls = []
+    for _ in range(_SAVES):
+        _wait(device)
+        start = time.perf_counter()
+        snapshot = take_snapshot(step=0, engine=step.losses, state={})
+        stalls.append(time.perf_counter() - start)
+    size = sum(tensor.nbytes for tensors in snapshot.files.values() for tensor in tensors.values())
+    return {"GB": size / 1e9, "stalls for seconds": spread(tuple(stalls)), "a step's seconds": _seconds(step, device)}
 
 
 def _side_by_side(key: str, columns: dict[str, dict[str, float]]) -> list[Row]:
