@@ -93,7 +93,7 @@ def test_a_report_of_a_tiny_pair(root, tmp_path) -> None:
     done = subprocess.run([*command, "--json", tmp_path / "out.json"], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     tables = json.loads((tmp_path / "out.json").read_text())["tables"]
-    speed, ratios, flops, shares, memory = tables.values()
+    speed, ratios, flops, shares, memory, checkpoint = tables.values()
     assert [row["step"] for row in speed] == ["plain", "ours", "ours, DeepSpeed engine"]
     assert all(row["images/s"]["median"] > 0 and 0 < row["MFU"]["median"] < 1 for row in speed)
     assert [(row["step"], row["against"]) for row in ratios] == [("ours", "plain"), ("ours, DeepSpeed engine", "ours")]
@@ -102,6 +102,7 @@ def test_a_report_of_a_tiny_pair(root, tmp_path) -> None:
     for name in ("plain", "ours"):
         assert sum(row[name] for row in shares) == pytest.approx(1)
     assert 0 < memory[0]["ours"] < memory[0]["plain"]
+    assert checkpoint[0]["GB"] > 0 and checkpoint[0]["stalls for seconds"]["median"] > 0
 
 
 def test_nothing_is_downloaded(root) -> None:
