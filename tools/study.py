@@ -20,8 +20,7 @@ examples:
   python tools/study.py configs/cifar10/study_methods.yaml --report
 
 Started again, it skips what is done and continues what was not; results of other settings are never overwritten.
-OUT/results.md and results.json compare what is there. maedistill/study/schema.py says how a study is
-written.
+OUT/results.md and results.json compare what is there. maedistill/study/schema.py says how a study is written.
 key=value goes to every run that has the key, and comes before the options. Exit codes: 0 done, 2 usage, 3 data,
 otherwise that of the first step that failed.
 """

@@ -102,7 +102,7 @@ class StudyPlan:
         texts = [*way.set, *given, *run]
         set_by_hand = any(text.startswith(f"{_SOURCE}=") for text in texts)
         teacher = way.teacher
-        if way.teacher is None and way.student in self.study.students and not set_by_hand:
+        if way.teacher is None and way.owner in self.study.students and not set_by_hand:
             config = _load(name, way.config, self._filled(texts), PretrainConfig, to_run=bool(run))
             teacher = self._default_teacher(name, config.method)
         if teacher is not None and not any(text.startswith(f"{_SOURCE}=") for text in given):

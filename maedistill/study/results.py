@@ -44,8 +44,8 @@ _SIZES = {
 def collect(study: Study, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
     """{"baseline": name, "networks": {name: {"runs": {seed: facts}, "summary": ...}}, "unfinished": [...]}.
 
-    Teachers come first. The facts of a seed are {"pretrain": ..., "finetune": ..., "test": ...}, each absent where it is
-    not there (yet).
+    Teachers come first. The facts of a seed are {"pretrain": ..., "finetune": ..., "test": ...}, each absent where it
+    is not there (yet).
     """
     steps = _steps_of(study, seeds)
     runs = {name: {str(k): _facts_of(out, *pair) for k, pair in of.items()} for name, of in steps.items()}

@@ -23,9 +23,9 @@ _UNFIT = re.compile(r"[^A-Za-z0-9_.+-]+")  # in a folder's name
 
 @dataclass(frozen=True)
 class Pretraining:
-    """One way to pre-train a student. teacher: the name of the study's teacher, where one is named."""
+    """One way to pre-train a student, or a teacher: its owner. teacher: the study's teacher that is named for it."""
 
-    student: str
+    owner: str
     config: str
     set: tuple[str, ...]
     teacher: str | None

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from maedistill.study.placeholders import wrong_placeholder
 from maedistill.study.rows import TEACHER_AXIS, all_pretrainings, all_rows, number_of_rows
-from maedistill.study.schema import OWN_KEYS, Axes, Student, Study, Teacher
+from maedistill.study.schema import OWN_KEYS, Student, Study, Teacher
 
 MOST_RUNS = 300  # of one start; more is a slip of the pen, or a job for several studies
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -74,16 +74,14 @@ def _axes(key: str, student: Student, teachers: Mapping[str, Teacher]) -> Iterat
         for axis, values in axes.items():
             if not values:
                 yield f"{key}.{part}.{axis}", "it has no values", "list some, e.g. [0.25, 0.5], or remove it"
-            if cause := require_free(axis):
-                yield f"{key}.{part}.{axis}", cause, "remove it"
     if TEACHER_AXIS in student.finetune_axes:
         remedy = 'name the key that takes it, with "{teacher.NAME.finetuned}" among its values'
         yield f"{key}.finetune_axes.{TEACHER_AXIS}", "teacher is for pre-training", remedy
     if TEACHER_AXIS in student.axes and student.teacher is not None:
         yield f"{key}.teacher", "its axes name teachers as well", "keep one of them"
-    named = {f"axes.{TEACHER_AXIS}": student.axes.get(TEACHER_AXIS, ()), "teacher": (student.teacher,)}
-    for part, name in ((part, name) for part, names in named.items() for name in names if name is not None):
-        if name not in teachers:
+    named = [("teacher", student.teacher)] if student.teacher is not None else []
+    for part, name in [*named, *((f"axes.{TEACHER_AXIS}", name) for name in student.axes.get(TEACHER_AXIS, ()))]:
+        if name not in list(teachers):  # a list: what stands on an axis may be anything
             remedy = f"use {offered(teachers)}" if teachers else "add it to teachers"
             yield f"{key}.{part}", f"there is no teacher {name}", remedy
         elif any(text.startswith("teacher.source=") for text in student.set):
@@ -101,7 +99,7 @@ def _rows(study: Study) -> Iterator[Problem]:
         return
     trained, rows = all_pretrainings(study.students), all_rows(study.students)
     names = [name for name, _ in rows]
-    owners = [(name, row.student) for name, row in rows] + [(name, one.student) for name, one in trained]
+    owners = [(name, row.student) for name, row in rows] + [(name, one.owner) for name, one in trained]
     folders = Counter(name for name, _ in dict.fromkeys(owners)) + Counter(list(study.teachers))
     for name, student in owners:
         if names.count(name) > 1 or folders[name] > 1:
@@ -135,14 +133,12 @@ def _texts(study: Study) -> Iterator[Problem]:
         yield from _wrong_texts(f"{key}.set", student.set, study.teachers)
         yield from _wrong_texts(f"{key}.finetune_set", student.finetune_set, study.teachers)
         for part, axes in (("axes", student.axes), ("finetune_axes", student.finetune_axes)):
-            yield from _wrong_texts(f"{key}.{part}", _values(axes), study.teachers)
+            for axis, values in axes.items():
+                texts = [f"{axis}={value}" for value in values]
+                yield from _wrong_texts(f"{key}.{part}.{axis}", texts, study.teachers)
 
 
-def _values(axes: Axes) -> tuple[str, ...]:
-    return tuple(f"{axis}={value}" for axis, values in axes.items() for value in values)
-
-
-def _wrong_texts(key: str, texts: tuple[str, ...], teachers: Mapping[str, Teacher]) -> Iterator[Problem]:
+def _wrong_texts(key: str, texts: Iterable[str], teachers: Mapping[str, Teacher]) -> Iterator[Problem]:
     for text in texts:
         if cause := require_free(text):
             yield key, cause, "remove it"

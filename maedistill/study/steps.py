@@ -38,7 +38,7 @@ def _never() -> bool:
 
 @dataclass(frozen=True)
 class Step:
-    """One command. `done` looks at the disk, and raises ConfigError where another command's results are in the way."""
+    """One command. `done` looks at the disk; raises UserError where other results are in the way or data is missing."""
 
     name: str
     command: tuple[str, ...]  # a tool of ours and its arguments, as they follow `python`
