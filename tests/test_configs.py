@@ -13,7 +13,7 @@ from maedistill.config.loader import load_config
 from maedistill.flops import count_flops
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = [path for path in sorted(ROOT.glob("configs/*/*.yaml")) if path.stem not in ("base", "grid", "study")]
+SHIPPED = [path for path in sorted(ROOT.glob("configs/*/*.yaml")) if not path.stem.startswith(("base", "study"))]
 FINETUNE = [path for path in SHIPPED if path.parent.name == "finetune" or path.stem == "finetune"]
 CONFIGS = [path for path in SHIPPED if path not in FINETUNE]
 NEEDED = ["data.train=x.tar", "run=runs/x"]

@@ -14,7 +14,7 @@ LAYERS = [
     ["export", "plan"],
     ["pretraining", "finetuning", "run", "start"],
     ["pretrain", "finetune", "benchmark"],
-    ["grid"],
+    ["study"],
     ["command_line"],
     ["tools"],
 ]

@@ -3,8 +3,8 @@
     python tools/quickstart.py               everything, some minutes; started again, it skips what is done
     python tools/quickstart.py --epochs 2    a quick look
 
-Every step is a command that works alone; it is printed before it runs. The trainings are the grid of
-configs/quickstart/grid.yaml; two run at a time and write to OUT/logs.
+Every step is a command that works alone; it is printed before it runs. The trainings are the study of
+configs/quickstart/study.yaml; two run at a time and write to OUT/logs.
 """
 
 import argparse
@@ -16,12 +16,14 @@ from functools import partial
 from pathlib import Path
 
 from maedistill.errors import exit_code_of
-from maedistill.grid.comparison import Network, write_comparison, write_results
-from maedistill.grid.file import TEACHER, TEACHER_FINETUNE, Grid, load_grid
-from maedistill.grid.finished import is_done, is_scored
-from maedistill.grid.plan import GridPlan, finetune_step, pretrain_step
-from maedistill.grid.results import collect
-from maedistill.grid.steps import Step, run_steps
+from maedistill.study.comparison import Network, write_comparison, write_results
+from maedistill.study.file import load_study
+from maedistill.study.finished import is_done, is_scored
+from maedistill.study.placeholders import finetune_step, pretrain_step
+from maedistill.study.plan import StudyPlan
+from maedistill.study.results import collect
+from maedistill.study.schema import Study
+from maedistill.study.steps import Step, run_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 0
@@ -51,22 +53,22 @@ def main() -> None:
         settings += [f"optim.epochs={arguments.epochs:g}", f"optim.warmup_epochs={arguments.epochs / 10:g}"]
     written = (shards / "make_shards.json").is_file
     run_steps([Step("shards", ("tools/make_shards.py", "digits", str(shards)), done=written)], root=ROOT, out=out)
-    grid = load_grid(os.path.relpath(ROOT / "configs/quickstart/grid.yaml"))
-    networks = networks_of(grid, out)
-    trainings = GridPlan(grid, out, [SEED], None, settings, is_done).steps()
+    study = load_study(os.path.relpath(ROOT / "configs/quickstart/study.yaml"))
+    networks = networks_of(study, out)
+    trainings = StudyPlan(study, out, [SEED], None, settings, is_done).steps()
     run_steps([*trainings, *export_steps(networks, out)], root=ROOT, out=out, jobs=JOBS)
     run_steps(score_steps(networks, out, val), root=ROOT, out=out)  # one at a time: they are timed
     command = shlex.join(["python", *sys.argv])
-    write_results(collect(grid, out, [SEED]), out, title=TITLE, command=command)
+    write_results(collect(study, out, [SEED]), out, title=TITLE, command=command)
     report = write_comparison(networks, out, title=TITLE, notes=[*NOTES, f"Command: `{command}`"])
     print(f"\ndone in {(time.perf_counter() - start) / 60:.1f} minutes: open {report}")
 
 
-def networks_of(grid: Grid, out: Path) -> dict[str, Network]:
+def networks_of(study: Study, out: Path) -> dict[str, Network]:
     """The folders of every network that is compared, the teacher first."""
-    steps = {TEACHER: (TEACHER, TEACHER_FINETUNE)}
-    for name, student in grid.students.items():
-        first = pretrain_step(name, SEED) if student.config is not None else None
+    steps = {}
+    for name, network in (study.teachers | study.students).items():
+        first = pretrain_step(name, SEED) if network.config is not None else None
         steps[name] = (first, finetune_step(name, SEED))
     return {
         name: Network(

@@ -143,9 +143,9 @@ def making(code: int, cause: str, remedy: str, out: File | None = None, **images
     return case("make_shards bad out --workers 1", code, cause, remedy, bad=source, **({"out": out} if out else {}))
 
 
-def grid(cause: str, remedy: str, text: str, **files: File) -> Case:
-    """A grid file."""
-    return case("grid bad.yaml --dry-run", 2, cause, remedy, bad__yaml=text, **files)
+def study(cause: str, remedy: str, text: str, **files: File) -> Case:
+    """A study file."""
+    return case("study bad.yaml --dry-run", 2, cause, remedy, bad__yaml=text, **files)
 
 
 LAUGHS = "a: &a [lol, lol]\n" + "".join(f"{b}: &{b} [{f'*{a}, ' * 9}]\n" for a, b in itertools.pairwise("abcdefghi"))
@@ -635,16 +635,16 @@ MAKING = {
     ),
 }
 STUDENT = "out: out\nseeds: [0]\nstudents: {{{name}: {{config: {config}}}}}\nfinetune: {{config: finetune.yaml}}\n"
-GRIDS = {
-    "a tag": grid("is a tag", "without ! tags", f"out: !!python/object/apply:os.mkdir ['{CANARY}']\n"),
-    "no YAML": grid("bad.yaml:2: not YAML", "correct it", "out: [\n"),
-    "a text of 3 MB": grid("more than 100,000 characters", "which file", "x" * 3_000_000),
-    "a student that climbs": grid("dots are for the command line", "", STUDENT.format(name=CANARY, config="a.yaml")),
-    "a student that is nowhere": grid(
+STUDIES = {
+    "a tag": study("is a tag", "without ! tags", f"out: !!python/object/apply:os.mkdir ['{CANARY}']\n"),
+    "no YAML": study("bad.yaml:2: not YAML", "correct it", "out: [\n"),
+    "a text of 3 MB": study("more than 100,000 characters", "which file", "x" * 3_000_000),
+    "a student that climbs": study("dots are for the command line", "", STUDENT.format(name=CANARY, config="a.yaml")),
+    "a student that is nowhere": study(
         "there is no config file none.yaml", "", STUDENT.format(name="a", config="none.yaml"), finetune__yaml="run: a\n"
     ),
-    "students as a list": grid(
-        "students", "configs/cifar10/grid.yaml", "out: out\nseeds: [0]\nstudents: [a]\nfinetune: {config: a}\n"
+    "students as a list": study(
+        "students", "configs/cifar10/study_methods.yaml", "out: out\nseeds: [0]\nstudents: [a]\nfinetune: {config: a}\n"
     ),
 }
 FINE = {
@@ -677,7 +677,7 @@ GROUPS = {
     "export": EXPORTS,
     "model": MODELS,
     "making shards": MAKING,
-    "grid": GRIDS,
+    "study": STUDIES,
     "nothing wrong": FINE,
 }
 CASES = {f"{group}: {name}": entry for group, cases in GROUPS.items() for name, entry in cases.items()}

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from maedistill.grid.charts import accuracy_chart, latency_chart, spread_apart
+from maedistill.study.charts import accuracy_chart, latency_chart, spread_apart
 
 
 @given(st.lists(st.floats(0, 1), max_size=40), st.floats(0.01, 0.3))

@@ -1,4 +1,4 @@
-"""Several runs beside each other, in Markdown: the results of a grid, and the page of the quickstart.
+"""Several runs beside each other, in Markdown: the results of a study, and the page of the quickstart.
 
     results (results.py)                  -> OUT/results.md, results.json, results.png
     {name: Network} of run folders, each  -> OUT/report.md, with the size / accuracy / latency picture, the losses and
@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maedistill.grid.charts import accuracy_chart, latency_chart
 from maedistill.report import KNN_CAVEAT, PICTURE_NOTE, draw_curves, last_picture, losses_table, percent, summary
+from maedistill.study.charts import accuracy_chart, latency_chart
 from maedistill.training.metrics import duration, read_metrics
 from maedistill.training.records import write_text
 from maedistill.training.run_folder import RunFolder
 
 _Facts = Mapping[str, Any]
+_MOST_NAMED = 5  # runs that are not begun
+_DIFFERENCES = "mean and deviation of the differences between runs of the same seed, in points."
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,16 @@ class Network:
 def write_results(results: _Facts, out: Path, *, title: str, command: str) -> Path:
     """OUT/results.md and results.json from what `results.collect` found, finished or not."""
     out.mkdir(parents=True, exist_ok=True)
-    networks = results["networks"]
+    networks, baseline = results["networks"], results["baseline"]
     accuracies = {name: list(found["each"].values()) for name, found in _summaries(networks)}
     chart = accuracy_chart({name: values for name, values in accuracies.items() if values}, out / "results.png")
     lines = [
         f"# {title}",
         "",
-        "Fine-tuned top-1 on all validation images: mean ± standard deviation (n - 1) over seeds; `against mae`: "
-        "mean and deviation of the differences between runs of the same seed, in points.",
+        "Fine-tuned top-1 on all validation images: mean ± standard deviation (n - 1) over seeds"
+        + ("." if baseline is None else f"; `against {baseline}`: {_DIFFERENCES}"),
         "",
-        *accuracy_table(networks),
+        *accuracy_table(networks, baseline),
         "",
         *([f"![top-1 per network]({chart.name})", ""] if chart else []),
         *cost_table(networks),
@@ -108,13 +110,15 @@ def scorecard_table(rows: Mapping[str, _Facts]) -> list[str]:
     return lines
 
 
-def accuracy_table(networks: Mapping[str, _Facts]) -> list[str]:
+def accuracy_table(networks: Mapping[str, _Facts], baseline: str | None) -> list[str]:
     """A Markdown table of top-1, one line per network, from their summaries."""
-    lines = ["| network | n | top-1 | each seed | against mae | test top-1 |", "|---|---|---|---|---|---|"]
+    heads = ["network", "n", "top-1", "each seed", *([f"against {baseline}"] if baseline else []), "test top-1"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, found in _summaries(networks):
         each = ", ".join(f"{seed}: {100 * value:.2f}" for seed, value in found["each"].items())
         cells = [name, str(found["accuracy"]["n"]), _points(found["accuracy"], unit=" %"), each or "-"]
-        cells += [_points(found["difference"], sign="+"), _points(found["test_accuracy"], unit=" %")]
+        cells += [_points(found["difference"], sign="+")] if baseline else []
+        cells += [_points(found["test_accuracy"], unit=" %")]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -143,10 +147,15 @@ def _summaries(networks: Mapping[str, _Facts]) -> list[tuple[str, _Facts]]:
 
 
 def _unfinished_lines(unfinished: Sequence[_Facts]) -> list[str]:
+    """Names every run that is under way, and the first of those that are not begun."""
     if not unfinished:
         return []
-    runs = ", ".join(f"{run['run']} (at epoch {run['epochs']:.1f})" for run in unfinished)
-    return [f"**Not finished, and not counted: {runs}.**", ""]
+    begun = [f"{run['run']} (at epoch {run['epochs']:.1f})" for run in unfinished if run["epochs"] > 0]
+    waiting = [run["run"] for run in unfinished if run["epochs"] == 0]
+    more = f" and {len(waiting) - _MOST_NAMED} more" if len(waiting) > _MOST_NAMED else ""
+    parts = [", ".join(begun)] if begun else []
+    parts += [f"not begun: {', '.join(waiting[:_MOST_NAMED])}{more}"] if waiting else []
+    return [f"**Not finished, and not counted: {'; '.join(parts)}.**", ""]
 
 
 def _points(found: _Facts, *, unit: str = "", sign: str = "") -> str:

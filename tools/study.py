@@ -1,4 +1,4 @@
-"""Runs a whole grid: teacher, students, fine-tuning, seeds, and compares them. `tools/grid.py --help` shows how."""
+"""Runs a whole study: teachers, students, fine-tuning, seeds, and compares them. `tools/study.py --help` shows how."""
 
 import argparse
 import json
@@ -7,19 +7,20 @@ import sys
 from pathlib import Path
 
 from maedistill.errors import ConfigError, exit_code_of
-from maedistill.grid.file import Grid, load_grid
+from maedistill.study.file import load_study
+from maedistill.study.schema import Study
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = """\
 examples:
-  python tools/grid.py configs/cifar10/grid.yaml
-  python tools/grid.py configs/cifar10/grid.yaml data.train='shards/cifar10/train-*.tar' threads=1 --jobs 2
-  python tools/grid.py configs/cifar10/grid.yaml --seeds 0 --only mae dmae --dry-run
-  python tools/grid.py configs/cifar10/grid.yaml --test 'shards/cifar10/test-*.tar'
-  python tools/grid.py configs/cifar10/grid.yaml --report
+  python tools/study.py configs/cifar10/study_methods.yaml
+  python tools/study.py configs/cifar10/study_methods.yaml data.train='shards/cifar10/train-*.tar' threads=1 --jobs 2
+  python tools/study.py configs/cifar10/study_methods.yaml --seeds 0 --only mae dmae --dry-run
+  python tools/study.py configs/cifar10/study_methods.yaml --test 'shards/cifar10/test-*.tar'
+  python tools/study.py configs/cifar10/study_methods.yaml --report
 
 Started again, it skips what is done and continues what was not; results of other settings are never overwritten.
-OUT/results.md and results.json compare what is there. maedistill/grid/file.py says how a grid file is written.
+OUT/results.md and results.json compare what is there. maedistill/study/schema.py says how a study is written.
 key=value goes to every run that has the key, and comes before the options. Exit codes: 0 done, 2 usage, 3 data,
 otherwise that of the first step that failed.
 """
@@ -31,14 +32,14 @@ def parse() -> argparse.Namespace:
         description=__doc__.split(" `")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("grid", help="a grid file, e.g. configs/cifar10/grid.yaml")
+    add("study", help="a study file, e.g. configs/cifar10/study_methods.yaml")
     add("settings", nargs="*", metavar="key=value", help="for every run that has the key, e.g. data.workers=1")
     add("--out", type=Path, help="folder of the runs and results, instead of the file's")
     add("--seeds", type=int, nargs="+", metavar="N", help="instead of the file's")
-    add("--only", nargs="+", metavar="NAME", help="these students (with the teacher that they need), or `teacher`")
+    add("--only", nargs="+", metavar="NAME", help="these students, rows or teachers, with what they need")
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
     add("--test", metavar="SHARDS", help="also evaluate each fine-tuned network on these labelled shards")
-    add("--dry-run", action="store_true", help="say which steps are done and which are to do, and stop")
+    add("--dry-run", action="store_true", help="check everything, say which steps are done, and stop")
     add("--report", action="store_true", help="only compare what is there")
     return parser.parse_intermixed_args()
 
@@ -50,21 +51,21 @@ def main() -> None:
         raise ConfigError(f"--jobs {arguments.jobs}: not a number of runs", "use 1 or more")
     if any(seed < 0 for seed in arguments.seeds or ()):
         raise ConfigError(f"--seeds {arguments.seeds}: seeds are not negative", "use 0 or more")
-    grid = load_grid(arguments.grid)
-    out, seeds = arguments.out or Path(grid.out), arguments.seeds or list(grid.seeds)
+    study = load_study(arguments.study)
+    out, seeds = arguments.out or Path(study.out), arguments.seeds or list(study.seeds)
     if not arguments.report:
-        run(grid, out, seeds, arguments)
+        run(study, out, seeds, arguments)
     if not arguments.dry_run:
-        report(grid, out, seeds, title=f"Results of {arguments.grid}")
+        report(study, out, seeds, title=f"Results of {arguments.study}")
 
 
-def run(grid: Grid, out: Path, seeds: list[int], arguments: argparse.Namespace) -> None:
+def run(study: Study, out: Path, seeds: list[int], arguments: argparse.Namespace) -> None:
     """Runs the steps, or says what they are. Where some fail, the others are compared before the error is raised."""
-    from maedistill.grid.finished import is_done, is_scored
-    from maedistill.grid.plan import GridPlan, add_tests
-    from maedistill.grid.steps import StepsFailed, print_steps, run_steps
+    from maedistill.study.finished import is_done, is_scored
+    from maedistill.study.plan import StudyPlan, add_tests
+    from maedistill.study.steps import StepsFailed, print_steps, run_steps
 
-    steps = GridPlan(grid, out, seeds, arguments.only, arguments.settings, is_done).steps()
+    steps = StudyPlan(study, out, seeds, arguments.only, arguments.settings, is_done).steps()
     if arguments.test:
         steps = add_tests(steps, out, arguments.test, is_scored)
     if arguments.dry_run:
@@ -73,21 +74,21 @@ def run(grid: Grid, out: Path, seeds: list[int], arguments: argparse.Namespace) 
     try:
         run_steps(steps, root=ROOT, out=out, jobs=arguments.jobs)
     except StepsFailed:
-        report(grid, out, seeds, title=f"Results of {arguments.grid}")
+        report(study, out, seeds, title=f"Results of {arguments.study}")
         raise
 
 
-def report(grid: Grid, out: Path, seeds: list[int], *, title: str) -> None:
+def report(study: Study, out: Path, seeds: list[int], *, title: str) -> None:
     """Compares what is there."""
-    from maedistill.grid.comparison import write_results
-    from maedistill.grid.results import collect
+    from maedistill.study.comparison import write_results
+    from maedistill.study.results import collect
 
     before = out / "results.json"
     if "--report" in sys.argv and before.is_file():
         command = json.loads(before.read_text())["command"]  # the one that made the runs
     else:
         command = shlex.join(["python", *sys.argv])
-    print(f"\nresults: {write_results(collect(grid, out, seeds), out, title=title, command=command)}", flush=True)
+    print(f"\nresults: {write_results(collect(study, out, seeds), out, title=title, command=command)}", flush=True)
 
 
 if __name__ == "__main__":

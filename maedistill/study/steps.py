@@ -29,6 +29,7 @@ from maedistill.training.metrics import duration
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 60.0  # in which a run saves where it is
+_MOST_NAMED = 5  # steps in an error
 
 
 def _never() -> bool:
@@ -37,7 +38,7 @@ def _never() -> bool:
 
 @dataclass(frozen=True)
 class Step:
-    """One command. `done` looks at the disk, and raises ConfigError where another command's results are in the way."""
+    """One command. `done` looks at the disk; raises UserError where other results are in the way or data is missing."""
 
     name: str
     command: tuple[str, ...]  # a tool of ours and its arguments, as they follow `python`
@@ -85,6 +86,7 @@ def print_steps(steps: Sequence[Step]) -> None:
     for number, step in enumerate(steps, start=1):
         state = "done" if step.name in done else "to do"
         print(f"{number}/{len(steps)} {step.name}: {state}\n    {step.shown}", flush=True)
+    print(f"\n{len(steps)} steps: {len(done)} done, {len(steps) - len(done)} to do", flush=True)
 
 
 def run_steps(steps: Sequence[Step], *, root: Path, out: Path, jobs: int = 1) -> None:
@@ -185,14 +187,19 @@ def _report(ended: _Process) -> int:
 
 
 def _failure(failed: dict[str, int], waiting: Sequence[Step], out: Path | None) -> StepsFailed:
-    causes = ", ".join(f"{name} (exit code {code})" for name, code in failed.items())
-    held_back = f"; not started for that reason: {', '.join(step.name for step in waiting)}" if waiting else ""
+    causes = _shortened([f"{name} (exit code {code})" for name, code in failed.items()])
+    held_back = f"; not started for that reason: {_shortened([step.name for step in waiting])}" if waiting else ""
     where = f"see {out / 'logs'}" if out is not None else "see above"
     return StepsFailed(
         f"failed: {causes}{held_back}",
         f"{where}, mend the cause and start the same command again: it goes on from there",
         next(iter(failed.values())),
     )
+
+
+def _shortened(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
 
 
 def _end(running: Sequence[_Process]) -> None:

@@ -8,6 +8,7 @@ from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import differing_keys
 from maedistill.config.schema import RunConfig
 from maedistill.data.index import open_index
+from maedistill.data.patterns import find_shards
 from maedistill.errors import ConfigError
 from maedistill.training.checkpoint import latest_step
 from maedistill.training.run_folder import RunFolder
@@ -22,20 +23,23 @@ def is_finished(folder: RunFolder) -> bool:
 def is_done(config: RunConfig) -> bool:
     """Whether the run of this config is finished in its folder.
 
-    Raises ConfigError where the folder holds a run of other settings or on other images: nothing is overwritten.
+    Raises ConfigError where the folder holds a run of other settings or on other images: nothing is overwritten; and
+    ConfigError or DataError where the run is still to be made and its shards are not there.
     """
     folder = RunFolder(config.run)
     finished = is_finished(folder)
-    if not finished and latest_step(folder.checkpoints) is None:
-        return False  # nothing there that a start could lose
-    _require_same_settings(folder, config)
+    if finished or latest_step(folder.checkpoints) is not None:  # a start could lose something
+        _require_same_settings(folder, config)
     if finished:
         _require_same_images(folder, config)
+    else:
+        _require_shards(config)
     return finished
 
 
 def is_scored(scorecard: Path, shards: str) -> bool:
-    """Whether the JSON file that tools/evaluate.py writes is there, and tells of these shards."""
+    """Whether the JSON file that tools/evaluate.py writes is there, and tells of these shards, which must be there."""
+    _find_once(shards)
     return scorecard.is_file() and json.loads(scorecard.read_text())["fingerprint"] == _fingerprint(shards)
 
 
@@ -63,6 +67,17 @@ def _require_same_images(folder: RunFolder, config: RunConfig) -> None:
                 f"{folder.path} was run on other images than {shards} holds",
                 "name the same shards, wherever they are now, or use another --out",
             )
+
+
+def _require_shards(config: RunConfig) -> None:
+    for shards in filter(None, (config.data.train, config.data.val)):
+        _find_once(shards)
+
+
+@cache
+def _find_once(shards: str) -> None:
+    """Raises where shards are missing; asked once, however many runs read them."""
+    find_shards(shards)
 
 
 @cache

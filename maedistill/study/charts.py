@@ -1,4 +1,4 @@
-"""Pictures that compare networks: top-1 per student with its spread; size, accuracy and latency.
+"""Pictures that compare networks: top-1 per row with its spread and n; size, accuracy and latency.
 
 Both return None where matplotlib is missing; curves over epochs are in report.py.
 """
@@ -12,7 +12,7 @@ _LABEL_GAP = 0.085  # least distance of two labels, as a share of the picture's 
 
 
 def accuracy_chart(accuracies: Mapping[str, Sequence[float]], path: Path) -> Path | None:
-    """One line per student: each seed's top-1 (shares), their mean and, from two seeds on, their standard deviation."""
+    """One line per row: each seed's top-1 (shares), their mean and, from two seeds on, their standard deviation."""
     canvas = _canvas(figsize=(6.4, 0.9 + 0.42 * len(accuracies)), layout="constrained")
     if canvas is None or not accuracies:
         return None
@@ -22,8 +22,8 @@ def accuracy_chart(accuracies: Mapping[str, Sequence[float]], path: Path) -> Pat
         spread = stdev(percents) if len(percents) > 1 else None
         axes.errorbar(fmean(percents), row, xerr=spread, fmt="o", color="C0", capsize=4, zorder=2)
         axes.scatter(percents, [row] * len(percents), s=12, color="C1", alpha=0.8, zorder=3)
-    axes.set_yticks(range(len(accuracies)), list(accuracies))
-    axes.set_ylim(len(accuracies) - 0.4, -0.6)  # the first student on top
+    axes.set_yticks(range(len(accuracies)), [f"{name} (n = {len(values)})" for name, values in accuracies.items()])
+    axes.set_ylim(len(accuracies) - 0.4, -0.6)  # the first row on top
     axes.set(xlabel="top-1, %: mean and standard deviation (blue), each seed (orange)")
     axes.grid(axis="x", alpha=0.3)
     canvas.print_png(path)

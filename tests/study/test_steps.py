@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from maedistill.errors import ConfigError
-from maedistill.grid.steps import Step, StepsFailed, run_steps
+from maedistill.study.steps import Step, StepsFailed, print_steps, run_steps
 
 # A tool that notes its start and end, and fails, sleeps or leaves a child behind where it is told to.
 TOOL = """\
@@ -105,6 +105,21 @@ def test_a_failure_holds_back_what_needs_it_and_nothing_else(folder, capfd) -> N
     assert run(folder, step("a"), *steps[1:])[3:] == ["starts a", "ends a", "starts b", "ends b", "starts c", "ends c"]
 
 
+def test_an_error_names_a_few_of_the_steps_that_did_not_start(folder) -> None:
+    steps = [step("a", "fail"), *(step(f"b{i}", needs=("a",)) for i in range(40))]
+    with pytest.raises(StepsFailed) as raised:
+        run_steps(steps, root=folder, out=folder / "out")
+    assert raised.value.cause.endswith("not started for that reason: b0, b1, b2, b3, b4 and 35 more")
+
+
+def test_a_look_at_the_steps_starts_none_and_counts_them(folder, capfd) -> None:
+    (folder / "a").touch()
+    print_steps([step("a"), step("b", needs=("a",))])
+    out = capfd.readouterr().out
+    assert "1/2 a: done\n    python tool.py a\n2/2 b: to do" in out and out.endswith("\n2 steps: 1 done, 1 to do\n")
+    assert not (folder / "notes.txt").exists()
+
+
 def test_a_result_without_its_origin_is_refused(folder) -> None:
     (folder / "b").touch()
     with pytest.raises(ConfigError, match="b is done, but a, which it comes from, is not"):
@@ -116,7 +131,7 @@ RUN = """\
 import sys
 from pathlib import Path
 from maedistill.errors import exit_code_of
-from maedistill.grid.steps import Step, run_steps
+from maedistill.study.steps import Step, run_steps
 steps = [Step("a", ("tool.py", "a", "child", "sleep")), Step("b", ("tool.py", "b"))]
 sys.exit(exit_code_of(lambda: run_steps(steps, root=Path(), out=Path("out"))))
 """

@@ -1,4 +1,4 @@
-"""tools/grid.py in real processes on a tiny grid: all of it, nothing twice, and on after a kill in the middle."""
+"""tools/study.py in real processes on a tiny study: all of it, nothing twice, and on after a kill in the middle."""
 
 import json
 import os
@@ -10,14 +10,19 @@ from pathlib import Path
 
 import pytest
 
-GRID = """\
+from maedistill.training.run_folder import RunFolder
+
+STUDY = """\
 out: {out}
 seeds: [0]
-teacher: {{config: mae.yaml, set: [student.depth=3]}}
+baseline: mae
+teachers:
+  large: {{config: mae.yaml, set: [student.depth=3], finetune: true}}
+  early: {{config: mae.yaml, set: [student.depth=3, optim.epochs=0.5, optim.warmup_epochs=0]}}
 students:
   scratch: {{shape_of: mae}}
   mae: {{config: mae.yaml}}
-  dmae: {{config: dmae.yaml}}
+  dmae: {{config: dmae.yaml, axes: {{teacher: [large, early]}}}}
 finetune: {{config: finetune.yaml}}
 """
 DMAE = "extends: mae.yaml\nmethod: dmae\nteacher: {source: 'run:elsewhere'}\nalign: {student: [1], teacher: [2]}\n"
@@ -25,25 +30,27 @@ FINETUNE = """\
 data: {image_size: 32, eval_crop: 1.0, workers: 0}
 student: {drop_path: 0.0}
 augment: {rand_augment: null, mixup: 0.0, cutmix: 0.0, erasing: 0.0}
-optim: {epochs: 2, warmup_epochs: 0, global_batch: 12, lr: 1e-3}
+optim: {epochs: 6, warmup_epochs: 0, global_batch: 12, lr: 1e-3}
 engine: {micro_batch: 12}
 log: {every: 1, save_every_epochs: 0.5, tensorboard: false}
 """
-STEPS = ["teacher", "scratch/seed_0/finetune"]
-STEPS += [f"{name}/seed_0/{stage}" for name in ("mae", "dmae") for stage in ("pretrain", "finetune")]
+STUDENTS = ("mae", "dmae_teacher_large", "dmae_teacher_early")
+STEPS = ["large/seed_0/pretrain", "early/seed_0/pretrain", "scratch/seed_0/finetune"]
+STEPS += [f"{name}/seed_0/{stage}" for name in STUDENTS for stage in ("pretrain", "finetune")]
+STEPS += ["large/seed_0/finetune"]
 
 
 class Tool:
-    """tools/grid.py on a grid file of its own."""
+    """tools/study.py on a study file of its own."""
 
     def __init__(self, root: Path, folder: Path, shards: Path, tiny: str) -> None:
         self.root, self.out, self.shards = root, folder / "out", shards
         (folder / "mae.yaml").write_text(f"{tiny}method: mae\n")
         (folder / "dmae.yaml").write_text(DMAE)
         (folder / "finetune.yaml").write_text(FINETUNE)
-        (folder / "grid.yaml").write_text(GRID.format(out=self.out))
+        (folder / "study.yaml").write_text(STUDY.format(out=self.out))
         data = [f"data.train={shards}/train-*.tar", f"data.val={shards}/val-*.tar"]
-        self.command = [sys.executable, "tools/grid.py", str(folder / "grid.yaml"), *data]
+        self.command = [sys.executable, "tools/study.py", str(folder / "study.yaml"), *data]
 
     def start(self, *arguments: str) -> subprocess.Popen:
         return subprocess.Popen(
@@ -75,13 +82,13 @@ def records(run: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def tool(root, shards, pretraining, tmp_path_factory) -> Tool:
     tiny = pretraining.config.read_text().replace("epochs: 3, warmup_epochs: 0.5", "epochs: 1, warmup_epochs: 0.5")
-    return Tool(root, tmp_path_factory.mktemp("grid"), shards, f"{tiny}run: unused\n")
+    return Tool(root, tmp_path_factory.mktemp("study"), shards, f"{tiny}run: unused\n")
 
 
 @pytest.fixture(scope="module")
 def made(tool) -> str:
-    """What was said while the grid was made: its fine-tuning of `mae` was stopped with it, and both started again."""
-    first = tool.start("optim.epochs=6")
+    """What was said while the study was made: its fine-tuning of `mae` was stopped with it, and both started again."""
+    first = tool.start("log.keep=3")
     metrics, limit = tool.out / "mae/seed_0/finetune/metrics.jsonl", time.monotonic() + 200
     while not (metrics.exists() and metrics.read_text().count("\n") > 10):
         assert first.poll() is None and time.monotonic() < limit, first.communicate()
@@ -89,13 +96,13 @@ def made(tool) -> str:
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=60)
     assert first.returncode == 143
-    assert tool.finished() == ["teacher", "scratch/seed_0/finetune", "mae/seed_0/pretrain"]
+    assert tool.finished() == STEPS[:4]
     assert json.loads((tool.out / "mae/seed_0/finetune/exit.json").read_text())["exit_code"] == 75
-    return tool("optim.epochs=6", "--jobs", "2")[0]
+    return tool("log.keep=3", "--jobs", "2")[0]
 
 
 def test_it_goes_on_where_it_was_killed_and_comes_to_the_end(tool, made) -> None:
-    for step in STEPS[:3]:
+    for step in STEPS[:4]:
         assert f"skips {step}: done" in made
     assert "continues at step" in (tool.out / "logs/mae_seed_0_finetune.log").read_text()
     assert tool.finished() == STEPS
@@ -106,29 +113,44 @@ def test_it_goes_on_where_it_was_killed_and_comes_to_the_end(tool, made) -> None
 def test_the_results_are_those_of_the_runs(tool, made) -> None:
     results = json.loads((tool.out / "results.json").read_text())
     networks = results["networks"]
-    assert list(networks) == ["teacher", "scratch", "mae", "dmae"] and results["unfinished"] == []
-    for name in ("scratch", "mae", "dmae"):
+    assert list(networks) == ["large", "early", "scratch", *STUDENTS] and results["unfinished"] == []
+    scores = {}
+    for name in ("large", "scratch", *STUDENTS):
         score = [record for record in records(tool.out / name / "seed_0/finetune") if "top1" in record][-1]
-        assert networks[name]["summary"]["each"] == {"0": score["top1"] / 24}
-    assert len({networks[name]["summary"]["parameters"] for name in ("scratch", "mae", "dmae")}) == 1
-    assert networks["teacher"]["runs"]["0"].keys() == {"pretrain"}
+        scores[name] = score["top1"] / 24
+        assert networks[name]["summary"]["each"] == {"0": scores[name]}
+    for name in ("scratch", *STUDENTS[1:]):
+        difference = {"n": 1, "mean": scores[name] - scores["mae"], "sd": None}
+        assert networks[name]["summary"]["difference"] == difference
+    assert len({networks[name]["summary"]["parameters"] for name in ("scratch", *STUDENTS)}) == 1
+    assert (
+        networks["early"]["runs"]["0"].keys() == {"pretrain"} and networks["early"]["summary"]["pretrain_epochs"] == 0.5
+    )
     page = (tool.out / "results.md").read_text()
-    assert "| dmae | 1 |" in page and "Command: `python tools/grid.py" in page
+    assert "| dmae_teacher_early | 1 |" in page and "Command: `python tools/study.py" in page
+
+
+def test_each_student_had_the_teacher_that_its_row_names(tool, made) -> None:
+    for teacher in ("large", "early"):
+        config = RunFolder(tool.out / f"dmae_teacher_{teacher}/seed_0/pretrain").load_config()
+        assert config.teacher.source == f"run:{tool.out}/{teacher}/seed_0/pretrain"
+    first = [records(tool.out / f"dmae_teacher_{teacher}/seed_0/pretrain")[0] for teacher in ("large", "early")]
+    assert first[0]["pixels"] == first[1]["pixels"] and first[0]["align/1"] != first[1]["align/1"]
 
 
 def test_started_again_it_does_nothing_and_other_settings_are_refused(tool, made) -> None:
     before = {path: path.stat().st_mtime_ns for step in STEPS for path in (tool.out / step).rglob("*")}
-    out, _ = tool("optim.epochs=6")
+    out, _ = tool("log.keep=3")
     assert [line for line in out.splitlines() if line.startswith("==")] == []
     assert out.count("skips ") == len(STEPS)
-    _, err = tool("optim.epochs=6", "optim.weight_decay=0.2", code=2)
+    _, err = tool("optim.weight_decay=0.2", code=2)
     assert "optim.weight_decay: 0.05 there, 0.2 now" in err and "use another --out" in err and err.count("\n") == 2
     assert before == {path: path.stat().st_mtime_ns for step in STEPS for path in (tool.out / step).rglob("*")}
 
 
 def test_a_test_set_is_scored(tool, made) -> None:
     """Here it is the validation set, so the counts are the same."""
-    out, _ = tool("optim.epochs=6", "--only", "mae", "--test", f"{tool.shards}/val-*.tar")
+    out, _ = tool("log.keep=3", "--only", "mae", "--test", f"{tool.shards}/val-*.tar")
     assert [line for line in out.splitlines() if line.startswith("==")] == ["== 3/3 mae/seed_0/finetune/test"]
     runs = json.loads((tool.out / "results.json").read_text())["networks"]["mae"]["runs"]["0"]
     assert runs["test"] == {key: runs["finetune"][key] for key in ("accuracy", "top1", "of")}
@@ -138,8 +160,8 @@ def test_what_is_there_can_be_compared_and_looked_at(tool, made) -> None:
     (tool.out / "results.md").unlink()
     tool("--report")
     page = (tool.out / "results.md").read_text()
-    assert "| mae | 1 |" in page and "optim.epochs=6" in page and "--report" not in page
-    out, _ = tool("optim.epochs=6", "--dry-run", "--seeds", "0", "1")
-    states = dict(line.split(" ", 1)[1].split(": ") for line in out.splitlines() if not line.startswith(" "))
-    assert all(states[step] == "done" for step in STEPS) and states["dmae/seed_1/finetune"] == "to do"
-    assert not (tool.out / "dmae/seed_1").exists()
+    assert "| mae | 1 |" in page and "log.keep=3" in page and "--report" not in page
+    out, _ = tool("--dry-run", "--seeds", "0", "1")
+    states = dict(line.split(" ", 1)[1].split(": ") for line in out.splitlines() if ": " in line and line[0] != " ")
+    assert all(states[step] == "done" for step in STEPS) and states["dmae_teacher_early/seed_1/finetune"] == "to do"
+    assert not (tool.out / "dmae_teacher_early/seed_1").exists()

@@ -1,6 +1,6 @@
-"""What came out of the runs of a grid, read from their folders: facts of each run, statistics over seeds.
+"""What came out of the runs of a study, read from their folders: facts of each run, statistics over seeds.
 
-    OUT/STUDENT/seed_K/{pretrain,finetune}/{config.yaml,*.json,metrics.jsonl} -> collect -> what results.json holds
+    OUT/NAME/seed_K/{pretrain,finetune}/{config.yaml,*.json,metrics.jsonl} -> collect -> what results.json holds
 
 Runs that are not finished count for nothing but their progress. Accuracies are shares, times seconds.
 """
@@ -15,14 +15,15 @@ import timm
 import torch
 
 from maedistill.config.finetune import FinetuneConfig
-from maedistill.grid.file import TEACHER, TEACHER_FINETUNE, Grid
-from maedistill.grid.finished import is_finished
-from maedistill.grid.plan import TEST_FILE, finetune_step, pretrain_step
 from maedistill.report import summary
+from maedistill.study.finished import is_finished
+from maedistill.study.placeholders import finetune_step, pretrain_step
+from maedistill.study.plan import TEST_FILE
+from maedistill.study.rows import all_rows
+from maedistill.study.schema import TEACHER_SEED, Study
 from maedistill.training.metrics import read_metrics
 from maedistill.training.run_folder import RunFolder
 
-_BASELINE = "mae"
 _Facts = Mapping[str, Any]
 _MEASURES = {
     "test_accuracy": ("test", "accuracy"),
@@ -40,18 +41,21 @@ _SIZES = {
 }
 
 
-def collect(grid: Grid, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """{"networks": {name: {"runs": {seed: facts}, "summary": ...}}, "unfinished": [...]}, the teacher first.
+def collect(study: Study, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """{"baseline": name, "networks": {name: {"runs": {seed: facts}, "summary": ...}}, "unfinished": [...]}.
 
-    The facts of a seed are {"pretrain": ..., "finetune": ..., "test": ...}, each absent where it is not there (yet).
+    Teachers come first. The facts of a seed are {"pretrain": ..., "finetune": ..., "test": ...}, each absent where it
+    is not there (yet).
     """
-    steps = {name: {seed: _steps_of(grid, name, seed) for seed in seeds} for name in grid.students}
-    if grid.teacher is not None:
-        steps = {TEACHER: {0: (TEACHER, TEACHER_FINETUNE if grid.finetune_teacher else None)}} | steps
+    steps = _steps_of(study, seeds)
     runs = {name: {str(k): _facts_of(out, *pair) for k, pair in of.items()} for name, of in steps.items()}
-    networks = {name: {"runs": of, "summary": summarize(of, _baseline_of(name, runs))} for name, of in runs.items()}
-    everything = [step for of in steps.values() for pair in of.values() for step in pair if step is not None]
-    return {"networks": networks, "unfinished": _unfinished(out, everything)}
+    compared = {name for name, _ in all_rows(study.students)} - {study.baseline}
+    baseline = runs.get(study.baseline, {})
+    networks = {
+        name: {"runs": of, "summary": summarize(of, baseline if name in compared else {})} for name, of in runs.items()
+    }
+    everything = dict.fromkeys(step for of in steps.values() for pair in of.values() for step in pair if step)
+    return {"baseline": study.baseline, "networks": networks, "unfinished": _unfinished(out, everything)}
 
 
 def summarize(runs: Mapping[str, _Facts], baseline: Mapping[str, _Facts]) -> dict[str, Any]:
@@ -109,9 +113,21 @@ def parameters_of(network: Mapping[str, Any]) -> int:
     return sum(parameter.numel() for parameter in vit.parameters())
 
 
-def _steps_of(grid: Grid, name: str, seed: int) -> tuple[str | None, str | None]:
-    """The steps of a student: pre-training, where it has one, and fine-tuning."""
-    return pretrain_step(name, seed) if grid.students[name].config else None, finetune_step(name, seed)
+def _steps_of(study: Study, seeds: Sequence[int]) -> dict[str, dict[int, tuple[str | None, str | None]]]:
+    """The pre-training and the fine-tuning of each network by seed, None where it has none."""
+
+    def pair(pretrained: str | None, finetuned: str | None, seed: int) -> tuple[str | None, str | None]:
+        return (
+            pretrain_step(pretrained, seed) if pretrained is not None else None,
+            finetune_step(finetuned, seed) if finetuned is not None else None,
+        )
+
+    teachers = {
+        name: {TEACHER_SEED: pair(name, name if teacher.finetune else None, TEACHER_SEED)}
+        for name, teacher in study.teachers.items()
+    }
+    rows = {name: {seed: pair(row.pretraining, name, seed) for seed in seeds} for name, row in all_rows(study.students)}
+    return teachers | rows
 
 
 def _facts_of(out: Path, pretrain: str | None, finetune: str | None) -> dict[str, Any]:
@@ -133,12 +149,7 @@ def _column(runs: Mapping[str, _Facts], stage: str, key: str) -> dict[str, Any]:
     return {seed: value for seed, value in found.items() if value is not None}
 
 
-def _baseline_of(name: str, runs: Mapping[str, Mapping[str, _Facts]]) -> Mapping[str, _Facts]:
-    """What a student is compared with: plain MAE, where the grid has it."""
-    return runs.get(_BASELINE, {}) if name not in (_BASELINE, TEACHER) else {}
-
-
-def _unfinished(out: Path, steps: Sequence[str]) -> list[dict[str, Any]]:
+def _unfinished(out: Path, steps: Iterable[str]) -> list[dict[str, Any]]:
     """Each run that is not finished, and how many epochs it has done."""
     missing = [step for step in steps if not is_finished(RunFolder(out / step))]
     epochs = {step: max((record["epoch"] for record in read_metrics(out / step)), default=0.0) for step in missing}

@@ -1,10 +1,11 @@
 """Statistics and pages on run folders that are written by hand, so that every number to be shown is known."""
 
 import json
-import math
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -12,22 +13,22 @@ from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.render import config_yaml
 from maedistill.data.index import open_index
-from maedistill.errors import ConfigError
-from maedistill.grid import comparison
-from maedistill.grid.comparison import Network, accuracy_table, write_comparison, write_results
-from maedistill.grid.file import Grid
-from maedistill.grid.finished import is_done, is_scored
-from maedistill.grid.results import collect, statistics, summarize
+from maedistill.errors import ConfigError, DataError
+from maedistill.study import comparison
+from maedistill.study.comparison import Network, accuracy_table, write_comparison, write_results
+from maedistill.study.finished import is_done, is_scored
+from maedistill.study.results import collect, statistics, summarize
+from maedistill.study.schema import Study
 
 NETWORK = {
     "name": "vit_tiny_patch16_224",
     "arguments": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3},
 }
-GRID = {
+STUDY = {
     "out": "x",
     "seeds": (0, 1, 2),
-    "teacher": {"config": "t.yaml"},
-    "finetune_teacher": True,
+    "baseline": "mae",
+    "teachers": {"large": {"config": "t.yaml", "finetune": True}, "small": {"config": "t.yaml"}},
     "students": {"scratch": {"shape_of": "mae"}, "mae": {"config": "m.yaml"}, "dmae": {"config": "d.yaml"}},
     "finetune": {"config": "f.yaml"},
 }
@@ -72,8 +73,8 @@ def configs(shards, pretraining, tmp_path):
 
 
 @pytest.fixture
-def grid_folder(configs, shards, tmp_path):
-    """A grid whose runs are finished, but for the fine-tuning of `scratch` with seed 2, which is under way."""
+def study_folder(configs, shards, tmp_path):
+    """A study whose runs are finished, but for the fine-tuning of `scratch` with seed 2, which is under way."""
     out = tmp_path / "out"
     for name, counts in TOP1.items():
         for seed, top1 in enumerate(counts):
@@ -83,53 +84,76 @@ def grid_folder(configs, shards, tmp_path):
                 made(run / "pretrain", configs("pretrain", run / "pretrain"), shards=shards, pixels=pixels)
             config = configs("finetune", run / "finetune")
             made(run / "finetune", config, shards=shards, top1=top1, finished=top1 is not None)
-    made(out / "teacher", configs("pretrain", out / "teacher"), shards=shards)
+    for name in ("large", "small"):
+        run = out / name / "seed_0/pretrain"
+        made(run, configs("pretrain", run), shards=shards)
     return out
 
 
-def test_statistics_against_numbers_worked_out_by_hand() -> None:
+def test_statistics_are_numpy_s() -> None:
     assert statistics([]) == {"n": 0, "mean": None, "sd": None}
     assert statistics([0.3]) == {"n": 1, "mean": 0.3, "sd": None}
-    found = statistics([2, 4, 4, 4, 5, 5, 7, 9])
-    assert found["mean"] == 5 and found["sd"] == pytest.approx(math.sqrt(32 / 7), rel=1e-12)
+    for n in (2, 3, 10, 1000):
+        values = np.random.default_rng(n).normal(0.6, 0.01, n)
+        found = statistics(values.tolist())
+        assert found["n"] == n and found["mean"] == pytest.approx(np.mean(values), rel=1e-12)
+        assert found["sd"] == pytest.approx(np.std(values, ddof=1), rel=1e-12)
 
 
 def test_differences_are_paired_by_seed() -> None:
-    runs = {seed: {"finetune": {"accuracy": value}} for seed, value in {"0": 0.5, "1": 0.7, "3": 0.9}.items()}
-    baseline = {seed: {"finetune": {"accuracy": value}} for seed, value in {"0": 0.4, "1": 0.5, "2": 0.1}.items()}
-    difference = summarize(runs, baseline)["difference"]
-    assert difference["n"] == 2 and difference["mean"] == pytest.approx(0.15)
-    assert difference["sd"] == pytest.approx(0.05 * math.sqrt(2))
+    draws = np.random.default_rng(0).uniform(0.4, 0.9, (2, 4))
+    one, other = (dict(zip(seeds, row, strict=True)) for seeds, row in zip(("0135", "0125"), draws, strict=True))
+    runs, baseline = ({seed: {"finetune": {"accuracy": v}} for seed, v in row.items()} for row in (one, other))
+    differences = np.array([one[seed] - other[seed] for seed in "015"])
+    found = summarize(runs, baseline)["difference"]
+    assert found["n"] == 3 and found["mean"] == pytest.approx(np.mean(differences))
+    assert found["sd"] == pytest.approx(np.std(differences, ddof=1))
 
 
-def test_a_grid_s_results_are_those_of_its_finished_runs(grid_folder) -> None:
-    results = collect(Grid.model_validate(GRID), grid_folder, [0, 1, 2])
+def test_rows_that_share_a_pre_training_share_its_facts_and_no_baseline_means_no_differences(study_folder) -> None:
+    tuned = study_folder / "again/seed_0/finetune"
+    shutil.copytree(study_folder / "mae/seed_0/finetune", tuned)
+    students = STUDY["students"] | {"again": {"pretraining_of": "mae"}, "never": {"pretraining_of": "mae"}}
+    study = Study.model_validate(STUDY | {"students": students, "baseline": None, "seeds": (0, 1, 2)})
+    results = collect(study, study_folder, [0, 1, 2])
+    again = results["networks"]["again"]["summary"]
+    assert again["each"] == {"0": 0.6} and again["pixels"] == results["networks"]["mae"]["summary"]["pixels"]
+    assert all(network["summary"]["difference"]["n"] == 0 for network in results["networks"].values())
+    page = write_results(results, study_folder, title="x", command="y").read_text()
+    assert "| again | 1 | 60.00 % | 0: 60.00 | - |" in page and "against" not in page
+    waiting = "large/seed_0/finetune, again/seed_1/finetune, again/seed_2/finetune, never/seed_0/finetune, never/seed_1"
+    assert f"not begun: {waiting}/finetune and 1 more.**" in page
+
+
+def test_a_study_s_results_are_those_of_its_finished_runs(study_folder) -> None:
+    results = collect(Study.model_validate(STUDY), study_folder, [0, 1, 2])
     networks = {name: network["summary"] for name, network in results["networks"].items()}
-    assert list(networks) == ["teacher", "scratch", "mae", "dmae"]
+    assert list(networks) == ["large", "small", "scratch", "mae", "dmae"]
     assert networks["mae"]["accuracy"] == {"n": 3, "mean": pytest.approx(0.62), "sd": pytest.approx(0.02)}
-    assert networks["scratch"]["each"] == {"0": 0.5, "1": 0.55} and networks["teacher"]["accuracy"]["n"] == 0
+    assert networks["scratch"]["each"] == {"0": 0.5, "1": 0.55} and networks["large"]["accuracy"]["n"] == 0
     assert networks["dmae"]["difference"]["mean"] == pytest.approx((6 + 2 + 12) / 3 / 200)
     assert networks["scratch"]["difference"]["n"] == 2 and networks["mae"]["difference"]["n"] == 0
     assert networks["dmae"]["pixels"]["mean"] == pytest.approx(0.6) and networks["scratch"]["pixels"]["n"] == 0
     assert networks["mae"]["parameters"] == 32_323 and networks["mae"]["pretrain_images"] == 96
     unfinished = {run["run"]: run["epochs"] for run in results["unfinished"]}
-    assert unfinished == {"teacher_finetune": 0.0, "scratch/seed_2/finetune": 1.0}
-    page = write_results(results, grid_folder, title="Three", command="python tools/grid.py g.yaml").read_text()
+    assert unfinished == {"large/seed_0/finetune": 0.0, "scratch/seed_2/finetune": 1.0}
+    page = write_results(results, study_folder, title="Three", command="python tools/study.py g.yaml").read_text()
     lines = page.splitlines()
     assert "| dmae | 3 | 65.33 ± 4.04 % | 0: 63.00, 1: 63.00, 2: 70.00 | +3.33 ± 2.52 | - |" in lines
     assert "| scratch | 2 | 52.50 ± 3.54 % | 0: 50.00, 1: 55.00 | -8.50 ± 2.12 | - |" in lines
     assert "| mae | 0.03 M | 3 epochs x 96 | 0.6000 | 25.0 % | 1m15s | 1 epochs x 96 | 1m15s |" in lines
-    assert "| teacher | 0.03 M | 3 epochs x 96 | 0.5000 | 25.0 % | 1m15s | - | - |" in lines
-    assert "scratch/seed_2/finetune (at epoch 1.0)" in page and "Command: `python tools/grid.py g.yaml`" in page
-    assert "do not compare" not in page and (grid_folder / "results.png").is_file()
-    saved = json.loads((grid_folder / "results.json").read_text())
+    assert "| small | 0.03 M | 3 epochs x 96 | 0.5000 | 25.0 % | 1m15s | - | - |" in lines
+    assert "not counted: scratch/seed_2/finetune (at epoch 1.0); not begun: large/seed_0/finetune.**" in page
+    assert "`against mae`: mean" in page and "Command: `python tools/study.py g.yaml`" in page
+    assert "do not compare" not in page and (study_folder / "results.png").is_file()
+    saved = json.loads((study_folder / "results.json").read_text())
     assert saved["networks"]["dmae"]["runs"]["2"]["finetune"]["top1"] == 140
 
 
-def test_one_seed_has_no_spread_and_a_test_set_its_column(grid_folder) -> None:
-    (grid_folder / "mae/seed_0/finetune/test.json").write_text(json.dumps({"top1": 30, "images": 40}))
-    results = collect(Grid.model_validate(GRID), grid_folder, [0])
-    assert accuracy_table(results["networks"])[4] == "| mae | 1 | 60.00 % | 0: 60.00 | - | 75.00 % |"
+def test_one_seed_has_no_spread_and_a_test_set_its_column(study_folder) -> None:
+    (study_folder / "mae/seed_0/finetune/test.json").write_text(json.dumps({"top1": 30, "images": 40}))
+    results = collect(Study.model_validate(STUDY), study_folder, [0])
+    assert accuracy_table(results["networks"], "mae")[5] == "| mae | 1 | 60.00 % | 0: 60.00 | - | 75.00 % |"
 
 
 def test_a_run_is_done_by_the_same_settings_on_the_same_images_only(configs, shards, tmp_path) -> None:
@@ -152,6 +176,15 @@ def test_a_run_is_done_by_the_same_settings_on_the_same_images_only(configs, sha
         is_done(configs("pretrain", run))
 
 
+def test_shards_that_are_not_there_are_missed_before_the_first_start(configs, shards, tmp_path) -> None:
+    run = tmp_path / "run"
+    for key in ("data.train", "data.val"):
+        with pytest.raises(DataError, match="no file matches 'nowhere/x-"):
+            is_done(configs("finetune", run, f"{key}=nowhere/x-*.tar"))
+    with pytest.raises(DataError, match=r"1 of 1 shards are missing: .*test\.tar"):
+        is_scored(run / "test.json", "test.tar")
+
+
 def test_a_scorecard_counts_for_its_own_shards_only(shards, tmp_path) -> None:
     file, val = tmp_path / "test.json", f"{shards}/val-*.tar"
     assert not is_scored(file, val)
@@ -160,11 +193,11 @@ def test_a_scorecard_counts_for_its_own_shards_only(shards, tmp_path) -> None:
 
 
 @pytest.fixture
-def networks(grid_folder) -> dict[str, Network]:
+def networks(study_folder) -> dict[str, Network]:
     """`scratch` and `dmae` of seed 0, exported and scored."""
     found = {}
     for i, name in enumerate(("scratch", "dmae")):
-        run = grid_folder / name / "seed_0"
+        run = study_folder / name / "seed_0"
         (run / "export").mkdir()
         (run / "export/model.safetensors").write_bytes(bytes(1_234_000))
         score = {"top1": TOP1[name][0], "images": 200, "parameters": 450_000, "latency_ms": 1.25 + i}
@@ -174,8 +207,8 @@ def networks(grid_folder) -> dict[str, Network]:
     return found
 
 
-def test_the_page_of_networks_shows_size_accuracy_speed_and_what_they_learnt(networks, grid_folder) -> None:
-    report = write_comparison(networks, grid_folder, title="Two", notes=["A note.", "Another."])
+def test_the_page_of_networks_shows_size_accuracy_speed_and_what_they_learnt(networks, study_folder) -> None:
+    report = write_comparison(networks, study_folder, title="Two", notes=["A note.", "Another."])
     page = report.read_text()
     assert page.startswith("# Two\n\nA note.\n\nAnother.\n")
     assert "| scratch | 50.00 % (100 of 200) | 0.45 M | 1.23 | 1.25 ms | 700 | - | 1m15s |" in page
@@ -187,10 +220,10 @@ def test_the_page_of_networks_shows_size_accuracy_speed_and_what_they_learnt(net
         assert (report.parent / link).read_bytes().startswith(b"\x89PNG"), link
 
 
-def test_pages_do_without_matplotlib(networks, grid_folder, monkeypatch) -> None:
+def test_pages_do_without_matplotlib(networks, study_folder, monkeypatch) -> None:
     for chart in ("accuracy_chart", "latency_chart", "draw_curves"):
         monkeypatch.setattr(comparison, chart, lambda *_: None)
-    page = write_comparison(networks, grid_folder, title="Two").read_text()
+    page = write_comparison(networks, study_folder, title="Two").read_text()
     assert re.findall(r"!\[[^]]*\]\(([^)]+)\)", page) == ["dmae/seed_0/pretrain/pictures/step_000000008.png"]
-    results = collect(Grid.model_validate(GRID), grid_folder, [0])
-    assert "![" not in write_results(results, grid_folder, title="x", command="y").read_text()
+    results = collect(Study.model_validate(STUDY), study_folder, [0])
+    assert "![" not in write_results(results, study_folder, title="x", command="y").read_text()

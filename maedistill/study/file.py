@@ -1,0 +1,107 @@
+"""From a study file to a checked `Study`; what is wrong is named with its line. `schema.py` says how one is written.
+
+YAML -> leaves (dotted name -> value, line) -> schema -> rules -> Study, its paths as seen from here
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from maedistill.config.document import Refusal, read_document, read_text
+from maedistill.errors import ConfigError
+from maedistill.study.rules import Problem, problems
+from maedistill.study.schema import Recipe, Student, Study, Teacher
+
+_EXAMPLE = "configs/cifar10/study_methods.yaml shows how it is written"
+_AXES = ("axes", "finetune_axes")
+
+
+def load_study(path: str | Path) -> Study:
+    """Reads a study file. Raises ConfigError, which names the first problem with its line."""
+    path = Path(path)
+    try:
+        leaves = read_document(read_text(path))
+    except (OSError, UnicodeDecodeError) as error:
+        remedy = "name a YAML file, e.g. configs/cifar10/study_methods.yaml"
+        raise ConfigError(f"the study {path} cannot be read: {error}", remedy) from None
+    except Refusal as error:
+        raise ConfigError(f"{path}:{error.line}: {error.cause}", error.remedy) from None
+    try:
+        study = Study.model_validate_json(json.dumps(_tree({name: value for name, (value, _) in leaves.items()})))
+        problem = next(problems(study), None)
+    except ValidationError as error:
+        problem = _invalid(error)
+    if problem is not None:
+        name, cause, remedy = problem
+        raise ConfigError(f"{path}:{_line(name, leaves)} {name}: {cause}", remedy)
+    return _from_here(study, path.parent)
+
+
+def _invalid(error: ValidationError) -> Problem:
+    """The first thing that the schema refuses."""
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a typo also leaves a key missing
+    parts = [str(part) for part in first["loc"]]
+    name, section = ".".join(parts), (parts[0] if len(parts) > 1 else "")
+    fields = {"students": Student, "teachers": Teacher, "finetune": Recipe}.get(section, Study).model_fields
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(parts[-1], fields, n=1)
+        return name, "there is no such key", f"did you mean {near[0]}?" if near else f"keys are {', '.join(fields)}"
+    if first["type"] == "missing":
+        return name, "it is missing", _EXAMPLE
+    message = first["msg"]
+    return name, message[0].lower() + message[1:], _EXAMPLE
+
+
+def _line(name: str, leaves: Mapping[str, tuple[Any, int]]) -> int:
+    """The line of the key, of what is below it, or of what it is below."""
+    for key, (_, line) in leaves.items():
+        if f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}."):
+            return line
+    return _line(name.rpartition(".")[0], leaves) if "." in name else 1
+
+
+def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted names as dicts within dicts. The keys of axes are those of configs and keep their dots."""
+    tree: dict[str, Any] = {}
+    for name, value in leaves.items():
+        *sections, leaf = name.split(".", 3 if _is_axis(name) else -1)
+        below = tree
+        for section in sections:
+            below = below.setdefault(section, {})
+        below[leaf] = value
+    return tree
+
+
+def _is_axis(name: str) -> bool:
+    """Whether a leaf is students.NAME.axes.KEY."""
+    parts = name.split(".")
+    return parts[0] == "students" and len(parts) > 3 and parts[2] in _AXES
+
+
+def _from_here(study: Study, folder: Path) -> Study:
+    """The study with its config paths relative to the working directory instead of the file's folder, and with what is
+    set for every student set for each.
+    """
+
+    def moved(recipe: Any) -> Any:
+        if recipe.config is None:
+            return recipe
+        return recipe.model_copy(update={"config": os.path.normpath(folder / recipe.config)})
+
+    def with_common(student: Student) -> Student:
+        common = {"finetune_set": (*study.finetune_set, *student.finetune_set)}
+        if student.config is not None:
+            common["set"] = (*study.pretrain_set, *student.set)
+        return student.model_copy(update=common)
+
+    changes = {
+        "teachers": {name: moved(teacher) for name, teacher in study.teachers.items()},
+        "students": {name: with_common(moved(student)) for name, student in study.students.items()},
+        "finetune": moved(study.finetune),
+    }
+    return study.model_copy(update=changes)

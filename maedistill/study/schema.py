@@ -1,0 +1,80 @@
+"""A study file: teachers, students that learn from them in different ways, seeds. What YAML becomes.
+
+    out: runs/cifar10                          # relative to the working directory
+    seeds: [0, 1, 2]
+    baseline: mae                              # the row that the others are compared with; left out: none
+    teachers:                                  # each pre-trained once, with seed 0; left out where no student needs one
+      small: {config: teacher.yaml, set: [student.width=96]}
+      large: {config: teacher.yaml, finetune: true}                  # and its own top-1
+      early: {config: teacher.yaml, set: [optim.epochs=5]}           # stopped early
+    pretrain_set: [optim.epochs=50]            # for every student's pre-training, not for the teachers'
+    finetune_set: [optim.ema=0.999]            # for every student's fine-tuning, not for the teachers'
+    students:
+      mae: {config: mae.yaml}                  # relative to this file
+      dmae: {config: dmae.yaml, teacher: large, set: [align.weight=10], finetune_set: [optim.epochs=20]}
+      sparse: {config: dmae.yaml, axes: {teacher: [small, early], masks: {student_visible: [0.1, 0.25]}}}
+      tuned: {pretraining_of: dmae, finetune_axes: {optim: {lr: [1e-3, 2e-3]}}}
+      scratch: {shape_of: mae}                 # not pre-trained; the network that `mae` is
+      plain: {finetune_set: [student.model=vit_tiny_patch16_224]}    # not pre-trained; the network that is set
+    finetune: {config: finetune.yaml, set: [optim.layer_decay=0.8]}
+
+`set` holds `key=value` as on a command line, for pre-training; `finetune_set` for fine-tuning; that of `finetune` is
+everybody's. In them `{teacher.large}` stands for that teacher's run and `{teacher.large.finetuned}` for its fine-tuned
+one: `"teacher.source={teacher.large}"`; a teacher may name those above it. A student's `teacher` is short for just
+that, and can be left out where the file has one teacher. `axes` give keys lists of values: every combination is a row
+of its own (`rows.py`), here sparse_teacher_small_student_visible_0.1 and three more.
+"""
+
+from typing import Any
+
+from pydantic import Field
+
+from maedistill.config.schema import Count, Section
+
+TEACHER_SEED = 0
+OWN_KEYS = ("run", "seed", "init.source")  # the study sets them itself
+Axes = dict[str, tuple[Any, ...]]  # dotted key, or "teacher" -> values
+
+
+class Recipe(Section):
+    """A config file and `key=value` settings on top of it."""
+
+    config: str
+    set: tuple[str, ...] = ()
+
+
+class Teacher(Recipe):
+    """A network that is pre-trained once; and fine-tuned, where its own top-1 or logits are needed."""
+
+    finetune: bool = False
+    finetune_set: tuple[str, ...] = ()
+
+
+class Student(Section):
+    """How a student begins, and what is particular to its fine-tuning.
+
+    It is pre-trained (config, set, teacher, axes), or begins where another one does (pretraining_of), or from scratch
+    with the network of another (shape_of) or the one that its fine-tuning names.
+    """
+
+    config: str | None = None
+    set: tuple[str, ...] = ()
+    teacher: str | None = None
+    axes: Axes = Field(default_factory=dict)
+    pretraining_of: str | None = None
+    shape_of: str | None = None
+    finetune_set: tuple[str, ...] = ()
+    finetune_axes: Axes = Field(default_factory=dict)
+
+
+class Study(Section):
+    """The whole file. The paths of configs are relative to the working directory once it is loaded."""
+
+    out: str
+    seeds: tuple[Count, ...]
+    baseline: str | None = None
+    teachers: dict[str, Teacher] = Field(default_factory=dict)
+    pretrain_set: tuple[str, ...] = ()
+    finetune_set: tuple[str, ...] = ()
+    students: dict[str, Student]
+    finetune: Recipe
