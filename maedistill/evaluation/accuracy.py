@@ -67,6 +67,10 @@ class Evaluation:
         ]
         return f"{', '.join(parts)}, loss {self.loss:.4f}"
 
+    def facts(self) -> dict[str, float]:
+        """For a result file: top1 and top5 are counts."""
+        return {"images": self.images, "top1": self.top1, "top5": self.top5, "loss": self.loss}
+
 
 def evaluate(
     network: nn.Module,
