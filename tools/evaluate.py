@@ -21,8 +21,23 @@ examples:
   python tools/evaluate.py runs/dmae_s_finetuned 'in1k/val-*.tar' --against timm:vit_large_patch16_224
   torchrun --nproc-per-node 8 tools/evaluate.py MODEL SHARDS
 
+frozen features of any network, a pre-training run too (each with a --help of its own):
+  python tools/evaluate.py knn runs/dmae_s --train 'in1k/train-*.tar' --val 'in1k/val-*.tar' --k 10,20
+  python tools/evaluate.py probe runs/dmae_s --train 'in1k/train-*.tar' --val 'in1k/val-*.tar' --block 8
+
 The counts are the same for any number of processes. Exit codes: 0 done, 2 usage, 3 data, 4 numerics, 5 a peer or the
 hardware.
+"""
+ABOUT = {
+    "knn": "Lets the nearest training images by cosine vote on each image's class.",
+    "probe": "Trains a linear classifier on frozen features, at several learning rates in one pass.",
+}
+FEATURES = """\
+MODEL is the folder of a run of either stage or of an export, or timm:NAME, or hf-hub:ID. Its features are the mean of
+the patch tokens after the final norm (of a convolutional network: the map as its own head pools it), or, with --block,
+the mean of that block's output.
+
+The counts are the same for any number of processes (torchrun --nproc-per-node N tools/evaluate.py ...).
 """
 FILES = {
     "predictions": "write each image's label, loss and five best classes",
@@ -52,6 +67,34 @@ def parse_score(words: list[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def parse_features(command: str, words: list[str]) -> argparse.Namespace:
+    """The command line for frozen features: `knn` or `probe`."""
+    parser = new_parser(f"evaluate.py {command}", ABOUT[command], FEATURES)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="run:PATH, local-dir:PATH, timm:NAME, hf-hub:ID, or a folder")
+    for split, use in (("train", "to learn from"), ("val", "to be judged on")):
+        add(f"--{split}", metavar="SHARDS", required=True, help=f"labelled shards {use}")
+        add(f"--{split}-index", metavar="FILE", help="their index, where it does not lie beside them")
+    add(
+        "--block", type=int, metavar="N", help="whose output: from 0, or from -1 backwards (default: the network's end)"
+    )
+    add("--pool", choices=("mean", "class"), default="mean", help="mean of the patches, or the class token")
+    if command == "knn":
+        add("--k", type=several(at_least(1)), default=[10, 20, 100, 200], metavar="N,N", help="default 10,20,100,200")
+        add(
+            "--temperature", type=positive, default=0.07, metavar="T", help="votes weigh exp(cosine / T) (default 0.07)"
+        )
+    else:
+        rates = {"type": several(positive), "default": [0.03, 0.1, 0.3, 1.0, 3.0, 10.0], "metavar": "X,X"}
+        add("--lr", **rates, help="per 256 images, all in one pass (default 0.03,0.1,0.3,1,3,10)")
+        add("--epochs", type=at_least(1), default=90, metavar="N", help="over the features (default 90)")
+        add("--head-batch", type=at_least(2), default=4096, metavar="N", help="at most a quarter of all (default 4096)")
+        add("--optimizer", choices=("lars", "sgd"), default="lars", help="without weight decay (default lars)")
+    add("--json", type=Path, metavar="FILE.json", help=FILES["json"])
+    add_common(parser)
+    return parser.parse_args(words)
+
+
 def new_parser(program: str, about: str, examples: str) -> argparse.ArgumentParser:
     """A parser that prints its examples as they are."""
     return argparse.ArgumentParser(
@@ -74,34 +117,59 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     """Checks the command line before torch is imported."""
-    arguments = parse_score(sys.argv[1:])
+    form, words = "score", sys.argv[1:]
+    if words[:1] in (["knn"], ["probe"]):
+        form, *words = words
+    arguments = parse_score(words) if form == "score" else parse_features(form, words)
     files = {name: getattr(arguments, name, None) for name in FILES}
     require_writable(files)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see command_line.py
-    score_classifier(arguments, files)
+    {"score": start_score, "knn": start_knn, "probe": start_probe}[form](arguments)
 
 
-def score_classifier(arguments: argparse.Namespace, files: dict[str, Path | None]) -> None:
+def start_score(arguments: argparse.Namespace) -> None:
     """The scorecard of a classifier."""
     from maedistill.evaluation.scorecard import score
 
+    names = ("against", "subset", "real", "bins", "image_size", "crop")
     score(
         arguments.model,
         arguments.shards,
         index_file=arguments.index,
-        against=arguments.against,
-        subset=arguments.subset,
-        real=arguments.real,
-        bins=arguments.bins,
+        weights="ema" if arguments.ema else "model",
         latency=not arguments.no_latency,
-        files=files,
-        **common(arguments),
+        files={name: getattr(arguments, name) for name in FILES},
+        **{name: getattr(arguments, name) for name in names},
+        **setting_of(arguments),
     )
 
 
-def common(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `add_common` read, by the names of the functions that are called."""
-    names = ("image_size", "crop", "batch", "precision", "workers", "threads")
+def start_knn(arguments: argparse.Namespace) -> None:
+    """kNN on frozen features."""
+    from maedistill.evaluation.frozen import Question, score_knn
+
+    question = Question(**question_of(arguments))
+    votes = {"ks": arguments.k, "temperature": arguments.temperature}
+    score_knn(question, **votes, file=arguments.json, **setting_of(arguments))
+
+
+def start_probe(arguments: argparse.Namespace) -> None:
+    """A linear probe on frozen features."""
+    from maedistill.evaluation.frozen import Question, score_probe
+
+    names = ("epochs", "head_batch", "optimizer")
+    how = {name: getattr(arguments, name) for name in names} | {"rates": arguments.lr}
+    score_probe(Question(**question_of(arguments)), **how, file=arguments.json, **setting_of(arguments))
+
+
+def setting_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How it is worked out."""
+    return {name: getattr(arguments, name) for name in ("batch", "precision", "workers", "threads")}
+
+
+def question_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Which features, and on which images."""
+    names = ("model", "train", "val", "train_index", "val_index", "block", "pool", "image_size", "crop")
     return {name: getattr(arguments, name) for name in names} | {"weights": "ema" if arguments.ema else "model"}
 
 
@@ -122,6 +190,29 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Reads different values with commas between them."""
+
+    def values(text: str) -> list[Any]:
+        found = [kind(word) for word in text.split(",")]
+        if len(set(found)) < len(found):
+            raise argparse.ArgumentTypeError(f"{text} is no list of different values")
+        return found
+
+    return values
+
+
+def positive(text: str) -> float:
+    """Reads a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return value
 
 
 def share(text: str) -> float:
