@@ -56,8 +56,9 @@ def parse_score(words: list[str]) -> argparse.Namespace:
     add("shards", metavar="SHARDS", help="labelled shards: one tar, a quoted glob or a brace range")
     add("--index", metavar="FILE", help="the shards' index, where it does not lie beside them")
     add("--against", metavar="MODEL2", help="compare the answers with another classifier's: same best class, KL")
-    add("--subset", action="store_true", help="the shards hold some of the model's classes: match them by name")
-    add("--real", action="store_true", help="ImageNet's validation set: count against ImageNet-ReaL's labels, too")
+    labels = parser.add_mutually_exclusive_group().add_argument
+    labels("--subset", action="store_true", help="the shards hold some of the model's classes: match them by name")
+    labels("--real", action="store_true", help="ImageNet's validation set: count against ImageNet-ReaL's labels, too")
     add("--bins", type=at_least(1), default=15, metavar="N", help="of the calibration error (default 15)")
     for name, text in FILES.items():
         flag = "--" + name.replace("_", "-")
@@ -85,8 +86,8 @@ def parse_features(command: str, words: list[str]) -> argparse.Namespace:
             "--temperature", type=positive, default=0.07, metavar="T", help="votes weigh exp(cosine / T) (default 0.07)"
         )
     else:
-        rates = {"type": several(positive), "default": [0.03, 0.1, 0.3, 1.0, 3.0, 10.0], "metavar": "X,X"}
-        add("--lr", **rates, help="per 256 images, all in one pass (default 0.03,0.1,0.3,1,3,10)")
+        rates = {"type": several(positive), "default": [0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0], "metavar": "X,X"}
+        add("--lr", **rates, help="per 256 images, all in one pass (default 0.03,0.1,0.3,1,3,10,30)")
         add("--epochs", type=at_least(1), default=90, metavar="N", help="over the features (default 90)")
         add("--head-batch", type=at_least(2), default=4096, metavar="N", help="at most a quarter of all (default 4096)")
         add("--optimizer", choices=("lars", "sgd"), default="lars", help="without weight decay (default lars)")

@@ -82,4 +82,4 @@ def _printed(label: int, names: Mapping[int, str]) -> str:
     """A class in letters that Pillow's own font has."""
     name = names.get(label, "")
     short = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
-    return f"{label} {short!r}".encode("latin-1", "replace").decode("latin-1") if name else f"class {label}"
+    return f"{short!r} ({label})".encode("latin-1", "replace").decode("latin-1") if name else f"class {label}"

@@ -3,6 +3,8 @@
 MODEL, TRAIN, VAL -> open_pair -> two sets of shards with the same classes
 Network with a `Backbone`, ShardIndex -> extract_features -> Features, on the CPU of every rank
 
+Every rank holds all rows: 4 n D bytes, 3.9 GB for ImageNet's training images at 768 numbers.
+
 n images   D width
 """
 

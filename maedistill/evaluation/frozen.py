@@ -6,7 +6,7 @@ MODEL, TRAIN, VAL -> Network with a `Backbone`, two ShardIndex -> features of bo
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +117,10 @@ def score_probe(
     for score in everything:
         say(f"lr {score.lr:<6g}{_words(score)}")
     chosen = f", chosen on the same images from {len(everything)} rates" if len(everything) > 1 else ""
+    chosen += " (the largest: try larger ones, too)" if chosen and best == everything[-1] else ""
     say(f"result   {_words(best)}, at lr {best.lr:g}{chosen}")
-    result = opened.facts() | setting.facts | {"probe": how, "rates": [asdict(score) for score in everything]}
-    return _end(result | asdict(best), file)
+    result = opened.facts() | setting.facts | {"probe": how, "rates": [score.facts() for score in everything]}
+    return _end(result | best.facts(), file)
 
 
 def _open(question: Question) -> _Opened:

@@ -11,7 +11,7 @@ cosine to 0. MAE's own numbers are batches of 16,384 of 1.28 million images, 90 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,7 @@ from maedistill.randomness import Stream, key, permute
 from maedistill.training.optim import build_schedule
 
 OptimizerName = Literal["lars", "sgd"]
+_SHORT_RATES, _SHORT_EPOCHS, _SHORT_BATCH = (0.3, 3.0, 30.0), 30, 512  # during pre-training
 _JUDGED = 4096  # features at once when heads are judged
 _MOMENTUM = 0.9
 _LEAST_UPDATES = 4  # of an epoch: a batch is at most such a part of the features
@@ -43,6 +44,10 @@ class ProbeScore:
         """Whether training stayed sane."""
         return math.isfinite(self.loss)
 
+    def facts(self) -> dict[str, float | None]:
+        """For a result file, whose JSON knows finite numbers only."""
+        return asdict(self) | {"loss": self.loss if self.is_finite else None}
+
 
 class LinearHeads(nn.Module):
     """BatchNorm without scale and shift, then a linear classifier for each of H learning rates, all starting alike."""
@@ -51,7 +56,7 @@ class LinearHeads(nn.Module):
         super().__init__()
         self.rates = tuple(rates)
         self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
-        self.heads = nn.ModuleList(nn.Linear(width, num_classes) for _ in rates)
+        self.heads = nn.ModuleList(nn.utils.skip_init(nn.Linear, width, num_classes) for _ in rates)
         for head in self.heads:
             nn.init.trunc_normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
             nn.init.zeros_(head.bias)
@@ -68,6 +73,19 @@ class LinearHeads(nn.Module):
             for head, rate in zip(self.heads, self.rates, strict=True)
             for parameter in head.parameters()
         ]
+
+
+def probe_accuracy(rows: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, *, device: torch.device) -> float:
+    """The share of queries that the best of three short probes has right: a trend while a network is trained.
+
+    rows [n, D] and queries [m, D] are features, the labels int64 [n] and [m]. Draws nothing from torch's generators.
+    """
+    classes = int(max(labels.max(), truth.max())) + 1
+    batch = batch_of(len(rows), _SHORT_BATCH)
+    heads = fit_heads(
+        rows, labels, rates=_SHORT_RATES, epochs=_SHORT_EPOCHS, batch=batch, num_classes=classes, device=device
+    )
+    return max(score.top1 for score in judge_heads(heads, queries, truth)) / len(truth)
 
 
 def batch_of(num_features: int, wanted: int) -> int:

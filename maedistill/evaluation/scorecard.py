@@ -34,7 +34,7 @@ from maedistill.models.classifier import open_classifier
 from maedistill.models.network import Network
 from maedistill.models.saved import Weights
 from maedistill.training import distributed
-from maedistill.training.records import write_text
+from maedistill.training.records import unwritable, write_text
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def score(
     index = distributed.main_first(lambda: open_index(shards, index=index_file))
     say(*_head(network, teacher, index, shards))
     subject = _Subject(network, teacher, index, _columns(network, teacher, index, subset=subset))
-    real_labels = open_real_labels(index, num_classes=0 if subset else network.num_classes) if real else None
+    real_labels = open_real_labels(index, num_classes=network.num_classes) if real else None
 
     evaluation, agreement = _evaluate(subject, setting)
     calibration = calibrate(evaluation.confidences, evaluation.predictions[:, 0] == evaluation.labels, bins=bins)
@@ -161,6 +161,10 @@ def _write(
         write_per_class(file, evaluation, subject.names)
     if file := files.get("confusions"):
         images = EvaluationImages(subject.index, evaluation.ids, subject.network.transform())
-        draw_confusions(worst_confusions(evaluation), images, subject.names).save(file, format="PNG")
+        sheet = draw_confusions(worst_confusions(evaluation), images, subject.names)
+        try:
+            sheet.save(file, format="PNG")
+        except OSError as error:
+            raise unwritable(file, error) from error
     if file := files.get("json"):
         write_text(file, json.dumps(scorecard, indent=1) + "\n")

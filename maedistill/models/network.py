@@ -191,5 +191,6 @@ def _require_multiple(name: str, network: dict[str, Any], image_size: int) -> No
 def _no_classifier(name: str) -> ConfigError:
     return ConfigError(
         f"{name} has no classifier, it is an encoder alone",
-        f"fine-tune it and evaluate that run: tools/finetune.py CONFIG init.source={name}",
+        f"fine-tune it and evaluate that run: tools/finetune.py CONFIG init.source={name}; "
+        "or judge its features: tools/evaluate.py probe, or knn",
     )

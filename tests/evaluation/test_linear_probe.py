@@ -4,7 +4,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from maedistill.evaluation.linear_probe import LinearHeads, batch_of, fit_heads, judge_heads
+from maedistill.evaluation.linear_probe import LinearHeads, batch_of, fit_heads, judge_heads, probe_accuracy
 
 CPU = torch.device("cpu")
 SETTING = {"epochs": 20, "batch": 128, "num_classes": 6, "device": CPU}
@@ -67,6 +67,18 @@ def test_counts_are_those_of_a_plain_loop_and_a_rate_too_large_is_seen_to_diverg
     assert sane.top5 == int((best == labels[:301, None]).any(1).sum()) > sane.top1
     assert sane.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels[:301]).item(), rel=1e-5)
     assert sane.is_finite and not broken.is_finite
+
+
+def test_a_short_probe_is_a_share_and_touches_no_generator():
+    rows, labels = separable(1000, seed=1)
+    val, truth = separable(500, seed=2)
+    state = torch.get_rng_state()
+    found = probe_accuracy(rows, labels, val, truth, device=CPU)
+    assert torch.equal(torch.get_rng_state(), state), "a run that is probed must not differ from one that is not"
+    assert found == probe_accuracy(rows, labels, val, truth, device=CPU)
+    oracle = LogisticRegression(max_iter=500).fit(((rows - rows.mean(0)) / rows.std(0)).numpy(), labels.numpy())
+    expected = oracle.score(((val - rows.mean(0)) / rows.std(0)).numpy(), truth.numpy())
+    assert found == pytest.approx(expected, abs=0.05)
 
 
 @pytest.mark.parametrize(("features", "wanted", "expected"), [(100_000, 4096, 4096), (1000, 4096, 250), (3, 4096, 2)])
