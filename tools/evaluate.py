@@ -81,7 +81,13 @@ def parse_features(command: str, words: list[str]) -> argparse.Namespace:
     )
     add("--pool", choices=("mean", "class"), default="mean", help="mean of the patches, or the class token")
     if command == "knn":
-        add("--k", type=several(at_least(1)), default=[10, 20, 100, 200], metavar="N,N", help="default 10,20,100,200")
+        add(
+            "--k",
+            type=several(at_least(1)),
+            default=[10, 20, 100, 200],
+            metavar="N,N",
+            help="neighbours (default 10,20,100,200)",
+        )
         add(
             "--temperature", type=positive, default=0.07, metavar="T", help="votes weigh exp(cosine / T) (default 0.07)"
         )

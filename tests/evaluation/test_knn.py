@@ -72,6 +72,15 @@ def test_predictions_are_those_of_scikit_learn_whatever_the_parts(monkeypatch, t
     assert len({tuple(row) for row in found.tolist()}) > 1 or temperature < 0.01, "k must matter"
 
 
+def test_no_matrix_grows_with_the_bank_or_the_queries(monkeypatch):
+    normalize, sizes = module.F.normalize, []
+    monkeypatch.setattr(module, "_QUERIES", 5)
+    monkeypatch.setattr(module, "_BANK", 7)
+    monkeypatch.setattr(module.F, "normalize", lambda rows, dim: sizes.append(len(rows)) or normalize(rows, dim=dim))
+    knn_predictions(torch.randn(100, 4), torch.arange(100), torch.randn(50, 4), ks=[20])
+    assert max(sizes) == 7 and sizes.count(5) == 10, "queries five by five, the bank seven by seven"
+
+
 def test_knn_allows_classes_that_only_one_side_has():
     bank, labels = torch.eye(3), torch.tensor([0, 1, 1])
     assert knn_accuracy(bank, labels, torch.eye(3), torch.tensor([0, 1, 9]), k=1) == pytest.approx(2 / 3)
