@@ -17,6 +17,7 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.loader import CentreCrops, evaluation_batches, training_batches
 from maedistill.data.transforms import random_flip, to_unit
 from maedistill.evaluation.knn import knn_accuracy, pooled_features, spread_samples
+from maedistill.evaluation.linear_probe import probe_accuracy
 from maedistill.pictures import reconstruction_sheet
 from maedistill.pretraining import Pretraining, open_pretraining
 from maedistill.randomness import Stream, key
@@ -103,7 +104,7 @@ def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> bool:
         with run.aside():
             if run.due(config.log.pictures_every_epochs):
                 draw(run, parts, metrics)
-            if parts.val_index is not None and run.due(config.log.knn_every_epochs):
+            if parts.val_index is not None:
                 probe(run, parts, metrics)
             if run.saves:
                 run.save()
@@ -125,18 +126,24 @@ def draw(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
 
 
 def probe(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
-    """kNN accuracy of the validation images against training images. Collective."""
-    data, most = parts.config.data, parts.config.log.knn_images
+    """kNN and a linear probe, as far as due: learnt from training images, judged on validation images. Collective."""
+    data, log = parts.config.data, parts.config.log
+    knn, linear = run.due(log.knn_every_epochs), run.due(log.probe_every_epochs)
+    if not (knn or linear):
+        return
     batch, workers = parts.plan.batch.micro_batch, run.workers
     bank, queries = (
         pooled_features(
-            parts.module, index, spread_samples(index, most),
+            parts.module, index, spread_samples(index, log.knn_images),
             size=data.image_size, share=data.eval_crop, batch=batch, workers=workers,
             timeout_seconds=data.timeout_seconds,
         )
         for index in (parts.index, parts.val_index)
     )  # fmt: skip
     if metrics is not None:
-        accuracy = knn_accuracy(*bank, *queries)
-        metrics.write(run.step, {"knn": accuracy, "epoch": run.epoch})
-        print(f"epoch {run.epoch:.1f}  kNN {accuracy:.1%} (a trend, no forecast)", flush=True)
+        scores = {"knn": knn_accuracy(*bank, *queries)} if knn else {}
+        scores |= {"linear": probe_accuracy(*bank, *queries, device=run.device)} if linear else {}
+        metrics.write(run.step, {**scores, "epoch": run.epoch})
+        names = {"knn": "kNN {:.1%} (a trend, no forecast)", "linear": "linear probe {:.1%}"}
+        words = ", ".join(names[name].format(accuracy) for name, accuracy in scores.items())
+        print(f"epoch {run.epoch:.1f}  {words}", flush=True)

@@ -114,11 +114,11 @@ def dry_run(config: PretrainConfig) -> None:
 
 
 def _open_data(config: PretrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
-    """The indexes of training and validation shards; labels that kNN will need are missed now, not after hours."""
+    """The indexes of training and validation shards; labels that are needed later are missed now."""
     index = open_index(config.data.train, index=config.data.index)
     require_room(index, window=config.data.window_shards)
     val_index = open_index(config.data.val) if config.data.val else None
-    if val_index is not None and config.log.knn_every_epochs is not None:
+    if val_index is not None and (config.log.knn_every_epochs or config.log.probe_every_epochs):
         index.require_labels()
         val_index.require_labels()
     return index, val_index

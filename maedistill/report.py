@@ -182,6 +182,7 @@ def draw_curves(records: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) 
         ("align/", "direct alignment"),
         ("generate/", "generated alignment"),
         ("knn", "kNN"),
+        ("linear", "linear probe"),
         ("cross_entropy", "cross-entropy"),
         ("accuracy", "top-1"),
     ]
@@ -191,7 +192,7 @@ def draw_curves(records: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) 
         for name, run in records.items():
             epochs, values = _series(run, prefix)
             if epochs:
-                few = prefix in ("knn", "accuracy") or len(epochs) < 3  # points that no line would show
+                few = prefix in ("knn", "linear", "accuracy") or len(epochs) < 3  # points that no line would show
                 axes.plot(epochs, values, label=name, marker="o" if few else None, markersize=3)
         axes.set(xlabel="epoch", title=label)
         axes.grid(alpha=0.3)

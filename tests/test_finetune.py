@@ -129,7 +129,7 @@ def test_what_was_measured_is_what_the_checkpoint_does(tuned, shards):
     for weights, recorded, prefix in (("model", -2, ""), ("ema", -1, "ema_")):
         opened, record = open_classifier(str(tuned.run), weights=weights), evaluations(tuned)[recorded]
         how = {"mean": opened.mean, "std": opened.std, "batch": 6, "workers": 0, "device": torch.device("cpu")}
-        found = evaluate(opened.network, images, **how)
+        found = evaluate(opened.module, images, **how)
         assert record[f"{prefix}top1"] == found.top1 and record[f"{prefix}val_loss"] == pytest.approx(
             found.loss, rel=1e-6
         )

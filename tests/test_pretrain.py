@@ -99,6 +99,15 @@ def test_a_run_leaves_a_complete_folder(trio, method):
     assert events.Tags()["images"] == ["reconstruction"]
 
 
+def test_a_linear_probe_runs_beside_knn_on_a_period_of_its_own(pretraining, settings):
+    periods = ["log.knn_every_epochs=2", "log.probe_every_epochs=1", "log.pictures_every_epochs=null"]
+    ended = pretraining("probed", *settings["mae"], "optim.epochs=2", *periods)
+    scores = {record["step"]: record for record in ended.records() if "linear" in record}
+    assert list(scores) == [EPOCH, 2 * EPOCH] and [("knn" in record) for record in scores.values()] == [False, True]
+    assert all(0 < record["linear"] <= 1 for record in scores.values())
+    assert ended.out.count("linear probe") == 2
+
+
 def test_a_teacher_from_a_run_is_named_with_its_keys_and_licence(trio):
     line = next(line for line in trio["dmae"].out.splitlines() if line.startswith("teacher"))
     assert str(trio["mae"].run) in line and "keys loaded" in line and "licence" in line

@@ -1,76 +1,191 @@
-"""Evaluates a classifier on labelled shards: every image exactly once. `tools/evaluate.py --help` shows how."""
+"""Evaluates a network on labelled shards: every image exactly once. `tools/evaluate.py --help` shows how."""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from maedistill.errors import ConfigError, exit_code_of
 
 EXAMPLES = """\
-MODEL is the folder of a fine-tuning run or of an export, or timm:NAME, or hf-hub:ID. Image size, crop and normalisation
-are the model's own.
+MODEL is the folder of a run or of an export, or timm:NAME, or hf-hub:ID. Image size, crop and normalisation are the
+model's own.
 
 examples:
   python tools/evaluate.py runs/dmae_s_finetuned 'in1k/val-*.tar'
-  python tools/evaluate.py runs/dmae_s_finetuned/export 'in1k/val-*.tar' --predictions predictions.csv
-  python tools/evaluate.py timm:vit_small_patch16_224 'in1k/val-*.tar' --json result.json
+  python tools/evaluate.py runs/dmae_s_finetuned/export 'in1k/val-*.tar' --per-class classes.csv --confusions worst.png
+  python tools/evaluate.py timm:vit_small_patch16_224 'in1k/val-*.tar' --real --json result.json
+  python tools/evaluate.py timm:vit_small_patch16_224 'imagenet-r/*.tar' --subset
+  python tools/evaluate.py runs/dmae_s_finetuned 'in1k/val-*.tar' --against timm:vit_large_patch16_224
   torchrun --nproc-per-node 8 tools/evaluate.py MODEL SHARDS
+
+frozen features of any network, a pre-training run too (each with a --help of its own):
+  python tools/evaluate.py knn runs/dmae_s --train 'in1k/train-*.tar' --val 'in1k/val-*.tar' --k 10,20
+  python tools/evaluate.py probe runs/dmae_s --train 'in1k/train-*.tar' --val 'in1k/val-*.tar' --block 8
 
 The counts are the same for any number of processes. Exit codes: 0 done, 2 usage, 3 data, 4 numerics, 5 a peer or the
 hardware.
 """
+ABOUT = {
+    "knn": "Lets the nearest training images by cosine vote on each image's class.",
+    "probe": "Trains a linear classifier on frozen features, at several learning rates in one pass.",
+}
+FEATURES = """\
+MODEL is the folder of a run of either stage or of an export, or timm:NAME, or hf-hub:ID. Its features are the mean of
+the patch tokens after the final norm (of a convolutional network: the map as its own head pools it), or, with --block,
+the mean of that block's output.
+
+The counts are the same for any number of processes (torchrun --nproc-per-node N tools/evaluate.py ...).
+"""
+FILES = {
+    "predictions": "write each image's label, loss and five best classes",
+    "per_class": "write each class's counts, confidence and what it is most often taken for",
+    "confusions": "draw the classes that are most often confused, with images",
+    "json": "write the result; top1 and top5 are counts",
+}
+SUFFIXES = {"predictions": ".csv", "per_class": ".csv", "confusions": ".png", "json": ".json"}
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split(" `")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_score(words: list[str]) -> argparse.Namespace:
+    """The command line for a classifier."""
+    parser = new_parser("evaluate.py", __doc__.split(" `")[0], EXAMPLES)
     add = parser.add_argument
     add("model", metavar="MODEL", help="run:PATH, local-dir:PATH, timm:NAME, hf-hub:ID, or a folder")
     add("shards", metavar="SHARDS", help="labelled shards: one tar, a quoted glob or a brace range")
     add("--index", metavar="FILE", help="the shards' index, where it does not lie beside them")
+    add("--against", metavar="MODEL2", help="compare the answers with another classifier's: same best class, KL")
+    labels = parser.add_mutually_exclusive_group().add_argument
+    labels("--subset", action="store_true", help="the shards hold some of the model's classes: match them by name")
+    labels("--real", action="store_true", help="ImageNet's validation set: count against ImageNet-ReaL's labels, too")
+    add("--bins", type=at_least(1), default=15, metavar="N", help="of the calibration error (default 15)")
+    for name, text in FILES.items():
+        flag = "--" + name.replace("_", "-")
+        add(flag, type=Path, metavar=f"FILE{SUFFIXES[name]}", dest=name, help=text)
+    add("--no-latency", action="store_true", help="do not time the network")
+    add_common(parser)
+    return parser.parse_args(words)
+
+
+def parse_features(command: str, words: list[str]) -> argparse.Namespace:
+    """The command line for frozen features: `knn` or `probe`."""
+    parser = new_parser(f"evaluate.py {command}", ABOUT[command], FEATURES)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="run:PATH, local-dir:PATH, timm:NAME, hf-hub:ID, or a folder")
+    for split, use in (("train", "to learn from"), ("val", "to be judged on")):
+        add(f"--{split}", metavar="SHARDS", required=True, help=f"labelled shards {use}")
+        add(f"--{split}-index", metavar="FILE", help="their index, where it does not lie beside them")
+    add(
+        "--block", type=int, metavar="N", help="whose output: from 0, or from -1 backwards (default: the network's end)"
+    )
+    add("--pool", choices=("mean", "class"), default="mean", help="mean of the patches, or the class token")
+    if command == "knn":
+        add(
+            "--k",
+            type=several(at_least(1)),
+            default=[10, 20, 100, 200],
+            metavar="N,N",
+            help="neighbours (default 10,20,100,200)",
+        )
+        add(
+            "--temperature", type=positive, default=0.07, metavar="T", help="votes weigh exp(cosine / T) (default 0.07)"
+        )
+    else:
+        rates = {"type": several(positive), "default": [0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0], "metavar": "X,X"}
+        add("--lr", **rates, help="per 256 images, all in one pass (default 0.03,0.1,0.3,1,3,10,30)")
+        add("--epochs", type=at_least(1), default=90, metavar="N", help="over the features (default 90)")
+        add("--head-batch", type=at_least(2), default=4096, metavar="N", help="at most a quarter of all (default 4096)")
+        add("--optimizer", choices=("lars", "sgd"), default="lars", help="without weight decay (default lars)")
+    add("--json", type=Path, metavar="FILE.json", help=FILES["json"])
+    add_common(parser)
+    return parser.parse_args(words)
+
+
+def new_parser(program: str, about: str, examples: str) -> argparse.ArgumentParser:
+    """A parser that prints its examples as they are."""
+    return argparse.ArgumentParser(
+        prog=program, description=about, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """What every form of the tool takes."""
+    add = parser.add_argument
     add("--ema", action="store_true", help="a run's moving average of the weights")
     add("--image-size", type=at_least(1), metavar="N", help="other than the model's own; positions are resampled")
     add("--crop", type=share, metavar="F", help="share of the shorter side that is seen, other than the model's own")
     add("--batch", type=at_least(1), default=64, metavar="N", help="images at once in each process (default 64)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU, else fp32")
-    add("--predictions", type=Path, metavar="FILE.csv", help="write each image's label, loss and five best classes")
-    add("--json", type=Path, metavar="FILE", help="write the result; top1 and top5 are counts")
-    add("--no-latency", action="store_true", help="do not time the network")
     add("--workers", type=at_least(0), metavar="N", help="processes that decode, for each process (default: its cores)")
     add("--threads", type=at_least(1), metavar="N", help="torch's CPU threads in each process (default: its cores)")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher adds it; LOCAL_RANK rules
-    return parser.parse_args()
 
 
 def main() -> None:
     """Checks the command line before torch is imported."""
-    arguments = parse()
-    for flag, file in (("--predictions", arguments.predictions), ("--json", arguments.json)):
-        if file is not None and (file.is_dir() or not file.parent.is_dir()):
-            problem = "is a folder" if file.is_dir() else f"cannot be written, {file.parent} is no folder"
-            raise ConfigError(f"{flag}: {file} {problem}", "name a file in a folder that exists")
+    form, words = "score", sys.argv[1:]
+    if words[:1] in (["knn"], ["probe"]):
+        form, *words = words
+    arguments = parse_score(words) if form == "score" else parse_features(form, words)
+    files = {name: getattr(arguments, name, None) for name in FILES}
+    require_writable(files)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see command_line.py
+    {"score": start_score, "knn": start_knn, "probe": start_probe}[form](arguments)
+
+
+def start_score(arguments: argparse.Namespace) -> None:
+    """The scorecard of a classifier."""
     from maedistill.evaluation.scorecard import score
 
+    names = ("against", "subset", "real", "bins", "image_size", "crop")
     score(
         arguments.model,
         arguments.shards,
         index_file=arguments.index,
         weights="ema" if arguments.ema else "model",
-        image_size=arguments.image_size,
-        crop=arguments.crop,
-        batch=arguments.batch,
-        workers=arguments.workers,
-        threads=arguments.threads,
-        precision=arguments.precision,
         latency=not arguments.no_latency,
-        predictions_file=arguments.predictions,
-        json_file=arguments.json,
+        files={name: getattr(arguments, name) for name in FILES},
+        **{name: getattr(arguments, name) for name in names},
+        **setting_of(arguments),
     )
+
+
+def start_knn(arguments: argparse.Namespace) -> None:
+    """kNN on frozen features."""
+    from maedistill.evaluation.frozen import Question, score_knn
+
+    question = Question(**question_of(arguments))
+    votes = {"ks": arguments.k, "temperature": arguments.temperature}
+    score_knn(question, **votes, file=arguments.json, **setting_of(arguments))
+
+
+def start_probe(arguments: argparse.Namespace) -> None:
+    """A linear probe on frozen features."""
+    from maedistill.evaluation.frozen import Question, score_probe
+
+    names = ("epochs", "head_batch", "optimizer")
+    how = {name: getattr(arguments, name) for name in names} | {"rates": arguments.lr}
+    score_probe(Question(**question_of(arguments)), **how, file=arguments.json, **setting_of(arguments))
+
+
+def setting_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How it is worked out."""
+    return {name: getattr(arguments, name) for name in ("batch", "precision", "workers", "threads")}
+
+
+def question_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Which features, and on which images."""
+    names = ("model", "train", "val", "train_index", "val_index", "block", "pool", "image_size", "crop")
+    return {name: getattr(arguments, name) for name in names} | {"weights": "ema" if arguments.ema else "model"}
+
+
+def require_writable(files: dict[str, Path | None]) -> None:
+    """Raises ConfigError for a file that cannot be written: said now, it costs no evaluation."""
+    for name, file in files.items():
+        if file is not None and (file.is_dir() or not file.parent.is_dir()):
+            problem = "is a folder" if file.is_dir() else f"cannot be written, {file.parent} is no folder"
+            raise ConfigError(f"--{name.replace('_', '-')}: {file} {problem}", "name a file in a folder that exists")
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -82,6 +197,29 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Reads different values with commas between them."""
+
+    def values(text: str) -> list[Any]:
+        found = [kind(word) for word in text.split(",")]
+        if len(set(found)) < len(found):
+            raise argparse.ArgumentTypeError(f"{text} is no list of different values")
+        return found
+
+    return values
+
+
+def positive(text: str) -> float:
+    """Reads a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return value
 
 
 def share(text: str) -> float:

@@ -164,11 +164,12 @@ class Optim(Optimization):
 
 
 class Log(Progress):
-    """How often progress, pictures, kNN and checkpoints are written."""
+    """How often progress, pictures, kNN, linear probes and checkpoints are written."""
 
     pictures_every_epochs: Above0 | None = runtime(10.0, "epochs between reconstruction pictures; null: never")
     knn_every_epochs: Above0 | None = runtime(10.0, "epochs between kNN scores, which need data.val; null: never")
-    knn_images: Positive = runtime(10000, "most training images that kNN compares with")
+    probe_every_epochs: Above0 | None = runtime(None, "epochs between linear probes, which need data.val; null: never")
+    knn_images: Positive = runtime(10000, "most training images that kNN compares with and a linear probe learns from")
 
 
 class PretrainConfig(RunConfig):

@@ -128,7 +128,14 @@ def _widths(c: PretrainConfig) -> Iterator[Problem]:
         yield Problem("generate.heads", cause, f"use a divisor, {max(1, teacher.width // 64)} in AMD")
 
 
-TO_RUN = (rules.paths,)
+def _probe(c: PretrainConfig) -> Iterator[Problem]:
+    if c.log.probe_every_epochs is not None and c.data.val is None:
+        yield Problem("log.probe_every_epochs", "no labelled shards to probe on", "add data.val=DIR/val-*.tar")
+    if c.log.probe_every_epochs is not None and c.log.knn_images < 2:
+        yield Problem("log.knn_images", "a linear probe cannot learn from one image", "use 2 or more, 10000 by default")
+
+
+TO_RUN = (rules.paths, _probe)
 RULES = (
     _images,
     rules.schedule,

@@ -1,10 +1,13 @@
-"""How good are frozen features: weighted kNN on mean-pooled patch tokens.
+"""How good are frozen features: the weighted vote of the nearest neighbours by cosine (Wu et al., 2018).
 
 kNN is a poor judge of masked autoencoders (11 % kNN has been reported beside 81 % after fine-tuning): its trend over
-a run says that features form, its level says little about the fine-tuned model.
+a run says that features form, its level says little about the fine-tuned model. Cosines are worked out part by part,
+so memory beyond the features does not grow with them.
 
-    n images   D width   C classes
+    n images of the bank   m queries   q, p a part of them   D width   C classes   K numbers of neighbours
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,23 +23,44 @@ from maedistill.training import distributed
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07  # Wu et al., 2018
+_QUERIES, _BANK = 2048, 16384  # of one part: 128 MiB of cosines
+_CPU = torch.device("cpu")
+
+
+def knn_predictions(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    *,
+    ks: Sequence[int],
+    temperature: float = TEMPERATURE,
+    device: torch.device = _CPU,
+) -> Tensor:
+    """The class that wins the vote of the k nearest in the bank, weighted by exp(cosine / temperature): int64 [K, m].
+
+    bank [n, D] and queries [m, D] are features, bank_labels int64 [n], all on the CPU; ks: at most n each. Of equal
+    votes the lower class wins. The work is done on `device`.
+    """
+    assert all(1 <= k <= len(bank) for k in ks) and temperature > 0
+    num_classes = int(bank_labels.max()) + 1
+    found = []
+    for part in queries.split(_QUERIES):
+        cosine, nearest = _nearest(bank, part.to(device), max(ks))  # [q, k], best first
+        voters = bank_labels.to(device)[nearest]  # [q, k]
+        weights = ((cosine - cosine[:, :1]) / temperature).exp()  # relative to the best: no temperature overflows
+        votes = (torch.zeros(len(part), num_classes, device=device) for _ in ks)  # [q, C] each
+        won = [v.scatter_add_(1, voters[:, :k], weights[:, :k]).argmax(1) for v, k in zip(votes, ks, strict=True)]
+        found.append(torch.stack(won).cpu())  # [K, q]
+    return torch.cat(found, dim=1)
 
 
 def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, *, k: int = NEIGHBOURS) -> float:
-    """Share of queries whose class wins the vote of their k nearest neighbours by cosine, weighted by exp(cos / 0.07).
+    """Share of queries, in [0, 1], whose class wins the vote of `knn_predictions`; of a small bank all have a vote.
 
-    bank [n, D] and queries [m, D] are features, the labels int64 [n] and [m]. Returns a share in [0, 1].
+    bank [n, D] and queries [m, D] are features, the labels int64 [n] and [m].
     """
-    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
-    num_classes = int(max(bank_labels.max(), labels.max())) + 1
-    correct = 0
-    for part, truth in zip(queries.split(1024), labels.split(1024), strict=True):
-        cosine, nearest = (part @ bank.T).topk(min(k, len(bank)), dim=1)  # [m', k]
-        votes = torch.zeros(len(part), num_classes).scatter_add_(
-            1, bank_labels[nearest], (cosine / TEMPERATURE).exp()
-        )  # [m', C]
-        correct += int((votes.argmax(1) == truth).sum())
-    return correct / len(labels)
+    (predictions,) = knn_predictions(bank, bank_labels, queries, ks=[min(k, len(bank))])
+    return int((predictions == labels).sum()) / len(labels)
 
 
 def spread_samples(index: ShardIndex, count: int, *, seed: int = 0) -> Tensor:
@@ -80,3 +104,17 @@ def pooled_features(
     return tuple(
         part.unflatten(0, (world_size, -1)).transpose(0, 1).flatten(0, 1)[: len(samples)].cpu() for part in gathered
     )
+
+
+def _nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines and places in the bank of the k nearest, best first: [n, D], [q, D] -> [q, k], int64 [q, k]."""
+    queries = F.normalize(queries.float(), dim=1)
+    best = queries.new_empty(len(queries), 0)
+    places = best.long()  # [q, 0]
+    for start in range(0, len(bank), _BANK):
+        part = F.normalize(bank[start : start + _BANK].to(queries.device).float(), dim=1)  # [p, D]
+        cosine, nearest = (queries @ part.T).topk(min(k, len(part)), dim=1)
+        best, places = torch.cat([best, cosine], dim=1), torch.cat([places, nearest + start], dim=1)
+        best, order = best.topk(min(k, best.shape[1]), dim=1)
+        places = places.gather(1, order)
+    return best, places

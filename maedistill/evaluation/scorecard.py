@@ -1,29 +1,55 @@
 """A classifier's scorecard: how often it is right on a set of shards and how fast it is here. One process or many.
 
-MODEL, SHARDS -> Classifier, ShardIndex -> evaluate, measure_latency -> lines on stdout, predictions.csv, a JSON file
+MODEL, SHARDS -> Network, ShardIndex -> one exact pass -> lines on stdout, JSON, CSV files, a picture
 """
 
 import json
-import os
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from maedistill.data.evaluation import EvaluationImages, evaluation_transform
+from maedistill.data.evaluation import EvaluationImages
 from maedistill.data.index import ShardIndex, open_index
-from maedistill.errors import DataError
 from maedistill.evaluation.accuracy import Evaluation, evaluate, write_predictions
+from maedistill.evaluation.agreement import Agreement, TwoViews, evaluate_against, require_same_classes
+from maedistill.evaluation.calibration import BINS, calibrate
+from maedistill.evaluation.confusions import draw_confusions, worst_confusions
+from maedistill.evaluation.label_space import compare_names, subset_columns
 from maedistill.evaluation.latency import measure_latency
-from maedistill.machine import cpu_share
-from maedistill.machine import precision as resolve_precision
-from maedistill.models.classifier import Classifier, open_classifier
+from maedistill.evaluation.per_class import write_per_class
+from maedistill.evaluation.real_labels import open_real_labels
+from maedistill.evaluation.setting import (
+    Setting,
+    describe_data,
+    describe_input,
+    facts_of,
+    open_setting,
+    say,
+)
+from maedistill.models.classifier import open_classifier
+from maedistill.models.network import Network
 from maedistill.models.saved import Weights
 from maedistill.training import distributed
-from maedistill.training.records import write_text
+from maedistill.training.records import unwritable, write_text
 
-_PATIENCE = 1800  # seconds that a rank waits for the others: their shares are equal, their machines may not be
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is evaluated on what. columns: outputs of network and teacher that are the shards' classes; None: all."""
+
+    network: Network
+    teacher: Network | None
+    index: ShardIndex
+    columns: tuple[Tensor | None, Tensor | None]
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Names of labels, as far as known."""
+        return dict(enumerate(self.index.classes or self.network.classes))
 
 
 def score(
@@ -38,119 +64,107 @@ def score(
     workers: int | None = None,
     threads: int | None = None,
     precision: str = "auto",
+    against: str | None = None,
+    subset: bool = False,
+    real: bool = False,
+    bins: int = BINS,
     latency: bool = True,
-    predictions_file: Path | None = None,
-    json_file: Path | None = None,
+    files: Mapping[str, Path | None],
 ) -> dict[str, Any]:
     """Evaluates `model` on `shards`, prints the scorecard and returns it. Every process of the run calls it.
 
     image_size, crop: other than the model's own. workers, threads: of each process, by default its share of the cores.
-    Raises kinds of UserError.
+    against: a second classifier, to be compared with. subset: the shards hold some of the model's classes, matched by
+    name. real: count against ImageNet-ReaL's labels, too. bins: of the calibration error. files: where to write
+    predictions, per_class, confusions and json. Raises kinds of UserError.
     """
-    distributed.open_group(_PATIENCE)
-    device, cores = distributed.device(), cpu_share(distributed.local_world_size())
-    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads or cores)
-    setting = {"device": device, "batch": batch, "precision": resolve_precision(precision, device)}
-    classifier = distributed.main_first(lambda: open_classifier(model, weights=weights, image_size=image_size))
-    classifier = replace(classifier, network=classifier.network.to(device), crop=crop or classifier.crop)
+    setting = open_setting(batch=batch, workers=workers, threads=threads, precision=precision)
+    network = distributed.main_first(lambda: open_classifier(model, weights=weights, image_size=image_size))
+    network = replace(network, crop=crop or network.crop)
+    teacher = distributed.main_first(lambda: open_classifier(against)) if against else None
     index = distributed.main_first(lambda: open_index(shards, index=index_file))
-    _say(*_head(classifier, index, shards))
+    say(*_head(network, teacher, index, shards))
+    subject = _Subject(network, teacher, index, _columns(network, teacher, index, subset=subset))
+    real_labels = open_real_labels(index, num_classes=network.num_classes) if real else None
 
-    evaluation = _evaluate(classifier, index, workers=min(8, cores) if workers is None else workers, **setting)
-    _say(f"result   {evaluation.line()}")
-    speed: dict[str, float] = {}
-    if latency:
-        speed = distributed.on_main(lambda: measure_latency(classifier.network, size=classifier.size, **setting))
-        _say(f"speed    {_speed_line(speed, **setting)}")
-    scorecard = _facts(classifier, index) | setting | {"device": _device_name(device)}
-    scorecard |= {name: getattr(evaluation, name) for name in ("images", "top1", "top5", "loss")} | speed
-    if distributed.is_main() and predictions_file:
-        write_predictions(predictions_file, evaluation, index)
-    if distributed.is_main() and json_file:
-        write_text(json_file, json.dumps(scorecard, indent=1) + "\n")
+    evaluation, agreement = _evaluate(subject, setting)
+    calibration = calibrate(evaluation.confidences, evaluation.predictions[:, 0] == evaluation.labels, bins=bins)
+    reassessed = real_labels.score(evaluation) if real_labels else None
+    lines = [f"result   {evaluation.line()}", f"sure     {calibration.line()}"]
+    lines += [f"real     {reassessed.line()}"] if reassessed else []
+    lines += [f"against  {agreement.line()}"] if agreement else []
+    say(*lines)
+    scorecard = facts_of(network) | {"fingerprint": index.fingerprint()} | setting.facts
+    scorecard |= evaluation.facts() | calibration.facts() | (reassessed.facts() if reassessed else {})
+    scorecard |= {"against": teacher.name, **agreement.facts()} if agreement else {}
+    scorecard |= _time(network, setting) if latency else {}
+    distributed.on_main(lambda: _write(files, evaluation, subject, scorecard))
     distributed.barrier()  # a launcher ends the others when one rank is gone: nobody leaves before all are done
     return scorecard
 
 
-def _evaluate(classifier: Classifier, index: ShardIndex, **keywords: Any) -> Evaluation:
-    """Every image of the index, prepared as the classifier wants it."""
-    transform = evaluation_transform(
-        size=classifier.size,
-        crop=classifier.crop,
-        interpolation=classifier.interpolation,
-        crop_mode=classifier.crop_mode,
-        mean=classifier.mean,
+def _head(network: Network, teacher: Network | None, index: ShardIndex, shards: str) -> list[str]:
+    """Models, input and data in words."""
+    lines = [f"model    {network.describe()}", f"input    {describe_input(network)}"]
+    lines += [f"against  {teacher.describe()}", f"input    {describe_input(teacher)}"] if teacher else []
+    return [*lines, f"data     {describe_data(index, shards)}"]
+
+
+def _columns(
+    network: Network, teacher: Network | None, index: ShardIndex, *, subset: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The outputs of both networks that are classes of the shards; says what is to be said about their names."""
+    found: list[Tensor | None] = [None, None]
+    if teacher and not subset:
+        require_same_classes(network.num_classes, teacher.num_classes)
+    for i, one in enumerate(one for one in (network, teacher) if one):
+        if subset:
+            found[i] = subset_columns(one.classes, index.classes, num_known=one.num_classes, model=one.name)
+            say(f"classes  {len(found[i]):,} of the {one.num_classes:,} of {one.name}, matched by name")
+        else:
+            say(*compare_names(one.classes, index.classes, num_known=one.num_classes))
+    return found[0], found[1]
+
+
+def _evaluate(subject: _Subject, setting: Setting) -> tuple[Evaluation, Agreement | None]:
+    """Every image of the index, prepared as each network wants it."""
+    network, teacher, (columns, teacher_columns) = subject.network, subject.teacher, subject.columns
+    samples = torch.arange(len(subject.index))
+    if teacher is None:
+        images = EvaluationImages(subject.index, samples, network.transform())
+        how = {"mean": network.mean, "std": network.std, "precision": setting.precision, "columns": columns}
+        return evaluate(network.module.to(setting.device), images, **how, **setting.loop), None
+    images = EvaluationImages(subject.index, samples, TwoViews(network.transform(), teacher.transform()))
+    viewers = setting.view(network, columns=columns), setting.view(teacher, columns=teacher_columns)
+    return evaluate_against(*viewers, images, sizes=(network.size, teacher.size), **setting.loop)
+
+
+def _time(network: Network, setting: Setting) -> dict[str, float]:
+    """Times the network on rank 0 and says so."""
+    how = {"batch": setting.batch, "device": setting.device, "precision": setting.precision}
+    speed = distributed.on_main(lambda: measure_latency(network.module, size=network.size, **how))
+    say(
+        f"speed    {speed['latency_ms']:.2f} ms for one image (median; 90 % within {speed['latency_p90_ms']:.2f} ms), "
+        f"{speed['images_per_second']:.1f} images/s at batch {setting.batch}, {setting.precision} on "
+        f"{setting.device_name}"
     )
-    images = EvaluationImages(index, torch.arange(len(index)), transform)
-    return evaluate(classifier.network, images, mean=classifier.mean, std=classifier.std, **keywords)
+    return speed
 
 
-def _facts(classifier: Classifier, index: ShardIndex) -> dict[str, Any]:
-    """What was evaluated, on what."""
-    return {
-        "model": classifier.name,
-        "licence": classifier.licence,
-        "parameters": classifier.parameters,
-        "classes": classifier.num_classes,
-        "size": classifier.size,
-        "crop": classifier.crop,
-        "interpolation": classifier.interpolation,
-        "crop_mode": classifier.crop_mode,
-        "mean": classifier.mean,
-        "std": classifier.std,
-        "fingerprint": index.fingerprint(),
-    }
-
-
-def _head(classifier: Classifier, index: ShardIndex, shards: str) -> list[str]:
-    """Model, input and data in words."""
-    mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (classifier.mean, classifier.std))
-    how = f"{classifier.crop_mode} crop {classifier.crop:g}, {classifier.interpolation}"
-    samples = f"{len(index):,} images, {index.num_classes:,} classes, fingerprint {index.fingerprint()[:12]}"
-    return [
-        f"model    {classifier.describe()}",
-        f"input    {classifier.size} px, {how}, mean {mean}, std {std}",
-        f"data     {samples}, {shards}",
-        *_compare_names(classifier.classes, index.classes, num_known=classifier.num_classes),
-    ]
-
-
-def _compare_names(known: tuple[str, ...], given: tuple[str, ...], *, num_known: int) -> list[str]:
-    """A warning where model (`known`) and shards (`given`) have other classes; both names may be empty: not known.
-
-    Raises DataError where they have the same names in another order: every count would be wrong.
-    """
-    if given and not known and num_known != len(given):
-        numbers = f"the model has {num_known:,} classes without names, the shards {len(given):,}"
-        return [f"warning  {numbers}: are they the same ones?"]
-    if not known or not given or known == given:
-        return []
-    label = next((i for i, names in enumerate(zip(known, given, strict=False)) if names[0] != names[1]), None)
-    if label is None:  # one has more classes than the other, the first ones are the same
-        return []
-    if sorted(known) == sorted(given):
-        raise DataError(
-            f"model and shards number their classes differently: label {label} is {known[label]!r} to the model and "
-            f"{given[label]!r} in the shards",
-            "write the shards again with the classes in the model's order",
-        )
-    return [f"warning  the model names its classes otherwise: label {label} is {known[label]!r}, not {given[label]!r}"]
-
-
-def _speed_line(speed: dict[str, float], *, device: torch.device, batch: int, precision: str) -> str:
-    return (
-        f"{speed['latency_ms']:.2f} ms for one image (median; 90 % within {speed['latency_p90_ms']:.2f} ms), "
-        f"{speed['images_per_second']:.1f} images/s at batch {batch}, {precision} on {_device_name(device)}"
-    )
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _say(*lines: str) -> None:
-    if distributed.is_main() and lines:
-        print("\n".join(lines), flush=True)
+def _write(
+    files: Mapping[str, Path | None], evaluation: Evaluation, subject: _Subject, scorecard: dict[str, Any]
+) -> None:
+    """Each file that was asked for."""
+    if file := files.get("predictions"):
+        write_predictions(file, evaluation, subject.index)
+    if file := files.get("per_class"):
+        write_per_class(file, evaluation, subject.names)
+    if file := files.get("confusions"):
+        images = EvaluationImages(subject.index, evaluation.ids, subject.network.transform())
+        sheet = draw_confusions(worst_confusions(evaluation), images, subject.names)
+        try:
+            sheet.save(file, format="PNG")
+        except OSError as error:
+            raise unwritable(file, error) from error
+    if file := files.get("json"):
+        write_text(file, json.dumps(scorecard, indent=1) + "\n")

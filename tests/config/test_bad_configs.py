@@ -91,6 +91,8 @@ OVERRIDES = [
     ("optim.warmup_epochs=100", ["100 is not below epochs=100"], ["5"]),
     ("data.views_per_image=3", ["3 does not divide global_batch=4096"], ["divisor"]),
     ("engine={zero: 3, compile: true}", ["a compiled student reads whole weights"], ["engine.zero=2"]),
+    ("log.probe_every_epochs=5", ["log.probe_every_epochs=5: no labelled shards"], ["data.val=DIR/val-*.tar"]),
+    ("log={probe_every_epochs: 5, knn_images: 1}", ["and 1 more: log.knn_images"], ["data.val=DIR/val-*.tar"]),
     ("masks.student_visible=1.0", ["nothing to predict"], ["0.25"]),
     ("masks.teacher_visible=0.5", ["0.5 differs from student_visible=0.25"], ["method=amd"]),
     ("method=amd", ["masks.teacher_visible: missing"], ["sees more"]),

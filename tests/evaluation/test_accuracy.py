@@ -68,6 +68,7 @@ def test_every_image_is_judged_once_as_timm_would(shards, samples, oracle, batch
     assert torch.equal(found.ids, samples.sort().values) and torch.equal(found.labels, labels)
     assert torch.equal(found.predictions, logits.topk(5).indices)
     torch.testing.assert_close(found.losses, F.cross_entropy(logits, labels, reduction="none"), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.confidences, logits.softmax(1).amax(1), rtol=0, atol=1e-6)
     assert found.top1 == int((logits.argmax(1) == labels).sum()) and 0 < found.top1 < found.top5 < found.images == 95
     assert found.loss == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-6)
     assert found.line().startswith(f"top-1 {100 * found.top1 / 95:.2f} % ({found.top1} of 95), top-5 ")
@@ -207,7 +208,10 @@ def test_predictions_come_back_from_their_file(shards, samples, tmp_path):
     columns = {"ids": [int(row["id"]) for row in rows], "labels": [int(row["label"]) for row in rows]}
     losses = torch.tensor([float(row["loss"]) for row in rows])
     again = Evaluation(
-        **{k: torch.tensor(v) for k, v in columns.items()}, predictions=torch.tensor(best), losses=losses
+        **{k: torch.tensor(v) for k, v in columns.items()},
+        predictions=torch.tensor(best),
+        losses=losses,
+        confidences=found.confidences,
     )
     for name in ("ids", "labels", "predictions", "losses"):
         assert torch.equal(getattr(again, name), getattr(found, name)), name
@@ -223,7 +227,11 @@ def test_predictions_come_back_from_their_file(shards, samples, tmp_path):
 def test_a_predictions_file_is_written_whole_or_not_at_all(shards, tmp_path, monkeypatch):
     index = open_index(str(shards / "val-*.tar"))
     found = Evaluation(
-        torch.arange(2), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64), torch.ones(2)
+        torch.arange(2),
+        torch.zeros(2, dtype=torch.int64),
+        torch.zeros(2, 3, dtype=torch.int64),
+        torch.ones(2),
+        torch.ones(2),
     )
     (tmp_path / "p.csv").write_text("before")
     monkeypatch.setattr(module.csv, "writer", lambda *_, **__: pytest.fail("stopped half-way"))

@@ -1,4 +1,4 @@
-"""tools/evaluate.py in real processes: one, two and three of them count the same; mistakes are two lines and a code."""
+"""tools/evaluate.py on classifiers: any number of real processes counts the same; a mistake is two lines and a code."""
 
 import csv
 import json
@@ -18,10 +18,11 @@ from timm.models import save_for_hf
 
 from maedistill.data.shards import make_shards
 from maedistill.data.sources import open_folder
-from maedistill.evaluation.scorecard import _compare_names
+from maedistill.evaluation.label_space import compare_names
 
 CONFIG = {"input_size": (3, 24, 24), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25), "crop_pct": 0.9}
-COUNTS = ("images", "top1", "top5")
+COUNTS = ("images", "top1", "top5", "against_same", "against_top1")
+NUMBERS = ("loss", "calibration_error", "confidence", "against_kl")
 
 
 def evaluate(root: Path, *arguments, ranks=1, code=0) -> subprocess.CompletedProcess:
@@ -55,13 +56,19 @@ def made(tmp_path_factory) -> Path:
         torch.nn.init.normal_(vit.head.weight, std=0.2)
         keywords = {"model_args": arguments, "data_config": CONFIG, "safe_serialization": True}
         save_for_hf(vit, folder / name, **keywords)
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "global_pool": "token"}
+    teacher = timm.create_model("vit_tiny_patch16_224", num_classes=12, **small)
+    torch.nn.init.normal_(teacher.head.weight, std=0.5)
+    seen = {"input_size": (3, 16, 16), "mean": (0.1, 0.2, 0.3), "std": (0.3, 0.2, 0.4), "crop_pct": 0.5}
+    save_for_hf(teacher, folder / "teacher", model_args=small, data_config=seen, safe_serialization=True)
     order = [f"class{i:02d}" for i in (1, 0, *range(2, 12))]
-    for name in ("permuted", "nan"):
+    for name in ("permuted", "strange", "nan"):
         (folder / name).mkdir()
         for file in (folder / "model").iterdir():
             (folder / name / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "model/config.json").read_text())
     (folder / "permuted/config.json").write_text(json.dumps(config | {"label_names": order}))
+    (folder / "strange/config.json").write_text(json.dumps(config | {"label_names": [*"abcdefghijkl"]}))
     weights = load_file(folder / "model/model.safetensors")
     save_file(weights | {"head.bias": torch.full((12,), torch.nan)}, folder / "nan/model.safetensors")
     return folder
@@ -75,6 +82,7 @@ def results(root, made):
         out = made / f"out{ranks}"
         out.mkdir()
         files = ["--json", out / "result.json", "--predictions", out / "predictions.csv"]
+        files += ["--per-class", out / "classes.csv", "--confusions", out / "worst.png", "--against", made / "teacher"]
         settings = ["--batch", 7, "--workers", ranks - 1] + (["--no-latency"] if ranks > 1 else [])
         ended = evaluate(root, made / "model", made / "shards/*.tar", *files, *settings, ranks=ranks)
         rows = list(csv.DictReader((out / "predictions.csv").read_text().splitlines()))
@@ -89,6 +97,8 @@ def test_any_number_of_processes_counts_the_same(results):
     assert alone[1]["images"] == 25 and 0 < alone[1]["top1"] < alone[1]["top5"] < 25
     for ranks in (2, 3):
         assert [results[ranks][1][key] for key in COUNTS] == [alone[1][key] for key in COUNTS]
+        for name in NUMBERS:
+            assert results[ranks][1][name] == pytest.approx(alone[1][name], rel=1e-5), name
         for row, other in zip(alone[2], results[ranks][2], strict=True):
             # Kernels round by an image's place in its batch.
             assert float(other.pop("loss")) == pytest.approx(float(row["loss"]), rel=1e-5)
@@ -105,7 +115,17 @@ def test_the_predictions_are_of_every_image_and_give_the_counts(results):
 
 def test_stdout_says_it_once(results, made):
     for ranks, (out, result, _) in results.items():
-        names = ["model", "input", "data", "result", *(["speed"] if ranks == 1 else [])]
+        names = [
+            "model",
+            "input",
+            "against",
+            "input",
+            "data",
+            "result",
+            "sure",
+            "against",
+            *(["speed"] if ranks == 1 else []),
+        ]
         assert [line.split()[0] for line in out.splitlines()] == names
         assert f"({result['top1']} of 25)" in out and result["fingerprint"][:12] in out
         assert "24 px, center crop 0.9, bicubic, mean 0.5 0.4 0.3, std 0.2 0.3 0.25" in out
@@ -115,12 +135,61 @@ def test_stdout_says_it_once(results, made):
     assert result["model"] == f"local-dir:{made / 'model'}" and result["classes"] == 12
 
 
+def test_classes_and_worst_confusions_are_written_alike_by_any_number_of_processes(results, made):
+    tables = [(made / f"out{ranks}" / "classes.csv").read_text().splitlines() for ranks in results]
+    for table in tables[1:]:
+        for row, other in zip(csv.DictReader(tables[0]), csv.DictReader(table), strict=True):
+            assert float(other.pop("confidence")) == pytest.approx(float(row.pop("confidence")), rel=1e-4)
+            assert row == other
+    rows = list(csv.DictReader(tables[0]))
+    assert len(rows) == 12 and rows[3]["name"] == "class03"
+    for column, count in (("images", 25), ("correct", results[1][1]["top1"]), ("correct5", results[1][1]["top5"])):
+        assert sum(int(row[column]) for row in rows) == count
+    sheets = [np.asarray(Image.open(made / f"out{ranks}" / "worst.png")) for ranks in results]
+    assert all(np.array_equal(sheet, sheets[0]) for sheet in sheets) and sheets[0].std() > 0
+
+
+def test_agreement_is_what_both_models_say_alone(root, made, results):
+    """Each model evaluated by itself, on its own input, gives the classes whose agreement was counted."""
+    out = made / "teacher.csv"
+    evaluate(root, made / "teacher", made / "shards/*.tar", "--predictions", out, "--no-latency", "--workers", 0)
+    alone = list(csv.DictReader(out.read_text().splitlines()))
+    same = sum(row["top1"] == other["top1"] for row, other in zip(alone, results[1][2], strict=True))
+    assert results[1][1]["against_same"] == same and 0 < same < 25
+    assert results[1][1]["against_top1"] == sum(row["top1"] == row["label"] for row in alone)
+
+
 MISTAKES = {
     "no such model": (["resnet18", "{shards}"], 2, "resnet18 is neither", "did you mean timm:resnet18?"),
     "labels beyond the classes": (["{made}/other", "{shards}"], 3, "5 classes, 0 to 4, but 14 of 25", "finetune.py"),
     "classes in another order": (["{made}/permuted", "{shards}"], 3, "label 0 is 'class01' to the model", "order"),
     "nan": (["{made}/nan", "{shards}"], 4, "25 of 25 images is not finite", "fp32"),
     "no folder to write to": (["x", "y", "--json", "{made}/none/a.json"], 2, "--json: {made}/none/a.json", "folder"),
+    "another number of classes": (
+        ["{made}/model", "{shards}", "--against", "{made}/other"],
+        2,
+        "of --against 5",
+        "--subset",
+    ),
+    "no names to match": (["{made}/model", "{shards}", "--subset"], 2, "does not name its 12 classes", "a run"),
+    "other names": (
+        ["{made}/strange", "{shards}", "--subset"],
+        3,
+        "has no class 'class00' (12 of",
+        "as the model does",
+    ),
+    "no imagenet": (
+        ["{made}/model", "{shards}", "--real"],
+        2,
+        "1,000 classes, and the model has 12",
+        "leave out --real",
+    ),
+    "no folder for a picture": (
+        ["x", "y", "--confusions", "{made}/no/a.png"],
+        2,
+        "--confusions: {made}/no/a.png",
+        "folder",
+    ),
     "a folder as file": (["x", "y", "--predictions", "{made}"], 2, "--predictions: {made} is a folder", "file"),
 }
 
@@ -144,8 +213,18 @@ def test_a_mistake_is_two_lines(mistakes, made, name):
 
 
 def test_another_number_of_classes_is_remarked():
-    assert "1,000 classes without names, the shards 2" in _compare_names((), ("cat", "dog"), num_known=1000)[0]
-    assert _compare_names((), ("cat", "dog"), num_known=2) == _compare_names((), (), num_known=2) == []
+    assert "1,000 classes without names, the shards 2" in compare_names((), ("cat", "dog"), num_known=1000)[0]
+    assert compare_names((), ("cat", "dog"), num_known=2) == compare_names((), (), num_known=2) == []
+
+
+def test_classes_in_another_order_are_matched_by_name(root, made, results):
+    """The model whose names are permuted answers what the other does, but for the two outputs that changed names."""
+    out, shards = made / "subset.csv", made / "shards/*.tar"
+    ended = evaluate(root, made / "permuted", shards, "--subset", "--predictions", out, "--no-latency", "--workers", 0)
+    renamed = {"0": "1", "1": "0"}
+    for row, other in zip(results[1][2], csv.DictReader(out.read_text().splitlines()), strict=True):
+        assert other["top1"] == renamed.get(row["top1"], row["top1"]) and other["label"] == row["label"]
+    assert "classes  12 of the 12 of local-dir:" in ended.stdout
 
 
 @pytest.mark.parametrize("flags", [["--crop", "1.5"], ["--crop", "x"], ["--batch", "0"], ["--workers", "-1"]])

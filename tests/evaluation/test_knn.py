@@ -1,14 +1,17 @@
-"""kNN against a loop that a person can check, and pooled features: each sample once, in order, in evaluation mode."""
+"""kNN against scikit-learn and a plain loop, and pooled features: each sample once, in order, in evaluation mode."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from sklearn.neighbors import KNeighborsClassifier
 
 from maedistill.data.images import decode_rgb
 from maedistill.data.index import open_index
 from maedistill.data.reader import ShardReader
-from maedistill.evaluation.knn import knn_accuracy, pooled_features, spread_samples
+from maedistill.evaluation import knn as module
+from maedistill.evaluation.knn import knn_accuracy, knn_predictions, pooled_features, spread_samples
 from maedistill.methods.mae import MAE
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
@@ -46,6 +49,36 @@ def test_knn_is_the_weighted_vote_of_the_nearest(k):
         correct += max(votes, key=votes.get) == truth
     assert 0.2 < correct / 1500 < 0.99
     assert knn_accuracy(bank, bank_labels, queries, labels, k=k) == pytest.approx(correct / 1500, abs=2 / 1500)
+
+
+@pytest.mark.parametrize(("temperature", "part"), [(0.07, 10_000), (0.07, 37), (1.0, 64), (0.001, 5)])
+def test_predictions_are_those_of_scikit_learn_whatever_the_parts(monkeypatch, temperature, part):
+    """KNeighborsClassifier by cosine with the same weights, in float64 and with the whole matrix at once."""
+    draws = torch.Generator().manual_seed(0)
+    centres = torch.randn(9, 16, generator=draws)
+    bank_labels, truth = (torch.randint(9, (n,), generator=draws) for n in (400, 300))
+    bank, queries = (centres[t] + 2 * torch.randn(len(t), 16, generator=draws) for t in (bank_labels, truth))
+    monkeypatch.setattr(module, "_QUERIES", part)
+    monkeypatch.setattr(module, "_BANK", part)
+    ks = [1, 7, 50, 400]
+    found = knn_predictions(bank, bank_labels, queries, ks=ks, temperature=temperature)
+    assert found.shape == (4, 300)
+    for k, predictions in zip(ks, found, strict=True):
+        oracle = KNeighborsClassifier(
+            k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp(-distance / temperature)
+        )
+        expected = oracle.fit(bank.double().numpy(), bank_labels.numpy()).predict(queries.double().numpy())
+        assert predictions.tolist() == expected.tolist(), k
+    assert len({tuple(row) for row in found.tolist()}) > 1 or temperature < 0.01, "k must matter"
+
+
+def test_no_matrix_grows_with_the_bank_or_the_queries(monkeypatch):
+    normalize, sizes = module.F.normalize, []
+    monkeypatch.setattr(module, "_QUERIES", 5)
+    monkeypatch.setattr(module, "_BANK", 7)
+    monkeypatch.setattr(module.F, "normalize", lambda rows, dim: sizes.append(len(rows)) or normalize(rows, dim=dim))
+    knn_predictions(torch.randn(100, 4), torch.arange(100), torch.randn(50, 4), ks=[20])
+    assert max(sizes) == 7 and sizes.count(5) == 10, "queries five by five, the bank seven by seven"
 
 
 def test_knn_allows_classes_that_only_one_side_has():

@@ -53,12 +53,12 @@ def test_a_fine_tuned_run_is_what_it_was(tmp_path):
     run = make_run(tmp_path / "run", vit, ema=ema)
     for source, weights, original in ((run, "model", vit), (f"run:{run}", "ema", ema)):
         opened = open_classifier(str(source), weights=weights)
-        assert torch.equal(opened.network(images), original(images))
+        assert torch.equal(opened.module(images), original(images))
     assert (opened.mean, opened.std, opened.size, opened.crop) == ((0.5, 0.4, 0.3), (0.25, 0.2, 0.1), 32, 0.9)
     assert (opened.num_classes, opened.classes, opened.licence) == (3, ("a", "b", "c"), "mit")
     assert opened.name == f"run:{run} step_000000007 (ema)"
     larger = open_classifier(str(run), image_size=48)
-    assert larger.size == 48 and larger.network(torch.zeros(1, 3, 48, 48)).shape == (1, 3)
+    assert larger.size == 48 and larger.module(torch.zeros(1, 3, 48, 48)).shape == (1, 3)
 
 
 # A ViT, a network with one size only that timm resizes, and one of any size; what timm says of its input.
@@ -83,11 +83,11 @@ def test_any_timm_model_with_timms_word_on_its_input(tmp_path, kind):
     save_for_hf(model, tmp_path / "out", model_args=arguments, data_config=config, safe_serialization=True)
     opened = open_classifier(str(tmp_path / "out"))
     images = torch.randn(2, 3, size, size)
-    assert torch.equal(opened.network(images), model(images)) and not opened.network.training
+    assert torch.equal(opened.module(images), model(images)) and not opened.module.training
     found = (opened.size, opened.mean, opened.std, opened.crop, opened.interpolation, opened.crop_mode)
     assert found == (size, *list(CONFIG.values())[1:])
     larger = open_classifier(f"local-dir:{tmp_path / 'out'}", image_size=2 * size)
-    assert larger.size == 2 * size and larger.network(torch.zeros(1, 3, 2 * size, 2 * size)).shape == (1, 5)
+    assert larger.size == 2 * size and larger.module(torch.zeros(1, 3, 2 * size, 2 * size)).shape == (1, 5)
 
 
 def test_encoders_are_refused_with_what_to_do(tmp_path):

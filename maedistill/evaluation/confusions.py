@@ -1,0 +1,85 @@
+"""What a classifier confuses most: a picture with the worst pairs of classes and images of each.
+
+    Evaluation -> worst_confusions -> draw_confusions -> one strip per pair: the numbers and names, then images
+
+An image is shown as the network saw it, cropped and resized.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from maedistill.data.evaluation import EvaluationImages
+from maedistill.evaluation.accuracy import Evaluation
+
+_PAIRS, _EXAMPLES = 12, 8
+_SIDE = 112  # pixels of an image on the sheet: large ones are reduced, small ones enlarged by a whole factor
+_TEXT, _GAP = 18, 4
+_LONGEST_NAME = 48  # letters
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Images of one class that were all taken for the same other class."""
+
+    label: int
+    said: int
+    ids: tuple[int, ...]  # of all of them, the one that was taken for it most confidently first
+    images: int  # of the class, rightly and wrongly recognised ones
+
+
+def worst_confusions(evaluation: Evaluation, *, most: int = _PAIRS) -> list[Confusion]:
+    """The pairs (label, class that was said) with most images, at most `most`; of equals the lower label first."""
+    said = evaluation.predictions[:, 0]  # [n]
+    pairs = Counter(zip(evaluation.labels.tolist(), said.tolist(), strict=True))
+    wrong = sorted((-count, label, other) for (label, other), count in pairs.items() if label != other)
+    found = []
+    for _, label, other in wrong[:most]:
+        rows = ((evaluation.labels == label) & (said == other)).nonzero().flatten()  # ascending ids
+        rows = rows[evaluation.confidences[rows].argsort(descending=True, stable=True)]
+        images = int((evaluation.labels == label).sum())
+        found.append(Confusion(label, other, tuple(evaluation.ids[rows].tolist()), images))
+    return found
+
+
+def draw_confusions(
+    confusions: Sequence[Confusion], images: EvaluationImages, names: Mapping[int, str], *, examples: int = _EXAMPLES
+) -> Image.Image:
+    """One strip per confusion: a line of text, then its first `examples` images. names: of labels, as far as known.
+
+    images: where the ids come from. Raises DataError for an image that cannot be decoded.
+    """
+    step = _SIDE + _GAP
+    width, height = examples * step + _GAP, _TEXT + step
+    sheet = Image.new("RGB", (width, max(height, height * len(confusions))), "white")
+    pen = ImageDraw.Draw(sheet)
+    if not confusions:
+        pen.text((_GAP, _GAP), "no image was taken for another class", fill="black")
+    for i, confusion in enumerate(confusions):
+        label, said = (_printed(number, names) for number in (confusion.label, confusion.said))
+        line = f"{len(confusion.ids):,} of {confusion.images:,} images of {label} were taken for {said}"
+        pen.text((_GAP, i * height + _GAP), line, fill="black")
+        shown = EvaluationImages(images.index, torch.tensor(confusion.ids[:examples]), images.transform)
+        pixels, *_ = shown.__getitems__(list(range(len(shown))))  # uint8 [e, 3, s, s]
+        for x, picture in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+            sheet.paste(_fitted(picture), (_GAP + x * step, i * height + _TEXT))
+    return sheet
+
+
+def _fitted(pixels: np.ndarray) -> Image.Image:
+    """uint8 [s, s, 3] as a picture of at most `_SIDE` pixels a side; small ones are enlarged without smoothing."""
+    picture, side = Image.fromarray(pixels), len(pixels)
+    if side > _SIDE:
+        return picture.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    return picture.resize((_SIDE // side * side, _SIDE // side * side), Image.Resampling.NEAREST)
+
+
+def _printed(label: int, names: Mapping[int, str]) -> str:
+    """A class in letters that Pillow's own font has."""
+    name = names.get(label, "")
+    short = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
+    return f"{short!r} ({label})".encode("latin-1", "replace").decode("latin-1") if name else f"class {label}"

@@ -1,0 +1,101 @@
+"""What an evaluation runs on: its processes, device, precision and loader processes; and what it says, said once.
+
+open_setting -> this process is a rank of the evaluation -> Setting, whose `loop` is what every pass is given
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maedistill.data.index import ShardIndex
+from maedistill.evaluation.exact_pass import Viewer
+from maedistill.machine import cpu_share
+from maedistill.machine import precision as resolve_precision
+from maedistill.models.network import Network
+from maedistill.training import distributed
+
+_PATIENCE = 1800  # seconds that a rank waits for the others: their shares are equal, their machines may not be
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One for all passes of an evaluation. batch: images at once in each process; workers: of each process."""
+
+    device: torch.device
+    precision: str
+    batch: int
+    workers: int
+
+    @property
+    def loop(self) -> dict[str, Any]:
+        """The keywords of `exact_pass`."""
+        return {"device": self.device, "batch": self.batch, "workers": self.workers}
+
+    @property
+    def device_name(self) -> str:
+        """The device in words."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"CPU, {torch.get_num_threads()} threads"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For a result file."""
+        return {"device": self.device_name, "batch": self.batch, "precision": self.precision}
+
+    def view(self, network: Network, *, columns: Tensor | None = None) -> Viewer:
+        """The network on the device, given images as it wants them."""
+        return Viewer(
+            network.module.to(self.device),
+            mean=network.mean,
+            std=network.std,
+            device=self.device,
+            precision=self.precision,
+            columns=columns,
+        )
+
+
+def open_setting(*, batch: int, workers: int | None, threads: int | None, precision: str) -> Setting:
+    """Collective. Joins the other processes. workers, threads: of each process, by default its share of the cores."""
+    distributed.open_group(_PATIENCE)
+    device, cores = distributed.device(), cpu_share(distributed.local_world_size())
+    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads or cores)
+    return Setting(device, resolve_precision(precision, device), batch, min(8, cores) if workers is None else workers)
+
+
+def say(*lines: str) -> None:
+    """Prints on rank 0 alone, at once."""
+    if distributed.is_main() and lines:
+        print("\n".join(lines), flush=True)
+
+
+def describe_input(network: Network) -> str:
+    """What images of the network look like."""
+    mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (network.mean, network.std))
+    how = f"{network.crop_mode} crop {network.crop:g}, {network.interpolation}"
+    return f"{network.size} px, {how}, mean {mean}, std {std}"
+
+
+def describe_data(index: ShardIndex, shards: str) -> str:
+    """Which images."""
+    return f"{len(index):,} images, {index.num_classes:,} classes, fingerprint {index.fingerprint()[:12]}, {shards}"
+
+
+def facts_of(network: Network) -> dict[str, Any]:
+    """A network and its input, for a result file."""
+    return {
+        "model": network.name,
+        "licence": network.licence,
+        "parameters": network.parameters,
+        "classes": network.num_classes,
+        "size": network.size,
+        "crop": network.crop,
+        "interpolation": network.interpolation,
+        "crop_mode": network.crop_mode,
+        "mean": network.mean,
+        "std": network.std,
+    }

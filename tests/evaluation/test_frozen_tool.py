@@ -1,0 +1,175 @@
+"""`tools/evaluate.py knn` and `probe` in real processes: one and two of them say the same; mistakes are two lines."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+from timm.models import save_for_hf
+
+from maedistill.data.shards import make_shards
+from maedistill.data.sources import open_folder
+from maedistill.evaluation.features import extract_features, open_pair
+from maedistill.evaluation.setting import Setting
+from maedistill.models.backbone import open_backbone
+
+VIT = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+CONFIG = {"input_size": (3, 24, 24), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25), "crop_pct": 0.9}
+
+
+def evaluate(root: Path, *arguments, ranks=1, code=0) -> subprocess.CompletedProcess:
+    """The tool as a person starts it, or with `ranks` processes under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    launchers = ("SLURM", "RANK", "WORLD_SIZE", "LOCAL_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(launchers)} | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, *torchrun, "tools/evaluate.py", *map(str, arguments)],
+        cwd=root, env=environment, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert ended.returncode == code, f"{ended.stdout}\n{ended.stderr[-3000:]}"
+    return ended
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A network without classifier, a broken one, and shards that do not belong to those of `shards`."""
+    folder = tmp_path_factory.mktemp("frozen")
+    torch.manual_seed(0)
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
+    torch.nn.init.normal_(network.patch_embed.proj.weight, std=0.1)
+    for name in ("model", "nan"):
+        save_for_hf(network, folder / name, model_args=VIT, data_config=CONFIG, safe_serialization=True)
+        torch.nn.init.constant_(network.norm.bias, torch.nan)
+    for name, classes in (("renamed", "abx"), ("more", "abcd"), ("bare", [""])):
+        for label in classes:
+            path = folder / name / label / "0.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (9, 9)).save(path)
+        make_shards(open_folder(folder / name), folder / name / "shards")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(root, made, shards):
+    """{(form, processes): (stdout, JSON)}."""
+    flags = {"knn": ["--k", "1,5,96"], "probe": ["--lr", "0.3,3,30", "--epochs", 8, "--head-batch", 16]}
+
+    def start(case):
+        form, ranks = case
+        out = made / f"{form}{ranks}.json"
+        where = ["--train", shards / "train-*.tar", "--val", shards / "val-*.tar", "--json", out]
+        settings = ["--batch", 7, "--workers", ranks - 1]
+        ended = evaluate(root, form, made / "model", *where, *flags[form], *settings, ranks=ranks)
+        return ended.stdout, json.loads(out.read_text())
+
+    cases = [(form, ranks) for form in flags for ranks in (1, 2)]
+    with ThreadPoolExecutor(2) as two:
+        return dict(zip(cases, two.map(start, cases), strict=True))
+
+
+def test_any_number_of_processes_says_the_same(results):
+    for form in ("knn", "probe"):
+        alone, (_, together) = results[form, 1][1], results[form, 2]
+        assert alone.keys() == together.keys()
+        counts = ("top1", "top5", "images", "k", "lr")
+        for row, other in zip(
+            *(found["knn" if form == "knn" else "rates"] for found in (alone, together)), strict=True
+        ):
+            assert [row.get(name) for name in counts] == [other.get(name) for name in counts]
+            assert row.get("loss", 0.0) == pytest.approx(other.get("loss", 0.0), rel=1e-4)
+            assert row["images"] == 24 and 8 <= row["top1"] <= 24
+
+
+def test_the_votes_are_those_of_scikit_learn_on_the_same_features(results, made, shards):
+    setting = Setting(torch.device("cpu"), "fp32", 96, 0)
+    opened = open_backbone(str(made / "model"))
+    pair = open_pair(str(shards / "train-*.tar"), str(shards / "val-*.tar"), train_index=None, val_index=None)
+    bank, queries = (extract_features(opened, index, setting) for index in pair)
+    assert bank.rows.shape == (96, 32) and bank.labels.tolist() == pair[0].labels.tolist()
+    for score in results["knn", 1][1]["knn"]:
+        oracle = KNeighborsClassifier(score["k"], metric="cosine", weights=lambda distance: np.exp(-distance / 0.07))
+        right = oracle.fit(bank.rows.double(), bank.labels).predict(queries.rows.double()) == queries.labels.numpy()
+        assert score["top1"] == right.sum()
+
+
+def test_stdout_says_which_features_and_how_good(results, made):
+    out, result = results["probe", 1]
+    heads = ["model", "input", "train", "val", "features", "probe", "lr", "lr", "lr", "result"]
+    assert [line.split()[0] for line in out.splitlines()] == heads
+    assert "mean of the patches at the end of the network, 32 wide" in out
+    assert "batch 16" in out and f"({result['top1']} of 24)" in out.splitlines()[-1]
+    assert "chosen on the same images from 3 rates" in out
+    assert result["top1"] == max(rate["top1"] for rate in result["rates"])
+    out, result = results["knn", 1]
+    assert [line.split()[0] for line in out.splitlines()][5:] == ["knn"] * 3 + ["note"]
+    assert result["model"] == f"local-dir:{made / 'model'}" and result["temperature"] == 0.07
+
+
+def test_a_pre_training_run_has_features_at_every_block(root, mae, shards):
+    where = ["--train", shards / "train-*.tar", "--val", shards / "val-*.tar"]
+    flags = ["--block", -2, "--pool", "class", "--k", 5, "--image-size", 48, "--workers", 0, "--threads", 1]
+    ended = evaluate(root, "knn", mae.run, *where, *flags)
+    assert f"run:{mae.run} step_" in ended.stdout and "no classifier" in ended.stdout
+    assert "48 px" in ended.stdout and "class token at block 0, 32 wide" in ended.stdout
+
+
+PAIR = ["--train", "{shards}/train-*.tar", "--val", "{shards}/val-*.tar"]
+MISTAKES = {
+    "an encoder as classifier": (["{made}/model", "{shards}/val-*.tar"], 2, "has no classifier", "evaluate.py probe"),
+    "a bank too small": (["knn", "{made}/model", *PAIR, "--k", "5,97"], 2, "--k 97 asks for more", "smaller number"),
+    "no such block": (["probe", "{made}/model", *PAIR, "--block", "2"], 2, "no block 2: there are 2,", "--block"),
+    "no labels": (
+        ["knn", "{made}/model", *PAIR[:3], "{made}/bare/shards/*.tar"],
+        3, "1 of 1 samples have no label", "labelled",
+    ),
+    "other names": (
+        ["probe", "{made}/model", *PAIR[:3], "{made}/renamed/shards/*.tar"],
+        3, "label 2 is 'c' in the shards of --train and 'x'", "same classes",
+    ),
+    "more classes": (
+        ["knn", "{made}/model", *PAIR[:3], "{made}/more/shards/*.tar"],
+        3, "1 of the classes in {made}/more/shards/*.tar have no image", "one data set",
+    ),
+    "nan": (["knn", "{made}/nan", *PAIR, "--k", "1"], 4, "features of 96 of 96 images are not finite", "fp32"),
+    "nowhere to write": (["knn", "x", *PAIR, "--json", "{made}/no/a.json"], 2, "--json: {made}/no/a.json", "folder"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mistakes(root, made, shards):
+    def start(name):
+        words, code, *_ = MISTAKES[name]
+        return evaluate(root, *(word.format(made=made, shards=shards) for word in words), "--workers", 0, code=code)
+
+    with ThreadPoolExecutor(2) as two:
+        return dict(zip(MISTAKES, two.map(start, MISTAKES), strict=True))
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_two_lines(mistakes, made, name):
+    cause, remedy = mistakes[name].stderr.splitlines()
+    assert cause.startswith("error: ") and MISTAKES[name][2].format(made=made) in cause
+    assert remedy.startswith("  fix: ") and MISTAKES[name][3] in remedy
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (["knn", "m", "--k", "0"], "0 is no whole number from 1"),
+        (["knn", "m", "--k", "5,5"], "5,5 is no list of different values"),
+        (["knn", "m", "--temperature", "0"], "0 is no number above 0"),
+        (["probe", "m", "--lr", "0.1,x"], "x is no number above 0"),
+        (["probe", "m", "--head-batch", "1"], "1 is no whole number from 2"),
+        (["probe", "m", "--train", "t"], "--val"),
+    ],
+)
+def test_a_wrong_flag_is_named_before_anything_is_opened(root, flags, what):
+    assert what in evaluate(root, *flags, code=2).stderr
