@@ -34,6 +34,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the training tools do, see command_line.py
     if arguments.json and not arguments.json.parent.is_dir():
         raise ConfigError(f"--json: there is no folder {arguments.json.parent}", "make it, or name another file")
+    if arguments.json and arguments.json.is_dir():
+        raise ConfigError(f"--json: {arguments.json} is a folder", "name a file")
     report = arguments.measure(arguments)
     print(report.text())
     if arguments.json:
@@ -41,7 +43,7 @@ def main() -> None:
 
 
 def loader(arguments: argparse.Namespace) -> "Report":
-    """How fast images come."""
+    """Images per second and core of the loader, by stage, against the plain way and against decoding alone."""
     from maedistill.benchmark.loader import measure_loader
 
     return measure_loader(
@@ -56,28 +58,29 @@ def loader(arguments: argparse.Namespace) -> "Report":
 
 
 def step(arguments: argparse.Namespace) -> "Report":
-    """How fast a step is."""
+    """Images per second, FLOPs and memory of an optimizer step, against published loops' way to the same numbers."""
     from maedistill.benchmark.step import measure_step
 
     return measure_step(config_of(arguments), batch=arguments.batch, rounds=arguments.rounds)
 
 
 def scale(arguments: argparse.Namespace) -> "Report":
-    """What more processes bring."""
+    """What more processes bring: measured here, and on paper for clusters."""
     from maedistill.benchmark.scale import measure_scale
 
     return measure_scale(arguments.config, arguments.overrides, processes=arguments.processes, rounds=arguments.rounds)
 
 
 def cost(arguments: argparse.Namespace) -> "Report":
-    """What a run will take."""
-    from maedistill.benchmark.cost import measure_cost
+    """Hours that a config takes on this kind of machine, from the speeds of step and loader, and what limits them."""
+    from maedistill.benchmark.cost import expected_number, measure_cost
 
-    return measure_cost(config_of(arguments), gpus=arguments.gpus, rounds=arguments.rounds)
+    expected = expected_number(arguments.config)
+    return measure_cost(config_of(arguments), gpus=arguments.gpus, rounds=arguments.rounds, expected=expected)
 
 
 def start(arguments: argparse.Namespace) -> "Report":
-    """From the command to the first step."""
+    """Seconds from the command to the end of the first step, by part."""
     from maedistill.benchmark.start import measure_start
 
     return measure_start(arguments.config, arguments.overrides, rounds=arguments.rounds)
@@ -115,9 +118,15 @@ def parse_arguments() -> argparse.Namespace:
     one.add_argument("--size", type=positive, default=224, metavar="PX", help="side of a crop (default %(default)s)")
     one.add_argument("--views", type=positive, default=1, metavar="K", help="crops per decoded image (default 1)")
     one.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes (default 1)")
-    one.add_argument("--images", type=positive, default=256, metavar="N", help="crops per round (default %(default)s)")
+    one.add_argument(
+        "--images",
+        type=positive,
+        default=256,
+        metavar="N",
+        help="crops per round (default %(default)s; more with several workers)",
+    )
     one.add_argument("--against", metavar="SHARDS", help="that the plain path reads: the same images, not re-encoded")
-    configured(step, 7).add_argument("--batch", type=positive, metavar="N", help="images (default: the micro-batch)")
+    configured(step, 7).add_argument("--batch", type=positive, metavar="N", help="images (default: of about a second)")
     configured(scale, 3).add_argument("--processes", type=positive, metavar="N", help="at most (default: one per core)")
     configured(cost, 3).add_argument("--gpus", type=positive, default=1, metavar="N", help="that share the work")
     configured(start, 3)
@@ -131,10 +140,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def positive(text: str) -> int:
     """A whole number from 1."""
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Without shards the loader is not measured, and taken to keep up. Without a GPU, 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -67,9 +68,16 @@ class Speed:
         return "exchange of gradients" if self.cluster.reduce > self.cluster.compute else "step"
 
 
-def measure_cost(config: PretrainConfig, *, gpus: int, rounds: int) -> Report:
+def expected_number(file: str) -> str | None:
+    """What a config's header says that its paper found: the line `# Expected: ...`; None where there is none."""
+    lines = Path(file).read_text().splitlines() if Path(file).is_file() else []
+    return next((line.removeprefix("# Expected: ") for line in lines if line.startswith("# Expected: ")), None)
+
+
+def measure_cost(config: PretrainConfig, *, gpus: int, rounds: int, expected: str | None = None) -> Report:
     """Measures step and loader here, in turn, and says what the config's epochs take on `gpus` such devices.
 
+    expected: the number that those epochs brought on ImageNet-1K, with its source; None where none is known.
     Raises ConfigError where so many cannot share the batch, DataError for shards that cannot be read.
     """
     plan = config.share_batch(gpus)
@@ -93,20 +101,32 @@ def measure_cost(config: PretrainConfig, *, gpus: int, rounds: int) -> Report:
     workers = config.data.workers if config.data.workers is not None else min(8, cores)
     loader = rates[LOADER].spread.median if index is not None else None
     speed = Speed(cluster, loader, cores=min(cores, max(1, workers)) if has_gpu else cores, shared=not has_gpu)
-    return cost_report(config, speed, rates, batch=step.batch, images=None if index is None else len(index))
+    images = None if index is None else len(index)
+    report = cost_report(config, speed, rates, batch=step.batch, images=images, to_paper=bool(expected) or not images)
+    report.remarks.append(f"ImageNet-1K: {expected}" if expected else "no paper's number is known for this config")
+    return report
 
 
 def cost_report(
-    config: PretrainConfig, speed: Speed, rates: dict[str, Rates], *, batch: int, images: int | None
+    config: PretrainConfig,
+    speed: Speed,
+    rates: dict[str, Rates],
+    *,
+    batch: int,
+    images: int | None,
+    to_paper: bool = True,
 ) -> Report:
-    """The tables. batch: images of a measured step; images: how many data.train holds, where it is named."""
+    """The tables. batch: images of a measured step; images: how many data.train holds, where it is named.
+
+    to_paper: also the hours on ImageNet-1K.
+    """
     device, ranks = "CPU" if speed.shared else "GPU", speed.cluster.ranks
     tables: dict[str, list[Row]] = {
         f"measured, steps of {batch} images": [{"what": name, "speed": rate.spread} for name, rate in rates.items()],
         f"a run on {ranks} of this {device}": [_run_row(speed)],
         f"{config.optim.epochs:g} epochs": [
             _hours_row(name, count * config.optim.epochs, speed, device=device)
-            for name, count in (("data.train", images), ("ImageNet-1K", IMAGENET_IMAGES))
+            for name, count in (("data.train", images), ("ImageNet-1K", IMAGENET_IMAGES if to_paper else None))
             if count is not None
         ],
     }

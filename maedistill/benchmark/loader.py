@@ -39,6 +39,9 @@ from maedistill.randomness import Stream, uniform
 SEED = 0
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # MAE's
 _MOST_IN_BATCH = 128
+_FEWEST = 64  # crops of a round: fewer say nothing
+_LEAD = 16  # batches of a round per worker, where there are several: some may be made before the clock starts
+SCALED = "ours, scaled_decode"
 DECODERS = tuple(name for name in JPEG_DECODERS if name != "pillow") or JPEG_DECODERS
 
 
@@ -91,6 +94,8 @@ def measure_loader(
     """
     if workers < 0:
         raise ConfigError(f"--workers is {workers}", "give 0 for this process alone, or more")
+    if images < _FEWEST:
+        raise ConfigError(f"--images: {images} are too few to measure", f"give {_FEWEST} or more")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -108,9 +113,15 @@ def measure_loader(
 
 
 def sample(shards: str, *, size: int, views: int, workers: int, images: int) -> Sampled:
-    """Draws the crops to measure on and reads their files; what cannot be decoded is replaced, as it is in a run."""
+    """Draws the crops to measure on and reads their files; what cannot be decoded is replaced, as it is in a run.
+
+    One worker waits for whoever takes its batches. Several may be a batch ahead when the clock starts, so that a round
+    then has many batches, and more crops than `images`.
+    """
     batch = max(1, min(_MOST_IN_BATCH, images // (2 * max(1, workers))) // views) * views
     warm_up, steps = max(1, workers) * PREFETCHED + 1, -(-images // batch)
+    if workers > 1:
+        steps = max(steps, _LEAD * workers)
     index = open_index(shards)
     order = SampleOrder(index.starts, seed=SEED, views=views)
     crops = RandomCrops(index, order, seed=SEED, size=size, scale=SCALE, ratio=RATIO)
@@ -124,7 +135,7 @@ def loader_paths(sampled: Sampled, *, workers: int) -> dict[str, Work]:
     """Our loader with each decoder, with scaled decoding, and in one process."""
     paths = {f"ours, {name}": sampled.variant(decoder=name) for name in DECODERS if workers}
     if workers:
-        paths["ours, scaled_decode"] = sampled.variant(scaled_decode=True)
+        paths[SCALED] = sampled.variant(scaled_decode=True)
     loads = {name: functools.partial(_load, crops, sampled, workers=workers) for name, crops in paths.items()}
     return loads | {"ours in one process": functools.partial(_load, sampled.crops, sampled, workers=0)}
 
@@ -208,8 +219,9 @@ def _report(sampled: Sampled, paths: Mapping[str, Speed], stages: Mapping[str, R
     per_core = {name: speed.per_core for name, speed in paths.items()}
     stage_times = _stage_times(per_core, stages)
     views = f", {sampled.views} views each" if sampled.views > 1 else ""
+    count = f"{sampled.batch * sampled.steps:,} a round after {sampled.batch * sampled.warm_up:,} to warm up"
     tables = {
-        f"crops of {sampled.crops.size} px, of {len(sampled.data):,} images{views}": [
+        f"crops of {sampled.crops.size} px, {count}; {len(sampled.data):,} images{views}": [
             {"path": name, "per second": speed.wall.spread} | _compared(name, per_core) for name, speed in paths.items()
         ],
         "milliseconds of a core per crop": [{"stage": name, "ms": time} for name, time in stage_times.items()],
@@ -223,7 +235,7 @@ def _compared(name: str, per_core: Mapping[str, Rates]) -> Row:
     return {
         "per core-second": per_core[name].spread,
         "x plain": ratio(per_core[name], per_core["plain loader"]),
-        "x decode + crop": ratio(per_core[name], floor),
+        "x decode + crop": "-" if name == SCALED else ratio(per_core[name], floor),  # that loop decodes whole images
     }
 
 
@@ -241,7 +253,11 @@ def _remarks(sampled: Sampled, stage_times: Mapping[str, Spread]) -> list[str]:
     """What limits the loader, and what would help."""
     times = {name: time.median for name, time in stage_times.items()}
     most = max(times, key=times.__getitem__)
-    lines = [f"{most} limits: {times[most] / sum(times.values()):.0%} of the time of a crop"]
+    lines = [
+        f"{most} limits: {times[most] / sum(times.values()):.0%} of the time of a crop",
+        "plain loader: PIL, RandomResizedCrop (bicubic), flip, ToTensor, Normalize in a DataLoader over a folder; "
+        "decode + crop: a loop over the files in memory, the floor; data.scaled_decode makes other pixels",
+    ]
     shorter = sorted(min(open_image(data).size) for data in sampled.data.values())[len(sampled.data) // 2]
     if most.startswith("decode") and shorter > 1.3 * sampled.crops.size:
         side = round(sampled.crops.size * 8 / 7)

@@ -46,7 +46,8 @@ def measure_scale(config: str, overrides: Sequence[str] = (), *, processes: int 
     most = processes or gpus or cores
     if most > (gpus or cores):
         raise ConfigError(
-            f"--processes: {most} are more than the {gpus or cores} {'GPUs' if gpus else 'cores'}", "less"
+            f"--processes: {most} are more than the {gpus or cores} {'GPUs' if gpus else 'cores'}",
+            f"measure {gpus or cores} at most",
         )
     share = cores // most or 1
     counts = [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
@@ -75,7 +76,7 @@ def scale_report(
     alone = each[1].spread.median if has_gpu else FLOPS / (gflop * 1e9)
     clusters = paper_clusters(config, parameters=parameters, images_per_second=alone)
     source = "measured above" if has_gpu else f"from {gflop:.4g} GFLOP, counted, at {FLOPS / 1e12:g} TFLOP/s, assumed"
-    measured = f"measured: {batch} images per process and update, {cores} cores each"
+    measured = f"measured: {batch} images per process and update, {cores} core{'s' * (cores > 1)} each"
     tables = {measured: [_measured_row(count, each, runs, batch=batch) for count, runs in found.items()]}
     remarks = [
         "of it gradients: their exchange alone, by ranks that need not wait for each other; what else a step takes "
@@ -144,8 +145,8 @@ def _paper_row(cluster: OnPaper) -> Row:
         "GPUs": cluster.ranks,
         "images per GPU": cluster.images,
         "global batch": cluster.ranks * cluster.images,
-        "compute ms": round(1e3 * cluster.compute, 1),
-        "reduce ms": round(1e3 * cluster.reduce, 1),
+        "compute ms": round(1e3 * cluster.compute, 3),
+        "reduce ms": round(1e3 * cluster.reduce, 3),
         "efficiency": round(cluster.efficiency, 3),
         "images/s": round(cluster.images_per_second),
     }

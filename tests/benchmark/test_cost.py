@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from maedistill.benchmark.communication import OnPaper
-from maedistill.benchmark.cost import IMAGENET_IMAGES, LOADER, STEP, Speed, cost_report, measure_cost
+from maedistill.benchmark.cost import IMAGENET_IMAGES, LOADER, STEP, Speed, cost_report, expected_number, measure_cost
 from maedistill.benchmark.timing import Rates
 from maedistill.config.loader import load_config
 from maedistill.errors import ConfigError
@@ -80,7 +80,13 @@ def test_a_config_is_measured_on_its_shards(config, shards, root, tmp_path):
     measured, run, hours = json.loads((tmp_path / "cost.json").read_text())["tables"].values()
     assert [row["what"] for row in measured] == [STEP, LOADER]
     assert all(row["speed"]["median"] > 0 for row in measured)
-    assert run[0]["images per update of each"] == 48 and [row["images"] for row in hours] == [960, 12_811_670]
+    assert run[0]["images per update of each"] == 48 and [row["images"] for row in hours] == [960]
+    assert "no paper's number is known" in ended.stdout
+
+
+def test_the_paper_s_number_is_the_header_s(root):
+    assert expected_number(f"{root}/configs/imagenet/dmae_vit_b.yaml").startswith("84.0 %, ImageNet-1K top-1")
+    assert expected_number(f"{root}/configs/cifar10/dmae.yaml") is None
 
 
 def test_devices_that_cannot_share_the_batch_are_refused_at_once(config):

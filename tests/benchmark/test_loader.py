@@ -15,7 +15,7 @@ from maedistill.data.images import decode_rgb
 from maedistill.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's own threads
-TINY = {"size": 16, "images": 24, "rounds": 2}
+TINY = {"size": 16, "images": 64, "rounds": 2}
 
 
 @pytest.mark.parametrize(("workers", "views"), [(0, 1), (1, 2)])
@@ -74,6 +74,16 @@ def test_the_plain_path_is_the_usual_one(tmp_path):
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         torch.testing.assert_close(image[:, 3, 5], (torch.tensor(colour) / 255 - mean) / std)
     assert len({float(value) for value in itertools.chain(*images[0].flatten(1).tolist())}) == 3
+
+
+def test_several_workers_have_so_many_batches_that_a_lead_says_little(shards):
+    one, three = (sample(str(shards / "train-*.tar"), size=16, views=1, workers=n, images=64) for n in (1, 3))
+    assert one.steps == 2 and three.steps >= 16 * 3
+
+
+def test_too_few_images_are_refused(shards):
+    with pytest.raises(ConfigError, match="--images: 63 are too few"):
+        measure_loader(str(shards / "train-*.tar"), workers=0, views=1, **TINY | {"images": 63})
 
 
 def test_a_negative_number_of_workers_is_refused(shards):
