@@ -52,18 +52,29 @@ class Classifier:
         return f"{self.name}  {millions:.2f} M parameters, {self.num_classes:,} classes, licence {self.licence}"
 
 
-def open_classifier(source: str, *, weights: Weights = "model", image_size: int | None = None) -> Classifier:
+def open_classifier(
+    source: str,
+    *,
+    weights: Weights = "model",
+    image_size: int | None = None,
+    headless: bool = False,
+    size_key: str = "--image-size",
+) -> Classifier:
     """The classifier named by `run:PATH`, `local-dir:PATH`, `timm:NAME`, `hf-hub:ID`, or a folder: a run or an export.
 
-    weights: `ema` for the moving average of a run. image_size: other than the model's own, its positions resampled.
+    weights: `ema` for the moving average of a run. image_size: other than the model's own, its positions resampled;
+    size_key: where it is set, for errors. headless: also take an encoder alone, which has 0 classes.
     Raises ConfigError for a name of no kind, no classifier, or a size that does not fit; DataError for weights that
     cannot be had.
     """
     kind, name = _kind_and_name(source)
     if weights == "ema" and kind != "run":
         raise ConfigError(f"{source} has no moving average of its weights", "leave out --ema: only runs keep one")
-    opened = _open_run(name, weights, image_size) if kind == "run" else _open_timm(kind, name, image_size)
-    _require_fit(opened)
+    if kind == "run":
+        opened = _open_run(name, weights, image_size, headless=headless, size_key=size_key)
+    else:
+        opened = _open_timm(kind, name, image_size, headless=headless)
+    _require_fit(opened, size_key)
     return opened
 
 
@@ -88,14 +99,14 @@ def _kind_and_name(source: str) -> tuple[str, str]:
     raise ConfigError(f"{source} is neither a folder nor a kind of model and its name", remedy)
 
 
-def _open_run(path: str, weights: Weights, image_size: int | None) -> Classifier:
-    """A fine-tuned network from its run folder."""
+def _open_run(path: str, weights: Weights, image_size: int | None, *, headless: bool, size_key: str) -> Classifier:
+    """The network of a run folder; a pre-trained one has no classifier."""
     name = f"run:{path}"
     _, facts = read_facts(path)
-    if facts["stage"] != "finetune":
+    if facts["stage"] != "finetune" and not headless:
         raise _no_classifier(name)
     if image_size:
-        _require_multiple(name, facts["network"], image_size)
+        _require_multiple(name, facts["network"], image_size, size_key)
     saved = open_saved(path, weights=weights, image_size=image_size)
     seen = saved.facts["input"]
     return Classifier(
@@ -113,7 +124,7 @@ def _open_run(path: str, weights: Weights, image_size: int | None) -> Classifier
     )
 
 
-def _open_timm(kind: str, name: str, image_size: int | None) -> Classifier:
+def _open_timm(kind: str, name: str, image_size: int | None, *, headless: bool) -> Classifier:
     """Any model that timm can open, with timm's own word on what its images look like."""
     source = f"{kind}:{name}"
     if kind == "timm" and not timm.is_model(name):
@@ -124,7 +135,7 @@ def _open_timm(kind: str, name: str, image_size: int | None) -> Classifier:
         require_moderate_network(address)
         with torch.device("meta"):  # spends neither memory nor time, and loads no weights
             shape = timm.create_model(address, pretrained=False)
-        if not shape.num_classes:
+        if not shape.num_classes and not headless:
             raise _no_classifier(source)
         takes_size = "img_size" in inspect.signature(type(shape)).parameters  # others take any size as they are
         keywords = {"img_size": image_size} if image_size and takes_size else {}
@@ -160,13 +171,13 @@ def _with_input_of_timm(network: nn.Module, name: str, image_size: int | None) -
     )
 
 
-def _require_multiple(name: str, network: dict[str, Any], image_size: int) -> None:
+def _require_multiple(name: str, network: dict[str, Any], image_size: int, size_key: str) -> None:
     with torch.device("meta"):
         patch_size = timm.create_model(network["name"], **network["arguments"]).patch_embed.patch_size[0]
     if image_size % patch_size:
         raise ConfigError(
             f"{name} looks at patches of {patch_size} pixels, which do not divide images of {image_size}",
-            f"use a multiple, e.g. --image-size {max(1, round(image_size / patch_size)) * patch_size}",
+            f"use a multiple, e.g. {size_key} {max(1, round(image_size / patch_size)) * patch_size}",
         )
 
 
@@ -178,7 +189,7 @@ def _no_classifier(name: str) -> ConfigError:
 
 
 @torch.no_grad()
-def _require_fit(classifier: Classifier) -> None:
+def _require_fit(classifier: Classifier, size_key: str) -> None:
     """Shows the network one black image: said now, a size that it cannot take costs no loader and no waiting."""
     size = classifier.size
     try:
@@ -186,9 +197,9 @@ def _require_fit(classifier: Classifier) -> None:
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{classifier.name} cannot look at images of {size} pixels ({why_unreadable(error)})",
-            "name a size that it takes (--image-size), for a ViT a multiple of its patch size, or leave it out",
+            f"name a size that it takes ({size_key}), for a ViT a multiple of its patch size, or leave it out",
         ) from error
-    if logits.shape != (1, classifier.num_classes):
+    if classifier.num_classes and logits.shape != (1, classifier.num_classes):
         raise ConfigError(
             f"{classifier.name} gives {tuple(logits.shape)} for one image, not {classifier.num_classes} logits",
             "use a model that classifies images",
