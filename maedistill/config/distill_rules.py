@@ -65,14 +65,6 @@ def labels(c: FinetuneConfig) -> Iterator[Problem]:
         yield Problem("distill.dkd.alpha", "alpha and beta are both 0", "use 1 and 8, or set distill.dkd.weight=0")
 
 
-def tokens(c: FinetuneConfig) -> Iterator[Problem]:
-    """A distillation token is a register token."""
-    no_token = c.student.register_tokens == 0 or (c.init.source is None and not c.student.register_tokens)
-    if c.distill.hard.on and c.distill.hard.token and no_token:
-        cause = "the student has no token to distil through"
-        yield Problem("distill.hard.token", cause, "add student.register_tokens=1, or use distill.hard.token=false")
-
-
 def batches(c: FinetuneConfig) -> Iterator[Problem]:
     """Relations between images need some."""
     names = [name for name in IN_MICRO_BATCH if name in c.distill.terms]
@@ -115,4 +107,4 @@ def _default(term: Term, key: str) -> object:
     return type(term).model_fields[key].default
 
 
-RULES = (teachers, terms, labels, tokens, batches)
+RULES = (teachers, terms, labels, batches)
