@@ -26,8 +26,7 @@ TEACHERS = {
     "numbers": ("resnet10t", {"num_classes": 3}, 48, ["1", "2", "3"]),
     "vit": ("vit_tiny_patch16_224", {"num_classes": 3, "img_size": 48} | VIT, 48, None),
     "encoder": ("vit_tiny_patch16_224", {"num_classes": 0, "img_size": 32} | VIT, 32, None),
-    "parallel": ("vit_small_patch16_36x1_224", {"num_classes": 3, "img_size": 32} | VIT, 32, None),
-    "blind": ("inception_next_atto", {"num_classes": 3}, 64, None),
+    "parallel": ("vit_small_patch16_18x2_224", {"num_classes": 3, "img_size": 32} | VIT, 32, None),
 }
 # Teacher, settings of `distill`, exit code, cause, remedy.
 REFUSED = {
@@ -37,6 +36,9 @@ REFUSED = {
     "no attention maps": (
         "resnet", ["attention={weight: 1, student: [1], teacher: [3]}"], 2,
         "distill.attention.teacher: local-dir:{made}/resnet has no attention maps that can be seen", "distill.maps",
+    ),
+    "no plain blocks": (
+        "parallel", ["attention={weight: 1, student: [1], teacher: [1]}"], 2, "no attention maps", "use a plain ViT",
     ),
     "no queries": (
         "resnet", ["relations={weight: 1, student: [1], teacher: [3]}"], 2, "no attention maps", "use a plain ViT",
