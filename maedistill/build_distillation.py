@@ -54,9 +54,8 @@ def open_teachers(config: FinetuneConfig, *, classes: tuple[str, ...], num_class
     distill, found = config.distill, []
     predicts = _predicts(distill)
     for source in distill.teachers:
-        opened = open_classifier(
-            source, image_size=distill.image_size, headless=not predicts, size_key="distill.image_size"
-        )
+        how = {"image_size": distill.image_size, "size_key": "distill.image_size"}
+        opened = open_classifier(source, headless=not predicts, **how)
         shown = anatomy(opened.network, image_size=opened.size)
         _require_views(distill, opened.name, shown)
         shared = shared_classes(opened, classes, num_classes=num_classes) if predicts else None
@@ -192,9 +191,8 @@ def _require_views(distill: Distill, name: str, shown: Anatomy) -> None:
     """Raises ConfigError where a teacher does not show what a term compares."""
     related = [term for term in IN_MICRO_BATCH if term in distill.terms]
     if related and not shown.embedding:
-        raise ConfigError(
-            f"distill.{related[0]}: {name} gives no pooled features", "use another teacher, or leave out this term"
-        )
+        remedy = "use another teacher, or leave out this term"
+        raise ConfigError(f"distill.{related[0]}: {name} gives no pooled features", remedy)
     _require_depths(distill, "teacher", name, shown)
 
 
@@ -203,9 +201,8 @@ def _require_depths(distill: Distill, side: str, name: str, shown: Anatomy) -> N
     for term, depths in _paired(distill, side):
         key = f"distill.{term}.{side}"
         if not shown.channels:
-            raise ConfigError(
-                f"{key}: {name} gives no features by depth", "use another teacher, or terms on logits alone"
-            )
+            remedy = "use another teacher, or terms on logits alone"
+            raise ConfigError(f"{key}: {name} gives no features by depth", remedy)
         if max(depths) >= len(shown.channels):
             raise ConfigError(
                 f"{key}: depth {max(depths)} does not exist, {name} has {len(shown.channels)}",

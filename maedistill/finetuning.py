@@ -83,7 +83,7 @@ class Finetuning:
             "stage": "finetune",
             "network": describe_network(self.module.vit),
             "input": {"size": data.image_size, "mean": self.mean, "std": self.std, "crop": data.eval_crop},
-            "classes": list(self.index.classes) or None,
+            "classes": list(self.index.classes or self.val_index.classes) or None,
             "data": {"images": len(self.samples), "fingerprint": self.index.fingerprint()},
             "validation": {"images": len(self.val_index), "fingerprint": self.val_index.fingerprint()},
             "init": source.describe() if source is not None else None,
@@ -232,8 +232,8 @@ def _trial(parts: Finetuning, count: int) -> tuple[float, float]:
         start = time.perf_counter()
         seed_generators(config.seed)
         images, targets = mixing(parts.normalize(to_unit(batch.images)), batch.labels.clamp(min=0))
+        lesson = parts.lesson(images, parts.teaching.busiest if parts.teaching is not None else 0)
         with torch.autocast(parts.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            lesson = parts.lesson(images, parts.teaching.busiest if parts.teaching else 0)
             loss = parts.module(images, targets, *lesson)["loss"]
         loss.backward()
         loss.item()  # waits for the device

@@ -47,6 +47,7 @@ class Logits(Term):
 class Dkd(Term):
     """DKD: alpha TCKD (how sure of the label) + beta NCKD (how the rest is shared), each logged; needs labels."""
 
+    weight: Weight = result(0.0, "weight of alpha TCKD + beta NCKD; 1 in DKD, 9 when standardised; 0: off")
     alpha: Weight = result(1.0, "weight of TCKD; 1 in DKD")
     beta: Weight = result(8.0, "weight of NCKD; 8 on CIFAR, 0.5 on ImageNet in DKD")
     temperature: Above0 = result(4.0, "temperature; 4 on CIFAR, 1 on ImageNet, 2 when standardised")
@@ -56,6 +57,7 @@ class Dkd(Term):
 class Hard(Term):
     """Hard-label distillation (DeiT): cross-entropy with the teacher's likeliest class; needs no labels."""
 
+    weight: Weight = result(0.0, "weight of the cross-entropy; 0.5 beside distill.labels=0.5 in DeiT; 0: off")
     token: bool = result(
         False,
         "read a distillation token instead of the classifier: the first register token (student.register_tokens) with "
@@ -66,6 +68,7 @@ class Hard(Term):
 class Hints(Pairs):
     """FitNets: projected student tokens imitate teacher features one by one, grids resampled to the student's."""
 
+    weight: Weight = result(0.0, "weight, mean over pairs; 100 beside a convolutional teacher is usual; 0: off")
     projector: Literal["linear", "mlp"] = result("linear", "kind of the projection from student to teacher width")
     distance: Literal["mse", "l1", "smooth_l1"] = result("mse", "between the features; mse in FitNets")
     normalize: Literal["none", "l2", "whiten"] = result(
@@ -76,6 +79,7 @@ class Hints(Pairs):
 class Maps(Pairs):
     """Attention transfer: where activations are strong, mean over channels of their power; any two networks."""
 
+    weight: Weight = result(0.0, "weight, mean over pairs; 1000 is usual; 0: off")
     power: Positive = result(2, "power of the activations before the mean over channels; 2 in attention transfer")
 
 
@@ -86,6 +90,7 @@ class Attention(Pairs):
 class Relations(Pairs):
     """Token relations (TinyMIM, MiniLM): softmax(QK'/sqrt d) and softmax(VV'/sqrt d) of patch tokens; two ViTs."""
 
+    weight: Weight = result(0.0, "weight of QK + VV, mean over pairs; 1 in TinyMIM; 0: off")
     heads: Positive | None = result(
         None, "heads that both sides' queries, keys and values are cut into; null: as many as the teacher has"
     )
@@ -94,17 +99,25 @@ class Relations(Pairs):
 class Distances(Term):
     """RKD: distances between the images of a micro-batch, of pooled features, in units of their mean."""
 
+    weight: Weight = result(0.0, "weight; 25 in RKD; 0: off")
+
 
 class Angles(Term):
     """RKD: angles of all triplets of images of a micro-batch, of pooled features; B^3 numbers."""
+
+    weight: Weight = result(0.0, "weight; 50 in RKD; 0: off")
 
 
 class Similarity(Term):
     """Similarity preserving: row-normalised Gram matrix of a micro-batch, of pooled features."""
 
+    weight: Weight = result(0.0, "weight; 3000 is usual; 0: off")
+
 
 class Affinity(Term):
     """PKT: each image's affinities to its micro-batch as probabilities, of pooled features."""
+
+    weight: Weight = result(0.0, "weight; 30000 is usual; 0: off")
 
 
 class Distill(Section):

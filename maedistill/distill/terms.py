@@ -20,10 +20,9 @@ from maedistill.losses.logits import decoupled_divergence, divergence, hard_labe
 from maedistill.losses.relations import (
     angle_loss,
     distance_loss,
-    merge_heads,
     probability_loss,
     similarity_loss,
-    token_relation_loss,
+    token_relations,
 )
 from maedistill.models.heads import projection
 
@@ -173,14 +172,12 @@ class Relations(Term):
         """{"relations/STUDENT-TEACHER/qk", ".../vv"} for each pair."""
         parts = {}
         for s, t in self.pairs:
-            sides = (student, s), (teacher, t)
-            query, key, value = (
-                tuple(merge_heads(side[f"{name}/{block}"].float(), self.heads[number]) for side, block in sides)
-                for name in ("query", "key", "value")
-            )  # [B, H, N, d] of student and teacher each
-            with _full_precision(query[0]):
-                parts[f"relations/{s}-{t}/qk"] = token_relation_loss(*query, other=key)
-                parts[f"relations/{s}-{t}/vv"] = token_relation_loss(*value)
+            sides = [
+                [side[f"{name}/{block}"] for name in ("query", "key", "value")]
+                for side, block in ((student, s), (teacher, t))
+            ]  # [B, H, N, d] each
+            found = token_relations(*sides, heads=self.heads[number])
+            parts |= {f"relations/{s}-{t}/qk": found.qk, f"relations/{s}-{t}/vv": found.vv}
         return parts
 
     def total(self, parts: Parts) -> Tensor:
@@ -198,16 +195,12 @@ class Embeddings(Term):
 
     def forward(self, student: View, teacher: View, labels: Tensor, *, number: int) -> Parts:
         """{its name}."""
-        with _full_precision(student["embedding"]):
-            return {self.name: self.loss(student["embedding"], teacher["embedding"])}
+        sides = student["embedding"], teacher["embedding"]
+        with torch.autocast(sides[0].device.type, enabled=False):  # bf16 would lose small differences
+            return {self.name: self.loss(*sides)}
 
 
 def _logits(student: View, teacher: View, standardized: bool) -> tuple[Tensor, Tensor]:
     """Both sides' logits [B, C], Z-scored where asked for."""
     sides = student["logits"], teacher["logits"]
     return tuple(standardize(side.float()) for side in sides) if standardized else sides
-
-
-def _full_precision(like: Tensor) -> torch.autocast:
-    """No autocast: relations are products of differences so small that bf16 would lose them."""
-    return torch.autocast(like.device.type, enabled=False)

@@ -15,9 +15,11 @@ B batch   C classes   D width   P prefix tokens   N = h w patches   H heads   d 
 from dataclasses import dataclass
 
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from maedistill.models.attention import has_plain_attention, queries_keys_values
 
 View = dict[str, Tensor]
 
@@ -37,6 +39,11 @@ class Wanted:
     def to_the_end(self) -> bool:
         """Whether the whole network has to run, or only so deep as the features lie."""
         return self.logits or self.embedding or self.tokens
+
+    def ends_before(self, block: int) -> bool:
+        """Whether a ViT's `block` need not run: of one whose attention is seen, the input is enough."""
+        deeper = max((-1, *self.features, *(i - 1 for i in (*self.attention, *self.relations))))
+        return not self.to_the_end and block > deeper
 
 
 @dataclass(frozen=True)
@@ -73,22 +80,13 @@ def anatomy(network: nn.Module, *, image_size: int) -> Anatomy:
     image = next(network.parameters()).new_zeros(1, 3, image_size, image_size)
     if is_walkable(network):
         depth, grid = len(network.blocks), network.patch_embed.grid_size[0]
-        heads = tuple(block.attn.num_heads if _has_attention(block) else 0 for block in network.blocks)
+        heads = tuple(block.attn.num_heads if has_plain_attention(block) else 0 for block in network.blocks)
         channels, grids = (network.embed_dim,) * depth, (grid,) * depth
     else:
         maps = _all_maps(network, image)
         channels, grids = (tuple(m.shape[axis] for m in maps) for axis in (1, 2))
         heads = ()
     return Anatomy(channels, grids, heads, _embedding_width(network, image))
-
-
-def queries_keys_values(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the attention of `block` computes from its input [B, M, D], computed again: [B, H, M, d] each."""
-    attention = block.attn
-    batch, count, _ = tokens.shape
-    together = attention.qkv(block.norm1(tokens)).reshape(batch, count, 3, attention.num_heads, -1)
-    query, key, value = together.permute(2, 0, 3, 1, 4).unbind(0)
-    return attention.q_norm(query), attention.k_norm(key), value
 
 
 def received_attention(query: Tensor, key: Tensor) -> Tensor:
@@ -100,9 +98,11 @@ def _walk(vit: VisionTransformer, images: Tensor, wanted: Wanted) -> tuple[View,
     """A plain ViT's views, and its last tokens [B, P + N, D] after the norm, or those of the deepest block wanted."""
     seen: View = {}
     x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))  # [B, P + N, D]
-    for i, block in enumerate(vit.blocks[: _depth_needed(wanted, len(vit.blocks))]):
+    for i, block in enumerate(vit.blocks):
         if i in wanted.attention or i in wanted.relations:
             seen |= _attention_views(vit, i, x, wanted)
+        if wanted.ends_before(i):
+            break
         recompute = vit.grad_checkpointing and torch.is_grad_enabled()
         x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         if i in wanted.features:
@@ -126,12 +126,6 @@ def _attention_views(vit: VisionTransformer, i: int, x: Tensor, wanted: Wanted) 
 def _on_grid(vit: VisionTransformer, rows: Tensor) -> Tensor:
     """[B, D, N] -> [B, D, h, w]."""
     return rows.unflatten(-1, tuple(vit.patch_embed.grid_size))
-
-
-def _depth_needed(wanted: Wanted, depth: int) -> int:
-    """How many blocks have to run; the one whose attention alone is read need not, but it is one."""
-    deepest = max((*wanted.features, *wanted.attention, *wanted.relations), default=-1) + 1
-    return depth if wanted.to_the_end else deepest
 
 
 def _intermediates(network: nn.Module, images: Tensor, wanted: Wanted) -> tuple[View, Tensor]:
@@ -170,9 +164,3 @@ def _embedding_width(network: nn.Module, image: Tensor) -> int:
     except (AttributeError, TypeError):  # no such method, or one that does not know `pre_logits`
         return 0
     return pooled.shape[1] if pooled.ndim == 2 else 0
-
-
-def _has_attention(block: nn.Module) -> bool:
-    """Whether `queries_keys_values` gives what the block computes, over its whole width."""
-    projection = getattr(block.attn, "qkv", None) if type(block) is Block else None
-    return isinstance(projection, nn.Linear) and projection.out_features == 3 * projection.in_features

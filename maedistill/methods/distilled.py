@@ -43,9 +43,17 @@ class Distilled(Supervised):
             parts = _mean([term(seen, teacher, labels, number=n) for n, teacher in enumerate(teachers)])
             losses |= parts
             total = total + weights[i] * term.total(parts)
-        if not teachers:  # every parameter has a gradient at every step, as the engine expects
-            total = total + 0 * sum(parameter.sum() for parameter in self.terms.parameters())
+        if not teachers:
+            total = total + self._nothing()
         return {"loss": total, **losses}
+
+    def _nothing(self) -> Tensor | int:
+        """0, and a gradient of 0 for every parameter of the terms: ZeRO would otherwise apply the last one again.
+
+        Each is read as an attribute, for which ZeRO 3 puts its pieces together.
+        """
+        owned = ((child, name) for child in self.terms.modules() for name, _ in child.named_parameters(recurse=False))
+        return 0 * sum(getattr(child, name).sum() for child, name in owned)
 
 
 def _mean(each: Sequence[Parts]) -> Parts:

@@ -23,6 +23,7 @@ student: {model: vit_base_patch16_224}
 teacher: {source: "timm:vit_large_patch16_224.mae"}
 align: {student: [8], teacher: [17]}
 """
+TINYMIM = GOOD.replace("dmae", "tinymim")
 FINETUNE = """\
 run: runs/test
 data:
@@ -65,7 +66,7 @@ OVERRIDES = [
     ("engine.zero=4", ["<= 3, got 4"], ["the default is 0"]),
     ("data.flip=on", ["expected true or false, got the text 'on'"], ["write true or false"]),
     ("data.flip=0", ["expected true or false, got 0"], ["write true or false"]),
-    ("method=dame", ["one of mae, dmae, amd, got the text 'dame'"], ["did you mean dmae?"]),
+    ("method=dame", ["one of mae, dmae, amd, tinymim, got the text 'dame'"], ["did you mean dmae?"]),
     ("pixels.target=4", ["one of patch, raw, patch_channel"], ["write patch or raw or patch_channel"]),
     ("run=2024", ["expected text, got 2024"], ["quotes"]),
     ("align.student=8", ["a list of whole numbers, each >= 0, got 8"], ["[8]"]),
@@ -215,6 +216,8 @@ FILES = [
     (GOOD + "extends: missing.yaml\n", [f"{FILE}:8 extends", "missing.yaml"], ["bad.yaml"]),
     (GOOD + "extends: [1]\n", [f"{FILE}:8 extends", "a file name or a list"], ["extends: base.yaml"]),
     (GOOD + "extends: bad.yaml\n", [f"{FILE}:8 extends", "extend each other"], ["break the circle"]),
+    (TINYMIM.replace("{student", "{head: mlp, student"), ["align.head", "not features"], ["remove it"]),
+    (TINYMIM + "masks: {teacher_visible: 0.5}\n", ["which tinymim does not allow"], ["method=amd"]),
     ("- a\n- b\n", [FILE, "a mapping of `key: value`"], ["configs/"]),
     ("just text\n", [FILE, "a mapping of `key: value`"], ["configs/"]),
     ("", ["data.train: no training shards", "and 3 more: run, teacher.source, align.student"], ["data.train="]),
