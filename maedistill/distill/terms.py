@@ -43,6 +43,10 @@ class Term(nn.Module):
         """The parts by name. labels: int64 [B]. number: which of several teachers it is, from 0."""
         raise NotImplementedError
 
+    def idle(self, student: View) -> Tensor | int:
+        """0, with a gradient of 0 for each parameter of the term: ZeRO could apply that of an earlier step again."""
+        return 0
+
     def total(self, parts: Parts) -> Tensor:
         """What the weight multiplies."""
         return torch.stack(list(parts.values())).mean()
@@ -97,6 +101,10 @@ class Hard(Term):
         logits = student["logits"] if self.token is None else self.head(student["tokens"][:, self.token])  # [B, C]
         return {"hard": hard_label_loss(logits, teacher["logits"])}
 
+    def idle(self, student: View) -> Tensor | int:
+        """0, through the head."""
+        return 0 if self.token is None else 0 * self.head(student["tokens"][:1, self.token]).sum()
+
 
 class Hints(Term):
     """FitNets (Romero et al., 2015): student tokens, projected, beside the teacher's features at the same place."""
@@ -126,6 +134,15 @@ class Hints(Term):
             rows, expected = (side.flatten(2).mT for side in (student[f"features/{s}"], teacher[f"features/{t}"]))
             parts[f"hints/{s}-{t}"] = feature_loss(projector(rows), expected, **self.distance)  # [B, N, D] each
         return parts
+
+    def idle(self, student: View) -> Tensor | int:
+        """0, through each projector."""
+        rows = {s: student[f"features/{s}"].flatten(2).mT[:1, :1] for s, _ in self.pairs}  # [1, 1, D]
+        return 0 * sum(
+            projector(rows[s]).sum()
+            for projectors in self.projectors
+            for projector, (s, _) in zip(projectors, self.pairs, strict=True)
+        )
 
 
 class Maps(Term):

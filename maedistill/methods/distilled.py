@@ -44,16 +44,8 @@ class Distilled(Supervised):
             losses |= parts
             total = total + weights[i] * term.total(parts)
         if not teachers:
-            total = total + self._nothing()
+            total = total + sum(term.idle(seen) for term in self.terms.values())
         return {"loss": total, **losses}
-
-    def _nothing(self) -> Tensor | int:
-        """0, and a gradient of 0 for every parameter of the terms: ZeRO would otherwise apply the last one again.
-
-        Each is read as an attribute, for which ZeRO 3 puts its pieces together.
-        """
-        owned = ((child, name) for child in self.terms.modules() for name, _ in child.named_parameters(recurse=False))
-        return 0 * sum(getattr(child, name).sum() for child, name in owned)
 
 
 def _mean(each: Sequence[Parts]) -> Parts:
