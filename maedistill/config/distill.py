@@ -15,7 +15,7 @@ class Term(Section):
 
     weight: Weight = result(0.0, "weight of the term; 0: off")
     start_epoch: Weight = result(0.0, "epoch in which the term begins")
-    warmup_epochs: Weight = result(0.0, "linear warm-up of the weight from start_epoch on; 20 of 240 in DKD on CIFAR")
+    warmup_epochs: Weight = result(0.0, "linear warm-up of the weight from start_epoch on; 20 in DKD")
     stop_epoch: Above0 | None = result(
         None, "epoch in which the term ends (early-stopped KD, Cho & Hariharan, 2019); null: never"
     )
@@ -68,7 +68,7 @@ class Hard(Term):
 class Hints(Pairs):
     """FitNets: projected student tokens imitate teacher features one by one, grids resampled to the student's."""
 
-    weight: Weight = result(0.0, "weight, mean over pairs; 100 beside a convolutional teacher is usual; 0: off")
+    weight: Weight = result(0.0, "weight, mean over pairs; 100 is usual for FitNets; 0: off")
     projector: Literal["linear", "mlp"] = result("linear", "kind of the projection from student to teacher width")
     distance: Literal["mse", "l1", "smooth_l1"] = result("mse", "between the features; mse in FitNets")
     normalize: Literal["none", "l2", "whiten"] = result(
