@@ -27,6 +27,8 @@ CONVOLUTIONAL += ["distill.distances={weight: 25, stop_epoch: 1.5}"]
 VIT = ["distill.labels=0", "distill.logits.weight=1", "distill.hard={weight: 1, token: true}"]
 VIT += ["distill.attention={weight: 1, student: [1], teacher: [1]}", "distill.angles.weight=50"]
 VIT += ["distill.relations={weight: 1, student: [1], teacher: [0], heads: 4}"]
+PLAIN = ["augment.mixup=0", "augment.cutmix=0", "augment.erasing=0", "student.drop_path=0", "optim.ema=null"]
+PLAIN += ["distill.distances.weight=0", "distill.distances.stop_epoch=null"]  # which micro-batches would change
 TIMES = {"images_per_second", "data_wait", "memory_gb", "eta_seconds", "trained_seconds"}
 
 
@@ -57,6 +59,10 @@ def runs(finetuning, tuned, resnet):
         "convolutional": lambda: finetuning("convolutional", *convolutional),
         "killed": killed,
         "zero 3": lambda: finetuning("zero-3", *convolutional, "engine.zero=3", "optim.ema=null", witness=True),
+        "plain": lambda: finetuning("plain", *convolutional, *PLAIN),
+        "two ranks": lambda: finetuning(
+            "two-ranks", *convolutional, *PLAIN, "engine.zero=2", launcher="torchrun", ranks=2
+        ),
         "vit": lambda: finetuning("vit", *vits, "engine.zero=1"),
         "dry": lambda: finetuning("dry", *convolutional, "--dry-run"),
     }
@@ -119,6 +125,13 @@ def test_cut_up_weights_learn_the_same(runs):
     """ZeRO 3, whose stale gradients of what rests would show in the norms."""
     for ours, theirs in zip(runs["zero 3"].metrics(), runs["convolutional"].metrics(), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4), ours["step"]
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3), ours["step"]
+
+
+def test_two_ranks_learn_the_same(runs):
+    """Where nothing is drawn per rank and no term relates the images of a micro-batch."""
+    for ours, theirs in zip(runs["two ranks"].metrics(), runs["plain"].metrics(), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), ours["step"]
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3), ours["step"]
 
 
