@@ -1,5 +1,7 @@
 """From a config to the objects of a pre-training run: the one place that unpacks it; below are plain arguments."""
 
+from math import lcm
+
 import torch
 
 from maedistill.config.pretrain import PretrainConfig
@@ -12,13 +14,15 @@ from maedistill.masking import PatchSplit, num_visible, random_split
 from maedistill.methods.amd import AMD
 from maedistill.methods.dmae import DMAE
 from maedistill.methods.mae import MAE
+from maedistill.methods.tinymim import TinyMIM
+from maedistill.models.attention import has_plain_attention
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
 from maedistill.models.source import Source, open_source
 from maedistill.models.teacher import Teacher
 
-METHODS: dict[str, type[MAE]] = {"mae": MAE, "dmae": DMAE, "amd": AMD}
+METHODS: dict[str, type[MAE]] = {"mae": MAE, "dmae": DMAE, "amd": AMD, "tinymim": TinyMIM}
 DECODERS: dict[str, type[TokenDecoder]] = {"self": TokenDecoder, "cross": CrossDecoder}
 
 
@@ -38,7 +42,7 @@ def build_teacher_source(config: PretrainConfig, *, grid: int) -> Source | None:
 def build_teacher(config: PretrainConfig, source: Source, device: torch.device) -> Teacher:
     """The frozen teacher on `device`, cut to its taps."""
     dtype = DTYPES[precision(config.teacher.precision, device)]
-    return Teacher(source, taps=config.align.teacher, dtype=dtype).to(device)
+    return Teacher(source, taps=config.align.teacher, relations=config.method == "tinymim", dtype=dtype).to(device)
 
 
 def build_method(config: PretrainConfig, encoder: MaskedEncoder, source: Source | None) -> MAE:
@@ -65,7 +69,9 @@ def build_method(config: PretrainConfig, encoder: MaskedEncoder, source: Source 
         "pixel_weight": config.pixels.weight,
         "predict": config.decoder.predict,
     }
-    if source is not None:
+    if config.method == "tinymim":
+        keywords |= _relation_keywords(config, encoder, source)
+    elif source is not None:
         align = config.align.model_dump(exclude={"student", "teacher", "weight"})
         keywords |= align | {
             "student_taps": config.align.student,
@@ -93,6 +99,34 @@ def build_method(config: PretrainConfig, encoder: MaskedEncoder, source: Source 
     if config.engine.checkpoint_activations:
         encoder.vit.set_grad_checkpointing(True)
     return method
+
+
+def _relation_keywords(config: PretrainConfig, encoder: MaskedEncoder, source: Source) -> dict[str, object]:
+    """What token relations need to know of both networks. Raises ConfigError where they have none to compare."""
+    teacher, align = source.encoder, config.align
+    for who, blocks, taps in (
+        ("student", encoder.vit.blocks, align.student),
+        ("teacher", teacher.vit.blocks, align.teacher),
+    ):
+        if max(taps) < len(blocks) and not all(has_plain_attention(blocks[tap]) for tap in taps):
+            raise ConfigError(
+                f"align.{who}: the {who}'s blocks have no queries, keys and values that can be compared",
+                "use a plain ViT, e.g. vit_small_patch16_224, or method=dmae",
+            )
+    heads = [teacher.vit.blocks[tap].attn.num_heads for tap in align.teacher if tap < teacher.depth]
+    if uneven := [number for number in heads if encoder.width % number]:
+        step = lcm(uneven[0], 4)  # of which sin-cos positions need a multiple
+        raise ConfigError(
+            f"student.width: {encoder.width} cannot be cut into the teacher's {uneven[0]} heads",
+            f"use a multiple of {uneven[0]}, e.g. student.width={-(-encoder.width // step) * step}",
+        )
+    return {
+        "student_taps": align.student,
+        "teacher_taps": align.teacher,
+        "teacher_prefix": teacher.num_prefix,
+        "heads": heads,
+        "align_weight": align.weight,
+    }
 
 
 def build_crops(config: PretrainConfig, index: ShardIndex) -> RandomCrops:

@@ -1,6 +1,7 @@
 """Fine-tuning: the loop over optimizer steps, top to bottom, and the exact evaluation between epochs.
 
-    shards -> crops, RandAugment -> flip, normalise, erase, mix -> network -> cross-entropy -> engine
+    shards -> crops, RandAugment -> flip, normalise, erase, mix -> network -> cross-entropy, terms -> engine
+                                                             teachers of distillation, if any
 
 Everything random is a function of (seed, position) or (seed, step, micro-batch, rank), so a restart in the same layout
 repeats every bit and needs nothing but the step.
@@ -76,8 +77,9 @@ def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> bool:
             if config.data.flip:
                 images = random_flip(images, batch.positions, seed=config.seed)
             seed_generators(config.seed, Stream.NETWORK, step, micro, rank)  # erasing, mixing, drop path
-            images, targets = mixing(parts.normalize(images), batch.labels)  # [m, 3, s, s], [m, C]
-            losses = engine(images, targets)
+            labels = batch.labels.clamp(min=0)  # -1 where there is none, and then nothing reads it
+            images, targets = mixing(parts.normalize(images), labels)  # [m, 3, s, s], [m, C]
+            losses = engine(images, targets, *parts.lesson(images, step))  # teachers see the same mixed images
             engine.backward(losses["loss"])
             engine.step()
             averages.add(losses)

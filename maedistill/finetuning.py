@@ -10,6 +10,13 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
+from maedistill.build_distillation import (
+    TeacherSource,
+    build_module,
+    build_teaching,
+    distillation_lines,
+    open_teachers,
+)
 from maedistill.build_finetuning import build_classifier, build_init_source, build_labelled_crops, build_mixing
 from maedistill.config.batch import world_size_from_environment
 from maedistill.config.finetune import FinetuneConfig
@@ -20,14 +27,17 @@ from maedistill.data.index import ShardIndex, open_index
 from maedistill.data.reader import require_room, sample_name
 from maedistill.data.subset import label_subset
 from maedistill.data.transforms import normalize, to_unit
+from maedistill.distill.teaching import Teaching
 from maedistill.errors import ConfigError, DataError
+from maedistill.export.licence import combined_licence
 from maedistill.machine import DTYPES, precision
+from maedistill.methods.distilled import Distilled
 from maedistill.methods.supervised import Supervised
 from maedistill.models.saved import describe_network
 from maedistill.models.source import Source
 from maedistill.plan import Plan, make_plan, measured_lines, millions, plan_lines
 from maedistill.training import distributed
-from maedistill.training.optim import layer_rates, layerwise_groups
+from maedistill.training.optim import layer_rates, layerwise_groups, parameter_groups
 from maedistill.training.run_folder import RunFolder
 
 Triple = tuple[float, float, float]
@@ -36,7 +46,10 @@ _SPARSE = 10  # of so many classes up to the largest label, one occurs at least
 
 @dataclass
 class Finetuning:
-    """The parts, on `device`. source is None from scratch; samples are the ids of the label subset, int64 [n]."""
+    """The parts, on `device`. source is None from scratch; samples are the ids of the label subset, int64 [n].
+
+    teachers and teaching are of distillation: empty and None without.
+    """
 
     config: FinetuneConfig
     plan: Plan
@@ -49,12 +62,18 @@ class Finetuning:
     mean: Triple
     std: Triple
     device: torch.device
+    teachers: list[TeacherSource]
+    teaching: Teaching | None
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """Parameter groups for the optimizer."""
+        """Parameter groups for the optimizer; what terms of distillation train has the head's rate."""
         optim = self.config.optim
-        return layerwise_groups(self.module.vit, optim.weight_decay, layer_decay=optim.layer_decay)
+        groups = layerwise_groups(self.module.vit, optim.weight_decay, layer_decay=optim.layer_decay)
+        if isinstance(self.module, Distilled):
+            own = parameter_groups(self.module.terms, optim.weight_decay)
+            groups += [group | {"lr_scale": 1.0} for group in own if group["params"]]
+        return groups
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -64,12 +83,15 @@ class Finetuning:
             "stage": "finetune",
             "network": describe_network(self.module.vit),
             "input": {"size": data.image_size, "mean": self.mean, "std": self.std, "crop": data.eval_crop},
-            "classes": list(self.index.classes) or None,
+            "classes": list(self.index.classes or self.val_index.classes) or None,
             "data": {"images": len(self.samples), "fingerprint": self.index.fingerprint()},
             "validation": {"images": len(self.val_index), "fingerprint": self.val_index.fingerprint()},
             "init": source.describe() if source is not None else None,
             "origin": source.origin if source is not None else None,
-            "licence": source.licence if source is not None else "yours: no other weights were used",
+            "teacher": "; ".join(teacher.describe() for teacher in self.teachers) or None,
+            "licence": combined_licence(
+                [*([source.licence] if source else []), *(teacher.classifier.licence for teacher in self.teachers)]
+            ),
         }
 
     @property
@@ -84,6 +106,7 @@ class Finetuning:
             f"{self.num_classes} classes, drop path {config.student.drop_path:g}",
             f"data     {self.plan.images:,} images{share} at {data.image_size} px, {data.train}",
             f"eval     {len(self.val_index):,} images, {data.val}",
+            *distillation_lines(config, self.teachers, micro_batch=self.plan.batch.micro_batch),
             *plan_lines(config, self.plan),
             f"layers   lr times {config.optim.layer_decay:g} a layer, head to patches: "
             + " ".join(f"{rate:.3g}" for rate in reversed(rates)),
@@ -99,6 +122,10 @@ class Finetuning:
         mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (self.mean, self.std))
         return mean, std
 
+    def lesson(self, images: Tensor, step: int) -> tuple[Any, ...]:
+        """What the module takes beside images [B, 3, s, s] and targets in a step; nothing without a teacher."""
+        return self.teaching(images, step) if self.teaching is not None else ()
+
     def validation(self) -> EvaluationImages:
         """Every validation image, as timm's own evaluation sees it."""
         data = self.config.data
@@ -110,15 +137,27 @@ def open_finetuning(config: FinetuneConfig, *, world_size: int, device: torch.de
     """Opens data and weights, builds the network. Collective, where there is a process group."""
     set_cache(folder=config.data.cache_folder, gigabytes=config.data.cache_gb)
     index, val_index = distributed.main_first(lambda: _open_data(config))
-    samples = label_subset(index.labels, config.data.label_fraction, seed=config.seed)
+    labelled = config.distill.reads_labels
+    samples = (
+        label_subset(index.labels, config.data.label_fraction, seed=config.seed)
+        if labelled
+        else torch.arange(len(index))
+    )
     plan = make_plan(config, len(samples), world_size=world_size)
     num_classes = _num_classes(config, index, val_index)
     source = distributed.main_first(lambda: build_init_source(config))
     mean, std = config.data.mean, config.data.std
     if mean is None or std is None:
         mean, std = (source.mean, source.std) if source else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    module = Supervised(build_classifier(config, source, num_classes=num_classes)).to(device)
-    return Finetuning(config, plan, index, val_index, samples, num_classes, module, source, mean, std, device)
+    classes = index.classes or val_index.classes
+    teachers = distributed.main_first(lambda: open_teachers(config, classes=classes, num_classes=num_classes))
+    vit = build_classifier(config, source, num_classes=num_classes)
+    module = build_module(config, vit, teachers).to(device)
+    grid = vit.patch_embed.grid_size[0]
+    teaching = build_teaching(config, teachers, grid=grid, plan=plan, mean=mean, std=std, device=device)
+    return Finetuning(
+        config, plan, index, val_index, samples, num_classes, module, source, mean, std, device, teachers, teaching
+    )
 
 
 def dry_run(config: FinetuneConfig) -> None:
@@ -135,11 +174,11 @@ def dry_run(config: FinetuneConfig) -> None:
 
 
 def _open_data(config: FinetuneConfig) -> tuple[ShardIndex, ShardIndex]:
-    """The indexes of training and validation shards, all of it labelled, with the same classes."""
+    """The indexes of training and validation shards with the same classes, all that is learned from labelled."""
     index = open_index(config.data.train, index=config.data.index)
     require_room(index, window=config.data.window_shards)
     val_index = open_index(config.data.val)
-    for part in (index, val_index):
+    for part in (index, val_index) if config.distill.reads_labels else (val_index,):
         part.require_labels()
     if index.classes and val_index.classes and index.classes != val_index.classes:
         raise DataError(
@@ -151,6 +190,8 @@ def _open_data(config: FinetuneConfig) -> tuple[ShardIndex, ShardIndex]:
 
 def _num_classes(config: FinetuneConfig, index: ShardIndex, val_index: ShardIndex) -> int:
     """Outputs of the head. Raises ConfigError where a label would have none."""
+    if not config.distill.reads_labels and not index.classes:
+        index = val_index  # the only labels
     most = int(max(np.max(index.labels), np.max(val_index.labels))) + 1
     given = config.data.num_classes
     if given is not None and given < most:
@@ -190,9 +231,10 @@ def _trial(parts: Finetuning, count: int) -> tuple[float, float]:
     for _ in range(2):
         start = time.perf_counter()
         seed_generators(config.seed)
-        images, targets = mixing(parts.normalize(to_unit(batch.images)), batch.labels)
+        images, targets = mixing(parts.normalize(to_unit(batch.images)), batch.labels.clamp(min=0))
+        lesson = parts.lesson(images, parts.teaching.busiest if parts.teaching is not None else 0)
         with torch.autocast(parts.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            loss = parts.module(images, targets)["loss"]
+            loss = parts.module(images, targets, *lesson)["loss"]
         loss.backward()
         loss.item()  # waits for the device
         seconds = time.perf_counter() - start

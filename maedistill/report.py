@@ -75,6 +75,7 @@ def write_finetune_report(folder: RunFolder) -> Path:
         "",
         *([f"- moving average: top-1 {percent(averaged[-1]['ema_top1'], score['images'])}"] if averaged else []),
         f"- start: {facts['init'] or 'from scratch'}",
+        *([f"- teacher: {facts['teacher']}"] if facts.get("teacher") else []),
         f"- {config.optim.epochs:g} epochs of {facts['data']['images']:,} images, {last['step']} steps, "
         f"global batch {config.optim.global_batch}, lr {config.optim.peak_lr:.3g}, layer decay "
         f"{config.optim.layer_decay:g}, seed {config.seed}",

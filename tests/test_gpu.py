@@ -1,13 +1,24 @@
 """What only a GPU can show: the same draws as on the CPU, and a step without a host sync."""
 
-import pytest
-import torch
+from collections.abc import Callable
 
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+
+from maedistill.distill.schedule import Schedule
+from maedistill.distill.teacher import OfflineTeacher
+from maedistill.distill.teaching import Teaching
+from maedistill.distill.terms import Dkd, Embeddings, Hints, Logits
+from maedistill.distill.views import Wanted
 from maedistill.masking import random_split
+from maedistill.methods.distilled import Distilled
 from maedistill.methods.dmae import DMAE
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
+from maedistill.models.network import Network
 from maedistill.models.source import open_source
 from maedistill.models.teacher import Teacher
 from maedistill.randomness import Stream, bits, uniform
@@ -41,7 +52,48 @@ def test_a_step_never_waits_for_the_gpu(kind: type[TokenDecoder]) -> None:
         with torch.autocast("cuda", dtype=torch.bfloat16):
             method(images, split, teacher(images, split))["loss"].backward()
 
-    step()  # the first one may load libraries
+    assert_never_waits(step)
+
+
+def test_a_step_that_distils_never_waits_for_the_gpu() -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=5)
+    hints = {"projector": "linear", "distance": "mse", "normalize": "none"}
+    terms = {
+        "logits": Logits(temperature=2.0, teacher_temperature=None, standardize=True),
+        "dkd": Dkd(alpha=1.0, beta=8.0, temperature=4.0, standardize=False),
+        "hints": Hints([(1, 4)], student_width=192, teacher_widths=[[512]], **hints),
+        **{name: Embeddings(name) for name in ("distances", "angles", "similarity", "affinity")},
+    }
+    seen = Wanted(logits=True, embedding=True, features=(1,))
+    module = Distilled(vit, terms, wanted=seen, label_weight=1.0).cuda()
+    network, how = timm.create_model("resnet10t", num_classes=9), {"mean": (0.4,) * 3, "std": (0.3,) * 3, "size": 96}
+    words = {"name": "run:x", "interpolation": "bicubic", "crop_mode": "center", "licence": "mit", "crop": 1.0}
+    teacher = OfflineTeacher(
+        Network(network, **words, **how, num_classes=9),
+        wanted=Wanted(logits=True, embedding=True, features=(4,)),
+        student_mean=(0.5,) * 3,
+        student_std=(0.5,) * 3,
+        student_grid=4,
+        classes=(3, 1, 8, 0, 2),
+        dtype=torch.bfloat16,
+    ).cuda()
+    schedules, device = {name: Schedule(1.0, warmup_epochs=3) for name in terms}, torch.device("cuda")
+    teaching = Teaching([teacher], schedules, steps=4, epoch_at=lambda step: step, device=device)
+    images = torch.randn(4, 3, 64, 64, device=device)
+    targets = F.one_hot(torch.arange(4, device=device), 5).float()
+    count = iter(range(1, 4))
+
+    def step() -> None:
+        views, weights = teaching(images, next(count))
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            module(images, targets, views, weights)["loss"].backward()
+
+    assert_never_waits(step)
+
+
+def assert_never_waits(step: Callable[[], None]) -> None:
+    """The second step, as the first one may load libraries."""
+    step()
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()

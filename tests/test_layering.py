@@ -9,9 +9,10 @@ LAYERS = [
     ["masking", "config", "losses"],
     ["data", "training"],
     ["models"],
-    ["methods"],
+    ["methods", "distill"],
     ["build_pretraining", "build_finetuning", "evaluation", "pictures", "flops", "report"],
     ["export", "plan"],
+    ["build_distillation"],
     ["pretraining", "finetuning", "run", "start"],
     ["pretrain", "finetune", "benchmark"],
     ["study"],
@@ -72,7 +73,7 @@ def test_only_the_engine_imports_deepspeed_and_config_nothing_heavy(root: Path) 
 
 def test_leaves_never_see_the_config(root: Path) -> None:
     """Only what assembles a run unpacks its config; everything below takes plain arguments."""
-    leaves = ("losses", "methods", "data", "masking", "randomness", "patches")
+    leaves = ("losses", "methods", "distill", "data", "masking", "randomness", "patches")
     for module, path in modules(root).items():
         if module.split(".")[1:2] and module.split(".")[1] in leaves:
             seen = {target for target in imports(path) if target.startswith("maedistill.config")}

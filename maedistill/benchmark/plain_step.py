@@ -59,7 +59,7 @@ class PlainTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor, split: PatchSplit) -> Target:
         """As `Teacher`'s."""
-        tokens, tapped = self.teacher.encoder(self.teacher.prepare(images), split.teacher, taps=self.teacher.taps)
+        tokens, tapped = self.teacher.encoder(self.teacher.prepare(images), split.teacher, **self.teacher.tapped)
         self.decoder(tokens, PatchSplit(split.order, split.num_teacher, split.num_teacher))
         return tapped
 

@@ -87,7 +87,7 @@ class Contest:
         self.plain_teacher: PlainTeacher | None = None
         if source is not None:
             self.teacher = build_teacher(config, copy.deepcopy(source), device)
-            exact = Teacher(source, taps=config.align.teacher).to(device)
+            exact = Teacher(source, taps=config.align.teacher, relations=config.method == "tinymim").to(device)
             if self.teacher.dtype == exact.dtype:
                 self.teacher = exact
             self.plain_teacher = PlainTeacher(exact, _teacher_decoder(config, exact.encoder).to(device))

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from maedistill.config.architectures import Architecture, architecture_of
+from maedistill.config.distill import Distill
 from maedistill.config.schema import (
     Above0,
     Backbone,
@@ -144,6 +145,7 @@ class FinetuneConfig(RunConfig):
     student: Student = Student()
     data: Data = Data()
     augment: Augment = Augment()
+    distill: Distill = Distill()
     optim: Optim = Optim()
     engine: Engine = Engine()
     log: Log = Log()

@@ -1,9 +1,12 @@
-"""What must hold between the keys of a fine-tuning run: start, student and mixing, beside the rules of any stage."""
+"""What must hold between the keys of a fine-tuning run: start, student and mixing, beside the rules of any stage.
+
+Those of its teachers and terms are in `distill_rules.py`.
+"""
 
 import re
 from collections.abc import Iterator
 
-from maedistill.config import rules
+from maedistill.config import distill_rules, rules
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.problem import Problem
 
@@ -77,4 +80,4 @@ def _augment(c: FinetuneConfig) -> Iterator[Problem]:
 
 
 TO_RUN = (rules.paths, _validation)
-RULES = (_images, rules.schedule, rules.engine, _init, _student, _augment)
+RULES = (_images, rules.schedule, rules.engine, _init, _student, _augment, *distill_rules.RULES)

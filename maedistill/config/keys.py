@@ -1,11 +1,12 @@
 """The keys of a stage's schema by dotted name: type in words, default, kind, doc; the nearest key to a wrong one.
 
 Everything is read from pydantic's JSON schema of the stage's root, so a key is described in one place only. A dotted
-name has one or two parts, `seed` or `optim.lr`; settings flow through the package as flat dicts from names to values.
+name has one part or more, `seed`, `optim.lr` or `distill.logits.weight`; settings flow through the package as flat
+dicts from names to values.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -49,20 +50,13 @@ class Key:
 @cache
 def all_keys(*, root: type[RunConfig] = PretrainConfig) -> dict[str, Key]:
     """Every key by dotted name, in the order of the schema."""
-    keys = {}
-    for name, schema in _schema(root)["properties"].items():
-        if "$ref" in schema:
-            leaves = _section(schema, root)["properties"]
-            keys |= {f"{name}.{leaf}": _key(f"{name}.{leaf}", s) for leaf, s in leaves.items()}
-        else:
-            keys[name] = _key(name, schema)
-    return keys
+    return {name: _key(name, schema) for name, schema in _walk(_schema(root), root) if "properties" not in schema}
 
 
 @cache
 def all_sections(*, root: type[RunConfig] = PretrainConfig) -> dict[str, str]:
     """The doc of every section by name."""
-    return {n: _section(s, root)["description"] for n, s in _schema(root)["properties"].items() if "$ref" in s}
+    return {name: schema["description"] for name, schema in _walk(_schema(root), root) if "properties" in schema}
 
 
 def keys_of_kind(kind: Kind, *, root: type[RunConfig] = PretrainConfig) -> list[str]:
@@ -72,21 +66,18 @@ def keys_of_kind(kind: Kind, *, root: type[RunConfig] = PretrainConfig) -> list[
 
 def flat(config: RunConfig) -> dict[str, Any]:
     """The values of a config by dotted name, as JSON has them, in the order of the schema."""
-    values = {}
-    for name, value in config.model_dump(mode="json").items():
-        values |= {f"{name}.{leaf}": v for leaf, v in value.items()} if isinstance(value, dict) else {name: value}
-    return values
+    return dict(_leaves(config.model_dump(mode="json")))
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `flat`: dicts within dicts."""
     tree: dict[str, Any] = {}
     for name, value in values.items():
-        section, dot, leaf = name.partition(".")
-        if dot:
-            tree.setdefault(section, {})[leaf] = value
-        else:
-            tree[name] = value
+        *sections, leaf = name.split(".")
+        section = tree
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[leaf] = value
     return tree
 
 
@@ -121,9 +112,24 @@ def _schema(root: type[RunConfig]) -> dict[str, Any]:
     return root.model_json_schema()
 
 
-def _section(reference: dict[str, Any], root: type[RunConfig]) -> dict[str, Any]:
-    """The section that a top-level property refers to."""
-    return _schema(root)["$defs"][reference["$ref"].rpartition("/")[2]]
+def _walk(section: dict[str, Any], root: type[RunConfig], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(dotted name, schema) of everything below a section, each section before what is in it."""
+    for name, schema in section["properties"].items():
+        if "$ref" not in schema:
+            yield prefix + name, schema
+            continue
+        below = _schema(root)["$defs"][schema["$ref"].rpartition("/")[2]]
+        yield prefix + name, below
+        yield from _walk(below, root, f"{prefix}{name}.")
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of everything in dicts within dicts."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _key(name: str, schema: dict[str, Any]) -> Key:
@@ -143,13 +149,13 @@ def _in_words(schema: dict[str, Any]) -> str:
         count = f"{len(items)} " if "prefixItems" in schema else ""
         limits = _limits(items[0])
         return f"a list of {count}{_NOUNS[items[0]['type']]}s" + (f", each {limits}" if limits else "")
-    if schema["type"] in _NOUNS:
+    if schema["type"] in ("integer", "number"):
         return " ".join(filter(None, ("a", _NOUNS[schema["type"]], _limits(schema))))
     words = {"boolean": "true or false", "null": "null", "string": "text"}[schema["type"]]
     return words + (f" of the form {schema['pattern']}" if "pattern" in schema else "")
 
 
-_NOUNS = {"integer": "whole number", "number": "number"}
+_NOUNS = {"integer": "whole number", "number": "number", "string": "text"}
 _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
 

@@ -123,7 +123,7 @@ class Pixels(Section):
 
 
 class Align(Section):
-    """Direct alignment: student features imitate teacher features where both see (dmae, amd)."""
+    """Direct alignment: features (dmae, amd) or token relations (tinymim) imitate a teacher's where both see."""
 
     student: tuple[Count, ...] = result((), "0-based student blocks; [8] of 12 in DMAE, [5, 11] of 12 in AMD")
     teacher: tuple[Count, ...] = result(
@@ -138,7 +138,9 @@ class Align(Section):
     )
     head: Literal["linear", "mlp"] = result("linear", "kind of the projection from student to teacher width")
     bias: bool = result(True, "bias of the projection; DMAE has one, AMD none")
-    weight: Weight = result(1.0, "weight of the direct alignment, mean over pairs; 1 in DMAE and AMD")
+    weight: Weight = result(
+        1.0, "weight of the direct alignment, mean over pairs; 1 in DMAE and AMD; of QK + VV in tinymim, 1 in TinyMIM"
+    )
 
 
 class Generate(Section):
@@ -178,8 +180,10 @@ class PretrainConfig(RunConfig):
     stage = "pre-training"
     tool = "tools/pretrain.py"
 
-    method: Literal["mae", "dmae", "amd"] = result(
-        "dmae", "mae: no teacher; dmae: it sees the student's patches; amd: it sees more"
+    method: Literal["mae", "dmae", "amd", "tinymim"] = result(
+        "dmae",
+        "mae: no teacher; dmae: it sees the student's patches; amd: it sees more; tinymim: dmae with token relations "
+        "in place of features (TinyMIM itself sees all patches and predicts no pixels)",
     )
     seed: Count = result(0, "seeds the sample order, crops, flips, masks and initial weights", le=2**63 - 1)
     data: Data = Data()

@@ -32,8 +32,8 @@ def _visible_shares(c: PretrainConfig) -> Iterator[Problem]:
         )
     if c.method == "mae" and teacher is not None:
         yield Problem(key, "method=mae has no teacher", "remove it, or use method=dmae or amd")
-    if c.method == "dmae" and teacher not in (None, student):
-        cause = f"{teacher:g} differs from student_visible={student:g}, which dmae does not allow"
+    if c.method in ("dmae", "tinymim") and teacher not in (None, student):
+        cause = f"{teacher:g} differs from student_visible={student:g}, which {c.method} does not allow"
         yield Problem(key, cause, "remove it (the teacher sees what the student sees), or use method=amd")
     if c.method == "amd" and (teacher is None or teacher <= student):
         cause = "missing" if teacher is None else f"{teacher:g} is not above student_visible={student:g}"
@@ -96,6 +96,14 @@ def _taps(c: PretrainConfig) -> Iterator[Problem]:
             yield Problem(f"align.{who}", cause, f"use 0 to {arch.depth - 1}")
 
 
+def _relations(c: PretrainConfig) -> Iterator[Problem]:
+    """Token relations are compared by one divergence, and nothing is projected."""
+    for key in ("distance", "beta", "normalize", "head", "bias") if c.method == "tinymim" else ():
+        if getattr(c.align, key) != type(c.align).model_fields[key].default:
+            cause = "method=tinymim compares token relations, not features"
+            yield Problem(f"align.{key}", cause, "remove it, or use method=dmae or amd")
+
+
 def _grid(c: PretrainConfig) -> Iterator[Problem]:
     arch, size = c.student_architecture, c.data.image_size
     yield from rules.whole_patches(c, arch)
@@ -145,6 +153,7 @@ RULES = (
     _teacher,
     _families,
     _taps,
+    _relations,
     _grid,
     _widths,
 )

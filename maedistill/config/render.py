@@ -30,13 +30,15 @@ def config_yaml(config: RunConfig) -> str:
 def _lines(config: RunConfig) -> list[tuple[str, str | None]]:
     """(line, dotted key that it sets), None for the head of a section."""
     lines: list[tuple[str, str | None]] = []
-    open_section = ""
+    opened: list[str] = []
     for name, value in flat(config).items():
-        section, _, leaf = name.rpartition(".")
-        if section != open_section:
-            lines.append((f"{section}:", None))
-            open_section = section
-        lines.append((f"{'  ' if section else ''}{leaf}: {_scalar_or_list(value)}", name))
+        *sections, leaf = name.split(".")
+        for depth, section in enumerate(sections):
+            if opened[: depth + 1] != sections[: depth + 1]:
+                lines.append((f"{'  ' * depth}{section}:", None))
+                opened = sections[: depth + 1]
+        opened = sections
+        lines.append((f"{'  ' * len(sections)}{leaf}: {_scalar_or_list(value)}", name))
     return lines
 
 

@@ -65,7 +65,7 @@ def unknown_key(name: str, value: Any = None, *, root: type[RunConfig] = Pretrai
     remedy = (
         f"did you mean {' or '.join(near)}?"
         if near
-        else f"sections are {', '.join(sections)}; --explain SECTION lists the keys of one"
+        else f"sections are {', '.join(s for s in sections if '.' not in s)}; --explain SECTION lists the keys of one"
     )
     return Problem(name, f"there is no key {name}", remedy)
 
@@ -84,7 +84,11 @@ def shown(value: Any) -> str:
 def _key_at(loc: tuple[int | str, ...], sections: Collection[str]) -> str:
     """The dotted key that a pydantic error is about: its location without list indices and union members."""
     name = str(loc[0])
-    return f"{name}.{loc[1]}" if name in sections else name
+    for part in loc[1:]:
+        if name not in sections:
+            break
+        name = f"{name}.{part}"
+    return name
 
 
 def _wrong_value(key: Key, value: Any) -> Problem:
@@ -101,7 +105,7 @@ def _remedy(key: Key, value: Any) -> str:
         return "write true or false: yes, no, on, off, 0 and 1 are not taken for them"
     if key.words.startswith("text") and type(value) in (int, float, bool):
         return f'put it in quotes, so that it is text: \'"{json.dumps(value)}"\' on a command line, "..." in a file'
-    if key.words.startswith("a list") and isinstance(value, int | float):
+    if key.words.startswith("a list") and isinstance(value, str if "of texts" in key.words else int | float):
         return f"put it in brackets: [{json.dumps(value)}]"
     if key.words.startswith("a whole number") and isinstance(value, float) and value.is_integer():
         return f"write {value:.0f}, without a point or an exponent"

@@ -29,6 +29,7 @@ METHODS = {
     "mae": "as a masked autoencoder (MAE, He et al., CVPR 2022)",
     "dmae": "by distilling a masked autoencoder (DMAE, Bai et al., CVPR 2023)",
     "amd": "by asymmetric masked distillation (AMD, Zhao et al., CVPR 2024)",
+    "tinymim": "as a masked autoencoder that imitates token relations (after TinyMIM, Ren et al., CVPR 2023)",
 }
 Lines = list[str]
 
@@ -65,7 +66,7 @@ def _front_matter(facts: Mapping[str, Any], vit: VisionTransformer) -> str:
     identifier, name = hub_licence(facts["licence"])
     method = facts.get("method") or (facts.get("origin") or {}).get("method")
     tags = ["timm", "vision-transformer", *([method] if method else [])]
-    if method in ("dmae", "amd"):
+    if method in ("dmae", "amd", "tinymim") or (facts["stage"] == "finetune" and facts.get("teacher")):
         tags.append("knowledge-distillation")
     entries = {
         "library_name": "timm",
@@ -85,7 +86,8 @@ def _summary(facts: Mapping[str, Any], vit: VisionTransformer) -> str:
     tokens += f" and {vit.num_reg_tokens} register tokens" if vit.num_reg_tokens else ""
     pooled = {"avg": "mean of the patch tokens", "token": "class token"}[vit.global_pool]
     gives = f"{vit.num_classes:,} logits" if vit.num_classes else f"{vit.embed_dim} features"
-    how = "Fine-tuned on labels" if facts["stage"] == "finetune" else f"Pre-trained {METHODS[facts.get('method')]}"
+    tuned = "Fine-tuned with a teacher" if facts.get("teacher") else "Fine-tuned on labels"
+    how = tuned if facts["stage"] == "finetune" else f"Pre-trained {METHODS[facts.get('method')]}"
     return (
         f"{how}: a Vision Transformer (timm's `{facts['network']['name']}`), {vit.embed_dim} wide, {len(vit.blocks)} "
         f"blocks, with {tokens}, on images of {size} px in patches of {patch} px. {millions:.2f} M parameters, "
@@ -99,6 +101,8 @@ def _origin(facts: Mapping[str, Any]) -> Lines:
     origin, teacher, lines = facts.get("origin") or {}, facts.get("teacher"), []
     if facts["stage"] == "finetune":
         lines.append(f"- Start: {_listed(facts.get('init') or 'from scratch, no other weights')}.")
+        lines += [f"- Teacher of the fine-tuning: {_listed(teacher)}."] if teacher else []
+        teacher = None  # the start had one of its own
     if origin.get("stage") == "finetune":
         lines.append(f"- That start was itself fine-tuned{_images(origin, ' on')}; its own start is not recorded here.")
     elif origin:
@@ -163,9 +167,10 @@ def _pretraining(config: PretrainConfig, vit: VisionTransformer) -> Lines:
         align = config.align
         sees += f", the teacher {teacher}, those among them" if teacher > student else ", the teacher the same"
         pairs = ", ".join(f"{s} with {t}" for s, t in zip(align.student, align.teacher, strict=True))
+        how = f"{align.distance}, normalisation {align.normalize}"
+        how = "token relations QK and VV" if config.method == "tinymim" else how
         losses.append(
-            f"alignment of student with teacher blocks, counted from 0: {pairs} ({align.distance}, normalisation "
-            f"{align.normalize}, weight {align.weight:g})"
+            f"alignment of student with teacher blocks, counted from 0: {pairs} ({how}, weight {align.weight:g})"
         )
     if config.method == "amd":
         losses.append(f"generated alignment where only the teacher sees (weight {config.generate.weight:g})")
@@ -182,7 +187,9 @@ def _finetuning(config: FinetuneConfig) -> Lines:
     data, augment, (low, high) = config.data, config.augment, config.data.crop_scale
     share = f"; trained on {data.label_fraction:.3g} of each class's labels" if data.label_fraction < 1 else ""
     mixing = f"mixup {augment.mixup:g}, cutmix {augment.cutmix:g}" if augment.mixes else "no mixing"
+    terms = "".join(f", {name} {term.weight:g}" for name, term in config.distill.terms.items())
     return [
+        *([f"- Losses, with their weights: labels {config.distill.labels:g}{terms}."] if terms else []),
         f"- Augmentation: crops of {low:g} to {high:g} of the area{', flips' if data.flip else ''}, "
         f"RandAugment {augment.rand_augment or 'off'}, {mixing}, erasing {augment.erasing:g}, label smoothing "
         f"{augment.smoothing:g}{share}.",

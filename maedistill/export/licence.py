@@ -4,6 +4,9 @@ The text is what a run's run.json says: as its teacher or start names it, or "yo
 """
 
 import re
+from collections.abc import Iterable
+
+NO_OTHERS = "yours: no other weights were used"
 
 # Identifiers of the Hugging Face hub. One that restricts counts wherever the text names it, others only on their own.
 _NON_COMMERCIAL = ("cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-4.0")
@@ -22,6 +25,12 @@ def hub_licence(text: str) -> tuple[str, str | None]:
         if re.search(rf"(^|-){re.escape(identifier)}(-|$)", slug):
             return identifier, None
     return (slug, None) if slug in _FREE else ("other", slug[:60].strip("-."))
+
+
+def combined_licence(licences: Iterable[str]) -> str:
+    """The licence of weights that derive from several, in the words of a run: each once, those not stated last."""
+    others = dict.fromkeys(text for text in licences if not text.startswith("yours"))
+    return "; ".join(sorted(others, key=lambda text: text.startswith("not stated"))) or NO_OTHERS
 
 
 def licence_sentence(text: str) -> str:

@@ -43,9 +43,8 @@ def decoupled_divergence(student: Tensor, teacher: Tensor, labels: Tensor, *, te
 
     At T = 1, KL = target + (1 - p) others row by row, with the teacher's probability p of the label.
     """
-    is_label = F.one_hot(labels, student.shape[-1]).bool()  # [B, C]
     (one, rest), (one_expected, rest_expected) = (
-        _decouple(logits.float() / temperature, is_label) for logits in (student, teacher.detach())
+        _decouple(logits.float() / temperature, labels) for logits in (student, teacher.detach())
     )
     target, others = (
         temperature**2 * F.kl_div(predicted, expected, reduction="batchmean", log_target=True)
@@ -59,8 +58,13 @@ def hard_label_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return F.cross_entropy(student.float(), teacher.detach().argmax(dim=-1))
 
 
-def _decouple(logits: Tensor, is_label: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of label against all others, [B, 2], and among the others, [B, C - 1]."""
-    others = logits[~is_label].view(len(logits), -1)  # [B, C - 1]
-    pair = torch.stack([logits[is_label], others.logsumexp(dim=-1)], dim=-1)  # [B, 2]
+def _decouple(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of label against all others, [B, 2], and among the others, [B, C - 1].
+
+    Gathered by index: a mask would have to be counted, for which a GPU is waited for.
+    """
+    places = torch.arange(logits.shape[-1] - 1, device=logits.device)  # [C - 1]
+    others = logits.gather(1, places + (places >= labels[:, None]))  # [B, C - 1]
+    own = logits.gather(1, labels[:, None])  # [B, 1]
+    pair = torch.cat([own, others.logsumexp(dim=-1, keepdim=True)], dim=-1)  # [B, 2]
     return F.log_softmax(pair, dim=-1), F.log_softmax(others, dim=-1)

@@ -6,12 +6,22 @@ Relations between images see one micro-batch of one rank. The teacher's side nev
 B batch   D width, which may differ between student and teacher   H heads   M tokens   d width of a head
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 _LEAST_SQUARE = 1e-12  # of a distance, so that its root has a gradient
 _TINY = 1e-7
+
+
+class TokenRelations(NamedTuple):
+    """The two parts of `token_relations`, each a scalar."""
+
+    qk: Tensor  # how queries relate to keys
+    vv: Tensor  # how values relate to values
 
 
 def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -57,6 +67,21 @@ def token_relation_loss(student: Tensor, teacher: Tensor, *, other: tuple[Tensor
         for rows, columns in zip((student, teacher.detach()), (against[0], against[1].detach()), strict=True)
     )  # [B, H, M, M]
     return F.kl_div(predicted.flatten(0, 2), expected.flatten(0, 2), reduction="batchmean", log_target=True)
+
+
+def token_relations(student: Sequence[Tensor], teacher: Sequence[Tensor], *, heads: int) -> TokenRelations:
+    """TinyMIM's two terms, from queries, keys and values of student and teacher, [B, H, M, d] each.
+
+    Both are cut into `heads`, which divides either width. No autocast: in bf16 small differences would be lost.
+    """
+    (query, key, value), (*expected, expected_value) = (
+        [merge_heads(part.float(), heads) for part in side] for side in (student, teacher)
+    )
+    with torch.autocast(query.device.type, enabled=False):
+        return TokenRelations(
+            token_relation_loss(query, expected[0], other=(key, expected[1])),
+            token_relation_loss(value, expected_value),
+        )
 
 
 def merge_heads(rows: Tensor, heads: int) -> Tensor:

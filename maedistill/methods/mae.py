@@ -1,6 +1,6 @@
 """Masked autoencoding (He et al., CVPR 2022): predict the pixels of hidden patches from the visible ones.
 
-Also the base of the two distillation methods, which add terms to its loss. A method is the module that the engine
+Also the base of the distillation methods, which add terms to its loss. A method is the module that the engine
 trains: images and a patch split in, named losses out.
 
     B batch   N patches   S visible   H predicted   P prefix tokens   D width   p patch side   s image side
@@ -50,10 +50,12 @@ class MAE(nn.Module):
         pixels, _ = self.reconstruct(images, split)
         return {"loss": self.pixel_weight * pixels, "pixels": pixels}
 
-    def reconstruct(self, images: Tensor, split: PatchSplit, taps: Sequence[int] = ()) -> tuple[Tensor, Target]:
-        """The pixel loss and the tapped features {block: [B, P + S, D]} of the student."""
+    def reconstruct(
+        self, images: Tensor, split: PatchSplit, taps: Sequence[int] = (), *, relations: Sequence[int] = ()
+    ) -> tuple[Tensor, Target]:
+        """The pixel loss and what is tapped of the student: see `MaskedEncoder.forward`."""
         normalized = normalize(images, self.mean, self.std)
-        tokens, tapped = self.encoder(normalized, split.student, taps=taps)  # [B, P + S, D]
+        tokens, tapped = self.encoder(normalized, split.student, taps=taps, relations=relations)  # [B, P + S, D]
         hidden = split.hidden[:, : self.num_predicted(split)]  # [B, H]: the order is random, so the first are any
         predicted = self.decoder(tokens, split, hidden)  # [B, H, p*p*3]
         target = pixel_target(self.pixels_of(images, normalized, hidden), kind=self.pixel_kind)

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from maedistill.errors import ConfigError
 from maedistill.masking import gather_rows
+from maedistill.models.attention import queries_keys_values
 from maedistill.models.positions import position_table
 from maedistill.patches import patchify
 
@@ -59,17 +60,29 @@ class MaskedEncoder(nn.Module):
         return embed.norm(F.linear(patches, weight, embed.proj.bias)) + rows
 
     def forward(
-        self, images: Tensor, ids: Tensor | None = None, *, taps: Sequence[int] = (), to_last_tap: bool = False
+        self,
+        images: Tensor,
+        ids: Tensor | None = None,
+        *,
+        taps: Sequence[int] = (),
+        relations: Sequence[int] = (),
+        to_last_tap: bool = False,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Runs the blocks over the patches `ids`, or over all of them.
 
         images: normalised, [B, 3, s, s]. ids: int64 [B, M]. Returns the last tokens [B, P + M, D] and, for each block
-        in `taps`, its output [B, P + M, D]. With `to_last_tap` no block after the last tap runs, nor the final norm.
+        in `taps`, its output [B, P + M, D], or for one in `relations` its queries, keys and values [3, B, H, P + M, d].
+        With `to_last_tap` no block that they do not need runs, nor the final norm.
         """
+        assert not {*taps} & {*relations}
         x = self.embed(images, ids)
         tapped: dict[int, Tensor] = {}
-        last = max(taps) + 1 if to_last_tap else self.depth
-        for i, block in enumerate(self.vit.blocks[:last]):
+        needed = max((-1, *taps, *(i - 1 for i in relations))) + 1 if to_last_tap else self.depth
+        for i, block in enumerate(self.vit.blocks):
+            if i in relations:
+                tapped[i] = torch.stack(queries_keys_values(block, x))
+            if i == needed:
+                break
             recompute = self.vit.grad_checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)  # [B, P + M, D]
             if i in taps:

@@ -85,7 +85,7 @@ class Origin(Part):
     """The run that a run began with, or the run itself."""
 
     stage: Literal["pretrain", "finetune"]
-    method: Literal["mae", "dmae", "amd"] | None = None
+    method: Literal["mae", "dmae", "amd", "tinymim"] | None = None
     data: Data | None = None
     teacher: str | None = None
     licence: str

@@ -69,19 +69,24 @@ class Network:
 
 
 def open_network(
-    source: str, *, weights: Weights = "model", image_size: int | None = None, needs_classes: bool = False
+    source: str,
+    *,
+    weights: Weights = "model",
+    image_size: int | None = None,
+    needs_classes: bool = False,
+    size_key: str = "--image-size",
 ) -> Network:
     """The network named by `run:PATH`, `local-dir:PATH`, `timm:NAME`, `hf-hub:ID`, or a folder: a run or an export.
 
     weights: `ema` for the moving average of a run. image_size: other than the network's own, its positions resampled.
-    needs_classes: refuse an encoder alone, before its weights are loaded. Raises ConfigError for a name of no kind or
-    no classifier; DataError for weights that cannot be had.
+    needs_classes: refuse an encoder alone, before its weights are loaded. size_key: where image_size is set, for
+    errors. Raises ConfigError for a name of no kind or no classifier; DataError for weights that cannot be had.
     """
     kind, name = _kind_and_name(source)
     if weights == "ema" and kind != "run":
         raise ConfigError(f"{source} has no moving average of its weights", "leave out --ema: only runs keep one")
     if kind == "run":
-        return _open_run(name, weights, image_size, needs_classes)
+        return _open_run(name, weights, image_size, needs_classes, size_key)
     return _open_timm(kind, name, image_size, needs_classes)
 
 
@@ -106,14 +111,14 @@ def _kind_and_name(source: str) -> tuple[str, str]:
     raise ConfigError(f"{source} is neither a folder nor a kind of model and its name", remedy)
 
 
-def _open_run(path: str, weights: Weights, image_size: int | None, needs_classes: bool) -> Network:
+def _open_run(path: str, weights: Weights, image_size: int | None, needs_classes: bool, size_key: str) -> Network:
     """The network of a run folder of either stage."""
     name = f"run:{path}"
     _, facts = read_facts(path)
     if needs_classes and facts["stage"] != "finetune":
         raise _no_classifier(name)
     if image_size:
-        _require_multiple(name, facts["network"], image_size)
+        _require_multiple(name, facts["network"], image_size, size_key)
     saved = open_saved(path, weights=weights, image_size=image_size)
     seen = saved.facts["input"]
     return Network(
@@ -178,13 +183,13 @@ def _with_input_of_timm(network: nn.Module, name: str, image_size: int | None) -
     )
 
 
-def _require_multiple(name: str, network: dict[str, Any], image_size: int) -> None:
+def _require_multiple(name: str, network: dict[str, Any], image_size: int, size_key: str) -> None:
     with torch.device("meta"):
         patch_size = timm.create_model(network["name"], **network["arguments"]).patch_embed.patch_size[0]
     if image_size % patch_size:
         raise ConfigError(
             f"{name} looks at patches of {patch_size} pixels, which do not divide images of {image_size}",
-            f"use a multiple, e.g. --image-size {max(1, round(image_size / patch_size)) * patch_size}",
+            f"use a multiple, e.g. {size_key} {max(1, round(image_size / patch_size)) * patch_size}",
         )
 
 

@@ -24,6 +24,7 @@ PAIRS = {
     "mae": "",
     "dmae": "align: {student: [1], teacher: [2]}\n",
     "amd": "align: {student: [0, 2], teacher: [1, 3]}\n",
+    "tinymim": "align: {student: [1], teacher: [2]}\n",
 }
 
 
@@ -41,6 +42,7 @@ def contest(tmp_path, request) -> Contest:
 
 
 CASES = ["mae", "dmae", "amd", "dmae decoder.attention=cross", "amd decoder.predict=0.3", "mae pixels.target=raw"]
+CASES += ["tinymim"]
 CASES += ["dmae student.register_tokens=2", "mae decoder.attention=cross decoder.predict=0.5"]
 
 

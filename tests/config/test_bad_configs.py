@@ -23,6 +23,7 @@ student: {model: vit_base_patch16_224}
 teacher: {source: "timm:vit_large_patch16_224.mae"}
 align: {student: [8], teacher: [17]}
 """
+TINYMIM = GOOD.replace("dmae", "tinymim")
 FINETUNE = """\
 run: runs/test
 data:
@@ -31,6 +32,7 @@ data:
 init: {source: "file:student.safetensors"}
 student: {model: vit_small_patch16_224}
 """
+TAUGHT = "distill={teachers: ['run:a'], "  # and terms
 FILE = "FILE"  # stands for the path of the file in the expected texts
 
 # (overrides, fragments of the cause, fragments of the remedy), on top of GOOD
@@ -64,7 +66,7 @@ OVERRIDES = [
     ("engine.zero=4", ["<= 3, got 4"], ["the default is 0"]),
     ("data.flip=on", ["expected true or false, got the text 'on'"], ["write true or false"]),
     ("data.flip=0", ["expected true or false, got 0"], ["write true or false"]),
-    ("method=dame", ["one of mae, dmae, amd, got the text 'dame'"], ["did you mean dmae?"]),
+    ("method=dame", ["one of mae, dmae, amd, tinymim, got the text 'dame'"], ["did you mean dmae?"]),
     ("pixels.target=4", ["one of patch, raw, patch_channel"], ["write patch or raw or patch_channel"]),
     ("run=2024", ["expected text, got 2024"], ["quotes"]),
     ("align.student=8", ["a list of whole numbers, each >= 0, got 8"], ["[8]"]),
@@ -163,6 +165,35 @@ FINETUNE_OVERRIDES = [
     ("augment.rand_augment=rand-m9.5", ["'rand-m9.5' is not timm's notation"], ["rand-m9-mstd0.5-inc1"]),
     ("optim.global_batch=1023", ["1023 images cannot be mixed in pairs"], ["augment.mixup=0 augment.cutmix=0"]),
     ("engine.micro_batch=1", ["1 image cannot be mixed"], ["use 2 or more"]),
+    # distillation, whose terms are sections in a section
+    ("distill=3", ["distill is a section"], ["distill.logits.temperature"]),
+    ("distill.logits=3", ["distill.logits is a section", "cannot be set to 3"], ["distill.logits.weight"]),
+    ("distill.logits.temprature=3", ["no key distill.logits.temprature"], ["did you mean distill.logits.temperature?"]),
+    ("distill.logits.temperature=0", ["distill.logits.temperature", "a number > 0, got 0"], ["the default is 4.0"]),
+    ("distill.logits.temperature=-1", ["expected a number > 0, got -1"], ["the default is 4.0"]),
+    ("distill.teachers=timm:resnet50", ["a list of texts, got the text"], ['put it in brackets: ["timm:resnet50"]']),
+    ("distill.teachers=['resnet50']", ["a teacher is named, but every term has weight 0"], ["distill.logits.weight=1"]),
+    (
+        "distill={teachers: [resnet50], logits: {weight: 1}}",
+        ["'resnet50' is not KIND:NAME"],
+        ["run, timm, hf-hub, local-dir"],
+    ),
+    ("distill={teachers: ['run:a', 'run:a'], logits: {weight: 1}}", ["a teacher is named twice"], ["name each once"]),
+    ("distill.logits.weight=1", ["distill.teachers: no teacher is named for logits"], ["timm:vit_base_patch16_224"]),
+    ("distill.image_size=96", ["distill.image_size", "there is no teacher"], ["remove it"]),
+    ("distill.dkd.beta=2", ["distill.dkd.beta", "the term is off: its weight is 0"], ["distill.dkd.weight above 0"]),
+    ("distill.dkd.start_epoch=2", ["distill.dkd.start_epoch", "the term is off"], ["or remove it"]),
+    ("distill.labels=0", ["nothing that teaches the classifier"], ["distill.logits or distill.hard"]),
+    (f"{TAUGHT}labels: 0, logits: {{weight: 1, stop_epoch: 9}}}}", ["the classifier from the first step"], ["above 0"]),
+    (f"{TAUGHT}labels: 0, hard: {{weight: 1, token: true}}}}", ["teaches the classifier"], ["distill.hard without"]),
+    (f"{TAUGHT}dkd: {{weight: 1, alpha: 0, beta: 0}}}}", ["alpha and beta are both 0"], ["use 1 and 8"]),
+    (f"{TAUGHT}hints: {{weight: 1}}}}", ["0 student blocks for 0 teacher depths"], ["distill.hints.student=[11]"]),
+    (f"{TAUGHT}maps: {{weight: 1, student: [12], teacher: [1]}}}}", ["block 12 does not exist"], ["use 0 to 11"]),
+    (f"{TAUGHT}maps: {{weight: 1, student: [1, 1], teacher: [2, 2]}}}}", ["a pair is named twice"], ["once"]),
+    (f"{TAUGHT}dkd: {{weight: 1, start_epoch: 100}}}}", ["100 is not below optim.epochs=100"], ["start earlier"]),
+    (f"{TAUGHT}dkd: {{weight: 1, start_epoch: 3, stop_epoch: 2}}}}", ["3 is not below stop_epoch=2"], ["earlier"]),
+    (f"{TAUGHT}dkd: {{weight: 1, warmup_epochs: 101}}}}", ["101 epochs from 0 on go beyond"], ["at most 100"]),
+    (f"{TAUGHT}dkd: {{weight: 1, stop_epoch: 101}}}}", ["101 is after the end, optim.epochs=100"], ["before it"]),
 ]
 ROWS = [(PretrainConfig, GOOD, *row) for row in OVERRIDES]
 ROWS += [(FinetuneConfig, FINETUNE, *row) for row in FINETUNE_OVERRIDES]
@@ -187,6 +218,8 @@ FILES = [
     (GOOD + "extends: missing.yaml\n", [f"{FILE}:8 extends", "missing.yaml"], ["bad.yaml"]),
     (GOOD + "extends: [1]\n", [f"{FILE}:8 extends", "a file name or a list"], ["extends: base.yaml"]),
     (GOOD + "extends: bad.yaml\n", [f"{FILE}:8 extends", "extend each other"], ["break the circle"]),
+    (TINYMIM.replace("{student", "{head: mlp, student"), ["align.head", "not features"], ["remove it"]),
+    (TINYMIM + "masks: {teacher_visible: 0.5}\n", ["which tinymim does not allow"], ["method=amd"]),
     ("- a\n- b\n", [FILE, "a mapping of `key: value`"], ["configs/"]),
     ("just text\n", [FILE, "a mapping of `key: value`"], ["configs/"]),
     ("", ["data.train: no training shards", "and 3 more: run, teacher.source, align.student"], ["data.train="]),

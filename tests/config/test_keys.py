@@ -1,5 +1,7 @@
 """The schemas as they describe themselves: every key marked and explained, and what forbids continuing a run."""
 
+from operator import attrgetter
+
 import pytest
 from pydantic import BaseModel, ValidationError
 
@@ -50,7 +52,7 @@ def test_every_leaf_is_marked_documented_and_known(root):
 def test_every_section_has_one_line_and_is_frozen(root):
     config = root()
     for name, doc in all_sections(root=root).items():
-        section = type(getattr(config, name))
+        section = type(attrgetter(name)(config))
         assert doc == section.__doc__ and "\n" not in doc and doc.endswith(".")
         assert section.model_config["frozen"] and section.model_config["extra"] == "forbid"
     with pytest.raises(ValidationError, match="frozen"):

@@ -1,4 +1,4 @@
-"""What holds for all three methods: gradients reach everything, nothing is uninitialised, terms add up, loss falls."""
+"""What holds for all methods: gradients reach everything, nothing is uninitialised, terms add up, loss falls."""
 
 from functools import partial
 
@@ -11,6 +11,7 @@ from maedistill.masking import PatchSplit, random_split
 from maedistill.methods.amd import AMD
 from maedistill.methods.dmae import DMAE
 from maedistill.methods.mae import MAE
+from maedistill.methods.tinymim import TinyMIM
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
@@ -20,7 +21,7 @@ from maedistill.patches import patchify, unpatchify
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 CASES = ["mae", "dmae", "amd", "amd with class token", "amd learned", "dmae mlp", "dmae two pairs"]
-CASES += ["mae cross", "dmae partial", "amd cross partial"]
+CASES += ["mae cross", "dmae partial", "amd cross partial", "tinymim", "tinymim two pairs"]
 
 
 def build(case: str) -> tuple[MAE, Teacher | None, PatchSplit, torch.Tensor]:
@@ -42,10 +43,12 @@ def build(case: str) -> tuple[MAE, Teacher | None, PatchSplit, torch.Tensor]:
         if name == "amd" or "two" in case:
             pairs = {"student_taps": (0, 2), "teacher_taps": (1, 3)}
         source = open_source("random:vit_tiny_patch16_224", grid=8, width=48, depth=4, heads=4, patch_size=8)
-        teacher = Teacher(source, taps=pairs["teacher_taps"])
-        keywords |= pairs | {"teacher_width": 48, "teacher_prefix": 1, "head": "mlp" if "mlp" in case else "linear"}
+        teacher = Teacher(source, taps=pairs["teacher_taps"], relations=name == "tinymim")
+        keywords |= pairs | {"teacher_prefix": 1}
+        heads = {"heads": [4 for _ in pairs["student_taps"]]}
+        keywords |= heads if name == "tinymim" else {"teacher_width": 48, "head": "mlp" if "mlp" in case else "linear"}
         keywords |= {"distance": "mse", "normalize": "none"} if name == "amd" else {}
-    method = {"mae": MAE, "dmae": DMAE, "amd": AMD}[name](encoder, decoder, **keywords)
+    method = {"mae": MAE, "dmae": DMAE, "amd": AMD, "tinymim": TinyMIM}[name](encoder, decoder, **keywords)
     split = random_split(
         torch.arange(4), seed=0, num_patches=64, num_student=16, num_teacher=32 if name == "amd" else 16
     )
@@ -83,15 +86,16 @@ def test_terms_add_up_by_name(case: str) -> None:
     losses = losses_of(method, teacher, split, images)
     groups = {kind: [v for name, v in losses.items() if name.startswith(kind)] for kind in ("align/", "generate/")}
     expected = 2 * losses["pixels"]
-    for kind, weight in (("align/", 3), ("generate/", 5)):
+    both = 2 if "tinymim" in case else 1  # QK and VV: their sum counts
+    for kind, weight in (("align/", 3 * both), ("generate/", 5)):
         if groups[kind]:
             expected = expected + weight * sum(groups[kind]) / len(groups[kind])
     torch.testing.assert_close(losses["loss"], expected)
-    count = {"mae": 0, "dmae": 2 if "two" in case else 1, "amd": 2}[case.split()[0]]
+    count = {"mae": 0, "dmae": 1, "amd": 2, "tinymim": 2}[case.split()[0]] * (2 if "two" in case else 1)
     assert len(groups["align/"]) == count and len(groups["generate/"]) == (count if "amd" in case else 0)
 
 
-@pytest.mark.parametrize("case", ["mae", "dmae", "amd", "mae cross", "dmae partial"])
+@pytest.mark.parametrize("case", ["mae", "dmae", "amd", "tinymim", "mae cross", "dmae partial"])
 def test_one_batch_is_learned(case: str) -> None:
     method, teacher, split, images = build(case)
     initialize(method, seed=0)
@@ -157,7 +161,7 @@ def test_student_and_teacher_patches_cover_the_same_part_of_the_image() -> None:
     assert int(means.argmax()) == 21
 
 
-@pytest.mark.parametrize("case", ["mae", "dmae", "amd", "mae cross", "amd cross partial"])
+@pytest.mark.parametrize("case", ["mae", "dmae", "amd", "tinymim", "mae cross", "amd cross partial"])
 def test_student_and_teacher_are_captured_as_whole_graphs(case: str) -> None:
     """No graph breaks under torch.compile; the backend that only replays the graph needs no compiler."""
     method, teacher, split, images = build(case)

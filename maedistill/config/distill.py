@@ -1,0 +1,163 @@
+"""The schema of distillation in fine-tuning: teachers, and one section per term that a student can imitate them by.
+
+Every term is off by default (weight 0) and has a schedule of its own; any number of them add up. Depths of networks are
+counted from 0: a ViT's blocks, a convolutional network's stages as timm has them (ResNet: 0 the stem, 1 to 4 its
+layers). Rules between the keys are in `distill_rules.py`.
+"""
+
+from typing import Literal
+
+from maedistill.config.schema import Above0, Count, Positive, Precision, Section, Weight, result
+
+
+class Term(Section):
+    """Weight and schedule of a term."""
+
+    weight: Weight = result(0.0, "weight of the term; 0: off")
+    start_epoch: Weight = result(0.0, "epoch in which the term begins")
+    warmup_epochs: Weight = result(0.0, "linear warm-up of the weight from start_epoch on; 20 in DKD")
+    stop_epoch: Above0 | None = result(
+        None, "epoch in which the term ends (early-stopped KD, Cho & Hariharan, 2019); null: never"
+    )
+
+    @property
+    def on(self) -> bool:
+        """Whether it ever counts."""
+        return self.weight > 0
+
+
+class Pairs(Term):
+    """A term on features of depths, paired between student and teacher."""
+
+    student: tuple[Count, ...] = result((), "0-based student blocks")
+    teacher: tuple[Count, ...] = result((), "0-based teacher depths, one per student block")
+
+
+class Logits(Term):
+    """Hinton's KD: the student's softened predictions imitate the teacher's; needs no labels."""
+
+    weight: Weight = result(
+        0.0, "weight of T^2 KL(teacher, student); 0.9 beside distill.labels=0.1 or 1 in KD, 9 when standardised; 0: off"
+    )
+    temperature: Above0 = result(4.0, "temperature T; 4 on small data, 1 on ImageNet, 2 when standardised")
+    teacher_temperature: Above0 | None = result(None, "the teacher's temperature, where it differs from the student's")
+    standardize: bool = result(False, "Z-score both sides' logits per image first (logit standardisation, Sun 2024)")
+
+
+class Dkd(Term):
+    """DKD: alpha TCKD (how sure of the label) + beta NCKD (how the rest is shared), each logged; needs labels."""
+
+    weight: Weight = result(0.0, "weight of alpha TCKD + beta NCKD; 1 in DKD, 9 when standardised; 0: off")
+    alpha: Weight = result(1.0, "weight of TCKD; 1 in DKD")
+    beta: Weight = result(8.0, "weight of NCKD; 8 on CIFAR, 0.5 on ImageNet in DKD")
+    temperature: Above0 = result(4.0, "temperature; 4 on CIFAR, 1 on ImageNet, 2 when standardised")
+    standardize: bool = result(False, "Z-score both sides' logits per image first (logit standardisation, Sun 2024)")
+
+
+class Hard(Term):
+    """Hard-label distillation (DeiT): cross-entropy with the teacher's likeliest class; needs no labels."""
+
+    weight: Weight = result(0.0, "weight of the cross-entropy; 0.5 beside distill.labels=0.5 in DeiT; 0: off")
+    token: bool = result(
+        False,
+        "read a distillation token instead of the classifier: the first register token (student.register_tokens) with "
+        "a head of its own, which is not exported",
+    )
+
+
+class Hints(Pairs):
+    """FitNets: projected student tokens imitate teacher features one by one, grids resampled to the student's."""
+
+    weight: Weight = result(0.0, "weight, mean over pairs; 100 is usual for FitNets; 0: off")
+    projector: Literal["linear", "mlp"] = result("linear", "kind of the projection from student to teacher width")
+    distance: Literal["mse", "l1", "smooth_l1"] = result("mse", "between the features; mse in FitNets")
+    normalize: Literal["none", "l2", "whiten"] = result(
+        "none", "before the distance; none in FitNets; l2: both to unit length; whiten: LayerNorm of the teacher's"
+    )
+
+
+class Maps(Pairs):
+    """Attention transfer: where activations are strong, mean over channels of their power; any two networks."""
+
+    weight: Weight = result(0.0, "weight, mean over pairs; 1000 is usual; 0: off")
+    power: Positive = result(2, "power of the activations before the mean over channels; 2 in attention transfer")
+
+
+class Attention(Pairs):
+    """Where ViT blocks look: attention that each patch receives, mean over heads and queries; two ViTs."""
+
+
+class Relations(Pairs):
+    """Token relations (TinyMIM, MiniLM): softmax(QK'/sqrt d) and softmax(VV'/sqrt d) of patch tokens; two ViTs."""
+
+    weight: Weight = result(0.0, "weight of QK + VV, mean over pairs; 1 in TinyMIM; 0: off")
+    heads: Positive | None = result(
+        None, "heads that both sides' queries, keys and values are cut into; null: as many as the teacher has"
+    )
+
+
+class Distances(Term):
+    """RKD: distances between the images of a micro-batch, of pooled features, in units of their mean."""
+
+    weight: Weight = result(0.0, "weight; 25 in RKD; 0: off")
+
+
+class Angles(Term):
+    """RKD: angles of all triplets of images of a micro-batch, of pooled features; B^3 numbers."""
+
+    weight: Weight = result(0.0, "weight; 50 in RKD; 0: off")
+
+
+class Similarity(Term):
+    """Similarity preserving: row-normalised Gram matrix of a micro-batch, of pooled features."""
+
+    weight: Weight = result(0.0, "weight; 3000 is usual; 0: off")
+
+
+class Affinity(Term):
+    """PKT: each image's affinities to its micro-batch as probabilities, of pooled features."""
+
+    weight: Weight = result(0.0, "weight; 30000 is usual; 0: off")
+
+
+class Distill(Section):
+    """Teachers that the network also learns from while it is fine-tuned, and what it imitates of them."""
+
+    teachers: tuple[str, ...] = result(
+        (),
+        "where they are: timm:NAME, hf-hub:ID, local-dir:PATH or run:PATH (a run folder of ours), in brackets; terms "
+        "are averaged over several",
+    )
+    image_size: Positive | None = result(
+        None, "side of the images that teachers look at, in pixels; null: each at its own"
+    )
+    precision: Precision = result("auto", "number format of the teachers; auto: bf16 on a GPU, fp32 on a CPU")
+    labels: Weight = result(
+        1.0, "weight of the cross-entropy with the labels; 0.1 beside KD's 0.9; 0: label-free, shards need no labels"
+    )
+    logits: Logits = Logits()
+    dkd: Dkd = Dkd()
+    hard: Hard = Hard()
+    hints: Hints = Hints()
+    maps: Maps = Maps()
+    attention: Attention = Attention()
+    relations: Relations = Relations()
+    distances: Distances = Distances()
+    angles: Angles = Angles()
+    similarity: Similarity = Similarity()
+    affinity: Affinity = Affinity()
+
+    @property
+    def terms(self) -> dict[str, Term]:
+        """The terms that are on, by name, in the order of the schema."""
+        sections = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: term for name, term in sections.items() if isinstance(term, Term) and term.on}
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether anything learns from the labels of training images."""
+        return self.labels > 0 or self.dkd.on
+
+
+IN_MICRO_BATCH = ("distances", "angles", "similarity", "affinity")  # terms that relate images of a micro-batch
+CLASSIFYING = ("logits", "dkd", "hard")  # terms that compare predictions, so classes must be the same

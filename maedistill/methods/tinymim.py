@@ -1,0 +1,58 @@
+"""Token relations in pre-training (after TinyMIM, Ren et al., CVPR 2023): MAE whose tokens relate as a teacher's do.
+
+TinyMIM sees all patches and predicts no pixels. Here both see the student's patches, as in DMAE, and the pixel loss
+stays: the relations take the place of DMAE's features, and nothing is projected.
+
+B batch   S visible patches   P, Q prefix tokens of student and teacher   H heads   d width of a head
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from maedistill.losses.relations import token_relations
+from maedistill.masking import PatchSplit
+from maedistill.methods.dmae import mean
+from maedistill.methods.mae import MAE, Losses, Target
+
+
+class TinyMIM(MAE):
+    """MAE plus, for each pair of blocks, how queries relate to keys and values to values. Prefix tokens take no part.
+
+    heads: for each pair, into how many both sides' widths are cut; the teacher's own number in the paper.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        student_taps: Sequence[int],
+        teacher_taps: Sequence[int],
+        teacher_prefix: int,
+        heads: Sequence[int],
+        align_weight: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.student_taps, self.teacher_taps = tuple(student_taps), tuple(teacher_taps)
+        self.teacher_prefix, self.heads, self.align_weight = teacher_prefix, tuple(heads), align_weight
+
+    def forward(self, images: Tensor, split: PatchSplit, target: Target | None = None) -> Losses:
+        """Adds `align/BLOCK/qk` and `align/BLOCK/vv` per student block to MAE's losses, their sum counting.
+
+        target: queries, keys and values {teacher block: [3, B, H, Q + S, d]}.
+        """
+        assert target is not None
+        pixels, found = self.reconstruct(images, split, relations=self.student_taps)
+        align = self.align(found, target)
+        loss = self.pixel_weight * pixels + self.align_weight * 2 * mean(align)
+        return {"loss": loss, "pixels": pixels, **align}
+
+    def align(self, found: Target, target: Target) -> Losses:
+        """The divergences of each pair. found: the student's, {block: [3, B, H, P + S, d]}."""
+        losses = {}
+        for s, t, heads in zip(self.student_taps, self.teacher_taps, self.heads, strict=True):
+            student, teacher = found[s][..., self.encoder.num_prefix :, :], target[t][..., self.teacher_prefix :, :]
+            parts = token_relations(student.unbind(0), teacher.unbind(0), heads=heads)
+            losses |= {f"align/{s}/qk": parts.qk, f"align/{s}/vv": parts.vv}
+        return losses

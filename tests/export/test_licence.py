@@ -1,0 +1,13 @@
+"""The licence of weights that derive from several, and what it says to a hub and to a person."""
+
+from maedistill.export.licence import NO_OTHERS, combined_licence, hub_licence, licence_sentence
+
+
+def test_licences_add_up_and_none_is_hidden():
+    assert combined_licence([]) == combined_licence([NO_OTHERS, NO_OTHERS]) == NO_OTHERS
+    assert combined_licence([NO_OTHERS, "mit", "mit"]) == "mit"
+    several = combined_licence(["not stated (set init.licence)", "mit", "cc-by-nc-4.0"])
+    assert several == "mit; cc-by-nc-4.0; not stated (set init.licence)"
+    assert hub_licence(several) == ("cc-by-nc-4.0", None)
+    assert several in licence_sentence(several) and "forbids commercial use" in licence_sentence(several)
+    assert hub_licence(combined_licence(["not stated", "mit"])) == ("other", "mit-not-stated")

@@ -1,0 +1,161 @@
+"""Distillation in fine-tuning end to end, in real processes: a convolutional teacher, a run of ours, a kill, a dry run.
+
+The convolutional teacher has random weights, another normalisation and resolution; the other is the run `tuned`.
+"""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+
+from maedistill.export.card import model_card
+from maedistill.models.classifier import open_classifier
+from maedistill.models.saved import open_saved
+
+SCRATCH = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.heads=2"]
+SCRATCH += ["student.patch_size=8", "student.register_tokens=1", "optim.epochs=2", "optim.layer_decay=1"]
+STOPPED = 14  # of 16 steps; after it no term counts, and the teacher rests
+CONVOLUTIONAL = ["distill.logits={weight: 9, temperature: 2, standardize: true, stop_epoch: 1.75}"]
+CONVOLUTIONAL += ["distill.hints={weight: 1, student: [0, 1], teacher: [1, 3], warmup_epochs: 1, stop_epoch: 1.75}"]
+CONVOLUTIONAL += ["distill.maps={weight: 10, student: [1], teacher: [4], stop_epoch: 1}"]
+CONVOLUTIONAL += ["distill.distances={weight: 25, stop_epoch: 1.5}"]
+VIT = ["distill.labels=0", "distill.logits.weight=1", "distill.hard={weight: 1, token: true}"]
+VIT += ["distill.attention={weight: 1, student: [1], teacher: [1]}", "distill.angles.weight=50"]
+VIT += ["distill.relations={weight: 1, student: [1], teacher: [0], heads: 4}"]
+PLAIN = ["augment.mixup=0", "augment.cutmix=0", "augment.erasing=0", "student.drop_path=0", "optim.ema=null"]
+PLAIN += ["distill.distances.weight=0", "distill.distances.stop_epoch=null"]  # which micro-batches would change
+TIMES = {"images_per_second", "data_wait", "memory_gb", "eta_seconds", "trained_seconds"}
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory):
+    """A folder of timm's with a small ResNet for images of 48 px."""
+    folder = tmp_path_factory.mktemp("teacher") / "resnet"
+    torch.manual_seed(0)
+    network = timm.create_model("resnet10t", num_classes=3)
+    images = {"input_size": (3, 48, 48), "mean": (0.4, 0.3, 0.2), "std": (0.3, 0.25, 0.2), "crop_pct": 1.0}
+    save_for_hf(network, folder, safe_serialization=True, data_config=images | {"interpolation": "bicubic"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(finetuning, tuned, resnet):
+    """All runs of this file by name, two at a time."""
+    convolutional = [*SCRATCH, f'distill.teachers=["local-dir:{resnet}"]', *CONVOLUTIONAL]
+    vits = [*SCRATCH, f'distill.teachers=["run:{tuned.run}"]', *VIT]
+
+    def killed():
+        """Killed in step 11, after the checkpoint of step 8."""
+        before = finetuning("killed", *convolutional, witness=True, code=-9, WITNESS_KILL="22")
+        assert before.last_checkpoint().name == "step_000000008"
+        return finetuning("killed", *convolutional)
+
+    starts = {
+        "convolutional": lambda: finetuning("convolutional", *convolutional),
+        "killed": killed,
+        "zero 3": lambda: finetuning("zero-3", *convolutional, "engine.zero=3", "optim.ema=null", witness=True),
+        "plain": lambda: finetuning("plain", *convolutional, *PLAIN),
+        "two ranks": lambda: finetuning(
+            "two-ranks", *convolutional, *PLAIN, "engine.zero=2", launcher="torchrun", ranks=2
+        ),
+        "vit": lambda: finetuning("vit", *vits, "engine.zero=1"),
+        "dry": lambda: finetuning("dry", *convolutional, "--dry-run"),
+    }
+    with ThreadPoolExecutor(2) as two:
+        return dict(zip(starts, two.map(lambda start: start(), starts.values()), strict=True))
+
+
+def test_a_convolutional_teacher_teaches_a_vit_through_logits_features_and_relations(runs, resnet):
+    ended = runs["convolutional"]
+    steps = ended.metrics()
+    names = {"cross_entropy", "logits", "hints/0-1", "hints/1-3", "maps/1-4", "distances"}
+    for i, step in enumerate(steps):
+        assert {name for name in names if np.isfinite(step.get(name, np.nan))} == (
+            names if i < STOPPED else {"cross_entropy"}
+        )
+        assert step["loss"] == pytest.approx(expected_loss(step, epoch=i / 8), rel=1e-5)
+    first, last = (np.mean([step["logits"] for step in part]) for part in (steps[:4], steps[STOPPED - 4 : STOPPED]))
+    assert last < first
+    facts = json.loads((ended.run / "run.json").read_text())
+    assert facts["teacher"].startswith(f"local-dir:{resnet}") and facts["licence"] == "apache-2.0"
+    held = load_file(ended.last_checkpoint() / "model.safetensors")
+    assert {name.split(".")[0] for name in held} == {"vit", "terms"}, "projectors are kept to go on with"
+    assert open_classifier(str(ended.run)).module.num_classes == 3
+
+
+def test_the_card_of_an_export_names_the_teacher_and_the_losses(runs, resnet):
+    saved = open_saved(runs["convolutional"].run)
+    card = model_card(saved, saved.vit)
+    for part in (
+        f"- Teacher of the fine-tuning: local-dir:{resnet}",
+        "- Losses, with their weights: labels 1, logits 9, hints 1, maps 10, distances 25.",
+        "Fine-tuned with a teacher",
+        "- knowledge-distillation",
+        "whose licence applies to them as well: **apache-2.0**",
+    ):
+        assert part in card, part
+
+
+def expected_loss(step, *, epoch):
+    """The sum that the settings say, from what is logged."""
+    if epoch >= 1.75:
+        return step["cross_entropy"]
+    hints = min(epoch, 1) * (step["hints/0-1"] + step["hints/1-3"]) / 2
+    maps = 10 * step["maps/1-4"] if epoch < 1 else 0
+    distances = 25 * step["distances"] if epoch < 1.5 else 0
+    return step["cross_entropy"] + 9 * step["logits"] + hints + maps + distances
+
+
+def test_a_killed_run_goes_on_bit_by_bit(runs):
+    ended, reference = runs["killed"], runs["convolutional"]
+    assert "continues at step 8 of 16" in ended.out
+    for name in ("model.safetensors", "optimizer.safetensors", "ema.safetensors"):
+        ours, theirs = ((e.last_checkpoint() / name).read_bytes() for e in (ended, reference))
+        assert ours == theirs, name
+    ours, theirs = ([{k: v for k, v in r.items() if k not in TIMES} for r in e.records()] for e in (ended, reference))
+    assert ours == theirs
+
+
+def test_cut_up_weights_learn_the_same(runs):
+    """ZeRO 3, whose stale gradients of what rests would show in the norms."""
+    for ours, theirs in zip(runs["zero 3"].metrics(), runs["convolutional"].metrics(), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4), ours["step"]
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3), ours["step"]
+
+
+def test_two_ranks_learn_the_same(runs):
+    """Where nothing is drawn per rank and no term relates the images of a micro-batch."""
+    for ours, theirs in zip(runs["two ranks"].metrics(), runs["plain"].metrics(), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), ours["step"]
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3), ours["step"]
+
+
+def test_a_run_teaches_without_labels_by_attention_relations_and_a_token(runs, tuned):
+    ended = runs["vit"]
+    names = {"logits", "hard", "attention/1-1", "relations/1-0/qk", "relations/1-0/vv", "angles"}
+    for step in ended.metrics():
+        assert names <= step.keys() and "cross_entropy" not in step
+        sum_of_terms = sum(step[name] for name in names - {"angles"}) + 50 * step["angles"]
+        assert step["loss"] == pytest.approx(sum_of_terms, rel=1e-5)
+    assert f"teacher  run:{tuned.run}" in ended.out and "labels   weight 0, none is read" in ended.out
+
+
+def test_a_dry_run_names_teacher_licence_and_terms(runs, resnet):
+    ended = runs["dry"]
+    assert not ended.run.exists()
+    lines = ended.out.splitlines()
+    (teacher,) = (line for line in lines if line.startswith("teacher"))
+    assert f"local-dir:{resnet}" in teacher and "licence apache-2.0" in teacher and "sees 48 px" in teacher
+    terms = [line.removeprefix("term     ") for line in lines if line.startswith("term ")]
+    assert terms == [
+        "logits 9, to epoch 1.75, temperature 2, standardize True",
+        "hints 1, warm-up 1, to epoch 1.75, student [0, 1], teacher [1, 3], projector linear, distance mse, "
+        "normalize none",
+        "maps 10, to epoch 1, student [1], teacher [4], power 2",
+        "distances 25, to epoch 1.5, within micro-batches of 6",
+    ]
