@@ -51,20 +51,20 @@ def runs(finetuning, tuned, resnet):
 
     def killed():
         """Killed in step 11, after the checkpoint of step 8."""
-        before = finetuning("killed", *convolutional, witness=True, code=-9, WITNESS_KILL="22")
+        before = finetuning("taught-killed", *convolutional, witness=True, code=-9, WITNESS_KILL="22")
         assert before.last_checkpoint().name == "step_000000008"
-        return finetuning("killed", *convolutional)
+        return finetuning("taught-killed", *convolutional)
 
     starts = {
-        "convolutional": lambda: finetuning("convolutional", *convolutional),
+        "convolutional": lambda: finetuning("taught", *convolutional),
         "killed": killed,
-        "zero 3": lambda: finetuning("zero-3", *convolutional, "engine.zero=3", "optim.ema=null", witness=True),
-        "plain": lambda: finetuning("plain", *convolutional, *PLAIN),
+        "zero 3": lambda: finetuning("taught-zero-3", *convolutional, "engine.zero=3", "optim.ema=null", witness=True),
+        "plain": lambda: finetuning("taught-plain", *convolutional, *PLAIN),
         "two ranks": lambda: finetuning(
             "two-ranks", *convolutional, *PLAIN, "engine.zero=2", launcher="torchrun", ranks=2
         ),
-        "vit": lambda: finetuning("vit", *vits, "engine.zero=1"),
-        "dry": lambda: finetuning("dry", *convolutional, "--dry-run"),
+        "vit": lambda: finetuning("taught-by-vit", *vits, "engine.zero=1"),
+        "dry": lambda: finetuning("taught-dry", *convolutional, "--dry-run"),
     }
     with ThreadPoolExecutor(2) as two:
         return dict(zip(starts, two.map(lambda start: start(), starts.values()), strict=True))
