@@ -55,8 +55,7 @@ class MetricsFile:
 
     def __init__(self, folder: Path, *, first_step: int, tensorboard: bool) -> None:
         self.path = folder / "metrics.jsonl"
-        kept = [record for record in read_metrics(folder) if record["step"] <= first_step]
-        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_text(self.path, "".join(line for line, record in _lines(folder) if record["step"] <= first_step))
         self.lines = Lines(self.path)
         self.board = _tensorboard(folder / "tb", first_step) if tensorboard else None
 
@@ -108,18 +107,25 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
     Raises DataError for a file that no run has written.
     """
+    return [record for _, record in _lines(folder)]
+
+
+def _lines(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each complete line and what it says; one at a time, since a long run has many."""
     path = folder / "metrics.jsonl"
     if not path.exists():
-        return []
+        return
     try:
-        records = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        if not all(isinstance(record, dict) and isinstance(record.get("step"), int) for record in records):
-            raise ValueError("not all lines say their step")
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("}\n"):
+                record = json.loads(line)
+                if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                    raise ValueError("not all lines say their step")
+                yield line, record
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path} cannot be read ({str(error)[:200]})", "restore it from a copy, or remove it"
         ) from error
-    return records
 
 
 def _tensorboard(folder: Path, first_step: int) -> Any:
