@@ -49,6 +49,10 @@ def wrong_placeholder(text: str, teachers: Mapping[str, Teacher]) -> tuple[str, 
             return f"{teacher_of(found)} names no teacher that can be used here", remedy
         if found.endswith(_FINETUNED) and not teachers[name].finetune:
             return f"{teacher_of(found)}: that teacher is not fine-tuned", f"add finetune: true to teachers.{name}"
+        origin = teachers[name].pretraining_of
+        if origin is not None and not found.endswith(_FINETUNED):
+            cause = f"{teacher_of(found)}: that teacher's pre-training is {teacher_of(origin)}"
+            return cause, f"use that, or {teacher_of(name + _FINETUNED)}"
     return None
 
 

@@ -73,8 +73,8 @@ class StudyPlan:
         """The teachers' steps that something needs, and those that were only asked for, each in the file's order."""
         needed, others = list[Step](), list[Step]()
         for name, teacher in reversed(self.study.teachers.items()):  # what a teacher needs stands above it
-            start, last = pretrain_step(name, TEACHER_SEED), finetune_step(name, TEACHER_SEED)
-            for step in (last, start) if teacher.finetune else (start,):
+            start, last = pretrain_step(teacher.pretraining_of or name, TEACHER_SEED), finetune_step(name, TEACHER_SEED)
+            for step in (*([last] if teacher.finetune else []), *([start] if teacher.config is not None else [])):
                 if step not in wanted and not self._asked(name):
                     continue
                 if step == last:
@@ -113,7 +113,7 @@ class StudyPlan:
 
     def _default_teacher(self, name: str, method: str) -> str | None:
         """The teacher of a student that names none: the only one. None for a method without, or a study without."""
-        teachers = list(self.study.teachers)
+        teachers = [one for one, teacher in self.study.teachers.items() if teacher.config is not None]
         if method == "mae" or not teachers:
             return None
         if len(teachers) > 1:

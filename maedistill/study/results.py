@@ -123,7 +123,7 @@ def _steps_of(study: Study, seeds: Sequence[int]) -> dict[str, dict[int, tuple[s
         )
 
     teachers = {
-        name: {TEACHER_SEED: pair(name, name if teacher.finetune else None, TEACHER_SEED)}
+        name: {TEACHER_SEED: pair(teacher.pretraining_of or name, name if teacher.finetune else None, TEACHER_SEED)}
         for name, teacher in study.teachers.items()
     }
     rows = {name: {seed: pair(row.pretraining, name, seed) for seed in seeds} for name, row in all_rows(study.students)}

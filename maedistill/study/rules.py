@@ -27,6 +27,7 @@ def problems(study: Study) -> Iterator[Problem]:
     if not study.students:
         yield "students", "there are none", "configs/cifar10/study_methods.yaml shows how they are written"
     yield from _names(study)
+    yield from _teachers(study.teachers)
     for name, student in study.students.items():
         yield from _parts(f"students.{name}", student)
         yield from _axes(f"students.{name}", student, study.teachers)
@@ -57,6 +58,27 @@ def _names(study: Study) -> Iterator[Problem]:
                 yield f"students.{name}", "a teacher has that name", "give one of them another"
 
 
+def _teachers(teachers: Mapping[str, Teacher]) -> Iterator[Problem]:
+    """How a teacher begins is said once; one that begins as another does is fine-tuned, or it would be that one."""
+    above: list[str] = []
+    for name, teacher in teachers.items():
+        key = f"teachers.{name}"
+        if (teacher.config is None) == (teacher.pretraining_of is None):
+            cause = "it has neither config nor" if teacher.config is None else "it has both config and"
+            remedy = "use one (config: it is pre-trained; pretraining_of: as a teacher above it)"
+            yield key, f"{cause} pretraining_of", remedy
+        if teacher.pretraining_of is None:
+            above.append(name)
+            continue
+        if teacher.pretraining_of not in above:
+            remedy = f"use {offered(above)}" if above else "a teacher with a config must stand above it"
+            yield f"{key}.pretraining_of", f"{teacher.pretraining_of} is no pre-trained teacher above it", remedy
+        if teacher.set:
+            yield f"{key}.set", "it is for pre-training, and this teacher has none of its own", "use finetune_set"
+        if not teacher.finetune:
+            yield f"{key}.pretraining_of", "without fine-tuning it is the same network", "add finetune: true"
+
+
 def _parts(key: str, student: Student) -> Iterator[Problem]:
     """How a student begins is said once, and what is for pre-training is said of a pre-training only."""
     ways = [way for way in ("config", "pretraining_of", "shape_of") if getattr(student, way) is not None]
@@ -79,11 +101,12 @@ def _axes(key: str, student: Student, teachers: Mapping[str, Teacher]) -> Iterat
         yield f"{key}.finetune_axes.{TEACHER_AXIS}", "teacher is for pre-training", remedy
     if TEACHER_AXIS in student.axes and student.teacher is not None:
         yield f"{key}.teacher", "its axes name teachers as well", "keep one of them"
+    pretrained = [one for one, teacher in teachers.items() if teacher.config is not None]
     named = [("teacher", student.teacher)] if student.teacher is not None else []
     for part, name in [*named, *((f"axes.{TEACHER_AXIS}", name) for name in student.axes.get(TEACHER_AXIS, ()))]:
-        if name not in list(teachers):  # a list: what stands on an axis may be anything
-            remedy = f"use {offered(teachers)}" if teachers else "add it to teachers"
-            yield f"{key}.{part}", f"there is no teacher {name}", remedy
+        if name not in pretrained:
+            remedy = f"use {offered(pretrained)}" if pretrained else "add it to teachers"
+            yield f"{key}.{part}", f"there is no pre-trained teacher {name}", remedy
         elif any(text.startswith("teacher.source=") for text in student.set):
             yield f"{key}.{part}", "its set names a teacher.source as well", "keep one of them"
     if number_of_rows(student) > MOST_RUNS:

@@ -6,13 +6,13 @@
     teachers:                                  # each pre-trained once, with seed 0; left out where no student needs one
       small: {config: teacher.yaml, set: [student.width=96]}
       large: {config: teacher.yaml, finetune: true}                  # and its own top-1
-      early: {config: teacher.yaml, set: [optim.epochs=5]}           # stopped early
+      early: {pretraining_of: large, finetune: true, finetune_set: [optim.epochs=1]}  # stopped early
     pretrain_set: [optim.epochs=50]            # for every student's pre-training, not for the teachers'
     finetune_set: [optim.ema=0.999]            # for every student's fine-tuning, not for the teachers'
     students:
       mae: {config: mae.yaml}                  # relative to this file
       dmae: {config: dmae.yaml, teacher: large, set: [align.weight=10], finetune_set: [optim.epochs=20]}
-      sparse: {config: dmae.yaml, axes: {teacher: [small, early], masks: {student_visible: [0.1, 0.25]}}}
+      sparse: {config: dmae.yaml, axes: {teacher: [small, large], masks: {student_visible: [0.1, 0.25]}}}
       tuned: {pretraining_of: dmae, finetune_axes: {optim: {lr: [1e-3, 2e-3]}}}
       scratch: {shape_of: mae}                 # not pre-trained; the network that `mae` is
       plain: {finetune_set: [student.model=vit_tiny_patch16_224]}    # not pre-trained; the network that is set
@@ -43,9 +43,14 @@ class Recipe(Section):
     set: tuple[str, ...] = ()
 
 
-class Teacher(Recipe):
-    """A network that is pre-trained once; and fine-tuned, where its own top-1 or logits are needed."""
+class Teacher(Section):
+    """A network that is pre-trained once (config, set), or begins where a teacher above it does (pretraining_of); and
+    fine-tuned, where its own top-1 or logits are needed.
+    """
 
+    config: str | None = None
+    set: tuple[str, ...] = ()
+    pretraining_of: str | None = None
     finetune: bool = False
     finetune_set: tuple[str, ...] = ()
 

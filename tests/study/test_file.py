@@ -23,12 +23,14 @@ pretrain_set: [log.every=5]
 finetune_set: [optim.ema=0.9]
 baseline: mae
 """
+EARLY = "pretraining_of: large, finetune: true"
+OF_EARLY = f"{{config: a}}, e: {{{EARLY}}}, late: {{config: b, set: ['a={{teacher.e}}']}}"
 # What is replaced in STUDY, by what, and what the two lines of the error name.
 MISTAKES = {
     "typo": ("seeds:", "seed:", "g.yaml:2 seed: there is no such key", "did you mean seeds"),
     "typo below": ("ten: {config", "ten: {finetune_sett: [], config", "g.yaml:7 students.ten.finetune_sett", "_set"),
     "missing": ("out: runs/x\n", "", "out: it is missing", "configs/cifar10/study_methods.yaml"),
-    "no config": ("{config: teacher.yaml,", "{set: [],", "g.yaml:3 teachers.large.config: it is missing", ""),
+    "no config": ("{config: teacher.yaml,", "{set: [],", "g.yaml:3 teachers.large: it has neither", "config:"),
     "wrong type": ("[0, 1]", "[0, one]", "g.yaml:2 seeds.1: ", "configs/cifar10/study_methods.yaml"),
     "seed twice": ("[0, 1]", "[1, 1]", "g.yaml:2 seeds: [1, 1]", "[0, 1, 2]"),
     "no seeds": ("[0, 1]", "[]", "g.yaml:2 seeds: []", "[0, 1, 2]"),
@@ -45,9 +47,9 @@ MISTAKES = {
     "own key": ("align.weight=10", "seed=3", "g.yaml:7 students.ten.set: the study sets seed itself", "remove"),
     "own axis": ("masks: {student_visible", "init: {source", "many.axes.init.source: the study sets", "remove"),
     "own key for all": ("log.every=5", "run=a", "g.yaml:12 pretrain_set: the study sets run itself", "remove"),
-    "unknown teacher": ("teacher: small}", "teacher: smal}", "students.ten.teacher: there is no teacher smal", "large"),
+    "unknown teacher": ("teacher: small}", "teacher: smal}", "there is no pre-trained teacher smal", "large"),
     "unknown on an axis": ("[small, large]", "[small, huge]", "g.yaml:8 students.many.axes.teacher: there is", "large"),
-    "no name on an axis": ("[small, large]", "[[small], null]", "there is no teacher ['small']", "use large, small"),
+    "no name on an axis": ("[small, large]", "[[small], null]", "no pre-trained teacher ['small']", "use large, small"),
     "teacher twice": ("axes: {teacher", "teacher: small, axes: {teacher", "g.yaml:8 students.many.teacher", "one of"),
     "a source beside it": ("align.weight=10", "teacher.source=run:x", "its set names a teacher.source", "one of them"),
     "teacher of fine-tuning": ("{optim: {lr", "{teacher: [small], optim: {lr", "g.yaml:9", "{teacher.NAME.finetuned}"),
@@ -57,6 +59,13 @@ MISTAKES = {
     "many small ones": ("[0.1, 0.25]", f"{[*range(149)]}", "g.yaml:5 students: they are more than 300 rows", "fewer"),
     "a long name": ("[0.1, 0.25]", f"[{'x' * 150}]", "letters, too long for a folder", "a name of its own"),
     "baseline": ("baseline: mae", "baseline: mea", "g.yaml:14 baseline: mea is no row", "scratch, mae, ten, many_"),
+    "like itself": ("config: ../t/s.yaml", "pretraining_of: small", "small.pretraining_of", "use large"),
+    "like a later one": ("config: teacher.yaml", "pretraining_of: small", "g.yaml:3 teachers.large.pretr", "above it"),
+    "like another": ("config: ../t/s.yaml", "pretraining_of: large", "it is the same network", "finetune: true"),
+    "two beginnings": ("config: ../t/s.yaml", "config: a, pretraining_of: large", "small: it has both", "use one"),
+    "no pre-training": ("config: ../t/s.yaml", f"{EARLY}, set: [a=1]", "small.set: it is for pre-tr", "finetune_set"),
+    "no teacher yet": ("config: ../t/s.yaml", EARLY, "students.ten.teacher: there is no pre-trained", "use large"),
+    "not its own": ("{config: ../t/s.yaml}", OF_EARLY, "that teacher's pre-training is {teacher.large}", "r.e.fine"),
     "placeholder": ("optim.ema=0.9", "'a={teacher.huge}'", "g.yaml:13 finetune_set: {teacher.huge} names", "{teacher."),
     "not tuned": ("optim.ema=0.9", "'a={teacher.small.finetuned}'", "that teacher is not fine-tuned", "teachers.small"),
     "in an axis": ("[0.1, 0.25]", "['{teacher.huge}']", "many.axes.masks.student_visible: {teacher.huge} names", ""),

@@ -97,6 +97,19 @@ def test_several_teachers_come_before_what_they_teach_and_only_those_that_are_ne
     assert list(plan(changed(two, **students), only=["second"])[0]) == [first, second, tuned]
 
 
+def test_teachers_that_begin_alike_share_their_pretraining(two) -> None:
+    early = Teacher(pretraining_of="first", finetune=True, finetune_set=("optim.epochs=6",))
+    two = two.model_copy(update={"teachers": {"first": two.teachers["first"], "early": early}})
+    taught = Student(finetune_set=(*VIT, "distill.teachers=[{teacher.early.finetuned}]", "distill.logits.weight=1"))
+    steps, configs = plan(changed(two, dmae=two.students["dmae"], taught=taught))  # dmae: one teacher is pre-trained
+    start, tuned = "first/seed_0/pretrain", "early/seed_0/finetune"
+    assert list(steps)[:2] == [start, tuned] and steps[tuned].needs == (start,)
+    assert configs[tuned].init.source == f"run:{OUT / start}" and configs[tuned].optim.epochs == 6
+    assert configs["taught/seed_0/finetune"].distill.teachers == (f"run:{OUT / tuned}",)
+    assert configs["dmae/seed_0/pretrain"].teacher.source == f"run:{OUT / start}"
+    assert list(plan(changed(two, dmae=two.students["dmae"]), only=["early"])[0]) == [start, tuned]
+
+
 def test_a_student_says_which_teacher_is_its_where_there_are_several(two) -> None:
     config = two.students["dmae"].config
     with pytest.raises(ConfigError, match=r"the study has 2 teachers(.|\n)*add teacher: first or second"):
