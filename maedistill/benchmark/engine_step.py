@@ -11,26 +11,16 @@ can compute between two exchanges.
 import time
 
 import torch
-from torch import Tensor
 
+from maedistill.benchmark.noise import Noise, idle_optimizer
 from maedistill.benchmark.step import without_download
 from maedistill.benchmark.training_step import TrainingStep
-from maedistill.build_pretraining import (
-    build_encoder,
-    build_method,
-    build_teacher,
-    build_teacher_source,
-    mask_sizes,
-    split_of,
-)
+from maedistill.build_pretraining import build_encoder, build_method, build_teacher, build_teacher_source, mask_sizes
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.data.transforms import random_flip, to_unit
 from maedistill.flops import count_flops
 from maedistill.machine import precision
-from maedistill.masking import PatchSplit
 from maedistill.training import distributed
 from maedistill.training.engine import Engine
-from maedistill.training.optim import build_optimizer, parameter_groups
 
 
 class EngineStep:
@@ -52,15 +42,14 @@ class EngineStep:
             self.teacher.compile()
         engine = Engine(
             self.method,
-            # Rate 0 keeps the weights where they are, and costs the same.
-            build_optimizer(parameter_groups(self.method, config.optim.weight_decay), lr=0.0, betas=config.optim.betas),
+            idle_optimizer(self.method, config),
             zero=config.engine.zero,
             precision=precision(config.engine.precision, self.device),
             clip=config.optim.clip,
             micro_batch=config.engine.micro_batch,
             accumulation=1,
         )
-        self.launch = TrainingStep(self._draw, self.teacher, engine, engine.backward, engine.step)
+        self.launch = TrainingStep(lambda: self._noise.draw(), self.teacher, engine, engine.backward, engine.step)
         self.take(config.engine.micro_batch)
 
     def __call__(self) -> int:
@@ -76,10 +65,9 @@ class EngineStep:
 
     def take(self, batch: int) -> None:
         """From now on a step takes `batch` images."""
-        side = self.config.data.image_size
+        first, num_patches = distributed.rank() * batch, self.method.encoder.grid**2
         self.batch = batch
-        self._noise = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8, device=self.device)
-        self._positions = torch.arange(batch, device=self.device) + distributed.rank() * batch
+        self._noise = Noise(self.config, batch, num_patches=num_patches, device=self.device, first=first)
 
     def take_what_fits(self, seconds: float) -> None:
         """Takes the most images, 4, 8, 16, ..., up to `engine.micro_batch`, whose step is made in `seconds`.
@@ -109,10 +97,3 @@ class EngineStep:
         """Billions of floating-point operations per image, counted."""
         student, teacher = mask_sizes(self.config, self.method.encoder.grid**2)
         return count_flops(self.method, self.teacher, num_student=student, num_teacher=teacher)["total"]
-
-    def _draw(self) -> tuple[Tensor, PatchSplit]:
-        """Images [B, 3, s, s] in [0, 1] and their split, as the training loop makes them of what the loader brings."""
-        images = to_unit(self._noise)
-        if self.config.data.flip:
-            images = random_flip(images, self._positions, seed=self.config.seed)
-        return images, split_of(self.config, self._positions, self.method.encoder.grid**2)

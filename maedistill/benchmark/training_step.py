@@ -14,17 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from maedistill.benchmark.noise import Noise, idle_optimizer
 from maedistill.benchmark.plain_step import PlainTeacher, plain_method
-from maedistill.build_pretraining import (
-    build_encoder,
-    build_method,
-    build_teacher,
-    build_teacher_source,
-    mask_sizes,
-    split_of,
-)
+from maedistill.build_pretraining import build_encoder, build_method, build_teacher, build_teacher_source, mask_sizes
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.data.transforms import random_flip, to_unit
+from maedistill.data.transforms import to_unit
 from maedistill.machine import DTYPES, precision
 from maedistill.masking import PatchSplit
 from maedistill.methods.mae import MAE, Target
@@ -33,7 +27,7 @@ from maedistill.models.encoder import MaskedEncoder
 from maedistill.models.initialize import initialize
 from maedistill.models.teacher import Teacher
 from maedistill.training.engine import Engine
-from maedistill.training.optim import build_optimizer, parameter_groups
+from maedistill.training.optim import parameter_groups
 
 PUBLISHED_DECODER = {"width": 512, "depth": 8, "heads": 16}  # of MAE's ViT-B, L and H (He et al., 2022), and of DMAE
 LARGE = 768  # the width of ViT-B
@@ -69,9 +63,9 @@ class TrainingStep:
 
 
 class Contest:
-    """The networks of a config, ours and plain around the same weights, and their steps on `images` [B, 3, s, s]."""
+    """The networks of a config, ours and plain around the same weights, and their steps on the same images."""
 
-    images: Tensor  # uint8, as the loader hands them over
+    noise: Noise
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -94,16 +88,15 @@ class Contest:
 
     def take(self, batch: int) -> None:
         """Makes up `batch` images, with which all steps go on."""
-        side = self.config.data.image_size
-        self.images = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8, device=self.device)
-        self._unit, self._positions = to_unit(self.images), torch.arange(batch, device=self.device)
+        self.noise = Noise(self.config, batch, num_patches=self.num_patches, device=self.device)
+        self._unit = to_unit(self.noise.images)
 
     def ours(self, *, compiled: bool = False) -> TrainingStep:
         """What the training loop does, around a bare optimizer."""
         method, teacher = self.method, self.teacher
         if compiled:
             method, teacher = torch.compile(method), torch.compile(teacher) if teacher is not None else None
-        losses, optimizer = self._autocast(method, self.precision), self._optimizer(self.method)
+        losses, optimizer = self._autocast(method, self.precision), idle_optimizer(self.method, self.config)
         return self._bare(self._draw, teacher, losses, optimizer, scaled=self.precision == "fp16")
 
     def engine(self, *, compiled: bool = False) -> TrainingStep:
@@ -113,7 +106,8 @@ class Contest:
             method.compile()
             teacher = torch.compile(teacher) if teacher is not None else None
         settings = {"zero": self.config.engine.zero, "precision": self.precision, "clip": self.config.optim.clip}
-        engine = Engine(method, self._optimizer(method), micro_batch=len(self.images), accumulation=1, **settings)
+        optimizer = idle_optimizer(method, self.config)
+        engine = Engine(method, optimizer, micro_batch=len(self.noise.images), accumulation=1, **settings)
         return TrainingStep(self._draw, teacher, engine, engine.backward, engine.step)
 
     def plain(self, method: MAE | None = None) -> TrainingStep:
@@ -147,20 +141,12 @@ class Contest:
         return plain_method(build_method(changed, build_encoder(changed), self.source).to(self.device))
 
     def _draw(self) -> tuple[Tensor, PatchSplit]:
-        """The loop's way from bytes to what is fed in."""
-        images = to_unit(self.images)
-        if self.config.data.flip:
-            images = random_flip(images, self._positions, seed=self.config.seed)
-        return images, split_of(self.config, self._positions, self.num_patches)
+        return self.noise.draw()  # whichever `take` made last
 
     def _plain_draw(self) -> tuple[Tensor, PatchSplit]:
         """Images that the loader has converted already, and a patch order by sorting noise."""
         noise = torch.rand(len(self._unit), self.num_patches, device=self.device)
         return self._unit, PatchSplit(noise.argsort(dim=1), *mask_sizes(self.config, self.num_patches))
-
-    def _optimizer(self, method: MAE) -> torch.optim.AdamW:
-        groups = parameter_groups(method, self.config.optim.weight_decay)
-        return build_optimizer(groups, lr=0.0, betas=self.config.optim.betas)
 
     def _autocast(self, module: nn.Module, number: str) -> Callable:
         """Calls `module` in the number format."""
