@@ -181,11 +181,17 @@ def question_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def require_writable(files: dict[str, Path | None]) -> None:
-    """Raises ConfigError for a file that cannot be written: said now, it costs no evaluation."""
+    """Raises ConfigError for a file that cannot be written, or is named twice: said now, it costs no evaluation."""
+    named: dict[Path, str] = {}
     for name, file in files.items():
-        if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        if file is None:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if file.is_dir() or not file.parent.is_dir():
             problem = "is a folder" if file.is_dir() else f"cannot be written, {file.parent} is no folder"
-            raise ConfigError(f"--{name.replace('_', '-')}: {file} {problem}", "name a file in a folder that exists")
+            raise ConfigError(f"{flag}: {file} {problem}", "name a file in a folder that exists")
+        if (other := named.setdefault(file.resolve(), flag)) != flag:
+            raise ConfigError(f"{other} and {flag} both name {file}", "name two files")
 
 
 def at_least(least: int) -> Callable[[str], int]:

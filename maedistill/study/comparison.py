@@ -111,14 +111,16 @@ def scorecard_table(rows: Mapping[str, _Facts]) -> list[str]:
 
 
 def accuracy_table(networks: Mapping[str, _Facts], baseline: str | None) -> list[str]:
-    """A Markdown table of top-1, one line per network, from their summaries."""
-    heads = ["network", "n", "top-1", "each seed", *([f"against {baseline}"] if baseline else []), "test top-1"]
+    """A Markdown table of top-1, one line per network, from their summaries; on test images where there are any."""
+    tested = any(found["test_accuracy"]["n"] for _, found in _summaries(networks))
+    heads = ["network", "n", "top-1", "each seed", *([f"against {baseline}"] if baseline else [])]
+    heads += ["test top-1"] if tested else []
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, found in _summaries(networks):
         each = ", ".join(f"{seed}: {100 * value:.2f}" for seed, value in found["each"].items())
         cells = [name, str(found["accuracy"]["n"]), _points(found["accuracy"], unit=" %"), each or "-"]
         cells += [_points(found["difference"], sign="+")] if baseline else []
-        cells += [_points(found["test_accuracy"], unit=" %")]
+        cells += [_points(found["test_accuracy"], unit=" %")] if tested else []
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

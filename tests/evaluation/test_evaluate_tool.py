@@ -190,6 +190,12 @@ MISTAKES = {
         "--confusions: {made}/no/a.png",
         "folder",
     ),
+    "one file for two": (
+        ["x", "y", "--json", "{made}/a.json", "--per-class", "{made}/model/../a.json"],
+        2,
+        "--per-class and --json both name {made}/a.json",
+        "two files",
+    ),
     "a folder as file": (["x", "y", "--predictions", "{made}"], 2, "--predictions: {made} is a folder", "file"),
 }
 
