@@ -36,10 +36,13 @@ def build_init_source(config: FinetuneConfig) -> Source | None:
 def build_classifier(config: FinetuneConfig, source: Source | None, *, num_classes: int) -> VisionTransformer:
     """The network with a fresh head, on the source's weights or initialised from the seed; positions are trained.
 
+    MAE's head starts almost at 0. Where logits are standardised, which divides by how far they are apart, it starts like
+    the other layers: from MAE's, the first gradient would be 1e4 times the next ones, and AdamW would remember it.
     With pooling `avg` the encoder's last norm gives way to a fresh `fc_norm` after the pooling (He et al., 2022).
     """
     vit = _from_scratch(config, num_classes) if source is None else _from_source(config, source, num_classes)
-    nn.init.trunc_normal_(vit.head.weight, std=2e-5, generator=torch.Generator().manual_seed(config.seed))  # MAE's
+    std = 0.02 if config.distill.standardizes else 2e-5  # timm's, MAE's
+    nn.init.trunc_normal_(vit.head.weight, std=std, generator=torch.Generator().manual_seed(config.seed))
     nn.init.zeros_(vit.head.bias)
     if config.engine.checkpoint_activations:
         vit.set_grad_checkpointing(True)

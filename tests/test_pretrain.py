@@ -159,7 +159,9 @@ def test_a_killed_run_goes_on_bit_by_bit(pretraining, settings, trio):
 
 
 def test_bf16_trains_nearly_the_same(pretraining, settings, trio):
-    ended = pretraining("bf16", *settings["amd"], "engine.precision=bf16", "engine.zero=2")
+    ended = pretraining(
+        "bf16", *settings["amd"], "engine.precision=bf16", "engine.zero=2", "engine.checkpoint_activations=true"
+    )
     for ours, theirs in zip(ended.metrics(), trio["amd"].metrics(), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.03)
         assert ours["loss"] != theirs["loss"]

@@ -154,6 +154,11 @@ class Distill(Section):
         return {name: term for name, term in sections.items() if isinstance(term, Term) and term.on}
 
     @property
+    def standardizes(self) -> bool:
+        """Whether logits are Z-scored."""
+        return any(term.on and term.standardize for term in (self.logits, self.dkd))
+
+    @property
     def reads_labels(self) -> bool:
         """Whether anything learns from the labels of training images."""
         return self.labels > 0 or self.dkd.on
