@@ -36,8 +36,8 @@ def build_init_source(config: FinetuneConfig) -> Source | None:
 def build_classifier(config: FinetuneConfig, source: Source | None, *, num_classes: int) -> VisionTransformer:
     """The network with a fresh head, on the source's weights or initialised from the seed; positions are trained.
 
-    MAE's head starts almost at 0. Where logits are standardised, which divides by how far they are apart, it starts like
-    the other layers: from MAE's, the first gradient would be 1e4 times the next ones, and AdamW would remember it.
+    MAE's head starts almost at 0. Where logits are standardised, which divides by how far they are apart, it starts as
+    timm's do: from MAE's, the first gradient would be 1e4 times the next ones, and AdamW would remember it.
     With pooling `avg` the encoder's last norm gives way to a fresh `fc_norm` after the pooling (He et al., 2022).
     """
     vit = _from_scratch(config, num_classes) if source is None else _from_source(config, source, num_classes)
