@@ -10,7 +10,7 @@ from math import gcd
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from maedistill.config.distill import CLASSIFYING, IN_MICRO_BATCH, Distill
+from maedistill.config.distill import IN_MICRO_BATCH, Distill
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.distill import terms
 from maedistill.distill.classes import shared_classes
@@ -18,7 +18,7 @@ from maedistill.distill.schedule import Schedule
 from maedistill.distill.teacher import OfflineTeacher
 from maedistill.distill.teaching import Teaching
 from maedistill.distill.views import Anatomy, Wanted, anatomy
-from maedistill.errors import ConfigError
+from maedistill.errors import ConfigError, UserError
 from maedistill.machine import DTYPES, precision
 from maedistill.methods.distilled import Distilled
 from maedistill.methods.supervised import Supervised
@@ -53,13 +53,11 @@ def open_teachers(config: FinetuneConfig, *, classes: tuple[str, ...], num_class
     Raises ConfigError for one that cannot give what the terms compare, DataError for weights that cannot be had.
     """
     distill, found = config.distill, []
-    predicts = _predicts(distill)
     for source in distill.teachers:
-        how = {"image_size": distill.image_size, "size_key": "distill.image_size"}
-        opened = open_classifier(source, headless=not predicts, **how)
+        opened = _open_teacher(distill, source)
         shown = anatomy(opened.module, image_size=opened.size)
         _require_views(distill, opened.name, shown)
-        shared = shared_classes(opened, classes, num_classes=num_classes) if predicts else None
+        shared = shared_classes(opened, classes, num_classes=num_classes) if distill.predicting else None
         found.append(TeacherSource(opened, shown, shared))
     return found
 
@@ -73,7 +71,8 @@ def build_module(config: FinetuneConfig, vit: VisionTransformer, teachers: list[
     _require_depths(distill, "student", "the student", student)
     built = {name: _build_term(distill, name, vit, student, teachers) for name in distill.terms}
     wanted = _wanted(distill, "student", logits=True, tokens=distill.hard.on and distill.hard.token)
-    module = Distilled(vit, built, wanted=wanted, label_weight=distill.labels)
+    scheduled = [name for name, schedule in schedules(distill).items() if schedule.changes]
+    module = Distilled(vit, built, wanted=wanted, label_weight=distill.labels, scheduled=scheduled)
     initialize(module.terms, seed=config.seed)
     return module
 
@@ -101,7 +100,7 @@ def build_teaching(
             f"engine.micro_batch: 1 image a micro-batch has no relation to others, as distill.{related[0]} needs",
             "use a larger optim.global_batch, or fewer ranks",
         )
-    wanted = _wanted(distill, "teacher", logits=_predicts(distill), tokens=False)
+    wanted = _wanted(distill, "teacher", logits=bool(distill.predicting), tokens=False)
     dtype = DTYPES[precision(distill.precision, device)]
     frozen = [
         OfflineTeacher(
@@ -183,9 +182,18 @@ def _paired(distill: Distill, side: str) -> Iterator[tuple[str, tuple[int, ...]]
             yield name, getattr(term, side)
 
 
-def _predicts(distill: Distill) -> bool:
-    """Whether the teachers' predictions are compared."""
-    return any(name in distill.terms for name in CLASSIFYING)
+def _open_teacher(distill: Distill, source: str) -> Network:
+    """One teacher, with a classifier where predictions are compared."""
+    try:
+        opened = open_classifier(source, headless=True, image_size=distill.image_size, size_key="distill.image_size")
+    except UserError as error:
+        raise type(error)(f"distill.teachers: {error.cause}", error.remedy) from error
+    if distill.predicting and not opened.num_classes:
+        raise ConfigError(
+            f"distill.teachers: {source} has no classifier, and distill.{distill.predicting[0]} compares predictions",
+            "fine-tune it first (tools/finetune.py) and name that run, or use distill.hints, maps or relations alone",
+        )
+    return opened
 
 
 def _require_views(distill: Distill, name: str, shown: Anatomy) -> None:
@@ -241,7 +249,7 @@ def _token(vit: VisionTransformer) -> int:
     if vit.reg_token is None:
         raise ConfigError(
             "distill.hard.token: the student has no register token to distil through",
-            "start from weights with one, or use distill.hard.token=false",
+            "set student.register_tokens=1 (from scratch), weights that have one, or distill.hard.token=false",
         )
     return int(vit.cls_token is not None)
 

@@ -32,7 +32,7 @@ TEACHERS = {
 REFUSED = {
     "other classes": ("ten", ["logits.weight=1"], 2, "knows 10 classes, the student has 3", "terms on features"),
     "other names": ("numbers", ["dkd.weight=1"], 2, "not know 3 of the student's 3 classes, 'a'", "of these"),
-    "no classifier": ("encoder", ["hard.weight=1"], 2, "has no classifier, it is an encoder alone", "fine-tune it"),
+    "no classifier": ("encoder", ["hard.weight=1"], 2, "has no classifier, and distill.hard compares", "fine-tune it"),
     "no attention maps": (
         "resnet", ["attention={weight: 1, student: [1], teacher: [3]}"], 2,
         "distill.attention.teacher: local-dir:{made}/resnet has no attention maps that can be seen", "distill.maps",
@@ -58,8 +58,8 @@ REFUSED = {
         "vit", ["relations={weight: 1, student: [1], teacher: [1]}", "image_size=32"], 2,
         "3 heads do not divide the widths 32 and 48", "distill.relations.heads=1",
     ),
-    "no token": ("resnet", ["hard={weight: 1, token: true}"], 2, "no register token to distil through", "token=false"),
-    "no such folder": ("none", ["logits.weight=1"], 3, "{made}/none cannot be opened", "check its name"),
+    "no token": ("resnet", ["hard={weight: 1, token: true}"], 2, "no register token to", "student.register_tokens=1"),
+    "no such folder": ("none", ["logits.weight=1"], 3, "distill.teachers: local-dir:{made}/none cannot", "its name"),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from maedistill.build_finetuning import build_classifier, build_init_source, build_mixing
+from maedistill.config.distill import Distill, Dkd, Logits
 from maedistill.config.finetune import Augment, Data, FinetuneConfig, Init, Student
 from maedistill.data.augment import seed_generators
 from maedistill.errors import ConfigError
@@ -19,6 +20,7 @@ from maedistill.models.source import Source, open_source
 
 MODEL = "vit_tiny_patch16_224"
 SHAPE = {"width": 32, "depth": 3, "heads": 2, "patch_size": 8}
+STANDARDISED = Dkd(weight=1, standardize=True)
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -76,6 +78,12 @@ def test_from_scratch_the_seed_decides_and_positions_are_mae_s():
     assert torch.equal(one.pos_embed, position_table("sincos2d", grid=4, width=32, num_prefix=1))
     for name, value in other.state_dict().items():
         assert torch.equal(value, expected[name]) == ("norm" in name or name.endswith("bias") or name == "pos_embed")
+
+
+def test_the_head_starts_almost_at_0_unless_logits_are_standardised():
+    for settings, std in (({}, 2e-5), ({"logits": Logits(weight=1)}, 2e-5), ({"dkd": STANDARDISED}, 0.02)):
+        config = recipe(source=None, model=MODEL, **SHAPE).model_copy(update={"distill": Distill(**settings)})
+        assert build_classifier(config, None, num_classes=500).head.weight.std().item() == pytest.approx(std, rel=0.02)
 
 
 @pytest.mark.parametrize("source", [None, random_source()], ids=["scratch", "source"])

@@ -79,6 +79,8 @@ def test_a_convolutional_teacher_teaches_a_vit_through_logits_features_and_relat
             names if i < STOPPED else {"cross_entropy"}
         )
         assert step["loss"] == pytest.approx(expected_loss(step, epoch=i / 8), rel=1e-5)
+        assert step["weight/hints"] == pytest.approx(min(i / 8, 1) if i < STOPPED else 0)
+        assert (step["weight/maps"], step["weight/logits"]) == (10 if i < 8 else 0, 9 if i < STOPPED else 0)
     first, last = (np.mean([step["logits"] for step in part]) for part in (steps[:4], steps[STOPPED - 4 : STOPPED]))
     assert last < first
     facts = json.loads((ended.run / "run.json").read_text())

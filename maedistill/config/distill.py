@@ -5,9 +5,13 @@ counted from 0: a ViT's blocks, a convolutional network's stages as timm has the
 layers). Rules between the keys are in `distill_rules.py`.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from maedistill.config.schema import Above0, Count, Positive, Precision, Section, Weight, result
+
+Temperature = Annotated[float, Field(ge=0.01, le=1000)]  # beyond, softmax has one class or no preference
 
 
 class Term(Section):
@@ -39,8 +43,10 @@ class Logits(Term):
     weight: Weight = result(
         0.0, "weight of T^2 KL(teacher, student); 0.9 beside distill.labels=0.1 or 1 in KD, 9 when standardised; 0: off"
     )
-    temperature: Above0 = result(4.0, "temperature T; 4 on small data, 1 on ImageNet, 2 when standardised")
-    teacher_temperature: Above0 | None = result(None, "the teacher's temperature, where it differs from the student's")
+    temperature: Temperature = result(4.0, "temperature T; 4 on small data, 1 on ImageNet, 2 when standardised")
+    teacher_temperature: Temperature | None = result(
+        None, "the teacher's temperature, where it differs from the student's"
+    )
     standardize: bool = result(False, "Z-score both sides' logits per image first (logit standardisation, Sun 2024)")
 
 
@@ -50,7 +56,7 @@ class Dkd(Term):
     weight: Weight = result(0.0, "weight of alpha TCKD + beta NCKD; 1 in DKD, 9 when standardised; 0: off")
     alpha: Weight = result(1.0, "weight of TCKD; 1 in DKD")
     beta: Weight = result(8.0, "weight of NCKD; 8 on CIFAR, 0.5 on ImageNet in DKD")
-    temperature: Above0 = result(4.0, "temperature; 4 on CIFAR, 1 on ImageNet, 2 when standardised")
+    temperature: Temperature = result(4.0, "temperature; 4 on CIFAR, 1 on ImageNet, 2 when standardised")
     standardize: bool = result(False, "Z-score both sides' logits per image first (logit standardisation, Sun 2024)")
 
 
@@ -60,8 +66,8 @@ class Hard(Term):
     weight: Weight = result(0.0, "weight of the cross-entropy; 0.5 beside distill.labels=0.5 in DeiT; 0: off")
     token: bool = result(
         False,
-        "read a distillation token instead of the classifier: the first register token (student.register_tokens) with "
-        "a head of its own, which is not exported",
+        "read a distillation token instead of the classifier: the first register token (student.register_tokens=1) "
+        "with a head of its own, which is not exported",
     )
 
 
@@ -80,7 +86,9 @@ class Maps(Pairs):
     """Attention transfer: where activations are strong, mean over channels of their power; any two networks."""
 
     weight: Weight = result(0.0, "weight, mean over pairs; 1000 is usual; 0: off")
-    power: Positive = result(2, "power of the activations before the mean over channels; 2 in attention transfer")
+    power: Positive = result(
+        2, "power of the absolute activations before the mean over channels; 2 in attention transfer"
+    )
 
 
 class Attention(Pairs):
@@ -152,6 +160,11 @@ class Distill(Section):
         """The terms that are on, by name, in the order of the schema."""
         sections = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: term for name, term in sections.items() if isinstance(term, Term) and term.on}
+
+    @property
+    def predicting(self) -> tuple[str, ...]:
+        """The terms that are on and compare predictions."""
+        return tuple(name for name in CLASSIFYING if name in self.terms)
 
     @property
     def standardizes(self) -> bool:

@@ -53,10 +53,11 @@ def labels(c: FinetuneConfig) -> Iterator[Problem]:
     """Something teaches the classifier, at every step."""
     d = c.distill
     classifying = [d.logits, d.dkd, *([] if d.hard.token else [d.hard])]
-    lasting = [term for term in classifying if term.on and term.start_epoch == 0 and term.stop_epoch is None]
+    lasting = [term for term in classifying if term.on and term.start_epoch == term.warmup_epochs == 0]
+    lasting = [term for term in lasting if term.stop_epoch is None]
     if d.labels == 0 and not lasting:
         cause = "0 leaves nothing that teaches the classifier from the first step to the last"
-        remedy = "use a weight above 0, or distill.logits or distill.hard without start_epoch and stop_epoch"
+        remedy = "use a weight above 0, or distill.logits, dkd or hard without start_epoch, warmup_epochs, stop_epoch"
         yield Problem("distill.labels", cause, remedy)
     if not d.reads_labels and c.data.label_fraction < 1:
         cause = f"{c.data.label_fraction:g} of the labels, where none is used (distill.labels=0)"

@@ -87,7 +87,8 @@ class ShardIndex:
             first = f"{self.key(i)!r} in {self.shards[self.shard_of(i)]}"
             raise DataError(
                 f"{len(bare):,} of {len(self):,} samples have no label, first {first}",
-                "use labelled shards here (KEY.cls beside each KEY.jpg); pre-training alone needs no labels",
+                "use labelled shards here (KEY.cls beside each KEY.jpg); only pre-training and a teacher's predictions "
+                "alone (distill.labels=0 with distill.logits or distill.hard) need none",
             )
 
 

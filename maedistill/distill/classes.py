@@ -3,6 +3,7 @@
 C classes of the student
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
@@ -17,18 +18,20 @@ def shared_classes(teacher: Network, names: Sequence[str], *, num_classes: int) 
     names: of the student's classes, empty where they are not known. Where both sides' names are known they decide;
     otherwise the numbers of classes must be equal. Raises ConfigError for a teacher of other classes.
     """
-    known = class_names(teacher)
+    spellings = class_names(teacher)
     names = names if len(names) == num_classes else ()
-    if not known or not names:
+    if not spellings or not names:
         if teacher.num_classes == num_classes:
             return None
-        whose = "the teacher's" if not known else "the student's"
+        whose = "the teacher's" if not spellings else "the student's"
         raise ConfigError(
             f"distill.teachers: {teacher.name} knows {teacher.num_classes:,} classes, the student has {num_classes:,}, "
             f"and {whose} are not known by name",
             "use a teacher of the same classes, or terms on features and relations alone (distill.hints, ...)",
         )
-    places = {name: place for place, name in enumerate(known)}
+    known = next((one for one in spellings if set(names) <= set(one)), spellings[0])
+    often = Counter(known)
+    places = {name: place for place, name in enumerate(known) if often[name] == 1}
     if missing := [name for name in names if name not in places]:
         raise ConfigError(
             f"distill.teachers: {teacher.name} does not know {len(missing):,} of the student's {num_classes:,} "
@@ -39,9 +42,14 @@ def shared_classes(teacher: Network, names: Sequence[str], *, num_classes: int) 
     return None if found == tuple(range(teacher.num_classes)) else found
 
 
-def class_names(teacher: Network) -> tuple[str, ...]:
-    """The names of a teacher's classes, as it says or, of ImageNet's label sets, as timm knows; empty if unknown."""
+def class_names(teacher: Network) -> list[tuple[str, ...]]:
+    """The names of a teacher's classes in every spelling, as it says or, of ImageNet's sets, as timm knows: WordNet ids
+    and their words. Empty where they are not known.
+    """
     if len(teacher.classes) == teacher.num_classes:
-        return teacher.classes
+        return [teacher.classes]
     subset = infer_imagenet_subset(teacher.module) if teacher.name.startswith(("timm:", "hf-hub:")) else None
-    return tuple(ImageNetInfo(subset).label_names()) if subset else ()
+    if not subset:
+        return []
+    info = ImageNetInfo(subset)
+    return [tuple(info.label_names()), tuple(info.label_descriptions())]

@@ -30,6 +30,11 @@ class Schedule:
             return self.weight
         return self.weight * (epoch - self.start_epoch) / self.warmup_epochs
 
+    @property
+    def changes(self) -> bool:
+        """Whether the weight is another one at another time."""
+        return bool(self.start_epoch or self.warmup_epochs) or self.stop_epoch is not None
+
     def describe(self) -> str:
         """`9 from epoch 5, warm-up 20, to epoch 100`."""
         start = f" from epoch {self.start_epoch:g}" if self.start_epoch else ""

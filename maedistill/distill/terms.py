@@ -24,6 +24,7 @@ from maedistill.losses.relations import (
     similarity_loss,
     token_relations,
 )
+from maedistill.machine import without_autocast
 from maedistill.models.heads import projection
 
 Parts = dict[str, Tensor]
@@ -213,7 +214,7 @@ class Embeddings(Term):
     def forward(self, student: View, teacher: View, labels: Tensor, *, number: int) -> Parts:
         """{its name}."""
         sides = student["embedding"], teacher["embedding"]
-        with torch.autocast(sides[0].device.type, enabled=False):  # bf16 would lose small differences
+        with without_autocast(sides[0]):  # bf16 would lose small differences
             return {self.name: self.loss(*sides)}
 
 

@@ -135,7 +135,8 @@ def _intermediates(network: nn.Module, images: Tensor, wanted: Wanted) -> tuple[
     if not depths:
         return {}, network.forward_features(images)
     if wanted.to_the_end:
-        last, maps = network.forward_intermediates(images, indices=depths, output_fmt="NCHW")
+        keywords = {"output_fmt": "NCHW", "stop_early": False}  # Hiera stops early unless it is told not to
+        last, maps = network.forward_intermediates(images, indices=depths, **keywords)
     else:
         keywords = {"output_fmt": "NCHW", "stop_early": True, "intermediates_only": True}
         maps = network.forward_intermediates(images, indices=depths, **keywords)

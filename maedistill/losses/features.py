@@ -33,9 +33,10 @@ def feature_loss(student: Tensor, teacher: Tensor, *, distance: str, normalize: 
 def attention_transfer_loss(student: Tensor, teacher: Tensor, *, power: int = 2) -> Tensor:
     """Mean squared difference of where two networks look: [B, C, h, w] each -> a scalar (Zagoruyko & Komodakis, 2017).
 
-    A map is the mean of its channels to the `power`, flattened and scaled to unit length. Both have the same h and w.
+    A map is the mean over channels of absolute values to the `power`, flattened and scaled to unit length. Both have
+    the same h and w.
     """
     looks, expected = (
-        F.normalize(maps.float().pow(power).mean(1).flatten(1), dim=-1) for maps in (student, teacher.detach())
+        F.normalize(maps.float().abs().pow(power).mean(1).flatten(1), dim=-1) for maps in (student, teacher.detach())
     )  # [B, h*w]
     return F.mse_loss(looks, expected)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from maedistill.machine import without_autocast
+
 _LEAST_SQUARE = 1e-12  # of a distance, so that its root has a gradient
 _TINY = 1e-7
 
@@ -77,7 +79,7 @@ def token_relations(student: Sequence[Tensor], teacher: Sequence[Tensor], *, hea
     (query, key, value), (*expected, expected_value) = (
         [merge_heads(part.float(), heads) for part in side] for side in (student, teacher)
     )
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         return TokenRelations(
             token_relation_loss(query, expected[0], other=(key, expected[1])),
             token_relation_loss(value, expected_value),
@@ -100,8 +102,10 @@ def _relative_distances(rows: Tensor) -> Tensor:
 
 
 def _angles(rows: Tensor) -> Tensor:
-    """cos of the angle at i between the directions to j and k: [B, D] -> [B, B, B]."""
-    directions = F.normalize(rows[None] - rows[:, None], dim=-1)  # [B, B, D]
+    """cos of the angle at i between the directions to j and k: [B, D] -> [B, B, B]. Equal rows have no direction: 0."""
+    gaps = rows[None] - rows[:, None]  # [B, B, D]
+    lengths = gaps.norm(dim=-1, keepdim=True)  # [B, B, 1]
+    directions = torch.where(lengths > _TINY, gaps / lengths.clamp(min=_TINY), 0.0)
     return directions @ directions.mT
 
 

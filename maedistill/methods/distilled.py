@@ -3,7 +3,7 @@
 B batch   C classes   s image side   K terms
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -19,13 +19,21 @@ class Distilled(Supervised):
     """`terms` holds the parameters that a term needs beside the network; they are not exported."""
 
     def __init__(
-        self, vit: VisionTransformer, terms: Mapping[str, Term], *, wanted: Wanted, label_weight: float
+        self,
+        vit: VisionTransformer,
+        terms: Mapping[str, Term],
+        *,
+        wanted: Wanted,
+        label_weight: float,
+        scheduled: Collection[str] = (),
     ) -> None:
-        """wanted: what the terms see of the student, its logits included."""
+        """wanted: what the terms see of the student, its logits included. scheduled: terms whose weights change, which
+        are then named beside their losses.
+        """
         super().__init__(vit)
         assert wanted.logits
         self.terms = nn.ModuleDict(terms)
-        self.wanted, self.label_weight = wanted, label_weight
+        self.wanted, self.label_weight, self.scheduled = wanted, label_weight, frozenset(scheduled)
 
     def forward(self, images: Tensor, targets: Tensor, teachers: Sequence[View], weights: Tensor) -> Losses:
         """images: normalised, mixed, [B, 3, s, s]. targets: rows that sum to 1, [B, C]. teachers: their views of the
@@ -45,6 +53,7 @@ class Distilled(Supervised):
             total = total + weights[i] * term.total(parts)
         if not teachers:
             total = total + sum(term.idle(seen) for term in self.terms.values())
+        losses |= {f"weight/{name}": weights[i] for i, name in enumerate(self.terms) if name in self.scheduled}
         return {"loss": total, **losses}
 
 

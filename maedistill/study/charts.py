@@ -24,7 +24,7 @@ def accuracy_chart(accuracies: Mapping[str, Sequence[float]], path: Path) -> Pat
         axes.scatter(percents, [row] * len(percents), s=12, color="C1", alpha=0.8, zorder=3)
     axes.set_yticks(range(len(accuracies)), [f"{name} (n = {len(values)})" for name, values in accuracies.items()])
     axes.set_ylim(len(accuracies) - 0.4, -0.6)  # the first row on top
-    axes.set(xlabel="top-1, %: mean and standard deviation (blue), each seed (orange)")
+    canvas.figure.supxlabel("top-1, %: mean and standard deviation (blue), each seed (orange)", fontsize="medium")
     axes.grid(axis="x", alpha=0.3)
     canvas.print_png(path)
     return path

@@ -147,8 +147,21 @@ class StudyPlan:
             texts.append(f"init.source=run:{self.out / start}")
         settings = self._filled(texts)
         config = _load(name, recipe.config, settings, FinetuneConfig)
+        self._require_classifiers(name, config, steps_named(texts))
         needs = (*(() if start is None else (start,)), *steps_named(texts))
         return Step(name, ("tools/finetune.py", recipe.config, *settings), needs, partial(self.is_done, config))
+
+    def _require_classifiers(self, name: str, config: FinetuneConfig, named: Sequence[str]) -> None:
+        """A teacher of the study that is only pre-trained has no predictions: said now, not when it is trained."""
+        encoders = [step for step in named if step.endswith("/pretrain")]
+        encoders = [step for step in encoders if f"run:{self.out / step}" in config.distill.teachers]
+        if config.distill.predicting and encoders:
+            teacher = encoders[0].partition("/")[0]
+            raise ConfigError(
+                f"{name}: {teacher_of(teacher)} is pre-trained only, and distill.{config.distill.predicting[0]} "
+                "compares predictions",
+                f"name {teacher_of(f'{teacher}.finetuned')}, with finetune: true, or use terms on features",
+            )
 
     def _filled(self, texts: Sequence[str]) -> list[str]:
         return [fill(text, self.out) for text in texts]

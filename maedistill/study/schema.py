@@ -14,6 +14,8 @@
       dmae: {config: dmae.yaml, teacher: large, set: [align.weight=10], finetune_set: [optim.epochs=20]}
       sparse: {config: dmae.yaml, axes: {teacher: [small, large], masks: {student_visible: [0.1, 0.25]}}}
       tuned: {pretraining_of: dmae, finetune_axes: {optim: {lr: [1e-3, 2e-3]}}}
+      kd: {shape_of: mae, finetune_set: [distill.logits.weight=1],      # an axis of lists: a list of lists
+           finetune_axes: {distill: {teachers: [["{teacher.large.finetuned}"], ["{teacher.early.finetuned}"]]}}}
       scratch: {shape_of: mae}                 # not pre-trained; the network that `mae` is
       plain: {finetune_set: [student.model=vit_tiny_patch16_224]}    # not pre-trained; the network that is set
     finetune: {config: finetune.yaml, set: [optim.layer_decay=0.8]}

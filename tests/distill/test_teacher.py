@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from timm.data import ImageNetInfo
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as vision
 from torchvision.transforms.v2.functional import InterpolationMode
@@ -24,6 +25,7 @@ NETWORKS = {
     "deit with a distillation token": ("deit_tiny_distilled_patch16_224", VIT),
     "convnext": ("test_convnext", {}),
     "efficientnet": ("test_efficientnet", {}),
+    "hiera": ("hiera_tiny_224", {"img_size": (32, 32), "embed_dim": 16, "stages": (1, 1, 1, 1)}),
 }
 
 
@@ -137,4 +139,6 @@ def test_a_model_of_imagenet_s_is_known_by_its_synsets():
     object.__setattr__(teacher, "name", "timm:resnet10t")
     found = shared_classes(teacher, ("n01443537", "n01440764"), num_classes=2)
     assert found == (1, 0)
+    words = ImageNetInfo("imagenet-1k").label_descriptions()
+    assert shared_classes(teacher, (words[7], words[3]), num_classes=2) == (7, 3), "or by their words"
     assert is_walkable(network("vit")) and not is_walkable(built)

@@ -143,6 +143,23 @@ def test_temperatures_of_student_and_teacher_are_their_own():
     torch.testing.assert_close(gradient, expected.detach(), rtol=0.05, atol=1e-3)
 
 
+def test_equal_images_have_no_angle_and_no_endless_gradient():
+    torch.manual_seed(0)
+    student, teacher = draws(4, 5), draws(4, 5)
+    student[1] = student[0]
+    student.requires_grad_()
+    (gradient,) = torch.autograd.grad(angle_loss(student, teacher), student)
+    assert 0 < float(gradient.abs().max()) < 10
+
+
+def test_where_a_network_is_active_has_no_sign():
+    torch.manual_seed(0)
+    maps, others = draws(2, 3, 4, 4), draws(2, 3, 4, 4)
+    for power in (1, 2, 3):
+        expected = attention_transfer_loss(maps.abs(), others, power=power)
+        assert torch.equal(attention_transfer_loss(-maps, others, power=power), expected)
+
+
 def test_hard_labels_are_the_teacher_s_first_choice():
     student, teacher = draws(6, 4), draws(6, 4)
     torch.testing.assert_close(hard_label_loss(student, teacher), F.cross_entropy(student, teacher.argmax(1)))

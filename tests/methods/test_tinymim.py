@@ -73,6 +73,11 @@ def test_heads_that_the_student_cannot_be_cut_into_are_refused(tmp_path):
     assert "student.width=36" in raised.value.remedy
 
 
+def test_its_flops_are_counted_and_a_dry_run_shows_them(pretraining, settings, mae):
+    ended = pretraining("tinymim-dry", *settings["dmae"], "method=tinymim", "--dry-run")
+    assert "nothing was started: dry run" in ended.out and "GFLOP" in ended.out
+
+
 def test_a_run_imitates_token_relations(pretraining, settings, mae):
     ended = pretraining("tinymim", *settings["dmae"], "method=tinymim")
     steps = ended.metrics()

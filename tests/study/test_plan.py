@@ -110,6 +110,14 @@ def test_teachers_that_begin_alike_share_their_pretraining(two) -> None:
     assert list(plan(changed(two, dmae=two.students["dmae"]), only=["early"])[0]) == [start, tuned]
 
 
+def test_a_teacher_without_classifier_cannot_be_asked_for_predictions(two) -> None:
+    taught = (*VIT, "distill.teachers=[{teacher.first}]")
+    with pytest.raises(ConfigError, match=r"\{teacher.first\} is pre-trained only(.|\n)*teacher.first.finetuned"):
+        plan(changed(two, taught=Student(finetune_set=(*taught, "distill.logits.weight=1"))))
+    features = "distill.hints={weight: 1, student: [1], teacher: [1]}"
+    assert len(plan(changed(two, taught=Student(finetune_set=(*taught, features))), only=["taught"])[0]) == 2
+
+
 def test_a_student_says_which_teacher_is_its_where_there_are_several(two) -> None:
     config = two.students["dmae"].config
     with pytest.raises(ConfigError, match=r"the study has 2 teachers(.|\n)*add teacher: first or second"):
