@@ -18,7 +18,7 @@ from maedistill.training.orphans import end_with_launcher
 
 EXIT_CODES = """
 Starting the same command again continues the run. Exit codes: 0 done, 2 usage, 3 data, 4 numerics, 5 a peer or the
-hardware, 75 asked to leave by SIGTERM or SIGUSR1; RUN/exit.json says the same, since torchrun hides codes.
+hardware, 75 asked to leave by SIGTERM or SIGUSR1, 130 Ctrl-C; RUN/exit.json says the same, since torchrun hides codes.
 """
 
 
