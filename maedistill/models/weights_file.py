@@ -65,6 +65,8 @@ def read_weights_file(path: str | Path, *, sha256: str | None = None, section: s
 
 def why_unreadable(error: Exception) -> str:
     """The telling line of an error of reading: torch's begin with advice to trust the file."""
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"there is no {error.filename}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "file an issue" not in line]
     telling = [line.rpartition("Unpickler error: ")[2] for line in lines if re.search("GLOBAL|Unpickler error", line)]
     return f"{type(error).__name__}: {(telling or lines or ['no more is known'])[0][:200]}"
