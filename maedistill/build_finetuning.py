@@ -37,7 +37,7 @@ def build_classifier(config: FinetuneConfig, source: Source | None, *, num_class
     """The network with a fresh head, on the source's weights or initialised from the seed; positions are trained.
 
     MAE's head starts almost at 0. Where logits are standardised, which divides by how far they are apart, it starts as
-    timm's do: from MAE's, the first gradient would be 1e4 times the next ones, and AdamW would remember it.
+    timm's do: from MAE's, the first gradients would be hundreds of times the later ones, and AdamW would remember them.
     With pooling `avg` the encoder's last norm gives way to a fresh `fc_norm` after the pooling (He et al., 2022).
     """
     vit = _from_scratch(config, num_classes) if source is None else _from_source(config, source, num_classes)

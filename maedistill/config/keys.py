@@ -6,7 +6,7 @@ dicts from names to values.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -69,11 +69,11 @@ def flat(config: RunConfig) -> dict[str, Any]:
     return dict(_leaves(config.model_dump(mode="json")))
 
 
-def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flat`: dicts within dicts."""
+def nested(values: Mapping[str, Any], *, parts: Callable[[str], list[str]] = lambda name: name.split(".")) -> dict:
+    """The inverse of `flat`: dicts within dicts. parts: of a dotted name."""
     tree: dict[str, Any] = {}
     for name, value in values.items():
-        *sections, leaf = name.split(".")
+        *sections, leaf = parts(name)
         section = tree
         for part in sections:
             section = section.setdefault(part, {})

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from maedistill.config.document import Refusal, read_document, read_text
+from maedistill.config.keys import nested
 from maedistill.errors import ConfigError
 from maedistill.study.rules import Problem, problems
 from maedistill.study.schema import Recipe, Student, Study, Teacher
@@ -32,7 +33,8 @@ def load_study(path: str | Path) -> Study:
     except Refusal as error:
         raise ConfigError(f"{path}:{error.line}: {error.cause}", error.remedy) from None
     try:
-        study = Study.model_validate_json(json.dumps(_tree({name: value for name, (value, _) in leaves.items()})))
+        values = {name: value for name, (value, _) in leaves.items()}
+        study = Study.model_validate_json(json.dumps(nested(values, parts=_parts)))
         problem = next(problems(study), None)
     except ValidationError as error:
         problem = _invalid(error)
@@ -65,22 +67,11 @@ def _line(name: str, leaves: Mapping[str, tuple[Any, int]]) -> int:
     return _line(name.rpartition(".")[0], leaves) if "." in name else 1
 
 
-def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted names as dicts within dicts. The keys of axes are those of configs and keep their dots."""
-    tree: dict[str, Any] = {}
-    for name, value in leaves.items():
-        *sections, leaf = name.split(".", 3 if _is_axis(name) else -1)
-        below = tree
-        for section in sections:
-            below = below.setdefault(section, {})
-        below[leaf] = value
-    return tree
-
-
-def _is_axis(name: str) -> bool:
-    """Whether a leaf is students.NAME.axes.KEY."""
+def _parts(name: str) -> list[str]:
+    """The parts of a leaf's dotted name. The keys of axes, students.NAME.axes.KEY, are those of configs: one part."""
     parts = name.split(".")
-    return parts[0] == "students" and len(parts) > 3 and parts[2] in _AXES
+    is_axis = parts[0] == "students" and len(parts) > 3 and parts[2] in _AXES
+    return name.split(".", 3) if is_axis else parts
 
 
 def _from_here(study: Study, folder: Path) -> Study:
