@@ -1,9 +1,4 @@
-"""Exports of imitated and real runs: a stranger's timm gives the run's outputs back, and the card tells no more than
-the run's files.
-
-An imitated run is a run folder as the tools leave it: run.json, config.yaml, metrics.jsonl and a checkpoint with the
-random weights of a network that the test still has.
-"""
+"""Exports of imitated and real runs: a stranger's timm gives the run's outputs back, or nothing gets the name."""
 
 import json
 import runpy
@@ -15,118 +10,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
-import yaml
-from PIL import Image
+from imitation import CROP, MEAN, STD, TINY, imitate, random_vit
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.export import folder as module
-from maedistill.export.card import forward_gflop
 from maedistill.export.folder import FILES, export, read_record
-from maedistill.export.licence import hub_licence
 from maedistill.models.encoder import MaskedEncoder, build_vit
-from maedistill.models.saved import describe_network
 from maedistill.models.source import open_source
 from maedistill.models.weights import Imported, load_encoder
 from maedistill.training.checkpoint import take_snapshot, write_snapshot
 from maedistill.training.restore import newest_intact, read_weights
 from maedistill.training.state import MOMENTS, TrainingState
-
-TINY = {"width": 32, "depth": 2, "heads": 2, "patch_size": 8}
-MEAN, STD, CROP = [0.5, 0.4, 0.3], [0.25, 0.2, 0.1], 0.9
-SETTINGS = {
-    "pretrain": """\
-method: dmae
-student: {model: vit_tiny_patch16_224}
-teacher: {source: "timm:vit_large_patch16_224.mae"}
-masks: {student_visible: 0.25}
-align: {student: [1], teacher: [17]}
-optim: {epochs: 100, global_batch: 512, base_lr: 1.0e-4, warmup_epochs: 20}
-log: {knn_images: 777}
-""",
-    "finetune": """\
-init: {source: "run:runs/dmae"}
-data: {val: val.tar}
-augment: {mixup: 0.2, cutmix: 0.0}
-optim: {epochs: 30, layer_decay: 0.85}
-""",
-}
-LISTED = "timm:vit_large_patch16_224.mae, 1024 x 24, 303.3 M, 294 keys loaded by timm, licence cc-by-nc-4.0"
-TEACHER = "timm:vit_large_patch16_224.mae  1024 x 24, 303.3 M  294 keys loaded by timm  licence cc-by-nc-4.0"
-START = {
-    "command": "python tools/pretrain.py tiny.yaml run=runs/dmae",
-    "host": "secret-host",
-    "versions": {"python": "3.11.7", "torch": "2.99.1"},
-}
-FACTS = {
-    "pretrain": {"method": "dmae", "teacher": TEACHER},
-    "finetune": {
-        "init": "run:runs/dmae  32 x 2, 0.1 M",
-        "classes": ["ant", "bee", "cat"],
-        "validation": {"images": 1000, "fingerprint": "fedcba9876543210"},
-        "origin": {
-            "stage": "pretrain", "method": "dmae", "teacher": TEACHER, "licence": "cc-by-nc-4.0",
-            "data": {"images": 54321, "fingerprint": "aaaabbbbccccdddd"},
-        },
-    },
-}  # fmt: skip
-RECORDS = {
-    "pretrain": [
-        {"step": 6, "loss": 0.75, "pixels": 0.5, "align/1": 0.25, "epoch": 12.5},
-        {"step": 6, "knn": 0.3141, "epoch": 12.5},
-        {"step": 8, "loss": 0.1111, "pixels": 0.1111, "epoch": 99.0},  # of weights that no checkpoint holds
-    ],
-    "finetune": [
-        {"step": 4, "epoch": 1.0, "top1": 1, "top5": 2, "images": 1000, "val_loss": 9.0},
-        {"step": 7, "epoch": 2.5, "top1": 812, "top5": 990, "images": 1000, "val_loss": 0.6789},
-        {"step": 7, "epoch": 2.5, "ema_top1": 823, "ema_top5": 995, "ema_images": 1000, "ema_val_loss": 0.5678},
-        {"step": 9, "epoch": 3.0, "top1": 999, "top5": 999, "images": 1000, "val_loss": 0.1},
-    ],
-}
-
-
-def random_vit(
-    model: str = "vit_tiny_patch16_224", *, size: int = 32, seed: int = 0, **shape: Any
-) -> VisionTransformer:
-    """A network of which every tensor matters: norms, tokens and positions are random as well."""
-    vit = build_vit(model, image_size=size, **TINY | shape).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, value in vit.state_dict().items():
-            value.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.3, generator=generator)
-    return vit
-
-
-def imitate(folder: Path, vit: VisionTransformer, stage: str = "pretrain", **changed: Any) -> Path:
-    """A run folder of `stage` that holds `vit`, and as its moving average the same weights times -1."""
-    prefix = {"pretrain": "encoder.vit.", "finetune": "vit."}[stage]
-    weights = {prefix + name: value.clone() for name, value in vit.state_dict().items()}
-    averaged = SimpleNamespace(state_dict=lambda: {name: -value for name, value in weights.items()})
-    if stage == "pretrain":  # what is left behind
-        weights |= {name: torch.ones(3) for name in ("decoder.norm.weight", "projections.0.bias", "mean")}
-    engine = SimpleNamespace(state=lambda: TrainingState(weights, {kind: {} for kind in MOMENTS}, {}))
-    snapshot = take_snapshot(step=7, engine=engine, state={}, ema=SimpleNamespace(module=averaged))
-    write_snapshot(folder / "checkpoints", snapshot, keep=1)
-    facts = {
-        "stage": stage,
-        "network": describe_network(vit),
-        "input": {"size": vit.patch_embed.img_size[0], "mean": MEAN, "std": STD, "crop": CROP},
-        "data": {"images": 12345, "fingerprint": "0123456789abcdef"},
-        "licence": "cc-by-nc-4.0",
-        "starts": [START, START],
-    }
-    (folder / "run.json").write_text(json.dumps(facts | FACTS[stage] | changed))
-    (folder / "config.yaml").write_text(f"run: {folder}\n{SETTINGS[stage]}".replace("data: {", "data: {train: a.tar, "))
-    if stage == "pretrain":
-        with (folder / "config.yaml").open("a") as file:
-            file.write("data: {train: a.tar}\n")
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS[stage]))
-    return folder
 
 
 @dataclass
@@ -355,127 +254,6 @@ def test_an_earlier_export_and_what_a_kill_left_are_replaced(run):
     export(run, pooling="token")
     assert read_record(run / "export")["pooling"] == "token"
     assert {path.name for path in run.iterdir() if path.name.startswith("export")} == {"export"}
-
-
-def card(folder: Path) -> tuple[dict[str, Any], str]:
-    """The front matter and the rest of a card."""
-    _, front, text = (folder / "export/README.md").read_text().split("---\n", 2)
-    return yaml.safe_load(front), text
-
-
-def test_the_card_of_a_student_says_what_its_run_says(cases):
-    front, text = card(cases["class token"].folder)
-    assert front == {
-        "library_name": "timm", "license": "cc-by-nc-4.0", "pipeline_tag": "image-feature-extraction",
-        "tags": ["timm", "vision-transformer", "dmae", "knowledge-distillation"],
-    }  # fmt: skip
-    for part in (
-        f"Teacher: {LISTED}.",
-        "whose licence applies to them as well: **cc-by-nc-4.0**. It forbids commercial use.",
-        "12,345 images (fingerprint 0123456789ab)",
-        "Training shards: `a.tar`",
-        "the student sees 4 of 16 patches, the teacher the same",
-        "counted from 0: 1 with 17 (l1, normalisation l2, weight 1)",
-        "100 epochs, 512 images a step",
-        "peak learning rate 0.0002 after 20 epochs",
-        "step 7.",
-        f"Command: `{START['command']}`, started 2 time(s).",
-        "python 3.11.7, torch 2.99.1",
-        "by epoch 12.5: loss 0.7500, pixels 0.5000, align/1 0.2500",
-        "kNN accuracy at epoch 12.5: 31.4%, compared to at most 777 training images. kNN on frozen features is a trend",
-        "32 wide, 2 blocks, with a class token, on images of 32 px in patches of 8 px",
-        "The output is 32 features, from the mean of the patch tokens",
-        "mean (0.5, 0.4, 0.3) and deviation (0.25, 0.2, 0.1)",
-        "no classifier",
-    ):
-        assert part in text, part
-    assert "0.1111" not in text and "secret-host" not in text and "None" not in text
-
-
-def test_the_card_of_a_fine_tuned_network_says_how_good_it_is_and_where_it_comes_from(cases):
-    front, text = card(cases["fine-tuned"].folder)
-    assert front["pipeline_tag"] == "image-classification" and "dmae" in front["tags"]
-    for part in (
-        "**Top-1 81.20 % (812 of 1000)**, top-5 99.00 % (990 of 1000), cross-entropy 0.6789 on the 1,000 validation",
-        "Start: run:runs/dmae",
-        "pre-trained by distilling a masked autoencoder (DMAE",
-        "on 54,321 images (fingerprint aaaabbbbcccc)",
-        f"Teacher: {LISTED}.",
-        "**cc-by-nc-4.0**. It forbids commercial use.",
-        "mixup 0.2, cutmix 0",
-        "times 0.85 a layer",
-        "3 logits",
-    ):
-        assert part in text, part
-    export(cases["fine-tuned"].folder, cases["fine-tuned"].folder / "averaged", weights="ema")
-    averaged = (cases["fine-tuned"].folder / "averaged/README.md").read_text()
-    assert "**Top-1 82.30 % (823 of 1000)**" in averaged and "81.20" not in averaged
-
-
-def test_what_the_run_does_not_say_the_card_says_is_missing(tmp_path):
-    bare = {"method": None, "teacher": None, "data": None, "starts": [], "licence": "not stated (set teacher.licence)"}
-    run = imitate(tmp_path / "run", random_vit(), **bare)
-    (run / "config.yaml").unlink()
-    (run / "metrics.jsonl").unlink()
-    export(run)
-    front, text = card(run)
-    assert (front["license"], front["license_name"]) == ("other", "not-stated-set-teacher.licence")
-    for part in (
-        "by a method that is not recorded",
-        "Teacher: none.",
-        "Licence: **not stated**",
-        "Data: not recorded",
-        "The settings are missing",
-        "Command and software versions are not recorded",
-        "No measurement is recorded",
-    ):
-        assert part in text, part
-    tuned = {"init": None, "origin": None, "classes": None, "licence": "yours: no other weights were used"}
-    run = imitate(tmp_path / "tuned", random_vit(num_classes=3, pooling="avg"), "finetune", **tuned)
-    (run / "metrics.jsonl").unlink()
-    export(run)
-    _, text = card(run)
-    for part in (
-        "Start: from scratch, no other weights.",
-        "it is the choice of who trained these",
-        "No evaluation of these weights is recorded",
-        "The names of the classes are not recorded",
-    ):
-        assert part in text, part
-    assert "Teacher" not in text and "label_names" not in (run / "export/config.json").read_text()
-
-
-@pytest.mark.parametrize("name", ["class token", "fine-tuned"])
-def test_the_card_s_own_example_runs(cases, name):
-    case = cases[name]
-    _, text = card(case.folder)
-    code = text.split("```python\n")[1].split("```")[0].replace("THIS_FOLDER", f"{case.folder}/export")
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    scope: dict[str, Any] = {"image": Image.fromarray(pixels)}
-    exec(code, scope)
-    assert scope["output"].shape == (1, case.vit.num_classes or 32)
-
-
-@pytest.mark.parametrize(
-    ("text", "identifier", "name"),
-    [
-        ("cc-by-nc-4.0", "cc-by-nc-4.0", None),
-        ("CC BY-NC 4.0", "cc-by-nc-4.0", None),
-        ("code Apache-2.0, weights CC-BY-NC-SA-4.0", "cc-by-nc-sa-4.0", None),
-        ("Apache-2.0", "apache-2.0", None),
-        ("mit, but ask first", "other", "mit-but-ask-first"),
-        ("yours: no other weights were used", "other", "to-be-chosen-by-who-trained-it"),
-    ],
-)
-def test_a_licence_is_never_called_freer_than_it_is(text, identifier, name):
-    assert hub_licence(text) == (identifier, name)
-
-
-def test_flops_are_those_of_the_formula():
-    vit = build_vit("vit_small_patch16_224", image_size=224)
-    tokens, width = 197, 384
-    block = 24 * tokens * width**2 + 4 * tokens**2 * width  # projections and MLP, attention
-    assert forward_gflop(vit) == pytest.approx((12 * block + 2 * 196 * 768 * width) / 1e9, rel=1e-9)
 
 
 @pytest.mark.parametrize(("method", "weights"), [("mae", "model"), ("amd", "ema")])

@@ -1,12 +1,6 @@
-"""The fork server of this folder's tests, and the way to the modules beside them: tests are no package."""
-
-import sys
-from pathlib import Path
+"""The fork server of this folder's tests."""
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from starts import Forks
 
 

@@ -9,11 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the processes of the loop, too
-
 import ranks_under_fault as loop
+from safetensors.torch import load_file
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
 PASS_ON = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": "120"}  # torchrun's options
@@ -89,14 +86,14 @@ def test_a_rank_that_is_killed_or_frozen_is_named(tmp_path, lost, number):
     with Ranks(tmp_path) as ranks:
         start = ranks.signal(lost, number)
         assert ranks.code(other) == 5
-        assert time.monotonic() - start < loop.TIMEOUT + 1
+        assert time.monotonic() - start < 2 * loop.TIMEOUT  # a busy machine wakes it late
         error, fix = (line for line in ranks.errors(other) if not line.startswith("exit.json"))
         assert error.startswith(f"error: rank {lost} ")
         assert error.endswith("ended, froze or cannot be reached")
         assert "the same command goes on" in fix
         assert not any(line.startswith("Traceback") for line in lines(tmp_path, other))
         if number == signal.SIGSTOP:
-            assert any("in all_reduce" in line for line in lines(tmp_path, other))  # stacks
+            assert any(line.endswith("in _train") for line in lines(tmp_path, other))  # stacks: where it waits
         if lost == 0:  # nobody else can write it
             assert f"exit.json 5 {error.removeprefix('error: ')}" in ranks.errors(1)
 

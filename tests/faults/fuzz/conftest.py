@@ -1,13 +1,8 @@
-"""One sandbox per fuzzer; its helpers are importable by name."""
+"""One sandbox per fuzzer."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from sandbox import Sandbox
 
 

@@ -1,0 +1,136 @@
+"""The card of an exported network: it tells what the run's files say, and no more."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from imitation import LISTED, START, imitate, random_vit
+from PIL import Image
+
+from maedistill.export.card import forward_gflop
+from maedistill.export.folder import export
+from maedistill.models.encoder import build_vit
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pre-trained student's run, exported."""
+    run = imitate(tmp_path_factory.mktemp("run"), random_vit())
+    export(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fine-tuned network's run, exported."""
+    run = imitate(tmp_path_factory.mktemp("run"), random_vit(num_classes=3, pooling="avg"), "finetune")
+    export(run)
+    return run
+
+
+def card(run: Path) -> tuple[dict[str, Any], str]:
+    """The front matter and the rest of a run's card."""
+    _, front, text = (run / "export/README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(front), text
+
+
+def test_the_card_of_a_student_says_what_its_run_says(student):
+    front, text = card(student)
+    assert front == {
+        "library_name": "timm", "license": "cc-by-nc-4.0", "pipeline_tag": "image-feature-extraction",
+        "tags": ["timm", "vision-transformer", "dmae", "knowledge-distillation"],
+    }  # fmt: skip
+    for part in (
+        f"Teacher: {LISTED}.",
+        "whose licence applies to them as well: **cc-by-nc-4.0**. It forbids commercial use.",
+        "12,345 images (fingerprint 0123456789ab)",
+        "Training shards: `a.tar`",
+        "the student sees 4 of 16 patches, the teacher the same",
+        "counted from 0: 1 with 17 (l1, normalisation l2, weight 1)",
+        "100 epochs, 512 images a step",
+        "peak learning rate 0.0002 after 20 epochs",
+        "step 7.",
+        f"Command: `{START['command']}`, started 2 time(s).",
+        "python 3.11.7, torch 2.99.1",
+        "by epoch 12.5: loss 0.7500, pixels 0.5000, align/1 0.2500",
+        "kNN accuracy at epoch 12.5: 31.4%, compared to at most 777 training images. kNN on frozen features is a trend",
+        "32 wide, 2 blocks, with a class token, on images of 32 px in patches of 8 px",
+        "The output is 32 features, from the mean of the patch tokens",
+        "mean (0.5, 0.4, 0.3) and deviation (0.25, 0.2, 0.1)",
+        "no classifier",
+    ):
+        assert part in text, part
+    assert "0.1111" not in text and "secret-host" not in text and "None" not in text
+
+
+def test_the_card_of_a_fine_tuned_network_says_how_good_it_is_and_where_it_comes_from(classifier):
+    front, text = card(classifier)
+    assert front["pipeline_tag"] == "image-classification" and "dmae" in front["tags"]
+    for part in (
+        "**Top-1 81.20 % (812 of 1000)**, top-5 99.00 % (990 of 1000), cross-entropy 0.6789 on the 1,000 validation",
+        "Start: run:runs/dmae",
+        "pre-trained by distilling a masked autoencoder (DMAE",
+        "on 54,321 images (fingerprint aaaabbbbcccc)",
+        f"Teacher: {LISTED}.",
+        "**cc-by-nc-4.0**. It forbids commercial use.",
+        "mixup 0.2, cutmix 0",
+        "times 0.85 a layer",
+        "3 logits",
+    ):
+        assert part in text, part
+    export(classifier, classifier / "averaged", weights="ema")
+    averaged = (classifier / "averaged/README.md").read_text()
+    assert "**Top-1 82.30 % (823 of 1000)**" in averaged and "81.20" not in averaged
+
+
+def test_what_the_run_does_not_say_the_card_says_is_missing(tmp_path):
+    bare = {"method": None, "teacher": None, "data": None, "starts": [], "licence": "not stated (set teacher.licence)"}
+    run = imitate(tmp_path / "run", random_vit(), **bare)
+    (run / "config.yaml").unlink()
+    (run / "metrics.jsonl").unlink()
+    export(run)
+    front, text = card(run)
+    assert (front["license"], front["license_name"]) == ("other", "not-stated-set-teacher.licence")
+    for part in (
+        "by a method that is not recorded",
+        "Teacher: none.",
+        "Licence: **not stated**",
+        "Data: not recorded",
+        "The settings are missing",
+        "Command and software versions are not recorded",
+        "No measurement is recorded",
+    ):
+        assert part in text, part
+    tuned = {"init": None, "origin": None, "classes": None, "licence": "yours: no other weights were used"}
+    run = imitate(tmp_path / "tuned", random_vit(num_classes=3, pooling="avg"), "finetune", **tuned)
+    (run / "metrics.jsonl").unlink()
+    export(run)
+    _, text = card(run)
+    for part in (
+        "Start: from scratch, no other weights.",
+        "it is the choice of who trained these",
+        "No evaluation of these weights is recorded",
+        "The names of the classes are not recorded",
+    ):
+        assert part in text, part
+    assert "Teacher" not in text and "label_names" not in (run / "export/config.json").read_text()
+
+
+@pytest.mark.parametrize(("name", "outputs"), [("student", 32), ("classifier", 3)])
+def test_the_card_s_own_example_runs(request, name, outputs):
+    run = request.getfixturevalue(name)
+    _, text = card(run)
+    code = text.split("```python\n")[1].split("```")[0].replace("THIS_FOLDER", f"{run}/export")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    scope: dict[str, Any] = {"image": Image.fromarray(pixels)}
+    exec(code, scope)
+    assert scope["output"].shape == (1, outputs)
+
+
+def test_flops_are_those_of_the_formula():
+    vit = build_vit("vit_small_patch16_224", image_size=224)
+    tokens, width = 197, 384
+    block = 24 * tokens * width**2 + 4 * tokens**2 * width  # projections and MLP, attention
+    assert forward_gflop(vit) == pytest.approx((12 * block + 2 * 196 * 768 * width) / 1e9, rel=1e-9)
