@@ -143,6 +143,9 @@ def _build_term(
     """The term called `name`, for these networks."""
     section = getattr(distill, name)
     given = section.model_dump(exclude={*_SCHEDULE, "student", "teacher"})
+    if name == "contrast":
+        widths = [teacher.anatomy.embedding for teacher in teachers]
+        return terms.Contrast(student_width=vit.embed_dim, teacher_widths=widths, **given)
     if name in IN_MICRO_BATCH:
         return terms.Embeddings(name)
     if name == "hard":

@@ -23,12 +23,16 @@ STOPPED = 14  # of 16 steps; after it no term counts, and the teacher rests
 CONVOLUTIONAL = ["distill.logits={weight: 9, temperature: 2, standardize: true, stop_epoch: 1.75}"]
 CONVOLUTIONAL += ["distill.hints={weight: 1, student: [0, 1], teacher: [1, 3], warmup_epochs: 1, stop_epoch: 1.75}"]
 CONVOLUTIONAL += ["distill.maps={weight: 10, student: [1], teacher: [4], stop_epoch: 1}"]
-CONVOLUTIONAL += ["distill.distances={weight: 25, stop_epoch: 1.5}"]
+CONVOLUTIONAL += ["distill.contrast={weight: 2, stop_epoch: 1.5}"]
 VIT = ["distill.labels=0", "distill.logits.weight=1", "distill.hard={weight: 1, token: true}"]
-VIT += ["distill.attention={weight: 1, student: [1], teacher: [1]}", "distill.angles.weight=50"]
+VIT += [
+    "distill.attention={weight: 1, student: [1], teacher: [1]}",
+    "distill.distances.weight=25",
+    "distill.angles.weight=50",
+]
 VIT += ["distill.relations={weight: 1, student: [1], teacher: [0], heads: 4}"]
 PLAIN = ["augment.mixup=0", "augment.cutmix=0", "augment.erasing=0", "student.drop_path=0", "optim.ema=null"]
-PLAIN += ["distill.distances.weight=0", "distill.distances.stop_epoch=null"]  # which micro-batches would change
+PLAIN += ["distill.contrast.weight=0", "distill.contrast.stop_epoch=null"]  # which micro-batches would change
 TIMES = {"images_per_second", "data_wait", "memory_gb", "eta_seconds", "trained_seconds"}
 
 
@@ -73,7 +77,7 @@ def runs(finetuning, tuned, resnet):
 def test_a_convolutional_teacher_teaches_a_vit_through_logits_features_and_relations(runs, resnet):
     ended = runs["convolutional"]
     steps = ended.metrics()
-    names = {"cross_entropy", "logits", "hints/0-1", "hints/1-3", "maps/1-4", "distances"}
+    names = {"cross_entropy", "logits", "hints/0-1", "hints/1-3", "maps/1-4", "contrast"}
     for i, step in enumerate(steps):
         assert {name for name in names if np.isfinite(step.get(name, np.nan))} == (
             names if i < STOPPED else {"cross_entropy"}
@@ -95,7 +99,7 @@ def test_the_card_of_an_export_names_the_teacher_and_the_losses(runs, resnet):
     card = model_card(saved, saved.vit)
     for part in (
         f"- Teacher of the fine-tuning: local-dir:{resnet}",
-        "- Losses, with their weights: labels 1, logits 9, hints 1, maps 10, distances 25.",
+        "- Losses, with their weights: labels 1, logits 9, hints 1, maps 10, contrast 2.",
         "Fine-tuned with a teacher",
         "- knowledge-distillation",
         "whose licence applies to them as well: **apache-2.0**",
@@ -109,8 +113,8 @@ def expected_loss(step, *, epoch):
         return step["cross_entropy"]
     hints = min(epoch, 1) * (step["hints/0-1"] + step["hints/1-3"]) / 2
     maps = 10 * step["maps/1-4"] if epoch < 1 else 0
-    distances = 25 * step["distances"] if epoch < 1.5 else 0
-    return step["cross_entropy"] + 9 * step["logits"] + hints + maps + distances
+    contrast = 2 * step["contrast"] if epoch < 1.5 else 0
+    return step["cross_entropy"] + 9 * step["logits"] + hints + maps + contrast
 
 
 def test_a_killed_run_goes_on_bit_by_bit(runs):
@@ -139,10 +143,10 @@ def test_two_ranks_learn_the_same(runs):
 
 def test_a_run_teaches_without_labels_by_attention_relations_and_a_token(runs, tuned):
     ended = runs["vit"]
-    names = {"logits", "hard", "attention/1-1", "relations/1-0/qk", "relations/1-0/vv", "angles"}
+    names = {"logits", "hard", "attention/1-1", "relations/1-0/qk", "relations/1-0/vv"}
     for step in ended.metrics():
         assert names <= step.keys() and "cross_entropy" not in step
-        sum_of_terms = sum(step[name] for name in names - {"angles"}) + 50 * step["angles"]
+        sum_of_terms = sum(step[name] for name in names) + 25 * step["distances"] + 50 * step["angles"]
         assert step["loss"] == pytest.approx(sum_of_terms, rel=1e-5)
     assert f"teacher  run:{tuned.run}" in ended.out and "labels   weight 0, none is read" in ended.out
 
@@ -159,5 +163,5 @@ def test_a_dry_run_names_teacher_licence_and_terms(runs, resnet):
         "hints 1, warm-up 1, to epoch 1.75, student [0, 1], teacher [1, 3], projector linear, distance mse, "
         "normalize none",
         "maps 10, to epoch 1, student [1], teacher [4], power 2",
-        "distances 25, to epoch 1.5, within micro-batches of 6",
+        "contrast 2, to epoch 1.5, temperature 0.07, width 128, within micro-batches of 6",
     ]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from maedistill.distill.schedule import Schedule
 from maedistill.distill.teacher import OfflineTeacher
 from maedistill.distill.teaching import Teaching
-from maedistill.distill.terms import Dkd, Embeddings, Hints, Logits
+from maedistill.distill.terms import Contrast, Dkd, Embeddings, Hints, Logits
 from maedistill.distill.views import Wanted
 from maedistill.masking import random_split
 from maedistill.methods.distilled import Distilled
@@ -62,6 +62,7 @@ def test_a_step_that_distils_never_waits_for_the_gpu() -> None:
         "logits": Logits(temperature=2.0, teacher_temperature=None, standardize=True),
         "dkd": Dkd(alpha=1.0, beta=8.0, temperature=4.0, standardize=False),
         "hints": Hints([(1, 4)], student_width=192, teacher_widths=[[512]], **hints),
+        "contrast": Contrast(student_width=192, teacher_widths=[512], width=128, temperature=0.07),
         **{name: Embeddings(name) for name in ("distances", "angles", "similarity", "affinity")},
     }
     seen = Wanted(logits=True, embedding=True, features=(1,))

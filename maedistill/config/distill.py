@@ -128,6 +128,14 @@ class Affinity(Term):
     weight: Weight = result(0.0, "weight; 30000 is usual; 0: off")
 
 
+class Contrast(Term):
+    """CRD's contrast: each image finds itself among the teacher's of its micro-batch, by projected pooled features."""
+
+    weight: Weight = result(0.0, "weight of InfoNCE, mean of both ways; 0: off")
+    temperature: Temperature = result(0.07, "of the cosines; 0.05 to 0.2 is usual")
+    width: Positive = result(128, "width that both sides are projected to; 128 is usual")
+
+
 class Distill(Section):
     """Teachers that the network also learns from while it is fine-tuned, and what it imitates of them."""
 
@@ -154,6 +162,7 @@ class Distill(Section):
     angles: Angles = Angles()
     similarity: Similarity = Similarity()
     affinity: Affinity = Affinity()
+    contrast: Contrast = Contrast()
 
     @property
     def terms(self) -> dict[str, Term]:
@@ -177,5 +186,5 @@ class Distill(Section):
         return self.labels > 0 or self.dkd.on
 
 
-IN_MICRO_BATCH = ("distances", "angles", "similarity", "affinity")  # terms that relate images of a micro-batch
-CLASSIFYING = ("logits", "dkd", "hard")  # terms that compare predictions, so classes must be the same
+IN_MICRO_BATCH = ("distances", "angles", "similarity", "affinity", "contrast")  # relate images of a micro-batch
+CLASSIFYING = ("logits", "dkd", "hard")  # compare predictions, so classes must be the same

@@ -3,8 +3,8 @@
     term(student view, teacher view, labels, teacher=i) -> {name: scalar}, a term's parts, each logged by itself
     term.total(parts) -> scalar, what the term's weight multiplies
 
-The views are those of `views.py`, teacher's grids resampled to the student's. Only hints have parameters: a projector
-for each teacher and pair, trained with the student and thrown away.
+The views are those of `views.py`, teacher's grids resampled to the student's. Hints, contrast and a distillation token
+have parameters of their own, trained with the student and thrown away.
 
 B batch   C classes   D width   P prefix tokens   N patches   h, w sides of the grid
 """
@@ -19,6 +19,7 @@ from maedistill.losses.features import attention_transfer_loss, feature_loss
 from maedistill.losses.logits import decoupled_divergence, divergence, hard_label_loss, standardize
 from maedistill.losses.relations import (
     angle_loss,
+    contrast_loss,
     distance_loss,
     probability_loss,
     similarity_loss,
@@ -216,6 +217,30 @@ class Embeddings(Term):
         sides = student["embedding"], teacher["embedding"]
         with without_autocast(sides[0]):  # bf16 would lose small differences
             return {self.name: self.loss(*sides)}
+
+
+class Contrast(Term):
+    """CRD's contrast (Tian et al., ICLR 2020) within a micro-batch, of pooled features, each side with a projection."""
+
+    def __init__(self, *, student_width: int, teacher_widths: Sequence[int], width: int, temperature: float) -> None:
+        """teacher_widths: one for each teacher. width: that both sides are projected to."""
+        super().__init__()
+        self.temperature = temperature
+        self.student = nn.ModuleList(nn.Linear(student_width, width) for _ in teacher_widths)
+        self.teacher = nn.ModuleList(nn.Linear(teacher_width, width) for teacher_width in teacher_widths)
+
+    def forward(self, student: View, teacher: View, labels: Tensor, *, number: int) -> Parts:
+        """{"contrast"}."""
+        rows = student["embedding"]  # [B, D]
+        sides = self.student[number](rows), self.teacher[number](teacher["embedding"].to(rows.dtype))
+        with without_autocast(rows):
+            return {"contrast": contrast_loss(*sides, temperature=self.temperature)}
+
+    def idle(self, student: View) -> Tensor | int:
+        """0, through each projection."""
+        row = student["embedding"][:1]  # [1, D]
+        sides = zip(self.student, self.teacher, strict=True)
+        return 0 * sum(own(row).sum() + other(row.new_zeros(1, other.in_features)).sum() for own, other in sides)
 
 
 def _logits(student: View, teacher: View, standardized: bool) -> tuple[Tensor, Tensor]:

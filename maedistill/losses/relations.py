@@ -1,7 +1,8 @@
 """How the rows of a batch, or the tokens of an image, stand to each other: relation-based distillation.
 
-Relations of one kind have the same shape for student and teacher, whatever their widths are, so nothing is projected.
-Relations between images see one micro-batch of one rank. The teacher's side never carries a gradient.
+Relations of one kind have the same shape for student and teacher, whatever their widths are, so nothing is projected
+and the teacher's side carries no gradient; but for contrast, which compares two projections, both of them learned.
+Relations between images see one micro-batch of one rank.
 
 B batch   D width, which may differ between student and teacher   H heads   M tokens   d width of a head
 """
@@ -55,6 +56,18 @@ def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
         F.normalize(rows @ rows.T, dim=-1) for rows in (student.float(), teacher.detach().float())
     )  # [B, B]
     return F.mse_loss(predicted, expected)
+
+
+def contrast_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """InfoNCE both ways: each image finds itself among the other side's: [B, d] each, projected -> a scalar.
+
+    The aim of CRD (Tian et al., ICLR 2020), with the micro-batch's images in place of a memory bank's: log B - loss is
+    a lower bound of the information that both sides share (van den Oord et al., 2018), so B limits what it can see.
+    Rows have no scale: their cosines count. Gradients go to both sides.
+    """
+    cosines = F.normalize(student.float(), dim=-1) @ F.normalize(teacher.float(), dim=-1).mT  # [B, B]
+    logits, own = cosines / temperature, torch.arange(len(cosines), device=cosines.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.mT, own)) / 2
 
 
 def token_relation_loss(student: Tensor, teacher: Tensor, *, other: tuple[Tensor, Tensor] | None = None) -> Tensor:

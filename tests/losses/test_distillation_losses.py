@@ -13,6 +13,7 @@ from maedistill.losses.features import attention_transfer_loss
 from maedistill.losses.logits import decoupled_divergence, divergence, hard_label_loss, standardize
 from maedistill.losses.relations import (
     angle_loss,
+    contrast_loss,
     distance_loss,
     merge_heads,
     probability_loss,
@@ -163,6 +164,21 @@ def test_where_a_network_is_active_has_no_sign():
 def test_hard_labels_are_the_teacher_s_first_choice():
     student, teacher = draws(6, 4), draws(6, 4)
     torch.testing.assert_close(hard_label_loss(student, teacher), F.cross_entropy(student, teacher.argmax(1)))
+
+
+def test_contrast_asks_which_image_of_the_other_side_is_the_same():
+    torch.manual_seed(0)
+    student, teacher = draws(6, 5), draws(6, 5)
+    expected = 0.0
+    for one, other in ((student, teacher), (teacher, student)):
+        for i in range(6):
+            likeness = torch.stack([F.cosine_similarity(one[i], row, dim=0) / 0.2 for row in other]).exp()
+            expected -= float((likeness[i] / likeness.sum()).log()) / 12
+    assert float(contrast_loss(student, teacher, temperature=0.2)) == pytest.approx(expected, rel=1e-5)
+    rotation, order = torch.linalg.qr(draws(5, 5))[0], torch.randperm(6)
+    moved = contrast_loss(7 * student[order] @ rotation, 0.1 * teacher[order] @ rotation, temperature=0.2)
+    assert float(moved) == pytest.approx(expected, rel=1e-4)
+    assert float(contrast_loss(torch.eye(6), torch.eye(6), temperature=0.05)) < 1e-7
 
 
 @pytest.mark.parametrize("name", RELATIONS)

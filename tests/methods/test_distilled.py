@@ -29,8 +29,10 @@ ALONE = {  # settings of each term by itself; a ViT teaches
     "similarity": "{weight: 2}",
     "affinity": "{weight: 2}",
 }
+PLAIN = ("logits", "distances", "angles", "similarity", "affinity")  # weight 2, one part
 EVERYTHING = [f"distill.{name}={value}" for name, value in ALONE.items() if "standardised" not in name]
 EVERYTHING += ["distill.hints={weight: 3, student: [0, 1], teacher: [1, 2], projector: mlp, normalize: whiten}"]
+EVERYTHING += ["distill.contrast={weight: 2, temperature: 0.2, width: 24}"]
 EVERYTHING += ["distill.hard={weight: 1, token: true}", "student.register_tokens=1"]
 
 
@@ -99,7 +101,7 @@ def test_all_terms_reach_every_parameter_and_add_up(tmp_path, count):
     assert not any(p.grad is not None for teacher in teachers for p in teacher.parameters())
     expected = losses["cross_entropy"] + losses["hard"] + 1.5 * (losses["hints/0-1"] + losses["hints/1-2"])
     expected = expected + 2 * (1.5 * losses["dkd/tckd"] + 0.5 * losses["dkd/nckd"])
-    expected = expected + 2 * sum(losses[name] for name in ("logits", "distances", "angles", "similarity", "affinity"))
+    expected = expected + 2 * sum(losses[name] for name in (*PLAIN, "contrast"))
     for name in ("maps", "attention", "relations"):
         expected = expected + 2 * sum(v for key, v in losses.items() if key.startswith(name)) / 2
     torch.testing.assert_close(losses["loss"], expected)
@@ -109,11 +111,15 @@ def test_all_terms_reach_every_parameter_and_add_up(tmp_path, count):
         torch.testing.assert_close(losses[name], torch.stack([one[name] for one in each]).mean())
 
 
-def test_a_step_without_a_term_asks_no_teacher_and_keeps_every_gradient(tmp_path):
-    config = load(tmp_path, "distill.hints={weight: 1, student: [2], teacher: [4], stop_epoch: 2, start_epoch: 1}")
+@pytest.mark.parametrize(
+    ("term", "part", "parameters"),
+    [("hints={student: [2], teacher: [4], ", "hints/2-4", 2), ("contrast={", "contrast", 4)],
+)
+def test_a_step_without_a_term_asks_no_teacher_and_keeps_every_gradient(tmp_path, term, part, parameters):
+    config = load(tmp_path, f"distill.{term}weight: 1, stop_epoch: 2, start_epoch: 1}}")
     teacher = timm.create_model("resnet10t", num_classes=5)
     asked = []
-    teacher.register_forward_hook(lambda *_: asked.append(0))
+    teacher.fc.register_forward_hook(lambda *_: asked.append(0))
     teacher.layer4.register_forward_hook(lambda *_: asked.append(1))
     module, teaching = assemble(config, vit(seed=1), teacher_of(teacher))
     asked.clear()
@@ -122,9 +128,9 @@ def test_a_step_without_a_term_asks_no_teacher_and_keeps_every_gradient(tmp_path
         module.zero_grad()
         losses = module(IMAGES, TARGETS, *teaching(IMAGES, step))
         losses["loss"].backward()
-        assert asked == [1] * counts and ("hints/2-4" in losses) == counts, "the classifier of the teacher never runs"
+        assert asked == [1] * counts and (part in losses) == counts, "the classifier of the teacher never runs"
         trained = [bool(p.grad.count_nonzero()) for p in module.terms.parameters()]
-        assert trained == [counts] * 2
+        assert trained == [counts] * parameters
 
 
 def test_a_distillation_token_is_read_and_the_classifier_is_not(tmp_path):
