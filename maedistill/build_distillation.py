@@ -146,7 +146,7 @@ def _build_term(
     if name == "contrast":
         widths = [teacher.anatomy.embedding for teacher in teachers]
         return terms.Contrast(student_width=vit.embed_dim, teacher_widths=widths, **given)
-    if name in IN_MICRO_BATCH:
+    if name in terms.EMBEDDING_LOSSES:
         return terms.Embeddings(name)
     if name == "hard":
         token = _token(vit) if section.token else None
@@ -194,7 +194,7 @@ def _open_teacher(distill: Distill, source: str) -> Network:
     if distill.predicting and not opened.num_classes:
         raise ConfigError(
             f"distill.teachers: {source} has no classifier, and distill.{distill.predicting[0]} compares predictions",
-            "fine-tune it first (tools/finetune.py) and name that run, or use distill.hints, maps or relations alone",
+            "fine-tune it first (tools/finetune.py) and name that run, or leave out the terms on predictions",
         )
     return opened
 

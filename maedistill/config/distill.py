@@ -129,11 +129,11 @@ class Affinity(Term):
 
 
 class Contrast(Term):
-    """CRD's contrast: each image finds itself among the teacher's of its micro-batch, by projected pooled features."""
+    """Contrast after CRD: each image finds itself among the teacher's of its micro-batch, by pooled features."""
 
-    weight: Weight = result(0.0, "weight of InfoNCE, mean of both ways; 0: off")
+    weight: Weight = result(0.0, "weight of InfoNCE, mean of both ways; 1 was tried; 0: off")
     temperature: Temperature = result(0.07, "of the cosines; 0.05 to 0.2 is usual")
-    width: Positive = result(128, "width that both sides are projected to; 128 is usual")
+    width: Annotated[int, Field(ge=2, le=16384)] = result(128, "width that both sides are projected to; 128 is usual")
 
 
 class Distill(Section):

@@ -26,6 +26,7 @@ from maedistill.config.schema import (
     Section,
     Triple,
     Weight,
+    Width,
     result,
     runtime,
 )
@@ -71,7 +72,7 @@ class Teacher(Section):
         "run:PATH (a run folder of ours), or random:NAME (tests and benchmarks)",
     )
     model: str | None = result(None, "timm model that a file: source holds, e.g. vit_large_patch16_224")
-    width: Positive | None = result(None, "embedding dimension of a file: or random: teacher, where it differs")
+    width: Width | None = result(None, "embedding dimension of a file: or random: teacher, where it differs")
     depth: Positive | None = result(None, "number of blocks of a file: or random: teacher, where it differs")
     heads: Positive | None = result(None, "attention heads of a file: or random: teacher, where they differ")
     patch_size: Positive | None = result(None, "patch side of a file: or random: teacher, where it differs")
@@ -96,7 +97,7 @@ class Masks(Section):
 class Decoder(Section):
     """The light decoder that predicts the pixels of hidden patches from the student's tokens."""
 
-    width: Positive = result(384, "embedding dimension; 512 in MAE and DMAE; AMD: 192 for ViT-S, 384 for B, 512 for L")
+    width: Width = result(384, "embedding dimension; 512 in MAE and DMAE; AMD: 192 for ViT-S, 384 for B, 512 for L")
     depth: Positive = result(4, "number of blocks; 8 in MAE and DMAE, 4 in AMD")
     heads: Positive = result(6, "attention heads; 16 in MAE and DMAE; AMD: 3 for ViT-S, 6 for B, 8 for L")
     bias: bool = result(True, "bias of the encoder-to-decoder map; AMD has none")

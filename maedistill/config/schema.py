@@ -21,6 +21,7 @@ from maedistill.config.batch import BatchPlan, batch_plan
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+Width = Annotated[int, Field(ge=1, le=16384)]  # of a network; the widest ViTs have some 6,000
 Weight = Annotated[float, Field(ge=0.0)]
 Above0 = Annotated[float, Field(gt=0.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -100,7 +101,7 @@ class Backbone(Section):
     """The Vision Transformer that is trained: a timm model and what is changed about it."""
 
     model: str | None
-    width: Positive | None = result(None, "embedding dimension, where it differs from the model's")
+    width: Width | None = result(None, "embedding dimension, where it differs from the model's")
     depth: Positive | None = result(None, "number of blocks, where it differs from the model's")
     heads: Positive | None = result(
         None, "attention heads, where they differ from the model's; MAE-Lite gives ViT-Ti 12"

@@ -1,6 +1,6 @@
 """The terms of distillation: what of a teacher's view a student's view is compared with, and by which loss.
 
-    term(student view, teacher view, labels, teacher=i) -> {name: scalar}, a term's parts, each logged by itself
+    term(student view, teacher view, labels, number=i) -> {name: scalar}, a term's parts, each logged by itself
     term.total(parts) -> scalar, what the term's weight multiplies
 
 The views are those of `views.py`, teacher's grids resampled to the student's. Hints, contrast and a distillation token
@@ -220,7 +220,7 @@ class Embeddings(Term):
 
 
 class Contrast(Term):
-    """CRD's contrast (Tian et al., ICLR 2020) within a micro-batch, of pooled features, each side with a projection."""
+    """Contrast after CRD (Tian et al., ICLR 2020) within a micro-batch, of pooled features that are projected."""
 
     def __init__(self, *, student_width: int, teacher_widths: Sequence[int], width: int, temperature: float) -> None:
         """teacher_widths: one for each teacher. width: that both sides are projected to."""

@@ -1,7 +1,7 @@
 """How the rows of a batch, or the tokens of an image, stand to each other: relation-based distillation.
 
-Relations of one kind have the same shape for student and teacher, whatever their widths are, so nothing is projected
-and the teacher's side carries no gradient; but for contrast, which compares two projections, both of them learned.
+Relations of one kind have the same shape for student and teacher, whatever their widths are, so nothing is projected.
+The teacher's side carries no gradient. Contrast is the exception in both: it compares two projections that are learned.
 Relations between images see one micro-batch of one rank.
 
 B batch   D width, which may differ between student and teacher   H heads   M tokens   d width of a head
@@ -61,9 +61,9 @@ def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def contrast_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
     """InfoNCE both ways: each image finds itself among the other side's: [B, d] each, projected -> a scalar.
 
-    The aim of CRD (Tian et al., ICLR 2020), with the micro-batch's images in place of a memory bank's: log B - loss is
-    a lower bound of the information that both sides share (van den Oord et al., 2018), so B limits what it can see.
-    Rows have no scale: their cosines count. Gradients go to both sides.
+    The aim of CRD (Tian et al., ICLR 2020) by other means: not against a memory bank, but against all others of the
+    micro-batch, of the same class, too. log B - loss is a lower bound of the information that both sides share (van den
+    Oord et al., 2018), so B limits what it can see. Rows have no scale, only cosines count; d is their width.
     """
     cosines = F.normalize(student.float(), dim=-1) @ F.normalize(teacher.float(), dim=-1).mT  # [B, B]
     logits, own = cosines / temperature, torch.arange(len(cosines), device=cosines.device)

@@ -6,7 +6,7 @@
     teachers:                                  # each pre-trained once, with seed 0; left out where no student needs one
       small: {config: teacher.yaml, set: [student.width=96]}
       large: {config: teacher.yaml, finetune: true}                  # and its own top-1
-      early: {pretraining_of: large, finetune: true, finetune_set: [optim.epochs=1]}  # stopped early
+      early: {pretraining_of: large, finetune: true, finetune_set: [optim.epochs=1]}  # one epoch
     pretrain_set: [optim.epochs=50]            # for every student's pre-training, not for the teachers'
     finetune_set: [optim.ema=0.999]            # for every student's fine-tuning, not for the teachers'
     students:

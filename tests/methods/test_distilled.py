@@ -8,7 +8,9 @@ from torch.nn import functional as F
 from maedistill.build_distillation import TeacherSource, build_module, build_teaching
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
+from maedistill.distill.terms import Contrast
 from maedistill.distill.views import Wanted, anatomy, view
+from maedistill.losses.relations import contrast_loss
 from maedistill.methods.distilled import Distilled
 from maedistill.models.network import Network
 from maedistill.plan import make_plan
@@ -131,6 +133,18 @@ def test_a_step_without_a_term_asks_no_teacher_and_keeps_every_gradient(tmp_path
         assert asked == [1] * counts and (part in losses) == counts, "the classifier of the teacher never runs"
         trained = [bool(p.grad.count_nonzero()) for p in module.terms.parameters()]
         assert trained == [counts] * parameters
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_contrast_compares_projections_in_full_precision(autocast):
+    """Each of two teachers, in bf16 here, has its projection; with autocast those are in bf16, the loss is not."""
+    torch.manual_seed(0)
+    term = Contrast(student_width=32, teacher_widths=[16, 48], width=24, temperature=0.3)
+    rows, theirs = torch.randn(6, 32), torch.randn(6, 48).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = term({"embedding": rows}, {"embedding": theirs}, torch.arange(6), number=1)["contrast"]
+        sides = term.student[1](rows), term.teacher[1](theirs.float())
+    assert torch.equal(found, contrast_loss(*sides, temperature=0.3))
 
 
 def test_a_distillation_token_is_read_and_the_classifier_is_not(tmp_path):
