@@ -69,7 +69,9 @@ def flat(config: RunConfig) -> dict[str, Any]:
     return dict(_leaves(config.model_dump(mode="json")))
 
 
-def nested(values: Mapping[str, Any], *, parts: Callable[[str], list[str]] = lambda name: name.split(".")) -> dict:
+def nested(
+    values: Mapping[str, Any], *, parts: Callable[[str], list[str]] = lambda name: name.split(".")
+) -> dict[str, Any]:
     """The inverse of `flat`: dicts within dicts. parts: of a dotted name."""
     tree: dict[str, Any] = {}
     for name, value in values.items():
