@@ -23,6 +23,7 @@ from maedistill.machine import DTYPES, precision
 from maedistill.methods.distilled import Distilled
 from maedistill.methods.supervised import Supervised
 from maedistill.models.classifier import open_classifier
+from maedistill.models.fingerprint import weights_fingerprint
 from maedistill.models.initialize import initialize
 from maedistill.models.network import Network
 from maedistill.plan import Plan
@@ -34,11 +35,15 @@ _SCHEDULE = frozenset({"weight", "start_epoch", "warmup_epochs", "stop_epoch"})
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """A teacher as it was opened. classes: its outputs for the student's classes, None where they are the same."""
+    """A teacher as it was opened. classes: its outputs for the student's classes, None where they are the same.
+
+    fingerprint: of its weights.
+    """
 
     classifier: Network
     anatomy: Anatomy
     classes: tuple[int, ...] | None
+    fingerprint: str
 
     def describe(self) -> str:
         """One line for the log: what it is, what it looks at, which of its classes count."""
@@ -58,7 +63,7 @@ def open_teachers(config: FinetuneConfig, *, classes: tuple[str, ...], num_class
         shown = anatomy(opened.module, image_size=opened.size)
         _require_views(distill, opened.name, shown)
         shared = shared_classes(opened, classes, num_classes=num_classes) if distill.predicting else None
-        found.append(TeacherSource(opened, shown, shared))
+        found.append(TeacherSource(opened, shown, shared, weights_fingerprint(opened.module)))
     return found
 
 

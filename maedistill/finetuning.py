@@ -89,6 +89,7 @@ class Finetuning:
             "init": source.describe() if source is not None else None,
             "origin": source.origin if source is not None else None,
             "teacher": "; ".join(teacher.describe() for teacher in self.teachers) or None,
+            "teacher_weights": [teacher.fingerprint for teacher in self.teachers],
             "licence": combined_licence(
                 [*([source.licence] if source else []), *(teacher.classifier.licence for teacher in self.teachers)]
             ),

@@ -24,6 +24,7 @@ from maedistill.data.transforms import to_unit
 from maedistill.flops import count_flops
 from maedistill.machine import DTYPES, precision
 from maedistill.methods.mae import MAE
+from maedistill.models.fingerprint import weights_fingerprint
 from maedistill.models.saved import describe_network
 from maedistill.models.source import Source
 from maedistill.models.teacher import Teacher
@@ -35,7 +36,7 @@ from maedistill.training.run_folder import RunFolder
 
 @dataclass
 class Pretraining:
-    """The parts, on `device`. teacher is None for a method without one."""
+    """The parts, on `device`. teacher is None for a method without one; teacher_weights: its fingerprint, in a list."""
 
     config: PretrainConfig
     plan: Plan
@@ -44,6 +45,7 @@ class Pretraining:
     module: MAE
     source: Source | None
     teacher: Teacher | None
+    teacher_weights: list[str]
     device: torch.device
 
     @property
@@ -62,6 +64,7 @@ class Pretraining:
             "input": {"size": data.image_size, "mean": data.mean, "std": data.std, "crop": data.eval_crop},
             "data": {"images": len(self.index), "fingerprint": self.index.fingerprint()},
             "teacher": source.describe() if source is not None else None,
+            "teacher_weights": self.teacher_weights,
             "licence": source.licence if source is not None else "yours: no other weights were used",
         }
 
@@ -92,9 +95,10 @@ def open_pretraining(config: PretrainConfig, *, world_size: int, device: torch.d
     plan = make_plan(config, len(index), world_size=world_size)
     encoder = build_encoder(config)
     source = distributed.main_first(lambda: build_teacher_source(config, grid=encoder.grid))
+    teacher_weights = [weights_fingerprint(source.encoder)] if source is not None else []  # before they change type
     method = build_method(config, encoder, source).to(device)
     teacher = build_teacher(config, source, device) if source is not None else None
-    return Pretraining(config, plan, index, val_index, method, source, teacher, device)
+    return Pretraining(config, plan, index, val_index, method, source, teacher, teacher_weights, device)
 
 
 def dry_run(config: PretrainConfig) -> None:

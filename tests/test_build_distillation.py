@@ -111,7 +111,7 @@ def test_an_image_size_that_a_teacher_s_patches_do_not_tile_is_refused(finetunin
     settings = [f'distill.teachers=["run:{tuned.run}"]', "distill.logits.weight=1", "distill.image_size=36"]
     with pytest.raises(UserError, match="8 pixels, which do not divide images of 36") as raised:
         opened(finetuning, *settings)
-    assert "distill.image_size 32" in raised.value.remedy
+    assert "distill.image_size=32" in raised.value.remedy
 
 
 def test_no_relations_in_micro_batches_of_one(finetuning, made):

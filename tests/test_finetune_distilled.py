@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 from maedistill.export.card import model_card
@@ -125,6 +125,21 @@ def test_a_killed_run_goes_on_bit_by_bit(runs):
         assert ours == theirs, name
     ours, theirs = ([{k: v for k, v in r.items() if k not in TIMES} for r in e.records()] for e in (ended, reference))
     assert ours == theirs
+
+
+def test_a_run_does_not_go_on_with_another_teacher_in_the_place_of_its_own(finetuning, runs, resnet):
+    run, weights = runs["killed"].run, resnet / "model.safetensors"
+    record, original = (run / "run.json").read_text(), weights.read_bytes()
+    changed = load_file(weights)
+    changed["fc.weight"] *= 100
+    save_file(changed, weights, metadata={"format": "pt"})
+    try:
+        refused = finetuning(run.name, *SCRATCH, f'distill.teachers=["local-dir:{resnet}"]', *CONVOLUTIONAL, code=2)
+    finally:
+        weights.write_bytes(original)
+    error, remedy = refused.err.splitlines()
+    assert f"{run} has learned from a teacher with other weights" in error and "use another run=" in remedy
+    assert (run / "run.json").read_text() == record
 
 
 def test_cut_up_weights_learn_the_same(runs):

@@ -170,7 +170,7 @@ def test_bf16_trains_nearly_the_same(pretraining, settings, trio):
 
 
 def test_what_a_run_folder_allows_and_refuses(pretraining, settings, trio, shards, tmp_path):
-    """Other results, other data and --fresh are refused; other runtime keys and moved shards are not."""
+    """Other results, data, teachers and --fresh are refused; other runtime keys and moved shards are not."""
     run = pretraining.folder / "continued"
     shutil.copytree(trio["dmae"].run, run)
     moved = tmp_path / "moved"
@@ -196,3 +196,7 @@ def test_what_a_run_folder_allows_and_refuses(pretraining, settings, trio, shard
     assert [r["step"] for r in ended.records() if "loss" in r] == [*range(1, 25), 26, 28, 30, 32]
     again = pretraining("continued", *settings["dmae"], *more)
     assert again.records() == ended.records() and "continues at step 32 of 32" in again.out
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(facts | {"teacher_weights": ["0" * 64]}))  # as if the teacher had changed
+    error, fix = pretraining("continued", *settings["dmae"], *more, code=2).err.splitlines()
+    assert f"other weights than now: {facts['teacher']}" in error and "give the teacher back" in fix

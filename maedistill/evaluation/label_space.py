@@ -50,13 +50,13 @@ def subset_columns(known: Sequence[str], given: Sequence[str], *, num_known: int
     return torch.tensor([places[name][0] for name in given])
 
 
-def compare_names(known: tuple[str, ...], given: tuple[str, ...], *, num_known: int) -> list[str]:
-    """A warning where model (`known`) and shards (`given`) have other classes; both names may be empty: not known.
+def compare_names(known: tuple[str, ...], given: tuple[str, ...], *, num_known: int, model: str) -> list[str]:
+    """A warning where `model` (`known`) and shards (`given`) have other classes; both names may be empty: not known.
 
     Raises DataError where they have the same names in another order: every count would be wrong.
     """
     if given and not known and num_known != len(given):
-        numbers = f"the model has {num_known:,} classes without names, the shards {len(given):,}"
+        numbers = f"{model} has {num_known:,} classes without names, the shards {len(given):,}"
         return [f"warning  {numbers}: are they the same ones? (--subset matches them by name)"]
     if not known or not given or known == given:
         return []
@@ -65,12 +65,12 @@ def compare_names(known: tuple[str, ...], given: tuple[str, ...], *, num_known: 
         return []
     if sorted(known) == sorted(given):
         raise DataError(
-            f"model and shards number their classes differently: label {label} is {known[label]!r} to the model and "
+            f"{model} and the shards number their classes differently: label {label} is {known[label]!r} to it and "
             f"{given[label]!r} in the shards",
             "match them by name with --subset, or write the shards again with the classes in the model's order",
         )
     named = f"label {label} is {known[label]!r}, not {given[label]!r}"
-    return [f"warning  the model names its classes otherwise: {named} (--subset matches them by name)"]
+    return [f"warning  {model} names its classes otherwise: {named} (--subset matches them by name)"]
 
 
 def _imagenet_names(num_classes: int) -> list[tuple[str, ...]]:

@@ -122,7 +122,7 @@ def _columns(
             found[i] = subset_columns(one.classes, index.classes, num_known=one.num_classes, model=one.name)
             say(f"classes  {len(found[i]):,} of the {one.num_classes:,} of {one.name}, matched by name")
         else:
-            say(*compare_names(one.classes, index.classes, num_known=one.num_classes))
+            say(*compare_names(one.classes, index.classes, num_known=one.num_classes, model=one.name))
     return found[0], found[1]
 
 

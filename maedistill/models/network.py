@@ -18,6 +18,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from timm.data import resolve_model_data_config
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from maedistill.data.evaluation import evaluation_transform
@@ -87,7 +88,7 @@ def open_network(
         raise ConfigError(f"{source} has no moving average of its weights", "leave out --ema: only runs keep one")
     if kind == "run":
         return _open_run(name, weights, image_size, needs_classes, size_key)
-    return _open_timm(kind, name, image_size, needs_classes)
+    return _open_timm(kind, name, image_size, needs_classes, size_key)
 
 
 def _kind_and_name(source: str) -> tuple[str, str]:
@@ -118,7 +119,9 @@ def _open_run(path: str, weights: Weights, image_size: int | None, needs_classes
     if needs_classes and facts["stage"] != "finetune":
         raise _no_classifier(name)
     if image_size:
-        _require_multiple(name, facts["network"], image_size, size_key)
+        with torch.device("meta"):
+            shape = timm.create_model(facts["network"]["name"], **facts["network"]["arguments"])
+        _require_multiple(name, shape, image_size, size_key)
     saved = open_saved(path, weights=weights, image_size=image_size)
     seen = saved.facts["input"]
     return Network(
@@ -136,7 +139,7 @@ def _open_run(path: str, weights: Weights, image_size: int | None, needs_classes
     )
 
 
-def _open_timm(kind: str, name: str, image_size: int | None, needs_classes: bool) -> Network:
+def _open_timm(kind: str, name: str, image_size: int | None, needs_classes: bool, size_key: str) -> Network:
     """Any model that timm can open, with timm's own word on what its images look like."""
     source = f"{kind}:{name}"
     if kind == "timm" and not timm.is_model(name):
@@ -149,6 +152,8 @@ def _open_timm(kind: str, name: str, image_size: int | None, needs_classes: bool
             shape = timm.create_model(address, pretrained=False)
         if needs_classes and not shape.num_classes:
             raise _no_classifier(source)
+        if image_size:
+            _require_multiple(source, shape, image_size, size_key)
         takes_size = "img_size" in inspect.signature(type(shape)).parameters  # others take any size as they are
         keywords = {"img_size": image_size} if image_size and takes_size else {}
         network = timm.create_model(address, pretrained=True, **keywords)
@@ -183,13 +188,14 @@ def _with_input_of_timm(network: nn.Module, name: str, image_size: int | None) -
     )
 
 
-def _require_multiple(name: str, network: dict[str, Any], image_size: int, size_key: str) -> None:
-    with torch.device("meta"):
-        patch_size = timm.create_model(network["name"], **network["arguments"]).patch_embed.patch_size[0]
+def _require_multiple(name: str, network: nn.Module, image_size: int, size_key: str) -> None:
+    """Raises ConfigError where patches would not reach the edge: timm leaves the last rows and columns unseen."""
+    patches = getattr(network, "patch_embed", None)
+    patch_size = patches.patch_size[0] if isinstance(patches, PatchEmbed) else 1
     if image_size % patch_size:
         raise ConfigError(
             f"{name} looks at patches of {patch_size} pixels, which do not divide images of {image_size}",
-            f"use a multiple, e.g. {size_key} {max(1, round(image_size / patch_size)) * patch_size}",
+            f"use a multiple, e.g. {size_key}={max(1, round(image_size / patch_size)) * patch_size}",
         )
 
 

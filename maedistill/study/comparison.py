@@ -149,11 +149,15 @@ def _summaries(networks: Mapping[str, _Facts]) -> list[tuple[str, _Facts]]:
 
 
 def _unfinished_lines(unfinished: Sequence[_Facts]) -> list[str]:
-    """Names every run that is under way, and the first of those that are not begun."""
+    """Names every run that is under way or has ended early, and the first of those that are not begun."""
     if not unfinished:
         return []
-    begun = [f"{run['run']} (at epoch {run['epochs']:.1f})" for run in unfinished if run["epochs"] > 0]
-    waiting = [run["run"] for run in unfinished if run["epochs"] == 0]
+    begun = [
+        f"{run['run']} (at epoch {run['epochs']:.1f}{', ended: ' + run['ended'] if run['ended'] else ''})"
+        for run in unfinished
+        if run["epochs"] or run["ended"]
+    ]
+    waiting = [run["run"] for run in unfinished if not run["epochs"] and not run["ended"]]
     more = f" and {len(waiting) - _MOST_NAMED} more" if len(waiting) > _MOST_NAMED else ""
     parts = [", ".join(begun)] if begun else []
     parts += [f"not begun: {', '.join(waiting[:_MOST_NAMED])}{more}"] if waiting else []

@@ -16,8 +16,13 @@ from maedistill.training.run_folder import RunFolder
 
 def is_finished(folder: RunFolder) -> bool:
     """Whether the run in the folder has come to its end, whatever it was."""
+    return last_end(folder) == "finished"
+
+
+def last_end(folder: RunFolder) -> str | None:
+    """How the last start in the folder ended, in words; None while it runs, was killed, or never was."""
     file = folder.path / "exit.json"
-    return file.is_file() and json.loads(file.read_text())["reason"] == "finished"
+    return json.loads(file.read_text())["reason"] if file.is_file() else None
 
 
 def is_done(config: RunConfig) -> bool:

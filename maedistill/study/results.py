@@ -16,7 +16,7 @@ import torch
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.report import summary
-from maedistill.study.finished import is_finished
+from maedistill.study.finished import is_finished, last_end
 from maedistill.study.placeholders import finetune_step, pretrain_step
 from maedistill.study.plan import TEST_FILE
 from maedistill.study.rows import all_rows
@@ -150,7 +150,10 @@ def _column(runs: Mapping[str, _Facts], stage: str, key: str) -> dict[str, Any]:
 
 
 def _unfinished(out: Path, steps: Iterable[str]) -> list[dict[str, Any]]:
-    """Each run that is not finished, and how many epochs it has done."""
-    missing = [step for step in steps if not is_finished(RunFolder(out / step))]
-    epochs = {step: max((record["epoch"] for record in read_metrics(out / step)), default=0.0) for step in missing}
-    return [{"run": step, "epochs": done} for step, done in epochs.items()]
+    """Each run that is not finished: how many epochs it has done, and why it ended, where its last start says so."""
+    found = []
+    for step in steps:
+        if not is_finished(folder := RunFolder(out / step)):
+            epochs = max((record["epoch"] for record in read_metrics(folder.path)), default=0.0)
+            found.append({"run": step, "epochs": epochs, "ended": last_end(folder)})
+    return found

@@ -35,7 +35,7 @@ from maedistill.config.schema import Count, Section
 
 TEACHER_SEED = 0
 OWN_KEYS = ("run", "seed", "init.source")  # the study sets them itself
-Axes = dict[str, tuple[Any, ...]]  # dotted key, or "teacher" -> values
+Axes = dict[str, tuple[Any, ...]]  # dotted key, or "teacher" -> values; in the file its parts nest
 
 
 class Recipe(Section):

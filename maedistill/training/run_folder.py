@@ -33,6 +33,7 @@ from maedistill.training.records import warn, write_text
 
 STAGES: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 _BEFORE_A_RUN = {"exit.json", "lock", "pictures"}  # what a start that failed early leaves
+_OF_THE_FIRST_START = ("init", "origin")
 _RESTORE = "restore it from a copy, or use another run="
 _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy")
 
@@ -56,10 +57,10 @@ class RunFolder:
     def open(self, config: RunConfig, facts: dict[str, Any], *, fresh: bool, extend: bool) -> None:
         """Creates the folder, or checks that `config` continues what is in it, takes its lock and writes both files.
 
-        facts: what run.json says of this start; `data` must not change over a run's life. A start that failed before
-        its first checkpoint binds nobody.
-        Raises ConfigError when the folder belongs to other settings or other data, naming what differs, or when another
-        process runs in it.
+        facts: what run.json says of this start; `data` and `teacher_weights` must not change over a run's life. A start
+        that failed before its first checkpoint binds nobody.
+        Raises ConfigError when the folder belongs to other settings, data or teachers, naming what differs, or when
+        another process runs in it.
         """
         self.check(config, facts, fresh=fresh, extend=extend)
         try:
@@ -71,7 +72,10 @@ class RunFolder:
         except ConfigError:
             self._in_use = True
             raise
-        starts = [*self.facts().get("starts", []), _start()]
+        before = self.facts()
+        if checkpoint_steps(self.checkpoints):  # the weights that it began with are not read again
+            facts |= {name: before[name] for name in _OF_THE_FIRST_START if name in before}
+        starts = [*before.get("starts", []), _start()]
         write_text(self.config, config_yaml(config))
         write_text(self._facts, json.dumps({**facts, "starts": starts}, indent=1) + "\n")
 
@@ -197,6 +201,12 @@ class RunFolder:
                 f"run: {self.path} was trained on other data ({data['images']} images, {data['fingerprint'][:12]}; "
                 f"now {facts['data']['images']}, {facts['data']['fingerprint'][:12]})",
                 "name the same shards, wherever they are now, or use another run=",
+            )
+        weights = self.facts().get("teacher_weights")
+        if weights is not None and weights != facts["teacher_weights"]:
+            raise ConfigError(
+                f"run: {self.path} has learned from a teacher with other weights than now: {facts['teacher']}",
+                "give the teacher back the weights that it had (it may have been trained on), or use another run=",
             )
 
 

@@ -162,7 +162,13 @@ def test_agreement_is_what_both_models_say_alone(root, made, results):
 MISTAKES = {
     "no such model": (["resnet18", "{shards}"], 2, "resnet18 is neither", "did you mean timm:resnet18?"),
     "labels beyond the classes": (["{made}/other", "{shards}"], 3, "5 classes, 0 to 4, but 14 of 25", "finetune.py"),
-    "classes in another order": (["{made}/permuted", "{shards}"], 3, "label 0 is 'class01' to the model", "order"),
+    "classes in another order": (["{made}/permuted", "{shards}"], 3, "label 0 is 'class01' to it", "order"),
+    "the other's classes in another order": (
+        ["{made}/model", "{shards}", "--against", "{made}/permuted"],
+        3,
+        "{made}/permuted and the shards",
+        "order",
+    ),
     "nan": (["{made}/nan", "{shards}"], 4, "25 of 25 images is not finite", "fp32"),
     "no folder to write to": (["x", "y", "--json", "{made}/none/a.json"], 2, "--json: {made}/none/a.json", "folder"),
     "another number of classes": (
@@ -219,8 +225,9 @@ def test_a_mistake_is_two_lines(mistakes, made, name):
 
 
 def test_another_number_of_classes_is_remarked():
-    assert "1,000 classes without names, the shards 2" in compare_names((), ("cat", "dog"), num_known=1000)[0]
-    assert compare_names((), ("cat", "dog"), num_known=2) == compare_names((), (), num_known=2) == []
+    remark = compare_names((), ("cat", "dog"), num_known=1000, model="timm:x")[0]
+    assert "timm:x has 1,000 classes without names, the shards 2" in remark
+    assert [compare_names((), names, num_known=2, model="x") for names in (("cat", "dog"), ())] == [[], []]
 
 
 def test_classes_in_another_order_are_matched_by_name(root, made, results):

@@ -60,7 +60,7 @@ def teacher_of(network: torch.nn.Module, *, size: int = 32) -> TeacherSource:
     """A network as it is opened, with the student's normalisation."""
     words = {"name": "run:x", "interpolation": "bicubic", "crop_mode": "center", "licence": "mit"}
     opened = Network(network.eval(), **words, mean=MEAN, std=STD, size=size, crop=1.0, num_classes=5)
-    return TeacherSource(opened, anatomy(network, image_size=size), None)
+    return TeacherSource(opened, anatomy(network, image_size=size), None, "")
 
 
 def assemble(config: FinetuneConfig, student: torch.nn.Module, *teachers: TeacherSource):

@@ -125,6 +125,15 @@ def test_rows_that_share_a_pre_training_share_its_facts_and_no_baseline_means_no
     assert f"not begun: {waiting}/finetune and 1 more.**" in page
 
 
+def test_a_run_that_failed_is_told_from_one_that_waits(study_folder) -> None:
+    end = {"exit_code": 2, "reason": "no such teacher", "step": 0}
+    (study_folder / "large/seed_0/finetune").mkdir(parents=True)
+    (study_folder / "large/seed_0/finetune/exit.json").write_text(json.dumps(end))
+    results = collect(Study.model_validate(STUDY), study_folder, [0, 1, 2])
+    page = write_results(results, study_folder, title="x", command="y").read_text()
+    assert "large/seed_0/finetune (at epoch 0.0, ended: no such teacher)" in page and "not begun" not in page
+
+
 def test_a_study_s_results_are_those_of_its_finished_runs(study_folder) -> None:
     results = collect(Study.model_validate(STUDY), study_folder, [0, 1, 2])
     networks = {name: network["summary"] for name, network in results["networks"].items()}
@@ -137,6 +146,7 @@ def test_a_study_s_results_are_those_of_its_finished_runs(study_folder) -> None:
     assert networks["mae"]["parameters"] == 32_323 and networks["mae"]["pretrain_images"] == 96
     unfinished = {run["run"]: run["epochs"] for run in results["unfinished"]}
     assert unfinished == {"large/seed_0/finetune": 0.0, "scratch/seed_2/finetune": 1.0}
+    assert [run["ended"] for run in results["unfinished"]] == [None, None]
     page = write_results(results, study_folder, title="Three", command="python tools/study.py g.yaml").read_text()
     lines = page.splitlines()
     assert "| dmae | 3 | 65.33 ± 4.04 % | 0: 63.00, 1: 63.00, 2: 70.00 | +3.33 ± 2.52 |" in lines

@@ -12,7 +12,9 @@ FACTS = {
     "stage": "pretrain",
     "input": {"mean": [0.5] * 3, "std": [0.5] * 3},
     "data": {"images": 4, "fingerprint": "f" * 64},
-    "teacher": None,
+    "init": "timm:x of step 1",
+    "teacher": "timm:t",
+    "teacher_weights": ["a" * 64],
     "licence": "none",
 }
 
@@ -34,9 +36,9 @@ def begun(config) -> RunFolder:
     return folder
 
 
-def refused(folder, config, **how) -> str:
+def refused(folder, config, facts=FACTS, **how) -> str:
     with pytest.raises(ConfigError) as caught:
-        folder.check(config, FACTS, **({"fresh": False, "extend": False} | how))
+        folder.check(config, facts, **({"fresh": False, "extend": False} | how))
     return f"{caught.value.cause} {caught.value.remedy}"
 
 
@@ -46,6 +48,15 @@ def test_epochs_may_grow_with_extend_and_never_shrink(config):
     folder.check(config("optim.epochs=200"), FACTS, fresh=False, extend=True)
     assert "only adds epochs" in refused(folder, config("optim.epochs=50"), extend=True)
     assert "optim.clip: None there, 1.0 now" in refused(folder, config("optim.clip=1.0"), extend=True)
+
+
+def test_a_run_keeps_its_teacher_and_the_record_of_what_it_began_with(config):
+    folder = begun(config)
+    now = FACTS | {"init": "timm:x of step 2", "teacher": "timm:t of step 2"}
+    changed = refused(folder, config(), now | {"teacher_weights": ["b" * 64]})
+    assert "other weights than now: timm:t of step 2" in changed and "use another run=" in changed
+    RunFolder(folder.path).open(config(), now, fresh=False, extend=False)
+    assert folder.facts()["init"] == "timm:x of step 1" and len(folder.facts()["starts"]) == 2
 
 
 def test_a_refused_start_leaves_the_record_of_the_run_and_a_new_start_removes_it(config):
