@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from maedistill.config.schema import Above0, Count, Positive, Precision, Section, Weight, result
+from maedistill.config.schema import Above0, Count, Positive, Precision, Section, Side, Weight, result
 
 Temperature = Annotated[float, Field(ge=0.01, le=1000)]  # beyond, softmax has one class or no preference
 
@@ -144,9 +144,7 @@ class Distill(Section):
         "where they are: timm:NAME, hf-hub:ID, local-dir:PATH or run:PATH (a run folder of ours), in brackets; terms "
         "are averaged over several",
     )
-    image_size: Positive | None = result(
-        None, "side of the images that teachers look at, in pixels; null: each at its own"
-    )
+    image_size: Side | None = result(None, "side of the images that teachers look at, in pixels; null: each at its own")
     precision: Precision = result("auto", "number format of the teachers; auto: bf16 on a GPU, fp32 on a CPU")
     labels: Weight = result(
         1.0, "weight of the cross-entropy with the labels; 0.1 beside KD's 0.9; 0: label-free, shards need no labels"

@@ -22,6 +22,7 @@ Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Width = Annotated[int, Field(ge=1, le=16384)]  # of a network; the widest ViTs have some 6,000
+Side = Annotated[int, Field(ge=1, le=8192)]  # of an image, in pixels
 Weight = Annotated[float, Field(ge=0.0)]
 Above0 = Annotated[float, Field(gt=0.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -61,7 +62,7 @@ class Images(Section):
     )
     val: str | None  # what is annotated only, each stage declares with its own default and words
     index: str | None = runtime(None, "index file of data.train, where it is not beside the shards")
-    image_size: Positive = result(224, "side of the square training crop, in pixels")
+    image_size: Side = result(224, "side of the square training crop, in pixels")
     mean: Triple | None
     std: Triple | None
     crop_scale: tuple[Fraction, Fraction]
