@@ -191,7 +191,8 @@ def _with_input_of_timm(network: nn.Module, name: str, image_size: int | None) -
 def _require_multiple(name: str, network: nn.Module, image_size: int, size_key: str) -> None:
     """Raises ConfigError where patches would not reach the edge: timm leaves the last rows and columns unseen."""
     patches = getattr(network, "patch_embed", None)
-    patch_size = patches.patch_size[0] if isinstance(patches, PatchEmbed) else 1
+    cuts_off = isinstance(patches, PatchEmbed) and not patches.dynamic_img_pad
+    patch_size = patches.patch_size[0] if cuts_off else 1
     if image_size % patch_size:
         raise ConfigError(
             f"{name} looks at patches of {patch_size} pixels, which do not divide images of {image_size}",

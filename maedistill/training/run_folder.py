@@ -73,8 +73,8 @@ class RunFolder:
             self._in_use = True
             raise
         before = self.facts()
-        if checkpoint_steps(self.checkpoints):  # the weights that it began with are not read again
-            facts |= {name: before[name] for name in _OF_THE_FIRST_START if name in before}
+        if checkpoint_steps(self.checkpoints):  # what the run began with is what its first start saw, not this one
+            facts = facts | {name: before[name] for name in _OF_THE_FIRST_START if name in before}
         starts = [*before.get("starts", []), _start()]
         write_text(self.config, config_yaml(config))
         write_text(self._facts, json.dumps({**facts, "starts": starts}, indent=1) + "\n")

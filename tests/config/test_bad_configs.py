@@ -64,6 +64,8 @@ OVERRIDES = [
     ("seed=9223372036854775808", ["<= 9223372036854775807"], ["the default is 0"]),
     ("engine.zero=true", ["a whole number >= 0 and <= 3, got true"], ["the default is 0"]),
     ("engine.zero=4", ["<= 3, got 4"], ["the default is 0"]),
+    ("data.image_size=100000", ["<= 8192, got 100000"], ["the default is 224"]),
+    ("student.width=1000000000", ["<= 16384, or null, got 1000000000"], ["write a whole number >= 1 and <= 16384"]),
     ("data.flip=on", ["expected true or false, got the text 'on'"], ["write true or false"]),
     ("data.flip=0", ["expected true or false, got 0"], ["write true or false"]),
     ("method=dame", ["one of mae, dmae, amd, tinymim, got the text 'dame'"], ["did you mean dmae?"]),

@@ -57,6 +57,7 @@ def test_a_run_keeps_its_teacher_and_the_record_of_what_it_began_with(config):
     assert "other weights than now: timm:t of step 2" in changed and "use another run=" in changed
     RunFolder(folder.path).open(config(), now, fresh=False, extend=False)
     assert folder.facts()["init"] == "timm:x of step 1" and len(folder.facts()["starts"]) == 2
+    assert now["init"] == "timm:x of step 2"  # the caller's facts are its own
 
 
 def test_a_refused_start_leaves_the_record_of_the_run_and_a_new_start_removes_it(config):
