@@ -8,6 +8,7 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.index import ShardIndex
 from maedistill.data.loader import RandomCrops
 from maedistill.data.order import SampleOrder
+from maedistill.data.transforms import random_flip, to_unit
 from maedistill.errors import ConfigError
 from maedistill.machine import DTYPES, precision
 from maedistill.masking import PatchSplit, num_visible, random_split
@@ -35,7 +36,7 @@ def build_teacher_source(config: PretrainConfig, *, grid: int) -> Source | None:
     """The teacher as its source gives it, or None for a method without one."""
     if config.teacher.source is None:
         return None
-    keywords = config.teacher.model_dump(exclude={"precision", "compile"})
+    keywords = config.teacher.model_dump(exclude={"precision"})
     return open_source(grid=grid, **keywords)
 
 
@@ -148,6 +149,20 @@ def mask_sizes(config: PretrainConfig, num_patches: int) -> tuple[int, int]:
     """How many patches student and teacher see: S and T."""
     student = num_visible(config.masks.student_visible, num_patches)
     return student, num_visible(config.masks.teacher_visible or config.masks.student_visible, num_patches)
+
+
+def step_inputs(
+    config: PretrainConfig, images: torch.Tensor, positions: torch.Tensor, *, num_patches: int
+) -> tuple[torch.Tensor, PatchSplit]:
+    """Make the input of a step from a micro-batch of the loader, on the device.
+
+    images: uint8 [m, 3, s, s]; positions: int64 [m]. Returns images in [0, 1], half of them mirrored where `data.flip`
+    says so, and their patch split: both functions of (seed, position).
+    """
+    pixels = to_unit(images)
+    if config.data.flip:
+        pixels = random_flip(pixels, positions, seed=config.seed)
+    return pixels, split_of(config, positions, num_patches)
 
 
 def split_of(config: PretrainConfig, positions: torch.Tensor, num_patches: int) -> PatchSplit:

@@ -5,7 +5,6 @@ Settings are checked before torch is imported: a typo costs a tenth of a second.
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
 
 from maedistill.config.batch import world_size_from_environment
@@ -13,7 +12,7 @@ from maedistill.config.explain import explain
 from maedistill.config.loader import load_config
 from maedistill.config.render import render_config
 from maedistill.config.schema import RunConfig
-from maedistill.errors import ConfigError, exit_code_of
+from maedistill.errors import ConfigError, leave
 from maedistill.training.orphans import end_with_launcher
 
 EXIT_CODES = """
@@ -35,13 +34,7 @@ def run_tool(
     start: called as start(config, fresh=..., extend=...). Both callables import what is heavy themselves.
     """
     end_with_launcher()
-    code = exit_code_of(lambda: _main(root, _parse(about, examples), start=start, dry_run=dry_run))
-    # Leave without the interpreter's teardown: on its way through it a finished rank was seen to abort ("terminate
-    # called without an active exception", threads of the process group), which a launcher takes for a failed run, and
-    # one whose peers are gone may wait there for them.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    leave(lambda: _main(root, _parse(about, examples), start=start, dry_run=dry_run))
 
 
 def _parse(about: str, examples: str) -> argparse.Namespace:

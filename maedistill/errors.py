@@ -11,8 +11,12 @@ make room ends with `Preempted` and one line. Anything else that is raised is a 
     75    pre-empted: saved, and to be started again
 """
 
+import os
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -51,6 +55,25 @@ class PeerError(UserError):
     exit_code = 5
 
 
+def device_error(error: BaseException) -> UserError | None:
+    """Translate what a GPU or NCCL raised; None for any other error. torch is not imported for it: kinds go by name."""
+    kinds = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.split(".")[0] == "torch"}
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    if "OutOfMemoryError" in kinds:
+        return ConfigError(
+            f"the GPU has too little memory ({reason})",
+            "use a smaller engine.micro_batch or --batch, or in training engine.checkpoint_activations=true or "
+            "engine.zero=1 to 3; nvidia-smi shows what else uses this GPU",
+        )
+    if "AcceleratorError" in kinds:
+        return PeerError(
+            f"the GPU failed ({reason})",
+            "the same command goes on from the newest checkpoint; if it fails again, look at dmesg and nvidia-smi -q "
+            "for ECC and Xid errors and use another GPU; CUDA_LAUNCH_BLOCKING=1 names the operation",
+        )
+    return None
+
+
 class Preempted(Exception):
     """A signal asked the run to leave, and it did, its state saved. Nobody's mistake, so no `UserError`."""
 
@@ -67,7 +90,10 @@ def print_error(error: UserError) -> None:
 
 
 def exit_code_of(main: Callable[[], None]) -> int:
-    """Runs `main`; a `UserError` becomes two lines on stderr and its exit code, `Preempted` one, success becomes 0."""
+    """Run `main`; a `UserError` becomes two lines on stderr and its exit code, `Preempted` one, success becomes 0.
+
+    So does what a GPU raised. Any other exception passes through.
+    """
     try:
         main()
     except UserError as error:
@@ -79,7 +105,35 @@ def exit_code_of(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)
         return 130
+    except RuntimeError as error:
+        known = device_error(error)
+        if known is None:
+            raise
+        print_error(known)
+        return known.exit_code
     return 0
+
+
+def leave(main: Callable[[], None]) -> NoReturn:
+    """Run `main` as `exit_code_of` does and end the process with its exit code, without the interpreter's teardown.
+
+    On its way through the teardown a finished rank was seen to abort ("terminate called without an active exception",
+    threads of the process group), which a launcher takes for a failed run; one whose peers are gone may wait there for
+    them, and NCCL's communicators may wait for a device that hangs.
+    """
+    try:
+        code = exit_code_of(main)
+    except SystemExit as stop:  # argparse
+        code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+    except BaseException:  # a bug of ours: printed as Python would
+        traceback.print_exc()
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a closed pipe
+            stream.flush()
+    os._exit(code)
 
 
 def _printable(text: str) -> str:

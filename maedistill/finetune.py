@@ -9,13 +9,10 @@ repeats every bit and needs nothing but the step.
     m micro-batch   C classes   s image side
 """
 
-import time
-
-from maedistill.build_finetuning import build_labelled_crops, build_mixing
+from maedistill.build_finetuning import build_labelled_crops
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.data.augment import seed_generators
 from maedistill.data.loader import training_batches
-from maedistill.data.transforms import random_flip, to_unit
 from maedistill.evaluation.accuracy import evaluate
 from maedistill.finetuning import Finetuning, open_finetuning
 from maedistill.machine import precision
@@ -63,22 +60,16 @@ def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> bool:
         timeout_seconds=config.data.timeout_seconds,
         longest_wait=run.longest_wait,
     )
-    mixing = build_mixing(config, num_classes=parts.num_classes, device=run.device)
     averages = Averages()
 
     for step in range(run.step, plan.steps):
         run.schedule.step_update(step)
         for micro in range(plan.batch.accumulation):
-            waiting = time.perf_counter()
-            batch = next(batches)
-            run.clock.wait(waiting)
+            with run.clock.waiting():
+                batch = next(batches)
             run.peers.beat(step)
-            images = to_unit(batch.images)  # [m, 3, s, s]
-            if config.data.flip:
-                images = random_flip(images, batch.positions, seed=config.seed)
             seed_generators(config.seed, Stream.NETWORK, step, micro, rank)  # erasing, mixing, drop path
-            labels = batch.labels.clamp(min=0)  # -1 where there is none, and then nothing reads it
-            images, targets = mixing(parts.normalize(images), labels)  # [m, 3, s, s], [m, C]
+            images, targets = parts.inputs(batch)  # [m, 3, s, s], [m, C]
             losses = engine(images, targets, *parts.lesson(images, step))  # teachers see the same mixed images
             engine.backward(losses["loss"])
             engine.step()

@@ -21,13 +21,16 @@ from maedistill.build_finetuning import build_classifier, build_init_source, bui
 from maedistill.config.batch import world_size_from_environment
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.data.augment import seed_generators
+from maedistill.data.batch import Batch
 from maedistill.data.cache import set_cache
 from maedistill.data.evaluation import EvaluationImages, evaluation_transform
 from maedistill.data.index import ShardIndex, open_index
+from maedistill.data.mixing import Mixing
 from maedistill.data.reader import require_room, sample_name
 from maedistill.data.subset import label_subset
-from maedistill.data.transforms import normalize, to_unit
+from maedistill.data.transforms import normalize, random_flip, to_unit
 from maedistill.distill.teaching import Teaching
+from maedistill.distill.views import is_walkable
 from maedistill.errors import ConfigError, DataError
 from maedistill.export.licence import combined_licence
 from maedistill.machine import DTYPES, precision
@@ -37,6 +40,7 @@ from maedistill.models.saved import describe_network
 from maedistill.models.source import Source
 from maedistill.plan import Plan, make_plan, measured_lines, millions, plan_lines
 from maedistill.training import distributed
+from maedistill.training.compilation import compile_module
 from maedistill.training.optim import layer_rates, layerwise_groups, parameter_groups
 from maedistill.training.run_folder import RunFolder
 
@@ -113,15 +117,33 @@ class Finetuning:
             + " ".join(f"{rate:.3g}" for rate in reversed(rates)),
         ]
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """As the network reads images: [B, 3, s, s] in [0, 1] -> the same shape."""
-        return normalize(images, *self._channels)
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Make the input of a step from a micro-batch on the device: images [m, 3, s, s], soft targets [m, C].
+
+        Flipped by (seed, position), normalised, then erased and mixed with draws of the global generators.
+        """
+        images = to_unit(batch.images)
+        if self.config.data.flip:
+            images = random_flip(images, batch.positions, seed=self.config.seed)
+        labels = batch.labels.clamp(min=0)  # -1 where there is none, and then nothing reads it
+        return self._mixing(normalize(images, *self._channels), labels)
+
+    @cached_property
+    def _mixing(self) -> Mixing:
+        return build_mixing(self.config, num_classes=self.num_classes, device=self.device)
 
     @cached_property
     def _channels(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation on the device, [3, 1, 1] each: made once, because a GPU is waited for."""
+        """Mean and deviation on the device, [3, 1, 1] each: made once, because making them waits for a GPU."""
         mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (self.mean, self.std))
         return mean, std
+
+    def compile(self) -> None:
+        """Compile what a step runs: the student, and the teachers that are plain ViTs; others may break its graph."""
+        compile_module(self.module)
+        for teacher in self.teaching.teachers if self.teaching is not None else ():
+            if is_walkable(teacher.network):
+                compile_module(teacher)
 
     def lesson(self, images: Tensor, step: int) -> tuple[Any, ...]:
         """What the module takes beside images [B, 3, s, s] and targets in a step; nothing without a teacher."""
@@ -228,11 +250,10 @@ def _trial(parts: Finetuning, count: int) -> tuple[float, float]:
     batch = crops.__getitems__(list(range(count))).to(parts.device)
     loading = time.perf_counter() - start
     dtype = DTYPES[precision(config.engine.precision, parts.device)]
-    mixing = build_mixing(config, num_classes=parts.num_classes, device=parts.device)
     for _ in range(2):
         start = time.perf_counter()
         seed_generators(config.seed)
-        images, targets = mixing(parts.normalize(to_unit(batch.images)), batch.labels.clamp(min=0))
+        images, targets = parts.inputs(batch)
         lesson = parts.lesson(images, parts.teaching.busiest if parts.teaching is not None else 0)
         with torch.autocast(parts.device.type, dtype=dtype, enabled=dtype != torch.float32):
             loss = parts.module(images, targets, *lesson)["loss"]

@@ -7,19 +7,17 @@ Everything random is a function of (seed, position) or (seed, step), so a restar
     m micro-batch   s image side
 """
 
-import time
-
 import numpy as np
 import torch
 
 from maedistill.build_pretraining import build_crops, split_of
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.loader import CentreCrops, evaluation_batches, training_batches
-from maedistill.data.transforms import random_flip, to_unit
+from maedistill.data.transforms import to_unit
 from maedistill.evaluation.knn import knn_accuracy, pooled_features, spread_samples
 from maedistill.evaluation.linear_probe import probe_accuracy
 from maedistill.pictures import reconstruction_sheet
-from maedistill.pretraining import Pretraining, open_pretraining
+from maedistill.pretraining import Pretraining, fit_micro_batch, open_pretraining
 from maedistill.randomness import Stream, key
 from maedistill.report import write_run_report
 from maedistill.run import Run
@@ -41,8 +39,7 @@ def pretrain(config: PretrainConfig, *, fresh: bool = False, extend: bool = Fals
     folder = RunFolder(config.run)
     with joined(config, folder) as peers:
         parts = open_pretraining(config, world_size=distributed.world_size(), device=distributed.device())
-        if config.teacher.compile and parts.teacher is not None:
-            parts.teacher.compile()
+        fit_micro_batch(parts, folder)
         with start_run(parts, folder, peers, fresh=fresh, extend=extend) as run:
             finished = False
             while not finished:
@@ -56,7 +53,6 @@ def pretrain(config: PretrainConfig, *, fresh: bool = False, extend: bool = Fals
 def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> bool:
     """The loop, to the end of the run; False where it is to begin again at the newest checkpoint. Collective."""
     config, plan, engine, teacher = parts.config, parts.plan, run.engine, parts.teacher
-    num_patches = parts.module.encoder.grid**2
     crops = build_crops(config, parts.index)
     batches = training_batches(
         crops,
@@ -75,14 +71,10 @@ def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> bool:
     for step in range(run.step, plan.steps):
         run.schedule.step_update(step)
         for micro in range(plan.batch.accumulation):
-            waiting = time.perf_counter()
-            batch = next(batches)
-            run.clock.wait(waiting)
+            with run.clock.waiting():
+                batch = next(batches)
             run.peers.beat(step)
-            images = to_unit(batch.images)  # [m, 3, s, s]
-            if config.data.flip:
-                images = random_flip(images, batch.positions, seed=config.seed)
-            split = split_of(config, batch.positions, num_patches)
+            images, split = parts.inputs(batch.images, batch.positions)  # [m, 3, s, s]
             target = teacher(images, split) if teacher is not None else None
             if config.student.drop_path:
                 torch.manual_seed(key(config.seed, Stream.NETWORK, step, micro, distributed.rank()))
@@ -136,12 +128,12 @@ def probe(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
         pooled_features(
             parts.module, index, spread_samples(index, log.knn_images),
             size=data.image_size, share=data.eval_crop, batch=batch, workers=workers,
-            timeout_seconds=data.timeout_seconds,
+            precision=parts.config.engine.precision, timeout_seconds=data.timeout_seconds,
         )
         for index in (parts.index, parts.val_index)
     )  # fmt: skip
+    scores = {"knn": knn_accuracy(*bank, *queries, device=run.device)} if knn else {}
     if metrics is not None:
-        scores = {"knn": knn_accuracy(*bank, *queries)} if knn else {}
         scores |= {"linear": probe_accuracy(*bank, *queries, device=run.device)} if linear else {}
         metrics.write(run.step, {**scores, "epoch": run.epoch})
         names = {"knn": "kNN {:.1%} (a trend, no forecast)", "linear": "linear probe {:.1%}"}

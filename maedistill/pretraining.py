@@ -1,10 +1,13 @@
 """What a pre-training run is made of before its engine exists: data, student, teacher; opened, described, tried."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from maedistill.build_pretraining import (
     build_crops,
@@ -13,16 +16,16 @@ from maedistill.build_pretraining import (
     build_teacher,
     build_teacher_source,
     mask_sizes,
-    split_of,
+    step_inputs,
 )
-from maedistill.config.batch import world_size_from_environment
+from maedistill.config.batch import batch_plans, world_size_from_environment
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.cache import set_cache
 from maedistill.data.index import ShardIndex, open_index
 from maedistill.data.reader import require_room
-from maedistill.data.transforms import to_unit
 from maedistill.flops import count_flops
 from maedistill.machine import DTYPES, precision
+from maedistill.masking import PatchSplit
 from maedistill.methods.mae import MAE
 from maedistill.models.fingerprint import weights_fingerprint
 from maedistill.models.saved import describe_network
@@ -30,13 +33,18 @@ from maedistill.models.source import Source
 from maedistill.models.teacher import Teacher
 from maedistill.plan import Plan, make_plan, measured_lines, millions, plan_lines
 from maedistill.training import distributed
+from maedistill.training.compilation import compile_function, compile_module
+from maedistill.training.memory_fit import fit_to_memory
 from maedistill.training.optim import parameter_groups
 from maedistill.training.run_folder import RunFolder
 
 
 @dataclass
 class Pretraining:
-    """The parts, on `device`. teacher is None for a method without one; teacher_weights: its fingerprint, in a list."""
+    """The parts, on `device`. teacher is None for a method without one; teacher_weights: its fingerprint, in a list.
+
+    inputs: `step_inputs` of this run, images uint8 [m, 3, s, s] and positions int64 [m] to images in [0, 1] and masks.
+    """
 
     config: PretrainConfig
     plan: Plan
@@ -47,6 +55,7 @@ class Pretraining:
     teacher: Teacher | None
     teacher_weights: list[str]
     device: torch.device
+    inputs: Callable[[Tensor, Tensor], tuple[Tensor, PatchSplit]]
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -63,6 +72,7 @@ class Pretraining:
             "network": describe_network(self.module.encoder.vit),
             "input": {"size": data.image_size, "mean": data.mean, "std": data.std, "crop": data.eval_crop},
             "data": {"images": len(self.index), "fingerprint": self.index.fingerprint()},
+            "batch": {"ranks": self.plan.world_size, "micro_batch": self.plan.batch.micro_batch},
             "teacher": source.describe() if source is not None else None,
             "teacher_weights": self.teacher_weights,
             "licence": source.licence if source is not None else "yours: no other weights were used",
@@ -87,6 +97,13 @@ class Pretraining:
             *plan_lines(config, self.plan),
         ]
 
+    def compile(self) -> None:
+        """Compile what a step runs: images and masks, teacher, student."""
+        self.inputs = compile_function(self.inputs)
+        for network in (self.teacher, self.module):
+            if network is not None:
+                compile_module(network)
+
 
 def open_pretraining(config: PretrainConfig, *, world_size: int, device: torch.device) -> Pretraining:
     """Opens data and teacher, builds the student. Collective, where there is a process group."""
@@ -98,7 +115,29 @@ def open_pretraining(config: PretrainConfig, *, world_size: int, device: torch.d
     teacher_weights = [weights_fingerprint(source.encoder)] if source is not None else []  # before they change type
     method = build_method(config, encoder, source).to(device)
     teacher = build_teacher(config, source, device) if source is not None else None
-    return Pretraining(config, plan, index, val_index, method, source, teacher, teacher_weights, device)
+    inputs = partial(step_inputs, config, num_patches=encoder.grid**2)
+    return Pretraining(config, plan, index, val_index, method, source, teacher, teacher_weights, device, inputs)
+
+
+def fit_micro_batch(parts: Pretraining, folder: RunFolder) -> None:
+    """Choose the micro-batch by the memory of the GPUs, where `engine.micro_batch` leaves it open. Collective.
+
+    A run that goes on with as many ranks as before keeps what it had, and so every bit of its sums.
+    """
+    config, plan, device = parts.config, parts.plan, parts.device
+    if config.engine.micro_batch is not None or device.type != "cuda":
+        return
+    plans = batch_plans(config.optim.global_batch, world_size=plan.world_size, group=config.data.views_per_image)
+    known = distributed.on_main(folder.facts).get("batch", {})
+    batch = next((one for one in plans if known == {"ranks": plan.world_size, "micro_batch": one.micro_batch}), None)
+    if batch is None:
+        numbers = sum(p.numel() for p in parts.module.parameters())
+        copies = 3 + (config.optim.ema is not None)  # Adam's two moments, gradients being reduced, moving average
+        later = 4 * copies * numbers
+        batch = fit_to_memory(plans, lambda count: _trial_on_noise(parts, count), device=device, later_bytes=later)
+        parts.module.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+    parts.plan = replace(plan, batch=batch)
 
 
 def dry_run(config: PretrainConfig) -> None:
@@ -130,18 +169,30 @@ def _open_data(config: PretrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
 
 def _trial(parts: Pretraining, count: int) -> tuple[float, float]:
     """Seconds of loading `count` images and of one forward and backward pass, after one that warms up."""
-    config, method, teacher = parts.config, parts.module, parts.teacher
+    config = parts.config
     start = time.perf_counter()
     batch = build_crops(config, parts.index).__getitems__(list(range(count))).to(parts.device)
     loading = time.perf_counter() - start
-    dtype = DTYPES[precision(config.engine.precision, parts.device)]
     for _ in range(2):
         start = time.perf_counter()
-        images, split = to_unit(batch.images), split_of(config, batch.positions, method.encoder.grid**2)
-        target = teacher(images, split) if teacher is not None else None
-        with torch.autocast(parts.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            loss = method(images, split, target)["loss"]
-        loss.backward()
-        loss.item()  # waits for the device
+        _pass(parts, batch.images, batch.positions)
         seconds = time.perf_counter() - start
     return loading, seconds
+
+
+def _trial_on_noise(parts: Pretraining, count: int) -> None:
+    """Make a forward and backward pass of `count` grey images."""
+    side = parts.config.data.image_size
+    images = torch.full((count, 3, side, side), 127, dtype=torch.uint8, device=parts.device)
+    _pass(parts, images, torch.arange(count, device=parts.device))
+
+
+def _pass(parts: Pretraining, pixels: Tensor, positions: Tensor) -> None:
+    """Make a forward and backward pass, to its end on the device: uint8 [m, 3, s, s], int64 [m]."""
+    dtype = DTYPES[precision(parts.config.engine.precision, parts.device)]
+    images, split = parts.inputs(pixels, positions)
+    target = parts.teacher(images, split) if parts.teacher is not None else None
+    with torch.autocast(parts.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        loss = parts.module(images, split, target)["loss"]
+    loss.backward()
+    loss.item()  # waits for the device

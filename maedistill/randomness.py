@@ -64,10 +64,14 @@ def key(*parts: int) -> int:
 
 
 def _absorb(state: int | Tensor, part: Tensor) -> Tensor:
-    """One more part of a `key`, for a tensor of int64. Integers enter as kernel arguments: a GPU is not waited for."""
+    """Absorb one more part of a `key`, for a tensor of int64. Integers enter as kernel arguments: no wait for a GPU.
+
+    The `| 0` changes nothing but what torch.compile makes of it: a range plus a constant would become 32-bit indices
+    in Triton, which the constant does not fit (torch 2.14).
+    """
     golden = _signed(_GOLDEN)
     start = _signed((state + _GOLDEN) & _WORD) if isinstance(state, int) else state + golden
-    return mix(mix(part + golden) ^ start)
+    return mix(mix((part | 0) + golden) ^ start)
 
 
 def bits(seed: int, positions: Tensor, stream: Stream, *, n: int) -> Tensor:

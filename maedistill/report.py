@@ -115,9 +115,7 @@ def next_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
     """The command that distils this run by DMAE into a student of half the width, on the same data and schedule."""
     path, arch = str(folder.path), config.student_architecture
     overrides = ["method=dmae", f"run={path}_small", f"teacher.source=run:{path}"]
-    described = config.teacher.model_dump(
-        exclude={"source", "precision", "compile"}
-    )  # what was said of its own teacher
+    described = config.teacher.model_dump(exclude={"source", "precision"})  # what was said of its own teacher
     overrides += [f"teacher.{key}=null" for key, value in described.items() if value is not None]
     overrides += ["masks.teacher_visible=null"] if config.masks.teacher_visible is not None else []
     if arch is not None:

@@ -52,7 +52,7 @@ class Run:
     peers: Peers
     saver: Saver
     stop: StopRequest
-    clock: Clock = field(default_factory=Clock)
+    clock: Clock = field(init=False)
     hint: WaitHint = field(default_factory=WaitHint)
     step: int = 0  # steps done
     leaving: bool = False  # a signal asked for the end of the process
@@ -82,6 +82,7 @@ class Run:
         return self.step == self.plan.steps or self.step // period > (self.step - 1) // period
 
     def __post_init__(self) -> None:
+        self.clock = Clock(self.device)
         self._bad_samples = Lines(self.folder.bad_samples, unique=True)
         self._left_out = Lines(self.folder.nonfinite, unique=True)
 

@@ -17,6 +17,7 @@ from maedistill.machine import cpu_share, precision
 from maedistill.plan import Plan
 from maedistill.run import Run
 from maedistill.training import distributed
+from maedistill.training.compilation import keep_compiled, should_compile
 from maedistill.training.engine import Engine, initialize_distributed
 from maedistill.training.interrupt import StopRequest
 from maedistill.training.optim import build_optimizer, build_schedule
@@ -45,23 +46,25 @@ class Parts(Protocol):
     def lines(self) -> list[str]:
         """The run in words."""
 
+    def compile(self) -> None:
+        """Compile what a step runs."""
+
 
 def join(config: RunConfig) -> None:
-    """Makes this process a rank: process group, DeepSpeed, CPU threads. Once per process."""
+    """Make this process a rank: process group, DeepSpeed, CPU threads. Once per process."""
     keep_compiled()
+    if config.engine.deterministic:
+        repeat_every_bit()
     initialize_distributed(config.engine.timeout_seconds)
     if config.threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(config.threads or cpu_share(distributed.local_world_size()))
 
 
-def keep_compiled() -> None:
-    """Lets torch.compile keep its results in the user's cache, where that can be written to: a warm second start.
-
-    torch's own place is the machine's folder for temporary files, which a reboot or a new container empties.
-    """
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if os.access(cache, os.W_OK):
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache, "maedistill", "compiled"))
+def repeat_every_bit() -> None:
+    """Choose kernels that add in a fixed order; an operation without one raises. Before the first use of a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS otherwise shares workspaces among streams
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs, at the price of a pass over all memory
 
 
 @contextmanager
@@ -84,8 +87,8 @@ def start_run(parts: Parts, folder: RunFolder, peers: Peers, *, fresh: bool, ext
     folder.is_ours = True
     if distributed.is_main():
         print("\n".join(parts.lines), flush=True)
-    if config.engine.compile:
-        module.compile()
+    if should_compile(config.engine.compile, parts.device, zero=config.engine.zero):
+        parts.compile()
     optimizer = build_optimizer(parts.groups, lr=optim.peak_lr, betas=optim.betas)
     schedule = build_schedule(
         optimizer, peak=optim.peak_lr, min_lr=optim.min_lr, warmup_steps=plan.warmup_steps, total_steps=plan.steps

@@ -1,6 +1,10 @@
 """How errors leave a tool: exit codes, and what a person reads."""
 
+import subprocess
+import sys
+
 import pytest
+import torch
 
 from maedistill.errors import ConfigError, DataError, NumericsError, PeerError, Preempted, UserError, exit_code_of
 
@@ -34,6 +38,49 @@ def test_a_stop_on_request_is_one_line_and_no_error(capsys):
         "",
         "stopped by SIGUSR1 after step 120, which is saved; the same command goes on from there\n",
     )
+
+
+CUDA_ERRORS = [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"), 2, "engine.micro_batch"),
+    (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered\nmore"), 5, "newest checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "remedy"), CUDA_ERRORS)
+def test_what_a_gpu_raises_is_two_lines_and_a_code(error, code, remedy, capsys):
+    def main():
+        raise error
+
+    assert exit_code_of(main) == code
+    cause, fix = capsys.readouterr().err.splitlines()
+    assert str(error).splitlines()[0] in cause and remedy in fix
+    with pytest.raises(RuntimeError, match="shapes"):
+        exit_code_of(lambda: torch.ones(2) @ torch.ones(3, 3))
+
+
+LEAVES = {
+    "pass": 0,
+    "raise DataError('what is wrong', 'what to do')": 3,
+    "raise KeyError('a bug')": 1,
+    "argparse.ArgumentParser().parse_args(['--no'])": 2,
+    "raise KeyboardInterrupt": 130,
+}
+
+
+@pytest.mark.parametrize(("what", "code"), LEAVES.items())
+def test_a_tool_leaves_without_teardown_whatever_happens(what, code):
+    program = f"""
+import argparse, atexit, sys
+from maedistill.errors import DataError, leave
+atexit.register(print, "torn down")
+def main():
+    print("began")
+    {what}
+leave(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (code, "began\n")
+    assert ("Traceback" in ended.stderr) == (code == 1)
 
 
 def test_success_is_0_and_a_bug_keeps_its_traceback():

@@ -1,12 +1,17 @@
-"""What only a GPU can show: the same draws as on the CPU, and a step without a host sync."""
+"""What only a GPU can show: the same draws as on the CPU, compiled or not, and a step without a host sync."""
 
+import time
+import warnings
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import timm
 import torch
 from torch.nn import functional as F
 
+from maedistill.build_pretraining import step_inputs
+from maedistill.config.loader import load_config
 from maedistill.distill.schedule import Schedule
 from maedistill.distill.teacher import OfflineTeacher
 from maedistill.distill.teaching import Teaching
@@ -22,6 +27,8 @@ from maedistill.models.network import Network
 from maedistill.models.source import open_source
 from maedistill.models.teacher import Teacher
 from maedistill.randomness import Stream, bits, uniform
+from maedistill.training.compilation import compile_function
+from maedistill.training.metrics import Clock
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU; written on a machine without one, not yet run on any"
@@ -92,11 +99,41 @@ def test_a_step_that_distils_never_waits_for_the_gpu() -> None:
     assert_never_waits(step)
 
 
+def test_compiled_inputs_are_those_of_eager_mode() -> None:
+    """Triton computes the 64-bit hash, too: a range plus a large constant once became 32-bit indices."""
+    config = load_config("configs/imagenet/mae_vit_b.yaml", ["data.train=x", "run=x"]).config
+    prepare = partial(step_inputs, config, num_patches=196)
+    pixels = torch.randint(256, (8, 3, 224, 224), dtype=torch.uint8, device="cuda")
+    positions = torch.arange(8, device="cuda") + 10**11
+    images, split = prepare(pixels, positions)
+    compiled_images, compiled_split = compile_function(prepare)(pixels, positions)
+    assert torch.equal(split.order, compiled_split.order)
+    torch.testing.assert_close(compiled_images, images, rtol=1e-6, atol=1e-7)
+
+
+def test_a_clock_counts_only_the_time_in_which_the_gpu_is_idle() -> None:
+    clock, matrix = Clock(torch.device("cuda")), torch.randn(4096, 4096, device="cuda")
+    for _ in range(3):
+        for _ in range(200):
+            matrix = (matrix @ matrix).tanh()
+        with clock.waiting():
+            time.sleep(0.01)  # the queue is far longer
+    torch.cuda.synchronize()
+    assert clock.read()[1] < 0.02
+    for _ in range(5):
+        with clock.waiting():
+            time.sleep(0.01)
+        torch.cuda.synchronize()
+    assert clock.read()[1] > 0.8
+
+
 def assert_never_waits(step: Callable[[], None]) -> None:
     """The second step, as the first one may load libraries."""
     step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode")  # the switch itself warns
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

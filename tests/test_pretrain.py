@@ -5,10 +5,12 @@ of one process, ZeRO 0 and no accumulation is the reference; the others must see
 get the same losses. Their sums run in another order, which grows: 1e-5 holds for the first 20 steps.
 """
 
+import importlib
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +108,25 @@ def test_a_linear_probe_runs_beside_knn_on_a_period_of_its_own(pretraining, sett
     assert list(scores) == [EPOCH, 2 * EPOCH] and [("knn" in record) for record in scores.values()] == [False, True]
     assert all(0 < record["linear"] <= 1 for record in scores.values())
     assert ended.out.count("linear probe") == 2
+
+
+def test_every_rank_votes_on_its_own_device_in_the_precision_of_the_run(monkeypatch):
+    """Also a rank that writes nothing: kNN is shared among all, on their devices, like every forward pass."""
+    loop, device = importlib.import_module("maedistill.pretrain"), torch.device("cuda", 1)
+    found = torch.eye(3), torch.arange(3)
+    precisions, devices = [], []
+    monkeypatch.setattr(loop, "spread_samples", lambda index, count: index)
+    monkeypatch.setattr(loop, "pooled_features", lambda *_, precision, **__: precisions.append(precision) or found)
+    monkeypatch.setattr(loop, "knn_accuracy", lambda *_, device: devices.append(device) or 0.5)
+    config = SimpleNamespace(
+        data=SimpleNamespace(image_size=32, eval_crop=1.0, timeout_seconds=1.0),
+        log=SimpleNamespace(knn_every_epochs=1, probe_every_epochs=None, knn_images=3),
+        engine=SimpleNamespace(precision="auto"),
+    )
+    plan = SimpleNamespace(batch=SimpleNamespace(micro_batch=2))
+    parts = SimpleNamespace(config=config, plan=plan, module=None, index="train", val_index="val", device=device)
+    loop.probe(SimpleNamespace(due=bool, workers=0, device=device, step=1), parts, None)
+    assert precisions == ["auto"] * 2 and devices == [device]
 
 
 def test_a_teacher_from_a_run_is_named_with_its_keys_and_licence(trio):

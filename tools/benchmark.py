@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maedistill.errors import ConfigError, exit_code_of
+from maedistill.errors import ConfigError, leave
 
 if TYPE_CHECKING:
     from maedistill.benchmark.report import Report
@@ -146,4 +146,4 @@ def positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(main))
+    leave(main)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from maedistill.errors import ConfigError, exit_code_of
+from maedistill.errors import ConfigError, leave
 
 EXAMPLES = """\
 MODEL is the folder of a run or of an export, or timm:NAME, or hf-hub:ID. Image size, crop and normalisation are the
@@ -116,7 +116,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     add("--image-size", type=at_least(1), metavar="N", help="other than the model's own; positions are resampled")
     add("--crop", type=share, metavar="F", help="share of the shorter side that is seen, other than the model's own")
     add("--batch", type=at_least(1), default=64, metavar="N", help="images at once in each process (default 64)")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU, else fp32")
+    formats = "auto: bf16 on a GPU (fp16 below compute capability 8.0), fp32 on a CPU"
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=formats)
     add("--workers", type=at_least(0), metavar="N", help="processes that decode, for each process (default: its cores)")
     add("--threads", type=at_least(1), metavar="N", help="torch's CPU threads in each process (default: its cores)")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher adds it; LOCAL_RANK rules
@@ -240,8 +241,4 @@ def share(text: str) -> float:
 
 
 if __name__ == "__main__":
-    code = exit_code_of(main)
-    if code == 0:
-        sys.stdout.flush()
-        os._exit(0)  # without the interpreter's teardown: command_line.py says why
-    sys.exit(code)
+    leave(main)

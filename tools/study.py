@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     add("--out", type=Path, help="folder of the runs and results, instead of the file's")
     add("--seeds", type=int, nargs="+", metavar="N", help="instead of the file's")
     add("--only", nargs="+", metavar="NAME", help="these students, rows or teachers, with what they need")
-    add("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1), spread over the GPUs")
     add("--test", metavar="SHARDS", help="also evaluate each fine-tuned network on these labelled shards")
     add("--dry-run", action="store_true", help="check everything, say which steps are done, and stop")
     add("--report", action="store_true", help="only compare what is there")

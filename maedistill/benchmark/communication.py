@@ -8,7 +8,7 @@ A model, not a measurement. What it assumes:
   the weights twice, and scatters the gradients;
 - all that at `BANDWIDTH` per rank: what one 200 Gbit/s network port per GPU brings. Links inside a machine are faster,
   but a ring is as fast as its slowest link, and beyond one machine that is the network;
-- once per update, after the backward pass and beside nothing: the engine does not overlap the two;
+- once per update, after the backward pass and beside nothing. The engine overlaps the two, so this is an upper bound;
 - no latency, no rank that is slower than the others, no file system: what large clusters lose on top.
 """
 

@@ -3,7 +3,8 @@
     EngineStep -> images/s of one GPU       RandomCrops on data.train -> images/s of one core
     both, and communication.py -> images/s of one GPU among many -> epochs x images -> hours
 
-Without shards the loader is not measured, and taken to keep up. Without a GPU, step and loader share the cores.
+Without shards the loader is not measured, and taken to keep up. Without a GPU, step and loader share the cores, and a
+table of its own says what a step would take on an H100, by the model of step_model.py.
 """
 
 import time
@@ -16,6 +17,8 @@ import torch
 from maedistill.benchmark.communication import BANDWIDTH, OnPaper, on_paper
 from maedistill.benchmark.engine_step import EngineStep
 from maedistill.benchmark.report import Report, Row
+from maedistill.benchmark.step import without_download
+from maedistill.benchmark.step_model import CARD, Kind, model_step, total
 from maedistill.benchmark.timing import Rates, interleave
 from maedistill.build_pretraining import build_crops
 from maedistill.config.pretrain import PretrainConfig
@@ -30,6 +33,7 @@ IMAGENET_IMAGES = 1_281_167  # of ImageNet-1K, on which the papers train
 _STEP_SECONDS = 1.0  # that a step takes at most
 _ROUND_SECONDS = 2.0  # for which each path runs in a round
 _LOADED = 32  # images that the loader makes between two looks at the clock
+_MODEL_BATCH = 256  # images of a modelled step
 STEP, LOADER = "step, images/s", "loader, images/s of a core"
 
 
@@ -103,6 +107,8 @@ def measure_cost(config: PretrainConfig, *, gpus: int, rounds: int, expected: st
     speed = Speed(cluster, loader, cores=min(cores, max(1, workers)) if has_gpu else cores, shared=not has_gpu)
     images = None if index is None else len(index)
     report = cost_report(config, speed, rates, batch=step.batch, images=images, to_paper=bool(expected) or not images)
+    if not has_gpu:
+        add_model(report, config, model_step(without_download(config), batch=_MODEL_BATCH), gpus=gpus)
     report.remarks.append(f"ImageNet-1K: {expected}" if expected else "no paper's number is known for this config")
     return report
 
@@ -142,6 +148,28 @@ def cost_report(
             f"exchange of gradients: on paper, at {BANDWIDTH / 1e9:g} GB/s per {device}, assumed (communication.py)"
         )
     return Report(tables, [*remarks, "images of the steps were noise; pictures, kNN and checkpoints come on top"])
+
+
+def add_model(report: Report, config: PretrainConfig, kinds: dict[str, Kind], *, gpus: int) -> None:
+    """Add what a step and the config's epochs would take on GPUs that nobody here has."""
+    step, batch = total(kinds), _MODEL_BATCH
+    rows = sorted((*kinds.items(), ("all", step)), key=lambda row: (row[0] == "all", -row[1].seconds))
+    report.tables[f"an eager step of {batch} images on an {CARD}: a model, not measured"] = [
+        {
+            "what": name,
+            "ms": f"{1e3 * kind.seconds:.1f}",
+            "TFLOP": f"{kind.flops / 1e12:.2f}",
+            "GB": f"{kind.bytes / 1e9:.1f}",
+            "kernels": kind.kernels,
+        }
+        for name, kind in rows
+    ]
+    rate = batch / step.seconds
+    hours = config.optim.epochs * IMAGENET_IMAGES / rate / 3600
+    report.remarks.append(
+        f"the model's {CARD}: {rate:,.0f} images/s, {step.flops / step.seconds / 1e12:.0f} TFLOP/s; {hours:,.1f} "
+        f"GPU-hours for {config.optim.epochs:g} epochs of ImageNet-1K, {hours / gpus:,.1f} hours on {gpus}"
+    )
 
 
 def _run_row(speed: Speed) -> Row:

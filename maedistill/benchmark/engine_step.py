@@ -20,13 +20,15 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.flops import count_flops
 from maedistill.machine import precision
 from maedistill.training import distributed
+from maedistill.training.compilation import compile_module, should_compile
 from maedistill.training.engine import Engine
 
 
 class EngineStep:
     """Student, teacher and engine of a config on this rank's device. Build it on every rank of an open process group.
 
-    batch: images of this rank in a step, `engine.micro_batch` of them until `take` says otherwise.
+    batch: images of this rank in a step, `engine.micro_batch` of them until `take` says otherwise. parameters: numbers
+    that are trained, and so gradients that ranks exchange. gflop: billions of floating-point operations per image.
     """
 
     def __init__(self, config: PretrainConfig) -> None:
@@ -36,21 +38,25 @@ class EngineStep:
         source = build_teacher_source(config, grid=encoder.grid)
         self.method = build_method(config, encoder, source).to(self.device)
         self.teacher = build_teacher(config, source, self.device) if source is not None else None
-        if config.engine.compile:
-            self.method.compile()
-        if config.teacher.compile and self.teacher is not None:
-            self.teacher.compile()
+        # Counted while the weights are whole: ZeRO 3 leaves each rank empty ones, and hooks that a copy cannot run.
+        self.parameters = sum(parameter.numel() for parameter in self.method.parameters())
+        student, teacher = mask_sizes(config, encoder.grid**2)
+        self.gflop = count_flops(self.method, self.teacher, num_student=student, num_teacher=teacher)["total"]
+        self.is_compiled = should_compile(config.engine.compile, self.device, zero=config.engine.zero)
+        if self.is_compiled:
+            for network in filter(None, (self.method, self.teacher)):
+                compile_module(network)
         engine = Engine(
             self.method,
             idle_optimizer(self.method, config),
             zero=config.engine.zero,
             precision=precision(config.engine.precision, self.device),
             clip=config.optim.clip,
-            micro_batch=config.engine.micro_batch,
+            micro_batch=config.engine.micro_batch_limit,
             accumulation=1,
         )
         self.launch = TrainingStep(lambda: self._noise.draw(), self.teacher, engine, engine.backward, engine.step)
-        self.take(config.engine.micro_batch)
+        self.take(config.engine.micro_batch_limit)
 
     def __call__(self) -> int:
         """One step, to its end on the device. Returns how many images this rank took."""
@@ -67,14 +73,16 @@ class EngineStep:
         """From now on a step takes `batch` images."""
         first, num_patches = distributed.rank() * batch, self.method.encoder.grid**2
         self.batch = batch
-        self._noise = Noise(self.config, batch, num_patches=num_patches, device=self.device, first=first)
+        self._noise = Noise(
+            self.config, batch, num_patches=num_patches, device=self.device, first=first, compiled=self.is_compiled
+        )
 
     def take_what_fits(self, seconds: float) -> None:
         """Takes the most images, 4, 8, 16, ..., up to `engine.micro_batch`, whose step is made in `seconds`.
 
         So that a CPU can be measured with the config of a GPU. For one rank alone.
         """
-        most = self.config.engine.micro_batch
+        most = self.config.engine.micro_batch_limit
         self.take(min(4, most))
         self()  # the first step of all is slower
         while 2 * self.seconds() < seconds and self.batch < most:
@@ -86,14 +94,3 @@ class EngineStep:
         start = time.perf_counter()
         self()
         return time.perf_counter() - start
-
-    @property
-    def parameters(self) -> int:
-        """Numbers that are trained, and so gradients that ranks exchange."""
-        return sum(parameter.numel() for parameter in self.method.parameters())
-
-    @property
-    def gflop(self) -> float:
-        """Billions of floating-point operations per image, counted."""
-        student, teacher = mask_sizes(self.config, self.method.encoder.grid**2)
-        return count_flops(self.method, self.teacher, num_student=student, num_teacher=teacher)["total"]

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from maedistill.benchmark.engine_step import EngineStep
 from maedistill.config.loader import load_config
-from maedistill.errors import PeerError, exit_code_of
+from maedistill.errors import PeerError, leave
 from maedistill.start import join
 from maedistill.training import distributed
 from maedistill.training.engine import shutdown_distributed
@@ -116,4 +116,4 @@ def _say(file: Path, found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(lambda: main(*sys.argv[1:])))
+    leave(lambda: main(*sys.argv[1:]))

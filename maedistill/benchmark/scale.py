@@ -23,7 +23,6 @@ import torch
 from maedistill.benchmark.communication import BANDWIDTH, FLOPS, OnPaper, on_paper
 from maedistill.benchmark.report import Report, Row
 from maedistill.benchmark.timing import Rates, ratio, spread
-from maedistill.config.batch import batch_plan
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError, PeerError
@@ -52,9 +51,8 @@ def measure_scale(config: str, overrides: Sequence[str] = (), *, processes: int 
     share = cores // most or 1
     counts = [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
     with ExitStack() as stack:
-        ranks = {
-            1: stack.enter_context(_Ranks(1, command, batch=settings.engine.micro_batch if gpus else 0, cores=share))
-        }
+        batch = settings.engine.micro_batch_limit if gpus else 0
+        ranks = {1: stack.enter_context(_Ranks(1, command, batch=batch, cores=share))}
         ready = ranks[1].ready()
         for count in counts[1:]:
             ranks[count] = stack.enter_context(_Ranks(count, command, batch=ready["batch"], cores=share))
@@ -100,11 +98,11 @@ def paper_clusters(config: PretrainConfig, *, parameters: int, images_per_second
     shares = {}
     for gpus in GPUS:
         try:
-            plan = batch_plan(config.optim.global_batch, config.engine.micro_batch, world_size=gpus, **config.grouping)
+            plan = config.share_batch(gpus)
         except ConfigError:
             continue
         shares[gpus, plan.micro_batch * plan.accumulation] = None
-    shares |= dict.fromkeys((gpus, config.engine.micro_batch) for gpus in GPUS)
+    shares |= dict.fromkeys((gpus, config.engine.micro_batch_limit) for gpus in GPUS)
     return [
         on_paper(
             gpus,

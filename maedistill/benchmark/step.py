@@ -24,6 +24,7 @@ from maedistill.machine import DTYPES
 from maedistill.start import join
 from maedistill.training import distributed
 from maedistill.training.checkpoint import take_snapshot
+from maedistill.training.compilation import should_compile
 from maedistill.training.engine import shutdown_distributed
 
 _STEP_SECONDS = 0.7  # the batch is doubled until a step takes longer
@@ -44,7 +45,7 @@ def measure_step(config: PretrainConfig, *, batch: int | None, rounds: int) -> R
     try:
         contest = Contest(without_download(config), distributed.device())
         steps = {PLAIN: contest.plain(), OURS: contest.ours()}
-        chosen = batch or _batch(contest, steps[OURS], most=config.engine.micro_batch)
+        chosen = batch or _batch(contest, steps[OURS], most=config.engine.micro_batch_limit)
         contest.take(chosen)
         return _compare(contest, steps, batch=chosen, rounds=rounds)
     finally:
@@ -64,7 +65,8 @@ def without_download(config: PretrainConfig) -> PretrainConfig:
 
 def _compare(contest: Contest, steps: Steps, *, batch: int, rounds: int) -> Report:
     """All tables; what needs memory for itself comes before the other steps are made."""
-    device, is_compiled = contest.device, contest.config.engine.compile or contest.device.type == "cuda"
+    device, settings = contest.device, contest.config.engine
+    is_compiled = should_compile(settings.compile, device, zero=settings.zero)
     methods = {PLAIN: contest.plain_method, OURS: contest.method}
     losses = {name: _loss(step, steps[OURS]) for name, step in steps.items()}
     memory = {name: _memory(step, device) / batch for name, step in steps.items()}
@@ -224,7 +226,7 @@ def _remarks(
         f"MFU: counted FLOPs against {peak / 1e9:,.1f} GFLOP/s, the fastest square matrix product here (side {side}, "
         f"{contest.precision})",
         f"a step takes {batch} images: --batch, or so many that it lasts about a second, at most engine.micro_batch="
-        f"{config.engine.micro_batch}",
+        f"{config.engine.micro_batch_limit}",
         "images are made up: nothing waits for data here, `benchmark.py loader` measures that",
     ]
     if contest.plain_teacher is not None:

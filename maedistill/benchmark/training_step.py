@@ -26,6 +26,7 @@ from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder
 from maedistill.models.initialize import initialize
 from maedistill.models.teacher import Teacher
+from maedistill.training.compilation import compile_function, compile_module
 from maedistill.training.engine import Engine
 from maedistill.training.optim import parameter_groups
 
@@ -95,7 +96,7 @@ class Contest:
         """What the training loop does, around a bare optimizer."""
         method, teacher = self.method, self.teacher
         if compiled:
-            method, teacher = torch.compile(method), torch.compile(teacher) if teacher is not None else None
+            method, teacher = compile_function(method), compile_function(teacher) if teacher is not None else None
         losses, optimizer = self._autocast(method, self.precision), idle_optimizer(self.method, self.config)
         return self._bare(self._draw, teacher, losses, optimizer, scaled=self.precision == "fp16")
 
@@ -103,8 +104,8 @@ class Contest:
         """The same through DeepSpeed, as training runs it, around a copy of the weights."""
         method, teacher = copy.deepcopy(self.method), self.teacher
         if compiled:
-            method.compile()
-            teacher = torch.compile(teacher) if teacher is not None else None
+            compile_module(method)
+            teacher = compile_function(teacher) if teacher is not None else None
         settings = {"zero": self.config.engine.zero, "precision": self.precision, "clip": self.config.optim.clip}
         optimizer = idle_optimizer(method, self.config)
         engine = Engine(method, optimizer, micro_batch=len(self.noise.images), accumulation=1, **settings)

@@ -23,7 +23,7 @@ class BatchPlan:
 def batch_plan(
     global_batch: int, micro_batch: int, *, world_size: int, views: int = 1, pairs: bool = False
 ) -> BatchPlan:
-    """Shares a global batch evenly among ranks, in the fewest equal micro-batches of at most `micro_batch` samples.
+    """Share a global batch evenly among ranks, in the fewest equal micro-batches of at most `micro_batch` samples.
 
     views: a micro-batch is a multiple of it, so that the views of an image stay together.
     pairs: a micro-batch is even, so that mixup and cutmix find each image a partner; not with views.
@@ -31,19 +31,32 @@ def batch_plan(
     """
     assert views == 1 or not pairs
     group = 2 if pairs else views
+    _require_group(micro_batch, group=group, pairs=pairs)
+    plans = batch_plans(global_batch, world_size=world_size, group=group, pairs=pairs)
+    return next(plan for plan in plans if plan.micro_batch <= micro_batch)
+
+
+def batch_plans(global_batch: int, *, world_size: int, group: int = 1, pairs: bool = False) -> list[BatchPlan]:
+    """Every even share of a global batch, the largest micro-batch first. group: samples that stay together.
+
+    Raises `ConfigError` where there is none.
+    """
+    groups, rest = divmod(global_batch, group * world_size)
+    if rest:
+        noun = "pairs to mix" if pairs else f"images of {group} views"
+        raise _uneven(global_batch, world_size=world_size, group=group, noun=noun)
+    counts = [count for count in range(1, groups + 1) if groups % count == 0]
+    return [BatchPlan(micro_batch=groups // count * group, accumulation=count) for count in counts]
+
+
+def _require_group(micro_batch: int, *, group: int, pairs: bool) -> None:
+    """Raise `ConfigError` where a micro-batch cannot hold the samples that stay together."""
     if micro_batch < group:
-        what = "the two images that mixup and cutmix mix" if pairs else f"data.views_per_image={views}"
+        what = "the two images that mixup and cutmix mix" if pairs else f"data.views_per_image={group}"
         raise ConfigError(
             f"engine.micro_batch: {micro_batch} is less than {what}, which stay together",
             f"use engine.micro_batch={group} or more",
         )
-    groups, rest = divmod(global_batch, group * world_size)
-    if rest:
-        noun = "pairs to mix" if pairs else f"images of {views} views"
-        raise _uneven(global_batch, world_size=world_size, group=group, noun=noun)
-    most = micro_batch // group
-    accumulation = next(a for a in range(-(-groups // most), groups + 1) if groups % a == 0)
-    return BatchPlan(micro_batch=groups // accumulation * group, accumulation=accumulation)
 
 
 def total_steps(epochs: float, images: int, *, global_batch: int) -> int:

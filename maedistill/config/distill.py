@@ -145,7 +145,9 @@ class Distill(Section):
         "are averaged over several",
     )
     image_size: Side | None = result(None, "side of the images that teachers look at, in pixels; null: each at its own")
-    precision: Precision = result("auto", "number format of the teachers; auto: bf16 on a GPU, fp32 on a CPU")
+    precision: Precision = result(
+        "auto", "number format of the teachers; auto: bf16 on a GPU (fp16 below compute capability 8.0), fp32 on a CPU"
+    )
     labels: Weight = result(
         1.0, "weight of the cross-entropy with the labels; 0.1 beside KD's 0.9; 0: label-free, shards need no labels"
     )

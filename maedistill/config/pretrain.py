@@ -81,8 +81,9 @@ class Teacher(Section):
     std: Triple | None = result(None, "per-channel deviation of the teacher's input; goes with teacher.mean")
     licence: str | None = runtime(None, "licence of the weights, for the student's card, where the source names none")
     sha256: str | None = runtime(None, "refuse a file: source with another checksum", pattern="^[0-9a-f]{64}$")
-    precision: Precision = result("auto", "number format of the teacher; auto: bf16 on a GPU, fp32 on a CPU")
-    compile: bool = runtime(False, "torch.compile the teacher")
+    precision: Precision = result(
+        "auto", "number format of the teacher; auto: bf16 on a GPU (fp16 below compute capability 8.0), fp32 on a CPU"
+    )
 
 
 class Masks(Section):

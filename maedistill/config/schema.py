@@ -144,12 +144,26 @@ class Optimization(Section):
 class Engine(Section):
     """How the step runs: micro-batch, number format, ZeRO, compilation."""
 
-    micro_batch: Positive = runtime(256, "most samples a rank takes at once; accumulation is the smallest that fits")
+    micro_batch: Positive | None = runtime(
+        None,
+        "most samples a rank takes at once; accumulation is the smallest that fits; null: 256, or in pre-training on a "
+        "GPU as many as it has memory for",
+    )
     precision: Precision = result(
-        "auto", "number format of the student's step; auto: bf16 autocast on a GPU, fp32 on a CPU"
+        "auto",
+        "autocast format of the student's step; auto: bf16 on a GPU (fp16 below compute capability 8.0), fp32 on a CPU",
     )
     zero: Count = runtime(0, "DeepSpeed ZeRO stage: what is cut up among the ranks to save memory", le=3)
-    compile: bool = runtime(False, "torch.compile the student")
+    compile: bool | None = runtime(
+        None,
+        "torch.compile the step: student, teachers, images and masks; null: on a GPU where a compiler works, below "
+        "ZeRO 3",
+    )
+    deterministic: bool = runtime(
+        False,
+        "repeat every bit on a GPU, too, where attention and gather otherwise add in the order in which blocks finish; "
+        "slower; a CPU repeats every bit anyway",
+    )
     checkpoint_activations: bool = runtime(False, "recompute activations in the backward pass: less memory, more time")
     timeout_seconds: Positive = runtime(600, "how long a rank waits for another before the run ends")
     nonfinite: Literal["skip", "rollback", "stop"] = runtime(
@@ -160,6 +174,11 @@ class Engine(Section):
     most_nonfinite: Positive = runtime(
         5, "most such updates in a row, or returns to one checkpoint; one more ends the run, exit 4"
     )
+
+    @property
+    def micro_batch_limit(self) -> int:
+        """Most samples at once, as far as the settings say."""
+        return self.micro_batch or 256
 
 
 class Progress(Section):
@@ -186,7 +205,8 @@ class RunConfig(Section):
 
     def share_batch(self, world_size: int) -> BatchPlan:
         """How so many ranks share the global batch. Raises ConfigError where they cannot."""
-        return batch_plan(self.optim.global_batch, self.engine.micro_batch, world_size=world_size, **self.grouping)
+        limit = self.engine.micro_batch_limit
+        return batch_plan(self.optim.global_batch, limit, world_size=world_size, **self.grouping)
 
     @property
     def grouping(self) -> dict[str, Any]:

@@ -18,11 +18,13 @@ from torchvision.transforms.v2 import functional as vision
 
 from maedistill.data.images import BadImage, decode_rgb
 from maedistill.data.index import ShardIndex
+from maedistill.data.prefetch import on_device
 from maedistill.data.reader import ShardReader, sample_name
 from maedistill.data.scan import NO_LABEL
 from maedistill.data.workers import TIMEOUT_SECONDS, load_batches
 from maedistill.errors import DataError
 
+_CPU = torch.device("cpu")
 PADDING = -1  # in place of a sample id: a black image without label
 
 
@@ -79,13 +81,19 @@ class EvaluationImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
 
 def exact_batches(
-    images: EvaluationImages, *, batch: int, workers: int, timeout_seconds: float = TIMEOUT_SECONDS
+    images: EvaluationImages,
+    *,
+    batch: int,
+    workers: int,
+    device: torch.device = _CPU,
+    timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Images uint8 [b, 3, s, s], labels and ids int64 [b], in order, the last batch as small as it is.
+    """Images uint8 [b, 3, s, s], labels and ids int64 [b], in order on `device`, the last batch as small as it is.
 
     timeout_seconds: as in `load_batches`.
     """
-    return load_batches(images, workers=workers, timeout_seconds=timeout_seconds, batch_size=batch)
+    limits = {"pin_memory": device.type == "cuda", "timeout_seconds": timeout_seconds}
+    return on_device(load_batches(images, workers=workers, batch_size=batch, **limits), device)
 
 
 def rank_share(samples: Tensor, *, rank: int, world_size: int) -> Tensor:

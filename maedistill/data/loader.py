@@ -20,7 +20,7 @@ from maedistill.data.batch import Batch
 from maedistill.data.images import JPEG_DECODERS, BadImage, decode, decode_rgb, open_image
 from maedistill.data.index import ShardIndex
 from maedistill.data.order import SampleOrder
-from maedistill.data.prefetch import DevicePrefetch
+from maedistill.data.prefetch import on_device
 from maedistill.data.reader import ShardReader, sample_name
 from maedistill.data.slots import Parcel, Slots
 from maedistill.data.transforms import CROP_DRAWS, centre_crop, crop, random_box, reduced_box, reduction_of
@@ -29,6 +29,7 @@ from maedistill.errors import DataError
 from maedistill.randomness import Stream, key, uniform
 
 PREFETCHED = 4  # batches per worker
+_CPU = torch.device("cpu")
 _REPLACEMENTS = 16  # so many bad samples in a row mean that the whole set is bad
 
 
@@ -208,8 +209,7 @@ def training_batches(
     """
     schedule = Schedule(first_step, total_steps, plan=plan, rank=rank, world_size=world_size)
     limits = {"timeout_seconds": timeout_seconds, "longest_wait": longest_wait}
-    batches = host_batches(crops, schedule, workers=workers, pin_memory=device.type == "cuda", **limits)
-    return DevicePrefetch(batches, device) if device.type == "cuda" else (batch.to(device) for batch in batches)
+    return on_device(host_batches(crops, schedule, workers=workers, pin_memory=device.type == "cuda", **limits), device)
 
 
 def host_batches(
@@ -230,7 +230,13 @@ def host_batches(
 
 
 def evaluation_batches(
-    crops: CentreCrops, *, batch: int, workers: int, timeout_seconds: float = TIMEOUT_SECONDS
+    crops: CentreCrops,
+    *,
+    batch: int,
+    workers: int,
+    device: torch.device = _CPU,
+    timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images uint8 [b, 3, s, s] and labels int64 [b] in order, the last batch as small as it is."""
-    return load_batches(crops, workers=workers, timeout_seconds=timeout_seconds, batch_size=batch)
+    """Images uint8 [b, 3, s, s] and labels int64 [b] in order on `device`, the last batch as small as it is."""
+    limits = {"pin_memory": device.type == "cuda", "timeout_seconds": timeout_seconds}
+    return on_device(load_batches(crops, workers=workers, batch_size=batch, **limits), device)

@@ -9,7 +9,7 @@ which belongs to the side stream, could take batch n + 2 while the step still re
 """
 
 from collections.abc import Iterator
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,14 @@ class Movable(Protocol):
         """The same on a device, by copies that wait for nobody."""
 
 
-M = TypeVar("M", bound=Movable)
+M = TypeVar("M", bound=Movable | tuple[Tensor, ...])
+
+
+def on_device(batches: Iterator[M], device: torch.device) -> Iterator[M]:
+    """Bring the batches to `device`: to a GPU one ahead, from memory that must be pinned for that to cost no time."""
+    if device.type == "cuda":
+        return DevicePrefetch(batches, device)
+    return (_moved(batch, device) for batch in batches)
 
 
 class DevicePrefetch(Generic[M]):
@@ -47,8 +54,8 @@ class DevicePrefetch(Generic[M]):
             raise batch
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._side)
-        for tensor in vars(batch).values():
-            if isinstance(tensor, Tensor) and tensor.device.type == self._device.type:
+        for tensor in _tensors(batch):
+            if tensor.device.type == self._device.type:
                 tensor.record_stream(current)
         self._ahead = self._take()
         return batch
@@ -64,4 +71,17 @@ class DevicePrefetch(Generic[M]):
         except Exception as error:  # not hidden: raised when its turn comes
             return error
         with torch.cuda.stream(self._side):
-            return batch.to(self._device)
+            return _moved(batch, self._device)
+
+
+def _moved(batch: M, device: torch.device) -> M:
+    """Copy a batch to a device without waiting for the copies."""
+    if isinstance(batch, tuple):
+        return tuple(part.to(device, non_blocking=True) for part in batch)
+    return batch.to(device)
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    """List the tensors of a batch."""
+    parts = batch if isinstance(batch, tuple) else vars(batch).values()
+    return [part for part in parts if isinstance(part, Tensor)]

@@ -81,8 +81,9 @@ def exact_pass(
     whole = F.pad(share, (0, -len(share) % batch), value=PADDING)
     mine = EvaluationImages(images.index, whole, images.transform)
     found, waiting = [], []
-    for pixels, labels, ids in exact_batches(mine, batch=batch, workers=workers, timeout_seconds=timeout_seconds):
-        waiting.append((ids.to(device), *look(pixels.to(device, non_blocking=True), labels.to(device))))
+    keywords = {"batch": batch, "workers": workers, "device": device, "timeout_seconds": timeout_seconds}
+    for pixels, labels, ids in exact_batches(mine, **keywords):
+        waiting.append((ids, *look(pixels, labels)))
         if len(waiting) == _TOGETHER:
             found.append(_gather(waiting))
             waiting = []

@@ -10,12 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from maedistill.data.index import ShardIndex
 from maedistill.errors import ConfigError, NumericsError
 from maedistill.evaluation.features import Features, extract_features, open_pair
-from maedistill.evaluation.knn import knn_predictions
+from maedistill.evaluation.knn import knn_counts
 from maedistill.evaluation.linear_probe import OptimizerName, ProbeScore, batch_of, fit_heads, judge_heads
 from maedistill.evaluation.setting import Setting, describe_data, describe_input, facts_of, open_setting, say
 from maedistill.models.backbone import Pool, open_backbone
@@ -72,12 +70,8 @@ def score_knn(
             "name a smaller number, or more training shards",
         )
     bank, queries = _extract(opened, setting)
-    share = torch.arange(distributed.rank(), len(queries.rows), distributed.world_size())
-    mine = knn_predictions(
-        bank.rows, bank.labels, queries.rows[share], ks=ks, temperature=temperature, device=setting.device
-    )  # [K, share]
-    right = (mine == queries.labels[share]).sum(1, keepdim=True).T.to(setting.device)  # [1, K]
-    counts = distributed.gather_rows(right).sum(0).tolist()
+    features = (bank.rows, bank.labels, queries.rows, queries.labels)
+    counts = knn_counts(*features, ks=ks, temperature=temperature, device=setting.device)
     images = len(queries.rows)
     for k, count in zip(ks, counts, strict=True):
         say(f"knn      k {k}: {_share(count, images)}")

@@ -17,6 +17,8 @@ from maedistill.data.index import ShardIndex
 from maedistill.data.loader import CentreCrops, evaluation_batches
 from maedistill.data.transforms import normalize, to_unit
 from maedistill.data.workers import TIMEOUT_SECONDS
+from maedistill.machine import DTYPES
+from maedistill.machine import precision as resolve_precision
 from maedistill.methods.mae import MAE
 from maedistill.randomness import Stream, key, permute
 from maedistill.training import distributed
@@ -54,13 +56,32 @@ def knn_predictions(
     return torch.cat(found, dim=1)
 
 
-def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, *, k: int = NEIGHBOURS) -> float:
-    """Share of queries, in [0, 1], whose class wins the vote of `knn_predictions`; of a small bank all have a vote.
+def knn_counts(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    *,
+    ks: Sequence[int],
+    temperature: float = TEMPERATURE,
+    device: torch.device,
+) -> list[int]:
+    """Collective. Count for each k the queries whose class, of `labels`, wins the vote: see `knn_predictions`.
 
-    bank [n, D] and queries [m, D] are features, the labels int64 [n] and [m].
+    Every rank has all features and works on its share of the queries.
     """
-    (predictions,) = knn_predictions(bank, bank_labels, queries, ks=[min(k, len(bank))])
-    return int((predictions == labels).sum()) / len(labels)
+    share = torch.arange(len(queries))[distributed.rank() :: distributed.world_size()]
+    mine = knn_predictions(bank, bank_labels, queries[share], ks=ks, temperature=temperature, device=device)
+    right = (mine == labels[share]).sum(1)[None].to(device)  # [1, K]
+    return distributed.gather_rows(right).sum(0).tolist()
+
+
+def knn_accuracy(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, *, k: int = NEIGHBOURS, device: torch.device
+) -> float:
+    """Collective. Compute the share, in [0, 1], of `knn_counts`; of a small bank all have a vote."""
+    (count,) = knn_counts(bank, bank_labels, queries, labels, ks=[min(k, len(bank))], device=device)
+    return count / len(labels)
 
 
 def spread_samples(index: ShardIndex, count: int, *, seed: int = 0) -> Tensor:
@@ -78,29 +99,33 @@ def pooled_features(
     share: float,
     batch: int,
     workers: int = 0,
+    precision: str = "fp32",
     timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> tuple[Tensor, Tensor]:
     """Mean-pooled patch tokens of centre crops, each sample once for any number of ranks: [n, D], labels int64 [n].
 
     Ranks take every world_size-th sample of a list padded to equal lengths (ZeRO 3 needs equally many forward passes)
-    and the padding is cut off after the gather. The result is on the CPU, on every rank.
+    and the padding is cut off after the gather. The result is on the CPU, on every rank, in float32 whatever
+    `precision` the forward pass has, one of `engine.precision`.
     """
     index.require_labels()
     rank, world_size = distributed.rank(), distributed.world_size()
     padded = len(samples) + -len(samples) % world_size
     mine = samples[torch.arange(rank, padded, world_size) % len(samples)]
-    training = method.training
+    training, device = method.training, method.mean.device
+    dtype = DTYPES[resolve_precision(precision, device)]
     method.eval()
     rows, labels = [], []
-    for images, truth in evaluation_batches(
-        CentreCrops(index, mine, size=size, share=share), batch=batch, workers=workers, timeout_seconds=timeout_seconds
-    ):
-        images = normalize(to_unit(images.to(method.mean.device)), method.mean, method.std)
-        tokens, _ = method.encoder(images)  # [b, P + N, D]
+    crops = CentreCrops(index, mine, size=size, share=share)
+    keywords = {"batch": batch, "workers": workers, "device": device, "timeout_seconds": timeout_seconds}
+    for images, truth in evaluation_batches(crops, **keywords):
+        images = normalize(to_unit(images), method.mean, method.std)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            tokens, _ = method.encoder(images)  # [b, P + N, D]
         rows.append(tokens[:, method.encoder.num_prefix :].float().mean(1))
         labels.append(truth)
     method.train(training)
-    gathered = [distributed.gather_rows(part) for part in (torch.cat(rows), torch.cat(labels).to(rows[0].device))]
+    gathered = [distributed.gather_rows(torch.cat(part)) for part in (rows, labels)]
     return tuple(
         part.unflatten(0, (world_size, -1)).transpose(0, 1).flatten(0, 1)[: len(samples)].cpu() for part in gathered
     )

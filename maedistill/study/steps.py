@@ -24,7 +24,7 @@ from types import FrameType
 from typing import IO
 
 from maedistill.errors import ConfigError, UserError
-from maedistill.machine import cpu_share
+from maedistill.machine import cpu_share, visible_gpus
 from maedistill.training.metrics import duration
 
 _POLL_SECONDS = 0.1
@@ -65,6 +65,7 @@ class _Process:
     process: subprocess.Popen[bytes]
     log: Path | None
     start: float
+    gpu: str | None  # its own among several jobs, as CUDA_VISIBLE_DEVICES names it
 
 
 def finished_steps(steps: Sequence[Step]) -> set[str]:
@@ -93,7 +94,8 @@ def run_steps(steps: Sequence[Step], *, root: Path, out: Path, jobs: int = 1) ->
     """Runs what is not done yet, `jobs` steps at a time; the first that can start goes first.
 
     root: the folder that the commands' tools are named from. out: keeps the lock and, with several jobs, one log per
-    step; a single job writes to the terminal. With several jobs the cores are shared, unless OMP_NUM_THREADS is set.
+    step; a single job writes to the terminal. Several jobs share the cores, unless OMP_NUM_THREADS is set, and each has
+    one of the GPUs that this process sees; where the jobs are more than the GPUs, these are shared evenly.
     Raises StepsFailed at the end where steps failed, ConfigError where steps run in `out` already.
     """
     done = finished_steps(steps)
@@ -103,7 +105,8 @@ def run_steps(steps: Sequence[Step], *, root: Path, out: Path, jobs: int = 1) ->
     waiting = [step for step in steps if step.name not in done]
     with _locked(out) as lock, _signals() as received:
         start = partial(_start, root=root, out=out, jobs=jobs, lock=lock, total=len(steps))
-        failed = _work(waiting, done, jobs=jobs, start=start, received=received)
+        gpus = visible_gpus() if jobs > 1 else []
+        failed = _work(waiting, done, jobs=jobs, gpus=gpus, start=start, received=received)
     if received:
         raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
     if failed:
@@ -111,7 +114,13 @@ def run_steps(steps: Sequence[Step], *, root: Path, out: Path, jobs: int = 1) ->
 
 
 def _work(
-    waiting: list[Step], done: set[str], *, jobs: int, start: Callable[..., _Process], received: Sequence[int]
+    waiting: list[Step],
+    done: set[str],
+    *,
+    jobs: int,
+    gpus: Sequence[str],
+    start: Callable[..., _Process],
+    received: Sequence[int],
 ) -> dict[str, int]:
     """Starts steps until all have ended or a signal came; takes them from `waiting`. Exit codes of what failed."""
     running: list[_Process] = []
@@ -120,7 +129,8 @@ def _work(
         while not received:
             while len(running) < jobs and (step := _next(waiting, done)) is not None:
                 waiting.remove(step)
-                running.append(start(step, number=len(done) + len(failed) + len(running) + 1))
+                number = len(done) + len(failed) + len(running) + 1
+                running.append(start(step, number=number, gpu=_freest(gpus, running)))
             if not running:
                 break
             time.sleep(_POLL_SECONDS)
@@ -141,12 +151,23 @@ def _next(waiting: Sequence[Step], done: Collection[str]) -> Step | None:
     return next((step for step in waiting if all(name in done for name in step.needs)), None)
 
 
-def _start(step: Step, *, number: int, total: int, root: Path, out: Path, jobs: int, lock: IO[str]) -> _Process:
+def _freest(gpus: Sequence[str], running: Sequence[_Process]) -> str | None:
+    """Choose the GPU with the fewest jobs, the first of equals; None without GPUs."""
+    taken = [one.gpu for one in running]
+    return min(gpus, key=taken.count, default=None)
+
+
+def _start(
+    step: Step, *, number: int, total: int, gpu: str | None, root: Path, out: Path, jobs: int, lock: IO[str]
+) -> _Process:
     tool, *arguments = step.command
     log = out / "logs" / f"{step.name.replace('/', '_')}.log" if jobs > 1 else None
     where = f"  > {log}" if log is not None else ""
-    print(f"\n== {number}/{total} {step.name}\n$ {step.shown}{where}", flush=True)
+    shown = step.shown if gpu is None else f"CUDA_VISIBLE_DEVICES={gpu} {step.shown}"
+    print(f"\n== {number}/{total} {step.name}\n$ {shown}{where}", flush=True)
     environment = dict(os.environ)
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(cpu_share(jobs)))
     file = _open_log(log, step) if log is not None else None
@@ -161,7 +182,7 @@ def _start(step: Step, *, number: int, total: int, root: Path, out: Path, jobs: 
     )
     if file is not None:
         file.close()  # the process has its own
-    return _Process(step, process, log, time.monotonic())
+    return _Process(step, process, log, time.monotonic(), gpu)
 
 
 def _open_log(path: Path, step: Step) -> IO[str]:

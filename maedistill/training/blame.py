@@ -5,10 +5,12 @@ Beats of all ranks, looked at twice -> Judgement: the error to leave with, and w
 
 import json
 import os
+import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -17,6 +19,8 @@ from maedistill.errors import ConfigError, DataError, NumericsError, PeerError, 
 _GOES_ON = "the same command goes on from the newest checkpoint"
 # How gloo's errors look, which are plain RuntimeErrors; those of NCCL and of the store have types of their own.
 _GLOO = re.compile(r"third_party/gloo/|Application timeout caused pair closure|Connection (closed|reset) by peer")
+_SILENT_SECONDS = 5.0  # without a Beat: its process is looked for
+_MACHINE_SILENT_SECONDS = 60.0  # without a Beat of any rank of a machine: it is taken for lost
 _WAITING = ("torch/distributed/", "deepspeed/comm/", "maedistill/training/interrupt.py")  # files of a waiting stack
 
 
@@ -33,6 +37,7 @@ class Beat:
     place: str = "?"  # where the main thread is now, in our code
     waits: bool = False  # whether it waits for other ranks there
     left: bool = False  # its last Beat, on good terms
+    pid_space: str = ""  # processes with the same one see each other's process numbers
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host} (process {self.process}, step {self.step})"
@@ -73,6 +78,45 @@ def judge(before: Sequence[Beat], after: Sequence[Beat], *, why: str) -> Judgeme
     others = "; the others wait" if len(behind) < len(here) else ""
     remedy = f"see the stacks in its output; if it was only slow, raise engine.timeout_seconds; {_GOES_ON}"
     return Judgement(PeerError(f"{why}: {places}{others}", remedy))
+
+
+def find_lost(beats: Sequence[Beat], silent_seconds: Mapping[int, float], *, pid_space: str) -> Judgement | None:
+    """Name the ranks that are surely gone, while this rank waits: None where there are none.
+
+    beats: the latest of all ranks. silent_seconds: by rank, for how long it has said nothing. A silent rank of this
+    machine is gone if its process is; one that is frozen may come back. Of another machine we hear from its other
+    ranks, so it is gone when none of them has spoken for a minute.
+    """
+    gone = []
+    for beat in beats:
+        silent = silent_seconds[beat.rank]
+        if beat.left or silent < _SILENT_SECONDS:
+            continue
+        if beat.pid_space == pid_space:
+            lost = not _exists(beat.process)
+        else:
+            machine = (other.rank for other in beats if other.pid_space == beat.pid_space)
+            lost = min(silent_seconds[rank] for rank in machine) >= _MACHINE_SILENT_SECONDS
+        if lost:
+            gone.append(beat)
+    return _lost(", ".join(map(str, gone)), tuple(beat.rank for beat in gone)) if gone else None
+
+
+def pid_space() -> str:
+    """Identify this machine and its namespace of process numbers: containers on one machine may not see each other."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return platform.node()
+
+
+def _exists(process: int) -> bool:
+    """Whether a process of this machine lives; a zombie, which its parent has not buried yet, does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def judge_store() -> Judgement:

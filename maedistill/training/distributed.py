@@ -16,17 +16,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from maedistill.errors import ConfigError, PeerError, UserError
+from maedistill.machine import named_gpus
 
 T = TypeVar("T")
+_NCCL_GRACE_SECONDS = 60
+_timeout = timedelta(minutes=10)
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def open_group(timeout_seconds: int) -> None:
-    """Finds the other processes of this run: NCCL on GPUs, gloo on CPUs.
+    """Find the other processes of this run: NCCL on GPUs, gloo on CPUs.
 
-    A collective that waits longer than `timeout_seconds` for a rank fails. Raises PeerError when not all ranks come.
+    A collective that waits longer than `timeout_seconds` for a rank fails. NCCL's own limit is a minute longer: it ends
+    the process without a word, and heartbeats (peers.py) say first which rank is missing. Raises PeerError when not all
+    ranks come, or when NCCL cannot connect them.
     """
+    global _timeout
     os.environ.update(prepare_environment(os.environ))
     number, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     gpu = None
@@ -44,6 +50,24 @@ def open_group(timeout_seconds: int) -> None:
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]})",
             "start every rank (torchrun, deepspeed, or srun with one task per GPU) and let them reach that address",
         ) from error
+    except dist.DistBackendError as error:
+        raise PeerError(
+            f"NCCL could not connect the {ranks} ranks of this run ({_nccl_reason(error)})",
+            "NCCL_DEBUG=INFO says more; often NCCL_SOCKET_IFNAME must name the network interface, or two ranks share a "
+            "GPU",
+        ) from error
+    _timeout = timedelta(seconds=timeout_seconds + (_NCCL_GRACE_SECONDS if gpu is not None else 0))
+    set_collective_timeout()
+
+
+def set_collective_timeout() -> None:
+    """Give every process group opened so far the time limit of `open_group`.
+
+    Libraries open groups without one, and these have the backend's default: 10 minutes for NCCL.
+    """
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # torch 2.11 to 2.13
+    for group in dist.distributed_c10d._world.pg_map:
+        set_timeout(_timeout, group)
 
 
 def rank() -> int:
@@ -81,7 +105,7 @@ def device() -> torch.device:
 
 def barrier() -> None:
     """Collective. Waits until every rank is here."""
-    if dist.is_initialized():
+    if world_size() > 1:
         dist.barrier(device_ids=[local_rank()] if dist.get_backend() == "nccl" else None)
 
 
@@ -210,12 +234,18 @@ def _take_gpu(number: int) -> torch.device:
     return torch.device("cuda", number)
 
 
+def _nccl_reason(error: Exception) -> str:
+    """The last line of NCCL's own report, which says what failed; the first ones say where in its source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if not line.startswith("Last error")), type(error).__name__)
+
+
 def _slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:
     nodelist = environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST") or "127.0.0.1"
     # Every rank must find the same port, and two jobs on a node different ones.
     port = 20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000
-    # With --gpus-per-task a task sees one GPU, its number 0.
-    alone = environ.get("CUDA_VISIBLE_DEVICES", "").strip().isdigit()
+    # With --gpus-per-task a task sees one GPU, its number 0, whatever its name.
+    alone = len(named_gpus(environ) or []) == 1
     return {
         "RANK": environ["SLURM_PROCID"],
         "WORLD_SIZE": environ["SLURM_NTASKS"],

@@ -8,7 +8,12 @@ What it promises at every ZeRO stage, number format, rank count and accumulation
 - an update whose gradient, or the loss of any rank, is not finite is skipped, moments included; `grad_norm` then is
   inf or nan, and `broken` says so unless fp16's loss scale is what it teaches;
 - `state()` and `load_state()` know neither rank count nor stage, so any checkpoint loads anywhere.
-Stage 0 never waits for the device within a step; stages 1 to 3 do, once per update, inside DeepSpeed.
+
+Host waits for the device within a step: none at stage 0 in fp32 and bf16. fp16's loss scale reads one verdict per
+update. Stages 1 to 3 wait 5 to 8 times per update inside DeepSpeed (norm, overflow check, partitions).
+
+Gradients of several ranks are averaged during the backward pass: at stage 0 by gradient_reduction.py, at stages 1 to 3
+by DeepSpeed.
 
 DeepSpeed's own `torch_autocast` is not used: at stages 1 to 3 it reduces the gradients of Linear layers in half
 precision, so that the stage would change the result, and its fp16 loss scale never falls (see loss_scale.py).
@@ -35,15 +40,17 @@ from maedistill.training.distributed import (
     is_main,
     open_group,
     rank,
+    set_collective_timeout,
     world_size,
 )
+from maedistill.training.gradient_reduction import GradientReduction
 from maedistill.training.loss_scale import LossScale
 from maedistill.training.state import MOMENTS, TrainingState
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
 FP16_DEVICES = {"cuda"}
-BUCKET = 50_000_000  # elements reduced at once: 200 MB; DeepSpeed's default takes 2 GB
+BUCKET = 25_000_000  # elements reduced at once: 100 MB, a quarter of ViT-B; DeepSpeed's default takes 2 GB
 WHOLE = 100_000  # stage 3 leaves smaller parameters whole on every rank
 
 
@@ -111,8 +118,11 @@ class Engine:
             optimizer=optimizer,
             config=_deepspeed_config(zero, clip, micro_batch=micro_batch, accumulation=accumulation),
         )
-        # It would lay all gradients end to end and copy them back, with nobody to share them with: 0.1 s for a ViT-B.
-        self._deepspeed.enable_backward_allreduce = bool(zero) or world_size() > 1
+        self._deepspeed.enable_backward_allreduce = bool(zero)
+        self._reduction: GradientReduction | None = None
+        if not zero and world_size() > 1:
+            self._reduction = GradientReduction(list(self._parameters.values()), bucket_elements=BUCKET)
+        set_collective_timeout()  # DeepSpeed made groups of its own, with the backend's default
         self._create_moments()
 
     def __call__(self, *inputs: Any) -> dict[str, Tensor]:
@@ -126,7 +136,12 @@ class Engine:
             self._deepspeed.optimizer.override_loss_scale(self.loss_scale.scale)
         elif self.loss_scale:
             loss = loss * self.loss_scale.scale
+        last = self._deepspeed.is_gradient_accumulation_boundary()
+        if self._reduction and last:
+            self._reduction.begin()
         self._deepspeed.backward(loss)
+        if self._reduction and last:
+            self._reduction.finish()
 
     def step(self) -> bool:
         """Ends a micro-batch. After the last one of an update: changes the weights, sets `grad_norm`, says True."""

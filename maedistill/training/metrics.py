@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from maedistill.errors import DataError
 from maedistill.training import distributed
 from maedistill.training.records import Lines, warn, write_text
 
+_CPU = torch.device("cpu")
 _BEARABLE = 0.05  # share of the time that may go by in waiting for data
 _PATIENCE = 3  # log intervals above it in a row, before a person is told
 
@@ -138,31 +140,56 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
 
 
 class Clock:
-    """Where the time of a run goes: images per second, share of it spent waiting for data, time left."""
+    """Measure where the time of a run goes: images per second, and the share of it in which `device` waits for data.
 
-    def __init__(self) -> None:
+    A GPU works through a queue, and the host may block on the loader while it does. So the wait of a GPU is measured on
+    its own time line: from the event that ends one micro-batch to the event that begins the next one.
+    """
+
+    def __init__(self, device: torch.device = _CPU) -> None:
+        self._device = device
+        self._pairs: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # not yet passed by the GPU
         self.trained = 0.0  # seconds of training up to the last read, pauses left out
         self.restart()
 
     def restart(self) -> None:
-        """Begins an interval: nothing seen, nothing waited for."""
+        """Begin an interval: nothing seen, nothing waited for."""
+        self._pairs.clear()
         self.waited, self.images, self.start = 0.0, 0, time.perf_counter()
 
-    def wait(self, since: float) -> None:
-        """Adds the time from `since` until now to the waiting."""
-        self.waited += time.perf_counter() - since
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the block as waiting for data. On a GPU: only while its queue is empty."""
+        if self._device.type != "cuda":
+            start = time.perf_counter()
+            yield
+            self.waited += time.perf_counter() - start
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        self._pairs.append((begin, end))
+        self._collect()
 
     def pause(self, since: float) -> None:
-        """Takes the time from `since` until now out of the account: saving, pictures, kNN."""
+        """Leave the time from `since` until now out: saving, pictures, kNN."""
         self.start += time.perf_counter() - since
 
     def read(self) -> tuple[float, float]:
-        """Images per second and waiting share since the last read."""
+        """Return images per second and waiting share since the last read. To be called when the device is idle."""
+        self._collect()
         elapsed = max(time.perf_counter() - self.start, 1e-9)
         rate, share = self.images / elapsed, self.waited / elapsed
         self.trained += elapsed
         self.restart()
         return rate, share
+
+    def _collect(self) -> None:
+        """Add up the pairs that the GPU has passed, without waiting for it."""
+        while self._pairs and self._pairs[0][1].query():
+            begin, end = self._pairs.popleft()
+            self.waited += begin.elapsed_time(end) / 1000
 
 
 class WaitHint:

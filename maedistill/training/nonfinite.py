@@ -25,7 +25,8 @@ class NonfiniteUpdates:
         """
         known = self._settle()
         if broken.is_cuda:
-            verdict, done = torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+            verdict = torch.empty((), dtype=torch.bool, pin_memory=True)
+            done = torch.cuda.Event(blocking=True)  # else the host spins a core while it waits
             verdict.copy_(broken, non_blocking=True)
             done.record()
         else:

@@ -1,7 +1,11 @@
 """Who is alive: every rank says so in a store, and a rank that cannot go on finds out whose fault it is.
 
     main thread: beat(step) -> Beat, once a round -> store <- the Beats of the others
+    no beat for 15 s                                 -> look who is surely gone      (blame.py) -> two lines, exit 5
     no beat for too long, or a collective failed -> look at all Beats twice -> judge (blame.py) -> two lines, exit 5
+
+gloo reports a lost rank at once. NCCL does not: the host waits for a device that waits for the lost rank. That is what
+the look after 15 s is for. A long step (the first one may compile) costs nothing but these looks.
 
 Two small threads per rank. One talks to the store that the process group was opened with (torchrun's, else rank 0's)
 and is stuck when that is. The other waits for nothing: where the main thread has not moved for the time allowed, it
@@ -24,20 +28,32 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from maedistill.errors import Preempted, UserError, print_error
+from maedistill.errors import Preempted, UserError, device_error, print_error
 from maedistill.training import distributed
-from maedistill.training.blame import Beat, Judgement, judge, judge_store, own_failure, peer_error, where
+from maedistill.training.blame import (
+    Beat,
+    Judgement,
+    find_lost,
+    judge,
+    judge_store,
+    own_failure,
+    peer_error,
+    pid_space,
+    where,
+)
 
 _LOOK_ROUNDS = 5  # for a judgement
+_DOUBT_SECONDS = 15.0  # without a beat, until this rank looks whether another one is gone
 _RECORD_SECONDS = 10.0  # for `on_loss`, whose disk may be what hangs
 
 
 class Peers:
     """Watches this rank and the others for as long as its `with` block lasts. Collective.
 
-    A failure of torch.distributed in the block becomes a PeerError that names the lost ranks; any other error is told
-    to the other ranks, which end with the same exit code. The watch begins with the first `beat`: from then on
-    `timeout_seconds` without another one, pauses apart, end the process with exit code 5 and all stacks on stderr.
+    A failure of torch.distributed in the block becomes a PeerError that names the lost ranks, a failure of this rank's
+    GPU the error of `device_error`. Any other error is told to the other ranks, which end with the same exit code.
+    The watch begins with the first `beat`: from then on `timeout_seconds` without another one, pauses apart, end the
+    process with exit code 5 and all stacks on stderr; so does another rank that is surely gone, within some 20 s.
 
     on_loss: writes down why the run ended, where no exception does: called on rank 0 before its process is ended from
     here, and on the least other rank when rank 0 is lost.
@@ -47,11 +63,14 @@ class Peers:
         self._timeout, self._on_loss = timeout_seconds, on_loss
         self._round = min(max(timeout_seconds / 40, 0.1), 1.0)  # seconds between Beats
         self._main = threading.get_ident()
-        self._said = Beat(distributed.rank(), platform.node(), os.getpid())
+        self._said = Beat(distributed.rank(), platform.node(), os.getpid(), pid_space=pid_space())
         self._step = self._moves = 0
         self._moved, self._watched = time.monotonic(), False
         self._doubt, self._ended = threading.Event(), threading.Event()
         self._looks: list[list[Beat]] = []  # at all Beats, since the doubt
+        self._stuck = threading.Event()  # this rank does not move: the talker keeps `_latest` up to date
+        self._latest: list[Beat] = []
+        self._heard_from: dict[int, tuple[int, float]] = {}  # rounds of each rank, and when they last grew
         self._words: Judgement | None = None  # why this rank fails, for the others
         self._heard: Judgement | None = None  # why another one failed, the first that did
         self._store: dist.Store | None = None
@@ -70,11 +89,11 @@ class Peers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._watched = False
-        lost = None
+        lost, broken = None, device_error(error) if error is not None else None
         if error is not None and (translated := peer_error(error)) is not None:
             self._words = lost = self._judge(translated.cause)
         elif error is not None and not isinstance(error, Preempted):
-            self._words = own_failure(self._said, error)
+            self._words = own_failure(self._said, broken or error)
         self._ended.set()
         if self._store is not None:
             self._talker.join(_LOOK_ROUNDS * self._round)
@@ -83,6 +102,8 @@ class Peers:
             if not distributed.is_main():  # there, whoever catches the error records it
                 self._record(lost)
             raise lost.error from error
+        if broken is not None:
+            raise broken from error
 
     def beat(self, step: int) -> None:
         """The main thread is alive, with `step` steps done: at each step's end, and where ranks may drift apart."""
@@ -102,6 +123,8 @@ class Peers:
             while not ended:
                 ended = self._ended.wait(self._round)
                 self._say(left=ended and self._words is None)
+                if self._stuck.is_set():
+                    self._latest = self._look()
                 if self._doubt.is_set():
                     self._looks.append(self._look())
                 if self._store.check(["failed"]):
@@ -120,7 +143,12 @@ class Peers:
 
     def _look(self) -> list[Beat]:
         keys = [f"beat/{rank}" for rank in range(distributed.world_size())]
-        return [Beat(**json.loads(text)) for text in self._store.multi_get(keys)]
+        beats = [Beat(**json.loads(text)) for text in self._store.multi_get(keys)]
+        now = time.monotonic()
+        for beat in beats:
+            if self._heard_from.get(beat.rank, (-1, now))[0] != beat.rounds:
+                self._heard_from[beat.rank] = (beat.rounds, now)
+        return beats
 
     def _watch(self) -> None:
         """The thread that ends a process whose main thread cannot."""
@@ -129,10 +157,30 @@ class Peers:
                 time.sleep(_LOOK_ROUNDS * self._round)  # the main thread may notice, too
                 self._leave(self._heard)
             moved = self._moved
+            self._look_for_lost(moved)
             if self._watched and time.monotonic() - moved > self._timeout - (_LOOK_ROUNDS + 5) * self._round:
                 judgement = self._judge(f"no step for {self._timeout:g} s")
                 if self._moved == moved and self._watched:
                     self._leave(judgement)
+
+    def _look_for_lost(self, moved: float) -> None:
+        """While the main thread does not move, end the process as soon as another rank is surely gone."""
+        if self._store is None or not self._moves:
+            return
+        if time.monotonic() - moved < _DOUBT_SECONDS:
+            self._stuck.clear()
+            self._latest, self._heard_from = [], {}
+            return
+        self._stuck.set()
+        lost = None
+        if not self._talker.is_alive():
+            lost = judge_store()
+        elif self._latest:
+            beats, now = self._latest, time.monotonic()
+            silent = {beat.rank: now - self._heard_from.get(beat.rank, (0, now))[1] for beat in beats}
+            lost = find_lost(beats, silent, pid_space=self._said.pid_space)
+        if lost is not None and self._moved == moved:
+            self._leave(lost)
 
     def _judge(self, why: str) -> Judgement:
         """Whose fault it is that this rank cannot go on, as `why` says. Takes a few rounds."""

@@ -25,7 +25,7 @@ from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.render import config_yaml
 from maedistill.config.schema import RunConfig
-from maedistill.errors import ConfigError, DataError, Preempted, UserError
+from maedistill.errors import ConfigError, DataError, Preempted, UserError, device_error
 from maedistill.training import distributed
 from maedistill.training.checkpoint import checkpoint_steps, latest_step
 from maedistill.training.lock import FolderLock
@@ -126,9 +126,14 @@ class RunFolder:
 
     @contextmanager
     def recorded_end(self) -> Iterator[None]:
-        """Writes exit.json however the block ends, set-up included: torchrun hides exit codes, this file does not."""
+        """Write exit.json however the block ends, set-up included: torchrun hides exit codes, this file does not."""
         try:
-            yield
+            try:
+                yield
+            except RuntimeError as error:
+                if (broken := device_error(error)) is not None:
+                    raise broken from error
+                raise
         except UserError as error:
             self._write_end(error.exit_code, error.cause)
             raise

@@ -77,10 +77,11 @@ def test_a_config_is_measured_on_its_shards(config, shards, root, tmp_path):
     overrides = [f"data.train={shards}/train-*.tar", "data.views_per_image=3"]
     ended = subprocess.run([*command, f"{tmp_path}/tiny.yaml", *overrides], cwd=root, capture_output=True, text=True)
     assert ended.returncode == 0 and "limits" in ended.stdout, ended.stderr
-    measured, run, hours = json.loads((tmp_path / "cost.json").read_text())["tables"].values()
+    measured, run, hours, model = json.loads((tmp_path / "cost.json").read_text())["tables"].values()
     assert [row["what"] for row in measured] == [STEP, LOADER]
     assert all(row["speed"]["median"] > 0 for row in measured)
     assert run[0]["images per update of each"] == 48 and [row["images"] for row in hours] == [960]
+    assert model[-1]["what"] == "all" and model[-1]["kernels"] == sum(row["kernels"] for row in model[:-1])
     assert "no paper's number is known" in ended.stdout
 
 

@@ -6,8 +6,11 @@ import pytest
 
 from maedistill.benchmark.communication import on_paper, reduce_seconds
 from maedistill.benchmark.scale import measure_scale, paper_clusters, scale_report
+from maedistill.build_pretraining import build_encoder, build_method
 from maedistill.config.loader import load_config
 from maedistill.errors import ConfigError, PeerError
+from maedistill.flops import count_flops
+from maedistill.training.engine import WHOLE
 
 CONFIG = """\
 method: mae
@@ -86,6 +89,20 @@ def test_two_real_processes_train_and_say_how_fast(config, monkeypatch, tmp_path
     assert [row["processes"] for row in measured] == [1, 2]
     assert measured[0]["efficiency"].median == 1 and 0 < measured[1]["efficiency"].median < 3
     assert measured[0]["of it gradients"].median == 0 < measured[1]["of it gradients"].median
+
+
+def test_zero_3_is_measured_and_counts_the_whole_network(config):
+    """At this width ZeRO 3 cuts the weights up: what a rank still holds of them is no parameter and no FLOP."""
+    wide = ["student.width=256", "student.heads=4"]
+    settings = load_config(config, wide, to_run=False).config
+    method = build_method(settings, build_encoder(settings), None)
+    sizes = [parameter.numel() for parameter in method.parameters()]
+    assert max(sizes) > WHOLE
+    gflop = count_flops(method, None, num_student=4, num_teacher=4)["total"]
+    report = measure_scale(str(config), [*wide, "engine.zero=3"], processes=1, rounds=1)
+    paper = next(remark for remark in report.remarks if remark.startswith("on paper"))
+    assert f"({sum(sizes) / 1e6:.1f} M parameters)" in paper and f"from {gflop:.4g} GFLOP" in paper
+    assert next(iter(report.tables.values()))[0]["images/s"].median > 0
 
 
 def test_what_cannot_be_started_is_said(config, capfd):

@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from maedistill import start as start_file
 from maedistill.benchmark.start import measure_start, start_report
 from maedistill.benchmark.stopwatch import Stopwatch
 from maedistill.errors import ConfigError, DataError
+from maedistill.training.compilation import keep_compiled
 
 CONFIG = """\
 method: mae
@@ -92,6 +92,6 @@ def test_what_is_compiled_goes_to_the_users_cache_where_that_can_be_written_to(t
         monkeypatch.delenv(name, raising=False)
         if before:
             monkeypatch.setenv(name, before)
-        start_file.keep_compiled()
+        keep_compiled()
         assert os.environ.get(name) == after
     monkeypatch.delenv(name)

@@ -9,6 +9,12 @@ import psutil
 import pytest
 import torch
 
+from maedistill.data import evaluation as evaluation_file
+from maedistill.data import loader as loader_file
+from maedistill.data import prefetch as prefetch_file
+from maedistill.data.evaluation import EvaluationImages, evaluation_transform, exact_batches
+from maedistill.data.index import open_index
+from maedistill.data.loader import CentreCrops, evaluation_batches
 from maedistill.data.prefetch import DevicePrefetch
 from maedistill.data.workers import load_batches
 from maedistill.errors import DataError
@@ -85,6 +91,59 @@ def test_each_batch_is_copied_one_ahead_and_waited_for_alone(gpu):
         assert gpu.side.copies == min(n + 2, 5) and gpu.computing.copies == 0
         assert pair.number.streams == [gpu.computing], "or its memory could be taken again too early"
     assert seen == [(i, str(i)) for i in range(5)]
+
+
+class Pinned(torch.Tensor):
+    """A tensor on the host that notes its copies to the device."""
+
+    def to(self, device, *, non_blocking=False):
+        assert non_blocking, "the host would wait for the copy"
+        self.gpu.chosen.copies += 1
+        return (self + 0).as_subclass(Recorded)
+
+
+def test_tuples_are_copied_ahead_as_well(gpu):
+    def host(number):
+        tensor = torch.tensor(number).as_subclass(Pinned)
+        tensor.gpu = gpu
+        return tensor
+
+    batches = DevicePrefetch(((host(i), host(-i)) for i in range(3)), CPU)
+    for n, (one, other) in enumerate(batches):
+        assert (int(one), int(other)) == (n, -n)
+        assert gpu.computing.waits_for == 2 * (n + 1) and gpu.side.copies == 2 * min(n + 2, 3)
+        assert one.streams == other.streams == [gpu.computing] and gpu.computing.copies == 0
+
+
+def centre_crops(index, device):
+    crops = CentreCrops(index, torch.arange(24), size=32, share=1.0)
+    return evaluation_batches(crops, batch=7, workers=0, device=device)
+
+
+def exact_images(index, device):
+    images = EvaluationImages(index, torch.arange(24), evaluation_transform(size=32, crop=1.0))
+    return exact_batches(images, batch=7, workers=0, device=device)
+
+
+@pytest.mark.parametrize(("file", "load"), [(loader_file, centre_crops), (evaluation_file, exact_images)])
+def test_what_is_evaluated_on_a_gpu_comes_from_pinned_memory_and_ahead(gpu, monkeypatch, shards, file, load):
+    index = open_index(str(shards / "val-*.tar"))
+    expected, asked, moved = list(load(index, CPU)), [], []
+
+    def pretend(images, *, pin_memory, **keywords):
+        asked.append(pin_memory)
+        return load_batches(images, **keywords)
+
+    def move(batch, device):
+        moved.append((device.type, gpu.chosen is gpu.side))
+        return batch
+
+    monkeypatch.setattr(file, "load_batches", pretend)
+    monkeypatch.setattr(prefetch_file, "_moved", move)
+    for n, (batch, same) in enumerate(zip(load(index, torch.device("cuda")), expected, strict=True)):
+        assert all(torch.equal(one, other) for one, other in zip(batch, same, strict=True))
+        assert len(moved) == min(n + 2, 4)
+    assert asked == [True] and set(moved) == {("cuda", True)}
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])

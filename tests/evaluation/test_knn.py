@@ -11,13 +11,14 @@ from maedistill.data.images import decode_rgb
 from maedistill.data.index import open_index
 from maedistill.data.reader import ShardReader
 from maedistill.evaluation import knn as module
-from maedistill.evaluation.knn import knn_accuracy, knn_predictions, pooled_features, spread_samples
+from maedistill.evaluation.knn import knn_accuracy, knn_counts, knn_predictions, pooled_features, spread_samples
 from maedistill.methods.mae import MAE
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
 from maedistill.training import distributed
 
+CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 
 
@@ -48,7 +49,9 @@ def test_knn_is_the_weighted_vote_of_the_nearest(k):
             votes[label] += math.exp(cosine / 0.07)
         correct += max(votes, key=votes.get) == truth
     assert 0.2 < correct / 1500 < 0.99
-    assert knn_accuracy(bank, bank_labels, queries, labels, k=k) == pytest.approx(correct / 1500, abs=2 / 1500)
+    assert knn_accuracy(bank, bank_labels, queries, labels, k=k, device=CPU) == pytest.approx(
+        correct / 1500, abs=2 / 1500
+    )
 
 
 @pytest.mark.parametrize(("temperature", "part"), [(0.07, 10_000), (0.07, 37), (1.0, 64), (0.001, 5)])
@@ -83,7 +86,31 @@ def test_no_matrix_grows_with_the_bank_or_the_queries(monkeypatch):
 
 def test_knn_allows_classes_that_only_one_side_has():
     bank, labels = torch.eye(3), torch.tensor([0, 1, 1])
-    assert knn_accuracy(bank, labels, torch.eye(3), torch.tensor([0, 1, 9]), k=1) == pytest.approx(2 / 3)
+    assert knn_accuracy(bank, labels, torch.eye(3), torch.tensor([0, 1, 9]), k=1, device=CPU) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(("count", "world_size"), [(50, 1), (50, 3), (2, 4)])
+def test_ranks_share_the_queries_and_count_each_once(monkeypatch, count, world_size):
+    """One rank after the other, as if all had the same share of the sum; their counts are added up here."""
+    draws = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(60, 8, generator=draws), torch.randn(count, 8, generator=draws)
+    labels, truth = torch.arange(60) % 3, torch.arange(count) % 3
+    expected = [int((found == truth).sum()) for found in knn_predictions(bank, labels, queries, ks=[1, 9])]
+    assert all(expected) or count < 3
+    work, seen, total = module.knn_predictions, [], torch.zeros(2, dtype=torch.int64)
+
+    def noting(bank, labels, queries, **keywords):
+        seen.append(len(queries))
+        return work(bank, labels, queries, **keywords)
+
+    monkeypatch.setattr(module, "knn_predictions", noting)
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+    monkeypatch.setattr(distributed, "gather_rows", lambda part: part)
+    for rank in range(world_size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        total += torch.tensor(knn_counts(bank, labels, queries, truth, ks=[1, 9], device=CPU))
+    assert total.tolist() == expected
+    assert sum(seen) == count and max(seen) - min(seen) <= 1, "nobody does the work of all"
 
 
 def test_a_spread_of_samples_is_fixed_and_has_each_once(shards):
@@ -106,6 +133,25 @@ def test_features_are_means_of_patch_tokens_in_evaluation_mode(shards):
         image = decode_rgb(ShardReader(index).read(sample)) / 255  # 32 px: the centre crop is all of it
         tokens = module.encoder(((image - mean) / std)[None])[0][0, 3:]  # [16, D], without class and register tokens
         torch.testing.assert_close(row, tokens.mean(0).detach(), rtol=0, atol=1e-5)
+
+
+def test_features_are_pooled_in_the_precision_of_the_run_and_come_in_float32(shards):
+    index, network, seen = open_index(str(shards / "train-*.tar")), method(), set()
+    network.encoder.vit.blocks[1].attn.qkv.register_forward_hook(lambda *call: seen.add(call[2].dtype))
+
+    def rows(*precision):
+        seen.clear()
+        keywords = dict(zip(["precision"], precision, strict=False))
+        found, _ = pooled_features(network, index, torch.arange(9), size=32, share=1.0, batch=4, **keywords)
+        assert found.dtype == torch.float32
+        return found, seen.copy()
+
+    plain, dtypes = rows()
+    assert dtypes == {torch.float32}
+    for name in ("fp32", "auto"):
+        assert torch.equal(rows(name)[0], plain), "on the CPU both are fp32"
+    half, dtypes = rows("bf16")
+    assert dtypes == {torch.bfloat16} and 1e-4 < float((half - plain).abs().max()) < 0.1
 
 
 @pytest.mark.parametrize(("count", "world_size"), [(7, 2), (8, 2), (5, 3), (1, 4), (2, 5)])

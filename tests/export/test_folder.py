@@ -43,10 +43,14 @@ class Case:
 
     @torch.no_grad()
     def expected(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and output, as training computed them: by our own walk, or by the fine-tuned network."""
+        """Tokens and output of the network in this process.
+
+        Training embeds patches by a matrix product, timm by a convolution: on some CPUs they round differently.
+        """
+        tokens = self.vit.forward_features(self.images())  # [B, P + N, D]
+        torch.testing.assert_close(MaskedEncoder(self.vit)(self.images())[0], tokens, rtol=1e-4, atol=1e-4)
         if self.stage == "finetune":
-            return self.vit.forward_features(self.images()), self.vit(self.images())
-        tokens, _ = MaskedEncoder(self.vit)(self.images())  # [B, P + N, D]
+            return tokens, self.vit(self.images())
         prefix = self.vit.num_prefix_tokens
         return tokens, tokens[:, 0] if self.pooling == "token" else tokens[:, prefix:].mean(1)
 
@@ -266,7 +270,7 @@ def test_a_real_run_goes_out_as_its_checkpoint_has_it(trio, method, weights, tmp
     load_encoder(vit, Imported(read_weights(checkpoint, weights)), name="the checkpoint")
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(model.forward_features(images), MaskedEncoder(vit)(images)[0])
+        assert torch.equal(model.forward_features(images), vit.forward_features(images))
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     assert transform.transforms[-1].mean.tolist() == [0.5] * 3 and transform.transforms[-1].std.tolist() == [0.25] * 3
     again = open_source(f"local-dir:{out}", grid=4)  # as a teacher, or to fine-tune from

@@ -6,6 +6,7 @@ rank prints, `exit.json` included, is in FOLDER/rank-N.txt; it leaves with the e
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from maedistill.errors import DataError, Preempted, UserError, exit_code_of
 from maedistill.training import distributed
+from maedistill.training import peers as peers_file
 from maedistill.training.interrupt import StopRequest
 from maedistill.training.orphans import end_with_launcher, quiet_worker
 from maedistill.training.peers import Peers
@@ -57,7 +59,9 @@ def _record(error: UserError) -> None:
 
 def _train(fault: str, workers: int) -> None:
     distributed.open_group(TIMEOUT)
-    with Peers(timeout_seconds=TIMEOUT, on_loss=_record) as peers:
+    unheard = fault == "dies unheard"  # as under NCCL: the host of rank 0 waits for a device, and nothing tells it
+    peers_file._DOUBT_SECONDS = 2.0
+    with Peers(timeout_seconds=600 if unheard else TIMEOUT, on_loss=_record) as peers:
         stop = StopRequest(timeout_seconds=TIMEOUT)
         fork = {"multiprocessing_context": "fork", "worker_init_fn": _begin} if workers else {}
         batches = iter(DataLoader(range(STEPS), num_workers=workers, **fork))
@@ -66,6 +70,8 @@ def _train(fault: str, workers: int) -> None:
             peers.beat(step - 1)
             if step == 10 and distributed.rank() == 1:
                 _do(fault)
+            if step == 10 and unheard:
+                time.sleep(600)
             dist.all_reduce(torch.ones(10))
             time.sleep(0.02)
             peers.beat(step)
@@ -85,6 +91,8 @@ def _do(fault: str) -> None:
         raise DataError("shard 3 is gone", "bring it back")
     if fault == "bug":
         raise KeyError("oops")
+    if fault == "dies unheard":
+        os.kill(os.getpid(), signal.SIGKILL)
     if fault == "hang":
         time.sleep(600)
 

@@ -98,6 +98,17 @@ def test_a_rank_that_is_killed_or_frozen_is_named(tmp_path, lost, number):
             assert f"exit.json 5 {error.removeprefix('error: ')}" in ranks.errors(1)
 
 
+def test_a_dead_rank_is_named_long_before_the_time_out_though_no_collective_fails(tmp_path):
+    with Ranks(tmp_path, "dies unheard") as ranks:
+        start = time.monotonic()
+        assert ranks.code(0) == 5
+        assert time.monotonic() - start < 60  # not 600
+        error, fix = (line for line in ranks.errors(0) if not line.startswith("exit.json"))
+        assert error.startswith("error: rank 1 ")
+        assert "the same command goes on" in fix
+        assert f"exit.json 5 {error.removeprefix('error: ')}" in ranks.errors(0)
+
+
 def test_a_rank_that_hangs_is_named_by_both_and_both_end(tmp_path):
     with Ranks(tmp_path, "hang") as ranks:
         assert [ranks.code(rank) for rank in range(2)] == [5, 5]

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from maedistill.errors import ConfigError
 from maedistill.study.steps import Step, StepsFailed, print_steps, run_steps
@@ -18,7 +19,7 @@ import os, subprocess, sys, time
 name, *words = sys.argv[1:]
 def note(text):
     with open("notes.txt", "a") as file:
-        file.write(f"{text} {name} {os.environ.get('OMP_NUM_THREADS')}\\n")
+        file.write(f"{text} {name} {os.environ.get('OMP_NUM_THREADS')} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
 note("starts")
 if "child" in words:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -26,6 +27,8 @@ if "child" in words:
 if "sleep" in words:
     open("sleeps.txt", "w").write(str(os.getpid()))
     time.sleep(60)
+while any(word.startswith("after=") and not os.path.exists(word[6:]) for word in words):
+    time.sleep(0.02)
 if "briefly" in words:
     time.sleep(0.4)
 if "fail" in words:
@@ -92,6 +95,20 @@ def test_two_at_a_time_share_the_cores_and_write_to_logs(folder, monkeypatch) ->
     assert set(found[:2]) == {"starts a", "starts x/b"} and found.index("ends a") < found.index("starts c")
     assert {line.split()[2] for line in (folder / "notes.txt").read_text().splitlines()} == {"3"}
     assert (folder / "out/logs/x_b.log").read_text().startswith("$ python tool.py x/b briefly\n")
+
+
+@pytest.mark.parametrize(
+    ("jobs", "gpus"), [(1, ["GPU-a,GPU-b"] * 4), (2, ["GPU-a", "GPU-b", "GPU-b", "GPU-b"]), (4, ["GPU-a", "GPU-b"] * 2)]
+)
+def test_jobs_are_dealt_the_gpus_that_are_visible(folder, monkeypatch, capfd, jobs, gpus) -> None:
+    """The first job outlives the others where it can: what these give back goes to the next, and nobody joins it."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    steps = [step("a", *(["after=d"] if jobs > 1 else [])), step("b"), step("c"), step("d")]
+    run(folder, *steps, jobs=jobs)
+    lines = [line.split() for line in (folder / "notes.txt").read_text().splitlines()]
+    assert [gpu for _, gpu in sorted((name, gpu) for text, name, _, gpu in lines if text == "starts")] == gpus
+    assert ("$ CUDA_VISIBLE_DEVICES=GPU-b python tool.py b" in capfd.readouterr().out) == (jobs > 1)
 
 
 def test_a_failure_holds_back_what_needs_it_and_nothing_else(folder, capfd) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -27,6 +28,7 @@ from maedistill.training.distributed import (
     world_size,
 )
 from maedistill.training.engine import Engine, initialize_distributed, shutdown_distributed
+from maedistill.training.gradient_reduction import GradientReduction
 from maedistill.training.optim import build_optimizer, build_schedule, parameter_groups
 from maedistill.training.restore import load_latest
 from maedistill.training.saver import Saver
@@ -163,6 +165,9 @@ def first(folder: Path) -> dict:
     results["overflow"] = {zero: overflow(zero) for zero in range(4)}
     results["settings"] = {zero: settings(zero) for zero in range(4)}
     results["collectives"] = collectives()
+    results["time limits"] = time_limits()  # of all groups that DeepSpeed and we have opened by now
+    if world_size() > 1:
+        results["reduction"] = reduction()
     return results
 
 
@@ -199,6 +204,50 @@ def settings(zero: int) -> dict:
         "waits for the device to time steps": engine.tput_timer.config.enabled,
         "reduces in": engine.communication_data_type,
     }
+
+
+def time_limits() -> list[float]:
+    """Seconds that each process group waits."""
+    cpu = torch.device("cpu")
+    return [group._get_backend(cpu).options._timeout.total_seconds() for group in dist.distributed_c10d._world.pg_map]
+
+
+def reduction() -> dict:
+    """Mean gradients of a few layers, in buckets of at most ten numbers, and when each bucket left."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(4))  # 4 x (9 + 3) numbers
+    unused = nn.Parameter(torch.zeros(2))
+    parameters = [unused, *layers.parameters()]
+    reduce = GradientReduction(parameters, bucket_elements=10)
+    events = []
+    reduce._launch = lambda launch=reduce._launch: (events.append("bucket"), launch())
+    layers[0].weight.register_post_accumulate_grad_hook(lambda _: events.append("first weight"))
+    for step in range(2):
+        for micro in range(2):
+            x = torch.full((2, 3), 1.0 + rank() + 10 * micro + 100 * step)
+            for layer in layers:
+                x = layer(x).tanh()
+            if micro == 1:
+                reduce.begin()
+            x.square().mean().backward()
+        reduce.finish()
+        means = [p.grad.clone() for p in layers.parameters()]
+        for p in layers.parameters():
+            p.grad.zero_()  # the second update finds the buffers of the first
+    return {"events": events, "means": means, "unused": unused.grad, "expected": expected_means(layers)}
+
+
+def expected_means(layers: nn.ModuleList) -> list[Tensor]:
+    """What `reduction` should come to, in plain torch: every rank computes the gradients of all ranks."""
+    sums = [torch.zeros_like(p) for p in layers.parameters()]
+    for number in range(world_size()):
+        for micro in range(2):
+            x = torch.full((2, 3), 101.0 + number + 10 * micro)
+            for layer in layers:
+                x = layer(x).tanh()
+            for total, gradient in zip(sums, torch.autograd.grad(x.square().mean(), layers.parameters()), strict=True):
+                total += gradient
+    return [total / world_size() for total in sums]
 
 
 def collectives() -> dict:

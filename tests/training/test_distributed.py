@@ -39,8 +39,25 @@ def test_slurm_tasks_agree_on_address_and_port():
         (str(i), str(i % 4), "8") for i in range(8)
     ]
     assert {(task["MASTER_ADDR"], task["MASTER_PORT"]) for task in tasks} == {("gpu11", "23456")}
-    one_gpu_each = shared | {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "3"}
-    assert prepare_environment(one_gpu_each)["LOCAL_RANK"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("visible", "local_rank"),
+    [
+        ("3", "0"),
+        ("GPU-3f1c7d0e-7a54-2f6b-9d2c-0c1f5a1f6a55", "0"),
+        ("MIG-c5b1e2a4-0f37-5d2b-8f0e-6a1d3c9e7b10", "0"),
+        ("MIG-GPU-3f1c7d0e-7a54-2f6b-9d2c-0c1f5a1f6a55/1/0", "0"),
+        ("GPU-3f1c,GPU-90ab", "1"),
+        ("0,1", "1"),
+        ("", "1"),
+        ("-1", "1"),
+    ],
+)
+def test_a_task_that_sees_one_gpu_takes_it_whatever_its_name(visible, local_rank):
+    """As srun --gpus-per-task leaves it, where the second task of a machine has its own GPU as number 0."""
+    task = {"SLURM_NTASKS": "8", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
+    assert prepare_environment(task | {"CUDA_VISIBLE_DEVICES": visible})["LOCAL_RANK"] == local_rank
 
 
 def test_torchrun_wins_over_slurm_and_is_taken_as_it_is():

@@ -67,10 +67,30 @@ def test_deepspeed_understood_every_setting(runs, ranks):
             "batch": (12, 4 // ranks),
             "accumulation": 3,
             "clip": 0.05 if zero else 0.0,  # at stage 0 the engine clips
-            "bucket": 50_000_000,
+            "bucket": 25_000_000,
             "waits for the device to time steps": False,
             "reduces in": torch.float32,
         }
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_every_group_waits_as_long_as_the_run_allows(runs, ranks):
+    for result in runs["first", ranks]:
+        limits = result["time limits"]
+        assert len(limits) > 1 or ranks == 1  # DeepSpeed opens groups of its own
+        assert set(limits) == {60.0}
+
+
+def test_gradients_are_averaged_bucket_by_bucket_while_the_backward_pass_runs(runs):
+    for result in runs["first", 2]:
+        found = result["reduction"]
+        for mean, expected in zip(found["means"], found["expected"], strict=True):
+            assert torch.allclose(mean, expected, rtol=1e-6, atol=1e-9)
+        assert found["unused"] is None
+        update = ["first weight", *["bucket"] * 6, "first weight", "bucket", "bucket", "bucket"]
+        assert found["events"] == update * 2
+    means = [result["reduction"]["means"] for result in runs["first", 2]]
+    assert all(torch.equal(a, b) for a, b in zip(*means, strict=True))
 
 
 def test_loss_scale_halves_at_once_and_doubles_after_the_interval():

@@ -1,13 +1,17 @@
 """Who is blamed, from what ranks say of themselves; and the watch on one process. Real ranks are in tests/faults."""
 
+import os
+import signal
+import subprocess
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from maedistill.errors import ConfigError, DataError, NumericsError, PeerError
-from maedistill.training.blame import Beat, Judgement, judge, own_failure, peer_error
+from maedistill.training.blame import Beat, Judgement, find_lost, judge, own_failure, peer_error, pid_space
 from maedistill.training.peers import Peers
 
 # Four ranks that were just seen to live: after ten steps of two moves each, waiting for each other.
@@ -55,6 +59,42 @@ def test_where_all_wait_all_are_named():
     cause = blamed(AFTER).error.cause
     assert all(f"rank {rank} on" in cause for rank in range(4))
     assert "others" not in cause
+
+
+HERE = pid_space()
+
+
+def lost(beats, silent):
+    seconds = {beat.rank: silent.get(beat.rank, 0.3) for beat in beats}
+    judgement = find_lost(beats, seconds, pid_space=HERE)
+    return None if judgement is None else judgement.lost
+
+
+def test_a_rank_of_this_machine_is_gone_when_its_process_is_and_not_while_it_is_frozen():
+    dead, frozen = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
+    try:
+        frozen.send_signal(signal.SIGSTOP)
+        dead.kill()
+        while "Z" not in Path(f"/proc/{dead.pid}/stat").read_text().split():
+            time.sleep(0.01)  # a zombie, as its launcher does not look yet
+        beats = [replace(beat, pid_space=HERE, process=os.getpid()) for beat in AFTER]
+        beats[1], beats[2] = replace(beats[1], process=dead.pid), replace(beats[2], process=frozen.pid)
+        assert lost(beats, {}) is None
+        assert lost(beats, {1: 8, 2: 300}) == (1,)
+        dead.wait()
+        assert lost(beats, {1: 8, 2: 300}) == (1,)
+        assert lost([replace(beats[1], left=True), *beats[2:]], {1: 8}) is None
+    finally:
+        for process in (dead, frozen):
+            process.kill()
+            process.wait()
+
+
+def test_a_rank_of_another_machine_is_gone_when_the_whole_machine_is_silent():
+    beats = [replace(beat, pid_space=HERE if beat.rank < 2 else "other") for beat in AFTER]
+    assert lost(beats, {2: 300}) is None  # its neighbour would have said that it is gone
+    assert lost(beats, {2: 300, 3: 50}) is None
+    assert lost(beats, {2: 300, 3: 61}) == (2, 3)
 
 
 def test_who_left_on_good_terms_is_never_blamed():

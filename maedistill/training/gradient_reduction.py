@@ -1,0 +1,76 @@
+"""The mean of gradients over ranks, bucket by bucket, while the backward pass still runs (Li et al., VLDB 2020).
+
+DeepSpeed at stage 0 lays all gradients end to end after the backward pass and reduces them then. torch's DDP overlaps,
+but chooses its buckets anew after the first step of each start. The order of a sum over three or more ranks, and with
+it the last bit, would then depend on when a run was restarted. Here the parameters alone determine the buckets.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class GradientReduction:
+    """Averages the gradients of `parameters` over all ranks. Every rank makes it with equal parameters.
+
+    bucket_elements: numbers that are reduced at once; a larger parameter is a bucket of its own.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], *, bucket_elements: int) -> None:
+        self._buckets = _buckets(parameters, bucket_elements)
+        self._bucket_of = {parameter: i for i, bucket in enumerate(self._buckets) for parameter in bucket}
+        self._missing: list[int] = []  # gradients that each bucket still waits for
+        self._launched = 0
+        self._under_way: list[tuple[Tensor, dist.Work]] = []
+        self._armed = False
+        for parameter in self._bucket_of:
+            parameter.register_post_accumulate_grad_hook(self._ready)
+
+    def begin(self) -> None:
+        """Reduce in the backward pass that comes next: the last one of an update."""
+        self._missing = [len(bucket) for bucket in self._buckets]
+        self._launched, self._armed = 0, True
+
+    def finish(self) -> None:
+        """Wait until `grad` of every parameter is the mean over ranks. On a GPU its stream waits, not the host."""
+        while self._launched < len(self._buckets):
+            self._launch()  # some of its parameters have no gradient
+        for flat, work in self._under_way:
+            work.wait()
+            flat.div_(dist.get_world_size())
+        self._under_way, self._armed = [], False
+
+    def _ready(self, parameter: nn.Parameter) -> None:
+        """Called by autograd when a gradient is complete. Buckets leave in one order on all ranks."""
+        if not self._armed:
+            return
+        self._missing[self._bucket_of[parameter]] -= 1
+        while self._launched < len(self._buckets) and not self._missing[self._launched]:
+            self._launch()
+
+    @torch.no_grad()
+    def _launch(self) -> None:
+        """Begin the sum of one bucket; its gradients become views of the buffer that is summed: no copy back."""
+        bucket = [parameter for parameter in self._buckets[self._launched] if parameter.grad is not None]
+        self._launched += 1
+        if not bucket:
+            return
+        flat = torch.cat([parameter.grad.flatten() for parameter in bucket])
+        for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parameter.grad = part.view_as(parameter)
+        self._under_way.append((flat, dist.all_reduce(flat, async_op=True)))
+
+
+def _buckets(parameters: Sequence[nn.Parameter], bucket_elements: int) -> list[list[nn.Parameter]]:
+    """Cut up the parameters by size, the last first: roughly the order in which a backward pass reaches them."""
+    buckets: list[list[nn.Parameter]] = []
+    room = 0
+    for parameter in reversed(parameters):
+        if not buckets or parameter.numel() > room:
+            buckets.append([])
+            room = bucket_elements
+        buckets[-1].append(parameter)
+        room -= parameter.numel()
+    return buckets

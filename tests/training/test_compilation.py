@@ -1,0 +1,62 @@
+"""When a run is compiled, and that compiling changes its speed only."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from maedistill.build_pretraining import build_encoder, build_method, step_inputs
+from maedistill.config.loader import load_config
+from maedistill.training import compilation
+from maedistill.training.compilation import compile_function, compile_module, should_compile
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_left_open_it_is_for_gpus_with_a_compiler_below_zero_3(works, monkeypatch) -> None:
+    monkeypatch.setattr(compilation, "_compiler_works", lambda device: works)
+    assert [should_compile(None, GPU, zero=zero) for zero in range(4)] == [works, works, works, False]
+    assert not should_compile(None, CPU, zero=0)
+    assert should_compile(True, CPU, zero=0) and not should_compile(False, GPU, zero=0)
+
+
+def test_a_machine_without_a_compiler_runs_without_one(monkeypatch, capsys) -> None:
+    def fail(_):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: fail)
+    assert not compilation._compiler_works.__wrapped__(CPU)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "Failed to find C compiler" in said[0]
+
+
+def test_the_compiler_here_works() -> None:
+    assert compilation._compiler_works.__wrapped__(CPU)
+
+
+@torch.no_grad()
+def test_compiled_inputs_and_drop_path_draw_what_eager_mode_draws(tmp_path) -> None:
+    (tmp_path / "tiny.yaml").write_text("method: mae\n")
+    shape = ["student.width=32", "student.depth=2", "student.heads=2", "student.patch_size=8", "student.drop_path=0.5"]
+    more = ["data.train=x", "run=x", "data.image_size=32", "decoder.width=16", "decoder.depth=1", "decoder.heads=2"]
+    model = "student.model=vit_tiny_patch16_224"
+    config = load_config(tmp_path / "tiny.yaml", [model, *shape, *more]).config
+    encoder = build_encoder(config)
+    method = build_method(config, encoder, None)
+    prepare = partial(step_inputs, config, num_patches=encoder.grid**2)
+    pixels = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(16) + 10**11
+
+    def losses() -> list[float]:
+        torch.manual_seed(3)
+        return [method(*prepare(pixels, positions))["loss"].item() for _ in range(4)]
+
+    eager, split = losses(), prepare(pixels, positions)[1]
+    prepare = compile_function(prepare)
+    compile_module(method)
+    assert torch.equal(prepare(pixels, positions)[1].order, split.order)
+    compiled = losses()
+    assert len(set(eager)) == 4  # other paths are dropped each time
+    assert compiled == pytest.approx(eager, rel=1e-5)
+    torch.compiler.reset()

@@ -1,0 +1,55 @@
+"""How many samples fit: a GPU of known size, whose trials take a known number of bytes."""
+
+import pytest
+import torch
+
+from maedistill.config.batch import batch_plans
+from maedistill.training import memory_fit
+from maedistill.training.memory_fit import fit_to_memory
+
+GIB = 2**30
+DEVICE = torch.device("cuda", 0)
+PLANS = batch_plans(4096, world_size=8)  # 512, 256, 128, ... samples of each rank
+
+
+class Card:
+    """`fixed` bytes and `each` per sample; from `bends` samples on a trial takes `more` than the straight line."""
+
+    def __init__(self, size: float, *, fixed: float, each: float, bends: int = 10**9, more: float = 0.0) -> None:
+        self.size, self.fixed, self.each, self.bends, self.more = size, fixed, each, bends, more
+        self.trials: list[int] = []
+
+    def trial(self, count: int) -> None:
+        self.trials.append(count)
+        self.peak = int(self.fixed + self.each * count + (self.more if count >= self.bends else 0))
+        if self.peak > self.size:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def fit(self, monkeypatch: pytest.MonkeyPatch, *, later: float = 0.0) -> int:
+        cuda = memory_fit.torch.cuda
+        monkeypatch.setattr(cuda, "mem_get_info", lambda device: (self.size - GIB, self.size))
+        monkeypatch.setattr(cuda, "memory_reserved", lambda device: GIB)
+        monkeypatch.setattr(cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda device: None)
+        monkeypatch.setattr(cuda, "max_memory_allocated", lambda device: self.peak)
+        return fit_to_memory(PLANS, self.trial, device=DEVICE, later_bytes=int(later)).micro_batch
+
+
+def test_the_largest_share_that_fits_is_taken_after_one_step_of_it(monkeypatch) -> None:
+    for size, later, expected in ((80, 0, 512), (30, 0, 256), (30, 14, 128), (8, 0, 64)):
+        card = Card(size * GIB, fixed=2 * GIB, each=0.05 * GIB)
+        assert card.fit(monkeypatch, later=later * GIB) == expected
+        assert card.trials == [8, 16, expected]
+
+
+def test_a_share_that_takes_more_than_foreseen_gives_way_to_a_smaller_one(monkeypatch) -> None:
+    above = Card(40 * GIB, fixed=2 * GIB, each=0.05 * GIB, bends=512, more=30 * GIB)  # does not fit at all
+    assert above.fit(monkeypatch) == 256
+    near = Card(40 * GIB, fixed=2 * GIB, each=0.05 * GIB, bends=512, more=10 * GIB)  # fits, with too little left over
+    assert near.fit(monkeypatch) == 256
+
+
+def test_what_never_fits_is_an_error_of_memory(monkeypatch) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        Card(2 * GIB, fixed=3 * GIB, each=GIB).fit(monkeypatch)
+    assert Card(4 * GIB, fixed=GIB, each=0.17 * GIB).fit(monkeypatch) == 8  # 1 GiB and 16 samples are 3.7 GiB
