@@ -1,0 +1,152 @@
+"""A fine-tuning step on the pretend card, all twelve terms of distillation: no wait, one device, and the CPU's bits.
+
+The step is the loop's: inputs with erasing and mixing, teachers' lesson, losses under autocast in bf16, backward.
+"""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import timm
+import torch
+from pretend_card import CARD, Card, value_of
+
+from maedistill import build_distillation
+from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.loader import load_config
+from maedistill.data.augment import seed_generators
+from maedistill.data.batch import Batch
+from maedistill.data.mixing import Mixing
+from maedistill.distill.teaching import Teaching
+from maedistill.finetuning import Finetuning, open_finetuning
+from maedistill.methods.distilled import Distilled
+from maedistill.models.network import Network
+
+TINY = {"embed_dim": 48, "depth": 3, "num_heads": 2, "patch_size": 8, "img_size": 32}
+STUDENT = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=3", "student.heads=2"]
+STUDENT += ["student.patch_size=8", "augment.rand_augment=null"]
+ONLY_VITS = {
+    "attention": "{weight: 2, student: [1, 2], teacher: [1, 2]}",
+    "relations": "{weight: 2, student: [0, 2], teacher: [0, 2], heads: 4}",
+}
+TERMS = {
+    "logits": "{weight: 2, temperature: 2, standardize: true, teacher_temperature: 2}",
+    "dkd": "{weight: 2, alpha: 1.5, beta: 0.5}",
+    "hard": "{weight: 1, token: true}",
+    "hints": "{weight: 3, student: [0, 1], teacher: [1, 2], projector: mlp, normalize: whiten}",
+    "maps": "{weight: 2, student: [0, 2], teacher: [0, 2]}",
+    "distances": "{weight: 2, start_epoch: 0.5, warmup_epochs: 1}",
+    "angles": "{weight: 2}",
+    "similarity": "{weight: 2}",
+    "affinity": "{weight: 2}",
+    "contrast": "{weight: 2, temperature: 0.2, width: 24}",
+}
+ALL = [f"distill.{name}={value}" for name, value in (TERMS | ONLY_VITS).items()]
+OTHERS = [f"distill.{name}={value}" for name, value in TERMS.items()]
+REGISTER = ["student.register_tokens=1"]
+LATER = ["distill.contrast={weight: 1, start_epoch: 1}", "distill.hard={weight: 1, token: true, start_epoch: 1}"]
+LATER += ["distill.hints={weight: 1, student: [0], teacher: [0], start_epoch: 1}", "distill.labels=0.5"]
+CASES = {  # settings, teachers
+    "labels alone": (["augment.mixup=0", "augment.cutmix=0"], []),
+    "labels alone, pooled, cutmix": (["student.pooling=avg", "augment.mixup=0", "augment.mix_probability=1"], []),
+    "all terms, two teachers": ([*ALL, *REGISTER], ["vit", "vit with registers"]),
+    "terms of another network, other classes": ([*OTHERS, *REGISTER], ["resnet"]),
+    "no labels": (["distill.labels=0", "distill.logits={weight: 1}"], ["vit"]),
+    "no term counts yet": ([*LATER, *REGISTER], ["vit"]),
+}
+
+
+def teacher(name: str) -> Network:
+    """A teacher as it is opened. The classes of `resnet` are the student's in another order, and one more."""
+    torch.manual_seed(0)
+    classes, size = (), 32
+    if name == "resnet":
+        classes, size = ("c", "x", "a", "b"), 64
+        built = timm.create_model("test_resnet", num_classes=4)
+    else:
+        registers = {"reg_tokens": 2, "qk_norm": True} if "registers" in name else {}
+        built = timm.create_model("vit_tiny_patch16_224", num_classes=3, **TINY, **registers)
+    words = {"name": f"run:{name}", "interpolation": "bicubic", "crop_mode": "center", "licence": "mit"}
+    statistics = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7), "crop": 1.0, "size": size}
+    return Network(built.eval(), **words, **statistics, num_classes=built.num_classes, classes=classes)
+
+
+@pytest.fixture
+def opened(finetuning, monkeypatch):
+    """Opens the parts of a run with these settings and teachers on the CPU."""
+    monkeypatch.setattr(build_distillation, "open_classifier", lambda source, **_: teacher(source.partition(":")[2]))
+
+    def open_parts(settings: list[str], teachers: list[str]) -> Finetuning:
+        named = [f"distill.teachers={[f'run:{name}' for name in teachers]}", "distill.precision=bf16"]
+        given = [*STUDENT, *(named if teachers else []), *settings]
+        config = load_config(finetuning.config, given, root=FinetuneConfig, to_run=False).config
+        return open_finetuning(config, world_size=1, device=torch.device("cpu"))
+
+    return open_parts
+
+
+def on_card(parts: Finetuning) -> Finetuning:
+    """The same parts on the card."""
+    parts.module.zero_grad()
+    teaching = parts.teaching
+    if teaching is not None:
+        frozen = [one.to(CARD) for one in teaching.teachers]
+        how = {"steps": parts.plan.steps, "epoch_at": parts.plan.epoch_at}
+        teaching = Teaching(frozen, teaching.schedules, **how, device=CARD)
+    moved = dataclasses.replace(parts, module=parts.module.to(CARD), teaching=teaching, device=CARD)
+    moved.inputs(batch().to(CARD))  # mean and deviation are copied at first need, once in a run
+    return moved
+
+
+def batch() -> Batch:
+    """A micro-batch as the loader hands it over; one image has no label."""
+    images = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Batch(images, torch.arange(6) * 10**10, labels=torch.tensor([0, 1, 2, 2, 1, -1]), samples=torch.arange(6))
+
+
+def take_step(parts: Finetuning, given: Batch, *, seed: int = 3, step: int = 4) -> dict[str, Any]:
+    """What a step computes from a micro-batch: its inputs, losses and gradients."""
+    seed_generators(seed)
+    images, targets = parts.inputs(given)
+    lesson = parts.lesson(images, step)
+    with torch.autocast(images.device.type, dtype=torch.bfloat16):
+        losses = parts.module(images, targets, *lesson)
+    losses["loss"].backward()
+    gradients = {name: parameter.grad for name, parameter in parts.module.named_parameters()}
+    return {"images": images, "targets": targets, **losses, **gradients}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_never_waits_for_the_card_and_computes_the_same_bits(opened, case):
+    parts = opened(*CASES[case])
+    expected = value_of(take_step(parts, batch()))
+    with Card() as card:
+        moved, given = on_card(parts), batch().to(CARD)
+        with card.step():
+            found = take_step(moved, given)
+        assert {value.device for value in found.values()} == {CARD}
+    found = value_of(found)
+    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
+    assert found.keys() == expected.keys() and found["loss"].isfinite()
+    if "all terms" in case:
+        terms = set(parts.module.terms)
+        assert isinstance(parts.module, Distilled) and terms == TERMS.keys() | ONLY_VITS.keys() and len(terms) == 12
+        assert {name.partition("/")[0] for name in found} >= terms | {"weight", "cross_entropy"}
+
+
+def test_what_mixing_draws_makes_no_difference():
+    """Mixup, cutmix, both off, erased or not: whatever the draws are, nothing waits."""
+    keywords = {"mixup": 0.8, "cutmix": 1.0, "mix_probability": 0.7, "switch_probability": 0.5, "erasing": 0.5}
+    seen = set()
+    for seed in range(12):
+        results = []
+        for device in (torch.device("cpu"), CARD):
+            with Card() as card:
+                mixing, given = Mixing(3, **keywords, smoothing=0.1, device=device), batch()
+                images, labels = given.images.float().to(device), given.labels.clamp(min=0).to(device)
+                seed_generators(seed)
+                with card.step():
+                    results.append(value_of(mixing(images, labels)))
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+        seen.add(float(results[0][0].sum()))
+    assert len(seen) == 12
