@@ -1,0 +1,180 @@
+"""Checks maedistill on one GPU in a few minutes: whether it is right there, and how fast.
+
+    python tools/gpu_check.py                      everything, in at most 9 minutes
+    python tools/gpu_check.py --only speed,loader  some parts
+    python tools/gpu_check.py --tiny               the check itself, on small sizes; runs without a GPU, too
+
+Run it in a checkout; it needs no network. A part that fails or hangs does not stop the next one. OUT gets results.json,
+summary.md and logs; the exit code is 1 if any check failed. Speeds are figures, with their goals beside them: a goal
+that is missed fails nothing.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from gpu_parts.rows import FAIL, Row, RowFile, table
+from gpu_parts.runner import Child, Part, Settings, run_parts
+
+from maedistill.errors import ConfigError, exit_code_of
+
+# What is right comes first, then the figures that matter most. Bounds are in seconds, a process's start included.
+PARTS = [
+    Part("peaks", "gpu_parts.peaks", 40, "what the card can do: products of matrices, copies"),
+    Part("tests", "gpu_parts.card_tests", 90, "tests/test_gpu.py", together=True),
+    Part("methods", "gpu_parts.methods", 90, "loss and gradient of each method against the CPU", together=True),
+    Part("engine", "gpu_parts.engine", 120, "ZeRO 0 to 3, number formats, accumulation against torch", together=True),
+    Part("prefetch", "gpu_parts.prefetch", 60, "batches copied ahead: the right ones, none too early", together=True),
+    Part("host_waits", "gpu_parts.host_waits", 90, "no step waits for the card", together=True),
+    Part("runs", "gpu_parts.runs", 150, "whole tiny runs against the CPU's, stopped and continued", together=True),
+    Part("speed", "gpu_parts.speed", 240, "DMAE ViT-L -> ViT-B, light decoder: the step against all others"),
+    Part("loader", "gpu_parts.loader", 120, "the loader alone, and a run that it feeds"),
+    Part("speed-published", "gpu_parts.speed", 110, "DMAE ViT-L -> ViT-B, published decoder"),
+    Part("speed-small", "gpu_parts.speed", 80, "DMAE ViT-B -> ViT-S, published decoder"),
+    Part("speed-amd", "gpu_parts.speed", 100, "AMD ViT-L -> ViT-B"),
+]
+MINUTES = 9.0
+_MANY_CORES = 8  # from here on, parts that are not timed run at the same time
+
+# What maedistill imports, directly or through DeepSpeed and timm, and pytest.
+NEEDED = ["torch", "torchvision", "timm", "deepspeed", "webdataset", "pydantic", "einops", "yaml", "numpy", "PIL"]
+NEEDED += ["safetensors", "huggingface_hub", "fsspec", "tqdm", "psutil", "msgpack", "hjson", "packaging", "pytest"]
+
+PACKING = """for a machine without network that has torch and torchvision, and what usually comes beside them:
+  python tools/gpu_check.py --pack packed --python 3.12
+collects in packed/ what such a machine lacks, for its Python, and prints the command to run there.
+"""
+
+
+def main() -> list[Row]:
+    """Do what the command line says; return the rows that failed."""
+    arguments = parse_arguments()
+    if arguments.list:
+        print(parts_text())
+        return []
+    if arguments.pack:
+        from gpu_parts.pack import pack
+
+        print(pack(arguments.pack, python=arguments.python))
+        return []
+    parts = chosen(arguments.only)
+    require_packages()
+    require_card(arguments.tiny)
+    rows = check(parts, out=arguments.out.resolve(), minutes=arguments.minutes, tiny=arguments.tiny)
+    return [row for row in rows if row.verdict == FAIL]
+
+
+def check(parts: list[Part], *, out: Path, minutes: float, tiny: bool) -> list[Row]:
+    """Run the parts, show and write what they find."""
+    from gpu_parts.head import head
+    from gpu_parts.results import summary, write_results
+
+    start, machine = time.time(), head()
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    (out / "rows.jsonl").unlink(missing_ok=True)
+    print("\n".join(f"{name}: {value}" for name, value in machine.items()), flush=True)
+    cores = int(machine["cores"])
+    work = Path(tempfile.mkdtemp(prefix="maedistill-gpu-"))
+    jobs, until = cores // 2 if cores >= _MANY_CORES else min(cores, 2) if tiny else 1, start + 60 * minutes
+    try:
+        settings = Settings(tiny, out, work, until, jobs, environment(work, cores=cores))
+        ends = run_parts(parts, settings, show=lambda row: print(row, flush=True))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    rows, seconds = RowFile(out / "rows.jsonl").all(), time.time() - start
+    rows.sort(key=lambda row: [part.name for part in parts].index(row.part))
+    write_results(out, machine, rows, ends, command=shlex.join(["python", *sys.argv]), seconds=seconds)
+    print(f"\n{table(rows)}\n\n{summary(rows, seconds=seconds)}: {out / 'summary.md'}", flush=True)
+    return rows
+
+
+def environment(work: Path, *, cores: int) -> dict[str, str]:
+    """Return the variables of all processes: few threads each, and one place for what torch.compile makes."""
+    ours = {
+        "OMP_NUM_THREADS": "1" if cores < _MANY_CORES else "2",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TORCHINDUCTOR_CACHE_DIR": str(work / "compiled"),
+        "TRITON_CACHE_DIR": str(work / "triton"),
+    }
+    return ours | os.environ
+
+
+def chosen(only: str | None) -> list[Part]:
+    """Pick parts by name, in the order of the table."""
+    names = [name for name in (only or "").split(",") if name]
+    unknown = [name for name in names if name not in {part.name for part in PARTS}]
+    if unknown:
+        known = ", ".join(part.name for part in PARTS)
+        raise ConfigError(f"--only: there is no part {', '.join(unknown)}", f"choose among {known}")
+    return [part for part in PARTS if not names or part.name in names]
+
+
+def require_packages() -> None:
+    """Refuse a machine on which every part would fail alike."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"not installed here: {', '.join(missing)}", "install them, or take a --pack along")
+
+
+def require_card(tiny: bool) -> None:
+    """Refuse a machine on which nothing would be measured."""
+    import torch
+
+    if not tiny and not torch.cuda.is_available():
+        raise ConfigError(
+            f"torch {torch.__version__} finds no GPU here",
+            "run this on a machine with one, or with --tiny, which tries the check itself on a CPU",
+        )
+
+
+def parts_text() -> str:
+    """List the parts with their bounds."""
+    width = max(len(part.name) for part in PARTS)
+    lines = [f"  {part.name:<{width}}  {part.seconds:4.0f} s at most  {part.about}" for part in PARTS]
+    note = f"in this order, until {MINUTES:g} minutes are over (--minutes); what is not timed runs side by side"
+    return "\n".join(["parts:", *lines, note])
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line. A part's process is told what to do by --child and never returns from here."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=f"{parts_text()}\n\n{PACKING}", formatter_class=raw)
+    out = Path(os.environ.get("OUT") or "gpu_check")
+    parser.add_argument("--out", type=Path, default=out, help="folder of the results (default: $OUT, or ./gpu_check)")
+    parser.add_argument("--minutes", type=positive, default=MINUTES, help="for all of it (default %(default)g)")
+    parser.add_argument("--only", metavar="PART,...", help="these parts alone")
+    parser.add_argument("--tiny", action="store_true", help="small sizes: to try the check itself")
+    parser.add_argument("--list", action="store_true", help="list the parts and stop")
+    parser.add_argument("--pack", type=Path, metavar="DIR", help="collect there what a bare machine lacks, and stop")
+    parser.add_argument("--python", default="3.12", metavar="X.Y", help="that machine's Python (default %(default)s)")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        from gpu_parts.child import run_child
+
+        run_child(Child(**json.loads(arguments.child)))
+    return arguments
+
+
+def positive(text: str) -> float:
+    """Read a number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return number
+
+
+if __name__ == "__main__":
+    failed: list[Row] = []
+    code = exit_code_of(lambda: failed.extend(main()))
+    sys.exit(code or int(bool(failed)))

@@ -1,0 +1,26 @@
+"""tests/test_gpu.py through pytest."""
+
+import subprocess
+import sys
+
+from gpu_parts.check import ROOT, Check
+
+# torch warns that the mode in which it refuses to wait for the card is new, and the project makes errors of warnings.
+_COMMAND = ["-m", "pytest", "tests/test_gpu.py", "-v", "-p", "no:cacheprovider", "-W", "ignore:Synchronization debug"]
+
+
+def run(check: Check) -> None:
+    """Note pytest's last line; where it hangs, that is the test it hangs in."""
+    if not check.on_card:
+        check.skipped("tests/test_gpu.py", "no card")
+        return
+    log = check.log("test_gpu.txt")
+    with log.open("w") as file:
+        try:
+            command = [sys.executable, "-u", *_COMMAND]
+            code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, timeout=max(1, check.left)).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+    lines = [line.strip("= \n") for line in log.read_text(errors="replace").splitlines() if line.strip("= \n")]
+    last = lines[-1] if lines else "it said nothing"
+    check.verdict("tests/test_gpu.py", code == 0, last if code is not None else f"its time was up: {last}")

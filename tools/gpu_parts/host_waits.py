@@ -1,0 +1,64 @@
+"""The training step under torch's own watch, in which whatever waits for the card raises an error.
+
+What the loop does at every step is in it: images and masks, teacher, losses, update, averages, the verdict on the
+numbers. Logging waits, on purpose, and so does the loss scale of fp16.
+"""
+
+import traceback
+
+import torch
+
+from gpu_parts.check import Check
+from gpu_parts.networks import tiny_config
+from maedistill.benchmark.engine_step import EngineStep
+from maedistill.training.engine import initialize_distributed
+from maedistill.training.metrics import Averages
+from maedistill.training.nonfinite import NonfiniteUpdates
+
+BATCH, WARM = 8, 3
+
+
+def run(check: Check) -> None:
+    """Watch the step of each method, and a compiled one."""
+    if not check.on_card:
+        check.skipped("steps", "no card to wait for")
+        return
+    initialize_distributed(60)
+    for method in ("mae", "dmae", "amd", "tinymim"):
+        _watch(check, f"{method}, eager", method, [])
+    if check.tiny:
+        check.skipped("dmae, compiled", "--tiny compiles nothing")
+    else:
+        _watch(check, "dmae, compiled", "dmae", ["engine.compile=true"])
+
+
+def _watch(check: Check, name: str, method: str, settings: list[str]) -> None:
+    """Run some steps, then two under watch."""
+    batch = [f"optim.global_batch={BATCH}", f"engine.micro_batch={BATCH}", "optim.clip=1.0"]
+    step, number = EngineStep(tiny_config(method, [*batch, *settings])).launch, 0
+    averages, nonfinite = Averages(), NonfiniteUpdates()
+
+    def one() -> None:
+        nonlocal number
+        images, split = step.draw()
+        losses = step.losses(images, split, step.teacher(images, split) if step.teacher is not None else None)
+        step.backward(losses["loss"])
+        step.update()
+        averages.add(losses)
+        nonfinite.note(number, step.losses.broken, now=False)  # step.losses is the engine
+        number += 1
+
+    for _ in range(WARM):
+        one()
+    check.wait()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        one()
+        one()
+        failed = None
+    except RuntimeError as error:
+        failed = str(error).splitlines()[0][:200]
+        traceback.print_exc()  # the log then says where
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    check.verdict(name, failed is None, failed or "two steps, no wait")

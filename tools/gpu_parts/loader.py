@@ -1,0 +1,90 @@
+"""The loader alone, on images of a photograph's size, and a training run that it feeds: does it keep up?"""
+
+import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gpu_parts import goals
+from gpu_parts.check import ROOT, Check
+from gpu_parts.networks import LIGHT
+from gpu_parts.pictures import photo_shards
+from maedistill.build_pretraining import build_crops
+from maedistill.config.batch import BatchPlan
+from maedistill.config.loader import load_config
+from maedistill.data.index import open_index
+from maedistill.data.loader import RandomCrops, Schedule, host_batches
+from maedistill.training.metrics import read_metrics
+
+CONFIG = ROOT / "configs" / "imagenet" / "dmae_vit_b.yaml"
+IMAGES, SIDE, BATCH, STEPS = 1024, (375, 500), 256, 120
+TINY_IMAGES, TINY_SIDE, TINY_BATCH, TINY_STEPS = 48, (64, 64), 8, 6
+TEACHER = ["teacher.source=random:vit_large_patch16_224"]
+TINY = ["data.image_size=64", "student.model=vit_tiny_patch16_224", "student.depth=2", "decoder.depth=1"]
+TINY += ["teacher.source=random:vit_tiny_patch16_224", "teacher.depth=2", "align.student=[1]", "align.teacher=[1]"]
+
+
+def run(check: Check) -> None:
+    """Measure the loader with some and with nearly all cores, then a run."""
+    count, side, batch = (TINY_IMAGES, TINY_SIDE, TINY_BATCH) if check.tiny else (IMAGES, SIDE, BATCH)
+    shards = photo_shards(check.work / check.part, count, side=side)
+    size = sum(file.stat().st_size for file in shards.glob("*.tar")) / count / 1e3
+    check.measured("images", f"{count} JPEGs of {side[1]} x {side[0]}, {size:.0f} KB each", kilobytes=size)
+    networks = TINY if check.tiny else [*LIGHT, *TEACHER]
+    settings = [f"data.train={shards}/train-*.tar", f"optim.global_batch={batch}", f"engine.micro_batch={batch}"]
+    settings += [f"run={check.work}/fed", *networks]
+    config = load_config(CONFIG, settings).config
+    most = max(1, check.cores - 2)
+    for workers in sorted({max(1, check.cores // 2), most}):
+        crops = build_crops(config, open_index(config.data.train))
+        rate = _alone(crops, batch=batch, workers=workers, seconds=1 if check.tiny else 4)
+        check.measured(f"alone, {workers} workers", f"{rate:.0f} images/s", images_per_second=rate)
+    _feed(check, settings, count=count, batch=batch, workers=most)
+
+
+def _alone(crops: RandomCrops, *, batch: int, workers: int, seconds: float) -> float:
+    """Return the images per second that nobody uses, once the batches that were made at the start are gone."""
+    schedule = Schedule(0, 10**6, plan=BatchPlan(batch, 1), rank=0, world_size=1)
+    batches = host_batches(crops, schedule, workers=workers, pin_memory=False)
+    for _ in itertools.islice(batches, 5 * workers):
+        pass
+    start, images = time.perf_counter(), 0
+    while (spent := time.perf_counter() - start) < seconds:
+        images += len(next(batches).images)
+    return images / spent
+
+
+def _feed(check: Check, settings: list[str], *, count: int, batch: int, workers: int) -> None:
+    """Train for some steps, and note how much of the time after the first ones went by in waiting."""
+    steps = TINY_STEPS if check.tiny else STEPS
+    more = [f"data.workers={workers}", f"optim.epochs={steps * batch / count:g}", "optim.warmup_epochs=0"]
+    more += ["log.every=20" if not check.tiny else "log.every=2", "log.save_every_epochs=1000"]
+    more += ["log.pictures_every_epochs=null", "log.knn_every_epochs=null", "log.tensorboard=false"]
+    more += [f"engine.compile={str(not check.tiny).lower()}", "engine.precision=auto"]
+    command = [sys.executable, "tools/pretrain.py", str(CONFIG), *settings, *more]
+    with check.log("loader_fed.log").open("w") as log:
+        try:
+            ended = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=max(1, check.left))
+            code = ended.returncode
+        except subprocess.TimeoutExpired:
+            code = None
+    records = [record for record in read_metrics(check.work / "fed") if "data_wait" in record][2:]
+    if code is None and records:
+        check.skipped("the end of the run it feeds", "its time was up")
+    elif code != 0:
+        why = f"exit code {code}" if code is not None else "its time was up"
+        check.verdict("a run it feeds", False, f"{why}: {_last_line(check.log('loader_fed.log'))}")
+        return
+    rate, wait, memory = (
+        sum(record[name] for record in records) / len(records)
+        for name in ("images_per_second", "data_wait", "memory_gb")
+    )
+    figure = f"{rate:.0f} images/s, waits {wait:.1%} of the time, {memory:.1f} GB, {workers} workers"
+    goal = "" if check.tiny else goals.below(goals.DATA_WAIT, wait, ".0%")
+    check.measured("a run it feeds", figure, goal=goal, images_per_second=rate, data_wait=wait)
+
+
+def _last_line(log: Path) -> str:
+    """Return a run's last words."""
+    return next(iter(log.read_text(errors="replace").strip().splitlines()[-1:]), "it said nothing")[:300]

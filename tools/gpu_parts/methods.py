@@ -1,0 +1,75 @@
+"""Loss and gradient of every method on the card, against the CPU's in fp32: the same masks, the same numbers.
+
+B images   N patches
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpu_parts.check import Check
+from gpu_parts.networks import tiny_config
+from maedistill.build_pretraining import build_encoder, build_method, build_teacher, build_teacher_source, split_of
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.data.transforms import random_flip, to_unit
+from maedistill.methods.mae import MAE
+from maedistill.models.teacher import Teacher
+
+METHODS = ("mae", "dmae", "amd", "tinymim")
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one forward and backward pass."""
+
+    order: Tensor  # [B, N]
+    loss: Tensor
+    gradient: Tensor  # all of it, flat
+
+
+def run(check: Check) -> None:
+    """Compare every method in every number format."""
+    if not check.on_card:
+        check.skipped("losses and gradients", "no card: it would be the CPU against itself")
+        return
+    for method in METHODS:
+        config = tiny_config(method, ["teacher.precision=fp32"] if method != "mae" else [])
+        module, teacher = _build(config)
+        cpu = _outcome(config, module, teacher, torch.device("cpu"))
+        card = _outcome(config, module, teacher, check.device)
+        check.verdict(f"{method}: masks", bool((card.order.cpu() == cpu.order).all()), "equal, draw for draw")
+        check.close(f"{method}: loss, fp32", card.loss, cpu.loss, bound=1e-5)
+        check.close(f"{method}: gradient, fp32", card.gradient, cpu.gradient, bound=1e-3)
+        for name, dtype in HALF.items():
+            half = _outcome(config, module, teacher, check.device, dtype)
+            check.close(f"{method}: loss, {name}", half.loss, cpu.loss, bound=2e-2)
+            check.close(f"{method}: gradient, {name}", half.gradient, cpu.gradient, bound=0.1)
+
+
+def _build(config: PretrainConfig) -> tuple[MAE, Teacher | None]:
+    """Build the networks on the CPU."""
+    encoder = build_encoder(config)
+    source = build_teacher_source(config, grid=encoder.grid)
+    teacher = build_teacher(config, source, torch.device("cpu")) if source is not None else None
+    return build_method(config, encoder, source), teacher
+
+
+def _outcome(
+    config: PretrainConfig, module: MAE, teacher: Teacher | None, device: torch.device, dtype: torch.dtype | None = None
+) -> Outcome:
+    """Run copies of the networks on a device; dtype: under autocast."""
+    module, teacher = copy.deepcopy(module).to(device), copy.deepcopy(teacher).to(device) if teacher else None
+    side, generator = config.data.image_size, torch.Generator().manual_seed(1)
+    pixels = torch.randint(256, (BATCH, 3, side, side), dtype=torch.uint8, generator=generator).to(device)
+    positions = (torch.arange(BATCH) + 10**9).to(device)
+    images = random_flip(to_unit(pixels), positions, seed=3)
+    split = split_of(config, positions, module.encoder.grid**2)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        loss = module(images, split, teacher(images, split) if teacher else None)["loss"]
+    loss.backward()
+    gradient = torch.cat([parameter.grad.flatten() for parameter in module.parameters()])
+    return Outcome(split.order, loss, gradient)

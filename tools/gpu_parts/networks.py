@@ -1,0 +1,51 @@
+"""The configs of the parts: the published ones, or tiny networks of the same kind."""
+
+from collections.abc import Sequence
+
+from gpu_parts.check import ROOT, Check
+from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
+
+LIGHT = ["decoder.width=384", "decoder.depth=4", "decoder.heads=6"]  # the default decoder
+# By part: a title, a file of configs/imagenet, and settings on top of it.
+NETWORKS = {
+    "speed": ("DMAE L -> B, light decoder", "dmae_vit_b.yaml", LIGHT),
+    "speed-published": ("DMAE L -> B, published decoder", "dmae_vit_b.yaml", []),
+    "speed-small": ("DMAE B -> S, published decoder", "dmae_vit_s.yaml", []),
+    "speed-amd": ("AMD L -> B", "amd_vit_b.yaml", []),
+}
+# As wide as a teacher whose published decoder is known, so that the plain loop with that decoder is tried, too.
+_WIDE_TEACHER = ["teacher.source=random:vit_base_patch16_224", "teacher.depth=2"]
+_TEACHER = ["teacher.source=random:vit_tiny_patch16_224", "teacher.depth=2"]
+_TINY = ["data.image_size=64", "student.model=vit_tiny_patch16_224", "student.depth=2"]
+_TINY += ["decoder.width=64", "decoder.depth=1", "decoder.heads=2"]
+_METHODS = {
+    "mae": [],
+    "dmae": ["align.student=[1]", "align.teacher=[1]"],
+    "amd": ["align.student=[0,1]", "align.teacher=[0,1]", "masks.teacher_visible=0.5"],
+    "tinymim": ["align.student=[1]", "align.teacher=[1]", "teacher.heads=3"],
+}
+
+
+def speed_config(check: Check, *, batch: int, compiled: bool) -> PretrainConfig:
+    """Load the config that a part named in `NETWORKS` measures."""
+    _, file, settings = NETWORKS[check.part]
+    method = file.partition("_")[0]
+    teacher = _WIDE_TEACHER if check.part == "speed" else _TEACHER
+    tiny = [*_TINY, *teacher, *_METHODS[method]] if check.tiny else []
+    tiny += ["engine.precision=fp32"] if not check.on_card else []  # half precision only costs a CPU time
+    batches = [f"optim.global_batch={batch}", f"engine.micro_batch={batch}"]
+    return _load(file, [*settings, *tiny, *batches, f"engine.compile={str(compiled).lower()}"])
+
+
+def tiny_config(method: str, settings: Sequence[str] = ()) -> PretrainConfig:
+    """Load a config of tiny networks for images of 64 px: a student of 2 blocks, a teacher of 2, both 192 wide."""
+    teacher = _TEACHER if method != "mae" else []
+    fixed = [f"method={method}", *_TINY, *teacher, *_METHODS[method], "engine.compile=false"]
+    return _load("base.yaml", [*fixed, *settings])
+
+
+def _load(file: str, settings: Sequence[str]) -> PretrainConfig:
+    """Load a config of configs/imagenet."""
+    path = ROOT / "configs" / "imagenet" / file
+    return load_config(path, settings, root=PretrainConfig, to_run=False).config

@@ -1,0 +1,67 @@
+"""What the card can do at most: products of matrices in bf16, and copies within its memory.
+
+M rows   N columns   K inner size
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from gpu_parts.check import Check
+
+PRODUCT, COPY = "bf16 product", "copy"
+SIDES, TINY_SIDES = (4096, 8192, 16384), (128, 256)
+# What a step at batch 256 multiplies: the MLPs of student, teacher and light decoder, and a decoder's way back.
+SHAPES = ((12800, 3072, 768), (12800, 4096, 1024), (50432, 1536, 384), (50432, 2048, 512), (50432, 512, 2048))
+_SECONDS = 0.2  # how long one measurement lasts at least
+
+
+def run(check: Check) -> None:
+    """Measure each once; the fastest square product is what shares are taken of."""
+    peak, side = fastest_product(check)
+    check.measured(PRODUCT, f"{peak / 1e12:.4g} TFLOP/s, side {side}", flops=peak)
+    count = 2**20 if check.tiny else 2**30  # 4 GiB
+    source = torch.empty(count, device=check.device)
+    target = torch.empty_like(source)
+    rate = 2 * source.nbytes / seconds(check, lambda: target.copy_(source))
+    check.measured(COPY, f"{rate / 1e12:.4g} TB/s", bytes_per_second=rate)
+    for rows, columns, inner in SHAPES:
+        rows = 64 if check.tiny else rows
+        flops = product(check, rows, columns, inner)
+        check.measured(f"product {rows} x {columns} x {inner}", f"{flops / 1e12:.4g} TFLOP/s", flops=flops)
+
+
+def fastest_product(check: Check) -> tuple[float, int]:
+    """Return FLOP per second of the fastest square product in bf16, and its side."""
+    return max((product(check, side, side, side), side) for side in (TINY_SIDES if check.tiny else SIDES))
+
+
+def measured_peak(check: Check) -> float:
+    """Return what the part `peaks` found, or measure it where it has not run."""
+    found = [row.values["flops"] for row in check.rows.all() if row.part == "peaks" and row.check == PRODUCT]
+    return found[-1] if found else fastest_product(check)[0]
+
+
+def product(check: Check, rows: int, columns: int, inner: int) -> float:
+    """Return FLOP per second of a linear layer in bf16, without bias."""
+    x = torch.randn(rows, inner, device=check.device, dtype=torch.bfloat16)  # [M, K]
+    weight = torch.randn(columns, inner, device=check.device, dtype=torch.bfloat16)  # [N, K]
+    return 2 * rows * columns * inner / seconds(check, lambda: F.linear(x, weight))
+
+
+def seconds(check: Check, work: Callable[[], object]) -> float:
+    """Time one call, on average over many; the device has then done it all."""
+    for _ in range(3):
+        work()
+    count, spent = 1, 0.0
+    while spent < (0.01 if check.tiny else _SECONDS):
+        count *= 2
+        check.wait()
+        start = time.perf_counter()
+        for _ in range(count):
+            work()
+        check.wait()
+        spent = time.perf_counter() - start
+    return spent / count

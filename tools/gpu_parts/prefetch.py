@@ -1,0 +1,59 @@
+"""Batches that are copied from pinned memory while the card computes: all are right, and none is overwritten early."""
+
+import torch
+from torch import Tensor
+
+from gpu_parts.check import Check
+from gpu_parts.networks import tiny_config
+from gpu_parts.pictures import small_shards
+from maedistill.build_pretraining import build_crops
+from maedistill.config.batch import BatchPlan
+from maedistill.data.batch import Batch
+from maedistill.data.index import open_index
+from maedistill.data.loader import RandomCrops, training_batches
+
+STEPS, PLAN = 60, BatchPlan(micro_batch=12, accumulation=1)
+WORKERS = (0, 3)
+
+
+def run(check: Check) -> None:
+    """Keep the card busy while batches come, and compare each with the CPU's."""
+    if not check.on_card:
+        check.skipped("batches", "no card: nothing is copied ahead")
+        return
+    shards = small_shards(check.work / check.part)
+    config = tiny_config("mae", ["data.image_size=32", f"data.train={shards}/train-*.tar"])
+    crops = build_crops(config, open_index(config.data.train))
+    expected = [_tensors(batch) for batch in _batches(crops, torch.device("cpu"), workers=0)]
+    for workers in WORKERS:
+        found = _under_load(check, crops, workers=workers)
+        wrong = [
+            number
+            for number, (one, other) in enumerate(zip(found, expected, strict=False))
+            if not all(torch.equal(tensor.cpu(), right) for tensor, right in zip(one, other, strict=True))
+        ]
+        good = not wrong and len(found) == len(expected) == STEPS
+        check.verdict(f"{workers} workers", good, f"{len(found)} batches, wrong are {wrong[:5] or 'none'}")
+
+
+def _under_load(check: Check, crops: RandomCrops, *, workers: int) -> list[list[Tensor]]:
+    """Read each batch only after much work that was queued before, when copies of later ones are long under way."""
+    side = 64 if check.tiny else 4096
+    x, found = torch.randn(side, side, device=check.device), []
+    for batch in _batches(crops, check.device, workers=workers):
+        for _ in range(6):
+            x = (x @ x).tanh()
+        found.append(_tensors(batch))
+        del batch  # its memory is free for the next but one
+    check.wait()
+    return found
+
+
+def _batches(crops: RandomCrops, device: torch.device, *, workers: int) -> list[Batch]:
+    """Begin the batches of a run."""
+    return training_batches(crops, 0, STEPS, plan=PLAN, rank=0, world_size=1, workers=workers, device=device)
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    """Copy what training reads of a batch."""
+    return [batch.images.clone(), batch.positions.clone(), batch.labels.clone()]

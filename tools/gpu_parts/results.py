@@ -1,0 +1,43 @@
+"""The results of a check as files: results.json for a program, summary.md for a person."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from gpu_parts.rows import FAIL, Row, markdown
+from gpu_parts.runner import PartEnd
+
+
+def write_results(
+    out: Path, head: dict[str, str], rows: Sequence[Row], ends: Sequence[PartEnd], *, command: str, seconds: float
+) -> None:
+    """Write both files."""
+    document = {
+        "head": head,
+        "command": command,
+        "seconds": seconds,
+        "failed": sum(row.verdict == FAIL for row in rows),
+        "parts": [asdict(end) for end in ends],
+        "rows": [asdict(row) for row in rows],
+    }
+    (out / "results.json").write_text(json.dumps(document, indent=1) + "\n")
+    lines = [
+        "# GPU check",
+        "",
+        *(f"- {name}: {value}" for name, value in head.items()),
+        f"- command: `{command}`",
+        "",
+        summary(rows, seconds=seconds),
+        "",
+        markdown(rows),
+        "",
+        "Seconds by part: " + ", ".join(f"{end.name} {end.seconds:.0f}" for end in ends),
+    ]
+    (out / "summary.md").write_text("\n".join(lines) + "\n")
+
+
+def summary(rows: Sequence[Row], *, seconds: float) -> str:
+    """Count the verdicts, in a line."""
+    counts = {name: sum(row.verdict == name for row in rows) for name in ("ok", FAIL, "measured", "skipped")}
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) + f", in {seconds:.0f} s"

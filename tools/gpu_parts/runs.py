@@ -1,0 +1,112 @@
+"""Whole tiny runs by the tools themselves: stopped, killed, in every number format, against the CPU's losses.
+
+Without a card the CPU's runs are compared with each other.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from gpu_parts.check import Check
+from gpu_parts.pictures import small_shards
+from gpu_parts.starts import Starts
+from maedistill.errors import DataError
+
+EXACT, ROUNDED, HALF, TERMS = 1e-5, 1e-3, 3e-2, 1e-2  # how far losses may be apart, as shares
+_MOST_JOBS = 8
+
+
+def run(check: Check) -> None:
+    """Run them, as many at a time as there are cores, and compare."""
+    starts = Starts(check, small_shards(check.work / f"{check.part}-pictures"))
+    with ThreadPoolExecutor(min(_MOST_JOBS, check.cores)) as pool:
+        tuned = None  # the teacher of fine-tuning
+        if check.on_card:
+            tuned = pool.submit(starts.whole, "tuned", "optim.epochs=1", tool="finetune", cpu=True)
+        wait([pool.submit(starts.whole, "mae_cpu", "method=mae", cpu=True)])
+        pretrained = pretrain(starts, pool)
+        if tuned is not None:
+            wait([tuned])
+            wait([*finetune(starts, pool), *pretrained])
+        else:
+            wait(pretrained)
+            check.skipped("bf16, fp16, fine-tuning with twelve terms", "no card: it would be the CPU against itself")
+    judge(check, starts)
+
+
+def pretrain(starts: Starts, pool: ThreadPoolExecutor) -> list[Future]:
+    """Begin the runs that learn from `mae_cpu`."""
+    dmae = ["method=dmae", f"teacher.source=run:{starts.run('mae_cpu')}", "align.student=[1]", "align.teacher=[1]"]
+    exact = [*dmae, "teacher.precision=fp32"]
+    runs = [
+        pool.submit(starts.stopped, "dmae_stopped", *exact),
+        pool.submit(starts.killed, "dmae_killed", *exact),
+        pool.submit(starts.whole, "dmae", *exact),
+        pool.submit(starts.whole, "dmae_zero3", *exact, "engine.zero=3"),
+    ]
+    if starts.check.on_card:
+        runs.append(pool.submit(starts.whole, "mae", "method=mae"))
+        runs.append(pool.submit(starts.whole, "dmae_cpu", *exact, cpu=True))
+        half = ["engine.precision=bf16", "teacher.precision=bf16"]
+        runs.append(pool.submit(starts.whole, "dmae_bf16", *dmae, *half))
+        runs.append(pool.submit(starts.whole, "dmae_fp16", *exact, "engine.precision=fp16"))
+    if starts.check.on_card and not starts.check.tiny:
+        runs.append(pool.submit(starts.whole, "dmae_compiled", *exact, "engine.compile=true"))
+    return runs
+
+
+def finetune(starts: Starts, pool: ThreadPoolExecutor) -> list[Future]:
+    """Begin fine-tuning with every term of distillation, on the card and on the CPU."""
+    features = "student: [1], teacher: [1]"
+    terms = {
+        "logits": "{weight: 1}",
+        "dkd": "{weight: 1}",
+        "hard": "{weight: 1, token: true}",
+        "hints": "{weight: 1, student: [0], teacher: [1], normalize: whiten}",
+        "maps": f"{{weight: 10, {features}}}",
+        "attention": f"{{weight: 1, {features}}}",
+        "relations": "{weight: 1, student: [1], teacher: [0]}",
+        "distances": "{weight: 25}",
+        "angles": "{weight: 50}",
+        "similarity": "{weight: 30}",
+        "affinity": "{weight: 30}",
+        "contrast": "{weight: 1}",
+    }
+    settings = [f"distill.{name}={value}" for name, value in terms.items()]
+    settings += [f'distill.teachers=["run:{starts.run("tuned")}"]', "distill.precision=fp32"]
+    return [
+        pool.submit(starts.whole, "terms", *settings, tool="finetune"),
+        pool.submit(starts.whole, "terms_cpu", *settings, tool="finetune", cpu=True),
+    ]
+
+
+def judge(check: Check, starts: Starts) -> None:
+    """Compare losses, step by step."""
+    again = ROUNDED if check.on_card else EXACT
+    pairs = [("dmae_stopped", "dmae", again), ("dmae_killed", "dmae", again), ("dmae_zero3", "dmae", again)]
+    if check.on_card:
+        pairs = [("mae", "mae_cpu", ROUNDED), ("dmae", "dmae_cpu", ROUNDED), *pairs]
+        pairs += [("dmae_bf16", "dmae", HALF), ("dmae_fp16", "dmae", HALF), ("terms", "terms_cpu", TERMS)]
+    if check.on_card and not check.tiny:
+        pairs += [("dmae_compiled", "dmae", ROUNDED)]
+    else:
+        check.skipped("dmae_compiled", "--tiny compiles nothing")
+    for name, other, bound in pairs:
+        _compare(check, starts, name, other, bound=bound)
+
+
+def _compare(check: Check, starts: Starts, name: str, other: str, *, bound: float) -> None:
+    """Note the worst difference between two runs."""
+    try:
+        found, expected = starts.losses(name), starts.losses(other)
+    except DataError as error:
+        check.verdict(f"{name} loses what {other} does", False, error.cause)
+        return
+    apart = [abs(found[step] / expected[step] - 1) for step in found.keys() & expected.keys()]
+    good = bool(apart) and found.keys() == expected.keys() and max(apart) <= bound
+    figure = f"{len(found)} and {len(expected)} steps, losses within {max(apart, default=1):.1e}, bound {bound:g}"
+    check.verdict(f"{name} loses what {other} does", good, figure)
+
+
+def wait(futures: list[Future]) -> None:
+    """Wait for all; an error of ours in one of them is raised."""
+    for future in futures:
+        future.result()

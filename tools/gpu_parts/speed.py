@@ -1,0 +1,232 @@
+"""How fast the true step of a published config is: eager, compiled, at four batch sizes, against what others do.
+
+    eager    the engine, as a run has it with engine.compile=false
+    bare     the same modules in a loop of torch alone: what the engine costs
+    plain    the same losses as published loops compute them, on a card in fp16 with a loss scale
+    compiled the engine, as a run has it with engine.compile=true: student, teacher, images and masks
+    student  the same with the student alone compiled
+
+All of a network is in one process, so that ratios are of one machine in one state.
+"""
+
+import gc
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from gpu_parts import goals
+from gpu_parts.check import Check
+from gpu_parts.head import card
+from gpu_parts.kernels import kernels_of
+from gpu_parts.networks import NETWORKS, speed_config
+from gpu_parts.peaks import measured_peak
+from gpu_parts.steps import memory_gb, queue_seconds, rates, warm_up
+from maedistill.benchmark.engine_step import EngineStep
+from maedistill.benchmark.step import without_download
+from maedistill.benchmark.timing import Rates, ratio
+from maedistill.benchmark.training_step import Contest, TrainingStep
+from maedistill.build_pretraining import mask_sizes
+from maedistill.flops import count_flops
+from maedistill.training.engine import initialize_distributed
+
+EAGER, BARE, PLAIN, PUBLISHED = "eager", "bare torch loop", "plain loop", "plain loop, published decoder"
+COMPILED, STUDENT = "compiled", "student compiled"
+BATCH, OTHERS = 256, (512, 128, 64)
+TINY_BATCH, TINY_OTHERS = 4, (8, 2)
+_FIRST_COMPILE = 70.0  # seconds that a compilation is expected to take, until one was seen
+
+
+@dataclass
+class Network:
+    """What is known of the network under test. compile_seconds: of the last time that it was compiled."""
+
+    check: Check
+    contest: Contest
+    gflop: float  # per image
+    peak: float  # FLOP/s
+    compile_seconds: float = _FIRST_COMPILE
+
+
+def run(check: Check) -> None:
+    """Measure the network that `NETWORKS` has under this part's name; what matters most comes first."""
+    initialize_distributed(120)
+    network = _build(check)
+    batch, others = (TINY_BATCH, TINY_OTHERS) if check.tiny else (BATCH, OTHERS)
+    steps = _eager(network, batch)
+    if check.tiny:
+        check.skipped(COMPILED, "--tiny compiles nothing")
+        compiled = None
+    else:
+        compiled = _compiled(network, batch, steps)
+    if check.part == "speed":  # one network is enough: the profiler takes seconds
+        _note_kernels(network, {EAGER: steps[EAGER]} | ({COMPILED: compiled.launch} if compiled is not None else {}))
+    for other in sorted(others):
+        if not _fits(network, EAGER, steps[EAGER], other, take=network.contest.take):
+            break
+    if compiled is not None:
+        _compiled_in_parts(network, batch)
+        torch.compiler.reset()  # else the second size would be compiled for any size, which is slower
+        if _has_time(network, f"{COMPILED}, batch {max(others)}"):
+            _fits(network, COMPILED, compiled.launch, max(others), take=compiled.take)
+
+
+def _build(check: Check) -> Network:
+    """Build the network and count its FLOPs."""
+    batch = TINY_BATCH if check.tiny else BATCH
+    contest = Contest(without_download(speed_config(check, batch=batch, compiled=False)), check.device)
+    student, teacher = mask_sizes(contest.config, contest.num_patches)
+    counts = count_flops(contest.method, contest.teacher, num_student=student, num_teacher=teacher)
+    check.measured("work", f"{NETWORKS[check.part][0]}: {counts['total']:.4g} GFLOP per image", gflop=counts["total"])
+    return Network(check, contest, counts["total"], measured_peak(check))
+
+
+def _eager(network: Network, batch: int) -> dict[str, TrainingStep]:
+    """Measure all that is not compiled, in turn; return the steps."""
+    check, contest = network.check, network.contest
+    contest.take(batch)
+    steps = {EAGER: contest.engine(), BARE: contest.ours(), PLAIN: contest.plain()}
+    if (published := contest.published_method()) is not None:
+        steps[PUBLISHED] = contest.plain(published)
+    ready = {name: seconds for name, step in steps.items() if (seconds := _tried(check, name, step)) is not None}
+    steps = {name: steps[name] for name in ready}
+    found = rates(check, steps, batch=batch)
+    _note(network, EAGER, steps[EAGER], found[EAGER], batch=batch, ready=ready[EAGER])
+    for name in (PLAIN, PUBLISHED):
+        if name in found:
+            _note(network, name, None, found[name], batch=batch, ready=ready[name])
+    _note_times(network, found, EAGER)
+    if BARE in found:
+        _note_overhead(network, EAGER, found[BARE], found[EAGER])
+    return steps
+
+
+def _compiled(network: Network, batch: int, steps: Mapping[str, TrainingStep]) -> EngineStep | None:
+    """Measure the step that training makes, in turn with the plain ones; None where no time is left for it."""
+    check = network.check
+    if not _has_time(network, COMPILED):
+        return None
+    start = time.perf_counter()
+    compiled = EngineStep(speed_config(check, batch=batch, compiled=True))
+    warm_up(check, compiled.launch)
+    network.compile_seconds = time.perf_counter() - start
+    network.contest.take(batch)
+    rivals = {name: step for name, step in steps.items() if name in (PLAIN, PUBLISHED, EAGER)}
+    found = rates(check, {COMPILED: compiled.launch, **rivals}, batch=batch)
+    _note(network, COMPILED, compiled.launch, found[COMPILED], batch=batch, ready=network.compile_seconds)
+    _note_times(network, found, COMPILED)
+    return compiled
+
+
+def _compiled_in_parts(network: Network, batch: int) -> None:
+    """Measure the same without compiled images and masks: through the engine, bare, and with an eager teacher."""
+    check, contest = network.check, network.contest
+    if not _has_time(network, f"{STUDENT}, {COMPILED}: engine overhead", share=0.5):  # most is in the compiler's cache
+        return
+    contest.take(batch)
+    start = time.perf_counter()
+    engine, bare = contest.engine(compiled=True), contest.ours(compiled=True)
+    steps = {COMPILED: engine, BARE: bare, STUDENT: replace(engine, teacher=contest.teacher)}
+    for step in steps.values():
+        warm_up(check, step)
+    ready = time.perf_counter() - start
+    found = rates(check, steps, batch=batch)
+    _note_overhead(network, COMPILED, found[BARE], found[COMPILED])
+    _note(network, STUDENT, steps[STUDENT], found[STUDENT], batch=batch, ready=ready)
+
+
+def _fits(network: Network, name: str, step: TrainingStep, batch: int, *, take: Callable[[int], None]) -> bool:
+    """Measure a step at another batch size; False where memory is full."""
+    check = network.check
+    try:
+        take(batch)
+        ready = warm_up(check, step)
+        _note(network, name, step, rates(check, {name: step}, batch=batch)[name], batch=batch, ready=ready)
+    except torch.OutOfMemoryError:
+        check.skipped(f"{name}, batch {batch} and more", "memory is full")
+        return False
+    finally:
+        gc.collect()
+        if check.on_card:
+            torch.cuda.empty_cache()
+    return True
+
+
+def _tried(check: Check, name: str, step: TrainingStep) -> float | None:
+    """Return the seconds of the first steps; None where a rival fails, which is noted and takes nothing else along."""
+    try:
+        return warm_up(check, step)
+    except RuntimeError as error:
+        if name == EAGER:
+            raise
+        traceback.print_exc()
+        check.verdict(f"{name}: runs", False, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        return None
+
+
+def _note(network: Network, name: str, step: TrainingStep | None, found: Rates, *, batch: int, ready: float) -> None:
+    """Note a speed; with `step`, also what the host and the memory do, and the share of the peak."""
+    check, rate = network.check, found.spread.median
+    words, values = [f"{rate:.4g} images/s, {1e3 * batch / rate:.4g} ms a step"], {"images_per_second": rate}
+    goal = ""
+    if step is None:
+        words.append(network.contest.plain_precision)
+    else:
+        flops = rate * network.gflop * 1e9
+        share, queued = flops / network.peak, queue_seconds(check, step)
+        words += [f"{flops / 1e12:.4g} TFLOP/s", f"queued in {1e3 * queued:.3g} ms"]
+        values |= {"flops": flops, "share_of_peak": share, "queue_seconds": queued}
+        if check.on_card:
+            words.append(f"{share:.1%} of the bf16 peak")
+            memory = memory_gb(check, step, method=network.contest.method, teacher=network.contest.teacher)
+            words, values = [*words, f"{memory:.1f} GB"], values | {"memory_gb": memory}
+        goal = _goal(network, name, rate, share)
+    check.measured(f"{name}, batch {batch}", ", ".join([*words, f"ready after {ready:.0f} s"]), goal=goal, **values)
+
+
+def _goal(network: Network, name: str, rate: float, share: float) -> str:
+    """Say the goals of the compiled step."""
+    if name != COMPILED or network.check.tiny:
+        return ""
+    words = [goals.at_least(goals.SHARE_OF_PEAK, share, ".0%")]
+    if network.check.part == "speed":
+        words.append(goals.at_least(goals.images_goal(card(), network.peak), rate, ",.0f"))
+    return "; ".join(words)
+
+
+def _note_times(network: Network, found: Mapping[str, Rates], name: str) -> None:
+    """Note how many times as fast as the plain loops a step is."""
+    for other in (PLAIN, PUBLISHED):
+        if other in found:
+            times = ratio(found[name], found[other])
+            has_goal = name == COMPILED and other == PLAIN and not network.check.tiny
+            goal = goals.at_least(goals.TIMES_PLAIN, times.median, "g") if has_goal else ""
+            network.check.measured(f"{name} against {other}", f"{times} times as fast", goal=goal, times=times.median)
+
+
+def _note_kernels(network: Network, steps: Mapping[str, TrainingStep]) -> None:
+    """Note where the time of each step goes."""
+    check = network.check
+    for name, step in steps.items():
+        if check.tiny and check.on_card:
+            check.skipped(f"{name}: kernels", "--tiny leaves them out on a card")
+        else:
+            check.measured(f"{name}: kernels", str(kernels_of(check, step, log=f"kernels_{name}.txt")))
+
+
+def _note_overhead(network: Network, name: str, bare: Rates, engine: Rates) -> None:
+    """Note how much longer a step through the engine takes than a bare one."""
+    overhead = ratio(bare, engine).median - 1
+    goal = "" if network.check.tiny else goals.below(goals.OVERHEAD, overhead, ".0%")
+    network.check.measured(f"{name}: engine overhead", f"{overhead:.1%} over a {BARE}", goal=goal, share=overhead)
+
+
+def _has_time(network: Network, name: str, *, share: float = 1.2) -> bool:
+    """Say whether a compilation still fits, which takes `share` of the last one; note it where it does not."""
+    check, needed = network.check, share * network.compile_seconds + 8
+    if check.left > needed:
+        return True
+    check.skipped(name, f"no time: it takes about {needed:.0f} s, and {max(0, check.left):.0f} s are left")
+    return False

@@ -1,0 +1,124 @@
+"""Starts of the training tools in processes of their own: on the card or the CPU, let alone, stopped or killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpu_parts.check import ROOT, Check
+from maedistill.errors import Preempted
+from maedistill.training.metrics import read_metrics
+
+PRETRAIN = """\
+data: {{train: '{shards}/train-*.tar', val: '{shards}/val-*.tar', image_size: 32, eval_crop: 1.0, workers: 1,
+  mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25]}}
+student: {{model: vit_tiny_patch16_224, width: 32, depth: 2, heads: 2, patch_size: 8}}
+decoder: {{width: 16, depth: 1, heads: 2}}
+optim: {{epochs: 4, warmup_epochs: 0.5, global_batch: 12, lr: 3e-3}}
+engine: {{micro_batch: 12, precision: fp32, compile: false}}
+log: {{every: 1, save_every_epochs: 1, pictures_every_epochs: null, knn_every_epochs: null, tensorboard: false}}
+"""
+FINETUNE = """\
+data: {{train: '{shards}/train-*.tar', val: '{shards}/val-*.tar', image_size: 32, eval_crop: 1.0, workers: 1}}
+student: {{model: vit_tiny_patch16_224, width: 32, depth: 2, heads: 2, patch_size: 8, register_tokens: 1}}
+augment: {{rand_augment: rand-m9-mstd0.5-inc1, mixup: 0.8, cutmix: 1.0, erasing: 0, smoothing: 0.1}}
+optim: {{epochs: 2, warmup_epochs: 0.5, global_batch: 12, lr: 1e-3, ema: 0.9}}
+engine: {{micro_batch: 6, precision: fp32, compile: false}}
+log: {{every: 1, eval_every_epochs: 1, save_every_epochs: 1, tensorboard: false}}
+"""
+_PAUSE = 0.01
+
+
+@dataclass
+class Starts:
+    """The tools on tiny shards: 8 steps an epoch, a checkpoint after each epoch."""
+
+    check: Check
+    shards: Path
+
+    def __post_init__(self) -> None:
+        self.folder = self.check.work / self.check.part
+        self.folder.mkdir(exist_ok=True)
+        for tool, text in (("pretrain", PRETRAIN), ("finetune", FINETUNE)):
+            (self.folder / f"{tool}.yaml").write_text(text.format(shards=self.shards))
+
+    def run(self, name: str) -> Path:
+        """Name a run's folder."""
+        return self.folder / name
+
+    def whole(self, name: str, *settings: str, tool: str = "pretrain", cpu: bool = False) -> None:
+        """Run to the end; a verdict only where that fails."""
+        code = self._wait(self._start(name, settings, tool=tool, cpu=cpu))
+        if code != 0:
+            self.check.verdict(f"{name}: runs", False, self._why(name, code))
+
+    def stopped(self, name: str, *settings: str) -> None:
+        """Send SIGTERM in the middle of an epoch, and start again."""
+        process = self._start(name, settings)
+        self._until(process, lambda: len(_records(self.run(name))) > 2)
+        process.send_signal(signal.SIGTERM)
+        code = self._wait(process)
+        if code == 0:
+            self.check.skipped(f"{name}: saves and leaves", "it had finished before the signal came")
+        else:
+            good = code == Preempted.exit_code
+            self.check.verdict(f"{name}: saves and leaves", good, self._why(name, code) if not good else "exit code 75")
+        self.whole(name, *settings)
+
+    def killed(self, name: str, *settings: str) -> None:
+        """Send SIGKILL after the first checkpoint, and start again."""
+        process = self._start(name, settings)
+        self._until(process, lambda: any(self.run(name).glob("checkpoints/step_*/COMPLETE")))
+        process.kill()
+        code = self._wait(process)
+        if code == 0:
+            self.check.skipped(f"{name}: is killed", "it had finished before the signal came")
+        self.whole(name, *settings)
+
+    def losses(self, name: str) -> dict[int, float]:
+        """Read the loss of every step."""
+        return {record["step"]: record["loss"] for record in _records(self.run(name))}
+
+    def _start(
+        self, name: str, settings: tuple[str, ...], *, tool: str = "pretrain", cpu: bool = False
+    ) -> subprocess.Popen:
+        """Begin a run; a log takes what it says."""
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if cpu else {}
+        command = [f"tools/{tool}.py", str(self.folder / f"{tool}.yaml"), f"run={self.run(name)}", *settings]
+        with self._log(name).open("a") as log:
+            return subprocess.Popen(
+                [sys.executable, *command], cwd=ROOT, env=os.environ | hidden, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def _wait(self, process: subprocess.Popen) -> int | None:
+        """Wait for the end, as long as this part may; None for a run that is late, which is killed."""
+        try:
+            return process.wait(timeout=max(1.0, self.check.left))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return None
+
+    def _until(self, process: subprocess.Popen, seen: Callable[[], bool]) -> None:
+        """Wait until something is seen, or the process has ended."""
+        while process.poll() is None and self.check.left > 0 and not seen():
+            time.sleep(_PAUSE)
+
+    def _log(self, name: str) -> Path:
+        return self.check.log(f"{self.check.part}_{name}.log")
+
+    def _why(self, name: str, code: int | None) -> str:
+        """Say how a run ended, with its last words."""
+        if code is None:
+            return "killed: the time of this part was up"
+        words = " | ".join(self._log(name).read_text(errors="replace").strip().splitlines()[-2:])
+        return f"exit code {code}: {words[-300:]}"
+
+
+def _records(run: Path) -> list[dict]:
+    """Read the lines of metrics.jsonl that have a loss."""
+    return [record for record in read_metrics(run) if "loss" in record]

@@ -1,0 +1,67 @@
+"""Timing of steps on the device: many in a row, in turn with those they are compared with."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from gpu_parts.check import Check
+from maedistill.benchmark.memory import peak_memory
+from maedistill.benchmark.timing import Rates, interleave
+from maedistill.benchmark.training_step import TrainingStep
+
+_ROUNDS, _SECONDS, _WARM = 3, 0.6, 3  # rounds, the least that a round of one step takes, first steps that do not count
+
+
+def warm_up(check: Check, step: TrainingStep) -> float:
+    """Make the first steps, in which kernels are chosen and compiled; return the seconds they take."""
+    start = time.perf_counter()
+    for _ in range(_WARM):
+        step()
+    check.wait()
+    return time.perf_counter() - start
+
+
+def rates(check: Check, steps: Mapping[str, TrainingStep], *, batch: int) -> dict[str, Rates]:
+    """Measure images/s of steps that are warm, in turn, so that what slows the machine slows all of them."""
+    paths = {name: _path(check, step, batch=batch) for name, step in steps.items()}
+    return interleave(paths, rounds=1 if check.tiny else _ROUNDS, warm_up=0)
+
+
+def queue_seconds(check: Check, step: TrainingStep) -> float:
+    """Return how long the host is busy with a step; the median of three, each begun on an idle device."""
+    spent = []
+    for _ in range(3):
+        check.wait()
+        start = time.perf_counter()
+        step()
+        spent.append(time.perf_counter() - start)
+    check.wait()
+    return sorted(spent)[1]
+
+
+def memory_gb(check: Check, step: TrainingStep, *, method: nn.Module, teacher: nn.Module | None) -> float:
+    """Return what a run of this step needs: weights, both moments of AdamW, teacher, and the most that a step takes."""
+    tensors = itertools.chain(teacher.parameters(), teacher.buffers()) if teacher is not None else ()
+    held = 3 * sum(parameter.nbytes for parameter in method.parameters()) + sum(tensor.nbytes for tensor in tensors)
+    return (held + peak_memory(step, check.device)) / 1e9
+
+
+def _path(check: Check, step: TrainingStep, *, batch: int) -> Callable[[], int]:
+    """Return what `interleave` times: enough steps, to their end on the device."""
+    check.wait()
+    start = time.perf_counter()
+    step()
+    check.wait()
+    once = time.perf_counter() - start
+    repeats = 1 if check.tiny else max(1, math.ceil(_SECONDS / once))
+
+    def run() -> int:
+        for _ in range(repeats):
+            step()
+        check.wait()
+        return batch * repeats
+
+    return run
