@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maedistill.data.shards import make_shards
-from maedistill.data.sources import open_folder
+from maedistill.data.shards.sources import open_folder
+from maedistill.data.shards.write import make_shards
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

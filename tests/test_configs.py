@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from maedistill.build_pretraining import build_encoder, build_method, build_teacher, build_teacher_source, mask_sizes
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
-from maedistill.flops import count_flops
+from maedistill.pretraining.build import build_encoder, build_method, build_teacher, build_teacher_source, mask_sizes
+from maedistill.pretraining.flops import count_flops
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = [path for path in sorted(ROOT.glob("configs/*/*.yaml")) if not path.stem.startswith(("base", "study"))]

@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from maedistill.data.evaluation import EvaluationImages, evaluation_transform
-from maedistill.data.index import open_index
-from maedistill.data.shards import make_shards
-from maedistill.data.sources import open_folder
-from maedistill.data.subset import label_subset
+from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
+from maedistill.data.loading.subset import label_subset
+from maedistill.data.shards.index import open_index
+from maedistill.data.shards.sources import open_folder
+from maedistill.data.shards.write import make_shards
 from maedistill.evaluation.accuracy import evaluate
-from maedistill.models.classifier import open_classifier
+from maedistill.weights.classifier import open_classifier
 
 EPOCH = 8  # steps
 TIMES = {"images_per_second", "data_wait", "memory_gb", "eta_seconds", "trained_seconds"}

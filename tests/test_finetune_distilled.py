@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 from maedistill.export.card import model_card
-from maedistill.models.classifier import open_classifier
-from maedistill.models.saved import open_saved
+from maedistill.weights.classifier import open_classifier
+from maedistill.weights.from_run import open_saved
 
 SCRATCH = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.heads=2"]
 SCRATCH += ["student.patch_size=8", "student.register_tokens=1", "optim.epochs=2", "optim.layer_decay=1"]

@@ -12,11 +12,11 @@ from PIL import Image
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
-from maedistill.data.index import open_index
-from maedistill.data.shards import make_shards
-from maedistill.data.sources import open_folder
+from maedistill.data.shards.index import open_index
+from maedistill.data.shards.sources import open_folder
+from maedistill.data.shards.write import make_shards
 from maedistill.errors import UserError
-from maedistill.finetuning import open_finetuning
+from maedistill.finetuning.setup import open_finetuning
 
 TWO = {"WORLD_SIZE": "2"}
 # Arguments, environment, exit code, and what the lines of cause and remedy name. {made} is the folder of `made` below.

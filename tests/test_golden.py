@@ -15,18 +15,18 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from maedistill.losses.pixels import pixel_target
-from maedistill.masking import PatchSplit
 from maedistill.methods.amd import AMD
 from maedistill.methods.dmae import DMAE
 from maedistill.methods.mae import MAE
+from maedistill.methods.teacher import Teacher
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
-from maedistill.models.source import open_source
-from maedistill.models.teacher import Teacher
-from maedistill.models.weights import Imported, import_weights
-from maedistill.models.weights_file import read_weights_file
-from maedistill.patches import patchify
+from maedistill.models.masking import PatchSplit
+from maedistill.models.patches import patchify
+from maedistill.weights.source import open_source
+from maedistill.weights.state_dict import ConvertedStateDict, import_weights
+from maedistill.weights.weights_file import read_weights_file
 
 GOLDEN = Path(os.environ.get("MAEDISTILL_GOLDEN") or Path(__file__).parent / "golden")
 VIT = "vit_tiny_patch16_224"
@@ -38,7 +38,7 @@ def reference(name: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def imported(name: str) -> Imported:
+def imported(name: str) -> ConvertedStateDict:
     path = GOLDEN / f"{name}.pth"
     return import_weights(read_weights_file(path), name=str(path))
 

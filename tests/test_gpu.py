@@ -10,25 +10,25 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from maedistill.build_pretraining import step_inputs
 from maedistill.config.loader import load_config
-from maedistill.distill.schedule import Schedule
-from maedistill.distill.teacher import OfflineTeacher
-from maedistill.distill.teaching import Teaching
-from maedistill.distill.terms import Contrast, Dkd, Embeddings, Hints, Logits
-from maedistill.distill.views import Wanted
-from maedistill.masking import random_split
-from maedistill.methods.distilled import Distilled
+from maedistill.finetuning.distilled import Distilled
+from maedistill.finetuning.outputs import RequestedOutputs
+from maedistill.finetuning.teacher import OfflineTeacher
+from maedistill.finetuning.teacher_ensemble import TeacherEnsemble
+from maedistill.finetuning.term_schedule import Schedule
+from maedistill.finetuning.terms import DKD, Contrast, Embeddings, Hints, Logits
 from maedistill.methods.dmae import DMAE
+from maedistill.methods.teacher import Teacher
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
-from maedistill.models.network import Network
-from maedistill.models.source import open_source
-from maedistill.models.teacher import Teacher
+from maedistill.models.masking import random_split
+from maedistill.pretraining.build import step_inputs
 from maedistill.randomness import Stream, bits, uniform
+from maedistill.runs.metrics import Clock
 from maedistill.training.compilation import compile_function
-from maedistill.training.metrics import Clock
+from maedistill.weights.network import Network
+from maedistill.weights.source import open_source
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU; written on a machine without one, not yet run on any"
@@ -67,18 +67,18 @@ def test_a_step_that_distils_never_waits_for_the_gpu() -> None:
     hints = {"projector": "linear", "distance": "mse", "normalize": "none"}
     terms = {
         "logits": Logits(temperature=2.0, teacher_temperature=None, standardize=True),
-        "dkd": Dkd(alpha=1.0, beta=8.0, temperature=4.0, standardize=False),
+        "dkd": DKD(alpha=1.0, beta=8.0, temperature=4.0, standardize=False),
         "hints": Hints([(1, 4)], student_width=192, teacher_widths=[[512]], **hints),
         "contrast": Contrast(student_width=192, teacher_widths=[512], width=128, temperature=0.07),
         **{name: Embeddings(name) for name in ("distances", "angles", "similarity", "affinity")},
     }
-    seen = Wanted(logits=True, embedding=True, features=(1,))
+    seen = RequestedOutputs(logits=True, embedding=True, features=(1,))
     module = Distilled(vit, terms, wanted=seen, label_weight=1.0).cuda()
     network, how = timm.create_model("resnet10t", num_classes=9), {"mean": (0.4,) * 3, "std": (0.3,) * 3, "size": 96}
     words = {"name": "run:x", "interpolation": "bicubic", "crop_mode": "center", "licence": "mit", "crop": 1.0}
     teacher = OfflineTeacher(
         Network(network, **words, **how, num_classes=9),
-        wanted=Wanted(logits=True, embedding=True, features=(4,)),
+        wanted=RequestedOutputs(logits=True, embedding=True, features=(4,)),
         student_mean=(0.5,) * 3,
         student_std=(0.5,) * 3,
         student_grid=4,
@@ -86,7 +86,7 @@ def test_a_step_that_distils_never_waits_for_the_gpu() -> None:
         dtype=torch.bfloat16,
     ).cuda()
     schedules, device = {name: Schedule(1.0, warmup_epochs=3) for name in terms}, torch.device("cuda")
-    teaching = Teaching([teacher], schedules, steps=4, epoch_at=lambda step: step, device=device)
+    teaching = TeacherEnsemble([teacher], schedules, steps=4, epoch_at=lambda step: step, device=device)
     images = torch.randn(4, 3, 64, 64, device=device)
     targets = F.one_hot(torch.arange(4, device=device), 5).float()
     count = iter(range(1, 4))

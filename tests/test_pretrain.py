@@ -112,10 +112,10 @@ def test_a_linear_probe_runs_beside_knn_on_a_period_of_its_own(pretraining, sett
 
 def test_every_rank_votes_on_its_own_device_in_the_precision_of_the_run(monkeypatch):
     """Also a rank that writes nothing: kNN is shared among all, on their devices, like every forward pass."""
-    loop, device = importlib.import_module("maedistill.pretrain"), torch.device("cuda", 1)
+    loop, device = importlib.import_module("maedistill.pretraining.loop"), torch.device("cuda", 1)
     found = torch.eye(3), torch.arange(3)
     precisions, devices = [], []
-    monkeypatch.setattr(loop, "spread_samples", lambda index, count: index)
+    monkeypatch.setattr(loop, "random_subset", lambda index, count: index)
     monkeypatch.setattr(loop, "pooled_features", lambda *_, precision, **__: precisions.append(precision) or found)
     monkeypatch.setattr(loop, "knn_accuracy", lambda *_, device: devices.append(device) or 0.5)
     config = SimpleNamespace(

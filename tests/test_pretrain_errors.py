@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from maedistill.config.loader import load_config
-from maedistill.data.index import open_index
+from maedistill.data.shards.index import open_index
 from maedistill.models.encoder import build_vit
-from maedistill.training.lock import FolderLock
-from maedistill.training.run_folder import RunFolder
+from maedistill.runs.folder import RunFolder
+from maedistill.runs.lock import FolderLock
 
 TAPS = ["method=dmae", "align.student=[1]", "align.teacher=[1]"]
 FILE = [*TAPS, "teacher.model=vit_tiny_patch16_224", "teacher.width=32", "teacher.depth=2", "teacher.heads=2"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from maedistill.training.run_folder import RunFolder
+from maedistill.runs.folder import RunFolder
 
 STUDY = """\
 out: {out}

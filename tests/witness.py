@@ -26,14 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maedistill.data.loader import Batch
-from maedistill.masking import PatchSplit
+from maedistill.data.loading.loader import Batch
+from maedistill.models.masking import PatchSplit
+from maedistill.processes.ranks import rank
 from maedistill.training import engine as engine_file
-from maedistill.training.distributed import rank
+
+STAGES = {"pretrain": "maedistill.pretraining.loop", "finetune": "maedistill.finetuning.loop"}
 
 
 class Witness:
-    """Stands between the loop in `stage` (maedistill.pretrain or finetune) and its loader, its engine and its probe."""
+    """Stands between the loop in `stage` (a module of STAGES) and its loader, its engine and its probe."""
 
     def __init__(self, stage: ModuleType, run: Path, kill_at: int, nan_at: set[int]) -> None:
         self.run, self.kill_at, self.nan_at, self.seen = run, kill_at, nan_at, 0
@@ -97,8 +99,8 @@ if __name__ == "__main__":
     sys.argv.remove(name)
     tool = Path(__file__).parent.parent / name
     run = next(argument for argument in sys.argv if argument.startswith("run=")).removeprefix("run=")
-    stage = importlib.import_module(f"maedistill.{tool.stem}")
+    stage = importlib.import_module(STAGES[tool.stem])
     nan_at = {int(position) for position in os.environ.get("WITNESS_NAN", "").split(",") if position}
     Witness(stage, Path(run), int(os.environ.get("WITNESS_KILL", "0")), nan_at)
-    engine_file.WHOLE = 0
+    engine_file.PERSISTENCE_THRESHOLD = 0
     runpy.run_path(str(tool), run_name="__main__")

@@ -31,7 +31,7 @@ Every comparison is made side by side in one run: medians, and the range that ho
 def main() -> None:
     """Measures, prints and, with --json, writes."""
     arguments = parse_arguments()
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the training tools do, see command_line.py
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the training tools do, see cli.py
     if arguments.json and not arguments.json.parent.is_dir():
         raise ConfigError(f"--json: there is no folder {arguments.json.parent}", "make it, or name another file")
     if arguments.json and arguments.json.is_dir():

@@ -131,7 +131,7 @@ def main() -> None:
     arguments = parse_score(words) if form == "score" else parse_features(form, words)
     files = {name: getattr(arguments, name, None) for name in FILES}
     require_writable(files)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see command_line.py
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see cli.py
     {"score": start_score, "knn": start_knn, "probe": start_probe}[form](arguments)
 
 
@@ -154,20 +154,20 @@ def start_score(arguments: argparse.Namespace) -> None:
 
 def start_knn(arguments: argparse.Namespace) -> None:
     """kNN on frozen features."""
-    from maedistill.evaluation.frozen import Question, score_knn
+    from maedistill.evaluation.feature_eval import ProbeSpec, score_knn
 
-    question = Question(**question_of(arguments))
+    question = ProbeSpec(**question_of(arguments))
     votes = {"ks": arguments.k, "temperature": arguments.temperature}
     score_knn(question, **votes, file=arguments.json, **setting_of(arguments))
 
 
 def start_probe(arguments: argparse.Namespace) -> None:
     """A linear probe on frozen features."""
-    from maedistill.evaluation.frozen import Question, score_probe
+    from maedistill.evaluation.feature_eval import ProbeSpec, score_probe
 
     names = ("epochs", "head_batch", "optimizer")
     how = {name: getattr(arguments, name) for name in names} | {"rates": arguments.lr}
-    score_probe(Question(**question_of(arguments)), **how, file=arguments.json, **setting_of(arguments))
+    score_probe(ProbeSpec(**question_of(arguments)), **how, file=arguments.json, **setting_of(arguments))
 
 
 def setting_of(arguments: argparse.Namespace) -> dict[str, Any]:

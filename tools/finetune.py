@@ -1,6 +1,6 @@
 """Fine-tunes a Vision Transformer on labels and evaluates it exactly. See `tools/finetune.py --help`."""
 
-from maedistill.command_line import run_tool
+from maedistill.cli import run_tool
 from maedistill.config.finetune import FinetuneConfig
 
 EXAMPLES = """\
@@ -16,7 +16,7 @@ examples:
 
 def start(config: FinetuneConfig, *, fresh: bool, extend: bool) -> None:
     """Runs or continues the run."""
-    from maedistill.finetune import finetune
+    from maedistill.finetuning.loop import finetune
 
     finetune(config, fresh=fresh, extend=extend)
 

@@ -1,4 +1,4 @@
-"""Turns images into WebDataset shards with an index: see `--help`; maedistill/data/shards.py says what is written."""
+"""Turns images into WebDataset shards with an index: see `--help`; data/shards/write.py says what is written."""
 
 import argparse
 import os
@@ -6,9 +6,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from maedistill.data.shards import IMAGES_PER_SHARD, QUALITY, Note, make_shards
-from maedistill.data.sources import open_source
-from maedistill.data.verify import verify_shards
+from maedistill.data.shards.sources import open_source
+from maedistill.data.shards.verify import verify_shards
+from maedistill.data.shards.write import IMAGES_PER_SHARD, QUALITY, Note, make_shards
 from maedistill.errors import ConfigError, exit_code_of
 
 EXAMPLES = """examples:

@@ -1,6 +1,6 @@
 """Pre-trains a small Vision Transformer by MAE, or distils a teacher by DMAE or AMD. See `tools/pretrain.py --help`."""
 
-from maedistill.command_line import run_tool
+from maedistill.cli import run_tool
 from maedistill.config.pretrain import PretrainConfig
 
 EXAMPLES = """\
@@ -14,7 +14,7 @@ examples:
 
 def start(config: PretrainConfig, *, fresh: bool, extend: bool) -> None:
     """Runs or continues the run."""
-    from maedistill.pretrain import pretrain
+    from maedistill.pretraining.loop import pretrain
 
     pretrain(config, fresh=fresh, extend=extend)
 

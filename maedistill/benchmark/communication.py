@@ -19,7 +19,7 @@ FLOPS = 250e12  # floating-point operations per second of a GPU that nobody meas
 
 
 @dataclass(frozen=True)
-class OnPaper:
+class AnalyticModel:
     """One size of a cluster: seconds of a step by what they are spent on, and what follows."""
 
     ranks: int
@@ -40,12 +40,12 @@ class OnPaper:
 
 def on_paper(
     ranks: int, *, images: int, images_per_second: float, parameters: int, zero: int, bandwidth: float = BANDWIDTH
-) -> OnPaper:
+) -> AnalyticModel:
     """The model above for `ranks` ranks.
 
     images: per rank and update. images_per_second: of one rank by itself. zero: the ZeRO stage.
     """
-    return OnPaper(
+    return AnalyticModel(
         ranks, images, images / images_per_second, reduce_seconds(ranks, parameters, zero=zero, bandwidth=bandwidth)
     )
 

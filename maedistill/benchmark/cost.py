@@ -14,19 +14,19 @@ from pathlib import Path
 
 import torch
 
-from maedistill.benchmark.communication import BANDWIDTH, OnPaper, on_paper
+from maedistill.benchmark.communication import BANDWIDTH, AnalyticModel, on_paper
 from maedistill.benchmark.engine_step import EngineStep
 from maedistill.benchmark.report import Report, Row
 from maedistill.benchmark.step import without_download
 from maedistill.benchmark.step_model import CARD, Kind, model_step, total
 from maedistill.benchmark.timing import Rates, interleave
-from maedistill.build_pretraining import build_crops
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.data.cache import set_cache
-from maedistill.data.index import ShardIndex, open_index
-from maedistill.data.loader import RandomCrops
+from maedistill.data.loading.loader import RandomCrops
+from maedistill.data.remote.cache import set_cache
+from maedistill.data.shards.index import ShardIndex, open_index
 from maedistill.machine import cpu_share
-from maedistill.start import join
+from maedistill.pretraining.build import build_crops
+from maedistill.runs.start import join
 from maedistill.training.engine import shutdown_distributed
 
 IMAGENET_IMAGES = 1_281_167  # of ImageNet-1K, on which the papers train
@@ -41,7 +41,7 @@ STEP, LOADER = "step, images/s", "loader, images/s of a core"
 class Speed:
     """What one GPU of a run does, and one core of its loader."""
 
-    cluster: OnPaper  # with its speed by itself, and what exchanging gradients adds
+    cluster: AnalyticModel  # with its speed by itself, and what exchanging gradients adds
     loader: float | None  # images per second and core; None: not measured
     cores: int  # that load for one GPU
     shared: bool  # without a GPU: the cores compute the steps as well
@@ -90,7 +90,7 @@ def measure_cost(config: PretrainConfig, *, gpus: int, rounds: int, expected: st
     try:
         step = EngineStep(config)
         if step.device.type != "cuda":
-            step.take_what_fits(_STEP_SECONDS)
+            step.autotune_batch(_STEP_SECONDS)
         paths = {STEP: _for_a_while(step)}
         if index is not None:
             paths[LOADER] = _for_a_while(_one_core(build_crops(config, index)))

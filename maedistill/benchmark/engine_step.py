@@ -12,14 +12,14 @@ import time
 
 import torch
 
-from maedistill.benchmark.noise import Noise, idle_optimizer
+from maedistill.benchmark.noise import SyntheticBatch, zero_lr_optimizer
 from maedistill.benchmark.step import without_download
 from maedistill.benchmark.training_step import TrainingStep
-from maedistill.build_pretraining import build_encoder, build_method, build_teacher, build_teacher_source, mask_sizes
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.flops import count_flops
 from maedistill.machine import precision
-from maedistill.training import distributed
+from maedistill.pretraining.build import build_encoder, build_method, build_teacher, build_teacher_source, mask_sizes
+from maedistill.pretraining.flops import count_flops
+from maedistill.processes import ranks as distributed
 from maedistill.training.compilation import compile_module, should_compile
 from maedistill.training.engine import Engine
 
@@ -48,7 +48,7 @@ class EngineStep:
                 compile_module(network)
         engine = Engine(
             self.method,
-            idle_optimizer(self.method, config),
+            zero_lr_optimizer(self.method, config),
             zero=config.engine.zero,
             precision=precision(config.engine.precision, self.device),
             clip=config.optim.clip,
@@ -73,11 +73,11 @@ class EngineStep:
         """From now on a step takes `batch` images."""
         first, num_patches = distributed.rank() * batch, self.method.encoder.grid**2
         self.batch = batch
-        self._noise = Noise(
+        self._noise = SyntheticBatch(
             self.config, batch, num_patches=num_patches, device=self.device, first=first, compiled=self.is_compiled
         )
 
-    def take_what_fits(self, seconds: float) -> None:
+    def autotune_batch(self, seconds: float) -> None:
         """Takes the most images, 4, 8, 16, ..., up to `engine.micro_batch`, whose step is made in `seconds`.
 
         So that a CPU can be measured with the config of a GPU. For one rank alone.

@@ -27,12 +27,12 @@ from maedistill.benchmark.report import Report, Row
 from maedistill.benchmark.speed import Speed, Work, measure
 from maedistill.benchmark.timing import Rates, Spread, ratio, spread
 from maedistill.config.batch import BatchPlan
-from maedistill.data.batch import Batch
-from maedistill.data.images import JPEG_DECODERS, decode, open_image
-from maedistill.data.index import open_index
-from maedistill.data.loader import PREFETCHED, RandomCrops, Schedule, host_batches
-from maedistill.data.order import SampleOrder
-from maedistill.data.transforms import CROP_DRAWS, Box, crop, random_box
+from maedistill.data.images.decode import JPEG_DECODERS, decode, open_image
+from maedistill.data.images.transforms import CROP_DRAWS, Box, crop, random_box
+from maedistill.data.loading.batch import Batch
+from maedistill.data.loading.loader import PREFETCHED, RandomCrops, Schedule, host_batches
+from maedistill.data.loading.order import SampleOrder
+from maedistill.data.shards.index import open_index
 from maedistill.errors import ConfigError
 from maedistill.randomness import Stream, uniform
 
@@ -41,7 +41,6 @@ SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # MAE's
 _MOST_IN_BATCH = 128
 _FEWEST = 64  # crops of a round: fewer say nothing
 _LEAD = 16  # batches of a round per worker, where there are several: some may be made before the clock starts
-SCALED = "ours, scaled_decode"
 DECODERS = tuple(name for name in JPEG_DECODERS if name != "pillow") or JPEG_DECODERS
 
 
@@ -132,10 +131,8 @@ def sample(shards: str, *, size: int, views: int, workers: int, images: int) -> 
 
 
 def loader_paths(sampled: Sampled, *, workers: int) -> dict[str, Work]:
-    """Our loader with each decoder, with scaled decoding, and in one process."""
+    """Our loader with each decoder, and in one process."""
     paths = {f"ours, {name}": sampled.variant(decoder=name) for name in DECODERS if workers}
-    if workers:
-        paths[SCALED] = sampled.variant(scaled_decode=True)
     loads = {name: functools.partial(_load, crops, sampled, workers=workers) for name, crops in paths.items()}
     return loads | {"ours in one process": functools.partial(_load, sampled.crops, sampled, workers=0)}
 
@@ -235,7 +232,7 @@ def _compared(name: str, per_core: Mapping[str, Rates]) -> Row:
     return {
         "per core-second": per_core[name].spread,
         "x plain": ratio(per_core[name], per_core["plain loader"]),
-        "x decode + crop": "-" if name == SCALED else ratio(per_core[name], floor),  # that loop decodes whole images
+        "x decode + crop": ratio(per_core[name], floor),
     }
 
 
@@ -256,7 +253,7 @@ def _remarks(sampled: Sampled, stage_times: Mapping[str, Spread]) -> list[str]:
     lines = [
         f"{most} limits: {times[most] / sum(times.values()):.0%} of the time of a crop",
         "plain loader: PIL, RandomResizedCrop (bicubic), flip, ToTensor, Normalize in a DataLoader over a folder; "
-        "decode + crop: a loop over the files in memory, the floor; data.scaled_decode makes other pixels",
+        "decode + crop: a loop over the files in memory, the floor",
     ]
     shorter = sorted(min(open_image(data).size) for data in sampled.data.values())[len(sampled.data) // 2]
     if most.startswith("decode") and shorter > 1.3 * sampled.crops.size:

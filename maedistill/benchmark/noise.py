@@ -8,14 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from maedistill.build_pretraining import step_inputs
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.masking import PatchSplit
+from maedistill.models.masking import PatchSplit
+from maedistill.pretraining.build import step_inputs
 from maedistill.training.compilation import compile_function
 from maedistill.training.optim import build_optimizer, parameter_groups
 
 
-class Noise:
+class SyntheticBatch:
     """A batch of noise at the config's image size, drawn once, that each step flips and splits anew.
 
     first: position of the first image in the epoch. num_patches: of an image. compiled: prepare them in one graph.
@@ -42,6 +42,6 @@ class Noise:
         return self._inputs(self.images, self._positions)
 
 
-def idle_optimizer(method: nn.Module, config: PretrainConfig) -> torch.optim.AdamW:
+def zero_lr_optimizer(method: nn.Module, config: PretrainConfig) -> torch.optim.AdamW:
     """The config's optimizer at learning rate 0, where it costs the same and moves nothing."""
     return build_optimizer(parameter_groups(method, config.optim.weight_decay), lr=0.0, betas=config.optim.betas)

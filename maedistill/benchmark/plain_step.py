@@ -22,14 +22,14 @@ from einops import rearrange
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from maedistill.masking import PatchSplit, gather_rows
 from maedistill.methods.amd import AMD
 from maedistill.methods.mae import MAE, Target
+from maedistill.methods.teacher import Teacher
 from maedistill.models.blocks import CrossBlock
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
 from maedistill.models.encoder import MaskedEncoder
 from maedistill.models.heads import Generator
-from maedistill.models.teacher import Teacher
+from maedistill.models.masking import PatchSplit, gather_rows
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -25,10 +25,10 @@ import torch.distributed as dist
 from maedistill.benchmark.engine_step import EngineStep
 from maedistill.config.loader import load_config
 from maedistill.errors import PeerError, leave
-from maedistill.start import join
-from maedistill.training import distributed
+from maedistill.processes import ranks as distributed
+from maedistill.processes.parent_death import die_with_launcher
+from maedistill.runs.start import join
 from maedistill.training.engine import shutdown_distributed
-from maedistill.training.orphans import end_with_launcher
 
 TURN_SECONDS = 3.0
 _STEP_SECONDS = 1.0  # that a step takes at most, where the batch may be chosen
@@ -39,7 +39,7 @@ _LOOK, _PATIENCE = 0.02, 600.0  # seconds between two looks for a turn, and afte
 
 def main(folder: str, batch: str, cores: str, config: str, *overrides: str) -> None:
     """Measures until it is told to end. Collective."""
-    end_with_launcher()
+    die_with_launcher()
     keep_to_cores(int(os.environ["LOCAL_RANK"]), int(cores))
     settings = load_config(config, overrides, to_run=False).config
     join(settings)
@@ -47,7 +47,7 @@ def main(folder: str, batch: str, cores: str, config: str, *overrides: str) -> N
     if int(batch):
         step.take(int(batch))
     else:
-        step.take_what_fits(_STEP_SECONDS)
+        step.autotune_batch(_STEP_SECONDS)
     step()
     _say(Path(folder, "ready.json"), {"batch": step.batch, "parameters": step.parameters, "gflop": step.gflop})
     number = 0

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import torch
 
-from maedistill.benchmark.communication import BANDWIDTH, FLOPS, OnPaper, on_paper
+from maedistill.benchmark.communication import BANDWIDTH, FLOPS, AnalyticModel, on_paper
 from maedistill.benchmark.report import Report, Row
 from maedistill.benchmark.timing import Rates, ratio, spread
 from maedistill.config.loader import load_config
@@ -93,7 +93,7 @@ def scale_report(
     return Report(tables, remarks)
 
 
-def paper_clusters(config: PretrainConfig, *, parameters: int, images_per_second: float) -> list[OnPaper]:
+def paper_clusters(config: PretrainConfig, *, parameters: int, images_per_second: float) -> list[AnalyticModel]:
     """The config's global batch shared by `GPUS`, as far as they can, then its micro-batch on each of them."""
     shares = {}
     for gpus in GPUS:
@@ -138,7 +138,7 @@ def _busy_row(count: int, each: Rates, runs: Sequence[Found]) -> Row:
     return {"processes": count, "busy cores of each": spread(tuple(busy)), "images per busy core-second": spread(worth)}
 
 
-def _paper_row(cluster: OnPaper) -> Row:
+def _paper_row(cluster: AnalyticModel) -> Row:
     return {
         "GPUs": cluster.ranks,
         "images per GPU": cluster.images,

@@ -16,14 +16,14 @@ from maedistill.benchmark.matrix_peak import matrix_peak
 from maedistill.benchmark.memory import peak_memory
 from maedistill.benchmark.report import Report, Row
 from maedistill.benchmark.timing import Rates, interleave, ratio, spread
-from maedistill.benchmark.training_step import Contest, TrainingStep
-from maedistill.build_pretraining import mask_sizes
+from maedistill.benchmark.training_step import StepComparison, TrainingStep
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.flops import count_flops
 from maedistill.machine import DTYPES
-from maedistill.start import join
-from maedistill.training import distributed
-from maedistill.training.checkpoint import take_snapshot
+from maedistill.pretraining.build import mask_sizes
+from maedistill.pretraining.flops import count_flops
+from maedistill.processes import ranks as distributed
+from maedistill.runs.checkpoint import take_snapshot
+from maedistill.runs.start import join
 from maedistill.training.compilation import should_compile
 from maedistill.training.engine import shutdown_distributed
 
@@ -43,7 +43,7 @@ def measure_step(config: PretrainConfig, *, batch: int | None, rounds: int) -> R
     """
     join(config)
     try:
-        contest = Contest(without_download(config), distributed.device())
+        contest = StepComparison(without_download(config), distributed.device())
         steps = {PLAIN: contest.plain(), OURS: contest.ours()}
         chosen = batch or _batch(contest, steps[OURS], most=config.engine.micro_batch_limit)
         contest.take(chosen)
@@ -63,7 +63,7 @@ def without_download(config: PretrainConfig) -> PretrainConfig:
     return config.model_copy(update={"teacher": teacher.model_copy(update=changed)})
 
 
-def _compare(contest: Contest, steps: Steps, *, batch: int, rounds: int) -> Report:
+def _compare(contest: StepComparison, steps: Steps, *, batch: int, rounds: int) -> Report:
     """All tables; what needs memory for itself comes before the other steps are made."""
     device, settings = contest.device, contest.config.engine
     is_compiled = should_compile(settings.compile, device, zero=settings.zero)
@@ -99,7 +99,7 @@ _MEMORY = {
 }
 
 
-def _flops(contest: Contest, method: nn.Module) -> dict[str, float]:
+def _flops(contest: StepComparison, method: nn.Module) -> dict[str, float]:
     """GFLOP per image by part, of a method with our teacher or the plain one, as it is ours or plain."""
     teacher = contest.teacher if method is contest.method else contest.plain_teacher
     student_sees, teacher_sees = mask_sizes(contest.config, contest.num_patches)
@@ -122,7 +122,7 @@ def _memory(step: TrainingStep, device: torch.device) -> int:
     return found
 
 
-def _batch(contest: Contest, step: TrainingStep, *, most: int) -> int:
+def _batch(contest: StepComparison, step: TrainingStep, *, most: int) -> int:
     """The smallest power of two whose step takes `_STEP_SECONDS`, or `most`."""
     batch = 1
     while True:
@@ -214,7 +214,7 @@ def _side_by_side(key: str, columns: dict[str, dict[str, float]]) -> list[Row]:
 
 
 def _remarks(
-    contest: Contest, *, batch: int, peak: float, side: int, losses: dict[str, float], steps: Steps
+    contest: StepComparison, *, batch: int, peak: float, side: int, losses: dict[str, float], steps: Steps
 ) -> list[str]:
     """How to read the tables."""
     config = contest.config

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from maedistill.build_pretraining import build_encoder, build_method, build_teacher, build_teacher_source, step_inputs
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.pretraining.build import build_encoder, build_method, build_teacher, build_teacher_source, step_inputs
 
 CARD = "H100 SXM"
 PEAK_FLOPS = {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 67e12}  # dense, from the data sheet

@@ -23,10 +23,10 @@ from typing import Any
 from maedistill.errors import Preempted
 
 IMPORT = "import "  # before the package, in the names of parts
-LOOP = "maedistill.pretrain"  # once it is imported, all of `PARTS` is there
+LOOP = "maedistill.pretraining.loop"  # once it is imported, all of `PARTS` is there
 PARTS = {
-    ("maedistill.start", "join"): "process group",
-    ("maedistill.pretraining", "open_index"): "data index",
+    ("maedistill.runs.start", "join"): "process group",
+    ("maedistill.pretraining.setup", "open_index"): "data index",
     (LOOP, "open_pretraining"): "student and teacher",
     (LOOP, "start_run"): "run folder and engine",
 }
@@ -103,7 +103,7 @@ def _time_parts(watch: Stopwatch, file: Path) -> None:
     """Makes parts of what `PARTS` names and of the first batch, and of the first step the end."""
     for (module, name), part in PARTS.items():
         setattr(sys.modules[module], name, watch.timed(getattr(sys.modules[module], name), part))
-    loop, run = sys.modules[LOOP], sys.modules["maedistill.run"].Run
+    loop, run = sys.modules[LOOP], sys.modules["maedistill.runs.run"].Run
     load_batches = watch.timed(loop.training_batches, BATCH)
 
     def batches(*arguments: Any, **keywords: Any) -> Iterator[Any]:

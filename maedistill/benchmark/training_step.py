@@ -14,18 +14,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from maedistill.benchmark.noise import Noise, idle_optimizer
+from maedistill.benchmark.noise import SyntheticBatch, zero_lr_optimizer
 from maedistill.benchmark.plain_step import PlainTeacher, plain_method
-from maedistill.build_pretraining import build_encoder, build_method, build_teacher, build_teacher_source, mask_sizes
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.data.transforms import to_unit
+from maedistill.data.images.transforms import to_float01
 from maedistill.machine import DTYPES, precision
-from maedistill.masking import PatchSplit
 from maedistill.methods.mae import MAE, Target
+from maedistill.methods.teacher import Teacher
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder
 from maedistill.models.initialize import initialize
-from maedistill.models.teacher import Teacher
+from maedistill.models.masking import PatchSplit
+from maedistill.pretraining.build import build_encoder, build_method, build_teacher, build_teacher_source, mask_sizes
 from maedistill.training.compilation import compile_function, compile_module
 from maedistill.training.engine import Engine
 from maedistill.training.optim import parameter_groups
@@ -63,10 +63,10 @@ class TrainingStep:
         mark("backward")
 
 
-class Contest:
+class StepComparison:
     """The networks of a config, ours and plain around the same weights, and their steps on the same images."""
 
-    noise: Noise
+    noise: SyntheticBatch
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -89,15 +89,15 @@ class Contest:
 
     def take(self, batch: int) -> None:
         """Makes up `batch` images, with which all steps go on."""
-        self.noise = Noise(self.config, batch, num_patches=self.num_patches, device=self.device)
-        self._unit = to_unit(self.noise.images)
+        self.noise = SyntheticBatch(self.config, batch, num_patches=self.num_patches, device=self.device)
+        self._unit = to_float01(self.noise.images)
 
     def ours(self, *, compiled: bool = False) -> TrainingStep:
         """What the training loop does, around a bare optimizer."""
         method, teacher = self.method, self.teacher
         if compiled:
             method, teacher = compile_function(method), compile_function(teacher) if teacher is not None else None
-        losses, optimizer = self._autocast(method, self.precision), idle_optimizer(self.method, self.config)
+        losses, optimizer = self._autocast(method, self.precision), zero_lr_optimizer(self.method, self.config)
         return self._bare(self._draw, teacher, losses, optimizer, scaled=self.precision == "fp16")
 
     def engine(self, *, compiled: bool = False) -> TrainingStep:
@@ -107,7 +107,7 @@ class Contest:
             compile_module(method)
             teacher = compile_function(teacher) if teacher is not None else None
         settings = {"zero": self.config.engine.zero, "precision": self.precision, "clip": self.config.optim.clip}
-        optimizer = idle_optimizer(method, self.config)
+        optimizer = zero_lr_optimizer(method, self.config)
         engine = Engine(method, optimizer, micro_batch=len(self.noise.images), accumulation=1, **settings)
         return TrainingStep(self._draw, teacher, engine, engine.backward, engine.step)
 

@@ -50,7 +50,7 @@ class Logits(Term):
     standardize: bool = result(False, "Z-score both sides' logits per image first (logit standardisation, Sun 2024)")
 
 
-class Dkd(Term):
+class DKD(Term):
     """DKD: alpha TCKD (how sure of the label) + beta NCKD (how the rest is shared), each logged; needs labels."""
 
     weight: Weight = result(0.0, "weight of alpha TCKD + beta NCKD; 1 in DKD, 9 when standardised; 0: off")
@@ -60,7 +60,7 @@ class Dkd(Term):
     standardize: bool = result(False, "Z-score both sides' logits per image first (logit standardisation, Sun 2024)")
 
 
-class Hard(Term):
+class HardLabel(Term):
     """Hard-label distillation (DeiT): cross-entropy with the teacher's likeliest class; needs no labels."""
 
     weight: Weight = result(0.0, "weight of the cross-entropy; 0.5 beside distill.labels=0.5 in DeiT; 0: off")
@@ -152,8 +152,8 @@ class Distill(Section):
         1.0, "weight of the cross-entropy with the labels; 0.1 beside KD's 0.9; 0: label-free, shards need no labels"
     )
     logits: Logits = Logits()
-    dkd: Dkd = Dkd()
-    hard: Hard = Hard()
+    dkd: DKD = DKD()
+    hard: HardLabel = HardLabel()
     hints: Hints = Hints()
     maps: Maps = Maps()
     attention: Attention = Attention()
@@ -171,9 +171,9 @@ class Distill(Section):
         return {name: term for name, term in sections.items() if isinstance(term, Term) and term.on}
 
     @property
-    def predicting(self) -> tuple[str, ...]:
+    def logit_terms(self) -> tuple[str, ...]:
         """The terms that are on and compare predictions."""
-        return tuple(name for name in CLASSIFYING if name in self.terms)
+        return tuple(name for name in LOGIT_TERMS if name in self.terms)
 
     @property
     def standardizes(self) -> bool:
@@ -186,5 +186,5 @@ class Distill(Section):
         return self.labels > 0 or self.dkd.on
 
 
-IN_MICRO_BATCH = ("distances", "angles", "similarity", "affinity", "contrast")  # relate images of a micro-batch
-CLASSIFYING = ("logits", "dkd", "hard")  # compare predictions, so classes must be the same
+BATCH_RELATION_TERMS = ("distances", "angles", "similarity", "affinity", "contrast")  # relate images of a micro-batch
+LOGIT_TERMS = ("logits", "dkd", "hard")  # compare predictions, so classes must be the same

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from maedistill.config.architectures import Architecture
-from maedistill.config.distill import IN_MICRO_BATCH, Pairs, Term
+from maedistill.config.distill import BATCH_RELATION_TERMS, Pairs, Term
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.problem import Problem
 
@@ -68,7 +68,7 @@ def labels(c: FinetuneConfig) -> Iterator[Problem]:
 
 def batches(c: FinetuneConfig) -> Iterator[Problem]:
     """Relations between images need some."""
-    names = [name for name in IN_MICRO_BATCH if name in c.distill.terms]
+    names = [name for name in BATCH_RELATION_TERMS if name in c.distill.terms]
     if names and c.engine.micro_batch == 1:
         cause = f"1 image has no relation to others, as distill.{names[0]} needs"
         yield Problem("engine.micro_batch", cause, "use 2 or more; the larger, the more relations")

@@ -3,10 +3,10 @@
 A key is `result` when it changes the numbers that a run produces and `runtime` when it only changes how fast, where or
 how loudly. A run folder may be continued with other `runtime` keys; another `result` key is refused.
 
-`pretrain.py` and `finetune.py` hold one root each, a `RunConfig`, with every key of its stage: type, range, default,
-and what the papers used. There every value is checked by itself; what must hold between keys is in `rules.py` and its
-two stages, and `loader.py` fills a schema from YAML and the command line. Neither torch nor timm is imported: whatever
-can be known to be wrong is said at once.
+`config/pretrain.py` and `config/finetune.py` hold one root each, a `RunConfig`, with every key of its stage: type,
+range, default, and what the papers used. There every value is checked by itself; what must hold between keys is in
+`rules.py` and its two stages, and `loader.py` fills a schema from YAML and the command line. Neither torch nor timm is
+imported: whatever can be known to be wrong is said at once.
 
 Relative paths (shards, weights, run folder) are relative to the working directory, not to the file that names them; `~`
 is expanded where a path is used, so that a run's `config.yaml` says what the user said.
@@ -68,12 +68,6 @@ class Images(Section):
     crop_scale: tuple[Fraction, Fraction]
     crop_ratio: tuple[float, float] = result((0.75, 4 / 3), "aspect ratios of RandomResizedCrop, width / height")
     flip: bool
-    scaled_decode: bool = result(
-        False,
-        "decode JPEGs to 1/2, 1/4 or 1/8 of their sides where all crops of an image still come out at image_size or "
-        "more. Of 500 ImageNet photographs, that were 3 % at 224 px; at 96 px, 86 %, loading became 1.13 times as "
-        "fast, and their crops changed by 4 grey levels on average, 3.3 over all",
-    )
     window_shards: Positive | None = result(None, "shuffle inside windows of so many shards; null: the whole set")
     eval_crop: Fraction
     workers: Count | None = runtime(
@@ -166,14 +160,12 @@ class Engine(Section):
     )
     checkpoint_activations: bool = runtime(False, "recompute activations in the backward pass: less memory, more time")
     timeout_seconds: Positive = runtime(600, "how long a rank waits for another before the run ends")
-    nonfinite: Literal["skip", "rollback", "stop"] = runtime(
+    nonfinite: Literal["skip", "stop"] = runtime(
         "skip",
         "what follows an update whose loss or gradient is not finite, which is never applied; skip: the next one; "
-        "rollback: the newest checkpoint again, with the data that comes next; stop: the end, exit 4",
+        "stop: the end, exit 4",
     )
-    most_nonfinite: Positive = runtime(
-        5, "most such updates in a row, or returns to one checkpoint; one more ends the run, exit 4"
-    )
+    most_nonfinite: Positive = runtime(5, "most such updates in a row; one more ends the run, exit 4")
 
     @property
     def micro_batch_limit(self) -> int:

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maedistill.data.evaluation import PADDING, EvaluationImages
-from maedistill.data.index import ShardIndex
-from maedistill.data.reader import sample_name
-from maedistill.data.workers import TIMEOUT_SECONDS
+from maedistill.data.loading.evaluation import PADDING, EvaluationImages
+from maedistill.data.loading.workers import TIMEOUT_SECONDS
+from maedistill.data.shards.index import ShardIndex
+from maedistill.data.shards.reader import sample_name
 from maedistill.errors import DataError, NumericsError
-from maedistill.evaluation.exact_pass import Viewer, evaluation_mode, exact_pass
-from maedistill.training.records import write_text
+from maedistill.evaluation.full_pass import Predictor, evaluation_mode, full_pass
+from maedistill.runs.records import write_text
 
 _KEPT = 5  # classes kept of each image
 
@@ -87,12 +87,12 @@ def evaluate(
 ) -> Evaluation:
     """Collective. Shows each of `images` to `network` (on `device`; normalised [b, 3, s, s] -> logits [b, C]) once.
 
-    batch: images per forward pass and rank. precision, columns: as in `Viewer`; with columns a label is a place among
-    them. timeout_seconds: as in `load_batches`. The network keeps its mode. Raises DataError for images without a
+    batch: images per forward pass and rank. precision, columns: as in `Predictor`; with columns a label is a place
+    among them. timeout_seconds: as in `load_batches`. The network keeps its mode. Raises DataError for images without a
     label, with a label that is no class of the network, or undecodable; NumericsError where a loss is not finite.
     """
     images.index.require_labels()
-    viewer = Viewer(network, mean=mean, std=std, device=device, precision=precision, columns=columns)
+    viewer = Predictor(network, mean=mean, std=std, device=device, precision=precision, columns=columns)
 
     @functools.cache
     def check(num_classes: int) -> None:
@@ -104,7 +104,7 @@ def evaluate(
         return judge(logits, labels)
 
     with evaluation_mode(network):
-        found = exact_pass(images, look, batch=batch, workers=workers, device=device, timeout_seconds=timeout_seconds)
+        found = full_pass(images, look, batch=batch, workers=workers, device=device, timeout_seconds=timeout_seconds)
     return evaluation_of(*found, index=images.index)
 
 

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maedistill.data.evaluation import EvaluationImages
+from maedistill.data.loading.evaluation import EvaluationImages
 from maedistill.errors import ConfigError, NumericsError
 from maedistill.evaluation.accuracy import Evaluation, evaluation_of, judge, require_known_classes
-from maedistill.evaluation.exact_pass import Viewer, evaluation_mode, exact_pass
+from maedistill.evaluation.full_pass import Predictor, evaluation_mode, full_pass
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class TwoViews:
 
 
 def evaluate_against(
-    student: Viewer, teacher: Viewer, images: EvaluationImages, *, sizes: tuple[int, int], **keywords: Any
+    student: Predictor, teacher: Predictor, images: EvaluationImages, *, sizes: tuple[int, int], **keywords: Any
 ) -> tuple[Evaluation, Agreement]:
     """Collective. Shows each of `images`, which `TwoViews` prepares, to both networks once.
 
-    sizes: (s, t). keywords: as in `exact_pass`. The networks keep their modes. Raises what `evaluate` does, and
+    sizes: (s, t). keywords: as in `full_pass`. The networks keep their modes. Raises what `evaluate` does, and
     ConfigError where the two have other numbers of classes.
     """
     images.index.require_labels()
@@ -79,7 +79,7 @@ def evaluate_against(
         return (*judge(mine, labels), judge(theirs, labels)[0][:, 1], divergence(mine, theirs))
 
     with evaluation_mode(student.network, teacher.network):
-        ids, classes, numbers, said, kl = exact_pass(images, look, **keywords)
+        ids, classes, numbers, said, kl = full_pass(images, look, **keywords)
     evaluation = evaluation_of(ids, classes, numbers, index=images.index)
     if not kl.isfinite().all():
         raise NumericsError(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from maedistill.data.evaluation import EvaluationImages
+from maedistill.data.loading.evaluation import EvaluationImages
 from maedistill.evaluation.accuracy import Evaluation
 
 _PAIRS, _EXAMPLES = 12, 8

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maedistill.data.evaluation import EvaluationImages
-from maedistill.data.index import ShardIndex, open_index
+from maedistill.data.loading.evaluation import EvaluationImages
+from maedistill.data.shards.index import ShardIndex, open_index
 from maedistill.errors import DataError, NumericsError
-from maedistill.evaluation.exact_pass import evaluation_mode, exact_pass
-from maedistill.evaluation.setting import Setting
-from maedistill.models.network import Network
-from maedistill.training import distributed
+from maedistill.evaluation.full_pass import evaluation_mode, full_pass
+from maedistill.evaluation.setting import EvalContext
+from maedistill.processes import ranks as distributed
+from maedistill.weights.network import Network
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class Features:
     labels: Tensor  # int64 [n]
 
 
-def extract_features(network: Network, index: ShardIndex, setting: Setting) -> Features:
+def extract_features(network: Network, index: ShardIndex, setting: EvalContext) -> Features:
     """Collective. Shows each image to the network's `Backbone` once.
 
     Raises DataError for images without a label or undecodable, NumericsError for features that are not finite.
@@ -43,7 +43,7 @@ def extract_features(network: Network, index: ShardIndex, setting: Setting) -> F
 
     images = EvaluationImages(index, torch.arange(len(index)), network.transform())
     with evaluation_mode(viewer.network):
-        _, rows, labels = exact_pass(images, look, **setting.loop)
+        _, rows, labels = full_pass(images, look, **setting.loop)
     if broken := int((~rows.isfinite().all(1)).sum()):
         raise NumericsError(
             f"the features of {broken} of {len(rows)} images are not finite",

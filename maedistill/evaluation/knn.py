@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maedistill.data.index import ShardIndex
-from maedistill.data.loader import CentreCrops, evaluation_batches
-from maedistill.data.transforms import normalize, to_unit
-from maedistill.data.workers import TIMEOUT_SECONDS
+from maedistill.data.images.transforms import normalize, to_float01
+from maedistill.data.loading.loader import CentreCrops, evaluation_batches
+from maedistill.data.loading.workers import TIMEOUT_SECONDS
+from maedistill.data.shards.index import ShardIndex
 from maedistill.machine import DTYPES
 from maedistill.machine import precision as resolve_precision
 from maedistill.methods.mae import MAE
+from maedistill.processes import ranks as distributed
 from maedistill.randomness import Stream, key, permute
-from maedistill.training import distributed
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07  # Wu et al., 2018
@@ -84,7 +84,7 @@ def knn_accuracy(
     return count / len(labels)
 
 
-def spread_samples(index: ShardIndex, count: int, *, seed: int = 0) -> Tensor:
+def random_subset(index: ShardIndex, count: int, *, seed: int = 0) -> Tensor:
     """At most `count` sample ids, a fixed random choice: int64 [min(count, n)]."""
     return permute(torch.arange(min(count, len(index))), len(index), key(seed, Stream.ORDER))
 
@@ -119,7 +119,7 @@ def pooled_features(
     crops = CentreCrops(index, mine, size=size, share=share)
     keywords = {"batch": batch, "workers": workers, "device": device, "timeout_seconds": timeout_seconds}
     for images, truth in evaluation_batches(crops, **keywords):
-        images = normalize(to_unit(images), method.mean, method.std)
+        images = normalize(to_float01(images), method.mean, method.std)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             tokens, _ = method.encoder(images)  # [b, P + N, D]
         rows.append(tokens[:, method.encoder.num_prefix :].float().mean(1))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from maedistill.evaluation.exact_pass import evaluation_mode
+from maedistill.evaluation.full_pass import evaluation_mode
 from maedistill.machine import DTYPES
 
 _WARM_UP = 3  # passes: the first ones load kernels, choose algorithms and allocate memory

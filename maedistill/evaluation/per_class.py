@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maedistill.evaluation.accuracy import Evaluation
-from maedistill.training.records import write_text
+from maedistill.runs.records import write_text
 
 _COLUMNS = ("class", "name", "images", "correct", "correct5", "top1", "top5", "confidence")
 _WRONG = ("wrong_class", "wrong_name", "wrong_images")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from timm.data import ImageNetInfo, RealLabelsImagenet
 
-from maedistill.data.index import ShardIndex
-from maedistill.data.reader import sample_name
+from maedistill.data.shards.index import ShardIndex
+from maedistill.data.shards.reader import sample_name
 from maedistill.errors import ConfigError, DataError
 from maedistill.evaluation.accuracy import Evaluation
 

@@ -12,33 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maedistill.data.evaluation import EvaluationImages
-from maedistill.data.index import ShardIndex, open_index
+from maedistill.data.loading.evaluation import EvaluationImages
+from maedistill.data.shards.index import ShardIndex, open_index
 from maedistill.evaluation.accuracy import Evaluation, evaluate, write_predictions
 from maedistill.evaluation.agreement import Agreement, TwoViews, evaluate_against, require_same_classes
 from maedistill.evaluation.calibration import BINS, calibrate
 from maedistill.evaluation.confusions import draw_confusions, worst_confusions
-from maedistill.evaluation.label_space import compare_names, subset_columns
 from maedistill.evaluation.latency import measure_latency
 from maedistill.evaluation.per_class import write_per_class
 from maedistill.evaluation.real_labels import open_real_labels
 from maedistill.evaluation.setting import (
-    Setting,
+    EvalContext,
     describe_data,
     describe_input,
     facts_of,
     open_setting,
     say,
 )
-from maedistill.models.classifier import open_classifier
-from maedistill.models.network import Network
-from maedistill.models.saved import Weights
-from maedistill.training import distributed
-from maedistill.training.records import unwritable, write_text
+from maedistill.processes import ranks as distributed
+from maedistill.runs.records import unwritable, write_text
+from maedistill.weights.class_names import compare_names, subset_columns
+from maedistill.weights.classifier import open_classifier
+from maedistill.weights.from_run import Weights
+from maedistill.weights.network import Network
 
 
 @dataclass(frozen=True)
-class _Subject:
+class _Job:
     """What is evaluated on what. columns: outputs of network and teacher that are the shards' classes; None: all."""
 
     network: Network
@@ -84,7 +84,7 @@ def score(
     teacher = distributed.main_first(lambda: open_classifier(against)) if against else None
     index = distributed.main_first(lambda: open_index(shards, index=index_file))
     say(*_head(network, teacher, index, shards))
-    subject = _Subject(network, teacher, index, _columns(network, teacher, index, subset=subset))
+    subject = _Job(network, teacher, index, _columns(network, teacher, index, subset=subset))
     real_labels = open_real_labels(index, num_classes=network.num_classes) if real else None
 
     evaluation, agreement = _evaluate(subject, setting)
@@ -126,7 +126,7 @@ def _columns(
     return found[0], found[1]
 
 
-def _evaluate(subject: _Subject, setting: Setting) -> tuple[Evaluation, Agreement | None]:
+def _evaluate(subject: _Job, setting: EvalContext) -> tuple[Evaluation, Agreement | None]:
     """Every image of the index, prepared as each network wants it."""
     network, teacher, (columns, teacher_columns) = subject.network, subject.teacher, subject.columns
     samples = torch.arange(len(subject.index))
@@ -139,7 +139,7 @@ def _evaluate(subject: _Subject, setting: Setting) -> tuple[Evaluation, Agreemen
     return evaluate_against(*viewers, images, sizes=(network.size, teacher.size), **setting.loop)
 
 
-def _time(network: Network, setting: Setting) -> dict[str, float]:
+def _time(network: Network, setting: EvalContext) -> dict[str, float]:
     """Times the network on rank 0 and says so."""
     how = {"batch": setting.batch, "device": setting.device, "precision": setting.precision}
     speed = distributed.on_main(lambda: measure_latency(network.module, size=network.size, **how))
@@ -151,9 +151,7 @@ def _time(network: Network, setting: Setting) -> dict[str, float]:
     return speed
 
 
-def _write(
-    files: Mapping[str, Path | None], evaluation: Evaluation, subject: _Subject, scorecard: dict[str, Any]
-) -> None:
+def _write(files: Mapping[str, Path | None], evaluation: Evaluation, subject: _Job, scorecard: dict[str, Any]) -> None:
     """Each file that was asked for."""
     if file := files.get("predictions"):
         write_predictions(file, evaluation, subject.index)

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maedistill.data.index import ShardIndex
-from maedistill.evaluation.exact_pass import Viewer
+from maedistill.data.shards.index import ShardIndex
+from maedistill.evaluation.full_pass import Predictor
 from maedistill.machine import cpu_share
 from maedistill.machine import precision as resolve_precision
-from maedistill.models.network import Network
-from maedistill.training import distributed
+from maedistill.processes import ranks as distributed
+from maedistill.weights.network import Network
 
 _PATIENCE = 1800  # seconds that a rank waits for the others: their shares are equal, their machines may not be
 
 
 @dataclass(frozen=True)
-class Setting:
+class EvalContext:
     """One for all passes of an evaluation. batch: images at once in each process; workers: of each process."""
 
     device: torch.device
@@ -31,7 +31,7 @@ class Setting:
 
     @property
     def loop(self) -> dict[str, Any]:
-        """The keywords of `exact_pass`."""
+        """The keywords of `full_pass`."""
         return {"device": self.device, "batch": self.batch, "workers": self.workers}
 
     @property
@@ -46,9 +46,9 @@ class Setting:
         """For a result file."""
         return {"device": self.device_name, "batch": self.batch, "precision": self.precision}
 
-    def view(self, network: Network, *, columns: Tensor | None = None) -> Viewer:
+    def view(self, network: Network, *, columns: Tensor | None = None) -> Predictor:
         """The network on the device, given images as it wants them."""
-        return Viewer(
+        return Predictor(
             network.module.to(self.device),
             mean=network.mean,
             std=network.std,
@@ -58,13 +58,15 @@ class Setting:
         )
 
 
-def open_setting(*, batch: int, workers: int | None, threads: int | None, precision: str) -> Setting:
+def open_setting(*, batch: int, workers: int | None, threads: int | None, precision: str) -> EvalContext:
     """Collective. Joins the other processes. workers, threads: of each process, by default its share of the cores."""
     distributed.open_group(_PATIENCE)
     device, cores = distributed.device(), cpu_share(distributed.local_world_size())
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or cores)
-    return Setting(device, resolve_precision(precision, device), batch, min(8, cores) if workers is None else workers)
+    return EvalContext(
+        device, resolve_precision(precision, device), batch, min(8, cores) if workers is None else workers
+    )
 
 
 def say(*lines: str) -> None:

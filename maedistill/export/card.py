@@ -16,13 +16,13 @@ from timm.models import get_model_args
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
-from maedistill.build_pretraining import mask_sizes
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.export.licence import hub_licence, licence_sentence
-from maedistill.models.saved import Saved, Weights
-from maedistill.report import KNN_CAVEAT, percent
-from maedistill.training.metrics import read_metrics
+from maedistill.pretraining.build import mask_sizes
+from maedistill.report.run_report import KNN_CAVEAT, percent
+from maedistill.runs.metrics import read_metrics
+from maedistill.weights.from_run import RunNetwork, Weights
+from maedistill.weights.licence import hub_licence, licence_sentence
 
 METHODS = {
     None: "by a method that is not recorded",
@@ -31,10 +31,10 @@ METHODS = {
     "amd": "by asymmetric masked distillation (AMD, Zhao et al., CVPR 2024)",
     "tinymim": "as a masked autoencoder that imitates token relations (after TinyMIM, Ren et al., CVPR 2023)",
 }
-Lines = list[str]
+AppendOnlyFile = list[str]
 
 
-def model_card(saved: Saved, vit: VisionTransformer, *, weights: Weights = "model") -> str:
+def model_card(saved: RunNetwork, vit: VisionTransformer, *, weights: Weights = "model") -> str:
     """The card of `vit`, the network of `saved` as it is exported, in Markdown."""
     facts, folder = saved.facts, saved.folder
     config = folder.load_config() if folder.config.exists() else None
@@ -80,7 +80,7 @@ def _front_matter(facts: Mapping[str, Any], vit: VisionTransformer) -> str:
 
 def _summary(facts: Mapping[str, Any], vit: VisionTransformer) -> str:
     """What it is and what it costs, in one paragraph."""
-    millions = sum(parameter.numel() for parameter in vit.parameters()) / 1e6
+    num_params_m = sum(parameter.numel() for parameter in vit.parameters()) / 1e6
     size, patch = vit.patch_embed.img_size[0], vit.patch_embed.patch_size[0]
     tokens = "a class token" if vit.has_class_token else "no class token"
     tokens += f" and {vit.num_reg_tokens} register tokens" if vit.num_reg_tokens else ""
@@ -90,13 +90,13 @@ def _summary(facts: Mapping[str, Any], vit: VisionTransformer) -> str:
     how = tuned if facts["stage"] == "finetune" else f"Pre-trained {METHODS[facts.get('method')]}"
     return (
         f"{how}: a Vision Transformer (timm's `{facts['network']['name']}`), {vit.embed_dim} wide, {len(vit.blocks)} "
-        f"blocks, with {tokens}, on images of {size} px in patches of {patch} px. {millions:.2f} M parameters, "
+        f"blocks, with {tokens}, on images of {size} px in patches of {patch} px. {num_params_m:.2f} M parameters, "
         f"{forward_gflop(vit):.3g} GFLOP for one image's forward pass (a multiply-add counts as two). The output is "
         f"{gives}, from the {pooled}."
     )
 
 
-def _origin(facts: Mapping[str, Any]) -> Lines:
+def _origin(facts: Mapping[str, Any]) -> AppendOnlyFile:
     """Whose weights went in, what their licence asks for, and which images."""
     origin, teacher, lines = facts.get("origin") or {}, facts.get("teacher"), []
     if facts["stage"] == "finetune":
@@ -131,7 +131,7 @@ def _training(
     vit: VisionTransformer,
     step: int,
     weights: Weights,
-) -> Lines:
+) -> AppendOnlyFile:
     averaged = ", the moving average of the weights" if weights == "ema" else ""
     lines = [f"- These weights: the checkpoint after step {step:,}{averaged}."]
     if config is None:
@@ -158,7 +158,7 @@ def _schedule(config: PretrainConfig | FinetuneConfig) -> str:
     )
 
 
-def _pretraining(config: PretrainConfig, vit: VisionTransformer) -> Lines:
+def _pretraining(config: PretrainConfig, vit: VisionTransformer) -> AppendOnlyFile:
     num_patches = vit.patch_embed.num_patches
     student, teacher = mask_sizes(config, num_patches)
     sees = f"the student sees {student} of {num_patches} patches"
@@ -183,7 +183,7 @@ def _pretraining(config: PretrainConfig, vit: VisionTransformer) -> Lines:
     ]
 
 
-def _finetuning(config: FinetuneConfig) -> Lines:
+def _finetuning(config: FinetuneConfig) -> AppendOnlyFile:
     data, augment, (low, high) = config.data, config.augment, config.data.crop_scale
     share = f"; trained on {data.label_fraction:.3g} of each class's labels" if data.label_fraction < 1 else ""
     mixing = f"mixup {augment.mixup:g}, cutmix {augment.cutmix:g}" if augment.mixes else "no mixing"
@@ -198,7 +198,7 @@ def _finetuning(config: FinetuneConfig) -> Lines:
     ]
 
 
-def _features(records: Sequence[Mapping[str, Any]], config: PretrainConfig | None, weights: Weights) -> Lines:
+def _features(records: Sequence[Mapping[str, Any]], config: PretrainConfig | None, weights: Weights) -> AppendOnlyFile:
     """Losses and kNN of a pre-trained student."""
     losses = next((record for record in reversed(records) if "loss" in record), None)
     probe = next((record for record in reversed(records) if "knn" in record), None)
@@ -215,7 +215,7 @@ def _features(records: Sequence[Mapping[str, Any]], config: PretrainConfig | Non
     return [*(lines or ["- No measurement is recorded."]), "- No accuracy after fine-tuning is recorded for this run."]
 
 
-def _accuracy(records: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], weights: Weights) -> Lines:
+def _accuracy(records: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], weights: Weights) -> AppendOnlyFile:
     """Top-1 and top-5 of a fine-tuned network."""
     prefix = "ema_" if weights == "ema" else ""
     last = next((record for record in reversed(records) if f"{prefix}top1" in record), None)
@@ -230,7 +230,7 @@ def _accuracy(records: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], we
     ]
 
 
-def _use(facts: Mapping[str, Any], vit: VisionTransformer) -> Lines:
+def _use(facts: Mapping[str, Any], vit: VisionTransformer) -> AppendOnlyFile:
     gives = f"[1, {vit.num_classes}] logits" if vit.num_classes else f"[1, {vit.embed_dim}] features"
     seen = facts["input"]
     return [
@@ -251,7 +251,7 @@ def _use(facts: Mapping[str, Any], vit: VisionTransformer) -> Lines:
     ]
 
 
-def _limits(facts: Mapping[str, Any], vit: VisionTransformer) -> Lines:
+def _limits(facts: Mapping[str, Any], vit: VisionTransformer) -> AppendOnlyFile:
     lines = [
         f"- Trained at {facts['input']['size']} px with the normalisation above; what others give is not recorded.",
         "- Nothing is recorded on other data sets, robustness, calibration or fairness.",

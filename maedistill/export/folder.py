@@ -25,8 +25,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.errors import ConfigError, DataError
 from maedistill.export.card import model_card
-from maedistill.models.saved import Saved, Weights, open_saved
-from maedistill.training.run_folder import RunFolder
+from maedistill.runs.folder import RunFolder
+from maedistill.weights.from_run import RunNetwork, Weights, open_saved
 
 Pooling = Literal["avg", "token"]
 RECORD = "export.json"
@@ -81,7 +81,7 @@ def _require_free(out: Path) -> None:
         )
 
 
-def _replace(out: Path, saved: Saved, vit: VisionTransformer, weights: Weights) -> None:
+def _replace(out: Path, saved: RunNetwork, vit: VisionTransformer, weights: Weights) -> None:
     """Fills a temporary folder beside `out` and gives it that name. Nothing else beside it is touched."""
     temporary, retired = (out.with_name(f"{out.name}{suffix}") for suffix in (".tmp", ".old.tmp"))
     for leftover in (temporary, retired):
@@ -103,7 +103,7 @@ def _remove_leftover(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _with_pooling(saved: Saved, pooling: Pooling | None) -> VisionTransformer:
+def _with_pooling(saved: RunNetwork, pooling: Pooling | None) -> VisionTransformer:
     """The network as it goes out: a fine-tuned one as it is, a pre-trained one with the pooling asked for."""
     path, network = saved.folder.path, saved.facts["network"]
     if saved.facts["stage"] == "finetune":
@@ -122,7 +122,7 @@ def _with_pooling(saved: Saved, pooling: Pooling | None) -> VisionTransformer:
     return vit.eval()
 
 
-def _fill(folder: Path, saved: Saved, vit: VisionTransformer, weights: Weights) -> None:
+def _fill(folder: Path, saved: RunNetwork, vit: VisionTransformer, weights: Weights) -> None:
     """Writes the four files; export.json comes last, after the comparison that it records."""
     facts, seen = saved.facts, saved.facts["input"]
     size = vit.patch_embed.img_size[0]
@@ -143,7 +143,7 @@ def _fill(folder: Path, saved: Saved, vit: VisionTransformer, weights: Weights) 
 
 
 @torch.no_grad()
-def _compare(folder: Path, saved: Saved, vit: VisionTransformer) -> dict[str, Any]:
+def _compare(folder: Path, saved: RunNetwork, vit: VisionTransformer) -> dict[str, Any]:
     """Opens the written folder as a stranger would; tokens and outputs must be the run's, to the last bit."""
     size = vit.patch_embed.img_size[0]
     images = torch.randn(_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))  # [B, 3, s, s]

@@ -27,13 +27,13 @@ class TokenRelations(NamedTuple):
     vv: Tensor  # how values relate to values
 
 
-def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
+def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """RKD's distances of all pairs, in units of their mean: [B, D] each -> a scalar (Park et al., CVPR 2019)."""
     expected, predicted = _relative_distances(teacher.detach().float()), _relative_distances(student.float())
     return F.smooth_l1_loss(predicted, expected)
 
 
-def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
+def rkd_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """RKD's cosines of the angles in all triplets: [B, D] each -> a scalar (Park et al., CVPR 2019).
 
     It takes B^3 and B^2 D numbers, several of each: about a gigabyte at 256 images and D = 768, forward and backward.
@@ -41,7 +41,7 @@ def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return F.smooth_l1_loss(_angles(student.float()), _angles(teacher.detach().float()))
 
 
-def probability_loss(student: Tensor, teacher: Tensor) -> Tensor:
+def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """PKT: divergence of each image's affinities to all: [B, D] each -> a scalar (Passalis & Tefas, ECCV 2018).
 
     It stays the same when either side is rotated or scaled.
@@ -50,7 +50,7 @@ def probability_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (expected * ((expected + _TINY) / (predicted + _TINY)).log()).mean()
 
 
-def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
+def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Squared difference of row-normalised Gram matrices: [B, D] each -> a scalar (Tung & Mori, ICCV 2019)."""
     predicted, expected = (
         F.normalize(rows @ rows.T, dim=-1) for rows in (student.float(), teacher.detach().float())

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from maedistill.losses.features import feature_loss
-from maedistill.masking import PatchSplit
 from maedistill.methods.dmae import DMAE, mean
 from maedistill.methods.mae import Losses, Target
 from maedistill.models.heads import Generator
+from maedistill.models.masking import PatchSplit
 
 
 class AMD(DMAE):

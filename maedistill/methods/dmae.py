@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from maedistill.losses.features import feature_loss
-from maedistill.masking import PatchSplit
 from maedistill.methods.mae import MAE, Losses, Target
 from maedistill.models.heads import projection
+from maedistill.models.masking import PatchSplit
 
 
 class DMAE(MAE):

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from maedistill.data.transforms import normalize
+from maedistill.data.images.transforms import normalize
 from maedistill.losses.pixels import patch_statistics, pixel_loss, pixel_target
-from maedistill.masking import PatchSplit, gather_rows, num_visible
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder
-from maedistill.patches import patchify, unpatchify
+from maedistill.models.masking import PatchSplit, gather_rows, num_visible
+from maedistill.models.patches import patchify, unpatchify
 
 Target = dict[int, Tensor]
 Losses = dict[str, Tensor]

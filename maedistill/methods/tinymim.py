@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from maedistill.losses.relations import token_relations
-from maedistill.masking import PatchSplit
 from maedistill.methods.dmae import mean
 from maedistill.methods.mae import MAE, Losses, Target
+from maedistill.models.masking import PatchSplit
 
 
 class TinyMIM(MAE):

@@ -11,8 +11,8 @@ predicted the same whatever others are.
 import torch
 from torch import Tensor, nn
 
-from maedistill.masking import PatchSplit, gather_rows
 from maedistill.models.blocks import CrossBlock, LayerNorm, TransformerBlock
+from maedistill.models.masking import PatchSplit, gather_rows
 from maedistill.models.positions import position_table
 
 

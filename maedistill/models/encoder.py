@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from maedistill.errors import ConfigError
-from maedistill.masking import gather_rows
 from maedistill.models.attention import queries_keys_values
+from maedistill.models.masking import gather_rows
+from maedistill.models.patches import patchify
 from maedistill.models.positions import position_table
-from maedistill.patches import patchify
 
 
 class MaskedEncoder(nn.Module):

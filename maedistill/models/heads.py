@@ -6,8 +6,8 @@ B batch   S, T patches visible to student and teacher   D_s, D_t widths of stude
 import torch
 from torch import Tensor, nn
 
-from maedistill.masking import PatchSplit, gather_rows
 from maedistill.models.blocks import TransformerBlock
+from maedistill.models.masking import PatchSplit, gather_rows
 from maedistill.models.positions import position_table
 
 

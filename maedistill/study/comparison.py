@@ -13,11 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maedistill.report import KNN_CAVEAT, PICTURE_NOTE, draw_curves, last_picture, losses_table, percent, summary
+from maedistill.report.run_report import (
+    KNN_CAVEAT,
+    PICTURE_NOTE,
+    draw_curves,
+    last_picture,
+    losses_table,
+    percent,
+    summary,
+)
+from maedistill.runs.folder import RunFolder
+from maedistill.runs.metrics import duration, read_metrics
+from maedistill.runs.records import write_text
 from maedistill.study.charts import accuracy_chart, latency_chart
-from maedistill.training.metrics import duration, read_metrics
-from maedistill.training.records import write_text
-from maedistill.training.run_folder import RunFolder
 
 _Facts = Mapping[str, Any]
 _MOST_NAMED = 5  # runs that are not begun

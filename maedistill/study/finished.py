@@ -7,11 +7,11 @@ from pathlib import Path
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import differing_keys
 from maedistill.config.schema import RunConfig
-from maedistill.data.index import open_index
-from maedistill.data.patterns import find_shards
+from maedistill.data.shards.index import open_index
+from maedistill.data.shards.patterns import find_shards
 from maedistill.errors import ConfigError
-from maedistill.training.checkpoint import latest_step
-from maedistill.training.run_folder import RunFolder
+from maedistill.runs.checkpoint import latest_step
+from maedistill.runs.folder import RunFolder
 
 
 def is_finished(folder: RunFolder) -> bool:

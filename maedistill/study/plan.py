@@ -23,7 +23,7 @@ from maedistill.config.values import unknown_key
 from maedistill.errors import ConfigError
 from maedistill.study.placeholders import fill, finetune_step, pretrain_step, steps_named, teacher_of, wrong_placeholder
 from maedistill.study.rows import Pretraining, Row, all_pretrainings, all_rows
-from maedistill.study.rules import MOST_RUNS, offered, require_free
+from maedistill.study.rules import MOST_RUNS, offered, reserved_key_error
 from maedistill.study.schema import TEACHER_SEED, Study
 from maedistill.study.steps import Step
 
@@ -155,10 +155,10 @@ class StudyPlan:
         """A teacher of the study that is only pre-trained has no predictions: said now, not when it is trained."""
         encoders = [step for step in named if step.endswith("/pretrain")]
         encoders = [step for step in encoders if f"run:{self.out / step}" in config.distill.teachers]
-        if config.distill.predicting and encoders:
+        if config.distill.logit_terms and encoders:
             teacher = encoders[0].partition("/")[0]
             raise ConfigError(
-                f"{name}: {teacher_of(teacher)} is pre-trained only, and distill.{config.distill.predicting[0]} "
+                f"{name}: {teacher_of(teacher)} is pre-trained only, and distill.{config.distill.logit_terms[0]} "
                 "compares predictions",
                 f"name {teacher_of(f'{teacher}.finetuned')}, with finetune: true, or use terms on features",
             )
@@ -177,7 +177,7 @@ class StudyPlan:
     def _require_known(self, rows: Sequence[tuple[str, Row]]) -> None:
         used = {*self._settings_of(PretrainConfig), *self._settings_of(FinetuneConfig)}
         for text in self.settings:
-            if cause := require_free(text):
+            if cause := reserved_key_error(text):
                 raise ConfigError(f"command line {text}: {cause}", "leave it out")
             if wrong := wrong_placeholder(text, {}):
                 raise ConfigError(f"command line {text}: {wrong[0]}", "write it in the study file")

@@ -15,14 +15,14 @@ import timm
 import torch
 
 from maedistill.config.finetune import FinetuneConfig
-from maedistill.report import summary
+from maedistill.report.run_report import summary
+from maedistill.runs.folder import RunFolder
+from maedistill.runs.metrics import read_metrics
 from maedistill.study.finished import is_finished, last_end
 from maedistill.study.placeholders import finetune_step, pretrain_step
 from maedistill.study.plan import TEST_FILE
 from maedistill.study.rows import all_rows
 from maedistill.study.schema import TEACHER_SEED, Study
-from maedistill.training.metrics import read_metrics
-from maedistill.training.run_folder import RunFolder
 
 _Facts = Mapping[str, Any]
 _MEASURES = {

@@ -35,7 +35,7 @@ def problems(study: Study) -> Iterator[Problem]:
     yield from _texts(study)
 
 
-def require_free(text: str) -> str | None:
+def reserved_key_error(text: str) -> str | None:
     """Why the `key=value` cannot be given to runs of a study; None where it can."""
     key = text.partition("=")[0]
     return f"the study sets {key} itself" if key in OWN_KEYS else None
@@ -163,7 +163,7 @@ def _texts(study: Study) -> Iterator[Problem]:
 
 def _wrong_texts(key: str, texts: Iterable[str], teachers: Mapping[str, Teacher]) -> Iterator[Problem]:
     for text in texts:
-        if cause := require_free(text):
+        if cause := reserved_key_error(text):
             yield key, cause, "remove it"
         if wrong := wrong_placeholder(text, teachers):
             yield key, *wrong

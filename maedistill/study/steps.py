@@ -25,7 +25,7 @@ from typing import IO
 
 from maedistill.errors import ConfigError, UserError
 from maedistill.machine import cpu_share, visible_gpus
-from maedistill.training.metrics import duration
+from maedistill.runs.metrics import duration
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 60.0  # in which a run saves where it is

@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from maedistill.errors import ConfigError, DataError
-from maedistill.training.distributed import (
+from maedistill.processes.ranks import (
     broadcast_object,
+    broadcast_tensor,
     copy_to_main,
     device,
-    from_main,
     is_main,
     open_group,
     rank,
@@ -50,8 +50,8 @@ from maedistill.training.state import MOMENTS, TrainingState
 Precision = Literal["fp32", "bf16", "fp16"]
 
 FP16_DEVICES = {"cuda"}
-BUCKET = 25_000_000  # elements reduced at once: 100 MB, a quarter of ViT-B; DeepSpeed's default takes 2 GB
-WHOLE = 100_000  # stage 3 leaves smaller parameters whole on every rank
+REDUCE_BUCKET_SIZE = 25_000_000  # elements reduced at once: 100 MB, a quarter of ViT-B; DeepSpeed's default takes 2 GB
+PERSISTENCE_THRESHOLD = 100_000  # stage 3 leaves smaller parameters whole on every rank
 
 
 def initialize_distributed(timeout_seconds: int) -> None:
@@ -121,7 +121,7 @@ class Engine:
         self._deepspeed.enable_backward_allreduce = bool(zero)
         self._reduction: GradientReduction | None = None
         if not zero and world_size() > 1:
-            self._reduction = GradientReduction(list(self._parameters.values()), bucket_elements=BUCKET)
+            self._reduction = GradientReduction(list(self._parameters.values()), bucket_elements=REDUCE_BUCKET_SIZE)
         set_collective_timeout()  # DeepSpeed made groups of its own, with the backend's default
         self._create_moments()
 
@@ -147,7 +147,7 @@ class Engine:
         """Ends a micro-batch. After the last one of an update: changes the weights, sets `grad_norm`, says True."""
         last = self._deepspeed.is_gradient_accumulation_boundary()
         if last and not self.zero:
-            self._clip_and_judge()
+            self._clip_gradients()
         self._deepspeed.step()
         if last and self.zero:
             self.grad_norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), device=device())
@@ -182,18 +182,18 @@ class Engine:
         state = state or TrainingState()
         shapes = self.shapes()
         for name, parameter in self._parameters.items():
-            self._set_weight(parameter, from_main(state.weights.get(name), shapes[name]))
+            self._set_weight(parameter, broadcast_tensor(state.weights.get(name), shapes[name]))
             for moment in MOMENTS:
-                self._set_moment(parameter, moment, from_main(state.moments[moment].get(name), shapes[name]))
+                self._set_moment(parameter, moment, broadcast_tensor(state.moments[moment].get(name), shapes[name]))
         for name, buffer in self._buffers().items():
-            buffer.copy_(from_main(state.weights.get(name), shapes[name], dtype=buffer.dtype))
+            buffer.copy_(broadcast_tensor(state.weights.get(name), shapes[name], dtype=buffer.dtype))
         if self.zero:
             self._deepspeed.optimizer.refresh_fp32_params()  # the flat copies that AdamW updates
         self._set_scalars(state.scalars)
 
     # -- stage 0: gradients are whole on every rank --
 
-    def _clip_and_judge(self) -> None:
+    def _clip_gradients(self) -> None:
         """Global norm, clipping, and the verdict that makes fused AdamW skip a non-finite update without a sync."""
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         if self.loss_scale:
@@ -298,8 +298,8 @@ def _deepspeed_config(zero: int, clip: float | None, *, micro_batch: int, accumu
         "gradient_clipping": clip if clip is not None and zero else 0.0,  # at stage 0 we clip: DeepSpeed hides the norm
         "zero_optimization": {
             "stage": zero,
-            "reduce_bucket_size": BUCKET,
-            "stage3_param_persistence_threshold": WHOLE,
+            "reduce_bucket_size": REDUCE_BUCKET_SIZE,
+            "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
         },
         "timers": {"throughput": {"enabled": False}},  # it would wait for the device at every step
     }

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from maedistill.config.batch import BatchPlan
-from maedistill.training import distributed
+from maedistill.processes import ranks as distributed
 
 _SAMPLES = (8, 16)
 _USABLE = 0.92  # of the memory: the allocator's gaps, NCCL's and cuBLAS's buffers take the rest

@@ -1,7 +1,7 @@
 """Updates whose loss or gradient is not finite: noticed one step late, so that the host never waits for the device.
 
 The engine applies no such update (see engine.py). Here they are counted and handed to the loop, which follows
-`engine.nonfinite`: go on, go back to the newest checkpoint, or stop.
+`engine.nonfinite`: go on or stop.
 """
 
 from dataclasses import dataclass, field

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from maedistill.benchmark.communication import OnPaper
+from maedistill.benchmark.communication import AnalyticModel
 from maedistill.benchmark.cost import IMAGENET_IMAGES, LOADER, STEP, Speed, cost_report, expected_number, measure_cost
 from maedistill.benchmark.timing import Rates
 from maedistill.config.loader import load_config
@@ -31,7 +31,7 @@ def config(tmp_path):
 
 def speed(*, loader, shared=False, compute=0.1, reduce=0.0, cores=4):
     """4 devices that take 100 images each in an update."""
-    return Speed(OnPaper(4, 100, compute, reduce), loader, cores=cores, shared=shared)
+    return Speed(AnalyticModel(4, 100, compute, reduce), loader, cores=cores, shared=shared)
 
 
 @pytest.mark.parametrize(

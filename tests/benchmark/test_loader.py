@@ -11,7 +11,7 @@ from PIL import Image
 from maedistill.benchmark import loader
 from maedistill.benchmark.loader import measure_loader, sample
 from maedistill.benchmark.plain_loader import plain_batches, write_folder
-from maedistill.data.images import decode_rgb
+from maedistill.data.images.decode import decode_rgb
 from maedistill.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's own threads

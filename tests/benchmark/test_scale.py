@@ -6,11 +6,11 @@ import pytest
 
 from maedistill.benchmark.communication import on_paper, reduce_seconds
 from maedistill.benchmark.scale import measure_scale, paper_clusters, scale_report
-from maedistill.build_pretraining import build_encoder, build_method
 from maedistill.config.loader import load_config
 from maedistill.errors import ConfigError, PeerError
-from maedistill.flops import count_flops
-from maedistill.training.engine import WHOLE
+from maedistill.pretraining.build import build_encoder, build_method
+from maedistill.pretraining.flops import count_flops
+from maedistill.training.engine import PERSISTENCE_THRESHOLD
 
 CONFIG = """\
 method: mae
@@ -97,7 +97,7 @@ def test_zero_3_is_measured_and_counts_the_whole_network(config):
     settings = load_config(config, wide, to_run=False).config
     method = build_method(settings, build_encoder(settings), None)
     sizes = [parameter.numel() for parameter in method.parameters()]
-    assert max(sizes) > WHOLE
+    assert max(sizes) > PERSISTENCE_THRESHOLD
     gflop = count_flops(method, None, num_student=4, num_teacher=4)["total"]
     report = measure_scale(str(config), [*wide, "engine.zero=3"], processes=1, rounds=1)
     paper = next(remark for remark in report.remarks if remark.startswith("on paper"))

@@ -9,7 +9,7 @@ import torch
 
 from maedistill.benchmark.memory import peak_memory
 from maedistill.benchmark.step import without_download
-from maedistill.benchmark.training_step import Contest
+from maedistill.benchmark.training_step import StepComparison
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 
@@ -29,14 +29,14 @@ PAIRS = {
 
 
 @pytest.fixture
-def contest(tmp_path, request) -> Contest:
+def contest(tmp_path, request) -> StepComparison:
     method, *overrides = request.param.split()
     text = TINY.format(method=method) + PAIRS[method]
     text += TEACHER if method != "mae" else ""
     text += "masks: {teacher_visible: 0.5}\n" if method == "amd" else ""
     (tmp_path / "tiny.yaml").write_text(text)
     config = load_config(tmp_path / "tiny.yaml", overrides, root=PretrainConfig, to_run=False).config
-    made = Contest(config, torch.device("cpu"))
+    made = StepComparison(config, torch.device("cpu"))
     made.take(5)
     return made
 
@@ -47,7 +47,7 @@ CASES += ["dmae student.register_tokens=2", "mae decoder.attention=cross decoder
 
 
 @pytest.mark.parametrize("contest", CASES, indirect=True)
-def test_plain_and_ours_have_the_same_losses_and_gradients(contest: Contest) -> None:
+def test_plain_and_ours_have_the_same_losses_and_gradients(contest: StepComparison) -> None:
     for parameter in contest.method.parameters():  # away from zeros and ones
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     ours, plain, found = contest.ours(), contest.plain(), []

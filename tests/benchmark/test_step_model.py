@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from maedistill.benchmark.step_model import BANDWIDTH, LAUNCH_SECONDS, PEAK_FLOPS, PRODUCT_SHARE, model_step, total
-from maedistill.build_pretraining import build_encoder, build_method, build_teacher, build_teacher_source, mask_sizes
 from maedistill.config.loader import load_config
-from maedistill.flops import count_flops
+from maedistill.pretraining.build import build_encoder, build_method, build_teacher, build_teacher_source, mask_sizes
+from maedistill.pretraining.flops import count_flops
 
 SMALL = ["student.model=vit_tiny_patch16_224", "student.depth=2", "decoder.depth=1", "align.student=[1]"]
 SMALL += ["teacher.source=random:vit_tiny_patch16_224", "teacher.depth=3", "align.teacher=[2]", "data.image_size=64"]

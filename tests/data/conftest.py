@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from maedistill.data.download import Patience
+from maedistill.data.remote.download import RetryPolicy
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -88,5 +88,5 @@ def folder(tmp_path, monkeypatch) -> Path:
     for name in ("MAEDISTILL_CACHE", "MAEDISTILL_CACHE_GB"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(Patience.__init__, "__defaults__", (3, 0.5, 0.01, 20))
+    monkeypatch.setattr(RetryPolicy.__init__, "__defaults__", (3, 0.5, 0.01, 20))
     return tmp_path / "cache" / "maedistill" / "shards"

@@ -17,10 +17,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from maedistill import build_finetuning, build_pretraining
-from maedistill.models import source
+from maedistill.finetuning import build as build_finetuning
 from maedistill.models.encoder import build_vit
-from maedistill.training import distributed, engine
+from maedistill.pretraining import build as build_pretraining
+from maedistill.processes import ranks as distributed
+from maedistill.training import engine
+from maedistill.weights import source
 
 _built = functools.cache(build_vit)
 

@@ -17,13 +17,13 @@ import torch.distributed as dist
 from pretend_card import CARD, Card, MixesDevices, OnCard, value_of
 from torch import Tensor, nn
 
-from maedistill.data.evaluation import EvaluationImages, evaluation_transform
-from maedistill.data.index import open_index
+from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
+from maedistill.data.shards.index import open_index
 from maedistill.evaluation.accuracy import evaluate
 from maedistill.evaluation.knn import knn_counts
-from maedistill.training import distributed
+from maedistill.processes import ranks as distributed
+from maedistill.runs.metrics import Averages
 from maedistill.training.engine import Engine
-from maedistill.training.metrics import Averages
 
 
 class Ranks:
@@ -122,7 +122,7 @@ def test_every_collective_sends_tensors_of_the_card(ranks):
             "rows": value_of(distributed.gather_rows(rows)),
             "sparse": value_of(distributed.gather_rows(rows.repeat(1, 2)[:, ::3])),  # columns with gaps between them
             "none": value_of(distributed.gather_rows(rows[:rank])),
-            "tensor": value_of(distributed.from_main(torch.arange(3.0) if rank == 0 else None, (3,))),
+            "tensor": value_of(distributed.broadcast_tensor(torch.arange(3.0) if rank == 0 else None, (3,))),
             "object": distributed.broadcast_object({"rank": rank}),
             "objects": distributed.gather_objects(rank),
             "on_main": distributed.on_main(lambda: rank),

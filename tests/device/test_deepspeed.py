@@ -81,7 +81,7 @@ def note(func: Any) -> None:
 
 def watch(stage: Any) -> None:
     """Put a mark where a step begins and ends."""
-    from maedistill.run import Run
+    from maedistill.runs.run import Run
 
     load, end_step = stage.training_batches, Run.end_step
 
@@ -91,10 +91,10 @@ def watch(stage: Any) -> None:
             yield batch
             seen["in_step"] = False
 
-    def end(run: Run, crops: Any) -> bool:
+    def end(run: Run, crops: Any) -> None:
         seen["in_step"] = False
         (run.folder.path / "reads.json").write_text(json.dumps(seen))
-        return end_step(run, crops)
+        end_step(run, crops)
 
     train = stage.train
 
@@ -107,5 +107,6 @@ def watch(stage: Any) -> None:
 
 if __name__ == "__main__":
     tool = sys.argv.pop(1)
-    watch(importlib.import_module(f"maedistill.{Path(tool).stem}"))
+    stages = {"pretrain": "maedistill.pretraining.loop", "finetune": "maedistill.finetuning.loop"}
+    watch(importlib.import_module(stages[Path(tool).stem]))
     runpy.run_path(tool, run_name="__main__")

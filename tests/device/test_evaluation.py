@@ -1,7 +1,8 @@
 """Evaluation on the pretend card: what is looked at stays there, and the host reads only where results are gathered.
 
 `knn_predictions` gathers once per part of the queries, `judge_heads` once per part of the features and at its end;
-`Viewer` and what looks at a batch never wait. Agreement, calibration and scores per class are worked out on the host.
+`Predictor` and what looks at a batch never wait. Agreement, calibration and scores per class are worked out on the
+host.
 """
 
 import pytest
@@ -10,16 +11,16 @@ import torch
 from pretend_card import CARD, Card, value_of
 from torch.utils._python_dispatch import _disable_current_modes
 
-from maedistill.data.evaluation import EvaluationImages, evaluation_transform
-from maedistill.data.index import open_index
+from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
+from maedistill.data.shards.index import open_index
 from maedistill.evaluation.accuracy import evaluate, judge
 from maedistill.evaluation.agreement import TwoViews, divergence, evaluate_against
 from maedistill.evaluation.calibration import calibrate
-from maedistill.evaluation.exact_pass import Viewer
+from maedistill.evaluation.full_pass import Predictor
 from maedistill.evaluation.knn import knn_counts, knn_predictions
 from maedistill.evaluation.linear_probe import fit_heads, judge_heads
 from maedistill.evaluation.per_class import class_scores
-from maedistill.models.backbone import Backbone
+from maedistill.weights.backbone import Backbone
 
 CPU = torch.device("cpu")
 STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
@@ -52,7 +53,7 @@ def test_looking_at_a_batch_never_waits(precision):
     for device in (CPU, CARD):
         with Card() as card:
             viewers = [
-                Viewer(module.to(device), **STATISTICS, device=device, precision=precision, columns=columns)
+                Predictor(module.to(device), **STATISTICS, device=device, precision=precision, columns=columns)
                 for module, columns in (
                     (network(), None),
                     (network(seed=1), torch.tensor([2, 0, 1])),
@@ -75,7 +76,7 @@ def test_accuracy_is_the_same_and_read_where_results_are_gathered(images):
         with Card() as card:
             found = evaluate(network().to(device), images, **STATISTICS, batch=7, workers=0, device=device)
         results.append(found)
-        waits = {("exact_pass.Viewer.__init__", "lift_fresh"), ("exact_pass._gather", "_to_copy")}
+        waits = {("full_pass.Predictor.__init__", "lift_fresh"), ("full_pass._gather", "_to_copy")}
         assert {wait for wait in card.waits if wait[0] not in ("?", "prefetch._moved")} == (
             waits if device.index else set()
         )
@@ -93,7 +94,7 @@ def test_agreement_of_two_networks_is_the_same(images):
         transform = images.transform
         both = EvaluationImages(images.index, images.samples, TwoViews(transform, transform))
         with Card():
-            viewers = [Viewer(network(seed=seed).to(device), **STATISTICS, device=device) for seed in (0, 1)]
+            viewers = [Predictor(network(seed=seed).to(device), **STATISTICS, device=device) for seed in (0, 1)]
             results.append(evaluate_against(*viewers, both, sizes=(32, 32), batch=10, workers=0, device=device)[1])
     assert results[0].facts() == results[1].facts() and results[0].images == 24
 

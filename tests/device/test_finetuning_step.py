@@ -11,16 +11,16 @@ import timm
 import torch
 from pretend_card import CARD, Card, value_of
 
-from maedistill import build_distillation
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
-from maedistill.data.augment import seed_generators
-from maedistill.data.batch import Batch
-from maedistill.data.mixing import Mixing
-from maedistill.distill.teaching import Teaching
-from maedistill.finetuning import Finetuning, open_finetuning
-from maedistill.methods.distilled import Distilled
-from maedistill.models.network import Network
+from maedistill.data.images.augment import seed_generators
+from maedistill.data.images.mixing import Mixing
+from maedistill.data.loading.batch import Batch
+from maedistill.finetuning import build_teachers as build_distillation
+from maedistill.finetuning.distilled import Distilled
+from maedistill.finetuning.setup import Finetuning, open_finetuning
+from maedistill.finetuning.teacher_ensemble import TeacherEnsemble
+from maedistill.weights.network import Network
 
 TINY = {"embed_dim": 48, "depth": 3, "num_heads": 2, "patch_size": 8, "img_size": 32}
 STUDENT = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=3", "student.heads=2"]
@@ -92,7 +92,7 @@ def on_card(parts: Finetuning) -> Finetuning:
     if teaching is not None:
         frozen = [one.to(CARD) for one in teaching.teachers]
         how = {"steps": parts.plan.steps, "epoch_at": parts.plan.epoch_at}
-        teaching = Teaching(frozen, teaching.schedules, **how, device=CARD)
+        teaching = TeacherEnsemble(frozen, teaching.schedules, **how, device=CARD)
     moved = dataclasses.replace(parts, module=parts.module.to(CARD), teaching=teaching, device=CARD)
     moved.inputs(batch().to(CARD))  # mean and deviation are copied at first need, once in a run
     return moved
@@ -108,9 +108,9 @@ def take_step(parts: Finetuning, given: Batch, *, seed: int = 3, step: int = 4) 
     """What a step computes from a micro-batch: its inputs, losses and gradients."""
     seed_generators(seed)
     images, targets = parts.inputs(given)
-    lesson = parts.lesson(images, step)
+    teacher_outputs = parts.teacher_outputs(images, step)
     with torch.autocast(images.device.type, dtype=torch.bfloat16):
-        losses = parts.module(images, targets, *lesson)
+        losses = parts.module(images, targets, *teacher_outputs)
     losses["loss"].backward()
     gradients = {name: parameter.grad for name, parameter in parts.module.named_parameters()}
     return {"images": images, "targets": targets, **losses, **gradients}

@@ -14,17 +14,18 @@ import pytest
 import torch
 from pretend_card import CARD, Card, OnCard
 
-from maedistill import finetune, pretrain
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.finetuning import open_finetuning
-from maedistill.pretraining import open_pretraining
-from maedistill.run import Run
-from maedistill.start import start_run
-from maedistill.training.metrics import Averages
+from maedistill.finetuning import loop as finetune
+from maedistill.finetuning.setup import open_finetuning
+from maedistill.pretraining import loop as pretrain
+from maedistill.pretraining.setup import open_pretraining
+from maedistill.runs.folder import RunFolder
+from maedistill.runs.metrics import Averages
+from maedistill.runs.run import Run
+from maedistill.runs.start import start_run
 from maedistill.training.nonfinite import NonfiniteUpdates
-from maedistill.training.run_folder import RunFolder
 
 SHORT = ["optim.epochs=0.375", "optim.warmup_epochs=0.1", "log.every=2", "engine.precision=bf16", "optim.clip=1"]
 PRETRAIN = ["method=amd", "teacher.source=random:vit_tiny_patch16_224", "teacher.width=32", "teacher.depth=2"]
@@ -34,8 +35,8 @@ PRETRAIN += ["engine.micro_batch=6", "log.knn_images=24"]
 FINETUNE = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.heads=2"]
 FINETUNE += ["student.patch_size=8"]
 # The modules in which the host meets the card outside of steps: batches come, losses and weights and pictures go.
-BOTH = {"batch", "prefetch", "distributed", "run", "engine"}
-READERS = {"pretrain": BOTH | {"knn", "pictures", "pretrain"}, "finetune": BOTH | {"finetuning", "exact_pass"}}
+BOTH = {"batch", "prefetch", "ranks", "run", "engine"}
+READERS = {"pretrain": BOTH | {"knn", "pictures", "loop"}, "finetune": BOTH | {"setup", "full_pass"}}
 STAGES = {
     "pretrain": (pretrain, PretrainConfig, open_pretraining, PRETRAIN),
     "finetune": (finetune, FinetuneConfig, open_finetuning, FINETUNE),
@@ -87,10 +88,9 @@ def loop(card, engine_on_card, monkeypatch, pretraining, finetuning, tmp_path):
             card._in_step = len(steps) > 1  # what is made once, at first need, is listed below
             yield batch
 
-    def end(run: Run, crops: Any) -> bool:
-        going_on = end_step(run, crops)
+    def end(run: Run, crops: Any) -> None:
+        end_step(run, crops)
         card._in_step = False
-        return going_on
 
     def go(name: str) -> tuple[list[dict[str, Any]], int]:
         stage, root, open_parts, settings = STAGES[name]
@@ -101,9 +101,9 @@ def loop(card, engine_on_card, monkeypatch, pretraining, finetuning, tmp_path):
         monkeypatch.setattr(Run, "end_step", end)
         parts, folder = open_parts(config, world_size=1, device=CARD), RunFolder(config.run)
         peers = SimpleNamespace(beat=lambda step: None, paused=nullcontext)
-        with start_run(parts, folder, peers, fresh=False, extend=False) as run, run.attempt() as metrics:
+        with start_run(parts, folder, peers, fresh=False, extend=False) as run, run.resume() as metrics:
             card.waits.clear()
-            assert stage.train(run, parts, metrics)
+            stage.train(run, parts, metrics)
         lines = (folder.path / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines], len(steps)
 
@@ -138,4 +138,4 @@ def test_an_average_is_kept_on_the_card_until_it_is_read(card):
             averages.add({"loss": loss})
     card.waits.clear()
     assert averages.read() == {"loss": 2.5}
-    assert card.waits == [("distributed.all_reduce_mean", "_to_copy")]
+    assert card.waits == [("ranks.all_reduce_mean", "_to_copy")]

@@ -11,8 +11,8 @@ from pretend_card import CARD, Card, value_of
 
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.data.batch import Batch
-from maedistill.pretraining import Pretraining, open_pretraining
+from maedistill.data.loading.batch import Batch
+from maedistill.pretraining.setup import Pretraining, open_pretraining
 
 TEACHER = ["teacher.source=random:vit_tiny_patch16_224", "teacher.width=48", "teacher.depth=3", "teacher.heads=2"]
 TEACHER += ["teacher.patch_size=8", "teacher.precision=bf16", "student.class_token=true"]

@@ -14,14 +14,14 @@ from timm.data import create_transform
 from torch import nn
 from torch.nn import functional as F
 
-from maedistill.data.evaluation import EvaluationImages, evaluation_transform
-from maedistill.data.index import open_index
-from maedistill.data.shards import make_shards
-from maedistill.data.sources import open_folder
+from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
+from maedistill.data.shards.index import open_index
+from maedistill.data.shards.sources import open_folder
+from maedistill.data.shards.write import make_shards
 from maedistill.errors import DataError, NumericsError
 from maedistill.evaluation import accuracy as module
 from maedistill.evaluation.accuracy import Evaluation, evaluate, write_predictions
-from maedistill.training import distributed
+from maedistill.processes import ranks as distributed
 
 INPUT = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
 SETTINGS = INPUT | {"workers": 0, "device": torch.device("cpu")}

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from maedistill.data.evaluation import EvaluationImages, evaluation_transform
-from maedistill.data.index import open_index
+from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
+from maedistill.data.shards.index import open_index
 from maedistill.errors import ConfigError, NumericsError
 from maedistill.evaluation.accuracy import evaluate
 from maedistill.evaluation.agreement import TwoViews, divergence, evaluate_against
-from maedistill.evaluation.exact_pass import Viewer
+from maedistill.evaluation.full_pass import Predictor
 
 CPU = torch.device("cpu")
 INPUTS = {
@@ -32,7 +32,7 @@ class Linear(nn.Module):
 
 
 def compare(shards, networks):
-    viewers = [Viewer(networks[name], device=CPU, **INPUTS[name][1]) for name in INPUTS]
+    viewers = [Predictor(networks[name], device=CPU, **INPUTS[name][1]) for name in INPUTS]
     views = TwoViews(*(evaluation_transform(size=size, **how) for size, _, how in INPUTS.values()))
     images = EvaluationImages(open_index(str(shards / "train-*.tar")), torch.arange(95), views)
     return evaluate_against(*viewers, images, sizes=(16, 24), device=CPU, batch=11, workers=0)

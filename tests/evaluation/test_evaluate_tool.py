@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
-from maedistill.data.shards import make_shards
-from maedistill.data.sources import open_folder
-from maedistill.evaluation.label_space import compare_names
+from maedistill.data.shards.sources import open_folder
+from maedistill.data.shards.write import make_shards
+from maedistill.weights.class_names import compare_names
 
 CONFIG = {"input_size": (3, 24, 24), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25), "crop_pct": 0.9}
 COUNTS = ("images", "top1", "top5", "against_same", "against_top1")

@@ -15,11 +15,11 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from timm.models import save_for_hf
 
-from maedistill.data.shards import make_shards
-from maedistill.data.sources import open_folder
+from maedistill.data.shards.sources import open_folder
+from maedistill.data.shards.write import make_shards
 from maedistill.evaluation.features import extract_features, open_pair
-from maedistill.evaluation.setting import Setting
-from maedistill.models.backbone import open_backbone
+from maedistill.evaluation.setting import EvalContext
+from maedistill.weights.backbone import open_backbone
 
 VIT = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 CONFIG = {"input_size": (3, 24, 24), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25), "crop_pct": 0.9}
@@ -89,7 +89,7 @@ def test_any_number_of_processes_says_the_same(results):
 
 
 def test_the_votes_are_those_of_scikit_learn_on_the_same_features(results, made, shards):
-    setting = Setting(torch.device("cpu"), "fp32", 96, 0)
+    setting = EvalContext(torch.device("cpu"), "fp32", 96, 0)
     opened = open_backbone(str(made / "model"))
     pair = open_pair(str(shards / "train-*.tar"), str(shards / "val-*.tar"), train_index=None, val_index=None)
     bank, queries = (extract_features(opened, index, setting) for index in pair)

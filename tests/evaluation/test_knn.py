@@ -7,16 +7,16 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from maedistill.data.images import decode_rgb
-from maedistill.data.index import open_index
-from maedistill.data.reader import ShardReader
+from maedistill.data.images.decode import decode_rgb
+from maedistill.data.shards.index import open_index
+from maedistill.data.shards.reader import ShardReader
 from maedistill.evaluation import knn as module
-from maedistill.evaluation.knn import knn_accuracy, knn_counts, knn_predictions, pooled_features, spread_samples
+from maedistill.evaluation.knn import knn_accuracy, knn_counts, knn_predictions, pooled_features, random_subset
 from maedistill.methods.mae import MAE
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
-from maedistill.training import distributed
+from maedistill.processes import ranks as distributed
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
@@ -115,9 +115,9 @@ def test_ranks_share_the_queries_and_count_each_once(monkeypatch, count, world_s
 
 def test_a_spread_of_samples_is_fixed_and_has_each_once(shards):
     index = open_index(str(shards / "train-*.tar"))
-    assert spread_samples(index, 1000).sort().values.tolist() == list(range(96))
-    some = spread_samples(index, 20)
-    assert len(set(some.tolist())) == 20 and torch.equal(some, spread_samples(index, 20))
+    assert random_subset(index, 1000).sort().values.tolist() == list(range(96))
+    some = random_subset(index, 20)
+    assert len(set(some.tolist())) == 20 and torch.equal(some, random_subset(index, 20))
     assert len({index.shard_of(i) for i in some.tolist()}) == 4, "not the first shard alone"
 
 

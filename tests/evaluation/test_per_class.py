@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from maedistill.data.evaluation import EvaluationImages, evaluation_transform
-from maedistill.data.index import open_index
+from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
+from maedistill.data.shards.index import open_index
 from maedistill.evaluation.accuracy import Evaluation
 from maedistill.evaluation.confusions import Confusion, draw_confusions, worst_confusions
 from maedistill.evaluation.per_class import class_scores, write_per_class

@@ -9,9 +9,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.models.encoder import build_vit
-from maedistill.models.saved import describe_network
-from maedistill.training.checkpoint import take_snapshot, write_snapshot
+from maedistill.runs.checkpoint import take_snapshot, write_snapshot
 from maedistill.training.state import MOMENTS, TrainingState
+from maedistill.weights.from_run import describe_network
 
 TINY = {"width": 32, "depth": 2, "heads": 2, "patch_size": 8}
 MEAN, STD, CROP = [0.5, 0.4, 0.3], [0.25, 0.2, 0.1], 0.9

@@ -21,11 +21,11 @@ from timm.models.vision_transformer import VisionTransformer
 from maedistill.export import folder as module
 from maedistill.export.folder import FILES, export, read_record
 from maedistill.models.encoder import MaskedEncoder, build_vit
-from maedistill.models.source import open_source
-from maedistill.models.weights import Imported, load_encoder
-from maedistill.training.checkpoint import take_snapshot, write_snapshot
-from maedistill.training.restore import newest_intact, read_weights
+from maedistill.runs.checkpoint import take_snapshot, write_snapshot
+from maedistill.runs.restore import newest_intact, read_weights
 from maedistill.training.state import MOMENTS, TrainingState
+from maedistill.weights.source import open_source
+from maedistill.weights.state_dict import ConvertedStateDict, load_encoder
 
 
 @dataclass
@@ -267,7 +267,7 @@ def test_a_real_run_goes_out_as_its_checkpoint_has_it(trio, method, weights, tmp
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     vit = build_vit("vit_tiny_patch16_224", image_size=32, positions="sincos2d", **TINY).eval()
     checkpoint = newest_intact(run / "checkpoints")
-    load_encoder(vit, Imported(read_weights(checkpoint, weights)), name="the checkpoint")
+    load_encoder(vit, ConvertedStateDict(read_weights(checkpoint, weights)), name="the checkpoint")
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(model.forward_features(images), vit.forward_features(images))

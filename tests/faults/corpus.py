@@ -29,11 +29,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from maedistill.config.render import config_yaml
-from maedistill.data.index import open_index
+from maedistill.data.shards.index import open_index
 from maedistill.models.encoder import build_vit
 from maedistill.models.initialize import initialize
-from maedistill.training.checkpoint import take_snapshot, write_snapshot
-from maedistill.training.run_folder import RunFolder
+from maedistill.runs.checkpoint import take_snapshot, write_snapshot
+from maedistill.runs.folder import RunFolder
 from maedistill.training.state import MOMENTS, TrainingState
 
 Make = Callable[[Path, Path], object]

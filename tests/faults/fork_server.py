@@ -53,8 +53,8 @@ def import_all() -> None:
     import torch._dynamo  # noqa: F401
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
-    import maedistill.finetune
-    import maedistill.pretrain  # noqa: F401
+    import maedistill.finetuning.loop
+    import maedistill.pretraining.loop  # noqa: F401
 
 
 def become(request: dict[str, Any]) -> None:

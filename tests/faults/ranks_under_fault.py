@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from maedistill.errors import DataError, Preempted, UserError, exit_code_of
-from maedistill.training import distributed
-from maedistill.training import peers as peers_file
-from maedistill.training.interrupt import StopRequest
-from maedistill.training.orphans import end_with_launcher, quiet_worker
-from maedistill.training.peers import Peers
+from maedistill.processes import heartbeat as peers_file
+from maedistill.processes import ranks as distributed
+from maedistill.processes.heartbeat import Peers
+from maedistill.processes.parent_death import detach_worker, die_with_launcher
+from maedistill.processes.preemption import PreemptionHandler
 
 STEPS = 400  # of 20 ms and more
 TIMEOUT = 8  # seconds that a rank waits for another
@@ -31,7 +31,8 @@ TIMEOUT = 8  # seconds that a rank waits for another
 def start_ranks(folder: Path, fault: str, *, ranks: int = 2, workers: int = 0) -> list[BaseProcess]:
     """Starts them; `fault` is what rank 1 does to itself at step 10."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["torch.utils.data", "maedistill.training.interrupt", "maedistill.training.peers"])
+    ours = [f"maedistill.processes.{name}" for name in ("preemption", "heartbeat")]
+    server.set_forkserver_preload(["torch.utils.data", *ours])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -62,7 +63,7 @@ def _train(fault: str, workers: int) -> None:
     unheard = fault == "dies unheard"  # as under NCCL: the host of rank 0 waits for a device, and nothing tells it
     peers_file._DOUBT_SECONDS = 2.0
     with Peers(timeout_seconds=600 if unheard else TIMEOUT, on_loss=_record) as peers:
-        stop = StopRequest(timeout_seconds=TIMEOUT)
+        stop = PreemptionHandler(timeout_seconds=TIMEOUT)
         fork = {"multiprocessing_context": "fork", "worker_init_fn": _begin} if workers else {}
         batches = iter(DataLoader(range(STEPS), num_workers=workers, **fork))
         for step in range(1, STEPS + 1):
@@ -82,7 +83,7 @@ def _train(fault: str, workers: int) -> None:
 
 
 def _begin(_: int) -> None:
-    quiet_worker()
+    detach_worker()
     print(f"worker {os.getpid()}", flush=True)
 
 
@@ -98,5 +99,5 @@ def _do(fault: str) -> None:
 
 
 if __name__ == "__main__":  # a rank under a launcher: FOLDER WORKERS
-    end_with_launcher()
+    die_with_launcher()
     _be_a_rank(Path(sys.argv[1]), "", int(sys.argv[2]), {"RANK": os.environ["RANK"]})

@@ -26,9 +26,9 @@ from notes import WEIGHTS, same_result
 from PIL import Image
 from starts import Forks, Start
 
-from maedistill.data.shards import make_shards
-from maedistill.data.sources import open_folder
-from maedistill.training.checkpoint import latest_step
+from maedistill.data.shards.sources import open_folder
+from maedistill.data.shards.write import make_shards
+from maedistill.runs.checkpoint import latest_step
 
 RANKS, BATCH, IMAGES, STEPS_A_MINUTE = 2, 12, 96, 120
 SETTLED = 6.0  # seconds after its start from which on a start's memory counts

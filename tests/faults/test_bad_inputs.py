@@ -29,16 +29,16 @@ import torch.distributed as dist
 import yaml
 from bad_inputs import CASES
 
-from maedistill.build_finetuning import build_labelled_crops
-from maedistill.build_pretraining import build_crops
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.data.index import open_index
-from maedistill.finetuning import open_finetuning
-from maedistill.pretraining import open_pretraining
-from maedistill.training.restore import load_latest
-from maedistill.training.run_folder import RunFolder
+from maedistill.data.shards.index import open_index
+from maedistill.finetuning.build import build_labelled_crops
+from maedistill.finetuning.setup import open_finetuning
+from maedistill.pretraining.build import build_crops
+from maedistill.pretraining.setup import open_pretraining
+from maedistill.runs.folder import RunFolder
+from maedistill.runs.restore import load_latest
 
 SECONDS, MEMORY = 60, 2 << 30  # that one case may take
 CPU = torch.device("cpu")
@@ -122,9 +122,12 @@ def limits() -> Iterator[None]:
 @pytest.fixture
 def start(root, good, monkeypatch) -> Iterator[Callable[[str], tuple[int, str, str]]]:
     """Starts a tool by its command line in the working directory: exit code, stdout, stderr."""
-    for name, open_parts in (("pretrain", open_pretraining), ("finetune", open_finetuning)):
+    for wing, name, open_parts in (
+        ("pretraining", "pretrain", open_pretraining),
+        ("finetuning", "finetune", open_finetuning),
+    ):
         stub = SimpleNamespace(**{name: partial(begin, open_parts=open_parts)})
-        monkeypatch.setitem(sys.modules, f"maedistill.{name}", stub)
+        monkeypatch.setitem(sys.modules, f"maedistill.{wing}.loop", stub)
     monkeypatch.setenv("XDG_CACHE_HOME", str(good.parent / "cache"))
     monkeypatch.setenv("HOME", str(good.parent / "home"))
     leave, here = os._exit, os.getpid()  # how a tool ends that is done; loader workers still may

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from maedistill.training.metrics import read_metrics
-from maedistill.training.restore import newest_intact
+from maedistill.runs.metrics import read_metrics
+from maedistill.runs.restore import newest_intact
 
 GOES_ON = ["method=mae", "optim.epochs=5"]
 

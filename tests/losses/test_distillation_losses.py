@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from maedistill.losses.features import attention_transfer_loss
 from maedistill.losses.logits import decoupled_divergence, divergence, hard_label_loss, standardize
 from maedistill.losses.relations import (
-    angle_loss,
     contrast_loss,
-    distance_loss,
     merge_heads,
-    probability_loss,
-    similarity_loss,
+    pkt_loss,
+    rkd_angle_loss,
+    rkd_distance_loss,
+    sp_loss,
     token_relation_loss,
 )
 
@@ -34,7 +34,7 @@ def dkd(student, teacher, labels, temperature):
 
 
 def rkd(student, teacher):
-    return 25 * distance_loss(student, teacher) + 50 * angle_loss(student, teacher)
+    return 25 * rkd_distance_loss(student, teacher) + 50 * rkd_angle_loss(student, teacher)
 
 
 LOSSES = {  # reference: (its inputs, what it is)
@@ -43,8 +43,8 @@ LOSSES = {  # reference: (its inputs, what it is)
     "dkd_a1_b8_T4": ("logits", lambda s, t, y: dkd(s, t, y, 4.0)),
     "dkd_logit_standardized_a1_b8_T2": ("logits", lambda s, t, y: dkd(standardize(s), standardize(t), y, 2.0)),
     "rkd_d25_a50": ("embedding", lambda s, t, y: rkd(s, t)),
-    "pkt": ("embedding", lambda s, t, y: probability_loss(s, t)),
-    "similarity_preserving": ("embedding", lambda s, t, y: similarity_loss(s, t)),
+    "pkt": ("embedding", lambda s, t, y: pkt_loss(s, t)),
+    "similarity_preserving": ("embedding", lambda s, t, y: sp_loss(s, t)),
     "attention_transfer_p2": ("map", lambda s, t, y: attention_transfer_loss(s, t)),
 }
 
@@ -68,10 +68,10 @@ RESPONSES = {
     "dkd": lambda s, t: dkd(s, t, torch.arange(8) % 5, 3.0),
 }
 RELATIONS = {
-    "distances": distance_loss,
-    "angles": angle_loss,
-    "probabilities": probability_loss,
-    "similarities": similarity_loss,
+    "distances": rkd_distance_loss,
+    "angles": rkd_angle_loss,
+    "probabilities": pkt_loss,
+    "similarities": sp_loss,
 }
 TOKENS = {
     "values": token_relation_loss,
@@ -149,7 +149,7 @@ def test_equal_images_have_no_angle_and_no_endless_gradient():
     student, teacher = draws(4, 5), draws(4, 5)
     student[1] = student[0]
     student.requires_grad_()
-    (gradient,) = torch.autograd.grad(angle_loss(student, teacher), student)
+    (gradient,) = torch.autograd.grad(rkd_angle_loss(student, teacher), student)
     assert 0 < float(gradient.abs().max()) < 10
 
 

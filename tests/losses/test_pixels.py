@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from maedistill.losses.pixels import patch_statistics, pixel_loss, pixel_target
-from maedistill.patches import patchify, unpatchify
+from maedistill.models.patches import patchify, unpatchify
 
 
 def test_targets_have_the_papers_statistics() -> None:

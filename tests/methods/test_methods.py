@@ -5,19 +5,19 @@ from functools import partial
 import pytest
 import torch
 
-from maedistill.data.transforms import normalize
+from maedistill.data.images.transforms import normalize
 from maedistill.losses.pixels import pixel_target
-from maedistill.masking import PatchSplit, random_split
 from maedistill.methods.amd import AMD
 from maedistill.methods.dmae import DMAE
 from maedistill.methods.mae import MAE
+from maedistill.methods.teacher import Teacher
 from maedistill.methods.tinymim import TinyMIM
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
-from maedistill.models.source import open_source
-from maedistill.models.teacher import Teacher
-from maedistill.patches import patchify, unpatchify
+from maedistill.models.masking import PatchSplit, random_split
+from maedistill.models.patches import patchify, unpatchify
+from maedistill.weights.source import open_source
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 CASES = ["mae", "dmae", "amd", "amd with class token", "amd learned", "dmae mlp", "dmae two pairs"]

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from maedistill.build_pretraining import build_encoder, build_method, build_teacher, build_teacher_source
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError
-from maedistill.masking import PatchSplit
+from maedistill.models.masking import PatchSplit
+from maedistill.pretraining.build import build_encoder, build_method, build_teacher, build_teacher_source
 
 TINY = """
 method: tinymim

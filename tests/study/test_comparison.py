@@ -12,7 +12,7 @@ from PIL import Image
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.render import config_yaml
-from maedistill.data.index import open_index
+from maedistill.data.shards.index import open_index
 from maedistill.errors import ConfigError, DataError
 from maedistill.study import comparison
 from maedistill.study.comparison import Network, accuracy_table, write_comparison, write_results

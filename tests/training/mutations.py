@@ -21,19 +21,19 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from maedistill import pretrain
-from maedistill import run as run_file
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import UserError
-from maedistill.pretraining import open_pretraining
-from maedistill.run import Run
-from maedistill.start import start_run
-from maedistill.training import metrics
+from maedistill.pretraining import loop as pretrain
+from maedistill.pretraining.setup import open_pretraining
+from maedistill.runs import metrics
+from maedistill.runs import run as run_file
+from maedistill.runs.async_saver import Saver
+from maedistill.runs.folder import RunFolder
+from maedistill.runs.manifest import COMPLETE, MANIFEST, seal
+from maedistill.runs.run import Run
+from maedistill.runs.start import start_run
 from maedistill.training.nonfinite import NonfiniteUpdates
-from maedistill.training.run_folder import RunFolder
-from maedistill.training.saver import Saver
-from maedistill.training.seal import COMPLETE, MANIFEST, seal
 
 SETTINGS = ["method=mae", "optim.ema=0.9", "optim.epochs=2", "engine.most_nonfinite=2"]
 SETTINGS += ["log.pictures_every_epochs=null", "log.knn_every_epochs=null"]
@@ -55,7 +55,7 @@ def endings(folder: Path, precision: str) -> dict[str, str]:
         spoil(run, SPOILED[precision])
         blank = run.engine.state(), {name: value.clone() for name, value in run.ema.module.state_dict().items()}
         original = run.folder.checkpoints
-        run.shift, run.bad, run.nonfinite = 1, 3.0, NonfiniteUpdates(total=2)
+        run.bad, run.nonfinite = 3.0, NonfiniteUpdates(total=2)
         train(run, parts)
         found = {"uninterrupted": outcome(original / END)}
         for name, change in {"continued": lambda checkpoint: None, **changes(original / MIDDLE)}.items():
@@ -76,9 +76,9 @@ def endings(folder: Path, precision: str) -> dict[str, str]:
 def train(run: Run, parts: Any) -> None:
     """The loop itself, its clock replaced."""
     tick = SimpleNamespace(perf_counter=map(float, itertools.count()).__next__)
-    pretrain.time = metrics.time = run_file.time = tick
+    metrics.time = run_file.time = tick
     run.clock.restart()
-    assert pretrain.train(run, parts, None)
+    pretrain.train(run, parts, None)
     run.saver.close()
 
 
@@ -91,7 +91,7 @@ def spoil(run: Run, steps: tuple[int, ...]) -> None:
 def forget(run: Run, checkpoints: Path, training: Any, averages: dict[str, torch.Tensor]) -> None:
     """Makes the run a new one, in a folder of its own: what a restart does not load, it does not have."""
     run.folder.checkpoints, run.saver = checkpoints, Saver(checkpoints, keep=9)
-    run.step, run.shift, run.bad, run.nonfinite, run.clock = 0, 0, 0.0, NonfiniteUpdates(), metrics.Clock()
+    run.step, run.bad, run.nonfinite, run.clock = 0, 0.0, NonfiniteUpdates(), metrics.Clock()
     run.engine.load_state(training)
     run.ema.module.load_state_dict(averages)
 

@@ -16,22 +16,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from maedistill.errors import DataError, PeerError
-from maedistill.training import checkpoint as checkpoint_file
-from maedistill.training import engine as engine_file
-from maedistill.training.distributed import (
+from maedistill.processes.ranks import (
     all_reduce_mean,
     broadcast_object,
-    from_main,
+    broadcast_tensor,
     gather_rows,
     on_main,
     rank,
     world_size,
 )
+from maedistill.runs import checkpoint as checkpoint_file
+from maedistill.runs.async_saver import Saver
+from maedistill.runs.restore import load_latest
+from maedistill.training import engine as engine_file
 from maedistill.training.engine import Engine, initialize_distributed, shutdown_distributed
 from maedistill.training.gradient_reduction import GradientReduction
 from maedistill.training.optim import build_optimizer, build_schedule, parameter_groups
-from maedistill.training.restore import load_latest
-from maedistill.training.saver import Saver
 
 BATCH, STEPS, WIDTH = 12, 6, 5
 PEAK, CLIP, DECAY = 0.02, 0.05, 0.3
@@ -251,7 +251,7 @@ def expected_means(layers: nn.ModuleList) -> list[Tensor]:
 
 
 def collectives() -> dict:
-    """What distributed.py returns with real ranks."""
+    """What ranks.py returns with real ranks."""
     errors = []
     for error in (DataError("a cause", "a remedy"), KeyError("name")):
         try:
@@ -264,7 +264,7 @@ def collectives() -> dict:
         "object": broadcast_object({"rank": rank()}),
         "on_main": on_main(rank),
         "errors": errors,
-        "tensor": from_main(torch.arange(3) if rank() == 0 else None, (3,), dtype=torch.int64),
+        "tensor": broadcast_tensor(torch.arange(3) if rank() == 0 else None, (3,), dtype=torch.int64),
     }
 
 
@@ -300,7 +300,7 @@ def failures(folder: Path) -> list[str]:
         checkpoint_file.save_file,
         lambda tensors, path: fail(OSError(28, "No space left")),
     )
-    saver = Saver(folder, keep=1, most_failures=2)
+    saver = Saver(folder, keep=1, max_failures=2)
     later = partial(saver.save, engine=engine, ema=ema, state={})
     seen += [caught(partial(later, step=step)) for step in (2, 3, 4)]
     checkpoint_file.save_file = real
@@ -337,7 +337,7 @@ def checkpoints(folder: Path, *parts) -> Path:
 if __name__ == "__main__":
     name, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    engine_file.WHOLE = 0  # so that stage 3 really cuts up this small model
+    engine_file.PERSISTENCE_THRESHOLD = 0  # so that stage 3 really cuts up this small model
     engine_file.FP16_DEVICES.add("cpu")  # autocast to fp16 works on a CPU, only slowly: enough to test the loss scale
     initialize_distributed(60)
     torch.save(globals()[name](folder), folder / f"{name}-{rank()}.pt")

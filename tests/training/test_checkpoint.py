@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from maedistill.errors import DataError
-from maedistill.training import checkpoint
-from maedistill.training.checkpoint import latest_step, take_snapshot, write_snapshot
-from maedistill.training.restore import load_latest, newest_intact, read_weights
-from maedistill.training.saver import Saver
-from maedistill.training.seal import COMPLETE, MANIFEST, Damage, seal, verify
+from maedistill.runs import checkpoint
+from maedistill.runs.async_saver import Saver
+from maedistill.runs.checkpoint import latest_step, take_snapshot, write_snapshot
+from maedistill.runs.manifest import COMPLETE, MANIFEST, CorruptCheckpoint, seal, verify
+from maedistill.runs.restore import load_latest, newest_intact, read_weights
 from maedistill.training.state import MOMENTS, TrainingState
 
 # -- real engines: saved by one set of processes, loaded by another --
@@ -208,7 +208,7 @@ def test_nothing_leads_out_of_the_folder(tmp_path):
     manifest = (inside / MANIFEST).read_text().replace("model.safetensors", "../model.safetensors")
     (inside / MANIFEST).write_text(manifest)
     (inside / COMPLETE).write_text(hashlib.sha256(manifest.encode()).hexdigest())
-    with pytest.raises(Damage, match=r"manifest\.json is no list of files"):
+    with pytest.raises(CorruptCheckpoint, match=r"manifest\.json is no list of files"):
         verify(inside)
 
 

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from maedistill.build_pretraining import build_encoder, build_method, step_inputs
 from maedistill.config.loader import load_config
+from maedistill.pretraining.build import build_encoder, build_method, step_inputs
 from maedistill.training import compilation
 from maedistill.training.compilation import compile_function, compile_module, should_compile
 

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from maedistill.errors import DataError, NumericsError
-from maedistill.training import checkpoint
-from maedistill.training.checkpoint import latest_step
-from maedistill.training.restore import load_latest
-from maedistill.training.saver import Saver
+from maedistill.runs import checkpoint
+from maedistill.runs.async_saver import Saver
+from maedistill.runs.checkpoint import latest_step
+from maedistill.runs.restore import load_latest
 from maedistill.training.state import MOMENTS, TrainingState
 
 
@@ -135,7 +135,7 @@ def test_a_full_disk_is_a_warning_costs_no_older_checkpoint_and_the_next_save_wo
 
 def test_failures_in_a_row_end_the_run_though_none_was_saved_before(tmp_path, engine):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    saver = Saver(tmp_path / "checkpoints", keep=1, most_failures=3)
+    saver = Saver(tmp_path / "checkpoints", keep=1, max_failures=3)
     for step in (1, 2, 3):
         save(saver, engine, step)
     with pytest.raises(DataError, match=r"step 3 in .*; there is none before it\nmake room"):
@@ -181,7 +181,8 @@ def test_a_dead_disk_keeps_no_dead_process_alive(tmp_path):
 import sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_saver
-from maedistill.training import checkpoint, saver
+from maedistill.runs import checkpoint
+from maedistill.runs import async_saver as saver
 checkpoint.save_file = lambda tensors, path: time.sleep(600)
 saver._PATIENCE = 0.2
 with saver.Saver(test_saver.Path({str(tmp_path)!r}), keep=1) as saver:

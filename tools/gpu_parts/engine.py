@@ -27,7 +27,7 @@ BETAS = (0.9, 0.95)
 
 def run(check: Check) -> None:
     """Compare all of them, then spoil some."""
-    engine_file.WHOLE = 0  # so that stage 3 really cuts up this small module
+    engine_file.PERSISTENCE_THRESHOLD = 0  # so that stage 3 really cuts up this small module
     engine_file.FP16_DEVICES.add("cpu")  # slow there, but right
     initialize_distributed(60)
     for precision, accumulation in itertools.product(PRECISIONS, ACCUMULATIONS):

@@ -11,8 +11,8 @@ import torch
 from gpu_parts.check import Check
 from gpu_parts.networks import tiny_config
 from maedistill.benchmark.engine_step import EngineStep
+from maedistill.runs.metrics import Averages
 from maedistill.training.engine import initialize_distributed
-from maedistill.training.metrics import Averages
 from maedistill.training.nonfinite import NonfiniteUpdates
 
 BATCH, WARM = 8, 3

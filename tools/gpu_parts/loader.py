@@ -10,12 +10,12 @@ from gpu_parts import goals
 from gpu_parts.check import ROOT, Check
 from gpu_parts.networks import LIGHT
 from gpu_parts.pictures import photo_shards
-from maedistill.build_pretraining import build_crops
 from maedistill.config.batch import BatchPlan
 from maedistill.config.loader import load_config
-from maedistill.data.index import open_index
-from maedistill.data.loader import RandomCrops, Schedule, host_batches
-from maedistill.training.metrics import read_metrics
+from maedistill.data.loading.loader import RandomCrops, Schedule, host_batches
+from maedistill.data.shards.index import open_index
+from maedistill.pretraining.build import build_crops
+from maedistill.runs.metrics import read_metrics
 
 CONFIG = ROOT / "configs" / "imagenet" / "dmae_vit_b.yaml"
 IMAGES, SIDE, BATCH, STEPS = 1024, (375, 500), 256, 120

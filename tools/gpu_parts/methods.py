@@ -11,11 +11,11 @@ from torch import Tensor
 
 from gpu_parts.check import Check
 from gpu_parts.networks import tiny_config
-from maedistill.build_pretraining import build_encoder, build_method, build_teacher, build_teacher_source, split_of
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.data.transforms import random_flip, to_unit
+from maedistill.data.images.transforms import random_flip, to_float01
 from maedistill.methods.mae import MAE
-from maedistill.models.teacher import Teacher
+from maedistill.methods.teacher import Teacher
+from maedistill.pretraining.build import build_encoder, build_method, build_teacher, build_teacher_source, split_of
 
 METHODS = ("mae", "dmae", "amd", "tinymim")
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,7 +66,7 @@ def _outcome(
     side, generator = config.data.image_size, torch.Generator().manual_seed(1)
     pixels = torch.randint(256, (BATCH, 3, side, side), dtype=torch.uint8, generator=generator).to(device)
     positions = (torch.arange(BATCH) + 10**9).to(device)
-    images = random_flip(to_unit(pixels), positions, seed=3)
+    images = random_flip(to_float01(pixels), positions, seed=3)
     split = split_of(config, positions, module.encoder.grid**2)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         loss = module(images, split, teacher(images, split) if teacher else None)["loss"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from maedistill.data.shards import make_shards
-from maedistill.data.sources import open_folder
+from maedistill.data.shards.sources import open_folder
+from maedistill.data.shards.write import make_shards
 
 CLASSES = "abc"
 

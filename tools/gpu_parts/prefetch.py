@@ -6,11 +6,11 @@ from torch import Tensor
 from gpu_parts.check import Check
 from gpu_parts.networks import tiny_config
 from gpu_parts.pictures import small_shards
-from maedistill.build_pretraining import build_crops
 from maedistill.config.batch import BatchPlan
-from maedistill.data.batch import Batch
-from maedistill.data.index import open_index
-from maedistill.data.loader import RandomCrops, training_batches
+from maedistill.data.loading.batch import Batch
+from maedistill.data.loading.loader import RandomCrops, training_batches
+from maedistill.data.shards.index import open_index
+from maedistill.pretraining.build import build_crops
 
 STEPS, PLAN = 60, BatchPlan(micro_batch=12, accumulation=1)
 WORKERS = (0, 3)

@@ -27,9 +27,9 @@ from gpu_parts.steps import memory_gb, queue_seconds, rates, warm_up
 from maedistill.benchmark.engine_step import EngineStep
 from maedistill.benchmark.step import without_download
 from maedistill.benchmark.timing import Rates, ratio
-from maedistill.benchmark.training_step import Contest, TrainingStep
-from maedistill.build_pretraining import mask_sizes
-from maedistill.flops import count_flops
+from maedistill.benchmark.training_step import StepComparison, TrainingStep
+from maedistill.pretraining.build import mask_sizes
+from maedistill.pretraining.flops import count_flops
 from maedistill.training.engine import initialize_distributed
 
 EAGER, BARE, PLAIN, PUBLISHED = "eager", "bare torch loop", "plain loop", "plain loop, published decoder"
@@ -44,7 +44,7 @@ class Network:
     """What is known of the network under test. compile_seconds: of the last time that it was compiled."""
 
     check: Check
-    contest: Contest
+    contest: StepComparison
     gflop: float  # per image
     peak: float  # FLOP/s
     compile_seconds: float = _FIRST_COMPILE
@@ -76,7 +76,7 @@ def run(check: Check) -> None:
 def _build(check: Check) -> Network:
     """Build the network and count its FLOPs."""
     batch = TINY_BATCH if check.tiny else BATCH
-    contest = Contest(without_download(speed_config(check, batch=batch, compiled=False)), check.device)
+    contest = StepComparison(without_download(speed_config(check, batch=batch, compiled=False)), check.device)
     student, teacher = mask_sizes(contest.config, contest.num_patches)
     counts = count_flops(contest.method, contest.teacher, num_student=student, num_teacher=teacher)
     check.measured("work", f"{NETWORKS[check.part][0]}: {counts['total']:.4g} GFLOP per image", gflop=counts["total"])

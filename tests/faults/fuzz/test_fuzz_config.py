@@ -17,7 +17,7 @@ from maedistill.config.keys import all_keys, flat
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.render import config_yaml
-from maedistill.data.patterns import find_shards
+from maedistill.data.shards.patterns import find_shards
 from maedistill.errors import ConfigError, DataError
 
 REFUSALS = (ConfigError, DataError)

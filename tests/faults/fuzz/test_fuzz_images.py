@@ -15,8 +15,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from maedistill.data.convert import convert
-from maedistill.data.images import BadImage, decode_rgb, open_image
+from maedistill.data.images.decode import BadImage, decode_rgb, open_image
+from maedistill.data.shards.convert import convert
 
 REFUSALS = (BadImage,)
 MARKERS = (b"\xff\xd8", b"\xff\xd9", b"\xff\xda", b"\xff\xc0", b"\xff\xc2", b"\xff\xc4", b"\xff\xdd\0\4\0\1",

@@ -16,8 +16,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from maedistill.data.index import SCANNED, index_of, load_index, open_index, save_index, select_shards
-from maedistill.data.scan import scan_shard
+from maedistill.data.shards.index import SCANNED, index_of, load_index, open_index, save_index, select_shards
+from maedistill.data.shards.scan import scan_shard
 from maedistill.errors import DataError
 
 REFUSALS = (DataError,)

@@ -12,7 +12,7 @@ from damage import NASTY, byte_edits, cases, edited
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from maedistill.data.scan import IMAGE_SUFFIXES, NO_LABEL, scan_shard
+from maedistill.data.shards.scan import IMAGE_SUFFIXES, NO_LABEL, scan_shard
 from maedistill.errors import DataError
 
 REFUSALS = (DataError,)

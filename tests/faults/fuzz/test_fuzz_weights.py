@@ -23,11 +23,11 @@ from safetensors.torch import save
 
 from maedistill.errors import DataError
 from maedistill.models.encoder import build_vit
-from maedistill.models.weights import import_weights, load_encoder
-from maedistill.models.weights_file import read_weights_file
-from maedistill.training.checkpoint import latest_step
-from maedistill.training.restore import load_latest, newest_intact, read_weights
+from maedistill.runs.checkpoint import latest_step
+from maedistill.runs.restore import load_latest, newest_intact, read_weights
 from maedistill.training.state import MOMENTS, TrainingState
+from maedistill.weights.state_dict import import_weights, load_encoder
+from maedistill.weights.weights_file import read_weights_file
 
 warnings.filterwarnings("ignore", module=r"torch\.")  # torch.load remarks on pickles that it reads all the same
 
@@ -48,7 +48,7 @@ def vit() -> torch.nn.Module:
 
 
 def good_checkpoint() -> Files:
-    """The files of a checkpoint of `network`, as training/checkpoint.py describes them."""
+    """The files of a checkpoint of `network`, as runs/checkpoint.py describes them."""
     state = {name: torch.full_like(value, 0.5) for name, value in network().state_dict().items()}
     moments = {f"{kind}/{name}": state[name].clone() for kind in MOMENTS for name, _ in network().named_parameters()}
     document = {"step": STEP, "engine": {"updates": 7.0}, "loop": {"step": STEP, "bad": 0.0, "keys": ["a"]}}

@@ -1,0 +1,1 @@
+"""From a compressed image to what the network reads."""

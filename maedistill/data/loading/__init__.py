@@ -1,0 +1,1 @@
+"""Which sample comes when, and its way to the device."""

@@ -1,0 +1,106 @@
+"""Evaluation input, exact: every image once, none replaced, each prepared as timm's validate.py would.
+
+    index, sample ids -> rank_share -> EvaluationImages -> exact_batches -> images, labels, ids
+
+Unlike the kNN probe's `CentreCrops`, nothing here is lenient: an accuracy is over the images that it says it is over.
+
+    n samples   b batch   s image side
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, create_transform
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as vision
+
+from maedistill.data.images.decode import BadImage, decode_rgb
+from maedistill.data.loading.prefetch import on_device
+from maedistill.data.loading.workers import TIMEOUT_SECONDS, load_batches
+from maedistill.data.shards.index import ShardIndex
+from maedistill.data.shards.reader import ShardReader, sample_name
+from maedistill.data.shards.scan import NO_LABEL
+from maedistill.errors import DataError
+
+_CPU = torch.device("cpu")
+PADDING = -1  # in place of a sample id: a black image without label
+
+
+def evaluation_transform(
+    *,
+    size: int | tuple[int, int],
+    crop: float,
+    interpolation: str = "bicubic",
+    crop_mode: str = "center",
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
+) -> Callable[[Image.Image], Tensor]:
+    """timm's own evaluation transform up to the normalisation: RGB image -> uint8 [3, s, s].
+
+    size: side, or height and width. crop: share of the shorter side that is looked at (timm's crop_pct).
+    interpolation, crop_mode: as in a timm model's data config. mean: what the mode `border` pads with.
+    """
+    return create_transform(
+        size, crop_pct=crop, interpolation=interpolation, crop_mode=crop_mode, mean=mean, normalize=False
+    )
+
+
+class EvaluationImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """The given samples, int64 [n], in the order given, each with its label and id; `PADDING` is a black image."""
+
+    def __init__(self, index: ShardIndex, samples: Tensor, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.index, self.samples, self.transform = index, samples, transform
+        self.reader = ShardReader(index)
+        self.black = torch.zeros_like(transform(Image.new("RGB", (1, 1))))  # [3, s, s]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Images uint8 [b, 3, s, s], labels and sample ids int64 [b] at some places of `samples`.
+
+        A label is -1 where there is none. Raises `DataError` for an image that cannot be decoded.
+        """
+        ids = self.samples[rows]  # [b]
+        labels = torch.from_numpy(self.index.labels[ids.numpy()])  # [b]
+        images = torch.stack([self._image(sample) for sample in ids.tolist()])
+        return images, labels.masked_fill(ids == PADDING, NO_LABEL), ids
+
+    def _image(self, sample: int) -> Tensor:
+        if sample == PADDING:
+            return self.black
+        try:
+            pixels = decode_rgb(self.reader.read(sample))  # [3, H, W]
+        except BadImage as error:
+            raise DataError(
+                f"{sample_name(self.index, sample)} cannot be decoded ({error}), and evaluation replaces no image",
+                "repair the image, or leave it out: write the shards again with tools/make_shards.py",
+            ) from error
+        return self.transform(vision.to_pil_image(pixels))
+
+
+def exact_batches(
+    images: EvaluationImages,
+    *,
+    batch: int,
+    workers: int,
+    device: torch.device = _CPU,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Images uint8 [b, 3, s, s], labels and ids int64 [b], in order on `device`, the last batch as small as it is.
+
+    timeout_seconds: as in `load_batches`.
+    """
+    limits = {"pin_memory": device.type == "cuda", "timeout_seconds": timeout_seconds}
+    return on_device(load_batches(images, workers=workers, batch_size=batch, **limits), device)
+
+
+def rank_share(samples: Tensor, *, rank: int, world_size: int) -> Tensor:
+    """Every world_size-th sample, from the rank-th on: int64 [n] -> int64 [ceil(n / world_size)].
+
+    The shares of all ranks are of one length, with `PADDING` at the end where samples are wanting: ZeRO 3 needs equally
+    many forward passes on all.
+    """
+    padding = samples.new_full((-len(samples) % world_size,), PADDING)
+    return torch.cat([samples, padding])[rank::world_size]

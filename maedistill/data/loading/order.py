@@ -1,0 +1,98 @@
+"""Which sample comes when: position p of the endless training sequence -> (sample, epoch), a pure function.
+
+With n images and k views per image, position p is view p % k of the image at place (p % nk) // k of epoch p // nk.
+The place is looked up in the epoch's order: a keyed permutation of the whole set, or, with `window` shards, a
+permutation of the shards followed by one of the samples inside each window of consecutive shards, so that a bounded
+cache is enough for remote shards. One window over all shards is the whole set. Memory does not grow with n, nor does
+the time to jump anywhere; only the list of shard sizes is kept, and a subset's ids where only those are trained on.
+
+    P positions   M shards
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maedistill.randomness import Stream, key, permute
+
+
+class SampleOrder:
+    """The order of all epochs of a data set.
+
+    starts: int64 [M + 1], the first sample of each shard and the number of samples n.
+    window: shards per window; None for the whole set.
+    subset: sorted ids of the samples that take part, int64 [n']; None for all. n' then stands for n, `num_images`.
+    """
+
+    def __init__(
+        self,
+        starts: np.ndarray,
+        *,
+        seed: int,
+        views: int = 1,
+        window: int | None = None,
+        subset: Tensor | None = None,
+    ) -> None:
+        self.starts = torch.from_numpy(np.asarray(starts, dtype=np.int64))
+        self.subset = subset
+        if subset is not None:
+            assert bool((subset.diff() > 0).all()) and subset[0] >= 0 and subset[-1] < self.starts[-1]
+            self.starts = torch.searchsorted(subset, self.starts)  # the shards, had only the subset been written
+        self.num_images = int(self.starts[-1])
+        self.num_shards = len(starts) - 1
+        self.seed, self.views = seed, views
+        self.window = min(window or self.num_shards, self.num_shards)
+        assert self.num_images >= 1 and self.window >= 1
+        self._known: tuple[int, Tensor, Tensor] | None = None  # epoch, and what `_shards` says of it
+
+    def samples(self, positions: Tensor) -> Tensor:
+        """Sample ids of the positions: int64 [P] -> int64 [P]."""
+        epochs = positions // (self.num_images * self.views)  # [P]
+        places = positions % (self.num_images * self.views) // self.views  # [P]
+        out = torch.empty_like(places)
+        for epoch in epochs.unique().tolist():
+            here = epochs == epoch
+            out[here] = self.epoch(epoch, places[here])
+        return self.ids_at(out)
+
+    def ids_at(self, places: Tensor) -> Tensor:
+        """Sample ids at places of the sorted list of those that take part: int64 [P] -> int64 [P]."""
+        return places if self.subset is None else self.subset[places]
+
+    def epoch(self, epoch: int, places: Tensor) -> Tensor:
+        """Which places of the sorted list come at the places of one epoch: int64 [P] -> int64 [P]."""
+        if self.window == self.num_shards:
+            return permute(places, self.num_images, key(self.seed, Stream.ORDER, epoch))
+        shards, ends = self._shards(epoch)  # [M], [M]
+        window_ends = torch.cat([ends[self.window - 1 :: self.window], ends[-1:]]).unique()
+        windows = torch.searchsorted(window_ends, places, right=True)  # [P]
+        out = torch.empty_like(places)
+        for window in windows.unique().tolist():
+            here = windows == window
+            first = int(window_ends[window - 1]) if window else 0
+            size = int(window_ends[window]) - first
+            within = permute(places[here] - first, size, key(self.seed, Stream.ORDER, epoch, window))
+            at = first + within  # places in the shuffled sequence of whole shards
+            shard = torch.searchsorted(ends, at, right=True)
+            out[here] = self.starts[shards[shard] + 1] - (ends[shard] - at)
+        return out
+
+    def shards_ahead(self, position: int) -> list[int]:
+        """The shards of the window that a position lies in, then those of the window after it, nearest first."""
+        epoch, place = divmod(position // self.views, self.num_images)
+        shards, ends = self._shards(epoch)  # [M], [M]
+        first = int(torch.searchsorted(ends, place, right=True)) // self.window * self.window
+        following = shards[first + self.window : first + 2 * self.window]
+        if not len(following):
+            following = self._permuted_shards(epoch + 1)[: self.window]
+        return torch.cat([shards[first : first + self.window], following]).tolist()
+
+    def _shards(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """All shards in the order of one epoch, and where each of them ends there: int64 [M] both."""
+        if self._known is None or self._known[0] != epoch:  # with 100,000 shards it takes 70 ms to find out
+            shards = self._permuted_shards(epoch)
+            self._known = epoch, shards, (self.starts[shards + 1] - self.starts[shards]).cumsum(0)
+        return self._known[1:]
+
+    def _permuted_shards(self, epoch: int) -> Tensor:
+        return permute(torch.arange(self.num_shards), self.num_shards, key(self.seed, Stream.SHARDS, epoch))

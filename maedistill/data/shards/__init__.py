@@ -1,0 +1,1 @@
+"""Shards and their index: written, scanned, checked, read."""

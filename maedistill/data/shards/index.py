@@ -1,0 +1,296 @@
+"""The index of a set of shards: each sample's shard, byte range, label and key, so that any image is one read away.
+
+`make_shards` writes it beside the shards; for shards made elsewhere one strict scan does, saved beside them or, where
+nobody may write and for remote shards, in the user's cache. It is one safetensors file: five arrays and a JSON text
+with everything else.
+
+    open_index("DIR/train-*.tar") -> ShardIndex       sample ids are 0 .. n-1, shard after shard, in archive order
+
+Letters: `n` samples, `m` shards. Imports neither torch nor an image library.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from maedistill.data.remote.download import RetryPolicy
+from maedistill.data.remote.urls import check_url, is_url, read_small
+from maedistill.data.shards.index_check import check_arrays, check_text, is_text, parse_json
+from maedistill.data.shards.patterns import find_shards, split_name
+from maedistill.data.shards.scan import NO_LABEL, ShardScan, scan_shards
+from maedistill.errors import DataError
+
+FORMAT = 1
+SUFFIX = ".index.safetensors"
+CLASSES_FILE = "classes.json"
+SCANNED = {"made_by": "scan"}
+MOST_SUFFIXES = 20  # named in the log; a hostile shard may hold one of each
+
+_ARRAYS = ("starts", "offsets", "sizes", "labels", "key_text", "key_ends")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """Where every sample lies. Sample `i` is `sizes[i]` bytes at `offsets[i]` of `shards[shard_of(i)]`."""
+
+    shards: tuple[str, ...]  # absolute paths or URLs
+    shard_bytes: tuple[int, ...]
+    shard_sha256: tuple[str, ...]
+    starts: np.ndarray  # int64 [m + 1], the first sample of each shard, then n
+    offsets: np.ndarray  # int64 [n]
+    sizes: np.ndarray  # int64 [n]
+    labels: np.ndarray  # int64 [n], NO_LABEL (-1) where there is none
+    classes: tuple[str, ...]  # names, position = label; empty where the names are not known
+    key_text: np.ndarray  # uint8, all keys end to end in UTF-8
+    key_ends: np.ndarray  # int64 [n]
+    made: dict[str, Any] = field(default_factory=dict)  # how: make_shards' settings, or SCANNED
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def key(self, i: int) -> str:
+        """The sample's name inside its shard, without suffix."""
+        start = self.key_ends[i - 1] if i else 0
+        return self.key_text[start : self.key_ends[i]].tobytes().decode()
+
+    def shard_of(self, i: int) -> int:
+        """Number of the shard that holds sample `i`: a position in `shards`."""
+        return int(np.searchsorted(self.starts, i, side="right")) - 1
+
+    @property
+    def num_classes(self) -> int:
+        """Named classes, or, where names are not known, the largest label + 1."""
+        return len(self.classes) or int(self.labels.max(initial=NO_LABEL)) + 1
+
+    def fingerprint(self) -> str:
+        """Hex digest of which samples these are, in which order: the same wherever the shards lie."""
+        digest = hashlib.sha256()
+        for array in (self.starts, self.sizes, self.labels, self.key_ends, self.key_text):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def require_labels(self) -> None:
+        """Raises `DataError` unless every sample has a label; names the first that has none."""
+        if len(bare := np.flatnonzero(self.labels == NO_LABEL)):
+            i = int(bare[0])
+            first = f"{self.key(i)!r} in {self.shards[self.shard_of(i)]}"
+            raise DataError(
+                f"{len(bare):,} of {len(self):,} samples have no label, first {first}",
+                "use labelled shards here (KEY.cls beside each KEY.jpg); only pre-training and a teacher's predictions "
+                "alone (distill.labels=0 with distill.logits or distill.hard) need none",
+            )
+
+
+def open_index(shards: str, *, index: str | None = None) -> ShardIndex:
+    """The index of the shards that the pattern names (one tar, a glob or a brace range), a subset of a split included.
+
+    Takes the file `index` where it is given, else the one beside the shards or in the cache, else scans the shards and
+    saves the result. All may be URLs. Raises `ConfigError` for a wrong pattern, `DataError` for shards that are
+    missing, damaged, or not of the size that the index states; of remote shards that shows when they are downloaded.
+    """
+    paths = find_shards(shards)
+    folder = os.path.dirname(paths[0])
+    where = index or os.path.join(folder, split_name(paths) + SUFFIX)
+    beside = _fetch_index(where) if is_url(where) else Path(where)
+    if index and not beside.is_file():
+        raise DataError(f"the index {index} does not exist", "leave data.index out: the shards are then scanned once")
+    file = beside if beside.is_file() else _cache_file(paths)
+    known = load_index(file) if file.is_file() else None
+    names = set(known.shards) if known else set()
+    unknown = [path for path in paths if os.path.basename(path) not in names]
+    if known and unknown and (index or is_url(folder) or known.made != SCANNED):
+        raise DataError(
+            f"{unknown[0]} is not in the index {where} ({len(unknown)} such shards)",
+            "name only shards of the index, or remove that file: the shards are then scanned once",
+        )
+    if unknown:  # a scan of fewer shards is made again for all of them
+        old = [path for path in (os.path.join(folder, name) for name in names) if os.path.isfile(path)]
+        todo = sorted({*old, *paths})
+        known = index_of(todo, scan_shards(todo), classes=read_classes(folder), made=SCANNED)
+        file = _save_where_possible(known, None if is_url(folder) else beside, _cache_file(paths))
+    assert known is not None
+    found = select_shards(known, paths)
+    _check_sizes(found, file)
+    if not len(found):
+        raise DataError(f"{shards!r} holds no images", "name others, or write shards with tools/make_shards.py")
+    return found
+
+
+def index_of(
+    paths: Sequence[str], scans: Sequence[ShardScan], *, classes: tuple[str, ...], made: dict[str, Any]
+) -> ShardIndex:
+    """Puts the scans of shards together. Raises `DataError` for a label that has no class name."""
+    keys = [key.encode() for scan in scans for key in scan.keys]
+    found = ShardIndex(
+        shards=tuple(paths),
+        shard_bytes=tuple(scan.num_bytes for scan in scans),
+        shard_sha256=tuple(scan.sha256 for scan in scans),
+        starts=np.cumsum([0, *(len(scan.keys) for scan in scans)], dtype=np.int64),  # [m + 1]
+        offsets=np.array([offset for scan in scans for offset in scan.offsets], dtype=np.int64),  # [n]
+        sizes=np.array([size for scan in scans for size in scan.sizes], dtype=np.int64),  # [n]
+        labels=np.array([label for scan in scans for label in scan.labels], dtype=np.int64),  # [n]
+        classes=classes,
+        key_text=np.frombuffer(b"".join(keys), dtype=np.uint8),
+        key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),  # [n]
+        made=made,
+    )
+    ignored: Counter[str] = Counter()
+    for scan in scans:
+        ignored.update(scan.ignored)
+    if ignored:
+        most, kinds = dict(ignored.most_common(MOST_SUFFIXES)), len(ignored)
+        rest = f" and {kinds - MOST_SUFFIXES:,} more" if kinds > MOST_SUFFIXES else ""
+        _log.warning("members that are neither image nor label are never opened: %s%s", most, rest)
+    if classes and found.labels.max(initial=NO_LABEL) >= len(classes):
+        i = int(found.labels.argmax())
+        raise DataError(
+            f"{found.shards[found.shard_of(i)]}: {found.key(i)!r} has the label {found.labels[i]}, but {CLASSES_FILE} "
+            f"names {len(classes)} classes",
+            f"correct {CLASSES_FILE} beside the shards (a JSON list of names, position = label), or remove it",
+        )
+    return found
+
+
+def select_shards(index: ShardIndex, paths: Sequence[str]) -> ShardIndex:
+    """The rows of the shards that `paths` name, in that order; their names must be in the index."""
+    row_of = {os.path.basename(path): row for row, path in enumerate(index.shards)}
+    rows = [row_of[os.path.basename(path)] for path in paths]
+    if rows == list(range(len(index.shards))):
+        return replace(index, shards=tuple(paths))
+    spans = [np.arange(index.starts[row], index.starts[row + 1]) for row in rows]
+    chosen = np.concatenate(spans)  # [n]
+    keys = [index.key(i).encode() for i in chosen]
+    return replace(
+        index,
+        shards=tuple(paths),
+        shard_bytes=tuple(index.shard_bytes[row] for row in rows),
+        shard_sha256=tuple(index.shard_sha256[row] for row in rows),
+        starts=np.cumsum([0, *map(len, spans)], dtype=np.int64),  # [m + 1]
+        offsets=index.offsets[chosen],
+        sizes=index.sizes[chosen],
+        labels=index.labels[chosen],
+        key_text=np.frombuffer(b"".join(keys), dtype=np.uint8),
+        key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),  # [n]
+    )
+
+
+def save_index(index: ShardIndex, file: Path) -> None:
+    """Writes the index under a temporary name and renames it, so that a reader never sees half of one."""
+    arrays = {name: getattr(index, name) for name in _ARRAYS}
+    text = {
+        "format": FORMAT,
+        "shards": [os.path.basename(path) for path in index.shards],
+        "shard_bytes": index.shard_bytes,
+        "shard_sha256": index.shard_sha256,
+        "classes": index.classes,
+        "made": index.made,
+    }
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    # one metadata entry: safetensors writes several in random order, and the file shall be the same on every run
+    temporary.write_bytes(save(arrays, {"index": json.dumps(text)}))
+    temporary.replace(file)
+
+
+def load_index(file: Path) -> ShardIndex:
+    """Reads an index as it was saved: `shards` are bare file names. Raises `DataError` where it is damaged or lies."""
+    try:
+        with safe_open(file, framework="numpy") as stored:
+            text = parse_json(stored.metadata()["index"])
+            arrays = {name: stored.get_tensor(name) for name in _ARRAYS}
+        check_text(text)
+        if text["format"] != FORMAT:
+            raise ValueError(f"it has format {text['format']}")
+        check_arrays(arrays, text)
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        reason = " ".join(str(error)[:200].split())
+        raise DataError(
+            f"{file} is no index of format {FORMAT} ({type(error).__name__}: {reason})",
+            "remove it: the shards are then scanned once",
+        ) from error
+    lists = {name: tuple(text[name]) for name in ("shards", "shard_bytes", "shard_sha256", "classes")}
+    return ShardIndex(**lists, **arrays, made=text["made"])
+
+
+def read_classes(folder: str) -> tuple[str, ...]:
+    """Class names from `classes.json` in the shards' folder, a list of names; empty without that file."""
+    file = f"{folder}/{CLASSES_FILE}"
+    if is_url(folder):
+        data = read_small(file, patience=RetryPolicy())
+    else:
+        data = Path(file).read_bytes() if os.path.isfile(file) else None
+    if data is None:
+        return ()
+    try:
+        names = parse_json(data)
+    except ValueError as error:
+        raise DataError(f"{file} is not JSON ({str(error)[:200]})", "correct it, or remove it") from error
+    if not isinstance(names, list) or not all(map(is_text, names)):
+        raise DataError(f"{file} is not a list of names", 'write ["name of class 0", "name of class 1", ...]')
+    return tuple(names)
+
+
+def _check_sizes(index: ShardIndex, file: Path) -> None:
+    """Each shard has the size that the index states: the cheap sign of a changed or half-copied file."""
+    for path, expected in zip(index.shards, index.shard_bytes, strict=True):
+        if not is_url(path) and (found := os.stat(path).st_size) != expected:
+            remedy = "copy the shard again"
+            if index.made == SCANNED:
+                remedy += f", or, if it was changed on purpose, remove {file}: the shards are then scanned once"
+            raise DataError(f"{path} has {found:,} bytes, but its index says {expected:,}", remedy)
+
+
+def _cache_file(paths: Sequence[str]) -> Path:
+    """Where the index of shards in a read-only folder lives; changed shards get another name, but for remote ones."""
+    states = [(path, *_state(path)) for path in paths]
+    digest = hashlib.sha256(json.dumps(states).encode()).hexdigest()[:24]
+    return _cache_folder() / f"{split_name(tuple(paths))}-{digest}{SUFFIX}"
+
+
+def _state(path: str) -> tuple[int, ...]:
+    if is_url(path):
+        return ()
+    stat = os.stat(path)
+    return (stat.st_size, stat.st_mtime_ns)
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "maedistill", "index")
+
+
+def _fetch_index(url: str) -> Path:
+    """A copy of a remote index, fetched anew each time: the shards may have been made again. Absent where it is."""
+    check_url(url)
+    file = _cache_folder() / f"{hashlib.sha256(url.encode()).hexdigest()}{SUFFIX}"
+    if (data := read_small(url, patience=RetryPolicy())) is None:
+        file.unlink(missing_ok=True)
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    temporary.replace(file)
+    return file
+
+
+def _save_where_possible(index: ShardIndex, beside: Path | None, cached: Path) -> Path:
+    """Saves beside the shards, else in the cache, else not at all; returns the file. beside: None for remote shards."""
+    # the mode bits are asked for root's sake, who may write into folders that were made read-only
+    if beside and beside.parent.stat().st_mode & 0o222 and os.access(beside.parent, os.W_OK):
+        save_index(index, beside)
+        return beside
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        save_index(index, cached)
+    except OSError as error:
+        _log.warning("the index could not be saved and will be made again next time: %s", error)
+    return cached

@@ -1,0 +1,140 @@
+"""From what a person writes for `data.train` to a sorted list of shards: one tar, a glob, or a brace range.
+
+    DIR/train-000000.tar    DIR/train-*.tar    DIR/train-{000000..000008}.tar    DIR/train-{000000,000003}.tar
+
+DIR is a folder or the URL of one: https://HOST/DIR, s3://BUCKET/DIR, gs://BUCKET/DIR, hf://datasets/USER/NAME.
+Patterns are expanded here and never handed to a shell or to a library that would run a `pipe:` command.
+"""
+
+import glob
+import itertools
+import os
+import re
+
+from maedistill.data.remote.urls import check_url, is_url, list_urls
+from maedistill.errors import ConfigError, DataError
+
+MOST_NAMES = 1_000_000  # a cap for typing errors such as {0..99999999}
+MOST_LETTERS = 500_000_000  # of all names together, so that a long pattern cannot fill the memory
+MOST_SHOWN = 200  # letters of a pattern or path in an error
+LONGEST_PATH = 4096  # letters; Linux allows as many bytes
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")  # int() refuses 4,300 digits
+_UNPRINTABLE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # surrogates stand for bytes that are not UTF-8
+
+
+def find_shards(shards: str) -> tuple[str, ...]:
+    """Absolute paths or URLs of shards, sorted by name, all in one folder. Whether URLs exist shows when they are read.
+
+    Raises `ConfigError` for a pattern that cannot be meant, `DataError` where files are missing.
+    """
+    if _UNPRINTABLE.search(shards):
+        raise ConfigError(f"{_shown(shards)} has a character that is not text", "write one plain line in UTF-8")
+    names = expand_braces(shards.removeprefix("file://") if shards.startswith("file:///") else shards)
+    if (longest := max(map(len, names))) > LONGEST_PATH:
+        raise ConfigError(
+            f"{_shown(shards)} means paths of {longest:,} letters", f"at most {LONGEST_PATH:,} are allowed"
+        )
+    if remote := any(map(is_url, names)):  # asked of the expanded names: `{pi,}pe:...` is no better than `pipe:...`
+        paths = sorted(itertools.chain.from_iterable(map(_expand_url, names)))
+    else:
+        paths = sorted(itertools.chain.from_iterable(map(_expand_path, names)))
+    if not paths:
+        raise DataError(
+            f"no file matches {_shown(shards)}", "check the path, or write shards with tools/make_shards.py"
+        )
+    if not remote and (missing := [path for path in paths if not os.path.isfile(path)]):
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise DataError(
+            f"{len(missing)} of {len(paths)} shards are missing: {', '.join(map(_cut, missing[:5]))}{more}",
+            "copy the missing shards, or correct the range in the pattern",
+        )
+    if foul := [path for path in paths if _UNPRINTABLE.search(path)]:
+        raise DataError(f"the name of {_shown(foul[0])} is not plain text", "rename the file, or leave it out")
+    for before, after in itertools.pairwise(paths):
+        if before == after:
+            raise ConfigError(f"{_shown(shards)} names {_cut(after)} twice", "name each shard once")
+    if len(folders := sorted({os.path.dirname(path) for path in paths})) > 1:
+        spanned = ", ".join(map(_cut, folders[:5]))
+        raise ConfigError(f"{_shown(shards)} spans several folders: {spanned}", "put the shards in one folder")
+    return tuple(paths)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a-{08..10}-{x,y}` -> a-08-x, a-08-y, a-09-x, ...; a range keeps the zeros it is written with."""
+    parts = _BRACES.split(pattern)  # text and the insides of braces alternate
+    if any(brace in text for text in parts[::2] for brace in "{}"):
+        raise ConfigError(f"{_shown(pattern)} has a brace without its partner", "write a range as {000000..000008}")
+    choices = [_expand_choices(inside, pattern) for inside in parts[1::2]]
+    total = 1
+    for choice in choices:
+        total *= len(choice)
+        if total > MOST_NAMES or total * len(pattern) > MOST_LETTERS:  # a name is never longer than its pattern
+            remedy = f"at most {MOST_NAMES:,} are allowed: check the range"
+            raise ConfigError(f"{_shown(pattern)} means {total:,} shards or more", remedy)
+    texts = [[text] for text in parts[::2]]
+    columns = [column for pair in itertools.zip_longest(texts, choices, fillvalue=[""]) for column in pair]
+    return ["".join(row) for row in itertools.product(*columns)]
+
+
+def split_name(paths: tuple[str, ...]) -> str:
+    """What the names of the shards begin with: 'train' for train-000000.tar ...; 'shards' where they share nothing."""
+    stems = [os.path.basename(path).removesuffix(".tar") for path in paths]
+    shared = os.path.commonprefix(stems)  # noqa: RUF071 letter by letter is what is wanted here
+    return shared.rstrip("0123456789-_.") or "shards"
+
+
+def _expand_choices(inside: str, pattern: str) -> list[str] | range:
+    """The insides of one pair of braces; the range check comes before anything large is built."""
+    braces = _cut(f"{{{inside}}}")
+    if "," in inside:
+        return inside.split(",")
+    match = _RANGE.fullmatch(inside)
+    if not match:
+        raise ConfigError(f"{braces} in {_shown(pattern)} is no range", "write a range as {000000..000008}")
+    first, last = match.groups()
+    padded = first.startswith("0") and len(first) > 1
+    if int(first) > int(last) or (padded and len(first) != len(last)):
+        raise ConfigError(
+            f"the range {braces} in {_shown(pattern)} runs backwards or changes its width",
+            "write both ends with the same number of digits, the smaller first",
+        )
+    numbers = range(int(first), int(last) + 1)
+    if len(numbers) > MOST_NAMES:
+        raise ConfigError(f"{braces} means {len(numbers):,} shards", f"at most {MOST_NAMES:,} are allowed")
+    return [str(number).zfill(len(first) if padded else 0) for number in numbers]
+
+
+def _expand_url(url: str) -> list[str]:
+    check_url(url)
+    found = list_urls(url) if glob.has_magic(url) else [url]
+    for each in found:
+        check_url(each)
+    return found
+
+
+def _expand_path(name: str) -> list[str]:
+    """A file may have `[` in its name, so what exists is taken as it is."""
+    path = os.path.abspath(os.path.expanduser(name))
+    if os.path.isdir(path):
+        raise ConfigError(
+            f"{_shown(name)} is a folder, not shards", f"name the shards of one split: '{_suggest(path)}'"
+        )
+    return glob.glob(path) if glob.has_magic(path) and not os.path.exists(path) else [path]
+
+
+def _suggest(folder: str) -> str:
+    """A pattern for the first split in a folder of shards."""
+    tars = sorted(name for name in os.listdir(folder) if name.endswith(".tar"))
+    return os.path.join(folder, f"{split_name((tars[0],))}-*.tar" if tars else "train-*.tar")
+
+
+def _shown(text: str) -> str:
+    """A pattern as an error names it, in quotes."""
+    return repr(_cut(text))
+
+
+def _cut(text: str) -> str:
+    """A text without its middle where it is long."""
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN // 2]}...{text[-MOST_SHOWN // 2 :]}"

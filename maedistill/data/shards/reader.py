@@ -1,0 +1,143 @@
+"""One image's bytes by sample id: one positioned read from its shard, or from the cached copy of a remote one.
+
+ShardIndex, sample id -> ShardReader.read -> bytes
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from maedistill.data.remote.cache import ShardCache, default_bound
+from maedistill.data.remote.download import RemoteShard
+from maedistill.data.remote.read_ahead import ReadAhead, check_window
+from maedistill.data.remote.urls import is_url
+from maedistill.data.shards.index import ShardIndex
+from maedistill.data.shards.tars import BLOCK, is_header_of
+from maedistill.errors import DataError
+
+MOST_OPEN = 64  # shards; many systems allow 1,024 open files, to be shared by all loader workers' sockets and pipes
+
+
+def sample_name(index: ShardIndex, sample: int) -> str:
+    """Where a person finds a sample: `SHARD:KEY`."""
+    return f"{index.shards[index.shard_of(sample)]}:{index.key(sample)}"
+
+
+def require_room(index: ShardIndex, *, window: int | None) -> None:
+    """Raises `ConfigError` where shuffling so many remote shards at a time (None: all) would not fit into the cache."""
+    if any(map(is_url, index.shards)):
+        check_window(index.shard_bytes, window=window, cache_bytes=default_bound())
+
+
+class ShardReader:
+    """Reads images of an index; shards are opened when first needed and the longest unused is closed.
+
+    Works in a forked process (positioned reads share no file offset) and after pickling (nothing open travels).
+    Not for several threads at once: one of them could close what another reads. Remote shards are opened for one read
+    each, which takes microseconds, so that no reader keeps the cache from evicting a shard that it is done with.
+
+    cache: for remote shards; None for the one that the environment names. A watch may be set as `note`: it is told each
+    sample that is read, and whether the sample's shard has to be fetched first.
+    """
+
+    def __init__(self, index: ShardIndex, *, cache: ShardCache | None = None) -> None:
+        self.index = index
+        self._cache = cache or (ShardCache() if any(map(is_url, index.shards)) else None)
+        self._ahead = ReadAhead(self._cache) if self._cache else None
+        self.note: Callable[[int, bool], None] = _note_nothing
+        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, longest unused first
+
+    def read(self, i: int) -> bytes:
+        """The encoded bytes of sample `i`. Raises `DataError` if its shard has gone, changed or cannot be had."""
+        shard = self.index.shard_of(i)
+        try:
+            if is_url(self.index.shards[shard]):
+                return self._read_cached(i, shard)
+            self.note(i, False)
+            return self._read(self._descriptor(shard), i, shard)
+        except OSError as error:
+            raise DataError(
+                f"{sample_name(self.index, i)} cannot be read: {error.strerror}",
+                "see to the rights, and to the disk or network drive that the shard is on, then start again",
+            ) from error
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether any shard is behind a URL."""
+        return self._cache is not None
+
+    @property
+    def longest_fetch(self) -> float:
+        """Seconds that a shard may take to arrive before it is read."""
+        return self._cache.patience.longest if self._cache else 0.0
+
+    def read_ahead(self, shards: Sequence[int]) -> None:
+        """Says which shards are needed next, nearest first; remote ones begin to arrive in the background."""
+        if self._ahead:
+            self._ahead.want([self._remote(shard) for shard in shards])
+
+    def _remote(self, shard: int) -> RemoteShard:
+        return RemoteShard(self.index.shards[shard], self.index.shard_bytes[shard], self.index.shard_sha256[shard])
+
+    def _read_cached(self, i: int, shard: int) -> bytes:
+        assert self._cache is not None
+        self.note(i, True)
+        descriptor = self._cache.open(self._remote(shard))
+        self.note(i, False)
+        try:
+            return self._read(descriptor, i, shard)
+        finally:
+            os.close(descriptor)
+
+    def _read(self, descriptor: int, i: int, shard: int) -> bytes:
+        size, offset = int(self.index.sizes[i]), int(self.index.offsets[i])
+        if not is_header_of(os.pread(descriptor, BLOCK, offset - BLOCK), self.index.key(i)):
+            raise self._changed(shard, "holds other samples than its index says")
+        data = os.pread(descriptor, size, offset)
+        while len(data) < size:  # a read may be short, e.g. on a network disk or beyond 2 GiB
+            more = os.pread(descriptor, size - len(data), offset + len(data))
+            if not more:
+                raise self._changed(shard, "has become shorter since its index was made")
+            data += more
+        return data
+
+    def close(self) -> None:
+        """Closes all shards; the next read opens what it needs."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _descriptor(self, shard: int) -> int:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        if len(self._open) == MOST_OPEN:
+            os.close(self._open.popitem(last=False)[1])
+        try:
+            descriptor = os.open(self.index.shards[shard], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except FileNotFoundError as error:
+            raise DataError(f"{self.index.shards[shard]} is gone", "put the shard back, then start again") from error
+        self._open[shard] = descriptor
+        if os.fstat(descriptor).st_size != self.index.shard_bytes[shard]:
+            raise self._changed(shard, "has changed its size since its index was made")
+        return descriptor
+
+    def _changed(self, shard: int, how: str) -> DataError:
+        return DataError(
+            f"{self.index.shards[shard]} {how}",
+            "copy the shard again; do not write shards while a run reads them",
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"index": self.index, "cache": self._cache}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["index"], cache=state["cache"])
+
+    def __del__(self) -> None:
+        if hasattr(self, "_open"):
+            self.close()
+
+
+def _note_nothing(sample: int, fetching: bool) -> None:
+    pass

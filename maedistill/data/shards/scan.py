@@ -1,0 +1,115 @@
+"""What one shard holds: members grouped into samples by key, labels parsed, everything else passed over.
+
+A sample is `KEY.jpg|jpeg|png|webp` with an optional `KEY.cls`, whose text is the class id. Upper-case suffixes count,
+the key may hold dots and folders, members may come in any order. Other members are counted, never opened.
+
+    shard.tar or its URL -> walk_tar -> scan_shard -> ShardScan (rows in archive order, checksum)
+"""
+
+import hashlib
+import os
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from tqdm import tqdm
+
+from maedistill.data.remote.cache import ShardCache
+from maedistill.data.remote.download import RemoteShard
+from maedistill.data.remote.urls import file_size, is_url
+from maedistill.data.shards.tars import walk_tar
+from maedistill.errors import DataError
+
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
+LABEL_SUFFIX = "cls"
+NO_LABEL = -1
+THREADS = 4  # shards at a time: hashing and waiting for the disk overlap, the walk itself holds the interpreter's lock
+
+_LABEL = re.compile(rb"[0-9]{1,6}\n?")  # not int(): that also takes "1_0", " 7" and other scripts' digits
+
+
+@dataclass(frozen=True)
+class ShardScan:
+    """The rows of one shard, in archive order: four lists of equal length."""
+
+    num_bytes: int
+    sha256: str
+    keys: list[str]
+    offsets: list[int]  # of the image's first byte in the shard
+    sizes: list[int]  # bytes
+    labels: list[int]  # NO_LABEL where there is none
+    ignored: Counter[str]  # suffix -> number of members that are neither image nor label
+
+
+def scan_shards(paths: list[str]) -> list[ShardScan]:
+    """Scans all shards behind a progress bar; raises the first `DataError` in the order of `paths`."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            return list(tqdm(pool.map(scan_shard, paths), total=len(paths), desc="indexing shards", unit="shard"))
+        except DataError:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def scan_shard(path: str) -> ShardScan:
+    """Checksum of the whole shard, offsets of all images, labels. Raises `DataError` naming shard and key.
+
+    A remote shard stays in the cache as long as it fits, unless it is damaged.
+    """
+    if not is_url(path):
+        with open(path, "rb") as file:
+            return _scan(file, path)
+    cache = ShardCache()
+    shard = RemoteShard(path, file_size(path, patience=cache.patience))
+    with open(cache.open(shard), "rb") as file:
+        try:
+            return _scan(file, path)
+        except DataError:
+            cache.discard(shard)
+            raise
+
+
+def _scan(file: BinaryIO, path: str) -> ShardScan:
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, int] = {}
+    ignored: Counter[str] = Counter()
+    num_bytes, sha256 = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    for name, offset, size in walk_tar(file, path):
+        key, _, suffix = name.rpartition(".")
+        suffix, group = suffix.lower(), None
+        if suffix in IMAGE_SUFFIXES and not _is_resource_fork(name):
+            group, value = images, (offset, size)
+        elif suffix == LABEL_SUFFIX and not _is_resource_fork(name):
+            group, value = labels, _read_label(path, file, name, offset, size)
+        if group is None:
+            ignored["." + suffix if key else name] += 1
+        elif key in group:
+            raise DataError(f"{path}: the key {key!r} occurs twice", "write this shard again with unique keys")
+        else:
+            group[key] = value
+    if orphans := labels.keys() - images.keys():
+        raise DataError(
+            f"{path}: {min(orphans)!r} has a label but no image ({len(orphans)} such keys)",
+            "write this shard again; images must end in " + ", ".join("." + s for s in sorted(IMAGE_SUFFIXES)),
+        )
+    offsets, sizes = [offset for offset, _ in images.values()], [size for _, size in images.values()]
+    return ShardScan(
+        num_bytes, sha256, list(images), offsets, sizes, [labels.get(key, NO_LABEL) for key in images], ignored
+    )
+
+
+def _read_label(path: str, file: BinaryIO, name: str, offset: int, size: int) -> int:
+    text = os.pread(file.fileno(), min(size, 16), offset)
+    if not _LABEL.fullmatch(text) or size > len(text):
+        raise DataError(
+            f"{path}: {name!r} holds {text!r}, which is not a class id",
+            "a label is one number from 0 to 999999 in decimal text; leave the .cls file out for no label",
+        )
+    return int(text)
+
+
+def _is_resource_fork(name: str) -> bool:
+    """macOS's tar adds `._NAME` beside each file; it has the image's suffix but holds Finder metadata."""
+    return name.rpartition("/")[2].startswith("._")

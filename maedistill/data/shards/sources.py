@@ -1,0 +1,281 @@
+"""Where images come from before they are shards: an image folder, CIFAR-10, ImageNet's archives, scikit-learn's digits.
+
+    open_source("photos" | "cifar10" | "imagenet" | "digits") -> Source: records per split, class names, read(record)
+
+Nothing is decoded here. A record's key names the sample for ever: a number, or the file's path made safe for a tar.
+"""
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets import CIFAR10, ImageNet
+
+from maedistill.data.images.decode import BadImage
+from maedistill.data.shards.convert import encode_png
+from maedistill.data.shards.scan import NO_LABEL
+from maedistill.errors import ConfigError, DataError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}  # folder -> split
+LARGEST_FILE = 1 << 30  # bytes; one image that large is none of a data set's
+LONGEST_KEY = 80  # characters; a plain tar header holds names of up to 100
+CIFAR10_VALIDATION, DIGITS_VALIDATION = 5_000, 300  # images
+DIGITS_SIZE = 32  # pixels; the scans have 8
+
+
+class Record(NamedTuple):
+    """One image that is to become a sample."""
+
+    key: str
+    label: int  # NO_LABEL where there is none
+    origin: str  # the file below the source's folder, or the row in its array
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images by split, not yet read. `made` is what the index remembers of where they came from."""
+
+    made: dict[str, Any]
+    classes: tuple[str, ...]
+    splits: dict[str, list[Record]]
+    read: Callable[[Record], bytes]
+
+
+def open_source(source: str, *, root: str | None = None, val_fraction: float = 0.0) -> Source:
+    """Lists a source. A data set's name wins over a folder of that name; write `./digits` for the folder.
+
+    `root` is where torchvision finds (or, for CIFAR-10, downloads to) the data set's files; `val_fraction` holds out a
+    share of a folder that has no splits. Raises `ConfigError` or `DataError`.
+    """
+    named = {"cifar10": _open_cifar10, "imagenet": _open_imagenet}
+    if root is not None and source not in named:
+        raise ConfigError(
+            f"--root has no meaning for {source!r}", "--root goes with cifar10 and imagenet; leave it out"
+        )
+    if val_fraction and (source in named or source == "digits"):
+        raise ConfigError(f"{source} has a fixed validation split", "leave --val-fraction out")
+    if source in named:
+        return named[source](root)
+    return _open_digits() if source == "digits" else open_folder(Path(source), val_fraction=val_fraction)
+
+
+def open_folder(folder: Path, *, val_fraction: float = 0.0) -> Source:
+    """`class/image`, or images without classes, or either below folders of SPLITS; classes in sorted order.
+
+    Raises ConfigError where such a folder stands beside others, or two mean one split: nothing is left out unsaid.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is neither a folder nor cifar10, imagenet or digits", "correct the path")
+    if not 0 <= val_fraction < 1:
+        raise ConfigError(f"--val-fraction is {val_fraction}", "give a share from 0 to 1, e.g. 0.1")
+    names = _split_names(folder)  # of the splits' folders
+    if names and val_fraction:
+        raise ConfigError(f"{folder} has its own splits: {', '.join(names)}", "leave --val-fraction out")
+    files = {name: _list_images(folder / name) for name in names or ("",)}
+    for name, paths in files.items():
+        if not paths:
+            raise DataError(f"{folder / name} holds no images", f"images are files that end in {', '.join(SUFFIXES)}")
+    classes = _class_names(folder, files)
+    splits = {
+        SPLITS[name] if name else "train": _records(paths, classes, prefix=f"{name}/" if name else "")
+        for name, paths in files.items()
+    }
+    if val_fraction:
+        splits = _hold_out(splits["train"], val_fraction)
+    made = {"source": "folder", "name": folder.resolve().name, "val_fraction": val_fraction}
+    return Source(made, classes, splits, lambda record: _read_file(folder / record.origin))
+
+
+def _split_names(folder: Path) -> list[str]:
+    """Which folders of SPLITS there are, in that order; none where the images are not split."""
+    inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = [name for name in SPLITS if name in inside]
+    others = [name for name in inside if name not in SPLITS]
+    if names and others:
+        raise ConfigError(
+            f"{folder} holds {names[0]}, a split, beside {others[0]}, which is none",
+            f"put classes below {', '.join(SPLITS)}, or name one of them alone",
+        )
+    if len({SPLITS[name] for name in names}) < len(names):
+        raise ConfigError(f"{folder} holds {' and '.join(names)}: two mean one split", "keep one of them")
+    return names
+
+
+def smallest_hashes(images: np.ndarray, count: int) -> np.ndarray:
+    """Rows of the `count` images with the smallest sha256 of their raw bytes (row, column, channel), ascending.
+
+    `images` is uint8 [n, H, W, 3]; the result int64 [count]. The rule knows nothing of labels or order, so everybody
+    who has the images finds the same validation split.
+    """
+    digests = [hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest() for image in images]
+    return np.sort(sorted(range(len(images)), key=digests.__getitem__)[:count])  # [count]
+
+
+def _open_cifar10(root: str | None) -> Source:
+    """The 50,000 training images cut into 45,000 and 5,000 by `smallest_hashes`, the 10,000 test images apart."""
+    where = root or str(Path.home() / ".cache" / "maedistill" / "cifar10")
+    try:
+        train, test = (CIFAR10(where, train=is_train, download=True) for is_train in (True, False))
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"CIFAR-10 is not in {where} and could not be downloaded: {error}",
+            f"put cifar-10-python.tar.gz from {CIFAR10.url} into a folder and name it with --root",
+        ) from error
+    images = np.concatenate([train.data, test.data])  # [60000, 32, 32, 3]
+    labels = [*train.targets, *test.targets]
+    made = {"source": "cifar10", "validation": f"{CIFAR10_VALIDATION} smallest sha256 of RGB bytes"}
+    return _array_source(made, tuple(train.classes), images, labels, len(train.data), CIFAR10_VALIDATION)
+
+
+def _open_imagenet(root: str | None) -> Source:
+    """torchvision checks and unpacks the user's archives; then it is a folder. Classes are WordNet ids."""
+    if root is None:
+        raise ConfigError(
+            "imagenet needs --root DIR", "DIR holds ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_{train,val}.tar"
+        )
+    try:
+        for split in ("train", "val"):
+            ImageNet(root, split=split)
+    except (OSError, RuntimeError, ModuleNotFoundError) as error:  # it reads the devkit with scipy
+        raise DataError(
+            f"torchvision cannot prepare ImageNet in {root}: {error}",
+            "put ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar there "
+            "(image-net.org, after signing in), and pip install scipy",
+        ) from error
+    source = open_folder(Path(root))
+    return Source({"source": "imagenet"}, source.classes, source.splits, source.read)
+
+
+def _open_digits() -> Source:
+    """1,797 scans of 8 x 8 pixels with 17 shades, enlarged to RGB; 300 of them are the validation split."""
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ConfigError("digits needs scikit-learn", "pip install scikit-learn, or maedistill[demo]") from error
+    scans = load_digits()
+    shades = (scans.images * 255 / 16).round().astype(np.uint8)  # [1797, 8, 8]
+    size = (DIGITS_SIZE, DIGITS_SIZE)
+    enlarged = [Image.fromarray(scan).resize(size, Image.Resampling.BICUBIC).convert("RGB") for scan in shades]
+    images = np.stack([np.asarray(image) for image in enlarged])  # [1797, 32, 32, 3]
+    made = {"source": "digits", "validation": f"{DIGITS_VALIDATION} smallest sha256 of RGB bytes"}
+    classes, labels = tuple(map(str, range(10))), scans.target.tolist()
+    return _array_source(made, classes, images, labels, len(images), DIGITS_VALIDATION)
+
+
+def _array_source(
+    made: dict[str, Any],
+    classes: tuple[str, ...],
+    images: np.ndarray,
+    labels: list[int],
+    num_train: int,
+    num_validation: int,
+) -> Source:
+    """Images in memory, uint8 [n, H, W, 3]: rows below `num_train` become train and val, the others test.
+
+    A key is the image's number in its own file of the data set, so train and val keys never meet.
+    """
+    validation = smallest_hashes(images[:num_train], num_validation)
+    rows = {
+        "train": np.setdiff1d(np.arange(num_train), validation),
+        "val": validation,
+        "test": np.arange(num_train, len(images)),
+    }
+    first = {"train": 0, "val": 0, "test": num_train}
+    splits = {
+        split: [Record(f"{row - first[split]:06d}", int(labels[row]), str(row)) for row in chosen]
+        for split, chosen in rows.items()
+        if len(chosen)
+    }
+    return Source(made, classes, splits, lambda record: encode_png(Image.fromarray(images[int(record.origin)])))
+
+
+def _list_images(folder: Path) -> list[str]:
+    """Paths below `folder`, with forward slashes, sorted; hidden files and folders are passed over, links followed.
+
+    Raises DataError for a link that leads back to a folder above it: the same images again and again.
+    """
+    found = []
+    for where, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            path = os.path.join(where, name)
+            if os.path.islink(path) and Path(os.path.realpath(where)).is_relative_to(os.path.realpath(path)):
+                raise DataError(f"{path} is a link to a folder above it", "remove the link")
+        below = Path(where).relative_to(folder)
+        found += [
+            (below / name).as_posix() for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        ]
+    return sorted(found)
+
+
+def _read_file(path: Path) -> bytes:
+    """A file's bytes. Raises `BadImage` for what would never end, or not fit: a pipe, a device, a huge file."""
+    if not path.is_file():
+        raise BadImage("it is no file" if path.exists() else "there is no such file")
+    if (size := path.stat().st_size) > LARGEST_FILE:
+        raise BadImage(f"{size:,} bytes, more than {LARGEST_FILE:,}")
+    return path.read_bytes()
+
+
+def _class_names(folder: Path, files: dict[str, list[str]]) -> tuple[str, ...]:
+    """Names of the sub-folders of the first split (train, where there is one); none where its images lie flat."""
+    flat = {split: [path for path in paths if "/" not in path] for split, paths in files.items()}
+    mixed = next((split for split, paths in files.items() if 0 < len(flat[split]) < len(paths)), None)
+    if mixed is not None:
+        raise DataError(
+            f"{folder}: {len(flat[mixed])} images lie beside the class folders, first {flat[mixed][0]!r}",
+            "move them into a class folder or away; without any class folder the images are unlabelled",
+        )
+    classes = {split: {path.split("/")[0] for path in paths if "/" in path} for split, paths in files.items()}
+    first = next(iter(classes))
+    for split, names in classes.items():
+        if foreign := names - classes[first]:
+            raise DataError(
+                f"{folder / split} has the class {min(foreign)!r}, which {first} has not ({len(foreign)} such)",
+                "give all splits the same class folders",
+            )
+    return tuple(sorted(classes[first]))
+
+
+def _records(paths: list[str], classes: tuple[str, ...], *, prefix: str) -> list[Record]:
+    """Keys are unique: paths that would share one (`a.jpg` and `a.png`) get a hash of the path behind it."""
+    label_of = {name: label for label, name in enumerate(classes)}
+    keys = [_safe_key(path) for path in paths]
+    count = Counter(keys)
+    return [
+        Record(
+            f"{key}-{_short_hash(path)}" if count[key] > 1 else key,
+            label_of[path.split("/")[0]] if "/" in path else NO_LABEL,
+            prefix + path,
+        )
+        for key, path in zip(keys, paths, strict=True)
+    ]
+
+
+def _safe_key(path: str) -> str:
+    """`n01440764/n01440764_10026.JPEG` -> n01440764_10026; `cat/A 1.jpg` -> cat_A_1; too long ones end in a hash."""
+    *folders, name = path.split("/")
+    stem = name.rpartition(".")[0]
+    if folders and not stem.startswith(folders[-1] + "_"):
+        stem = "_".join([*folders, stem])
+    key = re.sub(r"[^A-Za-z0-9_-]", "_", stem)
+    return key if len(key) <= LONGEST_KEY else f"{key[:LONGEST_KEY]}-{_short_hash(path)}"
+
+
+def _hold_out(records: list[Record], share: float) -> dict[str, list[Record]]:
+    """Holds out a share, at least one image, chosen by the hash of the key: the same on every machine."""
+    ranked = sorted(records, key=lambda record: hashlib.sha256(f"validation/{record.key}".encode()).digest())
+    count = max(1, round(share * len(records)))
+    return {"train": ranked[count:], "val": ranked[:count]}
+
+
+def _short_hash(path: str) -> str:
+    return hashlib.sha256(path.encode()).hexdigest()[:8]

@@ -1,0 +1,49 @@
+"""Compares finished shards with their index, byte for byte: what `make_shards --verify` does.
+
+OUT -> each *.index.safetensors -> each shard scanned again -> number of shards, or a DataError that names the bad ones
+"""
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from maedistill.data.shards.index import SUFFIX, ShardIndex, load_index
+from maedistill.data.shards.scan import scan_shard
+from maedistill.errors import DataError
+
+
+def verify_shards(out: Path) -> int:
+    """Reads every shard that an index in `out` names, whole, and returns how many there are.
+
+    Raises `DataError` naming up to five shards that are missing, damaged, or hold other samples than the index says.
+    """
+    indexes = [load_index(file) for file in sorted(out.glob(f"*{SUFFIX}"))]
+    rows = [(index, row) for index in indexes for row in range(len(index.shards))]
+    if not rows:
+        raise DataError(f"{out} holds no *{SUFFIX}", "write shards there first: make_shards.py SRC OUT")
+    faults = [_find_fault(index, row, out) for index, row in tqdm(rows, desc="verifying", unit="shard")]
+    if found := [fault for fault in faults if fault]:
+        raise DataError(
+            f"{len(found)} of {len(rows)} shards are bad: {'; '.join(found[:5])}",
+            "copy them again, or make the folder anew: the same command gives the same bytes",
+        )
+    return len(rows)
+
+
+def _find_fault(index: ShardIndex, row: int, out: Path) -> str | None:
+    """What is wrong with one shard, naming it; None where all is well."""
+    path = out / index.shards[row]
+    if not path.is_file():
+        return f"{path} is missing"
+    try:
+        scan = scan_shard(str(path))
+    except DataError as error:
+        return error.cause
+    if scan.num_bytes != index.shard_bytes[row]:
+        return f"{path} has {scan.num_bytes:,} bytes instead of {index.shard_bytes[row]:,}"
+    if scan.sha256 != index.shard_sha256[row]:
+        return f"{path} has another checksum than its index says"
+    samples = range(index.starts[row], index.starts[row + 1])
+    expected = [(index.key(i), index.offsets[i], index.sizes[i], index.labels[i]) for i in samples]
+    found = list(zip(scan.keys, scan.offsets, scan.sizes, scan.labels, strict=True))
+    return None if found == expected else f"{path} holds other samples than its index says"

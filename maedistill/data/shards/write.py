@@ -1,0 +1,262 @@
+"""Writes a source as WebDataset tars with everything that belongs beside them.
+
+    Source -> make_shards -> OUT/train-000000.tar ...        KEY.jpg|png|webp + KEY.cls
+                             OUT/train.index.safetensors     where each sample lies, checksums, how it was made
+                             OUT/_info.json, classes.json    what timm's reader needs, class names
+                             OUT/make_shards.json            what was converted or skipped, and why; written last
+
+Which image goes where is settled before the first byte is written: samples are sorted by the sha256 of their key (a
+fixed, thorough shuffle, so any few shards are a fair sample of the classes) and cut into equal parts. A shard is thus a
+pure function of the source, and a killed run goes on with the first shard that has no final name yet.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import PIL
+from tqdm import tqdm
+from webdataset import TarWriter
+
+from maedistill.data.images.decode import BadImage
+from maedistill.data.shards.convert import Converted, convert
+from maedistill.data.shards.index import CLASSES_FILE, SUFFIX, index_of, save_index
+from maedistill.data.shards.scan import NO_LABEL, ShardScan, scan_shard
+from maedistill.data.shards.sources import Record, Source
+from maedistill.errors import ConfigError, DataError
+
+REPORT_FILE = "make_shards.json"
+WORK_FOLDER = ".making"  # half-written shards and notes about finished ones; removed at the end
+IMAGES_PER_SHARD = 1000  # 110 MB of ImageNet photographs: large enough for a disk, small enough to cache a dozen
+QUALITY = 90  # of re-encoded JPEGs
+
+
+@dataclass
+class Note:
+    """What became of the images of one shard or split."""
+
+    images: int = 0  # written
+    lengths: list[int] = field(default_factory=list)  # images per shard
+    grayscale: int = 0  # in the source, whether converted or not
+    converted: dict[str, str] = field(default_factory=dict)  # source file -> what it was
+    skipped: dict[str, str] = field(default_factory=dict)  # source file -> reason
+
+
+def make_shards(
+    source: Source,
+    out: Path,
+    *,
+    images_per_shard: int = IMAGES_PER_SHARD,
+    shorter_side: int | None = None,
+    quality: int = QUALITY,
+    workers: int = 1,
+) -> dict[str, Note]:
+    """Writes all splits of `source` into `out` and returns what became of the images, by split.
+
+    The same call continues a killed one and changes nothing after a finished one. `workers` threads decode.
+    Raises `ConfigError` if `out` belongs to other settings, `DataError` where no image is left.
+    """
+    if workers < 1:
+        raise ConfigError(f"--workers is {workers}", "give at least 1")
+    made = _settings(source, images_per_shard=images_per_shard, shorter_side=shorter_side, quality=quality)
+    if _begin(out, made):
+        shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)  # left if the last run was killed after its report
+        return read_report(out)
+    notes = {}
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=sum(map(len, source.splits.values())), desc="writing shards", unit="img") as bar,
+    ):
+
+        def prepare(record: Record) -> Converted | str:
+            result = _convert(source, record, shorter_side=shorter_side, quality=quality)
+            bar.update()
+            return result
+
+        for split, records in source.splits.items():
+            parts, scans = [], {}
+            for name, part in plan_shards(split, records, images_per_shard):
+                note, scan = _find_finished(out, name, bar) or _write_shard(out, name, part, pool.map(prepare, part))
+                parts.append(note)
+                scans[str(out / name)] = scan
+            notes[split] = _sum(split, parts)
+            index = index_of(list(scans), list(scans.values()), classes=source.classes, made=made)
+            save_index(index, out / f"{split}{SUFFIX}")
+    _finish(out, source.classes, made, notes)
+    return notes
+
+
+def plan_shards(split: str, records: list[Record], images_per_shard: int) -> list[tuple[str, list[Record]]]:
+    """File name and records of each shard: records sorted by the sha256 of their key, in parts that differ by one."""
+    ranked = sorted(records, key=lambda record: hashlib.sha256(record.key.encode()).digest())
+    count = -(-len(ranked) // images_per_shard)
+    cuts = [number * len(ranked) // count for number in range(count + 1)]
+    return [(f"{split}-{number:06d}.tar", ranked[cuts[number] : cuts[number + 1]]) for number in range(count)]
+
+
+def read_report(out: Path) -> dict[str, Note]:
+    """What `make_shards` found when it made `out`, by split. Raises `ConfigError` where the report is none of its."""
+    try:
+        return {split: Note(**note) for split, note in _read_json(out / REPORT_FILE)["splits"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _foreign(out / REPORT_FILE) from error
+
+
+def _settings(source: Source, *, images_per_shard: int, shorter_side: int | None, quality: int) -> dict[str, Any]:
+    """All that decides the bytes of the shards; the index keeps it, and a restart must agree with it."""
+    if images_per_shard < 1:
+        raise ConfigError(f"--images-per-shard is {images_per_shard}", "give at least 1")
+    if shorter_side is not None and shorter_side < 16:
+        raise ConfigError(f"--shorter-side is {shorter_side} pixels", "give at least 16, e.g. 256")
+    if not 1 <= quality <= 100:
+        raise ConfigError(f"--quality is {quality}", "give a JPEG quality from 1 to 100, e.g. 90")
+    listing = hashlib.sha256()
+    for split, records in source.splits.items():
+        listing.update("".join(f"{split}\0{key}\0{label}\n" for key, label, _ in records).encode())
+    made = {
+        "made_by": "make_shards",
+        **source.made,
+        "listing": listing.hexdigest(),
+        "images_per_shard": images_per_shard,
+    }
+    if shorter_side is None:
+        return made
+    # another Pillow may write other JPEG bytes
+    return made | {"shorter_side": shorter_side, "quality": quality, "pillow": PIL.__version__}
+
+
+def _begin(out: Path, made: dict[str, Any]) -> bool:
+    """Prepares `out`; True if it is finished. Raises `ConfigError` if it holds anything that is not of this making."""
+    settings, report = out / WORK_FOLDER / "settings.json", out / REPORT_FILE
+    if report.is_file() or settings.is_file():
+        before = _read_json(report).get("made") if report.is_file() else _read_json(settings)
+        if not isinstance(before, dict):
+            raise _foreign(report)
+        if changed := sorted(key for key in before | made if before.get(key) != made.get(key)):
+            changes = ", ".join(f"{key} was {before.get(key)}, is {made.get(key)}" for key in changed)
+            raise ConfigError(
+                f"{out} was made from other images or settings: {changes}", "give another OUT, or remove it"
+            )
+        return report.is_file()
+    try:
+        if out.is_dir() and any(path.name != WORK_FOLDER for path in out.iterdir()):
+            raise ConfigError(f"{out} is not empty, and no shards that make_shards began", "give a new or empty folder")
+        settings.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {out}: {error.strerror}", "give an OUT where you may write") from error
+    _write_json(settings, made)
+    return False
+
+
+def _convert(source: Source, record: Record, *, shorter_side: int | None, quality: int) -> Converted | str:
+    """The image as the shard will hold it, or the reason why it is skipped; only a failing disk is fatal."""
+    try:
+        return convert(source.read(record), shorter_side=shorter_side, quality=quality)
+    except BadImage as error:
+        return str(error)
+    except (FileNotFoundError, PermissionError) as error:
+        return f"cannot be read: {error.strerror}"
+    except OSError as error:
+        raise DataError(
+            f"cannot read {record.origin}: {error}", "see to the disk; the same command continues"
+        ) from error
+
+
+def _write_shard(
+    out: Path, name: str, records: list[Record], results: Iterable[Converted | str]
+) -> tuple[Note, ShardScan]:
+    """Writes one shard under a temporary name, reads it back, notes what happened, and renames it last."""
+    temporary, note = out / WORK_FOLDER / name, Note()
+    with open(temporary, "wb") as file:
+        with TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
+            for record, result in zip(records, results, strict=True):
+                if isinstance(result, str):
+                    note.skipped[record.origin] = result
+                    continue
+                label = {} if record.label == NO_LABEL else {"cls": str(record.label).encode()}
+                tar.write({"__key__": record.key, result.suffix: result.data, **label})
+                note.images += 1
+                note.grayscale += result.is_grayscale
+                if result.change:
+                    note.converted[record.origin] = result.change
+        file.flush()
+        os.fsync(file.fileno())
+    note.lengths.append(note.images)
+    scan = scan_shard(str(temporary))
+    _write_json(out / WORK_FOLDER / f"{name}.json", {"sha256": scan.sha256, "note": asdict(note)})
+    temporary.replace(out / name)
+    return note, scan
+
+
+def _find_finished(out: Path, name: str, bar: tqdm) -> tuple[Note, ShardScan] | None:
+    """A shard that an earlier, killed run finished; None if it has none, or other bytes than were noted."""
+    file, noted = out / name, out / WORK_FOLDER / f"{name}.json"
+    if not (file.is_file() and noted.is_file()):
+        return None
+    stored = _read_json(noted)
+    with open(file, "rb") as shard:
+        if hashlib.file_digest(shard, "sha256").hexdigest() != stored.get("sha256"):
+            return None
+    note = Note(**stored["note"])
+    bar.update(note.images + len(note.skipped))
+    return note, scan_shard(str(file))
+
+
+def _sum(split: str, parts: list[Note]) -> Note:
+    """The notes of a split's shards as one. Raises `DataError` if they hold no image."""
+    total = Note()
+    for part in parts:
+        total.images += part.images
+        total.lengths += part.lengths
+        total.grayscale += part.grayscale
+        total.converted |= part.converted
+        total.skipped |= part.skipped
+    if not total.images:
+        path, reason = next(iter(total.skipped.items()))
+        raise DataError(f"not one image of {split!r} can be used; {path}: {reason}", "check that SRC holds images")
+    return total
+
+
+def _finish(out: Path, classes: tuple[str, ...], made: dict[str, Any], notes: dict[str, Note]) -> None:
+    """Writes the files beside the shards, the report last: it marks the folder as finished."""
+    splits = {
+        split: {
+            "name": split,
+            "filenames": [f"{split}-{number:06d}.tar" for number in range(len(note.lengths))],
+            "shard_lengths": note.lengths,
+            "num_samples": note.images,
+        }
+        for split, note in notes.items()
+    }
+    if classes:
+        _write_json(out / CLASSES_FILE, list(classes))
+    _write_json(out / "_info.json", {"splits": splits})
+    _write_json(out / REPORT_FILE, {"made": made, "splits": {split: asdict(note) for split, note in notes.items()}})
+    shutil.rmtree(out / WORK_FOLDER)
+
+
+def _write_json(file: Path, value: Any) -> None:
+    temporary = file.with_name(f".{file.name}")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """A JSON object that `_write_json` wrote. Raises `ConfigError` for anything else under its name."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _foreign(file) from error
+    if not isinstance(value, dict):
+        raise _foreign(file)
+    return value
+
+
+def _foreign(file: Path) -> ConfigError:
+    return ConfigError(f"{file} is not what make_shards writes", "give another OUT, or remove this one")

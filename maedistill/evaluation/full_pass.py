@@ -1,0 +1,114 @@
+"""Every image of a set of shards exactly once, on any number of processes: the pass behind every figure.
+
+    EvaluationImages -> this rank's share in whole batches -> look(pixels, labels) -> rows of tensors
+    rows of all ranks -> without padding, sorted by id, each sample asked for once or an error
+
+Where the images run out, a batch is filled with padding. So all ranks run equally many forward passes (ZeRO 3 needs
+that), all of one shape. More processes move an image to another place in its batch, where kernels may round
+differently: numbers agree to the last bits, counts unless two of them tie that closely.
+
+    n images   b batch   s image side   C outputs of a network
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maedistill.data.images.transforms import normalize, to_float01
+from maedistill.data.loading.evaluation import PADDING, EvaluationImages, exact_batches, rank_share
+from maedistill.data.loading.workers import TIMEOUT_SECONDS
+from maedistill.errors import DataError
+from maedistill.machine import DTYPES
+from maedistill.processes import ranks as distributed
+
+_TOGETHER = 64  # batches whose rows are gathered at once: few collectives, and the device holds no more than these
+
+
+class Predictor:
+    """A network on `device`, shown images as it wants them: pixels uint8 [b, 3, s, s] -> float32 outputs [b, C].
+
+    precision: fp32, or bf16 or fp16 under autocast. columns: int64 [C], the outputs that are asked for, in that order;
+    None: all of them.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        precision: str = "fp32",
+        columns: Tensor | None = None,
+    ) -> None:
+        self.network, self.device, self.dtype = network, device, DTYPES[precision]
+        self.mean, self.std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
+        self.columns = None if columns is None else columns.to(device)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """The outputs for pixels on the device."""
+        x = normalize(to_float01(pixels), self.mean, self.std)  # [b, 3, s, s]
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            outputs = self.network(x)
+        return (outputs if self.columns is None else outputs[:, self.columns]).float()
+
+
+@torch.no_grad()
+def full_pass(
+    images: EvaluationImages,
+    look: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    *,
+    batch: int,
+    workers: int,
+    device: torch.device,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+) -> tuple[Tensor, ...]:
+    """Collective. Ids int64 [n], ascending, then what `look` returned of each image: on the CPU, on every rank.
+
+    look: called with pixels uint8 [b, ...] and labels int64 [b] on `device`, always of one b; returns tensors [b, ...].
+    batch: images at once on each rank. timeout_seconds: as in `load_batches`. Raises DataError where there is no image,
+    or one that cannot be decoded.
+    """
+    if not len(images.samples):
+        raise DataError("the shards hold no image to evaluate on", "name shards that hold labelled images")
+    asked = images.samples.sort().values  # [n]
+    assert (asked.diff() > 0).all(), "a sample is asked for twice"
+    batch = min(batch, len(asked))
+    share = rank_share(images.samples, rank=distributed.rank(), world_size=distributed.world_size())
+    whole = F.pad(share, (0, -len(share) % batch), value=PADDING)
+    mine = EvaluationImages(images.index, whole, images.transform)
+    found, waiting = [], []
+    keywords = {"batch": batch, "workers": workers, "device": device, "timeout_seconds": timeout_seconds}
+    for pixels, labels, ids in exact_batches(mine, **keywords):
+        waiting.append((ids, *look(pixels, labels)))
+        if len(waiting) == _TOGETHER:
+            found.append(_gather(waiting))
+            waiting = []
+    if waiting:
+        found.append(_gather(waiting))
+    ids, *rows = (torch.cat(part) for part in zip(*found, strict=True))
+    order = ids.argsort()
+    order = order[ids[order] != PADDING]  # [n]
+    assert torch.equal(ids[order], asked), "the images that were seen are not those that were asked for"
+    return tuple(part[order] for part in (ids, *rows))
+
+
+@contextmanager
+def evaluation_mode(*networks: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards each of the networks' modules is in the mode it was in."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _gather(waiting: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The rows of some batches of all ranks, on the CPU."""
+    return tuple(distributed.gather_rows(torch.cat(part)).cpu() for part in zip(*waiting, strict=True))

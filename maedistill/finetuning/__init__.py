@@ -1,0 +1,1 @@
+"""Fine-tuning: labels, teachers and the terms of distillation."""

@@ -1,0 +1,149 @@
+"""From a config to the objects of a fine-tuning run: the one place that unpacks it; below are plain arguments."""
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from maedistill.config.architectures import architecture_of
+from maedistill.config.finetune import FinetuneConfig
+from maedistill.data.images.augment import RandAugment
+from maedistill.data.images.mixing import Mixing
+from maedistill.data.loading.loader import RandomCrops
+from maedistill.data.loading.order import SampleOrder
+from maedistill.data.shards.index import ShardIndex
+from maedistill.errors import ConfigError
+from maedistill.models.encoder import MaskedEncoder, build_vit
+from maedistill.models.initialize import initialize
+from maedistill.models.positions import position_table
+from maedistill.weights.from_run import describe_network
+from maedistill.weights.source import Source, open_source
+
+Triple = tuple[float, float, float]
+
+
+def build_init_source(config: FinetuneConfig) -> Source | None:
+    """The weights that fine-tuning starts from, positions resampled to its image size; None from scratch."""
+    init, student = config.init, config.student
+    if init.source is None:
+        return None
+    keywords: dict[str, object] = init.model_dump(exclude={"source"})
+    if init.source.startswith("file:"):
+        keywords |= student.model_dump(exclude={"drop_path", "pooling", "class_token"})
+    return open_source(init.source, section="init", image_size=config.data.image_size, **keywords)
+
+
+def build_classifier(config: FinetuneConfig, source: Source | None, *, num_classes: int) -> VisionTransformer:
+    """The network with a fresh head, on the source's weights or initialised from the seed; positions are trained.
+
+    MAE's head starts almost at 0. Where logits are standardised, which divides by how far they are apart, it starts as
+    timm's do: from MAE's, the first gradients would be hundreds of times the later ones, and AdamW would remember them.
+    With pooling `avg` the encoder's last norm gives way to a fresh `fc_norm` after the pooling (He et al., 2022).
+    """
+    vit = _from_scratch(config, num_classes) if source is None else _from_source(config, source, num_classes)
+    std = 0.02 if config.distill.standardizes else 2e-5  # timm's, MAE's
+    nn.init.trunc_normal_(vit.head.weight, std=std, generator=torch.Generator().manual_seed(config.seed))
+    nn.init.zeros_(vit.head.bias)
+    if config.engine.checkpoint_activations:
+        vit.set_grad_checkpointing(True)
+    return vit
+
+
+def build_labelled_crops(config: FinetuneConfig, index: ShardIndex, samples: Tensor, *, mean: Triple) -> RandomCrops:
+    """Training crops with labels by position, RandAugment applied. samples: ids of the label subset."""
+    data, seed = config.data, config.seed
+    subset = samples if data.label_fraction < 1 else None
+    order = SampleOrder(index.starts, seed=seed, window=data.window_shards, subset=subset)
+    spec = config.augment.rand_augment
+    augment = RandAugment(spec, size=data.image_size, mean=mean, seed=seed) if spec is not None else None
+    return RandomCrops(
+        index,
+        order,
+        seed=seed,
+        size=data.image_size,
+        scale=data.crop_scale,
+        ratio=data.crop_ratio,
+        augment=augment,
+    )
+
+
+def build_mixing(config: FinetuneConfig, *, num_classes: int, device: torch.device) -> Mixing:
+    """Erasing, mixup, cutmix and label smoothing on the device."""
+    return Mixing(num_classes=num_classes, device=device, **config.augment.model_dump(exclude={"rand_augment"}))
+
+
+def _from_scratch(config: FinetuneConfig, num_classes: int) -> VisionTransformer:
+    """The student that the config describes, initialised from the seed, positions from MAE's table."""
+    size, pooling = config.data.image_size, config.student.pooling
+    shape = config.student.model_dump(exclude={"pooling"}) | {"image_size": size}
+    with torch.device("meta"):
+        _require_class_token(config, build_vit(**shape))
+    vit = build_vit(num_classes=num_classes, pooling=pooling, **shape)
+    initialize(vit, seed=config.seed)
+    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    grid = vit.patch_embed.grid_size[0]
+    vit.pos_embed.data.copy_(position_table("sincos2d", grid=grid, width=vit.embed_dim, num_prefix=prefix))
+    return vit
+
+
+def _from_source(config: FinetuneConfig, source: Source, num_classes: int) -> VisionTransformer:
+    """The source's network and weights, without its classifier; what it has no weights for is timm's neutral start."""
+    student, encoder = config.student, source.encoder
+    _require_same_shape(config, encoder)
+    _require_class_token(config, encoder.vit)
+    _require_whole_patches(config, encoder)
+    network = describe_network(encoder.vit)
+    changes = {"num_classes": num_classes, "global_pool": student.pooling, "fc_norm": student.pooling == "avg"}
+    vit = timm.create_model(network["name"], **network["arguments"] | changes | {"drop_path_rate": student.drop_path})
+    fresh = ("head.", "fc_norm.", *(() if student.pooling == "token" else ("norm.",)))
+    weights = {name: value for name, value in encoder.vit.state_dict().items() if not name.startswith(fresh)}
+    missing, unexpected = vit.load_state_dict(weights, strict=False)
+    assert not unexpected and all(name.startswith(("head.", "fc_norm.", "norm.")) for name in missing), missing
+    return vit
+
+
+def _require_class_token(config: FinetuneConfig, vit: VisionTransformer) -> None:
+    """The head can only read a token that there is; whether there is one, often the source alone knows."""
+    if config.student.pooling == "token" and vit.cls_token is None:
+        raise ConfigError(
+            f"student.pooling: {config.init.source or config.student.model} has no class token to read",
+            "use student.pooling=avg",
+        )
+
+
+def _require_whole_patches(config: FinetuneConfig, encoder: MaskedEncoder) -> None:
+    """The source's patches must tile the image; their size, often the source alone knows."""
+    size, patch = config.data.image_size, encoder.patch_size
+    if size % patch:
+        raise ConfigError(
+            f"data.image_size: the patches of {config.init.source}, {patch} px wide, do not divide {size} px",
+            f"use {max(1, round(size / patch)) * patch}",
+        )
+
+
+def _require_same_shape(config: FinetuneConfig, encoder: MaskedEncoder) -> None:
+    """What the config says of the student must be what the source holds: a recipe fits one size."""
+    said = config.student.model_dump(
+        include={"heads", "patch_size", "class_token", "register_tokens", "width", "depth"}
+    )
+    expected = {name: value for name, value in said.items() if value is not None}
+    if config.student.model is not None:
+        architecture = architecture_of(config.student.model, config.student)
+        if architecture is not None:
+            expected |= {"width": architecture.width, "depth": architecture.depth}
+    vit = encoder.vit
+    found = {
+        "width": encoder.width,
+        "depth": encoder.depth,
+        "heads": getattr(getattr(vit.blocks[0], "attn", None), "num_heads", None),
+        "patch_size": encoder.patch_size,
+        "class_token": vit.cls_token is not None,
+        "register_tokens": 0 if vit.reg_token is None else vit.reg_token.shape[1],
+    }
+    for name, value in expected.items():
+        if found[name] != value:
+            raise ConfigError(
+                f"init.source: {config.init.source} has {name} {found[name]}, student.{name} or the recipe's "
+                f"student.model says {value}",
+                f"use the recipe of the source's size, or let the source say: student.model=null student.{name}=null",
+            )

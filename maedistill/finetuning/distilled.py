@@ -1,0 +1,62 @@
+"""Fine-tuning from labels and teachers: cross-entropy plus the terms of distillation, each with its weight of the step.
+
+B batch   C classes   s image side   K terms
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from maedistill.finetuning.outputs import Outputs, RequestedOutputs, view
+from maedistill.finetuning.supervised import Supervised
+from maedistill.finetuning.terms import Parts, Term
+from maedistill.methods.mae import Losses
+
+
+class Distilled(Supervised):
+    """`terms` holds the parameters that a term needs beside the network; they are not exported."""
+
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        terms: Mapping[str, Term],
+        *,
+        wanted: RequestedOutputs,
+        label_weight: float,
+        scheduled: Collection[str] = (),
+    ) -> None:
+        """wanted: what the terms see of the student, its logits included. scheduled: terms whose weights change, which
+        are then named beside their losses.
+        """
+        super().__init__(vit)
+        assert wanted.logits
+        self.terms = nn.ModuleDict(terms)
+        self.wanted, self.label_weight, self.scheduled = wanted, label_weight, frozenset(scheduled)
+
+    def forward(self, images: Tensor, targets: Tensor, teachers: Sequence[Outputs], weights: Tensor) -> Losses:
+        """images: normalised, mixed, [B, 3, s, s]. targets: rows that sum to 1, [B, C]. teachers: their views of the
+        same images; none where no term counts. weights: of each term in this step, [K]. Returns scalars.
+        """
+        seen = view(self.vit, images, self.wanted)
+        seen["logits"] = seen["logits"].float()
+        losses: Losses = {}
+        total = weights.new_zeros(())
+        if self.label_weight:
+            losses["cross_entropy"] = self.cross_entropy(seen["logits"], targets)
+            total = self.label_weight * losses["cross_entropy"]
+        labels = targets.argmax(dim=1)  # [B]: of a mixed image, the class that it shows more of
+        for i, term in enumerate(self.terms.values() if teachers else ()):
+            parts = _mean([term(seen, teacher, labels, number=n) for n, teacher in enumerate(teachers)])
+            losses |= parts
+            total = total + weights[i] * term.total(parts)
+        if not teachers:
+            total = total + sum(term.idle(seen) for term in self.terms.values())
+        losses |= {f"weight/{name}": weights[i] for i, name in enumerate(self.terms) if name in self.scheduled}
+        return {"loss": total, **losses}
+
+
+def _mean(each: Sequence[Parts]) -> Parts:
+    """The parts of a term, averaged over teachers, whose parts have the same names."""
+    return {name: torch.stack([parts[name] for parts in each]).mean() for name in each[0]}

@@ -1,0 +1,265 @@
+"""What a fine-tuning run is made of before its engine exists: data, network, recipe; opened, described, tried."""
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+from maedistill.config.batch import world_size_from_environment
+from maedistill.config.finetune import FinetuneConfig
+from maedistill.data.images.augment import seed_generators
+from maedistill.data.images.mixing import Mixing
+from maedistill.data.images.transforms import normalize, random_flip, to_float01
+from maedistill.data.loading.batch import Batch
+from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
+from maedistill.data.loading.subset import label_subset
+from maedistill.data.remote.cache import set_cache
+from maedistill.data.shards.index import ShardIndex, open_index
+from maedistill.data.shards.reader import require_room, sample_name
+from maedistill.errors import ConfigError, DataError
+from maedistill.finetuning.build import build_classifier, build_init_source, build_labelled_crops, build_mixing
+from maedistill.finetuning.build_teachers import (
+    TeacherSource,
+    build_module,
+    build_teaching,
+    distillation_lines,
+    open_teachers,
+)
+from maedistill.finetuning.distilled import Distilled
+from maedistill.finetuning.outputs import is_plain_vit
+from maedistill.finetuning.supervised import Supervised
+from maedistill.finetuning.teacher_ensemble import TeacherEnsemble
+from maedistill.machine import DTYPES, precision
+from maedistill.processes import ranks as distributed
+from maedistill.runs.folder import RunFolder
+from maedistill.runs.plan import Plan, make_plan, measured_lines, num_params_m, plan_lines
+from maedistill.training.compilation import compile_module
+from maedistill.training.optim import layer_rates, layerwise_groups, parameter_groups
+from maedistill.weights.from_run import describe_network
+from maedistill.weights.licence import combined_licence
+from maedistill.weights.source import Source
+
+Triple = tuple[float, float, float]
+_SPARSE = 10  # of so many classes up to the largest label, one occurs at least
+
+
+@dataclass
+class Finetuning:
+    """The parts, on `device`. source is None from scratch; samples are the ids of the label subset, int64 [n].
+
+    teachers and teaching are of distillation: empty and None without.
+    """
+
+    config: FinetuneConfig
+    plan: Plan
+    index: ShardIndex
+    val_index: ShardIndex
+    samples: Tensor
+    num_classes: int
+    module: Supervised
+    source: Source | None
+    mean: Triple
+    std: Triple
+    device: torch.device
+    teachers: list[TeacherSource]
+    teaching: TeacherEnsemble | None
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for the optimizer; what terms of distillation train has the head's rate."""
+        optim = self.config.optim
+        groups = layerwise_groups(self.module.vit, optim.weight_decay, layer_decay=optim.layer_decay)
+        if isinstance(self.module, Distilled):
+            own = parameter_groups(self.module.terms, optim.weight_decay)
+            groups += [group | {"lr_scale": 1.0} for group in own if group["params"]]
+        return groups
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What run.json keeps: the network, its input, which samples, what it began with and under which licence."""
+        data, source = self.config.data, self.source
+        return {
+            "stage": "finetune",
+            "network": describe_network(self.module.vit),
+            "input": {"size": data.image_size, "mean": self.mean, "std": self.std, "crop": data.eval_crop},
+            "classes": list(self.index.classes or self.val_index.classes) or None,
+            "data": {"images": len(self.samples), "fingerprint": self.index.fingerprint()},
+            "validation": {"images": len(self.val_index), "fingerprint": self.val_index.fingerprint()},
+            "init": source.describe() if source is not None else None,
+            "origin": source.origin if source is not None else None,
+            "teacher": "; ".join(teacher.describe() for teacher in self.teachers) or None,
+            "teacher_weights": [teacher.fingerprint for teacher in self.teachers],
+            "licence": combined_licence(
+                [*([source.licence] if source else []), *(teacher.classifier.licence for teacher in self.teachers)]
+            ),
+        }
+
+    @property
+    def lines(self) -> list[str]:
+        """The run in words, one fact a line."""
+        config, vit, data = self.config, self.module.vit, self.config.data
+        share = f" ({100 * data.label_fraction:g} % of each class)" if data.label_fraction < 1 else ""
+        rates = layer_rates(self.groups, config.optim.peak_lr)
+        return [
+            f"start    {self.source.describe() if self.source is not None else 'from scratch'}",
+            f"network  {vit.embed_dim} x {len(vit.blocks)}, {num_params_m(vit):.2f} M, "
+            f"pooling {config.student.pooling}, {self.num_classes} classes, drop path {config.student.drop_path:g}",
+            f"data     {self.plan.images:,} images{share} at {data.image_size} px, {data.train}",
+            f"eval     {len(self.val_index):,} images, {data.val}",
+            *distillation_lines(config, self.teachers, micro_batch=self.plan.batch.micro_batch),
+            *plan_lines(config, self.plan),
+            f"layers   lr times {config.optim.layer_decay:g} a layer, head to patches: "
+            + " ".join(f"{rate:.3g}" for rate in reversed(rates)),
+        ]
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Make the input of a step from a micro-batch on the device: images [m, 3, s, s], soft targets [m, C].
+
+        Flipped by (seed, position), normalised, then erased and mixed with draws of the global generators.
+        """
+        images = to_float01(batch.images)
+        if self.config.data.flip:
+            images = random_flip(images, batch.positions, seed=self.config.seed)
+        labels = batch.labels.clamp(min=0)  # -1 where there is none, and then nothing reads it
+        return self._mixing(normalize(images, *self._channels), labels)
+
+    @cached_property
+    def _mixing(self) -> Mixing:
+        return build_mixing(self.config, num_classes=self.num_classes, device=self.device)
+
+    @cached_property
+    def _channels(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation on the device, [3, 1, 1] each: made once, because making them waits for a GPU."""
+        mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (self.mean, self.std))
+        return mean, std
+
+    def compile(self) -> None:
+        """Compile what a step runs: the student, and the teachers that are plain ViTs; others may break its graph."""
+        compile_module(self.module)
+        for teacher in self.teaching.teachers if self.teaching is not None else ():
+            if is_plain_vit(teacher.network):
+                compile_module(teacher)
+
+    def teacher_outputs(self, images: Tensor, step: int) -> tuple[Any, ...]:
+        """What the module takes beside images [B, 3, s, s] and targets in a step; nothing without a teacher."""
+        return self.teaching(images, step) if self.teaching is not None else ()
+
+    def validation(self) -> EvaluationImages:
+        """Every validation image, as timm's own evaluation sees it."""
+        data = self.config.data
+        transform = evaluation_transform(size=data.image_size, crop=data.eval_crop)
+        return EvaluationImages(self.val_index, torch.arange(len(self.val_index)), transform)
+
+
+def open_finetuning(config: FinetuneConfig, *, world_size: int, device: torch.device) -> Finetuning:
+    """Opens data and weights, builds the network. Collective, where there is a process group."""
+    set_cache(folder=config.data.cache_folder, gigabytes=config.data.cache_gb)
+    index, val_index = distributed.main_first(lambda: _open_data(config))
+    labelled = config.distill.reads_labels
+    samples = (
+        label_subset(index.labels, config.data.label_fraction, seed=config.seed)
+        if labelled
+        else torch.arange(len(index))
+    )
+    plan = make_plan(config, len(samples), world_size=world_size)
+    num_classes = _num_classes(config, index, val_index)
+    source = distributed.main_first(lambda: build_init_source(config))
+    mean, std = config.data.mean, config.data.std
+    if mean is None or std is None:
+        mean, std = (source.mean, source.std) if source else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    classes = index.classes or val_index.classes
+    teachers = distributed.main_first(lambda: open_teachers(config, classes=classes, num_classes=num_classes))
+    vit = build_classifier(config, source, num_classes=num_classes)
+    module = build_module(config, vit, teachers).to(device)
+    grid = vit.patch_embed.grid_size[0]
+    teaching = build_teaching(config, teachers, grid=grid, plan=plan, mean=mean, std=std, device=device)
+    return Finetuning(
+        config, plan, index, val_index, samples, num_classes, module, source, mean, std, device, teachers, teaching
+    )
+
+
+def dry_run(config: FinetuneConfig) -> None:
+    """Opens everything, times a step and the loader, and prints the plan.
+
+    Writes nothing, but for the index of shards that have none.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parts = open_finetuning(config, world_size=world_size_from_environment(), device=device)
+    RunFolder(config.run).check(config, parts.facts, fresh=False, extend=False)
+    lines = parts.lines
+    lines += measured_lines(config, parts.plan, parts.module, lambda count: _trial(parts, count), device=device)
+    print("\n".join(lines) + "\nnothing was started: dry run", flush=True)
+
+
+def _open_data(config: FinetuneConfig) -> tuple[ShardIndex, ShardIndex]:
+    """The indexes of training and validation shards with the same classes, all that is learned from labelled."""
+    index = open_index(config.data.train, index=config.data.index)
+    require_room(index, window=config.data.window_shards)
+    val_index = open_index(config.data.val)
+    for part in (index, val_index) if config.distill.reads_labels else (val_index,):
+        part.require_labels()
+    if index.classes and val_index.classes and index.classes != val_index.classes:
+        raise DataError(
+            f"training and validation shards name other classes ({len(index.classes)} and {len(val_index.classes)})",
+            "name shards of one data set in data.train and data.val",
+        )
+    return index, val_index
+
+
+def _num_classes(config: FinetuneConfig, index: ShardIndex, val_index: ShardIndex) -> int:
+    """Outputs of the head. Raises ConfigError where a label would have none."""
+    if not config.distill.reads_labels and not index.classes:
+        index = val_index  # the only labels
+    most = int(max(np.max(index.labels), np.max(val_index.labels))) + 1
+    given = config.data.num_classes
+    if given is not None and given < most:
+        raise ConfigError(
+            f"data.num_classes: {given} outputs for labels up to {most - 1}", f"use {most} or more, or null"
+        )
+    if given is None and not index.classes:
+        _require_dense(index)
+    if given is None and int(np.max(val_index.labels)) >= index.num_classes:
+        raise DataError(
+            f"validation labels go up to {most - 1}, training shards have {index.num_classes} classes",
+            "name shards of one data set in data.train and data.val, or set data.num_classes",
+        )
+    return given or max(2, index.num_classes)
+
+
+def _require_dense(index: ShardIndex) -> None:
+    """Raises DataError where so few of the classes up to the largest label occur that this label is a slip, perhaps."""
+    found, largest = len(np.unique(index.labels)), int(np.max(index.labels))
+    if largest + 1 > _SPARSE * found:
+        first = sample_name(index, int(np.argmax(index.labels)))
+        raise DataError(
+            f"labels go up to {largest:,}, first {first}, but only {found} of these classes occur",
+            f"mend the label, or set data.num_classes={largest + 1} if it is meant",
+        )
+
+
+def _trial(parts: Finetuning, count: int) -> tuple[float, float]:
+    """Seconds of loading `count` images and of one forward and backward pass, after one that warms up."""
+    config = parts.config
+    start = time.perf_counter()
+    crops = build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean)
+    batch = crops.__getitems__(list(range(count))).to(parts.device)
+    loading = time.perf_counter() - start
+    dtype = DTYPES[precision(config.engine.precision, parts.device)]
+    for _ in range(2):
+        start = time.perf_counter()
+        seed_generators(config.seed)
+        images, targets = parts.inputs(batch)
+        teacher_outputs = parts.teacher_outputs(
+            images, parts.teaching.heaviest_step if parts.teaching is not None else 0
+        )
+        with torch.autocast(parts.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = parts.module(images, targets, *teacher_outputs)["loss"]
+        loss.backward()
+        loss.item()  # waits for the device
+        seconds = time.perf_counter() - start
+    return loading, seconds

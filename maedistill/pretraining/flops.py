@@ -1,0 +1,58 @@
+"""Floating-point operations of one image in one training step, counted by torch on the meta device.
+
+A multiply-add counts as two. Nothing is computed and no weight is copied, so a ViT-L takes a second.
+"""
+
+import copy
+import itertools
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from maedistill.models.masking import PatchSplit
+
+
+def count_flops(
+    method: nn.Module, teacher: nn.Module | None, *, num_student: int, num_teacher: int
+) -> dict[str, float]:
+    """GFLOP per image of a method and its teacher, or of `benchmark/plain_step.py`'s, by part, and their `total`.
+
+    Parts are the forward passes of `teacher` and of the method's children (`encoder`, `decoder`, `projections`,
+    `generators`) and the whole `backward` pass. num_student and num_teacher are the visible patches S and T.
+    """
+    size, num_patches = method.encoder.grid * method.encoder.patch_size, method.encoder.grid**2
+    images = torch.empty(1, 3, size, size, device="meta")
+    split = PatchSplit(torch.empty(1, num_patches, dtype=torch.int64, device="meta"), num_student, num_teacher)
+    counts: dict[str, float] = {}
+    target = None
+    if teacher is not None:
+        with FlopCounterMode(display=False) as counter:
+            target = on_meta(teacher)(images, split)
+        counts["teacher"] = counter.get_total_flops() / 1e9
+    shapes = on_meta(method)
+    with FlopCounterMode(display=False) as counter:
+        loss = shapes(images, split, target)["loss"]
+    by_module = counter.get_flop_counts()
+    for name, _ in shapes.named_children():
+        prefix = f"{type(shapes).__name__}.{name}"
+        below = [sum(ops.values()) for key, ops in by_module.items() if key == prefix or _is_item(key, prefix)]
+        counts[name] = sum(below) / 1e9
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    counts["backward"] = counter.get_total_flops() / 1e9
+    return counts | {"total": sum(counts.values())}
+
+
+def _is_item(key: str, prefix: str) -> bool:
+    """Whether `key` is one entry of the module list `prefix`, which is never called itself."""
+    return key.startswith(prefix + ".") and key.removeprefix(prefix + ".").isdigit()
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy of `module` whose tensors have shapes only; the deep copy finds them in its memo and copies no weight."""
+    memo = {}
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        shape = tensor.detach().to("meta")
+        memo[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape
+    return copy.deepcopy(module, memo)

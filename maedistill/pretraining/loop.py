@@ -1,0 +1,136 @@
+"""Pre-training: the loop over optimizer steps, top to bottom.
+
+    shards -> crops -> masks, teacher features -> method -> losses -> engine
+
+Everything random is a function of (seed, position) or (seed, step), so a restart needs nothing but the step.
+
+    m micro-batch   s image side
+"""
+
+import numpy as np
+import torch
+
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.data.images.transforms import to_float01
+from maedistill.data.loading.loader import CentreCrops, evaluation_batches, training_batches
+from maedistill.evaluation.knn import knn_accuracy, pooled_features, random_subset
+from maedistill.evaluation.linear_probe import probe_accuracy
+from maedistill.pretraining.build import build_crops, split_of
+from maedistill.pretraining.pictures import reconstruction_sheet
+from maedistill.pretraining.setup import Pretraining, fit_micro_batch, open_pretraining
+from maedistill.processes import ranks as distributed
+from maedistill.randomness import Stream, key
+from maedistill.report.run_report import write_run_report
+from maedistill.runs.folder import RunFolder
+from maedistill.runs.metrics import Averages, MetricsFile
+from maedistill.runs.records import ignore_write_errors
+from maedistill.runs.run import Run
+from maedistill.runs.start import joined, start_run
+
+_PICTURES = 8  # images on a reconstruction sheet
+
+
+def pretrain(config: PretrainConfig, *, fresh: bool = False, extend: bool = False) -> None:
+    """Runs or continues a pre-training run to its end. Every rank calls it.
+
+    fresh: refuse a folder that already holds a run. extend: allow a changed number of epochs.
+    Raises kinds of UserError; RUN/exit.json says how it ended.
+    """
+    folder = RunFolder(config.run)
+    with joined(config, folder) as peers:
+        parts = open_pretraining(config, world_size=distributed.world_size(), device=distributed.device())
+        fit_micro_batch(parts, folder)
+        with start_run(parts, folder, peers, fresh=fresh, extend=extend) as run, run.resume() as metrics:
+            train(run, parts, metrics)
+        report = distributed.on_main(lambda: write_run_report(folder))
+        if distributed.is_main():
+            print(f"done: {report}", flush=True)
+
+
+def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
+    """The loop, to the end of the run. Collective."""
+    config, plan, engine, teacher = parts.config, parts.plan, run.engine, parts.teacher
+    crops = build_crops(config, parts.index)
+    batches = training_batches(
+        crops,
+        run.step,
+        plan.steps,
+        plan=plan.batch,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        workers=run.workers,
+        device=run.device,
+        timeout_seconds=config.data.timeout_seconds,
+        max_batch_wait=run.max_batch_wait,
+    )
+    averages = Averages()
+
+    for step in range(run.step, plan.steps):
+        run.schedule.step_update(step)
+        for micro in range(plan.batch.accumulation):
+            with run.clock.waiting():
+                batch = next(batches)
+            run.peers.beat(step)
+            images, split = parts.inputs(batch.images, batch.positions)  # [m, 3, s, s]
+            target = teacher(images, split) if teacher is not None else None
+            if config.student.drop_path:
+                torch.manual_seed(key(config.seed, Stream.NETWORK, step, micro, distributed.rank()))
+            losses = engine(images, split, target)
+            engine.backward(losses["loss"])
+            engine.step()
+            averages.add(losses)
+            run.clock.images += len(images)
+            run.replaced += batch.bad
+        run.end_step(crops)
+
+        # Log: the only place where the host waits for the device.
+        if run.should_log:
+            run.log(averages, metrics)
+
+        # Draw, probe, save: each on its own period, none of it counted as training time. Saving comes last, so that
+        # a checkpoint never stands for a picture or a probe that a kill took away.
+        with run.untimed():
+            if run.due(config.log.pictures_every_epochs):
+                draw(run, parts, metrics)
+            if parts.val_index is not None:
+                probe(run, parts, metrics)
+            if run.should_save:
+                run.save()
+        run.raise_if_preempted()
+
+
+def draw(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
+    """Draws a few fixed images with fixed masks. Every rank computes (ZeRO 3 needs them all), rank 0 writes."""
+    data, index = parts.config.data, parts.val_index or parts.index
+    crops = CentreCrops(index, random_subset(index, _PICTURES), size=data.image_size, share=data.eval_crop)
+    images = to_float01(next(evaluation_batches(crops, batch=_PICTURES, workers=0))[0].to(parts.device))
+    split = split_of(parts.config, torch.arange(len(images), device=parts.device), parts.module.encoder.grid**2)
+    sheet = reconstruction_sheet(parts.module, images, split, teacher=parts.teacher is not None)
+    if metrics is not None:
+        with ignore_write_errors(path := run.folder.pictures / f"step_{run.step:09d}.png"):
+            sheet.save(path)
+        metrics.picture(run.step, "reconstruction", np.asarray(sheet))
+
+
+def probe(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
+    """kNN and a linear probe, as far as due: learnt from training images, judged on validation images. Collective."""
+    data, log = parts.config.data, parts.config.log
+    knn, linear = run.due(log.knn_every_epochs), run.due(log.probe_every_epochs)
+    if not (knn or linear):
+        return
+    batch, workers = parts.plan.batch.micro_batch, run.workers
+    bank, queries = (
+        pooled_features(
+            parts.module, index, random_subset(index, log.knn_images),
+            size=data.image_size, share=data.eval_crop, batch=batch, workers=workers,
+            precision=parts.config.engine.precision, timeout_seconds=data.timeout_seconds,
+        )
+        for index in (parts.index, parts.val_index)
+    )  # fmt: skip
+    scores = {"knn": knn_accuracy(*bank, *queries, device=run.device)} if knn else {}
+    if metrics is not None:
+        scores |= {"linear": probe_accuracy(*bank, *queries, device=run.device)} if linear else {}
+        metrics.write(run.step, {**scores, "epoch": run.epoch})
+        names = {"knn": "kNN {:.1%} (a trend, no forecast)", "linear": "linear probe {:.1%}"}
+        words = ", ".join(names[name].format(accuracy) for name, accuracy in scores.items())
+        print(f"epoch {run.epoch:.1f}  {words}", flush=True)

@@ -1,0 +1,65 @@
+"""Reconstruction sheets: what student and teacher see of an image, and what the student makes of the rest.
+
+B images, one per line   s image side
+"""
+
+from collections.abc import Mapping
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from maedistill.methods.mae import MAE
+from maedistill.models.masking import PatchSplit
+from maedistill.models.patches import patchify, unpatchify
+
+_GREY = 0.5
+_LEAST_SIDE = 96  # small images are enlarged to at least so many pixels, without smoothing
+_HEADER, _GAP = 18, 4
+
+
+def show_only(images: Tensor, ids: Tensor, patch_size: int) -> Tensor:
+    """The images with all patches but `ids` greyed out: [B, 3, s, s], int64 [B, M] -> [B, 3, s, s]."""
+    rows = patchify(images, patch_size)  # [B, N, p*p*3]
+    seen = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device).scatter_(1, ids, True)
+    return unpatchify(torch.where(seen[..., None], rows, _GREY), patch_size)
+
+
+def paste(images: Tensor, predicted: Tensor, ids: Tensor, patch_size: int) -> Tensor:
+    """The predictions with the true patches `ids` pasted in: what a reader compares with the image."""
+    rows, guess = patchify(images, patch_size), patchify(predicted, patch_size)
+    seen = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device).scatter_(1, ids, True)
+    return unpatchify(torch.where(seen[..., None], rows, guess), patch_size)
+
+
+def reconstruction_sheet(method: MAE, images: Tensor, split: PatchSplit, *, teacher: bool) -> Image.Image:
+    """One line per image: the image, what the student sees, what the teacher sees (with one), what is predicted.
+
+    images: [B, 3, s, s] in [0, 1]. The true visible patches are pasted into the prediction.
+    """
+    training = method.training
+    method.eval()
+    predicted, patch_size = method.draw(images, split), method.encoder.patch_size
+    method.train(training)
+    columns = {"image": images, "student sees": show_only(images, split.student, patch_size)}
+    if teacher:
+        columns["teacher sees"] = show_only(images, split.teacher, patch_size)
+    columns["student predicts"] = paste(images, predicted, split.student, patch_size)
+    return tile(columns)
+
+
+def tile(columns: Mapping[str, Tensor]) -> Image.Image:
+    """Labelled columns of images, each [B, 3, s, s] in [0, 1], as one picture. Small images are enlarged unsmoothed."""
+    images = next(iter(columns.values()))
+    side = images.shape[-1]
+    scale = max(1, -(-_LEAST_SIDE // side))
+    step = side * scale + _GAP
+    sheet = Image.new("RGB", (step * len(columns) + _GAP, _HEADER + step * len(images)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for x, (label, column) in enumerate(columns.items()):
+        pen.text((_GAP + x * step, 4), label, fill="black")
+        pixels = (column.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # [B, s, s, 3]
+        for y, picture in enumerate(pixels):
+            enlarged = Image.fromarray(picture).resize((side * scale, side * scale), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (_GAP + x * step, _HEADER + y * step))
+    return sheet

@@ -1,0 +1,198 @@
+"""What a pre-training run is made of before its engine exists: data, student, teacher; opened, described, tried."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maedistill.config.batch import batch_plans, world_size_from_environment
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.data.remote.cache import set_cache
+from maedistill.data.shards.index import ShardIndex, open_index
+from maedistill.data.shards.reader import require_room
+from maedistill.machine import DTYPES, precision
+from maedistill.methods.mae import MAE
+from maedistill.methods.teacher import Teacher
+from maedistill.models.masking import PatchSplit
+from maedistill.pretraining.build import (
+    build_crops,
+    build_encoder,
+    build_method,
+    build_teacher,
+    build_teacher_source,
+    mask_sizes,
+    step_inputs,
+)
+from maedistill.pretraining.flops import count_flops
+from maedistill.processes import ranks as distributed
+from maedistill.runs.folder import RunFolder
+from maedistill.runs.plan import Plan, make_plan, measured_lines, num_params_m, plan_lines
+from maedistill.training.compilation import compile_function, compile_module
+from maedistill.training.memory_fit import fit_to_memory
+from maedistill.training.optim import parameter_groups
+from maedistill.weights.fingerprint import weights_fingerprint
+from maedistill.weights.from_run import describe_network
+from maedistill.weights.source import Source
+
+
+@dataclass
+class Pretraining:
+    """The parts, on `device`. teacher is None for a method without one; teacher_weights: its fingerprint, in a list.
+
+    inputs: `step_inputs` of this run, images uint8 [m, 3, s, s] and positions int64 [m] to images in [0, 1] and masks.
+    """
+
+    config: PretrainConfig
+    plan: Plan
+    index: ShardIndex
+    val_index: ShardIndex | None
+    module: MAE
+    source: Source | None
+    teacher: Teacher | None
+    teacher_weights: list[str]
+    device: torch.device
+    inputs: Callable[[Tensor, Tensor], tuple[Tensor, PatchSplit]]
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for the optimizer."""
+        return parameter_groups(self.module, self.config.optim.weight_decay)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What run.json keeps: the network, which samples, which teacher, the licence of the weights that went in."""
+        data, source = self.config.data, self.source
+        return {
+            "stage": "pretrain",
+            "method": self.config.method,
+            "network": describe_network(self.module.encoder.vit),
+            "input": {"size": data.image_size, "mean": data.mean, "std": data.std, "crop": data.eval_crop},
+            "data": {"images": len(self.index), "fingerprint": self.index.fingerprint()},
+            "batch": {"ranks": self.plan.world_size, "micro_batch": self.plan.batch.micro_batch},
+            "teacher": source.describe() if source is not None else None,
+            "teacher_weights": self.teacher_weights,
+            "licence": source.licence if source is not None else "yours: no other weights were used",
+        }
+
+    @property
+    def lines(self) -> list[str]:
+        """The run in words, one fact a line."""
+        config = self.config
+        num_patches = self.module.encoder.grid**2
+        student, teacher = mask_sizes(config, num_patches)
+        seen = f"student sees {student} of {num_patches} patches"
+        if self.source is not None:
+            seen += f", teacher {teacher} (nested)" if teacher > student else ", teacher the same"
+        sizes = ", ".join(f"{name} {num_params_m(child):.2f} M" for name, child in self.module.named_children())
+        images = f"{self.plan.images:,} images in {len(self.index.shards)} shards at {config.data.image_size} px"
+        return [
+            f"method   {config.method}: {seen}",
+            *([f"teacher  {self.source.describe()}"] if self.source is not None else []),
+            f"student  {config.student.title}  {sizes}",
+            f"data     {images}, {config.data.train}",
+            *plan_lines(config, self.plan),
+        ]
+
+    def compile(self) -> None:
+        """Compile what a step runs: images and masks, teacher, student."""
+        self.inputs = compile_function(self.inputs)
+        for network in (self.teacher, self.module):
+            if network is not None:
+                compile_module(network)
+
+
+def open_pretraining(config: PretrainConfig, *, world_size: int, device: torch.device) -> Pretraining:
+    """Opens data and teacher, builds the student. Collective, where there is a process group."""
+    set_cache(folder=config.data.cache_folder, gigabytes=config.data.cache_gb)
+    index, val_index = distributed.main_first(lambda: _open_data(config))
+    plan = make_plan(config, len(index), world_size=world_size)
+    encoder = build_encoder(config)
+    source = distributed.main_first(lambda: build_teacher_source(config, grid=encoder.grid))
+    teacher_weights = [weights_fingerprint(source.encoder)] if source is not None else []  # before they change type
+    method = build_method(config, encoder, source).to(device)
+    teacher = build_teacher(config, source, device) if source is not None else None
+    inputs = partial(step_inputs, config, num_patches=encoder.grid**2)
+    return Pretraining(config, plan, index, val_index, method, source, teacher, teacher_weights, device, inputs)
+
+
+def fit_micro_batch(parts: Pretraining, folder: RunFolder) -> None:
+    """Choose the micro-batch by the memory of the GPUs, where `engine.micro_batch` leaves it open. Collective.
+
+    A run that goes on with as many ranks as before keeps what it had, and so every bit of its sums.
+    """
+    config, plan, device = parts.config, parts.plan, parts.device
+    if config.engine.micro_batch is not None or device.type != "cuda":
+        return
+    plans = batch_plans(config.optim.global_batch, world_size=plan.world_size, group=config.data.views_per_image)
+    known = distributed.on_main(folder.facts).get("batch", {})
+    batch = next((one for one in plans if known == {"ranks": plan.world_size, "micro_batch": one.micro_batch}), None)
+    if batch is None:
+        numbers = sum(p.numel() for p in parts.module.parameters())
+        copies = 3 + (config.optim.ema is not None)  # Adam's two moments, gradients being reduced, moving average
+        later = 4 * copies * numbers
+        batch = fit_to_memory(plans, lambda count: _trial_on_noise(parts, count), device=device, later_bytes=later)
+        parts.module.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+    parts.plan = replace(plan, batch=batch)
+
+
+def dry_run(config: PretrainConfig) -> None:
+    """Opens everything, counts FLOPs, times a step and the loader, and prints the plan.
+
+    Writes nothing, but for the index of shards that have none.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parts = open_pretraining(config, world_size=world_size_from_environment(), device=device)
+    RunFolder(config.run).check(config, parts.facts, fresh=False, extend=False)
+    student_sees, teacher_sees = mask_sizes(config, parts.module.encoder.grid**2)
+    flops = count_flops(parts.module, parts.teacher, num_student=student_sees, num_teacher=teacher_sees)
+    lines = parts.lines
+    lines.append("flops    " + ", ".join(f"{name} {value:.2f}" for name, value in flops.items()) + " GFLOP per image")
+    lines += measured_lines(config, parts.plan, parts.module, lambda count: _trial(parts, count), device=device)
+    print("\n".join(lines) + "\nnothing was started: dry run", flush=True)
+
+
+def _open_data(config: PretrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
+    """The indexes of training and validation shards; labels that are needed later are missed now."""
+    index = open_index(config.data.train, index=config.data.index)
+    require_room(index, window=config.data.window_shards)
+    val_index = open_index(config.data.val) if config.data.val else None
+    if val_index is not None and (config.log.knn_every_epochs or config.log.probe_every_epochs):
+        index.require_labels()
+        val_index.require_labels()
+    return index, val_index
+
+
+def _trial(parts: Pretraining, count: int) -> tuple[float, float]:
+    """Seconds of loading `count` images and of one forward and backward pass, after one that warms up."""
+    config = parts.config
+    start = time.perf_counter()
+    batch = build_crops(config, parts.index).__getitems__(list(range(count))).to(parts.device)
+    loading = time.perf_counter() - start
+    for _ in range(2):
+        start = time.perf_counter()
+        _pass(parts, batch.images, batch.positions)
+        seconds = time.perf_counter() - start
+    return loading, seconds
+
+
+def _trial_on_noise(parts: Pretraining, count: int) -> None:
+    """Make a forward and backward pass of `count` grey images."""
+    side = parts.config.data.image_size
+    images = torch.full((count, 3, side, side), 127, dtype=torch.uint8, device=parts.device)
+    _pass(parts, images, torch.arange(count, device=parts.device))
+
+
+def _pass(parts: Pretraining, pixels: Tensor, positions: Tensor) -> None:
+    """Make a forward and backward pass, to its end on the device: uint8 [m, 3, s, s], int64 [m]."""
+    dtype = DTYPES[precision(parts.config.engine.precision, parts.device)]
+    images, split = parts.inputs(pixels, positions)
+    target = parts.teacher(images, split) if parts.teacher is not None else None
+    with torch.autocast(parts.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        loss = parts.module(images, split, target)["loss"]
+    loss.backward()
+    loss.item()  # waits for the device

@@ -1,0 +1,1 @@
+"""The processes of a run: who is who, who is alive, signals, and the end of the launcher."""

@@ -1,0 +1,168 @@
+"""Whose fault it is: what ranks say of themselves in, which ranks hold up the run out. See heartbeat.py, which asks.
+
+Heartbeats of all ranks, looked at twice -> Diagnosis: the error to leave with, and who cannot speak any more
+"""
+
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from maedistill.errors import ConfigError, DataError, NumericsError, PeerError, UserError
+
+_GOES_ON = "the same command goes on from the newest checkpoint"
+# How gloo's errors look, which are plain RuntimeErrors; those of NCCL and of the store have types of their own.
+_GLOO = re.compile(r"third_party/gloo/|Application timeout caused pair closure|Connection (closed|reset) by peer")
+_SILENT_SECONDS = 5.0  # without a Heartbeat: its process is looked for
+_MACHINE_SILENT_SECONDS = 60.0  # without a Heartbeat of any rank of a machine: it is taken for lost
+_WAITING = ("torch/distributed/", "deepspeed/comm/", "maedistill/processes/preemption.py")  # files of a waiting stack
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """What a rank says of itself, once a round."""
+
+    rank: int
+    host: str
+    process: int
+    rounds: int = 0  # grows for as long as the process lives
+    moves: int = 0  # how often its main thread said that it moved
+    step: int = 0  # where it was then
+    place: str = "?"  # where the main thread is now, in our code
+    waits: bool = False  # whether it waits for other ranks there
+    left: bool = False  # its last Heartbeat, on good terms
+    pid_space: str = ""  # processes with the same one see each other's process numbers
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host} (process {self.process}, step {self.step})"
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a rank that cannot go on leaves with; `lost` are the ranks that cannot say so themselves."""
+
+    error: UserError
+    lost: tuple[int, ...] = ()
+
+    def to_text(self) -> str:
+        """For the other ranks."""
+        return json.dumps([self.error.exit_code, self.error.cause, self.error.remedy, self.lost])
+
+    @classmethod
+    def from_text(cls, text: str | bytes) -> "Diagnosis":
+        """What another rank said."""
+        code, cause, remedy, lost = json.loads(text)
+        return cls(_kind(code)(cause, remedy), tuple(lost))
+
+
+def judge(before: Sequence[Heartbeat], after: Sequence[Heartbeat], *, why: str) -> Diagnosis:
+    """Names the ranks that hold up the run, from two looks at all Heartbeats that are a few rounds apart.
+
+    Those that gave no sign of life in between; else those whose main thread moved least; among equals, those that do
+    not wait for other ranks. why: what made this rank ask.
+    """
+    silent = [new for old, new in zip(before, after, strict=True) if new.rounds == old.rounds and not new.left]
+    if silent:
+        return _lost(", ".join(map(str, silent)), tuple(beat.rank for beat in silent))
+    here = [beat for beat in after if not beat.left]
+    least = min(beat.moves for beat in here)
+    behind = [beat for beat in here if beat.moves == least]
+    behind = [beat for beat in behind if not beat.waits] or behind
+    places = ", ".join(f"{beat} is in {beat.place}" for beat in behind)
+    others = "; the others wait" if len(behind) < len(here) else ""
+    remedy = f"see the stacks in its output; if it was only slow, raise engine.timeout_seconds; {_GOES_ON}"
+    return Diagnosis(PeerError(f"{why}: {places}{others}", remedy))
+
+
+def find_lost(beats: Sequence[Heartbeat], silent_seconds: Mapping[int, float], *, pid_space: str) -> Diagnosis | None:
+    """Name the ranks that are surely gone, while this rank waits: None where there are none.
+
+    beats: the latest of all ranks. silent_seconds: by rank, for how long it has said nothing. A silent rank of this
+    machine is gone if its process is; one that is frozen may come back. Of another machine we hear from its other
+    ranks, so it is gone when none of them has spoken for a minute.
+    """
+    gone = []
+    for beat in beats:
+        silent = silent_seconds[beat.rank]
+        if beat.left or silent < _SILENT_SECONDS:
+            continue
+        if beat.pid_space == pid_space:
+            lost = not _exists(beat.process)
+        else:
+            machine = (other.rank for other in beats if other.pid_space == beat.pid_space)
+            lost = min(silent_seconds[rank] for rank in machine) >= _MACHINE_SILENT_SECONDS
+        if lost:
+            gone.append(beat)
+    return _lost(", ".join(map(str, gone)), tuple(beat.rank for beat in gone)) if gone else None
+
+
+def pid_space() -> str:
+    """Identify this machine and its namespace of process numbers: containers on one machine may not see each other."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return platform.node()
+
+
+def _exists(process: int) -> bool:
+    """Whether a process of this machine lives; a zombie, which its parent has not buried yet, does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def judge_store() -> Diagnosis:
+    """The same where the store does not answer: torchrun has it, or else rank 0."""
+    address = f"at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return _lost(f"torchrun {address}", ())
+    return _lost(f"rank 0 {address}", (0,))
+
+
+def own_failure(beat: Heartbeat, error: BaseException) -> Diagnosis:
+    """What the other ranks are told of an error of this one."""
+    who = f"rank {beat.rank} on {beat.host}"
+    if isinstance(error, UserError):
+        return Diagnosis(_kind(error.exit_code)(f"{who}: {error.cause}", error.remedy))
+    return Diagnosis(PeerError(f"{who} failed: {type(error).__name__}: {error}", f"see its traceback; {_GOES_ON}"))
+
+
+def peer_error(error: BaseException) -> PeerError | None:
+    """What a failed collective or store means to a person; None for any other error."""
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _GLOO.search(str(error))):
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        return PeerError(f"another rank of this run was lost ({line})", f"see its output; {_GOES_ON}")
+    return None
+
+
+def where(thread: int) -> tuple[str, bool]:
+    """The innermost place in our code where a thread is, and whether it waits for other ranks there."""
+    innermost = frame = sys._current_frames().get(thread)
+    waits = False
+    while frame is not None:
+        waits = waits or any(part in frame.f_code.co_filename for part in _WAITING)
+        if frame.f_globals.get("__name__", "").startswith("maedistill."):
+            break
+        frame = frame.f_back
+    shown = frame or innermost
+    if shown is None:
+        return "?", waits
+    return f"{os.path.basename(shown.f_code.co_filename)}:{shown.f_lineno} {shown.f_code.co_name}", waits
+
+
+def _kind(exit_code: int) -> type[UserError]:
+    kinds = {kind.exit_code: kind for kind in (ConfigError, DataError, NumericsError)}
+    return kinds.get(exit_code, PeerError)
+
+
+def _lost(who: str, ranks: tuple[int, ...]) -> Diagnosis:
+    remedy = f"look there for what ended it: its output, memory, the machine itself; {_GOES_ON}"
+    return Diagnosis(PeerError(f"{who} ended, froze or cannot be reached", remedy), ranks)

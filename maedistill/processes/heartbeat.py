@@ -1,0 +1,227 @@
+"""Who is alive: every rank says so in a store, and a rank that cannot go on finds out whose fault it is.
+
+    main thread: beat(step) -> Heartbeat, once a round -> store <- the Heartbeats of the others
+    no beat for 15 s -> look who is surely gone (diagnosis.py) -> two lines, exit 5
+    no beat for too long, or a collective failed -> look at all Heartbeats twice -> judge -> two lines, exit 5
+
+gloo reports a lost rank at once. NCCL does not: the host waits for a device that waits for the lost rank. That is what
+the look after 15 s is for. A long step (the first one may compile) costs nothing but these looks.
+
+Two small threads per rank. One talks to the store that the process group was opened with (torchrun's, else rank 0's)
+and is stuck when that is. The other waits for nothing: where the main thread has not moved for the time allowed, it
+writes down all stacks, names the ranks that are silent or behind, and ends the process, which the main thread, stuck in
+a collective, cannot. Clocks of different machines are never compared.
+"""
+
+import faulthandler
+import json
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import timedelta
+from types import TracebackType
+
+import torch.distributed as dist
+
+from maedistill.errors import Preempted, UserError, device_error, print_error
+from maedistill.processes import ranks as distributed
+from maedistill.processes.diagnosis import (
+    Diagnosis,
+    Heartbeat,
+    find_lost,
+    judge,
+    judge_store,
+    own_failure,
+    peer_error,
+    pid_space,
+    where,
+)
+
+_LOOK_ROUNDS = 5  # for a judgement
+_DOUBT_SECONDS = 15.0  # without a beat, until this rank looks whether another one is gone
+_RECORD_SECONDS = 10.0  # for `on_loss`, whose disk may be what hangs
+
+
+class Peers:
+    """Watches this rank and the others for as long as its `with` block lasts. Collective.
+
+    A failure of torch.distributed in the block becomes a PeerError that names the lost ranks, a failure of this rank's
+    GPU the error of `device_error`. Any other error is told to the other ranks, which end with the same exit code.
+    The watch begins with the first `beat`: from then on `timeout_seconds` without another one, pauses apart, end the
+    process with exit code 5 and all stacks on stderr; so does another rank that is surely gone, within some 20 s.
+
+    on_loss: writes down why the run ended, where no exception does: called on rank 0 before its process is ended from
+    here, and on the least other rank when rank 0 is lost.
+    """
+
+    def __init__(self, *, timeout_seconds: float, on_loss: Callable[[UserError], None]) -> None:
+        self._timeout, self._on_loss = timeout_seconds, on_loss
+        self._round = min(max(timeout_seconds / 40, 0.1), 1.0)  # seconds between Heartbeats
+        self._main = threading.get_ident()
+        self._said = Heartbeat(distributed.rank(), platform.node(), os.getpid(), pid_space=pid_space())
+        self._step = self._moves = 0
+        self._moved, self._watched = time.monotonic(), False
+        self._doubt, self._ended = threading.Event(), threading.Event()
+        self._looks: list[list[Heartbeat]] = []  # at all Heartbeats, since the doubt
+        self._stuck = threading.Event()  # this rank does not move: the talker keeps `_latest` up to date
+        self._latest: list[Heartbeat] = []
+        self._heard_from: dict[int, tuple[int, float]] = {}  # rounds of each rank, and when they last grew
+        self._words: Diagnosis | None = None  # why this rank fails, for the others
+        self._heard: Diagnosis | None = None  # why another one failed, the first that did
+        self._store: dist.Store | None = None
+        self._talker = threading.Thread(target=self._talk, name="peers-talk", daemon=True)
+
+    def __enter__(self) -> "Peers":
+        if distributed.world_size() > 1:
+            self._store = _open_store()
+            self._say()
+            distributed.barrier()  # from here on every rank has a Heartbeat
+            self._talker.start()
+        threading.Thread(target=self._watch, name="peers-watch", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._watched = False
+        lost, broken = None, device_error(error) if error is not None else None
+        if error is not None and (translated := peer_error(error)) is not None:
+            self._words = lost = self._judge(translated.cause)
+        elif error is not None and not isinstance(error, Preempted):
+            self._words = own_failure(self._said, broken or error)
+        self._ended.set()
+        if self._store is not None:
+            self._talker.join(_LOOK_ROUNDS * self._round)
+            self._let_others_hear()
+        if lost is not None:
+            if not distributed.is_main():  # there, whoever catches the error records it
+                self._record(lost)
+            raise lost.error from error
+        if broken is not None:
+            raise broken from error
+
+    def beat(self, step: int) -> None:
+        """The main thread is alive, with `step` steps done: at each step's end, and where ranks may drift apart."""
+        self._step, self._moves, self._moved, self._watched = step, self._moves + 1, time.monotonic(), True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what may take longer than any step: saving, evaluating. The process group's own time-out still holds."""
+        watched, self._watched = self._watched, False
+        yield
+        self._moved, self._watched = time.monotonic(), watched
+
+    def _talk(self) -> None:
+        """The thread that talks to the store, for as long as that answers."""
+        ended = False
+        try:
+            while not ended:
+                ended = self._ended.wait(self._round)
+                self._say(left=ended and self._words is None)
+                if self._stuck.is_set():
+                    self._latest = self._look()
+                if self._doubt.is_set():
+                    self._looks.append(self._look())
+                if self._store.check(["failed"]):
+                    self._heard = Diagnosis.from_text(self._store.get("failed"))
+                elif self._words is not None:
+                    self._store.set("failed", self._words.to_text())
+        except dist.DistError:
+            return  # whoever judges finds no looks, and says so
+
+    def _say(self, *, left: bool = False) -> None:
+        place, waits = where(self._main)
+        rounds, moves, step = self._said.rounds + 1, self._moves, self._step
+        self._said = replace(self._said, rounds=rounds, moves=moves, step=step, place=place, waits=waits, left=left)
+        if self._store is not None:
+            self._store.set(f"beat/{self._said.rank}", json.dumps(asdict(self._said)))
+
+    def _look(self) -> list[Heartbeat]:
+        keys = [f"beat/{rank}" for rank in range(distributed.world_size())]
+        beats = [Heartbeat(**json.loads(text)) for text in self._store.multi_get(keys)]
+        now = time.monotonic()
+        for beat in beats:
+            if self._heard_from.get(beat.rank, (-1, now))[0] != beat.rounds:
+                self._heard_from[beat.rank] = (beat.rounds, now)
+        return beats
+
+    def _watch(self) -> None:
+        """The thread that ends a process whose main thread cannot."""
+        while not self._ended.wait(self._round):
+            if self._heard is not None:
+                time.sleep(_LOOK_ROUNDS * self._round)  # the main thread may notice, too
+                self._leave(self._heard)
+            moved = self._moved
+            self._look_for_lost(moved)
+            if self._watched and time.monotonic() - moved > self._timeout - (_LOOK_ROUNDS + 5) * self._round:
+                judgement = self._judge(f"no step for {self._timeout:g} s")
+                if self._moved == moved and self._watched:
+                    self._leave(judgement)
+
+    def _look_for_lost(self, moved: float) -> None:
+        """While the main thread does not move, end the process as soon as another rank is surely gone."""
+        if self._store is None or not self._moves:
+            return
+        if time.monotonic() - moved < _DOUBT_SECONDS:
+            self._stuck.clear()
+            self._latest, self._heard_from = [], {}
+            return
+        self._stuck.set()
+        lost = None
+        if not self._talker.is_alive():
+            lost = judge_store()
+        elif self._latest:
+            beats, now = self._latest, time.monotonic()
+            silent = {beat.rank: now - self._heard_from.get(beat.rank, (0, now))[1] for beat in beats}
+            lost = find_lost(beats, silent, pid_space=self._said.pid_space)
+        if lost is not None and self._moved == moved:
+            self._leave(lost)
+
+    def _judge(self, why: str) -> Diagnosis:
+        """Whose fault it is that this rank cannot go on, as `why` says. Takes a few rounds."""
+        if self._store is None:
+            before = self._said
+            self._say()
+            return judge([before], [self._said], why=why)
+        self._looks = []
+        self._doubt.set()
+        for _ in range(_LOOK_ROUNDS):
+            time.sleep(self._round)
+            if self._heard is not None:
+                return self._heard
+        self._doubt.clear()
+        return judge(self._looks[0], self._looks[-1], why=why) if len(self._looks) > 1 else judge_store()
+
+    def _leave(self, judgement: Diagnosis) -> None:
+        if self._ended.is_set():  # the main thread does
+            return
+        self._words = judgement
+        faulthandler.dump_traceback(2)  # stderr, all threads
+        print_error(judgement.error)
+        self._record(judgement)
+        self._let_others_hear()
+        os._exit(judgement.error.exit_code)
+
+    def _record(self, judgement: Diagnosis) -> None:
+        """Calls `on_loss` where it is this rank's turn, for a bounded time."""
+        if self._said.rank == min(set(range(distributed.world_size())) - set(judgement.lost), default=0):
+            record = threading.Thread(target=self._on_loss, args=(judgement.error,), daemon=True)
+            record.start()
+            record.join(_RECORD_SECONDS)
+
+    def _let_others_hear(self) -> None:
+        """Keeps rank 0, whose process may hold the store, until all have read why it leaves."""
+        if self._words is not None and self._store is not None and distributed.is_main():
+            time.sleep(2 * self._round)
+
+
+def _open_store() -> dist.Store:
+    """Collective. A connection of our own to the process group's store, under a name that no other start has."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+    return dist.PrefixStore(f"peers/{distributed.broadcast_object(uuid.uuid4().hex)}", store)

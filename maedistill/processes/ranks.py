@@ -1,0 +1,264 @@
+"""Which process this is and how it talks to the others: one process or many, from torchrun, deepspeed, srun or nothing.
+
+`prepare_environment` turns what the launcher left in the environment into the five variables that torch understands;
+`open_group` exports them and opens the process group. Everything else works with one process and without a group as
+well. Functions marked *collective* must be called by every rank, in the same order.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from maedistill.errors import ConfigError, PeerError, UserError
+from maedistill.machine import named_gpus
+
+T = TypeVar("T")
+_NCCL_GRACE_SECONDS = 60
+_timeout = timedelta(minutes=10)
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def open_group(timeout_seconds: int) -> None:
+    """Find the other processes of this run: NCCL on GPUs, gloo on CPUs.
+
+    A collective that waits longer than `timeout_seconds` for a rank fails. NCCL's own limit is a minute longer: it ends
+    the process without a word, and heartbeat.py says first which rank is missing. Raises PeerError when not all ranks
+    come, or when NCCL cannot connect them.
+    """
+    global _timeout
+    os.environ.update(prepare_environment(os.environ))
+    number, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    gpu = None
+    if torch.cuda.is_available():
+        gpu = _take_gpu(number)
+    try:
+        dist.init_process_group(
+            "gloo" if gpu is None else "nccl",
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=gpu if ranks > 1 else None,
+        )
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        raise PeerError(
+            f"the {ranks} processes of this run did not find each other within {timeout_seconds} s at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]})",
+            "start every rank (torchrun, deepspeed, or srun with one task per GPU) and let them reach that address",
+        ) from error
+    except dist.DistBackendError as error:
+        raise PeerError(
+            f"NCCL could not connect the {ranks} ranks of this run ({_nccl_reason(error)})",
+            "NCCL_DEBUG=INFO says more; often NCCL_SOCKET_IFNAME must name the network interface, or two ranks share a "
+            "GPU",
+        ) from error
+    _timeout = timedelta(seconds=timeout_seconds + (_NCCL_GRACE_SECONDS if gpu is not None else 0))
+    set_collective_timeout()
+
+
+def set_collective_timeout() -> None:
+    """Give every process group opened so far the time limit of `open_group`.
+
+    Libraries open groups without one, and these have the backend's default: 10 minutes for NCCL.
+    """
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # torch 2.11 to 2.13
+    for group in dist.distributed_c10d._world.pg_map:
+        set_timeout(_timeout, group)
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes of the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Number of this process on its machine, from 0: also the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if dist.is_initialized() else 0
+
+
+def local_world_size() -> int:
+    """Number of processes of the run on this machine, as far as the launcher says; all of them where it does not."""
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):  # torchrun, srun
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name])
+    return world_size()
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which alone prints and writes files."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """Where this process computes: its GPU, or the CPU where there is none."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def barrier() -> None:
+    """Collective. Waits until every rank is here."""
+    if world_size() > 1:
+        dist.barrier(device_ids=[local_rank()] if dist.get_backend() == "nccl" else None)
+
+
+def broadcast_object(value: T) -> T:
+    """Collective. Rank 0's `value` (any small picklable object) on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value if is_main() else None]
+    dist.broadcast_object_list(box, src=0, device=device())
+    return box[0]
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Collective. Runs `work` on rank 0 alone; every rank gets its result, or fails with it.
+
+    `work` must not call collectives. Rank 0 raises what `work` raised; the others raise the same `UserError`, or a
+    `PeerError` that quotes it, so that nobody waits for a rank that is gone.
+    """
+    result, error = None, None
+    if is_main():
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+    result, news = broadcast_object((result, _error_payload(error)))
+    if error is not None:
+        raise error
+    if news is not None:
+        kind, cause, remedy = news
+        raise kind(cause, remedy)
+    return result
+
+
+def main_first(work: Callable[[], T]) -> T:
+    """Collective. Every rank runs `work`, rank 0 before the others: what it leaves in a cache, they find there."""
+    mine: list[T] = []
+    on_main(lambda: mine.append(work()))
+    return mine[0] if is_main() else work()
+
+
+def all_reduce_mean(values: dict[str, Tensor]) -> dict[str, float]:
+    """Collective. Mean over ranks of named scalars: one reduction in float64 and one wait for the device."""
+    if not values:
+        return {}
+    sums = torch.stack([value.detach().to(torch.float64).reshape(()) for value in values.values()])  # [V]
+    if world_size() > 1:
+        dist.all_reduce(sums)
+    return dict(zip(values, (sums / world_size()).tolist(), strict=True))
+
+
+def broadcast_tensor(value: Tensor | None, shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Collective. Rank 0's tensor (the others pass None) on every rank's device."""
+    received = torch.empty(shape, dtype=dtype, device=device())
+    if is_main():
+        received.copy_(value)
+    if world_size() > 1:
+        dist.broadcast(received, src=0)
+    return received
+
+
+def copy_to_main(tensors: dict[str, Tensor], name: str, value: Tensor) -> None:
+    """Stores a CPU copy of a tensor that every rank has under `name` on rank 0, nothing elsewhere."""
+    if is_main():
+        tensors[name] = value.detach().to("cpu", copy=True)
+
+
+def gather_objects(value: T) -> list[T]:
+    """Collective. The picklable values of all ranks in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Collective. Rows of all ranks in rank order, as many as each has: [n_r, ...] per rank -> [sum n_r, ...]."""
+    if world_size() == 1:
+        return rows
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.empty_like(count) for _ in range(world_size())]
+    dist.all_gather(counts, count)
+    longest = int(torch.cat(counts).max())
+    padded = rows.new_zeros(longest, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+
+
+def prepare_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The five variables of `VARIABLES` for this process, from what its launcher set.
+
+    torchrun and deepspeed set them all; srun sets SLURM_*; a bare start is one process. Explicit MASTER_ADDR and
+    MASTER_PORT win. Raises ConfigError when a launcher set only some of them.
+    """
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        missing = [name for name in VARIABLES if name not in environ]
+        if missing:
+            raise ConfigError(
+                f"{', '.join(missing)} not set, but {'RANK' if 'RANK' in environ else 'WORLD_SIZE'} is",
+                "start with torchrun, deepspeed or srun, or unset RANK and WORLD_SIZE for one process",
+            )
+        return {name: environ[name] for name in VARIABLES}
+    # A batch script sees SLURM_NTASKS too, but only a task that srun started is one of them and has a step.
+    if {"SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID"} <= environ.keys():
+        return _slurm_environment(environ)
+    # Port 0: the system picks a free one, so that two runs on a machine never meet.
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of SLURM's compact list: 'gpu[003-006,9],login' -> 'gpu003'."""
+    entry = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist).group()  # up to the first comma outside brackets
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", entry)
+
+
+def _take_gpu(number: int) -> torch.device:
+    gpus = torch.cuda.device_count()
+    if number >= gpus:
+        raise ConfigError(
+            f"rank {os.environ['RANK']} is number {number} on its machine, counted from 0, which has {gpus} GPUs",
+            "start at most one rank per GPU: torchrun --nproc-per-node, or srun --ntasks-per-node",
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def _nccl_reason(error: Exception) -> str:
+    """The last line of NCCL's own report, which says what failed; the first ones say where in its source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if not line.startswith("Last error")), type(error).__name__)
+
+
+def _slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    nodelist = environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST") or "127.0.0.1"
+    # Every rank must find the same port, and two jobs on a node different ones.
+    port = 20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000
+    # With --gpus-per-task a task sees one GPU, its number 0, whatever its name.
+    alone = len(named_gpus(environ) or []) == 1
+    return {
+        "RANK": environ["SLURM_PROCID"],
+        "WORLD_SIZE": environ["SLURM_NTASKS"],
+        "LOCAL_RANK": "0" if alone else environ.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": environ.get("MASTER_ADDR") or first_host(nodelist),
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(port),
+    }
+
+
+def _error_payload(error: Exception | None) -> tuple[type[UserError], str, str] | None:
+    """What the other ranks are told of rank 0's failure: kind, cause, remedy."""
+    if error is None:
+        return None
+    if isinstance(error, UserError):
+        return type(error), error.cause, error.remedy
+    return PeerError, f"rank 0 failed: {type(error).__name__}: {error}", "see rank 0's traceback"

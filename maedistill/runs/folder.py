@@ -1,0 +1,224 @@
+"""The folder of a run: its settings, its history, and whether a command may continue it.
+
+RUN/config.yaml      the settings, resolved        RUN/run.json       what was used: data, teacher, licence, versions
+RUN/metrics.jsonl    one object per logged step    RUN/exit.json      how the last start ended
+RUN/checkpoints/     see checkpoint.py             RUN/pictures/      reconstruction sheets
+RUN/bad_samples.txt  what could not be decoded     RUN/report.md      the summary, with the next command
+RUN/nonfinite.jsonl  updates that were left out, with their samples
+RUN/lock             held while a process trains here
+"""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.keys import differing_keys
+from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.render import config_yaml
+from maedistill.config.schema import RunConfig
+from maedistill.errors import ConfigError, DataError, Preempted, UserError, device_error
+from maedistill.processes import ranks as distributed
+from maedistill.runs.checkpoint import checkpoint_steps, latest_step
+from maedistill.runs.lock import FolderLock
+from maedistill.runs.records import warn, write_text
+
+STAGES: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+_BEFORE_A_RUN = {"exit.json", "lock", "pictures"}  # what a start that failed early leaves
+_OF_THE_FIRST_START = ("init", "origin")
+_RESTORE = "restore it from a copy, or use another run="
+_PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy")
+
+
+class RunFolder:
+    """Paths inside a run folder, and the small files that are not checkpoints or metrics. Only rank 0 writes."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(os.path.expanduser(path))  # Path.expanduser fails for a user that is not there
+        self.config = self.path / "config.yaml"
+        self.checkpoints = self.path / "checkpoints"
+        self.pictures = self.path / "pictures"
+        self.report = self.path / "report.md"
+        self.bad_samples = self.path / "bad_samples.txt"
+        self.nonfinite = self.path / "nonfinite.jsonl"
+        self._facts = self.path / "run.json"
+        self._lock: FolderLock | None = None
+        self._in_use = False  # by another process, whose records are not ours to change
+        self.is_ours = False  # rank 0 has opened it; each rank sets this for itself
+
+    def open(self, config: RunConfig, facts: dict[str, Any], *, fresh: bool, extend: bool) -> None:
+        """Creates the folder, or checks that `config` continues what is in it, takes its lock and writes both files.
+
+        facts: what run.json says of this start; `data` and `teacher_weights` must not change over a run's life. A start
+        that failed before its first checkpoint binds nobody.
+        Raises ConfigError when the folder belongs to other settings, data or teachers, naming what differs, or when
+        another process runs in it.
+        """
+        self.check(config, facts, fresh=fresh, extend=extend)
+        try:
+            self.pictures.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self.path)
+            (self.path / "exit.json").unlink(missing_ok=True)  # it told of the start before
+        except OSError as error:
+            raise ConfigError(f"run: {self.path} cannot be written to ({error})", "use another run=") from error
+        except ConfigError:
+            self._in_use = True
+            raise
+        before = self.facts()
+        if checkpoint_steps(self.checkpoints):  # what the run began with is what its first start saw, not this one
+            facts = facts | {name: before[name] for name in _OF_THE_FIRST_START if name in before}
+        starts = [*before.get("starts", []), _start()]
+        write_text(self.config, config_yaml(config))
+        write_text(self._facts, json.dumps({**facts, "starts": starts}, indent=1) + "\n")
+
+    def check(self, config: RunConfig, facts: dict[str, Any], *, fresh: bool, extend: bool) -> None:
+        """The part of `open` that only looks."""
+        if "checkpoints" in (foreign := self._foreign()):
+            raise ConfigError(
+                f"run: {self._facts} is gone, without which nothing vouches for the checkpoints", _RESTORE
+            )
+        if foreign:
+            raise ConfigError(f"run: {self.path} holds something else than a run ({foreign[0]})", "use another run=")
+        if os.path.lexists(self.checkpoints) and not os.path.isdir(self.checkpoints):
+            raise ConfigError(f"run: {self.checkpoints} is no folder", "remove it, or use another run=")
+        if not checkpoint_steps(self.checkpoints):  # before the first checkpoint there is nothing to protect
+            return
+        if fresh:
+            raise ConfigError(
+                f"run: {self.path} already holds a run", "leave out --fresh to continue it, or use another run="
+            )
+        self._require_same(config, facts, extend=extend)
+
+    def load_config(self) -> RunConfig:
+        """The settings of the run that lives here, of whichever stage it is."""
+        stage = self.facts().get("stage")
+        if stage not in STAGES:
+            raise ConfigError(
+                f"run: {self.path} was written by another version (its run.json says stage {stage!r})",
+                "use another run=",
+            )
+        if not os.path.exists(self.config):
+            raise ConfigError(f"run: {self.config} is gone, so nobody knows the settings of the run", _RESTORE)
+        return load_config(self.config, root=STAGES[stage]).config
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json says; empty before the first start. Raises DataError where it is damaged."""
+        if not os.path.exists(self._facts):
+            return {}
+        try:
+            facts = json.loads(self._facts.read_text())
+            if not isinstance(facts, dict):
+                raise ValueError("no JSON object")
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(
+                f"{self._facts} cannot be read ({str(error)[:200]})",
+                "restore it from a copy, or use another run folder",
+            ) from error
+        return facts
+
+    @contextmanager
+    def recorded_end(self) -> Iterator[None]:
+        """Write exit.json however the block ends, set-up included: torchrun hides exit codes, this file does not."""
+        try:
+            try:
+                yield
+            except RuntimeError as error:
+                if (broken := device_error(error)) is not None:
+                    raise broken from error
+                raise
+        except UserError as error:
+            self._write_end(error.exit_code, error.cause)
+            raise
+        except Preempted as stop:
+            self._write_end(stop.exit_code, str(stop))
+            raise
+        except BaseException as error:
+            self._write_end(130 if isinstance(error, KeyboardInterrupt) else 1, f"{type(error).__name__}: {error}")
+            raise
+        self._write_end(0, "finished")
+
+    def record_error(self, error: UserError) -> None:
+        """What exit.json says where this process is about to be ended, or speaks for rank 0, which is lost."""
+        if self.is_ours:
+            self._write(error.exit_code, error.cause)
+
+    def _write_end(self, exit_code: int, reason: str) -> None:
+        untouched = self._lock is None  # nothing there is ours
+        refused = self._in_use or (untouched and (checkpoint_steps(self.checkpoints) or self._foreign()))
+        if refused or not distributed.is_main():
+            return  # a start that was refused leaves the record of the run that lives here
+        self._write(exit_code, reason)
+        if self._lock is not None:
+            self._lock.release()
+
+    def _write(self, exit_code: int, reason: str) -> None:
+        step = latest_step(self.checkpoints)
+        end = {"exit_code": exit_code, "reason": reason, "step": step or 0}  # step: where the same command goes on
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.path / "exit.json", json.dumps(end) + "\n")
+        except (OSError, DataError) as error:  # what ended the run is the news, not this
+            warn(f"exit.json could not be written: {error}")
+
+    def _foreign(self) -> list[str]:
+        """Names in the folder where it is no run's and not empty: somebody's data, perhaps."""
+        names = [name for name in os.listdir(self.path) if name[0] != "."] if os.path.isdir(self.path) else []
+        return [] if "run.json" in names else sorted(set(names) - _BEFORE_A_RUN)
+
+    def _require_same(self, config: RunConfig, facts: dict[str, Any], *, extend: bool) -> None:
+        before = self.load_config()
+        if type(before) is not type(config):
+            raise ConfigError(
+                f"run: {self.path} holds a run of {before.stage}, not of {config.stage}", "use another run="
+            )
+        changed = differing_keys(before, config)
+        if extend:
+            changed = [change for change in changed if change[0] != "optim.epochs"]
+            if config.optim.epochs < before.optim.epochs:
+                raise ConfigError(
+                    f"optim.epochs: {config.optim.epochs:g} is less than the {before.optim.epochs:g} of {self.path}",
+                    "--extend only adds epochs; use another run= for fewer",
+                )
+        if changed:
+            shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changed[:4])
+            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+            only_epochs = [key for key, _, _ in changed] == ["optim.epochs"]
+            remedy = "add --extend to go on to the new number" if only_epochs else "restore them, or use another run="
+            raise ConfigError(f"run: {self.path} belongs to other settings ({shown}{more})", remedy)
+        seen = self.facts().get("input", {})
+        for name in ("mean", "std"):
+            if name in seen and list(seen[name]) != list(facts["input"][name]):
+                raise ConfigError(
+                    f"run: {self.path} reads images with {name} {seen[name]}, now {list(facts['input'][name])}",
+                    f"set data.{name} to what it was, or use another run=",
+                )
+        data = self.facts().get("data")
+        if data is not None and data != facts["data"]:
+            raise ConfigError(
+                f"run: {self.path} was trained on other data ({data['images']} images, {data['fingerprint'][:12]}; "
+                f"now {facts['data']['images']}, {facts['data']['fingerprint'][:12]})",
+                "name the same shards, wherever they are now, or use another run=",
+            )
+        weights = self.facts().get("teacher_weights")
+        if weights is not None and weights != facts["teacher_weights"]:
+            raise ConfigError(
+                f"run: {self.path} has learned from a teacher with other weights than now: {facts['teacher']}",
+                "give the teacher back the weights that it had (it may have been trained on), or use another run=",
+            )
+
+
+def _start() -> dict[str, Any]:
+    """One start of the run: the command, and what it ran with."""
+    return {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "host": platform.node(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+    }

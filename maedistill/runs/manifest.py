@@ -1,0 +1,120 @@
+"""What makes a folder of files trustworthy: all of it is on the disk, and a manifest has the checksum of every file.
+
+    FOLDER/manifest.json    {"format": 1, "files": {name: {"bytes": size, "sha256": hex}}}
+    FOLDER/COMPLETE         sha256 of manifest.json, written last
+
+`seal` writes both. `verify` believes nothing that it reads: whatever a folder holds, it is found whole or `Damage` says
+in words what is wrong with it. A file outside the manifest is not vouched for.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
+_LARGEST_TEXT = 1_000_000  # bytes of a text file that is read at all
+
+
+class CorruptCheckpoint(Exception):
+    """A folder is not what was sealed; the message says why."""
+
+
+def seal(folder: Path) -> None:
+    """Makes every file of the folder durable and writes what proves it whole."""
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
+    for name in files:
+        sync(folder / name)
+    write_synced(folder / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1))
+    write_synced(folder / COMPLETE, _sha256(folder / MANIFEST))
+    sync(folder)
+
+
+def verify(folder: Path, only: str | None = None) -> None:
+    """Raises Damage unless all files of the manifest, or the one that is named, are as they were sealed."""
+    files = listed(folder)
+    if only is not None and only not in files:
+        raise CorruptCheckpoint("the checkpoint has no such file")
+    for name in files if only is None else (only,):
+        path, (size, checksum) = folder / name, files[name]
+        try:
+            if not path.is_file() or path.stat().st_size != size:
+                raise CorruptCheckpoint(f"{name} is missing or has another size")
+            if _sha256(path) != checksum:
+                raise CorruptCheckpoint(f"{name} has another checksum")
+        except OSError as error:
+            raise CorruptCheckpoint(f"{name} cannot be read: {error}") from error
+
+
+def listed(folder: Path) -> dict[str, tuple[int, str]]:
+    """{name: (bytes, sha256)} of the files that the manifest vouches for; raises Damage where there is no sound one."""
+    for name in (MANIFEST, COMPLETE):
+        if not (folder / name).is_file():
+            raise CorruptCheckpoint(f"{name} is missing")
+    if read_text(folder / COMPLETE) != hashlib.sha256(read_text(folder / MANIFEST).encode()).hexdigest():
+        raise CorruptCheckpoint(f"{MANIFEST} does not match {COMPLETE}")
+    files = read_json(folder / MANIFEST).get("files")
+    if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
+        raise CorruptCheckpoint(f"{MANIFEST} is no list of files")
+    return {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a small file; raises Damage for anything else, NaN and infinity included."""
+    try:
+        value = json.loads(read_text(path), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{path.name} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CorruptCheckpoint(f"{path.name} is not a JSON object")
+    return value
+
+
+def read_text(path: Path) -> str:
+    """The text of a small file; raises Damage where there is none or too much."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_LARGEST_TEXT + 1)
+        text = data.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorruptCheckpoint(f"{path.name} cannot be read: {error}") from error
+    if len(data) > _LARGEST_TEXT:
+        raise CorruptCheckpoint(f"{path.name} is larger than {_LARGEST_TEXT:,} bytes")
+    return text
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Writes a new file that a power cut does not take back."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        data = memoryview(text.encode())
+        while data:
+            data = data[os.write(descriptor, data) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Forces a file or a folder's entries to the disk: a rename alone survives a kill, not a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_entry(name: str, entry: object) -> bool:
+    """Whether a line of a manifest is one: a plain file name, a size, a checksum. No name leads out of the folder."""
+    plain = name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
+    return plain and isinstance(entry, dict) and type(entry.get("bytes")) is int and type(entry.get("sha256")) is str
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

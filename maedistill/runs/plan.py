@@ -1,0 +1,85 @@
+"""What a run is going to do and cost, said before it starts: the lines of `--dry-run` and of every run's head."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import nn
+
+from maedistill.config.batch import BatchPlan, total_steps
+from maedistill.config.schema import RunConfig
+from maedistill.machine import cpu_share
+from maedistill.runs.metrics import duration, memory_gb
+
+_TRIAL_SECONDS = 1.0  # a dry run tries larger batches until a step takes so long
+
+# Seconds that the loader and then a step (forward and backward) take for so many images.
+Trial = Callable[[int], tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of a run, derived from its config, its number of images and of ranks."""
+
+    batch: BatchPlan
+    world_size: int
+    images: int
+    steps: int
+    warmup_steps: int
+
+    def steps_in(self, epochs: float) -> float:
+        """Steps of so many epochs; one epoch is `images` samples."""
+        return epochs * self.images / (self.batch.micro_batch * self.batch.accumulation * self.world_size)
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs done after `step` steps."""
+        return step / self.steps_in(1.0)
+
+
+def make_plan(config: RunConfig, images: int, *, world_size: int) -> Plan:
+    """Raises ConfigError where the batch cannot be shared by the ranks or not even one step comes out."""
+    optim = config.optim
+    batch = config.share_batch(world_size)
+    steps = total_steps(optim.epochs, images, global_batch=optim.global_batch)
+    warmup = min(steps - 1, int(Fraction(repr(optim.warmup_epochs)) * images // optim.global_batch))
+    return Plan(batch, world_size, images, steps, warmup)
+
+
+def plan_lines(config: RunConfig, plan: Plan) -> list[str]:
+    """Batch, steps and learning rate in words, with every factor."""
+    optim, batch = config.optim, plan.batch
+    factors = "" if optim.lr else f" = {optim.peak_lr * 256 / optim.global_batch:g} x {optim.global_batch} / 256"
+    return [
+        f"batch    {optim.global_batch} = {plan.world_size} ranks x {batch.accumulation} x {batch.micro_batch} samples",
+        f"steps    {plan.steps:,} = floor({optim.epochs:g} epochs x {plan.images:,} / {optim.global_batch}), "
+        f"{plan.warmup_steps:,} of them warm-up",
+        f"lr       {optim.peak_lr:.3g}{factors}, linear warm-up, then cosine to {optim.min_lr:g}",
+        f"run      {config.run}",
+    ]
+
+
+def measured_lines(
+    config: RunConfig, plan: Plan, module: nn.Module, trial: Trial, *, device: torch.device
+) -> list[str]:
+    """Speed, memory and time from trial steps on real images, larger and larger until one takes long enough."""
+    count, seconds = 0, 0.0
+    while count < plan.batch.micro_batch and seconds < _TRIAL_SECONDS:
+        count = min(plan.batch.micro_batch, 8 * count or 4)
+        loading, seconds = trial(count)
+    module.zero_grad()
+    loader, step = count / loading, count / seconds
+    states = 3 * 4 * sum(p.numel() for p in module.parameters()) / 1e9  # gradients and Adam's two moments, fp32
+    images_left = plan.steps * config.optim.global_batch / plan.world_size
+    workers = config.data.workers if config.data.workers is not None else min(8, cpu_share(1))
+    return [
+        f"speed    step {step:.1f} images/s per rank (forward and backward, {count} images), "
+        f"loader {loader:.0f} images/s per worker, {workers} workers",
+        f"memory   {memory_gb(device):.2f} GB with {count} images; gradients and optimizer up to {states:.2f} GB more",
+        f"time     about {duration(images_left / min(step, max(1, workers) * loader))} at that speed",
+    ]
+
+
+def num_params_m(module: nn.Module) -> float:
+    """Parameters of a module, in millions."""
+    return sum(p.numel() for p in module.parameters()) / 1e6

@@ -1,0 +1,138 @@
+"""Reading checkpoints: the newest intact one into a run, or the weights of one alone. checkpoint.py says what they are.
+
+    RUN/checkpoints -> newest_intact -> load_latest -> engine, moving average, the loop's state
+    checkpoint folder -> read_weights -> tensors by name
+
+Rank 0 takes the newest folder whose COMPLETE, sizes and checksums hold, warns of each damaged one it passes over, and
+sends the tensors to the others. Folders of which none is intact are an error, never a silent fresh start. Whatever a
+folder holds, it loads whole or raises DataError.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import load_file
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from maedistill.errors import DataError
+from maedistill.processes.ranks import broadcast_tensor, on_main
+from maedistill.runs.checkpoint import STATE, WRITE_ERRORS, checkpoint_name, checkpoint_steps
+from maedistill.runs.manifest import CorruptCheckpoint, listed, read_json, verify
+from maedistill.training.engine import Engine
+from maedistill.training.state import MOMENTS, TrainingState
+
+logger = logging.getLogger(__name__)
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def load_latest(folder: Path, engine: Engine, ema: ModelEmaV3 | None = None) -> dict[str, Any] | None:
+    """Collective. Puts the newest intact checkpoint into `engine` and `ema`; returns its state, None if there is none.
+
+    Raises DataError when there are checkpoints but no intact one, or when it belongs to another model.
+    """
+    shapes = engine.shapes()
+    parameters = [name for name, _ in engine.module.named_parameters()]
+    box: list[tuple[TrainingState, dict[str, Tensor]]] = []  # stays empty but on rank 0
+
+    def read() -> dict[str, Any] | None:
+        checkpoint = newest_intact(Path(folder))
+        if checkpoint is None:
+            return None
+        scalars, state = _read_state(checkpoint)
+        weights, moments = _read_tensors(checkpoint, "model", shapes), _read_moments(checkpoint, shapes, parameters)
+        averaged = {} if ema is None else _read_tensors(checkpoint, "ema", shapes)
+        box.append((TrainingState(weights, moments, scalars), averaged))
+        return state
+
+    state = on_main(read)
+    if state is not None:
+        training, averaged = box[0] if box else (None, {})
+        engine.load_state(training)
+        for name, value in ema.module.state_dict().items() if ema is not None else ():
+            value.copy_(broadcast_tensor(averaged.get(name), value.shape, dtype=value.dtype))
+    return state
+
+
+def newest_intact(folder: Path) -> Path | None:
+    """The newest checkpoint whose checksums hold; None if there is none at all; DataError if all are damaged."""
+    damaged = []
+    for _, path in sorted(checkpoint_steps(folder), reverse=True):
+        try:
+            verify(path)
+            return path
+        except CorruptCheckpoint as problem:
+            damaged.append(path.name)
+            logger.warning("checkpoint %s is damaged (%s): passed over", path, problem)
+    if damaged:
+        raise DataError(
+            f"no checkpoint in {folder} is intact: {', '.join(damaged)}",
+            "restore one from a copy, or start over in another run folder",
+        )
+    return None
+
+
+def read_weights(checkpoint: Path, kind: Literal["model", "ema"] = "model") -> dict[str, Tensor]:
+    """The weights, or their moving average, of one checkpoint folder by name, on the CPU; no engine needed."""
+    file = f"{kind}.safetensors"
+    try:
+        verify(checkpoint, only=file)
+    except CorruptCheckpoint as problem:
+        raise _unusable(checkpoint / file, problem) from problem
+    return _load(checkpoint / file)
+
+
+def _read_state(checkpoint: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    """The engine's scalars and the loop's state."""
+    try:
+        if STATE not in listed(checkpoint):
+            raise CorruptCheckpoint("the checkpoint has no such file")
+        document = read_json(checkpoint / STATE)
+        scalars, state = document.get("engine"), document.get("loop")
+        if type(document.get("step")) is not int or checkpoint.name != checkpoint_name(document["step"]):
+            raise CorruptCheckpoint("it belongs to another step")
+        if not isinstance(state, dict) or not isinstance(scalars, dict):
+            raise CorruptCheckpoint("it does not say what the engine and the loop were at")
+        if state.get("step", document["step"]) != document["step"]:
+            raise CorruptCheckpoint("its loop was at another step")
+        if not all(type(value) in (int, float) and abs(value) < 2**63 for value in scalars.values()):
+            raise CorruptCheckpoint("the engine's scalars are no numbers")
+    except CorruptCheckpoint as problem:
+        raise _unusable(checkpoint / STATE, problem) from problem
+    return scalars, state
+
+
+def _read_moments(checkpoint: Path, shapes: Shapes, parameters: list[str]) -> dict[str, dict[str, Tensor]]:
+    expected = {f"{kind}/{name}": shapes[name] for kind in MOMENTS for name in parameters}
+    found = _read_tensors(checkpoint, "optimizer", expected)
+    return {kind: {name: found[f"{kind}/{name}"] for name in parameters} for kind in MOMENTS}
+
+
+def _read_tensors(checkpoint: Path, kind: Literal["model", "ema", "optimizer"], shapes: Shapes) -> dict[str, Tensor]:
+    """A file of tensors that fit the module: the same names and shapes."""
+    if f"{kind}.safetensors" not in listed(checkpoint):
+        raise DataError(f"{checkpoint} has no {kind} weights", "continue with the settings the run began with")
+    tensors = _load(checkpoint / f"{kind}.safetensors")
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    wrong = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
+    if wrong:
+        name = wrong[0]
+        raise DataError(
+            f"{checkpoint} belongs to another model: {len(wrong)} tensors differ, first {name}: "
+            f"{found.get(name, 'missing')} in {kind}.safetensors, {shapes.get(name, 'missing')} in the model",
+            "continue with the settings the run began with, or choose another run folder",
+        )
+    return tensors
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except WRITE_ERRORS as error:  # the same two kinds when reading
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: Path, problem: Exception) -> DataError:
+    return DataError(f"{path} cannot be used: {problem}", "name another checkpoint, or copy it again")

@@ -1,0 +1,111 @@
+"""The start of a run of any stage: this process becomes a rank, opens the run folder and builds what trains.
+
+config -> joined -> Peers -> the stage's Parts (pretraining/setup.py, finetuning/setup.py) -> start_run -> Run
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from maedistill.config.schema import RunConfig
+from maedistill.machine import cpu_share, precision
+from maedistill.processes import ranks as distributed
+from maedistill.processes.heartbeat import Peers
+from maedistill.processes.preemption import PreemptionHandler
+from maedistill.runs.async_saver import Saver
+from maedistill.runs.folder import RunFolder
+from maedistill.runs.plan import Plan
+from maedistill.runs.run import Run
+from maedistill.training.compilation import keep_compiled, should_compile
+from maedistill.training.engine import Engine, initialize_distributed
+from maedistill.training.optim import build_optimizer, build_schedule
+
+
+class Parts(Protocol):
+    """What a stage opens before its engine exists."""
+
+    config: RunConfig
+    plan: Plan
+    module: nn.Module
+    device: torch.device
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for the optimizer."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What run.json keeps of the start."""
+
+    @property
+    def lines(self) -> list[str]:
+        """The run in words."""
+
+    def compile(self) -> None:
+        """Compile what a step runs."""
+
+
+def join(config: RunConfig) -> None:
+    """Make this process a rank: process group, DeepSpeed, CPU threads. Once per process."""
+    keep_compiled()
+    if config.engine.deterministic:
+        repeat_every_bit()
+    initialize_distributed(config.engine.timeout_seconds)
+    if config.threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(config.threads or cpu_share(distributed.local_world_size()))
+
+
+def repeat_every_bit() -> None:
+    """Choose kernels that add in a fixed order; an operation without one raises. Before the first use of a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS otherwise shares workspaces among streams
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs, at the price of a pass over all memory
+
+
+@contextmanager
+def joined(config: RunConfig, folder: RunFolder) -> Iterator[Peers]:
+    """This process as one of the run's ranks, which watch each other. Collective. RUN/exit.json says how it ended."""
+    with folder.recorded_end():
+        join(config)
+        with Peers(timeout_seconds=config.engine.timeout_seconds, on_loss=folder.record_error) as peers:
+            yield peers
+    distributed.barrier()  # a launcher ends the others when one rank is gone: nobody leaves before all are done
+
+
+def start_run(parts: Parts, folder: RunFolder, peers: Peers, *, fresh: bool, extend: bool) -> Run:
+    """Opens the run folder, says what is going to happen, builds the engine. Collective.
+
+    fresh: refuse a folder that already holds a run. extend: allow a changed number of epochs.
+    """
+    config, plan, module, optim = parts.config, parts.plan, parts.module, parts.config.optim
+    distributed.on_main(lambda: folder.open(config, parts.facts, fresh=fresh, extend=extend))
+    folder.is_ours = True
+    if distributed.is_main():
+        print("\n".join(parts.lines), flush=True)
+    if should_compile(config.engine.compile, parts.device, zero=config.engine.zero):
+        parts.compile()
+    optimizer = build_optimizer(parts.groups, lr=optim.peak_lr, betas=optim.betas)
+    schedule = build_schedule(
+        optimizer, peak=optim.peak_lr, min_lr=optim.min_lr, warmup_steps=plan.warmup_steps, total_steps=plan.steps
+    )
+    ema = ModelEmaV3(module, decay=optim.ema, use_warmup=True) if optim.ema is not None else None
+    engine = Engine(
+        module,
+        optimizer,
+        zero=config.engine.zero,
+        precision=precision(config.engine.precision, parts.device),
+        clip=optim.clip,
+        micro_batch=plan.batch.micro_batch,
+        accumulation=plan.batch.accumulation,
+    )
+    cores = cpu_share(distributed.local_world_size())
+    workers = config.data.workers if config.data.workers is not None else min(8, cores)
+    every = config.log.keep_every_epochs
+    saver = Saver(folder.checkpoints, keep=config.log.keep, keep_every=None if every is None else plan.steps_in(every))
+    stop = PreemptionHandler(timeout_seconds=config.engine.timeout_seconds)
+    return Run(config, folder, plan, module, engine, schedule, ema, parts.device, workers, peers, saver, stop)

@@ -1,0 +1,131 @@
+"""Frozen features from wherever: one vector per image from any network that timm builds, at any depth.
+
+    open_backbone("runs/dmae_s", block=8)  -> Network whose module is a `Backbone`: images -> features [B, D]
+
+Without a block: a transformer's patch tokens after its final norm, another network's map as its own head pools it.
+With a block: its output, before any norm. Blocks are counted from 0, as timm's `feature_info` does; those of a
+convolutional network are its stages.
+
+    B batch   N patches   P prefix tokens (class, registers)   D width   s image side   h, w a map's sides
+"""
+
+import inspect
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from maedistill.errors import ConfigError
+from maedistill.weights.from_run import Weights
+from maedistill.weights.network import Network, open_network
+from maedistill.weights.weights_file import why_unreadable
+
+Pool = Literal["mean", "class"]
+
+
+class Backbone(nn.Module):
+    """Normalised images [B, 3, s, s] -> features [B, D] of a timm network.
+
+    block: whose output, None for the end of the network. pool: over the patch tokens, or the class token alone.
+    """
+
+    def __init__(self, network: nn.Module, *, block: int | None, pool: Pool) -> None:
+        super().__init__()
+        self.network, self.block, self.pool = network, block, pool
+        self.has_tokens = has_tokens(network)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The features of a batch."""
+        if self.has_tokens:
+            return self._pool_tokens(images)
+        if self.block is None:
+            return self.network.forward_head(self.network.forward_features(images), pre_logits=True)
+        (found,) = self.network.forward_intermediates(
+            images, indices=[self.block], stop_early=True, intermediates_only=True
+        )  # [B, D, h, w]
+        return found.mean((2, 3))
+
+    def describe(self) -> str:
+        """Which features, in words."""
+        depth = "the end of the network" if self.block is None else f"block {self.block}"
+        what = {"mean": "mean of the patches", "class": "class token"}[self.pool]
+        return f"{what} at {depth}"
+
+    def _pool_tokens(self, images: Tensor) -> Tensor:
+        if self.block is None:
+            tokens = self.network.forward_features(images)  # [B, P + N, D]
+            prefix, patches = tokens.tensor_split([self.network.num_prefix_tokens], dim=1)
+        else:
+            keywords = {"output_fmt": "NLC", "return_prefix_tokens": True}
+            (found,) = self.network.forward_intermediates(
+                images, indices=[self.block], stop_early=True, intermediates_only=True, **keywords
+            )
+            patches, prefix = found if isinstance(found, tuple) else (found, None)  # [B, N, D], [B, P, D]
+        return patches.mean(1) if self.pool == "mean" else prefix[:, 0]
+
+
+def open_backbone(
+    source: str,
+    *,
+    weights: Weights = "model",
+    image_size: int | None = None,
+    block: int | None = None,
+    pool: Pool = "mean",
+) -> Network:
+    """The network that `open_network` opens, of either stage, with or without a classifier, as a `Backbone`.
+
+    block: from 0, or from -1 backwards. Raises ConfigError for a block that there is not, a class token that there is
+    not, and a network whose insides timm does not show; and what `open_network` raises.
+    """
+    opened = open_network(source, weights=weights, image_size=image_size)
+    network = opened.module
+    if block is not None:
+        block = _existing_block(network, block, opened.name)
+    if pool == "class" and not (has_tokens(network) and _has_class_token(network)):
+        raise ConfigError(
+            f"{opened.name} has no class token", "leave out --pool class: the mean is there for any network"
+        )
+    backbone = replace(opened, module=Backbone(network, block=block, pool=pool))
+    _require_features(backbone)
+    return backbone
+
+
+def has_tokens(network: nn.Module) -> bool:
+    """Whether timm gives patch tokens and prefix tokens of a network apart, as it does for the kinds of ViT."""
+    look = getattr(network, "forward_intermediates", None)
+    return look is not None and "return_prefix_tokens" in inspect.signature(look).parameters
+
+
+def _has_class_token(network: nn.Module) -> bool:
+    return getattr(network, "cls_token", None) is not None
+
+
+def _existing_block(network: nn.Module, block: int, name: str) -> int:
+    """The block's number from 0."""
+    if not hasattr(network, "forward_intermediates"):
+        raise ConfigError(f"timm shows no blocks of {name}, a {type(network).__name__}", "leave out --block")
+    count = len(network.feature_info)
+    if not -count <= block < count:
+        raise ConfigError(
+            f"{name} has no block {block}: there are {count}, 0 to {count - 1}", "name one of them with --block"
+        )
+    return block % count
+
+
+@torch.no_grad()
+def _require_features(backbone: Network) -> None:
+    """Shows the network one black image, so that what it cannot do is said before any image is read."""
+    size = backbone.size
+    try:
+        found = backbone.module(torch.zeros(1, 3, size, size))
+    except (AssertionError, AttributeError, RuntimeError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{backbone.name} gives no features of images of {size} pixels ({why_unreadable(error)})",
+            "name a size that it takes (--image-size), or another block, or leave both out",
+        ) from error
+    if found.ndim != 2 or len(found) != 1:
+        raise ConfigError(
+            f"{backbone.name} gives {tuple(found.shape)} for one image, not one vector",
+            "name a block (--block), whose output is pooled here",
+        )

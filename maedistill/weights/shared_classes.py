@@ -1,0 +1,55 @@
+"""Which outputs of a teacher are the student's classes: the same, or found by their names.
+
+C classes of the student
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from timm.data import ImageNetInfo, infer_imagenet_subset
+
+from maedistill.errors import ConfigError
+from maedistill.weights.network import Network
+
+
+def shared_classes(teacher: Network, names: Sequence[str], *, num_classes: int) -> tuple[int, ...] | None:
+    """The teacher's output for each of the student's classes, [C]; None where all are the same in the same order.
+
+    names: of the student's classes, empty where they are not known. Where both sides' names are known they decide;
+    otherwise the numbers of classes must be equal. Raises ConfigError for a teacher of other classes.
+    """
+    spellings = class_names(teacher)
+    names = names if len(names) == num_classes else ()
+    if not spellings or not names:
+        if teacher.num_classes == num_classes:
+            return None
+        whose = "the teacher's" if not spellings else "the student's"
+        raise ConfigError(
+            f"distill.teachers: {teacher.name} knows {teacher.num_classes:,} classes, the student has {num_classes:,}, "
+            f"and {whose} are not known by name",
+            "use a teacher of the same classes, or terms on features and relations alone (distill.hints, ...)",
+        )
+    known = next((one for one in spellings if set(names) <= set(one)), spellings[0])
+    often = Counter(known)
+    places = {name: place for place, name in enumerate(known) if often[name] == 1}
+    if missing := [name for name in names if name not in places]:
+        raise ConfigError(
+            f"distill.teachers: {teacher.name} does not know {len(missing):,} of the student's {num_classes:,} "
+            f"classes, {missing[0]!r} among them",
+            "use a teacher of these classes, or terms on features and relations alone (distill.hints, ...)",
+        )
+    found = tuple(places[name] for name in names)
+    return None if found == tuple(range(teacher.num_classes)) else found
+
+
+def class_names(teacher: Network) -> list[tuple[str, ...]]:
+    """The names of a teacher's classes in every spelling, as it says or, of ImageNet's sets, as timm knows: WordNet ids
+    and their words. Empty where they are not known.
+    """
+    if len(teacher.classes) == teacher.num_classes:
+        return [teacher.classes]
+    subset = infer_imagenet_subset(teacher.module) if teacher.name.startswith(("timm:", "hf-hub:")) else None
+    if not subset:
+        return []
+    info = ImageNetInfo(subset)
+    return [tuple(info.label_names()), tuple(info.label_descriptions())]

@@ -1,0 +1,236 @@
+"""Weights of others: renamed to our names, audited key by key.
+
+Understood are MAE's and DMAE's names, AMD's (VideoMAE's), timm's, and ours, as safetensors or as weights-only pickles.
+The result has the names of `methods/`: `encoder.vit.*` (timm's names), `decoder.*`, `projections.*`, `generators.*`.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.models import clean_state_dict
+from torch import Tensor, nn
+
+from maedistill.errors import DataError
+
+Weights = dict[str, Tensor]
+
+_LONGEST_NAME = 100  # characters of a key that an error repeats
+# What a file may hold that nothing here needs: classifiers and pooling heads of fine-tuned models.
+_CLASSIFIER = re.compile(r"^(head|head_dist|fc_norm|attn_pool)\.")
+_RENAMED = [  # the first match renames; the order matters
+    (r"^encoder\.(vit\..*)$", r"encoder.\1"),  # ours
+    (r"^(decoder\.(embed|blocks|norm|head|mask_token|pos_embed)\b.*)$", r"\1"),  # ours, and AMD's decoder
+    (r"^(projections|generators)\.(.*)$", r"\1.\2"),  # ours, and AMD's generators
+    (r"^mask_token$", "decoder.mask_token"),
+    (r"^decoder_pos_embed$", "decoder.pos_embed"),
+    (r"^decoder_embed\.(.*)$", r"decoder.embed.\1"),
+    (r"^decoder_blocks\.(.*)$", r"decoder.blocks.\1"),
+    (r"^decoder_norm\.(.*)$", r"decoder.norm.\1"),
+    (r"^decoder_pred\.(.*)$", r"decoder.head.\1"),
+    (r"^aligned_feature_projection_heads\.(.*)$", r"projections.\1"),  # DMAE
+    (r"^encoder\.projection_heads\.(.*)$", r"projections.\1"),  # AMD
+    (r"^encoder_to_decoder\.(.*)$", r"decoder.embed.\1"),
+    (r"^encoder\.((patch_embed|blocks|norm|cls_token|pos_embed)\b.*)$", r"encoder.vit.\1"),
+    (r"^((cls_token|reg_token|pos_embed|patch_embed|blocks|norm|norm_pre)\b.*)$", r"encoder.vit.\1"),
+]
+
+
+@dataclass(frozen=True)
+class ConvertedStateDict:
+    """Renamed weights and what became of the file's keys."""
+
+    weights: Weights
+    dropped: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+
+    def part(self, prefix: str) -> Weights:
+        """The weights below `prefix`, without it: `part("encoder.vit.")` has timm's names."""
+        return {name.removeprefix(prefix): value for name, value in self.weights.items() if name.startswith(prefix)}
+
+
+@dataclass
+class Audit:
+    """Which of a model's keys a file filled: printed at the start of a run, so that nothing is lost unseen."""
+
+    loaded: int = 0
+    resampled: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)  # of the file: decoder, heads, classifier
+    absent: list[str] = field(default_factory=list)  # of the model, and not needed
+
+    def __str__(self) -> str:
+        parts = [f"{self.loaded} keys loaded"]
+        for label in ("resampled", "unused", "absent"):
+            keys = getattr(self, label)
+            if keys:
+                parts.append(f"{len(keys)} {label} ({', '.join(_groups(keys))})")
+        return ", ".join(parts)
+
+
+def import_weights(content: object, *, name: str = "weights") -> ConvertedStateDict:
+    """Renames a file's weights to ours; `name` stands for the file in errors.
+
+    Raises DataError where there are no tensors, or other than plain ones, or video weights (tubelets of 2 frames),
+    which cannot fit images.
+    """
+    if not isinstance(content, dict):
+        raise DataError(f"{name}: holds a {type(content).__name__}, no named weights", "use a state dict")
+    beside = content
+    for wrapper in ("model", "state_dict", "module", "model_state"):
+        if isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    state = clean_state_dict({k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)})
+    if not state:
+        raise DataError(f"{name}: holds no tensors", "use the state dict of a model")
+    _require_plain(state, name)
+    state = _flatten_patches(_merge_qkv_biases(state, name), name)
+    weights: Weights = {}
+    dropped, foreign = [], []
+    for key, value in state.items():
+        new = _rename(key)
+        if re.match(r"^generators\.\d+\.norm\.", key) or _CLASSIFIER.match(key):
+            dropped.append(key)
+        elif new is None:
+            foreign.append(key)
+        else:
+            weights[new] = value
+    tokens = beside.get("generator_mask_tokens")  # AMD keeps them beside its model
+    for i, token in enumerate(tokens if isinstance(tokens, list) else ()):
+        weights[f"generators.{i}.mask_token"] = token
+    return ConvertedStateDict(weights, tuple(dropped), tuple(foreign))
+
+
+def load_encoder(
+    vit: nn.Module,
+    imported: ConvertedStateDict,
+    *,
+    name: str,
+    section: str = "teacher",
+    optional: Iterable[str] = (),
+    fixed_positions: bool = False,
+) -> Audit:
+    """Loads the encoder of `imported` into a timm `vit`, positions and patches resampled by timm where sizes differ.
+
+    optional: names below which the file may lack keys (the final norm of a teacher that is never run so far).
+    fixed_positions: the file may lack positions, the model's table stands. section: of the config, for errors.
+    Raises DataError when keys are foreign, missing, of another shape, or hold anything but finite numbers.
+    """
+    weights, wanted = imported.part("encoder.vit."), vit.state_dict()
+    audit = Audit(unused=[k for k in imported.weights if not k.startswith("encoder.vit.")] + list(imported.dropped))
+    foreign = list(imported.foreign) + [k for k in weights if k not in wanted]
+    if foreign:
+        raise DataError(
+            f"{name}: {len(foreign)} keys belong to no ViT of this kind, e.g. {_shown(foreign)}",
+            "check the model's name and depth; the file must hold a plain ViT's encoder",
+        )
+    missing = [k for k in wanted if k not in weights]
+    allowed = [k for k in missing if k.startswith(tuple(optional)) or (fixed_positions and k == "pos_embed")]
+    if len(missing) > len(allowed):
+        lost = [k for k in missing if k not in allowed]
+        remedy = "check the model's name and dimensions"
+        if lost == ["pos_embed"]:
+            remedy = f"the file has no positions: name its fixed table, e.g. {section}.positions=sincos1d for AMD's"
+        raise DataError(f"{name}: {len(lost)} keys are missing, e.g. {_shown(lost)}", remedy)
+    _fit_grid(vit, weights, wanted, audit)
+    for key, value in weights.items():
+        if value.shape != wanted[key].shape:
+            raise DataError(
+                f"{name}: {_shown([key])} is {tuple(value.shape)}, the model expects {tuple(wanted[key].shape)}",
+                "check the model's name and dimensions",
+            )
+    require_finite(weights, name)
+    vit.load_state_dict(weights, strict=False)
+    audit.absent, audit.loaded = allowed, len(weights)
+    return audit
+
+
+def require_finite(weights: Mapping[str, Tensor], name: str) -> None:
+    """Raises DataError for weights that hold other than finite floating-point numbers; `name` is their source's."""
+    for key, value in weights.items():
+        if value.is_meta or not value.is_floating_point():
+            what = "no numbers" if value.is_meta else str(value.dtype)
+            raise DataError(f"{name}: {_shown([key])} holds {what}, no weights", "use the weights of a model")
+        broken = int((~value.float().isfinite()).sum())
+        if broken:
+            raise DataError(
+                f"{name}: {broken:,} of {value.numel():,} values of {_shown([key])} are not finite",
+                "use weights from before the training that made them broke",
+            )
+
+
+def _require_plain(state: Weights, name: str) -> None:
+    """Refuses what only looks like weights: nothing is computed on a tensor that the file does not really hold."""
+    for key, value in state.items():
+        dense = value.layout == torch.strided and not value.is_nested and not value.is_quantized
+        if not dense or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise DataError(
+                f"{name}: {_shown([key])} is no plain tensor of {tuple(value.shape)} numbers",
+                "save it as one: tensor.to_dense().contiguous().clone()",
+            )
+
+
+def _shown(keys: Sequence[str]) -> str:
+    """The first few keys as an error names them: on one line, and no longer than a person reads."""
+    names = [key if key.isprintable() else ascii(key)[1:-1] for key in keys[:3]]
+    return ", ".join(name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "..." for name in names)
+
+
+def _fit_grid(vit: nn.Module, weights: Weights, wanted: Weights, audit: Audit) -> None:
+    """Resamples positions and patch weights in place where the file's grid or patch size is another."""
+    positions, kernel = weights.get("pos_embed"), weights.get("patch_embed.proj.weight")
+    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    patches = positions.shape[1] - prefix if positions is not None and positions.ndim == 3 else 0
+    square = patches > 0 and math.isqrt(patches) ** 2 == patches  # anything else stays as it is and is refused
+    if square and positions.shape[1] != wanted["pos_embed"].shape[1]:
+        grid = list(vit.patch_embed.grid_size)
+        weights["pos_embed"] = resample_abs_pos_embed(positions, grid, num_prefix_tokens=prefix)
+        audit.resampled.append("pos_embed")
+    if kernel is not None and kernel.ndim == 4 and kernel.shape[2:] != wanted["patch_embed.proj.weight"].shape[2:]:
+        size = list(wanted["patch_embed.proj.weight"].shape[2:])
+        weights["patch_embed.proj.weight"] = resample_patch_embed(kernel, size)
+        audit.resampled.append("patch_embed.proj.weight")
+
+
+def _rename(key: str) -> str | None:
+    """Our name of a key, or None for one that belongs to no method."""
+    for pattern, replacement in _RENAMED:
+        if re.match(pattern, key):
+            return re.sub(pattern, replacement, key)
+    return None
+
+
+def _merge_qkv_biases(state: Weights, name: str) -> Weights:
+    """BEiT-style blocks keep biases of queries and values only: timm's qkv bias is cat(q, 0, v)."""
+    merged = {}
+    for key, value in state.items():
+        if key.endswith("attn.q_bias"):
+            v_bias = state.get(key.replace("q_bias", "v_bias"), value.new_empty(0))
+            if value.ndim != 1 or v_bias.ndim != 1 or v_bias.dtype != value.dtype:
+                raise DataError(f"{name}: {_shown([key])} and its v_bias do not fit", "use the state dict of a model")
+            merged[key.replace("q_bias", "qkv.bias")] = torch.cat([value, torch.zeros_like(value), v_bias])
+        elif not key.endswith("attn.v_bias"):
+            merged[key] = value
+    return merged
+
+
+def _flatten_patches(state: Weights, name: str) -> Weights:
+    """Video models embed tubelets, [D, 3, frames, p, p]: one frame is an image's patch, two are refused."""
+    out = dict(state)
+    for key, value in state.items():
+        if key.endswith("patch_embed.proj.weight") and value.ndim == 5:
+            if value.shape[2] != 1:
+                raise DataError(
+                    f"{name}: patches span {value.shape[2]} video frames",
+                    "use a teacher that was trained on images; video tubelets have no image counterpart",
+                )
+            out[key] = value[:, :, 0]
+    return out
+
+
+def _groups(keys: Iterable[str]) -> list[str]:
+    """Keys cut to what a person reads: `blocks.3.attn.qkv.weight` -> `blocks`."""
+    return sorted({key.removeprefix("encoder.vit.").split(".")[0] for key in keys})

@@ -1,0 +1,107 @@
+"""Odd and bad images of every kind in a shard: which are read, and which are replaced, named and counted."""
+
+import io
+import struct
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maedistill.config.batch import batch_plan
+from maedistill.data.loading.loader import RandomCrops, training_batches
+from maedistill.data.loading.order import SampleOrder
+from maedistill.data.shards.index import open_index
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's own threads
+
+
+def encode(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def bomb():
+    """A PNG of a few bytes that says it has 10,000 x 10,000 pixels."""
+    plain = encode(Image.new("RGB", (1, 1)), "PNG")
+    header = struct.pack(">II", 10_000, 10_000) + plain[24:29]
+    return plain[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + plain[33:]
+
+
+def samples():
+    """{key: (suffix, bytes, why it is bad or None)}."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)
+    image, frames = Image.fromarray(pixels), [Image.new("RGB", (20, 24), "blue")]
+    deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    jpeg, png, webp = (encode(image, kind) for kind in ("JPEG", "PNG", "WEBP"))
+    return {
+        "plain": ("jpg", jpeg, None),
+        "grayscale": ("jpg", encode(image.convert("L"), "JPEG"), None),
+        "cmyk": ("jpg", encode(image.convert("CMYK"), "JPEG"), None),
+        "progressive": ("jpg", encode(image, "JPEG", progressive=True), None),
+        "palette": ("png", encode(image.convert("P"), "PNG"), None),
+        "one-bit": ("png", encode(image.convert("1"), "PNG"), None),
+        "alpha": ("png", encode(image.convert("RGBA"), "PNG"), None),
+        "16-bit": ("png", encode(deep, "PNG"), None),
+        "animated-webp": ("webp", encode(image, "WEBP", save_all=True, append_images=frames), None),
+        "animated-png": ("png", encode(image, "PNG", save_all=True, append_images=frames), None),
+        "png-called-jpg": ("jpg", png, None),
+        "jpg-called-webp": ("webp", jpeg, None),
+        "zero-byte": ("jpg", b"", "no JPEG, PNG, WEBP file"),
+        "text-called-jpg": ("jpg", b"<html>404</html>", "no JPEG, PNG, WEBP file"),
+        "gif-called-jpg": ("jpg", encode(image, "GIF"), "no JPEG, PNG, WEBP file"),
+        "tiff-called-png": ("png", encode(image, "TIFF"), "no JPEG, PNG, WEBP file"),
+        "truncated-jpg": ("jpg", jpeg[: len(jpeg) // 2], "truncated"),
+        "truncated-png": ("png", png[: len(png) // 2], ""),
+        "truncated-webp": ("webp", webp[: len(webp) // 2], ""),
+        "header-only": ("jpg", jpeg[:20], ""),
+        "corrupt-png": ("png", png[:50] + b"\xff" * 100 + png[150:], ""),
+        "bomb": ("png", bomb(), "pixels"),
+    }
+
+
+@pytest.fixture(scope="module")
+def oddities(tmp_path_factory):
+    path = tmp_path_factory.mktemp("odd") / "odd.tar"
+    with tarfile.open(path, "w") as tar:
+        for key, (suffix, data, _) in samples().items():
+            info = tarfile.TarInfo(f"{key}.{suffix}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return open_index(str(path))
+
+
+def crops_of(index):
+    order = SampleOrder(index.starts, seed=5)
+    return RandomCrops(index, order, seed=5, size=16, scale=(0.2, 1.0), ratio=(1.0, 1.0))
+
+
+@pytest.mark.parametrize("key", samples())
+def test_each_kind_of_image_is_read_or_replaced_and_named(oddities, key):
+    bad = samples()[key][2]
+    crops = crops_of(oddities)
+    sample = next(i for i in range(len(oddities)) if oddities.key(i) == key)
+    position = crops.order.samples(torch.arange(len(oddities))).tolist().index(sample)
+    batch = crops.__getitems__([position])
+    assert batch.images.shape == (1, 3, 16, 16)
+    if bad is None:
+        assert not batch.bad and batch.samples.tolist() == [sample]
+    else:
+        assert batch.bad[0].startswith(f"{oddities.shards[0]}:{key}: ") and bad in batch.bad[0]
+        assert samples()[oddities.key(int(batch.samples))][2] is None
+        again = crops.__getitems__([position])
+        assert torch.equal(again.images, batch.images) and again.bad == batch.bad
+
+
+def test_every_bad_image_of_an_epoch_is_listed_and_no_other(oddities):
+    count = len(oddities)
+    keywords = {"plan": batch_plan(12, 12, world_size=1), "rank": 0, "world_size": 1, "device": torch.device("cpu")}
+    batches = list(training_batches(crops_of(oddities), 0, count, workers=2, **keywords))  # twelve epochs
+    positions = torch.cat([batch.positions for batch in batches])
+    assert positions.tolist() == list(range(12 * count))
+    named = [line.split(": ")[0].rpartition(":")[2] for batch in batches for line in batch.bad]
+    wrong = {key for key, (_, _, bad) in samples().items() if bad is not None}
+    assert set(named) == wrong and all(named.count(key) >= 12 for key in wrong)  # replacements may be bad, too

@@ -1,0 +1,236 @@
+"""Decoding: the same pixels as an independent path, exact conversions, and nothing but `BadImage` for hostile bytes."""
+
+import io
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from maedistill.data.images.decode import JPEG_DECODERS, BadImage, decode, decode_rgb, open_image
+from maedistill.data.shards.convert import convert
+
+
+def encode(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png(pixels, *, colour, depth):
+    """A PNG written by hand, since Pillow writes no 16-bit colour: pixels [H, W, channels], PNG colour type."""
+    height, width = pixels.shape[:2]
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels.astype(">u2" if depth == 16 else np.uint8))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def picture(mode="RGB", size=(24, 17)):
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    return small.resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+def to_array(tensor):
+    assert tensor.dtype == torch.uint8 and tensor.shape[0] == 3
+    return tensor.permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_plain_files_give_pillows_pixels_and_keep_their_bytes(kind, mode):
+    data = encode(picture(mode), kind)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert np.array_equal(to_array(decode_rgb(data)), expected)
+    converted = convert(data)
+    assert converted.data is data and converted.change is None
+    assert converted.is_grayscale == (mode == "L" and kind != "WEBP")  # WebP has no grayscale
+
+
+def decode_by(decoder, data, **keywords):
+    with open_image(data) as image:
+        return decode(image, data, decoder=decoder, **keywords)
+
+
+def test_all_decoders_give_pillows_pixels_of_500_photographs(shared):
+    """Grayscale ones are among them."""
+    files, modes = sorted((shared / "data" / "imagenet500").glob("*/*")), set()
+    assert len(files) == 500 and len(JPEG_DECODERS) > 1
+    for data in map(Path.read_bytes, files):
+        image = Image.open(io.BytesIO(data))
+        modes.add(image.mode)
+        expected = np.asarray(image.convert("RGB"))
+        for decoder in JPEG_DECODERS[:-1]:
+            assert np.array_equal(to_array(decode_by(decoder, data)), expected)
+    assert modes == {"RGB", "L"}
+
+
+JPEGS = {
+    "plain": ("RGB", {}),
+    "grayscale": ("L", {}),
+    "full chroma": ("RGB", {"subsampling": 0}),
+    "progressive": ("RGB", {"progressive": True}),
+    "restarts": ("RGB", {"restart_marker_blocks": 1}),
+    "coarse": ("RGB", {"quality": 5}),
+    "RGB": ("RGB", {"keep_rgb": True}),
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("size", [(64, 48), (61, 43), (8, 9), (1, 1)])
+def test_all_decoders_give_the_same_pixels_of_all_kinds_of_jpeg(kind, size):
+    mode, options = JPEGS[kind]
+    data = encode(picture(mode, size=size), "JPEG", **options)
+    expected = decode_by("pillow", data)
+    assert expected.shape == (3, size[1], size[0])
+    for decoder in JPEG_DECODERS:
+        assert torch.equal(decode_by(decoder, data), expected), decoder
+
+
+def test_without_simplejpeg_torchvision_decodes():
+    code = "import sys; sys.modules['simplejpeg'] = None; "
+    code += "from maedistill.data.images.decode import JPEG_DECODERS as found; "
+    done = subprocess.run([sys.executable, "-c", code + "print(*found)"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["torchvision", "pillow"]
+
+
+def test_exif_orientation_is_ignored():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_rgb(encode(picture(), "JPEG", exif=exif)).shape == (3, 17, 24)
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_sixteen_bits_are_scaled_not_clipped(colour, channels):
+    pixels = np.random.default_rng(1).integers(0, 65536, (6, 7, channels)).astype(np.uint16)
+    pixels[0, 0] = 65535
+    if channels in (2, 4):
+        pixels[..., -1] = 65535  # opaque, so that nothing but the scaling shows
+    data = png(pixels, colour=colour, depth=16)
+    exact = pixels[..., : 3 if channels > 2 else 1] / 257
+    error = np.abs(to_array(decode_rgb(data)) - exact)
+    assert error.max() <= (0.5 if colour == 0 else 1)  # Pillow keeps the high byte of all but plain gray
+    assert convert(data).change == ("transparent" if channels in (2, 4) else "16-bit")
+
+
+def test_transparent_pixels_show_white():
+    image = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
+    image.putpixel((1, 0), (10, 20, 30, 0))
+    assert decode_rgb(encode(image, "PNG"))[:, 0].T.tolist() == [[10, 20, 30], [255, 255, 255]]
+    assert decode_rgb(encode(image, "WEBP", lossless=True))[:, 0].T.tolist() == [[10, 20, 30], [255, 255, 255]]
+
+
+def odd_files():
+    red, blue = Image.new("RGB", (8, 6), "red"), Image.new("RGB", (8, 6), "blue")
+    sequence = {"save_all": True, "append_images": [blue]}
+    return {
+        "CMYK": (encode(picture("CMYK"), "JPEG"), picture("CMYK").convert("RGB")),
+        "palette": (encode(picture("P"), "PNG"), picture("P").convert("RGB")),
+        "1-bit": (encode(picture("1"), "PNG"), picture("1").convert("RGB")),
+        "animated": (encode(red, "WEBP", lossless=True, **sequence), red),
+        "GIF": (encode(red, "GIF", **sequence), red),
+        "BMP": (encode(picture(), "BMP"), picture()),
+        "TIFF": (encode(picture(), "TIFF"), picture()),
+    }
+
+
+@pytest.mark.parametrize("change", odd_files())
+def test_odd_files_become_plain_png(change):
+    data, expected = odd_files()[change]
+    converted = convert(data)
+    assert (converted.change, converted.suffix) == (change, "png")
+    plain = Image.open(io.BytesIO(converted.data))
+    assert (plain.format, plain.mode, getattr(plain, "is_animated", False)) == ("PNG", "RGB", False)
+    difference = np.asarray(plain).astype(int) - np.asarray(expected)
+    assert np.abs(difference).max() <= (40 if change == "CMYK" else 0)  # only the CMYK file is lossy
+
+
+def test_shrinking_touches_larger_images_only():
+    large, small = encode(picture(size=(90, 60)), "PNG"), encode(picture(size=(30, 20)), "PNG")
+    shrunk = convert(large, shorter_side=20, quality=95)
+    assert decode_rgb(shrunk.data).shape == (3, 20, 30) and (shrunk.suffix, shrunk.change) == ("jpg", "shrunk")
+    assert convert(small, shorter_side=20).data is small
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF"])
+def test_other_formats_are_never_opened_in_training(kind):
+    with pytest.raises(BadImage, match="no JPEG, PNG, WEBP file"):
+        decode_rgb(encode(picture(), kind))
+
+
+@pytest.mark.parametrize("size", [(8001, 8000), (10000, 10000), (65000, 65000)])  # ours, Pillow's warning, its error
+def test_decompression_bombs_are_refused_before_decoding(size):
+    header_only = png(np.zeros((1, 1, 3)), colour=2, depth=8)
+    header = struct.pack(">II", *size) + header_only[24:29]
+    bomb = header_only[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + header_only[33:]
+    with pytest.raises(BadImage, match="pixels"):
+        decode_rgb(bomb)
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_before_decoding():
+    data = encode(picture(size=(2000, 2000)), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    assert decode_rgb(data).shape == (3, 2000, 2000)
+    with pytest.raises(BadImage, match="2,009 scans of 2000 x 2000 pixels"):
+        decode_rgb(data[:last] + data[last:-2] * 2000 + data[-2:])
+
+
+def test_what_pillow_warns_about_is_no_error_and_no_noise():
+    two = encode(picture(), "MPO", save_all=True, append_images=[picture()])
+    damaged = two.replace(b"MPF\0", b"MPF\0\xff\xff", 1)  # "malformed MPO file"
+    code = (
+        "import warnings; from maedistill.data.images.decode import decode_rgb; "
+        "warnings.simplefilter('error', append=True); "
+    )
+    code += f"print(tuple(decode_rgb({damaged!r}).shape))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "(3, 17, 24)" and "PIL" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_cut_files_are_bad(kind):
+    data = encode(picture(size=(64, 64)), kind)
+    for length in (0, 5, len(data) // 3, len(data) // 2, len(data) - 40):
+        with pytest.raises(BadImage):
+            decode_rgb(data[:length])
+
+
+def verdict(decoder, data):
+    try:
+        return decode_by(decoder, data).numpy().tobytes()
+    except BadImage as error:
+        return str(error)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(edits=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=4), cut=st.integers(0, 300))
+def test_all_decoders_judge_a_damaged_jpeg_alike(edits, cut):
+    """Otherwise what a run reads would depend on what is installed."""
+    data = bytearray(encode(picture(size=(40, 30)), "JPEG"))
+    for position, value in edits:
+        data[position % len(data)] = value
+    damaged = bytes(data[: len(data) - max(0, cut - 250)])
+    assert len({verdict(decoder, damaged) for decoder in JPEG_DECODERS}) == 1
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(kind=st.sampled_from(["JPEG", "PNG", "WEBP"]), edits=st.lists(st.tuples(st.integers(0), st.integers(0, 255))))
+def test_damaged_files_decode_or_are_bad(kind, edits):
+    data = bytearray(encode(picture(), kind))
+    for position, value in edits:
+        data[position % min(len(data), 120)] = value  # headers are where damage hurts
+    try:
+        assert decode_rgb(bytes(data)).dtype == torch.uint8
+    except BadImage as error:
+        assert str(error)

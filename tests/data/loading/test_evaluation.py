@@ -1,0 +1,124 @@
+"""Evaluation input: every image once for any ranks and batch, timm's pixels, and no image is ever replaced."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from maedistill.data.images.decode import decode_rgb
+from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform, exact_batches, rank_share
+from maedistill.data.shards.index import open_index
+from maedistill.errors import DataError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's own threads
+N = 101
+MEAN, STD = (0.3, 0.5, 0.7), (0.2, 0.25, 0.3)
+MODES = [
+    {"size": 32, "crop": 0.875},
+    {"size": 64, "crop": 1.0, "crop_mode": "squash", "interpolation": "bilinear"},
+    {"size": (24, 40), "crop": 0.9},
+    {"size": 48, "crop": 0.95, "crop_mode": "border", "mean": MEAN},
+]
+
+
+def write_tar(path, members):
+    """One shard of {key: (bytes, label)}; every member is called .jpg, whatever it is."""
+    with tarfile.open(path, "w") as tar:
+        for key, (data, label) in members.items():
+            for suffix, part in (("jpg", data), ("cls", b"%d" % label)):
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(part)
+                tar.addfile(info, io.BytesIO(part))
+    return open_index(str(path))
+
+
+def encoded(width, height, form="JPEG", mode="RGB", seed=0) -> bytes:
+    """A smooth random picture as a file."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+    file = io.BytesIO()
+    image.save(file, form)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    members = {f"{i:03d}": (encoded(8, 8, "PNG", seed=i), i % 7) for i in range(N)}
+    return write_tar(tmp_path_factory.mktemp("tars") / "val.tar", members)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(("batch", "workers"), [(1, 0), (7, 0), (64, 0), (7, 2)])
+def test_every_image_comes_once_for_any_ranks_batch_and_workers(index, world_size, batch, workers):
+    transform, seen, counts = evaluation_transform(size=8, crop=1.0), [], set()
+    samples = torch.arange(N)
+    for rank in range(world_size):
+        mine = EvaluationImages(index, rank_share(samples, rank=rank, world_size=world_size), transform)
+        batches = list(exact_batches(mine, batch=batch, workers=workers))
+        counts.add(tuple(len(ids) for *_, ids in batches))
+        for images, labels, ids in batches:
+            assert images.dtype == torch.uint8 and labels.dtype == ids.dtype == torch.int64
+            assert torch.equal(labels, torch.where(ids == -1, -1, ids % 7))
+            for image, sample in zip(images, ids.tolist(), strict=True):
+                assert not image.any() if sample == -1 else torch.equal(image, decode_rgb(mine.reader.read(sample)))
+            seen += ids.tolist()
+    assert len(counts) == 1, "ranks see equally many batches, of equal sizes"
+    assert sorted(sample for sample in seen if sample != -1) == samples.tolist()
+    assert len(seen) == N + -N % world_size
+
+
+def test_a_share_of_anything_has_the_same_length_on_all_ranks():
+    for n in range(8):
+        for world_size in range(1, 10):
+            shares = [rank_share(torch.arange(n) + 10, rank=rank, world_size=world_size) for rank in range(world_size)]
+            together = torch.stack(shares).T.flatten()  # rank varies fastest
+            assert together[:n].tolist() == list(range(10, n + 10)) and bool((together[n:] == -1).all())
+
+
+def check_against_timm(index, files, keywords):
+    """Our uint8 images, normalised, are what timm's transform makes of the file as timm opens it."""
+    theirs = {"crop_pct": keywords["crop"]} | {k: v for k, v in keywords.items() if k not in ("size", "crop", "mean")}
+    reference = create_transform(keywords["size"], mean=MEAN, std=STD, **({"interpolation": "bicubic"} | theirs))
+    images = EvaluationImages(index, torch.arange(len(files)), evaluation_transform(**keywords))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    for (image, *_), file in zip(exact_batches(images, batch=1, workers=0), files, strict=True):
+        with Image.open(io.BytesIO(file)) as opened:
+            expected = reference(opened.convert("RGB"))
+        torch.testing.assert_close((image[0] / 255 - mean) / std, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("keywords", MODES)
+def test_pixels_are_timms_own_for_jpegs_of_odd_sizes(tmp_path, keywords):
+    files = [encoded(*shape, seed=i) for i, shape in enumerate([(73, 121), (500, 33), (31, 31), (1, 9), (224, 224)])]
+    files += [encoded(57, 83, mode="L"), encoded(83, 57, mode="CMYK"), encoded(57, 83, "PNG", "P")]
+    check_against_timm(write_tar(tmp_path / "a.tar", {str(i): (f, 0) for i, f in enumerate(files)}), files, keywords)
+
+
+def test_pixels_are_timms_own_for_real_photographs(tmp_path, shared):
+    files = [file.read_bytes() for file in sorted((shared / "data" / "imagenet500").rglob("*.*"))[::60]]
+    assert len(files) >= 5
+    index = write_tar(tmp_path / "a.tar", {str(i): (f, 0) for i, f in enumerate(files)})
+    check_against_timm(index, files, {"size": 224, "crop": 0.875})
+
+
+def test_the_whole_of_a_small_image_is_that_image():
+    transform = evaluation_transform(size=32, crop=1.0)
+    pixels = decode_rgb(encoded(32, 32))  # [3, 32, 32]
+    assert torch.equal(transform(Image.fromarray(pixels.permute(1, 2, 0).numpy())), pixels)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_decoded_ends_the_evaluation_and_is_named(tmp_path, workers):
+    good = encoded(40, 40)
+    index = write_tar(tmp_path / "a.tar", {"fine": (good, 0), "n01/cut": (good[: len(good) // 2], 1)})
+    images = EvaluationImages(index, torch.arange(2), evaluation_transform(size=32, crop=1.0))
+    batches = exact_batches(images, batch=1, workers=workers)
+    assert next(batches)[2].tolist() == [0]
+    with pytest.raises(DataError) as caught:
+        next(batches)
+    assert f"{index.shards[0]}:n01/cut cannot be decoded" in caught.value.cause
+    assert "make_shards" in caught.value.remedy

@@ -1,0 +1,229 @@
+"""The loader: the same samples, crops, flips and masks in any layout; bad images replaced, and errors that arrive."""
+
+import io
+import os
+import tarfile
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from maedistill.config.batch import batch_plan
+from maedistill.data.images.augment import RandAugment
+from maedistill.data.images.transforms import random_flip, to_float01
+from maedistill.data.loading.batch import Batch
+from maedistill.data.loading.loader import PREFETCHED, CentreCrops, RandomCrops, evaluation_batches, training_batches
+from maedistill.data.loading.order import SampleOrder
+from maedistill.data.shards.index import open_index
+from maedistill.errors import DataError
+from maedistill.models.masking import random_split
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's own threads
+GLOBAL_BATCH, STEPS, SEED = 24, 6, 5
+LAYOUTS = [(1, 0, 24), (2, 1, 6), (3, 2, 4), (4, 0, 2), (6, 1, 4)]  # ranks, workers, most samples in a micro-batch
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory):
+    """Three shards of ten pictures: whole, with two damaged ones, and with nothing else."""
+    folder, members = tmp_path_factory.mktemp("tars"), {}
+    draws = torch.Generator().manual_seed(0)
+    for i in range(10):
+        pixels = torch.randint(0, 256, (20 + i, 30 - i, 3), dtype=torch.uint8, generator=draws)
+        file = io.BytesIO()
+        Image.fromarray(pixels.numpy()).save(file, "PNG")
+        members[f"{i:03d}"] = file.getvalue()
+    bad = {"003": members["003"][:300], "007": b"no image"}
+    for name, content in (("good", members), ("some", members | bad), ("none", dict.fromkeys(members, b"x"))):
+        with tarfile.open(folder / f"{name}.tar", "w") as tar:
+            for key, data in content.items():
+                for suffix, part in (("png", data), ("cls", b"%d" % (int(key) % 3))):
+                    info = tarfile.TarInfo(f"{key}.{suffix}")
+                    info.size = len(part)
+                    tar.addfile(info, io.BytesIO(part))
+    return {name: open_index(str(folder / f"{name}.tar")) for name in ("good", "some", "none")}
+
+
+def crops_of(index, *, views=1, seed=SEED, window=None, subset=None, spec=None):
+    order = SampleOrder(index.starts, seed=seed, views=views, window=window, subset=subset)
+    augment = RandAugment(spec, size=16, mean=(0.5, 0.5, 0.5), seed=seed) if spec else None
+    keywords = {"seed": seed, "size": 16, "scale": (0.2, 1.0), "ratio": (0.75, 4 / 3), "augment": augment}
+    return RandomCrops(index, order, **keywords)
+
+
+def batches_of(crops, ranks, workers, most, first_step=0):
+    """All micro-batches of all ranks: {step: [batch of each micro-batch and rank]}."""
+    plan = batch_plan(GLOBAL_BATCH, most, world_size=ranks, views=crops.order.views)
+    steps = {step: [] for step in range(first_step, STEPS)}
+    keywords = {"plan": plan, "world_size": ranks, "workers": workers, "device": torch.device("cpu")}
+    for rank in range(ranks):
+        for i, batch in enumerate(training_batches(crops, first_step, STEPS, rank=rank, **keywords)):
+            steps[first_step + i // plan.accumulation].append(batch)
+            assert len(batch.images) == plan.micro_batch <= most
+    return steps
+
+
+def given(steps):
+    """What the network is given, by position, as it is made on the device: sample, flipped crop, patch order."""
+    seen = {}
+    for batch in (batch for part in steps.values() for batch in part):
+        images = random_flip(to_float01(batch.images), batch.positions, seed=SEED)
+        split = random_split(batch.positions, seed=SEED, num_patches=16, num_student=4, num_teacher=8)
+        for i, position in enumerate(batch.positions.tolist()):
+            assert position not in seen
+            seen[position] = (int(batch.samples[i]), images[i].numpy().tobytes(), split.order[i].tolist())
+    return seen
+
+
+@pytest.mark.parametrize(("views", "spec"), [(1, None), (2, None), (1, "rand-m9-mstd0.5-inc1")])
+def test_no_layout_changes_what_is_given(shards, views, spec):
+    crops = crops_of(open_index(str(shards / "train-*.tar")), views=views, window=2, spec=spec)
+    plain = given(batches_of(crops, *LAYOUTS[0]))
+    assert len(plain) == GLOBAL_BATCH * STEPS and len({crop for _, crop, _ in plain.values()}) == len(plain)
+    assert len({sample for sample, *_ in plain.values()}) == min(96, len(plain) // views)
+    if spec:
+        crops_alone = given(batches_of(crops_of(crops.index, views=views, window=2), *LAYOUTS[0]))
+        assert sum(plain[p][1] != crop for p, (_, crop, _) in crops_alone.items()) > len(plain) / 2
+    for layout in LAYOUTS[1:]:
+        steps = batches_of(crops, *layout)
+        for step, batches in steps.items():
+            positions = torch.cat([batch.positions for batch in batches]).sort().values
+            assert positions.tolist() == list(range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH))
+        assert given(steps) == plain, layout
+
+
+def test_a_restart_in_another_layout_goes_on_where_the_run_was(shards):
+    crops = crops_of(open_index(str(shards / "train-*.tar")))
+    plain = given(batches_of(crops, *LAYOUTS[0]))
+    later = given(batches_of(crops, *LAYOUTS[2], first_step=4))
+    assert later == {position: seen for position, seen in plain.items() if position >= 4 * GLOBAL_BATCH}
+
+
+def test_views_of_an_image_differ_and_cost_one_read(tars, monkeypatch):
+    crops, reads = crops_of(tars["good"], views=4), []
+    read = crops.reader.read
+    monkeypatch.setattr(crops.reader, "read", lambda sample: reads.append(sample) or read(sample))
+    batch = crops.__getitems__(list(range(40)))
+    assert len(reads) == 10 and sorted(batch.samples.tolist()) == sorted([*range(10)] * 4)
+    assert len({crop.numpy().tobytes() for crop in batch.images}) == 40
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_bad_image_is_replaced_by_a_fixed_one_and_named(tars, views):
+    crops, whole = crops_of(tars["some"], views=views), crops_of(tars["good"], views=views)
+    positions = torch.arange(GLOBAL_BATCH * STEPS)
+    asked = crops.order.samples(positions)  # [P]
+    plain = batches_of(crops, *LAYOUTS[0])
+    samples = torch.cat([batch.samples for part in plain.values() for batch in part])  # [P]
+    damaged = (asked == 3) | (asked == 7)
+    assert damaged.sum() > 20 and torch.equal(samples[~damaged], asked[~damaged])
+    assert not torch.isin(samples, torch.tensor([3, 7])).any() and len(samples[damaged].unique()) > 4
+    labels = torch.cat([batch.labels for part in plain.values() for batch in part])  # [P]
+    assert torch.equal(labels, samples % 3), "the label of what is seen, not of what was asked for"
+    if views == 2:
+        assert torch.equal(samples[::2], samples[1::2])
+    for batch in (batch for part in plain.values() for batch in part):
+        for i, position in enumerate(batch.positions.tolist()):  # a replaced sample is cropped as any other
+            if position < 20 and not damaged[position]:
+                assert torch.equal(batch.images[i], whole.__getitems__([position]).images[0])
+    named = sorted(line for part in plain.values() for batch in part for line in batch.bad)
+    assert len(named) >= damaged.sum() // views
+    for line in named:
+        assert line.startswith((f"{crops.index.shards[0]}:003: ", f"{crops.index.shards[0]}:007: no JPEG, PNG"))
+    for layout in LAYOUTS[1:4]:
+        steps = batches_of(crops, *layout)
+        assert given(steps) == given(plain)
+        assert sorted(line for part in steps.values() for batch in part for line in batch.bad) == named
+    other = crops_of(tars["some"], views=views, seed=SEED + 1)
+    other.order = crops.order
+    assert not torch.equal(torch.cat([other.__getitems__(positions.tolist()).samples]), samples)
+
+
+def test_what_stands_in_for_a_bad_image_is_of_the_same_subset(tars):
+    """Otherwise labels outside a label subset would be trained on."""
+    crops = crops_of(tars["some"], subset=torch.tensor([3, 5, 7, 8]))
+    samples = torch.cat([batch.samples for part in batches_of(crops, *LAYOUTS[0]).values() for batch in part])
+    assert sorted(samples.unique().tolist()) == [5, 8]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_batch_is_overwritten_while_it_is_taken_over(shards, workers, monkeypatch):
+    """The workers make what they may while a batch waits in its slot; that slot must not be among what they fill."""
+    crops, take = crops_of(open_index(str(shards / "train-*.tar"))), Batch.to
+    monkeypatch.setattr(Batch, "to", lambda batch, device: time.sleep(0.1) or take(batch, device))
+    steps = batches_of(crops, 1, workers, 6)
+    assert sum(map(len, steps.values())) > 2 * (PREFETCHED * workers + 1)
+    monkeypatch.undo()
+    assert given(steps) == given(batches_of(crops, *LAYOUTS[0]))
+
+
+def test_images_need_no_room_in_shared_files(shards):
+    """/dev/shm is 64 MB in many a container."""
+    before = set(os.listdir("/dev/shm"))
+    for batch in training_batches(
+        crops_of(open_index(str(shards / "train-*.tar"))),
+        0,
+        6,
+        plan=batch_plan(24, 24, world_size=1),
+        rank=0,
+        world_size=1,
+        workers=1,
+        device=torch.device("cpu"),
+    ):
+        assert batch.images.is_contiguous() and not batch.images.is_shared()
+        assert not any(name.startswith("torch_") for name in set(os.listdir("/dev/shm")) - before)
+
+
+def test_samples_without_label_have_minus_one(tars):
+    index = replace(tars["good"], labels=tars["good"].labels.copy())
+    index.labels[4] = -1
+    batch = crops_of(index).__getitems__(list(range(10)))
+    assert torch.equal(batch.labels, torch.where(batch.samples == 4, -1, batch.samples % 3))
+
+
+def refusal(batches) -> DataError:
+    """The error that ends the batches, without the traceback that would keep their workers alive."""
+    try:
+        list(batches())
+    except DataError as error:
+        return error.with_traceback(None)
+    pytest.fail("there was no error")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_bad_images_is_a_data_error_also_from_a_worker(tars, workers):
+    error = refusal(lambda: batches_of(crops_of(tars["none"]), 1, workers, 24))
+    assert "16 samples in a row" in error.cause and "none.tar:00" in error.cause and "--verify" in error.remedy
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_goes_is_a_data_error_also_from_a_worker(tars, workers):
+    index = replace(tars["good"], shards=("gone.tar",))
+    error = refusal(lambda: batches_of(crops_of(index), 1, workers, 24))
+    assert (error.cause, error.remedy) == ("gone.tar is gone", "put the shard back, then start again")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_reads_each_sample_once_in_order(tars, workers):
+    samples = torch.tensor([9, 0, 4, 4, 2, 7, 1])
+    batches = list(evaluation_batches(CentreCrops(tars["good"], samples, size=8, share=1.0), batch=3, workers=workers))
+    assert [len(images) for images, _ in batches] == [3, 3, 1]
+    assert torch.cat([labels for _, labels in batches]).tolist() == [0, 0, 1, 1, 2, 1, 1]
+    images = torch.cat([images for images, _ in batches])
+    assert images.dtype == torch.uint8 and images.shape == (7, 3, 8, 8)
+    assert torch.equal(images[2], images[3]) and not torch.equal(images[1], images[2])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_costs_no_picture_and_no_probe(tars, workers):
+    """The next decodable sample stands in, label and all; only a set that is bad throughout is an error."""
+    some = tars["some"]
+    images, labels = zip(
+        *evaluation_batches(CentreCrops(some, torch.tensor([3, 4]), size=8, share=1.0), batch=1, workers=workers),
+        strict=True,
+    )
+    assert torch.equal(*images) and [int(label) for label in labels] == [int(some.labels[4])] * 2
+    crops = CentreCrops(tars["none"], torch.arange(2), size=8, share=1.0)
+    assert "--verify" in refusal(lambda: evaluation_batches(crops, batch=2, workers=workers)).remedy

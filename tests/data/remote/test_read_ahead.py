@@ -1,0 +1,66 @@
+"""Remote shards before they are needed: fetched once, in the background, and no more of them than the cache holds."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maedistill.data.remote.read_ahead import check_window, largest_window
+from maedistill.data.shards.index import open_index
+from maedistill.data.shards.reader import ShardReader
+from maedistill.errors import ConfigError
+
+
+def test_read_ahead_brings_shards_before_they_are_read(shards, server, folder):
+    server.files = {f"/{path.name}": path.read_bytes() for path in shards.iterdir()}
+    reader = ShardReader(open_index(f"{server.url}/train-{{000000..000003}}.tar"))
+    reader.read_ahead([2, 1])
+    deadline = time.monotonic() + 10
+    while len(list(folder.glob("*.tar")) if folder.exists() else ()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [name for name, _ in server.tars()] == ["/train-000002.tar", "/train-000001.tar"]
+    reader.read(int(reader.index.starts[2]))
+    assert len(server.tars()) == 2
+
+
+def test_workers_that_read_ahead_share_the_work(shards, server, folder):
+    server.files, server.pause = {f"/{path.name}": path.read_bytes() for path in shards.iterdir()}, 0.4
+    index = open_index(f"{server.url}/train-{{000000..000003}}.tar")
+    readers = [ShardReader(index) for _ in range(2)]
+    for reader in readers:
+        reader.read_ahead([2, 1])
+    deadline = time.monotonic() + 10
+    while len(server.tars()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [path.suffix for path in folder.iterdir()] == [".part", ".part"]  # both arrive at the same time
+    assert readers[0].read(int(index.starts[2])) == readers[1].read(int(index.starts[2]))
+    assert len(server.tars()) == 2
+
+
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30), bound=st.integers(1, 400))
+def test_any_two_of_the_largest_windows_fit(sizes, bound):
+    window = largest_window(sizes, bound)
+    if window == len(sizes):
+        assert sum(sizes) <= bound
+    else:
+        ordered = sorted(sizes, reverse=True)
+        assert sum(ordered[: 2 * window]) <= bound < sum(ordered[: 2 * window + 2])
+        if window:
+            check_window(sizes, window=window, cache_bytes=bound)
+        with pytest.raises(ConfigError):
+            check_window(sizes, window=None, cache_bytes=bound)
+        with pytest.raises(ConfigError):
+            check_window(sizes, window=window + 1, cache_bytes=bound)
+
+
+def test_the_remedy_for_a_small_cache_is_exact():
+    sizes = [140_000_000] * 1024
+    with pytest.raises(ConfigError, match=r"is null, but of 1,024 remote shards \(143 GB\) .*100 GB") as caught:
+        check_window(sizes, window=None, cache_bytes=100_000_000_000)
+    assert caught.value.remedy == "set data.window_shards=357, or data.cache_gb=143.36"
+    check_window(sizes, window=357, cache_bytes=100_000_000_000)
+    check_window(sizes, window=None, cache_bytes=143_360_000_000)
+    with pytest.raises(ConfigError) as caught:
+        check_window(sizes, window=None, cache_bytes=200_000_000)
+    assert caught.value.remedy == "set data.window_shards=1 and data.cache_gb=0.28 or more"

@@ -1,0 +1,188 @@
+"""Shards behind URLs: the same pixels as local ones, damage named, and addresses that are not plain refused."""
+
+import importlib.util
+import pickle
+import socket
+
+import pytest
+import torch
+
+from maedistill.data.loading.loader import RandomCrops
+from maedistill.data.loading.order import SampleOrder
+from maedistill.data.loading.workers import load_batches
+from maedistill.data.remote.cache import set_cache
+from maedistill.data.remote.download import RetryPolicy
+from maedistill.data.remote.urls import read_small
+from maedistill.data.shards.index import open_index
+from maedistill.data.shards.patterns import find_shards
+from maedistill.data.shards.reader import ShardReader
+from maedistill.errors import ConfigError, DataError
+
+pytestmark = pytest.mark.usefixtures("folder")
+SPEC = {"size": 16, "scale": (0.2, 1.0), "ratio": (0.75, 4 / 3)}
+
+
+def crops(index, *, window=1, count=100):
+    order = SampleOrder(index.starts, seed=3, window=window)
+    return RandomCrops(index, order, seed=3, **SPEC).__getitems__(list(range(count)))  # 96 are one epoch
+
+
+def names(folder):
+    return sorted(path.suffix for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_remote_shards_give_the_same_pixels_as_local_ones(shards, server, folder, with_index, monkeypatch):
+    files = [path for path in shards.iterdir() if with_index or not path.name.endswith(".safetensors")]
+    server.files, server.ranges = {f"/in1k/{path.name}": path.read_bytes() for path in files}, with_index
+    local = open_index(str(shards / "train-*.tar"))
+    pattern = f"{server.url}/in1k/train-{{000000..000003}}.tar"
+    remote = open_index(pattern)
+    assert remote.fingerprint() == local.fingerprint() and remote.shard_sha256 == local.shard_sha256
+    assert remote.classes == local.classes and remote.shards[3] == f"{server.url}/in1k/train-000003.tar"
+    assert len(server.tars()) == (0 if with_index else 4)  # a scan keeps what it fetches
+    mine, theirs = crops(remote), crops(local)
+    assert torch.equal(mine.images, theirs.images) and torch.equal(mine.labels, theirs.labels)
+    assert len(server.tars()) == 4 and names(folder) == [".tar"] * 4
+    assert len(open_index(pattern)) == 96 and len(server.tars()) == 4
+    reader = pickle.loads(pickle.dumps(ShardReader(remote)))
+    assert reader.read(50) == ShardReader(local).read(50)
+
+
+def test_a_set_larger_than_the_cache_is_scanned_and_read_all_the_same(shards, server, folder, monkeypatch):
+    server.files = {f"/{path.name}": path.read_bytes() for path in shards.glob("*.tar")}
+    largest = max(map(len, server.files.values()))
+    monkeypatch.setenv("MAEDISTILL_CACHE_GB", str(largest * 1.5 / 1e9))
+    remote, local = open_index(f"{server.url}/train-{{000000..000003}}.tar"), open_index(str(shards / "train-*.tar"))
+    assert torch.equal(crops(remote).images, crops(local).images)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= largest * 1.5
+
+
+def test_scan_and_training_use_the_cache_that_the_config_names(shards, server, folder, tmp_path, monkeypatch):
+    server.files = {f"/{path.name}": path.read_bytes() for path in shards.glob("*.tar")}
+    for variable in ("MAEDISTILL_CACHE", "MAEDISTILL_CACHE_GB"):
+        monkeypatch.setenv(variable, "wrong")
+    set_cache(folder=str(tmp_path / "elsewhere"), gigabytes=1)
+    crops(open_index(f"{server.url}/train-{{000000..000003}}.tar"))
+    assert names(tmp_path / "elsewhere") == [".tar"] * 4 and not folder.exists() and len(server.tars()) == 4
+
+
+@pytest.mark.parametrize("fault", ["damaged", "changed"])
+def test_damage_at_the_source_names_the_url_and_is_not_kept(shards, server, folder, fault):
+    server.files = {f"/{path.name}": path.read_bytes() for path in shards.iterdir()}
+    name = "/train-000001.tar"
+    if fault == "damaged":
+        server.files = {name: server.files[name][:-10240]}
+        with pytest.raises(DataError, match=f"^{server.url}{name} is cut"):
+            open_index(server.url + name)
+    else:
+        server.files[name] = server.files[name][:5000] + b"?" + server.files[name][5001:]
+        with pytest.raises(DataError, match=f"^{server.url}{name} could not be read.*checksum"):
+            ShardReader(open_index(server.url + name)).read(0)
+    assert not list(folder.glob("*.tar"))
+
+
+def test_a_missing_remote_shard_is_named(shards, server):
+    server.files = {f"/{path.name}": path.read_bytes() for path in shards.glob("train-*.tar")}
+    with pytest.raises(DataError, match=f"^{server.url}/train-000004.tar could not be read.*404"):
+        open_index(f"{server.url}/train-{{000003..000004}}.tar")
+
+
+def test_small_files_are_whole_or_absent(server):
+    server.files = {"/a": b"abc"}
+    assert read_small(f"{server.url}/a", patience=RetryPolicy()) == b"abc"
+    assert read_small(f"{server.url}/b", patience=RetryPolicy()) is None
+    with pytest.raises(DataError, match="more than 2 bytes"):
+        read_small(f"{server.url}/a", patience=RetryPolicy(), most=2)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "pipe:touch {canary}", "PIPE:touch {canary}", " pipe:touch {canary}", "\tpipe:touch {canary}",
+        "{{pi,}}pe:touch {canary}", "{{pipe,http}}:touch {canary}", "pipe://touch {canary}", "pipe:///bin/touch",
+        "http://127.0.0.1/a.tar::pipe:touch {canary}", "simplecache::s3://b/a.tar", "s3::http://h/a.tar",
+        "{{s3,simplecache}}::http://h/a.tar", "http://h/a.tar::", "zip://a::http://h/b.tar", "ftp://h/a.tar",
+        "HTTP://h/a.tar", "Http://h/a.tar", " http://h/a.tar", "http://h/a .tar", "http:/a.tar", "http:a.tar",
+        "http://h", "http:///a.tar", "data:text/plain,x", "jar:http://h/a.tar", "file:a.tar", "FILE:///a.tar",
+        "file://host/a.tar", "ssh://h/a.tar", "local://a.tar", "memory://a.tar", "reference://a.tar", "git://a.tar",
+        "github://o:r@/a.tar", "http://user:word@h/a.tar", "http://h/a.tar?token=1", "http://h/a.tar#b",
+        "http://h/train-*.tar", "https://h/train-[01].tar", "s3://", "s3:///a.tar", "{{http://h,/tmp}}/a.tar",
+        "http://h/{{0..99999999}}.tar", "s3://b/a.tar\nX-Header: 1",
+    ],
+)  # fmt: skip
+def test_addresses_that_are_not_plain_are_refused_and_nothing_runs(pattern, tmp_path, monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("connected"))
+    canary = tmp_path / "canary"
+    with pytest.raises(ConfigError):
+        find_shards(pattern.format(canary=canary))
+    with pytest.raises((ConfigError, DataError)):
+        open_index(str(tmp_path / "a.tar"), index=pattern.format(canary=canary))
+    assert not canary.exists()
+
+
+def test_file_urls_are_paths(shards):
+    assert find_shards(f"file://{shards}/train-*.tar") == find_shards(str(shards / "train-*.tar"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("s3fs") is not None, reason="s3fs is installed")
+def test_a_missing_package_is_named():
+    with pytest.raises(ConfigError, match=r"s3:// needs a package.*s3fs"):
+        open_index("s3://bucket/train-*.tar")
+
+
+@pytest.fixture
+def bucket(monkeypatch, shards):
+    """A bucket on a moto server with the tiny shards."""
+    pytest.importorskip("s3fs", reason="needs s3fs: pip install 'maedistill[remote]'")
+    moto = pytest.importorskip("moto.server", reason="needs moto: pip install 'maedistill[test]'")
+    import boto3
+    import s3fs
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+    s3fs.S3FileSystem.clear_instance_cache()
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="bucket")
+    for path in shards.iterdir():
+        client.put_object(Bucket="bucket", Key=f"in1k/{path.name}", Body=path.read_bytes())
+    yield client
+    client.close()
+    server.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of botocore and moto
+def test_a_store_that_never_answers_is_an_error(bucket, monkeypatch):
+    s3fs = importlib.import_module("s3fs")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        s3fs.S3FileSystem.clear_instance_cache()
+        with pytest.raises(DataError, match=r"s3://bucket/a\S+ could not be read \(3 tries.*no answer within 0\.5 s"):
+            open_index("s3://bucket/a.tar")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of botocore, moto and fork
+def test_shards_in_a_bucket(bucket, shards, folder, monkeypatch):
+    monkeypatch.setattr("maedistill.data.remote.streams.PART", 10_000)  # several requests per shard
+    local = open_index(str(shards / "train-*.tar"))
+    remote = open_index("s3://bucket/in1k/train-*.tar")
+    assert remote.fingerprint() == local.fingerprint() and not folder.exists()  # the index alone was fetched
+    assert torch.equal(crops(remote).images, crops(local).images) and names(folder) == [".tar"] * 4
+    next(folder.iterdir()).unlink()
+    dataset = RandomCrops(remote, SampleOrder(remote.starts, seed=3), seed=3, **SPEC)
+    batches = load_batches(dataset, workers=2, batch_sampler=[[*range(96)]] * 2)
+    expected = crops(local, window=None, count=96).images
+    assert all(torch.equal(batch.images, expected) for batch in batches)  # forked from a process that used the store
+    bucket.delete_object(Bucket="bucket", Key="in1k/train.index.safetensors")
+    again = open_index("s3://bucket/in1k/train-{000000..000003}.tar")
+    assert again.fingerprint() == local.fingerprint() and again.classes == local.classes
+    with pytest.raises(DataError, match=r"s3://bucket/in1k/none-0\.tar could not be read.*does not exist"):
+        open_index("s3://bucket/in1k/none-0.tar")
+    with pytest.raises(DataError, match="no file matches"):
+        open_index("s3://bucket/in1k/none-*.tar")

@@ -1,0 +1,145 @@
+"""Opening shards: an index is made once and kept, subsets, the cache; one that lies is refused."""
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+from tar_files import SAMPLES, write_split, write_tar
+
+from maedistill.data.shards.index import load_index, open_index, save_index
+from maedistill.data.shards.reader import ShardReader
+from maedistill.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "maedistill" / "index"
+
+
+def test_open_index_scans_once_then_reads(tmp_path):
+    pattern = write_split(tmp_path)
+    (tmp_path / "classes.json").write_text('["a", "b", "c"]')
+    first = open_index(pattern)
+    assert (tmp_path / "train.index.safetensors").is_file()
+    stamp = (tmp_path / "train.index.safetensors").stat().st_mtime_ns
+    second = open_index(str(tmp_path / "train-{000000..000002}.tar"))
+    assert (tmp_path / "train.index.safetensors").stat().st_mtime_ns == stamp
+    for field in dataclasses.fields(first):
+        assert np.array_equal(getattr(first, field.name), getattr(second, field.name)), field.name
+    assert len(first) == 12 and first.classes == ("a", "b", "c") and first.starts.tolist() == [0, 4, 8, 12]
+    assert [first.shard_of(i) for i in range(12)] == [0] * 4 + [1] * 4 + [2] * 4
+    reader = ShardReader(first)
+    for i in range(12):
+        shard, row = first.key(i).split("_")
+        assert reader.read(i) == f"image {shard} {row}".encode() * (int(row) + 1) and first.labels[i] == int(shard)
+
+
+def test_a_subset_of_shards_has_the_rows_of_those_shards(tmp_path):
+    whole = open_index(write_split(tmp_path))
+    part = open_index(str(tmp_path / "train-{000000,000002}.tar"))
+    rows = [*range(4), *range(8, 12)]
+    assert [part.key(i) for i in range(8)] == [whole.key(i) for i in rows]
+    assert np.array_equal(part.offsets, whole.offsets[rows]) and np.array_equal(part.labels, whole.labels[rows])
+    assert ShardReader(part).read(7) == ShardReader(whole).read(11)
+
+
+def test_a_scan_of_some_shards_is_made_again_when_more_are_asked_for(tmp_path):
+    pattern = write_split(tmp_path)
+    assert len(open_index(str(tmp_path / "train-000001.tar"))) == 4
+    assert len(open_index(pattern)) == 12
+    assert len(open_index(str(tmp_path / "train-000001.tar"))) == 4
+
+
+def test_an_index_made_with_the_shards_is_not_extended(tmp_path):
+    pattern = write_split(tmp_path)
+    file = tmp_path / "train.index.safetensors"
+    save_index(dataclasses.replace(open_index(str(tmp_path / "train-00000[01].tar")), made={"made_by": "x"}), file)
+    with pytest.raises(DataError, match=r"train-000002\.tar is not in the index"):
+        open_index(pattern)
+
+
+def test_shards_in_a_read_only_folder_are_indexed_in_the_cache(tmp_path, cache):
+    pattern = write_split(tmp_path)
+    tmp_path.chmod(0o555)
+    try:
+        first = open_index(pattern)
+        assert len(first) == 12 and len(os.listdir(cache)) == 1 and not list(tmp_path.glob("*index*"))
+        stamp = next(cache.iterdir()).stat().st_mtime_ns
+        assert open_index(pattern).key(11) == first.key(11) and next(cache.iterdir()).stat().st_mtime_ns == stamp
+        os.utime(tmp_path / "train-000001.tar", ns=(1, 1))  # changed shards get an index of their own
+        open_index(pattern)
+        assert len(os.listdir(cache)) == 2
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_a_shard_of_another_size_and_a_damaged_index_are_named(tmp_path):
+    pattern = write_split(tmp_path)
+    open_index(pattern)
+    with open(tmp_path / "train-000001.tar", "ab") as file:
+        file.write(bytes(512))
+    with pytest.raises(DataError, match=r"train-000001\.tar has .* bytes") as caught:
+        open_index(pattern)
+    assert "train.index.safetensors" in caught.value.remedy
+    index = tmp_path / "train.index.safetensors"
+    for wrong in (b"", index.read_bytes()[:-8], index.read_bytes().replace(b'format\\": 1', b'format\\": 9')):
+        index.write_bytes(wrong)
+        with pytest.raises(DataError, match="no index of format 1"):
+            open_index(pattern)
+
+
+LIES = {
+    "sizes too large": lambda i: {"sizes": i.sizes + 100_000},
+    "offsets before the shard": lambda i: {"offsets": i.offsets - 2**40},
+    "offset + size wraps around": lambda i: {"offsets": i.offsets + 2**62, "sizes": i.sizes + 2**62},
+    "samples that are not there": lambda i: {"starts": np.array([0, 4, 8, 2**33])},
+    "shards that overlap": lambda i: {"starts": np.array([0, 8, 4, 12])},
+    "labels without a class": lambda i: {"labels": i.labels + 2**62},
+    "keys beyond their text": lambda i: {"key_ends": i.key_ends + 2**40},
+    "keys that fall": lambda i: {"key_ends": i.key_ends[::-1].copy()},
+    "fractions": lambda i: {"offsets": i.offsets.astype(np.float64)},
+    "a table": lambda i: {"labels": i.labels[:, None]},
+    "sizes of another kind": lambda i: {"shard_bytes": ("4096", True, None)},
+    "no shards": lambda i: {"shards": (), "shard_bytes": (), "shard_sha256": (), "starts": np.array([], np.int64)},
+    "half a character": lambda i: {"key_text": np.frombuffer("é".encode() * 18, np.uint8), "key_ends": i.key_ends},
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_an_index_that_lies_is_refused(tmp_path, lie):
+    index = open_index(write_split(tmp_path))
+    save_index(dataclasses.replace(index, **LIES[lie](index)), tmp_path / "train.index.safetensors")
+    with pytest.raises(DataError, match="no index"):
+        load_index(tmp_path / "train.index.safetensors")
+
+
+def test_an_index_may_not_name_files_elsewhere(tmp_path):
+    pattern = write_split(tmp_path)
+    open_index(pattern)
+    file = tmp_path / "train.index.safetensors"
+    for name in (b"/tmp/n-00001.tar", b"../ain-00001.tar"):  # as long as the name that it takes the place of
+        file.write_bytes(file.read_bytes().replace(b"train-000001.tar", name))
+        with pytest.raises(DataError, match="distinct bare file names"):
+            open_index(pattern)
+        file.unlink()
+        open_index(pattern)
+
+
+def test_json_of_any_depth_is_an_error_of_ours(tmp_path):
+    pattern = write_split(tmp_path)
+    (tmp_path / "classes.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="not JSON"):
+        open_index(pattern)
+
+
+def test_missing_labels_and_nameless_classes_are_named(tmp_path):
+    path = write_tar(tmp_path / "a.tar", SAMPLES)
+    with pytest.raises(DataError, match="1 of 3 samples have no label, first '002'"):
+        open_index(str(path)).require_labels()
+    (tmp_path / "a.index.safetensors").unlink()
+    (tmp_path / "classes.json").write_text('["only"]')
+    with pytest.raises(DataError, match="'001' has the label 12"):
+        open_index(str(path))

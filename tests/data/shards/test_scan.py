@@ -1,0 +1,146 @@
+"""Scanning shards: what tarfile finds is found, damaged and lying ones are refused."""
+
+import tarfile
+import time
+
+import pytest
+from tar_files import SAMPLES, write_tar
+
+from maedistill.data.shards.index import open_index
+from maedistill.data.shards.scan import scan_shard
+from maedistill.errors import DataError
+
+
+def test_scan_finds_what_is_there(tmp_path):
+    scan = scan_shard(str(write_tar(tmp_path / "a.tar", SAMPLES)))
+    assert (scan.keys, scan.labels, scan.sizes) == (["000", "001", "002"], [3, 12, -1], [700, 512, 1])
+    whole = (tmp_path / "a.tar").read_bytes()
+    for key, offset, size in zip(scan.keys, scan.offsets, scan.sizes, strict=True):
+        assert whole[offset : offset + size] in [SAMPLES.get(f"{key}.{s}") for s in ("jpg", "png", "webp")]
+
+
+def test_samples_group_by_key_wherever_their_members_lie(tmp_path):
+    images = [(f"n01/a.b{i}.JPEG", bytes([i])) for i in range(5)]
+    labels = [(f"n01/a.b{i}.cls", b"%d\n" % i) for i in reversed(range(5))]
+    scan = scan_shard(str(write_tar(tmp_path / "a.tar", images + labels)))
+    assert scan.keys == [f"n01/a.b{i}" for i in range(5)] and scan.labels == list(range(5))
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("mtime", [0, 1700000000.25])  # a fraction makes tarfile write a pax header for each member
+def test_every_tar_dialect_is_read_as_tarfile_reads_it(tmp_path, tar_format, mtime):
+    members = {
+        "folder": "5",
+        "folder/" + "k" * 90 + ".jpg": b"1" * 600,
+        "short.png": b"2",
+        "short.cls": b"5",
+    }
+    if tar_format != tarfile.USTAR_FORMAT:
+        members |= {"é" * 120 + ".webp": b"3", "x" * 300 + "/y.jpg": b"4" * 513}
+    path = write_tar(tmp_path / "a.tar", members, tar_format, mtime=int(mtime) if tar_format == 0 else mtime)
+    with tarfile.open(path) as tar:
+        expected = {m.name: (m.offset_data, m.size) for m in tar if m.isfile() and not m.name.endswith(".cls")}
+    scan = scan_shard(str(path))
+    found = {key: rest for key, *rest in zip(scan.keys, scan.offsets, scan.sizes, strict=True)}
+    assert found == {name.rpartition(".")[0]: list(place) for name, place in expected.items()}
+
+
+def test_foreign_members_are_counted_and_never_opened(tmp_path):
+    foreign = {"000.json": b"{", "000.pyd": b"cos\nsystem\n(S'exit 1'\ntR.", "._000.jpg": b"finder", "README": b"hi"}
+    scan = scan_shard(str(write_tar(tmp_path / "a.tar", SAMPLES | foreign)))
+    assert len(scan.keys) == 3 and scan.ignored == {".json": 1, ".pyd": 1, ".jpg": 1, "README": 1}
+
+
+@pytest.mark.parametrize("text", [b"", b"-1", b"1_0", "１２".encode(), b"1.0", b"1234567", b"7\n\n", b"7" * 20])
+def test_labels_are_plain_numbers(tmp_path, text):
+    with pytest.raises(DataError, match=r"'a\.cls' holds .* not a class id"):
+        scan_shard(str(write_tar(tmp_path / "a.tar", {"a.jpg": b"1", "a.cls": text})))
+
+
+def patch(data: bytes, position: int, new: bytes) -> bytes:
+    return data[:position] + new + data[position + len(new) :]
+
+
+# headers in the tar of SAMPLES: 000.jpg at 0, 000.cls 1536, 001.cls 2560, 001.png 3584, 002.webp 4608; end mark at 5632
+DAMAGES = {
+    "empty": lambda d: b"",
+    "no tar": lambda d: b"hello" * 300,
+    "gzip": lambda d: b"\x1f\x8b" + d,
+    "cut in a header": lambda d: d[:1700],
+    "cut in data": lambda d: d[:1000],
+    "cut at a member boundary": lambda d: d[:3584],
+    "cut before the end mark": lambda d: d[:5632],
+    "one zero block of two": lambda d: d[:6144],
+    "header of noise": lambda d: patch(d, 1536, bytes(range(1, 255)) * 2),
+    "one bit of a name": lambda d: patch(d, 1537, b"1"),
+    "size is no number": lambda d: patch(d, 124, b"zzzzzzzzzzz"),
+    "header zeroed": lambda d: patch(d, 1536, bytes(512)),
+    "two headers zeroed": lambda d: patch(d, 1536, bytes(1024)),
+    "data behind the end": lambda d: d + b"x",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_tars_are_refused_by_name(tmp_path, damage):
+    path = write_tar(tmp_path / "train-000000.tar", SAMPLES)
+    assert path.read_bytes()[5632:] == bytes(path.stat().st_size - 5632)
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    with pytest.raises(DataError, match=r"train-000000\.tar"):
+        open_index(str(path))
+
+
+@pytest.mark.parametrize(
+    ("members", "match"),
+    [
+        ([("a.jpg", b"1"), ("b.jpg", b"1"), ("a.jpg", b"2")], "'a' occurs twice"),
+        ([("a.jpg", b"1"), ("a.png", b"2")], "'a' occurs twice"),
+        ([("a.jpg", b"1"), ("a.cls", b"1"), ("a.cls", b"1")], "'a' occurs twice"),
+        ([("a.cls", b"1"), ("b.jpg", b"1")], "'a' has a label but no image"),
+        ([("a.jpg", "2")], "link"),
+        ([("a.jpg", "1")], "link"),
+        ([("a.jpg", "3")], "link"),
+        ([("/etc/a.jpg", b"1")], "leads out"),
+        ([("x/../../a.jpg", b"1")], "leads out"),
+    ],
+)
+def test_shards_that_make_no_sense_are_refused(tmp_path, members, match):
+    with pytest.raises(DataError, match=match):
+        scan_shard(str(write_tar(tmp_path / "a.tar", members)))
+
+
+def pax(*records: bytes) -> bytes:
+    """A pax header block by block; `tarfile` would not write these records."""
+    info = tarfile.TarInfo("pax")
+    info.type, info.size = tarfile.XHDTYPE, sum(map(len, records))
+    return info.tobuf(tarfile.USTAR_FORMAT) + b"".join(records) + bytes(-info.size % 512)
+
+
+@pytest.mark.parametrize(
+    ("records", "match"),
+    [
+        ([b"5011 size=" + b"9" * 5000 + b"\n"], "with the size b'9999"),  # int() refuses so many digits
+        ([b"9" * 5000 + b" a=b\n"], "damaged extended header"),
+        ([b"4 =\n"] * 250_000, "ends behind an extended header"),  # was quadratic: a minute for a megabyte
+        ([b"8 path=\n"], "an empty name"),
+    ],
+)
+def test_extended_headers_that_lie_are_refused_at_once(tmp_path, records, match):
+    (tmp_path / "a.tar").write_bytes(pax(*records) + bytes(1024))
+    start = time.process_time()
+    with pytest.raises(DataError, match=match) as caught:
+        scan_shard(str(tmp_path / "a.tar"))
+    assert time.process_time() - start < 5 and len(caught.value.cause) < 1000
+
+
+def test_what_readers_of_tars_disagree_about_is_refused(tmp_path):
+    folder = tarfile.TarInfo("folder")
+    folder.type, folder.size = tarfile.DIRTYPE, 512  # with or without a block of data behind it
+    images = write_tar(tmp_path / "a.tar", SAMPLES).read_bytes()
+    stacked = pax(b"14 path=a.jpg\n", b"") * 2
+    for start, match in (
+        (folder.tobuf(), "gives the folder 'folder/' a size"),
+        (stacked, "extended header of 14 bytes"),
+    ):
+        (tmp_path / "b.tar").write_bytes(start + images)
+        with pytest.raises(DataError, match=match):
+            scan_shard(str(tmp_path / "b.tar"))

@@ -1,0 +1,26 @@
+"""A term's weight over time, against a plain reading of its words, and the table that a run takes it from."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maedistill.finetuning.term_schedule import Schedule, weight_table
+
+EPOCHS = st.floats(0, 50)
+
+
+@given(EPOCHS, EPOCHS, EPOCHS, EPOCHS)
+def test_nothing_before_the_start_and_after_the_stop_a_line_in_between(epoch, start, warmup, stop):
+    weight = Schedule(3.0, start, warmup, stop).at(epoch)
+    if epoch < start or epoch >= stop:
+        assert weight == 0
+    elif epoch >= start + warmup:
+        assert weight == 3
+    else:
+        assert 0 <= weight <= 3 and abs(weight * warmup - 3 * (epoch - start)) < 1e-9
+
+
+def test_a_table_has_a_row_for_each_step_and_a_column_for_each_term():
+    schedules = [Schedule(2.0), Schedule(4.0, start_epoch=1, warmup_epochs=2), Schedule(1.0, stop_epoch=1.5)]
+    table = weight_table(schedules, steps=8, epoch_at=lambda step: step / 2)
+    assert table.T.tolist() == [[2] * 8, [0, 0, 0, 1, 2, 3, 4, 4], [1, 1, 1, 0, 0, 0, 0, 0]]
+    assert Schedule(9.0, 5, 20, 100).describe() == "9 from epoch 5, warm-up 20, to epoch 100"

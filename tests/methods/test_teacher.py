@@ -1,0 +1,164 @@
+"""The frozen teacher: from every kind of source, with its own normalisation and licence, run no further than needed."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import save_for_hf
+
+from maedistill.errors import ConfigError, DataError
+from maedistill.methods.teacher import Teacher
+from maedistill.models.encoder import MaskedEncoder, build_vit
+from maedistill.models.initialize import initialize
+from maedistill.models.masking import random_split
+from maedistill.weights.source import open_source
+
+TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8, "img_size": 32}
+RANDOM = {"width": 32, "depth": 3, "heads": 2, "patch_size": 8}
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def split(num_patches=16, teacher=8):
+    return random_split(torch.arange(2), seed=0, num_patches=num_patches, num_student=4, num_teacher=teacher)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model of 10 classes and its folder, as timm writes it for others."""
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **TINY).eval()
+    config = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "license": "cc-by-nc-4.0"}
+    model.pretrained_cfg |= config
+    save_for_hf(model, tmp_path / "saved", model_config={"pretrained_cfg": config}, safe_serialization=True)
+    return model, tmp_path / "saved"
+
+
+def test_a_local_folder_of_timm_s_round_trips_with_normalisation_and_licence(saved):
+    model, folder = saved
+    source = open_source(f"local-dir:{folder}", grid=4)
+    expected = model.state_dict()
+    for name, value in source.encoder.vit.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert (source.mean, source.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)) and source.licence == "cc-by-nc-4.0"
+    line = source.describe()
+    assert line.count("\n") == 0
+    assert all(part in line for part in (str(folder), "32 x 3", "keys loaded", "(0.1, 0.2, 0.3)", "cc-by-nc-4.0"))
+    mean, std = torch.tensor(source.mean).view(3, 1, 1), torch.tensor(source.std).view(3, 1, 1)
+    target = Teacher(source, taps=(0, 2))(IMAGES, split())
+    expected = MaskedEncoder(model)((IMAGES - mean) / std, split().teacher, taps=(0, 2))[1]
+    for tap in (0, 2):
+        assert torch.equal(target[tap], expected[tap]) and target[tap].shape == (2, 1 + 8, 32)
+
+
+def test_a_local_folder_at_another_grid_is_resampled(saved):
+    _, folder = saved
+    source = open_source(f"local-dir:{folder}", grid=8)
+    assert source.encoder.grid == 8 and source.encoder.vit.pos_embed.shape == (1, 65, 32)
+    teacher = Teacher(source, taps=(1,))
+    assert teacher.image_size == 64 and teacher(IMAGES, split(64, 30))[1].shape == (2, 31, 32)
+
+
+@pytest.mark.parametrize("change", ["lost", "foreign", "cut", "no config", "pickled code"])
+def test_a_folder_that_does_not_fit_is_refused_never_filled_with_random_weights(saved, change):
+    _, folder = saved
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    if change == "lost":
+        save_file({key: value for key, value in state.items() if not key.startswith("blocks.1.")}, file)
+    elif change == "foreign":
+        save_file(state | {"rope.freqs": torch.zeros(3)}, file)
+    elif change == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif change == "no config":
+        (folder / "config.json").unlink()
+    else:
+        file.unlink()
+        torch.save({"evil": pytest.raises}, folder / "pytorch_model.bin")
+    with pytest.raises(DataError) as caught:
+        open_source(f"local-dir:{folder}", grid=4)
+    assert str(folder) in caught.value.cause and "\n" not in caught.value.cause
+
+
+def test_names_that_timm_does_not_have_or_that_cannot_be_walked_are_refused():
+    with pytest.raises(ConfigError, match=r"vit_tiny_patch16_999.*\n.*vit_tiny_patch16_224"):
+        open_source("timm:vit_tiny_patch16_999", grid=14)
+    with pytest.raises(ConfigError, match="vit_relpos_small_patch16_224"):
+        open_source("timm:vit_relpos_small_patch16_224", grid=14)
+
+
+def test_a_file_knows_its_class_token_and_not_its_licence(tmp_path):
+    for class_token in (True, False):
+        vit = build_vit("vit_tiny_patch16_224", image_size=32, class_token=class_token, **RANDOM)
+        initialize(vit, seed=3)
+        torch.save({"model": vit.state_dict()}, tmp_path / "a.pth")
+        source = open_source(f"file:{tmp_path / 'a.pth'}", grid=4, model="vit_tiny_patch16_224", **RANDOM)
+        assert source.encoder.num_prefix == int(class_token)
+        assert torch.equal(source.encoder.vit.blocks[2].mlp.fc2.weight, vit.blocks[2].mlp.fc2.weight)
+        assert "teacher.licence" in source.licence and (source.mean, source.std) == (
+            IMAGENET_DEFAULT_MEAN,
+            IMAGENET_DEFAULT_STD,
+        )
+    keywords = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "licence": "mine"}
+    named = open_source(f"file:{tmp_path / 'a.pth'}", grid=4, model="vit_tiny_patch16_224", **RANDOM, **keywords)
+    assert {"mean": named.mean, "std": named.std, "licence": named.licence} == keywords
+
+
+def test_a_run_of_ours_is_a_teacher(trio):
+    run = trio["mae"].run
+    source = open_source(f"run:{run}", grid=4)
+    weights = load_file(trio["mae"].last_checkpoint() / "model.safetensors")
+    for name, value in source.encoder.state_dict().items():
+        assert torch.equal(value, weights[f"encoder.{name}"]), name
+    assert (source.mean, source.std) == ((0.5,) * 3, (0.25,) * 3)
+    assert source.licence == json.loads((run / "run.json").read_text())["licence"]
+    assert open_source(f"run:{run}", grid=6).encoder.vit.pos_embed.shape == (1, 37, 32)
+    with pytest.raises(DataError, match="holds no run"):
+        open_source(f"run:{run}-which-is-not-there", grid=4)
+
+
+def test_a_random_teacher_is_the_same_every_time():
+    one, other = (open_source("random:vit_tiny_patch16_224", grid=4, **RANDOM) for _ in range(2))
+    for a, b in zip(one.encoder.state_dict().values(), other.encoder.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert "random" in one.licence and one.encoder.vit.patch_embed.proj.weight.std() > 0.01
+
+
+def test_it_is_frozen_and_stops_at_its_last_tap():
+    source = open_source("random:vit_tiny_patch16_224", grid=4, **RANDOM)
+    source.encoder.vit.blocks[2] = source.encoder.vit.norm = torch.nn.Module()  # cannot be called
+    teacher, images = Teacher(source, taps=(0, 1)), IMAGES.clone().requires_grad_()
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    target = teacher(images, split())
+    assert set(target) == {0, 1}
+    assert all(value.isfinite().all() and not value.requires_grad for value in target.values())
+    assert "mean" not in teacher.state_dict() and "std" not in teacher.state_dict()
+    with pytest.raises(ConfigError, match="block 3 does not exist, the teacher has 3"):
+        Teacher(source, taps=(1, 3))
+
+
+def test_it_sees_only_its_patches_and_in_the_order_of_the_split():
+    teacher = Teacher(open_source("random:vit_tiny_patch16_224", grid=4, **RANDOM), taps=(1,))
+    hidden, spoiled = split().order[:, 8:], IMAGES.clone()
+    for image, ids in zip(spoiled, hidden.tolist(), strict=True):
+        for patch in ids:
+            row, column = divmod(patch, 4)
+            image[:, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] = torch.nan
+    target = teacher(IMAGES, split())[1]
+    assert torch.equal(teacher(spoiled, split())[1], target)
+    whole = random_split(torch.arange(2), seed=0, num_patches=16, num_student=4, num_teacher=16)
+    assert not torch.allclose(teacher(IMAGES, whole)[1][:, :9], target), "more patches are more context"
+
+
+def test_another_patch_size_width_and_number_format():
+    source = open_source("random:vit_tiny_patch16_224", grid=4, width=48, depth=2, heads=3, patch_size=14)
+    teacher = Teacher(source, taps=(1,), dtype=torch.bfloat16)
+    assert (teacher.image_size, teacher.width, teacher.num_prefix) == (56, 48, 1)
+    target = teacher(IMAGES, split())[1]
+    assert target.shape == (2, 9, 48) and target.dtype == torch.bfloat16
+    exact = Teacher(
+        open_source("random:vit_tiny_patch16_224", grid=4, width=48, depth=2, heads=3, patch_size=14), taps=(1,)
+    )
+    torch.testing.assert_close(target.float(), exact(IMAGES, split())[1], rtol=0.05, atol=0.05)

@@ -1,0 +1,93 @@
+"""Reports of real tiny runs: they name what they should, link what exists, and repeat the numbers of the metrics."""
+
+import builtins
+import re
+import shlex
+import shutil
+
+import pytest
+
+from maedistill.config.loader import load_config
+from maedistill.report.run_report import summary, write_run_report
+from maedistill.runs.folder import RunFolder
+
+
+def links(report) -> list[str]:
+    """The files that a Markdown page shows, checked to be there and to be pictures."""
+    found = re.findall(r"!\[[^]]*\]\(([^)]+)\)", report.read_text())
+    for link in found:
+        assert (report.parent / link).read_bytes().startswith(b"\x89PNG"), link
+    return found
+
+
+def table(report) -> dict[str, dict[str, str]]:
+    """The page's table: {run: {column: cell}}."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in report.read_text().splitlines()
+        if line.startswith("|")
+    ]
+    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+
+
+@pytest.mark.parametrize("method", ["mae", "dmae", "amd"])
+def test_a_run_s_report_says_what_it_was_and_what_came_of_it(trio, method):
+    ended = trio[method]
+    text, last = (ended.run / "report.md").read_text(), ended.metrics()[-1]
+    knn = [record["knn"] for record in ended.records() if "knn" in record][-1]
+    row = table(ended.run / "report.md")[method]
+    assert (
+        row["method"] == method and row["student"] == "vit_tiny_patch16_224 (width 32, depth 2, heads 2, patch_size 8)"
+    )
+    assert (row["loss"], row["pixels"]) == (f"{last['loss']:.4f}", f"{last['pixels']:.4f}") and row[
+        "kNN"
+    ] == f"{knn:.1%}"
+    pairs = {"mae": (), "dmae": (1,), "amd": (0, 1)}[method]
+    for term in ("align", "generate"):
+        values = [last[f"{term}/{block}"] for block in pairs if f"{term}/{block}" in last]
+        assert row[term] == (f"{sum(values) / len(values):.4f}" if values else "-")
+    assert links(ended.run / "report.md") == ["curves.png", f"pictures/step_{last['step']:09d}.png"]
+    for part in (
+        f"{last['step']} steps",
+        "96 images",
+        "global batch 12",
+        "lr 0.003",
+        "tiny.yaml",
+        "a trend, no forecast",
+    ):
+        assert part in text, part
+    assert ("teacher: none" in text) == (method == "mae") and f"teacher.source=run:{ended.run}" in text
+    assert method == "mae" or str(trio["mae"].run) in text
+    command = shlex.split(text.rstrip().splitlines()[-1])
+    following = load_config(command[2], command[3:]).config
+    assert following.method == "dmae" and following.teacher.source == f"run:{ended.run}"
+    assert following.student_architecture.width == 16 and following.data == load_config(command[2]).config.data
+
+
+def test_a_report_does_without_matplotlib_and_without_pictures(trio, tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(trio["dmae"].run, run.path)
+    (run.path / "curves.png").unlink()
+    shutil.rmtree(run.pictures)
+    original = builtins.__import__
+
+    def without(name, *args, **keywords):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return original(name, *args, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert links(write_run_report(run)) == [] and table(run.report)["run"]["method"] == "dmae"
+
+
+def test_a_summary_averages_rates_over_time_and_keeps_the_last_values():
+    step = {"loss": 2.0, "images_per_second": 10.0, "trained_seconds": 10.0, "step": 1}
+    records = [
+        step,
+        {"step": 1, "knn": 0.5},
+        step | {"loss": 1.0, "images_per_second": 40.0, "trained_seconds": 12.5, "step": 2},
+    ]
+    last = summary(records)
+    assert (last["loss"], last["knn"], last["step"], last["seconds"]) == (1.0, 0.5, 2, 12.5)
+    assert last["rate"] == pytest.approx(200 / 12.5)  # 100 images in 10 s, 100 in 2.5 s
+    assert summary([step])["knn"] is None
