@@ -127,6 +127,8 @@ def leave(main: Callable[[], None]) -> NoReturn:
         code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
+    except BrokenPipeError:  # whoever read our output has gone, as `head` does
+        code = 141
     except BaseException:  # a bug of ours: printed as Python would
         traceback.print_exc()
         code = 1

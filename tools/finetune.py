@@ -23,9 +23,9 @@ def start(config: FinetuneConfig, *, fresh: bool, extend: bool) -> None:
 
 def dry_run(config: FinetuneConfig) -> None:
     """Says what would happen."""
-    from maedistill import finetuning
+    from maedistill.finetuning import setup
 
-    finetuning.dry_run(config)
+    setup.dry_run(config)
 
 
 if __name__ == "__main__":

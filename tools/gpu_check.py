@@ -1,6 +1,6 @@
 """Checks maedistill on one GPU in a few minutes: whether it is right there, and how fast.
 
-    python tools/gpu_check.py                      everything, in at most 9 minutes
+    python tools/gpu_check.py                      as much as fits in 9 minutes, what matters most first
     python tools/gpu_check.py --only speed,loader  some parts
     python tools/gpu_check.py --tiny               the check itself, on small sizes; runs without a GPU, too
 
@@ -20,7 +20,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from gpu_parts.rows import FAIL, Row, RowFile, table
+from gpu_parts.rows import FAIL, SKIPPED, Row, RowFile, table
 from gpu_parts.runner import Child, Part, Settings, run_parts
 
 from maedistill.errors import ConfigError, exit_code_of
@@ -68,13 +68,15 @@ def main() -> list[Row]:
     require_packages()
     require_card(arguments.tiny)
     rows = check(parts, out=arguments.out.resolve(), minutes=arguments.minutes, tiny=arguments.tiny)
+    if all(row.verdict == SKIPPED for row in rows):
+        raise ConfigError("nothing was checked", "allow more --minutes, or choose other parts with --only")
     return [row for row in rows if row.verdict == FAIL]
 
 
 def check(parts: list[Part], *, out: Path, minutes: float, tiny: bool) -> list[Row]:
     """Run the parts, show and write what they find."""
     from gpu_parts.head import head
-    from gpu_parts.results import summary, write_results
+    from gpu_parts.results import TINY, not_run, summary, write_results
 
     start, machine = time.time(), head()
     (out / "logs").mkdir(parents=True, exist_ok=True)
@@ -90,8 +92,10 @@ def check(parts: list[Part], *, out: Path, minutes: float, tiny: bool) -> list[R
         shutil.rmtree(work, ignore_errors=True)
     rows, seconds = RowFile(out / "rows.jsonl").all(), time.time() - start
     rows.sort(key=lambda row: [part.name for part in parts].index(row.part))
-    write_results(out, machine, rows, ends, command=shlex.join(["python", *sys.argv]), seconds=seconds)
-    print(f"\n{table(rows)}\n\n{summary(rows, seconds=seconds)}: {out / 'summary.md'}", flush=True)
+    write_results(out, machine, rows, ends, command=shlex.join(["python", *sys.argv]), seconds=seconds, tiny=tiny)
+    notes = [note for note in (TINY if tiny else None, not_run(ends)) if note]
+    print("\n".join(["", table(rows), *notes]), flush=True)
+    print(f"\n{summary(rows, seconds=seconds)}: {out / 'summary.md'}", flush=True)
     return rows
 
 
@@ -120,7 +124,7 @@ def require_packages() -> None:
     """Refuse a machine on which every part would fail alike."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        raise ConfigError(f"not installed here: {', '.join(missing)}", "install them, or take a --pack along")
+        raise ConfigError(f"not installed here: {', '.join(missing)}", "install them; --pack collects some of them")
 
 
 def require_card(tiny: bool) -> None:
@@ -138,7 +142,7 @@ def parts_text() -> str:
     """List the parts with their bounds."""
     width = max(len(part.name) for part in PARTS)
     lines = [f"  {part.name:<{width}}  {part.seconds:4.0f} s at most  {part.about}" for part in PARTS]
-    note = f"in this order, until {MINUTES:g} minutes are over (--minutes); what is not timed runs side by side"
+    note = f"in this order, as far as they fit into {MINUTES:g} minutes (--minutes); untimed ones run side by side"
     return "\n".join(["parts:", *lines, note])
 
 

@@ -21,9 +21,9 @@ def start(config: PretrainConfig, *, fresh: bool, extend: bool) -> None:
 
 def dry_run(config: PretrainConfig) -> None:
     """Says what would happen."""
-    from maedistill import pretraining
+    from maedistill.pretraining import setup
 
-    pretraining.dry_run(config)
+    setup.dry_run(config)
 
 
 if __name__ == "__main__":

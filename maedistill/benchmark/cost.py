@@ -168,7 +168,8 @@ def add_model(report: Report, config: PretrainConfig, kinds: dict[str, Kind], *,
     hours = config.optim.epochs * IMAGENET_IMAGES / rate / 3600
     report.remarks.append(
         f"the model's {CARD}: {rate:,.0f} images/s, {step.flops / step.seconds / 1e12:.0f} TFLOP/s; {hours:,.1f} "
-        f"GPU-hours for {config.optim.epochs:g} epochs of ImageNet-1K, {hours / gpus:,.1f} hours on {gpus}"
+        f"GPU-hours for {config.optim.epochs:g} epochs of ImageNet-1K, {hours / gpus:,.1f} hours on {gpus}, with "
+        "loaders that keep up and no exchange of gradients"
     )
 
 

@@ -4,8 +4,9 @@
 
 Nothing is computed, so this needs no GPU and a minute of one core. The model is a roofline: a product or attention
 takes its FLOPs at the share of the peak that such shapes reach on this card, anything else its bytes at the memory's
-speed, and nothing less than a launch. The data sheet's peaks are of an H100 SXM; the shares are assumed, from published
-profiles of ViTs of these sizes. It describes the eager step: torch.compile fuses what is neither product nor attention.
+speed, and nothing less than a launch. The peaks are those of an H100 SXM's data sheet; the shares are assumed. It
+leaves out clipping and the exchange of gradients. It describes the eager step: torch.compile fuses what is neither
+product nor attention.
 
     B images
 """

@@ -156,10 +156,14 @@ class Engine(Section):
     deterministic: bool = runtime(
         False,
         "repeat every bit on a GPU, too, where attention and gather otherwise add in the order in which blocks finish; "
-        "slower; a CPU repeats every bit anyway",
+        "slower; the micro-batch is then never chosen by memory; a CPU repeats every bit anyway",
     )
     checkpoint_activations: bool = runtime(False, "recompute activations in the backward pass: less memory, more time")
-    timeout_seconds: Positive = runtime(600, "how long a rank waits for another before the run ends")
+    timeout_seconds: Positive = runtime(
+        600,
+        "how long a rank waits for another before the run ends; one whose process is gone, or whose whole machine has "
+        "been silent for a minute, is not waited for",
+    )
     nonfinite: Literal["skip", "stop"] = runtime(
         "skip",
         "what follows an update whose loss or gradient is not finite, which is never applied; skip: the next one; "

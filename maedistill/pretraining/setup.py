@@ -56,6 +56,7 @@ class Pretraining:
     teacher_weights: list[str]
     device: torch.device
     inputs: Callable[[Tensor, Tensor], tuple[Tensor, PatchSplit]]
+    fitted_to: int | None = None  # bytes of the GPU that the micro-batch was fitted to
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -72,7 +73,11 @@ class Pretraining:
             "network": describe_network(self.module.encoder.vit),
             "input": {"size": data.image_size, "mean": data.mean, "std": data.std, "crop": data.eval_crop},
             "data": {"images": len(self.index), "fingerprint": self.index.fingerprint()},
-            "batch": {"ranks": self.plan.world_size, "micro_batch": self.plan.batch.micro_batch},
+            "batch": {
+                "ranks": self.plan.world_size,
+                "micro_batch": self.plan.batch.micro_batch,
+                "fitted_to_bytes": self.fitted_to,
+            },
             "teacher": source.describe() if source is not None else None,
             "teacher_weights": self.teacher_weights,
             "licence": source.licence if source is not None else "yours: no other weights were used",
@@ -122,18 +127,21 @@ def open_pretraining(config: PretrainConfig, *, world_size: int, device: torch.d
 def fit_micro_batch(parts: Pretraining, folder: RunFolder) -> None:
     """Choose the micro-batch by the memory of the GPUs, where `engine.micro_batch` leaves it open. Collective.
 
-    A run that goes on with as many ranks as before keeps what it had, and so every bit of its sums.
+    A run that goes on with as many ranks and GPUs of the same size keeps what was chosen before, and so every bit of
+    its sums. `engine.deterministic` chooses nothing: two runs could choose differently.
     """
     config, plan, device = parts.config, parts.plan, parts.device
-    if config.engine.micro_batch is not None or device.type != "cuda":
+    if config.engine.micro_batch is not None or config.engine.deterministic or device.type != "cuda":
         return
     plans = batch_plans(config.optim.global_batch, world_size=plan.world_size, group=config.data.views_per_image)
+    parts.fitted_to = torch.cuda.get_device_properties(device).total_memory
     known = distributed.on_main(folder.facts).get("batch", {})
-    batch = next((one for one in plans if known == {"ranks": plan.world_size, "micro_batch": one.micro_batch}), None)
+    fits = {"ranks": plan.world_size, "fitted_to_bytes": parts.fitted_to}
+    batch = next((one for one in plans if known == fits | {"micro_batch": one.micro_batch}), None)
     if batch is None:
         numbers = sum(p.numel() for p in parts.module.parameters())
-        copies = 3 + (config.optim.ema is not None)  # Adam's two moments, gradients being reduced, moving average
-        later = 4 * copies * numbers
+        moments = 8 / (plan.world_size if config.engine.zero else 1)  # bytes of each number; cut up from ZeRO 1 on
+        later = numbers * (moments + 4 + 4 * (config.optim.ema is not None))  # 4: gradients while they are reduced
         batch = fit_to_memory(plans, lambda count: _trial_on_noise(parts, count), device=device, later_bytes=later)
         parts.module.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
@@ -147,7 +155,9 @@ def dry_run(config: PretrainConfig) -> None:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = open_pretraining(config, world_size=world_size_from_environment(), device=device)
-    RunFolder(config.run).check(config, parts.facts, fresh=False, extend=False)
+    folder = RunFolder(config.run)
+    folder.check(config, parts.facts, fresh=False, extend=False)
+    fit_micro_batch(parts, folder)
     student_sees, teacher_sees = mask_sizes(config, parts.module.encoder.grid**2)
     flops = count_flops(parts.module, parts.teacher, num_student=student_sees, num_teacher=teacher_sees)
     lines = parts.lines

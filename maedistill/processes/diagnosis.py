@@ -99,14 +99,21 @@ def find_lost(beats: Sequence[Heartbeat], silent_seconds: Mapping[int, float], *
             lost = min(silent_seconds[rank] for rank in machine) >= _MACHINE_SILENT_SECONDS
         if lost:
             gone.append(beat)
-    return _lost(", ".join(map(str, gone)), tuple(beat.rank for beat in gone)) if gone else None
+    if not gone:
+        return None
+    here = all(beat.pid_space == pid_space for beat in gone)
+    return _lost(
+        ", ".join(map(str, gone)),
+        tuple(beat.rank for beat in gone),
+        what="ended" if here else "ended, or the machine cannot be reached",
+    )
 
 
 def pid_space() -> str:
     """Identify this machine and its namespace of process numbers: containers on one machine may not see each other."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+        return f"{platform.node()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not Linux
         return platform.node()
 
@@ -163,6 +170,6 @@ def _kind(exit_code: int) -> type[UserError]:
     return kinds.get(exit_code, PeerError)
 
 
-def _lost(who: str, ranks: tuple[int, ...]) -> Diagnosis:
+def _lost(who: str, ranks: tuple[int, ...], *, what: str = "ended, froze or cannot be reached") -> Diagnosis:
     remedy = f"look there for what ended it: its output, memory, the machine itself; {_GOES_ON}"
-    return Diagnosis(PeerError(f"{who} ended, froze or cannot be reached", remedy), ranks)
+    return Diagnosis(PeerError(f"{who} {what}", remedy), ranks)

@@ -178,7 +178,9 @@ class Peers:
         elif self._latest:
             beats, now = self._latest, time.monotonic()
             silent = {beat.rank: now - self._heard_from.get(beat.rank, (0, now))[1] for beat in beats}
-            lost = find_lost(beats, silent, pid_space=self._said.pid_space)
+            # A rank that does not hear itself is cut off from the store, and cannot say who else is gone.
+            if silent[self._said.rank] < _LOOK_ROUNDS * self._round:
+                lost = find_lost(beats, silent, pid_space=self._said.pid_space)
         if lost is not None and self._moved == moved:
             self._leave(lost)
 

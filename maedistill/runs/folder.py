@@ -54,11 +54,19 @@ class RunFolder:
         self._in_use = False  # by another process, whose records are not ours to change
         self.is_ours = False  # rank 0 has opened it; each rank sets this for itself
 
-    def open(self, config: RunConfig, facts: dict[str, Any], *, fresh: bool, extend: bool) -> None:
+    def open(
+        self,
+        config: RunConfig,
+        facts: dict[str, Any],
+        *,
+        execution: dict[str, Any] | None = None,
+        fresh: bool,
+        extend: bool,
+    ) -> None:
         """Creates the folder, or checks that `config` continues what is in it, takes its lock and writes both files.
 
         facts: what run.json says of this start; `data` and `teacher_weights` must not change over a run's life. A start
-        that failed before its first checkpoint binds nobody.
+        that failed before its first checkpoint binds nobody. execution: what this start runs on, for its record.
         Raises ConfigError when the folder belongs to other settings, data or teachers, naming what differs, or when
         another process runs in it.
         """
@@ -75,7 +83,7 @@ class RunFolder:
         before = self.facts()
         if checkpoint_steps(self.checkpoints):  # what the run began with is what its first start saw, not this one
             facts = facts | {name: before[name] for name in _OF_THE_FIRST_START if name in before}
-        starts = [*before.get("starts", []), _start()]
+        starts = [*before.get("starts", []), _start() | (execution or {})]
         write_text(self.config, config_yaml(config))
         write_text(self._facts, json.dumps({**facts, "starts": starts}, indent=1) + "\n")
 

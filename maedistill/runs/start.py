@@ -21,7 +21,7 @@ from maedistill.runs.async_saver import Saver
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.plan import Plan
 from maedistill.runs.run import Run
-from maedistill.training.compilation import keep_compiled, should_compile
+from maedistill.training.compilation import should_compile
 from maedistill.training.engine import Engine, initialize_distributed
 from maedistill.training.optim import build_optimizer, build_schedule
 
@@ -52,7 +52,6 @@ class Parts(Protocol):
 
 def join(config: RunConfig) -> None:
     """Make this process a rank: process group, DeepSpeed, CPU threads. Once per process."""
-    keep_compiled()
     if config.engine.deterministic:
         repeat_every_bit()
     initialize_distributed(config.engine.timeout_seconds)
@@ -77,17 +76,37 @@ def joined(config: RunConfig, folder: RunFolder) -> Iterator[Peers]:
     distributed.barrier()  # a launcher ends the others when one rank is gone: nobody leaves before all are done
 
 
+def describe_execution(config: RunConfig, device: torch.device, *, is_compiled: bool) -> dict[str, Any]:
+    """Describe what the steps of this start run on and how, for run.json."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "ranks": distributed.world_size(),
+        "precision": precision(config.engine.precision, device),
+        "compiled": is_compiled,
+        "zero": config.engine.zero,
+    }
+
+
+def execution_line(execution: dict[str, Any]) -> str:
+    """Say the same in a line of the run's head."""
+    compiled = "compiled (the first step may take minutes)" if execution["compiled"] else "not compiled"
+    ranks, name, number = execution["ranks"], execution["device"], execution["precision"]
+    return f"engine   {ranks} x {name}, {number}, {compiled}, ZeRO {execution['zero']}"
+
+
 def start_run(parts: Parts, folder: RunFolder, peers: Peers, *, fresh: bool, extend: bool) -> Run:
     """Opens the run folder, says what is going to happen, builds the engine. Collective.
 
     fresh: refuse a folder that already holds a run. extend: allow a changed number of epochs.
     """
     config, plan, module, optim = parts.config, parts.plan, parts.module, parts.config.optim
-    distributed.on_main(lambda: folder.open(config, parts.facts, fresh=fresh, extend=extend))
+    is_compiled = should_compile(config.engine.compile, parts.device, zero=config.engine.zero)
+    execution = describe_execution(config, parts.device, is_compiled=is_compiled)
+    distributed.on_main(lambda: folder.open(config, parts.facts, execution=execution, fresh=fresh, extend=extend))
     folder.is_ours = True
     if distributed.is_main():
-        print("\n".join(parts.lines), flush=True)
-    if should_compile(config.engine.compile, parts.device, zero=config.engine.zero):
+        print("\n".join([*parts.lines, execution_line(execution)]), flush=True)
+    if is_compiled:
         parts.compile()
     optimizer = build_optimizer(parts.groups, lr=optim.peak_lr, betas=optim.betas)
     schedule = build_schedule(

@@ -1,10 +1,9 @@
-"""torch.compile: when a run uses it, with which options, and where its results are kept.
+"""torch.compile: when a run uses it, and with which options.
 
 Compiled and eager runs agree up to rounding, so `engine.compile` may change between two starts of a run. Random draws
 inside the networks (drop path) stay those of eager mode: by default, inductor draws other numbers from the same seed.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -13,26 +12,37 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from maedistill.errors import ConfigError
+from maedistill.processes.ranks import local_rank
+
 T = TypeVar("T", bound=Callable[..., Any])
 
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"fallback_random": True}
 
 
-def keep_compiled() -> None:
-    """Let torch.compile keep its results in the user's cache, where that can be written to: a warm second start.
-
-    torch's own place is the machine's folder for temporary files, which a reboot or a new container empties.
-    """
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if os.access(cache, os.W_OK):
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache, "maedistill", "compiled"))
-
-
 def should_compile(setting: bool | None, device: torch.device, *, zero: int) -> bool:
-    """Resolve `engine.compile`. None: on a GPU, below ZeRO 3, if a compiler works on this machine."""
-    if setting is not None:
-        return setting
-    return device.type == "cuda" and zero < 3 and _compiler_works(device)
+    """Resolve `engine.compile`. None: on a GPU, below ZeRO 3, if a compiler works on this machine.
+
+    Raises ConfigError where it is set and no compiler works.
+    """
+    if not (setting if setting is not None else device.type == "cuda" and zero < 3):
+        return False
+    failure = _compiler_failure(device)
+    if failure is None:
+        return True
+    if setting:
+        raise ConfigError(
+            f"engine.compile: torch.compile fails on this machine ({failure})",
+            "install a C compiler and Python's headers, which it usually lacks, or set engine.compile=false",
+        )
+    if local_rank() == 0:
+        print(
+            f"runs without torch.compile, which fails on this machine ({failure}); a C compiler and Python's headers "
+            "are what it usually lacks",
+            file=sys.stderr,
+            flush=True,
+        )
+    return False
 
 
 def compile_module(module: nn.Module) -> None:
@@ -46,17 +56,11 @@ def compile_function(function: T) -> T:
 
 
 @cache
-def _compiler_works(device: torch.device) -> bool:
-    """Compile and run one small kernel. Triton needs a C compiler and Python's headers, which some images lack."""
+def _compiler_failure(device: torch.device) -> str | None:
+    """Compile and run one small kernel; return why that fails. Triton needs a C compiler and Python's headers."""
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-    except Exception as error:  # said below; eager mode gives the same result, more slowly
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        print(
-            f"runs without torch.compile, which fails on this machine ({type(error).__name__}: {reason}); "
-            "a C compiler and Python's headers are what it usually lacks",
-            file=sys.stderr,
-            flush=True,
-        )
-        return False
-    return True
+    except Exception as error:  # returned, and said by the caller
+        reason = next(iter(str(error).strip().splitlines()), "no message")
+        return f"{type(error).__name__}: {reason}"
+    return None

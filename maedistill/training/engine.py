@@ -10,10 +10,10 @@ What it promises at every ZeRO stage, number format, rank count and accumulation
 - `state()` and `load_state()` know neither rank count nor stage, so any checkpoint loads anywhere.
 
 Host waits for the device within a step: none at stage 0 in fp32 and bf16. fp16's loss scale reads one verdict per
-update. Stages 1 to 3 wait 5 to 8 times per update inside DeepSpeed (norm, overflow check, partitions).
+update. Stages 1 to 3 wait several times per update inside DeepSpeed (norm, overflow check, partitions).
 
-Gradients of several ranks are averaged during the backward pass: at stage 0 by gradient_reduction.py, at stages 1 to 3
-by DeepSpeed.
+Gradients of several ranks are averaged in buckets: at stage 0 by gradient_reduction.py, while the backward pass still
+runs (a compiled step hands them over together, at its end); at stages 1 to 3 by DeepSpeed.
 
 DeepSpeed's own `torch_autocast` is not used: at stages 1 to 3 it reduces the gradients of Linear layers in half
 precision, so that the stage would change the result, and its fp16 loss scale never falls (see loss_scale.py).

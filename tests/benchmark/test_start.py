@@ -1,6 +1,5 @@
 """From the command to the first step: every second belongs to one part, a real start is followed to its first step."""
 
-import os
 import time
 
 import pytest
@@ -8,7 +7,6 @@ import pytest
 from maedistill.benchmark.start import measure_start, start_report
 from maedistill.benchmark.stopwatch import Stopwatch
 from maedistill.errors import ConfigError, DataError
-from maedistill.training.compilation import keep_compiled
 
 CONFIG = """\
 method: mae
@@ -79,19 +77,3 @@ def test_the_tables_say_medians_and_shares() -> None:
         ("all", "100%"),
     ]
     assert "took 40.0 s" in report.remarks[0]
-
-
-def test_what_is_compiled_goes_to_the_users_cache_where_that_can_be_written_to(tmp_path, monkeypatch) -> None:
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    for cache, before, after in (
-        (tmp_path / "none", None, None),
-        (tmp_path, None, str(tmp_path / "maedistill" / "compiled")),
-        (tmp_path, "mine", "mine"),
-    ):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-        monkeypatch.delenv(name, raising=False)
-        if before:
-            monkeypatch.setenv(name, before)
-        keep_compiled()
-        assert os.environ.get(name) == after
-    monkeypatch.delenv(name)

@@ -15,14 +15,14 @@ child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.
 print(child.pid, child.stdout.readline(), end="", flush=True)
 time.sleep(60)
 """
-RANK = "import time; from maedistill.processes.parent_death import end_with_launcher; end_with_launcher()\n"
+RANK = "import time; from maedistill.processes.parent_death import die_with_launcher; die_with_launcher()\n"
 RANK += "print('ready', flush=True); time.sleep(60)"
 # A rank that answers SIGTERM itself forks a worker: it must leave SIGTERM to the rank and outlive no rank.
 WORKER = """
 import multiprocessing, os, signal, sys, time
-from maedistill.processes.parent_death import quiet_worker
+from maedistill.processes.parent_death import detach_worker
 def work(ready):
-    quiet_worker()
+    detach_worker()
     for number in signal.SIGTERM, signal.SIGUSR1, signal.SIGINT:
         signal.raise_signal(number)
     ready.set()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from maedistill.config.loader import load_config
+from maedistill.errors import ConfigError
 from maedistill.pretraining.build import build_encoder, build_method, step_inputs
 from maedistill.training import compilation
 from maedistill.training.compilation import compile_function, compile_module, should_compile
@@ -15,10 +16,15 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.mark.parametrize("works", [True, False])
 def test_left_open_it_is_for_gpus_with_a_compiler_below_zero_3(works, monkeypatch) -> None:
-    monkeypatch.setattr(compilation, "_compiler_works", lambda device: works)
+    monkeypatch.setattr(compilation, "_compiler_failure", lambda device: None if works else "no compiler")
     assert [should_compile(None, GPU, zero=zero) for zero in range(4)] == [works, works, works, False]
     assert not should_compile(None, CPU, zero=0)
-    assert should_compile(True, CPU, zero=0) and not should_compile(False, GPU, zero=0)
+    assert not should_compile(False, GPU, zero=0)
+    if works:
+        assert should_compile(True, CPU, zero=0)
+    else:
+        with pytest.raises(ConfigError, match="no compiler"):
+            should_compile(True, CPU, zero=0)
 
 
 def test_a_machine_without_a_compiler_runs_without_one(monkeypatch, capsys) -> None:
@@ -26,13 +32,16 @@ def test_a_machine_without_a_compiler_runs_without_one(monkeypatch, capsys) -> N
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: fail)
-    assert not compilation._compiler_works.__wrapped__(CPU)
+    failure = compilation._compiler_failure.__wrapped__(CPU)
+    assert failure == "RuntimeError: Failed to find C compiler. Please specify via CC environment variable."
+    monkeypatch.setattr(compilation, "_compiler_failure", lambda device: failure)
+    assert not should_compile(None, GPU, zero=0)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and "Failed to find C compiler" in said[0]
 
 
 def test_the_compiler_here_works() -> None:
-    assert compilation._compiler_works.__wrapped__(CPU)
+    assert compilation._compiler_failure.__wrapped__(CPU) is None
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ PEAK_H200 = 750e12  # FLOP/s of a bf16 product that an H200 is taken to reach: o
 
 def images_goal(card: str, peak: float) -> float:
     """Return the images/s that are expected of a card whose measured bf16 peak is `peak`."""
-    return IMAGES_H200 if "H200" in card else IMAGES_H200 * peak / PEAK_H200
+    return IMAGES_H200 if card.startswith("NVIDIA H200") else IMAGES_H200 * peak / PEAK_H200
 
 
 def at_least(goal: float, value: float, form: str) -> str:

@@ -28,7 +28,10 @@ def pack(folder: Path, *, python: str) -> str:
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
     return (
         f"{folder}: {size:.0f} MB, for Python {python} on x86-64 Linux. Put it into the checkout that goes there; in "
-        f"that checkout run\n  PYTHONPATH=$PWD:$PWD/{shlex.quote(folder.name)} python3 tools/gpu_check.py"
+        f"that checkout run\n  PYTHONPATH=$PWD:$PWD/{shlex.quote(folder.name)} python3 tools/gpu_check.py\n"
+        "The machine must already have torch, torchvision, triton and what usually comes with them: numpy, pillow, "
+        "PyYAML, einops, safetensors, huggingface_hub, fsspec, tqdm, psutil, msgpack, packaging, pytest. The check "
+        "names what is missing."
     )
 
 

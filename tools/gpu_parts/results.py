@@ -8,13 +8,23 @@ from pathlib import Path
 from gpu_parts.rows import FAIL, Row, markdown
 from gpu_parts.runner import PartEnd
 
+TINY = "Tiny stand-ins for the networks: the verdicts count, the figures mean nothing."
+
 
 def write_results(
-    out: Path, head: dict[str, str], rows: Sequence[Row], ends: Sequence[PartEnd], *, command: str, seconds: float
+    out: Path,
+    head: dict[str, str],
+    rows: Sequence[Row],
+    ends: Sequence[PartEnd],
+    *,
+    command: str,
+    seconds: float,
+    tiny: bool,
 ) -> None:
-    """Write both files."""
+    """Write both files. tiny: the sizes are small stand-ins, whose figures mean nothing."""
     document = {
         "head": head,
+        "tiny": tiny,
         "command": command,
         "seconds": seconds,
         "failed": sum(row.verdict == FAIL for row in rows),
@@ -28,6 +38,7 @@ def write_results(
         *(f"- {name}: {value}" for name, value in head.items()),
         f"- command: `{command}`",
         "",
+        *([f"**{TINY}**", ""] if tiny else []),
         summary(rows, seconds=seconds),
         "",
         markdown(rows),
@@ -35,6 +46,12 @@ def write_results(
         "Seconds by part: " + ", ".join(f"{end.name} {end.seconds:.0f}" for end in ends),
     ]
     (out / "summary.md").write_text("\n".join(lines) + "\n")
+
+
+def not_run(ends: Sequence[PartEnd]) -> str | None:
+    """Name the parts that no time was left for."""
+    left_out = [end.name for end in ends if end.code is None and end.seconds == 0]
+    return f"NOT RUN for want of time: {', '.join(left_out)}" if left_out else None
 
 
 def summary(rows: Sequence[Row], *, seconds: float) -> str:

@@ -10,7 +10,7 @@ from gpu_parts.pictures import small_shards
 from gpu_parts.starts import Starts
 from maedistill.errors import DataError
 
-EXACT, ROUNDED, HALF, TERMS = 1e-5, 1e-3, 3e-2, 1e-2  # how far losses may be apart, as shares
+BITS, EXACT, ROUNDED, HALF, TERMS = 0.0, 1e-5, 1e-3, 3e-2, 1e-2  # how far losses may be apart, as shares
 _MOST_JOBS = 8
 
 
@@ -48,6 +48,10 @@ def pretrain(starts: Starts, pool: ThreadPoolExecutor) -> list[Future]:
         half = ["engine.precision=bf16", "teacher.precision=bf16"]
         runs.append(pool.submit(starts.whole, "dmae_bf16", *dmae, *half))
         runs.append(pool.submit(starts.whole, "dmae_fp16", *exact, "engine.precision=fp16"))
+        bits = [*exact, "engine.deterministic=true"]
+        runs.append(pool.submit(starts.whole, "dmae_bits", *bits))
+        runs.append(pool.submit(starts.killed, "dmae_bits_killed", *bits))
+        runs.append(pool.submit(starts.whole, "dmae_fitted", *exact, "engine.micro_batch=null"))
     if starts.check.on_card and not starts.check.tiny:
         runs.append(pool.submit(starts.whole, "dmae_compiled", *exact, "engine.compile=true"))
     return runs
@@ -85,6 +89,7 @@ def judge(check: Check, starts: Starts) -> None:
     if check.on_card:
         pairs = [("mae", "mae_cpu", ROUNDED), ("dmae", "dmae_cpu", ROUNDED), *pairs]
         pairs += [("dmae_bf16", "dmae", HALF), ("dmae_fp16", "dmae", HALF), ("terms", "terms_cpu", TERMS)]
+        pairs += [("dmae_bits_killed", "dmae_bits", BITS), ("dmae_fitted", "dmae", ROUNDED)]
     if check.on_card and not check.tiny:
         pairs += [("dmae_compiled", "dmae", ROUNDED)]
     else:
@@ -98,12 +103,12 @@ def _compare(check: Check, starts: Starts, name: str, other: str, *, bound: floa
     try:
         found, expected = starts.losses(name), starts.losses(other)
     except DataError as error:
-        check.verdict(f"{name} loses what {other} does", False, error.cause)
+        check.verdict(f"{name} has the losses of {other}", False, error.cause)
         return
     apart = [abs(found[step] / expected[step] - 1) for step in found.keys() & expected.keys()]
     good = bool(apart) and found.keys() == expected.keys() and max(apart) <= bound
     figure = f"{len(found)} and {len(expected)} steps, losses within {max(apart, default=1):.1e}, bound {bound:g}"
-    check.verdict(f"{name} loses what {other} does", good, figure)
+    check.verdict(f"{name} has the losses of {other}", good, figure)
 
 
 def wait(futures: list[Future]) -> None:

@@ -77,6 +77,8 @@ class Starts:
         code = self._wait(process)
         if code == 0:
             self.check.skipped(f"{name}: is killed", "it had finished before the signal came")
+        else:
+            self.check.verdict(f"{name}: is killed", code == -signal.SIGKILL, f"exit code {code}")
         self.whole(name, *settings)
 
     def losses(self, name: str) -> dict[int, float]:
