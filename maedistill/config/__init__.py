@@ -1,1 +1,1 @@
-"""The settings of a run: schema, rules between them, loading from YAML and the command line. Never imports torch."""
+"""The settings of a run: schema, rules between keys, loading from YAML and the command line. Never imports torch."""

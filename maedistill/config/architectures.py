@@ -1,7 +1,7 @@
 """Dimensions of timm's plain Vision Transformers by name, without importing timm.
 
-The names carry everything: `vit_SIZE_patchP_IMAGE` plus marks such as `reg4` or `gap`. A name that is not covered
-gives None, and whatever depends on it is checked once timm has built the model. A test compares the table with timm.
+The name determines everything: `vit_SIZE_patchP_IMAGE` plus marks such as `reg4` or `gap`. A name that is not covered
+gives None, and what depends on it is checked once timm has built the model. A test compares the table with timm.
 """
 
 import re
@@ -20,7 +20,7 @@ SIZES = {
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
 }
-# Marks that leave the dimensions alone. Others (`plus`, `18x2`, `xp`, `gap`, `rope`, ...) may not.
+# Marks that do not change the dimensions. Others (`plus`, `18x2`, `xp`, `gap`, `rope`, ...) may change them.
 _PLAIN = re.compile(
     r"^vit_(?P<size>[a-z]+)_patch(?P<patch>\d+)(?:_(?:reg\d|clip|quickgelu|siglip|dinov2|rpn|ls|dino|mae))*"
     r"(?:_\d{3})?(?:\.[\w.]+)?$"
@@ -38,7 +38,7 @@ class Architecture:
 
 
 def architecture_of(model: str, overrides: Any) -> Architecture | None:
-    """Dimensions of timm's `model` with the `width`, `depth`, `heads` and `patch_size` of a config section applied.
+    """Return the dimensions of timm's `model`, with the overrides of a config section: width, depth, heads, patch_size.
 
     Returns None for a name that the table does not cover.
     """

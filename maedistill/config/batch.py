@@ -1,7 +1,7 @@
-"""How a global batch is shared by ranks and micro-batches, and how many steps a run has. Numbers in, numbers out.
+"""Arithmetic of the batch: how ranks and micro-batches share a global batch, and how many steps a run has.
 
-`global_batch` is the truth; the rest follows from it. Known before torch is imported, so a batch that cannot be shared
-costs nobody a start of the GPUs.
+`global_batch` is given; the rest follows from it. This is checked before torch is imported, so that a batch that cannot
+be shared fails before any GPU is started.
 """
 
 import os
@@ -27,7 +27,7 @@ def batch_plan(
 
     views: a micro-batch is a multiple of it, so that the views of an image stay together.
     pairs: a micro-batch is even, so that mixup and cutmix find each image a partner; not with views.
-    Raises `ConfigError` where the ranks cannot share the batch evenly, or one such group exceeds a micro-batch.
+    Raises `ConfigError` if the ranks cannot share the batch evenly, or if one such group exceeds a micro-batch.
     """
     assert views == 1 or not pairs
     group = 2 if pairs else views
@@ -37,9 +37,9 @@ def batch_plan(
 
 
 def batch_plans(global_batch: int, *, world_size: int, group: int = 1, pairs: bool = False) -> list[BatchPlan]:
-    """Every even share of a global batch, the largest micro-batch first. group: samples that stay together.
+    """Return every even share of a global batch, the largest micro-batch first. group: samples that stay together.
 
-    Raises `ConfigError` where there is none.
+    Raises `ConfigError` if there is none.
     """
     groups, rest = divmod(global_batch, group * world_size)
     if rest:
@@ -50,7 +50,7 @@ def batch_plans(global_batch: int, *, world_size: int, group: int = 1, pairs: bo
 
 
 def _require_group(micro_batch: int, *, group: int, pairs: bool) -> None:
-    """Raise `ConfigError` where a micro-batch cannot hold the samples that stay together."""
+    """Raise `ConfigError` if a micro-batch cannot hold the samples that stay together."""
     if micro_batch < group:
         what = "the two images that mixup and cutmix mix" if pairs else f"data.views_per_image={group}"
         raise ConfigError(
@@ -60,9 +60,9 @@ def _require_group(micro_batch: int, *, group: int, pairs: bool) -> None:
 
 
 def total_steps(epochs: float, images: int, *, global_batch: int) -> int:
-    """floor(epochs * images / global_batch), with `epochs` as the decimal that was written, so 0.1 is a tenth.
+    """Return floor(epochs * images / global_batch), with `epochs` as the decimal that was written, so 0.1 is a tenth.
 
-    Raises `ConfigError` where not even one step comes out.
+    Raises `ConfigError` if that is 0.
     """
     samples = Fraction(repr(epochs)) * images
     steps = int(samples // global_batch)
@@ -76,9 +76,10 @@ def total_steps(epochs: float, images: int, *, global_batch: int) -> int:
 
 
 def world_size_from_environment(environment: Mapping[str, str] = os.environ) -> int:
-    """The number of ranks that the launcher announces: torchrun and deepspeed by WORLD_SIZE, srun by SLURM_NTASKS.
+    """Return the number of ranks from the launcher: WORLD_SIZE of torchrun and deepspeed, or SLURM_NTASKS of srun.
 
-    SLURM_NTASKS counts only inside a job step: a batch script also sees it, but is one process.
+    SLURM_NTASKS counts only inside a job step: a batch script also sees it, but is one process. Raises `ConfigError`
+    for a value that is not a number of ranks.
     """
     name = "WORLD_SIZE" if "WORLD_SIZE" in environment else "SLURM_NTASKS"
     if name not in environment or (name == "SLURM_NTASKS" and "SLURM_STEP_ID" not in environment):
@@ -92,9 +93,9 @@ def world_size_from_environment(environment: Mapping[str, str] = os.environ) -> 
 
 
 def _uneven(global_batch: int, *, world_size: int, group: int, noun: str) -> ConfigError:
-    """Names the rank counts next to `world_size` that divide the batch, and the batches nearby that it does divide.
+    """Return an error that suggests rank counts near `world_size` that divide the batch, and batches that it divides.
 
-    noun: what the batch consists of where `group` samples stay together.
+    noun: what the batch consists of if `group` samples stay together.
     """
     unit = world_size * group
     batches = [b for b in (global_batch // unit * unit, -(-global_batch // unit) * unit) if b > 0]

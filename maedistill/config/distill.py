@@ -1,8 +1,8 @@
-"""The schema of distillation in fine-tuning: teachers, and one section per term that a student can imitate them by.
+"""The schema of distillation in fine-tuning: teachers, and one section for each term.
 
-Every term is off by default (weight 0) and has a schedule of its own; any number of them add up. Depths of networks are
-counted from 0: a ViT's blocks, a convolutional network's stages as timm has them (ResNet: 0 the stem, 1 to 4 its
-layers). Rules between the keys are in `distill_rules.py`.
+Every term is off by default (weight 0) and has its own schedule; any number of terms can be combined. Depths of
+networks count from 0: a ViT's blocks, a convolutional network's stages as timm has them (ResNet: 0 the stem, 1 to 4
+its layers). Rules between the keys are in `distill_rules.py`.
 """
 
 from typing import Annotated, Literal
@@ -11,7 +11,7 @@ from pydantic import Field
 
 from maedistill.config.schema import Above0, Count, Positive, Precision, Section, Side, Weight, result
 
-Temperature = Annotated[float, Field(ge=0.01, le=1000)]  # beyond, softmax has one class or no preference
+Temperature = Annotated[float, Field(ge=0.01, le=1000)]  # outside this range, softmax is one-hot or uniform
 
 
 class Term(Section):
@@ -26,7 +26,7 @@ class Term(Section):
 
     @property
     def on(self) -> bool:
-        """Whether it ever counts."""
+        """Return whether the term is on."""
         return self.weight > 0
 
 
@@ -166,23 +166,23 @@ class Distill(Section):
 
     @property
     def terms(self) -> dict[str, Term]:
-        """The terms that are on, by name, in the order of the schema."""
+        """Return the terms that are on, by name, in the order of the schema."""
         sections = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: term for name, term in sections.items() if isinstance(term, Term) and term.on}
 
     @property
     def logit_terms(self) -> tuple[str, ...]:
-        """The terms that are on and compare predictions."""
+        """Return the terms that are on and compare predictions."""
         return tuple(name for name in LOGIT_TERMS if name in self.terms)
 
     @property
     def standardizes(self) -> bool:
-        """Whether logits are Z-scored."""
+        """Return whether logits are converted to z-scores."""
         return any(term.on and term.standardize for term in (self.logits, self.dkd))
 
     @property
     def reads_labels(self) -> bool:
-        """Whether anything learns from the labels of training images."""
+        """Return whether any loss uses the labels of training images."""
         return self.labels > 0 or self.dkd.on
 
 

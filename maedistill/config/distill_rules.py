@@ -1,4 +1,4 @@
-"""What must hold between the keys of distillation in fine-tuning. The teachers themselves are judged when opened."""
+"""Rules between the keys of distillation in fine-tuning. The teachers themselves are checked when they are opened."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ KINDS = ("run", "timm", "hf-hub", "local-dir")
 
 
 def teachers(c: FinetuneConfig) -> Iterator[Problem]:
-    """Terms and teachers come together."""
+    """Yield problems unless terms and teachers come together."""
     d = c.distill
     if d.terms and not d.teachers:
         names = ", ".join(d.terms)
@@ -33,7 +33,7 @@ def teachers(c: FinetuneConfig) -> Iterator[Problem]:
 
 
 def terms(c: FinetuneConfig) -> Iterator[Problem]:
-    """Each term has an effect, from its start to its end; one that is off has no settings."""
+    """Yield problems for a term with an invalid schedule or invalid pairs, and for settings of a term that is off."""
     sections = {name: getattr(c.distill, name) for name in type(c.distill).model_fields}
     for name, term in sections.items():
         if not isinstance(term, Term):
@@ -50,7 +50,7 @@ def terms(c: FinetuneConfig) -> Iterator[Problem]:
 
 
 def labels(c: FinetuneConfig) -> Iterator[Problem]:
-    """Something teaches the classifier, at every step."""
+    """Yield problems if nothing trains the classifier at some step, or if a setting of labels has no effect."""
     d = c.distill
     classifying = [d.logits, d.dkd, *([] if d.hard.token else [d.hard])]
     lasting = [term for term in classifying if term.on and term.start_epoch == term.warmup_epochs == 0]
@@ -67,7 +67,7 @@ def labels(c: FinetuneConfig) -> Iterator[Problem]:
 
 
 def batches(c: FinetuneConfig) -> Iterator[Problem]:
-    """Relations between images need some."""
+    """Yield a problem if a micro-batch has too few images for relations between them."""
     names = [name for name in BATCH_RELATION_TERMS if name in c.distill.terms]
     if names and c.engine.micro_batch == 1:
         cause = f"1 image has no relation to others, as distill.{names[0]} needs"
@@ -75,7 +75,7 @@ def batches(c: FinetuneConfig) -> Iterator[Problem]:
 
 
 def _schedule(c: FinetuneConfig, name: str, term: Term) -> Iterator[Problem]:
-    """Start, warm-up and stop lie in this order within the run."""
+    """Yield problems unless start, warm-up and stop lie in this order within the run."""
     end = term.stop_epoch if term.stop_epoch is not None else c.optim.epochs
     if term.start_epoch >= end:
         what = "stop_epoch" if term.stop_epoch is not None else "optim.epochs"
@@ -90,7 +90,7 @@ def _schedule(c: FinetuneConfig, name: str, term: Term) -> Iterator[Problem]:
 
 
 def _pairs(student: Architecture | None, name: str, term: Pairs) -> Iterator[Problem]:
-    """Depths are paired one to one, and exist as far as the config can know."""
+    """Yield problems unless depths are paired one to one and exist, as far as the config can know."""
     if not term.student or len(term.student) != len(term.teacher):
         yield Problem(
             f"distill.{name}.student",

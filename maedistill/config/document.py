@@ -1,8 +1,8 @@
-"""One YAML text as a flat dict of settings: dotted names -> (value, line).
+"""Reads one YAML text into a flat dict of settings: dotted names -> (value, line).
 
-A strict subset of YAML is read, so that nothing means what its writer did not see: plain data only, no tags, no
-aliases, no key twice, no text over several lines. Scalars follow YAML 1.2: `1e-3` is a number, while `yes`, `on`,
-`1:30`, `007` and dates are text, so that the schema refuses a wrong type that YAML 1.1 would convert in silence.
+Only a strict subset of YAML is read, so that a text cannot mean what its author did not see: plain data only, no tags,
+no aliases, no duplicate keys, no multi-line text. Scalars follow YAML 1.2: `1e-3` is a number, while `yes`, `on`,
+`1:30`, `007` and dates are text. The schema then rejects wrong types that YAML 1.1 would convert silently.
 """
 
 import re
@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import yaml
 
 DEEPEST = 8
-LONGEST = 100_000  # characters: what a mistake may cost to read; ours have a few thousand
+LONGEST = 100_000  # characters; limits the cost of naming a wrong file. Our configs have a few thousand
 _NAME = re.compile(r"^[^\s:]+$")
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _NULL, _BOOL, _INT, _FLOAT, _STR = (f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str"))
-# In order of precedence, each with the characters that such a scalar begins with.
+# In order of precedence, each with the possible first characters of such a scalar.
 RESOLVERS = (
     (_NULL, re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
     (_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
@@ -33,7 +33,7 @@ RESOLVERS = (
 
 
 class Refusal(Exception):
-    """A text that is not YAML, or not in our subset. The caller knows the file and makes it a `ConfigError`."""
+    """A text that is not YAML, or not in our subset. The caller knows the file and raises a `ConfigError` instead."""
 
     def __init__(self, line: int, cause: str, remedy: str) -> None:
         super().__init__(cause)
@@ -41,15 +41,15 @@ class Refusal(Exception):
 
 
 def read_text(path: Path) -> str:
-    """A file in UTF-8, or so much of it that `read_document` refuses it: a mistake may name one without end."""
+    """Read at most LONGEST + 1 characters of a UTF-8 file, so that endless files (/dev/zero) are rejected."""
     with path.open(encoding="utf-8-sig") as file:
         return file.read(LONGEST + 1)
 
 
 def read_document(text: str, *, prefix: str = "") -> dict[str, tuple[Any, int]]:
-    """The leaves of a YAML text: dotted name -> (value, line from 1). Lists stay whole, mappings become dots.
+    """Return the leaves of a YAML text: dotted name -> (value, line from 1). Lists stay whole, mappings become dots.
 
-    prefix: the dotted name that the whole text is the value of. Raises `Refusal`.
+    prefix: the dotted name whose value the text is. Raises `Refusal`.
     """
     if len(text) > LONGEST:
         raise Refusal(1, f"more than {LONGEST:,} characters, too much for settings", "check which file is meant")
@@ -70,7 +70,7 @@ def read_document(text: str, *, prefix: str = "") -> dict[str, tuple[Any, int]]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Composes nodes, refusing aliases, tags and deep nesting; the nodes become values in this file."""
+    """Composes nodes and rejects aliases, tags and deep nesting; `_value` turns the nodes into values."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
     depth = 0
@@ -96,7 +96,7 @@ for _tag, _regexp, _first in RESOLVERS:
 
 
 def _leaves(node: yaml.Node, name: str, line: int) -> Iterator[tuple[str, tuple[Any, int]]]:
-    """(dotted name, (value, line)) of everything below a node; the line is that of the key."""
+    """Yield (dotted name, (value, line)) of everything below a node; the line is that of the key."""
     if not isinstance(node, yaml.MappingNode) or not node.value:
         yield name, (_value(node), line)
         return
@@ -105,7 +105,7 @@ def _leaves(node: yaml.Node, name: str, line: int) -> Iterator[tuple[str, tuple[
 
 
 def _items(node: yaml.MappingNode) -> Iterator[tuple[str, yaml.Node, int]]:
-    """(key, value, line) of a mapping whose keys are distinct plain names."""
+    """Yield (key, value, line) of a mapping. Raises `Refusal` unless its keys are distinct plain names."""
     lines: dict[str, int] = {}
     for key_node, value in node.value:
         line = key_node.start_mark.line + 1
@@ -123,7 +123,7 @@ def _items(node: yaml.MappingNode) -> Iterator[tuple[str, yaml.Node, int]]:
 
 
 def _value(node: yaml.Node) -> Any:
-    """The plain value of a node: dict, list, text, number, bool or None."""
+    """Return the plain value of a node: dict, list, text, number, bool or None."""
     if isinstance(node, yaml.MappingNode):
         return {key: _value(value) for key, value, _ in _items(node)}
     if isinstance(node, yaml.SequenceNode):
@@ -136,7 +136,7 @@ def _value(node: yaml.Node) -> Any:
     if node.tag == _INT:
         return int(text)
     if node.tag == _FLOAT:
-        return float(re.sub(r"\.(?=[in])", "", text.lower()))  # .inf and .nan; the schema refuses both
+        return float(re.sub(r"\.(?=[in])", "", text.lower()))  # .inf and .nan; the schema rejects both
     if _UNPRINTABLE.search(text):
         raise Refusal(node.start_mark.line + 1, "text with line breaks or control characters", "write one plain line")
     return text

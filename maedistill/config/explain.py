@@ -1,4 +1,4 @@
-"""What a key means: the text of `--explain KEY`."""
+"""The text of `--explain KEY`: the meaning of a key."""
 
 import json
 
@@ -15,7 +15,7 @@ KINDS = {
 
 
 def explain(name: str, *, root: type[RunConfig] = PretrainConfig) -> str:
-    """A key's meaning, type, default and kind, or a section's keys. Raises `ConfigError` for another name."""
+    """Return a key's meaning, type, default and kind, or a section's keys. Raises `ConfigError` for an unknown name."""
     if name in all_sections(root=root):
         return _section_text(name, root)
     if name not in all_keys(root=root):

@@ -1,6 +1,6 @@
 """The schema of a fine-tuning run: every key, its type, range, default, and what the papers used.
 
-`FinetuneConfig` is the root; the sections below it extend those in `schema.py`, which pre-training extends as well. The
+`FinetuneConfig` is the root; its sections extend those in `schema.py`, which pre-training extends as well. The
 defaults are MAE's recipe for ViT-B (He et al., CVPR 2022); `configs/finetune/` has one recipe per size.
 """
 
@@ -101,7 +101,7 @@ class Augment(Section):
 
     @property
     def mixes(self) -> bool:
-        """Whether images are ever mixed in pairs."""
+        """Return whether images are ever mixed in pairs."""
         return self.mix_probability > 0 and max(self.mixup, self.cutmix) > 0
 
 
@@ -152,12 +152,12 @@ class FinetuneConfig(RunConfig):
 
     @property
     def grouping(self) -> dict[str, Any]:
-        """Mixup and cutmix pair the images of a micro-batch."""
+        """Return the keyword that makes micro-batches even, so that mixup and cutmix can pair their images."""
         return {"pairs": self.augment.mixes}
 
     @property
     def student_architecture(self) -> Architecture | None:
-        """The student's dimensions, or None where only init.source or timm knows them."""
+        """Return the student's dimensions, or None if only init.source or timm knows them."""
         kind, _, name = (self.init.source or "").partition(":")
         if kind in ("run", "hf-hub", "local-dir"):
             return None

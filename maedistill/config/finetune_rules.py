@@ -1,6 +1,6 @@
-"""What must hold between the keys of a fine-tuning run: start, student and mixing, beside the rules of any stage.
+"""Rules between the keys of a fine-tuning run: start, student and mixing, in addition to the rules of any stage.
 
-Those of its teachers and terms are in `distill_rules.py`.
+The rules of its teachers and terms are in `distill_rules.py`.
 """
 
 import re
@@ -12,7 +12,7 @@ from maedistill.config.problem import Problem
 
 SOURCES = ("run", "timm", "hf-hub", "local-dir", "file")
 # timm's notation: magnitude m, its ceiling mmax and deviation mstd, n operations per image, each with probability p,
-# inc1: those that grow with the magnitude.
+# inc1: operations whose strength grows with the magnitude.
 _RAND_AUGMENT = re.compile(r"^rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?)*$")
 
 
@@ -69,7 +69,7 @@ def _augment(c: FinetuneConfig) -> Iterator[Problem]:
     if a.rand_augment is not None and not _RAND_AUGMENT.match(a.rand_augment):
         cause = f"{a.rand_augment!r} is not timm's notation of RandAugment"
         yield Problem("augment.rand_augment", cause, "write e.g. rand-m9-mstd0.5-inc1, or null for none")
-    # mixup and cutmix pair an image with one of the same micro-batch. Here is judged what holds for any ranks.
+    # mixup and cutmix pair an image with one of the same micro-batch. This checks what holds for any number of ranks.
     if a.mixes and c.optim.global_batch % 2:
         cause = f"{c.optim.global_batch} images cannot be mixed in pairs"
         remedy = "use an even one, or augment.mixup=0 augment.cutmix=0"

@@ -1,8 +1,8 @@
-"""The keys of a stage's schema by dotted name: type in words, default, kind, doc; the nearest key to a wrong one.
+"""The keys of a stage's schema by dotted name: type in words, default, kind, doc; and suggestions for an unknown key.
 
-Everything is read from pydantic's JSON schema of the stage's root, so a key is described in one place only. A dotted
-name has one part or more, `seed`, `optim.lr` or `distill.logits.weight`; settings flow through the package as flat
-dicts from names to values.
+Everything is derived from pydantic's JSON schema of the stage's root, so a key is described in one place only. A dotted
+name has one part or more: `seed`, `optim.lr` or `distill.logits.weight`. Settings are passed through the package as
+flat dicts from names to values.
 """
 
 import difflib
@@ -16,7 +16,7 @@ from maedistill.config.schema import RunConfig
 
 Kind = Literal["result", "runtime"]
 
-# What MAE's and timm's command lines call it, in either stage.
+# Names on MAE's and timm's command lines, and our keys for them, of either stage.
 ALIASES = {
     "aa": ("augment.rand_augment",),
     "accum_iter": ("engine.micro_batch",),
@@ -37,7 +37,7 @@ ALIASES = {
 
 @dataclass(frozen=True)
 class Key:
-    """One key of the schema. `words` is its type in words, `default` is as JSON has it (lists for tuples)."""
+    """One key of the schema. `words` describes its type in English, `default` is its JSON value (lists for tuples)."""
 
     name: str
     kind: Kind
@@ -49,30 +49,30 @@ class Key:
 
 @cache
 def all_keys(*, root: type[RunConfig] = PretrainConfig) -> dict[str, Key]:
-    """Every key by dotted name, in the order of the schema."""
+    """Return every key by dotted name, in the order of the schema."""
     return {name: _key(name, schema) for name, schema in _walk(_schema(root), root) if "properties" not in schema}
 
 
 @cache
 def all_sections(*, root: type[RunConfig] = PretrainConfig) -> dict[str, str]:
-    """The doc of every section by name."""
+    """Return the doc of every section by name."""
     return {name: schema["description"] for name, schema in _walk(_schema(root), root) if "properties" in schema}
 
 
 def keys_of_kind(kind: Kind, *, root: type[RunConfig] = PretrainConfig) -> list[str]:
-    """Dotted names of the keys that change the result, or of those that do not."""
+    """Return the dotted names of the keys that change the result, or of those that do not."""
     return [name for name, key in all_keys(root=root).items() if key.kind == kind]
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
-    """The values of a config by dotted name, as JSON has them, in the order of the schema."""
+    """Return the values of a config by dotted name, as in JSON, in the order of the schema."""
     return dict(_leaves(config.model_dump(mode="json")))
 
 
 def nested(
     values: Mapping[str, Any], *, parts: Callable[[str], list[str]] = lambda name: name.split(".")
 ) -> dict[str, Any]:
-    """The inverse of `flat`: dicts within dicts. parts: of a dotted name."""
+    """Invert `flat`: return dicts within dicts. parts: splits a dotted name."""
     tree: dict[str, Any] = {}
     for name, value in values.items():
         *sections, leaf = parts(name)
@@ -84,14 +84,14 @@ def nested(
 
 
 def differing_keys(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
-    """(key, old value, new value) of every `result` key that differs: what forbids continuing a run folder."""
+    """Return (key, old value, new value) of each `result` key that differs, since a run cannot continue with those."""
     before, after = flat(old), flat(new)
     names = keys_of_kind("result", root=type(old))
     return [(name, before[name], after[name]) for name in names if before[name] != after[name]]
 
 
 def nearest_keys(name: str, *, root: type[RunConfig] = PretrainConfig) -> list[str]:
-    """At most four keys or sections that `name` may have meant, likeliest first: a typo, or a wrong section."""
+    """Return at most four keys or sections that `name` may mean, likeliest first: a typo, or a wrong section."""
     keys = all_keys(root=root)
     names, leaf = [*keys, *all_sections(root=root)], name.rpartition(".")[2].replace("-", "_")
     typo = difflib.get_close_matches(name, names, n=1, cutoff=0.85)
@@ -115,7 +115,7 @@ def _schema(root: type[RunConfig]) -> dict[str, Any]:
 
 
 def _walk(section: dict[str, Any], root: type[RunConfig], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """(dotted name, schema) of everything below a section, each section before what is in it."""
+    """Yield (dotted name, schema) of everything below a section, each section before its contents."""
     for name, schema in section["properties"].items():
         if "$ref" not in schema:
             yield prefix + name, schema
@@ -126,7 +126,7 @@ def _walk(section: dict[str, Any], root: type[RunConfig], prefix: str = "") -> I
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of everything in dicts within dicts."""
+    """Yield (dotted name, value) of every leaf in dicts within dicts."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}.")
@@ -141,7 +141,7 @@ def _key(name: str, schema: dict[str, Any]) -> Key:
 
 
 def _in_words(schema: dict[str, Any]) -> str:
-    """A JSON schema in words: "a whole number >= 1, or null"."""
+    """Describe a JSON schema in English, e.g. "a whole number >= 1, or null"."""
     if "anyOf" in schema:
         return ", or ".join(_in_words(option) for option in schema["anyOf"])
     if "enum" in schema:

@@ -1,11 +1,11 @@
-"""From a YAML file, the files it extends and `key=value` overrides to one frozen config that knows its origins.
+"""Merges a YAML file, the files it extends and `key=value` overrides into one frozen config that knows its origins.
 
     extends: base.yaml            # or a list; relative to this file; later files win, this file wins over them
     optim: {epochs: 300}          # overridden by `optim.epochs=400` on the command line, where the last one wins
 
-All settings are first merged as a flat dict from dotted names to values with the place they came from, then checked at
-once: each value by itself (`values.py`), then the rules between them (`rules.py`, `pretrain_rules.py`,
-`finetune_rules.py`). Relative paths among the values are relative to the working directory.
+All settings are first merged as a flat dict from dotted names to values and their origins, then checked together: each
+value by itself (`values.py`), then the rules between them (`rules.py`, `pretrain_rules.py`, `finetune_rules.py`).
+Relative paths among the values are relative to the working directory.
 """
 
 import difflib
@@ -25,14 +25,14 @@ from maedistill.config.schema import RunConfig
 from maedistill.config.values import Root, validated
 from maedistill.errors import ConfigError
 
-MOST_FILES = 32  # that one config may extend, a file that several extend counted each time
+MOST_FILES = 32  # limit for one config; a file that is extended several times counts each time
 
-_LONGEST_PLACE = 200  # characters of an override that an error repeats
+_LONGEST_PLACE = 200  # characters of an override that an error message quotes
 
 
 @dataclass(frozen=True)
 class LoadedConfig(Generic[Root]):
-    """A valid config, and for each dotted key "default", "FILE:LINE" or "command line"."""
+    """A valid config, and the origin of each dotted key: "default", "FILE:LINE" or "command line"."""
 
     config: Root
     origins: dict[str, str]
@@ -40,7 +40,7 @@ class LoadedConfig(Generic[Root]):
 
 @dataclass(frozen=True)
 class _Setting:
-    """A value with its origin and the words by which an error message names the place: "run.yaml:12 optim.lr"."""
+    """A value, its origin, and its place as an error message names it: "run.yaml:12 optim.lr"."""
 
     value: Any
     origin: str
@@ -50,10 +50,10 @@ class _Setting:
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), *, root: type[Root] = PretrainConfig, to_run: bool = True
 ) -> LoadedConfig[Root]:
-    """Reads a config file, applies `key=value` overrides (values in YAML) and checks everything.
+    """Read a config file, apply `key=value` overrides (values in YAML) and check everything.
 
     root: the schema, PretrainConfig or FinetuneConfig.
-    to_run: whether shards and run folder must be named, as for a run; to look at a recipe they need not.
+    to_run: whether shards and run folder must be named, as for a run; a recipe can be inspected without them.
     Raises `ConfigError`, which names the first problem with its place and counts the others.
     """
     settings = _read_file(Path(path), extended_by=(), read=[])
@@ -68,9 +68,9 @@ def load_config(
 
 
 def _read_file(path: Path, *, extended_by: tuple[Path, ...], read: list[Path]) -> dict[str, _Setting]:
-    """The settings of a file on top of those of the files it extends.
+    """Return the settings of a file, merged over those of the files that it extends.
 
-    extended_by: the files on the way here. read: all files so far, this one is added.
+    extended_by: the chain of files that led to this one. read: all files so far; this one is added.
     """
     read.append(path)
     if len(read) > MOST_FILES:
@@ -79,7 +79,7 @@ def _read_file(path: Path, *, extended_by: tuple[Path, ...], read: list[Path]) -
         leaves = read_document(_read_text(path))
     except Refusal as error:
         raise ConfigError(f"{path}:{error.line}: {error.cause}", error.remedy) from None
-    whole, _ = leaves.pop("", (None, 1))  # what the file is, where it is not a mapping with something in it
+    whole, _ = leaves.pop("", (None, 1))  # the whole content, if it is not a non-empty mapping
     if whole not in (None, {}):
         raise ConfigError(f"{path}: a config file is a mapping of `key: value`, not a list or text", "see configs/")
     bases, line = leaves.pop("extends", ([], 0))
@@ -108,7 +108,7 @@ def _read_text(path: Path) -> str:
 
 
 def _extended_files(bases: Any, path: Path, line: int) -> list[Path]:
-    """The files that an `extends` value names, relative to the file it stands in."""
+    """Return the files that an `extends` value names, relative to the file that contains it."""
     names = [bases] if isinstance(bases, str) else bases
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise ConfigError(
@@ -122,7 +122,7 @@ def _same_file(a: Path, b: Path) -> bool:
 
 
 def _nearest_files(path: Path) -> str:
-    """A remedy for a file that is missing: YAML files of similar names around the nearest folder that exists."""
+    """Return a remedy for a missing file: YAML files of similar names around the nearest existing folder."""
     folder = next((parent for parent in path.parents if os.path.isdir(parent)), Path())
     there = sorted(str(found) for pattern in ("*.yaml", "*/*.yaml") for found in folder.glob(pattern))
     near = difflib.get_close_matches(str(path), there, n=3, cutoff=0.6) or there[:3]
@@ -130,7 +130,7 @@ def _nearest_files(path: Path) -> str:
 
 
 def _read_override(text: str) -> dict[str, _Setting]:
-    """The settings of one `key=value`; more than one where the value is a mapping."""
+    """Return the settings of one `key=value`; several if the value is a mapping."""
     place = f"command line {' '.join(text.split())}"
     place = place if len(place) <= _LONGEST_PLACE else place[:_LONGEST_PLACE] + "..."
     name, equals, value = text.partition("=")
@@ -145,7 +145,7 @@ def _read_override(text: str) -> dict[str, _Setting]:
 
 
 def _broken_rules(config: RunConfig, *, to_run: bool) -> list[Problem]:
-    """Everything that is wrong between the keys of a config; empty for one that can be used."""
+    """Return all problems between the keys of a config; empty for a usable config."""
     stage = {PretrainConfig: pretrain_rules, FinetuneConfig: finetune_rules}[type(config)]
     rules = (*stage.TO_RUN, *stage.RULES) if to_run else stage.RULES
     return [problem for rule in rules for problem in rule(config)]

@@ -1,6 +1,6 @@
 """The schema of a pre-training run: every key, its type, range, default, and what the papers used.
 
-`PretrainConfig` is the root; the sections below it that fine-tuning shares are in `schema.py`.
+`PretrainConfig` is the root; the sections that it shares with fine-tuning are in `schema.py`.
 """
 
 from typing import Any, Literal
@@ -57,7 +57,7 @@ class Student(Backbone):
 
     @property
     def title(self) -> str:
-        """The model's name with the dimensions that were changed: `vit_tiny_patch16_224 (width 96, depth 4)`."""
+        """Return the model's name with its changed dimensions: `vit_tiny_patch16_224 (width 96, depth 4)`."""
         shape = {name: getattr(self, name) for name in ("width", "depth", "heads", "patch_size")}
         changed = ", ".join(f"{name} {value}" for name, value in shape.items() if value is not None)
         return f"{self.model} ({changed})" if changed else self.model
@@ -202,17 +202,17 @@ class PretrainConfig(RunConfig):
 
     @property
     def grouping(self) -> dict[str, Any]:
-        """The views of an image stay together."""
+        """Return the keyword that keeps the views of an image together."""
         return {"views": self.data.views_per_image}
 
     @property
     def student_architecture(self) -> Architecture | None:
-        """The student's dimensions, or None where only timm knows them."""
+        """Return the student's dimensions, or None if only timm knows them."""
         return architecture_of(self.student.model, self.student)
 
     @property
     def teacher_architecture(self) -> Architecture | None:
-        """The teacher's dimensions, or None where only its source knows them."""
+        """Return the teacher's dimensions, or None if only its source knows them."""
         kind, _, name = (self.teacher.source or "").partition(":")
         model = self.teacher.model or (name if kind in ("timm", "random") else None)
         return architecture_of(model, self.teacher) if model else None

@@ -1,4 +1,4 @@
-"""What must hold between the keys of a pre-training run: masks, teacher and taps, beside the rules of any stage."""
+"""Rules between the keys of a pre-training run: masks, teacher and taps, in addition to the rules of any stage."""
 
 from collections.abc import Iterator
 
@@ -97,7 +97,7 @@ def _taps(c: PretrainConfig) -> Iterator[Problem]:
 
 
 def _relations(c: PretrainConfig) -> Iterator[Problem]:
-    """Token relations are compared by one divergence, and nothing is projected."""
+    """Yield problems for feature settings with tinymim, which compares token relations without a projection."""
     for key in ("distance", "beta", "normalize", "head", "bias") if c.method == "tinymim" else ():
         if getattr(c.align, key) != type(c.align).model_fields[key].default:
             cause = "method=tinymim compares token relations, not features"

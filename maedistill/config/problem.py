@@ -1,7 +1,7 @@
-"""One thing that is wrong with the settings, and how several of them become one error.
+"""One problem with the settings, and how several problems become one error.
 
-`values.py` and `rules.py` find problems, which know only keys; `loader.py` knows in which file and line each key was
-set and turns the list into a `ConfigError`.
+`values.py` and `rules.py` find problems, which know only their keys. `loader.py` knows the file and line where each key
+was set, and turns the list into a `ConfigError`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from maedistill.errors import ConfigError
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with the value of the dotted `key`, and what to do about it."""
+    """What is wrong with the value of the dotted `key`, and how to fix it."""
 
     key: str
     cause: str
@@ -20,9 +20,9 @@ class Problem:
 
 
 def config_error(problems: Sequence[Problem], places: Mapping[str, str]) -> ConfigError:
-    """The first problem in full, with the keys of the others.
+    """Return an error with the first problem in full and the keys of the others.
 
-    places: where each key was set, e.g. "run.yaml:12 optim.lr"; a key that nobody set stands for itself.
+    places: where each key was set, e.g. "run.yaml:12 optim.lr"; a key that was not set is named by itself.
     """
     first, *others = problems
     more = f" (and {len(others)} more: {_listed([p.key for p in others])})" if others else ""
@@ -30,6 +30,6 @@ def config_error(problems: Sequence[Problem], places: Mapping[str, str]) -> Conf
 
 
 def _listed(names: list[str], most: int = 4) -> str:
-    """At most so many of the names, each once."""
+    """Join at most `most` of the names, without duplicates."""
     names = list(dict.fromkeys(names))
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -1,4 +1,4 @@
-"""A config as YAML that loads back equal: with origins for `--print-config`, without them for RUN/config.yaml."""
+"""Renders a config as YAML that loads back equal: with origins for `--print-config`, without for RUN/config.yaml."""
 
 import math
 from typing import Any
@@ -10,11 +10,11 @@ from maedistill.config.keys import flat
 from maedistill.config.loader import LoadedConfig
 from maedistill.config.schema import RunConfig
 
-WIDEST = 72  # a longer line does not push the comments of the others to the right
+WIDEST = 72  # longer lines do not count when comments are aligned
 
 
 def render_config(loaded: LoadedConfig[RunConfig]) -> str:
-    """Every key with its value and, as an aligned comment, where the value came from."""
+    """Return every key with its value and, as an aligned comment, the origin of the value."""
     lines = _lines(loaded.config)
     column = max(len(line) for line, _ in lines if len(line) <= WIDEST)
     return "".join(
@@ -23,12 +23,12 @@ def render_config(loaded: LoadedConfig[RunConfig]) -> str:
 
 
 def config_yaml(config: RunConfig) -> str:
-    """Every key with its value; `load_config` of it, with the same root, gives an equal config."""
+    """Return every key with its value; `load_config` of it, with the same root, gives an equal config."""
     return "".join(f"{line}\n" for line, _ in _lines(config))
 
 
 def _lines(config: RunConfig) -> list[tuple[str, str | None]]:
-    """(line, dotted key that it sets), None for the head of a section."""
+    """Return (line, dotted key that it sets) pairs; the key is None for the heading of a section."""
     lines: list[tuple[str, str | None]] = []
     opened: list[str] = []
     for name, value in flat(config).items():
@@ -43,7 +43,7 @@ def _lines(config: RunConfig) -> list[tuple[str, str | None]]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes whatever our loader or another YAML reader would take for something else than text."""
+    """Quotes text that our loader or another YAML reader would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -54,6 +54,6 @@ for _tag, _regexp, _first in RESOLVERS:
 
 
 def _scalar_or_list(value: Any) -> str:
-    """One value on one line. It is written inside a list, because a lone scalar gets an end-of-document mark."""
+    """Return one value on one line, dumped inside a list because PyYAML adds an end mark to a lone scalar."""
     text = yaml.dump([value], Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
     return text.strip()[1:-1]

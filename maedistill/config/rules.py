@@ -1,8 +1,8 @@
-"""What must hold between the keys of any stage: each rule looks at a config or a section and yields its problems.
+"""Rules between the keys of any stage: each rule reads a config or a section and yields its problems.
 
 Every value is already valid by itself. `pretrain_rules.py` and `finetune_rules.py` list the rules of their stage. Only
-what the config itself can show is judged here. What needs the shards, a file of weights or timm is judged where those
-are opened, with errors of the same form.
+what the config alone shows is checked here. What needs the shards, a weights file or timm is checked when those are
+opened, with errors of the same form.
 """
 
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from maedistill.config.architectures import Architecture
 from maedistill.config.problem import Problem
 from maedistill.config.schema import RunConfig
 
-# How timm's names of plain VisionTransformers begin; models/encoder.py refuses the others of these families by class.
+# Prefixes of timm's plain VisionTransformers; models/encoder.py rejects other classes with these prefixes.
 FAMILIES = ("vit_", "deit", "flexivit_", "aimv2_", "beit3_", "eva_", "test_vit")
 
 
 def paths(c: RunConfig) -> Iterator[Problem]:
-    """What a run needs, and a recipe leaves open."""
+    """Yield problems for paths that a run needs and a recipe leaves open."""
     if not c.data.train:
         remedy = "add data.train=DIR/train-*.tar (tools/make_shards.py writes shards)"
         yield Problem("data.train", "no training shards are named", remedy)
@@ -25,20 +25,20 @@ def paths(c: RunConfig) -> Iterator[Problem]:
 
 
 def deviations(key: str, std: tuple[float, ...] | None) -> Iterator[Problem]:
-    """Pixels are divided by them."""
+    """Yield a problem unless the standard deviations are above 0, since pixels are divided by them."""
     if std is not None and min(std) <= 0:
         yield Problem(key, f"{list(std)} is not above 0", "use the deviations of pixels in [0, 1]")
 
 
 def mean_with_std(section: str, *, mean: object, std: object) -> Iterator[Problem]:
-    """Where the two may be left to the weights' source, half of them may not."""
+    """Yield a problem unless mean and std are both given or both left to the weights' source."""
     if (mean is None) != (std is None):
         given = "std" if mean is None else "mean"
         yield Problem(f"{section}.{given}", "mean and std go together", "give both or none")
 
 
 def crops(c: RunConfig) -> Iterator[Problem]:
-    """Pairs of RandomResizedCrop."""
+    """Yield problems for invalid ranges of RandomResizedCrop."""
     for key, (low, high) in (("crop_scale", c.data.crop_scale), ("crop_ratio", c.data.crop_ratio)):
         if not 0 < low <= high:
             cause = f"[{low:g}, {high:g}] is not an increasing pair above 0"
@@ -46,7 +46,7 @@ def crops(c: RunConfig) -> Iterator[Problem]:
 
 
 def schedule(c: RunConfig) -> Iterator[Problem]:
-    """Learning rates and lengths."""
+    """Yield problems between learning rates and between lengths."""
     o = c.optim
     if o.lr is not None and o.base_lr is not None:
         scaled = o.base_lr * o.global_batch / 256
@@ -68,7 +68,7 @@ def schedule(c: RunConfig) -> Iterator[Problem]:
 
 
 def engine(c: RunConfig) -> Iterator[Problem]:
-    """What ZeRO 3 cannot be combined with."""
+    """Yield problems for settings that ZeRO 3 cannot be combined with."""
     if c.engine.zero == 3 and c.optim.ema is not None:
         cause = "a moving average needs whole weights, which ZeRO 3 cuts up"
         yield Problem("optim.ema", cause, "use engine.zero=2, or optim.ema=null")
@@ -78,28 +78,28 @@ def engine(c: RunConfig) -> Iterator[Problem]:
 
 
 def kind_of_source(section: str, source: str, *, kinds: tuple[str, ...]) -> Iterator[Problem]:
-    """A source of weights is KIND:NAME."""
+    """Yield a problem unless a source of weights has the form KIND:NAME."""
     kind, _, name = source.partition(":")
     if kind not in kinds or not name:
         yield Problem(f"{section}.source", f"{source!r} is not KIND:NAME", f"kinds are {', '.join(kinds)}")
 
 
 def checksum(section: str, sha256: str | None, *, kind: str, noun: str) -> Iterator[Problem]:
-    """A checksum is that of one file."""
+    """Yield a problem for a checksum of anything but a single file."""
     if kind != "file" and sha256 is not None:
         cause = f"only a file: {noun} is checked against it, not a {kind}: {noun}"
         yield Problem(f"{section}.sha256", cause, "remove it")
 
 
 def family(key: str, model: str | None) -> Iterator[Problem]:
-    """Only plain Vision Transformers can be walked over chosen patches."""
+    """Yield a problem unless `model` is a plain Vision Transformer, the only kind that can run on selected patches."""
     if model is not None and not model.startswith(FAMILIES):
         remedy = "use a vit_* or deit* name, e.g. vit_small_patch16_224"
         yield Problem(key, f"{model!r} is no VisionTransformer of timm's", remedy)
 
 
 def whole_patches(c: RunConfig, arch: Architecture | None) -> Iterator[Problem]:
-    """The student's patches tile its image."""
+    """Yield a problem unless the student's patches tile its image."""
     size = c.data.image_size
     if arch is not None and size % arch.patch_size:
         near = max(1, round(size / arch.patch_size)) * arch.patch_size
@@ -108,7 +108,7 @@ def whole_patches(c: RunConfig, arch: Architecture | None) -> Iterator[Problem]:
 
 
 def tower(who: str, *, width: int, heads: int) -> Iterator[Problem]:
-    """A width that heads and sin-cos positions can cut up."""
+    """Yield problems for a width that its heads or sin-cos positions do not divide."""
     if width % heads:
         cause = f"{heads} heads do not divide width {width}"
         yield Problem(f"{who}.heads", cause, f"use a divisor of {width}")

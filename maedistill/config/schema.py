@@ -1,15 +1,15 @@
-"""What the schemas of all stages share: how a key is declared, value types, and the sections that each stage extends.
+"""Shared parts of all stages' schemas: how a key is declared, value types, and the sections that each stage extends.
 
-A key is `result` when it changes the numbers that a run produces and `runtime` when it only changes how fast, where or
-how loudly. A run folder may be continued with other `runtime` keys; another `result` key is refused.
+A key is `result` if it changes the numbers that a run produces, and `runtime` if it only changes speed, place or
+logging. A run folder may be continued with other `runtime` keys; a changed `result` key is rejected.
 
 `config/pretrain.py` and `config/finetune.py` hold one root each, a `RunConfig`, with every key of its stage: type,
-range, default, and what the papers used. There every value is checked by itself; what must hold between keys is in
-`rules.py` and its two stages, and `loader.py` fills a schema from YAML and the command line. Neither torch nor timm is
-imported: whatever can be known to be wrong is said at once.
+range, default, and what the papers used. The schema checks every value by itself. Rules between keys are in `rules.py`,
+`pretrain_rules.py` and `finetune_rules.py`; `loader.py` fills a schema from YAML and the command line. Neither torch
+nor timm is imported, so that whatever is known to be wrong is reported at once.
 
-Relative paths (shards, weights, run folder) are relative to the working directory, not to the file that names them; `~`
-is expanded where a path is used, so that a run's `config.yaml` says what the user said.
+Relative paths (shards, weights, run folder) are relative to the working directory, not to the file that names them. `~`
+is expanded where a path is used, so that a run's `config.yaml` keeps what the user wrote.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -21,7 +21,7 @@ from maedistill.config.batch import BatchPlan, batch_plan
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
-Width = Annotated[int, Field(ge=1, le=16384)]  # of a network; the widest ViTs have some 6,000
+Width = Annotated[int, Field(ge=1, le=16384)]  # of a network; the widest ViTs have about 6,000
 Side = Annotated[int, Field(ge=1, le=8192)]  # of an image, in pixels
 Weight = Annotated[float, Field(ge=0.0)]
 Above0 = Annotated[float, Field(gt=0.0)]
@@ -37,12 +37,12 @@ IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
 
 def result(default: Any, doc: str, **limits: Any) -> Any:
-    """A key that changes the numbers."""
+    """Declare a key that changes the numbers."""
     return Field(default, description=doc, json_schema_extra={"kind": "result"}, **limits)
 
 
 def runtime(default: Any, doc: str, **limits: Any) -> Any:
-    """A key that changes speed, place or noise, never the numbers beyond rounding."""
+    """Declare a key that changes speed, place or logging, never the numbers beyond rounding."""
     return Field(default, description=doc, json_schema_extra={"kind": "runtime"}, **limits)
 
 
@@ -60,7 +60,7 @@ class Images(Section):
         "training shards: DIR/train-{000000..000008}.tar, DIR/train-*.tar or one .tar; a run may find them elsewhere "
         "when it is continued, if they hold the same samples",
     )
-    val: str | None  # what is annotated only, each stage declares with its own default and words
+    val: str | None  # annotated only: each stage declares it with its own default and description
     index: str | None = runtime(None, "index file of data.train, where it is not beside the shards")
     image_size: Side = result(224, "side of the square training crop, in pixels")
     mean: Triple | None
@@ -131,7 +131,7 @@ class Optimization(Section):
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate at the end of the warm-up."""
+        """Return the learning rate at the end of the warm-up."""
         return self.lr if self.lr is not None else (self.base_lr or self.default_base_lr) * self.global_batch / 256
 
 
@@ -173,7 +173,7 @@ class Engine(Section):
 
     @property
     def micro_batch_limit(self) -> int:
-        """Most samples at once, as far as the settings say."""
+        """Return the largest micro-batch that the settings allow."""
         return self.micro_batch or 256
 
 
@@ -200,16 +200,16 @@ class RunConfig(Section):
     )
 
     def share_batch(self, world_size: int) -> BatchPlan:
-        """How so many ranks share the global batch. Raises ConfigError where they cannot."""
+        """Return how `world_size` ranks share the global batch. Raises ConfigError if they cannot."""
         limit = self.engine.micro_batch_limit
         return batch_plan(self.optim.global_batch, limit, world_size=world_size, **self.grouping)
 
     @property
     def grouping(self) -> dict[str, Any]:
-        """Which samples must stay in one micro-batch: keywords of `batch_plan`."""
+        """Return which samples must stay in one micro-batch, as keywords of `batch_plan`."""
         return {}
 
-    if TYPE_CHECKING:  # every stage has these; it declares them itself, so that its sections come in its order
+    if TYPE_CHECKING:  # every stage declares these itself, so that its sections come in its own order
         data: Images
         student: Backbone
         optim: Optimization

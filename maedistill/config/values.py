@@ -1,8 +1,8 @@
-"""Single settings against the schema: unknown keys, wrong types, values out of range, each as a `Problem`.
+"""Checks single settings against the schema: unknown keys, wrong types, values out of range, each as a `Problem`.
 
-A flat dict of settings comes in, a frozen config of the stage asked for or a list of problems goes out. pydantic alone
-decides what is valid; its messages are replaced by ours, which name the key as the user wrote it and say what to write
-instead.
+The input is a flat dict of settings; the output is a frozen config of the given stage, or a list of problems. Only
+pydantic decides what is valid. Our messages replace its own: they name the key as the user wrote it and say what to
+write instead.
 """
 
 import difflib
@@ -23,7 +23,7 @@ Root = TypeVar("Root", bound=RunConfig)
 
 
 def validated(values: Mapping[str, Any], *, root: type[Root] = PretrainConfig) -> Root | list[Problem]:
-    """The config that `values` (by dotted name; defaults for the rest) make, or everything that is wrong with them."""
+    """Return the config that `values` (by dotted name; defaults for the rest) make, or all problems with them."""
     keys, sections = all_keys(root=root), all_sections(root=root)
     known = {name: value for name, value in values.items() if name in keys}
     # A section that is set to an empty mapping sets nothing.
@@ -33,17 +33,17 @@ def validated(values: Mapping[str, Any], *, root: type[Root] = PretrainConfig) -
         if name not in known and not (name in sections and value == {})
     ]
     try:
-        # As JSON: given Python objects, strict mode would refuse a list where the schema has a tuple.
+        # As JSON: given Python objects, strict mode would reject a list where the schema has a tuple.
         config = root.model_validate_json(json.dumps(nested(known)))
     except ValidationError as error:
-        # Each once: a union reports each of its members.
+        # Without duplicates: a union reports an error for each of its members.
         wrong = dict.fromkeys(_key_at(e["loc"], sections) for e in error.errors())
         return problems + [_wrong_value(keys[name], known[name]) for name in wrong]
     return problems or config
 
 
 def unknown_key(name: str, value: Any = None, *, root: type[RunConfig] = PretrainConfig) -> Problem:
-    """A name that is no key: a typo, the wrong section or stage, a section set to a value, or a key used as one."""
+    """Return the problem with a name that is no key: a typo, a wrong section or stage, a section or key misused."""
     keys, sections = all_keys(root=root), all_sections(root=root)
     parent = name.rpartition(".")[0]
     if name in sections:
@@ -71,7 +71,7 @@ def unknown_key(name: str, value: Any = None, *, root: type[RunConfig] = Pretrai
 
 
 def shown(value: Any) -> str:
-    """A value as an error message names it, shortened."""
+    """Return a value as an error message shows it, shortened."""
     if isinstance(value, str):
         text = f"the text {value!r}"
     elif isinstance(value, dict):
@@ -82,7 +82,7 @@ def shown(value: Any) -> str:
 
 
 def _key_at(loc: tuple[int | str, ...], sections: Collection[str]) -> str:
-    """The dotted key that a pydantic error is about: its location without list indices and union members."""
+    """Return the dotted key of a pydantic error: its location without list indices and union members."""
     name = str(loc[0])
     for part in loc[1:]:
         if name not in sections:
@@ -96,7 +96,7 @@ def _wrong_value(key: Key, value: Any) -> Problem:
 
 
 def _remedy(key: Key, value: Any) -> str:
-    """What to write instead of `value`."""
+    """Return what to write instead of `value`."""
     explain = f"--explain {key.name} says what it does"
     if key.choices:
         near = difflib.get_close_matches(str(value).lower(), key.choices, n=1, cutoff=0.5)

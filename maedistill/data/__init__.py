@@ -1,1 +1,1 @@
-"""Images in: shards and their index, the order of samples, crops, the loader."""
+"""Input pipeline: shards and their index, sample order, crops and the data loader."""

@@ -1,1 +1,1 @@
-"""How good a network is, and how fast: a classifier's scorecard, kNN and linear probes on frozen features, latency."""
+"""Measure a network: a classifier's scorecard, kNN and linear probes on frozen features, latency."""

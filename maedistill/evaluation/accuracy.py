@@ -1,8 +1,8 @@
-"""How good is a classifier: every image of a set of shards exactly once, on any number of processes.
+"""Accuracy of a classifier on a set of shards. Each image counts exactly once, on any number of processes.
 
-EvaluationImages -> exact_pass -> logits -> label, best classes, loss, confidence of each image -> Evaluation
+EvaluationImages -> full_pass -> logits -> label, best classes, loss, confidence of each image -> Evaluation
 
-n images   b batch   s image side   C classes   k classes that are kept, min(5, C)
+n images   b batch   s image side   C classes   k best classes stored per image, min(5, C)
 """
 
 import csv
@@ -26,12 +26,12 @@ from maedistill.errors import DataError, NumericsError
 from maedistill.evaluation.full_pass import Predictor, evaluation_mode, full_pass
 from maedistill.runs.records import write_text
 
-_KEPT = 5  # classes kept of each image
+_KEPT = 5  # best classes stored per image
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What a classifier said about each image, on the CPU, sorted by id. Counts are whole numbers, never averages."""
+    """A classifier's predictions for each image, on the CPU, sorted by id. Counts are integers, never averages."""
 
     ids: Tensor  # int64 [n], ascending
     labels: Tensor  # int64 [n]
@@ -41,26 +41,26 @@ class Evaluation:
 
     @property
     def images(self) -> int:
-        """How many images."""
+        """Return the number of images."""
         return len(self.ids)
 
     @property
     def top1(self) -> int:
-        """Images whose label is the best class."""
+        """Count the images whose label is the best class."""
         return int((self.predictions[:, 0] == self.labels).sum())
 
     @property
     def top5(self) -> int:
-        """Images whose label is among the five best classes."""
+        """Count the images whose label is among the five best classes."""
         return int((self.predictions == self.labels[:, None]).sum())
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy: the exact sum, rounded once, so that no order of summation matters."""
+        """Return the mean cross-entropy. The sum is exact and rounded once, so it does not depend on the order."""
         return math.fsum(self.losses.tolist()) / self.images
 
     def line(self) -> str:
-        """The result in one line."""
+        """Format the result as one line."""
         parts = [
             f"{name} {100 * count / self.images:.2f} % ({count} of {self.images})"
             for name, count in (("top-1", self.top1), ("top-5", self.top5))
@@ -68,7 +68,7 @@ class Evaluation:
         return f"{', '.join(parts)}, loss {self.loss:.4f}"
 
     def facts(self) -> dict[str, float]:
-        """For a result file: top1 and top5 are counts."""
+        """Return the entries for a result file. top1 and top5 are counts."""
         return {"images": self.images, "top1": self.top1, "top5": self.top5, "loss": self.loss}
 
 
@@ -85,11 +85,12 @@ def evaluate(
     columns: Tensor | None = None,
     timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> Evaluation:
-    """Collective. Shows each of `images` to `network` (on `device`; normalised [b, 3, s, s] -> logits [b, C]) once.
+    """Evaluate `network` (on `device`; normalised [b, 3, s, s] -> logits [b, C]) once on each image. Collective.
 
-    batch: images per forward pass and rank. precision, columns: as in `Predictor`; with columns a label is a place
-    among them. timeout_seconds: as in `load_batches`. The network keeps its mode. Raises DataError for images without a
-    label, with a label that is no class of the network, or undecodable; NumericsError where a loss is not finite.
+    batch: images per forward pass and rank. precision, columns: as in `Predictor`; with columns, a label is an index
+    into them. timeout_seconds: as in `load_batches`. The train/eval mode of the network is restored. Raises DataError
+    if an image has no label, a label outside the network's classes, or cannot be decoded; NumericsError if a loss is
+    not finite.
     """
     images.index.require_labels()
     viewer = Predictor(network, mean=mean, std=std, device=device, precision=precision, columns=columns)
@@ -109,7 +110,7 @@ def evaluate(
 
 
 def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """What is kept of each image of a batch: label and best classes int64 [b, 1 + k]; loss and confidence [b, 2]."""
+    """Score a batch per image: label and best classes, int64 [b, 1 + k]; loss and confidence, float [b, 2]."""
     order = logits.sort(dim=1, descending=True, stable=True).indices  # [b, C]; of equal logits the lower class is first
     losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=PADDING)  # [b]
     classes = torch.cat([labels[:, None], order[:, :_KEPT]], dim=1)  # [b, 1 + k]
@@ -117,7 +118,7 @@ def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def evaluation_of(ids: Tensor, classes: Tensor, numbers: Tensor, *, index: ShardIndex) -> Evaluation:
-    """What `judge` kept of all images, in the order of their ids. Raises NumericsError where a loss is not finite."""
+    """Build an Evaluation from the outputs of `judge`, sorted by id. Raises NumericsError if a loss is not finite."""
     losses, confidences = numbers.unbind(1)
     broken = ~losses.isfinite()  # [n]
     if broken.any():
@@ -130,9 +131,9 @@ def evaluation_of(ids: Tensor, classes: Tensor, numbers: Tensor, *, index: Shard
 
 
 def require_known_classes(images: EvaluationImages, num_classes: int) -> None:
-    """Raises DataError where a label is no class of the network: every count would be wrong.
+    """Raise DataError if a label is not a class of the network, since every count would then be wrong.
 
-    All ranks look at all labels, so that all of them refuse.
+    Every rank checks all labels, so that all ranks raise together.
     """
     labels = images.index.labels[images.samples.numpy()]  # [n]
     unknown = np.flatnonzero((labels < 0) | (labels >= num_classes))
@@ -146,7 +147,7 @@ def require_known_classes(images: EvaluationImages, num_classes: int) -> None:
 
 
 def write_predictions(path: Path, evaluation: Evaluation, index: ShardIndex) -> None:
-    """Writes a CSV file, whole or not at all: id, shard, key, label, loss, the best classes, and names if known."""
+    """Write a CSV file atomically: id, shard, key, label, loss, the best classes, and class names if known."""
     best = [f"top{place + 1}" for place in range(evaluation.predictions.shape[1])]
     names = dict(enumerate(index.classes))
     text = io.StringIO()
@@ -156,6 +157,6 @@ def write_predictions(path: Path, evaluation: Evaluation, index: ShardIndex) -> 
     for i, label, loss, classes in zip(*(column.tolist() for column in columns), strict=True):
         shard = Path(index.shards[index.shard_of(i)]).name
         named = [names.get(label, ""), names.get(classes[0], "")] if names else []
-        loss_text = f"{loss:.9g}"  # 9 digits are all of a float32
+        loss_text = f"{loss:.9g}"  # 9 digits represent a float32 exactly
         table.writerow([i, shard, index.key(i), label, loss_text, *classes, *named])
     write_text(Path(path), text.getvalue())

@@ -1,8 +1,8 @@
-"""How alike two classifiers answer, a student and its teacher: both look at every image, each as it wants to see it.
+"""Agreement of two classifiers, a student and its teacher, on the same images, each with its own preprocessing.
 
-    EvaluationImages of TwoViews -> exact_pass -> two logits -> Evaluation of the student, Agreement
+    EvaluationImages of TwoViews -> full_pass -> two logits -> Evaluation of the student, Agreement
 
-Image size, crop and normalisation of the two may differ; an image is decoded once.
+Image size, crop and normalisation of the two may differ. Each image is decoded once.
 
     n images   b batch   s, t image sides of student and teacher   C classes
 """
@@ -25,44 +25,44 @@ from maedistill.evaluation.full_pass import Predictor, evaluation_mode, full_pas
 
 @dataclass(frozen=True)
 class Agreement:
-    """How often the best classes are the same, and how far the probabilities are apart."""
+    """How often the best classes are equal, and how much the probabilities differ."""
 
     images: int
     same: int
-    teacher_top1: int  # images that the teacher has right
+    teacher_top1: int  # images that the teacher classifies correctly
     kl: float  # KL(teacher, student) at temperature 1 in nats, mean over images: the exact sum, rounded once
 
     def line(self) -> str:
-        """The result in one line."""
+        """Format the result as one line."""
         same, right = (
             f"{100 * count / self.images:.2f} % ({count} of {self.images})" for count in (self.same, self.teacher_top1)
         )
         return f"same best class {same}, KL {self.kl:.4f}; the other's top-1 {right}"
 
     def facts(self) -> dict[str, float]:
-        """For a result file."""
+        """Return the entries for a result file."""
         return {"against_same": self.same, "against_kl": self.kl, "against_top1": self.teacher_top1}
 
 
 @dataclass(frozen=True)
 class TwoViews:
-    """One image prepared for two networks, in one row: RGB -> uint8 [3 s s + 3 t t]."""
+    """A transform that prepares one image for two networks, in one flat row: RGB -> uint8 [3 s s + 3 t t]."""
 
     student: Callable[[Image.Image], Tensor]
     teacher: Callable[[Image.Image], Tensor]
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Both views, end to end."""
+        """Return both views, concatenated."""
         return torch.cat([self.student(image).flatten(), self.teacher(image).flatten()])
 
 
 def evaluate_against(
     student: Predictor, teacher: Predictor, images: EvaluationImages, *, sizes: tuple[int, int], **keywords: Any
 ) -> tuple[Evaluation, Agreement]:
-    """Collective. Shows each of `images`, which `TwoViews` prepares, to both networks once.
+    """Evaluate both networks once on each image; `TwoViews` is the transform of `images`. Collective.
 
-    sizes: (s, t). keywords: as in `full_pass`. The networks keep their modes. Raises what `evaluate` does, and
-    ConfigError where the two have other numbers of classes.
+    sizes: (s, t). keywords: as in `full_pass`. The train/eval modes of the networks are restored. Raises the errors of
+    `evaluate`, and ConfigError if the numbers of classes differ.
     """
     images.index.require_labels()
 
@@ -91,13 +91,13 @@ def evaluate_against(
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(softmax(teacher), softmax(student)) of each row in float64: logits [b, C] twice -> [b]."""
+    """Return KL(softmax(teacher), softmax(student)) of each row in float64: logits [b, C] twice -> [b]."""
     log_p, log_q = (logits.double().log_softmax(1) for logits in (teacher, student))  # [b, C]
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
 def require_same_classes(num_classes: int, of_other: int) -> None:
-    """Raises ConfigError unless two networks that are compared have equally many classes."""
+    """Raise ConfigError unless the two networks have the same number of classes."""
     if num_classes != of_other:
         raise ConfigError(
             f"the model has {num_classes:,} classes and the one of --against {of_other:,}",

@@ -1,10 +1,10 @@
-"""Is a classifier right as often as it says: the expected calibration error (Guo et al., 2017).
+"""Calibration of a classifier: the expected calibration error (Guo et al., 2017).
 
-    confidences, right or wrong -> bins of equal width -> Calibration
+    confidence and correctness per image -> bins of equal width -> Calibration
 
-Bin i of m holds the confidences in (i / m, (i + 1) / m]. In each, the share that is right is held against the mean
-confidence; the error is the mean difference over images. Counts are whole numbers and sums exact, rounded once, so no
-order of summation matters.
+Bin i of m holds the confidences in (i / m, (i + 1) / m]. Each bin compares its accuracy with its mean confidence; the
+error is the mean absolute difference, weighted by images. Counts are integers, and sums are exact and rounded once,
+so the result does not depend on the order of the images.
 
     n images   m bins
 """
@@ -20,7 +20,7 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Calibration:
-    """What happened in each bin of confidence, from 0 to 1."""
+    """Counts and confidence per bin, for bins of confidence from 0 to 1."""
 
     images: tuple[int, ...]  # per bin
     correct: tuple[int, ...]
@@ -28,17 +28,17 @@ class Calibration:
 
     @property
     def error(self) -> float:
-        """The expected calibration error, a share in [0, 1]."""
+        """Return the expected calibration error, in [0, 1]."""
         gaps = (abs(right - sure) for right, sure in zip(self.correct, self.confidence, strict=True))
         return math.fsum(gaps) / sum(self.images)
 
     @property
     def mean_confidence(self) -> float:
-        """Mean probability of the best class; above the accuracy, the classifier is too sure of itself."""
+        """Return the mean probability of the best class. Above the accuracy, the classifier is overconfident."""
         return math.fsum(self.confidence) / sum(self.images)
 
     def line(self) -> str:
-        """The result in one line."""
+        """Format the result as one line."""
         accuracy = sum(self.correct) / sum(self.images)
         verdict = "too sure of itself" if self.mean_confidence > accuracy else "not sure enough"
         return (
@@ -47,7 +47,7 @@ class Calibration:
         )
 
     def facts(self) -> dict[str, Any]:
-        """For a result file, with the reliability diagram: of each bin that holds images what happened there."""
+        """Return the entries for a result file, with the reliability diagram: one entry per non-empty bin."""
         bins = [
             {"up_to": (i + 1) / len(self.images), "images": count, "correct": right, "confidence": sure / count}
             for i, (count, right, sure) in enumerate(zip(self.images, self.correct, self.confidence, strict=True))
@@ -57,7 +57,7 @@ class Calibration:
 
 
 def calibrate(confidences: Tensor, correct: Tensor, *, bins: int = BINS) -> Calibration:
-    """Sorts images into `bins` by confidence. confidences: float32 [n] in [0, 1]; correct: bool [n], n at least 1."""
+    """Sort images into `bins` by confidence. confidences: float32 [n] in [0, 1]; correct: bool [n], n at least 1."""
     assert len(confidences) and bins >= 1
     place = (confidences.double() * bins).ceil().long().sub(1).clamp(0, bins - 1)  # [n]; the product is exact
     images = place.bincount(minlength=bins)  # [m]

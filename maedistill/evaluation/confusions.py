@@ -1,8 +1,8 @@
-"""What a classifier confuses most: a picture with the worst pairs of classes and images of each.
+"""The pairs of classes that a classifier confuses most, drawn on one sheet with example images.
 
-    Evaluation -> worst_confusions -> draw_confusions -> one strip per pair: the numbers and names, then images
+    Evaluation -> worst_confusions -> draw_confusions -> one strip per pair: counts and class names, then images
 
-An image is shown as the network saw it, cropped and resized.
+Each image is drawn as the network receives it, cropped and resized.
 """
 
 from collections import Counter
@@ -17,23 +17,23 @@ from maedistill.data.loading.evaluation import EvaluationImages
 from maedistill.evaluation.accuracy import Evaluation
 
 _PAIRS, _EXAMPLES = 12, 8
-_SIDE = 112  # pixels of an image on the sheet: large ones are reduced, small ones enlarged by a whole factor
+_SIDE = 112  # pixels per image on the sheet; larger images are reduced, smaller ones enlarged by an integer factor
 _TEXT, _GAP = 18, 4
-_LONGEST_NAME = 48  # letters
+_LONGEST_NAME = 48  # characters
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """Images of one class that were all taken for the same other class."""
+    """The images of one class that were all predicted as the same wrong class."""
 
     label: int
     said: int
-    ids: tuple[int, ...]  # of all of them, the one that was taken for it most confidently first
-    images: int  # of the class, rightly and wrongly recognised ones
+    ids: tuple[int, ...]  # of all these images, the most confident first
+    images: int  # of the class, whether classified correctly or not
 
 
 def worst_confusions(evaluation: Evaluation, *, most: int = _PAIRS) -> list[Confusion]:
-    """The pairs (label, class that was said) with most images, at most `most`; of equals the lower label first."""
+    """Return at most `most` pairs (label, predicted class) with most images. Ties go to the lower label."""
     said = evaluation.predictions[:, 0]  # [n]
     pairs = Counter(zip(evaluation.labels.tolist(), said.tolist(), strict=True))
     wrong = sorted((-count, label, other) for (label, other), count in pairs.items() if label != other)
@@ -49,9 +49,10 @@ def worst_confusions(evaluation: Evaluation, *, most: int = _PAIRS) -> list[Conf
 def draw_confusions(
     confusions: Sequence[Confusion], images: EvaluationImages, names: Mapping[int, str], *, examples: int = _EXAMPLES
 ) -> Image.Image:
-    """One strip per confusion: a line of text, then its first `examples` images. names: of labels, as far as known.
+    """Draw one strip per confusion: a line of text, then its first `examples` images.
 
-    images: where the ids come from. Raises DataError for an image that cannot be decoded.
+    images: the images that the ids refer to. names: known class names, by label. Raises DataError for an image that
+    cannot be decoded.
     """
     step = _SIDE + _GAP
     width, height = examples * step + _GAP, _TEXT + step
@@ -71,7 +72,7 @@ def draw_confusions(
 
 
 def _fitted(pixels: np.ndarray) -> Image.Image:
-    """uint8 [s, s, 3] as a picture of at most `_SIDE` pixels a side; small ones are enlarged without smoothing."""
+    """Resize uint8 [s, s, 3] to at most `_SIDE` pixels a side. Small images are enlarged without smoothing."""
     picture, side = Image.fromarray(pixels), len(pixels)
     if side > _SIDE:
         return picture.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
@@ -79,7 +80,7 @@ def _fitted(pixels: np.ndarray) -> Image.Image:
 
 
 def _printed(label: int, names: Mapping[int, str]) -> str:
-    """A class in letters that Pillow's own font has."""
+    """Format a class with characters that Pillow's built-in font contains (Latin-1)."""
     name = names.get(label, "")
     short = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
     return f"{short!r} ({label})".encode("latin-1", "replace").decode("latin-1") if name else f"class {label}"

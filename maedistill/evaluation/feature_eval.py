@@ -1,4 +1,4 @@
-"""Frozen features on the scale: kNN or a linear probe on any network, from the command line. One process or many.
+"""Evaluation of frozen features for the command line: kNN or a linear probe on any network, on one process or many.
 
 MODEL, TRAIN, VAL -> Network with a `Backbone`, two ShardIndex -> features of both, once -> lines on stdout, JSON
 """
@@ -25,7 +25,7 @@ from maedistill.weights.network import Network
 
 @dataclass(frozen=True)
 class ProbeSpec:
-    """Which features, learnt from and judged on which images. crop: other than the network's own."""
+    """Which features to evaluate, and the training and validation shards. crop: overrides the network's own."""
 
     model: str
     train: str
@@ -41,14 +41,14 @@ class ProbeSpec:
 
 @dataclass(frozen=True)
 class _Opened:
-    """What a question is about."""
+    """The network and the shards that a ProbeSpec names."""
 
     network: Network
     train: ShardIndex
     val: ShardIndex
 
     def facts(self) -> dict[str, Any]:
-        """For a result file."""
+        """Return the entries for a result file."""
         backbone = self.network.module
         indexes = {"train": self.train, "val": self.val}
         prints = {f"{name}_fingerprint": index.fingerprint() for name, index in indexes.items()}
@@ -58,9 +58,9 @@ class _Opened:
 def score_knn(
     question: ProbeSpec, *, ks: Sequence[int], temperature: float, file: Path | None, **settings: Any
 ) -> dict[str, Any]:
-    """Prints and returns how often the vote of the k nearest training images is right, for each k. Collective.
+    """Print and return the accuracy of the vote of the k nearest training images, for each k. Collective.
 
-    settings: as in `open_setting`. Raises kinds of UserError.
+    settings: as in `open_setting`. Raises subclasses of UserError.
     """
     setting = open_setting(**settings)
     opened = _open(question)
@@ -90,9 +90,9 @@ def score_probe(
     file: Path | None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Prints and returns how good a linear classifier is on frozen features, for each learning rate. Collective.
+    """Print and return the accuracy of a linear classifier on frozen features, for each learning rate. Collective.
 
-    The processes share the rates among them. settings: as in `open_setting`. Raises kinds of UserError.
+    The learning rates are divided among the processes. settings: as in `open_setting`. Raises subclasses of UserError.
     """
     setting = open_setting(**settings)
     opened = _open(question)
@@ -118,7 +118,7 @@ def score_probe(
 
 
 def _open(question: ProbeSpec) -> _Opened:
-    """Opens network and shards, and says what they are."""
+    """Open the network and the shards, and print a description of each."""
     network = distributed.main_first(
         lambda: open_backbone(
             question.model,
@@ -136,14 +136,14 @@ def _open(question: ProbeSpec) -> _Opened:
 
 
 def _extract(opened: _Opened, setting: EvalContext) -> tuple[Features, Features]:
-    """Features of the training images and of the validation images, and a line that says what they are."""
+    """Return the features of the training and of the validation images, and print which features they are."""
     train, val = (extract_features(opened.network, index, setting) for index in (opened.train, opened.val))
     say(f"features {opened.network.module.describe()}, {train.rows.shape[1]} wide")
     return train, val
 
 
 def _best(scores: Sequence[ProbeScore]) -> ProbeScore:
-    """The score of most images, the smallest rate of equals. Raises NumericsError where all rates diverged."""
+    """Return the score with the best top-1; ties go to the smaller rate. Raises NumericsError if all diverged."""
     sane = [score for score in scores if score.is_finite]
     if not sane:
         raise NumericsError("the probe diverged at every learning rate", "name smaller ones with --lr")
@@ -162,7 +162,7 @@ def _share(count: int, images: int) -> str:
 
 
 def _end(result: dict[str, Any], file: Path | None) -> dict[str, Any]:
-    """Writes the result and waits for all: a launcher ends the others when one rank is gone."""
+    """Write the result and wait for all ranks, because a launcher ends the others when one rank exits."""
     if file:
         distributed.on_main(lambda: write_text(file, json.dumps(result, indent=1) + "\n"))
     distributed.barrier()

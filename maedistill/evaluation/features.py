@@ -1,9 +1,9 @@
-"""Features of every image of a set of shards, computed once: what kNN and the linear probe work on.
+"""Features of every image of a set of shards, computed once: the input of kNN and of the linear probe.
 
 MODEL, TRAIN, VAL -> open_pair -> two sets of shards with the same classes
 Network with a `Backbone`, ShardIndex -> extract_features -> Features, on the CPU of every rank
 
-Every rank holds all rows: 4 n D bytes, 3.9 GB for ImageNet's training images at 768 numbers.
+Every rank holds all rows: 4 n D bytes, 3.9 GB for ImageNet's training images at D = 768.
 
 n images   D width
 """
@@ -25,16 +25,16 @@ from maedistill.weights.network import Network
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """In the order of the samples' ids."""
+    """Features and labels, sorted by sample id."""
 
     rows: Tensor  # float32 [n, D]
     labels: Tensor  # int64 [n]
 
 
 def extract_features(network: Network, index: ShardIndex, setting: EvalContext) -> Features:
-    """Collective. Shows each image to the network's `Backbone` once.
+    """Compute the features of each image once with the network's `Backbone`. Collective.
 
-    Raises DataError for images without a label or undecodable, NumericsError for features that are not finite.
+    Raises DataError for an image that has no label or cannot be decoded, NumericsError if a feature is not finite.
     """
     viewer = setting.view(network)
 
@@ -53,9 +53,10 @@ def extract_features(network: Network, index: ShardIndex, setting: EvalContext) 
 
 
 def open_pair(train: str, val: str, *, train_index: str | None, val_index: str | None) -> tuple[ShardIndex, ShardIndex]:
-    """Collective. The shards to learn from and to be judged on.
+    """Open the training and the validation shards. Collective.
 
-    Raises DataError where there are no images or labels, classes that only the second has, or other names.
+    Raises DataError if either has no images or no labels, or if `val` has classes missing from `train`, or differently
+    named ones.
     """
     learnt, judged = (
         distributed.main_first(lambda shards=shards, file=file: open_index(shards, index=file))

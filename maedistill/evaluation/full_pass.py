@@ -1,11 +1,11 @@
-"""Every image of a set of shards exactly once, on any number of processes: the pass behind every figure.
+"""One pass over a set of shards that processes every image exactly once, on any number of processes.
 
-    EvaluationImages -> this rank's share in whole batches -> look(pixels, labels) -> rows of tensors
-    rows of all ranks -> without padding, sorted by id, each sample asked for once or an error
+    EvaluationImages -> this rank's share in full batches -> look(pixels, labels) -> rows of tensors
+    rows of all ranks -> padding removed, sorted by id; an error unless each sample occurs exactly once
 
-Where the images run out, a batch is filled with padding. So all ranks run equally many forward passes (ZeRO 3 needs
-that), all of one shape. More processes move an image to another place in its batch, where kernels may round
-differently: numbers agree to the last bits, counts unless two of them tie that closely.
+The last batch is filled with padding, so all ranks run the same number of forward passes (ZeRO 3 needs that), all of
+one shape. The number of processes changes an image's position in its batch, where kernels may round differently:
+values agree up to the last bits, and counts agree unless two classes tie that closely.
 
     n images   b batch   s image side   C outputs of a network
 """
@@ -24,14 +24,14 @@ from maedistill.errors import DataError
 from maedistill.machine import DTYPES
 from maedistill.processes import ranks as distributed
 
-_TOGETHER = 64  # batches whose rows are gathered at once: few collectives, and the device holds no more than these
+_TOGETHER = 64  # batches gathered at once: few collectives, and the device holds the rows of no more than these
 
 
 class Predictor:
-    """A network on `device`, shown images as it wants them: pixels uint8 [b, 3, s, s] -> float32 outputs [b, C].
+    """A network on `device` with its normalisation: pixels uint8 [b, 3, s, s] -> float32 outputs [b, C].
 
-    precision: fp32, or bf16 or fp16 under autocast. columns: int64 [C], the outputs that are asked for, in that order;
-    None: all of them.
+    precision: fp32, or bf16 or fp16 under autocast. columns: int64 [C], the outputs to return, in that order; None for
+    all outputs.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Predictor:
         self.columns = None if columns is None else columns.to(device)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """The outputs for pixels on the device."""
+        """Return the outputs for pixels that are on the device."""
         x = normalize(to_float01(pixels), self.mean, self.std)  # [b, 3, s, s]
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             outputs = self.network(x)
@@ -66,11 +66,11 @@ def full_pass(
     device: torch.device,
     timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> tuple[Tensor, ...]:
-    """Collective. Ids int64 [n], ascending, then what `look` returned of each image: on the CPU, on every rank.
+    """Return ids int64 [n], ascending, then the rows that `look` returned, on the CPU of every rank. Collective.
 
-    look: called with pixels uint8 [b, ...] and labels int64 [b] on `device`, always of one b; returns tensors [b, ...].
-    batch: images at once on each rank. timeout_seconds: as in `load_batches`. Raises DataError where there is no image,
-    or one that cannot be decoded.
+    look: called with pixels uint8 [b, ...] and labels int64 [b] on `device`, with the same b each time; returns tensors
+    [b, ...]. batch: images at once on each rank. timeout_seconds: as in `load_batches`. Raises DataError if there are
+    no images, or one that cannot be decoded.
     """
     if not len(images.samples):
         raise DataError("the shards hold no image to evaluate on", "name shards that hold labelled images")
@@ -98,7 +98,7 @@ def full_pass(
 
 @contextmanager
 def evaluation_mode(*networks: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards each of the networks' modules is in the mode it was in."""
+    """Put the networks into eval mode inside the block; afterwards restore the mode of each of their modules."""
     modes = [(module, module.training) for network in networks for module in network.modules()]
     for network in networks:
         network.eval()
@@ -110,5 +110,5 @@ def evaluation_mode(*networks: nn.Module) -> Iterator[None]:
 
 
 def _gather(waiting: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """The rows of some batches of all ranks, on the CPU."""
+    """Return the rows of these batches from all ranks, on the CPU."""
     return tuple(distributed.gather_rows(torch.cat(part)).cpu() for part in zip(*waiting, strict=True))

@@ -1,10 +1,10 @@
-"""How good are frozen features: the weighted vote of the nearest neighbours by cosine (Wu et al., 2018).
+"""kNN accuracy of frozen features: the weighted vote of the nearest neighbours by cosine (Wu et al., 2018).
 
-kNN is a poor judge of masked autoencoders (11 % kNN has been reported beside 81 % after fine-tuning): its trend over
-a run says that features form, its level says little about the fine-tuned model. Cosines are worked out part by part,
-so memory beyond the features does not grow with them.
+kNN is a poor measure of masked autoencoders (11 % kNN has been reported beside 81 % after fine-tuning). Its trend over
+a run shows that features form; its level says little about the fine-tuned model. Cosines are computed in chunks,
+so memory beyond the features does not grow with the number of images.
 
-    n images of the bank   m queries   q, p a part of them   D width   C classes   K numbers of neighbours
+    n images of the bank   m queries   q, p a chunk of m, n   D width   C classes   K values of k
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from maedistill.randomness import Stream, key, permute
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07  # Wu et al., 2018
-_QUERIES, _BANK = 2048, 16384  # of one part: 128 MiB of cosines
+_QUERIES, _BANK = 2048, 16384  # rows of one chunk: 128 MiB of cosines
 _CPU = torch.device("cpu")
 
 
@@ -38,10 +38,10 @@ def knn_predictions(
     temperature: float = TEMPERATURE,
     device: torch.device = _CPU,
 ) -> Tensor:
-    """The class that wins the vote of the k nearest in the bank, weighted by exp(cosine / temperature): int64 [K, m].
+    """Predict by the vote of the k nearest in the bank, weighted by exp(cosine / temperature): int64 [K, m].
 
-    bank [n, D] and queries [m, D] are features, bank_labels int64 [n], all on the CPU; ks: at most n each. Of equal
-    votes the lower class wins. The work is done on `device`.
+    bank [n, D] and queries [m, D] are features, bank_labels int64 [n], all on the CPU; each of ks is at most n. Ties go
+    to the lower class. The computation runs on `device`.
     """
     assert all(1 <= k <= len(bank) for k in ks) and temperature > 0
     num_classes = int(bank_labels.max()) + 1
@@ -49,7 +49,7 @@ def knn_predictions(
     for part in queries.split(_QUERIES):
         cosine, nearest = _nearest(bank, part.to(device), max(ks))  # [q, k], best first
         voters = bank_labels.to(device)[nearest]  # [q, k]
-        weights = ((cosine - cosine[:, :1]) / temperature).exp()  # relative to the best: no temperature overflows
+        weights = ((cosine - cosine[:, :1]) / temperature).exp()  # relative to the best, so that exp cannot overflow
         votes = (torch.zeros(len(part), num_classes, device=device) for _ in ks)  # [q, C] each
         won = [v.scatter_add_(1, voters[:, :k], weights[:, :k]).argmax(1) for v, k in zip(votes, ks, strict=True)]
         found.append(torch.stack(won).cpu())  # [K, q]
@@ -66,9 +66,9 @@ def knn_counts(
     temperature: float = TEMPERATURE,
     device: torch.device,
 ) -> list[int]:
-    """Collective. Count for each k the queries whose class, of `labels`, wins the vote: see `knn_predictions`.
+    """Count for each k the queries whose label in `labels` wins the vote of `knn_predictions`. Collective.
 
-    Every rank has all features and works on its share of the queries.
+    Every rank holds all features and classifies its share of the queries.
     """
     share = torch.arange(len(queries))[distributed.rank() :: distributed.world_size()]
     mine = knn_predictions(bank, bank_labels, queries[share], ks=ks, temperature=temperature, device=device)
@@ -79,13 +79,13 @@ def knn_counts(
 def knn_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, *, k: int = NEIGHBOURS, device: torch.device
 ) -> float:
-    """Collective. Compute the share, in [0, 1], of `knn_counts`; of a small bank all have a vote."""
+    """Return the accuracy, in [0, 1], from `knn_counts`; k is at most the size of the bank. Collective."""
     (count,) = knn_counts(bank, bank_labels, queries, labels, ks=[min(k, len(bank))], device=device)
     return count / len(labels)
 
 
 def random_subset(index: ShardIndex, count: int, *, seed: int = 0) -> Tensor:
-    """At most `count` sample ids, a fixed random choice: int64 [min(count, n)]."""
+    """Return at most `count` sample ids, a random choice fixed by the seed: int64 [min(count, n)]."""
     return permute(torch.arange(min(count, len(index))), len(index), key(seed, Stream.ORDER))
 
 
@@ -102,11 +102,11 @@ def pooled_features(
     precision: str = "fp32",
     timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> tuple[Tensor, Tensor]:
-    """Mean-pooled patch tokens of centre crops, each sample once for any number of ranks: [n, D], labels int64 [n].
+    """Return mean-pooled patch tokens of centre crops, each sample once on any number of ranks: [n, D], labels [n].
 
-    Ranks take every world_size-th sample of a list padded to equal lengths (ZeRO 3 needs equally many forward passes)
-    and the padding is cut off after the gather. The result is on the CPU, on every rank, in float32 whatever
-    `precision` the forward pass has, one of `engine.precision`.
+    Each rank takes every world_size-th sample of a list padded to equal lengths, because ZeRO 3 needs equally many
+    forward passes on all ranks. The padding is removed after the gather. The result is on the CPU of every rank:
+    features in float32 whatever the `precision` of the forward pass (see `machine.precision`), labels in int64.
     """
     index.require_labels()
     rank, world_size = distributed.rank(), distributed.world_size()
@@ -132,7 +132,7 @@ def pooled_features(
 
 
 def _nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines and places in the bank of the k nearest, best first: [n, D], [q, D] -> [q, k], int64 [q, k]."""
+    """Return the cosines and bank indices of the k nearest, best first: [n, D], [q, D] -> [q, k], int64 [q, k]."""
     queries = F.normalize(queries.float(), dim=1)
     best = queries.new_empty(len(queries), 0)
     places = best.long()  # [q, 0]

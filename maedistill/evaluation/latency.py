@@ -1,6 +1,6 @@
-"""How fast is a network on this machine: the time that one image takes, and images per second in batches.
+"""Latency and throughput of a network on this machine: the time of one image, and images per second in batches.
 
-The images are random and already on the device: this is the network alone, without reading and decoding.
+The images are random and already on the device, so reading and decoding are not measured.
 """
 
 import time
@@ -13,7 +13,7 @@ from torch import nn
 from maedistill.evaluation.full_pass import evaluation_mode
 from maedistill.machine import DTYPES
 
-_WARM_UP = 3  # passes: the first ones load kernels, choose algorithms and allocate memory
+_WARM_UP = 3  # passes; the first ones load kernels, choose algorithms and allocate memory
 _LEAST = 10  # timed passes of one image, however slow they are
 
 
@@ -21,10 +21,10 @@ _LEAST = 10  # timed passes of one image, however slow they are
 def measure_latency(
     network: nn.Module, *, size: int, batch: int, device: torch.device, precision: str = "fp32", seconds: float = 2.0
 ) -> dict[str, float]:
-    """Times `network` (on `device`) on random images [1 or batch, 3, size, size] for about `seconds` each.
+    """Time `network` (on `device`) on random images [1 or batch, 3, size, size] for about `seconds` each.
 
-    Returns latency_ms and latency_p90_ms, median and 90th percentile of one image's pass, and images_per_second at
-    `batch`. Half precision is autocast; weights are converted once, not in every pass.
+    Returns latency_ms and latency_p90_ms, the median and 90th percentile of one image's pass, and images_per_second at
+    `batch`. Half precision uses autocast, which converts the weights once, not in every pass.
     """
     dtype = DTYPES[precision]
     with evaluation_mode(network), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -36,7 +36,7 @@ def measure_latency(
 
 
 def _single_passes(run: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
-    """Seconds of each pass when the next one starts only after the last has ended."""
+    """Return the seconds of each pass, where each pass starts only after the previous one has ended."""
     times: list[float] = []
     for _ in range(_WARM_UP):
         run()
@@ -51,9 +51,9 @@ def _single_passes(run: Callable[[], object], device: torch.device, seconds: flo
 
 
 def _mean_pass(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Seconds per pass when passes follow each other without waiting; more and more of them until it takes long enough.
+    """Return the mean seconds per pass, without waiting in between. Doubles the passes until they take `seconds`.
 
-    On a GPU the host queues them all and waits once, as a loop that never looks at the results does.
+    On a GPU the host queues all passes and waits once, like a loop that never reads the results.
     """
     count, elapsed = 0, 0.0
     run()

@@ -1,10 +1,10 @@
-"""How good are frozen features: a linear classifier on them, several learning rates in one pass (MAE's protocol).
+"""Linear probe of frozen features: one linear classifier per learning rate, all in one pass (MAE's protocol).
 
     features, computed once -> BatchNorm without scale and shift -> a linear head per learning rate -> accuracy of each
 
-The heads share the batches and their normalisation, and nothing else: each is what it would be alone, so processes
-divide the rates among them. LARS (or SGD), momentum 0.9, no weight decay, a tenth of the updates warm-up, then half a
-cosine to 0. MAE's own numbers are batches of 16,384 of 1.28 million images, 90 epochs, 0.1 per 256 images.
+The heads share only the batches and their normalisation. Each trains exactly as it would alone, so the learning rates
+can be divided among processes. LARS (or SGD), momentum 0.9, no weight decay, warm-up for a tenth of the updates, then
+half a cosine to 0. MAE uses batches of 16,384 of 1.28 million images, 90 epochs, learning rate 0.1 per 256 images.
 
     n images   b batch   D width   C classes   H heads
 """
@@ -24,14 +24,14 @@ from maedistill.training.optim import build_schedule
 
 OptimizerName = Literal["lars", "sgd"]
 _SHORT_RATES, _SHORT_EPOCHS, _SHORT_BATCH = (0.3, 3.0, 30.0), 30, 512  # during pre-training
-_JUDGED = 4096  # features at once when heads are judged
+_JUDGED = 4096  # features per chunk when heads are scored
 _MOMENTUM = 0.9
-_LEAST_UPDATES = 4  # of an epoch: a batch is at most such a part of the features
+_LEAST_UPDATES = 4  # per epoch: a batch is at most 1 / _LEAST_UPDATES of the features
 
 
 @dataclass(frozen=True)
 class ProbeScore:
-    """What one learning rate came to. Counts are whole numbers; loss: mean cross-entropy, not finite if it diverged."""
+    """The score of one learning rate. loss: mean cross-entropy, not finite if training diverged."""
 
     lr: float  # per 256 images
     images: int
@@ -41,16 +41,16 @@ class ProbeScore:
 
     @property
     def is_finite(self) -> bool:
-        """Whether training stayed sane."""
+        """Return whether the loss is finite, that is, whether training did not diverge."""
         return math.isfinite(self.loss)
 
     def facts(self) -> dict[str, float | None]:
-        """For a result file, whose JSON knows finite numbers only."""
+        """Return the entries for a result file, with None for a loss that is not finite, which JSON cannot hold."""
         return asdict(self) | {"loss": self.loss if self.is_finite else None}
 
 
 class LinearHeads(nn.Module):
-    """BatchNorm without scale and shift, then a linear classifier for each of H learning rates, all starting alike."""
+    """BatchNorm without scale and shift, then H linear classifiers, one per learning rate, initialised identically."""
 
     def __init__(self, width: int, num_classes: int, *, rates: Sequence[float], seed: int = 0) -> None:
         super().__init__()
@@ -62,12 +62,12 @@ class LinearHeads(nn.Module):
             nn.init.zeros_(head.bias)
 
     def forward(self, rows: Tensor) -> list[Tensor]:
-        """Features [b, D] -> logits of every head, H times [b, C]."""
+        """Map features [b, D] to the logits of every head, H times [b, C]."""
         rows = self.norm(rows)
         return [head(rows) for head in self.heads]
 
     def groups(self) -> list[dict[str, Any]]:
-        """Parameter groups: each head at its rate, LARS's own factor for its weights alone, as in MAE."""
+        """Return parameter groups: each head at its rate; LARS adapts only the weights, not the biases, as in MAE."""
         return [
             {"params": [parameter], "lr_scale": rate, "always_adapt": parameter.ndim > 1}
             for head, rate in zip(self.heads, self.rates, strict=True)
@@ -76,9 +76,9 @@ class LinearHeads(nn.Module):
 
 
 def probe_accuracy(rows: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, *, device: torch.device) -> float:
-    """The share of queries that the best of three short probes has right: a trend while a network is trained.
+    """Return the accuracy of the best of three short probes on the queries: a trend to watch during pre-training.
 
-    rows [n, D] and queries [m, D] are features, the labels int64 [n] and [m]. Draws nothing from torch's generators.
+    rows [n, D] and queries [m, D] are features, the labels int64 [n] and [m]. Does not use torch's global generators.
     """
     classes = int(max(labels.max(), truth.max())) + 1
     batch = batch_of(len(rows), _SHORT_BATCH)
@@ -89,7 +89,7 @@ def probe_accuracy(rows: Tensor, labels: Tensor, queries: Tensor, truth: Tensor,
 
 
 def batch_of(num_features: int, wanted: int) -> int:
-    """Features of one update: as wanted, but at most a quarter of them, at least 2 (BatchNorm needs a variance)."""
+    """Return the batch size: `wanted`, but at most a quarter of the features and at least 2 (for BatchNorm)."""
     return max(2, min(wanted, num_features // _LEAST_UPDATES))
 
 
@@ -105,9 +105,9 @@ def fit_heads(
     seed: int = 0,
     device: torch.device,
 ) -> LinearHeads:
-    """Trains a head for every rate (per 256 images) on features [n, D] with labels int64 [n], n at least `batch`.
+    """Train a head for every rate (per 256 images) on features [n, D] with labels int64 [n], n at least `batch`.
 
-    In each epoch every feature is seen once, in an order that the seed fixes, but for the rest that fills no batch.
+    Each epoch uses every feature once, in an order fixed by the seed, and drops the last incomplete batch.
     """
     assert 2 <= batch <= len(rows) and epochs >= 1
     heads = LinearHeads(rows.shape[1], num_classes, rates=rates, seed=seed).to(device).train()
@@ -132,7 +132,7 @@ def fit_heads(
 
 @torch.no_grad()
 def judge_heads(heads: LinearHeads, rows: Tensor, labels: Tensor) -> list[ProbeScore]:
-    """How often each head is right on features [n, D]: one score per rate, in their order."""
+    """Return the score of each head on features [n, D], in the order of the rates."""
     device = next(heads.parameters()).device
     counts = torch.zeros(len(heads.rates), 2, dtype=torch.int64, device=device)  # [H, 2]
     losses: list[list[Tensor]] = [[] for _ in heads.rates]
@@ -148,6 +148,6 @@ def judge_heads(heads: LinearHeads, rows: Tensor, labels: Tensor) -> list[ProbeS
 
 
 def _plain_sgd(groups: list[dict[str, Any]], **keywords: Any) -> torch.optim.SGD:
-    """SGD, without LARS's own entry in the groups."""
+    """Build SGD, without the group entry that only LARS accepts."""
     bare = [{name: value for name, value in group.items() if name != "always_adapt"} for group in groups]
     return torch.optim.SGD(bare, **keywords)

@@ -1,6 +1,6 @@
-"""How good is a classifier at each class: counts, confidence, and what each class is most often taken for.
+"""Accuracy of a classifier per class: counts, confidence, and the class it is most often confused with.
 
-Evaluation -> class_scores -> write_per_class -> a CSV file with one line per class, names where they are known
+Evaluation -> class_scores -> write_per_class -> a CSV file with one line per class, and class names if known
 
 n images   C classes
 """
@@ -22,19 +22,19 @@ _WRONG = ("wrong_class", "wrong_name", "wrong_images")
 
 @dataclass(frozen=True)
 class ClassScore:
-    """One class. Counts are whole numbers; the mean confidence is that of all its images, right or wrong."""
+    """The score of one class. confidence: mean over all images of the class, classified correctly or not."""
 
     label: int
     images: int
     top1: int
     top5: int
     confidence: float
-    wrong: int | None  # the class that its images are most often taken for, the lowest of equals; None: none is wrong
+    wrong: int | None  # the most frequent wrong prediction; ties go to the lower class; None if there is none
     wrong_images: int
 
 
 def class_scores(evaluation: Evaluation) -> Iterator[ClassScore]:
-    """One score per class that has images, by label."""
+    """Yield one score per class that has images, in the order of the labels."""
     order = evaluation.labels.argsort(stable=True)  # [n]
     counts = evaluation.labels.bincount()  # [C]
     parts = (values[order].split(counts.tolist()) for values in (evaluation.predictions, evaluation.confidences))
@@ -55,7 +55,7 @@ def class_scores(evaluation: Evaluation) -> Iterator[ClassScore]:
 
 
 def write_per_class(path: Path, evaluation: Evaluation, names: Mapping[int, str]) -> None:
-    """Writes a CSV file, whole or not at all: one line per class that has images. names: of labels, as far as known."""
+    """Write a CSV file atomically, one line per class that has images. names: known class names, by label."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow([*_COLUMNS, *_WRONG])

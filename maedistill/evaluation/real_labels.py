@@ -1,10 +1,10 @@
 """ImageNet-ReaL: accuracy against the reassessed labels of the validation images (Beyer et al., 2020).
 
-    ShardIndex -> open_real_labels -> the labels of each image, several or none
+    ShardIndex -> open_real_labels -> the labels of each image, possibly several or none
     Evaluation -> RealLabels.score -> RealScore
 
-An answer is right if it is one of the image's labels; images without any are left out. timm ships the labels, by the
-number in the file name, which make_shards keeps in the key: n01440764_ILSVRC2012_val_00000293.
+A prediction is correct if it is one of the image's labels. Images without labels are left out. timm ships the labels
+by the number in the file name, which make_shards keeps in the sample key: n01440764_ILSVRC2012_val_00000293.
 """
 
 import re
@@ -31,25 +31,25 @@ class RealScore:
     top5: int
 
     def line(self) -> str:
-        """The result in one line."""
+        """Format the result as one line."""
         top1, top5 = (
             f"{100 * count / self.images:.2f} % ({count} of {self.images})" for count in (self.top1, self.top5)
         )
         return f"top-1 {top1}, top-5 {top5}, against ImageNet-ReaL's labels"
 
     def facts(self) -> dict[str, int]:
-        """For a result file."""
+        """Return the entries for a result file."""
         return {"real_images": self.images, "real_top1": self.top1, "real_top5": self.top5}
 
 
 @dataclass(frozen=True)
 class RealLabels:
-    """labels: of each sample id, several or none."""
+    """The reassessed labels of each sample id, possibly several or none."""
 
     labels: Mapping[int, frozenset[int]]
 
     def score(self, evaluation: Evaluation) -> RealScore:
-        """Counts a classifier's answers, classes of ImageNet-1k. Raises DataError where no image has a label."""
+        """Count the correct predictions of an ImageNet-1k classifier. Raises DataError if no image has a label."""
         images = top1 = top5 = 0
         for i, classes in zip(evaluation.ids.tolist(), evaluation.predictions.tolist(), strict=True):
             right = self.labels[i]
@@ -61,10 +61,10 @@ class RealLabels:
 
 
 def open_real_labels(index: ShardIndex, *, num_classes: int) -> RealLabels:
-    """The reassessed labels of every sample, for a model of `num_classes`.
+    """Return the reassessed labels of every sample, for a model of `num_classes`.
 
-    Raises ConfigError unless the classes are ImageNet's 1,000 in their order, DataError for a sample that is no image
-    of ImageNet's validation set.
+    Raises ConfigError unless the classes are ImageNet's 1,000 in their order, DataError for a sample that is not from
+    ImageNet's validation set.
     """
     synsets = tuple(ImageNetInfo().label_names())
     if num_classes != len(synsets) or (index.classes and index.classes != synsets):
@@ -73,7 +73,7 @@ def open_real_labels(index: ShardIndex, *, num_classes: int) -> RealLabels:
             f"--real needs ImageNet's 1,000 classes, and {what}",
             "leave out --real, or name ImageNet's validation shards",
         )
-    table = RealLabelsImagenet(range(_IMAGES)).real_labels  # only its table: it wants to be fed in the files' order
+    table = RealLabelsImagenet(range(_IMAGES)).real_labels  # timm's table only: its scoring needs the files' order
     return RealLabels({i: frozenset(table[_file_name(index, i)]) for i in range(len(index))})
 
 

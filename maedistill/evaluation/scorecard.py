@@ -1,6 +1,6 @@
-"""A classifier's scorecard: how often it is right on a set of shards and how fast it is here. One process or many.
+"""A classifier's scorecard: accuracy on a set of shards and speed on this machine, on one process or many.
 
-MODEL, SHARDS -> Network, ShardIndex -> one exact pass -> lines on stdout, JSON, CSV files, a picture
+MODEL, SHARDS -> Network, ShardIndex -> one full pass -> lines on stdout, JSON, CSV files, a picture
 """
 
 import json
@@ -39,7 +39,10 @@ from maedistill.weights.network import Network
 
 @dataclass(frozen=True)
 class _Job:
-    """What is evaluated on what. columns: outputs of network and teacher that are the shards' classes; None: all."""
+    """The networks and the shards of an evaluation.
+
+    columns: the outputs of network and teacher that are the shards' classes; None for all outputs.
+    """
 
     network: Network
     teacher: Network | None
@@ -48,7 +51,7 @@ class _Job:
 
     @property
     def names(self) -> dict[int, str]:
-        """Names of labels, as far as known."""
+        """Return the known class names, by label."""
         return dict(enumerate(self.index.classes or self.network.classes))
 
 
@@ -71,12 +74,12 @@ def score(
     latency: bool = True,
     files: Mapping[str, Path | None],
 ) -> dict[str, Any]:
-    """Evaluates `model` on `shards`, prints the scorecard and returns it. Every process of the run calls it.
+    """Evaluate `model` on `shards`, print the scorecard and return it. Collective.
 
-    image_size, crop: other than the model's own. workers, threads: of each process, by default its share of the cores.
-    against: a second classifier, to be compared with. subset: the shards hold some of the model's classes, matched by
-    name. real: count against ImageNet-ReaL's labels, too. bins: of the calibration error. files: where to write
-    predictions, per_class, confusions and json. Raises kinds of UserError.
+    image_size, crop: override the model's own. workers, threads: per process, by default its share of the cores.
+    against: a second classifier to compare with. subset: the shards hold only some of the model's classes, matched by
+    name. real: also score against the labels of ImageNet-ReaL. bins: number of bins of the calibration error. files:
+    paths for predictions, per_class, confusions and json. Raises subclasses of UserError.
     """
     setting = open_setting(batch=batch, workers=workers, threads=threads, precision=precision)
     network = distributed.main_first(lambda: open_classifier(model, weights=weights, image_size=image_size))
@@ -99,12 +102,12 @@ def score(
     scorecard |= {"against": teacher.name, **agreement.facts()} if agreement else {}
     scorecard |= _time(network, setting) if latency else {}
     distributed.on_main(lambda: _write(files, evaluation, subject, scorecard))
-    distributed.barrier()  # a launcher ends the others when one rank is gone: nobody leaves before all are done
+    distributed.barrier()  # a launcher ends the others when one rank exits, so all ranks exit together
     return scorecard
 
 
 def _head(network: Network, teacher: Network | None, index: ShardIndex, shards: str) -> list[str]:
-    """Models, input and data in words."""
+    """Describe the models, their input and the data, one line each."""
     lines = [f"model    {network.describe()}", f"input    {describe_input(network)}"]
     lines += [f"against  {teacher.describe()}", f"input    {describe_input(teacher)}"] if teacher else []
     return [*lines, f"data     {describe_data(index, shards)}"]
@@ -113,7 +116,7 @@ def _head(network: Network, teacher: Network | None, index: ShardIndex, shards: 
 def _columns(
     network: Network, teacher: Network | None, index: ShardIndex, *, subset: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The outputs of both networks that are classes of the shards; says what is to be said about their names."""
+    """Return the outputs of both networks that are classes of the shards; print warnings about their class names."""
     found: list[Tensor | None] = [None, None]
     if teacher and not subset:
         require_same_classes(network.num_classes, teacher.num_classes)
@@ -127,7 +130,7 @@ def _columns(
 
 
 def _evaluate(subject: _Job, setting: EvalContext) -> tuple[Evaluation, Agreement | None]:
-    """Every image of the index, prepared as each network wants it."""
+    """Evaluate every image of the index, preprocessed as each network expects."""
     network, teacher, (columns, teacher_columns) = subject.network, subject.teacher, subject.columns
     samples = torch.arange(len(subject.index))
     if teacher is None:
@@ -140,7 +143,7 @@ def _evaluate(subject: _Job, setting: EvalContext) -> tuple[Evaluation, Agreemen
 
 
 def _time(network: Network, setting: EvalContext) -> dict[str, float]:
-    """Times the network on rank 0 and says so."""
+    """Time the network on rank 0 and print the result."""
     how = {"batch": setting.batch, "device": setting.device, "precision": setting.precision}
     speed = distributed.on_main(lambda: measure_latency(network.module, size=network.size, **how))
     say(
@@ -152,7 +155,7 @@ def _time(network: Network, setting: EvalContext) -> dict[str, float]:
 
 
 def _write(files: Mapping[str, Path | None], evaluation: Evaluation, subject: _Job, scorecard: dict[str, Any]) -> None:
-    """Each file that was asked for."""
+    """Write each file whose path is set."""
     if file := files.get("predictions"):
         write_predictions(file, evaluation, subject.index)
     if file := files.get("per_class"):

@@ -1,6 +1,6 @@
-"""What an evaluation runs on: its processes, device, precision and loader processes; and what it says, said once.
+"""The setting of an evaluation: process group, device, precision and loader workers; and its output, from rank 0 only.
 
-open_setting -> this process is a rank of the evaluation -> Setting, whose `loop` is what every pass is given
+open_setting -> join the process group -> EvalContext, whose `loop` holds the keywords of every pass
 """
 
 import os
@@ -17,12 +17,12 @@ from maedistill.machine import precision as resolve_precision
 from maedistill.processes import ranks as distributed
 from maedistill.weights.network import Network
 
-_PATIENCE = 1800  # seconds that a rank waits for the others: their shares are equal, their machines may not be
+_PATIENCE = 1800  # seconds that a rank waits for the others: shares are equal, but machines may differ in speed
 
 
 @dataclass(frozen=True)
 class EvalContext:
-    """One for all passes of an evaluation. batch: images at once in each process; workers: of each process."""
+    """The settings shared by all passes of an evaluation. batch, workers: per process."""
 
     device: torch.device
     precision: str
@@ -31,23 +31,23 @@ class EvalContext:
 
     @property
     def loop(self) -> dict[str, Any]:
-        """The keywords of `full_pass`."""
+        """Return the keywords of `full_pass`."""
         return {"device": self.device, "batch": self.batch, "workers": self.workers}
 
     @property
     def device_name(self) -> str:
-        """The device in words."""
+        """Return the GPU's name, or the number of CPU threads."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"CPU, {torch.get_num_threads()} threads"
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For a result file."""
+        """Return the entries for a result file."""
         return {"device": self.device_name, "batch": self.batch, "precision": self.precision}
 
     def view(self, network: Network, *, columns: Tensor | None = None) -> Predictor:
-        """The network on the device, given images as it wants them."""
+        """Move the network to the device and wrap it with its normalisation."""
         return Predictor(
             network.module.to(self.device),
             mean=network.mean,
@@ -59,7 +59,7 @@ class EvalContext:
 
 
 def open_setting(*, batch: int, workers: int | None, threads: int | None, precision: str) -> EvalContext:
-    """Collective. Joins the other processes. workers, threads: of each process, by default its share of the cores."""
+    """Join the process group. workers, threads: per process, by default its share of the cores. Collective."""
     distributed.open_group(_PATIENCE)
     device, cores = distributed.device(), cpu_share(distributed.local_world_size())
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
@@ -70,25 +70,25 @@ def open_setting(*, batch: int, workers: int | None, threads: int | None, precis
 
 
 def say(*lines: str) -> None:
-    """Prints on rank 0 alone, at once."""
+    """Print on rank 0 only, and flush."""
     if distributed.is_main() and lines:
         print("\n".join(lines), flush=True)
 
 
 def describe_input(network: Network) -> str:
-    """What images of the network look like."""
+    """Describe the input images of the network: size, crop and normalisation."""
     mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (network.mean, network.std))
     how = f"{network.crop_mode} crop {network.crop:g}, {network.interpolation}"
     return f"{network.size} px, {how}, mean {mean}, std {std}"
 
 
 def describe_data(index: ShardIndex, shards: str) -> str:
-    """Which images."""
+    """Describe the data: numbers of images and classes, fingerprint and shards."""
     return f"{len(index):,} images, {index.num_classes:,} classes, fingerprint {index.fingerprint()[:12]}, {shards}"
 
 
 def facts_of(network: Network) -> dict[str, Any]:
-    """A network and its input, for a result file."""
+    """Return the entries of a network and its input for a result file."""
     return {
         "model": network.name,
         "licence": network.licence,

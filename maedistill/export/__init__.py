@@ -1,1 +1,1 @@
-"""A network handed over as a folder that timm opens, with its model card."""
+"""Export a network as a folder that timm opens, with its model card."""

@@ -1,7 +1,7 @@
 """The model card of an export: README.md with the front matter that model hubs read.
 
-Every statement is taken from the run's own files (run.json, config.yaml, metrics.jsonl) or from the network; what they
-do not say is said to be missing. Records of steps after the exported checkpoint are left out: other weights made them.
+Every statement comes from the run's own files (run.json, config.yaml, metrics.jsonl) or from the network; the card
+names what they do not record. Metrics after the exported checkpoint are left out, because they are of other weights.
 """
 
 from collections import Counter
@@ -35,7 +35,7 @@ AppendOnlyFile = list[str]
 
 
 def model_card(saved: RunNetwork, vit: VisionTransformer, *, weights: Weights = "model") -> str:
-    """The card of `vit`, the network of `saved` as it is exported, in Markdown."""
+    """Return the Markdown card of `vit`, the network of `saved` in its exported form."""
     facts, folder = saved.facts, saved.folder
     config = folder.load_config() if folder.config.exists() else None
     step = int(saved.checkpoint.name.removeprefix("step_"))
@@ -53,7 +53,7 @@ def model_card(saved: RunNetwork, vit: VisionTransformer, *, weights: Weights = 
 
 
 def forward_gflop(vit: VisionTransformer) -> float:
-    """GFLOP of one image's forward pass, counted by torch on shapes alone; a multiply-add counts as two."""
+    """Count the GFLOP of one image's forward pass with torch, on meta tensors. A multiply-add counts as two."""
     with torch.device("meta"):
         shapes = timm.create_model(vit.pretrained_cfg["architecture"], pretrained=False, **get_model_args(vit)).eval()
         images = torch.empty(1, 3, *vit.patch_embed.img_size)  # [1, 3, s, s]
@@ -79,7 +79,7 @@ def _front_matter(facts: Mapping[str, Any], vit: VisionTransformer) -> str:
 
 
 def _summary(facts: Mapping[str, Any], vit: VisionTransformer) -> str:
-    """What it is and what it costs, in one paragraph."""
+    """Describe the network and its cost in one paragraph."""
     num_params_m = sum(parameter.numel() for parameter in vit.parameters()) / 1e6
     size, patch = vit.patch_embed.img_size[0], vit.patch_embed.patch_size[0]
     tokens = "a class token" if vit.has_class_token else "no class token"
@@ -97,12 +97,12 @@ def _summary(facts: Mapping[str, Any], vit: VisionTransformer) -> str:
 
 
 def _origin(facts: Mapping[str, Any]) -> AppendOnlyFile:
-    """Whose weights went in, what their licence asks for, and which images."""
+    """List the weights that the network derives from, their license, and the training images."""
     origin, teacher, lines = facts.get("origin") or {}, facts.get("teacher"), []
     if facts["stage"] == "finetune":
         lines.append(f"- Start: {_listed(facts.get('init') or 'from scratch, no other weights')}.")
         lines += [f"- Teacher of the fine-tuning: {_listed(teacher)}."] if teacher else []
-        teacher = None  # the start had one of its own
+        teacher = None  # the initial weights may have had a teacher of their own
     if origin.get("stage") == "finetune":
         lines.append(f"- That start was itself fine-tuned{_images(origin, ' on')}; its own start is not recorded here.")
     elif origin:
@@ -115,12 +115,12 @@ def _origin(facts: Mapping[str, Any]) -> AppendOnlyFile:
 
 
 def _listed(line: str) -> str:
-    """A line of the log, whose parts stand two spaces apart, as prose."""
+    """Turn a log line, whose parts are separated by two spaces, into prose."""
     return line.replace("  ", ", ")
 
 
 def _images(facts: Mapping[str, Any], before: str = "") -> str:
-    """`before 50,000 images (fingerprint 0123456789ab)`, or nothing where no data are recorded."""
+    """Return `before 50,000 images (fingerprint 0123456789ab)`, or "" if no data is recorded."""
     data = facts.get("data")
     return f"{before} {data['images']:,} images (fingerprint {data['fingerprint'][:12]})" if data else ""
 
@@ -199,7 +199,7 @@ def _finetuning(config: FinetuneConfig) -> AppendOnlyFile:
 
 
 def _features(records: Sequence[Mapping[str, Any]], config: PretrainConfig | None, weights: Weights) -> AppendOnlyFile:
-    """Losses and kNN of a pre-trained student."""
+    """Report the losses and kNN accuracy of a pre-trained student."""
     losses = next((record for record in reversed(records) if "loss" in record), None)
     probe = next((record for record in reversed(records) if "knn" in record), None)
     lines = []
@@ -216,7 +216,7 @@ def _features(records: Sequence[Mapping[str, Any]], config: PretrainConfig | Non
 
 
 def _accuracy(records: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], weights: Weights) -> AppendOnlyFile:
-    """Top-1 and top-5 of a fine-tuned network."""
+    """Report top-1 and top-5 of a fine-tuned network."""
     prefix = "ema_" if weights == "ema" else ""
     last = next((record for record in reversed(records) if f"{prefix}top1" in record), None)
     if last is None:

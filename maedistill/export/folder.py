@@ -1,11 +1,11 @@
-"""A run's network as a folder that timm opens anywhere, without this package: weights, timm config and model card.
+"""Export a run's network to a folder that timm opens without this package: weights, timm config and model card.
 
     RUN/run.json + newest intact checkpoint -> timm network -> OUT.tmp/ -> opened by timm and compared -> OUT/
 
-OUT holds model.safetensors, config.json (timm's), README.md (see card.py) and export.json, which says what was exported
-and how it was verified. Only the encoder goes out, and of a fine-tuned run its classifier: no decoder, projection or
-generator. Nothing appears under the name OUT that `timm.create_model("local-dir:OUT", pretrained=True)` does not turn
-into the outputs of the checkpoint, to the last bit.
+OUT holds model.safetensors, config.json (timm's), README.md (see card.py) and export.json, which records what was
+exported and how it was verified. Only the encoder is exported, with its classifier if the run is fine-tuned, but no
+decoder, projection or generator. OUT.tmp is renamed to OUT only after
+`timm.create_model("local-dir:OUT.tmp", pretrained=True)` has reproduced the outputs of the checkpoint bit for bit.
 
     B batch   P prefix tokens   N patches   D width   C outputs   s image side
 """
@@ -31,25 +31,25 @@ from maedistill.weights.from_run import RunNetwork, Weights, open_saved
 Pooling = Literal["avg", "token"]
 RECORD = "export.json"
 FILES = {"config.json", "model.safetensors", "README.md", RECORD}
-# What timm's config for the architecture may hand on. The rest (tag, licence, paper, labels) tells of the weights that
-# timm publishes under this name, and would be false of these.
+# Entries of timm's config for the architecture that are kept. The others (tag, license, paper, labels) describe the
+# weights that timm publishes under this name, and would be wrong for these weights.
 _ARCHITECTURE = ("architecture", "input_size", "fixed_input_size", "pool_size", "first_conv", "classifier")
-_IMAGES = 2  # of random pixels, by which the written folder is compared with the run
+_IMAGES = 2  # of random pixels, for comparing the written folder with the run
 
 
 def export(
     run: str | Path, out: str | Path | None = None, *, weights: Weights = "model", pooling: Pooling | None = None
 ) -> Path:
-    """Writes the network of a run folder to `out`, by default RUN/export, and returns that folder.
+    """Write the network of a run folder to `out`, by default RUN/export, and return that folder.
 
-    weights: `ema` for the moving average. pooling: what the output of a pre-trained student is, [B, D], after its own
-    norm: `avg`, the mean of the patch tokens (the default), or `token`, the class token. A fine-tuned network goes out
-    as it is, with its classifier: [B, C]. An earlier export in `out` is replaced.
-    Raises ConfigError for an `out` that holds anything else and for a pooling that the network cannot have, DataError
-    for a folder that is no run, has no such weights, or cannot be written.
+    weights: `ema` for the moving average. pooling: the output of a pre-trained student, [B, D], after its own norm:
+    `avg`, the mean of the patch tokens (the default), or `token`, the class token. A fine-tuned network is exported
+    unchanged, with its classifier: [B, C]. An earlier export in `out` is replaced.
+    Raises ConfigError if `out` holds anything else or the network does not support the pooling, DataError if the folder
+    is not a run, lacks these weights, or `out` cannot be written.
     """
     folder = RunFolder(run)
-    # As it is meant: `new/..` does not exist, and so looked free, but would be created in place of this folder.
+    # Normalise first: `new/..` does not exist and would pass as free, but would then replace the current folder.
     out = Path(os.path.normpath(os.path.expanduser(out))) if out is not None else folder.path / "export"
     try:
         _require_free(out)
@@ -63,12 +63,15 @@ def export(
 
 
 def read_record(out: Path) -> dict[str, Any]:
-    """export.json: run, stage, checkpoint, weights, pooling, licence, max_difference, values (compared), versions."""
+    """Read export.json: run, stage, checkpoint, weights, pooling, licence, max_difference, values, versions.
+
+    values: how many numbers were compared.
+    """
     return json.loads((out / RECORD).read_text(encoding="utf-8"))
 
 
 def _require_free(out: Path) -> None:
-    """Only an empty folder or an earlier export may be replaced, and only one to which nobody has added a file."""
+    """Raise ConfigError unless `out` is new, an empty folder, or an earlier export to which no file was added."""
     if not out.exists():
         return
     if out.resolve() == Path.cwd():
@@ -82,7 +85,7 @@ def _require_free(out: Path) -> None:
 
 
 def _replace(out: Path, saved: RunNetwork, vit: VisionTransformer, weights: Weights) -> None:
-    """Fills a temporary folder beside `out` and gives it that name. Nothing else beside it is touched."""
+    """Fill a temporary folder beside `out`, then rename it to `out`. Nothing else in the parent folder is touched."""
     temporary, retired = (out.with_name(f"{out.name}{suffix}") for suffix in (".tmp", ".old.tmp"))
     for leftover in (temporary, retired):
         _remove_leftover(leftover)
@@ -95,7 +98,7 @@ def _replace(out: Path, saved: RunNetwork, vit: VisionTransformer, weights: Weig
 
 
 def _remove_leftover(folder: Path) -> None:
-    """Removes what a kill left under a temporary name. Raises OSError for what is somebody else's."""
+    """Remove the temporary folder of a killed export. Raises OSError for anything that an export did not write."""
     if not os.path.lexists(folder):
         return
     if folder.is_symlink() or not folder.is_dir() or not {path.name for path in folder.iterdir()} <= FILES:
@@ -104,7 +107,7 @@ def _remove_leftover(folder: Path) -> None:
 
 
 def _with_pooling(saved: RunNetwork, pooling: Pooling | None) -> VisionTransformer:
-    """The network as it goes out: a fine-tuned one as it is, a pre-trained one with the pooling asked for."""
+    """Return the network to export: a fine-tuned one unchanged, a pre-trained one with the requested pooling."""
     path, network = saved.folder.path, saved.facts["network"]
     if saved.facts["stage"] == "finetune":
         if pooling not in (None, saved.vit.global_pool):
@@ -115,7 +118,7 @@ def _with_pooling(saved: RunNetwork, pooling: Pooling | None) -> VisionTransform
         return saved.vit
     if pooling == "token" and not saved.vit.has_class_token:
         raise ConfigError(f"{path} has no class token to pool by", "use --pool avg, the mean of the patch tokens")
-    # timm would move the norm behind the mean, to a new `fc_norm`: the encoder's own has been trained, and stays.
+    # For mean pooling, timm would use a new `fc_norm` after the mean; keep the encoder's trained norm instead.
     changed = {"num_classes": 0, "global_pool": pooling or "avg", "fc_norm": False, "pool_include_prefix": False}
     vit = timm.create_model(network["name"], pretrained=False, **network["arguments"] | changed)
     vit.load_state_dict(saved.vit.state_dict())
@@ -123,7 +126,7 @@ def _with_pooling(saved: RunNetwork, pooling: Pooling | None) -> VisionTransform
 
 
 def _fill(folder: Path, saved: RunNetwork, vit: VisionTransformer, weights: Weights) -> None:
-    """Writes the four files; export.json comes last, after the comparison that it records."""
+    """Write the four files. export.json comes last, after the comparison that it records."""
     facts, seen = saved.facts, saved.facts["input"]
     size = vit.patch_embed.img_size[0]
     assert size == seen["size"], f"run.json: the network takes {size} px, its input is {seen['size']}"
@@ -144,14 +147,17 @@ def _fill(folder: Path, saved: RunNetwork, vit: VisionTransformer, weights: Weig
 
 @torch.no_grad()
 def _compare(folder: Path, saved: RunNetwork, vit: VisionTransformer) -> dict[str, Any]:
-    """Opens the written folder as a stranger would; tokens and outputs must be the run's, to the last bit."""
+    """Open the written folder with timm alone; tokens and outputs must equal the run's bit for bit.
+
+    Raises DataError if they differ.
+    """
     size = vit.patch_embed.img_size[0]
     images = torch.randn(_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))  # [B, 3, s, s]
     reopened = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     tokens, found = saved.vit.forward_features(images), reopened.forward_features(images)  # [B, P + N, D]
     pairs = [(tokens, found), (vit.forward_head(tokens), reopened.forward_head(found))]  # [B, P + N, D], [B, D or C]
     difference = max(float((wanted - got).abs().max()) for wanted, got in pairs)
-    if not difference == 0.0:  # nan differs, too
+    if not difference == 0.0:  # `not ==` also catches nan
         raise DataError(
             f"timm {version('timm')} does not give the outputs of {saved.checkpoint} back: {difference:g} apart",
             "export with the timm that the run was made with, which its run.json names",
@@ -161,7 +167,7 @@ def _compare(folder: Path, saved: RunNetwork, vit: VisionTransformer) -> dict[st
 
 
 def _commit(temporary: Path, out: Path, retired: Path) -> None:
-    """The new folder takes the name; an earlier export is whole under one name or another at any instant."""
+    """Rename the new folder to `out`. An earlier export stays complete, under one name or another, until then."""
     if not out.exists():
         temporary.rename(out)
         return

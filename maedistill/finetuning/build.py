@@ -1,4 +1,4 @@
-"""From a config to the objects of a fine-tuning run: the one place that unpacks it; below are plain arguments."""
+"""Builds the objects of a fine-tuning run from its config. Code outside the builders takes plain arguments."""
 
 import timm
 import torch
@@ -23,7 +23,7 @@ Triple = tuple[float, float, float]
 
 
 def build_init_source(config: FinetuneConfig) -> Source | None:
-    """The weights that fine-tuning starts from, positions resampled to its image size; None from scratch."""
+    """Open the weights that fine-tuning starts from, positions resampled to its image size; None from scratch."""
     init, student = config.init, config.student
     if init.source is None:
         return None
@@ -34,14 +34,14 @@ def build_init_source(config: FinetuneConfig) -> Source | None:
 
 
 def build_classifier(config: FinetuneConfig, source: Source | None, *, num_classes: int) -> VisionTransformer:
-    """The network with a fresh head, on the source's weights or initialised from the seed; positions are trained.
+    """Build the network with a fresh head, on the source's weights or initialised from the seed. Positions are trained.
 
-    MAE's head starts almost at 0. Where logits are standardised, which divides by how far they are apart, it starts as
-    timm's do: from MAE's, the first gradients would be hundreds of times the later ones, and AdamW would remember them.
-    With pooling `avg` the encoder's last norm gives way to a fresh `fc_norm` after the pooling (He et al., 2022).
+    The head starts near 0, as in MAE. Standardised logits are divided by their spread, so there the head starts with
+    timm's larger std: with MAE's, the first gradients would be hundreds of times the later ones, and AdamW would
+    remember them. With pooling `avg`, a fresh `fc_norm` after pooling replaces the last norm (He et al., 2022).
     """
     vit = _from_scratch(config, num_classes) if source is None else _from_source(config, source, num_classes)
-    std = 0.02 if config.distill.standardizes else 2e-5  # timm's, MAE's
+    std = 0.02 if config.distill.standardizes else 2e-5  # timm's or MAE's
     nn.init.trunc_normal_(vit.head.weight, std=std, generator=torch.Generator().manual_seed(config.seed))
     nn.init.zeros_(vit.head.bias)
     if config.engine.checkpoint_activations:
@@ -50,7 +50,7 @@ def build_classifier(config: FinetuneConfig, source: Source | None, *, num_class
 
 
 def build_labelled_crops(config: FinetuneConfig, index: ShardIndex, samples: Tensor, *, mean: Triple) -> RandomCrops:
-    """Training crops with labels by position, RandAugment applied. samples: ids of the label subset."""
+    """Build training crops with labels, by position, with RandAugment. samples: ids of the label subset."""
     data, seed = config.data, config.seed
     subset = samples if data.label_fraction < 1 else None
     order = SampleOrder(index.starts, seed=seed, window=data.window_shards, subset=subset)
@@ -68,12 +68,12 @@ def build_labelled_crops(config: FinetuneConfig, index: ShardIndex, samples: Ten
 
 
 def build_mixing(config: FinetuneConfig, *, num_classes: int, device: torch.device) -> Mixing:
-    """Erasing, mixup, cutmix and label smoothing on the device."""
+    """Build erasing, mixup, cutmix and label smoothing on the device."""
     return Mixing(num_classes=num_classes, device=device, **config.augment.model_dump(exclude={"rand_augment"}))
 
 
 def _from_scratch(config: FinetuneConfig, num_classes: int) -> VisionTransformer:
-    """The student that the config describes, initialised from the seed, positions from MAE's table."""
+    """Build the student that the config describes, initialised from the seed, with positions from MAE's table."""
     size, pooling = config.data.image_size, config.student.pooling
     shape = config.student.model_dump(exclude={"pooling"}) | {"image_size": size}
     with torch.device("meta"):
@@ -87,7 +87,7 @@ def _from_scratch(config: FinetuneConfig, num_classes: int) -> VisionTransformer
 
 
 def _from_source(config: FinetuneConfig, source: Source, num_classes: int) -> VisionTransformer:
-    """The source's network and weights, without its classifier; what it has no weights for is timm's neutral start."""
+    """Build a network with the source's weights but a fresh classifier; parameters without weights keep timm's init."""
     student, encoder = config.student, source.encoder
     _require_same_shape(config, encoder)
     _require_class_token(config, encoder.vit)
@@ -103,7 +103,7 @@ def _from_source(config: FinetuneConfig, source: Source, num_classes: int) -> Vi
 
 
 def _require_class_token(config: FinetuneConfig, vit: VisionTransformer) -> None:
-    """The head can only read a token that there is; whether there is one, often the source alone knows."""
+    """Raise ConfigError if the head needs a class token and there is none; often only the source knows."""
     if config.student.pooling == "token" and vit.cls_token is None:
         raise ConfigError(
             f"student.pooling: {config.init.source or config.student.model} has no class token to read",
@@ -112,7 +112,7 @@ def _require_class_token(config: FinetuneConfig, vit: VisionTransformer) -> None
 
 
 def _require_whole_patches(config: FinetuneConfig, encoder: MaskedEncoder) -> None:
-    """The source's patches must tile the image; their size, often the source alone knows."""
+    """Raise ConfigError unless the source's patches tile the image; often only the source knows their size."""
     size, patch = config.data.image_size, encoder.patch_size
     if size % patch:
         raise ConfigError(
@@ -122,7 +122,7 @@ def _require_whole_patches(config: FinetuneConfig, encoder: MaskedEncoder) -> No
 
 
 def _require_same_shape(config: FinetuneConfig, encoder: MaskedEncoder) -> None:
-    """What the config says of the student must be what the source holds: a recipe fits one size."""
+    """Raise ConfigError unless the config's student matches the source's network: a recipe fits one size."""
     said = config.student.model_dump(
         include={"heads", "patch_size", "class_token", "register_tokens", "width", "depth"}
     )

@@ -1,6 +1,6 @@
-"""From a fine-tuning config to its teachers and terms, each checked against what the teacher and the student are.
+"""Builders that turn a fine-tuning config into teachers and terms, each checked against the actual networks.
 
-distill.teachers -> open_teachers -> build_module (what is trained) and build_teaching (what stands beside the engine)
+distill.teachers -> open_teachers -> build_module (what is trained) and build_teaching (frozen, beside the engine)
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ _SCHEDULE = frozenset({"weight", "start_epoch", "warmup_epochs", "stop_epoch"})
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """A teacher as it was opened. classes: its outputs for the student's classes, None where they are the same.
+    """An opened teacher. classes: indices of its outputs for the student's classes, None if the classes are the same.
 
     fingerprint: of its weights.
     """
@@ -46,16 +46,16 @@ class TeacherSource:
     fingerprint: str
 
     def describe(self) -> str:
-        """One line for the log: what it is, what it looks at, which of its classes count."""
+        """Return one line for the log: the network, its image size and normalisation, the classes in use."""
         opened = self.classifier
         subset = f", {len(self.classes)} of its classes" if self.classes is not None else ""
         return f"{opened.describe()}  sees {opened.size} px, mean {opened.mean}{subset}"
 
 
 def open_teachers(config: FinetuneConfig, *, classes: tuple[str, ...], num_classes: int) -> list[TeacherSource]:
-    """The teachers that the config names. classes: names of the student's, empty where they are not known.
+    """Open the teachers that the config names. classes: names of the student's classes, empty if unknown.
 
-    Raises ConfigError for one that cannot give what the terms compare, DataError for weights that cannot be had.
+    Raises ConfigError for a teacher that lacks what the terms compare, DataError for weights that cannot be loaded.
     """
     distill, found = config.distill, []
     for source in distill.teachers:
@@ -68,7 +68,7 @@ def open_teachers(config: FinetuneConfig, *, classes: tuple[str, ...], num_class
 
 
 def build_module(config: FinetuneConfig, vit: VisionTransformer, teachers: list[TeacherSource]) -> Supervised:
-    """What the engine trains: the network, and with teachers the parameters of its terms, drawn from the seed."""
+    """Build what the engine trains: the network, and with teachers its terms, initialised from the seed."""
     if not teachers:
         return Supervised(vit)
     distill = config.distill
@@ -92,9 +92,10 @@ def build_teaching(
     std: Triple,
     device: torch.device,
 ) -> TeacherEnsemble | None:
-    """The teachers on `device`, and the schedules of the terms; None without a teacher.
+    """Build the teachers on `device` and the schedules of the terms; None without a teacher.
 
-    grid: side of the student's grid of patches. mean, std: its normalisation.
+    grid: side of the student's patch grid. mean, std: the student's normalisation. Raises ConfigError where a term
+    relates the images of a micro-batch and there is only one.
     """
     if not teachers:
         return None
@@ -123,12 +124,12 @@ def build_teaching(
 
 
 def schedules(distill: Distill) -> dict[str, Schedule]:
-    """That of each term that is on."""
+    """Return the schedule of each term that is on."""
     return {name: Schedule(**term.model_dump(include=_SCHEDULE)) for name, term in distill.terms.items()}
 
 
 def distillation_lines(config: FinetuneConfig, teachers: list[TeacherSource], *, micro_batch: int) -> list[str]:
-    """Teachers and terms in words, one a line; none without a teacher."""
+    """Describe the teachers and terms, one per line; empty without a teacher."""
     distill = config.distill
     if not teachers:
         return []
@@ -145,7 +146,7 @@ def distillation_lines(config: FinetuneConfig, teachers: list[TeacherSource], *,
 def _build_term(
     distill: Distill, name: str, vit: VisionTransformer, student: FeatureInfo, teachers: list[TeacherSource]
 ) -> terms.Term:
-    """The term called `name`, for these networks."""
+    """Build the term called `name` for these networks."""
     section = getattr(distill, name)
     given = section.model_dump(exclude={*_SCHEDULE, "student", "teacher"})
     if name == "contrast":
@@ -168,7 +169,7 @@ def _build_term(
 
 
 def _wanted(distill: Distill, side: str, *, logits: bool, tokens: bool) -> RequestedOutputs:
-    """What the terms see of the `student` or of a `teacher`."""
+    """Return the outputs that the terms need of the `student` or of a `teacher`."""
 
     def depths(names: tuple[str, ...]) -> tuple[int, ...]:
         return tuple(sorted({depth for name, found in _paired(distill, side) for depth in found if name in names}))
@@ -184,14 +185,14 @@ def _wanted(distill: Distill, side: str, *, logits: bool, tokens: bool) -> Reque
 
 
 def _paired(distill: Distill, side: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, depths) of each term on pairs, of one side."""
+    """Yield (name, depths) of each term on pairs of depths, for one side."""
     for name, term in distill.terms.items():
         if name in (*_FEATURES, *_VIT_ONLY):
             yield name, getattr(term, side)
 
 
 def _open_teacher(distill: Distill, source: str) -> Network:
-    """One teacher, with a classifier where predictions are compared."""
+    """Open one teacher. Raises ConfigError if a term compares predictions and it has no classifier."""
     try:
         opened = open_classifier(source, headless=True, image_size=distill.image_size, size_key="distill.image_size")
     except UserError as error:
@@ -205,7 +206,7 @@ def _open_teacher(distill: Distill, source: str) -> Network:
 
 
 def _require_views(distill: Distill, name: str, shown: FeatureInfo) -> None:
-    """Raises ConfigError where a teacher does not show what a term compares."""
+    """Raise ConfigError if a teacher does not have the outputs that a term compares."""
     related = [term for term in BATCH_RELATION_TERMS if term in distill.terms]
     if related and not shown.embedding:
         remedy = "use another teacher, or leave out this term"
@@ -214,7 +215,7 @@ def _require_views(distill: Distill, name: str, shown: FeatureInfo) -> None:
 
 
 def _require_depths(distill: Distill, side: str, name: str, shown: FeatureInfo) -> None:
-    """Raises ConfigError for a depth that does not exist, or a block without the attention that a term needs."""
+    """Raise ConfigError for a depth that does not exist, or a block without the attention that a term needs."""
     for term, depths in _paired(distill, side):
         key = f"distill.{term}.{side}"
         if not shown.channels:
@@ -233,7 +234,7 @@ def _require_depths(distill: Distill, side: str, name: str, shown: FeatureInfo) 
 
 
 def _relation_heads(section: object, student: FeatureInfo, teacher: TeacherSource) -> int:
-    """How many heads token relations of student and teacher are cut into. Raises ConfigError where none fit."""
+    """Return how many heads token relations are split into. Raises ConfigError if grids differ or no number fits."""
     shown, name = teacher.anatomy, teacher.classifier.name
     depth = section.teacher[0]
     if shown.grids[depth] != student.grids[0]:
@@ -253,7 +254,7 @@ def _relation_heads(section: object, student: FeatureInfo, teacher: TeacherSourc
 
 
 def _token(vit: VisionTransformer) -> int:
-    """The place of the distillation token: that of the first register token. Raises ConfigError without any."""
+    """Return the index of the distillation token, the first register token. Raises ConfigError without one."""
     if vit.reg_token is None:
         raise ConfigError(
             "distill.hard.token: the student has no register token to distil through",
@@ -263,5 +264,5 @@ def _token(vit: VisionTransformer) -> int:
 
 
 def _plain(value: object) -> str:
-    """A setting as the head of a run names it: `[3, 5]`, `0.5`."""
+    """Format a setting for the lines at the start of a run: `[3, 5]`, `0.5`."""
     return str(list(value)) if isinstance(value, tuple) else f"{value:g}" if type(value) is float else str(value)

@@ -1,4 +1,4 @@
-"""Fine-tuning from labels and teachers: cross-entropy plus the terms of distillation, each with its weight of the step.
+"""Fine-tuning from labels and teachers: cross-entropy plus the distillation terms, each weighted for the current step.
 
 B batch   C classes   s image side   K terms
 """
@@ -16,7 +16,7 @@ from maedistill.methods.mae import Losses
 
 
 class Distilled(Supervised):
-    """`terms` holds the parameters that a term needs beside the network; they are not exported."""
+    """A supervised network plus distillation terms. The terms' own parameters, in `terms`, are not exported."""
 
     def __init__(
         self,
@@ -27,8 +27,8 @@ class Distilled(Supervised):
         label_weight: float,
         scheduled: Collection[str] = (),
     ) -> None:
-        """wanted: what the terms see of the student, its logits included. scheduled: terms whose weights change, which
-        are then named beside their losses.
+        """Set up the module. wanted: the student's outputs that the terms need, logits included. scheduled: terms whose
+        weights change over time; these weights are logged beside the losses.
         """
         super().__init__(vit)
         assert wanted.logits
@@ -36,8 +36,8 @@ class Distilled(Supervised):
         self.wanted, self.label_weight, self.scheduled = wanted, label_weight, frozenset(scheduled)
 
     def forward(self, images: Tensor, targets: Tensor, teachers: Sequence[Outputs], weights: Tensor) -> Losses:
-        """images: normalised, mixed, [B, 3, s, s]. targets: rows that sum to 1, [B, C]. teachers: their views of the
-        same images; none where no term counts. weights: of each term in this step, [K]. Returns scalars.
+        """Return scalar losses. images: normalised, mixed, [B, 3, s, s]. targets: rows that sum to 1, [B, C]. teachers:
+        their outputs on the same images; empty if every weight is 0. weights: of the terms in this step, [K].
         """
         seen = view(self.vit, images, self.wanted)
         seen["logits"] = seen["logits"].float()
@@ -46,7 +46,7 @@ class Distilled(Supervised):
         if self.label_weight:
             losses["cross_entropy"] = self.cross_entropy(seen["logits"], targets)
             total = self.label_weight * losses["cross_entropy"]
-        labels = targets.argmax(dim=1)  # [B]: of a mixed image, the class that it shows more of
+        labels = targets.argmax(dim=1)  # [B]: for a mixed image, the class with the larger share
         for i, term in enumerate(self.terms.values() if teachers else ()):
             parts = _mean([term(seen, teacher, labels, number=n) for n, teacher in enumerate(teachers)])
             losses |= parts
@@ -58,5 +58,5 @@ class Distilled(Supervised):
 
 
 def _mean(each: Sequence[Parts]) -> Parts:
-    """The parts of a term, averaged over teachers, whose parts have the same names."""
+    """Average the parts of a term over teachers; the parts of all teachers have the same names."""
     return {name: torch.stack([parts[name] for parts in each]).mean() for name in each[0]}

@@ -1,10 +1,10 @@
-"""Fine-tuning: the loop over optimizer steps, top to bottom, and the exact evaluation between epochs.
+"""Fine-tuning: the loop over optimizer steps, and the exact evaluation between epochs.
 
     shards -> crops, RandAugment -> flip, normalise, erase, mix -> network -> cross-entropy, terms -> engine
                                                              teachers of distillation, if any
 
-Everything random is a function of (seed, position) or (seed, step, micro-batch, rank), so a restart in the same layout
-repeats every bit and needs nothing but the step.
+Everything random is a function of (seed, position) or (seed, step, micro-batch, rank). A restart in the same layout
+therefore needs only the step, and reproduces every bit.
 
     m micro-batch   C classes   s image side
 """
@@ -26,10 +26,10 @@ from maedistill.runs.start import joined, start_run
 
 
 def finetune(config: FinetuneConfig, *, fresh: bool = False, extend: bool = False) -> None:
-    """Runs or continues a fine-tuning run to its end. Every rank calls it.
+    """Run or continue a fine-tuning run to its end. Every rank calls it.
 
-    fresh: refuse a folder that already holds a run. extend: allow a changed number of epochs.
-    Raises kinds of UserError; RUN/exit.json says how it ended.
+    fresh: refuse a folder that already holds a run. extend: allow a larger number of epochs.
+    Raises subclasses of UserError; RUN/exit.json records how the run ended.
     """
     folder = RunFolder(config.run)
     with joined(config, folder) as peers:
@@ -42,7 +42,7 @@ def finetune(config: FinetuneConfig, *, fresh: bool = False, extend: bool = Fals
 
 
 def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
-    """The loop, to the end of the run. Collective."""
+    """Run the training loop to the end of the run. Collective."""
     config, plan, engine, rank = parts.config, parts.plan, run.engine, distributed.rank()
     crops = build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean)
     batches = training_batches(
@@ -79,8 +79,8 @@ def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
         if run.should_log:
             run.log(averages, metrics)
 
-        # Evaluate, save: each on its own period, neither counted as training time. Saving comes last, so that a
-        # checkpoint never stands for an evaluation that a kill took away.
+        # Evaluate, save: each on its own period, neither counted as training time. Saving comes last: otherwise a
+        # run killed during the evaluation would resume after it, and the evaluation would be missing.
         with run.untimed():
             if run.step == plan.steps or run.due(config.log.eval_every_epochs):
                 validate(run, parts, metrics)
@@ -90,7 +90,7 @@ def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
 
 
 def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
-    """Top-1 and top-5 on every validation image, of the weights and of their moving average. Collective."""
+    """Measure top-1 and top-5 on every validation image, for the weights and their moving average. Collective."""
     networks = {"": parts.module.vit} | ({"ema_": run.ema.module.vit} if run.ema is not None else {})
     for prefix, network in networks.items():
         found = evaluate(

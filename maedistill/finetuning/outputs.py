@@ -1,13 +1,13 @@
-"""What is seen of a network on a batch: predictions, pooled features, features by depth, attention, queries and keys.
+"""Outputs of a network on a batch: logits, pooled features, features by depth, attention, queries, keys and values.
 
-    network, normalised images [B, 3, s, s], Wanted -> View, a flat dict of tensors by name:
+    network, normalised images [B, 3, s, s], RequestedOutputs -> Outputs, a flat dict of tensors by name:
 
     logits            [B, C]           embedding        [B, D]          tokens   [B, P + N, D], of a plain ViT
     features/DEPTH    [B, D, h, w]     attention/BLOCK  [B, H, h, w]
     query/BLOCK, key/BLOCK, value/BLOCK                 [B, H, N, d], of patch tokens
 
-Plain timm ViTs are walked block by block here, student and teacher alike; all other networks give features by timm's
-`forward_intermediates`. No module of timm's is changed and no hook is set. Depths count from 0.
+Plain timm ViTs, student and teacher alike, are run block by block here. All other networks give features through timm's
+`forward_intermediates`. No timm module is changed and no hook is registered. Depths count from 0.
 
 B batch   C classes   D width   P prefix tokens   N = h w patches   H heads   d width of a head
 """
@@ -26,7 +26,7 @@ Outputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class RequestedOutputs:
-    """What is to be seen of a network. features: depths; attention and relations: blocks of a ViT."""
+    """The outputs requested of a network. features: depths; attention and relations: blocks of a ViT."""
 
     logits: bool = False
     embedding: bool = False
@@ -37,18 +37,21 @@ class RequestedOutputs:
 
     @property
     def to_the_end(self) -> bool:
-        """Whether the whole network has to run, or only so deep as the features lie."""
+        """Return whether the whole network has to run, not only the part up to the deepest features."""
         return self.logits or self.embedding or self.tokens
 
     def ends_before(self, block: int) -> bool:
-        """Whether a ViT's `block` need not run: of one whose attention is seen, the input is enough."""
+        """Return whether a ViT's `block` need not run: attention and relations need only a block's input."""
         deeper = max((-1, *self.features, *(i - 1 for i in (*self.attention, *self.relations))))
         return not self.to_the_end and block > deeper
 
 
 @dataclass(frozen=True)
 class FeatureInfo:
-    """What can be seen of a network. channels, grids: by depth; heads: by block, of a ViT; 0: no logits or features."""
+    """The features that a network can give. channels, grids: by depth, empty if there are none by depth.
+
+    heads: by block of a ViT, 0 without plain attention. embedding: width of the pooled features, 0 if there are none.
+    """
 
     channels: tuple[int, ...]
     grids: tuple[int, ...]
@@ -57,13 +60,13 @@ class FeatureInfo:
 
 
 def is_plain_vit(network: nn.Module) -> bool:
-    """Whether `network` is a plain VisionTransformer, whose forward pass is the walk below."""
+    """Return whether `network` is a plain VisionTransformer, whose forward pass `_walk` reproduces."""
     own = VisionTransformer.forward_features
     return isinstance(network, VisionTransformer) and type(network).forward_features is own
 
 
 def view(network: nn.Module, images: Tensor, wanted: RequestedOutputs) -> Outputs:
-    """What is `wanted` of a network on normalised images [B, 3, s, s]; nothing runs that is deeper than that."""
+    """Return the `wanted` outputs of a network on normalised images [B, 3, s, s]; deeper layers do not run."""
     seen, last = (_walk if is_plain_vit(network) else _intermediates)(network, images, wanted)
     if wanted.tokens:
         seen["tokens"] = last
@@ -76,7 +79,7 @@ def view(network: nn.Module, images: Tensor, wanted: RequestedOutputs) -> Output
 
 @torch.no_grad()
 def anatomy(network: nn.Module, *, image_size: int) -> FeatureInfo:
-    """What can be seen of `network` on images of `image_size`, from a look at one black image."""
+    """Return the features that `network` can give at `image_size`, found with one black image."""
     image = next(network.parameters()).new_zeros(1, 3, image_size, image_size)
     if is_plain_vit(network):
         depth, grid = len(network.blocks), network.patch_embed.grid_size[0]
@@ -90,12 +93,12 @@ def anatomy(network: nn.Module, *, image_size: int) -> FeatureInfo:
 
 
 def received_attention(query: Tensor, key: Tensor) -> Tensor:
-    """How much attention each token gets, averaged over those that attend: [B, H, M, d] each -> [B, H, M]."""
+    """Return how much attention each token receives, averaged over queries: [B, H, M, d] each -> [B, H, M]."""
     return (query @ key.mT * query.shape[-1] ** -0.5).float().softmax(dim=-1).mean(dim=2)
 
 
 def _walk(vit: VisionTransformer, images: Tensor, wanted: RequestedOutputs) -> tuple[Outputs, Tensor]:
-    """A plain ViT's views, and its last tokens [B, P + N, D] after the norm, or those of the deepest block wanted."""
+    """Return a plain ViT's outputs and its last tokens [B, P + N, D], normed if the whole network ran."""
     seen: Outputs = {}
     x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))  # [B, P + N, D]
     for i, block in enumerate(vit.blocks):
@@ -111,7 +114,7 @@ def _walk(vit: VisionTransformer, images: Tensor, wanted: RequestedOutputs) -> t
 
 
 def _attention_views(vit: VisionTransformer, i: int, x: Tensor, wanted: RequestedOutputs) -> Outputs:
-    """Attention, queries, keys and values of block `i`, which reads the tokens x [B, P + N, D]."""
+    """Return attention, queries, keys and values of block `i`, whose input is the tokens x [B, P + N, D]."""
     seen: Outputs = {}
     parts = queries_keys_values(vit.blocks[i], x)
     if i in wanted.attention:
@@ -124,18 +127,18 @@ def _attention_views(vit: VisionTransformer, i: int, x: Tensor, wanted: Requeste
 
 
 def _on_grid(vit: VisionTransformer, rows: Tensor) -> Tensor:
-    """[B, D, N] -> [B, D, h, w]."""
+    """Arrange patches on their grid: [B, D, N] -> [B, D, h, w]."""
     return rows.unflatten(-1, tuple(vit.patch_embed.grid_size))
 
 
 def _intermediates(network: nn.Module, images: Tensor, wanted: RequestedOutputs) -> tuple[Outputs, Tensor]:
-    """Views of any other network of timm's, and what its head reads; the second means nothing where nobody asks."""
+    """Return the outputs of any other timm network, and its head's input, usable only with `wanted.to_the_end`."""
     assert not wanted.attention and not wanted.relations
     depths = sorted({*wanted.features})
     if not depths:
         return {}, network.forward_features(images)
     if wanted.to_the_end:
-        keywords = {"output_fmt": "NCHW", "stop_early": False}  # Hiera stops early unless it is told not to
+        keywords = {"output_fmt": "NCHW", "stop_early": False}  # Hiera stops early by default
         last, maps = network.forward_intermediates(images, indices=depths, **keywords)
     else:
         keywords = {"output_fmt": "NCHW", "stop_early": True, "intermediates_only": True}
@@ -145,7 +148,7 @@ def _intermediates(network: nn.Module, images: Tensor, wanted: RequestedOutputs)
 
 
 def _all_maps(network: nn.Module, image: Tensor) -> list[Tensor]:
-    """Features of all depths that timm knows, [1, D, h, w] each; empty for a network that gives none."""
+    """Return features of all depths that timm lists, [1, D, h, w] each; empty for a network without square maps."""
     if not hasattr(network, "forward_intermediates"):
         return []
     maps = network.forward_intermediates(image, output_fmt="NCHW", intermediates_only=True)
@@ -153,15 +156,15 @@ def _all_maps(network: nn.Module, image: Tensor) -> list[Tensor]:
 
 
 def _pooled(network: nn.Module, last: Tensor) -> Tensor:
-    """What the classifier reads, [B, D]; the mean of the patch tokens of an encoder that does not pool."""
+    """Return the classifier's input, [B, D]; for an encoder that does not pool, the mean of its patch tokens."""
     pooled = network.forward_head(last, pre_logits=True)
     return pooled[:, network.num_prefix_tokens :].mean(1) if pooled.ndim == 3 else pooled
 
 
 def _embedding_width(network: nn.Module, image: Tensor) -> int:
-    """D of `_pooled`, 0 for a network without it."""
+    """Return D of `_pooled`, 0 for a network that has no such features."""
     try:
         pooled = _pooled(network, network.forward_features(image))
-    except (AttributeError, TypeError):  # no such method, or one that does not know `pre_logits`
+    except (AttributeError, TypeError):  # no such method, or one without `pre_logits`
         return 0
     return pooled.shape[1] if pooled.ndim == 2 else 0

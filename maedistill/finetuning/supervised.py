@@ -1,4 +1,4 @@
-"""Fine-tuning (He et al., CVPR 2022, appendix A.1): a network with a classifier, trained on labels.
+"""Supervised fine-tuning (He et al., CVPR 2022, appendix A.1): a network with a classifier, trained on labels.
 
 B batch   C classes   s image side
 """
@@ -11,7 +11,7 @@ from maedistill.methods.mae import Losses
 
 
 class Supervised(nn.Module):
-    """Cross-entropy with soft targets. `vit` is timm's own network, so that an export changes nothing."""
+    """Cross-entropy with soft targets. `vit` is an unmodified timm network, so that an export changes nothing."""
 
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class Supervised(nn.Module):
         self.cross_entropy = SoftTargetCrossEntropy()
 
     def forward(self, images: Tensor, targets: Tensor) -> Losses:
-        """images: normalised, mixed, [B, 3, s, s]. targets: rows that sum to 1, [B, C]. Returns scalars."""
+        """Return scalar losses. images: normalised, mixed, [B, 3, s, s]. targets: rows that sum to 1, [B, C]."""
         logits = self.vit(images).float()  # [B, C]
         loss = self.cross_entropy(logits, targets)
         return {"loss": loss, "cross_entropy": loss}

@@ -1,6 +1,6 @@
-"""A frozen teacher of fine-tuning: fed what it expects from the student's images, run no deeper than the terms need.
+"""A frozen teacher of fine-tuning: it adapts the student's images to its own input and runs only as deep as needed.
 
-    student's images, normalised, mixed -> back to pixels -> the teacher's size -> its normalisation -> View
+    student's images, normalised, mixed -> back to pixels -> the teacher's size -> its normalisation -> Outputs
 
 B batch   s, t image sides of student and teacher   C classes of the student   g side of the student's grid
 """
@@ -21,7 +21,7 @@ _ON_GRID = ("features/", "attention/")
 
 
 class OfflineTeacher(nn.Module):
-    """Views of a network whose weights never change. It sees what the student sees, mixed images included."""
+    """Outputs of a network whose weights never change. It sees the student's images, including mixed ones."""
 
     mean: Tensor
     std: Tensor
@@ -40,8 +40,9 @@ class OfflineTeacher(nn.Module):
         classes: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """student_mean, student_std: the normalisation of the images that come in. student_grid: g, to which feature
-        and attention maps are resampled. classes: which of its logits are the student's, in their order; None: all.
+        """Freeze the network. student_mean, student_std: normalisation of incoming images. student_grid: g, the size
+        to which feature and attention maps are resampled. classes: indices of its logits for the student's classes, in
+        the student's order; None: all.
         """
         super().__init__()
         self.network, self.wanted, self.dtype = classifier.module.to(dtype), wanted, dtype
@@ -55,22 +56,22 @@ class OfflineTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Outputs:
-        """images as the student reads them, [B, 3, s, s] -> what is wanted, on the student's grid and classes."""
+        """Return the wanted outputs on the student's grid and classes, of the student's images [B, 3, s, s]."""
         seen = view(self.network, self.prepare(images), self.wanted)
         if self.classes is not None and "logits" in seen:
             seen["logits"] = seen["logits"][:, self.classes]  # [B, C]
         return {name: self._on_grid(found) if name.startswith(_ON_GRID) else found for name, found in seen.items()}
 
     def prepare(self, images: Tensor) -> Tensor:
-        """What the network reads: the student's images [B, 3, s, s] -> [B, 3, t, t], resized, normalised its way."""
-        pixels = images * self.student_std + self.student_mean  # in [0, 1], but for noise in erased rectangles
+        """Resize and normalise the student's images for the network: [B, 3, s, s] -> [B, 3, t, t]."""
+        pixels = images * self.student_std + self.student_mean  # in [0, 1], except for noise in erased rectangles
         if pixels.shape[-1] != self.image_size:
             size = [self.image_size, self.image_size]
             pixels = vision.resize(pixels, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
         return normalize(pixels, self.mean, self.std).to(self.dtype)
 
     def _on_grid(self, maps: Tensor) -> Tensor:
-        """Maps [B, D, h, w] resampled to the student's grid: [B, D, g, g]."""
+        """Resample maps [B, D, h, w] to the student's grid: [B, D, g, g]."""
         size = (self.student_grid, self.student_grid)
         if maps.shape[-2:] == size:
             return maps

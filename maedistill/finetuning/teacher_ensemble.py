@@ -1,4 +1,4 @@
-"""What a step gets from its teachers: one view of each, and the weight of every term at that step.
+"""The teachers' part of a step: the outputs of each teacher, and the weight of every term at that step.
 
 B batch   s image side
 """
@@ -14,7 +14,7 @@ from maedistill.finetuning.term_schedule import Schedule, weight_table
 
 
 class TeacherEnsemble:
-    """Frozen teachers beside the engine, and the schedules of the terms in the order of the trained module's."""
+    """Frozen teachers outside the engine, and the schedules of terms in the order of the trained module's terms."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class TeacherEnsemble:
         epoch_at: Callable[[int], float],
         device: torch.device,
     ) -> None:
-        """steps: of the run; epoch_at: epochs done before a step."""
+        """Tabulate the terms' weights. steps: of the run; epoch_at: epochs done before a step."""
         self.teachers, self.schedules = tuple(teachers), dict(schedules)
         weights = weight_table(tuple(self.schedules.values()), steps=steps, epoch_at=epoch_at)  # [steps, terms]
         self.heaviest_step = int(weights.sum(dim=1).argmax())  # the step whose weights are largest
@@ -33,6 +33,6 @@ class TeacherEnsemble:
         self._weights = weights.to(device)
 
     def __call__(self, images: Tensor, step: int) -> tuple[list[Outputs], Tensor]:
-        """The teachers' views of the student's images [B, 3, s, s], none where no term counts; weights [terms]."""
+        """Return the teachers' outputs on images [B, 3, s, s], none if every weight is 0, and weights [terms]."""
         views = [teacher(images) for teacher in self.teachers] if self._counts[step] else []
         return views, self._weights[step]

@@ -1,4 +1,4 @@
-"""How much a distillation term counts at which time: a pure function of the epoch, and its table for a whole run.
+"""The weight of a distillation term over time: a pure function of the epoch, and its table for a whole run.
 
 weight |        ______________
        |       /              |
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Schedule:
-    """A term's weight after its warm-up, and when it counts; all times in epochs. stop None: to the end."""
+    """A term's weight after its warm-up, and when the term is active; times in epochs. stop_epoch None: to the end."""
 
     weight: float
     start_epoch: float = 0.0
@@ -23,7 +23,7 @@ class Schedule:
     stop_epoch: float | None = None
 
     def at(self, epoch: float) -> float:
-        """The weight in the step that begins after `epoch` epochs."""
+        """Return the weight in the step that begins after `epoch` epochs."""
         if epoch < self.start_epoch or (self.stop_epoch is not None and epoch >= self.stop_epoch):
             return 0.0
         if epoch >= self.start_epoch + self.warmup_epochs:
@@ -32,11 +32,11 @@ class Schedule:
 
     @property
     def changes(self) -> bool:
-        """Whether the weight is another one at another time."""
+        """Return whether the weight changes over time."""
         return bool(self.start_epoch or self.warmup_epochs) or self.stop_epoch is not None
 
     def describe(self) -> str:
-        """`9 from epoch 5, warm-up 20, to epoch 100`."""
+        """Return a summary: `9 from epoch 5, warm-up 20, to epoch 100`."""
         start = f" from epoch {self.start_epoch:g}" if self.start_epoch else ""
         warmup = f", warm-up {self.warmup_epochs:g}" if self.warmup_epochs else ""
         stop = f", to epoch {self.stop_epoch:g}" if self.stop_epoch is not None else ""
@@ -44,9 +44,9 @@ class Schedule:
 
 
 def weight_table(schedules: Sequence[Schedule], *, steps: int, epoch_at: Callable[[int], float]) -> Tensor:
-    """The weight of each schedule at each step: float32 [steps, schedules].
+    """Return the weight of each schedule at each step: float32 [steps, schedules].
 
-    A row of it on the device is the input of a compiled step, for which nothing is waited for or compiled again.
+    A compiled step takes a row of this table, on the device, as input: it neither waits for the host nor recompiles.
     """
     rows = [[schedule.at(epoch_at(step)) for schedule in schedules] for step in range(steps)]
     return torch.tensor(rows, dtype=torch.float32).view(steps, len(schedules))

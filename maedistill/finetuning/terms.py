@@ -1,10 +1,10 @@
-"""The terms of distillation: what of a teacher's view a student's view is compared with, and by which loss.
+"""Distillation terms: each compares certain outputs of the student with those of a teacher, by its own loss.
 
-    term(student view, teacher view, labels, number=i) -> {name: scalar}, a term's parts, each logged by itself
-    term.total(parts) -> scalar, what the term's weight multiplies
+    term(student outputs, teacher outputs, labels, number=i) -> {name: scalar}, the term's parts, each logged by itself
+    term.total(parts) -> scalar, which the term's weight multiplies
 
 Outputs are those of `outputs.py`, the teacher's grids resampled to the student's. Hints, contrast and a distillation
-token have parameters of their own, trained with the student and thrown away.
+token have parameters of their own, which are trained with the student and discarded afterwards.
 
 B batch   C classes   D width   P prefix tokens   N patches   h, w sides of the grid
 """
@@ -29,7 +29,7 @@ from maedistill.machine import without_autocast
 from maedistill.models.heads import projection
 
 Parts = dict[str, Tensor]
-Pairs = Sequence[tuple[int, int]]  # depths of student and teacher
+Pairs = Sequence[tuple[int, int]]  # (student depth, teacher depth)
 EMBEDDING_LOSSES = {
     "distances": rkd_distance_loss,
     "angles": rkd_angle_loss,
@@ -39,18 +39,18 @@ EMBEDDING_LOSSES = {
 
 
 class Term(nn.Module):
-    """One thing that is imitated. Its parts count alike: of pairs of depths the mean is taken."""
+    """One distillation term. Its parts count equally: the total is their mean, e.g. over pairs of depths."""
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
-        """The parts by name. labels: int64 [B]. number: which of several teachers it is, from 0."""
+        """Return the parts by name. labels: int64 [B]. number: index of the teacher among several, from 0."""
         raise NotImplementedError
 
     def idle(self, student: Outputs) -> Tensor | int:
-        """0, with a gradient of 0 for each parameter of the term: ZeRO could apply that of an earlier step again."""
+        """Return a zero that depends on every parameter of the term; without it ZeRO may reuse a stale gradient."""
         return 0
 
     def total(self, parts: Parts) -> Tensor:
-        """What the weight multiplies."""
+        """Return the value that the term's weight multiplies."""
         return torch.stack(list(parts.values())).mean()
 
 
@@ -66,12 +66,12 @@ class Logits(Term):
         self.standardize = standardize
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
-        """{"logits"}."""
+        """Return the part `logits`."""
         return {"logits": divergence(*_logits(student, teacher, self.standardize), **self.temperatures)}
 
 
 class DKD(Term):
-    """DKD (Zhao et al., CVPR 2022), its two parts by themselves."""
+    """DKD (Zhao et al., CVPR 2022), its two parts logged separately."""
 
     def __init__(self, *, alpha: float, beta: float, temperature: float, standardize: bool) -> None:
         super().__init__()
@@ -79,13 +79,13 @@ class DKD(Term):
         self.temperature, self.standardize = temperature, standardize
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
-        """{"dkd/tckd", "dkd/nckd"}, before alpha and beta."""
+        """Return the parts `dkd/tckd` and `dkd/nckd`, before alpha and beta."""
         logits = _logits(student, teacher, self.standardize)
         parts = decoupled_divergence(*logits, labels, temperature=self.temperature)
         return {"dkd/tckd": parts.target, "dkd/nckd": parts.others}
 
     def total(self, parts: Parts) -> Tensor:
-        """alpha TCKD + beta NCKD."""
+        """Return alpha TCKD + beta NCKD."""
         return self.alpha * parts["dkd/tckd"] + self.beta * parts["dkd/nckd"]
 
 
@@ -94,22 +94,22 @@ class HardLabel(Term):
 
     def __init__(self, *, token: int | None, width: int, num_classes: int) -> None:
         super().__init__()
-        self.token = token  # place among the prefix tokens
+        self.token = token  # index among the prefix tokens
         if token is not None:
             self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
-        """{"hard"}."""
+        """Return the part `hard`."""
         logits = student["logits"] if self.token is None else self.head(student["tokens"][:, self.token])  # [B, C]
         return {"hard": hard_label_loss(logits, teacher["logits"])}
 
     def idle(self, student: Outputs) -> Tensor | int:
-        """0, through the head."""
+        """Return 0, computed through the head."""
         return 0 if self.token is None else 0 * self.head(student["tokens"][:1, self.token]).sum()
 
 
 class Hints(Term):
-    """FitNets (Romero et al., 2015): student tokens, projected, beside the teacher's features at the same place."""
+    """FitNets (Romero et al., 2015): projected student tokens match the teacher's features at the same position."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class Hints(Term):
         distance: str,
         normalize: str,
     ) -> None:
-        """teacher_widths: for each teacher, that of each pair."""
+        """Build one projector per teacher and pair. teacher_widths: for each teacher, the width of each pair."""
         super().__init__()
         self.pairs, self.distance = tuple(pairs), {"distance": distance, "normalize": normalize}
         self.projectors = nn.ModuleList(
@@ -130,7 +130,7 @@ class Hints(Term):
         )
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
-        """{"hints/STUDENT-TEACHER"} for each pair."""
+        """Return the part `hints/STUDENT-TEACHER` for each pair."""
         parts = {}
         for projector, (s, t) in zip(self.projectors[number], self.pairs, strict=True):
             rows, expected = (side.flatten(2).mT for side in (student[f"features/{s}"], teacher[f"features/{t}"]))
@@ -138,7 +138,7 @@ class Hints(Term):
         return parts
 
     def idle(self, student: Outputs) -> Tensor | int:
-        """0, through each projector."""
+        """Return 0, computed through each projector."""
         rows = {s: student[f"features/{s}"].flatten(2).mT[:1, :1] for s, _ in self.pairs}  # [1, 1, D]
         return 0 * sum(
             projector(rows[s]).sum()
@@ -155,7 +155,7 @@ class Maps(Term):
         self.pairs, self.power = tuple(pairs), power
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
-        """{"maps/STUDENT-TEACHER"} for each pair."""
+        """Return the part `maps/STUDENT-TEACHER` for each pair."""
         return {
             f"maps/{s}-{t}": attention_transfer_loss(
                 student[f"features/{s}"], teacher[f"features/{t}"], power=self.power
@@ -165,14 +165,14 @@ class Maps(Term):
 
 
 class Attention(Term):
-    """Attention transfer of a ViT's own attention: what each patch receives, mean over heads."""
+    """Attention transfer of a ViT's own attention: the attention that each patch receives, mean over heads."""
 
     def __init__(self, pairs: Pairs) -> None:
         super().__init__()
         self.pairs = tuple(pairs)
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
-        """{"attention/STUDENT-TEACHER"} for each pair."""
+        """Return the part `attention/STUDENT-TEACHER` for each pair."""
         return {
             f"attention/{s}-{t}": attention_transfer_loss(student[f"attention/{s}"], teacher[f"attention/{t}"], power=1)
             for s, t in self.pairs
@@ -180,15 +180,15 @@ class Attention(Term):
 
 
 class Relations(Term):
-    """Token relations (TinyMIM, Ren et al., CVPR 2023): how patch tokens relate by queries and keys, and by values."""
+    """Query-key and value-value relations of patch tokens (TinyMIM, Ren et al., CVPR 2023)."""
 
     def __init__(self, pairs: Pairs, *, heads: Sequence[int]) -> None:
-        """heads: for each teacher, how many heads both sides are cut into."""
+        """Store the pairs. heads: for each teacher, how many heads both sides are split into."""
         super().__init__()
         self.pairs, self.heads = tuple(pairs), tuple(heads)
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
-        """{"relations/STUDENT-TEACHER/qk", ".../vv"} for each pair."""
+        """Return the parts `relations/STUDENT-TEACHER/qk` and `.../vv` for each pair."""
         parts = {}
         for s, t in self.pairs:
             sides = [
@@ -200,12 +200,12 @@ class Relations(Term):
         return parts
 
     def total(self, parts: Parts) -> Tensor:
-        """QK + VV, mean over pairs."""
+        """Return QK + VV, averaged over pairs."""
         return 2 * super().total(parts)
 
 
 class Embeddings(Term):
-    """A relation between the images of a micro-batch, of their pooled features."""
+    """A loss on relations between the images of a micro-batch, computed from pooled features."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -213,37 +213,37 @@ class Embeddings(Term):
         self.loss: Callable[[Tensor, Tensor], Tensor] = EMBEDDING_LOSSES[name]
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
-        """{its name}."""
+        """Return one part, under the term's name."""
         sides = student["embedding"], teacher["embedding"]
         with without_autocast(sides[0]):  # bf16 would lose small differences
             return {self.name: self.loss(*sides)}
 
 
 class Contrast(Term):
-    """Contrast after CRD (Tian et al., ICLR 2020) within a micro-batch, of pooled features that are projected."""
+    """Contrastive loss after CRD (Tian et al., ICLR 2020) within a micro-batch, on projected pooled features."""
 
     def __init__(self, *, student_width: int, teacher_widths: Sequence[int], width: int, temperature: float) -> None:
-        """teacher_widths: one for each teacher. width: that both sides are projected to."""
+        """Build the projections. teacher_widths: one for each teacher. width: of both sides after projection."""
         super().__init__()
         self.temperature = temperature
         self.student = nn.ModuleList(nn.Linear(student_width, width) for _ in teacher_widths)
         self.teacher = nn.ModuleList(nn.Linear(teacher_width, width) for teacher_width in teacher_widths)
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
-        """{"contrast"}."""
+        """Return the part `contrast`."""
         rows = student["embedding"]  # [B, D]
         sides = self.student[number](rows), self.teacher[number](teacher["embedding"].to(rows.dtype))
         with without_autocast(rows):
             return {"contrast": contrast_loss(*sides, temperature=self.temperature)}
 
     def idle(self, student: Outputs) -> Tensor | int:
-        """0, through each projection."""
+        """Return 0, computed through each projection."""
         row = student["embedding"][:1]  # [1, D]
         sides = zip(self.student, self.teacher, strict=True)
         return 0 * sum(own(row).sum() + other(row.new_zeros(1, other.in_features)).sum() for own, other in sides)
 
 
 def _logits(student: Outputs, teacher: Outputs, standardized: bool) -> tuple[Tensor, Tensor]:
-    """Both sides' logits [B, C], Z-scored where asked for."""
+    """Return both sides' logits [B, C], as z-scores if `standardized`."""
     sides = student["logits"], teacher["logits"]
     return tuple(standardize(side.float()) for side in sides) if standardized else sides

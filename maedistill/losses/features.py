@@ -1,4 +1,4 @@
-"""Distances between student features and a teacher's.
+"""Distances between student features and teacher features.
 
 B batch   R rows   D width   C channels, which may differ between student and teacher   h, w sides of a map
 """
@@ -8,12 +8,12 @@ from torch.nn import functional as F
 
 
 def feature_loss(student: Tensor, teacher: Tensor, *, distance: str, normalize: str, beta: float = 2.0) -> Tensor:
-    """Mean distance between student and teacher features of the same shape [B, R, D], in fp32: a scalar.
+    """Return the mean distance between student and teacher features of the same shape [B, R, D], in fp32: a scalar.
 
     distance: `l1` (DMAE), `mse` (AMD), or `smooth_l1`, quadratic below `beta` (G2SD, Feature Distillation).
     normalize: `l2` scales each row of both to unit length (DMAE's released code), `whiten` layer-normalises the
-    teacher's rows without affine (Feature Distillation), `none` takes both as they are (AMD; the formula of DMAE).
-    The teacher's side carries no gradient.
+    teacher's rows without affine (Feature Distillation), `none` changes neither (AMD; the formula in the DMAE paper).
+    No gradient flows to the teacher's side.
     """
     student, teacher = student.float(), teacher.detach().float()
     if normalize == "l2":
@@ -31,7 +31,7 @@ def feature_loss(student: Tensor, teacher: Tensor, *, distance: str, normalize: 
 
 
 def attention_transfer_loss(student: Tensor, teacher: Tensor, *, power: int = 2) -> Tensor:
-    """Mean squared difference of where two networks look: [B, C, h, w] each -> a scalar (Zagoruyko & Komodakis, 2017).
+    """Compare activation maps by mean squared error: [B, C, h, w] each -> a scalar (Zagoruyko & Komodakis, 2017).
 
     A map is the mean over channels of absolute values to the `power`, flattened and scaled to unit length. Both have
     the same h and w.

@@ -1,6 +1,6 @@
-"""What a teacher's predictions say about a student's: response-based distillation.
+"""Response-based distillation: losses that compare a student's logits with a teacher's.
 
-The teacher's side never carries a gradient. Divergences are summed over classes and averaged over the batch.
+No gradient flows to the teacher's side. Divergences are summed over classes and averaged over the batch.
 
 B batch   C classes
 """
@@ -15,23 +15,23 @@ from torch.nn import functional as F
 class Decoupled(NamedTuple):
     """The two parts of `decoupled_divergence`, each a scalar."""
 
-    target: Tensor  # TCKD: how sure the teacher is of the label
-    others: Tensor  # NCKD: how it shares the rest among the other classes
+    target: Tensor  # TCKD: the label against all other classes
+    others: Tensor  # NCKD: the distribution among the other classes
 
 
 def standardize(logits: Tensor) -> Tensor:
-    """Z-scores of each row, with the unbiased standard deviation: [B, C] -> [B, C] (Sun et al., CVPR 2024).
+    """Return the z-scores of each row, with the unbiased standard deviation: [B, C] -> [B, C] (Sun et al., CVPR 2024).
 
-    a z + b with a > 0 has the scores of z: a student need not match the scale and shift of its teacher's logits.
+    For a > 0, a z + b has the same z-scores as z: a student need not match the scale and shift of its teacher's logits.
     """
     deviation, mean = torch.std_mean(logits.float(), dim=-1, keepdim=True)
     return (logits - mean) / (deviation + 1e-7)
 
 
 def divergence(student: Tensor, teacher: Tensor, *, temperature: float, teacher_temperature: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T_t), softmax(student / T)): a scalar (Hinton et al., 2015).
+    """Return T^2 KL(softmax(teacher / T_t), softmax(student / T)): a scalar (Hinton et al., 2015).
 
-    T is the student's temperature. Its square keeps the gradient's size for any T; with T_t = T it is Hinton's term.
+    T is the student's temperature. The factor T^2 keeps the gradient's size for any T; T_t = T gives Hinton's term.
     """
     expected = F.log_softmax(teacher.detach().float() / teacher_temperature, dim=-1)
     predicted = F.log_softmax(student.float() / temperature, dim=-1)
@@ -39,9 +39,9 @@ def divergence(student: Tensor, teacher: Tensor, *, temperature: float, teacher_
 
 
 def decoupled_divergence(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float) -> Decoupled:
-    """DKD's parts, T^2 included (Zhao et al., CVPR 2022). labels: int64 [B].
+    """Return DKD's two parts, T^2 included (Zhao et al., CVPR 2022). labels: int64 [B].
 
-    At T = 1, KL = target + (1 - p) others row by row, with the teacher's probability p of the label.
+    At T = 1, KL = target + (1 - p) others in each row, where p is the teacher's probability of the label.
     """
     (one, rest), (one_expected, rest_expected) = (
         _decouple(logits.float() / temperature, labels) for logits in (student, teacher.detach())
@@ -54,14 +54,14 @@ def decoupled_divergence(student: Tensor, teacher: Tensor, labels: Tensor, *, te
 
 
 def hard_label_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Cross-entropy with the class that the teacher finds likeliest: a scalar (DeiT, Touvron et al., 2021)."""
+    """Return the cross-entropy with the teacher's most likely class: a scalar (DeiT, Touvron et al., 2021)."""
     return F.cross_entropy(student.float(), teacher.detach().argmax(dim=-1))
 
 
 def _decouple(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of label against all others, [B, 2], and among the others, [B, C - 1].
+    """Return log-probabilities of the label against all others, [B, 2], and among the others, [B, C - 1].
 
-    Gathered by index: a mask would have to be counted, for which a GPU is waited for.
+    They are gathered by index: the size of a boolean mask's result depends on the data, so the host would wait for it.
     """
     places = torch.arange(logits.shape[-1] - 1, device=logits.device)  # [C - 1]
     others = logits.gather(1, places + (places >= labels[:, None]))  # [B, C - 1]

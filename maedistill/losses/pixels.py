@@ -1,4 +1,4 @@
-"""The pixel loss of masked autoencoding: what is predicted for a hidden patch, and how far off it is.
+"""The pixel loss of masked autoencoding: the target of a hidden patch, and the error of its prediction.
 
 B batch   H hidden patches   p patch side
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def patch_statistics(rows: Tensor, *, kind: str) -> tuple[Tensor, Tensor]:
-    """The shift and scale that normalise pixel rows [B, H, p*p*3]; both broadcast against the rows.
+    """Return the shift and scale that normalise pixel rows [B, H, p*p*3]; both broadcast against the rows.
 
     raw: none (0 and 1). patch: mean and sqrt(unbiased variance + 1e-6) over the whole patch (MAE, section 3).
     patch_channel: mean and unbiased deviation + 1e-6 of each channel of the patch (VideoMAE and AMD).
@@ -27,11 +27,11 @@ def patch_statistics(rows: Tensor, *, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def pixel_target(rows: Tensor, *, kind: str) -> Tensor:
-    """What the decoder predicts for pixel rows [B, H, p*p*3] of hidden patches: the same, normalised by `kind`."""
+    """Return the decoder's target: pixel rows [B, H, p*p*3] of hidden patches, normalised by `kind`."""
     shift, scale = patch_statistics(rows, kind=kind)
     return (rows - shift) / scale
 
 
 def pixel_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over hidden patches, in fp32: both [B, H, p*p*3] -> scalar."""
+    """Return the mean squared error over hidden patches, in fp32: both [B, H, p*p*3] -> scalar."""
     return torch.nn.functional.mse_loss(predicted.float(), target.float())

@@ -1,8 +1,8 @@
-"""How the rows of a batch, or the tokens of an image, stand to each other: relation-based distillation.
+"""Relation-based distillation: losses on relations between the images of a batch, or between the tokens of an image.
 
 Relations of one kind have the same shape for student and teacher, whatever their widths are, so nothing is projected.
-The teacher's side carries no gradient. Contrast is the exception in both: it compares two projections that are learned.
-Relations between images see one micro-batch of one rank.
+No gradient flows to the teacher's side. `contrast_loss` is the exception to both: it compares two learned projections.
+Relations between images stay within one micro-batch of one rank.
 
 B batch   D width, which may differ between student and teacher   H heads   M tokens   d width of a head
 """
@@ -16,42 +16,42 @@ from torch.nn import functional as F
 
 from maedistill.machine import without_autocast
 
-_LEAST_SQUARE = 1e-12  # of a distance, so that its root has a gradient
+_LEAST_SQUARE = 1e-12  # lower bound of a squared distance, so that its root has a finite gradient
 _TINY = 1e-7
 
 
 class TokenRelations(NamedTuple):
     """The two parts of `token_relations`, each a scalar."""
 
-    qk: Tensor  # how queries relate to keys
-    vv: Tensor  # how values relate to values
+    qk: Tensor  # query-key relations
+    vv: Tensor  # value-value relations
 
 
 def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """RKD's distances of all pairs, in units of their mean: [B, D] each -> a scalar (Park et al., CVPR 2019)."""
+    """Compare distances of all pairs, in units of their mean: [B, D] each -> a scalar (RKD, Park et al., CVPR 2019)."""
     expected, predicted = _relative_distances(teacher.detach().float()), _relative_distances(student.float())
     return F.smooth_l1_loss(predicted, expected)
 
 
 def rkd_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """RKD's cosines of the angles in all triplets: [B, D] each -> a scalar (Park et al., CVPR 2019).
+    """Compare the cosines of the angles in all triplets: [B, D] each -> a scalar (RKD, Park et al., CVPR 2019).
 
-    It takes B^3 and B^2 D numbers, several of each: about a gigabyte at 256 images and D = 768, forward and backward.
+    It needs several tensors of B^3 and of B^2 D numbers: about 1 GB at B = 256 and D = 768, forward and backward.
     """
     return F.smooth_l1_loss(_angles(student.float()), _angles(teacher.detach().float()))
 
 
 def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """PKT: divergence of each image's affinities to all: [B, D] each -> a scalar (Passalis & Tefas, ECCV 2018).
+    """Compare each image's affinities to all images: [B, D] each -> a scalar (PKT, Passalis & Tefas, ECCV 2018).
 
-    It stays the same when either side is rotated or scaled.
+    It does not change when either side is rotated or scaled.
     """
     predicted, expected = _affinities(student.float()), _affinities(teacher.detach().float())  # [B, B]
     return (expected * ((expected + _TINY) / (predicted + _TINY)).log()).mean()
 
 
 def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared difference of row-normalised Gram matrices: [B, D] each -> a scalar (Tung & Mori, ICCV 2019)."""
+    """Compare row-normalised Gram matrices by squared error: [B, D] each -> a scalar (Tung & Mori, ICCV 2019)."""
     predicted, expected = (
         F.normalize(rows @ rows.T, dim=-1) for rows in (student.float(), teacher.detach().float())
     )  # [B, B]
@@ -59,11 +59,11 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def contrast_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-    """InfoNCE both ways: each image finds itself among the other side's: [B, d] each, projected -> a scalar.
+    """Return InfoNCE in both directions between paired images: [B, d] each, projected -> a scalar.
 
-    The aim of CRD (Tian et al., ICLR 2020) by other means: not against a memory bank, but against all others of the
-    micro-batch, of the same class, too. log B - loss is a lower bound of the information that both sides share (van den
-    Oord et al., 2018), so B limits what it can see. Rows have no scale, only cosines count; d is their width.
+    It has CRD's aim (Tian et al., ICLR 2020) with other negatives: not a memory bank, but all other images of the
+    micro-batch, including those of the same class. log B - loss is a lower bound of the information that both sides
+    share (van den Oord et al., 2018), so B limits what it can measure. Rows, of width d, are scaled to unit length.
     """
     cosines = F.normalize(student.float(), dim=-1) @ F.normalize(teacher.float(), dim=-1).mT  # [B, B]
     logits, own = cosines / temperature, torch.arange(len(cosines), device=cosines.device)
@@ -71,10 +71,10 @@ def contrast_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Te
 
 
 def token_relation_loss(student: Tensor, teacher: Tensor, *, other: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Divergence of how tokens attend to tokens: [B, H, M, d] each -> a scalar (MiniLM; TinyMIM).
+    """Return the divergence of token-to-token attention: [B, H, M, d] each -> a scalar (MiniLM; TinyMIM).
 
-    Rows are softmax(A A' / sqrt d), or softmax(A other' / sqrt d) with `other` (student's, teacher's): queries, keys.
-    Student and teacher have the same heads here: see `merge_heads`. Averaged over images, heads and tokens.
+    Rows are softmax(A A' / sqrt d), or softmax(A other' / sqrt d) with `other` (student's, teacher's), as for queries
+    and keys. Both sides must have the same heads: see `merge_heads`. The mean is over images, heads and tokens.
     """
     against = other or (student, teacher)
     predicted, expected = (
@@ -85,9 +85,9 @@ def token_relation_loss(student: Tensor, teacher: Tensor, *, other: tuple[Tensor
 
 
 def token_relations(student: Sequence[Tensor], teacher: Sequence[Tensor], *, heads: int) -> TokenRelations:
-    """TinyMIM's two terms, from queries, keys and values of student and teacher, [B, H, M, d] each.
+    """Return TinyMIM's two terms from the queries, keys and values of student and teacher, [B, H, M, d] each.
 
-    Both are cut into `heads`, which divides either width. No autocast: in bf16 small differences would be lost.
+    Both sides are split into `heads`, which divides both widths. Autocast is off: bf16 would lose small differences.
     """
     (query, key, value), (*expected, expected_value) = (
         [merge_heads(part.float(), heads) for part in side] for side in (student, teacher)
@@ -100,13 +100,13 @@ def token_relations(student: Sequence[Tensor], teacher: Sequence[Tensor], *, hea
 
 
 def merge_heads(rows: Tensor, heads: int) -> Tensor:
-    """The same width cut into other heads, as unequal networks need: [B, H, M, d] -> [B, heads, M, H d / heads]."""
+    """Split the same width into other heads, for unequal networks: [B, H, M, d] -> [B, heads, M, H d / heads]."""
     batch, old, tokens, width = rows.shape
     return rows.transpose(1, 2).reshape(batch, tokens, heads, old * width // heads).transpose(1, 2)
 
 
 def _relative_distances(rows: Tensor) -> Tensor:
-    """Euclidean distances of all pairs over the mean of the positive ones, the diagonal 0: [B, D] -> [B, B]."""
+    """Return Euclidean distances of all pairs over the mean of the positive ones: [B, D] -> [B, B], diagonal 0."""
     squares = rows.square().sum(dim=1)  # [B]
     square = (squares[:, None] + squares[None] - 2 * rows @ rows.T).clamp(min=_LEAST_SQUARE)  # [B, B]
     distances = square.sqrt() * (1 - torch.eye(len(rows), device=rows.device))
@@ -115,7 +115,7 @@ def _relative_distances(rows: Tensor) -> Tensor:
 
 
 def _angles(rows: Tensor) -> Tensor:
-    """cos of the angle at i between the directions to j and k: [B, D] -> [B, B, B]. Equal rows have no direction: 0."""
+    """Return the cosine of the angle at i between the directions to j and k, 0 for equal rows: [B, D] -> [B, B, B]."""
     gaps = rows[None] - rows[:, None]  # [B, B, D]
     lengths = gaps.norm(dim=-1, keepdim=True)  # [B, B, 1]
     directions = gaps * torch.where(lengths > _TINY, 1 / lengths.clamp(min=_TINY), 0.0)
@@ -123,7 +123,7 @@ def _angles(rows: Tensor) -> Tensor:
 
 
 def _affinities(rows: Tensor) -> Tensor:
-    """(1 + cosine) / 2 of all pairs, each row summing to 1: [B, D] -> [B, B]."""
+    """Return (1 + cosine) / 2 of all pairs, scaled so that each row sums to 1: [B, D] -> [B, B]."""
     unit = F.normalize(rows, dim=-1)
     cosines = (unit @ unit.T + 1) / 2
     return cosines / cosines.sum(dim=1, keepdim=True)

@@ -1,1 +1,1 @@
-"""What one pre-training step computes: images, a patch split and teacher features in, named losses out."""
+"""Pre-training methods: images, a patch split and teacher features in, the named losses of one step out."""

@@ -1,4 +1,4 @@
-"""AMD (Zhao et al., CVPR 2024): the teacher sees more patches than the student, whose generators predict the rest.
+"""AMD (Zhao et al., CVPR 2024): the teacher sees more patches than the student; generators predict its other features.
 
 B batch   S, T patches visible to student and teacher   P, Q prefix tokens of student and teacher   D_t teacher width
 """
@@ -15,7 +15,7 @@ from maedistill.models.masking import PatchSplit
 
 
 class AMD(DMAE):
-    """DMAE's terms plus generated alignment: one generator per pair, fed by the same projected rows."""
+    """DMAE's terms plus generated alignment: one generator per pair of blocks reads the pair's projected rows."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class AMD(DMAE):
         )
 
     def forward(self, images: Tensor, split: PatchSplit, target: Target | None = None) -> Losses:
-        """Adds `generate/BLOCK` per student block to DMAE's losses. target: {teacher block: [B, Q + T, D_t]}."""
+        """Return DMAE's losses and `generate/BLOCK` per student block. target: {teacher block: [B, Q + T, D_t]}."""
         assert target is not None
         pixels, tapped = self.reconstruct(images, split, self.student_taps)
         projected = self.project(tapped)
@@ -46,7 +46,7 @@ class AMD(DMAE):
         return {"loss": loss, "pixels": pixels, **align, **generate}
 
     def generate(self, projected: list[Tensor], target: Target, split: PatchSplit) -> Losses:
-        """Generated alignment of each pair on the patches that only the teacher sees. Prefix tokens take no part."""
+        """Return the generated alignment of each pair at patches that only the teacher sees, without prefix tokens."""
         start = self.teacher_prefix + split.num_student
         losses = {}
         for i, (s, t) in enumerate(zip(self.student_taps, self.teacher_taps, strict=True)):

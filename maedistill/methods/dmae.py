@@ -1,4 +1,4 @@
-"""DMAE (Bai et al., CVPR 2023): MAE whose intermediate features follow a teacher that sees the same patches.
+"""DMAE (Bai et al., CVPR 2023): MAE plus alignment of features with those of a teacher that sees the same patches.
 
 B batch   S, T patches visible to student and teacher   P, Q prefix tokens of student and teacher   D_t teacher width
 """
@@ -16,7 +16,7 @@ from maedistill.models.masking import PatchSplit
 
 
 class DMAE(MAE):
-    """MAE plus direct alignment: one projection per pair of blocks, the mean of their distances."""
+    """MAE plus direct alignment: one projection per pair of blocks; the loss is the mean of their distances."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class DMAE(MAE):
         )
 
     def forward(self, images: Tensor, split: PatchSplit, target: Target | None = None) -> Losses:
-        """Adds `align/BLOCK` per student block to MAE's losses. target: {teacher block: [B, Q + T, D_t]}."""
+        """Return MAE's losses and `align/BLOCK` per student block. target: {teacher block: [B, Q + T, D_t]}."""
         assert target is not None
         pixels, tapped = self.reconstruct(images, split, self.student_taps)
         projected = self.project(tapped)
@@ -52,13 +52,13 @@ class DMAE(MAE):
         return {"loss": loss, "pixels": pixels, **align}
 
     def project(self, tapped: Target) -> list[Tensor]:
-        """Student features of each pair at teacher width: [B, P + S, D_t]."""
+        """Project the student features of each pair to teacher width: [B, P + S, D_t]."""
         return [head(tapped[tap]) for head, tap in zip(self.projections, self.student_taps, strict=True)]
 
     def align(self, projected: list[Tensor], target: Target, split: PatchSplit) -> Losses:
-        """Direct alignment of each pair on the patches that both see.
+        """Return the direct alignment of each pair at the patches that both networks see.
 
-        Prefix tokens (class, registers) are aligned too where both have equally many, as in DMAE.
+        Prefix tokens (class, registers) are aligned too if both networks have equally many, as in DMAE.
         """
         prefix = self.encoder.num_prefix
         skip_student, skip_teacher = (0, 0) if prefix == self.teacher_prefix else (prefix, self.teacher_prefix)
@@ -72,5 +72,5 @@ class DMAE(MAE):
 
 
 def mean(losses: Losses) -> Tensor:
-    """The mean of named scalar losses."""
+    """Return the mean of named scalar losses."""
     return torch.stack(list(losses.values())).mean()

@@ -1,7 +1,7 @@
 """Masked autoencoding (He et al., CVPR 2022): predict the pixels of hidden patches from the visible ones.
 
-Also the base of the distillation methods, which add terms to its loss. A method is the module that the engine
-trains: images and a patch split in, named losses out.
+`MAE` is also the base class of the distillation methods, which add terms to its loss. A method is the module that the
+engine trains: it takes images and a patch split, and returns named losses.
 
     B batch   N patches   S visible   H predicted   P prefix tokens   D width   p patch side   s image side
 """
@@ -23,7 +23,7 @@ Losses = dict[str, Tensor]
 
 
 class MAE(nn.Module):
-    """Encoder, decoder and the pixel loss, which is taken over the share `predict` of the hidden patches."""
+    """Encoder, decoder and the pixel loss, which covers the share `predict` of the hidden patches."""
 
     mean: Tensor
     std: Tensor
@@ -46,31 +46,31 @@ class MAE(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, split: PatchSplit, target: Target | None = None) -> Losses:
-        """Losses of one micro-batch. images: in [0, 1], [B, 3, s, s]. Returns scalars `pixels` and `loss`."""
+        """Return the losses of one micro-batch: scalars `pixels` and `loss`. images: in [0, 1], [B, 3, s, s]."""
         pixels, _ = self.reconstruct(images, split)
         return {"loss": self.pixel_weight * pixels, "pixels": pixels}
 
     def reconstruct(
         self, images: Tensor, split: PatchSplit, taps: Sequence[int] = (), *, relations: Sequence[int] = ()
     ) -> tuple[Tensor, Target]:
-        """The pixel loss and what is tapped of the student: see `MaskedEncoder.forward`."""
+        """Return the pixel loss and the student's tapped blocks, see `MaskedEncoder.forward`."""
         normalized = normalize(images, self.mean, self.std)
         tokens, tapped = self.encoder(normalized, split.student, taps=taps, relations=relations)  # [B, P + S, D]
-        hidden = split.hidden[:, : self.num_predicted(split)]  # [B, H]: the order is random, so the first are any
+        hidden = split.hidden[:, : self.num_predicted(split)]  # [B, H]: the order is random, so this is a random subset
         predicted = self.decoder(tokens, split, hidden)  # [B, H, p*p*3]
         target = pixel_target(self.pixels_of(images, normalized, hidden), kind=self.pixel_kind)
         return pixel_loss(predicted, target), tapped
 
     def num_predicted(self, split: PatchSplit) -> int:
-        """How many of the hidden patches of an image are predicted in training: H."""
+        """Return how many hidden patches of an image are predicted in training: H."""
         return num_visible(self.predict, split.hidden.shape[1])
 
     @torch.no_grad()
     def draw(self, images: Tensor, split: PatchSplit) -> Tensor:
-        """Predicted pixels of the hidden patches in [0, 1], the visible ones left black: [B, 3, s, s].
+        """Predict the pixels of all hidden patches, in [0, 1], and leave the visible ones black: [B, 3, s, s].
 
-        Normalised targets are un-normalised with the statistics of the true patch, as MAE's own pictures are. All are
-        predicted, at most so many at once as in training: the decoder sees what it is used to.
+        Normalised targets are converted back with the statistics of the true patch, as in MAE's own pictures. Patches
+        are predicted in groups of at most the training size, so that the decoder sees inputs as in training.
         """
         normalized = normalize(images, self.mean, self.std)
         tokens, _ = self.encoder(normalized, split.student)
@@ -86,6 +86,6 @@ class MAE(nn.Module):
         return unpatchify(canvas, self.encoder.patch_size).clamp(0, 1)
 
     def pixels_of(self, images: Tensor, normalized: Tensor, ids: Tensor) -> Tensor:
-        """Pixel rows of the patches `ids` [B, M]: in AMD plain ones, else of the student's normalised input."""
+        """Return pixel rows of the patches `ids` [B, M]: of the plain images in AMD, else of the normalised input."""
         source = images if self.pixel_kind == "patch_channel" else normalized
         return gather_rows(patchify(source, self.encoder.patch_size), ids)  # [B, M, p*p*3]

@@ -1,4 +1,4 @@
-"""The frozen teacher: run to its last tap on its visible patches, never trained, never saved.
+"""The frozen teacher of pre-training: it runs up to its last tap on its visible patches, and is never trained or saved.
 
 B batch   T patches visible to the teacher   Q its prefix tokens   D_t its width   H its heads   d their width
 s image side
@@ -18,9 +18,9 @@ from maedistill.weights.source import Source
 
 
 class Teacher(nn.Module):
-    """Features of the teacher's tapped blocks, or with `relations` their queries, keys and values.
+    """Computes the features of the teacher's tapped blocks, or with `relations` their queries, keys and values.
 
-    Reads images in [0, 1] and does its own scaling and normalisation.
+    It takes images in [0, 1], and resizes and normalises them itself.
     """
 
     mean: Tensor
@@ -45,17 +45,17 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, split: PatchSplit) -> dict[int, Tensor]:
-        """images in [0, 1], [B, 3, s, s] -> {block: [B, Q + T, D_t]}, rows in the order of `split.teacher`.
+        """Map images in [0, 1], [B, 3, s, s], to {block: [B, Q + T, D_t]}, rows in the order of `split.teacher`.
 
-        With relations {block: [3, B, H, Q + T, d]}.
+        With `relations` the values are [3, B, H, Q + T, d].
         """
         return self.encoder(self.prepare(images), split.teacher, **self.tapped, to_last_tap=True)[1]
 
     def prepare(self, images: Tensor) -> Tensor:
-        """What the encoder reads: images in [0, 1], [B, 3, s, s] -> normalised, at the teacher's own size.
+        """Normalise images in [0, 1], [B, 3, s, s], and resize them to the teacher's own size.
 
-        Where the teacher's patches have another size than the student's, the image is resized so that both see the
-        same grid: patch i covers the same part of the picture for both.
+        If the two patch sizes differ, resizing gives teacher and student the same grid: patch i covers the same part of
+        the image for both.
         """
         if images.shape[-1] != self.image_size:
             size = [self.image_size, self.image_size]

@@ -1,7 +1,7 @@
-"""Token relations in pre-training (after TinyMIM, Ren et al., CVPR 2023): MAE whose tokens relate as a teacher's do.
+"""Token relations in pre-training (after TinyMIM, Ren et al., CVPR 2023): MAE plus a loss on relations between tokens.
 
-TinyMIM sees all patches and predicts no pixels. Here both see the student's patches, as in DMAE, and the pixel loss
-stays: the relations take the place of DMAE's features, and nothing is projected.
+TinyMIM sees all patches and predicts no pixels. Here both networks see the student's patches, as in DMAE, and the pixel
+loss stays: relations replace DMAE's features, and no projection is needed.
 
 B batch   S visible patches   P, Q prefix tokens of student and teacher   H heads   d width of a head
 """
@@ -18,9 +18,9 @@ from maedistill.models.masking import PatchSplit
 
 
 class TinyMIM(MAE):
-    """MAE plus, for each pair of blocks, how queries relate to keys and values to values. Prefix tokens take no part.
+    """MAE plus, for each pair of blocks, a loss on query-key and value-value relations. Prefix tokens are left out.
 
-    heads: for each pair, into how many both sides' widths are cut; the teacher's own number in the paper.
+    heads: for each pair, the number of heads that both widths are split into; in the paper the teacher's own number.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class TinyMIM(MAE):
         self.teacher_prefix, self.heads, self.align_weight = teacher_prefix, tuple(heads), align_weight
 
     def forward(self, images: Tensor, split: PatchSplit, target: Target | None = None) -> Losses:
-        """Adds `align/BLOCK/qk` and `align/BLOCK/vv` per student block to MAE's losses, their sum counting.
+        """Return MAE's losses and `align/BLOCK/qk` and `align/BLOCK/vv` per student block, whose sum enters the loss.
 
         target: queries, keys and values {teacher block: [3, B, H, Q + S, d]}.
         """
@@ -49,7 +49,7 @@ class TinyMIM(MAE):
         return {"loss": loss, "pixels": pixels, **align}
 
     def align(self, found: Target, target: Target) -> Losses:
-        """The divergences of each pair. found: the student's, {block: [3, B, H, P + S, d]}."""
+        """Return the divergences of each pair. found: the student's, {block: [3, B, H, P + S, d]}."""
         losses = {}
         for s, t, heads in zip(self.student_taps, self.teacher_taps, self.heads, strict=True):
             student, teacher = found[s][..., self.encoder.num_prefix :, :], target[t][..., self.teacher_prefix :, :]

@@ -1,1 +1,1 @@
-"""Networks and their weights: encoder, decoder, heads, teacher."""
+"""Networks: encoder, decoders, heads, patch masking and position tables."""

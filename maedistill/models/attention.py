@@ -1,4 +1,4 @@
-"""What the attention of a ViT's block computes: queries, keys and values, from the block's input and its own weights.
+"""Queries, keys and values of a ViT block's attention, recomputed from the block's input and its own weights.
 
 B batch   M tokens   D width   H heads   d width of a head
 """
@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 
 def has_plain_attention(block: nn.Module) -> bool:
-    """Whether `queries_keys_values` gives what the block computes, over its whole width."""
+    """Return whether `block` is timm's own, with one linear qkv over its whole width, as needed below."""
     projection = getattr(block.attn, "qkv", None) if type(block) is Block else None
     return isinstance(projection, nn.Linear) and projection.out_features == 3 * projection.in_features
 
 
 def queries_keys_values(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of the attention of `block` on its input [B, M, D], computed again: [B, H, M, d] each."""
+    """Recompute the queries, keys and values of `block` from its input [B, M, D]: [B, H, M, d] each."""
     attention = block.attn
     batch, count, _ = tokens.shape
     together = attention.qkv(block.norm1(tokens)).reshape(batch, count, 3, attention.num_heads, -1)

@@ -1,8 +1,8 @@
-"""Transformer blocks of decoders and generators: timm's, for the rows that are read only, and one of cross-attention.
+"""Transformer blocks of decoders and generators: timm's block, optionally for its last rows only, and cross-attention.
 
-Both reach their weights through submodules only, because ZeRO 3 gathers parameters where a submodule is called.
+Both use their weights only by calling submodules, because ZeRO 3 gathers parameters when a submodule is called.
 
-    B batch   R rows   Q rows that are read   C context rows   W width
+    B batch   R rows   Q rows that are returned   C context rows   W width
 """
 
 from functools import partial
@@ -13,20 +13,20 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # of MAE, DMAE and AMD
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # as in MAE, DMAE and AMD
 
 
 class TransformerBlock(Block):
-    """timm's Block as the papers have it: MLP ratio 4, qkv bias."""
+    """timm's Block with the papers' settings: MLP ratio 4, qkv bias."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__(width, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm)
 
     def forward(self, x: Tensor, *, first: int = 0) -> Tensor:
-        """Rows `first` and after of the block's output: [B, R, W] -> [B, Q, W] with Q = R - first.
+        """Return rows `first` and after of the block's output: [B, R, W] -> [B, Q, W] with Q = R - first.
 
-        The rows before are keys and values only. For a last block whose other rows nobody reads this saves their
-        attention, projection and MLP; what is returned is the same.
+        Earlier rows serve as keys and values only. In a last block whose earlier rows are not used, this saves their
+        attention, projection and MLP; the returned rows are the same.
         """
         if not first:
             return super().forward(x)
@@ -38,7 +38,10 @@ class TransformerBlock(Block):
 
 
 class CrossBlock(nn.Module):
-    """Rows that read a context, never each other (CrossMAE, Fu et al., 2024), then an MLP; a norm before each."""
+    """Cross-attention from rows to a context, then an MLP, with a norm before each (CrossMAE, Fu et al., 2024).
+
+    The rows do not attend to each other.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -49,7 +52,7 @@ class CrossBlock(nn.Module):
         self.mlp = Mlp(width, hidden_features=4 * width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """[B, Q, W], context [B, C, W] -> [B, Q, W]."""
+        """Update the rows from the context: [B, Q, W], context [B, C, W] -> [B, Q, W]."""
         q = rearrange(self.query(self.norm1(x)), "b q (h d) -> b h q d", h=self.heads)
         key_value = self.key_value(self.norm_context(context))  # [B, C, 2W]
         k, v = rearrange(key_value, "b c (two h d) -> two b h c d", two=2, h=self.heads)

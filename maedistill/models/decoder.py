@@ -1,8 +1,8 @@
-"""The light decoders: visible tokens and mask tokens in, pixels of hidden patches out.
+"""Light decoders: they take visible tokens and mask tokens, and predict the pixels of hidden patches.
 
 `TokenDecoder` is MAE's (He et al., 2022, section 3): a small ViT over visible and hidden rows. In `CrossDecoder` (after
-CrossMAE, Fu et al., 2024) hidden rows read the visible ones and never each other, so that it costs less and a patch is
-predicted the same whatever others are.
+CrossMAE, Fu et al., 2024) hidden rows attend to the visible ones but not to each other. It costs less, and the
+prediction of a patch does not depend on which other patches are predicted.
 
     B batch   N patches   S visible   H predicted, of the N - S hidden   P prefix tokens   D encoder width   W own width
     p patch side
@@ -17,7 +17,7 @@ from maedistill.models.positions import position_table
 
 
 class TokenDecoder(nn.Module):
-    """A small ViT over the visible and the predicted patches; a hidden patch that is not predicted takes no part."""
+    """A small ViT over the visible and the predicted patches; hidden patches that are not predicted are left out."""
 
     block: type[nn.Module] = TransformerBlock
 
@@ -45,7 +45,7 @@ class TokenDecoder(nn.Module):
         self.head = nn.Linear(width, patch_size**2 * 3)
 
     def forward(self, tokens: Tensor, split: PatchSplit, hidden: Tensor | None = None) -> Tensor:
-        """Predicted pixel targets: tokens [B, P + S, D] -> [B, H, p*p*3], in the order of `hidden`.
+        """Predict pixel targets: tokens [B, P + S, D] -> [B, H, p*p*3], in the order of `hidden`.
 
         hidden: ids of the patches to predict, int64 [B, H]; by default all that `split` hides from the student.
         """
@@ -53,14 +53,14 @@ class TokenDecoder(nn.Module):
         return self.head(self.norm(rows))
 
     def rows(self, tokens: Tensor, split: PatchSplit, hidden: Tensor | None = None, *, first: int = 0) -> Tensor:
-        """Rows `first` and after of the last block: prefix, visible and then hidden ones, [B, P + S + H - first, W]."""
+        """Return rows `first` and after of the last block, [B, P + S + H - first, W]: prefix, visible, hidden."""
         x = torch.cat(self.inputs(tokens, split, hidden), dim=1)  # [B, P + S + H, W]
         for block in self.blocks[:-1]:
             x = block(x)
         return self.blocks[-1](x, first=first)
 
     def inputs(self, tokens: Tensor, split: PatchSplit, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What is known and what is asked, with positions: [B, P + S, W] and [B, H, W]."""
+        """Return embedded tokens and mask tokens, with positions added: [B, P + S, W] and [B, H, W]."""
         prefix, table = self.pos_embed[:, : self.num_prefix], self.pos_embed[:, self.num_prefix :]
         positions = torch.cat([prefix.expand(len(tokens), -1, -1), gather_rows(table, split.student)], dim=1)
         asked = self.mask_token + gather_rows(table, split.hidden if hidden is None else hidden)
@@ -68,12 +68,12 @@ class TokenDecoder(nn.Module):
 
 
 class CrossDecoder(TokenDecoder):
-    """Hidden rows that read the visible ones only. Each block has its own keys and values of the last encoder block."""
+    """Hidden rows attend to visible rows only. Each block has its own keys and values of the encoder's output."""
 
     block = CrossBlock
 
     def forward(self, tokens: Tensor, split: PatchSplit, hidden: Tensor | None = None) -> Tensor:
-        """As `TokenDecoder`'s; a patch's prediction does not depend on which others are in `hidden`."""
+        """Predict as `TokenDecoder` does; a patch's prediction does not depend on which others are in `hidden`."""
         known, rows = self.inputs(tokens, split, hidden)
         for block in self.blocks:
             rows = block(rows, known)  # [B, H, W]

@@ -1,10 +1,10 @@
-"""A timm VisionTransformer walked over chosen patches, returning the outputs of tapped blocks.
+"""A timm VisionTransformer that runs on selected patches and returns the outputs of tapped blocks.
 
-Only chosen patches are embedded. Without a choice the walk equals timm's `forward_features`. Blocks are counted from 0
-and tapped at their output, before the final norm. Row order means nothing to a ViT once positions are added, so rows
-stay in the order in which they were chosen.
+Only the selected patches are embedded. On all patches the result equals timm's `forward_features`. Blocks are counted
+from 0 and tapped at their output, before the final norm. Once positions are added, a ViT does not depend on the order
+of its rows, so the rows keep the order in which patches were selected.
 
-    B batch   N patches   M chosen patches   P prefix tokens (class, registers)   D width
+    B batch   N patches   M selected patches   P prefix tokens (class, registers)   D width
 """
 
 import difflib
@@ -26,7 +26,7 @@ from maedistill.models.positions import position_table
 
 
 class MaskedEncoder(nn.Module):
-    """`vit` keeps timm's parameter names, so that an export is a strict load."""
+    """Runs `vit` on selected patches. `vit` keeps timm's parameter names, so that an export is a strict load."""
 
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class MaskedEncoder(nn.Module):
         self.grid: int = vit.patch_embed.grid_size[0]
 
     def embed(self, images: Tensor, ids: Tensor | None) -> Tensor:
-        """Tokens of the chosen patches, positions added, prefix first: [B, 3, s, s], [B, M] -> [B, P + M, D]."""
+        """Embed the selected patches, add positions, put the prefix first: [B, 3, s, s], [B, M] -> [B, P + M, D]."""
         vit = self.vit
         x = self.embed_patches(images, ids)  # [B, M, D]
         prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
@@ -50,7 +50,7 @@ class MaskedEncoder(nn.Module):
         return vit.norm_pre(vit.pos_drop(x))
 
     def embed_patches(self, images: Tensor, ids: Tensor | None) -> Tensor:
-        """The chosen patches with positions, nothing computed for the others: [B, 3, s, s], [B, M] -> [B, M, D]."""
+        """Embed only the selected patches and add their positions: [B, 3, s, s], [B, M] -> [B, M, D]."""
         embed = self.vit.patch_embed
         patches = patchify(images, self.patch_size)  # [B, N, p*p*3]
         rows = self.vit.pos_embed[:, -(self.grid**2) :]  # [1, N, D]
@@ -68,11 +68,11 @@ class MaskedEncoder(nn.Module):
         relations: Sequence[int] = (),
         to_last_tap: bool = False,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Runs the blocks over the patches `ids`, or over all of them.
+        """Run the blocks on the patches `ids`, or on all patches.
 
-        images: normalised, [B, 3, s, s]. ids: int64 [B, M]. Returns the last tokens [B, P + M, D] and, for each block
-        in `taps`, its output [B, P + M, D], or for one in `relations` its queries, keys and values [3, B, H, P + M, d].
-        With `to_last_tap` no block that they do not need runs, nor the final norm.
+        images: normalised, [B, 3, s, s]. ids: int64 [B, M]. Returns the last tokens [B, P + M, D] and, by block, the
+        outputs [B, P + M, D] of `taps` and the queries, keys and values [3, B, H, P + M, d] of `relations`. With
+        `to_last_tap`, the final norm and all blocks that these do not need are skipped.
         """
         assert not {*taps} & {*relations}
         x = self.embed(images, ids)
@@ -105,15 +105,15 @@ def build_vit(
     num_classes: int = 0,
     pooling: str = "",
 ) -> VisionTransformer:
-    """A randomly initialised timm `model` for square images of `image_size` pixels, by default without classifier.
+    """Build a randomly initialised timm `model` for square images of `image_size` pixels; by default no classifier.
 
-    positions: `sincos2d` or `sincos1d` replace the position parameter by a fixed buffer of that table; `learned`
-    keeps it. The other dimensions override the model's own where they are not None. pooling: timm's `global_pool`:
-    with `avg`, the mean of the patch tokens goes through a norm of its own, `fc_norm`, and the encoder's is left out.
+    positions: `sincos2d` or `sincos1d` replaces the position parameter by a fixed buffer of that table; `learned`
+    keeps it. The other dimensions override the model's own where they are not None. pooling: timm's `global_pool`;
+    with `avg`, the mean of the patch tokens has a norm of its own, `fc_norm`, and the encoder's final norm is left out.
     Raises ConfigError for a name that is not a plain VisionTransformer with absolute positions.
     """
     require_known(model)
-    with torch.device("meta"):  # spends neither memory nor time
+    with torch.device("meta"):  # allocates and initialises nothing
         plain = timm.create_model(model, pretrained=False)
     require_plain_vit(plain, model)
     num_heads = heads or getattr(getattr(plain.blocks[0], "attn", None), "num_heads", 1)
@@ -138,9 +138,9 @@ def build_vit(
 
 
 def fix_positions(vit: VisionTransformer, kind: str) -> None:
-    """Replaces the learned positions of `vit` by a fixed table in a buffer of the same name.
+    """Replace the learned positions of `vit` by a fixed table in a buffer of the same name.
 
-    A buffer, not a frozen parameter: it is saved, moved and exported like one, and no optimizer or ZeRO stage sees it.
+    A buffer is saved, moved and exported like a parameter, but no optimizer or ZeRO stage sees it.
     """
     num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     grid = vit.patch_embed.grid_size[0]
@@ -150,7 +150,7 @@ def fix_positions(vit: VisionTransformer, kind: str) -> None:
 
 
 def require_known(model: str) -> None:
-    """Raises ConfigError, with the nearest names, unless timm has a model of this name."""
+    """Raise ConfigError with the nearest names unless timm has a model of this name."""
     if not timm.is_model(model):
         near = difflib.get_close_matches(model, timm.list_models("vit_*"), n=3)
         raise ConfigError(
@@ -159,7 +159,7 @@ def require_known(model: str) -> None:
 
 
 def _require_fit(image_size: int, patch_size: int, *, width: int, heads: int) -> None:
-    """Raises ConfigError for dimensions that do not divide, for models that the config's own rules do not know."""
+    """Raise ConfigError where dimensions do not divide, for models that the config's own rules do not cover."""
     if image_size % patch_size:
         raise ConfigError(f"patch size {patch_size} does not divide image size {image_size}", "change one of them")
     if width % heads or width % 4:
@@ -167,7 +167,7 @@ def _require_fit(image_size: int, patch_size: int, *, width: int, heads: int) ->
 
 
 def require_plain_vit(vit: nn.Module, model: str) -> None:
-    """Raises ConfigError unless `vit` is a plain VisionTransformer with absolute positions and linear patches."""
+    """Raise ConfigError unless `vit` is a plain VisionTransformer with absolute positions and linear patches."""
     plain = type(vit) is VisionTransformer and getattr(vit, "pos_embed", None) is not None
     if not plain or type(vit.patch_embed).__name__ != "PatchEmbed":
         kind = type(vit).__name__

@@ -1,4 +1,4 @@
-"""What stands between student and teacher features: projections, and AMD's generators. Thrown away after pre-training.
+"""Heads between student and teacher features: projections, and AMD's generators. They are discarded after pre-training.
 
 B batch   S, T patches visible to student and teacher   D_s, D_t widths of student and teacher
 """
@@ -12,7 +12,7 @@ from maedistill.models.positions import position_table
 
 
 def projection(student_width: int, teacher_width: int, *, kind: str, bias: bool) -> nn.Module:
-    """Maps student rows to teacher width: one linear map, or an MLP with one hidden layer of teacher width."""
+    """Build the map from student to teacher width: one linear layer, or an MLP with a hidden layer of teacher width."""
     if kind == "linear":
         return nn.Linear(student_width, teacher_width, bias=bias)
     assert kind == "mlp"
@@ -21,10 +21,10 @@ def projection(student_width: int, teacher_width: int, *, kind: str, bias: bool)
 
 
 class Generator(nn.Module):
-    """Predicts the features that the teacher has and the student has not seen (AMD, section 3.3).
+    """Predicts the teacher's features at patches that the student has not seen (AMD, section 3.3).
 
-    Reads the projected student rows and one mask token per missing patch, all with positions; its rows come straight
-    out of the last block.
+    Its input is the projected student rows and one mask token per missing patch, all with positions. Its output rows
+    are those of the last block, without a final norm.
     """
 
     def __init__(self, width: int, *, depth: int, heads: int, grid: int, positions: str = "sincos2d") -> None:
@@ -34,7 +34,7 @@ class Generator(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
 
     def forward(self, projected: Tensor, split: PatchSplit) -> Tensor:
-        """projected student rows [B, S, D_t] -> predicted rows of `order[:, S:T]`: [B, T - S, D_t]."""
+        """Predict rows `order[:, S:T]` from the projected student rows: [B, S, D_t] -> [B, T - S, D_t]."""
         missing = split.num_teacher - split.num_student
         mask_tokens = self.mask_token.expand(len(projected), missing, -1).to(projected.dtype)
         x = torch.cat([projected, mask_tokens], dim=1) + gather_rows(self.pos_embed, split.teacher)  # [B, T, D_t]

@@ -1,7 +1,7 @@
-"""Initial weights, MAE's (He et al., 2022, appendix A.1): every trainable parameter of a method is set here, once.
+"""Initial weights as in MAE (He et al., 2022, appendix A.1), set here for every trainable parameter of a method.
 
-Linear maps, the patch embedding seen as one, are Xavier-uniform with zero bias; norms are the identity; class,
-register and mask tokens and learned positions are N(0, 0.02).
+Linear layers, and the patch embedding viewed as one, have Xavier-uniform weights and zero biases. Norms start as the
+identity. Class, register and mask tokens and learned positions are normal with mean 0 and standard deviation 0.02.
 """
 
 import torch
@@ -13,9 +13,9 @@ _TOKENS = ("cls_token", "reg_token", "mask_token", "pos_embed")
 
 @torch.no_grad()
 def initialize(module: nn.Module, *, seed: int) -> None:
-    """Draws all parameters of `module` in place, as a function of `seed` alone. Buffers are left as they are."""
+    """Initialise all parameters of `module` in place, as a function of `seed` alone. Buffers are left as they are."""
     if any(parameter.is_meta for parameter in module.parameters()):
-        return  # shapes only: there is nothing to draw
+        return  # meta tensors have shapes only
     generator = torch.Generator().manual_seed(seed)
     for child in module.modules():
         for name, parameter in child.named_parameters(recurse=False):

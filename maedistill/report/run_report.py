@@ -1,6 +1,6 @@
-"""What came out of a run: report.md with its numbers, curves and last picture; grid/comparison.py compares several.
+"""The report of a run: report.md with its results, curves and newest picture. study/comparison.py compares several.
 
-Reads run folders only, so it can be made again at any time. Curves need matplotlib and are left out without it.
+It reads run folders only, so it can be made again at any time. Curves need matplotlib and are left out without it.
 """
 
 import os
@@ -26,7 +26,7 @@ PICTURE_NOTE = (
 
 
 def write_run_report(folder: RunFolder) -> Path:
-    """RUN/report.md: settings, losses, curve, last picture, and the next command."""
+    """Write RUN/report.md with settings, losses, curves, newest picture and the next commands; return its path."""
     config, records = folder.load_config(), read_metrics(folder.path)
     facts = folder.facts()
     last = summary(records)
@@ -60,7 +60,7 @@ def write_run_report(folder: RunFolder) -> Path:
 
 
 def write_finetune_report(folder: RunFolder) -> Path:
-    """RUN/report.md: accuracy, settings, curve, and the next command."""
+    """Write RUN/report.md with accuracy, settings, curves and the next command; return its path."""
     config, records, facts = folder.load_config(), read_metrics(folder.path), folder.facts()
     last, scores = summary(records), [record for record in records if "top1" in record]
     score = scores[-1]
@@ -94,12 +94,12 @@ def write_finetune_report(folder: RunFolder) -> Path:
 
 
 def percent(count: int, total: int) -> str:
-    """`81.23 % (4061 of 5000)`."""
+    """Format a share: `81.23 % (4061 of 5000)`."""
     return f"{count / total:.2%} ({count} of {total})".replace("%", " %")
 
 
 def finetune_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
-    """The command that fine-tunes this run on the same data, by the recipe of its size where there is one."""
+    """Return the command that fine-tunes this run on the same data, with the recipe for its size if there is one."""
     sizes = ("vit_tiny", "vit_small", "vit_base", "vit_large")
     recipe = next((size for size in sizes if config.student.model.startswith(size)), "vit_base")
     if config.data.image_size <= 64:
@@ -107,15 +107,15 @@ def finetune_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
     overrides = [f"init.source=run:{folder.path}", f"run={folder.path}_finetuned", f"data.train={config.data.train}"]
     overrides += [f"data.val={config.data.val or 'VALIDATION_SHARDS'}", f"data.image_size={config.data.image_size}"]
     if recipe != "small_images":
-        overrides += ["student.model=null"]  # dimensions that were changed are the source's to tell
+        overrides += ["student.model=null"]  # the source knows its changed dimensions
     return ["python", "tools/finetune.py", f"configs/finetune/{recipe}.yaml", *overrides]
 
 
 def next_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
-    """The command that distils this run by DMAE into a student of half the width, on the same data and schedule."""
+    """Return the command that distils this run by DMAE into a student of half the width, same data and schedule."""
     path, arch = str(folder.path), config.student_architecture
     overrides = ["method=dmae", f"run={path}_small", f"teacher.source=run:{path}"]
-    described = config.teacher.model_dump(exclude={"source", "precision"})  # what was said of its own teacher
+    described = config.teacher.model_dump(exclude={"source", "precision"})  # settings of this run's own teacher
     overrides += [f"teacher.{key}=null" for key, value in described.items() if value is not None]
     overrides += ["masks.teacher_visible=null"] if config.masks.teacher_visible is not None else []
     if arch is not None:
@@ -125,19 +125,19 @@ def next_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The last losses and kNN of a run, its steps, training time in seconds and mean images per second and rank."""
+    """Return a run's last losses and kNN, its steps, training time in seconds, mean images per second and rank."""
     steps = [record for record in records if record.get("loss") is not None]  # null: no update was finite
     probes = [record["knn"] for record in records if "knn" in record]
     rates = [record["images_per_second"] for record in steps]
     last = dict(steps[-1])
     last["knn"] = probes[-1] if probes else None
-    last["rate"] = len(rates) / sum(1 / rate for rate in rates)  # equal numbers of images: the harmonic mean
+    last["rate"] = len(rates) / sum(1 / rate for rate in rates)  # harmonic mean, since each rate covers as many images
     last["seconds"] = last.pop("trained_seconds")
     return last
 
 
 def losses_table(rows: Mapping[str, tuple[PretrainConfig, Mapping[str, Any]]]) -> list[str]:
-    """A Markdown table with one line per run; means over pairs for alignment and generation."""
+    """Return a Markdown table with one line per run; alignment and generation are means over pairs."""
     lines = [
         "| run | method | student | epochs | loss | pixels | align | generate | kNN | time |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -162,7 +162,7 @@ def _mean(values: Mapping[str, Any], prefix: str) -> str:
 
 
 def last_picture(folder: RunFolder, relative_to: Path) -> list[str]:
-    """Markdown of the newest reconstruction sheet; nothing where there is none."""
+    """Return the Markdown of the newest reconstruction sheet; empty if there is none."""
     pictures = sorted(folder.pictures.glob("step_*.png"))
     if not pictures:
         return []
@@ -170,7 +170,7 @@ def last_picture(folder: RunFolder, relative_to: Path) -> list[str]:
 
 
 def draw_curves(records: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path | None:
-    """Pixel loss, alignment terms and kNN over epochs, one line per run. None where matplotlib is missing."""
+    """Draw losses, alignment, probes and accuracy over epochs, one line per run. Returns None without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -191,7 +191,7 @@ def draw_curves(records: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) 
         for name, run in records.items():
             epochs, values = _series(run, prefix)
             if epochs:
-                few = prefix in ("knn", "linear", "accuracy") or len(epochs) < 3  # points that no line would show
+                few = prefix in ("knn", "linear", "accuracy") or len(epochs) < 3  # too few points for a visible line
                 axes.plot(epochs, values, label=name, marker="o" if few else None, markersize=3)
         axes.set(xlabel="epoch", title=label)
         axes.grid(alpha=0.3)
@@ -201,7 +201,7 @@ def draw_curves(records: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) 
 
 
 def _series(records: Sequence[Mapping[str, Any]], prefix: str) -> tuple[list[float], list[float]]:
-    """Epochs and mean values of the metrics whose names start with `prefix`."""
+    """Return epochs and mean values of the metrics whose names start with `prefix`."""
     epochs, values = [], []
     for record in records:
         values_of = record | ({"accuracy": record["top1"] / record["images"]} if "top1" in record else {})

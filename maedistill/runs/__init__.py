@@ -1,1 +1,1 @@
-"""What a run is, and what it leaves on disk."""
+"""A run: its plan, its loop state, and its files on disk."""

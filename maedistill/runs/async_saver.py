@@ -1,17 +1,17 @@
-"""When checkpoints are written: behind the training, which waits for the copies and not for the disk.
+"""Asynchronous checkpoints: training waits for the copies to CPU memory, but not for the disk.
 
     save(step 100): wait for the write of step 50, copy everything to rank 0's CPU, hand it to a thread, return
     training ...                                                        the thread writes, syncs, renames, prunes
-    save(step 150): hear how step 100 ended, ...
+    save(step 150): wait for the write of step 100 and check its result, ...
 
-One write at a time, so at most one set of copies in memory; a disk that is slower than the saves slows them down. The
-thread touches nothing but its copies and files: all collectives are in the calls of the main thread, where every rank
-hears how the write before ended.
+There is one write at a time, so at most one set of copies in memory; a disk that is slower than the saves delays them.
+The thread touches only its copies and files. All collectives are in the calls of the main thread, where every rank
+learns how the previous write ended.
 
-Loader workers may be forked in the middle of a write. A forked process has no such thread, so nothing is written there.
-What it inherits is an open file or two and the pages of the copies, both given back when it ends; nothing of them is
-flushed, since workers leave through os._exit. It needs no lock that the thread may hold: the thread runs no torch
-kernel, imports nothing, and the locks of malloc and logging are made whole at a fork by libc and Python.
+Loader workers may be forked in the middle of a write. A forked process does not have this thread, so it writes nothing.
+It inherits an open file or two and the pages of the copies, and releases both when it ends. It flushes nothing, since
+workers exit through os._exit. It needs no lock that the thread may hold: the thread runs no torch kernel and imports
+nothing, and libc and Python reset the locks of malloc and logging at a fork.
 """
 
 import sys
@@ -29,21 +29,21 @@ from maedistill.runs.checkpoint import WRITE_ERRORS, Snapshot, save_error, take_
 from maedistill.runs.records import AppendOnlyFile
 from maedistill.training.engine import Engine
 
-_PATIENCE = 60  # seconds that a run which has failed waits for a disk
+_PATIENCE = 60  # seconds that a failed run waits for the current write
 
 
 class Saver:
-    """Writes the checkpoints of a run. `with saver:` ends with `close`, and after an error without collectives.
+    """Writes the checkpoints of a run. `with saver:` ends with `close`, but after an error without collectives.
 
-    keep, keep_every: see `write_snapshot`. A write that fails for want of room or permission is a warning, and training
-    goes on, also where no checkpoint stands yet: stopping would lose all that is there. `most_failures` in a row end
-    the run, and so does one that no later save can make good.
+    keep, keep_every: see `write_snapshot`. If a write fails for lack of space or permission, the saver warns and
+    training goes on, even before the first checkpoint: stopping would lose all progress. `max_failures` failures in a
+    row end the run, and so does an error that no later save can repair.
     """
 
     def __init__(self, folder: Path, *, keep: int, keep_every: float | None = None, max_failures: int = 3) -> None:
         self.folder, self.keep, self.keep_every, self.max_failures = folder, keep, keep_every, max_failures
-        self.failures = 0  # in a row; rank 0 counts
-        self._problem: DataError | None = None  # the last of them
+        self.failures = 0  # in a row, counted on rank 0
+        self._problem: DataError | None = None  # of the latest failure
         self._writing: _Writing | None = None
 
     def __enter__(self) -> Self:
@@ -52,7 +52,7 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
-        elif self._writing is not None:  # the other ranks may be gone
+        elif self._writing is not None:  # no collectives: the other ranks may be gone
             self._writing.join(_PATIENCE)
             if self._writing.is_alive():
                 print(f"warning: step {self._writing.step} is still being written: given up", file=sys.stderr)
@@ -68,10 +68,10 @@ class Saver:
         ema: ModelEmaV3 | None = None,
         records: Sequence[AppendOnlyFile] = (),
     ) -> None:
-        """Collective. Takes the checkpoint of `step` and begins to write it, once the one before is written.
+        """Take the checkpoint of `step` and start writing it, once the previous one is written. Collective.
 
-        state: plain JSON types, handed back by `load_latest`. records: what the run has said up to this step; on rank 0
-        it is on the disk before the checkpoint is, or there is no checkpoint. Raises what `settle` raises.
+        state: plain JSON types, returned by `load_latest`. records: the run's log files; rank 0 writes their pending
+        lines before the checkpoint, and if that fails there is no checkpoint. Raises what `settle` raises.
         """
         self.settle()
         snapshot = take_snapshot(step=step, engine=engine, state=state, ema=ema)
@@ -79,21 +79,21 @@ class Saver:
             self._writing = _Writing(partial(self._write, snapshot, records), step)
 
     def _write(self, snapshot: Snapshot, records: Sequence[AppendOnlyFile]) -> None:
-        """What the thread does."""
+        """Flush the records and write the checkpoint, in the thread."""
         for lines in records:
             lines.flush()
         write_snapshot(self.folder, snapshot, keep=self.keep, keep_every=self.keep_every)
 
     def settle(self) -> None:
-        """Collective. Waits for the write under way; DataError on every rank when it was one failure too many."""
+        """Wait for the current write. Collective. Raises DataError on every rank after too many failures in a row."""
         on_main(partial(self._conclude, self.max_failures))
 
     def close(self) -> None:
-        """Collective. The end of the run: `settle`, and DataError on every rank when the last write failed."""
+        """Finish the last write: `settle`, but raise DataError on every rank if that write failed. Collective."""
         on_main(partial(self._conclude, 1))
 
     def _conclude(self, most: int) -> None:
-        """Rank 0's part of `settle`: no collectives. An error of the thread that nobody can mend is raised as it is."""
+        """Do rank 0's part of `settle`, without collectives. Errors that the user cannot fix are raised as they are."""
         writing = self._writing
         if writing is not None:
             writing.join()
@@ -115,7 +115,7 @@ class Saver:
 
 
 class _Writing(threading.Thread):
-    """One checkpoint on its way to the disk. A daemon, so that a dead disk does not keep a dead process alive."""
+    """A thread that writes one checkpoint. It is a daemon, so that a hung disk does not keep the process alive."""
 
     def __init__(self, write: partial[None], step: int) -> None:
         super().__init__(target=write, name=f"checkpoint of step {step}", daemon=True)
@@ -124,7 +124,7 @@ class _Writing(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Writes, lets go of the copies, and keeps an error for the main thread."""
+        """Write the checkpoint, release the copies, and keep an error for the main thread."""
         try:
             super().run()
         except Exception as error:

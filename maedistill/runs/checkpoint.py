@@ -1,18 +1,18 @@
-"""Checkpoints as folders of safetensors and JSON: nothing to unpickle, free of rank count and ZeRO stage.
+"""Checkpoints as folders of safetensors and JSON: no pickle, independent of rank count and ZeRO stage.
 
     RUN/checkpoints/step_000000123/
         model.safetensors       parameters and persistent buffers by name, fp32
         optimizer.safetensors   "exp_avg/NAME" and "exp_avg_sq/NAME"
-        ema.safetensors         the averaged weights, where the run has them
+        ema.safetensors         the averaged weights, if the run has them
         state.json              the engine's scalars and the loop's plain state
-        manifest.json, COMPLETE what proves the files above whole, see manifest.py
+        manifest.json, COMPLETE checksums of the files above, see manifest.py
 
 Saving: all ranks gather, rank 0 alone writes into `step_N.tmp`, syncs every file, then the folder, renames it to
-`step_N` and syncs the parent. The rename is the one instant at which the checkpoint begins to exist: what is killed
-before it leaves a `.tmp`, which nobody reads and the next save removes. COMPLETE lets a reader trust a folder that was
-copied by something other than a rename. Old checkpoints go only after the new one stands, renamed to `.tmp` first.
+`step_N` and syncs the parent. The checkpoint exists from the rename on: a kill before it leaves a `.tmp` folder, which
+is never read and which the next save removes. COMPLETE lets a reader trust a folder that was copied by other means
+than a rename. Old checkpoints are removed only after the new one exists, and are renamed to `.tmp` first.
 
-Reading them is restore.py's.
+restore.py reads checkpoints.
 """
 
 import json
@@ -37,14 +37,14 @@ from maedistill.training.state import MOMENTS
 
 logger = logging.getLogger(__name__)
 
-WRITE_ERRORS = (OSError, SafetensorError)  # a full disk, a missing permission: what a person can mend
+WRITE_ERRORS = (OSError, SafetensorError)  # a full disk, a missing permission: what the user can fix
 STATE = "state.json"
 _NAME = re.compile(r"step_(\d{9})")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that a checkpoint holds: copies on the CPU, which training does not touch any more."""
+    """The contents of a checkpoint: copies on the CPU, which training no longer touches."""
 
     step: int
     files: dict[str, dict[str, Tensor]]  # safetensors by file name
@@ -54,9 +54,9 @@ class Snapshot:
 def take_snapshot(
     *, step: int, engine: Engine, state: dict[str, Any], ema: ModelEmaV3 | None = None
 ) -> Snapshot | None:
-    """Collective. What a checkpoint of `step` is to hold, on rank 0; None on the others.
+    """Copy the contents of a checkpoint of `step` to rank 0; return None on the other ranks. Collective.
 
-    state: plain JSON types, handed back by `load_latest` (restore.py).
+    state: plain JSON types, returned by `load_latest` (restore.py).
     """
     training = engine.state()
     scalars = {} if training is None else training.scalars
@@ -72,11 +72,11 @@ def take_snapshot(
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int, keep_every: float | None = None) -> Path:
-    """Writes a checkpoint and then prunes older ones; returns its folder. An intact one of its step is left as it is.
+    """Write a checkpoint, then prune older ones; return its folder. An intact one of the same step stays as it is.
 
-    keep: newest checkpoints that stay. keep_every: of each multiple of so many steps, the first checkpoint that reaches
-    it stays for good and does not count. Raises one of WRITE_ERRORS; no older checkpoint is touched then, and what was
-    written is gone, so that it takes no space.
+    keep: number of newest checkpoints that stay. keep_every: for each multiple of this number of steps, the first
+    checkpoint that reaches it stays for good and does not count. Raises one of WRITE_ERRORS; older checkpoints are then
+    untouched, and the partial one is removed to free its space.
     """
     assert keep >= 1
     final = folder / checkpoint_name(snapshot.step)
@@ -92,7 +92,7 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int, keep_every: f
             write_synced(temporary / STATE, snapshot.document)
             seal(temporary)
             if final.exists():
-                shutil.rmtree(final)  # damaged: the run went back behind it and has come here again
+                shutil.rmtree(final)  # damaged: the run resumed before it and reached this step again
             temporary.rename(final)
             sync(folder)
         except Exception:
@@ -103,7 +103,7 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int, keep_every: f
 
 
 def save_error(folder: Path, step: int, error: Exception) -> DataError:
-    """One of WRITE_ERRORS, said to the person who can mend it."""
+    """Return the error to show the user for one of WRITE_ERRORS, with the latest checkpoint and the remedy."""
     last = latest_step(folder)
     stands = "there is none before it" if last is None else f"that of step {last} stands"
     return DataError(
@@ -113,18 +113,18 @@ def save_error(folder: Path, step: int, error: Exception) -> DataError:
 
 
 def checkpoint_name(step: int) -> str:
-    """What the folder of a step's checkpoint is called."""
+    """Return the folder name of a step's checkpoint."""
     return f"step_{step:09d}"
 
 
 def checkpoint_steps(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of everything in a run's folder of checkpoints that was renamed into place, in no order."""
-    entries = Path(folder).iterdir() if os.path.isdir(folder) else ()  # Path.is_dir fails for a name too long
+    """Return (step, path) of every checkpoint in `folder` that was renamed into place, in no order."""
+    entries = Path(folder).iterdir() if os.path.isdir(folder) else ()  # Path.is_dir raises for too long a name
     return [(int(match[1]), path) for path in entries if (match := _NAME.fullmatch(path.name))]
 
 
 def latest_step(folder: Path) -> int | None:
-    """Step of the newest checkpoint that says it is complete, without reading it; None if there is none."""
+    """Return the step of the newest checkpoint with a COMPLETE file, without reading it; None if there is none."""
     return max((step for step, path in checkpoint_steps(folder) if (path / COMPLETE).is_file()), default=None)
 
 
@@ -137,7 +137,7 @@ def _is_intact(checkpoint: Path) -> bool:
 
 
 def _prune(folder: Path, step: int, keep: int, keep_every: float | None) -> None:
-    """Removes what is older than the newest `keep` up to `step`. Later ones, which a damaged run left, stay."""
+    """Remove checkpoints up to `step` beyond the newest `keep`. Later ones, damaged when the run resumed, stay."""
     steps = sorted(old for old in checkpoint_steps(folder) if old[0] <= step)
     first = {int(old // keep_every): old for old, _ in reversed(steps)} if keep_every else {}
     for_good = {old for multiple, old in first.items() if multiple > 0}
@@ -146,7 +146,7 @@ def _prune(folder: Path, step: int, keep: int, keep_every: float | None) -> None
 
 
 def _remove(path: Path) -> None:
-    """Removes a checkpoint or what is left of one. That it cannot go is no reason to lose a new one."""
+    """Remove a checkpoint, whole or partial. Failing to remove an old checkpoint must not fail a save."""
     try:
         shutil.rmtree(path if path.suffix == ".tmp" else path.rename(path.with_name(f"{path.name}.tmp")))
     except OSError as error:

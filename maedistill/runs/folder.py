@@ -3,8 +3,8 @@
 RUN/config.yaml      the settings, resolved        RUN/run.json       what was used: data, teacher, licence, versions
 RUN/metrics.jsonl    one object per logged step    RUN/exit.json      how the last start ended
 RUN/checkpoints/     see checkpoint.py             RUN/pictures/      reconstruction sheets
-RUN/bad_samples.txt  what could not be decoded     RUN/report.md      the summary, with the next command
-RUN/nonfinite.jsonl  updates that were left out, with their samples
+RUN/bad_samples.txt  samples that did not decode   RUN/report.md      the summary, with the next command
+RUN/nonfinite.jsonl  updates that were not applied, with their samples
 RUN/lock             held while a process trains here
 """
 
@@ -32,7 +32,7 @@ from maedistill.runs.lock import FolderLock
 from maedistill.runs.records import warn, write_text
 
 STAGES: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
-_BEFORE_A_RUN = {"exit.json", "lock", "pictures"}  # what a start that failed early leaves
+_BEFORE_A_RUN = {"exit.json", "lock", "pictures"}  # left by a start that failed early
 _OF_THE_FIRST_START = ("init", "origin")
 _RESTORE = "restore it from a copy, or use another run="
 _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy")
@@ -42,7 +42,7 @@ class RunFolder:
     """Paths inside a run folder, and the small files that are not checkpoints or metrics. Only rank 0 writes."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(os.path.expanduser(path))  # Path.expanduser fails for a user that is not there
+        self.path = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
         self.config = self.path / "config.yaml"
         self.checkpoints = self.path / "checkpoints"
         self.pictures = self.path / "pictures"
@@ -51,8 +51,8 @@ class RunFolder:
         self.nonfinite = self.path / "nonfinite.jsonl"
         self._facts = self.path / "run.json"
         self._lock: FolderLock | None = None
-        self._in_use = False  # by another process, whose records are not ours to change
-        self.is_ours = False  # rank 0 has opened it; each rank sets this for itself
+        self._in_use = False  # by another process, whose records must not change
+        self.is_ours = False  # rank 0 has opened the folder; each rank sets this itself
 
     def open(
         self,
@@ -63,32 +63,31 @@ class RunFolder:
         fresh: bool,
         extend: bool,
     ) -> None:
-        """Creates the folder, or checks that `config` continues what is in it, takes its lock and writes both files.
+        """Create the folder, or check that `config` continues its run; then take its lock and write both files.
 
-        facts: what run.json says of this start; `data` and `teacher_weights` must not change over a run's life. A start
-        that failed before its first checkpoint binds nobody. execution: what this start runs on, for its record.
-        Raises ConfigError when the folder belongs to other settings, data or teachers, naming what differs, or when
-        another process runs in it.
+        facts: the content of run.json for this start; `data` and `teacher_weights` must not change once the run has a
+        checkpoint. execution: what this start runs on, for its record. Raises ConfigError if another process runs in
+        the folder, or if it belongs to other settings, data or teachers; the error names the difference.
         """
         self.check(config, facts, fresh=fresh, extend=extend)
         try:
             self.pictures.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(self.path)
-            (self.path / "exit.json").unlink(missing_ok=True)  # it told of the start before
+            (self.path / "exit.json").unlink(missing_ok=True)  # left by the previous start
         except OSError as error:
             raise ConfigError(f"run: {self.path} cannot be written to ({error})", "use another run=") from error
         except ConfigError:
             self._in_use = True
             raise
         before = self.facts()
-        if checkpoint_steps(self.checkpoints):  # what the run began with is what its first start saw, not this one
+        if checkpoint_steps(self.checkpoints):  # init and origin are those of the first start
             facts = facts | {name: before[name] for name in _OF_THE_FIRST_START if name in before}
         starts = [*before.get("starts", []), _start() | (execution or {})]
         write_text(self.config, config_yaml(config))
         write_text(self._facts, json.dumps({**facts, "starts": starts}, indent=1) + "\n")
 
     def check(self, config: RunConfig, facts: dict[str, Any], *, fresh: bool, extend: bool) -> None:
-        """The part of `open` that only looks."""
+        """Run the checks of `open` without writing anything."""
         if "checkpoints" in (foreign := self._foreign()):
             raise ConfigError(
                 f"run: {self._facts} is gone, without which nothing vouches for the checkpoints", _RESTORE
@@ -106,7 +105,7 @@ class RunFolder:
         self._require_same(config, facts, extend=extend)
 
     def load_config(self) -> RunConfig:
-        """The settings of the run that lives here, of whichever stage it is."""
+        """Load the settings of the run in this folder, of any stage."""
         stage = self.facts().get("stage")
         if stage not in STAGES:
             raise ConfigError(
@@ -118,7 +117,7 @@ class RunFolder:
         return load_config(self.config, root=STAGES[stage]).config
 
     def facts(self) -> dict[str, Any]:
-        """What run.json says; empty before the first start. Raises DataError where it is damaged."""
+        """Read run.json; empty before the first start. Raises DataError if it is damaged."""
         if not os.path.exists(self._facts):
             return {}
         try:
@@ -154,30 +153,30 @@ class RunFolder:
         self._write_end(0, "finished")
 
     def record_error(self, error: UserError) -> None:
-        """What exit.json says where this process is about to be ended, or speaks for rank 0, which is lost."""
+        """Write exit.json for a process that is about to be killed, or on behalf of a lost rank 0."""
         if self.is_ours:
             self._write(error.exit_code, error.cause)
 
     def _write_end(self, exit_code: int, reason: str) -> None:
-        untouched = self._lock is None  # nothing there is ours
+        untouched = self._lock is None  # this process has not opened the folder
         refused = self._in_use or (untouched and (checkpoint_steps(self.checkpoints) or self._foreign()))
         if refused or not distributed.is_main():
-            return  # a start that was refused leaves the record of the run that lives here
+            return  # a refused start must not overwrite the record of the run in the folder
         self._write(exit_code, reason)
         if self._lock is not None:
             self._lock.release()
 
     def _write(self, exit_code: int, reason: str) -> None:
         step = latest_step(self.checkpoints)
-        end = {"exit_code": exit_code, "reason": reason, "step": step or 0}  # step: where the same command goes on
+        end = {"exit_code": exit_code, "reason": reason, "step": step or 0}  # step: where the same command resumes
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / "exit.json", json.dumps(end) + "\n")
-        except (OSError, DataError) as error:  # what ended the run is the news, not this
+        except (OSError, DataError) as error:  # must not hide the error that ended the run
             warn(f"exit.json could not be written: {error}")
 
     def _foreign(self) -> list[str]:
-        """Names in the folder where it is no run's and not empty: somebody's data, perhaps."""
+        """Return the names in a non-empty folder that is not a run's; they may be a user's data."""
         names = [name for name in os.listdir(self.path) if name[0] != "."] if os.path.isdir(self.path) else []
         return [] if "run.json" in names else sorted(set(names) - _BEFORE_A_RUN)
 
@@ -224,7 +223,7 @@ class RunFolder:
 
 
 def _start() -> dict[str, Any]:
-    """One start of the run: the command, and what it ran with."""
+    """Describe one start of the run: the command, the host and the versions."""
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "host": platform.node(),

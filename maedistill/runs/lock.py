@@ -1,8 +1,8 @@
-"""One process at a time in a folder: a lock that the kernel frees when its owner ends, however it ends.
+"""An exclusive lock on a run folder, which the kernel releases when the owning process ends for any reason.
 
 A POSIX record lock belongs to a process, not to a descriptor: loader workers that the owner forks do not inherit it,
-and it works on NFS and Lustre where those lock at all. It would also go if the owner closed any other descriptor of the
-file, so nobody but this class opens it.
+and it works on NFS and Lustre if they support locks at all. The owner would also lose the lock by closing any other
+descriptor of the file, so only this class opens it.
 """
 
 import fcntl
@@ -14,14 +14,14 @@ from maedistill.errors import ConfigError
 
 
 class FolderLock:
-    """Held from its making until `release` or the end of the process."""
+    """A lock held from construction until `release` or the end of the process."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises ConfigError where another process holds it, and names that process."""
+        """Take the lock. Raises ConfigError, which names the holder, if another process holds it."""
         self._file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # which of them, POSIX leaves open
+        except (BlockingIOError, PermissionError):  # POSIX allows either error
             holder = os.read(self._file, 200).decode(errors="replace").strip() or "another process"
             os.close(self._file)
             raise ConfigError(
@@ -31,5 +31,5 @@ class FolderLock:
         os.pwrite(self._file, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
 
     def release(self) -> None:
-        """Frees the folder before the process ends."""
+        """Release the folder before the process ends."""
         os.close(self._file)

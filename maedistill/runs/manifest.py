@@ -1,10 +1,10 @@
-"""What makes a folder of files trustworthy: all of it is on the disk, and a manifest has the checksum of every file.
+"""Manifests that prove a folder intact: all files are synced to disk, and the manifest has the checksum of every file.
 
     FOLDER/manifest.json    {"format": 1, "files": {name: {"bytes": size, "sha256": hex}}}
     FOLDER/COMPLETE         sha256 of manifest.json, written last
 
-`seal` writes both. `verify` believes nothing that it reads: whatever a folder holds, it is found whole or `Damage` says
-in words what is wrong with it. A file outside the manifest is not vouched for.
+`seal` writes both. `verify` trusts nothing that it reads: a folder is intact, or `CorruptCheckpoint` says what is wrong
+with it. Files that are not in the manifest are not verified.
 """
 
 import hashlib
@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
-_LARGEST_TEXT = 1_000_000  # bytes of a text file that is read at all
+_LARGEST_TEXT = 1_000_000  # bytes; larger text files are rejected
 
 
 class CorruptCheckpoint(Exception):
-    """A folder is not what was sealed; the message says why."""
+    """A folder does not match its manifest; the message says why."""
 
 
 def seal(folder: Path) -> None:
-    """Makes every file of the folder durable and writes what proves it whole."""
+    """Sync every file of the folder to disk, then write manifest.json and COMPLETE."""
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
     for name in files:
         sync(folder / name)
@@ -32,7 +32,7 @@ def seal(folder: Path) -> None:
 
 
 def verify(folder: Path, only: str | None = None) -> None:
-    """Raises Damage unless all files of the manifest, or the one that is named, are as they were sealed."""
+    """Raise CorruptCheckpoint unless all files of the manifest, or the one named `only`, match it."""
     files = listed(folder)
     if only is not None and only not in files:
         raise CorruptCheckpoint("the checkpoint has no such file")
@@ -48,7 +48,7 @@ def verify(folder: Path, only: str | None = None) -> None:
 
 
 def listed(folder: Path) -> dict[str, tuple[int, str]]:
-    """{name: (bytes, sha256)} of the files that the manifest vouches for; raises Damage where there is no sound one."""
+    """Return {name: (bytes, sha256)} of the manifest's files. Raises CorruptCheckpoint for an invalid manifest."""
     for name in (MANIFEST, COMPLETE):
         if not (folder / name).is_file():
             raise CorruptCheckpoint(f"{name} is missing")
@@ -61,7 +61,7 @@ def listed(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a small file; raises Damage for anything else, NaN and infinity included."""
+    """Read the JSON object in a small file. Raises CorruptCheckpoint for anything else, including NaN and infinity."""
     try:
         value = json.loads(read_text(path), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
@@ -72,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a small file; raises Damage where there is none or too much."""
+    """Read a small text file. Raises CorruptCheckpoint if it is unreadable or too large."""
     try:
         with open(path, "rb") as file:
             data = file.read(_LARGEST_TEXT + 1)
@@ -85,7 +85,7 @@ def read_text(path: Path) -> str:
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Writes a new file that a power cut does not take back."""
+    """Write a new file that survives a power cut."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         data = memoryview(text.encode())
@@ -97,7 +97,7 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Forces a file or a folder's entries to the disk: a rename alone survives a kill, not a power cut."""
+    """Sync a file or a folder's entries to disk: a rename alone survives a kill, but not a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -106,7 +106,7 @@ def sync(path: Path) -> None:
 
 
 def _is_entry(name: str, entry: object) -> bool:
-    """Whether a line of a manifest is one: a plain file name, a size, a checksum. No name leads out of the folder."""
+    """Return whether a manifest entry has a plain file name, a size and a checksum, so that it stays in the folder."""
     plain = name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
     return plain and isinstance(entry, dict) and type(entry.get("bytes")) is int and type(entry.get("sha256")) is str
 

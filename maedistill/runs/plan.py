@@ -1,4 +1,4 @@
-"""What a run is going to do and cost, said before it starts: the lines of `--dry-run` and of every run's head."""
+"""The plan and cost of a run, printed before it starts: the lines of `--dry-run` and at the start of every run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from maedistill.config.schema import RunConfig
 from maedistill.machine import cpu_share
 from maedistill.runs.metrics import duration, memory_gb
 
-_TRIAL_SECONDS = 1.0  # a dry run tries larger batches until a step takes so long
+_TRIAL_SECONDS = 1.0  # a dry run tries larger batches until a step takes this long
 
-# Seconds that the loader and then a step (forward and backward) take for so many images.
+# Number of images -> seconds that the loader and then a step (forward and backward) take.
 Trial = Callable[[int], tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The arithmetic of a run, derived from its config, its number of images and of ranks."""
+    """The arithmetic of a run, derived from its config and its numbers of images and ranks."""
 
     batch: BatchPlan
     world_size: int
@@ -29,16 +29,16 @@ class Plan:
     warmup_steps: int
 
     def steps_in(self, epochs: float) -> float:
-        """Steps of so many epochs; one epoch is `images` samples."""
+        """Return the number of steps in `epochs` epochs; one epoch is `images` samples."""
         return epochs * self.images / (self.batch.micro_batch * self.batch.accumulation * self.world_size)
 
     def epoch_at(self, step: int) -> float:
-        """Epochs done after `step` steps."""
+        """Return the epochs done after `step` steps."""
         return step / self.steps_in(1.0)
 
 
 def make_plan(config: RunConfig, images: int, *, world_size: int) -> Plan:
-    """Raises ConfigError where the batch cannot be shared by the ranks or not even one step comes out."""
+    """Derive the plan. Raises ConfigError if the ranks cannot share the batch, or if the run has no steps."""
     optim = config.optim
     batch = config.share_batch(world_size)
     steps = total_steps(optim.epochs, images, global_batch=optim.global_batch)
@@ -47,7 +47,7 @@ def make_plan(config: RunConfig, images: int, *, world_size: int) -> Plan:
 
 
 def plan_lines(config: RunConfig, plan: Plan) -> list[str]:
-    """Batch, steps and learning rate in words, with every factor."""
+    """Describe batch, steps and learning rate, with every factor."""
     optim, batch = config.optim, plan.batch
     factors = "" if optim.lr else f" = {optim.peak_lr * 256 / optim.global_batch:g} x {optim.global_batch} / 256"
     return [
@@ -62,7 +62,7 @@ def plan_lines(config: RunConfig, plan: Plan) -> list[str]:
 def measured_lines(
     config: RunConfig, plan: Plan, module: nn.Module, trial: Trial, *, device: torch.device
 ) -> list[str]:
-    """Speed, memory and time from trial steps on real images, larger and larger until one takes long enough."""
+    """Estimate speed, memory and time by trial steps on real images, with batches that grow until a step is long."""
     count, seconds = 0, 0.0
     while count < plan.batch.micro_batch and seconds < _TRIAL_SECONDS:
         count = min(plan.batch.micro_batch, 8 * count or 4)
@@ -81,5 +81,5 @@ def measured_lines(
 
 
 def num_params_m(module: nn.Module) -> float:
-    """Parameters of a module, in millions."""
+    """Return the number of parameters of a module, in millions."""
     return sum(p.numel() for p in module.parameters()) / 1e6

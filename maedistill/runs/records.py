@@ -1,7 +1,7 @@
-"""What a run writes beside its checkpoints, on a disk that may be full for a while: that ends no run and loses no line.
+"""Files that a run writes beside its checkpoints. A full disk neither ends the run nor loses a line.
 
-Lines.append -> RUN/metrics.jsonl and other files that grow; what the disk does not take waits for the next time
-spared       -> a picture that cannot be written is left out, with a warning
+AppendOnlyFile      -> RUN/metrics.jsonl and other files that grow; lines that the disk refuses are kept and retried
+ignore_write_errors -> an optional file, such as a picture, is left out with a warning if it cannot be written
 """
 
 import os
@@ -15,9 +15,9 @@ from maedistill.errors import DataError
 
 
 class AppendOnlyFile:
-    """A text file that grows by whole lines. Lines that the disk refuses are kept and written when it takes them.
+    """A text file that grows by whole lines. Lines that the disk refuses are kept and written later.
 
-    unique: a line that the file has already is not added, so that work which a restart repeats leaves no second trace.
+    unique: skip lines that the file already has, so that steps repeated after a restart leave no duplicates.
     """
 
     def __init__(self, path: Path, *, unique: bool = False) -> None:
@@ -27,10 +27,10 @@ class AppendOnlyFile:
             self._known = set(path.read_text(errors="replace").splitlines()) if path.is_file() else set()
         self._waiting = b""
         self._warned = False
-        self._one_at_a_time = threading.Lock()  # the saver's thread flushes, too
+        self._one_at_a_time = threading.Lock()  # the saver's thread also flushes
 
     def append(self, *lines: str) -> None:
-        """Adds lines, each without its end. A disk that refuses them is a warning, once until it has taken all."""
+        """Add lines, given without newline. If the disk refuses them, warn once until all are written."""
         if self._known is not None:
             lines = tuple(line for line in dict.fromkeys(lines) if line not in self._known)
             self._known.update(lines)
@@ -43,7 +43,7 @@ class AppendOnlyFile:
             self._warned = True
 
     def flush(self) -> None:
-        """Writes what waits. Raises OSError, and keeps what is left, where the disk does not take it."""
+        """Write the pending lines. Raises OSError if the disk refuses them; what is left stays pending."""
         with self._one_at_a_time:
             if not self._waiting:
                 return
@@ -56,7 +56,7 @@ class AppendOnlyFile:
             self._warned = False
 
     def close(self) -> None:
-        """Writes what waits. Raises DataError where that cannot be done: nobody would write it later."""
+        """Write the pending lines. Raises DataError if that fails, because they would be lost."""
         try:
             self.flush()
         except OSError as error:
@@ -65,7 +65,7 @@ class AppendOnlyFile:
 
 @contextmanager
 def ignore_write_errors(path: Path) -> Iterator[None]:
-    """Around the writing of a file that a run can do without: where that fails, there is none, and a warning."""
+    """Wrap the writing of an optional file: on OSError, remove the file and warn."""
     try:
         yield
     except OSError as error:
@@ -74,7 +74,7 @@ def ignore_write_errors(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all. Raises DataError where the disk does not take it."""
+    """Write a small file atomically. Raises DataError if the disk refuses it."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_text(text)
@@ -85,7 +85,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def unwritable(path: Path, error: OSError) -> DataError:
-    """A file that the disk does not take, said to the person who can mend it."""
+    """Return the error for a file that cannot be written, with the remedy for the user."""
     return DataError(
         f"{path} cannot be written ({error.strerror})",
         "make room or mend the permissions there, then start the same command again",
@@ -93,5 +93,5 @@ def unwritable(path: Path, error: OSError) -> DataError:
 
 
 def warn(text: str) -> None:
-    """One line on stderr."""
+    """Print one line of warning to stderr."""
     print(f"warning: {text}", file=sys.stderr, flush=True)

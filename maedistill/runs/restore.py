@@ -1,11 +1,11 @@
-"""Reading checkpoints: the newest intact one into a run, or the weights of one alone. checkpoint.py says what they are.
+"""Reading checkpoints: the newest intact one into a run, or the weights of a single one. checkpoint.py has the format.
 
     RUN/checkpoints -> newest_intact -> load_latest -> engine, moving average, the loop's state
     checkpoint folder -> read_weights -> tensors by name
 
-Rank 0 takes the newest folder whose COMPLETE, sizes and checksums hold, warns of each damaged one it passes over, and
-sends the tensors to the others. Folders of which none is intact are an error, never a silent fresh start. Whatever a
-folder holds, it loads whole or raises DataError.
+Rank 0 takes the newest folder whose COMPLETE, sizes and checksums match, warns of each damaged folder that it skips,
+and sends the tensors to the other ranks. If there are folders but none is intact, that is an error, never a silent
+fresh start. A folder loads completely or raises DataError, whatever it contains.
 """
 
 import logging
@@ -29,13 +29,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def load_latest(folder: Path, engine: Engine, ema: ModelEmaV3 | None = None) -> dict[str, Any] | None:
-    """Collective. Puts the newest intact checkpoint into `engine` and `ema`; returns its state, None if there is none.
+    """Load the newest intact checkpoint into `engine` and `ema`; return its state, None if there is none. Collective.
 
     Raises DataError when there are checkpoints but no intact one, or when it belongs to another model.
     """
     shapes = engine.shapes()
     parameters = [name for name, _ in engine.module.named_parameters()]
-    box: list[tuple[TrainingState, dict[str, Tensor]]] = []  # stays empty but on rank 0
+    box: list[tuple[TrainingState, dict[str, Tensor]]] = []  # filled on rank 0 only
 
     def read() -> dict[str, Any] | None:
         checkpoint = newest_intact(Path(folder))
@@ -57,7 +57,7 @@ def load_latest(folder: Path, engine: Engine, ema: ModelEmaV3 | None = None) -> 
 
 
 def newest_intact(folder: Path) -> Path | None:
-    """The newest checkpoint whose checksums hold; None if there is none at all; DataError if all are damaged."""
+    """Return the newest checkpoint whose checksums match, None without any. Raises DataError if all are damaged."""
     damaged = []
     for _, path in sorted(checkpoint_steps(folder), reverse=True):
         try:
@@ -75,7 +75,7 @@ def newest_intact(folder: Path) -> Path | None:
 
 
 def read_weights(checkpoint: Path, kind: Literal["model", "ema"] = "model") -> dict[str, Tensor]:
-    """The weights, or their moving average, of one checkpoint folder by name, on the CPU; no engine needed."""
+    """Read the weights of one checkpoint folder, or their moving average, to the CPU; no engine is needed."""
     file = f"{kind}.safetensors"
     try:
         verify(checkpoint, only=file)
@@ -85,7 +85,7 @@ def read_weights(checkpoint: Path, kind: Literal["model", "ema"] = "model") -> d
 
 
 def _read_state(checkpoint: Path) -> tuple[dict[str, float], dict[str, Any]]:
-    """The engine's scalars and the loop's state."""
+    """Read the engine's scalars and the loop's state."""
     try:
         if STATE not in listed(checkpoint):
             raise CorruptCheckpoint("the checkpoint has no such file")
@@ -111,7 +111,7 @@ def _read_moments(checkpoint: Path, shapes: Shapes, parameters: list[str]) -> di
 
 
 def _read_tensors(checkpoint: Path, kind: Literal["model", "ema", "optimizer"], shapes: Shapes) -> dict[str, Tensor]:
-    """A file of tensors that fit the module: the same names and shapes."""
+    """Read a file of tensors. Raises DataError unless names and shapes are those of the module."""
     if f"{kind}.safetensors" not in listed(checkpoint):
         raise DataError(f"{checkpoint} has no {kind} weights", "continue with the settings the run began with")
     tensors = _load(checkpoint / f"{kind}.safetensors")
@@ -130,7 +130,7 @@ def _read_tensors(checkpoint: Path, kind: Literal["model", "ema", "optimizer"], 
 def _load(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
-    except WRITE_ERRORS as error:  # the same two kinds when reading
+    except WRITE_ERRORS as error:  # reading raises the same two kinds
         raise _unusable(path, error) from error
 
 

@@ -1,6 +1,6 @@
-"""A run under way: the engine, its schedule and counters, restored and saved; the same for every stage.
+"""A run in progress: the engine, its schedule and counters, restored and saved in the same way for every stage.
 
-What a stage adds (data, teacher, losses) is in its parts: `pretraining/setup.py`, `finetuning/setup.py`.
+What a stage adds (data, teacher, losses) is in `pretraining/setup.py` and `finetuning/setup.py`.
 """
 
 import json
@@ -33,12 +33,12 @@ from maedistill.runs.restore import load_latest
 from maedistill.training.engine import Engine
 from maedistill.training.nonfinite import NonfiniteUpdates
 
-_LEAST_SEEN = 10_000  # samples that data.max_bad_fraction is a share of at least, so that one bad image ends no run
+_LEAST_SEEN = 10_000  # max_bad_fraction is taken of at least this many samples, so one bad image cannot end a run
 
 
 @dataclass
 class Run:
-    """The engine and how far it is, on this rank. `with` it: afterwards its checkpoints are written."""
+    """The engine and the progress of training, on this rank. A context manager: on exit all checkpoints are written."""
 
     config: RunConfig
     folder: RunFolder
@@ -55,26 +55,26 @@ class Run:
     clock: Clock = field(init=False)
     hint: DataWaitHint = field(default_factory=DataWaitHint)
     step: int = 0  # steps done
-    leaving: bool = False  # a signal asked for the end of the process
+    leaving: bool = False  # a signal asked the process to end
     bad: float = 0.0  # samples replaced so far, over all ranks
-    replaced: list[str] = field(default_factory=list)  # those of this rank that are not counted yet
+    replaced: list[str] = field(default_factory=list)  # samples of this rank that are not counted yet
     nonfinite: NonfiniteUpdates = field(default_factory=NonfiniteUpdates)
     _records: list[AppendOnlyFile] = field(
         default_factory=list
-    )  # of rank 0: what must be on the disk before a checkpoint is
+    )  # rank 0: files that must be flushed before a checkpoint is written
 
     @property
     def max_batch_wait(self) -> float:
-        """Seconds that a batch may take, so that the error says which sample is missing before any rank gives up."""
+        """Return the seconds that a batch may take: the error names the missing sample before any rank times out."""
         return 0.75 * self.config.engine.timeout_seconds
 
     @property
     def epoch(self) -> float:
-        """Epochs done."""
+        """Return the epochs done."""
         return self.plan.epoch_at(self.step)
 
     def due(self, every_epochs: float | None) -> bool:
-        """Whether the step just done crossed a multiple of `every_epochs`, or was the last. None means never."""
+        """Return whether the step just done crossed a multiple of `every_epochs` or was the last. None means never."""
         if every_epochs is None:
             return False
         period = self.plan.steps_in(every_epochs)
@@ -98,7 +98,7 @@ class Run:
 
     @contextmanager
     def resume(self) -> Iterator[MetricsFile | None]:
-        """Go on from the newest checkpoint, with the metrics file open on rank 0. Collective."""
+        """Resume from the newest checkpoint, with the metrics file open on rank 0. Collective."""
         self.restore()
         log = self.config.log
         with open_metrics(self.folder.path, first_step=self.step, tensorboard=log.tensorboard) as metrics:
@@ -128,12 +128,12 @@ class Run:
             print(f"continues at step {self.step} of {self.plan.steps} from {self.folder.checkpoints}", flush=True)
 
     def save(self) -> None:
-        """Takes a checkpoint, which is written while training goes on. Collective."""
+        """Take a checkpoint, which is written while training goes on. Collective."""
         self.count_replaced()
         self.saver.save(step=self.step, engine=self.engine, state=self._state(), ema=self.ema, records=self._records)
 
     def _state(self) -> dict[str, int | float]:
-        """What a checkpoint keeps of the loop."""
+        """Return the loop's state that a checkpoint keeps."""
         return {
             "step": self.step,
             "bad": self.bad,
@@ -143,7 +143,7 @@ class Run:
         }
 
     def _require_known(self, state: dict[str, Any]) -> None:
-        """Raises DataError where a checkpoint keeps other things of the loop than this version does."""
+        """Raise DataError if a checkpoint's loop state has other keys or types than this version's."""
         known = self._state()
         odd = sorted(name for name in known | state if type(state.get(name)) is not type(known.get(name)))
         if odd:
@@ -156,7 +156,7 @@ class Run:
     def end_step(self, crops: RandomCrops) -> None:
         """Count the step whose update was just made. Collective.
 
-        Raises NumericsError where `engine.nonfinite` says that its numbers end the run.
+        Raises NumericsError if `engine.nonfinite` says that non-finite numbers end the run.
         """
         self.step += 1
         if self.ema is not None:
@@ -167,25 +167,25 @@ class Run:
 
     @property
     def should_log(self) -> bool:
-        """Whether losses are to be read after the step just done: the only time when the host waits for the device."""
+        """Return whether to read losses after the step just done: the only time when the host waits for the device."""
         return self.step % self.config.log.every == 0 or self.step == self.plan.steps or self.leaving
 
     @property
     def should_save(self) -> bool:
-        """Whether a checkpoint is to be taken after the step just done."""
+        """Return whether to take a checkpoint after the step just done."""
         return self.due(self.config.log.save_every_epochs) or self.leaving
 
     def raise_if_preempted(self) -> None:
-        """Raises Preempted at the end of a step in which a signal asked for it, its checkpoint written. Collective."""
+        """Raise Preempted, with a checkpoint written, after a step in which a signal asked for it. Collective."""
         if self.leaving:
             with self.peers.paused():
                 self.saver.close()
             raise Preempted(self.stop.signal.name, self.step)
 
     def _handle_nonfinite(self, crops: RandomCrops) -> None:
-        """Follow `engine.nonfinite` where the loss or gradient of an update was not finite; no such update is applied.
+        """Apply `engine.nonfinite` to updates whose loss or gradient was not finite. Such updates are never applied.
 
-        The verdict on an update is known one step later, or at once where a checkpoint or the end comes next.
+        The result of an update is known one step later, or at once if a checkpoint or the end comes next.
         """
         settings = self.config.engine
         now = self.step == self.plan.steps or self.should_save
@@ -201,7 +201,7 @@ class Run:
             )
 
     def _note_nonfinite(self, step: int, crops: RandomCrops) -> None:
-        """Writes down the samples of an update that was not applied."""
+        """Record the samples of an update that was not applied."""
         if not distributed.is_main():
             return
         size = self.config.optim.global_batch
@@ -211,7 +211,7 @@ class Run:
         print(f"step {step + 1} is not applied: its loss or gradient is not finite", file=sys.stderr, flush=True)
 
     def log(self, averages: Averages, metrics: MetricsFile | None) -> None:
-        """Writes and prints the losses since the last time. Collective."""
+        """Write and print the losses since the last call. Collective."""
         means = averages.read()
         self.count_replaced()
         values = means | self.measure()
@@ -223,7 +223,7 @@ class Run:
                 print(hint, flush=True)
 
     def measure(self) -> dict[str, float]:
-        """What metrics.jsonl records beside the losses. Waits for the device."""
+        """Return what metrics.jsonl records beside the losses. Waits for the device."""
         norm = float(self.engine.grad_norm)
         rate, wait = self.clock.read()
         left = (self.plan.steps - self.step) * self.config.optim.global_batch / self.plan.world_size
@@ -240,7 +240,7 @@ class Run:
         }
 
     def count_replaced(self) -> None:
-        """Lists the samples that could not be decoded, and ends the run when they are too many. Collective."""
+        """Record the samples that could not be decoded. Collective. Raises DataError if they are too many."""
         replaced = [line for lines in distributed.gather_objects(self.replaced) for line in lines]
         if replaced and distributed.is_main():
             self._bad_samples.append(*sorted(replaced))

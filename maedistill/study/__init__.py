@@ -1,1 +1,1 @@
-"""Many runs that belong together: planned from one file, run in order, resumed, compared."""
+"""Studies: many related runs, planned from one file, run in order, resumed and compared."""

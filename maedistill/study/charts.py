@@ -1,6 +1,6 @@
-"""Pictures that compare networks: top-1 per row with its spread and n; size, accuracy and latency.
+"""Charts that compare networks: top-1 per row with its standard deviation and n; size, accuracy and latency.
 
-Both return None where matplotlib is missing; curves over epochs are in report.py.
+Both functions return None if matplotlib is not installed. report/run_report.py draws the curves over epochs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-_LABEL_GAP = 0.085  # least distance of two labels, as a share of the picture's height
+_LABEL_GAP = 0.085  # minimum distance of two labels, as a fraction of the axes' height
 
 
 def accuracy_chart(accuracies: Mapping[str, Sequence[float]], path: Path) -> Path | None:
-    """One line per row: each seed's top-1 (shares), their mean and, from two seeds on, their standard deviation."""
+    """Draw one line per row: each seed's top-1 (in [0, 1]), their mean and, for 2+ seeds, their standard deviation."""
     canvas = _canvas(figsize=(6.4, 0.9 + 0.42 * len(accuracies)), layout="constrained")
     if canvas is None or not accuracies:
         return None
@@ -31,9 +31,9 @@ def accuracy_chart(accuracies: Mapping[str, Sequence[float]], path: Path) -> Pat
 
 
 def latency_chart(rows: Mapping[str, Mapping[str, Any]], path: Path) -> Path | None:
-    """Latency against top-1, a disc per network whose area grows with its parameters. Labels stand beside the plot.
+    """Plot top-1 over latency, one disc per network. Its area grows with the parameters. Labels are beside the plot.
 
-    rows: top1 and images (counts), latency_ms, parameters, by name.
+    rows: top1 and images (counts), latency_ms and parameters of each network, by name.
     """
     canvas = _canvas(figsize=(7.6, 4.2))
     if canvas is None or not rows:
@@ -64,16 +64,16 @@ def latency_chart(rows: Mapping[str, Mapping[str, Any]], path: Path) -> Path | N
 
 
 def spread_apart(values: Sequence[float], *, gap: float) -> list[float]:
-    """Places in [0, 1] near the values, in their order, no two nearer than `gap` where there is room for that."""
+    """Return positions in [0, 1] near the values, in the same order, at least `gap` apart if there is enough room."""
     gap = min(gap, 1 / max(1, len(values) - 1))
     order = sorted(range(len(values)), key=lambda i: values[i])
     places = [0.0] * len(values)
     lowest = 0.0
-    for i in order:  # upwards: each at least `gap` above the one before
+    for i in order:  # upwards: each at least `gap` above the previous one
         places[i] = max(values[i], lowest)
         lowest = places[i] + gap
     highest = 1.0
-    for i in reversed(order):  # downwards: back into the picture
+    for i in reversed(order):  # downwards: move labels above the top back into the axes
         places[i] = min(places[i], highest)
         highest = places[i] - gap
     return places

@@ -1,10 +1,10 @@
-"""Several runs beside each other, in Markdown: the results of a study, and the page of the quickstart.
+"""Compare several runs in Markdown: the results of a study, and the report of the quickstart.
 
     results (results.py)                  -> OUT/results.md, results.json, results.png
-    {name: Network} of run folders, each  -> OUT/report.md, with the size / accuracy / latency picture, the losses and
-    exported and scored                      what each of the students sees
+    {name: Network} of run folders, each  -> OUT/report.md, with the size / accuracy / latency chart, the losses and
+    exported and scored                      the last reconstructions of each student
 
-Every number comes from the runs' files; what a run lacks is a dash.
+Every number is read from the runs' files. A missing number is printed as a dash.
 """
 
 import json
@@ -28,13 +28,13 @@ from maedistill.runs.records import write_text
 from maedistill.study.charts import accuracy_chart, latency_chart
 
 _Facts = Mapping[str, Any]
-_MOST_NAMED = 5  # runs that are not begun
+_MOST_NAMED = 5  # runs that have not started
 _DIFFERENCES = "mean and deviation of the differences between runs of the same seed, in points."
 
 
 @dataclass(frozen=True)
 class Network:
-    """The folders of one fine-tuned network. pretrain is None from scratch; score: tools/evaluate.py's JSON file."""
+    """The folders of one fine-tuned network. pretrain: None from scratch; score: tools/evaluate.py's JSON file."""
 
     pretrain: Path | None
     finetune: Path
@@ -43,7 +43,7 @@ class Network:
 
 
 def write_results(results: _Facts, out: Path, *, title: str, command: str) -> Path:
-    """OUT/results.md and results.json from what `results.collect` found, finished or not."""
+    """Write OUT/results.md and results.json from the output of `results.collect`, also for an unfinished study."""
     out.mkdir(parents=True, exist_ok=True)
     networks, baseline = results["networks"], results["baseline"]
     accuracies = {name: list(found["each"].values()) for name, found in _summaries(networks)}
@@ -71,7 +71,7 @@ def write_results(results: _Facts, out: Path, *, title: str, command: str) -> Pa
 
 
 def write_comparison(networks: Mapping[str, Network], out: Path, *, title: str, notes: Sequence[str] = ()) -> Path:
-    """OUT/report.md: size, accuracy and speed of the networks, then their pre-training: losses, curves, pictures."""
+    """Write OUT/report.md: size, accuracy and speed of the networks, then losses, curves, pictures of pre-training."""
     rows = {name: scorecard(network) for name, network in networks.items()}
     trained = {name: RunFolder(n.pretrain) for name, n in networks.items() if n.pretrain is not None}
     records = {name: read_metrics(run.path) for name, run in trained.items()}
@@ -92,7 +92,7 @@ def write_comparison(networks: Mapping[str, Network], out: Path, *, title: str, 
 
 
 def scorecard(network: Network) -> dict[str, Any]:
-    """The numbers of one fine-tuned, exported and scored network."""
+    """Return the numbers of one fine-tuned, exported and scored network."""
     score = json.loads(network.score.read_text())
     keys = ("top1", "images", "parameters", "latency_ms", "images_per_second", "device")
     return {
@@ -104,7 +104,7 @@ def scorecard(network: Network) -> dict[str, Any]:
 
 
 def scorecard_table(rows: Mapping[str, _Facts]) -> list[str]:
-    """A Markdown table with one line per network."""
+    """Format a Markdown table with one line per network."""
     lines = [
         "| network | top-1 | parameters | MB | latency | images/s | pre-training | fine-tuning |",
         "|---|---|---|---|---|---|---|---|",
@@ -119,7 +119,7 @@ def scorecard_table(rows: Mapping[str, _Facts]) -> list[str]:
 
 
 def accuracy_table(networks: Mapping[str, _Facts], baseline: str | None) -> list[str]:
-    """A Markdown table of top-1, one line per network, from their summaries; on test images where there are any."""
+    """Format a Markdown table of top-1, one line per network, from their summaries; also test top-1 if there is any."""
     tested = any(found["test_accuracy"]["n"] for _, found in _summaries(networks))
     heads = ["network", "n", "top-1", "each seed", *([f"against {baseline}"] if baseline else [])]
     heads += ["test top-1"] if tested else []
@@ -134,7 +134,7 @@ def accuracy_table(networks: Mapping[str, _Facts], baseline: str | None) -> list
 
 
 def cost_table(networks: Mapping[str, _Facts]) -> list[str]:
-    """A Markdown table of what the runs were and took, means over seeds."""
+    """Format a Markdown table of the runs' sizes, losses and times, as means over seeds."""
     lines = [
         "| network | parameters | pre-training | pixel loss | kNN | time | fine-tuning | time |",
         "|---|---|---|---|---|---|---|---|",
@@ -157,7 +157,7 @@ def _summaries(networks: Mapping[str, _Facts]) -> list[tuple[str, _Facts]]:
 
 
 def _unfinished_lines(unfinished: Sequence[_Facts]) -> list[str]:
-    """Names every run that is under way or has ended early, and the first of those that are not begun."""
+    """List every run that is in progress or ended early, and the first few runs that have not started."""
     if not unfinished:
         return []
     begun = [
@@ -173,7 +173,7 @@ def _unfinished_lines(unfinished: Sequence[_Facts]) -> list[str]:
 
 
 def _points(found: _Facts, *, unit: str = "", sign: str = "") -> str:
-    """`57.01 ± 0.45 %` of statistics over shares; the spread is left out for one value."""
+    """Format statistics over accuracies in percent, `57.01 ± 0.45 %`; without the deviation for a single value."""
     if found["mean"] is None:
         return "-"
     spread = "" if found["sd"] is None else f" ± {100 * found['sd']:.2f}"
@@ -185,7 +185,7 @@ def _mean(found: _Facts, form: str) -> str:
 
 
 def _seconds(run: Path | None) -> float | None:
-    """Time of a run's training."""
+    """Return the training time of a run."""
     return None if run is None else summary(read_metrics(run))["seconds"]
 
 

@@ -1,6 +1,6 @@
-"""From a study file to a checked `Study`; what is wrong is named with its line. `schema.py` says how one is written.
+"""Load a study file into a validated `Study`; errors name the line. `schema.py` documents the file format.
 
-YAML -> leaves (dotted name -> value, line) -> schema -> rules -> Study, its paths as seen from here
+YAML -> leaves (dotted name -> value, line) -> schema -> rules -> Study, with paths relative to the working directory
 """
 
 import difflib
@@ -23,7 +23,7 @@ _AXES = ("axes", "finetune_axes")
 
 
 def load_study(path: str | Path) -> Study:
-    """Reads a study file. Raises ConfigError, which names the first problem with its line."""
+    """Read a study file. Raises ConfigError, which names the first problem and its line."""
     path = Path(path)
     try:
         leaves = read_document(read_text(path))
@@ -45,7 +45,7 @@ def load_study(path: str | Path) -> Study:
 
 
 def _invalid(error: ValidationError) -> Problem:
-    """The first thing that the schema refuses."""
+    """Return the first problem that the schema reports."""
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a typo also leaves a key missing
     parts = [str(part) for part in first["loc"]]
     name, section = ".".join(parts), (parts[0] if len(parts) > 1 else "")
@@ -60,7 +60,7 @@ def _invalid(error: ValidationError) -> Problem:
 
 
 def _line(name: str, leaves: Mapping[str, tuple[Any, int]]) -> int:
-    """The line of the key, of what is below it, or of what it is below."""
+    """Return the line of the key, of a key below it, or of its nearest parent."""
     for key, (_, line) in leaves.items():
         if f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}."):
             return line
@@ -68,15 +68,15 @@ def _line(name: str, leaves: Mapping[str, tuple[Any, int]]) -> int:
 
 
 def _parts(name: str) -> list[str]:
-    """The parts of a leaf's dotted name. The keys of axes, students.NAME.axes.KEY, are those of configs: one part."""
+    """Split a leaf's dotted name. A key of axes, as in students.NAME.axes.KEY, is a dotted config key: one part."""
     parts = name.split(".")
     is_axis = parts[0] == "students" and len(parts) > 3 and parts[2] in _AXES
     return name.split(".", 3) if is_axis else parts
 
 
 def _from_here(study: Study, folder: Path) -> Study:
-    """The study with its config paths relative to the working directory instead of the file's folder, and with what is
-    set for every student set for each.
+    """Return the study with config paths relative to the working directory instead of the file's folder, and with the
+    settings common to all students added to each student's own.
     """
 
     def moved(recipe: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Whether a run has been made already: finished in its folder, by the same settings, on the same images."""
+"""Check whether a run is complete: finished in its folder, with the same settings, on the same images."""
 
 import json
 from functools import cache
@@ -15,25 +15,25 @@ from maedistill.runs.folder import RunFolder
 
 
 def is_finished(folder: RunFolder) -> bool:
-    """Whether the run in the folder has come to its end, whatever it was."""
+    """Return whether the run in the folder has finished, whatever its settings were."""
     return last_end(folder) == "finished"
 
 
 def last_end(folder: RunFolder) -> str | None:
-    """How the last start in the folder ended, in words; None while it runs, was killed, or never was."""
+    """Return the reason why the last start in the folder ended; None if it is running, was killed or never started."""
     file = folder.path / "exit.json"
     return json.loads(file.read_text())["reason"] if file.is_file() else None
 
 
 def is_done(config: RunConfig) -> bool:
-    """Whether the run of this config is finished in its folder.
+    """Return whether the run of this config is finished in its folder.
 
-    Raises ConfigError where the folder holds a run of other settings or on other images: nothing is overwritten; and
-    ConfigError or DataError where the run is still to be made and its shards are not there.
+    Raises ConfigError if the folder holds a run with other settings or on other images, so that nothing is overwritten;
+    ConfigError or DataError if the run is not finished and its shards are missing.
     """
     folder = RunFolder(config.run)
     finished = is_finished(folder)
-    if finished or latest_step(folder.checkpoints) is not None:  # a start could lose something
+    if finished or latest_step(folder.checkpoints) is not None:  # starting anew could overwrite it
         _require_same_settings(folder, config)
     if finished:
         _require_same_images(folder, config)
@@ -43,7 +43,7 @@ def is_done(config: RunConfig) -> bool:
 
 
 def is_scored(scorecard: Path, shards: str) -> bool:
-    """Whether the JSON file that tools/evaluate.py writes is there, and tells of these shards, which must be there."""
+    """Return whether tools/evaluate.py's JSON file exists and is of these shards. Raises if the shards are missing."""
     _find_once(shards)
     return scorecard.is_file() and json.loads(scorecard.read_text())["fingerprint"] == _fingerprint(shards)
 
@@ -81,11 +81,11 @@ def _require_shards(config: RunConfig) -> None:
 
 @cache
 def _find_once(shards: str) -> None:
-    """Raises where shards are missing; asked once, however many runs read them."""
+    """Raise if shards are missing. Cached, because many runs read the same shards."""
     find_shards(shards)
 
 
 @cache
 def _fingerprint(shards: str, index: str | None = None) -> str:
-    """What a set of shards is known by; opened once, however many runs are asked about."""
+    """Return the fingerprint of a set of shards. Cached, because many runs read the same shards."""
     return open_index(shards, index=index).fingerprint()

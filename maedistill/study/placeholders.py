@@ -1,4 +1,4 @@
-"""What `{teacher.large}` and `{teacher.large.finetuned}` in a `key=value` stand for: runs of the study's teachers.
+"""Replace `{teacher.large}` and `{teacher.large.finetuned}` in a `key=value` by the runs of the study's teachers.
 
     "distill.teachers=[{teacher.large.finetuned}]"  ->  distill.teachers=[run:OUT/large/seed_0/finetune]
 
@@ -16,32 +16,32 @@ _FINETUNED = ".finetuned"
 
 
 def pretrain_step(name: str, seed: int) -> str:
-    """The name of a teacher's or student's pre-training."""
+    """Return the name of a teacher's or student's pre-training."""
     return f"{name}/seed_{seed}/pretrain"
 
 
 def finetune_step(name: str, seed: int) -> str:
-    """The name of a teacher's or student's fine-tuning."""
+    """Return the name of a teacher's or student's fine-tuning."""
     return f"{name}/seed_{seed}/finetune"
 
 
 def teacher_of(name: str) -> str:
-    """The text that stands for a teacher's pre-training."""
+    """Return the placeholder of a teacher's pre-training."""
     return f"{{teacher.{name}}}"
 
 
 def fill(text: str, out: Path) -> str:
-    """The text with the folders of the runs in the place of what stands for them."""
+    """Return the text with each placeholder replaced by the folder of its run."""
     return _PLACEHOLDER.sub(lambda found: f"run:{out / _step(found[1])}", text)
 
 
 def steps_named(texts: Iterable[str]) -> tuple[str, ...]:
-    """The runs that stand in the texts, each once."""
+    """Return the names of the runs that the placeholders in the texts stand for, each once."""
     return tuple(dict.fromkeys(_step(found) for text in texts for found in _PLACEHOLDER.findall(text)))
 
 
 def wrong_placeholder(text: str, teachers: Mapping[str, Teacher]) -> tuple[str, str] | None:
-    """(cause, remedy) of the first placeholder that names none of these teachers; None where all are right."""
+    """Return (cause, remedy) for the first placeholder that these teachers do not satisfy; None if all are valid."""
     for found in _PLACEHOLDER.findall(text):
         name = found.removesuffix(_FINETUNED)
         if name not in teachers:

@@ -1,10 +1,10 @@
-"""From a study to commands: which runs there are, in which order, and what each of them needs.
+"""Plan the commands of a study: which runs there are, in which order, and which runs each of them needs.
 
     Study, seeds, settings -> [Step, ...]     OUT/TEACHER/seed_0/pretrain -> OUT/STUDENT/seed_K/pretrain -> .../finetune
                                               OUT/TEACHER/seed_0/finetune
 
-A step's name is its run folder below OUT. Each step is a command that also works alone, on a config that was loaded
-here: what is wrong with any of them is said before the first one starts.
+A step's name is its run folder below OUT. Each step is a command that also works on its own. All configs are loaded
+while planning, so that errors in any of them are reported before the first step starts.
 """
 
 import json
@@ -34,11 +34,11 @@ _SOURCE = "teacher.source"
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """What the commands of a study follow from.
+    """The inputs that determine the commands of a study.
 
-    only: names of students, rows or teachers; None: all. settings: `key=value` for every run that has the key.
-    is_done: whether the run of a config is finished in its folder; raises UserError where it can neither be used nor
-    made.
+    only: names of students, rows or teachers; None for all. settings: `key=value` for every run that has the key.
+    is_done: returns whether the run of a config is finished in its folder; raises UserError if the run can neither be
+    used nor started.
     """
 
     study: Study
@@ -49,10 +49,10 @@ class StudyPlan:
     is_done: Callable[[RunConfig], bool]
 
     def steps(self) -> list[Step]:
-        """All steps: the teachers that are needed, then students, seed by seed, so that a study that is not finished is
-        a comparison; what is made of teachers for its own sake comes last.
+        """Return all steps in order: required teachers, students seed by seed, then chosen teachers that no step needs.
 
-        Raises ConfigError for settings or configs that cannot be run, and for more than MOST_RUNS runs.
+        Seed by seed, so that the rows of an unfinished study can already be compared. Raises ConfigError for settings
+        or configs that cannot be run, and for more than MOST_RUNS runs.
         """
         rows, trained = all_rows(self.study.students), dict(all_pretrainings(self.study.students))
         self._require_known(rows)
@@ -70,9 +70,9 @@ class StudyPlan:
         return [*needed, *students.values(), *others]
 
     def _teachers(self, wanted: set[str]) -> tuple[list[Step], list[Step]]:
-        """The teachers' steps that something needs, and those that were only asked for, each in the file's order."""
+        """Return the teachers' steps that another step needs, and the other chosen ones, each in the file's order."""
         needed, others = list[Step](), list[Step]()
-        for name, teacher in reversed(self.study.teachers.items()):  # what a teacher needs stands above it
+        for name, teacher in reversed(self.study.teachers.items()):  # a teacher only needs teachers above it
             start, last = pretrain_step(teacher.pretraining_of or name, TEACHER_SEED), finetune_step(name, TEACHER_SEED)
             for step in (*([last] if teacher.finetune else []), *([start] if teacher.config is not None else [])):
                 if step not in wanted and not self._asked(name):
@@ -93,10 +93,10 @@ class StudyPlan:
     def _load_pretraining(
         self, name: str, way: Pretraining, *, run: Sequence[str] = ()
     ) -> tuple[PretrainConfig, list[str], tuple[str, ...]]:
-        """The config of a pre-training, its settings and the steps that it needs.
+        """Return the config of a pre-training, its settings and the names of the steps that it needs.
 
-        A student's config may name a teacher of its own, so that it also runs alone. The study's takes its place, but
-        not that of one which is set.
+        A student's config may name its own teacher, so that it also runs alone. The study's teacher replaces that one,
+        but not a teacher that the student's `set` or the command line names.
         """
         given = self._settings_of(PretrainConfig)
         texts = [*way.set, *given, *run]
@@ -112,7 +112,7 @@ class StudyPlan:
         return config, settings, steps_named(texts)
 
     def _default_teacher(self, name: str, method: str) -> str | None:
-        """The teacher of a student that names none: the only one. None for a method without, or a study without."""
+        """Return the study's only teacher, for a student that names none; None if method or study has no teacher."""
         teachers = [one for one, teacher in self.study.teachers.items() if teacher.config is not None]
         if method == "mae" or not teachers:
             return None
@@ -122,12 +122,12 @@ class StudyPlan:
         return teachers[0]
 
     def _row_settings(self, row: Row, trained: dict[str, Pretraining]) -> list[str]:
-        """What is set for a row's fine-tuning; one from scratch may have the network of a pre-trained student."""
+        """Return a row's settings of fine-tuning. One from scratch may copy the architecture of another student."""
         return [*(self._network_of(row.shape_of, trained) if row.shape_of is not None else ()), *row.finetune_set]
 
     def _network_of(self, name: str, trained: dict[str, Pretraining]) -> list[str]:
-        """Settings of fine-tuning that give a network from scratch this student's shape, and its images the same
-        normalisation, unless fine-tuning has its own.
+        """Return settings of fine-tuning that give a network from scratch this student's architecture, and its images
+        the same normalisation, unless fine-tuning sets its own.
         """
         config, _, _ = self._load_pretraining(name, trained[name])
         shape = {f"student.{key}": getattr(config.student, key) for key in _SHAPE}
@@ -140,7 +140,7 @@ class StudyPlan:
         return [*settings, *(f"data.{key}={json.dumps(value)}" for key, value in normalisation.items())]
 
     def _finetune(self, name: str, more: Sequence[str], *, seed: int, start: str | None) -> Step:
-        """start: the step whose run it starts from; None from scratch."""
+        """Plan a fine-tuning. start: the step whose run it starts from; None from scratch."""
         recipe = self.study.finetune
         texts = [*recipe.set, *more, *self._settings_of(FinetuneConfig), f"run={self.out / name}", f"seed={seed}"]
         if start is not None:
@@ -152,7 +152,10 @@ class StudyPlan:
         return Step(name, ("tools/finetune.py", recipe.config, *settings), needs, partial(self.is_done, config))
 
     def _require_classifiers(self, name: str, config: FinetuneConfig, named: Sequence[str]) -> None:
-        """A teacher of the study that is only pre-trained has no predictions: said now, not when it is trained."""
+        """Raise ConfigError if logits are distilled from a teacher that is only pre-trained and so has no classifier.
+
+        Checked while planning, because the run itself would fail only after its teacher has been trained.
+        """
         encoders = [step for step in named if step.endswith("/pretrain")]
         encoders = [step for step in encoders if f"run:{self.out / step}" in config.distill.teachers]
         if config.distill.logit_terms and encoders:
@@ -167,7 +170,7 @@ class StudyPlan:
         return [fill(text, self.out) for text in texts]
 
     def _settings_of(self, root: type[RunConfig]) -> list[str]:
-        """Those settings whose key the stage has."""
+        """Return the settings whose key the stage has."""
         known = {*all_keys(root=root), *all_sections(root=root)}
         return [text for text in self.settings if text.partition("=")[0] in known]
 
@@ -190,7 +193,7 @@ class StudyPlan:
                 raise ConfigError(f"--only {name}: the study has nobody of that name", f"it has {offered(names)}")
 
     def _require_few(self, chosen: Sequence[tuple[str, Row]]) -> None:
-        """Counts the students' runs before their configs are loaded."""
+        """Raise ConfigError for more than MOST_RUNS runs of students, before their configs are loaded."""
         each = len(chosen) + len({row.pretraining for _, row in chosen} - {None})
         if each * len(self.seeds) > MOST_RUNS:
             raise ConfigError(
@@ -201,7 +204,7 @@ class StudyPlan:
 
 
 def add_tests(steps: Sequence[Step], out: Path, shards: str, is_scored: Callable[[Path, str], bool]) -> list[Step]:
-    """The steps, and after each fine-tuning one that evaluates it on `shards`, to TEST_FILE in the run's folder."""
+    """Add a step after each fine-tuning that evaluates it on `shards` and writes TEST_FILE in the run's folder."""
     found = []
     for step in steps:
         found.append(step)

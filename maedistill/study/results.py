@@ -1,8 +1,8 @@
-"""What came out of the runs of a study, read from their folders: facts of each run, statistics over seeds.
+"""The results of a study, read from its run folders: facts of each run, statistics over seeds.
 
-    OUT/NAME/seed_K/{pretrain,finetune}/{config.yaml,*.json,metrics.jsonl} -> collect -> what results.json holds
+    OUT/NAME/seed_K/{pretrain,finetune}/{config.yaml,*.json,metrics.jsonl} -> collect -> the content of results.json
 
-Runs that are not finished count for nothing but their progress. Accuracies are shares, times seconds.
+Only the progress of unfinished runs is reported, not their results. Accuracies are in [0, 1], times in seconds.
 """
 
 import json
@@ -42,10 +42,10 @@ _SIZES = {
 
 
 def collect(study: Study, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """{"baseline": name, "networks": {name: {"runs": {seed: facts}, "summary": ...}}, "unfinished": [...]}.
+    """Return {"baseline": name, "networks": {name: {"runs": {seed: facts}, "summary": ...}}, "unfinished": [...]}.
 
-    Teachers come first. The facts of a seed are {"pretrain": ..., "finetune": ..., "test": ...}, each absent where it
-    is not there (yet).
+    Teachers come first. The facts of a seed are {"pretrain": ..., "finetune": ..., "test": ...}, without the entries
+    whose result does not exist (yet).
     """
     steps = _steps_of(study, seeds)
     runs = {name: {str(k): _facts_of(out, *pair) for k, pair in of.items()} for name, of in steps.items()}
@@ -59,9 +59,9 @@ def collect(study: Study, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def summarize(runs: Mapping[str, _Facts], baseline: Mapping[str, _Facts]) -> dict[str, Any]:
-    """Statistics of a network over its seeds, and of its differences to the baseline's runs of the same seeds.
+    """Return statistics of a network over its seeds, and of its differences to the baseline's runs of the same seeds.
 
-    Sizes are those of the first seed: all seeds have the same settings.
+    Sizes are taken from the first seed, because all seeds have the same settings.
     """
     each, before = _column(runs, "finetune", "accuracy"), _column(baseline, "finetune", "accuracy")
     sizes = {name: next(iter(_column(runs, *key).values()), None) for name, key in _SIZES.items()}
@@ -77,7 +77,7 @@ def summarize(runs: Mapping[str, _Facts], baseline: Mapping[str, _Facts]) -> dic
 
 
 def statistics(values: Iterable[float]) -> dict[str, float | int | None]:
-    """n, mean and standard deviation (n - 1); None where there are too few values for it."""
+    """Return n, mean and sample standard deviation (n - 1); None for either if there are too few values."""
     values = list(values)
     n = len(values)
     mean = math.fsum(values) / n if n else None
@@ -86,7 +86,7 @@ def statistics(values: Iterable[float]) -> dict[str, float | int | None]:
 
 
 def run_facts(folder: RunFolder) -> dict[str, Any] | None:
-    """What a finished run was and what came of it; None for one that is not finished."""
+    """Return the settings and the results of a finished run; None for a run that is not finished."""
     if not is_finished(folder):
         return None
     config, facts, records = folder.load_config(), folder.facts(), read_metrics(folder.path)
@@ -107,14 +107,14 @@ def run_facts(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def parameters_of(network: Mapping[str, Any]) -> int:
-    """Parameters of a network as run.json describes it."""
+    """Count the parameters of a network that run.json describes."""
     with torch.device("meta"):
         vit = timm.create_model(network["name"], pretrained=False, **network["arguments"])
     return sum(parameter.numel() for parameter in vit.parameters())
 
 
 def _steps_of(study: Study, seeds: Sequence[int]) -> dict[str, dict[int, tuple[str | None, str | None]]]:
-    """The pre-training and the fine-tuning of each network by seed, None where it has none."""
+    """Return the names of each network's pre-training and fine-tuning step by seed, None for a missing one."""
 
     def pair(pretrained: str | None, finetuned: str | None, seed: int) -> tuple[str | None, str | None]:
         return (
@@ -139,18 +139,18 @@ def _facts_of(out: Path, pretrain: str | None, finetune: str | None) -> dict[str
 
 
 def _score(record: _Facts) -> dict[str, Any]:
-    """Counts of correct images, and their share."""
+    """Return the counts of correct images, and the accuracy."""
     return {"accuracy": record["top1"] / record["images"], "top1": record["top1"], "of": record["images"]}
 
 
 def _column(runs: Mapping[str, _Facts], stage: str, key: str) -> dict[str, Any]:
-    """One fact of each run that has it, by seed."""
+    """Return one fact of each run that has it, by seed."""
     found = {seed: facts.get(stage, {}).get(key) for seed, facts in runs.items()}
     return {seed: value for seed, value in found.items() if value is not None}
 
 
 def _unfinished(out: Path, steps: Iterable[str]) -> list[dict[str, Any]]:
-    """Each run that is not finished: how many epochs it has done, and why it ended, where its last start says so."""
+    """Return for each unfinished run how many epochs it has trained, and why its last start ended, if known."""
     found = []
     for step in steps:
         if not is_finished(folder := RunFolder(out / step)):

@@ -1,10 +1,10 @@
-"""From students to the rows of a comparison: a student with axes is one row for each combination of their values.
+"""Expand students to the rows of a comparison: a student with axes is one row for each combination of their values.
 
     dmae: {config: d.yaml, axes: {masks: {student_visible: [0.1, 0.25]}}, finetune_axes: {optim: {lr: [1e-3, 2e-3]}}}
         pre-trained as  dmae_student_visible_0.1, dmae_student_visible_0.25
         the rows        dmae_student_visible_0.1_lr_0.001, ..._0.1_lr_0.002, ..._0.25_lr_0.001, ..._0.25_lr_0.002
 
-A row is trained once per seed. Rows that differ in fine-tuning alone share their pre-training.
+A row is trained once per seed. Rows that differ only in fine-tuning share their pre-training.
 """
 
 import itertools
@@ -18,12 +18,12 @@ from typing import Any
 from maedistill.study.schema import Axes, Student
 
 TEACHER_AXIS = "teacher"
-_UNFIT = re.compile(r"[^A-Za-z0-9_.+-]+")  # in a folder's name
+_UNFIT = re.compile(r"[^A-Za-z0-9_.+-]+")  # characters not allowed in a folder's name
 
 
 @dataclass(frozen=True)
 class Pretraining:
-    """One way to pre-train a student, or a teacher: its owner. teacher: the study's teacher that is named for it."""
+    """One pre-training of a student or a teacher, its owner. teacher: the name of the study's teacher that it uses."""
 
     owner: str
     config: str
@@ -33,7 +33,7 @@ class Pretraining:
 
 @dataclass(frozen=True)
 class Row:
-    """One network of the comparison. pretraining: the name of the one it begins with; None from scratch."""
+    """One network of the comparison. pretraining: name of the pre-training that it starts from; None from scratch."""
 
     student: str
     pretraining: str | None
@@ -42,12 +42,12 @@ class Row:
 
 
 def number_of_rows(student: Student) -> int:
-    """How many rows the student's axes make, without making them."""
+    """Return how many rows the student's axes make, without expanding them."""
     return math.prod(len(values) for axes in (student.axes, student.finetune_axes) for values in axes.values())
 
 
 def all_pretrainings(students: Mapping[str, Student]) -> list[tuple[str, Pretraining]]:
-    """(name, pre-training) of every student that has a config; names are unique once the study is checked."""
+    """Return (name, pre-training) for every student that has a config. Names are unique once the study is checked."""
     found = []
     for name, student in students.items():
         for label, point in _points(student.axes) if student.config is not None else ():
@@ -57,7 +57,7 @@ def all_pretrainings(students: Mapping[str, Student]) -> list[tuple[str, Pretrai
 
 
 def all_rows(students: Mapping[str, Student]) -> list[tuple[str, Row]]:
-    """(name, row) of every student, in the file's order; names are unique once the study is checked."""
+    """Return (name, row) for every student, in the file's order. Names are unique once the study is checked."""
     rows = []
     for name, student in students.items():
         for before, _ in _points(student.axes):
@@ -69,7 +69,7 @@ def all_rows(students: Mapping[str, Student]) -> list[tuple[str, Row]]:
 
 
 def _points(axes: Axes) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(what it adds to a name, {key: value}) of each combination; one that is empty where there are no axes."""
+    """Yield (suffix of the name, {key: value}) for each combination; one empty combination if there are no axes."""
     words = _words(list(axes))
     for values in itertools.product(*axes.values()):
         label = "".join(f"_{word}_{_label(value)}" for word, value in zip(words, values, strict=True))
@@ -77,13 +77,13 @@ def _points(axes: Axes) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _words(keys: Sequence[str]) -> list[str]:
-    """The last part of each key, or the whole where two end alike."""
+    """Return the last part of each key, or the whole key if its last part is not unique."""
     leaves = [key.rpartition(".")[2] for key in keys]
     return [leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(keys, leaves, strict=True)]
 
 
 def _label(value: Any) -> str:
-    """A value as part of a folder's name: `0.25`, `2-3`, `large.finetuned`."""
+    """Format a value as part of a folder's name: `0.25`, `2-3`, `large.finetuned`."""
     if isinstance(value, list):
         return "-".join(map(_label, value))
     if isinstance(value, str):

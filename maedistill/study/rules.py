@@ -1,6 +1,6 @@
-"""What must hold in a study file beyond the types of its keys: names, references, axes, placeholders.
+"""Validation of a study file beyond the types of its keys: names, references, axes, placeholders.
 
-Each rule yields (key, cause, remedy) of what is wrong; `file.py` names the line.
+Each rule yields (key, cause, remedy) per problem; `file.py` adds the line.
 """
 
 import re
@@ -11,17 +11,17 @@ from maedistill.study.placeholders import wrong_placeholder
 from maedistill.study.rows import TEACHER_AXIS, all_pretrainings, all_rows, number_of_rows
 from maedistill.study.schema import OWN_KEYS, Student, Study, Teacher
 
-MOST_RUNS = 300  # of one start; more is a slip of the pen, or a job for several studies
+MOST_RUNS = 300  # of one start; more is likely a typo, or should be several studies
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_LONGEST_NAME = 120  # letters of a row: it names a folder
-_TAKEN = "logs"  # a folder of OUT
+_LONGEST_NAME = 120  # characters of a row's name, which names a folder
+_TAKEN = "logs"  # a subfolder of OUT
 _MOST_OFFERED = 8
 
 Problem = tuple[str, str, str]
 
 
 def problems(study: Study) -> Iterator[Problem]:
-    """Everything that is wrong with a study, the first thing first. Rows are made only where there are few enough."""
+    """Yield every problem of a study. Rows are only expanded if there are at most MOST_RUNS of them."""
     if not study.seeds or len(set(study.seeds)) != len(study.seeds):
         yield "seeds", f"{list(study.seeds)} is not a list of different seeds", "write e.g. [0, 1, 2]"
     if not study.students:
@@ -36,13 +36,13 @@ def problems(study: Study) -> Iterator[Problem]:
 
 
 def reserved_key_error(text: str) -> str | None:
-    """Why the `key=value` cannot be given to runs of a study; None where it can."""
+    """Return why the `key=value` cannot be set for runs of a study; None if it can."""
     key = text.partition("=")[0]
     return f"the study sets {key} itself" if key in OWN_KEYS else None
 
 
 def offered(names: Iterable[str]) -> str:
-    """Some names, for a remedy."""
+    """Format the first few names for the remedy of an error."""
     names = list(names)
     more = f" and {len(names) - _MOST_OFFERED} more" if len(names) > _MOST_OFFERED else ""
     return ", ".join(names[:_MOST_OFFERED]) + more
@@ -59,7 +59,10 @@ def _names(study: Study) -> Iterator[Problem]:
 
 
 def _teachers(teachers: Mapping[str, Teacher]) -> Iterator[Problem]:
-    """How a teacher begins is said once; one that begins as another does is fine-tuned, or it would be that one."""
+    """Check that each teacher has exactly one way to begin.
+
+    A teacher that reuses another's pre-training must be fine-tuned, else the two are identical.
+    """
     above: list[str] = []
     for name, teacher in teachers.items():
         key = f"teachers.{name}"
@@ -80,7 +83,7 @@ def _teachers(teachers: Mapping[str, Teacher]) -> Iterator[Problem]:
 
 
 def _parts(key: str, student: Student) -> Iterator[Problem]:
-    """How a student begins is said once, and what is for pre-training is said of a pre-training only."""
+    """Check that a student has at most one way to begin, and that only a pre-trained one has keys for pre-training."""
     ways = [way for way in ("config", "pretraining_of", "shape_of") if getattr(student, way) is not None]
     if len(ways) > 1:
         remedy = "config: it is pre-trained; pretraining_of: as another one; shape_of: from scratch"
@@ -116,7 +119,7 @@ def _axes(key: str, student: Student, teachers: Mapping[str, Teacher]) -> Iterat
 
 
 def _rows(study: Study) -> Iterator[Problem]:
-    """Names of rows and pre-trainings meet nothing else's; what students refer to is there."""
+    """Check that names of rows and pre-trainings are unique, and that students refer to existing ones."""
     if sum(map(number_of_rows, study.students.values())) > MOST_RUNS:
         yield "students", f"they are more than {MOST_RUNS} rows", "give the axes fewer values, or make two studies"
         return
@@ -142,13 +145,13 @@ def _rows(study: Study) -> Iterator[Problem]:
 
 
 def _texts(study: Study) -> Iterator[Problem]:
-    """Every `key=value` sets a key that is free and names teachers that are there before it is needed."""
+    """Check that every `key=value` sets a key that is not reserved, and names teachers that are trained before it."""
     above: dict[str, Teacher] = {}
     for name, teacher in study.teachers.items():
         yield from _wrong_texts(f"teachers.{name}.set", teacher.set, above)
         yield from _wrong_texts(f"teachers.{name}.finetune_set", teacher.finetune_set, above)
         above[name] = teacher
-    yield from _wrong_texts("finetune.set", study.finetune.set, {})  # the teachers' fine-tuning has it too
+    yield from _wrong_texts("finetune.set", study.finetune.set, {})  # no placeholders: teachers use these settings too
     yield from _wrong_texts("pretrain_set", study.pretrain_set, study.teachers)
     yield from _wrong_texts("finetune_set", study.finetune_set, study.teachers)
     for name, student in study.students.items():

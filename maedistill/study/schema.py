@@ -1,9 +1,9 @@
-"""A study file: teachers, students that learn from them in different ways, seeds. What YAML becomes.
+"""The schema of a study file: teachers, students that learn from them in different ways, and seeds.
 
     out: runs/cifar10                          # relative to the working directory
     seeds: [0, 1, 2]
-    baseline: mae                              # the row that the others are compared with; left out: none
-    teachers:                                  # each pre-trained once, with seed 0; left out where no student needs one
+    baseline: mae                              # the row that the others are compared with; omitted: none
+    teachers:                                  # each pre-trained once, with seed 0; omitted if no student needs one
       small: {config: teacher.yaml, set: [student.width=96]}
       large: {config: teacher.yaml, finetune: true}                  # and its own top-1
       early: {pretraining_of: large, finetune: true, finetune_set: [optim.epochs=1]}  # one epoch
@@ -20,11 +20,12 @@
       plain: {finetune_set: [student.model=vit_tiny_patch16_224]}    # not pre-trained; the network that is set
     finetune: {config: finetune.yaml, set: [optim.layer_decay=0.8]}
 
-`set` holds `key=value` as on a command line, for pre-training; `finetune_set` for fine-tuning; that of `finetune` is
-everybody's. In them `{teacher.large}` stands for that teacher's run and `{teacher.large.finetuned}` for its fine-tuned
-one: `"teacher.source={teacher.large}"`; a teacher may name those above it. A student's `teacher` is short for just
-that, and can be left out where the file has one teacher. `axes` give keys lists of values: every combination is a row
-of its own (`rows.py`), here sparse_teacher_small_student_visible_0.1 and three more.
+`set` holds `key=value` settings as on a command line, for pre-training; `finetune_set` is for fine-tuning; the `set` of
+`finetune` applies to every fine-tuning. In these settings `{teacher.large}` stands for that teacher's run and
+`{teacher.large.finetuned}` for its fine-tuned run: `"teacher.source={teacher.large}"`. A teacher may name teachers
+above it. A student's `teacher: large` is short for this setting, and may be omitted if the file has one teacher. `axes`
+map keys to lists of values: every combination is a separate row (`rows.py`), here
+sparse_teacher_small_student_visible_0.1 and three more.
 """
 
 from typing import Any
@@ -34,8 +35,8 @@ from pydantic import Field
 from maedistill.config.schema import Count, Section
 
 TEACHER_SEED = 0
-OWN_KEYS = ("run", "seed", "init.source")  # the study sets them itself
-Axes = dict[str, tuple[Any, ...]]  # dotted key, or "teacher" -> values; in the file its parts nest
+OWN_KEYS = ("run", "seed", "init.source")  # reserved: the study sets them itself
+Axes = dict[str, tuple[Any, ...]]  # dotted key, or "teacher" -> values; in the file the key's parts are nested
 
 
 class Recipe(Section):
@@ -46,8 +47,8 @@ class Recipe(Section):
 
 
 class Teacher(Section):
-    """A network that is pre-trained once (config, set), or begins where a teacher above it does (pretraining_of); and
-    fine-tuned, where its own top-1 or logits are needed.
+    """A network that is pre-trained once (config, set), or reuses the pre-training of a teacher above it
+    (pretraining_of). It is also fine-tuned if its own top-1 or logits are needed.
     """
 
     config: str | None = None
@@ -58,10 +59,10 @@ class Teacher(Section):
 
 
 class Student(Section):
-    """How a student begins, and what is particular to its fine-tuning.
+    """How a student starts, and its own settings of fine-tuning.
 
-    It is pre-trained (config, set, teacher, axes), or begins where another one does (pretraining_of), or from scratch
-    with the network of another (shape_of) or the one that its fine-tuning names.
+    It is pre-trained (config, set, teacher, axes), or reuses another student's pre-training (pretraining_of), or starts
+    from scratch with the architecture of another student (shape_of) or the one that its fine-tuning sets.
     """
 
     config: str | None = None
@@ -75,7 +76,7 @@ class Student(Section):
 
 
 class Study(Section):
-    """The whole file. The paths of configs are relative to the working directory once it is loaded."""
+    """The whole study file. Once it is loaded, the paths of configs are relative to the working directory."""
 
     out: str
     seeds: tuple[Count, ...]

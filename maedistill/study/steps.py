@@ -1,11 +1,11 @@
-"""Commands that depend on each other: run in order, some at a time, skipping what is done; ended together.
+"""Run commands that depend on each other, in topological order, several at a time, skipping those that are done.
 
-    [Step, ...] -> what is done already? -> start the first whose needs are met, at most `jobs` at once -> all done
-                                            a failed one holds back what needs it, and nothing else
+    [Step, ...] -> skip finished steps -> start the first whose needs are met, at most `jobs` at once -> all done
+                                          a failed step holds back only the steps that need it
 
-Each step is a process of its own in a session of its own, so that Ctrl-C or SIGTERM reaches this process alone, which
-then ends all of them with their loader processes. OUT/steps.lock is held by this process and every step: while one of
-them lives, even if this process was killed, nobody else can start steps in OUT.
+Each step is a process in its own session, so that Ctrl-C or SIGTERM reaches only this process, which then ends all
+steps together with their loader processes. This process and every step hold OUT/steps.lock: while any of them is alive,
+even after this process was killed, no other process can start steps in OUT.
 """
 
 import fcntl
@@ -28,8 +28,8 @@ from maedistill.machine import cpu_share, visible_gpus
 from maedistill.runs.metrics import duration
 
 _POLL_SECONDS = 0.1
-_GRACE_SECONDS = 60.0  # in which a run saves where it is
-_MOST_NAMED = 5  # steps in an error
+_GRACE_SECONDS = 60.0  # between SIGTERM and SIGKILL, for a run to save a checkpoint
+_MOST_NAMED = 5  # steps named in an error
 
 
 def _never() -> bool:
@@ -38,21 +38,21 @@ def _never() -> bool:
 
 @dataclass(frozen=True)
 class Step:
-    """One command. `done` looks at the disk; raises UserError where other results are in the way or data is missing."""
+    """One command. `done` checks the disk; it raises UserError if the folder holds other results or data is missing."""
 
     name: str
-    command: tuple[str, ...]  # a tool of ours and its arguments, as they follow `python`
+    command: tuple[str, ...]  # a script below tools/ and its arguments, without `python`
     needs: tuple[str, ...] = ()  # names of other steps
     done: Callable[[], bool] = field(default=_never, compare=False)
 
     @property
     def shown(self) -> str:
-        """The command as a person would type it."""
+        """Return the command as one would type it in a shell."""
         return f"python {shlex.join(self.command)}"
 
 
 class StepsFailed(UserError):
-    """Some steps failed; leaves with the exit code of the first of them."""
+    """The error of failed steps. exit_code: that of the first failed step."""
 
     def __init__(self, cause: str, remedy: str, exit_code: int) -> None:
         super().__init__(cause, remedy)
@@ -65,11 +65,11 @@ class _Process:
     process: subprocess.Popen[bytes]
     log: Path | None
     start: float
-    gpu: str | None  # its own among several jobs, as CUDA_VISIBLE_DEVICES names it
+    gpu: str | None  # assigned GPU, for CUDA_VISIBLE_DEVICES, if there are several jobs
 
 
 def finished_steps(steps: Sequence[Step]) -> set[str]:
-    """Names of the steps that are done. Raises ConfigError for a result whose origin is not there (any more)."""
+    """Return the names of the finished steps. Raises ConfigError if a finished step needs one that is not finished."""
     done = {step.name for step in steps if step.done()}
     for step in steps:
         lost = [name for name in step.needs if step.name in done and name not in done]
@@ -82,7 +82,7 @@ def finished_steps(steps: Sequence[Step]) -> set[str]:
 
 
 def print_steps(steps: Sequence[Step]) -> None:
-    """Says what `run_steps` would do."""
+    """Print what `run_steps` would do."""
     done = finished_steps(steps)
     for number, step in enumerate(steps, start=1):
         state = "done" if step.name in done else "to do"
@@ -91,12 +91,12 @@ def print_steps(steps: Sequence[Step]) -> None:
 
 
 def run_steps(steps: Sequence[Step], *, root: Path, out: Path, jobs: int = 1) -> None:
-    """Runs what is not done yet, `jobs` steps at a time; the first that can start goes first.
+    """Run the steps that are not done yet, `jobs` at a time, starting the first step whose needs are met.
 
-    root: the folder that the commands' tools are named from. out: keeps the lock and, with several jobs, one log per
-    step; a single job writes to the terminal. Several jobs share the cores, unless OMP_NUM_THREADS is set, and each has
-    one of the GPUs that this process sees; where the jobs are more than the GPUs, these are shared evenly.
-    Raises StepsFailed at the end where steps failed, ConfigError where steps run in `out` already.
+    root: the folder that the tools' paths are relative to. out: holds the lock and, with several jobs, one log per
+    step; a single job writes to the terminal. Several jobs share the cores, unless OMP_NUM_THREADS is set, and each
+    gets one of the GPUs visible to this process; if there are more jobs than GPUs, the GPUs are shared evenly.
+    Raises StepsFailed at the end if steps failed, ConfigError if steps are already running in `out`.
     """
     done = finished_steps(steps)
     for step in steps:
@@ -122,7 +122,7 @@ def _work(
     start: Callable[..., _Process],
     received: Sequence[int],
 ) -> dict[str, int]:
-    """Starts steps until all have ended or a signal came; takes them from `waiting`. Exit codes of what failed."""
+    """Move steps from `waiting` into processes until all have ended or a signal arrives. Returns failed exit codes."""
     running: list[_Process] = []
     failed: dict[str, int] = {}
     try:
@@ -147,12 +147,12 @@ def _work(
 
 
 def _next(waiting: Sequence[Step], done: Collection[str]) -> Step | None:
-    """The first step whose needs are done. A need that failed is never done."""
+    """Return the first step whose needs are done. A need that failed is never done."""
     return next((step for step in waiting if all(name in done for name in step.needs)), None)
 
 
 def _freest(gpus: Sequence[str], running: Sequence[_Process]) -> str | None:
-    """Choose the GPU with the fewest jobs, the first of equals; None without GPUs."""
+    """Return the GPU with the fewest jobs; ties go to the first; None without GPUs."""
     taken = [one.gpu for one in running]
     return min(gpus, key=taken.count, default=None)
 
@@ -181,7 +181,7 @@ def _start(
         pass_fds=(lock.fileno(),),
     )
     if file is not None:
-        file.close()  # the process has its own
+        file.close()  # the child process has its own descriptor
     return _Process(step, process, log, time.monotonic(), gpu)
 
 
@@ -194,7 +194,7 @@ def _open_log(path: Path, step: Step) -> IO[str]:
 
 
 def _report(ended: _Process) -> int:
-    """Says how a step with a log ended, and why where it failed. Returns its exit code, as a shell counts."""
+    """Print how a step with a log ended, with the end of the log if it failed. Returns its exit code as in a shell."""
     code, name = ended.process.returncode, ended.step.name
     code = 128 - code if code < 0 else code
     if ended.log is None:
@@ -224,14 +224,14 @@ def _shortened(names: Sequence[str]) -> str:
 
 
 def _end(running: Sequence[_Process]) -> None:
-    """Ends the processes and theirs."""
+    """End the processes and their children: SIGTERM, then SIGKILL after the grace period."""
     for one in running:
         _signal_group(one.process, signal.SIGTERM)
     limit = time.monotonic() + _GRACE_SECONDS
     while any(one.process.poll() is None for one in running) and time.monotonic() < limit:
         time.sleep(_POLL_SECONDS)
     for one in running:
-        _signal_group(one.process, signal.SIGKILL)  # also what a step left behind
+        _signal_group(one.process, signal.SIGKILL)  # also ends children that a step left behind
         one.process.wait()
 
 
@@ -239,7 +239,7 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
     try:
         os.killpg(process.pid, number)
     except ProcessLookupError:
-        return  # all of the group have ended
+        return  # all processes of the group have ended
 
 
 @contextmanager
@@ -258,7 +258,7 @@ def _locked(out: Path) -> Iterator[IO[str]]:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM are noted in inside the block, so that no process is lost between two lines."""
+    """Yield a list that records SIGINT and SIGTERM. An exception could lose track of a process that just started."""
     received: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:

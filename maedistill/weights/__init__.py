@@ -1,1 +1,1 @@
-"""Anybody's networks and weights: where they come from, what they hold, under which licence."""
+"""Open networks and weights of any source: runs, exports, timm, hubs and files, with their license."""

@@ -1,10 +1,10 @@
-"""Frozen features from wherever: one vector per image from any network that timm builds, at any depth.
+"""Frozen features from any source: one vector per image from any network that timm builds, at any depth.
 
     open_backbone("runs/dmae_s", block=8)  -> Network whose module is a `Backbone`: images -> features [B, D]
 
-Without a block: a transformer's patch tokens after its final norm, another network's map as its own head pools it.
-With a block: its output, before any norm. Blocks are counted from 0, as timm's `feature_info` does; those of a
-convolutional network are its stages.
+Without a block, the features are a transformer's patch tokens after its final norm, or another network's feature map
+as pooled by its own head. With a block, they are the output of that block, before any norm. Blocks are 0-based, as in
+timm's `feature_info`; the blocks of a convolutional network are its stages.
 
     B batch   N patches   P prefix tokens (class, registers)   D width   s image side   h, w a map's sides
 """
@@ -25,9 +25,9 @@ Pool = Literal["mean", "class"]
 
 
 class Backbone(nn.Module):
-    """Normalised images [B, 3, s, s] -> features [B, D] of a timm network.
+    """Map normalised images [B, 3, s, s] to features [B, D] of a timm network.
 
-    block: whose output, None for the end of the network. pool: over the patch tokens, or the class token alone.
+    block: whose output to use; None for the end of the network. pool: the mean of the patch tokens, or the class token.
     """
 
     def __init__(self, network: nn.Module, *, block: int | None, pool: Pool) -> None:
@@ -36,7 +36,7 @@ class Backbone(nn.Module):
         self.has_tokens = has_tokens(network)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The features of a batch."""
+        """Compute the features of a batch."""
         if self.has_tokens:
             return self._pool_tokens(images)
         if self.block is None:
@@ -47,7 +47,7 @@ class Backbone(nn.Module):
         return found.mean((2, 3))
 
     def describe(self) -> str:
-        """Which features, in words."""
+        """Describe which features these are."""
         depth = "the end of the network" if self.block is None else f"block {self.block}"
         what = {"mean": "mean of the patches", "class": "class token"}[self.pool]
         return f"{what} at {depth}"
@@ -73,10 +73,10 @@ def open_backbone(
     block: int | None = None,
     pool: Pool = "mean",
 ) -> Network:
-    """The network that `open_network` opens, of either stage, with or without a classifier, as a `Backbone`.
+    """Open any network with `open_network`, with or without a classifier, and wrap it as a `Backbone`.
 
-    block: from 0, or from -1 backwards. Raises ConfigError for a block that there is not, a class token that there is
-    not, and a network whose insides timm does not show; and what `open_network` raises.
+    block: from 0, or from -1 backwards. Raises ConfigError for a missing block, a missing class token, or a network
+    whose blocks timm does not expose; also the errors of `open_network`.
     """
     opened = open_network(source, weights=weights, image_size=image_size)
     network = opened.module
@@ -92,7 +92,7 @@ def open_backbone(
 
 
 def has_tokens(network: nn.Module) -> bool:
-    """Whether timm gives patch tokens and prefix tokens of a network apart, as it does for the kinds of ViT."""
+    """Return whether timm returns patch tokens and prefix tokens separately, as it does for variants of ViT."""
     look = getattr(network, "forward_intermediates", None)
     return look is not None and "return_prefix_tokens" in inspect.signature(look).parameters
 
@@ -102,7 +102,7 @@ def _has_class_token(network: nn.Module) -> bool:
 
 
 def _existing_block(network: nn.Module, block: int, name: str) -> int:
-    """The block's number from 0."""
+    """Return the block's 0-based number. Raises ConfigError if there is no such block."""
     if not hasattr(network, "forward_intermediates"):
         raise ConfigError(f"timm shows no blocks of {name}, a {type(network).__name__}", "leave out --block")
     count = len(network.feature_info)
@@ -115,7 +115,7 @@ def _existing_block(network: nn.Module, block: int, name: str) -> int:
 
 @torch.no_grad()
 def _require_features(backbone: Network) -> None:
-    """Shows the network one black image, so that what it cannot do is said before any image is read."""
+    """Run one forward pass on a black image, so that a network without features fails before any image is read."""
     size = backbone.size
     try:
         found = backbone.module(torch.zeros(1, 3, size, size))

@@ -1,10 +1,10 @@
-"""Which outputs of a model are the classes of some shards: the same ones, or a subset found by name.
+"""Match a model's outputs with the classes of some shards: the same classes, or a subset found by name.
 
-    compare_names     model and shards count their classes alike, or a warning, or an error
-    subset_columns    shards with some of the model's classes (ImageNet-A, -R, ten of a thousand): one output per label
+    compare_names     check that model and shards number their classes alike, or warn, or raise
+    subset_columns    for shards with some of the model's classes (ImageNet-A, -R, ten of a thousand): output per label
 
-Models of timm seldom name their classes. One with as many as a known ImageNet set has is taken to have that set's, in
-the order of timm's `ImageNetInfo`: 1,000, 11,821 and so on. WordNet ids and their words are both understood.
+timm's models seldom name their classes. A model with as many classes as a known ImageNet set (1,000, 11,821 and so on)
+is assumed to have that set's classes, in the order of timm's `ImageNetInfo`. Names may be WordNet ids or descriptions.
 
     C classes of the shards
 """
@@ -19,10 +19,10 @@ from maedistill.errors import ConfigError, DataError
 
 
 def subset_columns(known: Sequence[str], given: Sequence[str], *, num_known: int, model: str) -> Tensor:
-    """The model's output for each class of the shards, by name: int64 [C].
+    """Return the model's output index for each class of the shards, matched by name: int64 [C].
 
-    known: the model's names of its `num_known` classes, empty where it has none; given: the shards' names. Raises
-    ConfigError where one of them has no names; DataError for a name that the model has not, or has twice.
+    known: names of the model's `num_known` classes, empty if it has none; given: the shards' names. Raises ConfigError
+    if either has no names; DataError for a name that the model lacks, or has twice.
     """
     if not given:
         raise ConfigError(
@@ -51,9 +51,9 @@ def subset_columns(known: Sequence[str], given: Sequence[str], *, num_known: int
 
 
 def compare_names(known: tuple[str, ...], given: tuple[str, ...], *, num_known: int, model: str) -> list[str]:
-    """A warning where `model` (`known`) and shards (`given`) have other classes; both names may be empty: not known.
+    """Return a warning if the classes of `model` (`known`) and of the shards (`given`) differ; empty if not known.
 
-    Raises DataError where they have the same names in another order: every count would be wrong.
+    Raises DataError if they have the same names in another order, since every count would then be wrong.
     """
     if given and not known and num_known != len(given):
         numbers = f"{model} has {num_known:,} classes without names, the shards {len(given):,}"
@@ -61,7 +61,7 @@ def compare_names(known: tuple[str, ...], given: tuple[str, ...], *, num_known: 
     if not known or not given or known == given:
         return []
     label = next((i for i, names in enumerate(zip(known, given, strict=False)) if names[0] != names[1]), None)
-    if label is None:  # one has more classes than the other, the first ones are the same
+    if label is None:  # one has more classes than the other, and the first ones are equal
         return []
     if sorted(known) == sorted(given):
         raise DataError(
@@ -74,7 +74,7 @@ def compare_names(known: tuple[str, ...], given: tuple[str, ...], *, num_known: 
 
 
 def _imagenet_names(num_classes: int) -> list[tuple[str, ...]]:
-    """The names of an ImageNet set of so many classes, in all spellings; nothing where there is no such set."""
+    """Return the class names of the ImageNet set with `num_classes` classes, in all spellings; empty if none exists."""
     subset = infer_imagenet_subset({"num_classes": num_classes})
     if subset is None:
         return []

@@ -1,7 +1,7 @@
-"""A classifier from wherever it is: a network whose outputs for an image are one logit per class.
+"""Open a classifier from any source: a network that returns one logit per class for an image.
 
 open_classifier("runs/ft_s")                        -> Network, from RUN/run.json and its newest checkpoint
-open_classifier("timm:resnet18.a1_in1k")            -> Network, size, crop and normalisation as timm knows them
+open_classifier("timm:resnet18.a1_in1k")            -> Network, with size, crop and normalisation from timm
 """
 
 import torch
@@ -20,11 +20,11 @@ def open_classifier(
     headless: bool = False,
     size_key: str = "--image-size",
 ) -> Network:
-    """The classifier that `open_network` opens.
+    """Open a classifier with `open_network` and check its output.
 
-    headless: also take an encoder alone, which has 0 classes. size_key: where image_size is set, for errors.
-    Raises ConfigError for a name of no kind, no classifier, or a size that does not fit; DataError for weights that
-    cannot be had.
+    headless: also accept an encoder without a classifier, which has 0 classes. size_key: the option that sets
+    image_size, for errors. Raises ConfigError for an unknown kind of source, a missing classifier, or an unsupported
+    image size; DataError for weights that cannot be loaded.
     """
     keywords = {"weights": weights, "image_size": image_size, "size_key": size_key}
     opened = open_network(source, needs_classes=not headless, **keywords)
@@ -34,7 +34,7 @@ def open_classifier(
 
 @torch.no_grad()
 def _require_fit(classifier: Network, size_key: str) -> None:
-    """Shows the network one black image: said now, a size that it cannot take costs no loader and no waiting."""
+    """Run one forward pass on a black image, so that an unsupported image size fails before the loader starts."""
     size = classifier.size
     try:
         logits = classifier.module(torch.zeros(1, 3, size, size))

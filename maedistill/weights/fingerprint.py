@@ -1,4 +1,4 @@
-"""What a network's weights are known by, so that a run goes on with the teacher that it began with."""
+"""Fingerprint of a network's weights, so that a resumed run can check that its teacher has not changed."""
 
 import hashlib
 
@@ -7,10 +7,9 @@ from torch import nn
 
 
 def weights_fingerprint(network: nn.Module) -> str:
-    """SHA-256 over the names, shapes and bytes of all weights and buffers, on any device: 0.6 s for a ViT-L.
+    """Return SHA-256 over the names, shapes and bytes of all weights and buffers, on any device: 0.6 s for a ViT-L.
 
-    Whatever has to do with positions is left out: it may have been resampled, by arithmetic that is not the same to
-    the last bit on every machine.
+    Position tables are left out: they may have been resampled, and resampling is not bit-identical on every machine.
     """
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):

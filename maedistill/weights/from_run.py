@@ -1,7 +1,7 @@
-"""The network in a run folder of ours, as the timm model it is: for evaluation, export, or as a teacher.
+"""Open the network of a run folder as a timm model, for evaluation, for export, or as a teacher.
 
-RUN/run.json says how timm builds it and how its images are normalised, a checkpoint holds its weights; nothing else of
-the run is needed, neither its data nor the teacher or the weights that it began with.
+RUN/run.json states how timm builds the network and how its images are normalised; a checkpoint holds its weights.
+Nothing else of the run is needed: neither its data, nor its teacher, nor its initial weights.
 """
 
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ from maedistill.weights.run_json import read_facts
 from maedistill.weights.state_dict import Audit, ConvertedStateDict, load_encoder
 
 Weights = Literal["model", "ema"]
-PREFIX = {"pretrain": "encoder.vit.", "finetune": "vit."}  # where a stage's module keeps its network
+PREFIX = {"pretrain": "encoder.vit.", "finetune": "vit."}  # of the network's keys in a stage's state dict
 
 
 @dataclass(frozen=True)
 class RunNetwork:
-    """A network with the weights of one checkpoint. facts: RUN/run.json."""
+    """A network with the weights of one checkpoint. facts: the content of RUN/run.json."""
 
     vit: VisionTransformer
     folder: RunFolder
@@ -38,15 +38,15 @@ class RunNetwork:
 
 
 def describe_network(vit: VisionTransformer) -> dict[str, Any]:
-    """What `open_saved` builds a network of this shape from: plain values, `timm.create_model(name, **arguments)`."""
+    """Return the plain values from which `open_saved` rebuilds it: `timm.create_model(name, **arguments)`."""
     return {"name": vit.pretrained_cfg["architecture"], "arguments": get_model_args(vit)}
 
 
 def open_saved(path: str | Path, *, weights: Weights = "model", image_size: int | None = None) -> RunNetwork:
-    """The network of a run folder, from its newest intact checkpoint, its positions resampled to `image_size`.
+    """Open the network of a run folder from its newest intact checkpoint, with positions resampled to `image_size`.
 
-    weights: `ema` for the moving average. Raises DataError for a folder that is no run of ours, holds no checkpoint or
-    has no such weights.
+    weights: `ema` for the moving average. Raises DataError if the folder is not a run of this package, holds no
+    checkpoint, or lacks these weights.
     """
     folder, facts = read_facts(path)
     checkpoint = newest_intact(folder.checkpoints)
@@ -67,7 +67,7 @@ def open_saved(path: str | Path, *, weights: Weights = "model", image_size: int 
 
 
 def _require_same_size(network: Mapping[str, Any], tensors: Mapping[str, Tensor], checkpoint: Path) -> None:
-    """Raises DataError unless the network of run.json is as large as the checkpoint: before it takes memory."""
+    """Raise DataError unless run.json's network is as large as the checkpoint. Checked before memory is allocated."""
     try:
         with torch.device("meta"):
             shape = timm.create_model(network["name"], pretrained=False, **network["arguments"])

@@ -1,6 +1,6 @@
-"""What the licence of the weights that went in means for those that came out, in words and as model hubs write it.
+"""The license of weights that derive from other weights, as a sentence and as a model hub's identifier.
 
-The text is what a run's run.json says: as its teacher or start names it, or "yours: ..." and "not stated ...".
+The text comes from a run's run.json: as its teacher or initial weights state it, or "yours: ..." and "not stated ...".
 """
 
 import re
@@ -8,13 +8,13 @@ from collections.abc import Iterable
 
 NO_OTHERS = "yours: no other weights were used"
 
-# Identifiers of the Hugging Face hub. One that restricts counts wherever the text names it, others only on their own.
+# Identifiers of the Hugging Face hub. A restrictive one counts anywhere in the text, a free one only as the whole text.
 _NON_COMMERCIAL = ("cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-4.0")
 _FREE = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0")
 
 
 def hub_licence(text: str) -> tuple[str, str | None]:
-    """The hub's identifier for a licence in words, and a name where that is only "other".
+    """Return the hub's identifier for a license text, and a license name if the identifier is only "other".
 
     "CC BY-NC 4.0" -> ("cc-by-nc-4.0", None); "research only" -> ("other", "research-only").
     """
@@ -28,13 +28,13 @@ def hub_licence(text: str) -> tuple[str, str | None]:
 
 
 def combined_licence(licences: Iterable[str]) -> str:
-    """The licence of weights that derive from several, in the words of a run: each once, those not stated last."""
+    """Combine the licenses of several source weights into one text: each once, those that are not stated last."""
     others = dict.fromkeys(text for text in licences if not text.startswith("yours"))
     return "; ".join(sorted(others, key=lambda text: text.startswith("not stated"))) or NO_OTHERS
 
 
 def licence_sentence(text: str) -> str:
-    """What whoever uses the weights must know."""
+    """Return the sentence that tells users of the weights which license applies."""
     if text.startswith("yours"):
         return "no weights of others went in, here or in the runs before: it is the choice of who trained these."
     if text.startswith("not stated"):

@@ -1,9 +1,9 @@
-"""A network from wherever it is, with what its images must look like: a run of ours, an export, or any timm model.
+"""Open any network together with its image preprocessing: a run of this package, an export, or any timm model.
 
 open_network("runs/ft_s")                        -> Network, from RUN/run.json and its newest checkpoint
-open_network("timm:resnet18.a1_in1k")            -> Network, size, crop and normalisation as timm knows them
+open_network("timm:resnet18.a1_in1k")            -> Network, with size, crop and normalisation from timm
 
-What a network must give for its use is asked in classifier.py (logits) and backbone.py (features).
+classifier.py checks that a network returns logits; backbone.py checks that it returns features.
 """
 
 import difflib
@@ -33,33 +33,33 @@ KINDS = ("run", "local-dir", "timm", "hf-hub")
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A timm module for normalised images [B, 3, size, size], with a classifier or without, and how these are made."""
+    """A timm module for normalised images [B, 3, size, size], with or without a classifier, and its preprocessing."""
 
     module: nn.Module
     name: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     size: int
-    crop: float  # share of the shorter side that is seen
+    crop: float  # fraction of the shorter side that is kept
     interpolation: str
     crop_mode: str
-    num_classes: int  # 0: an encoder alone
+    num_classes: int  # 0 for an encoder without a classifier
     licence: str
-    classes: tuple[str, ...] = ()  # names, position = label; empty where they are not known
+    classes: tuple[str, ...] = ()  # names, position = label; empty if not known
 
     @property
     def parameters(self) -> int:
-        """Number of parameters."""
+        """Return the number of parameters."""
         return sum(parameter.numel() for parameter in self.module.parameters())
 
     def describe(self) -> str:
-        """One line for the log: where from, size, classes, licence."""
+        """Describe the network in one line for the log: source, size, classes, license."""
         num_params_m = self.parameters / 1e6
         classes = f"{self.num_classes:,} classes" if self.num_classes else "no classifier"
         return f"{self.name}  {num_params_m:.2f} M parameters, {classes}, licence {self.licence}"
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """What makes an image that the network may look at, but for the normalisation: RGB -> uint8 [3, size, size]."""
+        """Return the preprocessing of an image, without the normalisation: RGB -> uint8 [3, size, size]."""
         return evaluation_transform(
             size=self.size,
             crop=self.crop,
@@ -77,11 +77,12 @@ def open_network(
     needs_classes: bool = False,
     size_key: str = "--image-size",
 ) -> Network:
-    """The network named by `run:PATH`, `local-dir:PATH`, `timm:NAME`, `hf-hub:ID`, or a folder: a run or an export.
+    """Open `run:PATH`, `local-dir:PATH`, `timm:NAME`, `hf-hub:ID`, or the folder of a run or of an export.
 
-    weights: `ema` for the moving average of a run. image_size: other than the network's own, its positions resampled.
-    needs_classes: refuse an encoder alone, before its weights are loaded. size_key: where image_size is set, for
-    errors. Raises ConfigError for a name of no kind or no classifier; DataError for weights that cannot be had.
+    weights: `ema` for the moving average of a run. image_size: overrides the network's own; positions are resampled.
+    needs_classes: reject a network without a classifier before its weights are loaded. size_key: the option that sets
+    image_size, for errors. Raises ConfigError for an unknown kind of source or a missing classifier; DataError for
+    weights that cannot be loaded.
     """
     kind, name = _kind_and_name(source)
     if weights == "ema" and kind != "run":
@@ -92,7 +93,7 @@ def open_network(
 
 
 def _kind_and_name(source: str) -> tuple[str, str]:
-    """What `source` names: ("timm", "resnet18"), ("run", "runs/a")."""
+    """Split `source` into kind and name: ("timm", "resnet18"), ("run", "runs/a")."""
     kind, _, name = source.partition(":")
     if name and kind in KINDS:
         return kind, name
@@ -113,7 +114,7 @@ def _kind_and_name(source: str) -> tuple[str, str]:
 
 
 def _open_run(path: str, weights: Weights, image_size: int | None, needs_classes: bool, size_key: str) -> Network:
-    """The network of a run folder of either stage."""
+    """Open the network of a run folder, pre-trained or fine-tuned."""
     name = f"run:{path}"
     _, facts = read_facts(path)
     if needs_classes and facts["stage"] != "finetune":
@@ -140,7 +141,7 @@ def _open_run(path: str, weights: Weights, image_size: int | None, needs_classes
 
 
 def _open_timm(kind: str, name: str, image_size: int | None, needs_classes: bool, size_key: str) -> Network:
-    """Any model that timm can open, with timm's own word on what its images look like."""
+    """Open any model that timm can open, with the preprocessing that timm states."""
     source = f"{kind}:{name}"
     if kind == "timm" and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -148,13 +149,13 @@ def _open_timm(kind: str, name: str, image_size: int | None, needs_classes: bool
     address = name if kind == "timm" else source
     try:
         require_moderate_network(address)
-        with torch.device("meta"):  # spends neither memory nor time, and loads no weights
+        with torch.device("meta"):  # takes neither memory nor time, and loads no weights
             shape = timm.create_model(address, pretrained=False)
         if needs_classes and not shape.num_classes:
             raise _no_classifier(source)
         if image_size:
             _require_multiple(source, shape, image_size, size_key)
-        takes_size = "img_size" in inspect.signature(type(shape)).parameters  # others take any size as they are
+        takes_size = "img_size" in inspect.signature(type(shape)).parameters  # other networks accept any size
         keywords = {"img_size": image_size} if image_size and takes_size else {}
         network = timm.create_model(address, pretrained=True, **keywords)
     except ConfigError:
@@ -189,7 +190,7 @@ def _with_input_of_timm(network: nn.Module, name: str, image_size: int | None) -
 
 
 def _require_multiple(name: str, network: nn.Module, image_size: int, size_key: str) -> None:
-    """Raises ConfigError where patches would not reach the edge: timm leaves the last rows and columns unseen."""
+    """Raise ConfigError unless patches cover the whole image: timm would ignore the last rows and columns."""
     patches = getattr(network, "patch_embed", None)
     cuts_off = isinstance(patches, PatchEmbed) and not patches.dynamic_img_pad
     patch_size = patches.patch_size[0] if cuts_off else 1

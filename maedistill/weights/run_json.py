@@ -1,8 +1,8 @@
-"""What a run folder says of its network, believed only as far as it can be true: RUN/run.json may come from anywhere.
+"""Validate RUN/run.json, which is untrusted input, before a network is built from it.
 
-    RUN -> read_facts -> its folder, and run.json as a dict that `Facts` has checked
+    RUN -> read_facts -> its folder, and run.json as a dict that `Facts` has validated
 
-`Facts` names what is read of it by whoever opens, exports or describes the network of a run; other entries stay unread.
+`Facts` lists the entries that the code that opens, exports or describes a run's network reads; others are ignored.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from maedistill.errors import DataError
 from maedistill.runs.folder import RunFolder
 
-MOST_BLOCKS, LARGEST = 1_000, 1_000_000  # of a network; the second for width, image size and every other number
+MOST_BLOCKS, LARGEST = 1_000, 1_000_000  # of a network; LARGEST bounds width, image size and every other number
 
 _ARGUMENTS = frozenset(inspect.signature(VisionTransformer).parameters)
 _REMEDY = "name a run folder that tools/pretrain.py or tools/finetune.py has written"
@@ -29,44 +29,44 @@ _Argument = bool | int | float | str | None | list[int]
 
 
 def require_moderate(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments for timm, from outside. Raises ValueError where the network would be of no size that anybody builds."""
+    """Check untrusted arguments for timm. Raises ValueError if a number is absurdly large, such as a depth > 1,000."""
     for name, value in arguments.items():
         most = MOST_BLOCKS if name == "depth" else LARGEST
         for number in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(number, int | float) and not abs(number) <= most:  # nan is no size either
+            if isinstance(number, int | float) and not abs(number) <= most:  # `not <=` also rejects nan
                 raise ValueError(f"{name} is {number}, more than {most:,}")
     return arguments
 
 
 def _require_known(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Only what describes the network itself: timm's `create_model` would also take files and places to load from."""
+    """Reject arguments other than VisionTransformer's: `create_model` also accepts files and URLs to load from."""
     if foreign := sorted(arguments.keys() - _ARGUMENTS):
         raise ValueError(f"{foreign[0]!r} is no part of a network")
     return arguments
 
 
 def _require_model(name: str) -> str:
-    """A name of timm's own, no address."""
+    """Reject names that timm does not know, such as hub addresses."""
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name[:60]!r}")
     return name
 
 
 class Part(BaseModel):
-    """Strict, so that nothing is converted; entries that nobody reads may be there."""
+    """The base of the sections. Strict, so that no value is converted; unknown entries are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
 class Network(Part):
-    """`timm.create_model(name, **arguments)`."""
+    """The arguments of `timm.create_model(name, **arguments)`."""
 
     name: Annotated[str, AfterValidator(_require_model)]
     arguments: Annotated[dict[str, _Argument], AfterValidator(_require_known), AfterValidator(require_moderate)]
 
 
 class Input(Part):
-    """What images of the network look like."""
+    """The preprocessing of the network's images."""
 
     size: Annotated[int, Field(ge=1, le=LARGEST)]
     mean: tuple[Number, Number, Number]
@@ -75,14 +75,14 @@ class Input(Part):
 
 
 class Data(Part):
-    """Which samples."""
+    """The samples that were used."""
 
     images: int
     fingerprint: str
 
 
 class Origin(Part):
-    """The run that a run began with, or the run itself."""
+    """The run that a run started from, or the run itself."""
 
     stage: Literal["pretrain", "finetune"]
     method: Literal["mae", "dmae", "amd", "tinymim"] | None = None
@@ -92,7 +92,7 @@ class Origin(Part):
 
 
 class Facts(Origin):
-    """RUN/run.json."""
+    """The content of RUN/run.json."""
 
     network: Network
     input: Input
@@ -103,7 +103,7 @@ class Facts(Origin):
 
 
 def read_facts(path: str | Path) -> tuple[RunFolder, dict[str, Any]]:
-    """A run's folder and its checked run.json. Raises DataError for a folder that is no run of ours."""
+    """Return a run's folder and its validated run.json. Raises DataError if the folder is not a run of this package."""
     folder = RunFolder(path)
     facts = folder.facts()
     if missing := [name for name in _NEEDED if name not in facts]:
@@ -111,7 +111,7 @@ def read_facts(path: str | Path) -> tuple[RunFolder, dict[str, Any]]:
         what = what if os.path.isdir(folder.path) else "there is no such folder"
         raise DataError(f"{folder.path} holds no run of this version: {what}", _REMEDY)
     try:
-        Facts.model_validate_json(json.dumps(facts))  # as JSON: Python's lists would be no tuples
+        Facts.model_validate_json(json.dumps(facts))  # as JSON: strict mode would reject lists as tuples
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))[:100]

@@ -1,4 +1,4 @@
-"""Which outputs of a teacher are the student's classes: the same, or found by their names.
+"""Match a teacher's outputs with the student's classes: identical, or matched by class name.
 
 C classes of the student
 """
@@ -13,10 +13,10 @@ from maedistill.weights.network import Network
 
 
 def shared_classes(teacher: Network, names: Sequence[str], *, num_classes: int) -> tuple[int, ...] | None:
-    """The teacher's output for each of the student's classes, [C]; None where all are the same in the same order.
+    """Return the teacher's output index for each student class, [C]; None if classes and order are identical.
 
-    names: of the student's classes, empty where they are not known. Where both sides' names are known they decide;
-    otherwise the numbers of classes must be equal. Raises ConfigError for a teacher of other classes.
+    names: of the student's classes, empty if not known. If the names are known on both sides, classes are matched by
+    name; otherwise the numbers of classes must be equal. Raises ConfigError if the teacher lacks a student class.
     """
     spellings = class_names(teacher)
     names = names if len(names) == num_classes else ()
@@ -43,8 +43,9 @@ def shared_classes(teacher: Network, names: Sequence[str], *, num_classes: int) 
 
 
 def class_names(teacher: Network) -> list[tuple[str, ...]]:
-    """The names of a teacher's classes in every spelling, as it says or, of ImageNet's sets, as timm knows: WordNet ids
-    and their words. Empty where they are not known.
+    """Return the names of a teacher's classes in each known spelling; empty if they are not known.
+
+    They are the teacher's own names, or, for ImageNet's class sets, timm's: WordNet ids and their descriptions.
     """
     if len(teacher.classes) == teacher.num_classes:
         return [teacher.classes]

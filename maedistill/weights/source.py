@@ -1,7 +1,7 @@
-"""Where a network's weights come from: timm, a hub, a folder, a file, a run of ours, or nowhere (random).
+"""Open an encoder by its source: timm, a hub, a folder, a weights file, a run of this package, or random weights.
 
-A teacher and the start of a fine-tuning run are both opened here. Every key of a file is accounted for: loaded,
-resampled, or left out.
+Both teachers and the initial weights of a fine-tuning run are opened here. Every key of a file is accounted for:
+loaded, resampled, or left out.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ from maedistill.weights.weights_file import READ_ERRORS, read_weights_file, why_
 
 @dataclass(frozen=True)
 class Source:
-    """An encoder with its weights, and what is known about it."""
+    """An encoder with its weights, normalisation and license."""
 
     encoder: MaskedEncoder
     source: str
@@ -37,18 +37,18 @@ class Source:
     std: Triple
     licence: str
     audit: str
-    origin: Mapping[str, Any] | None = None  # what run.json of a run: source says of it
+    origin: Mapping[str, Any] | None = None  # from run.json, for a `run:` source
 
     def describe(self) -> str:
-        """One line for the log: source, size, keys, normalisation, licence."""
+        """Describe the source in one line for the log: source, size, keys, normalisation, license."""
         num_params_m = sum(p.numel() for p in self.encoder.parameters()) / 1e6
         size = f"{self.encoder.width} x {self.encoder.depth}, {num_params_m:.2f} M"
         return f"{self.source}  {size}  {self.audit}  mean {self.mean}  licence {self.licence}"
 
 
-# What each kind of source gives: the network, what became of its keys, what its origin says of it.
+# What each kind of source returns: the network, the audit of its keys, and the metadata that its source states.
 _Opened = tuple[VisionTransformer, object, Mapping[str, Any]]
-_Size = Callable[[int], int]  # image size for a patch size
+_Size = Callable[[int], int]  # patch size -> image size
 
 
 def open_source(
@@ -65,11 +65,11 @@ def open_source(
     sha256: str | None = None,
     **dimensions: Any,
 ) -> Source:
-    """The encoder named by `KIND:NAME`, its positions resampled to a grid x grid of patches, or to `image_size`.
+    """Open the encoder `KIND:NAME`, with its positions resampled to a grid x grid of patches, or to `image_size`.
 
-    KIND is timm, hf-hub, local-dir, file, run or random. model, positions and dimensions (see `build_vit`) say what the
-    weights of a file are, or random ones. section: the part of the config that names the source, for errors.
-    Raises ConfigError for a source that cannot be walked, DataError for weights that cannot be had or do not fit.
+    KIND is timm, hf-hub, local-dir, file, run or random. model, positions and dimensions (see `build_vit`) describe the
+    network of a weights file, or of random weights. section: the config section that names the source, for errors.
+    Raises ConfigError if the network is not a plain ViT, DataError if the weights cannot be loaded or do not fit.
     """
     assert (grid is None) != (image_size is None)
     kind, _, name = source.partition(":")
@@ -100,7 +100,7 @@ def open_source(
 
 
 def _open_timm(source: str, size: _Size, section: str) -> _Opened:
-    """A pretrained model by timm's own loader, which resamples positions to the image size asked for."""
+    """Load a pretrained model with timm's loader, which resamples positions to the image size."""
     name = source.removeprefix("timm:")
     if source != name:
         require_known(name)
@@ -109,7 +109,7 @@ def _open_timm(source: str, size: _Size, section: str) -> _Opened:
         with torch.device("meta"):
             shape = timm.create_model(name, pretrained=False, num_classes=0, global_pool="")
         require_plain_vit(shape, name)
-        # With its head: without one, timm would accept a file that lacks keys.
+        # Load with the head: without one, timm would accept a file that lacks keys.
         vit = timm.create_model(name, pretrained=True, img_size=size(shape.patch_embed.patch_size[0]))
         vit.reset_classifier(0, "")
     except UserError:
@@ -133,7 +133,7 @@ def _open_file(
     sha256: str | None,
     **dimensions: Any,
 ) -> _Opened:
-    """A weights file in any of the known key styles. Whether there is a class token, the file says."""
+    """Load a weights file in any of the known key styles. The file determines whether there is a class token."""
     imported = import_weights(read_weights_file(path, sha256=sha256, section=section), name=path)
     dimensions["class_token"] = "cls_token" in imported.part("encoder.vit.")
     vit = build_vit(
@@ -148,7 +148,7 @@ def _open_file(
 
 
 def _open_run(folder: str, size: _Size) -> _Opened:
-    """The network of one of our own run folders, from its newest intact checkpoint, without a classifier."""
+    """Load the network of a run folder from its newest intact checkpoint, without its classifier."""
     plain = open_saved(folder)
     facts = plain.facts
     image_size = size(plain.vit.patch_embed.patch_size[0])

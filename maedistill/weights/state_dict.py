@@ -1,6 +1,6 @@
-"""Weights of others: renamed to our names, audited key by key.
+"""Convert state dicts from other code bases: rename their keys to this package's, and audit every key.
 
-Understood are MAE's and DMAE's names, AMD's (VideoMAE's), timm's, and ours, as safetensors or as weights-only pickles.
+Known are the keys of MAE, DMAE, AMD (VideoMAE's), timm and this package, from safetensors or weights-only pickles.
 The result has the names of `methods/`: `encoder.vit.*` (timm's names), `decoder.*`, `projections.*`, `generators.*`.
 """
 
@@ -18,13 +18,13 @@ from maedistill.errors import DataError
 
 Weights = dict[str, Tensor]
 
-_LONGEST_NAME = 100  # characters of a key that an error repeats
-# What a file may hold that nothing here needs: classifiers and pooling heads of fine-tuned models.
+_LONGEST_NAME = 100  # characters of a key that an error quotes
+# Keys that a file may hold but that are not needed: classifiers and pooling heads of fine-tuned models.
 _CLASSIFIER = re.compile(r"^(head|head_dist|fc_norm|attn_pool)\.")
-_RENAMED = [  # the first match renames; the order matters
-    (r"^encoder\.(vit\..*)$", r"encoder.\1"),  # ours
-    (r"^(decoder\.(embed|blocks|norm|head|mask_token|pos_embed)\b.*)$", r"\1"),  # ours, and AMD's decoder
-    (r"^(projections|generators)\.(.*)$", r"\1.\2"),  # ours, and AMD's generators
+_RENAMED = [  # the first match wins, so the order matters
+    (r"^encoder\.(vit\..*)$", r"encoder.\1"),  # this package
+    (r"^(decoder\.(embed|blocks|norm|head|mask_token|pos_embed)\b.*)$", r"\1"),  # this package, and AMD's decoder
+    (r"^(projections|generators)\.(.*)$", r"\1.\2"),  # this package, and AMD's generators
     (r"^mask_token$", "decoder.mask_token"),
     (r"^decoder_pos_embed$", "decoder.pos_embed"),
     (r"^decoder_embed\.(.*)$", r"decoder.embed.\1"),
@@ -41,25 +41,25 @@ _RENAMED = [  # the first match renames; the order matters
 
 @dataclass(frozen=True)
 class ConvertedStateDict:
-    """Renamed weights and what became of the file's keys."""
+    """The renamed weights, and the keys of the file that were dropped or not recognised."""
 
     weights: Weights
     dropped: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
 
     def part(self, prefix: str) -> Weights:
-        """The weights below `prefix`, without it: `part("encoder.vit.")` has timm's names."""
+        """Return the weights below `prefix`, with the prefix removed: `part("encoder.vit.")` has timm's names."""
         return {name.removeprefix(prefix): value for name, value in self.weights.items() if name.startswith(prefix)}
 
 
 @dataclass
 class Audit:
-    """Which of a model's keys a file filled: printed at the start of a run, so that nothing is lost unseen."""
+    """Which of a model's keys a file filled. Printed at the start of a run, so that no key is ignored silently."""
 
     loaded: int = 0
     resampled: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)  # of the file: decoder, heads, classifier
-    absent: list[str] = field(default_factory=list)  # of the model, and not needed
+    absent: list[str] = field(default_factory=list)  # of the model, missing from the file but not needed
 
     def __str__(self) -> str:
         parts = [f"{self.loaded} keys loaded"]
@@ -71,10 +71,10 @@ class Audit:
 
 
 def import_weights(content: object, *, name: str = "weights") -> ConvertedStateDict:
-    """Renames a file's weights to ours; `name` stands for the file in errors.
+    """Rename the keys of a file's weights to this package's. name: the file's name in errors.
 
-    Raises DataError where there are no tensors, or other than plain ones, or video weights (tubelets of 2 frames),
-    which cannot fit images.
+    Raises DataError if there are no tensors, if one is not a plain tensor, or for video weights (tubelets of 2 frames),
+    which cannot be applied to images.
     """
     if not isinstance(content, dict):
         raise DataError(f"{name}: holds a {type(content).__name__}, no named weights", "use a state dict")
@@ -98,7 +98,7 @@ def import_weights(content: object, *, name: str = "weights") -> ConvertedStateD
             foreign.append(key)
         else:
             weights[new] = value
-    tokens = beside.get("generator_mask_tokens")  # AMD keeps them beside its model
+    tokens = beside.get("generator_mask_tokens")  # AMD stores them outside the model's state dict
     for i, token in enumerate(tokens if isinstance(tokens, list) else ()):
         weights[f"generators.{i}.mask_token"] = token
     return ConvertedStateDict(weights, tuple(dropped), tuple(foreign))
@@ -113,11 +113,11 @@ def load_encoder(
     optional: Iterable[str] = (),
     fixed_positions: bool = False,
 ) -> Audit:
-    """Loads the encoder of `imported` into a timm `vit`, positions and patches resampled by timm where sizes differ.
+    """Load the encoder of `imported` into a timm `vit`; timm resamples positions and patches if sizes differ.
 
-    optional: names below which the file may lack keys (the final norm of a teacher that is never run so far).
-    fixed_positions: the file may lack positions, the model's table stands. section: of the config, for errors.
-    Raises DataError when keys are foreign, missing, of another shape, or hold anything but finite numbers.
+    optional: prefixes of keys that the file may lack (the final norm of a teacher that never runs that far).
+    fixed_positions: the file may lack positions; the model's own table is kept. section: config section, for errors.
+    Raises DataError if keys are unknown, missing, of another shape, or hold anything but finite numbers.
     """
     weights, wanted = imported.part("encoder.vit."), vit.state_dict()
     audit = Audit(unused=[k for k in imported.weights if not k.startswith("encoder.vit.")] + list(imported.dropped))
@@ -149,7 +149,7 @@ def load_encoder(
 
 
 def require_finite(weights: Mapping[str, Tensor], name: str) -> None:
-    """Raises DataError for weights that hold other than finite floating-point numbers; `name` is their source's."""
+    """Raise DataError unless all weights hold finite floating-point numbers. name: their source, for errors."""
     for key, value in weights.items():
         if value.is_meta or not value.is_floating_point():
             what = "no numbers" if value.is_meta else str(value.dtype)
@@ -163,7 +163,7 @@ def require_finite(weights: Mapping[str, Tensor], name: str) -> None:
 
 
 def _require_plain(state: Weights, name: str) -> None:
-    """Refuses what only looks like weights: nothing is computed on a tensor that the file does not really hold."""
+    """Raise DataError for tensors that the file does not really hold, before anything is computed on them."""
     for key, value in state.items():
         dense = value.layout == torch.strided and not value.is_nested and not value.is_quantized
         if not dense or value.numel() * value.element_size() > value.untyped_storage().nbytes():
@@ -174,17 +174,17 @@ def _require_plain(state: Weights, name: str) -> None:
 
 
 def _shown(keys: Sequence[str]) -> str:
-    """The first few keys as an error names them: on one line, and no longer than a person reads."""
+    """Format the first few keys for an error: on one line, escaped and shortened."""
     names = [key if key.isprintable() else ascii(key)[1:-1] for key in keys[:3]]
     return ", ".join(name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "..." for name in names)
 
 
 def _fit_grid(vit: nn.Module, weights: Weights, wanted: Weights, audit: Audit) -> None:
-    """Resamples positions and patch weights in place where the file's grid or patch size is another."""
+    """Resample positions and patch weights in place if the file's grid or patch size differs from the model's."""
     positions, kernel = weights.get("pos_embed"), weights.get("patch_embed.proj.weight")
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     patches = positions.shape[1] - prefix if positions is not None and positions.ndim == 3 else 0
-    square = patches > 0 and math.isqrt(patches) ** 2 == patches  # anything else stays as it is and is refused
+    square = patches > 0 and math.isqrt(patches) ** 2 == patches  # any other table is rejected later
     if square and positions.shape[1] != wanted["pos_embed"].shape[1]:
         grid = list(vit.patch_embed.grid_size)
         weights["pos_embed"] = resample_abs_pos_embed(positions, grid, num_prefix_tokens=prefix)
@@ -196,7 +196,7 @@ def _fit_grid(vit: nn.Module, weights: Weights, wanted: Weights, audit: Audit) -
 
 
 def _rename(key: str) -> str | None:
-    """Our name of a key, or None for one that belongs to no method."""
+    """Return this package's name of a key, or None for a key that belongs to no method."""
     for pattern, replacement in _RENAMED:
         if re.match(pattern, key):
             return re.sub(pattern, replacement, key)
@@ -204,7 +204,7 @@ def _rename(key: str) -> str | None:
 
 
 def _merge_qkv_biases(state: Weights, name: str) -> Weights:
-    """BEiT-style blocks keep biases of queries and values only: timm's qkv bias is cat(q, 0, v)."""
+    """Merge the biases of BEiT-style blocks, which have query and value biases only, to timm's qkv: cat(q, 0, v)."""
     merged = {}
     for key, value in state.items():
         if key.endswith("attn.q_bias"):
@@ -218,7 +218,7 @@ def _merge_qkv_biases(state: Weights, name: str) -> Weights:
 
 
 def _flatten_patches(state: Weights, name: str) -> Weights:
-    """Video models embed tubelets, [D, 3, frames, p, p]: one frame is an image's patch, two are refused."""
+    """Convert tubelet embeddings of video models, [D, 3, 1, p, p], to [D, 3, p, p]. Raises DataError for 2+ frames."""
     out = dict(state)
     for key, value in state.items():
         if key.endswith("patch_embed.proj.weight") and value.ndim == 5:
@@ -232,5 +232,5 @@ def _flatten_patches(state: Weights, name: str) -> Weights:
 
 
 def _groups(keys: Iterable[str]) -> list[str]:
-    """Keys cut to what a person reads: `blocks.3.attn.qkv.weight` -> `blocks`."""
+    """Return the distinct first parts of the keys, for display: `blocks.3.attn.qkv.weight` -> `blocks`."""
     return sorted({key.removeprefix("encoder.vit.").split(".")[0] for key in keys})

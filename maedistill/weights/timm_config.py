@@ -1,7 +1,7 @@
-"""What timm's config.json of a folder or of a hub says, which may come from anyone, before it is believed.
+"""Validate timm's config.json of a folder or of a hub, which is untrusted input.
 
 "local-dir:PATH", "hf-hub:ID" -> require_moderate_network
-what timm resolved            -> image_statistics, image_config
+config resolved by timm       -> image_statistics, image_config
 """
 
 import json
@@ -22,14 +22,14 @@ _Side = Annotated[int, Field(ge=1, le=LARGEST)]
 
 
 class Statistics(Part):
-    """What pixels in [0, 1] are normalised by."""
+    """Mean and standard deviation that normalise pixels in [0, 1]."""
 
     mean: tuple[Number, Number, Number] = IMAGENET_DEFAULT_MEAN
     std: tuple[Deviation, Deviation, Deviation] = IMAGENET_DEFAULT_STD
 
 
 class ImageConfig(Statistics):
-    """How timm cuts out the images of a network."""
+    """How timm resizes, crops and normalises the images of a network."""
 
     input_size: tuple[Literal[3], _Side, _Side]
     crop_pct: Annotated[float, Field(gt=0, le=1)]
@@ -38,9 +38,9 @@ class ImageConfig(Statistics):
 
 
 def require_moderate_network(address: str) -> None:
-    """Raises ValueError where the config.json of a `local-dir:` or `hf-hub:` asks for a network of an absurd size.
+    """Raise ValueError if the config.json of a `local-dir:` or `hf-hub:` describes an absurdly large network.
 
-    Also raises what reading it raises.
+    Errors of reading the file are passed on.
     """
     kind, _, name = address.partition(":")
     if kind == "hf-hub":
@@ -51,14 +51,14 @@ def require_moderate_network(address: str) -> None:
 
 
 def image_statistics(known: Mapping[str, Any], source: str) -> tuple[Triple, Triple]:
-    """Mean and deviation that `source` states, ImageNet's where it states none. Raises DataError for other things."""
+    """Return the mean and std that `source` states, by default ImageNet's. Raises DataError for invalid values."""
     stated = {name: known[name] for name in ("mean", "std") if known.get(name) is not None}
     found = _checked(Statistics, stated, source)
     return found.mean, found.std
 
 
 def image_config(resolved: Mapping[str, Any], source: str) -> ImageConfig:
-    """What timm resolved for the images of `source`. Raises DataError for what cannot be meant."""
+    """Validate the image config that timm resolved for `source`. Raises DataError for invalid values."""
     return _checked(ImageConfig, resolved, source)
 
 

@@ -1,6 +1,6 @@
-"""A weights file of others, read without executing anything and without believing its sizes.
+"""Read an untrusted weights file, without executing its code or trusting the sizes that it states.
 
-a.safetensors, a.pth -> read_weights_file -> what it holds: usually a dict of tensors, perhaps with more around it
+a.safetensors, a.pth -> read_weights_file -> its content: usually a dict of tensors, possibly nested in another dict
 """
 
 import hashlib
@@ -20,22 +20,22 @@ from torch.serialization import safe_globals
 
 from maedistill.errors import DataError
 
-# What reading a file that is cut, damaged or no weights at all raises, depending on where the damage is.
+# Errors that reading a truncated or damaged file, or one without weights, may raise, depending on the damage.
 READ_ERRORS = (
     SafetensorError, UnpicklingError, zipfile.BadZipFile, OSError, RuntimeError, EOFError, ValueError, LookupError,
     TypeError, AttributeError, AssertionError, MemoryError, struct.error,
 )  # fmt: skip
-# How files begin that people have in place of weights, in small letters, and what they are.
+# First bytes, in lower case, of files that are often downloaded in place of weights, and what they are.
 _MISTAKEN = {b"<!doctype": "a web page", b"<html": "a web page", b"version https://git-lfs": "a pointer of Git LFS"}
 
 
 def read_weights_file(path: str | Path, *, sha256: str | None = None, section: str = "teacher") -> object:
-    """What a .safetensors or .pth file holds; pickles are read weights-only, so no code of theirs can run.
+    """Return the content of a .safetensors or .pth file. Pickles are read weights-only, so their code cannot run.
 
-    sha256: the file's checksum, where it is known. section: the part of the config that names it, for errors.
-    Raises DataError for a missing, damaged, other or unsafe file.
+    sha256: the file's expected checksum, if known. section: the config section that names the file, for errors.
+    Raises DataError if the file is missing, damaged, unsafe, or not a weights file.
     """
-    path = Path(os.path.expanduser(path))  # os.path's never raises
+    path = Path(os.path.expanduser(path))  # unlike Path.expanduser, it never raises
     if os.path.isdir(path):
         raise DataError(f"{path}: a folder, no file", f"name a file in it, or use {section}.source=local-dir:PATH")
     if not os.path.isfile(path):
@@ -53,7 +53,7 @@ def read_weights_file(path: str | Path, *, sha256: str | None = None, section: s
         _require_honest_zip(path)
         if path.suffix == ".safetensors":
             return load_file(path)
-        # MAE's and AMD's scripts keep their arguments beside the model; torch warns of odd pickles and goes on.
+        # MAE's and AMD's checkpoints also hold the script's arguments, a Namespace; torch warns of unusual pickles.
         with safe_globals([Namespace]), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except READ_ERRORS as error:
@@ -64,7 +64,7 @@ def read_weights_file(path: str | Path, *, sha256: str | None = None, section: s
 
 
 def why_unreadable(error: Exception) -> str:
-    """The telling line of an error of reading: torch's begin with advice to trust the file."""
+    """Return the informative line of a read error. torch's messages begin with advice to trust the file."""
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"there is no {error.filename}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "file an issue" not in line]
@@ -73,7 +73,7 @@ def why_unreadable(error: Exception) -> str:
 
 
 def _mistaken_for(path: Path) -> str | None:
-    """What a file plainly is instead of weights; None where it may be weights."""
+    """Return what a file is if it clearly holds no weights; None if it may hold weights."""
     with path.open("rb") as file:
         head = file.read(64).lstrip().lower()
     return next(
@@ -82,9 +82,9 @@ def _mistaken_for(path: Path) -> str | None:
 
 
 def _require_honest_zip(path: Path) -> None:
-    """Raises ValueError for a zip that would unpack to more than it is.
+    """Raise ValueError for a zip that would unpack to more bytes than it has.
 
-    torch's own writer stores without compression; its reader would allocate whatever a compressed entry says.
+    torch writes zips without compression, but its reader allocates whatever size a compressed entry states.
     """
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":

@@ -1,1 +1,1 @@
-"""From a compressed image to what the network reads."""
+"""Decode, crop and augment images for the network."""

@@ -1,14 +1,14 @@
-"""RandAugment (Cubuk et al., 2019) of training crops in the loader's workers, and seeding of the libraries' generators.
+"""Apply RandAugment (Cubuk et al., 2019) to training crops in loader workers, and seed the global generators.
 
     uint8 crop [3, s, s], position -> RandAugment -> uint8 crop [3, s, s]
 
-timm draws from the global generators of python and numpy. They are seeded anew for every crop from (seed, position), so
-the result depends neither on the worker nor on the rank or batch that the crop is part of.
+timm draws from the global generators of Python and NumPy. They are reseeded for every crop from (seed, position), so
+that the result does not depend on the worker, rank or batch.
 
-The flip comes afterwards, on the device, while timm flips first. Both have the same distribution: mirrored, a rotation,
-horizontal shear or translation by v is the one by -v, timm draws the sign of v with equal odds, with `inc` and without,
-and the operations on colours do not care. One exception: timm's ShearY keeps the left column in place, so here it keeps
-the right one in half of the images.
+timm flips before RandAugment; here the flip comes afterwards, on the device. The distribution is the same: mirroring
+turns a rotation, horizontal shear or translation by v into one by -v, timm draws both signs of v with equal probability
+(with `inc` and without), and colour operations do not depend on the flip. One exception: timm's ShearY keeps the left
+column in place, so here it keeps the right column in half of the images.
 
     s crop size
 """
@@ -28,17 +28,17 @@ from torchvision.transforms.v2 import functional as vision
 from maedistill.errors import ConfigError
 from maedistill.randomness import Stream, key
 
-# timm silently passes over a section that it does not know, e.g. `inc` without its number; its sets t3a and t3aw are
-# 3-Augment, which is nothing without colour jitter
+# timm silently ignores a section that it does not know, e.g. `inc` without its number. Its sets t3a and t3aw are
+# excluded: they are 3-Augment, which is incomplete without colour jitter.
 _SPEC = re.compile(r"rand(-((m|n|mmax|inc)\d+|(p|mstd)\d+(\.\d+)?|tweights))*")
 
 
 class RandAugment:
-    """timm's RandAugment for one crop, as `timm.data.create_transform` sets it up, at a position.
+    """timm's RandAugment as `timm.data.create_transform` configures it, seeded by the position of the crop.
 
     spec: in timm's notation, e.g. rand-m9-mstd0.5-inc1. size: side of the crops in pixels. mean: of the normalisation,
-    pixels in [0, 1]; it fills what a rotation or shift leaves empty. Raises `ConfigError` for a spec that timm would
-    refuse or misread.
+    for pixels in [0, 1]; it fills the pixels that a rotation or shift leaves empty. Raises `ConfigError` for a spec
+    that timm would reject or misread.
     """
 
     def __init__(self, spec: str, *, size: int, mean: tuple[float, float, float], seed: int) -> None:
@@ -61,28 +61,28 @@ class RandAugment:
             raise _wrong(spec)
 
     def __call__(self, crop: Tensor, position: int) -> Tensor:
-        """uint8 [3, s, s] -> uint8 [3, s, s]. Leaves the generators of python and numpy seeded."""
+        """Augment a crop: uint8 [3, s, s] -> uint8 [3, s, s]. It reseeds the global generators of Python and NumPy."""
         _seed_host(self.seed, Stream.AUGMENT, position)
         return vision.pil_to_tensor(self.transform(vision.to_pil_image(crop)))
 
 
 def seed_generators(*parts: int) -> None:
-    """Seeds the global generators of python, numpy and torch, on every device, from `parts`.
+    """Seed the global generators of Python, NumPy and torch, on every device, from `parts`.
 
-    For what has no generator argument: timm's Mixup and RandomErasing, drop path.
+    Code without a generator argument needs this: timm's Mixup and RandomErasing, and drop path.
     """
     _seed_host(*parts)
     torch.manual_seed(key(*parts))
 
 
 def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
-    """timm's at magnitude 10 keeps no bit, which made a black image before Pillow 13 and is an error since."""
+    """Return black for 0 bits, timm's posterize at magnitude 10: Pillow did so before version 13 and now raises."""
     return posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def _seed_host(*parts: int) -> None:
-    """python's and numpy's generators. From one seed both would give the same numbers: they are the same algorithm."""
-    random.seed(key(*parts, 1) % 2**64)  # python drops the sign of a seed
+    """Seed Python and NumPy differently: their algorithms are the same, so one seed would give the same numbers."""
+    random.seed(key(*parts, 1) % 2**64)  # Python ignores the sign of a seed
     np.random.seed(np.array([key(*parts, 2)]).view(np.uint32))
 
 

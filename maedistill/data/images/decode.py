@@ -1,12 +1,12 @@
-"""From the bytes of one image file to RGB pixels, the same wherever the project looks at an image.
+"""Decode the bytes of one image file to RGB pixels, in the same way everywhere in the project.
 
     bytes -> open_image -> header -> decode -> uint8 tensor [3, H, W]                 decode_rgb: both at once
                                      to_rgb -> Pillow image
 
-Pillow reads every header first (25 us) and judges it. JPEGs then take simplejpeg where it is installed, or else
-torchvision's decoder; the pixels are Pillow's, bit for bit. Pillow decodes everything else, and what those two refuse:
-it has the last word. (torchvision's PNG decoder is a little faster, but crashes the process on some damaged files.) No
-other format is ever opened. EXIF orientation and colour profiles are ignored, as ImageNet's users always have.
+Pillow first reads and checks every header (25 us). JPEGs are then decoded by simplejpeg if it is installed, else by
+torchvision; the pixels are bitwise equal to Pillow's. Pillow decodes everything else, and JPEGs that the two reject.
+(torchvision's PNG decoder is a little faster, but crashes the process on some damaged files.) No other format is ever
+opened. EXIF orientation and colour profiles are ignored, as is customary with ImageNet.
 """
 
 import io
@@ -26,44 +26,44 @@ except ImportError:  # the extra "fast" brings it
     simplejpeg = None
 
 SHARD_FORMATS = ("JPEG", "PNG", "WEBP")
-MOST_PIXELS = 64_000_000  # an image may not cost more memory than this when decoded, however small its file is
-MOST_SCANNED = 100 * MOST_PIXELS  # each scan of a progressive JPEG is one more walk over all pixels: usual are ten
-BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
+MOST_PIXELS = 64_000_000  # limit on the memory of a decoded image, because even a small file may hold a huge image
+MOST_SCANNED = 100 * MOST_PIXELS  # pixels times scans; each scan of a progressive JPEG visits all pixels, ten are usual
+BACKGROUND = (255, 255, 255)  # colour behind transparent pixels
 
-# torchvision's operator rather than its Python function, which since 0.29 warns at every call that a later release will
-# drop the decoders
+# Use torchvision's operator, because its Python function warns on every call since 0.29 that a later release will drop
+# the decoders.
 _torchvision_decode = getattr(torch.ops.image, "decode_jpeg", None)
 _TO_RGB, _KEEP_ORIENTATION = 3, False  # torchvision's ImageReadMode.RGB and apply_exif_orientation
 _found = {"simplejpeg": simplejpeg, "torchvision": _torchvision_decode, "pillow": Image}
-JPEG_DECODERS = tuple(name for name, found in _found.items() if found)  # of the same pixels, the fastest first
+JPEG_DECODERS = tuple(name for name, found in _found.items() if found)  # fastest first; all give the same pixels
 
-# what Pillow's decoders raise on damaged bytes, depending on where the damage is
+# errors that Pillow's decoders raise on damaged files, depending on where the damage is
 _DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
     struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
-_JPEG = ("JPEG", "MPO")  # MPO: a JPEG with a second one, e.g. a preview, behind it
-_START_OF_SCAN, _SMALLEST_SCAN = b"\xff\xda", 10  # bytes: the marker and the header of one component
+_JPEG = ("JPEG", "MPO")  # MPO: a JPEG followed by a second one, e.g. a preview
+_START_OF_SCAN, _SMALLEST_SCAN = b"\xff\xda", 10  # bytes of a scan: its marker and the header of one component
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # what Pillow finds odd is judged here, and not worth a line each
+warnings.filterwarnings("ignore", module=r"PIL\.")  # files are checked here; a warning each would flood the log
 
 
 class BadImage(ValueError):
-    """An image that cannot be decoded; the text says why."""
+    """An image that cannot be decoded, with a message that says why."""
 
 
 def decode_rgb(data: bytes) -> Tensor:
-    """Pixels of a JPEG, PNG or WebP file as uint8 [3, H, W], channels last in memory; of animations the first frame.
+    """Decode a JPEG, PNG or WebP file, of animations the first frame: uint8 [3, H, W], channels last in memory.
 
-    Raises `BadImage` for anything else, for damaged files, and for more than 64 million pixels before decoding them.
+    Raise `BadImage` for other formats and damaged files, and, before decoding, for more than 64 million pixels.
     """
     with open_image(data) as image:
         return decode(image, data)
 
 
 def open_image(data: bytes, *, formats: tuple[str, ...] = SHARD_FORMATS) -> Image.Image:
-    """Reads the header only. Raises `BadImage` if it is none of Pillow's `formats`, or too large to decode."""
+    """Read the header only. Raise `BadImage` if the file has none of Pillow's `formats`, or is too large to decode."""
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
     except _DECODE_ERRORS as error:
@@ -72,7 +72,7 @@ def open_image(data: bytes, *, formats: tuple[str, ...] = SHARD_FORMATS) -> Imag
     pixels = image.width * image.height
     if pixels > MOST_PIXELS:
         raise BadImage(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
-    if image.format in _JPEG and pixels * len(data) > MOST_SCANNED * _SMALLEST_SCAN:  # else they are not worth counting
+    if image.format in _JPEG and pixels * len(data) > MOST_SCANNED * _SMALLEST_SCAN:  # else too short for so many scans
         scans = data.count(_START_OF_SCAN)
         if pixels * scans > MOST_SCANNED:
             raise BadImage(f"{scans:,} scans of {image.width} x {image.height} pixels, which would take too long")
@@ -82,18 +82,18 @@ def open_image(data: bytes, *, formats: tuple[str, ...] = SHARD_FORMATS) -> Imag
 def decode(image: Image.Image, data: bytes, *, decoder: str = JPEG_DECODERS[0]) -> Tensor:
     """Decode the pixels of an opened image: uint8 [3, H, W], channels last in memory.
 
-    data: the bytes that it was opened from. decoder: of JPEGs, one of `JPEG_DECODERS`. Raises `BadImage` if the file is
+    data: the bytes that it was opened from. decoder: for JPEGs, one of `JPEG_DECODERS`. Raise `BadImage` if the file is
     damaged.
     """
     if image.format in _JPEG and image.mode in ("RGB", "L"):
         pixels = _decode_jpeg(data, decoder=decoder)
-        if pixels is not None and pixels.shape == (3, image.height, image.width):  # the header as Pillow understood it
+        if pixels is not None and pixels.shape == (3, image.height, image.width):  # agrees with Pillow's header
             return pixels
     return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)  # [3, H, W]
 
 
 def _decode_jpeg(data: bytes, *, decoder: str) -> Tensor | None:
-    """uint8 [3, H, W]; None where Pillow has to decode, or has the last word and the better message."""
+    """Decode a JPEG to uint8 [3, H, W]; None if `decoder` is Pillow or fails, as Pillow may succeed or explain why."""
     try:
         if decoder == "simplejpeg":
             return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1)
@@ -106,7 +106,7 @@ def _decode_jpeg(data: bytes, *, decoder: str) -> Tensor | None:
 
 
 def nonstandard_reason(image: Image.Image, data: bytes) -> str | None:
-    """Why other tools may stumble on this file; None for a plain 8-bit RGB or grayscale JPEG, PNG or WebP."""
+    """Return why other tools may fail on this file; None for a plain 8-bit RGB or grayscale JPEG, PNG or WebP."""
     is_jpeg = image.format in _JPEG
     if not is_jpeg and image.format not in SHARD_FORMATS:
         return str(image.format)
@@ -116,17 +116,18 @@ def nonstandard_reason(image: Image.Image, data: bytes) -> str | None:
         return "transparent"
     if image.mode == "P":
         return "palette"
-    depth = data[24] if image.format == "PNG" else 8  # bits per channel, which a PNG's first chunk states there
+    depth = data[24] if image.format == "PNG" else 8  # bits per channel; byte 24 of a PNG, in its first chunk
     if depth != 8:
         return f"{depth}-bit"
     return None if image.mode in ("RGB", "L") else image.mode
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The first frame of an opened image in 8-bit RGB.
+    """Return the first frame of an opened image in 8-bit RGB.
 
-    16-bit gray is scaled by 1/257 and rounded, 16-bit colour keeps its high byte (Pillow reads no more), transparency
-    is laid over `BACKGROUND`. Raises `BadImage` if the file is damaged or its numbers have no defined white.
+    16-bit gray is scaled by 1/257 and rounded, 16-bit colour keeps its high byte (Pillow reads no more), transparent
+    images are composited over `BACKGROUND`. Raise `BadImage` if the file is damaged, or has 32-bit pixels, whose white
+    is not defined.
     """
     try:
         image.load()

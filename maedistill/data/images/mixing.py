@@ -1,9 +1,9 @@
-"""What a fine-tuning batch goes through on the device once normalised: random erasing, mixup or cutmix, soft targets.
+"""Augment normalised fine-tuning batches on the device: random erasing, mixup or cutmix, soft targets.
 
     images [B, 3, s, s], labels [B] -> erase -> mix with the flipped batch -> images [B, 3, s, s], targets [B, C]
 
-All of it is timm's and draws from the global generators of python, numpy and torch: `augment.seed_generators` before
-each batch makes it a pure function of the batch and the seed.
+timm implements all of it and draws from the global generators of Python, NumPy and torch. Calling
+`augment.seed_generators` before each batch makes the result a pure function of the batch and the seed.
 
     B micro-batch   C classes   s image side
 """
@@ -20,9 +20,9 @@ from maedistill.errors import ConfigError
 class Mixing:
     """Random erasing (Zhong et al., 2017), mixup (Zhang et al., 2018), cutmix (Yun et al., 2019), label smoothing.
 
-    mixup, cutmix: alphas of the Beta distributions, 0 for none; one lambda for the whole batch. mix_probability: how
-    often a batch is mixed. switch_probability: how often by cutmix, where both are on. erasing: how often a rectangle
-    of an image is filled with noise. smoothing: the share of a target that is spread over all classes.
+    mixup, cutmix: alphas of the Beta distributions, 0 for none; one lambda for the whole batch. mix_probability:
+    probability that a batch is mixed. switch_probability: probability of cutmix if both are on. erasing: probability
+    that a rectangle of an image is filled with noise. smoothing: share of a target that is spread over all classes.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class Mixing:
         self.mixes = mix_probability > 0 and max(mixup, cutmix) > 0
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, s, s], normalised and changed in place, and labels int64 [B] -> images, targets float [B, C].
+        """Augment normalised images [B, 3, s, s], in place, with labels int64 [B] -> images, targets float [B, C].
 
-        Nothing waits for the device. Raises `ConfigError` for an odd batch that should be mixed in pairs.
+        The host never waits for the device. Raise `ConfigError` for an odd batch, which cannot be mixed in pairs.
         """
         if self.mixes and len(images) % 2:
             raise ConfigError(

@@ -1,7 +1,7 @@
-"""From a decoded image to what the network reads: crop in the worker, flip and normalise on the device.
+"""Prepare decoded images for the network: crop in the worker, flip and normalise on the device.
 
-Workers hand over uint8 crops, so that a quarter of the bytes cross the bus. The crop is torchvision's
-RandomResizedCrop with its draws taken from (seed, position) instead of a generator.
+Workers return uint8 crops, so that only a quarter of the bytes of float32 cross the bus. The crop is torchvision's
+RandomResizedCrop, with draws that depend on (seed, position) instead of a generator's state.
 
     B batch   H, W image size   s crop size
 """
@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from maedistill.randomness import Stream, uniform
 
-_TRIES = 10  # torchvision's RandomResizedCrop tries so often before it falls back to the centre
+_TRIES = 10  # attempts of torchvision's RandomResizedCrop before it falls back to a centre crop
 CROP_DRAWS = 2 * _TRIES + 2
 Box = tuple[int, int, int, int]  # top, left, height, width
 
@@ -23,7 +23,7 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 def random_box(
     height: int, width: int, draws: Sequence[float], *, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Box:
-    """The box of RandomResizedCrop (Szegedy et al., 2015, as torchvision defines it) for `CROP_DRAWS` uniform draws.
+    """Return the box of RandomResizedCrop (Szegedy et al., 2015, as in torchvision) for `CROP_DRAWS` uniform draws.
 
     scale: range of the box's share of the area. ratio: range of its width / height, log-uniform.
     """
@@ -40,9 +40,9 @@ def random_box(
 
 
 def crop(image: Tensor, box: Box, *, size: int) -> Tensor:
-    """Cuts the box out and resizes it, bicubic with antialiasing: uint8 [3, H, W] -> uint8 [3, s, s], channels last.
+    """Crop the box and resize it, bicubic with antialiasing: uint8 [3, H, W] -> uint8 [3, s, s], channels last.
 
-    The pixels of torchvision's `resized_crop`. Its crops are planar, and putting them so takes a third of its time.
+    The pixels equal those of torchvision's `resized_crop`, which spends a third of its time on making them planar.
     """
     top, left, height, width = box
     cut = image.permute(1, 2, 0)[None, top : top + height, left : left + width].permute(0, 3, 1, 2)  # [1, 3, h, w]
@@ -50,23 +50,23 @@ def crop(image: Tensor, box: Box, *, size: int) -> Tensor:
 
 
 def centre_crop(image: Tensor, *, size: int, share: float) -> Tensor:
-    """The evaluation crop: a centred square, `share` of the shorter side, resized: uint8 [3, H, W] -> [3, s, s]."""
+    """Crop a centred square, `share` of the shorter side, and resize it: uint8 [3, H, W] -> uint8 [3, s, s]."""
     side = max(1, round(min(image.shape[1:]) * share))
     box = ((image.shape[1] - side) // 2, (image.shape[2] - side) // 2, side, side)
     return image[:, box[0] : box[0] + side, box[1] : box[1] + side] if side == size else crop(image, box, size=size)
 
 
 def to_float01(images: Tensor) -> Tensor:
-    """uint8 [B, 3, s, s] -> float32 in [0, 1], on the same device."""
+    """Convert uint8 [B, 3, s, s] to float32 in [0, 1], on the same device."""
     return images.float().div_(255)
 
 
 def random_flip(images: Tensor, positions: Tensor, *, seed: int) -> Tensor:
-    """Mirrors half of the images left to right, decided by (seed, position): [B, 3, s, s] -> [B, 3, s, s]."""
+    """Flip images horizontally with probability 1/2, drawn from (seed, position): [B, 3, s, s] -> [B, 3, s, s]."""
     mirrored = uniform(seed, positions, Stream.FLIP, n=1) < 0.5  # [B, 1]
     return torch.where(mirrored[:, :, None, None], images.flip(-1), images)
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(x - mean) / std per channel: images [B, 3, s, s] in [0, 1], mean and std [3, 1, 1]."""
+    """Return (images - mean) / std per channel: images [B, 3, s, s] in [0, 1], mean and std [3, 1, 1]."""
     return (images - mean) / std

@@ -1,1 +1,1 @@
-"""Which sample comes when, and its way to the device."""
+"""Order samples, load them in worker processes and copy batches to the device."""

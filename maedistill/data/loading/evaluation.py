@@ -1,8 +1,8 @@
-"""Evaluation input, exact: every image once, none replaced, each prepared as timm's validate.py would.
+"""Exact evaluation input: every image once, none replaced, each preprocessed as in timm's validate.py.
 
     index, sample ids -> rank_share -> EvaluationImages -> exact_batches -> images, labels, ids
 
-Unlike the kNN probe's `CentreCrops`, nothing here is lenient: an accuracy is over the images that it says it is over.
+Unlike the kNN probe's `CentreCrops`, nothing here replaces a bad image, so an accuracy covers exactly the given images.
 
     n samples   b batch   s image side
 """
@@ -25,7 +25,7 @@ from maedistill.data.shards.scan import NO_LABEL
 from maedistill.errors import DataError
 
 _CPU = torch.device("cpu")
-PADDING = -1  # in place of a sample id: a black image without label
+PADDING = -1  # instead of a sample id: a black image without label
 
 
 def evaluation_transform(
@@ -36,10 +36,10 @@ def evaluation_transform(
     crop_mode: str = "center",
     mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
 ) -> Callable[[Image.Image], Tensor]:
-    """timm's own evaluation transform up to the normalisation: RGB image -> uint8 [3, s, s].
+    """Return timm's evaluation transform without the normalisation: RGB image -> uint8 [3, s, s].
 
-    size: side, or height and width. crop: share of the shorter side that is looked at (timm's crop_pct).
-    interpolation, crop_mode: as in a timm model's data config. mean: what the mode `border` pads with.
+    size: side, or height and width. crop: share of the shorter side that is kept (timm's crop_pct).
+    interpolation, crop_mode: as in a timm model's data config. mean: the padding value of the mode `border`.
     """
     return create_transform(
         size, crop_pct=crop, interpolation=interpolation, crop_mode=crop_mode, mean=mean, normalize=False
@@ -47,7 +47,7 @@ def evaluation_transform(
 
 
 class EvaluationImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """The given samples, int64 [n], in the order given, each with its label and id; `PADDING` is a black image."""
+    """The given samples, int64 [n], in order, each with its label and id. `PADDING` gives a black image."""
 
     def __init__(self, index: ShardIndex, samples: Tensor, transform: Callable[[Image.Image], Tensor]) -> None:
         self.index, self.samples, self.transform = index, samples, transform
@@ -58,9 +58,9 @@ class EvaluationImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return len(self.samples)
 
     def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Images uint8 [b, 3, s, s], labels and sample ids int64 [b] at some places of `samples`.
+        """Return images uint8 [b, 3, s, s], labels and sample ids int64 [b] of some rows of `samples`.
 
-        A label is -1 where there is none. Raises `DataError` for an image that cannot be decoded.
+        The label of an unlabelled sample is -1. Raise `DataError` for an image that cannot be decoded.
         """
         ids = self.samples[rows]  # [b]
         labels = torch.from_numpy(self.index.labels[ids.numpy()])  # [b]
@@ -88,7 +88,7 @@ def exact_batches(
     device: torch.device = _CPU,
     timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Images uint8 [b, 3, s, s], labels and ids int64 [b], in order on `device`, the last batch as small as it is.
+    """Return images uint8 [b, 3, s, s], labels and ids int64 [b] on `device`, in order. The last batch may be smaller.
 
     timeout_seconds: as in `load_batches`.
     """
@@ -97,10 +97,10 @@ def exact_batches(
 
 
 def rank_share(samples: Tensor, *, rank: int, world_size: int) -> Tensor:
-    """Every world_size-th sample, from the rank-th on: int64 [n] -> int64 [ceil(n / world_size)].
+    """Return every world_size-th sample, starting at `rank`: int64 [n] -> int64 [ceil(n / world_size)].
 
-    The shares of all ranks are of one length, with `PADDING` at the end where samples are wanting: ZeRO 3 needs equally
-    many forward passes on all.
+    All ranks get the same number of samples, with `PADDING` at the end where samples are missing, because ZeRO 3 needs
+    the same number of forward passes on every rank.
     """
     padding = samples.new_full((-len(samples) % world_size,), PADDING)
     return torch.cat([samples, padding])[rank::world_size]

@@ -1,8 +1,8 @@
-"""From positions to micro-batches: which samples this rank reads at each step, decoded and cropped by worker processes.
+"""Load micro-batches by position: choose this rank's samples at each step, decode and crop them in worker processes.
 
-Step s of a run with global batch B takes the positions [sB, (s+1)B). Accumulation, ranks and workers only divide them:
-micro-batch j of rank r takes the j-th block of world * m positions, and of it the r-th part. So a restart needs one
-integer, and the number of ranks and workers changes nothing about what is read.
+Step s of a run with global batch B reads the positions [sB, (s+1)B). Accumulation, ranks and workers only divide them:
+micro-batch j of rank r is the r-th part of the j-th block of world * m positions. So the step is all that a resumed run
+needs, and the number of ranks or workers does not change which samples a step reads.
 
     m micro-batch   s crop size
 """
@@ -30,14 +30,14 @@ from maedistill.randomness import Stream, key, uniform
 
 PREFETCHED = 4  # batches per worker
 _CPU = torch.device("cpu")
-_REPLACEMENTS = 16  # so many bad samples in a row mean that the whole set is bad
+_REPLACEMENTS = 16  # after this many bad samples in a row, the whole data set is considered bad
 
 
 class RandomCrops(Dataset[Batch]):
-    """Random crops by position. A sample that cannot be decoded is replaced by a fixed function of (seed, position).
+    """Random crops by position. An undecodable sample is replaced by another, chosen by (seed, position) alone.
 
-    augment: what is done to each crop, uint8 [3, s, s], at its position; a pure function of the two.
-    decoder: of JPEGs, one of `JPEG_DECODERS`; all give the same pixels.
+    augment: applied to each crop, uint8 [3, s, s], and its position; a pure function of the two.
+    decoder: for JPEGs, one of `JPEG_DECODERS`; all give the same pixels.
     """
 
     def __init__(
@@ -56,15 +56,15 @@ class RandomCrops(Dataset[Batch]):
         self.size, self.scale, self.ratio, self.augment = size, scale, ratio, augment
         self.decoder = decoder
         self.reader = ShardReader(index)
-        self._ahead: list[int] = []  # shards that were asked for last
+        self._ahead: list[int] = []  # shards of the last `read_ahead`
 
     def __getitems__(self, positions: list[int]) -> Batch:
-        """Reads one micro-batch."""
+        """Read one micro-batch."""
         images = torch.empty(len(positions), self.size, self.size, 3, dtype=torch.uint8)
         return self.fill(images.permute(0, 3, 1, 2), positions)
 
     def fill(self, images: Tensor, positions: list[int]) -> Batch:
-        """Reads one micro-batch into `images`, uint8 [m, 3, s, s]. Consecutive views of an image cost one decoding."""
+        """Read one micro-batch into `images`, uint8 [m, 3, s, s]. Decode an image once for its consecutive views."""
         if self.reader.is_remote and (ahead := self.order.shards_ahead(positions[-1])) != self._ahead:
             self._ahead = ahead
             self.reader.read_ahead(ahead)
@@ -72,7 +72,7 @@ class RandomCrops(Dataset[Batch]):
         samples = self.order.samples(at).tolist()
         draws = uniform(self.seed, at, Stream.CROP, n=CROP_DRAWS).tolist()
         bad = []
-        # By visit, not by sample: an epoch may begin with what the last one ended with, and that is another visit.
+        # Group by visit, not sample: an epoch may begin with the last sample of the one before, which is another visit.
         for visit, group in itertools.groupby(range(len(positions)), key=lambda i: positions[i] // self.order.views):
             views = list(group)
             crops, sample, failed = self._crops(samples[views[0]], visit, [draws[i] for i in views])
@@ -84,9 +84,10 @@ class RandomCrops(Dataset[Batch]):
         return Batch(images, at, labels, torch.tensor(samples), tuple(bad))
 
     def _crops(self, sample: int, visit: int, draws: list[list[float]]) -> tuple[list[Tensor], int, list[str]]:
-        """A crop per row of draws of a sample, or of its first decodable replacement; which it is; what failed before.
+        """Return a crop per row of draws, the id of the sample that was read, and the errors of the samples before it.
 
-        visit: position // views, so that all views of an image share the replacement.
+        If the sample cannot be decoded, read its first decodable replacement. visit: position // views, so that all
+        views of an image share the replacement.
         """
         failed: list[str] = []
         for attempt in range(_REPLACEMENTS):
@@ -99,7 +100,7 @@ class RandomCrops(Dataset[Batch]):
         raise _all_bad(failed[-1])
 
     def _cut(self, data: bytes, draws: list[list[float]]) -> list[Tensor]:
-        """Crops uint8 [3, s, s] of an encoded image. Raises `BadImage`."""
+        """Decode an image and return its crops, uint8 [3, s, s]. Raise `BadImage`."""
         with open_image(data) as header:
             image = decode(header, data, decoder=self.decoder)  # [3, H, W]
         height, width = image.shape[1:]
@@ -108,9 +109,9 @@ class RandomCrops(Dataset[Batch]):
 
 
 class _CropsInSlots(Dataset[BatchHandle]):
-    """What workers are asked for: `crops` whose images wait in slots. Batch j of a rank takes slot j mod C.
+    """The data set of the workers: batches of `crops` with images in slots of shared memory. Batch j uses slot j mod C.
 
-    block: positions from one batch of a rank to its next.
+    block: number of positions between the starts of two consecutive batches of a rank.
     """
 
     def __init__(self, crops: RandomCrops, slots: SharedBatchBuffers, *, block: int) -> None:
@@ -118,7 +119,7 @@ class _CropsInSlots(Dataset[BatchHandle]):
         self.index, self.reader = crops.index, crops.reader
 
     def __getitems__(self, positions: list[int]) -> BatchHandle:
-        """Reads one micro-batch into its slot."""
+        """Read one micro-batch into its slot."""
         slot = positions[0] // self.block % len(self.slots)
         batch = self.crops.fill(self.slots[slot], positions)
         return BatchHandle(
@@ -127,9 +128,9 @@ class _CropsInSlots(Dataset[BatchHandle]):
 
 
 class CentreCrops(Dataset[tuple[Tensor, Tensor]]):
-    """Centre crops of given samples with their labels, in the order given, for pictures and for kNN as a trend.
+    """Centre crops of the given samples with their labels, in order, for pictures and for the kNN trend in training.
 
-    A sample that cannot be decoded is replaced, label and all, by the next one that can: neither is worth a run.
+    An undecodable sample is replaced, with its label, by the next decodable one, because a probe must not end a run.
     """
 
     def __init__(self, index: ShardIndex, samples: Tensor, *, size: int, share: float) -> None:
@@ -140,13 +141,13 @@ class CentreCrops(Dataset[tuple[Tensor, Tensor]]):
         return len(self.samples)
 
     def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Images uint8 [b, 3, s, s] and labels int64 [b] of some places in `samples`."""
+        """Return images uint8 [b, 3, s, s] and labels int64 [b] of some rows of `samples`."""
         found = [self._decode(sample) for sample in self.samples[rows].tolist()]
         crops = [centre_crop(image, size=self.size, share=self.share) for image, _ in found]
         return torch.stack(crops), torch.tensor([int(self.index.labels[sample]) for _, sample in found])
 
     def _decode(self, sample: int) -> tuple[Tensor, int]:
-        """The image of a sample, or of the next decodable one, and which sample it is."""
+        """Return the image of a sample, or of the next decodable one, and the id of that sample."""
         for _ in range(_REPLACEMENTS):
             try:
                 return decode_rgb(self.reader.read(sample)), sample
@@ -164,21 +165,21 @@ def _all_bad(last: str) -> DataError:
 
 
 def rank_positions(step: int, micro: int, *, plan: BatchPlan, rank: int, world_size: int) -> range:
-    """The positions of one micro-batch of one rank: `plan.micro_batch` consecutive ones."""
+    """Return the `plan.micro_batch` consecutive positions of one micro-batch of one rank."""
     block = world_size * plan.micro_batch
     start = (step * plan.accumulation + micro) * block + rank * plan.micro_batch
     return range(start, start + plan.micro_batch)
 
 
 class Schedule:
-    """The micro-batches of one rank from `first_step` on, as lists of positions: what a DataLoader calls a sampler."""
+    """A batch sampler for DataLoader: the positions of each micro-batch of one rank, from `first_step` on."""
 
     def __init__(self, first_step: int, total_steps: int, *, plan: BatchPlan, rank: int, world_size: int) -> None:
         self.steps, self.plan, self.rank, self.world_size = range(first_step, total_steps), plan, rank, world_size
 
     @property
     def block(self) -> int:
-        """Positions from the beginning of one micro-batch to that of the next."""
+        """Return the number of positions between the starts of two consecutive micro-batches."""
         return self.world_size * self.plan.micro_batch
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -200,9 +201,9 @@ def training_batches(
     timeout_seconds: float = TIMEOUT_SECONDS,
     max_batch_wait: float = math.inf,
 ) -> Iterator[Batch]:
-    """Micro-batches of the steps [first_step, total_steps) on `device`, `plan.accumulation` of them per step.
+    """Return the micro-batches of the steps [first_step, total_steps) on `device`, `plan.accumulation` per step.
 
-    timeout_seconds, longest_wait: as in `load_batches`.
+    timeout_seconds, max_batch_wait: as in `load_batches`.
     """
     schedule = Schedule(first_step, total_steps, plan=plan, rank=rank, world_size=world_size)
     limits = {"timeout_seconds": timeout_seconds, "max_batch_wait": max_batch_wait}
@@ -212,18 +213,18 @@ def training_batches(
 def host_batches(
     crops: RandomCrops, schedule: Schedule, *, workers: int, pin_memory: bool, **limits: float
 ) -> Iterator[Batch]:
-    """The micro-batches of a schedule on the host, their images channels last, each good until the next is asked for.
+    """Return the micro-batches of a schedule on the host, images channels last. Each is valid until the next is taken.
 
-    pin_memory: for a GPU to copy from. limits: `timeout_seconds` and `longest_wait` of `load_batches`.
+    pin_memory: for copies to a GPU. limits: `timeout_seconds` and `max_batch_wait` of `load_batches`.
     """
     keywords = {"workers": workers, "batch_sampler": schedule, "pin_memory": pin_memory} | limits
     if not workers:
         return load_batches(crops, **keywords)
-    # A worker is asked for batch j + workers * PREFETCHED when batch j is fetched: until then, batch j - 1 is used.
+    # + 1: torch requests batch j + workers * PREFETCHED when batch j is taken, and batch j - 1 is in use until then
     slots = SharedBatchBuffers(workers * PREFETCHED + 1, batch=schedule.plan.micro_batch, size=crops.size)
     images = _CropsInSlots(crops, slots, block=schedule.block)
     handles = load_batches(images, prefetch_factor=PREFETCHED, **keywords)
-    # What is pinned is open.
+    # With pinned memory, torch has already called `BatchHandle.pin_memory`, which opens the batch.
     return (handle.open() if isinstance(handle, BatchHandle) else handle for handle in handles)
 
 
@@ -235,6 +236,6 @@ def evaluation_batches(
     device: torch.device = _CPU,
     timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images uint8 [b, 3, s, s] and labels int64 [b] in order on `device`, the last batch as small as it is."""
+    """Return images uint8 [b, 3, s, s] and labels int64 [b] on `device`, in order. The last batch may be smaller."""
     limits = {"pin_memory": device.type == "cuda", "timeout_seconds": timeout_seconds}
     return on_device(load_batches(crops, workers=workers, batch_size=batch, **limits), device)

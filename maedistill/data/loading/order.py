@@ -1,10 +1,10 @@
-"""Which sample comes when: position p of the endless training sequence -> (sample, epoch), a pure function.
+"""Order of the samples: map position p of the endless training sequence to (sample, epoch), as a pure function.
 
 With n images and k views per image, position p is view p % k of the image at place (p % nk) // k of epoch p // nk.
-The place is looked up in the epoch's order: a keyed permutation of the whole set, or, with `window` shards, a
-permutation of the shards followed by one of the samples inside each window of consecutive shards, so that a bounded
-cache is enough for remote shards. One window over all shards is the whole set. Memory does not grow with n, nor does
-the time to jump anywhere; only the list of shard sizes is kept, and a subset's ids where only those are trained on.
+An epoch's order is a keyed permutation of the whole set. With `window` shards, it is a permutation of the shards, then
+one of the samples inside each window of consecutive shards, so that remote shards need only a cache of limited size. A
+window of all shards is the whole set. Neither memory nor the time to jump to a position grows with n: only the list of
+shard sizes is kept, and the ids of a subset if training uses one.
 
     P positions   M shards
 """
@@ -19,9 +19,9 @@ from maedistill.randomness import Stream, key, permute
 class SampleOrder:
     """The order of all epochs of a data set.
 
-    starts: int64 [M + 1], the first sample of each shard and the number of samples n.
+    starts: int64 [M + 1], the first sample of each shard, then the number of samples n.
     window: shards per window; None for the whole set.
-    subset: sorted ids of the samples that take part, int64 [n']; None for all. n' then stands for n, `num_images`.
+    subset: sorted ids of the samples to train on, int64 [n']; None for all. `num_images` is then n' instead of n.
     """
 
     def __init__(
@@ -37,16 +37,16 @@ class SampleOrder:
         self.subset = subset
         if subset is not None:
             assert bool((subset.diff() > 0).all()) and subset[0] >= 0 and subset[-1] < self.starts[-1]
-            self.starts = torch.searchsorted(subset, self.starts)  # the shards, had only the subset been written
+            self.starts = torch.searchsorted(subset, self.starts)  # as if the shards held only the subset
         self.num_images = int(self.starts[-1])
         self.num_shards = len(starts) - 1
         self.seed, self.views = seed, views
         self.window = min(window or self.num_shards, self.num_shards)
         assert self.num_images >= 1 and self.window >= 1
-        self._known: tuple[int, Tensor, Tensor] | None = None  # epoch, and what `_shards` says of it
+        self._known: tuple[int, Tensor, Tensor] | None = None  # epoch, and the result of `_shards` for it
 
     def samples(self, positions: Tensor) -> Tensor:
-        """Sample ids of the positions: int64 [P] -> int64 [P]."""
+        """Return the sample ids at the positions: int64 [P] -> int64 [P]."""
         epochs = positions // (self.num_images * self.views)  # [P]
         places = positions % (self.num_images * self.views) // self.views  # [P]
         out = torch.empty_like(places)
@@ -56,11 +56,11 @@ class SampleOrder:
         return self.ids_at(out)
 
     def ids_at(self, places: Tensor) -> Tensor:
-        """Sample ids at places of the sorted list of those that take part: int64 [P] -> int64 [P]."""
+        """Return the sample ids at places in the sorted list of all samples or the subset: int64 [P] -> int64 [P]."""
         return places if self.subset is None else self.subset[places]
 
     def epoch(self, epoch: int, places: Tensor) -> Tensor:
-        """Which places of the sorted list come at the places of one epoch: int64 [P] -> int64 [P]."""
+        """Map places in the order of one epoch to places in the sorted list of `ids_at`: int64 [P] -> int64 [P]."""
         if self.window == self.num_shards:
             return permute(places, self.num_images, key(self.seed, Stream.ORDER, epoch))
         shards, ends = self._shards(epoch)  # [M], [M]
@@ -78,7 +78,7 @@ class SampleOrder:
         return out
 
     def shards_ahead(self, position: int) -> list[int]:
-        """The shards of the window that a position lies in, then those of the window after it, nearest first."""
+        """Return the shards of the window that holds the position, then those of the next window, in reading order."""
         epoch, place = divmod(position // self.views, self.num_images)
         shards, ends = self._shards(epoch)  # [M], [M]
         first = int(torch.searchsorted(ends, place, right=True)) // self.window * self.window
@@ -88,8 +88,8 @@ class SampleOrder:
         return torch.cat([shards[first : first + self.window], following]).tolist()
 
     def _shards(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """All shards in the order of one epoch, and where each of them ends there: int64 [M] both."""
-        if self._known is None or self._known[0] != epoch:  # with 100,000 shards it takes 70 ms to find out
+        """Return all shards in the order of one epoch, and the place at which each of them ends: both int64 [M]."""
+        if self._known is None or self._known[0] != epoch:  # cached, as it takes 70 ms with 100,000 shards
             shards = self._permuted_shards(epoch)
             self._known = epoch, shards, (self.starts[shards + 1] - self.starts[shards]).cumsum(0)
         return self._known[1:]

@@ -1,11 +1,11 @@
-"""Batches for a GPU, each copied while the step before runs: from pinned memory, on a stream of their own, one ahead.
+"""Prefetch batches to a GPU: copy the next one from pinned memory, on a side stream, while the current step runs.
 
     loader -> batch n + 1 -> copy on the side stream ..........................> ahead
               batch n     -> the step's stream waits for its copy, and no more -> training
 
-Two orders keep this exact. The step's stream is told to wait for batch n before the copy of batch n + 1 is begun, or it
-would wait for both. And the allocator is told that the step's stream uses batch n (`record_stream`), or its memory,
-which belongs to the side stream, could take batch n + 2 while the step still reads it.
+Two rules keep this fast and correct. The step's stream must wait for batch n before the copy of batch n + 1 is issued;
+otherwise it would wait for both. And `record_stream` must tell the allocator that the step's stream uses batch n;
+otherwise its memory, which belongs to the side stream, could be reused for batch n + 2 while the step still reads it.
 """
 
 from collections.abc import Iterator
@@ -16,33 +16,33 @@ from torch import Tensor
 
 
 class Movable(Protocol):
-    """Tensors that travel together, as fields of one object."""
+    """An object whose fields are tensors, which move to a device together."""
 
     def to(self, device: torch.device) -> Self:
-        """The same on a device, by copies that wait for nobody."""
+        """Copy the tensors to a device without waiting for the copies."""
 
 
 M = TypeVar("M", bound=Movable | tuple[Tensor, ...])
 
 
 def on_device(batches: Iterator[M], device: torch.device) -> Iterator[M]:
-    """Bring the batches to `device`: to a GPU one ahead, from memory that must be pinned for that to cost no time."""
+    """Move the batches to `device`: to a GPU one batch ahead, which overlaps only if the host memory is pinned."""
     if device.type == "cuda":
         return DevicePrefetch(batches, device)
     return (_moved(batch, device) for batch in batches)
 
 
 class DevicePrefetch(Generic[M]):
-    """The same batches in the same order, on a GPU. A batch comes once the one after it is on its way.
+    """The same batches in the same order, on a GPU. A batch is returned once the copy of the next one has been issued.
 
-    An error of `batches` is raised where it would be without this: after all batches that came before it. The processes
-    behind `batches` end with this object, as they do with `batches`, or at `close`.
+    An error of `batches` is raised in its place, after all batches before it. The worker processes of `batches` end
+    when this object is freed or closed.
     """
 
     def __init__(self, batches: Iterator[M], device: torch.device) -> None:
         self._batches, self._device = batches, device
         self._side = torch.cuda.Stream(device)
-        self._ahead: M | Exception | None = None  # None: nothing was asked for yet
+        self._ahead: M | Exception | None = None  # None: no batch was requested yet
 
     def __iter__(self) -> Self:
         return self
@@ -61,14 +61,14 @@ class DevicePrefetch(Generic[M]):
         return batch
 
     def close(self) -> None:
-        """Lets go of the batches, whose processes then end. There is nothing more to come."""
+        """Drop the batches, so that their worker processes end. The iteration is over."""
         self._batches, self._ahead = iter(()), None
 
     def _take(self) -> M | Exception:
-        """The next batch on its way to the GPU, or why there is none: `StopIteration` at the end."""
+        """Issue the copy of the next batch and return it, or the exception instead: `StopIteration` at the end."""
         try:
             batch = next(self._batches)
-        except Exception as error:  # not hidden: raised when its turn comes
+        except Exception as error:  # raised later, by the `__next__` for this batch
             return error
         with torch.cuda.stream(self._side):
             return _moved(batch, self._device)

@@ -1,10 +1,10 @@
-"""How images come from a loader worker to the training process: through memory that both share and use again.
+"""Pass images from loader workers to the training process through shared memory buffers that are reused.
 
     worker: crops -> a slot -> BatchHandle: slot number, labels, ... -> torch's queue -> BatchHandle.open, .pin_memory
 
-For every tensor of every batch, torch's own way makes a file in /dev/shm, whose pages the kernel has to clear and to
-map each time: 0.1 ms per crop of 224 px, a tenth of its decoding. Slots belong to no file system, so the size of
-/dev/shm does not matter to them, and they are gone with the last process that has them.
+torch itself creates a file in /dev/shm for every tensor of every batch, and the kernel has to clear and map its pages
+each time: 0.1 ms per crop of 224 px, a tenth of the decoding time. Slots belong to no file system, so they do not
+depend on the size of /dev/shm, and the kernel frees them with the last process that uses them.
 
     C slots   m images in a batch   s crop size
 """
@@ -21,12 +21,12 @@ from torch import Tensor
 
 from maedistill.data.loading.batch import Batch
 
-_known: "WeakValueDictionary[int, SharedBatchBuffers]" = WeakValueDictionary()  # those of this process, by number
+_known: "WeakValueDictionary[int, SharedBatchBuffers]" = WeakValueDictionary()  # the buffers of this process, by number
 _numbers = itertools.count()
 
 
 class SharedBatchBuffers:
-    """Room for `count` batches of images, shared with every process that is forked later."""
+    """Slots for `count` batches of images, in memory shared with every process that is forked later."""
 
     def __init__(self, count: int, *, batch: int, size: int) -> None:
         memory = mmap.mmap(-1, count * batch * size * size * 3)
@@ -39,17 +39,17 @@ class SharedBatchBuffers:
         return len(self._images)
 
     def __getitem__(self, slot: int) -> Tensor:
-        """uint8 [m, 3, s, s], channels last in memory."""
+        """Return the images of a slot: uint8 [m, 3, s, s], channels last in memory."""
         return self._images[slot]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What a worker sends is the number; the process that made the slots finds them by it."""
+        """Pickle only the number, by which the process that created the slots finds them again."""
         return _slots_of, (self._number,)
 
 
 @dataclass(frozen=True)
 class BatchHandle:
-    """A batch on its way, its images in a slot until they are taken out. The rest is small and travels as it is."""
+    """A batch in transit: its images stay in a slot, while the other fields are small and are pickled."""
 
     slots: SharedBatchBuffers
     slot: int
@@ -59,11 +59,11 @@ class BatchHandle:
     bad: tuple[str, ...]
 
     def open(self) -> Batch:
-        """The batch where it lies: its images are the slot, which is filled anew once the next batch is asked for."""
+        """Return the batch without a copy: its images are the slot, overwritten after the next batch is taken."""
         return self._batch(self.slots[self.slot])
 
     def pin_memory(self) -> Batch:
-        """The batch in pinned memory; torch's loader calls this when it feeds a GPU."""
+        """Copy the batch to pinned memory; DataLoader calls this before copies to a GPU."""
         return self.open().pin_memory()
 
     def _batch(self, images: Tensor) -> Batch:

@@ -1,4 +1,4 @@
-"""Label subsets: which part of a labelled training set is used when labels are few, e.g. 1 % or 10 % of ImageNet's.
+"""Label subsets for training with few labels, e.g. with 1 % or 10 % of ImageNet's.
 
     labels [n], fraction -> sorted sample ids, the same share of every class
 
@@ -13,10 +13,10 @@ from maedistill.randomness import Stream, key, permute
 
 
 def label_subset(labels: np.ndarray, fraction: float, *, seed: int) -> Tensor:
-    """Sorted ids of round(fraction * count) samples of each class, at least one: int64 [n'].
+    """Return the sorted ids of round(fraction * count) samples of each class, at least one: int64 [n'].
 
-    labels: int64 [n], all known. fraction: in (0, 1], 1 for all. A pure function of its arguments, and nested: each
-    class has one fixed shuffle per seed whose beginning is taken, so the 1 % are among the 10 %.
+    labels: int64 [n], none missing. fraction: in (0, 1], 1 for all. The result is a pure function of the arguments. For
+    one seed, subsets are nested: each is the beginning of a fixed shuffle of the class, so the 10 % contain the 1 %.
     """
     assert 0 < fraction <= 1 and labels.min() >= 0
     by_class = np.argsort(labels, kind="stable")  # [n], ascending inside each class

@@ -1,11 +1,11 @@
-"""The watch over loader workers: one that dies or hangs is an error that names its sample.
+"""Watchdog for loader workers: raise an error that names the sample at which a worker died or hung.
 
-    worker: its row of the table (who it is, at which sample, whether it fetches that sample's shard) -> Watch -> error
+    worker: its row of the table (process id, sample, whether it fetches the sample's shard) -> WorkerWatchdog -> error
 
-The table is memory that the workers share with the training process. torch's own time-out is on batches, which may be
-large; ours is on samples. And not all waits of torch have one: it fetches a batch from its worker through a socket,
-where nobody answers if that worker was stopped, or hangs with the interpreter's lock. So a thread keeps the watch, and
-ends workers that hang: that no wait survives.
+The workers share the table with the training process. torch's own timeout applies to batches, which may be large; this
+one applies to samples. Also, some of torch's waits have no timeout: it receives a batch from its worker over a socket,
+and waits for ever if that worker was stopped, or hangs while it holds the GIL. So a thread watches the workers and
+kills all of them if they hang, which ends any such wait.
 
     W workers
 """
@@ -28,27 +28,27 @@ from maedistill.data.shards.reader import ShardReader, sample_name
 from maedistill.errors import DataError, PeerError, UserError
 
 PID, SAMPLE, FETCHING = range(3)  # columns of the table
-IDLE = -1  # in place of a sample
+IDLE = -1  # instead of a sample id
 
-_LOOK = 1.0  # seconds between two looks
-_END = 5.0  # seconds that killed workers get to vanish; one that waits for a dead disk may not
-_SAID = 3  # samples that an error names at most
+_LOOK = 1.0  # seconds between two checks
+_END = 5.0  # seconds to wait for killed workers to end; one that waits for a dead disk may not end
+_SAID = 3  # maximum number of samples that an error names
 
 
 class Images(Protocol):
-    """A data set that is asked for whole batches."""
+    """A data set that returns whole batches."""
 
     index: ShardIndex
     reader: ShardReader
 
     def __getitems__(self, ids: list[int]) -> Any:
-        """One batch."""
+        """Return one batch."""
 
 
 class WorkerWatchdog:
-    """The workers of one loader. What its thread holds is this, not the batches: those may be left behind at any time.
+    """Watches the workers of one loader. Its thread refers to this, not to the batches, which may be freed at any time.
 
-    table: what the workers keep, int64 [W, 3]. timeout_seconds, longest_wait: as in `load_batches`.
+    table: the workers' shared state, int64 [W, 3]. timeout_seconds, max_batch_wait: as in `load_batches`.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class WorkerWatchdog:
         timeout_seconds: float,
         max_batch_wait: float,
     ) -> None:
-        self.turns = 0  # odd while a batch is waited for
+        self.turns = 0  # odd while the training process waits for a batch
         self._processes, self._table, self._owner = processes, table, os.getpid()
         self._index, self._timeout, self._longest_fetch = images.index, timeout_seconds, images.reader.longest_fetch
         self._longest_wait = max_batch_wait
@@ -69,11 +69,11 @@ class WorkerWatchdog:
         threading.Thread(target=self._look, name="loader-watch", daemon=True).start()
 
     def judge(self, patience: float) -> UserError | None:
-        """The error for workers that hung, or for the first that has ended or does so within `patience` seconds."""
+        """Return the error for workers that hung, or that end within `patience` seconds; None if all run."""
         ended = wait([process.sentinel for process in self._processes], timeout=patience)
         for process in self._processes:
             if process.sentinel in ended:
-                process.join(_END)  # the sentinel goes off a moment before the exit code is there
+                process.join(_END)  # the sentinel fires shortly before the exit code is available
         dead = next((process for process in self._processes if process.exitcode is not None), None)
         if self._hang is not None or dead is None:
             return self._hang
@@ -83,17 +83,17 @@ class WorkerWatchdog:
         return PeerError(f"a loader worker (process {dead.pid}) {how}, {at}", remedy)
 
     def kill_busy(self) -> None:
-        """Ends the workers that are at a sample."""
+        """Kill the workers that are reading a sample."""
         busy = set(self._table[self._table[:, SAMPLE] != IDLE, PID].tolist())
         self._kill([process for process in self._processes if process.pid in busy])
 
     def kill(self) -> None:
-        """Ends all workers, and the watch."""
+        """Kill all workers and stop the watchdog's thread."""
         self._ended.set()
         self._kill(self._processes)
 
     def _kill(self, processes: list[BaseProcess]) -> None:
-        """By SIGKILL, which a stopped process obeys as well. Does nothing in a fork of the process that owns them."""
+        """Send SIGKILL, which also ends stopped processes. Do nothing in a fork of the process that owns them."""
         if os.getpid() != self._owner:
             return
         for process in processes:
@@ -102,11 +102,11 @@ class WorkerWatchdog:
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.exitcode is None:
-                # the kernel ends it when its disk answers; until then neither we nor multiprocessing's exit wait for it
+                # the kernel ends it once its disk responds; until then neither we nor multiprocessing's exit may wait
                 multiprocessing.process._children.discard(process)
 
     def _look(self) -> None:
-        """The thread. It counts looks and reads no clock: who stops this process (Ctrl-Z) stops its workers, too."""
+        """Run the thread. It counts periods and reads no clock, because Ctrl-Z stops this process and its workers."""
         period = min(_LOOK, self._timeout / 2, self._longest_wait / 2)
         seen, turns, quiet = self._table.copy(), 0, 0.0
         while not self._ended.wait(period):
@@ -121,14 +121,14 @@ class WorkerWatchdog:
 
 
 def new_table(workers: int) -> np.ndarray:
-    """int64 [W, 3], in memory that processes share which are forked from now on; nothing is left of it after them."""
+    """Return int64 [W, 3] in memory shared with processes forked from now on. It is freed with the last of them."""
     table = np.frombuffer(mmap.mmap(-1, 3 * 8 * workers), dtype=np.int64).reshape(workers, 3)  # [W, 3]
     table[:, SAMPLE] = IDLE
     return table
 
 
 def _cause_of_death(code: int) -> tuple[str, str]:
-    """How a process ended, by its exit code, and what to do about it."""
+    """Describe how a process with this exit code ended, and what to do about it."""
     again = "; the same command goes on from the last checkpoint"
     if code >= 0:
         return f"ended with exit code {code}", "look at the messages above it, and at that sample" + again
@@ -161,7 +161,7 @@ def _describe_hang(table: np.ndarray, seconds: float, index: ShardIndex) -> User
 
 
 def _state(pid: int) -> str:
-    """What the kernel says that a process is doing."""
+    """Return the state of a process according to the kernel."""
     try:
         letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

@@ -1,8 +1,8 @@
-"""Batches from worker processes: made ahead, in order, by processes under watch that end with the batches' owner.
+"""Prefetch batches, in order, in worker processes that a watchdog observes and that end with the batches' owner.
 
-    images.__getitems__ in a worker -> queue -> load_batches -> batch, or the UserError that it met
+    images.__getitems__ in a worker -> queue -> load_batches -> batch, or the UserError that was raised in the worker
 
-A worker that dies or hangs is an error that names its sample, never a wait: see `watchdog.py`.
+A worker that dies or hangs causes an error that names its sample, never an endless wait: see `watchdog.py`.
 """
 
 import atexit
@@ -26,8 +26,8 @@ from maedistill.errors import UserError
 from maedistill.processes.parent_death import detach_worker
 
 TIMEOUT_SECONDS = 300.0
-_ASKING = 1.0  # seconds of waiting for a batch after which the watch is asked for its verdict
-_DETECTING, _ENDING = 2.0, 30.0  # seconds for a death to show; for a crash, of which the system may write a core dump
+_ASKING = 1.0  # seconds of waiting for a batch between two queries of the watchdog
+_DETECTING, _ENDING = 2.0, 30.0  # seconds to wait for the end of a worker; of one that may be writing a core dump
 
 
 def load_batches(
@@ -38,15 +38,15 @@ def load_batches(
     max_batch_wait: float = math.inf,
     **keywords: Any,
 ) -> Iterator[Any]:
-    """What `images.__getitems__` makes of each batch of ids, from `workers` processes that start now.
+    """Return an iterator over `images.__getitems__` of each batch of ids. It starts `workers` processes at once.
 
-    timeout_seconds: how long all workers together may make no progress, by samples, while a batch is waited for. A
-    remote shard that is on its way has bounds of its own (`Patience`): as long as one is, its `longest` comes on top.
-    longest_wait: what both together may not exceed, so that it is this error that ends a run.
-    keywords: torch's for its DataLoader.
+    timeout_seconds: how long a wait for a batch may last in which no worker starts or finishes a sample. While a worker
+    downloads a remote shard, the limit grows by `RetryPolicy.longest`, the limit of a download.
+    max_batch_wait: upper limit of the two together, so that this error ends the run before any other timeout does.
+    keywords: for torch's DataLoader.
 
-    A `UserError` in a worker is raised here as it was there. Raises `PeerError` for a worker that died, `DataError` for
-    workers that hang. With workers=0 nobody watches.
+    A `UserError` in a worker is raised here unchanged. Raise `PeerError` for a worker that died, `DataError` for
+    workers that hang. With workers=0 there is no watchdog.
     """
     carrier = _ForwardErrors(images)
     if workers:
@@ -56,9 +56,9 @@ def load_batches(
 
 
 class _ForwardErrors(Dataset[Any]):
-    """Hands a `UserError` over as a value (raised in a worker, torch would make a RuntimeError of its traceback).
+    """Returns a `UserError` as a value, because torch would turn one raised in a worker into a RuntimeError.
 
-    In a worker it keeps that worker's row of the table.
+    In a worker it also updates that worker's row of the watchdog's table.
     """
 
     def __init__(self, images: Images) -> None:
@@ -69,7 +69,7 @@ class _ForwardErrors(Dataset[Any]):
         return len(self.images)
 
     def __getitems__(self, ids: list[int]) -> Any:
-        """What `images` has for a batch of ids, or why it has nothing."""
+        """Return the batch of these ids, or the `UserError` that `images` raised."""
         try:
             return self.images.__getitems__(ids)
         except UserError as error:
@@ -79,7 +79,7 @@ class _ForwardErrors(Dataset[Any]):
                 self._row[SAMPLE] = IDLE
 
     def watch(self, row: np.ndarray) -> None:
-        """Called in the worker that keeps `row`."""
+        """Register `row` as the table row of this worker process."""
         self._row = row
         row[PID] = os.getpid()
         self.images.reader.note = self._note
@@ -89,7 +89,7 @@ class _ForwardErrors(Dataset[Any]):
 
 
 class _WatchedBatches:
-    """The batches, in order, and the processes that make them; these end with it, with any error, and at exit."""
+    """An iterator over the batches, in order. Its worker processes end with it, on any error, and at exit."""
 
     def __init__(self, carrier: _ForwardErrors, *, workers: int, limits: dict[str, float], **keywords: Any) -> None:
         table = new_table(workers)  # [W, 3]
@@ -104,7 +104,7 @@ class _WatchedBatches:
         )
         self._batches, processes = _start(loader)
         self._watch = WorkerWatchdog(processes, table, carrier.images, **limits)
-        # multiprocessing waits for its children at exit, and quiet ones do not heed its SIGTERM
+        # multiprocessing waits for its children at exit, and detached workers ignore its SIGTERM
         atexit.register(self._watch.kill)
 
     def __iter__(self) -> Iterator[Any]:
@@ -118,8 +118,8 @@ class _WatchedBatches:
             raise
 
     def close(self) -> None:
-        """Ends the workers. They hold nothing that a kill could hurt."""
-        self._watch.kill_busy()  # who may hang; the idle ones torch ends in peace, when its last reference goes
+        """Kill the workers, which is safe because they hold no state that must be saved."""
+        self._watch.kill_busy()  # busy workers may hang; torch shuts down idle ones when the iterator is freed
         self._batches = iter(())
         self._watch.kill()
         atexit.unregister(self._watch.kill)
@@ -129,7 +129,7 @@ class _WatchedBatches:
             self.close()
 
     def _wait(self) -> Any:
-        """torch's next batch, or an error of ours; raised outside of `except`, or torch's traceback would live on."""
+        """Return torch's next batch, or raise our error: outside of `except`, so that torch's traceback is not kept."""
         self._watch.turns += 1
         verdict = None
         while verdict is None:
@@ -148,19 +148,19 @@ class _WatchedBatches:
 
 
 def _start(loader: DataLoader) -> tuple[Iterator[Any], list[BaseProcess]]:
-    """torch's iterator, and the processes that it started."""
+    """Start torch's iterator. Return it and its worker processes."""
     others, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
     batches = iter(loader)
-    # torch's alarm for workers that die would go off wherever this process is, in the middle of a checkpoint as well
+    # when a worker dies, torch's SIGCHLD handler would raise anywhere in this process, even while it saves a checkpoint
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
     return batches, [child for child in multiprocessing.active_children() if child not in others]
 
 
 def _begin_work(table: np.ndarray, worker: int) -> None:
-    """What a worker does first. torch ends workers whose parent ends, too, but not one that hangs."""
+    """Set up a worker process. It must end with its parent; torch ends orphaned workers too, but not one that hangs."""
     detach_worker()
-    # The sockets over which batches travel get no name in the file system, where a kill would leave it behind.
+    # Use abstract sockets for the batches, because a killed worker would leave a named socket in the file system.
     multiprocessing.connection.arbitrary_address = lambda family: f"\0maedistill-{uuid.uuid4().hex}"
     get_worker_info().dataset.watch(table[worker])
 

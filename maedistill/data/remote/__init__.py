@@ -1,1 +1,1 @@
-"""Shards behind URLs: download and cache."""
+"""Download and cache remote shards."""

@@ -1,13 +1,13 @@
-"""The cache of remote shards: whole files in one folder, shared by all processes of a machine, never above its bound.
+"""Cache of remote shards: one folder of whole files with a size limit, shared by all processes of a machine.
 
     URL, size, checksum -> ShardCache.open -> descriptor of the whole, verified shard
 
-    URLHASH-SIZE.part     arriving; its writer holds an exclusive lock on it, the others wait for that lock
-    URLHASH-CONTENT.tar   whole; a reader holds a shared lock, and only what nobody has locked is evicted
+    URLHASH-SIZE.part     a partial download; its writer holds an exclusive lock, other processes wait for that lock
+    URLHASH-CONTENT.tar   a whole shard; readers hold a shared lock, and only unlocked files are evicted
 
-The locks are on the files themselves and end with their process, however it ends: a killed download leaves a `.part`
-that the next one continues, and nothing else. A file's time of change says when it was last used. Files with other
-names are none of the cache's: they are neither counted nor removed.
+The locks are on the files themselves, so the kernel releases them however the process ends. A killed download leaves
+only a `.part`, which the next download resumes. A file's modification time records its last use. Files with other names
+do not belong to the cache; they are neither counted nor removed.
 """
 
 import fcntl
@@ -27,22 +27,22 @@ from maedistill.errors import ConfigError, DataError
 FOLDER_VARIABLE, BOUND_VARIABLE = "MAEDISTILL_CACHE", "MAEDISTILL_CACHE_GB"
 DEFAULT_GB = 100.0  # gigabytes (1e9 bytes)
 _OURS = re.compile(r"[0-9a-f]{64}-([0-9]+\.part|[0-9a-f]{16}\.tar)")
-_POLL = 0.05  # seconds between two looks for room
-_FRESH = 1.0  # seconds for which a use need not be noted again
+_POLL = 0.05  # seconds between two attempts to make room
+_FRESH = 1.0  # seconds within which the time of last use is not updated again
 
 
 @dataclass(frozen=True)
 class ShardCache:
-    """A folder with at most `max_bytes` of shards. It holds no state, so it may be pickled, forked and threaded."""
+    """A folder with at most `max_bytes` of shards. All state is on disk, so pickling, forks and threads are safe."""
 
     folder: Path = field(default_factory=lambda: default_folder())
     max_bytes: int = field(default_factory=lambda: default_bound())
     patience: RetryPolicy = field(default_factory=RetryPolicy)
 
     def open(self, shard: RemoteShard) -> int:
-        """A descriptor of the whole shard, downloaded if need be, with a shared lock; the caller closes it.
+        """Return a descriptor of the whole shard, with a shared lock; download it if necessary. The caller closes it.
 
-        Raises `DataError` naming the URL: it cannot be had, it is not what the index says, or the cache is too small.
+        Raise `DataError` naming the URL if the download fails or differs from the index, or the cache is too small.
         """
         with self._naming_errors():
             while True:
@@ -52,7 +52,7 @@ class ShardCache:
                     return found
 
     def fetch(self, shard: RemoteShard) -> None:
-        """Downloads the shard, unless it is here or on its way in another process. Raises as `open` does."""
+        """Download the shard unless it is cached or another process is downloading it. Raise as `open` does."""
         with self._naming_errors():
             found = self._open_whole(shard)
             if found is None:
@@ -61,12 +61,12 @@ class ShardCache:
             os.close(found)
 
     def discard(self, shard: RemoteShard) -> None:
-        """Removes the shard, which turned out to be damaged."""
+        """Remove the shard, because it is damaged."""
         for path in self._whole(shard):
             path.unlink(missing_ok=True)
 
     def _whole(self, shard: RemoteShard) -> list[Path]:
-        """Where the shard is or would be. Without a checksum, any version of its size will do."""
+        """Return the shard's possible cache files. Without a checksum, any cached version of the URL is a candidate."""
         name = _url_hash(shard.url)
         if shard.sha256:
             return [self.folder / f"{name}-{shard.sha256[:16]}.tar"]
@@ -80,18 +80,18 @@ class ShardCache:
                 continue
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             state = os.fstat(descriptor)
-            if state.st_nlink and state.st_size == shard.num_bytes:  # no link: evicted before the lock was ours
+            if state.st_nlink and state.st_size == shard.num_bytes:  # no link: evicted before we got the lock
                 if time.time() - state.st_mtime > _FRESH:
-                    with suppress(PermissionError):  # a file of another user: its own reads note its use
+                    with suppress(PermissionError):  # the file of another user, whose reads update it
                         os.utime(descriptor)
                 return descriptor
             os.close(descriptor)
-            if state.st_nlink:  # another version, or cut by somebody else
+            if state.st_nlink:  # another version, or truncated by another program
                 path.unlink(missing_ok=True)
         return None
 
     def _download(self, shard: RemoteShard, *, wait: bool) -> int | None:
-        """The descriptor; None when another process is at it, or, with `wait`, was at it and has ended."""
+        """Download the shard and return its descriptor; None if another process does so (`wait`: once it ends)."""
         part = self.folder / f"{_url_hash(shard.url)}-{shard.num_bytes}.part"
         descriptor, mine = self._reserve(shard, part)
         if descriptor is None:
@@ -99,7 +99,7 @@ class ShardCache:
         try:
             if not mine:
                 if wait:
-                    fcntl.flock(descriptor, fcntl.LOCK_SH)  # until its writer ends, which is bounded
+                    fcntl.flock(descriptor, fcntl.LOCK_SH)  # until the writer ends, whose time is limited
                 os.close(descriptor)
                 return None
             sha256 = download(shard, descriptor, patience=self.patience)
@@ -114,7 +114,7 @@ class ShardCache:
         return descriptor
 
     def _reserve(self, shard: RemoteShard, part: Path) -> tuple[int | None, bool]:
-        """Opens the `.part`, with room for the rest, and says whether it could be locked; None for a whole shard."""
+        """Make room for the `.part` and open it. Return it (None if the shard is whole) and whether we locked it."""
         deadline = time.monotonic() + self.patience.longest
         while True:
             with self._locked():
@@ -124,7 +124,7 @@ class ShardCache:
                 if not too_large and (part.exists() or self._make_room(shard.num_bytes)):
                     descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
                     return descriptor, _try_lock(descriptor)
-                others = any(self._files())  # all of them in use: they may go
+                others = any(self._files())  # all are in use; wait, as they may be released
             if too_large or not others or time.monotonic() > deadline:
                 allowed = f"{self.max_bytes / 1e9:g} GB"
                 raise DataError(
@@ -134,7 +134,7 @@ class ShardCache:
             time.sleep(_POLL)
 
     def _make_room(self, needed: int) -> bool:
-        """Evicts what was not used for longest until `needed` bytes fit; whether they do. Shards in use stay."""
+        """Evict unlocked files, least recently used first, until `needed` bytes fit. Return whether they fit."""
         files = sorted(self._files(), key=lambda file: file[2])
         used = sum(num_bytes for _, num_bytes, _ in files)
         for path, num_bytes, _ in files:
@@ -148,7 +148,7 @@ class ShardCache:
         return used + needed <= self.max_bytes and needed <= shutil.disk_usage(self.folder).free
 
     def _files(self) -> Iterator[tuple[Path, int, float]]:
-        """Path, bytes and time of last use; a `.part` counts as what it will be."""
+        """Yield the path, bytes and time of last use of each file. A `.part` counts with its final size."""
         for path in self.folder.iterdir():
             if _OURS.fullmatch(path.name):
                 with suppress(FileNotFoundError):
@@ -158,7 +158,7 @@ class ShardCache:
 
     @contextmanager
     def _naming_errors(self) -> Iterator[None]:
-        """A full disk or a folder without rights becomes a `DataError` that says so."""
+        """Raise a `DataError` naming the folder for an `OSError`, such as a full disk or missing permissions."""
         try:
             yield
         except OSError as error:
@@ -169,7 +169,7 @@ class ShardCache:
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        """The folder, locked: one process at a time counts, evicts, begins and ends a file. Gives its descriptor."""
+        """Lock the folder and yield its descriptor, so that one process at a time evicts, creates or renames files."""
         self.folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -180,7 +180,7 @@ class ShardCache:
 
 
 def set_cache(*, folder: str | None, gigabytes: float | None) -> None:
-    """What a config says about the cache: it wins over the environment, here and in the processes started from here."""
+    """Set the cache from a config. It overrides the environment, in this process and its future child processes."""
     if folder is not None:
         os.environ[FOLDER_VARIABLE] = folder
     if gigabytes is not None:
@@ -188,14 +188,14 @@ def set_cache(*, folder: str | None, gigabytes: float | None) -> None:
 
 
 def default_folder() -> Path:
-    """Where shards are kept: MAEDISTILL_CACHE, else `maedistill/shards` in the user's cache."""
+    """Return the cache folder: MAEDISTILL_CACHE, else `maedistill/shards` in the user's cache."""
     own = os.environ.get(FOLDER_VARIABLE)
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(own).expanduser().absolute() if own else Path(cache, "maedistill", "shards")
 
 
 def default_bound() -> int:
-    """Bytes that the cache may take: MAEDISTILL_CACHE_GB, else 100 GB."""
+    """Return the size limit of the cache in bytes: MAEDISTILL_CACHE_GB, else 100 GB. Raise `ConfigError` if invalid."""
     text = os.environ.get(BOUND_VARIABLE, str(DEFAULT_GB))
     try:
         bound = int(float(text) * 1e9)
@@ -207,9 +207,9 @@ def default_bound() -> int:
 
 
 def _remove_unused(path: Path) -> bool:
-    """Removes a file that no process has locked; whether it is gone."""
+    """Remove a file unless a process has locked it. Return whether it is gone."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # for an exclusive lock NFS wants a writer
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # NFS needs a writable descriptor for an exclusive lock
     except FileNotFoundError:
         return True
     try:

@@ -1,8 +1,8 @@
-"""One remote shard into a local file: tried again with growing waits, continued where it broke, verified when whole.
+"""Download one remote shard into a local file: retry with growing waits, resume after a failure, verify the checksum.
 
-    RemoteShard, open file -> download -> sha256, or a DataError that names the URL and what happened at the last try
+    RemoteShard, open file -> download -> sha256, or a DataError that names the URL and the last failure
 
-A server that sends nothing, or next to nothing, fails a try; one that is merely slow may take its time.
+An attempt fails if the server sends nothing, or less than `streams.SLOWEST`; a merely slow server is tolerated.
 """
 
 import hashlib
@@ -27,17 +27,17 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long a download is worth waiting for."""
+    """The limits on retries, and on the time that a download may take."""
 
     tries: int = 6
     timeout: float = 30.0  # seconds to connect, and to wait for the next bytes
-    wait: float = 1.0  # seconds before the second try, at most; doubled each time
+    wait: float = 1.0  # maximum seconds before the second try; doubles each time
     longest: float = 3600.0  # seconds for all tries together
 
 
 @dataclass(frozen=True)
 class RemoteShard:
-    """What must arrive. Without an index the checksum is not known; the first scan finds it."""
+    """A shard to download. Without an index its checksum is unknown until the first scan."""
 
     url: str
     num_bytes: int
@@ -45,14 +45,14 @@ class RemoteShard:
 
 
 def download(shard: RemoteShard, descriptor: int, *, patience: RetryPolicy) -> str:
-    """Fills a file with the shard, going on where it ends if the bytes can be proved right; returns their sha256.
+    """Download the shard into a file and return its sha256. Resume a partial file only if it can be verified.
 
-    Raises `DataError` naming the URL, `OSError` if the file cannot be written.
+    Raise `DataError` naming the URL, `OSError` if the file cannot be written.
     """
     tag, num_bytes = None, shard.num_bytes
-    wrong: set[str] = set()  # checksums that arrived
+    wrong: set[str] = set()  # wrong checksums so far
     if shard.sha256 is None:
-        os.ftruncate(descriptor, 0)  # nothing could tell whether an older beginning fits
+        os.ftruncate(descriptor, 0)  # without a checksum, an older partial file cannot be verified
 
     def attempt() -> str:
         nonlocal tag
@@ -79,8 +79,8 @@ def download(shard: RemoteShard, descriptor: int, *, patience: RetryPolicy) -> s
 
 
 def retry(attempt: Callable[[], Result], url: str, *, patience: RetryPolicy) -> Result:
-    """Calls `attempt` until it succeeds, with doubling waits of random length; raises `DataError` after the last."""
-    began, chance = time.monotonic(), random.SystemRandom()  # never the global generator: training draws from that
+    """Call `attempt` until it succeeds, with exponential backoff and jitter. Raise `DataError` after the last try."""
+    began, chance = time.monotonic(), random.SystemRandom()  # not the global generator, which training uses
     for number in range(1, patience.tries + 1):
         try:
             return attempt()
@@ -96,7 +96,7 @@ def retry(attempt: Callable[[], Result], url: str, *, patience: RetryPolicy) -> 
 
 
 def _write(descriptor: int, chunks: Iterator[bytes], *, start: int, num_bytes: int) -> None:
-    """Writes what arrives from byte `start` on; what came before a failure stays for the next attempt."""
+    """Write the chunks from byte `start` on. Bytes written before a failure are kept for the next attempt."""
     os.ftruncate(descriptor, start)
     position = start
     for chunk in chunks:
@@ -112,7 +112,7 @@ def _write(descriptor: int, chunks: Iterator[bytes], *, start: int, num_bytes: i
 
 
 def _hash(descriptor: int) -> str:
-    """Hex sha256 of the whole file; the next read begins at its beginning."""
+    """Return the hex sha256 of the whole file, and rewind the file."""
     with open(descriptor, "rb", closefd=False) as file:
         file.seek(0)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,8 +1,8 @@
-"""Remote shards before they are needed: fetched in the background, and so many at a time that the cache holds them.
+"""Prefetch remote shards in the background, and limit the shuffle window to what the cache can hold.
 
     shards of this window and the next -> ReadAhead -> cache          sizes of all shards -> largest_window
 
-Two windows of the order must fit into the cache: the one that is read, and the one that arrives.
+Two windows of the order must fit into the cache: the one being read and the one being downloaded.
 """
 
 import itertools
@@ -19,9 +19,9 @@ _log = logging.getLogger(__name__)
 
 
 class ReadAhead:
-    """Fetches shards into the cache in the background, nearest first, in one thread.
+    """Downloads shards into the cache in one background thread, in the order given.
 
-    Loader workers that want the same shards share the work: each takes the first that nobody is at.
+    Loader workers that need the same shards share the work: each skips a shard that another is downloading.
     """
 
     def __init__(self, cache: ShardCache) -> None:
@@ -30,7 +30,7 @@ class ReadAhead:
         self._thread: threading.Thread | None = None
 
     def want(self, shards: Sequence[RemoteShard]) -> None:
-        """Replaces the list of what to fetch; returns at once."""
+        """Replace the list of shards to download. Return at once."""
         self._todo = list(shards)
         if self._todo and not (self._thread and self._thread.is_alive()):
             self._thread = threading.Thread(target=self._work, name="read-ahead", daemon=True)
@@ -41,14 +41,14 @@ class ReadAhead:
             shard, self._todo = todo[0], todo[1:]
             try:
                 self._cache.fetch(shard)
-            except DataError as error:  # the reader that needs this shard tries again and raises
+            except DataError as error:  # the reader that needs this shard retries and raises
                 _log.warning("read-ahead: %s", error.cause)
 
 
 def largest_window(shard_bytes: Sequence[int], cache_bytes: int) -> int:
-    """How many shards `data.window_shards` may be: all if the set fits the cache, else so many that any two windows do.
+    """Return the largest `data.window_shards`: all shards if they fit into the cache, else as many as always fit twice.
 
-    One window is read while the next arrives. 0 where not even two shards fit.
+    One window is read while the next one is downloaded. The result is 0 if not even two shards fit.
     """
     if sum(shard_bytes) <= cache_bytes:
         return len(shard_bytes)
@@ -57,7 +57,7 @@ def largest_window(shard_bytes: Sequence[int], cache_bytes: int) -> int:
 
 
 def check_window(shard_bytes: Sequence[int], *, window: int | None, cache_bytes: int) -> None:
-    """Raises `ConfigError` if training on remote shards would download them again and again. window: None for all."""
+    """Raise `ConfigError` if training would download remote shards repeatedly. window: in shards; None for all."""
     largest = largest_window(shard_bytes, cache_bytes)
     if (window or len(shard_bytes)) <= largest:
         return

@@ -1,9 +1,9 @@
-"""Bytes from far away: one attempt to read one file over HTTP, S3, Google Cloud Storage or the Hugging Face hub.
+"""Make one attempt to read one remote file over HTTP, S3, Google Cloud Storage or the Hugging Face hub.
 
-    URL -> open_stream -> Stream(start, size, tag, chunks)          every wait is bounded; what fails is a TransferError
+    URL -> open_stream -> Stream(start, size, tag, chunks)          every wait is limited; failures are TransferErrors
 
-HTTP is Python's own urllib, so that nothing need be installed; the others are fsspec file systems. Only the schemes
-below exist here: a URL is never handed to a library that would look for commands or chains of protocols in it.
+HTTP uses Python's urllib, so that it needs no extra package; the other schemes use fsspec. Only the schemes below are
+accepted: a URL never reaches a library that would interpret commands or chains of protocols in it.
 """
 
 import http.client
@@ -23,17 +23,17 @@ from maedistill.errors import ConfigError
 
 WEB, STORES = ("http", "https"), ("s3", "gs", "hf")
 CHUNK = 1 << 20  # bytes per read of a web response
-PART = 16 << 20  # bytes per request to a store: one must arrive within the time-out
-SLOWEST = 1024  # bytes per second; a server that sends less counts as stalled
+PART = 16 << 20  # bytes per request to a store; each request must finish within the timeout
+SLOWEST = 1024  # bytes per second; a slower server counts as stalled
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
-_TRY_AGAIN = (408, 425, 429)  # of the 4xx codes; all 5xx are tried again too
+_TRY_AGAIN = (408, 425, 429)  # retryable 4xx codes; all 5xx codes are retried too
 _ABSENT, _FORBIDDEN = (404, 410), (401, 403)
-_BROKEN = (OSError, http.client.HTTPException)  # of a web connection; URLError and time-outs are OSErrors
+_BROKEN = (OSError, http.client.HTTPException)  # errors of a web connection; URLError and timeouts are OSErrors
 
 
 class TransferError(Exception):
-    """One attempt failed; the message says how. `final`: another try cannot help."""
+    """One failed attempt, with a message that says how it failed. `final`: a retry cannot help."""
 
     def __init__(
         self,
@@ -47,15 +47,15 @@ class TransferError(Exception):
 
 
 class MissingError(TransferError):
-    """There is no such file, or this user may not see it."""
+    """The file does not exist, or the user has no access to it."""
 
 
 class Stream(NamedTuple):
-    """A file that is arriving."""
+    """A remote file that is being read."""
 
-    start: int  # byte of the file that `chunks` begin with: the one asked for, or 0
-    size: int | None  # bytes of the whole file, where the server tells
-    tag: str | None  # changes whenever the file does (a strong ETag)
+    start: int  # offset in the file at which `chunks` begin: the requested one, or 0
+    size: int | None  # bytes of the whole file, if the server states them
+    tag: str | None  # strong ETag, which changes whenever the file does
     chunks: Iterator[bytes]
 
 
@@ -63,9 +63,10 @@ class Stream(NamedTuple):
 def open_stream(
     url: str, *, start: int = 0, last: int | None = None, tag: str | None = None, timeout: float
 ) -> Iterator[Stream]:
-    """Opens a remote file from the byte `start` on, up to the byte `last`; whole if the server cannot do parts.
+    """Open the byte range from `start` to `last` (inclusive) of a remote file.
 
-    tag: continue only the file that had this tag, else begin again. Raises `TransferError`, also out of `chunks`.
+    The stream begins at byte 0 if the server does not support ranges. A store is read up to the end of the file.
+    tag: resume only if the file still has this tag, else begin again. Raise `TransferError`, also from `chunks`.
     """
     scheme = urlsplit(url).scheme
     if scheme in STORES:
@@ -88,7 +89,7 @@ def open_stream(
 
 
 def list_store(scheme: str, pattern: str, *, timeout: float) -> list[str]:
-    """Paths in a store that a glob pattern matches. Raises `TransferError`."""
+    """Return the paths in a store that match a glob pattern. Raise `TransferError`."""
     return _ask(_store(scheme), "glob", pattern, timeout=timeout)
 
 
@@ -107,7 +108,7 @@ def _read_response(response: http.client.HTTPResponse, start: int, timeout: floa
 
 
 def _read_chunks(response: http.client.HTTPResponse, timeout: float) -> Iterator[bytes]:
-    """Each read waits for `timeout` at most; a server that only drips is refused by its speed."""
+    """Yield chunks; each read waits at most `timeout` seconds. Raise `TransferError` below `SLOWEST` bytes/s."""
     mark, arrived = time.monotonic(), 0
     while True:
         try:
@@ -144,7 +145,7 @@ def _store(scheme: str) -> fsspec.AbstractFileSystem:
 
 
 def _ask(store: fsspec.AbstractFileSystem, method: str, *arguments: Any, timeout: float, **keywords: Any) -> Any:
-    """Calls a method of a store, within `timeout` where the store is asynchronous; others have limits of their own."""
+    """Call a method of a store. `timeout` applies to asynchronous stores only; the others have limits of their own."""
     try:
         if store.async_impl:
             return sync(store.loop, getattr(store, f"_{method}"), *arguments, timeout=timeout, **keywords)
@@ -155,7 +156,7 @@ def _ask(store: fsspec.AbstractFileSystem, method: str, *arguments: Any, timeout
         raise TransferError(f"no answer within {timeout:g} s") from error
     except PermissionError as error:
         raise MissingError(f"access is denied ({_say(error)})", final=True) from error
-    except Exception as error:  # each store's client has exceptions of its own, without a common base
+    except Exception as error:  # each store's client has its own exceptions, without a common base class
         raise TransferError(_say(error)) from error
 
 
@@ -167,12 +168,12 @@ def _status_error(code: int, reason: str) -> TransferError:
 
 
 def _say(error: Exception) -> str:
-    reason = getattr(error, "reason", None)  # what a URLError wraps
+    reason = getattr(error, "reason", None)  # the exception that a URLError wraps
     return f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else f"{type(error).__name__}: {error}"
 
 
 class _SafeRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows to other web addresses only, and never from https to http."""
+    """Follows redirects to web addresses only, and never from https to http."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
@@ -183,7 +184,7 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _web() -> urllib.request.OpenerDirector:
-    """Not `build_opener`, which would add ftp:, file: and data:. Proxies are those of the environment."""
+    """Return an opener for http(s) only; `build_opener` adds ftp:, file: and data:. The environment sets proxies."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),

@@ -1,8 +1,8 @@
-"""Remote addresses: which are allowed, what they match, how large a file is, and small files as a whole.
+"""Check remote addresses, expand patterns, and read file sizes and small files.
 
     pattern -> list_urls -> URLs          URL -> file_size -> bytes          URL -> read_small -> content
 
-Shards are fetched by `download.py`, into the cache.
+`download.py` downloads the shards, into the cache.
 """
 
 import re
@@ -16,12 +16,12 @@ _PLAIN = re.compile(r"([a-z0-9]+)://([^/\s]+)/[^\s]*")
 
 
 def is_url(text: str) -> bool:
-    """Whether a text would be taken for a URL by somebody, `PIPE:x` and ` pipe:x` included."""
+    """Return whether any library might take the text for a URL, including `PIPE:x` and ` pipe:x`."""
     return bool(_URL.match(text))
 
 
 def check_url(url: str) -> None:
-    """Raises `ConfigError` unless the URL is a plain one of a known scheme."""
+    """Raise `ConfigError` unless this is a plain URL with a known scheme."""
     known = ", ".join(f"{scheme}://" for scheme in (*WEB, *STORES))
     match = _PLAIN.fullmatch(url)
     if not match or match[1] not in (*WEB, *STORES):
@@ -36,7 +36,7 @@ def check_url(url: str) -> None:
 
 
 def list_urls(pattern: str, *, patience: RetryPolicy | None = None) -> list[str]:
-    """URLs that a glob pattern matches, in a store. Raises `ConfigError` for the web, which has no listings."""
+    """Return the URLs in a store that match a glob pattern. Raise `ConfigError` for the web, which has no listings."""
     scheme, _, path = pattern.partition("://")
     if scheme in WEB:
         raise ConfigError(
@@ -48,7 +48,7 @@ def list_urls(pattern: str, *, patience: RetryPolicy | None = None) -> list[str]
 
 
 def file_size(url: str, *, patience: RetryPolicy) -> int:
-    """Bytes of a remote file. Raises `DataError` if it is missing or the server does not tell."""
+    """Return the size of a remote file in bytes. Raise `DataError` if it is missing or its size is not stated."""
 
     def attempt() -> int:
         with open_stream(url, last=0, timeout=patience.timeout) as stream:
@@ -60,7 +60,7 @@ def file_size(url: str, *, patience: RetryPolicy) -> int:
 
 
 def read_small(url: str, *, patience: RetryPolicy, most: int = 1 << 30) -> bytes | None:
-    """A whole small file, e.g. an index; None where there is none. Raises `DataError`, also above `most` bytes."""
+    """Read a small file, e.g. an index; None if it is missing. Raise `DataError` on failure or above `most` bytes."""
 
     def attempt() -> bytes | None:
         data = bytearray()

@@ -1,1 +1,1 @@
-"""Shards and their index: written, scanned, checked, read."""
+"""Write, scan, check and read shards and their index."""

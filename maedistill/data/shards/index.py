@@ -1,12 +1,12 @@
-"""The index of a set of shards: each sample's shard, byte range, label and key, so that any image is one read away.
+"""The shard index: each sample's shard, byte range, label and key, so that reading any image takes one read.
 
-`make_shards` writes it beside the shards; for shards made elsewhere one strict scan does, saved beside them or, where
-nobody may write and for remote shards, in the user's cache. It is one safetensors file: five arrays and a JSON text
-with everything else.
+`make_shards` writes the index beside the shards. Shards from other tools are scanned once, strictly, and their index is
+saved beside them, or in the user's cache if the folder is read-only or remote. The index is one safetensors file: six
+arrays, and a JSON text with everything else.
 
     open_index("DIR/train-*.tar") -> ShardIndex       sample ids are 0 .. n-1, shard after shard, in archive order
 
-Letters: `n` samples, `m` shards. Imports neither torch nor an image library.
+Letters: `n` samples, `m` shards. This module imports neither torch nor an image library.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ FORMAT = 1
 SUFFIX = ".index.safetensors"
 CLASSES_FILE = "classes.json"
 SCANNED = {"made_by": "scan"}
-MOST_SUFFIXES = 20  # named in the log; a hostile shard may hold one of each
+MOST_SUFFIXES = 20  # limit for one log message, because a hostile shard may hold any number of them
 
 _ARRAYS = ("starts", "offsets", "sizes", "labels", "key_text", "key_ends")
 _log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """Where every sample lies. Sample `i` is `sizes[i]` bytes at `offsets[i]` of `shards[shard_of(i)]`."""
+    """The location of every sample. Sample `i` is `sizes[i]` bytes at `offsets[i]` of `shards[shard_of(i)]`."""
 
     shards: tuple[str, ...]  # absolute paths or URLs
     shard_bytes: tuple[int, ...]
@@ -50,38 +50,38 @@ class ShardIndex:
     starts: np.ndarray  # int64 [m + 1], the first sample of each shard, then n
     offsets: np.ndarray  # int64 [n]
     sizes: np.ndarray  # int64 [n]
-    labels: np.ndarray  # int64 [n], NO_LABEL (-1) where there is none
-    classes: tuple[str, ...]  # names, position = label; empty where the names are not known
-    key_text: np.ndarray  # uint8, all keys end to end in UTF-8
+    labels: np.ndarray  # int64 [n], NO_LABEL (-1) for unlabelled samples
+    classes: tuple[str, ...]  # names, position = label; empty if the names are unknown
+    key_text: np.ndarray  # uint8, all keys concatenated, in UTF-8
     key_ends: np.ndarray  # int64 [n]
-    made: dict[str, Any] = field(default_factory=dict)  # how: make_shards' settings, or SCANNED
+    made: dict[str, Any] = field(default_factory=dict)  # provenance: the settings of make_shards, or SCANNED
 
     def __len__(self) -> int:
         return len(self.offsets)
 
     def key(self, i: int) -> str:
-        """The sample's name inside its shard, without suffix."""
+        """Return the name of sample `i` inside its shard, without suffix."""
         start = self.key_ends[i - 1] if i else 0
         return self.key_text[start : self.key_ends[i]].tobytes().decode()
 
     def shard_of(self, i: int) -> int:
-        """Number of the shard that holds sample `i`: a position in `shards`."""
+        """Return the position in `shards` of the shard that holds sample `i`."""
         return int(np.searchsorted(self.starts, i, side="right")) - 1
 
     @property
     def num_classes(self) -> int:
-        """Named classes, or, where names are not known, the largest label + 1."""
+        """Return the number of named classes, or the largest label + 1 if the names are unknown."""
         return len(self.classes) or int(self.labels.max(initial=NO_LABEL)) + 1
 
     def fingerprint(self) -> str:
-        """Hex digest of which samples these are, in which order: the same wherever the shards lie."""
+        """Return a hex digest of the samples and their order. It does not depend on where the shards are stored."""
         digest = hashlib.sha256()
         for array in (self.starts, self.sizes, self.labels, self.key_ends, self.key_text):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
     def require_labels(self) -> None:
-        """Raises `DataError` unless every sample has a label; names the first that has none."""
+        """Raise `DataError`, naming the first unlabelled sample, unless every sample has a label."""
         if len(bare := np.flatnonzero(self.labels == NO_LABEL)):
             i = int(bare[0])
             first = f"{self.key(i)!r} in {self.shards[self.shard_of(i)]}"
@@ -93,11 +93,11 @@ class ShardIndex:
 
 
 def open_index(shards: str, *, index: str | None = None) -> ShardIndex:
-    """The index of the shards that the pattern names (one tar, a glob or a brace range), a subset of a split included.
+    """Return the index of the shards that a pattern matches: one tar, a glob or a brace range, or part of a split.
 
-    Takes the file `index` where it is given, else the one beside the shards or in the cache, else scans the shards and
-    saves the result. All may be URLs. Raises `ConfigError` for a wrong pattern, `DataError` for shards that are
-    missing, damaged, or not of the size that the index states; of remote shards that shows when they are downloaded.
+    Read the file `index` if it is given, else the index beside the shards or in the cache; if neither exists, scan the
+    shards and save the result. Both arguments may be URLs. Raise `ConfigError` for an invalid pattern, and `DataError`
+    for shards that are missing, damaged, or differ in size from the index; remote shards are checked on download.
     """
     paths = find_shards(shards)
     folder = os.path.dirname(paths[0])
@@ -114,7 +114,7 @@ def open_index(shards: str, *, index: str | None = None) -> ShardIndex:
             f"{unknown[0]} is not in the index {where} ({len(unknown)} such shards)",
             "name only shards of the index, or remove that file: the shards are then scanned once",
         )
-    if unknown:  # a scan of fewer shards is made again for all of them
+    if unknown:  # no index yet, or one of fewer shards: scan all shards
         old = [path for path in (os.path.join(folder, name) for name in names) if os.path.isfile(path)]
         todo = sorted({*old, *paths})
         known = index_of(todo, scan_shards(todo), classes=read_classes(folder), made=SCANNED)
@@ -130,7 +130,7 @@ def open_index(shards: str, *, index: str | None = None) -> ShardIndex:
 def index_of(
     paths: Sequence[str], scans: Sequence[ShardScan], *, classes: tuple[str, ...], made: dict[str, Any]
 ) -> ShardIndex:
-    """Puts the scans of shards together. Raises `DataError` for a label that has no class name."""
+    """Combine shard scans into one index. Raise `DataError` for a label without a class name."""
     keys = [key.encode() for scan in scans for key in scan.keys]
     found = ShardIndex(
         shards=tuple(paths),
@@ -163,7 +163,7 @@ def index_of(
 
 
 def select_shards(index: ShardIndex, paths: Sequence[str]) -> ShardIndex:
-    """The rows of the shards that `paths` name, in that order; their names must be in the index."""
+    """Return the index of the shards in `paths`, in that order. Their file names must be in `index`."""
     row_of = {os.path.basename(path): row for row, path in enumerate(index.shards)}
     rows = [row_of[os.path.basename(path)] for path in paths]
     if rows == list(range(len(index.shards))):
@@ -186,7 +186,7 @@ def select_shards(index: ShardIndex, paths: Sequence[str]) -> ShardIndex:
 
 
 def save_index(index: ShardIndex, file: Path) -> None:
-    """Writes the index under a temporary name and renames it, so that a reader never sees half of one."""
+    """Write the index under a temporary name, then rename it, so that a reader never sees a partial file."""
     arrays = {name: getattr(index, name) for name in _ARRAYS}
     text = {
         "format": FORMAT,
@@ -197,13 +197,13 @@ def save_index(index: ShardIndex, file: Path) -> None:
         "made": index.made,
     }
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    # one metadata entry: safetensors writes several in random order, and the file shall be the same on every run
+    # one metadata entry: safetensors writes several in random order, and the file must be reproducible
     temporary.write_bytes(save(arrays, {"index": json.dumps(text)}))
     temporary.replace(file)
 
 
 def load_index(file: Path) -> ShardIndex:
-    """Reads an index as it was saved: `shards` are bare file names. Raises `DataError` where it is damaged or lies."""
+    """Read a saved index, whose `shards` are bare file names. Raise `DataError` if it is damaged or inconsistent."""
     try:
         with safe_open(file, framework="numpy") as stored:
             text = parse_json(stored.metadata()["index"])
@@ -223,7 +223,7 @@ def load_index(file: Path) -> ShardIndex:
 
 
 def read_classes(folder: str) -> tuple[str, ...]:
-    """Class names from `classes.json` in the shards' folder, a list of names; empty without that file."""
+    """Read the class names from `classes.json`, a JSON list, in the shards' folder; empty if there is no such file."""
     file = f"{folder}/{CLASSES_FILE}"
     if is_url(folder):
         data = read_small(file, patience=RetryPolicy())
@@ -241,7 +241,7 @@ def read_classes(folder: str) -> tuple[str, ...]:
 
 
 def _check_sizes(index: ShardIndex, file: Path) -> None:
-    """Each shard has the size that the index states: the cheap sign of a changed or half-copied file."""
+    """Check that each shard has the size in the index: a cheap test for changed or partly copied files."""
     for path, expected in zip(index.shards, index.shard_bytes, strict=True):
         if not is_url(path) and (found := os.stat(path).st_size) != expected:
             remedy = "copy the shard again"
@@ -251,7 +251,7 @@ def _check_sizes(index: ShardIndex, file: Path) -> None:
 
 
 def _cache_file(paths: Sequence[str]) -> Path:
-    """Where the index of shards in a read-only folder lives; changed shards get another name, but for remote ones."""
+    """Return the cached index file of these shards. Its name changes when a local shard changes (size or mtime)."""
     states = [(path, *_state(path)) for path in paths]
     digest = hashlib.sha256(json.dumps(states).encode()).hexdigest()[:24]
     return _cache_folder() / f"{split_name(tuple(paths))}-{digest}{SUFFIX}"
@@ -269,7 +269,10 @@ def _cache_folder() -> Path:
 
 
 def _fetch_index(url: str) -> Path:
-    """A copy of a remote index, fetched anew each time: the shards may have been made again. Absent where it is."""
+    """Download a remote index and return its local file, which does not exist if the server has none.
+
+    It is downloaded on every call, because the shards may have been rewritten.
+    """
     check_url(url)
     file = _cache_folder() / f"{hashlib.sha256(url.encode()).hexdigest()}{SUFFIX}"
     if (data := read_small(url, patience=RetryPolicy())) is None:
@@ -283,8 +286,8 @@ def _fetch_index(url: str) -> Path:
 
 
 def _save_where_possible(index: ShardIndex, beside: Path | None, cached: Path) -> Path:
-    """Saves beside the shards, else in the cache, else not at all; returns the file. beside: None for remote shards."""
-    # the mode bits are asked for root's sake, who may write into folders that were made read-only
+    """Save the index beside the shards (`beside`; None if remote), else in the cache; if both fail, only warn."""
+    # the mode bits are checked too, because os.access lets root write into read-only folders
     if beside and beside.parent.stat().st_mode & 0o222 and os.access(beside.parent, os.W_OK):
         save_index(index, beside)
         return beside

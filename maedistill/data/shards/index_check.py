@@ -1,8 +1,8 @@
-"""What must hold of an index before any of it is believed: its file may be damaged, or made to mislead.
+"""Validate an index before it is used: the file may be damaged or malicious.
 
     JSON text -> parse_json -> check_text        arrays by name -> check_arrays        both raise `ValueError`
 
-Nothing is allocated by the numbers of the file before they have been compared with what is really there.
+Sizes stated in the file are compared with the actual data before anything is allocated from them.
 Letters: `n` samples, `m` shards.
 """
 
@@ -20,7 +20,7 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def parse_json(data: str | bytes) -> Any:
-    """`json.loads` whose only error is `ValueError`, however deep the brackets go."""
+    """Parse JSON like `json.loads`, but raise `ValueError` for brackets that are nested too deep as well."""
     try:
         return json.loads(data)
     except RecursionError:
@@ -28,12 +28,12 @@ def parse_json(data: str | bytes) -> Any:
 
 
 def is_text(value: object) -> bool:
-    """Whether this is a text that can be written: JSON can spell halves of characters, `"\\ud800"`."""
+    """Return whether this is a string that can be encoded: JSON may hold lone surrogates such as `"\\ud800"`."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def check_text(text: Any) -> None:
-    """Everything but the arrays: kinds of values, bare file names, sizes and checksums that can be meant."""
+    """Check everything but the arrays: types, bare file names, valid sizes and checksums."""
     _require(isinstance(text, dict) and text.keys() == _KINDS.keys(), f"it does not hold {', '.join(_KINDS)}")
     for name, kind in _KINDS.items():
         _require(type(text[name]) is kind, f"{name} is no {kind.__name__}")
@@ -47,7 +47,7 @@ def check_text(text: Any) -> None:
 
 
 def check_arrays(arrays: Mapping[str, np.ndarray], text: Mapping[str, Any]) -> None:
-    """Arrays that fit together and to a checked `text`: every image inside its shard, every key whole characters."""
+    """Check that arrays fit each other and a checked `text`: images lie inside their shards, keys are valid UTF-8."""
     for name, array in arrays.items():
         right = np.dtype(np.uint8 if name == "key_text" else np.int64)
         _require(array.dtype == right and array.ndim == 1, f"{name} is {array.dtype} with {array.ndim} dimensions")
@@ -57,7 +57,7 @@ def check_arrays(arrays: Mapping[str, np.ndarray], text: Mapping[str, Any]) -> N
     _require(len(starts) == m + 1 and starts[0] == 0 and starts[-1] == n, "the shards do not cover the samples")
     _require(_rises(starts, n), "the shards overlap")
     ends = np.repeat(np.array(text["shard_bytes"], dtype=np.int64), np.diff(starts))  # [n]
-    # a sum of two could pass 2^63, a difference of two that are not negative cannot
+    # offsets + sizes could overflow int64; the difference of two non-negative numbers cannot
     inside = (offsets >= 0) & (sizes >= 0) & (sizes <= ends - offsets)  # [n]
     _require(bool(inside.all()), "an image leads out of its shard")
     most = len(text["classes"]) or MOST_CLASSES
@@ -66,15 +66,15 @@ def check_arrays(arrays: Mapping[str, np.ndarray], text: Mapping[str, Any]) -> N
 
 
 def _check_keys(letters: np.ndarray, ends: np.ndarray) -> None:
-    """Keys [n] end to end in UTF-8, none of which ends within a character."""
+    """Check the concatenated keys [n]: valid UTF-8, and no key ends within a character."""
     _require(_rises(ends, len(letters)) and ends[-1:].sum() == len(letters), "the keys do not cover their text")
     letters.tobytes().decode()  # UnicodeDecodeError is a ValueError
-    first = letters[ends[ends < len(letters)]]  # of each key but the first
+    first = letters[ends[ends < len(letters)]]  # first byte of each key but the first
     _require(bool((first & 0b1100_0000 != 0b1000_0000).all()), "a key begins within a character")
 
 
 def _rises(numbers: np.ndarray, most: int) -> bool:
-    """Whether numbers never fall and stay within 0 .. most; compared before they are subtracted, which could wrap."""
+    """Return whether numbers never fall and stay within 0 .. most. It compares, because differences could overflow."""
     return bool((numbers >= 0).all() and (numbers <= most).all() and (numbers[1:] >= numbers[:-1]).all())
 
 

@@ -1,9 +1,9 @@
-"""From what a person writes for `data.train` to a sorted list of shards: one tar, a glob, or a brace range.
+"""Expand a user's shard pattern, such as `data.train`, to a sorted list: one tar, a glob, or a brace range.
 
     DIR/train-000000.tar    DIR/train-*.tar    DIR/train-{000000..000008}.tar    DIR/train-{000000,000003}.tar
 
 DIR is a folder or the URL of one: https://HOST/DIR, s3://BUCKET/DIR, gs://BUCKET/DIR, hf://datasets/USER/NAME.
-Patterns are expanded here and never handed to a shell or to a library that would run a `pipe:` command.
+Patterns are expanded here. They never reach a shell, or a library that would run a `pipe:` command.
 """
 
 import glob
@@ -14,20 +14,20 @@ import re
 from maedistill.data.remote.urls import check_url, is_url, list_urls
 from maedistill.errors import ConfigError, DataError
 
-MOST_NAMES = 1_000_000  # a cap for typing errors such as {0..99999999}
-MOST_LETTERS = 500_000_000  # of all names together, so that a long pattern cannot fill the memory
-MOST_SHOWN = 200  # letters of a pattern or path in an error
-LONGEST_PATH = 4096  # letters; Linux allows as many bytes
+MOST_NAMES = 1_000_000  # a limit that catches typing errors such as {0..99999999}
+MOST_LETTERS = 500_000_000  # of all names together, so that a long pattern cannot exhaust memory
+MOST_SHOWN = 200  # characters of a pattern or path in an error
+LONGEST_PATH = 4096  # characters; Linux allows as many bytes
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")  # int() refuses 4,300 digits
-_UNPRINTABLE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # surrogates stand for bytes that are not UTF-8
+_UNPRINTABLE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # surrogates represent bytes that are not UTF-8
 
 
 def find_shards(shards: str) -> tuple[str, ...]:
-    """Absolute paths or URLs of shards, sorted by name, all in one folder. Whether URLs exist shows when they are read.
+    """Return the absolute paths or URLs of the shards, sorted by name, all in one folder. URLs are not opened here.
 
-    Raises `ConfigError` for a pattern that cannot be meant, `DataError` where files are missing.
+    Raise `ConfigError` for an invalid pattern, `DataError` for missing files.
     """
     if _UNPRINTABLE.search(shards):
         raise ConfigError(f"{_shown(shards)} has a character that is not text", "write one plain line in UTF-8")
@@ -36,7 +36,7 @@ def find_shards(shards: str) -> tuple[str, ...]:
         raise ConfigError(
             f"{_shown(shards)} means paths of {longest:,} letters", f"at most {LONGEST_PATH:,} are allowed"
         )
-    if remote := any(map(is_url, names)):  # asked of the expanded names: `{pi,}pe:...` is no better than `pipe:...`
+    if remote := any(map(is_url, names)):  # test the expanded names: `{pi,}pe:...` is as unsafe as `pipe:...`
         paths = sorted(itertools.chain.from_iterable(map(_expand_url, names)))
     else:
         paths = sorted(itertools.chain.from_iterable(map(_expand_path, names)))
@@ -62,8 +62,8 @@ def find_shards(shards: str) -> tuple[str, ...]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a-{08..10}-{x,y}` -> a-08-x, a-08-y, a-09-x, ...; a range keeps the zeros it is written with."""
-    parts = _BRACES.split(pattern)  # text and the insides of braces alternate
+    """Expand `a-{08..10}-{x,y}` to a-08-x, a-08-y, a-09-x, ...; a range keeps its leading zeros."""
+    parts = _BRACES.split(pattern)  # text and brace contents alternate
     if any(brace in text for text in parts[::2] for brace in "{}"):
         raise ConfigError(f"{_shown(pattern)} has a brace without its partner", "write a range as {000000..000008}")
     choices = [_expand_choices(inside, pattern) for inside in parts[1::2]]
@@ -79,14 +79,14 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def split_name(paths: tuple[str, ...]) -> str:
-    """What the names of the shards begin with: 'train' for train-000000.tar ...; 'shards' where they share nothing."""
+    """Return the common prefix of the shards' names: 'train' for train-000000.tar ...; 'shards' if there is none."""
     stems = [os.path.basename(path).removesuffix(".tar") for path in paths]
-    shared = os.path.commonprefix(stems)  # noqa: RUF071 letter by letter is what is wanted here
+    shared = os.path.commonprefix(stems)  # noqa: RUF071 compare characters, not path components
     return shared.rstrip("0123456789-_.") or "shards"
 
 
 def _expand_choices(inside: str, pattern: str) -> list[str] | range:
-    """The insides of one pair of braces; the range check comes before anything large is built."""
+    """Expand the contents of one pair of braces. The range is checked before anything large is built."""
     braces = _cut(f"{{{inside}}}")
     if "," in inside:
         return inside.split(",")
@@ -115,7 +115,7 @@ def _expand_url(url: str) -> list[str]:
 
 
 def _expand_path(name: str) -> list[str]:
-    """A file may have `[` in its name, so what exists is taken as it is."""
+    """Expand a glob. An existing path is returned unchanged, because a file name may contain `[`."""
     path = os.path.abspath(os.path.expanduser(name))
     if os.path.isdir(path):
         raise ConfigError(
@@ -125,16 +125,16 @@ def _expand_path(name: str) -> list[str]:
 
 
 def _suggest(folder: str) -> str:
-    """A pattern for the first split in a folder of shards."""
+    """Return a pattern for the first split in a folder of shards."""
     tars = sorted(name for name in os.listdir(folder) if name.endswith(".tar"))
     return os.path.join(folder, f"{split_name((tars[0],))}-*.tar" if tars else "train-*.tar")
 
 
 def _shown(text: str) -> str:
-    """A pattern as an error names it, in quotes."""
+    """Return a shortened text in quotes, for error messages."""
     return repr(_cut(text))
 
 
 def _cut(text: str) -> str:
-    """A text without its middle where it is long."""
+    """Return the text, without its middle if it is long."""
     return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN // 2]}...{text[-MOST_SHOWN // 2 :]}"

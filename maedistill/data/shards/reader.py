@@ -1,4 +1,4 @@
-"""One image's bytes by sample id: one positioned read from its shard, or from the cached copy of a remote one.
+"""Read one image's bytes by sample id, with one positioned read from its shard or the cached copy of a remote shard.
 
 ShardIndex, sample id -> ShardReader.read -> bytes
 """
@@ -16,29 +16,29 @@ from maedistill.data.shards.index import ShardIndex
 from maedistill.data.shards.tars import BLOCK, is_header_of
 from maedistill.errors import DataError
 
-MOST_OPEN = 64  # shards; many systems allow 1,024 open files, to be shared by all loader workers' sockets and pipes
+MOST_OPEN = 64  # shards; many systems allow 1,024 open files, and the workers' sockets and pipes need some of them
 
 
 def sample_name(index: ShardIndex, sample: int) -> str:
-    """Where a person finds a sample: `SHARD:KEY`."""
+    """Return a sample's name for error messages: `SHARD:KEY`."""
     return f"{index.shards[index.shard_of(sample)]}:{index.key(sample)}"
 
 
 def require_room(index: ShardIndex, *, window: int | None) -> None:
-    """Raises `ConfigError` where shuffling so many remote shards at a time (None: all) would not fit into the cache."""
+    """Raise `ConfigError` if a shuffle window of so many remote shards (None: all) does not fit into the cache."""
     if any(map(is_url, index.shards)):
         check_window(index.shard_bytes, window=window, cache_bytes=default_bound())
 
 
 class ShardReader:
-    """Reads images of an index; shards are opened when first needed and the longest unused is closed.
+    """Reads images of an index. It opens shards on first use and closes the least recently used one.
 
-    Works in a forked process (positioned reads share no file offset) and after pickling (nothing open travels).
-    Not for several threads at once: one of them could close what another reads. Remote shards are opened for one read
-    each, which takes microseconds, so that no reader keeps the cache from evicting a shard that it is done with.
+    It works in a forked process (positioned reads share no file offset) and after pickling (open files are dropped).
+    It is not thread-safe: one thread could close a file that another reads. A remote shard is reopened for each read,
+    which takes microseconds, so that no reader keeps the cache from evicting a shard that it no longer needs.
 
-    cache: for remote shards; None for the one that the environment names. A watch may be set as `note`: it is told each
-    sample that is read, and whether the sample's shard has to be fetched first.
+    cache: for remote shards; None for the one set by the environment. The watchdog may set the callback `note`, which
+    gets each sample id before it is read, and whether the sample's shard may have to be downloaded first.
     """
 
     def __init__(self, index: ShardIndex, *, cache: ShardCache | None = None) -> None:
@@ -46,10 +46,10 @@ class ShardReader:
         self._cache = cache or (ShardCache() if any(map(is_url, index.shards)) else None)
         self._ahead = ReadAhead(self._cache) if self._cache else None
         self.note: Callable[[int, bool], None] = _note_nothing
-        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, longest unused first
+        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
 
     def read(self, i: int) -> bytes:
-        """The encoded bytes of sample `i`. Raises `DataError` if its shard has gone, changed or cannot be had."""
+        """Return the encoded bytes of sample `i`. Raise `DataError` if its shard is missing, changed or unreadable."""
         shard = self.index.shard_of(i)
         try:
             if is_url(self.index.shards[shard]):
@@ -64,16 +64,16 @@ class ShardReader:
 
     @property
     def is_remote(self) -> bool:
-        """Whether any shard is behind a URL."""
+        """Return whether any shard is remote."""
         return self._cache is not None
 
     @property
     def longest_fetch(self) -> float:
-        """Seconds that a shard may take to arrive before it is read."""
+        """Return how many seconds the download of a shard may take."""
         return self._cache.patience.longest if self._cache else 0.0
 
     def read_ahead(self, shards: Sequence[int]) -> None:
-        """Says which shards are needed next, nearest first; remote ones begin to arrive in the background."""
+        """Prefetch remote shards into the cache in the background. `shards` are needed next, in this order."""
         if self._ahead:
             self._ahead.want([self._remote(shard) for shard in shards])
 
@@ -95,7 +95,7 @@ class ShardReader:
         if not is_header_of(os.pread(descriptor, BLOCK, offset - BLOCK), self.index.key(i)):
             raise self._changed(shard, "holds other samples than its index says")
         data = os.pread(descriptor, size, offset)
-        while len(data) < size:  # a read may be short, e.g. on a network disk or beyond 2 GiB
+        while len(data) < size:  # reads may be short, e.g. on a network disk or above 2 GiB
             more = os.pread(descriptor, size - len(data), offset + len(data))
             if not more:
                 raise self._changed(shard, "has become shorter since its index was made")
@@ -103,7 +103,7 @@ class ShardReader:
         return data
 
     def close(self) -> None:
-        """Closes all shards; the next read opens what it needs."""
+        """Close all shards. The next read opens its shard again."""
         while self._open:
             os.close(self._open.popitem()[1])
 

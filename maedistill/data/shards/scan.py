@@ -1,7 +1,7 @@
-"""What one shard holds: members grouped into samples by key, labels parsed, everything else passed over.
+"""Scan one shard: group its members into samples by key, parse the labels and count all other members.
 
-A sample is `KEY.jpg|jpeg|png|webp` with an optional `KEY.cls`, whose text is the class id. Upper-case suffixes count,
-the key may hold dots and folders, members may come in any order. Other members are counted, never opened.
+A sample is `KEY.jpg|jpeg|png|webp` with an optional `KEY.cls`, whose text is the class id. Suffixes may be upper-case,
+keys may hold dots and folders, and members may come in any order. Other members are never opened.
 
     shard.tar or its URL -> walk_tar -> scan_shard -> ShardScan (rows in archive order, checksum)
 """
@@ -25,26 +25,26 @@ from maedistill.errors import DataError
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 LABEL_SUFFIX = "cls"
 NO_LABEL = -1
-THREADS = 4  # shards at a time: hashing and waiting for the disk overlap, the walk itself holds the interpreter's lock
+THREADS = 4  # shards at a time: hashing and disk reads overlap; parsing the headers holds the GIL
 
-_LABEL = re.compile(rb"[0-9]{1,6}\n?")  # not int(): that also takes "1_0", " 7" and other scripts' digits
+_LABEL = re.compile(rb"[0-9]{1,6}\n?")  # int() would also accept "1_0", " 7" and non-ASCII digits
 
 
 @dataclass(frozen=True)
 class ShardScan:
-    """The rows of one shard, in archive order: four lists of equal length."""
+    """The samples of one shard, in archive order: four lists of equal length."""
 
     num_bytes: int
     sha256: str
     keys: list[str]
-    offsets: list[int]  # of the image's first byte in the shard
+    offsets: list[int]  # of the image's first byte from the start of the shard
     sizes: list[int]  # bytes
-    labels: list[int]  # NO_LABEL where there is none
+    labels: list[int]  # NO_LABEL for unlabelled samples
     ignored: Counter[str]  # suffix -> number of members that are neither image nor label
 
 
 def scan_shards(paths: list[str]) -> list[ShardScan]:
-    """Scans all shards behind a progress bar; raises the first `DataError` in the order of `paths`."""
+    """Scan all shards with a progress bar. Raise the first `DataError` in the order of `paths`."""
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             return list(tqdm(pool.map(scan_shard, paths), total=len(paths), desc="indexing shards", unit="shard"))
@@ -54,9 +54,9 @@ def scan_shards(paths: list[str]) -> list[ShardScan]:
 
 
 def scan_shard(path: str) -> ShardScan:
-    """Checksum of the whole shard, offsets of all images, labels. Raises `DataError` naming shard and key.
+    """Read the checksum, image offsets and labels of one shard. Raise `DataError` naming the shard and key.
 
-    A remote shard stays in the cache as long as it fits, unless it is damaged.
+    A remote shard is downloaded into the cache and stays there until it is evicted; a damaged one is removed at once.
     """
     if not is_url(path):
         with open(path, "rb") as file:
@@ -111,5 +111,5 @@ def _read_label(path: str, file: BinaryIO, name: str, offset: int, size: int) ->
 
 
 def _is_resource_fork(name: str) -> bool:
-    """macOS's tar adds `._NAME` beside each file; it has the image's suffix but holds Finder metadata."""
+    """Return whether this is a `._NAME` file: Finder metadata with an image's suffix, added by macOS's tar."""
     return name.rpartition("/")[2].startswith("._")

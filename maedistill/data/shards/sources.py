@@ -1,8 +1,8 @@
-"""Where images come from before they are shards: an image folder, CIFAR-10, ImageNet's archives, scikit-learn's digits.
+"""List the images of a data source: an image folder, CIFAR-10, ImageNet's archives or scikit-learn's digits.
 
     open_source("photos" | "cifar10" | "imagenet" | "digits") -> Source: records per split, class names, read(record)
 
-Nothing is decoded here. A record's key names the sample for ever: a number, or the file's path made safe for a tar.
+No image file is decoded here. A record's key is the sample's permanent name: a number, or a path made safe for a tar.
 """
 
 import hashlib
@@ -25,23 +25,23 @@ from maedistill.errors import ConfigError, DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}  # folder -> split
-LARGEST_FILE = 1 << 30  # bytes; one image that large is none of a data set's
+LARGEST_FILE = 1 << 30  # bytes; no image of a real data set is that large
 LONGEST_KEY = 80  # characters; a plain tar header holds names of up to 100
 CIFAR10_VALIDATION, DIGITS_VALIDATION = 5_000, 300  # images
 DIGITS_SIZE = 32  # pixels; the scans have 8
 
 
 class Record(NamedTuple):
-    """One image that is to become a sample."""
+    """One image that will be written as a sample."""
 
     key: str
-    label: int  # NO_LABEL where there is none
-    origin: str  # the file below the source's folder, or the row in its array
+    label: int  # NO_LABEL if unlabelled
+    origin: str  # the file's path relative to the source's folder, or the row in its array
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images by split, not yet read. `made` is what the index remembers of where they came from."""
+    """The images of each split, not yet read. `made` is their provenance, which the index stores."""
 
     made: dict[str, Any]
     classes: tuple[str, ...]
@@ -50,10 +50,10 @@ class Source:
 
 
 def open_source(source: str, *, root: str | None = None, val_fraction: float = 0.0) -> Source:
-    """Lists a source. A data set's name wins over a folder of that name; write `./digits` for the folder.
+    """List a source. A data set's name takes precedence over a folder of that name; write `./digits` for the folder.
 
-    `root` is where torchvision finds (or, for CIFAR-10, downloads to) the data set's files; `val_fraction` holds out a
-    share of a folder that has no splits. Raises `ConfigError` or `DataError`.
+    `root` is where torchvision finds the data set's files (or downloads them to, for CIFAR-10). `val_fraction` is the
+    share to hold out of a folder without splits. Raise `ConfigError` or `DataError`.
     """
     named = {"cifar10": _open_cifar10, "imagenet": _open_imagenet}
     if root is not None and source not in named:
@@ -68,15 +68,16 @@ def open_source(source: str, *, root: str | None = None, val_fraction: float = 0
 
 
 def open_folder(folder: Path, *, val_fraction: float = 0.0) -> Source:
-    """`class/image`, or images without classes, or either below folders of SPLITS; classes in sorted order.
+    """List a folder of `class/image` or of plain images, directly or below the folders of SPLITS. Sort the classes.
 
-    Raises ConfigError where such a folder stands beside others, or two mean one split: nothing is left out unsaid.
+    Raise `ConfigError` if a split's folder lies beside other folders, or if two folders mean the same split, because
+    images would otherwise be left out silently.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is neither a folder nor cifar10, imagenet or digits", "correct the path")
     if not 0 <= val_fraction < 1:
         raise ConfigError(f"--val-fraction is {val_fraction}", "give a share from 0 to 1, e.g. 0.1")
-    names = _split_names(folder)  # of the splits' folders
+    names = _split_names(folder)  # names of the splits' folders
     if names and val_fraction:
         raise ConfigError(f"{folder} has its own splits: {', '.join(names)}", "leave --val-fraction out")
     files = {name: _list_images(folder / name) for name in names or ("",)}
@@ -95,7 +96,7 @@ def open_folder(folder: Path, *, val_fraction: float = 0.0) -> Source:
 
 
 def _split_names(folder: Path) -> list[str]:
-    """Which folders of SPLITS there are, in that order; none where the images are not split."""
+    """Return the folders of SPLITS that exist, in that order; an empty list if the images are not split."""
     inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     names = [name for name in SPLITS if name in inside]
     others = [name for name in inside if name not in SPLITS]
@@ -110,17 +111,17 @@ def _split_names(folder: Path) -> list[str]:
 
 
 def smallest_hashes(images: np.ndarray, count: int) -> np.ndarray:
-    """Rows of the `count` images with the smallest sha256 of their raw bytes (row, column, channel), ascending.
+    """Return the rows of the `count` images with the smallest sha256 of their raw bytes, in ascending order.
 
-    `images` is uint8 [n, H, W, 3]; the result int64 [count]. The rule knows nothing of labels or order, so everybody
-    who has the images finds the same validation split.
+    `images` is uint8 [n, H, W, 3], hashed in the order row, column, channel; the result is int64 [count]. The rule uses
+    neither labels nor order, so anyone with the images gets the same validation split.
     """
     digests = [hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest() for image in images]
     return np.sort(sorted(range(len(images)), key=digests.__getitem__)[:count])  # [count]
 
 
 def _open_cifar10(root: str | None) -> Source:
-    """The 50,000 training images cut into 45,000 and 5,000 by `smallest_hashes`, the 10,000 test images apart."""
+    """Split CIFAR-10 into 45,000 train and 5,000 val images by `smallest_hashes`; the 10,000 test images are `test`."""
     where = root or str(Path.home() / ".cache" / "maedistill" / "cifar10")
     try:
         train, test = (CIFAR10(where, train=is_train, download=True) for is_train in (True, False))
@@ -136,7 +137,7 @@ def _open_cifar10(root: str | None) -> Source:
 
 
 def _open_imagenet(root: str | None) -> Source:
-    """torchvision checks and unpacks the user's archives; then it is a folder. Classes are WordNet ids."""
+    """Let torchvision check and unpack the user's archives, then list the folder. Classes are WordNet ids."""
     if root is None:
         raise ConfigError(
             "imagenet needs --root DIR", "DIR holds ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_{train,val}.tar"
@@ -144,7 +145,7 @@ def _open_imagenet(root: str | None) -> Source:
     try:
         for split in ("train", "val"):
             ImageNet(root, split=split)
-    except (OSError, RuntimeError, ModuleNotFoundError) as error:  # it reads the devkit with scipy
+    except (OSError, RuntimeError, ModuleNotFoundError) as error:  # torchvision needs scipy to read the devkit
         raise DataError(
             f"torchvision cannot prepare ImageNet in {root}: {error}",
             "put ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar there "
@@ -155,7 +156,7 @@ def _open_imagenet(root: str | None) -> Source:
 
 
 def _open_digits() -> Source:
-    """1,797 scans of 8 x 8 pixels with 17 shades, enlarged to RGB; 300 of them are the validation split."""
+    """Upscale 1,797 scans of 8 x 8 pixels with 17 gray levels to 32 x 32 RGB; 300 of them are the validation split."""
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
@@ -178,9 +179,9 @@ def _array_source(
     num_train: int,
     num_validation: int,
 ) -> Source:
-    """Images in memory, uint8 [n, H, W, 3]: rows below `num_train` become train and val, the others test.
+    """Split images in memory, uint8 [n, H, W, 3]: rows below `num_train` become train and val, the others test.
 
-    A key is the image's number in its own file of the data set, so train and val keys never meet.
+    A key is the image's number in its part of the data set (train or test), so train and val share no key.
     """
     validation = smallest_hashes(images[:num_train], num_validation)
     rows = {
@@ -198,9 +199,9 @@ def _array_source(
 
 
 def _list_images(folder: Path) -> list[str]:
-    """Paths below `folder`, with forward slashes, sorted; hidden files and folders are passed over, links followed.
+    """List the image paths below `folder`, sorted, with forward slashes. Skip hidden files and folders; follow links.
 
-    Raises DataError for a link that leads back to a folder above it: the same images again and again.
+    Raise `DataError` for a link to a folder above it, which would list the same images without end.
     """
     found = []
     for where, folders, names in os.walk(folder, followlinks=True):
@@ -217,7 +218,7 @@ def _list_images(folder: Path) -> list[str]:
 
 
 def _read_file(path: Path) -> bytes:
-    """A file's bytes. Raises `BadImage` for what would never end, or not fit: a pipe, a device, a huge file."""
+    """Read a file. Raise `BadImage` for a pipe or device, which may never end, or a file too large for memory."""
     if not path.is_file():
         raise BadImage("it is no file" if path.exists() else "there is no such file")
     if (size := path.stat().st_size) > LARGEST_FILE:
@@ -226,7 +227,7 @@ def _read_file(path: Path) -> bytes:
 
 
 def _class_names(folder: Path, files: dict[str, list[str]]) -> tuple[str, ...]:
-    """Names of the sub-folders of the first split (train, where there is one); none where its images lie flat."""
+    """Return the class folders of the first split (train, if there is one); empty if its images are in no folder."""
     flat = {split: [path for path in paths if "/" not in path] for split, paths in files.items()}
     mixed = next((split for split, paths in files.items() if 0 < len(flat[split]) < len(paths)), None)
     if mixed is not None:
@@ -246,7 +247,7 @@ def _class_names(folder: Path, files: dict[str, list[str]]) -> tuple[str, ...]:
 
 
 def _records(paths: list[str], classes: tuple[str, ...], *, prefix: str) -> list[Record]:
-    """Keys are unique: paths that would share one (`a.jpg` and `a.png`) get a hash of the path behind it."""
+    """Return records with unique keys: where paths share a key (`a.jpg`, `a.png`), append a hash of the path."""
     label_of = {name: label for label, name in enumerate(classes)}
     keys = [_safe_key(path) for path in paths]
     count = Counter(keys)
@@ -261,7 +262,7 @@ def _records(paths: list[str], classes: tuple[str, ...], *, prefix: str) -> list
 
 
 def _safe_key(path: str) -> str:
-    """`n01440764/n01440764_10026.JPEG` -> n01440764_10026; `cat/A 1.jpg` -> cat_A_1; too long ones end in a hash."""
+    """Map `n01440764/n01440764_10026.JPEG` to n01440764_10026, `cat/A 1.jpg` to cat_A_1; end a long key in a hash."""
     *folders, name = path.split("/")
     stem = name.rpartition(".")[0]
     if folders and not stem.startswith(folders[-1] + "_"):
@@ -271,7 +272,7 @@ def _safe_key(path: str) -> str:
 
 
 def _hold_out(records: list[Record], share: float) -> dict[str, list[Record]]:
-    """Holds out a share, at least one image, chosen by the hash of the key: the same on every machine."""
+    """Hold out a share, at least one image, by the hash of the key, so that every machine makes the same split."""
     ranked = sorted(records, key=lambda record: hashlib.sha256(f"validation/{record.key}".encode()).digest())
     count = max(1, round(share * len(records)))
     return {"train": ranked[count:], "val": ranked[:count]}

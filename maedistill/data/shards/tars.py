@@ -1,9 +1,9 @@
-"""A strict walk over a tar: where each regular member's bytes lie, or a `DataError` that says what is wrong with it.
+"""Walk a tar strictly: find where each regular member's bytes lie, or raise a `DataError` that says what is wrong.
 
-Training libraries read tars as streams and take whatever comes: a shard that was cut at a member boundary or whose
-header was overwritten ends early without a word, and the run goes on with fewer images. Here every header's checksum
-is tested and the two zero blocks that end an archive must be there, so a shard is whole or refused. Only headers are
-read; nothing is ever extracted.
+Training libraries read tars as streams and accept whatever they get: a shard that was cut at a member boundary, or
+whose header was overwritten, ends early and silently, and the run continues with fewer images. This module checks
+every header's checksum and requires the two zero blocks at the archive's end, so a damaged shard is rejected. It reads
+only headers and never extracts anything.
 
     shard.tar -> walk_tar -> Member(name, offset, size), in archive order
 """
@@ -16,10 +16,10 @@ from typing import BinaryIO, NamedTuple
 from maedistill.errors import DataError
 
 BLOCK = 512  # bytes: tar headers are one block, data is padded to whole blocks
-LARGEST_EXTENSION = 1 << 20  # bytes of a long name or pax record; real ones have a few hundred
-LONGEST_NAME = 1024  # letters; systems allow 255 for a file and some thousands for its path
-_SURELY_IN_HEADER = 90  # letters of a name without its suffix; a header has 100
-READ = 1 << 20  # bytes read at once while the padding after the archive's end is checked
+LARGEST_EXTENSION = 1 << 20  # bytes of a long name or pax header; real ones have a few hundred
+LONGEST_NAME = 1024  # characters; systems allow 255 for a file name and some thousands for a path
+_SURELY_IN_HEADER = 90  # characters of a name without its suffix; a header has room for 100
+READ = 1 << 20  # bytes per read while the padding after the archive's end is checked
 
 REGULAR, DIRECTORY, PAX, PAX_GLOBAL, GNU_LONG_NAME = (b"0", b"\0"), b"5", b"x", b"g", b"L"
 EXTENSIONS = (PAX, PAX_GLOBAL, GNU_LONG_NAME)
@@ -37,10 +37,10 @@ class Member(NamedTuple):
 
 
 def walk_tar(file: BinaryIO, path: str) -> Iterator[Member]:
-    """Yields the regular members of a tar; directories are passed over. `path` is what errors call it.
+    """Yield the regular members of a tar and skip directories. `path` names the tar in errors.
 
-    Raises `DataError`, possibly after some members: not a tar, compressed, cut, damaged, links, devices, names that
-    lead out of the archive. So use what it yields only after it has ended.
+    Raise `DataError`, possibly after some members, if the file is not a tar, is compressed, cut or damaged, or holds
+    links, devices or names that lead out of the archive. Use the members only after the walk has ended.
     """
     descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
     position, kind = 0, b""
@@ -66,7 +66,7 @@ def walk_tar(file: BinaryIO, path: str) -> Iterator[Member]:
             continue
         name, extended = extended[0] or name if extended else name, None
         _check_name(path, name)
-        if kind == DIRECTORY and size:  # readers disagree whether such data is there
+        if kind == DIRECTORY and size:  # readers disagree on whether data follows
             raise _damaged(path, f"gives the folder {name!r} a size of {size} bytes")
         if kind in REGULAR and not name.endswith("/"):
             yield Member(name, data, size)
@@ -78,9 +78,9 @@ def walk_tar(file: BinaryIO, path: str) -> Iterator[Member]:
 
 
 def is_header_of(header: bytes, key: str) -> bool:
-    """Whether the 512 bytes in front of a file may be its header: whether they name it `key` and a suffix.
+    """Return whether a 512-byte block may be the header of the file after it: whether it names `key` with a suffix.
 
-    Names that may not stand there in full, long or not ASCII, are taken on trust.
+    Return True for long or non-ASCII names, which a header may not hold in full.
     """
     if len(key) > _SURELY_IN_HEADER or not key.isascii():
         return True
@@ -88,7 +88,7 @@ def is_header_of(header: bytes, key: str) -> bool:
 
 
 def _parse_header(path: str, header: bytes, position: int) -> tuple[str, int, bytes]:
-    """Name, size in bytes and type flag of one 512-byte header."""
+    """Return the name, size in bytes and type flag of one 512-byte header."""
     if position == 0 and header.startswith(_COMPRESSED):
         raise DataError(f"{path} is compressed: images are read in place, which needs a plain tar", "decompress it")
     if len(header) < BLOCK:
@@ -111,7 +111,7 @@ def _name(header: bytes) -> str:
 
 
 def _number(field: bytes) -> int | None:
-    """A header's number: octal text or, for large files, GNU's base 256; None where it is neither."""
+    """Parse a number in a header: octal text or, for large files, GNU's base 256; None if it is neither."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     match = _OCTAL.fullmatch(field)
@@ -119,7 +119,7 @@ def _number(field: bytes) -> int | None:
 
 
 def _parse_extension(path: str, kind: bytes, data: bytes) -> tuple[str | None, int | None]:
-    """The name and size that an extended header sets for the member after it, None for what it leaves alone."""
+    """Return the name and size that an extended header sets for the next member; None for each that it does not set."""
     name, size = (_text(data), None) if kind == GNU_LONG_NAME else _parse_pax(path, data)
     if name == "":
         raise _damaged(path, "has an extended header with an empty name")
@@ -129,7 +129,7 @@ def _parse_extension(path: str, kind: bytes, data: bytes) -> tuple[str | None, i
 
 
 def _parse_pax(path: str, records: bytes) -> tuple[str | None, int | None]:
-    """The name and size among the records of a pax header; the others do not matter here."""
+    """Return the name and size from the records of a pax header. Other records are ignored."""
     name, size, start = None, None, 0
     while start < len(records):
         match = _PAX_LENGTH.match(records, start)
@@ -150,7 +150,7 @@ def _parse_pax(path: str, records: bytes) -> tuple[str | None, int | None]:
 
 
 def _check_name(path: str, name: str) -> None:
-    """Refuses names that would lead out of a folder if somebody extracted the tar, or that no file can have."""
+    """Raise `DataError` for names that are too long for a file, or that lead out of the folder on extraction."""
     if len(name) > LONGEST_NAME:
         raise _damaged(path, f"has a member whose name is {len(name):,} letters long, beginning {name[:40]!r}")
     if name.startswith("/") or ".." in name.split("/"):
@@ -161,7 +161,7 @@ def _check_name(path: str, name: str) -> None:
 
 
 def _check_end(path: str, descriptor: int, position: int, end: int) -> None:
-    """The archive ends with two zero blocks, and nothing but zeros follows."""
+    """Check that the archive ends with two zero blocks and that only zeros follow."""
     if end - position < 2 * BLOCK:
         raise _damaged(path, "is cut inside the archive's end mark")
     while position < end:
@@ -172,7 +172,7 @@ def _check_end(path: str, descriptor: int, position: int, end: int) -> None:
 
 
 def _text(raw: bytes) -> str:
-    """A member name; bytes that are not UTF-8 stay distinguishable."""
+    """Decode a member name. Invalid UTF-8 is escaped, so that different names stay different."""
     return raw.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
 
 

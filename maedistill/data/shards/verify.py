@@ -1,4 +1,4 @@
-"""Compares finished shards with their index, byte for byte: what `make_shards --verify` does.
+"""Compare finished shards with their index by checksum and content, for `make_shards --verify`.
 
 OUT -> each *.index.safetensors -> each shard scanned again -> number of shards, or a DataError that names the bad ones
 """
@@ -13,9 +13,9 @@ from maedistill.errors import DataError
 
 
 def verify_shards(out: Path) -> int:
-    """Reads every shard that an index in `out` names, whole, and returns how many there are.
+    """Read every shard of every index in `out` in full. Return the number of shards.
 
-    Raises `DataError` naming up to five shards that are missing, damaged, or hold other samples than the index says.
+    Raise `DataError` naming up to five shards that are missing, damaged, or hold other samples than the index says.
     """
     indexes = [load_index(file) for file in sorted(out.glob(f"*{SUFFIX}"))]
     rows = [(index, row) for index in indexes for row in range(len(index.shards))]
@@ -31,7 +31,7 @@ def verify_shards(out: Path) -> int:
 
 
 def _find_fault(index: ShardIndex, row: int, out: Path) -> str | None:
-    """What is wrong with one shard, naming it; None where all is well."""
+    """Return a description of what is wrong with one shard, including its path; None if it is intact."""
     path = out / index.shards[row]
     if not path.is_file():
         return f"{path} is missing"

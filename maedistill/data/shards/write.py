@@ -1,13 +1,13 @@
-"""Writes a source as WebDataset tars with everything that belongs beside them.
+"""Write a source as WebDataset tars, with their index, class names and report.
 
     Source -> make_shards -> OUT/train-000000.tar ...        KEY.jpg|png|webp + KEY.cls
-                             OUT/train.index.safetensors     where each sample lies, checksums, how it was made
-                             OUT/_info.json, classes.json    what timm's reader needs, class names
+                             OUT/train.index.safetensors     where each sample lies, checksums, provenance
+                             OUT/_info.json, classes.json    for timm's reader; class names
                              OUT/make_shards.json            what was converted or skipped, and why; written last
 
-Which image goes where is settled before the first byte is written: samples are sorted by the sha256 of their key (a
-fixed, thorough shuffle, so any few shards are a fair sample of the classes) and cut into equal parts. A shard is thus a
-pure function of the source, and a killed run goes on with the first shard that has no final name yet.
+The shard of each image is fixed before anything is written: samples are sorted by the sha256 of their key (a fixed,
+thorough shuffle, so any few shards are a fair sample of the classes) and cut into equal parts. Each shard is thus a
+pure function of the source and settings, and a killed run resumes with the first shard that has no final name yet.
 """
 
 import hashlib
@@ -32,19 +32,19 @@ from maedistill.data.shards.sources import Record, Source
 from maedistill.errors import ConfigError, DataError
 
 REPORT_FILE = "make_shards.json"
-WORK_FOLDER = ".making"  # half-written shards and notes about finished ones; removed at the end
-IMAGES_PER_SHARD = 1000  # 110 MB of ImageNet photographs: large enough for a disk, small enough to cache a dozen
+WORK_FOLDER = ".making"  # partial shards, and statistics of finished ones; removed at the end
+IMAGES_PER_SHARD = 1000  # 110 MB of ImageNet: large enough for fast disk reads, small enough to cache a dozen
 QUALITY = 90  # of re-encoded JPEGs
 
 
 @dataclass
 class Note:
-    """What became of the images of one shard or split."""
+    """Conversion statistics of the images of one shard or split."""
 
     images: int = 0  # written
     lengths: list[int] = field(default_factory=list)  # images per shard
-    grayscale: int = 0  # in the source, whether converted or not
-    converted: dict[str, str] = field(default_factory=dict)  # source file -> what it was
+    grayscale: int = 0  # in the source, converted or not
+    converted: dict[str, str] = field(default_factory=dict)  # source file -> why, e.g. "CMYK"
     skipped: dict[str, str] = field(default_factory=dict)  # source file -> reason
 
 
@@ -57,16 +57,17 @@ def make_shards(
     quality: int = QUALITY,
     workers: int = 1,
 ) -> dict[str, Note]:
-    """Writes all splits of `source` into `out` and returns what became of the images, by split.
+    """Write all splits of `source` into `out`. Return the conversion statistics by split.
 
-    The same call continues a killed one and changes nothing after a finished one. `workers` threads decode.
-    Raises `ConfigError` if `out` belongs to other settings, `DataError` where no image is left.
+    The same call resumes a killed one, and changes nothing if `out` is finished. `workers` threads decode images.
+    Raise `ConfigError` if `out` was made with other settings, `DataError` if a split has no usable image or on an I/O
+    error.
     """
     if workers < 1:
         raise ConfigError(f"--workers is {workers}", "give at least 1")
     made = _settings(source, images_per_shard=images_per_shard, shorter_side=shorter_side, quality=quality)
     if _begin(out, made):
-        shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)  # left if the last run was killed after its report
+        shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)  # remains if the last run was killed after its report
         return read_report(out)
     notes = {}
     with (
@@ -93,7 +94,7 @@ def make_shards(
 
 
 def plan_shards(split: str, records: list[Record], images_per_shard: int) -> list[tuple[str, list[Record]]]:
-    """File name and records of each shard: records sorted by the sha256 of their key, in parts that differ by one."""
+    """Return each shard's file name and records: sorted by the sha256 of their key, cut into equal parts (+- 1)."""
     ranked = sorted(records, key=lambda record: hashlib.sha256(record.key.encode()).digest())
     count = -(-len(ranked) // images_per_shard)
     cuts = [number * len(ranked) // count for number in range(count + 1)]
@@ -101,7 +102,7 @@ def plan_shards(split: str, records: list[Record], images_per_shard: int) -> lis
 
 
 def read_report(out: Path) -> dict[str, Note]:
-    """What `make_shards` found when it made `out`, by split. Raises `ConfigError` where the report is none of its."""
+    """Read the report of `make_shards` in `out`, by split. Raise `ConfigError` if `make_shards` did not write it."""
     try:
         return {split: Note(**note) for split, note in _read_json(out / REPORT_FILE)["splits"].items()}
     except (KeyError, TypeError, AttributeError) as error:
@@ -109,7 +110,7 @@ def read_report(out: Path) -> dict[str, Note]:
 
 
 def _settings(source: Source, *, images_per_shard: int, shorter_side: int | None, quality: int) -> dict[str, Any]:
-    """All that decides the bytes of the shards; the index keeps it, and a restart must agree with it."""
+    """Return all settings that determine the shards' bytes. The index stores them; a resumed run must have the same."""
     if images_per_shard < 1:
         raise ConfigError(f"--images-per-shard is {images_per_shard}", "give at least 1")
     if shorter_side is not None and shorter_side < 16:
@@ -127,12 +128,12 @@ def _settings(source: Source, *, images_per_shard: int, shorter_side: int | None
     }
     if shorter_side is None:
         return made
-    # another Pillow may write other JPEG bytes
+    # JPEG bytes may differ between versions of Pillow
     return made | {"shorter_side": shorter_side, "quality": quality, "pillow": PIL.__version__}
 
 
 def _begin(out: Path, made: dict[str, Any]) -> bool:
-    """Prepares `out`; True if it is finished. Raises `ConfigError` if it holds anything that is not of this making."""
+    """Prepare `out`; return True if it is finished. Raise `ConfigError` if it holds anything else."""
     settings, report = out / WORK_FOLDER / "settings.json", out / REPORT_FILE
     if report.is_file() or settings.is_file():
         before = _read_json(report).get("made") if report.is_file() else _read_json(settings)
@@ -155,7 +156,7 @@ def _begin(out: Path, made: dict[str, Any]) -> bool:
 
 
 def _convert(source: Source, record: Record, *, shorter_side: int | None, quality: int) -> Converted | str:
-    """The image as the shard will hold it, or the reason why it is skipped; only a failing disk is fatal."""
+    """Return the converted image, or the reason for skipping it. Only an I/O error raises `DataError`."""
     try:
         return convert(source.read(record), shorter_side=shorter_side, quality=quality)
     except BadImage as error:
@@ -171,7 +172,7 @@ def _convert(source: Source, record: Record, *, shorter_side: int | None, qualit
 def _write_shard(
     out: Path, name: str, records: list[Record], results: Iterable[Converted | str]
 ) -> tuple[Note, ShardScan]:
-    """Writes one shard under a temporary name, reads it back, notes what happened, and renames it last."""
+    """Write one shard under a temporary name, scan it, save its statistics, and rename it last."""
     temporary, note = out / WORK_FOLDER / name, Note()
     with open(temporary, "wb") as file:
         with TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
@@ -195,7 +196,7 @@ def _write_shard(
 
 
 def _find_finished(out: Path, name: str, bar: tqdm) -> tuple[Note, ShardScan] | None:
-    """A shard that an earlier, killed run finished; None if it has none, or other bytes than were noted."""
+    """Return a shard that a killed run finished; None if it is missing or does not match its saved checksum."""
     file, noted = out / name, out / WORK_FOLDER / f"{name}.json"
     if not (file.is_file() and noted.is_file()):
         return None
@@ -209,7 +210,7 @@ def _find_finished(out: Path, name: str, bar: tqdm) -> tuple[Note, ShardScan] | 
 
 
 def _sum(split: str, parts: list[Note]) -> Note:
-    """The notes of a split's shards as one. Raises `DataError` if they hold no image."""
+    """Add up the statistics of a split's shards. Raise `DataError` if they hold no image."""
     total = Note()
     for part in parts:
         total.images += part.images
@@ -224,7 +225,7 @@ def _sum(split: str, parts: list[Note]) -> Note:
 
 
 def _finish(out: Path, classes: tuple[str, ...], made: dict[str, Any], notes: dict[str, Note]) -> None:
-    """Writes the files beside the shards, the report last: it marks the folder as finished."""
+    """Write the files beside the shards. The report comes last, because it marks the folder as finished."""
     splits = {
         split: {
             "name": split,
@@ -248,7 +249,7 @@ def _write_json(file: Path, value: Any) -> None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """A JSON object that `_write_json` wrote. Raises `ConfigError` for anything else under its name."""
+    """Read a JSON object that `_write_json` wrote. Raise `ConfigError` for anything else."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
