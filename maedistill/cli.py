@@ -1,6 +1,6 @@
 """The command line of a stage: CONFIG, key=value, few flags. `tools/pretrain.py` and `tools/finetune.py` share it.
 
-Settings are checked before torch is imported: a typo costs a tenth of a second.
+Settings are checked before torch is imported, so a typo is reported within 0.1 s.
 """
 
 import argparse
@@ -29,9 +29,9 @@ def run_tool(
     start: Callable[..., None],
     dry_run: Callable[[RunConfig], None],
 ) -> None:
-    """Parses the command line, does what it says and leaves the process with the exit code that fits.
+    """Parse the command line, run the command and end the process with its exit code.
 
-    start: called as start(config, fresh=..., extend=...). Both callables import what is heavy themselves.
+    start: called as start(config, fresh=..., extend=...). Both callables import heavy packages themselves.
     """
     die_with_launcher()
     leave(lambda: _main(root, _parse(about, examples), start=start, dry_run=dry_run))
@@ -58,7 +58,7 @@ def _parse(about: str, examples: str) -> argparse.Namespace:
     parser.add_argument("--extend", action="store_true", help="continue a run folder with another number of epochs")
     parser.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # deepspeed's launcher adds it; LOCAL_RANK rules
+    )  # deepspeed's launcher adds it; LOCAL_RANK takes precedence
     return parser.parse_intermixed_args()
 
 
@@ -80,10 +80,10 @@ def _main(
         return
     config = loaded.config
     config.share_batch(world_size_from_environment())
-    # On a CPU, torch's threads spin while they wait for each other: next to other busy processes that cost up to nine
-    # tenths of the speed (measured on two cores), on a quiet machine sleeping costs nothing. Read when torch starts.
+    # On a CPU, torch's threads spin while they wait for each other. Next to other busy processes, spinning cost up to
+    # 90 % of the speed (measured on two cores); on an idle machine, sleeping costs nothing. torch reads it at start.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost peer costs 15 lines of C++ frames
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise a lost peer prints 15 lines of C++ frames
     if arguments.dry_run:
         dry_run(config)
     else:

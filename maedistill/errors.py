@@ -1,14 +1,14 @@
-"""What a user did wrong, or what broke: one line of cause, one of remedy, one exit code.
+"""Errors for users: one line for the cause, one for the remedy, and an exit code.
 
-Every error that a person can mend is a `UserError`; `tools/` turns it into two lines on stderr. A run that was asked to
-make room ends with `Preempted` and one line. Anything else that is raised is a bug of ours and keeps its traceback.
+Every error that a user can fix is a `UserError`; `tools/` prints it as two lines on stderr. A pre-empted run ends with
+`Preempted` and one line. Any other exception is a bug in maedistill and keeps its traceback.
 
     code  meaning
-    2     usage: config, command line, a run folder that belongs to other settings
+    2     usage: config, command line, a run folder made with other settings
     3     data: shards, images, labels, a damaged checkpoint or teacher file
     4     numerics: a loss or gradient that is not finite
     5     a peer process or the hardware
-    75    pre-empted: saved, and to be started again
+    75    pre-empted: state saved, start it again
 """
 
 import os
@@ -20,7 +20,7 @@ from typing import NoReturn
 
 
 class UserError(ValueError):
-    """A mistake that a person can mend: `cause` says what is wrong, `remedy` what to do about it."""
+    """An error that a user can fix: `cause` says what is wrong, `remedy` what to do about it."""
 
     exit_code = 2
 
@@ -29,16 +29,16 @@ class UserError(ValueError):
         self.cause, self.remedy = cause, remedy
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, str]]:
-        """Comes out of a loader process as what it went in."""
+        """Keep the type when the error is pickled in a loader process."""
         return type(self), (self.cause, self.remedy)
 
 
 class ConfigError(UserError):
-    """Wrong settings, or a command that asks for what cannot be."""
+    """Invalid settings, or a command that cannot be carried out."""
 
 
 class DataError(UserError):
-    """Shards, images, labels, checkpoints or teacher files that cannot be used."""
+    """Unusable shards, images, labels, checkpoints or teacher files."""
 
     exit_code = 3
 
@@ -56,7 +56,7 @@ class PeerError(UserError):
 
 
 def device_error(error: BaseException) -> UserError | None:
-    """Translate what a GPU or NCCL raised; None for any other error. torch is not imported for it: kinds go by name."""
+    """Translate an error of a GPU or NCCL; return None for others. Matches types by name, to avoid importing torch."""
     kinds = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.split(".")[0] == "torch"}
     reason = next(iter(str(error).splitlines()), type(error).__name__)
     if "OutOfMemoryError" in kinds:
@@ -75,7 +75,7 @@ def device_error(error: BaseException) -> UserError | None:
 
 
 class Preempted(Exception):
-    """A signal asked the run to leave, and it did, its state saved. Nobody's mistake, so no `UserError`."""
+    """The run saved its state and stopped because of a signal. It is not an error, hence not a `UserError`."""
 
     exit_code = 75
 
@@ -84,15 +84,16 @@ class Preempted(Exception):
 
 
 def print_error(error: UserError) -> None:
-    """The two lines that a person sees of an error, whatever names from outside are in them."""
+    """Print an error as two lines on stderr, with unprintable characters of file names and the like escaped."""
     cause, remedy = (_printable(text) for text in (error.cause, error.remedy))
     print(f"error: {cause}\n  fix: {remedy}", file=sys.stderr, flush=True)
 
 
 def exit_code_of(main: Callable[[], None]) -> int:
-    """Run `main`; a `UserError` becomes two lines on stderr and its exit code, `Preempted` one, success becomes 0.
+    """Run `main` and return its exit code: 0 on success, else that of its `UserError` or `Preempted`.
 
-    So does what a GPU raised. Any other exception passes through.
+    Prints a `UserError` as two lines on stderr and `Preempted` as one. Treats GPU errors as `UserError`. Any other
+    exception passes through.
     """
     try:
         main()
@@ -115,11 +116,11 @@ def exit_code_of(main: Callable[[], None]) -> int:
 
 
 def leave(main: Callable[[], None]) -> NoReturn:
-    """Run `main` as `exit_code_of` does and end the process with its exit code, without the interpreter's teardown.
+    """Run `main` as `exit_code_of` does and end the process with its exit code, without interpreter teardown.
 
-    On its way through the teardown a finished rank was seen to abort ("terminate called without an active exception",
-    threads of the process group), which a launcher takes for a failed run; one whose peers are gone may wait there for
-    them, and NCCL's communicators may wait for a device that hangs.
+    During teardown, a finished rank has aborted ("terminate called without an active exception", from threads of the
+    process group), and the launcher reported a failed run. A rank whose peers are gone may wait for them there, and
+    NCCL's communicators may wait for a device that hangs.
     """
     try:
         code = exit_code_of(main)
@@ -127,9 +128,9 @@ def leave(main: Callable[[], None]) -> NoReturn:
         code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
-    except BrokenPipeError:  # whoever read our output has gone, as `head` does
+    except BrokenPipeError:  # the reader of our output has exited, as `head` does
         code = 141
-    except BaseException:  # a bug of ours: printed as Python would
+    except BaseException:  # a bug: printed as Python would
         traceback.print_exc()
         code = 1
     for stream in (sys.stdout, sys.stderr):

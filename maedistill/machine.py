@@ -1,4 +1,4 @@
-"""What the machine offers: number formats, CPU cores and GPUs."""
+"""Properties of the machine: number formats, CPU cores and GPUs."""
 
 import os
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_BF16_CAPABILITY = (8, 0)  # Ampere, the first with bf16 units; older cards convert around every operation
+_BF16_CAPABILITY = (8, 0)  # Ampere is the first with bf16 units; older cards convert around every operation
 
 
 def precision(name: str, device: torch.device) -> str:
-    """Resolve `auto`: on a GPU bf16, or fp16 where the card only emulates bf16; on a CPU fp32."""
+    """Resolve `auto`: bf16 on a GPU, fp16 if the card only emulates bf16, fp32 on a CPU."""
     if name != "auto":
         return name
     if device.type != "cuda":
@@ -22,14 +22,14 @@ def precision(name: str, device: torch.device) -> str:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
-    """For what half precision would spoil. Meta tensors, whose FLOPs are counted, have no autocast to leave."""
+    """Disable autocast for operations that need fp32. Does nothing for meta tensors, which have no autocast."""
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def named_gpus(environ: Mapping[str, str]) -> list[str] | None:
-    """Read CUDA_VISIBLE_DEVICES: numbers, "GPU-..." or "MIG-..."; None where it is not set.
+    """Read CUDA_VISIBLE_DEVICES: numbers, "GPU-..." or "MIG-..."; return None if it is not set.
 
-    As for CUDA, nothing counts from the first entry on that is empty or negative.
+    As in CUDA, the first empty or negative entry ends the list.
     """
     if "CUDA_VISIBLE_DEVICES" not in environ:
         return None
@@ -38,14 +38,14 @@ def named_gpus(environ: Mapping[str, str]) -> list[str] | None:
 
 
 def visible_gpus() -> list[str]:
-    """List the GPUs of this process, each as CUDA_VISIBLE_DEVICES names it to a process that is to have it alone."""
+    """List the GPUs of this process, each as the CUDA_VISIBLE_DEVICES value that gives a process only that GPU."""
     count, named = torch.cuda.device_count(), named_gpus(os.environ)
     if named is None:
         return [str(number) for number in range(count)]
-    # CUDA shows a process one MIG slice, however many are named; other processes can have the others.
+    # CUDA shows a process only one MIG slice, even if several are named; other processes can use the rest.
     return [gpu for number, gpu in enumerate(named) if number < count or (count and gpu.startswith("MIG-"))]
 
 
 def cpu_share(local_ranks: int) -> int:
-    """CPU cores of one rank, when the machine's are shared fairly."""
+    """Return the number of CPU cores per rank, at an equal share of the machine's cores."""
     return max(1, len(os.sched_getaffinity(0)) // max(1, local_ranks))

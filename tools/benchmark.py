@@ -29,7 +29,7 @@ Every comparison is made side by side in one run: medians, and the range that ho
 
 
 def main() -> None:
-    """Measures, prints and, with --json, writes."""
+    """Measure, print the report and, with --json, write it."""
     arguments = parse_arguments()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the training tools do, see cli.py
     if arguments.json and not arguments.json.parent.is_dir():
@@ -87,7 +87,7 @@ def start(arguments: argparse.Namespace) -> "Report":
 
 
 def config_of(arguments: argparse.Namespace) -> "PretrainConfig":
-    """The pre-training config that the command line names."""
+    """Load the pre-training config that the command line names."""
     from maedistill.config.loader import load_config
     from maedistill.config.pretrain import PretrainConfig
 
@@ -95,7 +95,7 @@ def config_of(arguments: argparse.Namespace) -> "PretrainConfig":
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; `--help` begins with examples."""
+    """Read the command line; `--help` includes examples."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0], epilog=EXAMPLES, formatter_class=raw)
     kinds = parser.add_subparsers(required=True, metavar="loader|step|scale|cost|start")
@@ -139,7 +139,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1."""
+    """Read an integer of at least 1."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no whole number from 1")
     return int(text)

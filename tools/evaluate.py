@@ -49,7 +49,7 @@ SUFFIXES = {"predictions": ".csv", "per_class": ".csv", "confusions": ".png", "j
 
 
 def parse_score(words: list[str]) -> argparse.Namespace:
-    """The command line for a classifier."""
+    """Read the command line for a classifier."""
     parser = new_parser("evaluate.py", __doc__.split(" `")[0], EXAMPLES)
     add = parser.add_argument
     add("model", metavar="MODEL", help="run:PATH, local-dir:PATH, timm:NAME, hf-hub:ID, or a folder")
@@ -69,7 +69,7 @@ def parse_score(words: list[str]) -> argparse.Namespace:
 
 
 def parse_features(command: str, words: list[str]) -> argparse.Namespace:
-    """The command line for frozen features: `knn` or `probe`."""
+    """Read the command line for frozen features: `knn` or `probe`."""
     parser = new_parser(f"evaluate.py {command}", ABOUT[command], FEATURES)
     add = parser.add_argument
     add("model", metavar="MODEL", help="run:PATH, local-dir:PATH, timm:NAME, hf-hub:ID, or a folder")
@@ -103,14 +103,14 @@ def parse_features(command: str, words: list[str]) -> argparse.Namespace:
 
 
 def new_parser(program: str, about: str, examples: str) -> argparse.ArgumentParser:
-    """A parser that prints its examples as they are."""
+    """Build a parser that prints its examples unformatted."""
     return argparse.ArgumentParser(
         prog=program, description=about, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """What every form of the tool takes."""
+    """Add the arguments that every form of the tool takes."""
     add = parser.add_argument
     add("--ema", action="store_true", help="a run's moving average of the weights")
     add("--image-size", type=at_least(1), metavar="N", help="other than the model's own; positions are resampled")
@@ -120,11 +120,11 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=formats)
     add("--workers", type=at_least(0), metavar="N", help="processes that decode, for each process (default: its cores)")
     add("--threads", type=at_least(1), metavar="N", help="torch's CPU threads in each process (default: its cores)")
-    add("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher adds it; LOCAL_RANK rules
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # added by deepspeed's launcher; LOCAL_RANK is used
 
 
 def main() -> None:
-    """Checks the command line before torch is imported."""
+    """Check the command line before torch is imported."""
     form, words = "score", sys.argv[1:]
     if words[:1] in (["knn"], ["probe"]):
         form, *words = words
@@ -136,7 +136,7 @@ def main() -> None:
 
 
 def start_score(arguments: argparse.Namespace) -> None:
-    """The scorecard of a classifier."""
+    """Evaluate a classifier and report its scorecard."""
     from maedistill.evaluation.scorecard import score
 
     names = ("against", "subset", "real", "bins", "image_size", "crop")
@@ -153,7 +153,7 @@ def start_score(arguments: argparse.Namespace) -> None:
 
 
 def start_knn(arguments: argparse.Namespace) -> None:
-    """kNN on frozen features."""
+    """Evaluate frozen features by kNN."""
     from maedistill.evaluation.feature_eval import ProbeSpec, score_knn
 
     question = ProbeSpec(**question_of(arguments))
@@ -162,7 +162,7 @@ def start_knn(arguments: argparse.Namespace) -> None:
 
 
 def start_probe(arguments: argparse.Namespace) -> None:
-    """A linear probe on frozen features."""
+    """Evaluate frozen features by a linear probe."""
     from maedistill.evaluation.feature_eval import ProbeSpec, score_probe
 
     names = ("epochs", "head_batch", "optimizer")
@@ -171,18 +171,18 @@ def start_probe(arguments: argparse.Namespace) -> None:
 
 
 def setting_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """How it is worked out."""
+    """Return the settings of the computation."""
     return {name: getattr(arguments, name) for name in ("batch", "precision", "workers", "threads")}
 
 
 def question_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Which features, and on which images."""
+    """Return the arguments that select the features and the images."""
     names = ("model", "train", "val", "train_index", "val_index", "block", "pool", "image_size", "crop")
     return {name: getattr(arguments, name) for name in names} | {"weights": "ema" if arguments.ema else "model"}
 
 
 def require_writable(files: dict[str, Path | None]) -> None:
-    """Raises ConfigError for a file that cannot be written, or is named twice: said now, it costs no evaluation."""
+    """Raise ConfigError for a file that cannot be written or is named twice, before the evaluation starts."""
     named: dict[Path, str] = {}
     for name, file in files.items():
         if file is None:
@@ -196,7 +196,7 @@ def require_writable(files: dict[str, Path | None]) -> None:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Reads a whole number and refuses smaller ones."""
+    """Return a parser of integers that rejects values below `least`."""
 
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -207,7 +207,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Reads different values with commas between them."""
+    """Return a parser of distinct comma-separated values."""
 
     def values(text: str) -> list[Any]:
         found = [kind(word) for word in text.split(",")]
@@ -219,7 +219,7 @@ def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 
 def positive(text: str) -> float:
-    """Reads a finite number above 0."""
+    """Read a finite number above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -230,7 +230,7 @@ def positive(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """Reads a number in (0, 1]."""
+    """Read a number in (0, 1]."""
     try:
         value = float(text)
     except ValueError:

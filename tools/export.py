@@ -18,7 +18,7 @@ The folder loads wherever timm is: timm.create_model("local-dir:FOLDER", pretrai
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.split(".")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -34,9 +34,9 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Writes the export and says what it is."""
+    """Write the export and print a summary of it."""
     arguments = parse()
-    from maedistill.export.folder import export, read_record  # brings torch: --help need not wait for it
+    from maedistill.export.folder import export, read_record  # imports torch, for which --help need not wait
 
     weights = "ema" if arguments.ema else "model"
     out = export(arguments.run, arguments.out, weights=weights, pooling=arguments.pool)

@@ -15,14 +15,14 @@ examples:
 
 
 def start(config: FinetuneConfig, *, fresh: bool, extend: bool) -> None:
-    """Runs or continues the run."""
+    """Start or continue the run."""
     from maedistill.finetuning.loop import finetune
 
     finetune(config, fresh=fresh, extend=extend)
 
 
 def dry_run(config: FinetuneConfig) -> None:
-    """Says what would happen."""
+    """Print what the run would do."""
     from maedistill.finetuning import setup
 
     setup.dry_run(config)

@@ -25,7 +25,7 @@ from gpu_parts.runner import Child, Part, Settings, run_parts
 
 from maedistill.errors import ConfigError, exit_code_of
 
-# What is right comes first, then the figures that matter most. Bounds are in seconds, a process's start included.
+# Checks of correctness come first, then the most important figures. Bounds are in seconds and include process start.
 PARTS = [
     Part("peaks", "gpu_parts.peaks", 40, "what the card can do: products of matrices, copies"),
     Part("tests", "gpu_parts.card_tests", 90, "tests/test_gpu.py", together=True),
@@ -41,9 +41,9 @@ PARTS = [
     Part("speed-amd", "gpu_parts.speed", 100, "AMD ViT-L -> ViT-B"),
 ]
 MINUTES = 9.0
-_MANY_CORES = 8  # from here on, parts that are not timed run at the same time
+_MANY_CORES = 8  # with at least this many cores, parts that are not timed run at the same time
 
-# What maedistill imports, directly or through DeepSpeed and timm, and pytest.
+# Packages that maedistill imports, directly or through DeepSpeed and timm, and pytest.
 NEEDED = ["torch", "torchvision", "timm", "deepspeed", "webdataset", "pydantic", "einops", "yaml", "numpy", "PIL"]
 NEEDED += ["safetensors", "huggingface_hub", "fsspec", "tqdm", "psutil", "msgpack", "hjson", "packaging", "pytest"]
 
@@ -54,7 +54,7 @@ collects in packed/ what such a machine lacks, for its Python, and prints the co
 
 
 def main() -> list[Row]:
-    """Do what the command line says; return the rows that failed."""
+    """Run the tool as the command line says; return the rows that failed."""
     arguments = parse_arguments()
     if arguments.list:
         print(parts_text())
@@ -74,7 +74,7 @@ def main() -> list[Row]:
 
 
 def check(parts: list[Part], *, out: Path, minutes: float, tiny: bool) -> list[Row]:
-    """Run the parts, show and write what they find."""
+    """Run the parts, print and write their results; return all rows."""
     from gpu_parts.head import head
     from gpu_parts.results import TINY, not_run, summary, write_results
 
@@ -100,7 +100,7 @@ def check(parts: list[Part], *, out: Path, minutes: float, tiny: bool) -> list[R
 
 
 def environment(work: Path, *, cores: int) -> dict[str, str]:
-    """Return the variables of all processes: few threads each, and one place for what torch.compile makes."""
+    """Return the environment of all processes: few threads each, and a common cache for torch.compile."""
     ours = {
         "OMP_NUM_THREADS": "1" if cores < _MANY_CORES else "2",
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -111,7 +111,7 @@ def environment(work: Path, *, cores: int) -> dict[str, str]:
 
 
 def chosen(only: str | None) -> list[Part]:
-    """Pick parts by name, in the order of the table."""
+    """Select parts by name, in the order of the table."""
     names = [name for name in (only or "").split(",") if name]
     unknown = [name for name in names if name not in {part.name for part in PARTS}]
     if unknown:
@@ -121,14 +121,14 @@ def chosen(only: str | None) -> list[Part]:
 
 
 def require_packages() -> None:
-    """Refuse a machine on which every part would fail alike."""
+    """Raise ConfigError if required packages are missing, because every part would fail."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise ConfigError(f"not installed here: {', '.join(missing)}", "install them; --pack collects some of them")
 
 
 def require_card(tiny: bool) -> None:
-    """Refuse a machine on which nothing would be measured."""
+    """Raise ConfigError if there is no GPU, unless `tiny`, because nothing would be measured."""
     import torch
 
     if not tiny and not torch.cuda.is_available():
@@ -147,7 +147,7 @@ def parts_text() -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line. A part's process is told what to do by --child and never returns from here."""
+    """Read the command line. In the process of a part, which is started with --child, this function never returns."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=f"{parts_text()}\n\n{PACKING}", formatter_class=raw)
     out = Path(os.environ.get("OUT") or "gpu_check")

@@ -27,7 +27,7 @@ and named.
 
 
 def main() -> None:
-    """Writes shards, or verifies them, and says what was done and what to do next."""
+    """Write or verify shards, and print what was done and what to do next."""
     args = parse_arguments()
     if args.verify and args.out is None:
         out = Path(args.src)
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; `--help` begins with examples."""
+    """Read the command line; `--help` includes examples."""
     parser = argparse.ArgumentParser(
         usage="make_shards.py SRC OUT [options]\n       make_shards.py --verify OUT\n\n" + EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -75,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def print_summary(out: Path, notes: dict[str, Note]) -> None:
-    """Counts by split, what was converted or skipped, and the next command."""
+    """Print the counts by split, the numbers of converted and skipped images, and the next command."""
     for split, note in notes.items():
         print(f"{split}: {note.images:,} images, {note.grayscale:,} of them grayscale, shards: {len(note.lengths):,}")
         if note.converted:

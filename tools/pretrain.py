@@ -13,14 +13,14 @@ examples:
 
 
 def start(config: PretrainConfig, *, fresh: bool, extend: bool) -> None:
-    """Runs or continues the run."""
+    """Start or continue the run."""
     from maedistill.pretraining.loop import pretrain
 
     pretrain(config, fresh=fresh, extend=extend)
 
 
 def dry_run(config: PretrainConfig) -> None:
-    """Says what would happen."""
+    """Print what the run would do."""
     from maedistill.pretraining import setup
 
     setup.dry_run(config)

@@ -27,7 +27,7 @@ from maedistill.study.steps import Step, run_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 0
-JOBS = 2  # trainings at a time: each of these small networks gets half of the cores
+JOBS = 2  # concurrent training runs: each of these small networks gets half of the cores
 TITLE = "Quickstart: one small student, four ways to begin with it"
 NOTES = (
     "scikit-learn's 1,797 real digit scans at 32 px: pre-trained on 1,497 without labels, fine-tuned on a tenth of "
@@ -41,7 +41,7 @@ NOTES = (
 
 
 def main() -> None:
-    """Runs each step as a command of its own; where one fails, what needs it is not started."""
+    """Run each step as a separate command; if a step fails, the steps that need it are not started."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=float, help="epochs of every training, instead of the configs'")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the runs and the report")
@@ -57,7 +57,7 @@ def main() -> None:
     networks = networks_of(study, out)
     trainings = StudyPlan(study, out, [SEED], None, settings, is_done).steps()
     run_steps([*trainings, *export_steps(networks, out)], root=ROOT, out=out, jobs=JOBS)
-    run_steps(score_steps(networks, out, val), root=ROOT, out=out)  # one at a time: they are timed
+    run_steps(score_steps(networks, out, val), root=ROOT, out=out)  # one at a time, because latency is measured
     command = shlex.join(["python", *sys.argv])
     write_results(collect(study, out, [SEED]), out, title=TITLE, command=command)
     report = write_comparison(networks, out, title=TITLE, notes=[*NOTES, f"Command: `{command}`"])
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def networks_of(study: Study, out: Path) -> dict[str, Network]:
-    """The folders of every network that is compared, the teacher first."""
+    """Return the folders of every compared network, the teacher first."""
     steps = {}
     for name, network in (study.teachers | study.students).items():
         first = pretrain_step(name, SEED) if network.config is not None else None
@@ -82,7 +82,7 @@ def networks_of(study: Study, out: Path) -> dict[str, Network]:
 
 
 def export_steps(networks: dict[str, Network], out: Path) -> list[Step]:
-    """Each network as a timm model, to its run's folder."""
+    """Return the steps that export each network as a timm model to its run's folder."""
     return [
         Step(
             f"{name}/export",
@@ -95,7 +95,7 @@ def export_steps(networks: dict[str, Network], out: Path) -> list[Step]:
 
 
 def score_steps(networks: dict[str, Network], out: Path, shards: str) -> list[Step]:
-    """Accuracy and latency of each export."""
+    """Return the steps that measure accuracy and latency of each export."""
     return [
         Step(
             f"{name}/score",

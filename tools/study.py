@@ -27,7 +27,7 @@ otherwise that of the first step that failed.
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.split(" `")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Checks everything before the first step starts; the comparison is written however the steps end."""
+    """Check everything before the first step starts. The comparison is written even if some steps fail."""
     arguments = parse()
     if arguments.jobs < 1:
         raise ConfigError(f"--jobs {arguments.jobs}: not a number of runs", "use 1 or more")
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def run(study: Study, out: Path, seeds: list[int], arguments: argparse.Namespace) -> None:
-    """Runs the steps, or says what they are. Where some fail, the others are compared before the error is raised."""
+    """Run the steps, or print them. If some fail, the others are compared before the error is raised."""
     from maedistill.study.finished import is_done, is_scored
     from maedistill.study.plan import StudyPlan, add_tests
     from maedistill.study.steps import StepsFailed, print_steps, run_steps
@@ -79,13 +79,13 @@ def run(study: Study, out: Path, seeds: list[int], arguments: argparse.Namespace
 
 
 def report(study: Study, out: Path, seeds: list[int], *, title: str) -> None:
-    """Compares what is there."""
+    """Compare the finished runs."""
     from maedistill.study.comparison import write_results
     from maedistill.study.results import collect
 
     before = out / "results.json"
     if "--report" in sys.argv and before.is_file():
-        command = json.loads(before.read_text())["command"]  # the one that made the runs
+        command = json.loads(before.read_text())["command"]  # the command that started the runs
     else:
         command = shlex.join(["python", *sys.argv])
     print(f"\nresults: {write_results(collect(study, out, seeds), out, title=title, command=command)}", flush=True)

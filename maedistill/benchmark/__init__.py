@@ -1,1 +1,1 @@
-"""Where the time goes on this machine: measured side by side, counted where counting is possible."""
+"""Benchmarks of this machine: alternatives are measured in interleaved rounds, and FLOPs and bytes are counted."""

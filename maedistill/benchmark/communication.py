@@ -1,26 +1,27 @@
-"""What data-parallel training costs on paper: how long ranks exchange gradients, beside what they compute.
+"""An analytic model of data-parallel training: the time to exchange gradients beside the time to compute them.
 
     parameters -> gradient bytes -> ring all-reduce at a bandwidth -> seconds, added to those of the computation
 
-A model, not a measurement. What it assumes:
-- every gradient is a number of 4 bytes, as the engine reduces them, whatever the number format of the step;
-- a ring: each rank sends and receives 2 (K - 1) / K times all of them; 3 (K - 1) / K with ZeRO stage 3, which gathers
-  the weights twice, and scatters the gradients;
-- all that at `BANDWIDTH` per rank: what one 200 Gbit/s network port per GPU brings. Links inside a machine are faster,
-  but a ring is as fast as its slowest link, and beyond one machine that is the network;
-- once per update, after the backward pass and beside nothing. The engine overlaps the two, so this is an upper bound;
-- no latency, no rank that is slower than the others, no file system: what large clusters lose on top.
+This is a model, not a measurement. It assumes:
+- Each gradient takes 4 bytes, as the engine reduces them, whatever the number format of the step.
+- Ranks form a ring. Each of K ranks sends and receives 2 (K - 1) / K times the gradients, or 3 (K - 1) / K times with
+  ZeRO stage 3, which gathers the weights twice and scatters the gradients.
+- Each rank transfers at `BANDWIDTH`, the speed of one 200 Gbit/s network port per GPU. Links inside a machine are
+  faster, but a ring is as fast as its slowest link, which is the network as soon as there are two machines.
+- The exchange happens once per update, after the backward pass, without overlap. The engine overlaps the two, so the
+  modelled time is an upper bound.
+- Latency, stragglers and the file system cost nothing. Large clusters lose time to these as well.
 """
 
 from dataclasses import dataclass
 
 BANDWIDTH = 25e9  # bytes per second and rank, in each direction
-FLOPS = 250e12  # floating-point operations per second of a GPU that nobody measured
+FLOPS = 250e12  # floating-point operations per second assumed for a GPU that was not measured
 
 
 @dataclass(frozen=True)
 class AnalyticModel:
-    """One size of a cluster: seconds of a step by what they are spent on, and what follows."""
+    """The modelled step of a cluster of one size: seconds of computation and of exchange, and the resulting speed."""
 
     ranks: int
     images: int  # per rank and update
@@ -29,21 +30,21 @@ class AnalyticModel:
 
     @property
     def efficiency(self) -> float:
-        """Of so many ranks, against ranks that need not talk."""
+        """Return the speed relative to the same number of ranks without communication."""
         return self.compute / (self.compute + self.reduce)
 
     @property
     def images_per_second(self) -> float:
-        """Of all ranks together."""
+        """Return the speed of all ranks together."""
         return self.ranks * self.images / (self.compute + self.reduce)
 
 
 def on_paper(
     ranks: int, *, images: int, images_per_second: float, parameters: int, zero: int, bandwidth: float = BANDWIDTH
 ) -> AnalyticModel:
-    """The model above for `ranks` ranks.
+    """Apply the model above to `ranks` ranks.
 
-    images: per rank and update. images_per_second: of one rank by itself. zero: the ZeRO stage.
+    images: images per rank and update. images_per_second: speed of one rank by itself. zero: the ZeRO stage.
     """
     return AnalyticModel(
         ranks, images, images / images_per_second, reduce_seconds(ranks, parameters, zero=zero, bandwidth=bandwidth)
@@ -51,6 +52,6 @@ def on_paper(
 
 
 def reduce_seconds(ranks: int, parameters: int, *, zero: int, bandwidth: float = BANDWIDTH) -> float:
-    """How long `ranks` ranks take to exchange the gradients of `parameters` numbers."""
+    """Return the seconds that `ranks` ranks take to exchange the gradients of `parameters` numbers."""
     passes = 3 if zero == 3 else 2
     return passes * (ranks - 1) / ranks * 4 * parameters / bandwidth

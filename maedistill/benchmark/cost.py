@@ -1,10 +1,10 @@
-"""What a run will take: hours to the end of a config, from the speeds of step and loader here, and what limits it.
+"""Estimate the hours that a config takes, from the speeds of step and loader measured here, and find the bottleneck.
 
     EngineStep -> images/s of one GPU       RandomCrops on data.train -> images/s of one core
     both, and communication.py -> images/s of one GPU among many -> epochs x images -> hours
 
-Without shards the loader is not measured, and taken to keep up. Without a GPU, step and loader share the cores, and a
-table of its own says what a step would take on an H100, by the model of step_model.py.
+Without shards, the loader is not measured and is assumed to keep up. Without a GPU, step and loader share the cores,
+and an extra table gives the time of a step on an H100 according to the model of step_model.py.
 """
 
 import time
@@ -29,31 +29,31 @@ from maedistill.pretraining.build import build_crops
 from maedistill.runs.start import join
 from maedistill.training.engine import shutdown_distributed
 
-IMAGENET_IMAGES = 1_281_167  # of ImageNet-1K, on which the papers train
-_STEP_SECONDS = 1.0  # that a step takes at most
-_ROUND_SECONDS = 2.0  # for which each path runs in a round
-_LOADED = 32  # images that the loader makes between two looks at the clock
+IMAGENET_IMAGES = 1_281_167  # training images of ImageNet-1K, on which the papers train
+_STEP_SECONDS = 1.0  # longest time of a step
+_ROUND_SECONDS = 2.0  # time that each path runs in a round
+_LOADED = 32  # images that the loader makes between two readings of the clock
 _MODEL_BATCH = 256  # images of a modelled step
 STEP, LOADER = "step, images/s", "loader, images/s of a core"
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What one GPU of a run does, and one core of its loader."""
+    """The speed of one GPU of a run and of one core of its loader."""
 
-    cluster: AnalyticModel  # with its speed by itself, and what exchanging gradients adds
+    cluster: AnalyticModel  # includes the speed of a GPU by itself and the cost of exchanging gradients
     loader: float | None  # images per second and core; None: not measured
-    cores: int  # that load for one GPU
-    shared: bool  # without a GPU: the cores compute the steps as well
+    cores: int  # cores that load for one GPU
+    shared: bool  # True without a GPU: the cores compute the steps as well
 
     @property
     def step(self) -> float:
-        """Images per second of one GPU that need not wait for data, among the others."""
+        """Return the images per second of one of the GPUs, if it never waits for data."""
         return self.cluster.images_per_second / self.cluster.ranks
 
     @property
     def images_per_second(self) -> float:
-        """Of one GPU."""
+        """Return the speed of one GPU, including the loader's limit."""
         if self.loader is None:
             return self.step
         loaded = self.loader * self.cores
@@ -61,28 +61,28 @@ class Speed:
 
     @property
     def cores_needed(self) -> float:
-        """Loader cores that one GPU's step keeps busy."""
+        """Return the number of loader cores that one GPU's step keeps busy."""
         return self.step / self.loader
 
     @property
     def limit(self) -> str:
-        """What to mend first."""
+        """Return the bottleneck: the part to improve first."""
         if self.loader is not None and self.loader * self.cores < self.step:
             return "loader"
         return "exchange of gradients" if self.cluster.reduce > self.cluster.compute else "step"
 
 
 def expected_number(file: str) -> str | None:
-    """What a config's header says that its paper found: the line `# Expected: ...`; None where there is none."""
+    """Read the paper's result from the line `# Expected: ...` in a config's header; return None if there is no line."""
     lines = Path(file).read_text().splitlines() if Path(file).is_file() else []
     return next((line.removeprefix("# Expected: ") for line in lines if line.startswith("# Expected: ")), None)
 
 
 def measure_cost(config: PretrainConfig, *, gpus: int, rounds: int, expected: str | None = None) -> Report:
-    """Measures step and loader here, in turn, and says what the config's epochs take on `gpus` such devices.
+    """Measure step and loader here, in turn, and estimate what the config's epochs take on `gpus` such devices.
 
-    expected: the number that those epochs brought on ImageNet-1K, with its source; None where none is known.
-    Raises ConfigError where so many cannot share the batch, DataError for shards that cannot be read.
+    expected: the published result of these epochs on ImageNet-1K, with its source; None if none is known.
+    Raises ConfigError if `gpus` devices cannot share the batch, DataError if the shards cannot be read.
     """
     plan = config.share_batch(gpus)
     index = _open_shards(config)
@@ -122,9 +122,10 @@ def cost_report(
     images: int | None,
     to_paper: bool = True,
 ) -> Report:
-    """The tables. batch: images of a measured step; images: how many data.train holds, where it is named.
+    """Build the report's tables and remarks.
 
-    to_paper: also the hours on ImageNet-1K.
+    batch: images of a measured step. images: number of images in data.train, None if it is not set. to_paper: add the
+    hours on ImageNet-1K.
     """
     device, ranks = "CPU" if speed.shared else "GPU", speed.cluster.ranks
     tables: dict[str, list[Row]] = {
@@ -151,7 +152,7 @@ def cost_report(
 
 
 def add_model(report: Report, config: PretrainConfig, kinds: dict[str, Kind], *, gpus: int) -> None:
-    """Add what a step and the config's epochs would take on GPUs that nobody here has."""
+    """Add the modelled time of a step and of the config's epochs on GPUs that are not available here."""
     step, batch = total(kinds), _MODEL_BATCH
     rows = sorted((*kinds.items(), ("all", step)), key=lambda row: (row[0] == "all", -row[1].seconds))
     report.tables[f"an eager step of {batch} images on an {CARD}: a model, not measured"] = [
@@ -174,7 +175,7 @@ def add_model(report: Report, config: PretrainConfig, kinds: dict[str, Kind], *,
 
 
 def _run_row(speed: Speed) -> Row:
-    """One device among the others."""
+    """Return the row for one device of the run."""
     cluster = speed.cluster
     return {
         "images/s of each": round(speed.images_per_second, 1),
@@ -196,7 +197,7 @@ def _hours_row(name: str, images: float, speed: Speed, *, device: str) -> Row:
 
 
 def _open_shards(config: PretrainConfig) -> ShardIndex | None:
-    """The index of data.train, where it is named."""
+    """Open the index of data.train; return None if data.train is not set."""
     if not config.data.train:
         return None
     set_cache(folder=config.data.cache_folder, gigabytes=config.data.cache_gb)
@@ -204,7 +205,7 @@ def _open_shards(config: PretrainConfig) -> ShardIndex | None:
 
 
 def _one_core(crops: RandomCrops) -> Callable[[], int]:
-    """Loads the next images of the run, as a loader process does."""
+    """Return a function that loads the next images of the run on one core, as a loader process does."""
     position = 0
 
     def load() -> int:
@@ -222,7 +223,7 @@ def _one_core(crops: RandomCrops) -> Callable[[], int]:
 
 
 def _for_a_while(work: Callable[[], int]) -> Callable[[], int]:
-    """Repeats `work` until its time in a round is over."""
+    """Return a function that repeats `work` for `_ROUND_SECONDS`."""
 
     def repeated() -> int:
         images, start = 0, time.perf_counter()

@@ -1,9 +1,9 @@
-"""The step of one rank as training makes it, through the engine and with its exchange of gradients, on noise.
+"""One rank's training step on noise images, through the engine and with its exchange of gradients, as in training.
 
     noise [B, 3, s, s] -> unit range, flip, masks -> teacher -> method -> engine.backward, engine.step
 
-What a step costs depends neither on the images nor on the weights. One micro-batch per update: the least that a rank
-can compute between two exchanges.
+The cost of a step depends neither on the images nor on the weights. Each update has one micro-batch, which is the least
+that a rank can compute between two exchanges.
 
     B images   s image side
 """
@@ -27,8 +27,9 @@ from maedistill.training.engine import Engine
 class EngineStep:
     """Student, teacher and engine of a config on this rank's device. Build it on every rank of an open process group.
 
-    batch: images of this rank in a step, `engine.micro_batch` of them until `take` says otherwise. parameters: numbers
-    that are trained, and so gradients that ranks exchange. gflop: billions of floating-point operations per image.
+    batch: images per step on this rank, `engine.micro_batch` until `take` changes it. parameters: number of trained
+    parameters, which is also the number of gradients that ranks exchange. gflop: billions of floating-point operations
+    per image.
     """
 
     def __init__(self, config: PretrainConfig) -> None:
@@ -38,7 +39,7 @@ class EngineStep:
         source = build_teacher_source(config, grid=encoder.grid)
         self.method = build_method(config, encoder, source).to(self.device)
         self.teacher = build_teacher(config, source, self.device) if source is not None else None
-        # Counted while the weights are whole: ZeRO 3 leaves each rank empty ones, and hooks that a copy cannot run.
+        # Count before the engine is built: ZeRO 3 leaves empty weights on each rank, and hooks that a copy cannot run.
         self.parameters = sum(parameter.numel() for parameter in self.method.parameters())
         student, teacher = mask_sizes(config, encoder.grid**2)
         self.gflop = count_flops(self.method, self.teacher, num_student=student, num_teacher=teacher)["total"]
@@ -59,18 +60,18 @@ class EngineStep:
         self.take(config.engine.micro_batch_limit)
 
     def __call__(self) -> int:
-        """One step, to its end on the device. Returns how many images this rank took."""
+        """Run one step until the device has finished it. Return the number of images on this rank."""
         self.launch()
         self.wait()
         return self.batch
 
     def wait(self) -> None:
-        """Waits for the device."""
+        """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def take(self, batch: int) -> None:
-        """From now on a step takes `batch` images."""
+        """Set the number of images per step to `batch`."""
         first, num_patches = distributed.rank() * batch, self.method.encoder.grid**2
         self.batch = batch
         self._noise = SyntheticBatch(
@@ -78,9 +79,9 @@ class EngineStep:
         )
 
     def autotune_batch(self, seconds: float) -> None:
-        """Takes the most images, 4, 8, 16, ..., up to `engine.micro_batch`, whose step is made in `seconds`.
+        """Choose the largest batch of 4, 8, 16, ..., up to `engine.micro_batch`, whose step takes at most `seconds`.
 
-        So that a CPU can be measured with the config of a GPU. For one rank alone.
+        This allows a CPU to be measured with the config of a GPU. Only for a single rank.
         """
         most = self.config.engine.micro_batch_limit
         self.take(min(4, most))
@@ -89,7 +90,7 @@ class EngineStep:
             self.take(min(2 * self.batch, most))
 
     def seconds(self) -> float:
-        """Of one step, after one that warms up."""
+        """Return the time of one step, measured after a warm-up step."""
         self()
         start = time.perf_counter()
         self()

@@ -1,12 +1,12 @@
-"""How fast images come: our loader, the plain one and the floor, which is decoding and cropping and nothing else.
+"""The speed of our loader, of the plain one, and of the floor, a loop that only decodes and crops.
 
     shards -> Sampled -> {path: a generator of the crops it has made} -> measure, in turn -> tables, remarks
 
-A round of a path starts its processes anew, so that none works while another path is measured; its clocks start when
-some batches have arrived, and so count neither that start nor the first use of memory. What is measured then are the
-same crops for all paths. The files are in the page cache, and torch has one thread.
+Each round of a path starts new processes, so that none of them works while another path is measured. The clocks start
+after some batches have arrived, so they count neither the start nor the first use of memory. All paths are measured on
+the same crops. The files are in the page cache, and torch has one thread.
 
-Ratios and stages are of core-seconds: whatever else runs on the machine lengthens the time on the wall, and by chance.
+Ratios and stages use core-seconds, because other load on the machine lengthens wall-clock time by a random amount.
 
     m images in a batch   s crop size
 """
@@ -39,45 +39,45 @@ from maedistill.randomness import Stream, uniform
 SEED = 0
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # MAE's
 _MOST_IN_BATCH = 128
-_FEWEST = 64  # crops of a round: fewer say nothing
-_LEAD = 16  # batches of a round per worker, where there are several: some may be made before the clock starts
+_FEWEST = 64  # fewest crops of a round: fewer give no meaningful speed
+_LEAD = 16  # batches of a round per worker, if there are several: some may be made before the clock starts
 DECODERS = tuple(name for name in JPEG_DECODERS if name != "pillow") or JPEG_DECODERS
 
 
 @dataclass
 class Sampled:
-    """What all paths are measured on: the crops of some batches of a run, after a few to warm up."""
+    """The input of all paths: the crops of some measured batches of a run, preceded by a few warm-up batches."""
 
     crops: RandomCrops
     batch: int  # crops in a batch
-    warm_up: int  # batches
-    steps: int  # batches that are measured
-    samples: list[int]  # by decoded image, warm-up included: which one it is
-    data: dict[int, bytes]  # by sample: its file
+    warm_up: int  # number of warm-up batches
+    steps: int  # number of measured batches
+    samples: list[int]  # sample id of each decoded image, warm-up included
+    data: dict[int, bytes]  # sample id -> its file
 
     @property
     def views(self) -> int:
-        """Crops per decoded image."""
+        """Return the number of crops per decoded image."""
         return self.crops.order.views
 
     @property
     def measured(self) -> list[int]:
-        """The samples of the batches that are measured."""
+        """Return the sample ids of the measured batches."""
         return self.samples[self.warm_up * self.batch // self.views :]
 
     @property
     def files(self) -> list[bytes]:
-        """By decoded image that is measured."""
+        """Return the file of each measured image."""
         return [self.data[sample] for sample in self.measured]
 
     def variant(self, kind: type[RandomCrops] = RandomCrops, **options: object) -> RandomCrops:
-        """The same crops made in another way."""
+        """Return a loader of the same crops with another class or other options."""
         return kind(
             self.crops.index, self.crops.order, seed=SEED, size=self.crops.size, scale=SCALE, ratio=RATIO, **options
         )
 
     def boxes(self, image: int, height: int, width: int) -> list[Box]:
-        """The views of the image-th decoded image that is measured."""
+        """Return the crop boxes of the measured image number `image`."""
         at = self.warm_up * self.batch + torch.arange(image * self.views, (image + 1) * self.views)
         rows = uniform(SEED, at, Stream.CROP, n=CROP_DRAWS).tolist()
         return [random_box(height, width, row, scale=SCALE, ratio=RATIO) for row in rows]
@@ -86,10 +86,11 @@ class Sampled:
 def measure_loader(
     shards: str, *, size: int, views: int, workers: int, images: int, rounds: int, against: str | None = None
 ) -> Report:
-    """Measures all paths that this machine has, `images` crops of `size` pixels a round.
+    """Measure all paths available on this machine, with `images` crops of `size` pixels per round.
 
-    views: crops per decoded image. workers: loader processes; 0 measures in this one alone. against: shards that the
-    plain path reads instead, e.g. the originals of `shards` that were shrunk.
+    views: crops per decoded image. workers: loader processes; 0 loads in this process. against: shards that the plain
+    path reads instead, such as the originals from which `shards` were shrunk.
+    Raises ConfigError if `workers` is negative or `images` too few.
     """
     if workers < 0:
         raise ConfigError(f"--workers is {workers}", "give 0 for this process alone, or more")
@@ -112,10 +113,10 @@ def measure_loader(
 
 
 def sample(shards: str, *, size: int, views: int, workers: int, images: int) -> Sampled:
-    """Draws the crops to measure on and reads their files; what cannot be decoded is replaced, as it is in a run.
+    """Draw the crops to measure and read their files; undecodable samples are replaced, as in a run.
 
-    One worker waits for whoever takes its batches. Several may be a batch ahead when the clock starts, so that a round
-    then has many batches, and more crops than `images`.
+    A single worker waits until its batches are taken. Several workers may be a batch ahead when the clock starts, so a
+    round then has many batches and more crops than `images`.
     """
     batch = max(1, min(_MOST_IN_BATCH, images // (2 * max(1, workers))) // views) * views
     warm_up, steps = max(1, workers) * PREFETCHED + 1, -(-images // batch)
@@ -131,14 +132,14 @@ def sample(shards: str, *, size: int, views: int, workers: int, images: int) -> 
 
 
 def loader_paths(sampled: Sampled, *, workers: int) -> dict[str, Work]:
-    """Our loader with each decoder, and in one process."""
+    """Return the paths of our loader: with worker processes for each decoder, and in one process."""
     paths = {f"ours, {name}": sampled.variant(decoder=name) for name in DECODERS if workers}
     loads = {name: functools.partial(_load, crops, sampled, workers=workers) for name, crops in paths.items()}
     return loads | {"ours in one process": functools.partial(_load, sampled.crops, sampled, workers=0)}
 
 
 def floor_paths(sampled: Sampled) -> dict[str, Work]:
-    """Loops over files in memory that decode, and crop or not, and throw the result away."""
+    """Return loops over files in memory that decode, with or without cropping, and discard the result."""
     paths = {}
     for name in DECODERS:
         paths[f"decode + crop, {name}"] = functools.partial(_floor, sampled, decoder=name, crops=True)
@@ -147,7 +148,7 @@ def floor_paths(sampled: Sampled) -> dict[str, Work]:
 
 
 def stage_paths(sampled: Sampled) -> dict[str, Work]:
-    """Those stages of our loader that can be had alone."""
+    """Return the stages of our loader that can be run separately."""
     idle = sampled.variant(_Idle)
     return {
         "read": functools.partial(_read, sampled),
@@ -157,7 +158,7 @@ def stage_paths(sampled: Sampled) -> dict[str, Work]:
 
 
 class _Idle(RandomCrops):
-    """Crops that cost nothing to make, to see what handing them over costs."""
+    """Crops that cost nothing to make, which isolates the cost of the transfer between processes."""
 
     def fill(self, images: Tensor, positions: list[int]) -> Batch:
         ids = torch.tensor(positions)
@@ -173,7 +174,7 @@ def _load(crops: RandomCrops, sampled: Sampled, *, workers: int) -> Iterator[int
 
 def _plain(folder: Path, sampled: Sampled, *, workers: int) -> Iterator[int]:
     number = {sample: i for i, sample in enumerate(sampled.data)}
-    warm_up = max(1, workers)  # batches; it uses no memory again
+    warm_up = max(1, workers)  # batches; the plain loader reuses no memory, so it needs fewer
     images = sampled.samples[(sampled.warm_up - warm_up) * sampled.batch // sampled.views :]
     order = [number[sample] for sample in images for _ in range(sampled.views)]
     keywords = {"size": sampled.crops.size, "scale": SCALE, "batch": sampled.batch, "workers": workers}
@@ -182,7 +183,7 @@ def _plain(folder: Path, sampled: Sampled, *, workers: int) -> Iterator[int]:
 
 
 def _without_warm_up(parts: Iterator[int], count: int) -> Iterator[int]:
-    """The first `count` parts as one that begins the measurement."""
+    """Yield the sum of the first `count` parts, after which the measurement starts, then the other parts."""
     yield sum(itertools.islice(parts, count))
     yield from parts
 
@@ -227,7 +228,7 @@ def _report(sampled: Sampled, paths: Mapping[str, Speed], stages: Mapping[str, R
 
 
 def _compared(name: str, per_core: Mapping[str, Rates]) -> Row:
-    """A path against the plain loader, and against a loop that decodes with the same decoder and crops."""
+    """Compare a path with the plain loader, and with the decode-and-crop loop that uses the same decoder."""
     floor = per_core.get(f"decode + crop, {name.rpartition(', ')[2]}", per_core[f"decode + crop, {DECODERS[0]}"])
     return {
         "per core-second": per_core[name].spread,
@@ -237,7 +238,7 @@ def _compared(name: str, per_core: Mapping[str, Rates]) -> Row:
 
 
 def _stage_times(paths: Mapping[str, Rates], stages: Mapping[str, Rates]) -> dict[str, Spread]:
-    """Milliseconds per crop. What has no loop of its own is the difference of two, round by round."""
+    """Return the milliseconds per crop of each stage. Stages without their own loop are differences within a round."""
     ms = {name: 1000 / np.array(rates.rounds) for name, rates in (paths | stages).items()}  # [rounds] each
     decode, both = ms[f"decode, {DECODERS[0]}"], ms[f"decode + crop, {DECODERS[0]}"]
     collate = ms["ours in one process"] - both - ms["read"] - ms["header"]
@@ -247,7 +248,7 @@ def _stage_times(paths: Mapping[str, Rates], stages: Mapping[str, Rates]) -> dic
 
 
 def _remarks(sampled: Sampled, stage_times: Mapping[str, Spread]) -> list[str]:
-    """What limits the loader, and what would help."""
+    """Name the loader's bottleneck and suggest remedies."""
     times = {name: time.median for name, time in stage_times.items()}
     most = max(times, key=times.__getitem__)
     lines = [

@@ -1,4 +1,4 @@
-"""The fastest matrix product of this machine: what a training step can at most come near."""
+"""The speed of this machine's fastest matrix product: a practical upper bound for a training step."""
 
 import time
 
@@ -6,16 +6,16 @@ import torch
 
 SIDES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192, 16384)}
 _REPEATS = 5
-_SECONDS = 0.1  # how long one measurement lasts at least
+_SECONDS = 0.1  # shortest duration of a measurement
 
 
 def matrix_peak(dtype: torch.dtype, device: torch.device) -> tuple[float, int]:
-    """FLOP per second of the fastest square product in `dtype` among `SIDES`, and its side."""
+    """Return the FLOP per second of the fastest square product in `dtype` among `SIDES`, and its side."""
     return max((_speed(side, dtype, device), side) for side in SIDES[device.type])
 
 
 def _speed(side: int, dtype: torch.dtype, device: torch.device) -> float:
-    """The best of some measurements."""
+    """Return the best of several measurements, in FLOP per second."""
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     count = 1
     while (seconds := _seconds(left, right, count)) < _SECONDS:

@@ -1,7 +1,7 @@
-"""The memory that a piece of work needs at once, beyond what is there before: allocated on a GPU, counted on a CPU.
+"""The peak memory of a piece of work beyond what was in use before: the allocator's record on a GPU, a count on a CPU.
 
-A CPU's allocator keeps no such record, and a process's size says little about one step. So every tensor that an
-operation returns is counted from then until its storage dies; what a kernel needs only inside itself is not seen.
+A CPU's allocator keeps no such record, and the size of a process says little about one step. So every tensor that an
+operation returns is counted until its storage is freed. Memory used only inside a kernel is not counted.
 """
 
 import weakref
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> int:
-    """The most bytes of tensors made by `work` that are alive at the same time."""
+    """Return the largest number of bytes of tensors made by `work` that are alive at the same time."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -29,7 +29,7 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Adds a storage when an operation first returns it, and takes it off when it dies."""
+    """A counter that adds a storage when an operation first returns it, and subtracts it when it is freed."""
 
     def __init__(self) -> None:
         super().__init__()

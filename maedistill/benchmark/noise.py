@@ -1,4 +1,4 @@
-"""Images that are made up, and the optimizer that leaves the weights alone: what a step costs depends on neither.
+"""Synthetic images, and an optimizer that leaves the weights unchanged: the cost of a step depends on neither.
 
 B images   s image side
 """
@@ -16,9 +16,10 @@ from maedistill.training.optim import build_optimizer, parameter_groups
 
 
 class SyntheticBatch:
-    """A batch of noise at the config's image size, drawn once, that each step flips and splits anew.
+    """A batch of noise at the config's image size, drawn once; each step flips and splits it again.
 
-    first: position of the first image in the epoch. num_patches: of an image. compiled: prepare them in one graph.
+    first: position of the first image in the epoch. num_patches: patches of an image. compiled: prepare images and
+    masks in one compiled graph.
     """
 
     def __init__(
@@ -38,10 +39,10 @@ class SyntheticBatch:
         self._positions = torch.arange(first, first + batch, device=device)
 
     def draw(self) -> tuple[Tensor, PatchSplit]:
-        """Images [B, 3, s, s] in [0, 1] and their split, as the training loop makes them of what the loader brings."""
+        """Return images [B, 3, s, s] in [0, 1] and their split, prepared as in the training loop."""
         return self._inputs(self.images, self._positions)
 
 
 def zero_lr_optimizer(method: nn.Module, config: PretrainConfig) -> torch.optim.AdamW:
-    """The config's optimizer at learning rate 0, where it costs the same and moves nothing."""
+    """Build the config's optimizer with learning rate 0: it costs the same and leaves the weights unchanged."""
     return build_optimizer(parameter_groups(method, config.optim.weight_decay), lr=0.0, betas=config.optim.betas)

@@ -1,6 +1,6 @@
-"""The loader that most projects have: an image folder, Pillow, torchvision's transforms to float32, a DataLoader.
+"""The common loader: an image folder, Pillow, torchvision's transforms to float32, a DataLoader.
 
-It is DMAE's, and MAE's, in every step; the yardstick of ours.
+It has the same steps as the loaders of DMAE and MAE, and is the baseline for ours.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def write_folder(folder: Path, files: Iterable[bytes]) -> None:
-    """The encoded images as files of one class, in order."""
+    """Write the encoded images as files of one class, in order."""
     (folder / "class").mkdir()
     for number, data in enumerate(files):
         (folder / "class" / f"{number:06d}.jpg").write_bytes(data)
@@ -25,9 +25,9 @@ def write_folder(folder: Path, files: Iterable[bytes]) -> None:
 def plain_batches(
     folder: Path, order: list[int], *, size: int, scale: tuple[float, float], batch: int, workers: int
 ) -> Iterator[list[Tensor]]:
-    """Batches of float32 [b, 3, s, s] and labels int64 [b].
+    """Return an iterator over batches: images float32 [b, 3, s, s] and labels int64 [b].
 
-    folder, order: what `write_folder` wrote, and which of its files comes when.
+    folder: the folder that `write_folder` wrote. order: numbers of its files, in the order in which they are loaded.
     """
     crop = Crop(size, scale=scale, interpolation=InterpolationMode.BICUBIC)
     transform = Compose([crop, RandomHorizontalFlip(), ToTensor(), Normalize(IMAGENET_MEAN, IMAGENET_STD)])

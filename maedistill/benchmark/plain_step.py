@@ -1,14 +1,16 @@
-"""A method and its teacher written plainly, as published loops do it: what `benchmark step` compares with.
+"""A plain version of a method and its teacher, as in published training loops: the baseline of `benchmark step`.
 
-The same weights (the very tensors), inputs and losses; a test compares losses and gradients. Plain is:
+It shares weights (the same tensors), inputs and losses with ours; a test compares losses and gradients. In the plain
+version:
 
-- all patches are embedded, then the hidden ones dropped;
-- the teacher runs whole, then its decoder, whose output nobody reads;
-- decoders put the rows back into raster order, compute every row in every block and predict every patch, of which the
-  loss then takes the hidden ones; generators compute every row, too;
-- attention is softmax(QK')V written out.
+- all patches are embedded, then the hidden ones are dropped;
+- the whole teacher runs, then its decoder, whose output is not used;
+- decoders restore raster order, compute every row in every block and predict every patch, although the loss needs only
+  the hidden ones; generators compute every row as well;
+- attention is written out as softmax(QK')V.
 
-A decoder of cross-attention asks for hidden patches only, here too: that is what it is. Its attention is written out.
+A cross-attention decoder predicts only hidden patches by design, so its plain version does too, with attention written
+out.
 
     B batch   R rows   S, T patches visible to student and teacher   H predicted   P prefix tokens   W decoder width
 """
@@ -35,7 +37,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def plain_method(method: MAE) -> MAE:
-    """`method` written plainly. Both train the same parameters."""
+    """Return the plain version of `method`. Both train the same parameters."""
     plain = _twin(method)
     plain.encoder = PlainEncoder(plain.encoder.vit)
     kind = PlainCrossDecoder if isinstance(plain.decoder, CrossDecoder) else PlainDecoder
@@ -46,7 +48,7 @@ def plain_method(method: MAE) -> MAE:
 
 
 class PlainTeacher(nn.Module):
-    """`teacher` run to its end, and then `decoder` on what comes out, as published loops run a whole MAE."""
+    """The whole `teacher` followed by `decoder` on its output, as published loops run a complete MAE."""
 
     def __init__(self, teacher: Teacher, decoder: TokenDecoder) -> None:
         super().__init__()
@@ -58,34 +60,34 @@ class PlainTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, split: PatchSplit) -> Target:
-        """As `Teacher`'s."""
+        """Return the same as `Teacher.forward`."""
         tokens, tapped = self.teacher.encoder(self.teacher.prepare(images), split.teacher, **self.teacher.tapped)
         self.decoder(tokens, PatchSplit(split.order, split.num_teacher, split.num_teacher))
         return tapped
 
 
 class PlainEncoder(MaskedEncoder):
-    """Embeds all patches by a convolution, then picks the chosen ones."""
+    """An encoder that embeds all patches by a convolution, then selects the visible ones."""
 
     def embed_patches(self, images: Tensor, ids: Tensor | None) -> Tensor:
-        """As `MaskedEncoder`'s."""
+        """Return the same as `MaskedEncoder.embed_patches`."""
         x = self.vit.patch_embed(images) + self.vit.pos_embed[:, -(self.grid**2) :]  # [B, N, D]
         return x if ids is None else gather_rows(x, ids)
 
 
 class PlainDecoder(nn.Module):
-    """Rows in raster order, all of them predicted."""
+    """A decoder that restores raster order and predicts every row."""
 
     def __init__(self, decoder: TokenDecoder) -> None:
         super().__init__()
         self.decoder = decoder
 
     def forward(self, tokens: Tensor, split: PatchSplit, hidden: Tensor | None = None) -> Tensor:
-        """As `TokenDecoder`'s."""
+        """Return the same as `TokenDecoder.forward`."""
         decoder, prefix = self.decoder, self.decoder.num_prefix
         hidden = split.hidden if hidden is None else hidden
-        order = torch.cat([split.student, hidden], dim=1)  # [B, R], without gaps where all hidden ones are predicted
-        restore = order.argsort(dim=1)  # where each patch of the raster lies in the order
+        order = torch.cat([split.student, hidden], dim=1)  # [B, R], without gaps if all hidden patches are predicted
+        restore = order.argsort(dim=1)  # position in `order` of each patch of the raster
         x = decoder.embed(tokens)  # [B, P + S, W]
         masks = decoder.mask_token.repeat(len(x), hidden.shape[1], 1).to(x.dtype)  # [B, H, W]
         rows = gather_rows(torch.cat([x[:, prefix:], masks], dim=1), restore)  # [B, R, W]
@@ -100,10 +102,10 @@ class PlainDecoder(nn.Module):
 
 
 class PlainCrossDecoder(PlainDecoder):
-    """Hidden rows that read the visible ones."""
+    """A decoder whose hidden rows attend to the visible ones."""
 
     def forward(self, tokens: Tensor, split: PatchSplit, hidden: Tensor | None = None) -> Tensor:
-        """As `CrossDecoder`'s."""
+        """Return the same as `CrossDecoder.forward`."""
         known, rows = self.decoder.inputs(tokens, split, hidden)
         for block in self.decoder.blocks:
             rows = _cross(block, rows, known)  # [B, H, W]
@@ -111,14 +113,14 @@ class PlainCrossDecoder(PlainDecoder):
 
 
 class PlainGenerator(nn.Module):
-    """Every row in every block."""
+    """A generator that computes every row in every block."""
 
     def __init__(self, generator: Generator) -> None:
         super().__init__()
         self.generator = generator
 
     def forward(self, projected: Tensor, split: PatchSplit) -> Tensor:
-        """As `Generator`'s."""
+        """Return the same as `Generator.forward`."""
         missing = split.num_teacher - split.num_student
         masks = self.generator.mask_token.repeat(len(projected), missing, 1).to(projected.dtype)
         x = torch.cat([projected, masks], dim=1) + gather_rows(self.generator.pos_embed, split.teacher)  # [B, T, D_t]
@@ -128,7 +130,7 @@ class PlainGenerator(nn.Module):
 
 
 def _cross(block: CrossBlock, x: Tensor, context: Tensor) -> Tensor:
-    """`block`, its attention written out."""
+    """Apply `block` with its attention written out."""
     q = rearrange(block.query(block.norm1(x)), "b q (h d) -> b h q d", h=block.heads)
     key_value = block.key_value(block.norm_context(context))
     k, v = rearrange(key_value, "b c (two h d) -> two b h c d", two=2, h=block.heads)
@@ -138,7 +140,7 @@ def _cross(block: CrossBlock, x: Tensor, context: Tensor) -> Tensor:
 
 
 def _twin(module: Module) -> Module:
-    """A module of its own around the same tensors, with timm's attention written out."""
+    """Return a copy of the module that shares its tensors, with timm's attention written out."""
     tensors = itertools.chain(module.parameters(), module.buffers())
     twin = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
     for part in twin.modules():

@@ -1,15 +1,15 @@
-"""One rank of `benchmark scale`: makes steps for some seconds whenever its processes have their turn.
+"""One rank of `benchmark scale`: runs training steps for a few seconds whenever its group of processes has a turn.
 
     torchrun --nproc-per-node K -m maedistill.benchmark.rank FOLDER BATCH CORES CONFIG key=value ...
 
-    FOLDER/ready.json   written when the rank's networks stand: batch, parameters, gflop
-    FOLDER/N.go         whoever started the ranks makes it: the N-th turn begins
-    FOLDER/N.json       written when it is over: images_per_second, exchange_seconds, busy_cores
-    FOLDER/end          no more turns
+    FOLDER/ready.json   written by the rank once its networks are built: batch, parameters, gflop
+    FOLDER/N.go         created by the parent process: turn N begins
+    FOLDER/N.json       written by the rank when the turn is over: images_per_second, exchange_seconds, busy_cores
+    FOLDER/end          created by the parent process: there are no more turns
 
-BATCH: images per rank and step; 0: as many as take about a second, for one rank alone. CORES: per rank, which keeps to
-its own, so that one rank alone has no more of the machine than each of many. All ranks look for the files, and none
-waits in a collective for its turn: on a GPU that would keep the device busy.
+BATCH: images per rank and step; 0 chooses as many as take about a second, for a single rank only. CORES: cores per
+rank. Each rank is pinned to its own, so that a single rank has no more of the machine than each of many. All ranks poll
+for the files instead of waiting in a collective, which would keep a GPU busy.
 """
 
 import json
@@ -31,14 +31,14 @@ from maedistill.runs.start import join
 from maedistill.training.engine import shutdown_distributed
 
 TURN_SECONDS = 3.0
-_STEP_SECONDS = 1.0  # that a step takes at most, where the batch may be chosen
-_FEWEST = 3  # steps of a turn, however long they take
-_EXCHANGES = 5  # of gradients, of which the fastest counts
-_LOOK, _PATIENCE = 0.02, 600.0  # seconds between two looks for a turn, and after which there is none to come
+_STEP_SECONDS = 1.0  # longest time of a step, if the batch may be chosen
+_FEWEST = 3  # fewest steps of a turn, however long they take
+_EXCHANGES = 5  # exchanges of gradients that are timed; the fastest counts
+_LOOK, _PATIENCE = 0.02, 600.0  # seconds between two looks for a turn, and until the rank gives up waiting
 
 
 def main(folder: str, batch: str, cores: str, config: str, *overrides: str) -> None:
-    """Measures until it is told to end. Collective."""
+    """Measure turns until FOLDER/end exists. Collective."""
     die_with_launcher()
     keep_to_cores(int(os.environ["LOCAL_RANK"]), int(cores))
     settings = load_config(config, overrides, to_run=False).config
@@ -58,7 +58,7 @@ def main(folder: str, batch: str, cores: str, config: str, *overrides: str) -> N
 
 
 def has_turn(folder: Path, number: int) -> bool:
-    """Waits for a turn; False where there are no more. Raises PeerError where nobody gives one."""
+    """Wait for a turn and return True; return False if there are no more. Raise PeerError after `_PATIENCE` seconds."""
     start = time.monotonic()
     while time.monotonic() - start < _PATIENCE:
         if (folder / f"{number}.go").exists():
@@ -70,7 +70,7 @@ def has_turn(folder: Path, number: int) -> bool:
 
 
 def turn(step: EngineStep, seconds: float) -> dict[str, float]:
-    """What all ranks do in about `seconds`. Collective: all make equally many steps."""
+    """Train for about `seconds` and return the speed of all ranks. Collective: all ranks run equally many steps."""
     steps = distributed.broadcast_object(max(_FEWEST, round(seconds / step.seconds())))
     distributed.barrier()
     start, busy = time.perf_counter(), time.process_time()
@@ -88,9 +88,9 @@ def turn(step: EngineStep, seconds: float) -> dict[str, float]:
 
 
 def exchange_seconds(step: EngineStep) -> float:
-    """How long the ranks take to add up as many numbers as they have gradients, all being there; 0 for one. Collective.
+    """Return the seconds that ranks take to all-reduce as many numbers as they have gradients; 0 for one. Collective.
 
-    The fastest of a few times: what is slower has waited for something else.
+    All ranks start together. The fastest of a few trials counts, because slower ones have waited for something else.
     """
     gradients, times = torch.zeros(step.parameters, device=step.device), []
     for _ in range(_EXCHANGES if distributed.world_size() > 1 else 0):
@@ -103,13 +103,13 @@ def exchange_seconds(step: EngineStep) -> float:
 
 
 def keep_to_cores(rank: int, cores: int) -> None:
-    """Leaves this process, and all that it starts, the rank's own `cores` cores."""
+    """Pin this process, and all processes that it starts, to the rank's own `cores` cores."""
     allowed = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, allowed[rank * cores : (rank + 1) * cores])
 
 
 def _say(file: Path, found: dict[str, Any]) -> None:
-    """Writes a file whole or not at all; rank 0 does."""
+    """Write a file atomically, on rank 0 only."""
     if distributed.is_main():
         file.with_suffix(".tmp").write_text(json.dumps(found))
         file.with_suffix(".tmp").rename(file)

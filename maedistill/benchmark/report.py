@@ -1,4 +1,4 @@
-"""What a benchmark found: small tables for a person, the same as JSON for a program."""
+"""The results of a benchmark: small tables for a person, and the same data as JSON for a program."""
 
 import json
 import os
@@ -23,25 +23,25 @@ class Report:
     remarks: list[str] = field(default_factory=list)
 
     def text(self) -> str:
-        """All of it, for a terminal."""
+        """Return the whole report as text for a terminal."""
         parts = [f"{title}\n{_table(rows)}" for title, rows in self.tables.items()]
         return "\n\n".join([_machine_line(), *parts, *(["\n".join(self.remarks)] if self.remarks else [])])
 
     def write_json(self, path: Path, *, command: Sequence[str]) -> None:
-        """Everything in full precision, a Spread as median, low and high; with command and machine."""
+        """Write everything in full precision, with command and machine; a Spread becomes median, low and high."""
         document = {"command": list(command), "machine": machine(), "tables": self.tables, "remarks": self.remarks}
         path.write_text(json.dumps(document, indent=1, default=vars) + "\n")
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describe the machine on which the figures were measured."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     cores = len(os.sched_getaffinity(0))
     return {"cores": cores, "threads": torch.get_num_threads(), "gpu": gpu, "cpu": _cpu(), "torch": torch.__version__}
 
 
 def _cpu() -> str:
-    """The processor's name, where the system says it."""
+    """Return the processor's name, or its architecture if the system does not give the name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
@@ -53,7 +53,7 @@ def _machine_line() -> str:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    """Columns as wide as their widest cell; numbers to the right."""
+    """Format rows as a table with columns as wide as their widest cell; numbers are right-aligned."""
     assert rows and all(row.keys() == rows[0].keys() for row in rows)
     cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]

@@ -1,10 +1,10 @@
-"""What more processes bring: measured on this machine for 1 to n, and on paper for clusters.
+"""Scaling with the number of processes: measured on this machine for 1 to n, and modelled for clusters.
 
     torchrun --nproc-per-node 1, 2, 4, ..., n -> rank.py in each -> images/s of all -> against 1 process
     counted or measured step + bytes of gradients -> communication.py -> 8, 64, 512 GPUs
 
-Every process has the same cores, whatever their number, and the same batch. All processes are there from the start and
-wait; in each round every number of them has one turn.
+Every process has the same batch and the same number of cores, however many processes there are. All groups of
+processes start at the beginning and wait; in each round, each group has one turn.
 """
 
 import json
@@ -27,17 +27,17 @@ from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError, PeerError
 
-GPUS = (8, 64, 512)  # on paper
-_LOOK = 0.05  # seconds between two looks whether a turn is over
+GPUS = (8, 64, 512)  # sizes of the modelled clusters
+_LOOK = 0.05  # seconds between two checks whether a turn is over
 
-Found = dict[str, Any]  # what rank.py writes
+Found = dict[str, Any]  # contents of a file that rank.py writes
 
 
 def measure_scale(config: str, overrides: Sequence[str] = (), *, processes: int | None, rounds: int) -> Report:
-    """Starts 1, 2, 4, ... and `processes` training processes (default: one per GPU, or per core), for `rounds` rounds.
+    """Measure groups of 1, 2, 4, ... and `processes` training processes (default: one per GPU or core), `rounds` times.
 
-    Raises what loading the config raises, ConfigError for more processes than GPUs or cores, and PeerError where one of
-    them fails.
+    Raises the errors of loading the config, ConfigError if there are more processes than GPUs or cores, and PeerError
+    if one of the processes fails.
     """
     command = [config, *overrides]
     settings = load_config(config, overrides, to_run=False).config
@@ -68,7 +68,7 @@ def measure_scale(config: str, overrides: Sequence[str] = (), *, processes: int 
 def scale_report(
     config: PretrainConfig, ready: Found, found: dict[int, list[Found]], *, cores: int, has_gpu: bool
 ) -> Report:
-    """The tables: what rank.py found by number of processes, round by round, and the model's clusters."""
+    """Build the tables: the results of rank.py by number of processes and round, and the modelled clusters."""
     batch, parameters, gflop = ready["batch"], ready["parameters"], ready["gflop"]
     each = {count: _rates_of_each(count, runs) for count, runs in found.items()}
     alone = each[1].spread.median if has_gpu else FLOPS / (gflop * 1e9)
@@ -94,7 +94,7 @@ def scale_report(
 
 
 def paper_clusters(config: PretrainConfig, *, parameters: int, images_per_second: float) -> list[AnalyticModel]:
-    """The config's global batch shared by `GPUS`, as far as they can, then its micro-batch on each of them."""
+    """Model clusters of `GPUS`: first sharing the config's global batch, if possible, then with a micro-batch each."""
     shares = {}
     for gpus in GPUS:
         try:
@@ -116,12 +116,12 @@ def paper_clusters(config: PretrainConfig, *, parameters: int, images_per_second
 
 
 def _rates_of_each(count: int, runs: Sequence[Found]) -> Rates:
-    """Images per second of one of `count` processes, by round."""
+    """Return the images per second of one of `count` processes, by round."""
     return Rates(tuple(run["images_per_second"] / count for run in runs))
 
 
 def _measured_row(count: int, each: dict[int, Rates], runs: Sequence[Found], *, batch: int) -> Row:
-    """One number of processes: images per second of all, what one does against one alone, and a step's time."""
+    """Return the row of a group: images per second of all, efficiency of one against one alone, and a step's time."""
     return {
         "processes": count,
         "images/s": spread(tuple(count * rate for rate in each[count].rounds)),
@@ -132,7 +132,7 @@ def _measured_row(count: int, each: dict[int, Rates], runs: Sequence[Found], *, 
 
 
 def _busy_row(count: int, each: Rates, runs: Sequence[Found]) -> Row:
-    """One number of processes: how much of the CPU each had, and what it made of that."""
+    """Return the row of a group: how much of the CPU each process had, and its images per busy core-second."""
     busy = [run["busy_cores"] for run in runs]
     worth = tuple(rate / cores for rate, cores in zip(each.rounds, busy, strict=True))
     return {"processes": count, "busy cores of each": spread(tuple(busy)), "images per busy core-second": spread(worth)}
@@ -151,7 +151,7 @@ def _paper_row(cluster: AnalyticModel) -> Row:
 
 
 class _Ranks:
-    """Training processes that wait for their turn, see rank.py. `with` them: afterwards they have ended."""
+    """A group of training processes that wait for their turn, see rank.py. The context manager ends them on exit."""
 
     def __init__(self, count: int, command: Sequence[str], *, batch: int, cores: int) -> None:
         self._count, self._folder = count, tempfile.TemporaryDirectory(prefix="maedistill-scale-")
@@ -172,16 +172,16 @@ class _Ranks:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         (self._path / "end").touch()
         if kind is not None:
-            self._launcher.terminate()  # it ends the ranks
+            self._launcher.terminate()  # the launcher ends the ranks
         self._launcher.wait()
         self._folder.cleanup()
 
     def ready(self) -> Found:
-        """Waits until they have built their networks, and hears what those are."""
+        """Wait until the ranks have built their networks; return the contents of ready.json."""
         return self._wait("ready.json")
 
     def turn(self, number: int) -> Found:
-        """Lets them train for their time, the `number`-th one, while all others wait."""
+        """Let the ranks train for turn `number`, while all other groups wait; return the results."""
         (self._path / f"{number}.go").touch()
         return self._wait(f"{number}.json")
 

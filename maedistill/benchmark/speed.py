@@ -1,4 +1,4 @@
-"""The speed of work that other processes share in: by the clock on the wall, and by the time that cores gave to it.
+"""The speed of work that uses child processes: by wall-clock time and by core time.
 
 {path: a generator of counts} -> measure -> {path: Speed}
 """
@@ -12,20 +12,20 @@ from time import perf_counter, process_time
 
 from maedistill.benchmark.timing import Rates
 
-Work = Callable[[], Iterator[int]]  # one round of a path: how many were made, part by part; the first part warms up
+Work = Callable[[], Iterator[int]]  # one round of a path: the number of items of each part; the first part warms up
 _SCHEDSTAT = "/proc/{pid}/schedstat"
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How many a second one path makes, by either clock."""
+    """Items per second of one path: per second of wall-clock time and per core-second."""
 
     wall: Rates
     per_core: Rates
 
 
 def measure(paths: Mapping[str, Work], *, rounds: int) -> dict[str, Speed]:
-    """The speed of all paths, run in turn as `interleave` does, each round in the opposite order."""
+    """Measure all paths in turn, as `interleave` does; each round runs in the opposite order of the previous one."""
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in paths}
     for number in range(1 + rounds):
         for name in list(paths) if number % 2 else reversed(paths):
@@ -36,7 +36,7 @@ def measure(paths: Mapping[str, Work], *, rounds: int) -> dict[str, Speed]:
 
 
 def speed_of(parts: Iterator[int]) -> tuple[float, float]:
-    """How many a second, by either clock, from when the first part was there until the last was."""
+    """Return items per wall-clock second and per core-second, from the end of the first part to that of the last."""
     next(parts)
     made, start = 0, (perf_counter(), _core_seconds())
     for part in parts:
@@ -45,12 +45,12 @@ def speed_of(parts: Iterator[int]) -> tuple[float, float]:
 
 
 def _core_seconds() -> float:
-    """What this process and its living children have had of the cores."""
+    """Return the core-seconds that this process and its living children have used."""
     return process_time() + sum(_core_seconds_of(child.pid) for child in multiprocessing.active_children())
 
 
 def _core_seconds_of(pid: int) -> float:
-    """In nanoseconds where the kernel says it (Linux), elsewhere in ticks of 10 ms."""
+    """Return the core-seconds of a process: in nanosecond steps if the kernel has schedstat, else in ticks of 10 ms."""
     try:
         return int(Path(_SCHEDSTAT.format(pid=pid)).read_text().split()[0]) / 1e9
     except FileNotFoundError:

@@ -1,8 +1,9 @@
-"""From the command to the end of the first step: real starts of the tool, and what each part of one takes.
+"""The time from the command to the end of the first step: real starts of the tool, split into parts.
 
-    python tools/pretrain.py CONFIG ... under `stopwatch.py`, in a run folder that is thrown away -> seconds by part
+    python tools/pretrain.py CONFIG ... under `stopwatch.py`, in a temporary run folder -> seconds by part
 
-The first start is told apart: it may read a cold disk, scan shards that have no index, compile, or fetch a teacher.
+The first start is reported separately: it may read a cold disk, scan shards without an index, compile, or download a
+teacher.
 """
 
 import json
@@ -20,15 +21,15 @@ from maedistill.config.loader import load_config
 from maedistill.errors import DataError, Preempted
 
 _TOOL = Path(__file__).resolve().parents[2] / "tools" / "pretrain.py"
-_PACKAGES = 5  # that are named; the others are one row
+_PACKAGES = 5  # number of packages with a row of their own; the others share one row
 
 Seconds = dict[str, float]  # by part, see stopwatch.py
 
 
 def measure_start(config: str, overrides: Sequence[str] = (), *, rounds: int) -> Report:
-    """Starts pre-training 1 + `rounds` times and stops each start after its first step.
+    """Start pre-training 1 + `rounds` times and stop each start after its first step.
 
-    Raises what loading the config raises, and DataError where a start ends in an error before its first step.
+    Raises the errors of loading the config, and DataError if a start ends before its first step.
     """
     with tempfile.TemporaryDirectory(prefix="maedistill-start-") as folder:
         command = [config, *overrides, f"run={folder}/run"]
@@ -38,9 +39,9 @@ def measure_start(config: str, overrides: Sequence[str] = (), *, rounds: int) ->
 
 
 def start_report(first: Seconds, later: Sequence[Seconds]) -> Report:
-    """A table of the later starts by part, one of their imports by package."""
+    """Build a table of the later starts by part, and one of their imports by package."""
     names = list(dict.fromkeys(name for seconds in later for name in seconds))
-    names.sort(key=lambda name: name == STEP)  # it surrounds what is named before it
+    names.sort(key=lambda name: name == STEP)  # the first step goes last: it surrounds parts that are named before it
     packages = [name for name in names if name.startswith(IMPORT)]
     packages.sort(key=lambda name: -_median([seconds.get(name, 0.0) for seconds in later]))
     parts = {name: [name] for name in names if name not in packages}
@@ -57,7 +58,7 @@ def start_report(first: Seconds, later: Sequence[Seconds]) -> Report:
 
 
 def _start(command: Sequence[str], file: Path) -> Seconds:
-    """One start of the tool in a process of its own."""
+    """Start the tool once in a separate process; return its seconds by part."""
     stopwatch = [sys.executable, "-m", "maedistill.benchmark.stopwatch"]
     started = subprocess.run(
         [*stopwatch, repr(time.monotonic()), str(file), str(_TOOL), *command], capture_output=True, text=True
@@ -72,7 +73,7 @@ def _start(command: Sequence[str], file: Path) -> Seconds:
 
 
 def _rows(groups: dict[str, list[str]], starts: Sequence[Seconds]) -> list[Row]:
-    """Seconds of each group of parts, and the share of the last group that it is."""
+    """Return the seconds of each group of parts, and its share of the last group."""
     sums = {group: [sum(s.get(name, 0.0) for name in names) for s in starts] for group, names in groups.items()}
     whole = list(sums.values())[-1]
     return [

@@ -1,8 +1,8 @@
-"""`benchmark step`: how fast an optimizer step is, what it computes and where its time goes, against the plain one.
+"""`benchmark step`: speed, FLOPs, memory and time shares of an optimizer step, compared with the plain version.
 
     config -> Contest -> FLOPs counted, memory, steps interleaved, shares of time -> Report
 
-Images are made up, and weights that would be downloaded: speed depends on neither.
+Images are synthetic, and weights that would be downloaded are random: speed depends on neither.
 """
 
 import math
@@ -29,17 +29,17 @@ from maedistill.training.engine import shutdown_distributed
 
 _STEP_SECONDS = 0.7  # the batch is doubled until a step takes longer
 _SAVES = 5
-_ROUND_SECONDS = 0.5  # a round repeats a step until it has taken so long
+_ROUND_SECONDS = 0.5  # a round repeats a step for this long
 PLAIN, OURS, COMPILED, ENGINE = "plain", "ours", "ours, compiled", "ours, DeepSpeed engine"
 PUBLISHED = "plain, published decoder"
 Steps = dict[str, TrainingStep]
 
 
 def measure_step(config: PretrainConfig, *, batch: int | None, rounds: int) -> Report:
-    """Steps of `batch` images; None: so many that a step takes about a second, at most engine.micro_batch.
+    """Measure steps of `batch` images; None: as many as take about a second, at most engine.micro_batch.
 
-    Opens a process group of one for the engine, and closes it. Raises ConfigError for a number format that the
-    machine has not, and for a teacher that cannot be built.
+    Opens a process group of one for the engine, and closes it. Raises ConfigError for a number format that the machine
+    does not support, and for a teacher that cannot be built.
     """
     join(config)
     try:
@@ -53,7 +53,7 @@ def measure_step(config: PretrainConfig, *, batch: int | None, rounds: int) -> R
 
 
 def without_download(config: PretrainConfig) -> PretrainConfig:
-    """The config with random weights in a teacher of the same shape, where the real ones are a download or a file."""
+    """Return the config with random teacher weights of the same shape, if the real ones are a download or a file."""
     teacher = config.teacher
     kind, _, name = (teacher.source or "").partition(":")
     name = {"timm": name, "file": teacher.model}.get(kind)
@@ -64,7 +64,7 @@ def without_download(config: PretrainConfig) -> PretrainConfig:
 
 
 def _compare(contest: StepComparison, steps: Steps, *, batch: int, rounds: int) -> Report:
-    """All tables; what needs memory for itself comes before the other steps are made."""
+    """Build all tables. Memory is measured before the other steps are built, which would occupy some of it."""
     device, settings = contest.device, contest.config.engine
     is_compiled = should_compile(settings.compile, device, zero=settings.zero)
     methods = {PLAIN: contest.plain_method, OURS: contest.method}
@@ -100,7 +100,7 @@ _MEMORY = {
 
 
 def _flops(contest: StepComparison, method: nn.Module) -> dict[str, float]:
-    """GFLOP per image by part, of a method with our teacher or the plain one, as it is ours or plain."""
+    """Return the GFLOP per image by part: of our method with our teacher, or of a plain method with a plain one."""
     teacher = contest.teacher if method is contest.method else contest.plain_teacher
     student_sees, teacher_sees = mask_sizes(contest.config, contest.num_patches)
     return count_flops(method, teacher, num_student=student_sees, num_teacher=teacher_sees)
@@ -108,26 +108,26 @@ def _flops(contest: StepComparison, method: nn.Module) -> dict[str, float]:
 
 @torch.no_grad()
 def _loss(step: TrainingStep, ours: TrainingStep) -> float:
-    """The loss of the images and masks that `ours` draws."""
+    """Return the loss of `step` on the images and masks that `ours` draws."""
     images, split = ours.draw()
     target = step.teacher(images, split) if step.teacher is not None else None
     return step.losses(images, split, target)["loss"].item()
 
 
 def _memory(step: TrainingStep, device: torch.device) -> int:
-    """What forward and backward pass need at once, beside weights, gradients and the optimizer's moments."""
-    step.gradients()  # makes room for the gradients
+    """Return the peak bytes of forward and backward pass, beside weights, gradients and the optimizer's moments."""
+    step.gradients()  # allocates the gradients
     found = peak_memory(step.gradients, device)
-    step()  # and gives it back
+    step()  # frees them again
     return found
 
 
 def _batch(contest: StepComparison, step: TrainingStep, *, most: int) -> int:
-    """The smallest power of two whose step takes `_STEP_SECONDS`, or `most`."""
+    """Return the smallest power of two whose step takes `_STEP_SECONDS`, at most `most`."""
     batch = 1
     while True:
         contest.take(batch)
-        step()  # the first of a shape is slower
+        step()  # the first step of a shape is slower
         if batch == most or _seconds(step, contest.device) > _STEP_SECONDS:
             return batch
         batch = min(2 * batch, most)
@@ -139,7 +139,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _seconds(step: TrainingStep, device: torch.device) -> float:
-    """One step."""
+    """Return the seconds of one step."""
     _wait(device)
     start = time.perf_counter()
     step()
@@ -148,7 +148,7 @@ def _seconds(step: TrainingStep, device: torch.device) -> float:
 
 
 def _path(step: TrainingStep, device: torch.device, *, batch: int, repeats: int) -> Callable[[], int]:
-    """What `interleave` times: some steps, to their end on the device."""
+    """Return the function that `interleave` times: `repeats` steps, until the device has finished them."""
 
     def run() -> int:
         for _ in range(repeats):
@@ -160,7 +160,7 @@ def _path(step: TrainingStep, device: torch.device, *, batch: int, repeats: int)
 
 
 def _shares(step: TrainingStep, device: torch.device, *, repeats: int) -> dict[str, float]:
-    """Share of each part in the time of a step that waits for the device after each."""
+    """Return each part's share of the time of a step that waits for the device after each part."""
     spent: dict[str, float] = {}
     for _ in range(repeats):
         _wait(device)
@@ -179,7 +179,7 @@ def _shares(step: TrainingStep, device: torch.device, *, repeats: int) -> dict[s
 
 
 def _speed(rates: dict[str, Rates], flops: dict[str, dict[str, float]], peak: float) -> list[Row]:
-    """One line per step: images/s, and how near its own FLOPs come to the matrix peak."""
+    """Return one row per step: images/s, and its own FLOPs as a share of the matrix peak."""
     rows = []
     for name, rate in rates.items():
         per_image = flops.get(name, flops[OURS])["total"] * 1e9
@@ -189,14 +189,14 @@ def _speed(rates: dict[str, Rates], flops: dict[str, dict[str, float]], peak: fl
 
 
 def _ratios(rates: dict[str, Rates], best: str) -> list[Row]:
-    """Which step is how many times as fast as which, within rounds."""
+    """Return the speed ratios between pairs of steps, taken within rounds."""
     pairs = [(name, other) for name in (OURS, COMPILED) for other in (PLAIN, PUBLISHED)] + [(ENGINE, best)]
     known = [(name, other) for name, other in pairs if name in rates and other in rates]
     return [{"step": name, "against": other, "times": ratio(rates[name], rates[other])} for name, other in known]
 
 
 def _checkpoint(step: TrainingStep, device: torch.device) -> Row:
-    """How long training waits for one: until everything is copied to the CPU."""
+    """Measure how long a checkpoint stalls training: until everything is copied to the CPU."""
     stalls = []
     for _ in range(_SAVES):
         _wait(device)
@@ -208,7 +208,7 @@ def _checkpoint(step: TrainingStep, device: torch.device) -> Row:
 
 
 def _side_by_side(key: str, columns: dict[str, dict[str, float]]) -> list[Row]:
-    """One line per part, one column per step."""
+    """Return one row per part, with one column per step."""
     parts = dict.fromkeys(part for column in columns.values() for part in column)
     return [{key: part} | {name: column.get(part, 0.0) for name, column in columns.items()} for part in parts]
 
@@ -216,7 +216,7 @@ def _side_by_side(key: str, columns: dict[str, dict[str, float]]) -> list[Row]:
 def _remarks(
     contest: StepComparison, *, batch: int, peak: float, side: int, losses: dict[str, float], steps: Steps
 ) -> list[str]:
-    """How to read the tables."""
+    """Explain how to read the tables."""
     config = contest.config
     lines = [
         f"plain: the same weights and losses as published loops compute them ({contest.plain_precision}): all patches "

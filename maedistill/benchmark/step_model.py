@@ -1,12 +1,12 @@
-"""What a training step takes on an H100, from its operations: counted here, timed by a model, never measured.
+"""A model of a training step's time on an H100: operations are counted here, their time is modelled, not measured.
 
     config -> the true step on tensors without data -> every operation: FLOPs, bytes, kernels -> seconds, by kind
 
-Nothing is computed, so this needs no GPU and a minute of one core. The model is a roofline: a product or attention
-takes its FLOPs at the share of the peak that such shapes reach on this card, anything else its bytes at the memory's
-speed, and nothing less than a launch. The peaks are those of an H100 SXM's data sheet; the shares are assumed. It
-leaves out clipping and the exchange of gradients. It describes the eager step: torch.compile fuses what is neither
-product nor attention.
+Nothing is computed, so this takes a minute of one core and no GPU. The model is a roofline. An operation takes the time
+to move its bytes at memory speed, and at least that of a kernel launch. A matrix product or attention also takes at
+least the time of its FLOPs at the share of the peak that such shapes reach on this card. The peaks come from the data
+sheet of the H100 SXM; the shares are assumed. Clipping and the exchange of gradients are left out. The model describes
+the eager step: torch.compile fuses everything but products and attention.
 
     B images
 """
@@ -30,14 +30,14 @@ from maedistill.pretraining.build import build_encoder, build_method, build_teac
 
 CARD = "H100 SXM"
 PEAK_FLOPS = {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 67e12}  # dense, from the data sheet
-PRODUCT_SHARE, ATTENTION_SHARE = 0.58, 0.30  # of the peak that is reached, assumed
+PRODUCT_SHARE, ATTENTION_SHARE = 0.58, 0.30  # share of the peak that is reached, assumed
 BANDWIDTH = 0.85 * 3.35e12  # bytes per second that a long copy reaches, assumed
-LAUNCH_SECONDS = 2.5e-6  # the least that a kernel takes
-_TILE = 128  # rows that attention works on at once: fewer take as long
+LAUNCH_SECONDS = 2.5e-6  # shortest time of a kernel
+_TILE = 128  # rows that attention processes at once: fewer rows take as long
 
 _VIEWS = {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze"}
 _VIEWS |= {"detach", "alias", "unbind", "split", "split_with_sizes", "as_strided", "lift_fresh", "device"}
-_VIEWS |= {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # no kernel either
+_VIEWS |= {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # no views, but no kernels either
 _KINDS = {
     "products": ("mm", "addmm", "bmm", "baddbmm", "linear"),
     "layer norm": ("native_layer_norm", "native_layer_norm_backward"),
@@ -94,7 +94,7 @@ def total(kinds: dict[str, Kind]) -> Kind:
 
 
 def without_data(module: nn.Module) -> nn.Module:
-    """Replace every tensor of `module`, in place, by one of the same shape that holds no data. In a FakeTensorMode."""
+    """Replace every tensor of `module`, in place, by one of the same shape without data. Call in a FakeTensorMode."""
     for part in module.modules():
         for name, p in part._parameters.items():
             if p is not None:
@@ -106,7 +106,7 @@ def without_data(module: nn.Module) -> nn.Module:
 
 
 class _Count(TorchDispatchMode):
-    """Sums up what passes through it."""
+    """A counter that adds up all operations that run inside it, by kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +141,10 @@ def _operation(
 
 
 def _attention_flops(q: Tensor, k: Tensor, *, backward: bool) -> tuple[float, float]:
-    """Count two products forward, five backward, of [B, heads, Q, d] and [B, heads, K, d]; and with full tiles."""
+    """Count the FLOPs of attention of [B, heads, Q, d] and [B, heads, K, d]: exact, and with rows padded to full tiles.
+
+    There are two products in the forward pass and five in the backward pass.
+    """
     (batch, heads, queries, width), keys = q.shape, k.shape[2]
     flops = (5 if backward else 2) * 2.0 * batch * heads * queries * keys * width
     tiles = math.prod(math.ceil(rows / _TILE) * _TILE / rows for rows in (queries, keys))
@@ -149,13 +152,13 @@ def _attention_flops(q: Tensor, k: Tensor, *, backward: bool) -> tuple[float, fl
 
 
 def _adamw(numbers: int) -> Kind:
-    """Model the fused update: weight, gradient and two moments read, all but the gradient written, 4 bytes each."""
+    """Model the fused update: read weight, gradient and two moments, write all but the gradient, 4 bytes each."""
     moved = 7 * 4.0 * numbers
     return Kind(max(1, numbers // 10**7), 0.0, moved, moved / BANDWIDTH)
 
 
 def _touched(tensor: Tensor) -> int:
-    """Bytes that are really read or written: what is expanded counts once."""
+    """Return the bytes that are really read or written: expanded dimensions count once."""
     sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return math.prod(sizes) * tensor.element_size()
 

@@ -1,10 +1,10 @@
-"""A training tool under a stopwatch, from the command to the end of its first step, where it is sent home.
+"""Time a training tool by part, from the command to the end of its first step, and stop it there.
 
     python -m maedistill.benchmark.stopwatch SINCE FILE tools/pretrain.py CONFIG key=value ...
 
-SINCE is the system's monotonic clock when the command was given. FILE gets {part: seconds} as JSON. Every instant
-belongs to one part: to the package that is being imported, else to the innermost of `PARTS` that runs, else to what
-lies around them. This file imports nothing heavy, so that none of the tool's imports is given away.
+SINCE is the value of the system's monotonic clock when the command was given. FILE receives {part: seconds} as JSON.
+Every instant belongs to exactly one part: the package that is being imported, else the innermost running part of
+`PARTS`, else the surrounding phase. This file imports nothing heavy, so that the tool's imports are timed in full.
 """
 
 import builtins
@@ -22,8 +22,8 @@ from typing import Any
 
 from maedistill.errors import Preempted
 
-IMPORT = "import "  # before the package, in the names of parts
-LOOP = "maedistill.pretraining.loop"  # once it is imported, all of `PARTS` is there
+IMPORT = "import "  # prefix of the package in the names of parts
+LOOP = "maedistill.pretraining.loop"  # once it is imported, all modules of `PARTS` are loaded
 PARTS = {
     ("maedistill.runs.start", "join"): "process group",
     ("maedistill.pretraining.setup", "open_index"): "data index",
@@ -34,7 +34,7 @@ PYTHON, SETTINGS, BATCH, STEP = "interpreter", "settings", "first batch", "first
 
 
 class Stopwatch:
-    """Seconds by part. Parts may lie within each other: the inner one counts, and `around` what is in none."""
+    """Seconds by part. Parts may be nested: time counts for the innermost one, or for `around` outside all parts."""
 
     def __init__(self, since: float, *, around: str) -> None:
         self.seconds: dict[str, float] = {}
@@ -42,7 +42,7 @@ class Stopwatch:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What happens in the block belongs to `name`."""
+        """Count the time of the block for `name`."""
         self._note()
         self._running.append(name)
         try:
@@ -52,12 +52,12 @@ class Stopwatch:
             self._running.pop()
 
     def around(self, name: str) -> None:
-        """From now on, what is in no part belongs to `name`."""
+        """Count time outside all parts for `name` from now on."""
         self._note()
         self._running[0] = name
 
     def timed(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """A function whose calls are a part."""
+        """Return a wrapper of `function` whose calls count for the part `name`."""
 
         @functools.wraps(function)
         def call(*arguments: Any, **keywords: Any) -> Any:
@@ -73,7 +73,7 @@ class Stopwatch:
 
 
 def main(since: str, file: str, tool: str, *arguments: str) -> None:
-    """Runs `tool` up to the end of its first step."""
+    """Run `tool` up to the end of its first step."""
     watch = Stopwatch(float(since), around=PYTHON)
     watch.around(SETTINGS)
     _time_imports(watch, then=lambda: _time_parts(watch, Path(file)))
@@ -82,7 +82,7 @@ def main(since: str, file: str, tool: str, *arguments: str) -> None:
 
 
 def _time_imports(watch: Stopwatch, *, then: Callable[[], None]) -> None:
-    """Makes each import of the main thread a part; calls `then` when the training loop has been imported."""
+    """Make each import of the main thread a part; call `then` when the training loop has been imported."""
     load, main_thread = builtins.__import__, threading.get_ident()
     waiting = [then]
 
@@ -100,7 +100,7 @@ def _time_imports(watch: Stopwatch, *, then: Callable[[], None]) -> None:
 
 
 def _time_parts(watch: Stopwatch, file: Path) -> None:
-    """Makes parts of what `PARTS` names and of the first batch, and of the first step the end."""
+    """Make parts of the functions in `PARTS` and of the first batch; stop the tool after its first step."""
     for (module, name), part in PARTS.items():
         setattr(sys.modules[module], name, watch.timed(getattr(sys.modules[module], name), part))
     loop, run = sys.modules[LOOP], sys.modules["maedistill.runs.run"].Run

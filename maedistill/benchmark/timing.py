@@ -1,8 +1,9 @@
-"""Speeds measured side by side: every round runs every path once, so that what slows the machine slows them all.
+"""Interleaved measurement of speeds: every round runs every path once, so that other load slows all paths alike.
 
     {name: path} -> interleave -> {name: Rates} -> Rates, ratio: median and quartiles over the rounds
 
-A path does some work and returns how many images that was. Ratios are taken within a round, and then their median.
+A path does some work and returns the number of images it processed. Ratios are taken within each round, then the median
+of these ratios is reported.
 """
 
 import time
@@ -14,7 +15,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Spread:
-    """The middle of some measurements and the range that holds half of them."""
+    """The median of some measurements and the range that holds the middle half of them."""
 
     median: float
     low: float  # first quartile
@@ -32,25 +33,25 @@ class Rates:
 
     @property
     def spread(self) -> Spread:
-        """Over the rounds."""
+        """Return median and quartiles over the rounds."""
         return spread(self.rounds)
 
 
 def spread(values: tuple[float, ...]) -> Spread:
-    """Median and quartiles of measurements."""
+    """Return median and quartiles of measurements."""
     low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
     return Spread(median, low, high)
 
 
 def ratio(ours: Rates, theirs: Rates) -> Spread:
-    """How many times as fast one path is as another, of the same `interleave`."""
+    """Return how many times as fast one path is as another; both must come from the same `interleave`."""
     return spread(tuple(one / other for one, other in zip(ours.rounds, theirs.rounds, strict=True)))
 
 
 def interleave(paths: Mapping[str, Callable[[], int]], *, rounds: int, warm_up: int = 1) -> dict[str, Rates]:
-    """Runs all paths in turn, `warm_up` rounds unmeasured, then `rounds` measured ones, each in the opposite order.
+    """Run all paths in turn: `warm_up` unmeasured rounds, then `rounds` measured ones. Every round reverses the order.
 
-    A path must have ended its work when it returns: on a GPU it waits for the device itself.
+    A path must have finished its work when it returns: on a GPU, it waits for the device itself.
     """
     assert rounds >= 1
     measured: dict[str, list[float]] = {name: [] for name in paths}

@@ -1,8 +1,8 @@
-"""One optimizer step on made-up images, in parts that can be timed: ours, the plain one, ours through the engine.
+"""One optimizer step on synthetic images, in parts that can be timed: ours, the plain one, ours through the engine.
 
     draw -> teacher -> losses -> backward -> update
 
-The learning rate is 0, so that all train the same weights without moving them; an update costs the same.
+The learning rate is 0, so that all steps can share the same weights without changing them; an update costs the same.
 
     B images   N patches   s image side
 """
@@ -30,14 +30,14 @@ from maedistill.training.compilation import compile_function, compile_module
 from maedistill.training.engine import Engine
 from maedistill.training.optim import parameter_groups
 
-PUBLISHED_DECODER = {"width": 512, "depth": 8, "heads": 16}  # of MAE's ViT-B, L and H (He et al., 2022), and of DMAE
+PUBLISHED_DECODER = {"width": 512, "depth": 8, "heads": 16}  # of MAE ViT-B, L and H (He et al., 2022), and of DMAE
 LARGE = 768  # the width of ViT-B
 Mark = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """draw() -> images [B, 3, s, s] in [0, 1] and their split; losses and what follows as in the training loop."""
+    """A step's functions. `draw` returns images [B, 3, s, s] in [0, 1] and their split; the rest is as in training."""
 
     draw: Callable[[], tuple[Tensor, PatchSplit]]
     teacher: Callable[[Tensor, PatchSplit], Target] | None
@@ -46,13 +46,13 @@ class TrainingStep:
     update: Callable[[], object]
 
     def __call__(self, mark: Mark = lambda part: None) -> None:
-        """Runs the step; `mark` is called after each part with its name."""
+        """Run the step; call `mark` with the name of each part after it."""
         self.gradients(mark)
         self.update()
         mark("optimizer")
 
     def gradients(self, mark: Mark = lambda part: None) -> None:
-        """All of it but the update."""
+        """Run the whole step except the update."""
         images, split = self.draw()
         mark("images and masks")
         target = self.teacher(images, split) if self.teacher is not None else None
@@ -88,12 +88,12 @@ class StepComparison:
             self.plain_teacher = PlainTeacher(exact, _teacher_decoder(config, exact.encoder).to(device))
 
     def take(self, batch: int) -> None:
-        """Makes up `batch` images, with which all steps go on."""
+        """Draw `batch` synthetic images, which all steps use from now on."""
         self.noise = SyntheticBatch(self.config, batch, num_patches=self.num_patches, device=self.device)
         self._unit = to_float01(self.noise.images)
 
     def ours(self, *, compiled: bool = False) -> TrainingStep:
-        """What the training loop does, around a bare optimizer."""
+        """Return the training loop's step with a bare optimizer instead of the engine."""
         method, teacher = self.method, self.teacher
         if compiled:
             method, teacher = compile_function(method), compile_function(teacher) if teacher is not None else None
@@ -101,7 +101,7 @@ class StepComparison:
         return self._bare(self._draw, teacher, losses, optimizer, scaled=self.precision == "fp16")
 
     def engine(self, *, compiled: bool = False) -> TrainingStep:
-        """The same through DeepSpeed, as training runs it, around a copy of the weights."""
+        """Return the same step through DeepSpeed, as in training, on a copy of the weights."""
         method, teacher = copy.deepcopy(self.method), self.teacher
         if compiled:
             compile_module(method)
@@ -112,26 +112,26 @@ class StepComparison:
         return TrainingStep(self._draw, teacher, engine, engine.backward, engine.step)
 
     def plain(self, method: MAE | None = None) -> TrainingStep:
-        """`plain_method` or another one: with torch's own choice of AdamW loop, reading the loss at every step."""
+        """Return the step of `plain_method` or `method`: torch chooses the AdamW loop; every step reads the loss."""
         method = method or self.plain_method
         groups = parameter_groups(method, self.config.optim.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=self.config.optim.betas)
-        # As published, the teacher runs in the student's format; where ours is exact, the plain one is, too.
+        # As published, the teacher runs in the student's format, but in fp32 if ours does.
         number = self.plain_precision if self.teacher and self.teacher.dtype != torch.float32 else "fp32"
         teacher = self.plain_teacher and self._autocast(self.plain_teacher, number)
         losses = self._autocast(method, self.plain_precision)
         step = self._bare(self._plain_draw, teacher, losses, optimizer, scaled=self.plain_precision == "fp16")
 
         def backward(loss: Tensor) -> None:
-            loss.item()  # waits for the device
+            loss.item()  # waits for the device, as published loops do
             step.backward(loss)
 
         return replace(step, backward=backward)
 
     def published_method(self) -> MAE | None:
-        """The plain method with the decoder that MAE and DMAE are published with, where the config's is another.
+        """Build the plain method with the published decoder of MAE and DMAE, if the config's decoder differs.
 
-        None where it is the same, for AMD, whose decoders are light, and for students of teachers below ViT-B.
+        Returns None if it is the same, for AMD, whose decoders are light, and for teachers narrower than ViT-B or none.
         """
         config = self.config
         if config.method == "amd" or self.source is None or self.source.encoder.width < LARGE:
@@ -142,15 +142,15 @@ class StepComparison:
         return plain_method(build_method(changed, build_encoder(changed), self.source).to(self.device))
 
     def _draw(self) -> tuple[Tensor, PatchSplit]:
-        return self.noise.draw()  # whichever `take` made last
+        return self.noise.draw()  # look up `noise` at each call: `take` replaces it
 
     def _plain_draw(self) -> tuple[Tensor, PatchSplit]:
-        """Images that the loader has converted already, and a patch order by sorting noise."""
+        """Return images already converted to float, as by the loader, and a patch order from sorting noise."""
         noise = torch.rand(len(self._unit), self.num_patches, device=self.device)
         return self._unit, PatchSplit(noise.argsort(dim=1), *mask_sizes(self.config, self.num_patches))
 
     def _autocast(self, module: nn.Module, number: str) -> Callable:
-        """Calls `module` in the number format."""
+        """Return a function that calls `module` under autocast to the number format."""
 
         def call(*inputs: object) -> dict:
             with torch.autocast(self.device.type, dtype=DTYPES[number], enabled=number != "fp32"):
@@ -167,7 +167,7 @@ class StepComparison:
         *,
         scaled: bool,
     ) -> TrainingStep:
-        """A step without engine; `scaled`: with the loss scale of fp16."""
+        """Return a step without engine; `scaled`: with the loss scale of fp16."""
         scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
 
         def update() -> None:
@@ -179,7 +179,7 @@ class StepComparison:
 
 
 def _teacher_decoder(config: PretrainConfig, encoder: MaskedEncoder) -> TokenDecoder:
-    """A random decoder of the size that such a teacher is published with; ours for teachers below ViT-B's width."""
+    """Build a random decoder of the teacher's published size, or of ours if the teacher is narrower than ViT-B."""
     size = PUBLISHED_DECODER if encoder.width >= LARGE else _size(config)
     shape = {"grid": encoder.grid, "patch_size": encoder.patch_size, "num_prefix": encoder.num_prefix}
     decoder = TokenDecoder(encoder.width, **size, **shape)
@@ -188,5 +188,5 @@ def _teacher_decoder(config: PretrainConfig, encoder: MaskedEncoder) -> TokenDec
 
 
 def _size(config: PretrainConfig) -> dict[str, int]:
-    """Of the student's decoder."""
+    """Return width, depth and heads of the student's decoder."""
     return config.decoder.model_dump(include=set(PUBLISHED_DECODER))

@@ -1,4 +1,4 @@
-"""What a fine-tuning run is made of before its engine exists: data, network, recipe; opened, described, tried."""
+"""The parts of a fine-tuning run before its engine exists: data, network and recipe. Also the dry run."""
 
 import time
 from dataclasses import dataclass
@@ -45,14 +45,14 @@ from maedistill.weights.licence import combined_licence
 from maedistill.weights.source import Source
 
 Triple = tuple[float, float, float]
-_SPARSE = 10  # of so many classes up to the largest label, one occurs at least
+_SPARSE = 10  # labels are suspect if fewer than 1 in 10 of the ids up to the largest one occur
 
 
 @dataclass
 class Finetuning:
-    """The parts, on `device`. source is None from scratch; samples are the ids of the label subset, int64 [n].
+    """The parts, on `device`. source: None from scratch; samples: the ids of the label subset, int64 [n].
 
-    teachers and teaching are of distillation: empty and None without.
+    teachers, teaching: for distillation; empty and None without it.
     """
 
     config: FinetuneConfig
@@ -71,7 +71,7 @@ class Finetuning:
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """Parameter groups for the optimizer; what terms of distillation train has the head's rate."""
+        """Return the parameter groups for the optimizer. Parameters of distillation terms get the head's rate."""
         optim = self.config.optim
         groups = layerwise_groups(self.module.vit, optim.weight_decay, layer_decay=optim.layer_decay)
         if isinstance(self.module, Distilled):
@@ -81,7 +81,7 @@ class Finetuning:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What run.json keeps: the network, its input, which samples, what it began with and under which licence."""
+        """Return the metadata for run.json: network, input, samples, initial weights and their licence."""
         data, source = self.config.data, self.source
         return {
             "stage": "finetune",
@@ -101,7 +101,7 @@ class Finetuning:
 
     @property
     def lines(self) -> list[str]:
-        """The run in words, one fact a line."""
+        """Describe the run, one fact per line."""
         config, vit, data = self.config, self.module.vit, self.config.data
         share = f" ({100 * data.label_fraction:g} % of each class)" if data.label_fraction < 1 else ""
         rates = layer_rates(self.groups, config.optim.peak_lr)
@@ -120,12 +120,12 @@ class Finetuning:
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Make the input of a step from a micro-batch on the device: images [m, 3, s, s], soft targets [m, C].
 
-        Flipped by (seed, position), normalised, then erased and mixed with draws of the global generators.
+        Images are flipped by (seed, position), normalised, then erased and mixed with the global generators.
         """
         images = to_float01(batch.images)
         if self.config.data.flip:
             images = random_flip(images, batch.positions, seed=self.config.seed)
-        labels = batch.labels.clamp(min=0)  # -1 where there is none, and then nothing reads it
+        labels = batch.labels.clamp(min=0)  # -1 if unlabelled, in which case nothing reads it
         return self._mixing(normalize(images, *self._channels), labels)
 
     @cached_property
@@ -134,30 +134,30 @@ class Finetuning:
 
     @cached_property
     def _channels(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation on the device, [3, 1, 1] each: made once, because making them waits for a GPU."""
+        """Return mean and std on the device, [3, 1, 1] each. Cached, because creating them syncs with the GPU."""
         mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (self.mean, self.std))
         return mean, std
 
     def compile(self) -> None:
-        """Compile what a step runs: the student, and the teachers that are plain ViTs; others may break its graph."""
+        """Compile what a step runs: the student and plain ViT teachers; other teachers may break the graph."""
         compile_module(self.module)
         for teacher in self.teaching.teachers if self.teaching is not None else ():
             if is_plain_vit(teacher.network):
                 compile_module(teacher)
 
     def teacher_outputs(self, images: Tensor, step: int) -> tuple[Any, ...]:
-        """What the module takes beside images [B, 3, s, s] and targets in a step; nothing without a teacher."""
+        """Return the module's inputs besides images [B, 3, s, s] and targets; empty without a teacher."""
         return self.teaching(images, step) if self.teaching is not None else ()
 
     def validation(self) -> EvaluationImages:
-        """Every validation image, as timm's own evaluation sees it."""
+        """Return every validation image, transformed as in timm's own evaluation."""
         data = self.config.data
         transform = evaluation_transform(size=data.image_size, crop=data.eval_crop)
         return EvaluationImages(self.val_index, torch.arange(len(self.val_index)), transform)
 
 
 def open_finetuning(config: FinetuneConfig, *, world_size: int, device: torch.device) -> Finetuning:
-    """Opens data and weights, builds the network. Collective, where there is a process group."""
+    """Open data and weights and build the network. Works without a process group too. Collective."""
     set_cache(folder=config.data.cache_folder, gigabytes=config.data.cache_gb)
     index, val_index = distributed.main_first(lambda: _open_data(config))
     labelled = config.distill.reads_labels
@@ -184,9 +184,9 @@ def open_finetuning(config: FinetuneConfig, *, world_size: int, device: torch.de
 
 
 def dry_run(config: FinetuneConfig) -> None:
-    """Opens everything, times a step and the loader, and prints the plan.
+    """Open everything, time a step and the loader, and print the plan.
 
-    Writes nothing, but for the index of shards that have none.
+    Writes nothing except an index for shards without one.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = open_finetuning(config, world_size=world_size_from_environment(), device=device)
@@ -197,7 +197,7 @@ def dry_run(config: FinetuneConfig) -> None:
 
 
 def _open_data(config: FinetuneConfig) -> tuple[ShardIndex, ShardIndex]:
-    """The indexes of training and validation shards with the same classes, all that is learned from labelled."""
+    """Open the indexes of training and validation shards; check for equal classes and the labels that are needed."""
     index = open_index(config.data.train, index=config.data.index)
     require_room(index, window=config.data.window_shards)
     val_index = open_index(config.data.val)
@@ -212,9 +212,9 @@ def _open_data(config: FinetuneConfig) -> tuple[ShardIndex, ShardIndex]:
 
 
 def _num_classes(config: FinetuneConfig, index: ShardIndex, val_index: ShardIndex) -> int:
-    """Outputs of the head. Raises ConfigError where a label would have none."""
+    """Return the number of outputs of the head. Raises ConfigError or DataError if a label would have none."""
     if not config.distill.reads_labels and not index.classes:
-        index = val_index  # the only labels
+        index = val_index  # training shards may have no labels
     most = int(max(np.max(index.labels), np.max(val_index.labels))) + 1
     given = config.data.num_classes
     if given is not None and given < most:
@@ -232,7 +232,7 @@ def _num_classes(config: FinetuneConfig, index: ShardIndex, val_index: ShardInde
 
 
 def _require_dense(index: ShardIndex) -> None:
-    """Raises DataError where so few of the classes up to the largest label occur that this label is a slip, perhaps."""
+    """Raise DataError if so few classes up to the largest label occur that this label is probably a mistake."""
     found, largest = len(np.unique(index.labels)), int(np.max(index.labels))
     if largest + 1 > _SPARSE * found:
         first = sample_name(index, int(np.argmax(index.labels)))
@@ -243,7 +243,7 @@ def _require_dense(index: ShardIndex) -> None:
 
 
 def _trial(parts: Finetuning, count: int) -> tuple[float, float]:
-    """Seconds of loading `count` images and of one forward and backward pass, after one that warms up."""
+    """Return the seconds to load `count` images, and of one forward and backward pass after a warm-up pass."""
     config = parts.config
     start = time.perf_counter()
     crops = build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean)

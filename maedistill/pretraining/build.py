@@ -1,4 +1,4 @@
-"""From a config to the objects of a pre-training run: the one place that unpacks it; below are plain arguments."""
+"""Builds the objects of a pre-training run from its config. Only this file unpacks it; others get plain arguments."""
 
 from math import lcm
 
@@ -28,12 +28,12 @@ DECODERS: dict[str, type[TokenDecoder]] = {"self": TokenDecoder, "cross": CrossD
 
 
 def build_encoder(config: PretrainConfig) -> MaskedEncoder:
-    """The student's encoder, uninitialised."""
+    """Build the student's encoder, uninitialised."""
     return MaskedEncoder(build_vit(image_size=config.data.image_size, **config.student.model_dump()))
 
 
 def build_teacher_source(config: PretrainConfig, *, grid: int) -> Source | None:
-    """The teacher as its source gives it, or None for a method without one."""
+    """Open the teacher's source; return None for a method without a teacher."""
     if config.teacher.source is None:
         return None
     keywords = config.teacher.model_dump(exclude={"precision"})
@@ -41,19 +41,19 @@ def build_teacher_source(config: PretrainConfig, *, grid: int) -> Source | None:
 
 
 def build_teacher(config: PretrainConfig, source: Source, device: torch.device) -> Teacher:
-    """The frozen teacher on `device`, cut to its taps."""
+    """Build the frozen teacher on `device`, without the blocks after its last tap."""
     dtype = DTYPES[precision(config.teacher.precision, device)]
     return Teacher(source, taps=config.align.teacher, relations=config.method == "tinymim", dtype=dtype).to(device)
 
 
 def build_method(config: PretrainConfig, encoder: MaskedEncoder, source: Source | None) -> MAE:
-    """The module that is trained: encoder, decoder, heads and generators, initialised from the seed."""
+    """Build the module to train: encoder, decoder, heads and generators, initialised from the seed."""
     if config.method != "mae" and max(config.align.student) >= encoder.depth:
         raise ConfigError(
             f"align.student: block {max(config.align.student)} does not exist, the student has {encoder.depth}",
             f"use 0 to {encoder.depth - 1}",
         )
-    # The decoder and the generators use fixed tables even where the student learns its positions.
+    # The decoder and the generators use fixed tables even if the student learns its positions.
     table = "sincos2d" if config.student.positions == "learned" else config.student.positions
     decoder = DECODERS[config.decoder.attention](
         encoder.width,
@@ -103,7 +103,7 @@ def build_method(config: PretrainConfig, encoder: MaskedEncoder, source: Source 
 
 
 def _relation_keywords(config: PretrainConfig, encoder: MaskedEncoder, source: Source) -> dict[str, object]:
-    """What token relations need to know of both networks. Raises ConfigError where they have none to compare."""
+    """Return the arguments for token relations. Raises ConfigError if the networks have no comparable relations."""
     teacher, align = source.encoder, config.align
     for who, blocks, taps in (
         ("student", encoder.vit.blocks, align.student),
@@ -116,7 +116,7 @@ def _relation_keywords(config: PretrainConfig, encoder: MaskedEncoder, source: S
             )
     heads = [teacher.vit.blocks[tap].attn.num_heads for tap in align.teacher if tap < teacher.depth]
     if uneven := [number for number in heads if encoder.width % number]:
-        step = lcm(uneven[0], 4)  # of which sin-cos positions need a multiple
+        step = lcm(uneven[0], 4)  # sin-cos positions need a multiple of 4
         raise ConfigError(
             f"student.width: {encoder.width} cannot be cut into the teacher's {uneven[0]} heads",
             f"use a multiple of {uneven[0]}, e.g. student.width={-(-encoder.width // step) * step}",
@@ -131,7 +131,7 @@ def _relation_keywords(config: PretrainConfig, encoder: MaskedEncoder, source: S
 
 
 def build_crops(config: PretrainConfig, index: ShardIndex) -> RandomCrops:
-    """Training crops by position."""
+    """Build the data set of training crops, indexed by position."""
     data = config.data
     order = SampleOrder(index.starts, seed=config.seed, views=data.views_per_image, window=data.window_shards)
     return RandomCrops(
@@ -145,7 +145,7 @@ def build_crops(config: PretrainConfig, index: ShardIndex) -> RandomCrops:
 
 
 def mask_sizes(config: PretrainConfig, num_patches: int) -> tuple[int, int]:
-    """How many patches student and teacher see: S and T."""
+    """Return the numbers of patches that student and teacher see: S and T."""
     student = num_visible(config.masks.student_visible, num_patches)
     return student, num_visible(config.masks.teacher_visible or config.masks.student_visible, num_patches)
 
@@ -155,8 +155,8 @@ def step_inputs(
 ) -> tuple[torch.Tensor, PatchSplit]:
     """Make the input of a step from a micro-batch of the loader, on the device.
 
-    images: uint8 [m, 3, s, s]; positions: int64 [m]. Returns images in [0, 1], half of them mirrored where `data.flip`
-    says so, and their patch split: both functions of (seed, position).
+    images: uint8 [m, 3, s, s]; positions: int64 [m]. Returns images in [0, 1], half of them mirrored if `data.flip` is
+    set, and their patch split. Both are functions of (seed, position).
     """
     pixels = to_float01(images)
     if config.data.flip:
@@ -165,6 +165,6 @@ def step_inputs(
 
 
 def split_of(config: PretrainConfig, positions: torch.Tensor, num_patches: int) -> PatchSplit:
-    """The patch split of the samples at `positions`, int64 [B]."""
+    """Draw the patch split of the samples at `positions`, int64 [B]."""
     student, teacher = mask_sizes(config, num_patches)
     return random_split(positions, seed=config.seed, num_patches=num_patches, num_student=student, num_teacher=teacher)

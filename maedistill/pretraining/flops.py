@@ -1,6 +1,6 @@
 """Floating-point operations of one image in one training step, counted by torch on the meta device.
 
-A multiply-add counts as two. Nothing is computed and no weight is copied, so a ViT-L takes a second.
+A multiply-add counts as two. The meta device computes nothing and copies no weight, so a ViT-L takes one second.
 """
 
 import copy
@@ -16,7 +16,7 @@ from maedistill.models.masking import PatchSplit
 def count_flops(
     method: nn.Module, teacher: nn.Module | None, *, num_student: int, num_teacher: int
 ) -> dict[str, float]:
-    """GFLOP per image of a method and its teacher, or of `benchmark/plain_step.py`'s, by part, and their `total`.
+    """Count GFLOP per image of a method and its teacher (or `benchmark/plain_step.py`'s), by part and in `total`.
 
     Parts are the forward passes of `teacher` and of the method's children (`encoder`, `decoder`, `projections`,
     `generators`) and the whole `backward` pass. num_student and num_teacher are the visible patches S and T.
@@ -45,12 +45,12 @@ def count_flops(
 
 
 def _is_item(key: str, prefix: str) -> bool:
-    """Whether `key` is one entry of the module list `prefix`, which is never called itself."""
+    """Return whether `key` is an entry of the module list `prefix`, which is never called itself."""
     return key.startswith(prefix + ".") and key.removeprefix(prefix + ".").isdigit()
 
 
 def on_meta(module: nn.Module) -> nn.Module:
-    """A copy of `module` whose tensors have shapes only; the deep copy finds them in its memo and copies no weight."""
+    """Copy `module` to the meta device. The deep copy takes the tensors from its memo, so it copies no weights."""
     memo = {}
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         shape = tensor.detach().to("meta")

@@ -2,7 +2,7 @@
 
     shards -> crops -> masks, teacher features -> method -> losses -> engine
 
-Everything random is a function of (seed, position) or (seed, step), so a restart needs nothing but the step.
+Everything random is a function of (seed, position) or (seed, step), so a restart needs only the step.
 
     m micro-batch   s image side
 """
@@ -31,10 +31,10 @@ _PICTURES = 8  # images on a reconstruction sheet
 
 
 def pretrain(config: PretrainConfig, *, fresh: bool = False, extend: bool = False) -> None:
-    """Runs or continues a pre-training run to its end. Every rank calls it.
+    """Run or continue a pre-training run to its end. Every rank calls it.
 
     fresh: refuse a folder that already holds a run. extend: allow a changed number of epochs.
-    Raises kinds of UserError; RUN/exit.json says how it ended.
+    Raises subclasses of UserError; RUN/exit.json records how the run ended.
     """
     folder = RunFolder(config.run)
     with joined(config, folder) as peers:
@@ -48,7 +48,7 @@ def pretrain(config: PretrainConfig, *, fresh: bool = False, extend: bool = Fals
 
 
 def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
-    """The loop, to the end of the run. Collective."""
+    """Run the training loop to the end of the run. Collective."""
     config, plan, engine, teacher = parts.config, parts.plan, run.engine, parts.teacher
     crops = build_crops(config, parts.index)
     batches = training_batches(
@@ -87,8 +87,8 @@ def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
         if run.should_log:
             run.log(averages, metrics)
 
-        # Draw, probe, save: each on its own period, none of it counted as training time. Saving comes last, so that
-        # a checkpoint never stands for a picture or a probe that a kill took away.
+        # Draw, probe, save: each on its own period, none counted as training time. Saving comes last: otherwise a run
+        # killed during a picture or a probe would resume after it, and the picture or probe would be missing.
         with run.untimed():
             if run.due(config.log.pictures_every_epochs):
                 draw(run, parts, metrics)
@@ -100,7 +100,7 @@ def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
 
 
 def draw(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
-    """Draws a few fixed images with fixed masks. Every rank computes (ZeRO 3 needs them all), rank 0 writes."""
+    """Draw a few fixed images with fixed masks. Every rank computes (ZeRO 3 needs all of them), rank 0 writes."""
     data, index = parts.config.data, parts.val_index or parts.index
     crops = CentreCrops(index, random_subset(index, _PICTURES), size=data.image_size, share=data.eval_crop)
     images = to_float01(next(evaluation_batches(crops, batch=_PICTURES, workers=0))[0].to(parts.device))
@@ -113,7 +113,7 @@ def draw(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
 
 
 def probe(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
-    """kNN and a linear probe, as far as due: learnt from training images, judged on validation images. Collective."""
+    """Run kNN and a linear probe if due: fitted on training images, scored on validation images. Collective."""
     data, log = parts.config.data, parts.config.log
     knn, linear = run.due(log.knn_every_epochs), run.due(log.probe_every_epochs)
     if not (knn or linear):

@@ -1,4 +1,4 @@
-"""Reconstruction sheets: what student and teacher see of an image, and what the student makes of the rest.
+"""Reconstruction sheets: the patches that student and teacher see of an image, and the student's prediction.
 
 B images, one per line   s image side
 """
@@ -14,26 +14,26 @@ from maedistill.models.masking import PatchSplit
 from maedistill.models.patches import patchify, unpatchify
 
 _GREY = 0.5
-_LEAST_SIDE = 96  # small images are enlarged to at least so many pixels, without smoothing
+_LEAST_SIDE = 96  # smaller images are enlarged to at least this many pixels, without smoothing
 _HEADER, _GAP = 18, 4
 
 
 def show_only(images: Tensor, ids: Tensor, patch_size: int) -> Tensor:
-    """The images with all patches but `ids` greyed out: [B, 3, s, s], int64 [B, M] -> [B, 3, s, s]."""
+    """Grey out all patches except `ids`: [B, 3, s, s], int64 [B, M] -> [B, 3, s, s]."""
     rows = patchify(images, patch_size)  # [B, N, p*p*3]
     seen = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device).scatter_(1, ids, True)
     return unpatchify(torch.where(seen[..., None], rows, _GREY), patch_size)
 
 
 def paste(images: Tensor, predicted: Tensor, ids: Tensor, patch_size: int) -> Tensor:
-    """The predictions with the true patches `ids` pasted in: what a reader compares with the image."""
+    """Paste the true patches `ids` into the predictions, for comparison with the image."""
     rows, guess = patchify(images, patch_size), patchify(predicted, patch_size)
     seen = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device).scatter_(1, ids, True)
     return unpatchify(torch.where(seen[..., None], rows, guess), patch_size)
 
 
 def reconstruction_sheet(method: MAE, images: Tensor, split: PatchSplit, *, teacher: bool) -> Image.Image:
-    """One line per image: the image, what the student sees, what the teacher sees (with one), what is predicted.
+    """Draw one line per image: the image, the student's view, the teacher's view if it has one, and the prediction.
 
     images: [B, 3, s, s] in [0, 1]. The true visible patches are pasted into the prediction.
     """
@@ -49,7 +49,7 @@ def reconstruction_sheet(method: MAE, images: Tensor, split: PatchSplit, *, teac
 
 
 def tile(columns: Mapping[str, Tensor]) -> Image.Image:
-    """Labelled columns of images, each [B, 3, s, s] in [0, 1], as one picture. Small images are enlarged unsmoothed."""
+    """Tile labelled columns of images, [B, 3, s, s] in [0, 1], into one picture. Enlarges small images unsmoothed."""
     images = next(iter(columns.values()))
     side = images.shape[-1]
     scale = max(1, -(-_LEAST_SIDE // side))

@@ -1,4 +1,4 @@
-"""What a pre-training run is made of before its engine exists: data, student, teacher; opened, described, tried."""
+"""The parts of a pre-training run before its engine exists: data, student and teacher. Also the dry run."""
 
 import time
 from collections.abc import Callable
@@ -41,9 +41,9 @@ from maedistill.weights.source import Source
 
 @dataclass
 class Pretraining:
-    """The parts, on `device`. teacher is None for a method without one; teacher_weights: its fingerprint, in a list.
+    """The parts, on `device`. teacher: None for a method without one; teacher_weights: its fingerprint, in a list.
 
-    inputs: `step_inputs` of this run, images uint8 [m, 3, s, s] and positions int64 [m] to images in [0, 1] and masks.
+    inputs: `step_inputs` of this run, from images uint8 [m, 3, s, s] and positions int64 [m] to images and masks.
     """
 
     config: PretrainConfig
@@ -56,16 +56,16 @@ class Pretraining:
     teacher_weights: list[str]
     device: torch.device
     inputs: Callable[[Tensor, Tensor], tuple[Tensor, PatchSplit]]
-    fitted_to: int | None = None  # bytes of the GPU that the micro-batch was fitted to
+    fitted_to: int | None = None  # memory of the GPU, in bytes, that the micro-batch was fitted to
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """Parameter groups for the optimizer."""
+        """Return the parameter groups for the optimizer."""
         return parameter_groups(self.module, self.config.optim.weight_decay)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What run.json keeps: the network, which samples, which teacher, the licence of the weights that went in."""
+        """Return the metadata for run.json: network, samples, teacher, and the licence of the weights used."""
         data, source = self.config.data, self.source
         return {
             "stage": "pretrain",
@@ -85,7 +85,7 @@ class Pretraining:
 
     @property
     def lines(self) -> list[str]:
-        """The run in words, one fact a line."""
+        """Describe the run, one fact per line."""
         config = self.config
         num_patches = self.module.encoder.grid**2
         student, teacher = mask_sizes(config, num_patches)
@@ -111,13 +111,13 @@ class Pretraining:
 
 
 def open_pretraining(config: PretrainConfig, *, world_size: int, device: torch.device) -> Pretraining:
-    """Opens data and teacher, builds the student. Collective, where there is a process group."""
+    """Open data and teacher and build the student. Works without a process group too. Collective."""
     set_cache(folder=config.data.cache_folder, gigabytes=config.data.cache_gb)
     index, val_index = distributed.main_first(lambda: _open_data(config))
     plan = make_plan(config, len(index), world_size=world_size)
     encoder = build_encoder(config)
     source = distributed.main_first(lambda: build_teacher_source(config, grid=encoder.grid))
-    teacher_weights = [weights_fingerprint(source.encoder)] if source is not None else []  # before they change type
+    teacher_weights = [weights_fingerprint(source.encoder)] if source is not None else []  # before their dtype changes
     method = build_method(config, encoder, source).to(device)
     teacher = build_teacher(config, source, device) if source is not None else None
     inputs = partial(step_inputs, config, num_patches=encoder.grid**2)
@@ -125,10 +125,10 @@ def open_pretraining(config: PretrainConfig, *, world_size: int, device: torch.d
 
 
 def fit_micro_batch(parts: Pretraining, folder: RunFolder) -> None:
-    """Choose the micro-batch by the memory of the GPUs, where `engine.micro_batch` leaves it open. Collective.
+    """Fit the micro-batch to the memory of the GPUs if `engine.micro_batch` is not set. Collective.
 
-    A run that goes on with as many ranks and GPUs of the same size keeps what was chosen before, and so every bit of
-    its sums. `engine.deterministic` chooses nothing: two runs could choose differently.
+    A run resumed with as many ranks and the same GPU memory keeps its micro-batch, so that its sums are bit-identical.
+    With `engine.deterministic` nothing is fitted, because two runs could choose different sizes.
     """
     config, plan, device = parts.config, parts.plan, parts.device
     if config.engine.micro_batch is not None or config.engine.deterministic or device.type != "cuda":
@@ -140,8 +140,8 @@ def fit_micro_batch(parts: Pretraining, folder: RunFolder) -> None:
     batch = next((one for one in plans if known == fits | {"micro_batch": one.micro_batch}), None)
     if batch is None:
         numbers = sum(p.numel() for p in parts.module.parameters())
-        moments = 8 / (plan.world_size if config.engine.zero else 1)  # bytes of each number; cut up from ZeRO 1 on
-        later = numbers * (moments + 4 + 4 * (config.optim.ema is not None))  # 4: gradients while they are reduced
+        moments = 8 / (plan.world_size if config.engine.zero else 1)  # bytes per parameter; partitioned from ZeRO 1 on
+        later = numbers * (moments + 4 + 4 * (config.optim.ema is not None))  # 4: buffers for the gradient reduction
         batch = fit_to_memory(plans, lambda count: _trial_on_noise(parts, count), device=device, later_bytes=later)
         parts.module.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
@@ -149,9 +149,9 @@ def fit_micro_batch(parts: Pretraining, folder: RunFolder) -> None:
 
 
 def dry_run(config: PretrainConfig) -> None:
-    """Opens everything, counts FLOPs, times a step and the loader, and prints the plan.
+    """Open everything, count FLOPs, time a step and the loader, and print the plan.
 
-    Writes nothing, but for the index of shards that have none.
+    Writes nothing except an index for shards without one.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = open_pretraining(config, world_size=world_size_from_environment(), device=device)
@@ -167,7 +167,7 @@ def dry_run(config: PretrainConfig) -> None:
 
 
 def _open_data(config: PretrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
-    """The indexes of training and validation shards; labels that are needed later are missed now."""
+    """Open the indexes of training and validation shards. Raises an error now if labels needed later are missing."""
     index = open_index(config.data.train, index=config.data.index)
     require_room(index, window=config.data.window_shards)
     val_index = open_index(config.data.val) if config.data.val else None
@@ -178,7 +178,7 @@ def _open_data(config: PretrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
 
 
 def _trial(parts: Pretraining, count: int) -> tuple[float, float]:
-    """Seconds of loading `count` images and of one forward and backward pass, after one that warms up."""
+    """Return the seconds to load `count` images, and of one forward and backward pass after a warm-up pass."""
     config = parts.config
     start = time.perf_counter()
     batch = build_crops(config, parts.index).__getitems__(list(range(count))).to(parts.device)
@@ -191,14 +191,14 @@ def _trial(parts: Pretraining, count: int) -> tuple[float, float]:
 
 
 def _trial_on_noise(parts: Pretraining, count: int) -> None:
-    """Make a forward and backward pass of `count` grey images."""
+    """Run a forward and backward pass on `count` grey images."""
     side = parts.config.data.image_size
     images = torch.full((count, 3, side, side), 127, dtype=torch.uint8, device=parts.device)
     _pass(parts, images, torch.arange(count, device=parts.device))
 
 
 def _pass(parts: Pretraining, pixels: Tensor, positions: Tensor) -> None:
-    """Make a forward and backward pass, to its end on the device: uint8 [m, 3, s, s], int64 [m]."""
+    """Run a forward and backward pass and wait for the device: uint8 [m, 3, s, s], int64 [m]."""
     dtype = DTYPES[precision(parts.config.engine.precision, parts.device)]
     images, split = parts.inputs(pixels, positions)
     target = parts.teacher(images, split) if parts.teacher is not None else None

@@ -1,1 +1,1 @@
-"""The processes of a run: who is who, who is alive, signals, and the end of the launcher."""
+"""The processes of a run: ranks, heartbeats, diagnosis of failures, signals, and the death of a parent."""

@@ -1,6 +1,6 @@
-"""Whose fault it is: what ranks say of themselves in, which ranks hold up the run out. See heartbeat.py, which asks.
+"""Diagnosis of a stalled or failed run: which ranks are to blame, from the heartbeats that heartbeat.py collects.
 
-Heartbeats of all ranks, looked at twice -> Diagnosis: the error to leave with, and who cannot speak any more
+Heartbeats of all ranks, read twice -> Diagnosis: the error to exit with, and the lost ranks
 """
 
 import json
@@ -17,27 +17,27 @@ import torch.distributed as dist
 from maedistill.errors import ConfigError, DataError, NumericsError, PeerError, UserError
 
 _GOES_ON = "the same command goes on from the newest checkpoint"
-# How gloo's errors look, which are plain RuntimeErrors; those of NCCL and of the store have types of their own.
+# Matches gloo's errors, which are plain RuntimeErrors. Errors of NCCL and of the store have types of their own.
 _GLOO = re.compile(r"third_party/gloo/|Application timeout caused pair closure|Connection (closed|reset) by peer")
-_SILENT_SECONDS = 5.0  # without a Heartbeat: its process is looked for
-_MACHINE_SILENT_SECONDS = 60.0  # without a Heartbeat of any rank of a machine: it is taken for lost
+_SILENT_SECONDS = 5.0  # without a Heartbeat, until its process is looked up
+_MACHINE_SILENT_SECONDS = 60.0  # without a Heartbeat of any rank of a machine, until it counts as lost
 _WAITING = ("torch/distributed/", "deepspeed/comm/", "maedistill/processes/preemption.py")  # files of a waiting stack
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank says of itself, once a round."""
+    """The status that a rank publishes once a round."""
 
     rank: int
     host: str
     process: int
-    rounds: int = 0  # grows for as long as the process lives
-    moves: int = 0  # how often its main thread said that it moved
-    step: int = 0  # where it was then
-    place: str = "?"  # where the main thread is now, in our code
+    rounds: int = 0  # rounds completed; grows while the process lives
+    moves: int = 0  # number of calls of `Peers.beat` by its main thread
+    step: int = 0  # the step of the last `beat`
+    place: str = "?"  # where in maedistill the main thread is now
     waits: bool = False  # whether it waits for other ranks there
-    left: bool = False  # its last Heartbeat, on good terms
-    pid_space: str = ""  # processes with the same one see each other's process numbers
+    left: bool = False  # this is its last Heartbeat, after a normal end
+    pid_space: str = ""  # processes with the same value see each other's process ids
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host} (process {self.process}, step {self.step})"
@@ -45,27 +45,27 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a rank that cannot go on leaves with; `lost` are the ranks that cannot say so themselves."""
+    """The error that a rank exits with; `lost` are the ranks that cannot report it themselves."""
 
     error: UserError
     lost: tuple[int, ...] = ()
 
     def to_text(self) -> str:
-        """For the other ranks."""
+        """Return the diagnosis as JSON for the other ranks."""
         return json.dumps([self.error.exit_code, self.error.cause, self.error.remedy, self.lost])
 
     @classmethod
     def from_text(cls, text: str | bytes) -> "Diagnosis":
-        """What another rank said."""
+        """Read the JSON of another rank."""
         code, cause, remedy, lost = json.loads(text)
         return cls(_kind(code)(cause, remedy), tuple(lost))
 
 
 def judge(before: Sequence[Heartbeat], after: Sequence[Heartbeat], *, why: str) -> Diagnosis:
-    """Names the ranks that hold up the run, from two looks at all Heartbeats that are a few rounds apart.
+    """Name the ranks that hold up the run, from the Heartbeats of all ranks at two times a few rounds apart.
 
-    Those that gave no sign of life in between; else those whose main thread moved least; among equals, those that do
-    not wait for other ranks. why: what made this rank ask.
+    These are the ranks that were silent in between; else the ranks with the fewest `moves`, and among those the ranks
+    that do not wait for others. why: the reason for the diagnosis, quoted in the error.
     """
     silent = [new for old, new in zip(before, after, strict=True) if new.rounds == old.rounds and not new.left]
     if silent:
@@ -81,11 +81,11 @@ def judge(before: Sequence[Heartbeat], after: Sequence[Heartbeat], *, why: str) 
 
 
 def find_lost(beats: Sequence[Heartbeat], silent_seconds: Mapping[int, float], *, pid_space: str) -> Diagnosis | None:
-    """Name the ranks that are surely gone, while this rank waits: None where there are none.
+    """Name the ranks that are certainly gone while this rank waits; return None if there are none.
 
-    beats: the latest of all ranks. silent_seconds: by rank, for how long it has said nothing. A silent rank of this
-    machine is gone if its process is; one that is frozen may come back. Of another machine we hear from its other
-    ranks, so it is gone when none of them has spoken for a minute.
+    beats: the latest Heartbeat of each rank. silent_seconds: seconds without a new Heartbeat, by rank. A silent rank of
+    this machine is gone if its process is; a frozen one may come back. A silent rank of another machine is gone if
+    every rank of that machine has been silent for a minute.
     """
     gone = []
     for beat in beats:
@@ -110,7 +110,7 @@ def find_lost(beats: Sequence[Heartbeat], silent_seconds: Mapping[int, float], *
 
 
 def pid_space() -> str:
-    """Identify this machine and its namespace of process numbers: containers on one machine may not see each other."""
+    """Identify this machine and its namespace of process ids: containers on one machine may not see each other."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{platform.node()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -119,7 +119,7 @@ def pid_space() -> str:
 
 
 def _exists(process: int) -> bool:
-    """Whether a process of this machine lives; a zombie, which its parent has not buried yet, does not."""
+    """Return whether a process of this machine is alive. A zombie, which its parent has not reaped yet, is not."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -127,7 +127,7 @@ def _exists(process: int) -> bool:
 
 
 def judge_store() -> Diagnosis:
-    """The same where the store does not answer: torchrun has it, or else rank 0."""
+    """Diagnose a store that does not answer: its host is lost, which is torchrun or else rank 0."""
     address = f"at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return _lost(f"torchrun {address}", ())
@@ -135,7 +135,7 @@ def judge_store() -> Diagnosis:
 
 
 def own_failure(beat: Heartbeat, error: BaseException) -> Diagnosis:
-    """What the other ranks are told of an error of this one."""
+    """Return the diagnosis that tells the other ranks about an error of this one."""
     who = f"rank {beat.rank} on {beat.host}"
     if isinstance(error, UserError):
         return Diagnosis(_kind(error.exit_code)(f"{who}: {error.cause}", error.remedy))
@@ -143,7 +143,7 @@ def own_failure(beat: Heartbeat, error: BaseException) -> Diagnosis:
 
 
 def peer_error(error: BaseException) -> PeerError | None:
-    """What a failed collective or store means to a person; None for any other error."""
+    """Translate the error of a failed collective or store for users; return None for any other error."""
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _GLOO.search(str(error))):
         line = next(iter(str(error).splitlines()), type(error).__name__)
         return PeerError(f"another rank of this run was lost ({line})", f"see its output; {_GOES_ON}")
@@ -151,7 +151,7 @@ def peer_error(error: BaseException) -> PeerError | None:
 
 
 def where(thread: int) -> tuple[str, bool]:
-    """The innermost place in our code where a thread is, and whether it waits for other ranks there."""
+    """Return the innermost position of a thread in maedistill, and whether it waits for other ranks there."""
     innermost = frame = sys._current_frames().get(thread)
     waits = False
     while frame is not None:

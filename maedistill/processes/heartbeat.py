@@ -1,16 +1,16 @@
-"""Who is alive: every rank says so in a store, and a rank that cannot go on finds out whose fault it is.
+"""Heartbeats: every rank publishes its status in a store, and a rank that is stuck finds the ranks to blame.
 
     main thread: beat(step) -> Heartbeat, once a round -> store <- the Heartbeats of the others
-    no beat for 15 s -> look who is surely gone (diagnosis.py) -> two lines, exit 5
-    no beat for too long, or a collective failed -> look at all Heartbeats twice -> judge -> two lines, exit 5
+    no beat for 15 s -> find ranks that are certainly gone (diagnosis.py) -> two lines, exit 5
+    no beat for too long, or a collective failed -> read all Heartbeats twice -> judge -> two lines, exit 5
 
-gloo reports a lost rank at once. NCCL does not: the host waits for a device that waits for the lost rank. That is what
-the look after 15 s is for. A long step (the first one may compile) costs nothing but these looks.
+gloo reports a lost rank at once. NCCL does not: the host waits for a device that waits for the lost rank. The
+check after 15 s covers this case. A long step (the first one may compile) costs only these checks.
 
-Two small threads per rank. One talks to the store that the process group was opened with (torchrun's, else rank 0's)
-and is stuck when that is. The other waits for nothing: where the main thread has not moved for the time allowed, it
-writes down all stacks, names the ranks that are silent or behind, and ends the process, which the main thread, stuck in
-a collective, cannot. Clocks of different machines are never compared.
+Each rank runs two small threads. One talks to the store that the process group was opened with (torchrun's, else rank
+0's) and blocks when the store does. The other never blocks: if the main thread has not moved for the time allowed, it
+dumps all stacks, names the ranks that are silent or behind, and ends the process. The main thread cannot do so while it
+is stuck in a collective. Clocks of different machines are never compared.
 """
 
 import faulthandler
@@ -42,21 +42,21 @@ from maedistill.processes.diagnosis import (
     where,
 )
 
-_LOOK_ROUNDS = 5  # for a judgement
-_DOUBT_SECONDS = 15.0  # without a beat, until this rank looks whether another one is gone
-_RECORD_SECONDS = 10.0  # for `on_loss`, whose disk may be what hangs
+_LOOK_ROUNDS = 5  # for a diagnosis
+_DOUBT_SECONDS = 15.0  # without a beat, until this rank checks whether another one is gone
+_RECORD_SECONDS = 10.0  # limit for `on_loss`, because its disk may be what hangs
 
 
 class Peers:
-    """Watches this rank and the others for as long as its `with` block lasts. Collective.
+    """Watches this rank and the others during its `with` block. Collective.
 
-    A failure of torch.distributed in the block becomes a PeerError that names the lost ranks, a failure of this rank's
-    GPU the error of `device_error`. Any other error is told to the other ranks, which end with the same exit code.
-    The watch begins with the first `beat`: from then on `timeout_seconds` without another one, pauses apart, end the
-    process with exit code 5 and all stacks on stderr; so does another rank that is surely gone, within some 20 s.
+    A failure of torch.distributed in the block becomes a PeerError that names the lost ranks. A failure of this rank's
+    GPU becomes the error of `device_error`. Any other error is sent to the other ranks, which end with its exit code.
+    The watch starts with the first `beat`. After that, `timeout_seconds` without a beat (pauses excluded) end the
+    process with exit code 5 and all stacks on stderr. A rank that is certainly gone does the same within about 20 s.
 
-    on_loss: writes down why the run ended, where no exception does: called on rank 0 before its process is ended from
-    here, and on the least other rank when rank 0 is lost.
+    on_loss: records why the run ended when no exception reports it. It is called on rank 0 before this class ends the
+    process, or on the lowest remaining rank if rank 0 is lost.
     """
 
     def __init__(self, *, timeout_seconds: float, on_loss: Callable[[UserError], None]) -> None:
@@ -67,12 +67,12 @@ class Peers:
         self._step = self._moves = 0
         self._moved, self._watched = time.monotonic(), False
         self._doubt, self._ended = threading.Event(), threading.Event()
-        self._looks: list[list[Heartbeat]] = []  # at all Heartbeats, since the doubt
-        self._stuck = threading.Event()  # this rank does not move: the talker keeps `_latest` up to date
+        self._looks: list[list[Heartbeat]] = []  # Heartbeats of all ranks, one entry per look since `_doubt` was set
+        self._stuck = threading.Event()  # this rank does not move, so the talker keeps `_latest` current
         self._latest: list[Heartbeat] = []
-        self._heard_from: dict[int, tuple[int, float]] = {}  # rounds of each rank, and when they last grew
-        self._words: Diagnosis | None = None  # why this rank fails, for the others
-        self._heard: Diagnosis | None = None  # why another one failed, the first that did
+        self._heard_from: dict[int, tuple[int, float]] = {}  # rounds of each rank, and when they last increased
+        self._words: Diagnosis | None = None  # why this rank fails, to send to the others
+        self._heard: Diagnosis | None = None  # why the first other rank failed
         self._store: dist.Store | None = None
         self._talker = threading.Thread(target=self._talk, name="peers-talk", daemon=True)
 
@@ -99,25 +99,25 @@ class Peers:
             self._talker.join(_LOOK_ROUNDS * self._round)
             self._let_others_hear()
         if lost is not None:
-            if not distributed.is_main():  # there, whoever catches the error records it
+            if not distributed.is_main():  # on rank 0, the code that catches the error records it
                 self._record(lost)
             raise lost.error from error
         if broken is not None:
             raise broken from error
 
     def beat(self, step: int) -> None:
-        """The main thread is alive, with `step` steps done: at each step's end, and where ranks may drift apart."""
+        """Report progress with `step` steps done: call it at the end of each step and where ranks may drift apart."""
         self._step, self._moves, self._moved, self._watched = step, self._moves + 1, time.monotonic(), True
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """For what may take longer than any step: saving, evaluating. The process group's own time-out still holds."""
+        """Exclude a block, such as saving or evaluating, from the watch. The process group's timeout still applies."""
         watched, self._watched = self._watched, False
         yield
         self._moved, self._watched = time.monotonic(), watched
 
     def _talk(self) -> None:
-        """The thread that talks to the store, for as long as that answers."""
+        """Exchange Heartbeats and failures with the store until it stops answering. Runs in a thread."""
         ended = False
         try:
             while not ended:
@@ -132,7 +132,7 @@ class Peers:
                 elif self._words is not None:
                     self._store.set("failed", self._words.to_text())
         except dist.DistError:
-            return  # whoever judges finds no looks, and says so
+            return  # `_judge` then finds no looks and blames the store
 
     def _say(self, *, left: bool = False) -> None:
         place, waits = where(self._main)
@@ -151,10 +151,10 @@ class Peers:
         return beats
 
     def _watch(self) -> None:
-        """The thread that ends a process whose main thread cannot."""
+        """End the process when the main thread is stuck. Runs in a thread."""
         while not self._ended.wait(self._round):
             if self._heard is not None:
-                time.sleep(_LOOK_ROUNDS * self._round)  # the main thread may notice, too
+                time.sleep(_LOOK_ROUNDS * self._round)  # gives the main thread time to notice and end normally
                 self._leave(self._heard)
             moved = self._moved
             self._look_for_lost(moved)
@@ -164,7 +164,7 @@ class Peers:
                     self._leave(judgement)
 
     def _look_for_lost(self, moved: float) -> None:
-        """While the main thread does not move, end the process as soon as another rank is surely gone."""
+        """End the process if the main thread does not move and another rank is certainly gone."""
         if self._store is None or not self._moves:
             return
         if time.monotonic() - moved < _DOUBT_SECONDS:
@@ -178,14 +178,14 @@ class Peers:
         elif self._latest:
             beats, now = self._latest, time.monotonic()
             silent = {beat.rank: now - self._heard_from.get(beat.rank, (0, now))[1] for beat in beats}
-            # A rank that does not hear itself is cut off from the store, and cannot say who else is gone.
+            # A rank that does not see its own Heartbeats is cut off from the store, so it cannot tell who else is gone.
             if silent[self._said.rank] < _LOOK_ROUNDS * self._round:
                 lost = find_lost(beats, silent, pid_space=self._said.pid_space)
         if lost is not None and self._moved == moved:
             self._leave(lost)
 
     def _judge(self, why: str) -> Diagnosis:
-        """Whose fault it is that this rank cannot go on, as `why` says. Takes a few rounds."""
+        """Find the ranks to blame when this rank cannot continue for the reason `why`. Takes a few rounds."""
         if self._store is None:
             before = self._said
             self._say()
@@ -200,7 +200,7 @@ class Peers:
         return judge(self._looks[0], self._looks[-1], why=why) if len(self._looks) > 1 else judge_store()
 
     def _leave(self, judgement: Diagnosis) -> None:
-        if self._ended.is_set():  # the main thread does
+        if self._ended.is_set():  # the main thread ends the process
             return
         self._words = judgement
         faulthandler.dump_traceback(2)  # stderr, all threads
@@ -210,20 +210,20 @@ class Peers:
         os._exit(judgement.error.exit_code)
 
     def _record(self, judgement: Diagnosis) -> None:
-        """Calls `on_loss` where it is this rank's turn, for a bounded time."""
+        """Call `on_loss` with a time limit if this is the lowest rank that is not lost."""
         if self._said.rank == min(set(range(distributed.world_size())) - set(judgement.lost), default=0):
             record = threading.Thread(target=self._on_loss, args=(judgement.error,), daemon=True)
             record.start()
             record.join(_RECORD_SECONDS)
 
     def _let_others_hear(self) -> None:
-        """Keeps rank 0, whose process may hold the store, until all have read why it leaves."""
+        """Keep rank 0 alive until all ranks can have read why it ends, because its process may host the store."""
         if self._words is not None and self._store is not None and distributed.is_main():
             time.sleep(2 * self._round)
 
 
 def _open_store() -> dist.Store:
-    """Collective. A connection of our own to the process group's store, under a name that no other start has."""
+    """Open a separate connection to the process group's store, with a prefix unique to this start. Collective."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
     return dist.PrefixStore(f"peers/{distributed.broadcast_object(uuid.uuid4().hex)}", store)

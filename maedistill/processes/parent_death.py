@@ -1,8 +1,8 @@
-"""No process outlives the one that it works for: the kernel signals a child when its parent ends (Linux).
+"""Signals on the death of a parent, so that no process outlives the one that it works for (Linux only).
 
     torchrun killed -> SIGTERM to its ranks, which save and leave -> SIGKILL to their loader workers
 
-Imports nothing heavy: a rank asks for this before it imports torch, so that no launcher can die unnoticed before.
+Imports nothing heavy: a rank calls this before it imports torch, so that a launcher that dies meanwhile is noticed.
 """
 
 import ctypes
@@ -12,36 +12,36 @@ import signal
 import sys
 from collections.abc import Callable
 
-# What torchrun and deepspeed's launcher leave in the environment of the processes that they start. srun needs no
-# help: its daemon ends all processes of a step.
+# Variables that torchrun and deepspeed's launcher set in the processes that they start. srun is not listed: its
+# daemon ends all processes of a step by itself.
 _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
 _PR_SET_PDEATHSIG = 1
 
 
 def die_with_launcher() -> None:
-    """SIGTERM to this rank when its launcher ends. A run that was started without one lives on, as under nohup."""
+    """Send SIGTERM to this rank when its launcher dies. A run started without a launcher survives, as under nohup."""
     if any(name in os.environ for name in _LAUNCHERS):
         parent = os.getppid()
         _end_with_parent(signal.SIGTERM, has_ended=lambda: os.getppid() != parent)
 
 
 def detach_worker() -> None:
-    """To be called in a loader worker: it ends with its training process, and leaves that one's signals to it.
+    """Make this loader worker die with the training process and ignore the signals meant for it.
 
-    SIGTERM reaches whole process groups (torchrun, scancel), workers included, while training needs them to go on to
-    the end of its step. A process that does not answer SIGTERM itself keeps the right to end its workers by it.
+    SIGTERM reaches whole process groups (torchrun, scancel), workers included, but training needs its workers until
+    the end of the step. A worker of a process without a SIGTERM handler keeps the default, so SIGTERM can end it.
     """
     training = multiprocessing.parent_process()
     assert training is not None
     _end_with_parent(signal.SIGKILL, has_ended=lambda: not training.is_alive())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        if callable(signal.getsignal(number)):  # inherited: see preemption.py
+        if callable(signal.getsignal(number)):  # inherited from preemption.py
             signal.signal(number, signal.SIG_IGN)
 
 
 def _end_with_parent(number: signal.Signals, *, has_ended: Callable[[], bool]) -> None:
-    """Asks the kernel for signal `number` at the parent's end, and raises it if that came first."""
+    """Ask the kernel to send signal `number` when the parent dies; raise it now if the parent is already dead."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None, use_errno=True)

@@ -1,9 +1,9 @@
-"""Asked to leave: SIGTERM or SIGUSR1 on any rank becomes a stop of all ranks after the same step.
+"""Pre-emption: SIGTERM or SIGUSR1 on any rank stops all ranks after the same step.
 
     signal on one rank -> its flag -> MAX over ranks, sent after step s, read after step s + 1 -> all stop there
 
-The flags travel on the CPU in a group of their own while the next step computes: nobody waits for the device, and at
-most for a rank that is a whole step behind. Ctrl-C stays what it is.
+The flags are reduced on the CPU, in a separate process group, while the next step computes. No rank waits for its
+device, and a rank waits for another only if that one is a whole step behind. Ctrl-C keeps its default behaviour.
 """
 
 import signal
@@ -18,19 +18,20 @@ from torch import Tensor
 from maedistill.processes.ranks import world_size
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_SAME_NOTICE = 10.0  # seconds within which a signal may come again: from a scheduler to all, then from the launcher
+_SAME_NOTICE = 10.0  # seconds in which a signal may repeat: a scheduler signals all processes, then the launcher does
 
 
 class PreemptionHandler:
-    """Answers SIGTERM and SIGUSR1 from its making until `close`. Collective; to be made in the main thread.
+    """Handles SIGTERM and SIGUSR1 until `close`. Create it in the main thread. Collective.
 
-    The same signal once more, later than the ten seconds in which one notice may come twice, ends this process at once.
+    A repeat of the same signal after more than ten seconds ends this process at once. Within ten seconds, a repeat
+    counts as the same notice.
     timeout_seconds: how long `agreed` waits for a rank before it fails.
     """
 
     def __init__(self, *, timeout_seconds: float) -> None:
-        self.signal: signal.Signals | None = None  # what all ranks stop for, once they agreed
-        self._received: dict[int, float] = {}  # signal number -> when it first came to this rank
+        self.signal: signal.Signals | None = None  # the signal that all ranks agreed to stop for
+        self._received: dict[int, float] = {}  # signal number -> when this rank first received it
         self._under_way: tuple[Tensor, dist.Work] | None = None
         self._group = None
         if world_size() > 1:
@@ -38,9 +39,10 @@ class PreemptionHandler:
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def agreed(self) -> bool:
-        """Whether all ranks stop now. Collective: every rank calls it once at the end of each step, until it says so.
+        """Return whether all ranks stop now. Collective.
 
-        With several ranks, the answer is that of the step before: a signal takes effect one or two steps later.
+        Every rank calls it once at the end of each step until it returns True. With several ranks, the result belongs
+        to the previous step, so a signal takes effect one or two steps later.
         """
         if self.signal is None:
             number = max(self._received, default=0)
@@ -54,13 +56,13 @@ class PreemptionHandler:
         return self.signal is not None
 
     def close(self) -> None:
-        """Gives the signals back. Collective. After a stop, rather leave: a launcher may still be sending them."""
+        """Restore the signal handlers. After a stop, exit instead: a launcher may still send signals. Collective."""
         self._read()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _read(self) -> int:
-        """What the flags sent after the step before came to."""
+        """Return the reduced flag of the previous step: the signal number, or 0."""
         if self._under_way is None:
             return 0
         flag, work = self._under_way

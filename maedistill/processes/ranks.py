@@ -1,8 +1,8 @@
-"""Which process this is and how it talks to the others: one process or many, from torchrun, deepspeed, srun or nothing.
+"""Ranks and collectives, for one or more processes started by torchrun, deepspeed, srun or directly.
 
-`prepare_environment` turns what the launcher left in the environment into the five variables that torch understands;
-`open_group` exports them and opens the process group. Everything else works with one process and without a group as
-well. Functions marked *collective* must be called by every rank, in the same order.
+`prepare_environment` converts the launcher's environment variables into the five that torch reads. `open_group` exports
+them and opens the process group. All other functions also work with one process and without a group. Every rank must
+call the functions marked "Collective", in the same order.
 """
 
 import os
@@ -26,11 +26,11 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def open_group(timeout_seconds: int) -> None:
-    """Find the other processes of this run: NCCL on GPUs, gloo on CPUs.
+    """Open the process group of this run: NCCL on GPUs, gloo on CPUs.
 
     A collective that waits longer than `timeout_seconds` for a rank fails. NCCL's own limit is a minute longer: it ends
-    the process without a word, and heartbeat.py says first which rank is missing. Raises PeerError when not all ranks
-    come, or when NCCL cannot connect them.
+    the process without a message, so heartbeat.py first reports which rank is missing. Raises PeerError if not all
+    ranks arrive, or if NCCL cannot connect them.
     """
     global _timeout
     os.environ.update(prepare_environment(os.environ))
@@ -61,9 +61,9 @@ def open_group(timeout_seconds: int) -> None:
 
 
 def set_collective_timeout() -> None:
-    """Give every process group opened so far the time limit of `open_group`.
+    """Set the timeout of `open_group` on every process group opened so far.
 
-    Libraries open groups without one, and these have the backend's default: 10 minutes for NCCL.
+    Libraries open groups without a timeout, which then have the backend's default: 10 minutes for NCCL.
     """
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # torch 2.11 to 2.13
     for group in dist.distributed_c10d._world.pg_map:
@@ -71,22 +71,22 @@ def set_collective_timeout() -> None:
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes of the run."""
+    """Return the number of processes of the run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_rank() -> int:
-    """Number of this process on its machine, from 0: also the number of its GPU."""
+    """Return the number of this process on its machine, from 0. It is also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0")) if dist.is_initialized() else 0
 
 
 def local_world_size() -> int:
-    """Number of processes of the run on this machine, as far as the launcher says; all of them where it does not."""
+    """Return the number of processes of the run on this machine, or of all if the launcher does not provide it."""
     for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):  # torchrun, srun
         if os.environ.get(name, "").isdecimal():
             return int(os.environ[name])
@@ -94,23 +94,23 @@ def local_world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, which alone prints and writes files."""
+    """Return whether this is rank 0, the only rank that prints and writes files."""
     return rank() == 0
 
 
 def device() -> torch.device:
-    """Where this process computes: its GPU, or the CPU where there is none."""
+    """Return the device of this process: its GPU, or the CPU if there is none."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def barrier() -> None:
-    """Collective. Waits until every rank is here."""
+    """Wait until every rank has called this. Collective."""
     if world_size() > 1:
         dist.barrier(device_ids=[local_rank()] if dist.get_backend() == "nccl" else None)
 
 
 def broadcast_object(value: T) -> T:
-    """Collective. Rank 0's `value` (any small picklable object) on every rank."""
+    """Return rank 0's `value` (any small picklable object) on every rank. Collective."""
     if world_size() == 1:
         return value
     box = [value if is_main() else None]
@@ -119,10 +119,10 @@ def broadcast_object(value: T) -> T:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Collective. Runs `work` on rank 0 alone; every rank gets its result, or fails with it.
+    """Run `work` on rank 0 only; return its result, or raise its error, on every rank. Collective.
 
-    `work` must not call collectives. Rank 0 raises what `work` raised; the others raise the same `UserError`, or a
-    `PeerError` that quotes it, so that nobody waits for a rank that is gone.
+    `work` must not call collectives. Rank 0 raises what `work` raised. The others raise the same `UserError`, or a
+    `PeerError` that quotes any other error, so that no rank waits for one that is gone.
     """
     result, error = None, None
     if is_main():
@@ -140,14 +140,14 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def main_first(work: Callable[[], T]) -> T:
-    """Collective. Every rank runs `work`, rank 0 before the others: what it leaves in a cache, they find there."""
+    """Run `work` on rank 0 first and then on the others, which find its results in the cache. Collective."""
     mine: list[T] = []
     on_main(lambda: mine.append(work()))
     return mine[0] if is_main() else work()
 
 
 def all_reduce_mean(values: dict[str, Tensor]) -> dict[str, float]:
-    """Collective. Mean over ranks of named scalars: one reduction in float64 and one wait for the device."""
+    """Return the means of named scalars over ranks, with one float64 reduction and one device sync. Collective."""
     if not values:
         return {}
     sums = torch.stack([value.detach().to(torch.float64).reshape(()) for value in values.values()])  # [V]
@@ -157,7 +157,7 @@ def all_reduce_mean(values: dict[str, Tensor]) -> dict[str, float]:
 
 
 def broadcast_tensor(value: Tensor | None, shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Collective. Rank 0's tensor (the others pass None) on every rank's device."""
+    """Return rank 0's tensor (the others pass None) on every rank's device. Collective."""
     received = torch.empty(shape, dtype=dtype, device=device())
     if is_main():
         received.copy_(value)
@@ -167,13 +167,13 @@ def broadcast_tensor(value: Tensor | None, shape: tuple[int, ...], *, dtype: tor
 
 
 def copy_to_main(tensors: dict[str, Tensor], name: str, value: Tensor) -> None:
-    """Stores a CPU copy of a tensor that every rank has under `name` on rank 0, nothing elsewhere."""
+    """Store a CPU copy of `value` as `tensors[name]` on rank 0; do nothing on other ranks."""
     if is_main():
         tensors[name] = value.detach().to("cpu", copy=True)
 
 
 def gather_objects(value: T) -> list[T]:
-    """Collective. The picklable values of all ranks in rank order, on every rank."""
+    """Return the picklable values of all ranks in rank order, on every rank. Collective."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -182,7 +182,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Collective. Rows of all ranks in rank order, as many as each has: [n_r, ...] per rank -> [sum n_r, ...]."""
+    """Return the rows of all ranks in rank order: [n_r, ...] per rank, n_r may differ -> [sum n_r, ...]. Collective."""
     if world_size() == 1:
         return rows
     count = torch.tensor([len(rows)], device=rows.device)
@@ -197,10 +197,10 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def prepare_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The five variables of `VARIABLES` for this process, from what its launcher set.
+    """Return the five variables of `VARIABLES` for this process, from those that its launcher set.
 
-    torchrun and deepspeed set them all; srun sets SLURM_*; a bare start is one process. Explicit MASTER_ADDR and
-    MASTER_PORT win. Raises ConfigError when a launcher set only some of them.
+    torchrun and deepspeed set all of them. srun sets SLURM_*. A start without a launcher is one process. Explicit
+    MASTER_ADDR and MASTER_PORT take precedence. Raises ConfigError if a launcher set only some of the variables.
     """
     if "RANK" in environ or "WORLD_SIZE" in environ:
         missing = [name for name in VARIABLES if name not in environ]
@@ -210,15 +210,15 @@ def prepare_environment(environ: Mapping[str, str]) -> dict[str, str]:
                 "start with torchrun, deepspeed or srun, or unset RANK and WORLD_SIZE for one process",
             )
         return {name: environ[name] for name in VARIABLES}
-    # A batch script sees SLURM_NTASKS too, but only a task that srun started is one of them and has a step.
+    # A batch script also sees SLURM_NTASKS, but only a task that srun started has SLURM_STEP_ID.
     if {"SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID"} <= environ.keys():
         return _slurm_environment(environ)
-    # Port 0: the system picks a free one, so that two runs on a machine never meet.
+    # Port 0: the system picks a free port, so that two runs on a machine never collide.
     return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of SLURM's compact list: 'gpu[003-006,9],login' -> 'gpu003'."""
+    """Return the first host of SLURM's compact list: 'gpu[003-006,9],login' -> 'gpu003'."""
     entry = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist).group()  # up to the first comma outside brackets
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", entry)
 
@@ -235,16 +235,16 @@ def _take_gpu(number: int) -> torch.device:
 
 
 def _nccl_reason(error: Exception) -> str:
-    """The last line of NCCL's own report, which says what failed; the first ones say where in its source."""
+    """Return the last line of NCCL's report, which says what failed; earlier lines give the place in its source."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in reversed(lines) if not line.startswith("Last error")), type(error).__name__)
 
 
 def _slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:
     nodelist = environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST") or "127.0.0.1"
-    # Every rank must find the same port, and two jobs on a node different ones.
+    # All ranks of a job must compute the same port, and two jobs on a node different ports.
     port = 20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000
-    # With --gpus-per-task a task sees one GPU, its number 0, whatever its name.
+    # With --gpus-per-task a task sees one GPU as number 0, whatever its name.
     alone = len(named_gpus(environ) or []) == 1
     return {
         "RANK": environ["SLURM_PROCID"],
@@ -256,7 +256,7 @@ def _slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _error_payload(error: Exception | None) -> tuple[type[UserError], str, str] | None:
-    """What the other ranks are told of rank 0's failure: kind, cause, remedy."""
+    """Return rank 0's failure for the other ranks as type, cause and remedy; None without one."""
     if error is None:
         return None
     if isinstance(error, UserError):

@@ -1,4 +1,4 @@
-"""What a run says while it runs: averages without host syncs, metrics.jsonl, TensorBoard events, the progress line."""
+"""Metrics of a running run: averages without host syncs, metrics.jsonl, TensorBoard events, the progress line."""
 
 import json
 import math
@@ -19,19 +19,19 @@ from maedistill.processes import ranks as distributed
 from maedistill.runs.records import AppendOnlyFile, warn, write_text
 
 _CPU = torch.device("cpu")
-_BEARABLE = 0.05  # share of the time that may go by in waiting for data
-_PATIENCE = 3  # log intervals above it in a row, before a person is told
+_BEARABLE = 0.05  # share of the time that may be spent waiting for data
+_PATIENCE = 3  # consecutive log intervals above it before the hint is printed
 
 
 class Averages:
-    """Running sums of the finite values of named scalars; they stay on their device until somebody reads them."""
+    """Running sums of the finite values of named scalars; they stay on their device until `read`."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Adds one micro-batch's losses."""
+        """Add one micro-batch's losses."""
         for name, value in values.items():
             value = value.detach()
             finite = value.isfinite()
@@ -39,9 +39,9 @@ class Averages:
             self.counts[name] = self.counts.get(name, 0) + finite
 
     def read(self) -> dict[str, float]:
-        """Means since the last read, over all ranks (a collective), and a fresh start. This waits for the device.
+        """Return the means over all ranks since the last read, and reset the sums. Collective.
 
-        nan where no value was finite.
+        A mean without finite values is nan. Waits for the device.
         """
         names, counts = list(self.sums), {f"count of {name}": count for name, count in self.counts.items()}
         means = distributed.all_reduce_mean(self.sums | counts)
@@ -50,9 +50,9 @@ class Averages:
 
 
 class MetricsFile:
-    """metrics.jsonl and, where tensorboard is installed, TensorBoard events. Kept by rank 0 alone.
+    """Writes metrics.jsonl and, if tensorboard is installed, TensorBoard events. Only rank 0 has one.
 
-    A run that continues at step s drops lines of steps above s: they belong to work that was lost and is done again.
+    A run that resumes at step s drops the lines of steps above s, because it repeats these steps.
     """
 
     def __init__(self, folder: Path, *, first_step: int, tensorboard: bool) -> None:
@@ -62,23 +62,23 @@ class MetricsFile:
         self.board = _tensorboard(folder / "tb", first_step) if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one object; numbers also go to TensorBoard. JSON has no inf or nan: they become null."""
+        """Append one object; numbers also go to TensorBoard. JSON has no inf or nan, so they become null."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.lines.append(json.dumps({"step": step, **values}))
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         self._show(lambda board: [board.add_scalar(name, value, step) for name, value in numbers.items()])
 
     def picture(self, step: int, name: str, pixels: Any) -> None:
-        """Shows an image [H, W, 3] of uint8 in TensorBoard."""
+        """Write an image, uint8 [H, W, 3], to TensorBoard."""
         self._show(lambda board: board.add_image(name, pixels, step, dataformats="HWC"))
 
     def close(self) -> None:
-        """Flushes both. Raises DataError where the disk does not take the last lines of metrics.jsonl."""
+        """Flush both. Raises DataError if the last lines of metrics.jsonl cannot be written."""
         self._show(lambda board: board.close())
         self.lines.close()
 
     def _show(self, act: Callable[[Any], object]) -> None:
-        """Does something with TensorBoard's events, which nobody gets any more once a disk was full."""
+        """Call `act` on the TensorBoard writer. On an OSError, such as a full disk, warn and write no more events."""
         if self.board is None:
             return
         try:
@@ -90,7 +90,7 @@ class MetricsFile:
 
 @contextmanager
 def open_metrics(folder: Path, *, first_step: int, tensorboard: bool) -> Iterator[MetricsFile | None]:
-    """The metrics of a run on rank 0, None on the others; closed at the block's end."""
+    """Yield the metrics file on rank 0, None on the others; close it at the end of the block."""
     if not distributed.is_main():
         yield None
         return
@@ -98,22 +98,22 @@ def open_metrics(folder: Path, *, first_step: int, tensorboard: bool) -> Iterato
     try:
         yield metrics
     except BaseException:
-        with suppress(DataError):  # the error that ends the run is the news
+        with suppress(DataError):  # the error that ends the run matters more
             metrics.close()
         raise
     metrics.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All complete lines of a run's metrics.jsonl; a last line that was cut by a kill is left out.
+    """Read all complete lines of a run's metrics.jsonl, without a last line that a kill truncated.
 
-    Raises DataError for a file that no run has written.
+    Raises DataError for a file that is not a run's metrics.
     """
     return [record for _, record in _lines(folder)]
 
 
 def _lines(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each complete line and what it says; one at a time, since a long run has many."""
+    """Yield each complete line and its record, one at a time because a long run has many."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return
@@ -136,30 +136,30 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
     except ImportError:
         print("no TensorBoard events: tensorboard is not installed (pip install tensorboard)", flush=True)
         return None
-    return SummaryWriter(folder, purge_step=first_step + 1)  # hides what a lost or failed start wrote above it
+    return SummaryWriter(folder, purge_step=first_step + 1)  # hides later steps that a failed start wrote
 
 
 class Clock:
-    """Measure where the time of a run goes: images per second, and the share of it in which `device` waits for data.
+    """Measures images per second, and the share of the time in which `device` waits for data.
 
-    A GPU works through a queue, and the host may block on the loader while it does. So the wait of a GPU is measured on
-    its own time line: from the event that ends one micro-batch to the event that begins the next one.
+    A GPU works through a queue while the host may block on the loader. So the wait of a GPU is measured on its own
+    timeline: from the event that ends one micro-batch to the event that begins the next one.
     """
 
     def __init__(self, device: torch.device = _CPU) -> None:
         self._device = device
-        self._pairs: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # not yet passed by the GPU
-        self.trained = 0.0  # seconds of training up to the last read, pauses left out
+        self._pairs: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # not yet reached by the GPU
+        self.trained = 0.0  # seconds of training up to the last read, without pauses
         self.restart()
 
     def restart(self) -> None:
-        """Begin an interval: nothing seen, nothing waited for."""
+        """Begin an interval: set images and waiting time to 0."""
         self._pairs.clear()
         self.waited, self.images, self.start = 0.0, 0, time.perf_counter()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the block as waiting for data. On a GPU: only while its queue is empty."""
+        """Count the block as waiting for data; on a GPU, only the time in which its queue is empty."""
         if self._device.type != "cuda":
             start = time.perf_counter()
             yield
@@ -173,11 +173,11 @@ class Clock:
         self._collect()
 
     def pause(self, since: float) -> None:
-        """Leave the time from `since` until now out: saving, pictures, kNN."""
+        """Exclude the time from `since` until now, spent on saving, pictures or kNN."""
         self.start += time.perf_counter() - since
 
     def read(self) -> tuple[float, float]:
-        """Return images per second and waiting share since the last read. To be called when the device is idle."""
+        """Return images per second and waiting share since the last read. Call it when the device is idle."""
         self._collect()
         elapsed = max(time.perf_counter() - self.start, 1e-9)
         rate, share = self.images / elapsed, self.waited / elapsed
@@ -186,23 +186,23 @@ class Clock:
         return rate, share
 
     def _collect(self) -> None:
-        """Add up the pairs that the GPU has passed, without waiting for it."""
+        """Add up the pairs of events that the GPU has reached, without waiting for it."""
         while self._pairs and self._pairs[0][1].query():
             begin, end = self._pairs.popleft()
             self.waited += begin.elapsed_time(end) / 1000
 
 
 class DataWaitHint:
-    """Says once what to do where training keeps waiting for images: `_PATIENCE` intervals in a row above `_BEARABLE`.
+    """A hint, given once, for runs that wait for images: `_PATIENCE` consecutive intervals above `_BEARABLE`.
 
-    The first interval does not count: in it the loader's processes start and caches are cold.
+    The first interval does not count, because the loader's processes start in it and caches are cold.
     """
 
     def __init__(self) -> None:
         self._seen = self._in_a_row = 0
 
     def note(self, share: float, *, workers: int) -> str | None:
-        """The hint, the first time that it is due. share: of the interval spent waiting; workers: loader processes."""
+        """Return the hint when it is first due. share: of the interval spent waiting; workers: loader processes."""
         self._seen += 1
         if self._in_a_row < _PATIENCE and self._seen > 1:
             self._in_a_row = self._in_a_row + 1 if share > _BEARABLE else 0
@@ -212,7 +212,7 @@ class DataWaitHint:
 
 
 def wait_hint(share: float, *, workers: int) -> str:
-    """What helps a run that waits for images."""
+    """Return the hint for a run that waits for images."""
     decoder = "" if find_spec("simplejpeg") else "a faster JPEG decoder (pip install simplejpeg), "
     return (
         f"hint     {share:.0%} of the time is spent waiting for images. What helps: more loader processes "
@@ -223,7 +223,7 @@ def wait_hint(share: float, *, workers: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`8h51m`, `12m04s`, `37s`."""
+    """Format seconds as `8h51m`, `12m04s` or `37s`."""
     seconds = round(seconds)
     hours, minutes = seconds // 3600, seconds // 60 % 60
     if hours:
@@ -234,7 +234,7 @@ def duration(seconds: float) -> str:
 def progress_line(
     losses: Mapping[str, float], values: Mapping[str, float], *, step: int, total_steps: int, epochs: float
 ) -> str:
-    """The line that a person watches: every loss term, then speed, waiting, memory and time left."""
+    """Format the progress line: every loss term, then speed, waiting, memory and time left."""
     terms = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if name != "loss")
     return (
         f"epoch {values['epoch']:.1f}/{epochs:g}  step {step}/{total_steps}  loss {losses['loss']:.4f} ({terms})  "
@@ -244,7 +244,7 @@ def progress_line(
 
 
 def memory_gb(device: torch.device) -> float:
-    """Most memory this process has used so far: of its GPU, or of the machine where there is none."""
+    """Return the peak memory of this process so far, in GB: of its GPU, or of the machine if it has none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,4 +1,4 @@
-"""The start of a run of any stage: this process becomes a rank, opens the run folder and builds what trains.
+"""The start of a run of any stage: join the process group, open the run folder and build the engine.
 
 config -> joined -> Peers -> the stage's Parts (pretraining/setup.py, finetuning/setup.py) -> start_run -> Run
 """
@@ -27,7 +27,7 @@ from maedistill.training.optim import build_optimizer, build_schedule
 
 
 class Parts(Protocol):
-    """What a stage opens before its engine exists."""
+    """The parts that a stage opens before its engine exists."""
 
     config: RunConfig
     plan: Plan
@@ -36,22 +36,22 @@ class Parts(Protocol):
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """Parameter groups for the optimizer."""
+        """Return the parameter groups for the optimizer."""
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What run.json keeps of the start."""
+        """Return the metadata for run.json."""
 
     @property
     def lines(self) -> list[str]:
-        """The run in words."""
+        """Describe the run, one fact per line."""
 
     def compile(self) -> None:
         """Compile what a step runs."""
 
 
 def join(config: RunConfig) -> None:
-    """Make this process a rank: process group, DeepSpeed, CPU threads. Once per process."""
+    """Make this process a rank: process group, DeepSpeed, CPU threads. Call it once per process."""
     if config.engine.deterministic:
         repeat_every_bit()
     initialize_distributed(config.engine.timeout_seconds)
@@ -60,24 +60,24 @@ def join(config: RunConfig) -> None:
 
 
 def repeat_every_bit() -> None:
-    """Choose kernels that add in a fixed order; an operation without one raises. Before the first use of a GPU."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS otherwise shares workspaces among streams
+    """Select kernels that add in a fixed order; an operation without one raises. Call it before the first GPU use."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # otherwise cuBLAS shares workspaces among streams
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs, at the price of a pass over all memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it finds bugs, but costs a pass over all memory
 
 
 @contextmanager
 def joined(config: RunConfig, folder: RunFolder) -> Iterator[Peers]:
-    """This process as one of the run's ranks, which watch each other. Collective. RUN/exit.json says how it ended."""
+    """Join the run's ranks, watch them, and record in RUN/exit.json how the run ended. Collective."""
     with folder.recorded_end():
         join(config)
         with Peers(timeout_seconds=config.engine.timeout_seconds, on_loss=folder.record_error) as peers:
             yield peers
-    distributed.barrier()  # a launcher ends the others when one rank is gone: nobody leaves before all are done
+    distributed.barrier()  # a launcher kills all ranks once one has exited: wait until all are done
 
 
 def describe_execution(config: RunConfig, device: torch.device, *, is_compiled: bool) -> dict[str, Any]:
-    """Describe what the steps of this start run on and how, for run.json."""
+    """Describe the hardware and execution settings of this start, for run.json."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "ranks": distributed.world_size(),
@@ -88,14 +88,14 @@ def describe_execution(config: RunConfig, device: torch.device, *, is_compiled: 
 
 
 def execution_line(execution: dict[str, Any]) -> str:
-    """Say the same in a line of the run's head."""
+    """Format the description as a line of the start-up summary."""
     compiled = "compiled (the first step may take minutes)" if execution["compiled"] else "not compiled"
     ranks, name, number = execution["ranks"], execution["device"], execution["precision"]
     return f"engine   {ranks} x {name}, {number}, {compiled}, ZeRO {execution['zero']}"
 
 
 def start_run(parts: Parts, folder: RunFolder, peers: Peers, *, fresh: bool, extend: bool) -> Run:
-    """Opens the run folder, says what is going to happen, builds the engine. Collective.
+    """Open the run folder, print the summary and build the engine. Collective.
 
     fresh: refuse a folder that already holds a run. extend: allow a changed number of epochs.
     """

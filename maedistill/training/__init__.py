@@ -1,1 +1,1 @@
-"""How a run is trained: processes, DeepSpeed engine, optimizer and schedule, checkpoints, metrics."""
+"""Training mechanics: DeepSpeed engine, optimizer and schedule, micro-batch fitting, non-finite updates."""

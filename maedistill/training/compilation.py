@@ -1,7 +1,8 @@
 """torch.compile: when a run uses it, and with which options.
 
-Compiled and eager runs agree up to rounding, so `engine.compile` may change between two starts of a run. Random draws
-inside the networks (drop path) stay those of eager mode: by default, inductor draws other numbers from the same seed.
+Compiled and eager runs agree up to rounding, so `engine.compile` may change between two starts of a run. The
+options keep the random draws inside the networks (drop path) equal to eager mode; by default, inductor draws other
+numbers from the same seed.
 """
 
 import sys
@@ -21,9 +22,9 @@ _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"fallback_random":
 
 
 def should_compile(setting: bool | None, device: torch.device, *, zero: int) -> bool:
-    """Resolve `engine.compile`. None: on a GPU, below ZeRO 3, if a compiler works on this machine.
+    """Resolve `engine.compile`. None means: on a GPU, below ZeRO 3, if a compiler works on this machine.
 
-    Raises ConfigError where it is set and no compiler works.
+    Raises ConfigError if the setting is true and no compiler works.
     """
     if not (setting if setting is not None else device.type == "cuda" and zero < 3):
         return False
@@ -46,7 +47,7 @@ def should_compile(setting: bool | None, device: torch.device, *, zero: int) -> 
 
 
 def compile_module(module: nn.Module) -> None:
-    """Compile the forward pass of `module` in place; its parameter names stay."""
+    """Compile the forward pass of `module` in place; its parameter names do not change."""
     module.compile(options=_OPTIONS)
 
 
@@ -57,10 +58,10 @@ def compile_function(function: T) -> T:
 
 @cache
 def _compiler_failure(device: torch.device) -> str | None:
-    """Compile and run one small kernel; return why that fails. Triton needs a C compiler and Python's headers."""
+    """Compile and run one small kernel; return why it fails, or None. Triton needs a C compiler and Python headers."""
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-    except Exception as error:  # returned, and said by the caller
+    except Exception as error:  # returned; the caller reports it
         reason = next(iter(str(error).strip().splitlines()), "no message")
         return f"{type(error).__name__}: {reason}"
     return None

@@ -1,22 +1,22 @@
-"""DeepSpeed behind six methods: the only file that imports it, and the only place where its dict is made.
+"""The training engine: DeepSpeed behind six methods. Only this file imports DeepSpeed and builds its config dict.
 
     inputs -> engine(...) -> {"loss": ..., terms} -> engine.backward(loss) -> engine.step() -> engine.grad_norm
 
-What it promises at every ZeRO stage, number format, rank count and accumulation:
+Guarantees at every ZeRO stage, number format, rank count and accumulation:
 - parameters, gradients, their reduction and Adam's moments are fp32; bf16 and fp16 are autocast in the forward pass;
 - one update per `accumulation` micro-batches, from the mean gradient over micro-batches and ranks, clipped by its norm;
-- an update whose gradient, or the loss of any rank, is not finite is skipped, moments included; `grad_norm` then is
-  inf or nan, and `broken` says so unless fp16's loss scale is what it teaches;
-- `state()` and `load_state()` know neither rank count nor stage, so any checkpoint loads anywhere.
+- an update is skipped, moments included, if its gradient or the loss of any rank is not finite. `grad_norm` is then
+  inf or nan, and `broken` is true, except for an fp16 overflow that only lowers the loss scale;
+- `state()` and `load_state()` do not depend on rank count or stage, so any checkpoint loads into any layout.
 
-Host waits for the device within a step: none at stage 0 in fp32 and bf16. fp16's loss scale reads one verdict per
-update. Stages 1 to 3 wait several times per update inside DeepSpeed (norm, overflow check, partitions).
+Host syncs within a step: none at stage 0 in fp32 and bf16. In fp16 the loss scale reads one flag per update. Stages 1
+to 3 sync several times per update inside DeepSpeed (norm, overflow check, partitions).
 
-Gradients of several ranks are averaged in buckets: at stage 0 by gradient_reduction.py, while the backward pass still
-runs (a compiled step hands them over together, at its end); at stages 1 to 3 by DeepSpeed.
+Gradients are averaged over ranks in buckets. At stage 0, gradient_reduction.py does it while the backward pass still
+runs (a compiled step delivers all gradients at its end). At stages 1 to 3, DeepSpeed does it.
 
 DeepSpeed's own `torch_autocast` is not used: at stages 1 to 3 it reduces the gradients of Linear layers in half
-precision, so that the stage would change the result, and its fp16 loss scale never falls (see loss_scale.py).
+precision, so the result would depend on the stage, and its fp16 loss scale never falls (see loss_scale.py).
 """
 
 import logging
@@ -55,14 +55,14 @@ PERSISTENCE_THRESHOLD = 100_000  # stage 3 leaves smaller parameters whole on ev
 
 
 def initialize_distributed(timeout_seconds: int) -> None:
-    """Opens the process group (see `distributed.open_group`) and lets DeepSpeed join it. Once per process."""
+    """Open the process group (see `distributed.open_group`) and let DeepSpeed join it. Call it once per process."""
     open_group(timeout_seconds)
     if device().type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # not at the top: it reads the environment, and costs half a second
+    import deepspeed  # not at the top: it reads the environment and takes 0.5 s
     import deepspeed.ops
 
-    for handler in deepspeed.utils.logger.handlers:  # warnings and worse; its default is stdout, which is ours
+    for handler in deepspeed.utils.logger.handlers:  # it logs to stdout by default, which is for our output
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)
     if device().type == "cpu":
@@ -73,15 +73,15 @@ def initialize_distributed(timeout_seconds: int) -> None:
 
 
 def shutdown_distributed() -> None:
-    """Leaves the group at the end of a run that went well. After a failure just exit: the others notice sooner."""
+    """Leave the process group after a successful run. After a failure just exit: the other ranks notice it sooner."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 class Engine:
-    """A module under training. Build it on every rank with equal weights, on this rank's device or the CPU.
+    """A module under training. Build it on every rank with equal weights, on this rank's device or on the CPU.
 
-    optimizer: fused AdamW over all parameters of `module`. Drive its rates through `optimizer.param_groups`.
+    optimizer: fused AdamW over all parameters of `module`. Set its learning rates in `optimizer.param_groups`.
     micro_batch: samples per rank and forward pass; accumulation: micro-batches per update.
     """
 
@@ -104,14 +104,14 @@ class Engine:
         import deepspeed
 
         if device().type == "cpu":
-            # In bf16 torch's fused attention takes a CPU 2 to 7 times as long as written out (17 to 65 tokens; with 197
-            # as long). For the whole process: what is computed again in the backward pass must be the same.
+            # On a CPU in bf16, torch's fused attention takes 2 to 7 times as long as the unfused one (17 to 65 tokens;
+            # equal at 197). The switch is global: activation checkpointing must recompute with the same kernel.
             torch.backends.cuda.enable_flash_sdp(precision != "bf16")
         self.module, self.optimizer = module, optimizer
         self.zero, self.clip = zero, clip
         self.loss_scale = LossScale() if precision == "fp16" else None
         self.grad_norm = torch.zeros((), device=device())  # of the last update, over all ranks, before clipping
-        self.broken = torch.zeros((), dtype=torch.bool, device=device())  # whether it was left out for its numbers
+        self.broken = torch.zeros((), dtype=torch.bool, device=device())  # whether it was skipped as non-finite
         self._parameters = dict(module.named_parameters())
         self._deepspeed, *_ = deepspeed.initialize(
             model=_Autocast(module, precision),
@@ -122,16 +122,16 @@ class Engine:
         self._reduction: GradientReduction | None = None
         if not zero and world_size() > 1:
             self._reduction = GradientReduction(list(self._parameters.values()), bucket_elements=REDUCE_BUCKET_SIZE)
-        set_collective_timeout()  # DeepSpeed made groups of its own, with the backend's default
+        set_collective_timeout()  # DeepSpeed opens its own groups with the backend's default
         self._create_moments()
 
     def __call__(self, *inputs: Any) -> dict[str, Tensor]:
-        """The module's named losses for one micro-batch, its forward pass under autocast."""
+        """Return the module's named losses for one micro-batch. The forward pass runs under autocast."""
         return self._deepspeed(*inputs)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of one micro-batch's mean loss; DeepSpeed divides by `accumulation`."""
-        loss = loss * (1 + 0 * loss.detach())  # times 1, or nan: then all gradients are, on all ranks
+        """Add the gradient of one micro-batch's mean loss; DeepSpeed divides by `accumulation`."""
+        loss = loss * (1 + 0 * loss.detach())  # times 1 or nan; nan spreads to all gradients of all ranks
         if self.loss_scale and self.zero:
             self._deepspeed.optimizer.override_loss_scale(self.loss_scale.scale)
         elif self.loss_scale:
@@ -144,7 +144,7 @@ class Engine:
             self._reduction.finish()
 
     def step(self) -> bool:
-        """Ends a micro-batch. After the last one of an update: changes the weights, sets `grad_norm`, says True."""
+        """End a micro-batch. After the last one of an update: change the weights, set `grad_norm` and return True."""
         last = self._deepspeed.is_gradient_accumulation_boundary()
         if last and not self.zero:
             self._clip_gradients()
@@ -155,18 +155,18 @@ class Engine:
             self.broken = ~self.grad_norm.isfinite()
         if last and self.loss_scale:
             finite = not self.broken
-            self.broken &= self.loss_scale.scale <= 1  # above 1, an overflow is how the scale finds its place
+            self.broken &= self.loss_scale.scale <= 1  # above 1, an overflow only lowers the scale
             self.loss_scale.update(finite=finite)
         return last
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Whole shapes of all parameters and persistent buffers by name."""
+        """Return the unpartitioned shapes of all parameters and persistent buffers by name."""
         parameters = {name: getattr(p, "ds_shape", p.shape) for name, p in self._parameters.items()}
         buffers = {name: buffer.shape for name, buffer in self._buffers().items()}
         return {name: tuple(shape) for name, shape in (parameters | buffers).items()}
 
     def state(self) -> TrainingState | None:
-        """Collective. Gathers everything that training changes on rank 0; None on the others."""
+        """Gather on rank 0 everything that training changes; return None on the others. Collective."""
         state = TrainingState(scalars=self._scalars())
         for name, parameter in self._parameters.items():
             copy_to_main(state.weights, name, self._whole_weight(parameter))
@@ -178,7 +178,7 @@ class Engine:
 
     @torch.no_grad()
     def load_state(self, state: TrainingState | None) -> None:
-        """Collective. Puts rank 0's `state` (None on the others) into every rank, whatever layout it came from."""
+        """Load rank 0's `state` (None on the others) on every rank, whatever layout it came from. Collective."""
         state = state or TrainingState()
         shapes = self.shapes()
         for name, parameter in self._parameters.items():
@@ -194,7 +194,7 @@ class Engine:
     # -- stage 0: gradients are whole on every rank --
 
     def _clip_gradients(self) -> None:
-        """Global norm, clipping, and the verdict that makes fused AdamW skip a non-finite update without a sync."""
+        """Clip by the global norm; set `found_inf`, so that fused AdamW skips a non-finite update without a sync."""
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         if self.loss_scale:
             torch._foreach_mul_(gradients, 1 / self.loss_scale.scale)
@@ -204,16 +204,16 @@ class Engine:
         self.optimizer.grad_scale = None
         self.optimizer.found_inf = (~self.grad_norm.isfinite()).float()
 
-    # -- the layout of each stage: 0 whole, 1 and 2 moments cut up, 3 weights as well --
+    # -- the layout of each stage: 0 whole, 1 and 2 partition the moments, 3 the weights as well --
 
     def _adam_parameters(self) -> Iterator[Tensor]:
-        """The tensors that AdamW really updates: the parameters, or from stage 1 this rank's flat pieces of them."""
+        """Yield the tensors AdamW updates: the parameters, or from stage 1 on their flat partitions on this rank."""
         if self.zero == 3:
             return iter(self._deepspeed.optimizer.fp32_partitioned_groups_flat)
         return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
 
     def _create_moments(self) -> None:
-        """What AdamW creates at its first update, now: memory is known, saving and loading need no first update."""
+        """Create AdamW's moments before the first update: memory is then known, and saving and loading work at once."""
         for parameter in self._adam_parameters():
             zeros = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
             self.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
@@ -235,7 +235,7 @@ class Engine:
     def _set_weight(self, parameter: nn.Parameter, whole: Tensor) -> None:
         import deepspeed
 
-        # Stage 3 gathers, lets rank 0 write, and cuts up again; for whole parameters the context does nothing.
+        # At stage 3 the context gathers, takes rank 0's value and partitions again; at other stages it does nothing.
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.zero == 3):
             parameter.data.copy_(whole)
 
@@ -246,7 +246,7 @@ class Engine:
             self.optimizer.state[parameter][moment].copy_(whole)
         elif self.zero < 3:
             safe_set_full_optimizer_state(parameter, whole, moment)
-        else:  # the `full` setter fails where the number of ranks does not divide the size (0.19.8)
+        else:  # the `full` setter fails if the number of ranks does not divide the size (0.19.8)
             size = parameter.ds_tensor.numel()
             padded = nn.functional.pad(whole.flatten(), (0, size * world_size() - whole.numel()))
             safe_set_local_optimizer_state(parameter, padded[rank() * size :][:size], moment)
@@ -277,7 +277,7 @@ class Engine:
 
 
 class _Autocast(nn.Module):
-    """The module as DeepSpeed sees it: the same parameters, forward pass in the chosen number format."""
+    """Wrapper that DeepSpeed trains: the same parameters, with the forward pass in the chosen number format."""
 
     def __init__(self, module: nn.Module, precision: Precision) -> None:
         super().__init__()
@@ -290,7 +290,7 @@ class _Autocast(nn.Module):
 
 
 def _deepspeed_config(zero: int, clip: float | None, *, micro_batch: int, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's dict. Unknown top-level keys would be ignored silently: a test compares it with what it took."""
+    """Return DeepSpeed's config. It silently ignores unknown top-level keys, so a test checks that all were read."""
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -301,5 +301,5 @@ def _deepspeed_config(zero: int, clip: float | None, *, micro_batch: int, accumu
             "reduce_bucket_size": REDUCE_BUCKET_SIZE,
             "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
         },
-        "timers": {"throughput": {"enabled": False}},  # it would wait for the device at every step
+        "timers": {"throughput": {"enabled": False}},  # it would sync with the device at every step
     }

@@ -1,8 +1,8 @@
 """The mean of gradients over ranks, bucket by bucket, while the backward pass still runs (Li et al., VLDB 2020).
 
-DeepSpeed at stage 0 lays all gradients end to end after the backward pass and reduces them then. torch's DDP overlaps,
-but chooses its buckets anew after the first step of each start. The order of a sum over three or more ranks, and with
-it the last bit, would then depend on when a run was restarted. Here the parameters alone determine the buckets.
+DeepSpeed at stage 0 concatenates all gradients after the backward pass and only then reduces them. torch's DDP overlaps
+the two, but rebuilds its buckets after the first step of each start. The order of a sum over three or more ranks, and
+so its last bit, would then depend on when a run was restarted. Here the parameters alone determine the buckets.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 
 class GradientReduction:
-    """Averages the gradients of `parameters` over all ranks. Every rank makes it with equal parameters.
+    """Averages the gradients of `parameters` over all ranks. Every rank builds it with the same parameters.
 
-    bucket_elements: numbers that are reduced at once; a larger parameter is a bucket of its own.
+    bucket_elements: elements reduced at once; a larger parameter gets a bucket of its own.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], *, bucket_elements: int) -> None:
@@ -29,12 +29,12 @@ class GradientReduction:
             parameter.register_post_accumulate_grad_hook(self._ready)
 
     def begin(self) -> None:
-        """Reduce in the backward pass that comes next: the last one of an update."""
+        """Reduce during the next backward pass, which is the last one of an update."""
         self._missing = [len(bucket) for bucket in self._buckets]
         self._launched, self._armed = 0, True
 
     def finish(self) -> None:
-        """Wait until `grad` of every parameter is the mean over ranks. On a GPU its stream waits, not the host."""
+        """Wait until `grad` of every parameter is the mean over ranks. On a GPU the stream waits, not the host."""
         while self._launched < len(self._buckets):
             self._launch()  # some of its parameters have no gradient
         for flat, work in self._under_way:
@@ -43,7 +43,7 @@ class GradientReduction:
         self._under_way, self._armed = [], False
 
     def _ready(self, parameter: nn.Parameter) -> None:
-        """Called by autograd when a gradient is complete. Buckets leave in one order on all ranks."""
+        """Handle autograd's signal that a gradient is complete. All ranks launch buckets in the same order."""
         if not self._armed:
             return
         self._missing[self._bucket_of[parameter]] -= 1
@@ -52,7 +52,7 @@ class GradientReduction:
 
     @torch.no_grad()
     def _launch(self) -> None:
-        """Begin the sum of one bucket; its gradients become views of the buffer that is summed: no copy back."""
+        """Start reducing one bucket. Its gradients become views of the reduced buffer, so nothing is copied back."""
         bucket = [parameter for parameter in self._buckets[self._launched] if parameter.grad is not None]
         self._launched += 1
         if not bucket:
@@ -64,7 +64,7 @@ class GradientReduction:
 
 
 def _buckets(parameters: Sequence[nn.Parameter], bucket_elements: int) -> list[list[nn.Parameter]]:
-    """Cut up the parameters by size, the last first: roughly the order in which a backward pass reaches them."""
+    """Split the parameters into buckets, last first: roughly the order in which a backward pass reaches them."""
     buckets: list[list[nn.Parameter]] = []
     room = 0
     for parameter in reversed(parameters):

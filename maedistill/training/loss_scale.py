@@ -1,7 +1,7 @@
-"""The dynamic loss scale of fp16: large enough that small gradients survive, halved when large ones overflow.
+"""The dynamic loss scale of fp16: large enough to keep small gradients, halved when large ones overflow.
 
-bf16 and fp32 need none. DeepSpeed's own scaler is not used: with `torch_autocast` in fp16 at ZeRO 1 to 3 (0.19.8) one
-overflow is never followed by a smaller scale, so every later update is skipped; and clipping sees scaled gradients.
+bf16 and fp32 need none. DeepSpeed's own scaler is not used: with `torch_autocast` in fp16 at ZeRO 1 to 3 (0.19.8) it
+does not lower the scale after an overflow, so every later update is skipped, and clipping sees scaled gradients.
 """
 
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 @dataclass
 class LossScale:
-    """`scale` multiplies the loss; `finite_updates` counts the updates since it last changed."""
+    """A loss scale: `scale` multiplies the loss, `finite_updates` counts the updates since it last changed."""
 
     scale: float = 2.0**16
     finite_updates: int = 0
     growth_interval: int = 2000
 
     def update(self, *, finite: bool) -> None:
-        """Halves the scale after an overflow, doubles it after `growth_interval` updates without one."""
+        """Halve the scale after an overflow, double it after `growth_interval` updates without one."""
         if not finite:
             self.scale, self.finite_updates = self.scale / 2, 0
         elif self.finite_updates + 1 == self.growth_interval:

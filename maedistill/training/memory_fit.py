@@ -1,9 +1,9 @@
-"""As many samples at once as a GPU has memory for, found at the start of a run.
+"""The largest micro-batch that fits in GPU memory, found at the start of a run.
 
-    trial steps of 8 and 16 samples -> peak bytes, a straight line -> the largest share of the batch below the limit
+    trial steps of 8 and 16 samples -> peak bytes -> linear fit -> the largest share of the batch below the limit
     one trial step of that size -> it fits, or the next smaller share is tried
 
-A larger micro-batch saves launches and passes over the gradients; the numbers of a run change by rounding only.
+A larger micro-batch saves kernel launches and passes over the gradients; it changes results by rounding only.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,8 +13,8 @@ import torch
 from maedistill.config.batch import BatchPlan
 from maedistill.processes import ranks as distributed
 
-_SAMPLES = ((8, 16), (1, 2))  # of the two trials; the second pair where 16 do not fit
-_USABLE = 0.92  # of the memory: the allocator's gaps, NCCL's and cuBLAS's buffers take the rest
+_SAMPLES = ((8, 16), (1, 2))  # of the two trials; the second pair is for GPUs that cannot fit 16
+_USABLE = 0.92  # of the memory; allocator gaps and the buffers of NCCL and cuBLAS take the rest
 
 
 def fit_to_memory(
@@ -22,8 +22,8 @@ def fit_to_memory(
 ) -> BatchPlan:
     """Return the first of `plans`, largest micro-batch first, that fits on the GPUs of all ranks. Collective.
 
-    trial: makes a forward and backward pass of so many samples and frees everything but the gradients. later_bytes:
-    what training allocates besides, such as Adam's moments. Raises torch.OutOfMemoryError where not even the last fits.
+    trial: runs a forward and backward pass of that many samples and frees everything but the gradients. later_bytes:
+    what training allocates on top, such as Adam's moments. Raises torch.OutOfMemoryError if no plan fits.
     """
     limit = _USABLE * usable_bytes(device) - later_bytes
     fixed, each = _line(trial, device=device)
@@ -36,10 +36,10 @@ def fit_to_memory(
 
 
 def _line(trial: Callable[[int], None], *, device: torch.device) -> tuple[float, float]:
-    """Return the bytes of a trial without samples, and of each sample."""
+    """Return the fixed bytes of a trial and the bytes per sample."""
     for few, many in _SAMPLES:
         try:
-            trial(few)  # leaves the gradients, so that both measured trials begin with them
+            trial(few)  # allocates the gradients, so that both measured trials start with them
             small, large = (peak_bytes(trial, count, device=device) for count in (few, many))
         except torch.OutOfMemoryError:
             if (few, many) == _SAMPLES[-1]:
@@ -51,13 +51,13 @@ def _line(trial: Callable[[int], None], *, device: torch.device) -> tuple[float,
 
 
 def usable_bytes(device: torch.device) -> int:
-    """Memory that this process has or could have."""
+    """Return the bytes that this process has allocated or could still allocate."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device)
 
 
 def peak_bytes(trial: Callable[[int], None], count: int, *, device: torch.device) -> int:
-    """The most memory that is allocated during a trial of `count` samples."""
+    """Return the peak bytes allocated during a trial of `count` samples."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     trial(count)

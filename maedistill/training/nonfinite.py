@@ -1,7 +1,7 @@
-"""Updates whose loss or gradient is not finite: noticed one step late, so that the host never waits for the device.
+"""Updates whose loss or gradient is not finite, detected one step late so that the host never waits for the device.
 
-The engine applies no such update (see engine.py). Here they are counted and handed to the loop, which follows
-`engine.nonfinite`: go on or stop.
+The engine skips such updates (see engine.py). This file counts them and reports them to the loop, which continues or
+stops according to `engine.nonfinite`.
 """
 
 from dataclasses import dataclass, field
@@ -12,21 +12,21 @@ from torch import Tensor
 
 @dataclass
 class NonfiniteUpdates:
-    """How many there were. Equal on all ranks, since a gradient is."""
+    """Counter of non-finite updates. All ranks agree, because reduced gradients are equal on all ranks."""
 
     total: int = 0  # in the run so far
     in_a_row: int = 0
     _last: "tuple[int, Tensor, torch.cuda.Event | None] | None" = field(default=None, repr=False)
 
     def note(self, step: int, broken: Tensor, *, now: bool) -> list[int]:
-        """Takes the verdict on the update of `step` (bool [] on its device); returns the broken steps that are known.
+        """Record whether the update of `step` was non-finite (bool [] on its device); return newly known such steps.
 
-        now: wait for this verdict too; otherwise it is known at the next call.
+        now: wait for this flag too; otherwise the next call returns it.
         """
         known = self._settle()
         if broken.is_cuda:
             verdict = torch.empty((), dtype=torch.bool, pin_memory=True)
-            done = torch.cuda.Event(blocking=True)  # else the host spins a core while it waits
+            done = torch.cuda.Event(blocking=True)  # otherwise the host busy-waits on a core
             verdict.copy_(broken, non_blocking=True)
             done.record()
         else:

@@ -1,4 +1,4 @@
-"""AdamW, what it decays, and its learning rate: timm's parameter groups and cosine schedule, torch's fused AdamW.
+"""AdamW, its weight decay groups and its learning rate: timm's groups and cosine schedule, torch's fused AdamW.
 
     module -> parameter_groups -> build_optimizer -> build_schedule; `schedule.step_update(step)` before update `step`
 
@@ -7,7 +7,7 @@ The rate is a pure function of the step: with W warm-up steps, T total steps, pe
     step <  W   p * step / W
     step >= W   m + (p - m) / 2 * (1 + cos(pi * (step - W) / (T - W)))
 
-times the group's `lr_scale` where it has one (layer decay), which torch's AdamW alone would ignore.
+times the group's `lr_scale` if it has one (layer decay). torch's AdamW alone would ignore `lr_scale`.
 """
 
 from collections.abc import Iterable
@@ -25,22 +25,22 @@ NO_DECAY = ("cls_token", "reg_token", "mask_token", "pos_embed")
 def parameter_groups(
     module: nn.Module, weight_decay: float, *, no_decay: Iterable[str] = NO_DECAY
 ) -> list[dict[str, Any]]:
-    """Two groups: without weight decay (norms, biases, every other 1-D parameter, tokens, learned positions) and with.
+    """Return two groups: without weight decay (norms, biases, other 1-D, tokens, learned positions) and with it.
 
-    no_decay: last parts of parameter names, wherever they are in the module.
+    no_decay: last components of parameter names, anywhere in the module.
     """
     tokens = [name for name, _ in module.named_parameters() if name.rpartition(".")[2] in set(no_decay)]
     return param_groups_weight_decay(module, weight_decay, no_weight_decay_list=tokens)
 
 
 def layerwise_groups(vit: VisionTransformer, weight_decay: float, *, layer_decay: float) -> list[dict[str, Any]]:
-    """Two groups per layer (with and without weight decay), whose rate falls from the head to the patches.
+    """Return two groups per layer (with and without weight decay); the rate falls from the head to the patches.
 
-    With L blocks, `lr_scale` is layer_decay^0 for the head and the norm before it, layer_decay^(L + 1 - i) for layer i:
-    0 holds the patch embedding, the tokens and the positions, i the block i - 1 (Bao et al., BEiT; MAE uses the same).
+    With L blocks, `lr_scale` is layer_decay^0 for the head and the norm before it, layer_decay^(L + 1 - i) for layer i.
+    Layer 0 is patch embedding, tokens and positions; layer i is block i - 1 (Bao et al., BEiT; MAE uses the same).
     """
     groups = param_groups_layer_decay(vit, weight_decay, no_weight_decay_list=NO_DECAY, layer_decay=layer_decay)
-    # timm counts `norm`, the one before a head that reads the class token, as part of the last block.
+    # timm assigns `norm`, which precedes a head that reads the class token, to the last block.
     norm = {id(parameter): parameter for parameter in vit.norm.parameters()}
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in norm]
@@ -50,19 +50,19 @@ def layerwise_groups(vit: VisionTransformer, weight_decay: float, *, layer_decay
 
 
 def layer_rates(groups: list[dict[str, Any]], peak: float) -> list[float]:
-    """The peak learning rate of each layer, patch embedding first, head last: what `layerwise_groups` comes to."""
+    """Return the peak learning rate of each layer of `layerwise_groups`, from the patch embedding to the head."""
     return sorted({peak * group["lr_scale"] for group in groups})
 
 
 def build_optimizer(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float]) -> AdamW:
-    """Fused AdamW, on the CPU too: one kernel per update, which skips it without a host sync when told so."""
+    """Build fused AdamW, on the CPU too: one kernel per update, which can skip the update without a host sync."""
     return AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 def build_schedule(
     optimizer: AdamW, *, peak: float, min_lr: float, warmup_steps: int, total_steps: int
 ) -> CosineLRScheduler:
-    """Linear warm-up from 0 to `peak`, then half a cosine to `min_lr`, stepped per update with `step_update(step)`."""
+    """Build a linear warm-up from 0 to `peak`, then half a cosine to `min_lr`; call `step_update(step)` per update."""
     assert 0 <= warmup_steps < total_steps
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = peak

@@ -1,4 +1,4 @@
-"""What a run has learned so far, as an engine hands it out and takes it back; `checkpoint.py` keeps it in files."""
+"""The state of training that an engine gathers and loads; `checkpoint.py` stores it in files."""
 
 from dataclasses import dataclass, field
 
@@ -9,8 +9,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW names them
 
 @dataclass
 class TrainingState:
-    """Whole tensors on the CPU by name, whatever number of ranks and ZeRO stage they come from or go to."""
+    """Unpartitioned CPU tensors by name, independent of the number of ranks and the ZeRO stage."""
 
     weights: dict[str, Tensor] = field(default_factory=dict)  # parameters and persistent buffers
     moments: dict[str, dict[str, Tensor]] = field(default_factory=lambda: {moment: {} for moment in MOMENTS})
-    scalars: dict[str, float] = field(default_factory=dict)  # updates that Adam has made; fp16's loss scale
+    scalars: dict[str, float] = field(default_factory=dict)  # number of Adam updates; fp16's loss scale

@@ -1,16 +1,16 @@
-"""tests/test_gpu.py through pytest."""
+"""Run tests/test_gpu.py with pytest."""
 
 import subprocess
 import sys
 
 from gpu_parts.check import ROOT, Check
 
-# torch warns that the mode in which it refuses to wait for the card is new, and the project makes errors of warnings.
+# Warnings are errors in this project, and torch warns that its debug mode for synchronization is a prototype.
 _COMMAND = ["-m", "pytest", "tests/test_gpu.py", "-v", "-p", "no:cacheprovider", "-W", "ignore:Synchronization debug"]
 
 
 def run(check: Check) -> None:
-    """Note pytest's last line; where it hangs, that is the test it hangs in."""
+    """Run the tests and record pytest's last line. If a test hangs, this line names it."""
     if not check.on_card:
         check.skipped("tests/test_gpu.py", "no card")
         return

@@ -1,4 +1,4 @@
-"""What a part is given: where it may work, how long, on which device; and the verdicts it hands back."""
+"""The interface of a part: its folders, time limit and device, and the functions that record its results."""
 
 import math
 import os
@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent  # of the checkout
 
 @dataclass
 class Check:
-    """The circumstances of one part.
+    """The context of one part.
 
-    out: folder of the results, for logs; work: folder for data and runs, thrown away at the end. until: the time when
-    the part is killed, in seconds since the epoch.
+    out: folder of the results, for logs. work: folder for data and runs, deleted at the end. until: the time when the
+    part is killed, in seconds since the epoch.
     """
 
     part: str
@@ -32,47 +32,47 @@ class Check:
 
     @cached_property
     def device(self) -> torch.device:
-        """The card, or the CPU where there is none."""
+        """Return the first GPU, or the CPU if there is none."""
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
     @property
     def on_card(self) -> bool:
-        """Whether there is a card."""
+        """Return whether there is a GPU."""
         return self.device.type == "cuda"
 
     @property
     def cores(self) -> int:
-        """CPU cores that this process may use."""
+        """Return the number of CPU cores that this process may use."""
         return len(os.sched_getaffinity(0))
 
     @property
     def left(self) -> float:
-        """Seconds that are left, a few kept for the way out."""
+        """Return the seconds that are left, minus 3 s that are reserved for the exit."""
         return self.until - time.time() - 3
 
     @property
     def rows(self) -> RowFile:
-        """All parts' rows so far."""
+        """Return the file of the rows that all parts have written so far."""
         return RowFile(self.out / "rows.jsonl")
 
     def log(self, name: str) -> Path:
-        """Name a file for details."""
+        """Return the path of a log file for details."""
         return self.out / "logs" / name
 
     def verdict(self, check: str, good: bool, figure: str = "", **values: float) -> None:
-        """Note that something is right or wrong."""
+        """Record a check that passed or failed."""
         self._note(check, OK if good else FAIL, figure, values=values)
 
     def measured(self, check: str, figure: str, *, goal: str = "", **values: float) -> None:
-        """Note a figure."""
+        """Record a measured figure."""
         self._note(check, MEASURED, figure, goal=goal, values=values)
 
     def skipped(self, check: str, reason: str) -> None:
-        """Note what was left out, and why."""
+        """Record a check that was left out, and the reason."""
         self._note(check, SKIPPED, reason)
 
     def close(self, check: str, found: Tensor, expected: Tensor, *, bound: float) -> None:
-        """Compare two tensors, whole, by the norm of their difference."""
+        """Record whether two tensors agree: the norm of their difference over that of `expected` is at most `bound`."""
         found, expected = (tensor.detach().double().cpu() for tensor in (found, expected))
         distance = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
         good = math.isfinite(distance) and distance <= bound

@@ -12,17 +12,17 @@ from gpu_parts.runner import Child
 
 
 def run_child(told: Child) -> None:
-    """Run the part and leave the process: 0, or 1 with a traceback.
+    """Run the part and exit the process with code 0, or with code 1 and a traceback.
 
-    Without the interpreter's teardown, on whose way the threads of a process group may abort or wait.
+    The interpreter's teardown is skipped, because threads of a process group may abort or hang in it.
     """
-    warnings.filterwarnings("ignore", "Synchronization debug mode")  # says that it is new, each time it is set
+    warnings.filterwarnings("ignore", "Synchronization debug mode")  # torch warns each time it is set
     code = 1
     try:
         check = Check(told.part, told.tiny, Path(told.out), Path(told.work), told.until)
         importlib.import_module(told.module).run(check)
         code = 0
-    except BaseException:  # an interrupt too: the exit code says so
+    except BaseException:  # includes interrupts: the exit code reports them
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,7 +1,7 @@
 """The engine against plain torch on the same device: every ZeRO stage, number format and accumulation.
 
-Also an update that is not finite, which must be left out, and a loss scale of fp16 that begins far too large. The small
-awkward module and its batches are those of the engine's own tests.
+Two more checks: an update that is not finite must be skipped, and an fp16 loss scale that starts far too large must
+recover. The small, deliberately awkward module and its batches come from the engine's own tests.
 """
 
 import itertools
@@ -26,9 +26,9 @@ BETAS = (0.9, 0.95)
 
 
 def run(check: Check) -> None:
-    """Compare all of them, then spoil some."""
-    engine_file.PERSISTENCE_THRESHOLD = 0  # so that stage 3 really cuts up this small module
-    engine_file.FP16_DEVICES.add("cpu")  # slow there, but right
+    """Compare all combinations, then check skipped updates and the loss scale."""
+    engine_file.PERSISTENCE_THRESHOLD = 0  # so that stage 3 really shards this small module
+    engine_file.FP16_DEVICES.add("cpu")  # slow there, but correct
     initialize_distributed(60)
     for precision, accumulation in itertools.product(PRECISIONS, ACCUMULATIONS):
         _compare(check, precision, accumulation)
@@ -44,7 +44,7 @@ def run(check: Check) -> None:
 
 
 def _compare(check: Check, precision: str, accumulation: int) -> None:
-    """Train at every stage and in plain torch, and note the worst difference."""
+    """Train at every stage and in plain torch, and record the largest difference."""
     expected, norms = _reference(check, PRECISIONS[precision], accumulation)
     weights_apart, norms_apart = [], []
     for zero in STAGES:
@@ -83,13 +83,13 @@ def _train(
     scale: float = 1024.0,
     steps: int = STEPS,
 ) -> tuple[Engine, list[float]]:
-    """Train through the engine. The loss is NaN in `spoiled` steps; `scale` is where fp16 begins."""
+    """Train through the engine. The loss is NaN in `spoiled` steps; `scale` is the initial loss scale of fp16."""
     module, norms = scenarios.toy().to(check.device), []
     optimizer = build_optimizer(parameter_groups(module, scenarios.DECAY), lr=scenarios.PEAK, betas=BETAS)
     batch = {"micro_batch": scenarios.BATCH // parts, "accumulation": parts}
     engine = Engine(module, optimizer, zero=zero, precision=precision, clip=scenarios.CLIP, **batch)
     if engine.loss_scale is not None:
-        engine.loss_scale.scale = scale  # 1024 does not overflow here, so that torch without one is a reference
+        engine.loss_scale.scale = scale  # 1024 never overflows here, so torch without a scale is a reference
     for step in range(steps):
         for inputs in _batches(check, step, parts):
             loss = engine(*inputs)["loss"]
@@ -100,13 +100,13 @@ def _train(
 
 
 def _batches(check: Check, step: int, parts: int) -> list[tuple]:
-    """Cut the batch of a step into its inputs, on the device."""
+    """Split the batch of a step into the inputs of its micro-batches, on the device."""
     micro = zip(*(tensor.to(check.device).chunk(parts) for tensor in scenarios.samples(step)), strict=True)
     return [(x, scenarios.Split(order), {4: a, 7: b}) for x, order, a, b in micro]
 
 
 def _updates(engine: Engine) -> float:
-    """Count the updates that were applied."""
+    """Return the number of updates that were applied."""
     return engine.state().scalars["updates"]
 
 

@@ -1,4 +1,4 @@
-"""What the figures were measured on: card, driver, versions, date, cores."""
+"""The environment in which the figures were measured: card, driver, versions, date, cores."""
 
 import importlib.metadata
 import os
@@ -10,7 +10,7 @@ import torch
 
 
 def head() -> dict[str, str]:
-    """Describe this machine, in words."""
+    """Return a description of this machine as text by name."""
     versions = {name: _version(name) for name in ("deepspeed", "timm", "triton")}
     return {
         "card": card(),
@@ -27,7 +27,7 @@ def head() -> dict[str, str]:
 
 
 def card() -> str:
-    """Name the card and its memory."""
+    """Return the name of the card and its memory, or "none"."""
     if not torch.cuda.is_available():
         return "none"
     properties = torch.cuda.get_device_properties(0)
@@ -35,7 +35,7 @@ def card() -> str:
 
 
 def _driver() -> str:
-    """Name the driver's version, where something says it."""
+    """Return the driver's version, or "unknown"."""
     known = Path("/sys/module/nvidia/version")
     if known.is_file():
         return known.read_text().strip()
@@ -44,7 +44,7 @@ def _driver() -> str:
 
 
 def _commit() -> str:
-    """Name the commit of the checkout, with a + where files have changed."""
+    """Return the commit of the checkout, with a + if files have changed, or "unknown"."""
     root = Path(__file__).resolve().parent
     found = _first_line(["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"])
     return found or "unknown"
@@ -58,7 +58,7 @@ def _version(name: str) -> str:
 
 
 def _first_line(command: list[str]) -> str:
-    """Run a small command; empty where there is no such command or it fails."""
+    """Return the first line that a command prints; empty if the command is missing or fails."""
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

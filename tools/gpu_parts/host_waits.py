@@ -1,7 +1,7 @@
-"""The training step under torch's own watch, in which whatever waits for the card raises an error.
+"""The training step in torch's synchronization debug mode, in which every wait for the GPU raises an error.
 
-What the loop does at every step is in it: images and masks, teacher, losses, update, averages, the verdict on the
-numbers. Logging waits, on purpose, and so does the loss scale of fp16.
+The checked step includes everything that the loop does at every step: images and masks, teacher, losses, update,
+averages, and the check for non-finite numbers. Logging waits on purpose, and so does the loss scale of fp16.
 """
 
 import traceback
@@ -19,7 +19,7 @@ BATCH, WARM = 8, 3
 
 
 def run(check: Check) -> None:
-    """Watch the step of each method, and a compiled one."""
+    """Check the eager step of each method, and one compiled step."""
     if not check.on_card:
         check.skipped("steps", "no card to wait for")
         return
@@ -33,7 +33,7 @@ def run(check: Check) -> None:
 
 
 def _watch(check: Check, name: str, method: str, settings: list[str]) -> None:
-    """Run some steps, then two under watch."""
+    """Run some warm-up steps, then two in the debug mode, and record whether any of them waited."""
     batch = [f"optim.global_batch={BATCH}", f"engine.micro_batch={BATCH}", "optim.clip=1.0"]
     step, number = EngineStep(tiny_config(method, [*batch, *settings])).launch, 0
     averages, nonfinite = Averages(), NonfiniteUpdates()
@@ -58,7 +58,7 @@ def _watch(check: Check, name: str, method: str, settings: list[str]) -> None:
         failed = None
     except RuntimeError as error:
         failed = str(error).splitlines()[0][:200]
-        traceback.print_exc()  # the log then says where
+        traceback.print_exc()  # so that the log shows where
     finally:
         torch.cuda.set_sync_debug_mode("default")
     check.verdict(name, failed is None, failed or "two steps, no wait")

@@ -1,4 +1,4 @@
-"""Where the time of one step goes on the card: its kernels by kind, from torch's profiler."""
+"""The GPU time of one step by kind of kernel, from torch's profiler."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 from gpu_parts.check import Check
 from maedistill.benchmark.training_step import TrainingStep
 
-# The first kind of which a word is in the kernel's name. What Triton makes is named by what it fuses.
+# A kernel belongs to the first kind with a word in the kernel's name. Triton comes first: its kernels are named after
+# the operations that they fuse, and would match other kinds as well.
 KINDS = {
     "fused by the compiler": ("triton",),
     "attention": ("flash", "fmha", "sdpa", "attention", "cudnn_generated"),
@@ -23,7 +24,7 @@ OTHERS = "elementwise and reductions"
 
 @dataclass(frozen=True)
 class Kernels:
-    """Of one step: launches, and milliseconds by kind."""
+    """The kernels of one step: number of launches, and milliseconds by kind."""
 
     launches: int
     milliseconds: Counter[str]
@@ -34,7 +35,7 @@ class Kernels:
 
 
 def kernels_of(check: Check, step: TrainingStep, *, log: str) -> Kernels:
-    """Profile one step; the whole table goes to a log. On a CPU, operators stand for kernels."""
+    """Profile one step and write the profiler's table to a log. On a CPU, operators are counted instead of kernels."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if check.on_card else [])]
     check.wait()
     with profile(activities=activities) as profiler:
@@ -54,6 +55,6 @@ def kernels_of(check: Check, step: TrainingStep, *, log: str) -> Kernels:
 
 
 def kind_of(name: str) -> str:
-    """Name the kind of a kernel."""
+    """Return the kind of a kernel."""
     lower = name.lower()
     return next((kind for kind, words in KINDS.items() if any(word in lower for word in words)), OTHERS)

@@ -1,4 +1,4 @@
-"""The loader alone, on images of a photograph's size, and a training run that it feeds: does it keep up?"""
+"""The speed of the loader alone on images of a photograph's size, and the data wait of a training run that it feeds."""
 
 import itertools
 import subprocess
@@ -26,7 +26,7 @@ TINY += ["teacher.source=random:vit_tiny_patch16_224", "teacher.depth=2", "align
 
 
 def run(check: Check) -> None:
-    """Measure the loader with some and with nearly all cores, then a run."""
+    """Measure the loader with half of the cores and with all but two, then a run."""
     count, side, batch = (TINY_IMAGES, TINY_SIDE, TINY_BATCH) if check.tiny else (IMAGES, SIDE, BATCH)
     shards = photo_shards(check.work / check.part, count, side=side)
     size = sum(file.stat().st_size for file in shards.glob("*.tar")) / count / 1e3
@@ -44,7 +44,7 @@ def run(check: Check) -> None:
 
 
 def _alone(crops: RandomCrops, *, batch: int, workers: int, seconds: float) -> float:
-    """Return the images per second that nobody uses, once the batches that were made at the start are gone."""
+    """Return the images per second of the loader without a consumer, after the batches prefetched at the start."""
     schedule = Schedule(0, 10**6, plan=BatchPlan(batch, 1), rank=0, world_size=1)
     batches = host_batches(crops, schedule, workers=workers, pin_memory=False)
     for _ in itertools.islice(batches, 5 * workers):
@@ -56,7 +56,7 @@ def _alone(crops: RandomCrops, *, batch: int, workers: int, seconds: float) -> f
 
 
 def _feed(check: Check, settings: list[str], *, count: int, batch: int, workers: int) -> None:
-    """Train for some steps, and note how much of the time after the first ones went by in waiting."""
+    """Train for some steps, and record the share of the time that training waited for data after the first steps."""
     steps = TINY_STEPS if check.tiny else STEPS
     more = [f"data.workers={workers}", f"optim.epochs={steps * batch / count:g}", "optim.warmup_epochs=0"]
     more += ["log.every=20" if not check.tiny else "log.every=2", "log.save_every_epochs=1000"]
@@ -86,5 +86,5 @@ def _feed(check: Check, settings: list[str], *, count: int, batch: int, workers:
 
 
 def _last_line(log: Path) -> str:
-    """Return a run's last words."""
+    """Return the last line of a run's log."""
     return next(iter(log.read_text(errors="replace").strip().splitlines()[-1:]), "it said nothing")[:300]

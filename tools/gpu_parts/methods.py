@@ -1,4 +1,4 @@
-"""Loss and gradient of every method on the card, against the CPU's in fp32: the same masks, the same numbers.
+"""Loss and gradient of every method on the GPU, compared with the CPU in fp32: the masks and the results must agree.
 
 B images   N patches
 """
@@ -24,11 +24,11 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one forward and backward pass."""
+    """The result of one forward and backward pass."""
 
     order: Tensor  # [B, N]
     loss: Tensor
-    gradient: Tensor  # all of it, flat
+    gradient: Tensor  # of all parameters, flat
 
 
 def run(check: Check) -> None:
@@ -61,7 +61,7 @@ def _build(config: PretrainConfig) -> tuple[MAE, Teacher | None]:
 def _outcome(
     config: PretrainConfig, module: MAE, teacher: Teacher | None, device: torch.device, dtype: torch.dtype | None = None
 ) -> Outcome:
-    """Run copies of the networks on a device; dtype: under autocast."""
+    """Run copies of the networks on a device, under autocast if `dtype` is given."""
     module, teacher = copy.deepcopy(module).to(device), copy.deepcopy(teacher).to(device) if teacher else None
     side, generator = config.data.image_size, torch.Generator().manual_seed(1)
     pixels = torch.randint(256, (BATCH, 3, side, side), dtype=torch.uint8, generator=generator).to(device)

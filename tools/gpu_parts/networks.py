@@ -7,14 +7,14 @@ from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 
 LIGHT = ["decoder.width=384", "decoder.depth=4", "decoder.heads=6"]  # the default decoder
-# By part: a title, a file of configs/imagenet, and settings on top of it.
+# Part -> title, file in configs/imagenet, settings on top of it.
 NETWORKS = {
     "speed": ("DMAE L -> B, light decoder", "dmae_vit_b.yaml", LIGHT),
     "speed-published": ("DMAE L -> B, published decoder", "dmae_vit_b.yaml", []),
     "speed-small": ("DMAE B -> S, published decoder", "dmae_vit_s.yaml", []),
     "speed-amd": ("AMD L -> B", "amd_vit_b.yaml", []),
 }
-# As wide as a teacher whose published decoder is known, so that the plain loop with that decoder is tried, too.
+# ViT-B is wide enough to have a known published decoder, so the plain loop with that decoder is tested as well.
 _WIDE_TEACHER = ["teacher.source=random:vit_base_patch16_224", "teacher.depth=2"]
 _TEACHER = ["teacher.source=random:vit_tiny_patch16_224", "teacher.depth=2"]
 _TINY = ["data.image_size=64", "student.model=vit_tiny_patch16_224", "student.depth=2"]
@@ -28,12 +28,12 @@ _METHODS = {
 
 
 def speed_config(check: Check, *, batch: int, compiled: bool) -> PretrainConfig:
-    """Load the config that a part named in `NETWORKS` measures."""
+    """Load the config in `NETWORKS` that the part of `check` measures."""
     _, file, settings = NETWORKS[check.part]
     method = file.partition("_")[0]
     teacher = _WIDE_TEACHER if check.part == "speed" else _TEACHER
     tiny = [*_TINY, *teacher, *_METHODS[method]] if check.tiny else []
-    tiny += ["engine.precision=fp32"] if not check.on_card else []  # half precision only costs a CPU time
+    tiny += ["engine.precision=fp32"] if not check.on_card else []  # half precision is slow on a CPU
     batches = [f"optim.global_batch={batch}", f"engine.micro_batch={batch}"]
     return _load(file, [*settings, *tiny, *batches, f"engine.compile={str(compiled).lower()}"])
 

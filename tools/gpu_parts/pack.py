@@ -1,4 +1,4 @@
-"""Packages for a machine without network: what an image with torch usually lacks, in one folder for PYTHONPATH."""
+"""Packages for a machine without network: those that an image with torch usually lacks, in a folder for PYTHONPATH."""
 
 import importlib.metadata
 import importlib.util
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from maedistill.errors import ConfigError
 
-# Pure Python, whatever the machine's version. Import names; of distributions `-` for `_`.
+# Pure Python packages run on any Python version. These are import names; distribution names have `-` instead of `_`.
 PURE = ("deepspeed", "timm", "webdataset", "braceexpand", "hjson", "annotated_types", "typing_inspection", "pydantic")
 COMPILED = ("pydantic_core", "simplejpeg")
 _PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_17_x86_64", "manylinux_2_28_x86_64")
@@ -20,7 +20,7 @@ _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", "csrc")  # sources of
 
 
 def pack(folder: Path, *, python: str) -> str:
-    """Fill `folder`; return what to do with it. python: version of that machine's, as 3.12."""
+    """Fill `folder`; return instructions for its use. python: Python version of the target machine, such as 3.12."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in PURE:
         _copy(name, folder)
@@ -36,7 +36,7 @@ def pack(folder: Path, *, python: str) -> str:
 
 
 def _copy(name: str, folder: Path) -> None:
-    """Copy an installed package and what its metadata say."""
+    """Copy an installed package and its metadata. Raise ConfigError if it is not installed."""
     found = importlib.util.find_spec(name)
     if found is None or found.origin is None:
         raise ConfigError(f"{name} is not installed here", "run --pack where maedistill is installed: make env")
@@ -51,7 +51,7 @@ def _copy(name: str, folder: Path) -> None:
 
 
 def _download(requirements: list[str], folder: Path, *, python: str) -> None:
-    """Fetch wheels for that Python and unpack them."""
+    """Download wheels for the given Python version and unpack them. Raise ConfigError if pip fails."""
     with tempfile.TemporaryDirectory(prefix="maedistill-wheels-") as wheels:
         options = ["--quiet", "--no-deps", "--only-binary=:all:", "--implementation=cp", f"--python-version={python}"]
         options += [f"--platform={platform}" for platform in _PLATFORMS]

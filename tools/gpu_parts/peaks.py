@@ -1,4 +1,4 @@
-"""What the card can do at most: products of matrices in bf16, and copies within its memory.
+"""The peak speeds of the card: matrix products in bf16, and copies within its memory.
 
 M rows   N columns   K inner size
 """
@@ -13,13 +13,13 @@ from gpu_parts.check import Check
 
 PRODUCT, COPY = "bf16 product", "copy"
 SIDES, TINY_SIDES = (4096, 8192, 16384), (128, 256)
-# What a step at batch 256 multiplies: the MLPs of student, teacher and light decoder, and a decoder's way back.
+# Matrix shapes of a step at batch 256: MLPs of student, teacher and light decoder, and a decoder's second MLP layer.
 SHAPES = ((12800, 3072, 768), (12800, 4096, 1024), (50432, 1536, 384), (50432, 2048, 512), (50432, 512, 2048))
-_SECONDS = 0.2  # how long one measurement lasts at least
+_SECONDS = 0.2  # shortest duration of a measurement
 
 
 def run(check: Check) -> None:
-    """Measure each once; the fastest square product is what shares are taken of."""
+    """Measure each once. The fastest square product is the peak to which other parts compare their FLOP/s."""
     peak, side = fastest_product(check)
     check.measured(PRODUCT, f"{peak / 1e12:.4g} TFLOP/s, side {side}", flops=peak)
     count = 2**20 if check.tiny else 2**30  # 4 GiB
@@ -39,7 +39,7 @@ def fastest_product(check: Check) -> tuple[float, int]:
 
 
 def measured_peak(check: Check) -> float:
-    """Return what the part `peaks` found, or measure it where it has not run."""
+    """Return the peak that the part `peaks` measured, or measure it if that part has not run."""
     found = [row.values["flops"] for row in check.rows.all() if row.part == "peaks" and row.check == PRODUCT]
     return found[-1] if found else fastest_product(check)[0]
 
@@ -52,7 +52,7 @@ def product(check: Check, rows: int, columns: int, inner: int) -> float:
 
 
 def seconds(check: Check, work: Callable[[], object]) -> float:
-    """Time one call, on average over many; the device has then done it all."""
+    """Return the average time of one call over many calls, until the device has finished all of them."""
     for _ in range(3):
         work()
     count, spent = 1, 0.0

@@ -1,4 +1,4 @@
-"""Shards of made-up images: small ones of two colours' noise, or of the size and weight of photographs."""
+"""Shards of synthetic images: small ones of coarse noise, or ones with the dimensions and file size of photographs."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ def photo_shards(folder: Path, count: int, *, side: tuple[int, int]) -> Path:
 def _write(
     folder: Path, counts: dict[str, int], *, side: tuple[int, int], suffix: str, detail: float, each: int
 ) -> Path:
-    """Write images, then shards of `each` images. detail: fine noise, which is what a JPEG's bytes go to."""
+    """Write images, then shards of `each` images. detail: strength of fine noise, which sets the size of a JPEG."""
     pictures, out = folder / "pictures", folder / "shards"
 
     def draw(split: str, number: int) -> None:
@@ -44,6 +44,6 @@ def _write(
     with ThreadPoolExecutor(workers) as pool:
         for split, count in counts.items():
             list(pool.map(lambda number, split=split: draw(split, number), range(count)))
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its progress bar
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # hide the progress bar
         make_shards(open_folder(pictures), out, images_per_shard=each, workers=workers)
     return out

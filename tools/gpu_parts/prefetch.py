@@ -1,4 +1,4 @@
-"""Batches that are copied from pinned memory while the card computes: all are right, and none is overwritten early."""
+"""Check that batches copied from pinned memory while the GPU computes are correct and are not overwritten early."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ WORKERS = (0, 3)
 
 
 def run(check: Check) -> None:
-    """Keep the card busy while batches come, and compare each with the CPU's."""
+    """Keep the GPU busy while batches arrive, and compare each batch with the CPU's."""
     if not check.on_card:
         check.skipped("batches", "no card: nothing is copied ahead")
         return
@@ -37,23 +37,23 @@ def run(check: Check) -> None:
 
 
 def _under_load(check: Check, crops: RandomCrops, *, workers: int) -> list[list[Tensor]]:
-    """Read each batch only after much work that was queued before, when copies of later ones are long under way."""
+    """Read each batch behind a long queue of GPU work, so that copies of later batches have started by then."""
     side = 64 if check.tiny else 4096
     x, found = torch.randn(side, side, device=check.device), []
     for batch in _batches(crops, check.device, workers=workers):
         for _ in range(6):
             x = (x @ x).tanh()
         found.append(_tensors(batch))
-        del batch  # its memory is free for the next but one
+        del batch  # frees its memory for the batch after the next one
     check.wait()
     return found
 
 
 def _batches(crops: RandomCrops, device: torch.device, *, workers: int) -> list[Batch]:
-    """Begin the batches of a run."""
+    """Return an iterator over the batches of a run."""
     return training_batches(crops, 0, STEPS, plan=PLAN, rank=0, world_size=1, workers=workers, device=device)
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
-    """Copy what training reads of a batch."""
+    """Copy the tensors of a batch that training reads."""
     return [batch.images.clone(), batch.positions.clone(), batch.labels.clone()]

@@ -21,7 +21,7 @@ def write_results(
     seconds: float,
     tiny: bool,
 ) -> None:
-    """Write both files. tiny: the sizes are small stand-ins, whose figures mean nothing."""
+    """Write both files. tiny: the networks are small stand-ins, so the figures have no meaning."""
     document = {
         "head": head,
         "tiny": tiny,
@@ -49,12 +49,12 @@ def write_results(
 
 
 def not_run(ends: Sequence[PartEnd]) -> str | None:
-    """Name the parts that no time was left for."""
+    """Return text that lists the parts for which no time was left, or None."""
     left_out = [end.name for end in ends if end.code is None and end.seconds == 0]
     return f"NOT RUN for want of time: {', '.join(left_out)}" if left_out else None
 
 
 def summary(rows: Sequence[Row], *, seconds: float) -> str:
-    """Count the verdicts, in a line."""
+    """Return one line with the number of rows by verdict."""
     counts = {name: sum(row.verdict == name for row in rows) for name in ("ok", FAIL, "measured", "skipped")}
     return ", ".join(f"{count} {name}" for name, count in counts.items()) + f", in {seconds:.0f} s"

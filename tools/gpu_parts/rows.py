@@ -1,4 +1,4 @@
-"""Rows: what a part found, one line of JSON each, written the moment it is known."""
+"""Rows: the results of a part, one line of JSON each, written as soon as they are known."""
 
 import json
 import os
@@ -11,9 +11,9 @@ OK, FAIL, MEASURED, SKIPPED = "ok", "FAIL", "measured", "skipped"
 
 @dataclass(frozen=True)
 class Row:
-    """One check: its verdict, the figure for a person, and the same in numbers for a program.
+    """One check: its verdict, the figure as text, and the same values as numbers for a program.
 
-    goal: what the figure should be and whether it is; empty where there is no goal.
+    goal: the goal of the figure and whether it is met; empty if there is no goal.
     """
 
     part: str
@@ -29,14 +29,14 @@ class Row:
 
 
 class RowFile:
-    """Rows of several processes in one file. A process that is killed leaves what it has written."""
+    """Rows of several processes in one file. Rows of a killed process are kept."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._read = 0  # bytes that `new` has handed out
+        self._read = 0  # bytes that `new` has returned
 
     def append(self, row: Row) -> None:
-        """Write a row by one call, so that rows of two processes never mix."""
+        """Write a row by a single call, so that rows of two processes never mix."""
         line = (json.dumps(asdict(row)) + "\n").encode()
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
@@ -60,7 +60,7 @@ class RowFile:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Lay rows out in columns, for a terminal."""
+    """Format rows in columns for a terminal."""
     cells = [("part", "check", "verdict", "figure", "goal")]
     cells += [(row.part, row.check, row.verdict, row.figure, row.goal) for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(3)]
@@ -72,7 +72,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Lay rows out as a Markdown table."""
+    """Format rows as a Markdown table."""
     lines = ["| part | check | verdict | figure | goal |", "|---|---|---|---|---|"]
     for row in rows:
         cells = (row.part, row.check, row.verdict, row.figure, row.goal)

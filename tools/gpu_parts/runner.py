@@ -1,8 +1,8 @@
-"""Runs parts, each in a process of its own that is killed at its bound: what hangs or crashes takes nothing else along.
+"""Run parts in separate processes, each killed at its time bound, so that one that hangs or crashes affects no other.
 
     parts, in order -> processes -> rows.jsonl, logs/PART.log -> PartEnd
 
-Parts that only say what is right may run at the same time where there are cores enough; what is timed runs alone.
+Parts that only check correctness may run at the same time if there are enough cores; timed parts run alone.
 """
 
 import json
@@ -19,15 +19,15 @@ from pathlib import Path
 from gpu_parts.rows import FAIL, SKIPPED, Row, RowFile
 
 TOOL = Path(__file__).resolve().parent.parent / "gpu_check.py"
-LEAST = 15  # seconds: with less left, no part is begun
+LEAST = 15  # seconds: with less time left, no part is started
 _PAUSE = 0.1
 
 
 @dataclass(frozen=True)
 class Part:
-    """A module with a function `run(check)`, its bound in seconds, and what it is for.
+    """A module with a function `run(check)`, its time bound in seconds, and its purpose.
 
-    together: it may run beside others of its kind.
+    together: it may run beside other parts with this flag.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Settings:
-    """Of all parts. until: seconds since the epoch; jobs: how many parts may run at the same time."""
+    """Settings of all parts. until: end in seconds since the epoch; jobs: number of parts that may run at a time."""
 
     tiny: bool
     out: Path
@@ -51,7 +51,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Child:
-    """What the process of a part is told, on its command line."""
+    """The arguments of a part's process, passed on its command line."""
 
     part: str
     module: str
@@ -63,7 +63,7 @@ class Child:
 
 @dataclass
 class Started:
-    """A part that runs."""
+    """A running part. since, until: start and latest end in seconds since the epoch."""
 
     part: Part
     process: subprocess.Popen
@@ -73,7 +73,7 @@ class Started:
 
 @dataclass(frozen=True)
 class PartEnd:
-    """How a part ended. code: its exit code, negative for a signal; None where it was killed or never begun."""
+    """The end of a part. code: its exit code, negative for a signal; None if it was killed or never started."""
 
     name: str
     seconds: float
@@ -81,7 +81,7 @@ class PartEnd:
 
 
 def run_parts(parts: Sequence[Part], settings: Settings, *, show: Callable[[Row], None]) -> list[PartEnd]:
-    """Run all parts that the time allows; `show` gets each row as it comes."""
+    """Run all parts that the time allows; call `show` with each row as it is written."""
     rows, waiting, running, ends = RowFile(settings.out / "rows.jsonl"), list(parts), [], []
     try:
         while waiting or running:
@@ -106,12 +106,12 @@ def run_parts(parts: Sequence[Part], settings: Settings, *, show: Callable[[Row]
 
 
 def bound(part: Part, settings: Settings) -> float:
-    """Return the seconds that a part may take: with --tiny more, for small machines that others use, too."""
+    """Return the seconds that a part may take: three times as many with --tiny, for small, shared machines."""
     return part.seconds * (3 if settings.tiny else 1)
 
 
 def _may_start(part: Part, running: Sequence[Started], settings: Settings) -> bool:
-    """Say whether a part may begin beside those that run. With --tiny no figure means anything, and any part may."""
+    """Return whether a part may start beside the running ones. With --tiny any part may, as figures have no meaning."""
     if not running:
         return True
     parts = [part, *(started.part for started in running)]
@@ -119,7 +119,7 @@ def _may_start(part: Part, running: Sequence[Started], settings: Settings) -> bo
 
 
 def _start(part: Part, settings: Settings) -> Started:
-    """Begin a part. It leads a process group, to which all that it starts belongs."""
+    """Start a part as the leader of a process group, to which all its child processes belong."""
     now = time.time()
     until = min(now + bound(part, settings), settings.until)
     told = Child(part.name, part.module, settings.tiny, str(settings.out), str(settings.work), until)
@@ -137,11 +137,11 @@ def _start(part: Part, settings: Settings) -> Started:
 
 
 def _end(started: Started, settings: Settings, rows: RowFile) -> PartEnd | None:
-    """Say how a part ended, and note it where it went wrong; None while it runs within its bound."""
+    """Return how a part ended, and record a row if it failed; return None while it runs within its bound."""
     part, seconds, code = started.part, time.time() - started.since, started.process.poll()
     if code is None and time.time() < started.until:
         return None
-    _kill(started.process)  # with what it may have left behind
+    _kill(started.process)  # including child processes that are still running
     log = settings.out / "logs" / f"{part.name}.log"
     if code is None and seconds < bound(part, settings):
         rows.append(Row(part.name, "the rest of it", SKIPPED, f"the time was up after {seconds:.0f} s"))
@@ -153,13 +153,13 @@ def _end(started: Started, settings: Settings, rows: RowFile) -> PartEnd | None:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """End a part's whole process group."""
-    with suppress(ProcessLookupError):  # nobody is left in it
+    """Kill a part's whole process group."""
+    with suppress(ProcessLookupError):  # no process is left in it
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _last_line(log: Path) -> str:
-    """Return the last line that says something: of a traceback, the error."""
+    """Return the last non-empty line of a log, which is the error if it ends with a traceback."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else "it said nothing"

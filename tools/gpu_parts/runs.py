@@ -1,6 +1,6 @@
-"""Whole tiny runs by the tools themselves: stopped, killed, in every number format, against the CPU's losses.
+"""Complete tiny runs of the tools: stopped, killed, in every number format; their losses are compared with the CPU's.
 
-Without a card the CPU's runs are compared with each other.
+Without a GPU, the CPU's runs are compared with each other.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,12 +10,12 @@ from gpu_parts.pictures import small_shards
 from gpu_parts.starts import Starts
 from maedistill.errors import DataError
 
-BITS, EXACT, ROUNDED, HALF, TERMS = 0.0, 1e-5, 1e-3, 3e-2, 1e-2  # how far losses may be apart, as shares
+BITS, EXACT, ROUNDED, HALF, TERMS = 0.0, 1e-5, 1e-3, 3e-2, 1e-2  # largest relative difference of losses
 _MOST_JOBS = 8
 
 
 def run(check: Check) -> None:
-    """Run them, as many at a time as there are cores, and compare."""
+    """Run all runs, as many at a time as there are cores, at most 8, and compare their losses."""
     starts = Starts(check, small_shards(check.work / f"{check.part}-pictures"))
     with ThreadPoolExecutor(min(_MOST_JOBS, check.cores)) as pool:
         tuned = None  # the teacher of fine-tuning
@@ -33,7 +33,7 @@ def run(check: Check) -> None:
 
 
 def pretrain(starts: Starts, pool: ThreadPoolExecutor) -> list[Future]:
-    """Begin the runs that learn from `mae_cpu`."""
+    """Start the pre-training runs, most of which learn from `mae_cpu`."""
     dmae = ["method=dmae", f"teacher.source=run:{starts.run('mae_cpu')}", "align.student=[1]", "align.teacher=[1]"]
     exact = [*dmae, "teacher.precision=fp32"]
     runs = [
@@ -58,7 +58,7 @@ def pretrain(starts: Starts, pool: ThreadPoolExecutor) -> list[Future]:
 
 
 def finetune(starts: Starts, pool: ThreadPoolExecutor) -> list[Future]:
-    """Begin fine-tuning with every term of distillation, on the card and on the CPU."""
+    """Start fine-tuning with every term of distillation, on the GPU and on the CPU."""
     features = "student: [1], teacher: [1]"
     terms = {
         "logits": "{weight: 1}",
@@ -83,7 +83,7 @@ def finetune(starts: Starts, pool: ThreadPoolExecutor) -> list[Future]:
 
 
 def judge(check: Check, starts: Starts) -> None:
-    """Compare losses, step by step."""
+    """Compare the losses of pairs of runs, step by step."""
     again = ROUNDED if check.on_card else EXACT
     pairs = [("dmae_stopped", "dmae", again), ("dmae_killed", "dmae", again), ("dmae_zero3", "dmae", again)]
     if check.on_card:
@@ -99,7 +99,7 @@ def judge(check: Check, starts: Starts) -> None:
 
 
 def _compare(check: Check, starts: Starts, name: str, other: str, *, bound: float) -> None:
-    """Note the worst difference between two runs."""
+    """Record the largest relative difference between the losses of two runs."""
     try:
         found, expected = starts.losses(name), starts.losses(other)
     except DataError as error:
@@ -112,6 +112,6 @@ def _compare(check: Check, starts: Starts, name: str, other: str, *, bound: floa
 
 
 def wait(futures: list[Future]) -> None:
-    """Wait for all; an error of ours in one of them is raised."""
+    """Wait for the futures in order; raise the first error among them."""
     for future in futures:
         future.result()

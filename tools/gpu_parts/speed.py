@@ -1,12 +1,12 @@
-"""How fast the true step of a published config is: eager, compiled, at four batch sizes, against what others do.
+"""The speed of a published config's training step: eager and compiled, at four batch sizes, against published loops.
 
-    eager    the engine, as a run has it with engine.compile=false
-    bare     the same modules in a loop of torch alone: what the engine costs
-    plain    the same losses as published loops compute them, on a card in fp16 with a loss scale
-    compiled the engine, as a run has it with engine.compile=true: student, teacher, images and masks
-    student  the same with the student alone compiled
+    eager    the engine, as in a run with engine.compile=false
+    bare     the same modules in a loop of plain torch, which shows the cost of the engine
+    plain    the same losses as published loops compute them, on a GPU in fp16 with a loss scale
+    compiled the engine, as in a run with engine.compile=true: student, teacher, images and masks
+    student  the same with only the student compiled
 
-All of a network is in one process, so that ratios are of one machine in one state.
+All steps of a network run in one process, so that ratios compare them on one machine in the same state.
 """
 
 import gc
@@ -36,12 +36,12 @@ EAGER, BARE, PLAIN, PUBLISHED = "eager", "bare torch loop", "plain loop", "plain
 COMPILED, STUDENT = "compiled", "student compiled"
 BATCH, OTHERS = 256, (512, 128, 64)
 TINY_BATCH, TINY_OTHERS = 4, (8, 2)
-_FIRST_COMPILE = 70.0  # seconds that a compilation is expected to take, until one was seen
+_FIRST_COMPILE = 70.0  # expected seconds of a compilation, until one has been timed
 
 
 @dataclass
 class Network:
-    """What is known of the network under test. compile_seconds: of the last time that it was compiled."""
+    """The network under test and its key figures. compile_seconds: duration of its last compilation."""
 
     check: Check
     contest: StepComparison
@@ -51,7 +51,7 @@ class Network:
 
 
 def run(check: Check) -> None:
-    """Measure the network that `NETWORKS` has under this part's name; what matters most comes first."""
+    """Measure the network that `NETWORKS` has under this part's name, with the most important figures first."""
     initialize_distributed(120)
     network = _build(check)
     batch, others = (TINY_BATCH, TINY_OTHERS) if check.tiny else (BATCH, OTHERS)
@@ -61,14 +61,14 @@ def run(check: Check) -> None:
         compiled = None
     else:
         compiled = _compiled(network, batch, steps)
-    if check.part == "speed":  # one network is enough: the profiler takes seconds
+    if check.part == "speed":  # only for one network, because the profiler takes seconds
         _note_kernels(network, {EAGER: steps[EAGER]} | ({COMPILED: compiled.launch} if compiled is not None else {}))
     for other in sorted(others):
         if not _fits(network, EAGER, steps[EAGER], other, take=network.contest.take):
             break
     if compiled is not None:
         _compiled_in_parts(network, batch)
-        torch.compiler.reset()  # else the second size would be compiled for any size, which is slower
+        torch.compiler.reset()  # else torch compiles the second size for any size, which is slower
         if _has_time(network, f"{COMPILED}, batch {max(others)}"):
             _fits(network, COMPILED, compiled.launch, max(others), take=compiled.take)
 
@@ -84,7 +84,7 @@ def _build(check: Check) -> Network:
 
 
 def _eager(network: Network, batch: int) -> dict[str, TrainingStep]:
-    """Measure all that is not compiled, in turn; return the steps."""
+    """Measure all steps that are not compiled, in turn; return the ones that work."""
     check, contest = network.check, network.contest
     contest.take(batch)
     steps = {EAGER: contest.engine(), BARE: contest.ours(), PLAIN: contest.plain()}
@@ -104,7 +104,7 @@ def _eager(network: Network, batch: int) -> dict[str, TrainingStep]:
 
 
 def _compiled(network: Network, batch: int, steps: Mapping[str, TrainingStep]) -> EngineStep | None:
-    """Measure the step that training makes, in turn with the plain ones; None where no time is left for it."""
+    """Measure training's compiled step in turn with eager and plain steps; return None if no time is left for it."""
     check = network.check
     if not _has_time(network, COMPILED):
         return None
@@ -121,9 +121,9 @@ def _compiled(network: Network, batch: int, steps: Mapping[str, TrainingStep]) -
 
 
 def _compiled_in_parts(network: Network, batch: int) -> None:
-    """Measure the same without compiled images and masks: through the engine, bare, and with an eager teacher."""
+    """Measure the step with images and masks not compiled: through the engine, bare, and with an eager teacher."""
     check, contest = network.check, network.contest
-    if not _has_time(network, f"{STUDENT}, {COMPILED}: engine overhead", share=0.5):  # most is in the compiler's cache
+    if not _has_time(network, f"{STUDENT}, {COMPILED}: engine overhead", share=0.5):  # most is in the compile cache
         return
     contest.take(batch)
     start = time.perf_counter()
@@ -138,7 +138,7 @@ def _compiled_in_parts(network: Network, batch: int) -> None:
 
 
 def _fits(network: Network, name: str, step: TrainingStep, batch: int, *, take: Callable[[int], None]) -> bool:
-    """Measure a step at another batch size; False where memory is full."""
+    """Measure a step at another batch size; return False if it runs out of memory."""
     check = network.check
     try:
         take(batch)
@@ -155,7 +155,7 @@ def _fits(network: Network, name: str, step: TrainingStep, batch: int, *, take: 
 
 
 def _tried(check: Check, name: str, step: TrainingStep) -> float | None:
-    """Return the seconds of the first steps; None where a rival fails, which is noted and takes nothing else along."""
+    """Return the seconds of the first steps; if a step other than eager fails, record that and return None."""
     try:
         return warm_up(check, step)
     except RuntimeError as error:
@@ -167,7 +167,7 @@ def _tried(check: Check, name: str, step: TrainingStep) -> float | None:
 
 
 def _note(network: Network, name: str, step: TrainingStep | None, found: Rates, *, batch: int, ready: float) -> None:
-    """Note a speed; with `step`, also what the host and the memory do, and the share of the peak."""
+    """Record a speed; with `step`, also the time of the host, the memory, and the share of the peak."""
     check, rate = network.check, found.spread.median
     words, values = [f"{rate:.4g} images/s, {1e3 * batch / rate:.4g} ms a step"], {"images_per_second": rate}
     goal = ""
@@ -187,7 +187,7 @@ def _note(network: Network, name: str, step: TrainingStep | None, found: Rates, 
 
 
 def _goal(network: Network, name: str, rate: float, share: float) -> str:
-    """Say the goals of the compiled step."""
+    """Return the goals of the compiled step and whether they are met; empty for other steps."""
     if name != COMPILED or network.check.tiny:
         return ""
     words = [goals.at_least(goals.SHARE_OF_PEAK, share, ".0%")]
@@ -197,7 +197,7 @@ def _goal(network: Network, name: str, rate: float, share: float) -> str:
 
 
 def _note_times(network: Network, found: Mapping[str, Rates], name: str) -> None:
-    """Note how many times as fast as the plain loops a step is."""
+    """Record how many times as fast a step is as the plain loops."""
     for other in (PLAIN, PUBLISHED):
         if other in found:
             times = ratio(found[name], found[other])
@@ -207,7 +207,7 @@ def _note_times(network: Network, found: Mapping[str, Rates], name: str) -> None
 
 
 def _note_kernels(network: Network, steps: Mapping[str, TrainingStep]) -> None:
-    """Note where the time of each step goes."""
+    """Record the time of each step by kind of kernel."""
     check = network.check
     for name, step in steps.items():
         if check.tiny and check.on_card:
@@ -217,14 +217,14 @@ def _note_kernels(network: Network, steps: Mapping[str, TrainingStep]) -> None:
 
 
 def _note_overhead(network: Network, name: str, bare: Rates, engine: Rates) -> None:
-    """Note how much longer a step through the engine takes than a bare one."""
+    """Record how much longer a step through the engine takes than a bare one."""
     overhead = ratio(bare, engine).median - 1
     goal = "" if network.check.tiny else goals.below(goals.OVERHEAD, overhead, ".0%")
     network.check.measured(f"{name}: engine overhead", f"{overhead:.1%} over a {BARE}", goal=goal, share=overhead)
 
 
 def _has_time(network: Network, name: str, *, share: float = 1.2) -> bool:
-    """Say whether a compilation still fits, which takes `share` of the last one; note it where it does not."""
+    """Return whether time is left for a compilation that takes `share` of the last one; record a skip if not."""
     check, needed = network.check, share * network.compile_seconds + 8
     if check.left > needed:
         return True

@@ -1,4 +1,4 @@
-"""Starts of the training tools in processes of their own: on the card or the CPU, let alone, stopped or killed."""
+"""Start the training tools in separate processes, on the GPU or the CPU; let them finish, stop them or kill them."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ _PAUSE = 0.01
 
 @dataclass
 class Starts:
-    """The tools on tiny shards: 8 steps an epoch, a checkpoint after each epoch."""
+    """Runs of the tools on tiny shards: 8 steps per epoch, and a checkpoint after each epoch."""
 
     check: Check
     shards: Path
@@ -47,17 +47,17 @@ class Starts:
             (self.folder / f"{tool}.yaml").write_text(text.format(shards=self.shards))
 
     def run(self, name: str) -> Path:
-        """Name a run's folder."""
+        """Return a run's folder."""
         return self.folder / name
 
     def whole(self, name: str, *settings: str, tool: str = "pretrain", cpu: bool = False) -> None:
-        """Run to the end; a verdict only where that fails."""
+        """Run to the end; record a row only if the run fails."""
         code = self._wait(self._start(name, settings, tool=tool, cpu=cpu))
         if code != 0:
             self.check.verdict(f"{name}: runs", False, self._why(name, code))
 
     def stopped(self, name: str, *settings: str) -> None:
-        """Send SIGTERM in the middle of an epoch, and start again."""
+        """Send SIGTERM in the middle of an epoch, then resume the run to its end."""
         process = self._start(name, settings)
         self._until(process, lambda: len(_records(self.run(name))) > 2)
         process.send_signal(signal.SIGTERM)
@@ -70,7 +70,7 @@ class Starts:
         self.whole(name, *settings)
 
     def killed(self, name: str, *settings: str) -> None:
-        """Send SIGKILL after the first checkpoint, and start again."""
+        """Send SIGKILL after the first checkpoint, then resume the run to its end."""
         process = self._start(name, settings)
         self._until(process, lambda: any(self.run(name).glob("checkpoints/step_*/COMPLETE")))
         process.kill()
@@ -88,7 +88,7 @@ class Starts:
     def _start(
         self, name: str, settings: tuple[str, ...], *, tool: str = "pretrain", cpu: bool = False
     ) -> subprocess.Popen:
-        """Begin a run; a log takes what it says."""
+        """Start a run; its output goes to a log."""
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if cpu else {}
         command = [f"tools/{tool}.py", str(self.folder / f"{tool}.yaml"), f"run={self.run(name)}", *settings]
         with self._log(name).open("a") as log:
@@ -97,7 +97,7 @@ class Starts:
             )
 
     def _wait(self, process: subprocess.Popen) -> int | None:
-        """Wait for the end, as long as this part may; None for a run that is late, which is killed."""
+        """Return the exit code of a run. If this part has no time left, kill the run and return None."""
         try:
             return process.wait(timeout=max(1.0, self.check.left))
         except subprocess.TimeoutExpired:
@@ -106,7 +106,7 @@ class Starts:
             return None
 
     def _until(self, process: subprocess.Popen, seen: Callable[[], bool]) -> None:
-        """Wait until something is seen, or the process has ended."""
+        """Wait until `seen` returns True, the process has ended, or this part has no time left."""
         while process.poll() is None and self.check.left > 0 and not seen():
             time.sleep(_PAUSE)
 
@@ -114,7 +114,7 @@ class Starts:
         return self.check.log(f"{self.check.part}_{name}.log")
 
     def _why(self, name: str, code: int | None) -> str:
-        """Say how a run ended, with its last words."""
+        """Return how a run ended, with the last lines of its log."""
         if code is None:
             return "killed: the time of this part was up"
         words = " | ".join(self._log(name).read_text(errors="replace").strip().splitlines()[-2:])

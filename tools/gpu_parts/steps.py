@@ -1,4 +1,4 @@
-"""Timing of steps on the device: many in a row, in turn with those they are compared with."""
+"""Timing of steps on the device: many in a row, interleaved with the steps they are compared with."""
 
 import itertools
 import math
@@ -12,11 +12,11 @@ from maedistill.benchmark.memory import peak_memory
 from maedistill.benchmark.timing import Rates, interleave
 from maedistill.benchmark.training_step import TrainingStep
 
-_ROUNDS, _SECONDS, _WARM = 3, 0.6, 3  # rounds, the least that a round of one step takes, first steps that do not count
+_ROUNDS, _SECONDS, _WARM = 3, 0.6, 3  # rounds, least seconds that a round takes, uncounted first steps
 
 
 def warm_up(check: Check, step: TrainingStep) -> float:
-    """Make the first steps, in which kernels are chosen and compiled; return the seconds they take."""
+    """Run the first steps, in which kernels are chosen and compiled; return the seconds they take."""
     start = time.perf_counter()
     for _ in range(_WARM):
         step()
@@ -25,13 +25,13 @@ def warm_up(check: Check, step: TrainingStep) -> float:
 
 
 def rates(check: Check, steps: Mapping[str, TrainingStep], *, batch: int) -> dict[str, Rates]:
-    """Measure images/s of steps that are warm, in turn, so that what slows the machine slows all of them."""
+    """Measure images/s of warmed-up steps in turn, so that other load on the machine slows all of them alike."""
     paths = {name: _path(check, step, batch=batch) for name, step in steps.items()}
     return interleave(paths, rounds=1 if check.tiny else _ROUNDS, warm_up=0)
 
 
 def queue_seconds(check: Check, step: TrainingStep) -> float:
-    """Return how long the host is busy with a step; the median of three, each begun on an idle device."""
+    """Return the seconds that the host is busy with a step: the median of three, each started on an idle device."""
     spent = []
     for _ in range(3):
         check.wait()
@@ -43,14 +43,14 @@ def queue_seconds(check: Check, step: TrainingStep) -> float:
 
 
 def memory_gb(check: Check, step: TrainingStep, *, method: nn.Module, teacher: nn.Module | None) -> float:
-    """Return what a run of this step needs: weights, both moments of AdamW, teacher, and the most that a step takes."""
+    """Return the GB that a run of this step needs: weights, both moments of AdamW, teacher, and the step's peak."""
     tensors = itertools.chain(teacher.parameters(), teacher.buffers()) if teacher is not None else ()
     held = 3 * sum(parameter.nbytes for parameter in method.parameters()) + sum(tensor.nbytes for tensor in tensors)
     return (held + peak_memory(step, check.device)) / 1e9
 
 
 def _path(check: Check, step: TrainingStep, *, batch: int) -> Callable[[], int]:
-    """Return what `interleave` times: enough steps, to their end on the device."""
+    """Return the function that `interleave` times: steps for about `_SECONDS`, until the device has finished them."""
     check.wait()
     start = time.perf_counter()
     step()
