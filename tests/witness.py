@@ -28,7 +28,7 @@ from torch import Tensor
 
 from maedistill.data.loading.loader import Batch
 from maedistill.models.masking import PatchSplit
-from maedistill.processes.ranks import rank
+from maedistill.processes.distributed import rank
 from maedistill.training import engine as engine_file
 
 STAGES = {"pretrain": "maedistill.pretraining.loop", "finetune": "maedistill.finetuning.loop"}

@@ -19,7 +19,7 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.machine import precision
 from maedistill.pretraining.build import build_encoder, build_method, build_teacher, build_teacher_source, mask_sizes
 from maedistill.pretraining.flops import count_flops
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 from maedistill.training.compilation import compile_module, should_compile
 from maedistill.training.engine import Engine
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from maedistill.benchmark.engine_step import EngineStep
 from maedistill.config.loader import load_config
 from maedistill.errors import PeerError, leave
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 from maedistill.processes.parent_death import die_with_launcher
 from maedistill.runs.start import join
 from maedistill.training.engine import shutdown_distributed

@@ -21,7 +21,7 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.machine import DTYPES
 from maedistill.pretraining.build import mask_sizes
 from maedistill.pretraining.flops import count_flops
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 from maedistill.runs.checkpoint import take_snapshot
 from maedistill.runs.start import join
 from maedistill.training.compilation import should_compile

@@ -16,7 +16,7 @@ from maedistill.evaluation.features import Features, extract_features, open_pair
 from maedistill.evaluation.knn import knn_counts
 from maedistill.evaluation.linear_probe import OptimizerName, ProbeScore, batch_of, fit_heads, judge_heads
 from maedistill.evaluation.setting import EvalContext, describe_data, describe_input, facts_of, open_setting, say
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 from maedistill.runs.records import write_text
 from maedistill.weights.backbone import Pool, open_backbone
 from maedistill.weights.from_run import Weights

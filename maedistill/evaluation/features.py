@@ -19,7 +19,7 @@ from maedistill.data.shards.index import ShardIndex, open_index
 from maedistill.errors import DataError, NumericsError
 from maedistill.evaluation.full_pass import evaluation_mode, full_pass
 from maedistill.evaluation.setting import EvalContext
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 from maedistill.weights.network import Network
 
 

@@ -22,7 +22,7 @@ from maedistill.data.loading.evaluation import PADDING, EvaluationImages, exact_
 from maedistill.data.loading.workers import TIMEOUT_SECONDS
 from maedistill.errors import DataError
 from maedistill.machine import DTYPES
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 
 _TOGETHER = 64  # batches gathered at once: few collectives, and the device holds the rows of no more than these
 

@@ -20,7 +20,7 @@ from maedistill.data.shards.index import ShardIndex
 from maedistill.machine import DTYPES
 from maedistill.machine import precision as resolve_precision
 from maedistill.methods.mae import MAE
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 from maedistill.randomness import Stream, key, permute
 
 NEIGHBOURS = 20

@@ -29,7 +29,7 @@ from maedistill.evaluation.setting import (
     open_setting,
     say,
 )
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 from maedistill.runs.records import unwritable, write_text
 from maedistill.weights.class_names import compare_names, subset_columns
 from maedistill.weights.classifier import open_classifier

@@ -14,7 +14,7 @@ from maedistill.data.shards.index import ShardIndex
 from maedistill.evaluation.full_pass import Predictor
 from maedistill.machine import cpu_share
 from maedistill.machine import precision as resolve_precision
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 from maedistill.weights.network import Network
 
 _PATIENCE = 1800  # seconds that a rank waits for the others: shares are equal, but machines may differ in speed

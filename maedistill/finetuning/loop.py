@@ -16,7 +16,7 @@ from maedistill.evaluation.accuracy import evaluate
 from maedistill.finetuning.build import build_labelled_crops
 from maedistill.finetuning.setup import Finetuning, open_finetuning
 from maedistill.machine import precision
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 from maedistill.randomness import Stream
 from maedistill.report.run_report import write_finetune_report
 from maedistill.runs.folder import RunFolder

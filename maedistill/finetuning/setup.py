@@ -35,7 +35,7 @@ from maedistill.finetuning.outputs import is_plain_vit
 from maedistill.finetuning.supervised import Supervised
 from maedistill.finetuning.teacher_ensemble import TeacherEnsemble
 from maedistill.machine import DTYPES, precision
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.plan import Plan, make_plan, measured_lines, num_params_m, plan_lines
 from maedistill.training.compilation import compile_module

@@ -18,7 +18,7 @@ from maedistill.evaluation.linear_probe import probe_accuracy
 from maedistill.pretraining.build import build_crops, split_of
 from maedistill.pretraining.pictures import reconstruction_sheet
 from maedistill.pretraining.setup import Pretraining, fit_micro_batch, open_pretraining
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 from maedistill.randomness import Stream, key
 from maedistill.report.run_report import write_run_report
 from maedistill.runs.folder import RunFolder

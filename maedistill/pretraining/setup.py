@@ -28,7 +28,7 @@ from maedistill.pretraining.build import (
     step_inputs,
 )
 from maedistill.pretraining.flops import count_flops
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.plan import Plan, make_plan, measured_lines, num_params_m, plan_lines
 from maedistill.training.compilation import compile_function, compile_module

@@ -29,7 +29,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from maedistill.errors import Preempted, UserError, device_error, print_error
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 from maedistill.processes.diagnosis import (
     Diagnosis,
     Heartbeat,

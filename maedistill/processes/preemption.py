@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from maedistill.processes.ranks import world_size
+from maedistill.processes.distributed import world_size
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _SAME_NOTICE = 10.0  # seconds in which a signal may repeat: a scheduler signals all processes, then the launcher does

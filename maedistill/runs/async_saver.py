@@ -24,7 +24,7 @@ from typing import Any, Self
 from timm.utils import ModelEmaV3
 
 from maedistill.errors import DataError
-from maedistill.processes.ranks import on_main
+from maedistill.processes.distributed import on_main
 from maedistill.runs.checkpoint import WRITE_ERRORS, Snapshot, save_error, take_snapshot, write_snapshot
 from maedistill.runs.records import AppendOnlyFile
 from maedistill.training.engine import Engine

@@ -30,7 +30,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from maedistill.errors import DataError
-from maedistill.processes.ranks import copy_to_main
+from maedistill.processes.distributed import copy_to_main
 from maedistill.runs.manifest import COMPLETE, CorruptCheckpoint, seal, sync, verify, write_synced
 from maedistill.training.engine import Engine
 from maedistill.training.state import MOMENTS

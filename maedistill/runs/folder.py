@@ -26,7 +26,7 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.render import config_yaml
 from maedistill.config.schema import RunConfig
 from maedistill.errors import ConfigError, DataError, Preempted, UserError, device_error
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 from maedistill.runs.checkpoint import checkpoint_steps, latest_step
 from maedistill.runs.lock import FolderLock
 from maedistill.runs.records import warn, write_text

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from maedistill.errors import DataError
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 from maedistill.runs.records import AppendOnlyFile, warn, write_text
 
 _CPU = torch.device("cpu")

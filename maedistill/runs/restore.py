@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from maedistill.errors import DataError
-from maedistill.processes.ranks import broadcast_tensor, on_main
+from maedistill.processes.distributed import broadcast_tensor, on_main
 from maedistill.runs.checkpoint import STATE, WRITE_ERRORS, checkpoint_name, checkpoint_steps
 from maedistill.runs.manifest import CorruptCheckpoint, listed, read_json, verify
 from maedistill.training.engine import Engine

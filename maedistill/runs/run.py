@@ -21,7 +21,7 @@ from maedistill.config.schema import RunConfig
 from maedistill.data.loading.loader import RandomCrops
 from maedistill.data.shards.reader import sample_name
 from maedistill.errors import DataError, NumericsError, Preempted
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 from maedistill.processes.heartbeat import Peers
 from maedistill.processes.preemption import PreemptionHandler
 from maedistill.runs.async_saver import Saver

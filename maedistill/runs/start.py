@@ -14,7 +14,7 @@ from torch import nn
 
 from maedistill.config.schema import RunConfig
 from maedistill.machine import cpu_share, precision
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 from maedistill.processes.heartbeat import Peers
 from maedistill.processes.preemption import PreemptionHandler
 from maedistill.runs.async_saver import Saver

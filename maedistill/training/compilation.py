@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from maedistill.errors import ConfigError
-from maedistill.processes.ranks import local_rank
+from maedistill.processes.distributed import local_rank
 
 T = TypeVar("T", bound=Callable[..., Any])
 

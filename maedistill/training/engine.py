@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from maedistill.errors import ConfigError, DataError
-from maedistill.processes.ranks import (
+from maedistill.processes.distributed import (
     broadcast_object,
     broadcast_tensor,
     copy_to_main,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from maedistill.config.batch import BatchPlan
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 
 _SAMPLES = ((8, 16), (1, 2))  # of the two trials; the second pair is for GPUs that cannot fit 16
 _USABLE = 0.92  # of the memory; allocator gaps and the buffers of NCCL and cuBLAS take the rest

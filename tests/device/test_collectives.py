@@ -21,7 +21,7 @@ from maedistill.data.loading.evaluation import EvaluationImages, evaluation_tran
 from maedistill.data.shards.index import open_index
 from maedistill.evaluation.accuracy import evaluate
 from maedistill.evaluation.knn import knn_counts
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 from maedistill.runs.metrics import Averages
 from maedistill.training.engine import Engine
 

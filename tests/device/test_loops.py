@@ -35,7 +35,7 @@ PRETRAIN += ["engine.micro_batch=6", "log.knn_images=24"]
 FINETUNE = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.heads=2"]
 FINETUNE += ["student.patch_size=8"]
 # The modules in which the host meets the card outside of steps: batches come, losses and weights and pictures go.
-BOTH = {"batch", "prefetch", "ranks", "run", "engine"}
+BOTH = {"batch", "prefetch", "distributed", "run", "engine"}
 READERS = {"pretrain": BOTH | {"knn", "pictures", "loop"}, "finetune": BOTH | {"setup", "full_pass"}}
 STAGES = {
     "pretrain": (pretrain, PretrainConfig, open_pretraining, PRETRAIN),
@@ -138,4 +138,4 @@ def test_an_average_is_kept_on_the_card_until_it_is_read(card):
             averages.add({"loss": loss})
     card.waits.clear()
     assert averages.read() == {"loss": 2.5}
-    assert card.waits == [("ranks.all_reduce_mean", "_to_copy")]
+    assert card.waits == [("distributed.all_reduce_mean", "_to_copy")]

@@ -21,7 +21,7 @@ from maedistill.data.shards.write import make_shards
 from maedistill.errors import DataError, NumericsError
 from maedistill.evaluation import accuracy as module
 from maedistill.evaluation.accuracy import Evaluation, evaluate, write_predictions
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 
 INPUT = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
 SETTINGS = INPUT | {"workers": 0, "device": torch.device("cpu")}

@@ -16,7 +16,7 @@ from maedistill.methods.mae import MAE
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
-from maedistill.processes import ranks as distributed
+from maedistill.processes import distributed
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)

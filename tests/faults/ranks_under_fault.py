@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from maedistill.errors import DataError, Preempted, UserError, exit_code_of
+from maedistill.processes import distributed
 from maedistill.processes import heartbeat as peers_file
-from maedistill.processes import ranks as distributed
 from maedistill.processes.heartbeat import Peers
 from maedistill.processes.parent_death import detach_worker, die_with_launcher
 from maedistill.processes.preemption import PreemptionHandler

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from maedistill.errors import DataError, PeerError
-from maedistill.processes.ranks import (
+from maedistill.processes.distributed import (
     all_reduce_mean,
     broadcast_object,
     broadcast_tensor,
@@ -251,7 +251,7 @@ def expected_means(layers: nn.ModuleList) -> list[Tensor]:
 
 
 def collectives() -> dict:
-    """What ranks.py returns with real ranks."""
+    """What distributed.py returns with real ranks."""
     errors = []
     for error in (DataError("a cause", "a remedy"), KeyError("name")):
         try:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from maedistill.errors import ConfigError
-from maedistill.processes.ranks import first_host, prepare_environment
+from maedistill.processes.distributed import first_host, prepare_environment
 
 
 @pytest.mark.parametrize(
