@@ -44,7 +44,7 @@ def test_the_check_is_green_on_small_sizes(root, tmp_path) -> None:
     ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=400)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     found = json.loads((tmp_path / "results.json").read_text())
-    assert found.keys() == {"head", "command", "seconds", "failed", "parts", "rows"}
+    assert found.keys() == {"head", "tiny", "command", "seconds", "failed", "parts", "rows"} and found["tiny"]
     assert {"card", "driver", "torch", "cuda", "cudnn", "deepspeed", "timm", "cores", "date"} <= found["head"].keys()
     assert found["failed"] == 0 and {part["name"]: part["code"] for part in found["parts"]} == {"peaks": 0, "engine": 0}
     verdicts = {part: {row["verdict"] for row in found["rows"] if row["part"] == part} for part in ("peaks", "engine")}
