@@ -62,7 +62,7 @@ def device_error(error: BaseException) -> UserError | None:
     if "OutOfMemoryError" in kinds:
         return ConfigError(
             f"the GPU has too little memory ({reason})",
-            "use a smaller engine.micro_batch or --batch, or in training engine.checkpoint_activations=true or "
+            "use a smaller engine.micro_batch or --batch, or in training engine.activation_checkpointing=true or "
             "engine.zero=1 to 3; nvidia-smi shows what else uses this GPU",
         )
     if "AcceleratorError" in kinds:

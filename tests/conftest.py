@@ -35,11 +35,11 @@ data:
   std: [0.25, 0.25, 0.25]
   eval_crop: 1.0
   workers: 0
-student: {{model: vit_tiny_patch16_224, width: 32, depth: 2, heads: 2, patch_size: 8}}
-decoder: {{width: 16, depth: 1, heads: 2}}
+student: {{model: vit_tiny_patch16_224, width: 32, depth: 2, num_heads: 2, patch_size: 8}}
+decoder: {{width: 16, depth: 1, num_heads: 2}}
 optim: {{epochs: 3, warmup_epochs: 0.5, global_batch: 12, lr: 3e-3}}
 engine: {{micro_batch: 12}}
-log: {{every: 1, pictures_every_epochs: 2, knn_every_epochs: 2, knn_images: 95, save_every_epochs: 1}}
+log: {{every_steps: 1, pictures_every_epochs: 2, knn_every_epochs: 2, knn_images: 95, save_every_epochs: 1}}
 """
 # Everything random is on: RandAugment, erasing, mixup, cutmix, drop path; and a moving average, and accumulation.
 FINETUNE_CONFIG = """\
@@ -53,7 +53,7 @@ student: {{drop_path: 0.2}}
 augment: {{rand_augment: rand-m9-mstd0.5-inc1, mixup: 0.8, cutmix: 1.0, erasing: 0.5, smoothing: 0.1}}
 optim: {{epochs: 3, warmup_epochs: 0.5, global_batch: 12, lr: 3e-3, layer_decay: 0.5, ema: 0.9}}
 engine: {{micro_batch: 6}}
-log: {{every: 1, eval_every_epochs: 1, save_every_epochs: 1}}
+log: {{every_steps: 1, eval_every_epochs: 1, save_every_epochs: 1}}
 """
 
 
@@ -211,8 +211,8 @@ def finetuning(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Tool:
 def settings(pretraining: Tool) -> dict[str, list[str]]:
     """What the command line of each method adds to the tiny config; the teacher is the run of `mae`."""
     source = f"teacher.source=run:{pretraining.folder}/mae"
-    amd = ["masks.teacher_visible=0.5", "align.student=[0,1]", "align.teacher=[0,1]", "align.distance=mse"]
-    amd += ["align.normalize=whiten", "generate.depth=1", "generate.heads=2", "optim.ema=0.9"]
+    amd = ["masks.teacher_keep_ratio=0.5", "align.student=[0,1]", "align.teacher=[0,1]", "align.distance=mse"]
+    amd += ["align.normalize=whiten", "generate.depth=1", "generate.num_heads=2", "optim.ema=0.9"]
     return {
         "mae": ["method=mae"],
         "dmae": ["method=dmae", source, "align.student=[1]", "align.teacher=[1]"],

@@ -26,7 +26,7 @@ def without_weights(path: Path) -> list[str]:
         return [f"teacher.source=random:{found[1]}"]
     if re.search(r"run:\S+/teacher", text):
         shape = load_config(path.with_name("teacher.yaml"), NEEDED).config.student
-        sizes = [f"teacher.{key}={getattr(shape, key)}" for key in ("width", "depth", "heads", "patch_size")]
+        sizes = [f"teacher.{key}={getattr(shape, key)}" for key in ("width", "depth", "num_heads", "patch_size")]
         return [f"teacher.source=random:{shape.model}", *sizes]
     return []
 
@@ -59,15 +59,15 @@ def test_config_builds_and_its_header_is_true(path: Path) -> None:
 def test_imagenet_configs_are_the_papers_recipes() -> None:
     """What FACTS of the papers fix: a changed number here is another recipe."""
     recipes = {
-        "mae_vit_b": ("mae", 800, 40, (512, 8, 16), "patch", (), (), None),
+        "mae_vit_b": ("mae", 800, 40, (512, 8, 16), "norm_patch", (), (), None),
         "dmae_vit_b": ("dmae", 100, 20, (512, 8, 16), "raw", (8,), (17,), None),
         "dmae_vit_s": ("dmae", 100, 20, (512, 8, 16), "raw", (8,), (8,), None),
-        "amd_vit_b": ("amd", 800, 40, (384, 4, 6), "patch_channel", (5, 11), (11, 23), 0.5),
-        "amd_vit_s": ("amd", 800, 40, (192, 4, 3), "patch_channel", (5, 11), (11, 23), 0.5),
+        "amd_vit_b": ("amd", 800, 40, (384, 4, 6), "norm_patch_channel", (5, 11), (11, 23), 0.5),
+        "amd_vit_s": ("amd", 800, 40, (192, 4, 3), "norm_patch_channel", (5, 11), (11, 23), 0.5),
     }
     for name, expected in recipes.items():
         c = load_config(ROOT / f"configs/imagenet/{name}.yaml", NEEDED).config
-        decoder = (c.decoder.width, c.decoder.depth, c.decoder.heads)
+        decoder = (c.decoder.width, c.decoder.depth, c.decoder.num_heads)
         taps = (c.align.student, c.align.teacher)
         found = (
             c.method,
@@ -76,11 +76,11 @@ def test_imagenet_configs_are_the_papers_recipes() -> None:
             decoder,
             c.pixels.target,
             *taps,
-            c.masks.teacher_visible,
+            c.masks.teacher_keep_ratio,
         )
         assert found == expected, name
         assert (c.optim.peak_lr, c.optim.global_batch, c.optim.betas) == (pytest.approx(2.4e-3), 4096, (0.9, 0.95))
-        assert (c.optim.weight_decay, c.masks.student_visible, c.data.crop_scale) == (0.05, 0.25, (0.2, 1.0))
+        assert (c.optim.weight_decay, c.masks.student_keep_ratio, c.data.crop_scale) == (0.05, 0.25, (0.2, 1.0))
 
 
 @pytest.mark.parametrize("path", FINETUNE, ids=name_of)
@@ -115,4 +115,4 @@ def test_fine_tuning_configs_are_the_papers_recipes() -> None:
         magnitude = int(re.fullmatch(r"rand-m(\d+)-mstd0\.5-inc1", a.rand_augment)[1])
         assert (o.epochs, o.base_lr, o.layer_decay, c.student.drop_path, mixing, magnitude) == expected, name
         assert (o.global_batch, o.warmup_epochs, o.min_lr, o.betas) == (1024, 5.0, 1e-6, (0.9, 0.999))
-        assert (o.weight_decay, c.student.pooling, c.data.crop_scale) == (0.05, "avg", (0.08, 1.0))
+        assert (o.weight_decay, c.student.global_pool, c.data.crop_scale) == (0.05, "avg", (0.08, 1.0))

@@ -33,8 +33,8 @@ LAYOUTS = {
     "two ranks, zero 2": ("torchrun", 2, ["engine.zero=2", "data.workers=1"]),
     "two ranks, zero 3, accumulation 3": ("torchrun", 2, ["engine.zero=3", "engine.micro_batch=2"]),
 }
-COLOURS = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.heads=2"]
-COLOURS += ["student.patch_size=8", "student.pooling=token", "augment.rand_augment=null", "optim.epochs=5"]
+COLOURS = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.num_heads=2"]
+COLOURS += ["student.patch_size=8", "student.global_pool=token", "augment.rand_augment=null", "optim.epochs=5"]
 
 
 @pytest.fixture(scope="module")

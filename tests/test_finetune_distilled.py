@@ -17,22 +17,22 @@ from maedistill.export.card import model_card
 from maedistill.weights.classifier import open_classifier
 from maedistill.weights.from_run import open_saved
 
-SCRATCH = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.heads=2"]
+SCRATCH = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.num_heads=2"]
 SCRATCH += ["student.patch_size=8", "student.register_tokens=1", "optim.epochs=2", "optim.layer_decay=1"]
 STOPPED = 14  # of 16 steps; after it no term counts, and the teacher rests
 CONVOLUTIONAL = ["distill.logits={weight: 9, temperature: 2, standardize: true, stop_epoch: 1.75}"]
 CONVOLUTIONAL += ["distill.hints={weight: 1, student: [0, 1], teacher: [1, 3], warmup_epochs: 1, stop_epoch: 1.75}"]
-CONVOLUTIONAL += ["distill.maps={weight: 10, student: [1], teacher: [4], stop_epoch: 1}"]
-CONVOLUTIONAL += ["distill.contrast={weight: 2, stop_epoch: 1.5}"]
-VIT = ["distill.labels=0", "distill.logits.weight=1", "distill.hard={weight: 1, token: true}"]
+CONVOLUTIONAL += ["distill.attention_transfer={weight: 10, student: [1], teacher: [4], stop_epoch: 1}"]
+CONVOLUTIONAL += ["distill.contrastive={weight: 2, stop_epoch: 1.5}"]
+VIT = ["distill.label_weight=0", "distill.logits.weight=1", "distill.hard_label={weight: 1, token: true}"]
 VIT += [
     "distill.attention={weight: 1, student: [1], teacher: [1]}",
-    "distill.distances.weight=25",
-    "distill.angles.weight=50",
+    "distill.rkd_distance.weight=25",
+    "distill.rkd_angle.weight=50",
 ]
-VIT += ["distill.relations={weight: 1, student: [1], teacher: [0], heads: 4}"]
+VIT += ["distill.token_relations={weight: 1, student: [1], teacher: [0], num_heads: 4}"]
 PLAIN = ["augment.mixup=0", "augment.cutmix=0", "augment.erasing=0", "student.drop_path=0", "optim.ema=null"]
-PLAIN += ["distill.contrast.weight=0", "distill.contrast.stop_epoch=null"]  # which micro-batches would change
+PLAIN += ["distill.contrastive.weight=0", "distill.contrastive.stop_epoch=null"]  # which micro-batches would change
 TIMES = {"images_per_second", "data_wait", "memory_gb", "eta_seconds", "trained_seconds"}
 
 
@@ -77,18 +77,21 @@ def runs(finetuning, tuned, resnet):
 def test_a_convolutional_teacher_teaches_a_vit_through_logits_features_and_relations(runs, resnet):
     ended = runs["convolutional"]
     steps = ended.metrics()
-    names = {"cross_entropy", "logits", "hints/0-1", "hints/1-3", "maps/1-4", "contrast"}
+    names = {"cross_entropy", "logits", "hints/0-1", "hints/1-3", "attention_transfer/1-4", "contrastive"}
     for i, step in enumerate(steps):
         assert {name for name in names if np.isfinite(step.get(name, np.nan))} == (
             names if i < STOPPED else {"cross_entropy"}
         )
         assert step["loss"] == pytest.approx(expected_loss(step, epoch=i / 8), rel=1e-5)
         assert step["weight/hints"] == pytest.approx(min(i / 8, 1) if i < STOPPED else 0)
-        assert (step["weight/maps"], step["weight/logits"]) == (10 if i < 8 else 0, 9 if i < STOPPED else 0)
+        assert (step["weight/attention_transfer"], step["weight/logits"]) == (
+            10 if i < 8 else 0,
+            9 if i < STOPPED else 0,
+        )
     first, last = (np.mean([step["logits"] for step in part]) for part in (steps[:4], steps[STOPPED - 4 : STOPPED]))
     assert last < first
     facts = json.loads((ended.run / "run.json").read_text())
-    assert facts["teacher"].startswith(f"local-dir:{resnet}") and facts["licence"] == "apache-2.0"
+    assert facts["teacher"].startswith(f"local-dir:{resnet}") and facts["license"] == "apache-2.0"
     held = load_file(ended.last_checkpoint() / "model.safetensors")
     assert {name.split(".")[0] for name in held} == {"vit", "terms"}, "projectors are kept to go on with"
     assert open_classifier(str(ended.run)).module.num_classes == 3
@@ -102,7 +105,7 @@ def test_the_card_of_an_export_names_the_teacher_and_the_losses(runs, resnet):
         "- Losses, with their weights: labels 1, logits 9, hints 1, maps 10, contrast 2.",
         "Fine-tuned with a teacher",
         "- knowledge-distillation",
-        "whose licence applies to them as well: **apache-2.0**",
+        "whose license applies to them as well: **apache-2.0**",
     ):
         assert part in card, part
 
@@ -112,8 +115,8 @@ def expected_loss(step, *, epoch):
     if epoch >= 1.75:
         return step["cross_entropy"]
     hints = min(epoch, 1) * (step["hints/0-1"] + step["hints/1-3"]) / 2
-    maps = 10 * step["maps/1-4"] if epoch < 1 else 0
-    contrast = 2 * step["contrast"] if epoch < 1.5 else 0
+    maps = 10 * step["attention_transfer/1-4"] if epoch < 1 else 0
+    contrast = 2 * step["contrastive"] if epoch < 1.5 else 0
     return step["cross_entropy"] + 9 * step["logits"] + hints + maps + contrast
 
 
@@ -158,20 +161,20 @@ def test_two_ranks_learn_the_same(runs):
 
 def test_a_run_teaches_without_labels_by_attention_relations_and_a_token(runs, tuned):
     ended = runs["vit"]
-    names = {"logits", "hard", "attention/1-1", "relations/1-0/qk", "relations/1-0/vv"}
+    names = {"logits", "hard_label", "attention/1-1", "token_relations/1-0/qk", "token_relations/1-0/vv"}
     for step in ended.metrics():
         assert names <= step.keys() and "cross_entropy" not in step
-        sum_of_terms = sum(step[name] for name in names) + 25 * step["distances"] + 50 * step["angles"]
+        sum_of_terms = sum(step[name] for name in names) + 25 * step["rkd_distance"] + 50 * step["rkd_angle"]
         assert step["loss"] == pytest.approx(sum_of_terms, rel=1e-5)
     assert f"teacher  run:{tuned.run}" in ended.out and "labels   weight 0, none is read" in ended.out
 
 
-def test_a_dry_run_names_teacher_licence_and_terms(runs, resnet):
+def test_a_dry_run_names_teacher_license_and_terms(runs, resnet):
     ended = runs["dry"]
     assert not ended.run.exists()
     lines = ended.out.splitlines()
     (teacher,) = (line for line in lines if line.startswith("teacher"))
-    assert f"local-dir:{resnet}" in teacher and "licence apache-2.0" in teacher and "sees 48 px" in teacher
+    assert f"local-dir:{resnet}" in teacher and "license apache-2.0" in teacher and "sees 48 px" in teacher
     terms = [line.removeprefix("term     ") for line in lines if line.startswith("term ")]
     assert terms == [
         "logits 9, to epoch 1.75, temperature 2, standardize True",

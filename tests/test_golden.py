@@ -51,20 +51,20 @@ def close(ours: Tensor | float, theirs: np.ndarray, name: str) -> None:
     assert error <= 1e-5, f"{name}: off by {error:.1e} of its largest value"
 
 
-def encoder(width: int, depth: int, heads: int, *, class_token: bool, positions: str) -> MaskedEncoder:
-    shape = {"width": width, "depth": depth, "heads": heads, "patch_size": 4}
-    return MaskedEncoder(build_vit(VIT, image_size=32, positions=positions, class_token=class_token, **shape))
+def encoder(width: int, depth: int, num_heads: int, *, class_token: bool, pos_embed: str) -> MaskedEncoder:
+    shape = {"width": width, "depth": depth, "num_heads": num_heads, "patch_size": 4}
+    return MaskedEncoder(build_vit(VIT, image_size=32, pos_embed=pos_embed, class_token=class_token, **shape))
 
 
-def decoder(width: int, *, num_prefix: int, positions: str, bias: bool) -> TokenDecoder:
-    shape = {"width": 16, "depth": 1, "heads": 2, "grid": 8, "patch_size": 4}
-    return TokenDecoder(width, **shape, num_prefix=num_prefix, positions=positions, bias=bias)
+def decoder(width: int, *, num_prefix: int, pos_embed: str, bias: bool) -> TokenDecoder:
+    shape = {"width": 16, "depth": 1, "num_heads": 2, "grid": 8, "patch_size": 4}
+    return TokenDecoder(width, **shape, num_prefix=num_prefix, pos_embed=pos_embed, bias=bias)
 
 
 def student(width: int, depth: int, *, amd: bool = False) -> tuple[MaskedEncoder, TokenDecoder]:
-    positions = "sincos1d" if amd else "sincos2d"
-    ours = encoder(width, depth, 2, class_token=not amd, positions=positions)
-    return ours, decoder(width, num_prefix=ours.num_prefix, positions=positions, bias=not amd)
+    pos_embed = "sincos1d" if amd else "sincos2d"
+    ours = encoder(width, depth, 2, class_token=not amd, pos_embed=pos_embed)
+    return ours, decoder(width, num_prefix=ours.num_prefix, pos_embed=pos_embed, bias=not amd)
 
 
 def load(method: MAE, name: str) -> MAE:
@@ -77,8 +77,8 @@ def load(method: MAE, name: str) -> MAE:
     return method
 
 
-def teacher(name: str, *, width: int, depth: int, heads: int, taps: tuple[int, ...], **keywords) -> Teacher:
-    dimensions = {"width": width, "depth": depth, "heads": heads, "patch_size": 4}
+def teacher(name: str, *, width: int, depth: int, num_heads: int, taps: tuple[int, ...], **keywords) -> Teacher:
+    dimensions = {"width": width, "depth": depth, "num_heads": num_heads, "patch_size": 4}
     source = open_source(f"file:{GOLDEN / name}.pth", grid=8, model=VIT, **dimensions, **keywords)
     return Teacher(source, taps=taps)
 
@@ -102,7 +102,7 @@ def masked_split(gold: dict[str, np.ndarray]) -> PatchSplit:
 @pytest.mark.parametrize("kind", ["normpix", "rawpix"])
 def test_mae(kind: str) -> None:
     gold = reference(f"mae_{kind}")
-    method = MAE(*student(32, 3), **PLAIN, pixel_kind="patch" if kind == "normpix" else "raw")
+    method = MAE(*student(32, 3), **PLAIN, pixel_kind="norm_patch" if kind == "normpix" else "raw")
     load(method, f"mae_{kind}")
     images, split = torch.from_numpy(gold["images"]), masked_split(gold)
     losses = method(images, split)
@@ -120,7 +120,7 @@ def test_mae(kind: str) -> None:
 def test_dmae(distance: str) -> None:
     name = f"dmae_{distance}"
     gold = reference(name)
-    guide = teacher(f"{name}_teacher", width=48, depth=4, heads=4, taps=(2,), **PLAIN)
+    guide = teacher(f"{name}_teacher", width=48, depth=4, num_heads=4, taps=(2,), **PLAIN)
     method = DMAE(
         *student(32, 3),
         **PLAIN,
@@ -156,12 +156,12 @@ def in_raster_order(rows: Tensor, ids: Tensor) -> Tensor:
 def test_amd() -> None:
     gold = reference("amd")
     mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1)
-    guide = teacher("amd_teacher", width=64, depth=4, heads=4, taps=(1, 3), positions="sincos1d")
+    guide = teacher("amd_teacher", width=64, depth=4, num_heads=4, taps=(1, 3), pos_embed="sincos1d")
     method = AMD(
         *student(32, 2, amd=True),
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,
-        pixel_kind="patch_channel",
+        pixel_kind="norm_patch_channel",
         student_taps=(0, 1),
         teacher_taps=(1, 3),
         teacher_width=guide.width,
@@ -170,7 +170,7 @@ def test_amd() -> None:
         normalize="none",
         bias=False,
         generator_depth=1,
-        positions="sincos1d",
+        pos_embed="sincos1d",
     )
     load(method, "amd_student")
     images = torch.from_numpy(gold["images"]) * std + mean
@@ -199,7 +199,7 @@ def test_amd() -> None:
     predicted = method.decoder(method.encoder(normalized, split.student)[0], split)
     close(in_raster_order(predicted, split.hidden), gold["reconstruction"], "reconstruction")
     hidden = torch.gather(patchify(images, 4), 1, split.hidden.sort(dim=1).values[..., None].expand(-1, -1, 48))
-    close(pixel_target(hidden, kind="patch_channel"), gold["reconstruction_target"], "reconstruction_target")
+    close(pixel_target(hidden, kind="norm_patch_channel"), gold["reconstruction_target"], "reconstruction_target")
     close(losses["pixels"], gold["loss_reconstruction"], "loss_reconstruction")
     close((losses["align/0"] + losses["align/1"]) / 2, gold["loss_direct"], "loss_direct")
     close((losses["generate/0"] + losses["generate/1"]) / 2, gold["loss_generation"], "loss_generation")

@@ -16,7 +16,7 @@ from maedistill.finetuning.outputs import RequestedOutputs
 from maedistill.finetuning.teacher import OfflineTeacher
 from maedistill.finetuning.teacher_ensemble import TeacherEnsemble
 from maedistill.finetuning.term_schedule import Schedule
-from maedistill.finetuning.terms import DKD, Contrast, Embeddings, Hints, Logits
+from maedistill.finetuning.terms import DKD, Contrastive, Embeddings, Hints, Logits
 from maedistill.methods.dmae import DMAE
 from maedistill.methods.teacher import Teacher
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
@@ -45,10 +45,16 @@ def test_draws_are_those_of_the_cpu() -> None:
 
 @pytest.mark.parametrize("kind", [TokenDecoder, CrossDecoder])
 def test_a_step_never_waits_for_the_gpu(kind: type[TokenDecoder]) -> None:
-    encoder = MaskedEncoder(build_vit("vit_tiny_patch16_224", image_size=64, positions="sincos2d", depth=2))
+    encoder = MaskedEncoder(build_vit("vit_tiny_patch16_224", image_size=64, pos_embed="sincos2d", depth=2))
     decoder = kind(192, width=32, depth=1, heads=2, grid=4, patch_size=16, num_prefix=1)
     teacher = Teacher(open_source("random:vit_tiny_patch16_224", grid=4, depth=3), taps=(2,), dtype=torch.bfloat16)
-    pairs = {"student_taps": (1,), "teacher_taps": (2,), "teacher_width": 192, "teacher_prefix": 1, "predict": 0.5}
+    pairs = {
+        "student_taps": (1,),
+        "teacher_taps": (2,),
+        "teacher_width": 192,
+        "teacher_prefix": 1,
+        "predict_ratio": 0.5,
+    }
     method = DMAE(encoder, decoder, mean=(0.5,) * 3, std=(0.5,) * 3, **pairs)
     initialize(method, seed=0)
     method, teacher = method.cuda(), teacher.cuda()
@@ -69,13 +75,13 @@ def test_a_step_that_distils_never_waits_for_the_gpu() -> None:
         "logits": Logits(temperature=2.0, teacher_temperature=None, standardize=True),
         "dkd": DKD(alpha=1.0, beta=8.0, temperature=4.0, standardize=False),
         "hints": Hints([(1, 4)], student_width=192, teacher_widths=[[512]], **hints),
-        "contrast": Contrast(student_width=192, teacher_widths=[512], width=128, temperature=0.07),
-        **{name: Embeddings(name) for name in ("distances", "angles", "similarity", "affinity")},
+        "contrastive": Contrastive(student_width=192, teacher_widths=[512], width=128, temperature=0.07),
+        **{name: Embeddings(name) for name in ("rkd_distance", "rkd_angle", "similarity_preserving", "pkt")},
     }
     seen = RequestedOutputs(logits=True, embedding=True, features=(1,))
     module = Distilled(vit, terms, wanted=seen, label_weight=1.0).cuda()
     network, how = timm.create_model("resnet10t", num_classes=9), {"mean": (0.4,) * 3, "std": (0.3,) * 3, "size": 96}
-    words = {"name": "run:x", "interpolation": "bicubic", "crop_mode": "center", "licence": "mit", "crop": 1.0}
+    words = {"name": "run:x", "interpolation": "bicubic", "crop_mode": "center", "license": "mit", "crop": 1.0}
     teacher = OfflineTeacher(
         Network(network, **words, **how, num_classes=9),
         wanted=RequestedOutputs(logits=True, embedding=True, features=(4,)),

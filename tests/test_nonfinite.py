@@ -47,7 +47,7 @@ def test_an_update_that_is_skipped_leaves_no_trace(pretraining, settings, shards
 
 def test_skipping_ends_when_too_many_are_skipped_in_a_row(pretraining, settings):
     variables = {"WITNESS_NAN": f"{12 * BAD},{12 * (BAD + 1)},{12 * (BAD + 3)}"}
-    command = [*settings["mae"], "engine.most_nonfinite=1"]
+    command = [*settings["mae"], "engine.max_nonfinite=1"]
     ended = pretraining("two in a row", *command, witness=True, code=4, **variables)
     assert "2 in a row (engine.nonfinite=skip)" in ended.err and "nonfinite.jsonl names its samples" in ended.err
     assert [note["step"] for note in notes(ended.run)] == [BAD + 1, BAD + 2]

@@ -31,7 +31,7 @@ LAYOUTS = {
     "zero 1, srun, accumulation 3": ("slurm", 2, ["engine.zero=1", "engine.micro_batch=2", "data.workers=1"]),
     "zero 2, deepspeed": ("deepspeed", 2, ["engine.zero=2"]),
     "zero 3, accumulation 3": ("torchrun", 2, ["engine.zero=3", "engine.micro_batch=2", "optim.ema=null"]),
-    "accumulation 3": ("bare", 1, ["engine.micro_batch=4", "engine.checkpoint_activations=true"]),
+    "accumulation 3": ("bare", 1, ["engine.micro_batch=4", "engine.activation_checkpointing=true"]),
 }
 
 
@@ -129,9 +129,9 @@ def test_every_rank_votes_on_its_own_device_in_the_precision_of_the_run(monkeypa
     assert precisions == ["auto"] * 2 and devices == [device]
 
 
-def test_a_teacher_from_a_run_is_named_with_its_keys_and_licence(trio):
+def test_a_teacher_from_a_run_is_named_with_its_keys_and_license(trio):
     line = next(line for line in trio["dmae"].out.splitlines() if line.startswith("teacher"))
-    assert str(trio["mae"].run) in line and "keys loaded" in line and "licence" in line
+    assert str(trio["mae"].run) in line and "keys loaded" in line and "license" in line
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -181,7 +181,7 @@ def test_a_killed_run_goes_on_bit_by_bit(pretraining, settings, trio):
 
 def test_bf16_trains_nearly_the_same(pretraining, settings, trio):
     ended = pretraining(
-        "bf16", *settings["amd"], "engine.precision=bf16", "engine.zero=2", "engine.checkpoint_activations=true"
+        "bf16", *settings["amd"], "engine.precision=bf16", "engine.zero=2", "engine.activation_checkpointing=true"
     )
     for ours, theirs in zip(ended.metrics(), trio["amd"].metrics(), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.03)
@@ -211,7 +211,7 @@ def test_what_a_run_folder_allows_and_refuses(pretraining, settings, trio, shard
             error, fix = start.result().err.splitlines()
             assert cause in error and remedy in fix
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path in before}
-    more = [f"data.train={moved}/train-{{000000..000003}}.tar", "log.every=2", "optim.epochs=4", "--extend"]
+    more = [f"data.train={moved}/train-{{000000..000003}}.tar", "log.every_steps=2", "optim.epochs=4", "--extend"]
     ended = pretraining("continued", *settings["dmae"], *more)
     assert "continues at step 24 of 32" in ended.out
     assert [r["step"] for r in ended.records() if "loss" in r] == [*range(1, 25), 26, 28, 30, 32]

@@ -17,7 +17,7 @@ from maedistill.runs.folder import RunFolder
 from maedistill.runs.lock import FolderLock
 
 TAPS = ["method=dmae", "align.student=[1]", "align.teacher=[1]"]
-FILE = [*TAPS, "teacher.model=vit_tiny_patch16_224", "teacher.width=32", "teacher.depth=2", "teacher.heads=2"]
+FILE = [*TAPS, "teacher.model=vit_tiny_patch16_224", "teacher.width=32", "teacher.depth=2", "teacher.num_heads=2"]
 FIVE = {"WORLD_SIZE": "5"}
 # Arguments, environment, exit code, and what the lines of cause and remedy name. {made} is the folder of `made` below.
 SETTINGS = {
@@ -69,7 +69,7 @@ class Evil:
 def made(tmp_path_factory):
     """A folder of files that are wrong in one way each."""
     folder = tmp_path_factory.mktemp("made")
-    vit = build_vit("vit_tiny_patch16_224", image_size=32, width=32, depth=2, heads=2, patch_size=8)
+    vit = build_vit("vit_tiny_patch16_224", image_size=32, width=32, depth=2, num_heads=2, patch_size=8)
     state = vit.state_dict()
     torch.save(state | {"rope.freqs": torch.zeros(3)}, folder / "foreign.pth")
     torch.save({key: value for key, value in state.items() if "blocks.1." not in key}, folder / "lost.pth")

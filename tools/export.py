@@ -8,7 +8,7 @@ from maedistill.errors import exit_code_of
 EXAMPLES = """\
 examples:
   python tools/export.py runs/dmae_s                           its encoder, to runs/dmae_s/export
-  python tools/export.py runs/dmae_s --pool token              features from the class token, not the patches' mean
+  python tools/export.py runs/dmae_s --global-pool token    the class token in place of the patches' mean
   python tools/export.py runs/dmae_s_finetuned --out dmae_s    the classifier
   python tools/export.py runs/dmae_s_finetuned --ema           the moving average of its weights
 
@@ -26,7 +26,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", help="folder to write, RUN/export by default; an earlier export there is replaced")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights (runs with optim.ema)")
     parser.add_argument(
-        "--pool",
+        "--global-pool",
         choices=["avg", "token"],
         help="output of a pre-trained student: the mean of its patch tokens (the default), or its class token",
     )
@@ -39,14 +39,14 @@ def main() -> None:
     from maedistill.export.folder import export, read_record  # imports torch, for which --help need not wait
 
     weights = "ema" if arguments.ema else "model"
-    out = export(arguments.run, arguments.out, weights=weights, pooling=arguments.pool)
+    out = export(arguments.run, arguments.out, weights=weights, global_pool=arguments.global_pool)
     record = read_record(out)
     megabytes = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     print(
-        f"exported {record['checkpoint']} of {record['run']} to {out} ({weights}, {record['pooling']} pooling)\n"
+        f"exported {record['checkpoint']} of {record['run']} to {out} ({weights}, {record['global_pool']} pooling)\n"
         f"parity   max difference {record['max_difference']} over {record['values']:,} values, opened again by timm\n"
         f"size     {megabytes:.2f} MB\n"
-        f"licence  {record['licence']}\n\n"
+        f"license  {record['license']}\n\n"
         "import timm\n"
         f'model = timm.create_model("local-dir:{out}", pretrained=True).eval()'
     )

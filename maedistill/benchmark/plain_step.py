@@ -131,9 +131,9 @@ class PlainGenerator(nn.Module):
 
 def _cross(block: CrossBlock, x: Tensor, context: Tensor) -> Tensor:
     """Apply `block` with its attention written out."""
-    q = rearrange(block.query(block.norm1(x)), "b q (h d) -> b h q d", h=block.heads)
+    q = rearrange(block.query(block.norm1(x)), "b q (h d) -> b h q d", h=block.num_heads)
     key_value = block.key_value(block.norm_context(context))
-    k, v = rearrange(key_value, "b c (two h d) -> two b h c d", two=2, h=block.heads)
+    k, v = rearrange(key_value, "b c (two h d) -> two b h c d", two=2, h=block.num_heads)
     attention = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)  # [B, heads, H, P + S]
     x = x + block.proj(rearrange(attention @ v, "b h q d -> b q (h d)"))
     return x + block.mlp(block.norm2(x))

@@ -145,8 +145,8 @@ def _attention_flops(q: Tensor, k: Tensor, *, backward: bool) -> tuple[float, fl
 
     There are two products in the forward pass and five in the backward pass.
     """
-    (batch, heads, queries, width), keys = q.shape, k.shape[2]
-    flops = (5 if backward else 2) * 2.0 * batch * heads * queries * keys * width
+    (batch, num_heads, queries, width), keys = q.shape, k.shape[2]
+    flops = (5 if backward else 2) * 2.0 * batch * num_heads * queries * keys * width
     tiles = math.prod(math.ceil(rows / _TILE) * _TILE / rows for rows in (queries, keys))
     return flops, flops * tiles
 

@@ -30,7 +30,7 @@ from maedistill.training.compilation import compile_function, compile_module
 from maedistill.training.engine import Engine
 from maedistill.training.optim import parameter_groups
 
-PUBLISHED_DECODER = {"width": 512, "depth": 8, "heads": 16}  # of MAE ViT-B, L and H (He et al., 2022), and of DMAE
+PUBLISHED_DECODER = {"width": 512, "depth": 8, "num_heads": 16}  # of MAE ViT-B, L and H (He et al., 2022), and of DMAE
 LARGE = 768  # the width of ViT-B
 Mark = Callable[[str], None]
 

@@ -33,7 +33,7 @@ class Architecture:
 
     width: int
     depth: int
-    heads: int
+    num_heads: int
     patch_size: int
 
 
@@ -45,10 +45,10 @@ def architecture_of(model: str, overrides: Any) -> Architecture | None:
     match = _PLAIN.match(model)
     if match is None or match["size"] not in SIZES:
         return None
-    width, depth, heads = SIZES[match["size"]]
+    width, depth, num_heads = SIZES[match["size"]]
     return Architecture(
         width=overrides.width or width,
         depth=overrides.depth or depth,
-        heads=overrides.heads or heads,
+        num_heads=overrides.num_heads or num_heads,
         patch_size=overrides.patch_size or int(match["patch"]),
     )

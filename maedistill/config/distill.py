@@ -41,7 +41,8 @@ class Logits(Term):
     """Hinton's KD: the student's softened predictions imitate the teacher's; needs no labels."""
 
     weight: Weight = result(
-        0.0, "weight of T^2 KL(teacher, student); 0.9 beside distill.labels=0.1 or 1 in KD, 9 when standardised; 0: off"
+        0.0,
+        "weight of T^2 KL(teacher, student); 0.9 beside label_weight=0.1 or 1 in KD, 9 when standardised; 0: off",
     )
     temperature: Temperature = result(4.0, "temperature T; 4 on small data, 1 on ImageNet, 2 when standardised")
     teacher_temperature: Temperature | None = result(
@@ -63,7 +64,7 @@ class DKD(Term):
 class HardLabel(Term):
     """Hard-label distillation (DeiT): cross-entropy with the teacher's likeliest class; needs no labels."""
 
-    weight: Weight = result(0.0, "weight of the cross-entropy; 0.5 beside distill.labels=0.5 in DeiT; 0: off")
+    weight: Weight = result(0.0, "weight of the cross-entropy; 0.5 beside distill.label_weight=0.5 in DeiT; 0: off")
     token: bool = result(
         False,
         "read a distillation token instead of the classifier: the first register token (student.register_tokens=1) "
@@ -82,7 +83,7 @@ class Hints(Pairs):
     )
 
 
-class Maps(Pairs):
+class AttentionTransfer(Pairs):
     """Attention transfer: where activations are strong, mean over channels of their power; any two networks."""
 
     weight: Weight = result(0.0, "weight, mean over pairs; 1000 is usual; 0: off")
@@ -95,40 +96,40 @@ class Attention(Pairs):
     """Where ViT blocks look: attention that each patch receives, mean over heads and queries; two ViTs."""
 
 
-class Relations(Pairs):
+class TokenRelations(Pairs):
     """Token relations (TinyMIM, MiniLM): softmax(QK'/sqrt d) and softmax(VV'/sqrt d) of patch tokens; two ViTs."""
 
     weight: Weight = result(0.0, "weight of QK + VV, mean over pairs; 1 in TinyMIM; 0: off")
-    heads: Positive | None = result(
+    num_heads: Positive | None = result(
         None, "heads that both sides' queries, keys and values are cut into; null: as many as the teacher has"
     )
 
 
-class Distances(Term):
+class RKDDistance(Term):
     """RKD: distances between the images of a micro-batch, of pooled features, in units of their mean."""
 
     weight: Weight = result(0.0, "weight; 25 in RKD; 0: off")
 
 
-class Angles(Term):
+class RKDAngle(Term):
     """RKD: angles of all triplets of images of a micro-batch, of pooled features; B^3 numbers."""
 
     weight: Weight = result(0.0, "weight; 50 in RKD; 0: off")
 
 
-class Similarity(Term):
+class SimilarityPreserving(Term):
     """Similarity preserving: row-normalised Gram matrix of a micro-batch, of pooled features."""
 
     weight: Weight = result(0.0, "weight; 3000 is usual; 0: off")
 
 
-class Affinity(Term):
+class PKT(Term):
     """PKT: each image's affinities to its micro-batch as probabilities, of pooled features."""
 
     weight: Weight = result(0.0, "weight; 30000 is usual; 0: off")
 
 
-class Contrast(Term):
+class Contrastive(Term):
     """Contrast after CRD: each image finds itself among the teacher's of its micro-batch, by pooled features."""
 
     weight: Weight = result(0.0, "weight of InfoNCE, mean of both ways; 1 was tried; 0: off")
@@ -148,21 +149,21 @@ class Distill(Section):
     precision: Precision = result(
         "auto", "number format of the teachers; auto: bf16 on a GPU (fp16 below compute capability 8.0), fp32 on a CPU"
     )
-    labels: Weight = result(
+    label_weight: Weight = result(
         1.0, "weight of the cross-entropy with the labels; 0.1 beside KD's 0.9; 0: label-free, shards need no labels"
     )
     logits: Logits = Logits()
     dkd: DKD = DKD()
-    hard: HardLabel = HardLabel()
+    hard_label: HardLabel = HardLabel()
     hints: Hints = Hints()
-    maps: Maps = Maps()
+    attention_transfer: AttentionTransfer = AttentionTransfer()
     attention: Attention = Attention()
-    relations: Relations = Relations()
-    distances: Distances = Distances()
-    angles: Angles = Angles()
-    similarity: Similarity = Similarity()
-    affinity: Affinity = Affinity()
-    contrast: Contrast = Contrast()
+    token_relations: TokenRelations = TokenRelations()
+    rkd_distance: RKDDistance = RKDDistance()
+    rkd_angle: RKDAngle = RKDAngle()
+    similarity_preserving: SimilarityPreserving = SimilarityPreserving()
+    pkt: PKT = PKT()
+    contrastive: Contrastive = Contrastive()
 
     @property
     def terms(self) -> dict[str, Term]:
@@ -183,8 +184,14 @@ class Distill(Section):
     @property
     def reads_labels(self) -> bool:
         """Return whether any loss uses the labels of training images."""
-        return self.labels > 0 or self.dkd.on
+        return self.label_weight > 0 or self.dkd.on
 
 
-BATCH_RELATION_TERMS = ("distances", "angles", "similarity", "affinity", "contrast")  # relate images of a micro-batch
-LOGIT_TERMS = ("logits", "dkd", "hard")  # compare predictions, so classes must be the same
+BATCH_RELATION_TERMS = (
+    "rkd_distance",
+    "rkd_angle",
+    "similarity_preserving",
+    "pkt",
+    "contrastive",
+)  # relate images of a micro-batch
+LOGIT_TERMS = ("logits", "dkd", "hard_label")  # compare predictions, so classes must be the same

@@ -52,15 +52,17 @@ def terms(c: FinetuneConfig) -> Iterator[Problem]:
 def labels(c: FinetuneConfig) -> Iterator[Problem]:
     """Yield problems if nothing trains the classifier at some step, or if a setting of labels has no effect."""
     d = c.distill
-    classifying = [d.logits, d.dkd, *([] if d.hard.token else [d.hard])]
+    classifying = [d.logits, d.dkd, *([] if d.hard_label.token else [d.hard_label])]
     lasting = [term for term in classifying if term.on and term.start_epoch == term.warmup_epochs == 0]
     lasting = [term for term in lasting if term.stop_epoch is None]
-    if d.labels == 0 and not lasting:
+    if d.label_weight == 0 and not lasting:
         cause = "0 leaves nothing that teaches the classifier from the first step to the last"
-        remedy = "use a weight above 0, or distill.logits, dkd or hard without start_epoch, warmup_epochs, stop_epoch"
-        yield Problem("distill.labels", cause, remedy)
+        remedy = (
+            "use a weight above 0, or distill.logits, dkd or hard_label without start_epoch, warmup_epochs, stop_epoch"
+        )
+        yield Problem("distill.label_weight", cause, remedy)
     if not d.reads_labels and c.data.label_fraction < 1:
-        cause = f"{c.data.label_fraction:g} of the labels, where none is used (distill.labels=0)"
+        cause = f"{c.data.label_fraction:g} of the labels, where none is used (distill.label_weight=0)"
         yield Problem("data.label_fraction", cause, "remove it, or use labels")
     if d.dkd.on and d.dkd.alpha == d.dkd.beta == 0:
         yield Problem("distill.dkd.alpha", "alpha and beta are both 0", "use 1 and 8, or set distill.dkd.weight=0")

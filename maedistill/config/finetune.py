@@ -41,9 +41,9 @@ class Init(Section):
         "where the weights are: run:PATH (a pre-training run folder of ours), timm:NAME, hf-hub:ID, local-dir:PATH, "
         "or file:PATH (with student.model); null: none, the student starts from scratch",
     )
-    positions: Positions | None = result(None, "position table that a file: source was trained with but does not store")
+    pos_embed: Positions | None = result(None, "position table that a file: source was trained with but does not store")
     sha256: str | None = runtime(None, "refuse a file: source with another checksum", pattern="^[0-9a-f]{64}$")
-    licence: str | None = runtime(None, "licence of the weights, for the student's card, where the source names none")
+    license: str | None = runtime(None, "license of the weights, for the student's card, where the source names none")
 
 
 class Student(Backbone):
@@ -55,7 +55,7 @@ class Student(Backbone):
         "what init.source holds, and checked against it",
     )
     drop_path: DropPath = result(0.1, "stochastic depth rate; 0.1 for ViT-B and 0.2 for ViT-L in MAE, 0 in MAE-Lite")
-    pooling: Literal["avg", "token"] = result(
+    global_pool: Literal["avg", "token"] = result(
         "avg",
         "what the head reads: avg: the mean of the patch tokens through a fresh fc_norm, as MAE fine-tunes; "
         "token: the class token after the encoder's own norm",

@@ -30,7 +30,7 @@ def _images(c: FinetuneConfig) -> Iterator[Problem]:
 def _init(c: FinetuneConfig) -> Iterator[Problem]:
     i = c.init
     if i.source is None:
-        for key in ("positions", "sha256", "licence"):
+        for key in ("pos_embed", "sha256", "license"):
             if getattr(i, key) is not None:
                 yield Problem(f"init.{key}", "nothing is loaded without init.source", "remove it, or add init.source")
         if c.student.model is None:
@@ -46,8 +46,8 @@ def _init(c: FinetuneConfig) -> Iterator[Problem]:
         remedy = "add e.g. student.model=vit_small_patch16_224"
         yield Problem("student.model", "a file: source needs its model's name", remedy)
     yield from rules.checksum("init", i.sha256, kind=kind, noun="source")
-    if kind != "file" and i.positions is not None:
-        yield Problem("init.positions", f"a {kind}: source brings its own positions", "remove it")
+    if kind != "file" and i.pos_embed is not None:
+        yield Problem("init.pos_embed", f"a {kind}: source brings its own positions", "remove it")
 
 
 def _student(c: FinetuneConfig) -> Iterator[Problem]:
@@ -55,13 +55,13 @@ def _student(c: FinetuneConfig) -> Iterator[Problem]:
     yield from rules.family("student.model", c.student.model)
     if kind == "timm":
         yield from rules.family("init.source", name)
-    if c.student.pooling == "token" and c.student.class_token is False:
+    if c.student.global_pool == "token" and c.student.class_token is False:
         cause = "there is no class token to read with student.class_token=false"
-        yield Problem("student.pooling", cause, "use student.pooling=avg")
+        yield Problem("student.global_pool", cause, "use student.global_pool=avg")
     arch = c.student_architecture
     yield from rules.whole_patches(c, arch)
     if arch is not None:
-        yield from rules.tower("student", width=arch.width, heads=arch.heads)
+        yield from rules.tower("student", width=arch.width, num_heads=arch.num_heads)
 
 
 def _augment(c: FinetuneConfig) -> Iterator[Problem]:

@@ -25,13 +25,43 @@ ALIASES = {
     "clip_grad": ("optim.clip",),
     "data_path": ("data.train",),
     "finetune": ("init.source",),
-    "global_pool": ("student.pooling",),
     "input_size": ("data.image_size",),
-    "mask_ratio": ("masks.student_visible",),
+    "mask_ratio": ("masks.student_keep_ratio",),
     "nb_classes": ("data.num_classes",),
     "num_workers": ("data.workers",),
     "output_dir": ("run",),
     "reprob": ("augment.erasing",),
+}
+
+# Keys and sections of earlier versions, and what they are called now.
+RENAMED = {
+    "data.window_shards": "data.shuffle_window",
+    "decoder.heads": "decoder.num_heads",
+    "decoder.predict": "decoder.predict_ratio",
+    "distill.affinity": "distill.pkt",
+    "distill.angles": "distill.rkd_angle",
+    "distill.contrast": "distill.contrastive",
+    "distill.distances": "distill.rkd_distance",
+    "distill.hard": "distill.hard_label",
+    "distill.labels": "distill.label_weight",
+    "distill.maps": "distill.attention_transfer",
+    "distill.relations": "distill.token_relations",
+    "distill.similarity": "distill.similarity_preserving",
+    "distill.token_relations.heads": "distill.token_relations.num_heads",
+    "engine.checkpoint_activations": "engine.activation_checkpointing",
+    "engine.most_nonfinite": "engine.max_nonfinite",
+    "generate.heads": "generate.num_heads",
+    "init.licence": "init.license",
+    "init.positions": "init.pos_embed",
+    "log.every": "log.every_steps",
+    "masks.student_visible": "masks.student_keep_ratio",
+    "masks.teacher_visible": "masks.teacher_keep_ratio",
+    "student.heads": "student.num_heads",
+    "student.pooling": "student.global_pool",
+    "student.positions": "student.pos_embed",
+    "teacher.heads": "teacher.num_heads",
+    "teacher.licence": "teacher.license",
+    "teacher.positions": "teacher.pos_embed",
 }
 
 
@@ -93,6 +123,8 @@ def differing_keys(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]
 def nearest_keys(name: str, *, root: type[RunConfig] = PretrainConfig) -> list[str]:
     """Return at most four keys or sections that `name` may mean, likeliest first: a typo, or a wrong section."""
     keys = all_keys(root=root)
+    if new := renamed_key(name, root=root):
+        return [new]
     names, leaf = [*keys, *all_sections(root=root)], name.rpartition(".")[2].replace("-", "_")
     typo = difflib.get_close_matches(name, names, n=1, cutoff=0.85)
     if typo:
@@ -107,6 +139,16 @@ def nearest_keys(name: str, *, root: type[RunConfig] = PretrainConfig) -> list[s
     if leaf in by_leaf:
         same_leaf = by_leaf[leaf]
     return same_leaf[:4] or difflib.get_close_matches(name, names, n=3, cutoff=0.55)
+
+
+def renamed_key(name: str, *, root: type[RunConfig] = PretrainConfig) -> str | None:
+    """Return the present name of a key or section of an earlier version, or None."""
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        head = ".".join(parts[:end])
+        parts[:end] = RENAMED.get(head, head).split(".")
+    new = ".".join(parts)
+    return new if new != name and (new in all_keys(root=root) or new in all_sections(root=root)) else None
 
 
 @cache

@@ -50,7 +50,7 @@ class Student(Backbone):
     """The small Vision Transformer that is trained."""
 
     model: str = result("vit_small_patch16_224", "a timm VisionTransformer with absolute positions")
-    positions: Positions = result(
+    pos_embed: Positions = result(
         "sincos2d", "position table: fixed 2-D sin-cos in MAE and DMAE, fixed interleaved 1-D in AMD, or learned"
     )
     drop_path: DropPath = result(0.0, "stochastic depth rate; none in the papers' pre-training")
@@ -58,7 +58,7 @@ class Student(Backbone):
     @property
     def title(self) -> str:
         """Return the model's name with its changed dimensions: `vit_tiny_patch16_224 (width 96, depth 4)`."""
-        shape = {name: getattr(self, name) for name in ("width", "depth", "heads", "patch_size")}
+        shape = {name: getattr(self, name) for name in ("width", "depth", "num_heads", "patch_size")}
         changed = ", ".join(f"{name} {value}" for name, value in shape.items() if value is not None)
         return f"{self.model} ({changed})" if changed else self.model
 
@@ -74,12 +74,12 @@ class Teacher(Section):
     model: str | None = result(None, "timm model that a file: source holds, e.g. vit_large_patch16_224")
     width: Width | None = result(None, "embedding dimension of a file: or random: teacher, where it differs")
     depth: Positive | None = result(None, "number of blocks of a file: or random: teacher, where it differs")
-    heads: Positive | None = result(None, "attention heads of a file: or random: teacher, where they differ")
+    num_heads: Positive | None = result(None, "attention heads of a file: or random: teacher, where they differ")
     patch_size: Positive | None = result(None, "patch side of a file: or random: teacher, where it differs")
-    positions: Positions | None = result(None, "fixed table for a file: teacher that stores none; AMD's is sincos1d")
+    pos_embed: Positions | None = result(None, "fixed table for a file: teacher that stores none; AMD's is sincos1d")
     mean: Triple | None = result(None, "per-channel mean of the teacher's input; by default what its source says")
     std: Triple | None = result(None, "per-channel deviation of the teacher's input; goes with teacher.mean")
-    licence: str | None = runtime(None, "licence of the weights, for the student's card, where the source names none")
+    license: str | None = runtime(None, "license of the weights, for the student's card, where the source names none")
     sha256: str | None = runtime(None, "refuse a file: source with another checksum", pattern="^[0-9a-f]{64}$")
     precision: Precision = result(
         "auto", "number format of the teacher; auto: bf16 on a GPU (fp16 below compute capability 8.0), fp32 on a CPU"
@@ -89,8 +89,8 @@ class Teacher(Section):
 class Masks(Section):
     """How many patches the student and the teacher see."""
 
-    student_visible: Fraction = result(0.25, "share of patches the student sees; 0.25 in MAE, DMAE and AMD")
-    teacher_visible: Fraction | None = result(
+    student_keep_ratio: Fraction = result(0.25, "share of patches the student sees; 0.25 in MAE, DMAE and AMD")
+    teacher_keep_ratio: Fraction | None = result(
         None, "share the teacher sees: the same by default (DMAE); 0.5 in AMD, whose sets are nested"
     )
 
@@ -100,14 +100,14 @@ class Decoder(Section):
 
     width: Width = result(384, "embedding dimension; 512 in MAE and DMAE; AMD: 192 for ViT-S, 384 for B, 512 for L")
     depth: Positive = result(4, "number of blocks; 8 in MAE and DMAE, 4 in AMD")
-    heads: Positive = result(6, "attention heads; 16 in MAE and DMAE; AMD: 3 for ViT-S, 6 for B, 8 for L")
+    num_heads: Positive = result(6, "attention heads; 16 in MAE and DMAE; AMD: 3 for ViT-S, 6 for B, 8 for L")
     bias: bool = result(True, "bias of the encoder-to-decoder map; AMD has none")
     attention: Literal["self", "cross"] = result(
         "self",
         "self: all rows read each other (MAE, DMAE, AMD); cross: hidden rows read the visible ones only, which costs "
         "less (CrossMAE)",
     )
-    predict: Fraction = result(
+    predict_ratio: Fraction = result(
         1.0,
         "share of the hidden patches that is predicted, anew for each image; the others cost nothing; 1 in MAE, DMAE, "
         "AMD; CrossMAE predicts a part",
@@ -117,8 +117,8 @@ class Decoder(Section):
 class Pixels(Section):
     """The loss on predicted pixels."""
 
-    target: Literal["patch", "raw", "patch_channel"] = result(
-        "patch",
+    target: Literal["norm_patch", "raw", "norm_patch_channel"] = result(
+        "norm_patch",
         "what is predicted: pixels normalised per patch (MAE), raw (DMAE), or normalised per patch and channel (AMD)",
     )
     weight: Weight = result(1.0, "weight of the pixel loss; 1 everywhere")
@@ -149,7 +149,7 @@ class Generate(Section):
     """Generated alignment: generators predict teacher features at patches that only the teacher sees (amd)."""
 
     depth: Positive = result(2, "blocks of each generator; 2 in AMD")
-    heads: Positive | None = result(None, "attention heads of a generator; by default teacher width / 64 as in AMD")
+    num_heads: Positive | None = result(None, "attention heads of a generator; by default teacher width / 64 as in AMD")
     weight: Weight = result(1.0, "weight of the generated alignment, mean over pairs; 1 in AMD")
 
 

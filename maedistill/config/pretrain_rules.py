@@ -25,18 +25,18 @@ def _views(c: PretrainConfig) -> Iterator[Problem]:
 
 
 def _visible_shares(c: PretrainConfig) -> Iterator[Problem]:
-    key, student, teacher = "masks.teacher_visible", c.masks.student_visible, c.masks.teacher_visible
+    key, student, teacher = "masks.teacher_keep_ratio", c.masks.student_keep_ratio, c.masks.teacher_keep_ratio
     if student == 1.0:
         yield Problem(
-            "masks.student_visible", "1.0 leaves nothing to predict", "use a share below 1, 0.25 in the papers"
+            "masks.student_keep_ratio", "1.0 leaves nothing to predict", "use a share below 1, 0.25 in the papers"
         )
     if c.method == "mae" and teacher is not None:
         yield Problem(key, "method=mae has no teacher", "remove it, or use method=dmae or amd")
     if c.method in ("dmae", "tinymim") and teacher not in (None, student):
-        cause = f"{teacher:g} differs from student_visible={student:g}, which {c.method} does not allow"
+        cause = f"{teacher:g} differs from student_keep_ratio={student:g}, which {c.method} does not allow"
         yield Problem(key, cause, "remove it (the teacher sees what the student sees), or use method=amd")
     if c.method == "amd" and (teacher is None or teacher <= student):
-        cause = "missing" if teacher is None else f"{teacher:g} is not above student_visible={student:g}"
+        cause = "missing" if teacher is None else f"{teacher:g} is not above student_keep_ratio={student:g}"
         yield Problem(key, cause, "method=amd needs a teacher that sees more; 0.5 beside 0.25 in the paper")
 
 
@@ -61,7 +61,7 @@ def _teacher(c: PretrainConfig) -> Iterator[Problem]:
     if kind != "file" and t.model is not None:
         yield Problem("teacher.model", f"a {kind}: teacher names its model itself", "remove it")
     yield from rules.checksum("teacher", t.sha256, kind=kind, noun="teacher")
-    for key in ("width", "depth", "heads", "patch_size", "positions"):
+    for key in ("width", "depth", "num_heads", "patch_size", "pos_embed"):
         if kind not in ("file", "random") and getattr(t, key) is not None:
             yield Problem(f"teacher.{key}", f"a {kind}: teacher brings its own {key}", "remove it")
     yield from rules.mean_with_std("teacher", mean=t.mean, std=t.std)
@@ -110,30 +110,30 @@ def _grid(c: PretrainConfig) -> Iterator[Problem]:
     if arch is None or size % arch.patch_size:
         return
     patches = (size // arch.patch_size) ** 2
-    student = round(c.masks.student_visible * patches)
-    teacher = round((c.masks.teacher_visible or c.masks.student_visible) * patches)
+    student = round(c.masks.student_keep_ratio * patches)
+    teacher = round((c.masks.teacher_keep_ratio or c.masks.student_keep_ratio) * patches)
     if not 1 <= student < patches:
         cause = f"of {patches} patches the student sees {student}"
-        yield Problem("masks.student_visible", cause, "leave at least one to see and one to predict")
+        yield Problem("masks.student_keep_ratio", cause, "leave at least one to see and one to predict")
     elif c.method == "amd" and teacher <= student:
         cause = f"of {patches} patches the teacher sees {teacher}, the student {student}"
-        yield Problem("masks.teacher_visible", cause, "let the teacher see at least one more")
+        yield Problem("masks.teacher_keep_ratio", cause, "let the teacher see at least one more")
     hidden = patches - student
-    if hidden > 0 and not round(c.decoder.predict * hidden):
-        cause = f"{c.decoder.predict:g} of {hidden} hidden patches is none"
-        yield Problem("decoder.predict", cause, f"predict at least one of them, {1 / hidden:.2g} or more")
+    if hidden > 0 and not round(c.decoder.predict_ratio * hidden):
+        cause = f"{c.decoder.predict_ratio:g} of {hidden} hidden patches is none"
+        yield Problem("decoder.predict_ratio", cause, f"predict at least one of them, {1 / hidden:.2g} or more")
 
 
 def _widths(c: PretrainConfig) -> Iterator[Problem]:
     student, teacher = c.student_architecture, c.teacher_architecture
-    towers = [("decoder", c.decoder.width, c.decoder.heads)]
-    towers += [(who, a.width, a.heads) for who, a in (("student", student), ("teacher", teacher)) if a is not None]
-    for who, width, heads in towers:
-        yield from rules.tower(who, width=width, heads=heads)
-    heads = c.generate.heads
-    if c.method == "amd" and heads is not None and teacher is not None and teacher.width % heads:
-        cause = f"{heads} heads do not divide the teacher's width {teacher.width}"
-        yield Problem("generate.heads", cause, f"use a divisor, {max(1, teacher.width // 64)} in AMD")
+    towers = [("decoder", c.decoder.width, c.decoder.num_heads)]
+    towers += [(who, a.width, a.num_heads) for who, a in (("student", student), ("teacher", teacher)) if a is not None]
+    for who, width, num_heads in towers:
+        yield from rules.tower(who, width=width, num_heads=num_heads)
+    num_heads = c.generate.num_heads
+    if c.method == "amd" and num_heads is not None and teacher is not None and teacher.width % num_heads:
+        cause = f"{num_heads} heads do not divide the teacher's width {teacher.width}"
+        yield Problem("generate.num_heads", cause, f"use a divisor, {max(1, teacher.width // 64)} in AMD")
 
 
 def _probe(c: PretrainConfig) -> Iterator[Problem]:

@@ -107,11 +107,11 @@ def whole_patches(c: RunConfig, arch: Architecture | None) -> Iterator[Problem]:
         yield Problem("data.image_size", cause, f"use {near}, or another student.patch_size")
 
 
-def tower(who: str, *, width: int, heads: int) -> Iterator[Problem]:
+def tower(who: str, *, width: int, num_heads: int) -> Iterator[Problem]:
     """Yield problems for a width that its heads or sin-cos positions do not divide."""
-    if width % heads:
-        cause = f"{heads} heads do not divide width {width}"
-        yield Problem(f"{who}.heads", cause, f"use a divisor of {width}")
+    if width % num_heads:
+        cause = f"{num_heads} heads do not divide width {width}"
+        yield Problem(f"{who}.num_heads", cause, f"use a divisor of {width}")
     if width % 4:
         cause = f"{width} is not a multiple of 4, as sin-cos positions need"
         yield Problem(f"{who}.width", cause, f"use {width + 4 - width % 4}")

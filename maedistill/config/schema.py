@@ -68,7 +68,7 @@ class Images(Section):
     crop_scale: tuple[Fraction, Fraction]
     crop_ratio: tuple[float, float] = result((0.75, 4 / 3), "aspect ratios of RandomResizedCrop, width / height")
     flip: bool
-    window_shards: Positive | None = result(None, "shuffle inside windows of so many shards; null: the whole set")
+    shuffle_window: Positive | None = result(None, "shuffle inside windows of so many shards; null: the whole set")
     eval_crop: Fraction
     workers: Count | None = runtime(
         None, "loader processes per rank, 0: load in the training process; null: one per core of the rank, at most 8"
@@ -98,7 +98,7 @@ class Backbone(Section):
     model: str | None
     width: Width | None = result(None, "embedding dimension, where it differs from the model's")
     depth: Positive | None = result(None, "number of blocks, where it differs from the model's")
-    heads: Positive | None = result(
+    num_heads: Positive | None = result(
         None, "attention heads, where they differ from the model's; MAE-Lite gives ViT-Ti 12"
     )
     patch_size: Positive | None = result(None, "patch side in pixels, where it differs from the model's")
@@ -158,7 +158,9 @@ class Engine(Section):
         "repeat every bit on a GPU, too, where attention and gather otherwise add in the order in which blocks finish; "
         "slower; the micro-batch is then never chosen by memory; a CPU repeats every bit anyway",
     )
-    checkpoint_activations: bool = runtime(False, "recompute activations in the backward pass: less memory, more time")
+    activation_checkpointing: bool = runtime(
+        False, "recompute activations in the backward pass: less memory, more time"
+    )
     timeout_seconds: Positive = runtime(
         600,
         "how long a rank waits for another before the run ends; one whose process is gone, or whose whole machine has "
@@ -169,7 +171,7 @@ class Engine(Section):
         "what follows an update whose loss or gradient is not finite, which is never applied; skip: the next one; "
         "stop: the end, exit 4",
     )
-    most_nonfinite: Positive = runtime(5, "most such updates in a row; one more ends the run, exit 4")
+    max_nonfinite: Positive = runtime(5, "most such updates in a row; one more ends the run, exit 4")
 
     @property
     def micro_batch_limit(self) -> int:
@@ -180,7 +182,7 @@ class Engine(Section):
 class Progress(Section):
     """How often progress and checkpoints are written."""
 
-    every: Positive = runtime(20, "steps between lines of metrics.jsonl and of progress")
+    every_steps: Positive = runtime(20, "steps between lines of metrics.jsonl and of progress")
     save_every_epochs: Above0 = runtime(1.0, "epochs between checkpoints")
     keep: Positive = runtime(2, "newest checkpoints that are kept")
     keep_every_epochs: Above0 | None = runtime(None, "epochs between checkpoints that are kept for good; null: none is")

@@ -91,7 +91,7 @@ def facts_of(network: Network) -> dict[str, Any]:
     """Return the entries of a network and its input for a result file."""
     return {
         "model": network.name,
-        "licence": network.licence,
+        "license": network.license,
         "parameters": network.parameters,
         "classes": network.num_classes,
         "size": network.size,

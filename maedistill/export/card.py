@@ -22,7 +22,7 @@ from maedistill.pretraining.build import mask_sizes
 from maedistill.report.run_report import KNN_CAVEAT, percent
 from maedistill.runs.metrics import read_metrics
 from maedistill.weights.from_run import RunNetwork, Weights
-from maedistill.weights.licence import hub_licence, licence_sentence
+from maedistill.weights.license import hub_license, license_sentence
 
 METHODS = {
     None: "by a method that is not recorded",
@@ -42,7 +42,7 @@ def model_card(saved: RunNetwork, vit: VisionTransformer, *, weights: Weights = 
     records = [record for record in read_metrics(folder.path) if record["step"] <= step]
     tuned = facts["stage"] == "finetune"
     sections = {
-        "Origin and licence": _origin(facts),
+        "Origin and license": _origin(facts),
         "Training": _training(facts, config, vit, step, weights),
         "Results": _accuracy(records, facts, weights) if tuned else _features(records, config, weights),
         "Use": _use(facts, vit),
@@ -63,7 +63,7 @@ def forward_gflop(vit: VisionTransformer) -> float:
 
 
 def _front_matter(facts: Mapping[str, Any], vit: VisionTransformer) -> str:
-    identifier, name = hub_licence(facts["licence"])
+    identifier, name = hub_license(facts["license"])
     method = facts.get("method") or (facts.get("origin") or {}).get("method")
     tags = ["timm", "vision-transformer", *([method] if method else [])]
     if method in ("dmae", "amd", "tinymim") or (facts["stage"] == "finetune" and facts.get("teacher")):
@@ -110,8 +110,8 @@ def _origin(facts: Mapping[str, Any]) -> AppendOnlyFile:
         lines.append(f"- That start was pre-trained {METHODS[origin.get('method')]}{_images(origin, ', on')}.")
     if teacher or facts["stage"] == "pretrain" or origin.get("stage") == "pretrain":
         lines.append(f"- Teacher: {_listed(teacher or 'none')}.")
-    lines.append(f"- Licence: {licence_sentence(facts['licence'])}")
-    return [*lines, f"- Data:{_images(facts) or ' not recorded'}. The licence of the images is not recorded."]
+    lines.append(f"- License: {license_sentence(facts['license'])}")
+    return [*lines, f"- Data:{_images(facts) or ' not recorded'}. The license of the images is not recorded."]
 
 
 def _listed(line: str) -> str:
@@ -189,12 +189,12 @@ def _finetuning(config: FinetuneConfig) -> AppendOnlyFile:
     mixing = f"mixup {augment.mixup:g}, cutmix {augment.cutmix:g}" if augment.mixes else "no mixing"
     terms = "".join(f", {name} {term.weight:g}" for name, term in config.distill.terms.items())
     return [
-        *([f"- Losses, with their weights: labels {config.distill.labels:g}{terms}."] if terms else []),
+        *([f"- Losses, with their weights: labels {config.distill.label_weight:g}{terms}."] if terms else []),
         f"- Augmentation: crops of {low:g} to {high:g} of the area{', flips' if data.flip else ''}, "
         f"RandAugment {augment.rand_augment or 'off'}, {mixing}, erasing {augment.erasing:g}, label smoothing "
         f"{augment.smoothing:g}{share}.",
         f"- Layer-wise learning rates: times {config.optim.layer_decay:g} a layer; drop path "
-        f"{config.student.drop_path:g}; pooling {config.student.pooling}.",
+        f"{config.student.drop_path:g}; pooling {config.student.global_pool}.",
     ]
 
 

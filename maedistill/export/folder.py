@@ -38,7 +38,7 @@ _IMAGES = 2  # of random pixels, for comparing the written folder with the run
 
 
 def export(
-    run: str | Path, out: str | Path | None = None, *, weights: Weights = "model", pooling: Pooling | None = None
+    run: str | Path, out: str | Path | None = None, *, weights: Weights = "model", global_pool: Pooling | None = None
 ) -> Path:
     """Write the network of a run folder to `out`, by default RUN/export, and return that folder.
 
@@ -54,7 +54,7 @@ def export(
     try:
         _require_free(out)
         saved = open_saved(folder.path, weights=weights)
-        _replace(out.resolve(), saved, _with_pooling(saved, pooling), weights)
+        _replace(out.resolve(), saved, _with_pooling(saved, global_pool), weights)
     except (OSError, SafetensorError) as error:
         raise DataError(
             f"the export cannot be written to {out}: {error}", "make room or mend the permissions, or use another --out"
@@ -63,7 +63,7 @@ def export(
 
 
 def read_record(out: Path) -> dict[str, Any]:
-    """Read export.json: run, stage, checkpoint, weights, pooling, licence, max_difference, values, versions.
+    """Read export.json: run, stage, checkpoint, weights, pooling, license, max_difference, values, versions.
 
     values: how many numbers were compared.
     """
@@ -106,20 +106,22 @@ def _remove_leftover(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _with_pooling(saved: RunNetwork, pooling: Pooling | None) -> VisionTransformer:
+def _with_pooling(saved: RunNetwork, global_pool: Pooling | None) -> VisionTransformer:
     """Return the network to export: a fine-tuned one unchanged, a pre-trained one with the requested pooling."""
     path, network = saved.folder.path, saved.facts["network"]
     if saved.facts["stage"] == "finetune":
-        if pooling not in (None, saved.vit.global_pool):
+        if global_pool not in (None, saved.vit.global_pool):
             raise ConfigError(
                 f"{path} was fine-tuned with {saved.vit.global_pool} pooling: its classifier reads nothing else",
-                "leave out --pool, or fine-tune with another student.pooling",
+                "leave out --global-pool, or fine-tune with another student.global_pool",
             )
         return saved.vit
-    if pooling == "token" and not saved.vit.has_class_token:
-        raise ConfigError(f"{path} has no class token to pool by", "use --pool avg, the mean of the patch tokens")
+    if global_pool == "token" and not saved.vit.has_class_token:
+        raise ConfigError(
+            f"{path} has no class token to pool by", "use --global-pool avg, the mean of the patch tokens"
+        )
     # For mean pooling, timm would use a new `fc_norm` after the mean; keep the encoder's trained norm instead.
-    changed = {"num_classes": 0, "global_pool": pooling or "avg", "fc_norm": False, "pool_include_prefix": False}
+    changed = {"num_classes": 0, "global_pool": global_pool or "avg", "fc_norm": False, "pool_include_prefix": False}
     vit = timm.create_model(network["name"], pretrained=False, **network["arguments"] | changed)
     vit.load_state_dict(saved.vit.state_dict())
     return vit.eval()
@@ -132,7 +134,7 @@ def _fill(folder: Path, saved: RunNetwork, vit: VisionTransformer, weights: Weig
     assert size == seen["size"], f"run.json: the network takes {size} px, its input is {seen['size']}"
     data = {"input_size": (3, size, size), "mean": seen["mean"], "std": seen["std"], "crop_pct": seen["crop"]}
     data |= {"interpolation": "bicubic", "crop_mode": "center"}
-    model_config: dict[str, Any] = {"pretrained_cfg": {"license": facts["licence"]}}
+    model_config: dict[str, Any] = {"pretrained_cfg": {"license": facts["license"]}}
     classes = facts.get("classes")
     if classes is not None and len(classes) == vit.num_classes:
         model_config["label_names"] = classes
@@ -140,7 +142,7 @@ def _fill(folder: Path, saved: RunNetwork, vit: VisionTransformer, weights: Weig
     save_for_hf(vit, str(folder), model_config=model_config, data_config=data, safe_serialization=True)
     (folder / "README.md").write_text(model_card(saved, vit, weights=weights), encoding="utf-8")
     record = {"run": saved.folder.path.resolve().name, "stage": facts["stage"], "checkpoint": saved.checkpoint.name}
-    record |= {"weights": weights, "pooling": vit.global_pool, "licence": facts["licence"]}
+    record |= {"weights": weights, "global_pool": vit.global_pool, "license": facts["license"]}
     record |= _compare(folder, saved, vit)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -29,7 +29,7 @@ def build_init_source(config: FinetuneConfig) -> Source | None:
         return None
     keywords: dict[str, object] = init.model_dump(exclude={"source"})
     if init.source.startswith("file:"):
-        keywords |= student.model_dump(exclude={"drop_path", "pooling", "class_token"})
+        keywords |= student.model_dump(exclude={"drop_path", "global_pool", "class_token"})
     return open_source(init.source, section="init", image_size=config.data.image_size, **keywords)
 
 
@@ -44,7 +44,7 @@ def build_classifier(config: FinetuneConfig, source: Source | None, *, num_class
     std = 0.02 if config.distill.standardizes else 2e-5  # timm's or MAE's
     nn.init.trunc_normal_(vit.head.weight, std=std, generator=torch.Generator().manual_seed(config.seed))
     nn.init.zeros_(vit.head.bias)
-    if config.engine.checkpoint_activations:
+    if config.engine.activation_checkpointing:
         vit.set_grad_checkpointing(True)
     return vit
 
@@ -53,7 +53,7 @@ def build_labelled_crops(config: FinetuneConfig, index: ShardIndex, samples: Ten
     """Build training crops with labels, by position, with RandAugment. samples: ids of the label subset."""
     data, seed = config.data, config.seed
     subset = samples if data.label_fraction < 1 else None
-    order = SampleOrder(index.starts, seed=seed, window=data.window_shards, subset=subset)
+    order = SampleOrder(index.starts, seed=seed, window=data.shuffle_window, subset=subset)
     spec = config.augment.rand_augment
     augment = RandAugment(spec, size=data.image_size, mean=mean, seed=seed) if spec is not None else None
     return RandomCrops(
@@ -74,11 +74,11 @@ def build_mixing(config: FinetuneConfig, *, num_classes: int, device: torch.devi
 
 def _from_scratch(config: FinetuneConfig, num_classes: int) -> VisionTransformer:
     """Build the student that the config describes, initialised from the seed, with positions from MAE's table."""
-    size, pooling = config.data.image_size, config.student.pooling
-    shape = config.student.model_dump(exclude={"pooling"}) | {"image_size": size}
+    size, global_pool = config.data.image_size, config.student.global_pool
+    shape = config.student.model_dump(exclude={"global_pool"}) | {"image_size": size}
     with torch.device("meta"):
         _require_class_token(config, build_vit(**shape))
-    vit = build_vit(num_classes=num_classes, pooling=pooling, **shape)
+    vit = build_vit(num_classes=num_classes, global_pool=global_pool, **shape)
     initialize(vit, seed=config.seed)
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     grid = vit.patch_embed.grid_size[0]
@@ -93,9 +93,9 @@ def _from_source(config: FinetuneConfig, source: Source, num_classes: int) -> Vi
     _require_class_token(config, encoder.vit)
     _require_whole_patches(config, encoder)
     network = describe_network(encoder.vit)
-    changes = {"num_classes": num_classes, "global_pool": student.pooling, "fc_norm": student.pooling == "avg"}
+    changes = {"num_classes": num_classes, "global_pool": student.global_pool, "fc_norm": student.global_pool == "avg"}
     vit = timm.create_model(network["name"], **network["arguments"] | changes | {"drop_path_rate": student.drop_path})
-    fresh = ("head.", "fc_norm.", *(() if student.pooling == "token" else ("norm.",)))
+    fresh = ("head.", "fc_norm.", *(() if student.global_pool == "token" else ("norm.",)))
     weights = {name: value for name, value in encoder.vit.state_dict().items() if not name.startswith(fresh)}
     missing, unexpected = vit.load_state_dict(weights, strict=False)
     assert not unexpected and all(name.startswith(("head.", "fc_norm.", "norm.")) for name in missing), missing
@@ -104,10 +104,10 @@ def _from_source(config: FinetuneConfig, source: Source, num_classes: int) -> Vi
 
 def _require_class_token(config: FinetuneConfig, vit: VisionTransformer) -> None:
     """Raise ConfigError if the head needs a class token and there is none; often only the source knows."""
-    if config.student.pooling == "token" and vit.cls_token is None:
+    if config.student.global_pool == "token" and vit.cls_token is None:
         raise ConfigError(
-            f"student.pooling: {config.init.source or config.student.model} has no class token to read",
-            "use student.pooling=avg",
+            f"student.global_pool: {config.init.source or config.student.model} has no class token to read",
+            "use student.global_pool=avg",
         )
 
 
@@ -124,7 +124,7 @@ def _require_whole_patches(config: FinetuneConfig, encoder: MaskedEncoder) -> No
 def _require_same_shape(config: FinetuneConfig, encoder: MaskedEncoder) -> None:
     """Raise ConfigError unless the config's student matches the source's network: a recipe fits one size."""
     said = config.student.model_dump(
-        include={"heads", "patch_size", "class_token", "register_tokens", "width", "depth"}
+        include={"num_heads", "patch_size", "class_token", "register_tokens", "width", "depth"}
     )
     expected = {name: value for name, value in said.items() if value is not None}
     if config.student.model is not None:
@@ -135,7 +135,7 @@ def _require_same_shape(config: FinetuneConfig, encoder: MaskedEncoder) -> None:
     found = {
         "width": encoder.width,
         "depth": encoder.depth,
-        "heads": getattr(getattr(vit.blocks[0], "attn", None), "num_heads", None),
+        "num_heads": getattr(getattr(vit.blocks[0], "attn", None), "num_heads", None),
         "patch_size": encoder.patch_size,
         "class_token": vit.cls_token is not None,
         "register_tokens": 0 if vit.reg_token is None else vit.reg_token.shape[1],

@@ -29,7 +29,7 @@ from maedistill.weights.network import Network
 from maedistill.weights.shared_classes import shared_classes
 
 Triple = tuple[float, float, float]
-_FEATURES, _VIT_ONLY = ("hints", "maps"), ("attention", "relations")  # terms on pairs of depths
+_FEATURES, _VIT_ONLY = ("hints", "attention_transfer"), ("attention", "token_relations")  # terms on pairs of depths
 _SCHEDULE = frozenset({"weight", "start_epoch", "warmup_epochs", "stop_epoch"})
 
 
@@ -75,9 +75,9 @@ def build_module(config: FinetuneConfig, vit: VisionTransformer, teachers: list[
     student = anatomy(vit, image_size=vit.patch_embed.img_size[0])
     _require_depths(distill, "student", "the student", student)
     built = {name: _build_term(distill, name, vit, student, teachers) for name in distill.terms}
-    wanted = _wanted(distill, "student", logits=True, tokens=distill.hard.on and distill.hard.token)
+    wanted = _wanted(distill, "student", logits=True, tokens=distill.hard_label.on and distill.hard_label.token)
     scheduled = [name for name, schedule in schedules(distill).items() if schedule.changes]
-    module = Distilled(vit, built, wanted=wanted, label_weight=distill.labels, scheduled=scheduled)
+    module = Distilled(vit, built, wanted=wanted, label_weight=distill.label_weight, scheduled=scheduled)
     initialize(module.terms, seed=config.seed)
     return module
 
@@ -134,7 +134,7 @@ def distillation_lines(config: FinetuneConfig, teachers: list[TeacherSource], *,
     if not teachers:
         return []
     lines = [f"teacher  {teacher.describe()}" for teacher in teachers]
-    lines.append(f"labels   weight {distill.labels:g}" + ("" if distill.reads_labels else ", none is read"))
+    lines.append(f"labels   weight {distill.label_weight:g}" + ("" if distill.reads_labels else ", none is read"))
     for name, schedule in schedules(distill).items():
         section = distill.terms[name].model_dump(exclude=_SCHEDULE, exclude_none=True)
         settings = "".join(f", {key} {_plain(value)}" for key, value in section.items())
@@ -149,12 +149,12 @@ def _build_term(
     """Build the term called `name` for these networks."""
     section = getattr(distill, name)
     given = section.model_dump(exclude={*_SCHEDULE, "student", "teacher"})
-    if name == "contrast":
+    if name == "contrastive":
         widths = [teacher.anatomy.embedding for teacher in teachers]
-        return terms.Contrast(student_width=vit.embed_dim, teacher_widths=widths, **given)
+        return terms.Contrastive(student_width=vit.embed_dim, teacher_widths=widths, **given)
     if name in terms.EMBEDDING_LOSSES:
         return terms.Embeddings(name)
-    if name == "hard":
+    if name == "hard_label":
         token = _token(vit) if section.token else None
         return terms.HardLabel(token=token, width=vit.embed_dim, num_classes=vit.num_classes)
     if name in ("logits", "dkd"):
@@ -163,9 +163,9 @@ def _build_term(
     if name == "hints":
         widths = [[teacher.anatomy.channels[depth] for depth in section.teacher] for teacher in teachers]
         return terms.Hints(pairs, student_width=vit.embed_dim, teacher_widths=widths, **given)
-    if name == "relations":
-        return terms.Relations(pairs, heads=[_relation_heads(section, student, t) for t in teachers])
-    return {"maps": terms.Maps, "attention": terms.Attention}[name](pairs, **given)
+    if name == "token_relations":
+        return terms.TokenRelations(pairs, num_heads=[_relation_heads(section, student, t) for t in teachers])
+    return {"attention_transfer": terms.AttentionTransfer, "attention": terms.Attention}[name](pairs, **given)
 
 
 def _wanted(distill: Distill, side: str, *, logits: bool, tokens: bool) -> RequestedOutputs:
@@ -180,7 +180,7 @@ def _wanted(distill: Distill, side: str, *, logits: bool, tokens: bool) -> Reque
         tokens=tokens,
         features=depths(_FEATURES),
         attention=depths(("attention",)),
-        relations=depths(("relations",)),
+        relations=depths(("token_relations",)),
     )
 
 
@@ -226,10 +226,10 @@ def _require_depths(distill: Distill, side: str, name: str, shown: FeatureInfo) 
                 f"{key}: depth {max(depths)} does not exist, {name} has {len(shown.channels)}",
                 f"use 0 to {len(shown.channels) - 1}",
             )
-        if term in _VIT_ONLY and not all(shown.heads[depth] if shown.heads else 0 for depth in depths):
+        if term in _VIT_ONLY and not all(shown.num_heads[depth] if shown.num_heads else 0 for depth in depths):
             raise ConfigError(
                 f"{key}: {name} has no attention maps that can be seen",
-                "use a plain ViT, or distill.maps, which compares activations of any network",
+                "use a plain ViT, or distill.attention_transfer, which compares activations of any network",
             )
 
 
@@ -239,26 +239,27 @@ def _relation_heads(section: object, student: FeatureInfo, teacher: TeacherSourc
     depth = section.teacher[0]
     if shown.grids[depth] != student.grids[0]:
         raise ConfigError(
-            f"distill.relations: {name} sees {shown.grids[depth]} x {shown.grids[depth]} patches, the student "
+            f"distill.token_relations: {name} sees {shown.grids[depth]} x {shown.grids[depth]} patches, the student "
             f"{student.grids[0]} x {student.grids[0]}",
             f"set distill.image_size={teacher.classifier.size // shown.grids[depth] * student.grids[0]}, so that both "
             "have the same grid",
         )
-    heads, widths = section.heads or shown.heads[depth], (student.channels[0], shown.channels[depth])
-    if any(width % heads for width in widths):
+    num_heads, widths = section.num_heads or shown.num_heads[depth], (student.channels[0], shown.channels[depth])
+    if any(width % num_heads for width in widths):
         raise ConfigError(
-            f"distill.relations.heads: {heads} heads do not divide the widths {widths[0]} and {widths[1]}",
-            f"use a divisor of both, e.g. distill.relations.heads={gcd(*widths, shown.heads[depth])}",
+            f"distill.token_relations.num_heads: {num_heads} heads do not divide the widths {widths[0]} and "
+            f"{widths[1]}",
+            f"use a divisor of both, e.g. distill.token_relations.num_heads={gcd(*widths, shown.num_heads[depth])}",
         )
-    return heads
+    return num_heads
 
 
 def _token(vit: VisionTransformer) -> int:
     """Return the index of the distillation token, the first register token. Raises ConfigError without one."""
     if vit.reg_token is None:
         raise ConfigError(
-            "distill.hard.token: the student has no register token to distil through",
-            "set student.register_tokens=1 (from scratch), weights that have one, or distill.hard.token=false",
+            "distill.hard_label.token: the student has no register token to distil through",
+            "set student.register_tokens=1 (from scratch), weights that have one, or distill.hard_label.token=false",
         )
     return int(vit.cls_token is not None)
 

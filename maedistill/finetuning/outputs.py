@@ -50,12 +50,12 @@ class RequestedOutputs:
 class FeatureInfo:
     """The features that a network can give. channels, grids: by depth, empty if there are none by depth.
 
-    heads: by block of a ViT, 0 without plain attention. embedding: width of the pooled features, 0 if there are none.
+    num_heads: by block of a ViT, 0 without plain attention. embedding: width of the pooled features, 0 if none.
     """
 
     channels: tuple[int, ...]
     grids: tuple[int, ...]
-    heads: tuple[int, ...]
+    num_heads: tuple[int, ...]
     embedding: int
 
 
@@ -83,13 +83,13 @@ def anatomy(network: nn.Module, *, image_size: int) -> FeatureInfo:
     image = next(network.parameters()).new_zeros(1, 3, image_size, image_size)
     if is_plain_vit(network):
         depth, grid = len(network.blocks), network.patch_embed.grid_size[0]
-        heads = tuple(block.attn.num_heads if has_plain_attention(block) else 0 for block in network.blocks)
+        num_heads = tuple(block.attn.num_heads if has_plain_attention(block) else 0 for block in network.blocks)
         channels, grids = (network.embed_dim,) * depth, (grid,) * depth
     else:
         maps = _all_maps(network, image)
         channels, grids = (tuple(m.shape[axis] for m in maps) for axis in (1, 2))
-        heads = ()
-    return FeatureInfo(channels, grids, heads, _embedding_width(network, image))
+        num_heads = ()
+    return FeatureInfo(channels, grids, num_heads, _embedding_width(network, image))
 
 
 def received_attention(query: Tensor, key: Tensor) -> Tensor:

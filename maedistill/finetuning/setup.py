@@ -41,7 +41,7 @@ from maedistill.runs.plan import Plan, make_plan, measured_lines, num_params_m, 
 from maedistill.training.compilation import compile_module
 from maedistill.training.optim import layer_rates, layerwise_groups, parameter_groups
 from maedistill.weights.from_run import describe_network
-from maedistill.weights.licence import combined_licence
+from maedistill.weights.license import combined_license
 from maedistill.weights.source import Source
 
 Triple = tuple[float, float, float]
@@ -81,7 +81,7 @@ class Finetuning:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Return the metadata for run.json: network, input, samples, initial weights and their licence."""
+        """Return the metadata for run.json: network, input, samples, initial weights and their license."""
         data, source = self.config.data, self.source
         return {
             "stage": "finetune",
@@ -94,8 +94,8 @@ class Finetuning:
             "origin": source.origin if source is not None else None,
             "teacher": "; ".join(teacher.describe() for teacher in self.teachers) or None,
             "teacher_weights": [teacher.fingerprint for teacher in self.teachers],
-            "licence": combined_licence(
-                [*([source.licence] if source else []), *(teacher.classifier.licence for teacher in self.teachers)]
+            "license": combined_license(
+                [*([source.license] if source else []), *(teacher.classifier.license for teacher in self.teachers)]
             ),
         }
 
@@ -108,7 +108,7 @@ class Finetuning:
         return [
             f"start    {self.source.describe() if self.source is not None else 'from scratch'}",
             f"network  {vit.embed_dim} x {len(vit.blocks)}, {num_params_m(vit):.2f} M, "
-            f"pooling {config.student.pooling}, {self.num_classes} classes, drop path {config.student.drop_path:g}",
+            f"pooling {config.student.global_pool}, {self.num_classes} classes, drop path {config.student.drop_path:g}",
             f"data     {self.plan.images:,} images{share} at {data.image_size} px, {data.train}",
             f"eval     {len(self.val_index):,} images, {data.val}",
             *distillation_lines(config, self.teachers, micro_batch=self.plan.batch.micro_batch),
@@ -199,7 +199,7 @@ def dry_run(config: FinetuneConfig) -> None:
 def _open_data(config: FinetuneConfig) -> tuple[ShardIndex, ShardIndex]:
     """Open the indexes of training and validation shards; check for equal classes and the labels that are needed."""
     index = open_index(config.data.train, index=config.data.index)
-    require_room(index, window=config.data.window_shards)
+    require_room(index, window=config.data.shuffle_window)
     val_index = open_index(config.data.val)
     for part in (index, val_index) if config.distill.reads_labels else (val_index,):
         part.require_labels()

@@ -31,10 +31,10 @@ from maedistill.models.heads import projection
 Parts = dict[str, Tensor]
 Pairs = Sequence[tuple[int, int]]  # (student depth, teacher depth)
 EMBEDDING_LOSSES = {
-    "distances": rkd_distance_loss,
-    "angles": rkd_angle_loss,
-    "similarity": sp_loss,
-    "affinity": pkt_loss,
+    "rkd_distance": rkd_distance_loss,
+    "rkd_angle": rkd_angle_loss,
+    "similarity_preserving": sp_loss,
+    "pkt": pkt_loss,
 }
 
 
@@ -101,7 +101,7 @@ class HardLabel(Term):
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
         """Return the part `hard`."""
         logits = student["logits"] if self.token is None else self.head(student["tokens"][:, self.token])  # [B, C]
-        return {"hard": hard_label_loss(logits, teacher["logits"])}
+        return {"hard_label": hard_label_loss(logits, teacher["logits"])}
 
     def idle(self, student: Outputs) -> Tensor | int:
         """Return 0, computed through the head."""
@@ -147,7 +147,7 @@ class Hints(Term):
         )
 
 
-class Maps(Term):
+class AttentionTransfer(Term):
     """Attention transfer of activation maps (Zagoruyko & Komodakis, ICLR 2017)."""
 
     def __init__(self, pairs: Pairs, *, power: int) -> None:
@@ -157,7 +157,7 @@ class Maps(Term):
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
         """Return the part `maps/STUDENT-TEACHER` for each pair."""
         return {
-            f"maps/{s}-{t}": attention_transfer_loss(
+            f"attention_transfer/{s}-{t}": attention_transfer_loss(
                 student[f"features/{s}"], teacher[f"features/{t}"], power=self.power
             )
             for s, t in self.pairs
@@ -179,13 +179,13 @@ class Attention(Term):
         }
 
 
-class Relations(Term):
+class TokenRelations(Term):
     """Query-key and value-value relations of patch tokens (TinyMIM, Ren et al., CVPR 2023)."""
 
-    def __init__(self, pairs: Pairs, *, heads: Sequence[int]) -> None:
-        """Store the pairs. heads: for each teacher, how many heads both sides are split into."""
+    def __init__(self, pairs: Pairs, *, num_heads: Sequence[int]) -> None:
+        """Store the pairs. num_heads: for each teacher, how many heads both sides are split into."""
         super().__init__()
-        self.pairs, self.heads = tuple(pairs), tuple(heads)
+        self.pairs, self.num_heads = tuple(pairs), tuple(num_heads)
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
         """Return the parts `relations/STUDENT-TEACHER/qk` and `.../vv` for each pair."""
@@ -195,8 +195,8 @@ class Relations(Term):
                 [side[f"{name}/{block}"] for name in ("query", "key", "value")]
                 for side, block in ((student, s), (teacher, t))
             ]  # [B, H, N, d] each
-            found = token_relations(*sides, heads=self.heads[number])
-            parts |= {f"relations/{s}-{t}/qk": found.qk, f"relations/{s}-{t}/vv": found.vv}
+            found = token_relations(*sides, num_heads=self.num_heads[number])
+            parts |= {f"token_relations/{s}-{t}/qk": found.qk, f"token_relations/{s}-{t}/vv": found.vv}
         return parts
 
     def total(self, parts: Parts) -> Tensor:
@@ -219,7 +219,7 @@ class Embeddings(Term):
             return {self.name: self.loss(*sides)}
 
 
-class Contrast(Term):
+class Contrastive(Term):
     """Contrastive loss after CRD (Tian et al., ICLR 2020) within a micro-batch, on projected pooled features."""
 
     def __init__(self, *, student_width: int, teacher_widths: Sequence[int], width: int, temperature: float) -> None:
@@ -234,7 +234,7 @@ class Contrast(Term):
         rows = student["embedding"]  # [B, D]
         sides = self.student[number](rows), self.teacher[number](teacher["embedding"].to(rows.dtype))
         with without_autocast(rows):
-            return {"contrast": contrast_loss(*sides, temperature=self.temperature)}
+            return {"contrastive": contrast_loss(*sides, temperature=self.temperature)}
 
     def idle(self, student: Outputs) -> Tensor | int:
         """Return 0, computed through each projection."""

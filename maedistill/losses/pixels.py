@@ -12,13 +12,13 @@ def patch_statistics(rows: Tensor, *, kind: str) -> tuple[Tensor, Tensor]:
     """Return the shift and scale that normalise pixel rows [B, H, p*p*3]; both broadcast against the rows.
 
     raw: none (0 and 1). patch: mean and sqrt(unbiased variance + 1e-6) over the whole patch (MAE, section 3).
-    patch_channel: mean and unbiased deviation + 1e-6 of each channel of the patch (VideoMAE and AMD).
+    norm_patch_channel: mean and unbiased deviation + 1e-6 of each channel of the patch (VideoMAE and AMD).
     """
     if kind == "raw":
         return rows.new_zeros(1), rows.new_ones(1)
-    if kind == "patch":
+    if kind == "norm_patch":
         return rows.mean(-1, keepdim=True), (rows.var(-1, keepdim=True) + 1e-6).sqrt()
-    assert kind == "patch_channel"
+    assert kind == "norm_patch_channel"
     pixels = rearrange(rows, "b h (x c) -> b h x c", c=3)
     repeat = pixels.shape[2]
     shift = pixels.mean(2, keepdim=True).expand(-1, -1, repeat, -1)

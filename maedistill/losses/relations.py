@@ -84,13 +84,13 @@ def token_relation_loss(student: Tensor, teacher: Tensor, *, other: tuple[Tensor
     return F.kl_div(predicted.flatten(0, 2), expected.flatten(0, 2), reduction="batchmean", log_target=True)
 
 
-def token_relations(student: Sequence[Tensor], teacher: Sequence[Tensor], *, heads: int) -> TokenRelations:
+def token_relations(student: Sequence[Tensor], teacher: Sequence[Tensor], *, num_heads: int) -> TokenRelations:
     """Return TinyMIM's two terms from the queries, keys and values of student and teacher, [B, H, M, d] each.
 
-    Both sides are split into `heads`, which divides both widths. Autocast is off: bf16 would lose small differences.
+    Both sides are split into `num_heads`, which divides both widths. Autocast is off: bf16 loses small differences.
     """
     (query, key, value), (*expected, expected_value) = (
-        [merge_heads(part.float(), heads) for part in side] for side in (student, teacher)
+        [merge_heads(part.float(), num_heads) for part in side] for side in (student, teacher)
     )
     with without_autocast(query):
         return TokenRelations(
@@ -99,10 +99,10 @@ def token_relations(student: Sequence[Tensor], teacher: Sequence[Tensor], *, hea
         )
 
 
-def merge_heads(rows: Tensor, heads: int) -> Tensor:
+def merge_heads(rows: Tensor, num_heads: int) -> Tensor:
     """Split the same width into other heads, for unequal networks: [B, H, M, d] -> [B, heads, M, H d / heads]."""
     batch, old, tokens, width = rows.shape
-    return rows.transpose(1, 2).reshape(batch, tokens, heads, old * width // heads).transpose(1, 2)
+    return rows.transpose(1, 2).reshape(batch, tokens, num_heads, old * width // num_heads).transpose(1, 2)
 
 
 def _relative_distances(rows: Tensor) -> Tensor:

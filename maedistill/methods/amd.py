@@ -24,14 +24,16 @@ class AMD(DMAE):
         generator_depth: int = 2,
         generator_heads: int | None = None,
         generate_weight: float = 1.0,
-        positions: str = "sincos2d",
+        pos_embed: str = "sincos2d",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, teacher_width=teacher_width, **kwargs)
         self.generate_weight = generate_weight
-        heads = generator_heads or max(1, teacher_width // 64)
+        num_heads = generator_heads or max(1, teacher_width // 64)
         self.generators = nn.ModuleList(
-            Generator(teacher_width, depth=generator_depth, heads=heads, grid=self.encoder.grid, positions=positions)
+            Generator(
+                teacher_width, depth=generator_depth, num_heads=num_heads, grid=self.encoder.grid, pos_embed=pos_embed
+            )
             for _ in self.student_taps
         )
 

@@ -35,13 +35,13 @@ class MAE(nn.Module):
         *,
         mean: Sequence[float],
         std: Sequence[float],
-        pixel_kind: str = "patch",
+        pixel_kind: str = "norm_patch",
         pixel_weight: float = 1.0,
-        predict: float = 1.0,
+        predict_ratio: float = 1.0,
     ) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        self.pixel_kind, self.pixel_weight, self.predict = pixel_kind, pixel_weight, predict
+        self.pixel_kind, self.pixel_weight, self.predict_ratio = pixel_kind, pixel_weight, predict_ratio
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -63,7 +63,7 @@ class MAE(nn.Module):
 
     def num_predicted(self, split: PatchSplit) -> int:
         """Return how many hidden patches of an image are predicted in training: H."""
-        return num_visible(self.predict, split.hidden.shape[1])
+        return num_visible(self.predict_ratio, split.hidden.shape[1])
 
     @torch.no_grad()
     def draw(self, images: Tensor, split: PatchSplit) -> Tensor:
@@ -78,7 +78,7 @@ class MAE(nn.Module):
         parts = split.hidden.split(self.num_predicted(split), dim=1)
         rows = torch.cat([self.decoder(tokens, split, part) for part in parts], dim=1)  # [B, N - S, p*p*3]
         rows = rows.float() * scale + shift
-        if self.pixel_kind != "patch_channel":  # back from the student's normalisation to [0, 1]
+        if self.pixel_kind != "norm_patch_channel":  # back from the student's normalisation to [0, 1]
             repeat = rows.shape[-1] // 3
             rows = rows * self.std.flatten().repeat(repeat) + self.mean.flatten().repeat(repeat)
         canvas = rows.new_zeros(len(rows), split.order.shape[1], rows.shape[-1])
@@ -87,5 +87,5 @@ class MAE(nn.Module):
 
     def pixels_of(self, images: Tensor, normalized: Tensor, ids: Tensor) -> Tensor:
         """Return pixel rows of the patches `ids` [B, M]: of the plain images in AMD, else of the normalised input."""
-        source = images if self.pixel_kind == "patch_channel" else normalized
+        source = images if self.pixel_kind == "norm_patch_channel" else normalized
         return gather_rows(patchify(source, self.encoder.patch_size), ids)  # [B, M, p*p*3]

@@ -20,7 +20,7 @@ from maedistill.models.masking import PatchSplit
 class TinyMIM(MAE):
     """MAE plus, for each pair of blocks, a loss on query-key and value-value relations. Prefix tokens are left out.
 
-    heads: for each pair, the number of heads that both widths are split into; in the paper the teacher's own number.
+    num_heads: for each pair, the heads that both widths are split into; in the paper the teacher's own number.
     """
 
     def __init__(
@@ -29,13 +29,13 @@ class TinyMIM(MAE):
         student_taps: Sequence[int],
         teacher_taps: Sequence[int],
         teacher_prefix: int,
-        heads: Sequence[int],
+        num_heads: Sequence[int],
         align_weight: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.student_taps, self.teacher_taps = tuple(student_taps), tuple(teacher_taps)
-        self.teacher_prefix, self.heads, self.align_weight = teacher_prefix, tuple(heads), align_weight
+        self.teacher_prefix, self.num_heads, self.align_weight = teacher_prefix, tuple(num_heads), align_weight
 
     def forward(self, images: Tensor, split: PatchSplit, target: Target | None = None) -> Losses:
         """Return MAE's losses and `align/BLOCK/qk` and `align/BLOCK/vv` per student block, whose sum enters the loss.
@@ -51,8 +51,8 @@ class TinyMIM(MAE):
     def align(self, found: Target, target: Target) -> Losses:
         """Return the divergences of each pair. found: the student's, {block: [3, B, H, P + S, d]}."""
         losses = {}
-        for s, t, heads in zip(self.student_taps, self.teacher_taps, self.heads, strict=True):
+        for s, t, num_heads in zip(self.student_taps, self.teacher_taps, self.num_heads, strict=True):
             student, teacher = found[s][..., self.encoder.num_prefix :, :], target[t][..., self.teacher_prefix :, :]
-            parts = token_relations(student.unbind(0), teacher.unbind(0), heads=heads)
+            parts = token_relations(student.unbind(0), teacher.unbind(0), num_heads=num_heads)
             losses |= {f"align/{s}/qk": parts.qk, f"align/{s}/vv": parts.vv}
         return losses

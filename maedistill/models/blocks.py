@@ -19,8 +19,8 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # as in MAE, DMAE and AMD
 class TransformerBlock(Block):
     """timm's Block with the papers' settings: MLP ratio 4, qkv bias."""
 
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__(width, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm)
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__(width, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm)
 
     def forward(self, x: Tensor, *, first: int = 0) -> Tensor:
         """Return rows `first` and after of the block's output: [B, R, W] -> [B, Q, W] with Q = R - first.
@@ -43,9 +43,9 @@ class CrossBlock(nn.Module):
     The rows do not attend to each other.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.norm1, self.norm_context, self.norm2 = LayerNorm(width), LayerNorm(width), LayerNorm(width)
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
@@ -53,9 +53,9 @@ class CrossBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Update the rows from the context: [B, Q, W], context [B, C, W] -> [B, Q, W]."""
-        q = rearrange(self.query(self.norm1(x)), "b q (h d) -> b h q d", h=self.heads)
+        q = rearrange(self.query(self.norm1(x)), "b q (h d) -> b h q d", h=self.num_heads)
         key_value = self.key_value(self.norm_context(context))  # [B, C, 2W]
-        k, v = rearrange(key_value, "b c (two h d) -> two b h c d", two=2, h=self.heads)
+        k, v = rearrange(key_value, "b c (two h d) -> two b h c d", two=2, h=self.num_heads)
         read = F.scaled_dot_product_attention(q, k, v)  # [B, h, Q, W/h]
         x = x + self.proj(rearrange(read, "b h q d -> b q (h d)"))
         return x + self.mlp(self.norm2(x))

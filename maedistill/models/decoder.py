@@ -27,20 +27,20 @@ class TokenDecoder(nn.Module):
         *,
         width: int,
         depth: int,
-        heads: int,
+        num_heads: int,
         grid: int,
         patch_size: int,
         num_prefix: int,
         bias: bool = True,
-        positions: str = "sincos2d",
+        pos_embed: str = "sincos2d",
     ) -> None:
         super().__init__()
         self.num_prefix = num_prefix
         self.embed = nn.Linear(in_width, width, bias=bias)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        table = position_table(positions, grid=grid, width=width, num_prefix=num_prefix)
+        table = position_table(pos_embed, grid=grid, width=width, num_prefix=num_prefix)
         self.register_buffer("pos_embed", table)  # [1, P + N, W]
-        self.blocks = nn.ModuleList(self.block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(self.block(width, num_heads) for _ in range(depth))
         self.norm = LayerNorm(width)
         self.head = nn.Linear(width, patch_size**2 * 3)
 

@@ -94,21 +94,21 @@ def build_vit(
     model: str,
     *,
     image_size: int,
-    positions: str = "learned",
+    pos_embed: str = "learned",
     width: int | None = None,
     depth: int | None = None,
-    heads: int | None = None,
+    num_heads: int | None = None,
     patch_size: int | None = None,
     class_token: bool | None = None,
     register_tokens: int | None = None,
     drop_path: float | None = None,
     num_classes: int = 0,
-    pooling: str = "",
+    global_pool: str = "",
 ) -> VisionTransformer:
     """Build a randomly initialised timm `model` for square images of `image_size` pixels; by default no classifier.
 
     positions: `sincos2d` or `sincos1d` replaces the position parameter by a fixed buffer of that table; `learned`
-    keeps it. The other dimensions override the model's own where they are not None. pooling: timm's `global_pool`;
+    keeps it. The other dimensions override the model's own where they are not None. global_pool: timm's;
     with `avg`, the mean of the patch tokens has a norm of its own, `fc_norm`, and the encoder's final norm is left out.
     Raises ConfigError for a name that is not a plain VisionTransformer with absolute positions.
     """
@@ -116,24 +116,24 @@ def build_vit(
     with torch.device("meta"):  # allocates and initialises nothing
         plain = timm.create_model(model, pretrained=False)
     require_plain_vit(plain, model)
-    num_heads = heads or getattr(getattr(plain.blocks[0], "attn", None), "num_heads", 1)
+    num_heads = num_heads or getattr(getattr(plain.blocks[0], "attn", None), "num_heads", 1)
     _require_fit(
-        image_size, patch_size or plain.patch_embed.patch_size[0], width=width or plain.embed_dim, heads=num_heads
+        image_size, patch_size or plain.patch_embed.patch_size[0], width=width or plain.embed_dim, num_heads=num_heads
     )
     overrides = {
         "embed_dim": width,
         "depth": depth,
-        "num_heads": heads,
+        "num_heads": num_heads,
         "patch_size": patch_size,
         "class_token": class_token,
         "reg_tokens": register_tokens,
         "drop_path_rate": drop_path,
     }
     given = {name: value for name, value in overrides.items() if value is not None}
-    keywords = {"num_classes": num_classes, "global_pool": pooling, "img_size": image_size, **given}
+    keywords = {"num_classes": num_classes, "global_pool": global_pool, "img_size": image_size, **given}
     vit = timm.create_model(model, pretrained=False, **keywords)
-    if positions != "learned":
-        fix_positions(vit, positions)
+    if pos_embed != "learned":
+        fix_positions(vit, pos_embed)
     return vit
 
 
@@ -158,12 +158,12 @@ def require_known(model: str) -> None:
         )
 
 
-def _require_fit(image_size: int, patch_size: int, *, width: int, heads: int) -> None:
+def _require_fit(image_size: int, patch_size: int, *, width: int, num_heads: int) -> None:
     """Raise ConfigError where dimensions do not divide, for models that the config's own rules do not cover."""
     if image_size % patch_size:
         raise ConfigError(f"patch size {patch_size} does not divide image size {image_size}", "change one of them")
-    if width % heads or width % 4:
-        raise ConfigError(f"width {width} is no multiple of 4 and of {heads} heads", "change width or heads")
+    if width % num_heads or width % 4:
+        raise ConfigError(f"width {width} is no multiple of 4 and of {num_heads} heads", "change width or heads")
 
 
 def require_plain_vit(vit: nn.Module, model: str) -> None:

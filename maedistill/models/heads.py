@@ -27,11 +27,11 @@ class Generator(nn.Module):
     are those of the last block, without a final norm.
     """
 
-    def __init__(self, width: int, *, depth: int, heads: int, grid: int, positions: str = "sincos2d") -> None:
+    def __init__(self, width: int, *, depth: int, num_heads: int, grid: int, pos_embed: str = "sincos2d") -> None:
         super().__init__()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_buffer("pos_embed", position_table(positions, grid=grid, width=width))  # [1, N, D_t]
-        self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
+        self.register_buffer("pos_embed", position_table(pos_embed, grid=grid, width=width))  # [1, N, D_t]
+        self.blocks = nn.ModuleList(TransformerBlock(width, num_heads) for _ in range(depth))
 
     def forward(self, projected: Tensor, split: PatchSplit) -> Tensor:
         """Predict rows `order[:, S:T]` from the projected student rows: [B, S, D_t] -> [B, T - S, D_t]."""

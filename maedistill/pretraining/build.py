@@ -54,21 +54,21 @@ def build_method(config: PretrainConfig, encoder: MaskedEncoder, source: Source 
             f"use 0 to {encoder.depth - 1}",
         )
     # The decoder and the generators use fixed tables even if the student learns its positions.
-    table = "sincos2d" if config.student.positions == "learned" else config.student.positions
+    table = "sincos2d" if config.student.pos_embed == "learned" else config.student.pos_embed
     decoder = DECODERS[config.decoder.attention](
         encoder.width,
         grid=encoder.grid,
         patch_size=encoder.patch_size,
         num_prefix=encoder.num_prefix,
-        positions=table,
-        **config.decoder.model_dump(exclude={"attention", "predict"}),
+        pos_embed=table,
+        **config.decoder.model_dump(exclude={"attention", "predict_ratio"}),
     )
     keywords: dict[str, object] = {
         "mean": config.data.mean,
         "std": config.data.std,
         "pixel_kind": config.pixels.target,
         "pixel_weight": config.pixels.weight,
-        "predict": config.decoder.predict,
+        "predict_ratio": config.decoder.predict_ratio,
     }
     if config.method == "tinymim":
         keywords |= _relation_keywords(config, encoder, source)
@@ -83,21 +83,21 @@ def build_method(config: PretrainConfig, encoder: MaskedEncoder, source: Source 
         }
     if config.method == "amd":
         generate, width = config.generate, source.encoder.width
-        heads = generate.heads or max(1, width // 64)
-        if width % heads:
+        num_heads = generate.num_heads or max(1, width // 64)
+        if width % num_heads:
             raise ConfigError(
-                f"generate.heads: {heads} heads do not divide the teacher's width {width}",
-                f"set generate.heads to a divisor of {width}",
+                f"generate.num_heads: {num_heads} heads do not divide the teacher's width {width}",
+                f"set generate.num_heads to a divisor of {width}",
             )
         keywords |= {
             "generator_depth": generate.depth,
-            "generator_heads": heads,
+            "generator_heads": num_heads,
             "generate_weight": generate.weight,
-            "positions": table,
+            "pos_embed": table,
         }
     method = METHODS[config.method](encoder, decoder, **keywords)
     initialize(method, seed=config.seed)
-    if config.engine.checkpoint_activations:
+    if config.engine.activation_checkpointing:
         encoder.vit.set_grad_checkpointing(True)
     return method
 
@@ -114,8 +114,8 @@ def _relation_keywords(config: PretrainConfig, encoder: MaskedEncoder, source: S
                 f"align.{who}: the {who}'s blocks have no queries, keys and values that can be compared",
                 "use a plain ViT, e.g. vit_small_patch16_224, or method=dmae",
             )
-    heads = [teacher.vit.blocks[tap].attn.num_heads for tap in align.teacher if tap < teacher.depth]
-    if uneven := [number for number in heads if encoder.width % number]:
+    num_heads = [teacher.vit.blocks[tap].attn.num_heads for tap in align.teacher if tap < teacher.depth]
+    if uneven := [number for number in num_heads if encoder.width % number]:
         step = lcm(uneven[0], 4)  # sin-cos positions need a multiple of 4
         raise ConfigError(
             f"student.width: {encoder.width} cannot be cut into the teacher's {uneven[0]} heads",
@@ -125,7 +125,7 @@ def _relation_keywords(config: PretrainConfig, encoder: MaskedEncoder, source: S
         "student_taps": align.student,
         "teacher_taps": align.teacher,
         "teacher_prefix": teacher.num_prefix,
-        "heads": heads,
+        "num_heads": num_heads,
         "align_weight": align.weight,
     }
 
@@ -133,7 +133,7 @@ def _relation_keywords(config: PretrainConfig, encoder: MaskedEncoder, source: S
 def build_crops(config: PretrainConfig, index: ShardIndex) -> RandomCrops:
     """Build the data set of training crops, indexed by position."""
     data = config.data
-    order = SampleOrder(index.starts, seed=config.seed, views=data.views_per_image, window=data.window_shards)
+    order = SampleOrder(index.starts, seed=config.seed, views=data.views_per_image, window=data.shuffle_window)
     return RandomCrops(
         index,
         order,
@@ -146,8 +146,8 @@ def build_crops(config: PretrainConfig, index: ShardIndex) -> RandomCrops:
 
 def mask_sizes(config: PretrainConfig, num_patches: int) -> tuple[int, int]:
     """Return the numbers of patches that student and teacher see: S and T."""
-    student = num_visible(config.masks.student_visible, num_patches)
-    return student, num_visible(config.masks.teacher_visible or config.masks.student_visible, num_patches)
+    student = num_visible(config.masks.student_keep_ratio, num_patches)
+    return student, num_visible(config.masks.teacher_keep_ratio or config.masks.student_keep_ratio, num_patches)
 
 
 def step_inputs(

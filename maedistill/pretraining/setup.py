@@ -65,7 +65,7 @@ class Pretraining:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Return the metadata for run.json: network, samples, teacher, and the licence of the weights used."""
+        """Return the metadata for run.json: network, samples, teacher, and the license of the weights used."""
         data, source = self.config.data, self.source
         return {
             "stage": "pretrain",
@@ -80,7 +80,7 @@ class Pretraining:
             },
             "teacher": source.describe() if source is not None else None,
             "teacher_weights": self.teacher_weights,
-            "licence": source.licence if source is not None else "yours: no other weights were used",
+            "license": source.license if source is not None else "yours: no other weights were used",
         }
 
     @property
@@ -169,7 +169,7 @@ def dry_run(config: PretrainConfig) -> None:
 def _open_data(config: PretrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
     """Open the indexes of training and validation shards. Raises an error now if labels needed later are missing."""
     index = open_index(config.data.train, index=config.data.index)
-    require_room(index, window=config.data.window_shards)
+    require_room(index, window=config.data.shuffle_window)
     val_index = open_index(config.data.val) if config.data.val else None
     if val_index is not None and (config.log.knn_every_epochs or config.log.probe_every_epochs):
         index.require_labels()

@@ -37,7 +37,7 @@ def write_run_report(folder: RunFolder) -> Path:
         f"- {config.optim.epochs:g} epochs of {facts['data']['images']:,} images, {last['step']} steps, "
         f"global batch {config.optim.global_batch}, lr {config.optim.peak_lr:.3g}",
         f"- teacher: {facts['teacher'] or 'none'}",
-        f"- licence of the weights that went in: {facts['licence']}",
+        f"- license of the weights that went in: {facts['license']}",
         f"- training time {duration(last['seconds'])} at {last['rate']:.0f} images/s per rank",
         f"- command: `{facts['starts'][-1]['command']}`, started {len(facts['starts'])} time(s)",
         "",
@@ -79,7 +79,7 @@ def write_finetune_report(folder: RunFolder) -> Path:
         f"- {config.optim.epochs:g} epochs of {facts['data']['images']:,} images, {last['step']} steps, "
         f"global batch {config.optim.global_batch}, lr {config.optim.peak_lr:.3g}, layer decay "
         f"{config.optim.layer_decay:g}, seed {config.seed}",
-        f"- licence of the weights that went in: {facts['licence']}",
+        f"- license of the weights that went in: {facts['license']}",
         f"- training time {duration(last['seconds'])} at {last['rate']:.0f} images/s per rank",
         f"- command: `{facts['starts'][-1]['command']}`, started {len(facts['starts'])} time(s)",
         "",
@@ -117,7 +117,7 @@ def next_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
     overrides = ["method=dmae", f"run={path}_small", f"teacher.source=run:{path}"]
     described = config.teacher.model_dump(exclude={"source", "precision"})  # settings of this run's own teacher
     overrides += [f"teacher.{key}=null" for key, value in described.items() if value is not None]
-    overrides += ["masks.teacher_visible=null"] if config.masks.teacher_visible is not None else []
+    overrides += ["masks.teacher_keep_ratio=null"] if config.masks.teacher_keep_ratio is not None else []
     if arch is not None:
         tap = max(0, arch.depth * 3 // 4 - 1)  # DMAE's 3/4 of the depth, block 17 of 24
         overrides += [f"student.width={arch.width // 2}", f"align.student=[{tap}]", f"align.teacher=[{tap}]"]

@@ -1,6 +1,6 @@
 """The folder of a run: its settings, its history, and whether a command may continue it.
 
-RUN/config.yaml      the settings, resolved        RUN/run.json       what was used: data, teacher, licence, versions
+RUN/config.yaml      the settings, resolved        RUN/run.json       what was used: data, teacher, license, versions
 RUN/metrics.jsonl    one object per logged step    RUN/exit.json      how the last start ended
 RUN/checkpoints/     see checkpoint.py             RUN/pictures/      reconstruction sheets
 RUN/bad_samples.txt  samples that did not decode   RUN/report.md      the summary, with the next command

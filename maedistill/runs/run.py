@@ -168,7 +168,7 @@ class Run:
     @property
     def should_log(self) -> bool:
         """Return whether to read losses after the step just done: the only time when the host waits for the device."""
-        return self.step % self.config.log.every == 0 or self.step == self.plan.steps or self.leaving
+        return self.step % self.config.log.every_steps == 0 or self.step == self.plan.steps or self.leaving
 
     @property
     def should_save(self) -> bool:
@@ -192,7 +192,7 @@ class Run:
         steps = self.nonfinite.note(self.step - 1, self.engine.broken, now=now)
         for step in steps:
             self._note_nonfinite(step, crops)
-        if steps and (settings.nonfinite == "stop" or self.nonfinite.in_a_row > settings.most_nonfinite):
+        if steps and (settings.nonfinite == "stop" or self.nonfinite.in_a_row > settings.max_nonfinite):
             raise NumericsError(
                 f"the loss or the gradient of step {steps[-1] + 1} is not finite, {self.nonfinite.in_a_row} in a row "
                 f"(engine.nonfinite={settings.nonfinite}); {self.folder.nonfinite} names its samples",

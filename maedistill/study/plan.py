@@ -28,7 +28,7 @@ from maedistill.study.schema import TEACHER_SEED, Study
 from maedistill.study.steps import Step
 
 TEST_FILE = "test.json"
-_SHAPE = ("model", "width", "depth", "heads", "patch_size", "class_token", "register_tokens")
+_SHAPE = ("model", "width", "depth", "num_heads", "patch_size", "class_token", "register_tokens")
 _SOURCE = "teacher.source"
 
 

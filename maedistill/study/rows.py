@@ -1,8 +1,8 @@
 """Expand students to the rows of a comparison: a student with axes is one row for each combination of their values.
 
-    dmae: {config: d.yaml, axes: {masks: {student_visible: [0.1, 0.25]}}, finetune_axes: {optim: {lr: [1e-3, 2e-3]}}}
-        pre-trained as  dmae_student_visible_0.1, dmae_student_visible_0.25
-        the rows        dmae_student_visible_0.1_lr_0.001, ..._0.1_lr_0.002, ..._0.25_lr_0.001, ..._0.25_lr_0.002
+    dmae: {config: d.yaml, axes: {masks: {student_keep_ratio: [0.1, 0.25]}}, finetune_axes: {optim: {lr: [1e-3, 2e-3]}}}
+        pre-trained as  dmae_student_keep_ratio_0.1, dmae_student_keep_ratio_0.25
+        the rows        dmae_student_keep_ratio_0.1_lr_0.001, ..._0.1_lr_0.002, ..._0.25_lr_0.001, ..._0.25_lr_0.002
 
 A row is trained once per seed. Rows that differ only in fine-tuning share their pre-training.
 """

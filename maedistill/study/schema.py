@@ -12,7 +12,7 @@
     students:
       mae: {config: mae.yaml}                  # relative to this file
       dmae: {config: dmae.yaml, teacher: large, set: [align.weight=10], finetune_set: [optim.epochs=20]}
-      sparse: {config: dmae.yaml, axes: {teacher: [small, large], masks: {student_visible: [0.1, 0.25]}}}
+      sparse: {config: dmae.yaml, axes: {teacher: [small, large], masks: {student_keep_ratio: [0.1, 0.25]}}}
       tuned: {pretraining_of: dmae, finetune_axes: {optim: {lr: [1e-3, 2e-3]}}}
       kd: {shape_of: mae, finetune_set: [distill.logits.weight=1],      # an axis of lists: a list of lists
            finetune_axes: {distill: {teachers: [["{teacher.large.finetuned}"], ["{teacher.early.finetuned}"]]}}}
@@ -25,7 +25,7 @@
 `{teacher.large.finetuned}` for its fine-tuned run: `"teacher.source={teacher.large}"`. A teacher may name teachers
 above it. A student's `teacher: large` is short for this setting, and may be omitted if the file has one teacher. `axes`
 map keys to lists of values: every combination is a separate row (`rows.py`), here
-sparse_teacher_small_student_visible_0.1 and three more.
+sparse_teacher_small_student_keep_ratio_0.1 and three more.
 """
 
 from typing import Any

@@ -44,7 +44,7 @@ class Network:
     interpolation: str
     crop_mode: str
     num_classes: int  # 0 for an encoder without a classifier
-    licence: str
+    license: str
     classes: tuple[str, ...] = ()  # names, position = label; empty if not known
 
     @property
@@ -56,7 +56,7 @@ class Network:
         """Describe the network in one line for the log: source, size, classes, license."""
         num_params_m = self.parameters / 1e6
         classes = f"{self.num_classes:,} classes" if self.num_classes else "no classifier"
-        return f"{self.name}  {num_params_m:.2f} M parameters, {classes}, licence {self.licence}"
+        return f"{self.name}  {num_params_m:.2f} M parameters, {classes}, license {self.license}"
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """Return the preprocessing of an image, without the normalisation: RGB -> uint8 [3, size, size]."""
@@ -135,7 +135,7 @@ def _open_run(path: str, weights: Weights, image_size: int | None, needs_classes
         interpolation="bicubic",
         crop_mode="center",
         num_classes=saved.vit.num_classes,
-        licence=saved.facts["licence"],
+        license=saved.facts["license"],
         classes=tuple(saved.facts.get("classes") or ()),
     )
 
@@ -184,7 +184,7 @@ def _with_input_of_timm(network: nn.Module, name: str, image_size: int | None) -
         interpolation=checked.interpolation,
         crop_mode=checked.crop_mode,
         num_classes=network.num_classes,
-        licence=str(network.pretrained_cfg.get("license") or "not stated"),
+        license=str(network.pretrained_cfg.get("license") or "not stated"),
         classes=tuple(map(str, network.pretrained_cfg.get("label_names") or ())),
     )
 

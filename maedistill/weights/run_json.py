@@ -22,7 +22,7 @@ MOST_BLOCKS, LARGEST = 1_000, 1_000_000  # of a network; LARGEST bounds width, i
 
 _ARGUMENTS = frozenset(inspect.signature(VisionTransformer).parameters)
 _REMEDY = "name a run folder that tools/pretrain.py or tools/finetune.py has written"
-_NEEDED = ("stage", "network", "input", "licence")
+_NEEDED = ("stage", "network", "input", "license")
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Deviation = Annotated[float, Field(allow_inf_nan=False, gt=0)]
 _Argument = bool | int | float | str | None | list[int]
@@ -88,7 +88,7 @@ class Origin(Part):
     method: Literal["mae", "dmae", "amd", "tinymim"] | None = None
     data: Data | None = None
     teacher: str | None = None
-    licence: str
+    license: str
 
 
 class Facts(Origin):

@@ -35,7 +35,7 @@ class Source:
     source: str
     mean: Triple
     std: Triple
-    licence: str
+    license: str
     audit: str
     origin: Mapping[str, Any] | None = None  # from run.json, for a `run:` source
 
@@ -43,7 +43,7 @@ class Source:
         """Describe the source in one line for the log: source, size, keys, normalisation, license."""
         num_params_m = sum(p.numel() for p in self.encoder.parameters()) / 1e6
         size = f"{self.encoder.width} x {self.encoder.depth}, {num_params_m:.2f} M"
-        return f"{self.source}  {size}  {self.audit}  mean {self.mean}  licence {self.licence}"
+        return f"{self.source}  {size}  {self.audit}  mean {self.mean}  license {self.license}"
 
 
 # What each kind of source returns: the network, the audit of its keys, and the metadata that its source states.
@@ -58,10 +58,10 @@ def open_source(
     grid: int | None = None,
     image_size: int | None = None,
     model: str | None = None,
-    positions: str | None = None,
+    pos_embed: str | None = None,
     mean: Triple | None = None,
     std: Triple | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     sha256: str | None = None,
     **dimensions: Any,
 ) -> Source:
@@ -81,19 +81,19 @@ def open_source(
         vit, audit, known = _open_timm(source, size, section)
     elif kind == "file":
         assert model is not None
-        vit, audit, known = _open_file(name, model, size, section, positions=positions, sha256=sha256, **dimensions)
+        vit, audit, known = _open_file(name, model, size, section, pos_embed=pos_embed, sha256=sha256, **dimensions)
     elif kind == "run":
         vit, audit, known = _open_run(name, size)
     else:
         assert kind == "random"
-        vit, audit, known = _open_random(name, size, positions=positions, **dimensions)
+        vit, audit, known = _open_random(name, size, pos_embed=pos_embed, **dimensions)
     stated_mean, stated_std = image_statistics(known, source)
     return Source(
         encoder=MaskedEncoder(vit),
         source=source,
         mean=tuple(mean or stated_mean),
         std=tuple(std or stated_std),
-        licence=licence or str(known.get("license") or "") or f"not stated (set {section}.licence)",
+        license=license or str(known.get("license") or "") or f"not stated (set {section}.license)",
         audit=str(audit),
         origin=known.get("origin"),
     )
@@ -129,7 +129,7 @@ def _open_file(
     size: _Size,
     section: str,
     *,
-    positions: str | None,
+    pos_embed: str | None,
     sha256: str | None,
     **dimensions: Any,
 ) -> _Opened:
@@ -139,10 +139,10 @@ def _open_file(
     vit = build_vit(
         model,
         image_size=size(dimensions.get("patch_size") or _patch_size(model)),
-        positions=positions or "learned",
+        pos_embed=pos_embed or "learned",
         **dimensions,
     )
-    fixed = positions is not None
+    fixed = pos_embed is not None
     audit = load_encoder(vit, imported, name=path, section=section, optional=("norm.",), fixed_positions=fixed)
     return vit, audit, {}
 
@@ -154,19 +154,19 @@ def _open_run(folder: str, size: _Size) -> _Opened:
     image_size = size(plain.vit.patch_embed.patch_size[0])
     saved = plain if image_size == facts["input"]["size"] else open_saved(folder, image_size=image_size)
     saved.vit.reset_classifier(0, "")
-    origin = {name: facts.get(name) for name in ("stage", "method", "data", "teacher", "licence")}
+    origin = {name: facts.get(name) for name in ("stage", "method", "data", "teacher", "license")}
     known = {
         "mean": facts["input"]["mean"],
         "std": facts["input"]["std"],
-        "license": facts["licence"],
+        "license": facts["license"],
         "origin": origin,
     }
     return saved.vit, f"{saved.audit} of {saved.checkpoint.name}", known
 
 
-def _open_random(name: str, size: _Size, *, positions: str | None, **dimensions: Any) -> _Opened:
+def _open_random(name: str, size: _Size, *, pos_embed: str | None, **dimensions: Any) -> _Opened:
     image_size = size(dimensions.get("patch_size") or _patch_size(name))
-    vit = build_vit(name, image_size=image_size, positions=positions or "sincos2d", **dimensions)
+    vit = build_vit(name, image_size=image_size, pos_embed=pos_embed or "sincos2d", **dimensions)
     initialize(vit, seed=0)
     return vit, "random weights", {"license": "none, random weights"}
 

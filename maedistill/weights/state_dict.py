@@ -133,7 +133,7 @@ def load_encoder(
         lost = [k for k in missing if k not in allowed]
         remedy = "check the model's name and dimensions"
         if lost == ["pos_embed"]:
-            remedy = f"the file has no positions: name its fixed table, e.g. {section}.positions=sincos1d for AMD's"
+            remedy = f"the file has no positions: name its fixed table, e.g. {section}.pos_embed=sincos1d for AMD's"
         raise DataError(f"{name}: {len(lost)} keys are missing, e.g. {_shown(lost)}", remedy)
     _fit_grid(vit, weights, wanted, audit)
     for key, value in weights.items():

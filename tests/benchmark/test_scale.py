@@ -15,8 +15,8 @@ from maedistill.training.engine import PERSISTENCE_THRESHOLD
 CONFIG = """\
 method: mae
 data: {image_size: 32}
-student: {model: vit_tiny_patch16_224, width: 32, depth: 1, heads: 2, patch_size: 8}
-decoder: {width: 16, depth: 1, heads: 2}
+student: {model: vit_tiny_patch16_224, width: 32, depth: 1, num_heads: 2, patch_size: 8}
+decoder: {width: 16, depth: 1, num_heads: 2}
 optim: {epochs: 10, warmup_epochs: 0, global_batch: 96, lr: 1e-3}
 engine: {micro_batch: 12}
 """
@@ -93,7 +93,7 @@ def test_two_real_processes_train_and_say_how_fast(config, monkeypatch, tmp_path
 
 def test_zero_3_is_measured_and_counts_the_whole_network(config):
     """At this width ZeRO 3 cuts the weights up: what a rank still holds of them is no parameter and no FLOP."""
-    wide = ["student.width=256", "student.heads=4"]
+    wide = ["student.width=256", "student.num_heads=4"]
     settings = load_config(config, wide, to_run=False).config
     method = build_method(settings, build_encoder(settings), None)
     sizes = [parameter.numel() for parameter in method.parameters()]

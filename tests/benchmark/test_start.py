@@ -11,8 +11,8 @@ from maedistill.errors import ConfigError, DataError
 CONFIG = """\
 method: mae
 data: {{train: {shards}/train-*.tar, image_size: 32, workers: 1}}
-student: {{model: vit_tiny_patch16_224, width: 32, depth: 1, heads: 2, patch_size: 8}}
-decoder: {{width: 16, depth: 1, heads: 2}}
+student: {{model: vit_tiny_patch16_224, width: 32, depth: 1, num_heads: 2, patch_size: 8}}
+decoder: {{width: 16, depth: 1, num_heads: 2}}
 optim: {{epochs: 10, warmup_epochs: 0, global_batch: 12, lr: 1e-3}}
 log: {{tensorboard: false, knn_every_epochs: null}}
 """

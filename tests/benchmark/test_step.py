@@ -16,10 +16,10 @@ from maedistill.config.pretrain import PretrainConfig
 TINY = """
 method: {method}
 data: {{image_size: 32}}
-student: {{model: vit_tiny_patch16_224, width: 32, depth: 3, heads: 2, patch_size: 4}}
-decoder: {{width: 16, depth: 2, heads: 2}}
+student: {{model: vit_tiny_patch16_224, width: 32, depth: 3, num_heads: 2, patch_size: 4}}
+decoder: {{width: 16, depth: 2, num_heads: 2}}
 """
-TEACHER = "teacher: {source: 'random:vit_tiny_patch16_224', width: 48, depth: 4, heads: 4, patch_size: 8}\n"
+TEACHER = "teacher: {source: 'random:vit_tiny_patch16_224', width: 48, depth: 4, num_heads: 4, patch_size: 8}\n"
 PAIRS = {
     "mae": "",
     "dmae": "align: {student: [1], teacher: [2]}\n",
@@ -33,7 +33,7 @@ def contest(tmp_path, request) -> StepComparison:
     method, *overrides = request.param.split()
     text = TINY.format(method=method) + PAIRS[method]
     text += TEACHER if method != "mae" else ""
-    text += "masks: {teacher_visible: 0.5}\n" if method == "amd" else ""
+    text += "masks: {teacher_keep_ratio: 0.5}\n" if method == "amd" else ""
     (tmp_path / "tiny.yaml").write_text(text)
     config = load_config(tmp_path / "tiny.yaml", overrides, root=PretrainConfig, to_run=False).config
     made = StepComparison(config, torch.device("cpu"))
@@ -41,9 +41,9 @@ def contest(tmp_path, request) -> StepComparison:
     return made
 
 
-CASES = ["mae", "dmae", "amd", "dmae decoder.attention=cross", "amd decoder.predict=0.3", "mae pixels.target=raw"]
+CASES = ["mae", "dmae", "amd", "dmae decoder.attention=cross", "amd decoder.predict_ratio=0.3", "mae pixels.target=raw"]
 CASES += ["tinymim"]
-CASES += ["dmae student.register_tokens=2", "mae decoder.attention=cross decoder.predict=0.5"]
+CASES += ["dmae student.register_tokens=2", "mae decoder.attention=cross decoder.predict_ratio=0.5"]
 
 
 @pytest.mark.parametrize("contest", CASES, indirect=True)

@@ -20,8 +20,8 @@ def test_the_table_is_what_timm_builds():
             model = timm.create_model(name)
         assert type(model) is VisionTransformer, name
         patch_size, _ = model.patch_embed.patch_size
-        heads = model.blocks[0].attn.num_heads
-        built = Architecture(model.embed_dim, len(model.blocks), heads, patch_size)
+        num_heads = model.blocks[0].attn.num_heads
+        built = Architecture(model.embed_dim, len(model.blocks), num_heads, patch_size)
         assert architecture_of(name, Student()) == built, name
 
 
@@ -32,7 +32,7 @@ def test_every_pretrained_tag_of_a_covered_name_is_covered():
 
 
 def test_overrides_win():
-    student = Student(width=64, depth=2, heads=4, patch_size=8)
+    student = Student(width=64, depth=2, num_heads=4, patch_size=8)
     assert architecture_of("vit_small_patch16_224", student) == Architecture(64, 2, 4, 8)
 
 

@@ -41,7 +41,7 @@ OVERRIDES = [
     ("lr=1e-3", ["command line lr=1e-3", "no key lr"], ["did you mean optim.lr?"]),
     ("optim.lrr=1e-3", ["command line optim.lrr=1e-3"], ["did you mean optim.lr?"]),
     ("engine.width=64", ["no key engine.width"], ["student.width", "teacher.width", "decoder.width"]),
-    ("mask_ratio=0.75", ["no key mask_ratio"], ["masks.student_visible"]),
+    ("mask_ratio=0.75", ["no key mask_ratio"], ["masks.student_keep_ratio"]),
     ("--batch-size=64", ["--batch-size=64", "key=value"], ["without dashes"]),
     ("batch-size=64", ["no key batch-size"], ["optim.global_batch"]),
     ("qqqq=1", ["no key qqqq"], ["sections are data, student", "--explain"]),
@@ -69,7 +69,7 @@ OVERRIDES = [
     ("data.flip=on", ["expected true or false, got the text 'on'"], ["write true or false"]),
     ("data.flip=0", ["expected true or false, got 0"], ["write true or false"]),
     ("method=dame", ["one of mae, dmae, amd, tinymim, got the text 'dame'"], ["did you mean dmae?"]),
-    ("pixels.target=4", ["one of patch, raw, patch_channel"], ["write patch or raw or patch_channel"]),
+    ("pixels.target=4", ["one of norm_patch, raw, norm_patch_channel"], ["write patch or raw or norm_patch_channel"]),
     ("run=2024", ["expected text, got 2024"], ["quotes"]),
     ("align.student=8", ["a list of whole numbers, each >= 0, got 8"], ["[8]"]),
     ("align.student=[8.5]", ["each >= 0, got [8.5]"], ["--explain align.student"]),
@@ -97,11 +97,11 @@ OVERRIDES = [
     ("engine={zero: 3, compile: true}", ["a compiled student reads whole weights"], ["engine.zero=2"]),
     ("log.probe_every_epochs=5", ["log.probe_every_epochs=5: no labelled shards"], ["data.val=DIR/val-*.tar"]),
     ("log={probe_every_epochs: 5, knn_images: 1}", ["and 1 more: log.knn_images"], ["data.val=DIR/val-*.tar"]),
-    ("masks.student_visible=1.0", ["nothing to predict"], ["0.25"]),
-    ("masks.teacher_visible=0.5", ["0.5 differs from student_visible=0.25"], ["method=amd"]),
-    ("method=amd", ["masks.teacher_visible: missing"], ["sees more"]),
+    ("masks.student_keep_ratio=1.0", ["nothing to predict"], ["0.25"]),
+    ("masks.teacher_keep_ratio=0.5", ["0.5 differs from student_keep_ratio=0.25"], ["method=amd"]),
+    ("method=amd", ["masks.teacher_keep_ratio: missing"], ["sees more"]),
     ("method=mae", ["method=mae has no teacher", "and 2 more: align.student, align.teacher"], ["remove it"]),
-    ("masks.student_visible=0.001", ["of 196 patches the student sees 0"], ["at least one"]),
+    ("masks.student_keep_ratio=0.001", ["of 196 patches the student sees 0"], ["at least one"]),
     ("teacher.source=null", ["method=dmae needs a teacher"], ["timm:vit_large_patch16_224.mae"]),
     ("teacher.source=vit_large_patch16_224", ["is not KIND:NAME"], ["timm, hf-hub, local-dir"]),
     ("teacher.source=file:x.pth", ["needs its model's name"], ["teacher.model=vit_large_patch16_224"]),
@@ -116,14 +116,18 @@ OVERRIDES = [
     ("align.teacher=[1, 2]", ["1 student blocks for 2 teacher blocks"], ["one to one"]),
     ("align={student: [8, 8], teacher: [1, 2]}", ["twice in [8, 8]"], ["each block once"]),
     ("data.image_size=230", ["patch size 16 does not divide 230"], ["use 224"]),
-    ("decoder.heads=7", ["7 heads do not divide width 384"], ["divisor of 384"]),
-    ("decoder={width: 6, heads: 1}", ["6 is not a multiple of 4"], ["use 8"]),
+    ("decoder.num_heads=7", ["7 heads do not divide width 384"], ["divisor of 384"]),
+    ("decoder={width: 6, num_heads: 1}", ["6 is not a multiple of 4"], ["use 8"]),
 ]
 
 # The same on top of FINETUNE; what both stages share is above.
 FINETUNE_OVERRIDES = [
     # the other stage's, and its neighbours
-    ("masks.student_visible=0.5", ["masks.student_visible belongs to pre-training (tools/pretrain.py)"], ["remove it"]),
+    (
+        "masks.student_keep_ratio=0.5",
+        ["masks.student_keep_ratio belongs to pre-training (tools/pretrain.py)"],
+        ["remove it"],
+    ),
     ("method=amd", ["method belongs to pre-training"], ["run tools/pretrain.py"]),
     ("teacher.sorce=x", ["teacher.sorce belongs to pre-training"], ["remove it"]),
     ("align=3", ["align belongs to pre-training"], ["remove it"]),
@@ -139,7 +143,7 @@ FINETUNE_OVERRIDES = [
     ("augment.mixup=-0.1", ["a number >= 0, got -0.1"], ["the default is 0.8"]),
     ("augment.mix_probability=1.1", ["a number >= 0 and <= 1, got 1.1"], ["the default is 1.0"]),
     ("augment.smoothing=1.0", ["a number >= 0 and < 1, got 1.0"], ["the default is 0.1"]),
-    ("student.pooling=cls", ["one of avg, token, got the text 'cls'"], ["write avg or token"]),
+    ("student.global_pool=cls", ["one of avg, token, got the text 'cls'"], ["write avg or token"]),
     # rules between keys
     ("data.train=''", ["no training shards"], ["tools/make_shards.py"]),
     ("data.val=null", ["data.val", "no labelled shards to evaluate on"], ["data.val=DIR/val-*.tar"]),
@@ -157,12 +161,12 @@ FINETUNE_OVERRIDES = [
     ("init.source=timm:resnet50", ["'resnet50' is no VisionTransformer"], ["vit_small_patch16_224"]),
     ("student.model=resnet50", ["'resnet50' is no VisionTransformer"], ["vit_small_patch16_224"]),
     ("student.model=null", ["a file: source needs its model's name"], ["student.model=vit_small_patch16_224"]),
-    ("init={source: null, licence: mit}", ["nothing is loaded without init.source"], ["add init.source"]),
+    ("init={source: null, license: mit}", ["nothing is loaded without init.source"], ["add init.source"]),
     ("init={source: 'run:a', positions: learned}", ["a run: source brings its own positions"], ["remove it"]),
     (f"init={{source: 'timm:vit_small_patch16_224', sha256: {'0a' * 32}}}", ["only a file: source"], ["remove it"]),
-    ("student={class_token: false, pooling: token}", ["there is no class token to read"], ["student.pooling=avg"]),
+    ("student={class_token: false, pooling: token}", ["there is no class token to read"], ["student.global_pool=avg"]),
     ("data.image_size=230", ["patch size 16 does not divide 230"], ["use 224"]),
-    ("student.heads=7", ["7 heads do not divide width 384"], ["divisor of 384"]),
+    ("student.num_heads=7", ["7 heads do not divide width 384"], ["divisor of 384"]),
     ("augment.rand_augment=m9", ["'m9' is not timm's notation"], ["rand-m9-mstd0.5-inc1"]),
     ("augment.rand_augment=rand-m9.5", ["'rand-m9.5' is not timm's notation"], ["rand-m9-mstd0.5-inc1"]),
     ("optim.global_batch=1023", ["1023 images cannot be mixed in pairs"], ["augment.mixup=0 augment.cutmix=0"]),
@@ -185,10 +189,18 @@ FINETUNE_OVERRIDES = [
     ("distill.image_size=96", ["distill.image_size", "there is no teacher"], ["remove it"]),
     ("distill.dkd.beta=2", ["distill.dkd.beta", "the term is off: its weight is 0"], ["distill.dkd.weight above 0"]),
     ("distill.dkd.start_epoch=2", ["distill.dkd.start_epoch", "the term is off"], ["or remove it"]),
-    ("distill.labels=0", ["nothing that teaches the classifier"], ["distill.logits, dkd or hard"]),
-    (f"{TAUGHT}labels: 0, logits: {{weight: 1, stop_epoch: 9}}}}", ["the classifier from the first step"], ["above 0"]),
-    (f"{TAUGHT}labels: 0, hard: {{weight: 1, token: true}}}}", ["teaches the classifier"], ["dkd or hard without"]),
-    (f"{TAUGHT}labels: 0, logits: {{weight: 1, warmup_epochs: 1}}}}", ["from the first step"], ["warmup_epochs"]),
+    ("distill.label_weight=0", ["nothing that teaches the classifier"], ["distill.logits, dkd or hard"]),
+    (
+        f"{TAUGHT}label_weight: 0, logits: {{weight: 1, stop_epoch: 9}}}}",
+        ["the classifier from the first step"],
+        ["above 0"],
+    ),
+    (
+        f"{TAUGHT}label_weight: 0, hard_label: {{weight: 1, token: true}}}}",
+        ["teaches the classifier"],
+        ["dkd or hard_label without"],
+    ),
+    (f"{TAUGHT}label_weight: 0, logits: {{weight: 1, warmup_epochs: 1}}}}", ["from the first step"], ["warmup_epochs"]),
     (f"{TAUGHT}dkd: {{weight: 1, alpha: 0, beta: 0}}}}", ["alpha and beta are both 0"], ["use 1 and 8"]),
     (f"{TAUGHT}hints: {{weight: 1}}}}", ["0 student blocks for 0 teacher depths"], ["distill.hints.student=[11]"]),
     (f"{TAUGHT}maps: {{weight: 1, student: [12], teacher: [1]}}}}", ["block 12 does not exist"], ["use 0 to 11"]),
@@ -222,7 +234,7 @@ FILES = [
     (GOOD + "extends: [1]\n", [f"{FILE}:8 extends", "a file name or a list"], ["extends: base.yaml"]),
     (GOOD + "extends: bad.yaml\n", [f"{FILE}:8 extends", "extend each other"], ["break the circle"]),
     (TINYMIM.replace("{student", "{head: mlp, student"), ["align.head", "not features"], ["remove it"]),
-    (TINYMIM + "masks: {teacher_visible: 0.5}\n", ["which tinymim does not allow"], ["method=amd"]),
+    (TINYMIM + "masks: {teacher_keep_ratio: 0.5}\n", ["which tinymim does not allow"], ["method=amd"]),
     ("- a\n- b\n", [FILE, "a mapping of `key: value`"], ["configs/"]),
     ("just text\n", [FILE, "a mapping of `key: value`"], ["configs/"]),
     ("", ["data.train: no training shards", "and 3 more: run, teacher.source, align.student"], ["data.train="]),
@@ -262,12 +274,15 @@ def test_every_problem_is_counted_and_the_first_is_shown(tmp_path):
     file = tmp_path / "good.yaml"
     file.write_text(GOOD)
     with pytest.raises(ConfigError) as caught:
-        load_config(file, ["engine.zero=3", "optim.ema=0.9", "decoder.heads=5", "align.student=[99]"])
+        load_config(file, ["engine.zero=3", "optim.ema=0.9", "decoder.num_heads=5", "align.student=[99]"])
     check(
-        caught.value, ["optim.ema=0.9", "ZeRO 3", "(and 2 more: align.student, decoder.heads)"], ["zero=2"], str(file)
+        caught.value,
+        ["optim.ema=0.9", "ZeRO 3", "(and 2 more: align.student, decoder.num_heads)"],
+        ["zero=2"],
+        str(file),
     )
     with pytest.raises(ConfigError) as caught:
-        load_config(file, ["sed=1", "optim.lr=x", "decoder.heads=5"])
+        load_config(file, ["sed=1", "optim.lr=x", "decoder.num_heads=5"])
     check(caught.value, ["no key sed", "(and 1 more: optim.lr)"], ["did you mean seed?"], str(file))
 
 
@@ -289,13 +304,13 @@ def test_fine_tuning_starts_from_something(tmp_path):
 def test_amd_generators_must_fit_the_teacher(tmp_path):
     file = tmp_path / "good.yaml"
     file.write_text(GOOD)
-    amd = ["method=amd", "masks.teacher_visible=0.5"]
-    load_config(file, [*amd, "generate.heads=8"])
+    amd = ["method=amd", "masks.teacher_keep_ratio=0.5"]
+    load_config(file, [*amd, "generate.num_heads=8"])
     with pytest.raises(ConfigError) as caught:
-        load_config(file, [*amd, "generate.heads=7"])
-    check(caught.value, ["generate.heads=7", "the teacher's width 1024"], ["16 in AMD"], str(file))
+        load_config(file, [*amd, "generate.num_heads=7"])
+    check(caught.value, ["generate.num_heads=7", "the teacher's width 1024"], ["16 in AMD"], str(file))
     with pytest.raises(ConfigError) as caught:
-        load_config(file, ["method=amd", "masks.teacher_visible=0.251"])
+        load_config(file, ["method=amd", "masks.teacher_keep_ratio=0.251"])
     check(caught.value, ["of 196 patches the teacher sees 49, the student 49"], ["at least one more"], str(file))
 
 

@@ -8,14 +8,14 @@ from maedistill.config.finetune import Augment, FinetuneConfig, Init, Optim, Stu
 from maedistill.config.finetune_rules import RULES
 from maedistill.config.pretrain import PretrainConfig
 
-SMALL = Architecture(width=384, depth=12, heads=6, patch_size=16)
+SMALL = Architecture(width=384, depth=12, num_heads=6, patch_size=16)
 
 
 @pytest.mark.parametrize(
     ("source", "student", "architecture"),
     [
         (None, {"model": "vit_small_patch16_224"}, SMALL),
-        (None, {"model": "vit_small_patch16_224", "heads": 12}, Architecture(384, 12, 12, 16)),
+        (None, {"model": "vit_small_patch16_224", "num_heads": 12}, Architecture(384, 12, 12, 16)),
         ("file:x.safetensors", {"model": "vit_small_patch16_224"}, SMALL),
         ("timm:vit_small_patch16_224.augreg_in1k", {}, SMALL),
         ("timm:vit_so400m_patch14_224", {}, None),

@@ -9,6 +9,7 @@ from maedistill.config.explain import explain
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import (
     ALIASES,
+    RENAMED,
     all_keys,
     all_sections,
     differing_keys,
@@ -16,6 +17,7 @@ from maedistill.config.keys import (
     keys_of_kind,
     nearest_keys,
     nested,
+    renamed_key,
 )
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError
@@ -81,7 +83,7 @@ def test_only_result_keys_forbid_continuing():
     ("name", "nearest"),
     [
         ("optim.epoch", "optim.epochs"),
-        ("masks.student_visble", "masks.student_visible"),
+        ("masks.student_visble", "masks.student_keep_ratio"),
         ("zero", "engine.zero"),
         ("optimizer.weight_decay", "optim.weight_decay"),
         ("weightdecay", "optim.weight_decay"),
@@ -103,8 +105,8 @@ def test_aliases_lead_to_keys_and_hide_none():
 
 
 def test_explain():
-    assert explain("masks.student_visible") == (
-        "masks.student_visible: share of patches the student sees; 0.25 in MAE, DMAE and AMD\n"
+    assert explain("masks.student_keep_ratio") == (
+        "masks.student_keep_ratio: share of patches the student sees; 0.25 in MAE, DMAE and AMD\n"
         "  takes    a number > 0 and <= 1\n"
         "  default  0.25\n"
         "  kind     result: changes the numbers of a run; a run folder continues with the same value only"
@@ -114,7 +116,7 @@ def test_explain():
     assert "runtime: changes speed" in explain("engine.zero")
     text = explain("masks")
     assert text.startswith("masks: How many patches") and text.count("\n") == 2
-    assert "  masks.teacher_visible=null  share the teacher sees" in text
+    assert "  masks.teacher_keep_ratio=null  share the teacher sees" in text
     assert "share of each class's labelled images" in explain("data.label_fraction", root=FinetuneConfig)
     for root in ROOTS:
         for name in [*all_keys(root=root), *all_sections(root=root)]:
@@ -123,3 +125,14 @@ def test_explain():
         explain("lr")
     with pytest.raises(ConfigError, match=r"optim\.layer_decay belongs to fine-tuning \(tools/finetune\.py\)"):
         explain("optim.layer_decay")
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_key_of_an_earlier_version_is_refused_with_its_new_name(old, new):
+    roots = [root for root in ROOTS if new in {**all_keys(root=root), **all_sections(root=root)}]
+    assert roots, f"{new} is a key"
+    for root in roots:
+        assert old not in {**all_keys(root=root), **all_sections(root=root)}
+        assert nearest_keys(old, root=root) == [new]
+        assert nearest_keys(f"{old}.weight", root=root) != [new]
+    assert renamed_key("distill.relations.heads", root=FinetuneConfig) == "distill.token_relations.num_heads"

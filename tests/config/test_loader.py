@@ -31,7 +31,7 @@ def test_origins_name_file_and_line(tmp_path):
     top = write(
         tmp_path / "top.yaml", "# a comment\nextends: base.yaml\n\noptim: {epochs: 3, warmup_epochs: 0}\nseed: 4\n"
     )
-    loaded = load_config(top, ["seed=5", "data.workers=0", "log={every: 7}"])
+    loaded = load_config(top, ["seed=5", "data.workers=0", "log={every_steps: 7}"])
     assert set(loaded.origins) == set(all_keys())
     shown = {name: origin for name, origin in loaded.origins.items() if origin != "default"}
     assert shown == {
@@ -42,14 +42,14 @@ def test_origins_name_file_and_line(tmp_path):
         "optim.epochs": f"{top}:4",
         "optim.warmup_epochs": f"{top}:4",
         "seed": "command line",
-        "log.every": "command line",
+        "log.every_steps": "command line",
     }
-    assert (loaded.config.seed, loaded.config.data.workers, loaded.config.log.every) == (5, 0, 7)
+    assert (loaded.config.seed, loaded.config.data.workers, loaded.config.log.every_steps) == (5, 0, 7)
     assert loaded.config.optim.epochs == 3.0 and isinstance(loaded.config.optim.epochs, float)
 
 
 def test_later_files_win_and_paths_are_relative_to_the_file(tmp_path, monkeypatch):
-    write(tmp_path / "base.yaml", MAE + "seed: 1\nthreads: 1\ndecoder: {width: 64, heads: 4, depth: 1}\n")
+    write(tmp_path / "base.yaml", MAE + "seed: 1\nthreads: 1\ndecoder: {width: 64, num_heads: 4, depth: 1}\n")
     write(tmp_path / "parts" / "small.yaml", "extends: ../base.yaml\nseed: 2\ndecoder: {depth: 2}\n")
     write(tmp_path / "parts" / "long.yaml", "seed: 3\nthreads: 3\n")
     top = write(tmp_path / "runs" / "top.yaml", "extends: [../parts/small.yaml, ../parts/long.yaml]\nthreads: 4\n")
@@ -115,7 +115,7 @@ def test_nan_and_infinity_are_numbers_for_the_schema_to_refuse():
 @pytest.mark.parametrize(
     ("root", "text", "overrides"),
     [
-        (PretrainConfig, MAE, ["data.mean=[0.5,0.5,1e-5]", "teacher.licence='#1: \"yes\"'"]),
+        (PretrainConfig, MAE, ["data.mean=[0.5,0.5,1e-5]", "teacher.license='#1: \"yes\"'"]),
         (FinetuneConfig, SCRATCH, ["augment.rand_augment=null", "data.val='#1: \"yes\".tar'"]),
     ],
 )
@@ -153,17 +153,17 @@ numbers = st.floats(min_value=0, exclude_min=True, max_value=1e300)
 @settings(deadline=None, max_examples=60)
 @given(
     run=texts | traps,
-    licence=st.none() | texts | traps,
+    license=st.none() | texts | traps,
     lr=st.none() | numbers,
     mean=st.tuples(numbers, numbers, numbers),
 )
-def test_any_config_is_written_and_read_back_exactly(tmp_path_factory, run, licence, lr, mean):
+def test_any_config_is_written_and_read_back_exactly(tmp_path_factory, run, license, lr, mean):
     config = PretrainConfig.model_validate(
         {
             "method": "mae",
             "run": run or "x",
             "data": {"train": "a.tar", "mean": mean},
-            "teacher": {"licence": licence},
+            "teacher": {"license": license},
             "optim": {"lr": lr},
         }
     )
@@ -172,7 +172,7 @@ def test_any_config_is_written_and_read_back_exactly(tmp_path_factory, run, lice
     leaves = {name: value for name, (value, _) in read_document(text).items()}
     assert leaves == flat(config)
     other_reader = yaml.safe_load(text)
-    assert other_reader["run"] == config.run and other_reader["teacher"]["licence"] == licence
+    assert other_reader["run"] == config.run and other_reader["teacher"]["license"] == license
     file = tmp_path_factory.getbasetemp() / "config.yaml"
     file.write_text(text, encoding="utf-8")
     assert load_config(file).config == config

@@ -23,9 +23,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 AMD = ["method=amd", "teacher.source=random:vit_tiny_patch16_224", "teacher.width=32", "teacher.depth=2"]
-AMD += ["teacher.heads=2", "teacher.patch_size=8", "masks.teacher_visible=0.5", "align.student=[1]"]
+AMD += ["teacher.num_heads=2", "teacher.patch_size=8", "masks.teacher_keep_ratio=0.5", "align.student=[1]"]
 AMD += ["align.teacher=[1]", "generate.depth=1", "optim.ema=0.9", "engine.precision=bf16", "engine.micro_batch=6"]
-TINY = [f"student.{key}" for key in ("model=vit_tiny_patch16_224", "width=32", "depth=2", "heads=2", "patch_size=8")]
+TINY = [
+    f"student.{key}" for key in ("model=vit_tiny_patch16_224", "width=32", "depth=2", "num_heads=2", "patch_size=8")
+]
 SHORT = ["optim.epochs=0.375", "optim.warmup_epochs=0.1", "optim.clip=1", "log.pictures_every_epochs=null"]
 SHORT += ["log.knn_every_epochs=null"]
 READS = {Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.nonzero, Tensor.__bool__, Tensor.__float__}

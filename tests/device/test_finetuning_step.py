@@ -23,35 +23,38 @@ from maedistill.finetuning.teacher_ensemble import TeacherEnsemble
 from maedistill.weights.network import Network
 
 TINY = {"embed_dim": 48, "depth": 3, "num_heads": 2, "patch_size": 8, "img_size": 32}
-STUDENT = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=3", "student.heads=2"]
+STUDENT = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=3", "student.num_heads=2"]
 STUDENT += ["student.patch_size=8", "augment.rand_augment=null"]
 ONLY_VITS = {
     "attention": "{weight: 2, student: [1, 2], teacher: [1, 2]}",
-    "relations": "{weight: 2, student: [0, 2], teacher: [0, 2], heads: 4}",
+    "token_relations": "{weight: 2, student: [0, 2], teacher: [0, 2], num_heads: 4}",
 }
 TERMS = {
     "logits": "{weight: 2, temperature: 2, standardize: true, teacher_temperature: 2}",
     "dkd": "{weight: 2, alpha: 1.5, beta: 0.5}",
-    "hard": "{weight: 1, token: true}",
+    "hard_label": "{weight: 1, token: true}",
     "hints": "{weight: 3, student: [0, 1], teacher: [1, 2], projector: mlp, normalize: whiten}",
-    "maps": "{weight: 2, student: [0, 2], teacher: [0, 2]}",
-    "distances": "{weight: 2, start_epoch: 0.5, warmup_epochs: 1}",
-    "angles": "{weight: 2}",
-    "similarity": "{weight: 2}",
-    "affinity": "{weight: 2}",
-    "contrast": "{weight: 2, temperature: 0.2, width: 24}",
+    "attention_transfer": "{weight: 2, student: [0, 2], teacher: [0, 2]}",
+    "rkd_distance": "{weight: 2, start_epoch: 0.5, warmup_epochs: 1}",
+    "rkd_angle": "{weight: 2}",
+    "similarity_preserving": "{weight: 2}",
+    "pkt": "{weight: 2}",
+    "contrastive": "{weight: 2, temperature: 0.2, width: 24}",
 }
 ALL = [f"distill.{name}={value}" for name, value in (TERMS | ONLY_VITS).items()]
 OTHERS = [f"distill.{name}={value}" for name, value in TERMS.items()]
 REGISTER = ["student.register_tokens=1"]
-LATER = ["distill.contrast={weight: 1, start_epoch: 1}", "distill.hard={weight: 1, token: true, start_epoch: 1}"]
-LATER += ["distill.hints={weight: 1, student: [0], teacher: [0], start_epoch: 1}", "distill.labels=0.5"]
+LATER = [
+    "distill.contrastive={weight: 1, start_epoch: 1}",
+    "distill.hard_label={weight: 1, token: true, start_epoch: 1}",
+]
+LATER += ["distill.hints={weight: 1, student: [0], teacher: [0], start_epoch: 1}", "distill.label_weight=0.5"]
 CASES = {  # settings, teachers
     "labels alone": (["augment.mixup=0", "augment.cutmix=0"], []),
-    "labels alone, pooled, cutmix": (["student.pooling=avg", "augment.mixup=0", "augment.mix_probability=1"], []),
+    "labels alone, pooled, cutmix": (["student.global_pool=avg", "augment.mixup=0", "augment.mix_probability=1"], []),
     "all terms, two teachers": ([*ALL, *REGISTER], ["vit", "vit with registers"]),
     "terms of another network, other classes": ([*OTHERS, *REGISTER], ["resnet"]),
-    "no labels": (["distill.labels=0", "distill.logits={weight: 1}"], ["vit"]),
+    "no labels": (["distill.label_weight=0", "distill.logits={weight: 1}"], ["vit"]),
     "no term counts yet": ([*LATER, *REGISTER], ["vit"]),
 }
 
@@ -66,7 +69,7 @@ def teacher(name: str) -> Network:
     else:
         registers = {"reg_tokens": 2, "qk_norm": True} if "registers" in name else {}
         built = timm.create_model("vit_tiny_patch16_224", num_classes=3, **TINY, **registers)
-    words = {"name": f"run:{name}", "interpolation": "bicubic", "crop_mode": "center", "licence": "mit"}
+    words = {"name": f"run:{name}", "interpolation": "bicubic", "crop_mode": "center", "license": "mit"}
     statistics = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7), "crop": 1.0, "size": size}
     return Network(built.eval(), **words, **statistics, num_classes=built.num_classes, classes=classes)
 

@@ -27,12 +27,12 @@ from maedistill.runs.run import Run
 from maedistill.runs.start import start_run
 from maedistill.training.nonfinite import NonfiniteUpdates
 
-SHORT = ["optim.epochs=0.375", "optim.warmup_epochs=0.1", "log.every=2", "engine.precision=bf16", "optim.clip=1"]
+SHORT = ["optim.epochs=0.375", "optim.warmup_epochs=0.1", "log.every_steps=2", "engine.precision=bf16", "optim.clip=1"]
 PRETRAIN = ["method=amd", "teacher.source=random:vit_tiny_patch16_224", "teacher.width=32", "teacher.depth=2"]
-PRETRAIN += ["teacher.heads=2", "teacher.patch_size=8", "masks.teacher_visible=0.5", "align.student=[1]"]
+PRETRAIN += ["teacher.num_heads=2", "teacher.patch_size=8", "masks.teacher_keep_ratio=0.5", "align.student=[1]"]
 PRETRAIN += ["align.teacher=[1]", "generate.depth=1", "student.drop_path=0.1", "optim.ema=0.9"]
 PRETRAIN += ["engine.micro_batch=6", "log.knn_images=24"]
-FINETUNE = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.heads=2"]
+FINETUNE = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.num_heads=2"]
 FINETUNE += ["student.patch_size=8"]
 # The modules in which the host meets the card outside of steps: batches come, losses and weights and pictures go.
 BOTH = {"batch", "prefetch", "distributed", "run", "engine"}

@@ -14,19 +14,26 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.loading.batch import Batch
 from maedistill.pretraining.setup import Pretraining, open_pretraining
 
-TEACHER = ["teacher.source=random:vit_tiny_patch16_224", "teacher.width=48", "teacher.depth=3", "teacher.heads=2"]
+TEACHER = ["teacher.source=random:vit_tiny_patch16_224", "teacher.width=48", "teacher.depth=3", "teacher.num_heads=2"]
 TEACHER += ["teacher.patch_size=8", "teacher.precision=bf16", "student.class_token=true"]
 ONE, TWO = (["align.student=[1]", "align.teacher=[2]"], ["align.student=[0,1]", "align.teacher=[0,2]"])
-CROSS = ["decoder.attention=cross", "decoder.predict=0.5"]
-AMD = ["method=amd", *TEACHER, *TWO, "masks.teacher_visible=0.5", "pixels.target=patch_channel", "generate.heads=2"]
+CROSS = ["decoder.attention=cross", "decoder.predict_ratio=0.5"]
+AMD = [
+    "method=amd",
+    *TEACHER,
+    *TWO,
+    "masks.teacher_keep_ratio=0.5",
+    "pixels.target=norm_patch_channel",
+    "generate.num_heads=2",
+]
 CASES = {
     "mae": ["method=mae"],
-    "mae, raw pixels, learned positions": ["method=mae", "pixels.target=raw", "student.positions=learned"],
+    "mae, raw pixels, learned positions": ["method=mae", "pixels.target=raw", "student.pos_embed=learned"],
     "mae, cross, drop path": ["method=mae", *CROSS, "student.drop_path=0.3"],
     "dmae, class token of the teacher alone": ["method=dmae", *TEACHER, *ONE, "student.class_token=false"],
     "dmae, mlp, cross": ["method=dmae", *TEACHER, *TWO, *CROSS, "align.head=mlp"],
     "dmae, larger patches of the teacher": ["method=dmae", *TEACHER, *ONE, "teacher.patch_size=12"],
-    "dmae, activations again": ["method=dmae", *TEACHER, *ONE, "engine.checkpoint_activations=true"],
+    "dmae, activations again": ["method=dmae", *TEACHER, *ONE, "engine.activation_checkpointing=true"],
     "amd": AMD,
     "amd, cross, whitened": [*AMD, *CROSS, "align.distance=mse", "align.normalize=whiten", "align.bias=false"],
     "tinymim": ["method=tinymim", *TEACHER, *TWO],

@@ -102,8 +102,8 @@ def test_the_votes_are_those_of_scikit_learn_on_the_same_features(results, made,
 
 def test_stdout_says_which_features_and_how_good(results, made):
     out, result = results["probe", 1]
-    heads = ["model", "input", "train", "val", "features", "probe", "lr", "lr", "lr", "result"]
-    assert [line.split()[0] for line in out.splitlines()] == heads
+    num_heads = ["model", "input", "train", "val", "features", "probe", "lr", "lr", "lr", "result"]
+    assert [line.split()[0] for line in out.splitlines()] == num_heads
     assert "mean of the patches at the end of the network, 32 wide" in out
     assert "batch 16" in out and f"({result['top1']} of 24)" in out.splitlines()[-1]
     assert "chosen on the same images from 3 rates" in out

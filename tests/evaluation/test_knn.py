@@ -23,9 +23,9 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 
 
 def method(**overrides) -> MAE:
-    shape = {"width": 32, "depth": 2, "heads": 2, "patch_size": 8} | overrides
+    shape = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8} | overrides
     encoder = MaskedEncoder(build_vit("vit_tiny_patch16_224", image_size=32, register_tokens=2, **shape))
-    decoder = TokenDecoder(32, width=16, depth=1, heads=2, grid=4, patch_size=8, num_prefix=3)
+    decoder = TokenDecoder(32, width=16, depth=1, num_heads=2, grid=4, patch_size=8, num_prefix=3)
     built = MAE(encoder, decoder, mean=MEAN, std=STD)
     initialize(built, seed=0)
     return built

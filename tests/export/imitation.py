@@ -13,14 +13,14 @@ from maedistill.runs.checkpoint import take_snapshot, write_snapshot
 from maedistill.training.state import MOMENTS, TrainingState
 from maedistill.weights.from_run import describe_network
 
-TINY = {"width": 32, "depth": 2, "heads": 2, "patch_size": 8}
+TINY = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 MEAN, STD, CROP = [0.5, 0.4, 0.3], [0.25, 0.2, 0.1], 0.9
 SETTINGS = {
     "pretrain": """\
 method: dmae
 student: {model: vit_tiny_patch16_224}
 teacher: {source: "timm:vit_large_patch16_224.mae"}
-masks: {student_visible: 0.25}
+masks: {student_keep_ratio: 0.25}
 align: {student: [1], teacher: [17]}
 optim: {epochs: 100, global_batch: 512, base_lr: 1.0e-4, warmup_epochs: 20}
 log: {knn_images: 777}
@@ -32,8 +32,8 @@ augment: {mixup: 0.2, cutmix: 0.0}
 optim: {epochs: 30, layer_decay: 0.85}
 """,
 }
-LISTED = "timm:vit_large_patch16_224.mae, 1024 x 24, 303.3 M, 294 keys loaded by timm, licence cc-by-nc-4.0"
-TEACHER = "timm:vit_large_patch16_224.mae  1024 x 24, 303.3 M  294 keys loaded by timm  licence cc-by-nc-4.0"
+LISTED = "timm:vit_large_patch16_224.mae, 1024 x 24, 303.3 M, 294 keys loaded by timm, license cc-by-nc-4.0"
+TEACHER = "timm:vit_large_patch16_224.mae  1024 x 24, 303.3 M  294 keys loaded by timm  license cc-by-nc-4.0"
 START = {
     "command": "python tools/pretrain.py tiny.yaml run=runs/dmae",
     "host": "secret-host",
@@ -46,7 +46,7 @@ FACTS = {
         "classes": ["ant", "bee", "cat"],
         "validation": {"images": 1000, "fingerprint": "fedcba9876543210"},
         "origin": {
-            "stage": "pretrain", "method": "dmae", "teacher": TEACHER, "licence": "cc-by-nc-4.0",
+            "stage": "pretrain", "method": "dmae", "teacher": TEACHER, "license": "cc-by-nc-4.0",
             "data": {"images": 54321, "fingerprint": "aaaabbbbccccdddd"},
         },
     },
@@ -93,7 +93,7 @@ def imitate(folder: Path, vit: VisionTransformer, stage: str = "pretrain", **cha
         "network": describe_network(vit),
         "input": {"size": vit.patch_embed.img_size[0], "mean": MEAN, "std": STD, "crop": CROP},
         "data": {"images": 12345, "fingerprint": "0123456789abcdef"},
-        "licence": "cc-by-nc-4.0",
+        "license": "cc-by-nc-4.0",
         "starts": [START, START],
     }
     (folder / "run.json").write_text(json.dumps(facts | FACTS[stage] | changed))

@@ -25,7 +25,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fine-tuned network's run, exported."""
-    run = imitate(tmp_path_factory.mktemp("run"), random_vit(num_classes=3, pooling="avg"), "finetune")
+    run = imitate(tmp_path_factory.mktemp("run"), random_vit(num_classes=3, global_pool="avg"), "finetune")
     export(run)
     return run
 
@@ -44,7 +44,7 @@ def test_the_card_of_a_student_says_what_its_run_says(student):
     }  # fmt: skip
     for part in (
         f"Teacher: {LISTED}.",
-        "whose licence applies to them as well: **cc-by-nc-4.0**. It forbids commercial use.",
+        "whose license applies to them as well: **cc-by-nc-4.0**. It forbids commercial use.",
         "12,345 images (fingerprint 0123456789ab)",
         "Training shards: `a.tar`",
         "the student sees 4 of 16 patches, the teacher the same",
@@ -86,25 +86,25 @@ def test_the_card_of_a_fine_tuned_network_says_how_good_it_is_and_where_it_comes
 
 
 def test_what_the_run_does_not_say_the_card_says_is_missing(tmp_path):
-    bare = {"method": None, "teacher": None, "data": None, "starts": [], "licence": "not stated (set teacher.licence)"}
+    bare = {"method": None, "teacher": None, "data": None, "starts": [], "license": "not stated (set teacher.license)"}
     run = imitate(tmp_path / "run", random_vit(), **bare)
     (run / "config.yaml").unlink()
     (run / "metrics.jsonl").unlink()
     export(run)
     front, text = card(run)
-    assert (front["license"], front["license_name"]) == ("other", "not-stated-set-teacher.licence")
+    assert (front["license"], front["license_name"]) == ("other", "not-stated-set-teacher.license")
     for part in (
         "by a method that is not recorded",
         "Teacher: none.",
-        "Licence: **not stated**",
+        "License: **not stated**",
         "Data: not recorded",
         "The settings are missing",
         "Command and software versions are not recorded",
         "No measurement is recorded",
     ):
         assert part in text, part
-    tuned = {"init": None, "origin": None, "classes": None, "licence": "yours: no other weights were used"}
-    run = imitate(tmp_path / "tuned", random_vit(num_classes=3, pooling="avg"), "finetune", **tuned)
+    tuned = {"init": None, "origin": None, "classes": None, "license": "yours: no other weights were used"}
+    run = imitate(tmp_path / "tuned", random_vit(num_classes=3, global_pool="avg"), "finetune", **tuned)
     (run / "metrics.jsonl").unlink()
     export(run)
     _, text = card(run)

@@ -34,7 +34,7 @@ class Case:
 
     stage: str
     vit: VisionTransformer
-    pooling: str | None
+    global_pool: str | None
     folder: Path
 
     def images(self) -> torch.Tensor:
@@ -52,25 +52,29 @@ class Case:
         if self.stage == "finetune":
             return tokens, self.vit(self.images())
         prefix = self.vit.num_prefix_tokens
-        return tokens, tokens[:, 0] if self.pooling == "token" else tokens[:, prefix:].mean(1)
+        return tokens, tokens[:, 0] if self.global_pool == "token" else tokens[:, prefix:].mean(1)
 
 
 CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
-    "class token": ("pretrain", None, {"positions": "sincos2d"}),
-    "class token, pooled by it": ("pretrain", "token", {"positions": "sincos2d"}),
-    "no class token": ("pretrain", None, {"positions": "sincos1d", "class_token": False}),
+    "class token": ("pretrain", None, {"pos_embed": "sincos2d"}),
+    "class token, pooled by it": ("pretrain", "token", {"pos_embed": "sincos2d"}),
+    "no class token": ("pretrain", None, {"pos_embed": "sincos1d", "class_token": False}),
     "registers, learned positions": ("pretrain", "avg", {"register_tokens": 3}),
     "registers, pooled by the class token": ("pretrain", "token", {"register_tokens": 3}),
-    "other shape": ("pretrain", None, {"width": 48, "depth": 3, "heads": 4, "patch_size": 4, "size": 24}),
+    "other shape": ("pretrain", None, {"width": 48, "depth": 3, "num_heads": 4, "patch_size": 4, "size": 24}),
     "LayerScale, attention pooling": ("pretrain", None, {"model": "test_vit3"}),
     "RMSNorm, any size": ("pretrain", None, {"model": "test_vit4"}),
     "qk-norm, parallel blocks": ("pretrain", "token", {"model": "vit_base_patch16_xp_224"}),
     "gap model": ("pretrain", None, {"model": "vit_medium_patch16_reg4_gap_256"}),
-    "fine-tuned": ("finetune", None, {"num_classes": 3, "pooling": "avg"}),
-    "fine-tuned, asked for as it is": ("finetune", "avg", {"num_classes": 3, "pooling": "avg"}),
-    "fine-tuned class token": ("finetune", None, {"num_classes": 3, "pooling": "token", "register_tokens": 1}),
-    "fine-tuned without class token": ("finetune", None, {"num_classes": 5, "pooling": "avg", "class_token": False}),
-    "fine-tuned gap model": ("finetune", None, {"model": "test_vit4", "num_classes": 3, "pooling": "avg"}),
+    "fine-tuned": ("finetune", None, {"num_classes": 3, "global_pool": "avg"}),
+    "fine-tuned, asked for as it is": ("finetune", "avg", {"num_classes": 3, "global_pool": "avg"}),
+    "fine-tuned class token": ("finetune", None, {"num_classes": 3, "global_pool": "token", "register_tokens": 1}),
+    "fine-tuned without class token": (
+        "finetune",
+        None,
+        {"num_classes": 5, "global_pool": "avg", "class_token": False},
+    ),
+    "fine-tuned gap model": ("finetune", None, {"model": "test_vit4", "num_classes": 3, "global_pool": "avg"}),
 }
 STRANGER = """
 import sys, timm, torch
@@ -87,11 +91,11 @@ assert not [name for name in sys.modules if name.startswith("maedistill")]
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     """All exports; a process that has only timm and torch has written what they give for the case's images."""
     cases = {}
-    for name, (stage, pooling, shape) in CASES.items():
+    for name, (stage, global_pool, shape) in CASES.items():
         vit, folder = random_vit(**shape), tmp_path_factory.mktemp("run")
-        out = export(imitate(folder, vit, stage), pooling=pooling)
+        out = export(imitate(folder, vit, stage), global_pool=global_pool)
         assert out == folder / "export"
-        cases[name] = Case(stage, vit, pooling, folder)
+        cases[name] = Case(stage, vit, global_pool, folder)
         torch.save(cases[name].images(), folder / "images.pt")
     folders = "\n".join(str(case.folder) for case in cases.values())
     away = tmp_path_factory.mktemp("away")
@@ -150,11 +154,11 @@ def test_the_moving_average_is_exported_where_asked_for(run):
 
 
 def test_the_tool_says_where_it_went_how_exact_it_is_and_how_to_load_it(run, tool, tmp_path):
-    ended = tool(run, "--out", tmp_path / "out", "--pool", "token")
+    ended = tool(run, "--out", tmp_path / "out", "--global-pool", "token")
     assert ended.code == 0 and ended.err == ""
     assert f"exported step_000000007 of run to {tmp_path}/out (model, token pooling)" in ended.out
     assert "max difference 0.0 over 1,152 values" in ended.out  # 2 images x (17 tokens + 1 output) x 32
-    assert "licence  cc-by-nc-4.0" in ended.out and {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    assert "license  cc-by-nc-4.0" in ended.out and {path.name for path in (tmp_path / "out").iterdir()} == FILES
     scope: dict[str, Any] = {}
     exec("\n".join(ended.out.splitlines()[-2:]), scope)
     assert scope["model"].global_pool == "token" and not (run / "export").exists()
@@ -174,7 +178,7 @@ def drop_average(run: Path) -> None:
 
 
 def old_facts(run: Path) -> None:
-    (run / "run.json").write_text('{"licence": "mit"}')
+    (run / "run.json").write_text('{"license": "mit"}')
 
 
 @pytest.mark.parametrize(
@@ -206,9 +210,9 @@ def test_a_mistake_costs_one_line_of_cause_one_of_remedy_and_leaves_nothing(
 
 def test_pooling_that_a_network_cannot_have_is_refused(tool, tmp_path):
     bare = imitate(tmp_path / "bare", random_vit(class_token=False))
-    tuned = imitate(tmp_path / "tuned", random_vit(num_classes=3, pooling="avg"), "finetune")
+    tuned = imitate(tmp_path / "tuned", random_vit(num_classes=3, global_pool="avg"), "finetune")
     for run, cause in ((bare, "no class token"), (tuned, "was fine-tuned with avg pooling")):
-        ended = tool(run, "--pool", "token")
+        ended = tool(run, "--global-pool", "token")
         assert ended.code == 2 and cause in ended.err and not (run / "export").exists()
     assert tool(tmp_path / "nowhere").code == 3
 
@@ -255,8 +259,8 @@ def test_an_earlier_export_and_what_a_kill_left_are_replaced(run):
     (run / "export.tmp").mkdir()
     (run / "export.tmp/config.json").touch()
     (run / "export.old.tmp").mkdir()
-    export(run, pooling="token")
-    assert read_record(run / "export")["pooling"] == "token"
+    export(run, global_pool="token")
+    assert read_record(run / "export")["global_pool"] == "token"
     assert {path.name for path in run.iterdir() if path.name.startswith("export")} == {"export"}
 
 
@@ -265,7 +269,7 @@ def test_a_real_run_goes_out_as_its_checkpoint_has_it(trio, method, weights, tmp
     run = trio[method].run
     out = export(run, tmp_path / "out", weights=weights)
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    vit = build_vit("vit_tiny_patch16_224", image_size=32, positions="sincos2d", **TINY).eval()
+    vit = build_vit("vit_tiny_patch16_224", image_size=32, pos_embed="sincos2d", **TINY).eval()
     checkpoint = newest_intact(run / "checkpoints")
     load_encoder(vit, ConvertedStateDict(read_weights(checkpoint, weights)), name="the checkpoint")
     images = torch.randn(2, 3, 32, 32)
@@ -274,6 +278,6 @@ def test_a_real_run_goes_out_as_its_checkpoint_has_it(trio, method, weights, tmp
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     assert transform.transforms[-1].mean.tolist() == [0.5] * 3 and transform.transforms[-1].std.tolist() == [0.25] * 3
     again = open_source(f"local-dir:{out}", grid=4)  # as a teacher, or to fine-tune from
-    assert again.licence == "yours: no other weights were used" and again.mean == (0.5, 0.5, 0.5)
+    assert again.license == "yours: no other weights were used" and again.mean == (0.5, 0.5, 0.5)
     text = (out / "README.md").read_text()
     assert f"{trio[method].metrics()[-1]['loss']:.4f}" in text and "tiny.yaml" in text and "96 images" in text

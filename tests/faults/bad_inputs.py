@@ -60,8 +60,8 @@ PRETRAIN, FINETUNE = "pretrain {good}/pretrain.yaml", "finetune {good}/finetune.
 SHARD = f"{PRETRAIN} data.train=bad.tar"
 DMAE = f"{PRETRAIN} method=dmae align.student=[1] align.teacher=[1]"
 TEACHER = (
-    f"{DMAE} teacher.model=vit_tiny_patch16_224 teacher.width=32 teacher.depth=2 teacher.heads=2 teacher.patch_size=8 "
-    "teacher.source=file:bad"
+    f"{DMAE} teacher.model=vit_tiny_patch16_224 teacher.width=32 teacher.depth=2 teacher.num_heads=2 "
+    "teacher.patch_size=8 teacher.source=file:bad"
 )
 IMAGES, RUN = tar(samples()), copy_of("mae")
 
@@ -578,7 +578,7 @@ EXPORTS = {
     "of a run with numbers for metrics": exported(
         "not all lines say their step", lambda run: (run / "metrics.jsonl").write_text("{}\n")
     ),
-    "of a run with a mapping as licence": exported("cannot be true: licence", edit_json("run.json", licence={"a": 1})),
+    "of a run with a mapping as license": exported("cannot be true: license", edit_json("run.json", license={"a": 1})),
     "of a run by an unknown method": exported("cannot be true: method", edit_json("run.json", method="magic")),
     "of no run": case("export bad", 3, "holds no run of this version", "run folder", **OTHERS),
     "averages that nobody kept": case("export {good}/mae --ema", 3, "kept no moving average", "leave out --ema"),

@@ -141,7 +141,7 @@ def header(tensors: dict[str, Any], *, length: int | None = None, text: str = "{
 
 # -- weights and run folders --
 
-TINY = {"width": 32, "depth": 2, "heads": 2, "patch_size": 8}
+TINY = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 TINY_EXPORT = """\
 {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "pretrained_cfg": {"license": "mit"},
 "model_args": {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "img_size": 32}}

@@ -35,13 +35,13 @@ SETTLED = 6.0  # seconds after its start from which on a start's memory counts
 GROWTH = 20.0  # MB of all processes together, from the first to the last quarter, that count as flat
 CONFIG = """\
 data: {{train: {shards}/train-*.tar, image_size: 32, workers: 1, max_bad_fraction: 1.0, timeout_seconds: 8}}
-student: {{model: vit_tiny_patch16_224, width: 32, depth: 2, heads: 2, patch_size: 8}}
-decoder: {{width: 16, depth: 1, heads: 2}}
+student: {{model: vit_tiny_patch16_224, width: 32, depth: 2, num_heads: 2, patch_size: 8}}
+decoder: {{width: 16, depth: 1, num_heads: 2}}
 optim: {{epochs: {epochs}, warmup_epochs: 0.5, global_batch: 12, lr: 3e-3, ema: 0.9}}
 engine: {{timeout_seconds: 30}}
-log: {{every: 1, save_every_epochs: 0.5, pictures_every_epochs: {pictures}, tensorboard: false}}
+log: {{every_steps: 1, save_every_epochs: 0.5, pictures_every_epochs: {pictures}, tensorboard: false}}
 """
-AMD = ["method=amd", "masks.teacher_visible=0.5", "align.student=[0,1]", "align.teacher=[0,1]", "generate.depth=1"]
+AMD = ["method=amd", "masks.teacher_keep_ratio=0.5", "align.student=[0,1]", "align.teacher=[0,1]", "generate.depth=1"]
 
 
 @dataclass

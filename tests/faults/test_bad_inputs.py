@@ -46,8 +46,8 @@ PRETRAIN = """\
 method: mae
 run: run
 data: {{train: "{good}/shards/train-*.tar", image_size: 32, mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25], workers: 0}}
-student: {{model: vit_tiny_patch16_224, width: 32, depth: 2, heads: 2, patch_size: 8}}
-decoder: {{width: 16, depth: 1, heads: 2}}
+student: {{model: vit_tiny_patch16_224, width: 32, depth: 2, num_heads: 2, patch_size: 8}}
+decoder: {{width: 16, depth: 1, num_heads: 2}}
 optim: {{epochs: 3, warmup_epochs: 0.5, global_batch: 12, lr: 3e-3}}
 """
 FINETUNE = """\

@@ -19,7 +19,7 @@ from maedistill.weights.from_run import describe_network, open_saved
 from maedistill.weights.source import Source, open_source
 
 MODEL = "vit_tiny_patch16_224"
-SHAPE = {"width": 32, "depth": 3, "heads": 2, "patch_size": 8}
+SHAPE = {"width": 32, "depth": 3, "num_heads": 2, "patch_size": 8}
 STANDARDISED = DKD(weight=1, standardize=True)
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -50,7 +50,7 @@ def recipe(*, seed=0, size=32, source="run:x", augment=None, **student) -> Finet
 def test_mean_of_the_patch_tokens_through_a_fresh_norm(prefix):
     """As He et al. (2022): the encoder's own norm is left out, `fc_norm` is new, the head all but zero."""
     source = random_source(**prefix)
-    vit = build_classifier(recipe(pooling="avg"), source, num_classes=500).eval()
+    vit = build_classifier(recipe(global_pool="avg"), source, num_classes=500).eval()
     tokens = source.encoder(IMAGES, taps=[2])[1][2]  # [B, P + N, D]
     pooled = F.layer_norm(tokens[:, source.encoder.num_prefix :].mean(1), (32,), eps=1e-6)  # [B, D]
     torch.testing.assert_close(vit(IMAGES), pooled @ vit.head.weight.T, rtol=1e-4, atol=1e-9)
@@ -62,7 +62,7 @@ def test_mean_of_the_patch_tokens_through_a_fresh_norm(prefix):
 @torch.no_grad()
 def test_class_token_through_the_encoder_s_norm():
     source = random_source()
-    vit = build_classifier(recipe(pooling="token"), source, num_classes=5).eval()
+    vit = build_classifier(recipe(global_pool="token"), source, num_classes=5).eval()
     features = source.encoder(IMAGES)[0][:, 0]  # [B, D], after the norm
     torch.testing.assert_close(vit(IMAGES), features @ vit.head.weight.T, rtol=1e-4, atol=1e-9)
     assert isinstance(vit.fc_norm, nn.Identity) and torch.equal(vit.norm.weight, source.encoder.vit.norm.weight)
@@ -87,10 +87,10 @@ def test_the_head_starts_almost_at_0_unless_logits_are_standardised():
 
 
 @pytest.mark.parametrize("source", [None, random_source()], ids=["scratch", "source"])
-@pytest.mark.parametrize("pooling", ["avg", "token"])
-def test_every_parameter_is_trained_with_mixing_and_drop_path(source, pooling):
+@pytest.mark.parametrize("global_pool", ["avg", "token"])
+def test_every_parameter_is_trained_with_mixing_and_drop_path(source, global_pool):
     """Positions too, which pre-training keeps fixed in a buffer. Drop path grows linearly with depth."""
-    student = {"drop_path": 0.2, "pooling": pooling, **SHAPE}
+    student = {"drop_path": 0.2, "global_pool": global_pool, **SHAPE}
     config = recipe(**student) if source else recipe(source=None, model=MODEL, **student)
     module = Supervised(build_classifier(config, source, num_classes=5))
     assert [getattr(block.drop_path1, "drop_prob", 0.0) for block in module.vit.blocks] == pytest.approx([0, 0.1, 0.2])
@@ -142,7 +142,7 @@ FITTING = {**SHAPE, "class_token": True, "register_tokens": 0}
         ({"model": "vit_small_patch16_224", "width": 32}, 32, "has depth 3", "says 12"),
         ({"width": 64}, 32, "has width 32", "says 64"),
         ({"depth": 4}, 32, "has depth 3", "says 4"),
-        ({"heads": 4}, 32, "has heads 2", "says 4"),
+        ({"num_heads": 4}, 32, "has num_heads 2", "says 4"),
         ({"patch_size": 16}, 32, "has patch_size 8", "says 16"),
         ({"class_token": False}, 32, "has class_token True", "says False"),
         ({"register_tokens": 2}, 32, "has register_tokens 0", "says 2"),
@@ -161,9 +161,9 @@ def test_a_source_of_another_shape_is_refused(student, size, cause, remedy):
 @pytest.mark.parametrize("source", [None, "run:x"])
 def test_pooling_a_class_token_that_is_not_there_is_refused(source):
     if source is None:
-        config = recipe(source=None, model="vit_base_patch16_siglip_224", pooling="token")
+        config = recipe(source=None, model="vit_base_patch16_siglip_224", global_pool="token")
     else:
-        config = recipe(pooling="token")
+        config = recipe(global_pool="token")
     opened = source and random_source(class_token=False)
     with pytest.raises(ConfigError, match="has no class token to read"):
         build_classifier(config, opened, num_classes=5)

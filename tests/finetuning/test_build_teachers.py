@@ -15,7 +15,7 @@ from maedistill.data.shards.write import make_shards
 from maedistill.errors import UserError
 from maedistill.finetuning.setup import open_finetuning
 
-STUDENT = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.heads=2"]
+STUDENT = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.num_heads=2"]
 STUDENT += ["student.patch_size=8"]
 VIT = {"embed_dim": 48, "depth": 3, "num_heads": 3, "patch_size": 8}
 # Folder of a teacher: model, its arguments, image size, names of its classes.
@@ -32,33 +32,38 @@ TEACHERS = {
 REFUSED = {
     "other classes": ("ten", ["logits.weight=1"], 2, "knows 10 classes, the student has 3", "terms on features"),
     "other names": ("numbers", ["dkd.weight=1"], 2, "not know 3 of the student's 3 classes, 'a'", "of these"),
-    "no classifier": ("encoder", ["hard.weight=1"], 2, "has no classifier, and distill.hard compares", "fine-tune it"),
+    "no classifier": ("encoder", ["hard_label.weight=1"], 2, "and distill.hard_label compares", "fine-tune it"),
     "no attention maps": (
         "resnet", ["attention={weight: 1, student: [1], teacher: [3]}"], 2,
-        "distill.attention.teacher: local-dir:{made}/resnet has no attention maps that can be seen", "distill.maps",
+        "distill.attention.teacher: local-dir:{made}/resnet has no attention maps that can be seen",
+        "distill.attention_transfer",
     ),
     "no plain blocks": (
         "parallel", ["attention={weight: 1, student: [1], teacher: [1]}"], 2, "no attention maps", "use a plain ViT",
     ),
     "no queries": (
-        "resnet", ["relations={weight: 1, student: [1], teacher: [3]}"], 2, "no attention maps", "use a plain ViT",
+        "resnet", ["token_relations={weight: 1, student: [1], teacher: [3]}"], 2, "no attention maps",
+        "use a plain ViT",
     ),
     "no such depth": (
         "resnet", ["hints={weight: 1, student: [1], teacher: [5]}"], 2,
         "distill.hints.teacher: depth 5 does not exist, local-dir:{made}/resnet has 5", "use 0 to 4",
     ),
     "no such block": (
-        "vit", ["maps={weight: 1, student: [1], teacher: [3]}"], 2, "depth 3 does not exist", "use 0 to 2",
+        "vit", ["attention_transfer={weight: 1, student: [1], teacher: [3]}"], 2, "depth 3 does not exist",
+        "use 0 to 2",
     ),
     "another grid": (
-        "vit", ["relations={weight: 1, student: [1], teacher: [1]}"], 2,
+        "vit", ["token_relations={weight: 1, student: [1], teacher: [1]}"], 2,
         "sees 6 x 6 patches, the student 4 x 4", "distill.image_size=32",
     ),
     "heads that do not divide": (
-        "vit", ["relations={weight: 1, student: [1], teacher: [1]}", "image_size=32"], 2,
-        "3 heads do not divide the widths 32 and 48", "distill.relations.heads=1",
+        "vit", ["token_relations={weight: 1, student: [1], teacher: [1]}", "image_size=32"], 2,
+        "3 heads do not divide the widths 32 and 48", "distill.token_relations.num_heads=1",
     ),
-    "no token": ("resnet", ["hard={weight: 1, token: true}"], 2, "no register token to", "student.register_tokens=1"),
+    "no token": (
+        "resnet", ["hard_label={weight: 1, token: true}"], 2, "no register token to", "student.register_tokens=1",
+    ),
     "no such folder": ("none", ["logits.weight=1"], 3, "distill.teachers: local-dir:{made}/none cannot", "its name"),
 }  # fmt: skip
 
@@ -117,11 +122,11 @@ def test_an_image_size_that_a_teacher_s_patches_do_not_tile_is_refused(finetunin
 def test_no_relations_in_micro_batches_of_one(finetuning, made):
     settings = ["augment.mixup=0", "augment.cutmix=0", "optim.global_batch=1", "optim.lr=1e-3"]
     with pytest.raises(UserError, match=r"1 image a micro-batch has no relation to others, as distill\.affinity"):
-        opened(finetuning, *settings, *taught(made, "resnet", ["affinity.weight=1"]))
+        opened(finetuning, *settings, *taught(made, "resnet", ["pkt.weight=1"]))
 
 
 def test_an_encoder_without_classifier_teaches_what_it_has(finetuning, made):
-    settings = ["hints={weight: 1, student: [1], teacher: [2]}", "similarity.weight=1"]
+    settings = ["hints={weight: 1, student: [1], teacher: [2]}", "similarity_preserving.weight=1"]
     parts = opened(finetuning, *taught(made, "encoder", settings))
     (view,), _ = parts.teacher_outputs(torch.randn(2, 3, 32, 32), 0)
     assert {name: tuple(seen.shape) for name, seen in view.items()} == {
@@ -142,8 +147,8 @@ def test_labels_are_needed_by_what_reads_them_only(finetuning, made, tmp_path):
     make_shards(open_folder(made / "pictures"), tmp_path / "bare")
     open_index(f"{tmp_path}/bare/train-*.tar")
     bare = f"data.train={tmp_path}/bare/train-*.tar"
-    parts = opened(finetuning, bare, *taught(made, "resnet", ["logits.weight=1", "labels=0"]))
+    parts = opened(finetuning, bare, *taught(made, "resnet", ["logits.weight=1", "label_weight=0"]))
     assert parts.num_classes == 3 and len(parts.samples) == 24
-    for settings in (["logits.weight=1"], ["dkd.weight=1", "labels=0"]):
+    for settings in (["logits.weight=1"], ["dkd.weight=1", "label_weight=0"]):
         with pytest.raises(UserError, match="24 of 24 samples have no label"):
             opened(finetuning, bare, *taught(made, "resnet", settings))

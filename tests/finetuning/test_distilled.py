@@ -10,7 +10,7 @@ from maedistill.config.loader import load_config
 from maedistill.finetuning.build_teachers import TeacherSource, build_module, build_teaching
 from maedistill.finetuning.distilled import Distilled
 from maedistill.finetuning.outputs import RequestedOutputs, anatomy, view
-from maedistill.finetuning.terms import Contrast
+from maedistill.finetuning.terms import Contrastive
 from maedistill.losses.relations import contrast_loss
 from maedistill.runs.plan import make_plan
 from maedistill.weights.network import Network
@@ -23,19 +23,19 @@ ALONE = {  # settings of each term by itself; a ViT teaches
     "logits standardised": "{weight: 2, temperature: 2, standardize: true, teacher_temperature: 2}",
     "dkd": "{weight: 2, alpha: 1.5, beta: 0.5}",
     "dkd standardised": "{weight: 2, standardize: true}",
-    "maps": "{weight: 2, student: [0, 2], teacher: [0, 2]}",
+    "attention_transfer": "{weight: 2, student: [0, 2], teacher: [0, 2]}",
     "attention": "{weight: 2, student: [1, 2], teacher: [1, 2]}",
-    "relations": "{weight: 2, student: [0, 2], teacher: [0, 2], heads: 4}",
-    "distances": "{weight: 2}",
-    "angles": "{weight: 2}",
-    "similarity": "{weight: 2}",
-    "affinity": "{weight: 2}",
+    "token_relations": "{weight: 2, student: [0, 2], teacher: [0, 2], num_heads: 4}",
+    "rkd_distance": "{weight: 2}",
+    "rkd_angle": "{weight: 2}",
+    "similarity_preserving": "{weight: 2}",
+    "pkt": "{weight: 2}",
 }
-PLAIN = ("logits", "distances", "angles", "similarity", "affinity")  # weight 2, one part
+PLAIN = ("logits", "rkd_distance", "rkd_angle", "similarity_preserving", "pkt")  # weight 2, one part
 EVERYTHING = [f"distill.{name}={value}" for name, value in ALONE.items() if "standardised" not in name]
 EVERYTHING += ["distill.hints={weight: 3, student: [0, 1], teacher: [1, 2], projector: mlp, normalize: whiten}"]
-EVERYTHING += ["distill.contrast={weight: 2, temperature: 0.2, width: 24}"]
-EVERYTHING += ["distill.hard={weight: 1, token: true}", "student.register_tokens=1"]
+EVERYTHING += ["distill.contrastive={weight: 2, temperature: 0.2, width: 24}"]
+EVERYTHING += ["distill.hard_label={weight: 1, token: true}", "student.register_tokens=1"]
 
 
 def load(tmp_path, *settings) -> FinetuneConfig:
@@ -46,10 +46,10 @@ def load(tmp_path, *settings) -> FinetuneConfig:
     return load_config(file, given, root=FinetuneConfig, to_run=False).config
 
 
-def vit(*, seed: int, width: int = 32, heads: int = 2, **more) -> torch.nn.Module:
+def vit(*, seed: int, width: int = 32, num_heads: int = 2, **more) -> torch.nn.Module:
     """A network in which no parameter has a special value."""
     torch.manual_seed(seed)
-    shape = {"embed_dim": width, "depth": 3, "num_heads": heads, "patch_size": 8, "img_size": 32, "num_classes": 5}
+    shape = {"embed_dim": width, "depth": 3, "num_heads": num_heads, "patch_size": 8, "img_size": 32, "num_classes": 5}
     built = timm.create_model("vit_tiny_patch16_224", **shape, **more)
     for parameter in built.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
@@ -58,7 +58,7 @@ def vit(*, seed: int, width: int = 32, heads: int = 2, **more) -> torch.nn.Modul
 
 def teacher_of(network: torch.nn.Module, *, size: int = 32) -> TeacherSource:
     """A network as it is opened, with the student's normalisation."""
-    words = {"name": "run:x", "interpolation": "bicubic", "crop_mode": "center", "licence": "mit"}
+    words = {"name": "run:x", "interpolation": "bicubic", "crop_mode": "center", "license": "mit"}
     opened = Network(network.eval(), **words, mean=MEAN, std=STD, size=size, crop=1.0, num_classes=5)
     return TeacherSource(opened, anatomy(network, image_size=size), None, "")
 
@@ -75,7 +75,7 @@ def test_a_student_that_equals_its_teacher_has_no_loss_and_no_gradient(tmp_path,
     """Both sides see pixels that differ by rounding, so zero is 1e-5 of what another teacher gives."""
     name = case.split()[0]
     student = vit(seed=1).eval()
-    config = load(tmp_path, "distill.labels=1", f"distill.{name}={ALONE[case]}")
+    config = load(tmp_path, "distill.label_weight=1", f"distill.{name}={ALONE[case]}")
     totals, gradients = [], []
     for teacher in (vit(seed=1), vit(seed=2)):
         module, teaching = assemble(config, student, teacher_of(teacher))
@@ -95,27 +95,27 @@ def test_all_terms_reach_every_parameter_and_add_up(tmp_path, count):
     """The teacher has other widths, heads and depth; with two, each term is the mean over them."""
     config = load(tmp_path, *EVERYTHING)
     student = vit(seed=1, reg_tokens=1)
-    teachers = [vit(seed=2 + i, width=48 + 16 * i, heads=4) for i in range(count)]
+    teachers = [vit(seed=2 + i, width=48 + 16 * i, num_heads=4) for i in range(count)]
     module, teaching = assemble(config, student, *map(teacher_of, teachers))
     losses = module(IMAGES, TARGETS, *teaching(IMAGES, 0))
     losses["loss"].backward()
     assert [name for name, p in module.named_parameters() if p.grad is None or not p.grad.count_nonzero()] == []
     assert not any(p.grad is not None for teacher in teachers for p in teacher.parameters())
-    expected = losses["cross_entropy"] + losses["hard"] + 1.5 * (losses["hints/0-1"] + losses["hints/1-2"])
+    expected = losses["cross_entropy"] + losses["hard_label"] + 1.5 * (losses["hints/0-1"] + losses["hints/1-2"])
     expected = expected + 2 * (1.5 * losses["dkd/tckd"] + 0.5 * losses["dkd/nckd"])
-    expected = expected + 2 * sum(losses[name] for name in (*PLAIN, "contrast"))
-    for name in ("maps", "attention", "relations"):
+    expected = expected + 2 * sum(losses[name] for name in (*PLAIN, "contrastive"))
+    for name in ("attention_transfer", "attention", "token_relations"):
         expected = expected + 2 * sum(v for key, v in losses.items() if key.startswith(name)) / 2
     torch.testing.assert_close(losses["loss"], expected)
     alone = [assemble(load(tmp_path, *EVERYTHING), student, teacher_of(teacher)) for teacher in teachers]
     each = [one(IMAGES, TARGETS, *teacher_outputs(IMAGES, 0)) for one, teacher_outputs in alone]
-    for name in ("logits", "dkd/tckd", "maps/0-0", "relations/2-2/vv", "affinity"):
+    for name in ("logits", "dkd/tckd", "attention_transfer/0-0", "token_relations/2-2/vv", "pkt"):
         torch.testing.assert_close(losses[name], torch.stack([one[name] for one in each]).mean())
 
 
 @pytest.mark.parametrize(
     ("term", "part", "parameters"),
-    [("hints={student: [2], teacher: [4], ", "hints/2-4", 2), ("contrast={", "contrast", 4)],
+    [("hints={student: [2], teacher: [4], ", "hints/2-4", 2), ("contrastive={", "contrastive", 4)],
 )
 def test_a_step_without_a_term_asks_no_teacher_and_keeps_every_gradient(tmp_path, term, part, parameters):
     config = load(tmp_path, f"distill.{term}weight: 1, stop_epoch: 2, start_epoch: 1}}")
@@ -139,10 +139,10 @@ def test_a_step_without_a_term_asks_no_teacher_and_keeps_every_gradient(tmp_path
 def test_contrast_compares_projections_in_full_precision(autocast):
     """Each of two teachers, in bf16 here, has its projection; with autocast those are in bf16, the loss is not."""
     torch.manual_seed(0)
-    term = Contrast(student_width=32, teacher_widths=[16, 48], width=24, temperature=0.3)
+    term = Contrastive(student_width=32, teacher_widths=[16, 48], width=24, temperature=0.3)
     rows, theirs = torch.randn(6, 32), torch.randn(6, 48).bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = term({"embedding": rows}, {"embedding": theirs}, torch.arange(6), number=1)["contrast"]
+        found = term({"embedding": rows}, {"embedding": theirs}, torch.arange(6), number=1)["contrastive"]
         sides = term.student[1](rows), term.teacher[1](theirs.float())
     assert torch.equal(found, contrast_loss(*sides, temperature=0.3))
 
@@ -151,15 +151,17 @@ def test_a_distillation_token_is_read_and_the_classifier_is_not(tmp_path):
     """The token's head alone learns the teacher's classes; the classifier has the labels' gradient only."""
     student = vit(seed=1, reg_tokens=1).eval()
     teacher = teacher_of(vit(seed=2))
-    config = load(tmp_path, "distill.hard={weight: 1, token: true}", "student.register_tokens=1")
+    config = load(tmp_path, "distill.hard_label={weight: 1, token: true}", "student.register_tokens=1")
     module, teaching = assemble(config, student, teacher)
     losses = module(IMAGES, TARGETS, *teaching(IMAGES, 0))
     tokens = view(student, IMAGES, RequestedOutputs(tokens=True))["tokens"]
-    logits = module.terms["hard"].head(tokens[:, 1])
+    logits = module.terms["hard_label"].head(tokens[:, 1])
     expected = F.cross_entropy(logits, teacher.classifier.module(IMAGES).argmax(1))
-    torch.testing.assert_close(losses["hard"], expected)
-    assert torch.autograd.grad(losses["hard"], student.head.weight, allow_unused=True, retain_graph=True)[0] is None
-    assert torch.autograd.grad(losses["hard"], student.reg_token)[0].count_nonzero()
+    torch.testing.assert_close(losses["hard_label"], expected)
+    assert (
+        torch.autograd.grad(losses["hard_label"], student.head.weight, allow_unused=True, retain_graph=True)[0] is None
+    )
+    assert torch.autograd.grad(losses["hard_label"], student.reg_token)[0].count_nonzero()
 
 
 def test_dkd_takes_the_label_that_a_mixed_image_shows_more_of(tmp_path):
@@ -180,7 +182,7 @@ def test_weights_change_without_another_graph(tmp_path):
     """Whole graphs under torch.compile, and one of them for every weight."""
     config = load(tmp_path, *EVERYTHING)
     student = vit(seed=1, reg_tokens=1).eval()
-    module, teaching = assemble(config, student, teacher_of(vit(seed=2, width=48, heads=4)))
+    module, teaching = assemble(config, student, teacher_of(vit(seed=2, width=48, num_heads=4)))
     assert isinstance(module, Distilled)
     views, weights = teaching(IMAGES, 0)
     expected = [module(IMAGES, TARGETS, views, weights * factor)["loss"] for factor in (1, 0.5)]

@@ -41,7 +41,7 @@ def network(name: str, **changed) -> torch.nn.Module:
 
 def classifier(built: torch.nn.Module, *, size: int = 32, classes: tuple[str, ...] = (), count: int = 5) -> Network:
     """A teacher as it is opened, with a normalisation that is not the student's."""
-    words = {"name": "run:x", "interpolation": "bicubic", "crop_mode": "center", "licence": "mit"}
+    words = {"name": "run:x", "interpolation": "bicubic", "crop_mode": "center", "license": "mit"}
     statistics = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
     return Network(built, **words, **statistics, size=size, crop=1.0, num_classes=count, classes=classes)
 

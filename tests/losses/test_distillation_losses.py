@@ -68,14 +68,14 @@ RESPONSES = {
     "dkd": lambda s, t: dkd(s, t, torch.arange(8) % 5, 3.0),
 }
 RELATIONS = {
-    "distances": rkd_distance_loss,
-    "angles": rkd_angle_loss,
+    "rkd_distance": rkd_distance_loss,
+    "rkd_angle": rkd_angle_loss,
     "probabilities": pkt_loss,
     "similarities": sp_loss,
 }
 TOKENS = {
     "values": token_relation_loss,
-    "maps": lambda s, t: attention_transfer_loss(s.mT, t.mT),
+    "attention_transfer": lambda s, t: attention_transfer_loss(s.mT, t.mT),
 }
 
 

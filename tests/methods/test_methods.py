@@ -28,25 +28,27 @@ def build(case: str) -> tuple[MAE, Teacher | None, PatchSplit, torch.Tensor]:
     """A method of 32 x 3 at 32 px with 64 patches, a teacher of 48 x 4 with patches twice as wide, and a batch."""
     name = case.split()[0]
     token = name != "amd" or "class token" in case
-    positions = "learned" if "learned" in case else "sincos2d"
-    shape = {"width": 32, "depth": 3, "heads": 2, "patch_size": 4}
-    vit = build_vit("vit_tiny_patch16_224", image_size=32, class_token=token, positions=positions, **shape)
+    pos_embed = "learned" if "learned" in case else "sincos2d"
+    shape = {"width": 32, "depth": 3, "num_heads": 2, "patch_size": 4}
+    vit = build_vit("vit_tiny_patch16_224", image_size=32, class_token=token, pos_embed=pos_embed, **shape)
     encoder = MaskedEncoder(vit)
-    shape = {"width": 16, "depth": 1, "heads": 2, "grid": 8, "patch_size": 4}
+    shape = {"width": 16, "depth": 1, "num_heads": 2, "grid": 8, "patch_size": 4}
     kind = CrossDecoder if "cross" in case else TokenDecoder
     decoder = kind(32, num_prefix=encoder.num_prefix, **shape)
-    keywords = {"mean": MEAN, "std": STD, "pixel_kind": "patch_channel" if name == "amd" else "patch"}
-    keywords |= {"predict": 0.25} if "partial" in case else {}
+    keywords = {"mean": MEAN, "std": STD, "pixel_kind": "norm_patch_channel" if name == "amd" else "norm_patch"}
+    keywords |= {"predict_ratio": 0.25} if "partial" in case else {}
     teacher = None
     if name != "mae":
         pairs = {"student_taps": (1,), "teacher_taps": (2,)}
         if name == "amd" or "two" in case:
             pairs = {"student_taps": (0, 2), "teacher_taps": (1, 3)}
-        source = open_source("random:vit_tiny_patch16_224", grid=8, width=48, depth=4, heads=4, patch_size=8)
+        source = open_source("random:vit_tiny_patch16_224", grid=8, width=48, depth=4, num_heads=4, patch_size=8)
         teacher = Teacher(source, taps=pairs["teacher_taps"], relations=name == "tinymim")
         keywords |= pairs | {"teacher_prefix": 1}
-        heads = {"heads": [4 for _ in pairs["student_taps"]]}
-        keywords |= heads if name == "tinymim" else {"teacher_width": 48, "head": "mlp" if "mlp" in case else "linear"}
+        num_heads = {"num_heads": [4 for _ in pairs["student_taps"]]}
+        keywords |= (
+            num_heads if name == "tinymim" else {"teacher_width": 48, "head": "mlp" if "mlp" in case else "linear"}
+        )
         keywords |= {"distance": "mse", "normalize": "none"} if name == "amd" else {}
     method = {"mae": MAE, "dmae": DMAE, "amd": AMD, "tinymim": TinyMIM}[name](encoder, decoder, **keywords)
     split = random_split(
@@ -120,7 +122,7 @@ def perfect(method: MAE, images: torch.Tensor, _: torch.Tensor, split: PatchSpli
 
 def test_a_picture_of_perfect_predictions_is_the_image() -> None:
     """`draw` inverts exactly what the loss compares with, for every kind of target."""
-    for kind, case in (("raw", "mae"), ("patch", "mae partial"), ("patch_channel", "mae")):
+    for kind, case in (("raw", "mae"), ("norm_patch", "mae partial"), ("norm_patch_channel", "mae")):
         method, _, split, images = build(case)
         initialize(method, seed=0)
         method.pixel_kind = kind
@@ -139,7 +141,7 @@ def test_a_share_is_predicted_of_pixels_that_the_rest_does_not_touch(decoder: st
     asked, left = split.hidden[:, :12], split.hidden[:, 12:]
     normalized = normalize(images, method.mean, method.std)
     predicted = method.decoder(method.encoder(normalized, split.student)[0], split, asked)
-    target = pixel_target(method.pixels_of(images, normalized, asked), kind="patch")
+    target = pixel_target(method.pixels_of(images, normalized, asked), kind="norm_patch")
     expected = (predicted - target).square().mean()
     noisy = patchify(images, 4).scatter(1, left[..., None].expand(-1, -1, 48), 7.0)
     for version in (images, unpatchify(noisy, 4)):

@@ -1,4 +1,4 @@
-"""The frozen teacher: from every kind of source, with its own normalisation and licence, run no further than needed."""
+"""The frozen teacher: from every kind of source, with its own normalisation and license, run no further than needed."""
 
 import json
 
@@ -17,7 +17,7 @@ from maedistill.models.masking import random_split
 from maedistill.weights.source import open_source
 
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8, "img_size": 32}
-RANDOM = {"width": 32, "depth": 3, "heads": 2, "patch_size": 8}
+RANDOM = {"width": 32, "depth": 3, "num_heads": 2, "patch_size": 8}
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -35,13 +35,13 @@ def saved(tmp_path):
     return model, tmp_path / "saved"
 
 
-def test_a_local_folder_of_timm_s_round_trips_with_normalisation_and_licence(saved):
+def test_a_local_folder_of_timm_s_round_trips_with_normalisation_and_license(saved):
     model, folder = saved
     source = open_source(f"local-dir:{folder}", grid=4)
     expected = model.state_dict()
     for name, value in source.encoder.vit.state_dict().items():
         assert torch.equal(value, expected[name]), name
-    assert (source.mean, source.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)) and source.licence == "cc-by-nc-4.0"
+    assert (source.mean, source.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)) and source.license == "cc-by-nc-4.0"
     line = source.describe()
     assert line.count("\n") == 0
     assert all(part in line for part in (str(folder), "32 x 3", "keys loaded", "(0.1, 0.2, 0.3)", "cc-by-nc-4.0"))
@@ -88,7 +88,7 @@ def test_names_that_timm_does_not_have_or_that_cannot_be_walked_are_refused():
         open_source("timm:vit_relpos_small_patch16_224", grid=14)
 
 
-def test_a_file_knows_its_class_token_and_not_its_licence(tmp_path):
+def test_a_file_knows_its_class_token_and_not_its_license(tmp_path):
     for class_token in (True, False):
         vit = build_vit("vit_tiny_patch16_224", image_size=32, class_token=class_token, **RANDOM)
         initialize(vit, seed=3)
@@ -96,13 +96,13 @@ def test_a_file_knows_its_class_token_and_not_its_licence(tmp_path):
         source = open_source(f"file:{tmp_path / 'a.pth'}", grid=4, model="vit_tiny_patch16_224", **RANDOM)
         assert source.encoder.num_prefix == int(class_token)
         assert torch.equal(source.encoder.vit.blocks[2].mlp.fc2.weight, vit.blocks[2].mlp.fc2.weight)
-        assert "teacher.licence" in source.licence and (source.mean, source.std) == (
+        assert "teacher.license" in source.license and (source.mean, source.std) == (
             IMAGENET_DEFAULT_MEAN,
             IMAGENET_DEFAULT_STD,
         )
-    keywords = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "licence": "mine"}
+    keywords = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "license": "mine"}
     named = open_source(f"file:{tmp_path / 'a.pth'}", grid=4, model="vit_tiny_patch16_224", **RANDOM, **keywords)
-    assert {"mean": named.mean, "std": named.std, "licence": named.licence} == keywords
+    assert {"mean": named.mean, "std": named.std, "license": named.license} == keywords
 
 
 def test_a_run_of_ours_is_a_teacher(trio):
@@ -112,7 +112,7 @@ def test_a_run_of_ours_is_a_teacher(trio):
     for name, value in source.encoder.state_dict().items():
         assert torch.equal(value, weights[f"encoder.{name}"]), name
     assert (source.mean, source.std) == ((0.5,) * 3, (0.25,) * 3)
-    assert source.licence == json.loads((run / "run.json").read_text())["licence"]
+    assert source.license == json.loads((run / "run.json").read_text())["license"]
     assert open_source(f"run:{run}", grid=6).encoder.vit.pos_embed.shape == (1, 37, 32)
     with pytest.raises(DataError, match="holds no run"):
         open_source(f"run:{run}-which-is-not-there", grid=4)
@@ -122,7 +122,7 @@ def test_a_random_teacher_is_the_same_every_time():
     one, other = (open_source("random:vit_tiny_patch16_224", grid=4, **RANDOM) for _ in range(2))
     for a, b in zip(one.encoder.state_dict().values(), other.encoder.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    assert "random" in one.licence and one.encoder.vit.patch_embed.proj.weight.std() > 0.01
+    assert "random" in one.license and one.encoder.vit.patch_embed.proj.weight.std() > 0.01
 
 
 def test_it_is_frozen_and_stops_at_its_last_tap():
@@ -153,12 +153,12 @@ def test_it_sees_only_its_patches_and_in_the_order_of_the_split():
 
 
 def test_another_patch_size_width_and_number_format():
-    source = open_source("random:vit_tiny_patch16_224", grid=4, width=48, depth=2, heads=3, patch_size=14)
+    source = open_source("random:vit_tiny_patch16_224", grid=4, width=48, depth=2, num_heads=3, patch_size=14)
     teacher = Teacher(source, taps=(1,), dtype=torch.bfloat16)
     assert (teacher.image_size, teacher.width, teacher.num_prefix) == (56, 48, 1)
     target = teacher(IMAGES, split())[1]
     assert target.shape == (2, 9, 48) and target.dtype == torch.bfloat16
     exact = Teacher(
-        open_source("random:vit_tiny_patch16_224", grid=4, width=48, depth=2, heads=3, patch_size=14), taps=(1,)
+        open_source("random:vit_tiny_patch16_224", grid=4, width=48, depth=2, num_heads=3, patch_size=14), taps=(1,)
     )
     torch.testing.assert_close(target.float(), exact(IMAGES, split())[1], rtol=0.05, atol=0.05)

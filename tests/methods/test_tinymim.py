@@ -13,10 +13,10 @@ from maedistill.pretraining.build import build_encoder, build_method, build_teac
 TINY = """
 method: tinymim
 data: {image_size: 32}
-student: {model: vit_tiny_patch16_224, width: 32, depth: 3, heads: 2, patch_size: 8}
-teacher: {source: "random:vit_tiny_patch16_224", width: 48, depth: 4, heads: 4, patch_size: 8}
+student: {model: vit_tiny_patch16_224, width: 32, depth: 3, num_heads: 2, patch_size: 8}
+teacher: {source: "random:vit_tiny_patch16_224", width: 48, depth: 4, num_heads: 4, patch_size: 8}
 align: {student: [0, 2], teacher: [1, 3]}
-decoder: {width: 16, depth: 1, heads: 2}
+decoder: {width: 16, depth: 1, num_heads: 2}
 """
 CPU = torch.device("cpu")
 
@@ -69,7 +69,7 @@ def test_the_relations_are_those_of_both_networks_own_attention(tmp_path, monkey
 
 def test_heads_that_the_student_cannot_be_cut_into_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"student\.width: 32 cannot be cut into the teacher's 3 heads") as raised:
-        build(tmp_path, "teacher.heads=3")
+        build(tmp_path, "teacher.num_heads=3")
     assert "student.width=36" in raised.value.remedy
 
 

@@ -13,7 +13,7 @@ from maedistill.models.decoder import CrossDecoder, TokenDecoder
 from maedistill.models.initialize import initialize
 from maedistill.models.masking import PatchSplit, random_split
 
-SHAPE = {"width": 32, "depth": 2, "heads": 4, "grid": 6, "patch_size": 4, "num_prefix": 1}
+SHAPE = {"width": 32, "depth": 2, "num_heads": 4, "grid": 6, "patch_size": 4, "num_prefix": 1}
 
 
 def build(kind: type[TokenDecoder]) -> tuple[TokenDecoder, torch.Tensor, PatchSplit]:

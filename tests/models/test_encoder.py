@@ -8,19 +8,19 @@ from maedistill.errors import ConfigError
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
 
-TINY = {"width": 32, "depth": 3, "heads": 2, "patch_size": 4}
+TINY = {"width": 32, "depth": 3, "num_heads": 2, "patch_size": 4}
 VARIANTS = [
     ("vit_tiny_patch16_224", {}),
     ("vit_tiny_patch16_224", {"class_token": False}),
-    ("vit_tiny_patch16_224", {"register_tokens": 3, "positions": "learned"}),
-    ("vit_tiny_patch16_224", {"positions": "sincos1d"}),
+    ("vit_tiny_patch16_224", {"register_tokens": 3, "pos_embed": "learned"}),
+    ("vit_tiny_patch16_224", {"pos_embed": "sincos1d"}),
     ("vit_small_patch14_reg4_dinov2", {}),  # layer scale, registers, positions without a class entry
     ("vit_base_patch16_clip_224", {}),  # norm before the blocks
 ]
 
 
 def encoder(model: str = "vit_tiny_patch16_224", **overrides) -> MaskedEncoder:
-    keywords = {"positions": "sincos2d"} | TINY | overrides
+    keywords = {"pos_embed": "sincos2d"} | TINY | overrides
     built = MaskedEncoder(build_vit(model, image_size=32, **keywords)).double().eval()
     initialize(built, seed=1)
     return built
@@ -95,7 +95,7 @@ def test_a_misspelt_model_gets_the_nearest() -> None:
 
 
 def test_fixed_positions_are_a_saved_buffer() -> None:
-    vit = build_vit("vit_tiny_patch16_224", image_size=32, positions="sincos2d", **TINY)
+    vit = build_vit("vit_tiny_patch16_224", image_size=32, pos_embed="sincos2d", **TINY)
     assert "pos_embed" in vit.state_dict() and "pos_embed" not in dict(vit.named_parameters())
     learned = build_vit("vit_tiny_patch16_224", image_size=32, **TINY)
     assert "pos_embed" in dict(learned.named_parameters())
@@ -105,8 +105,8 @@ def test_fixed_positions_are_a_saved_buffer() -> None:
     ("overrides", "cause"),
     [
         ({"image_size": 38}, "patch size 16 does not divide image size 38"),
-        ({"image_size": 32, "width": 96, "heads": 5}, "width 96 .* 5 heads"),
-        ({"image_size": 32, "width": 54, "heads": 3}, "multiple of 4"),
+        ({"image_size": 32, "width": 96, "num_heads": 5}, "width 96 .* 5 heads"),
+        ({"image_size": 32, "width": 54, "num_heads": 3}, "multiple of 4"),
     ],
 )
 def test_dimensions_that_do_not_fit_are_refused_for_any_name(overrides: dict, cause: str) -> None:

@@ -13,8 +13,8 @@ from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.pretraining.flops import count_flops
 from maedistill.weights.source import Source
 
-PUBLISHED = {"width": 512, "depth": 8, "heads": 16}
-LIGHT = {"width": 384, "depth": 4, "heads": 6}
+PUBLISHED = {"width": 512, "depth": 8, "num_heads": 16}
+LIGHT = {"width": 384, "depth": 4, "num_heads": 6}
 
 
 def gflops(
@@ -27,7 +27,7 @@ def gflops(
         taps = {"dmae": ((8,), (deep * 3 // 4 - 1,)), "amd": ((5, 11), (deep // 2 - 1, deep - 1))}[method]
         source = Source(guide, "meta", IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "", "")
         encoder = MaskedEncoder(
-            build_vit(f"vit_{student}_patch16_224", image_size=224, positions="sincos2d", class_token=method == "dmae")
+            build_vit(f"vit_{student}_patch16_224", image_size=224, pos_embed="sincos2d", class_token=method == "dmae")
         )
         shape = {"grid": 14, "patch_size": 16, "num_prefix": encoder.num_prefix}
         keywords = {

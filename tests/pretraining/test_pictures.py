@@ -16,8 +16,8 @@ GAP, HEADER = 4, 18
 
 
 def method(side: int) -> MAE:
-    vit = build_vit("vit_tiny_patch16_224", image_size=side, width=32, depth=1, heads=2, patch_size=8)
-    decoder = TokenDecoder(32, width=16, depth=1, heads=2, grid=side // 8, patch_size=8, num_prefix=1)
+    vit = build_vit("vit_tiny_patch16_224", image_size=side, width=32, depth=1, num_heads=2, patch_size=8)
+    decoder = TokenDecoder(32, width=16, depth=1, num_heads=2, grid=side // 8, patch_size=8, num_prefix=1)
     built = MAE(MaskedEncoder(vit), decoder, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
     initialize(built, seed=0)
     return built.train()
@@ -75,8 +75,8 @@ def test_a_sheet_shows_what_each_sees_and_what_is_predicted(side, teacher):
 def test_columns_are_labelled_in_their_own_ink():
     images, _ = batch(32)
     plain, labelled = tile({"": images, " ": images}), tile({"image": images, "student sees": images})
-    heads = [np.array(sheet.crop((0, 0, sheet.width, HEADER))) for sheet in (plain, labelled)]
-    assert heads[0].min() == 255 and all((heads[1][:, x : x + 96] < 128).any() for x in (GAP, 100 + GAP))
+    num_heads = [np.array(sheet.crop((0, 0, sheet.width, HEADER))) for sheet in (plain, labelled)]
+    assert num_heads[0].min() == 255 and all((num_heads[1][:, x : x + 96] < 128).any() for x in (GAP, 100 + GAP))
     assert np.array_equal(np.array(plain)[HEADER:], np.array(labelled)[HEADER:])
 
 

@@ -37,7 +37,8 @@ def test_a_run_s_report_says_what_it_was_and_what_came_of_it(trio, method):
     knn = [record["knn"] for record in ended.records() if "knn" in record][-1]
     row = table(ended.run / "report.md")[method]
     assert (
-        row["method"] == method and row["student"] == "vit_tiny_patch16_224 (width 32, depth 2, heads 2, patch_size 8)"
+        row["method"] == method
+        and row["student"] == "vit_tiny_patch16_224 (width 32, depth 2, num_heads 2, patch_size 8)"
     )
     assert (row["loss"], row["pixels"]) == (f"{last['loss']:.4f}", f"{last['pixels']:.4f}") and row[
         "kNN"

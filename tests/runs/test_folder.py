@@ -15,7 +15,7 @@ FACTS = {
     "init": "timm:x of step 1",
     "teacher": "timm:t",
     "teacher_weights": ["a" * 64],
-    "licence": "none",
+    "license": "none",
 }
 
 

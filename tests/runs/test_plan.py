@@ -12,7 +12,7 @@ def test_dry_run_tells_everything_and_writes_nothing(pretraining, settings, trio
         *("run", "flops", "speed", "memory", "time", "nothing"),
     }
     assert "student sees 4 of 16 patches, teacher 8 (nested)" in lines["method"]
-    assert "run:" in lines["teacher"] and "keys loaded" in lines["teacher"] and "licence" in lines["teacher"]
+    assert "run:" in lines["teacher"] and "keys loaded" in lines["teacher"] and "license" in lines["teacher"]
     assert "96 images in 4 shards" in lines["data"] and "12 = 1 ranks x 1 x 12" in lines["batch"]
     total = trio["amd"].metrics()[-1]["step"]
     assert f"{total} = floor(" in lines["steps"]

@@ -173,7 +173,7 @@ def test_a_run_is_done_by_the_same_settings_on_the_same_images_only(configs, sha
     made(run, config, shards=shards, top1=1, finished=False)
     assert not is_done(configs("finetune", run, "optim.epochs=9")), "before its first checkpoint a run binds nobody"
     (run / "exit.json").write_text(json.dumps({"exit_code": 0, "reason": "finished", "step": 8}))
-    assert is_done(config) and is_done(configs("finetune", run, "log.every=7"))
+    assert is_done(config) and is_done(configs("finetune", run, "log.every_steps=7"))
     refusals = {
         "optim.epochs=9": "optim.epochs: 1.0 there, 9.0 now",
         f"data.train={shards}/val-*.tar": "was run on other images than .*val",

@@ -15,11 +15,11 @@ students:
   scratch: {shape_of: mae}
   mae: {config: mae.yaml}
   ten: {config: ../other/dmae.yaml, set: [align.weight=10], finetune_set: [optim.epochs=2], teacher: small}
-  many: {config: dmae.yaml, axes: {teacher: [small, large], masks: {student_visible: [0.1, 0.25]}}}
+  many: {config: dmae.yaml, axes: {teacher: [small, large], masks: {student_keep_ratio: [0.1, 0.25]}}}
   tuned: {pretraining_of: mae, finetune_axes: {optim: {lr: [1, 2]}}}
   plain: {}
 finetune: {config: finetune.yaml}
-pretrain_set: [log.every=5]
+pretrain_set: [log.every_steps=5]
 finetune_set: [optim.ema=0.9]
 baseline: mae
 """
@@ -45,16 +45,21 @@ MISTAKES = {
     "rows of one name": ("[0.1, 0.25]", "[0.1, 0.10]", "g.yaml:8 students.many: two networks would be", "other names"),
     "names that meet": ("ten:", "tuned_lr_1:", "students.tuned_lr_1: two networks would be named tuned_lr_1", "other"),
     "own key": ("align.weight=10", "seed=3", "g.yaml:7 students.ten.set: the study sets seed itself", "remove"),
-    "own axis": ("masks: {student_visible", "init: {source", "many.axes.init.source: the study sets", "remove"),
-    "own key for all": ("log.every=5", "run=a", "g.yaml:12 pretrain_set: the study sets run itself", "remove"),
+    "own axis": ("masks: {student_keep_ratio", "init: {source", "many.axes.init.source: the study sets", "remove"),
+    "own key for all": ("log.every_steps=5", "run=a", "g.yaml:12 pretrain_set: the study sets run itself", "remove"),
     "unknown teacher": ("teacher: small}", "teacher: smal}", "there is no pre-trained teacher smal", "large"),
     "unknown on an axis": ("[small, large]", "[small, huge]", "g.yaml:8 students.many.axes.teacher: there is", "large"),
     "no name on an axis": ("[small, large]", "[[small], null]", "no pre-trained teacher ['small']", "use large, small"),
     "teacher twice": ("axes: {teacher", "teacher: small, axes: {teacher", "g.yaml:8 students.many.teacher", "one of"),
     "a source beside it": ("align.weight=10", "teacher.source=run:x", "its set names a teacher.source", "one of them"),
     "teacher of fine-tuning": ("{optim: {lr", "{teacher: [small], optim: {lr", "g.yaml:9", "{teacher.NAME.finetuned}"),
-    "no values": ("[0.1, 0.25]", "[]", "g.yaml:8 students.many.axes.masks.student_visible: it has no values", "list"),
-    "no list": ("[0.1, 0.25]", "0.1", "g.yaml:8 students.many.axes.masks.student_visible: ", ""),
+    "no values": (
+        "[0.1, 0.25]",
+        "[]",
+        "g.yaml:8 students.many.axes.masks.student_keep_ratio: it has no values",
+        "list",
+    ),
+    "no list": ("[0.1, 0.25]", "0.1", "g.yaml:8 students.many.axes.masks.student_keep_ratio: ", ""),
     "an explosion": ("[0.1, 0.25]", f"{[*range(200)]}", "g.yaml:8 students.many: 2 x 200 values are 400 r", "fewer"),
     "many small ones": ("[0.1, 0.25]", f"{[*range(149)]}", "g.yaml:5 students: they are more than 300 rows", "fewer"),
     "a long name": ("[0.1, 0.25]", f"[{'x' * 150}]", "letters, too long for a folder", "a name of its own"),
@@ -68,7 +73,7 @@ MISTAKES = {
     "not its own": ("{config: ../t/s.yaml}", OF_EARLY, "that teacher's pre-training is {teacher.large}", "r.e.fine"),
     "placeholder": ("optim.ema=0.9", "'a={teacher.huge}'", "g.yaml:13 finetune_set: {teacher.huge} names", "{teacher."),
     "not tuned": ("optim.ema=0.9", "'a={teacher.small.finetuned}'", "that teacher is not fine-tuned", "teachers.small"),
-    "in an axis": ("[0.1, 0.25]", "['{teacher.huge}']", "many.axes.masks.student_visible: {teacher.huge} names", ""),
+    "in an axis": ("[0.1, 0.25]", "['{teacher.huge}']", "many.axes.masks.student_keep_ratio: {teacher.huge} names", ""),
     "of itself": ("finetune: true", "set: ['a={teacher.large}']", "g.yaml:3 teachers.large.set", "must stand above"),
     "for all": ("finetune.yaml}", "f.yaml, set: ['a={teacher.large}']}", "g.yaml:11 finetune.set: {teacher.large}", ""),
     "not YAML": ("[0, 1]", "[0, 1", "g.yaml:", ""),
@@ -86,12 +91,12 @@ def test_paths_are_found_beside_the_file_and_what_is_common_is_everyone_s(tmp_pa
     assert study.teachers["small"].config == str(tmp_path / "t/s.yaml") and not study.teachers["small"].finetune
     assert study.teachers["small"].set == study.teachers["small"].finetune_set == ()
     assert study.students["ten"].config == str(tmp_path / "other/dmae.yaml")
-    assert study.students["ten"].set == ("log.every=5", "align.weight=10")
+    assert study.students["ten"].set == ("log.every_steps=5", "align.weight=10")
     assert study.students["ten"].finetune_set == ("optim.ema=0.9", "optim.epochs=2")
     assert study.students["scratch"].config is None and study.students["scratch"].shape_of == "mae"
-    assert study.students["mae"].set == ("log.every=5",) and study.students["scratch"].set == ()
+    assert study.students["mae"].set == ("log.every_steps=5",) and study.students["scratch"].set == ()
     assert study.students["plain"].finetune_set == ("optim.ema=0.9",)
-    assert study.students["many"].axes == {"teacher": ("small", "large"), "masks.student_visible": (0.1, 0.25)}
+    assert study.students["many"].axes == {"teacher": ("small", "large"), "masks.student_keep_ratio": (0.1, 0.25)}
     assert study.students["tuned"].finetune_axes == {"optim.lr": (1, 2)}
 
 

@@ -76,7 +76,7 @@ def test_a_study_is_whole_seed_by_seed_and_each_run_has_its_folder(study) -> Non
 
 
 def test_several_teachers_come_before_what_they_teach_and_only_those_that_are_needed(two) -> None:
-    dmae, kd = two.students["dmae"].config, ("init.licence={teacher.second.finetuned}",)  # any key that takes text
+    dmae, kd = two.students["dmae"].config, ("init.license={teacher.second.finetuned}",)  # any key that takes text
     students = {
         "one": Student(config=dmae, teacher="first"),
         "axis": Student(config=dmae, axes={"teacher": ("first", "second")}),
@@ -91,7 +91,7 @@ def test_several_teachers_come_before_what_they_teach_and_only_those_that_are_ne
         assert steps[f"{name}/seed_0/pretrain"].needs == (teacher,)
         assert configs[f"{name}/seed_0/pretrain"].teacher.source == f"run:{OUT / teacher}"
     assert steps["kd/seed_0/finetune"].needs == ("one/seed_0/pretrain", tuned) and "kd/seed_0/pretrain" not in steps
-    assert configs["kd/seed_0/finetune"].init.licence == f"run:{OUT / tuned}"
+    assert configs["kd/seed_0/finetune"].init.license == f"run:{OUT / tuned}"
     one = plan(changed(two, **students), only=["one"])[0]
     assert list(one) == [first, "one/seed_0/pretrain", "one/seed_0/finetune"]
     assert list(plan(changed(two, **students), only=["second"])[0]) == [first, second, tuned]
@@ -130,19 +130,19 @@ def test_a_student_says_which_teacher_is_its_where_there_are_several(two) -> Non
 
 
 def test_axes_reach_the_configs_and_fine_tunings_share_their_pre_training(study) -> None:
-    axes, tuned = {"masks.student_visible": (0.25, 0.5)}, {"optim.lr": (1e-3, 2e-3)}
+    axes, tuned = {"masks.student_keep_ratio": (0.25, 0.5)}, {"optim.lr": (1e-3, 2e-3)}
     entry = Student(config=study.students["dmae"].config, axes=axes, finetune_axes=tuned)
     steps, configs = plan(changed(study, d=entry), seeds=[0, 1], only=["d"])
     assert len(steps) == 1 + 2 * (2 + 4)
     for visible in (0.25, 0.5):
-        start = f"d_student_visible_{visible}/seed_1/pretrain"
-        assert configs[start].masks.student_visible == visible
+        start = f"d_student_keep_ratio_{visible}/seed_1/pretrain"
+        assert configs[start].masks.student_keep_ratio == visible
         for lr in (0.001, 0.002):
-            last = f"d_student_visible_{visible}_lr_{lr}/seed_1/finetune"
+            last = f"d_student_keep_ratio_{visible}_lr_{lr}/seed_1/finetune"
             assert steps[last].needs == (start,) and configs[last].optim.lr == lr
-    row = "d_student_visible_0.5_lr_0.002"
+    row = "d_student_keep_ratio_0.5_lr_0.002"
     only = list(plan(changed(study, d=entry), only=[row])[0])
-    assert only == ["teacher/seed_0/pretrain", "d_student_visible_0.5/seed_0/pretrain", f"{row}/seed_0/finetune"]
+    assert only == ["teacher/seed_0/pretrain", "d_student_keep_ratio_0.5/seed_0/pretrain", f"{row}/seed_0/finetune"]
 
 
 def test_from_scratch_is_the_network_of_the_other_student_on_images_normalised_alike(study) -> None:
@@ -150,9 +150,9 @@ def test_from_scratch_is_the_network_of_the_other_student_on_images_normalised_a
     mae = study.students["mae"].model_copy(update={"set": ("student.depth=3", *normalisation)})
     _, configs = plan(study.model_copy(update={"students": study.students | {"mae": mae}}), only=["scratch"])
     scratch = configs["scratch/seed_0/finetune"]
-    vit = build_vit("vit_tiny_patch16_224", image_size=32, width=96, depth=3, heads=4, patch_size=4)
+    vit = build_vit("vit_tiny_patch16_224", image_size=32, width=96, depth=3, num_heads=4, patch_size=4)
     architecture = scratch.student_architecture
-    assert (architecture.width, architecture.depth, architecture.heads) == (vit.embed_dim, 3, 4)
+    assert (architecture.width, architecture.depth, architecture.num_heads) == (vit.embed_dim, 3, 4)
     assert scratch.init.source is None and scratch.data.mean == (0.1, 0.2, 0.3) and scratch.data.std == (0.5, 0.5, 0.4)
 
 
@@ -171,7 +171,7 @@ def test_a_normalisation_that_fine_tuning_names_holds_for_all(study) -> None:
 
 
 def test_settings_reach_the_runs_that_have_the_key_and_overrule_the_file(study) -> None:
-    ten = {"set": ("align.weight=10", "log.every=3"), "finetune_set": ("optim.epochs=7",)}
+    ten = {"set": ("align.weight=10", "log.every_steps=3"), "finetune_set": ("optim.epochs=7",)}
     ten = study.students["dmae"].model_copy(update=ten)
     study = study.model_copy(update={"students": study.students | {"ten": ten}})
     settings = ["threads=2", "align.weight=4", "augment.mixup=0.3", "engine={micro_batch: 8}"]
@@ -180,7 +180,7 @@ def test_settings_reach_the_runs_that_have_the_key_and_overrule_the_file(study) 
         assert config.threads == 2 and config.engine.micro_batch == 8
         assert config.align.weight == 4 if isinstance(config, PretrainConfig) else config.augment.mixup == 0.3
     _, configs = plan(study)
-    assert configs["ten/seed_0/pretrain"].align.weight == 10 and configs["ten/seed_0/pretrain"].log.every == 3
+    assert configs["ten/seed_0/pretrain"].align.weight == 10 and configs["ten/seed_0/pretrain"].log.every_steps == 3
     assert configs["ten/seed_0/finetune"].optim.epochs == 7 != configs["dmae/seed_0/finetune"].optim.epochs
 
 

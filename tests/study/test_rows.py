@@ -24,14 +24,17 @@ def test_a_student_without_axes_is_one_row() -> None:
 
 
 def test_every_combination_is_a_row_and_its_settings_are_its_name_s() -> None:
-    axes = {"teacher": ("small", "large"), "masks.student_visible": (0.1, 0.25, 0.5)}
+    axes = {"teacher": ("small", "large"), "masks.student_keep_ratio": (0.1, 0.25, 0.5)}
     tuned = {"optim.lr": (1e-3, 2e-3), "optim.epochs": (1.5, 20.0)}
     student = Student(config="d.yaml", set=("a=1",), axes=axes, finetune_axes=tuned, finetune_set=("b=2",))
     trained, rows = dict(all_pretrainings({"d": student})), dict(all_rows({"d": student}))
     assert len(trained) == 6 and len(rows) == number_of_rows(student) == 24
     for teacher, visible in itertools.product(*axes.values()):
-        start = f"d_teacher_{teacher}_student_visible_{visible}"
-        assert trained[start].teacher == teacher and trained[start].set == ("a=1", f"masks.student_visible={visible}")
+        start = f"d_teacher_{teacher}_student_keep_ratio_{visible}"
+        assert trained[start].teacher == teacher and trained[start].set == (
+            "a=1",
+            f"masks.student_keep_ratio={visible}",
+        )
         for lr, epochs in itertools.product(*tuned.values()):
             row = rows[f"{start}_lr_{lr}_epochs_{epochs}"]
             assert row.pretraining == start and row.student == "d"

@@ -35,7 +35,7 @@ from maedistill.runs.run import Run
 from maedistill.runs.start import start_run
 from maedistill.training.nonfinite import NonfiniteUpdates
 
-SETTINGS = ["method=mae", "optim.ema=0.9", "optim.epochs=2", "engine.most_nonfinite=2"]
+SETTINGS = ["method=mae", "optim.ema=0.9", "optim.epochs=2", "engine.max_nonfinite=2"]
 SETTINGS += ["log.pictures_every_epochs=null", "log.knn_every_epochs=null"]
 SPOILED = {"fp32": (7, 8), "fp16": (3,)}  # steps; the checkpoint is that of step 8
 ALONE = SimpleNamespace(beat=lambda step: None, paused=nullcontext)  # stands for the other ranks

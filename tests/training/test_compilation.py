@@ -47,8 +47,14 @@ def test_the_compiler_here_works() -> None:
 @torch.no_grad()
 def test_compiled_inputs_and_drop_path_draw_what_eager_mode_draws(tmp_path) -> None:
     (tmp_path / "tiny.yaml").write_text("method: mae\n")
-    shape = ["student.width=32", "student.depth=2", "student.heads=2", "student.patch_size=8", "student.drop_path=0.5"]
-    more = ["data.train=x", "run=x", "data.image_size=32", "decoder.width=16", "decoder.depth=1", "decoder.heads=2"]
+    shape = [
+        "student.width=32",
+        "student.depth=2",
+        "student.num_heads=2",
+        "student.patch_size=8",
+        "student.drop_path=0.5",
+    ]
+    more = ["data.train=x", "run=x", "data.image_size=32", "decoder.width=16", "decoder.depth=1", "decoder.num_heads=2"]
     model = "student.model=vit_tiny_patch16_224"
     config = load_config(tmp_path / "tiny.yaml", [model, *shape, *more]).config
     encoder = build_encoder(config)

@@ -107,8 +107,8 @@ def test_every_parameter_has_the_papers_rate_and_decay_at_every_step(network):
 
 
 def test_the_rates_that_are_printed_are_one_for_each_layer():
-    for pooling in ("avg", "token"):
-        vit = vit_base(global_pool=pooling)
+    for global_pool in ("avg", "token"):
+        vit = vit_base(global_pool=global_pool)
         expected = [2e-3 * 0.65 ** (13 - layer) for layer in range(14)]
         assert layer_rates(layerwise_groups(vit, 0.05, layer_decay=0.65), 2e-3) == pytest.approx(expected, rel=1e-12)
         assert layer_rates(layerwise_groups(vit, 0.05, layer_decay=1.0), 2e-3) == [2e-3]

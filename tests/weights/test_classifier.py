@@ -15,12 +15,12 @@ from maedistill.training.state import MOMENTS, TrainingState
 from maedistill.weights.classifier import open_classifier
 from maedistill.weights.from_run import PREFIX, describe_network
 
-TINY = {"image_size": 32, "width": 32, "depth": 2, "heads": 2, "patch_size": 8}
+TINY = {"image_size": 32, "width": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 INPUT = {"size": 32, "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.1], "crop": 0.9}
 
 
 def random_vit(num_classes=3):
-    vit = build_vit("vit_tiny_patch16_224", num_classes=num_classes, pooling="avg", **TINY)
+    vit = build_vit("vit_tiny_patch16_224", num_classes=num_classes, global_pool="avg", **TINY)
     for parameter in vit.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return vit.eval()
@@ -40,7 +40,7 @@ def make_run(folder, vit, *, stage="finetune", ema=None):
         "stage": stage,
         "network": describe_network(vit),
         "input": INPUT,
-        "licence": "mit",
+        "license": "mit",
         "classes": ["a", "b", "c"],
     }
     folder.mkdir()
@@ -59,7 +59,7 @@ def test_a_fine_tuned_run_is_what_it_was(tmp_path):
         opened = open_classifier(str(source), weights=weights)
         assert torch.equal(opened.module(images), original(images))
     assert (opened.mean, opened.std, opened.size, opened.crop) == ((0.5, 0.4, 0.3), (0.25, 0.2, 0.1), 32, 0.9)
-    assert (opened.num_classes, opened.classes, opened.licence) == (3, ("a", "b", "c"), "mit")
+    assert (opened.num_classes, opened.classes, opened.license) == (3, ("a", "b", "c"), "mit")
     assert opened.name == f"run:{run} step_000000007 (ema)"
     larger = open_classifier(str(run), image_size=48)
     assert larger.size == 48 and larger.module(torch.zeros(1, 3, 48, 48)).shape == (1, 3)

@@ -18,7 +18,7 @@ from maedistill.weights.state_dict import import_weights, load_encoder
 from maedistill.weights.weights_file import read_weights_file
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-TINY = {"width": 32, "depth": 2, "heads": 2, "patch_size": 8}
+TINY = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 
 
 def vit(seed=0, image_size=32, **overrides):
@@ -129,7 +129,7 @@ def test_what_is_missing_is_named_but_for_a_final_norm_that_nobody_runs():
     assert loaded(vit(), bare, optional=("norm.",)).absent == ["norm.weight", "norm.bias"]
     without = {key: value for key, value in state.items() if key != "pos_embed"}
     assert "1 keys are missing, e.g. pos_embed" in refusal(vit(), without, optional=("norm.",))
-    fixed = vit(positions="sincos1d")
+    fixed = vit(pos_embed="sincos1d")
     table = fixed.pos_embed.clone()
     assert loaded(fixed, without, fixed_positions=True).absent == ["pos_embed"] and torch.equal(fixed.pos_embed, table)
 

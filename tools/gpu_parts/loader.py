@@ -59,7 +59,7 @@ def _feed(check: Check, settings: list[str], *, count: int, batch: int, workers:
     """Train for some steps, and record the share of the time that training waited for data after the first steps."""
     steps = TINY_STEPS if check.tiny else STEPS
     more = [f"data.workers={workers}", f"optim.epochs={steps * batch / count:g}", "optim.warmup_epochs=0"]
-    more += ["log.every=20" if not check.tiny else "log.every=2", "log.save_every_epochs=1000"]
+    more += ["log.every_steps=20" if not check.tiny else "log.every_steps=2", "log.save_every_epochs=1000"]
     more += ["log.pictures_every_epochs=null", "log.knn_every_epochs=null", "log.tensorboard=false"]
     more += [f"engine.compile={str(not check.tiny).lower()}", "engine.precision=auto"]
     command = [sys.executable, "tools/pretrain.py", str(CONFIG), *settings, *more]

@@ -6,7 +6,7 @@ from gpu_parts.check import ROOT, Check
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 
-LIGHT = ["decoder.width=384", "decoder.depth=4", "decoder.heads=6"]  # the default decoder
+LIGHT = ["decoder.width=384", "decoder.depth=4", "decoder.num_heads=6"]  # the default decoder
 # Part -> title, file in configs/imagenet, settings on top of it.
 NETWORKS = {
     "speed": ("DMAE L -> B, light decoder", "dmae_vit_b.yaml", LIGHT),
@@ -18,12 +18,12 @@ NETWORKS = {
 _WIDE_TEACHER = ["teacher.source=random:vit_base_patch16_224", "teacher.depth=2"]
 _TEACHER = ["teacher.source=random:vit_tiny_patch16_224", "teacher.depth=2"]
 _TINY = ["data.image_size=64", "student.model=vit_tiny_patch16_224", "student.depth=2"]
-_TINY += ["decoder.width=64", "decoder.depth=1", "decoder.heads=2"]
+_TINY += ["decoder.width=64", "decoder.depth=1", "decoder.num_heads=2"]
 _METHODS = {
     "mae": [],
     "dmae": ["align.student=[1]", "align.teacher=[1]"],
-    "amd": ["align.student=[0,1]", "align.teacher=[0,1]", "masks.teacher_visible=0.5"],
-    "tinymim": ["align.student=[1]", "align.teacher=[1]", "teacher.heads=3"],
+    "amd": ["align.student=[0,1]", "align.teacher=[0,1]", "masks.teacher_keep_ratio=0.5"],
+    "tinymim": ["align.student=[1]", "align.teacher=[1]", "teacher.num_heads=3"],
 }
 
 

@@ -63,16 +63,16 @@ def finetune(starts: Starts, pool: ThreadPoolExecutor) -> list[Future]:
     terms = {
         "logits": "{weight: 1}",
         "dkd": "{weight: 1}",
-        "hard": "{weight: 1, token: true}",
+        "hard_label": "{weight: 1, token: true}",
         "hints": "{weight: 1, student: [0], teacher: [1], normalize: whiten}",
-        "maps": f"{{weight: 10, {features}}}",
+        "attention_transfer": f"{{weight: 10, {features}}}",
         "attention": f"{{weight: 1, {features}}}",
-        "relations": "{weight: 1, student: [1], teacher: [0]}",
-        "distances": "{weight: 25}",
-        "angles": "{weight: 50}",
-        "similarity": "{weight: 30}",
-        "affinity": "{weight: 30}",
-        "contrast": "{weight: 1}",
+        "token_relations": "{weight: 1, student: [1], teacher: [0]}",
+        "rkd_distance": "{weight: 25}",
+        "rkd_angle": "{weight: 50}",
+        "similarity_preserving": "{weight: 30}",
+        "pkt": "{weight: 30}",
+        "contrastive": "{weight: 1}",
     }
     settings = [f"distill.{name}={value}" for name, value in terms.items()]
     settings += [f'distill.teachers=["run:{starts.run("tuned")}"]', "distill.precision=fp32"]

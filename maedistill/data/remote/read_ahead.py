@@ -46,7 +46,7 @@ class ReadAhead:
 
 
 def largest_window(shard_bytes: Sequence[int], cache_bytes: int) -> int:
-    """Return the largest `data.window_shards`: all shards if they fit into the cache, else as many as always fit twice.
+    """Return the largest `data.shuffle_window`: all shards if the cache can hold them, else as many as fit twice.
 
     One window is read while the next one is downloaded. The result is 0 if not even two shards fit.
     """
@@ -63,11 +63,11 @@ def check_window(shard_bytes: Sequence[int], *, window: int | None, cache_bytes:
         return
     whole = sum(shard_bytes) / 1e9
     least = sum(sorted(shard_bytes)[-2:]) / 1e9
-    remedy = f"set data.window_shards={largest}, or data.cache_gb={_round_up(whole)}"
+    remedy = f"set data.shuffle_window={largest}, or data.cache_gb={_round_up(whole)}"
     if not largest:
-        remedy = f"set data.window_shards=1 and data.cache_gb={_round_up(least)} or more"
+        remedy = f"set data.shuffle_window=1 and data.cache_gb={_round_up(least)} or more"
     raise ConfigError(
-        f"data.window_shards is {window or 'null'}, but of {len(shard_bytes):,} remote shards ({whole:.3g} GB) only "
+        f"data.shuffle_window is {window or 'null'}, but of {len(shard_bytes):,} remote shards ({whole:.3g} GB) only "
         f"{largest} at a time fit twice into the cache of {cache_bytes / 1e9:g} GB",
         remedy,
     )

@@ -88,7 +88,7 @@ class ShardIndex:
             raise DataError(
                 f"{len(bare):,} of {len(self):,} samples have no label, first {first}",
                 "use labelled shards here (KEY.cls beside each KEY.jpg); only pre-training and a teacher's predictions "
-                "alone (distill.labels=0 with distill.logits or distill.hard) need none",
+                "alone (distill.label_weight=0 with distill.logits or distill.hard_label) need none",
             )
 
 

@@ -58,9 +58,9 @@ def test_the_remedy_for_a_small_cache_is_exact():
     sizes = [140_000_000] * 1024
     with pytest.raises(ConfigError, match=r"is null, but of 1,024 remote shards \(143 GB\) .*100 GB") as caught:
         check_window(sizes, window=None, cache_bytes=100_000_000_000)
-    assert caught.value.remedy == "set data.window_shards=357, or data.cache_gb=143.36"
+    assert caught.value.remedy == "set data.shuffle_window=357, or data.cache_gb=143.36"
     check_window(sizes, window=357, cache_bytes=100_000_000_000)
     check_window(sizes, window=None, cache_bytes=143_360_000_000)
     with pytest.raises(ConfigError) as caught:
         check_window(sizes, window=None, cache_bytes=200_000_000)
-    assert caught.value.remedy == "set data.window_shards=1 and data.cache_gb=0.28 or more"
+    assert caught.value.remedy == "set data.shuffle_window=1 and data.cache_gb=0.28 or more"

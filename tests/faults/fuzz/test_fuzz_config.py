@@ -29,7 +29,7 @@ data:
   train: "shards/train-*.tar"
   mean: [0.5, 0.5, 0.5]   # another
   std: [ 0.25, .25, 2.5e-1 ]
-student: {model: vit_tiny_patch16_224, width: 32, depth: 2, heads: 2, patch_size: 8}
+student: {model: vit_tiny_patch16_224, width: 32, depth: 2, num_heads: 2, patch_size: 8}
 optim:
     epochs: 3
     warmup_epochs: 0.5

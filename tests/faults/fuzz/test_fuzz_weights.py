@@ -44,7 +44,7 @@ def network() -> torch.nn.Module:
 
 
 def vit() -> torch.nn.Module:
-    return build_vit("vit_tiny_patch16_224", image_size=16, width=8, depth=1, heads=2, patch_size=8)
+    return build_vit("vit_tiny_patch16_224", image_size=16, width=8, depth=1, num_heads=2, patch_size=8)
 
 
 def good_checkpoint() -> Files:

@@ -13,7 +13,7 @@ _NON_COMMERCIAL = ("cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-4.0")
 _FREE = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0")
 
 
-def hub_licence(text: str) -> tuple[str, str | None]:
+def hub_license(text: str) -> tuple[str, str | None]:
     """Return the hub's identifier for a license text, and a license name if the identifier is only "other".
 
     "CC BY-NC 4.0" -> ("cc-by-nc-4.0", None); "research only" -> ("other", "research-only").
@@ -27,13 +27,13 @@ def hub_licence(text: str) -> tuple[str, str | None]:
     return (slug, None) if slug in _FREE else ("other", slug[:60].strip("-."))
 
 
-def combined_licence(licences: Iterable[str]) -> str:
+def combined_license(licenses: Iterable[str]) -> str:
     """Combine the licenses of several source weights into one text: each once, those that are not stated last."""
-    others = dict.fromkeys(text for text in licences if not text.startswith("yours"))
+    others = dict.fromkeys(text for text in licenses if not text.startswith("yours"))
     return "; ".join(sorted(others, key=lambda text: text.startswith("not stated"))) or NO_OTHERS
 
 
-def licence_sentence(text: str) -> str:
+def license_sentence(text: str) -> str:
     """Return the sentence that tells users of the weights which license applies."""
     if text.startswith("yours"):
         return "no weights of others went in, here or in the runs before: it is the choice of who trained these."
@@ -42,5 +42,5 @@ def licence_sentence(text: str) -> str:
             "**not stated** by the source of the weights that these derive from. It applies to these as well: find out "
             "what it is before you use them or pass them on."
         )
-    said = f"these weights derive from others, whose licence applies to them as well: **{text}**."
-    return f"{said} It forbids commercial use." if hub_licence(text)[0] in _NON_COMMERCIAL else said
+    said = f"these weights derive from others, whose license applies to them as well: **{text}**."
+    return f"{said} It forbids commercial use." if hub_license(text)[0] in _NON_COMMERCIAL else said

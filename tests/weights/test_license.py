@@ -1,0 +1,30 @@
+"""The license of weights that derive from several, and what it says to a hub and to a person."""
+
+import pytest
+
+from maedistill.weights.license import NO_OTHERS, combined_license, hub_license, license_sentence
+
+
+def test_licenses_add_up_and_none_is_hidden():
+    assert combined_license([]) == combined_license([NO_OTHERS, NO_OTHERS]) == NO_OTHERS
+    assert combined_license([NO_OTHERS, "mit", "mit"]) == "mit"
+    several = combined_license(["not stated (set init.license)", "mit", "cc-by-nc-4.0"])
+    assert several == "mit; cc-by-nc-4.0; not stated (set init.license)"
+    assert hub_license(several) == ("cc-by-nc-4.0", None)
+    assert several in license_sentence(several) and "forbids commercial use" in license_sentence(several)
+    assert hub_license(combined_license(["not stated", "mit"])) == ("other", "mit-not-stated")
+
+
+@pytest.mark.parametrize(
+    ("text", "identifier", "name"),
+    [
+        ("cc-by-nc-4.0", "cc-by-nc-4.0", None),
+        ("CC BY-NC 4.0", "cc-by-nc-4.0", None),
+        ("code Apache-2.0, weights CC-BY-NC-SA-4.0", "cc-by-nc-sa-4.0", None),
+        ("Apache-2.0", "apache-2.0", None),
+        ("mit, but ask first", "other", "mit-but-ask-first"),
+        ("yours: no other weights were used", "other", "to-be-chosen-by-who-trained-it"),
+    ],
+)
+def test_a_license_is_never_called_freer_than_it_is(text, identifier, name):
+    assert hub_license(text) == (identifier, name)
