@@ -1,11 +1,12 @@
 # make quickstart   sets up .venv, trains a teacher and students on real digits, fine-tunes, exports and compares them
-# make test         sets up .venv, then checks the style and runs the tests
+# make test         sets up .venv, then checks the style and runs the tests that inject no faults
+# make test-faults  runs the tests that do: kills, signals, full disks, hostile files, fuzzing
 # make env          sets up .venv alone
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env quickstart test
+.PHONY: env messages quickstart test test-faults
 env: .venv/installed
 
 .venv/installed: setup.py pyproject.toml
@@ -19,4 +20,11 @@ quickstart: env
 test: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not faults"
+
+test-faults: env
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m faults
+
+messages: env
+	$(BIN)/python -m pytest --rewrite-messages tests/config/test_bad_configs.py tests/test_pretrain_errors.py tests/test_finetune_errors.py
+	git diff --stat tests/golden/messages.txt

@@ -14,7 +14,7 @@ Every error that a user can fix is a `UserError`; `tools/` prints it as two line
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
@@ -53,6 +53,11 @@ class PeerError(UserError):
     """Another process of the same run, or the hardware, failed."""
 
     exit_code = 5
+
+
+def join_first(texts: Sequence[str], most: int, *, separator: str = ", ") -> str:
+    """Join the first texts of a list, `most` at most, and say how many more there are."""
+    return separator.join(texts[:most]) + (f" and {len(texts) - most:,} more" if len(texts) > most else "")
 
 
 def device_error(error: BaseException) -> UserError | None:

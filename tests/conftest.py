@@ -1,19 +1,13 @@
 """Shared by all tests: one thread per process, tiny shards, and `pretraining` and `finetuning`, which start the tools.
 
 The tiny run: 96 images of 32 px in 4 shards, a ViT of 32 x 2 with 16 patches, 12 samples a step, 8 steps an epoch. It
-takes a second or two; starting its process takes four (torch, timm, DeepSpeed), so tests share runs where they can.
+takes a second or two, so tests share runs where they can.
 """
 
-import json
 import os
-import signal
-import socket
-import subprocess
-import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,11 +15,11 @@ from PIL import Image
 
 from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards
+from tests.support.launch import ROOT, Finished, Launcher, Tool
+from tests.support.messages import Messages
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT = 180
 CONFIG = """\
 data:
   train: {shards}/train-*.tar
@@ -55,6 +49,30 @@ optim: {{epochs: 3, warmup_epochs: 0.5, global_batch: 12, lr: 3e-3, layer_decay:
 engine: {{micro_batch: 6}}
 log: {{every_steps: 1, eval_every_epochs: 1, save_every_epochs: 1}}
 """
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option of `make messages`."""
+    parser.addoption("--rewrite-messages", action="store_true", help="write tests/golden/messages.txt anew")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark fault tests; keep tests of one file on one process, and those that share the engine's scenarios too."""
+    for item in items:
+        place = item.path.relative_to(ROOT / "tests")
+        if "faults" in place.parts or "faults" in place.stem:
+            item.add_marker("faults")
+        shares_scenarios = place.parts[0] == "training" and {"runs", "run_scenario"} & set(item.fixturenames)
+        item.add_marker(pytest.mark.xdist_group("scenarios" if shares_scenarios else str(place)))
+
+
+@pytest.fixture(scope="session")
+def messages(request: pytest.FixtureRequest) -> Iterator[Messages]:
+    """The golden file of error messages."""
+    messages = Messages(rewrite=request.config.getoption("--rewrite-messages"))
+    yield messages
+    if messages.rewrite:
+        messages.write()
 
 
 @pytest.fixture(scope="session")
@@ -90,121 +108,24 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@dataclass
-class Finished:
-    """How a start ended. With a launcher, `out` and `err` are those of all ranks."""
-
-    run: Path
-    code: int
-    out: str
-    err: str
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl that have losses, checked to be one per step from the first on."""
-        steps = [record for record in self.records() if "loss" in record]
-        assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
-        return steps
-
-    def records(self) -> list[dict[str, Any]]:
-        """All records of metrics.jsonl."""
-        return [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
-
-    def last_checkpoint(self) -> Path:
-        """The folder of the newest checkpoint."""
-        return max((self.run / "checkpoints").glob("step_?????????"))
-
-
-@dataclass
-class Started:
-    """The processes of one start, not yet waited for."""
-
-    run: Path
-    processes: list[subprocess.Popen]
-
-    def finish(self, code: int = 0) -> Finished:
-        """Waits for all of them and checks the exit code; what is left after a time-out is killed."""
-        try:
-            texts = [process.communicate(timeout=TIMEOUT) for process in self.processes]
-        finally:
-            for process in self.processes:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-        out, err = ("".join(part) for part in zip(*texts, strict=True))
-        codes = {process.returncode for process in self.processes}
-        assert codes == {code}, f"exit code {codes}, expected {code}\n{out[-2000:]}\n{err[-4000:]}"
-        return Finished(self.run, code, out, err)
-
-
-class Tool:
-    """Starts `python TOOL CONFIG ...` with a tiny config, as a person or a launcher would."""
-
-    def __init__(self, tool: str, config: str, folder: Path) -> None:
-        self.tool, self.folder, self.config = tool, folder, folder / "tiny.yaml"
-        self.config.write_text(config)
-
-    def start(
-        self, run: str, *arguments: str, ranks: int = 1, launcher: str = "bare", witness: bool = False, **variables: str
-    ) -> Started:
-        """Starts a run in the folder `run`; `arguments` are overrides and flags, `variables` go to the environment.
-
-        launcher: bare, torchrun, deepspeed or slurm. witness: let witness.py start the tool, which notes in the run
-        folder what the network was given.
-        """
-        path = self.folder / run
-        observer = ["tests/witness.py"] if witness else []
-        command = [*observer, self.tool, str(self.config), f"run={path}", *arguments]
-        scripts, port = Path(sys.executable).parent, free_port()
-        torchrun = [scripts / "torchrun", "--standalone", f"--nproc-per-node={ranks}"]
-        deepspeed = [scripts / "deepspeed", f"--num_gpus={ranks}", f"--master_port={port}"]
-        starts = {
-            "bare": [([sys.executable], {})],
-            "torchrun": [(torchrun, {})],
-            "deepspeed": [(deepspeed, {"DS_ACCELERATOR": "cpu"})],
-            "slurm": [([sys.executable], slurm_variables(rank, ranks, port)) for rank in range(ranks)],
-        }[launcher]
-        outside = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "RANK", "WORLD_SIZE", "LOCAL_"))}
-        processes = [
-            subprocess.Popen(
-                [*map(str, words), *command],
-                cwd=ROOT,
-                env=outside | {"OMP_NUM_THREADS": "1"} | more | variables,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
-            for words, more in starts
-        ]
-        return Started(path, processes)
-
-    def __call__(self, run: str, *arguments: str, code: int = 0, **keywords: Any) -> Finished:
-        """Starts a run and waits for it to end with `code`."""
-        return self.start(run, *arguments, **keywords).finish(code)
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def slurm_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What srun sets for one task; the port is given, so that two tests on a machine never meet."""
-    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": "localhost", "MASTER_PORT": str(port)}
-    return step | {"SLURM_NTASKS": str(ranks), "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """Starts programs; see tests/support/launch.py."""
+    launcher = Launcher(tmp_path_factory.mktemp("starts"))
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture(scope="session")
-def pretraining(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Tool:
+def pretraining(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Tool:
     """Starts tools/pretrain.py on the tiny shards; see `Tool.start`."""
-    return Tool("tools/pretrain.py", CONFIG.format(shards=shards), tmp_path_factory.mktemp("runs"))
+    return Tool(launcher, "tools/pretrain.py", CONFIG.format(shards=shards), tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="session")
-def finetuning(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Tool:
+def finetuning(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Tool:
     """Starts tools/finetune.py on the tiny shards; see `Tool.start`."""
-    return Tool("tools/finetune.py", FINETUNE_CONFIG.format(shards=shards), tmp_path_factory.mktemp("tuned"))
+    return Tool(launcher, "tools/finetune.py", FINETUNE_CONFIG.format(shards=shards), tmp_path_factory.mktemp("tuned"))
 
 
 @pytest.fixture(scope="session")

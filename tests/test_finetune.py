@@ -18,20 +18,22 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
-from maedistill.data.loading.subset import label_subset
+from maedistill.data.loading.order import label_subset
 from maedistill.data.shards.index import open_index
 from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards
 from maedistill.evaluation.accuracy import evaluate
-from maedistill.weights.classifier import open_classifier
+from maedistill.evaluation.context import EvalContext
+from maedistill.evaluation.full_pass import Predictor
+from maedistill.weights.network import open_network
 
 EPOCH = 8  # steps
 TIMES = {"images_per_second", "data_wait", "memory_gb", "eta_seconds", "trained_seconds"}
 PLAIN = ["augment.mixup=0", "augment.cutmix=0", "augment.erasing=0", "student.drop_path=0", "optim.ema=null"]
 PLAIN += ["optim.epochs=2"]
 LAYOUTS = {
-    "two ranks, zero 2": ("torchrun", 2, ["engine.zero=2", "data.workers=1"]),
-    "two ranks, zero 3, accumulation 3": ("torchrun", 2, ["engine.zero=3", "engine.micro_batch=2"]),
+    "two ranks, zero 2": ("fork", 2, ["engine.zero=2", "data.workers=1"]),
+    "two ranks, zero 3, accumulation 3": ("fork", 2, ["engine.zero=3", "engine.micro_batch=2"]),
 }
 COLOURS = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.num_heads=2"]
 COLOURS += ["student.patch_size=8", "student.global_pool=token", "augment.rand_augment=null", "optim.epochs=5"]
@@ -127,11 +129,11 @@ def test_what_was_measured_is_what_the_checkpoint_does(tuned, shards):
     index = open_index(f"{shards}/val-*.tar")
     images = EvaluationImages(index, torch.arange(24), evaluation_transform(size=32, crop=1.0))
     for weights, recorded, prefix in (("model", -2, ""), ("ema", -1, "ema_")):
-        opened, record = open_classifier(str(tuned.run), weights=weights), evaluations(tuned)[recorded]
-        how = {"mean": opened.mean, "std": opened.std, "batch": 6, "workers": 0, "device": torch.device("cpu")}
-        found = evaluate(opened.module, images, **how)
-        assert record[f"{prefix}top1"] == found.top1 and record[f"{prefix}val_loss"] == pytest.approx(
-            found.loss, rel=1e-6
+        opened, record = open_network(str(tuned.run), "classifier", weights=weights), evaluations(tuned)[recorded]
+        context = EvalContext(torch.device("cpu"), batch=6, workers=0)
+        found = evaluate(Predictor.of(opened, context), images, context)
+        assert record[f"{prefix}top1"] == found.score.top1 and record[f"{prefix}val_loss"] == pytest.approx(
+            found.score.loss, rel=1e-6
         )
     assert evaluations(tuned)[-2]["val_loss"] != evaluations(tuned)[-1]["ema_val_loss"]
 
@@ -141,7 +143,10 @@ def test_the_report_repeats_the_metrics_and_names_what_went_in(tuned, mae):
     assert f"**top-1 {100 * score['top1'] / 24:.2f} % ({score['top1']} of 24)**" in text
     assert f"loss {score['val_loss']:.4f}" in text
     assert f"moving average: top-1 {100 * averaged['ema_top1'] / 24:.2f} % ({averaged['ema_top1']} of 24)" in text
-    assert f"start: run:{mae.run}  32 x 2" in text and "yours: no other weights were used" in text
+    assert (
+        f"start: run:{mae.run} {mae.last_checkpoint().name}  32 x 2" in text
+        and "yours: no other weights were used" in text
+    )
     assert f"3 epochs of 96 images, {last['step']} steps, global batch 12, lr 0.003, layer decay 0.5, seed 0" in text
     assert text.rstrip().endswith(f"python tools/export.py {tuned.run}")
     assert (tuned.run / re.search(r"!\[.*\]\((.*)\)", text)[1]).read_bytes().startswith(b"\x89PNG")

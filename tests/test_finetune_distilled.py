@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 from maedistill.export.card import model_card
-from maedistill.weights.classifier import open_classifier
-from maedistill.weights.from_run import open_saved
+from maedistill.weights.from_run import open_run
+from maedistill.weights.network import open_network
 
 SCRATCH = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.num_heads=2"]
 SCRATCH += ["student.patch_size=8", "student.register_tokens=1", "optim.epochs=2", "optim.layer_decay=1"]
@@ -64,9 +64,7 @@ def runs(finetuning, tuned, resnet):
         "killed": killed,
         "zero 3": lambda: finetuning("taught-zero-3", *convolutional, "engine.zero=3", "optim.ema=null", witness=True),
         "plain": lambda: finetuning("taught-plain", *convolutional, *PLAIN),
-        "two ranks": lambda: finetuning(
-            "two-ranks", *convolutional, *PLAIN, "engine.zero=2", launcher="torchrun", ranks=2
-        ),
+        "two ranks": lambda: finetuning("two-ranks", *convolutional, *PLAIN, "engine.zero=2", ranks=2),
         "vit": lambda: finetuning("taught-by-vit", *vits, "engine.zero=1"),
         "dry": lambda: finetuning("taught-dry", *convolutional, "--dry-run"),
     }
@@ -94,15 +92,15 @@ def test_a_convolutional_teacher_teaches_a_vit_through_logits_features_and_relat
     assert facts["teacher"].startswith(f"local-dir:{resnet}") and facts["license"] == "apache-2.0"
     held = load_file(ended.last_checkpoint() / "model.safetensors")
     assert {name.split(".")[0] for name in held} == {"vit", "terms"}, "projectors are kept to go on with"
-    assert open_classifier(str(ended.run)).module.num_classes == 3
+    assert open_network(str(ended.run), "classifier").module.num_classes == 3
 
 
 def test_the_card_of_an_export_names_the_teacher_and_the_losses(runs, resnet):
-    saved = open_saved(runs["convolutional"].run)
+    saved = open_run(runs["convolutional"].run)
     card = model_card(saved, saved.vit)
     for part in (
         f"- Teacher of the fine-tuning: local-dir:{resnet}",
-        "- Losses, with their weights: labels 1, logits 9, hints 1, maps 10, contrast 2.",
+        "- Losses, with their weights: labels 1, logits 9, hints 1, attention_transfer 10, contrastive 2.",
         "Fine-tuned with a teacher",
         "- knowledge-distillation",
         "whose license applies to them as well: **apache-2.0**",
@@ -180,6 +178,6 @@ def test_a_dry_run_names_teacher_license_and_terms(runs, resnet):
         "logits 9, to epoch 1.75, temperature 2, standardize True",
         "hints 1, warm-up 1, to epoch 1.75, student [0, 1], teacher [1, 3], projector linear, distance mse, "
         "normalize none",
-        "maps 10, to epoch 1, student [1], teacher [4], power 2",
-        "contrast 2, to epoch 1.5, temperature 0.07, width 128, within micro-batches of 6",
+        "attention_transfer 10, to epoch 1, student [1], teacher [4], power 2",
+        "contrastive 2, to epoch 1.5, temperature 0.07, width 128, within micro-batches of 6",
     ]

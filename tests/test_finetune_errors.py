@@ -27,7 +27,7 @@ PROCESSES = {
     "odd batches of 2 ranks": (
         ["optim.global_batch=6"], TWO, 2, "6 samples in pairs to mix cannot be shared evenly by 2 ranks", "4 or 8",
     ),
-    "average of cut weights": (["engine.zero=3"], {}, 2, "ZeRO 3 cuts up", "engine.zero=2"),
+    "average of cut weights": (["engine.zero=3"], {}, 2, "ZeRO 3 partitions", "engine.zero=2"),
     "no labels": (["data.train={made}/bare.tar"], {}, 3, "5 of 5 samples have no label", "labelled shards"),
     "damaged validation image": (
         ["data.val={made}/damaged.tar", "optim.epochs=1"], {}, 3, "damaged.tar:004 cannot be decoded", "repair",
@@ -39,7 +39,9 @@ PROCESSES = {
 OPENING = {
     "no such source": (["init.source=run:{made}/none"], 3, "{made}/none holds no run", "run folder"),
     "a recipe of another size": (["student.model=vit_small_patch16_224"], 2, "has width 32", "student.model=null"),
-    "a size that patches do not tile": (["data.image_size=36"], 2, "8 px wide, do not divide 36 px", "use 32"),
+    "a size that patches do not tile": (
+        ["data.image_size=36"], 2, "patches of 8 pixels, which do not divide images of 36", "data.image_size=32",
+    ),
     "no validation shards": (["data.val={made}/none-*.tar"], 3, "{made}/none-*.tar", "tools/make_shards.py"),
     "no validation labels": (["data.val={made}/bare.tar"], 3, "5 of 5 samples have no label", "labelled shards"),
     "labels without output": (
@@ -84,9 +86,8 @@ def endings(finetuning, mae, tuned, made):
         name, (arguments, variables, *_) = item
         filled = [argument.format(made=made) for argument in arguments]
         source = [] if "init.source=null" in filled else [f"init.source=run:{mae.run}"]
-        process = finetuning.start(f"wrong {name}", *source, *filled, **variables).processes[0]
-        _, err = process.communicate(timeout=120)
-        return process.returncode, err
+        ended = finetuning(f"wrong {name}", *source, *filled, code=None, **variables)
+        return ended.code, ended.err
 
     with ThreadPoolExecutor(2) as two:
         return dict(zip(PROCESSES, two.map(start, PROCESSES.items()), strict=True))

@@ -6,6 +6,7 @@ importer, so this tests it too. Compared in fp32 on the CPU: max|a - b| <= 1e-5 
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +16,17 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from maedistill.losses.pixels import pixel_target
-from maedistill.methods.amd import AMD
-from maedistill.methods.dmae import DMAE
-from maedistill.methods.mae import MAE
+from maedistill.methods.amd import AMD, GeneratorSpec
+from maedistill.methods.dmae import DMAE, AlignmentSpec
+from maedistill.methods.mae import MAE, PixelSpec
 from maedistill.methods.teacher import Teacher
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
 from maedistill.models.masking import PatchSplit
 from maedistill.models.patches import patchify
-from maedistill.weights.source import open_source
+from maedistill.weights.from_file import EncoderSpec
+from maedistill.weights.network import open_network
 from maedistill.weights.state_dict import ConvertedStateDict, import_weights
 from maedistill.weights.weights_file import read_weights_file
 
@@ -77,10 +79,9 @@ def load(method: MAE, name: str) -> MAE:
     return method
 
 
-def teacher(name: str, *, width: int, depth: int, num_heads: int, taps: tuple[int, ...], **keywords) -> Teacher:
-    dimensions = {"width": width, "depth": depth, "num_heads": num_heads, "patch_size": 4}
-    source = open_source(f"file:{GOLDEN / name}.pth", grid=8, model=VIT, **dimensions, **keywords)
-    return Teacher(source, taps=taps)
+def teacher(name: str, spec: EncoderSpec, *, taps: tuple[int, ...], **normalization) -> Teacher:
+    source = open_network(f"file:{GOLDEN / name}.pth", "encoder", grid=8, spec=spec)
+    return Teacher(replace(source, **normalization), taps=taps)
 
 
 def all_predictions(method: MAE, images: Tensor, split: PatchSplit) -> Tensor:
@@ -102,7 +103,7 @@ def masked_split(gold: dict[str, np.ndarray]) -> PatchSplit:
 @pytest.mark.parametrize("kind", ["normpix", "rawpix"])
 def test_mae(kind: str) -> None:
     gold = reference(f"mae_{kind}")
-    method = MAE(*student(32, 3), **PLAIN, pixel_kind="norm_patch" if kind == "normpix" else "raw")
+    method = MAE(*student(32, 3), pixels=PixelSpec(**PLAIN, target="norm_patch" if kind == "normpix" else "raw"))
     load(method, f"mae_{kind}")
     images, split = torch.from_numpy(gold["images"]), masked_split(gold)
     losses = method(images, split)
@@ -120,11 +121,8 @@ def test_mae(kind: str) -> None:
 def test_dmae(distance: str) -> None:
     name = f"dmae_{distance}"
     gold = reference(name)
-    guide = teacher(f"{name}_teacher", width=48, depth=4, num_heads=4, taps=(2,), **PLAIN)
-    method = DMAE(
-        *student(32, 3),
-        **PLAIN,
-        pixel_kind="raw",
+    guide = teacher(f"{name}_teacher", EncoderSpec(VIT, 48, 4, 4, patch_size=4), taps=(2,), **PLAIN)
+    align = AlignmentSpec(
         student_taps=(1,),
         teacher_taps=(2,),
         teacher_width=guide.width,
@@ -132,6 +130,7 @@ def test_dmae(distance: str) -> None:
         distance="l1" if distance == "L1" else "mse",
         normalize="l2",
     )
+    method = DMAE(*student(32, 3), pixels=PixelSpec(**PLAIN, target="raw"), align=align)
     load(method, f"{name}_student")
     images, split = torch.from_numpy(gold["images"]), masked_split(gold)
     assert np.array_equal(split.student.numpy(), gold["ids_keep"])
@@ -156,12 +155,10 @@ def in_raster_order(rows: Tensor, ids: Tensor) -> Tensor:
 def test_amd() -> None:
     gold = reference("amd")
     mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1)
-    guide = teacher("amd_teacher", width=64, depth=4, num_heads=4, taps=(1, 3), pos_embed="sincos1d")
-    method = AMD(
-        *student(32, 2, amd=True),
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        pixel_kind="norm_patch_channel",
+    spec = EncoderSpec(VIT, 64, 4, 4, patch_size=4, pos_embed="sincos1d")
+    guide = teacher("amd_teacher", spec, taps=(1, 3))
+    pixels = PixelSpec(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, target="norm_patch_channel")
+    align = AlignmentSpec(
         student_taps=(0, 1),
         teacher_taps=(1, 3),
         teacher_width=guide.width,
@@ -169,9 +166,9 @@ def test_amd() -> None:
         distance="mse",
         normalize="none",
         bias=False,
-        generator_depth=1,
-        pos_embed="sincos1d",
     )
+    generate = GeneratorSpec(num_heads=1, depth=1, pos_embed="sincos1d")
+    method = AMD(*student(32, 2, amd=True), pixels=pixels, align=align, generate=generate)
     load(method, "amd_student")
     images = torch.from_numpy(gold["images"]) * std + mean
     split = PatchSplit(torch.from_numpy(gold["order"]), 16, 32)

@@ -10,14 +10,14 @@ import timm
 import torch
 from torch.nn import functional as F
 
+from maedistill.config.distill import DKD, Contrastive, Hints, Logits, Term
 from maedistill.config.loader import load_config
 from maedistill.finetuning.distilled import Distilled
-from maedistill.finetuning.outputs import RequestedOutputs
-from maedistill.finetuning.teacher import OfflineTeacher
-from maedistill.finetuning.teacher_ensemble import TeacherEnsemble
-from maedistill.finetuning.term_schedule import Schedule
-from maedistill.finetuning.terms import DKD, Contrastive, Embeddings, Hints, Logits
-from maedistill.methods.dmae import DMAE
+from maedistill.finetuning.outputs import RequestedOutputs, feature_info
+from maedistill.finetuning.teacher import OfflineTeacher, TeacherEnsemble
+from maedistill.finetuning.terms import EMBEDDING_LOSSES, TERMS
+from maedistill.methods.dmae import DMAE, AlignmentSpec
+from maedistill.methods.mae import PixelSpec
 from maedistill.methods.teacher import Teacher
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
@@ -27,8 +27,8 @@ from maedistill.pretraining.build import step_inputs
 from maedistill.randomness import Stream, bits, uniform
 from maedistill.runs.metrics import Clock
 from maedistill.training.compilation import compile_function
-from maedistill.weights.network import Network
-from maedistill.weights.source import open_source
+from maedistill.weights.from_file import EncoderSpec
+from maedistill.weights.network import Network, open_network
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU; written on a machine without one, not yet run on any"
@@ -46,16 +46,15 @@ def test_draws_are_those_of_the_cpu() -> None:
 @pytest.mark.parametrize("kind", [TokenDecoder, CrossDecoder])
 def test_a_step_never_waits_for_the_gpu(kind: type[TokenDecoder]) -> None:
     encoder = MaskedEncoder(build_vit("vit_tiny_patch16_224", image_size=64, pos_embed="sincos2d", depth=2))
-    decoder = kind(192, width=32, depth=1, heads=2, grid=4, patch_size=16, num_prefix=1)
-    teacher = Teacher(open_source("random:vit_tiny_patch16_224", grid=4, depth=3), taps=(2,), dtype=torch.bfloat16)
-    pairs = {
-        "student_taps": (1,),
-        "teacher_taps": (2,),
-        "teacher_width": 192,
-        "teacher_prefix": 1,
-        "predict_ratio": 0.5,
-    }
-    method = DMAE(encoder, decoder, mean=(0.5,) * 3, std=(0.5,) * 3, **pairs)
+    decoder = kind(192, width=32, depth=1, num_heads=2, grid=4, patch_size=16, num_prefix=1)
+    teacher = Teacher(
+        open_network("random:vit_tiny_patch16_224", "encoder", grid=4, spec=EncoderSpec(depth=3)),
+        taps=(2,),
+        dtype=torch.bfloat16,
+    )
+    align = AlignmentSpec(student_taps=(1,), teacher_taps=(2,), teacher_width=192, teacher_prefix=1)
+    pixels = PixelSpec(mean=(0.5,) * 3, std=(0.5,) * 3, predict_ratio=0.5)
+    method = DMAE(encoder, decoder, pixels=pixels, align=align)
     initialize(method, seed=0)
     method, teacher = method.cuda(), teacher.cuda()
     images, positions = torch.rand(4, 3, 64, 64, device="cuda"), torch.arange(4, device="cuda")
@@ -70,28 +69,28 @@ def test_a_step_never_waits_for_the_gpu(kind: type[TokenDecoder]) -> None:
 
 def test_a_step_that_distils_never_waits_for_the_gpu() -> None:
     vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=5)
-    hints = {"projector": "linear", "distance": "mse", "normalize": "none"}
-    terms = {
-        "logits": Logits(temperature=2.0, teacher_temperature=None, standardize=True),
-        "dkd": DKD(alpha=1.0, beta=8.0, temperature=4.0, standardize=False),
-        "hints": Hints([(1, 4)], student_width=192, teacher_widths=[[512]], **hints),
-        "contrastive": Contrastive(student_width=192, teacher_widths=[512], width=128, temperature=0.07),
-        **{name: Embeddings(name) for name in ("rkd_distance", "rkd_angle", "similarity_preserving", "pkt")},
+    network, size = timm.create_model("resnet10t", num_classes=9), 96
+    sections = {
+        "logits": Logits(temperature=2.0, standardize=True),
+        "dkd": DKD(),
+        "hints": Hints(student=(1,), teacher=(4,)),
+        "contrastive": Contrastive(),
+        **{name: Term() for name in EMBEDDING_LOSSES},
     }
+    student, teacher = (feature_info(one, name="x", image_size=s) for one, s in ((vit, 64), (network, size)))
+    terms = {name: TERMS[name](name, section, student, [teacher]) for name, section in sections.items()}
     seen = RequestedOutputs(logits=True, embedding=True, features=(1,))
-    module = Distilled(vit, terms, wanted=seen, label_weight=1.0).cuda()
-    network, how = timm.create_model("resnet10t", num_classes=9), {"mean": (0.4,) * 3, "std": (0.3,) * 3, "size": 96}
-    words = {"name": "run:x", "interpolation": "bicubic", "crop_mode": "center", "license": "mit", "crop": 1.0}
+    module = Distilled(vit, terms, requested=seen, label_weight=1.0).cuda()
     teacher = OfflineTeacher(
-        Network(network, **words, **how, num_classes=9),
-        wanted=RequestedOutputs(logits=True, embedding=True, features=(4,)),
+        Network(network, "run:x", size, "mit", num_classes=9, mean=(0.4,) * 3, std=(0.3,) * 3),
+        requested=RequestedOutputs(logits=True, embedding=True, features=(4,)),
         student_mean=(0.5,) * 3,
         student_std=(0.5,) * 3,
         student_grid=4,
         classes=(3, 1, 8, 0, 2),
         dtype=torch.bfloat16,
     ).cuda()
-    schedules, device = {name: Schedule(1.0, warmup_epochs=3) for name in terms}, torch.device("cuda")
+    schedules, device = [Term(weight=1.0, warmup_epochs=3.0) for _ in terms], torch.device("cuda")
     teaching = TeacherEnsemble([teacher], schedules, steps=4, epoch_at=lambda step: step, device=device)
     images = torch.randn(4, 3, 64, 64, device=device)
     targets = F.one_hot(torch.arange(4, device=device), 5).float()

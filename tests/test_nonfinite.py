@@ -26,9 +26,8 @@ def state(checkpoint):
 @pytest.mark.parametrize("layout", [[], ["engine.zero=1"]])
 def test_an_update_that_is_skipped_leaves_no_trace(pretraining, settings, shards, layout):
     ranks = 1 + len(layout)
-    launcher = "torchrun" if layout else "bare"
     name = f"skip {ranks}"
-    ended = pretraining(name, *settings["mae"], *layout, ranks=ranks, launcher=launcher, witness=True, **NAN)
+    ended = pretraining(name, *settings["mae"], *layout, ranks=ranks, witness=True, **NAN)
     assert ended.err.count("step 11 is not applied: its loss or gradient is not finite") == 1
     found = notes(ended.run)
     assert [note["step"] for note in found] == [BAD + 1]

@@ -30,8 +30,8 @@ LAYOUTS = {
     "two ranks": ("torchrun", 2, []),
     "zero 1, srun, accumulation 3": ("slurm", 2, ["engine.zero=1", "engine.micro_batch=2", "data.workers=1"]),
     "zero 2, deepspeed": ("deepspeed", 2, ["engine.zero=2"]),
-    "zero 3, accumulation 3": ("torchrun", 2, ["engine.zero=3", "engine.micro_batch=2", "optim.ema=null"]),
-    "accumulation 3": ("bare", 1, ["engine.micro_batch=4", "engine.activation_checkpointing=true"]),
+    "zero 3, accumulation 3": ("fork", 2, ["engine.zero=3", "engine.micro_batch=2", "optim.ema=null"]),
+    "accumulation 3": ("fork", 1, ["engine.micro_batch=4", "engine.activation_checkpointing=true"]),
 }
 
 
@@ -116,7 +116,7 @@ def test_every_rank_votes_on_its_own_device_in_the_precision_of_the_run(monkeypa
     found = torch.eye(3), torch.arange(3)
     precisions, devices = [], []
     monkeypatch.setattr(loop, "random_subset", lambda index, count: index)
-    monkeypatch.setattr(loop, "pooled_features", lambda *_, precision, **__: precisions.append(precision) or found)
+    monkeypatch.setattr(loop, "pooled_features", lambda *args, **_: precisions.append(args[-1].precision) or found)
     monkeypatch.setattr(loop, "knn_accuracy", lambda *_, device: devices.append(device) or 0.5)
     config = SimpleNamespace(
         data=SimpleNamespace(image_size=32, eval_crop=1.0, timeout_seconds=1.0),

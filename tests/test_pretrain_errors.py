@@ -98,9 +98,8 @@ def endings(pretraining, made, shards):
         name, (arguments, variables, *_) = item
         method = [] if "method=dmae" in arguments else ["method=mae"]
         filled = [argument.format(made=made, shards=shards) for argument in arguments]
-        process = pretraining.start(f"wrong {name}", *method, *filled, **variables).processes[0]
-        _, err = process.communicate(timeout=120)
-        return process.returncode, err
+        ended = pretraining(f"wrong {name}", *method, *filled, code=None, **variables)
+        return ended.code, ended.err
 
     cases = SETTINGS | INPUTS
     with ThreadPoolExecutor(2) as two:
@@ -142,11 +141,10 @@ def test_a_folder_in_use_is_refused_and_its_records_stay(pretraining, settings, 
     before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
     lock = FolderLock(run)
     try:
-        process = pretraining.start(run.name, *settings["mae"], "optim.epochs=5").processes[0]
-        _, err = process.communicate(timeout=120)
+        ended = pretraining(run.name, *settings["mae"], "optim.epochs=5", code=2)
     finally:
         lock.release()
-    assert process.returncode == 2 and f"{run} is in use by process {os.getpid()} on " in err
+    assert f"{run} is in use by process {os.getpid()} on " in ended.err
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file() and path.name != "lock"} == {
         path: content for path, content in before.items() if path.name != "lock"
     }

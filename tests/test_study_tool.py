@@ -20,9 +20,10 @@ teachers:
   large: {{config: mae.yaml, set: [student.depth=3], finetune: true}}
   early: {{config: mae.yaml, set: [student.depth=3, optim.epochs=0.5, optim.warmup_epochs=0]}}
 students:
-  scratch: {{shape_of: mae}}
+  scratch: {{same_architecture_as: mae}}
   mae: {{config: mae.yaml}}
-  dmae: {{config: dmae.yaml, axes: {{teacher: [large, early]}}}}
+  dmae_large: {{config: dmae.yaml, set: ["teacher.source={{teacher.large}}"]}}
+  dmae_early: {{config: dmae.yaml, set: ["teacher.source={{teacher.early}}"]}}
 finetune: {{config: finetune.yaml}}
 """
 DMAE = "extends: mae.yaml\nmethod: dmae\nteacher: {source: 'run:elsewhere'}\nalign: {student: [1], teacher: [2]}\n"
@@ -34,7 +35,7 @@ optim: {epochs: 6, warmup_epochs: 0, global_batch: 12, lr: 1e-3}
 engine: {micro_batch: 12}
 log: {every_steps: 1, save_every_epochs: 0.5, tensorboard: false}
 """
-STUDENTS = ("mae", "dmae_teacher_large", "dmae_teacher_early")
+STUDENTS = ("mae", "dmae_large", "dmae_early")
 STEPS = ["large/seed_0/pretrain", "early/seed_0/pretrain", "scratch/seed_0/finetune"]
 STEPS += [f"{name}/seed_0/{stage}" for name in STUDENTS for stage in ("pretrain", "finetune")]
 STEPS += ["large/seed_0/finetune"]
@@ -127,14 +128,14 @@ def test_the_results_are_those_of_the_runs(tool, made) -> None:
         networks["early"]["runs"]["0"].keys() == {"pretrain"} and networks["early"]["summary"]["pretrain_epochs"] == 0.5
     )
     page = (tool.out / "results.md").read_text()
-    assert "| dmae_teacher_early | 1 |" in page and "Command: `python tools/study.py" in page
+    assert "| dmae_early | 1 |" in page and "Command: `python tools/study.py" in page
 
 
 def test_each_student_had_the_teacher_that_its_row_names(tool, made) -> None:
     for teacher in ("large", "early"):
-        config = RunFolder(tool.out / f"dmae_teacher_{teacher}/seed_0/pretrain").load_config()
+        config = RunFolder(tool.out / f"dmae_{teacher}/seed_0/pretrain").load_config()
         assert config.teacher.source == f"run:{tool.out}/{teacher}/seed_0/pretrain"
-    first = [records(tool.out / f"dmae_teacher_{teacher}/seed_0/pretrain")[0] for teacher in ("large", "early")]
+    first = [records(tool.out / f"dmae_{teacher}/seed_0/pretrain")[0] for teacher in ("large", "early")]
     assert first[0]["pixels"] == first[1]["pixels"] and first[0]["align/1"] != first[1]["align/1"]
 
 
@@ -161,7 +162,8 @@ def test_what_is_there_can_be_compared_and_looked_at(tool, made) -> None:
     tool("--report")
     page = (tool.out / "results.md").read_text()
     assert "| mae | 1 |" in page and "log.keep=3" in page and "--report" not in page
-    out, _ = tool("--dry-run", "--seeds", "0", "1")
-    states = dict(line.split(" ", 1)[1].split(": ") for line in out.splitlines() if ": " in line and line[0] != " ")
-    assert all(states[step] == "done" for step in STEPS) and states["dmae_teacher_early/seed_1/finetune"] == "to do"
-    assert not (tool.out / "dmae_teacher_early/seed_1").exists()
+    for seeds in (("0", "1"), ("0,1",)):
+        out, _ = tool("--dry-run", "--seeds", *seeds)
+        states = dict(line.split(" ", 1)[1].split(": ") for line in out.splitlines() if ": " in line and line[0] != " ")
+        assert all(states[step] == "done" for step in STEPS) and states["dmae_early/seed_1/finetune"] == "to do"
+    assert not (tool.out / "dmae_early/seed_1").exists()

@@ -1,4 +1,4 @@
-"""Measures where time goes on this machine: `loader`, `step`, `scale`, `cost`, `start`. See `--help` of each."""
+"""Measure where time goes on this machine: `loader`, `step`, `scale`, `cost`. See `--help` of each."""
 
 import argparse
 import os
@@ -17,12 +17,10 @@ EXAMPLES = """examples:
     python tools/benchmark.py loader 'in1k/train-*.tar' --workers 2
   FLOPs, images/s and memory, against the plain step:
     python tools/benchmark.py step configs/imagenet/dmae_vit_b.yaml engine.precision=fp32 --batch 2
-  what more processes bring, here and on paper:
+  what more processes bring, measured here and modelled for clusters:
     python tools/benchmark.py scale configs/cifar10/dmae.yaml --processes 2
   hours to a paper's number, and what limits them:
     python tools/benchmark.py cost configs/imagenet/dmae_vit_b.yaml data.train='in1k/train-*.tar' --gpus 8
-  from the command to the first step:
-    python tools/benchmark.py start configs/cifar10/dmae.yaml
 
 Every comparison is made side by side in one run: medians, and the range that holds half of the rounds.
 """
@@ -43,7 +41,7 @@ def main() -> None:
 
 
 def loader(arguments: argparse.Namespace) -> "Report":
-    """Images per second and core of the loader, by stage, against the plain way and against decoding alone."""
+    """Measure images per second and core of the loader, by stage, against a plain loader and decoding alone."""
     from maedistill.benchmark.loader import measure_loader
 
     return measure_loader(
@@ -58,32 +56,25 @@ def loader(arguments: argparse.Namespace) -> "Report":
 
 
 def step(arguments: argparse.Namespace) -> "Report":
-    """Images per second, FLOPs and memory of an optimizer step, against published loops' way to the same numbers."""
+    """Measure images per second, FLOPs and memory of an optimizer step, against the step of published loops."""
     from maedistill.benchmark.step import measure_step
 
     return measure_step(config_of(arguments), batch=arguments.batch, rounds=arguments.rounds)
 
 
 def scale(arguments: argparse.Namespace) -> "Report":
-    """What more processes bring: measured here, and on paper for clusters."""
+    """Measure what more processes bring on this machine, and model clusters."""
     from maedistill.benchmark.scale import measure_scale
 
     return measure_scale(arguments.config, arguments.overrides, processes=arguments.processes, rounds=arguments.rounds)
 
 
 def cost(arguments: argparse.Namespace) -> "Report":
-    """Hours that a config takes on this kind of machine, from the speeds of step and loader, and what limits them."""
+    """Estimate the hours that a config takes on this kind of machine, and find the bottleneck."""
     from maedistill.benchmark.cost import expected_number, measure_cost
 
     expected = expected_number(arguments.config)
     return measure_cost(config_of(arguments), gpus=arguments.gpus, rounds=arguments.rounds, expected=expected)
-
-
-def start(arguments: argparse.Namespace) -> "Report":
-    """Seconds from the command to the end of the first step, by part."""
-    from maedistill.benchmark.start import measure_start
-
-    return measure_start(arguments.config, arguments.overrides, rounds=arguments.rounds)
 
 
 def config_of(arguments: argparse.Namespace) -> "PretrainConfig":
@@ -98,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line; `--help` includes examples."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0], epilog=EXAMPLES, formatter_class=raw)
-    kinds = parser.add_subparsers(required=True, metavar="loader|step|scale|cost|start")
+    kinds = parser.add_subparsers(required=True, metavar="loader|step|scale|cost")
 
     def kind(measure, rounds: int) -> argparse.ArgumentParser:  # noqa: ANN001
         one = kinds.add_parser(measure.__name__, help=measure.__doc__, description=measure.__doc__)
@@ -129,7 +120,6 @@ def parse_arguments() -> argparse.Namespace:
     configured(step, 7).add_argument("--batch", type=positive, metavar="N", help="images (default: of about a second)")
     configured(scale, 3).add_argument("--processes", type=positive, metavar="N", help="at most (default: one per core)")
     configured(cost, 3).add_argument("--gpus", type=positive, default=1, metavar="N", help="that share the work")
-    configured(start, 3)
     arguments, rest = parser.parse_known_args()
     if rest and (any(text.startswith("-") for text in rest) or "overrides" not in arguments):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -4,10 +4,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from maedistill.errors import ConfigError, leave
+
+if TYPE_CHECKING:
+    from maedistill.evaluation.context import EvalContext
 
 EXAMPLES = """\
 MODEL is the folder of a run or of an export, or timm:NAME, or hf-hub:ID. Image size, crop and normalisation are the
@@ -73,7 +77,7 @@ def parse_features(command: str, words: list[str]) -> argparse.Namespace:
     parser = new_parser(f"evaluate.py {command}", ABOUT[command], FEATURES)
     add = parser.add_argument
     add("model", metavar="MODEL", help="run:PATH, local-dir:PATH, timm:NAME, hf-hub:ID, or a folder")
-    for split, use in (("train", "to learn from"), ("val", "to be judged on")):
+    for split, use in (("train", "to learn from"), ("val", "to score on")):
         add(f"--{split}", metavar="SHARDS", required=True, help=f"labelled shards {use}")
         add(f"--{split}-index", metavar="FILE", help="their index, where it does not lie beside them")
     add(
@@ -99,6 +103,7 @@ def parse_features(command: str, words: list[str]) -> argparse.Namespace:
         add("--optimizer", choices=("lars", "sgd"), default="lars", help="without weight decay (default lars)")
     add("--json", type=Path, metavar="FILE.json", help=FILES["json"])
     add_common(parser)
+    parser.set_defaults(command=command)
     return parser.parse_args(words)
 
 
@@ -125,60 +130,62 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     """Check the command line before torch is imported."""
-    form, words = "score", sys.argv[1:]
-    if words[:1] in (["knn"], ["probe"]):
-        form, *words = words
-    arguments = parse_score(words) if form == "score" else parse_features(form, words)
-    files = {name: getattr(arguments, name, None) for name in FILES}
-    require_writable(files)
+    words = sys.argv[1:]
+    of_features = words[:1] in (["knn"], ["probe"])
+    arguments = parse_features(*words[:1], words[1:]) if of_features else parse_score(words)
+    require_writable({name: getattr(arguments, name, None) for name in FILES})
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see cli.py
-    {"score": start_score, "knn": start_knn, "probe": start_probe}[form](arguments)
+    start = start_features if of_features else start_score
+    start(arguments)
 
 
 def start_score(arguments: argparse.Namespace) -> None:
     """Evaluate a classifier and report its scorecard."""
     from maedistill.evaluation.scorecard import score
 
-    names = ("against", "subset", "real", "bins", "image_size", "crop")
     score(
         arguments.model,
         arguments.shards,
+        open_context(arguments),
         index_file=arguments.index,
         weights="ema" if arguments.ema else "model",
+        image_size=arguments.image_size,
+        crop=arguments.crop,
+        against=arguments.against,
+        subset=arguments.subset,
+        real=arguments.real,
+        bins=arguments.bins,
         latency=not arguments.no_latency,
         files={name: getattr(arguments, name) for name in FILES},
-        **{name: getattr(arguments, name) for name in names},
-        **setting_of(arguments),
     )
 
 
-def start_knn(arguments: argparse.Namespace) -> None:
-    """Evaluate frozen features by kNN."""
-    from maedistill.evaluation.feature_eval import ProbeSpec, score_knn
+def start_features(arguments: argparse.Namespace) -> None:
+    """Evaluate frozen features by kNN or by a linear probe."""
+    from maedistill.evaluation.feature_eval import ProbeSpec, score_knn, score_probe
+    from maedistill.evaluation.linear_probe import ProbeRecipe
 
-    question = ProbeSpec(**question_of(arguments))
-    votes = {"ks": arguments.k, "temperature": arguments.temperature}
-    score_knn(question, **votes, file=arguments.json, **setting_of(arguments))
-
-
-def start_probe(arguments: argparse.Namespace) -> None:
-    """Evaluate frozen features by a linear probe."""
-    from maedistill.evaluation.feature_eval import ProbeSpec, score_probe
-
-    names = ("epochs", "head_batch", "optimizer")
-    how = {name: getattr(arguments, name) for name in names} | {"rates": arguments.lr}
-    score_probe(ProbeSpec(**question_of(arguments)), **how, file=arguments.json, **setting_of(arguments))
-
-
-def setting_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings of the computation."""
-    return {name: getattr(arguments, name) for name in ("batch", "precision", "workers", "threads")}
-
-
-def question_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments that select the features and the images."""
     names = ("model", "train", "val", "train_index", "val_index", "block", "pool", "image_size", "crop")
-    return {name: getattr(arguments, name) for name in names} | {"weights": "ema" if arguments.ema else "model"}
+    weights = "ema" if arguments.ema else "model"
+    spec = ProbeSpec(**{name: getattr(arguments, name) for name in names}, weights=weights)
+    context = open_context(arguments)
+    if arguments.command == "knn":
+        score_knn(spec, context, ks=arguments.k, temperature=arguments.temperature, file=arguments.json)
+    else:
+        recipe = ProbeRecipe(arguments.epochs, arguments.head_batch, arguments.optimizer)
+        score_probe(spec, context, recipe, rates=arguments.lr, file=arguments.json)
+
+
+def open_context(arguments: argparse.Namespace) -> "EvalContext":
+    """Join the process group with the settings of the computation."""
+    from maedistill.evaluation import context
+
+    return context.open_context(
+        batch=arguments.batch,
+        workers=arguments.workers,
+        threads=arguments.threads,
+        precision=arguments.precision,
+    )
 
 
 def require_writable(files: dict[str, Path | None]) -> None:
@@ -198,47 +205,39 @@ def require_writable(files: dict[str, Path | None]) -> None:
 def at_least(least: int) -> Callable[[str], int]:
     """Return a parser of integers that rejects values below `least`."""
 
-    def number(text: str) -> int:
+    def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} on")
         return int(text)
 
-    return number
+    return parse
 
 
 def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     """Return a parser of distinct comma-separated values."""
 
-    def values(text: str) -> list[Any]:
-        found = [kind(word) for word in text.split(",")]
-        if len(set(found)) < len(found):
+    def parse(text: str) -> list[Any]:
+        values = [kind(word) for word in text.split(",")]
+        if len(set(values)) < len(values):
             raise argparse.ArgumentTypeError(f"{text} is no list of different values")
-        return found
+        return values
 
-    return values
+    return parse
 
 
-def positive(text: str) -> float:
-    """Read a finite number above 0."""
+def number(text: str, *, most: float, reason: str) -> float:
+    """Read a finite number above 0 and at most `most`."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    if not 0 < value <= most:
+        raise argparse.ArgumentTypeError(f"{text} is no {reason}")
     return value
 
 
-def share(text: str) -> float:
-    """Read a number in (0, 1]."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share, above 0 and at most 1")
-    return value
-
+positive = partial(number, most=sys.float_info.max, reason="number above 0")
+share = partial(number, most=1.0, reason="share, above 0 and at most 1")
 
 if __name__ == "__main__":
     leave(main)

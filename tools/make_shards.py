@@ -8,7 +8,7 @@ from pathlib import Path
 
 from maedistill.data.shards.sources import open_source
 from maedistill.data.shards.verify import verify_shards
-from maedistill.data.shards.write import IMAGES_PER_SHARD, QUALITY, Note, make_shards
+from maedistill.data.shards.write import IMAGES_PER_SHARD, QUALITY, REPORT_FILE, ConversionStats, make_shards
 from maedistill.errors import ConfigError, exit_code_of
 
 EXAMPLES = """examples:
@@ -29,24 +29,21 @@ and named.
 def main() -> None:
     """Write or verify shards, and print what was done and what to do next."""
     args = parse_arguments()
-    if args.verify and args.out is None:
-        out = Path(args.src)
-    elif args.out is None:
+    out = Path(args.out or args.src)
+    if not (args.out or args.verify):
         raise ConfigError("OUT is missing", "say where the shards shall go: make_shards.py SRC OUT")
-    else:
+    if args.out:
         if args.quality is not None and args.shorter_side is None:
             raise ConfigError("--quality has no effect without --shorter-side", "give both, or leave it out")
-        out = Path(args.out)
-        source = open_source(args.src, root=args.root, val_fraction=args.val_fraction)
-        notes = make_shards(
-            source,
+        stats = make_shards(
+            open_source(args.src, root=args.root, val_fraction=args.val_fraction),
             out,
             images_per_shard=args.images_per_shard,
             shorter_side=args.shorter_side,
             quality=QUALITY if args.quality is None else args.quality,
             workers=args.workers,
         )
-        print_summary(out, notes)
+        print_summary(out, stats)
     if args.verify:
         print(f"{out}: all {verify_shards(out)} shards are as their index says")
 
@@ -64,28 +61,24 @@ def parse_arguments() -> argparse.Namespace:
     add("--shorter-side", type=int, metavar="N", help="shrink larger images to N pixels and re-encode them as JPEG")
     add("--quality", type=int, metavar="Q", help=f"of re-encoded JPEGs, 1 to 100 (default {QUALITY})")
     add("--val-fraction", type=float, default=0.0, metavar="F", help="hold out a share of a folder without splits")
-    add(
-        "--root",
-        metavar="DIR",
-        help="files of imagenet or cifar10 (default: downloaded to ~/.cache/maedistill/cifar10)",
-    )
+    add("--root", metavar="DIR", help="files of imagenet or cifar10 (default: cifar10's are downloaded to ~/.cache)")
     add("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads that decode (default: all cores)")
     add("--verify", action="store_true", help="check the shards in OUT afterwards; without SRC only that")
     return parser.parse_args()
 
 
-def print_summary(out: Path, notes: dict[str, Note]) -> None:
+def print_summary(out: Path, stats: dict[str, ConversionStats]) -> None:
     """Print the counts by split, the numbers of converted and skipped images, and the next command."""
-    for split, note in notes.items():
-        print(f"{split}: {note.images:,} images, {note.grayscale:,} of them grayscale, shards: {len(note.lengths):,}")
-        if note.converted:
-            reasons = ", ".join(f"{n:,} {reason}" for reason, n in Counter(note.converted.values()).most_common())
-            print(f"  converted {len(note.converted):,}, all named in {out / 'make_shards.json'}: {reasons}")
-        if note.skipped:
-            print(f"  skipped {len(note.skipped):,}, all named in {out / 'make_shards.json'}:")
-            for path, reason in list(note.skipped.items())[:5]:
+    for split, part in stats.items():
+        print(f"{split}: {part.images:,} images, {part.grayscale:,} of them grayscale, shards: {len(part.lengths):,}")
+        if part.converted:
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in Counter(part.converted.values()).most_common())
+            print(f"  converted {len(part.converted):,}, all named in {out / REPORT_FILE}: {reasons}")
+        if part.skipped:
+            print(f"  skipped {len(part.skipped):,}, all named in {out / REPORT_FILE}:")
+            for path, reason in list(part.skipped.items())[:5]:
                 print(f"    {path}: {reason}")
-    val = f" data.val='{out}/val-*.tar'" if "val" in notes else ""
+    val = f" data.val='{out}/val-*.tar'" if "val" in stats else ""
     print(f"next: python tools/pretrain.py CONFIG data.train='{out}/train-*.tar'{val} run=runs/NAME")
 
 

@@ -16,14 +16,14 @@ from functools import partial
 from pathlib import Path
 
 from maedistill.errors import exit_code_of
-from maedistill.study.comparison import Network, write_comparison, write_results
+from maedistill.report.comparison import Network, write_comparison
+from maedistill.study.completion import is_scored
 from maedistill.study.file import load_study
-from maedistill.study.finished import is_done, is_scored
-from maedistill.study.placeholders import finetune_step, pretrain_step
 from maedistill.study.plan import StudyPlan
 from maedistill.study.results import collect
+from maedistill.study.results_page import write_results
+from maedistill.study.runner import Step, run_steps
 from maedistill.study.schema import Study
-from maedistill.study.steps import Step, run_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 0
@@ -55,7 +55,7 @@ def main() -> None:
     run_steps([Step("shards", ("tools/make_shards.py", "digits", str(shards)), done=written)], root=ROOT, out=out)
     study = load_study(os.path.relpath(ROOT / "configs/quickstart/study.yaml"))
     networks = networks_of(study, out)
-    trainings = StudyPlan(study, out, [SEED], None, settings, is_done).steps()
+    trainings = StudyPlan(study, out, [SEED], settings=settings).steps()
     run_steps([*trainings, *export_steps(networks, out)], root=ROOT, out=out, jobs=JOBS)
     run_steps(score_steps(networks, out, val), root=ROOT, out=out)  # one at a time, because latency is measured
     command = shlex.join(["python", *sys.argv])
@@ -66,19 +66,11 @@ def main() -> None:
 
 def networks_of(study: Study, out: Path) -> dict[str, Network]:
     """Return the folders of every compared network, the teacher first."""
-    steps = {}
+    networks = {}
     for name, network in (study.teachers | study.students).items():
-        first = pretrain_step(name, SEED) if network.config is not None else None
-        steps[name] = (first, finetune_step(name, SEED))
-    return {
-        name: Network(
-            pretrain=out / first if first is not None else None,
-            finetune=out / second,
-            export=out / second / "export",
-            score=out / second / "scorecard.json",
-        )
-        for name, (first, second) in steps.items()
-    }
+        pretrain, finetune = (out / step if step is not None else None for step in network.steps(name, SEED))
+        networks[name] = Network(pretrain, finetune, finetune / "export", finetune / "scorecard.json")
+    return networks
 
 
 def export_steps(networks: dict[str, Network], out: Path) -> list[Step]:

@@ -35,13 +35,20 @@ def parse() -> argparse.Namespace:
     add("study", help="a study file, e.g. configs/cifar10/study_methods.yaml")
     add("settings", nargs="*", metavar="key=value", help="for every run that has the key, e.g. data.workers=1")
     add("--out", type=Path, help="folder of the runs and results, instead of the file's")
-    add("--seeds", type=int, nargs="+", metavar="N", help="instead of the file's")
+    add("--seeds", type=seeds, nargs="+", metavar="N", help="instead of the file's: 0 1 2, or 0,1,2")
     add("--only", nargs="+", metavar="NAME", help="these students, rows or teachers, with what they need")
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1), spread over the GPUs")
     add("--test", metavar="SHARDS", help="also evaluate each fine-tuned network on these labelled shards")
     add("--dry-run", action="store_true", help="check everything, say which steps are done, and stop")
     add("--report", action="store_true", help="only compare what is there")
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    arguments.seeds = [seed for group in arguments.seeds or () for seed in group]
+    return arguments
+
+
+def seeds(text: str) -> list[int]:
+    """Read one or more seeds, separated by commas."""
+    return [int(number) for number in text.split(",")]
 
 
 def main() -> None:
@@ -49,7 +56,7 @@ def main() -> None:
     arguments = parse()
     if arguments.jobs < 1:
         raise ConfigError(f"--jobs {arguments.jobs}: not a number of runs", "use 1 or more")
-    if any(seed < 0 for seed in arguments.seeds or ()):
+    if any(seed < 0 for seed in arguments.seeds):
         raise ConfigError(f"--seeds {arguments.seeds}: seeds are not negative", "use 0 or more")
     study = load_study(arguments.study)
     out, seeds = arguments.out or Path(study.out), arguments.seeds or list(study.seeds)
@@ -61,13 +68,12 @@ def main() -> None:
 
 def run(study: Study, out: Path, seeds: list[int], arguments: argparse.Namespace) -> None:
     """Run the steps, or print them. If some fail, the others are compared before the error is raised."""
-    from maedistill.study.finished import is_done, is_scored
     from maedistill.study.plan import StudyPlan, add_tests
-    from maedistill.study.steps import StepsFailed, print_steps, run_steps
+    from maedistill.study.runner import StepsFailed, print_steps, run_steps
 
-    steps = StudyPlan(study, out, seeds, arguments.only, arguments.settings, is_done).steps()
+    steps = StudyPlan(study, out, seeds, arguments.only, arguments.settings).steps()
     if arguments.test:
-        steps = add_tests(steps, out, arguments.test, is_scored)
+        steps = add_tests(steps, out, arguments.test)
     if arguments.dry_run:
         print_steps(steps)
         return
@@ -80,8 +86,8 @@ def run(study: Study, out: Path, seeds: list[int], arguments: argparse.Namespace
 
 def report(study: Study, out: Path, seeds: list[int], *, title: str) -> None:
     """Compare the finished runs."""
-    from maedistill.study.comparison import write_results
     from maedistill.study.results import collect
+    from maedistill.study.results_page import write_results
 
     before = out / "results.json"
     if "--report" in sys.argv and before.is_file():

@@ -1,75 +1,92 @@
 """Estimate the hours that a config takes, from the speeds of step and loader measured here, and find the bottleneck.
 
-    EngineStep -> images/s of one GPU       RandomCrops on data.train -> images/s of one core
-    both, and communication.py -> images/s of one GPU among many -> epochs x images -> hours
+    engine step -> images/s of one GPU       RandomCrops on data.train -> images/s of one core
+    both, and the exchange of gradients -> AnalyticModel -> epochs x images -> hours
 
 Without shards, the loader is not measured and is assumed to keep up. Without a GPU, step and loader share the cores,
 and an extra table gives the time of a step on an H100 according to the model of step_model.py.
+
+The exchange is modelled: a ring in which each of K ranks sends 2 (K - 1) / K times the gradients, 4 bytes each (ZeRO 3:
+3 (K - 1) / K, because it gathers the weights twice), at `BANDWIDTH`, after the backward pass. The engine overlaps the
+two; latency, stragglers and the file system cost nothing here.
 """
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from maedistill.benchmark.communication import BANDWIDTH, AnalyticModel, on_paper
-from maedistill.benchmark.engine_step import EngineStep
 from maedistill.benchmark.report import Report, Row
-from maedistill.benchmark.step import without_download
-from maedistill.benchmark.step_model import CARD, Kind, model_step, total
-from maedistill.benchmark.timing import Rates, interleave
+from maedistill.benchmark.step_model import CARD, model_step, total
+from maedistill.benchmark.timing import Rates, interleave, repeated, spread
+from maedistill.benchmark.training_step import SyntheticTraining, without_download
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.loading.loader import RandomCrops
 from maedistill.data.remote.cache import set_cache
 from maedistill.data.shards.index import ShardIndex, open_index
 from maedistill.machine import cpu_share
 from maedistill.pretraining.build import build_crops
+from maedistill.processes import distributed
 from maedistill.runs.start import join
 from maedistill.training.engine import shutdown_distributed
 
+BANDWIDTH = 25e9  # bytes per second and rank, in each direction: one 200 Gbit/s network port per GPU
 IMAGENET_IMAGES = 1_281_167  # training images of ImageNet-1K, on which the papers train
-_STEP_SECONDS = 1.0  # longest time of a step
 _ROUND_SECONDS = 2.0  # time that each path runs in a round
-_LOADED = 32  # images that the loader makes between two readings of the clock
+_LOADED = 32  # images that the loader makes at once
 _MODEL_BATCH = 256  # images of a modelled step
 STEP, LOADER = "step, images/s", "loader, images/s of a core"
 
 
 @dataclass(frozen=True)
-class Speed:
-    """The speed of one GPU of a run and of one core of its loader."""
+class AnalyticModel:
+    """The modelled speed of a run: seconds of computation and of exchange per update, and what the loaders deliver."""
 
-    cluster: AnalyticModel  # includes the speed of a GPU by itself and the cost of exchanging gradients
-    loader: float | None  # images per second and core; None: not measured
-    cores: int  # cores that load for one GPU
-    shared: bool  # True without a GPU: the cores compute the steps as well
+    ranks: int
+    images: int  # per rank and update
+    compute: float
+    reduce: float
+    loader: float = math.inf  # images per second of one core; infinite if not measured
+    cores: int = 1  # that load for one rank
+    shared: bool = False  # True without a GPU: these cores compute the steps as well
+
+    @property
+    def efficiency(self) -> float:
+        """Return the speed relative to the same number of ranks without communication."""
+        return self.compute / (self.compute + self.reduce)
 
     @property
     def step(self) -> float:
-        """Return the images per second of one of the GPUs, if it never waits for data."""
-        return self.cluster.images_per_second / self.cluster.ranks
+        """Return the images per second of one rank, if it never waits for data."""
+        return self.images / (self.compute + self.reduce)
 
     @property
     def images_per_second(self) -> float:
-        """Return the speed of one GPU, including the loader's limit."""
-        if self.loader is None:
-            return self.step
+        """Return the images per second of one rank, including the loader's limit."""
         loaded = self.loader * self.cores
         return 1 / (1 / self.step + 1 / loaded) if self.shared else min(self.step, loaded)
 
     @property
-    def cores_needed(self) -> float:
-        """Return the number of loader cores that one GPU's step keeps busy."""
-        return self.step / self.loader
-
-    @property
     def limit(self) -> str:
         """Return the bottleneck: the part to improve first."""
-        if self.loader is not None and self.loader * self.cores < self.step:
+        if self.loader * self.cores < self.step:
             return "loader"
-        return "exchange of gradients" if self.cluster.reduce > self.cluster.compute else "step"
+        return "exchange of gradients" if self.reduce > self.compute else "step"
+
+
+def predict(
+    ranks: int, *, images: int, images_per_second: float, parameters: int, zero: int, bandwidth: float = BANDWIDTH
+) -> AnalyticModel:
+    """Apply the model above to `ranks` ranks with loaders that keep up.
+
+    images: images per rank and update. images_per_second: speed of one rank by itself. zero: the ZeRO stage.
+    """
+    passes = 3 if zero == 3 else 2
+    reduce = passes * (ranks - 1) / ranks * 4 * parameters / bandwidth
+    return AnalyticModel(ranks, images, images / images_per_second, reduce)
 
 
 def expected_number(file: str) -> str | None:
@@ -84,78 +101,104 @@ def measure_cost(config: PretrainConfig, *, gpus: int, rounds: int, expected: st
     expected: the published result of these epochs on ImageNet-1K, with its source; None if none is known.
     Raises ConfigError if `gpus` devices cannot share the batch, DataError if the shards cannot be read.
     """
-    plan = config.share_batch(gpus)
-    index = _open_shards(config)
+    plan, data = config.share_batch(gpus), config.data
+    if data.train:
+        set_cache(folder=data.cache_folder, gigabytes=data.cache_gb)
+    index = open_index(data.train, index=data.index) if data.train else None
     join(config)
     try:
-        step = EngineStep(config)
-        if step.device.type != "cuda":
-            step.autotune_batch(_STEP_SECONDS)
-        paths = {STEP: _for_a_while(step)}
-        if index is not None:
-            paths[LOADER] = _for_a_while(_one_core(build_crops(config, index)))
-        rates = interleave(paths, rounds=rounds)
-        alone = rates[STEP].spread.median
-        update = {"images": plan.micro_batch * plan.accumulation, "parameters": step.parameters}
-        cluster = on_paper(gpus, images_per_second=alone, zero=config.engine.zero, **update)
+        rates, training = _measure(config, index, rounds=rounds)
     finally:
         shutdown_distributed()
-    has_gpu = step.device.type == "cuda"
+    alone, has_gpu = spread(rates[STEP].wall).median, training.device.type == "cuda"
+    share, parameters = plan.micro_batch * plan.accumulation, training.num_parameters
+    model = predict(gpus, images=share, images_per_second=alone, parameters=parameters, zero=config.engine.zero)
     cores = cpu_share(min(gpus, torch.cuda.device_count() or 1))
-    workers = config.data.workers if config.data.workers is not None else min(8, cores)
-    loader = rates[LOADER].spread.median if index is not None else None
-    speed = Speed(cluster, loader, cores=min(cores, max(1, workers)) if has_gpu else cores, shared=not has_gpu)
-    images = None if index is None else len(index)
-    report = cost_report(config, speed, rates, batch=step.batch, images=images, to_paper=bool(expected) or not images)
+    workers = data.workers if data.workers is not None else min(8, cores)
+    loader = spread(rates[LOADER].wall).median if index is not None else math.inf
+    model = replace(model, loader=loader, cores=min(cores, max(1, workers)) if has_gpu else cores, shared=not has_gpu)
+    images = {} if index is None else {"data.train": len(index)}
+    if expected or not images:
+        images["ImageNet-1K"] = IMAGENET_IMAGES
+    report = cost_report(config, model, rates, batch=training.batch, images=images)
     if not has_gpu:
-        add_model(report, config, model_step(without_download(config), batch=_MODEL_BATCH), gpus=gpus)
+        _add_card(report, config, model, parameters=parameters)
     report.remarks.append(f"ImageNet-1K: {expected}" if expected else "no paper's number is known for this config")
     return report
 
 
 def cost_report(
-    config: PretrainConfig,
-    speed: Speed,
-    rates: dict[str, Rates],
-    *,
-    batch: int,
-    images: int | None,
-    to_paper: bool = True,
+    config: PretrainConfig, model: AnalyticModel, rates: Mapping[str, Rates], *, batch: int, images: Mapping[str, int]
 ) -> Report:
     """Build the report's tables and remarks.
 
-    batch: images of a measured step. images: number of images in data.train, None if it is not set. to_paper: add the
-    hours on ImageNet-1K.
+    batch: images of a measured step. images: number of images by data set, for the hours of the config's epochs.
     """
-    device, ranks = "CPU" if speed.shared else "GPU", speed.cluster.ranks
-    tables: dict[str, list[Row]] = {
-        f"measured, steps of {batch} images": [{"what": name, "speed": rate.spread} for name, rate in rates.items()],
-        f"a run on {ranks} of this {device}": [_run_row(speed)],
-        f"{config.optim.epochs:g} epochs": [
-            _hours_row(name, count * config.optim.epochs, speed, device=device)
-            for name, count in (("data.train", images), ("ImageNet-1K", IMAGENET_IMAGES if to_paper else None))
-            if count is not None
-        ],
+    device, cores, epochs = "CPU" if model.shared else "GPU", model.step / model.loader, config.optim.epochs
+    run = {
+        "images/s of each": round(model.images_per_second, 1),
+        "images per update of each": model.images,
+        "gradients' share of a step": f"{1 - model.efficiency:.1%}",
+        "loader cores to keep up": f"{cores:.2g}" if cores else "-",
+        "limit": model.limit,
     }
-    remarks = [f"{speed.limit} limits"]
-    if speed.loader is None:
-        remarks.append("data.train is not named: the loader was not measured, and is taken to keep up")
-    elif speed.shared:
-        remarks.append(f"without a GPU, step and loader share {speed.cores} cores: their times add up")
+    hours: list[Row] = []
+    for name, count in images.items():
+        each = count * epochs / model.images_per_second / 3600
+        row = {"data": name, "images": round(count * epochs), f"{device}-hours": each}
+        hours.append(row | {f"hours on {model.ranks}": each / model.ranks})
+    tables = {
+        f"measured, steps of {batch} images": [{"what": k, "speed": spread(rate.wall)} for k, rate in rates.items()],
+        f"a run on {model.ranks} of this {device}": [run],
+        f"{epochs:g} epochs": hours,
+    }
+    remarks = [f"{model.limit} limits"]
+    if not cores:
+        remarks.append("data.train is not set: the loader was not measured, and is assumed to keep up")
+    elif model.shared:
+        remarks.append(f"without a GPU, step and loader share {model.cores} cores: their times add up")
     else:
-        remarks.append(f"one GPU keeps {speed.cores_needed:.2g} loader cores busy; counted on are {speed.cores}")
-    if ranks > 1:
-        remarks.append(
-            f"exchange of gradients: on paper, at {BANDWIDTH / 1e9:g} GB/s per {device}, assumed (communication.py)"
-        )
+        remarks.append(f"one GPU keeps {cores:.2g} loader cores busy; counted on are {model.cores}")
+    if model.ranks > 1:
+        remarks.append(f"exchange of gradients: modelled, at {BANDWIDTH / 1e9:g} GB/s per {device}, assumed")
     return Report(tables, [*remarks, "images of the steps were noise; pictures, kNN and checkpoints come on top"])
 
 
-def add_model(report: Report, config: PretrainConfig, kinds: dict[str, Kind], *, gpus: int) -> None:
-    """Add the modelled time of a step and of the config's epochs on GPUs that are not available here."""
-    step, batch = total(kinds), _MODEL_BATCH
-    rows = sorted((*kinds.items(), ("all", step)), key=lambda row: (row[0] == "all", -row[1].seconds))
-    report.tables[f"an eager step of {batch} images on an {CARD}: a model, not measured"] = [
+def _measure(
+    config: PretrainConfig, index: ShardIndex | None, *, rounds: int
+) -> tuple[dict[str, Rates], SyntheticTraining]:
+    """Measure step and, with an index, loader in turn. Needs an open process group."""
+    training = SyntheticTraining(config, distributed.device())
+    step = training.engine_step()
+    if training.device.type != "cuda":
+        training.autotune_batch(step)
+    paths = {STEP: training.path(step, seconds=_ROUND_SECONDS)}
+    if index is not None:
+        views = config.data.views_per_image
+        count = -(-_LOADED // views) * views
+        load = _one_core(build_crops(config, index), count)
+        paths[LOADER] = repeated(load, torch.device("cpu"), images=count, seconds=_ROUND_SECONDS)
+    return interleave(paths, rounds=rounds), training
+
+
+def _one_core(crops: RandomCrops, count: int) -> Callable[[], object]:
+    """Return a function that loads the next `count` images of the run on one core, as a loader process does."""
+    starts = itertools.count(step=count)
+
+    def load() -> None:
+        threads, start = torch.get_num_threads(), next(starts)
+        torch.set_num_threads(1)
+        crops.__getitems__(list(range(start, start + count)))
+        torch.set_num_threads(threads)
+
+    return load
+
+
+def _add_card(report: Report, config: PretrainConfig, here: AnalyticModel, *, parameters: int) -> None:
+    """Add the modelled time of a step and of the config's epochs on as many GPUs of a kind that is not available."""
+    kinds = model_step(without_download(config), batch=_MODEL_BATCH)
+    step, epochs = total(kinds), config.optim.epochs
+    report.tables[f"an eager step of {_MODEL_BATCH} images on an {CARD}: a model, not measured"] = [
         {
             "what": name,
             "ms": f"{1e3 * kind.seconds:.1f}",
@@ -163,72 +206,13 @@ def add_model(report: Report, config: PretrainConfig, kinds: dict[str, Kind], *,
             "GB": f"{kind.bytes / 1e9:.1f}",
             "kernels": kind.kernels,
         }
-        for name, kind in rows
+        for name, kind in [*sorted(kinds.items(), key=lambda row: -row[1].seconds), ("all", step)]
     ]
-    rate = batch / step.seconds
-    hours = config.optim.epochs * IMAGENET_IMAGES / rate / 3600
+    alone, zero = _MODEL_BATCH / step.seconds, config.engine.zero
+    model = predict(here.ranks, images=here.images, images_per_second=alone, parameters=parameters, zero=zero)
+    hours = epochs * IMAGENET_IMAGES / model.step / 3600
     report.remarks.append(
-        f"the model's {CARD}: {rate:,.0f} images/s, {step.flops / step.seconds / 1e12:.0f} TFLOP/s; {hours:,.1f} "
-        f"GPU-hours for {config.optim.epochs:g} epochs of ImageNet-1K, {hours / gpus:,.1f} hours on {gpus}, with "
-        "loaders that keep up and no exchange of gradients"
+        f"the model's {CARD}: {alone:,.0f} images/s, {step.flops / step.seconds / 1e12:.0f} TFLOP/s; {hours:,.1f} "
+        f"GPU-hours for {epochs:g} epochs of ImageNet-1K, {hours / model.ranks:,.1f} hours on {model.ranks}, of which "
+        f"{1 - model.efficiency:.1%} exchange gradients, with loaders that keep up"
     )
-
-
-def _run_row(speed: Speed) -> Row:
-    """Return the row for one device of the run."""
-    cluster = speed.cluster
-    return {
-        "images/s of each": round(speed.images_per_second, 1),
-        "images per update of each": cluster.images,
-        "gradients' share of a step": f"{1 - cluster.efficiency:.1%}",
-        "loader cores to keep up": "-" if speed.loader is None else f"{speed.cores_needed:.2g}",
-        "limit": speed.limit,
-    }
-
-
-def _hours_row(name: str, images: float, speed: Speed, *, device: str) -> Row:
-    hours = images / speed.images_per_second / 3600
-    return {
-        "data": name,
-        "images": round(images),
-        f"{device}-hours": hours,
-        f"hours on {speed.cluster.ranks}": hours / speed.cluster.ranks,
-    }
-
-
-def _open_shards(config: PretrainConfig) -> ShardIndex | None:
-    """Open the index of data.train; return None if data.train is not set."""
-    if not config.data.train:
-        return None
-    set_cache(folder=config.data.cache_folder, gigabytes=config.data.cache_gb)
-    return open_index(config.data.train, index=config.data.index)
-
-
-def _one_core(crops: RandomCrops) -> Callable[[], int]:
-    """Return a function that loads the next images of the run on one core, as a loader process does."""
-    position = 0
-
-    def load() -> int:
-        nonlocal position
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        crops.__getitems__(list(range(position, position + count)))
-        torch.set_num_threads(threads)
-        position += count
-        return count
-
-    views = crops.order.views
-    count = -(-_LOADED // views) * views
-    return load
-
-
-def _for_a_while(work: Callable[[], int]) -> Callable[[], int]:
-    """Return a function that repeats `work` for `_ROUND_SECONDS`."""
-
-    def repeated() -> int:
-        images, start = 0, time.perf_counter()
-        while time.perf_counter() - start < _ROUND_SECONDS:
-            images += work()
-        return images
-
-    return repeated

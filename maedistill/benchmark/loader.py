@@ -1,6 +1,6 @@
 """The speed of our loader, of the plain one, and of the floor, a loop that only decodes and crops.
 
-    shards -> Sampled -> {path: a generator of the crops it has made} -> measure, in turn -> tables, remarks
+    shards -> Sampled -> {path: a generator of the crops it has made} -> interleave -> tables, remarks
 
 Each round of a path starts new processes, so that none of them works while another path is measured. The clocks start
 after some batches have arrived, so they count neither the start nor the first use of memory. All paths are measured on
@@ -11,26 +11,31 @@ Ratios and stages use core-seconds, because other load on the machine lengthens 
     m images in a batch   s crop size
 """
 
-import functools
+import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import InterpolationMode
 
-from maedistill.benchmark.plain_loader import plain_batches, write_folder
 from maedistill.benchmark.report import Report, Row
-from maedistill.benchmark.speed import Speed, Work, measure
-from maedistill.benchmark.timing import Rates, Spread, ratio, spread
+from maedistill.benchmark.timing import Rates, Work, interleave, ratio, spread
 from maedistill.config.batch import BatchPlan
 from maedistill.data.images.decode import JPEG_DECODERS, decode, open_image
 from maedistill.data.images.transforms import CROP_DRAWS, Box, crop, random_box
 from maedistill.data.loading.batch import Batch
-from maedistill.data.loading.loader import PREFETCHED, RandomCrops, Schedule, host_batches
+from maedistill.data.loading.loader import PREFETCHED, BatchSampler, RandomCrops, host_batches
 from maedistill.data.loading.order import SampleOrder
 from maedistill.data.shards.index import open_index
 from maedistill.errors import ConfigError
@@ -42,9 +47,10 @@ _MOST_IN_BATCH = 128
 _FEWEST = 64  # fewest crops of a round: fewer give no meaningful speed
 _LEAD = 16  # batches of a round per worker, if there are several: some may be made before the clock starts
 DECODERS = tuple(name for name in JPEG_DECODERS if name != "pillow") or JPEG_DECODERS
+PLAIN, ONE_PROCESS, STAGES = "plain loader", "ours in one process", ("read", "header", "transfer")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sampled:
     """The input of all paths: the crops of some measured batches of a run, preceded by a few warm-up batches."""
 
@@ -64,17 +70,6 @@ class Sampled:
     def measured(self) -> list[int]:
         """Return the sample ids of the measured batches."""
         return self.samples[self.warm_up * self.batch // self.views :]
-
-    @property
-    def files(self) -> list[bytes]:
-        """Return the file of each measured image."""
-        return [self.data[sample] for sample in self.measured]
-
-    def variant(self, kind: type[RandomCrops] = RandomCrops, **options: object) -> RandomCrops:
-        """Return a loader of the same crops with another class or other options."""
-        return kind(
-            self.crops.index, self.crops.order, seed=SEED, size=self.crops.size, scale=SCALE, ratio=RATIO, **options
-        )
 
     def boxes(self, image: int, height: int, width: int) -> list[Box]:
         """Return the crop boxes of the measured image number `image`."""
@@ -103,13 +98,12 @@ def measure_loader(
             sampled = sample(shards, size=size, views=views, workers=workers, images=images)
             plain = sample(against, size=size, views=views, workers=workers, images=images) if against else sampled
             write_folder(Path(folder), plain.data.values())
-            paths = loader_paths(sampled, workers=workers) | floor_paths(sampled)
-            paths["plain loader"] = functools.partial(_plain, Path(folder), plain, workers=workers)
-            stages = stage_paths(sampled)
-            speeds = measure(paths | stages, rounds=rounds)
+            paths = loader_paths(sampled, workers=workers)
+            paths[PLAIN] = partial(_plain, Path(folder), plain, workers=workers)
+            rates = interleave(paths, rounds=rounds)
     finally:
         torch.set_num_threads(threads)
-    return _report(sampled, {name: speeds[name] for name in paths}, {name: speeds[name].per_core for name in stages})
+    return _report(sampled, rates)
 
 
 def sample(shards: str, *, size: int, views: int, workers: int, images: int) -> Sampled:
@@ -132,33 +126,39 @@ def sample(shards: str, *, size: int, views: int, workers: int, images: int) -> 
 
 
 def loader_paths(sampled: Sampled, *, workers: int) -> dict[str, Work]:
-    """Return the paths of our loader: with worker processes for each decoder, and in one process."""
-    paths = {f"ours, {name}": sampled.variant(decoder=name) for name in DECODERS if workers}
-    loads = {name: functools.partial(_load, crops, sampled, workers=workers) for name, crops in paths.items()}
-    return loads | {"ours in one process": functools.partial(_load, sampled.crops, sampled, workers=0)}
+    """Return all paths but the plain one.
 
+    Our loader runs with worker processes for each decoder, and in one process. The floors decode files in memory, with
+    or without cropping, and discard the result. `STAGES` are the stages of our loader that can be run separately.
+    """
+    paths: dict[str, Work] = {ONE_PROCESS: partial(_load, sampled.crops, sampled, workers=0)}
+    measured, size, read = sampled.measured, sampled.crops.size, sampled.crops.reader.read
+    boxes = [sampled.boxes(i, *open_image(sampled.data[sample]).size[::-1]) for i, sample in enumerate(measured)]
 
-def floor_paths(sampled: Sampled) -> dict[str, Work]:
-    """Return loops over files in memory that decode, with or without cropping, and discard the result."""
-    paths = {}
+    def decode_and_crop(i: int, header: Image.Image, data: bytes, *, decoder: str) -> None:
+        image = decode(header, data, decoder=decoder)  # [3, H, W]
+        for box in boxes[i]:
+            crop(image, box, size=size)
+
     for name in DECODERS:
-        paths[f"decode + crop, {name}"] = functools.partial(_floor, sampled, decoder=name, crops=True)
-        paths[f"decode, {name}"] = functools.partial(_floor, sampled, decoder=name, crops=False)
-    return paths
-
-
-def stage_paths(sampled: Sampled) -> dict[str, Work]:
-    """Return the stages of our loader that can be run separately."""
-    idle = sampled.variant(_Idle)
-    return {
-        "read": functools.partial(_read, sampled),
-        "header": functools.partial(_header, sampled),
-        "transfer": functools.partial(_load, idle, sampled, workers=1),
+        crops = copy.copy(sampled.crops)
+        crops.decoder = name
+        if workers:
+            paths[f"ours, {name}"] = partial(_load, crops, sampled, workers=workers)
+        paths[f"decode + crop, {name}"] = _each(sampled, partial(decode_and_crop, decoder=name))
+        paths[f"decode, {name}"] = _each(sampled, lambda i, header, data, name=name: decode(header, data, decoder=name))
+    return paths | {
+        "read": _each(sampled, lambda i, header, data: read(measured[i])),
+        "header": _each(sampled, lambda i, header, data: open_image(data)),
+        "transfer": partial(_load, _IdleCrops(sampled.crops), sampled, workers=1),
     }
 
 
-class _Idle(RandomCrops):
+class _IdleCrops(RandomCrops):
     """Crops that cost nothing to make, which isolates the cost of the transfer between processes."""
+
+    def __init__(self, crops: RandomCrops) -> None:
+        vars(self).update(vars(crops))
 
     def fill(self, images: Tensor, positions: list[int]) -> Batch:
         ids = torch.tensor(positions)
@@ -167,97 +167,92 @@ class _Idle(RandomCrops):
 
 def _load(crops: RandomCrops, sampled: Sampled, *, workers: int) -> Iterator[int]:
     plan = BatchPlan(micro_batch=sampled.batch, accumulation=1)
-    schedule = Schedule(0, sampled.warm_up + sampled.steps, plan=plan, rank=0, world_size=1)
-    batches = host_batches(crops, schedule, workers=workers, pin_memory=False)
-    yield from _without_warm_up((len(batch.images) for batch in batches), sampled.warm_up)
+    sampler = BatchSampler(0, sampled.warm_up + sampled.steps, plan=plan, rank=0, world_size=1)
+    counts = (len(batch.images) for batch in host_batches(crops, sampler, workers=workers, pin_memory=False))
+    yield sum(itertools.islice(counts, sampled.warm_up))
+    yield from counts
 
 
 def _plain(folder: Path, sampled: Sampled, *, workers: int) -> Iterator[int]:
-    number = {sample: i for i, sample in enumerate(sampled.data)}
+    number = {sample: i for i, sample in enumerate(sampled.data)}  # of its file in the folder
     warm_up = max(1, workers)  # batches; the plain loader reuses no memory, so it needs fewer
     images = sampled.samples[(sampled.warm_up - warm_up) * sampled.batch // sampled.views :]
     order = [number[sample] for sample in images for _ in range(sampled.views)]
-    keywords = {"size": sampled.crops.size, "scale": SCALE, "batch": sampled.batch, "workers": workers}
-    batches = plain_batches(folder, order, **keywords)
-    yield from _without_warm_up((len(images) for images, _ in batches), warm_up)
+    batches = plain_batches(folder, order, size=sampled.crops.size, batch=sampled.batch, workers=workers)
+    counts = (len(images) for images, _ in batches)
+    yield sum(itertools.islice(counts, warm_up))
+    yield from counts
 
 
-def _without_warm_up(parts: Iterator[int], count: int) -> Iterator[int]:
-    """Yield the sum of the first `count` parts, after which the measurement starts, then the other parts."""
-    yield sum(itertools.islice(parts, count))
-    yield from parts
+def _each(sampled: Sampled, work: Callable[[int, Image.Image, bytes], object]) -> Work:
+    """Return the path that does `work` for each measured image: its number, its header opened before, its file."""
+
+    def path() -> Iterator[int]:
+        files = [sampled.data[i] for i in sampled.measured]
+        headers = [open_image(data) for data in files]
+        yield 0
+        for i, (header, data) in enumerate(zip(headers, files, strict=True)):
+            work(i, header, data)
+            yield sampled.views
+
+    return path
 
 
-def _floor(sampled: Sampled, *, decoder: str, crops: bool) -> Iterator[int]:
-    headers = [open_image(data) for data in sampled.files]
-    boxes = [sampled.boxes(i, header.height, header.width) for i, header in enumerate(headers)]
-    yield 0
-    for header, data, views in zip(headers, sampled.files, boxes, strict=True):
-        image = decode(header, data, decoder=decoder)  # [3, H, W]
-        for box in views if crops else ():
-            crop(image, box, size=sampled.crops.size)
-        yield len(views)
+def write_folder(folder: Path, files: Iterable[bytes]) -> None:
+    """Write the encoded images as files of one class, in order."""
+    (folder / "class").mkdir()
+    for number, data in enumerate(files):
+        (folder / "class" / f"{number:06d}.jpg").write_bytes(data)
 
 
-def _read(sampled: Sampled) -> Iterator[int]:
-    yield 0
-    for image in sampled.measured:
-        sampled.crops.reader.read(image)
-        yield sampled.views
+def plain_batches(folder: Path, order: list[int], *, size: int, batch: int, workers: int) -> Iterator[list[Tensor]]:
+    """Load as DMAE and MAE do: an image folder, Pillow, torchvision's transforms to float32, a DataLoader.
+
+    folder: the folder that `write_folder` wrote. order: numbers of its files, in the order in which they are loaded.
+    Returns an iterator over batches: images float32 [b, 3, s, s] and labels int64 [b].
+    """
+    crop = transforms.RandomResizedCrop(size, scale=SCALE, interpolation=InterpolationMode.BICUBIC)
+    normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalize])
+    images = Subset(ImageFolder(str(folder), transform), order)
+    context = "fork" if workers else None
+    return iter(DataLoader(images, batch_size=batch, num_workers=workers, multiprocessing_context=context))
 
 
-def _header(sampled: Sampled) -> Iterator[int]:
-    yield 0
-    for data in sampled.files:
-        open_image(data)
-        yield sampled.views
-
-
-def _report(sampled: Sampled, paths: Mapping[str, Speed], stages: Mapping[str, Rates]) -> Report:
-    per_core = {name: speed.per_core for name, speed in paths.items()}
-    stage_times = _stage_times(per_core, stages)
-    views = f", {sampled.views} views each" if sampled.views > 1 else ""
+def _report(sampled: Sampled, rates: Mapping[str, Rates]) -> Report:
+    per_core = {name: rate.per_core for name, rate in rates.items()}
+    rows: list[Row] = []
+    for name in (name for name in rates if name not in STAGES):
+        decoder = name.rpartition(", ")[2]
+        floor = f"decode + crop, {decoder if decoder in DECODERS else DECODERS[0]}"
+        speeds = {"per second": spread(rates[name].wall), "per core-second": spread(per_core[name])}
+        ratios = {"x plain": ratio(per_core[name], per_core[PLAIN])}
+        ratios["x decode + crop"] = ratio(per_core[name], per_core[floor])
+        rows.append({"path": name, **speeds, **ratios})
+    # Stages without a path of their own are differences within a round.
+    ms = {name: 1000 / np.array(rounds) for name, rounds in per_core.items()}  # [rounds] each
+    decoded, both = ms[f"decode, {DECODERS[0]}"], ms[f"decode + crop, {DECODERS[0]}"]
+    collate = ms[ONE_PROCESS] - both - ms["read"] - ms["header"]
+    stages = {"read": ms["read"], "header": ms["header"], f"decode ({DECODERS[0]})": decoded, "crop": both - decoded}
+    stages |= {"collate": collate, "transfer to the training process": ms["transfer"]}
+    times = {name: spread(values) for name, values in stages.items()}
     count = f"{sampled.batch * sampled.steps:,} a round after {sampled.batch * sampled.warm_up:,} to warm up"
     tables = {
-        f"crops of {sampled.crops.size} px, {count}; {len(sampled.data):,} images{views}": [
-            {"path": name, "per second": speed.wall.spread} | _compared(name, per_core) for name, speed in paths.items()
-        ],
-        "milliseconds of a core per crop": [{"stage": name, "ms": time} for name, time in stage_times.items()],
+        f"crops of {sampled.crops.size} px, {count}; {len(sampled.data):,} images, {sampled.views} views each": rows,
+        "milliseconds of a core per crop": [{"stage": name, "ms": time} for name, time in times.items()],
     }
-    return Report(tables, _remarks(sampled, stage_times))
+    return Report(tables, _remarks(sampled, {name: time.median for name, time in times.items()}))
 
 
-def _compared(name: str, per_core: Mapping[str, Rates]) -> Row:
-    """Compare a path with the plain loader, and with the decode-and-crop loop that uses the same decoder."""
-    floor = per_core.get(f"decode + crop, {name.rpartition(', ')[2]}", per_core[f"decode + crop, {DECODERS[0]}"])
-    return {
-        "per core-second": per_core[name].spread,
-        "x plain": ratio(per_core[name], per_core["plain loader"]),
-        "x decode + crop": ratio(per_core[name], floor),
-    }
-
-
-def _stage_times(paths: Mapping[str, Rates], stages: Mapping[str, Rates]) -> dict[str, Spread]:
-    """Return the milliseconds per crop of each stage. Stages without their own loop are differences within a round."""
-    ms = {name: 1000 / np.array(rates.rounds) for name, rates in (paths | stages).items()}  # [rounds] each
-    decode, both = ms[f"decode, {DECODERS[0]}"], ms[f"decode + crop, {DECODERS[0]}"]
-    collate = ms["ours in one process"] - both - ms["read"] - ms["header"]
-    parts = {"read": ms["read"], "header": ms["header"], f"decode ({DECODERS[0]})": decode, "crop": both - decode}
-    parts |= {"collate": collate, "transfer to the training process": ms["transfer"]}
-    return {name: spread(tuple(times.tolist())) for name, times in parts.items()}
-
-
-def _remarks(sampled: Sampled, stage_times: Mapping[str, Spread]) -> list[str]:
-    """Name the loader's bottleneck and suggest remedies."""
-    times = {name: time.median for name, time in stage_times.items()}
-    most = max(times, key=times.__getitem__)
+def _remarks(sampled: Sampled, times: Mapping[str, float]) -> list[str]:
+    """Name the loader's bottleneck and suggest remedies. times: by stage."""
+    limit = max(times, key=times.__getitem__)
     lines = [
-        f"{most} limits: {times[most] / sum(times.values()):.0%} of the time of a crop",
-        "plain loader: PIL, RandomResizedCrop (bicubic), flip, ToTensor, Normalize in a DataLoader over a folder; "
-        "decode + crop: a loop over the files in memory, the floor",
+        f"{limit} limits: {times[limit] / sum(times.values()):.0%} of the time of a crop",
+        "plain loader: Pillow and torchvision's transforms in a DataLoader; decode + crop: a loop over files in memory",
     ]
     shorter = sorted(min(open_image(data).size) for data in sampled.data.values())[len(sampled.data) // 2]
-    if most.startswith("decode") and shorter > 1.3 * sampled.crops.size:
+    if limit.startswith("decode") and shorter > 1.3 * sampled.crops.size:
         side = round(sampled.crops.size * 8 / 7)
         lines.append(
             f"half of the images have a shorter side of {shorter} px or more: shards made with --shorter-side {side} "

@@ -1,49 +1,118 @@
-"""A plain version of a method and its teacher, as in published training loops: the baseline of `benchmark step`.
+"""The step as published training loops write it, around the same weights and images: the baseline of `benchmark step`.
 
-It shares weights (the same tensors), inputs and losses with ours; a test compares losses and gradients. In the plain
-version:
+It has the same parameters (the same tensors), inputs and losses as ours; a test compares losses and gradients. In the
+plain version:
 
 - all patches are embedded, then the hidden ones are dropped;
 - the whole teacher runs, then its decoder, whose output is not used;
 - decoders restore raster order, compute every row in every block and predict every patch, although the loss needs only
-  the hidden ones; generators compute every row as well;
-- attention is written out as softmax(QK')V.
-
-A cross-attention decoder predicts only hidden patches by design, so its plain version does too, with attention written
-out.
+  the hidden ones; generators compute every row as well (a cross-attention decoder has only hidden rows by design);
+- attention is written out as softmax(QK')V;
+- torch chooses the AdamW loop, and every step reads its loss.
 
     B batch   R rows   S, T patches visible to student and teacher   H predicted   P prefix tokens   W decoder width
+    s image side
 """
 
 import copy
 import itertools
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from einops import rearrange
 from timm.layers import Attention
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from maedistill.methods.amd import AMD
-from maedistill.methods.mae import MAE, Target
+from maedistill.benchmark.training_step import SyntheticTraining, TrainingStep, autocast, torch_step
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.data.images.transforms import to_float01
+from maedistill.methods.mae import MAE, BlockFeatures
 from maedistill.methods.teacher import Teacher
-from maedistill.models.blocks import CrossBlock
-from maedistill.models.decoder import CrossDecoder, TokenDecoder
+from maedistill.models.blocks import CrossBlock, TransformerBlock
+from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder
-from maedistill.models.heads import Generator
+from maedistill.models.initialize import initialize
 from maedistill.models.masking import PatchSplit, gather_rows
+from maedistill.pretraining import build
+from maedistill.training.optim import parameter_groups
 
+PUBLISHED_DECODER = {"width": 512, "depth": 8, "num_heads": 16}  # of MAE ViT-B, L and H (He et al., 2022), and of DMAE
+_LARGE = 768  # the width of ViT-B
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def plain_method(method: MAE) -> MAE:
-    """Return the plain version of `method`. Both train the same parameters."""
-    plain = _twin(method)
-    plain.encoder = PlainEncoder(plain.encoder.vit)
-    kind = PlainCrossDecoder if isinstance(plain.decoder, CrossDecoder) else PlainDecoder
-    plain.decoder = kind(plain.decoder)
-    if isinstance(plain, AMD):
-        plain.generators = nn.ModuleList(PlainGenerator(generator) for generator in plain.generators)
+class StepComparison(SyntheticTraining):
+    """The networks of a config, ours and plain, and their steps on the same images."""
+
+    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+        super().__init__(config, device)
+        self.plain_method = plain_version(self.method)
+        # Published loops run in fp16 on a GPU, with a loss scale.
+        self.plain_precision = "fp16" if device.type == "cuda" and self.precision != "fp32" else self.precision
+        self.plain_teacher = self._plain_teacher(self.teacher) if self.teacher is not None else None
+
+    def plain_step(self, method: MAE | None = None) -> TrainingStep:
+        """Return the step of `plain_method`, or of another plain method."""
+        method, optim = method or self.plain_method, self.config.optim
+        groups = parameter_groups(method, optim.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas)
+        # As published, the teacher runs in the student's format, but in fp32 if ours does.
+        number = self.plain_precision if self.teacher and self.teacher.dtype != torch.float32 else "fp32"
+        teacher = self.plain_teacher and autocast(self.device, number)(self.plain_teacher)
+        step = torch_step(self.plain_draw, teacher, method, optimizer, number=self.plain_precision)
+
+        def backward(loss: Tensor) -> None:
+            loss.item()  # waits for the device, as published loops do
+            step.backward(loss)
+
+        return replace(step, backward=backward)
+
+    def set_batch_size(self, batch: int) -> None:
+        """Draw `batch` images, and convert them for the plain step, whose loader does that."""
+        super().set_batch_size(batch)
+        self._float_images = to_float01(self.images)  # [B, 3, s, s]
+
+    def plain_draw(self) -> tuple[Tensor, PatchSplit]:
+        """Return the converted images and a patch order from sorting noise."""
+        noise = torch.rand(self.batch, self.num_patches, device=self.device)
+        return self._float_images, PatchSplit(noise.argsort(dim=1), *build.mask_sizes(self.config, self.num_patches))
+
+    def published_method(self) -> MAE | None:
+        """Build the plain method with the published decoder of MAE and DMAE, if the config's decoder differs.
+
+        Returns None if it is the same, for AMD, whose decoders are light, and for teachers narrower than ViT-B or none.
+        """
+        config = self.config
+        if config.method == "amd" or self.teacher is None or self.teacher.width < _LARGE:
+            return None
+        if _decoder_size(config) == PUBLISHED_DECODER:
+            return None
+        changed = config.model_copy(update={"decoder": type(config.decoder)(**PUBLISHED_DECODER)})
+        return plain_version(build.build_method(changed, build.build_encoder(changed), self.source).to(self.device))
+
+    def _plain_teacher(self, teacher: Teacher) -> "PlainTeacher":
+        """Build the fp32 version of the teacher, with its published decoder or, if narrower than ViT-B, with ours."""
+        encoder, config = teacher.encoder, self.config
+        if teacher.dtype != torch.float32:
+            changed = config.model_copy(update={"teacher": config.teacher.model_copy(update={"precision": "fp32"})})
+            teacher = build.build_teacher(changed, build.build_teacher_source(changed, grid=encoder.grid), self.device)
+        size = PUBLISHED_DECODER if encoder.width >= _LARGE else _decoder_size(config)
+        shape = {"grid": encoder.grid, "patch_size": encoder.patch_size, "num_prefix": encoder.num_prefix}
+        decoder = TokenDecoder(encoder.width, **size, **shape)
+        initialize(decoder, seed=0)
+        return PlainTeacher(teacher, decoder.to(self.device))
+
+
+def plain_version(module: Module) -> Module:
+    """Return a copy of the module that shares its tensors, with its parts replaced by the plain ones below."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    plain = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    for part in plain.modules():
+        part.__class__ = _PLAIN.get(type(part), type(part))
+        if isinstance(part, Attention):
+            part.fused_attn = False
     return plain
 
 
@@ -52,98 +121,67 @@ class PlainTeacher(nn.Module):
 
     def __init__(self, teacher: Teacher, decoder: TokenDecoder) -> None:
         super().__init__()
-        self.teacher = _twin(teacher)
-        self.teacher.encoder = PlainEncoder(self.teacher.encoder.vit)
-        self.decoder = PlainDecoder(_twin(decoder)).requires_grad_(False)
-        width, blocks = decoder.norm.normalized_shape[0], decoder.blocks
-        self.title = f"its decoder, {width} wide, {len(blocks)} blocks, {blocks[0].attn.num_heads} heads"
+        self.teacher, self.decoder = plain_version(teacher), plain_version(decoder).requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor, split: PatchSplit) -> Target:
+    def forward(self, images: Tensor, split: PatchSplit) -> BlockFeatures:
         """Return the same as `Teacher.forward`."""
         tokens, tapped = self.teacher.encoder(self.teacher.prepare(images), split.teacher, **self.teacher.tapped)
         self.decoder(tokens, PatchSplit(split.order, split.num_teacher, split.num_teacher))
         return tapped
 
 
-class PlainEncoder(MaskedEncoder):
+class _PlainEncoder(MaskedEncoder):
     """An encoder that embeds all patches by a convolution, then selects the visible ones."""
 
     def embed_patches(self, images: Tensor, ids: Tensor | None) -> Tensor:
-        """Return the same as `MaskedEncoder.embed_patches`."""
         x = self.vit.patch_embed(images) + self.vit.pos_embed[:, -(self.grid**2) :]  # [B, N, D]
         return x if ids is None else gather_rows(x, ids)
 
 
-class PlainDecoder(nn.Module):
+class _PlainDecoder(TokenDecoder):
     """A decoder that restores raster order and predicts every row."""
 
-    def __init__(self, decoder: TokenDecoder) -> None:
-        super().__init__()
-        self.decoder = decoder
-
     def forward(self, tokens: Tensor, split: PatchSplit, hidden: Tensor | None = None) -> Tensor:
-        """Return the same as `TokenDecoder.forward`."""
-        decoder, prefix = self.decoder, self.decoder.num_prefix
-        hidden = split.hidden if hidden is None else hidden
+        prefix, hidden = self.num_prefix, split.hidden if hidden is None else hidden
         order = torch.cat([split.student, hidden], dim=1)  # [B, R], without gaps if all hidden patches are predicted
         restore = order.argsort(dim=1)  # position in `order` of each patch of the raster
-        x = decoder.embed(tokens)  # [B, P + S, W]
-        masks = decoder.mask_token.repeat(len(x), hidden.shape[1], 1).to(x.dtype)  # [B, H, W]
+        x = self.embed(tokens)  # [B, P + S, W]
+        masks = self.mask_token.repeat(len(x), hidden.shape[1], 1).to(x.dtype)  # [B, H, W]
         rows = gather_rows(torch.cat([x[:, prefix:], masks], dim=1), restore)  # [B, R, W]
-        positions = decoder.pos_embed[:, prefix:]
+        positions = self.pos_embed[:, prefix:]
         if order.shape[1] < split.order.shape[1]:
             positions = gather_rows(positions, order.gather(1, restore))
         x = torch.cat([x[:, :prefix], rows + positions], dim=1)  # [B, P + R, W]
-        for block in decoder.blocks:
+        for block in self.blocks:
             x = block(x)
-        predicted = decoder.head(decoder.norm(x))[:, prefix:]  # [B, R, p*p*3]
+        predicted = self.head(self.norm(x))[:, prefix:]  # [B, R, p*p*3]
         return gather_rows(predicted, restore.argsort(dim=1)[:, split.num_student :])  # [B, H, p*p*3]
 
 
-class PlainCrossDecoder(PlainDecoder):
-    """A decoder whose hidden rows attend to the visible ones."""
+class _PlainBlock(TransformerBlock):
+    """A block of a decoder or generator that computes every row."""
 
-    def forward(self, tokens: Tensor, split: PatchSplit, hidden: Tensor | None = None) -> Tensor:
-        """Return the same as `CrossDecoder.forward`."""
-        known, rows = self.decoder.inputs(tokens, split, hidden)
-        for block in self.decoder.blocks:
-            rows = _cross(block, rows, known)  # [B, H, W]
-        return self.decoder.head(self.decoder.norm(rows))
+    def forward(self, x: Tensor, *, first: int = 0) -> Tensor:
+        return Block.forward(self, x)[:, first:]
 
 
-class PlainGenerator(nn.Module):
-    """A generator that computes every row in every block."""
+class _PlainCrossBlock(CrossBlock):
+    """A cross-attention block with its attention written out."""
 
-    def __init__(self, generator: Generator) -> None:
-        super().__init__()
-        self.generator = generator
-
-    def forward(self, projected: Tensor, split: PatchSplit) -> Tensor:
-        """Return the same as `Generator.forward`."""
-        missing = split.num_teacher - split.num_student
-        masks = self.generator.mask_token.repeat(len(projected), missing, 1).to(projected.dtype)
-        x = torch.cat([projected, masks], dim=1) + gather_rows(self.generator.pos_embed, split.teacher)  # [B, T, D_t]
-        for block in self.generator.blocks:
-            x = block(x)
-        return x[:, split.num_student :]
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q = rearrange(self.query(self.norm1(x)), "b q (h d) -> b h q d", h=self.num_heads)
+        key_value = self.key_value(self.norm_context(context))
+        k, v = rearrange(key_value, "b c (two h d) -> two b h c d", two=2, h=self.num_heads)
+        attention = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)  # [B, heads, H, P + S]
+        x = x + self.proj(rearrange(attention @ v, "b h q d -> b q (h d)"))
+        return x + self.mlp(self.norm2(x))
 
 
-def _cross(block: CrossBlock, x: Tensor, context: Tensor) -> Tensor:
-    """Apply `block` with its attention written out."""
-    q = rearrange(block.query(block.norm1(x)), "b q (h d) -> b h q d", h=block.num_heads)
-    key_value = block.key_value(block.norm_context(context))
-    k, v = rearrange(key_value, "b c (two h d) -> two b h c d", two=2, h=block.num_heads)
-    attention = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)  # [B, heads, H, P + S]
-    x = x + block.proj(rearrange(attention @ v, "b h q d -> b q (h d)"))
-    return x + block.mlp(block.norm2(x))
+_PLAIN = {MaskedEncoder: _PlainEncoder, TokenDecoder: _PlainDecoder}
+_PLAIN |= {TransformerBlock: _PlainBlock, CrossBlock: _PlainCrossBlock}
 
 
-def _twin(module: Module) -> Module:
-    """Return a copy of the module that shares its tensors, with timm's attention written out."""
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    twin = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
-    for part in twin.modules():
-        if isinstance(part, Attention):
-            part.fused_attn = False
-    return twin
+def _decoder_size(config: PretrainConfig) -> dict[str, int]:
+    """Return width, depth and heads of the student's decoder."""
+    return config.decoder.model_dump(include=set(PUBLISHED_DECODER))

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +15,45 @@ from maedistill.benchmark.timing import Spread
 Row = dict[str, Any]  # column -> text, number or Spread; all rows of a table have the same columns
 
 
-@dataclass
+@dataclass(frozen=True)
 class Report:
     """Tables by title, and lines of text below them."""
 
-    tables: dict[str, list[Row]] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
+    tables: dict[str, list[Row]]
+    remarks: list[str]
 
     def text(self) -> str:
         """Return the whole report as text for a terminal."""
-        parts = [f"{title}\n{_table(rows)}" for title, rows in self.tables.items()]
-        return "\n\n".join([_machine_line(), *parts, *(["\n".join(self.remarks)] if self.remarks else [])])
+        here = describe_machine()
+        head = f"{here['cores']} cores of {here['cpu']}, {here['gpu'] or 'no GPU'}, torch {here['torch']}"
+        tables = [f"{title}\n{_format(rows)}" for title, rows in self.tables.items()]
+        return "\n\n".join([head, *tables, "\n".join(self.remarks)])
 
     def write_json(self, path: Path, *, command: Sequence[str]) -> None:
         """Write everything in full precision, with command and machine; a Spread becomes median, low and high."""
-        document = {"command": list(command), "machine": machine(), "tables": self.tables, "remarks": self.remarks}
+        document = {"command": list(command), "machine": describe_machine(), **vars(self)}
         path.write_text(json.dumps(document, indent=1, default=vars) + "\n")
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """Describe the machine on which the figures were measured."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    cores = len(os.sched_getaffinity(0))
-    return {"cores": cores, "threads": torch.get_num_threads(), "gpu": gpu, "cpu": _cpu(), "torch": torch.__version__}
-
-
-def _cpu() -> str:
-    """Return the processor's name, or its architecture if the system does not give the name."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    cpu = models[0].partition(":")[2].strip() if models else platform.machine()
+    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    return {"cores": cores, "threads": threads, "gpu": gpu, "cpu": cpu, "torch": torch.__version__}
 
 
-def _machine_line() -> str:
-    found = machine()
-    return f"{found['cores']} cores of {found['cpu']}, {found['gpu'] or 'no GPU'}, torch {found['torch']}"
-
-
-def _table(rows: Sequence[Row]) -> str:
+def _format(rows: Sequence[Row]) -> str:
     """Format rows as a table with columns as wide as their widest cell; numbers are right-aligned."""
     assert rows and all(row.keys() == rows[0].keys() for row in rows)
-    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    is_text = [isinstance(value, str) for value in rows[0].values()]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if text else cell.rjust(width)
-            for cell, width, text in zip(line, widths, is_text, strict=True)
-        )
-        for line in cells
-    )
+    columns = []
+    for name, first in rows[0].items():
+        cells = [name, *(_cell(row[name]) for row in rows)]
+        width = max(map(len, cells))
+        columns.append([cell.ljust(width) if isinstance(first, str) else cell.rjust(width) for cell in cells])
+    return "\n".join("  ".join(line) for line in zip(*columns, strict=True))
 
 
 def _cell(value: object) -> str:

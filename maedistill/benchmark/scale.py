@@ -1,10 +1,9 @@
-"""Scaling with the number of processes: measured on this machine for 1 to n, and modelled for clusters.
+"""Scaling with the number of processes on this machine: images per second of 1, 2, 4, ..., n of them.
 
-    torchrun --nproc-per-node 1, 2, 4, ..., n -> rank.py in each -> images/s of all -> against 1 process
-    counted or measured step + bytes of gradients -> communication.py -> 8, 64, 512 GPUs
+    torchrun --nproc-per-node 1, 2, 4, ..., n -> `main` below in each -> images/s of all -> against 1 process
 
-Every process has the same batch and the same number of cores, however many processes there are. All groups of
-processes start at the beginning and wait; in each round, each group has one turn.
+Every process has the same batch and as many cores of its own, however many processes there are. Each round starts every
+group of processes anew, one after the other.
 """
 
 import json
@@ -12,25 +11,37 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 
-from maedistill.benchmark.communication import BANDWIDTH, FLOPS, AnalyticModel, on_paper
-from maedistill.benchmark.report import Report, Row
-from maedistill.benchmark.timing import Rates, ratio, spread
+from maedistill.benchmark.report import Report
+from maedistill.benchmark.timing import measure, ratio, seconds_of, spread
+from maedistill.benchmark.training_step import SyntheticTraining
 from maedistill.config.loader import load_config
-from maedistill.config.pretrain import PretrainConfig
-from maedistill.errors import ConfigError, PeerError
+from maedistill.errors import ConfigError, PeerError, leave
+from maedistill.processes import distributed
+from maedistill.processes.parent_death import die_with_launcher
+from maedistill.runs.start import join
+from maedistill.training.engine import shutdown_distributed
 
-GPUS = (8, 64, 512)  # sizes of the modelled clusters
-_LOOK = 0.05  # seconds between two checks whether a turn is over
+_SECONDS = 3.0  # of training in a round
+_EXCHANGES = 5  # exchanges of gradients that are timed; the fastest counts: slower ones waited for something else
 
-Found = dict[str, Any]  # contents of a file that rank.py writes
+
+@dataclass(frozen=True)
+class Measured:
+    """What a group of processes measured in a round."""
+
+    batch: int  # images per process and step
+    parameters: int
+    images_per_second: float  # of all processes
+    exchange_seconds: float  # of an all-reduce of as many numbers as there are gradients; 0 for one process
+    busy_cores: float  # mean over the processes
 
 
 def measure_scale(config: str, overrides: Sequence[str] = (), *, processes: int | None, rounds: int) -> Report:
@@ -39,7 +50,6 @@ def measure_scale(config: str, overrides: Sequence[str] = (), *, processes: int 
     Raises the errors of loading the config, ConfigError if there are more processes than GPUs or cores, and PeerError
     if one of the processes fails.
     """
-    command = [config, *overrides]
     settings = load_config(config, overrides, to_run=False).config
     cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
     most = processes or gpus or cores
@@ -50,145 +60,100 @@ def measure_scale(config: str, overrides: Sequence[str] = (), *, processes: int 
         )
     share = cores // most or 1
     counts = [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
-    with ExitStack() as stack:
-        batch = settings.engine.micro_batch_limit if gpus else 0
-        ranks = {1: stack.enter_context(_Ranks(1, command, batch=batch, cores=share))}
-        ready = ranks[1].ready()
-        for count in counts[1:]:
-            ranks[count] = stack.enter_context(_Ranks(count, command, batch=ready["batch"], cores=share))
-        for others in ranks.values():
-            others.ready()
-        found: dict[int, list[Found]] = {count: [] for count in counts}
-        for number in range(rounds):
-            for count in counts if number % 2 else reversed(counts):
-                found[count].append(ranks[count].turn(number))
-    return scale_report(settings, ready, found, cores=share, has_gpu=gpus > 0)
+    measured: dict[int, list[Measured]] = {count: [] for count in counts}
+    batch = settings.engine.micro_batch_limit if gpus else 0  # 0: chosen by the first group, which has one process
+    for number in range(rounds):
+        for count in reversed(counts) if number % 2 else counts:
+            measured[count].append(_torchrun(count, batch, share, config, *overrides))
+            batch = measured[count][-1].batch
+    return scale_report(measured, cores=share, has_gpu=gpus > 0)
 
 
-def scale_report(
-    config: PretrainConfig, ready: Found, found: dict[int, list[Found]], *, cores: int, has_gpu: bool
-) -> Report:
-    """Build the tables: the results of rank.py by number of processes and round, and the modelled clusters."""
-    batch, parameters, gflop = ready["batch"], ready["parameters"], ready["gflop"]
-    each = {count: _rates_of_each(count, runs) for count, runs in found.items()}
-    alone = each[1].spread.median if has_gpu else FLOPS / (gflop * 1e9)
-    clusters = paper_clusters(config, parameters=parameters, images_per_second=alone)
-    source = "measured above" if has_gpu else f"from {gflop:.4g} GFLOP, counted, at {FLOPS / 1e12:g} TFLOP/s, assumed"
-    measured = f"measured: {batch} images per process and update, {cores} core{'s' * (cores > 1)} each"
-    tables = {measured: [_measured_row(count, each, runs, batch=batch) for count, runs in found.items()]}
+def _torchrun(count: int, batch: int, cores: int, config: str, *overrides: str) -> Measured:
+    """Run `main` in `count` processes and return what they measured."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    with tempfile.TemporaryDirectory(prefix="maedistill-scale-") as folder:
+        result = Path(folder, "measured.json")
+        ended = subprocess.run(
+            [*launcher, "-m", "maedistill.benchmark.scale", str(result), str(batch), str(cores), config, *overrides],
+            env=os.environ | {"OMP_NUM_THREADS": str(cores), "TMPDIR": folder},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if ended.returncode:
+            sys.stderr.write(ended.stderr)
+            raise PeerError(f"one of {count} training processes failed", "its own message is above")
+        return Measured(**json.loads(result.read_text()))
+
+
+def main(result: str, batch: str, cores: str, config: str, *overrides: str) -> None:
+    """Train for some seconds as one of the processes of torchrun; rank 0 writes `Measured` to a file. Collective.
+
+    batch: images per step; 0 chooses as many as take at most a second, for a single process only. cores: the process
+    is pinned to so many cores of its own, so that a single one has no more of the machine than each of many.
+    """
+    die_with_launcher()
+    first, allowed = int(os.environ["LOCAL_RANK"]) * int(cores), sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, allowed[first : first + int(cores)])
+    settings = load_config(config, overrides, to_run=False).config
+    join(settings)
+    training = SyntheticTraining(settings, distributed.device())
+    device, step, ranks = training.device, training.engine_step(), distributed.world_size()
+    if int(batch):
+        training.set_batch_size(int(batch))
+    else:
+        training.autotune_batch(step)
+    rate, per_core = measure(training.path(step, seconds=_SECONDS)())
+    mean = distributed.all_reduce_mean(
+        {"rate": torch.tensor(rate, device=device), "busy": torch.tensor(rate / per_core, device=device)}
+    )
+    gradients, exchanges = torch.zeros(training.num_parameters, device=device), []
+    for _ in range(_EXCHANGES if ranks > 1 else 0):
+        distributed.barrier()
+        exchanges.append(seconds_of(partial(dist.all_reduce, gradients), device))
+    measured = Measured(
+        batch=training.batch,
+        parameters=training.num_parameters,
+        images_per_second=ranks * mean["rate"],
+        exchange_seconds=min(exchanges, default=0.0),
+        busy_cores=mean["busy"],
+    )
+    if distributed.is_main():
+        Path(result).write_text(json.dumps(asdict(measured)))
+    shutdown_distributed()
+
+
+def scale_report(measured: Mapping[int, Sequence[Measured]], *, cores: int, has_gpu: bool) -> Report:
+    """Build the table of what was measured, by number of processes and round."""
+    first, single = measured[1][0], [one.images_per_second for one in measured[1]]
+    rows = []
+    for count, rounds in measured.items():
+        each = [one.images_per_second / count for one in rounds]
+        row = {
+            "processes": count,
+            "images/s": spread([one.images_per_second for one in rounds]),
+            "efficiency": ratio(each, single),
+            "ms per step": spread([1e3 * first.batch / rate for rate in each]),
+            "of it gradients": spread([1e3 * one.exchange_seconds for one in rounds]),
+        }
+        if not has_gpu:
+            busy = [one.busy_cores for one in rounds]
+            row |= {"busy cores of each": spread(busy), "images per busy core-second": ratio(each, busy)}
+        rows.append(row)
     remarks = [
-        "of it gradients: their exchange alone, by ranks that need not wait for each other; what else a step takes "
-        "beyond one process's is waiting, and what the others take of memory and caches",
-        f"on paper: {alone:,.0f} images/s per GPU ({source}); {4 * parameters / 1e6:,.1f} MB of gradients "
-        f"({parameters / 1e6:.1f} M parameters) in a ring at {BANDWIDTH / 1e9:g} GB/s per GPU, assumed, after the "
-        "backward pass; no latency, no stragglers, loaders that keep up (benchmark/communication.py)",
+        f"of it gradients: the exchange alone, of {first.parameters / 1e6:.1f} M parameters, without waiting; the "
+        "rest of a step beyond one process's is waiting, and what the others take of memory and caches",
+        "larger clusters: `benchmark.py cost --gpus N` models them",
     ]
     if not has_gpu:
-        tables["how much of the CPU they had"] = [_busy_row(count, each[count], runs) for count, runs in found.items()]
         remarks.append(
             "busy cores: where they are fewer than a process has, other programs had the rest, and the efficiency says "
             "as much about those; images per busy core-second leave them out, but also what is spent in waiting"
         )
-    tables["on paper: a model, not measured"] = [_paper_row(cluster) for cluster in clusters]
-    return Report(tables, remarks)
+    title = f"{first.batch} images per process and update, {cores} core{'s' * (cores > 1)} each"
+    return Report({title: rows}, remarks)
 
 
-def paper_clusters(config: PretrainConfig, *, parameters: int, images_per_second: float) -> list[AnalyticModel]:
-    """Model clusters of `GPUS`: first sharing the config's global batch, if possible, then with a micro-batch each."""
-    shares = {}
-    for gpus in GPUS:
-        try:
-            plan = config.share_batch(gpus)
-        except ConfigError:
-            continue
-        shares[gpus, plan.micro_batch * plan.accumulation] = None
-    shares |= dict.fromkeys((gpus, config.engine.micro_batch_limit) for gpus in GPUS)
-    return [
-        on_paper(
-            gpus,
-            images=images,
-            images_per_second=images_per_second,
-            parameters=parameters,
-            zero=config.engine.zero,
-        )
-        for gpus, images in shares
-    ]
-
-
-def _rates_of_each(count: int, runs: Sequence[Found]) -> Rates:
-    """Return the images per second of one of `count` processes, by round."""
-    return Rates(tuple(run["images_per_second"] / count for run in runs))
-
-
-def _measured_row(count: int, each: dict[int, Rates], runs: Sequence[Found], *, batch: int) -> Row:
-    """Return the row of a group: images per second of all, efficiency of one against one alone, and a step's time."""
-    return {
-        "processes": count,
-        "images/s": spread(tuple(count * rate for rate in each[count].rounds)),
-        "efficiency": ratio(each[count], each[1]),
-        "ms per step": spread(tuple(1e3 * batch / rate for rate in each[count].rounds)),
-        "of it gradients": spread(tuple(1e3 * run["exchange_seconds"] for run in runs)),
-    }
-
-
-def _busy_row(count: int, each: Rates, runs: Sequence[Found]) -> Row:
-    """Return the row of a group: how much of the CPU each process had, and its images per busy core-second."""
-    busy = [run["busy_cores"] for run in runs]
-    worth = tuple(rate / cores for rate, cores in zip(each.rounds, busy, strict=True))
-    return {"processes": count, "busy cores of each": spread(tuple(busy)), "images per busy core-second": spread(worth)}
-
-
-def _paper_row(cluster: AnalyticModel) -> Row:
-    return {
-        "GPUs": cluster.ranks,
-        "images per GPU": cluster.images,
-        "global batch": cluster.ranks * cluster.images,
-        "compute ms": round(1e3 * cluster.compute, 3),
-        "reduce ms": round(1e3 * cluster.reduce, 3),
-        "efficiency": round(cluster.efficiency, 3),
-        "images/s": round(cluster.images_per_second),
-    }
-
-
-class _Ranks:
-    """A group of training processes that wait for their turn, see rank.py. The context manager ends them on exit."""
-
-    def __init__(self, count: int, command: Sequence[str], *, batch: int, cores: int) -> None:
-        self._count, self._folder = count, tempfile.TemporaryDirectory(prefix="maedistill-scale-")
-        self._path = Path(self._folder.name)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        rank = ["-m", "maedistill.benchmark.rank", str(self._path), str(batch), str(cores)]
-        with (self._path / "stderr").open("w") as errors:
-            self._launcher = subprocess.Popen(
-                [*launcher, *rank, *command],
-                env=os.environ | {"OMP_NUM_THREADS": str(cores), "TMPDIR": str(self._path)},
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-            )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        (self._path / "end").touch()
-        if kind is not None:
-            self._launcher.terminate()  # the launcher ends the ranks
-        self._launcher.wait()
-        self._folder.cleanup()
-
-    def ready(self) -> Found:
-        """Wait until the ranks have built their networks; return the contents of ready.json."""
-        return self._wait("ready.json")
-
-    def turn(self, number: int) -> Found:
-        """Let the ranks train for turn `number`, while all other groups wait; return the results."""
-        (self._path / f"{number}.go").touch()
-        return self._wait(f"{number}.json")
-
-    def _wait(self, name: str) -> Found:
-        while not (self._path / name).exists():
-            if self._launcher.poll() is not None:
-                sys.stderr.write((self._path / "stderr").read_text())
-                raise PeerError(f"one of {self._count} training processes failed", "its own message is above")
-            time.sleep(_LOOK)
-        return json.loads((self._path / name).read_text())
+if __name__ == "__main__":
+    leave(lambda: main(*sys.argv[1:]))

@@ -7,19 +7,15 @@ to move its bytes at memory speed, and at least that of a kernel launch. A matri
 least the time of its FLOPs at the share of the peak that such shapes reach on this card. The peaks come from the data
 sheet of the H100 SXM; the shares are assumed. Clipping and the exchange of gradients are left out. The model describes
 the eager step: torch.compile fuses everything but products and attention.
-
-    B images
 """
 
-import itertools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,9 +31,7 @@ BANDWIDTH = 0.85 * 3.35e12  # bytes per second that a long copy reaches, assumed
 LAUNCH_SECONDS = 2.5e-6  # shortest time of a kernel
 _TILE = 128  # rows that attention processes at once: fewer rows take as long
 
-_VIEWS = {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze"}
-_VIEWS |= {"detach", "alias", "unbind", "split", "split_with_sizes", "as_strided", "lift_fresh", "device"}
-_VIEWS |= {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # no views, but no kernels either
+_NO_KERNEL = {"_unsafe_view", "device", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _KINDS = {
     "products": ("mm", "addmm", "bmm", "baddbmm", "linear"),
     "layer norm": ("native_layer_norm", "native_layer_norm_backward"),
@@ -45,6 +39,7 @@ _KINDS = {
     "casts and copies": ("_to_copy", "copy_", "clone", "cat", "stack"),
     "adds": ("add", "add_"),
 }
+_KIND = {name: kind for kind, names in _KINDS.items() for name in names}
 
 
 @dataclass
@@ -56,13 +51,10 @@ class Kind:
     bytes: float = 0.0
     seconds: float = 0.0
 
-    def __add__(self, other: "Kind") -> "Kind":
-        return Kind(
-            self.kernels + other.kernels,
-            self.flops + other.flops,
-            self.bytes + other.bytes,
-            self.seconds + other.seconds,
-        )
+    def add(self, other: "Kind") -> None:
+        """Add the operations of another kind."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
 def model_step(config: PretrainConfig, *, batch: int) -> dict[str, Kind]:
@@ -73,39 +65,29 @@ def model_step(config: PretrainConfig, *, batch: int) -> dict[str, Kind]:
     source = build_teacher_source(config, grid=encoder.grid)
     method = build_method(config, encoder, source)
     teacher = build_teacher(config, source, torch.device("cpu")) if source is not None else None
-    side = config.data.image_size
-    with FakeTensorMode():
-        numbers = sum(p.numel() for p in without_data(method).parameters())
-        if teacher is not None:
-            without_data(teacher)
+    side, numbers = config.data.image_size, sum(parameter.numel() for parameter in method.parameters())
+    with FakeTensorMode(allow_non_fake_inputs=True):
         pixels, positions = torch.empty(batch, 3, side, side, dtype=torch.uint8), torch.arange(batch)
-        with _Count() as count:
+        with _Counter() as counter:
             images, split = step_inputs(config, pixels, positions, num_patches=encoder.grid**2)
             target = teacher(images, split) if teacher is not None else None
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = method(images, split, target)["loss"]
             loss.backward()
-    return {**count.kinds, "AdamW": _adamw(numbers)}
+    # The fused update reads weight, gradient and two moments, and writes all but the gradient, 4 bytes each.
+    moved = 7 * 4.0 * numbers
+    return {**counter.kinds, "AdamW": Kind(max(1, numbers // 10**7), 0.0, moved, moved / BANDWIDTH)}
 
 
 def total(kinds: dict[str, Kind]) -> Kind:
     """Add up all kinds."""
-    return sum(kinds.values(), Kind())
+    together = Kind()
+    for kind in kinds.values():
+        together.add(kind)
+    return together
 
 
-def without_data(module: nn.Module) -> nn.Module:
-    """Replace every tensor of `module`, in place, by one of the same shape without data. Call in a FakeTensorMode."""
-    for part in module.modules():
-        for name, p in part._parameters.items():
-            if p is not None:
-                part._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    return module
-
-
-class _Count(TorchDispatchMode):
+class _Counter(TorchDispatchMode):
     """A counter that adds up all operations that run inside it, by kind."""
 
     def __init__(self) -> None:
@@ -113,31 +95,27 @@ class _Count(TorchDispatchMode):
         self.kinds: dict[str, Kind] = defaultdict(Kind)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         name = func._schema.name.split("::")[1]
-        if name not in _VIEWS and not func.is_view:
-            given, made = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), out))
-            self.kinds[_kind_of(name)] += _operation(func, name, args, kwargs or {}, out, given, made)
+        if name in _NO_KERNEL or func.is_view:
+            return out
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        kernels, flops, moved = 1, 0.0, sum(map(_touched, inputs + outputs))
+        bound = moved / BANDWIDTH
+        if "attention" in name:
+            q, k = [tensor for tensor in inputs if tensor.ndim == 4][:2]
+            flops, padded = _attention_flops(q, k, backward="backward" in name)
+            bound = max(bound, padded / (ATTENTION_SHARE * PEAK_FLOPS[torch.bfloat16]))
+        elif func._overloadpacket in flop_registry:
+            flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+            bound = max(bound, flops / (PRODUCT_SHARE * PEAK_FLOPS[inputs[0].dtype]))
+        elif name in ("native_layer_norm_backward", "sort"):
+            kernels = 2
+        kind = "attention" if "attention" in name else _KIND.get(name, "other elementwise, reductions")
+        self.kinds[kind].add(Kind(kernels, flops, moved, max(bound, kernels * LAUNCH_SECONDS)))
         return out
-
-
-def _operation(
-    func: Any, name: str, args: Any, kwargs: Any, out: Any, given: Sequence[Tensor], made: Sequence[Tensor]
-) -> Kind:
-    """Count one operation: FLOPs, bytes read and written, kernels, seconds."""
-    moved = sum(map(_touched, itertools.chain(given, made)))
-    dtype = next((t.dtype for t in given if t.is_floating_point()), torch.float32)
-    kernels, flops, bound = 1, 0.0, moved / BANDWIDTH
-    if "attention" in name:
-        q, k = [t for t in given if t.ndim == 4][:2]
-        flops, padded = _attention_flops(q, k, backward="backward" in name)
-        bound = max(bound, padded / (ATTENTION_SHARE * PEAK_FLOPS[torch.bfloat16]))
-    elif func._overloadpacket in flop_registry:
-        flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
-        bound = max(bound, flops / (PRODUCT_SHARE * PEAK_FLOPS.get(dtype, PEAK_FLOPS[torch.float32])))
-    elif name in ("native_layer_norm_backward", "sort"):
-        kernels = 2
-    return Kind(kernels, flops, moved, max(bound, kernels * LAUNCH_SECONDS))
 
 
 def _attention_flops(q: Tensor, k: Tensor, *, backward: bool) -> tuple[float, float]:
@@ -151,19 +129,7 @@ def _attention_flops(q: Tensor, k: Tensor, *, backward: bool) -> tuple[float, fl
     return flops, flops * tiles
 
 
-def _adamw(numbers: int) -> Kind:
-    """Model the fused update: read weight, gradient and two moments, write all but the gradient, 4 bytes each."""
-    moved = 7 * 4.0 * numbers
-    return Kind(max(1, numbers // 10**7), 0.0, moved, moved / BANDWIDTH)
-
-
 def _touched(tensor: Tensor) -> int:
     """Return the bytes that are really read or written: expanded dimensions count once."""
     sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return math.prod(sizes) * tensor.element_size()
-
-
-def _kind_of(name: str) -> str:
-    if "attention" in name:
-        return "attention"
-    return next((kind for kind, names in _KINDS.items() if name in names), "other elementwise, reductions")

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 
+from maedistill.config import shared_rules
 from maedistill.config.architectures import Architecture
 from maedistill.config.distill import BATCH_RELATION_TERMS, Pairs, Term
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.problem import Problem
-
-KINDS = ("run", "timm", "hf-hub", "local-dir")
 
 
 def teachers(c: FinetuneConfig) -> Iterator[Problem]:
@@ -21,9 +20,7 @@ def teachers(c: FinetuneConfig) -> Iterator[Problem]:
         remedy = "give a term a weight, e.g. distill.logits.weight=1, or name no teacher"
         yield Problem("distill.teachers", "a teacher is named, but every term has weight 0", remedy)
     for source in d.teachers:
-        kind, _, name = source.partition(":")
-        if kind not in KINDS or not name:
-            yield Problem("distill.teachers", f"{source!r} is not KIND:NAME", f"kinds are {', '.join(KINDS)}")
+        yield from shared_rules.kind_of_source("distill.teachers", source, kinds=shared_rules.NETWORK_KINDS)
     if len(set(d.teachers)) != len(d.teachers):
         yield Problem("distill.teachers", "a teacher is named twice", "name each once")
     if not d.teachers:
@@ -56,7 +53,7 @@ def labels(c: FinetuneConfig) -> Iterator[Problem]:
     lasting = [term for term in classifying if term.on and term.start_epoch == term.warmup_epochs == 0]
     lasting = [term for term in lasting if term.stop_epoch is None]
     if d.label_weight == 0 and not lasting:
-        cause = "0 leaves nothing that teaches the classifier from the first step to the last"
+        cause = "with weight 0, no loss trains the classifier in every step"
         remedy = (
             "use a weight above 0, or distill.logits, dkd or hard_label without start_epoch, warmup_epochs, stop_epoch"
         )

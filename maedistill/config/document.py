@@ -58,12 +58,14 @@ def read_document(text: str, *, prefix: str = "") -> dict[str, tuple[Any, int]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         remedy = "correct it there: indent with spaces, and put quotes around text with * & ! % @ ` { [ # or ': '"
-        raise Refusal(mark.line + 1 if mark else 1, f"not YAML: {error.problem or error.context}", remedy) from None
+        raise Refusal(mark.line + 1 if mark else 1, f"invalid YAML: {error.problem or error.context}", remedy) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise Refusal(line, f"not YAML: the character U+{error.character:04X} is not allowed", "remove it") from None
+        raise Refusal(
+            line, f"invalid YAML: the character U+{error.character:04X} is not allowed", "remove it"
+        ) from None
     except (ValueError, OverflowError) as error:  # PyYAML's own chr() and int(): "\\UFFFFFFFF", %YAML 99...9
-        raise Refusal(1, f"not YAML: {str(error)[:200]}", "write the characters and numbers themselves") from None
+        raise Refusal(1, f"invalid YAML: {str(error)[:200]}", "write the characters and numbers themselves") from None
     if node is None:
         return {prefix: (None, 1)}
     return dict(_leaves(node, prefix, node.start_mark.line + 1))
@@ -80,9 +82,11 @@ class _StrictLoader(yaml.SafeLoader):
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
             remedy = "write the value itself; text that begins with * needs quotes"
-            raise Refusal(line, f"*{event.anchor} is an alias, which is not supported", remedy)
+            raise Refusal(line, f"*{event.anchor} is a YAML alias, which is not supported", remedy)
         if event.tag is not None:
-            raise Refusal(line, f"{event.tag} is a tag, which is not supported", "write plain values without ! tags")
+            raise Refusal(
+                line, f"{event.tag} is a YAML tag, which is not supported", "write plain values without ! tags"
+            )
         if self.depth == DEEPEST:
             raise Refusal(line, f"nested more than {DEEPEST} deep", "a config has sections and keys, no more")
         self.depth += 1

@@ -6,11 +6,10 @@ The rules of its teachers and terms are in `distill_rules.py`.
 import re
 from collections.abc import Iterator
 
-from maedistill.config import distill_rules, rules
+from maedistill.config import distill_rules, shared_rules
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.problem import Problem
 
-SOURCES = ("run", "timm", "hf-hub", "local-dir", "file")
 # timm's notation: magnitude m, its ceiling mmax and deviation mstd, n operations per image, each with probability p,
 # inc1: operations whose strength grows with the magnitude.
 _RAND_AUGMENT = re.compile(r"^rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?)*$")
@@ -22,9 +21,9 @@ def _validation(c: FinetuneConfig) -> Iterator[Problem]:
 
 
 def _images(c: FinetuneConfig) -> Iterator[Problem]:
-    yield from rules.deviations("data.std", c.data.std)
-    yield from rules.mean_with_std("data", mean=c.data.mean, std=c.data.std)
-    yield from rules.crops(c)
+    yield from shared_rules.deviations("data.std", c.data.std)
+    yield from shared_rules.mean_with_std("data", mean=c.data.mean, std=c.data.std)
+    yield from shared_rules.crops(c)
 
 
 def _init(c: FinetuneConfig) -> Iterator[Problem]:
@@ -37,7 +36,7 @@ def _init(c: FinetuneConfig) -> Iterator[Problem]:
             remedy = "add init.source=run:runs/NAME, or student.model=vit_small_patch16_224 to start from scratch"
             yield Problem("init.source", "neither weights nor student.model are named", remedy)
         return
-    wrong_kind = list(rules.kind_of_source("init", i.source, kinds=SOURCES))
+    wrong_kind = list(shared_rules.kind_of_source("init.source", i.source, kinds=(*shared_rules.NETWORK_KINDS, "file")))
     if wrong_kind:
         yield from wrong_kind
         return
@@ -45,23 +44,23 @@ def _init(c: FinetuneConfig) -> Iterator[Problem]:
     if kind == "file" and c.student.model is None:
         remedy = "add e.g. student.model=vit_small_patch16_224"
         yield Problem("student.model", "a file: source needs its model's name", remedy)
-    yield from rules.checksum("init", i.sha256, kind=kind, noun="source")
+    yield from shared_rules.checksum("init", i.sha256, kind=kind, noun="source")
     if kind != "file" and i.pos_embed is not None:
-        yield Problem("init.pos_embed", f"a {kind}: source brings its own positions", "remove it")
+        yield Problem("init.pos_embed", f"a {kind}: source has its own position table", "remove it")
 
 
 def _student(c: FinetuneConfig) -> Iterator[Problem]:
     kind, _, name = (c.init.source or "").partition(":")
-    yield from rules.family("student.model", c.student.model)
+    yield from shared_rules.family("student.model", c.student.model)
     if kind == "timm":
-        yield from rules.family("init.source", name)
+        yield from shared_rules.family("init.source", name)
     if c.student.global_pool == "token" and c.student.class_token is False:
         cause = "there is no class token to read with student.class_token=false"
         yield Problem("student.global_pool", cause, "use student.global_pool=avg")
     arch = c.student_architecture
-    yield from rules.whole_patches(c, arch)
+    yield from shared_rules.whole_patches(c, arch)
     if arch is not None:
-        yield from rules.tower("student", width=arch.width, num_heads=arch.num_heads)
+        yield from shared_rules.tower("student", width=arch.width, num_heads=arch.num_heads)
 
 
 def _augment(c: FinetuneConfig) -> Iterator[Problem]:
@@ -79,5 +78,5 @@ def _augment(c: FinetuneConfig) -> Iterator[Problem]:
         yield Problem("engine.micro_batch", "1 image cannot be mixed with another", remedy)
 
 
-TO_RUN = (rules.paths, _validation)
-RULES = (_images, rules.schedule, rules.engine, _init, _student, _augment, *distill_rules.RULES)
+TO_RUN = (shared_rules.paths, _validation)
+RULES = (_images, shared_rules.schedule, shared_rules.engine, _init, _student, _augment, *distill_rules.RULES)

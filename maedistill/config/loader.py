@@ -4,7 +4,7 @@
     optim: {epochs: 300}          # overridden by `optim.epochs=400` on the command line, where the last one wins
 
 All settings are first merged as a flat dict from dotted names to values and their origins, then checked together: each
-value by itself (`values.py`), then the rules between them (`rules.py`, `pretrain_rules.py`, `finetune_rules.py`).
+value by itself (`values.py`), then the rules between them (`shared_rules.py` and each stage's own rules).
 Relative paths among the values are relative to the working directory.
 """
 
@@ -88,7 +88,9 @@ def _read_file(path: Path, *, extended_by: tuple[Path, ...], read: list[Path]) -
         chain = (*extended_by, path)
         if any(_same_file(base, other) for other in chain):
             shown = " -> ".join(map(str, (*chain, base)))
-            raise ConfigError(f"{path}:{line} extends: the files extend each other: {shown}", "break the circle")
+            raise ConfigError(
+                f"{path}:{line} extends: the files extend each other: {shown}", "remove one of these `extends`"
+            )
         if not os.path.isfile(base):  # not base.is_file(), which raises for a name that is too long
             raise ConfigError(f"{path}:{line} extends: there is no file {base}", _nearest_files(base))
         settings |= _read_file(base, extended_by=chain, read=read)

@@ -138,7 +138,6 @@ class Align(Section):
         "before the distance; l2: both rows to unit length (DMAE's code); "
         "whiten: LayerNorm without affine of the teacher's; none (AMD)",
     )
-    head: Literal["linear", "mlp"] = result("linear", "kind of the projection from student to teacher width")
     bias: bool = result(True, "bias of the projection; DMAE has one, AMD none")
     weight: Weight = result(
         1.0, "weight of the direct alignment, mean over pairs; 1 in DMAE and AMD; of QK + VV in tinymim, 1 in TinyMIM"

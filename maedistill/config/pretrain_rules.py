@@ -2,17 +2,15 @@
 
 from collections.abc import Iterator
 
-from maedistill.config import rules
+from maedistill.config import shared_rules
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.problem import Problem
 
-SOURCES = ("timm", "hf-hub", "local-dir", "file", "run", "random")
-
 
 def _images(c: PretrainConfig) -> Iterator[Problem]:
-    yield from rules.deviations("data.std", c.data.std)
-    yield from rules.deviations("teacher.std", c.teacher.std)
-    yield from rules.crops(c)
+    yield from shared_rules.deviations("data.std", c.data.std)
+    yield from shared_rules.deviations("teacher.std", c.teacher.std)
+    yield from shared_rules.crops(c)
 
 
 def _views(c: PretrainConfig) -> Iterator[Problem]:
@@ -50,7 +48,7 @@ def _teacher(c: PretrainConfig) -> Iterator[Problem]:
         remedy = "add e.g. teacher.source=timm:vit_large_patch16_224.mae"
         yield Problem("teacher.source", f"method={c.method} needs a teacher", remedy)
         return
-    wrong_kind = list(rules.kind_of_source("teacher", t.source, kinds=SOURCES))
+    wrong_kind = list(shared_rules.kind_of_source("teacher.source", t.source, kinds=shared_rules.SOURCE_KINDS))
     if wrong_kind:
         yield from wrong_kind
         return
@@ -60,19 +58,19 @@ def _teacher(c: PretrainConfig) -> Iterator[Problem]:
         yield Problem("teacher.model", "a file: teacher needs its model's name", remedy)
     if kind != "file" and t.model is not None:
         yield Problem("teacher.model", f"a {kind}: teacher names its model itself", "remove it")
-    yield from rules.checksum("teacher", t.sha256, kind=kind, noun="teacher")
+    yield from shared_rules.checksum("teacher", t.sha256, kind=kind, noun="teacher")
     for key in ("width", "depth", "num_heads", "patch_size", "pos_embed"):
         if kind not in ("file", "random") and getattr(t, key) is not None:
-            yield Problem(f"teacher.{key}", f"a {kind}: teacher brings its own {key}", "remove it")
-    yield from rules.mean_with_std("teacher", mean=t.mean, std=t.std)
+            yield Problem(f"teacher.{key}", f"a {kind}: teacher has its own {key}", "remove it")
+    yield from shared_rules.mean_with_std("teacher", mean=t.mean, std=t.std)
 
 
 def _families(c: PretrainConfig) -> Iterator[Problem]:
     kind, _, name = (c.teacher.source or "").partition(":")
-    yield from rules.family("student.model", c.student.model)
-    yield from rules.family("teacher.model", c.teacher.model)
+    yield from shared_rules.family("student.model", c.student.model)
+    yield from shared_rules.family("teacher.model", c.teacher.model)
     if kind in ("timm", "random"):
-        yield from rules.family("teacher.source", name)
+        yield from shared_rules.family("teacher.source", name)
 
 
 def _taps(c: PretrainConfig) -> Iterator[Problem]:
@@ -98,7 +96,7 @@ def _taps(c: PretrainConfig) -> Iterator[Problem]:
 
 def _relations(c: PretrainConfig) -> Iterator[Problem]:
     """Yield problems for feature settings with tinymim, which compares token relations without a projection."""
-    for key in ("distance", "beta", "normalize", "head", "bias") if c.method == "tinymim" else ():
+    for key in ("distance", "beta", "normalize", "bias") if c.method == "tinymim" else ():
         if getattr(c.align, key) != type(c.align).model_fields[key].default:
             cause = "method=tinymim compares token relations, not features"
             yield Problem(f"align.{key}", cause, "remove it, or use method=dmae or amd")
@@ -106,7 +104,7 @@ def _relations(c: PretrainConfig) -> Iterator[Problem]:
 
 def _grid(c: PretrainConfig) -> Iterator[Problem]:
     arch, size = c.student_architecture, c.data.image_size
-    yield from rules.whole_patches(c, arch)
+    yield from shared_rules.whole_patches(c, arch)
     if arch is None or size % arch.patch_size:
         return
     patches = (size // arch.patch_size) ** 2
@@ -129,7 +127,7 @@ def _widths(c: PretrainConfig) -> Iterator[Problem]:
     towers = [("decoder", c.decoder.width, c.decoder.num_heads)]
     towers += [(who, a.width, a.num_heads) for who, a in (("student", student), ("teacher", teacher)) if a is not None]
     for who, width, num_heads in towers:
-        yield from rules.tower(who, width=width, num_heads=num_heads)
+        yield from shared_rules.tower(who, width=width, num_heads=num_heads)
     num_heads = c.generate.num_heads
     if c.method == "amd" and num_heads is not None and teacher is not None and teacher.width % num_heads:
         cause = f"{num_heads} heads do not divide the teacher's width {teacher.width}"
@@ -143,12 +141,12 @@ def _probe(c: PretrainConfig) -> Iterator[Problem]:
         yield Problem("log.knn_images", "a linear probe cannot learn from one image", "use 2 or more, 10000 by default")
 
 
-TO_RUN = (rules.paths, _probe)
+TO_RUN = (shared_rules.paths, _probe)
 RULES = (
     _images,
-    rules.schedule,
+    shared_rules.schedule,
     _views,
-    rules.engine,
+    shared_rules.engine,
     _visible_shares,
     _teacher,
     _families,

@@ -1,7 +1,7 @@
 """One problem with the settings, and how several problems become one error.
 
-`values.py` and `rules.py` find problems, which know only their keys. `loader.py` knows the file and line where each key
-was set, and turns the list into a `ConfigError`.
+`values.py` and the rules find problems, which know only their keys. `loader.py` knows the file and line where each
+key was set, and turns the list into a `ConfigError`.
 """
 
 from collections.abc import Mapping, Sequence

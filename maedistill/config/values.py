@@ -50,13 +50,13 @@ def unknown_key(name: str, value: Any = None, *, root: type[RunConfig] = Pretrai
         return Problem(
             name,
             f"{name} is a section of keys and cannot be set to {shown(value)}",
-            f"set its keys instead: {', '.join(k for k in keys if k.startswith(f'{name}.'))}",
+            f"set its keys instead: {_shortened([k for k in keys if k.startswith(f'{name}.')])}",
         )
     if parent in keys:
         words = keys[parent].words
         return Problem(name, f"{parent} is not a section, it takes {words}", f"set {parent} itself, to {words}")
     if name == "extends":
-        return Problem(name, "extends works inside a file only", "name the other file on the command line itself")
+        return Problem(name, "extends works only in a file", "name the other file as CONFIG")
     for other in ROOTS:
         foreign_sections = all_sections(root=other).keys() - sections.keys()
         if name in all_keys(root=other) or name.partition(".")[0] in foreign_sections:
@@ -67,7 +67,12 @@ def unknown_key(name: str, value: Any = None, *, root: type[RunConfig] = Pretrai
         if near
         else f"sections are {', '.join(s for s in sections if '.' not in s)}; --explain SECTION lists the keys of one"
     )
-    return Problem(name, f"there is no key {name}", remedy)
+    return Problem(name, f"unknown key {name}", remedy)
+
+
+def _shortened(names: list[str]) -> str:
+    """Join names for an error message, at most eight of them."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def shown(value: Any) -> str:
@@ -102,7 +107,7 @@ def _remedy(key: Key, value: Any) -> str:
         near = difflib.get_close_matches(str(value).lower(), key.choices, n=1, cutoff=0.5)
         return f"did you mean {near[0]}? {explain}" if near else f"write {' or '.join(key.choices)}; {explain}"
     if key.words.startswith("true or false"):
-        return "write true or false: yes, no, on, off, 0 and 1 are not taken for them"
+        return "write true or false: yes, no, on, off, 0 and 1 are not accepted"
     if key.words.startswith("text") and type(value) in (int, float, bool):
         return f'put it in quotes, so that it is text: \'"{json.dumps(value)}"\' on a command line, "..." in a file'
     if key.words.startswith("a list") and isinstance(value, str if "of texts" in key.words else int | float):

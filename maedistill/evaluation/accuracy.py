@@ -6,27 +6,67 @@ n images   b batch   s image side   C classes   k best classes stored per image,
 """
 
 import csv
-import functools
 import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from maedistill.data.loading.evaluation import PADDING, EvaluationImages
-from maedistill.data.loading.workers import TIMEOUT_SECONDS
 from maedistill.data.shards.index import ShardIndex
 from maedistill.data.shards.reader import sample_name
 from maedistill.errors import DataError, NumericsError
+from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import Predictor, evaluation_mode, full_pass
+from maedistill.report.run_report import percent
 from maedistill.runs.records import write_text
 
 _KEPT = 5  # best classes stored per image
+
+
+@dataclass(frozen=True)
+class TopCounts:
+    """Counts of images: all, those whose label is the best class, and those whose label is among the five best."""
+
+    images: int
+    top1: int
+    top5: int
+
+    @staticmethod
+    def of(predictions: Tensor, labels: Tensor) -> "TopCounts":
+        """Count predictions int64 [n, k], best first, for labels int64 [n]."""
+        correct = predictions == labels[:, None]  # [n, k]
+        return TopCounts(len(labels), top1=int(correct[:, 0].sum()), top5=int(correct.sum()))
+
+    def line(self) -> str:
+        """Format the counts as one line."""
+        return f"top-1 {percent(self.top1, self.images)}, top-5 {percent(self.top5, self.images)}"
+
+    def metrics(self) -> dict[str, Any]:
+        """Return the entries for a result file."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Score(TopCounts):
+    """Counts and the mean cross-entropy, which is not finite if training diverged."""
+
+    loss: float
+
+    def line(self) -> str:
+        """Format the score as one line."""
+        return f"{super().line()}, loss {self.loss:.4f}" if math.isfinite(self.loss) else "diverged"
+
+    def metrics(self) -> dict[str, Any]:
+        """Return the entries for a result file, with None for a loss that is not finite, which JSON cannot hold."""
+        return super().metrics() | {"loss": self.loss if math.isfinite(self.loss) else None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,77 +79,34 @@ class Evaluation:
     losses: Tensor  # float32 [n], cross-entropy
     confidences: Tensor  # float32 [n], the probability of the best class
 
-    @property
-    def images(self) -> int:
-        """Return the number of images."""
-        return len(self.ids)
-
-    @property
-    def top1(self) -> int:
-        """Count the images whose label is the best class."""
-        return int((self.predictions[:, 0] == self.labels).sum())
-
-    @property
-    def top5(self) -> int:
-        """Count the images whose label is among the five best classes."""
-        return int((self.predictions == self.labels[:, None]).sum())
-
-    @property
-    def loss(self) -> float:
-        """Return the mean cross-entropy. The sum is exact and rounded once, so it does not depend on the order."""
-        return math.fsum(self.losses.tolist()) / self.images
-
-    def line(self) -> str:
-        """Format the result as one line."""
-        parts = [
-            f"{name} {100 * count / self.images:.2f} % ({count} of {self.images})"
-            for name, count in (("top-1", self.top1), ("top-5", self.top5))
-        ]
-        return f"{', '.join(parts)}, loss {self.loss:.4f}"
-
-    def facts(self) -> dict[str, float]:
-        """Return the entries for a result file. top1 and top5 are counts."""
-        return {"images": self.images, "top1": self.top1, "top5": self.top5, "loss": self.loss}
+    @cached_property
+    def score(self) -> Score:
+        """Return the score of all images. The loss is an exact sum, rounded once, whatever the order of the images."""
+        counts = TopCounts.of(self.predictions, self.labels)
+        return Score(**asdict(counts), loss=math.fsum(self.losses.tolist()) / counts.images)
 
 
-def evaluate(
-    network: nn.Module,
-    images: EvaluationImages,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    batch: int,
-    workers: int,
-    device: torch.device,
-    precision: str = "fp32",
-    columns: Tensor | None = None,
-    timeout_seconds: float = TIMEOUT_SECONDS,
-) -> Evaluation:
-    """Evaluate `network` (on `device`; normalised [b, 3, s, s] -> logits [b, C]) once on each image. Collective.
+def evaluate(predictor: Predictor, images: EvaluationImages, context: EvalContext) -> Evaluation:
+    """Evaluate a classifier once on each image. Collective.
 
-    batch: images per forward pass and rank. precision, columns: as in `Predictor`; with columns, a label is an index
-    into them. timeout_seconds: as in `load_batches`. The train/eval mode of the network is restored. Raises DataError
-    if an image has no label, a label outside the network's classes, or cannot be decoded; NumericsError if a loss is
-    not finite.
+    If the predictor has columns, a label is an index into them. The train/eval mode of the network is restored. Raises
+    DataError if an image has no label, a label outside the network's classes, or cannot be decoded; NumericsError if a
+    loss is not finite.
     """
     images.index.require_labels()
-    viewer = Predictor(network, mean=mean, std=std, device=device, precision=precision, columns=columns)
+    check = cache(partial(require_known_classes, images))
 
-    @functools.cache
-    def check(num_classes: int) -> None:
-        require_known_classes(images, num_classes)
-
-    def look(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = viewer(pixels)  # [b, C]
+    def process_batch(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = predictor(pixels)  # [b, C]
         check(logits.shape[1])
-        return judge(logits, labels)
+        return score_batch(logits, labels)
 
-    with evaluation_mode(network):
-        found = full_pass(images, look, batch=batch, workers=workers, device=device, timeout_seconds=timeout_seconds)
-    return evaluation_of(*found, index=images.index)
+    with evaluation_mode(predictor.network):
+        ids, classes, values = full_pass(images, process_batch, context)
+    return build_evaluation(ids, classes, values, index=images.index)
 
 
-def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def score_batch(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Score a batch per image: label and best classes, int64 [b, 1 + k]; loss and confidence, float [b, 2]."""
     order = logits.sort(dim=1, descending=True, stable=True).indices  # [b, C]; of equal logits the lower class is first
     losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=PADDING)  # [b]
@@ -117,9 +114,9 @@ def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return classes, torch.stack([losses, logits.softmax(1).amax(1)], dim=1)
 
 
-def evaluation_of(ids: Tensor, classes: Tensor, numbers: Tensor, *, index: ShardIndex) -> Evaluation:
-    """Build an Evaluation from the outputs of `judge`, sorted by id. Raises NumericsError if a loss is not finite."""
-    losses, confidences = numbers.unbind(1)
+def build_evaluation(ids: Tensor, classes: Tensor, values: Tensor, *, index: ShardIndex) -> Evaluation:
+    """Build an Evaluation from the outputs of `score_batch`. Raises NumericsError if a loss is not finite."""
+    losses, confidences = values.unbind(1)
     broken = ~losses.isfinite()  # [n]
     if broken.any():
         raise NumericsError(
@@ -147,16 +144,21 @@ def require_known_classes(images: EvaluationImages, num_classes: int) -> None:
 
 
 def write_predictions(path: Path, evaluation: Evaluation, index: ShardIndex) -> None:
-    """Write a CSV file atomically: id, shard, key, label, loss, the best classes, and class names if known."""
+    """Write a CSV file: id, shard, key, label, loss, the best classes, and class names if known."""
     best = [f"top{place + 1}" for place in range(evaluation.predictions.shape[1])]
     names = dict(enumerate(index.classes))
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["id", "shard", "key", "label", "loss", *best, *(["label_name", "top1_name"] if names else [])])
+    rows = [["id", "shard", "key", "label", "loss", *best, *(["label_name", "top1_name"] if names else [])]]
     columns = (evaluation.ids, evaluation.labels, evaluation.losses, evaluation.predictions)
     for i, label, loss, classes in zip(*(column.tolist() for column in columns), strict=True):
         shard = Path(index.shards[index.shard_of(i)]).name
-        named = [names.get(label, ""), names.get(classes[0], "")] if names else []
+        label_names = [names.get(label, ""), names.get(classes[0], "")] if names else []
         loss_text = f"{loss:.9g}"  # 9 digits represent a float32 exactly
-        table.writerow([i, shard, index.key(i), label, loss_text, *classes, *named])
-    write_text(Path(path), text.getvalue())
+        rows.append([i, shard, index.key(i), label, loss_text, *classes, *label_names])
+    write_csv(path, rows)
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[str | int]]) -> None:
+    """Write the rows, a header first, to a CSV file atomically."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())

@@ -7,11 +7,10 @@ Image size, crop and normalisation of the two may differ. Each image is decoded 
     n images   b batch   s, t image sides of student and teacher   C classes
 """
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache, partial
 
 import torch
 from PIL import Image
@@ -19,8 +18,10 @@ from torch import Tensor
 
 from maedistill.data.loading.evaluation import EvaluationImages
 from maedistill.errors import ConfigError, NumericsError
-from maedistill.evaluation.accuracy import Evaluation, evaluation_of, judge, require_known_classes
+from maedistill.evaluation.accuracy import Evaluation, build_evaluation, require_known_classes, score_batch
+from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import Predictor, evaluation_mode, full_pass
+from maedistill.report.run_report import percent
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,12 @@ class Agreement:
 
     def line(self) -> str:
         """Format the result as one line."""
-        same, right = (
-            f"{100 * count / self.images:.2f} % ({count} of {self.images})" for count in (self.same, self.teacher_top1)
-        )
-        return f"same best class {same}, KL {self.kl:.4f}; the other's top-1 {right}"
+        same, top1 = (percent(count, self.images) for count in (self.same, self.teacher_top1))
+        return f"same best class {same}, KL {self.kl:.4f}; its own top-1 {top1}"
 
-    def facts(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return the entries for a result file."""
-        return {"against_same": self.same, "against_kl": self.kl, "against_top1": self.teacher_top1}
+        return {"vs_same": self.same, "vs_kl": self.kl, "vs_top1": self.teacher_top1}
 
 
 @dataclass(frozen=True)
@@ -57,49 +56,42 @@ class TwoViews:
 
 
 def evaluate_against(
-    student: Predictor, teacher: Predictor, images: EvaluationImages, *, sizes: tuple[int, int], **keywords: Any
+    student: Predictor, teacher: Predictor, images: EvaluationImages, context: EvalContext, *, sizes: tuple[int, int]
 ) -> tuple[Evaluation, Agreement]:
     """Evaluate both networks once on each image; `TwoViews` is the transform of `images`. Collective.
 
-    sizes: (s, t). keywords: as in `full_pass`. The train/eval modes of the networks are restored. Raises the errors of
-    `evaluate`, and ConfigError if the numbers of classes differ.
+    sizes: (s, t). The train/eval modes of the networks are restored. Raises the errors of `evaluate`, and ConfigError
+    if the numbers of classes differ.
     """
     images.index.require_labels()
+    check = cache(partial(require_known_classes, images))
 
-    @functools.cache
-    def check(num_classes: int, of_teacher: int) -> None:
-        require_same_classes(num_classes, of_teacher)
-        require_known_classes(images, num_classes)
-
-    def look(pixels: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    def process_batch(pixels: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         views = pixels.split([3 * size**2 for size in sizes], dim=1)  # uint8 [b, 3 s s] and [b, 3 t t]
-        shaped = (view.unflatten(1, (3, size, size)) for view, size in zip(views, sizes, strict=True))
-        mine, theirs = (viewer(view) for viewer, view in zip((student, teacher), shaped, strict=True))  # [b, C] both
-        check(mine.shape[1], theirs.shape[1])
-        return (*judge(mine, labels), judge(theirs, labels)[0][:, 1], divergence(mine, theirs))
+        one, other = (view.unflatten(1, (3, size, size)) for view, size in zip(views, sizes, strict=True))
+        logits, teacher_logits = student(one), teacher(other)  # [b, C] both
+        if logits.shape != teacher_logits.shape:
+            raise ConfigError(
+                f"the model has {logits.shape[1]:,} classes and the one of --against {teacher_logits.shape[1]:,}",
+                "compare networks with the same classes, or match them to the shards' by name: --subset",
+            )
+        check(logits.shape[1])
+        teacher_best = score_batch(teacher_logits, labels)[0][:, 1]  # [b]
+        return *score_batch(logits, labels), teacher_best, divergence(logits, teacher_logits)
 
     with evaluation_mode(student.network, teacher.network):
-        ids, classes, numbers, said, kl = full_pass(images, look, **keywords)
-    evaluation = evaluation_of(ids, classes, numbers, index=images.index)
+        ids, classes, values, teacher_best, kl = full_pass(images, process_batch, context)
+    evaluation = build_evaluation(ids, classes, values, index=images.index)
     if not kl.isfinite().all():
         raise NumericsError(
             f"the other network's answers to {int((~kl.isfinite()).sum())} of {len(ids)} images are not finite",
             "evaluate in precision fp32; if that does not help, its weights are broken",
         )
-    same, right = (int((said == other).sum()) for other in (evaluation.predictions[:, 0], evaluation.labels))
-    return evaluation, Agreement(len(ids), same, right, math.fsum(kl.tolist()) / len(ids))
+    same, top1 = (int((teacher_best == other).sum()) for other in (evaluation.predictions[:, 0], evaluation.labels))
+    return evaluation, Agreement(len(ids), same, top1, math.fsum(kl.tolist()) / len(ids))
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """Return KL(softmax(teacher), softmax(student)) of each row in float64: logits [b, C] twice -> [b]."""
     log_p, log_q = (logits.double().log_softmax(1) for logits in (teacher, student))  # [b, C]
     return (log_p.exp() * (log_p - log_q)).sum(1)
-
-
-def require_same_classes(num_classes: int, of_other: int) -> None:
-    """Raise ConfigError unless the two networks have the same number of classes."""
-    if num_classes != of_other:
-        raise ConfigError(
-            f"the model has {num_classes:,} classes and the one of --against {of_other:,}",
-            "compare networks with the same classes, or match them to the shards' by name: --subset",
-        )

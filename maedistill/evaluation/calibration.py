@@ -24,34 +24,34 @@ class Calibration:
 
     images: tuple[int, ...]  # per bin
     correct: tuple[int, ...]
-    confidence: tuple[float, ...]  # the sum over the bin's images
+    confidence_sum: tuple[float, ...]
 
     @property
     def error(self) -> float:
         """Return the expected calibration error, in [0, 1]."""
-        gaps = (abs(right - sure) for right, sure in zip(self.correct, self.confidence, strict=True))
+        gaps = (abs(correct - total) for correct, total in zip(self.correct, self.confidence_sum, strict=True))
         return math.fsum(gaps) / sum(self.images)
 
     @property
     def mean_confidence(self) -> float:
         """Return the mean probability of the best class. Above the accuracy, the classifier is overconfident."""
-        return math.fsum(self.confidence) / sum(self.images)
+        return math.fsum(self.confidence_sum) / sum(self.images)
 
     def line(self) -> str:
         """Format the result as one line."""
-        accuracy = sum(self.correct) / sum(self.images)
-        verdict = "too sure of itself" if self.mean_confidence > accuracy else "not sure enough"
+        overconfident = self.mean_confidence > sum(self.correct) / sum(self.images)
         return (
-            f"calibration error {100 * self.error:.2f} % ({len(self.images)} bins), mean confidence "
-            f"{100 * self.mean_confidence:.2f} %: on the whole {verdict}"
+            f"expected error {100 * self.error:.2f} % ({len(self.images)} bins), mean confidence "
+            f"{100 * self.mean_confidence:.2f} %: {'overconfident' if overconfident else 'underconfident'}"
         )
 
-    def facts(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """Return the entries for a result file, with the reliability diagram: one entry per non-empty bin."""
+        counts = enumerate(zip(self.images, self.correct, self.confidence_sum, strict=True), start=1)
         bins = [
-            {"up_to": (i + 1) / len(self.images), "images": count, "correct": right, "confidence": sure / count}
-            for i, (count, right, sure) in enumerate(zip(self.images, self.correct, self.confidence, strict=True))
-            if count
+            {"up_to": i / len(self.images), "images": images, "correct": correct, "confidence": total / images}
+            for i, (images, correct, total) in counts
+            if images
         ]
         return {"calibration_error": self.error, "confidence": self.mean_confidence, "calibration": bins}
 
@@ -60,7 +60,6 @@ def calibrate(confidences: Tensor, correct: Tensor, *, bins: int = BINS) -> Cali
     """Sort images into `bins` by confidence. confidences: float32 [n] in [0, 1]; correct: bool [n], n at least 1."""
     assert len(confidences) and bins >= 1
     place = (confidences.double() * bins).ceil().long().sub(1).clamp(0, bins - 1)  # [n]; the product is exact
-    images = place.bincount(minlength=bins)  # [m]
-    right = place[correct].bincount(minlength=bins)  # [m]
-    sure = [math.fsum(part.tolist()) for part in confidences[place.argsort()].split(images.tolist())]
-    return Calibration(tuple(images.tolist()), tuple(right.tolist()), tuple(sure))
+    images, right = (places.bincount(minlength=bins).tolist() for places in (place, place[correct]))  # m each
+    confidence_sum = [math.fsum(part.tolist()) for part in confidences[place.argsort()].split(images)]
+    return Calibration(tuple(images), tuple(right), tuple(confidence_sum))

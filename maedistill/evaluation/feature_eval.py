@@ -1,26 +1,27 @@
 """Evaluation of frozen features for the command line: kNN or a linear probe on any network, on one process or many.
 
-MODEL, TRAIN, VAL -> Network with a `Backbone`, two ShardIndex -> features of both, once -> lines on stdout, JSON
+ProbeSpec -> Network with a `Backbone`, two ShardIndex -> features of both, once -> lines on stdout, JSON
 """
 
 import itertools
-import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from maedistill.data.shards.index import ShardIndex
-from maedistill.errors import ConfigError, NumericsError
-from maedistill.evaluation.features import Features, extract_features, open_pair
+import numpy as np
+
+from maedistill.data.shards.index import ShardIndex, open_index
+from maedistill.errors import ConfigError, DataError, NumericsError
+from maedistill.evaluation.context import EvalContext, finish, metadata, print_data, print_main, print_network
+from maedistill.evaluation.features import Features, extract_features
 from maedistill.evaluation.knn import knn_counts
-from maedistill.evaluation.linear_probe import OptimizerName, ProbeScore, batch_of, fit_heads, judge_heads
-from maedistill.evaluation.setting import EvalContext, describe_data, describe_input, facts_of, open_setting, say
+from maedistill.evaluation.linear_probe import ProbeRecipe, fit_heads, score_heads
 from maedistill.processes import distributed
-from maedistill.runs.records import write_text
+from maedistill.report.run_report import percent
 from maedistill.weights.backbone import Pool, open_backbone
 from maedistill.weights.from_run import Weights
-from maedistill.weights.network import Network
 
 
 @dataclass(frozen=True)
@@ -39,131 +40,106 @@ class ProbeSpec:
     crop: float | None = None
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """The network and the shards that a ProbeSpec names."""
-
-    network: Network
-    train: ShardIndex
-    val: ShardIndex
-
-    def facts(self) -> dict[str, Any]:
-        """Return the entries for a result file."""
-        backbone = self.network.module
-        indexes = {"train": self.train, "val": self.val}
-        prints = {f"{name}_fingerprint": index.fingerprint() for name, index in indexes.items()}
-        return facts_of(self.network) | {"block": backbone.block, "pool": backbone.pool} | prints
-
-
 def score_knn(
-    question: ProbeSpec, *, ks: Sequence[int], temperature: float, file: Path | None, **settings: Any
+    spec: ProbeSpec, context: EvalContext, *, ks: Sequence[int], temperature: float, file: Path | None
 ) -> dict[str, Any]:
     """Print and return the accuracy of the vote of the k nearest training images, for each k. Collective.
 
-    settings: as in `open_setting`. Raises subclasses of UserError.
+    file: for the result as JSON. Raises subclasses of UserError.
     """
-    setting = open_setting(**settings)
-    opened = _open(question)
-    if max(ks) > len(opened.train):
-        raise ConfigError(
-            f"--k {max(ks)} asks for more neighbours than the {len(opened.train):,} images of {question.train}",
-            "name a smaller number, or more training shards",
-        )
-    bank, queries = _extract(opened, setting)
-    features = (bank.rows, bank.labels, queries.rows, queries.labels)
-    counts = knn_counts(*features, ks=ks, temperature=temperature, device=setting.device)
-    images = len(queries.rows)
-    for k, count in zip(ks, counts, strict=True):
-        say(f"knn      k {k}: {_share(count, images)}")
-    say("note     kNN is a poor judge of masked autoencoders: read it as a trend")
-    scores = [{"k": k, "top1": count, "images": images} for k, count in zip(ks, counts, strict=True)]
-    return _end(opened.facts() | setting.facts | {"temperature": temperature, "knn": scores}, file)
+    train, val, result = _compute_features(spec, context, least=max(ks), reason=f"--k {max(ks)}")
+    counts = knn_counts(train, val, ks=ks, temperature=temperature, device=context.device)
+    scores = [{"k": k, "top1": count, "images": len(val[1])} for k, count in zip(ks, counts, strict=True)]
+    for score in scores:
+        print_main("knn", f"k {score['k']}: {percent(score['top1'], score['images'])}")
+    print_main("warning", "kNN is a poor measure of masked autoencoders: read it as a trend")
+    return finish(result | {"temperature": temperature, "knn": scores}, file)
 
 
 def score_probe(
-    question: ProbeSpec,
-    *,
-    rates: Sequence[float],
-    epochs: int,
-    head_batch: int,
-    optimizer: OptimizerName,
-    file: Path | None,
-    **settings: Any,
+    spec: ProbeSpec, context: EvalContext, recipe: ProbeRecipe, *, rates: Sequence[float], file: Path | None
 ) -> dict[str, Any]:
     """Print and return the accuracy of a linear classifier on frozen features, for each learning rate. Collective.
 
-    The learning rates are divided among the processes. settings: as in `open_setting`. Raises subclasses of UserError.
+    The learning rates are divided among the processes. recipe.batch is an upper limit. file: for the result as JSON.
+    Raises subclasses of UserError.
     """
-    setting = open_setting(**settings)
-    opened = _open(question)
-    if len(opened.train) < 2:
-        raise ConfigError(f"{question.train} holds one image", "name more training shards: BatchNorm needs two")
-    train, val = _extract(opened, setting)
-    how = {"epochs": epochs, "batch": batch_of(len(train.rows), head_batch), "optimizer": optimizer}
-    classes = int(train.labels.max()) + 1
-    say(f"probe    {optimizer}, {epochs} epochs, batch {how['batch']:,}, learning rates per 256 images")
-    scores: list[ProbeScore] = []
-    if mine := list(rates)[distributed.rank() :: distributed.world_size()]:
-        heads = fit_heads(train.rows, train.labels, rates=mine, num_classes=classes, device=setting.device, **how)
-        scores = judge_heads(heads, val.rows, val.labels)
-    everything = sorted(itertools.chain(*distributed.gather_objects(scores)), key=lambda score: score.lr)
-    best = _best(everything)
-    for score in everything:
-        say(f"lr {score.lr:<6g}{_words(score)}")
-    chosen = f", chosen on the same images from {len(everything)} rates" if len(everything) > 1 else ""
-    chosen += " (the largest: try larger ones, too)" if chosen and best == everything[-1] else ""
-    say(f"result   {_words(best)}, at lr {best.lr:g}{chosen}")
-    result = opened.facts() | setting.facts | {"probe": how, "rates": [score.facts() for score in everything]}
-    return _end(result | best.facts(), file)
+    (rows, labels), val, result = _compute_features(spec, context, least=2, reason="BatchNorm")
+    recipe = recipe.fit_batch(len(rows))
+    recipe_text = f"{recipe.optimizer}, {recipe.epochs} epochs, batch {recipe.batch:,}"
+    print_main("probe", f"{recipe_text}, learning rates per 256 images")
+    num_classes, rank_scores = int(labels.max()) + 1, []
+    if rank_rates := list(rates)[distributed.rank() :: distributed.world_size()]:
+        heads = fit_heads(rows, labels, recipe, rates=rank_rates, num_classes=num_classes, device=context.device)
+        rank_scores = score_heads(heads, *val)
+    scores = sorted(itertools.chain(*distributed.gather_objects(rank_scores)), key=lambda score: score.lr)
+    for score in scores:
+        print_main(f"lr {score.lr:g}", score.line())
+    finite = [score for score in scores if math.isfinite(score.loss)]
+    if not finite:
+        raise NumericsError("the probe diverged at every learning rate", "name smaller ones with --lr")
+    best = max(finite, key=lambda score: (score.top1, -score.lr))
+    selection = f", chosen on the same images from {len(scores)} rates" if len(scores) > 1 else ""
+    selection += " (the largest: try larger ones, too)" if selection and best == scores[-1] else ""
+    print_main("result", f"{best.line()}, at lr {best.lr:g}{selection}")
+    result |= {"probe": asdict(recipe), "rates": [score.metrics() for score in scores]} | best.metrics()
+    return finish(result, file)
 
 
-def _open(question: ProbeSpec) -> _Opened:
-    """Open the network and the shards, and print a description of each."""
-    network = distributed.main_first(
-        lambda: open_backbone(
-            question.model,
-            weights=question.weights,
-            image_size=question.image_size,
-            block=question.block,
-            pool=question.pool,
+def open_pair(spec: ProbeSpec) -> tuple[ShardIndex, ShardIndex]:
+    """Open the training and the validation shards. Collective.
+
+    Raises DataError if either has no images or no labels, or if the validation shards have classes missing from the
+    training shards, or differently named ones.
+    """
+    indexes = []
+    for shards, file in ((spec.train, spec.train_index), (spec.val, spec.val_index)):
+        index = distributed.main_first(lambda shards=shards, file=file: open_index(shards, index=file))
+        if not len(index):
+            raise DataError(f"{shards} holds no image", "name shards that hold labelled images")
+        index.require_labels()
+        indexes.append(index)
+    train, val = indexes
+    for label, (name, other) in enumerate(zip(train.classes, val.classes, strict=False)):
+        if name != other:
+            raise DataError(
+                f"label {label} is {name!r} in the shards of --train and {other!r} in those of --val",
+                "name two parts of one data set, written with the same classes (tools/make_shards.py)",
+            )
+    unknown = np.setdiff1d(val.labels, train.labels)
+    if len(unknown):
+        raise DataError(
+            f"{len(unknown):,} of the classes in {spec.val} have no image in {spec.train}, first label {unknown[0]}",
+            "name shards with the same classes: --train and --val are two parts of one data set",
         )
-    )
-    network = replace(network, crop=question.crop or network.crop)
-    train, val = open_pair(question.train, question.val, train_index=question.train_index, val_index=question.val_index)
-    say(f"model    {network.describe()}", f"input    {describe_input(network)}")
-    say(f"train    {describe_data(train, question.train)}", f"val      {describe_data(val, question.val)}")
-    return _Opened(network, train, val)
-
-
-def _extract(opened: _Opened, setting: EvalContext) -> tuple[Features, Features]:
-    """Return the features of the training and of the validation images, and print which features they are."""
-    train, val = (extract_features(opened.network, index, setting) for index in (opened.train, opened.val))
-    say(f"features {opened.network.module.describe()}, {train.rows.shape[1]} wide")
     return train, val
 
 
-def _best(scores: Sequence[ProbeScore]) -> ProbeScore:
-    """Return the score with the best top-1; ties go to the smaller rate. Raises NumericsError if all diverged."""
-    sane = [score for score in scores if score.is_finite]
-    if not sane:
-        raise NumericsError("the probe diverged at every learning rate", "name smaller ones with --lr")
-    return max(sane, key=lambda score: (score.top1, -score.lr))
+def _compute_features(
+    spec: ProbeSpec, context: EvalContext, *, least: int, reason: str
+) -> tuple[Features, Features, dict[str, Any]]:
+    """Return the features of the training and validation images, and the entries for a result file; describe them.
 
-
-def _words(score: ProbeScore) -> str:
-    if not score.is_finite:
-        return "diverged"
-    top1, top5 = (_share(count, score.images) for count in (score.top1, score.top5))
-    return f"top-1 {top1}, top-5 {top5}, loss {score.loss:.4f}"
-
-
-def _share(count: int, images: int) -> str:
-    return f"{100 * count / images:.2f} % ({count} of {images})"
-
-
-def _end(result: dict[str, Any], file: Path | None) -> dict[str, Any]:
-    """Write the result and wait for all ranks, because a launcher ends the others when one rank exits."""
-    if file:
-        distributed.on_main(lambda: write_text(file, json.dumps(result, indent=1) + "\n"))
-    distributed.barrier()
-    return result
+    Raises ConfigError unless there are `least` training images, which `reason` needs.
+    """
+    network = distributed.main_first(
+        lambda: open_backbone(
+            spec.model, weights=spec.weights, image_size=spec.image_size, block=spec.block, pool=spec.pool
+        )
+    )
+    network = replace(network, crop=spec.crop or network.crop)
+    train, val = open_pair(spec)
+    print_network("model", network)
+    print_data("train", train, spec.train)
+    print_data("val", val, spec.val)
+    if len(train) < least:
+        raise ConfigError(
+            f"{reason} needs {least:,} training images, but {spec.train} holds {len(train):,}",
+            "name more training shards, or a smaller --k",
+        )
+    backbone = network.module
+    train_features, val_features = (extract_features(network, index, context) for index in (train, val))
+    print_main("features", f"{backbone.describe()}, {train_features[0].shape[1]} wide")
+    result = metadata(network, context) | {"block": backbone.block, "pool": backbone.pool}
+    result |= {"train_fingerprint": train.fingerprint(), "val_fingerprint": val.fingerprint()}
+    return train_features, val_features, result

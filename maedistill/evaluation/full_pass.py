@@ -1,6 +1,8 @@
 """One pass over a set of shards that processes every image exactly once, on any number of processes.
 
-    EvaluationImages -> this rank's share in full batches -> look(pixels, labels) -> rows of tensors
+What is computed of each image is in `accuracy.py`, `agreement.py` and `features.py`.
+
+    EvaluationImages -> this rank's share in full batches -> process_batch(pixels, labels) -> rows of tensors
     rows of all ranks -> padding removed, sorted by id; an error unless each sample occurs exactly once
 
 The last batch is filled with padding, so all ranks run the same number of forward passes (ZeRO 3 needs that), all of
@@ -19,77 +21,76 @@ from torch.nn import functional as F
 
 from maedistill.data.images.transforms import normalize, to_float01
 from maedistill.data.loading.evaluation import PADDING, EvaluationImages, exact_batches, rank_share
-from maedistill.data.loading.workers import TIMEOUT_SECONDS
 from maedistill.errors import DataError
-from maedistill.machine import DTYPES
+from maedistill.evaluation.context import EvalContext
 from maedistill.processes import distributed
+from maedistill.weights.network import Network
 
 _TOGETHER = 64  # batches gathered at once: few collectives, and the device holds the rows of no more than these
 
 
 class Predictor:
-    """A network on `device` with its normalisation: pixels uint8 [b, 3, s, s] -> float32 outputs [b, C].
+    """A network with its normalisation, both on the device: pixels uint8 [b, 3, s, s] -> float32 outputs [b, C].
 
-    precision: fp32, or bf16 or fp16 under autocast. columns: int64 [C], the outputs to return, in that order; None for
-    all outputs.
+    columns: int64 [C], the outputs to return, in that order; None for all outputs.
     """
 
     def __init__(
         self,
         network: nn.Module,
+        context: EvalContext,
         *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        device: torch.device,
-        precision: str = "fp32",
+        mean: Sequence[float] | Tensor,
+        std: Sequence[float] | Tensor,
         columns: Tensor | None = None,
     ) -> None:
-        self.network, self.device, self.dtype = network, device, DTYPES[precision]
-        self.mean, self.std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
-        self.columns = None if columns is None else columns.to(device)
+        self.network, self.context = network, context
+        self.mean, self.std = (torch.as_tensor(x, device=context.device).view(3, 1, 1) for x in (mean, std))
+        self.columns = None if columns is None else columns.to(context.device)
+
+    @classmethod
+    def of(cls, network: Network, context: EvalContext, *, columns: Tensor | None = None) -> "Predictor":
+        """Move an opened network to the device and wrap it with its normalisation."""
+        module = network.module.to(context.device)
+        return cls(module, context, mean=network.mean, std=network.std, columns=columns)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return the outputs for pixels that are on the device."""
         x = normalize(to_float01(pixels), self.mean, self.std)  # [b, 3, s, s]
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        with self.context.autocast():
             outputs = self.network(x)
         return (outputs if self.columns is None else outputs[:, self.columns]).float()
 
 
 @torch.no_grad()
 def full_pass(
-    images: EvaluationImages,
-    look: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
-    *,
-    batch: int,
-    workers: int,
-    device: torch.device,
-    timeout_seconds: float = TIMEOUT_SECONDS,
+    images: EvaluationImages, process_batch: Callable[[Tensor, Tensor], tuple[Tensor, ...]], context: EvalContext
 ) -> tuple[Tensor, ...]:
-    """Return ids int64 [n], ascending, then the rows that `look` returned, on the CPU of every rank. Collective.
+    """Return ids int64 [n], ascending, then the rows that `process_batch` returned, on the CPU of every rank.
 
-    look: called with pixels uint8 [b, ...] and labels int64 [b] on `device`, with the same b each time; returns tensors
-    [b, ...]. batch: images at once on each rank. timeout_seconds: as in `load_batches`. Raises DataError if there are
-    no images, or one that cannot be decoded.
+    process_batch: called with pixels uint8 [b, ...] and labels int64 [b] on the device, with the same b each time;
+    returns tensors [b, ...]. Raises DataError if there are no images, or one that cannot be decoded and that `images`
+    do not replace. Collective.
     """
     if not len(images.samples):
         raise DataError("the shards hold no image to evaluate on", "name shards that hold labelled images")
     asked = images.samples.sort().values  # [n]
     assert (asked.diff() > 0).all(), "a sample is asked for twice"
-    batch = min(batch, len(asked))
+    batch = min(context.batch, len(asked))
     share = rank_share(images.samples, rank=distributed.rank(), world_size=distributed.world_size())
-    whole = F.pad(share, (0, -len(share) % batch), value=PADDING)
-    mine = EvaluationImages(images.index, whole, images.transform)
-    found, waiting = [], []
-    keywords = {"batch": batch, "workers": workers, "device": device, "timeout_seconds": timeout_seconds}
-    for pixels, labels, ids in exact_batches(mine, **keywords):
-        waiting.append((ids, *look(pixels, labels)))
+    mine = images.with_samples(F.pad(share, (0, -len(share) % batch), value=PADDING))
+    batches = exact_batches(
+        mine, batch=batch, workers=context.workers, device=context.device, timeout_seconds=context.timeout_seconds
+    )
+    parts, waiting = [], []
+    for pixels, labels, ids in batches:
+        waiting.append((ids, *process_batch(pixels, labels)))
         if len(waiting) == _TOGETHER:
-            found.append(_gather(waiting))
+            parts.append(_gather(waiting))
             waiting = []
     if waiting:
-        found.append(_gather(waiting))
-    ids, *rows = (torch.cat(part) for part in zip(*found, strict=True))
+        parts.append(_gather(waiting))
+    ids, *rows = (torch.cat(part) for part in zip(*parts, strict=True))
     order = ids.argsort()
     order = order[ids[order] != PADDING]  # [n]
     assert torch.equal(ids[order], asked), "the images that were seen are not those that were asked for"
@@ -111,4 +112,4 @@ def evaluation_mode(*networks: nn.Module) -> Iterator[None]:
 
 def _gather(waiting: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Return the rows of these batches from all ranks, on the CPU."""
-    return tuple(distributed.gather_rows(torch.cat(part)).cpu() for part in zip(*waiting, strict=True))
+    return tuple(distributed.all_gather_rows(torch.cat(part)).cpu() for part in zip(*waiting, strict=True))

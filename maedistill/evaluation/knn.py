@@ -13,15 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maedistill.data.images.transforms import normalize, to_float01
-from maedistill.data.loading.loader import CentreCrops, evaluation_batches
-from maedistill.data.loading.workers import TIMEOUT_SECONDS
-from maedistill.data.shards.index import ShardIndex
-from maedistill.machine import DTYPES
-from maedistill.machine import precision as resolve_precision
-from maedistill.methods.mae import MAE
+from maedistill.evaluation.features import Features
 from maedistill.processes import distributed
-from maedistill.randomness import Stream, key, permute
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07  # Wu et al., 2018
@@ -30,8 +23,7 @@ _CPU = torch.device("cpu")
 
 
 def knn_predictions(
-    bank: Tensor,
-    bank_labels: Tensor,
+    bank: Features,
     queries: Tensor,
     *,
     ks: Sequence[int],
@@ -40,95 +32,40 @@ def knn_predictions(
 ) -> Tensor:
     """Predict by the vote of the k nearest in the bank, weighted by exp(cosine / temperature): int64 [K, m].
 
-    bank [n, D] and queries [m, D] are features, bank_labels int64 [n], all on the CPU; each of ks is at most n. Ties go
-    to the lower class. The computation runs on `device`.
+    bank: n features with labels; queries [m, D]; both on the CPU. Each of ks is at most n. Ties go to the lower class.
+    The computation runs on `device`.
     """
-    assert all(1 <= k <= len(bank) for k in ks) and temperature > 0
-    num_classes = int(bank_labels.max()) + 1
-    found = []
+    rows, labels = bank
+    assert all(1 <= k <= len(rows) for k in ks) and temperature > 0
+    num_classes = int(labels.max()) + 1
+    predictions = []
     for part in queries.split(_QUERIES):
-        cosine, nearest = _nearest(bank, part.to(device), max(ks))  # [q, k], best first
-        voters = bank_labels.to(device)[nearest]  # [q, k]
+        cosine, nearest = _nearest(rows, part.to(device), max(ks))  # [q, k], best first
+        voters = labels.to(device)[nearest]  # [q, k]
         weights = ((cosine - cosine[:, :1]) / temperature).exp()  # relative to the best, so that exp cannot overflow
         votes = (torch.zeros(len(part), num_classes, device=device) for _ in ks)  # [q, C] each
         won = [v.scatter_add_(1, voters[:, :k], weights[:, :k]).argmax(1) for v, k in zip(votes, ks, strict=True)]
-        found.append(torch.stack(won).cpu())  # [K, q]
-    return torch.cat(found, dim=1)
+        predictions.append(torch.stack(won).cpu())  # [K, q]
+    return torch.cat(predictions, dim=1)
 
 
 def knn_counts(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor,
-    labels: Tensor,
-    *,
-    ks: Sequence[int],
-    temperature: float = TEMPERATURE,
-    device: torch.device,
+    bank: Features, queries: Features, *, ks: Sequence[int], temperature: float = TEMPERATURE, device: torch.device
 ) -> list[int]:
-    """Count for each k the queries whose label in `labels` wins the vote of `knn_predictions`. Collective.
+    """Count for each k the queries whose label wins the vote of `knn_predictions`. Collective.
 
     Every rank holds all features and classifies its share of the queries.
     """
-    share = torch.arange(len(queries))[distributed.rank() :: distributed.world_size()]
-    mine = knn_predictions(bank, bank_labels, queries[share], ks=ks, temperature=temperature, device=device)
-    right = (mine == labels[share]).sum(1)[None].to(device)  # [1, K]
-    return distributed.gather_rows(right).sum(0).tolist()
+    rows, labels = (part[distributed.rank() :: distributed.world_size()] for part in queries)
+    predictions = knn_predictions(bank, rows, ks=ks, temperature=temperature, device=device)
+    counts = (predictions == labels).sum(1)[None].to(device)  # [1, K]
+    return distributed.all_gather_rows(counts).sum(0).tolist()
 
 
-def knn_accuracy(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, *, k: int = NEIGHBOURS, device: torch.device
-) -> float:
+def knn_accuracy(bank: Features, queries: Features, *, k: int = NEIGHBOURS, device: torch.device) -> float:
     """Return the accuracy, in [0, 1], from `knn_counts`; k is at most the size of the bank. Collective."""
-    (count,) = knn_counts(bank, bank_labels, queries, labels, ks=[min(k, len(bank))], device=device)
-    return count / len(labels)
-
-
-def random_subset(index: ShardIndex, count: int, *, seed: int = 0) -> Tensor:
-    """Return at most `count` sample ids, a random choice fixed by the seed: int64 [min(count, n)]."""
-    return permute(torch.arange(min(count, len(index))), len(index), key(seed, Stream.ORDER))
-
-
-@torch.no_grad()
-def pooled_features(
-    method: MAE,
-    index: ShardIndex,
-    samples: Tensor,
-    *,
-    size: int,
-    share: float,
-    batch: int,
-    workers: int = 0,
-    precision: str = "fp32",
-    timeout_seconds: float = TIMEOUT_SECONDS,
-) -> tuple[Tensor, Tensor]:
-    """Return mean-pooled patch tokens of centre crops, each sample once on any number of ranks: [n, D], labels [n].
-
-    Each rank takes every world_size-th sample of a list padded to equal lengths, because ZeRO 3 needs equally many
-    forward passes on all ranks. The padding is removed after the gather. The result is on the CPU of every rank:
-    features in float32 whatever the `precision` of the forward pass (see `machine.precision`), labels in int64.
-    """
-    index.require_labels()
-    rank, world_size = distributed.rank(), distributed.world_size()
-    padded = len(samples) + -len(samples) % world_size
-    mine = samples[torch.arange(rank, padded, world_size) % len(samples)]
-    training, device = method.training, method.mean.device
-    dtype = DTYPES[resolve_precision(precision, device)]
-    method.eval()
-    rows, labels = [], []
-    crops = CentreCrops(index, mine, size=size, share=share)
-    keywords = {"batch": batch, "workers": workers, "device": device, "timeout_seconds": timeout_seconds}
-    for images, truth in evaluation_batches(crops, **keywords):
-        images = normalize(to_float01(images), method.mean, method.std)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            tokens, _ = method.encoder(images)  # [b, P + N, D]
-        rows.append(tokens[:, method.encoder.num_prefix :].float().mean(1))
-        labels.append(truth)
-    method.train(training)
-    gathered = [distributed.gather_rows(torch.cat(part)) for part in (rows, labels)]
-    return tuple(
-        part.unflatten(0, (world_size, -1)).transpose(0, 1).flatten(0, 1)[: len(samples)].cpu() for part in gathered
-    )
+    (count,) = knn_counts(bank, queries, ks=[min(k, len(bank[1]))], device=device)
+    return count / len(queries[1])
 
 
 def _nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -3,70 +3,39 @@
 MODEL, SHARDS -> Network, ShardIndex -> one full pass -> lines on stdout, JSON, CSV files, a picture
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from maedistill.data.loading.evaluation import EvaluationImages
 from maedistill.data.shards.index import ShardIndex, open_index
 from maedistill.evaluation.accuracy import Evaluation, evaluate, write_predictions
-from maedistill.evaluation.agreement import Agreement, TwoViews, evaluate_against, require_same_classes
+from maedistill.evaluation.agreement import Agreement, TwoViews, evaluate_against
 from maedistill.evaluation.calibration import BINS, calibrate
-from maedistill.evaluation.confusions import draw_confusions, worst_confusions
+from maedistill.evaluation.context import EvalContext, finish, metadata, print_data, print_main, print_network
+from maedistill.evaluation.full_pass import Predictor
 from maedistill.evaluation.latency import measure_latency
-from maedistill.evaluation.per_class import write_per_class
-from maedistill.evaluation.real_labels import open_real_labels
-from maedistill.evaluation.setting import (
-    EvalContext,
-    describe_data,
-    describe_input,
-    facts_of,
-    open_setting,
-    say,
-)
+from maedistill.evaluation.per_class import draw_confusions, worst_confusions, write_per_class
+from maedistill.evaluation.real_labels import count_real, open_real_labels
 from maedistill.processes import distributed
-from maedistill.runs.records import unwritable, write_text
+from maedistill.runs.records import unwritable
 from maedistill.weights.class_names import compare_names, subset_columns
-from maedistill.weights.classifier import open_classifier
 from maedistill.weights.from_run import Weights
-from maedistill.weights.network import Network
-
-
-@dataclass(frozen=True)
-class _Job:
-    """The networks and the shards of an evaluation.
-
-    columns: the outputs of network and teacher that are the shards' classes; None for all outputs.
-    """
-
-    network: Network
-    teacher: Network | None
-    index: ShardIndex
-    columns: tuple[Tensor | None, Tensor | None]
-
-    @property
-    def names(self) -> dict[int, str]:
-        """Return the known class names, by label."""
-        return dict(enumerate(self.index.classes or self.network.classes))
+from maedistill.weights.network import Network, open_network
 
 
 def score(
     model: str,
     shards: str,
+    context: EvalContext,
     *,
     index_file: str | None = None,
     weights: Weights = "model",
     image_size: int | None = None,
     crop: float | None = None,
-    batch: int = 64,
-    workers: int | None = None,
-    threads: int | None = None,
-    precision: str = "auto",
     against: str | None = None,
     subset: bool = False,
     real: bool = False,
@@ -76,96 +45,91 @@ def score(
 ) -> dict[str, Any]:
     """Evaluate `model` on `shards`, print the scorecard and return it. Collective.
 
-    image_size, crop: override the model's own. workers, threads: per process, by default its share of the cores.
-    against: a second classifier to compare with. subset: the shards hold only some of the model's classes, matched by
-    name. real: also score against the labels of ImageNet-ReaL. bins: number of bins of the calibration error. files:
-    paths for predictions, per_class, confusions and json. Raises subclasses of UserError.
+    image_size, crop: override the model's own. against: a second classifier to compare with. subset: the shards hold
+    only some of the model's classes, matched by name. real: also score against the labels of ImageNet-ReaL. bins:
+    number of bins of the calibration error. files: paths for predictions, per_class, confusions and json. Raises
+    subclasses of UserError.
     """
-    setting = open_setting(batch=batch, workers=workers, threads=threads, precision=precision)
-    network = distributed.main_first(lambda: open_classifier(model, weights=weights, image_size=image_size))
+    network = distributed.main_first(lambda: open_network(model, "classifier", weights=weights, image_size=image_size))
     network = replace(network, crop=crop or network.crop)
-    teacher = distributed.main_first(lambda: open_classifier(against)) if against else None
+    teacher = distributed.main_first(lambda: open_network(against, "classifier")) if against else None
     index = distributed.main_first(lambda: open_index(shards, index=index_file))
-    say(*_head(network, teacher, index, shards))
-    subject = _Job(network, teacher, index, _columns(network, teacher, index, subset=subset))
+    print_network("model", network)
+    if teacher is not None:
+        print_network("vs.", teacher)
+    print_data("data", index, shards)
+    predictors = _open_predictors([network, teacher] if teacher else [network], index, context, subset=subset)
     real_labels = open_real_labels(index, num_classes=network.num_classes) if real else None
 
-    evaluation, agreement = _evaluate(subject, setting)
-    calibration = calibrate(evaluation.confidences, evaluation.predictions[:, 0] == evaluation.labels, bins=bins)
-    reassessed = real_labels.score(evaluation) if real_labels else None
-    lines = [f"result   {evaluation.line()}", f"sure     {calibration.line()}"]
-    lines += [f"real     {reassessed.line()}"] if reassessed else []
-    lines += [f"against  {agreement.line()}"] if agreement else []
-    say(*lines)
-    scorecard = facts_of(network) | {"fingerprint": index.fingerprint()} | setting.facts
-    scorecard |= evaluation.facts() | calibration.facts() | (reassessed.facts() if reassessed else {})
-    scorecard |= {"against": teacher.name, **agreement.facts()} if agreement else {}
-    scorecard |= _time(network, setting) if latency else {}
-    distributed.on_main(lambda: _write(files, evaluation, subject, scorecard))
-    distributed.barrier()  # a launcher ends the others when one rank exits, so all ranks exit together
-    return scorecard
+    evaluation, agreement = _evaluate(predictors, network, teacher, index, context)
+    parts = {
+        "result": evaluation.score,
+        "calibration": calibrate(evaluation.confidences, evaluation.predictions[:, 0] == evaluation.labels, bins=bins),
+        "real": count_real(evaluation, real_labels) if real else None,
+        f"vs. {against}:": agreement,
+    }
+    result = metadata(network, context) | {"fingerprint": index.fingerprint()}
+    for label, part in parts.items():
+        if part is not None:
+            print_main(label, part.line())
+            result |= part.metrics()
+    result |= {"vs": teacher.name} if teacher else {}
+    result |= _time(network, context) if latency else {}
+    distributed.on_main(lambda: _write(files, evaluation, network, index))
+    return finish(result, files.get("json"))
 
 
-def _head(network: Network, teacher: Network | None, index: ShardIndex, shards: str) -> list[str]:
-    """Describe the models, their input and the data, one line each."""
-    lines = [f"model    {network.describe()}", f"input    {describe_input(network)}"]
-    lines += [f"against  {teacher.describe()}", f"input    {describe_input(teacher)}"] if teacher else []
-    return [*lines, f"data     {describe_data(index, shards)}"]
-
-
-def _columns(
-    network: Network, teacher: Network | None, index: ShardIndex, *, subset: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the outputs of both networks that are classes of the shards; print warnings about their class names."""
-    found: list[Tensor | None] = [None, None]
-    if teacher and not subset:
-        require_same_classes(network.num_classes, teacher.num_classes)
-    for i, one in enumerate(one for one in (network, teacher) if one):
+def _open_predictors(
+    networks: Sequence[Network], index: ShardIndex, context: EvalContext, *, subset: bool
+) -> list[Predictor]:
+    """Return predictors of the classes of the shards; print warnings about class names."""
+    predictors = []
+    for network in networks:
+        columns, names = None, {"num_known": network.num_classes, "model": network.name}
         if subset:
-            found[i] = subset_columns(one.classes, index.classes, num_known=one.num_classes, model=one.name)
-            say(f"classes  {len(found[i]):,} of the {one.num_classes:,} of {one.name}, matched by name")
+            columns = subset_columns(network.classes, index.classes, **names)
+            print_main("classes", f"{len(columns):,} of the {network.num_classes:,} of {network.name}, matched by name")
         else:
-            say(*compare_names(one.classes, index.classes, num_known=one.num_classes, model=one.name))
-    return found[0], found[1]
+            for message in compare_names(network.classes, index.classes, **names):
+                print_main("warning", message)
+        predictors.append(Predictor.of(network, context, columns=columns))
+    return predictors
 
 
-def _evaluate(subject: _Job, setting: EvalContext) -> tuple[Evaluation, Agreement | None]:
+def _evaluate(
+    predictors: Sequence[Predictor], network: Network, teacher: Network | None, index: ShardIndex, context: EvalContext
+) -> tuple[Evaluation, Agreement | None]:
     """Evaluate every image of the index, preprocessed as each network expects."""
-    network, teacher, (columns, teacher_columns) = subject.network, subject.teacher, subject.columns
-    samples = torch.arange(len(subject.index))
+    transform = TwoViews(network.transform(), teacher.transform()) if teacher else network.transform()
+    images = EvaluationImages(index, torch.arange(len(index)), transform)
     if teacher is None:
-        images = EvaluationImages(subject.index, samples, network.transform())
-        how = {"mean": network.mean, "std": network.std, "precision": setting.precision, "columns": columns}
-        return evaluate(network.module.to(setting.device), images, **how, **setting.loop), None
-    images = EvaluationImages(subject.index, samples, TwoViews(network.transform(), teacher.transform()))
-    viewers = setting.view(network, columns=columns), setting.view(teacher, columns=teacher_columns)
-    return evaluate_against(*viewers, images, sizes=(network.size, teacher.size), **setting.loop)
+        return evaluate(*predictors, images, context), None
+    return evaluate_against(*predictors, images, context, sizes=(network.size, teacher.size))
 
 
-def _time(network: Network, setting: EvalContext) -> dict[str, float]:
+def _time(network: Network, context: EvalContext) -> dict[str, float]:
     """Time the network on rank 0 and print the result."""
-    how = {"batch": setting.batch, "device": setting.device, "precision": setting.precision}
-    speed = distributed.on_main(lambda: measure_latency(network.module, size=network.size, **how))
-    say(
-        f"speed    {speed['latency_ms']:.2f} ms for one image (median; 90 % within {speed['latency_p90_ms']:.2f} ms), "
-        f"{speed['images_per_second']:.1f} images/s at batch {setting.batch}, {setting.precision} on "
-        f"{setting.device_name}"
+    speed = distributed.on_main(lambda: measure_latency(network.module, context, size=network.size))
+    print_main(
+        "speed",
+        f"{speed['latency_ms']:.2f} ms for one image (median; 90 % within {speed['latency_p90_ms']:.2f} ms), "
+        f"{speed['images_per_second']:.1f} images/s at batch {context.batch}, {context.precision} on "
+        f"{context.device_name}",
     )
     return speed
 
 
-def _write(files: Mapping[str, Path | None], evaluation: Evaluation, subject: _Job, scorecard: dict[str, Any]) -> None:
-    """Write each file whose path is set."""
+def _write(files: Mapping[str, Path | None], evaluation: Evaluation, network: Network, index: ShardIndex) -> None:
+    """Write the tables and the picture whose paths are set."""
+    names = dict(enumerate(index.classes or network.classes))
     if file := files.get("predictions"):
-        write_predictions(file, evaluation, subject.index)
+        write_predictions(file, evaluation, index)
     if file := files.get("per_class"):
-        write_per_class(file, evaluation, subject.names)
+        write_per_class(file, evaluation, names)
     if file := files.get("confusions"):
-        images = EvaluationImages(subject.index, evaluation.ids, subject.network.transform())
-        sheet = draw_confusions(worst_confusions(evaluation), images, subject.names)
+        images = EvaluationImages(index, evaluation.ids, network.transform())
+        sheet = draw_confusions(worst_confusions(evaluation), images, names)
         try:
             sheet.save(file, format="PNG")
         except OSError as error:
             raise unwritable(file, error) from error
-    if file := files.get("json"):
-        write_text(file, json.dumps(scorecard, indent=1) + "\n")

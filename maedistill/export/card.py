@@ -31,12 +31,11 @@ METHODS = {
     "amd": "by asymmetric masked distillation (AMD, Zhao et al., CVPR 2024)",
     "tinymim": "as a masked autoencoder that imitates token relations (after TinyMIM, Ren et al., CVPR 2023)",
 }
-AppendOnlyFile = list[str]
 
 
 def model_card(saved: RunNetwork, vit: VisionTransformer, *, weights: Weights = "model") -> str:
     """Return the Markdown card of `vit`, the network of `saved` in its exported form."""
-    facts, folder = saved.facts, saved.folder
+    facts, folder = saved.metadata, saved.folder
     config = folder.load_config() if folder.config.exists() else None
     step = int(saved.checkpoint.name.removeprefix("step_"))
     records = [record for record in read_metrics(folder.path) if record["step"] <= step]
@@ -96,7 +95,7 @@ def _summary(facts: Mapping[str, Any], vit: VisionTransformer) -> str:
     )
 
 
-def _origin(facts: Mapping[str, Any]) -> AppendOnlyFile:
+def _origin(facts: Mapping[str, Any]) -> list[str]:
     """List the weights that the network derives from, their license, and the training images."""
     origin, teacher, lines = facts.get("origin") or {}, facts.get("teacher"), []
     if facts["stage"] == "finetune":
@@ -131,7 +130,7 @@ def _training(
     vit: VisionTransformer,
     step: int,
     weights: Weights,
-) -> AppendOnlyFile:
+) -> list[str]:
     averaged = ", the moving average of the weights" if weights == "ema" else ""
     lines = [f"- These weights: the checkpoint after step {step:,}{averaged}."]
     if config is None:
@@ -158,7 +157,7 @@ def _schedule(config: PretrainConfig | FinetuneConfig) -> str:
     )
 
 
-def _pretraining(config: PretrainConfig, vit: VisionTransformer) -> AppendOnlyFile:
+def _pretraining(config: PretrainConfig, vit: VisionTransformer) -> list[str]:
     num_patches = vit.patch_embed.num_patches
     student, teacher = mask_sizes(config, num_patches)
     sees = f"the student sees {student} of {num_patches} patches"
@@ -183,7 +182,7 @@ def _pretraining(config: PretrainConfig, vit: VisionTransformer) -> AppendOnlyFi
     ]
 
 
-def _finetuning(config: FinetuneConfig) -> AppendOnlyFile:
+def _finetuning(config: FinetuneConfig) -> list[str]:
     data, augment, (low, high) = config.data, config.augment, config.data.crop_scale
     share = f"; trained on {data.label_fraction:.3g} of each class's labels" if data.label_fraction < 1 else ""
     mixing = f"mixup {augment.mixup:g}, cutmix {augment.cutmix:g}" if augment.mixes else "no mixing"
@@ -198,7 +197,7 @@ def _finetuning(config: FinetuneConfig) -> AppendOnlyFile:
     ]
 
 
-def _features(records: Sequence[Mapping[str, Any]], config: PretrainConfig | None, weights: Weights) -> AppendOnlyFile:
+def _features(records: Sequence[Mapping[str, Any]], config: PretrainConfig | None, weights: Weights) -> list[str]:
     """Report the losses and kNN accuracy of a pre-trained student."""
     losses = next((record for record in reversed(records) if "loss" in record), None)
     probe = next((record for record in reversed(records) if "knn" in record), None)
@@ -215,7 +214,7 @@ def _features(records: Sequence[Mapping[str, Any]], config: PretrainConfig | Non
     return [*(lines or ["- No measurement is recorded."]), "- No accuracy after fine-tuning is recorded for this run."]
 
 
-def _accuracy(records: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], weights: Weights) -> AppendOnlyFile:
+def _accuracy(records: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], weights: Weights) -> list[str]:
     """Report top-1 and top-5 of a fine-tuned network."""
     prefix = "ema_" if weights == "ema" else ""
     last = next((record for record in reversed(records) if f"{prefix}top1" in record), None)
@@ -230,7 +229,7 @@ def _accuracy(records: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], we
     ]
 
 
-def _use(facts: Mapping[str, Any], vit: VisionTransformer) -> AppendOnlyFile:
+def _use(facts: Mapping[str, Any], vit: VisionTransformer) -> list[str]:
     gives = f"[1, {vit.num_classes}] logits" if vit.num_classes else f"[1, {vit.embed_dim}] features"
     seen = facts["input"]
     return [
@@ -251,7 +250,7 @@ def _use(facts: Mapping[str, Any], vit: VisionTransformer) -> AppendOnlyFile:
     ]
 
 
-def _limits(facts: Mapping[str, Any], vit: VisionTransformer) -> AppendOnlyFile:
+def _limits(facts: Mapping[str, Any], vit: VisionTransformer) -> list[str]:
     lines = [
         f"- Trained at {facts['input']['size']} px with the normalisation above; what others give is not recorded.",
         "- Nothing is recorded on other data sets, robustness, calibration or fairness.",

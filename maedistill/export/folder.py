@@ -26,7 +26,7 @@ from timm.models.vision_transformer import VisionTransformer
 from maedistill.errors import ConfigError, DataError
 from maedistill.export.card import model_card
 from maedistill.runs.folder import RunFolder
-from maedistill.weights.from_run import RunNetwork, Weights, open_saved
+from maedistill.weights.from_run import RunNetwork, Weights, open_run
 
 Pooling = Literal["avg", "token"]
 RECORD = "export.json"
@@ -42,7 +42,7 @@ def export(
 ) -> Path:
     """Write the network of a run folder to `out`, by default RUN/export, and return that folder.
 
-    weights: `ema` for the moving average. pooling: the output of a pre-trained student, [B, D], after its own norm:
+    weights: `ema` for the moving average. global_pool: the output of a pre-trained student, [B, D], after its own norm:
     `avg`, the mean of the patch tokens (the default), or `token`, the class token. A fine-tuned network is exported
     unchanged, with its classifier: [B, C]. An earlier export in `out` is replaced.
     Raises ConfigError if `out` holds anything else or the network does not support the pooling, DataError if the folder
@@ -53,7 +53,7 @@ def export(
     out = Path(os.path.normpath(os.path.expanduser(out))) if out is not None else folder.path / "export"
     try:
         _require_free(out)
-        saved = open_saved(folder.path, weights=weights)
+        saved = open_run(folder.path, weights=weights)
         _replace(out.resolve(), saved, _with_pooling(saved, global_pool), weights)
     except (OSError, SafetensorError) as error:
         raise DataError(
@@ -63,7 +63,7 @@ def export(
 
 
 def read_record(out: Path) -> dict[str, Any]:
-    """Read export.json: run, stage, checkpoint, weights, pooling, license, max_difference, values, versions.
+    """Read export.json: run, stage, checkpoint, weights, global_pool, license, max_difference, values, versions.
 
     values: how many numbers were compared.
     """
@@ -108,8 +108,8 @@ def _remove_leftover(folder: Path) -> None:
 
 def _with_pooling(saved: RunNetwork, global_pool: Pooling | None) -> VisionTransformer:
     """Return the network to export: a fine-tuned one unchanged, a pre-trained one with the requested pooling."""
-    path, network = saved.folder.path, saved.facts["network"]
-    if saved.facts["stage"] == "finetune":
+    path, network = saved.folder.path, saved.metadata["network"]
+    if saved.metadata["stage"] == "finetune":
         if global_pool not in (None, saved.vit.global_pool):
             raise ConfigError(
                 f"{path} was fine-tuned with {saved.vit.global_pool} pooling: its classifier reads nothing else",
@@ -129,7 +129,7 @@ def _with_pooling(saved: RunNetwork, global_pool: Pooling | None) -> VisionTrans
 
 def _fill(folder: Path, saved: RunNetwork, vit: VisionTransformer, weights: Weights) -> None:
     """Write the four files. export.json comes last, after the comparison that it records."""
-    facts, seen = saved.facts, saved.facts["input"]
+    facts, seen = saved.metadata, saved.metadata["input"]
     size = vit.patch_embed.img_size[0]
     assert size == seen["size"], f"run.json: the network takes {size} px, its input is {seen['size']}"
     data = {"input_size": (3, size, size), "mean": seen["mean"], "std": seen["std"], "crop_pct": seen["crop"]}

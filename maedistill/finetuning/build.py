@@ -1,5 +1,7 @@
 """Builds the objects of a fine-tuning run from its config. Code outside the builders takes plain arguments."""
 
+from dataclasses import replace
+
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -7,8 +9,7 @@ from torch import Tensor, nn
 
 from maedistill.config.architectures import architecture_of
 from maedistill.config.finetune import FinetuneConfig
-from maedistill.data.images.augment import RandAugment
-from maedistill.data.images.mixing import Mixing
+from maedistill.data.images.augment import Mixing, RandAugment
 from maedistill.data.loading.loader import RandomCrops
 from maedistill.data.loading.order import SampleOrder
 from maedistill.data.shards.index import ShardIndex
@@ -16,24 +17,27 @@ from maedistill.errors import ConfigError
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
 from maedistill.models.positions import position_table
+from maedistill.weights.from_file import SPEC_FIELDS, EncoderSpec
 from maedistill.weights.from_run import describe_network
-from maedistill.weights.source import Source, open_source
+from maedistill.weights.network import Network, open_network
 
 Triple = tuple[float, float, float]
 
 
-def build_init_source(config: FinetuneConfig) -> Source | None:
+def build_init_source(config: FinetuneConfig) -> Network | None:
     """Open the weights that fine-tuning starts from, positions resampled to its image size; None from scratch."""
-    init, student = config.init, config.student
+    init, student, image_size = config.init, config.student, config.data.image_size
     if init.source is None:
         return None
-    keywords: dict[str, object] = init.model_dump(exclude={"source"})
-    if init.source.startswith("file:"):
-        keywords |= student.model_dump(exclude={"drop_path", "global_pool", "class_token"})
-    return open_source(init.source, section="init", image_size=config.data.image_size, **keywords)
+    described = student.model_dump(include=SPEC_FIELDS)
+    spec = EncoderSpec(**described, pos_embed=init.pos_embed, sha256=init.sha256)
+    network = open_network(
+        init.source, "encoder", image_size=image_size, spec=spec, section="init", size_key="data.image_size"
+    )
+    return replace(network, license=init.license or network.license)
 
 
-def build_classifier(config: FinetuneConfig, source: Source | None, *, num_classes: int) -> VisionTransformer:
+def build_classifier(config: FinetuneConfig, source: Network | None, *, num_classes: int) -> VisionTransformer:
     """Build the network with a fresh head, on the source's weights or initialised from the seed. Positions are trained.
 
     The head starts near 0, as in MAE. Standardised logits are divided by their spread, so there the head starts with
@@ -86,12 +90,11 @@ def _from_scratch(config: FinetuneConfig, num_classes: int) -> VisionTransformer
     return vit
 
 
-def _from_source(config: FinetuneConfig, source: Source, num_classes: int) -> VisionTransformer:
+def _from_source(config: FinetuneConfig, source: Network, num_classes: int) -> VisionTransformer:
     """Build a network with the source's weights but a fresh classifier; parameters without weights keep timm's init."""
     student, encoder = config.student, source.encoder
     _require_same_shape(config, encoder)
     _require_class_token(config, encoder.vit)
-    _require_whole_patches(config, encoder)
     network = describe_network(encoder.vit)
     changes = {"num_classes": num_classes, "global_pool": student.global_pool, "fc_norm": student.global_pool == "avg"}
     vit = timm.create_model(network["name"], **network["arguments"] | changes | {"drop_path_rate": student.drop_path})
@@ -111,28 +114,16 @@ def _require_class_token(config: FinetuneConfig, vit: VisionTransformer) -> None
         )
 
 
-def _require_whole_patches(config: FinetuneConfig, encoder: MaskedEncoder) -> None:
-    """Raise ConfigError unless the source's patches tile the image; often only the source knows their size."""
-    size, patch = config.data.image_size, encoder.patch_size
-    if size % patch:
-        raise ConfigError(
-            f"data.image_size: the patches of {config.init.source}, {patch} px wide, do not divide {size} px",
-            f"use {max(1, round(size / patch)) * patch}",
-        )
-
-
 def _require_same_shape(config: FinetuneConfig, encoder: MaskedEncoder) -> None:
     """Raise ConfigError unless the config's student matches the source's network: a recipe fits one size."""
-    said = config.student.model_dump(
-        include={"num_heads", "patch_size", "class_token", "register_tokens", "width", "depth"}
-    )
-    expected = {name: value for name, value in said.items() if value is not None}
+    names = {"num_heads", "patch_size", "class_token", "register_tokens", "width", "depth"}
+    expected = config.student.model_dump(include=names, exclude_none=True)
     if config.student.model is not None:
         architecture = architecture_of(config.student.model, config.student)
         if architecture is not None:
             expected |= {"width": architecture.width, "depth": architecture.depth}
     vit = encoder.vit
-    found = {
+    actual = {
         "width": encoder.width,
         "depth": encoder.depth,
         "num_heads": getattr(getattr(vit.blocks[0], "attn", None), "num_heads", None),
@@ -141,9 +132,9 @@ def _require_same_shape(config: FinetuneConfig, encoder: MaskedEncoder) -> None:
         "register_tokens": 0 if vit.reg_token is None else vit.reg_token.shape[1],
     }
     for name, value in expected.items():
-        if found[name] != value:
+        if actual[name] != value:
             raise ConfigError(
-                f"init.source: {config.init.source} has {name} {found[name]}, student.{name} or the recipe's "
+                f"init.source: {config.init.source} has {name} {actual[name]}, student.{name} or the recipe's "
                 f"student.model says {value}",
                 f"use the recipe of the source's size, or let the source say: student.model=null student.{name}=null",
             )

@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from maedistill.finetuning.outputs import Outputs, RequestedOutputs, view
+from maedistill.finetuning.outputs import Outputs, RequestedOutputs, forward_outputs
 from maedistill.finetuning.supervised import Supervised
 from maedistill.finetuning.terms import Parts, Term
 from maedistill.methods.mae import Losses
@@ -23,40 +23,42 @@ class Distilled(Supervised):
         vit: VisionTransformer,
         terms: Mapping[str, Term],
         *,
-        wanted: RequestedOutputs,
+        requested: RequestedOutputs,
         label_weight: float,
         scheduled: Collection[str] = (),
     ) -> None:
-        """Set up the module. wanted: the student's outputs that the terms need, logits included. scheduled: terms whose
-        weights change over time; these weights are logged beside the losses.
+        """Set up the module. requested: the student's outputs that the terms need, logits included. scheduled: terms
+        whose weights change over time; these weights are logged beside the losses.
         """
         super().__init__(vit)
-        assert wanted.logits
+        assert requested.logits
         self.terms = nn.ModuleDict(terms)
-        self.wanted, self.label_weight, self.scheduled = wanted, label_weight, frozenset(scheduled)
+        self.requested, self.label_weight, self.scheduled = requested, label_weight, frozenset(scheduled)
 
     def forward(self, images: Tensor, targets: Tensor, teachers: Sequence[Outputs], weights: Tensor) -> Losses:
         """Return scalar losses. images: normalised, mixed, [B, 3, s, s]. targets: rows that sum to 1, [B, C]. teachers:
         their outputs on the same images; empty if every weight is 0. weights: of the terms in this step, [K].
         """
-        seen = view(self.vit, images, self.wanted)
-        seen["logits"] = seen["logits"].float()
+        outputs = forward_outputs(self.vit, images, self.requested)
+        outputs["logits"] = outputs["logits"].float()
         losses: Losses = {}
         total = weights.new_zeros(())
         if self.label_weight:
-            losses["cross_entropy"] = self.cross_entropy(seen["logits"], targets)
+            losses["cross_entropy"] = self.cross_entropy(outputs["logits"], targets)
             total = self.label_weight * losses["cross_entropy"]
         labels = targets.argmax(dim=1)  # [B]: for a mixed image, the class with the larger share
         for i, term in enumerate(self.terms.values() if teachers else ()):
-            parts = _mean([term(seen, teacher, labels, number=n) for n, teacher in enumerate(teachers)])
+            parts = _mean_over_teachers(
+                [term(outputs, teacher, labels, number=n) for n, teacher in enumerate(teachers)]
+            )
             losses |= parts
             total = total + weights[i] * term.total(parts)
         if not teachers:
-            total = total + sum(term.idle(seen) for term in self.terms.values())
+            total = total + sum(term.zero_loss(outputs["logits"]) for term in self.terms.values())
         losses |= {f"weight/{name}": weights[i] for i, name in enumerate(self.terms) if name in self.scheduled}
         return {"loss": total, **losses}
 
 
-def _mean(each: Sequence[Parts]) -> Parts:
+def _mean_over_teachers(each: Sequence[Parts]) -> Parts:
     """Average the parts of a term over teachers; the parts of all teachers have the same names."""
     return {name: torch.stack([parts[name] for parts in each]).mean() for name in each[0]}

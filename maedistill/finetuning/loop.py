@@ -11,18 +11,17 @@ therefore needs only the step, and reproduces every bit.
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.data.images.augment import seed_generators
-from maedistill.data.loading.loader import training_batches
 from maedistill.evaluation.accuracy import evaluate
+from maedistill.evaluation.context import EvalContext
+from maedistill.evaluation.full_pass import Predictor
 from maedistill.finetuning.build import build_labelled_crops
 from maedistill.finetuning.setup import Finetuning, open_finetuning
-from maedistill.machine import precision
 from maedistill.processes import distributed
 from maedistill.randomness import Stream
 from maedistill.report.run_report import write_finetune_report
-from maedistill.runs.folder import RunFolder
-from maedistill.runs.metrics import Averages, MetricsFile
+from maedistill.runs.metrics import MetricsFile
 from maedistill.runs.run import Run
-from maedistill.runs.start import joined, start_run
+from maedistill.runs.start import run_stage
 
 
 def finetune(config: FinetuneConfig, *, fresh: bool = False, extend: bool = False) -> None:
@@ -31,53 +30,32 @@ def finetune(config: FinetuneConfig, *, fresh: bool = False, extend: bool = Fals
     fresh: refuse a folder that already holds a run. extend: allow a larger number of epochs.
     Raises subclasses of UserError; RUN/exit.json records how the run ended.
     """
-    folder = RunFolder(config.run)
-    with joined(config, folder) as peers:
-        parts = open_finetuning(config, world_size=distributed.world_size(), device=distributed.device())
-        with start_run(parts, folder, peers, fresh=fresh, extend=extend) as run, run.resume() as metrics:
-            train(run, parts, metrics)
-        report = distributed.on_main(lambda: write_finetune_report(folder))
-        if distributed.is_main():
-            print(f"done: {report}", flush=True)
+    run_stage(
+        config, open_stage=open_finetuning, train=train, write_report=write_finetune_report, fresh=fresh, extend=extend
+    )
 
 
 def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
     """Run the training loop to the end of the run. Collective."""
     config, plan, engine, rank = parts.config, parts.plan, run.engine, distributed.rank()
     crops = build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean)
-    batches = training_batches(
-        crops,
-        run.step,
-        plan.steps,
-        plan=plan.batch,
-        rank=rank,
-        world_size=distributed.world_size(),
-        workers=run.workers,
-        device=run.device,
-        timeout_seconds=config.data.timeout_seconds,
-        max_batch_wait=run.max_batch_wait,
-    )
-    averages = Averages()
+    batches = run.batches(crops)
 
     for step in range(run.step, plan.steps):
         run.schedule.step_update(step)
         for micro in range(plan.batch.accumulation):
-            with run.clock.waiting():
-                batch = next(batches)
-            run.peers.beat(step)
+            batch = run.next(batches)
             seed_generators(config.seed, Stream.NETWORK, step, micro, rank)  # erasing, mixing, drop path
             images, targets = parts.inputs(batch)  # [m, 3, s, s], [m, C]
             losses = engine(images, targets, *parts.teacher_outputs(images, step))  # teachers see the same mixed images
             engine.backward(losses["loss"])
             engine.step()
-            averages.add(losses)
-            run.clock.images += len(images)
-            run.replaced += batch.bad
+            run.count(batch, losses)
         run.end_step(crops)
 
         # Log: the only place where the host waits for the device.
         if run.should_log:
-            run.log(averages, metrics)
+            run.log(metrics)
 
         # Evaluate, save: each on its own period, neither counted as training time. Saving comes last: otherwise a
         # run killed during the evaluation would resume after it, and the evaluation would be missing.
@@ -92,19 +70,17 @@ def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
 def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
     """Measure top-1 and top-5 on every validation image, for the weights and their moving average. Collective."""
     networks = {"": parts.module.vit} | ({"ema_": run.ema.module.vit} if run.ema is not None else {})
+    context = EvalContext(
+        device=run.device,
+        batch=parts.plan.batch.micro_batch,
+        workers=run.workers,
+        precision=parts.config.engine.precision,
+        timeout_seconds=parts.config.data.timeout_seconds,
+    )
     for prefix, network in networks.items():
-        found = evaluate(
-            network,
-            parts.validation(),
-            mean=parts.mean,
-            std=parts.std,
-            batch=parts.plan.batch.micro_batch,
-            workers=run.workers,
-            device=run.device,
-            precision=precision(parts.config.engine.precision, run.device),
-            timeout_seconds=parts.config.data.timeout_seconds,
-        )
+        predictor = Predictor(network, context, mean=parts.mean, std=parts.std)
+        score = evaluate(predictor, parts.validation(), context).score
         if metrics is not None:
-            values = {"top1": found.top1, "top5": found.top5, "images": found.images, "val_loss": found.loss}
+            values = {"top1": score.top1, "top5": score.top5, "images": score.images, "val_loss": score.loss}
             metrics.write(run.step, {"epoch": run.epoch, **{prefix + name: value for name, value in values.items()}})
-            print(f"epoch {run.epoch:.1f}  {prefix.replace('_', ' ')}{found.line()}", flush=True)
+            print(f"epoch {run.epoch:.1f}  {prefix.replace('_', ' ')}{score.line()}", flush=True)

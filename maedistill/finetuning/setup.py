@@ -1,6 +1,5 @@
 """The parts of a fine-tuning run before its engine exists: data, network and recipe. Also the dry run."""
 
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,19 +11,17 @@ from torch import Tensor
 
 from maedistill.config.batch import world_size_from_environment
 from maedistill.config.finetune import FinetuneConfig
-from maedistill.data.images.augment import seed_generators
-from maedistill.data.images.mixing import Mixing
+from maedistill.data.images.augment import Mixing, seed_generators
 from maedistill.data.images.transforms import normalize, random_flip, to_float01
 from maedistill.data.loading.batch import Batch
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
-from maedistill.data.loading.subset import label_subset
+from maedistill.data.loading.order import label_subset
 from maedistill.data.remote.cache import set_cache
 from maedistill.data.shards.index import ShardIndex, open_index
 from maedistill.data.shards.reader import require_room, sample_name
 from maedistill.errors import ConfigError, DataError
 from maedistill.finetuning.build import build_classifier, build_init_source, build_labelled_crops, build_mixing
 from maedistill.finetuning.build_teachers import (
-    TeacherSource,
     build_module,
     build_teaching,
     distillation_lines,
@@ -33,16 +30,15 @@ from maedistill.finetuning.build_teachers import (
 from maedistill.finetuning.distilled import Distilled
 from maedistill.finetuning.outputs import is_plain_vit
 from maedistill.finetuning.supervised import Supervised
-from maedistill.finetuning.teacher_ensemble import TeacherEnsemble
-from maedistill.machine import DTYPES, precision
+from maedistill.finetuning.teacher import TeacherEnsemble, TeacherSource
 from maedistill.processes import distributed
-from maedistill.runs.folder import RunFolder
-from maedistill.runs.plan import Plan, make_plan, measured_lines, num_params_m, plan_lines
+from maedistill.runs.dry_run import dry_run as plan_and_try
+from maedistill.runs.plan import Plan, make_plan, num_params_m, plan_lines
 from maedistill.training.compilation import compile_module
 from maedistill.training.optim import layer_rates, layerwise_groups, parameter_groups
 from maedistill.weights.from_run import describe_network
 from maedistill.weights.license import combined_license
-from maedistill.weights.source import Source
+from maedistill.weights.network import Network
 
 Triple = tuple[float, float, float]
 _SPARSE = 10  # labels are suspect if fewer than 1 in 10 of the ids up to the largest one occur
@@ -62,7 +58,7 @@ class Finetuning:
     samples: Tensor
     num_classes: int
     module: Supervised
-    source: Source | None
+    source: Network | None
     mean: Triple
     std: Triple
     device: torch.device
@@ -95,7 +91,7 @@ class Finetuning:
             "teacher": "; ".join(teacher.describe() for teacher in self.teachers) or None,
             "teacher_weights": [teacher.fingerprint for teacher in self.teachers],
             "license": combined_license(
-                [*([source.license] if source else []), *(teacher.classifier.license for teacher in self.teachers)]
+                [*([source.license] if source else []), *(teacher.network.license for teacher in self.teachers)]
             ),
         }
 
@@ -190,10 +186,14 @@ def dry_run(config: FinetuneConfig) -> None:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = open_finetuning(config, world_size=world_size_from_environment(), device=device)
-    RunFolder(config.run).check(config, parts.facts, fresh=False, extend=False)
-    lines = parts.lines
-    lines += measured_lines(config, parts.plan, parts.module, lambda count: _trial(parts, count), device=device)
-    print("\n".join(lines) + "\nnothing was started: dry run", flush=True)
+    heaviest_step = parts.teaching.heaviest_step if parts.teaching is not None else 0
+
+    def module_inputs(batch: Batch) -> tuple[Any, ...]:
+        seed_generators(config.seed)
+        images, targets = parts.inputs(batch)
+        return images, targets, *parts.teacher_outputs(images, heaviest_step)
+
+    plan_and_try(parts, build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean), module_inputs)
 
 
 def _open_data(config: FinetuneConfig) -> tuple[ShardIndex, ShardIndex]:
@@ -240,26 +240,3 @@ def _require_dense(index: ShardIndex) -> None:
             f"labels go up to {largest:,}, first {first}, but only {found} of these classes occur",
             f"mend the label, or set data.num_classes={largest + 1} if it is meant",
         )
-
-
-def _trial(parts: Finetuning, count: int) -> tuple[float, float]:
-    """Return the seconds to load `count` images, and of one forward and backward pass after a warm-up pass."""
-    config = parts.config
-    start = time.perf_counter()
-    crops = build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean)
-    batch = crops.__getitems__(list(range(count))).to(parts.device)
-    loading = time.perf_counter() - start
-    dtype = DTYPES[precision(config.engine.precision, parts.device)]
-    for _ in range(2):
-        start = time.perf_counter()
-        seed_generators(config.seed)
-        images, targets = parts.inputs(batch)
-        teacher_outputs = parts.teacher_outputs(
-            images, parts.teaching.heaviest_step if parts.teaching is not None else 0
-        )
-        with torch.autocast(parts.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            loss = parts.module(images, targets, *teacher_outputs)["loss"]
-        loss.backward()
-        loss.item()  # waits for the device
-        seconds = time.perf_counter() - start
-    return loading, seconds

@@ -1,39 +1,56 @@
-"""A frozen teacher of fine-tuning: it adapts the student's images to its own input and runs only as deep as needed.
+"""The frozen teachers of fine-tuning. Each adapts the student's images to its own input, and runs as deep as needed.
 
     student's images, normalised, mixed -> back to pixels -> the teacher's size -> its normalisation -> Outputs
 
-B batch   s, t image sides of student and teacher   C classes of the student   g side of the student's grid
+B batch   s image side of the student   C classes of the student   g side of the student's grid
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as vision
-from torchvision.transforms.v2.functional import InterpolationMode
 
-from maedistill.data.images.transforms import normalize
-from maedistill.finetuning.outputs import Outputs, RequestedOutputs, view
+from maedistill.config.distill import Term
+from maedistill.finetuning.outputs import FeatureInfo, Outputs, RequestedOutputs, forward_outputs
+from maedistill.finetuning.term_schedule import weight_table
+from maedistill.weights.frozen import FrozenNetwork
 from maedistill.weights.network import Network
 
 _ON_GRID = ("features/", "attention/")
 
 
-class OfflineTeacher(nn.Module):
+@dataclass(frozen=True)
+class TeacherSource:
+    """An opened teacher. classes: indices of its outputs for the student's classes, None if the classes are the same.
+
+    fingerprint: of its weights.
+    """
+
+    network: Network
+    features: FeatureInfo
+    classes: tuple[int, ...] | None
+    fingerprint: str
+
+    def describe(self) -> str:
+        """Return one line for the log: the network, its image size, the classes in use."""
+        subset = f", {len(self.classes)} of its classes" if self.classes is not None else ""
+        return f"{self.network.describe()}  sees {self.network.size} px{subset}"
+
+
+class OfflineTeacher(FrozenNetwork):
     """Outputs of a network whose weights never change. It sees the student's images, including mixed ones."""
 
-    mean: Tensor
-    std: Tensor
     student_mean: Tensor
     student_std: Tensor
     classes: Tensor | None
 
     def __init__(
         self,
-        classifier: Network,
+        source: Network,
         *,
-        wanted: RequestedOutputs,
+        requested: RequestedOutputs,
         student_mean: Sequence[float],
         student_std: Sequence[float],
         student_grid: int,
@@ -44,31 +61,20 @@ class OfflineTeacher(nn.Module):
         to which feature and attention maps are resampled. classes: indices of its logits for the student's classes, in
         the student's order; None: all.
         """
-        super().__init__()
-        self.network, self.wanted, self.dtype = classifier.module.to(dtype), wanted, dtype
-        self.image_size, self.student_grid = classifier.size, student_grid
-        statistics = {"mean": classifier.mean, "std": classifier.std}
-        statistics |= {"student_mean": student_mean, "student_std": student_std}
-        for name, values in statistics.items():
+        super().__init__(source, source.module, dtype)
+        self.requested, self.student_grid = requested, student_grid
+        for name, values in (("student_mean", student_mean), ("student_std", student_std)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.register_buffer("classes", None if classes is None else torch.tensor(classes), persistent=False)
-        self.requires_grad_(False).eval()
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Outputs:
-        """Return the wanted outputs on the student's grid and classes, of the student's images [B, 3, s, s]."""
-        seen = view(self.network, self.prepare(images), self.wanted)
-        if self.classes is not None and "logits" in seen:
-            seen["logits"] = seen["logits"][:, self.classes]  # [B, C]
-        return {name: self._on_grid(found) if name.startswith(_ON_GRID) else found for name, found in seen.items()}
-
-    def prepare(self, images: Tensor) -> Tensor:
-        """Resize and normalise the student's images for the network: [B, 3, s, s] -> [B, 3, t, t]."""
+        """Return the requested outputs on the student's grid and classes, of the student's images [B, 3, s, s]."""
         pixels = images * self.student_std + self.student_mean  # in [0, 1], except for noise in erased rectangles
-        if pixels.shape[-1] != self.image_size:
-            size = [self.image_size, self.image_size]
-            pixels = vision.resize(pixels, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
-        return normalize(pixels, self.mean, self.std).to(self.dtype)
+        outputs = forward_outputs(self.network, self.prepare(pixels), self.requested)
+        if self.classes is not None and "logits" in outputs:
+            outputs["logits"] = outputs["logits"][:, self.classes]  # [B, C]
+        return {name: self._on_grid(maps) if name.startswith(_ON_GRID) else maps for name, maps in outputs.items()}
 
     def _on_grid(self, maps: Tensor) -> Tensor:
         """Resample maps [B, D, h, w] to the student's grid: [B, D, g, g]."""
@@ -76,3 +82,28 @@ class OfflineTeacher(nn.Module):
         if maps.shape[-2:] == size:
             return maps
         return F.interpolate(maps.float(), size=size, mode="bilinear", antialias=True)
+
+
+class TeacherEnsemble:
+    """Frozen teachers outside the engine, and the weights of terms in the order of the trained module's terms."""
+
+    def __init__(
+        self,
+        teachers: Sequence[OfflineTeacher],
+        terms: Sequence[Term],
+        *,
+        steps: int,
+        epoch_at: Callable[[int], float],
+        device: torch.device,
+    ) -> None:
+        """Tabulate the terms' weights. steps: of the run; epoch_at: epochs done before a step."""
+        self.teachers, self.terms = tuple(teachers), tuple(terms)
+        weights = weight_table(self.terms, steps=steps, epoch_at=epoch_at)  # [steps, terms]
+        self.heaviest_step = int(weights.sum(dim=1).argmax())  # the step whose weights are largest
+        self._counts = weights.any(dim=1).tolist()
+        self._weights = weights.to(device)
+
+    def __call__(self, images: Tensor, step: int) -> tuple[list[Outputs], Tensor]:
+        """Return the teachers' outputs on images [B, 3, s, s], none if every weight is 0, and weights [terms]."""
+        outputs = [teacher(images) for teacher in self.teachers] if self._counts[step] else []
+        return outputs, self._weights[step]

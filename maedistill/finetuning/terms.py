@@ -4,19 +4,23 @@
     term.total(parts) -> scalar, which the term's weight multiplies
 
 Outputs are those of `outputs.py`, the teacher's grids resampled to the student's. Hints, contrast and a distillation
-token have parameters of their own, which are trained with the student and discarded afterwards.
+token have parameters of their own, which are trained with the student and discarded afterwards. TERMS has each term by
+the name of its section in the config.
 
 B batch   C classes   D width   P prefix tokens   N patches   h, w sides of the grid
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from math import gcd
 
 import torch
 from torch import Tensor, nn
 
-from maedistill.finetuning.outputs import Outputs
+from maedistill.config import distill
+from maedistill.errors import ConfigError
+from maedistill.finetuning.outputs import FeatureInfo, Outputs
 from maedistill.losses.features import attention_transfer_loss, feature_loss
-from maedistill.losses.logits import decoupled_divergence, divergence, hard_label_loss, standardize
+from maedistill.losses.logits import decoupled_divergence, hard_label_loss, kd_loss, standardize
 from maedistill.losses.relations import (
     contrast_loss,
     pkt_loss,
@@ -29,7 +33,6 @@ from maedistill.machine import without_autocast
 from maedistill.models.heads import projection
 
 Parts = dict[str, Tensor]
-Pairs = Sequence[tuple[int, int]]  # (student depth, teacher depth)
 EMBEDDING_LOSSES = {
     "rkd_distance": rkd_distance_loss,
     "rkd_angle": rkd_angle_loss,
@@ -39,164 +42,182 @@ EMBEDDING_LOSSES = {
 
 
 class Term(nn.Module):
-    """One distillation term. Its parts count equally: the total is their mean, e.g. over pairs of depths."""
+    """One distillation term. Its parts count equally: the total is their mean, e.g. over pairs of depths.
+
+    name: of its section in the config; the names of its parts begin with it.
+    """
+
+    def __init__(self, name: str, section: distill.Term, student: FeatureInfo, teachers: Sequence[FeatureInfo]) -> None:
+        super().__init__()
+        self.name, self.section = name, section
+        self._build(student, teachers)
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
         """Return the parts by name. labels: int64 [B]. number: index of the teacher among several, from 0."""
-        raise NotImplementedError
+        return {self.name + end: loss for end, loss in self._losses(student, teacher, labels, number).items()}
 
-    def idle(self, student: Outputs) -> Tensor | int:
-        """Return a zero that depends on every parameter of the term; without it ZeRO may reuse a stale gradient."""
-        return 0
+    def zero_loss(self, like: Tensor) -> Tensor:
+        """Return a zero that depends on every parameter of the term; without it ZeRO may reuse a stale gradient.
+
+        It runs the layers that own the parameters: ZeRO 3 holds those of a layer only while it runs. like: any tensor.
+        """
+        zero = like.new_zeros(())
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear | nn.LayerNorm):
+                width = layer.in_features if isinstance(layer, nn.Linear) else layer.normalized_shape[0]
+                zero = zero + 0 * layer(like.new_zeros(1, width)).sum()
+        return zero
 
     def total(self, parts: Parts) -> Tensor:
         """Return the value that the term's weight multiplies."""
         return torch.stack(list(parts.values())).mean()
 
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Return the pairs (student depth, teacher depth) of a term on features by depth."""
+        return list(zip(self.section.student, self.section.teacher, strict=True))
+
+    def _build(self, student: FeatureInfo, teachers: Sequence[FeatureInfo]) -> None:
+        """Make what depends on the networks. Raises ConfigError if the term cannot compare them."""
+
+    def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
+        """Return the parts by the ends of their names."""
+        raise NotImplementedError
+
+    def _logits(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
+        """Return both sides' logits [B, C], as z-scores if the section says so."""
+        sides = student["logits"], teacher["logits"]
+        return tuple(standardize(side.float()) for side in sides) if self.section.standardize else sides
+
 
 class Logits(Term):
     """KD (Hinton et al., 2015), without labels."""
 
-    def __init__(self, *, temperature: float, teacher_temperature: float | None, standardize: bool) -> None:
-        super().__init__()
-        self.temperatures = {
-            "temperature": temperature,
-            "teacher_temperature": teacher_temperature if teacher_temperature is not None else temperature,
-        }
-        self.standardize = standardize
+    section: distill.Logits
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
-        """Return the part `logits`."""
-        return {"logits": divergence(*_logits(student, teacher, self.standardize), **self.temperatures)}
+    def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
+        own = self.section.temperature
+        sides, theirs = self._logits(student, teacher), self.section.teacher_temperature or own
+        return {"": kd_loss(*sides, temperature=own, teacher_temperature=theirs)}
 
 
 class DKD(Term):
-    """DKD (Zhao et al., CVPR 2022), its two parts logged separately."""
+    """DKD (Zhao et al., CVPR 2022). Its parts, `dkd/tckd` and `dkd/nckd`, are logged before alpha and beta."""
 
-    def __init__(self, *, alpha: float, beta: float, temperature: float, standardize: bool) -> None:
-        super().__init__()
-        self.alpha, self.beta = alpha, beta
-        self.temperature, self.standardize = temperature, standardize
+    section: distill.DKD
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
-        """Return the parts `dkd/tckd` and `dkd/nckd`, before alpha and beta."""
-        logits = _logits(student, teacher, self.standardize)
-        parts = decoupled_divergence(*logits, labels, temperature=self.temperature)
-        return {"dkd/tckd": parts.target, "dkd/nckd": parts.others}
+    def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
+        sides = self._logits(student, teacher)
+        losses = decoupled_divergence(*sides, labels, temperature=self.section.temperature)
+        return {"/tckd": losses.target, "/nckd": losses.others}
 
     def total(self, parts: Parts) -> Tensor:
         """Return alpha TCKD + beta NCKD."""
-        return self.alpha * parts["dkd/tckd"] + self.beta * parts["dkd/nckd"]
+        return self.section.alpha * parts["dkd/tckd"] + self.section.beta * parts["dkd/nckd"]
 
 
 class HardLabel(Term):
-    """DeiT's hard labels (Touvron et al., 2021), for the classifier or for a distillation token with its own head."""
+    """DeiT's hard labels (Touvron et al., 2021), for the classifier or for a distillation token with its own head.
 
-    def __init__(self, *, token: int | None, width: int, num_classes: int) -> None:
-        super().__init__()
-        self.token = token  # index among the prefix tokens
-        if token is not None:
-            self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
+    The token is the first register token.
+    """
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
-        """Return the part `hard`."""
-        logits = student["logits"] if self.token is None else self.head(student["tokens"][:, self.token])  # [B, C]
-        return {"hard_label": hard_label_loss(logits, teacher["logits"])}
+    section: distill.HardLabel
 
-    def idle(self, student: Outputs) -> Tensor | int:
-        """Return 0, computed through the head."""
-        return 0 if self.token is None else 0 * self.head(student["tokens"][:1, self.token]).sum()
+    def _build(self, student: FeatureInfo, teachers: Sequence[FeatureInfo]) -> None:
+        if not self.section.token:
+            return
+        if student.register_token is None:
+            raise ConfigError(
+                "distill.hard_label.token: the student has no register token to distil through",
+                "set student.register_tokens=1 (from scratch), use weights that have one, or set "
+                "distill.hard_label.token=false",
+            )
+        self.token, width = student.register_token, student.channels[0]
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, student.num_classes))
+
+    def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
+        logits = self.head(student["tokens"][:, self.token]) if self.section.token else student["logits"]  # [B, C]
+        return {"": hard_label_loss(logits, teacher["logits"])}
 
 
 class Hints(Term):
-    """FitNets (Romero et al., 2015): projected student tokens match the teacher's features at the same position."""
+    """FitNets (Romero et al., 2015): projected student tokens match the teacher's features at the same position.
 
-    def __init__(
-        self,
-        pairs: Pairs,
-        *,
-        student_width: int,
-        teacher_widths: Sequence[Sequence[int]],
-        projector: str,
-        distance: str,
-        normalize: str,
-    ) -> None:
-        """Build one projector per teacher and pair. teacher_widths: for each teacher, the width of each pair."""
-        super().__init__()
-        self.pairs, self.distance = tuple(pairs), {"distance": distance, "normalize": normalize}
+    There is one projector per teacher and pair, and one part per pair, `hints/STUDENT-TEACHER`.
+    """
+
+    section: distill.Hints
+
+    def _build(self, student: FeatureInfo, teachers: Sequence[FeatureInfo]) -> None:
+        kind = self.section.projector
         self.projectors = nn.ModuleList(
-            nn.ModuleList(projection(student_width, width, kind=projector, bias=True) for width in widths)
-            for widths in teacher_widths
+            nn.ModuleList(projection(student.channels[s], teacher.channels[t], kind=kind) for s, t in self.pairs)
+            for teacher in teachers
         )
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
-        """Return the part `hints/STUDENT-TEACHER` for each pair."""
-        parts = {}
+    def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
+        parts, settings = {}, {"distance": self.section.distance, "normalize": self.section.normalize}
         for projector, (s, t) in zip(self.projectors[number], self.pairs, strict=True):
             rows, expected = (side.flatten(2).mT for side in (student[f"features/{s}"], teacher[f"features/{t}"]))
-            parts[f"hints/{s}-{t}"] = feature_loss(projector(rows), expected, **self.distance)  # [B, N, D] each
+            parts[f"/{s}-{t}"] = feature_loss(projector(rows), expected, **settings)  # [B, N, D] each
         return parts
-
-    def idle(self, student: Outputs) -> Tensor | int:
-        """Return 0, computed through each projector."""
-        rows = {s: student[f"features/{s}"].flatten(2).mT[:1, :1] for s, _ in self.pairs}  # [1, 1, D]
-        return 0 * sum(
-            projector(rows[s]).sum()
-            for projectors in self.projectors
-            for projector, (s, _) in zip(projectors, self.pairs, strict=True)
-        )
 
 
 class AttentionTransfer(Term):
-    """Attention transfer of activation maps (Zagoruyko & Komodakis, ICLR 2017)."""
+    """Attention transfer of activation maps (Zagoruyko & Komodakis, ICLR 2017), one part per pair.
 
-    def __init__(self, pairs: Pairs, *, power: int) -> None:
-        super().__init__()
-        self.pairs, self.power = tuple(pairs), power
+    As `attention`, it compares a ViT's own attention instead: what each patch receives, mean over heads.
+    """
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
-        """Return the part `maps/STUDENT-TEACHER` for each pair."""
-        return {
-            f"attention_transfer/{s}-{t}": attention_transfer_loss(
-                student[f"features/{s}"], teacher[f"features/{t}"], power=self.power
-            )
-            for s, t in self.pairs
-        }
+    section: distill.AttentionTransfer | distill.Attention
 
-
-class Attention(Term):
-    """Attention transfer of a ViT's own attention: the attention that each patch receives, mean over heads."""
-
-    def __init__(self, pairs: Pairs) -> None:
-        super().__init__()
-        self.pairs = tuple(pairs)
-
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
-        """Return the part `attention/STUDENT-TEACHER` for each pair."""
-        return {
-            f"attention/{s}-{t}": attention_transfer_loss(student[f"attention/{s}"], teacher[f"attention/{t}"], power=1)
-            for s, t in self.pairs
-        }
+    def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
+        kind, power = ("attention", 1) if self.name == "attention" else ("features", self.section.power)
+        sides = [(student[f"{kind}/{s}"], teacher[f"{kind}/{t}"]) for s, t in self.pairs]
+        losses = [attention_transfer_loss(*maps, power=power) for maps in sides]
+        return {f"/{s}-{t}": loss for (s, t), loss in zip(self.pairs, losses, strict=True)}
 
 
 class TokenRelations(Term):
-    """Query-key and value-value relations of patch tokens (TinyMIM, Ren et al., CVPR 2023)."""
+    """Query-key and value-value relations of patch tokens (TinyMIM, Ren et al., CVPR 2023).
 
-    def __init__(self, pairs: Pairs, *, num_heads: Sequence[int]) -> None:
-        """Store the pairs. num_heads: for each teacher, how many heads both sides are split into."""
-        super().__init__()
-        self.pairs, self.num_heads = tuple(pairs), tuple(num_heads)
+    The parts are `token_relations/STUDENT-TEACHER/qk` and `.../vv`. For each teacher, both sides are split into as many
+    heads as the section says, by default the teacher's.
+    """
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
-        """Return the parts `relations/STUDENT-TEACHER/qk` and `.../vv` for each pair."""
+    section: distill.TokenRelations
+
+    def _build(self, student: FeatureInfo, teachers: Sequence[FeatureInfo]) -> None:
+        depth, own, width = self.section.teacher[0], student.grids[0], student.channels[0]
+        self.num_heads: list[int] = []
+        for teacher in teachers:
+            grid = teacher.grids[depth]
+            if grid != own:
+                raise ConfigError(
+                    f"distill.token_relations: {teacher.name} sees {grid} x {grid} patches, the student {own} x {own}",
+                    f"set distill.image_size={teacher.image_size // grid * own}, so that both have the same grid",
+                )
+            teacher_width, teacher_heads = teacher.channels[depth], teacher.num_heads[depth]
+            num_heads = self.section.num_heads or teacher_heads
+            if width % num_heads or teacher_width % num_heads:
+                divisor = gcd(width, teacher_width, teacher_heads)
+                raise ConfigError(
+                    f"distill.token_relations.num_heads: {num_heads} heads do not divide the widths {width} and "
+                    f"{teacher_width}",
+                    f"use a divisor of both, e.g. distill.token_relations.num_heads={divisor}",
+                )
+            self.num_heads.append(num_heads)
+
+    def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
         parts = {}
         for s, t in self.pairs:
             sides = [
                 [side[f"{name}/{block}"] for name in ("query", "key", "value")]
                 for side, block in ((student, s), (teacher, t))
             ]  # [B, H, N, d] each
-            found = token_relations(*sides, num_heads=self.num_heads[number])
-            parts |= {f"token_relations/{s}-{t}/qk": found.qk, f"token_relations/{s}-{t}/vv": found.vv}
+            losses = token_relations(*sides, num_heads=self.num_heads[number])
+            parts |= {f"/{s}-{t}/qk": losses.qk, f"/{s}-{t}/vv": losses.vv}
         return parts
 
     def total(self, parts: Parts) -> Tensor:
@@ -205,45 +226,41 @@ class TokenRelations(Term):
 
 
 class Embeddings(Term):
-    """A loss on relations between the images of a micro-batch, computed from pooled features."""
+    """A loss on relations between the images of a micro-batch, computed from pooled features [B, D]."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-        self.loss: Callable[[Tensor, Tensor], Tensor] = EMBEDDING_LOSSES[name]
-
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
-        """Return one part, under the term's name."""
-        sides = student["embedding"], teacher["embedding"]
-        with without_autocast(sides[0]):  # bf16 would lose small differences
-            return {self.name: self.loss(*sides)}
+    def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
+        with without_autocast(student["embedding"]):  # bf16 would lose small differences
+            return {"": EMBEDDING_LOSSES[self.name](student["embedding"], teacher["embedding"])}
 
 
 class Contrastive(Term):
-    """Contrastive loss after CRD (Tian et al., ICLR 2020) within a micro-batch, on projected pooled features."""
+    """Contrastive loss after CRD (Tian et al., ICLR 2020) within a micro-batch, on projected pooled features.
 
-    def __init__(self, *, student_width: int, teacher_widths: Sequence[int], width: int, temperature: float) -> None:
-        """Build the projections. teacher_widths: one for each teacher. width: of both sides after projection."""
-        super().__init__()
-        self.temperature = temperature
-        self.student = nn.ModuleList(nn.Linear(student_width, width) for _ in teacher_widths)
-        self.teacher = nn.ModuleList(nn.Linear(teacher_width, width) for teacher_width in teacher_widths)
+    There is one pair of projections per teacher, to the section's `width`.
+    """
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
-        """Return the part `contrast`."""
+    section: distill.Contrastive
+
+    def _build(self, student: FeatureInfo, teachers: Sequence[FeatureInfo]) -> None:
+        width = self.section.width
+        self.student = nn.ModuleList(nn.Linear(student.embedding, width) for _ in teachers)
+        self.teacher = nn.ModuleList(nn.Linear(teacher.embedding, width) for teacher in teachers)
+
+    def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
         rows = student["embedding"]  # [B, D]
         sides = self.student[number](rows), self.teacher[number](teacher["embedding"].to(rows.dtype))
         with without_autocast(rows):
-            return {"contrastive": contrast_loss(*sides, temperature=self.temperature)}
-
-    def idle(self, student: Outputs) -> Tensor | int:
-        """Return 0, computed through each projection."""
-        row = student["embedding"][:1]  # [1, D]
-        sides = zip(self.student, self.teacher, strict=True)
-        return 0 * sum(own(row).sum() + other(row.new_zeros(1, other.in_features)).sum() for own, other in sides)
+            return {"": contrast_loss(*sides, temperature=self.section.temperature)}
 
 
-def _logits(student: Outputs, teacher: Outputs, standardized: bool) -> tuple[Tensor, Tensor]:
-    """Return both sides' logits [B, C], as z-scores if `standardized`."""
-    sides = student["logits"], teacher["logits"]
-    return tuple(standardize(side.float()) for side in sides) if standardized else sides
+TERMS: dict[str, type[Term]] = {
+    "logits": Logits,
+    "dkd": DKD,
+    "hard_label": HardLabel,
+    "hints": Hints,
+    "attention_transfer": AttentionTransfer,
+    "attention": AttentionTransfer,
+    "token_relations": TokenRelations,
+    **dict.fromkeys(EMBEDDING_LOSSES, Embeddings),
+    "contrastive": Contrastive,
+}

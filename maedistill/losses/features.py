@@ -36,7 +36,7 @@ def attention_transfer_loss(student: Tensor, teacher: Tensor, *, power: int = 2)
     A map is the mean over channels of absolute values to the `power`, flattened and scaled to unit length. Both have
     the same h and w.
     """
-    looks, expected = (
+    predicted, expected = (
         F.normalize(maps.float().abs().pow(power).mean(1).flatten(1), dim=-1) for maps in (student, teacher.detach())
     )  # [B, h*w]
-    return F.mse_loss(looks, expected)
+    return F.mse_loss(predicted, expected)

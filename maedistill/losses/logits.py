@@ -28,14 +28,14 @@ def standardize(logits: Tensor) -> Tensor:
     return (logits - mean) / (deviation + 1e-7)
 
 
-def divergence(student: Tensor, teacher: Tensor, *, temperature: float, teacher_temperature: float) -> Tensor:
+def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float, teacher_temperature: float) -> Tensor:
     """Return T^2 KL(softmax(teacher / T_t), softmax(student / T)): a scalar (Hinton et al., 2015).
 
     T is the student's temperature. The factor T^2 keeps the gradient's size for any T; T_t = T gives Hinton's term.
     """
     expected = F.log_softmax(teacher.detach().float() / teacher_temperature, dim=-1)
     predicted = F.log_softmax(student.float() / temperature, dim=-1)
-    return temperature**2 * F.kl_div(predicted, expected, reduction="batchmean", log_target=True)
+    return temperature**2 * _divergence(predicted, expected)
 
 
 def decoupled_divergence(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float) -> Decoupled:
@@ -43,19 +43,22 @@ def decoupled_divergence(student: Tensor, teacher: Tensor, labels: Tensor, *, te
 
     At T = 1, KL = target + (1 - p) others in each row, where p is the teacher's probability of the label.
     """
-    (one, rest), (one_expected, rest_expected) = (
-        _decouple(logits.float() / temperature, labels) for logits in (student, teacher.detach())
+    target_s, others_s = _decouple(student.float() / temperature, labels)
+    target_t, others_t = _decouple(teacher.detach().float() / temperature, labels)
+    return Decoupled(
+        target=temperature**2 * _divergence(target_s, target_t),
+        others=temperature**2 * _divergence(others_s, others_t),
     )
-    target, others = (
-        temperature**2 * F.kl_div(predicted, expected, reduction="batchmean", log_target=True)
-        for predicted, expected in ((one, one_expected), (rest, rest_expected))
-    )
-    return Decoupled(target, others)
 
 
 def hard_label_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the cross-entropy with the teacher's most likely class: a scalar (DeiT, Touvron et al., 2021)."""
     return F.cross_entropy(student.float(), teacher.detach().argmax(dim=-1))
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return KL(teacher, student) of log-probabilities, [B, C] each, averaged over the batch: a scalar."""
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def _decouple(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

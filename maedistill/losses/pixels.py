@@ -11,7 +11,7 @@ from torch import Tensor
 def patch_statistics(rows: Tensor, *, kind: str) -> tuple[Tensor, Tensor]:
     """Return the shift and scale that normalise pixel rows [B, H, p*p*3]; both broadcast against the rows.
 
-    raw: none (0 and 1). patch: mean and sqrt(unbiased variance + 1e-6) over the whole patch (MAE, section 3).
+    raw: none (0 and 1). norm_patch: mean and sqrt(unbiased variance + 1e-6) over the whole patch (MAE, section 3).
     norm_patch_channel: mean and unbiased deviation + 1e-6 of each channel of the patch (VideoMAE and AMD).
     """
     if kind == "raw":
@@ -21,9 +21,9 @@ def patch_statistics(rows: Tensor, *, kind: str) -> tuple[Tensor, Tensor]:
     assert kind == "norm_patch_channel"
     pixels = rearrange(rows, "b h (x c) -> b h x c", c=3)
     repeat = pixels.shape[2]
-    shift = pixels.mean(2, keepdim=True).expand(-1, -1, repeat, -1)
-    scale = (pixels.var(2, keepdim=True).sqrt() + 1e-6).expand(-1, -1, repeat, -1)
-    return tuple(rearrange(part, "b h x c -> b h (x c)") for part in (shift, scale))
+    shift = pixels.mean(2)  # [B, H, 3]
+    scale = pixels.var(2).sqrt() + 1e-6
+    return shift.repeat(1, 1, repeat), scale.repeat(1, 1, repeat)
 
 
 def pixel_target(rows: Tensor, *, kind: str) -> Tensor:

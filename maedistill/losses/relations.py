@@ -66,22 +66,20 @@ def contrast_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Te
     share (van den Oord et al., 2018), so B limits what it can measure. Rows, of width d, are scaled to unit length.
     """
     cosines = F.normalize(student.float(), dim=-1) @ F.normalize(teacher.float(), dim=-1).mT  # [B, B]
-    logits, own = cosines / temperature, torch.arange(len(cosines), device=cosines.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.mT, own)) / 2
+    logits, labels = cosines / temperature, torch.arange(len(cosines), device=cosines.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.mT, labels)) / 2
 
 
-def token_relation_loss(student: Tensor, teacher: Tensor, *, other: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Return the divergence of token-to-token attention: [B, H, M, d] each -> a scalar (MiniLM; TinyMIM).
+def relation_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the divergence of token-to-token attention: (A, B), [B, H, M, d] each -> a scalar (MiniLM; TinyMIM).
 
-    Rows are softmax(A A' / sqrt d), or softmax(A other' / sqrt d) with `other` (student's, teacher's), as for queries
-    and keys. Both sides must have the same heads: see `merge_heads`. The mean is over images, heads and tokens.
+    A relation is softmax(A B' / sqrt d), of queries to keys or of values to values. Both sides must have the same
+    heads: see `merge_heads`. The mean is over images, heads and tokens.
     """
-    against = other or (student, teacher)
     predicted, expected = (
-        F.log_softmax(rows.float() @ columns.float().mT / rows.shape[-1] ** 0.5, dim=-1)
-        for rows, columns in zip((student, teacher.detach()), (against[0], against[1].detach()), strict=True)
+        F.log_softmax(a.float() @ b.float().mT / a.shape[-1] ** 0.5, dim=-1) for a, b in (student, teacher)
     )  # [B, H, M, M]
-    return F.kl_div(predicted.flatten(0, 2), expected.flatten(0, 2), reduction="batchmean", log_target=True)
+    return F.kl_div(predicted.flatten(0, 2), expected.detach().flatten(0, 2), reduction="batchmean", log_target=True)
 
 
 def token_relations(student: Sequence[Tensor], teacher: Sequence[Tensor], *, num_heads: int) -> TokenRelations:
@@ -89,13 +87,12 @@ def token_relations(student: Sequence[Tensor], teacher: Sequence[Tensor], *, num
 
     Both sides are split into `num_heads`, which divides both widths. Autocast is off: bf16 loses small differences.
     """
-    (query, key, value), (*expected, expected_value) = (
-        [merge_heads(part.float(), num_heads) for part in side] for side in (student, teacher)
-    )
-    with without_autocast(query):
+    q_s, k_s, v_s = (merge_heads(x.float(), num_heads) for x in student)  # [B, num_heads, M, D / num_heads]
+    q_t, k_t, v_t = (merge_heads(x.detach().float(), num_heads) for x in teacher)
+    with without_autocast(q_s):
         return TokenRelations(
-            token_relation_loss(query, expected[0], other=(key, expected[1])),
-            token_relation_loss(value, expected_value),
+            qk=relation_loss((q_s, k_s), (q_t, k_t)),
+            vv=relation_loss((v_s, v_s), (v_t, v_t)),
         )
 
 

@@ -3,15 +3,26 @@
 B batch   S, T patches visible to student and teacher   P, Q prefix tokens of student and teacher   D_t teacher width
 """
 
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from maedistill.losses.features import feature_loss
-from maedistill.methods.dmae import DMAE, mean
-from maedistill.methods.mae import Losses, Target
+from maedistill.methods.dmae import DMAE, AlignmentSpec
+from maedistill.methods.mae import BlockFeatures, Losses, PixelSpec, mean_loss
+from maedistill.models.decoder import TokenDecoder
+from maedistill.models.encoder import MaskedEncoder
 from maedistill.models.heads import Generator
 from maedistill.models.masking import PatchSplit
+
+
+@dataclass(frozen=True)
+class GeneratorSpec:
+    """The generators, one per pair of blocks, of teacher width, and the weight of what they predict."""
+
+    num_heads: int
+    depth: int = 2
+    weight: float = 1.0
+    pos_embed: str = "sincos2d"
 
 
 class AMD(DMAE):
@@ -19,39 +30,42 @@ class AMD(DMAE):
 
     def __init__(
         self,
-        *args: Any,
-        teacher_width: int,
-        generator_depth: int = 2,
-        generator_heads: int | None = None,
-        generate_weight: float = 1.0,
-        pos_embed: str = "sincos2d",
-        **kwargs: Any,
+        encoder: MaskedEncoder,
+        decoder: TokenDecoder,
+        *,
+        pixels: PixelSpec,
+        align: AlignmentSpec,
+        generate: GeneratorSpec,
     ) -> None:
-        super().__init__(*args, teacher_width=teacher_width, **kwargs)
-        self.generate_weight = generate_weight
-        num_heads = generator_heads or max(1, teacher_width // 64)
+        super().__init__(encoder, decoder, pixels=pixels, align=align)
+        self.generate = generate
         self.generators = nn.ModuleList(
             Generator(
-                teacher_width, depth=generator_depth, num_heads=num_heads, grid=self.encoder.grid, pos_embed=pos_embed
+                align.teacher_width,
+                depth=generate.depth,
+                num_heads=generate.num_heads,
+                grid=encoder.grid,
+                pos_embed=generate.pos_embed,
             )
-            for _ in self.student_taps
+            for _ in align.student_taps
         )
 
-    def forward(self, images: Tensor, split: PatchSplit, target: Target | None = None) -> Losses:
+    def forward(self, images: Tensor, split: PatchSplit, target: BlockFeatures | None = None) -> Losses:
         """Return DMAE's losses and `generate/BLOCK` per student block. target: {teacher block: [B, Q + T, D_t]}."""
         assert target is not None
-        pixels, tapped = self.reconstruct(images, split, self.student_taps)
-        projected = self.project(tapped)
-        align = self.align(projected, target, split)
-        generate = self.generate(projected, target, split)
-        loss = self.pixel_weight * pixels + self.align_weight * mean(align) + self.generate_weight * mean(generate)
+        pixels, features = self.reconstruct(images, split, self.align.student_taps)
+        projected = self.project(features)
+        align = self.alignment_losses(projected, target, split)
+        generate = self.generation_losses(projected, target, split)
+        loss = self.pixels.weight * pixels + self.align.weight * mean_loss(align)
+        loss = loss + self.generate.weight * mean_loss(generate)
         return {"loss": loss, "pixels": pixels, **align, **generate}
 
-    def generate(self, projected: list[Tensor], target: Target, split: PatchSplit) -> Losses:
+    def generation_losses(self, projected: list[Tensor], target: BlockFeatures, split: PatchSplit) -> Losses:
         """Return the generated alignment of each pair at patches that only the teacher sees, without prefix tokens."""
-        start = self.teacher_prefix + split.num_student
-        losses = {}
-        for i, (s, t) in enumerate(zip(self.student_taps, self.teacher_taps, strict=True)):
+        start = self.align.teacher_prefix + split.num_student
+        losses: Losses = {}
+        for i, (s, t) in enumerate(zip(self.align.student_taps, self.align.teacher_taps, strict=True)):
             rows = self.generators[i](projected[i][:, self.encoder.num_prefix :], split)  # [B, T - S, D_t]
-            losses[f"generate/{s}"] = feature_loss(rows, target[t][:, start:], **self.distance)
+            losses[f"generate/{s}"] = self.distance(rows, target[t][:, start:])
         return losses

@@ -7,6 +7,7 @@ engine trains: it takes images and a patch split, and returns named losses.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,52 +19,55 @@ from maedistill.models.encoder import MaskedEncoder
 from maedistill.models.masking import PatchSplit, gather_rows, num_visible
 from maedistill.models.patches import patchify, unpatchify
 
-Target = dict[int, Tensor]
+BlockFeatures = dict[int, Tensor]  # features by block, see `MaskedEncoder.forward`
 Losses = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class PixelSpec:
+    """The pixel loss. mean, std: of the student's normalisation. target: a kind of `losses.pixels.patch_statistics`.
+
+    predict_ratio: the share of the hidden patches that is predicted.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    target: str = "norm_patch"
+    weight: float = 1.0
+    predict_ratio: float = 1.0
+
+
 class MAE(nn.Module):
-    """Encoder, decoder and the pixel loss, which covers the share `predict` of the hidden patches."""
+    """Encoder, decoder and the pixel loss."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self,
-        encoder: MaskedEncoder,
-        decoder: TokenDecoder,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        pixel_kind: str = "norm_patch",
-        pixel_weight: float = 1.0,
-        predict_ratio: float = 1.0,
-    ) -> None:
+    def __init__(self, encoder: MaskedEncoder, decoder: TokenDecoder, *, pixels: PixelSpec) -> None:
         super().__init__()
-        self.encoder, self.decoder = encoder, decoder
-        self.pixel_kind, self.pixel_weight, self.predict_ratio = pixel_kind, pixel_weight, predict_ratio
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.encoder, self.decoder, self.pixels = encoder, decoder, pixels
+        self.register_buffer("mean", torch.tensor(pixels.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(pixels.std).view(3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor, split: PatchSplit, target: Target | None = None) -> Losses:
+    def forward(self, images: Tensor, split: PatchSplit, target: BlockFeatures | None = None) -> Losses:
         """Return the losses of one micro-batch: scalars `pixels` and `loss`. images: in [0, 1], [B, 3, s, s]."""
         pixels, _ = self.reconstruct(images, split)
-        return {"loss": self.pixel_weight * pixels, "pixels": pixels}
+        return {"loss": self.pixels.weight * pixels, "pixels": pixels}
 
     def reconstruct(
         self, images: Tensor, split: PatchSplit, taps: Sequence[int] = (), *, relations: Sequence[int] = ()
-    ) -> tuple[Tensor, Target]:
-        """Return the pixel loss and the student's tapped blocks, see `MaskedEncoder.forward`."""
+    ) -> tuple[Tensor, BlockFeatures]:
+        """Return the pixel loss and the features of the student's tapped blocks, see `MaskedEncoder.forward`."""
         normalized = normalize(images, self.mean, self.std)
-        tokens, tapped = self.encoder(normalized, split.student, taps=taps, relations=relations)  # [B, P + S, D]
+        tokens, features = self.encoder(normalized, split.student, taps=taps, relations=relations)  # [B, P + S, D]
         hidden = split.hidden[:, : self.num_predicted(split)]  # [B, H]: the order is random, so this is a random subset
         predicted = self.decoder(tokens, split, hidden)  # [B, H, p*p*3]
-        target = pixel_target(self.pixels_of(images, normalized, hidden), kind=self.pixel_kind)
-        return pixel_loss(predicted, target), tapped
+        target = pixel_target(self.pixels_of(images, normalized, hidden), kind=self.pixels.target)
+        return pixel_loss(predicted, target), features
 
     def num_predicted(self, split: PatchSplit) -> int:
         """Return how many hidden patches of an image are predicted in training: H."""
-        return num_visible(self.predict_ratio, split.hidden.shape[1])
+        return num_visible(self.pixels.predict_ratio, split.hidden.shape[1])
 
     @torch.no_grad()
     def draw(self, images: Tensor, split: PatchSplit) -> Tensor:
@@ -74,11 +78,11 @@ class MAE(nn.Module):
         """
         normalized = normalize(images, self.mean, self.std)
         tokens, _ = self.encoder(normalized, split.student)
-        shift, scale = patch_statistics(self.pixels_of(images, normalized, split.hidden), kind=self.pixel_kind)
+        shift, scale = patch_statistics(self.pixels_of(images, normalized, split.hidden), kind=self.pixels.target)
         parts = split.hidden.split(self.num_predicted(split), dim=1)
         rows = torch.cat([self.decoder(tokens, split, part) for part in parts], dim=1)  # [B, N - S, p*p*3]
         rows = rows.float() * scale + shift
-        if self.pixel_kind != "norm_patch_channel":  # back from the student's normalisation to [0, 1]
+        if self.pixels.target != "norm_patch_channel":  # back from the student's normalisation to [0, 1]
             repeat = rows.shape[-1] // 3
             rows = rows * self.std.flatten().repeat(repeat) + self.mean.flatten().repeat(repeat)
         canvas = rows.new_zeros(len(rows), split.order.shape[1], rows.shape[-1])
@@ -87,5 +91,10 @@ class MAE(nn.Module):
 
     def pixels_of(self, images: Tensor, normalized: Tensor, ids: Tensor) -> Tensor:
         """Return pixel rows of the patches `ids` [B, M]: of the plain images in AMD, else of the normalised input."""
-        source = images if self.pixel_kind == "norm_patch_channel" else normalized
+        source = images if self.pixels.target == "norm_patch_channel" else normalized
         return gather_rows(patchify(source, self.encoder.patch_size), ids)  # [B, M, p*p*3]
+
+
+def mean_loss(losses: Losses) -> Tensor:
+    """Return the mean of named scalar losses."""
+    return torch.stack(list(losses.values())).mean()

@@ -6,53 +6,58 @@ loss stays: relations replace DMAE's features, and no projection is needed.
 B batch   S visible patches   P, Q prefix tokens of student and teacher   H heads   d width of a head
 """
 
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from maedistill.losses.relations import token_relations
-from maedistill.methods.dmae import mean
-from maedistill.methods.mae import MAE, Losses, Target
+from maedistill.methods.mae import MAE, BlockFeatures, Losses, PixelSpec, mean_loss
+from maedistill.models.decoder import TokenDecoder
+from maedistill.models.encoder import MaskedEncoder
 from maedistill.models.masking import PatchSplit
 
 
-class TinyMIM(MAE):
-    """MAE plus, for each pair of blocks, a loss on query-key and value-value relations. Prefix tokens are left out.
+@dataclass(frozen=True)
+class RelationSpec:
+    """Relations of pairs of blocks, one student tap with one teacher tap.
 
     num_heads: for each pair, the heads that both widths are split into; in the paper the teacher's own number.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        student_taps: Sequence[int],
-        teacher_taps: Sequence[int],
-        teacher_prefix: int,
-        num_heads: Sequence[int],
-        align_weight: float = 1.0,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.student_taps, self.teacher_taps = tuple(student_taps), tuple(teacher_taps)
-        self.teacher_prefix, self.num_heads, self.align_weight = teacher_prefix, tuple(num_heads), align_weight
+    student_taps: tuple[int, ...]
+    teacher_taps: tuple[int, ...]
+    teacher_prefix: int
+    num_heads: tuple[int, ...]
+    weight: float = 1.0
 
-    def forward(self, images: Tensor, split: PatchSplit, target: Target | None = None) -> Losses:
+
+class TinyMIM(MAE):
+    """MAE plus, for each pair of blocks, a loss on query-key and value-value relations. Prefix tokens are left out."""
+
+    def __init__(
+        self, encoder: MaskedEncoder, decoder: TokenDecoder, *, pixels: PixelSpec, relations: RelationSpec
+    ) -> None:
+        super().__init__(encoder, decoder, pixels=pixels)
+        self.relations = relations
+
+    def forward(self, images: Tensor, split: PatchSplit, target: BlockFeatures | None = None) -> Losses:
         """Return MAE's losses and `align/BLOCK/qk` and `align/BLOCK/vv` per student block, whose sum enters the loss.
 
         target: queries, keys and values {teacher block: [3, B, H, Q + S, d]}.
         """
         assert target is not None
-        pixels, found = self.reconstruct(images, split, relations=self.student_taps)
-        align = self.align(found, target)
-        loss = self.pixel_weight * pixels + self.align_weight * 2 * mean(align)
+        pixels, features = self.reconstruct(images, split, relations=self.relations.student_taps)
+        align = self.relation_losses(features, target)
+        loss = self.pixels.weight * pixels + self.relations.weight * 2 * mean_loss(align)
         return {"loss": loss, "pixels": pixels, **align}
 
-    def align(self, found: Target, target: Target) -> Losses:
-        """Return the divergences of each pair. found: the student's, {block: [3, B, H, P + S, d]}."""
-        losses = {}
-        for s, t, num_heads in zip(self.student_taps, self.teacher_taps, self.num_heads, strict=True):
-            student, teacher = found[s][..., self.encoder.num_prefix :, :], target[t][..., self.teacher_prefix :, :]
+    def relation_losses(self, features: BlockFeatures, target: BlockFeatures) -> Losses:
+        """Return the divergences of each pair. features: the student's, {block: [3, B, H, P + S, d]}."""
+        spec = self.relations
+        losses: Losses = {}
+        for s, t, num_heads in zip(spec.student_taps, spec.teacher_taps, spec.num_heads, strict=True):
+            student = features[s][..., self.encoder.num_prefix :, :]  # [3, B, H, S, d]
+            teacher = target[t][..., spec.teacher_prefix :, :]
             parts = token_relations(student.unbind(0), teacher.unbind(0), num_heads=num_heads)
             losses |= {f"align/{s}/qk": parts.qk, f"align/{s}/vv": parts.vv}
         return losses

@@ -32,8 +32,8 @@ class TransformerBlock(Block):
             return super().forward(x)
         qkv = self.attn.qkv(self.norm1(x))  # [B, R, 3W]
         q, k, v = rearrange(qkv, "b r (three h d) -> three b h r d", three=3, h=self.attn.num_heads)
-        read = F.scaled_dot_product_attention(q[:, :, first:], k, v)  # [B, h, Q, W/h]
-        x = x[:, first:] + self.attn.proj(rearrange(read, "b h q d -> b q (h d)"))
+        attended = F.scaled_dot_product_attention(q[:, :, first:], k, v)  # [B, h, Q, W/h]
+        x = x[:, first:] + self.attn.proj(rearrange(attended, "b h q d -> b q (h d)"))
         return x + self.mlp(self.norm2(x))
 
 
@@ -56,6 +56,6 @@ class CrossBlock(nn.Module):
         q = rearrange(self.query(self.norm1(x)), "b q (h d) -> b h q d", h=self.num_heads)
         key_value = self.key_value(self.norm_context(context))  # [B, C, 2W]
         k, v = rearrange(key_value, "b c (two h d) -> two b h c d", two=2, h=self.num_heads)
-        read = F.scaled_dot_product_attention(q, k, v)  # [B, h, Q, W/h]
-        x = x + self.proj(rearrange(read, "b h q d -> b q (h d)"))
+        attended = F.scaled_dot_product_attention(q, k, v)  # [B, h, Q, W/h]
+        x = x + self.proj(rearrange(attended, "b h q d -> b q (h d)"))
         return x + self.mlp(self.norm2(x))

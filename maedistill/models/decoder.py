@@ -20,6 +20,7 @@ class TokenDecoder(nn.Module):
     """A small ViT over the visible and the predicted patches; hidden patches that are not predicted are left out."""
 
     block: type[nn.Module] = TransformerBlock
+    pos_embed: Tensor
 
     def __init__(
         self,
@@ -63,8 +64,8 @@ class TokenDecoder(nn.Module):
         """Return embedded tokens and mask tokens, with positions added: [B, P + S, W] and [B, H, W]."""
         prefix, table = self.pos_embed[:, : self.num_prefix], self.pos_embed[:, self.num_prefix :]
         positions = torch.cat([prefix.expand(len(tokens), -1, -1), gather_rows(table, split.student)], dim=1)
-        asked = self.mask_token + gather_rows(table, split.hidden if hidden is None else hidden)
-        return self.embed(tokens) + positions, asked
+        mask_tokens = self.mask_token + gather_rows(table, split.hidden if hidden is None else hidden)
+        return self.embed(tokens) + positions, mask_tokens
 
 
 class CrossDecoder(TokenDecoder):
@@ -74,7 +75,7 @@ class CrossDecoder(TokenDecoder):
 
     def forward(self, tokens: Tensor, split: PatchSplit, hidden: Tensor | None = None) -> Tensor:
         """Predict as `TokenDecoder` does; a patch's prediction does not depend on which others are in `hidden`."""
-        known, rows = self.inputs(tokens, split, hidden)
+        context, rows = self.inputs(tokens, split, hidden)
         for block in self.blocks:
-            rows = block(rows, known)  # [B, H, W]
+            rows = block(rows, context)  # [B, H, W]
         return self.head(self.norm(rows))

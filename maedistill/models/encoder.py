@@ -76,18 +76,31 @@ class MaskedEncoder(nn.Module):
         """
         assert not {*taps} & {*relations}
         x = self.embed(images, ids)
-        tapped: dict[int, Tensor] = {}
-        needed = max((-1, *taps, *(i - 1 for i in relations))) + 1 if to_last_tap else self.depth
-        for i, block in enumerate(self.vit.blocks):
-            if i in relations:
-                tapped[i] = torch.stack(queries_keys_values(block, x))
-            if i == needed:
-                break
-            recompute = self.vit.grad_checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)  # [B, P + M, D]
-            if i in taps:
-                tapped[i] = x
-        return (x if to_last_tap else self.vit.norm(x)), tapped
+        x, outputs, qkv = run_blocks(self.vit, x, taps=taps, relations=relations, to_last_tap=to_last_tap)
+        return x, outputs | {i: torch.stack(parts) for i, parts in qkv.items()}
+
+
+def run_blocks(
+    vit: VisionTransformer, x: Tensor, *, taps: Sequence[int], relations: Sequence[int], to_last_tap: bool
+) -> tuple[Tensor, dict[int, Tensor], dict[int, tuple[Tensor, Tensor, Tensor]]]:
+    """Run the blocks of `vit` on embedded tokens x, [B, P + M, D]; with `to_last_tap`, no more than these need.
+
+    Returns the last tokens, after the final norm unless `to_last_tap`; and by block the outputs [B, P + M, D] of `taps`
+    and the queries, keys and values [B, H, P + M, d] of `relations`, which need only the input of their block.
+    """
+    outputs: dict[int, Tensor] = {}
+    qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    needed = max((-1, *taps, *(i - 1 for i in relations))) + 1 if to_last_tap else len(vit.blocks)
+    for i, block in enumerate(vit.blocks):
+        if i in relations:
+            qkv[i] = queries_keys_values(block, x)
+        if i == needed:
+            break
+        recompute = vit.grad_checkpointing and torch.is_grad_enabled()
+        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)  # [B, P + M, D]
+        if i in taps:
+            outputs[i] = x
+    return (x if to_last_tap else vit.norm(x)), outputs, qkv
 
 
 def build_vit(
@@ -152,10 +165,8 @@ def fix_positions(vit: VisionTransformer, kind: str) -> None:
 def require_known(model: str) -> None:
     """Raise ConfigError with the nearest names unless timm has a model of this name."""
     if not timm.is_model(model):
-        near = difflib.get_close_matches(model, timm.list_models("vit_*"), n=3)
-        raise ConfigError(
-            f"timm has no model {model!r}", f"names near it: {', '.join(near) or 'vit_small_patch16_224'}"
-        )
+        near = difflib.get_close_matches(model, timm.list_models(), n=3)
+        raise ConfigError(f"timm has no model {model!r}", f"names near it: {', '.join(near) or 'none'}")
 
 
 def _require_fit(image_size: int, patch_size: int, *, width: int, num_heads: int) -> None:

@@ -11,13 +11,13 @@ from maedistill.models.masking import PatchSplit, gather_rows
 from maedistill.models.positions import position_table
 
 
-def projection(student_width: int, teacher_width: int, *, kind: str, bias: bool) -> nn.Module:
+def projection(student_width: int, teacher_width: int, *, kind: str) -> nn.Module:
     """Build the map from student to teacher width: one linear layer, or an MLP with a hidden layer of teacher width."""
+    linear = nn.Linear(student_width, teacher_width)
     if kind == "linear":
-        return nn.Linear(student_width, teacher_width, bias=bias)
+        return linear
     assert kind == "mlp"
-    hidden = nn.Linear(student_width, teacher_width, bias=bias)
-    return nn.Sequential(hidden, nn.GELU(), nn.Linear(teacher_width, teacher_width, bias=bias))
+    return nn.Sequential(linear, nn.GELU(), nn.Linear(teacher_width, teacher_width))
 
 
 class Generator(nn.Module):
@@ -26,6 +26,8 @@ class Generator(nn.Module):
     Its input is the projected student rows and one mask token per missing patch, all with positions. Its output rows
     are those of the last block, without a final norm.
     """
+
+    pos_embed: Tensor
 
     def __init__(self, width: int, *, depth: int, num_heads: int, grid: int, pos_embed: str = "sincos2d") -> None:
         super().__init__()

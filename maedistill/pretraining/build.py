@@ -1,5 +1,6 @@
 """Builds the objects of a pre-training run from its config. Only this file unpacks it; others get plain arguments."""
 
+from dataclasses import replace
 from math import lcm
 
 import torch
@@ -11,19 +12,19 @@ from maedistill.data.loading.order import SampleOrder
 from maedistill.data.shards.index import ShardIndex
 from maedistill.errors import ConfigError
 from maedistill.machine import DTYPES, precision
-from maedistill.methods.amd import AMD
-from maedistill.methods.dmae import DMAE
-from maedistill.methods.mae import MAE
+from maedistill.methods.amd import AMD, GeneratorSpec
+from maedistill.methods.dmae import DMAE, AlignmentSpec
+from maedistill.methods.mae import MAE, PixelSpec
 from maedistill.methods.teacher import Teacher
-from maedistill.methods.tinymim import TinyMIM
+from maedistill.methods.tinymim import RelationSpec, TinyMIM
 from maedistill.models.attention import has_plain_attention
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
 from maedistill.models.masking import PatchSplit, num_visible, random_split
-from maedistill.weights.source import Source, open_source
+from maedistill.weights.from_file import SPEC_FIELDS, EncoderSpec
+from maedistill.weights.network import Network, open_network
 
-METHODS: dict[str, type[MAE]] = {"mae": MAE, "dmae": DMAE, "amd": AMD, "tinymim": TinyMIM}
 DECODERS: dict[str, type[TokenDecoder]] = {"self": TokenDecoder, "cross": CrossDecoder}
 
 
@@ -32,79 +33,104 @@ def build_encoder(config: PretrainConfig) -> MaskedEncoder:
     return MaskedEncoder(build_vit(image_size=config.data.image_size, **config.student.model_dump()))
 
 
-def build_teacher_source(config: PretrainConfig, *, grid: int) -> Source | None:
-    """Open the teacher's source; return None for a method without a teacher."""
-    if config.teacher.source is None:
+def build_teacher_source(config: PretrainConfig, *, grid: int) -> Network | None:
+    """Open the teacher's network; return None for a method without a teacher."""
+    teacher = config.teacher
+    if teacher.source is None:
         return None
-    keywords = config.teacher.model_dump(exclude={"precision"})
-    return open_source(grid=grid, **keywords)
+    spec = EncoderSpec(**teacher.model_dump(include=SPEC_FIELDS))
+    network = open_network(teacher.source, "encoder", grid=grid, spec=spec, section="teacher")
+    return replace(network, **teacher.model_dump(include={"mean", "std", "license"}, exclude_none=True))
 
 
-def build_teacher(config: PretrainConfig, source: Source, device: torch.device) -> Teacher:
+def build_teacher(config: PretrainConfig, source: Network, device: torch.device) -> Teacher:
     """Build the frozen teacher on `device`, without the blocks after its last tap."""
     dtype = DTYPES[precision(config.teacher.precision, device)]
     return Teacher(source, taps=config.align.teacher, relations=config.method == "tinymim", dtype=dtype).to(device)
 
 
-def build_method(config: PretrainConfig, encoder: MaskedEncoder, source: Source | None) -> MAE:
+def build_method(config: PretrainConfig, encoder: MaskedEncoder, source: Network | None) -> MAE:
     """Build the module to train: encoder, decoder, heads and generators, initialised from the seed."""
     if config.method != "mae" and max(config.align.student) >= encoder.depth:
         raise ConfigError(
             f"align.student: block {max(config.align.student)} does not exist, the student has {encoder.depth}",
             f"use 0 to {encoder.depth - 1}",
         )
-    # The decoder and the generators use fixed tables even if the student learns its positions.
-    table = "sincos2d" if config.student.pos_embed == "learned" else config.student.pos_embed
-    decoder = DECODERS[config.decoder.attention](
-        encoder.width,
-        grid=encoder.grid,
-        patch_size=encoder.patch_size,
-        num_prefix=encoder.num_prefix,
-        pos_embed=table,
-        **config.decoder.model_dump(exclude={"attention", "predict_ratio"}),
+    decoder, teacher = _build_decoder(config, encoder), source.encoder if source is not None else None
+    pixels = PixelSpec(
+        mean=config.data.mean,
+        std=config.data.std,
+        target=config.pixels.target,
+        weight=config.pixels.weight,
+        predict_ratio=config.decoder.predict_ratio,
     )
-    keywords: dict[str, object] = {
-        "mean": config.data.mean,
-        "std": config.data.std,
-        "pixel_kind": config.pixels.target,
-        "pixel_weight": config.pixels.weight,
-        "predict_ratio": config.decoder.predict_ratio,
-    }
-    if config.method == "tinymim":
-        keywords |= _relation_keywords(config, encoder, source)
-    elif source is not None:
-        align = config.align.model_dump(exclude={"student", "teacher", "weight"})
-        keywords |= align | {
-            "student_taps": config.align.student,
-            "teacher_taps": config.align.teacher,
-            "align_weight": config.align.weight,
-            "teacher_width": source.encoder.width,
-            "teacher_prefix": source.encoder.num_prefix,
-        }
-    if config.method == "amd":
-        generate, width = config.generate, source.encoder.width
-        num_heads = generate.num_heads or max(1, width // 64)
-        if width % num_heads:
-            raise ConfigError(
-                f"generate.num_heads: {num_heads} heads do not divide the teacher's width {width}",
-                f"set generate.num_heads to a divisor of {width}",
-            )
-        keywords |= {
-            "generator_depth": generate.depth,
-            "generator_heads": num_heads,
-            "generate_weight": generate.weight,
-            "pos_embed": table,
-        }
-    method = METHODS[config.method](encoder, decoder, **keywords)
+    match config.method:
+        case "mae":
+            method = MAE(encoder, decoder, pixels=pixels)
+        case "dmae":
+            method = DMAE(encoder, decoder, pixels=pixels, align=_alignment(config, teacher))
+        case "amd":
+            align, generate = _alignment(config, teacher), _generators(config, teacher)
+            method = AMD(encoder, decoder, pixels=pixels, align=align, generate=generate)
+        case "tinymim":
+            method = TinyMIM(encoder, decoder, pixels=pixels, relations=_relations(config, encoder, teacher))
     initialize(method, seed=config.seed)
     if config.engine.activation_checkpointing:
         encoder.vit.set_grad_checkpointing(True)
     return method
 
 
-def _relation_keywords(config: PretrainConfig, encoder: MaskedEncoder, source: Source) -> dict[str, object]:
-    """Return the arguments for token relations. Raises ConfigError if the networks have no comparable relations."""
-    teacher, align = source.encoder, config.align
+def _build_decoder(config: PretrainConfig, encoder: MaskedEncoder) -> TokenDecoder:
+    """Build the decoder of pixels, uninitialised."""
+    return DECODERS[config.decoder.attention](
+        encoder.width,
+        width=config.decoder.width,
+        depth=config.decoder.depth,
+        num_heads=config.decoder.num_heads,
+        grid=encoder.grid,
+        patch_size=encoder.patch_size,
+        num_prefix=encoder.num_prefix,
+        bias=config.decoder.bias,
+        pos_embed=_fixed_positions(config),
+    )
+
+
+def _fixed_positions(config: PretrainConfig) -> str:
+    """Return the position table of decoder and generators, which is fixed even if the student learns its positions."""
+    return "sincos2d" if config.student.pos_embed == "learned" else config.student.pos_embed
+
+
+def _alignment(config: PretrainConfig, teacher: MaskedEncoder) -> AlignmentSpec:
+    """Return the feature alignment with this teacher."""
+    align = config.align
+    return AlignmentSpec(
+        student_taps=align.student,
+        teacher_taps=align.teacher,
+        teacher_width=teacher.width,
+        teacher_prefix=teacher.num_prefix,
+        distance=align.distance,
+        normalize=align.normalize,
+        beta=align.beta,
+        bias=align.bias,
+        weight=align.weight,
+    )
+
+
+def _generators(config: PretrainConfig, teacher: MaskedEncoder) -> GeneratorSpec:
+    """Return AMD's generators. Raises ConfigError if their heads do not divide the teacher's width."""
+    generate, width = config.generate, teacher.width
+    num_heads = generate.num_heads or max(1, width // 64)
+    if width % num_heads:
+        raise ConfigError(
+            f"generate.num_heads: {num_heads} heads do not divide the teacher's width {width}",
+            f"set generate.num_heads to a divisor of {width}",
+        )
+    return GeneratorSpec(num_heads, depth=generate.depth, weight=generate.weight, pos_embed=_fixed_positions(config))
+
+
+def _relations(config: PretrainConfig, encoder: MaskedEncoder, teacher: MaskedEncoder) -> RelationSpec:
+    """Return the token relations. Raises ConfigError if the networks have none that can be compared."""
+    align = config.align
     for who, blocks, taps in (
         ("student", encoder.vit.blocks, align.student),
         ("teacher", teacher.vit.blocks, align.teacher),
@@ -114,20 +140,14 @@ def _relation_keywords(config: PretrainConfig, encoder: MaskedEncoder, source: S
                 f"align.{who}: the {who}'s blocks have no queries, keys and values that can be compared",
                 "use a plain ViT, e.g. vit_small_patch16_224, or method=dmae",
             )
-    num_heads = [teacher.vit.blocks[tap].attn.num_heads for tap in align.teacher if tap < teacher.depth]
+    num_heads = tuple(teacher.vit.blocks[tap].attn.num_heads for tap in align.teacher if tap < teacher.depth)
     if uneven := [number for number in num_heads if encoder.width % number]:
         step = lcm(uneven[0], 4)  # sin-cos positions need a multiple of 4
         raise ConfigError(
             f"student.width: {encoder.width} cannot be cut into the teacher's {uneven[0]} heads",
             f"use a multiple of {uneven[0]}, e.g. student.width={-(-encoder.width // step) * step}",
         )
-    return {
-        "student_taps": align.student,
-        "teacher_taps": align.teacher,
-        "teacher_prefix": teacher.num_prefix,
-        "num_heads": num_heads,
-        "align_weight": align.weight,
-    }
+    return RelationSpec(align.student, align.teacher, teacher.num_prefix, num_heads, weight=align.weight)
 
 
 def build_crops(config: PretrainConfig, index: ShardIndex) -> RandomCrops:

@@ -5,6 +5,7 @@ A multiply-add counts as two. The meta device computes nothing and copies no wei
 
 import copy
 import itertools
+import re
 
 import torch
 from torch import nn
@@ -35,24 +36,19 @@ def count_flops(
         loss = shapes(images, split, target)["loss"]
     by_module = counter.get_flop_counts()
     for name, _ in shapes.named_children():
-        prefix = f"{type(shapes).__name__}.{name}"
-        below = [sum(ops.values()) for key, ops in by_module.items() if key == prefix or _is_item(key, prefix)]
-        counts[name] = sum(below) / 1e9
+        # An item of a module list has a key of its own, since the list itself is never called.
+        own = re.compile(rf"{type(shapes).__name__}\.{name}(\.\d+)?")
+        counts[name] = sum(sum(ops.values()) for key, ops in by_module.items() if own.fullmatch(key)) / 1e9
     with FlopCounterMode(display=False) as counter:
         loss.backward()
     counts["backward"] = counter.get_total_flops() / 1e9
     return counts | {"total": sum(counts.values())}
 
 
-def _is_item(key: str, prefix: str) -> bool:
-    """Return whether `key` is an entry of the module list `prefix`, which is never called itself."""
-    return key.startswith(prefix + ".") and key.removeprefix(prefix + ".").isdigit()
-
-
 def on_meta(module: nn.Module) -> nn.Module:
     """Copy `module` to the meta device. The deep copy takes the tensors from its memo, so it copies no weights."""
     memo = {}
     for tensor in itertools.chain(module.parameters(), module.buffers()):
-        shape = tensor.detach().to("meta")
-        memo[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape
+        empty = tensor.detach().to("meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(module, memo)

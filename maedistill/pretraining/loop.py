@@ -12,20 +12,21 @@ import torch
 
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.images.transforms import to_float01
-from maedistill.data.loading.loader import CentreCrops, evaluation_batches, training_batches
-from maedistill.evaluation.knn import knn_accuracy, pooled_features, random_subset
+from maedistill.data.loading.evaluation import EvaluationImages, centre_transform, exact_batches
+from maedistill.evaluation.context import EvalContext
+from maedistill.evaluation.features import pooled_features, random_subset
+from maedistill.evaluation.knn import knn_accuracy
 from maedistill.evaluation.linear_probe import probe_accuracy
 from maedistill.pretraining.build import build_crops, split_of
 from maedistill.pretraining.pictures import reconstruction_sheet
-from maedistill.pretraining.setup import Pretraining, fit_micro_batch, open_pretraining
+from maedistill.pretraining.setup import Pretraining, open_pretraining
 from maedistill.processes import distributed
 from maedistill.randomness import Stream, key
 from maedistill.report.run_report import write_run_report
-from maedistill.runs.folder import RunFolder
-from maedistill.runs.metrics import Averages, MetricsFile
+from maedistill.runs.metrics import MetricsFile
 from maedistill.runs.records import ignore_write_errors
 from maedistill.runs.run import Run
-from maedistill.runs.start import joined, start_run
+from maedistill.runs.start import run_stage
 
 _PICTURES = 8  # images on a reconstruction sheet
 
@@ -36,41 +37,21 @@ def pretrain(config: PretrainConfig, *, fresh: bool = False, extend: bool = Fals
     fresh: refuse a folder that already holds a run. extend: allow a changed number of epochs.
     Raises subclasses of UserError; RUN/exit.json records how the run ended.
     """
-    folder = RunFolder(config.run)
-    with joined(config, folder) as peers:
-        parts = open_pretraining(config, world_size=distributed.world_size(), device=distributed.device())
-        fit_micro_batch(parts, folder)
-        with start_run(parts, folder, peers, fresh=fresh, extend=extend) as run, run.resume() as metrics:
-            train(run, parts, metrics)
-        report = distributed.on_main(lambda: write_run_report(folder))
-        if distributed.is_main():
-            print(f"done: {report}", flush=True)
+    run_stage(
+        config, open_stage=open_pretraining, train=train, write_report=write_run_report, fresh=fresh, extend=extend
+    )
 
 
 def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
     """Run the training loop to the end of the run. Collective."""
     config, plan, engine, teacher = parts.config, parts.plan, run.engine, parts.teacher
     crops = build_crops(config, parts.index)
-    batches = training_batches(
-        crops,
-        run.step,
-        plan.steps,
-        plan=plan.batch,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        workers=run.workers,
-        device=run.device,
-        timeout_seconds=config.data.timeout_seconds,
-        max_batch_wait=run.max_batch_wait,
-    )
-    averages = Averages()
+    batches = run.batches(crops)
 
     for step in range(run.step, plan.steps):
         run.schedule.step_update(step)
         for micro in range(plan.batch.accumulation):
-            with run.clock.waiting():
-                batch = next(batches)
-            run.peers.beat(step)
+            batch = run.next(batches)
             images, split = parts.inputs(batch.images, batch.positions)  # [m, 3, s, s]
             target = teacher(images, split) if teacher is not None else None
             if config.student.drop_path:
@@ -78,14 +59,12 @@ def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
             losses = engine(images, split, target)
             engine.backward(losses["loss"])
             engine.step()
-            averages.add(losses)
-            run.clock.images += len(images)
-            run.replaced += batch.bad
+            run.count(batch, losses)
         run.end_step(crops)
 
         # Log: the only place where the host waits for the device.
         if run.should_log:
-            run.log(averages, metrics)
+            run.log(metrics)
 
         # Draw, probe, save: each on its own period, none counted as training time. Saving comes last: otherwise a run
         # killed during a picture or a probe would resume after it, and the picture or probe would be missing.
@@ -102,8 +81,9 @@ def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
 def draw(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
     """Draw a few fixed images with fixed masks. Every rank computes (ZeRO 3 needs all of them), rank 0 writes."""
     data, index = parts.config.data, parts.val_index or parts.index
-    crops = CentreCrops(index, random_subset(index, _PICTURES), size=data.image_size, share=data.eval_crop)
-    images = to_float01(next(evaluation_batches(crops, batch=_PICTURES, workers=0))[0].to(parts.device))
+    transform = centre_transform(size=data.image_size, crop_pct=data.eval_crop)
+    crops = EvaluationImages(index, random_subset(index, _PICTURES), transform, replace_bad=True)
+    images = to_float01(next(exact_batches(crops, batch=_PICTURES, workers=0))[0].to(parts.device))
     split = split_of(parts.config, torch.arange(len(images), device=parts.device), parts.module.encoder.grid**2)
     sheet = reconstruction_sheet(parts.module, images, split, teacher=parts.teacher is not None)
     if metrics is not None:
@@ -118,18 +98,27 @@ def probe(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
     knn, linear = run.due(log.knn_every_epochs), run.due(log.probe_every_epochs)
     if not (knn or linear):
         return
-    batch, workers = parts.plan.batch.micro_batch, run.workers
+    context = EvalContext(
+        device=run.device,
+        batch=parts.plan.batch.micro_batch,
+        workers=run.workers,
+        precision=parts.config.engine.precision,
+        timeout_seconds=data.timeout_seconds,
+    )
     bank, queries = (
         pooled_features(
-            parts.module, index, random_subset(index, log.knn_images),
-            size=data.image_size, share=data.eval_crop, batch=batch, workers=workers,
-            precision=parts.config.engine.precision, timeout_seconds=data.timeout_seconds,
+            parts.module,
+            index,
+            random_subset(index, log.knn_images),
+            context,
+            size=data.image_size,
+            crop_pct=data.eval_crop,
         )
         for index in (parts.index, parts.val_index)
-    )  # fmt: skip
-    scores = {"knn": knn_accuracy(*bank, *queries, device=run.device)} if knn else {}
+    )
+    scores = {"knn": knn_accuracy(bank, queries, device=run.device)} if knn else {}
     if metrics is not None:
-        scores |= {"linear": probe_accuracy(*bank, *queries, device=run.device)} if linear else {}
+        scores |= {"linear": probe_accuracy(bank, queries, device=run.device)} if linear else {}
         metrics.write(run.step, {**scores, "epoch": run.epoch})
         names = {"knn": "kNN {:.1%} (a trend, no forecast)", "linear": "linear probe {:.1%}"}
         words = ", ".join(names[name].format(accuracy) for name, accuracy in scores.items())

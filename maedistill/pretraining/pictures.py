@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from maedistill.evaluation.full_pass import evaluation_mode
 from maedistill.methods.mae import MAE
 from maedistill.models.masking import PatchSplit
 from maedistill.models.patches import patchify, unpatchify
@@ -20,16 +21,14 @@ _HEADER, _GAP = 18, 4
 
 def show_only(images: Tensor, ids: Tensor, patch_size: int) -> Tensor:
     """Grey out all patches except `ids`: [B, 3, s, s], int64 [B, M] -> [B, 3, s, s]."""
-    rows = patchify(images, patch_size)  # [B, N, p*p*3]
-    seen = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device).scatter_(1, ids, True)
-    return unpatchify(torch.where(seen[..., None], rows, _GREY), patch_size)
+    return paste(images, torch.full_like(images, _GREY), ids, patch_size)
 
 
 def paste(images: Tensor, predicted: Tensor, ids: Tensor, patch_size: int) -> Tensor:
-    """Paste the true patches `ids` into the predictions, for comparison with the image."""
-    rows, guess = patchify(images, patch_size), patchify(predicted, patch_size)
-    seen = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device).scatter_(1, ids, True)
-    return unpatchify(torch.where(seen[..., None], rows, guess), patch_size)
+    """Paste the true patches `ids` into the predictions: [B, 3, s, s] twice, int64 [B, M] -> [B, 3, s, s]."""
+    rows, predicted_rows = patchify(images, patch_size), patchify(predicted, patch_size)  # [B, N, p*p*3]
+    visible = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device).scatter_(1, ids, True)  # [B, N]
+    return unpatchify(torch.where(visible[..., None], rows, predicted_rows), patch_size)
 
 
 def reconstruction_sheet(method: MAE, images: Tensor, split: PatchSplit, *, teacher: bool) -> Image.Image:
@@ -37,10 +36,9 @@ def reconstruction_sheet(method: MAE, images: Tensor, split: PatchSplit, *, teac
 
     images: [B, 3, s, s] in [0, 1]. The true visible patches are pasted into the prediction.
     """
-    training = method.training
-    method.eval()
-    predicted, patch_size = method.draw(images, split), method.encoder.patch_size
-    method.train(training)
+    patch_size = method.encoder.patch_size
+    with evaluation_mode(method):
+        predicted = method.draw(images, split)
     columns = {"image": images, "student sees": show_only(images, split.student, patch_size)}
     if teacher:
         columns["teacher sees"] = show_only(images, split.teacher, patch_size)

@@ -1,6 +1,5 @@
 """The parts of a pre-training run before its engine exists: data, student and teacher. Also the dry run."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +13,6 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.remote.cache import set_cache
 from maedistill.data.shards.index import ShardIndex, open_index
 from maedistill.data.shards.reader import require_room
-from maedistill.machine import DTYPES, precision
 from maedistill.methods.mae import MAE
 from maedistill.methods.teacher import Teacher
 from maedistill.models.masking import PatchSplit
@@ -29,14 +27,16 @@ from maedistill.pretraining.build import (
 )
 from maedistill.pretraining.flops import count_flops
 from maedistill.processes import distributed
+from maedistill.runs.dry_run import dry_run as plan_and_try
+from maedistill.runs.dry_run import forward_backward
 from maedistill.runs.folder import RunFolder
-from maedistill.runs.plan import Plan, make_plan, measured_lines, num_params_m, plan_lines
+from maedistill.runs.plan import Plan, make_plan, num_params_m, plan_lines
 from maedistill.training.compilation import compile_function, compile_module
 from maedistill.training.memory_fit import fit_to_memory
 from maedistill.training.optim import parameter_groups
 from maedistill.weights.fingerprint import weights_fingerprint
 from maedistill.weights.from_run import describe_network
-from maedistill.weights.source import Source
+from maedistill.weights.network import Network
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Pretraining:
     index: ShardIndex
     val_index: ShardIndex | None
     module: MAE
-    source: Source | None
+    source: Network | None
     teacher: Teacher | None
     teacher_weights: list[str]
     device: torch.device
@@ -102,6 +102,11 @@ class Pretraining:
             *plan_lines(config, self.plan),
         ]
 
+    def module_inputs(self, pixels: Tensor, positions: Tensor) -> tuple[Any, ...]:
+        """Return what the module computes a loss from: images, masks and the teacher's outputs."""
+        images, split = self.inputs(pixels, positions)
+        return images, split, self.teacher(images, split) if self.teacher is not None else None
+
     def compile(self) -> None:
         """Compile what a step runs: images and masks, teacher, student."""
         self.inputs = compile_function(self.inputs)
@@ -111,7 +116,7 @@ class Pretraining:
 
 
 def open_pretraining(config: PretrainConfig, *, world_size: int, device: torch.device) -> Pretraining:
-    """Open data and teacher and build the student. Works without a process group too. Collective."""
+    """Open data and teacher, build the student, fit the micro-batch. Works without a process group too. Collective."""
     set_cache(folder=config.data.cache_folder, gigabytes=config.data.cache_gb)
     index, val_index = distributed.main_first(lambda: _open_data(config))
     plan = make_plan(config, len(index), world_size=world_size)
@@ -121,10 +126,12 @@ def open_pretraining(config: PretrainConfig, *, world_size: int, device: torch.d
     method = build_method(config, encoder, source).to(device)
     teacher = build_teacher(config, source, device) if source is not None else None
     inputs = partial(step_inputs, config, num_patches=encoder.grid**2)
-    return Pretraining(config, plan, index, val_index, method, source, teacher, teacher_weights, device, inputs)
+    parts = Pretraining(config, plan, index, val_index, method, source, teacher, teacher_weights, device, inputs)
+    _fit_micro_batch(parts)
+    return parts
 
 
-def fit_micro_batch(parts: Pretraining, folder: RunFolder) -> None:
+def _fit_micro_batch(parts: Pretraining) -> None:
     """Fit the micro-batch to the memory of the GPUs if `engine.micro_batch` is not set. Collective.
 
     A run resumed with as many ranks and the same GPU memory keeps its micro-batch, so that its sums are bit-identical.
@@ -135,7 +142,7 @@ def fit_micro_batch(parts: Pretraining, folder: RunFolder) -> None:
         return
     plans = batch_plans(config.optim.global_batch, world_size=plan.world_size, group=config.data.views_per_image)
     parts.fitted_to = torch.cuda.get_device_properties(device).total_memory
-    known = distributed.on_main(folder.facts).get("batch", {})
+    known = distributed.on_main(RunFolder(config.run).facts).get("batch", {})
     fits = {"ranks": plan.world_size, "fitted_to_bytes": parts.fitted_to}
     batch = next((one for one in plans if known == fits | {"micro_batch": one.micro_batch}), None)
     if batch is None:
@@ -155,15 +162,11 @@ def dry_run(config: PretrainConfig) -> None:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = open_pretraining(config, world_size=world_size_from_environment(), device=device)
-    folder = RunFolder(config.run)
-    folder.check(config, parts.facts, fresh=False, extend=False)
-    fit_micro_batch(parts, folder)
     student_sees, teacher_sees = mask_sizes(config, parts.module.encoder.grid**2)
     flops = count_flops(parts.module, parts.teacher, num_student=student_sees, num_teacher=teacher_sees)
-    lines = parts.lines
-    lines.append("flops    " + ", ".join(f"{name} {value:.2f}" for name, value in flops.items()) + " GFLOP per image")
-    lines += measured_lines(config, parts.plan, parts.module, lambda count: _trial(parts, count), device=device)
-    print("\n".join(lines) + "\nnothing was started: dry run", flush=True)
+    cost = "flops    " + ", ".join(f"{name} {value:.2f}" for name, value in flops.items()) + " GFLOP per image"
+    crops = build_crops(config, parts.index)
+    plan_and_try(parts, crops, lambda batch: parts.module_inputs(batch.images, batch.positions), more_lines=[cost])
 
 
 def _open_data(config: PretrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
@@ -177,32 +180,9 @@ def _open_data(config: PretrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
     return index, val_index
 
 
-def _trial(parts: Pretraining, count: int) -> tuple[float, float]:
-    """Return the seconds to load `count` images, and of one forward and backward pass after a warm-up pass."""
-    config = parts.config
-    start = time.perf_counter()
-    batch = build_crops(config, parts.index).__getitems__(list(range(count))).to(parts.device)
-    loading = time.perf_counter() - start
-    for _ in range(2):
-        start = time.perf_counter()
-        _pass(parts, batch.images, batch.positions)
-        seconds = time.perf_counter() - start
-    return loading, seconds
-
-
 def _trial_on_noise(parts: Pretraining, count: int) -> None:
     """Run a forward and backward pass on `count` grey images."""
     side = parts.config.data.image_size
     images = torch.full((count, 3, side, side), 127, dtype=torch.uint8, device=parts.device)
-    _pass(parts, images, torch.arange(count, device=parts.device))
-
-
-def _pass(parts: Pretraining, pixels: Tensor, positions: Tensor) -> None:
-    """Run a forward and backward pass and wait for the device: uint8 [m, 3, s, s], int64 [m]."""
-    dtype = DTYPES[precision(parts.config.engine.precision, parts.device)]
-    images, split = parts.inputs(pixels, positions)
-    target = parts.teacher(images, split) if parts.teacher is not None else None
-    with torch.autocast(parts.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        loss = parts.module(images, split, target)["loss"]
-    loss.backward()
-    loss.item()  # waits for the device
+    positions = torch.arange(count, device=parts.device)
+    forward_backward(parts, parts.module_inputs(images, positions))

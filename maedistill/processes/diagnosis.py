@@ -61,7 +61,7 @@ class Diagnosis:
         return cls(_kind(code)(cause, remedy), tuple(lost))
 
 
-def judge(before: Sequence[Heartbeat], after: Sequence[Heartbeat], *, why: str) -> Diagnosis:
+def diagnose(before: Sequence[Heartbeat], after: Sequence[Heartbeat], *, why: str) -> Diagnosis:
     """Name the ranks that hold up the run, from the Heartbeats of all ranks at two times a few rounds apart.
 
     These are the ranks that were silent in between; else the ranks with the fewest `moves`, and among those the ranks
@@ -126,7 +126,7 @@ def _exists(process: int) -> bool:
         return False
 
 
-def judge_store() -> Diagnosis:
+def diagnose_store() -> Diagnosis:
     """Diagnose a store that does not answer: its host is lost, which is torchrun or else rank 0."""
     address = f"at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -134,7 +134,7 @@ def judge_store() -> Diagnosis:
     return _lost(f"rank 0 {address}", (0,))
 
 
-def own_failure(beat: Heartbeat, error: BaseException) -> Diagnosis:
+def failure_of(beat: Heartbeat, error: BaseException) -> Diagnosis:
     """Return the diagnosis that tells the other ranks about an error of this one."""
     who = f"rank {beat.rank} on {beat.host}"
     if isinstance(error, UserError):
@@ -150,7 +150,7 @@ def peer_error(error: BaseException) -> PeerError | None:
     return None
 
 
-def where(thread: int) -> tuple[str, bool]:
+def thread_position(thread: int) -> tuple[str, bool]:
     """Return the innermost position of a thread in maedistill, and whether it waits for other ranks there."""
     innermost = frame = sys._current_frames().get(thread)
     waits = False

@@ -181,7 +181,7 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
-def gather_rows(rows: Tensor) -> Tensor:
+def all_gather_rows(rows: Tensor) -> Tensor:
     """Return the rows of all ranks in rank order: [n_r, ...] per rank, n_r may differ -> [sum n_r, ...]. Collective."""
     if world_size() == 1:
         return rows

@@ -2,7 +2,7 @@
 
     main thread: beat(step) -> Heartbeat, once a round -> store <- the Heartbeats of the others
     no beat for 15 s -> find ranks that are certainly gone (diagnosis.py) -> two lines, exit 5
-    no beat for too long, or a collective failed -> read all Heartbeats twice -> judge -> two lines, exit 5
+    no beat for too long, or a collective failed -> read all Heartbeats twice -> diagnose -> two lines, exit 5
 
 gloo reports a lost rank at once. NCCL does not: the host waits for a device that waits for the lost rank. The
 check after 15 s covers this case. A long step (the first one may compile) costs only these checks.
@@ -33,17 +33,17 @@ from maedistill.processes import distributed
 from maedistill.processes.diagnosis import (
     Diagnosis,
     Heartbeat,
+    diagnose,
+    diagnose_store,
+    failure_of,
     find_lost,
-    judge,
-    judge_store,
-    own_failure,
     peer_error,
     pid_space,
-    where,
+    thread_position,
 )
 
-_LOOK_ROUNDS = 5  # for a diagnosis
-_DOUBT_SECONDS = 15.0  # without a beat, until this rank checks whether another one is gone
+_SNAPSHOT_ROUNDS = 5  # for a diagnosis
+_STUCK_SECONDS = 15.0  # without a beat, until this rank checks whether another one is gone
 _RECORD_SECONDS = 10.0  # limit for `on_loss`, because its disk may be what hangs
 
 
@@ -63,25 +63,27 @@ class Peers:
         self._timeout, self._on_loss = timeout_seconds, on_loss
         self._round = min(max(timeout_seconds / 40, 0.1), 1.0)  # seconds between Heartbeats
         self._main = threading.get_ident()
-        self._said = Heartbeat(distributed.rank(), platform.node(), os.getpid(), pid_space=pid_space())
+        self._own_beat = Heartbeat(distributed.rank(), platform.node(), os.getpid(), pid_space=pid_space())
         self._step = self._moves = 0
-        self._moved, self._watched = time.monotonic(), False
-        self._doubt, self._ended = threading.Event(), threading.Event()
-        self._looks: list[list[Heartbeat]] = []  # Heartbeats of all ranks, one entry per look since `_doubt` was set
-        self._stuck = threading.Event()  # this rank does not move, so the talker keeps `_latest` current
+        self._last_move, self._watched = time.monotonic(), False
+        self._snapshot_requested, self._ended = threading.Event(), threading.Event()
+        self._snapshots: list[
+            list[Heartbeat]
+        ] = []  # Heartbeats of all ranks, one entry per round since `_snapshot_requested` was set
+        self._stuck = threading.Event()  # this rank does not move, so the exchanger keeps `_latest` current
         self._latest: list[Heartbeat] = []
         self._heard_from: dict[int, tuple[int, float]] = {}  # rounds of each rank, and when they last increased
-        self._words: Diagnosis | None = None  # why this rank fails, to send to the others
-        self._heard: Diagnosis | None = None  # why the first other rank failed
+        self._own_failure: Diagnosis | None = None  # why this rank fails, to send to the others
+        self._remote_failure: Diagnosis | None = None  # why the first other rank failed
         self._store: dist.Store | None = None
-        self._talker = threading.Thread(target=self._talk, name="peers-talk", daemon=True)
+        self._exchanger = threading.Thread(target=self._exchange, name="peers-talk", daemon=True)
 
     def __enter__(self) -> "Peers":
         if distributed.world_size() > 1:
             self._store = _open_store()
-            self._say()
+            self._publish()
             distributed.barrier()  # from here on every rank has a Heartbeat
-            self._talker.start()
+            self._exchanger.start()
         threading.Thread(target=self._watch, name="peers-watch", daemon=True).start()
         return self
 
@@ -91,13 +93,13 @@ class Peers:
         self._watched = False
         lost, broken = None, device_error(error) if error is not None else None
         if error is not None and (translated := peer_error(error)) is not None:
-            self._words = lost = self._judge(translated.cause)
+            self._own_failure = lost = self._diagnose(translated.cause)
         elif error is not None and not isinstance(error, Preempted):
-            self._words = own_failure(self._said, broken or error)
+            self._own_failure = failure_of(self._own_beat, broken or error)
         self._ended.set()
         if self._store is not None:
-            self._talker.join(_LOOK_ROUNDS * self._round)
-            self._let_others_hear()
+            self._exchanger.join(_SNAPSHOT_ROUNDS * self._round)
+            self._linger()
         if lost is not None:
             if not distributed.is_main():  # on rank 0, the code that catches the error records it
                 self._record(lost)
@@ -107,41 +109,43 @@ class Peers:
 
     def beat(self, step: int) -> None:
         """Report progress with `step` steps done: call it at the end of each step and where ranks may drift apart."""
-        self._step, self._moves, self._moved, self._watched = step, self._moves + 1, time.monotonic(), True
+        self._step, self._moves, self._last_move, self._watched = step, self._moves + 1, time.monotonic(), True
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Exclude a block, such as saving or evaluating, from the watch. The process group's timeout still applies."""
         watched, self._watched = self._watched, False
         yield
-        self._moved, self._watched = time.monotonic(), watched
+        self._last_move, self._watched = time.monotonic(), watched
 
-    def _talk(self) -> None:
+    def _exchange(self) -> None:
         """Exchange Heartbeats and failures with the store until it stops answering. Runs in a thread."""
         ended = False
         try:
             while not ended:
                 ended = self._ended.wait(self._round)
-                self._say(left=ended and self._words is None)
+                self._publish(left=ended and self._own_failure is None)
                 if self._stuck.is_set():
-                    self._latest = self._look()
-                if self._doubt.is_set():
-                    self._looks.append(self._look())
+                    self._latest = self._snapshot()
+                if self._snapshot_requested.is_set():
+                    self._snapshots.append(self._snapshot())
                 if self._store.check(["failed"]):
-                    self._heard = Diagnosis.from_text(self._store.get("failed"))
-                elif self._words is not None:
-                    self._store.set("failed", self._words.to_text())
+                    self._remote_failure = Diagnosis.from_text(self._store.get("failed"))
+                elif self._own_failure is not None:
+                    self._store.set("failed", self._own_failure.to_text())
         except dist.DistError:
-            return  # `_judge` then finds no looks and blames the store
+            return  # `_diagnose` then has no snapshots and blames the store
 
-    def _say(self, *, left: bool = False) -> None:
-        place, waits = where(self._main)
-        rounds, moves, step = self._said.rounds + 1, self._moves, self._step
-        self._said = replace(self._said, rounds=rounds, moves=moves, step=step, place=place, waits=waits, left=left)
+    def _publish(self, *, left: bool = False) -> None:
+        place, waits = thread_position(self._main)
+        rounds, moves, step = self._own_beat.rounds + 1, self._moves, self._step
+        self._own_beat = replace(
+            self._own_beat, rounds=rounds, moves=moves, step=step, place=place, waits=waits, left=left
+        )
         if self._store is not None:
-            self._store.set(f"beat/{self._said.rank}", json.dumps(asdict(self._said)))
+            self._store.set(f"beat/{self._own_beat.rank}", json.dumps(asdict(self._own_beat)))
 
-    def _look(self) -> list[Heartbeat]:
+    def _snapshot(self) -> list[Heartbeat]:
         keys = [f"beat/{rank}" for rank in range(distributed.world_size())]
         beats = [Heartbeat(**json.loads(text)) for text in self._store.multi_get(keys)]
         now = time.monotonic()
@@ -153,72 +157,74 @@ class Peers:
     def _watch(self) -> None:
         """End the process when the main thread is stuck. Runs in a thread."""
         while not self._ended.wait(self._round):
-            if self._heard is not None:
-                time.sleep(_LOOK_ROUNDS * self._round)  # gives the main thread time to notice and end normally
-                self._leave(self._heard)
-            moved = self._moved
-            self._look_for_lost(moved)
-            if self._watched and time.monotonic() - moved > self._timeout - (_LOOK_ROUNDS + 5) * self._round:
-                judgement = self._judge(f"no step for {self._timeout:g} s")
-                if self._moved == moved and self._watched:
-                    self._leave(judgement)
+            if self._remote_failure is not None:
+                time.sleep(_SNAPSHOT_ROUNDS * self._round)  # gives the main thread time to notice and end normally
+                self._leave(self._remote_failure)
+            moved = self._last_move
+            self._check_for_lost(moved)
+            if self._watched and time.monotonic() - moved > self._timeout - (_SNAPSHOT_ROUNDS + 5) * self._round:
+                diagnosis = self._diagnose(f"no step for {self._timeout:g} s")
+                if self._last_move == moved and self._watched:
+                    self._leave(diagnosis)
 
-    def _look_for_lost(self, moved: float) -> None:
+    def _check_for_lost(self, moved: float) -> None:
         """End the process if the main thread does not move and another rank is certainly gone."""
         if self._store is None or not self._moves:
             return
-        if time.monotonic() - moved < _DOUBT_SECONDS:
+        if time.monotonic() - moved < _STUCK_SECONDS:
             self._stuck.clear()
             self._latest, self._heard_from = [], {}
             return
         self._stuck.set()
         lost = None
-        if not self._talker.is_alive():
-            lost = judge_store()
+        if not self._exchanger.is_alive():
+            lost = diagnose_store()
         elif self._latest:
             beats, now = self._latest, time.monotonic()
             silent = {beat.rank: now - self._heard_from.get(beat.rank, (0, now))[1] for beat in beats}
             # A rank that does not see its own Heartbeats is cut off from the store, so it cannot tell who else is gone.
-            if silent[self._said.rank] < _LOOK_ROUNDS * self._round:
-                lost = find_lost(beats, silent, pid_space=self._said.pid_space)
-        if lost is not None and self._moved == moved:
+            if silent[self._own_beat.rank] < _SNAPSHOT_ROUNDS * self._round:
+                lost = find_lost(beats, silent, pid_space=self._own_beat.pid_space)
+        if lost is not None and self._last_move == moved:
             self._leave(lost)
 
-    def _judge(self, why: str) -> Diagnosis:
+    def _diagnose(self, why: str) -> Diagnosis:
         """Find the ranks to blame when this rank cannot continue for the reason `why`. Takes a few rounds."""
         if self._store is None:
-            before = self._said
-            self._say()
-            return judge([before], [self._said], why=why)
-        self._looks = []
-        self._doubt.set()
-        for _ in range(_LOOK_ROUNDS):
+            before = self._own_beat
+            self._publish()
+            return diagnose([before], [self._own_beat], why=why)
+        self._snapshots = []
+        self._snapshot_requested.set()
+        for _ in range(_SNAPSHOT_ROUNDS):
             time.sleep(self._round)
-            if self._heard is not None:
-                return self._heard
-        self._doubt.clear()
-        return judge(self._looks[0], self._looks[-1], why=why) if len(self._looks) > 1 else judge_store()
+            if self._remote_failure is not None:
+                return self._remote_failure
+        self._snapshot_requested.clear()
+        return (
+            diagnose(self._snapshots[0], self._snapshots[-1], why=why) if len(self._snapshots) > 1 else diagnose_store()
+        )
 
-    def _leave(self, judgement: Diagnosis) -> None:
+    def _leave(self, diagnosis: Diagnosis) -> None:
         if self._ended.is_set():  # the main thread ends the process
             return
-        self._words = judgement
+        self._own_failure = diagnosis
         faulthandler.dump_traceback(2)  # stderr, all threads
-        print_error(judgement.error)
-        self._record(judgement)
-        self._let_others_hear()
-        os._exit(judgement.error.exit_code)
+        print_error(diagnosis.error)
+        self._record(diagnosis)
+        self._linger()
+        os._exit(diagnosis.error.exit_code)
 
-    def _record(self, judgement: Diagnosis) -> None:
+    def _record(self, diagnosis: Diagnosis) -> None:
         """Call `on_loss` with a time limit if this is the lowest rank that is not lost."""
-        if self._said.rank == min(set(range(distributed.world_size())) - set(judgement.lost), default=0):
-            record = threading.Thread(target=self._on_loss, args=(judgement.error,), daemon=True)
+        if self._own_beat.rank == min(set(range(distributed.world_size())) - set(diagnosis.lost), default=0):
+            record = threading.Thread(target=self._on_loss, args=(diagnosis.error,), daemon=True)
             record.start()
             record.join(_RECORD_SECONDS)
 
-    def _let_others_hear(self) -> None:
+    def _linger(self) -> None:
         """Keep rank 0 alive until all ranks can have read why it ends, because its process may host the store."""
-        if self._words is not None and self._store is not None and distributed.is_main():
+        if self._own_failure is not None and self._store is not None and distributed.is_main():
             time.sleep(2 * self._round)
 
 

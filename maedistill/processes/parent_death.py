@@ -10,12 +10,14 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 # Variables that torchrun and deepspeed's launcher set in the processes that they start. srun is not listed: its
 # daemon ends all processes of a step by itself.
 _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
 _PR_SET_PDEATHSIG = 1
+_FOR_TRAINING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # what a training process answers
 
 
 def die_with_launcher() -> None:
@@ -38,6 +40,17 @@ def detach_worker() -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         if callable(signal.getsignal(number)):  # inherited from preemption.py
             signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_TRAINING)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold back signals while workers start: before `detach_worker`, a SIGTERM to the group would end a worker."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_TRAINING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent(number: signal.Signals, *, has_ended: Callable[[], bool]) -> None:

@@ -1,4 +1,4 @@
-"""The report of a run: report.md with its results, curves and newest picture. study/comparison.py compares several.
+"""The report of a run: report.md with its results, curves and newest picture. comparison.py compares several.
 
 It reads run folders only, so it can be made again at any time. Curves need matplotlib and are left out without it.
 """
@@ -95,7 +95,7 @@ def write_finetune_report(folder: RunFolder) -> Path:
 
 def percent(count: int, total: int) -> str:
     """Format a share: `81.23 % (4061 of 5000)`."""
-    return f"{count / total:.2%} ({count} of {total})".replace("%", " %")
+    return f"{100 * count / total:.2f} % ({count} of {total})"
 
 
 def finetune_command(folder: RunFolder, config: PretrainConfig) -> list[str]:

@@ -19,8 +19,8 @@ from maedistill.processes import distributed
 from maedistill.runs.records import AppendOnlyFile, warn, write_text
 
 _CPU = torch.device("cpu")
-_BEARABLE = 0.05  # share of the time that may be spent waiting for data
-_PATIENCE = 3  # consecutive log intervals above it before the hint is printed
+_MAX_WAIT_SHARE = 0.05  # share of the time that may be spent waiting for data
+_INTERVALS = 3  # consecutive log intervals above it before the hint is printed
 
 
 class Averages:
@@ -149,7 +149,6 @@ class Clock:
     def __init__(self, device: torch.device = _CPU) -> None:
         self._device = device
         self._pairs: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # not yet reached by the GPU
-        self.trained = 0.0  # seconds of training up to the last read, without pauses
         self.restart()
 
     def restart(self) -> None:
@@ -176,14 +175,13 @@ class Clock:
         """Exclude the time from `since` until now, spent on saving, pictures or kNN."""
         self.start += time.perf_counter() - since
 
-    def read(self) -> tuple[float, float]:
-        """Return images per second and waiting share since the last read. Call it when the device is idle."""
+    def read(self) -> tuple[float, float, float]:
+        """Return images per second, waiting share and seconds since the last read. Call it when the device is idle."""
         self._collect()
         elapsed = max(time.perf_counter() - self.start, 1e-9)
         rate, share = self.images / elapsed, self.waited / elapsed
-        self.trained += elapsed
         self.restart()
-        return rate, share
+        return rate, share, elapsed
 
     def _collect(self) -> None:
         """Add up the pairs of events that the GPU has reached, without waiting for it."""
@@ -193,7 +191,7 @@ class Clock:
 
 
 class DataWaitHint:
-    """A hint, given once, for runs that wait for images: `_PATIENCE` consecutive intervals above `_BEARABLE`.
+    """A hint, given once, for runs that wait for images: `_INTERVALS` consecutive intervals above `_MAX_WAIT_SHARE`.
 
     The first interval does not count, because the loader's processes start in it and caches are cold.
     """
@@ -204,9 +202,9 @@ class DataWaitHint:
     def note(self, share: float, *, workers: int) -> str | None:
         """Return the hint when it is first due. share: of the interval spent waiting; workers: loader processes."""
         self._seen += 1
-        if self._in_a_row < _PATIENCE and self._seen > 1:
-            self._in_a_row = self._in_a_row + 1 if share > _BEARABLE else 0
-            if self._in_a_row == _PATIENCE:
+        if self._in_a_row < _INTERVALS and self._seen > 1:
+            self._in_a_row = self._in_a_row + 1 if share > _MAX_WAIT_SHARE else 0
+            if self._in_a_row == _INTERVALS:
                 return wait_hint(share, workers=workers)
         return None
 

@@ -1,21 +1,12 @@
-"""The plan and cost of a run, printed before it starts: the lines of `--dry-run` and at the start of every run."""
+"""The plan of a run: batches, steps and learning rate, printed at its start and by `--dry-run`."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-import torch
 from torch import nn
 
 from maedistill.config.batch import BatchPlan, total_steps
 from maedistill.config.schema import RunConfig
-from maedistill.machine import cpu_share
-from maedistill.runs.metrics import duration, memory_gb
-
-_TRIAL_SECONDS = 1.0  # a dry run tries larger batches until a step takes this long
-
-# Number of images -> seconds that the loader and then a step (forward and backward) take.
-Trial = Callable[[int], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -56,27 +47,6 @@ def plan_lines(config: RunConfig, plan: Plan) -> list[str]:
         f"{plan.warmup_steps:,} of them warm-up",
         f"lr       {optim.peak_lr:.3g}{factors}, linear warm-up, then cosine to {optim.min_lr:g}",
         f"run      {config.run}",
-    ]
-
-
-def measured_lines(
-    config: RunConfig, plan: Plan, module: nn.Module, trial: Trial, *, device: torch.device
-) -> list[str]:
-    """Estimate speed, memory and time by trial steps on real images, with batches that grow until a step is long."""
-    count, seconds = 0, 0.0
-    while count < plan.batch.micro_batch and seconds < _TRIAL_SECONDS:
-        count = min(plan.batch.micro_batch, 8 * count or 4)
-        loading, seconds = trial(count)
-    module.zero_grad()
-    loader, step = count / loading, count / seconds
-    states = 3 * 4 * sum(p.numel() for p in module.parameters()) / 1e9  # gradients and Adam's two moments, fp32
-    images_left = plan.steps * config.optim.global_batch / plan.world_size
-    workers = config.data.workers if config.data.workers is not None else min(8, cpu_share(1))
-    return [
-        f"speed    step {step:.1f} images/s per rank (forward and backward, {count} images), "
-        f"loader {loader:.0f} images/s per worker, {workers} workers",
-        f"memory   {memory_gb(device):.2f} GB with {count} images; gradients and optimizer up to {states:.2f} GB more",
-        f"time     about {duration(images_left / min(step, max(1, workers) * loader))} at that speed",
     ]
 
 

@@ -1,12 +1,13 @@
-"""The start of a run of any stage: join the process group, open the run folder and build the engine.
+"""A run of any stage from its start to its report: join the ranks, open the stage, build the engine, train.
 
-config -> joined -> Peers -> the stage's Parts (pretraining/setup.py, finetuning/setup.py) -> start_run -> Run
+run_stage: joined -> Peers -> the stage (pretraining/setup.py, finetuning/setup.py) -> start_run -> Run -> train
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 from timm.utils import ModelEmaV3
@@ -19,6 +20,7 @@ from maedistill.processes.heartbeat import Peers
 from maedistill.processes.preemption import PreemptionHandler
 from maedistill.runs.async_saver import Saver
 from maedistill.runs.folder import RunFolder
+from maedistill.runs.metrics import MetricsFile
 from maedistill.runs.plan import Plan
 from maedistill.runs.run import Run
 from maedistill.training.compilation import should_compile
@@ -26,8 +28,8 @@ from maedistill.training.engine import Engine, initialize_distributed
 from maedistill.training.optim import build_optimizer, build_schedule
 
 
-class Parts(Protocol):
-    """The parts that a stage opens before its engine exists."""
+class Stage(Protocol):
+    """The parts of a run that a stage opens before its engine exists."""
 
     config: RunConfig
     plan: Plan
@@ -48,6 +50,33 @@ class Parts(Protocol):
 
     def compile(self) -> None:
         """Compile what a step runs."""
+
+
+OpenStage = TypeVar("OpenStage", bound=Stage)
+
+
+def run_stage(
+    config: RunConfig,
+    *,
+    open_stage: Callable[..., OpenStage],
+    train: Callable[[Run, OpenStage, MetricsFile | None], None],
+    write_report: Callable[[RunFolder], Path],
+    fresh: bool,
+    extend: bool,
+) -> None:
+    """Run or continue a run to its end. Every rank calls it.
+
+    fresh: refuse a folder that already holds a run. extend: allow a changed number of epochs.
+    Raises subclasses of UserError; RUN/exit.json records how the run ended.
+    """
+    folder = RunFolder(config.run)
+    with joined(config, folder) as peers:
+        stage = open_stage(config, world_size=distributed.world_size(), device=distributed.device())
+        with start_run(stage, folder, peers, fresh=fresh, extend=extend) as run, run.resume() as metrics:
+            train(run, stage, metrics)
+        report = distributed.on_main(lambda: write_report(folder))
+        if distributed.is_main():
+            print(f"done: {report}", flush=True)
 
 
 def join(config: RunConfig) -> None:
@@ -94,21 +123,21 @@ def execution_line(execution: dict[str, Any]) -> str:
     return f"engine   {ranks} x {name}, {number}, {compiled}, ZeRO {execution['zero']}"
 
 
-def start_run(parts: Parts, folder: RunFolder, peers: Peers, *, fresh: bool, extend: bool) -> Run:
+def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, extend: bool) -> Run:
     """Open the run folder, print the summary and build the engine. Collective.
 
     fresh: refuse a folder that already holds a run. extend: allow a changed number of epochs.
     """
-    config, plan, module, optim = parts.config, parts.plan, parts.module, parts.config.optim
-    is_compiled = should_compile(config.engine.compile, parts.device, zero=config.engine.zero)
-    execution = describe_execution(config, parts.device, is_compiled=is_compiled)
-    distributed.on_main(lambda: folder.open(config, parts.facts, execution=execution, fresh=fresh, extend=extend))
+    config, plan, module, optim = stage.config, stage.plan, stage.module, stage.config.optim
+    is_compiled = should_compile(config.engine.compile, stage.device, zero=config.engine.zero)
+    execution = describe_execution(config, stage.device, is_compiled=is_compiled)
+    distributed.on_main(lambda: folder.open(config, stage.facts, execution=execution, fresh=fresh, extend=extend))
     folder.is_ours = True
     if distributed.is_main():
-        print("\n".join([*parts.lines, execution_line(execution)]), flush=True)
+        print("\n".join([*stage.lines, execution_line(execution)]), flush=True)
     if is_compiled:
-        parts.compile()
-    optimizer = build_optimizer(parts.groups, lr=optim.peak_lr, betas=optim.betas)
+        stage.compile()
+    optimizer = build_optimizer(stage.groups, lr=optim.peak_lr, betas=optim.betas)
     schedule = build_schedule(
         optimizer, peak=optim.peak_lr, min_lr=optim.min_lr, warmup_steps=plan.warmup_steps, total_steps=plan.steps
     )
@@ -117,7 +146,7 @@ def start_run(parts: Parts, folder: RunFolder, peers: Peers, *, fresh: bool, ext
         module,
         optimizer,
         zero=config.engine.zero,
-        precision=precision(config.engine.precision, parts.device),
+        precision=precision(config.engine.precision, stage.device),
         clip=optim.clip,
         micro_batch=plan.batch.micro_batch,
         accumulation=plan.batch.accumulation,
@@ -127,4 +156,4 @@ def start_run(parts: Parts, folder: RunFolder, peers: Peers, *, fresh: bool, ext
     every = config.log.keep_every_epochs
     saver = Saver(folder.checkpoints, keep=config.log.keep, keep_every=None if every is None else plan.steps_in(every))
     stop = PreemptionHandler(timeout_seconds=config.engine.timeout_seconds)
-    return Run(config, folder, plan, module, engine, schedule, ema, parts.device, workers, peers, saver, stop)
+    return Run(config, folder, plan, module, engine, schedule, ema, stage.device, workers, peers, saver, stop)

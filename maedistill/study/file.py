@@ -1,12 +1,15 @@
 """Load a study file into a validated `Study`; errors name the line. `schema.py` documents the file format.
 
-YAML -> leaves (dotted name -> value, line) -> schema -> rules -> Study, with paths relative to the working directory
+YAML -> leaves (dotted name -> value, line) -> schema -> rules between keys -> Study
 """
 
 import difflib
 import json
+import math
 import os
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,15 @@ from pydantic import ValidationError
 
 from maedistill.config.document import Refusal, read_document, read_text
 from maedistill.config.keys import nested
+from maedistill.config.problem import Problem
 from maedistill.errors import ConfigError
-from maedistill.study.rules import Problem, problems
-from maedistill.study.schema import Recipe, Student, Study, Teacher
+from maedistill.study.schema import Recipe, Student, Study, Teacher, listed
 
+MOST_RUNS = 300  # of one start; more is likely a typo, or should be several studies
+RENAMED = {"pretraining_of": "init_from", "shape_of": "same_architecture_as"}  # keys of earlier versions
 _EXAMPLE = "configs/cifar10/study_methods.yaml shows how it is written"
-_AXES = ("axes", "finetune_axes")
+_FOLDER = re.compile(r"(?!logs$)[A-Za-z0-9][A-Za-z0-9_.+-]{0,119}")  # OUT/logs holds the logs
+_STARTS = ("config", "init_from", "same_architecture_as")
 
 
 def load_study(path: str | Path) -> Study:
@@ -32,67 +38,93 @@ def load_study(path: str | Path) -> Study:
         raise ConfigError(f"the study {path} cannot be read: {error}", remedy) from None
     except Refusal as error:
         raise ConfigError(f"{path}:{error.line}: {error.cause}", error.remedy) from None
+    values = {name: value for name, (value, _) in leaves.items()}
+    configs = {name: value for name, value in values.items() if name.endswith(".config") and isinstance(value, str)}
+    values |= {name: os.path.normpath(path.parent / value) for name, value in configs.items()}
     try:
-        values = {name: value for name, (value, _) in leaves.items()}
         study = Study.model_validate_json(json.dumps(nested(values, parts=_parts)))
-        problem = next(problems(study), None)
+        problem = next(_problems(study), None)
     except ValidationError as error:
-        problem = _invalid(error)
+        problem = _schema_problem(error)
     if problem is not None:
-        name, cause, remedy = problem
-        raise ConfigError(f"{path}:{_line(name, leaves)} {name}: {cause}", remedy)
-    return _from_here(study, path.parent)
+        raise ConfigError(f"{path}:{_line(problem.key, leaves)} {problem.key}: {problem.cause}", problem.remedy)
+    return study
 
 
-def _invalid(error: ValidationError) -> Problem:
+def _parts(name: str) -> list[str]:
+    """Split a leaf's dotted name. In students.NAME.finetune_axes.KEY, KEY is a dotted config key: one part."""
+    parts = name.split(".")
+    return name.split(".", 3) if parts[0] == "students" and parts[2:3] == ["finetune_axes"] else parts
+
+
+def _line(name: str, leaves: Mapping[str, tuple[Any, int]]) -> int:
+    """Return the line of the key, of a key below it, or of its nearest parent."""
+    while name:
+        for key, (_, line) in leaves.items():
+            if f"{key}.".startswith(f"{name}."):
+                return line
+        name = name.rpartition(".")[0]
+    return 1
+
+
+def _schema_problem(error: ValidationError) -> Problem:
     """Return the first problem that the schema reports."""
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a typo also leaves a key missing
     parts = [str(part) for part in first["loc"]]
     name, section = ".".join(parts), (parts[0] if len(parts) > 1 else "")
     fields = {"students": Student, "teachers": Teacher, "finetune": Recipe}.get(section, Study).model_fields
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(parts[-1], fields, n=1)
-        return name, "there is no such key", f"did you mean {near[0]}?" if near else f"keys are {', '.join(fields)}"
-    if first["type"] == "missing":
-        return name, "it is missing", _EXAMPLE
-    message = first["msg"]
-    return name, message[0].lower() + message[1:], _EXAMPLE
+        near = [new for old, new in RENAMED.items() if old == parts[-1] and new in fields]
+        near = near or difflib.get_close_matches(parts[-1], fields, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"keys are {', '.join(fields)}"
+        return Problem(name, "unknown key", remedy)
+    return Problem(name, first["msg"][0].lower() + first["msg"][1:], _EXAMPLE)
 
 
-def _line(name: str, leaves: Mapping[str, tuple[Any, int]]) -> int:
-    """Return the line of the key, of a key below it, or of its nearest parent."""
-    for key, (_, line) in leaves.items():
-        if f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}."):
-            return line
-    return _line(name.rpartition(".")[0], leaves) if "." in name else 1
+def _problems(study: Study) -> Iterator[Problem]:
+    """Yield every problem between the keys of a study. Rows are only expanded if there are at most MOST_RUNS."""
+    if len(set(study.seeds)) != len(study.seeds):
+        yield Problem("seeds", f"{list(study.seeds)} is not a list of different seeds", "write e.g. [0, 1, 2]")
+    yield from _start_problems("teacher", study.teachers)
+    yield from _start_problems("student", study.students)
+    count = sum(math.prod(map(len, student.finetune_axes.values())) for student in study.students.values())
+    if count > MOST_RUNS:
+        remedy = "give the axes fewer values, or make two studies"
+        yield Problem("students", f"they are {count:,} rows, more than {MOST_RUNS}", remedy)
+        return
+    folders = [(f"teachers.{name}", name) for name in study.teachers]
+    for owner, student in study.students.items():
+        folders += [(f"students.{owner}", name) for name, _ in student.rows(owner)]
+    names = Counter(name for _, name in folders)
+    for key, name in folders:
+        if not _FOLDER.fullmatch(name):
+            cause = f"{name[:40]} cannot name a folder of runs"
+            yield Problem(key, cause, "use at most 120 letters, digits, - and _, and not logs")
+        if names[name] > 1:
+            yield Problem(key, f"two networks would be named {name}", "give one of them another name")
+    if study.baseline is not None and study.baseline not in study.rows():
+        yield Problem("baseline", f"{study.baseline} is not a row", f"rows are {listed(study.rows())}")
 
 
-def _parts(name: str) -> list[str]:
-    """Split a leaf's dotted name. A key of axes, as in students.NAME.axes.KEY, is a dotted config key: one part."""
-    parts = name.split(".")
-    is_axis = parts[0] == "students" and len(parts) > 3 and parts[2] in _AXES
-    return name.split(".", 3) if is_axis else parts
-
-
-def _from_here(study: Study, folder: Path) -> Study:
-    """Return the study with config paths relative to the working directory instead of the file's folder, and with the
-    settings common to all students added to each student's own.
-    """
-
-    def moved(recipe: Any) -> Any:
-        if recipe.config is None:
-            return recipe
-        return recipe.model_copy(update={"config": os.path.normpath(folder / recipe.config)})
-
-    def with_common(student: Student) -> Student:
-        common = {"finetune_set": (*study.finetune_set, *student.finetune_set)}
-        if student.config is not None:
-            common["set"] = (*study.pretrain_set, *student.set)
-        return student.model_copy(update=common)
-
-    changes = {
-        "teachers": {name: moved(teacher) for name, teacher in study.teachers.items()},
-        "students": {name: with_common(moved(student)) for name, student in study.students.items()},
-        "finetune": moved(study.finetune),
-    }
-    return study.model_copy(update=changes)
+def _start_problems(kind: str, networks: Mapping[str, Teacher | Student]) -> Iterator[Problem]:
+    """Check that each network starts in one way, and from a network that is pre-trained."""
+    pretrained = [name for name, network in networks.items() if network.config is not None]
+    for name, network in networks.items():
+        key = f"{kind}s.{name}"
+        starts = {start: other for start in _STARTS if (other := getattr(network, start, None)) is not None}
+        if len(starts) > 1:
+            yield Problem(key, f"it has both {' and '.join(starts)}", "keep one of them")
+        if kind == "teacher" and not starts:
+            yield Problem(key, "it has neither config nor init_from", "add one of them")
+        if kind == "teacher" and network.init_from is not None and not network.finetune:
+            yield Problem(f"{key}.init_from", "without fine-tuning it is the same network", "add finetune: true")
+        if network.set and network.config is None:
+            cause = f"it is for pre-training, and this {kind} has none of its own"
+            yield Problem(f"{key}.set", cause, "use finetune_set")
+        if network.config is not None and getattr(network, "finetune_axes", None):
+            remedy = "pre-train another student and name it: init_from"
+            yield Problem(f"{key}.finetune_axes", "they are for students without a pre-training of their own", remedy)
+        for start, other in starts.items():
+            if start != "config" and other not in pretrained:
+                remedy = f"use {listed(pretrained)}" if pretrained else f"give a {kind} a config"
+                yield Problem(f"{key}.{start}", f"there is no pre-trained {kind} {other}", remedy)

@@ -8,9 +8,10 @@ while planning, so that errors in any of them are reported before the first step
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,14 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.schema import RunConfig
 from maedistill.config.values import unknown_key
 from maedistill.errors import ConfigError
-from maedistill.study.placeholders import fill, finetune_step, pretrain_step, steps_named, teacher_of, wrong_placeholder
-from maedistill.study.rows import Pretraining, Row, all_pretrainings, all_rows
-from maedistill.study.rules import MOST_RUNS, offered, reserved_key_error
-from maedistill.study.schema import TEACHER_SEED, Study
-from maedistill.study.steps import Step
+from maedistill.study.completion import is_done, is_scored
+from maedistill.study.file import MOST_RUNS
+from maedistill.study.runner import Step
+from maedistill.study.schema import TEACHER_SEED, Student, Study, Teacher, listed
 
 TEST_FILE = "test.json"
-_SHAPE = ("model", "width", "depth", "num_heads", "patch_size", "class_token", "register_tokens")
-_SOURCE = "teacher.source"
+_RESERVED_KEYS = ("run", "seed", "init.source")  # the study sets them itself
+_ARCHITECTURE = ("model", "width", "depth", "num_heads", "patch_size", "class_token", "register_tokens")
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,13 @@ class StudyPlan:
     """The inputs that determine the commands of a study.
 
     only: names of students, rows or teachers; None for all. settings: `key=value` for every run that has the key.
-    is_done: returns whether the run of a config is finished in its folder; raises UserError if the run can neither be
-    used nor started.
     """
 
     study: Study
     out: Path
     seeds: Sequence[int]
-    only: Sequence[str] | None
-    settings: Sequence[str]
-    is_done: Callable[[RunConfig], bool]
+    only: Collection[str] | None = None
+    settings: Sequence[str] = ()
 
     def steps(self) -> list[Step]:
         """Return all steps in order: required teachers, students seed by seed, then chosen teachers that no step needs.
@@ -54,165 +51,149 @@ class StudyPlan:
         Seed by seed, so that the rows of an unfinished study can already be compared. Raises ConfigError for settings
         or configs that cannot be run, and for more than MOST_RUNS runs.
         """
-        rows, trained = all_rows(self.study.students), dict(all_pretrainings(self.study.students))
-        self._require_known(rows)
-        chosen = [(name, row) for name, row in rows if self._asked(name, row.student)]
-        self._require_few(chosen)
-        students: dict[str, Step] = {}
-        for seed in self.seeds:
-            for name, row in chosen:
-                start = pretrain_step(row.pretraining, seed) if row.pretraining is not None else None
-                if start is not None and start not in students:
-                    students[start] = self._pretrain(start, trained[row.pretraining], seed=seed)
-                last = finetune_step(name, seed)
-                students[last] = self._finetune(last, self._row_settings(row, trained), seed=seed, start=start)
-        needed, others = self._teachers({need for step in students.values() for need in step.needs})
-        return [*needed, *students.values(), *others]
+        self._check_command_line()
+        teachers = _step_names(self.study.teachers, [TEACHER_SEED])
+        students = _step_names(rows := self.study.rows(self.only), self.seeds)
+        if len(students) > MOST_RUNS:
+            cause = f"{len(rows)} rows with {len(self.seeds)} seeds are {len(students):,} runs, more than {MOST_RUNS}"
+            raise ConfigError(cause, "give the axes fewer values, or take some at a time with --only and --seeds")
+        chosen = {name: one for name, one in self.study.teachers.items() if self.only is None or name in self.only}
+        steps = {name: self._step(name) for name in [*students, *_step_names(chosen, [TEACHER_SEED])]}
+        while missing := {need for step in steps.values() for need in step.needs} - steps.keys():
+            steps |= {name: self._step(name) for name in missing}
+        needed = {need for step in steps.values() for need in step.needs}
+        order = dict.fromkeys([*(name for name in teachers if name in needed), *steps])
+        return topological_order([steps[name] for name in order])
 
-    def _teachers(self, wanted: set[str]) -> tuple[list[Step], list[Step]]:
-        """Return the teachers' steps that another step needs, and the other chosen ones, each in the file's order."""
-        needed, others = list[Step](), list[Step]()
-        for name, teacher in reversed(self.study.teachers.items()):  # a teacher only needs teachers above it
-            start, last = pretrain_step(teacher.pretraining_of or name, TEACHER_SEED), finetune_step(name, TEACHER_SEED)
-            for step in (*([last] if teacher.finetune else []), *([start] if teacher.config is not None else [])):
-                if step not in wanted and not self._asked(name):
-                    continue
-                if step == last:
-                    made = self._finetune(step, teacher.finetune_set, seed=TEACHER_SEED, start=start)
-                else:
-                    way = Pretraining(name, teacher.config, teacher.set, teacher=None)
-                    made = self._pretrain(step, way, seed=TEACHER_SEED)
-                (needed if step in wanted else others).insert(0, made)
-                wanted |= set(made.needs)
-        return needed, others
+    def _step(self, name: str) -> Step:
+        """Plan the run of this name, NETWORK/seed_K/STAGE."""
+        owner, folder, stage = name.split("/")
+        seed = int(folder.removeprefix("seed_"))
+        root: type[RunConfig] = PretrainConfig if stage == "pretrain" else FinetuneConfig
+        path, texts = self._pretraining(owner) if stage == "pretrain" else self._finetuning(owner)
+        start = self._networks[owner].steps(owner, seed)[0] if stage == "finetune" else None
+        settings, teachers = self._filled(name, texts, root)
+        settings += [f"run={self.out / name}", f"seed={seed}"]
+        settings += [f"init.source=run:{self.out / start}"] if start is not None else []
+        config = _load(name, path, settings, root)
+        needs = (*([start] if start is not None else []), *teachers)
+        return Step(name, (root.tool, path, *settings), needs, partial(is_done, config))
 
-    def _pretrain(self, name: str, way: Pretraining, *, seed: int) -> Step:
-        config, settings, needs = self._load_pretraining(name, way, run=(f"run={self.out / name}", f"seed={seed}"))
-        return Step(name, ("tools/pretrain.py", way.config, *settings), needs, partial(self.is_done, config))
-
-    def _load_pretraining(
-        self, name: str, way: Pretraining, *, run: Sequence[str] = ()
-    ) -> tuple[PretrainConfig, list[str], tuple[str, ...]]:
-        """Return the config of a pre-training, its settings and the names of the steps that it needs.
-
-        A student's config may name its own teacher, so that it also runs alone. The study's teacher replaces that one,
-        but not a teacher that the student's `set` or the command line names.
+    def _filled(self, name: str, texts: Sequence[str], root: type[RunConfig]) -> tuple[list[str], list[str]]:
+        """Return a run's settings, those of the command line last, with folders in place of placeholders, and the names
+        of the steps that the placeholders stand for.
         """
-        given = self._settings_of(PretrainConfig)
-        texts = [*way.set, *given, *run]
-        set_by_hand = any(text.startswith(f"{_SOURCE}=") for text in texts)
-        teacher = way.teacher
-        if way.teacher is None and way.owner in self.study.students and not set_by_hand:
-            config = _load(name, way.config, self._filled(texts), PretrainConfig, to_run=bool(run))
-            teacher = self._default_teacher(name, config.method)
-        if teacher is not None and not any(text.startswith(f"{_SOURCE}=") for text in given):
-            texts.append(f"{_SOURCE}={teacher_of(teacher)}")
-        settings = self._filled(texts)
-        config = _load(name, way.config, settings, PretrainConfig, to_run=bool(run))
-        return config, settings, steps_named(texts)
+        usable = self.study.teacher_steps(finetuned=root is FinetuneConfig)  # others have no classifier
+        filled, needs = list[str](), list[str]()
+        for text in [*texts, *self._given(root)]:
+            if (key := text.partition("=")[0]) in _RESERVED_KEYS:
+                raise ConfigError(f"{name}: {text}: the study sets {key} itself", "leave it out")
+            for placeholder, step in usable.items():
+                if placeholder in text:
+                    text = text.replace(placeholder, f"run:{self.out / step}")
+                    needs.append(step)
+            if "{teacher." in text:
+                remedy = f"use {listed(usable)}" if usable else "add a teacher, with finetune: true for fine-tuning"
+                raise ConfigError(f"{name}: {text} names no teacher that {root.stage} can use", remedy)
+            filled.append(text)
+        return filled, list(dict.fromkeys(needs))
 
-    def _default_teacher(self, name: str, method: str) -> str | None:
-        """Return the study's only teacher, for a student that names none; None if method or study has no teacher."""
-        teachers = [one for one, teacher in self.study.teachers.items() if teacher.config is not None]
-        if method == "mae" or not teachers:
-            return None
+    def _pretraining(self, owner: str) -> tuple[str, list[str]]:
+        """Return the config file of a pre-training and its settings.
+
+        A student's config may name its own teacher, so that it also runs alone. The study's only teacher replaces that
+        one, but not a teacher that the student's `set` or the command line names.
+        """
+        if owner in self.study.teachers:
+            return self.study.teachers[owner].config, list(self.study.teachers[owner].set)
+        path, texts = self.study.students[owner].config, [*self.study.pretrain_set, *self.study.students[owner].set]
+        teachers = [name for name, teacher in self.study.teachers.items() if teacher.config is not None]
+        named = any(text.startswith("teacher.source=") for text in (*texts, *self.settings))
+        if named or not teachers or self._inspect(owner, path, texts, PretrainConfig).method == "mae":
+            return path, texts
         if len(teachers) > 1:
-            cause = f"{name}: the study has {len(teachers)} teachers, and the student does not say which is its"
-            raise ConfigError(cause, f"add teacher: {' or '.join(teachers)}, or set {_SOURCE}")
-        return teachers[0]
+            cause = f"{owner}: the study has {len(teachers)} teachers, and the student does not say which is its"
+            raise ConfigError(cause, f'set "teacher.source={{teacher.NAME}}"; NAME is one of {listed(teachers)}')
+        return path, [*texts, f"teacher.source={{teacher.{teachers[0]}}}"]
 
-    def _row_settings(self, row: Row, trained: dict[str, Pretraining]) -> list[str]:
-        """Return a row's settings of fine-tuning. One from scratch may copy the architecture of another student."""
-        return [*(self._network_of(row.shape_of, trained) if row.shape_of is not None else ()), *row.finetune_set]
+    def _finetuning(self, owner: str) -> tuple[str, list[str]]:
+        """Return the config file of a fine-tuning and its settings."""
+        network, recipe = self._networks[owner], self.study.finetune
+        common = (*self._architecture(network), *self.study.finetune_set) if isinstance(network, Student) else ()
+        return recipe.config, [*recipe.set, *common, *network.finetune_set]
 
-    def _network_of(self, name: str, trained: dict[str, Pretraining]) -> list[str]:
-        """Return settings of fine-tuning that give a network from scratch this student's architecture, and its images
-        the same normalisation, unless fine-tuning sets its own.
+    def _architecture(self, student: Student) -> list[str]:
+        """Return the settings of fine-tuning that give a student from scratch the architecture of another student.
+
+        The images are normalised alike, unless fine-tuning sets its own normalisation.
         """
-        config, _, _ = self._load_pretraining(name, trained[name])
-        shape = {f"student.{key}": getattr(config.student, key) for key in _SHAPE}
-        settings = [f"{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in shape.items() if v is not None]
-        recipe = self.study.finetune
-        common = [*recipe.set, *settings, *self._settings_of(FinetuneConfig)]
-        if _load(name, recipe.config, common, FinetuneConfig, to_run=False).data.mean is not None:
-            return settings
-        normalisation = {"mean": list(config.data.mean), "std": list(config.data.std)}
-        return [*settings, *(f"data.{key}={json.dumps(value)}" for key, value in normalisation.items())]
+        other, recipe = student.same_architecture_as, self.study.finetune
+        if other is None:
+            return []
+        config = self._inspect(other, *self._pretraining(other), PretrainConfig)
+        values = {key: getattr(config.student, key) for key in _ARCHITECTURE}
+        settings = [f"student.{key}={value}" for key, value in values.items() if value is not None]
+        if self._inspect(other, recipe.config, [*recipe.set, *settings], FinetuneConfig).data.mean is None:
+            settings += [f"data.mean={json.dumps(config.data.mean)}", f"data.std={json.dumps(config.data.std)}"]
+        return settings
 
-    def _finetune(self, name: str, more: Sequence[str], *, seed: int, start: str | None) -> Step:
-        """Plan a fine-tuning. start: the step whose run it starts from; None from scratch."""
-        recipe = self.study.finetune
-        texts = [*recipe.set, *more, *self._settings_of(FinetuneConfig), f"run={self.out / name}", f"seed={seed}"]
-        if start is not None:
-            texts.append(f"init.source=run:{self.out / start}")
-        settings = self._filled(texts)
-        config = _load(name, recipe.config, settings, FinetuneConfig)
-        self._require_classifiers(name, config, steps_named(texts))
-        needs = (*(() if start is None else (start,)), *steps_named(texts))
-        return Step(name, ("tools/finetune.py", recipe.config, *settings), needs, partial(self.is_done, config))
+    @cached_property
+    def _networks(self) -> dict[str, Teacher | Student]:
+        return self.study.rows() | self.study.teachers
 
-    def _require_classifiers(self, name: str, config: FinetuneConfig, named: Sequence[str]) -> None:
-        """Raise ConfigError if logits are distilled from a teacher that is only pre-trained and so has no classifier.
+    def _inspect(self, name: str, path: str, texts: Sequence[str], root: type[RunConfig]) -> Any:
+        """Return the config of a recipe that need not be complete."""
+        return _load(name, path, self._filled(name, texts, root)[0], root, to_run=False)
 
-        Checked while planning, because the run itself would fail only after its teacher has been trained.
-        """
-        encoders = [step for step in named if step.endswith("/pretrain")]
-        encoders = [step for step in encoders if f"run:{self.out / step}" in config.distill.teachers]
-        if config.distill.logit_terms and encoders:
-            teacher = encoders[0].partition("/")[0]
-            raise ConfigError(
-                f"{name}: {teacher_of(teacher)} is pre-trained only, and distill.{config.distill.logit_terms[0]} "
-                "compares predictions",
-                f"name {teacher_of(f'{teacher}.finetuned')}, with finetune: true, or use terms on features",
-            )
-
-    def _filled(self, texts: Sequence[str]) -> list[str]:
-        return [fill(text, self.out) for text in texts]
-
-    def _settings_of(self, root: type[RunConfig]) -> list[str]:
-        """Return the settings whose key the stage has."""
+    def _given(self, root: type[RunConfig]) -> list[str]:
+        """Return the settings of the command line whose key the stage has."""
         known = {*all_keys(root=root), *all_sections(root=root)}
         return [text for text in self.settings if text.partition("=")[0] in known]
 
-    def _asked(self, *names: str) -> bool:
-        return self.only is None or any(name in self.only for name in names)
-
-    def _require_known(self, rows: Sequence[tuple[str, Row]]) -> None:
-        used = {*self._settings_of(PretrainConfig), *self._settings_of(FinetuneConfig)}
+    def _check_command_line(self) -> None:
         for text in self.settings:
-            if cause := reserved_key_error(text):
-                raise ConfigError(f"command line {text}: {cause}", "leave it out")
-            if wrong := wrong_placeholder(text, {}):
-                raise ConfigError(f"command line {text}: {wrong[0]}", "write it in the study file")
-            if text not in used:
+            if text not in self._given(PretrainConfig) + self._given(FinetuneConfig):
                 problem = unknown_key(text.partition("=")[0], root=PretrainConfig)
                 raise ConfigError(f"command line {text}: {problem.cause}", problem.remedy)
-        names = list(dict.fromkeys([*self.study.students, *self.study.teachers, *(name for name, _ in rows)]))
+        names = dict.fromkeys([*self.study.students, *self.study.teachers, *self._networks])
         for name in self.only or ():
             if name not in names:
-                raise ConfigError(f"--only {name}: the study has nobody of that name", f"it has {offered(names)}")
-
-    def _require_few(self, chosen: Sequence[tuple[str, Row]]) -> None:
-        """Raise ConfigError for more than MOST_RUNS runs of students, before their configs are loaded."""
-        each = len(chosen) + len({row.pretraining for _, row in chosen} - {None})
-        if each * len(self.seeds) > MOST_RUNS:
-            raise ConfigError(
-                f"{len(chosen)} rows with {len(self.seeds)} seeds are {each * len(self.seeds):,} runs, more than "
-                f"{MOST_RUNS}",
-                "give the axes fewer values, or take some at a time with --only and --seeds",
-            )
+                raise ConfigError(f"--only {name}: the study has no network of that name", f"it has {listed(names)}")
 
 
-def add_tests(steps: Sequence[Step], out: Path, shards: str, is_scored: Callable[[Path, str], bool]) -> list[Step]:
+def _step_names(networks: Mapping[str, Teacher | Student], seeds: Sequence[int]) -> list[str]:
+    """Return the names of all runs of the networks, seed by seed, each once."""
+    steps = [step for seed in seeds for name, network in networks.items() for step in network.steps(name, seed)]
+    return [step for step in dict.fromkeys(steps) if step is not None]
+
+
+def topological_order(steps: Sequence[Step]) -> list[Step]:
+    """Sort the steps so that each follows what it needs; of those that can start, the first in `steps` comes first."""
+    places = {step.name: place for place, step in enumerate(steps)}
+    sorter = TopologicalSorter({step.name: step.needs for step in steps})
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        cause = f"these runs need each other: {' -> '.join(error.args[1])}"
+        raise ConfigError(cause, "change the teachers that they name") from None
+    ready, order = list[str](), list[Step]()
+    while sorter.is_active():
+        ready = sorted([*ready, *sorter.get_ready()], key=places.__getitem__)
+        order.append(steps[places[ready.pop(0)]])
+        sorter.done(order[-1].name)
+    return order
+
+
+def add_tests(steps: Sequence[Step], out: Path, shards: str) -> list[Step]:
     """Add a step after each fine-tuning that evaluates it on `shards` and writes TEST_FILE in the run's folder."""
-    found = []
+    tested = []
     for step in steps:
-        found.append(step)
-        if step.command[0] == "tools/finetune.py":
+        tested.append(step)
+        if step.command[0] == FinetuneConfig.tool:
             run = out / step.name
             command = ("tools/evaluate.py", str(run), shards, "--no-latency", "--json", str(run / TEST_FILE))
-            found.append(Step(f"{step.name}/test", command, (step.name,), partial(is_scored, run / TEST_FILE, shards)))
-    return found
+            tested.append(Step(f"{step.name}/test", command, (step.name,), partial(is_scored, run / TEST_FILE, shards)))
+    return tested
 
 
 def _load(name: str, path: str, settings: Sequence[str], root: type[RunConfig], *, to_run: bool = True) -> Any:

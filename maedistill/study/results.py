@@ -6,9 +6,9 @@ Only the progress of unfinished runs is reported, not their results. Accuracies 
 """
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import timm
@@ -18,21 +18,19 @@ from maedistill.config.finetune import FinetuneConfig
 from maedistill.report.run_report import summary
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.metrics import read_metrics
-from maedistill.study.finished import is_finished, last_end
-from maedistill.study.placeholders import finetune_step, pretrain_step
+from maedistill.study.completion import is_finished, last_end
 from maedistill.study.plan import TEST_FILE
-from maedistill.study.rows import all_rows
 from maedistill.study.schema import TEACHER_SEED, Study
 
 _Facts = Mapping[str, Any]
-_MEASURES = {
+_MEASURES = {  # of each seed
     "test_accuracy": ("test", "accuracy"),
     "pixels": ("pretrain", "pixels"),
     "knn": ("pretrain", "knn"),
     "pretrain_seconds": ("pretrain", "seconds"),
     "finetune_seconds": ("finetune", "seconds"),
 }
-_SIZES = {
+_SIZES = {  # the same for all seeds
     "pretrain_epochs": ("pretrain", "epochs"),
     "pretrain_images": ("pretrain", "images"),
     "pixel_target": ("pretrain", "target"),
@@ -47,42 +45,52 @@ def collect(study: Study, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
     Teachers come first. The facts of a seed are {"pretrain": ..., "finetune": ..., "test": ...}, without the entries
     whose result does not exist (yet).
     """
-    steps = _steps_of(study, seeds)
-    runs = {name: {str(k): _facts_of(out, *pair) for k, pair in of.items()} for name, of in steps.items()}
-    compared = {name for name, _ in all_rows(study.students)} - {study.baseline}
+    trained = [(name, teacher, [TEACHER_SEED]) for name, teacher in study.teachers.items()]
+    trained += [(name, student, seeds) for name, student in study.rows().items()]
+    steps = {name: {str(seed): network.steps(name, seed) for seed in each} for name, network, each in trained}
+    runs = {name: {seed: _facts_of(out, *pair) for seed, pair in of.items()} for name, of in steps.items()}
     baseline = runs.get(study.baseline, {})
     networks = {
-        name: {"runs": of, "summary": summarize(of, baseline if name in compared else {})} for name, of in runs.items()
+        name: {"runs": of, "summary": summarize(of, {} if name in {study.baseline, *study.teachers} else baseline)}
+        for name, of in runs.items()
     }
-    everything = dict.fromkeys(step for of in steps.values() for pair in of.values() for step in pair if step)
-    return {"baseline": study.baseline, "networks": networks, "unfinished": _unfinished(out, everything)}
+    unfinished = [
+        {
+            "run": step,
+            "epochs": max((record["epoch"] for record in read_metrics(folder.path)), default=0.0),
+            "ended": last_end(folder),
+        }
+        for step in dict.fromkeys(step for of in steps.values() for pair in of.values() for step in pair if step)
+        if not is_finished(folder := RunFolder(out / step))
+    ]
+    return {"baseline": study.baseline, "networks": networks, "unfinished": unfinished}
 
 
 def summarize(runs: Mapping[str, _Facts], baseline: Mapping[str, _Facts]) -> dict[str, Any]:
     """Return statistics of a network over its seeds, and of its differences to the baseline's runs of the same seeds.
 
-    Sizes are taken from the first seed, because all seeds have the same settings.
+    Sizes are taken from the first seed.
     """
-    each, before = _column(runs, "finetune", "accuracy"), _column(baseline, "finetune", "accuracy")
-    sizes = {name: next(iter(_column(runs, *key).values()), None) for name, key in _SIZES.items()}
-    networks = _column(runs, "finetune", "parameters") or _column(runs, "pretrain", "parameters")
+    accuracies, before = _column(runs, "finetune", "accuracy"), _column(baseline, "finetune", "accuracy")
+    parameters = _column(runs, "finetune", "parameters") or _column(runs, "pretrain", "parameters")
     return {
-        "each": each,
-        "accuracy": statistics(each.values()),
-        "difference": statistics(value - before[seed] for seed, value in each.items() if seed in before),
+        "each": accuracies,
+        "accuracy": statistics(accuracies.values()),
+        "difference": statistics(value - before[seed] for seed, value in accuracies.items() if seed in before),
         **{name: statistics(_column(runs, *key).values()) for name, key in _MEASURES.items()},
-        **sizes,
-        "parameters": next(iter(networks.values()), None),
+        **{name: next(iter(_column(runs, *key).values()), None) for name, key in _SIZES.items()},
+        "parameters": next(iter(parameters.values()), None),
     }
 
 
 def statistics(values: Iterable[float]) -> dict[str, float | int | None]:
     """Return n, mean and sample standard deviation (n - 1); None for either if there are too few values."""
     values = list(values)
-    n = len(values)
-    mean = math.fsum(values) / n if n else None
-    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1)) if n > 1 else None
-    return {"n": n, "mean": mean, "sd": spread}
+    return {
+        "n": len(values),
+        "mean": fmean(values) if values else None,
+        "sd": stdev(values) if len(values) > 1 else None,
+    }
 
 
 def run_facts(folder: RunFolder) -> dict[str, Any] | None:
@@ -90,52 +98,30 @@ def run_facts(folder: RunFolder) -> dict[str, Any] | None:
     if not is_finished(folder):
         return None
     config, facts, records = folder.load_config(), folder.facts(), read_metrics(folder.path)
-    last = summary(records)
-    found = {
+    last, network = summary(records), facts["network"]
+    with torch.device("meta"):
+        vit = timm.create_model(network["name"], pretrained=False, **network["arguments"])
+    common = {
         "folder": str(folder.path),
         "command": facts["starts"][-1]["command"],
         "epochs": config.optim.epochs,
         "images": facts["data"]["images"],
         "seconds": last["seconds"],
         "images_per_second": last["rate"],
-        "parameters": parameters_of(facts["network"]),
+        "parameters": sum(parameter.numel() for parameter in vit.parameters()),
     }
     if isinstance(config, FinetuneConfig):
         score = [record for record in records if "top1" in record][-1]
-        return found | _score(score) | {"start": facts["init"]}
-    return found | {"method": config.method, "target": config.pixels.target} | {k: last[k] for k in ("pixels", "knn")}
-
-
-def parameters_of(network: Mapping[str, Any]) -> int:
-    """Count the parameters of a network that run.json describes."""
-    with torch.device("meta"):
-        vit = timm.create_model(network["name"], pretrained=False, **network["arguments"])
-    return sum(parameter.numel() for parameter in vit.parameters())
-
-
-def _steps_of(study: Study, seeds: Sequence[int]) -> dict[str, dict[int, tuple[str | None, str | None]]]:
-    """Return the names of each network's pre-training and fine-tuning step by seed, None for a missing one."""
-
-    def pair(pretrained: str | None, finetuned: str | None, seed: int) -> tuple[str | None, str | None]:
-        return (
-            pretrain_step(pretrained, seed) if pretrained is not None else None,
-            finetune_step(finetuned, seed) if finetuned is not None else None,
-        )
-
-    teachers = {
-        name: {TEACHER_SEED: pair(teacher.pretraining_of or name, name if teacher.finetune else None, TEACHER_SEED)}
-        for name, teacher in study.teachers.items()
-    }
-    rows = {name: {seed: pair(row.pretraining, name, seed) for seed in seeds} for name, row in all_rows(study.students)}
-    return teachers | rows
+        return common | _score(score) | {"start": facts["init"]}
+    return common | {"method": config.method, "target": config.pixels.target} | {k: last[k] for k in ("pixels", "knn")}
 
 
 def _facts_of(out: Path, pretrain: str | None, finetune: str | None) -> dict[str, Any]:
     steps = {"pretrain": pretrain, "finetune": finetune}
-    found = {stage: run_facts(RunFolder(out / step)) for stage, step in steps.items() if step is not None}
-    if found.get("finetune") and (out / finetune / TEST_FILE).is_file():
-        found["test"] = _score(json.loads((out / finetune / TEST_FILE).read_text()))
-    return {stage: facts for stage, facts in found.items() if facts is not None}
+    facts = {stage: run_facts(RunFolder(out / step)) for stage, step in steps.items() if step is not None}
+    if facts.get("finetune") and (out / finetune / TEST_FILE).is_file():
+        facts["test"] = _score(json.loads((out / finetune / TEST_FILE).read_text()))
+    return {name: values for name, values in facts.items() if values is not None}
 
 
 def _score(record: _Facts) -> dict[str, Any]:
@@ -145,15 +131,5 @@ def _score(record: _Facts) -> dict[str, Any]:
 
 def _column(runs: Mapping[str, _Facts], stage: str, key: str) -> dict[str, Any]:
     """Return one fact of each run that has it, by seed."""
-    found = {seed: facts.get(stage, {}).get(key) for seed, facts in runs.items()}
-    return {seed: value for seed, value in found.items() if value is not None}
-
-
-def _unfinished(out: Path, steps: Iterable[str]) -> list[dict[str, Any]]:
-    """Return for each unfinished run how many epochs it has trained, and why its last start ended, if known."""
-    found = []
-    for step in steps:
-        if not is_finished(folder := RunFolder(out / step)):
-            epochs = max((record["epoch"] for record in read_metrics(folder.path)), default=0.0)
-            found.append({"run": step, "epochs": epochs, "ended": last_end(folder)})
-    return found
+    values = {seed: facts.get(stage, {}).get(key) for seed, facts in runs.items()}
+    return {seed: value for seed, value in values.items() if value is not None}

@@ -3,40 +3,38 @@
     out: runs/cifar10                          # relative to the working directory
     seeds: [0, 1, 2]
     baseline: mae                              # the row that the others are compared with; omitted: none
-    teachers:                                  # each pre-trained once, with seed 0; omitted if no student needs one
-      small: {config: teacher.yaml, set: [student.width=96]}
-      large: {config: teacher.yaml, finetune: true}                  # and its own top-1
-      early: {pretraining_of: large, finetune: true, finetune_set: [optim.epochs=1]}  # one epoch
+    teachers:                                  # each trained once, with seed 0; omitted if no student needs one
+      large: {config: teacher.yaml, set: [optim.epochs=30], finetune: true}           # also fine-tuned
+      early: {init_from: large, finetune: true, finetune_set: [optim.epochs=1]}       # shares large's pre-training
     pretrain_set: [optim.epochs=50]            # for every student's pre-training, not for the teachers'
     finetune_set: [optim.ema=0.999]            # for every student's fine-tuning, not for the teachers'
     students:
-      mae: {config: mae.yaml}                  # relative to this file
-      dmae: {config: dmae.yaml, teacher: large, set: [align.weight=10], finetune_set: [optim.epochs=20]}
-      sparse: {config: dmae.yaml, axes: {teacher: [small, large], masks: {student_keep_ratio: [0.1, 0.25]}}}
-      tuned: {pretraining_of: dmae, finetune_axes: {optim: {lr: [1e-3, 2e-3]}}}
-      kd: {shape_of: mae, finetune_set: [distill.logits.weight=1],      # an axis of lists: a list of lists
-           finetune_axes: {distill: {teachers: [["{teacher.large.finetuned}"], ["{teacher.early.finetuned}"]]}}}
-      scratch: {shape_of: mae}                 # not pre-trained; the network that `mae` is
-      plain: {finetune_set: [student.model=vit_tiny_patch16_224]}    # not pre-trained; the network that is set
-    finetune: {config: finetune.yaml, set: [optim.layer_decay=0.8]}
+      mae: {config: mae.yaml}                  # pre-trained; the path is relative to this file
+      dmae: {config: dmae.yaml, set: [align.weight=10, "teacher.source={teacher.large}"]}
+      tuned: {init_from: dmae, finetune_axes: {optim: {lr: [1e-3, 2e-3]}}}            # shares dmae's pre-training
+      scratch: {same_architecture_as: mae}     # not pre-trained; the network that `mae` is
+      plain: {finetune_set: [student.model=vit_tiny_patch16_224]}                     # not pre-trained
+      kd: {same_architecture_as: mae, finetune_set: ["distill.teachers=[{teacher.large.finetuned}]"]}
+    finetune: {config: finetune.yaml, set: [optim.layer_decay=0.8]}                   # for every fine-tuning
 
-`set` holds `key=value` settings as on a command line, for pre-training; `finetune_set` is for fine-tuning; the `set` of
-`finetune` applies to every fine-tuning. In these settings `{teacher.large}` stands for that teacher's run and
-`{teacher.large.finetuned}` for its fine-tuned run: `"teacher.source={teacher.large}"`. A teacher may name teachers
-above it. A student's `teacher: large` is short for this setting, and may be omitted if the file has one teacher. `axes`
-map keys to lists of values: every combination is a separate row (`rows.py`), here
-sparse_teacher_small_student_keep_ratio_0.1 and three more.
+`set` holds `key=value` settings as on a command line, for pre-training; `finetune_set` is for fine-tuning. They name
+teachers' runs: `{teacher.NAME}` in pre-training, `{teacher.NAME.finetuned}` in fine-tuning. `teacher.source` may be
+omitted if one teacher is pre-trained. `finetune_axes` map keys to lists of values: every combination is a row of the
+comparison, here tuned_lr_0.001 and tuned_lr_0.002. Every other student is one row.
 """
 
-from typing import Any
+import itertools
+import json
+import re
+from collections.abc import Collection, Iterable
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from maedistill.config.schema import Count, Section
 
 TEACHER_SEED = 0
-OWN_KEYS = ("run", "seed", "init.source")  # reserved: the study sets them itself
-Axes = dict[str, tuple[Any, ...]]  # dotted key, or "teacher" -> values; in the file the key's parts are nested
+_UNFIT = re.compile(r"[^A-Za-z0-9_.+-]+")  # characters not allowed in a folder's name
 
 
 class Recipe(Section):
@@ -46,43 +44,85 @@ class Recipe(Section):
     set: tuple[str, ...] = ()
 
 
-class Teacher(Section):
-    """A network that is pre-trained once (config, set), or reuses the pre-training of a teacher above it
-    (pretraining_of). It is also fine-tuned if its own top-1 or logits are needed.
-    """
+class _Network(Section):
+    """A network that is pre-trained (config, set), or starts from the pre-training of another one (init_from)."""
 
     config: str | None = None
     set: tuple[str, ...] = ()
-    pretraining_of: str | None = None
+    init_from: str | None = None
+    finetune_set: tuple[str, ...] = ()
+
+    def steps(self, name: str, seed: int) -> tuple[str | None, str | None]:
+        """Return the names of its pre-training and fine-tuning, which are folders below OUT; None for a missing one."""
+        start = name if self.config is not None else self.init_from
+        pretrain = None if start is None else f"{start}/seed_{seed}/pretrain"
+        return pretrain, f"{name}/seed_{seed}/finetune" if self.finetune else None
+
+
+class Teacher(_Network):
+    """A network that is trained once. It is also fine-tuned if its own top-1 or logits are needed."""
+
     finetune: bool = False
-    finetune_set: tuple[str, ...] = ()
 
 
-class Student(Section):
-    """How a student starts, and its own settings of fine-tuning.
+class Student(_Network):
+    """A network that is trained with every seed, and always fine-tuned.
 
-    It is pre-trained (config, set, teacher, axes), or reuses another student's pre-training (pretraining_of), or starts
-    from scratch with the architecture of another student (shape_of) or the one that its fine-tuning sets.
+    One without pre-training has the architecture of another student (same_architecture_as) or the one that its
+    fine-tuning sets.
     """
 
-    config: str | None = None
-    set: tuple[str, ...] = ()
-    teacher: str | None = None
-    axes: Axes = Field(default_factory=dict)
-    pretraining_of: str | None = None
-    shape_of: str | None = None
-    finetune_set: tuple[str, ...] = ()
-    finetune_axes: Axes = Field(default_factory=dict)
+    same_architecture_as: str | None = None
+    finetune_axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
+    finetune: ClassVar[bool] = True
+
+    def rows(self, name: str) -> list[tuple[str, "Student"]]:
+        """Return (name, student without axes) for each combination of the values of its axes."""
+        rows = []
+        for values in itertools.product(*self.finetune_axes.values()):
+            point = dict(zip(self.finetune_axes, values, strict=True))
+            label = "".join(f"_{key.rpartition('.')[2]}_{_label(value)}" for key, value in point.items())
+            settings = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in point.items()]
+            changes = {"finetune_axes": {}, "finetune_set": (*self.finetune_set, *settings)}
+            rows.append((name + label, self.model_copy(update=changes)))
+        return rows
 
 
 class Study(Section):
     """The whole study file. Once it is loaded, the paths of configs are relative to the working directory."""
 
     out: str
-    seeds: tuple[Count, ...]
+    seeds: tuple[Count, ...] = Field(min_length=1)
     baseline: str | None = None
     teachers: dict[str, Teacher] = Field(default_factory=dict)
     pretrain_set: tuple[str, ...] = ()
     finetune_set: tuple[str, ...] = ()
-    students: dict[str, Student]
+    students: dict[str, Student] = Field(min_length=1)
     finetune: Recipe
+
+    def rows(self, only: Collection[str] | None = None) -> dict[str, Student]:
+        """Return the students of the comparison by name of their row. only: names of students or rows; None for all."""
+        rows = [(owner, *row) for owner, student in self.students.items() for row in student.rows(owner)]
+        return {name: student for owner, name, student in rows if only is None or owner in only or name in only}
+
+    def teacher_steps(self, *, finetuned: bool) -> dict[str, str]:
+        """Return the pre-trainings or the fine-tunings of the teachers by placeholder."""
+        steps = {name: teacher.steps(name, TEACHER_SEED)[finetuned] for name, teacher in self.teachers.items()}
+        suffix = ".finetuned" if finetuned else ""
+        return {f"{{teacher.{name}{suffix}}}": step for name, step in steps.items() if step is not None}
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Join the first few names, and count the others."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _label(value: Any) -> str:
+    """Format a value as part of a folder's name: `0.25`, `2-3`, `large.finetuned`."""
+    if isinstance(value, list):
+        return "-".join(map(_label, value))
+    if isinstance(value, str):
+        return _UNFIT.sub("-", value.replace("{teacher.", "")).strip("-.")
+    return _UNFIT.sub("-", json.dumps(value))

@@ -6,7 +6,7 @@ Guarantees at every ZeRO stage, number format, rank count and accumulation:
 - parameters, gradients, their reduction and Adam's moments are fp32; bf16 and fp16 are autocast in the forward pass;
 - one update per `accumulation` micro-batches, from the mean gradient over micro-batches and ranks, clipped by its norm;
 - an update is skipped, moments included, if its gradient or the loss of any rank is not finite. `grad_norm` is then
-  inf or nan, and `broken` is true, except for an fp16 overflow that only lowers the loss scale;
+  inf or nan, and `update_skipped` is true, except for an fp16 overflow that only lowers the loss scale;
 - `state()` and `load_state()` do not depend on rank count or stage, so any checkpoint loads into any layout.
 
 Host syncs within a step: none at stage 0 in fp32 and bf16. In fp16 the loss scale reads one flag per update. Stages 1
@@ -111,7 +111,7 @@ class Engine:
         self.zero, self.clip = zero, clip
         self.loss_scale = LossScale() if precision == "fp16" else None
         self.grad_norm = torch.zeros((), device=device())  # of the last update, over all ranks, before clipping
-        self.broken = torch.zeros((), dtype=torch.bool, device=device())  # whether it was skipped as non-finite
+        self.update_skipped = torch.zeros((), dtype=torch.bool, device=device())  # whether it was skipped as non-finite
         self._parameters = dict(module.named_parameters())
         self._deepspeed, *_ = deepspeed.initialize(
             model=_Autocast(module, precision),
@@ -152,10 +152,10 @@ class Engine:
         if last and self.zero:
             self.grad_norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), device=device())
         if last:
-            self.broken = ~self.grad_norm.isfinite()
+            self.update_skipped = ~self.grad_norm.isfinite()
         if last and self.loss_scale:
-            finite = not self.broken
-            self.broken &= self.loss_scale.scale <= 1  # above 1, an overflow only lowers the scale
+            finite = not self.update_skipped
+            self.update_skipped &= self.loss_scale.scale <= 1  # above 1, an overflow only lowers the scale
             self.loss_scale.update(finite=finite)
         return last
 

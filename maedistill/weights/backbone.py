@@ -13,13 +13,11 @@ import inspect
 from dataclasses import replace
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from maedistill.errors import ConfigError
 from maedistill.weights.from_run import Weights
 from maedistill.weights.network import Network, open_network
-from maedistill.weights.weights_file import why_unreadable
 
 Pool = Literal["mean", "class"]
 
@@ -41,16 +39,15 @@ class Backbone(nn.Module):
             return self._pool_tokens(images)
         if self.block is None:
             return self.network.forward_head(self.network.forward_features(images), pre_logits=True)
-        (found,) = self.network.forward_intermediates(
+        (features,) = self.network.forward_intermediates(
             images, indices=[self.block], stop_early=True, intermediates_only=True
         )  # [B, D, h, w]
-        return found.mean((2, 3))
+        return features.mean((2, 3))
 
     def describe(self) -> str:
         """Describe which features these are."""
         depth = "the end of the network" if self.block is None else f"block {self.block}"
-        what = {"mean": "mean of the patches", "class": "class token"}[self.pool]
-        return f"{what} at {depth}"
+        return f"{'mean of the patches' if self.pool == 'mean' else 'class token'} at {depth}"
 
     def _pool_tokens(self, images: Tensor) -> Tensor:
         if self.block is None:
@@ -58,10 +55,10 @@ class Backbone(nn.Module):
             prefix, patches = tokens.tensor_split([self.network.num_prefix_tokens], dim=1)
         else:
             keywords = {"output_fmt": "NLC", "return_prefix_tokens": True}
-            (found,) = self.network.forward_intermediates(
+            (tokens,) = self.network.forward_intermediates(
                 images, indices=[self.block], stop_early=True, intermediates_only=True, **keywords
             )
-            patches, prefix = found if isinstance(found, tuple) else (found, None)  # [B, N, D], [B, P, D]
+            patches, prefix = tokens if isinstance(tokens, tuple) else (tokens, None)  # [B, N, D], [B, P, D]
         return patches.mean(1) if self.pool == "mean" else prefix[:, 0]
 
 
@@ -75,30 +72,31 @@ def open_backbone(
 ) -> Network:
     """Open any network with `open_network`, with or without a classifier, and wrap it as a `Backbone`.
 
-    block: from 0, or from -1 backwards. Raises ConfigError for a missing block, a missing class token, or a network
-    whose blocks timm does not expose; also the errors of `open_network`.
+    block: from 0, or from -1 backwards. Raises ConfigError for a missing block, a missing class token, a network whose
+    blocks timm does not expose, or one without features; also the errors of `open_network`.
     """
     opened = open_network(source, weights=weights, image_size=image_size)
     network = opened.module
     if block is not None:
         block = _existing_block(network, block, opened.name)
-    if pool == "class" and not (has_tokens(network) and _has_class_token(network)):
+    if pool == "class" and not (has_tokens(network) and getattr(network, "cls_token", None) is not None):
         raise ConfigError(
             f"{opened.name} has no class token", "leave out --pool class: the mean is there for any network"
         )
     backbone = replace(opened, module=Backbone(network, block=block, pool=pool))
-    _require_features(backbone)
+    features = backbone.output()
+    if features.ndim != 2 or len(features) != 1:
+        raise ConfigError(
+            f"{backbone.name} gives {tuple(features.shape)} for one image, not one vector",
+            "name a block (--block), whose output is pooled here",
+        )
     return backbone
 
 
 def has_tokens(network: nn.Module) -> bool:
     """Return whether timm returns patch tokens and prefix tokens separately, as it does for variants of ViT."""
-    look = getattr(network, "forward_intermediates", None)
-    return look is not None and "return_prefix_tokens" in inspect.signature(look).parameters
-
-
-def _has_class_token(network: nn.Module) -> bool:
-    return getattr(network, "cls_token", None) is not None
+    method = getattr(network, "forward_intermediates", None)
+    return method is not None and "return_prefix_tokens" in inspect.signature(method).parameters
 
 
 def _existing_block(network: nn.Module, block: int, name: str) -> int:
@@ -111,21 +109,3 @@ def _existing_block(network: nn.Module, block: int, name: str) -> int:
             f"{name} has no block {block}: there are {count}, 0 to {count - 1}", "name one of them with --block"
         )
     return block % count
-
-
-@torch.no_grad()
-def _require_features(backbone: Network) -> None:
-    """Run one forward pass on a black image, so that a network without features fails before any image is read."""
-    size = backbone.size
-    try:
-        found = backbone.module(torch.zeros(1, 3, size, size))
-    except (AssertionError, AttributeError, RuntimeError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{backbone.name} gives no features of images of {size} pixels ({why_unreadable(error)})",
-            "name a size that it takes (--image-size), or another block, or leave both out",
-        ) from error
-    if found.ndim != 2 or len(found) != 1:
-        raise ConfigError(
-            f"{backbone.name} gives {tuple(found.shape)} for one image, not one vector",
-            "name a block (--block), whose output is pooled here",
-        )

@@ -1,12 +1,13 @@
-"""Match a model's outputs with the classes of some shards: the same classes, or a subset found by name.
+"""Match a model's outputs with classes by name: those of some shards, or those of a student.
 
     compare_names     check that model and shards number their classes alike, or warn, or raise
     subset_columns    for shards with some of the model's classes (ImageNet-A, -R, ten of a thousand): output per label
+    shared_classes    for a teacher: output per class of the student
 
 timm's models seldom name their classes. A model with as many classes as a known ImageNet set (1,000, 11,821 and so on)
 is assumed to have that set's classes, in the order of timm's `ImageNetInfo`. Names may be WordNet ids or descriptions.
 
-    C classes of the shards
+    C classes of the shards or of the student
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 
 from maedistill.errors import ConfigError, DataError
+from maedistill.weights.network import Network
 
 
 def subset_columns(known: Sequence[str], given: Sequence[str], *, num_known: int, model: str) -> Tensor:
@@ -35,19 +37,16 @@ def subset_columns(known: Sequence[str], given: Sequence[str], *, num_known: int
             f"--subset goes by names, and {model} does not name its {num_known:,} classes",
             "evaluate a run, an export of ours, or a model with the classes of an ImageNet set",
         )
-    places: dict[str, list[int]] = {}
-    for names in spellings:
-        for label, name in enumerate(names):
-            places.setdefault(name, []).append(label)
-    unmatched = [name for name in given if len(places.get(name, ())) != 1]
+    indices, unmatched = _match(given, spellings)
     if unmatched:
         name = unmatched[0]
-        how = f"has {len(places[name])} classes called {name!r}" if name in places else f"has no class {name!r}"
+        count = max(names.count(name) for names in spellings)
+        how = f"has {count} classes called {name!r}" if count else f"has no class {name!r}"
         raise DataError(
             f"{model} {how} ({len(unmatched)} of the shards' {len(given):,} names are such)",
             f"name the shards' classes as the model does, e.g. {', '.join(map(repr, spellings[0][:3]))}",
         )
-    return torch.tensor([places[name][0] for name in given])
+    return torch.tensor(indices)
 
 
 def compare_names(known: tuple[str, ...], given: tuple[str, ...], *, num_known: int, model: str) -> list[str]:
@@ -57,7 +56,7 @@ def compare_names(known: tuple[str, ...], given: tuple[str, ...], *, num_known: 
     """
     if given and not known and num_known != len(given):
         numbers = f"{model} has {num_known:,} classes without names, the shards {len(given):,}"
-        return [f"warning  {numbers}: are they the same ones? (--subset matches them by name)"]
+        return [f"{numbers}: are they the same ones? (--subset matches them by name)"]
     if not known or not given or known == given:
         return []
     label = next((i for i, names in enumerate(zip(known, given, strict=False)) if names[0] != names[1]), None)
@@ -70,7 +69,46 @@ def compare_names(known: tuple[str, ...], given: tuple[str, ...], *, num_known: 
             "match them by name with --subset, or write the shards again with the classes in the model's order",
         )
     named = f"label {label} is {known[label]!r}, not {given[label]!r}"
-    return [f"warning  {model} names its classes otherwise: {named} (--subset matches them by name)"]
+    return [f"{model} names its classes otherwise: {named} (--subset matches them by name)"]
+
+
+def shared_classes(teacher: Network, names: Sequence[str], *, num_classes: int) -> tuple[int, ...] | None:
+    """Return the teacher's output index for each student class, [C]; None if classes and order are identical.
+
+    names: of the student's classes, empty if not known. If the names are known on both sides, classes are matched by
+    name; otherwise the numbers of classes must be equal. Raises ConfigError if the teacher lacks a student class.
+    """
+    spellings = [teacher.classes] if len(teacher.classes) == teacher.num_classes else []
+    if not spellings and teacher.name.startswith(("timm:", "hf-hub:")):
+        spellings = _imagenet_names(teacher.num_classes)
+    names = names if len(names) == num_classes else ()
+    if not spellings or not names:
+        if teacher.num_classes == num_classes:
+            return None
+        whose = "the teacher's" if not spellings else "the student's"
+        raise ConfigError(
+            f"distill.teachers: {teacher.name} knows {teacher.num_classes:,} classes, the student has {num_classes:,}, "
+            f"and {whose} are not known by name",
+            "use a teacher of the same classes, or terms on features and relations alone (distill.hints, ...)",
+        )
+    indices, unmatched = _match(names, spellings)
+    if unmatched:
+        raise ConfigError(
+            f"distill.teachers: {teacher.name} does not know {len(unmatched):,} of the student's {num_classes:,} "
+            f"classes, {unmatched[0]!r} among them",
+            "use a teacher of these classes, or terms on features and relations alone (distill.hints, ...)",
+        )
+    return None if indices == list(range(teacher.num_classes)) else tuple(indices)
+
+
+def _match(names: Sequence[str], spellings: Sequence[Sequence[str]]) -> tuple[list[int], list[str]]:
+    """Return the index of each name in any of the spellings, and the names that occur in none of them, or twice."""
+    indices: dict[str, list[int]] = {}
+    for spelling in spellings:
+        for index, name in enumerate(spelling):
+            indices.setdefault(name, []).append(index)
+    unmatched = [name for name in names if len(indices.get(name, ())) != 1]
+    return [indices[name][0] for name in names if name in indices], unmatched
 
 
 def _imagenet_names(num_classes: int) -> list[tuple[str, ...]]:

@@ -13,13 +13,13 @@ import timm
 import torch
 from timm.models import get_model_args
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
 
 from maedistill.errors import DataError
 from maedistill.models.encoder import require_plain_vit
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.restore import newest_intact, read_weights
-from maedistill.weights.run_json import read_facts
+from maedistill.weights.from_timm import Inspect
+from maedistill.weights.run_json import NOT_A_RUN, read_metadata
 from maedistill.weights.state_dict import Audit, ConvertedStateDict, load_encoder
 
 Weights = Literal["model", "ema"]
@@ -28,27 +28,32 @@ PREFIX = {"pretrain": "encoder.vit.", "finetune": "vit."}  # of the network's ke
 
 @dataclass(frozen=True)
 class RunNetwork:
-    """A network with the weights of one checkpoint. facts: the content of RUN/run.json."""
+    """A network with the weights of one checkpoint. metadata: the content of RUN/run.json."""
 
     vit: VisionTransformer
     folder: RunFolder
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     checkpoint: Path
     audit: Audit
 
 
 def describe_network(vit: VisionTransformer) -> dict[str, Any]:
-    """Return the plain values from which `open_saved` rebuilds it: `timm.create_model(name, **arguments)`."""
+    """Return the plain values from which `open_run` rebuilds it: `timm.create_model(name, **arguments)`."""
     return {"name": vit.pretrained_cfg["architecture"], "arguments": get_model_args(vit)}
 
 
-def open_saved(path: str | Path, *, weights: Weights = "model", image_size: int | None = None) -> RunNetwork:
-    """Open the network of a run folder from its newest intact checkpoint, with positions resampled to `image_size`.
+def open_run(
+    path: str | Path, *, weights: Weights = "model", inspect_network: Inspect = lambda shape: None
+) -> RunNetwork:
+    """Open the network of a run folder from its newest intact checkpoint.
 
-    weights: `ema` for the moving average. Raises DataError if the folder is not a run of this package, holds no
-    checkpoint, or lacks these weights.
+    weights: `ema` for the moving average. inspect_network: chooses the image size that positions are resampled to.
+    Raises DataError if the folder is not a run of this package, holds no checkpoint, or lacks these weights.
     """
-    folder, facts = read_facts(path)
+    folder, metadata = read_metadata(path)
+    name, arguments = metadata["network"]["name"], metadata["network"]["arguments"]
+    shape = _unloaded(folder, name, arguments)
+    image_size = inspect_network(shape)
     checkpoint = newest_intact(folder.checkpoints)
     if checkpoint is None:
         raise DataError(
@@ -56,32 +61,31 @@ def open_saved(path: str | Path, *, weights: Weights = "model", image_size: int 
         )
     if weights == "ema" and not (checkpoint / "ema.safetensors").is_file():
         raise DataError(f"{folder.path} kept no moving average of its weights", "leave out --ema (optim.ema keeps one)")
-    prefix, encoder = PREFIX[facts["stage"]], PREFIX["pretrain"]
-    tensors = {name: value for name, value in read_weights(checkpoint, weights).items() if name.startswith(prefix)}
-    _require_same_size(facts["network"], tensors, checkpoint)
-    arguments = facts["network"]["arguments"] | ({"img_size": image_size} if image_size else {})
-    vit = timm.create_model(facts["network"]["name"], pretrained=False, **arguments)
-    renamed = {encoder + name.removeprefix(prefix): value for name, value in tensors.items()}
-    audit = load_encoder(vit, ConvertedStateDict(renamed), name=str(checkpoint))
-    return RunNetwork(vit.eval(), folder, facts, checkpoint, audit)
-
-
-def _require_same_size(network: Mapping[str, Any], tensors: Mapping[str, Tensor], checkpoint: Path) -> None:
-    """Raise DataError unless run.json's network is as large as the checkpoint. Checked before memory is allocated."""
-    try:
-        with torch.device("meta"):
-            shape = timm.create_model(network["name"], pretrained=False, **network["arguments"])
-    except (RuntimeError, TypeError, ValueError, AssertionError, LookupError, ArithmeticError) as error:
-        raise DataError(
-            f"{checkpoint.parent.parent}/run.json describes no network that timm can build ({type(error).__name__}: "
-            f"{' '.join(str(error)[:200].split())})",
-            "name a run folder that tools/pretrain.py or tools/finetune.py has written",
-        ) from error
-    require_plain_vit(shape, network["name"])
+    prefix, encoder = PREFIX[metadata["stage"]], PREFIX["pretrain"]
+    tensors = {key: value for key, value in read_weights(checkpoint, weights).items() if key.startswith(prefix)}
     described, held = (sum(value.numel() for value in part.values()) for part in (shape.state_dict(), tensors))
-    if described != held:
+    if described != held:  # checked before memory is allocated
         raise DataError(
-            f"{checkpoint.parent.parent}/run.json describes a network of {described:,} numbers, but {checkpoint.name} "
-            f"holds {held:,}",
+            f"{folder.path}/run.json describes a network of {described:,} numbers, but {checkpoint.name} holds "
+            f"{held:,}",
             "restore the run folder as it was written: the two belong together",
         )
+    vit = timm.create_model(name, pretrained=False, **arguments | ({"img_size": image_size} if image_size else {}))
+    renamed = {encoder + key.removeprefix(prefix): value for key, value in tensors.items()}
+    audit = load_encoder(vit, ConvertedStateDict(renamed), name=str(checkpoint))
+    return RunNetwork(vit.eval(), folder, metadata, checkpoint, audit)
+
+
+def _unloaded(folder: RunFolder, name: str, arguments: Mapping[str, Any]) -> VisionTransformer:
+    """Build run.json's network without memory. Raises DataError unless timm can build it and it is a plain ViT."""
+    try:
+        with torch.device("meta"):
+            shape = timm.create_model(name, pretrained=False, **arguments)
+    except (RuntimeError, TypeError, ValueError, AssertionError, LookupError, ArithmeticError) as error:
+        raise DataError(
+            f"{folder.path}/run.json describes no network that timm can build ({type(error).__name__}: "
+            f"{' '.join(str(error)[:200].split())})",
+            NOT_A_RUN,
+        ) from error
+    require_plain_vit(shape, name)
+    return shape

@@ -42,5 +42,5 @@ def license_sentence(text: str) -> str:
             "**not stated** by the source of the weights that these derive from. It applies to these as well: find out "
             "what it is before you use them or pass them on."
         )
-    said = f"these weights derive from others, whose license applies to them as well: **{text}**."
-    return f"{said} It forbids commercial use." if hub_license(text)[0] in _NON_COMMERCIAL else said
+    sentence = f"these weights derive from others, whose license applies to them as well: **{text}**."
+    return f"{sentence} It forbids commercial use." if hub_license(text)[0] in _NON_COMMERCIAL else sentence

@@ -1,34 +1,41 @@
-"""Open any network together with its image preprocessing: a run of this package, an export, or any timm model.
+"""Open any network of any source, with its image preprocessing: the one door to weights.
 
-open_network("runs/ft_s")                        -> Network, from RUN/run.json and its newest checkpoint
-open_network("timm:resnet18.a1_in1k")            -> Network, with size, crop and normalisation from timm
+open_network("runs/ft_s")                              -> Network, from RUN/run.json and its newest checkpoint
+open_network("timm:resnet18.a1_in1k", "classifier")    -> Network, with size, crop and normalisation from timm
+open_network("timm:vit_large_patch16_224.mae", "encoder", grid=14).encoder             -> MaskedEncoder
+open_network("file:mae.pth", "encoder", grid=14, spec=EncoderSpec("vit_large_patch16_224")).encoder
 
-classifier.py checks that a network returns logits; backbone.py checks that it returns features.
+from_timm.py, from_run.py and from_file.py hold the openers; backbone.py turns a Network into features.
 """
 
-import difflib
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
-from timm.data import resolve_model_data_config
+from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from maedistill.config.shared_rules import NETWORK_KINDS, SOURCE_KINDS
 from maedistill.data.loading.evaluation import evaluation_transform
-from maedistill.errors import ConfigError, DataError
-from maedistill.weights.from_run import Weights, open_saved
-from maedistill.weights.run_json import read_facts
-from maedistill.weights.timm_config import image_config, require_moderate_network
-from maedistill.weights.weights_file import READ_ERRORS, why_unreadable
+from maedistill.errors import ConfigError
+from maedistill.models.encoder import MaskedEncoder, require_plain_vit
+from maedistill.weights.from_file import EncoderSpec, open_file, random_network
+from maedistill.weights.from_run import Weights, open_run
+from maedistill.weights.from_timm import Inspect, image_config, open_timm
+from maedistill.weights.state_dict import require_finite
+from maedistill.weights.weights_file import why_unreadable
 
-KINDS = ("run", "local-dir", "timm", "hf-hub")
+Triple = tuple[float, float, float]
+# What a network is for. `outputs`: it runs, and if it has classes, it gives a logit for each. `classifier`: it also has
+# classes. `encoder`: a plain ViT, its classifier removed, all weights finite. `any`: nothing is checked.
+Use = Literal["any", "outputs", "classifier", "encoder"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,26 +44,35 @@ class Network:
 
     module: nn.Module
     name: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
     size: int
-    crop: float  # fraction of the shorter side that is kept
-    interpolation: str
-    crop_mode: str
-    num_classes: int  # 0 for an encoder without a classifier
     license: str
+    num_classes: int = 0  # 0 for an encoder without a classifier
+    mean: Triple = IMAGENET_DEFAULT_MEAN
+    std: Triple = IMAGENET_DEFAULT_STD
+    crop: float = DEFAULT_CROP_PCT  # fraction of the shorter side that is kept
+    interpolation: str = "bicubic"
+    crop_mode: str = "center"
     classes: tuple[str, ...] = ()  # names, position = label; empty if not known
+    audit: str = ""  # which of its keys were loaded
+    origin: Mapping[str, Any] | None = None  # of a run: its stage, method, data, teacher and license
 
     @property
     def parameters(self) -> int:
         """Return the number of parameters."""
         return sum(parameter.numel() for parameter in self.module.parameters())
 
+    @cached_property
+    def encoder(self) -> MaskedEncoder:
+        """Return a plain ViT as an encoder of selected patches, which shares its weights."""
+        require_plain_vit(self.module, self.name)
+        return MaskedEncoder(self.module)
+
     def describe(self) -> str:
-        """Describe the network in one line for the log: source, size, classes, license."""
-        num_params_m = self.parameters / 1e6
-        classes = f"{self.num_classes:,} classes" if self.num_classes else "no classifier"
-        return f"{self.name}  {num_params_m:.2f} M parameters, {classes}, license {self.license}"
+        """Describe the network in one line for the log: source, size, keys, normalisation, license."""
+        vit, classes = self.module, f"{self.num_classes:,} classes" if self.num_classes else "no classifier"
+        shape = f"{vit.embed_dim} x {len(vit.blocks)}, " if isinstance(vit, VisionTransformer) else ""
+        size = f"{shape}{self.parameters / 1e6:.2f} M parameters, {classes}"
+        return f"{self.name}  {size}  {self.audit}  mean {self.mean}  license {self.license}"
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """Return the preprocessing of an image, without the normalisation: RGB -> uint8 [3, size, size]."""
@@ -68,34 +84,71 @@ class Network:
             mean=self.mean,
         )
 
+    @torch.no_grad()
+    def output(self, *, size_key: str = "--image-size") -> Tensor:
+        """Return the module's output for one black image, so that an unsupported image size fails before any loader.
+
+        size_key: the option that sets the image size, for errors. Raises ConfigError if the network does not run.
+        """
+        try:
+            return self.module(torch.zeros(1, 3, self.size, self.size))
+        except (AssertionError, AttributeError, RuntimeError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{self.name} cannot look at images of {self.size} pixels ({why_unreadable(error)})",
+                f"name a size that it takes ({size_key}), for a ViT a multiple of its patch size, or leave it out",
+            ) from error
+
 
 def open_network(
     source: str,
+    use: Use = "any",
     *,
     weights: Weights = "model",
     image_size: int | None = None,
-    needs_classes: bool = False,
+    grid: int | None = None,
+    spec: EncoderSpec | None = None,
+    section: str | None = None,
     size_key: str = "--image-size",
 ) -> Network:
     """Open `run:PATH`, `local-dir:PATH`, `timm:NAME`, `hf-hub:ID`, or the folder of a run or of an export.
 
-    weights: `ema` for the moving average of a run. image_size: overrides the network's own; positions are resampled.
-    needs_classes: reject a network without a classifier before its weights are loaded. size_key: the option that sets
-    image_size, for errors. Raises ConfigError for an unknown kind of source or a missing classifier; DataError for
-    weights that cannot be loaded.
+    With a spec of what they do not state, also `file:PATH` and `random:NAME`. weights: `ema` for the moving average of
+    a run. Positions are resampled to `image_size` or to a `grid` x `grid` of patches; by default the size is the
+    network's own. section, size_key: the config section of the source and the option of its image size, for errors.
+    Raises ConfigError for an unknown kind of source or a network that does not fit its use, before its weights are
+    loaded where possible; DataError for weights that cannot be loaded or do not fit.
     """
-    kind, name = _kind_and_name(source)
+    kind, name = _kind_and_name(source, kinds=NETWORK_KINDS if spec is None else SOURCE_KINDS)
+    source = f"{kind}:{name}"
     if weights == "ema" and kind != "run":
         raise ConfigError(f"{source} has no moving average of its weights", "leave out --ema: only runs keep one")
+    check = partial(_check, source, use, image_size=image_size, grid=grid, size_key=size_key)
+    unstated = f"not stated (set {section}.license)" if section else "not stated"
     if kind == "run":
-        return _open_run(name, weights, image_size, needs_classes, size_key)
-    return _open_timm(kind, name, image_size, needs_classes, size_key)
+        network = _open_run(name, use, weights, check)
+    elif kind == "file":
+        vit, audit = open_file(name, spec, check, section=section or "teacher")
+        network = Network(vit, source, vit.patch_embed.img_size[0], unstated, audit=str(audit))
+    elif kind == "random":
+        vit = random_network(replace(spec, model=name), check)
+        license = "none, random weights"
+        network = Network(vit, source, vit.patch_embed.img_size[0], license, audit="random weights")
+    else:
+        network = _open_timm(source, use, check, unstated)
+    if use in ("outputs", "classifier"):
+        shape = tuple(network.output(size_key=size_key).shape)
+        if network.num_classes and shape != (1, network.num_classes):
+            raise ConfigError(
+                f"{network.name} gives {shape} for one image, not {network.num_classes} logits",
+                "use a model that classifies images",
+            )
+    return network
 
 
-def _kind_and_name(source: str) -> tuple[str, str]:
+def _kind_and_name(source: str, *, kinds: tuple[str, ...]) -> tuple[str, str]:
     """Split `source` into kind and name: ("timm", "resnet18"), ("run", "runs/a")."""
     kind, _, name = source.partition(":")
-    if name and kind in KINDS:
+    if name and kind in kinds:
         return kind, name
     folder = Path(source).expanduser()
     if (folder / "run.json").is_file():
@@ -113,97 +166,74 @@ def _kind_and_name(source: str) -> tuple[str, str]:
     raise ConfigError(f"{source} is neither a folder nor a kind of model and its name", remedy)
 
 
-def _open_run(path: str, weights: Weights, image_size: int | None, needs_classes: bool, size_key: str) -> Network:
-    """Open the network of a run folder, pre-trained or fine-tuned."""
-    name = f"run:{path}"
-    _, facts = read_facts(path)
-    if needs_classes and facts["stage"] != "finetune":
-        raise _no_classifier(name)
-    if image_size:
-        with torch.device("meta"):
-            shape = timm.create_model(facts["network"]["name"], **facts["network"]["arguments"])
-        _require_multiple(name, shape, image_size, size_key)
-    saved = open_saved(path, weights=weights, image_size=image_size)
-    seen = saved.facts["input"]
-    return Network(
-        module=saved.vit,
-        name=f"{name} {saved.checkpoint.name}{' (ema)' if weights == 'ema' else ''}",
-        mean=tuple(seen["mean"]),
-        std=tuple(seen["std"]),
-        size=image_size or seen["size"],
-        crop=seen["crop"],
-        interpolation="bicubic",
-        crop_mode="center",
-        num_classes=saved.vit.num_classes,
-        license=saved.facts["license"],
-        classes=tuple(saved.facts.get("classes") or ()),
-    )
+def _check(
+    source: str, use: Use, network: nn.Module, *, image_size: int | None, grid: int | None, size_key: str
+) -> int | None:
+    """Check a network that holds no weights yet, and return the image size to open it at; None for its own.
 
-
-def _open_timm(kind: str, name: str, image_size: int | None, needs_classes: bool, size_key: str) -> Network:
-    """Open any model that timm can open, with the preprocessing that timm states."""
-    source = f"{kind}:{name}"
-    if kind == "timm" and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ConfigError(f"timm has no model {name!r}", f"names near it: {', '.join(near) or 'none'}")
-    address = name if kind == "timm" else source
-    try:
-        require_moderate_network(address)
-        with torch.device("meta"):  # takes neither memory nor time, and loads no weights
-            shape = timm.create_model(address, pretrained=False)
-        if needs_classes and not shape.num_classes:
-            raise _no_classifier(source)
-        if image_size:
-            _require_multiple(source, shape, image_size, size_key)
-        takes_size = "img_size" in inspect.signature(type(shape)).parameters  # other networks accept any size
-        keywords = {"img_size": image_size} if image_size and takes_size else {}
-        network = timm.create_model(address, pretrained=True, **keywords)
-    except ConfigError:
-        raise
-    except (HfHubHTTPError, *READ_ERRORS) as error:
-        raise DataError(
-            f"{source} cannot be opened ({why_unreadable(error)})",
-            "check its name, the network, and the image size if you gave one; or download it and use local-dir:PATH",
-        ) from error
-    return _with_input_of_timm(network.eval(), source, image_size)
-
-
-def _with_input_of_timm(network: nn.Module, name: str, image_size: int | None) -> Network:
-    seen: dict[str, Any] = resolve_model_data_config(network)
-    if list(seen["input_size"])[:1] != [3] or len({*seen["input_size"][1:]}) != 1:
-        size = " x ".join(map(str, seen["input_size"]))[:60]
-        raise ConfigError(f"{name} looks at {size} pixels", "use a model of square images with 3 channels")
-    checked = image_config(seen, name)
-    return Network(
-        module=network,
-        name=name,
-        mean=checked.mean,
-        std=checked.std,
-        size=image_size or checked.input_size[1],
-        crop=checked.crop_pct,
-        interpolation=checked.interpolation,
-        crop_mode=checked.crop_mode,
-        num_classes=network.num_classes,
-        license=str(network.pretrained_cfg.get("license") or "not stated"),
-        classes=tuple(map(str, network.pretrained_cfg.get("label_names") or ())),
-    )
-
-
-def _require_multiple(name: str, network: nn.Module, image_size: int, size_key: str) -> None:
-    """Raise ConfigError unless patches cover the whole image: timm would ignore the last rows and columns."""
+    Raises ConfigError unless it suits its use and its patches cover the whole image: timm would ignore the last rows
+    and columns.
+    """
+    if use == "encoder":
+        require_plain_vit(network, source)
+    if use == "classifier" and not network.num_classes:
+        raise ConfigError(
+            f"{source} has no classifier, it is an encoder alone",
+            f"fine-tune it and evaluate that run: tools/finetune.py CONFIG init.source={source}; "
+            "or judge its features: tools/evaluate.py probe, or knn",
+        )
     patches = getattr(network, "patch_embed", None)
+    if grid is not None:
+        return grid * patches.patch_size[0]
     cuts_off = isinstance(patches, PatchEmbed) and not patches.dynamic_img_pad
     patch_size = patches.patch_size[0] if cuts_off else 1
-    if image_size % patch_size:
+    if image_size is not None and image_size % patch_size:
         raise ConfigError(
-            f"{name} looks at patches of {patch_size} pixels, which do not divide images of {image_size}",
+            f"{source} looks at patches of {patch_size} pixels, which do not divide images of {image_size}",
             f"use a multiple, e.g. {size_key}={max(1, round(image_size / patch_size)) * patch_size}",
         )
+    return image_size
 
 
-def _no_classifier(name: str) -> ConfigError:
-    return ConfigError(
-        f"{name} has no classifier, it is an encoder alone",
-        f"fine-tune it and evaluate that run: tools/finetune.py CONFIG init.source={name}; "
-        "or judge its features: tools/evaluate.py probe, or knn",
+def _open_timm(source: str, use: Use, check: Inspect, unstated: str) -> Network:
+    """Open any model that timm can open, with the preprocessing that timm states."""
+    module, size = open_timm(source, check)
+    if use == "encoder":
+        module.reset_classifier(0, "")
+        require_finite(module.state_dict(), source)
+    config, stated = image_config(module, source), module.pretrained_cfg
+    return Network(
+        module,
+        source,
+        size or config.input_size[1],
+        str(stated.get("license") or unstated),
+        num_classes=module.num_classes,
+        mean=config.mean,
+        std=config.std,
+        crop=config.crop_pct,
+        interpolation=config.interpolation,
+        crop_mode=config.crop_mode,
+        classes=tuple(map(str, stated.get("label_names") or ())),
+        audit=f"{len(module.state_dict())} keys loaded by timm",
+    )
+
+
+def _open_run(path: str, use: Use, weights: Weights, check: Inspect) -> Network:
+    """Open the network of a run folder, pre-trained or fine-tuned."""
+    run = open_run(path, weights=weights, inspect_network=check)
+    if use == "encoder":
+        run.vit.reset_classifier(0, "")
+    metadata, entry = run.metadata, run.metadata["input"]
+    return Network(
+        run.vit,
+        f"run:{path} {run.checkpoint.name}{' (ema)' if weights == 'ema' else ''}",
+        run.vit.patch_embed.img_size[0],
+        metadata["license"],
+        num_classes=run.vit.num_classes,
+        mean=tuple(entry["mean"]),
+        std=tuple(entry["std"]),
+        crop=entry["crop"],
+        classes=tuple(metadata.get("classes") or ()),
+        audit=str(run.audit),
+        origin={name: metadata.get(name) for name in ("stage", "method", "data", "teacher", "license")},
     )

@@ -1,8 +1,9 @@
 """Validate RUN/run.json, which is untrusted input, before a network is built from it.
 
-    RUN -> read_facts -> its folder, and run.json as a dict that `Facts` has validated
+    RUN -> read_metadata -> its folder, and run.json as a dict that `RunMetadata` has validated
 
-`Facts` lists the entries that the code that opens, exports or describes a run's network reads; others are ignored.
+`RunMetadata` lists the entries that the code that opens, exports or describes a run's network reads; others are
+ignored.
 """
 
 import inspect
@@ -19,9 +20,9 @@ from maedistill.errors import DataError
 from maedistill.runs.folder import RunFolder
 
 MOST_BLOCKS, LARGEST = 1_000, 1_000_000  # of a network; LARGEST bounds width, image size and every other number
+NOT_A_RUN = "name a run folder that tools/pretrain.py or tools/finetune.py has written"
 
 _ARGUMENTS = frozenset(inspect.signature(VisionTransformer).parameters)
-_REMEDY = "name a run folder that tools/pretrain.py or tools/finetune.py has written"
 _NEEDED = ("stage", "network", "input", "license")
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Deviation = Annotated[float, Field(allow_inf_nan=False, gt=0)]
@@ -52,20 +53,20 @@ def _require_model(name: str) -> str:
     return name
 
 
-class Part(BaseModel):
-    """The base of the sections. Strict, so that no value is converted; unknown entries are ignored."""
+class StrictModel(BaseModel):
+    """The base of untrusted entries. Strict, so that no value is converted; unknown entries are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-class Network(Part):
+class NetworkEntry(StrictModel):
     """The arguments of `timm.create_model(name, **arguments)`."""
 
     name: Annotated[str, AfterValidator(_require_model)]
     arguments: Annotated[dict[str, _Argument], AfterValidator(_require_known), AfterValidator(require_moderate)]
 
 
-class Input(Part):
+class InputEntry(StrictModel):
     """The preprocessing of the network's images."""
 
     size: Annotated[int, Field(ge=1, le=LARGEST)]
@@ -74,46 +75,46 @@ class Input(Part):
     crop: Annotated[float, Field(gt=0, le=1)]
 
 
-class Data(Part):
+class DataEntry(StrictModel):
     """The samples that were used."""
 
     images: int
     fingerprint: str
 
 
-class Origin(Part):
+class Origin(StrictModel):
     """The run that a run started from, or the run itself."""
 
     stage: Literal["pretrain", "finetune"]
     method: Literal["mae", "dmae", "amd", "tinymim"] | None = None
-    data: Data | None = None
+    data: DataEntry | None = None
     teacher: str | None = None
     license: str
 
 
-class Facts(Origin):
+class RunMetadata(Origin):
     """The content of RUN/run.json."""
 
-    network: Network
-    input: Input
-    validation: Data | None = None
+    network: NetworkEntry
+    input: InputEntry
+    validation: DataEntry | None = None
     init: str | None = None
     origin: Origin | None = None
     classes: list[str] | None = None
 
 
-def read_facts(path: str | Path) -> tuple[RunFolder, dict[str, Any]]:
+def read_metadata(path: str | Path) -> tuple[RunFolder, dict[str, Any]]:
     """Return a run's folder and its validated run.json. Raises DataError if the folder is not a run of this package."""
     folder = RunFolder(path)
-    facts = folder.facts()
-    if missing := [name for name in _NEEDED if name not in facts]:
-        what = "its run.json does not say its " + ", ".join(missing) if facts else "its run.json is not there"
-        what = what if os.path.isdir(folder.path) else "there is no such folder"
-        raise DataError(f"{folder.path} holds no run of this version: {what}", _REMEDY)
+    metadata = folder.facts()
+    if missing := [name for name in _NEEDED if name not in metadata]:
+        cause = "its run.json does not say its " + ", ".join(missing) if metadata else "its run.json is not there"
+        cause = cause if os.path.isdir(folder.path) else "there is no such folder"
+        raise DataError(f"{folder.path} holds no run of this version: {cause}", NOT_A_RUN)
     try:
-        Facts.model_validate_json(json.dumps(facts))  # as JSON: strict mode would reject lists as tuples
+        RunMetadata.model_validate_json(json.dumps(metadata))  # as JSON: strict mode would reject lists as tuples
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))[:100]
-        raise DataError(f"{folder.path}/run.json cannot be true: {where}: {first['msg'][:200]}", _REMEDY) from None
-    return folder, facts
+        raise DataError(f"{folder.path}/run.json cannot be true: {where}: {first['msg'][:200]}", NOT_A_RUN) from None
+    return folder, metadata

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from maedistill.errors import DataError
 
-Weights = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 
 _LONGEST_NAME = 100  # characters of a key that an error quotes
 # Keys that a file may hold but that are not needed: classifiers and pooling heads of fine-tuned models.
@@ -26,13 +26,9 @@ _RENAMED = [  # the first match wins, so the order matters
     (r"^(decoder\.(embed|blocks|norm|head|mask_token|pos_embed)\b.*)$", r"\1"),  # this package, and AMD's decoder
     (r"^(projections|generators)\.(.*)$", r"\1.\2"),  # this package, and AMD's generators
     (r"^mask_token$", "decoder.mask_token"),
-    (r"^decoder_pos_embed$", "decoder.pos_embed"),
-    (r"^decoder_embed\.(.*)$", r"decoder.embed.\1"),
-    (r"^decoder_blocks\.(.*)$", r"decoder.blocks.\1"),
-    (r"^decoder_norm\.(.*)$", r"decoder.norm.\1"),
+    (r"^decoder_(pos_embed$|(?:embed|blocks|norm)\..*$)", r"decoder.\1"),
     (r"^decoder_pred\.(.*)$", r"decoder.head.\1"),
-    (r"^aligned_feature_projection_heads\.(.*)$", r"projections.\1"),  # DMAE
-    (r"^encoder\.projection_heads\.(.*)$", r"projections.\1"),  # AMD
+    (r"^(?:aligned_feature_projection_heads|encoder\.projection_heads)\.(.*)$", r"projections.\1"),  # DMAE, AMD
     (r"^encoder_to_decoder\.(.*)$", r"decoder.embed.\1"),
     (r"^encoder\.((patch_embed|blocks|norm|cls_token|pos_embed)\b.*)$", r"encoder.vit.\1"),
     (r"^((cls_token|reg_token|pos_embed|patch_embed|blocks|norm|norm_pre)\b.*)$", r"encoder.vit.\1"),
@@ -43,11 +39,11 @@ _RENAMED = [  # the first match wins, so the order matters
 class ConvertedStateDict:
     """The renamed weights, and the keys of the file that were dropped or not recognised."""
 
-    weights: Weights
+    weights: StateDict
     dropped: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
 
-    def part(self, prefix: str) -> Weights:
+    def part(self, prefix: str) -> StateDict:
         """Return the weights below `prefix`, with the prefix removed: `part("encoder.vit.")` has timm's names."""
         return {name.removeprefix(prefix): value for name, value in self.weights.items() if name.startswith(prefix)}
 
@@ -88,7 +84,7 @@ def import_weights(content: object, *, name: str = "weights") -> ConvertedStateD
         raise DataError(f"{name}: holds no tensors", "use the state dict of a model")
     _require_plain(state, name)
     state = _flatten_patches(_merge_qkv_biases(state, name), name)
-    weights: Weights = {}
+    weights: StateDict = {}
     dropped, foreign = [], []
     for key, value in state.items():
         new = _rename(key)
@@ -119,32 +115,31 @@ def load_encoder(
     fixed_positions: the file may lack positions; the model's own table is kept. section: config section, for errors.
     Raises DataError if keys are unknown, missing, of another shape, or hold anything but finite numbers.
     """
-    weights, wanted = imported.part("encoder.vit."), vit.state_dict()
+    weights, expected = imported.part("encoder.vit."), vit.state_dict()
     audit = Audit(unused=[k for k in imported.weights if not k.startswith("encoder.vit.")] + list(imported.dropped))
-    foreign = list(imported.foreign) + [k for k in weights if k not in wanted]
+    foreign = list(imported.foreign) + [k for k in weights if k not in expected]
     if foreign:
         raise DataError(
-            f"{name}: {len(foreign)} keys belong to no ViT of this kind, e.g. {_shown(foreign)}",
+            f"{name}: {len(foreign)} keys belong to no ViT of this kind, e.g. {_quoted(foreign)}",
             "check the model's name and depth; the file must hold a plain ViT's encoder",
         )
-    missing = [k for k in wanted if k not in weights]
-    allowed = [k for k in missing if k.startswith(tuple(optional)) or (fixed_positions and k == "pos_embed")]
-    if len(missing) > len(allowed):
-        lost = [k for k in missing if k not in allowed]
+    absent = [k for k in expected if k not in weights]
+    audit.absent = [k for k in absent if k.startswith(tuple(optional)) or (fixed_positions and k == "pos_embed")]
+    if missing := [k for k in absent if k not in audit.absent]:
         remedy = "check the model's name and dimensions"
-        if lost == ["pos_embed"]:
+        if missing == ["pos_embed"]:
             remedy = f"the file has no positions: name its fixed table, e.g. {section}.pos_embed=sincos1d for AMD's"
-        raise DataError(f"{name}: {len(lost)} keys are missing, e.g. {_shown(lost)}", remedy)
-    _fit_grid(vit, weights, wanted, audit)
+        raise DataError(f"{name}: {len(missing)} keys are missing, e.g. {_quoted(missing)}", remedy)
+    _fit_grid(vit, weights, expected, audit)
     for key, value in weights.items():
-        if value.shape != wanted[key].shape:
+        if value.shape != expected[key].shape:
             raise DataError(
-                f"{name}: {_shown([key])} is {tuple(value.shape)}, the model expects {tuple(wanted[key].shape)}",
+                f"{name}: {_quoted([key])} is {tuple(value.shape)}, the model expects {tuple(expected[key].shape)}",
                 "check the model's name and dimensions",
             )
     require_finite(weights, name)
     vit.load_state_dict(weights, strict=False)
-    audit.absent, audit.loaded = allowed, len(weights)
+    audit.loaded = len(weights)
     return audit
 
 
@@ -152,45 +147,45 @@ def require_finite(weights: Mapping[str, Tensor], name: str) -> None:
     """Raise DataError unless all weights hold finite floating-point numbers. name: their source, for errors."""
     for key, value in weights.items():
         if value.is_meta or not value.is_floating_point():
-            what = "no numbers" if value.is_meta else str(value.dtype)
-            raise DataError(f"{name}: {_shown([key])} holds {what}, no weights", "use the weights of a model")
+            content = "no numbers" if value.is_meta else str(value.dtype)
+            raise DataError(f"{name}: {_quoted([key])} holds {content}, no weights", "use the weights of a model")
         broken = int((~value.float().isfinite()).sum())
         if broken:
             raise DataError(
-                f"{name}: {broken:,} of {value.numel():,} values of {_shown([key])} are not finite",
+                f"{name}: {broken:,} of {value.numel():,} values of {_quoted([key])} are not finite",
                 "use weights from before the training that made them broke",
             )
 
 
-def _require_plain(state: Weights, name: str) -> None:
+def _require_plain(state: StateDict, name: str) -> None:
     """Raise DataError for tensors that the file does not really hold, before anything is computed on them."""
     for key, value in state.items():
         dense = value.layout == torch.strided and not value.is_nested and not value.is_quantized
         if not dense or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise DataError(
-                f"{name}: {_shown([key])} is no plain tensor of {tuple(value.shape)} numbers",
+                f"{name}: {_quoted([key])} is no plain tensor of {tuple(value.shape)} numbers",
                 "save it as one: tensor.to_dense().contiguous().clone()",
             )
 
 
-def _shown(keys: Sequence[str]) -> str:
+def _quoted(keys: Sequence[str]) -> str:
     """Format the first few keys for an error: on one line, escaped and shortened."""
     names = [key if key.isprintable() else ascii(key)[1:-1] for key in keys[:3]]
     return ", ".join(name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "..." for name in names)
 
 
-def _fit_grid(vit: nn.Module, weights: Weights, wanted: Weights, audit: Audit) -> None:
+def _fit_grid(vit: nn.Module, weights: StateDict, expected: StateDict, audit: Audit) -> None:
     """Resample positions and patch weights in place if the file's grid or patch size differs from the model's."""
     positions, kernel = weights.get("pos_embed"), weights.get("patch_embed.proj.weight")
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     patches = positions.shape[1] - prefix if positions is not None and positions.ndim == 3 else 0
     square = patches > 0 and math.isqrt(patches) ** 2 == patches  # any other table is rejected later
-    if square and positions.shape[1] != wanted["pos_embed"].shape[1]:
+    if square and positions.shape[1] != expected["pos_embed"].shape[1]:
         grid = list(vit.patch_embed.grid_size)
         weights["pos_embed"] = resample_abs_pos_embed(positions, grid, num_prefix_tokens=prefix)
         audit.resampled.append("pos_embed")
-    if kernel is not None and kernel.ndim == 4 and kernel.shape[2:] != wanted["patch_embed.proj.weight"].shape[2:]:
-        size = list(wanted["patch_embed.proj.weight"].shape[2:])
+    if kernel is not None and kernel.ndim == 4 and kernel.shape[2:] != expected["patch_embed.proj.weight"].shape[2:]:
+        size = list(expected["patch_embed.proj.weight"].shape[2:])
         weights["patch_embed.proj.weight"] = resample_patch_embed(kernel, size)
         audit.resampled.append("patch_embed.proj.weight")
 
@@ -203,21 +198,21 @@ def _rename(key: str) -> str | None:
     return None
 
 
-def _merge_qkv_biases(state: Weights, name: str) -> Weights:
+def _merge_qkv_biases(state: StateDict, name: str) -> StateDict:
     """Merge the biases of BEiT-style blocks, which have query and value biases only, to timm's qkv: cat(q, 0, v)."""
     merged = {}
     for key, value in state.items():
         if key.endswith("attn.q_bias"):
             v_bias = state.get(key.replace("q_bias", "v_bias"), value.new_empty(0))
             if value.ndim != 1 or v_bias.ndim != 1 or v_bias.dtype != value.dtype:
-                raise DataError(f"{name}: {_shown([key])} and its v_bias do not fit", "use the state dict of a model")
+                raise DataError(f"{name}: {_quoted([key])} and its v_bias do not fit", "use the state dict of a model")
             merged[key.replace("q_bias", "qkv.bias")] = torch.cat([value, torch.zeros_like(value), v_bias])
         elif not key.endswith("attn.v_bias"):
             merged[key] = value
     return merged
 
 
-def _flatten_patches(state: Weights, name: str) -> Weights:
+def _flatten_patches(state: StateDict, name: str) -> StateDict:
     """Convert tubelet embeddings of video models, [D, 3, 1, p, p], to [D, 3, p, p]. Raises DataError for 2+ frames."""
     out = dict(state)
     for key, value in state.items():

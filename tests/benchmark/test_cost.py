@@ -1,13 +1,22 @@
 """What a run will take: arithmetic by hand, and a real measurement with shards and without."""
 
 import json
+import math
 import subprocess
 import sys
 
 import pytest
 
-from maedistill.benchmark.communication import AnalyticModel
-from maedistill.benchmark.cost import IMAGENET_IMAGES, LOADER, STEP, Speed, cost_report, expected_number, measure_cost
+from maedistill.benchmark.cost import (
+    IMAGENET_IMAGES,
+    LOADER,
+    STEP,
+    AnalyticModel,
+    cost_report,
+    expected_number,
+    measure_cost,
+    predict,
+)
 from maedistill.benchmark.timing import Rates
 from maedistill.config.loader import load_config
 from maedistill.errors import ConfigError
@@ -29,33 +38,55 @@ def config(tmp_path):
     return lambda *overrides: load_config(path, overrides, to_run=False).config
 
 
-def speed(*, loader, shared=False, compute=0.1, reduce=0.0, cores=4):
+def model(*, loader=math.inf, shared=False, compute=0.1, reduce=0.0, cores=4):
     """4 devices that take 100 images each in an update."""
-    return Speed(AnalyticModel(4, 100, compute, reduce), loader, cores=cores, shared=shared)
+    return AnalyticModel(4, 100, compute, reduce, loader, cores=cores, shared=shared)
+
+
+def rates(**medians):
+    return {{"step": STEP, "loader": LOADER}[name]: Rates((rate,), (rate,)) for name, rate in medians.items()}
+
+
+def ring_bytes(ranks: int, numbers: int) -> int:
+    """What one rank of a ring sends: the sum goes round in `ranks` pieces, then the result does."""
+    piece = numbers // ranks * 4
+    return sum(piece for _ in range(ranks - 1)) + sum(piece for _ in range(ranks - 1))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8, 64])
+def test_the_model_counts_what_a_ring_sends(ranks):
+    numbers, bandwidth = 64 * 1000, 1e9
+    plain, sharded = (
+        predict(ranks, images=10, images_per_second=50, parameters=numbers, zero=zero, bandwidth=bandwidth)
+        for zero in (0, 3)
+    )
+    assert plain.reduce == pytest.approx(ring_bytes(ranks, numbers) / bandwidth)
+    assert sharded.reduce == pytest.approx(1.5 * plain.reduce)
+    assert plain.compute == pytest.approx(0.2)
+    assert plain.step == plain.images_per_second == pytest.approx(50 * plain.efficiency)
+    assert (plain.efficiency == 1) == (ranks == 1)
 
 
 @pytest.mark.parametrize(
     ("given", "images_per_second", "limit"),
     [
-        (speed(loader=None), 1000, "step"),
-        (speed(loader=500), 1000, "step"),  # 2000 from the loader
-        (speed(loader=200), 800, "loader"),
-        (speed(loader=500, reduce=0.1), 500, "step"),
-        (speed(loader=500, reduce=0.15), 400, "exchange of gradients"),
-        (speed(loader=250, shared=True), 500, "step"),  # half of the cores' time for each
-        (speed(loader=100, shared=True), 1 / (1 / 1000 + 1 / 400), "loader"),
+        (model(), 1000, "step"),
+        (model(loader=500), 1000, "step"),  # 2000 from the loader
+        (model(loader=200), 800, "loader"),
+        (model(loader=500, reduce=0.1), 500, "step"),
+        (model(loader=500, reduce=0.15), 400, "exchange of gradients"),
+        (model(loader=250, shared=True), 500, "step"),  # half of the cores' time for each
+        (model(loader=100, shared=True), 1 / (1 / 1000 + 1 / 400), "loader"),
     ],
 )
 def test_the_slowest_part_sets_the_speed(given, images_per_second, limit):
     assert given.images_per_second == pytest.approx(images_per_second) and given.limit == limit
-    if given.loader is not None:
-        assert given.cores_needed == pytest.approx(given.step / given.loader)
 
 
 def test_hours_are_epochs_times_images_by_speed(config):
-    given = speed(loader=200)  # 800 images/s
-    rates = {STEP: Rates((1000.0,)), LOADER: Rates((200.0,))}
-    report = cost_report(config(), given, rates, batch=12, images=7200)
+    given = model(loader=200)  # 800 images/s
+    images = {"data.train": 7200, "ImageNet-1K": IMAGENET_IMAGES}
+    report = cost_report(config(), given, rates(step=1000.0, loader=200.0), batch=12, images=images)
     ours, imagenet = report.tables["10 epochs"]
     assert (ours["images"], ours["GPU-hours"]) == (72_000, pytest.approx(72_000 / 800 / 3600))
     assert ours["hours on 4"] == pytest.approx(ours["GPU-hours"] / 4)
@@ -64,9 +95,9 @@ def test_hours_are_epochs_times_images_by_speed(config):
 
 
 def test_without_shards_the_loader_is_taken_to_keep_up(config):
-    report = cost_report(config(), speed(loader=None), {STEP: Rates((1000.0,))}, batch=12, images=None)
-    _, run, hours = report.tables.values()
-    assert [row["data"] for row in hours] == ["ImageNet-1K"] and run[0]["loader cores to keep up"] == "-"
+    report = cost_report(config(), model(), rates(step=1000.0), batch=12, images={"ImageNet-1K": IMAGENET_IMAGES})
+    _, run, _ = report.tables.values()
+    assert run[0]["loader cores to keep up"] == "-"
     assert any("not measured" in remark for remark in report.remarks)
 
 
@@ -82,7 +113,7 @@ def test_a_config_is_measured_on_its_shards(config, shards, root, tmp_path):
     assert all(row["speed"]["median"] > 0 for row in measured)
     assert run[0]["images per update of each"] == 48 and [row["images"] for row in hours] == [960]
     assert model[-1]["what"] == "all" and model[-1]["kernels"] == sum(row["kernels"] for row in model[:-1])
-    assert "no paper's number is known" in ended.stdout
+    assert "no paper's number is known" in ended.stdout and "hours on 2, of which" in ended.stdout
 
 
 def test_the_paper_s_number_is_the_header_s(root):

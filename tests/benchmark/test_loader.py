@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from maedistill.benchmark import loader
-from maedistill.benchmark.loader import measure_loader, sample
-from maedistill.benchmark.plain_loader import plain_batches, write_folder
+from maedistill.benchmark.loader import measure_loader, plain_batches, sample, write_folder
 from maedistill.data.images.decode import decode_rgb
 from maedistill.errors import ConfigError
 
@@ -40,8 +39,7 @@ def test_every_path_is_measured_and_set_against_the_others(shards, tmp_path, wor
 
 def test_all_paths_make_the_same_number_of_crops(shards):
     sampled = sample(str(shards / "train-*.tar"), size=16, views=2, workers=1, images=24)
-    paths = loader.loader_paths(sampled, workers=1) | loader.floor_paths(sampled) | loader.stage_paths(sampled)
-    for name, work in paths.items():
+    for name, work in loader.loader_paths(sampled, workers=1).items():
         first, *others = work()
         assert sum(others) == sampled.batch * sampled.steps == 24, name
         assert first in (0, sampled.batch * sampled.warm_up), name
@@ -52,8 +50,8 @@ def test_the_crops_of_the_floor_are_those_of_the_loader(shards):
     start = sampled.batch * sampled.warm_up
     expected = sampled.crops.__getitems__(list(range(start, start + 8))).images
     found = []
-    for i, data in enumerate(sampled.files):
-        image = decode_rgb(data)
+    for i, image_id in enumerate(sampled.measured):
+        image = decode_rgb(sampled.data[image_id])
         found += [loader.crop(image, box, size=16) for box in sampled.boxes(i, *image.shape[1:])]
     assert torch.equal(torch.stack(found), expected)
 
@@ -67,7 +65,7 @@ def test_the_plain_path_is_the_usual_one(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     write_folder(folder, files)
-    batches = plain_batches(folder, [1, 0, 1], size=8, scale=(0.2, 1.0), batch=2, workers=0)
+    batches = plain_batches(folder, [1, 0, 1], size=8, batch=2, workers=0)
     images = torch.cat([images for images, _ in batches])
     assert images.shape == (3, 3, 8, 8) and images.dtype == torch.float32
     for image, colour in zip(images, [(0, 255, 102), (255, 0, 51), (0, 255, 102)], strict=True):

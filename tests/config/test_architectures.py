@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.config.architectures import Architecture, architecture_of
 from maedistill.config.pretrain import Student
-from maedistill.config.rules import FAMILIES
+from maedistill.config.shared_rules import FAMILIES
 
 COVERED = [name for name in timm.list_models() if architecture_of(name, Student())]
 

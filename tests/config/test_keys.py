@@ -121,7 +121,7 @@ def test_explain():
     for root in ROOTS:
         for name in [*all_keys(root=root), *all_sections(root=root)]:
             assert explain(name, root=root).startswith(f"{name}: ")
-    with pytest.raises(ConfigError, match=r"there is no key lr\ndid you mean optim\.lr\?"):
+    with pytest.raises(ConfigError, match=r"unknown key lr\ndid you mean optim\.lr\?"):
         explain("lr")
     with pytest.raises(ConfigError, match=r"optim\.layer_decay belongs to fine-tuning \(tools/finetune\.py\)"):
         explain("optim.layer_decay")
@@ -134,5 +134,4 @@ def test_a_key_of_an_earlier_version_is_refused_with_its_new_name(old, new):
     for root in roots:
         assert old not in {**all_keys(root=root), **all_sections(root=root)}
         assert nearest_keys(old, root=root) == [new]
-        assert nearest_keys(f"{old}.weight", root=root) != [new]
     assert renamed_key("distill.relations.heads", root=FinetuneConfig) == "distill.token_relations.num_heads"

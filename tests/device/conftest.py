@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from pretend_card import CARD, OnCard
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
@@ -22,7 +21,8 @@ from maedistill.models.encoder import build_vit
 from maedistill.pretraining import build as build_pretraining
 from maedistill.processes import distributed
 from maedistill.training import engine
-from maedistill.weights import source
+from maedistill.weights import from_file
+from tests.device.pretend_card import CARD, OnCard
 
 _built = functools.cache(build_vit)
 
@@ -34,7 +34,7 @@ def _copy_of_built(model: str, **shape: object) -> VisionTransformer:
 
 @pytest.fixture(autouse=True)
 def _networks_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (build_pretraining, build_finetuning, source):
+    for module in (build_pretraining, build_finetuning, from_file):
         monkeypatch.setattr(module, "build_vit", _copy_of_built)
 
 

@@ -14,16 +14,18 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from pretend_card import CARD, Card, MixesDevices, OnCard, value_of
 from torch import Tensor, nn
 
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
 from maedistill.data.shards.index import open_index
 from maedistill.evaluation.accuracy import evaluate
+from maedistill.evaluation.context import EvalContext
+from maedistill.evaluation.full_pass import Predictor
 from maedistill.evaluation.knn import knn_counts
 from maedistill.processes import distributed
 from maedistill.runs.metrics import Averages
 from maedistill.training.engine import Engine
+from tests.device.pretend_card import CARD, Card, MixesDevices, OnCard, value_of
 
 
 class Ranks:
@@ -119,9 +121,9 @@ def test_every_collective_sends_tensors_of_the_card(ranks):
         distributed.barrier()
         return {
             "mean": distributed.all_reduce_mean(means),
-            "rows": value_of(distributed.gather_rows(rows)),
-            "sparse": value_of(distributed.gather_rows(rows.repeat(1, 2)[:, ::3])),  # columns with gaps between them
-            "none": value_of(distributed.gather_rows(rows[:rank])),
+            "rows": value_of(distributed.all_gather_rows(rows)),
+            "sparse": value_of(distributed.all_gather_rows(rows.repeat(1, 2)[:, ::3])),  # not contiguous
+            "none": value_of(distributed.all_gather_rows(rows[:rank])),
             "tensor": value_of(distributed.broadcast_tensor(torch.arange(3.0) if rank == 0 else None, (3,))),
             "object": distributed.broadcast_object({"rank": rank}),
             "objects": distributed.gather_objects(rank),
@@ -139,9 +141,9 @@ def test_every_collective_sends_tensors_of_the_card(ranks):
     assert [first["on_main"], second["on_main"], first["main_first"], second["main_first"]] == [0, 0, 0, 1]
 
 
-@pytest.mark.parametrize("collective", ["gather_rows", "all_reduce_mean"])
+@pytest.mark.parametrize("collective", ["all_gather_rows", "all_reduce_mean"])
 def test_a_tensor_of_the_host_is_refused(ranks, collective):
-    given = {"gather_rows": torch.ones(2, 2), "all_reduce_mean": {"a": torch.ones(())}}[collective]
+    given = {"all_gather_rows": torch.ones(2, 2), "all_reduce_mean": {"a": torch.ones(())}}[collective]
     with pytest.raises(MixesDevices):
         ranks.run(lambda rank: getattr(distributed, collective)(given))
 
@@ -157,9 +159,10 @@ def test_evaluation_and_neighbours_gather_on_the_card(ranks, shards):
     truth, labels = torch.arange(20) % 3, torch.arange(7) % 3
 
     def work(rank: int) -> tuple[Any, list[int]]:
-        how = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "batch": 5, "workers": 0, "device": CARD}
-        found = evaluate(networks[rank].to(CARD), images, **how)
-        return found.facts(), knn_counts(bank, truth, queries, labels, ks=(3,), device=CARD)
+        context = EvalContext(CARD, batch=5, workers=0)
+        predictor = Predictor(networks[rank].to(CARD), context, mean=(0.5,) * 3, std=(0.25,) * 3)
+        counts = knn_counts((bank, truth), (queries, labels), ks=(3,), device=CARD)
+        return evaluate(predictor, images, context).score.metrics(), counts
 
     (first, counts), (second, others) = ranks.run(work)
     assert first == second and first["images"] == 23 and counts == others

@@ -83,9 +83,10 @@ def note(func: Any) -> None:
 
 def watch(stage: Any) -> None:
     """Put a mark where a step begins and ends."""
+    from maedistill.runs import run as run_file
     from maedistill.runs.run import Run
 
-    load, end_step = stage.training_batches, Run.end_step
+    load, end_step = run_file.training_batches, Run.end_step
 
     def batches(*args: Any, **keywords: Any) -> Iterator[Any]:
         for batch in load(*args, **keywords):
@@ -104,7 +105,7 @@ def watch(stage: Any) -> None:
         with Calls(), Operations():
             return train(*args)
 
-    stage.training_batches, stage.train, Run.end_step = batches, observed, end
+    run_file.training_batches, stage.train, Run.end_step = batches, observed, end
 
 
 if __name__ == "__main__":

@@ -9,18 +9,17 @@ from typing import Any
 import pytest
 import timm
 import torch
-from pretend_card import CARD, Card, value_of
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
-from maedistill.data.images.augment import seed_generators
-from maedistill.data.images.mixing import Mixing
+from maedistill.data.images.augment import Mixing, seed_generators
 from maedistill.data.loading.batch import Batch
 from maedistill.finetuning import build_teachers as build_distillation
 from maedistill.finetuning.distilled import Distilled
 from maedistill.finetuning.setup import Finetuning, open_finetuning
-from maedistill.finetuning.teacher_ensemble import TeacherEnsemble
+from maedistill.finetuning.teacher import TeacherEnsemble
 from maedistill.weights.network import Network
+from tests.device.pretend_card import CARD, Card, value_of
 
 TINY = {"embed_dim": 48, "depth": 3, "num_heads": 2, "patch_size": 8, "img_size": 32}
 STUDENT = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=3", "student.num_heads=2"]
@@ -77,7 +76,7 @@ def teacher(name: str) -> Network:
 @pytest.fixture
 def opened(finetuning, monkeypatch):
     """Opens the parts of a run with these settings and teachers on the CPU."""
-    monkeypatch.setattr(build_distillation, "open_classifier", lambda source, **_: teacher(source.partition(":")[2]))
+    monkeypatch.setattr(build_distillation, "open_network", lambda source, *_, **__: teacher(source.partition(":")[2]))
 
     def open_parts(settings: list[str], teachers: list[str]) -> Finetuning:
         named = [f"distill.teachers={[f'run:{name}' for name in teachers]}", "distill.precision=bf16"]
@@ -95,7 +94,7 @@ def on_card(parts: Finetuning) -> Finetuning:
     if teaching is not None:
         frozen = [one.to(CARD) for one in teaching.teachers]
         how = {"steps": parts.plan.steps, "epoch_at": parts.plan.epoch_at}
-        teaching = TeacherEnsemble(frozen, teaching.schedules, **how, device=CARD)
+        teaching = TeacherEnsemble(frozen, teaching.terms, **how, device=CARD)
     moved = dataclasses.replace(parts, module=parts.module.to(CARD), teaching=teaching, device=CARD)
     moved.inputs(batch().to(CARD))  # mean and deviation are copied at first need, once in a run
     return moved

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from pretend_card import CARD, Card, OnCard
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
@@ -21,11 +20,13 @@ from maedistill.finetuning import loop as finetune
 from maedistill.finetuning.setup import open_finetuning
 from maedistill.pretraining import loop as pretrain
 from maedistill.pretraining.setup import open_pretraining
+from maedistill.runs import run as run_file
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.metrics import Averages
+from maedistill.runs.nonfinite import LateFlags
 from maedistill.runs.run import Run
 from maedistill.runs.start import start_run
-from maedistill.training.nonfinite import NonfiniteUpdates
+from tests.device.pretend_card import CARD, Card, OnCard
 
 SHORT = ["optim.epochs=0.375", "optim.warmup_epochs=0.1", "log.every_steps=2", "engine.precision=bf16", "optim.clip=1"]
 PRETRAIN = ["method=amd", "teacher.source=random:vit_tiny_patch16_224", "teacher.width=32", "teacher.depth=2"]
@@ -35,8 +36,8 @@ PRETRAIN += ["engine.micro_batch=6", "log.knn_images=24"]
 FINETUNE = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.num_heads=2"]
 FINETUNE += ["student.patch_size=8"]
 # The modules in which the host meets the card outside of steps: batches come, losses and weights and pictures go.
-BOTH = {"batch", "prefetch", "distributed", "run", "engine"}
-READERS = {"pretrain": BOTH | {"knn", "pictures", "loop"}, "finetune": BOTH | {"setup", "full_pass"}}
+BOTH = {"batch", "distributed", "run", "engine"}
+READERS = {"pretrain": BOTH | {"full_pass", "knn", "pictures", "loop"}, "finetune": BOTH | {"setup", "full_pass"}}
 STAGES = {
     "pretrain": (pretrain, PretrainConfig, open_pretraining, PRETRAIN),
     "finetune": (finetune, FinetuneConfig, open_finetuning, FINETUNE),
@@ -76,7 +77,7 @@ def card(monkeypatch) -> Iterator[Card]:
 @pytest.fixture
 def loop(card, engine_on_card, monkeypatch, pretraining, finetuning, tmp_path):
     """Runs a stage's loop with these settings to its end: {name: value} of each line of metrics.jsonl, batches."""
-    load, end_step = pretrain.training_batches, Run.end_step
+    load, end_step = run_file.training_batches, Run.end_step
     steps = []
 
     def batches(*args: Any, **keywords: Any) -> Iterator[Any]:
@@ -97,7 +98,7 @@ def loop(card, engine_on_card, monkeypatch, pretraining, finetuning, tmp_path):
         tool = {"pretrain": pretraining, "finetune": finetuning}[name]
         given = [f"run={tmp_path / name}", *SHORT, *settings]
         config = load_config(tool.config, given, root=root).config
-        monkeypatch.setattr(stage, "training_batches", batches)
+        monkeypatch.setattr(run_file, "training_batches", batches)
         monkeypatch.setattr(Run, "end_step", end)
         parts, folder = open_parts(config, world_size=1, device=CARD), RunFolder(config.run)
         peers = SimpleNamespace(beat=lambda step: None, paused=nullcontext)
@@ -122,13 +123,13 @@ def test_the_loop_waits_for_the_card_only_where_it_logs_and_evaluates(loop, card
 
 def test_a_verdict_is_read_one_step_late(card):
     """Whoever read it before its copy has ended would read the opposite here."""
-    updates, verdicts = NonfiniteUpdates(), [torch.tensor(broken).to(CARD) for broken in (False, True, False, True)]
-    told = []
+    flags, values = LateFlags(), [torch.tensor(value).to(CARD) for value in (False, True, False, True)]
+    known = []
     with card.step():
-        for step, broken in enumerate(verdicts):
-            told.append(updates.note(step, broken, now=step == 3))
+        for step, flag in enumerate(values):
+            known.append(flags.push(step, flag, now=step == 3))
             assert [event.waited for event in Event.made] == [True] * step + [step == 3]
-    assert told == [[], [], [1], [3]] and (updates.total, updates.in_a_row) == (2, 1)
+    assert known == [[], [(0, False)], [(1, True)], [(2, False), (3, True)]]
 
 
 def test_an_average_is_kept_on_the_card_until_it_is_read(card):

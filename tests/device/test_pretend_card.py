@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from pretend_card import CARD, Card, MixesDevices, OnCard, Waits, value_of
 from torch import nn
+
+from tests.device.pretend_card import CARD, Card, MixesDevices, OnCard, Waits, value_of
 
 WAITS = {
     "item": lambda x: x[0, 0].item(),

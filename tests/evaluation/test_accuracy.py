@@ -2,10 +2,7 @@
 
 import csv
 import tarfile
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -16,15 +13,15 @@ from torch.nn import functional as F
 
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
 from maedistill.data.shards.index import open_index
-from maedistill.data.shards.sources import open_folder
-from maedistill.data.shards.write import make_shards
 from maedistill.errors import DataError, NumericsError
 from maedistill.evaluation import accuracy as module
-from maedistill.evaluation.accuracy import Evaluation, evaluate, write_predictions
+from maedistill.evaluation.accuracy import Evaluation, TopCounts, write_predictions
+from maedistill.evaluation.accuracy import evaluate as evaluate_all
+from maedistill.evaluation.context import EvalContext
+from maedistill.evaluation.full_pass import Predictor
 from maedistill.processes import distributed
 
 INPUT = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
-SETTINGS = INPUT | {"workers": 0, "device": torch.device("cpu")}
 
 
 def network(num_classes=12) -> nn.Module:
@@ -35,6 +32,11 @@ def network(num_classes=12) -> nn.Module:
     nn.init.normal_(vit.patch_embed.proj.weight)
     nn.init.normal_(vit.head.weight, std=0.2)
     return vit
+
+
+def evaluate(vit, images, *, batch, precision="fp32") -> Evaluation:
+    context = EvalContext(torch.device("cpu"), batch, workers=0, precision=precision)
+    return evaluate_all(Predictor(vit, context, **INPUT), images, context)
 
 
 def images_of(shards, samples) -> EvaluationImages:
@@ -64,47 +66,24 @@ def oracle(shards, samples):
 @pytest.mark.parametrize("batch", [1, 7, 64, 1000])
 def test_every_image_is_judged_once_as_timm_would(shards, samples, oracle, batch):
     logits, labels = oracle
-    found = evaluate(network(), images_of(shards, samples), batch=batch, **SETTINGS)
+    found = evaluate(network(), images_of(shards, samples), batch=batch)
     assert torch.equal(found.ids, samples.sort().values) and torch.equal(found.labels, labels)
     assert torch.equal(found.predictions, logits.topk(5).indices)
     torch.testing.assert_close(found.losses, F.cross_entropy(logits, labels, reduction="none"), rtol=0, atol=1e-5)
     torch.testing.assert_close(found.confidences, logits.softmax(1).amax(1), rtol=0, atol=1e-6)
-    assert found.top1 == int((logits.argmax(1) == labels).sum()) and 0 < found.top1 < found.top5 < found.images == 95
-    assert found.loss == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-6)
-    assert found.line().startswith(f"top-1 {100 * found.top1 / 95:.2f} % ({found.top1} of 95), top-5 ")
-
-
-class Ranks:
-    """Threads in place of processes; test_evaluate_tool.py has real ones."""
-
-    def __init__(self, world_size, monkeypatch):
-        self.world_size, self.mine, self.boxes = world_size, threading.local(), [[] for _ in range(world_size)]
-        self.all_here = threading.Barrier(world_size, timeout=60)
-        monkeypatch.setattr(distributed, "world_size", lambda: world_size)
-        monkeypatch.setattr(distributed, "rank", lambda: self.mine.rank)
-        monkeypatch.setattr(distributed, "gather_rows", self.gather)
-
-    def gather(self, part):
-        box = self.boxes[self.mine.rank]
-        box.append(part)
-        self.all_here.wait()
-        return torch.cat([other[len(box) - 1] for other in self.boxes])
-
-    def run(self, work):
-        def rank(number):
-            self.mine.rank = number
-            return work()
-
-        with ThreadPoolExecutor(self.world_size) as pool:
-            return list(pool.map(rank, range(self.world_size)))
+    score = found.score
+    assert score.top1 == int((logits.argmax(1) == labels).sum())
+    assert 0 < score.top1 < score.top5 < score.images == 95
+    assert score.loss == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-6)
+    assert score.line().startswith(f"top-1 {100 * score.top1 / 95:.2f} % ({score.top1} of 95), top-5 ")
 
 
 @pytest.mark.parametrize(("count", "world_size", "batch"), [(95, 2, 7), (95, 3, 64), (5, 3, 2), (1, 4, 8), (2, 5, 1)])
-def test_ranks_together_judge_each_image_once(shards, samples, monkeypatch, count, world_size, batch):
+def test_ranks_together_judge_each_image_once(shards, samples, ranks, count, world_size, batch):
     vit, images, passes = network().eval(), images_of(shards, samples[:count]), []
-    alone = evaluate(vit, images, batch=batch, **SETTINGS)
+    alone = evaluate(vit, images, batch=batch)
     vit.register_forward_hook(lambda _, inputs, __: passes.append(len(inputs[0])))
-    everywhere = Ranks(world_size, monkeypatch).run(lambda: evaluate(vit, images, batch=batch, **SETTINGS))
+    everywhere = ranks(world_size).run(lambda: evaluate(vit, images, batch=batch))
     assert len(everywhere) == world_size
     for found in everywhere:
         for name in ("ids", "labels", "predictions"):
@@ -115,12 +94,12 @@ def test_ranks_together_judge_each_image_once(shards, samples, monkeypatch, coun
 
 
 def test_a_row_too_many_is_noticed(shards, samples, monkeypatch):
-    monkeypatch.setattr(distributed, "gather_rows", lambda part: torch.cat([part, part[:1]]))
+    monkeypatch.setattr(distributed, "all_gather_rows", lambda part: torch.cat([part, part[:1]]))
     with pytest.raises(AssertionError, match="not those that were asked for"):
-        evaluate(network(), images_of(shards, samples), batch=8, **SETTINGS)
+        evaluate(network(), images_of(shards, samples), batch=8)
     monkeypatch.undo()
     with pytest.raises(AssertionError, match="asked for twice"):
-        evaluate(network(), images_of(shards, torch.tensor([3, 3])), batch=8, **SETTINGS)
+        evaluate(network(), images_of(shards, torch.tensor([3, 3])), batch=8)
 
 
 def test_every_module_is_in_evaluation_mode_and_then_in_its_own_again(shards):
@@ -129,7 +108,7 @@ def test_every_module_is_in_evaluation_mode_and_then_in_its_own_again(shards):
     vit.blocks[0].eval()
     modes = [part.training for part in vit.modules()]
     vit.register_forward_hook(lambda *_: seen.append(any(part.training for part in vit.modules())))
-    found = evaluate(vit, images_of(shards, torch.arange(5)), batch=2, **SETTINGS)
+    found = evaluate(vit, images_of(shards, torch.arange(5)), batch=2)
     assert seen == [False] * 3 and [part.training for part in vit.modules()] == modes
     assert not found.losses.requires_grad
 
@@ -146,22 +125,20 @@ class Constant(nn.Module):
 
 
 def test_of_equal_logits_the_lower_classes_are_best(shards):
-    found = evaluate(
-        Constant([0.0, 2.0, 2.0, 0.0, 0.0, 0.0]), images_of(shards, torch.arange(96)), batch=64, **SETTINGS
-    )
+    found = evaluate(Constant([0.0, 2.0, 2.0, 0.0, 0.0, 0.0]), images_of(shards, torch.arange(96)), batch=64)
     assert found.predictions.unique(dim=0).tolist() == [[1, 2, 0, 3, 4]]
-    assert (found.top1, found.top5) == (32, 96)
+    assert TopCounts.of(found.predictions, found.labels) == TopCounts(96, 32, 96)
 
 
 def test_fewer_than_five_classes(shards):
-    found = evaluate(Constant([0.0, 0.0, 1.0]), images_of(shards, torch.arange(96)), batch=64, **SETTINGS)
-    assert found.predictions.shape == (96, 3) and (found.top1, found.top5) == (32, 96)
+    found = evaluate(Constant([0.0, 0.0, 1.0]), images_of(shards, torch.arange(96)), batch=64)
+    assert found.predictions.shape == (96, 3) and TopCounts.of(found.predictions, found.labels) == TopCounts(96, 32, 96)
 
 
 def test_half_precision_is_autocast(shards, samples, oracle):
     seen, vit = [], network()
     vit.head.register_forward_hook(lambda *call: seen.append(call[2].dtype))
-    found = evaluate(vit, images_of(shards, samples), batch=64, precision="bf16", **SETTINGS)
+    found = evaluate(vit, images_of(shards, samples), batch=64, precision="bf16")
     expected = F.cross_entropy(*oracle, reduction="none")
     assert set(seen) == {torch.bfloat16} and found.losses.dtype == torch.float32
     assert 1e-4 < float((found.losses - expected).abs().max()) < 0.2
@@ -169,38 +146,30 @@ def test_half_precision_is_autocast(shards, samples, oracle):
 
 def test_a_label_that_is_no_class_of_the_model_is_refused(shards):
     with pytest.raises(DataError, match=r"the model has 2 classes, 0 to 1, but 32 of 96 .*train-000000.tar:.* with 2"):
-        evaluate(network(num_classes=2), images_of(shards, torch.arange(96)), batch=8, **SETTINGS)
+        evaluate(network(num_classes=2), images_of(shards, torch.arange(96)), batch=8)
 
 
 def test_nothing_to_evaluate_on_is_refused(shards):
     with pytest.raises(DataError, match="no image"):
-        evaluate(network(), images_of(shards, torch.arange(0)), batch=8, **SETTINGS)
+        evaluate(network(), images_of(shards, torch.arange(0)), batch=8)
 
 
 def test_a_loss_that_is_not_finite_is_refused(shards):
     with pytest.raises(NumericsError, match=r"of 96 of 96 images is not finite, first .*train-000000.tar:"):
-        evaluate(Constant([0.0, float("nan"), 0.0]), images_of(shards, torch.arange(96)), batch=8, **SETTINGS)
+        evaluate(Constant([0.0, float("nan"), 0.0]), images_of(shards, torch.arange(96)), batch=8)
 
 
-def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
-    for i in range(3):
-        (tmp_path / "in" / "a").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((9, 9, 3), 80 * i, np.uint8)).save(tmp_path / "in" / "a" / f"{i}.png")
-    make_shards(open_folder(tmp_path / "in"), tmp_path / "out")
-    (tar,) = (tmp_path / "out").glob("*.tar")
-    index = open_index(str(tar))
-    data = bytearray(tar.read_bytes())
-    data[index.offsets[1] + 8 : index.offsets[1] + index.sizes[1]] = bytes(index.sizes[1] - 8)
-    tar.write_bytes(data)
-    images, vit = EvaluationImages(index, torch.arange(3), evaluation_transform(size=24, crop=1.0)), network()
+def test_an_image_that_cannot_be_decoded_is_named(bad_index):
+    vit = network()
+    images = EvaluationImages(bad_index, torch.arange(3), evaluation_transform(size=24, crop=1.0))
     with pytest.raises(DataError) as raised:
-        evaluate(vit, images, batch=2, **SETTINGS)
-    assert f"{tar}:{index.key(1)}" in raised.value.cause and vit.training
+        evaluate(vit, images, batch=2)
+    assert f"{bad_index.shards[0]}:{bad_index.key(1)}" in raised.value.cause and vit.training
 
 
 def test_predictions_come_back_from_their_file(shards, samples, tmp_path):
     index = open_index(str(shards / "train-*.tar"))
-    found = evaluate(network(), images_of(shards, samples), batch=64, **SETTINGS)
+    found = evaluate(network(), images_of(shards, samples), batch=64)
     write_predictions(tmp_path / "p.csv", found, index)
     with (tmp_path / "p.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -10,9 +10,10 @@ from maedistill.data.shards.index import open_index
 from maedistill.errors import ConfigError, NumericsError
 from maedistill.evaluation.accuracy import evaluate
 from maedistill.evaluation.agreement import TwoViews, divergence, evaluate_against
+from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import Predictor
 
-CPU = torch.device("cpu")
+CONTEXT = EvalContext(torch.device("cpu"), batch=11, workers=0)
 INPUTS = {
     "student": (16, {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}, {"crop": 0.8}),
     "teacher": (24, {"mean": (0.1, 0.1, 0.1), "std": (1.0, 0.5, 1.0)}, {"crop": 0.5, "interpolation": "bilinear"}),
@@ -32,10 +33,10 @@ class Linear(nn.Module):
 
 
 def compare(shards, networks):
-    viewers = [Predictor(networks[name], device=CPU, **INPUTS[name][1]) for name in INPUTS]
+    predictors = [Predictor(networks[name], CONTEXT, **INPUTS[name][1]) for name in INPUTS]
     views = TwoViews(*(evaluation_transform(size=size, **how) for size, _, how in INPUTS.values()))
     images = EvaluationImages(open_index(str(shards / "train-*.tar")), torch.arange(95), views)
-    return evaluate_against(*viewers, images, sizes=(16, 24), device=CPU, batch=11, workers=0)
+    return evaluate_against(*predictors, images, CONTEXT, sizes=(16, 24))
 
 
 def test_each_network_sees_what_it_would_see_alone(shards):
@@ -48,13 +49,13 @@ def test_each_network_sees_what_it_would_see_alone(shards):
         images = EvaluationImages(
             open_index(str(shards / "train-*.tar")), torch.arange(95), evaluation_transform(size=size, **how)
         )
-        alone.append(evaluate(networks[name], images, batch=11, workers=0, device=CPU, **statistics))
+        alone.append(evaluate(Predictor(networks[name], CONTEXT, **statistics), images, CONTEXT))
         mean, std = (torch.tensor(statistics[part]).view(3, 1, 1) for part in ("mean", "std"))
         logits.append(networks[name].eval()((images.__getitems__(list(range(95)))[0] / 255 - mean) / std))
     for name in ("ids", "labels", "predictions", "losses", "confidences"):
         assert torch.equal(getattr(evaluation, name), getattr(alone[0], name)), name
     assert agreement.same == int((logits[0].argmax(1) == logits[1].argmax(1)).sum()) and 0 < agreement.same < 95
-    assert agreement.teacher_top1 == alone[1].top1
+    assert agreement.teacher_top1 == alone[1].score.top1
     expected = F.kl_div(
         logits[0].double().log_softmax(1), logits[1].double().log_softmax(1), log_target=True, reduction="batchmean"
     )

@@ -33,13 +33,13 @@ def test_it_is_the_definition_in_any_order(bins):
     assert sum(found.images) == 306 and sum(found.correct) == int(correct.sum())
     order = torch.randperm(306, generator=draws)
     assert calibrate(confidences[order], correct[order], bins=bins) == found
-    assert "too sure of itself" in found.line() and f"({bins} bins)" in found.line()
+    assert "overconfident" in found.line() and f"({bins} bins)" in found.line()
 
 
 def test_who_is_right_as_often_as_said_has_no_error():
     found = calibrate(torch.tensor([0.75] * 4 + [0.25] * 4), torch.tensor([1, 1, 1, 0, 0, 0, 1, 0]).bool(), bins=4)
     assert found.error == 0 and found.mean_confidence == 0.5
-    assert found.facts()["calibration"] == [
+    assert found.metrics()["calibration"] == [
         {"up_to": 0.25, "images": 4, "correct": 1, "confidence": 0.25},
         {"up_to": 0.75, "images": 4, "correct": 3, "confidence": 0.75},
     ]

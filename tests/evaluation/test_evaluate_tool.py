@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,23 +16,16 @@ from timm.models import save_for_hf
 from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards
 from maedistill.weights.class_names import compare_names
+from tests.support.launch import Finished, Launcher
 
 CONFIG = {"input_size": (3, 24, 24), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25), "crop_pct": 0.9}
-COUNTS = ("images", "top1", "top5", "against_same", "against_top1")
-NUMBERS = ("loss", "calibration_error", "confidence", "against_kl")
+COUNTS = ("images", "top1", "top5", "vs_same", "vs_top1")
+NUMBERS = ("loss", "calibration_error", "confidence", "vs_kl")
 
 
-def evaluate(root: Path, *arguments, ranks=1, code=0) -> subprocess.CompletedProcess:
-    """The tool as a person starts it, or with `ranks` processes under torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    launchers = ("SLURM", "RANK", "WORLD_SIZE", "LOCAL_")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(launchers)} | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [sys.executable, *torchrun, "tools/evaluate.py", *map(str, arguments)],
-        cwd=root, env=environment, capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
-    assert ended.returncode == code, f"{ended.stdout}\n{ended.stderr[-3000:]}"
-    return ended
+def evaluate(launcher: Launcher, *arguments, ranks=1, code=0) -> Finished:
+    """The tool as a person starts it, or with `ranks` processes."""
+    return launcher.start(Path(), ["tools/evaluate.py", *arguments], ranks=ranks).finish(code)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +65,7 @@ def made(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(root, made):
+def results(launcher, made):
     """{processes: (stdout, JSON, rows of predictions.csv)}, the first with latency."""
 
     def start(ranks):
@@ -84,9 +74,9 @@ def results(root, made):
         files = ["--json", out / "result.json", "--predictions", out / "predictions.csv"]
         files += ["--per-class", out / "classes.csv", "--confusions", out / "worst.png", "--against", made / "teacher"]
         settings = ["--batch", 7, "--workers", ranks - 1] + (["--no-latency"] if ranks > 1 else [])
-        ended = evaluate(root, made / "model", made / "shards/*.tar", *files, *settings, ranks=ranks)
+        ended = evaluate(launcher, made / "model", made / "shards/*.tar", *files, *settings, ranks=ranks)
         rows = list(csv.DictReader((out / "predictions.csv").read_text().splitlines()))
-        return ended.stdout, json.loads((out / "result.json").read_text()), rows
+        return ended.out, json.loads((out / "result.json").read_text()), rows
 
     with ThreadPoolExecutor(2) as two:
         return dict(zip((1, 2, 3), two.map(start, (1, 2, 3)), strict=True))
@@ -118,12 +108,12 @@ def test_stdout_says_it_once(results, made):
         names = [
             "model",
             "input",
-            "against",
+            "vs.",
             "input",
             "data",
             "result",
-            "sure",
-            "against",
+            "calibration",
+            "vs.",
             *(["speed"] if ranks == 1 else []),
         ]
         assert [line.split()[0] for line in out.splitlines()] == names
@@ -149,14 +139,14 @@ def test_classes_and_worst_confusions_are_written_alike_by_any_number_of_process
     assert all(np.array_equal(sheet, sheets[0]) for sheet in sheets) and sheets[0].std() > 0
 
 
-def test_agreement_is_what_both_models_say_alone(root, made, results):
+def test_agreement_is_what_both_models_say_alone(launcher, made, results):
     """Each model evaluated by itself, on its own input, gives the classes whose agreement was counted."""
     out = made / "teacher.csv"
-    evaluate(root, made / "teacher", made / "shards/*.tar", "--predictions", out, "--no-latency", "--workers", 0)
+    evaluate(launcher, made / "teacher", made / "shards/*.tar", "--predictions", out, "--no-latency", "--workers", 0)
     alone = list(csv.DictReader(out.read_text().splitlines()))
     same = sum(row["top1"] == other["top1"] for row, other in zip(alone, results[1][2], strict=True))
-    assert results[1][1]["against_same"] == same and 0 < same < 25
-    assert results[1][1]["against_top1"] == sum(row["top1"] == row["label"] for row in alone)
+    assert results[1][1]["vs_same"] == same and 0 < same < 25
+    assert results[1][1]["vs_top1"] == sum(row["top1"] == row["label"] for row in alone)
 
 
 MISTAKES = {
@@ -207,11 +197,11 @@ MISTAKES = {
 
 
 @pytest.fixture(scope="module")
-def mistakes(root, made):
+def mistakes(launcher, made):
     def start(name):
         arguments, code, *_ = MISTAKES[name]
         words = [word.format(made=made, shards=made / "shards/*.tar") for word in arguments]
-        return evaluate(root, *words, "--no-latency", "--workers", 0, code=code)
+        return evaluate(launcher, *words, "--no-latency", "--workers", 0, code=code)
 
     with ThreadPoolExecutor(2) as two:
         return dict(zip(MISTAKES, two.map(start, MISTAKES), strict=True))
@@ -219,7 +209,7 @@ def mistakes(root, made):
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_two_lines(mistakes, made, name):
-    cause, remedy = mistakes[name].stderr.splitlines()
+    cause, remedy = mistakes[name].err.splitlines()
     assert cause.startswith("error: ") and MISTAKES[name][2].format(made=made) in cause
     assert remedy.startswith("  fix: ") and MISTAKES[name][3] in remedy
 
@@ -230,28 +220,30 @@ def test_another_number_of_classes_is_remarked():
     assert [compare_names((), names, num_known=2, model="x") for names in (("cat", "dog"), ())] == [[], []]
 
 
-def test_classes_in_another_order_are_matched_by_name(root, made, results):
+def test_classes_in_another_order_are_matched_by_name(launcher, made, results):
     """The model whose names are permuted answers what the other does, but for the two outputs that changed names."""
     out, shards = made / "subset.csv", made / "shards/*.tar"
-    ended = evaluate(root, made / "permuted", shards, "--subset", "--predictions", out, "--no-latency", "--workers", 0)
+    ended = evaluate(
+        launcher, made / "permuted", shards, "--subset", "--predictions", out, "--no-latency", "--workers", 0
+    )
     renamed = {"0": "1", "1": "0"}
     for row, other in zip(results[1][2], csv.DictReader(out.read_text().splitlines()), strict=True):
         assert other["top1"] == renamed.get(row["top1"], row["top1"]) and other["label"] == row["label"]
-    assert "classes  12 of the 12 of local-dir:" in ended.stdout
+    assert "classes     12 of the 12 of local-dir:" in ended.out
 
 
 @pytest.mark.parametrize("flags", [["--crop", "1.5"], ["--crop", "x"], ["--batch", "0"], ["--workers", "-1"]])
-def test_a_wrong_number_is_named_before_anything_is_opened(root, flags):
-    ended = evaluate(root, "model", "shards", *flags, code=2)
-    assert f"argument {flags[0]}: {flags[1]} is no" in ended.stderr
+def test_a_wrong_number_is_named_before_anything_is_opened(launcher, flags):
+    ended = evaluate(launcher, "model", "shards", *flags, code=2)
+    assert f"argument {flags[0]}: {flags[1]} is no" in ended.err
 
 
-def test_crop_and_size_can_be_others_than_the_models(root, made, results):
+def test_crop_and_size_can_be_others_than_the_models(launcher, made, results):
     """--image-size 40 resamples the positions, --crop 1 sees more: another result, of the images asked for."""
     out = made / "other.json"
     flags = ["--image-size", 40, "--crop", 1, "--no-latency", "--threads", 1, "--json", out, "--precision", "bf16"]
-    ended = evaluate(root, f"local-dir:{made / 'model'}", made / "shards/*.tar", *flags)
+    ended = evaluate(launcher, f"local-dir:{made / 'model'}", made / "shards/*.tar", *flags)
     result = json.loads(out.read_text())
-    assert "40 px, center crop 1, bicubic" in ended.stdout and result["images"] == 25
+    assert "40 px, center crop 1, bicubic" in ended.out and result["images"] == 25
     assert (result["size"], result["crop"], result["precision"]) == (40, 1.0, "bf16")
     assert result["loss"] != results[1][1]["loss"]

@@ -1,9 +1,6 @@
 """`tools/evaluate.py knn` and `probe` in real processes: one and two of them say the same; mistakes are two lines."""
 
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,25 +14,19 @@ from timm.models import save_for_hf
 
 from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards
-from maedistill.evaluation.features import extract_features, open_pair
-from maedistill.evaluation.setting import EvalContext
+from maedistill.evaluation.context import EvalContext
+from maedistill.evaluation.feature_eval import ProbeSpec, open_pair
+from maedistill.evaluation.features import extract_features
 from maedistill.weights.backbone import open_backbone
+from tests.support.launch import Finished, Launcher
 
 VIT = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 CONFIG = {"input_size": (3, 24, 24), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25), "crop_pct": 0.9}
 
 
-def evaluate(root: Path, *arguments, ranks=1, code=0) -> subprocess.CompletedProcess:
-    """The tool as a person starts it, or with `ranks` processes under torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    launchers = ("SLURM", "RANK", "WORLD_SIZE", "LOCAL_")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(launchers)} | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [sys.executable, *torchrun, "tools/evaluate.py", *map(str, arguments)],
-        cwd=root, env=environment, capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
-    assert ended.returncode == code, f"{ended.stdout}\n{ended.stderr[-3000:]}"
-    return ended
+def evaluate(launcher: Launcher, *arguments, ranks=1, code=0) -> Finished:
+    """The tool as a person starts it, or with `ranks` processes."""
+    return launcher.start(Path(), ["tools/evaluate.py", *arguments], ranks=ranks).finish(code)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +49,7 @@ def made(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(root, made, shards):
+def results(launcher, made, shards):
     """{(form, processes): (stdout, JSON)}."""
     flags = {"knn": ["--k", "1,5,96"], "probe": ["--lr", "0.3,3,30", "--epochs", 8, "--head-batch", 16]}
 
@@ -67,8 +58,8 @@ def results(root, made, shards):
         out = made / f"{form}{ranks}.json"
         where = ["--train", shards / "train-*.tar", "--val", shards / "val-*.tar", "--json", out]
         settings = ["--batch", 7, "--workers", ranks - 1]
-        ended = evaluate(root, form, made / "model", *where, *flags[form], *settings, ranks=ranks)
-        return ended.stdout, json.loads(out.read_text())
+        ended = evaluate(launcher, form, made / "model", *where, *flags[form], *settings, ranks=ranks)
+        return ended.out, json.loads(out.read_text())
 
     cases = [(form, ranks) for form in flags for ranks in (1, 2)]
     with ThreadPoolExecutor(2) as two:
@@ -89,14 +80,14 @@ def test_any_number_of_processes_says_the_same(results):
 
 
 def test_the_votes_are_those_of_scikit_learn_on_the_same_features(results, made, shards):
-    setting = EvalContext(torch.device("cpu"), "fp32", 96, 0)
+    context = EvalContext(torch.device("cpu"), batch=96, workers=0)
     opened = open_backbone(str(made / "model"))
-    pair = open_pair(str(shards / "train-*.tar"), str(shards / "val-*.tar"), train_index=None, val_index=None)
-    bank, queries = (extract_features(opened, index, setting) for index in pair)
-    assert bank.rows.shape == (96, 32) and bank.labels.tolist() == pair[0].labels.tolist()
+    pair = open_pair(ProbeSpec(str(made / "model"), str(shards / "train-*.tar"), str(shards / "val-*.tar")))
+    (bank, bank_labels), (queries, labels) = (extract_features(opened, index, context) for index in pair)
+    assert bank.shape == (96, 32) and bank_labels.tolist() == pair[0].labels.tolist()
     for score in results["knn", 1][1]["knn"]:
         oracle = KNeighborsClassifier(score["k"], metric="cosine", weights=lambda distance: np.exp(-distance / 0.07))
-        right = oracle.fit(bank.rows.double(), bank.labels).predict(queries.rows.double()) == queries.labels.numpy()
+        right = oracle.fit(bank.double(), bank_labels).predict(queries.double()) == labels.numpy()
         assert score["top1"] == right.sum()
 
 
@@ -109,22 +100,22 @@ def test_stdout_says_which_features_and_how_good(results, made):
     assert "chosen on the same images from 3 rates" in out
     assert result["top1"] == max(rate["top1"] for rate in result["rates"])
     out, result = results["knn", 1]
-    assert [line.split()[0] for line in out.splitlines()][5:] == ["knn"] * 3 + ["note"]
+    assert [line.split()[0] for line in out.splitlines()][5:] == ["knn"] * 3 + ["warning"]
     assert result["model"] == f"local-dir:{made / 'model'}" and result["temperature"] == 0.07
 
 
-def test_a_pre_training_run_has_features_at_every_block(root, mae, shards):
+def test_a_pre_training_run_has_features_at_every_block(launcher, mae, shards):
     where = ["--train", shards / "train-*.tar", "--val", shards / "val-*.tar"]
     flags = ["--block", -2, "--pool", "class", "--k", 5, "--image-size", 48, "--workers", 0, "--threads", 1]
-    ended = evaluate(root, "knn", mae.run, *where, *flags)
-    assert f"run:{mae.run} step_" in ended.stdout and "no classifier" in ended.stdout
-    assert "48 px" in ended.stdout and "class token at block 0, 32 wide" in ended.stdout
+    ended = evaluate(launcher, "knn", mae.run, *where, *flags)
+    assert f"run:{mae.run} step_" in ended.out and "no classifier" in ended.out
+    assert "48 px" in ended.out and "class token at block 0, 32 wide" in ended.out
 
 
 PAIR = ["--train", "{shards}/train-*.tar", "--val", "{shards}/val-*.tar"]
 MISTAKES = {
     "an encoder as classifier": (["{made}/model", "{shards}/val-*.tar"], 2, "has no classifier", "evaluate.py probe"),
-    "a bank too small": (["knn", "{made}/model", *PAIR, "--k", "5,97"], 2, "--k 97 asks for more", "smaller number"),
+    "a bank too small": (["knn", "{made}/model", *PAIR, "--k", "5,97"], 2, "--k 97 needs 97 training", "smaller --k"),
     "no such block": (["probe", "{made}/model", *PAIR, "--block", "2"], 2, "no block 2: there are 2,", "--block"),
     "no labels": (
         ["knn", "{made}/model", *PAIR[:3], "{made}/bare/shards/*.tar"],
@@ -144,10 +135,10 @@ MISTAKES = {
 
 
 @pytest.fixture(scope="module")
-def mistakes(root, made, shards):
+def mistakes(launcher, made, shards):
     def start(name):
         words, code, *_ = MISTAKES[name]
-        return evaluate(root, *(word.format(made=made, shards=shards) for word in words), "--workers", 0, code=code)
+        return evaluate(launcher, *(word.format(made=made, shards=shards) for word in words), "--workers", 0, code=code)
 
     with ThreadPoolExecutor(2) as two:
         return dict(zip(MISTAKES, two.map(start, MISTAKES), strict=True))
@@ -155,7 +146,7 @@ def mistakes(root, made, shards):
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_two_lines(mistakes, made, name):
-    cause, remedy = mistakes[name].stderr.splitlines()
+    cause, remedy = mistakes[name].err.splitlines()
     assert cause.startswith("error: ") and MISTAKES[name][2].format(made=made) in cause
     assert remedy.startswith("  fix: ") and MISTAKES[name][3] in remedy
 
@@ -171,5 +162,5 @@ def test_a_mistake_is_two_lines(mistakes, made, name):
         (["probe", "m", "--train", "t"], "--val"),
     ],
 )
-def test_a_wrong_flag_is_named_before_anything_is_opened(root, flags, what):
-    assert what in evaluate(root, *flags, code=2).stderr
+def test_a_wrong_flag_is_named_before_anything_is_opened(launcher, flags, what):
+    assert what in evaluate(launcher, *flags, code=2).err

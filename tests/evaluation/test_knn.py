@@ -11,8 +11,10 @@ from maedistill.data.images.decode import decode_rgb
 from maedistill.data.shards.index import open_index
 from maedistill.data.shards.reader import ShardReader
 from maedistill.evaluation import knn as module
-from maedistill.evaluation.knn import knn_accuracy, knn_counts, knn_predictions, pooled_features, random_subset
-from maedistill.methods.mae import MAE
+from maedistill.evaluation.context import EvalContext
+from maedistill.evaluation.features import pooled_features, random_subset
+from maedistill.evaluation.knn import knn_accuracy, knn_counts, knn_predictions
+from maedistill.methods.mae import MAE, PixelSpec
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
@@ -22,11 +24,15 @@ CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 
 
+def context(batch, precision="fp32") -> EvalContext:
+    return EvalContext(CPU, batch, workers=0, precision=precision)
+
+
 def method(**overrides) -> MAE:
     shape = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8} | overrides
     encoder = MaskedEncoder(build_vit("vit_tiny_patch16_224", image_size=32, register_tokens=2, **shape))
     decoder = TokenDecoder(32, width=16, depth=1, num_heads=2, grid=4, patch_size=8, num_prefix=3)
-    built = MAE(encoder, decoder, mean=MEAN, std=STD)
+    built = MAE(encoder, decoder, pixels=PixelSpec(MEAN, STD))
     initialize(built, seed=0)
     return built
 
@@ -49,7 +55,7 @@ def test_knn_is_the_weighted_vote_of_the_nearest(k):
             votes[label] += math.exp(cosine / 0.07)
         correct += max(votes, key=votes.get) == truth
     assert 0.2 < correct / 1500 < 0.99
-    assert knn_accuracy(bank, bank_labels, queries, labels, k=k, device=CPU) == pytest.approx(
+    assert knn_accuracy((bank, bank_labels), (queries, labels), k=k, device=CPU) == pytest.approx(
         correct / 1500, abs=2 / 1500
     )
 
@@ -64,7 +70,7 @@ def test_predictions_are_those_of_scikit_learn_whatever_the_parts(monkeypatch, t
     monkeypatch.setattr(module, "_QUERIES", part)
     monkeypatch.setattr(module, "_BANK", part)
     ks = [1, 7, 50, 400]
-    found = knn_predictions(bank, bank_labels, queries, ks=ks, temperature=temperature)
+    found = knn_predictions((bank, bank_labels), queries, ks=ks, temperature=temperature)
     assert found.shape == (4, 300)
     for k, predictions in zip(ks, found, strict=True):
         oracle = KNeighborsClassifier(
@@ -80,35 +86,35 @@ def test_no_matrix_grows_with_the_bank_or_the_queries(monkeypatch):
     monkeypatch.setattr(module, "_QUERIES", 5)
     monkeypatch.setattr(module, "_BANK", 7)
     monkeypatch.setattr(module.F, "normalize", lambda rows, dim: sizes.append(len(rows)) or normalize(rows, dim=dim))
-    knn_predictions(torch.randn(100, 4), torch.arange(100), torch.randn(50, 4), ks=[20])
+    knn_predictions((torch.randn(100, 4), torch.arange(100)), torch.randn(50, 4), ks=[20])
     assert max(sizes) == 7 and sizes.count(5) == 10, "queries five by five, the bank seven by seven"
 
 
 def test_knn_allows_classes_that_only_one_side_has():
-    bank, labels = torch.eye(3), torch.tensor([0, 1, 1])
-    assert knn_accuracy(bank, labels, torch.eye(3), torch.tensor([0, 1, 9]), k=1, device=CPU) == pytest.approx(2 / 3)
+    bank, queries = (torch.eye(3), torch.tensor([0, 1, 1])), (torch.eye(3), torch.tensor([0, 1, 9]))
+    assert knn_accuracy(bank, queries, k=1, device=CPU) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(("count", "world_size"), [(50, 1), (50, 3), (2, 4)])
 def test_ranks_share_the_queries_and_count_each_once(monkeypatch, count, world_size):
     """One rank after the other, as if all had the same share of the sum; their counts are added up here."""
     draws = torch.Generator().manual_seed(0)
-    bank, queries = torch.randn(60, 8, generator=draws), torch.randn(count, 8, generator=draws)
-    labels, truth = torch.arange(60) % 3, torch.arange(count) % 3
-    expected = [int((found == truth).sum()) for found in knn_predictions(bank, labels, queries, ks=[1, 9])]
+    rows, queries = torch.randn(60, 8, generator=draws), torch.randn(count, 8, generator=draws)
+    bank, truth = (rows, torch.arange(60) % 3), torch.arange(count) % 3
+    expected = [int((found == truth).sum()) for found in knn_predictions(bank, queries, ks=[1, 9])]
     assert all(expected) or count < 3
     work, seen, total = module.knn_predictions, [], torch.zeros(2, dtype=torch.int64)
 
-    def noting(bank, labels, queries, **keywords):
+    def noting(bank, queries, **keywords):
         seen.append(len(queries))
-        return work(bank, labels, queries, **keywords)
+        return work(bank, queries, **keywords)
 
     monkeypatch.setattr(module, "knn_predictions", noting)
     monkeypatch.setattr(distributed, "world_size", lambda: world_size)
-    monkeypatch.setattr(distributed, "gather_rows", lambda part: part)
+    monkeypatch.setattr(distributed, "all_gather_rows", lambda part: part)
     for rank in range(world_size):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        total += torch.tensor(knn_counts(bank, labels, queries, truth, ks=[1, 9], device=CPU))
+        total += torch.tensor(knn_counts(bank, (queries, truth), ks=[1, 9], device=CPU))
     assert total.tolist() == expected
     assert sum(seen) == count and max(seen) - min(seen) <= 1, "nobody does the work of all"
 
@@ -123,9 +129,9 @@ def test_a_spread_of_samples_is_fixed_and_has_each_once(shards):
 
 def test_features_are_means_of_patch_tokens_in_evaluation_mode(shards):
     index, module = open_index(str(shards / "train-*.tar")), method(drop_path=0.5)
-    samples = torch.tensor([5, 90, 5, 33, 60])
+    samples = torch.tensor([5, 90, 7, 33, 60])
     module.train()
-    rows, labels = pooled_features(module, index, samples, size=32, share=1.0, batch=2)
+    rows, labels = pooled_features(module, index, samples, context(2), size=32, crop_pct=1.0)
     assert module.training and labels.tolist() == index.labels[samples].tolist() and not rows.requires_grad
     module.eval()
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
@@ -141,8 +147,7 @@ def test_features_are_pooled_in_the_precision_of_the_run_and_come_in_float32(sha
 
     def rows(*precision):
         seen.clear()
-        keywords = dict(zip(["precision"], precision, strict=False))
-        found, _ = pooled_features(network, index, torch.arange(9), size=32, share=1.0, batch=4, **keywords)
+        found, _ = pooled_features(network, index, torch.arange(9), context(4, *precision), size=32, crop_pct=1.0)
         assert found.dtype == torch.float32
         return found, seen.copy()
 
@@ -155,23 +160,32 @@ def test_features_are_pooled_in_the_precision_of_the_run_and_come_in_float32(sha
 
 
 @pytest.mark.parametrize(("count", "world_size"), [(7, 2), (8, 2), (5, 3), (1, 4), (2, 5)])
-def test_ranks_together_pool_each_sample_once_in_order(shards, monkeypatch, count, world_size):
-    """One rank after the other, their parts gathered here; test_pretrain.py has real ranks. All run equally often."""
-    index, module, samples = open_index(str(shards / "train-*.tar")), method(), torch.arange(0, 9 * count, 9)
-    settings = {"size": 32, "share": 1.0, "batch": 2}
-    expected, parts = pooled_features(module, index, samples, **settings), ([], [])
-    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+def test_ranks_together_pool_each_sample_once_in_order(shards, ranks, count, world_size):
+    """Threads in place of processes; test_pretrain.py has real ranks. All run equally often."""
+    index, module, samples = open_index(str(shards / "train-*.tar")), method().eval(), torch.arange(0, 9 * count, 9)
+    samples, passes = samples.flip(0), []
+    expected = pooled_features(module, index, samples, context(2), size=32, crop_pct=1.0)
+    module.encoder.register_forward_hook(lambda _, inputs, __: passes.append(len(inputs[0])))
+    everywhere = ranks(world_size).run(
+        lambda: pooled_features(module, index, samples, context(2), size=32, crop_pct=1.0)
+    )
+    assert len(everywhere) == world_size and len(set(passes)) == 1 and len(passes) % world_size == 0
+    for features, labels in everywhere:
+        assert torch.equal(labels, expected[1])
+        torch.testing.assert_close(features, expected[0], rtol=0, atol=1e-5)
 
-    def gather(part):
-        """What the ranks so far have, filled up to what all of them will have."""
-        have = parts[part.ndim == 1]
-        have.append(part)
-        return torch.cat(have + [part] * (world_size - len(have)))
 
-    monkeypatch.setattr(distributed, "gather_rows", gather)
-    for rank in range(world_size):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        features, labels = pooled_features(module, index, samples, **settings)
-    assert len({len(part) for part in parts[0]}) == 1
-    assert torch.equal(labels, expected[1])
-    torch.testing.assert_close(features, expected[0], rtol=0, atol=1e-5)
+def test_a_bad_image_ends_no_probe(bad_index):
+    """The next decodable sample stands in, label and all, in the place of the bad one."""
+    rows, labels = pooled_features(method(), bad_index, torch.tensor([2, 1, 0]), context(3), size=32, crop_pct=1.0)
+    assert labels.tolist() == bad_index.labels[[2, 2, 0]].tolist()
+    torch.testing.assert_close(rows[0], rows[1], rtol=0, atol=1e-6)
+    assert not torch.allclose(rows[0], rows[2], atol=1e-3)
+
+
+def test_a_probe_that_fails_leaves_the_network_in_training_mode(shards):
+    index, module = open_index(str(shards / "train-*.tar")), method(drop_path=0.5).train()
+    module.encoder.vit.blocks[1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pooled_features(module, index, torch.arange(4), context(2), size=32, crop_pct=1.0)
+    assert all(part.training for part in module.modules())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.latency import measure_latency
 
 
@@ -27,7 +28,7 @@ class Sleeper(nn.Module):
 def test_the_time_of_a_network_after_its_warm_up(precision, dtype):
     network = Sleeper()
     found = measure_latency(
-        network, size=8, batch=5, device=torch.device("cpu"), precision=precision, seconds=0.1
+        network, EvalContext(torch.device("cpu"), batch=5, workers=0, precision=precision), size=8, seconds=0.1
     )  # at least 25 images, one after the other, then 5 passes of 5 images
     assert 4 <= found["latency_ms"] <= found["latency_p90_ms"] < 100  # sleeping takes longer on a busy machine
     assert 20 < found["images_per_second"] <= 250

@@ -10,8 +10,13 @@ import torch
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
 from maedistill.data.shards.index import open_index
 from maedistill.evaluation.accuracy import Evaluation
-from maedistill.evaluation.confusions import Confusion, draw_confusions, worst_confusions
-from maedistill.evaluation.per_class import class_scores, write_per_class
+from maedistill.evaluation.per_class import (
+    Confusion,
+    class_rows,
+    draw_confusions,
+    worst_confusions,
+    write_per_class,
+)
 
 
 @pytest.fixture
@@ -49,10 +54,9 @@ def test_each_class_is_counted_by_itself(evaluation, tmp_path):
 
 
 def test_scores_add_up_to_the_evaluation(evaluation):
-    scores = list(class_scores(evaluation))
-    assert sum(score.images for score in scores) == 96
-    assert sum(score.top1 for score in scores) == evaluation.top1
-    assert sum(score.top5 for score in scores) == evaluation.top5
+    _, _, images, top1, top5, *_ = zip(*class_rows(evaluation, {}), strict=True)
+    assert sum(images) == evaluation.score.images == 96
+    assert (sum(top1), sum(top5)) == (evaluation.score.top1, evaluation.score.top5)
 
 
 def test_the_worst_confusions_are_the_most_frequent_pairs_most_confident_images_first(evaluation):
@@ -62,7 +66,7 @@ def test_the_worst_confusions_are_the_most_frequent_pairs_most_confident_images_
     counts = [len(confusion.ids) for confusion in found]
     assert counts == sorted(pairs.values(), reverse=True)[:4]
     for confusion in found:
-        ids = [i for i in range(96) if (labels[i], said[i]) == (confusion.label, confusion.said)]
+        ids = [i for i in range(96) if (labels[i], said[i]) == (confusion.label, confusion.predicted)]
         assert list(confusion.ids) == sorted(ids, key=lambda i: -evaluation.confidences[i])
         assert confusion.images == labels.count(confusion.label)
 

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from imitation import LISTED, START, imitate, random_vit
 from PIL import Image
 
 from maedistill.export.card import forward_gflop
 from maedistill.export.folder import export
 from maedistill.models.encoder import build_vit
+from tests.export.imitation import LISTED, START, imitate, random_vit
 
 
 @pytest.fixture(scope="module")

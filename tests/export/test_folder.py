@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from imitation import CROP, MEAN, STD, TINY, imitate, random_vit
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
@@ -24,8 +23,9 @@ from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.runs.checkpoint import take_snapshot, write_snapshot
 from maedistill.runs.restore import newest_intact, read_weights
 from maedistill.training.state import MOMENTS, TrainingState
-from maedistill.weights.source import open_source
+from maedistill.weights.network import open_network
 from maedistill.weights.state_dict import ConvertedStateDict, load_encoder
+from tests.export.imitation import CROP, MEAN, STD, TINY, imitate, random_vit
 
 
 @dataclass
@@ -277,7 +277,7 @@ def test_a_real_run_goes_out_as_its_checkpoint_has_it(trio, method, weights, tmp
         assert torch.equal(model.forward_features(images), vit.forward_features(images))
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     assert transform.transforms[-1].mean.tolist() == [0.5] * 3 and transform.transforms[-1].std.tolist() == [0.25] * 3
-    again = open_source(f"local-dir:{out}", grid=4)  # as a teacher, or to fine-tune from
+    again = open_network(f"local-dir:{out}", "encoder", grid=4)  # as a teacher, or to fine-tune from
     assert again.license == "yours: no other weights were used" and again.mean == (0.5, 0.5, 0.5)
     text = (out / "README.md").read_text()
     assert f"{trio[method].metrics()[-1]['loss']:.4f}" in text and "tiny.yaml" in text and "96 images" in text

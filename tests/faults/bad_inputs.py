@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from corpus import (
+
+from tests.faults.corpus import (
     CANARY,
     TINY_EXPORT,
     File,
@@ -153,15 +154,15 @@ MANY = {f"bad{i}__yaml": f"extends: [{f'bad{i + 1}.yaml, ' * 9}]\n" for i in ran
 CHAIN = {f"bad{i}__yaml": f"extends: bad{i + 1}.yaml\n" for i in range(300)}
 CONFIGS = {
     "a tag that runs a command": yaml(
-        "python/object/apply:os.mkdir is a tag", "without ! tags", f"run: !!python/object/apply:os.mkdir ['{CANARY}']\n"
+        "object/apply:os.mkdir is a YAML tag", "without ! tags", f"run: !!python/object/apply:os.mkdir ['{CANARY}']\n"
     ),
     "a tag on the command line": case(
-        f"{PRETRAIN} 'run=!!python/object/apply:os.mkdir [{CANARY}]'", 2, "is a tag", "without ! tags"
+        f"{PRETRAIN} 'run=!!python/object/apply:os.mkdir [{CANARY}]'", 2, "is a YAML tag", "without ! tags"
     ),
-    "a billion laughs": yaml("bad.yaml:2: *a is an alias", "write the value itself", LAUGHS),
-    "a mapping that holds itself": yaml("*d is an alias", "write the value itself", "data: &d {train: *d}\n"),
+    "a billion laughs": yaml("bad.yaml:2: *a is a YAML alias", "write the value itself", LAUGHS),
+    "a mapping that holds itself": yaml("*d is a YAML alias", "write the value itself", "data: &d {train: *d}\n"),
     "50,000 brackets": yaml("nested more than 8 deep", "sections and keys", "data: " + "[" * 50_000),
-    "a NUL byte": yaml("bad.yaml:2: not YAML: the character U+0000", "remove it", b"method: mae\nrun: a\0b\n"),
+    "a NUL byte": yaml("bad.yaml:2: invalid YAML: the character U+0000", "remove it", b"method: mae\nrun: a\0b\n"),
     "an escaped NUL byte": case(f"{PRETRAIN} 'run=\"a\\0b\"'", 2, "control characters", "one plain line"),
     "a text of 3 MB": yaml("more than 100,000 characters", "which file is meant", "run: " + "x" * 3_000_000),
     "100,000 keys": yaml(
@@ -172,14 +173,14 @@ CONFIGS = {
     "UTF-16": yaml("bad.yaml cannot be read", "UTF-8", "run: run\n".encode("utf-16")),
     "a checkpoint": yaml("bad.yaml cannot be read", "UTF-8", pth({"model": weights()})),
     "a key twice": yaml("bad.yaml:2: run is given twice", "keep one", "run: a\nrun: b\n"),
-    "an unknown key": yaml("no key optim.epoch", "did you mean optim.epochs?", "optim: {epoch: 3}\n"),
+    "an unknown key": yaml("unknown key optim.epoch", "did you mean optim.epochs?", "optim: {epoch: 3}\n"),
     "a wrong type": yaml("expected a number > 0, got [3]", "100.0", "optim: {epochs: [3]}\n"),
     "a number of 10,000 digits": case(f"{PRETRAIN} optim.epochs={'9' * 10_000}", 2, "expected a number > 0", "100.0"),
     "files that extend each other": case(
         "pretrain bad.yaml",
         2,
         "bad.yaml -> other.yaml -> bad.yaml",
-        "circle",
+        "remove",
         bad__yaml="extends: other.yaml\n",
         other__yaml="extends: bad.yaml\n",
     ),
@@ -536,7 +537,7 @@ RUNS = {
     "settings with a tag": case(
         f"{PRETRAIN} run=bad",
         2,
-        "is a tag",
+        "is a YAML tag",
         "",
         bad=copy_of(
             "mae", lambda run: (run / "config.yaml").write_text(f"run: !!python/object/apply:os.mkdir ['{CANARY}']")
@@ -570,7 +571,7 @@ EXPORTS = {
     "where nobody may write": kept_out("/proc/maedistill", "cannot be written", 3),
     "a name that is too long": kept_out("a" * 300, "cannot be written", 3),
     "of a run with settings of tags": exported(
-        "is a tag", lambda run: (run / "config.yaml").write_text("run: !!python/none"), 2
+        "is a YAML tag", lambda run: (run / "config.yaml").write_text("run: !!python/none"), 2
     ),
     "of a run with other metrics": exported(
         "metrics.jsonl cannot be read", lambda run: (run / "metrics.jsonl").write_text("a}\n")
@@ -636,8 +637,8 @@ MAKING = {
 }
 STUDENT = "out: out\nseeds: [0]\nstudents: {{{name}: {{config: {config}}}}}\nfinetune: {{config: finetune.yaml}}\n"
 STUDIES = {
-    "a tag": study("is a tag", "without ! tags", f"out: !!python/object/apply:os.mkdir ['{CANARY}']\n"),
-    "no YAML": study("bad.yaml:2: not YAML", "correct it", "out: [\n"),
+    "a tag": study("is a YAML tag", "without ! tags", f"out: !!python/object/apply:os.mkdir ['{CANARY}']\n"),
+    "no YAML": study("bad.yaml:2: invalid YAML", "correct it", "out: [\n"),
     "a text of 3 MB": study("more than 100,000 characters", "which file", "x" * 3_000_000),
     "a student that climbs": study("dots are for the command line", "", STUDENT.format(name=CANARY, config="a.yaml")),
     "a student that is nowhere": study(

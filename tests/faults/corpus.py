@@ -287,7 +287,7 @@ def imitated_run(parts: Any, path: Path) -> None:
     tensors = {name: value.detach().clone() for name, value in parts.module.state_dict().items()}
     moments = {kind: {name: torch.zeros_like(p) for name, p in parts.module.named_parameters()} for kind in MOMENTS}
     engine = SimpleNamespace(state=lambda: TrainingState(tensors, moments, {"updates": 1.0}))
-    loop = {"step": 1, "bad": 0.0, "trained_seconds": 1.0}
+    loop = {"step": 1, "bad_samples": 0, "trained_seconds": 1.0}
     write_snapshot(run.checkpoints, take_snapshot(step=1, engine=engine, state=loop), keep=1)
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from starts import Start
+
+from tests.support.launch import Start
 
 KILLED, TERMINATED = -signal.SIGKILL, -signal.SIGTERM
 PEER = {5, KILLED}  # how a rank ends whose peer is gone: by itself, or killed by `Start.wait` as by a launcher

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from starts import Start
+from tests.support.launch import Start
 
 BATCH = 12  # samples of a step, all ranks together
 WEIGHTS = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")

@@ -61,7 +61,7 @@ def _record(error: UserError) -> None:
 def _train(fault: str, workers: int) -> None:
     distributed.open_group(TIMEOUT)
     unheard = fault == "dies unheard"  # as under NCCL: the host of rank 0 waits for a device, and nothing tells it
-    peers_file._DOUBT_SECONDS = 2.0
+    peers_file._STUCK_SECONDS = 2.0
     with Peers(timeout_seconds=600 if unheard else TIMEOUT, on_loss=_record) as peers:
         stop = PreemptionHandler(timeout_seconds=TIMEOUT)
         fork = {"multiprocessing_context": "fork", "worker_init_fn": _begin} if workers else {}

@@ -1,6 +1,6 @@
 """One run under random faults for as long as asked: it must end as if nothing had happened, and leave nothing behind.
 
-    python tests/faults/soak.py --minutes 30 [--seed 7] [--gap 8]
+    python -m tests.faults.soak --minutes 30 [--seed 7] [--gap 8]
 
 AMD on two ranks with two loader workers and one damaged image. First the run goes through in one piece, then it goes
 again, slowed down to the time asked, with a fault every `--gap` seconds on average (harm.py), and is started again
@@ -21,14 +21,14 @@ from statistics import median
 
 import numpy as np
 import psutil
-from harm import FAULTS, PEER, Scene
-from notes import WEIGHTS, same_result
 from PIL import Image
-from starts import Forks, Start
 
 from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards
 from maedistill.runs.checkpoint import latest_step
+from tests.faults.harm import FAULTS, PEER, Scene
+from tests.faults.notes import WEIGHTS, same_result
+from tests.support.launch import Launcher, Start
 
 RANKS, BATCH, IMAGES, STEPS_A_MINUTE = 2, 12, 96, 120
 SETTLED = 6.0  # seconds after its start from which on a start's memory counts
@@ -46,8 +46,9 @@ AMD = ["method=amd", "masks.teacher_keep_ratio=0.5", "align.student=[0,1]", "ali
 
 @dataclass
 class Log:
-    """What happened."""
+    """What happened. server: the process that all starts are forked from."""
 
+    server: int
     faults: Counter = field(default_factory=Counter)
     codes: Counter = field(default_factory=Counter)
     memory: list[float] = field(default_factory=list)  # MB of all processes of a start, once a second
@@ -62,7 +63,7 @@ class Log:
             if start.ended(min(1.0, left)):
                 return False
             if time.monotonic() - start.began > SETTLED:
-                self.memory.append(megabytes(start))
+                self.memory.append(megabytes(start, self.server))
         return True
 
     def quarters(self) -> tuple[float, float]:
@@ -71,13 +72,13 @@ class Log:
         return median(self.memory[:size] or [0]), median(self.memory[-size:] or [0])
 
 
-def soak(forks: Forks, command: list, run: Path, steps: int, *, seconds: float, gap: float, scene: dict) -> Log:
+def soak(launcher: Launcher, command: list, run: Path, steps: int, *, seconds: float, gap: float, scene: dict) -> Log:
     """The run from start to end, harmed until the time is over."""
-    log, deadline, codes = Log(), time.monotonic() + seconds, []
+    log, deadline, codes = Log(launcher.server.pid), time.monotonic() + seconds, []
     while codes != [0] * RANKS:
         left = steps - (latest_step(run / "checkpoints") or 0)
         pace = max(0.0, deadline - time.monotonic()) / max(1, left)
-        start, kinds = forks.start(run, *command, ranks=RANKS, FAULTS_PACE=pace), []
+        start, kinds = launcher.start(run, [*command, f"run={run}"], ranks=RANKS, FAULTS_PACE=pace), []
         while log.watch(start, scene["draws"].uniform(0, 2 * gap)):
             if time.monotonic() < deadline:
                 kinds += harm(start, log, scene)
@@ -95,7 +96,7 @@ def harm(start: Start, log: Log, scene: dict) -> list[str]:
     log.faults[kind] += 1
     if fault.seconds is not None and not start.ended(fault.seconds):
         log.problems.append(f"{kind}: the start goes on for {fault.seconds} s")
-        start.end([])
+        start.kill()
     return [kind]
 
 
@@ -108,9 +109,9 @@ def judge(start: Start, kinds: list[str], log: Log) -> None:
         log.problems.append(f"exit codes {start.codes} after {kinds or 'nothing'}\n{start.printed()[-1500:]}")
 
 
-def megabytes(start: Start) -> float:
+def megabytes(start: Start, server: int) -> float:
     """10^6 bytes of a start's processes and their workers, without what the fork server gave each of them."""
-    total, given = 0, _anonymous(psutil.Process(start.forks.server.pid))
+    total, given = 0, _anonymous(psutil.Process(server))
     for pid in start.pids:
         try:
             parent = psutil.Process(pid)
@@ -163,17 +164,17 @@ def draw_shards(folder: Path) -> list[Path]:
 
 def main(folder: Path, *, minutes: float, seed: int, gap: float) -> list[str]:
     """Everything; returns what went wrong."""
-    shards, steps, forks = draw_shards(folder), round(STEPS_A_MINUTE * minutes), Forks(folder)
+    shards, steps, launcher = draw_shards(folder), round(STEPS_A_MINUTE * minutes), Launcher(folder)
     epochs = steps * BATCH / IMAGES
     config = folder / "tiny.yaml"
     config.write_text(CONFIG.format(shards=folder / "shards", epochs=epochs, pictures=epochs / 40))
     tool, run, whole = ["tools/pretrain.py", config], folder / "run", folder / "whole"
-    forks.start(folder / "teacher", *tool, "method=mae", "optim.epochs=2").finish()
+    launcher.start(folder / "teacher", [*tool, f"run={folder}/teacher", "method=mae", "optim.epochs=2"]).finish()
     command = [*tool, *AMD, f"teacher.source=run:{folder}/teacher"]
 
     print(f"seed {seed}: {steps} steps in one piece, then for {minutes:g} minutes with faults", flush=True)
-    quiet = Log()
-    start = forks.start(whole, *command, ranks=RANKS)
+    quiet = Log(launcher.server.pid)
+    start = launcher.start(whole, [*command, f"run={whole}"], ranks=RANKS)
     while quiet.watch(start, 60):
         pass
     start.finish()
@@ -183,16 +184,18 @@ def main(folder: Path, *, minutes: float, seed: int, gap: float) -> list[str]:
         "room": (newest / "optimizer.safetensors").stat().st_size // 2,
         "draws": random.Random(seed),
     }
-    log = soak(forks, command, run, steps, seconds=60 * minutes, gap=gap, scene=scene)
+    log = soak(launcher, command, run, steps, seconds=60 * minutes, gap=gap, scene=scene)
     report(log, quiet)
 
     strays = left_behind(quiet.sessions | log.sessions)
     log.problems += [f"stray process {process}" for process in strays]
     for process in strays:
         process.kill()
-    forks.close()
+    launcher.close()
     expected = {"pictures", "shards", "tiny.yaml", "teacher", "run", "whole"}
-    files = [path.name for path in folder.iterdir() if path.name not in expected and path.suffix != ".log"]
+    files = [
+        path.name for path in folder.iterdir() if path.name not in expected and path.suffix not in (".out", ".err")
+    ]
     files += [path.name for path in Path("/dev/shm").iterdir() if any(f"_{pid}_" in path.name for pid in log.sessions)]
     log.problems += [f"temporary file {name}" for name in files]
     try:

@@ -22,12 +22,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import corpus
 import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from bad_inputs import CASES
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
@@ -39,6 +37,8 @@ from maedistill.pretraining.build import build_crops
 from maedistill.pretraining.setup import open_pretraining
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.restore import load_latest
+from tests.faults import corpus
+from tests.faults.bad_inputs import CASES
 
 SECONDS, MEMORY = 60, 2 << 30  # that one case may take
 CPU = torch.device("cpu")

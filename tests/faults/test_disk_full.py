@@ -45,9 +45,9 @@ def assert_same_end(run: Path, reference: Path) -> None:
 def test_a_full_disk_ends_a_run_with_exit_3_and_with_room_it_comes_to_the_same_end(
     pretraining, mae, interrupted, every, step, failures
 ):
-    started = pretraining.start(interrupted.name, *GOES_ON, f"log.save_every_epochs={every}")
+    started = pretraining.start(interrupted.name, *GOES_ON, f"log.save_every_epochs={every}", launcher="bare")
     size = (interrupted / "checkpoints" / "step_000000032" / "model.safetensors").stat().st_size
-    resource.prlimit(started.processes[0].pid, resource.RLIMIT_FSIZE, (size, size))
+    resource.prlimit(started.pids[0], resource.RLIMIT_FSIZE, (size, size))
     ended = started.finish(3)
     assert f"error: saving the checkpoint of step {step} in " in ended.err
     assert ended.err.count("File too large") == failures
@@ -65,9 +65,9 @@ def test_a_full_disk_ends_a_run_with_exit_3_and_with_room_it_comes_to_the_same_e
 def test_a_disk_that_takes_nothing_at_all_for_a_while_costs_nothing(pretraining, mae, interrupted):
     """Not one line of metrics.jsonl; its pictures are left out."""
     started = pretraining.start(
-        interrupted.name, *GOES_ON, "log.pictures_every_epochs=0.1", witness=True, WITNESS_PACE="0.3"
+        interrupted.name, *GOES_ON, "log.pictures_every_epochs=0.1", launcher="bare", witness=True, WITNESS_PACE="0.3"
     )
-    pid, everything = started.processes[0].pid, resource.RLIM_INFINITY
+    pid, everything = started.pids[0], resource.RLIM_INFINITY
     wait_for(lambda: 34 <= last_step(interrupted) < 38)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (10, everything))
     time.sleep(1)
@@ -82,9 +82,9 @@ def test_a_disk_that_takes_nothing_at_all_for_a_while_costs_nothing(pretraining,
 def test_a_disk_that_takes_nothing_ends_a_run_with_exit_3_and_leaves_nothing(pretraining, mae, interrupted):
     # without TensorBoard, whose own thread would print a traceback first
     settings = [*GOES_ON, "log.tensorboard=false"]
-    started = pretraining.start(interrupted.name, *settings, witness=True, WITNESS_PACE="0.3")
+    started = pretraining.start(interrupted.name, *settings, launcher="bare", witness=True, WITNESS_PACE="0.3")
     wait_for(lambda: 34 <= last_step(interrupted) < 38)
-    resource.prlimit(started.processes[0].pid, resource.RLIMIT_FSIZE, (10, 10))
+    resource.prlimit(started.pids[0], resource.RLIMIT_FSIZE, (10, 10))
     ended = started.finish(3)
     assert "Traceback" not in ended.err and "exit.json could not be written" in ended.err
     assert not list(interrupted.rglob("*.tmp"))

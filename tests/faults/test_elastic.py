@@ -6,8 +6,10 @@ every step. Losses differ by the order of sums: 1e-5 holds for 20 steps in fp32;
 """
 
 import pytest
-from notes import BATCH, Notes, losses
 from safetensors.torch import load_file
+
+from tests.faults.notes import BATCH, Notes, losses
+from tests.support.launch import WITNESS
 
 EPOCH, STEPS = 8, 48
 COMMAND = ["optim.epochs=6", "optim.ema=null", "log.save_every_epochs=0.375"]  # saved every 3 steps
@@ -18,17 +20,17 @@ CLOSE = {"float32": (20, 1e-5), "float64": (STEPS, 1e-10)}  # how many steps, ho
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
-def test_a_run_may_change_its_layout_at_any_step(dtype, forks, pretraining, settings, mae, tmp_path):
+def test_a_run_may_change_its_layout_at_any_step(dtype, launcher, pretraining, settings, mae, tmp_path):
     widened = {"FAULTS_FLOAT64": 1} if dtype == "float64" else {}
-    command = ["tools/pretrain.py", pretraining.config, *settings["amd"], *COMMAND]
+    command = [WITNESS, "tools/pretrain.py", pretraining.config, *settings["amd"], *COMMAND]
     moved, whole = tmp_path / "moved", tmp_path / "whole"
-    forks.start(whole, *command, witness=True, **widened).finish()
+    launcher.start(whole, [*command, f"run={whole}"], **widened).finish()
     notes = Notes(whole)
 
     for place, (ranks, workers, micro, kill) in enumerate(LAYOUTS):
         layout = [f"data.workers={workers}", f"engine.micro_batch={micro}"]
         end = {"WITNESS_KILL": kill} if kill else {}
-        start = forks.start(moved, *command, *layout, ranks=ranks, witness=True, **widened, **end)
+        start = launcher.start(moved, [*command, *layout, f"run={moved}"], ranks=ranks, **widened, **end)
         codes = set(start.wait())
         assert -9 in codes and codes <= {-9, 1, 5} if kill else codes == {0}, start.printed()[-3000:]
         steps = notes.check(start)

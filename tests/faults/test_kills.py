@@ -16,8 +16,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from notes import Notes, same_result
-from starts import Start
+
+from tests.faults.notes import Notes, same_result
+from tests.support.launch import WITNESS, Start
 
 KILLS = int(os.environ.get("MAEDISTILL_KILLS", "12"))
 SEED = int(os.environ.get("MAEDISTILL_SEED", random.SystemRandom().randrange(10**6)))
@@ -64,14 +65,14 @@ def interrupted(run: Path, *, since: float) -> str:
     return "elsewhere"
 
 
-def kill_until_done(forks, run: Path, command: list, reference: Path, *, kills: int, ranks: int, draws) -> Counter:
+def kill_until_done(launcher, run: Path, command: list, reference: Path, *, kills: int, ranks: int, draws) -> Counter:
     """One run, killed at most `kills` times, to its end, which is checked; what happened is counted."""
     happened, notes, codes = Counter(runs=1), Notes(reference), []
     while codes != [0] * ranks:
         happened["restarts that found a .tmp"] += bool(temporary(run))
         slow = {"FAULTS_FSYNC": FSYNC} if draws.random() < 0.75 else {}
         began, victim = time.time(), draws.randrange(ranks)
-        start = forks.start(run, *command, ranks=ranks, witness=True, **slow)
+        start = launcher.start(run, [WITNESS, *command, f"run={run}"], ranks=ranks, **slow)
         if happened["kills"] < kills:
             wait_for_instant(start, draws)
             start.signal(signal.SIGKILL, victim)
@@ -95,21 +96,27 @@ def commands(pretraining, finetuning, settings, mae):
 
 
 @pytest.fixture(scope="module")
-def references(trio, tuned, forks, commands, tmp_path_factory):
-    """The uninterrupted run of each kind; the first two were started as a person starts them, not by fork."""
+def references(trio, tuned, launcher, commands, tmp_path_factory):
+    """The uninterrupted run of each kind; each from one start."""
     two = tmp_path_factory.mktemp("uninterrupted") / "two"
-    forks.start(two, *commands["two ranks"], ranks=2, witness=True).finish()
+    launcher.start(two, [WITNESS, *commands["two ranks"], f"run={two}"], ranks=2).finish()
     return {"pretrain": trio["amd"].run, "finetune": tuned.run, "two ranks": two}
 
 
 @pytest.mark.parametrize("kind", SHARES)
-def test_killed_at_random_instants_a_run_ends_with_the_same_bits(forks, commands, references, tmp_path, capsys, kind):
+def test_a_run_killed_at_random_instants_ends_with_the_same_bits(
+    launcher, commands, references, tmp_path, capsys, kind
+):
+    with capsys.disabled():
+        print(f"\n{kind}: MAEDISTILL_SEED={SEED} MAEDISTILL_KILLS={KILLS} repeats the draws")
     kills, draws, happened, began = round(SHARES[kind] * KILLS), random.Random(f"{SEED} {kind}"), Counter(), time.time()
     while happened["kills"] < kills:
         run, most = tmp_path / f"run-{happened['runs']}", min(kills - happened["kills"], MOST)
         ranks = 2 if kind == "two ranks" else 1
-        happened += kill_until_done(forks, run, commands[kind], references[kind], kills=most, ranks=ranks, draws=draws)
+        happened += kill_until_done(
+            launcher, run, commands[kind], references[kind], kills=most, ranks=ranks, draws=draws
+        )
         shutil.rmtree(run)
     rate = 60 * happened["kills"] / (time.time() - began)
     with capsys.disabled():
-        print(f"\n{kind}: seed {SEED}, {rate:.0f} kills a minute, {dict(happened)}")
+        print(f"{kind}: {rate:.0f} kills a minute, {dict(happened)}")

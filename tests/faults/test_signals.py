@@ -3,14 +3,14 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import ranks_under_fault as loop
 from safetensors.torch import load_file
+
+from tests.faults import ranks_under_fault as loop
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
 PASS_ON = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": "120"}  # torchrun's options
@@ -131,18 +131,13 @@ def test_the_failure_of_one_rank_is_the_failure_of_all(tmp_path):
 
 @LINUX
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
-def test_torchrun_passes_signals_on_and_leaves_nobody_behind(tmp_path, number):
-    torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc-per-node=2"]
-    outside = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "RANK", "WORLD_SIZE", "LOCAL_"))}
-    with (tmp_path / "torchrun.txt").open("w") as file:
-        launcher = subprocess.Popen(
-            [*torchrun, loop.__file__, tmp_path, "1"], env=outside | PASS_ON, stdout=file, stderr=file
-        )
+def test_torchrun_passes_signals_on_and_leaves_nobody_behind(launcher, tmp_path, number):
+    started = launcher.start(tmp_path, ["-m", loop.__name__, tmp_path, 1], ranks=2, by="torchrun", **PASS_ON)
     wait_until(lambda: len(steps(tmp_path, 0)) > 9 and len(steps(tmp_path, 1)) > 9)
-    family = descendants(launcher.pid)
+    family = descendants(started.pids[0])
     assert len(family) >= 4  # two ranks with a worker each
-    launcher.send_signal(number)
-    launcher.wait(60)
+    started.signal(number)
+    started.wait(timeout=60)
     wait_until(lambda: not any(lives(process) for process in family))
     assert steps(tmp_path, 0) == steps(tmp_path, 1)
     name = "SIGTERM" if number == signal.SIGKILL else number.name
@@ -158,12 +153,12 @@ def test_the_tool_stops_on_each_signal_and_the_same_command_gives_the_same_weigh
     seen = 0
     for number, to_rank in ((signal.SIGTERM, True), (signal.SIGUSR1, False), (signal.SIGKILL, False)):
         started = pretraining.start("stopped", *often, ranks=2, launcher="torchrun", **PASS_ON)
-        launcher = started.processes[0]
+        launcher = started.pids[0]
         wait_until(lambda: logged(stopped) > seen + 10)  # noqa: B023
-        family = descendants(launcher.pid)
-        ranks = [process for process in family if parent(process) == launcher.pid]
+        family = descendants(launcher)
+        ranks = [process for process in family if parent(process) == launcher]
         assert len(ranks) == 2
-        os.kill(ranks[1] if to_rank else launcher.pid, number)
+        os.kill(ranks[1] if to_rank else launcher, number)
         started.finish(-9 if number == signal.SIGKILL else 1)  # torchrun hides what its ranks say
         wait_until(lambda: not any(lives(process) for process in family))  # noqa: B023
         end = json.loads((stopped / "exit.json").read_text())
@@ -182,23 +177,15 @@ def test_the_tool_names_a_frozen_rank_and_ends(pretraining):
     often = ["method=mae", "optim.epochs=400", "engine.timeout_seconds=20", "log.save_every_epochs=400"]
     often += ["log.pictures_every_epochs=null", "log.knn_every_epochs=null"]
     started = pretraining.start("frozen", *often, ranks=2, launcher="slurm")
-    zero, one = started.processes
-    try:
-        wait_until(lambda: logged(started.run) > 10)
-        one.send_signal(signal.SIGSTOP)
-        start = time.monotonic()
-        _, err = zero.communicate(timeout=60)
-        assert time.monotonic() - start < 21
-    finally:
-        for process in started.processes:
-            process.kill()
-            process.communicate()
-    assert zero.returncode == 5
+    wait_until(lambda: logged(started.run) > 10)
+    started.signal(signal.SIGSTOP, 1)
+    assert started.ended(21) == [0]
+    assert started.wait(grace=0) == [5, -signal.SIGKILL]
     end = json.loads((started.run / "exit.json").read_text())
     assert end["exit_code"] == 5
     assert end["reason"].startswith("rank 1 on ")
-    assert f"error: {end['reason']}\n  fix: " in err
-    assert "most recent call first" in err
+    assert f"error: {end['reason']}\n  fix: " in started.err
+    assert "most recent call first" in started.err
 
 
 def logged(run):

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from machines import Machines, Unavailable
-from notes import losses, same_result
+
+from tests.faults.machines import Machines, Unavailable
+from tests.faults.notes import losses, same_result
 
 STEPS = 80
 PEER_SECONDS = 10  # engine.timeout_seconds: how long a rank waits for one that was cut off

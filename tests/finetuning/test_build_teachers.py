@@ -121,7 +121,7 @@ def test_an_image_size_that_a_teacher_s_patches_do_not_tile_is_refused(finetunin
 
 def test_no_relations_in_micro_batches_of_one(finetuning, made):
     settings = ["augment.mixup=0", "augment.cutmix=0", "optim.global_batch=1", "optim.lr=1e-3"]
-    with pytest.raises(UserError, match=r"1 image a micro-batch has no relation to others, as distill\.affinity"):
+    with pytest.raises(UserError, match=r"1 image a micro-batch has no relation to others, as distill\.pkt"):
         opened(finetuning, *settings, *taught(made, "resnet", ["pkt.weight=1"]))
 
 

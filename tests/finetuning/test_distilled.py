@@ -1,15 +1,19 @@
 """Fine-tuning with terms: they vanish where student and teacher agree, add up by weight, and reach every parameter."""
 
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
 from torch.nn import functional as F
 
+from maedistill.config import distill
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
-from maedistill.finetuning.build_teachers import TeacherSource, build_module, build_teaching
+from maedistill.finetuning.build_teachers import build_module, build_teaching
 from maedistill.finetuning.distilled import Distilled
-from maedistill.finetuning.outputs import RequestedOutputs, anatomy, view
+from maedistill.finetuning.outputs import RequestedOutputs, feature_info, forward_outputs
+from maedistill.finetuning.teacher import TeacherSource
 from maedistill.finetuning.terms import Contrastive
 from maedistill.losses.relations import contrast_loss
 from maedistill.runs.plan import make_plan
@@ -60,7 +64,7 @@ def teacher_of(network: torch.nn.Module, *, size: int = 32) -> TeacherSource:
     """A network as it is opened, with the student's normalisation."""
     words = {"name": "run:x", "interpolation": "bicubic", "crop_mode": "center", "license": "mit"}
     opened = Network(network.eval(), **words, mean=MEAN, std=STD, size=size, crop=1.0, num_classes=5)
-    return TeacherSource(opened, anatomy(network, image_size=size), None, "")
+    return TeacherSource(opened, feature_info(network, name="run:x", image_size=size), None, "")
 
 
 def assemble(config: FinetuneConfig, student: torch.nn.Module, *teachers: TeacherSource):
@@ -105,7 +109,7 @@ def test_all_terms_reach_every_parameter_and_add_up(tmp_path, count):
     expected = expected + 2 * (1.5 * losses["dkd/tckd"] + 0.5 * losses["dkd/nckd"])
     expected = expected + 2 * sum(losses[name] for name in (*PLAIN, "contrastive"))
     for name in ("attention_transfer", "attention", "token_relations"):
-        expected = expected + 2 * sum(v for key, v in losses.items() if key.startswith(name)) / 2
+        expected = expected + 2 * sum(v for key, v in losses.items() if key.startswith(f"{name}/")) / 2
     torch.testing.assert_close(losses["loss"], expected)
     alone = [assemble(load(tmp_path, *EVERYTHING), student, teacher_of(teacher)) for teacher in teachers]
     each = [one(IMAGES, TARGETS, *teacher_outputs(IMAGES, 0)) for one, teacher_outputs in alone]
@@ -139,7 +143,9 @@ def test_a_step_without_a_term_asks_no_teacher_and_keeps_every_gradient(tmp_path
 def test_contrast_compares_projections_in_full_precision(autocast):
     """Each of two teachers, in bf16 here, has its projection; with autocast those are in bf16, the loss is not."""
     torch.manual_seed(0)
-    term = Contrastive(student_width=32, teacher_widths=[16, 48], width=24, temperature=0.3)
+    section = distill.Contrastive(weight=1, width=24, temperature=0.3)
+    student, *teachers = (SimpleNamespace(embedding=width) for width in (32, 16, 48))
+    term = Contrastive("contrastive", section, student, teachers)
     rows, theirs = torch.randn(6, 32), torch.randn(6, 48).bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found = term({"embedding": rows}, {"embedding": theirs}, torch.arange(6), number=1)["contrastive"]
@@ -154,9 +160,9 @@ def test_a_distillation_token_is_read_and_the_classifier_is_not(tmp_path):
     config = load(tmp_path, "distill.hard_label={weight: 1, token: true}", "student.register_tokens=1")
     module, teaching = assemble(config, student, teacher)
     losses = module(IMAGES, TARGETS, *teaching(IMAGES, 0))
-    tokens = view(student, IMAGES, RequestedOutputs(tokens=True))["tokens"]
+    tokens = forward_outputs(student, IMAGES, RequestedOutputs(tokens=True))["tokens"]
     logits = module.terms["hard_label"].head(tokens[:, 1])
-    expected = F.cross_entropy(logits, teacher.classifier.module(IMAGES).argmax(1))
+    expected = F.cross_entropy(logits, teacher.network.module(IMAGES).argmax(1))
     torch.testing.assert_close(losses["hard_label"], expected)
     assert (
         torch.autograd.grad(losses["hard_label"], student.head.weight, allow_unused=True, retain_graph=True)[0] is None

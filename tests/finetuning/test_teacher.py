@@ -9,10 +9,10 @@ from torchvision.transforms.v2 import functional as vision
 from torchvision.transforms.v2.functional import InterpolationMode
 
 from maedistill.errors import ConfigError
-from maedistill.finetuning.outputs import RequestedOutputs, anatomy, is_plain_vit, view
+from maedistill.finetuning.outputs import RequestedOutputs, feature_info, forward_outputs, is_plain_vit
 from maedistill.finetuning.teacher import OfflineTeacher
+from maedistill.weights.class_names import shared_classes
 from maedistill.weights.network import Network
-from maedistill.weights.shared_classes import shared_classes
 
 PIXELS = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 STUDENT = {"student_mean": (0.5, 0.4, 0.3), "student_std": (0.2, 0.3, 0.25), "student_grid": 4}
@@ -50,18 +50,18 @@ def classifier(built: torch.nn.Module, *, size: int = 32, classes: tuple[str, ..
 @torch.no_grad()
 def test_a_view_shows_what_the_network_computes(name):
     built = network(name)
-    shown = anatomy(built, image_size=32)
-    deepest = len(shown.channels) - 1
-    seen = view(built, PIXELS, RequestedOutputs(logits=True, embedding=True, features=(0, deepest)))
+    info = feature_info(built, name="run:x", image_size=32)
+    deepest = len(info.channels) - 1
+    seen = forward_outputs(built, PIXELS, RequestedOutputs(logits=True, embedding=True, features=(0, deepest)))
     torch.testing.assert_close(seen["logits"], built(PIXELS))
     torch.testing.assert_close(seen["embedding"], built.forward_head(built.forward_features(PIXELS), pre_logits=True))
     for depth in (0, deepest):
         (expected,) = built.forward_intermediates(PIXELS, indices=[depth], intermediates_only=True)
         torch.testing.assert_close(seen[f"features/{depth}"], expected)
-        assert expected.shape == (3, shown.channels[depth], shown.grids[depth], shown.grids[depth])
-        alone = view(built, PIXELS, RequestedOutputs(features=(depth,)))
+        assert expected.shape == (3, info.channels[depth], info.grids[depth], info.grids[depth])
+        alone = forward_outputs(built, PIXELS, RequestedOutputs(features=(depth,)))
         assert torch.equal(alone[f"features/{depth}"], seen[f"features/{depth}"])
-    assert shown.embedding == seen["embedding"].shape[1]
+    assert info.embedding == seen["embedding"].shape[1]
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if "vit" in name])
@@ -74,7 +74,7 @@ def test_queries_keys_and_values_are_those_of_the_block(name, monkeypatch):
     built(PIXELS)
     calls, prefix = caught["calls"], built.num_prefix_tokens
     assert len(calls) == 3
-    seen = view(built, PIXELS, RequestedOutputs(relations=(0, 2), attention=(1, 2)))
+    seen = forward_outputs(built, PIXELS, RequestedOutputs(relations=(0, 2), attention=(1, 2)))
     for block in (0, 2):
         for part, expected in zip(("query", "key", "value"), calls[block], strict=True):
             torch.testing.assert_close(seen[f"{part}/{block}"], expected[:, :, prefix:])
@@ -84,13 +84,13 @@ def test_queries_keys_and_values_are_those_of_the_block(name, monkeypatch):
         torch.testing.assert_close(seen[f"attention/{block}"].flatten(2), received)
 
 
-def test_no_deeper_than_wanted():
+def test_no_deeper_than_requested():
     for name in ("resnet", "vit"):
         built, ran = network(name), []
         layers = [built.layer1, built.layer2, built.layer3] if name == "resnet" else list(built.blocks)
         for i, layer in enumerate(layers):
             layer.register_forward_hook(lambda *_, i=i, ran=ran: ran.append(i))
-        view(built, PIXELS, RequestedOutputs(features=(2 if name == "resnet" else 1,)))
+        forward_outputs(built, PIXELS, RequestedOutputs(features=(2 if name == "resnet" else 1,)))
         assert ran == [0, 1]
 
 
@@ -99,8 +99,8 @@ def test_no_deeper_than_wanted():
 def test_a_teacher_of_another_normalisation_and_resolution_is_fed_what_it_expects(name, changed):
     """Equality with the teacher run alone on the pixels, from the student's normalised images."""
     built = network(name, **changed)
-    wanted = RequestedOutputs(logits=True, embedding=True, features=(1,))
-    teacher = OfflineTeacher(classifier(built, size=48), wanted=wanted, **STUDENT, classes=(3, 0))
+    requested = RequestedOutputs(logits=True, embedding=True, features=(1,))
+    teacher = OfflineTeacher(classifier(built, size=48), requested=requested, **STUDENT, classes=(3, 0))
     mean, std = (torch.tensor(STUDENT[f"student_{of}"]).view(3, 1, 1) for of in ("mean", "std"))
     seen = teacher((PIXELS - mean) / std)
     large = vision.resize(PIXELS, [48, 48], interpolation=InterpolationMode.BICUBIC, antialias=True)

@@ -10,22 +10,22 @@ import torch
 from torch.nn import functional as F
 
 from maedistill.losses.features import attention_transfer_loss
-from maedistill.losses.logits import decoupled_divergence, divergence, hard_label_loss, standardize
+from maedistill.losses.logits import decoupled_divergence, hard_label_loss, kd_loss, standardize
 from maedistill.losses.relations import (
     contrast_loss,
     merge_heads,
     pkt_loss,
+    relation_loss,
     rkd_angle_loss,
     rkd_distance_loss,
     sp_loss,
-    token_relation_loss,
 )
 
 GOLDEN = Path(os.environ.get("MAEDISTILL_GOLDEN") or Path(__file__).parents[1] / "golden")
 
 
 def kd(student, teacher, temperature):
-    return divergence(student, teacher, temperature=temperature, teacher_temperature=temperature)
+    return kd_loss(student, teacher, temperature=temperature, teacher_temperature=temperature)
 
 
 def dkd(student, teacher, labels, temperature):
@@ -74,7 +74,7 @@ RELATIONS = {
     "similarities": sp_loss,
 }
 TOKENS = {
-    "values": token_relation_loss,
+    "values": lambda s, t: relation_loss((s, s), (t, t)),
     "attention_transfer": lambda s, t: attention_transfer_loss(s.mT, t.mT),
 }
 
@@ -138,7 +138,7 @@ def test_temperatures_of_student_and_teacher_are_their_own():
     """With many classes and high temperatures the gradient is (z_s - z_t T / T_t) / C, whatever T is."""
     torch.manual_seed(0)
     student, teacher = draws(1, 50).requires_grad_(), draws(1, 50)
-    value = divergence(student, teacher, temperature=400.0, teacher_temperature=200.0)
+    value = kd_loss(student, teacher, temperature=400.0, teacher_temperature=200.0)
     (gradient,) = torch.autograd.grad(value, student)
     expected = (student - student.mean() - 2 * (teacher - teacher.mean())) / 50
     torch.testing.assert_close(gradient, expected.detach(), rtol=0.05, atol=1e-3)
@@ -203,5 +203,5 @@ def test_token_relations_are_softmaxed_scaled_products_of_any_heads():
             predicted = (queries[b, h] @ keys[b, h].T / 2).softmax(-1)
             wanted = (other_queries[b, h] @ other_queries[b, h].T / 4).softmax(-1)
             expected = expected + (wanted * (wanted / predicted).log()).sum(-1).mean() / 6
-    found = token_relation_loss(queries, other_queries, other=(keys, other_queries))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    loss = relation_loss((queries, keys), (other_queries, other_queries))
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)

@@ -9,12 +9,16 @@ from safetensors.torch import load_file, save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.pretrain import Teacher as TeacherSection
 from maedistill.errors import ConfigError, DataError
 from maedistill.methods.teacher import Teacher
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
 from maedistill.models.masking import random_split
-from maedistill.weights.source import open_source
+from maedistill.pretraining.build import build_teacher_source
+from maedistill.weights.from_file import EncoderSpec
+from maedistill.weights.network import open_network
 
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8, "img_size": 32}
 RANDOM = {"width": 32, "depth": 3, "num_heads": 2, "patch_size": 8}
@@ -37,7 +41,7 @@ def saved(tmp_path):
 
 def test_a_local_folder_of_timm_s_round_trips_with_normalisation_and_license(saved):
     model, folder = saved
-    source = open_source(f"local-dir:{folder}", grid=4)
+    source = open_network(f"local-dir:{folder}", "encoder", grid=4)
     expected = model.state_dict()
     for name, value in source.encoder.vit.state_dict().items():
         assert torch.equal(value, expected[name]), name
@@ -54,7 +58,7 @@ def test_a_local_folder_of_timm_s_round_trips_with_normalisation_and_license(sav
 
 def test_a_local_folder_at_another_grid_is_resampled(saved):
     _, folder = saved
-    source = open_source(f"local-dir:{folder}", grid=8)
+    source = open_network(f"local-dir:{folder}", "encoder", grid=8)
     assert source.encoder.grid == 8 and source.encoder.vit.pos_embed.shape == (1, 65, 32)
     teacher = Teacher(source, taps=(1,))
     assert teacher.image_size == 64 and teacher(IMAGES, split(64, 30))[1].shape == (2, 31, 32)
@@ -77,23 +81,24 @@ def test_a_folder_that_does_not_fit_is_refused_never_filled_with_random_weights(
         file.unlink()
         torch.save({"evil": pytest.raises}, folder / "pytorch_model.bin")
     with pytest.raises(DataError) as caught:
-        open_source(f"local-dir:{folder}", grid=4)
+        open_network(f"local-dir:{folder}", "encoder", grid=4)
     assert str(folder) in caught.value.cause and "\n" not in caught.value.cause
 
 
 def test_names_that_timm_does_not_have_or_that_cannot_be_walked_are_refused():
     with pytest.raises(ConfigError, match=r"vit_tiny_patch16_999.*\n.*vit_tiny_patch16_224"):
-        open_source("timm:vit_tiny_patch16_999", grid=14)
+        open_network("timm:vit_tiny_patch16_999", "encoder", grid=14)
     with pytest.raises(ConfigError, match="vit_relpos_small_patch16_224"):
-        open_source("timm:vit_relpos_small_patch16_224", grid=14)
+        open_network("timm:vit_relpos_small_patch16_224", "encoder", grid=14)
 
 
 def test_a_file_knows_its_class_token_and_not_its_license(tmp_path):
+    spec = EncoderSpec("vit_tiny_patch16_224", **RANDOM)
     for class_token in (True, False):
         vit = build_vit("vit_tiny_patch16_224", image_size=32, class_token=class_token, **RANDOM)
         initialize(vit, seed=3)
         torch.save({"model": vit.state_dict()}, tmp_path / "a.pth")
-        source = open_source(f"file:{tmp_path / 'a.pth'}", grid=4, model="vit_tiny_patch16_224", **RANDOM)
+        source = open_network(f"file:{tmp_path / 'a.pth'}", "encoder", grid=4, spec=spec, section="teacher")
         assert source.encoder.num_prefix == int(class_token)
         assert torch.equal(source.encoder.vit.blocks[2].mlp.fc2.weight, vit.blocks[2].mlp.fc2.weight)
         assert "teacher.license" in source.license and (source.mean, source.std) == (
@@ -101,32 +106,35 @@ def test_a_file_knows_its_class_token_and_not_its_license(tmp_path):
             IMAGENET_DEFAULT_STD,
         )
     keywords = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "license": "mine"}
-    named = open_source(f"file:{tmp_path / 'a.pth'}", grid=4, model="vit_tiny_patch16_224", **RANDOM, **keywords)
+    section = TeacherSection(source=f"file:{tmp_path / 'a.pth'}", model="vit_tiny_patch16_224", **RANDOM, **keywords)
+    named = build_teacher_source(PretrainConfig(teacher=section), grid=4)
     assert {"mean": named.mean, "std": named.std, "license": named.license} == keywords
 
 
 def test_a_run_of_ours_is_a_teacher(trio):
     run = trio["mae"].run
-    source = open_source(f"run:{run}", grid=4)
+    source = open_network(f"run:{run}", "encoder", grid=4)
     weights = load_file(trio["mae"].last_checkpoint() / "model.safetensors")
     for name, value in source.encoder.state_dict().items():
         assert torch.equal(value, weights[f"encoder.{name}"]), name
     assert (source.mean, source.std) == ((0.5,) * 3, (0.25,) * 3)
     assert source.license == json.loads((run / "run.json").read_text())["license"]
-    assert open_source(f"run:{run}", grid=6).encoder.vit.pos_embed.shape == (1, 37, 32)
+    assert open_network(f"run:{run}", "encoder", grid=6).encoder.vit.pos_embed.shape == (1, 37, 32)
     with pytest.raises(DataError, match="holds no run"):
-        open_source(f"run:{run}-which-is-not-there", grid=4)
+        open_network(f"run:{run}-which-is-not-there", "encoder", grid=4)
 
 
 def test_a_random_teacher_is_the_same_every_time():
-    one, other = (open_source("random:vit_tiny_patch16_224", grid=4, **RANDOM) for _ in range(2))
+    one, other = (
+        open_network("random:vit_tiny_patch16_224", "encoder", grid=4, spec=EncoderSpec(**RANDOM)) for _ in range(2)
+    )
     for a, b in zip(one.encoder.state_dict().values(), other.encoder.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert "random" in one.license and one.encoder.vit.patch_embed.proj.weight.std() > 0.01
 
 
 def test_it_is_frozen_and_stops_at_its_last_tap():
-    source = open_source("random:vit_tiny_patch16_224", grid=4, **RANDOM)
+    source = open_network("random:vit_tiny_patch16_224", "encoder", grid=4, spec=EncoderSpec(**RANDOM))
     source.encoder.vit.blocks[2] = source.encoder.vit.norm = torch.nn.Module()  # cannot be called
     teacher, images = Teacher(source, taps=(0, 1)), IMAGES.clone().requires_grad_()
     assert not any(module.training for module in teacher.modules())
@@ -140,7 +148,9 @@ def test_it_is_frozen_and_stops_at_its_last_tap():
 
 
 def test_it_sees_only_its_patches_and_in_the_order_of_the_split():
-    teacher = Teacher(open_source("random:vit_tiny_patch16_224", grid=4, **RANDOM), taps=(1,))
+    teacher = Teacher(
+        open_network("random:vit_tiny_patch16_224", "encoder", grid=4, spec=EncoderSpec(**RANDOM)), taps=(1,)
+    )
     hidden, spoiled = split().order[:, 8:], IMAGES.clone()
     for image, ids in zip(spoiled, hidden.tolist(), strict=True):
         for patch in ids:
@@ -153,12 +163,11 @@ def test_it_sees_only_its_patches_and_in_the_order_of_the_split():
 
 
 def test_another_patch_size_width_and_number_format():
-    source = open_source("random:vit_tiny_patch16_224", grid=4, width=48, depth=2, num_heads=3, patch_size=14)
+    spec = EncoderSpec(width=48, depth=2, num_heads=3, patch_size=14)
+    source = open_network("random:vit_tiny_patch16_224", "encoder", grid=4, spec=spec)
     teacher = Teacher(source, taps=(1,), dtype=torch.bfloat16)
     assert (teacher.image_size, teacher.width, teacher.num_prefix) == (56, 48, 1)
     target = teacher(IMAGES, split())[1]
     assert target.shape == (2, 9, 48) and target.dtype == torch.bfloat16
-    exact = Teacher(
-        open_source("random:vit_tiny_patch16_224", grid=4, width=48, depth=2, num_heads=3, patch_size=14), taps=(1,)
-    )
+    exact = Teacher(open_network("random:vit_tiny_patch16_224", "encoder", grid=4, spec=spec), taps=(1,))
     torch.testing.assert_close(target.float(), exact(IMAGES, split())[1], rtol=0.05, atol=0.05)

@@ -4,14 +4,15 @@ import pytest
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from maedistill.benchmark.plain_step import PlainTeacher, plain_method
-from maedistill.methods.amd import AMD
-from maedistill.methods.dmae import DMAE
+from maedistill.benchmark.plain_step import PlainTeacher, plain_version
+from maedistill.methods.amd import AMD, GeneratorSpec
+from maedistill.methods.dmae import DMAE, AlignmentSpec
+from maedistill.methods.mae import PixelSpec
 from maedistill.methods.teacher import Teacher
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.pretraining.flops import count_flops
-from maedistill.weights.source import Source
+from maedistill.weights.network import Network
 
 PUBLISHED = {"width": 512, "depth": 8, "num_heads": 16}
 LIGHT = {"width": 384, "depth": 4, "num_heads": 6}
@@ -25,24 +26,22 @@ def gflops(
         guide = MaskedEncoder(build_vit(f"vit_{teacher}_patch16_224", image_size=224))
         deep = guide.depth
         taps = {"dmae": ((8,), (deep * 3 // 4 - 1,)), "amd": ((5, 11), (deep // 2 - 1, deep - 1))}[method]
-        source = Source(guide, "meta", IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "", "")
+        source = Network(guide.vit, "meta", 224, "")
         encoder = MaskedEncoder(
             build_vit(f"vit_{student}_patch16_224", image_size=224, pos_embed="sincos2d", class_token=method == "dmae")
         )
         shape = {"grid": 14, "patch_size": 16, "num_prefix": encoder.num_prefix}
-        keywords = {
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "student_taps": taps[0],
-            "teacher_taps": taps[1],
+        specs = {
+            "pixels": PixelSpec(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+            "align": AlignmentSpec(*taps, teacher_width=guide.width, teacher_prefix=guide.num_prefix),
         }
-        keywords |= {"teacher_width": guide.width, "teacher_prefix": guide.num_prefix}
+        specs |= {"generate": GeneratorSpec(num_heads=guide.width // 64)} if method == "amd" else {}
         kind = {"dmae": DMAE, "amd": AMD}[method]
-        model = kind(encoder, TokenDecoder(encoder.width, **shape, **decoder), **keywords)
+        model = kind(encoder, TokenDecoder(encoder.width, **shape, **decoder), **specs)
         guide = Teacher(source, taps=taps[1])
         if plain:
             published = TokenDecoder(source.encoder.width, grid=14, patch_size=16, num_prefix=1, **PUBLISHED)
-            model, guide = plain_method(model), PlainTeacher(guide, published)
+            model, guide = plain_version(model), PlainTeacher(guide, published)
     return count_flops(model, guide, num_student=49, num_teacher=49 if method == "dmae" else 98)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maedistill.methods.mae import MAE
+from maedistill.methods.mae import MAE, PixelSpec
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
@@ -18,7 +18,7 @@ GAP, HEADER = 4, 18
 def method(side: int) -> MAE:
     vit = build_vit("vit_tiny_patch16_224", image_size=side, width=32, depth=1, num_heads=2, patch_size=8)
     decoder = TokenDecoder(32, width=16, depth=1, num_heads=2, grid=side // 8, patch_size=8, num_prefix=1)
-    built = MAE(MaskedEncoder(vit), decoder, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
+    built = MAE(MaskedEncoder(vit), decoder, pixels=PixelSpec((0.5, 0.4, 0.3), (0.2, 0.3, 0.25)))
     initialize(built, seed=0)
     return built.train()
 

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from maedistill.errors import ConfigError, DataError, NumericsError, PeerError
-from maedistill.processes.diagnosis import Diagnosis, Heartbeat, find_lost, judge, own_failure, peer_error, pid_space
+from maedistill.processes.diagnosis import Diagnosis, Heartbeat, diagnose, failure_of, find_lost, peer_error, pid_space
 from maedistill.processes.heartbeat import Peers
 
 # Four ranks that were just seen to live: after ten steps of two moves each, waiting for each other.
@@ -23,7 +23,7 @@ AFTER = [replace(beat, rounds=54) for beat in BEFORE]
 
 
 def blamed(after, before=BEFORE):
-    return judge(before, after, why="no step for 60 s")
+    return diagnose(before, after, why="no step for 60 s")
 
 
 def changed(rank, **values):
@@ -33,21 +33,21 @@ def changed(rank, **values):
 def test_silent_ranks_are_lost():
     after = [AFTER[0], BEFORE[1], AFTER[2], BEFORE[3]]
     after[0] = replace(after[0], moves=1)  # who is behind does not matter then
-    judgement = blamed(after)
-    assert judgement.lost == (1, 3)
-    assert judgement.error.cause == (
+    diagnosis = blamed(after)
+    assert diagnosis.lost == (1, 3)
+    assert diagnosis.error.cause == (
         "rank 1 on node0 (process 101, step 10), rank 3 on node1 (process 103, step 10) ended, froze or cannot be "
         "reached"
     )
 
 
 def test_the_rank_that_moved_least_is_named_though_it_too_seems_to_wait():
-    judgement = blamed(changed(2, moves=19, place="loader.py:5 next"))
-    assert judgement.lost == ()
-    assert judgement.error.cause == (
+    diagnosis = blamed(changed(2, moves=19, place="loader.py:5 next"))
+    assert diagnosis.lost == ()
+    assert diagnosis.error.cause == (
         "no step for 60 s: rank 2 on node1 (process 102, step 10) is in loader.py:5 next; the others wait"
     )
-    assert "engine.timeout_seconds" in judgement.error.remedy
+    assert "engine.timeout_seconds" in diagnosis.error.remedy
 
 
 def test_among_equals_it_is_the_one_that_does_not_wait():
@@ -66,8 +66,8 @@ HERE = pid_space()
 
 def lost(beats, silent):
     seconds = {beat.rank: silent.get(beat.rank, 0.3) for beat in beats}
-    judgement = find_lost(beats, seconds, pid_space=HERE)
-    return None if judgement is None else judgement.lost
+    diagnosis = find_lost(beats, seconds, pid_space=HERE)
+    return None if diagnosis is None else diagnosis.lost
 
 
 def test_a_rank_of_this_machine_is_gone_when_its_process_is_and_not_while_it_is_frozen():
@@ -104,14 +104,14 @@ def test_who_left_on_good_terms_is_never_blamed():
 
 @pytest.mark.parametrize("kind", [ConfigError, DataError, NumericsError, PeerError])
 def test_an_error_reaches_the_other_ranks_as_what_it_was(kind):
-    told = own_failure(BEFORE[1], kind("a cause", "a remedy"))
+    told = failure_of(BEFORE[1], kind("a cause", "a remedy"))
     heard = Diagnosis.from_text(told.to_text())
     assert type(heard.error) is kind
     assert (heard.error.cause, heard.error.remedy, heard.lost) == ("rank 1 on node0: a cause", "a remedy", ())
 
 
 def test_a_bug_reaches_the_other_ranks_by_name():
-    error = own_failure(BEFORE[1], KeyError("x")).error
+    error = failure_of(BEFORE[1], KeyError("x")).error
     assert (type(error), error.cause) == (PeerError, "rank 1 on node0 failed: KeyError: 'x'")
 
 

@@ -51,10 +51,10 @@ def test_a_gpu_waits_for_data_only_while_it_has_nothing_to_do(loading, share, mo
         card.host = max(card.host, card.free - 1.0)  # never more than one step ahead
         clock.images += 8
     card.host = card.free  # as when losses are read
-    rate, waited = clock.read()
+    rate, waited, seconds = clock.read()
     assert waited == pytest.approx(share, abs=0.02)
     assert rate == pytest.approx(8 / max(loading, 1.0), rel=0.02)
-    assert clock.trained == pytest.approx(card.host)
+    assert seconds == pytest.approx(card.host)
 
 
 def test_the_hint_comes_once_after_three_slow_intervals_in_a_row_the_first_one_left_out() -> None:

@@ -11,8 +11,10 @@ from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError
 from maedistill.models.encoder import build_vit
+from maedistill.study import plan as planning
 from maedistill.study.file import load_study
-from maedistill.study.plan import StudyPlan, add_tests
+from maedistill.study.plan import StudyPlan, add_tests, topological_order
+from maedistill.study.runner import Step
 from maedistill.study.schema import Student, Teacher
 
 OUT = Path("runs/x")
@@ -34,9 +36,9 @@ def two(study):
     return study.model_copy(update={"teachers": {"first": first, "second": second}})
 
 
-def plan(study, *, seeds=(0,), only=None, settings=(), is_done=lambda config: False):
+def plan(study, *, seeds=(0,), only=None, settings=()):
     """The steps by name, and the config that each command stands for."""
-    steps = StudyPlan(study, OUT, seeds, only, settings, is_done).steps()
+    steps = StudyPlan(study, OUT, seeds, only, settings).steps()
     roots = {"tools/pretrain.py": PretrainConfig, "tools/finetune.py": FinetuneConfig}
     configs = {s.name: load_config(s.command[1], s.command[2:], root=roots[s.command[0]]).config for s in steps}
     assert len({step.name for step in steps}) == len(steps)
@@ -76,30 +78,31 @@ def test_a_study_is_whole_seed_by_seed_and_each_run_has_its_folder(study) -> Non
 
 
 def test_several_teachers_come_before_what_they_teach_and_only_those_that_are_needed(two) -> None:
-    dmae, kd = two.students["dmae"].config, ("init.license={teacher.second.finetuned}",)  # any key that takes text
+    dmae = two.students["dmae"].config
+    kd = ("distill.teachers=[{teacher.second.finetuned}]", "distill.logits.weight=1")
     students = {
-        "one": Student(config=dmae, teacher="first"),
-        "axis": Student(config=dmae, axes={"teacher": ("first", "second")}),
-        "kd": Student(pretraining_of="one", finetune_set=kd),
+        "one": Student(config=dmae, set=("teacher.source={teacher.first}",)),
+        "other": Student(config=dmae, set=("teacher.source={teacher.second}",)),
+        "kd": Student(init_from="one", finetune_set=kd),
     }
     steps, configs = plan(changed(two, **students))
     first, second, tuned = "first/seed_0/pretrain", "second/seed_0/pretrain", "second/seed_0/finetune"
     assert list(steps)[:3] == [first, second, tuned]
     assert steps[second].needs == (first,) and steps[tuned].needs == (second,)
     assert configs[second].teacher.source == f"run:{OUT / first}"
-    for name, teacher in (("one", first), ("axis_teacher_first", first), ("axis_teacher_second", second)):
+    for name, teacher in (("one", first), ("other", second)):
         assert steps[f"{name}/seed_0/pretrain"].needs == (teacher,)
         assert configs[f"{name}/seed_0/pretrain"].teacher.source == f"run:{OUT / teacher}"
     assert steps["kd/seed_0/finetune"].needs == ("one/seed_0/pretrain", tuned) and "kd/seed_0/pretrain" not in steps
-    assert configs["kd/seed_0/finetune"].init.license == f"run:{OUT / tuned}"
+    assert configs["kd/seed_0/finetune"].distill.teachers == (f"run:{OUT / tuned}",)
     one = plan(changed(two, **students), only=["one"])[0]
     assert list(one) == [first, "one/seed_0/pretrain", "one/seed_0/finetune"]
     assert list(plan(changed(two, **students), only=["second"])[0]) == [first, second, tuned]
 
 
 def test_teachers_that_begin_alike_share_their_pretraining(two) -> None:
-    early = Teacher(pretraining_of="first", finetune=True, finetune_set=("optim.epochs=6",))
-    two = two.model_copy(update={"teachers": {"first": two.teachers["first"], "early": early}})
+    early = Teacher(init_from="first", finetune=True, finetune_set=("optim.epochs=6",))
+    two = two.model_copy(update={"teachers": {"early": early, "first": two.teachers["first"]}})
     taught = Student(finetune_set=(*VIT, "distill.teachers=[{teacher.early.finetuned}]", "distill.logits.weight=1"))
     steps, configs = plan(changed(two, dmae=two.students["dmae"], taught=taught))  # dmae: one teacher is pre-trained
     start, tuned = "first/seed_0/pretrain", "early/seed_0/finetune"
@@ -110,39 +113,49 @@ def test_teachers_that_begin_alike_share_their_pretraining(two) -> None:
     assert list(plan(changed(two, dmae=two.students["dmae"]), only=["early"])[0]) == [start, tuned]
 
 
-def test_a_teacher_without_classifier_cannot_be_asked_for_predictions(two) -> None:
-    taught = (*VIT, "distill.teachers=[{teacher.first}]")
-    with pytest.raises(ConfigError, match=r"\{teacher.first\} is pre-trained only(.|\n)*teacher.first.finetuned"):
-        plan(changed(two, taught=Student(finetune_set=(*taught, "distill.logits.weight=1"))))
-    features = "distill.hints={weight: 1, student: [1], teacher: [1]}"
-    assert len(plan(changed(two, taught=Student(finetune_set=(*taught, features))), only=["taught"])[0]) == 2
+def test_students_without_pre_training_start_from_another_s_whatever_their_order(study) -> None:
+    students = {"x": Student(init_from="m", finetune_axes={"optim.lr": (1e-3, 2e-3)}), "m": study.students["mae"]}
+    steps, configs = plan(changed(study, **students), seeds=[0, 1], only=["x_lr_0.002"])
+    assert list(steps) == [
+        f"{name}" for k in (0, 1) for name in (f"m/seed_{k}/pretrain", f"x_lr_0.002/seed_{k}/finetune")
+    ]
+    assert configs["x_lr_0.002/seed_1/finetune"].optim.lr == 0.002
+    assert len(plan(changed(study, **students), only=["x"])[0]) == 3
+
+
+def test_a_study_needs_each_step_before_those_that_come_from_it() -> None:
+    steps = [Step("d", (), ("b", "c")), Step("c", (), ("a",)), Step("b", (), ("a",)), Step("e", ()), Step("a", ())]
+    assert [step.name for step in topological_order(steps)] == ["e", "a", "c", "b", "d"]
+    with pytest.raises(ConfigError, match=r"these runs need each other: (a -> b -> a|b -> a -> b)"):
+        topological_order([Step("a", (), ("b",)), Step("b", (), ("a",))])
+
+
+def test_fine_tuning_can_only_name_teachers_that_classify(two) -> None:
+    for text in ("{teacher.first}", "{teacher.first.finetuned}", "{teacher.huge.finetuned}"):
+        student = Student(finetune_set=(*VIT, f"distill.teachers=[{text}]"))
+        with pytest.raises(ConfigError, match=r"no teacher that fine-tuning can use\nuse \{teacher.second.finetuned\}"):
+            plan(changed(two, taught=student))
+    student = Student(config=two.students["dmae"].config, set=("teacher.source={teacher.huge}",))
+    with pytest.raises(ConfigError, match=r"no teacher that pre-training can use\nuse \{teacher.first\}, "):
+        plan(changed(two, taught=student))
+
+
+def test_teachers_that_teach_each_other_are_refused(two) -> None:
+    first = two.teachers["second"].model_copy(update={"set": ("teacher.source={teacher.second}",)})
+    two = two.model_copy(update={"teachers": {"first": first, "second": two.teachers["second"]}})
+    with pytest.raises(ConfigError, match=r"these runs need each other: .*first/seed_0/pretrain"):
+        plan(two, only=["second"])
 
 
 def test_a_student_says_which_teacher_is_its_where_there_are_several(two) -> None:
     config = two.students["dmae"].config
-    with pytest.raises(ConfigError, match=r"the study has 2 teachers(.|\n)*add teacher: first or second"):
+    with pytest.raises(ConfigError, match=r"the study has 2 teachers(.|\n)*\{teacher.NAME\}(.|\n)*first, second"):
         plan(changed(two, dmae=Student(config=config)))
     outside = Student(config=config, set=("teacher.source=random:vit_tiny_patch16_224",))
     steps, configs = plan(changed(two, dmae=outside), only=["dmae"])
     assert configs["dmae/seed_0/pretrain"].teacher.source.startswith("random:") and len(steps) == 2
     with pytest.raises(ConfigError, match="method=mae has no teacher"):
-        plan(changed(two, mae=Student(config=two.students["mae"].config, teacher="first")))
-
-
-def test_axes_reach_the_configs_and_fine_tunings_share_their_pre_training(study) -> None:
-    axes, tuned = {"masks.student_keep_ratio": (0.25, 0.5)}, {"optim.lr": (1e-3, 2e-3)}
-    entry = Student(config=study.students["dmae"].config, axes=axes, finetune_axes=tuned)
-    steps, configs = plan(changed(study, d=entry), seeds=[0, 1], only=["d"])
-    assert len(steps) == 1 + 2 * (2 + 4)
-    for visible in (0.25, 0.5):
-        start = f"d_student_keep_ratio_{visible}/seed_1/pretrain"
-        assert configs[start].masks.student_keep_ratio == visible
-        for lr in (0.001, 0.002):
-            last = f"d_student_keep_ratio_{visible}_lr_{lr}/seed_1/finetune"
-            assert steps[last].needs == (start,) and configs[last].optim.lr == lr
-    row = "d_student_keep_ratio_0.5_lr_0.002"
-    only = list(plan(changed(study, d=entry), only=[row])[0])
-    assert only == ["teacher/seed_0/pretrain", "d_student_keep_ratio_0.5/seed_0/pretrain", f"{row}/seed_0/finetune"]
+        plan(changed(two, mae=Student(config=two.students["mae"].config, set=("teacher.source={teacher.first}",))))
 
 
 def test_from_scratch_is_the_network_of_the_other_student_on_images_normalised_alike(study) -> None:
@@ -208,12 +221,12 @@ def test_only_some_students_and_what_they_need(study, only, expected) -> None:
 @pytest.mark.parametrize(
     ("keywords", "cause", "remedy"),
     [
-        ({"settings": ["optim.epoch=3"]}, "command line optim.epoch=3: there is no key optim.epoch", "optim.epochs"),
-        ({"settings": ["run=x"]}, "command line run=x: the study sets run itself", "leave it out"),
+        ({"settings": ["optim.epoch=3"]}, "command line optim.epoch=3: unknown key optim.epoch", "optim.epochs"),
+        ({"settings": ["run=x"]}, "run=x: the study sets run itself", "leave it out"),
         ({"settings": ["init.source=run:x"]}, "the study sets init.source itself", "leave it out"),
-        ({"settings": ["teacher.source={teacher.teacher}"]}, "{teacher.teacher} names no teacher", "in the study file"),
+        ({"settings": ["teacher.source={teacher.me}"]}, "{teacher.me} names no teacher", "use {teacher.teacher}"),
         ({"settings": ["optim.epochs=many"]}, "mae: command line optim.epochs=many", "optim.epochs"),
-        ({"only": ["dame"]}, "--only dame: the study has nobody", "scratch, mae, dmae, amd, teacher"),
+        ({"only": ["dame"]}, "--only dame: the study has no network", "scratch, mae, dmae, amd, teacher"),
         ({"seeds": range(100)}, "4 rows with 100 seeds are 700 runs, more than 300", "--only and --seeds"),
     ],
 )
@@ -223,18 +236,45 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(study, keywords, c
     assert cause in raised.value.cause and remedy in raised.value.remedy
 
 
-def test_each_step_asks_whether_its_own_run_is_done(study) -> None:
+@pytest.mark.parametrize("text", ["seed=3", "run=a", "init.source=run:x"])
+def test_what_the_study_sets_itself_is_refused_wherever_it_is_set(study, text) -> None:
+    dmae, teacher = study.students["dmae"], study.teachers["teacher"]
+    changes = [
+        {"finetune_set": (text,)},
+        {"finetune": study.finetune.model_copy(update={"set": (text,)})},
+        {"students": {"dmae": dmae.model_copy(update={"finetune_set": (text,)})}},
+        {"students": {"dmae": dmae, "x": Student(init_from="dmae", finetune_axes={text.partition("=")[0]: (3,)})}},
+        {"teachers": {"teacher": teacher.model_copy(update={"finetune_set": (text,)})}},
+    ]
+    if not text.startswith("init"):
+        changes += [{"pretrain_set": (text,)}, {"students": {"dmae": dmae.model_copy(update={"set": (text,)})}}]
+        changes += [{"teachers": {"teacher": teacher.model_copy(update={"set": (text,)})}}]
+    for change in changes:
+        with pytest.raises(ConfigError, match=f"the study sets {text.partition('=')[0]} itself"):
+            plan(study.model_copy(update=change))
+
+
+def test_what_is_common_reaches_every_student_and_no_teacher(study) -> None:
+    study = study.model_copy(update={"pretrain_set": ("optim.epochs=7",), "finetune_set": ("optim.epochs=8",)})
+    for name, config in plan(study)[1].items():
+        expected = 7 if name.endswith("pretrain") else 8
+        assert (config.optim.epochs == expected) == (not name.startswith("teacher")), name
+
+
+def test_each_step_asks_whether_its_own_run_is_done(study, monkeypatch) -> None:
     asked = []
-    steps, _ = plan(study, is_done=lambda config: asked.append(config.run) or config.seed == 0)
+    monkeypatch.setattr(planning, "is_done", lambda config: asked.append(config.run) or config.seed == 0)
+    steps, _ = plan(study)
     assert asked == [] and all(step.done() for step in steps.values())
     assert asked == [str(OUT / name) for name in steps]
 
 
-def test_every_fine_tuned_network_is_tested_after_it_is_there(study) -> None:
+def test_every_fine_tuned_network_is_tested_after_it_is_there(study, monkeypatch) -> None:
     def is_scored(file, shards):
         return (file, shards) == (OUT / "teacher/seed_0/finetune/test.json", "test.tar")
 
-    steps = add_tests(list(plan(study)[0].values()), OUT, "test.tar", is_scored)
+    monkeypatch.setattr(planning, "is_scored", is_scored)
+    steps = add_tests(list(plan(study)[0].values()), OUT, "test.tar")
     names = [f"{network}/seed_0/finetune" for network in (*STUDENTS, "teacher")]
     assert sorted(step.name for step in steps if step.name.endswith("/test")) == sorted(
         f"{name}/test" for name in names

@@ -1,20 +1,32 @@
 """The results of scenarios.py, each run once for all tests of this folder: about a minute together."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from tests.support.launch import Launcher
+
+TIMEOUT = 600  # seconds: on a busy machine too, it only ends what hangs
 
 
 @pytest.fixture(scope="session")
-def run_scenario() -> Callable[..., list[Any]]:
-    """See `run_scenario` in ranks.py."""
-    spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
-    ranks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(ranks)
-    return ranks.run_scenario
+def run_scenario(launcher: Launcher) -> Callable[..., list[Any]]:
+    """What a scenario returned on each rank. The machine has no compiler and no ninja, and stdout must stay ours."""
+
+    def run(name: str, folder: Path, *, ranks: int, by: str = "bare") -> list[Any]:
+        extensions, nothing = folder / "extensions", folder / "bin"
+        nothing.mkdir(exist_ok=True)
+        words = ["-m", "tests.training.scenarios", name, folder]
+        start = launcher.start(folder, words, ranks=ranks, by=by, PATH=nothing, TORCH_EXTENSIONS_DIR=extensions)
+        ended = start.finish(timeout=TIMEOUT)
+        assert ended.out == "", f"something printed to stdout: {ended.out}"
+        assert not extensions.exists(), "DeepSpeed compiled something"
+        return [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -26,4 +38,4 @@ def runs(
     # `second` continues in new processes what `first` saved with 1 and with 2 ranks.
     plan = [("first", 1, "bare"), ("first", 2, "torchrun"), ("second", 1, "bare"), ("second", 2, "slurm")]
     plan.append(("failures", 2, "torchrun"))
-    return {(name, n): run_scenario(name, folder, ranks=n, launcher=launcher) for name, n, launcher in plan}
+    return {(name, n): run_scenario(name, folder, ranks=n, by=by) for name, n, by in plan}

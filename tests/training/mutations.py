@@ -31,9 +31,10 @@ from maedistill.runs import run as run_file
 from maedistill.runs.async_saver import Saver
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.manifest import COMPLETE, MANIFEST, seal
+from maedistill.runs.nonfinite import NonfinitePolicy
+from maedistill.runs.progress import Progress
 from maedistill.runs.run import Run
 from maedistill.runs.start import start_run
-from maedistill.training.nonfinite import NonfiniteUpdates
 
 SETTINGS = ["method=mae", "optim.ema=0.9", "optim.epochs=2", "engine.max_nonfinite=2"]
 SETTINGS += ["log.pictures_every_epochs=null", "log.knn_every_epochs=null"]
@@ -55,7 +56,7 @@ def endings(folder: Path, precision: str) -> dict[str, str]:
         spoil(run, SPOILED[precision])
         blank = run.engine.state(), {name: value.clone() for name, value in run.ema.module.state_dict().items()}
         original = run.folder.checkpoints
-        run.bad, run.nonfinite = 3.0, NonfiniteUpdates(total=2)
+        run.progress.bad_samples, run.progress.nonfinite = 3, 2
         train(run, parts)
         found = {"uninterrupted": outcome(original / END)}
         for name, change in {"continued": lambda checkpoint: None, **changes(original / MIDDLE)}.items():
@@ -91,7 +92,8 @@ def spoil(run: Run, steps: tuple[int, ...]) -> None:
 def forget(run: Run, checkpoints: Path, training: Any, averages: dict[str, torch.Tensor]) -> None:
     """Makes the run a new one, in a folder of its own: what a restart does not load, it does not have."""
     run.folder.checkpoints, run.saver = checkpoints, Saver(checkpoints, keep=9)
-    run.step, run.bad, run.nonfinite, run.clock = 0, 0.0, NonfiniteUpdates(), metrics.Clock()
+    run.progress, run.clock = Progress(), metrics.Clock()
+    run.nonfinite = NonfinitePolicy(run.folder.nonfinite, run.config.engine)
     run.engine.load_state(training)
     run.ema.module.load_state_dict(averages)
 

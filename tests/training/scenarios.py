@@ -1,4 +1,4 @@
-"""What the engine tests run in real processes: `python scenarios.py NAME FOLDER` on every rank; results go to FOLDER.
+"""What the engine tests run in real processes: `python -m tests.training.scenarios NAME FOLDER` on every rank.
 
 Starting a process costs about 4 s (torch, DeepSpeed), so one process runs a whole scenario of many engines.
 """
@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from maedistill.errors import DataError, PeerError
 from maedistill.processes.distributed import (
+    all_gather_rows,
     all_reduce_mean,
     broadcast_object,
     broadcast_tensor,
-    gather_rows,
     on_main,
     rank,
     world_size,
@@ -260,7 +260,7 @@ def collectives() -> dict:
             errors.append((type(raised).__name__, str(raised)))
     return {
         "mean": all_reduce_mean({"a": torch.tensor(float(rank())), "b": torch.tensor(1 + 2e-8, dtype=torch.float64)}),
-        "rows": gather_rows(torch.arange(6).view(3, 2)[: 3 * (1 - rank())]),
+        "rows": all_gather_rows(torch.arange(6).view(3, 2)[: 3 * (1 - rank())]),
         "object": broadcast_object({"rank": rank()}),
         "on_main": on_main(rank),
         "errors": errors,
@@ -325,7 +325,7 @@ def caught(work) -> str:
 
 def mutations(folder: Path) -> dict[str, dict[str, str]]:
     """What becomes of a run whose checkpoint lacks or changes one item; see mutations.py. fp16 has more to save."""
-    from mutations import endings  # not at the top: it takes the whole of maedistill
+    from tests.training.mutations import endings  # not at the top: it takes the whole of maedistill
 
     return {precision: endings(folder, precision) for precision in ("fp32", "fp16")}
 

@@ -80,7 +80,7 @@ def test_every_saved_item_bears_weight(run_scenario, pretraining, tmp_path):
         assert [item for item, ending in gone.items() if not ending.startswith("refused: ")] == []
     assert saved - matter == set()
     assert {f"{kind}.safetensors gone" for kind in ("model", "optimizer", "ema")} | {"state.json gone"} <= saved
-    for value in ("engine/updates", "engine/scale", "loop/step", "loop/bad", "loop/trained_seconds"):
+    for value in ("engine/updates", "engine/scale", "loop/step", "loop/bad_samples", "loop/trained_seconds"):
         assert f"state.json {value} changed" in saved
 
 

@@ -14,7 +14,9 @@ from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards
 from maedistill.errors import ConfigError, DataError
 from maedistill.evaluation.accuracy import Evaluation, evaluate
-from maedistill.evaluation.real_labels import open_real_labels
+from maedistill.evaluation.context import EvalContext
+from maedistill.evaluation.full_pass import Predictor
+from maedistill.evaluation.real_labels import count_real, open_real_labels
 from maedistill.weights.class_names import subset_columns
 
 SYNSETS = ImageNetInfo().label_names()
@@ -49,13 +51,14 @@ def test_a_subset_is_judged_among_its_own_classes(tmp_path):
     columns = subset_columns((), index.classes, num_known=1000, model="m")
     assert columns.tolist() == sorted(chosen), "shards number their classes by folder name, as ImageNet does"
     images = EvaluationImages(index, torch.arange(30), evaluation_transform(size=4, crop=1.0))
-    setting = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "batch": 7, "workers": 0, "device": torch.device("cpu")}
-    found = evaluate(Scores(), images, columns=columns, **setting)
+    context = EvalContext(torch.device("cpu"), batch=7, workers=0)
+    predictor = Predictor(Scores(), context, mean=(0.0,) * 3, std=(1.0,) * 3, columns=columns)
+    found = evaluate(predictor, images, context)
     pixels, labels, _ = images.__getitems__(list(range(30)))
     logits = Scores()(pixels / 255)[:, sorted(chosen)]  # [30, 5]
     assert torch.equal(found.predictions[:, 0], logits.argmax(1)) and torch.equal(found.labels, labels)
     torch.testing.assert_close(found.losses, torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
-    assert found.top5 == 30 and 0 < found.top1 < 30
+    assert found.score.top5 == 30 and 0 < found.score.top1 < 30
 
 
 def test_names_are_wordnet_ids_or_their_words_or_the_models_own():
@@ -94,7 +97,7 @@ def test_reassessed_labels_count_as_timms_evaluator_does():
     index = FakeIndex([f"n01440764_ILSVRC2012_val_{i + 1:08d}" for i in range(300)])
     best = logits.topk(5).indices
     evaluation = Evaluation(torch.arange(300), torch.zeros(300).long(), best, torch.ones(300), torch.ones(300))
-    score = open_real_labels(index, num_classes=1000).score(evaluation)
+    score = count_real(evaluation, open_real_labels(index, num_classes=1000))
     assert score.images == sum(bool(labels) for labels in first) < 300
     assert (100 * score.top1 / score.images, 100 * score.top5 / score.images) == (
         pytest.approx(real.get_accuracy(1), rel=1e-12),
@@ -118,9 +121,9 @@ def test_shards_of_our_own_keep_the_numbers(tmp_path):
     with pytest.raises(ConfigError, match="the shards name others"):
         open_real_labels(index, num_classes=1000)
     table = RealLabelsImagenet(range(50_000)).real_labels
-    labels = open_real_labels(FakeIndex([index.key(i) for i in range(3)]), num_classes=1000).labels
+    labels = open_real_labels(FakeIndex([index.key(i) for i in range(3)]), num_classes=1000)
     expected = {tuple(sorted(table[f"ILSVRC2012_val_{number:08d}.JPEG"])) for number in (1, 293, 50_000)}
-    assert {tuple(sorted(found)) for found in labels.values()} == expected
+    assert {tuple(sorted(found)) for found in labels} == expected
 
 
 @pytest.mark.parametrize(

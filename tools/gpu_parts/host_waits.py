@@ -10,10 +10,10 @@ import torch
 
 from gpu_parts.check import Check
 from gpu_parts.networks import tiny_config
-from maedistill.benchmark.engine_step import EngineStep
+from maedistill.benchmark.training_step import SyntheticTraining
 from maedistill.runs.metrics import Averages
+from maedistill.runs.nonfinite import LateFlags
 from maedistill.training.engine import initialize_distributed
-from maedistill.training.nonfinite import NonfiniteUpdates
 
 BATCH, WARM = 8, 3
 
@@ -35,8 +35,8 @@ def run(check: Check) -> None:
 def _watch(check: Check, name: str, method: str, settings: list[str]) -> None:
     """Run some warm-up steps, then two in the debug mode, and record whether any of them waited."""
     batch = [f"optim.global_batch={BATCH}", f"engine.micro_batch={BATCH}", "optim.clip=1.0"]
-    step, number = EngineStep(tiny_config(method, [*batch, *settings])).launch, 0
-    averages, nonfinite = Averages(), NonfiniteUpdates()
+    step, number = SyntheticTraining(tiny_config(method, [*batch, *settings]), check.device).engine_step(), 0
+    averages, flags = Averages(), LateFlags()
 
     def one() -> None:
         nonlocal number
@@ -45,7 +45,7 @@ def _watch(check: Check, name: str, method: str, settings: list[str]) -> None:
         step.backward(losses["loss"])
         step.update()
         averages.add(losses)
-        nonfinite.note(number, step.losses.broken, now=False)  # step.losses is the engine
+        flags.push(number, step.losses.update_skipped, now=False)  # step.losses is the engine
         number += 1
 
     for _ in range(WARM):

@@ -12,7 +12,7 @@ from gpu_parts.networks import LIGHT
 from gpu_parts.pictures import photo_shards
 from maedistill.config.batch import BatchPlan
 from maedistill.config.loader import load_config
-from maedistill.data.loading.loader import RandomCrops, Schedule, host_batches
+from maedistill.data.loading.loader import BatchSampler, RandomCrops, host_batches
 from maedistill.data.shards.index import open_index
 from maedistill.pretraining.build import build_crops
 from maedistill.runs.metrics import read_metrics
@@ -45,8 +45,8 @@ def run(check: Check) -> None:
 
 def _alone(crops: RandomCrops, *, batch: int, workers: int, seconds: float) -> float:
     """Return the images per second of the loader without a consumer, after the batches prefetched at the start."""
-    schedule = Schedule(0, 10**6, plan=BatchPlan(batch, 1), rank=0, world_size=1)
-    batches = host_batches(crops, schedule, workers=workers, pin_memory=False)
+    sampler = BatchSampler(0, 10**6, plan=BatchPlan(batch, 1), rank=0, world_size=1)
+    batches = host_batches(crops, sampler, workers=workers, pin_memory=False)
     for _ in itertools.islice(batches, 5 * workers):
         pass
     start, images = time.perf_counter(), 0

@@ -12,7 +12,7 @@ All steps of a network run in one process, so that ratios compare them on one ma
 import gc
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,18 +24,16 @@ from gpu_parts.kernels import kernels_of
 from gpu_parts.networks import NETWORKS, speed_config
 from gpu_parts.peaks import measured_peak
 from gpu_parts.steps import memory_gb, queue_seconds, rates, warm_up
-from maedistill.benchmark.engine_step import EngineStep
-from maedistill.benchmark.step import without_download
-from maedistill.benchmark.timing import Rates, ratio
-from maedistill.benchmark.training_step import StepComparison, TrainingStep
-from maedistill.pretraining.build import mask_sizes
-from maedistill.pretraining.flops import count_flops
+from maedistill.benchmark.plain_step import StepComparison
+from maedistill.benchmark.timing import ratio, spread
+from maedistill.benchmark.training_step import TrainingStep
 from maedistill.training.engine import initialize_distributed
 
 EAGER, BARE, PLAIN, PUBLISHED = "eager", "bare torch loop", "plain loop", "plain loop, published decoder"
 COMPILED, STUDENT = "compiled", "student compiled"
 BATCH, OTHERS = 256, (512, 128, 64)
 TINY_BATCH, TINY_OTHERS = 4, (8, 2)
+RoundRates = tuple[float, ...]  # images/s, round by round
 _FIRST_COMPILE = 70.0  # expected seconds of a compilation, until one has been timed
 
 
@@ -44,7 +42,7 @@ class Network:
     """The network under test and its key figures. compile_seconds: duration of its last compilation."""
 
     check: Check
-    contest: StepComparison
+    comparison: StepComparison
     gflop: float  # per image
     peak: float  # FLOP/s
     compile_seconds: float = _FIRST_COMPILE
@@ -62,34 +60,34 @@ def run(check: Check) -> None:
     else:
         compiled = _compiled(network, batch, steps)
     if check.part == "speed":  # only for one network, because the profiler takes seconds
-        _note_kernels(network, {EAGER: steps[EAGER]} | ({COMPILED: compiled.launch} if compiled is not None else {}))
+        _note_kernels(network, {EAGER: steps[EAGER]} | ({COMPILED: compiled} if compiled is not None else {}))
     for other in sorted(others):
-        if not _fits(network, EAGER, steps[EAGER], other, take=network.contest.take):
+        if not _fits(network, EAGER, steps[EAGER], other):
             break
     if compiled is not None:
-        _compiled_in_parts(network, batch)
+        _compiled_in_parts(network, batch, compiled)
         torch.compiler.reset()  # else torch compiles the second size for any size, which is slower
         if _has_time(network, f"{COMPILED}, batch {max(others)}"):
-            _fits(network, COMPILED, compiled.launch, max(others), take=compiled.take)
+            _fits(network, COMPILED, compiled, max(others))
 
 
 def _build(check: Check) -> Network:
     """Build the network and count its FLOPs."""
     batch = TINY_BATCH if check.tiny else BATCH
-    contest = StepComparison(without_download(speed_config(check, batch=batch, compiled=False)), check.device)
-    student, teacher = mask_sizes(contest.config, contest.num_patches)
-    counts = count_flops(contest.method, contest.teacher, num_student=student, num_teacher=teacher)
-    check.measured("work", f"{NETWORKS[check.part][0]}: {counts['total']:.4g} GFLOP per image", gflop=counts["total"])
-    return Network(check, contest, counts["total"], measured_peak(check))
+    comparison = StepComparison(speed_config(check, batch=batch, compiled=False), check.device)
+    gflop = comparison.count_gflop(comparison.method, comparison.teacher)["total"]
+    check.measured("work", f"{NETWORKS[check.part][0]}: {gflop:.4g} GFLOP per image", gflop=gflop)
+    return Network(check, comparison, gflop, measured_peak(check))
 
 
 def _eager(network: Network, batch: int) -> dict[str, TrainingStep]:
     """Measure all steps that are not compiled, in turn; return the ones that work."""
-    check, contest = network.check, network.contest
-    contest.take(batch)
-    steps = {EAGER: contest.engine(), BARE: contest.ours(), PLAIN: contest.plain()}
-    if (published := contest.published_method()) is not None:
-        steps[PUBLISHED] = contest.plain(published)
+    check, comparison = network.check, network.comparison
+    comparison.set_batch_size(batch)
+    steps = {EAGER: comparison.engine_step(compiled=False), BARE: comparison.bare_step()}
+    steps[PLAIN] = comparison.plain_step()
+    if (published := comparison.published_method()) is not None:
+        steps[PUBLISHED] = comparison.plain_step(published)
     ready = {name: seconds for name, step in steps.items() if (seconds := _tried(check, name, step)) is not None}
     steps = {name: steps[name] for name in ready}
     found = rates(check, steps, batch=batch)
@@ -103,45 +101,46 @@ def _eager(network: Network, batch: int) -> dict[str, TrainingStep]:
     return steps
 
 
-def _compiled(network: Network, batch: int, steps: Mapping[str, TrainingStep]) -> EngineStep | None:
+def _compiled(network: Network, batch: int, steps: Mapping[str, TrainingStep]) -> TrainingStep | None:
     """Measure training's compiled step in turn with eager and plain steps; return None if no time is left for it."""
     check = network.check
     if not _has_time(network, COMPILED):
         return None
     start = time.perf_counter()
-    compiled = EngineStep(speed_config(check, batch=batch, compiled=True))
-    warm_up(check, compiled.launch)
+    network.comparison.set_batch_size(batch)
+    compiled = network.comparison.engine_step(compiled=True)
+    warm_up(check, compiled)
     network.compile_seconds = time.perf_counter() - start
-    network.contest.take(batch)
     rivals = {name: step for name, step in steps.items() if name in (PLAIN, PUBLISHED, EAGER)}
-    found = rates(check, {COMPILED: compiled.launch, **rivals}, batch=batch)
-    _note(network, COMPILED, compiled.launch, found[COMPILED], batch=batch, ready=network.compile_seconds)
+    found = rates(check, {COMPILED: compiled, **rivals}, batch=batch)
+    _note(network, COMPILED, compiled, found[COMPILED], batch=batch, ready=network.compile_seconds)
     _note_times(network, found, COMPILED)
     return compiled
 
 
-def _compiled_in_parts(network: Network, batch: int) -> None:
-    """Measure the step with images and masks not compiled: through the engine, bare, and with an eager teacher."""
-    check, contest = network.check, network.contest
+def _compiled_in_parts(network: Network, batch: int, compiled: TrainingStep) -> None:
+    """Measure the compiled step without the engine, and with only the student compiled."""
+    check, comparison = network.check, network.comparison
     if not _has_time(network, f"{STUDENT}, {COMPILED}: engine overhead", share=0.5):  # most is in the compile cache
         return
-    contest.take(batch)
+    comparison.set_batch_size(batch)
     start = time.perf_counter()
-    engine, bare = contest.engine(compiled=True), contest.ours(compiled=True)
-    steps = {COMPILED: engine, BARE: bare, STUDENT: replace(engine, teacher=contest.teacher)}
+    draw, teacher = comparison.inputs(compiled=False)
+    student = replace(compiled, draw=draw, teacher=teacher)
+    steps = {COMPILED: compiled, BARE: comparison.bare_step(compiled=True), STUDENT: student}
     for step in steps.values():
         warm_up(check, step)
     ready = time.perf_counter() - start
     found = rates(check, steps, batch=batch)
     _note_overhead(network, COMPILED, found[BARE], found[COMPILED])
-    _note(network, STUDENT, steps[STUDENT], found[STUDENT], batch=batch, ready=ready)
+    _note(network, STUDENT, student, found[STUDENT], batch=batch, ready=ready)
 
 
-def _fits(network: Network, name: str, step: TrainingStep, batch: int, *, take: Callable[[int], None]) -> bool:
+def _fits(network: Network, name: str, step: TrainingStep, batch: int) -> bool:
     """Measure a step at another batch size; return False if it runs out of memory."""
     check = network.check
     try:
-        take(batch)
+        network.comparison.set_batch_size(batch)
         ready = warm_up(check, step)
         _note(network, name, step, rates(check, {name: step}, batch=batch)[name], batch=batch, ready=ready)
     except torch.OutOfMemoryError:
@@ -166,13 +165,15 @@ def _tried(check: Check, name: str, step: TrainingStep) -> float | None:
         return None
 
 
-def _note(network: Network, name: str, step: TrainingStep | None, found: Rates, *, batch: int, ready: float) -> None:
+def _note(
+    network: Network, name: str, step: TrainingStep | None, found: RoundRates, *, batch: int, ready: float
+) -> None:
     """Record a speed; with `step`, also the time of the host, the memory, and the share of the peak."""
-    check, rate = network.check, found.spread.median
+    check, rate = network.check, spread(found).median
     words, values = [f"{rate:.4g} images/s, {1e3 * batch / rate:.4g} ms a step"], {"images_per_second": rate}
     goal = ""
     if step is None:
-        words.append(network.contest.plain_precision)
+        words.append(network.comparison.plain_precision)
     else:
         flops = rate * network.gflop * 1e9
         share, queued = flops / network.peak, queue_seconds(check, step)
@@ -180,7 +181,7 @@ def _note(network: Network, name: str, step: TrainingStep | None, found: Rates, 
         values |= {"flops": flops, "share_of_peak": share, "queue_seconds": queued}
         if check.on_card:
             words.append(f"{share:.1%} of the bf16 peak")
-            memory = memory_gb(check, step, method=network.contest.method, teacher=network.contest.teacher)
+            memory = memory_gb(check, step, method=network.comparison.method, teacher=network.comparison.teacher)
             words, values = [*words, f"{memory:.1f} GB"], values | {"memory_gb": memory}
         goal = _goal(network, name, rate, share)
     check.measured(f"{name}, batch {batch}", ", ".join([*words, f"ready after {ready:.0f} s"]), goal=goal, **values)
@@ -196,7 +197,7 @@ def _goal(network: Network, name: str, rate: float, share: float) -> str:
     return "; ".join(words)
 
 
-def _note_times(network: Network, found: Mapping[str, Rates], name: str) -> None:
+def _note_times(network: Network, found: Mapping[str, RoundRates], name: str) -> None:
     """Record how many times as fast a step is as the plain loops."""
     for other in (PLAIN, PUBLISHED):
         if other in found:
@@ -216,7 +217,7 @@ def _note_kernels(network: Network, steps: Mapping[str, TrainingStep]) -> None:
             check.measured(f"{name}: kernels", str(kernels_of(check, step, log=f"kernels_{name}.txt")))
 
 
-def _note_overhead(network: Network, name: str, bare: Rates, engine: Rates) -> None:
+def _note_overhead(network: Network, name: str, bare: RoundRates, engine: RoundRates) -> None:
     """Record how much longer a step through the engine takes than a bare one."""
     overhead = ratio(bare, engine).median - 1
     goal = "" if network.check.tiny else goals.below(goals.OVERHEAD, overhead, ".0%")

@@ -1,15 +1,14 @@
 """Timing of steps on the device: many in a row, interleaved with the steps they are compared with."""
 
 import itertools
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import nn
 
 from gpu_parts.check import Check
-from maedistill.benchmark.memory import peak_memory
-from maedistill.benchmark.timing import Rates, interleave
+from maedistill.benchmark.step import peak_memory
+from maedistill.benchmark.timing import interleave, repeated, seconds_of
 from maedistill.benchmark.training_step import TrainingStep
 
 _ROUNDS, _SECONDS, _WARM = 3, 0.6, 3  # rounds, least seconds that a round takes, uncounted first steps
@@ -17,17 +16,15 @@ _ROUNDS, _SECONDS, _WARM = 3, 0.6, 3  # rounds, least seconds that a round takes
 
 def warm_up(check: Check, step: TrainingStep) -> float:
     """Run the first steps, in which kernels are chosen and compiled; return the seconds they take."""
-    start = time.perf_counter()
-    for _ in range(_WARM):
-        step()
-    check.wait()
-    return time.perf_counter() - start
+    return seconds_of(step, check.device, repeats=_WARM)
 
 
-def rates(check: Check, steps: Mapping[str, TrainingStep], *, batch: int) -> dict[str, Rates]:
+def rates(check: Check, steps: Mapping[str, TrainingStep], *, batch: int) -> dict[str, tuple[float, ...]]:
     """Measure images/s of warmed-up steps in turn, so that other load on the machine slows all of them alike."""
-    paths = {name: _path(check, step, batch=batch) for name, step in steps.items()}
-    return interleave(paths, rounds=1 if check.tiny else _ROUNDS, warm_up=0)
+    seconds = 0.0 if check.tiny else _SECONDS
+    paths = {name: repeated(step, check.device, images=batch, seconds=seconds) for name, step in steps.items()}
+    measured = interleave(paths, rounds=1 if check.tiny else _ROUNDS, warm_up=0)
+    return {name: rate.wall for name, rate in measured.items()}
 
 
 def queue_seconds(check: Check, step: TrainingStep) -> float:
@@ -47,21 +44,3 @@ def memory_gb(check: Check, step: TrainingStep, *, method: nn.Module, teacher: n
     tensors = itertools.chain(teacher.parameters(), teacher.buffers()) if teacher is not None else ()
     held = 3 * sum(parameter.nbytes for parameter in method.parameters()) + sum(tensor.nbytes for tensor in tensors)
     return (held + peak_memory(step, check.device)) / 1e9
-
-
-def _path(check: Check, step: TrainingStep, *, batch: int) -> Callable[[], int]:
-    """Return the function that `interleave` times: steps for about `_SECONDS`, until the device has finished them."""
-    check.wait()
-    start = time.perf_counter()
-    step()
-    check.wait()
-    once = time.perf_counter() - start
-    repeats = 1 if check.tiny else max(1, math.ceil(_SECONDS / once))
-
-    def run() -> int:
-        for _ in range(repeats):
-            step()
-        check.wait()
-        return batch * repeats
-
-    return run

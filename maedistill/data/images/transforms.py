@@ -49,11 +49,13 @@ def crop(image: Tensor, box: Box, *, size: int) -> Tensor:
     return interpolate(cut, size=(size, size), mode="bicubic", antialias=True)[0]
 
 
-def centre_crop(image: Tensor, *, size: int, share: float) -> Tensor:
-    """Crop a centred square, `share` of the shorter side, and resize it: uint8 [3, H, W] -> uint8 [3, s, s]."""
-    side = max(1, round(min(image.shape[1:]) * share))
-    box = ((image.shape[1] - side) // 2, (image.shape[2] - side) // 2, side, side)
-    return image[:, box[0] : box[0] + side, box[1] : box[1] + side] if side == size else crop(image, box, size=size)
+def centre_crop(image: Tensor, *, size: int, crop_pct: float) -> Tensor:
+    """Crop a centred square, a share of the shorter side, and resize it: uint8 [3, H, W] -> uint8 [3, s, s]."""
+    side = max(1, round(min(image.shape[1:]) * crop_pct))
+    top, left = (image.shape[1] - side) // 2, (image.shape[2] - side) // 2
+    if side == size:
+        return image[:, top : top + side, left : left + side]
+    return crop(image, (top, left, side, side), size=size)
 
 
 def to_float01(images: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
     index, sample ids -> rank_share -> EvaluationImages -> exact_batches -> images, labels, ids
 
-Unlike the kNN probe's `CentreCrops`, nothing here replaces a bad image, so an accuracy covers exactly the given images.
+A bad image is an error, so an accuracy covers exactly the given images. Pictures and probes during training ask for its
+replacement by the next good one, because they must not end a run.
 
     n samples   b batch   s image side
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -17,7 +19,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as vision
 
 from maedistill.data.images.decode import BadImage, decode_rgb
-from maedistill.data.loading.prefetch import on_device
+from maedistill.data.images.transforms import centre_crop
+from maedistill.data.loading.batch import on_device
 from maedistill.data.loading.workers import TIMEOUT_SECONDS, load_batches
 from maedistill.data.shards.index import ShardIndex
 from maedistill.data.shards.reader import ShardReader, sample_name
@@ -46,38 +49,59 @@ def evaluation_transform(
     )
 
 
-class EvaluationImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """The given samples, int64 [n], in order, each with its label and id. `PADDING` gives a black image."""
+def centre_transform(*, size: int, crop_pct: float) -> Callable[[Image.Image], Tensor]:
+    """Return `centre_crop` as a transform of RGB images: the view of probes and pictures during training."""
+    return lambda image: centre_crop(vision.pil_to_tensor(image), size=size, crop_pct=crop_pct)
 
-    def __init__(self, index: ShardIndex, samples: Tensor, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.index, self.samples, self.transform = index, samples, transform
+
+class EvaluationImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """The given samples, int64 [n], in order, each with its label and id. `PADDING` gives a black image.
+
+    replace_bad: an undecodable sample is replaced, with its label but under its own id, by the next decodable one.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        samples: Tensor,
+        transform: Callable[[Image.Image], Tensor],
+        *,
+        replace_bad: bool = False,
+    ) -> None:
+        self.index, self.samples, self.transform, self.replace_bad = index, samples, transform, replace_bad
         self.reader = ShardReader(index)
         self.black = torch.zeros_like(transform(Image.new("RGB", (1, 1))))  # [3, s, s]
-
-    def __len__(self) -> int:
-        return len(self.samples)
 
     def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return images uint8 [b, 3, s, s], labels and sample ids int64 [b] of some rows of `samples`.
 
-        The label of an unlabelled sample is -1. Raise `DataError` for an image that cannot be decoded.
+        The label of an unlabelled sample is -1. Raise `DataError` for an image that cannot be decoded, or with
+        `replace_bad` for too many of them in a row.
         """
         ids = self.samples[rows]  # [b]
-        labels = torch.from_numpy(self.index.labels[ids.numpy()])  # [b]
-        images = torch.stack([self._image(sample) for sample in ids.tolist()])
-        return images, labels.masked_fill(ids == PADDING, NO_LABEL), ids
+        images, samples = zip(*map(self._image, ids.tolist()), strict=True)
+        labels = torch.from_numpy(self.index.labels[list(samples)])  # [b]
+        return torch.stack(images), labels.masked_fill(ids == PADDING, NO_LABEL), ids
 
-    def _image(self, sample: int) -> Tensor:
+    def with_samples(self, samples: Tensor) -> "EvaluationImages":
+        """Return the same view of other samples."""
+        return EvaluationImages(self.index, samples, self.transform, replace_bad=self.replace_bad)
+
+    def _image(self, sample: int) -> tuple[Tensor, int]:
+        """Return the image of a sample or of its replacement, and the id of the sample that was read."""
         if sample == PADDING:
-            return self.black
+            return self.black, sample
+        if self.replace_bad:
+            following = (i % len(self.index) for i in itertools.count(sample))
+            pixels, sample, _ = self.reader.read_first(following, decode_rgb)  # [3, H, W]
+            return self.transform(vision.to_pil_image(pixels)), sample
         try:
-            pixels = decode_rgb(self.reader.read(sample))  # [3, H, W]
+            return self.transform(vision.to_pil_image(decode_rgb(self.reader.read(sample)))), sample
         except BadImage as error:
             raise DataError(
                 f"{sample_name(self.index, sample)} cannot be decoded ({error}), and evaluation replaces no image",
                 "repair the image, or leave it out: write the shards again with tools/make_shards.py",
             ) from error
-        return self.transform(vision.to_pil_image(pixels))
 
 
 def exact_batches(
@@ -88,12 +112,11 @@ def exact_batches(
     device: torch.device = _CPU,
     timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Return images uint8 [b, 3, s, s], labels and ids int64 [b] on `device`, in order. The last batch may be smaller.
-
-    timeout_seconds: as in `load_batches`.
-    """
+    """Return images uint8 [b, 3, s, s], labels, ids int64 [b] on `device`, in order. The last batch may be smaller."""
+    count = len(images.samples)
+    rows = (list(range(start, min(start + batch, count))) for start in range(0, count, batch))
     limits = {"pin_memory": device.type == "cuda", "timeout_seconds": timeout_seconds}
-    return on_device(load_batches(images, workers=workers, batch_size=batch, **limits), device)
+    return on_device(load_batches(images, rows, workers=workers, **limits), device)
 
 
 def rank_share(samples: Tensor, *, rank: int, world_size: int) -> Tensor:

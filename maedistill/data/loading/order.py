@@ -6,7 +6,7 @@ one of the samples inside each window of consecutive shards, so that remote shar
 window of all shards is the whole set. Neither memory nor the time to jump to a position grows with n: only the list of
 shard sizes is kept, and the ids of a subset if training uses one.
 
-    P positions   M shards
+    P positions   M shards   n images
 """
 
 import numpy as np
@@ -25,13 +25,7 @@ class SampleOrder:
     """
 
     def __init__(
-        self,
-        starts: np.ndarray,
-        *,
-        seed: int,
-        views: int = 1,
-        window: int | None = None,
-        subset: Tensor | None = None,
+        self, starts: np.ndarray, *, seed: int, views: int = 1, window: int | None = None, subset: Tensor | None = None
     ) -> None:
         self.starts = torch.from_numpy(np.asarray(starts, dtype=np.int64))
         self.subset = subset
@@ -96,3 +90,20 @@ class SampleOrder:
 
     def _permuted_shards(self, epoch: int) -> Tensor:
         return permute(torch.arange(self.num_shards), self.num_shards, key(self.seed, Stream.SHARDS, epoch))
+
+
+def label_subset(labels: np.ndarray, fraction: float, *, seed: int) -> Tensor:
+    """Return the sorted ids of round(fraction * count) samples of each class, at least one: int64 [n'].
+
+    labels: int64 [n], none missing. fraction: in (0, 1], 1 for all. The result is a pure function of the arguments. For
+    one seed, subsets are nested: each is the beginning of a fixed shuffle of the class, so the 10 % contain the 1 %.
+    """
+    assert 0 < fraction <= 1 and labels.min() >= 0
+    by_class = np.argsort(labels, kind="stable")  # [n], ascending inside each class
+    classes, firsts = np.unique(labels[by_class], return_index=True)
+    chosen = []
+    for label, members in zip(classes.tolist(), np.split(by_class, firsts[1:]), strict=True):
+        count = max(1, round(fraction * len(members)))
+        places = permute(torch.arange(count), len(members), key(seed, Stream.SUBSET, label))  # [count]
+        chosen.append(torch.from_numpy(members)[places])
+    return torch.cat(chosen).sort().values

@@ -19,30 +19,23 @@ import time
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 
 from maedistill.data.shards.index import ShardIndex
 from maedistill.data.shards.reader import ShardReader, sample_name
-from maedistill.errors import DataError, PeerError, UserError
+from maedistill.errors import DataError, PeerError, UserError, join_first
 
 PID, SAMPLE, FETCHING = range(3)  # columns of the table
 IDLE = -1  # instead of a sample id
 
-_LOOK = 1.0  # seconds between two checks
+_PERIOD = 1.0  # seconds between two checks
 _END = 5.0  # seconds to wait for killed workers to end; one that waits for a dead disk may not end
-_SAID = 3  # maximum number of samples that an error names
-
-
-class Images(Protocol):
-    """A data set that returns whole batches."""
-
-    index: ShardIndex
-    reader: ShardReader
-
-    def __getitems__(self, ids: list[int]) -> Any:
-        """Return one batch."""
+_NAMED = 3  # samples that an error names at most
+_REMEDIES = {
+    signal.SIGKILL: "if the memory ran out (see dmesg), take fewer loader workers (data.workers) or more memory",
+    signal.SIGBUS: "if /dev/shm is full, enlarge it (docker run --shm-size) or take fewer loader workers",
+}
 
 
 class WorkerWatchdog:
@@ -55,22 +48,22 @@ class WorkerWatchdog:
         self,
         processes: list[BaseProcess],
         table: np.ndarray,
-        images: Images,
         *,
+        reader: ShardReader,
         timeout_seconds: float,
         max_batch_wait: float,
     ) -> None:
-        self.turns = 0  # odd while the training process waits for a batch
+        self.waits = 0  # odd while the training process waits for a batch
         self._processes, self._table, self._owner = processes, table, os.getpid()
-        self._index, self._timeout, self._longest_fetch = images.index, timeout_seconds, images.reader.longest_fetch
-        self._longest_wait = max_batch_wait
+        self._index, self._longest_fetch = reader.index, reader.longest_fetch
+        self._timeout, self._max_batch_wait = timeout_seconds, max_batch_wait
         self._hang: UserError | None = None
         self._ended = threading.Event()
-        threading.Thread(target=self._look, name="loader-watch", daemon=True).start()
+        threading.Thread(target=self._watch, name="loader-watch", daemon=True).start()
 
-    def judge(self, patience: float) -> UserError | None:
-        """Return the error for workers that hung, or that end within `patience` seconds; None if all run."""
-        ended = wait([process.sentinel for process in self._processes], timeout=patience)
+    def diagnose(self, seconds: float) -> UserError | None:
+        """Return the error for workers that hung, or that end within some seconds; None if all run."""
+        ended = wait([process.sentinel for process in self._processes], timeout=seconds)
         for process in self._processes:
             if process.sentinel in ended:
                 process.join(_END)  # the sentinel fires shortly before the exit code is available
@@ -78,24 +71,21 @@ class WorkerWatchdog:
         if self._hang is not None or dead is None:
             return self._hang
         sample = {row[PID]: row[SAMPLE] for row in self._table.tolist()}.get(dead.pid, IDLE)
-        at = "between two batches" if sample == IDLE else f"at {sample_name(self._index, sample)}"
-        how, remedy = _cause_of_death(dead.exitcode)
-        return PeerError(f"a loader worker (process {dead.pid}) {how}, {at}", remedy)
+        place = "between two batches" if sample == IDLE else f"at {sample_name(self._index, sample)}"
+        end, remedy = _cause_of_death(dead.exitcode)
+        return PeerError(f"a loader worker (process {dead.pid}) {end}, {place}", remedy)
 
-    def kill_busy(self) -> None:
-        """Kill the workers that are reading a sample."""
-        busy = set(self._table[self._table[:, SAMPLE] != IDLE, PID].tolist())
-        self._kill([process for process in self._processes if process.pid in busy])
+    def kill(self, *, only_busy: bool = False) -> None:
+        """Kill all workers and stop the watchdog's thread, or kill only the workers that are reading a sample.
 
-    def kill(self) -> None:
-        """Kill all workers and stop the watchdog's thread."""
-        self._ended.set()
-        self._kill(self._processes)
-
-    def _kill(self, processes: list[BaseProcess]) -> None:
-        """Send SIGKILL, which also ends stopped processes. Do nothing in a fork of the process that owns them."""
+        SIGKILL also ends stopped processes. Do nothing in a fork of the process that owns the workers.
+        """
         if os.getpid() != self._owner:
             return
+        busy = self._table[self._table[:, SAMPLE] != IDLE, PID].tolist()
+        processes = [process for process in self._processes if not only_busy or process.pid in busy]
+        if not only_busy:
+            self._ended.set()
         for process in processes:
             process.kill()
         deadline = time.monotonic() + _END
@@ -105,16 +95,16 @@ class WorkerWatchdog:
                 # the kernel ends it once its disk responds; until then neither we nor multiprocessing's exit may wait
                 multiprocessing.process._children.discard(process)
 
-    def _look(self) -> None:
+    def _watch(self) -> None:
         """Run the thread. It counts periods and reads no clock, because Ctrl-Z stops this process and its workers."""
-        period = min(_LOOK, self._timeout / 2, self._longest_wait / 2)
-        seen, turns, quiet = self._table.copy(), 0, 0.0
+        period = min(_PERIOD, self._timeout / 2, self._max_batch_wait / 2)
+        table, waits, quiet = self._table.copy(), 0, 0.0
         while not self._ended.wait(period):
-            is_quiet = turns == self.turns and turns % 2 and np.array_equal(seen, self._table)
-            seen, turns, quiet = self._table.copy(), self.turns, quiet + period if is_quiet else 0.0
-            is_fetching = (seen[:, SAMPLE] != IDLE) & (seen[:, FETCHING] == 1)  # [W]
-            if quiet >= min(self._timeout + is_fetching.any() * self._longest_fetch, self._longest_wait):
-                self._hang = _describe_hang(seen, quiet, self._index)
+            is_quiet = waits == self.waits and waits % 2 and np.array_equal(table, self._table)
+            table, waits, quiet = self._table.copy(), self.waits, quiet + period if is_quiet else 0.0
+            is_fetching = (table[:, SAMPLE] != IDLE) & (table[:, FETCHING] == 1)  # [W]
+            if quiet >= min(self._timeout + is_fetching.any() * self._longest_fetch, self._max_batch_wait):
+                self._hang = _describe_hang(table, quiet, self._index)
                 for process in self._processes:
                     process.kill()
                 return
@@ -129,32 +119,29 @@ def new_table(workers: int) -> np.ndarray:
 
 def _cause_of_death(code: int) -> tuple[str, str]:
     """Describe how a process with this exit code ended, and what to do about it."""
-    again = "; the same command goes on from the last checkpoint"
     if code >= 0:
-        return f"ended with exit code {code}", "look at the messages above it, and at that sample" + again
-    how = f"was killed by signal {-code} ({signal.strsignal(-code)})"
-    if -code == signal.SIGKILL:
-        return how, "if the memory ran out (see dmesg), take fewer loader workers (data.workers) or more memory" + again
-    if -code == signal.SIGBUS:
-        return how, "if /dev/shm is full, enlarge it (docker run --shm-size) or take fewer loader workers" + again
-    return how, "look at that sample; a decoder that crashes is worth a report" + again
+        end, remedy = f"ended with exit code {code}", "look at the messages above it, and at that sample"
+    else:
+        end = f"was killed by signal {-code} ({signal.strsignal(-code)})"
+        remedy = _REMEDIES.get(-code, "look at that sample; a decoder that crashes is worth a report")
+    return end, remedy + "; the same command goes on from the last checkpoint"
 
 
 def _describe_hang(table: np.ndarray, seconds: float, index: ShardIndex) -> UserError:
     rows = [row for row in table.tolist() if row[SAMPLE] != IDLE]
     if not rows:
-        states = ", ".join(f"process {pid} {_state(pid)}" for pid in table[:_SAID, PID].tolist())
+        states = ", ".join(f"process {pid} {_state(pid)}" for pid in table[:_NAMED, PID].tolist())
         return PeerError(
             f"no batch came for {seconds:.0f} s, though no loader worker is at a sample: {states}",
             "see what stopped them; the same command goes on from the last checkpoint",
         )
-    said = "; ".join(
-        f"process {row[PID]} {'waits for the shard of' if row[FETCHING] else 'is at'} {sample_name(index, row[SAMPLE])}"
-        for row in rows[:_SAID]
-    )
-    more = f"; and {len(rows) - _SAID} more" if len(rows) > _SAID else ""
+    places = [
+        f"process {pid} {'waits for the shard of' if fetching else 'is at'} {sample_name(index, sample)}"
+        for pid, sample, fetching in rows
+    ]
     return DataError(
-        f"{len(rows)} of {len(table)} loader workers have not moved for {seconds:.0f} s: {said}{more}",
+        f"{len(rows)} of {len(table)} loader workers have not moved for {seconds:.0f} s: "
+        f"{join_first(places, _NAMED, separator='; ')}",
         "see to the disk, network drive or server that does not answer, and start again; data.timeout_seconds allows "
         "more, as far as engine.timeout_seconds does",
     )

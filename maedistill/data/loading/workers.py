@@ -6,7 +6,6 @@ A worker that dies or hangs causes an error that names its sample, never an endl
 """
 
 import atexit
-import functools
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -14,59 +13,78 @@ import os
 import signal
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
-from maedistill.data.loading.watchdog import FETCHING, IDLE, PID, SAMPLE, Images, WorkerWatchdog, new_table
+from maedistill.data.loading.watchdog import FETCHING, IDLE, PID, SAMPLE, WorkerWatchdog, new_table
+from maedistill.data.shards.reader import ShardReader
 from maedistill.errors import UserError
-from maedistill.processes.parent_death import detach_worker
+from maedistill.processes.parent_death import detach_worker, signals_held
 
 TIMEOUT_SECONDS = 300.0
 _ASKING = 1.0  # seconds of waiting for a batch between two queries of the watchdog
 _DETECTING, _ENDING = 2.0, 30.0  # seconds to wait for the end of a worker; of one that may be writing a core dump
 
 
+class Images(Protocol):
+    """A data set that returns whole batches."""
+
+    reader: ShardReader
+
+    def __getitems__(self, ids: list[int]) -> Any:
+        """Return one batch."""
+
+
 def load_batches(
     images: Images,
+    batches: Iterable[list[int]],
     *,
     workers: int,
+    prefetch: int = 2,
+    pin_memory: bool = False,
     timeout_seconds: float = TIMEOUT_SECONDS,
     max_batch_wait: float = math.inf,
-    **keywords: Any,
 ) -> Iterator[Any]:
-    """Return an iterator over `images.__getitems__` of each batch of ids. It starts `workers` processes at once.
+    """Return an iterator over `images.__getitems__(ids)` for the ids of each batch. Start `workers` processes at once.
 
+    prefetch: batches that each worker prepares in advance. pin_memory: for copies to a GPU.
     timeout_seconds: how long a wait for a batch may last in which no worker starts or finishes a sample. While a worker
-    downloads a remote shard, the limit grows by `RetryPolicy.longest`, the limit of a download.
+    downloads a remote shard, the limit grows by `RetryPolicy.max_seconds`, the limit of a download.
     max_batch_wait: upper limit of the two together, so that this error ends the run before any other timeout does.
-    keywords: for torch's DataLoader.
 
     A `UserError` in a worker is raised here unchanged. Raise `PeerError` for a worker that died, `DataError` for
     workers that hang. With workers=0 there is no watchdog.
     """
-    carrier = _ForwardErrors(images)
-    if workers:
-        limits = {"timeout_seconds": timeout_seconds, "max_batch_wait": max_batch_wait}
-        return _WatchedBatches(carrier, workers=workers, limits=limits, **keywords)
-    return map(_unpack, DataLoader(carrier, collate_fn=_unchanged, **keywords))
+    options: dict[str, Any] = {"batch_sampler": batches, "collate_fn": lambda batch: batch, "pin_memory": pin_memory}
+    if not workers:
+        return iter(DataLoader(images, **options))
+    observed = _ObservedImages(images, new_table(workers))
+    loader = DataLoader(
+        observed,
+        num_workers=workers,
+        prefetch_factor=prefetch,
+        timeout=_ASKING,
+        worker_init_fn=observed.begin_worker,
+        multiprocessing_context="fork",
+        **options,
+    )
+    iterator, processes = _start(loader)
+    limits = {"timeout_seconds": timeout_seconds, "max_batch_wait": max_batch_wait}
+    return _WatchedBatches(iterator, WorkerWatchdog(processes, observed.table, reader=images.reader, **limits))
 
 
-class _ForwardErrors(Dataset[Any]):
-    """Returns a `UserError` as a value, because torch would turn one raised in a worker into a RuntimeError.
+class _ObservedImages(Dataset[Any]):
+    """The data set of the workers. It reports each sample in the watchdog's table, int64 [W, 3], W workers.
 
-    In a worker it also updates that worker's row of the watchdog's table.
+    It returns a `UserError` as a value, because torch would turn one raised in a worker into a RuntimeError.
     """
 
-    def __init__(self, images: Images) -> None:
-        self.images = images
-        self._row: np.ndarray | None = None  # int64 [3]
-
-    def __len__(self) -> int:
-        return len(self.images)
+    def __init__(self, images: Images, table: np.ndarray) -> None:
+        self.images, self.table = images, table
 
     def __getitems__(self, ids: list[int]) -> Any:
         """Return the batch of these ids, or the `UserError` that `images` raised."""
@@ -75,101 +93,76 @@ class _ForwardErrors(Dataset[Any]):
         except UserError as error:
             return error
         finally:
-            if self._row is not None:
-                self._row[SAMPLE] = IDLE
+            self._row[SAMPLE] = IDLE
 
-    def watch(self, row: np.ndarray) -> None:
-        """Register `row` as the table row of this worker process."""
-        self._row = row
-        row[PID] = os.getpid()
-        self.images.reader.note = self._note
+    def begin_worker(self, worker: int) -> None:
+        """Set up this worker process. It must end with its parent; torch ends orphans too, but not one that hangs."""
+        detach_worker()
+        # Use abstract sockets for the batches, because a killed worker would leave a named socket in the file system.
+        multiprocessing.connection.arbitrary_address = lambda family: f"\0maedistill-{uuid.uuid4().hex}"
+        self._row = self.table[worker]  # int64 [3]
+        self._row[PID] = os.getpid()
+        self.images.reader.on_read = self._report
 
-    def _note(self, sample: int, fetching: bool) -> None:
+    def _report(self, sample: int, fetching: bool) -> None:
         self._row[SAMPLE], self._row[FETCHING] = sample, fetching
 
 
 class _WatchedBatches:
     """An iterator over the batches, in order. Its worker processes end with it, on any error, and at exit."""
 
-    def __init__(self, carrier: _ForwardErrors, *, workers: int, limits: dict[str, float], **keywords: Any) -> None:
-        table = new_table(workers)  # [W, 3]
-        loader = DataLoader(
-            carrier,
-            num_workers=workers,
-            collate_fn=_unchanged,
-            timeout=_ASKING,
-            worker_init_fn=functools.partial(_begin_work, table),
-            multiprocessing_context="fork",
-            **keywords,
-        )
-        self._batches, processes = _start(loader)
-        self._watch = WorkerWatchdog(processes, table, carrier.images, **limits)
+    def __init__(self, batches: Iterator[Any], watchdog: WorkerWatchdog) -> None:
+        self._batches, self._watchdog = batches, watchdog
         # multiprocessing waits for its children at exit, and detached workers ignore its SIGTERM
-        atexit.register(self._watch.kill)
+        atexit.register(watchdog.kill)
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
+        self._watchdog.waits += 1
         try:
-            return _unpack(self._wait())
+            batch = self._next()
+            if isinstance(batch, UserError):
+                raise batch
         except BaseException:
             self.close()
             raise
+        self._watchdog.waits += 1
+        return batch
 
     def close(self) -> None:
         """Kill the workers, which is safe because they hold no state that must be saved."""
-        self._watch.kill_busy()  # busy workers may hang; torch shuts down idle ones when the iterator is freed
+        self._watchdog.kill(
+            only_busy=True
+        )  # busy workers may hang; torch shuts down idle ones when the iterator is freed
         self._batches = iter(())
-        self._watch.kill()
-        atexit.unregister(self._watch.kill)
+        self._watchdog.kill()
+        atexit.unregister(self._watchdog.kill)
 
-    def __del__(self) -> None:
-        if hasattr(self, "_watch"):
-            self.close()
+    __del__ = close
 
-    def _wait(self) -> Any:
+    def _next(self) -> Any:
         """Return torch's next batch, or raise our error: outside of `except`, so that torch's traceback is not kept."""
-        self._watch.turns += 1
-        verdict = None
-        while verdict is None:
+        failure = None
+        while failure is None:
             try:
-                batch = next(self._batches)
+                return next(self._batches)
             except (RuntimeError, OSError, EOFError) as error:
                 is_late = str(error).startswith("DataLoader timed out")
                 is_broken = isinstance(error, ConnectionError | EOFError)  # the socket of a worker that is ending
-                verdict = self._watch.judge(0 if is_late else _ENDING if is_broken else _DETECTING)
-                if verdict is None and not is_late:
+                failure = self._watchdog.diagnose(0 if is_late else _ENDING if is_broken else _DETECTING)
+                if failure is None and not is_late:
                     raise
-            else:
-                self._watch.turns += 1
-                return batch
-        raise verdict
+        raise failure
 
 
 def _start(loader: DataLoader) -> tuple[Iterator[Any], list[BaseProcess]]:
     """Start torch's iterator. Return it and its worker processes."""
     others, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
-    batches = iter(loader)
+    with signals_held():
+        batches = iter(loader)
     # when a worker dies, torch's SIGCHLD handler would raise anywhere in this process, even while it saves a checkpoint
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
     return batches, [child for child in multiprocessing.active_children() if child not in others]
-
-
-def _begin_work(table: np.ndarray, worker: int) -> None:
-    """Set up a worker process. It must end with its parent; torch ends orphaned workers too, but not one that hangs."""
-    detach_worker()
-    # Use abstract sockets for the batches, because a killed worker would leave a named socket in the file system.
-    multiprocessing.connection.arbitrary_address = lambda family: f"\0maedistill-{uuid.uuid4().hex}"
-    get_worker_info().dataset.watch(table[worker])
-
-
-def _unpack(batch: Any) -> Any:
-    if isinstance(batch, UserError):
-        raise batch
-    return batch
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

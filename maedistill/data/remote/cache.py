@@ -31,39 +31,67 @@ _POLL = 0.05  # seconds between two attempts to make room
 _FRESH = 1.0  # seconds within which the time of last use is not updated again
 
 
+def user_cache() -> Path:
+    """Return our folder in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "maedistill")
+
+
+def default_folder() -> Path:
+    """Return the cache folder: MAEDISTILL_CACHE, else `maedistill/shards` in the user's cache."""
+    own = os.environ.get(FOLDER_VARIABLE)
+    return Path(own).expanduser().absolute() if own else user_cache() / "shards"
+
+
+def default_bound() -> int:
+    """Return the size limit of the cache in bytes: MAEDISTILL_CACHE_GB, else 100 GB. Raise `ConfigError` if invalid."""
+    text = os.environ.get(BOUND_VARIABLE, str(DEFAULT_GB))
+    try:
+        bound = int(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        bound = 0
+    if bound <= 0:
+        raise ConfigError(f"{BOUND_VARIABLE} is {text!r}", "give the gigabytes that the cache may take, e.g. 100")
+    return bound
+
+
 @dataclass(frozen=True)
 class ShardCache:
     """A folder with at most `max_bytes` of shards. All state is on disk, so pickling, forks and threads are safe."""
 
-    folder: Path = field(default_factory=lambda: default_folder())
-    max_bytes: int = field(default_factory=lambda: default_bound())
-    patience: RetryPolicy = field(default_factory=RetryPolicy)
+    folder: Path = field(default_factory=default_folder)
+    max_bytes: int = field(default_factory=default_bound)
+    policy: RetryPolicy = field(default_factory=RetryPolicy)
 
     def open(self, shard: RemoteShard) -> int:
         """Return a descriptor of the whole shard, with a shared lock; download it if necessary. The caller closes it.
 
         Raise `DataError` naming the URL if the download fails or differs from the index, or the cache is too small.
         """
-        with self._naming_errors():
-            while True:
-                if (found := self._open_whole(shard)) is not None:
-                    return found
-                if (found := self._download(shard, wait=True)) is not None:
-                    return found
+        descriptor = None
+        while descriptor is None:  # another process downloaded it, or evicted it before we held the lock
+            descriptor = self._get(shard, wait=True)
+        return descriptor
 
     def fetch(self, shard: RemoteShard) -> None:
         """Download the shard unless it is cached or another process is downloading it. Raise as `open` does."""
-        with self._naming_errors():
-            found = self._open_whole(shard)
-            if found is None:
-                found = self._download(shard, wait=False)
-        if found is not None:
-            os.close(found)
+        if (descriptor := self._get(shard, wait=False)) is not None:
+            os.close(descriptor)
 
     def discard(self, shard: RemoteShard) -> None:
         """Remove the shard, because it is damaged."""
         for path in self._whole(shard):
             path.unlink(missing_ok=True)
+
+    def _get(self, shard: RemoteShard, *, wait: bool) -> int | None:
+        """Return a descriptor of the shard; None if another process downloads it (`wait`: once that has ended)."""
+        try:
+            descriptor = self._open_whole(shard)
+            return self._download(shard, wait=wait) if descriptor is None else descriptor
+        except OSError as error:  # such as a full disk or missing permissions
+            raise DataError(
+                f"the cache of remote shards {self.folder} cannot be used: {error}",
+                f"free disk space, or name another folder: data.cache_folder=DIR, or {FOLDER_VARIABLE}=DIR",
+            ) from error
 
     def _whole(self, shard: RemoteShard) -> list[Path]:
         """Return the shard's possible cache files. Without a checksum, any cached version of the URL is a candidate."""
@@ -91,7 +119,6 @@ class ShardCache:
         return None
 
     def _download(self, shard: RemoteShard, *, wait: bool) -> int | None:
-        """Download the shard and return its descriptor; None if another process does so (`wait`: once it ends)."""
         part = self.folder / f"{_url_hash(shard.url)}-{shard.num_bytes}.part"
         descriptor, mine = self._reserve(shard, part)
         if descriptor is None:
@@ -102,7 +129,7 @@ class ShardCache:
                     fcntl.flock(descriptor, fcntl.LOCK_SH)  # until the writer ends, whose time is limited
                 os.close(descriptor)
                 return None
-            sha256 = download(shard, descriptor, patience=self.patience)
+            sha256 = download(shard, descriptor, policy=self.policy)
             os.fsync(descriptor)
             with self._locked() as folder:
                 part.rename(self.folder / f"{_url_hash(shard.url)}-{sha256[:16]}.tar")
@@ -115,7 +142,7 @@ class ShardCache:
 
     def _reserve(self, shard: RemoteShard, part: Path) -> tuple[int | None, bool]:
         """Make room for the `.part` and open it. Return it (None if the shard is whole) and whether we locked it."""
-        deadline = time.monotonic() + self.patience.longest
+        deadline = time.monotonic() + self.policy.max_seconds
         while True:
             with self._locked():
                 if any(path.exists() for path in self._whole(shard)):
@@ -126,10 +153,10 @@ class ShardCache:
                     return descriptor, _try_lock(descriptor)
                 others = any(self._files())  # all are in use; wait, as they may be released
             if too_large or not others or time.monotonic() > deadline:
-                allowed = f"{self.max_bytes / 1e9:g} GB"
                 raise DataError(
                     f"{shard.url} has {shard.num_bytes:,} bytes, for which the cache {self.folder} has no room",
-                    f"free disk space, or allow more than {allowed}: data.cache_gb=..., or {BOUND_VARIABLE}=...",
+                    f"free disk space, or allow more than {self.max_bytes / 1e9:g} GB: data.cache_gb=..., or "
+                    f"{BOUND_VARIABLE}=...",
                 )
             time.sleep(_POLL)
 
@@ -137,15 +164,14 @@ class ShardCache:
         """Evict unlocked files, least recently used first, until `needed` bytes fit. Return whether they fit."""
         files = sorted(self._files(), key=lambda file: file[2])
         used = sum(num_bytes for _, num_bytes, _ in files)
-        for path, num_bytes, _ in files:
-            if self._fits(used, needed):
-                break
-            if _remove_unused(path):
-                used -= num_bytes
-        return self._fits(used, needed)
 
-    def _fits(self, used: int, needed: int) -> bool:
-        return used + needed <= self.max_bytes and needed <= shutil.disk_usage(self.folder).free
+        def fits() -> bool:
+            return used + needed <= self.max_bytes and needed <= shutil.disk_usage(self.folder).free
+
+        for path, num_bytes, _ in files:
+            if not fits() and _remove_unused(path):
+                used -= num_bytes
+        return fits()
 
     def _files(self) -> Iterator[tuple[Path, int, float]]:
         """Yield the path, bytes and time of last use of each file. A `.part` counts with its final size."""
@@ -155,17 +181,6 @@ class ShardCache:
                     state = path.stat()
                     size = int(path.stem.rpartition("-")[2]) if path.suffix == ".part" else state.st_size
                     yield path, size, state.st_mtime
-
-    @contextmanager
-    def _naming_errors(self) -> Iterator[None]:
-        """Raise a `DataError` naming the folder for an `OSError`, such as a full disk or missing permissions."""
-        try:
-            yield
-        except OSError as error:
-            raise DataError(
-                f"the cache of remote shards {self.folder} cannot be used: {error}",
-                f"free disk space, or name another folder: data.cache_folder=DIR, or {FOLDER_VARIABLE}=DIR",
-            ) from error
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
@@ -187,25 +202,6 @@ def set_cache(*, folder: str | None, gigabytes: float | None) -> None:
         os.environ[BOUND_VARIABLE] = str(gigabytes)
 
 
-def default_folder() -> Path:
-    """Return the cache folder: MAEDISTILL_CACHE, else `maedistill/shards` in the user's cache."""
-    own = os.environ.get(FOLDER_VARIABLE)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(own).expanduser().absolute() if own else Path(cache, "maedistill", "shards")
-
-
-def default_bound() -> int:
-    """Return the size limit of the cache in bytes: MAEDISTILL_CACHE_GB, else 100 GB. Raise `ConfigError` if invalid."""
-    text = os.environ.get(BOUND_VARIABLE, str(DEFAULT_GB))
-    try:
-        bound = int(float(text) * 1e9)
-    except (ValueError, OverflowError):
-        bound = 0
-    if bound <= 0:
-        raise ConfigError(f"{BOUND_VARIABLE} is {text!r}", "give the gigabytes that the cache may take, e.g. 100")
-    return bound
-
-
 def _remove_unused(path: Path) -> bool:
     """Remove a file unless a process has locked it. Return whether it is gone."""
     try:
@@ -213,10 +209,9 @@ def _remove_unused(path: Path) -> bool:
     except FileNotFoundError:
         return True
     try:
-        if _try_lock(descriptor):
+        if is_unused := _try_lock(descriptor):
             path.unlink(missing_ok=True)
-            return True
-        return False
+        return is_unused
     finally:
         os.close(descriptor)
 

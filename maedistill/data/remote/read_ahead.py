@@ -26,19 +26,19 @@ class ReadAhead:
 
     def __init__(self, cache: ShardCache) -> None:
         self._cache = cache
-        self._todo: list[RemoteShard] = []
+        self._queue: list[RemoteShard] = []
         self._thread: threading.Thread | None = None
 
     def want(self, shards: Sequence[RemoteShard]) -> None:
         """Replace the list of shards to download. Return at once."""
-        self._todo = list(shards)
-        if self._todo and not (self._thread and self._thread.is_alive()):
+        self._queue = list(shards)
+        if self._queue and not (self._thread and self._thread.is_alive()):
             self._thread = threading.Thread(target=self._work, name="read-ahead", daemon=True)
             self._thread.start()
 
     def _work(self) -> None:
-        while todo := self._todo:
-            shard, self._todo = todo[0], todo[1:]
+        while queue := self._queue:
+            shard, self._queue = queue[0], queue[1:]
             try:
                 self._cache.fetch(shard)
             except DataError as error:  # the reader that needs this shard retries and raises
@@ -61,17 +61,14 @@ def check_window(shard_bytes: Sequence[int], *, window: int | None, cache_bytes:
     largest = largest_window(shard_bytes, cache_bytes)
     if (window or len(shard_bytes)) <= largest:
         return
-    whole = sum(shard_bytes) / 1e9
-    least = sum(sorted(shard_bytes)[-2:]) / 1e9
-    remedy = f"set data.shuffle_window={largest}, or data.cache_gb={_round_up(whole)}"
+    needed = sum(shard_bytes) if largest else sum(sorted(shard_bytes)[-2:])
+    gigabytes = f"{math.ceil(needed / 1e6) / 1000:g}"
+    remedy = f"set data.shuffle_window={largest}, or data.cache_gb={gigabytes}"
     if not largest:
-        remedy = f"set data.shuffle_window=1 and data.cache_gb={_round_up(least)} or more"
+        remedy = f"set data.shuffle_window=1 and data.cache_gb={gigabytes} or more"
     raise ConfigError(
-        f"data.shuffle_window is {window or 'null'}, but of {len(shard_bytes):,} remote shards ({whole:.3g} GB) only "
-        f"{largest} at a time fit twice into the cache of {cache_bytes / 1e9:g} GB",
+        f"data.shuffle_window is {window or 'null'}, but of {len(shard_bytes):,} remote shards "
+        f"({sum(shard_bytes) / 1e9:.3g} GB) only {largest} at a time fit twice into the cache of "
+        f"{cache_bytes / 1e9:g} GB",
         remedy,
     )
-
-
-def _round_up(gigabytes: float) -> str:
-    return f"{math.ceil(gigabytes * 1000) / 1000:g}"

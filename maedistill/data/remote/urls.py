@@ -1,18 +1,64 @@
-"""Check remote addresses, expand patterns, and read file sizes and small files.
+"""Check a URL, and make one attempt to read its file over HTTP, S3, Google Cloud Storage or the Hugging Face hub.
 
-    pattern -> list_urls -> URLs          URL -> file_size -> bytes          URL -> read_small -> content
+    URL -> open_stream -> Stream(start, size, tag, chunks)          every wait is limited; failures are TransferErrors
 
-`download.py` downloads the shards, into the cache.
+HTTP uses Python's urllib, so that it needs no extra package; the other schemes use fsspec. Only the schemes below are
+accepted: a URL never reaches a library that would interpret commands or chains of protocols in it.
 """
 
+import http.client
 import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
-from maedistill.data.remote.download import RetryPolicy, retry
-from maedistill.data.remote.streams import STORES, WEB, MissingError, TransferError, list_store, open_stream
+import fsspec
+from fsspec.asyn import sync
+
 from maedistill.errors import ConfigError
+
+WEB, STORES = ("http", "https"), ("s3", "gs", "hf")
+CHUNK = 1 << 20  # bytes per read of a web response
+PART = 16 << 20  # bytes per request to a store; each request must finish within the timeout
+SLOWEST = 1024  # bytes per second; a slower server counts as stalled
 
 _URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+:")
 _PLAIN = re.compile(r"([a-z0-9]+)://([^/\s]+)/[^\s]*")
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
+_TRY_AGAIN = (408, 425, 429)  # retryable 4xx codes; all 5xx codes are retried too
+_ABSENT, _FORBIDDEN = (404, 410), (401, 403)
+_BROKEN = (OSError, http.client.HTTPException)  # errors of a web connection; URLError and timeouts are OSErrors
+
+
+class TransferError(Exception):
+    """One failed attempt, with a message that says how it failed. `final`: a retry cannot help."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        final: bool = False,
+        remedy: str = "check the address, the rights and the network, then start again: what has arrived is kept",
+    ) -> None:
+        super().__init__(message)
+        self.final, self.remedy = final, remedy
+
+
+class MissingError(TransferError):
+    """The file does not exist, or the user has no access to it."""
+
+
+class Stream(NamedTuple):
+    """A remote file that is being read."""
+
+    start: int  # offset in the file at which `chunks` begin: the requested one, or 0
+    size: int | None  # bytes of the whole file, if the server states them
+    tag: str | None  # strong ETag, which changes whenever the file does
+    chunks: Iterator[bytes]
 
 
 def is_url(text: str) -> bool:
@@ -35,45 +81,120 @@ def check_url(url: str) -> None:
         )
 
 
-def list_urls(pattern: str, *, patience: RetryPolicy | None = None) -> list[str]:
-    """Return the URLs in a store that match a glob pattern. Raise `ConfigError` for the web, which has no listings."""
-    scheme, _, path = pattern.partition("://")
-    if scheme in WEB:
-        raise ConfigError(
-            f"{pattern!r} has a wildcard, and web servers do not list files", "write a range, as train-{0000..1023}.tar"
-        )
-    patience = patience or RetryPolicy()
-    files = retry(lambda: list_store(scheme, path, timeout=patience.timeout), pattern, patience=patience)
-    return [f"{scheme}://{file}" for file in files]
+@contextmanager
+def open_stream(
+    url: str, *, start: int = 0, last: int | None = None, tag: str | None = None, timeout: float
+) -> Iterator[Stream]:
+    """Open the byte range from `start` to `last` (inclusive) of a remote file.
+
+    The stream begins at byte 0 if the server does not support ranges. A store is read up to the end of the file.
+    tag: resume only if the file still has this tag, else begin again. Raise `TransferError`, also from `chunks`.
+    """
+    scheme, _, path = url.partition("://")
+    if scheme in STORES:
+        size = int(_ask(scheme, "info", path, timeout=timeout)["size"])
+        parts = ((begin, min(begin + PART, size)) for begin in range(start, size, PART))
+        read = (_ask(scheme, "cat_file", path, start=begin, end=end, timeout=timeout) for begin, end in parts)
+        yield Stream(start, size, None, read)
+        return
+    headers = {"Accept-Encoding": "identity", "User-Agent": "maedistill"}
+    if start or last is not None:
+        headers["Range"] = f"bytes={start}-{'' if last is None else last}"
+    if start and tag:
+        headers["If-Range"] = tag
+    try:
+        response = _web().open(urllib.request.Request(url, headers=headers), timeout=timeout)
+    except urllib.error.HTTPError as error:
+        with error:
+            message = f"the server answered {error.code} {error.reason}"
+            if error.code in (*_ABSENT, *_FORBIDDEN):
+                raise MissingError(message, final=True) from error
+            raise TransferError(message, final=error.code < 500 and error.code not in _TRY_AGAIN) from error
+    except _BROKEN as error:
+        raise TransferError(_describe(error)) from error
+    with response:
+        yield _read_response(response, start, timeout)
 
 
-def file_size(url: str, *, patience: RetryPolicy) -> int:
-    """Return the size of a remote file in bytes. Raise `DataError` if it is missing or its size is not stated."""
-
-    def attempt() -> int:
-        with open_stream(url, last=0, timeout=patience.timeout) as stream:
-            if stream.size is None:
-                raise TransferError("the server does not tell the file's size", final=True)
-            return stream.size
-
-    return retry(attempt, url, patience=patience)
+def list_store(scheme: str, pattern: str, *, timeout: float) -> list[str]:
+    """Return the paths in a store that match a glob pattern. Raise `TransferError`."""
+    return _ask(scheme, "glob", pattern, timeout=timeout)
 
 
-def read_small(url: str, *, patience: RetryPolicy, most: int = 1 << 30) -> bytes | None:
-    """Read a small file, e.g. an index; None if it is missing. Raise `DataError` on failure or above `most` bytes."""
+def _read_response(response: http.client.HTTPResponse, start: int, timeout: float) -> Stream:
+    length, tag = response.headers.get("Content-Length"), response.headers.get("ETag")
+    size, begin = int(length) if length and length.isdigit() else None, 0
+    if response.status == http.HTTPStatus.PARTIAL_CONTENT:
+        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if not match or int(match[1]) != start:
+            raise TransferError("the server sent another part of the file than was asked for")
+        begin, size = start, int(match[2])
+    elif response.status != http.HTTPStatus.OK:
+        raise TransferError(f"the server answered {response.status} {response.reason}", final=True)
+    strong = tag if tag and not tag.startswith("W/") else None
+    return Stream(begin, size, strong, _read_chunks(response, timeout))
 
-    def attempt() -> bytes | None:
-        data = bytearray()
+
+def _read_chunks(response: http.client.HTTPResponse, timeout: float) -> Iterator[bytes]:
+    """Yield chunks; each read waits at most `timeout` seconds. Raise `TransferError` below `SLOWEST` bytes/s."""
+    mark, arrived = time.monotonic(), 0
+    while True:
         try:
-            with open_stream(url, timeout=patience.timeout) as stream:
-                for chunk in stream.chunks:
-                    data += chunk
-                    if len(data) > most:
-                        raise TransferError(f"the file has more than {most:,} bytes", final=True)
-        except MissingError:
-            return None
-        if stream.size is not None and len(data) != stream.size:
-            raise TransferError(f"it ended after {len(data):,} of {stream.size:,} bytes")
-        return bytes(data)
+            chunk = response.read1(CHUNK)
+        except _BROKEN as error:
+            raise TransferError(_describe(error)) from error
+        if not chunk:
+            return
+        arrived += len(chunk)
+        if (spent := time.monotonic() - mark) > timeout:
+            if arrived < SLOWEST * spent:
+                raise TransferError(f"the server stalls: {arrived:,} bytes in {spent:.0f} s")
+            mark, arrived = time.monotonic(), 0
+        yield chunk
 
-    return retry(attempt, url, patience=patience)
+
+def _ask(scheme: str, method: str, *arguments: Any, timeout: float, **keywords: Any) -> Any:
+    """Call a method of a store. `timeout` applies to asynchronous stores only; the others have limits of their own."""
+    assert scheme in STORES
+    try:
+        store = fsspec.filesystem(scheme)
+    except ImportError as error:
+        raise ConfigError(f"{scheme}:// needs a package: {error}", "pip install 'maedistill[remote]'") from error
+    try:
+        if store.async_impl:
+            return sync(store.loop, getattr(store, f"_{method}"), *arguments, timeout=timeout, **keywords)
+        return getattr(store, method)(*arguments, **keywords)
+    except FileNotFoundError as error:
+        raise MissingError("it does not exist", final=True) from error
+    except TimeoutError as error:
+        raise TransferError(f"no answer within {timeout:g} s") from error
+    except PermissionError as error:
+        raise MissingError(f"access is denied ({_describe(error)})", final=True) from error
+    except Exception as error:  # each store's client has its own exceptions, without a common base class
+        raise TransferError(_describe(error)) from error
+
+
+def _describe(error: Exception) -> str:
+    error = error.reason if isinstance(getattr(error, "reason", None), Exception) else error  # what a URLError wraps
+    return f"{type(error).__name__}: {error}"
+
+
+class _SafeRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to web addresses only, and never from https to http."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        if urlsplit(newurl).scheme not in (("https",) if req.type == "https" else WEB):
+            raise TransferError("the server redirects to an address that is not followed", final=True)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _web() -> urllib.request.OpenerDirector:
+    """Return an opener for http(s) only; `build_opener` adds ftp:, file: and data:. The environment sets proxies."""
+    opener = urllib.request.OpenerDirector()
+    request = urllib.request
+    plain = (request.ProxyHandler, request.UnknownHandler, request.HTTPHandler, request.HTTPSHandler)
+    for handler in (*plain, request.HTTPDefaultErrorHandler, _SafeRedirects, request.HTTPErrorProcessor):
+        opener.add_handler(handler())
+    return opener

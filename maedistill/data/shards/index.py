@@ -14,7 +14,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from maedistill.data.remote.download import RetryPolicy
-from maedistill.data.remote.urls import check_url, is_url, read_small
+from maedistill.data.remote.cache import user_cache
+from maedistill.data.remote.download import read_small
+from maedistill.data.remote.urls import check_url, is_url
 from maedistill.data.shards.index_check import check_arrays, check_text, is_text, parse_json
 from maedistill.data.shards.patterns import find_shards, split_name
 from maedistill.data.shards.scan import NO_LABEL, ShardScan, scan_shards
-from maedistill.errors import DataError
+from maedistill.errors import DataError, join_first
 
 FORMAT = 1
 SUFFIX = ".index.safetensors"
@@ -54,7 +55,7 @@ class ShardIndex:
     classes: tuple[str, ...]  # names, position = label; empty if the names are unknown
     key_text: np.ndarray  # uint8, all keys concatenated, in UTF-8
     key_ends: np.ndarray  # int64 [n]
-    made: dict[str, Any] = field(default_factory=dict)  # provenance: the settings of make_shards, or SCANNED
+    provenance: dict[str, Any] = field(default_factory=dict)  # the settings of make_shards, or SCANNED
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -101,38 +102,36 @@ def open_index(shards: str, *, index: str | None = None) -> ShardIndex:
     """
     paths = find_shards(shards)
     folder = os.path.dirname(paths[0])
-    where = index or os.path.join(folder, split_name(paths) + SUFFIX)
-    beside = _fetch_index(where) if is_url(where) else Path(where)
+    address = index or os.path.join(folder, split_name(paths) + SUFFIX)
+    beside = _fetch_index(address) if is_url(address) else Path(address)
     if index and not beside.is_file():
         raise DataError(f"the index {index} does not exist", "leave data.index out: the shards are then scanned once")
     file = beside if beside.is_file() else _cache_file(paths)
-    known = load_index(file) if file.is_file() else None
-    names = set(known.shards) if known else set()
-    unknown = [path for path in paths if os.path.basename(path) not in names]
-    if known and unknown and (index or is_url(folder) or known.made != SCANNED):
+    stored = load_index(file) if file.is_file() else None
+    names = set(stored.shards) if stored else set()
+    missing = [path for path in paths if os.path.basename(path) not in names]
+    if stored and missing and (index or is_url(folder) or stored.provenance != SCANNED):
         raise DataError(
-            f"{unknown[0]} is not in the index {where} ({len(unknown)} such shards)",
+            f"{missing[0]} is not in the index {address} ({len(missing)} such shards)",
             "name only shards of the index, or remove that file: the shards are then scanned once",
         )
-    if unknown:  # no index yet, or one of fewer shards: scan all shards
-        old = [path for path in (os.path.join(folder, name) for name in names) if os.path.isfile(path)]
-        todo = sorted({*old, *paths})
-        known = index_of(todo, scan_shards(todo), classes=read_classes(folder), made=SCANNED)
-        file = _save_where_possible(known, None if is_url(folder) else beside, _cache_file(paths))
-    assert known is not None
-    found = select_shards(known, paths)
-    _check_sizes(found, file)
-    if not len(found):
+    if stored is None or missing:  # a scan of fewer shards is extended
+        others = [path for path in (os.path.join(folder, name) for name in names) if os.path.isfile(path)]
+        scanned = sorted({*others, *paths})
+        stored = index_of(scanned, scan_shards(scanned), classes=read_classes(folder), provenance=SCANNED)
+        file = _save_where_possible(stored, None if is_url(folder) else beside, _cache_file(paths))
+    selected = select_shards(stored, paths)
+    _check_sizes(selected, file)
+    if not len(selected):
         raise DataError(f"{shards!r} holds no images", "name others, or write shards with tools/make_shards.py")
-    return found
+    return selected
 
 
 def index_of(
-    paths: Sequence[str], scans: Sequence[ShardScan], *, classes: tuple[str, ...], made: dict[str, Any]
+    paths: Sequence[str], scans: Sequence[ShardScan], *, classes: tuple[str, ...], provenance: dict[str, Any]
 ) -> ShardIndex:
     """Combine shard scans into one index. Raise `DataError` for a label without a class name."""
-    keys = [key.encode() for scan in scans for key in scan.keys]
-    found = ShardIndex(
+    index = ShardIndex(
         shards=tuple(paths),
         shard_bytes=tuple(scan.num_bytes for scan in scans),
         shard_sha256=tuple(scan.sha256 for scan in scans),
@@ -141,25 +140,23 @@ def index_of(
         sizes=np.array([size for scan in scans for size in scan.sizes], dtype=np.int64),  # [n]
         labels=np.array([label for scan in scans for label in scan.labels], dtype=np.int64),  # [n]
         classes=classes,
-        key_text=np.frombuffer(b"".join(keys), dtype=np.uint8),
-        key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),  # [n]
-        made=made,
+        provenance=provenance,
+        **_joined(key for scan in scans for key in scan.keys),
     )
     ignored: Counter[str] = Counter()
     for scan in scans:
         ignored.update(scan.ignored)
     if ignored:
-        most, kinds = dict(ignored.most_common(MOST_SUFFIXES)), len(ignored)
-        rest = f" and {kinds - MOST_SUFFIXES:,} more" if kinds > MOST_SUFFIXES else ""
-        _log.warning("members that are neither image nor label are never opened: %s%s", most, rest)
-    if classes and found.labels.max(initial=NO_LABEL) >= len(classes):
-        i = int(found.labels.argmax())
+        counts = join_first([f"{suffix!r}: {count}" for suffix, count in ignored.most_common()], MOST_SUFFIXES)
+        _log.warning("members that are neither image nor label are never opened: {%s}", counts)
+    if classes and index.labels.max(initial=NO_LABEL) >= len(classes):
+        i = int(index.labels.argmax())
         raise DataError(
-            f"{found.shards[found.shard_of(i)]}: {found.key(i)!r} has the label {found.labels[i]}, but {CLASSES_FILE} "
+            f"{index.shards[index.shard_of(i)]}: {index.key(i)!r} has the label {index.labels[i]}, but {CLASSES_FILE} "
             f"names {len(classes)} classes",
             f"correct {CLASSES_FILE} beside the shards (a JSON list of names, position = label), or remove it",
         )
-    return found
+    return index
 
 
 def select_shards(index: ShardIndex, paths: Sequence[str]) -> ShardIndex:
@@ -170,7 +167,6 @@ def select_shards(index: ShardIndex, paths: Sequence[str]) -> ShardIndex:
         return replace(index, shards=tuple(paths))
     spans = [np.arange(index.starts[row], index.starts[row + 1]) for row in rows]
     chosen = np.concatenate(spans)  # [n]
-    keys = [index.key(i).encode() for i in chosen]
     return replace(
         index,
         shards=tuple(paths),
@@ -180,13 +176,19 @@ def select_shards(index: ShardIndex, paths: Sequence[str]) -> ShardIndex:
         offsets=index.offsets[chosen],
         sizes=index.sizes[chosen],
         labels=index.labels[chosen],
-        key_text=np.frombuffer(b"".join(keys), dtype=np.uint8),
-        key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),  # [n]
+        **_joined(index.key(i) for i in chosen),
     )
 
 
+def _joined(keys: Iterable[str]) -> dict[str, np.ndarray]:
+    """Return the fields of an index that hold the keys of its samples."""
+    encoded = [key.encode() for key in keys]
+    ends = np.cumsum([len(key) for key in encoded], dtype=np.int64)  # [n]
+    return {"key_text": np.frombuffer(b"".join(encoded), dtype=np.uint8), "key_ends": ends}
+
+
 def save_index(index: ShardIndex, file: Path) -> None:
-    """Write the index under a temporary name, then rename it, so that a reader never sees a partial file."""
+    """Write the index to a file, which replaces the old one at once."""
     arrays = {name: getattr(index, name) for name in _ARRAYS}
     text = {
         "format": FORMAT,
@@ -194,12 +196,10 @@ def save_index(index: ShardIndex, file: Path) -> None:
         "shard_bytes": index.shard_bytes,
         "shard_sha256": index.shard_sha256,
         "classes": index.classes,
-        "made": index.made,
+        "made": index.provenance,
     }
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     # one metadata entry: safetensors writes several in random order, and the file must be reproducible
-    temporary.write_bytes(save(arrays, {"index": json.dumps(text)}))
-    temporary.replace(file)
+    _write(file, save(arrays, {"index": json.dumps(text)}))
 
 
 def load_index(file: Path) -> ShardIndex:
@@ -219,16 +219,13 @@ def load_index(file: Path) -> ShardIndex:
             "remove it: the shards are then scanned once",
         ) from error
     lists = {name: tuple(text[name]) for name in ("shards", "shard_bytes", "shard_sha256", "classes")}
-    return ShardIndex(**lists, **arrays, made=text["made"])
+    return ShardIndex(**lists, **arrays, provenance=text["made"])
 
 
 def read_classes(folder: str) -> tuple[str, ...]:
     """Read the class names from `classes.json`, a JSON list, in the shards' folder; empty if there is no such file."""
     file = f"{folder}/{CLASSES_FILE}"
-    if is_url(folder):
-        data = read_small(file, patience=RetryPolicy())
-    else:
-        data = Path(file).read_bytes() if os.path.isfile(file) else None
+    data = read_small(file) if is_url(folder) else Path(file).read_bytes() if os.path.isfile(file) else None
     if data is None:
         return ()
     try:
@@ -243,29 +240,19 @@ def read_classes(folder: str) -> tuple[str, ...]:
 def _check_sizes(index: ShardIndex, file: Path) -> None:
     """Check that each shard has the size in the index: a cheap test for changed or partly copied files."""
     for path, expected in zip(index.shards, index.shard_bytes, strict=True):
-        if not is_url(path) and (found := os.stat(path).st_size) != expected:
+        if not is_url(path) and (size := os.stat(path).st_size) != expected:
             remedy = "copy the shard again"
-            if index.made == SCANNED:
+            if index.provenance == SCANNED:
                 remedy += f", or, if it was changed on purpose, remove {file}: the shards are then scanned once"
-            raise DataError(f"{path} has {found:,} bytes, but its index says {expected:,}", remedy)
+            raise DataError(f"{path} has {size:,} bytes, but its index says {expected:,}", remedy)
 
 
-def _cache_file(paths: Sequence[str]) -> Path:
+def _cache_file(paths: tuple[str, ...]) -> Path:
     """Return the cached index file of these shards. Its name changes when a local shard changes (size or mtime)."""
-    states = [(path, *_state(path)) for path in paths]
+    stats = [(path, None if is_url(path) else os.stat(path)) for path in paths]
+    states = [(path, stat.st_size, stat.st_mtime_ns) if stat else (path,) for path, stat in stats]
     digest = hashlib.sha256(json.dumps(states).encode()).hexdigest()[:24]
-    return _cache_folder() / f"{split_name(tuple(paths))}-{digest}{SUFFIX}"
-
-
-def _state(path: str) -> tuple[int, ...]:
-    if is_url(path):
-        return ()
-    stat = os.stat(path)
-    return (stat.st_size, stat.st_mtime_ns)
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "maedistill", "index")
+    return user_cache() / "index" / f"{split_name(paths)}-{digest}{SUFFIX}"
 
 
 def _fetch_index(url: str) -> Path:
@@ -274,14 +261,11 @@ def _fetch_index(url: str) -> Path:
     It is downloaded on every call, because the shards may have been rewritten.
     """
     check_url(url)
-    file = _cache_folder() / f"{hashlib.sha256(url.encode()).hexdigest()}{SUFFIX}"
-    if (data := read_small(url, patience=RetryPolicy())) is None:
+    file = user_cache() / "index" / f"{hashlib.sha256(url.encode()).hexdigest()}{SUFFIX}"
+    if (data := read_small(url)) is None:
         file.unlink(missing_ok=True)
-        return file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.replace(file)
+    else:
+        _write(file, data)
     return file
 
 
@@ -292,8 +276,15 @@ def _save_where_possible(index: ShardIndex, beside: Path | None, cached: Path) -
         save_index(index, beside)
         return beside
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
         save_index(index, cached)
     except OSError as error:
         _log.warning("the index could not be saved and will be made again next time: %s", error)
     return cached
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Write a file under a temporary name, then rename it, so that a reader never sees a part of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    temporary.replace(file)

@@ -62,11 +62,7 @@ def check_arrays(arrays: Mapping[str, np.ndarray], text: Mapping[str, Any]) -> N
     _require(bool(inside.all()), "an image leads out of its shard")
     most = len(text["classes"]) or MOST_CLASSES
     _require(bool(((labels >= -1) & (labels < most)).all()), f"a label is not below {most:,}")
-    _check_keys(arrays["key_text"], arrays["key_ends"])
-
-
-def _check_keys(letters: np.ndarray, ends: np.ndarray) -> None:
-    """Check the concatenated keys [n]: valid UTF-8, and no key ends within a character."""
+    letters, ends = arrays["key_text"], arrays["key_ends"]  # [letters], [n]
     _require(_rises(ends, len(letters)) and ends[-1:].sum() == len(letters), "the keys do not cover their text")
     letters.tobytes().decode()  # UnicodeDecodeError is a ValueError
     first = letters[ends[ends < len(letters)]]  # first byte of each key but the first

@@ -11,8 +11,9 @@ import itertools
 import os
 import re
 
-from maedistill.data.remote.urls import check_url, is_url, list_urls
-from maedistill.errors import ConfigError, DataError
+from maedistill.data.remote.download import list_urls
+from maedistill.data.remote.urls import check_url, is_url
+from maedistill.errors import ConfigError, DataError, join_first
 
 MOST_NAMES = 1_000_000  # a limit that catches typing errors such as {0..99999999}
 MOST_LETTERS = 500_000_000  # of all names together, so that a long pattern cannot exhaust memory
@@ -29,35 +30,30 @@ def find_shards(shards: str) -> tuple[str, ...]:
 
     Raise `ConfigError` for an invalid pattern, `DataError` for missing files.
     """
+    pattern = repr(_cut(shards))
     if _UNPRINTABLE.search(shards):
-        raise ConfigError(f"{_shown(shards)} has a character that is not text", "write one plain line in UTF-8")
+        raise ConfigError(f"{pattern} has a character that is not text", "write one plain line in UTF-8")
     names = expand_braces(shards.removeprefix("file://") if shards.startswith("file:///") else shards)
     if (longest := max(map(len, names))) > LONGEST_PATH:
-        raise ConfigError(
-            f"{_shown(shards)} means paths of {longest:,} letters", f"at most {LONGEST_PATH:,} are allowed"
-        )
-    if remote := any(map(is_url, names)):  # test the expanded names: `{pi,}pe:...` is as unsafe as `pipe:...`
-        paths = sorted(itertools.chain.from_iterable(map(_expand_url, names)))
-    else:
-        paths = sorted(itertools.chain.from_iterable(map(_expand_path, names)))
+        raise ConfigError(f"{pattern} means paths of {longest:,} letters", f"at most {LONGEST_PATH:,} are allowed")
+    is_remote = any(map(is_url, names))  # test the expanded names: `{pi,}pe:...` is as unsafe as `pipe:...`
+    paths = sorted(path for name in names for path in (_expand_url(name) if is_remote else _expand_path(name)))
     if not paths:
+        raise DataError(f"no file matches {pattern}", "check the path, or write shards with tools/make_shards.py")
+    if not is_remote and (missing := [path for path in paths if not os.path.isfile(path)]):
         raise DataError(
-            f"no file matches {_shown(shards)}", "check the path, or write shards with tools/make_shards.py"
-        )
-    if not remote and (missing := [path for path in paths if not os.path.isfile(path)]):
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise DataError(
-            f"{len(missing)} of {len(paths)} shards are missing: {', '.join(map(_cut, missing[:5]))}{more}",
+            f"{len(missing)} of {len(paths)} shards are missing: {join_first(list(map(_cut, missing)), 5)}",
             "copy the missing shards, or correct the range in the pattern",
         )
-    if foul := [path for path in paths if _UNPRINTABLE.search(path)]:
-        raise DataError(f"the name of {_shown(foul[0])} is not plain text", "rename the file, or leave it out")
-    for before, after in itertools.pairwise(paths):
-        if before == after:
-            raise ConfigError(f"{_shown(shards)} names {_cut(after)} twice", "name each shard once")
-    if len(folders := sorted({os.path.dirname(path) for path in paths})) > 1:
-        spanned = ", ".join(map(_cut, folders[:5]))
-        raise ConfigError(f"{_shown(shards)} spans several folders: {spanned}", "put the shards in one folder")
+    if unprintable := next(filter(_UNPRINTABLE.search, paths), None):
+        raise DataError(f"the name of {_cut(unprintable)!r} is not plain text", "rename the file, or leave it out")
+    if repeated := next((path for path, after in itertools.pairwise(paths) if path == after), None):
+        raise ConfigError(f"{pattern} names {_cut(repeated)} twice", "name each shard once")
+    if len(folders := sorted(set(map(os.path.dirname, paths)))) > 1:
+        raise ConfigError(
+            f"{pattern} spans several folders: {join_first(list(map(_cut, folders)), 5)}",
+            "put the shards in one folder",
+        )
     return tuple(paths)
 
 
@@ -65,17 +61,15 @@ def expand_braces(pattern: str) -> list[str]:
     """Expand `a-{08..10}-{x,y}` to a-08-x, a-08-y, a-09-x, ...; a range keeps its leading zeros."""
     parts = _BRACES.split(pattern)  # text and brace contents alternate
     if any(brace in text for text in parts[::2] for brace in "{}"):
-        raise ConfigError(f"{_shown(pattern)} has a brace without its partner", "write a range as {000000..000008}")
-    choices = [_expand_choices(inside, pattern) for inside in parts[1::2]]
+        raise ConfigError(f"{_cut(pattern)!r} has a brace without its partner", "write a range as {000000..000008}")
+    choices = [[part] if i % 2 == 0 else _expand_choices(part, pattern) for i, part in enumerate(parts)]
     total = 1
     for choice in choices:
         total *= len(choice)
         if total > MOST_NAMES or total * len(pattern) > MOST_LETTERS:  # a name is never longer than its pattern
             remedy = f"at most {MOST_NAMES:,} are allowed: check the range"
-            raise ConfigError(f"{_shown(pattern)} means {total:,} shards or more", remedy)
-    texts = [[text] for text in parts[::2]]
-    columns = [column for pair in itertools.zip_longest(texts, choices, fillvalue=[""]) for column in pair]
-    return ["".join(row) for row in itertools.product(*columns)]
+            raise ConfigError(f"{_cut(pattern)!r} means {total:,} shards or more", remedy)
+    return ["".join(row) for row in itertools.product(*choices)]
 
 
 def split_name(paths: tuple[str, ...]) -> str:
@@ -85,54 +79,43 @@ def split_name(paths: tuple[str, ...]) -> str:
     return shared.rstrip("0123456789-_.") or "shards"
 
 
-def _expand_choices(inside: str, pattern: str) -> list[str] | range:
+def _expand_choices(inside: str, pattern: str) -> list[str]:
     """Expand the contents of one pair of braces. The range is checked before anything large is built."""
     braces = _cut(f"{{{inside}}}")
     if "," in inside:
         return inside.split(",")
     match = _RANGE.fullmatch(inside)
     if not match:
-        raise ConfigError(f"{braces} in {_shown(pattern)} is no range", "write a range as {000000..000008}")
+        raise ConfigError(f"{braces} in {_cut(pattern)!r} is no range", "write a range as {000000..000008}")
     first, last = match.groups()
-    padded = first.startswith("0") and len(first) > 1
-    if int(first) > int(last) or (padded and len(first) != len(last)):
+    width = len(first) if first.startswith("0") and len(first) > 1 else 0
+    if int(first) > int(last) or (width and len(last) != width):
         raise ConfigError(
-            f"the range {braces} in {_shown(pattern)} runs backwards or changes its width",
+            f"the range {braces} in {_cut(pattern)!r} runs backwards or changes its width",
             "write both ends with the same number of digits, the smaller first",
         )
     numbers = range(int(first), int(last) + 1)
     if len(numbers) > MOST_NAMES:
         raise ConfigError(f"{braces} means {len(numbers):,} shards", f"at most {MOST_NAMES:,} are allowed")
-    return [str(number).zfill(len(first) if padded else 0) for number in numbers]
+    return [str(number).zfill(width) for number in numbers]
 
 
 def _expand_url(url: str) -> list[str]:
     check_url(url)
-    found = list_urls(url) if glob.has_magic(url) else [url]
-    for each in found:
+    urls = list_urls(url) if glob.has_magic(url) else [url]
+    for each in urls:
         check_url(each)
-    return found
+    return urls
 
 
 def _expand_path(name: str) -> list[str]:
     """Expand a glob. An existing path is returned unchanged, because a file name may contain `[`."""
     path = os.path.abspath(os.path.expanduser(name))
     if os.path.isdir(path):
-        raise ConfigError(
-            f"{_shown(name)} is a folder, not shards", f"name the shards of one split: '{_suggest(path)}'"
-        )
+        tars = sorted(name for name in os.listdir(path) if name.endswith(".tar"))
+        example = os.path.join(path, f"{split_name((tars[0],))}-*.tar" if tars else "train-*.tar")
+        raise ConfigError(f"{_cut(name)!r} is a folder, not shards", f"name the shards of one split: '{example}'")
     return glob.glob(path) if glob.has_magic(path) and not os.path.exists(path) else [path]
-
-
-def _suggest(folder: str) -> str:
-    """Return a pattern for the first split in a folder of shards."""
-    tars = sorted(name for name in os.listdir(folder) if name.endswith(".tar"))
-    return os.path.join(folder, f"{split_name((tars[0],))}-*.tar" if tars else "train-*.tar")
-
-
-def _shown(text: str) -> str:
-    """Return a shortened text in quotes, for error messages."""
-    return repr(_cut(text))
 
 
 def _cut(text: str) -> str:

@@ -3,11 +3,13 @@
 ShardIndex, sample id -> ShardReader.read -> bytes
 """
 
+import itertools
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
+from maedistill.data.images.decode import BadImage
 from maedistill.data.remote.cache import ShardCache, default_bound
 from maedistill.data.remote.download import RemoteShard
 from maedistill.data.remote.read_ahead import ReadAhead, check_window
@@ -17,6 +19,8 @@ from maedistill.data.shards.tars import BLOCK, is_header_of
 from maedistill.errors import DataError
 
 MOST_OPEN = 64  # shards; many systems allow 1,024 open files, and the workers' sockets and pipes need some of them
+MOST_BAD = 16  # after this many bad samples in a row, the whole data set is considered bad
+Image = TypeVar("Image")
 
 
 def sample_name(index: ShardIndex, sample: int) -> str:
@@ -37,40 +41,53 @@ class ShardReader:
     It is not thread-safe: one thread could close a file that another reads. A remote shard is reopened for each read,
     which takes microseconds, so that no reader keeps the cache from evicting a shard that it no longer needs.
 
-    cache: for remote shards; None for the one set by the environment. The watchdog may set the callback `note`, which
-    gets each sample id before it is read, and whether the sample's shard may have to be downloaded first.
+    cache: for remote shards; None for the one set by the environment. The watchdog may set the callback `on_read`,
+    which gets each sample id before it is read, and whether the sample's shard may have to be downloaded first.
     """
 
-    def __init__(self, index: ShardIndex, *, cache: ShardCache | None = None) -> None:
-        self.index = index
-        self._cache = cache or (ShardCache() if any(map(is_url, index.shards)) else None)
+    def __init__(self, index: ShardIndex, cache: ShardCache | None = None) -> None:
+        self.index, self.is_remote = index, any(map(is_url, index.shards))
+        self._cache = cache or (ShardCache() if self.is_remote else None)
+        self.longest_fetch = self._cache.policy.max_seconds if self._cache else 0.0  # seconds per shard
         self._ahead = ReadAhead(self._cache) if self._cache else None
-        self.note: Callable[[int, bool], None] = _note_nothing
+        self.on_read: Callable[[int, bool], None] = lambda sample, fetching: None
         self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
 
     def read(self, i: int) -> bytes:
         """Return the encoded bytes of sample `i`. Raise `DataError` if its shard is missing, changed or unreadable."""
         shard = self.index.shard_of(i)
+        is_remote = is_url(self.index.shards[shard])
         try:
-            if is_url(self.index.shards[shard]):
-                return self._read_cached(i, shard)
-            self.note(i, False)
-            return self._read(self._descriptor(shard), i, shard)
+            self.on_read(i, is_remote)
+            if not is_remote:
+                return self._read(self._descriptor(shard), i, shard)
+            descriptor = self._cache.open(self._remote(shard))
+            try:
+                self.on_read(i, False)
+                return self._read(descriptor, i, shard)
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise DataError(
                 f"{sample_name(self.index, i)} cannot be read: {error.strerror}",
                 "see to the rights, and to the disk or network drive that the shard is on, then start again",
             ) from error
 
-    @property
-    def is_remote(self) -> bool:
-        """Return whether any shard is remote."""
-        return self._cache is not None
+    def read_first(self, candidates: Iterable[int], decode: Callable[[bytes], Image]) -> tuple[Image, int, list[str]]:
+        """Return the first candidate that can be decoded, its id, and a message for each one before it.
 
-    @property
-    def longest_fetch(self) -> float:
-        """Return how many seconds the download of a shard may take."""
-        return self._cache.patience.longest if self._cache else 0.0
+        Raise `DataError` after `MOST_BAD` samples for which `decode` raises `BadImage`.
+        """
+        bad: list[str] = []
+        for sample in itertools.islice(candidates, MOST_BAD):
+            try:
+                return decode(self.read(sample)), sample, bad
+            except BadImage as error:
+                bad.append(f"{sample_name(self.index, sample)}: {error}")
+        raise DataError(
+            f"{MOST_BAD} samples in a row could not be decoded, the last is {bad[-1]}",
+            "check the shards with tools/make_shards.py --verify",
+        )
 
     def read_ahead(self, shards: Sequence[int]) -> None:
         """Prefetch remote shards into the cache in the background. `shards` are needed next, in this order."""
@@ -79,16 +96,6 @@ class ShardReader:
 
     def _remote(self, shard: int) -> RemoteShard:
         return RemoteShard(self.index.shards[shard], self.index.shard_bytes[shard], self.index.shard_sha256[shard])
-
-    def _read_cached(self, i: int, shard: int) -> bytes:
-        assert self._cache is not None
-        self.note(i, True)
-        descriptor = self._cache.open(self._remote(shard))
-        self.note(i, False)
-        try:
-            return self._read(descriptor, i, shard)
-        finally:
-            os.close(descriptor)
 
     def _read(self, descriptor: int, i: int, shard: int) -> bytes:
         size, offset = int(self.index.sizes[i]), int(self.index.offsets[i])
@@ -102,11 +109,6 @@ class ShardReader:
             data += more
         return data
 
-    def close(self) -> None:
-        """Close all shards. The next read opens its shard again."""
-        while self._open:
-            os.close(self._open.popitem()[1])
-
     def _descriptor(self, shard: int) -> int:
         if shard in self._open:
             self._open.move_to_end(shard)
@@ -114,7 +116,7 @@ class ShardReader:
         if len(self._open) == MOST_OPEN:
             os.close(self._open.popitem(last=False)[1])
         try:
-            descriptor = os.open(self.index.shards[shard], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            descriptor = os.open(self.index.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise DataError(f"{self.index.shards[shard]} is gone", "put the shard back, then start again") from error
         self._open[shard] = descriptor
@@ -124,20 +126,12 @@ class ShardReader:
 
     def _changed(self, shard: int, how: str) -> DataError:
         return DataError(
-            f"{self.index.shards[shard]} {how}",
-            "copy the shard again; do not write shards while a run reads them",
+            f"{self.index.shards[shard]} {how}", "copy the shard again; do not write shards while a run reads them"
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"index": self.index, "cache": self._cache}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["index"], cache=state["cache"])
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardReader, (self.index, self._cache)
 
     def __del__(self) -> None:
-        if hasattr(self, "_open"):
-            self.close()
-
-
-def _note_nothing(sample: int, fetching: bool) -> None:
-    pass
+        for descriptor in getattr(self, "_open", {}).values():  # it is absent if the environment's cache is invalid
+            os.close(descriptor)

@@ -17,8 +17,8 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from maedistill.data.remote.cache import ShardCache
-from maedistill.data.remote.download import RemoteShard
-from maedistill.data.remote.urls import file_size, is_url
+from maedistill.data.remote.download import RemoteShard, file_size
+from maedistill.data.remote.urls import is_url
 from maedistill.data.shards.tars import walk_tar
 from maedistill.errors import DataError
 
@@ -61,8 +61,7 @@ def scan_shard(path: str) -> ShardScan:
     if not is_url(path):
         with open(path, "rb") as file:
             return _scan(file, path)
-    cache = ShardCache()
-    shard = RemoteShard(path, file_size(path, patience=cache.patience))
+    cache, shard = ShardCache(), RemoteShard(path, file_size(path))
     with open(cache.open(shard), "rb") as file:
         try:
             return _scan(file, path)
@@ -72,23 +71,29 @@ def scan_shard(path: str) -> ShardScan:
 
 
 def _scan(file: BinaryIO, path: str) -> ShardScan:
-    images: dict[str, tuple[int, int]] = {}
+    images: dict[str, tuple[int, int]] = {}  # key -> offset, size
     labels: dict[str, int] = {}
     ignored: Counter[str] = Counter()
     num_bytes, sha256 = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
     for name, offset, size in walk_tar(file, path):
         key, _, suffix = name.rpartition(".")
-        suffix, group = suffix.lower(), None
-        if suffix in IMAGE_SUFFIXES and not _is_resource_fork(name):
-            group, value = images, (offset, size)
-        elif suffix == LABEL_SUFFIX and not _is_resource_fork(name):
-            group, value = labels, _read_label(path, file, name, offset, size)
-        if group is None:
+        suffix = suffix.lower()
+        is_label = suffix == LABEL_SUFFIX
+        is_resource_fork = name.rpartition("/")[2].startswith("._")  # metadata with an image's suffix, by macOS's tar
+        if is_resource_fork or not (is_label or suffix in IMAGE_SUFFIXES):
             ignored["." + suffix if key else name] += 1
-        elif key in group:
+        elif key in (labels if is_label else images):
             raise DataError(f"{path}: the key {key!r} occurs twice", "write this shard again with unique keys")
+        elif is_label:
+            text = os.pread(file.fileno(), min(size, 16), offset)
+            if not _LABEL.fullmatch(text) or size > len(text):
+                raise DataError(
+                    f"{path}: {name!r} holds {text!r}, which is not a class id",
+                    "a label is one number from 0 to 999999 in decimal text; leave the .cls file out for no label",
+                )
+            labels[key] = int(text)
         else:
-            group[key] = value
+            images[key] = offset, size
     if orphans := labels.keys() - images.keys():
         raise DataError(
             f"{path}: {min(orphans)!r} has a label but no image ({len(orphans)} such keys)",
@@ -98,18 +103,3 @@ def _scan(file: BinaryIO, path: str) -> ShardScan:
     return ShardScan(
         num_bytes, sha256, list(images), offsets, sizes, [labels.get(key, NO_LABEL) for key in images], ignored
     )
-
-
-def _read_label(path: str, file: BinaryIO, name: str, offset: int, size: int) -> int:
-    text = os.pread(file.fileno(), min(size, 16), offset)
-    if not _LABEL.fullmatch(text) or size > len(text):
-        raise DataError(
-            f"{path}: {name!r} holds {text!r}, which is not a class id",
-            "a label is one number from 0 to 999999 in decimal text; leave the .cls file out for no label",
-        )
-    return int(text)
-
-
-def _is_resource_fork(name: str) -> bool:
-    """Return whether this is a `._NAME` file: Finder metadata with an image's suffix, added by macOS's tar."""
-    return name.rpartition("/")[2].startswith("._")

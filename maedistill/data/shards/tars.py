@@ -5,13 +5,13 @@ whose header was overwritten, ends early and silently, and the run continues wit
 every header's checksum and requires the two zero blocks at the archive's end, so a damaged shard is rejected. It reads
 only headers and never extracts anything.
 
-    shard.tar -> walk_tar -> Member(name, offset, size), in archive order
+    shard.tar -> walk_tar -> name, offset, size of each file, in archive order
 """
 
 import os
 import re
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from maedistill.errors import DataError
 
@@ -28,16 +28,8 @@ _OCTAL = re.compile(rb" *([0-7]*)[ \0]*")
 _PAX_LENGTH, _PAX_SIZE = re.compile(rb"([0-9]{1,7}) "), re.compile(rb"[0-9]{1,19}")  # int() refuses 4,300 digits
 
 
-class Member(NamedTuple):
-    """One regular file in a tar: its bytes are `[offset, offset + size)` of the archive."""
-
-    name: str
-    offset: int
-    size: int
-
-
-def walk_tar(file: BinaryIO, path: str) -> Iterator[Member]:
-    """Yield the regular members of a tar and skip directories. `path` names the tar in errors.
+def walk_tar(file: BinaryIO, path: str) -> Iterator[tuple[str, int, int]]:
+    """Yield each regular member's name, offset in the archive and size in bytes. `path` names the tar in errors.
 
     Raise `DataError`, possibly after some members, if the file is not a tar, is compressed, cut or damaged, or holds
     links, devices or names that lead out of the archive. Use the members only after the walk has ended.
@@ -45,13 +37,7 @@ def walk_tar(file: BinaryIO, path: str) -> Iterator[Member]:
     descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
     position, kind = 0, b""
     extended: tuple[str | None, int | None] | None = None  # name and size for the next member
-    while True:
-        header = os.pread(descriptor, BLOCK, position)
-        if header.count(0) == BLOCK:
-            if kind in EXTENSIONS:
-                raise _damaged(path, "ends behind an extended header, whose member is missing")
-            _check_end(path, descriptor, position, end)
-            return
+    while (header := os.pread(descriptor, BLOCK, position)).count(0) != BLOCK:
         name, size, kind = _parse_header(path, header, position)
         if extended and kind in REGULAR:
             size = size if extended[1] is None else extended[1]
@@ -61,20 +47,23 @@ def walk_tar(file: BinaryIO, path: str) -> Iterator[Member]:
         if kind in EXTENSIONS:
             if size > LARGEST_EXTENSION or (extended and kind != PAX_GLOBAL):
                 raise _damaged(path, f"has an extended header of {size} bytes, or two, at byte {data - BLOCK}")
-            found = _parse_extension(path, kind, os.pread(descriptor, size, data))
-            extended = extended if kind == PAX_GLOBAL else found
+            attributes = _parse_extension(path, kind, os.pread(descriptor, size, data))
+            extended = extended if kind == PAX_GLOBAL else attributes
             continue
         name, extended = extended[0] or name if extended else name, None
         _check_name(path, name)
         if kind == DIRECTORY and size:  # readers disagree on whether data follows
             raise _damaged(path, f"gives the folder {name!r} a size of {size} bytes")
         if kind in REGULAR and not name.endswith("/"):
-            yield Member(name, data, size)
+            yield name, data, size
         elif kind not in (*REGULAR, DIRECTORY):
             raise DataError(
                 f"{path}: {name!r} is a link, a device or a sparse file (tar type {kind.decode('latin-1')!r})",
                 "write the shard again with plain files only, e.g. with tools/make_shards.py",
             )
+    if kind in EXTENSIONS:
+        raise _damaged(path, "ends behind an extended header, whose member is missing")
+    _check_end(path, descriptor, position, end)
 
 
 def is_header_of(header: bytes, key: str) -> bool:
@@ -164,8 +153,7 @@ def _check_end(path: str, descriptor: int, position: int, end: int) -> None:
     """Check that the archive ends with two zero blocks and that only zeros follow."""
     if end - position < 2 * BLOCK:
         raise _damaged(path, "is cut inside the archive's end mark")
-    while position < end:
-        chunk = os.pread(descriptor, READ, position)
+    while chunk := os.pread(descriptor, READ, position):
         if chunk.count(0) != len(chunk):
             raise _damaged(path, f"has data after the archive's end mark, behind byte {position}")
         position += len(chunk)
@@ -176,5 +164,5 @@ def _text(raw: bytes) -> str:
     return raw.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
 
 
-def _damaged(path: str, what: str) -> DataError:
-    return DataError(f"{path} {what}", "copy or write this shard again")
+def _damaged(path: str, damage: str) -> DataError:
+    return DataError(f"{path} {damage}", "copy or write this shard again")

@@ -9,22 +9,20 @@ from tqdm import tqdm
 
 from maedistill.data.shards.index import SUFFIX, ShardIndex, load_index
 from maedistill.data.shards.scan import scan_shard
-from maedistill.errors import DataError
+from maedistill.errors import DataError, join_first
 
 
 def verify_shards(out: Path) -> int:
-    """Read every shard of every index in `out` in full. Return the number of shards.
-
-    Raise `DataError` naming up to five shards that are missing, damaged, or hold other samples than the index says.
-    """
-    indexes = [load_index(file) for file in sorted(out.glob(f"*{SUFFIX}"))]
-    rows = [(index, row) for index in indexes for row in range(len(index.shards))]
+    """Read every shard of every index in `out` in full. Return their number, or raise `DataError` naming bad ones."""
+    rows = [
+        (index, row) for index in map(load_index, sorted(out.glob(f"*{SUFFIX}"))) for row in range(len(index.shards))
+    ]
     if not rows:
         raise DataError(f"{out} holds no *{SUFFIX}", "write shards there first: make_shards.py SRC OUT")
-    faults = [_find_fault(index, row, out) for index, row in tqdm(rows, desc="verifying", unit="shard")]
-    if found := [fault for fault in faults if fault]:
+    checked = [_find_fault(index, row, out) for index, row in tqdm(rows, desc="verifying", unit="shard")]
+    if faults := [fault for fault in checked if fault]:
         raise DataError(
-            f"{len(found)} of {len(rows)} shards are bad: {'; '.join(found[:5])}",
+            f"{len(faults)} of {len(rows)} shards are bad: {join_first(faults, 5, separator='; ')}",
             "copy them again, or make the folder anew: the same command gives the same bytes",
         )
     return len(rows)
@@ -44,6 +42,6 @@ def _find_fault(index: ShardIndex, row: int, out: Path) -> str | None:
     if scan.sha256 != index.shard_sha256[row]:
         return f"{path} has another checksum than its index says"
     samples = range(index.starts[row], index.starts[row + 1])
-    expected = [(index.key(i), index.offsets[i], index.sizes[i], index.labels[i]) for i in samples]
-    found = list(zip(scan.keys, scan.offsets, scan.sizes, scan.labels, strict=True))
-    return None if found == expected else f"{path} holds other samples than its index says"
+    indexed = [(index.key(i), index.offsets[i], index.sizes[i], index.labels[i]) for i in samples]
+    scanned = list(zip(scan.keys, scan.offsets, scan.sizes, scan.labels, strict=True))
+    return None if scanned == indexed else f"{path} holds other samples than its index says"

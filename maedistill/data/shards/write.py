@@ -10,12 +10,14 @@ thorough shuffle, so any few shards are a fair sample of the classes) and cut in
 pure function of the source and settings, and a killed run resumes with the first shard that has no final name yet.
 """
 
+import functools
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,9 @@ import PIL
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from maedistill.data.images.decode import BadImage
-from maedistill.data.shards.convert import Converted, convert
+from maedistill.data.images.decode import BadImage, Converted, convert
 from maedistill.data.shards.index import CLASSES_FILE, SUFFIX, index_of, save_index
+from maedistill.data.shards.index_check import parse_json
 from maedistill.data.shards.scan import NO_LABEL, ShardScan, scan_shard
 from maedistill.data.shards.sources import Record, Source
 from maedistill.errors import ConfigError, DataError
@@ -38,14 +40,22 @@ QUALITY = 90  # of re-encoded JPEGs
 
 
 @dataclass
-class Note:
-    """Conversion statistics of the images of one shard or split."""
+class ConversionStats:
+    """What was done with the images of one shard or split."""
 
     images: int = 0  # written
     lengths: list[int] = field(default_factory=list)  # images per shard
     grayscale: int = 0  # in the source, converted or not
     converted: dict[str, str] = field(default_factory=dict)  # source file -> why, e.g. "CMYK"
     skipped: dict[str, str] = field(default_factory=dict)  # source file -> reason
+
+    def add(self, other: "ConversionStats") -> None:
+        """Add the images of another shard."""
+        self.images += other.images
+        self.lengths += other.lengths
+        self.grayscale += other.grayscale
+        self.converted |= other.converted
+        self.skipped |= other.skipped
 
 
 def make_shards(
@@ -56,7 +66,7 @@ def make_shards(
     shorter_side: int | None = None,
     quality: int = QUALITY,
     workers: int = 1,
-) -> dict[str, Note]:
+) -> dict[str, ConversionStats]:
     """Write all splits of `source` into `out`. Return the conversion statistics by split.
 
     The same call resumes a killed one, and changes nothing if `out` is finished. `workers` threads decode images.
@@ -65,32 +75,30 @@ def make_shards(
     """
     if workers < 1:
         raise ConfigError(f"--workers is {workers}", "give at least 1")
-    made = _settings(source, images_per_shard=images_per_shard, shorter_side=shorter_side, quality=quality)
-    if _begin(out, made):
+    settings = _settings(source, images_per_shard=images_per_shard, shorter_side=shorter_side, quality=quality)
+    if _begin(out, settings):
         shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)  # remains if the last run was killed after its report
         return read_report(out)
-    notes = {}
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(total=sum(map(len, source.splits.values())), desc="writing shards", unit="img") as bar,
-    ):
-
-        def prepare(record: Record) -> Converted | str:
-            result = _convert(source, record, shorter_side=shorter_side, quality=quality)
-            bar.update()
-            return result
-
+    convert_one = functools.partial(_convert, source, shorter_side=shorter_side, quality=quality)
+    count, stats = sum(map(len, source.splits.values())), {}
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=count, desc="writing shards", unit="img") as bar:
         for split, records in source.splits.items():
-            parts, scans = [], {}
+            stats[split], scans = ConversionStats(), {}
             for name, part in plan_shards(split, records, images_per_shard):
-                note, scan = _find_finished(out, name, bar) or _write_shard(out, name, part, pool.map(prepare, part))
-                parts.append(note)
+                finished = _find_finished(out, name)
+                bar.update(len(part) if finished else 0)
+                shard_stats, scan = finished or _write_shard(out, name, part, pool.map(convert_one, part), bar)
+                stats[split].add(shard_stats)
                 scans[str(out / name)] = scan
-            notes[split] = _sum(split, parts)
-            index = index_of(list(scans), list(scans.values()), classes=source.classes, made=made)
+            if not stats[split].images:
+                path, reason = next(iter(stats[split].skipped.items()))
+                raise DataError(
+                    f"not one image of {split!r} can be used; {path}: {reason}", "check that SRC holds images"
+                )
+            index = index_of(list(scans), list(scans.values()), classes=source.classes, provenance=settings)
             save_index(index, out / f"{split}{SUFFIX}")
-    _finish(out, source.classes, made, notes)
-    return notes
+    _finish(out, source.classes, settings, stats)
+    return stats
 
 
 def plan_shards(split: str, records: list[Record], images_per_shard: int) -> list[tuple[str, list[Record]]]:
@@ -101,10 +109,10 @@ def plan_shards(split: str, records: list[Record], images_per_shard: int) -> lis
     return [(f"{split}-{number:06d}.tar", ranked[cuts[number] : cuts[number + 1]]) for number in range(count)]
 
 
-def read_report(out: Path) -> dict[str, Note]:
+def read_report(out: Path) -> dict[str, ConversionStats]:
     """Read the report of `make_shards` in `out`, by split. Raise `ConfigError` if `make_shards` did not write it."""
     try:
-        return {split: Note(**note) for split, note in _read_json(out / REPORT_FILE)["splits"].items()}
+        return {split: ConversionStats(**stats) for split, stats in _read_json(out / REPORT_FILE)["splits"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise _foreign(out / REPORT_FILE) from error
 
@@ -120,27 +128,22 @@ def _settings(source: Source, *, images_per_shard: int, shorter_side: int | None
     listing = hashlib.sha256()
     for split, records in source.splits.items():
         listing.update("".join(f"{split}\0{key}\0{label}\n" for key, label, _ in records).encode())
-    made = {
-        "made_by": "make_shards",
-        **source.made,
-        "listing": listing.hexdigest(),
-        "images_per_shard": images_per_shard,
-    }
-    if shorter_side is None:
-        return made
-    # JPEG bytes may differ between versions of Pillow
-    return made | {"shorter_side": shorter_side, "quality": quality, "pillow": PIL.__version__}
+    settings = {"made_by": "make_shards", **source.provenance, "listing": listing.hexdigest()}
+    settings["images_per_shard"] = images_per_shard
+    if shorter_side is not None:  # JPEG bytes may differ between versions of Pillow
+        settings |= {"shorter_side": shorter_side, "quality": quality, "pillow": PIL.__version__}
+    return settings
 
 
-def _begin(out: Path, made: dict[str, Any]) -> bool:
+def _begin(out: Path, settings: dict[str, Any]) -> bool:
     """Prepare `out`; return True if it is finished. Raise `ConfigError` if it holds anything else."""
-    settings, report = out / WORK_FOLDER / "settings.json", out / REPORT_FILE
-    if report.is_file() or settings.is_file():
-        before = _read_json(report).get("made") if report.is_file() else _read_json(settings)
+    begun, report = out / WORK_FOLDER / "settings.json", out / REPORT_FILE
+    if report.is_file() or begun.is_file():
+        before = _read_json(report).get("made") if report.is_file() else _read_json(begun)
         if not isinstance(before, dict):
             raise _foreign(report)
-        if changed := sorted(key for key in before | made if before.get(key) != made.get(key)):
-            changes = ", ".join(f"{key} was {before.get(key)}, is {made.get(key)}" for key in changed)
+        if changed := sorted(key for key in before | settings if before.get(key) != settings.get(key)):
+            changes = ", ".join(f"{key} was {before.get(key)}, is {settings.get(key)}" for key in changed)
             raise ConfigError(
                 f"{out} was made from other images or settings: {changes}", "give another OUT, or remove it"
             )
@@ -148,10 +151,10 @@ def _begin(out: Path, made: dict[str, Any]) -> bool:
     try:
         if out.is_dir() and any(path.name != WORK_FOLDER for path in out.iterdir()):
             raise ConfigError(f"{out} is not empty, and no shards that make_shards began", "give a new or empty folder")
-        settings.parent.mkdir(parents=True, exist_ok=True)
+        begun.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write to {out}: {error.strerror}", "give an OUT where you may write") from error
-    _write_json(settings, made)
+    _write_json(begun, settings)
     return False
 
 
@@ -170,75 +173,61 @@ def _convert(source: Source, record: Record, *, shorter_side: int | None, qualit
 
 
 def _write_shard(
-    out: Path, name: str, records: list[Record], results: Iterable[Converted | str]
-) -> tuple[Note, ShardScan]:
+    out: Path, name: str, records: list[Record], results: Iterable[Converted | str], bar: tqdm
+) -> tuple[ConversionStats, ShardScan]:
     """Write one shard under a temporary name, scan it, save its statistics, and rename it last."""
-    temporary, note = out / WORK_FOLDER / name, Note()
+    temporary, stats = out / WORK_FOLDER / name, ConversionStats()
     with open(temporary, "wb") as file:
         with TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
             for record, result in zip(records, results, strict=True):
+                bar.update()
                 if isinstance(result, str):
-                    note.skipped[record.origin] = result
+                    stats.skipped[record.origin] = result
                     continue
                 label = {} if record.label == NO_LABEL else {"cls": str(record.label).encode()}
                 tar.write({"__key__": record.key, result.suffix: result.data, **label})
-                note.images += 1
-                note.grayscale += result.is_grayscale
+                stats.images += 1
+                stats.grayscale += result.is_grayscale
                 if result.change:
-                    note.converted[record.origin] = result.change
+                    stats.converted[record.origin] = result.change
         file.flush()
         os.fsync(file.fileno())
-    note.lengths.append(note.images)
+    stats.lengths.append(stats.images)
     scan = scan_shard(str(temporary))
-    _write_json(out / WORK_FOLDER / f"{name}.json", {"sha256": scan.sha256, "note": asdict(note)})
+    _write_json(out / WORK_FOLDER / f"{name}.json", {"sha256": scan.sha256, "note": asdict(stats)})
     temporary.replace(out / name)
-    return note, scan
+    return stats, scan
 
 
-def _find_finished(out: Path, name: str, bar: tqdm) -> tuple[Note, ShardScan] | None:
+def _find_finished(out: Path, name: str) -> tuple[ConversionStats, ShardScan] | None:
     """Return a shard that a killed run finished; None if it is missing or does not match its saved checksum."""
-    file, noted = out / name, out / WORK_FOLDER / f"{name}.json"
-    if not (file.is_file() and noted.is_file()):
+    file, saved = out / name, out / WORK_FOLDER / f"{name}.json"
+    if not (file.is_file() and saved.is_file()):
         return None
-    stored = _read_json(noted)
-    with open(file, "rb") as shard:
-        if hashlib.file_digest(shard, "sha256").hexdigest() != stored.get("sha256"):
-            return None
-    note = Note(**stored["note"])
-    bar.update(note.images + len(note.skipped))
-    return note, scan_shard(str(file))
+    stored = _read_json(saved)
+    with suppress(DataError):  # a damaged shard
+        scan = scan_shard(str(file))
+        if scan.sha256 == stored.get("sha256"):
+            return ConversionStats(**stored["note"]), scan
+    return None
 
 
-def _sum(split: str, parts: list[Note]) -> Note:
-    """Add up the statistics of a split's shards. Raise `DataError` if they hold no image."""
-    total = Note()
-    for part in parts:
-        total.images += part.images
-        total.lengths += part.lengths
-        total.grayscale += part.grayscale
-        total.converted |= part.converted
-        total.skipped |= part.skipped
-    if not total.images:
-        path, reason = next(iter(total.skipped.items()))
-        raise DataError(f"not one image of {split!r} can be used; {path}: {reason}", "check that SRC holds images")
-    return total
-
-
-def _finish(out: Path, classes: tuple[str, ...], made: dict[str, Any], notes: dict[str, Note]) -> None:
+def _finish(out: Path, classes: tuple[str, ...], settings: dict[str, Any], stats: dict[str, ConversionStats]) -> None:
     """Write the files beside the shards. The report comes last, because it marks the folder as finished."""
     splits = {
         split: {
             "name": split,
-            "filenames": [f"{split}-{number:06d}.tar" for number in range(len(note.lengths))],
-            "shard_lengths": note.lengths,
-            "num_samples": note.images,
+            "filenames": [f"{split}-{number:06d}.tar" for number in range(len(part.lengths))],
+            "shard_lengths": part.lengths,
+            "num_samples": part.images,
         }
-        for split, note in notes.items()
+        for split, part in stats.items()
     }
     if classes:
         _write_json(out / CLASSES_FILE, list(classes))
     _write_json(out / "_info.json", {"splits": splits})
-    _write_json(out / REPORT_FILE, {"made": made, "splits": {split: asdict(note) for split, note in notes.items()}})
+    report = {"made": settings, "splits": {split: asdict(part) for split, part in stats.items()}}
+    _write_json(out / REPORT_FILE, report)
     shutil.rmtree(out / WORK_FOLDER)
 
 
@@ -250,13 +239,10 @@ def _write_json(file: Path, value: Any) -> None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object that `_write_json` wrote. Raise `ConfigError` for anything else."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise _foreign(file) from error
-    if not isinstance(value, dict):
-        raise _foreign(file)
-    return value
+    with suppress(ValueError):
+        if isinstance(value := parse_json(file.read_bytes()), dict):
+            return value
+    raise _foreign(file)
 
 
 def _foreign(file: Path) -> ConfigError:

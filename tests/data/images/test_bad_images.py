@@ -1,34 +1,16 @@
 """Odd and bad images of every kind in a shard: which are read, and which are replaced, named and counted."""
 
-import io
-import struct
-import tarfile
-import zlib
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from maedistill.config.batch import batch_plan
-from maedistill.data.loading.loader import RandomCrops, training_batches
-from maedistill.data.loading.order import SampleOrder
+from maedistill.data.loading.loader import training_batches
 from maedistill.data.shards.index import open_index
+from tests.data.tar_files import bomb, crops_of, encode, write_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's own threads
-
-
-def encode(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def bomb():
-    """A PNG of a few bytes that says it has 10,000 x 10,000 pixels."""
-    plain = encode(Image.new("RGB", (1, 1)), "PNG")
-    header = struct.pack(">II", 10_000, 10_000) + plain[24:29]
-    return plain[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + plain[33:]
 
 
 def samples():
@@ -65,18 +47,8 @@ def samples():
 
 @pytest.fixture(scope="module")
 def oddities(tmp_path_factory):
-    path = tmp_path_factory.mktemp("odd") / "odd.tar"
-    with tarfile.open(path, "w") as tar:
-        for key, (suffix, data, _) in samples().items():
-            info = tarfile.TarInfo(f"{key}.{suffix}")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return open_index(str(path))
-
-
-def crops_of(index):
-    order = SampleOrder(index.starts, seed=5)
-    return RandomCrops(index, order, seed=5, size=16, scale=(0.2, 1.0), ratio=(1.0, 1.0))
+    members = {f"{key}.{suffix}": data for key, (suffix, data, _) in samples().items()}
+    return open_index(str(write_tar(tmp_path_factory.mktemp("odd") / "odd.tar", members)))
 
 
 @pytest.mark.parametrize("key", samples())

@@ -14,14 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from maedistill.data.images.decode import JPEG_DECODERS, BadImage, decode, decode_rgb, open_image
-from maedistill.data.shards.convert import convert
-
-
-def encode(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+from maedistill.data.images.decode import JPEG_DECODERS, BadImage, convert, decode_rgb
+from tests.data.tar_files import bomb, encode
 
 
 def png(pixels, *, colour, depth):
@@ -58,11 +52,6 @@ def test_plain_files_give_pillows_pixels_and_keep_their_bytes(kind, mode):
     assert converted.is_grayscale == (mode == "L" and kind != "WEBP")  # WebP has no grayscale
 
 
-def decode_by(decoder, data, **keywords):
-    with open_image(data) as image:
-        return decode(image, data, decoder=decoder, **keywords)
-
-
 def test_all_decoders_give_pillows_pixels_of_500_photographs(shared):
     """Grayscale ones are among them."""
     files, modes = sorted((shared / "data" / "imagenet500").glob("*/*")), set()
@@ -72,7 +61,7 @@ def test_all_decoders_give_pillows_pixels_of_500_photographs(shared):
         modes.add(image.mode)
         expected = np.asarray(image.convert("RGB"))
         for decoder in JPEG_DECODERS[:-1]:
-            assert np.array_equal(to_array(decode_by(decoder, data)), expected)
+            assert np.array_equal(to_array(decode_rgb(data, decoder=decoder)), expected)
     assert modes == {"RGB", "L"}
 
 
@@ -92,10 +81,10 @@ JPEGS = {
 def test_all_decoders_give_the_same_pixels_of_all_kinds_of_jpeg(kind, size):
     mode, options = JPEGS[kind]
     data = encode(picture(mode, size=size), "JPEG", **options)
-    expected = decode_by("pillow", data)
+    expected = decode_rgb(data, decoder="pillow")
     assert expected.shape == (3, size[1], size[0])
     for decoder in JPEG_DECODERS:
-        assert torch.equal(decode_by(decoder, data), expected), decoder
+        assert torch.equal(decode_rgb(data, decoder=decoder), expected), decoder
 
 
 def test_without_simplejpeg_torchvision_decodes():
@@ -171,11 +160,8 @@ def test_other_formats_are_never_opened_in_training(kind):
 
 @pytest.mark.parametrize("size", [(8001, 8000), (10000, 10000), (65000, 65000)])  # ours, Pillow's warning, its error
 def test_decompression_bombs_are_refused_before_decoding(size):
-    header_only = png(np.zeros((1, 1, 3)), colour=2, depth=8)
-    header = struct.pack(">II", *size) + header_only[24:29]
-    bomb = header_only[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + header_only[33:]
     with pytest.raises(BadImage, match="pixels"):
-        decode_rgb(bomb)
+        decode_rgb(bomb(*size))
 
 
 def test_a_jpeg_of_very_many_scans_is_refused_before_decoding():
@@ -208,7 +194,7 @@ def test_cut_files_are_bad(kind):
 
 def verdict(decoder, data):
     try:
-        return decode_by(decoder, data).numpy().tobytes()
+        return decode_rgb(data, decoder=decoder).numpy().tobytes()
     except BadImage as error:
         return str(error)
 

@@ -115,15 +115,15 @@ def test_the_box_is_what_is_cut_out():
 def test_the_centre_crop_is_centred_and_square(height, width):
     image = torch.zeros(3, height, width, dtype=torch.uint8)
     image[:, height // 2, width // 2] = 255
-    cut = centre_crop(image, size=32, share=0.8)
+    cut = centre_crop(image, size=32, crop_pct=0.8)
     side = round(min(height, width) * 0.8)
     top, left = (height - side) // 2, (width - side) // 2
     if side == 32:
         assert torch.equal(cut, image[:, top : top + 32, left : left + 32])
     brightest = divmod(int(cut[0].float().flatten().argmax()), 32)
     assert cut.shape == (3, 32, 32) and all(abs(place - 16) <= 1 for place in brightest)
-    assert torch.equal(centre_crop(image[:, :40, :40], size=40, share=1.0), image[:, :40, :40])
-    assert centre_crop(image[:, :1, :1], size=4, share=0.1).shape == (3, 4, 4)
+    assert torch.equal(centre_crop(image[:, :40, :40], size=40, crop_pct=1.0), image[:, :40, :40])
+    assert centre_crop(image[:, :1, :1], size=4, crop_pct=0.1).shape == (3, 4, 4)
 
 
 def test_half_are_mirrored_by_seed_and_position_alone():

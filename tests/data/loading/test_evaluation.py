@@ -1,7 +1,6 @@
 """Evaluation input: every image once for any ranks and batch, timm's pixels, and no image is ever replaced."""
 
 import io
-import tarfile
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from maedistill.data.images.decode import decode_rgb
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform, exact_batches, rank_share
 from maedistill.data.shards.index import open_index
 from maedistill.errors import DataError
+from tests.data.tar_files import encode, write_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's own threads
 N = 101
@@ -25,30 +25,24 @@ MODES = [
 ]
 
 
-def write_tar(path, members):
+def write_shard(path, members):
     """One shard of {key: (bytes, label)}; every member is called .jpg, whatever it is."""
-    with tarfile.open(path, "w") as tar:
-        for key, (data, label) in members.items():
-            for suffix, part in (("jpg", data), ("cls", b"%d" % label)):
-                info = tarfile.TarInfo(f"{key}.{suffix}")
-                info.size = len(part)
-                tar.addfile(info, io.BytesIO(part))
-    return open_index(str(path))
+    files = {f"{key}.jpg": data for key, (data, _) in members.items()}
+    labels = {f"{key}.cls": b"%d" % label for key, (_, label) in members.items()}
+    return open_index(str(write_tar(path, files | labels)))
 
 
 def encoded(width, height, form="JPEG", mode="RGB", seed=0) -> bytes:
     """A smooth random picture as a file."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
-    file = io.BytesIO()
-    image.save(file, form)
-    return file.getvalue()
+    return encode(image, form)
 
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
     members = {f"{i:03d}": (encoded(8, 8, "PNG", seed=i), i % 7) for i in range(N)}
-    return write_tar(tmp_path_factory.mktemp("tars") / "val.tar", members)
+    return write_shard(tmp_path_factory.mktemp("tars") / "val.tar", members)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -95,13 +89,13 @@ def check_against_timm(index, files, keywords):
 def test_pixels_are_timms_own_for_jpegs_of_odd_sizes(tmp_path, keywords):
     files = [encoded(*shape, seed=i) for i, shape in enumerate([(73, 121), (500, 33), (31, 31), (1, 9), (224, 224)])]
     files += [encoded(57, 83, mode="L"), encoded(83, 57, mode="CMYK"), encoded(57, 83, "PNG", "P")]
-    check_against_timm(write_tar(tmp_path / "a.tar", {str(i): (f, 0) for i, f in enumerate(files)}), files, keywords)
+    check_against_timm(write_shard(tmp_path / "a.tar", {str(i): (f, 0) for i, f in enumerate(files)}), files, keywords)
 
 
 def test_pixels_are_timms_own_for_real_photographs(tmp_path, shared):
     files = [file.read_bytes() for file in sorted((shared / "data" / "imagenet500").rglob("*.*"))[::60]]
     assert len(files) >= 5
-    index = write_tar(tmp_path / "a.tar", {str(i): (f, 0) for i, f in enumerate(files)})
+    index = write_shard(tmp_path / "a.tar", {str(i): (f, 0) for i, f in enumerate(files)})
     check_against_timm(index, files, {"size": 224, "crop": 0.875})
 
 
@@ -114,7 +108,7 @@ def test_the_whole_of_a_small_image_is_that_image():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_decoded_ends_the_evaluation_and_is_named(tmp_path, workers):
     good = encoded(40, 40)
-    index = write_tar(tmp_path / "a.tar", {"fine": (good, 0), "n01/cut": (good[: len(good) // 2], 1)})
+    index = write_shard(tmp_path / "a.tar", {"fine": (good, 0), "n01/cut": (good[: len(good) // 2], 1)})
     images = EvaluationImages(index, torch.arange(2), evaluation_transform(size=32, crop=1.0))
     batches = exact_batches(images, batch=1, workers=workers)
     assert next(batches)[2].tolist() == [0]

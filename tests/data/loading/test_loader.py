@@ -1,8 +1,6 @@
 """The loader: the same samples, crops, flips and masks in any layout; bad images replaced, and errors that arrive."""
 
-import io
 import os
-import tarfile
 import time
 from dataclasses import replace
 
@@ -14,11 +12,13 @@ from maedistill.config.batch import batch_plan
 from maedistill.data.images.augment import RandAugment
 from maedistill.data.images.transforms import random_flip, to_float01
 from maedistill.data.loading.batch import Batch
-from maedistill.data.loading.loader import PREFETCHED, CentreCrops, RandomCrops, evaluation_batches, training_batches
+from maedistill.data.loading.evaluation import EvaluationImages, centre_transform, exact_batches
+from maedistill.data.loading.loader import PREFETCHED, RandomCrops, training_batches
 from maedistill.data.loading.order import SampleOrder
 from maedistill.data.shards.index import open_index
 from maedistill.errors import DataError
 from maedistill.models.masking import random_split
+from tests.data.tar_files import encode, write_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's own threads
 GLOBAL_BATCH, STEPS, SEED = 24, 6, 5
@@ -32,17 +32,15 @@ def tars(tmp_path_factory):
     draws = torch.Generator().manual_seed(0)
     for i in range(10):
         pixels = torch.randint(0, 256, (20 + i, 30 - i, 3), dtype=torch.uint8, generator=draws)
-        file = io.BytesIO()
-        Image.fromarray(pixels.numpy()).save(file, "PNG")
-        members[f"{i:03d}"] = file.getvalue()
+        members[f"{i:03d}"] = encode(Image.fromarray(pixels.numpy()), "PNG")
     bad = {"003": members["003"][:300], "007": b"no image"}
     for name, content in (("good", members), ("some", members | bad), ("none", dict.fromkeys(members, b"x"))):
-        with tarfile.open(folder / f"{name}.tar", "w") as tar:
-            for key, data in content.items():
-                for suffix, part in (("png", data), ("cls", b"%d" % (int(key) % 3))):
-                    info = tarfile.TarInfo(f"{key}.{suffix}")
-                    info.size = len(part)
-                    tar.addfile(info, io.BytesIO(part))
+        files = [
+            (f"{key}.{suffix}", part)
+            for key, data in content.items()
+            for suffix, part in (("png", data), ("cls", b"%d" % (int(key) % 3)))
+        ]
+        write_tar(folder / f"{name}.tar", files)
     return {name: open_index(str(folder / f"{name}.tar")) for name in ("good", "some", "none")}
 
 
@@ -162,16 +160,8 @@ def test_no_batch_is_overwritten_while_it_is_taken_over(shards, workers, monkeyp
 def test_images_need_no_room_in_shared_files(shards):
     """/dev/shm is 64 MB in many a container."""
     before = set(os.listdir("/dev/shm"))
-    for batch in training_batches(
-        crops_of(open_index(str(shards / "train-*.tar"))),
-        0,
-        6,
-        plan=batch_plan(24, 24, world_size=1),
-        rank=0,
-        world_size=1,
-        workers=1,
-        device=torch.device("cpu"),
-    ):
+    keywords = {"plan": batch_plan(24, 24, world_size=1), "rank": 0, "world_size": 1, "device": torch.device("cpu")}
+    for batch in training_batches(crops_of(open_index(str(shards / "train-*.tar"))), 0, 6, workers=1, **keywords):
         assert batch.images.is_contiguous() and not batch.images.is_shared()
         assert not any(name.startswith("torch_") for name in set(os.listdir("/dev/shm")) - before)
 
@@ -205,13 +195,18 @@ def test_a_shard_that_goes_is_a_data_error_also_from_a_worker(tars, workers):
     assert (error.cause, error.remedy) == ("gone.tar is gone", "put the shard back, then start again")
 
 
+def centre_crops(index, samples, *, batch, workers):
+    crops = EvaluationImages(index, samples, centre_transform(size=8, crop_pct=1.0), replace_bad=True)
+    return exact_batches(crops, batch=batch, workers=workers)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_reads_each_sample_once_in_order(tars, workers):
     samples = torch.tensor([9, 0, 4, 4, 2, 7, 1])
-    batches = list(evaluation_batches(CentreCrops(tars["good"], samples, size=8, share=1.0), batch=3, workers=workers))
-    assert [len(images) for images, _ in batches] == [3, 3, 1]
-    assert torch.cat([labels for _, labels in batches]).tolist() == [0, 0, 1, 1, 2, 1, 1]
-    images = torch.cat([images for images, _ in batches])
+    batches = list(centre_crops(tars["good"], samples, batch=3, workers=workers))
+    assert [len(images) for images, *_ in batches] == [3, 3, 1]
+    assert torch.cat([labels for _, labels, _ in batches]).tolist() == [0, 0, 1, 1, 2, 1, 1]
+    images = torch.cat([images for images, *_ in batches])
     assert images.dtype == torch.uint8 and images.shape == (7, 3, 8, 8)
     assert torch.equal(images[2], images[3]) and not torch.equal(images[1], images[2])
 
@@ -220,10 +215,8 @@ def test_evaluation_reads_each_sample_once_in_order(tars, workers):
 def test_a_bad_image_costs_no_picture_and_no_probe(tars, workers):
     """The next decodable sample stands in, label and all; only a set that is bad throughout is an error."""
     some = tars["some"]
-    images, labels = zip(
-        *evaluation_batches(CentreCrops(some, torch.tensor([3, 4]), size=8, share=1.0), batch=1, workers=workers),
-        strict=True,
-    )
+    images, labels, ids = zip(*centre_crops(some, torch.tensor([3, 4]), batch=1, workers=workers), strict=True)
     assert torch.equal(*images) and [int(label) for label in labels] == [int(some.labels[4])] * 2
-    crops = CentreCrops(tars["none"], torch.arange(2), size=8, share=1.0)
-    assert "--verify" in refusal(lambda: evaluation_batches(crops, batch=2, workers=workers)).remedy
+    assert [int(i) for i in ids] == [3, 4]
+    error = refusal(lambda: centre_crops(tars["none"], torch.arange(2), batch=2, workers=workers))
+    assert "16 samples in a row" in error.cause and "--verify" in error.remedy

@@ -7,7 +7,7 @@ import pytest
 
 from maedistill.data.remote.cache import ShardCache, default_bound, default_folder, set_cache
 from maedistill.data.remote.download import RemoteShard, RetryPolicy
-from maedistill.data.remote.streams import Stream
+from maedistill.data.remote.urls import Stream
 from maedistill.errors import ConfigError, DataError
 
 SIZE = 1000
@@ -28,7 +28,7 @@ def fetched(monkeypatch):
 
 
 def cache_of(folder, shards):
-    return ShardCache(folder=folder, max_bytes=shards * SIZE, patience=RetryPolicy(tries=1, longest=0.5))
+    return ShardCache(folder=folder, max_bytes=shards * SIZE, policy=RetryPolicy(tries=1, max_seconds=0.5))
 
 
 def touch(cache, name, at):

@@ -13,8 +13,9 @@ import pytest
 
 from maedistill.data.remote.cache import ShardCache
 from maedistill.data.remote.download import RemoteShard, RetryPolicy, retry
-from maedistill.data.remote.streams import TransferError, _read_chunks
+from maedistill.data.remote.urls import TransferError, _read_chunks
 from maedistill.errors import DataError
+from tests.data.tar_files import suffixes
 
 pytestmark = pytest.mark.usefixtures("folder")
 DATA = random.Random(0).randbytes(3 << 20)
@@ -35,17 +36,13 @@ def read(descriptor):
         return file.read()
 
 
-def names(folder):
-    return sorted(path.suffix for path in folder.iterdir())
-
-
 @pytest.mark.parametrize("sha256", [SHA, None], ids=["known", "unknown"])
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("faults", [[], ["503", "503"], ["429"], ["stall"], ["cut"], ["cut", "cut, no length"]])
 def test_what_one_more_try_can_mend_is_mended(server, folder, faults, ranges, sha256):
     server.faults, server.ranges = list(faults), ranges
     assert read(ShardCache().open(shard(server, sha256=sha256))) == DATA
-    assert not server.faults and names(folder) == [".tar"]
+    assert not server.faults and suffixes(folder) == [".tar"]
     parts = [part for _, part in server.tars()]
     half = len(DATA) // 2
     if "cut" in faults or "stall" in faults:  # the half that came is not asked for again
@@ -64,7 +61,7 @@ def test_without_checksum_and_tag_a_broken_download_begins_again(server, tag):
 def test_a_flipped_byte_is_found_and_fetched_again(server, folder):
     server.faults = ["flip"]
     assert read(ShardCache().open(shard(server))) == DATA
-    assert [part for _, part in server.tars()] == [None, None] and names(folder) == [".tar"]
+    assert [part for _, part in server.tars()] == [None, None] and suffixes(folder) == [".tar"]
 
 
 def test_a_file_that_changes_between_two_tries_is_not_patched_together(server, monkeypatch):
@@ -98,7 +95,7 @@ def test_what_cannot_be_mended_names_the_url_and_the_last_try(server, folder, fa
     with pytest.raises(DataError, match=f"^{server.url}/train/000.tar could not be read.*{said}"):
         ShardCache().open(shard(server))
     assert len(server.tars()) == tries and time.monotonic() - began < 5
-    assert ".tar" not in names(folder)
+    assert ".tar" not in suffixes(folder)
 
 
 def test_a_server_that_drips_is_a_stalled_one(server):
@@ -116,14 +113,14 @@ def test_nobody_listening_is_tried_again_with_longer_waits(monkeypatch):
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
 
-    def refuse():
+    def refuse(timeout):
         raise TransferError("refused")
 
     with pytest.raises(DataError, match=r"https://h/a could not be read \(5 tries.*refused"):
-        retry(refuse, "https://h/a", patience=RetryPolicy(tries=5, wait=1, longest=1e9))
+        retry(refuse, "https://h/a", policy=RetryPolicy(tries=5, wait=1, max_seconds=1e9))
     assert all(2**i / 2 <= wait <= 2**i for i, wait in enumerate(waits)) and len(waits) == 4
     with pytest.raises(DataError, match="3 tries"):
-        retry(refuse, "https://h/a", patience=RetryPolicy(tries=50, wait=1, longest=2))
+        retry(refuse, "https://h/a", policy=RetryPolicy(tries=50, wait=1, max_seconds=2))
 
 
 def test_equal_names_do_not_collide_and_nothing_is_fetched_twice(server, folder):
@@ -132,7 +129,7 @@ def test_equal_names_do_not_collide_and_nothing_is_fetched_twice(server, folder)
     for _ in range(2):
         assert read(cache.open(shard(server))) == DATA
         assert read(cache.open(shard(server, "val/000.tar", sha256=other))) == DATA[::-1]
-    assert len(server.tars()) == 2 and names(folder) == [".tar", ".tar"]
+    assert len(server.tars()) == 2 and suffixes(folder) == [".tar", ".tar"]
 
 
 def test_a_copy_that_was_cut_by_somebody_is_fetched_again(server, folder):
@@ -157,7 +154,7 @@ def test_processes_that_want_the_same_shard_fetch_it_once(server, folder):
     server.pause, cache = 0.1, ShardCache()
     children = [start_download(cache, shard(server)) for _ in range(3)]
     assert [child.wait(timeout=60) for child in children] == [0, 0, 0]
-    assert len(server.tars()) == 1 and names(folder) == [".tar"]
+    assert len(server.tars()) == 1 and suffixes(folder) == [".tar"]
 
 
 def test_a_killed_download_is_continued_and_leaves_nothing_else(server, folder):
@@ -170,6 +167,6 @@ def test_a_killed_download_is_continued_and_leaves_nothing_else(server, folder):
     child.send_signal(signal.SIGKILL)
     child.wait()
     arrived, server.pause = parts[0].stat().st_size, 0
-    assert names(folder) == [".part"] and 0 < arrived < len(DATA)
-    assert read(cache.open(shard(server))) == DATA and names(folder) == [".tar"]
+    assert suffixes(folder) == [".part"] and 0 < arrived < len(DATA)
+    assert read(cache.open(shard(server))) == DATA and suffixes(folder) == [".tar"]
     assert [part for _, part in server.tars()] == [None, f"bytes={arrived}-"]

@@ -11,12 +11,12 @@ from maedistill.data.loading.loader import RandomCrops
 from maedistill.data.loading.order import SampleOrder
 from maedistill.data.loading.workers import load_batches
 from maedistill.data.remote.cache import set_cache
-from maedistill.data.remote.download import RetryPolicy
-from maedistill.data.remote.urls import read_small
+from maedistill.data.remote.download import read_small
 from maedistill.data.shards.index import open_index
 from maedistill.data.shards.patterns import find_shards
 from maedistill.data.shards.reader import ShardReader
 from maedistill.errors import ConfigError, DataError
+from tests.data.tar_files import suffixes
 
 pytestmark = pytest.mark.usefixtures("folder")
 SPEC = {"size": 16, "scale": (0.2, 1.0), "ratio": (0.75, 4 / 3)}
@@ -25,10 +25,6 @@ SPEC = {"size": 16, "scale": (0.2, 1.0), "ratio": (0.75, 4 / 3)}
 def crops(index, *, window=1, count=100):
     order = SampleOrder(index.starts, seed=3, window=window)
     return RandomCrops(index, order, seed=3, **SPEC).__getitems__(list(range(count)))  # 96 are one epoch
-
-
-def names(folder):
-    return sorted(path.suffix for path in folder.iterdir())
 
 
 @pytest.mark.parametrize("with_index", [True, False])
@@ -43,7 +39,7 @@ def test_remote_shards_give_the_same_pixels_as_local_ones(shards, server, folder
     assert len(server.tars()) == (0 if with_index else 4)  # a scan keeps what it fetches
     mine, theirs = crops(remote), crops(local)
     assert torch.equal(mine.images, theirs.images) and torch.equal(mine.labels, theirs.labels)
-    assert len(server.tars()) == 4 and names(folder) == [".tar"] * 4
+    assert len(server.tars()) == 4 and suffixes(folder) == [".tar"] * 4
     assert len(open_index(pattern)) == 96 and len(server.tars()) == 4
     reader = pickle.loads(pickle.dumps(ShardReader(remote)))
     assert reader.read(50) == ShardReader(local).read(50)
@@ -58,13 +54,13 @@ def test_a_set_larger_than_the_cache_is_scanned_and_read_all_the_same(shards, se
     assert sum(path.stat().st_size for path in folder.iterdir()) <= largest * 1.5
 
 
-def test_scan_and_training_use_the_cache_that_the_config_names(shards, server, folder, tmp_path, monkeypatch):
+def test_scan_and_training_use_the_cache_that_the_config_suffixes(shards, server, folder, tmp_path, monkeypatch):
     server.files = {f"/{path.name}": path.read_bytes() for path in shards.glob("*.tar")}
     for variable in ("MAEDISTILL_CACHE", "MAEDISTILL_CACHE_GB"):
         monkeypatch.setenv(variable, "wrong")
     set_cache(folder=str(tmp_path / "elsewhere"), gigabytes=1)
     crops(open_index(f"{server.url}/train-{{000000..000003}}.tar"))
-    assert names(tmp_path / "elsewhere") == [".tar"] * 4 and not folder.exists() and len(server.tars()) == 4
+    assert suffixes(tmp_path / "elsewhere") == [".tar"] * 4 and not folder.exists() and len(server.tars()) == 4
 
 
 @pytest.mark.parametrize("fault", ["damaged", "changed"])
@@ -90,10 +86,10 @@ def test_a_missing_remote_shard_is_named(shards, server):
 
 def test_small_files_are_whole_or_absent(server):
     server.files = {"/a": b"abc"}
-    assert read_small(f"{server.url}/a", patience=RetryPolicy()) == b"abc"
-    assert read_small(f"{server.url}/b", patience=RetryPolicy()) is None
+    assert read_small(f"{server.url}/a") == b"abc"
+    assert read_small(f"{server.url}/b") is None
     with pytest.raises(DataError, match="more than 2 bytes"):
-        read_small(f"{server.url}/a", patience=RetryPolicy(), most=2)
+        read_small(f"{server.url}/a", most=2)
 
 
 @pytest.mark.parametrize(
@@ -169,14 +165,14 @@ def test_a_store_that_never_answers_is_an_error(bucket, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of botocore, moto and fork
 def test_shards_in_a_bucket(bucket, shards, folder, monkeypatch):
-    monkeypatch.setattr("maedistill.data.remote.streams.PART", 10_000)  # several requests per shard
+    monkeypatch.setattr("maedistill.data.remote.urls.PART", 10_000)  # several requests per shard
     local = open_index(str(shards / "train-*.tar"))
     remote = open_index("s3://bucket/in1k/train-*.tar")
     assert remote.fingerprint() == local.fingerprint() and not folder.exists()  # the index alone was fetched
-    assert torch.equal(crops(remote).images, crops(local).images) and names(folder) == [".tar"] * 4
+    assert torch.equal(crops(remote).images, crops(local).images) and suffixes(folder) == [".tar"] * 4
     next(folder.iterdir()).unlink()
     dataset = RandomCrops(remote, SampleOrder(remote.starts, seed=3), seed=3, **SPEC)
-    batches = load_batches(dataset, workers=2, batch_sampler=[[*range(96)]] * 2)
+    batches = load_batches(dataset, [[*range(96)]] * 2, workers=2)
     expected = crops(local, window=None, count=96).images
     assert all(torch.equal(batch.images, expected) for batch in batches)  # forked from a process that used the store
     bucket.delete_object(Bucket="bucket", Key="in1k/train.index.safetensors")

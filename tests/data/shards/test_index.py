@@ -5,11 +5,11 @@ import os
 
 import numpy as np
 import pytest
-from tar_files import SAMPLES, write_split, write_tar
 
 from maedistill.data.shards.index import load_index, open_index, save_index
 from maedistill.data.shards.reader import ShardReader
 from maedistill.errors import DataError
+from tests.data.tar_files import SAMPLES, write_split, write_tar
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,9 @@ def test_a_scan_of_some_shards_is_made_again_when_more_are_asked_for(tmp_path):
 def test_an_index_made_with_the_shards_is_not_extended(tmp_path):
     pattern = write_split(tmp_path)
     file = tmp_path / "train.index.safetensors"
-    save_index(dataclasses.replace(open_index(str(tmp_path / "train-00000[01].tar")), made={"made_by": "x"}), file)
+    save_index(
+        dataclasses.replace(open_index(str(tmp_path / "train-00000[01].tar")), provenance={"made_by": "x"}), file
+    )
     with pytest.raises(DataError, match=r"train-000002\.tar is not in the index"):
         open_index(pattern)
 

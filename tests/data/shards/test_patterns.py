@@ -3,10 +3,10 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tar_files import write_split
 
 from maedistill.data.shards.patterns import expand_braces, find_shards, split_name
 from maedistill.errors import ConfigError, DataError
+from tests.data.tar_files import write_split
 
 
 def test_missing_shards_are_named(tmp_path):

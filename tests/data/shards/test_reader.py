@@ -6,11 +6,11 @@ import shutil
 import tarfile
 
 import pytest
-from tar_files import write_split, write_tar
 
 from maedistill.data.shards.index import open_index
 from maedistill.data.shards.reader import MOST_OPEN, ShardReader
 from maedistill.errors import DataError
+from tests.data.tar_files import write_split, write_tar
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's threads, in a full test run

@@ -4,11 +4,11 @@ import tarfile
 import time
 
 import pytest
-from tar_files import SAMPLES, write_tar
 
 from maedistill.data.shards.index import open_index
 from maedistill.data.shards.scan import scan_shard
 from maedistill.errors import DataError
+from tests.data.tar_files import SAMPLES, write_tar
 
 
 def test_scan_finds_what_is_there(tmp_path):
@@ -29,12 +29,7 @@ def test_samples_group_by_key_wherever_their_members_lie(tmp_path):
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("mtime", [0, 1700000000.25])  # a fraction makes tarfile write a pax header for each member
 def test_every_tar_dialect_is_read_as_tarfile_reads_it(tmp_path, tar_format, mtime):
-    members = {
-        "folder": "5",
-        "folder/" + "k" * 90 + ".jpg": b"1" * 600,
-        "short.png": b"2",
-        "short.cls": b"5",
-    }
+    members = {"folder": "5", "folder/" + "k" * 90 + ".jpg": b"1" * 600, "short.png": b"2", "short.cls": b"5"}
     if tar_format != tarfile.USTAR_FORMAT:
         members |= {"é" * 120 + ".webp": b"3", "x" * 300 + "/y.jpg": b"4" * 513}
     path = write_tar(tmp_path / "a.tar", members, tar_format, mtime=int(mtime) if tar_format == 0 else mtime)

@@ -1,6 +1,5 @@
 """Writing shards: the same bytes every time, killed anywhere or not; every image accounted for; readable by timm."""
 
-import importlib.util
 import io
 import json
 import re
@@ -18,6 +17,7 @@ from maedistill.data.shards.sources import Record, open_folder
 from maedistill.data.shards.verify import verify_shards
 from maedistill.data.shards.write import make_shards, plan_shards, read_report
 from maedistill.errors import ConfigError, DataError, exit_code_of
+from tools import make_shards as make_shards_tool
 
 
 class Killed(BaseException):
@@ -39,11 +39,11 @@ def contents(folder: Path):
 
 def test_shards_hold_the_source_files_and_nothing_of_the_machine(tmp_path):
     photos = write_photos(tmp_path / "photos")
-    notes = make_shards(open_folder(photos), tmp_path / "out", images_per_shard=5)
-    assert notes["train"].lengths == [4, 5, 5] and notes["train"].images == 14
+    stats = make_shards(open_folder(photos), tmp_path / "out", images_per_shard=5)
+    assert stats["train"].lengths == [4, 5, 5] and stats["train"].images == 14
     assert verify_shards(tmp_path / "out") == 3
     index = open_index(str(tmp_path / "out" / "train-{000000..000002}.tar"))
-    assert index.classes == ("cat", "dog", "owl") and index.made["made_by"] == "make_shards"
+    assert index.classes == ("cat", "dog", "owl") and index.provenance["made_by"] == "make_shards"
     reader = ShardReader(index)
     for i in range(14):
         name, number = index.key(i).split("_")
@@ -51,9 +51,8 @@ def test_shards_hold_the_source_files_and_nothing_of_the_machine(tmp_path):
         assert index.classes[index.labels[i]] == name
     with tarfile.open(index.shards[0]) as tar:
         assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in tar} == {(0, 0, 0, "", "", 0o444)}
-    assert (
-        make_shards(open_folder(photos), tmp_path / "out", images_per_shard=5) == notes == read_report(tmp_path / "out")
-    )
+    again = make_shards(open_folder(photos), tmp_path / "out", images_per_shard=5)
+    assert again == stats == read_report(tmp_path / "out")
     before = contents(tmp_path / "out")
     make_shards(open_folder(photos), tmp_path / "again", images_per_shard=5, workers=3)
     assert contents(tmp_path / "again") == before
@@ -155,7 +154,7 @@ def test_nothing_left_is_an_error(tmp_path):
 def test_shrinking_is_recorded(tmp_path):
     make_shards(open_folder(write_photos(tmp_path / "p", size=(60, 40))), tmp_path / "out", shorter_side=20, quality=80)
     index = open_index(str(tmp_path / "out" / "train-*.tar"))
-    assert (index.made["shorter_side"], index.made["quality"]) == (20, 80)
+    assert (index.provenance["shorter_side"], index.provenance["quality"]) == (20, 80)
     assert decode_rgb(ShardReader(index).read(0)).shape == (3, 20, 30)
 
 
@@ -205,15 +204,12 @@ def test_timm_reads_the_shards(tmp_path):
         assert np.array_equal(image, decode_rgb(ShardReader(index).read(i)).permute(1, 2, 0))
 
 
-def test_the_command_line_reports_and_exits_as_documented(tmp_path, root, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("make_shards_tool", root / "tools" / "make_shards.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+def test_the_command_line_reports_and_exits_as_documented(tmp_path, monkeypatch, capsys):
     photos, out = write_photos(tmp_path / "photos"), tmp_path / "out"
 
     def run(*args):
         monkeypatch.setattr("sys.argv", ["make_shards.py", *map(str, args)])
-        code = exit_code_of(tool.main)
+        code = exit_code_of(make_shards_tool.main)
         return code, capsys.readouterr()
 
     code, printed = run(photos, out, "--images-per-shard", 5, "--verify")

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from sandbox import Sandbox
+
+from tests.faults.fuzz.sandbox import Sandbox
 
 
 @pytest.fixture(scope="module")

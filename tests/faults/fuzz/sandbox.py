@@ -81,8 +81,13 @@ class Sandbox:
         process = subprocess.Popen(
             [sys.executable, __file__, str(self.module), str(there.fileno())],
             cwd=self.folder,
-            env=os.environ
-            | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(self.folder / "cache"), "TQDM_DISABLE": "1"},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(Path(__file__).resolve().parents[3]),
+                "XDG_CACHE_HOME": str(self.folder / "cache"),
+                "TQDM_DISABLE": "1",
+            },
             pass_fds=[there.fileno()],
             stdout=subprocess.DEVNULL,
         )

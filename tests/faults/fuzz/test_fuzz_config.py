@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damage import NASTY, ODD, byte_edits, cases, edited, regrown, tree_edits
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.render import config_yaml
 from maedistill.data.shards.patterns import find_shards
 from maedistill.errors import ConfigError, DataError
+from tests.faults.fuzz.damage import NASTY, ODD, byte_edits, cases, edited, regrown, tree_edits
 
 REFUSALS = (ConfigError, DataError)
 ROOTS, OWN = (PretrainConfig, FinetuneConfig), ({"method": "mae"}, {"init": {"source": "run:runs/a"}})

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from damage import NASTY, byte_edits, cases, edited
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from maedistill.data.images.decode import BadImage, decode_rgb, open_image
-from maedistill.data.shards.convert import convert
+from maedistill.data.images.decode import BadImage, convert, decode_rgb, open_image
+from tests.faults.fuzz.damage import NASTY, byte_edits, cases, edited
 
 REFUSALS = (BadImage,)
 MARKERS = (b"\xff\xd8", b"\xff\xd9", b"\xff\xda", b"\xff\xc0", b"\xff\xc2", b"\xff\xc4", b"\xff\xdd\0\4\0\1",

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from damage import NASTY, byte_edits, cases, edited, packed, regrown, tree_edits, unpacked
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
@@ -19,6 +18,7 @@ from safetensors.numpy import load, save
 from maedistill.data.shards.index import SCANNED, index_of, load_index, open_index, save_index, select_shards
 from maedistill.data.shards.scan import scan_shard
 from maedistill.errors import DataError
+from tests.faults.fuzz.damage import NASTY, byte_edits, cases, edited, packed, regrown, tree_edits, unpacked
 
 REFUSALS = (DataError,)
 FILE = Path("train.index.safetensors")
@@ -51,7 +51,7 @@ def good_index() -> bytes:
         for name, data in SHARDS.items():
             (Path(folder) / name).write_bytes(data)
         scans = [scan_shard(f"{folder}/{name}") for name in SHARDS]
-        save_index(index_of(list(SHARDS), scans, classes=(), made=SCANNED), Path(folder) / FILE)
+        save_index(index_of(list(SHARDS), scans, classes=(), provenance=SCANNED), Path(folder) / FILE)
         return (Path(folder) / FILE).read_bytes()
 
 

@@ -8,12 +8,12 @@ import re
 import tarfile
 from pathlib import Path
 
-from damage import NASTY, byte_edits, cases, edited
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from maedistill.data.shards.scan import IMAGE_SUFFIXES, NO_LABEL, scan_shard
 from maedistill.errors import DataError
+from tests.faults.fuzz.damage import NASTY, byte_edits, cases, edited
 
 REFUSALS = (DataError,)
 BLOCK = 512

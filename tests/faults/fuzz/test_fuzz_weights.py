@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from damage import ODD, byte_edits, cases, edited, packed, regrown, tree_edits, unpacked
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save
@@ -28,6 +27,7 @@ from maedistill.runs.restore import load_latest, newest_intact, read_weights
 from maedistill.training.state import MOMENTS, TrainingState
 from maedistill.weights.state_dict import import_weights, load_encoder
 from maedistill.weights.weights_file import read_weights_file
+from tests.faults.fuzz.damage import ODD, byte_edits, cases, edited, packed, regrown, tree_edits, unpacked
 
 warnings.filterwarnings("ignore", module=r"torch\.")  # torch.load remarks on pickles that it reads all the same
 
@@ -51,7 +51,7 @@ def good_checkpoint() -> Files:
     """The files of a checkpoint of `network`, as runs/checkpoint.py describes them."""
     state = {name: torch.full_like(value, 0.5) for name, value in network().state_dict().items()}
     moments = {f"{kind}/{name}": state[name].clone() for kind in MOMENTS for name, _ in network().named_parameters()}
-    document = {"step": STEP, "engine": {"updates": 7.0}, "loop": {"step": STEP, "bad": 0.0, "keys": ["a"]}}
+    document = {"step": STEP, "engine": {"updates": 7.0}, "loop": {"step": STEP, "bad_samples": 0, "keys": ["a"]}}
     weights = {"model.safetensors": save(state), "optimizer.safetensors": save(moments), "ema.safetensors": save(state)}
     return weights | {"state.json": json.dumps(document).encode()}
 

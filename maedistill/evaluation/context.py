@@ -1,0 +1,98 @@
+"""What every evaluation command shares: its context, and the lines and entries that describe models and data.
+
+open_context -> join the process group -> EvalContext: device, precision, batch, loader workers
+print_main, finish -> stdout and JSON, from rank 0 only
+"""
+
+import json
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maedistill.data.loading.workers import TIMEOUT_SECONDS
+from maedistill.data.shards.index import ShardIndex
+from maedistill.machine import DTYPES, cpu_share
+from maedistill.machine import precision as resolve_precision
+from maedistill.processes import distributed
+from maedistill.runs.records import write_text
+from maedistill.weights.network import Network
+
+_PATIENCE = 1800  # seconds that a rank waits for the others: shares are equal, but machines may differ in speed
+
+
+@dataclass(frozen=True)
+class EvalContext:
+    """The settings of all passes of an evaluation. batch: images per forward pass and rank; workers: per rank.
+
+    precision: fp32, or bf16 or fp16 under autocast, or auto. timeout_seconds: as in `load_batches`.
+    """
+
+    device: torch.device
+    batch: int
+    workers: int
+    precision: str = "fp32"
+    timeout_seconds: float = TIMEOUT_SECONDS
+
+    @property
+    def device_name(self) -> str:
+        """Return the GPU's name, or the number of CPU threads."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"CPU, {torch.get_num_threads()} threads"
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return the autocast of the precision, which does nothing in fp32."""
+        dtype = DTYPES[resolve_precision(self.precision, self.device)]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def open_context(*, batch: int, workers: int | None, threads: int | None, precision: str) -> EvalContext:
+    """Join the process group. workers, threads: per process, by default its share of the cores. Collective."""
+    distributed.open_group(_PATIENCE)
+    device, cores = distributed.device(), cpu_share(distributed.local_world_size())
+    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads or cores)
+    workers = min(8, cores) if workers is None else workers
+    return EvalContext(device, batch, workers, precision=resolve_precision(precision, device))
+
+
+def print_main(label: str, text: str) -> None:
+    """Print a labelled line on rank 0 only, and flush."""
+    if distributed.is_main():
+        print(f"{label:<11} {text}", flush=True)
+
+
+def print_network(label: str, network: Network) -> None:
+    """Describe a network and its input: size, crop and normalisation."""
+    mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (network.mean, network.std))
+    crop = f"{network.crop_mode} crop {network.crop:g}, {network.interpolation}"
+    print_main(label, network.describe())
+    print_main("input", f"{network.size} px, {crop}, mean {mean}, std {std}")
+
+
+def print_data(label: str, index: ShardIndex, shards: str) -> None:
+    """Describe the data: numbers of images and classes, fingerprint and shards."""
+    counts = f"{len(index):,} images, {index.num_classes:,} classes"
+    print_main(label, f"{counts}, fingerprint {index.fingerprint()[:12]}, {shards}")
+
+
+def metadata(network: Network, context: EvalContext) -> dict[str, Any]:
+    """Return the entries of a network, its input and the context for a result file."""
+    names = ("license", "parameters", "size", "crop", "interpolation", "crop_mode", "mean", "std")
+    entries = {"model": network.name, "classes": network.num_classes} | {n: getattr(network, n) for n in names}
+    return entries | {"device": context.device_name, "batch": context.batch, "precision": context.precision}
+
+
+def finish(result: dict[str, Any], file: Path | None) -> dict[str, Any]:
+    """Write the result as JSON if there is a file, and return it. Collective.
+
+    All ranks wait for the writer, because a launcher ends the others when one rank exits.
+    """
+    if file is not None:
+        distributed.on_main(lambda: write_text(file, json.dumps(result, indent=1) + "\n"))
+    distributed.barrier()
+    return result

@@ -1,0 +1,83 @@
+"""Check whether a run is complete: finished in its folder, with the same settings, on the same images."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.keys import differing_keys
+from maedistill.config.schema import RunConfig
+from maedistill.data.shards.index import open_index
+from maedistill.data.shards.patterns import find_shards
+from maedistill.errors import ConfigError
+from maedistill.runs.checkpoint import latest_step
+from maedistill.runs.folder import RunFolder
+
+_find_once = cache(find_shards)  # raises if shards are missing; cached, because many runs read the same shards
+
+
+def last_end(folder: RunFolder) -> str | None:
+    """Return the reason why the last start in the folder ended; None if it is running, was killed or never started."""
+    file = folder.path / "exit.json"
+    return json.loads(file.read_text())["reason"] if file.is_file() else None
+
+
+def is_finished(folder: RunFolder) -> bool:
+    """Return whether the run in the folder has finished, whatever its settings were."""
+    return last_end(folder) == "finished"
+
+
+def is_done(config: RunConfig) -> bool:
+    """Return whether the run of this config is finished in its folder.
+
+    Raises ConfigError if the folder holds a run with other settings or on other images, so that nothing is overwritten;
+    ConfigError or DataError if the run is not finished and its shards are missing.
+    """
+    folder = RunFolder(config.run)
+    finished = is_finished(folder)
+    if finished or latest_step(folder.checkpoints) is not None:  # starting anew could overwrite it
+        _require_same_settings(folder, config)
+    if finished:
+        _require_same_images(folder, config)
+    else:
+        for shards in filter(None, (config.data.train, config.data.val)):
+            _find_once(shards)
+    return finished
+
+
+def is_scored(scorecard: Path, shards: str) -> bool:
+    """Return whether tools/evaluate.py's JSON file exists and is of these shards. Raises if the shards are missing."""
+    _find_once(shards)
+    return scorecard.is_file() and json.loads(scorecard.read_text())["fingerprint"] == _fingerprint(shards)
+
+
+def _require_same_settings(folder: RunFolder, config: RunConfig) -> None:
+    before = folder.load_config()
+    same_stage = type(before) is type(config)
+    changes = differing_keys(before, config) if same_stage else [("stage", before.stage, config.stage)]
+    if changes:
+        examples = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changes[:4])
+        more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
+        raise ConfigError(
+            f"{folder.path} holds a run of other settings ({examples}{more})",
+            "restore them, remove that folder with what came from it, or use another --out",
+        )
+
+
+def _require_same_images(folder: RunFolder, config: RunConfig) -> None:
+    facts = folder.facts()
+    used = [(facts["data"], config.data.train, config.data.index)]
+    if isinstance(config, FinetuneConfig):
+        used.append((facts["validation"], config.data.val, None))
+    for data, shards, index in used:
+        if data["fingerprint"] != _fingerprint(shards, index):
+            raise ConfigError(
+                f"{folder.path} was run on other images than {shards} holds",
+                "name the same shards, wherever they are now, or use another --out",
+            )
+
+
+@cache
+def _fingerprint(shards: str, index: str | None = None) -> str:
+    """Return the fingerprint of a set of shards. Cached, because many runs read the same shards."""
+    return open_index(shards, index=index).fingerprint()

@@ -1,0 +1,182 @@
+"""Commands that need each other, as real processes: order, failures, one start at a time, no process left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from maedistill.errors import ConfigError
+from maedistill.study.runner import Step, StepsFailed, print_steps, run_steps
+
+# A tool that notes its start and end, and fails, sleeps or leaves a child behind where it is told to.
+TOOL = """\
+import os, subprocess, sys, time
+name, *words = sys.argv[1:]
+def note(text):
+    with open("notes.txt", "a") as file:
+        file.write(f"{text} {name} {os.environ.get('OMP_NUM_THREADS')} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
+note("starts")
+if "child" in words:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    open("child.txt", "w").write(str(child.pid))
+if "sleep" in words:
+    open("sleeps.txt", "w").write(str(os.getpid()))
+    time.sleep(60)
+while any(word.startswith("after=") and not os.path.exists(word[6:]) for word in words):
+    time.sleep(0.02)
+if "briefly" in words:
+    time.sleep(0.4)
+if "fail" in words:
+    sys.exit("no luck\\nat all")
+note("ends")
+open(name, "w").close()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch) -> Path:
+    (tmp_path / "tool.py").write_text(TOOL)
+    (tmp_path / "x").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return tmp_path
+
+
+def step(name: str, *words: str, needs: tuple[str, ...] = ()) -> Step:
+    return Step(name, ("tool.py", name, *words), needs, done=Path(name).exists)
+
+
+def run(folder: Path, *steps: Step, jobs: int = 1) -> list[str]:
+    """Runs the steps; what was noted, in order."""
+    run_steps(steps, root=folder, out=folder / "out", jobs=jobs)
+    return notes(folder)
+
+
+def notes(folder: Path) -> list[str]:
+    return [" ".join(line.split()[:2]) for line in (folder / "notes.txt").read_text().splitlines()]
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended; one that nobody waited for counts."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_for(condition) -> None:
+    limit = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < limit, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_one_after_the_other_in_the_order_of_their_needs(folder, capfd) -> None:
+    found = run(folder, step("b", needs=("a",)), step("a"), step("c"))
+    assert found == ["starts a", "ends a", "starts b", "ends b", "starts c", "ends c"]
+    assert "== 1/3 a\n$ python tool.py a\n" in capfd.readouterr().out
+
+
+def test_what_is_done_is_skipped_with_a_line(folder, capfd) -> None:
+    (folder / "a").touch()
+    assert run(folder, step("a"), step("b", needs=("a",))) == ["starts b", "ends b"]
+    assert "skips a: done\n" in capfd.readouterr().out
+    assert run(folder, step("a"), step("b", needs=("a",))) == ["starts b", "ends b"]
+
+
+def test_two_at_a_time_share_the_cores_and_write_to_logs(folder, monkeypatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)))
+    found = run(folder, step("a", "briefly"), step("x/b", "briefly"), step("c", needs=("a",)), jobs=2)
+    assert set(found[:2]) == {"starts a", "starts x/b"} and found.index("ends a") < found.index("starts c")
+    assert {line.split()[2] for line in (folder / "notes.txt").read_text().splitlines()} == {"3"}
+    assert (folder / "out/logs/x_b.log").read_text().startswith("$ python tool.py x/b briefly\n")
+
+
+@pytest.mark.parametrize(
+    ("jobs", "gpus"), [(1, ["GPU-a,GPU-b"] * 4), (2, ["GPU-a", "GPU-b", "GPU-b", "GPU-b"]), (4, ["GPU-a", "GPU-b"] * 2)]
+)
+def test_jobs_are_dealt_the_gpus_that_are_visible(folder, monkeypatch, capfd, jobs, gpus) -> None:
+    """The first job outlives the others where it can: what these give back goes to the next, and nobody joins it."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    steps = [step("a", *(["after=d"] if jobs > 1 else [])), step("b"), step("c"), step("d")]
+    run(folder, *steps, jobs=jobs)
+    lines = [line.split() for line in (folder / "notes.txt").read_text().splitlines()]
+    assert [gpu for _, gpu in sorted((name, gpu) for text, name, _, gpu in lines if text == "starts")] == gpus
+    assert ("$ CUDA_VISIBLE_DEVICES=GPU-b python tool.py b" in capfd.readouterr().out) == (jobs > 1)
+
+
+def test_a_failure_holds_back_what_needs_it_and_nothing_else(folder, capfd) -> None:
+    steps = [step("a", "fail"), step("b", needs=("a",)), step("c", needs=("b",)), step("d")]
+    with pytest.raises(StepsFailed) as raised:
+        run_steps(steps, root=folder, out=folder / "out", jobs=2)
+    assert sorted(notes(folder)) == ["ends d", "starts a", "starts d"]
+    assert raised.value.exit_code == 1
+    assert raised.value.cause == "failed: a (exit code 1); not started for that reason: b, c"
+    assert "FAILED a, exit code 1" in (out := capfd.readouterr().out) and "    no luck\n    at all" in out
+    assert run(folder, step("a"), *steps[1:])[3:] == ["starts a", "ends a", "starts b", "ends b", "starts c", "ends c"]
+
+
+def test_an_error_names_a_few_of_the_steps_that_did_not_start(folder) -> None:
+    steps = [step("a", "fail"), *(step(f"b{i}", needs=("a",)) for i in range(40))]
+    with pytest.raises(StepsFailed) as raised:
+        run_steps(steps, root=folder, out=folder / "out")
+    assert raised.value.cause.endswith("not started for that reason: b0, b1, b2, b3, b4 and 35 more")
+
+
+def test_a_look_at_the_steps_starts_none_and_counts_them(folder, capfd) -> None:
+    (folder / "a").touch()
+    print_steps([step("a"), step("b", needs=("a",))])
+    out = capfd.readouterr().out
+    assert "1/2 a: done\n    python tool.py a\n2/2 b: to do" in out and out.endswith("\n2 steps: 1 done, 1 to do\n")
+    assert not (folder / "notes.txt").exists()
+
+
+def test_a_result_without_its_origin_is_refused(folder) -> None:
+    (folder / "b").touch()
+    with pytest.raises(ConfigError, match="b is done, but a, which it comes from, is not"):
+        run(folder, step("a"), step("b", needs=("a",)))
+    assert not (folder / "notes.txt").exists()
+
+
+RUN = """\
+import sys
+from pathlib import Path
+from maedistill.errors import exit_code_of
+from maedistill.study.runner import Step, run_steps
+steps = [Step("a", ("tool.py", "a", "child", "sleep")), Step("b", ("tool.py", "b"))]
+sys.exit(exit_code_of(lambda: run_steps(steps, root=Path(), out=Path("out"))))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_children_and_theirs(folder, number, code) -> None:
+    process = subprocess.Popen([sys.executable, "-c", RUN], stdout=subprocess.DEVNULL)
+    wait_for((folder / "sleeps.txt").exists)
+    with pytest.raises(ConfigError, match="still running there"):
+        run(folder, step("b"))
+    process.send_signal(number)
+    assert process.wait(timeout=20) == code
+    for file in ("sleeps.txt", "child.txt"):
+        pid = int((folder / file).read_text())
+        wait_for(lambda pid=pid: gone(pid))
+    assert notes(folder) == ["starts a"] and run(folder, step("b")) == ["starts a", "starts b", "ends b"]
+
+
+def test_after_a_kill_nothing_starts_beside_what_was_left_running(folder) -> None:
+    process = subprocess.Popen([sys.executable, "-c", RUN], stdout=subprocess.DEVNULL)
+    wait_for((folder / "sleeps.txt").exists)
+    process.kill()
+    process.wait()
+    pids = [int((folder / file).read_text()) for file in ("sleeps.txt", "child.txt")]
+    with pytest.raises(ConfigError, match="still running there"):
+        run(folder, step("b"))
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda pid=pid: gone(pid))
+    assert run(folder, step("b"))[-1] == "ends b"

@@ -1,0 +1,1 @@
+"""What the tests share: starting processes, tiny data sets, checkpoints and hostile files."""

@@ -1,0 +1,161 @@
+"""Classifiers from run folders, local folders and timm: the network's own outputs, its own input, clear refusals."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+
+from maedistill.errors import ConfigError, DataError
+from maedistill.models.encoder import build_vit
+from maedistill.runs.checkpoint import take_snapshot, write_snapshot
+from maedistill.training.state import MOMENTS, TrainingState
+from maedistill.weights.from_run import PREFIX, describe_network
+from maedistill.weights.network import open_network
+
+TINY = {"image_size": 32, "width": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
+INPUT = {"size": 32, "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.1], "crop": 0.9}
+
+
+def random_vit(num_classes=3):
+    vit = build_vit("vit_tiny_patch16_224", num_classes=num_classes, global_pool="avg", **TINY)
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return vit.eval()
+
+
+def save_export(folder, vit):
+    save_for_hf(vit, folder, model_args=describe_network(vit)["arguments"], safe_serialization=True)
+
+
+def make_run(folder, vit, *, stage="finetune", ema=None):
+    """A run folder as the tools leave it, as far as evaluation looks at it."""
+
+    def named(network):
+        return {PREFIX[stage] + name: value for name, value in network.state_dict().items()}
+
+    facts = {
+        "stage": stage,
+        "network": describe_network(vit),
+        "input": INPUT,
+        "license": "mit",
+        "classes": ["a", "b", "c"],
+    }
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps(facts))
+    training = TrainingState(named(vit), {moment: {} for moment in MOMENTS}, {})
+    averaged = ema and SimpleNamespace(module=SimpleNamespace(state_dict=lambda: named(ema)))
+    engine = SimpleNamespace(state=lambda: training)
+    write_snapshot(folder / "checkpoints", take_snapshot(step=7, engine=engine, ema=averaged, state={}), keep=1)
+    return folder
+
+
+def test_a_fine_tuned_run_is_what_it_was(tmp_path):
+    vit, ema, images = random_vit(), random_vit(), torch.randn(2, 3, 32, 32)
+    run = make_run(tmp_path / "run", vit, ema=ema)
+    for source, weights, original in ((run, "model", vit), (f"run:{run}", "ema", ema)):
+        opened = open_network(str(source), "classifier", weights=weights)
+        assert torch.equal(opened.module(images), original(images))
+    assert (opened.mean, opened.std, opened.size, opened.crop) == ((0.5, 0.4, 0.3), (0.25, 0.2, 0.1), 32, 0.9)
+    assert (opened.num_classes, opened.classes, opened.license) == (3, ("a", "b", "c"), "mit")
+    assert opened.name == f"run:{run} step_000000007 (ema)"
+    larger = open_network(str(run), "classifier", image_size=48)
+    assert larger.size == 48 and larger.module(torch.zeros(1, 3, 48, 48)).shape == (1, 3)
+
+
+# A ViT, a network with one size only that timm resizes, and one of any size; what timm says of its input.
+MODELS = {
+    "vit": ("vit_tiny_patch16_224", {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2}),
+    "window": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 56, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)},
+    ),
+    "convolution": ("resnet10t", {}),
+}
+CONFIG = {"input_size": (3, 56, 56), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "crop_pct": 0.7}
+CONFIG |= {"interpolation": "bilinear", "crop_mode": "squash"}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_any_timm_model_with_timms_word_on_its_input(tmp_path, kind):
+    name, arguments = MODELS[kind]
+    size = arguments.get("img_size", 56)
+    model = timm.create_model(name, num_classes=5, **arguments).eval()
+    config = CONFIG | {"input_size": (3, size, size)}
+    save_for_hf(model, tmp_path / "out", model_args=arguments, data_config=config, safe_serialization=True)
+    opened = open_network(str(tmp_path / "out"), "classifier")
+    images = torch.randn(2, 3, size, size)
+    assert torch.equal(opened.module(images), model(images)) and not opened.module.training
+    found = (opened.size, opened.mean, opened.std, opened.crop, opened.interpolation, opened.crop_mode)
+    assert found == (size, *list(CONFIG.values())[1:])
+    larger = open_network(f"local-dir:{tmp_path / 'out'}", "classifier", image_size=2 * size)
+    assert larger.size == 2 * size and larger.module(torch.zeros(1, 3, 2 * size, 2 * size)).shape == (1, 5)
+
+
+def test_encoders_are_refused_with_what_to_do(tmp_path):
+    encoder = random_vit(num_classes=0)
+    run = make_run(tmp_path / "run", encoder, stage="pretrain")
+    save_export(tmp_path / "out", encoder)
+    for source in (str(run), f"local-dir:{tmp_path / 'out'}", "timm:vit_base_patch16_224.mae"):
+        with pytest.raises(ConfigError, match="has no classifier") as raised:
+            open_network(source, "classifier")
+        assert (
+            f"tools/finetune.py CONFIG init.source={'run:' if source == str(run) else ''}{source}"
+            in raised.value.remedy
+        )
+
+
+def test_a_size_that_a_network_cannot_take_is_refused(tmp_path):
+    model = timm.create_model("levit_128s", embed_dim=(16, 16, 16), num_heads=(1, 1, 1), depth=(1, 1, 1), num_classes=2)
+    arguments = {"embed_dim": (16, 16, 16), "num_heads": (1, 1, 1), "depth": (1, 1, 1)}
+    save_for_hf(model, tmp_path / "out", model_args=arguments, safe_serialization=True)
+    assert open_network(str(tmp_path / "out"), "classifier").size == 224
+    with pytest.raises(ConfigError, match="cannot look at images of 96 pixels"):
+        open_network(str(tmp_path / "out"), "classifier", image_size=96)
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "cause", "remedy"),
+    [
+        ("resnet18", ConfigError, "resnet18 is neither a folder nor", "timm:resnet18"),
+        ("file:model.pth", ConfigError, "file:model.pth is neither a folder nor", "local-dir:PATH"),
+        ("{folder}", ConfigError, "neither a run", "tools/finetune.py"),
+        ("run:{folder}", DataError, "holds no run", "run folder"),
+        ("timm:resnt18", ConfigError, "no model 'resnt18'", "resnet18"),
+        ("timm:resnet18.nonesuch", DataError, "nonesuch", "check its name"),
+        ("local-dir:{folder}/none", DataError, "{folder}/none", "check its name"),
+    ],
+)
+def test_what_cannot_be_opened_is_named(tmp_path, source, error, cause, remedy):
+    source = source.format(folder=tmp_path)
+    with pytest.raises(error) as raised:
+        open_network(source, "classifier")
+    assert cause.format(folder=tmp_path) in raised.value.cause and remedy in raised.value.remedy
+
+
+def test_only_runs_have_a_moving_average_and_a_run_may_have_none(tmp_path):
+    with pytest.raises(ConfigError, match="timm:resnet10t has no moving average"):
+        open_network("timm:resnet10t", "classifier", weights="ema")
+    run = make_run(tmp_path / "run", random_vit(), ema=None)
+    with pytest.raises(DataError, match="kept no moving average"):
+        open_network(str(run), "classifier", weights="ema")
+
+
+@pytest.mark.parametrize(("size", "nearest"), [(30, 32), (3, 8), (52, 48)])
+def test_a_size_that_patches_do_not_divide_is_refused(tmp_path, size, nearest):
+    make_run(tmp_path / "run", random_vit())
+    save_export(tmp_path / "out", random_vit())
+    for folder, use, key in (("run", "classifier", "--image-size"), ("out", "encoder", "data.image_size")):
+        with pytest.raises(ConfigError, match=f"patches of 8 pixels, which do not divide images of {size}") as raised:
+            open_network(str(tmp_path / folder), use, image_size=size, size_key=key)
+        assert raised.value.remedy.endswith(f"{key}={nearest}")
+
+
+def test_cut_weights_are_named(tmp_path):
+    save_export(tmp_path / "out", random_vit())
+    weights = tmp_path / "out" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"cannot be opened \(SafetensorError"):
+        open_network(str(tmp_path / "out"), "classifier")
