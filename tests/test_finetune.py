@@ -113,9 +113,9 @@ def test_a_run_leaves_a_complete_folder(tuned):
     run, steps = tuned.run, tuned.metrics()
     assert tuned.err == "" and "step 24/24" in tuned.out
     assert json.loads((run / "exit.json").read_text()) == {"exit_code": 0, "reason": "finished", "step": 24}
-    facts = json.loads((run / "run.json").read_text())
-    assert facts["input"] == {"size": 32, "mean": [0.5] * 3, "std": [0.25] * 3, "crop": 1.0}, "as its source's"
-    assert facts["classes"] == ["a", "b", "c"] and facts["origin"]["method"] == "mae"
+    metadata = json.loads((run / "run.json").read_text())
+    assert metadata["input"] == {"size": 32, "mean": [0.5] * 3, "std": [0.25] * 3, "crop": 1.0}, "as its source's"
+    assert metadata["classes"] == ["a", "b", "c"] and metadata["origin"]["method"] == "mae"
     assert len(steps) == 24 and all(np.isfinite(record["loss"]) for record in steps)
     assert [(record["step"], "ema_top1" in record) for record in evaluations(tuned)] == [
         (step, averaged) for step in (8, 16, 24) for averaged in (False, True)
@@ -220,8 +220,8 @@ def test_a_label_subset_is_all_that_is_seen_at_twice_the_resolution(runs, tuned,
     assert Counter(sample for sample, *_ in witnessed(ended.run).values()) == {sample: 2 for sample in subset}
     for line in ("48 images (50 % of each class) at 64 px", "8 = floor(2 epochs x 48 / 12)", "1 resampled (pos_embed)"):
         assert line in ended.out
-    facts = json.loads((ended.run / "run.json").read_text())
-    assert (facts["data"]["images"], facts["input"]["size"], facts["origin"]["stage"]) == (48, 64, "finetune")
+    metadata = json.loads((ended.run / "run.json").read_text())
+    assert (metadata["data"]["images"], metadata["input"]["size"], metadata["origin"]["stage"]) == (48, 64, "finetune")
     assert load_file(ended.last_checkpoint() / "model.safetensors")["vit.pos_embed"].shape == (1, 65, 32)
     assert [record["step"] for record in evaluations(ended) if "top1" in record] == [4, 8]
 

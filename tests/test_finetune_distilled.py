@@ -88,8 +88,8 @@ def test_a_convolutional_teacher_teaches_a_vit_through_logits_features_and_relat
         )
     first, last = (np.mean([step["logits"] for step in part]) for part in (steps[:4], steps[STOPPED - 4 : STOPPED]))
     assert last < first
-    facts = json.loads((ended.run / "run.json").read_text())
-    assert facts["teacher"].startswith(f"local-dir:{resnet}") and facts["license"] == "apache-2.0"
+    metadata = json.loads((ended.run / "run.json").read_text())
+    assert metadata["teacher"].startswith(f"local-dir:{resnet}") and metadata["license"] == "apache-2.0"
     held = load_file(ended.last_checkpoint() / "model.safetensors")
     assert {name.split(".")[0] for name in held} == {"vit", "terms"}, "projectors are kept to go on with"
     assert open_network(str(ended.run), "classifier").module.num_classes == 3

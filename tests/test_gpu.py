@@ -10,7 +10,7 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from maedistill.config.distill import DKD, Contrastive, Hints, Logits, Term
+from maedistill.config.distill import ContrastiveConfig, DKDConfig, HintsConfig, LogitsConfig, TermConfig
 from maedistill.config.loader import load_config
 from maedistill.finetuning.distilled import Distilled
 from maedistill.finetuning.outputs import RequestedOutputs, feature_info
@@ -71,11 +71,11 @@ def test_a_step_that_distils_never_waits_for_the_gpu() -> None:
     vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=5)
     network, size = timm.create_model("resnet10t", num_classes=9), 96
     sections = {
-        "logits": Logits(temperature=2.0, standardize=True),
-        "dkd": DKD(),
-        "hints": Hints(student=(1,), teacher=(4,)),
-        "contrastive": Contrastive(),
-        **{name: Term() for name in EMBEDDING_LOSSES},
+        "logits": LogitsConfig(temperature=2.0, standardize=True),
+        "dkd": DKDConfig(),
+        "hints": HintsConfig(student=(1,), teacher=(4,)),
+        "contrastive": ContrastiveConfig(),
+        **{name: TermConfig() for name in EMBEDDING_LOSSES},
     }
     student, teacher = (feature_info(one, name="x", image_size=s) for one, s in ((vit, 64), (network, size)))
     terms = {name: TERMS[name](name, section, student, [teacher]) for name, section in sections.items()}
@@ -90,7 +90,7 @@ def test_a_step_that_distils_never_waits_for_the_gpu() -> None:
         classes=(3, 1, 8, 0, 2),
         dtype=torch.bfloat16,
     ).cuda()
-    schedules, device = [Term(weight=1.0, warmup_epochs=3.0) for _ in terms], torch.device("cuda")
+    schedules, device = [TermConfig(weight=1.0, warmup_epochs=3.0) for _ in terms], torch.device("cuda")
     teaching = TeacherEnsemble([teacher], schedules, steps=4, epoch_at=lambda step: step, device=device)
     images = torch.randn(4, 3, 64, 64, device=device)
     targets = F.one_hot(torch.arange(4, device=device), 5).float()

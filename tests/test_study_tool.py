@@ -12,6 +12,8 @@ import pytest
 
 from maedistill.runs.folder import RunFolder
 
+pytestmark = pytest.mark.faults  # the study of these tests is killed first
+
 STUDY = """\
 out: {out}
 seeds: [0]

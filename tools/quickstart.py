@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from maedistill.errors import exit_code_of
-from maedistill.report.comparison import Network, write_comparison
+from maedistill.report.comparison import ComparedNetwork, write_comparison
 from maedistill.study.completion import is_scored
 from maedistill.study.file import load_study
 from maedistill.study.plan import StudyPlan
@@ -64,16 +64,16 @@ def main() -> None:
     print(f"\ndone in {(time.perf_counter() - start) / 60:.1f} minutes: open {report}")
 
 
-def networks_of(study: Study, out: Path) -> dict[str, Network]:
+def networks_of(study: Study, out: Path) -> dict[str, ComparedNetwork]:
     """Return the folders of every compared network, the teacher first."""
     networks = {}
     for name, network in (study.teachers | study.students).items():
         pretrain, finetune = (out / step if step is not None else None for step in network.steps(name, SEED))
-        networks[name] = Network(pretrain, finetune, finetune / "export", finetune / "scorecard.json")
+        networks[name] = ComparedNetwork(pretrain, finetune, finetune / "export", finetune / "scorecard.json")
     return networks
 
 
-def export_steps(networks: dict[str, Network], out: Path) -> list[Step]:
+def export_steps(networks: dict[str, ComparedNetwork], out: Path) -> list[Step]:
     """Return the steps that export each network as a timm model to its run's folder."""
     return [
         Step(
@@ -86,7 +86,7 @@ def export_steps(networks: dict[str, Network], out: Path) -> list[Step]:
     ]
 
 
-def score_steps(networks: dict[str, Network], out: Path, shards: str) -> list[Step]:
+def score_steps(networks: dict[str, ComparedNetwork], out: Path, shards: str) -> list[Step]:
     """Return the steps that measure accuracy and latency of each export."""
     return [
         Step(

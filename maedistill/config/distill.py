@@ -14,7 +14,7 @@ from maedistill.config.schema import Above0, Count, Positive, Precision, Section
 Temperature = Annotated[float, Field(ge=0.01, le=1000)]  # outside this range, softmax is one-hot or uniform
 
 
-class Term(Section):
+class TermConfig(Section):
     """Weight and schedule of a term."""
 
     weight: Weight = result(0.0, "weight of the term; 0: off")
@@ -30,14 +30,14 @@ class Term(Section):
         return self.weight > 0
 
 
-class Pairs(Term):
+class PairsConfig(TermConfig):
     """A term on features of depths, paired between student and teacher."""
 
     student: tuple[Count, ...] = result((), "0-based student blocks")
     teacher: tuple[Count, ...] = result((), "0-based teacher depths, one per student block")
 
 
-class Logits(Term):
+class LogitsConfig(TermConfig):
     """Hinton's KD: the student's softened predictions imitate the teacher's; needs no labels."""
 
     weight: Weight = result(
@@ -51,7 +51,7 @@ class Logits(Term):
     standardize: bool = result(False, "Z-score both sides' logits per image first (logit standardisation, Sun 2024)")
 
 
-class DKD(Term):
+class DKDConfig(TermConfig):
     """DKD: alpha TCKD (how sure of the label) + beta NCKD (how the rest is shared), each logged; needs labels."""
 
     weight: Weight = result(0.0, "weight of alpha TCKD + beta NCKD; 1 in DKD, 9 when standardised; 0: off")
@@ -61,7 +61,7 @@ class DKD(Term):
     standardize: bool = result(False, "Z-score both sides' logits per image first (logit standardisation, Sun 2024)")
 
 
-class HardLabel(Term):
+class HardLabelConfig(TermConfig):
     """Hard-label distillation (DeiT): cross-entropy with the teacher's likeliest class; needs no labels."""
 
     weight: Weight = result(0.0, "weight of the cross-entropy; 0.5 beside distill.label_weight=0.5 in DeiT; 0: off")
@@ -72,7 +72,7 @@ class HardLabel(Term):
     )
 
 
-class Hints(Pairs):
+class HintsConfig(PairsConfig):
     """FitNets: projected student tokens imitate teacher features one by one, grids resampled to the student's."""
 
     weight: Weight = result(0.0, "weight, mean over pairs; 100 is usual for FitNets; 0: off")
@@ -83,7 +83,7 @@ class Hints(Pairs):
     )
 
 
-class AttentionTransfer(Pairs):
+class AttentionTransferConfig(PairsConfig):
     """Attention transfer: where activations are strong, mean over channels of their power; any two networks."""
 
     weight: Weight = result(0.0, "weight, mean over pairs; 1000 is usual; 0: off")
@@ -92,11 +92,11 @@ class AttentionTransfer(Pairs):
     )
 
 
-class Attention(Pairs):
+class AttentionConfig(PairsConfig):
     """Where ViT blocks look: attention that each patch receives, mean over heads and queries; two ViTs."""
 
 
-class TokenRelations(Pairs):
+class TokenRelationsConfig(PairsConfig):
     """Token relations (TinyMIM, MiniLM): softmax(QK'/sqrt d) and softmax(VV'/sqrt d) of patch tokens; two ViTs."""
 
     weight: Weight = result(0.0, "weight of QK + VV, mean over pairs; 1 in TinyMIM; 0: off")
@@ -105,31 +105,31 @@ class TokenRelations(Pairs):
     )
 
 
-class RKDDistance(Term):
+class RKDDistanceConfig(TermConfig):
     """RKD: distances between the images of a micro-batch, of pooled features, in units of their mean."""
 
     weight: Weight = result(0.0, "weight; 25 in RKD; 0: off")
 
 
-class RKDAngle(Term):
+class RKDAngleConfig(TermConfig):
     """RKD: angles of all triplets of images of a micro-batch, of pooled features; B^3 numbers."""
 
     weight: Weight = result(0.0, "weight; 50 in RKD; 0: off")
 
 
-class SimilarityPreserving(Term):
+class SimilarityPreservingConfig(TermConfig):
     """Similarity preserving: row-normalised Gram matrix of a micro-batch, of pooled features."""
 
     weight: Weight = result(0.0, "weight; 3000 is usual; 0: off")
 
 
-class PKT(Term):
+class PKTConfig(TermConfig):
     """PKT: each image's affinities to its micro-batch as probabilities, of pooled features."""
 
     weight: Weight = result(0.0, "weight; 30000 is usual; 0: off")
 
 
-class Contrastive(Term):
+class ContrastiveConfig(TermConfig):
     """Contrast after CRD: each image finds itself among the teacher's of its micro-batch, by pooled features."""
 
     weight: Weight = result(0.0, "weight of InfoNCE, mean of both ways; 1 was tried; 0: off")
@@ -137,7 +137,7 @@ class Contrastive(Term):
     width: Annotated[int, Field(ge=2, le=16384)] = result(128, "width that both sides are projected to; 128 is usual")
 
 
-class Distill(Section):
+class DistillConfig(Section):
     """Teachers that the network also learns from while it is fine-tuned, and what it imitates of them."""
 
     teachers: tuple[str, ...] = result(
@@ -152,24 +152,24 @@ class Distill(Section):
     label_weight: Weight = result(
         1.0, "weight of the cross-entropy with the labels; 0.1 beside KD's 0.9; 0: label-free, shards need no labels"
     )
-    logits: Logits = Logits()
-    dkd: DKD = DKD()
-    hard_label: HardLabel = HardLabel()
-    hints: Hints = Hints()
-    attention_transfer: AttentionTransfer = AttentionTransfer()
-    attention: Attention = Attention()
-    token_relations: TokenRelations = TokenRelations()
-    rkd_distance: RKDDistance = RKDDistance()
-    rkd_angle: RKDAngle = RKDAngle()
-    similarity_preserving: SimilarityPreserving = SimilarityPreserving()
-    pkt: PKT = PKT()
-    contrastive: Contrastive = Contrastive()
+    logits: LogitsConfig = LogitsConfig()
+    dkd: DKDConfig = DKDConfig()
+    hard_label: HardLabelConfig = HardLabelConfig()
+    hints: HintsConfig = HintsConfig()
+    attention_transfer: AttentionTransferConfig = AttentionTransferConfig()
+    attention: AttentionConfig = AttentionConfig()
+    token_relations: TokenRelationsConfig = TokenRelationsConfig()
+    rkd_distance: RKDDistanceConfig = RKDDistanceConfig()
+    rkd_angle: RKDAngleConfig = RKDAngleConfig()
+    similarity_preserving: SimilarityPreservingConfig = SimilarityPreservingConfig()
+    pkt: PKTConfig = PKTConfig()
+    contrastive: ContrastiveConfig = ContrastiveConfig()
 
     @property
-    def terms(self) -> dict[str, Term]:
+    def terms(self) -> dict[str, TermConfig]:
         """Return the terms that are on, by name, in the order of the schema."""
         sections = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: term for name, term in sections.items() if isinstance(term, Term) and term.on}
+        return {name: term for name, term in sections.items() if isinstance(term, TermConfig) and term.on}
 
     @property
     def logit_terms(self) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from maedistill.config import shared_rules
 from maedistill.config.architectures import Architecture
-from maedistill.config.distill import BATCH_RELATION_TERMS, Pairs, Term
+from maedistill.config.distill import BATCH_RELATION_TERMS, PairsConfig, TermConfig
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.problem import Problem
 
@@ -33,7 +33,7 @@ def terms(c: FinetuneConfig) -> Iterator[Problem]:
     """Yield problems for a term with an invalid schedule or invalid pairs, and for settings of a term that is off."""
     sections = {name: getattr(c.distill, name) for name in type(c.distill).model_fields}
     for name, term in sections.items():
-        if not isinstance(term, Term):
+        if not isinstance(term, TermConfig):
             continue
         if not term.on:
             changed = [key for key in sorted(term.model_fields_set) if getattr(term, key) != _default(term, key)]
@@ -42,7 +42,7 @@ def terms(c: FinetuneConfig) -> Iterator[Problem]:
                 yield Problem(f"distill.{name}.{changed[0]}", "the term is off: its weight is 0", remedy)
             continue
         yield from _schedule(c, name, term)
-        if isinstance(term, Pairs):
+        if isinstance(term, PairsConfig):
             yield from _pairs(c.student_architecture, name, term)
 
 
@@ -73,7 +73,7 @@ def batches(c: FinetuneConfig) -> Iterator[Problem]:
         yield Problem("engine.micro_batch", cause, "use 2 or more; the larger, the more relations")
 
 
-def _schedule(c: FinetuneConfig, name: str, term: Term) -> Iterator[Problem]:
+def _schedule(c: FinetuneConfig, name: str, term: TermConfig) -> Iterator[Problem]:
     """Yield problems unless start, warm-up and stop lie in this order within the run."""
     end = term.stop_epoch if term.stop_epoch is not None else c.optim.epochs
     if term.start_epoch >= end:
@@ -88,7 +88,7 @@ def _schedule(c: FinetuneConfig, name: str, term: Term) -> Iterator[Problem]:
         yield Problem(f"distill.{name}.stop_epoch", cause, "use an epoch before it, or null")
 
 
-def _pairs(student: Architecture | None, name: str, term: Pairs) -> Iterator[Problem]:
+def _pairs(student: Architecture | None, name: str, term: PairsConfig) -> Iterator[Problem]:
     """Yield problems unless depths are paired one to one and exist, as far as the config can know."""
     if not term.student or len(term.student) != len(term.teacher):
         yield Problem(
@@ -103,7 +103,7 @@ def _pairs(student: Architecture | None, name: str, term: Pairs) -> Iterator[Pro
         yield Problem(f"distill.{name}.student", cause, f"use 0 to {student.depth - 1}")
 
 
-def _default(term: Term, key: str) -> object:
+def _default(term: TermConfig, key: str) -> object:
     return type(term).model_fields[key].default
 
 

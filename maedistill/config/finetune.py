@@ -9,21 +9,21 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from maedistill.config.architectures import Architecture, architecture_of
-from maedistill.config.distill import Distill
+from maedistill.config.distill import DistillConfig
 from maedistill.config.schema import (
     Above0,
-    Backbone,
+    BackboneConfig,
     Beta,
     Count,
     DropPath,
-    Engine,
+    EngineConfig,
     Fraction,
-    Images,
+    ImagesConfig,
+    LogConfig,
     Optimization,
     Positions,
     Positive,
     Probability,
-    Progress,
     RunConfig,
     Section,
     Triple,
@@ -46,7 +46,7 @@ class Init(Section):
     license: str | None = runtime(None, "license of the weights, for the student's card, where the source names none")
 
 
-class Student(Backbone):
+class Student(BackboneConfig):
     """The Vision Transformer that is fine-tuned; what init.source says about itself need not be repeated here."""
 
     model: str | None = result(
@@ -62,7 +62,7 @@ class Student(Backbone):
     )
 
 
-class Data(Images):
+class Data(ImagesConfig):
     """Labelled images: shards, crops, normalisation, label subsets and the loader's processes."""
 
     val: str | None = runtime(None, "labelled shards that are evaluated, every image exactly once")
@@ -126,7 +126,7 @@ class Optim(Optimization):
     )
 
 
-class Log(Progress):
+class Log(LogConfig):
     """How often progress, evaluations and checkpoints are written."""
 
     eval_every_epochs: Above0 | None = runtime(1.0, "epochs between evaluations on data.val; null: only at the end")
@@ -145,9 +145,9 @@ class FinetuneConfig(RunConfig):
     student: Student = Student()
     data: Data = Data()
     augment: Augment = Augment()
-    distill: Distill = Distill()
+    distill: DistillConfig = DistillConfig()
     optim: Optim = Optim()
-    engine: Engine = Engine()
+    engine: EngineConfig = EngineConfig()
     log: Log = Log()
 
     @property

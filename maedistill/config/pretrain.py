@@ -10,18 +10,18 @@ from maedistill.config.schema import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Above0,
-    Backbone,
+    BackboneConfig,
     Beta,
     Count,
     DropPath,
-    Engine,
+    EngineConfig,
     Fraction,
-    Images,
+    ImagesConfig,
+    LogConfig,
     Optimization,
     Positions,
     Positive,
     Precision,
-    Progress,
     RunConfig,
     Section,
     Triple,
@@ -32,7 +32,7 @@ from maedistill.config.schema import (
 )
 
 
-class Data(Images):
+class Data(ImagesConfig):
     """Training images: shards, crops, normalisation and the loader's processes."""
 
     val: str | None = runtime(None, "labelled shards for kNN and pictures; without them kNN is off")
@@ -46,7 +46,7 @@ class Data(Images):
     eval_crop: Fraction = runtime(0.875, "share of the shorter side that kNN and pictures look at; 1 for 32 px images")
 
 
-class Student(Backbone):
+class Student(BackboneConfig):
     """The small Vision Transformer that is trained."""
 
     model: str = result("vit_small_patch16_224", "a timm VisionTransformer with absolute positions")
@@ -166,7 +166,7 @@ class Optim(Optimization):
     betas: tuple[Beta, Beta] = result((0.9, 0.95), "decay of AdamW's first and second moment; (0.9, 0.95) everywhere")
 
 
-class Log(Progress):
+class Log(LogConfig):
     """How often progress, pictures, kNN, linear probes and checkpoints are written."""
 
     pictures_every_epochs: Above0 | None = runtime(10.0, "epochs between reconstruction pictures; null: never")
@@ -196,7 +196,7 @@ class PretrainConfig(RunConfig):
     align: Align = Align()
     generate: Generate = Generate()
     optim: Optim = Optim()
-    engine: Engine = Engine()
+    engine: EngineConfig = EngineConfig()
     log: Log = Log()
 
     @property

@@ -52,7 +52,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Images(Section):
+class ImagesConfig(Section):
     """Labelled or unlabelled images: shards, crops, normalisation and the loader's processes."""
 
     train: str = runtime(
@@ -92,7 +92,7 @@ class Images(Section):
     )
 
 
-class Backbone(Section):
+class BackboneConfig(Section):
     """The Vision Transformer that is trained: a timm model and what is changed about it."""
 
     model: str | None
@@ -135,7 +135,7 @@ class Optimization(Section):
         return self.lr if self.lr is not None else (self.base_lr or self.default_base_lr) * self.global_batch / 256
 
 
-class Engine(Section):
+class EngineConfig(Section):
     """How the step runs: micro-batch, number format, ZeRO, compilation."""
 
     micro_batch: Positive | None = runtime(
@@ -179,13 +179,12 @@ class Engine(Section):
         return self.micro_batch or 256
 
 
-class Progress(Section):
+class LogConfig(Section):
     """How often progress and checkpoints are written."""
 
     every_steps: Positive = runtime(20, "steps between lines of metrics.jsonl and of progress")
     save_every_epochs: Above0 = runtime(1.0, "epochs between checkpoints")
     keep: Positive = runtime(2, "newest checkpoints that are kept")
-    keep_every_epochs: Above0 | None = runtime(None, "epochs between checkpoints that are kept for good; null: none is")
     tensorboard: bool = runtime(True, "also write TensorBoard events, where tensorboard is installed")
 
 
@@ -212,8 +211,8 @@ class RunConfig(Section):
         return {}
 
     if TYPE_CHECKING:  # every stage declares these itself, so that its sections come in its own order
-        data: Images
-        student: Backbone
+        data: ImagesConfig
+        student: BackboneConfig
         optim: Optimization
-        engine: Engine
-        log: Progress
+        engine: EngineConfig
+        log: LogConfig

@@ -35,20 +35,20 @@ METHODS = {
 
 def model_card(saved: RunNetwork, vit: VisionTransformer, *, weights: Weights = "model") -> str:
     """Return the Markdown card of `vit`, the network of `saved` in its exported form."""
-    facts, folder = saved.metadata, saved.folder
+    metadata, folder = saved.metadata, saved.folder
     config = folder.load_config() if folder.config.exists() else None
     step = int(saved.checkpoint.name.removeprefix("step_"))
     records = [record for record in read_metrics(folder.path) if record["step"] <= step]
-    tuned = facts["stage"] == "finetune"
+    tuned = metadata["stage"] == "finetune"
     sections = {
-        "Origin and license": _origin(facts),
-        "Training": _training(facts, config, vit, step, weights),
-        "Results": _accuracy(records, facts, weights) if tuned else _features(records, config, weights),
-        "Use": _use(facts, vit),
-        "Limits": _limits(facts, vit),
+        "Origin and license": _origin(metadata),
+        "Training": _training(metadata, config, vit, step, weights),
+        "Results": _accuracy(records, metadata, weights) if tuned else _features(records, config, weights),
+        "Use": _use(metadata, vit),
+        "Limits": _limits(metadata, vit),
     }
     body = "\n".join(f"## {title}\n\n" + "\n".join(lines) + "\n" for title, lines in sections.items())
-    return f"{_front_matter(facts, vit)}# {folder.path.resolve().name}\n\n{_summary(facts, vit)}\n\n{body}"
+    return f"{_front_matter(metadata, vit)}# {folder.path.resolve().name}\n\n{_summary(metadata, vit)}\n\n{body}"
 
 
 def forward_gflop(vit: VisionTransformer) -> float:
@@ -61,11 +61,11 @@ def forward_gflop(vit: VisionTransformer) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def _front_matter(facts: Mapping[str, Any], vit: VisionTransformer) -> str:
-    identifier, name = hub_license(facts["license"])
-    method = facts.get("method") or (facts.get("origin") or {}).get("method")
+def _front_matter(metadata: Mapping[str, Any], vit: VisionTransformer) -> str:
+    identifier, name = hub_license(metadata["license"])
+    method = metadata.get("method") or (metadata.get("origin") or {}).get("method")
     tags = ["timm", "vision-transformer", *([method] if method else [])]
-    if method in ("dmae", "amd", "tinymim") or (facts["stage"] == "finetune" and facts.get("teacher")):
+    if method in ("dmae", "amd", "tinymim") or (metadata["stage"] == "finetune" and metadata.get("teacher")):
         tags.append("knowledge-distillation")
     entries = {
         "library_name": "timm",
@@ -77,7 +77,7 @@ def _front_matter(facts: Mapping[str, Any], vit: VisionTransformer) -> str:
     return f"---\n{yaml.safe_dump(entries, sort_keys=False)}---\n\n"
 
 
-def _summary(facts: Mapping[str, Any], vit: VisionTransformer) -> str:
+def _summary(metadata: Mapping[str, Any], vit: VisionTransformer) -> str:
     """Describe the network and its cost in one paragraph."""
     num_params_m = sum(parameter.numel() for parameter in vit.parameters()) / 1e6
     size, patch = vit.patch_embed.img_size[0], vit.patch_embed.patch_size[0]
@@ -85,21 +85,21 @@ def _summary(facts: Mapping[str, Any], vit: VisionTransformer) -> str:
     tokens += f" and {vit.num_reg_tokens} register tokens" if vit.num_reg_tokens else ""
     pooled = {"avg": "mean of the patch tokens", "token": "class token"}[vit.global_pool]
     gives = f"{vit.num_classes:,} logits" if vit.num_classes else f"{vit.embed_dim} features"
-    tuned = "Fine-tuned with a teacher" if facts.get("teacher") else "Fine-tuned on labels"
-    how = tuned if facts["stage"] == "finetune" else f"Pre-trained {METHODS[facts.get('method')]}"
+    tuned = "Fine-tuned with a teacher" if metadata.get("teacher") else "Fine-tuned on labels"
+    how = tuned if metadata["stage"] == "finetune" else f"Pre-trained {METHODS[metadata.get('method')]}"
     return (
-        f"{how}: a Vision Transformer (timm's `{facts['network']['name']}`), {vit.embed_dim} wide, {len(vit.blocks)} "
-        f"blocks, with {tokens}, on images of {size} px in patches of {patch} px. {num_params_m:.2f} M parameters, "
-        f"{forward_gflop(vit):.3g} GFLOP for one image's forward pass (a multiply-add counts as two). The output is "
-        f"{gives}, from the {pooled}."
+        f"{how}: a Vision Transformer (timm's `{metadata['network']['name']}`), {vit.embed_dim} wide, "
+        f"{len(vit.blocks)} blocks, with {tokens}, on images of {size} px in patches of {patch} px. "
+        f"{num_params_m:.2f} M parameters, {forward_gflop(vit):.3g} GFLOP for one image's forward pass (a multiply-add "
+        f"counts as two). The output is {gives}, from the {pooled}."
     )
 
 
-def _origin(facts: Mapping[str, Any]) -> list[str]:
+def _origin(metadata: Mapping[str, Any]) -> list[str]:
     """List the weights that the network derives from, their license, and the training images."""
-    origin, teacher, lines = facts.get("origin") or {}, facts.get("teacher"), []
-    if facts["stage"] == "finetune":
-        lines.append(f"- Start: {_listed(facts.get('init') or 'from scratch, no other weights')}.")
+    origin, teacher, lines = metadata.get("origin") or {}, metadata.get("teacher"), []
+    if metadata["stage"] == "finetune":
+        lines.append(f"- Start: {_listed(metadata.get('init') or 'from scratch, no other weights')}.")
         lines += [f"- Teacher of the fine-tuning: {_listed(teacher)}."] if teacher else []
         teacher = None  # the initial weights may have had a teacher of their own
     if origin.get("stage") == "finetune":
@@ -107,10 +107,10 @@ def _origin(facts: Mapping[str, Any]) -> list[str]:
     elif origin:
         teacher = teacher or origin.get("teacher")
         lines.append(f"- That start was pre-trained {METHODS[origin.get('method')]}{_images(origin, ', on')}.")
-    if teacher or facts["stage"] == "pretrain" or origin.get("stage") == "pretrain":
+    if teacher or metadata["stage"] == "pretrain" or origin.get("stage") == "pretrain":
         lines.append(f"- Teacher: {_listed(teacher or 'none')}.")
-    lines.append(f"- License: {license_sentence(facts['license'])}")
-    return [*lines, f"- Data:{_images(facts) or ' not recorded'}. The license of the images is not recorded."]
+    lines.append(f"- License: {license_sentence(metadata['license'])}")
+    return [*lines, f"- Data:{_images(metadata) or ' not recorded'}. The license of the images is not recorded."]
 
 
 def _listed(line: str) -> str:
@@ -118,14 +118,14 @@ def _listed(line: str) -> str:
     return line.replace("  ", ", ")
 
 
-def _images(facts: Mapping[str, Any], before: str = "") -> str:
+def _images(metadata: Mapping[str, Any], before: str = "") -> str:
     """Return `before 50,000 images (fingerprint 0123456789ab)`, or "" if no data is recorded."""
-    data = facts.get("data")
+    data = metadata.get("data")
     return f"{before} {data['images']:,} images (fingerprint {data['fingerprint'][:12]})" if data else ""
 
 
 def _training(
-    facts: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     config: PretrainConfig | FinetuneConfig | None,
     vit: VisionTransformer,
     step: int,
@@ -137,8 +137,8 @@ def _training(
         lines.append("- The settings are missing: the run folder had no config.yaml.")
     else:
         recipe = _finetuning(config) if isinstance(config, FinetuneConfig) else _pretraining(config, vit)
-        lines += [f"- Training shards: `{config.data.train}`.", *recipe, _schedule(config)]
-    starts = facts.get("starts", [])
+        lines += [f"- Training shards: `{config.data.train}`.", *recipe, _schedule_line(config)]
+    starts = metadata.get("starts", [])
     commands = Counter(start["command"] for start in starts)
     lines += [f"- Command: `{command}`, started {count} time(s)." for command, count in commands.items()]
     if not starts:
@@ -147,7 +147,7 @@ def _training(
     return [*lines, f"- Software: {versions}."]
 
 
-def _schedule(config: PretrainConfig | FinetuneConfig) -> str:
+def _schedule_line(config: PretrainConfig | FinetuneConfig) -> str:
     optim = config.optim
     clip = f", gradients clipped at {optim.clip:g}" if optim.clip is not None else ""
     return (
@@ -214,7 +214,7 @@ def _features(records: Sequence[Mapping[str, Any]], config: PretrainConfig | Non
     return [*(lines or ["- No measurement is recorded."]), "- No accuracy after fine-tuning is recorded for this run."]
 
 
-def _accuracy(records: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], weights: Weights) -> list[str]:
+def _accuracy(records: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any], weights: Weights) -> list[str]:
     """Report top-1 and top-5 of a fine-tuned network."""
     prefix = "ema_" if weights == "ema" else ""
     last = next((record for record in reversed(records) if f"{prefix}top1" in record), None)
@@ -225,13 +225,13 @@ def _accuracy(records: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], we
         f"- **Top-1 {percent(top1, images)}**, top-5 {percent(top5, images)}, cross-entropy {loss:.4f} on the "
         f"{images:,} validation images, each counted once, at epoch {last['epoch']:.1f}. This is one run: what "
         "another seed would give is not recorded.",
-        f"- Validation data:{_images({'data': facts.get('validation')}) or ' not recorded'}.",
+        f"- Validation data:{_images({'data': metadata.get('validation')}) or ' not recorded'}.",
     ]
 
 
-def _use(facts: Mapping[str, Any], vit: VisionTransformer) -> list[str]:
+def _use(metadata: Mapping[str, Any], vit: VisionTransformer) -> list[str]:
     gives = f"[1, {vit.num_classes}] logits" if vit.num_classes else f"[1, {vit.embed_dim}] features"
-    seen = facts["input"]
+    seen = metadata["input"]
     return [
         "```python",
         "import timm",
@@ -250,13 +250,13 @@ def _use(facts: Mapping[str, Any], vit: VisionTransformer) -> list[str]:
     ]
 
 
-def _limits(facts: Mapping[str, Any], vit: VisionTransformer) -> list[str]:
+def _limits(metadata: Mapping[str, Any], vit: VisionTransformer) -> list[str]:
     lines = [
-        f"- Trained at {facts['input']['size']} px with the normalisation above; what others give is not recorded.",
+        f"- Trained at {metadata['input']['size']} px with the normalisation above; what others give is not recorded.",
         "- Nothing is recorded on other data sets, robustness, calibration or fairness.",
     ]
     if not vit.num_classes:
         lines.append("- There is no classifier: features for fine-tuning, or for a head of your own.")
-    elif not facts.get("classes"):
+    elif not metadata.get("classes"):
         lines.append("- The names of the classes are not recorded: outputs are in the order of the labels' numbers.")
     return lines

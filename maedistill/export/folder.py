@@ -129,20 +129,20 @@ def _with_pooling(saved: RunNetwork, global_pool: Pooling | None) -> VisionTrans
 
 def _fill(folder: Path, saved: RunNetwork, vit: VisionTransformer, weights: Weights) -> None:
     """Write the four files. export.json comes last, after the comparison that it records."""
-    facts, seen = saved.metadata, saved.metadata["input"]
+    metadata, seen = saved.metadata, saved.metadata["input"]
     size = vit.patch_embed.img_size[0]
     assert size == seen["size"], f"run.json: the network takes {size} px, its input is {seen['size']}"
     data = {"input_size": (3, size, size), "mean": seen["mean"], "std": seen["std"], "crop_pct": seen["crop"]}
     data |= {"interpolation": "bicubic", "crop_mode": "center"}
-    model_config: dict[str, Any] = {"pretrained_cfg": {"license": facts["license"]}}
-    classes = facts.get("classes")
+    model_config: dict[str, Any] = {"pretrained_cfg": {"license": metadata["license"]}}
+    classes = metadata.get("classes")
     if classes is not None and len(classes) == vit.num_classes:
         model_config["label_names"] = classes
     vit.pretrained_cfg = {name: vit.pretrained_cfg.get(name) for name in _ARCHITECTURE}
     save_for_hf(vit, str(folder), model_config=model_config, data_config=data, safe_serialization=True)
     (folder / "README.md").write_text(model_card(saved, vit, weights=weights), encoding="utf-8")
-    record = {"run": saved.folder.path.resolve().name, "stage": facts["stage"], "checkpoint": saved.checkpoint.name}
-    record |= {"weights": weights, "global_pool": vit.global_pool, "license": facts["license"]}
+    record = {"run": saved.folder.path.resolve().name, "stage": metadata["stage"], "checkpoint": saved.checkpoint.name}
+    record |= {"weights": weights, "global_pool": vit.global_pool, "license": metadata["license"]}
     record |= _compare(folder, saved, vit)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

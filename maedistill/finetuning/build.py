@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from maedistill.config.architectures import architecture_of
 from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.schema import Triple
 from maedistill.data.images.augment import Mixing, RandAugment
 from maedistill.data.loading.loader import RandomCrops
 from maedistill.data.loading.order import SampleOrder
@@ -20,8 +21,6 @@ from maedistill.models.positions import position_table
 from maedistill.weights.from_file import SPEC_FIELDS, EncoderSpec
 from maedistill.weights.from_run import describe_network
 from maedistill.weights.network import Network, open_network
-
-Triple = tuple[float, float, float]
 
 
 def build_init_source(config: FinetuneConfig) -> Network | None:

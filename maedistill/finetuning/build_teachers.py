@@ -6,8 +6,9 @@ distill.teachers -> open_teachers -> build_module (what is trained) and build_te
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from maedistill.config.distill import BATCH_RELATION_TERMS, Distill, Pairs, Term
+from maedistill.config.distill import BATCH_RELATION_TERMS, DistillConfig, PairsConfig, TermConfig
 from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.schema import Triple
 from maedistill.errors import ConfigError, UserError
 from maedistill.finetuning.distilled import Distilled
 from maedistill.finetuning.outputs import FeatureInfo, RequestedOutputs, feature_info
@@ -22,7 +23,6 @@ from maedistill.weights.class_names import shared_classes
 from maedistill.weights.fingerprint import weights_fingerprint
 from maedistill.weights.network import Network, open_network
 
-Triple = tuple[float, float, float]
 _VIT_ONLY = ("attention", "token_relations")
 
 
@@ -108,14 +108,14 @@ def distillation_lines(config: FinetuneConfig, teachers: list[TeacherSource], *,
     lines = [f"teacher  {teacher.describe()}" for teacher in teachers]
     lines.append(f"labels   weight {distill.label_weight:g}" + ("" if distill.reads_labels else ", none is read"))
     for name, term in distill.terms.items():
-        section = term.model_dump(exclude=set(Term.model_fields), exclude_none=True)
+        section = term.model_dump(exclude=set(TermConfig.model_fields), exclude_none=True)
         settings = "".join(f", {key} {_plain(value)}" for key, value in section.items())
         related = f", within micro-batches of {micro_batch}" if name in BATCH_RELATION_TERMS else ""
         lines.append(f"term     {name} {describe_schedule(term)}{settings}{related}")
     return lines
 
 
-def _requested(distill: Distill, side: str, *, logits: bool, tokens: bool) -> RequestedOutputs:
+def _requested(distill: DistillConfig, side: str, *, logits: bool, tokens: bool) -> RequestedOutputs:
     """Return the outputs that the terms need of the `student` or of a `teacher`."""
     pairs = _paired(distill, side)
 
@@ -132,12 +132,12 @@ def _requested(distill: Distill, side: str, *, logits: bool, tokens: bool) -> Re
     )
 
 
-def _paired(distill: Distill, side: str) -> dict[str, tuple[int, ...]]:
+def _paired(distill: DistillConfig, side: str) -> dict[str, tuple[int, ...]]:
     """Return the depths of each term on pairs of depths, for one side."""
-    return {name: getattr(term, side) for name, term in distill.terms.items() if isinstance(term, Pairs)}
+    return {name: getattr(term, side) for name, term in distill.terms.items() if isinstance(term, PairsConfig)}
 
 
-def _open_teacher(distill: Distill, source: str) -> Network:
+def _open_teacher(distill: DistillConfig, source: str) -> Network:
     """Open one teacher. Raises ConfigError if a term compares predictions and it has no classifier."""
     try:
         network = open_network(source, "outputs", image_size=distill.image_size, size_key="distill.image_size")
@@ -151,7 +151,7 @@ def _open_teacher(distill: Distill, source: str) -> Network:
     return network
 
 
-def _require_features(distill: Distill, side: str, info: FeatureInfo) -> None:
+def _require_features(distill: DistillConfig, side: str, info: FeatureInfo) -> None:
     """Raise ConfigError if a network lacks what a term compares: pooled features, a depth, or a block's attention."""
     related = [term for term in BATCH_RELATION_TERMS if term in distill.terms]
     if related and not info.embedding:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maedistill.config.batch import world_size_from_environment
 from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.schema import Triple
 from maedistill.data.images.augment import Mixing, seed_generators
 from maedistill.data.images.transforms import normalize, random_flip, to_float01
 from maedistill.data.loading.batch import Batch
@@ -40,7 +41,6 @@ from maedistill.weights.from_run import describe_network
 from maedistill.weights.license import combined_license
 from maedistill.weights.network import Network
 
-Triple = tuple[float, float, float]
 _SPARSE = 10  # labels are suspect if fewer than 1 in 10 of the ids up to the largest one occur
 
 
@@ -76,7 +76,7 @@ class Finetuning:
         return groups
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Return the metadata for run.json: network, input, samples, initial weights and their license."""
         data, source = self.config.data, self.source
         return {
@@ -96,7 +96,7 @@ class Finetuning:
         }
 
     @property
-    def lines(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """Describe the run, one fact per line."""
         config, vit, data = self.config, self.module.vit, self.config.data
         share = f" ({100 * data.label_fraction:g} % of each class)" if data.label_fraction < 1 else ""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maedistill.config.distill import Term
+from maedistill.config.distill import TermConfig
 from maedistill.finetuning.outputs import FeatureInfo, Outputs, RequestedOutputs, forward_outputs
 from maedistill.finetuning.term_schedule import weight_table
 from maedistill.weights.frozen import FrozenNetwork
@@ -90,7 +90,7 @@ class TeacherEnsemble:
     def __init__(
         self,
         teachers: Sequence[OfflineTeacher],
-        terms: Sequence[Term],
+        terms: Sequence[TermConfig],
         *,
         steps: int,
         epoch_at: Callable[[int], float],

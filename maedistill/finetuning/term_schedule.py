@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from maedistill.config.distill import Term
+from maedistill.config.distill import TermConfig
 
 
-def weight_at(term: Term, epoch: float) -> float:
+def weight_at(term: TermConfig, epoch: float) -> float:
     """Return the weight in the step that begins after `epoch` epochs."""
     if epoch < term.start_epoch or (term.stop_epoch is not None and epoch >= term.stop_epoch):
         return 0.0
@@ -23,12 +23,12 @@ def weight_at(term: Term, epoch: float) -> float:
     return term.weight * (epoch - term.start_epoch) / term.warmup_epochs
 
 
-def is_scheduled(term: Term) -> bool:
+def is_scheduled(term: TermConfig) -> bool:
     """Return whether the weight changes over time."""
     return bool(term.start_epoch or term.warmup_epochs) or term.stop_epoch is not None
 
 
-def describe_schedule(term: Term) -> str:
+def describe_schedule(term: TermConfig) -> str:
     """Return a summary: `9 from epoch 5, warm-up 20, to epoch 100`."""
     start = f" from epoch {term.start_epoch:g}" if term.start_epoch else ""
     warmup = f", warm-up {term.warmup_epochs:g}" if term.warmup_epochs else ""
@@ -36,7 +36,7 @@ def describe_schedule(term: Term) -> str:
     return f"{term.weight:g}{start}{warmup}{stop}"
 
 
-def weight_table(terms: Sequence[Term], *, steps: int, epoch_at: Callable[[int], float]) -> Tensor:
+def weight_table(terms: Sequence[TermConfig], *, steps: int, epoch_at: Callable[[int], float]) -> Tensor:
     """Return the weight of each term at each step: float32 [steps, terms].
 
     A compiled step takes a row of this table, on the device, as input: it neither waits for the host nor recompiles.

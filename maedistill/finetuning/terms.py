@@ -47,7 +47,9 @@ class Term(nn.Module):
     name: of its section in the config; the names of its parts begin with it.
     """
 
-    def __init__(self, name: str, section: distill.Term, student: FeatureInfo, teachers: Sequence[FeatureInfo]) -> None:
+    def __init__(
+        self, name: str, section: distill.TermConfig, student: FeatureInfo, teachers: Sequence[FeatureInfo]
+    ) -> None:
         super().__init__()
         self.name, self.section = name, section
         self._build(student, teachers)
@@ -93,7 +95,7 @@ class Term(nn.Module):
 class Logits(Term):
     """KD (Hinton et al., 2015), without labels."""
 
-    section: distill.Logits
+    section: distill.LogitsConfig
 
     def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
         own = self.section.temperature
@@ -104,7 +106,7 @@ class Logits(Term):
 class DKD(Term):
     """DKD (Zhao et al., CVPR 2022). Its parts, `dkd/tckd` and `dkd/nckd`, are logged before alpha and beta."""
 
-    section: distill.DKD
+    section: distill.DKDConfig
 
     def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
         sides = self._logits(student, teacher)
@@ -122,7 +124,7 @@ class HardLabel(Term):
     The token is the first register token.
     """
 
-    section: distill.HardLabel
+    section: distill.HardLabelConfig
 
     def _build(self, student: FeatureInfo, teachers: Sequence[FeatureInfo]) -> None:
         if not self.section.token:
@@ -147,7 +149,7 @@ class Hints(Term):
     There is one projector per teacher and pair, and one part per pair, `hints/STUDENT-TEACHER`.
     """
 
-    section: distill.Hints
+    section: distill.HintsConfig
 
     def _build(self, student: FeatureInfo, teachers: Sequence[FeatureInfo]) -> None:
         kind = self.section.projector
@@ -170,7 +172,7 @@ class AttentionTransfer(Term):
     As `attention`, it compares a ViT's own attention instead: what each patch receives, mean over heads.
     """
 
-    section: distill.AttentionTransfer | distill.Attention
+    section: distill.AttentionTransferConfig | distill.AttentionConfig
 
     def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
         kind, power = ("attention", 1) if self.name == "attention" else ("features", self.section.power)
@@ -186,7 +188,7 @@ class TokenRelations(Term):
     heads as the section says, by default the teacher's.
     """
 
-    section: distill.TokenRelations
+    section: distill.TokenRelationsConfig
 
     def _build(self, student: FeatureInfo, teachers: Sequence[FeatureInfo]) -> None:
         depth, own, width = self.section.teacher[0], student.grids[0], student.channels[0]
@@ -239,7 +241,7 @@ class Contrastive(Term):
     There is one pair of projections per teacher, to the section's `width`.
     """
 
-    section: distill.Contrastive
+    section: distill.ContrastiveConfig
 
     def _build(self, student: FeatureInfo, teachers: Sequence[FeatureInfo]) -> None:
         width = self.section.width

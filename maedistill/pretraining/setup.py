@@ -64,7 +64,7 @@ class Pretraining:
         return parameter_groups(self.module, self.config.optim.weight_decay)
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Return the metadata for run.json: network, samples, teacher, and the license of the weights used."""
         data, source = self.config.data, self.source
         return {
@@ -84,7 +84,7 @@ class Pretraining:
         }
 
     @property
-    def lines(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """Describe the run, one fact per line."""
         config = self.config
         num_patches = self.module.encoder.grid**2
@@ -142,7 +142,7 @@ def _fit_micro_batch(parts: Pretraining) -> None:
         return
     plans = batch_plans(config.optim.global_batch, world_size=plan.world_size, group=config.data.views_per_image)
     parts.fitted_to = torch.cuda.get_device_properties(device).total_memory
-    known = distributed.on_main(RunFolder(config.run).facts).get("batch", {})
+    known = distributed.on_main(RunFolder(config.run).metadata).get("batch", {})
     fits = {"ranks": plan.world_size, "fitted_to_bytes": parts.fitted_to}
     batch = next((one for one in plans if known == fits | {"micro_batch": one.micro_batch}), None)
     if batch is None:

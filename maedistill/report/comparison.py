@@ -25,7 +25,7 @@ from maedistill.runs.records import write_text
 
 
 @dataclass(frozen=True)
-class Network:
+class ComparedNetwork:
     """The folders of one fine-tuned network. pretrain: None from scratch; score: tools/evaluate.py's JSON file."""
 
     pretrain: Path | None
@@ -34,7 +34,9 @@ class Network:
     score: Path
 
 
-def write_comparison(networks: Mapping[str, Network], out: Path, *, title: str, notes: Sequence[str] = ()) -> Path:
+def write_comparison(
+    networks: Mapping[str, ComparedNetwork], out: Path, *, title: str, notes: Sequence[str] = ()
+) -> Path:
     """Write OUT/report.md: size, accuracy and speed of the networks, then losses, curves, pictures of pre-training."""
     scores = {name: json.loads(network.score.read_text()) for name, network in networks.items()}
     trained = {name: RunFolder(n.pretrain) for name, n in networks.items() if n.pretrain is not None}
@@ -55,7 +57,7 @@ def write_comparison(networks: Mapping[str, Network], out: Path, *, title: str, 
     return out / "report.md"
 
 
-def score_table(networks: Mapping[str, Network], scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def score_table(networks: Mapping[str, ComparedNetwork], scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Format a Markdown table of fine-tuned, exported and scored networks, one line each."""
     heads = ["network", "top-1", "parameters", "MB", "latency", "images/s", "pre-training", "fine-tuning"]
     rows = []

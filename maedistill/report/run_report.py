@@ -28,18 +28,18 @@ PICTURE_NOTE = (
 def write_run_report(folder: RunFolder) -> Path:
     """Write RUN/report.md with settings, losses, curves, newest picture and the next commands; return its path."""
     config, records = folder.load_config(), read_metrics(folder.path)
-    facts = folder.facts()
+    metadata = folder.metadata()
     last = summary(records)
     curve = draw_curves({config.method: records}, folder.path / "curves.png")
     lines = [
         f"# {folder.path.name}: {config.method} pre-training of {config.student.title}",
         "",
-        f"- {config.optim.epochs:g} epochs of {facts['data']['images']:,} images, {last['step']} steps, "
+        f"- {config.optim.epochs:g} epochs of {metadata['data']['images']:,} images, {last['step']} steps, "
         f"global batch {config.optim.global_batch}, lr {config.optim.peak_lr:.3g}",
-        f"- teacher: {facts['teacher'] or 'none'}",
-        f"- license of the weights that went in: {facts['license']}",
+        f"- teacher: {metadata['teacher'] or 'none'}",
+        f"- license of the weights that went in: {metadata['license']}",
         f"- training time {duration(last['seconds'])} at {last['rate']:.0f} images/s per rank",
-        f"- command: `{facts['starts'][-1]['command']}`, started {len(facts['starts'])} time(s)",
+        f"- command: `{metadata['starts'][-1]['command']}`, started {len(metadata['starts'])} time(s)",
         "",
         *losses_table({folder.path.name: (config, last)}),
         "",
@@ -61,12 +61,12 @@ def write_run_report(folder: RunFolder) -> Path:
 
 def write_finetune_report(folder: RunFolder) -> Path:
     """Write RUN/report.md with accuracy, settings, curves and the next command; return its path."""
-    config, records, facts = folder.load_config(), read_metrics(folder.path), folder.facts()
+    config, records, metadata = folder.load_config(), read_metrics(folder.path), folder.metadata()
     last, scores = summary(records), [record for record in records if "top1" in record]
     score = scores[-1]
     averaged = [record for record in records if "ema_top1" in record]
     curve = draw_curves({folder.path.name: records}, folder.path / "curves.png")
-    name = facts["network"]["name"]
+    name = metadata["network"]["name"]
     lines = [
         f"# {folder.path.name}: {name} fine-tuned",
         "",
@@ -74,14 +74,14 @@ def write_finetune_report(folder: RunFolder) -> Path:
         f"{score['images']:,} validation images, each counted once; loss {score['val_loss']:.4f}",
         "",
         *([f"- moving average: top-1 {percent(averaged[-1]['ema_top1'], score['images'])}"] if averaged else []),
-        f"- start: {facts['init'] or 'from scratch'}",
-        *([f"- teacher: {facts['teacher']}"] if facts.get("teacher") else []),
-        f"- {config.optim.epochs:g} epochs of {facts['data']['images']:,} images, {last['step']} steps, "
+        f"- start: {metadata['init'] or 'from scratch'}",
+        *([f"- teacher: {metadata['teacher']}"] if metadata.get("teacher") else []),
+        f"- {config.optim.epochs:g} epochs of {metadata['data']['images']:,} images, {last['step']} steps, "
         f"global batch {config.optim.global_batch}, lr {config.optim.peak_lr:.3g}, layer decay "
         f"{config.optim.layer_decay:g}, seed {config.seed}",
-        f"- license of the weights that went in: {facts['license']}",
+        f"- license of the weights that went in: {metadata['license']}",
         f"- training time {duration(last['seconds'])} at {last['rate']:.0f} images/s per rank",
-        f"- command: `{facts['starts'][-1]['command']}`, started {len(facts['starts'])} time(s)",
+        f"- command: `{metadata['starts'][-1]['command']}`, started {len(metadata['starts'])} time(s)",
         "",
         *([f"![loss and accuracy]({curve.name})", ""] if curve else []),
         "Next: hand the network over as a timm model:",
@@ -146,9 +146,9 @@ def losses_table(rows: Mapping[str, tuple[PretrainConfig, Mapping[str, Any]]]) -
         knn = "-" if last["knn"] is None else f"{last['knn']:.1%}"
         cells = [name, config.method, config.student.title, f"{config.optim.epochs:g}", f"{last['loss']:.4f}"]
         cells += [
-            _mean(last, "pixels"),
-            _mean(last, "align/"),
-            _mean(last, "generate/"),
+            _mean_text(last, "pixels"),
+            _mean_text(last, "align/"),
+            _mean_text(last, "generate/"),
             knn,
             duration(last["seconds"]),
         ]
@@ -156,7 +156,7 @@ def losses_table(rows: Mapping[str, tuple[PretrainConfig, Mapping[str, Any]]]) -
     return lines
 
 
-def _mean(values: Mapping[str, Any], prefix: str) -> str:
+def _mean_text(values: Mapping[str, Any], prefix: str) -> str:
     found = [value for name, value in values.items() if name.startswith(prefix)]
     return f"{sum(found) / len(found):.4f}" if found else "-"
 

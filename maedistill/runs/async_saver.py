@@ -35,13 +35,13 @@ _PATIENCE = 60  # seconds that a failed run waits for the current write
 class Saver:
     """Writes the checkpoints of a run. `with saver:` ends with `close`, but after an error without collectives.
 
-    keep, keep_every: see `write_snapshot`. If a write fails for lack of space or permission, the saver warns and
+    keep: see `write_snapshot`. If a write fails for lack of space or permission, the saver warns and
     training goes on, even before the first checkpoint: stopping would lose all progress. `max_failures` failures in a
     row end the run, and so does an error that no later save can repair.
     """
 
-    def __init__(self, folder: Path, *, keep: int, keep_every: float | None = None, max_failures: int = 3) -> None:
-        self.folder, self.keep, self.keep_every, self.max_failures = folder, keep, keep_every, max_failures
+    def __init__(self, folder: Path, *, keep: int, max_failures: int = 3) -> None:
+        self.folder, self.keep, self.max_failures = folder, keep, max_failures
         self.failures = 0  # in a row, counted on rank 0
         self._problem: DataError | None = None  # of the latest failure
         self._writing: _Writing | None = None
@@ -82,7 +82,7 @@ class Saver:
         """Flush the records and write the checkpoint, in the thread."""
         for lines in records:
             lines.flush()
-        write_snapshot(self.folder, snapshot, keep=self.keep, keep_every=self.keep_every)
+        write_snapshot(self.folder, snapshot, keep=self.keep)
 
     def settle(self) -> None:
         """Wait for the current write. Collective. Raises DataError on every rank after too many failures in a row."""

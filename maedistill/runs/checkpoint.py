@@ -31,7 +31,7 @@ from torch import Tensor
 
 from maedistill.errors import DataError
 from maedistill.processes.distributed import copy_to_main
-from maedistill.runs.manifest import COMPLETE, CorruptCheckpoint, seal, sync, verify, write_synced
+from maedistill.runs.manifest import COMPLETE, CorruptCheckpoint, sync, verify, write_manifest, write_synced
 from maedistill.training.engine import Engine
 from maedistill.training.state import MOMENTS
 
@@ -71,12 +71,11 @@ def take_snapshot(
     return Snapshot(step, files | ({"ema.safetensors": averaged} if ema is not None else {}), document)
 
 
-def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int, keep_every: float | None = None) -> Path:
+def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
     """Write a checkpoint, then prune older ones; return its folder. An intact one of the same step stays as it is.
 
-    keep: number of newest checkpoints that stay. keep_every: for each multiple of this number of steps, the first
-    checkpoint that reaches it stays for good and does not count. Raises one of WRITE_ERRORS; older checkpoints are then
-    untouched, and the partial one is removed to free its space.
+    keep: number of newest checkpoints that stay. Raises one of WRITE_ERRORS; older checkpoints are then untouched, and
+    the partial one is removed to free its space.
     """
     assert keep >= 1
     final = folder / checkpoint_name(snapshot.step)
@@ -90,7 +89,7 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int, keep_every: f
             for name, tensors in snapshot.files.items():
                 save_file(tensors, temporary / name)
             write_synced(temporary / STATE, snapshot.document)
-            seal(temporary)
+            write_manifest(temporary)
             if final.exists():
                 shutil.rmtree(final)  # damaged: the run resumed before it and reached this step again
             temporary.rename(final)
@@ -98,7 +97,9 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int, keep_every: f
         except Exception:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    _prune(folder, snapshot.step, keep, keep_every)
+    # Later ones, damaged when the run resumed, stay.
+    for _, path in sorted(old for old in checkpoint_steps(folder) if old[0] <= snapshot.step)[:-keep]:
+        _remove(path)
     return final
 
 
@@ -134,15 +135,6 @@ def _is_intact(checkpoint: Path) -> bool:
     except CorruptCheckpoint:
         return False
     return True
-
-
-def _prune(folder: Path, step: int, keep: int, keep_every: float | None) -> None:
-    """Remove checkpoints up to `step` beyond the newest `keep`. Later ones, damaged when the run resumed, stay."""
-    steps = sorted(old for old in checkpoint_steps(folder) if old[0] <= step)
-    first = {int(old // keep_every): old for old, _ in reversed(steps)} if keep_every else {}
-    for_good = {old for multiple, old in first.items() if multiple > 0}
-    for path in [path for old, path in steps if old not in for_good][:-keep]:
-        _remove(path)
 
 
 def _remove(path: Path) -> None:

@@ -24,8 +24,8 @@ def dry_run(
 
     inputs_of: the module's inputs from a micro-batch on the device. Raises what a start would raise for the run folder.
     """
-    RunFolder(stage.config.run).check(stage.config, stage.facts, fresh=False, extend=False)
-    lines = [*stage.lines, *more_lines, *_measured_lines(stage, crops, inputs_of)]
+    RunFolder(stage.config.run).check(stage.config, stage.metadata, fresh=False, extend=False)
+    lines = [*stage.summary_lines, *more_lines, *_measured_lines(stage, crops, inputs_of)]
     print("\n".join(lines) + "\nnothing was started: dry run", flush=True)
 
 

@@ -25,7 +25,7 @@ from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.render import config_yaml
 from maedistill.config.schema import RunConfig
-from maedistill.errors import ConfigError, DataError, Preempted, UserError, device_error
+from maedistill.errors import ConfigError, DataError, Preempted, UserError, device_error, join_first
 from maedistill.processes import distributed
 from maedistill.runs.checkpoint import checkpoint_steps, latest_step
 from maedistill.runs.lock import FolderLock
@@ -49,7 +49,7 @@ class RunFolder:
         self.report = self.path / "report.md"
         self.bad_samples = self.path / "bad_samples.txt"
         self.nonfinite = self.path / "nonfinite.jsonl"
-        self._facts = self.path / "run.json"
+        self._run_json = self.path / "run.json"
         self._lock: FolderLock | None = None
         self._in_use = False  # by another process, whose records must not change
         self.is_ours = False  # rank 0 has opened the folder; each rank sets this itself
@@ -57,7 +57,7 @@ class RunFolder:
     def open(
         self,
         config: RunConfig,
-        facts: dict[str, Any],
+        metadata: dict[str, Any],
         *,
         execution: dict[str, Any] | None = None,
         fresh: bool,
@@ -65,11 +65,11 @@ class RunFolder:
     ) -> None:
         """Create the folder, or check that `config` continues its run; then take its lock and write both files.
 
-        facts: the content of run.json for this start; `data` and `teacher_weights` must not change once the run has a
+        metadata: the content of run.json for this start; `data` and `teacher_weights` must not change once there is a
         checkpoint. execution: what this start runs on, for its record. Raises ConfigError if another process runs in
         the folder, or if it belongs to other settings, data or teachers; the error names the difference.
         """
-        self.check(config, facts, fresh=fresh, extend=extend)
+        self.check(config, metadata, fresh=fresh, extend=extend)
         try:
             self.pictures.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(self.path)
@@ -79,18 +79,18 @@ class RunFolder:
         except ConfigError:
             self._in_use = True
             raise
-        before = self.facts()
+        before = self.metadata()
         if checkpoint_steps(self.checkpoints):  # init and origin are those of the first start
-            facts = facts | {name: before[name] for name in _OF_THE_FIRST_START if name in before}
-        starts = [*before.get("starts", []), _start() | (execution or {})]
+            metadata = metadata | {name: before[name] for name in _OF_THE_FIRST_START if name in before}
+        starts = [*before.get("starts", []), _describe_start() | (execution or {})]
         write_text(self.config, config_yaml(config))
-        write_text(self._facts, json.dumps({**facts, "starts": starts}, indent=1) + "\n")
+        write_text(self._run_json, json.dumps({**metadata, "starts": starts}, indent=1) + "\n")
 
-    def check(self, config: RunConfig, facts: dict[str, Any], *, fresh: bool, extend: bool) -> None:
+    def check(self, config: RunConfig, metadata: dict[str, Any], *, fresh: bool, extend: bool) -> None:
         """Run the checks of `open` without writing anything."""
         if "checkpoints" in (foreign := self._foreign()):
             raise ConfigError(
-                f"run: {self._facts} is gone, without which nothing vouches for the checkpoints", _RESTORE
+                f"run: {self._run_json} is gone, without which nothing vouches for the checkpoints", _RESTORE
             )
         if foreign:
             raise ConfigError(f"run: {self.path} holds something else than a run ({foreign[0]})", "use another run=")
@@ -102,11 +102,11 @@ class RunFolder:
             raise ConfigError(
                 f"run: {self.path} already holds a run", "leave out --fresh to continue it, or use another run="
             )
-        self._require_same(config, facts, extend=extend)
+        self._require_same(config, metadata, extend=extend)
 
     def load_config(self) -> RunConfig:
         """Load the settings of the run in this folder, of any stage."""
-        stage = self.facts().get("stage")
+        stage = self.metadata().get("stage")
         if stage not in STAGES:
             raise ConfigError(
                 f"run: {self.path} was written by another version (its run.json says stage {stage!r})",
@@ -116,20 +116,20 @@ class RunFolder:
             raise ConfigError(f"run: {self.config} is gone, so nobody knows the settings of the run", _RESTORE)
         return load_config(self.config, root=STAGES[stage]).config
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Read run.json; empty before the first start. Raises DataError if it is damaged."""
-        if not os.path.exists(self._facts):
+        if not os.path.exists(self._run_json):
             return {}
         try:
-            facts = json.loads(self._facts.read_text())
-            if not isinstance(facts, dict):
+            metadata = json.loads(self._run_json.read_text())
+            if not isinstance(metadata, dict):
                 raise ValueError("no JSON object")
         except (OSError, ValueError, RecursionError) as error:
             raise DataError(
-                f"{self._facts} cannot be read ({str(error)[:200]})",
+                f"{self._run_json} cannot be read ({str(error)[:200]})",
                 "restore it from a copy, or use another run folder",
             ) from error
-        return facts
+        return metadata
 
     @contextmanager
     def recorded_end(self) -> Iterator[None]:
@@ -180,12 +180,36 @@ class RunFolder:
         names = [name for name in os.listdir(self.path) if name[0] != "."] if os.path.isdir(self.path) else []
         return [] if "run.json" in names else sorted(set(names) - _BEFORE_A_RUN)
 
-    def _require_same(self, config: RunConfig, facts: dict[str, Any], *, extend: bool) -> None:
+    def _require_same(self, config: RunConfig, metadata: dict[str, Any], *, extend: bool) -> None:
+        """Raise ConfigError unless settings, normalisation, data and teachers are those of the run in this folder."""
         before = self.load_config()
         if type(before) is not type(config):
             raise ConfigError(
                 f"run: {self.path} holds a run of {before.stage}, not of {config.stage}", "use another run="
             )
+        self._require_same_settings(before, config, extend=extend)
+        known = self.metadata()
+        for name in ("mean", "std"):
+            old, new = (list(one.get("input", {}).get(name, ())) for one in (known, metadata))
+            if old and old != new:
+                raise ConfigError(
+                    f"run: {self.path} reads images with {name} {old}, now {new}",
+                    f"set data.{name} to what it was, or use another run=",
+                )
+        old, new = known.get("data"), metadata["data"]
+        if old is not None and old != new:
+            raise ConfigError(
+                f"run: {self.path} was trained on other data ({old['images']} images, {old['fingerprint'][:12]}; "
+                f"now {new['images']}, {new['fingerprint'][:12]})",
+                "name the same shards, wherever they are now, or use another run=",
+            )
+        if known.get("teacher_weights") not in (None, metadata["teacher_weights"]):
+            raise ConfigError(
+                f"run: {self.path} has learned from a teacher with other weights than now: {metadata['teacher']}",
+                "give the teacher back the weights that it had (it may have been trained on), or use another run=",
+            )
+
+    def _require_same_settings(self, before: RunConfig, config: RunConfig, *, extend: bool) -> None:
         changed = differing_keys(before, config)
         if extend:
             changed = [change for change in changed if change[0] != "optim.epochs"]
@@ -195,34 +219,13 @@ class RunFolder:
                     "--extend only adds epochs; use another run= for fewer",
                 )
         if changed:
-            shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changed[:4])
-            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+            shown = join_first([f"{key}: {old!r} there, {new!r} now" for key, old, new in changed], 4, separator="; ")
             only_epochs = [key for key, _, _ in changed] == ["optim.epochs"]
             remedy = "add --extend to go on to the new number" if only_epochs else "restore them, or use another run="
-            raise ConfigError(f"run: {self.path} belongs to other settings ({shown}{more})", remedy)
-        seen = self.facts().get("input", {})
-        for name in ("mean", "std"):
-            if name in seen and list(seen[name]) != list(facts["input"][name]):
-                raise ConfigError(
-                    f"run: {self.path} reads images with {name} {seen[name]}, now {list(facts['input'][name])}",
-                    f"set data.{name} to what it was, or use another run=",
-                )
-        data = self.facts().get("data")
-        if data is not None and data != facts["data"]:
-            raise ConfigError(
-                f"run: {self.path} was trained on other data ({data['images']} images, {data['fingerprint'][:12]}; "
-                f"now {facts['data']['images']}, {facts['data']['fingerprint'][:12]})",
-                "name the same shards, wherever they are now, or use another run=",
-            )
-        weights = self.facts().get("teacher_weights")
-        if weights is not None and weights != facts["teacher_weights"]:
-            raise ConfigError(
-                f"run: {self.path} has learned from a teacher with other weights than now: {facts['teacher']}",
-                "give the teacher back the weights that it had (it may have been trained on), or use another run=",
-            )
+            raise ConfigError(f"run: {self.path} belongs to other settings ({shown})", remedy)
 
 
-def _start() -> dict[str, Any]:
+def _describe_start() -> dict[str, Any]:
     """Describe one start of the run: the command, the host and the versions."""
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),

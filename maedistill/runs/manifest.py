@@ -3,8 +3,8 @@
     FOLDER/manifest.json    {"format": 1, "files": {name: {"bytes": size, "sha256": hex}}}
     FOLDER/COMPLETE         sha256 of manifest.json, written last
 
-`seal` writes both. `verify` trusts nothing that it reads: a folder is intact, or `CorruptCheckpoint` says what is wrong
-with it. Files that are not in the manifest are not verified.
+`write_manifest` writes both. `verify` trusts nothing that it reads: a folder is intact, or `CorruptCheckpoint` says
+what is wrong with it. Files that are not in the manifest are not verified.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ class CorruptCheckpoint(Exception):
     """A folder does not match its manifest; the message says why."""
 
 
-def seal(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
     """Sync every file of the folder to disk, then write manifest.json and COMPLETE."""
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
     for name in files:
@@ -33,7 +33,7 @@ def seal(folder: Path) -> None:
 
 def verify(folder: Path, only: str | None = None) -> None:
     """Raise CorruptCheckpoint unless all files of the manifest, or the one named `only`, match it."""
-    files = listed(folder)
+    files = read_manifest(folder)
     if only is not None and only not in files:
         raise CorruptCheckpoint("the checkpoint has no such file")
     for name in files if only is None else (only,):
@@ -47,7 +47,7 @@ def verify(folder: Path, only: str | None = None) -> None:
             raise CorruptCheckpoint(f"{name} cannot be read: {error}") from error
 
 
-def listed(folder: Path) -> dict[str, tuple[int, str]]:
+def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     """Return {name: (bytes, sha256)} of the manifest's files. Raises CorruptCheckpoint for an invalid manifest."""
     for name in (MANIFEST, COMPLETE):
         if not (folder / name).is_file():

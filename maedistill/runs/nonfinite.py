@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from maedistill.config.schema import Engine as EngineSettings
+from maedistill.config.schema import EngineConfig
 from maedistill.errors import NumericsError
 from maedistill.processes import distributed
 from maedistill.runs.progress import Progress
@@ -53,7 +53,7 @@ class LateFlags:
 class NonfinitePolicy:
     """Apply `engine.nonfinite` and `engine.max_nonfinite`. path: the file that lists the samples of skipped updates."""
 
-    def __init__(self, path: Path, settings: EngineSettings) -> None:
+    def __init__(self, path: Path, settings: EngineConfig) -> None:
         self.lines, self.settings = AppendOnlyFile(path, unique=True), settings
         self._flags = LateFlags()
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from maedistill.errors import DataError
 from maedistill.processes.distributed import broadcast_tensor, on_main
 from maedistill.runs.checkpoint import STATE, WRITE_ERRORS, checkpoint_name, checkpoint_steps
-from maedistill.runs.manifest import CorruptCheckpoint, listed, read_json, verify
+from maedistill.runs.manifest import CorruptCheckpoint, read_json, read_manifest, verify
 from maedistill.training.engine import Engine
 from maedistill.training.state import MOMENTS, TrainingState
 
@@ -87,7 +87,7 @@ def read_weights(checkpoint: Path, kind: Literal["model", "ema"] = "model") -> d
 def _read_state(checkpoint: Path) -> tuple[dict[str, float], dict[str, Any]]:
     """Read the engine's scalars and the loop's state."""
     try:
-        if STATE not in listed(checkpoint):
+        if STATE not in read_manifest(checkpoint):
             raise CorruptCheckpoint("the checkpoint has no such file")
         document = read_json(checkpoint / STATE)
         scalars, state = document.get("engine"), document.get("loop")
@@ -112,7 +112,7 @@ def _read_moments(checkpoint: Path, shapes: Shapes, parameters: list[str]) -> di
 
 def _read_tensors(checkpoint: Path, kind: Literal["model", "ema", "optimizer"], shapes: Shapes) -> dict[str, Tensor]:
     """Read a file of tensors. Raises DataError unless names and shapes are those of the module."""
-    if f"{kind}.safetensors" not in listed(checkpoint):
+    if f"{kind}.safetensors" not in read_manifest(checkpoint):
         raise DataError(f"{checkpoint} has no {kind} weights", "continue with the settings the run began with")
     tensors = _load(checkpoint / f"{kind}.safetensors")
     found = {name: tuple(value.shape) for name, value in tensors.items()}

@@ -41,11 +41,11 @@ class Stage(Protocol):
         """Return the parameter groups for the optimizer."""
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Return the metadata for run.json."""
 
     @property
-    def lines(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """Describe the run, one fact per line."""
 
     def compile(self) -> None:
@@ -131,10 +131,10 @@ def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, ext
     config, plan, module, optim = stage.config, stage.plan, stage.module, stage.config.optim
     is_compiled = should_compile(config.engine.compile, stage.device, zero=config.engine.zero)
     execution = describe_execution(config, stage.device, is_compiled=is_compiled)
-    distributed.on_main(lambda: folder.open(config, stage.facts, execution=execution, fresh=fresh, extend=extend))
+    distributed.on_main(lambda: folder.open(config, stage.metadata, execution=execution, fresh=fresh, extend=extend))
     folder.is_ours = True
     if distributed.is_main():
-        print("\n".join([*stage.lines, execution_line(execution)]), flush=True)
+        print("\n".join([*stage.summary_lines, execution_line(execution)]), flush=True)
     if is_compiled:
         stage.compile()
     optimizer = build_optimizer(stage.groups, lr=optim.peak_lr, betas=optim.betas)
@@ -153,7 +153,6 @@ def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, ext
     )
     cores = cpu_share(distributed.local_world_size())
     workers = config.data.workers if config.data.workers is not None else min(8, cores)
-    every = config.log.keep_every_epochs
-    saver = Saver(folder.checkpoints, keep=config.log.keep, keep_every=None if every is None else plan.steps_in(every))
+    saver = Saver(folder.checkpoints, keep=config.log.keep)
     stop = PreemptionHandler(timeout_seconds=config.engine.timeout_seconds)
     return Run(config, folder, plan, module, engine, schedule, ema, stage.device, workers, peers, saver, stop)

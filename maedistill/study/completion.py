@@ -65,10 +65,10 @@ def _require_same_settings(folder: RunFolder, config: RunConfig) -> None:
 
 
 def _require_same_images(folder: RunFolder, config: RunConfig) -> None:
-    facts = folder.facts()
-    used = [(facts["data"], config.data.train, config.data.index)]
+    metadata = folder.metadata()
+    used = [(metadata["data"], config.data.train, config.data.index)]
     if isinstance(config, FinetuneConfig):
-        used.append((facts["validation"], config.data.val, None))
+        used.append((metadata["validation"], config.data.val, None))
     for data, shards, index in used:
         if data["fingerprint"] != _fingerprint(shards, index):
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The results of a study, read from its run folders: facts of each run, statistics over seeds.
+"""The results of a study, read from its run folders: what each run says, statistics over seeds.
 
     OUT/NAME/seed_K/{pretrain,finetune}/{config.yaml,*.json,metrics.jsonl} -> collect -> the content of results.json
 
@@ -40,9 +40,9 @@ _SIZES = {  # the same for all seeds
 
 
 def collect(study: Study, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """Return {"baseline": name, "networks": {name: {"runs": {seed: facts}, "summary": ...}}, "unfinished": [...]}.
+    """Return {"baseline": name, "networks": {name: {"runs": {seed: values}, "summary": ...}}, "unfinished": [...]}.
 
-    Teachers come first. The facts of a seed are {"pretrain": ..., "finetune": ..., "test": ...}, without the entries
+    Teachers come first. The values of a seed are {"pretrain": ..., "finetune": ..., "test": ...}, without the entries
     whose result does not exist (yet).
     """
     trained = [(name, teacher, [TEACHER_SEED]) for name, teacher in study.teachers.items()]
@@ -97,31 +97,31 @@ def run_facts(folder: RunFolder) -> dict[str, Any] | None:
     """Return the settings and the results of a finished run; None for a run that is not finished."""
     if not is_finished(folder):
         return None
-    config, facts, records = folder.load_config(), folder.facts(), read_metrics(folder.path)
-    last, network = summary(records), facts["network"]
+    config, metadata, records = folder.load_config(), folder.metadata(), read_metrics(folder.path)
+    last, network = summary(records), metadata["network"]
     with torch.device("meta"):
         vit = timm.create_model(network["name"], pretrained=False, **network["arguments"])
     common = {
         "folder": str(folder.path),
-        "command": facts["starts"][-1]["command"],
+        "command": metadata["starts"][-1]["command"],
         "epochs": config.optim.epochs,
-        "images": facts["data"]["images"],
+        "images": metadata["data"]["images"],
         "seconds": last["seconds"],
         "images_per_second": last["rate"],
         "parameters": sum(parameter.numel() for parameter in vit.parameters()),
     }
     if isinstance(config, FinetuneConfig):
         score = [record for record in records if "top1" in record][-1]
-        return common | _score(score) | {"start": facts["init"]}
+        return common | _score(score) | {"start": metadata["init"]}
     return common | {"method": config.method, "target": config.pixels.target} | {k: last[k] for k in ("pixels", "knn")}
 
 
 def _facts_of(out: Path, pretrain: str | None, finetune: str | None) -> dict[str, Any]:
     steps = {"pretrain": pretrain, "finetune": finetune}
-    facts = {stage: run_facts(RunFolder(out / step)) for stage, step in steps.items() if step is not None}
-    if facts.get("finetune") and (out / finetune / TEST_FILE).is_file():
-        facts["test"] = _score(json.loads((out / finetune / TEST_FILE).read_text()))
-    return {name: values for name, values in facts.items() if values is not None}
+    metadata = {stage: run_facts(RunFolder(out / step)) for stage, step in steps.items() if step is not None}
+    if metadata.get("finetune") and (out / finetune / TEST_FILE).is_file():
+        metadata["test"] = _score(json.loads((out / finetune / TEST_FILE).read_text()))
+    return {name: values for name, values in metadata.items() if values is not None}
 
 
 def _score(record: _Facts) -> dict[str, Any]:
@@ -131,5 +131,5 @@ def _score(record: _Facts) -> dict[str, Any]:
 
 def _column(runs: Mapping[str, _Facts], stage: str, key: str) -> dict[str, Any]:
     """Return one fact of each run that has it, by seed."""
-    values = {seed: facts.get(stage, {}).get(key) for seed, facts in runs.items()}
+    values = {seed: metadata.get(stage, {}).get(key) for seed, metadata in runs.items()}
     return {seed: value for seed, value in values.items() if value is not None}

@@ -22,6 +22,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from maedistill.config.schema import Triple
 from maedistill.config.shared_rules import NETWORK_KINDS, SOURCE_KINDS
 from maedistill.data.loading.evaluation import evaluation_transform
 from maedistill.errors import ConfigError
@@ -32,7 +33,6 @@ from maedistill.weights.from_timm import Inspect, image_config, open_timm
 from maedistill.weights.state_dict import require_finite
 from maedistill.weights.weights_file import why_unreadable
 
-Triple = tuple[float, float, float]
 # What a network is for. `outputs`: it runs, and if it has classes, it gives a logit for each. `classifier`: it also has
 # classes. `encoder`: a plain ViT, its classifier removed, all weights finite. `any`: nothing is checked.
 Use = Literal["any", "outputs", "classifier", "encoder"]

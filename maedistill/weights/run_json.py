@@ -106,7 +106,7 @@ class RunMetadata(Origin):
 def read_metadata(path: str | Path) -> tuple[RunFolder, dict[str, Any]]:
     """Return a run's folder and its validated run.json. Raises DataError if the folder is not a run of this package."""
     folder = RunFolder(path)
-    metadata = folder.facts()
+    metadata = folder.metadata()
     if missing := [name for name in _NEEDED if name not in metadata]:
         cause = "its run.json does not say its " + ", ".join(missing) if metadata else "its run.json is not there"
         cause = cause if os.path.isdir(folder.path) else "there is no such folder"

@@ -39,7 +39,7 @@ START = {
     "host": "secret-host",
     "versions": {"python": "3.11.7", "torch": "2.99.1"},
 }
-FACTS = {
+METADATA = {
     "pretrain": {"method": "dmae", "teacher": TEACHER},
     "finetune": {
         "init": "run:runs/dmae  32 x 2, 0.1 M",
@@ -88,7 +88,7 @@ def imitate(folder: Path, vit: VisionTransformer, stage: str = "pretrain", **cha
     engine = SimpleNamespace(state=lambda: TrainingState(weights, {kind: {} for kind in MOMENTS}, {}))
     snapshot = take_snapshot(step=7, engine=engine, state={}, ema=SimpleNamespace(module=averaged))
     write_snapshot(folder / "checkpoints", snapshot, keep=1)
-    facts = {
+    metadata = {
         "stage": stage,
         "network": describe_network(vit),
         "input": {"size": vit.patch_embed.img_size[0], "mean": MEAN, "std": STD, "crop": CROP},
@@ -96,7 +96,7 @@ def imitate(folder: Path, vit: VisionTransformer, stage: str = "pretrain", **cha
         "license": "cc-by-nc-4.0",
         "starts": [START, START],
     }
-    (folder / "run.json").write_text(json.dumps(facts | FACTS[stage] | changed))
+    (folder / "run.json").write_text(json.dumps(metadata | METADATA[stage] | changed))
     (folder / "config.yaml").write_text(f"run: {folder}\n{SETTINGS[stage]}".replace("data: {", "data: {train: a.tar, "))
     if stage == "pretrain":
         with (folder / "config.yaml").open("a") as file:

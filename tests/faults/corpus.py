@@ -283,7 +283,7 @@ def imitated_run(parts: Any, path: Path) -> None:
     run = RunFolder(path)
     run.path.mkdir()
     run.config.write_text(config_yaml(parts.config))
-    (path / "run.json").write_text(json.dumps(parts.facts | {"starts": []}))
+    (path / "run.json").write_text(json.dumps(parts.metadata | {"starts": []}))
     tensors = {name: value.detach().clone() for name, value in parts.module.state_dict().items()}
     moments = {kind: {name: torch.zeros_like(p) for name, p in parts.module.named_parameters()} for kind in MOMENTS}
     engine = SimpleNamespace(state=lambda: TrainingState(tensors, moments, {"updates": 1.0}))

@@ -8,7 +8,7 @@ from timm.models import save_for_hf
 from torch import nn
 from torch.nn import functional as F
 
-from maedistill.config.distill import DKD, Distill, Logits
+from maedistill.config.distill import DistillConfig, DKDConfig, LogitsConfig
 from maedistill.config.finetune import Augment, Data, FinetuneConfig, Init, Student
 from maedistill.data.images.augment import seed_generators
 from maedistill.errors import ConfigError
@@ -21,7 +21,7 @@ from maedistill.weights.network import Network, open_network
 
 MODEL = "vit_tiny_patch16_224"
 SHAPE = {"width": 32, "depth": 3, "num_heads": 2, "patch_size": 8}
-STANDARDISED = DKD(weight=1, standardize=True)
+STANDARDISED = DKDConfig(weight=1, standardize=True)
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -82,8 +82,8 @@ def test_from_scratch_the_seed_decides_and_positions_are_mae_s():
 
 
 def test_the_head_starts_almost_at_0_unless_logits_are_standardised():
-    for settings, std in (({}, 2e-5), ({"logits": Logits(weight=1)}, 2e-5), ({"dkd": STANDARDISED}, 0.02)):
-        config = recipe(source=None, model=MODEL, **SHAPE).model_copy(update={"distill": Distill(**settings)})
+    for settings, std in (({}, 2e-5), ({"logits": LogitsConfig(weight=1)}, 2e-5), ({"dkd": STANDARDISED}, 0.02)):
+        config = recipe(source=None, model=MODEL, **SHAPE).model_copy(update={"distill": DistillConfig(**settings)})
         assert build_classifier(config, None, num_classes=500).head.weight.std().item() == pytest.approx(std, rel=0.02)
 
 

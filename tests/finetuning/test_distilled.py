@@ -143,7 +143,7 @@ def test_a_step_without_a_term_asks_no_teacher_and_keeps_every_gradient(tmp_path
 def test_contrast_compares_projections_in_full_precision(autocast):
     """Each of two teachers, in bf16 here, has its projection; with autocast those are in bf16, the loss is not."""
     torch.manual_seed(0)
-    section = distill.Contrastive(weight=1, width=24, temperature=0.3)
+    section = distill.ContrastiveConfig(weight=1, width=24, temperature=0.3)
     student, *teachers = (SimpleNamespace(embedding=width) for width in (32, 16, 48))
     term = Contrastive("contrastive", section, student, teachers)
     rows, theirs = torch.randn(6, 32), torch.randn(6, 48).bfloat16()

@@ -8,7 +8,7 @@ from maedistill.config.loader import load_config
 from maedistill.errors import ConfigError
 from maedistill.runs.folder import RunFolder
 
-FACTS = {
+METADATA = {
     "stage": "pretrain",
     "input": {"mean": [0.5] * 3, "std": [0.5] * 3},
     "data": {"images": 4, "fingerprint": "f" * 64},
@@ -30,33 +30,33 @@ def config(tmp_path):
 def begun(config) -> RunFolder:
     """A run folder with a checkpoint in it."""
     folder = RunFolder(config().run)
-    folder.open(config(), FACTS, fresh=False, extend=False)
+    folder.open(config(), METADATA, fresh=False, extend=False)
     (folder.checkpoints / "step_000000001").mkdir(parents=True)
     (folder.checkpoints / "step_000000001" / "COMPLETE").touch()
     return folder
 
 
-def refused(folder, config, facts=FACTS, **how) -> str:
+def refused(folder, config, metadata=METADATA, **how) -> str:
     with pytest.raises(ConfigError) as caught:
-        folder.check(config, facts, **({"fresh": False, "extend": False} | how))
+        folder.check(config, metadata, **({"fresh": False, "extend": False} | how))
     return f"{caught.value.cause} {caught.value.remedy}"
 
 
 def test_epochs_may_grow_with_extend_and_never_shrink(config):
     folder = begun(config)
     assert "--extend" in refused(folder, config("optim.epochs=200"))
-    folder.check(config("optim.epochs=200"), FACTS, fresh=False, extend=True)
+    folder.check(config("optim.epochs=200"), METADATA, fresh=False, extend=True)
     assert "only adds epochs" in refused(folder, config("optim.epochs=50"), extend=True)
     assert "optim.clip: None there, 1.0 now" in refused(folder, config("optim.clip=1.0"), extend=True)
 
 
 def test_a_run_keeps_its_teacher_and_the_record_of_what_it_began_with(config):
     folder = begun(config)
-    now = FACTS | {"init": "timm:x of step 2", "teacher": "timm:t of step 2"}
+    now = METADATA | {"init": "timm:x of step 2", "teacher": "timm:t of step 2"}
     changed = refused(folder, config(), now | {"teacher_weights": ["b" * 64]})
     assert "other weights than now: timm:t of step 2" in changed and "use another run=" in changed
     RunFolder(folder.path).open(config(), now, fresh=False, extend=False)
-    assert folder.facts()["init"] == "timm:x of step 1" and len(folder.facts()["starts"]) == 2
+    assert folder.metadata()["init"] == "timm:x of step 1" and len(folder.metadata()["starts"]) == 2
     assert now["init"] == "timm:x of step 2"  # the caller's facts are its own
 
 
@@ -68,9 +68,9 @@ def test_a_refused_start_leaves_the_record_of_the_run_and_a_new_start_removes_it
     assert json.loads(record.read_text())["exit_code"] == 0
     other = RunFolder(folder.path)
     with pytest.raises(ConfigError), other.recorded_end():
-        other.open(config("seed=1"), FACTS, fresh=False, extend=False)
+        other.open(config("seed=1"), METADATA, fresh=False, extend=False)
     assert json.loads(record.read_text())["exit_code"] == 0
-    RunFolder(folder.path).open(config(), FACTS, fresh=False, extend=False)
+    RunFolder(folder.path).open(config(), METADATA, fresh=False, extend=False)
     assert not record.exists()  # a killed run must not look finished
 
 
@@ -89,14 +89,14 @@ def test_a_folder_that_cannot_be_made_is_the_user_s_news(config, tmp_path, capsy
     (tmp_path / "run").write_text("a file")
     folder = RunFolder(tmp_path / "run")
     with pytest.raises(ConfigError, match="cannot be written to"), folder.recorded_end():
-        folder.open(config(), FACTS, fresh=False, extend=False)
+        folder.open(config(), METADATA, fresh=False, extend=False)
     assert "exit.json could not be written" in capsys.readouterr().err
 
 
 def test_a_run_never_begins_in_somebodys_folder(config, tmp_path):
     (tmp_path / "run/train").mkdir(parents=True)
     with pytest.raises(ConfigError, match="holds something else than a run"):
-        RunFolder(config().run).open(config(), FACTS, fresh=False, extend=False)
+        RunFolder(config().run).open(config(), METADATA, fresh=False, extend=False)
     with pytest.raises(ConfigError), RunFolder(config().run).recorded_end():
         raise ConfigError("a start that failed early", "leaves nothing there")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["train"]

@@ -15,7 +15,7 @@ from maedistill.config.render import config_yaml
 from maedistill.data.shards.index import open_index
 from maedistill.errors import ConfigError, DataError
 from maedistill.report import comparison
-from maedistill.report.comparison import Network, write_comparison
+from maedistill.report.comparison import ComparedNetwork, write_comparison
 from maedistill.study import results_page
 from maedistill.study.completion import is_done, is_scored
 from maedistill.study.results import collect, statistics, summarize
@@ -43,7 +43,7 @@ def made(folder: Path, config, *, shards: Path, top1: int | None = None, pixels:
     prints = {"images": 96, "fingerprint": open_index(f"{shards}/train-*.tar").fingerprint()}
     validation = {"images": 24, "fingerprint": open_index(f"{shards}/val-*.tar").fingerprint()}
     stage = "finetune" if isinstance(config, FinetuneConfig) else "pretrain"
-    facts = {"stage": stage, "network": NETWORK, "data": prints, "validation": validation, "init": None}
+    metadata = {"stage": stage, "network": NETWORK, "data": prints, "validation": validation, "init": None}
     last = {"step": 8, "epoch": 1.0, "loss": 1.0, "images_per_second": 50.0, "trained_seconds": 75.0}
     records = [last | ({"pixels": pixels} if stage == "pretrain" else {})]
     if top1 is not None:
@@ -53,7 +53,7 @@ def made(folder: Path, config, *, shards: Path, top1: int | None = None, pixels:
     (folder / "pictures").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(folder / "pictures/step_000000008.png")
     (folder / "config.yaml").write_text(config_yaml(config))
-    (folder / "run.json").write_text(json.dumps(facts | {"starts": [{"command": "python x"}]}))
+    (folder / "run.json").write_text(json.dumps(metadata | {"starts": [{"command": "python x"}]}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if finished:
         (folder / "exit.json").write_text(json.dumps({"exit_code": 0, "reason": "finished", "step": 8}))
@@ -206,7 +206,7 @@ def test_a_scorecard_counts_for_its_own_shards_only(shards, tmp_path) -> None:
 
 
 @pytest.fixture
-def networks(study_folder) -> dict[str, Network]:
+def networks(study_folder) -> dict[str, ComparedNetwork]:
     """`scratch` and `dmae` of seed 0, exported and scored."""
     found = {}
     for i, name in enumerate(("scratch", "dmae")):
@@ -216,7 +216,7 @@ def networks(study_folder) -> dict[str, Network]:
         score = {"top1": TOP1[name][0], "images": 200, "parameters": 450_000, "latency_ms": 1.25 + i}
         (run / "score.json").write_text(json.dumps(score | {"images_per_second": 700.4, "device": "CPU, 2 threads"}))
         pretrain = run / "pretrain" if name == "dmae" else None
-        found[name] = Network(pretrain, run / "finetune", run / "export", run / "score.json")
+        found[name] = ComparedNetwork(pretrain, run / "finetune", run / "export", run / "score.json")
     return found
 
 

@@ -30,11 +30,12 @@ from maedistill.runs import metrics
 from maedistill.runs import run as run_file
 from maedistill.runs.async_saver import Saver
 from maedistill.runs.folder import RunFolder
-from maedistill.runs.manifest import COMPLETE, MANIFEST, seal
+from maedistill.runs.manifest import COMPLETE, MANIFEST
 from maedistill.runs.nonfinite import NonfinitePolicy
 from maedistill.runs.progress import Progress
 from maedistill.runs.run import Run
 from maedistill.runs.start import start_run
+from tests.support.checkpoints import reseal
 
 SETTINGS = ["method=mae", "optim.ema=0.9", "optim.epochs=2", "engine.max_nonfinite=2"]
 SETTINGS += ["log.pictures_every_epochs=null", "log.knn_every_epochs=null"]
@@ -150,10 +151,3 @@ def rewrite(file: str, key: tuple[str, ...], edit: Callable, checkpoint: Path) -
 
 def add_one(holder: dict[str, Any], key: str) -> None:
     holder[key] = holder[key] + 1
-
-
-def reseal(checkpoint: Path) -> None:
-    """What somebody does who changes a checkpoint and knows how it is sealed."""
-    (checkpoint / MANIFEST).unlink()
-    (checkpoint / COMPLETE).unlink()
-    seal(checkpoint)

@@ -307,7 +307,7 @@ def failures(folder: Path) -> list[str]:
     saver = Saver(folder, keep=1)
     saver.save(step=1, engine=engine, ema=ema, state={})
     seen.append(caught(saver.close))
-    checkpoint_file.seal = lambda folder: fail(KeyError("a bug"))
+    checkpoint_file.write_manifest = lambda folder: fail(KeyError("a bug"))
     saver.save(step=2, engine=engine, ema=ema, state={})
     seen.append(caught(saver.settle))
     if rank() == 0:

@@ -153,7 +153,7 @@ def test_the_last_write_must_not_fail(tmp_path, engine, capsys):
 
 
 def test_a_bug_of_ours_is_raised_as_it_is(tmp_path, engine, monkeypatch):
-    monkeypatch.setattr(checkpoint, "seal", lambda folder: [][0])
+    monkeypatch.setattr(checkpoint, "write_manifest", lambda folder: [][0])
     saver = Saver(tmp_path, keep=1)
     save(saver, engine, 1)
     with pytest.raises(IndexError):

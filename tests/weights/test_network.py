@@ -36,7 +36,7 @@ def make_run(folder, vit, *, stage="finetune", ema=None):
     def named(network):
         return {PREFIX[stage] + name: value for name, value in network.state_dict().items()}
 
-    facts = {
+    metadata = {
         "stage": stage,
         "network": describe_network(vit),
         "input": INPUT,
@@ -44,7 +44,7 @@ def make_run(folder, vit, *, stage="finetune", ema=None):
         "classes": ["a", "b", "c"],
     }
     folder.mkdir()
-    (folder / "run.json").write_text(json.dumps(facts))
+    (folder / "run.json").write_text(json.dumps(metadata))
     training = TrainingState(named(vit), {moment: {} for moment in MOMENTS}, {})
     averaged = ema and SimpleNamespace(module=SimpleNamespace(state_dict=lambda: named(ema)))
     engine = SimpleNamespace(state=lambda: training)

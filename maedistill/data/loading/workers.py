@@ -72,7 +72,7 @@ def load_batches(
         multiprocessing_context="fork",
         **options,
     )
-    iterator, processes = _start(loader)
+    iterator, processes = _start_workers(loader)
     limits = {"timeout_seconds": timeout_seconds, "max_batch_wait": max_batch_wait}
     return _WatchedBatches(iterator, WorkerWatchdog(processes, observed.table, reader=images.reader, **limits))
 
@@ -157,7 +157,7 @@ class _WatchedBatches:
         raise failure
 
 
-def _start(loader: DataLoader) -> tuple[Iterator[Any], list[BaseProcess]]:
+def _start_workers(loader: DataLoader) -> tuple[Iterator[Any], list[BaseProcess]]:
     """Start torch's iterator. Return it and its worker processes."""
     others, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
     with signals_held():
