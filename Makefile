@@ -26,5 +26,5 @@ test-faults: env
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m faults
 
 messages: env
-	$(BIN)/python -m pytest --rewrite-messages tests/config/test_bad_configs.py tests/test_pretrain_errors.py tests/test_finetune_errors.py
+	$(BIN)/python -m pytest --rewrite-messages tests/config/test_bad_configs.py
 	git diff --stat tests/golden/messages.txt

@@ -1,4 +1,4 @@
-"""The prose of error messages, in one golden file: tests/golden/messages.txt.
+"""The prose of error messages about settings, in one golden file: tests/golden/messages.txt.
 
 Tests assert codes, keys and numbers. The whole sentences stand in that file alone, so that rewording one changes one
 place: `make messages` writes the file anew from what the code says now, and the diff is what a reviewer reads.
