@@ -1,5 +1,5 @@
 # make quickstart   sets up .venv, trains a teacher and students on real digits, fine-tunes, exports and compares them
-# make test         sets up .venv, then checks the style and runs the tests that inject no faults
+# make test         sets up .venv, then checks style and types and runs the tests that inject no faults
 # make test-faults  runs the tests that do: kills, signals, full disks, hostile files, fuzzing
 # make env          sets up .venv alone
 
@@ -20,6 +20,7 @@ quickstart: env
 test: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not faults"
 
 test-faults: env

@@ -28,6 +28,6 @@ setup(
         "demo": ["scikit-learn", "matplotlib", "tensorboard"],
         "remote": ["s3fs", "gcsfs"],  # http and hf need nothing more
         "export": ["onnx", "onnxscript", "onnxruntime"],
-        "test": ["ruff", "pytest-xdist", "hypothesis", "s3fs", "moto[s3,server]"],
+        "test": ["ruff", "mypy", "pytest-xdist", "hypothesis", "s3fs", "moto[s3,server]"],
     },
 )

@@ -7,11 +7,10 @@ import argparse
 import os
 from collections.abc import Callable
 
-from maedistill.config.batch import world_size_from_environment
-from maedistill.config.explain import explain
 from maedistill.config.loader import load_config
-from maedistill.config.render import render_config
-from maedistill.config.schema import RunConfig
+from maedistill.config.plan import share_batch, world_size_from_environment
+from maedistill.config.render import explain, render_config
+from maedistill.config.values import Root
 from maedistill.errors import ConfigError, leave
 from maedistill.processes.parent_death import die_with_launcher
 
@@ -22,69 +21,51 @@ hardware, 75 asked to leave by SIGTERM or SIGUSR1, 130 Ctrl-C; RUN/exit.json say
 
 
 def run_tool(
-    root: type[RunConfig],
-    *,
-    about: str,
-    examples: str,
-    start: Callable[..., None],
-    dry_run: Callable[[RunConfig], None],
+    root: type[Root], *, about: str, examples: str, start: Callable[..., None], dry_run: Callable[[Root], None]
 ) -> None:
     """Parse the command line, run the command and end the process with its exit code.
 
     start: called as start(config, fresh=..., extend=...). Both callables import heavy packages themselves.
     """
+
+    def main() -> None:
+        arguments = _parse(about, examples)
+        if arguments.explain:
+            print(explain(arguments.explain, root))
+            return
+        if not arguments.config:
+            raise ConfigError("no config is named", "name one of configs/, as the examples of --help do")
+        loaded = load_config(arguments.config, arguments.overrides, root=root, to_run=not arguments.print_config)
+        if arguments.print_config:
+            print(render_config(loaded), end="")
+            return
+        share_batch(loaded.config, world_size_from_environment())
+        # On a CPU, torch's threads spin while they wait for each other. Next to other busy processes, spinning cost up
+        # to 90 % of the speed (measured on two cores); on an idle machine, sleeping costs nothing. torch reads it at
+        # start.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise a lost peer prints 15 lines of C++ frames
+        if arguments.dry_run:
+            dry_run(loaded.config)
+        else:
+            start(loaded.config, fresh=arguments.fresh, extend=arguments.extend)
+
     die_with_launcher()
-    leave(lambda: _main(root, _parse(about, examples), start=start, dry_run=dry_run))
+    leave(main)
 
 
 def _parse(about: str, examples: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=about, epilog=examples + EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", nargs="?", help="a YAML file, e.g. one of configs/")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings on top of it, e.g. optim.epochs=200"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="say what would happen, at what speed and cost, and stop"
-    )
-    parser.add_argument(
-        "--print-config", action="store_true", help="print every setting and where it came from, and stop"
-    )
-    parser.add_argument(
-        "--explain", metavar="KEY", help="say what a key means, its range and the papers' values, and stop"
-    )
-    parser.add_argument("--fresh", action="store_true", help="refuse a run folder that already holds a run")
-    parser.add_argument("--extend", action="store_true", help="continue a run folder with another number of epochs")
-    parser.add_argument(
-        "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # deepspeed's launcher adds it; LOCAL_RANK takes precedence
+    add = parser.add_argument
+    add("config", nargs="?", help="a YAML file, e.g. one of configs/")
+    add("overrides", nargs="*", metavar="key=value", help="settings on top of it, e.g. optim.epochs=200")
+    add("--dry-run", action="store_true", help="say what would happen, at what speed and cost, and stop")
+    add("--print-config", action="store_true", help="print every setting and where it came from, and stop")
+    add("--explain", metavar="KEY", help="say what a key means, its range and the papers' values, and stop")
+    add("--fresh", action="store_true", help="refuse a run folder that already holds a run")
+    add("--extend", action="store_true", help="continue a run folder with another number of epochs")
+    # deepspeed's launcher adds it; LOCAL_RANK takes precedence
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args()
-
-
-def _main(
-    root: type[RunConfig],
-    arguments: argparse.Namespace,
-    *,
-    start: Callable[..., None],
-    dry_run: Callable[[RunConfig], None],
-) -> None:
-    if arguments.explain:
-        print(explain(arguments.explain, root=root))
-        return
-    if not arguments.config:
-        raise ConfigError("no config is named", "name one of configs/, as the examples of --help do")
-    loaded = load_config(arguments.config, arguments.overrides, root=root, to_run=not arguments.print_config)
-    if arguments.print_config:
-        print(render_config(loaded), end="")
-        return
-    config = loaded.config
-    config.share_batch(world_size_from_environment())
-    # On a CPU, torch's threads spin while they wait for each other. Next to other busy processes, spinning cost up to
-    # 90 % of the speed (measured on two cores); on an idle machine, sleeping costs nothing. torch reads it at start.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise a lost peer prints 15 lines of C++ frames
-    if arguments.dry_run:
-        dry_run(config)
-    else:
-        start(config, fresh=arguments.fresh, extend=arguments.extend)

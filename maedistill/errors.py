@@ -14,7 +14,7 @@ Every error that a user can fix is a `UserError`; `tools/` prints it as two line
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import NoReturn
 
@@ -55,8 +55,9 @@ class PeerError(UserError):
     exit_code = 5
 
 
-def join_first(texts: Sequence[str], most: int, *, separator: str = ", ") -> str:
-    """Join the first texts of a list, `most` at most, and say how many more there are."""
+def join_first(texts: Iterable[str], most: int = 8, *, separator: str = ", ") -> str:
+    """Join the first few texts, and say how many more there are."""
+    texts = list(texts)
     return separator.join(texts[:most]) + (f" and {len(texts) - most:,} more" if len(texts) > most else "")
 
 
@@ -90,8 +91,9 @@ class Preempted(Exception):
 
 def print_error(error: UserError) -> None:
     """Print an error as two lines on stderr, with unprintable characters of file names and the like escaped."""
-    cause, remedy = (_printable(text) for text in (error.cause, error.remedy))
-    print(f"error: {cause}\n  fix: {remedy}", file=sys.stderr, flush=True)
+    lines = (f"error: {error.cause}", f"  fix: {error.remedy}")
+    texts = ("".join(char if char.isprintable() else ascii(char)[1:-1] for char in line) for line in lines)
+    print("\n".join(texts), file=sys.stderr, flush=True)
 
 
 def exit_code_of(main: Callable[[], None]) -> int:
@@ -112,11 +114,11 @@ def exit_code_of(main: Callable[[], None]) -> int:
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)
         return 130
     except RuntimeError as error:
-        known = device_error(error)
-        if known is None:
+        translated = device_error(error)
+        if translated is None:
             raise
-        print_error(known)
-        return known.exit_code
+        print_error(translated)
+        return translated.exit_code
     return 0
 
 
@@ -142,7 +144,3 @@ def leave(main: Callable[[], None]) -> NoReturn:
         with suppress(OSError, ValueError):  # a closed pipe
             stream.flush()
     os._exit(code)
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

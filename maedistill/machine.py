@@ -4,21 +4,28 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import takewhile
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BF16_CAPABILITY = (8, 0)  # Ampere is the first with bf16 units; older cards convert around every operation
 
 
-def precision(name: str, device: torch.device) -> str:
+def precision(setting: Precision | Literal["auto"], device: torch.device) -> Precision:
     """Resolve `auto`: bf16 on a GPU, fp16 if the card only emulates bf16, fp32 on a CPU."""
-    if name != "auto":
-        return name
+    if setting != "auto":
+        return setting
     if device.type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY else "fp16"
+
+
+def autocast(device: torch.device, number_format: Precision) -> torch.autocast:
+    """Return the autocast of a number format; it does nothing in fp32."""
+    return torch.autocast(device.type, dtype=DTYPES[number_format], enabled=number_format != "fp32")
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:

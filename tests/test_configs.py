@@ -9,6 +9,7 @@ import torch
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
 from maedistill.pretraining.build import build_encoder, build_method, build_teacher, build_teacher_source, mask_sizes
 from maedistill.pretraining.flops import count_flops
 
@@ -25,7 +26,7 @@ def without_weights(path: Path) -> list[str]:
     if found := re.search(r"timm:(\w+)\.mae", text):
         return [f"teacher.source=random:{found[1]}"]
     if re.search(r"run:\S+/teacher", text):
-        shape = load_config(path.with_name("teacher.yaml"), NEEDED).config.student
+        shape = load_config(path.with_name("teacher.yaml"), NEEDED, root=PretrainConfig).config.student
         sizes = [f"teacher.{key}={getattr(shape, key)}" for key in ("width", "depth", "num_heads", "patch_size")]
         return [f"teacher.source=random:{shape.model}", *sizes]
     return []
@@ -37,7 +38,7 @@ def name_of(path: Path) -> str:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_config_builds_and_its_header_is_true(path: Path) -> None:
-    config = load_config(path, NEEDED + without_weights(path)).config
+    config = load_config(path, NEEDED + without_weights(path), root=PretrainConfig).config
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert f"tools/pretrain.py configs/{name_of(path)}.yaml" in header
     with torch.device("meta"):
@@ -66,7 +67,7 @@ def test_imagenet_configs_are_the_papers_recipes() -> None:
         "amd_vit_s": ("amd", 800, 40, (192, 4, 3), "norm_patch_channel", (5, 11), (11, 23), 0.5),
     }
     for name, expected in recipes.items():
-        c = load_config(ROOT / f"configs/imagenet/{name}.yaml", NEEDED).config
+        c = load_config(ROOT / f"configs/imagenet/{name}.yaml", NEEDED, root=PretrainConfig).config
         decoder = (c.decoder.width, c.decoder.depth, c.decoder.num_heads)
         taps = (c.align.student, c.align.teacher)
         found = (

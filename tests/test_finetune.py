@@ -66,15 +66,7 @@ def runs(finetuning, mae, tuned, colours):
         folder = name.replace(" ", "-").replace(",", "")
         return finetuning(folder, source, *PLAIN, *more, launcher=launcher, ranks=ranks, witness=True)
 
-    def killed():
-        """Killed in the second half of step 21, 5 steps after its checkpoint."""
-        command = ["killed", source, "data.workers=2"]
-        before = finetuning(*command, witness=True, code=-9, WITNESS_KILL="42")
-        assert before.last_checkpoint().name == "step_000000016" and len(before.metrics()) == 20
-        return finetuning(*command)
-
     starts = {name: lambda name=name: layout(name) for name in LAYOUTS} | {
-        "killed": killed,
         "plain": lambda: finetuning("plain", source, *PLAIN, witness=True),
         "zero 1": lambda: finetuning("zero-1", source, "engine.zero=1", witness=True),
         "larger": lambda: finetuning("larger", *larger, witness=True),
@@ -131,7 +123,7 @@ def test_what_was_measured_is_what_the_checkpoint_does(tuned, shards):
     for weights, recorded, prefix in (("model", -2, ""), ("ema", -1, "ema_")):
         opened, record = open_network(str(tuned.run), "classifier", weights=weights), evaluations(tuned)[recorded]
         context = EvalContext(torch.device("cpu"), batch=6, workers=0)
-        found = evaluate(Predictor.of(opened, context), images, context)
+        found = evaluate(Predictor(opened.module, context, mean=opened.mean, std=opened.std), images, context)
         assert record[f"{prefix}top1"] == found.score.top1 and record[f"{prefix}val_loss"] == pytest.approx(
             found.score.loss, rel=1e-6
         )
@@ -152,9 +144,16 @@ def test_the_report_repeats_the_metrics_and_names_what_went_in(tuned, mae):
     assert (tuned.run / re.search(r"!\[.*\]\((.*)\)", text)[1]).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_killed_run_goes_on_bit_by_bit(runs, tuned):
-    """RandAugment, erasing, mixing and drop path on, with other loader processes than the reference had."""
-    ended = runs["killed"]
+@pytest.mark.faults
+def test_a_killed_run_goes_on_bit_by_bit(finetuning, mae, tuned):
+    """RandAugment, erasing, mixing and drop path on, with other loader processes than the reference had.
+
+    Killed in the second half of step 21, 5 steps after its checkpoint.
+    """
+    command = ["killed", f"init.source=run:{mae.run}", "data.workers=2"]
+    before = finetuning(*command, witness=True, code=-9, WITNESS_KILL="42")
+    assert before.last_checkpoint().name == "step_000000016" and len(before.metrics()) == 20
+    ended = finetuning(*command)
     assert "continues at step 16 of 24" in ended.out
     for name in ("model.safetensors", "optimizer.safetensors", "ema.safetensors"):
         assert (ended.last_checkpoint() / name).read_bytes() == (tuned.last_checkpoint() / name).read_bytes(), name

@@ -47,21 +47,19 @@ def resnet(tmp_path_factory):
     return folder
 
 
+def taught_by(resnet) -> list[str]:
+    """The settings of the run that the convolutional teacher teaches."""
+    return [*SCRATCH, f'distill.teachers=["local-dir:{resnet}"]', *CONVOLUTIONAL]
+
+
 @pytest.fixture(scope="module")
 def runs(finetuning, tuned, resnet):
     """All runs of this file by name, two at a time."""
-    convolutional = [*SCRATCH, f'distill.teachers=["local-dir:{resnet}"]', *CONVOLUTIONAL]
+    convolutional = taught_by(resnet)
     vits = [*SCRATCH, f'distill.teachers=["run:{tuned.run}"]', *VIT]
-
-    def killed():
-        """Killed in step 11, after the checkpoint of step 8."""
-        before = finetuning("taught-killed", *convolutional, witness=True, code=-9, WITNESS_KILL="22")
-        assert before.last_checkpoint().name == "step_000000008"
-        return finetuning("taught-killed", *convolutional)
 
     starts = {
         "convolutional": lambda: finetuning("taught", *convolutional),
-        "killed": killed,
         "zero 3": lambda: finetuning("taught-zero-3", *convolutional, "engine.zero=3", "optim.ema=null", witness=True),
         "plain": lambda: finetuning("taught-plain", *convolutional, *PLAIN),
         "two ranks": lambda: finetuning("two-ranks", *convolutional, *PLAIN, "engine.zero=2", ranks=2),
@@ -118,8 +116,12 @@ def expected_loss(step, *, epoch):
     return step["cross_entropy"] + 9 * step["logits"] + hints + maps + contrast
 
 
-def test_a_killed_run_goes_on_bit_by_bit(runs):
-    ended, reference = runs["killed"], runs["convolutional"]
+@pytest.mark.faults
+def test_a_killed_run_goes_on_bit_by_bit(finetuning, runs, resnet):
+    """Killed in step 11, after the checkpoint of step 8."""
+    before = finetuning("taught-killed", *taught_by(resnet), witness=True, code=-9, WITNESS_KILL="22")
+    assert before.last_checkpoint().name == "step_000000008"
+    ended, reference = finetuning("taught-killed", *taught_by(resnet)), runs["convolutional"]
     assert "continues at step 8 of 16" in ended.out
     for name in ("model.safetensors", "optimizer.safetensors", "ema.safetensors"):
         ours, theirs = ((e.last_checkpoint() / name).read_bytes() for e in (ended, reference))
@@ -129,13 +131,13 @@ def test_a_killed_run_goes_on_bit_by_bit(runs):
 
 
 def test_a_run_does_not_go_on_with_another_teacher_in_the_place_of_its_own(finetuning, runs, resnet):
-    run, weights = runs["killed"].run, resnet / "model.safetensors"
+    run, weights = runs["convolutional"].run, resnet / "model.safetensors"
     record, original = (run / "run.json").read_text(), weights.read_bytes()
     changed = load_file(weights)
     changed["fc.weight"] *= 100
     save_file(changed, weights, metadata={"format": "pt"})
     try:
-        refused = finetuning(run.name, *SCRATCH, f'distill.teachers=["local-dir:{resnet}"]', *CONVOLUTIONAL, code=2)
+        refused = finetuning(run.name, *taught_by(resnet), code=2)
     finally:
         weights.write_bytes(original)
     error, remedy = refused.err.splitlines()

@@ -15,20 +15,17 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from maedistill.losses.pixels import pixel_target
 from maedistill.methods.amd import AMD, GeneratorSpec
 from maedistill.methods.dmae import DMAE, AlignmentSpec
-from maedistill.methods.mae import MAE, PixelSpec
+from maedistill.methods.mae import MAE, PixelSpec, pixel_target
 from maedistill.methods.teacher import Teacher
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
-from maedistill.models.masking import PatchSplit
-from maedistill.models.patches import patchify
-from maedistill.weights.from_file import EncoderSpec
+from maedistill.models.patches import PatchSplit, patchify
+from maedistill.weights.from_file import EncoderSpec, read_weights_file
 from maedistill.weights.network import open_network
 from maedistill.weights.state_dict import ConvertedStateDict, import_weights
-from maedistill.weights.weights_file import read_weights_file
 
 GOLDEN = Path(os.environ.get("MAEDISTILL_GOLDEN") or Path(__file__).parent / "golden")
 VIT = "vit_tiny_patch16_224"

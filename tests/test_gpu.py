@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from maedistill.config.distill import ContrastiveConfig, DKDConfig, HintsConfig, LogitsConfig, TermConfig
 from maedistill.config.loader import load_config
-from maedistill.finetuning.distilled import Distilled
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.finetuning.objective import Distilled
 from maedistill.finetuning.outputs import RequestedOutputs, feature_info
 from maedistill.finetuning.teacher import OfflineTeacher, TeacherEnsemble
 from maedistill.finetuning.terms import EMBEDDING_LOSSES, TERMS
@@ -22,7 +23,7 @@ from maedistill.methods.teacher import Teacher
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
-from maedistill.models.masking import random_split
+from maedistill.models.patches import random_split
 from maedistill.pretraining.build import step_inputs
 from maedistill.randomness import Stream, bits, uniform
 from maedistill.runs.metrics import Clock
@@ -106,7 +107,7 @@ def test_a_step_that_distils_never_waits_for_the_gpu() -> None:
 
 def test_compiled_inputs_are_those_of_eager_mode() -> None:
     """Triton computes the 64-bit hash, too: a range plus a large constant once became 32-bit indices."""
-    config = load_config("configs/imagenet/mae_vit_b.yaml", ["data.train=x", "run=x"]).config
+    config = load_config("configs/imagenet/mae_vit_b.yaml", ["data.train=x", "run=x"], root=PretrainConfig).config
     prepare = partial(step_inputs, config, num_patches=196)
     pixels = torch.randint(256, (8, 3, 224, 224), dtype=torch.uint8, device="cuda")
     positions = torch.arange(8, device="cuda") + 10**11

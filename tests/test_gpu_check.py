@@ -56,6 +56,7 @@ def test_the_check_is_green_on_small_sizes(root, tmp_path) -> None:
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {"peaks.log", "engine.log"}
 
 
+@pytest.mark.faults
 def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tool, parts, tmp_path, monkeypatch, capfd) -> None:
     for name, end in BAD_PARTS.items():
         (tmp_path / f"part_that_{name}.py").write_text(MODULE.format(end=end))

@@ -82,7 +82,7 @@ def test_leaves_never_see_the_config(root: Path) -> None:
     for module, path in modules(root).items():
         if module.split(".")[1:2] and module.split(".")[1] in leaves:
             seen = {target for target in imports(path) if target.startswith("maedistill.config")}
-            assert seen <= {"maedistill.config.batch", "maedistill.config.batch.BatchPlan"}, module
+            assert seen <= {"maedistill.config.plan", "maedistill.config.plan.BatchPlan"}, module
 
 
 def test_names_say_something(root: Path) -> None:

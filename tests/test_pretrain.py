@@ -126,8 +126,8 @@ def test_every_rank_votes_on_its_own_device_in_the_precision_of_the_run(monkeypa
         engine=SimpleNamespace(precision="auto"),
     )
     plan = SimpleNamespace(batch=SimpleNamespace(micro_batch=2))
-    parts = SimpleNamespace(config=config, plan=plan, module=None, index="train", val_index="val", device=device)
-    loop.probe(SimpleNamespace(due=bool, workers=0, device=device, step=1), parts, None)
+    parts = SimpleNamespace(config=config, plan=plan, module=None, index="train", device=device)
+    loop.probe(SimpleNamespace(due=bool, workers=0, device=device, step=1), parts, "val", None)
     assert precisions == ["auto"] * 2 and devices == [device]
 
 
@@ -165,6 +165,7 @@ def test_ranks_pool_the_same_features(trio, layouts):
             torch.testing.assert_close(features, rows, rtol=0, atol=1e-4)
 
 
+@pytest.mark.faults
 def test_a_killed_run_goes_on_bit_by_bit(pretraining, settings, trio):
     """Killed in the middle of step 21, 5 steps after its checkpoint; the reference ran through, without workers."""
     command = ["killed", *settings["amd"], "data.workers=1"]

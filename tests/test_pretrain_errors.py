@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.shards.index import open_index
 from maedistill.models.encoder import build_vit
 from maedistill.runs.folder import RunFolder
@@ -131,8 +132,8 @@ def test_an_end_is_recorded_with_what_could_not_be_read(pretraining, endings):
 def test_a_start_that_failed_binds_nobody(pretraining, endings):
     """A run that ended before its first checkpoint may be started again with other settings."""
     folder = RunFolder(pretraining.folder / "wrong a tenth bad")
-    corrected = load_config(folder.config, ["optim.lr=1e-4"]).config
-    folder.open(corrected, folder.metadata(), fresh=True, extend=False)
+    corrected = load_config(folder.config, ["optim.lr=1e-4"], root=PretrainConfig).config
+    folder.open(corrected, folder.metadata(), execution={}, fresh=True, extend=False)
     assert folder.load_config().optim.lr == 1e-4
 
 

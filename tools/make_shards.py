@@ -7,8 +7,14 @@ from collections import Counter
 from pathlib import Path
 
 from maedistill.data.shards.sources import open_source
-from maedistill.data.shards.verify import verify_shards
-from maedistill.data.shards.write import IMAGES_PER_SHARD, QUALITY, REPORT_FILE, ConversionStats, make_shards
+from maedistill.data.shards.write import (
+    IMAGES_PER_SHARD,
+    QUALITY,
+    REPORT_FILE,
+    ConversionStats,
+    make_shards,
+    verify_shards,
+)
 from maedistill.errors import ConfigError, exit_code_of
 
 EXAMPLES = """examples:

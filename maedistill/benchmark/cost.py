@@ -13,20 +13,20 @@ two; latency, stragglers and the file system cost nothing here.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from maedistill.benchmark.report import Report, Row
-from maedistill.benchmark.step_model import CARD, model_step, total
+from maedistill.benchmark.step_model import CARD, Kind, model_step
 from maedistill.benchmark.timing import Rates, interleave, repeated, spread
-from maedistill.benchmark.training_step import SyntheticTraining, without_download
+from maedistill.benchmark.training_step import SyntheticTraining
+from maedistill.config.plan import share_batch
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.data.loading.loader import RandomCrops
 from maedistill.data.remote.cache import set_cache
-from maedistill.data.shards.index import ShardIndex, open_index
+from maedistill.data.shards.index import open_index
 from maedistill.machine import cpu_share
 from maedistill.pretraining.build import build_crops
 from maedistill.processes import distributed
@@ -48,7 +48,7 @@ class AnalyticModel:
     ranks: int
     images: int  # per rank and update
     compute: float
-    reduce: float
+    exchange: float
     loader: float = math.inf  # images per second of one core; infinite if not measured
     cores: int = 1  # that load for one rank
     shared: bool = False  # True without a GPU: these cores compute the steps as well
@@ -56,12 +56,12 @@ class AnalyticModel:
     @property
     def efficiency(self) -> float:
         """Return the speed relative to the same number of ranks without communication."""
-        return self.compute / (self.compute + self.reduce)
+        return self.compute / (self.compute + self.exchange)
 
     @property
     def step(self) -> float:
         """Return the images per second of one rank, if it never waits for data."""
-        return self.images / (self.compute + self.reduce)
+        return self.images / (self.compute + self.exchange)
 
     @property
     def images_per_second(self) -> float:
@@ -74,19 +74,12 @@ class AnalyticModel:
         """Return the bottleneck: the part to improve first."""
         if self.loader * self.cores < self.step:
             return "loader"
-        return "exchange of gradients" if self.reduce > self.compute else "step"
+        return "exchange of gradients" if self.exchange > self.compute else "step"
 
 
-def predict(
-    ranks: int, *, images: int, images_per_second: float, parameters: int, zero: int, bandwidth: float = BANDWIDTH
-) -> AnalyticModel:
-    """Apply the model above to `ranks` ranks with loaders that keep up.
-
-    images: images per rank and update. images_per_second: speed of one rank by itself. zero: the ZeRO stage.
-    """
-    passes = 3 if zero == 3 else 2
-    reduce = passes * (ranks - 1) / ranks * 4 * parameters / bandwidth
-    return AnalyticModel(ranks, images, images / images_per_second, reduce)
+def exchange_seconds(ranks: int, parameters: int, *, zero: int) -> float:
+    """Model the exchange of the gradients of an update, as described above. zero: the ZeRO stage."""
+    return (3 if zero == 3 else 2) * (ranks - 1) / ranks * 4 * parameters / BANDWIDTH
 
 
 def expected_number(file: str) -> str | None:
@@ -101,41 +94,62 @@ def measure_cost(config: PretrainConfig, *, gpus: int, rounds: int, expected: st
     expected: the published result of these epochs on ImageNet-1K, with its source; None if none is known.
     Raises ConfigError if `gpus` devices cannot share the batch, DataError if the shards cannot be read.
     """
-    plan, data = config.share_batch(gpus), config.data
+    plan, data, index = share_batch(config, gpus), config.data, None
     if data.train:
         set_cache(folder=data.cache_folder, gigabytes=data.cache_gb)
-    index = open_index(data.train, index=data.index) if data.train else None
+        index = open_index(data.train, index=data.index)
     join(config)
     try:
-        rates, training = _measure(config, index, rounds=rounds)
+        training = SyntheticTraining(config, distributed.device())
+        step, has_gpu = training.engine_step(), training.device.type == "cuda"
+        if not has_gpu:
+            training.autotune_batch(step)
+        paths = {STEP: repeated(step, training.device, images=training.batch, seconds=_ROUND_SECONDS)}
+        if index is not None:
+            count = -(-_LOADED // data.views_per_image) * data.views_per_image
+            crops, starts = build_crops(config, index), itertools.count(step=count)
+
+            def load() -> None:
+                """Load the next `count` images of the run on one core, as a loader process does."""
+                threads, start = torch.get_num_threads(), next(starts)
+                torch.set_num_threads(1)
+                crops.__getitems__(list(range(start, start + count)))
+                torch.set_num_threads(threads)
+
+            paths[LOADER] = repeated(load, torch.device("cpu"), images=count, seconds=_ROUND_SECONDS)
+        rates = interleave(paths, rounds=rounds)
     finally:
         shutdown_distributed()
-    alone, has_gpu = spread(rates[STEP].wall).median, training.device.type == "cuda"
-    share, parameters = plan.micro_batch * plan.accumulation, training.num_parameters
-    model = predict(gpus, images=share, images_per_second=alone, parameters=parameters, zero=config.engine.zero)
-    cores = cpu_share(min(gpus, torch.cuda.device_count() or 1))
+    images, cores = plan.micro_batch * plan.accumulation, cpu_share(min(gpus, torch.cuda.device_count() or 1))
     workers = data.workers if data.workers is not None else min(8, cores)
-    loader = spread(rates[LOADER].wall).median if index is not None else math.inf
-    model = replace(model, loader=loader, cores=min(cores, max(1, workers)) if has_gpu else cores, shared=not has_gpu)
-    images = {} if index is None else {"data.train": len(index)}
-    if expected or not images:
-        images["ImageNet-1K"] = IMAGENET_IMAGES
-    report = cost_report(config, model, rates, batch=training.batch, images=images)
+    model = AnalyticModel(
+        gpus,
+        images,
+        compute=images / spread(rates[STEP].wall).median,
+        exchange=exchange_seconds(gpus, training.num_parameters, zero=config.engine.zero),
+        loader=spread(rates[LOADER].wall).median if index is not None else math.inf,
+        cores=min(cores, max(1, workers)) if has_gpu else cores,
+        shared=not has_gpu,
+    )
+    sizes = {} if index is None else {"data.train": len(index)}
+    if expected or not sizes:
+        sizes["ImageNet-1K"] = IMAGENET_IMAGES
+    report = cost_report(config, model, rates, batch=training.batch, sizes=sizes)
     if not has_gpu:
-        _add_card(report, config, model, parameters=parameters)
+        _add_card(report, config, model)
     report.remarks.append(f"ImageNet-1K: {expected}" if expected else "no paper's number is known for this config")
     return report
 
 
 def cost_report(
-    config: PretrainConfig, model: AnalyticModel, rates: Mapping[str, Rates], *, batch: int, images: Mapping[str, int]
+    config: PretrainConfig, model: AnalyticModel, rates: Mapping[str, Rates], *, batch: int, sizes: Mapping[str, int]
 ) -> Report:
     """Build the report's tables and remarks.
 
-    batch: images of a measured step. images: number of images by data set, for the hours of the config's epochs.
+    batch: images of a measured step. sizes: number of images by data set, for the hours of the config's epochs.
     """
     device, cores, epochs = "CPU" if model.shared else "GPU", model.step / model.loader, config.optim.epochs
-    run = {
+    run: Row = {
         "images/s of each": round(model.images_per_second, 1),
         "images per update of each": model.images,
         "gradients' share of a step": f"{1 - model.efficiency:.1%}",
@@ -143,11 +157,11 @@ def cost_report(
         "limit": model.limit,
     }
     hours: list[Row] = []
-    for name, count in images.items():
-        each = count * epochs / model.images_per_second / 3600
-        row = {"data": name, "images": round(count * epochs), f"{device}-hours": each}
+    for name, size in sizes.items():
+        each = size * epochs / model.images_per_second / 3600
+        row = {"data": name, "images": round(size * epochs), f"{device}-hours": each}
         hours.append(row | {f"hours on {model.ranks}": each / model.ranks})
-    tables = {
+    tables: dict[str, list[Row]] = {
         f"measured, steps of {batch} images": [{"what": k, "speed": spread(rate.wall)} for k, rate in rates.items()],
         f"a run on {model.ranks} of this {device}": [run],
         f"{epochs:g} epochs": hours,
@@ -164,40 +178,10 @@ def cost_report(
     return Report(tables, [*remarks, "images of the steps were noise; pictures, kNN and checkpoints come on top"])
 
 
-def _measure(
-    config: PretrainConfig, index: ShardIndex | None, *, rounds: int
-) -> tuple[dict[str, Rates], SyntheticTraining]:
-    """Measure step and, with an index, loader in turn. Needs an open process group."""
-    training = SyntheticTraining(config, distributed.device())
-    step = training.engine_step()
-    if training.device.type != "cuda":
-        training.autotune_batch(step)
-    paths = {STEP: training.path(step, seconds=_ROUND_SECONDS)}
-    if index is not None:
-        views = config.data.views_per_image
-        count = -(-_LOADED // views) * views
-        load = _one_core(build_crops(config, index), count)
-        paths[LOADER] = repeated(load, torch.device("cpu"), images=count, seconds=_ROUND_SECONDS)
-    return interleave(paths, rounds=rounds), training
-
-
-def _one_core(crops: RandomCrops, count: int) -> Callable[[], object]:
-    """Return a function that loads the next `count` images of the run on one core, as a loader process does."""
-    starts = itertools.count(step=count)
-
-    def load() -> None:
-        threads, start = torch.get_num_threads(), next(starts)
-        torch.set_num_threads(1)
-        crops.__getitems__(list(range(start, start + count)))
-        torch.set_num_threads(threads)
-
-    return load
-
-
-def _add_card(report: Report, config: PretrainConfig, here: AnalyticModel, *, parameters: int) -> None:
+def _add_card(report: Report, config: PretrainConfig, here: AnalyticModel) -> None:
     """Add the modelled time of a step and of the config's epochs on as many GPUs of a kind that is not available."""
-    kinds = model_step(without_download(config), batch=_MODEL_BATCH)
-    step, epochs = total(kinds), config.optim.epochs
+    kinds = model_step(config, batch=_MODEL_BATCH)
+    step, epochs = sum(kinds.values(), Kind()), config.optim.epochs
     report.tables[f"an eager step of {_MODEL_BATCH} images on an {CARD}: a model, not measured"] = [
         {
             "what": name,
@@ -208,8 +192,8 @@ def _add_card(report: Report, config: PretrainConfig, here: AnalyticModel, *, pa
         }
         for name, kind in [*sorted(kinds.items(), key=lambda row: -row[1].seconds), ("all", step)]
     ]
-    alone, zero = _MODEL_BATCH / step.seconds, config.engine.zero
-    model = predict(here.ranks, images=here.images, images_per_second=alone, parameters=parameters, zero=zero)
+    alone = _MODEL_BATCH / step.seconds
+    model = replace(here, compute=here.images / alone)
     hours = epochs * IMAGENET_IMAGES / model.step / 3600
     report.remarks.append(
         f"the model's {CARD}: {alone:,.0f} images/s, {step.flops / step.seconds / 1e12:.0f} TFLOP/s; {hours:,.1f} "

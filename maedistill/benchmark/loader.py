@@ -13,25 +13,26 @@ Ratios and stages use core-seconds, because other load on the machine lengthens 
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
 from maedistill.benchmark.report import Report, Row
 from maedistill.benchmark.timing import Rates, Work, interleave, ratio, spread
-from maedistill.config.batch import BatchPlan
+from maedistill.config.plan import BatchPlan
 from maedistill.data.images.decode import JPEG_DECODERS, decode, open_image
 from maedistill.data.images.transforms import CROP_DRAWS, Box, crop, random_box
 from maedistill.data.loading.batch import Batch
@@ -97,9 +98,12 @@ def measure_loader(
         with TemporaryDirectory(prefix="maedistill-") as folder:
             sampled = sample(shards, size=size, views=views, workers=workers, images=images)
             plain = sample(against, size=size, views=views, workers=workers, images=images) if against else sampled
-            write_folder(Path(folder), plain.data.values())
+            warm_up = max(1, workers)  # batches; the plain loader reuses no memory, so it needs fewer than ours
+            first = (plain.warm_up - warm_up) * plain.batch // views
+            write_folder(Path(folder), [plain.data[i] for i in plain.samples[first:] for _ in range(views)])
             paths = loader_paths(sampled, workers=workers)
-            paths[PLAIN] = partial(_plain, Path(folder), plain, workers=workers)
+            load = partial(plain_batches, Path(folder), size=size, batch=plain.batch, workers=workers)
+            paths[PLAIN] = partial(_counts, load, warm_up=warm_up)
             rates = interleave(paths, rounds=rounds)
     finally:
         torch.set_num_threads(threads)
@@ -121,7 +125,9 @@ def sample(shards: str, *, size: int, views: int, workers: int, images: int) -> 
     crops = RandomCrops(index, order, seed=SEED, size=size, scale=SCALE, ratio=RATIO)
     samples: list[int] = []
     for start in range(0, batch * (warm_up + steps), batch):
-        samples += crops.__getitems__(list(range(start, start + batch))).samples[::views].tolist()
+        read = crops.__getitems__(list(range(start, start + batch)))
+        assert isinstance(read, Batch)
+        samples += read.samples[::views].tolist()
     return Sampled(crops, batch, warm_up, steps, samples, {i: crops.reader.read(i) for i in dict.fromkeys(samples)})
 
 
@@ -131,55 +137,49 @@ def loader_paths(sampled: Sampled, *, workers: int) -> dict[str, Work]:
     Our loader runs with worker processes for each decoder, and in one process. The floors decode files in memory, with
     or without cropping, and discard the result. `STAGES` are the stages of our loader that can be run separately.
     """
-    paths: dict[str, Work] = {ONE_PROCESS: partial(_load, sampled.crops, sampled, workers=0)}
+    plan = BatchPlan(micro_batch=sampled.batch, accumulation=1)
+    sampler = BatchSampler(0, sampled.warm_up + sampled.steps, plan=plan, rank=0, world_size=1)
+
+    def ours(crops: RandomCrops, *, workers: int) -> Work:
+        load = partial(host_batches, crops, sampler, workers=workers, pin_memory=False)
+        return partial(_counts, load, warm_up=sampled.warm_up)
+
+    paths = {ONE_PROCESS: ours(sampled.crops, workers=0)}
     measured, size, read = sampled.measured, sampled.crops.size, sampled.crops.reader.read
     boxes = [sampled.boxes(i, *open_image(sampled.data[sample]).size[::-1]) for i, sample in enumerate(measured)]
 
-    def decode_and_crop(i: int, header: Image.Image, data: bytes, *, decoder: str) -> None:
+    def floor(i: int, header: Image.Image, data: bytes, *, decoder: str, crops: bool) -> None:
         image = decode(header, data, decoder=decoder)  # [3, H, W]
-        for box in boxes[i]:
+        for box in boxes[i] if crops else ():
             crop(image, box, size=size)
 
     for name in DECODERS:
         crops = copy.copy(sampled.crops)
         crops.decoder = name
         if workers:
-            paths[f"ours, {name}"] = partial(_load, crops, sampled, workers=workers)
-        paths[f"decode + crop, {name}"] = _each(sampled, partial(decode_and_crop, decoder=name))
-        paths[f"decode, {name}"] = _each(sampled, lambda i, header, data, name=name: decode(header, data, decoder=name))
+            paths[f"ours, {name}"] = ours(crops, workers=workers)
+        paths[f"decode + crop, {name}"] = _each(sampled, partial(floor, decoder=name, crops=True))
+        paths[f"decode, {name}"] = _each(sampled, partial(floor, decoder=name, crops=False))
+    idle = copy.copy(sampled.crops)
+    idle.__class__ = _IdleCrops
     return paths | {
         "read": _each(sampled, lambda i, header, data: read(measured[i])),
         "header": _each(sampled, lambda i, header, data: open_image(data)),
-        "transfer": partial(_load, _IdleCrops(sampled.crops), sampled, workers=1),
+        "transfer": ours(idle, workers=1),
     }
 
 
 class _IdleCrops(RandomCrops):
     """Crops that cost nothing to make, which isolates the cost of the transfer between processes."""
 
-    def __init__(self, crops: RandomCrops) -> None:
-        vars(self).update(vars(crops))
-
     def fill(self, images: Tensor, positions: list[int]) -> Batch:
         ids = torch.tensor(positions)
         return Batch(images, ids, ids, ids)
 
 
-def _load(crops: RandomCrops, sampled: Sampled, *, workers: int) -> Iterator[int]:
-    plan = BatchPlan(micro_batch=sampled.batch, accumulation=1)
-    sampler = BatchSampler(0, sampled.warm_up + sampled.steps, plan=plan, rank=0, world_size=1)
-    counts = (len(batch.images) for batch in host_batches(crops, sampler, workers=workers, pin_memory=False))
-    yield sum(itertools.islice(counts, sampled.warm_up))
-    yield from counts
-
-
-def _plain(folder: Path, sampled: Sampled, *, workers: int) -> Iterator[int]:
-    number = {sample: i for i, sample in enumerate(sampled.data)}  # of its file in the folder
-    warm_up = max(1, workers)  # batches; the plain loader reuses no memory, so it needs fewer
-    images = sampled.samples[(sampled.warm_up - warm_up) * sampled.batch // sampled.views :]
-    order = [number[sample] for sample in images for _ in range(sampled.views)]
-    batches = plain_batches(folder, order, size=sampled.crops.size, batch=sampled.batch, workers=workers)
-    counts = (len(images) for images, _ in batches)
+def _counts(load: Callable[[], Iterable[Sequence[Any]]], *, warm_up: int) -> Iterator[int]:
+    """Load all batches, whose first tensor holds the images, and count the images of the first `warm_up` together."""
+    counts = (len(batch[0]) for batch in load())
     yield sum(itertools.islice(counts, warm_up))
     yield from counts
 
@@ -199,27 +199,26 @@ def _each(sampled: Sampled, work: Callable[[int, Image.Image, bytes], object]) -
 
 
 def write_folder(folder: Path, files: Iterable[bytes]) -> None:
-    """Write the encoded images as files of one class, in order."""
+    """Write the encoded images as files of one class, in the order in which they are loaded."""
     (folder / "class").mkdir()
     for number, data in enumerate(files):
         (folder / "class" / f"{number:06d}.jpg").write_bytes(data)
 
 
-def plain_batches(folder: Path, order: list[int], *, size: int, batch: int, workers: int) -> Iterator[list[Tensor]]:
+def plain_batches(folder: Path, *, size: int, batch: int, workers: int) -> Iterable[Sequence[Tensor]]:
     """Load as DMAE and MAE do: an image folder, Pillow, torchvision's transforms to float32, a DataLoader.
 
-    folder: the folder that `write_folder` wrote. order: numbers of its files, in the order in which they are loaded.
-    Returns an iterator over batches: images float32 [b, 3, s, s] and labels int64 [b].
+    folder: the folder that `write_folder` wrote. Returns batches: images float32 [b, 3, s, s], labels int64 [b].
     """
     crop = transforms.RandomResizedCrop(size, scale=SCALE, interpolation=InterpolationMode.BICUBIC)
     normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalize])
-    images = Subset(ImageFolder(str(folder), transform), order)
-    context = "fork" if workers else None
-    return iter(DataLoader(images, batch_size=batch, num_workers=workers, multiprocessing_context=context))
+    images, context = ImageFolder(str(folder), transform), "fork" if workers else None
+    return DataLoader(images, batch_size=batch, num_workers=workers, multiprocessing_context=context)
 
 
 def _report(sampled: Sampled, rates: Mapping[str, Rates]) -> Report:
+    """Compare the paths, split a crop's time into stages, name the bottleneck and suggest remedies."""
     per_core = {name: rate.per_core for name, rate in rates.items()}
     rows: list[Row] = []
     for name in (name for name in rates if name not in STAGES):
@@ -235,29 +234,25 @@ def _report(sampled: Sampled, rates: Mapping[str, Rates]) -> Report:
     collate = ms[ONE_PROCESS] - both - ms["read"] - ms["header"]
     stages = {"read": ms["read"], "header": ms["header"], f"decode ({DECODERS[0]})": decoded, "crop": both - decoded}
     stages |= {"collate": collate, "transfer to the training process": ms["transfer"]}
-    times = {name: spread(values) for name, values in stages.items()}
+    times = {name: spread(values.tolist()) for name, values in stages.items()}
     count = f"{sampled.batch * sampled.steps:,} a round after {sampled.batch * sampled.warm_up:,} to warm up"
-    tables = {
-        f"crops of {sampled.crops.size} px, {count}; {len(sampled.data):,} images, {sampled.views} views each": rows,
+    size = sampled.crops.size
+    tables: dict[str, list[Row]] = {
+        f"crops of {size} px, {count}; {len(sampled.data):,} images, {sampled.views} views each": rows,
         "milliseconds of a core per crop": [{"stage": name, "ms": time} for name, time in times.items()],
     }
-    return Report(tables, _remarks(sampled, {name: time.median for name, time in times.items()}))
-
-
-def _remarks(sampled: Sampled, times: Mapping[str, float]) -> list[str]:
-    """Name the loader's bottleneck and suggest remedies. times: by stage."""
-    limit = max(times, key=times.__getitem__)
-    lines = [
-        f"{limit} limits: {times[limit] / sum(times.values()):.0%} of the time of a crop",
+    medians = {name: time.median for name, time in times.items()}
+    limit = max(medians, key=medians.__getitem__)
+    remarks = [
+        f"{limit} limits: {medians[limit] / sum(medians.values()):.0%} of the time of a crop",
         "plain loader: Pillow and torchvision's transforms in a DataLoader; decode + crop: a loop over files in memory",
     ]
     shorter = sorted(min(open_image(data).size) for data in sampled.data.values())[len(sampled.data) // 2]
-    if limit.startswith("decode") and shorter > 1.3 * sampled.crops.size:
-        side = round(sampled.crops.size * 8 / 7)
-        lines.append(
-            f"half of the images have a shorter side of {shorter} px or more: shards made with --shorter-side {side} "
-            "or data.views_per_image above 1 cost less"
+    if limit.startswith("decode") and shorter > 1.3 * size:
+        remarks.append(
+            f"half of the images have a shorter side of {shorter} px or more: shards made with --shorter-side "
+            f"{round(size * 8 / 7)} or data.views_per_image above 1 cost less"
         )
     if "simplejpeg" not in DECODERS:
-        lines.append("simplejpeg is not installed, which decodes the same pixels: pip install simplejpeg")
-    return lines
+        remarks.append("simplejpeg is not installed, which decodes the same pixels: pip install simplejpeg")
+    return Report(tables, remarks)

@@ -17,6 +17,7 @@ plain version:
 import copy
 import itertools
 from dataclasses import replace
+from operator import attrgetter
 from typing import TypeVar
 
 import torch
@@ -25,21 +26,22 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from maedistill.benchmark.training_step import SyntheticTraining, TrainingStep, autocast, torch_step
-from maedistill.config.pretrain import PretrainConfig
+from maedistill.benchmark.training_step import SyntheticTraining, TrainingStep
+from maedistill.config.pretrain import Decoder, PretrainConfig
 from maedistill.data.images.transforms import to_float01
+from maedistill.machine import autocast
 from maedistill.methods.mae import MAE, BlockFeatures
 from maedistill.methods.teacher import Teacher
 from maedistill.models.blocks import CrossBlock, TransformerBlock
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder
-from maedistill.models.initialize import initialize
-from maedistill.models.masking import PatchSplit, gather_rows
+from maedistill.models.patches import PatchSplit, gather_rows
 from maedistill.pretraining import build
 from maedistill.training.optim import parameter_groups
 
-PUBLISHED_DECODER = {"width": 512, "depth": 8, "num_heads": 16}  # of MAE ViT-B, L and H (He et al., 2022), and of DMAE
+PUBLISHED_DECODER = Decoder(width=512, depth=8, num_heads=16)  # of MAE ViT-B, L and H (He et al., 2022), and of DMAE
 _LARGE = 768  # the width of ViT-B
+_size_of = attrgetter("width", "depth", "num_heads")
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -49,8 +51,9 @@ class StepComparison(SyntheticTraining):
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         super().__init__(config, device)
         self.plain_method = plain_version(self.method)
-        # Published loops run in fp16 on a GPU, with a loss scale.
-        self.plain_precision = "fp16" if device.type == "cuda" and self.precision != "fp32" else self.precision
+        self.plain_precision = self.precision
+        if device.type == "cuda" and self.precision != "fp32":
+            self.plain_precision = "fp16"  # as published, with a loss scale
         self.plain_teacher = self._plain_teacher(self.teacher) if self.teacher is not None else None
 
     def plain_step(self, method: MAE | None = None) -> TrainingStep:
@@ -59,9 +62,10 @@ class StepComparison(SyntheticTraining):
         groups = parameter_groups(method, optim.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas)
         # As published, the teacher runs in the student's format, but in fp32 if ours does.
-        number = self.plain_precision if self.teacher and self.teacher.dtype != torch.float32 else "fp32"
-        teacher = self.plain_teacher and autocast(self.device, number)(self.plain_teacher)
-        step = torch_step(self.plain_draw, teacher, method, optimizer, number=self.plain_precision)
+        is_half = self.teacher is not None and self.teacher.dtype != torch.float32
+        run_teacher = autocast(self.device, self.plain_precision if is_half else "fp32")
+        teacher = self.plain_teacher and run_teacher(self.plain_teacher)
+        step = self.torch_step(self.plain_draw, teacher, method, optimizer, number=self.plain_precision)
 
         def backward(loss: Tensor) -> None:
             loss.item()  # waits for the device, as published loops do
@@ -85,11 +89,10 @@ class StepComparison(SyntheticTraining):
         Returns None if it is the same, for AMD, whose decoders are light, and for teachers narrower than ViT-B or none.
         """
         config = self.config
-        if config.method == "amd" or self.teacher is None or self.teacher.width < _LARGE:
+        is_large = self.teacher is not None and self.teacher.width >= _LARGE
+        if config.method == "amd" or not is_large or _size_of(config.decoder) == _size_of(PUBLISHED_DECODER):
             return None
-        if _decoder_size(config) == PUBLISHED_DECODER:
-            return None
-        changed = config.model_copy(update={"decoder": type(config.decoder)(**PUBLISHED_DECODER)})
+        changed = config.model_copy(update={"decoder": PUBLISHED_DECODER})
         return plain_version(build.build_method(changed, build.build_encoder(changed), self.source).to(self.device))
 
     def _plain_teacher(self, teacher: Teacher) -> "PlainTeacher":
@@ -97,12 +100,10 @@ class StepComparison(SyntheticTraining):
         encoder, config = teacher.encoder, self.config
         if teacher.dtype != torch.float32:
             changed = config.model_copy(update={"teacher": config.teacher.model_copy(update={"precision": "fp32"})})
-            teacher = build.build_teacher(changed, build.build_teacher_source(changed, grid=encoder.grid), self.device)
-        size = PUBLISHED_DECODER if encoder.width >= _LARGE else _decoder_size(config)
-        shape = {"grid": encoder.grid, "patch_size": encoder.patch_size, "num_prefix": encoder.num_prefix}
-        decoder = TokenDecoder(encoder.width, **size, **shape)
-        initialize(decoder, seed=0)
-        return PlainTeacher(teacher, decoder.to(self.device))
+            source = build.build_teacher_source(changed, grid=encoder.grid)
+            assert source is not None
+            teacher = build.build_teacher(changed, source, self.device)
+        return PlainTeacher(teacher, PUBLISHED_DECODER if encoder.width >= _LARGE else config.decoder).to(self.device)
 
 
 def plain_version(module: Module) -> Module:
@@ -112,15 +113,25 @@ def plain_version(module: Module) -> Module:
     for part in plain.modules():
         part.__class__ = _PLAIN.get(type(part), type(part))
         if isinstance(part, Attention):
-            part.fused_attn = False
+            part.fused_attn = False  # type: ignore[misc] # declared final for TorchScript
     return plain
 
 
 class PlainTeacher(nn.Module):
-    """The whole `teacher` followed by `decoder` on its output, as published loops run a complete MAE."""
+    """The whole `teacher`, then a decoder of `size` on its output, as published loops run a complete MAE."""
 
-    def __init__(self, teacher: Teacher, decoder: TokenDecoder) -> None:
+    def __init__(self, teacher: Teacher, size: Decoder) -> None:
         super().__init__()
+        encoder = teacher.encoder
+        decoder = TokenDecoder(
+            encoder.width,
+            width=size.width,
+            depth=size.depth,
+            num_heads=size.num_heads,
+            grid=encoder.grid,
+            patch_size=encoder.patch_size,
+            num_prefix=encoder.num_prefix,
+        )
         self.teacher, self.decoder = plain_version(teacher), plain_version(decoder).requires_grad_(False)
 
     @torch.no_grad()
@@ -135,6 +146,7 @@ class _PlainEncoder(MaskedEncoder):
     """An encoder that embeds all patches by a convolution, then selects the visible ones."""
 
     def embed_patches(self, images: Tensor, ids: Tensor | None) -> Tensor:
+        assert self.vit.pos_embed is not None
         x = self.vit.patch_embed(images) + self.vit.pos_embed[:, -(self.grid**2) :]  # [B, N, D]
         return x if ids is None else gather_rows(x, ids)
 
@@ -162,7 +174,7 @@ class _PlainDecoder(TokenDecoder):
 class _PlainBlock(TransformerBlock):
     """A block of a decoder or generator that computes every row."""
 
-    def forward(self, x: Tensor, *, first: int = 0) -> Tensor:
+    def forward(self, x: Tensor, *, first: int = 0) -> Tensor:  # type: ignore[override] # as in TransformerBlock
         return Block.forward(self, x)[:, first:]
 
 
@@ -180,8 +192,3 @@ class _PlainCrossBlock(CrossBlock):
 
 _PLAIN = {MaskedEncoder: _PlainEncoder, TokenDecoder: _PlainDecoder}
 _PLAIN |= {TransformerBlock: _PlainBlock, CrossBlock: _PlainCrossBlock}
-
-
-def _decoder_size(config: PretrainConfig) -> dict[str, int]:
-    """Return width, depth and heads of the student's decoder."""
-    return config.decoder.model_dump(include=set(PUBLISHED_DECODER))

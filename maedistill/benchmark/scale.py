@@ -19,11 +19,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from maedistill.benchmark.report import Report
-from maedistill.benchmark.timing import measure, ratio, seconds_of, spread
-from maedistill.benchmark.training_step import SyntheticTraining
+from maedistill.benchmark.report import Report, Row
+from maedistill.benchmark.timing import measure, ratio, repeated, spread
+from maedistill.benchmark.training_step import SyntheticTraining, doubled
 from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError, PeerError, leave
+from maedistill.evaluation.latency import seconds_of
 from maedistill.processes import distributed
 from maedistill.processes.parent_death import die_with_launcher
 from maedistill.runs.start import join
@@ -50,7 +52,7 @@ def measure_scale(config: str, overrides: Sequence[str] = (), *, processes: int 
     Raises the errors of loading the config, ConfigError if there are more processes than GPUs or cores, and PeerError
     if one of the processes fails.
     """
-    settings = load_config(config, overrides, to_run=False).config
+    settings = load_config(config, overrides, root=PretrainConfig, to_run=False).config
     cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
     most = processes or gpus or cores
     if most > (gpus or cores):
@@ -59,7 +61,7 @@ def measure_scale(config: str, overrides: Sequence[str] = (), *, processes: int 
             f"measure {gpus or cores} at most",
         )
     share = cores // most or 1
-    counts = [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
+    counts = doubled(most)
     measured: dict[int, list[Measured]] = {count: [] for count in counts}
     batch = settings.engine.micro_batch_limit if gpus else 0  # 0: chosen by the first group, which has one process
     for number in range(rounds):
@@ -90,13 +92,13 @@ def _torchrun(count: int, batch: int, cores: int, config: str, *overrides: str) 
 def main(result: str, batch: str, cores: str, config: str, *overrides: str) -> None:
     """Train for some seconds as one of the processes of torchrun; rank 0 writes `Measured` to a file. Collective.
 
-    batch: images per step; 0 chooses as many as take at most a second, for a single process only. cores: the process
-    is pinned to so many cores of its own, so that a single one has no more of the machine than each of many.
+    batch: images per step; 0: as many as take at most a second, for a single process. cores: the process is pinned to
+    so many cores of its own, so that a single one has no more of the machine than each of many.
     """
     die_with_launcher()
     first, allowed = int(os.environ["LOCAL_RANK"]) * int(cores), sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, allowed[first : first + int(cores)])
-    settings = load_config(config, overrides, to_run=False).config
+    settings = load_config(config, overrides, root=PretrainConfig, to_run=False).config
     join(settings)
     training = SyntheticTraining(settings, distributed.device())
     device, step, ranks = training.device, training.engine_step(), distributed.world_size()
@@ -104,22 +106,16 @@ def main(result: str, batch: str, cores: str, config: str, *overrides: str) -> N
         training.set_batch_size(int(batch))
     else:
         training.autotune_batch(step)
-    rate, per_core = measure(training.path(step, seconds=_SECONDS)())
-    mean = distributed.all_reduce_mean(
-        {"rate": torch.tensor(rate, device=device), "busy": torch.tensor(rate / per_core, device=device)}
-    )
+    rate, per_core = measure(repeated(step, device, images=training.batch, seconds=_SECONDS)())
+    values = {"rate": torch.tensor(rate, device=device), "busy": torch.tensor(rate / per_core, device=device)}
+    mean = distributed.all_reduce_mean(values)
     gradients, exchanges = torch.zeros(training.num_parameters, device=device), []
     for _ in range(_EXCHANGES if ranks > 1 else 0):
         distributed.barrier()
         exchanges.append(seconds_of(partial(dist.all_reduce, gradients), device))
-    measured = Measured(
-        batch=training.batch,
-        parameters=training.num_parameters,
-        images_per_second=ranks * mean["rate"],
-        exchange_seconds=min(exchanges, default=0.0),
-        busy_cores=mean["busy"],
-    )
+    exchange, speed = min(exchanges, default=0.0), ranks * mean["rate"]
     if distributed.is_main():
+        measured = Measured(training.batch, training.num_parameters, speed, exchange, busy_cores=mean["busy"])
         Path(result).write_text(json.dumps(asdict(measured)))
     shutdown_distributed()
 
@@ -127,9 +123,9 @@ def main(result: str, batch: str, cores: str, config: str, *overrides: str) -> N
 def scale_report(measured: Mapping[int, Sequence[Measured]], *, cores: int, has_gpu: bool) -> Report:
     """Build the table of what was measured, by number of processes and round."""
     first, single = measured[1][0], [one.images_per_second for one in measured[1]]
-    rows = []
+    rows: list[Row] = []
     for count, rounds in measured.items():
-        each = [one.images_per_second / count for one in rounds]
+        each, busy = [one.images_per_second / count for one in rounds], [one.busy_cores for one in rounds]
         row = {
             "processes": count,
             "images/s": spread([one.images_per_second for one in rounds]),
@@ -137,10 +133,8 @@ def scale_report(measured: Mapping[int, Sequence[Measured]], *, cores: int, has_
             "ms per step": spread([1e3 * first.batch / rate for rate in each]),
             "of it gradients": spread([1e3 * one.exchange_seconds for one in rounds]),
         }
-        if not has_gpu:
-            busy = [one.busy_cores for one in rounds]
-            row |= {"busy cores of each": spread(busy), "images per busy core-second": ratio(each, busy)}
-        rows.append(row)
+        cores_row = {"busy cores of each": spread(busy), "images per busy core-second": ratio(each, busy)}
+        rows.append(row if has_gpu else row | cores_row)
     remarks = [
         f"of it gradients: the exchange alone, of {first.parameters / 1e6:.1f} M parameters, without waiting; the "
         "rest of a step beyond one process's is waiting, and what the others take of memory and caches",

@@ -6,7 +6,8 @@ config -> StepComparison -> FLOPs counted, memory, steps interleaved, shares of 
 import itertools
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,15 +15,16 @@ from torch.profiler import ProfilerActivity, profile
 
 from maedistill.benchmark.plain_step import StepComparison
 from maedistill.benchmark.report import Report, Row
-from maedistill.benchmark.timing import interleave, ratio, seconds_of, spread, synchronize
+from maedistill.benchmark.timing import interleave, ratio, repeated, spread
 from maedistill.benchmark.training_step import TrainingStep
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.evaluation.latency import seconds_of, synchronize
 from maedistill.machine import DTYPES
 from maedistill.processes import distributed
 from maedistill.runs.checkpoint import Snapshot, take_snapshot
 from maedistill.runs.start import join
 from maedistill.training.compilation import should_compile
-from maedistill.training.engine import shutdown_distributed
+from maedistill.training.engine import Engine, shutdown_distributed
 
 _SAVES = 5
 _ROUND_SECONDS = 0.5  # a round repeats a step for this long
@@ -95,14 +97,21 @@ def _compare(comparison: StepComparison, steps: dict[str, TrainingStep], *, roun
         best, steps[COMPILED] = COMPILED, comparison.bare_step(compiled=True)
     steps[ENGINE] = comparison.engine_step()
     peak, side = matrix_peak(DTYPES[comparison.precision], device)
-    paths = {name: comparison.path(step, seconds=_ROUND_SECONDS) for name, step in steps.items()}
+    paths = {name: repeated(step, device, images=batch, seconds=_ROUND_SECONDS) for name, step in steps.items()}
     rates = {name: rate.wall for name, rate in interleave(paths, rounds=rounds).items()}
     shares = {name: _shares(steps[name], device, seconds=rounds * _ROUND_SECONDS) for name in (PLAIN, best)}
+    speeds: list[Row] = []
+    for name, rounds_of_step in rates.items():
+        flop = 1e9 * gflop.get(name, gflop[OURS])["total"]  # per image
+        mfu = spread([rate * flop / peak for rate in rounds_of_step])
+        bases = [base for base in dict.fromkeys((PLAIN, PUBLISHED, OURS, best)) if base in rates]
+        times = {f"x {base}": ratio(rounds_of_step, rates[base]) for base in bases}
+        speeds.append({"step": name, "images/s": spread(rounds_of_step), "MFU": mfu, **times})
     tables = {
-        f"steps of {batch} images, {comparison.precision}": _speed(rates, gflop, peak=peak, best=best),
+        f"steps of {batch} images, {comparison.precision}": speeds,
         "GFLOP per image, counted": _side_by_side(gflop),
         "share of time": _side_by_side(shares),
-        "MB per image, most that forward and backward pass allocate at once": [memory],
+        "MB per image, most that forward and backward pass allocate at once": [dict(memory)],
         "a checkpoint, written while training goes on": [_checkpoint(steps[ENGINE], device)],
     }
     remarks = [
@@ -124,56 +133,40 @@ def _loss(step: TrainingStep, ours: TrainingStep) -> float:
 
 def _memory(step: TrainingStep, device: torch.device) -> int:
     """Return the peak bytes of forward and backward pass, beside weights, gradients and the optimizer's moments."""
-    step.gradients()  # allocates the gradients
-    peak = peak_memory(step.gradients, device)
+    deque(step.gradients(), maxlen=0)  # allocates the gradients
+    peak = peak_memory(lambda: deque(step.gradients(), maxlen=0), device)
     step()  # frees them again
     return peak
 
 
 def _shares(step: TrainingStep, device: torch.device, *, seconds: float) -> dict[str, float]:
     """Return each part's share of the time of steps that wait for the device after each part."""
-    spent: dict[str, float] = {}
+    spent: dict[str, float] = defaultdict(float)
     synchronize(device)
     start = last = time.perf_counter()
-
-    def mark(part: str) -> None:
-        nonlocal last
-        synchronize(device)
-        now = time.perf_counter()
-        spent[part] = spent.get(part, 0.0) + now - last
-        last = now
-
     while last - start < seconds:
-        step(mark)
+        for part in step.parts():
+            synchronize(device)
+            now = time.perf_counter()
+            spent[part] += now - last
+            last = now
     return {part: share / (last - start) for part, share in spent.items()}
 
 
 def _checkpoint(step: TrainingStep, device: torch.device) -> Row:
     """Measure how long a checkpoint stalls training: until everything is copied to the CPU."""
-    snapshots: list[Snapshot] = []
-
-    def save() -> None:
-        snapshots[:] = [take_snapshot(step=0, engine=step.losses, state={})]  # step.losses is the engine
-
-    stalls = [seconds_of(save, device) for _ in range(_SAVES)]
-    size = sum(tensor.nbytes for tensors in snapshots[0].files.values() for tensor in tensors.values())
+    engine = step.losses
+    assert isinstance(engine, Engine)
+    latest: deque[Snapshot | None] = deque(maxlen=1)  # as in a run, a snapshot lives until the next one is taken
+    stalls = [
+        seconds_of(lambda: latest.append(take_snapshot(step=0, engine=engine, state={})), device) for _ in range(_SAVES)
+    ]
+    assert latest[0] is not None
+    size = sum(tensor.nbytes for tensors in latest[0].files.values() for tensor in tensors.values())
     return {"GB": size / 1e9, "stalls for seconds": spread(stalls), "a step's seconds": seconds_of(step, device)}
 
 
-def _speed(
-    rates: Mapping[str, tuple[float, ...]], gflop: Mapping[str, dict[str, float]], *, peak: float, best: str
-) -> list[Row]:
-    """Return one row per step: images/s, its own FLOPs as a share of the peak, and how many times as fast as others."""
-    rows = []
-    for name, rounds in rates.items():
-        per_image = 1e9 * gflop.get(name, gflop[OURS])["total"]
-        row = {"step": name, "images/s": spread(rounds), "MFU": spread([rate * per_image / peak for rate in rounds])}
-        bases = [base for base in dict.fromkeys((PLAIN, PUBLISHED, OURS, best)) if base in rates]
-        rows.append(row | {f"x {base}": ratio(rounds, rates[base]) for base in bases})
-    return rows
-
-
-def _side_by_side(columns: Mapping[str, dict[str, float]]) -> list[Row]:
+def _side_by_side(columns: dict[str, dict[str, float]]) -> list[Row]:
     """Return one row per part, with one column per step."""
     parts = dict.fromkeys(part for column in columns.values() for part in column)
     return [{"part": part} | {name: column.get(part, 0.0) for name, column in columns.items()} for part in parts]

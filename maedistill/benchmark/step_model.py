@@ -10,8 +10,8 @@ the eager step: torch.compile fuses everything but products and attention.
 """
 
 import math
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from maedistill.benchmark.training_step import SyntheticTraining
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.pretraining.build import build_encoder, build_method, build_teacher, build_teacher_source, step_inputs
 
 CARD = "H100 SXM"
 PEAK_FLOPS = {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 67e12}  # dense, from the data sheet
@@ -42,7 +42,7 @@ _KINDS = {
 _KIND = {name: kind for kind, names in _KINDS.items() for name in names}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Kind:
     """All operations of one kind in a step."""
 
@@ -51,40 +51,23 @@ class Kind:
     bytes: float = 0.0
     seconds: float = 0.0
 
-    def add(self, other: "Kind") -> None:
-        """Add the operations of another kind."""
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
+    def __add__(self, other: "Kind") -> "Kind":
+        return Kind(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
 
 
 def model_step(config: PretrainConfig, *, batch: int) -> dict[str, Kind]:
-    """Model one step of `batch` images in bf16: images and masks, teacher, forward, backward, AdamW; by kind."""
-    teacher_in_bf16 = config.teacher.model_copy(update={"precision": "bf16"})
-    config = config.model_copy(update={"teacher": teacher_in_bf16})
-    encoder = build_encoder(config)
-    source = build_teacher_source(config, grid=encoder.grid)
-    method = build_method(config, encoder, source)
-    teacher = build_teacher(config, source, torch.device("cpu")) if source is not None else None
-    side, numbers = config.data.image_size, sum(parameter.numel() for parameter in method.parameters())
+    """Model one step of `batch` images in bf16, by kind of operation. Weights that would be downloaded are random."""
+    bf16 = {"precision": "bf16"}
+    sections = {"teacher": config.teacher.model_copy(update=bf16), "engine": config.engine.model_copy(update=bf16)}
+    training = SyntheticTraining(config.model_copy(update=sections), torch.device("cpu"))
+    step, numbers = training.bare_step(), training.num_parameters
     with FakeTensorMode(allow_non_fake_inputs=True):
-        pixels, positions = torch.empty(batch, 3, side, side, dtype=torch.uint8), torch.arange(batch)
+        training.set_batch_size(batch)
         with _Counter() as counter:
-            images, split = step_inputs(config, pixels, positions, num_patches=encoder.grid**2)
-            target = teacher(images, split) if teacher is not None else None
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = method(images, split, target)["loss"]
-            loss.backward()
+            deque(step.gradients(), maxlen=0)
     # The fused update reads weight, gradient and two moments, and writes all but the gradient, 4 bytes each.
     moved = 7 * 4.0 * numbers
     return {**counter.kinds, "AdamW": Kind(max(1, numbers // 10**7), 0.0, moved, moved / BANDWIDTH)}
-
-
-def total(kinds: dict[str, Kind]) -> Kind:
-    """Add up all kinds."""
-    together = Kind()
-    for kind in kinds.values():
-        together.add(kind)
-    return together
 
 
 class _Counter(TorchDispatchMode):
@@ -114,7 +97,7 @@ class _Counter(TorchDispatchMode):
         elif name in ("native_layer_norm_backward", "sort"):
             kernels = 2
         kind = "attention" if "attention" in name else _KIND.get(name, "other elementwise, reductions")
-        self.kinds[kind].add(Kind(kernels, flops, moved, max(bound, kernels * LAUNCH_SECONDS)))
+        self.kinds[kind] += Kind(kernels, flops, moved, max(bound, kernels * LAUNCH_SECONDS))
         return out
 
 

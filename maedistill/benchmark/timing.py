@@ -8,13 +8,14 @@ clocks start after it and stop after the last part. Ratios are taken within each
 
 import math
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import clock_gettime, perf_counter, process_time
 
 import numpy as np
 import torch
 
+from maedistill.evaluation.latency import seconds_of
 from maedistill.processes import distributed
 
 Work = Callable[[], Iterator[int]]  # one round of a path
@@ -51,7 +52,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
     return spread([one / other for one, other in zip(ours, theirs, strict=True)])
 
 
-def interleave(paths: Mapping[str, Work], *, rounds: int, warm_up: int = 1) -> dict[str, Rates]:
+def interleave(paths: dict[str, Work], *, rounds: int, warm_up: int = 1) -> dict[str, Rates]:
     """Run all paths in turn: `warm_up` unmeasured rounds, then `rounds` measured ones. Every round reverses the order.
 
     A path must have finished a part when it yields: on a GPU, it waits for the device itself.
@@ -75,22 +76,6 @@ def measure(parts: Iterator[int]) -> tuple[float, float]:
     return images / (end[0] - start[0]), images / (end[1] - start[1])
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU; a CPU has nothing to wait for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds_of(work: Callable[[], object], device: torch.device, *, repeats: int = 1) -> float:
-    """Return the seconds of `repeats` calls in a row, from an idle device until it has finished them."""
-    synchronize(device)
-    start = perf_counter()
-    for _ in range(repeats):
-        work()
-    synchronize(device)
-    return perf_counter() - start
-
-
 def repeated(work: Callable[[], object], device: torch.device, *, images: int, seconds: float) -> Work:
     """Return the path that repeats `work`, which takes `images` images at a time, for about `seconds`. Collective."""
     work()  # the first call is slower
@@ -106,5 +91,6 @@ def repeated(work: Callable[[], object], device: torch.device, *, images: int, s
 
 def _core_seconds() -> float:
     """Return the core-seconds that this process and its living children have used."""
-    clocks = (~child.pid << 3 | 2 for child in multiprocessing.active_children())  # as clock_getcpuclockid(3) does
+    children = (child.pid for child in multiprocessing.active_children() if child.pid is not None)
+    clocks = (~pid << 3 | 2 for pid in children)  # as clock_getcpuclockid(3) does
     return process_time() + sum(map(clock_gettime, clocks))

@@ -9,7 +9,8 @@ downloaded are random, and the learning rate is 0: all steps share their weights
 """
 
 import copy
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from maedistill.benchmark.timing import Work, repeated, seconds_of
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.machine import DTYPES, precision
+from maedistill.evaluation.latency import seconds_of
+from maedistill.machine import Precision, autocast, precision
 from maedistill.methods.mae import MAE, BlockFeatures
-from maedistill.models.masking import PatchSplit
+from maedistill.models.patches import PatchSplit
 from maedistill.pretraining import build
 from maedistill.pretraining.flops import count_flops
 from maedistill.processes import distributed
@@ -30,9 +31,9 @@ from maedistill.training.engine import Engine
 from maedistill.training.optim import build_optimizer, parameter_groups
 
 _STEP_SECONDS = 1.0  # longest time of a step whose batch is chosen here
-Mark = Callable[[str], None]
 Draw = Callable[[], tuple[Tensor, PatchSplit]]
 TeacherCall = Callable[[Tensor, PatchSplit], BlockFeatures]
+LossesCall = Callable[..., dict[str, Tensor]]  # of images, split and the teacher's features
 
 
 @dataclass(frozen=True)
@@ -41,26 +42,30 @@ class TrainingStep:
 
     draw: Draw
     teacher: TeacherCall | None
-    losses: Callable[[Tensor, PatchSplit, BlockFeatures | None], dict[str, Tensor]]
-    backward: Callable[[Tensor], None]
+    losses: LossesCall
+    backward: Callable[[Tensor], object]
     update: Callable[[], object]
 
-    def __call__(self, mark: Mark = lambda part: None) -> None:
-        """Run the step; call `mark` with the name of each part after it."""
-        self.gradients(mark)
-        self.update()
-        mark("optimizer")
+    def __call__(self) -> None:
+        """Run the step."""
+        deque(self.parts(), maxlen=0)
 
-    def gradients(self, mark: Mark = lambda part: None) -> None:
-        """Run the whole step except the update."""
+    def parts(self) -> Iterator[str]:
+        """Run the step, and yield the name of each part after it."""
+        yield from self.gradients()
+        self.update()
+        yield "optimizer"
+
+    def gradients(self) -> Iterator[str]:
+        """Run the parts before the update, and yield the name of each part after it."""
         images, split = self.draw()
-        mark("images and masks")
+        yield "images and masks"
         target = self.teacher(images, split) if self.teacher is not None else None
-        mark("teacher")
+        yield "teacher"
         loss = self.losses(images, split, target)["loss"]
-        mark("student forward")
+        yield "student forward"
         self.backward(loss)
-        mark("backward")
+        yield "backward"
 
 
 class SyntheticTraining:
@@ -80,7 +85,7 @@ class SyntheticTraining:
         self.num_parameters = sum(parameter.numel() for parameter in self.method.parameters())
         self.set_batch_size(config.engine.micro_batch_limit)
 
-    def count_gflop(self, method: nn.Module, teacher: nn.Module | None) -> dict[str, float]:
+    def count_gflop(self, method: MAE, teacher: nn.Module | None) -> dict[str, float]:
         """Count GFLOP per image of these networks or of their plain versions, by part and in `total`."""
         student_sees, teacher_sees = build.mask_sizes(self.config, self.num_patches)
         return count_flops(method, teacher, num_student=student_sees, num_teacher=teacher_sees)
@@ -97,20 +102,14 @@ class SyntheticTraining:
 
         This allows a CPU to be measured with the config of a GPU. Only for a single rank.
         """
-        batch, most = 1, self.config.engine.micro_batch_limit
-        while True:
+        for batch in doubled(self.config.engine.micro_batch_limit):
             self.set_batch_size(batch)
             step()  # the first step of a shape is slower
-            if batch == most or 2 * seconds_of(step, self.device) > _STEP_SECONDS:
+            if 2 * seconds_of(step, self.device) > _STEP_SECONDS:
                 return
-            batch = min(2 * batch, most)
-
-    def path(self, step: TrainingStep, *, seconds: float) -> Work:
-        """Return the path that repeats the step for about `seconds` of a round."""
-        return repeated(step, self.device, images=self.batch, seconds=seconds)
 
     def engine_step(self, *, compiled: bool | None = None) -> TrainingStep:
-        """Return the step of the training loop, through DeepSpeed, on a copy of the weights.
+        """Return the step of the training loop, through DeepSpeed, on a copy of the weights; `losses` is the engine.
 
         compiled: images and masks, teacher and student, as in a run with engine.compile=true; None: as the config says.
         """
@@ -132,10 +131,23 @@ class SyntheticTraining:
 
     def bare_step(self, *, compiled: bool = False) -> TrainingStep:
         """Return the same step in a loop of plain torch, without the engine."""
-        method = compile_function(self.method) if compiled else self.method
-        return torch_step(
-            *self.inputs(compiled=compiled), method, self.zero_lr_optimizer(self.method), number=self.precision
-        )
+        losses = compile_function(self.method) if compiled else self.method
+        optimizer = self.zero_lr_optimizer(self.method)
+        return self.torch_step(*self.inputs(compiled=compiled), losses, optimizer, number=self.precision)
+
+    def torch_step(
+        self, draw: Draw, teacher: TeacherCall | None, losses: LossesCall, optimizer: AdamW, *, number: Precision
+    ) -> TrainingStep:
+        """Return a step of plain torch: autocast to the number format, in fp16 with a loss scale."""
+        scaler = torch.amp.GradScaler(self.device.type, enabled=number == "fp16")
+
+        def update() -> None:
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+        losses = autocast(self.device, number)(losses)
+        return TrainingStep(draw, teacher, losses, lambda loss: scaler.scale(loss).backward(), update)
 
     def zero_lr_optimizer(self, method: nn.Module) -> AdamW:
         """Build the config's optimizer with learning rate 0: it costs the same and leaves the weights unchanged."""
@@ -144,39 +156,25 @@ class SyntheticTraining:
 
     def inputs(self, *, compiled: bool) -> tuple[Draw, TeacherCall | None]:
         """Return the functions that come before the student: images and masks, and the teacher."""
-        inputs, teacher = partial(build.step_inputs, self.config, num_patches=self.num_patches), self.teacher
+        inputs: Callable[..., tuple[Tensor, PatchSplit]] = partial(
+            build.step_inputs, self.config, num_patches=self.num_patches
+        )
+        teacher: TeacherCall | None = self.teacher
         if compiled:
             inputs, teacher = compile_function(inputs), teacher and compile_function(teacher)
         return lambda: inputs(self.images, self.positions), teacher
 
 
-def autocast(device: torch.device, number: str) -> torch.autocast:
-    """Return autocast to a number format; fp32 disables it."""
-    return torch.autocast(device.type, dtype=DTYPES[number], enabled=number != "fp32")
-
-
-def torch_step(
-    draw: Draw, teacher: TeacherCall | None, method: nn.Module, optimizer: AdamW, *, number: str
-) -> TrainingStep:
-    """Return a step of plain torch: autocast to the number format, in fp16 with a loss scale."""
-    device = next(method.parameters()).device
-    scaler = torch.amp.GradScaler(device.type, enabled=number == "fp16")
-
-    def update() -> None:
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-    losses = autocast(device, number)(method)
-    return TrainingStep(draw, teacher, losses, lambda loss: scaler.scale(loss).backward(), update)
+def doubled(most: int) -> list[int]:
+    """Return 1, 2, 4, ... up to and with `most`."""
+    return [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
 
 
 def without_download(config: PretrainConfig) -> PretrainConfig:
     """Return the config with random teacher weights of the same shape, if the real ones are a download or a file."""
-    teacher = config.teacher
-    kind, _, name = (teacher.source or "").partition(":")
-    name = {"timm": name, "file": teacher.model}.get(kind)
-    if name is None:
+    kind, _, name = (config.teacher.source or "").partition(":")
+    model = {"timm": name, "file": config.teacher.model}.get(kind)
+    if model is None:
         return config
-    changed = {"source": f"random:{name}", "model": None, "sha256": None}
-    return config.model_copy(update={"teacher": teacher.model_copy(update=changed)})
+    changed = {"source": f"random:{model}", "model": None, "sha256": None}
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update=changed)})

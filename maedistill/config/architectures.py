@@ -5,7 +5,7 @@ gives None, and what depends on it is checked once timm has built the model. A t
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 # size: (width, depth, heads)
@@ -45,10 +45,5 @@ def architecture_of(model: str, overrides: Any) -> Architecture | None:
     match = _PLAIN.match(model)
     if match is None or match["size"] not in SIZES:
         return None
-    width, depth, num_heads = SIZES[match["size"]]
-    return Architecture(
-        width=overrides.width or width,
-        depth=overrides.depth or depth,
-        num_heads=overrides.num_heads or num_heads,
-        patch_size=overrides.patch_size or int(match["patch"]),
-    )
+    plain = Architecture(*SIZES[match["size"]], int(match["patch"]))
+    return replace(plain, **{name: value for name in asdict(plain) if (value := getattr(overrides, name)) is not None})

@@ -2,7 +2,7 @@
 
 Every term is off by default (weight 0) and has its own schedule; any number of terms can be combined. Depths of
 networks count from 0: a ViT's blocks, a convolutional network's stages as timm has them (ResNet: 0 the stem, 1 to 4
-its layers). Rules between the keys are in `distill_rules.py`.
+its layers). Rules between the keys are in `finetune_rules.py`.
 """
 
 from typing import Annotated, Literal
@@ -12,10 +12,18 @@ from pydantic import Field
 from maedistill.config.schema import Above0, Count, Positive, Precision, Section, Side, Weight, result
 
 Temperature = Annotated[float, Field(ge=0.01, le=1000)]  # outside this range, softmax is one-hot or uniform
+# Terms that relate the images of a micro-batch.
+BATCH_RELATION_TERMS = ("rkd_distance", "rkd_angle", "similarity_preserving", "pkt", "contrastive")
 
 
 class TermConfig(Section):
-    """Weight and schedule of a term."""
+    """Weight and schedule of a term.
+
+    weight |        ______________
+           |       /              |
+         0 |______/               |______
+            start  +warmup       stop     epochs
+    """
 
     weight: Weight = result(0.0, "weight of the term; 0: off")
     start_epoch: Weight = result(0.0, "epoch in which the term begins")
@@ -29,12 +37,37 @@ class TermConfig(Section):
         """Return whether the term is on."""
         return self.weight > 0
 
+    @property
+    def is_scheduled(self) -> bool:
+        """Return whether the weight changes over time."""
+        return bool(self.start_epoch or self.warmup_epochs) or self.stop_epoch is not None
+
+    def weight_at(self, epoch: float) -> float:
+        """Return the weight in the step that begins after `epoch` epochs."""
+        if epoch < self.start_epoch or (self.stop_epoch is not None and epoch >= self.stop_epoch):
+            return 0.0
+        if epoch >= self.start_epoch + self.warmup_epochs:
+            return self.weight
+        return self.weight * (epoch - self.start_epoch) / self.warmup_epochs
+
+    def describe_schedule(self) -> str:
+        """Return a summary: `9 from epoch 5, warm-up 20, to epoch 100`."""
+        start = f" from epoch {self.start_epoch:g}" if self.start_epoch else ""
+        warmup = f", warm-up {self.warmup_epochs:g}" if self.warmup_epochs else ""
+        stop = f", to epoch {self.stop_epoch:g}" if self.stop_epoch is not None else ""
+        return f"{self.weight:g}{start}{warmup}{stop}"
+
 
 class PairsConfig(TermConfig):
     """A term on features of depths, paired between student and teacher."""
 
     student: tuple[Count, ...] = result((), "0-based student blocks")
     teacher: tuple[Count, ...] = result((), "0-based teacher depths, one per student block")
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Return the pairs (student depth, teacher depth)."""
+        return list(zip(self.student, self.teacher, strict=True))
 
 
 class LogitsConfig(TermConfig):
@@ -168,13 +201,12 @@ class DistillConfig(Section):
     @property
     def terms(self) -> dict[str, TermConfig]:
         """Return the terms that are on, by name, in the order of the schema."""
-        sections = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: term for name, term in sections.items() if isinstance(term, TermConfig) and term.on}
+        return {name: term for name, term in self if isinstance(term, TermConfig) and term.on}
 
     @property
     def logit_terms(self) -> tuple[str, ...]:
-        """Return the terms that are on and compare predictions."""
-        return tuple(name for name in LOGIT_TERMS if name in self.terms)
+        """Return the terms that are on and compare predictions, so that classes must be the same."""
+        return tuple(name for name in ("logits", "dkd", "hard_label") if name in self.terms)
 
     @property
     def standardizes(self) -> bool:
@@ -185,13 +217,3 @@ class DistillConfig(Section):
     def reads_labels(self) -> bool:
         """Return whether any loss uses the labels of training images."""
         return self.label_weight > 0 or self.dkd.on
-
-
-BATCH_RELATION_TERMS = (
-    "rkd_distance",
-    "rkd_angle",
-    "similarity_preserving",
-    "pkt",
-    "contrastive",
-)  # relate images of a micro-batch
-LOGIT_TERMS = ("logits", "dkd", "hard_label")  # compare predictions, so classes must be the same

@@ -11,39 +11,40 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
+from yaml.constructor import SafeConstructor
+
+from maedistill.errors import ConfigError
 
 DEEPEST = 8
 LONGEST = 100_000  # characters; limits the cost of naming a wrong file. Our configs have a few thousand
 _NAME = re.compile(r"^[^\s:]+$")
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-_NULL, _BOOL, _INT, _FLOAT, _STR = (f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str"))
-# In order of precedence, each with the possible first characters of such a scalar.
-RESOLVERS = (
-    (_NULL, re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
-    (_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
-    (_INT, re.compile(r"^[-+]?(?:0|[1-9]\d{0,29})$"), list("-+0123456789")),
-    (
-        _FLOAT,
-        re.compile(
-            r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
-        ),
-        list("-+.0123456789"),
-    ),
-)
+_FLOAT = r"[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
+_TAG = "tag:yaml.org,2002:"
+RESOLVERS = [  # (tag, what a scalar of this type looks like), in order of precedence
+    (f"{_TAG}null", re.compile(r"^(?:~|null|Null|NULL|)$")),
+    (f"{_TAG}bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")),
+    (f"{_TAG}int", re.compile(r"^[-+]?(?:0|[1-9]\d{0,29})$")),
+    (f"{_TAG}float", re.compile(f"^(?:{_FLOAT})$")),
+]
 
 
 class Refusal(Exception):
-    """A text that is not YAML, or not in our subset. The caller knows the file and raises a `ConfigError` instead."""
+    """A text that is not YAML, or not in our subset. The caller knows its place and raises a `ConfigError` instead."""
 
     def __init__(self, line: int, cause: str, remedy: str) -> None:
         super().__init__(cause)
         self.line, self.cause, self.remedy = line, cause, remedy
 
 
-def read_text(path: Path) -> str:
-    """Read at most LONGEST + 1 characters of a UTF-8 file, so that endless files (/dev/zero) are rejected."""
+def read_file(path: Path) -> dict[str, tuple[Any, int]]:
+    """Return the leaves of a YAML file in UTF-8. Raises OSError, UnicodeDecodeError, or ConfigError with the line."""
     with path.open(encoding="utf-8-sig") as file:
-        return file.read(LONGEST + 1)
+        text = file.read(LONGEST + 1)  # so that endless files (/dev/zero) are rejected
+    try:
+        return read_document(text)
+    except Refusal as error:
+        raise ConfigError(f"{path}:{error.line}: {error.cause}", error.remedy) from None
 
 
 def read_document(text: str, *, prefix: str = "") -> dict[str, tuple[Any, int]]:
@@ -60,10 +61,8 @@ def read_document(text: str, *, prefix: str = "") -> dict[str, tuple[Any, int]]:
         remedy = "correct it there: indent with spaces, and put quotes around text with * & ! % @ ` { [ # or ': '"
         raise Refusal(mark.line + 1 if mark else 1, f"invalid YAML: {error.problem or error.context}", remedy) from None
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise Refusal(
-            line, f"invalid YAML: the character U+{error.character:04X} is not allowed", "remove it"
-        ) from None
+        cause = f"invalid YAML: the character U+{error.character:04X} is not allowed"
+        raise Refusal(text.count("\n", 0, error.position) + 1, cause, "remove it") from None
     except (ValueError, OverflowError) as error:  # PyYAML's own chr() and int(): "\\UFFFFFFFF", %YAML 99...9
         raise Refusal(1, f"invalid YAML: {str(error)[:200]}", "write the characters and numbers themselves") from None
     if node is None:
@@ -74,7 +73,7 @@ def read_document(text: str, *, prefix: str = "") -> dict[str, tuple[Any, int]]:
 class _StrictLoader(yaml.SafeLoader):
     """Composes nodes and rejects aliases, tags and deep nesting; `_value` turns the nodes into values."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str | None, Any]] = {None: RESOLVERS}  # None: for any first character
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -84,19 +83,14 @@ class _StrictLoader(yaml.SafeLoader):
             remedy = "write the value itself; text that begins with * needs quotes"
             raise Refusal(line, f"*{event.anchor} is a YAML alias, which is not supported", remedy)
         if event.tag is not None:
-            raise Refusal(
-                line, f"{event.tag} is a YAML tag, which is not supported", "write plain values without ! tags"
-            )
+            cause = f"{event.tag} is a YAML tag, which is not supported"
+            raise Refusal(line, cause, "write plain values without ! tags")
         if self.depth == DEEPEST:
             raise Refusal(line, f"nested more than {DEEPEST} deep", "a config has sections and keys, no more")
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
-
-
-for _tag, _regexp, _first in RESOLVERS:
-    _StrictLoader.add_implicit_resolver(_tag, _regexp, _first)
 
 
 def _leaves(node: yaml.Node, name: str, line: int) -> Iterator[tuple[str, tuple[Any, int]]]:
@@ -113,7 +107,7 @@ def _items(node: yaml.MappingNode) -> Iterator[tuple[str, yaml.Node, int]]:
     lines: dict[str, int] = {}
     for key_node, value in node.value:
         line = key_node.start_mark.line + 1
-        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _STR or not _NAME.match(key_node.value):
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != f"{_TAG}str" or not _NAME.match(key_node.value):
             raise Refusal(line, "a key is not a plain name", "write `name: value`")
         key = key_node.value
         if "." in key:
@@ -132,15 +126,7 @@ def _value(node: yaml.Node) -> Any:
         return {key: _value(value) for key, value, _ in _items(node)}
     if isinstance(node, yaml.SequenceNode):
         return [_value(item) for item in node.value]
-    text = node.value
-    if node.tag == _NULL:
-        return None
-    if node.tag == _BOOL:
-        return text.lower() == "true"
-    if node.tag == _INT:
-        return int(text)
-    if node.tag == _FLOAT:
-        return float(re.sub(r"\.(?=[in])", "", text.lower()))  # .inf and .nan; the schema rejects both
-    if _UNPRINTABLE.search(text):
+    value = SafeConstructor().construct_object(node)  # .inf and .nan, too; the schema rejects both
+    if isinstance(value, str) and _UNPRINTABLE.search(value):
         raise Refusal(node.start_mark.line + 1, "text with line breaks or control characters", "write one plain line")
-    return text
+    return value

@@ -13,9 +13,7 @@ from maedistill.config.distill import DistillConfig
 from maedistill.config.schema import (
     Above0,
     BackboneConfig,
-    Beta,
     Count,
-    DropPath,
     EngineConfig,
     Fraction,
     ImagesConfig,
@@ -24,6 +22,7 @@ from maedistill.config.schema import (
     Positions,
     Positive,
     Probability,
+    Rate,
     RunConfig,
     Section,
     Triple,
@@ -54,7 +53,7 @@ class Student(BackboneConfig):
         "a timm VisionTransformer with absolute positions; needed from scratch and with a file: source, otherwise "
         "what init.source holds, and checked against it",
     )
-    drop_path: DropPath = result(0.1, "stochastic depth rate; 0.1 for ViT-B and 0.2 for ViT-L in MAE, 0 in MAE-Lite")
+    drop_path: Rate = result(0.1, "stochastic depth rate; 0.1 for ViT-B and 0.2 for ViT-L in MAE, 0 in MAE-Lite")
     global_pool: Literal["avg", "token"] = result(
         "avg",
         "what the head reads: avg: the mean of the patch tokens through a fresh fc_norm, as MAE fine-tunes; "
@@ -97,7 +96,7 @@ class Augment(Section):
     mix_probability: Probability = result(1.0, "how often a micro-batch is mixed at all, where mixup or cutmix is on")
     switch_probability: Probability = result(0.5, "how often it is cutmix, where both are on")
     erasing: Probability = result(0.25, "how often a random rectangle is erased; 0.25 in MAE, 0 in MAE-Lite")
-    smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = result(0.1, "label smoothing; 0.1 in MAE, 0 in MAE-Lite")
+    smoothing: Rate = result(0.1, "label smoothing; 0.1 in MAE, 0 in MAE-Lite")
 
     @property
     def mixes(self) -> bool:
@@ -118,7 +117,7 @@ class Optim(Optimization):
         "for its ViT-L and for MAE-Lite's ViT-Ti",
     )
     min_lr: Weight = result(1e-6, "learning rate at the end of the cosine, before layer_decay; 1e-6 in MAE")
-    betas: tuple[Beta, Beta] = result((0.9, 0.999), "decay of AdamW's first and second moment; (0.9, 0.999) in MAE")
+    betas: tuple[Rate, Rate] = result((0.9, 0.999), "decay of AdamW's first and second moment; (0.9, 0.999) in MAE")
     layer_decay: Fraction = result(
         0.65,
         "factor of the learning rate from each block to the one below; 0.65 for ViT-B and 0.75 for ViT-L in MAE, 0.85 "

@@ -1,14 +1,17 @@
-"""Rules between the keys of a fine-tuning run: start, student and mixing, in addition to the rules of any stage.
+"""Rules between the keys of a fine-tuning run, in addition to the rules of any stage.
 
-The rules of its teachers and terms are in `distill_rules.py`.
+The first are of start, student and mixing, the others of distillation: teachers and terms. The teachers themselves are
+checked when they are opened.
 """
 
 import re
 from collections.abc import Iterator
 
-from maedistill.config import distill_rules, shared_rules
+from maedistill.config import shared_rules
+from maedistill.config.architectures import Architecture
+from maedistill.config.distill import BATCH_RELATION_TERMS, PairsConfig, TermConfig
 from maedistill.config.finetune import FinetuneConfig
-from maedistill.config.problem import Problem
+from maedistill.config.shared_rules import Problem
 
 # timm's notation: magnitude m, its ceiling mmax and deviation mstd, n operations per image, each with probability p,
 # inc1: operations whose strength grows with the magnitude.
@@ -36,9 +39,9 @@ def _init(c: FinetuneConfig) -> Iterator[Problem]:
             remedy = "add init.source=run:runs/NAME, or student.model=vit_small_patch16_224 to start from scratch"
             yield Problem("init.source", "neither weights nor student.model are named", remedy)
         return
-    wrong_kind = list(shared_rules.kind_of_source("init.source", i.source, kinds=(*shared_rules.NETWORK_KINDS, "file")))
-    if wrong_kind:
-        yield from wrong_kind
+    kinds = (*shared_rules.NETWORK_KINDS, "file")
+    if problems := list(shared_rules.kind_of_source("init.source", i.source, kinds=kinds)):
+        yield from problems
         return
     kind = i.source.partition(":")[0]
     if kind == "file" and c.student.model is None:
@@ -78,5 +81,102 @@ def _augment(c: FinetuneConfig) -> Iterator[Problem]:
         yield Problem("engine.micro_batch", "1 image cannot be mixed with another", remedy)
 
 
+def _teachers(c: FinetuneConfig) -> Iterator[Problem]:
+    """Yield problems unless terms and teachers come together."""
+    d = c.distill
+    if d.terms and not d.teachers:
+        names = ", ".join(d.terms)
+        remedy = 'add e.g. distill.teachers=["timm:vit_base_patch16_224.augreg_in1k"], or set the weights to 0'
+        yield Problem("distill.teachers", f"no teacher is named for {names}", remedy)
+    if d.teachers and not d.terms:
+        remedy = "give a term a weight, e.g. distill.logits.weight=1, or name no teacher"
+        yield Problem("distill.teachers", "a teacher is named, but every term has weight 0", remedy)
+    for source in d.teachers:
+        yield from shared_rules.kind_of_source("distill.teachers", source, kinds=shared_rules.NETWORK_KINDS)
+    if len(set(d.teachers)) != len(d.teachers):
+        yield Problem("distill.teachers", "a teacher is named twice", "name each once")
+    if not d.teachers:
+        for key in d.model_dump(include={"image_size", "precision"}, exclude_defaults=True):
+            yield Problem(f"distill.{key}", "there is no teacher", "remove it, or add distill.teachers")
+
+
+def _terms(c: FinetuneConfig) -> Iterator[Problem]:
+    """Yield problems for a term with an invalid schedule or invalid pairs, and for settings of a term that is off."""
+    for name, term in c.distill:
+        if not isinstance(term, TermConfig):
+            continue
+        if term.on:
+            yield from _schedule(c, name, term)
+            if isinstance(term, PairsConfig):
+                yield from _pairs(c.student_architecture, name, term)
+        elif changed := term.model_dump(exclude_defaults=True):
+            remedy = f"set distill.{name}.weight above 0, or remove it"
+            yield Problem(f"distill.{name}.{min(changed)}", "the term is off: its weight is 0", remedy)
+
+
+def _labels(c: FinetuneConfig) -> Iterator[Problem]:
+    """Yield problems if nothing trains the classifier at some step, or if a setting of labels has no effect."""
+    d = c.distill
+    classifying = [d.logits, d.dkd, *([] if d.hard_label.token else [d.hard_label])]
+    if d.label_weight == 0 and not any(term.on and not term.is_scheduled for term in classifying):
+        yield Problem(
+            "distill.label_weight",
+            "with weight 0, no loss trains the classifier in every step",
+            "use a weight above 0, or distill.logits, dkd or hard_label without start_epoch, warmup_epochs, stop_epoch",
+        )
+    if not d.reads_labels and c.data.label_fraction < 1:
+        cause = f"{c.data.label_fraction:g} of the labels, where none is used (distill.label_weight=0)"
+        yield Problem("data.label_fraction", cause, "remove it, or use labels")
+    if d.dkd.on and d.dkd.alpha == d.dkd.beta == 0:
+        yield Problem("distill.dkd.alpha", "alpha and beta are both 0", "use 1 and 8, or set distill.dkd.weight=0")
+
+
+def _batches(c: FinetuneConfig) -> Iterator[Problem]:
+    """Yield a problem if a micro-batch has too few images for relations between them."""
+    names = [name for name in BATCH_RELATION_TERMS if name in c.distill.terms]
+    if names and c.engine.micro_batch == 1:
+        cause = f"1 image has no relation to others, as distill.{names[0]} needs"
+        yield Problem("engine.micro_batch", cause, "use 2 or more; the larger, the more relations")
+
+
+def _schedule(c: FinetuneConfig, name: str, term: TermConfig) -> Iterator[Problem]:
+    """Yield problems unless start, warm-up and stop lie in this order within the run."""
+    last = "optim.epochs" if term.stop_epoch is None else "stop_epoch"
+    end = c.optim.epochs if term.stop_epoch is None else term.stop_epoch
+    if term.start_epoch >= end:
+        cause = f"{term.start_epoch:g} is not below {last}={end:g}"
+        yield Problem(f"distill.{name}.start_epoch", cause, "start earlier")
+    elif term.start_epoch + term.warmup_epochs > end:
+        cause = f"{term.warmup_epochs:g} epochs from {term.start_epoch:g} on go beyond the term's end at {end:g}"
+        yield Problem(f"distill.{name}.warmup_epochs", cause, f"use at most {end - term.start_epoch:g}")
+    if term.stop_epoch is not None and term.stop_epoch > c.optim.epochs:
+        cause = f"{term.stop_epoch:g} is after the end, optim.epochs={c.optim.epochs:g}"
+        yield Problem(f"distill.{name}.stop_epoch", cause, "use an epoch before it, or null")
+
+
+def _pairs(student: Architecture | None, name: str, term: PairsConfig) -> Iterator[Problem]:
+    """Yield problems unless depths are paired one to one and exist, as far as the config can know."""
+    if not term.student or len(term.student) != len(term.teacher):
+        yield Problem(
+            f"distill.{name}.student",
+            f"{len(term.student)} student blocks for {len(term.teacher)} teacher depths",
+            f"pair them one to one, e.g. distill.{name}.student=[11] distill.{name}.teacher=[4]",
+        )
+    if len(set(zip(term.student, term.teacher, strict=False))) < len(term.student) == len(term.teacher):
+        yield Problem(f"distill.{name}.student", "a pair is named twice", "name each pair once")
+    yield from shared_rules.blocks(f"distill.{name}.student", term.student, arch=student, who="student")
+
+
 TO_RUN = (shared_rules.paths, _validation)
-RULES = (_images, shared_rules.schedule, shared_rules.engine, _init, _student, _augment, *distill_rules.RULES)
+RULES = (
+    _images,
+    shared_rules.schedule,
+    shared_rules.engine,
+    _init,
+    _student,
+    _augment,
+    _teachers,
+    _terms,
+    _labels,
+    _batches,
+)

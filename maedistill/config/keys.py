@@ -8,13 +8,10 @@ flat dicts from names to values.
 import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from typing import Any, Literal
 
-from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.schema import RunConfig
-
-Kind = Literal["result", "runtime"]
 
 # Names on MAE's and timm's command lines, and our keys for them, of either stage.
 ALIASES = {
@@ -64,13 +61,21 @@ RENAMED = {
     "teacher.positions": "teacher.pos_embed",
 }
 
+# Keys of earlier versions, or values of keys, that are gone for good, and what to do instead.
+REMOVED = {
+    "align.head": "remove it: student features always go through one linear map, with align.bias or without",
+    "data.scaled_decode": "remove it: every image is decoded at its full size",
+    "engine.nonfinite=rollback": "use skip, which leaves out the update, or stop",
+    "log.keep_every_epochs": "remove it: log.keep is how many checkpoints are kept; copy the others that you want",
+}
+
 
 @dataclass(frozen=True)
 class Key:
     """One key of the schema. `words` describes its type in English, `default` is its JSON value (lists for tuples)."""
 
     name: str
-    kind: Kind
+    kind: Literal["result", "runtime"]
     words: str
     default: Any
     doc: str
@@ -78,29 +83,32 @@ class Key:
 
 
 @cache
-def all_keys(*, root: type[RunConfig] = PretrainConfig) -> dict[str, Key]:
+def all_keys(root: type[RunConfig]) -> dict[str, Key]:
     """Return every key by dotted name, in the order of the schema."""
-    return {name: _key(name, schema) for name, schema in _walk(_schema(root), root) if "properties" not in schema}
+    keys = {}
+    for name, schema in _schemas(root).items():
+        if "properties" not in schema:
+            options = schema.get("anyOf", [schema])
+            choices = tuple(choice for option in options for choice in option.get("enum", ()))
+            words, doc = _in_words(schema), schema["description"]
+            keys[name] = Key(name, schema["kind"], words, schema["default"], doc, choices)
+    return keys
 
 
 @cache
-def all_sections(*, root: type[RunConfig] = PretrainConfig) -> dict[str, str]:
+def all_sections(root: type[RunConfig]) -> dict[str, str]:
     """Return the doc of every section by name."""
-    return {name: schema["description"] for name, schema in _walk(_schema(root), root) if "properties" in schema}
-
-
-def keys_of_kind(kind: Kind, *, root: type[RunConfig] = PretrainConfig) -> list[str]:
-    """Return the dotted names of the keys that change the result, or of those that do not."""
-    return [name for name, key in all_keys(root=root).items() if key.kind == kind]
+    return {name: schema["description"] for name, schema in _schemas(root).items() if "properties" in schema}
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
     """Return the values of a config by dotted name, as in JSON, in the order of the schema."""
-    return dict(_leaves(config.model_dump(mode="json")))
+    values = config.model_dump(mode="json")
+    return {name: reduce(dict.__getitem__, name.split("."), values) for name in all_keys(type(config))}
 
 
 def nested(
-    values: Mapping[str, Any], *, parts: Callable[[str], list[str]] = lambda name: name.split(".")
+    values: Mapping[str, Any], parts: Callable[[str], list[str]] = lambda name: name.split(".")
 ) -> dict[str, Any]:
     """Invert `flat`: return dicts within dicts. parts: splits a dotted name."""
     tree: dict[str, Any] = {}
@@ -116,70 +124,49 @@ def nested(
 def differing_keys(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
     """Return (key, old value, new value) of each `result` key that differs, since a run cannot continue with those."""
     before, after = flat(old), flat(new)
-    names = keys_of_kind("result", root=type(old))
+    names = [name for name, key in all_keys(type(old)).items() if key.kind == "result"]
     return [(name, before[name], after[name]) for name in names if before[name] != after[name]]
 
 
-def nearest_keys(name: str, *, root: type[RunConfig] = PretrainConfig) -> list[str]:
+def nearest_keys(name: str, root: type[RunConfig]) -> list[str]:
     """Return at most four keys or sections that `name` may mean, likeliest first: a typo, or a wrong section."""
-    keys = all_keys(root=root)
-    if new := renamed_key(name, root=root):
+    keys = all_keys(root)
+    if new := renamed_key(name, root):
         return [new]
-    names, leaf = [*keys, *all_sections(root=root)], name.rpartition(".")[2].replace("-", "_")
-    typo = difflib.get_close_matches(name, names, n=1, cutoff=0.85)
-    if typo:
+    names, leaf = [*keys, *all_sections(root)], name.rpartition(".")[2].replace("-", "_")
+    if typo := difflib.get_close_matches(name, names, n=1, cutoff=0.85):
         return typo
-    meant = [key for key in ALIASES.get(leaf, ()) if key in keys]
-    if meant:
-        return meant
-    by_leaf: dict[str, list[str]] = {}
-    for key in keys:
-        by_leaf.setdefault(key.rpartition(".")[2], []).append(key)
-    same_leaf = [key for near in difflib.get_close_matches(leaf, by_leaf, n=2, cutoff=0.75) for key in by_leaf[near]]
-    if leaf in by_leaf:
-        same_leaf = by_leaf[leaf]
+    if aliased := [key for key in ALIASES.get(leaf, ()) if key in keys]:
+        return aliased
+    leaves = list(dict.fromkeys(key.rpartition(".")[2] for key in keys))
+    near = [leaf] if leaf in leaves else difflib.get_close_matches(leaf, leaves, n=2, cutoff=0.75)
+    same_leaf = [key for other in near for key in keys if key.rpartition(".")[2] == other]
     return same_leaf[:4] or difflib.get_close_matches(name, names, n=3, cutoff=0.55)
 
 
-def renamed_key(name: str, *, root: type[RunConfig] = PretrainConfig) -> str | None:
+def renamed_key(name: str, root: type[RunConfig]) -> str | None:
     """Return the present name of a key or section of an earlier version, or None."""
     parts = name.split(".")
     for end in range(1, len(parts) + 1):
         head = ".".join(parts[:end])
         parts[:end] = RENAMED.get(head, head).split(".")
     new = ".".join(parts)
-    return new if new != name and (new in all_keys(root=root) or new in all_sections(root=root)) else None
+    return new if new != name and (new in all_keys(root) or new in all_sections(root)) else None
 
 
 @cache
-def _schema(root: type[RunConfig]) -> dict[str, Any]:
-    return root.model_json_schema()
+def _schemas(root: type[RunConfig]) -> dict[str, dict[str, Any]]:
+    """Return the JSON schema of every section and key by dotted name, each section before its contents."""
+    whole = root.model_json_schema()
 
+    def walk(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, schema in section["properties"].items():
+            below = whole["$defs"][schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+            yield prefix + name, below
+            if below is not schema:
+                yield from walk(below, f"{prefix}{name}.")
 
-def _walk(section: dict[str, Any], root: type[RunConfig], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (dotted name, schema) of everything below a section, each section before its contents."""
-    for name, schema in section["properties"].items():
-        if "$ref" not in schema:
-            yield prefix + name, schema
-            continue
-        below = _schema(root)["$defs"][schema["$ref"].rpartition("/")[2]]
-        yield prefix + name, below
-        yield from _walk(below, root, f"{prefix}{name}.")
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of every leaf in dicts within dicts."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _key(name: str, schema: dict[str, Any]) -> Key:
-    options = schema.get("anyOf", [schema])
-    choices = tuple(choice for option in options for choice in option.get("enum", ()))
-    return Key(name, schema["kind"], _in_words(schema), schema["default"], schema["description"], choices)
+    return dict(walk(whole, ""))
 
 
 def _in_words(schema: dict[str, Any]) -> str:

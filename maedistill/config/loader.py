@@ -10,18 +10,17 @@ Relative paths among the values are relative to the working directory.
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
 from maedistill.config import finetune_rules, pretrain_rules
-from maedistill.config.document import Refusal, read_document, read_text
+from maedistill.config.document import Refusal, read_document, read_file
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import all_keys
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.config.problem import Problem, config_error
-from maedistill.config.schema import RunConfig
+from maedistill.config.shared_rules import Problem
 from maedistill.config.values import Root, validated
 from maedistill.errors import ConfigError
 
@@ -48,7 +47,7 @@ class _Setting:
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, root: type[Root] = PretrainConfig, to_run: bool = True
+    path: str | Path, overrides: Sequence[str] = (), *, root: type[Root], to_run: bool = True
 ) -> LoadedConfig[Root]:
     """Read a config file, apply `key=value` overrides (values in YAML) and check everything.
 
@@ -59,12 +58,24 @@ def load_config(
     settings = _read_file(Path(path), extended_by=(), read=[])
     for override in overrides:
         settings |= _read_override(override)
-    config = validated({name: setting.value for name, setting in settings.items()}, root=root)
-    problems = config if isinstance(config, list) else _broken_rules(config, to_run=to_run)
-    if problems:
-        raise config_error(problems, {name: setting.place for name, setting in settings.items()})
-    origins = {name: settings[name].origin if name in settings else "default" for name in all_keys(root=root)}
+    config = validated({name: setting.value for name, setting in settings.items()}, root)
+    if isinstance(config, list):
+        raise _error(config, settings)
+    stage = {PretrainConfig: pretrain_rules, FinetuneConfig: finetune_rules}[root]
+    rules = (*stage.TO_RUN, *stage.RULES) if to_run else stage.RULES
+    if problems := [problem for rule in rules for problem in rule(config)]:
+        raise _error(problems, settings)
+    origins = {name: settings[name].origin if name in settings else "default" for name in all_keys(root)}
     return LoadedConfig(config, origins)
+
+
+def _error(problems: Sequence[Problem], settings: Mapping[str, _Setting]) -> ConfigError:
+    """Return an error with the first problem in full, at its place, and the keys of the others."""
+    first, *others = problems
+    keys = list(dict.fromkeys(problem.key for problem in others))
+    more = f" (and {len(others)} more: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})" if others else ""
+    place = settings[first.key].place if first.key in settings else first.key
+    return ConfigError(f"{place}: {first.cause}{more}", first.remedy)
 
 
 def _read_file(path: Path, *, extended_by: tuple[Path, ...], read: list[Path]) -> dict[str, _Setting]:
@@ -76,21 +87,27 @@ def _read_file(path: Path, *, extended_by: tuple[Path, ...], read: list[Path]) -
     if len(read) > MOST_FILES:
         raise ConfigError(f"{path}: {read[0]} extends more than {MOST_FILES} files", "extend fewer of them")
     try:
-        leaves = read_document(_read_text(path))
-    except Refusal as error:
-        raise ConfigError(f"{path}:{error.line}: {error.cause}", error.remedy) from None
+        leaves = read_file(path)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no config file {path}", _nearest_files(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        remedy = "name a YAML file in UTF-8, e.g. one of configs/"
+        raise ConfigError(f"{path} cannot be read: {error}", remedy) from None
     whole, _ = leaves.pop("", (None, 1))  # the whole content, if it is not a non-empty mapping
     if whole not in (None, {}):
         raise ConfigError(f"{path}: a config file is a mapping of `key: value`, not a list or text", "see configs/")
-    bases, line = leaves.pop("extends", ([], 0))
+    extends, line = leaves.pop("extends", ([], 0))
+    names = [extends] if isinstance(extends, str) else extends
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        cause = f"{path}:{line} extends: expected a file name or a list of them"
+        raise ConfigError(cause, "write `extends: base.yaml`")
     settings: dict[str, _Setting] = {}
-    for base in _extended_files(bases, path, line):
-        chain = (*extended_by, path)
-        if any(_same_file(base, other) for other in chain):
-            shown = " -> ".join(map(str, (*chain, base)))
-            raise ConfigError(
-                f"{path}:{line} extends: the files extend each other: {shown}", "remove one of these `extends`"
-            )
+    for name in names:
+        base, chain = Path(os.path.normpath(path.parent / name)), (*extended_by, path)
+        if base.resolve() in [other.resolve() for other in chain]:
+            circle = " -> ".join(map(str, (*chain, base)))
+            cause = f"{path}:{line} extends: the files extend each other: {circle}"
+            raise ConfigError(cause, "remove one of these `extends`")
         if not os.path.isfile(base):  # not base.is_file(), which raises for a name that is too long
             raise ConfigError(f"{path}:{line} extends: there is no file {base}", _nearest_files(base))
         settings |= _read_file(base, extended_by=chain, read=read)
@@ -98,35 +115,10 @@ def _read_file(path: Path, *, extended_by: tuple[Path, ...], read: list[Path]) -
     return settings | own
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return read_text(path)
-    except FileNotFoundError:
-        raise ConfigError(f"there is no config file {path}", _nearest_files(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path} cannot be read: {error}", "name a YAML file in UTF-8, e.g. one of configs/"
-        ) from None
-
-
-def _extended_files(bases: Any, path: Path, line: int) -> list[Path]:
-    """Return the files that an `extends` value names, relative to the file that contains it."""
-    names = [bases] if isinstance(bases, str) else bases
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(
-            f"{path}:{line} extends: expected a file name or a list of them", "write `extends: base.yaml`"
-        )
-    return [Path(os.path.normpath(path.parent / name)) for name in names]
-
-
-def _same_file(a: Path, b: Path) -> bool:
-    return a.resolve() == b.resolve()
-
-
 def _nearest_files(path: Path) -> str:
     """Return a remedy for a missing file: YAML files of similar names around the nearest existing folder."""
     folder = next((parent for parent in path.parents if os.path.isdir(parent)), Path())
-    there = sorted(str(found) for pattern in ("*.yaml", "*/*.yaml") for found in folder.glob(pattern))
+    there = sorted(str(file) for pattern in ("*.yaml", "*/*.yaml") for file in folder.glob(pattern))
     near = difflib.get_close_matches(str(path), there, n=3, cutoff=0.6) or there[:3]
     return f"did you mean {' or '.join(near)}?" if near else f"{folder} holds no .yaml files; name one that exists"
 
@@ -144,10 +136,3 @@ def _read_override(text: str) -> dict[str, _Setting]:
         remedy = f"{error.remedy}; on a command line '\"...\"' is text as it stands"
         raise ConfigError(f"{place}: {error.cause}", remedy) from None
     return {leaf: _Setting(value, "command line", place) for leaf, (value, _) in leaves.items()}
-
-
-def _broken_rules(config: RunConfig, *, to_run: bool) -> list[Problem]:
-    """Return all problems between the keys of a config; empty for a usable config."""
-    stage = {PretrainConfig: pretrain_rules, FinetuneConfig: finetune_rules}[type(config)]
-    rules = (*stage.TO_RUN, *stage.RULES) if to_run else stage.RULES
-    return [problem for rule in rules for problem in rule(config)]

@@ -7,13 +7,9 @@ from typing import Any, Literal
 
 from maedistill.config.architectures import Architecture, architecture_of
 from maedistill.config.schema import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     Above0,
     BackboneConfig,
-    Beta,
     Count,
-    DropPath,
     EngineConfig,
     Fraction,
     ImagesConfig,
@@ -22,6 +18,7 @@ from maedistill.config.schema import (
     Positions,
     Positive,
     Precision,
+    Rate,
     RunConfig,
     Section,
     Triple,
@@ -36,8 +33,11 @@ class Data(ImagesConfig):
     """Training images: shards, crops, normalisation and the loader's processes."""
 
     val: str | None = runtime(None, "labelled shards for kNN and pictures; without them kNN is off")
-    mean: Triple = result(IMAGENET_MEAN, "per-channel mean of the student's normalisation, pixels in [0, 1]")
-    std: Triple = result(IMAGENET_STD, "per-channel standard deviation of the student's normalisation, above 0")
+    # mean and deviation of ImageNet
+    mean: Triple = result((0.485, 0.456, 0.406), "per-channel mean of the student's normalisation, pixels in [0, 1]")
+    std: Triple = result(
+        (0.229, 0.224, 0.225), "per-channel standard deviation of the student's normalisation, above 0"
+    )
     crop_scale: tuple[Fraction, Fraction] = result(
         (0.2, 1.0), "area of RandomResizedCrop as a share of the image; (0.2, 1) in MAE, DMAE and AMD"
     )
@@ -53,7 +53,7 @@ class Student(BackboneConfig):
     pos_embed: Positions = result(
         "sincos2d", "position table: fixed 2-D sin-cos in MAE and DMAE, fixed interleaved 1-D in AMD, or learned"
     )
-    drop_path: DropPath = result(0.0, "stochastic depth rate; none in the papers' pre-training")
+    drop_path: Rate = result(0.0, "stochastic depth rate; none in the papers' pre-training")
 
     @property
     def title(self) -> str:
@@ -163,7 +163,7 @@ class Optim(Optimization):
         None, "learning rate per 256 samples: lr = base_lr * global_batch / 256; 1.5e-4 in MAE, DMAE and by default"
     )
     min_lr: Weight = result(0.0, "learning rate at the end of the cosine")
-    betas: tuple[Beta, Beta] = result((0.9, 0.95), "decay of AdamW's first and second moment; (0.9, 0.95) everywhere")
+    betas: tuple[Rate, Rate] = result((0.9, 0.95), "decay of AdamW's first and second moment; (0.9, 0.95) everywhere")
 
 
 class Log(LogConfig):

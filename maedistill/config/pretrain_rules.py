@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from maedistill.config import shared_rules
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.config.problem import Problem
+from maedistill.config.shared_rules import Problem
 
 
 def _images(c: PretrainConfig) -> Iterator[Problem]:
@@ -48,9 +48,8 @@ def _teacher(c: PretrainConfig) -> Iterator[Problem]:
         remedy = "add e.g. teacher.source=timm:vit_large_patch16_224.mae"
         yield Problem("teacher.source", f"method={c.method} needs a teacher", remedy)
         return
-    wrong_kind = list(shared_rules.kind_of_source("teacher.source", t.source, kinds=shared_rules.SOURCE_KINDS))
-    if wrong_kind:
-        yield from wrong_kind
+    if problems := list(shared_rules.kind_of_source("teacher.source", t.source, kinds=shared_rules.SOURCE_KINDS)):
+        yield from problems
         return
     kind = t.source.partition(":")[0]
     if kind == "file" and t.model is None:
@@ -76,9 +75,8 @@ def _families(c: PretrainConfig) -> Iterator[Problem]:
 def _taps(c: PretrainConfig) -> Iterator[Problem]:
     student, teacher = c.align.student, c.align.teacher
     if c.method == "mae":
-        for key, taps in (("student", student), ("teacher", teacher)):
-            if taps:
-                yield Problem(f"align.{key}", "method=mae aligns nothing", "remove it, or use method=dmae or amd")
+        for key in c.align.model_dump(include={"student", "teacher"}, exclude_defaults=True):
+            yield Problem(f"align.{key}", "method=mae aligns nothing", "remove it, or use method=dmae or amd")
         return
     if not student or len(student) != len(teacher):
         yield Problem(
@@ -89,15 +87,13 @@ def _taps(c: PretrainConfig) -> Iterator[Problem]:
     for who, taps, arch in (("student", student, c.student_architecture), ("teacher", teacher, c.teacher_architecture)):
         if len(set(taps)) != len(taps):
             yield Problem(f"align.{who}", f"a block is named twice in {list(taps)}", "name each block once")
-        if taps and arch is not None and max(taps) >= arch.depth:
-            cause = f"block {max(taps)} does not exist, the {who} has {arch.depth}"
-            yield Problem(f"align.{who}", cause, f"use 0 to {arch.depth - 1}")
+        yield from shared_rules.blocks(f"align.{who}", taps, arch=arch, who=who)
 
 
 def _relations(c: PretrainConfig) -> Iterator[Problem]:
     """Yield problems for feature settings with tinymim, which compares token relations without a projection."""
-    for key in ("distance", "beta", "normalize", "bias") if c.method == "tinymim" else ():
-        if getattr(c.align, key) != type(c.align).model_fields[key].default:
+    if c.method == "tinymim":
+        for key in c.align.model_dump(include={"distance", "beta", "normalize", "bias"}, exclude_defaults=True):
             cause = "method=tinymim compares token relations, not features"
             yield Problem(f"align.{key}", cause, "remove it, or use method=dmae or amd")
 
@@ -124,10 +120,10 @@ def _grid(c: PretrainConfig) -> Iterator[Problem]:
 
 def _widths(c: PretrainConfig) -> Iterator[Problem]:
     student, teacher = c.student_architecture, c.teacher_architecture
-    towers = [("decoder", c.decoder.width, c.decoder.num_heads)]
-    towers += [(who, a.width, a.num_heads) for who, a in (("student", student), ("teacher", teacher)) if a is not None]
-    for who, width, num_heads in towers:
-        yield from shared_rules.tower(who, width=width, num_heads=num_heads)
+    yield from shared_rules.tower("decoder", width=c.decoder.width, num_heads=c.decoder.num_heads)
+    for who, arch in (("student", student), ("teacher", teacher)):
+        if arch is not None:
+            yield from shared_rules.tower(who, width=arch.width, num_heads=arch.num_heads)
     num_heads = c.generate.num_heads
     if c.method == "amd" and num_heads is not None and teacher is not None and teacher.width % num_heads:
         cause = f"{num_heads} heads do not divide the teacher's width {teacher.width}"

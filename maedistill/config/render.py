@@ -1,59 +1,78 @@
-"""Renders a config as YAML that loads back equal: with origins for `--print-config`, without for RUN/config.yaml."""
+"""Texts for users: the meaning of a key (`--explain`), and a config as YAML that loads back equal.
 
+The YAML has the origin of each value as a comment for `--print-config`, and none in RUN/config.yaml.
+"""
+
+import json
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from maedistill.config.document import RESOLVERS
-from maedistill.config.keys import flat
+from maedistill.config.keys import all_keys, all_sections
 from maedistill.config.loader import LoadedConfig
 from maedistill.config.schema import RunConfig
+from maedistill.config.values import unknown_key
+from maedistill.errors import ConfigError
 
+KINDS = {
+    "result": "changes the numbers of a run; a run folder continues with the same value only",
+    "runtime": "changes speed, place or noise, not the numbers; free to change when a run is continued",
+}
 WIDEST = 72  # longer lines do not count when comments are aligned
 
 
-def render_config(loaded: LoadedConfig[RunConfig]) -> str:
-    """Return every key with its value and, as an aligned comment, the origin of the value."""
-    lines = _lines(loaded.config)
-    column = max(len(line) for line, _ in lines if len(line) <= WIDEST)
-    return "".join(
-        f"{line:<{column}}  # {loaded.origins[name]}\n" if name is not None else f"{line}\n" for line, name in lines
+def explain(name: str, root: type[RunConfig]) -> str:
+    """Return a key's meaning, type, default and kind, or a section's keys. Raises `ConfigError` for an unknown name."""
+    if (doc := all_sections(root).get(name)) is not None:
+        keys = [key for key in all_keys(root).values() if key.name.startswith(f"{name}.")]
+        rows = [(f"{key.name}={json.dumps(key.default)}", key.doc) for key in keys]
+        column = max(len(setting) for setting, _ in rows)
+        return "\n".join([f"{name}: {doc}", *(f"  {setting:<{column}}  {doc}" for setting, doc in rows)])
+    if (key := all_keys(root).get(name)) is None:
+        problem = unknown_key(name, root)
+        raise ConfigError(f"{name}: {problem.cause}", problem.remedy)
+    return (
+        f"{key.name}: {key.doc}\n"
+        f"  takes    {key.words}\n"
+        f"  default  {json.dumps(key.default)}\n"
+        f"  kind     {key.kind}: {KINDS[key.kind]}"
     )
 
 
+def render_config(loaded: LoadedConfig[Any]) -> str:
+    """Return every key with its value and, as an aligned comment, the origin of the value."""
+    lines, origins = config_yaml(loaded.config).splitlines(), iter(loaded.origins.values())
+    column = max(len(line) for line in lines if len(line) <= WIDEST)
+    return "".join(f"{line}\n" if line.endswith(":") else f"{line:<{column}}  # {next(origins)}\n" for line in lines)
+
+
 def config_yaml(config: RunConfig) -> str:
-    """Return every key with its value; `load_config` of it, with the same root, gives an equal config."""
-    return "".join(f"{line}\n" for line, _ in _lines(config))
-
-
-def _lines(config: RunConfig) -> list[tuple[str, str | None]]:
-    """Return (line, dotted key that it sets) pairs; the key is None for the heading of a section."""
-    lines: list[tuple[str, str | None]] = []
-    opened: list[str] = []
-    for name, value in flat(config).items():
-        *sections, leaf = name.split(".")
-        for depth, section in enumerate(sections):
-            if opened[: depth + 1] != sections[: depth + 1]:
-                lines.append((f"{'  ' * depth}{section}:", None))
-                opened = sections[: depth + 1]
-        opened = sections
-        lines.append((f"{'  ' * len(sections)}{leaf}: {_scalar_or_list(value)}", name))
-    return lines
+    """Return every key with its value on one line; `load_config` of it, with the same root, gives an equal config."""
+    return yaml.dump(
+        config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=math.inf, allow_unicode=True
+    )
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that our loader or another YAML reader would read as another type."""
+    """Quotes text that our loader or another YAML reader would read as another type, or as part of a list."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str | None, Any]] = {
+        **yaml.SafeDumper.yaml_implicit_resolvers,
+        None: RESOLVERS,
+    }
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def analyze_scalar(self, scalar: str) -> Any:
+        analysis = super().analyze_scalar(scalar)
+        analysis.allow_block_plain = analysis.allow_flow_plain
+        return analysis
 
-for _tag, _regexp, _first in RESOLVERS:
-    _Dumper.add_implicit_resolver(_tag, _regexp, _first)
+    def represent_list(self, data: list[Any]) -> yaml.Node:
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 
 
-def _scalar_or_list(value: Any) -> str:
-    """Return one value on one line, dumped inside a list because PyYAML adds an end mark to a lone scalar."""
-    text = yaml.dump([value], Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
-    return text.strip()[1:-1]
+_Dumper.add_representer(list, _Dumper.represent_list)

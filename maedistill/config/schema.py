@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from maedistill.config.batch import BatchPlan, batch_plan
-
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -25,15 +23,11 @@ Width = Annotated[int, Field(ge=1, le=16384)]  # of a network; the widest ViTs h
 Side = Annotated[int, Field(ge=1, le=8192)]  # of an image, in pixels
 Weight = Annotated[float, Field(ge=0.0)]
 Above0 = Annotated[float, Field(gt=0.0)]
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]  # of decay, drop or smoothing
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Triple = tuple[float, float, float]
 Positions = Literal["sincos2d", "sincos1d", "learned"]
-DropPath = Annotated[float, Field(ge=0.0, lt=1.0)]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-
-IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
-IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
 
 def result(default: Any, doc: str, **limits: Any) -> Any:
@@ -106,7 +100,7 @@ class BackboneConfig(Section):
         None, "whether there is a class token, where it differs from the model's; MAE and DMAE have one, AMD has none"
     )
     register_tokens: Count | None = result(None, "extra learned tokens, where their number differs from the model's")
-    drop_path: DropPath
+    drop_path: Rate
 
 
 class Optimization(Section):
@@ -120,7 +114,7 @@ class Optimization(Section):
     base_lr: Above0 | None
     lr: Above0 | None = result(None, "peak learning rate itself, instead of base_lr")
     min_lr: Weight
-    betas: tuple[Beta, Beta]
+    betas: tuple[Rate, Rate]
     weight_decay: Weight = result(
         0.05, "of AdamW; 0 on norms, biases and other 1-D parameters, and on tokens and positions"
     )
@@ -199,11 +193,6 @@ class RunConfig(Section):
     threads: Positive | None = runtime(
         None, "CPU threads per rank; by default OMP_NUM_THREADS, or else the cores shared by the local ranks"
     )
-
-    def share_batch(self, world_size: int) -> BatchPlan:
-        """Return how `world_size` ranks share the global batch. Raises ConfigError if they cannot."""
-        limit = self.engine.micro_batch_limit
-        return batch_plan(self.optim.global_batch, limit, world_size=world_size, **self.grouping)
 
     @property
     def grouping(self) -> dict[str, Any]:

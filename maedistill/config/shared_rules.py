@@ -1,4 +1,4 @@
-"""Rules between the keys of any stage: each rule reads a config or a section and yields its problems.
+"""Rules between the keys of any stage: each rule reads a config or a section and yields a `Problem` for each mistake.
 
 Every value is already valid by itself. `pretrain_rules.py` and `finetune_rules.py` list the rules of their stage. Only
 what the config alone shows is checked here. What needs the shards, a weights file or timm is checked when those are
@@ -6,9 +6,9 @@ opened, with errors of the same form.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from maedistill.config.architectures import Architecture
-from maedistill.config.problem import Problem
 from maedistill.config.schema import RunConfig
 
 # Kinds of sources of weights, KIND:NAME. The first four state their architecture, and open any network.
@@ -16,6 +16,15 @@ NETWORK_KINDS = ("run", "timm", "hf-hub", "local-dir")
 SOURCE_KINDS = (*NETWORK_KINDS, "file", "random")
 # Prefixes of timm's plain VisionTransformers; models/encoder.py rejects other classes with these prefixes.
 FAMILIES = ("vit_", "deit", "flexivit_", "aimv2_", "beit3_", "eva_", "test_vit")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with the value of the dotted `key`, and how to fix it. Only the loader knows where it was set."""
+
+    key: str
+    cause: str
+    remedy: str
 
 
 def paths(c: RunConfig) -> Iterator[Problem]:
@@ -103,11 +112,17 @@ def family(key: str, model: str | None) -> Iterator[Problem]:
 
 def whole_patches(c: RunConfig, arch: Architecture | None) -> Iterator[Problem]:
     """Yield a problem unless the student's patches tile its image."""
-    size = c.data.image_size
-    if arch is not None and size % arch.patch_size:
+    if arch is not None and (size := c.data.image_size) % arch.patch_size:
         near = max(1, round(size / arch.patch_size)) * arch.patch_size
         cause = f"patch size {arch.patch_size} does not divide {size}"
         yield Problem("data.image_size", cause, f"use {near}, or another student.patch_size")
+
+
+def blocks(key: str, depths: tuple[int, ...], *, arch: Architecture | None, who: str) -> Iterator[Problem]:
+    """Yield a problem unless the network has blocks of these depths, which count from 0."""
+    if depths and arch is not None and max(depths) >= arch.depth:
+        cause = f"block {max(depths)} does not exist, the {who} has {arch.depth}"
+        yield Problem(key, cause, f"use 0 to {arch.depth - 1}")
 
 
 def tower(who: str, *, width: int, num_heads: int) -> Iterator[Problem]:

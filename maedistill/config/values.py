@@ -7,61 +7,65 @@ write instead.
 
 import difflib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from maedistill.config.finetune import FinetuneConfig
-from maedistill.config.keys import Key, all_keys, all_sections, nearest_keys, nested
+from maedistill.config.keys import REMOVED, Key, all_keys, all_sections, nearest_keys, nested
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.config.problem import Problem
 from maedistill.config.schema import RunConfig
+from maedistill.config.shared_rules import Problem
+from maedistill.errors import join_first
 
 ROOTS: tuple[type[RunConfig], ...] = (PretrainConfig, FinetuneConfig)
 Root = TypeVar("Root", bound=RunConfig)
 
 
-def validated(values: Mapping[str, Any], *, root: type[Root] = PretrainConfig) -> Root | list[Problem]:
+def validated(values: Mapping[str, Any], root: type[Root]) -> Root | list[Problem]:
     """Return the config that `values` (by dotted name; defaults for the rest) make, or all problems with them."""
-    keys, sections = all_keys(root=root), all_sections(root=root)
-    known = {name: value for name, value in values.items() if name in keys}
+    keys, sections = all_keys(root), all_sections(root)
+    settings = {name: value for name, value in values.items() if name in keys}
     # A section that is set to an empty mapping sets nothing.
     problems = [
-        unknown_key(name, value, root=root)
+        unknown_key(name, root, value)
         for name, value in values.items()
-        if name not in known and not (name in sections and value == {})
+        if name not in keys and not (name in sections and value == {})
     ]
     try:
         # As JSON: given Python objects, strict mode would reject a list where the schema has a tuple.
-        config = root.model_validate_json(json.dumps(nested(known)))
+        config = root.model_validate_json(json.dumps(nested(settings)))
     except ValidationError as error:
-        # Without duplicates: a union reports an error for each of its members.
-        wrong = dict.fromkeys(_key_at(e["loc"], sections) for e in error.errors())
-        return problems + [_wrong_value(keys[name], known[name]) for name in wrong]
+        # A location goes on below the key, with list indices and union members, and a union reports one for each.
+        places = (".".join(map(str, e["loc"][:end])) for e in error.errors() for end in range(1, len(e["loc"]) + 1))
+        wrong = dict.fromkeys(place for place in places if place in settings)
+        return problems + [_wrong_value(keys[name], settings[name]) for name in wrong]
     return problems or config
 
 
-def unknown_key(name: str, value: Any = None, *, root: type[RunConfig] = PretrainConfig) -> Problem:
+def unknown_key(name: str, root: type[RunConfig], value: Any = None) -> Problem:
     """Return the problem with a name that is no key: a typo, a wrong section or stage, a section or key misused."""
-    keys, sections = all_keys(root=root), all_sections(root=root)
+    keys, sections = all_keys(root), all_sections(root)
     parent = name.rpartition(".")[0]
     if name in sections:
         return Problem(
             name,
-            f"{name} is a section of keys and cannot be set to {shown(value)}",
-            f"set its keys instead: {_shortened([k for k in keys if k.startswith(f'{name}.')])}",
+            f"{name} is a section of keys and cannot be set to {_quoted(value)}",
+            f"set its keys instead: {join_first([key for key in keys if key.startswith(f'{name}.')])}",
         )
     if parent in keys:
         words = keys[parent].words
         return Problem(name, f"{parent} is not a section, it takes {words}", f"set {parent} itself, to {words}")
     if name == "extends":
         return Problem(name, "extends works only in a file", "name the other file as CONFIG")
+    if name in REMOVED:
+        return Problem(name, f"{name} is gone", REMOVED[name])
     for other in ROOTS:
-        foreign_sections = all_sections(root=other).keys() - sections.keys()
-        if name in all_keys(root=other) or name.partition(".")[0] in foreign_sections:
+        foreign_sections = all_sections(other).keys() - sections.keys()
+        if name in all_keys(other) or name.partition(".")[0] in foreign_sections:
             return Problem(name, f"{name} belongs to {other.stage} ({other.tool})", f"remove it, or run {other.tool}")
-    near = nearest_keys(name, root=root)
+    near = nearest_keys(name, root)
     remedy = (
         f"did you mean {' or '.join(near)}?"
         if near
@@ -70,12 +74,7 @@ def unknown_key(name: str, value: Any = None, *, root: type[RunConfig] = Pretrai
     return Problem(name, f"unknown key {name}", remedy)
 
 
-def _shortened(names: list[str]) -> str:
-    """Join names for an error message, at most eight of them."""
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def shown(value: Any) -> str:
+def _quoted(value: Any) -> str:
     """Return a value as an error message shows it, shortened."""
     if isinstance(value, str):
         text = f"the text {value!r}"
@@ -86,18 +85,10 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _key_at(loc: tuple[int | str, ...], sections: Collection[str]) -> str:
-    """Return the dotted key of a pydantic error: its location without list indices and union members."""
-    name = str(loc[0])
-    for part in loc[1:]:
-        if name not in sections:
-            break
-        name = f"{name}.{part}"
-    return name
-
-
 def _wrong_value(key: Key, value: Any) -> Problem:
-    return Problem(key.name, f"expected {key.words}, got {shown(value)}", _remedy(key, value))
+    if isinstance(value, str) and (remedy := REMOVED.get(f"{key.name}={value}")):
+        return Problem(key.name, f"{key.name}={value} is gone", remedy)
+    return Problem(key.name, f"expected {key.words}, got {_quoted(value)}", _remedy(key, value))
 
 
 def _remedy(key: Key, value: Any) -> str:

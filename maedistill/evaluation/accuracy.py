@@ -8,7 +8,7 @@ n images   b batch   s image side   C classes   k best classes stored per image,
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maedistill.data.loading.evaluation import PADDING, EvaluationImages
 from maedistill.data.shards.index import ShardIndex
-from maedistill.data.shards.reader import sample_name
 from maedistill.errors import DataError, NumericsError
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import Predictor, evaluation_mode, full_pass
@@ -93,41 +92,53 @@ def evaluate(predictor: Predictor, images: EvaluationImages, context: EvalContex
     DataError if an image has no label, a label outside the network's classes, or cannot be decoded; NumericsError if a
     loss is not finite.
     """
+    return evaluate_with(lambda pixels: (predictor(pixels),), [predictor.network], images, context)[0]
+
+
+def evaluate_with(
+    classify: Callable[[Tensor], tuple[Tensor, ...]],
+    networks: Sequence[nn.Module],
+    images: EvaluationImages,
+    context: EvalContext,
+) -> tuple[Evaluation, list[Tensor]]:
+    """Evaluate as `evaluate` does, by a function of pixels that runs the networks.
+
+    classify: uint8 [b, ...] -> logits [b, C], and other tensors [b, ...], which are returned for all images.
+    """
     images.index.require_labels()
-    check = cache(partial(require_known_classes, images))
+    check = cache(partial(_require_known_classes, images))
 
-    def process_batch(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = predictor(pixels)  # [b, C]
+    def process_batch(pixels: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        logits, *others = classify(pixels)
         check(logits.shape[1])
-        return score_batch(logits, labels)
+        return *score_batch(logits, labels), *others
 
-    with evaluation_mode(predictor.network):
-        ids, classes, values = full_pass(images, process_batch, context)
-    return build_evaluation(ids, classes, values, index=images.index)
-
-
-def score_batch(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Score a batch per image: label and best classes, int64 [b, 1 + k]; loss and confidence, float [b, 2]."""
-    order = logits.sort(dim=1, descending=True, stable=True).indices  # [b, C]; of equal logits the lower class is first
-    losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=PADDING)  # [b]
-    classes = torch.cat([labels[:, None], order[:, :_KEPT]], dim=1)  # [b, 1 + k]
-    return classes, torch.stack([losses, logits.softmax(1).amax(1)], dim=1)
-
-
-def build_evaluation(ids: Tensor, classes: Tensor, values: Tensor, *, index: ShardIndex) -> Evaluation:
-    """Build an Evaluation from the outputs of `score_batch`. Raises NumericsError if a loss is not finite."""
+    with evaluation_mode(*networks):
+        ids, classes, values, *others = full_pass(images, process_batch, context)
     losses, confidences = values.unbind(1)
     broken = ~losses.isfinite()  # [n]
     if broken.any():
         raise NumericsError(
             f"the loss of {int(broken.sum())} of {len(ids)} images is not finite, first "
-            f"{sample_name(index, int(ids[broken][0]))}",
+            f"{images.index.sample_name(int(ids[broken][0]))}",
             "evaluate in precision fp32; if that does not help, the weights are broken: take an earlier checkpoint",
         )
-    return Evaluation(ids=ids, labels=classes[:, 0], predictions=classes[:, 1:], losses=losses, confidences=confidences)
+    return Evaluation(ids, classes[:, 0], classes[:, 1:], losses, confidences), others
 
 
-def require_known_classes(images: EvaluationImages, num_classes: int) -> None:
+def score_batch(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Score a batch per image: label and best classes, int64 [b, 1 + k]; loss and confidence, float [b, 2]."""
+    losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=PADDING)  # [b]
+    classes = torch.cat([labels[:, None], best_classes(logits)], dim=1)  # [b, 1 + k]
+    return classes, torch.stack([losses, logits.softmax(1).amax(1)], dim=1)
+
+
+def best_classes(logits: Tensor) -> Tensor:
+    """Return the best classes, best first, and of equal logits the lower class first: [b, C] -> int64 [b, k]."""
+    return logits.sort(dim=1, descending=True, stable=True).indices[:, :_KEPT]
+
+
+def _require_known_classes(images: EvaluationImages, num_classes: int) -> None:
     """Raise DataError if a label is not a class of the network, since every count would then be wrong.
 
     Every rank checks all labels, so that all ranks raise together.
@@ -138,7 +149,7 @@ def require_known_classes(images: EvaluationImages, num_classes: int) -> None:
         i = int(images.samples[unknown[0]])
         raise DataError(
             f"the model has {num_classes} classes, 0 to {num_classes - 1}, but {len(unknown)} of {len(labels)} images "
-            f"have other labels, first {sample_name(images.index, i)} with {images.index.labels[i]}",
+            f"have other labels, first {images.index.sample_name(i)} with {images.index.labels[i]}",
             "use shards with the classes that the model was trained on, or fine-tune it on these (tools/finetune.py)",
         )
 

@@ -10,7 +10,6 @@ Image size, crop and normalisation of the two may differ. Each image is decoded 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
 
 import torch
 from PIL import Image
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from maedistill.data.loading.evaluation import EvaluationImages
 from maedistill.errors import ConfigError, NumericsError
-from maedistill.evaluation.accuracy import Evaluation, build_evaluation, require_known_classes, score_batch
+from maedistill.evaluation.accuracy import Evaluation, best_classes, evaluate_with
 from maedistill.evaluation.context import EvalContext
-from maedistill.evaluation.full_pass import Predictor, evaluation_mode, full_pass
+from maedistill.evaluation.full_pass import Predictor
 from maedistill.report.run_report import percent
 
 
@@ -63,10 +62,8 @@ def evaluate_against(
     sizes: (s, t). The train/eval modes of the networks are restored. Raises the errors of `evaluate`, and ConfigError
     if the numbers of classes differ.
     """
-    images.index.require_labels()
-    check = cache(partial(require_known_classes, images))
 
-    def process_batch(pixels: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    def classify(pixels: Tensor) -> tuple[Tensor, ...]:
         views = pixels.split([3 * size**2 for size in sizes], dim=1)  # uint8 [b, 3 s s] and [b, 3 t t]
         one, other = (view.unflatten(1, (3, size, size)) for view, size in zip(views, sizes, strict=True))
         logits, teacher_logits = student(one), teacher(other)  # [b, C] both
@@ -75,20 +72,17 @@ def evaluate_against(
                 f"the model has {logits.shape[1]:,} classes and the one of --against {teacher_logits.shape[1]:,}",
                 "compare networks with the same classes, or match them to the shards' by name: --subset",
             )
-        check(logits.shape[1])
-        teacher_best = score_batch(teacher_logits, labels)[0][:, 1]  # [b]
-        return *score_batch(logits, labels), teacher_best, divergence(logits, teacher_logits)
+        return logits, best_classes(teacher_logits)[:, 0], divergence(logits, teacher_logits)
 
-    with evaluation_mode(student.network, teacher.network):
-        ids, classes, values, teacher_best, kl = full_pass(images, process_batch, context)
-    evaluation = build_evaluation(ids, classes, values, index=images.index)
+    networks = [student.network, teacher.network]
+    evaluation, (teacher_best, kl) = evaluate_with(classify, networks, images, context)
     if not kl.isfinite().all():
         raise NumericsError(
-            f"the other network's answers to {int((~kl.isfinite()).sum())} of {len(ids)} images are not finite",
+            f"the other network's answers to {int((~kl.isfinite()).sum())} of {len(kl)} images are not finite",
             "evaluate in precision fp32; if that does not help, its weights are broken",
         )
     same, top1 = (int((teacher_best == other).sum()) for other in (evaluation.predictions[:, 0], evaluation.labels))
-    return evaluation, Agreement(len(ids), same, top1, math.fsum(kl.tolist()) / len(ids))
+    return evaluation, Agreement(len(kl), same, top1, math.fsum(kl.tolist()) / len(kl))
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:

@@ -6,16 +6,16 @@ print_main, finish -> stdout and JSON, from rank 0 only
 
 import json
 import os
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from maedistill.config.schema import Precision
 from maedistill.data.loading.workers import TIMEOUT_SECONDS
 from maedistill.data.shards.index import ShardIndex
-from maedistill.machine import DTYPES, cpu_share
+from maedistill.machine import autocast, cpu_share
 from maedistill.machine import precision as resolve_precision
 from maedistill.processes import distributed
 from maedistill.runs.records import write_text
@@ -34,7 +34,7 @@ class EvalContext:
     device: torch.device
     batch: int
     workers: int
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     timeout_seconds: float = TIMEOUT_SECONDS
 
     @property
@@ -44,20 +44,19 @@ class EvalContext:
             return torch.cuda.get_device_name(self.device)
         return f"CPU, {torch.get_num_threads()} threads"
 
-    def autocast(self) -> AbstractContextManager[None]:
+    def autocast(self) -> torch.autocast:
         """Return the autocast of the precision, which does nothing in fp32."""
-        dtype = DTYPES[resolve_precision(self.precision, self.device)]
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+        return autocast(self.device, resolve_precision(self.precision, self.device))
 
 
-def open_context(*, batch: int, workers: int | None, threads: int | None, precision: str) -> EvalContext:
+def open_context(*, batch: int, workers: int | None, threads: int | None, precision: Precision) -> EvalContext:
     """Join the process group. workers, threads: per process, by default its share of the cores. Collective."""
     distributed.open_group(_PATIENCE)
     device, cores = distributed.device(), cpu_share(distributed.local_world_size())
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or cores)
     workers = min(8, cores) if workers is None else workers
-    return EvalContext(device, batch, workers, precision=resolve_precision(precision, device))
+    return EvalContext(device, batch, workers, resolve_precision(precision, device))
 
 
 def print_main(label: str, text: str) -> None:

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from maedistill.evaluation.knn import knn_counts
 from maedistill.evaluation.linear_probe import ProbeRecipe, fit_heads, score_heads
 from maedistill.processes import distributed
 from maedistill.report.run_report import percent
-from maedistill.weights.backbone import Pool, open_backbone
+from maedistill.weights.backbone import Backbone, Pool, open_backbone
 from maedistill.weights.from_run import Weights
 
 
@@ -94,7 +95,7 @@ def open_pair(spec: ProbeSpec) -> tuple[ShardIndex, ShardIndex]:
     """
     indexes = []
     for shards, file in ((spec.train, spec.train_index), (spec.val, spec.val_index)):
-        index = distributed.main_first(lambda shards=shards, file=file: open_index(shards, index=file))
+        index = distributed.main_first(partial(open_index, shards, index=file))
         if not len(index):
             raise DataError(f"{shards} holds no image", "name shards that hold labelled images")
         index.require_labels()
@@ -123,11 +124,17 @@ def _compute_features(
     Raises ConfigError unless there are `least` training images, which `reason` needs.
     """
     network = distributed.main_first(
-        lambda: open_backbone(
-            spec.model, weights=spec.weights, image_size=spec.image_size, block=spec.block, pool=spec.pool
+        partial(
+            open_backbone,
+            spec.model,
+            weights=spec.weights,
+            image_size=spec.image_size,
+            block=spec.block,
+            pool=spec.pool,
         )
     )
-    network = replace(network, crop=spec.crop or network.crop)
+    network, backbone = replace(network, crop=spec.crop or network.crop), network.module
+    assert isinstance(backbone, Backbone)
     train, val = open_pair(spec)
     print_network("model", network)
     print_data("train", train, spec.train)
@@ -137,7 +144,6 @@ def _compute_features(
             f"{reason} needs {least:,} training images, but {spec.train} holds {len(train):,}",
             "name more training shards, or a smaller --k",
         )
-    backbone = network.module
     train_features, val_features = (extract_features(network, index, context) for index in (train, val))
     print_main("features", f"{backbone.describe()}, {train_features[0].shape[1]} wide")
     result = metadata(network, context) | {"block": backbone.block, "pool": backbone.pool}

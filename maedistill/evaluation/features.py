@@ -30,7 +30,8 @@ def extract_features(network: Network, index: ShardIndex, context: EvalContext) 
     Raises DataError for an image that has no label or cannot be decoded, NumericsError if a feature is not finite.
     """
     images = EvaluationImages(index, torch.arange(len(index)), network.transform())
-    _, rows, labels = _compute(Predictor.of(network, context), images, context)
+    predictor = Predictor(network.module, context, mean=network.mean, std=network.std)
+    _, rows, labels = _compute(predictor, images, context)
     if broken := int((~rows.isfinite().all(1)).sum()):
         raise NumericsError(
             f"the features of {broken} of {len(rows)} images are not finite",

@@ -12,6 +12,7 @@ values agree up to the last bits, and counts agree unless two classes tie that c
     n images   b batch   s image side   C outputs of a network
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -24,13 +25,12 @@ from maedistill.data.loading.evaluation import PADDING, EvaluationImages, exact_
 from maedistill.errors import DataError
 from maedistill.evaluation.context import EvalContext
 from maedistill.processes import distributed
-from maedistill.weights.network import Network
 
 _TOGETHER = 64  # batches gathered at once: few collectives, and the device holds the rows of no more than these
 
 
 class Predictor:
-    """A network with its normalisation, both on the device: pixels uint8 [b, 3, s, s] -> float32 outputs [b, C].
+    """A network with its normalisation, moved to the device: pixels uint8 [b, 3, s, s] -> float32 outputs [b, C].
 
     columns: int64 [C], the outputs to return, in that order; None for all outputs.
     """
@@ -44,15 +44,9 @@ class Predictor:
         std: Sequence[float] | Tensor,
         columns: Tensor | None = None,
     ) -> None:
-        self.network, self.context = network, context
+        self.network, self.context = network.to(context.device), context
         self.mean, self.std = (torch.as_tensor(x, device=context.device).view(3, 1, 1) for x in (mean, std))
         self.columns = None if columns is None else columns.to(context.device)
-
-    @classmethod
-    def of(cls, network: Network, context: EvalContext, *, columns: Tensor | None = None) -> "Predictor":
-        """Move an opened network to the device and wrap it with its normalisation."""
-        module = network.module.to(context.device)
-        return cls(module, context, mean=network.mean, std=network.std, columns=columns)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return the outputs for pixels that are on the device."""
@@ -82,14 +76,10 @@ def full_pass(
     batches = exact_batches(
         mine, batch=batch, workers=context.workers, device=context.device, timeout_seconds=context.timeout_seconds
     )
-    parts, waiting = [], []
-    for pixels, labels, ids in batches:
-        waiting.append((ids, *process_batch(pixels, labels)))
-        if len(waiting) == _TOGETHER:
-            parts.append(_gather(waiting))
-            waiting = []
-    if waiting:
-        parts.append(_gather(waiting))
+    outputs = ((ids, *process_batch(pixels, labels)) for pixels, labels, ids in batches)
+    parts = []  # rows of all ranks, on the CPU
+    while together := list(itertools.islice(outputs, _TOGETHER)):
+        parts.append([distributed.all_gather_rows(torch.cat(part)).cpu() for part in zip(*together, strict=True)])
     ids, *rows = (torch.cat(part) for part in zip(*parts, strict=True))
     order = ids.argsort()
     order = order[ids[order] != PADDING]  # [n]
@@ -108,8 +98,3 @@ def evaluation_mode(*networks: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _gather(waiting: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Return the rows of these batches from all ranks, on the CPU."""
-    return tuple(distributed.all_gather_rows(torch.cat(part)).cpu() for part in zip(*waiting, strict=True))

@@ -4,10 +4,12 @@ The images are random and already on the device, so reading and decoding are not
 """
 
 import time
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import evaluation_mode
@@ -23,35 +25,37 @@ def measure_latency(network: nn.Module, context: EvalContext, *, size: int, seco
     Returns latency_ms and latency_p90_ms, the median and 90th percentile of one image's pass, and images_per_second in
     batches. Half precision uses autocast, which converts the weights once, not in every pass.
     """
-    device, times = context.device, []
+    device = context.device
+    times: list[float] = []
     with evaluation_mode(network), context.autocast():
-        one, many = (torch.rand(count, 3, size, size, device=device) for count in (1, context.batch))
-        _time(network, one, passes=_WARM_UP)
+        one, many = (partial(network, torch.rand(count, 3, size, size, device=device)) for count in (1, context.batch))
+        seconds_of(one, device, repeats=_WARM_UP)
         end = time.perf_counter() + seconds
         while len(times) < _LEAST or time.perf_counter() < end:
-            times.append(_time(network, one, passes=1))
-        _time(network, many, passes=1)
+            times.append(seconds_of(one, device))
+        seconds_of(many, device)
         passes = 1
-        while (elapsed := _time(network, many, passes=passes)) < seconds:
+        while (elapsed := seconds_of(many, device, repeats=passes)) < seconds:
             passes *= 2
     median, p90 = np.quantile(times, [0.5, 0.9]).tolist()
     speed = context.batch * passes / elapsed
     return {"latency_ms": 1e3 * median, "latency_p90_ms": 1e3 * p90, "images_per_second": speed}
 
 
-def _time(network: nn.Module, images: Tensor, *, passes: int) -> float:
-    """Return the seconds of some passes, from an idle device to the end of the last pass.
+def seconds_of(work: Callable[[], object], device: torch.device, *, repeats: int = 1) -> float:
+    """Return the seconds of `repeats` calls in a row, from an idle device until it has finished them.
 
-    On a GPU the host queues all passes and waits once, like a loop that never reads the results.
+    On a GPU the host queues all calls and waits once, like a loop that never reads the results.
     """
-    _wait(images.device)
+    synchronize(device)
     start = time.perf_counter()
-    for _ in range(passes):
-        network(images)
-    _wait(images.device)
+    for _ in range(repeats):
+        work()
+    synchronize(device)
     return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; a CPU has nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -19,7 +19,7 @@ from timm.optim import Lars
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maedistill.evaluation.accuracy import Score
+from maedistill.evaluation.accuracy import Score, best_classes
 from maedistill.evaluation.features import Features
 from maedistill.randomness import Stream, key, permute
 from maedistill.training.optim import build_schedule
@@ -61,10 +61,11 @@ class LinearHeads(nn.Module):
         super().__init__()
         self.rates = tuple(rates)
         self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
-        self.heads = nn.ModuleList(nn.utils.skip_init(nn.Linear, width, num_classes) for _ in rates)
-        for head in self.heads:
+        heads = [nn.utils.skip_init(nn.Linear, width, num_classes) for _ in rates]
+        for head in heads:
             nn.init.trunc_normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(_SEED))
             nn.init.zeros_(head.bias)
+        self.heads = nn.ModuleList(heads)
 
     def forward(self, rows: Tensor) -> list[Tensor]:
         """Map features [b, D] to the logits of every head, H times [b, C]."""
@@ -126,8 +127,8 @@ def score_heads(heads: LinearHeads, rows: Tensor, labels: Tensor) -> list[ProbeS
     for part, truth in zip(rows.split(_CHUNK), labels.split(_CHUNK), strict=True):
         truth = truth.to(device)
         for i, logits in enumerate(heads(part.to(device))):
-            best = logits.sort(dim=1, descending=True, stable=True).indices[:, :5] == truth[:, None]  # [b, 5]
-            counts[i] += torch.stack([best[:, 0].sum(), best.sum()])
+            correct = best_classes(logits) == truth[:, None]  # [b, min(5, C)]
+            counts[i] += torch.stack([correct[:, 0].sum(), correct.sum()])
             losses[i].append(F.cross_entropy(logits, truth, reduction="none").cpu())
     means = [math.fsum(torch.cat(part).tolist()) / len(labels) for part in losses]
     scores = zip(counts.tolist(), means, heads.rates, strict=True)

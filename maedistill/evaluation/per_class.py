@@ -41,10 +41,10 @@ def class_rows(evaluation: Evaluation, names: Mapping[int, str]) -> Iterator[lis
         counts = TopCounts.of(predictions, evaluation.labels[rows])
         sums = (counts.top1, counts.top5, math.fsum(confidences.tolist()))
         mistakes = Counter(best for best in predictions[:, 0].tolist() if best != label)
-        wrong, wrong_images = min(mistakes.items(), key=lambda item: (-item[1], item[0]), default=("", 0))
+        worst = min(mistakes.items(), key=lambda item: (-item[1], item[0]), default=None)
         cells = [label, names.get(label, ""), counts.images, counts.top1, counts.top5]
         cells += [f"{total / counts.images:.6g}" for total in sums]
-        yield [*cells, wrong, names.get(wrong, ""), wrong_images]
+        yield [*cells, *((worst[0], names.get(worst[0], ""), worst[1]) if worst else ("", "", 0))]
 
 
 def write_per_class(path: Path, evaluation: Evaluation, names: Mapping[int, str]) -> None:

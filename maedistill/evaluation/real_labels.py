@@ -14,7 +14,6 @@ from typing import Any
 from timm.data import ImageNetInfo, RealLabelsImagenet
 
 from maedistill.data.shards.index import ShardIndex
-from maedistill.data.shards.reader import sample_name
 from maedistill.errors import ConfigError, DataError
 from maedistill.evaluation.accuracy import Evaluation, TopCounts
 
@@ -44,7 +43,18 @@ def open_real_labels(index: ShardIndex, *, num_classes: int) -> list[frozenset[i
             "leave out --real, or name ImageNet's validation shards",
         )
     table = RealLabelsImagenet(range(_IMAGES)).real_labels  # timm's table only: its scoring needs the files' order
-    return [frozenset(table[_file_name(index, i)]) for i in range(len(index))]
+    labels = []
+    for i in range(len(index)):
+        match = _FILE.search(index.key(i))
+        if match is None or not 1 <= int(match[0][-8:]) <= _IMAGES:
+            raise DataError(
+                f"{index.sample_name(i)} is no image of ImageNet's validation set: its key has no ILSVRC2012_val_ "
+                "number",
+                "leave out --real, or write the shards from files that keep their ImageNet names "
+                "(tools/make_shards.py)",
+            )
+        labels.append(frozenset(table[f"{match[0]}.JPEG"]))
+    return labels
 
 
 def count_real(evaluation: Evaluation, labels: Sequence[frozenset[int]]) -> RealCounts:
@@ -56,13 +66,3 @@ def count_real(evaluation: Evaluation, labels: Sequence[frozenset[int]]) -> Real
     if not images:
         raise DataError("none of the images has a label in ImageNet-ReaL", "leave out --real for these few images")
     return RealCounts(images, top1, top5)
-
-
-def _file_name(index: ShardIndex, i: int) -> str:
-    match = _FILE.search(index.key(i))
-    if match is None or not 1 <= int(match[0][-8:]) <= _IMAGES:
-        raise DataError(
-            f"{sample_name(index, i)} is no image of ImageNet's validation set: its key has no ILSVRC2012_val_ number",
-            "leave out --real, or write the shards from files that keep their ImageNet names (tools/make_shards.py)",
-        )
-    return f"{match[0]}.JPEG"

@@ -3,7 +3,7 @@
 MODEL, SHARDS -> Network, ShardIndex -> one full pass -> lines on stdout, JSON, CSV files, a picture
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ import torch
 
 from maedistill.data.loading.evaluation import EvaluationImages
 from maedistill.data.shards.index import ShardIndex, open_index
-from maedistill.evaluation.accuracy import Evaluation, evaluate, write_predictions
+from maedistill.evaluation.accuracy import Evaluation, TopCounts, evaluate, write_predictions
 from maedistill.evaluation.agreement import Agreement, TwoViews, evaluate_against
-from maedistill.evaluation.calibration import BINS, calibrate
+from maedistill.evaluation.calibration import BINS, Calibration, calibrate
 from maedistill.evaluation.context import EvalContext, finish, metadata, print_data, print_main, print_network
 from maedistill.evaluation.full_pass import Predictor
 from maedistill.evaluation.latency import measure_latency
@@ -58,14 +58,21 @@ def score(
     if teacher is not None:
         print_network("vs.", teacher)
     print_data("data", index, shards)
-    predictors = _open_predictors([network, teacher] if teacher else [network], index, context, subset=subset)
+    predictor = _open_predictor(network, index, context, subset=subset)
+    rival = _open_predictor(teacher, index, context, subset=subset) if teacher is not None else None
     real_labels = open_real_labels(index, num_classes=network.num_classes) if real else None
 
-    evaluation, agreement = _evaluate(predictors, network, teacher, index, context)
-    parts = {
+    samples, agreement = torch.arange(len(index)), None
+    if teacher is None or rival is None:
+        evaluation = evaluate(predictor, EvaluationImages(index, samples, network.transform()), context)
+    else:
+        images = EvaluationImages(index, samples, TwoViews(network.transform(), teacher.transform()))
+        sizes = network.size, teacher.size
+        evaluation, agreement = evaluate_against(predictor, rival, images, context, sizes=sizes)
+    parts: dict[str, TopCounts | Calibration | Agreement | None] = {
         "result": evaluation.score,
         "calibration": calibrate(evaluation.confidences, evaluation.predictions[:, 0] == evaluation.labels, bins=bins),
-        "real": count_real(evaluation, real_labels) if real else None,
+        "real": count_real(evaluation, real_labels) if real_labels is not None else None,
         f"vs. {against}:": agreement,
     }
     result = metadata(network, context) | {"fingerprint": index.fingerprint()}
@@ -74,49 +81,26 @@ def score(
             print_main(label, part.line())
             result |= part.metrics()
     result |= {"vs": teacher.name} if teacher else {}
-    result |= _time(network, context) if latency else {}
+    if latency:
+        speed = distributed.on_main(lambda: measure_latency(network.module, context, size=network.size))
+        times = f"{speed['latency_ms']:.2f} ms for one image (median; 90 % within {speed['latency_p90_ms']:.2f} ms)"
+        rate = f"{speed['images_per_second']:.1f} images/s at batch {context.batch}"
+        print_main("speed", f"{times}, {rate}, {context.precision} on {context.device_name}")
+        result |= speed
     distributed.on_main(lambda: _write(files, evaluation, network, index))
     return finish(result, files.get("json"))
 
 
-def _open_predictors(
-    networks: Sequence[Network], index: ShardIndex, context: EvalContext, *, subset: bool
-) -> list[Predictor]:
-    """Return predictors of the classes of the shards; print warnings about class names."""
-    predictors = []
-    for network in networks:
-        columns, names = None, {"num_known": network.num_classes, "model": network.name}
-        if subset:
-            columns = subset_columns(network.classes, index.classes, **names)
-            print_main("classes", f"{len(columns):,} of the {network.num_classes:,} of {network.name}, matched by name")
-        else:
-            for message in compare_names(network.classes, index.classes, **names):
-                print_main("warning", message)
-        predictors.append(Predictor.of(network, context, columns=columns))
-    return predictors
-
-
-def _evaluate(
-    predictors: Sequence[Predictor], network: Network, teacher: Network | None, index: ShardIndex, context: EvalContext
-) -> tuple[Evaluation, Agreement | None]:
-    """Evaluate every image of the index, preprocessed as each network expects."""
-    transform = TwoViews(network.transform(), teacher.transform()) if teacher else network.transform()
-    images = EvaluationImages(index, torch.arange(len(index)), transform)
-    if teacher is None:
-        return evaluate(*predictors, images, context), None
-    return evaluate_against(*predictors, images, context, sizes=(network.size, teacher.size))
-
-
-def _time(network: Network, context: EvalContext) -> dict[str, float]:
-    """Time the network on rank 0 and print the result."""
-    speed = distributed.on_main(lambda: measure_latency(network.module, context, size=network.size))
-    print_main(
-        "speed",
-        f"{speed['latency_ms']:.2f} ms for one image (median; 90 % within {speed['latency_p90_ms']:.2f} ms), "
-        f"{speed['images_per_second']:.1f} images/s at batch {context.batch}, {context.precision} on "
-        f"{context.device_name}",
-    )
-    return speed
+def _open_predictor(network: Network, index: ShardIndex, context: EvalContext, *, subset: bool) -> Predictor:
+    """Return a predictor of the classes of the shards; print warnings about class names."""
+    known, num_known, columns = network.classes, network.num_classes, None
+    if subset:
+        columns = subset_columns(known, index.classes, num_known=num_known, model=network.name)
+        print_main("classes", f"{len(columns):,} of the {num_known:,} of {network.name}, matched by name")
+    else:
+        for message in compare_names(known, index.classes, num_known=num_known, model=network.name):
+            print_main("warning", message)
+    return Predictor(network.module, context, mean=network.mean, std=network.std, columns=columns)
 
 
 def _write(files: Mapping[str, Path | None], evaluation: Evaluation, network: Network, index: ShardIndex) -> None:

@@ -9,16 +9,17 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-import timm
 import torch
 import yaml
-from timm.models import get_model_args
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.schema import RunConfig
+from maedistill.models.encoder import num_params_m
 from maedistill.pretraining.build import mask_sizes
+from maedistill.pretraining.flops import on_meta
 from maedistill.report.run_report import KNN_CAVEAT, percent
 from maedistill.runs.metrics import read_metrics
 from maedistill.weights.from_run import RunNetwork, Weights
@@ -53,11 +54,9 @@ def model_card(saved: RunNetwork, vit: VisionTransformer, *, weights: Weights = 
 
 def forward_gflop(vit: VisionTransformer) -> float:
     """Count the GFLOP of one image's forward pass with torch, on meta tensors. A multiply-add counts as two."""
-    with torch.device("meta"):
-        shapes = timm.create_model(vit.pretrained_cfg["architecture"], pretrained=False, **get_model_args(vit)).eval()
-        images = torch.empty(1, 3, *vit.patch_embed.img_size)  # [1, 3, s, s]
+    images = torch.empty(1, 3, *vit.patch_embed.img_size, device="meta")  # [1, 3, s, s]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shapes(images)
+        on_meta(vit).eval()(images)
     return counter.get_total_flops() / 1e9
 
 
@@ -79,7 +78,6 @@ def _front_matter(metadata: Mapping[str, Any], vit: VisionTransformer) -> str:
 
 def _summary(metadata: Mapping[str, Any], vit: VisionTransformer) -> str:
     """Describe the network and its cost in one paragraph."""
-    num_params_m = sum(parameter.numel() for parameter in vit.parameters()) / 1e6
     size, patch = vit.patch_embed.img_size[0], vit.patch_embed.patch_size[0]
     tokens = "a class token" if vit.has_class_token else "no class token"
     tokens += f" and {vit.num_reg_tokens} register tokens" if vit.num_reg_tokens else ""
@@ -90,8 +88,8 @@ def _summary(metadata: Mapping[str, Any], vit: VisionTransformer) -> str:
     return (
         f"{how}: a Vision Transformer (timm's `{metadata['network']['name']}`), {vit.embed_dim} wide, "
         f"{len(vit.blocks)} blocks, with {tokens}, on images of {size} px in patches of {patch} px. "
-        f"{num_params_m:.2f} M parameters, {forward_gflop(vit):.3g} GFLOP for one image's forward pass (a multiply-add "
-        f"counts as two). The output is {gives}, from the {pooled}."
+        f"{num_params_m(vit):.2f} M parameters, {forward_gflop(vit):.3g} GFLOP for one image's forward pass (a "
+        f"multiply-add counts as two). The output is {gives}, from the {pooled}."
     )
 
 
@@ -125,19 +123,23 @@ def _images(metadata: Mapping[str, Any], before: str = "") -> str:
 
 
 def _training(
-    metadata: Mapping[str, Any],
-    config: PretrainConfig | FinetuneConfig | None,
-    vit: VisionTransformer,
-    step: int,
-    weights: Weights,
+    metadata: Mapping[str, Any], config: RunConfig | None, vit: VisionTransformer, step: int, weights: Weights
 ) -> list[str]:
     averaged = ", the moving average of the weights" if weights == "ema" else ""
     lines = [f"- These weights: the checkpoint after step {step:,}{averaged}."]
     if config is None:
         lines.append("- The settings are missing: the run folder had no config.yaml.")
     else:
-        recipe = _finetuning(config) if isinstance(config, FinetuneConfig) else _pretraining(config, vit)
-        lines += [f"- Training shards: `{config.data.train}`.", *recipe, _schedule_line(config)]
+        optim = config.optim
+        clip = f", gradients clipped at {optim.clip:g}" if optim.clip is not None else ""
+        lines += [
+            f"- Training shards: `{config.data.train}`.",
+            *(_pretraining(config, vit) if isinstance(config, PretrainConfig) else []),
+            *(_finetuning(config) if isinstance(config, FinetuneConfig) else []),
+            f"- Schedule: {optim.epochs:g} epochs, {optim.global_batch} images a step; AdamW with betas {optim.betas}, "
+            f"peak learning rate {optim.peak_lr:.3g} after {optim.warmup_epochs:g} epochs of warm-up, cosine to "
+            f"{optim.min_lr:g}, weight decay {optim.weight_decay:g}{clip}; seed {config.seed}.",
+        ]
     starts = metadata.get("starts", [])
     commands = Counter(start["command"] for start in starts)
     lines += [f"- Command: `{command}`, started {count} time(s)." for command, count in commands.items()]
@@ -145,16 +147,6 @@ def _training(
         return [*lines, "- Command and software versions are not recorded."]
     versions = ", ".join(f"{name} {number}" for name, number in starts[-1]["versions"].items())
     return [*lines, f"- Software: {versions}."]
-
-
-def _schedule_line(config: PretrainConfig | FinetuneConfig) -> str:
-    optim = config.optim
-    clip = f", gradients clipped at {optim.clip:g}" if optim.clip is not None else ""
-    return (
-        f"- Schedule: {optim.epochs:g} epochs, {optim.global_batch} images a step; AdamW with betas {optim.betas}, "
-        f"peak learning rate {optim.peak_lr:.3g} after {optim.warmup_epochs:g} epochs of warm-up, cosine to "
-        f"{optim.min_lr:g}, weight decay {optim.weight_decay:g}{clip}; seed {config.seed}."
-    )
 
 
 def _pretraining(config: PretrainConfig, vit: VisionTransformer) -> list[str]:
@@ -197,17 +189,17 @@ def _finetuning(config: FinetuneConfig) -> list[str]:
     ]
 
 
-def _features(records: Sequence[Mapping[str, Any]], config: PretrainConfig | None, weights: Weights) -> list[str]:
+def _features(records: Sequence[Mapping[str, Any]], config: RunConfig | None, weights: Weights) -> list[str]:
     """Report the losses and kNN accuracy of a pre-trained student."""
     losses = next((record for record in reversed(records) if "loss" in record), None)
     probe = next((record for record in reversed(records) if "knn" in record), None)
     lines = []
     if losses is not None:
         parts = {k: v for k, v in losses.items() if k in ("loss", "pixels") or k.startswith(("align/", "generate/"))}
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
-        lines.append(f"- Training losses by epoch {losses['epoch']:.1f}: {shown}.")
+        values = ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
+        lines.append(f"- Training losses by epoch {losses['epoch']:.1f}: {values}.")
     if probe is not None:
-        bank = f" to at most {config.log.knn_images:,} training images" if config else ""
+        bank = f" to at most {config.log.knn_images:,} training images" if isinstance(config, PretrainConfig) else ""
         lines.append(f"- kNN accuracy at epoch {probe['epoch']:.1f}: {probe['knn']:.1%}, compared{bank}. {KNN_CAVEAT}")
     if weights == "ema" and lines:
         lines.append("- These figures are of the weights as trained; their moving average was not measured.")
@@ -231,7 +223,7 @@ def _accuracy(records: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any],
 
 def _use(metadata: Mapping[str, Any], vit: VisionTransformer) -> list[str]:
     gives = f"[1, {vit.num_classes}] logits" if vit.num_classes else f"[1, {vit.embed_dim}] features"
-    seen = metadata["input"]
+    view = metadata["input"]
     return [
         "```python",
         "import timm",
@@ -241,9 +233,9 @@ def _use(metadata: Mapping[str, Any], vit: VisionTransformer) -> list[str]:
         f"output = model(transform(image).unsqueeze(0))  # image: PIL, RGB -> {gives}",
         "```",
         "",
-        f"The transform takes the middle square, {100 * seen['crop']:.4g} % of the shorter side, resizes it to "
-        f"{seen['size']} x {seen['size']} (bicubic) and normalises pixels in [0, 1] by mean {tuple(seen['mean'])} and "
-        f"deviation {tuple(seen['std'])}, as in training. `model.forward_features` gives all tokens.",
+        f"The transform takes the middle square, {100 * view['crop']:.4g} % of the shorter side, resizes it to "
+        f"{view['size']} x {view['size']} (bicubic) and normalises pixels in [0, 1] by mean {tuple(view['mean'])} and "
+        f"deviation {tuple(view['std'])}, as in training. `model.forward_features` gives all tokens.",
         "",
         f"Verified when this folder was written: timm {version('timm')} with torch {version('torch')} gives the "
         "outputs of the run's checkpoint in fp32, bit for bit. Other versions were not tried.",

@@ -25,6 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.errors import ConfigError, DataError
 from maedistill.export.card import model_card
+from maedistill.models.encoder import TimmModel
 from maedistill.runs.folder import RunFolder
 from maedistill.weights.from_run import RunNetwork, Weights, open_run
 
@@ -87,23 +88,22 @@ def _require_free(out: Path) -> None:
 def _replace(out: Path, saved: RunNetwork, vit: VisionTransformer, weights: Weights) -> None:
     """Fill a temporary folder beside `out`, then rename it to `out`. Nothing else in the parent folder is touched."""
     temporary, retired = (out.with_name(f"{out.name}{suffix}") for suffix in (".tmp", ".old.tmp"))
-    for leftover in (temporary, retired):
-        _remove_leftover(leftover)
+    for leftover in (temporary, retired):  # of a killed export
+        if not os.path.lexists(leftover):
+            continue
+        if leftover.is_symlink() or not leftover.is_dir() or not {path.name for path in leftover.iterdir()} <= FILES:
+            raise FileExistsError(f"{leftover} is in the way, and is not what an export leaves")
+        shutil.rmtree(leftover)
     try:
         temporary.mkdir(parents=True)
         _fill(temporary, saved, vit, weights)
-        _commit(temporary, out, retired)
+        if replaces := out.exists():  # the earlier export stays complete, under one name or another, until the new one
+            out.rename(retired)
+        temporary.rename(out)
+        if replaces:
+            shutil.rmtree(retired)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove_leftover(folder: Path) -> None:
-    """Remove the temporary folder of a killed export. Raises OSError for anything that an export did not write."""
-    if not os.path.lexists(folder):
-        return
-    if folder.is_symlink() or not folder.is_dir() or not {path.name for path in folder.iterdir()} <= FILES:
-        raise FileExistsError(f"{folder} is in the way, and is not what an export leaves")
-    shutil.rmtree(folder)
 
 
 def _with_pooling(saved: RunNetwork, global_pool: Pooling | None) -> VisionTransformer:
@@ -122,17 +122,17 @@ def _with_pooling(saved: RunNetwork, global_pool: Pooling | None) -> VisionTrans
         )
     # For mean pooling, timm would use a new `fc_norm` after the mean; keep the encoder's trained norm instead.
     changed = {"num_classes": 0, "global_pool": global_pool or "avg", "fc_norm": False, "pool_include_prefix": False}
-    vit = timm.create_model(network["name"], pretrained=False, **network["arguments"] | changed)
+    vit: TimmModel = timm.create_model(network["name"], pretrained=False, **network["arguments"] | changed)
     vit.load_state_dict(saved.vit.state_dict())
     return vit.eval()
 
 
-def _fill(folder: Path, saved: RunNetwork, vit: VisionTransformer, weights: Weights) -> None:
+def _fill(folder: Path, saved: RunNetwork, vit: TimmModel, weights: Weights) -> None:
     """Write the four files. export.json comes last, after the comparison that it records."""
-    metadata, seen = saved.metadata, saved.metadata["input"]
+    metadata, view = saved.metadata, saved.metadata["input"]
     size = vit.patch_embed.img_size[0]
-    assert size == seen["size"], f"run.json: the network takes {size} px, its input is {seen['size']}"
-    data = {"input_size": (3, size, size), "mean": seen["mean"], "std": seen["std"], "crop_pct": seen["crop"]}
+    assert size == view["size"], f"run.json: the network takes {size} px, its input is {view['size']}"
+    data = {"input_size": (3, size, size), "mean": view["mean"], "std": view["std"], "crop_pct": view["crop"]}
     data |= {"interpolation": "bicubic", "crop_mode": "center"}
     model_config: dict[str, Any] = {"pretrained_cfg": {"license": metadata["license"]}}
     classes = metadata.get("classes")
@@ -155,24 +155,14 @@ def _compare(folder: Path, saved: RunNetwork, vit: VisionTransformer) -> dict[st
     """
     size = vit.patch_embed.img_size[0]
     images = torch.randn(_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))  # [B, 3, s, s]
-    reopened = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    tokens, found = saved.vit.forward_features(images), reopened.forward_features(images)  # [B, P + N, D]
-    pairs = [(tokens, found), (vit.forward_head(tokens), reopened.forward_head(found))]  # [B, P + N, D], [B, D or C]
-    difference = max(float((wanted - got).abs().max()) for wanted, got in pairs)
+    reopened: TimmModel = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    expected, tokens = saved.vit.forward_features(images), reopened.forward_features(images)  # [B, P + N, D]
+    pairs = [(expected, tokens), (vit.forward_head(expected), reopened.forward_head(tokens))]  # the heads': [B, D or C]
+    difference = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
     if not difference == 0.0:  # `not ==` also catches nan
         raise DataError(
             f"timm {version('timm')} does not give the outputs of {saved.checkpoint} back: {difference:g} apart",
             "export with the timm that the run was made with, which its run.json names",
         )
     versions = {name: version(name) for name in ("torch", "timm")}
-    return {"max_difference": difference, "values": sum(got.numel() for _, got in pairs), "versions": versions}
-
-
-def _commit(temporary: Path, out: Path, retired: Path) -> None:
-    """Rename the new folder to `out`. An earlier export stays complete, under one name or another, until then."""
-    if not out.exists():
-        temporary.rename(out)
-        return
-    out.rename(retired)
-    temporary.rename(out)
-    shutil.rmtree(retired)
+    return {"max_difference": difference, "values": sum(ours.numel() for ours, _ in pairs), "versions": versions}

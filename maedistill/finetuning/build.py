@@ -15,9 +15,8 @@ from maedistill.data.loading.loader import RandomCrops
 from maedistill.data.loading.order import SampleOrder
 from maedistill.data.shards.index import ShardIndex
 from maedistill.errors import ConfigError
-from maedistill.models.encoder import MaskedEncoder, build_vit
+from maedistill.models.encoder import MaskedEncoder, build_vit, vit_positions
 from maedistill.models.initialize import initialize
-from maedistill.models.positions import position_table
 from maedistill.weights.from_file import SPEC_FIELDS, EncoderSpec
 from maedistill.weights.from_run import describe_network
 from maedistill.weights.network import Network, open_network
@@ -45,6 +44,7 @@ def build_classifier(config: FinetuneConfig, source: Network | None, *, num_clas
     """
     vit = _from_scratch(config, num_classes) if source is None else _from_source(config, source, num_classes)
     std = 0.02 if config.distill.standardizes else 2e-5  # timm's or MAE's
+    assert isinstance(vit.head, nn.Linear)
     nn.init.trunc_normal_(vit.head.weight, std=std, generator=torch.Generator().manual_seed(config.seed))
     nn.init.zeros_(vit.head.bias)
     if config.engine.activation_checkpointing:
@@ -83,9 +83,8 @@ def _from_scratch(config: FinetuneConfig, num_classes: int) -> VisionTransformer
         _require_class_token(config, build_vit(**shape))
     vit = build_vit(num_classes=num_classes, global_pool=global_pool, **shape)
     initialize(vit, seed=config.seed)
-    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-    grid = vit.patch_embed.grid_size[0]
-    vit.pos_embed.data.copy_(position_table("sincos2d", grid=grid, width=vit.embed_dim, num_prefix=prefix))
+    assert vit.pos_embed is not None
+    vit.pos_embed.data.copy_(vit_positions(vit, "sincos2d"))
     return vit
 
 
@@ -97,6 +96,7 @@ def _from_source(config: FinetuneConfig, source: Network, num_classes: int) -> V
     network = describe_network(encoder.vit)
     changes = {"num_classes": num_classes, "global_pool": student.global_pool, "fc_norm": student.global_pool == "avg"}
     vit = timm.create_model(network["name"], **network["arguments"] | changes | {"drop_path_rate": student.drop_path})
+    assert isinstance(vit, VisionTransformer)
     fresh = ("head.", "fc_norm.", *(() if student.global_pool == "token" else ("norm.",)))
     weights = {name: value for name, value in encoder.vit.state_dict().items() if not name.startswith(fresh)}
     missing, unexpected = vit.load_state_dict(weights, strict=False)

@@ -8,20 +8,18 @@ from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.config.distill import BATCH_RELATION_TERMS, DistillConfig, PairsConfig, TermConfig
 from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.plan import Plan
 from maedistill.config.schema import Triple
 from maedistill.errors import ConfigError, UserError
-from maedistill.finetuning.distilled import Distilled
+from maedistill.finetuning.objective import Distilled, Supervised
 from maedistill.finetuning.outputs import FeatureInfo, RequestedOutputs, feature_info
-from maedistill.finetuning.supervised import Supervised
 from maedistill.finetuning.teacher import OfflineTeacher, TeacherEnsemble, TeacherSource
-from maedistill.finetuning.term_schedule import describe_schedule, is_scheduled
 from maedistill.finetuning.terms import TERMS
 from maedistill.machine import DTYPES, precision
 from maedistill.models.initialize import initialize
-from maedistill.runs.plan import Plan
 from maedistill.weights.class_names import shared_classes
-from maedistill.weights.fingerprint import weights_fingerprint
 from maedistill.weights.network import Network, open_network
+from maedistill.weights.state_dict import weights_fingerprint
 
 _VIT_ONLY = ("attention", "token_relations")
 
@@ -41,7 +39,9 @@ def open_teachers(config: FinetuneConfig, *, classes: tuple[str, ...], num_class
     return teachers
 
 
-def build_module(config: FinetuneConfig, vit: VisionTransformer, teachers: list[TeacherSource]) -> Supervised:
+def build_module(
+    config: FinetuneConfig, vit: VisionTransformer, teachers: list[TeacherSource]
+) -> Supervised | Distilled:
     """Build what the engine trains: the network, and with teachers its terms, initialised from the seed."""
     if not teachers:
         return Supervised(vit)
@@ -51,7 +51,7 @@ def build_module(config: FinetuneConfig, vit: VisionTransformer, teachers: list[
     features = [teacher.features for teacher in teachers]
     terms = {name: TERMS[name](name, section, student, features) for name, section in distill.terms.items()}
     requested = _requested(distill, "student", logits=True, tokens=distill.hard_label.on and distill.hard_label.token)
-    scheduled = [name for name, term in distill.terms.items() if is_scheduled(term)]
+    scheduled = [name for name, term in distill.terms.items() if term.is_scheduled]
     module = Distilled(vit, terms, requested=requested, label_weight=distill.label_weight, scheduled=scheduled)
     initialize(module.terms, seed=config.seed)
     return module
@@ -111,7 +111,7 @@ def distillation_lines(config: FinetuneConfig, teachers: list[TeacherSource], *,
         section = term.model_dump(exclude=set(TermConfig.model_fields), exclude_none=True)
         settings = "".join(f", {key} {_plain(value)}" for key, value in section.items())
         related = f", within micro-batches of {micro_batch}" if name in BATCH_RELATION_TERMS else ""
-        lines.append(f"term     {name} {describe_schedule(term)}{settings}{related}")
+        lines.append(f"term     {name} {term.describe_schedule()}{settings}{related}")
     return lines
 
 

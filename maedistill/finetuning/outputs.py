@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
-from maedistill.models.attention import has_plain_attention
-from maedistill.models.encoder import run_blocks
+from maedistill.models.blocks import has_plain_attention
+from maedistill.models.encoder import TimmModel, run_blocks
 
 Outputs = dict[str, Tensor]
 
@@ -60,13 +60,13 @@ class FeatureInfo:
     register_token: int | None
 
 
-def is_plain_vit(network: nn.Module) -> bool:
+def is_plain_vit(network: TimmModel) -> bool:
     """Return whether `network` is a VisionTransformer whose forward pass `_vit_outputs` reproduces."""
     own = VisionTransformer.forward_features
     return isinstance(network, VisionTransformer) and type(network).forward_features is own
 
 
-def forward_outputs(network: nn.Module, images: Tensor, requested: RequestedOutputs) -> Outputs:
+def forward_outputs(network: TimmModel, images: Tensor, requested: RequestedOutputs) -> Outputs:
     """Return the `requested` outputs of a network on normalised images [B, 3, s, s]; deeper layers do not run."""
     outputs, last = (_vit_outputs if is_plain_vit(network) else _intermediates)(network, images, requested)
     if requested.tokens:
@@ -79,7 +79,7 @@ def forward_outputs(network: nn.Module, images: Tensor, requested: RequestedOutp
 
 
 @torch.no_grad()
-def feature_info(network: nn.Module, *, name: str, image_size: int) -> FeatureInfo:
+def feature_info(network: TimmModel, *, name: str, image_size: int) -> FeatureInfo:
     """Return the outputs that `network` can give at `image_size`, found with one black image."""
     image = next(network.parameters()).new_zeros(1, 3, image_size, image_size)
     num_heads: tuple[int, ...] = ()
@@ -118,7 +118,7 @@ def _vit_outputs(vit: VisionTransformer, images: Tensor, requested: RequestedOut
     return outputs, x
 
 
-def _intermediates(network: nn.Module, images: Tensor, requested: RequestedOutputs) -> tuple[Outputs, Tensor]:
+def _intermediates(network: TimmModel, images: Tensor, requested: RequestedOutputs) -> tuple[Outputs, Tensor]:
     """Return the outputs of any other timm network, and its head's input, usable only with `requested.to_the_end`."""
     assert not requested.attention and not requested.relations
     depths = sorted({*requested.features})
@@ -132,7 +132,7 @@ def _intermediates(network: nn.Module, images: Tensor, requested: RequestedOutpu
     return {f"features/{depth}": one for depth, one in zip(depths, maps, strict=True)}, last
 
 
-def _all_maps(network: nn.Module, image: Tensor) -> list[Tensor]:
+def _all_maps(network: TimmModel, image: Tensor) -> list[Tensor]:
     """Return features of all depths that timm lists, [1, D, h, w] each; empty for a network without square maps."""
     if not hasattr(network, "forward_intermediates"):
         return []
@@ -140,13 +140,13 @@ def _all_maps(network: nn.Module, image: Tensor) -> list[Tensor]:
     return maps if all(one.ndim == 4 and one.shape[2] == one.shape[3] for one in maps) else []
 
 
-def _pooled(network: nn.Module, last: Tensor) -> Tensor:
+def _pooled(network: TimmModel, last: Tensor) -> Tensor:
     """Return the classifier's input, [B, D]; for an encoder that does not pool, the mean of its patch tokens."""
     pooled = network.forward_head(last, pre_logits=True)
     return pooled[:, network.num_prefix_tokens :].mean(1) if pooled.ndim == 3 else pooled
 
 
-def _embedding_width(network: nn.Module, image: Tensor) -> int:
+def _embedding_width(network: TimmModel, image: Tensor) -> int:
     """Return D of `_pooled`, 0 for a network that has no such features."""
     try:
         pooled = _pooled(network, network.forward_features(image))

@@ -9,17 +9,16 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from maedistill.config.batch import world_size_from_environment
 from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.plan import Plan, make_plan, plan_lines, world_size_from_environment
 from maedistill.config.schema import Triple
 from maedistill.data.images.augment import Mixing, seed_generators
 from maedistill.data.images.transforms import normalize, random_flip, to_float01
 from maedistill.data.loading.batch import Batch
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
 from maedistill.data.loading.order import label_subset
-from maedistill.data.remote.cache import set_cache
+from maedistill.data.remote.cache import require_room, set_cache
 from maedistill.data.shards.index import ShardIndex, open_index
-from maedistill.data.shards.reader import require_room, sample_name
 from maedistill.errors import ConfigError, DataError
 from maedistill.finetuning.build import build_classifier, build_init_source, build_labelled_crops, build_mixing
 from maedistill.finetuning.build_teachers import (
@@ -28,13 +27,13 @@ from maedistill.finetuning.build_teachers import (
     distillation_lines,
     open_teachers,
 )
-from maedistill.finetuning.distilled import Distilled
+from maedistill.finetuning.objective import Distilled, Supervised
 from maedistill.finetuning.outputs import is_plain_vit
-from maedistill.finetuning.supervised import Supervised
 from maedistill.finetuning.teacher import TeacherEnsemble, TeacherSource
+from maedistill.models.encoder import num_params_m
 from maedistill.processes import distributed
 from maedistill.runs.dry_run import dry_run as plan_and_try
-from maedistill.runs.plan import Plan, make_plan, num_params_m, plan_lines
+from maedistill.runs.start import Stage
 from maedistill.training.compilation import compile_module
 from maedistill.training.optim import layer_rates, layerwise_groups, parameter_groups
 from maedistill.weights.from_run import describe_network
@@ -45,7 +44,7 @@ _SPARSE = 10  # labels are suspect if fewer than 1 in 10 of the ids up to the la
 
 
 @dataclass
-class Finetuning:
+class Finetuning(Stage):
     """The parts, on `device`. source: None from scratch; samples: the ids of the label subset, int64 [n].
 
     teachers, teaching: for distillation; empty and None without it.
@@ -57,7 +56,7 @@ class Finetuning:
     val_index: ShardIndex
     samples: Tensor
     num_classes: int
-    module: Supervised
+    module: Supervised | Distilled
     source: Network | None
     mean: Triple
     std: Triple
@@ -199,7 +198,8 @@ def dry_run(config: FinetuneConfig) -> None:
 def _open_data(config: FinetuneConfig) -> tuple[ShardIndex, ShardIndex]:
     """Open the indexes of training and validation shards; check for equal classes and the labels that are needed."""
     index = open_index(config.data.train, index=config.data.index)
-    require_room(index, window=config.data.shuffle_window)
+    require_room(index.shards, index.shard_bytes, window=config.data.shuffle_window)
+    assert config.data.val is not None  # a rule of the config requires it
     val_index = open_index(config.data.val)
     for part in (index, val_index) if config.distill.reads_labels else (val_index,):
         part.require_labels()
@@ -235,7 +235,7 @@ def _require_dense(index: ShardIndex) -> None:
     """Raise DataError if so few classes up to the largest label occur that this label is probably a mistake."""
     found, largest = len(np.unique(index.labels)), int(np.max(index.labels))
     if largest + 1 > _SPARSE * found:
-        first = sample_name(index, int(np.argmax(index.labels)))
+        first = index.sample_name(int(np.argmax(index.labels)))
         raise DataError(
             f"labels go up to {largest:,}, first {first}, but only {found} of these classes occur",
             f"mend the label, or set data.num_classes={largest + 1} if it is meant",

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from maedistill.config.distill import TermConfig
 from maedistill.finetuning.outputs import FeatureInfo, Outputs, RequestedOutputs, forward_outputs
-from maedistill.finetuning.term_schedule import weight_table
-from maedistill.weights.frozen import FrozenNetwork
+from maedistill.methods.teacher import FrozenNetwork
 from maedistill.weights.network import Network
 
 _ON_GRID = ("features/", "attention/")
@@ -98,7 +97,9 @@ class TeacherEnsemble:
     ) -> None:
         """Tabulate the terms' weights. steps: of the run; epoch_at: epochs done before a step."""
         self.teachers, self.terms = tuple(teachers), tuple(terms)
-        weights = weight_table(self.terms, steps=steps, epoch_at=epoch_at)  # [steps, terms]
+        # A compiled step takes a row of this table as input: it neither waits for the host nor recompiles.
+        rows = [[term.weight_at(epoch_at(step)) for term in self.terms] for step in range(steps)]
+        weights = torch.tensor(rows, dtype=torch.float32).view(steps, len(self.terms))
         self.heaviest_step = int(weights.sum(dim=1).argmax())  # the step whose weights are largest
         self._counts = weights.any(dim=1).tolist()
         self._weights = weights.to(device)

@@ -19,18 +19,19 @@ from torch import Tensor, nn
 from maedistill.config import distill
 from maedistill.errors import ConfigError
 from maedistill.finetuning.outputs import FeatureInfo, Outputs
-from maedistill.losses.features import attention_transfer_loss, feature_loss
-from maedistill.losses.logits import decoupled_divergence, hard_label_loss, kd_loss, standardize
-from maedistill.losses.relations import (
+from maedistill.losses.features import (
+    attention_transfer_loss,
     contrast_loss,
+    feature_loss,
     pkt_loss,
     rkd_angle_loss,
     rkd_distance_loss,
     sp_loss,
     token_relations,
 )
+from maedistill.losses.logits import decoupled_divergence, hard_label_loss, kd_loss, standardize
 from maedistill.machine import without_autocast
-from maedistill.models.heads import projection
+from maedistill.models.blocks import projection
 
 Parts = dict[str, Tensor]
 EMBEDDING_LOSSES = {
@@ -74,11 +75,6 @@ class Term(nn.Module):
         """Return the value that the term's weight multiplies."""
         return torch.stack(list(parts.values())).mean()
 
-    @property
-    def pairs(self) -> list[tuple[int, int]]:
-        """Return the pairs (student depth, teacher depth) of a term on features by depth."""
-        return list(zip(self.section.student, self.section.teacher, strict=True))
-
     def _build(self, student: FeatureInfo, teachers: Sequence[FeatureInfo]) -> None:
         """Make what depends on the networks. Raises ConfigError if the term cannot compare them."""
 
@@ -86,10 +82,11 @@ class Term(nn.Module):
         """Return the parts by the ends of their names."""
         raise NotImplementedError
 
-    def _logits(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
-        """Return both sides' logits [B, C], as z-scores if the section says so."""
-        sides = student["logits"], teacher["logits"]
-        return tuple(standardize(side.float()) for side in sides) if self.section.standardize else sides
+
+def _logits(student: Outputs, teacher: Outputs, *, z_scores: bool) -> tuple[Tensor, Tensor]:
+    """Return both sides' logits [B, C], z-scored per image if asked."""
+    s, t = student["logits"], teacher["logits"]
+    return (standardize(s.float()), standardize(t.float())) if z_scores else (s, t)
 
 
 class Logits(Term):
@@ -98,8 +95,8 @@ class Logits(Term):
     section: distill.LogitsConfig
 
     def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
-        own = self.section.temperature
-        sides, theirs = self._logits(student, teacher), self.section.teacher_temperature or own
+        sides, own = _logits(student, teacher, z_scores=self.section.standardize), self.section.temperature
+        theirs = self.section.teacher_temperature or own
         return {"": kd_loss(*sides, temperature=own, teacher_temperature=theirs)}
 
 
@@ -109,7 +106,7 @@ class DKD(Term):
     section: distill.DKDConfig
 
     def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
-        sides = self._logits(student, teacher)
+        sides = _logits(student, teacher, z_scores=self.section.standardize)
         losses = decoupled_divergence(*sides, labels, temperature=self.section.temperature)
         return {"/tckd": losses.target, "/nckd": losses.others}
 
@@ -154,15 +151,22 @@ class Hints(Term):
     def _build(self, student: FeatureInfo, teachers: Sequence[FeatureInfo]) -> None:
         kind = self.section.projector
         self.projectors = nn.ModuleList(
-            nn.ModuleList(projection(student.channels[s], teacher.channels[t], kind=kind) for s, t in self.pairs)
+            nn.ModuleList(
+                projection(student.channels[s], teacher.channels[t], kind=kind) for s, t in self.section.pairs
+            )
             for teacher in teachers
         )
 
     def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
-        parts, settings = {}, {"distance": self.section.distance, "normalize": self.section.normalize}
-        for projector, (s, t) in zip(self.projectors[number], self.pairs, strict=True):
+        parts, section = {}, self.section
+        projectors = self.projectors[number]
+        assert isinstance(projectors, nn.ModuleList)
+        for projector, (s, t) in zip(projectors, section.pairs, strict=True):
             rows, expected = (side.flatten(2).mT for side in (student[f"features/{s}"], teacher[f"features/{t}"]))
-            parts[f"/{s}-{t}"] = feature_loss(projector(rows), expected, **settings)  # [B, N, D] each
+            projected = projector(rows)  # [B, N, D], as `expected`
+            parts[f"/{s}-{t}"] = feature_loss(
+                projected, expected, distance=section.distance, normalize=section.normalize
+            )
         return parts
 
 
@@ -175,10 +179,14 @@ class AttentionTransfer(Term):
     section: distill.AttentionTransferConfig | distill.AttentionConfig
 
     def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
-        kind, power = ("attention", 1) if self.name == "attention" else ("features", self.section.power)
-        sides = [(student[f"{kind}/{s}"], teacher[f"{kind}/{t}"]) for s, t in self.pairs]
-        losses = [attention_transfer_loss(*maps, power=power) for maps in sides]
-        return {f"/{s}-{t}": loss for (s, t), loss in zip(self.pairs, losses, strict=True)}
+        section = self.section
+        kind, power = ("attention", 1)
+        if isinstance(section, distill.AttentionTransferConfig):
+            kind, power = ("features", section.power)
+        return {
+            f"/{s}-{t}": attention_transfer_loss(student[f"{kind}/{s}"], teacher[f"{kind}/{t}"], power=power)
+            for s, t in section.pairs
+        }
 
 
 class TokenRelations(Term):
@@ -212,8 +220,8 @@ class TokenRelations(Term):
             self.num_heads.append(num_heads)
 
     def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
-        parts = {}
-        for s, t in self.pairs:
+        parts: Parts = {}
+        for s, t in self.section.pairs:
             sides = [
                 [side[f"{name}/{block}"] for name in ("query", "key", "value")]
                 for side, block in ((student, s), (teacher, t))

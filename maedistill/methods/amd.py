@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from maedistill.methods.dmae import DMAE, AlignmentSpec
 from maedistill.methods.mae import BlockFeatures, Losses, PixelSpec, mean_loss
-from maedistill.models.decoder import TokenDecoder
+from maedistill.models.decoder import Generator, TokenDecoder
 from maedistill.models.encoder import MaskedEncoder
-from maedistill.models.heads import Generator
-from maedistill.models.masking import PatchSplit
+from maedistill.models.patches import PatchSplit
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from maedistill.data.images.transforms import normalize
-from maedistill.losses.pixels import patch_statistics, pixel_loss, pixel_target
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder
-from maedistill.models.masking import PatchSplit, gather_rows, num_visible
-from maedistill.models.patches import patchify, unpatchify
+from maedistill.models.patches import PatchSplit, gather_rows, num_visible, patchify, unpatchify
 
 BlockFeatures = dict[int, Tensor]  # features by block, see `MaskedEncoder.forward`
 Losses = dict[str, Tensor]
@@ -25,7 +25,7 @@ Losses = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class PixelSpec:
-    """The pixel loss. mean, std: of the student's normalisation. target: a kind of `losses.pixels.patch_statistics`.
+    """The pixel loss. mean, std: of the student's normalisation. target: a kind of `patch_statistics`.
 
     predict_ratio: the share of the hidden patches that is predicted.
     """
@@ -63,7 +63,7 @@ class MAE(nn.Module):
         hidden = split.hidden[:, : self.num_predicted(split)]  # [B, H]: the order is random, so this is a random subset
         predicted = self.decoder(tokens, split, hidden)  # [B, H, p*p*3]
         target = pixel_target(self.pixels_of(images, normalized, hidden), kind=self.pixels.target)
-        return pixel_loss(predicted, target), features
+        return F.mse_loss(predicted.float(), target.float()), features
 
     def num_predicted(self, split: PatchSplit) -> int:
         """Return how many hidden patches of an image are predicted in training: H."""
@@ -93,6 +93,28 @@ class MAE(nn.Module):
         """Return pixel rows of the patches `ids` [B, M]: of the plain images in AMD, else of the normalised input."""
         source = images if self.pixels.target == "norm_patch_channel" else normalized
         return gather_rows(patchify(source, self.encoder.patch_size), ids)  # [B, M, p*p*3]
+
+
+def patch_statistics(rows: Tensor, *, kind: str) -> tuple[Tensor, Tensor]:
+    """Return the shift and scale that normalise pixel rows [B, H, p*p*3]; both broadcast against the rows.
+
+    raw: none (0 and 1). norm_patch: mean and sqrt(unbiased variance + 1e-6) over the whole patch (MAE, section 3).
+    norm_patch_channel: mean and unbiased deviation + 1e-6 of each channel of the patch (VideoMAE and AMD).
+    """
+    if kind == "raw":
+        return rows.new_zeros(1), rows.new_ones(1)
+    if kind == "norm_patch":
+        return rows.mean(-1, keepdim=True), (rows.var(-1, keepdim=True) + 1e-6).sqrt()
+    assert kind == "norm_patch_channel"
+    pixels = rearrange(rows, "b h (x c) -> b h x c", c=3)
+    shift, scale = pixels.mean(2), pixels.var(2).sqrt() + 1e-6  # [B, H, 3]
+    return shift.repeat(1, 1, pixels.shape[2]), scale.repeat(1, 1, pixels.shape[2])
+
+
+def pixel_target(rows: Tensor, *, kind: str) -> Tensor:
+    """Return the decoder's target: pixel rows [B, H, p*p*3] of hidden patches, normalised by `kind`."""
+    shift, scale = patch_statistics(rows, kind=kind)
+    return (rows - shift) / scale
 
 
 def mean_loss(losses: Losses) -> Tensor:

@@ -1,29 +1,57 @@
-"""The frozen teacher of pre-training: it runs up to its last tap on its visible patches.
-
-`pretraining/build.py` opens its weights.
+"""Frozen teachers: the base class of all, and the one of pre-training, whose weights `pretraining/build.py` opens.
 
 B batch   T patches visible to the teacher   Q its prefix tokens   D_t its width   H its heads   d their width
-s image side
+s image side   t image side of the teacher
 """
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as vision
 
+from maedistill.data.images.transforms import normalize
 from maedistill.errors import ConfigError
-from maedistill.models.encoder import MaskedEncoder
-from maedistill.models.masking import PatchSplit
-from maedistill.weights.frozen import FrozenNetwork
+from maedistill.models.encoder import MaskedEncoder, TimmModel
+from maedistill.models.patches import PatchSplit
 from maedistill.weights.network import Network
+
+
+class FrozenNetwork(nn.Module):
+    """Holds `module`, the network that `source` has opened or a view of it, without gradients and in `dtype`.
+
+    It resizes and normalises images for itself; a subclass runs it, in `forward`. It stands beside the engine: it is
+    never wrapped, trained or saved.
+    """
+
+    mean: Tensor
+    std: Tensor
+    network: TimmModel
+
+    def __init__(self, source: Network, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network, self.image_size, self.dtype = module.to(dtype), source.size, dtype
+        self.register_buffer("mean", torch.tensor(source.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(source.std).view(3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Resize images in [0, 1] to the network's own size, and normalise them: [B, 3, s, s] -> [B, 3, t, t]."""
+        if images.shape[-1] != self.image_size:
+            size = [self.image_size, self.image_size]
+            images = vision.resize(images, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+        return normalize(images, self.mean, self.std).to(self.dtype)
 
 
 class Teacher(FrozenNetwork):
     """Computes the features of the teacher's tapped blocks, or with `relations` their queries, keys and values.
 
-    If its patch size differs from the student's, it resizes the images to the student's grid: patch i covers the same
-    part of the image for both.
+    It sees its visible patches only, and runs up to its last tap. If its patch size differs from the student's, it
+    resizes the images to the student's grid: patch i covers the same part of the image for both.
     """
+
+    network: MaskedEncoder
 
     def __init__(
         self, source: Network, *, taps: Sequence[int], relations: bool = False, dtype: torch.dtype = torch.float32
@@ -48,4 +76,5 @@ class Teacher(FrozenNetwork):
 
         With `relations` the values are [3, B, H, Q + T, d].
         """
-        return self.network(self.prepare(images), split.teacher, **self.tapped, to_last_tap=True)[1]
+        _, outputs = self.network(self.prepare(images), split.teacher, **self.tapped, to_last_tap=True)
+        return outputs

@@ -1,1 +1,1 @@
-"""Networks: encoder, decoders, heads, patch masking and position tables."""
+"""Networks: encoder, decoders, and what they are made of."""

@@ -1,19 +1,19 @@
-"""Light decoders: they take visible tokens and mask tokens, and predict the pixels of hidden patches.
+"""Light networks that predict at patches which the student has not seen; they are discarded after pre-training.
 
-`TokenDecoder` is MAE's (He et al., 2022, section 3): a small ViT over visible and hidden rows. In `CrossDecoder` (after
-CrossMAE, Fu et al., 2024) hidden rows attend to the visible ones but not to each other. It costs less, and the
-prediction of a patch does not depend on which other patches are predicted.
+`TokenDecoder` predicts pixels, as in MAE (He et al., 2022, section 3): a small ViT over visible and hidden rows. In
+`CrossDecoder` (after CrossMAE, Fu et al., 2024) hidden rows attend to the visible ones but not to each other. It costs
+less, and the prediction of a patch does not depend on which other patches are predicted. AMD's `Generator` predicts
+features.
 
-    B batch   N patches   S visible   H predicted, of the N - S hidden   P prefix tokens   D encoder width   W own width
-    p patch side
+    B batch   N patches   S, T visible to student and teacher   H predicted, of the N - S hidden   P prefix tokens
+    D encoder width   W own width   p patch side
 """
 
 import torch
 from torch import Tensor, nn
 
 from maedistill.models.blocks import CrossBlock, LayerNorm, TransformerBlock
-from maedistill.models.masking import PatchSplit, gather_rows
-from maedistill.models.positions import position_table
+from maedistill.models.patches import PatchSplit, gather_rows, position_table
 
 
 class TokenDecoder(nn.Module):
@@ -79,3 +79,28 @@ class CrossDecoder(TokenDecoder):
         for block in self.blocks:
             rows = block(rows, context)  # [B, H, W]
         return self.head(self.norm(rows))
+
+
+class Generator(nn.Module):
+    """Predicts the teacher's features at patches that only the teacher sees (AMD, section 3.3).
+
+    Its input is the projected student rows and one mask token per missing patch, all with positions. Its output rows
+    are those of the last block, without a final norm.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(self, width: int, *, depth: int, num_heads: int, grid: int, pos_embed: str = "sincos2d") -> None:
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("pos_embed", position_table(pos_embed, grid=grid, width=width))  # [1, N, W]
+        self.blocks = nn.ModuleList(TransformerBlock(width, num_heads) for _ in range(depth))
+
+    def forward(self, projected: Tensor, split: PatchSplit) -> Tensor:
+        """Predict rows `order[:, S:T]` from the projected student rows: [B, S, W] -> [B, T - S, W]."""
+        missing = split.num_teacher - split.num_student
+        mask_tokens = self.mask_token.expand(len(projected), missing, -1).to(projected.dtype)
+        x = torch.cat([projected, mask_tokens], dim=1) + gather_rows(self.pos_embed, split.teacher)  # [B, T, W]
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.blocks[-1](x, first=split.num_student)

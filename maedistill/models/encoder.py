@@ -9,6 +9,7 @@ of its rows, so the rows keep the order in which patches were selected.
 
 import difflib
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import timm
 import torch
@@ -19,10 +20,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from maedistill.errors import ConfigError
-from maedistill.models.attention import queries_keys_values
-from maedistill.models.masking import gather_rows
-from maedistill.models.patches import patchify
-from maedistill.models.positions import position_table
+from maedistill.models.blocks import queries_keys_values
+from maedistill.models.patches import gather_rows, patchify, position_table
+
+# Any model of timm: an nn.Module with forward_features, forward_head, pretrained_cfg ..., of no common declared class.
+TimmModel: TypeAlias = Any
 
 
 class MaskedEncoder(nn.Module):
@@ -41,19 +43,20 @@ class MaskedEncoder(nn.Module):
         """Embed the selected patches, add positions, put the prefix first: [B, 3, s, s], [B, M] -> [B, P + M, D]."""
         vit = self.vit
         x = self.embed_patches(images, ids)  # [B, M, D]
-        prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
+        prefix: list[Tensor] = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
         if prefix:
             head = torch.cat(prefix, dim=1)  # [1, P, D]
             if not vit.no_embed_class:
+                assert vit.pos_embed is not None
                 head = head + vit.pos_embed[:, : self.num_prefix]
             x = torch.cat([head.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # [B, P + M, D]
         return vit.norm_pre(vit.pos_drop(x))
 
     def embed_patches(self, images: Tensor, ids: Tensor | None) -> Tensor:
         """Embed only the selected patches and add their positions: [B, 3, s, s], [B, M] -> [B, M, D]."""
-        embed = self.vit.patch_embed
-        patches = patchify(images, self.patch_size)  # [B, N, p*p*3]
-        rows = self.vit.pos_embed[:, -(self.grid**2) :]  # [1, N, D]
+        embed, positions = self.vit.patch_embed, self.vit.pos_embed
+        assert positions is not None
+        patches, rows = patchify(images, self.patch_size), positions[:, -(self.grid**2) :]  # [B, N, p*p*3], [1, N, D]
         if ids is not None:
             patches, rows = gather_rows(patches, ids), gather_rows(rows, ids)  # [B, M, ...]
         weight = rearrange(embed.proj.weight, "d c p q -> d (p q c)")
@@ -120,46 +123,51 @@ def build_vit(
 ) -> VisionTransformer:
     """Build a randomly initialised timm `model` for square images of `image_size` pixels; by default no classifier.
 
-    positions: `sincos2d` or `sincos1d` replaces the position parameter by a fixed buffer of that table; `learned`
+    pos_embed: `sincos2d` or `sincos1d` replaces the position parameter by a fixed buffer of that table; `learned`
     keeps it. The other dimensions override the model's own where they are not None. global_pool: timm's;
     with `avg`, the mean of the patch tokens has a norm of its own, `fc_norm`, and the encoder's final norm is left out.
     Raises ConfigError for a name that is not a plain VisionTransformer with absolute positions.
     """
     require_known(model)
     with torch.device("meta"):  # allocates and initialises nothing
-        plain = timm.create_model(model, pretrained=False)
-    require_plain_vit(plain, model)
-    num_heads = num_heads or getattr(getattr(plain.blocks[0], "attn", None), "num_heads", 1)
-    _require_fit(
-        image_size, patch_size or plain.patch_embed.patch_size[0], width=width or plain.embed_dim, num_heads=num_heads
-    )
+        plain = require_plain_vit(timm.create_model(model, pretrained=False), model)
+    own_heads: int = getattr(getattr(plain.blocks[0], "attn", None), "num_heads", 1)
+    heads, dimension = num_heads or own_heads, width or plain.embed_dim
+    patch = patch_size or plain.patch_embed.patch_size[0]
+    # The config's own rules do not cover every model.
+    if image_size % patch:
+        raise ConfigError(f"patch size {patch} does not divide image size {image_size}", "change one of them")
+    if dimension % heads or dimension % 4:
+        raise ConfigError(f"width {dimension} is no multiple of 4 and of {heads} heads", "change width or heads")
     overrides = {
         "embed_dim": width,
         "depth": depth,
-        "num_heads": num_heads,
+        "num_heads": heads,
         "patch_size": patch_size,
         "class_token": class_token,
         "reg_tokens": register_tokens,
         "drop_path_rate": drop_path,
     }
-    given = {name: value for name, value in overrides.items() if value is not None}
-    keywords = {"num_classes": num_classes, "global_pool": global_pool, "img_size": image_size, **given}
-    vit = timm.create_model(model, pretrained=False, **keywords)
+    keywords: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
+    keywords |= {"num_classes": num_classes, "global_pool": global_pool, "img_size": image_size}
+    vit: TimmModel = timm.create_model(model, pretrained=False, **keywords)
     if pos_embed != "learned":
-        fix_positions(vit, pos_embed)
+        # A buffer is saved, moved and exported like a parameter, but no optimizer or ZeRO stage sees it.
+        table = vit_positions(vit, pos_embed)
+        del vit.pos_embed
+        vit.register_buffer("pos_embed", table)
     return vit
 
 
-def fix_positions(vit: VisionTransformer, kind: str) -> None:
-    """Replace the learned positions of `vit` by a fixed table in a buffer of the same name.
-
-    A buffer is saved, moved and exported like a parameter, but no optimizer or ZeRO stage sees it.
-    """
+def vit_positions(vit: VisionTransformer, kind: str) -> Tensor:
+    """Return the fixed position table `kind` that fits `vit`, in the shape of its own positions."""
     num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-    grid = vit.patch_embed.grid_size[0]
-    table = position_table(kind, grid=grid, width=vit.embed_dim, num_prefix=num_prefix)
-    del vit.pos_embed
-    vit.register_buffer("pos_embed", table)
+    return position_table(kind, grid=vit.patch_embed.grid_size[0], width=vit.embed_dim, num_prefix=num_prefix)
+
+
+def num_params_m(module: nn.Module) -> float:
+    """Return the number of parameters of a module, in millions."""
+    return sum(p.numel() for p in module.parameters()) / 1e6
 
 
 def require_known(model: str) -> None:
@@ -169,20 +177,12 @@ def require_known(model: str) -> None:
         raise ConfigError(f"timm has no model {model!r}", f"names near it: {', '.join(near) or 'none'}")
 
 
-def _require_fit(image_size: int, patch_size: int, *, width: int, num_heads: int) -> None:
-    """Raise ConfigError where dimensions do not divide, for models that the config's own rules do not cover."""
-    if image_size % patch_size:
-        raise ConfigError(f"patch size {patch_size} does not divide image size {image_size}", "change one of them")
-    if width % num_heads or width % 4:
-        raise ConfigError(f"width {width} is no multiple of 4 and of {num_heads} heads", "change width or heads")
-
-
-def require_plain_vit(vit: nn.Module, model: str) -> None:
-    """Raise ConfigError unless `vit` is a plain VisionTransformer with absolute positions and linear patches."""
-    plain = type(vit) is VisionTransformer and getattr(vit, "pos_embed", None) is not None
-    if not plain or type(vit.patch_embed).__name__ != "PatchEmbed":
-        kind = type(vit).__name__
+def require_plain_vit(network: TimmModel, name: str) -> VisionTransformer:
+    """Return `network`. Raises ConfigError unless it is a plain VisionTransformer with absolute positions."""
+    plain = type(network) is VisionTransformer and network.pos_embed is not None
+    if not plain or type(network.patch_embed).__name__ != "PatchEmbed":
         raise ConfigError(
-            f"{model} is a {kind}, whose patches cannot be left out one by one",
+            f"{name} is a {type(network).__name__}, whose patches cannot be left out one by one",
             "use a plain ViT with absolute positions, e.g. vit_small_patch16_224",
         )
+    return network

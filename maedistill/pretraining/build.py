@@ -17,15 +17,13 @@ from maedistill.methods.dmae import DMAE, AlignmentSpec
 from maedistill.methods.mae import MAE, PixelSpec
 from maedistill.methods.teacher import Teacher
 from maedistill.methods.tinymim import RelationSpec, TinyMIM
-from maedistill.models.attention import has_plain_attention
+from maedistill.models.blocks import has_plain_attention
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
-from maedistill.models.encoder import MaskedEncoder, build_vit
+from maedistill.models.encoder import MaskedEncoder, TimmModel, build_vit
 from maedistill.models.initialize import initialize
-from maedistill.models.masking import PatchSplit, num_visible, random_split
+from maedistill.models.patches import PatchSplit, num_visible, random_split
 from maedistill.weights.from_file import SPEC_FIELDS, EncoderSpec
 from maedistill.weights.network import Network, open_network
-
-DECODERS: dict[str, type[TokenDecoder]] = {"self": TokenDecoder, "cross": CrossDecoder}
 
 
 def build_encoder(config: PretrainConfig) -> MaskedEncoder:
@@ -51,96 +49,71 @@ def build_teacher(config: PretrainConfig, source: Network, device: torch.device)
 
 def build_method(config: PretrainConfig, encoder: MaskedEncoder, source: Network | None) -> MAE:
     """Build the module to train: encoder, decoder, heads and generators, initialised from the seed."""
-    if config.method != "mae" and max(config.align.student) >= encoder.depth:
-        raise ConfigError(
-            f"align.student: block {max(config.align.student)} does not exist, the student has {encoder.depth}",
-            f"use 0 to {encoder.depth - 1}",
-        )
-    decoder, teacher = _build_decoder(config, encoder), source.encoder if source is not None else None
-    pixels = PixelSpec(
-        mean=config.data.mean,
-        std=config.data.std,
-        target=config.pixels.target,
-        weight=config.pixels.weight,
-        predict_ratio=config.decoder.predict_ratio,
+    # Decoder and generators have fixed positions even if the student learns its own.
+    pos_embed = "sincos2d" if config.student.pos_embed == "learned" else config.student.pos_embed
+    decoder = {"self": TokenDecoder, "cross": CrossDecoder}[config.decoder.attention](
+        encoder.width,
+        grid=encoder.grid,
+        patch_size=encoder.patch_size,
+        num_prefix=encoder.num_prefix,
+        pos_embed=pos_embed,
+        **config.decoder.model_dump(include={"width", "depth", "num_heads", "bias"}),
     )
-    match config.method:
-        case "mae":
-            method = MAE(encoder, decoder, pixels=pixels)
-        case "dmae":
-            method = DMAE(encoder, decoder, pixels=pixels, align=_alignment(config, teacher))
-        case "amd":
-            align, generate = _alignment(config, teacher), _generators(config, teacher)
-            method = AMD(encoder, decoder, pixels=pixels, align=align, generate=generate)
-        case "tinymim":
-            method = TinyMIM(encoder, decoder, pixels=pixels, relations=_relations(config, encoder, teacher))
+    data, predict_ratio = config.data, config.decoder.predict_ratio
+    pixels = PixelSpec(data.mean, data.std, predict_ratio=predict_ratio, **config.pixels.model_dump())
+    if config.method == "mae":
+        method = MAE(encoder, decoder, pixels=pixels)
+    else:
+        assert source is not None  # by the rules of the config
+        method = _build_distillation(config, encoder, decoder, pixels, source.encoder, pos_embed)
     initialize(method, seed=config.seed)
     if config.engine.activation_checkpointing:
         encoder.vit.set_grad_checkpointing(True)
     return method
 
 
-def _build_decoder(config: PretrainConfig, encoder: MaskedEncoder) -> TokenDecoder:
-    """Build the decoder of pixels, uninitialised."""
-    return DECODERS[config.decoder.attention](
-        encoder.width,
-        width=config.decoder.width,
-        depth=config.decoder.depth,
-        num_heads=config.decoder.num_heads,
-        grid=encoder.grid,
-        patch_size=encoder.patch_size,
-        num_prefix=encoder.num_prefix,
-        bias=config.decoder.bias,
-        pos_embed=_fixed_positions(config),
-    )
-
-
-def _fixed_positions(config: PretrainConfig) -> str:
-    """Return the position table of decoder and generators, which is fixed even if the student learns its positions."""
-    return "sincos2d" if config.student.pos_embed == "learned" else config.student.pos_embed
-
-
-def _alignment(config: PretrainConfig, teacher: MaskedEncoder) -> AlignmentSpec:
-    """Return the feature alignment with this teacher."""
-    align = config.align
-    return AlignmentSpec(
-        student_taps=align.student,
-        teacher_taps=align.teacher,
-        teacher_width=teacher.width,
-        teacher_prefix=teacher.num_prefix,
-        distance=align.distance,
-        normalize=align.normalize,
-        beta=align.beta,
-        bias=align.bias,
-        weight=align.weight,
-    )
-
-
-def _generators(config: PretrainConfig, teacher: MaskedEncoder) -> GeneratorSpec:
-    """Return AMD's generators. Raises ConfigError if their heads do not divide the teacher's width."""
-    generate, width = config.generate, teacher.width
+def _build_distillation(
+    config: PretrainConfig,
+    encoder: MaskedEncoder,
+    decoder: TokenDecoder,
+    pixels: PixelSpec,
+    teacher: MaskedEncoder,
+    pos_embed: str,
+) -> MAE:
+    """Build a method with a teacher. Raises ConfigError where student and teacher do not fit each other."""
+    align, generate, width = config.align, config.generate, teacher.width
+    if max(align.student) >= encoder.depth:
+        raise ConfigError(
+            f"align.student: block {max(align.student)} does not exist, the student has {encoder.depth}",
+            f"use 0 to {encoder.depth - 1}",
+        )
+    if config.method == "tinymim":
+        return TinyMIM(encoder, decoder, pixels=pixels, relations=_relations(config, encoder, teacher))
+    terms = align.model_dump(exclude={"student", "teacher"})
+    spec = AlignmentSpec(align.student, align.teacher, width, teacher.num_prefix, **terms)
+    if config.method == "dmae":
+        return DMAE(encoder, decoder, pixels=pixels, align=spec)
     num_heads = generate.num_heads or max(1, width // 64)
     if width % num_heads:
         raise ConfigError(
             f"generate.num_heads: {num_heads} heads do not divide the teacher's width {width}",
             f"set generate.num_heads to a divisor of {width}",
         )
-    return GeneratorSpec(num_heads, depth=generate.depth, weight=generate.weight, pos_embed=_fixed_positions(config))
+    generators = GeneratorSpec(num_heads, depth=generate.depth, weight=generate.weight, pos_embed=pos_embed)
+    return AMD(encoder, decoder, pixels=pixels, align=spec, generate=generators)
 
 
 def _relations(config: PretrainConfig, encoder: MaskedEncoder, teacher: MaskedEncoder) -> RelationSpec:
     """Return the token relations. Raises ConfigError if the networks have none that can be compared."""
     align = config.align
-    for who, blocks, taps in (
-        ("student", encoder.vit.blocks, align.student),
-        ("teacher", teacher.vit.blocks, align.teacher),
-    ):
-        if max(taps) < len(blocks) and not all(has_plain_attention(blocks[tap]) for tap in taps):
+    for side, vit, taps in (("student", encoder.vit, align.student), ("teacher", teacher.vit, align.teacher)):
+        if max(taps) < len(vit.blocks) and not all(has_plain_attention(vit.blocks[tap]) for tap in taps):
             raise ConfigError(
-                f"align.{who}: the {who}'s blocks have no queries, keys and values that can be compared",
+                f"align.{side}: the {side}'s blocks have no queries, keys and values that can be compared",
                 "use a plain ViT, e.g. vit_small_patch16_224, or method=dmae",
             )
-    num_heads = tuple(teacher.vit.blocks[tap].attn.num_heads for tap in align.teacher if tap < teacher.depth)
+    blocks: TimmModel = teacher.vit.blocks
+    num_heads = tuple(blocks[tap].attn.num_heads for tap in align.teacher if tap < teacher.depth)
     if uneven := [number for number in num_heads if encoder.width % number]:
         step = lcm(uneven[0], 4)  # sin-cos positions need a multiple of 4
         raise ConfigError(
@@ -155,12 +128,7 @@ def build_crops(config: PretrainConfig, index: ShardIndex) -> RandomCrops:
     data = config.data
     order = SampleOrder(index.starts, seed=config.seed, views=data.views_per_image, window=data.shuffle_window)
     return RandomCrops(
-        index,
-        order,
-        seed=config.seed,
-        size=data.image_size,
-        scale=data.crop_scale,
-        ratio=data.crop_ratio,
+        index, order, seed=config.seed, size=data.image_size, scale=data.crop_scale, ratio=data.crop_ratio
     )
 
 

@@ -11,12 +11,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from maedistill.models.masking import PatchSplit
+from maedistill.methods.mae import MAE
+from maedistill.models.patches import PatchSplit
 
 
-def count_flops(
-    method: nn.Module, teacher: nn.Module | None, *, num_student: int, num_teacher: int
-) -> dict[str, float]:
+def count_flops(method: MAE, teacher: nn.Module | None, *, num_student: int, num_teacher: int) -> dict[str, float]:
     """Count GFLOP per image of a method and its teacher (or `benchmark/plain_step.py`'s), by part and in `total`.
 
     Parts are the forward passes of `teacher` and of the method's children (`encoder`, `decoder`, `projections`,

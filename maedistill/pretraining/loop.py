@@ -7,12 +7,15 @@ Everything random is a function of (seed, position) or (seed, step), so a restar
     m micro-batch   s image side
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.images.transforms import to_float01
 from maedistill.data.loading.evaluation import EvaluationImages, centre_transform, exact_batches
+from maedistill.data.shards.index import ShardIndex
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.features import pooled_features, random_subset
 from maedistill.evaluation.knn import knn_accuracy
@@ -72,7 +75,7 @@ def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
             if run.due(config.log.pictures_every_epochs):
                 draw(run, parts, metrics)
             if parts.val_index is not None:
-                probe(run, parts, metrics)
+                probe(run, parts, parts.val_index, metrics)
             if run.should_save:
                 run.save()
         run.raise_if_preempted()
@@ -92,7 +95,7 @@ def draw(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
         metrics.picture(run.step, "reconstruction", np.asarray(sheet))
 
 
-def probe(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
+def probe(run: Run, parts: Pretraining, val_index: ShardIndex, metrics: MetricsFile | None) -> None:
     """Run kNN and a linear probe if due: fitted on training images, scored on validation images. Collective."""
     data, log = parts.config.data, parts.config.log
     knn, linear = run.due(log.knn_every_epochs), run.due(log.probe_every_epochs)
@@ -105,21 +108,15 @@ def probe(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
         precision=parts.config.engine.precision,
         timeout_seconds=data.timeout_seconds,
     )
+    view: dict[str, Any] = {"size": data.image_size, "crop_pct": data.eval_crop}
     bank, queries = (
-        pooled_features(
-            parts.module,
-            index,
-            random_subset(index, log.knn_images),
-            context,
-            size=data.image_size,
-            crop_pct=data.eval_crop,
-        )
-        for index in (parts.index, parts.val_index)
+        pooled_features(parts.module, index, random_subset(index, log.knn_images), context, **view)
+        for index in (parts.index, val_index)
     )
     scores = {"knn": knn_accuracy(bank, queries, device=run.device)} if knn else {}
     if metrics is not None:
         scores |= {"linear": probe_accuracy(bank, queries, device=run.device)} if linear else {}
         metrics.write(run.step, {**scores, "epoch": run.epoch})
         names = {"knn": "kNN {:.1%} (a trend, no forecast)", "linear": "linear probe {:.1%}"}
-        words = ", ".join(names[name].format(accuracy) for name, accuracy in scores.items())
-        print(f"epoch {run.epoch:.1f}  {words}", flush=True)
+        summary = ", ".join(names[name].format(accuracy) for name, accuracy in scores.items())
+        print(f"epoch {run.epoch:.1f}  {summary}", flush=True)

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maedistill.config.batch import batch_plans, world_size_from_environment
+from maedistill.config.plan import Plan, batch_plans, make_plan, plan_lines, world_size_from_environment
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.data.remote.cache import set_cache
+from maedistill.data.remote.cache import require_room, set_cache
 from maedistill.data.shards.index import ShardIndex, open_index
-from maedistill.data.shards.reader import require_room
 from maedistill.methods.mae import MAE
 from maedistill.methods.teacher import Teacher
-from maedistill.models.masking import PatchSplit
+from maedistill.models.encoder import num_params_m
+from maedistill.models.patches import PatchSplit
 from maedistill.pretraining.build import (
     build_crops,
     build_encoder,
@@ -30,17 +30,18 @@ from maedistill.processes import distributed
 from maedistill.runs.dry_run import dry_run as plan_and_try
 from maedistill.runs.dry_run import forward_backward
 from maedistill.runs.folder import RunFolder
-from maedistill.runs.plan import Plan, make_plan, num_params_m, plan_lines
+from maedistill.runs.start import Stage
 from maedistill.training.compilation import compile_function, compile_module
 from maedistill.training.memory_fit import fit_to_memory
 from maedistill.training.optim import parameter_groups
-from maedistill.weights.fingerprint import weights_fingerprint
 from maedistill.weights.from_run import describe_network
+from maedistill.weights.license import NO_OTHERS
 from maedistill.weights.network import Network
+from maedistill.weights.state_dict import weights_fingerprint
 
 
 @dataclass
-class Pretraining:
+class Pretraining(Stage):
     """The parts, on `device`. teacher: None for a method without one; teacher_weights: its fingerprint, in a list.
 
     inputs: `step_inputs` of this run, from images uint8 [m, 3, s, s] and positions int64 [m] to images and masks.
@@ -80,7 +81,7 @@ class Pretraining:
             },
             "teacher": source.describe() if source is not None else None,
             "teacher_weights": self.teacher_weights,
-            "license": source.license if source is not None else "yours: no other weights were used",
+            "license": source.license if source is not None else NO_OTHERS,
         }
 
     @property
@@ -89,13 +90,13 @@ class Pretraining:
         config = self.config
         num_patches = self.module.encoder.grid**2
         student, teacher = mask_sizes(config, num_patches)
-        seen = f"student sees {student} of {num_patches} patches"
+        views = f"student sees {student} of {num_patches} patches"
         if self.source is not None:
-            seen += f", teacher {teacher} (nested)" if teacher > student else ", teacher the same"
+            views += f", teacher {teacher} (nested)" if teacher > student else ", teacher the same"
         sizes = ", ".join(f"{name} {num_params_m(child):.2f} M" for name, child in self.module.named_children())
         images = f"{self.plan.images:,} images in {len(self.index.shards)} shards at {config.data.image_size} px"
         return [
-            f"method   {config.method}: {seen}",
+            f"method   {config.method}: {views}",
             *([f"teacher  {self.source.describe()}"] if self.source is not None else []),
             f"student  {config.student.title}  {sizes}",
             f"data     {images}, {config.data.train}",
@@ -172,7 +173,7 @@ def dry_run(config: PretrainConfig) -> None:
 def _open_data(config: PretrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
     """Open the indexes of training and validation shards. Raises an error now if labels needed later are missing."""
     index = open_index(config.data.train, index=config.data.index)
-    require_room(index, window=config.data.shuffle_window)
+    require_room(index.shards, index.shard_bytes, window=config.data.shuffle_window)
     val_index = open_index(config.data.val) if config.data.val else None
     if val_index is not None and (config.log.knn_every_epochs or config.log.probe_every_epochs):
         index.require_labels()

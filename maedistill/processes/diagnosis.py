@@ -87,26 +87,20 @@ def find_lost(beats: Sequence[Heartbeat], silent_seconds: Mapping[int, float], *
     this machine is gone if its process is; a frozen one may come back. A silent rank of another machine is gone if
     every rank of that machine has been silent for a minute.
     """
-    gone = []
-    for beat in beats:
-        silent = silent_seconds[beat.rank]
-        if beat.left or silent < _SILENT_SECONDS:
-            continue
+
+    def is_gone(beat: Heartbeat) -> bool:
         if beat.pid_space == pid_space:
-            lost = not _exists(beat.process)
-        else:
-            machine = (other.rank for other in beats if other.pid_space == beat.pid_space)
-            lost = min(silent_seconds[rank] for rank in machine) >= _MACHINE_SILENT_SECONDS
-        if lost:
-            gone.append(beat)
+            return not _exists(beat.process)
+        machine = (silent_seconds[other.rank] for other in beats if other.pid_space == beat.pid_space)
+        return min(machine) >= _MACHINE_SILENT_SECONDS
+
+    silent = [beat for beat in beats if not beat.left and silent_seconds[beat.rank] >= _SILENT_SECONDS]
+    gone = [beat for beat in silent if is_gone(beat)]
     if not gone:
         return None
     here = all(beat.pid_space == pid_space for beat in gone)
-    return _lost(
-        ", ".join(map(str, gone)),
-        tuple(beat.rank for beat in gone),
-        what="ended" if here else "ended, or the machine cannot be reached",
-    )
+    fate = "ended" if here else "ended, or the machine cannot be reached"
+    return _lost(", ".join(map(str, gone)), tuple(beat.rank for beat in gone), fate=fate)
 
 
 def pid_space() -> str:
@@ -159,10 +153,9 @@ def thread_position(thread: int) -> tuple[str, bool]:
         if frame.f_globals.get("__name__", "").startswith("maedistill."):
             break
         frame = frame.f_back
-    shown = frame or innermost
-    if shown is None:
+    if (place := frame or innermost) is None:
         return "?", waits
-    return f"{os.path.basename(shown.f_code.co_filename)}:{shown.f_lineno} {shown.f_code.co_name}", waits
+    return f"{os.path.basename(place.f_code.co_filename)}:{place.f_lineno} {place.f_code.co_name}", waits
 
 
 def _kind(exit_code: int) -> type[UserError]:
@@ -170,6 +163,6 @@ def _kind(exit_code: int) -> type[UserError]:
     return kinds.get(exit_code, PeerError)
 
 
-def _lost(who: str, ranks: tuple[int, ...], *, what: str = "ended, froze or cannot be reached") -> Diagnosis:
+def _lost(who: str, ranks: tuple[int, ...], *, fate: str = "ended, froze or cannot be reached") -> Diagnosis:
     remedy = f"look there for what ended it: its output, memory, the machine itself; {_GOES_ON}"
-    return Diagnosis(PeerError(f"{who} {what}", remedy), ranks)
+    return Diagnosis(PeerError(f"{who} {fate}", remedy), ranks)

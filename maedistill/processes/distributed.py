@@ -34,10 +34,8 @@ def open_group(timeout_seconds: int) -> None:
     """
     global _timeout
     os.environ.update(prepare_environment(os.environ))
-    number, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
-    gpu = None
-    if torch.cuda.is_available():
-        gpu = _take_gpu(number)
+    ranks = int(os.environ["WORLD_SIZE"])
+    gpu = _take_gpu(int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else None
     try:
         dist.init_process_group(
             "gloo" if gpu is None else "nccl",
@@ -51,8 +49,11 @@ def open_group(timeout_seconds: int) -> None:
             "start every rank (torchrun, deepspeed, or srun with one task per GPU) and let them reach that address",
         ) from error
     except dist.DistBackendError as error:
+        # The last line of NCCL's report says what failed; earlier lines give the place in its source.
+        lines = [line.strip() for line in str(error).splitlines()]
+        reasons = [line for line in lines if line and not line.startswith("Last error")] or [type(error).__name__]
         raise PeerError(
-            f"NCCL could not connect the {ranks} ranks of this run ({_nccl_reason(error)})",
+            f"NCCL could not connect the {ranks} ranks of this run ({reasons[-1]})",
             "NCCL_DEBUG=INFO says more; often NCCL_SOCKET_IFNAME must name the network interface, or two ranks share a "
             "GPU",
         ) from error
@@ -113,7 +114,7 @@ def broadcast_object(value: T) -> T:
     """Return rank 0's `value` (any small picklable object) on every rank. Collective."""
     if world_size() == 1:
         return value
-    box = [value if is_main() else None]
+    box: list[Any] = [value if is_main() else None]
     dist.broadcast_object_list(box, src=0, device=device())
     return box[0]
 
@@ -124,18 +125,20 @@ def on_main(work: Callable[[], T]) -> T:
     `work` must not call collectives. Rank 0 raises what `work` raised. The others raise the same `UserError`, or a
     `PeerError` that quotes any other error, so that no rank waits for one that is gone.
     """
-    result, error = None, None
+    result: Any = None
+    error: Exception | None = None
+    news: UserError | None = None  # what the other ranks raise
     if is_main():
         try:
             result = work()
+        except UserError as raised:
+            error = news = raised
         except Exception as raised:
             error = raised
-    result, news = broadcast_object((result, _error_payload(error)))
-    if error is not None:
-        raise error
+            news = PeerError(f"rank 0 failed: {type(raised).__name__}: {raised}", "see rank 0's traceback")
+    result, news = broadcast_object((result, news))
     if news is not None:
-        kind, cause, remedy = news
-        raise kind(cause, remedy)
+        raise error or news
     return result
 
 
@@ -160,6 +163,7 @@ def broadcast_tensor(value: Tensor | None, shape: tuple[int, ...], *, dtype: tor
     """Return rank 0's tensor (the others pass None) on every rank's device. Collective."""
     received = torch.empty(shape, dtype=dtype, device=device())
     if is_main():
+        assert value is not None
         received.copy_(value)
     if world_size() > 1:
         dist.broadcast(received, src=0)
@@ -219,7 +223,7 @@ def prepare_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 def first_host(nodelist: str) -> str:
     """Return the first host of SLURM's compact list: 'gpu[003-006,9],login' -> 'gpu003'."""
-    entry = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist).group()  # up to the first comma outside brackets
+    entry = re.findall(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)[0]  # up to the first comma outside brackets
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", entry)
 
 
@@ -232,12 +236,6 @@ def _take_gpu(number: int) -> torch.device:
         )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
-
-
-def _nccl_reason(error: Exception) -> str:
-    """Return the last line of NCCL's report, which says what failed; earlier lines give the place in its source."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if not line.startswith("Last error")), type(error).__name__)
 
 
 def _slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -253,12 +251,3 @@ def _slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:
         "MASTER_ADDR": environ.get("MASTER_ADDR") or first_host(nodelist),
         "MASTER_PORT": environ.get("MASTER_PORT") or str(port),
     }
-
-
-def _error_payload(error: Exception | None) -> tuple[type[UserError], str, str] | None:
-    """Return rank 0's failure for the other ranks as type, cause and remedy; None without one."""
-    if error is None:
-        return None
-    if isinstance(error, UserError):
-        return type(error), error.cause, error.remedy
-    return PeerError, f"rank 0 failed: {type(error).__name__}: {error}", "see rank 0's traceback"

@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
-from types import TracebackType
 
 import torch.distributed as dist
 
@@ -67,9 +66,8 @@ class Peers:
         self._step = self._moves = 0
         self._last_move, self._watched = time.monotonic(), False
         self._snapshot_requested, self._ended = threading.Event(), threading.Event()
-        self._snapshots: list[
-            list[Heartbeat]
-        ] = []  # Heartbeats of all ranks, one entry per round since `_snapshot_requested` was set
+        self._snapshots: list[list[Heartbeat]] = []  # of all ranks, one per round since `_snapshot_requested` was set
+        self._diagnosing = threading.Lock()  # both threads may diagnose, each from snapshots of its own
         self._stuck = threading.Event()  # this rank does not move, so the exchanger keeps `_latest` current
         self._latest: list[Heartbeat] = []
         self._heard_from: dict[int, tuple[int, float]] = {}  # rounds of each rank, and when they last increased
@@ -80,16 +78,17 @@ class Peers:
 
     def __enter__(self) -> "Peers":
         if distributed.world_size() > 1:
-            self._store = _open_store()
+            # A connection of its own to the process group's store, with a prefix unique to this start.
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+            self._store = dist.PrefixStore(f"peers/{distributed.broadcast_object(uuid.uuid4().hex)}", store)
             self._publish()
             distributed.barrier()  # from here on every rank has a Heartbeat
             self._exchanger.start()
         threading.Thread(target=self._watch, name="peers-watch", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._watched = False
         lost, broken = None, device_error(error) if error is not None else None
         if error is not None and (translated := peer_error(error)) is not None:
@@ -120,15 +119,21 @@ class Peers:
 
     def _exchange(self) -> None:
         """Exchange Heartbeats and failures with the store until it stops answering. Runs in a thread."""
-        ended = False
+        assert self._store is not None
+        keys, ended = [f"beat/{rank}" for rank in range(distributed.world_size())], False
         try:
             while not ended:
                 ended = self._ended.wait(self._round)
                 self._publish(left=ended and self._own_failure is None)
-                if self._stuck.is_set():
-                    self._latest = self._snapshot()
-                if self._snapshot_requested.is_set():
-                    self._snapshots.append(self._snapshot())
+                requested = self._snapshot_requested.is_set()
+                if requested or self._stuck.is_set():
+                    beats = self._latest = [Heartbeat(**json.loads(text)) for text in self._store.multi_get(keys)]
+                    now = time.monotonic()
+                    for beat in beats:
+                        if self._heard_from.get(beat.rank, (-1, now))[0] != beat.rounds:
+                            self._heard_from[beat.rank] = (beat.rounds, now)
+                    if requested:
+                        self._snapshots.append(beats)
                 if self._store.check(["failed"]):
                     self._remote_failure = Diagnosis.from_text(self._store.get("failed"))
                 elif self._own_failure is not None:
@@ -138,21 +143,12 @@ class Peers:
 
     def _publish(self, *, left: bool = False) -> None:
         place, waits = thread_position(self._main)
-        rounds, moves, step = self._own_beat.rounds + 1, self._moves, self._step
+        beat = self._own_beat
         self._own_beat = replace(
-            self._own_beat, rounds=rounds, moves=moves, step=step, place=place, waits=waits, left=left
+            beat, rounds=beat.rounds + 1, moves=self._moves, step=self._step, place=place, waits=waits, left=left
         )
         if self._store is not None:
             self._store.set(f"beat/{self._own_beat.rank}", json.dumps(asdict(self._own_beat)))
-
-    def _snapshot(self) -> list[Heartbeat]:
-        keys = [f"beat/{rank}" for rank in range(distributed.world_size())]
-        beats = [Heartbeat(**json.loads(text)) for text in self._store.multi_get(keys)]
-        now = time.monotonic()
-        for beat in beats:
-            if self._heard_from.get(beat.rank, (-1, now))[0] != beat.rounds:
-                self._heard_from[beat.rank] = (beat.rounds, now)
-        return beats
 
     def _watch(self) -> None:
         """End the process when the main thread is stuck. Runs in a thread."""
@@ -194,16 +190,17 @@ class Peers:
             before = self._own_beat
             self._publish()
             return diagnose([before], [self._own_beat], why=why)
-        self._snapshots = []
-        self._snapshot_requested.set()
-        for _ in range(_SNAPSHOT_ROUNDS):
-            time.sleep(self._round)
-            if self._remote_failure is not None:
-                return self._remote_failure
-        self._snapshot_requested.clear()
-        return (
-            diagnose(self._snapshots[0], self._snapshots[-1], why=why) if len(self._snapshots) > 1 else diagnose_store()
-        )
+        with self._diagnosing:
+            self._snapshots = []
+            self._snapshot_requested.set()
+            for _ in range(_SNAPSHOT_ROUNDS):
+                time.sleep(self._round)
+                if self._remote_failure is not None:
+                    return self._remote_failure
+            self._snapshot_requested.clear()
+            if len(self._snapshots) < 2:
+                return diagnose_store()
+            return diagnose(self._snapshots[0], self._snapshots[-1], why=why)
 
     def _leave(self, diagnosis: Diagnosis) -> None:
         if self._ended.is_set():  # the main thread ends the process
@@ -226,10 +223,3 @@ class Peers:
         """Keep rank 0 alive until all ranks can have read why it ends, because its process may host the store."""
         if self._own_failure is not None and self._store is not None and distributed.is_main():
             time.sleep(2 * self._round)
-
-
-def _open_store() -> dist.Store:
-    """Open a separate connection to the process group's store, with a prefix unique to this start. Collective."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
-    return dist.PrefixStore(f"peers/{distributed.broadcast_object(uuid.uuid4().hex)}", store)

@@ -33,16 +33,18 @@ class PreemptionHandler:
         self.signal: signal.Signals | None = None  # the signal that all ranks agreed to stop for
         self._received: dict[int, float] = {}  # signal number -> when this rank first received it
         self._under_way: tuple[Tensor, dist.Work] | None = None
-        self._group = None
+        self._group: dist.ProcessGroup | None = None
         if world_size() > 1:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+            assert isinstance(group, dist.ProcessGroup)
+            self._group = group
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
-    def agreed(self) -> bool:
-        """Return whether all ranks stop now. Collective.
+    def agreed(self) -> signal.Signals | None:
+        """Return the signal for which all ranks stop now, None if they go on. Collective.
 
-        Every rank calls it once at the end of each step until it returns True. With several ranks, the result belongs
-        to the previous step, so a signal takes effect one or two steps later.
+        Every rank calls it once at the end of each step until it returns a signal. With several ranks, the result
+        belongs to the previous step, so a signal takes effect one or two steps later.
         """
         if self.signal is None:
             number = max(self._received, default=0)
@@ -53,7 +55,7 @@ class PreemptionHandler:
                     self._under_way = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, self._group, async_op=True)
                 number = before
             self.signal = signal.Signals(number) if number else None
-        return self.signal is not None
+        return self.signal
 
     def close(self) -> None:
         """Restore the signal handlers. After a stop, exit instead: a launcher may still send signals. Collective."""

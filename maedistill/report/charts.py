@@ -1,12 +1,59 @@
-"""Charts that compare networks: top-1 per row with its standard deviation and n; size, accuracy and latency.
+"""Charts of networks: curves over epochs; top-1 per row with its standard deviation; size, accuracy and latency.
 
-Both functions return None if matplotlib is not installed. run_report.py draws the curves over epochs.
+All functions return None if matplotlib is not installed.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+
+_CURVES = {  # prefix of the metrics' names: title
+    "pixels": "pixel loss",
+    "align/": "direct alignment",
+    "generate/": "generated alignment",
+    "knn": "kNN",
+    "linear": "linear probe",
+    "cross_entropy": "cross-entropy",
+    "accuracy": "top-1",
+}
+
+
+def draw_curves(records: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path | None:
+    """Draw losses, alignment, probes and accuracy over epochs, one line per run."""
+    panels = {prefix: {name: _series(run, prefix) for name, run in records.items()} for prefix in _CURVES}
+    panels = {prefix: lines for prefix, lines in panels.items() if any(lines.values())}
+    canvas = _canvas(figsize=(4 * len(panels), 3.2))
+    if canvas is None:
+        return None
+    for axes, (prefix, lines) in zip(
+        canvas.figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for name, points in lines.items():
+            if points:
+                few = prefix in ("knn", "linear", "accuracy") or len(points) < 3  # too few points for a visible line
+                axes.plot(*zip(*points, strict=True), label=name, marker="o" if few else None, markersize=3)
+        axes.set(xlabel="epoch", title=_CURVES[prefix])
+        axes.grid(alpha=0.3)
+        axes.legend()
+    canvas.print_png(path)
+    return path
+
+
+def mean_metric(record: Mapping[str, Any], prefix: str) -> float | None:
+    """Return the mean of a record's metrics whose names start with `prefix`; None if it has none."""
+    values = [value for name, value in record.items() if name.startswith(prefix) and value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _series(records: Sequence[Mapping[str, Any]], prefix: str) -> list[tuple[float, float]]:
+    """Return (epoch, mean of the metrics whose names start with `prefix`) of the records that have any."""
+    points = []
+    for record in records:
+        accuracy = {"accuracy": record["top1"] / record["images"]} if "top1" in record else {}
+        if (value := mean_metric({**record, **accuracy}, prefix)) is not None:
+            points.append((record["epoch"], value))
+    return points
 
 
 def accuracy_chart(accuracies: Mapping[str, Sequence[float]], path: Path) -> Path | None:

@@ -9,16 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maedistill.report.charts import latency_chart
-from maedistill.report.run_report import (
-    KNN_CAVEAT,
-    PICTURE_NOTE,
-    draw_curves,
-    last_picture,
-    losses_table,
-    percent,
-    summary,
-)
+from maedistill.report import run_report
+from maedistill.report.charts import draw_curves, latency_chart
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.metrics import duration, read_metrics
 from maedistill.runs.records import write_text
@@ -40,19 +32,17 @@ def write_comparison(
     """Write OUT/report.md: size, accuracy and speed of the networks, then losses, curves, pictures of pre-training."""
     scores = {name: json.loads(network.score.read_text()) for name, network in networks.items()}
     trained = {name: RunFolder(n.pretrain) for name, n in networks.items() if n.pretrain is not None}
-    records = {name: read_metrics(run.path) for name, run in trained.items()}
-    losses = {name: (run.load_config(), summary(records[name])) for name, run in trained.items()}
     chart = latency_chart(scores, out / "networks.png")
-    curve = draw_curves(records, out / "curves.png")
+    curve = draw_curves({name: read_metrics(run.path) for name, run in trained.items()}, out / "curves.png")
     devices = ", ".join(sorted({score["device"] for score in scores.values()}))
     lines = [f"# {title}", "", *(line for note in notes for line in (note, "")), *score_table(networks, scores), ""]
     lines += [f"Latency: median of one image at a time, {devices}; images/s in batches. MB: the exported weights.", ""]
     lines += [f"![size, accuracy and latency]({chart.name})", ""] if chart else []
-    lines += ["## Pre-training", "", *losses_table(losses), "", KNN_CAVEAT, ""]
+    lines += ["## Pre-training", "", *run_report.losses_table(trained), "", run_report.KNN_CAVEAT, ""]
     lines += [f"![losses and kNN]({curve.name})", ""] if curve else []
-    lines += [PICTURE_NOTE, ""]
+    lines += [run_report.PICTURE_NOTE, ""]
     for name, run in trained.items():
-        lines += [f"### {name}", "", *last_picture(run, out)]
+        lines += [f"### {name}", "", *run_report.last_picture(run, out)]
     write_text(out / "report.md", "\n".join(lines))
     return out / "report.md"
 
@@ -63,14 +53,9 @@ def score_table(networks: Mapping[str, ComparedNetwork], scores: Mapping[str, Ma
     rows = []
     for name, network in networks.items():
         score, size = scores[name], (network.export / "model.safetensors").stat().st_size
-        cells = [name, percent(score["top1"], score["images"]), f"{score['parameters'] / 1e6:.2f} M"]
+        cells = [name, run_report.percent(score["top1"], score["images"]), f"{score['parameters'] / 1e6:.2f} M"]
         cells += [f"{size / 1e6:.2f}", f"{score['latency_ms']:.2f} ms", f"{score['images_per_second']:.0f}"]
         for run in (network.pretrain, network.finetune):
-            cells.append("-" if run is None else duration(summary(read_metrics(run))["seconds"]))
+            cells.append("-" if run is None else duration(run_report.summary(read_metrics(run))["seconds"]))
         rows.append(cells)
-    return markdown_table(heads, rows)
-
-
-def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Format the lines of a Markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
+    return run_report.markdown_table(heads, rows)

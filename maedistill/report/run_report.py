@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.report.charts import draw_curves, mean_metric
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.metrics import duration, read_metrics
 from maedistill.runs.records import write_text
@@ -27,10 +29,9 @@ PICTURE_NOTE = (
 
 def write_run_report(folder: RunFolder) -> Path:
     """Write RUN/report.md with settings, losses, curves, newest picture and the next commands; return its path."""
-    config, records = folder.load_config(), read_metrics(folder.path)
-    metadata = folder.metadata()
-    last = summary(records)
-    curve = draw_curves({config.method: records}, folder.path / "curves.png")
+    config, records, metadata = folder.load_config(), read_metrics(folder.path), folder.metadata()
+    assert isinstance(config, PretrainConfig)
+    last, curve = summary(records), draw_curves({config.method: records}, folder.path / "curves.png")
     lines = [
         f"# {folder.path.name}: {config.method} pre-training of {config.student.title}",
         "",
@@ -41,7 +42,7 @@ def write_run_report(folder: RunFolder) -> Path:
         f"- training time {duration(last['seconds'])} at {last['rate']:.0f} images/s per rank",
         f"- command: `{metadata['starts'][-1]['command']}`, started {len(metadata['starts'])} time(s)",
         "",
-        *losses_table({folder.path.name: (config, last)}),
+        *losses_table({folder.path.name: folder}),
         "",
         KNN_CAVEAT,
         "",
@@ -51,8 +52,8 @@ def write_run_report(folder: RunFolder) -> Path:
         "",
         "Next: fine-tune this student, or distil it into one of half the width:",
         "",
-        f"    {shlex.join(finetune_command(folder, config))}",
-        f"    {shlex.join(next_command(folder, config))}",
+        f"    {shlex.join(_finetune_command(folder, config))}",
+        f"    {shlex.join(_distil_command(folder, config))}",
         "",
     ]
     write_text(folder.report, "\n".join(lines))
@@ -62,13 +63,12 @@ def write_run_report(folder: RunFolder) -> Path:
 def write_finetune_report(folder: RunFolder) -> Path:
     """Write RUN/report.md with accuracy, settings, curves and the next command; return its path."""
     config, records, metadata = folder.load_config(), read_metrics(folder.path), folder.metadata()
-    last, scores = summary(records), [record for record in records if "top1" in record]
-    score = scores[-1]
+    assert isinstance(config, FinetuneConfig)
+    score = [record for record in records if "top1" in record][-1]
     averaged = [record for record in records if "ema_top1" in record]
-    curve = draw_curves({folder.path.name: records}, folder.path / "curves.png")
-    name = metadata["network"]["name"]
+    last, curve = summary(records), draw_curves({folder.path.name: records}, folder.path / "curves.png")
     lines = [
-        f"# {folder.path.name}: {name} fine-tuned",
+        f"# {folder.path.name}: {metadata['network']['name']} fine-tuned",
         "",
         f"**top-1 {percent(score['top1'], score['images'])}**, top-5 {percent(score['top5'], score['images'])} on "
         f"{score['images']:,} validation images, each counted once; loss {score['val_loss']:.4f}",
@@ -98,7 +98,7 @@ def percent(count: int, total: int) -> str:
     return f"{100 * count / total:.2f} % ({count} of {total})"
 
 
-def finetune_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
+def _finetune_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
     """Return the command that fine-tunes this run on the same data, with the recipe for its size if there is one."""
     sizes = ("vit_tiny", "vit_small", "vit_base", "vit_large")
     recipe = next((size for size in sizes if config.student.model.startswith(size)), "vit_base")
@@ -111,7 +111,7 @@ def finetune_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
     return ["python", "tools/finetune.py", f"configs/finetune/{recipe}.yaml", *overrides]
 
 
-def next_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
+def _distil_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
     """Return the command that distils this run by DMAE into a student of half the width, same data and schedule."""
     path, arch = str(folder.path), config.student_architecture
     overrides = ["method=dmae", f"run={path}_small", f"teacher.source=run:{path}"]
@@ -136,29 +136,25 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return last
 
 
-def losses_table(rows: Mapping[str, tuple[PretrainConfig, Mapping[str, Any]]]) -> list[str]:
-    """Return a Markdown table with one line per run; alignment and generation are means over pairs."""
-    lines = [
-        "| run | method | student | epochs | loss | pixels | align | generate | kNN | time |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, (config, last) in rows.items():
+def losses_table(folders: Mapping[str, RunFolder]) -> list[str]:
+    """Return a Markdown table with one line per pre-training; alignment and generation are means over pairs."""
+    rows = []
+    for name, folder in folders.items():
+        config, last = folder.load_config(), summary(read_metrics(folder.path))
+        assert isinstance(config, PretrainConfig)
+        means = [mean_metric(last, prefix) for prefix in ("pixels", "align/", "generate/")]
+        losses = ["-" if value is None else f"{value:.4f}" for value in (last["loss"], *means)]
         knn = "-" if last["knn"] is None else f"{last['knn']:.1%}"
-        cells = [name, config.method, config.student.title, f"{config.optim.epochs:g}", f"{last['loss']:.4f}"]
-        cells += [
-            _mean_text(last, "pixels"),
-            _mean_text(last, "align/"),
-            _mean_text(last, "generate/"),
-            knn,
-            duration(last["seconds"]),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        run = [name, config.method, config.student.title, f"{config.optim.epochs:g}"]
+        rows.append([*run, *losses, knn, duration(last["seconds"])])
+    return markdown_table(
+        ["run", "method", "student", "epochs", "loss", "pixels", "align", "generate", "kNN", "time"], rows
+    )
 
 
-def _mean_text(values: Mapping[str, Any], prefix: str) -> str:
-    found = [value for name, value in values.items() if name.startswith(prefix)]
-    return f"{sum(found) / len(found):.4f}" if found else "-"
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Format the lines of a Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
 
 
 def last_picture(folder: RunFolder, relative_to: Path) -> list[str]:
@@ -167,46 +163,3 @@ def last_picture(folder: RunFolder, relative_to: Path) -> list[str]:
     if not pictures:
         return []
     return [f"![what is seen, predicted and true]({os.path.relpath(pictures[-1], relative_to)})", ""]
-
-
-def draw_curves(records: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path | None:
-    """Draw losses, alignment, probes and accuracy over epochs, one line per run. Returns None without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    panels = [
-        ("pixels", "pixel loss"),
-        ("align/", "direct alignment"),
-        ("generate/", "generated alignment"),
-        ("knn", "kNN"),
-        ("linear", "linear probe"),
-        ("cross_entropy", "cross-entropy"),
-        ("accuracy", "top-1"),
-    ]
-    shown = [(prefix, label) for prefix, label in panels if any(_series(r, prefix)[0] for r in records.values())]
-    figure = Figure(figsize=(4 * len(shown), 3.2), layout="constrained")
-    for axes, (prefix, label) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        for name, run in records.items():
-            epochs, values = _series(run, prefix)
-            if epochs:
-                few = prefix in ("knn", "linear", "accuracy") or len(epochs) < 3  # too few points for a visible line
-                axes.plot(epochs, values, label=name, marker="o" if few else None, markersize=3)
-        axes.set(xlabel="epoch", title=label)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    FigureCanvasAgg(figure).print_png(path)
-    return path
-
-
-def _series(records: Sequence[Mapping[str, Any]], prefix: str) -> tuple[list[float], list[float]]:
-    """Return epochs and mean values of the metrics whose names start with `prefix`."""
-    epochs, values = [], []
-    for record in records:
-        values_of = record | ({"accuracy": record["top1"] / record["images"]} if "top1" in record else {})
-        found = [value for name, value in values_of.items() if name.startswith(prefix) and value is not None]
-        if found:
-            epochs.append(record["epoch"])
-            values.append(sum(found) / len(found))
-    return epochs, values

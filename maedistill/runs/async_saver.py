@@ -25,7 +25,7 @@ from timm.utils import ModelEmaV3
 
 from maedistill.errors import DataError
 from maedistill.processes.distributed import on_main
-from maedistill.runs.checkpoint import WRITE_ERRORS, Snapshot, save_error, take_snapshot, write_snapshot
+from maedistill.runs.checkpoint import WRITE_ERRORS, Snapshot, latest_step, take_snapshot, write_snapshot
 from maedistill.runs.records import AppendOnlyFile
 from maedistill.training.engine import Engine
 
@@ -42,8 +42,7 @@ class Saver:
 
     def __init__(self, folder: Path, *, keep: int, max_failures: int = 3) -> None:
         self.folder, self.keep, self.max_failures = folder, keep, max_failures
-        self.failures = 0  # in a row, counted on rank 0
-        self._problem: DataError | None = None  # of the latest failure
+        self.failures: list[DataError] = []  # in a row, on rank 0
         self._writing: _Writing | None = None
 
     def __enter__(self) -> Self:
@@ -94,24 +93,25 @@ class Saver:
 
     def _conclude(self, most: int) -> None:
         """Do rank 0's part of `settle`, without collectives. Errors that the user cannot fix are raised as they are."""
-        writing = self._writing
-        if writing is not None:
+        error = None
+        if (writing := self._writing) is not None:
             writing.join()
-            self._writing = None
-            self._count(writing)
-        if self.failures >= most:
-            raise self._problem
-        if writing is not None and writing.error is not None:
-            print(f"warning: {self._problem.cause}\n  fix: {self._problem.remedy}", file=sys.stderr, flush=True)
-
-    def _count(self, writing: "_Writing") -> None:
-        if writing.error is None:
-            self.failures, self._problem = 0, None
-        elif isinstance(writing.error, WRITE_ERRORS):
-            self.failures += 1
-            self._problem = save_error(self.folder, writing.step, writing.error)
-        else:
-            raise writing.error
+            self._writing, error = None, writing.error
+            if error is None:
+                self.failures = []
+            elif isinstance(error, WRITE_ERRORS):
+                last = latest_step(self.folder)
+                previous = "there is none before it" if last is None else f"that of step {last} stands"
+                cause = f"saving the checkpoint of step {writing.step} in {self.folder} failed ({error}); {previous}"
+                remedy = "make room or mend the permissions there; starting the same command again continues the run"
+                self.failures.append(DataError(cause, remedy))
+            else:
+                raise error
+        if len(self.failures) >= most:
+            raise self.failures[-1]
+        if error is not None:
+            problem = self.failures[-1]
+            print(f"warning: {problem.cause}\n  fix: {problem.remedy}", file=sys.stderr, flush=True)
 
 
 class _Writing(threading.Thread):

@@ -29,11 +29,9 @@ from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from maedistill.errors import DataError
 from maedistill.processes.distributed import copy_to_main
 from maedistill.runs.manifest import COMPLETE, CorruptCheckpoint, sync, verify, write_manifest, write_synced
-from maedistill.training.engine import Engine
-from maedistill.training.state import MOMENTS
+from maedistill.training.engine import MOMENTS, Engine
 
 logger = logging.getLogger(__name__)
 
@@ -59,16 +57,16 @@ def take_snapshot(
     state: plain JSON types, returned by `load_latest` (restore.py).
     """
     training = engine.state()
-    scalars = {} if training is None else training.scalars
-    document = json.dumps({"step": step, "engine": scalars, "loop": state}, indent=1, allow_nan=False)
-    averaged: dict[str, Tensor] = {}
-    for name, value in ema.module.state_dict().items() if ema is not None else ():
-        copy_to_main(averaged, name, value)
     if training is None:
         return None
+    document = json.dumps({"step": step, "engine": training.scalars, "loop": state}, indent=1, allow_nan=False)
     moments = {f"{kind}/{name}": value for kind in MOMENTS for name, value in training.moments[kind].items()}
     files = {"model.safetensors": training.weights, "optimizer.safetensors": moments}
-    return Snapshot(step, files | ({"ema.safetensors": averaged} if ema is not None else {}), document)
+    if ema is not None:
+        files["ema.safetensors"] = {}
+        for name, value in ema.module.state_dict().items():
+            copy_to_main(files["ema.safetensors"], name, value)
+    return Snapshot(step, files, document)
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
@@ -101,16 +99,6 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
     for _, path in sorted(old for old in checkpoint_steps(folder) if old[0] <= snapshot.step)[:-keep]:
         _remove(path)
     return final
-
-
-def save_error(folder: Path, step: int, error: Exception) -> DataError:
-    """Return the error to show the user for one of WRITE_ERRORS, with the latest checkpoint and the remedy."""
-    last = latest_step(folder)
-    stands = "there is none before it" if last is None else f"that of step {last} stands"
-    return DataError(
-        f"saving the checkpoint of step {step} in {folder} failed ({error}); {stands}",
-        "make room or mend the permissions there; starting the same command again continues the run",
-    )
 
 
 def checkpoint_name(step: int) -> str:

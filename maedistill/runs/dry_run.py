@@ -4,21 +4,18 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-
 from maedistill.data.loading.batch import Batch
 from maedistill.data.loading.loader import RandomCrops
-from maedistill.machine import DTYPES, cpu_share, precision
+from maedistill.machine import autocast, cpu_share, precision
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.metrics import duration, memory_gb
 from maedistill.runs.start import Stage
 
-Inputs = tuple[Any, ...]
 _TRIAL_SECONDS = 1.0  # larger batches are tried until a step takes this long
 
 
 def dry_run(
-    stage: Stage, crops: RandomCrops, inputs_of: Callable[[Batch], Inputs], *, more_lines: Iterable[str] = ()
+    stage: Stage, crops: RandomCrops, inputs_of: Callable[[Batch], tuple[Any, ...]], *, more_lines: Iterable[str] = ()
 ) -> None:
     """Print the summary of a run and its measured cost. Writes nothing except an index for shards without one.
 
@@ -29,22 +26,29 @@ def dry_run(
     print("\n".join(lines) + "\nnothing was started: dry run", flush=True)
 
 
-def forward_backward(stage: Stage, inputs: Inputs) -> None:
+def forward_backward(stage: Stage, inputs: tuple[Any, ...]) -> None:
     """Run the module in the run's number format and the backward pass of its loss, and wait for the device."""
-    dtype = DTYPES[precision(stage.config.engine.precision, stage.device)]
-    with torch.autocast(stage.device.type, dtype=dtype, enabled=dtype != torch.float32):
+    with autocast(stage.device, precision(stage.config.engine.precision, stage.device)):
         loss = stage.module(*inputs)["loss"]
     loss.backward()
     loss.item()  # waits for the device
 
 
-def _measured_lines(stage: Stage, crops: RandomCrops, inputs_of: Callable[[Batch], Inputs]) -> list[str]:
+def _measured_lines(stage: Stage, crops: RandomCrops, inputs_of: Callable[[Batch], tuple[Any, ...]]) -> list[str]:
     """Estimate speed, memory and time by trial steps on real images, with batches that grow until a step is long."""
     config, plan = stage.config, stage.plan
     count, seconds = 0, 0.0
     while count < plan.batch.micro_batch and seconds < _TRIAL_SECONDS:
         count = min(plan.batch.micro_batch, 8 * count or 4)
-        loading, seconds = _trial(stage, crops, inputs_of, count)
+        start = time.perf_counter()
+        batch = crops.__getitems__(list(range(count)))
+        assert isinstance(batch, Batch)  # outside of a worker
+        batch = batch.to(stage.device)
+        loading = time.perf_counter() - start
+        for _ in range(2):  # the first pass warms up
+            start = time.perf_counter()
+            forward_backward(stage, inputs_of(batch))
+            seconds = time.perf_counter() - start
     stage.module.zero_grad()
     loader, step = count / loading, count / seconds
     states = 3 * 4 * sum(p.numel() for p in stage.module.parameters()) / 1e9  # gradients, Adam's two moments, fp32
@@ -57,15 +61,3 @@ def _measured_lines(stage: Stage, crops: RandomCrops, inputs_of: Callable[[Batch
         f"memory   {memory:.2f} GB with {count} images; gradients and optimizer up to {states:.2f} GB more",
         f"time     about {duration(images_left / min(step, max(1, workers) * loader))} at that speed",
     ]
-
-
-def _trial(stage: Stage, crops: RandomCrops, inputs_of: Callable[[Batch], Inputs], count: int) -> tuple[float, float]:
-    """Return the seconds to load `count` images, and of one forward and backward pass after a warm-up pass."""
-    start = time.perf_counter()
-    batch = crops.__getitems__(list(range(count))).to(stage.device)
-    loading = time.perf_counter() - start
-    for _ in range(2):
-        start = time.perf_counter()
-        forward_backward(stage, inputs_of(batch))
-        seconds = time.perf_counter() - start
-    return loading, seconds

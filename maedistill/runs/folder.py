@@ -5,7 +5,7 @@ RUN/metrics.jsonl    one object per logged step    RUN/exit.json      how the la
 RUN/checkpoints/     see checkpoint.py             RUN/pictures/      reconstruction sheets
 RUN/bad_samples.txt  samples that did not decode   RUN/report.md      the summary, with the next command
 RUN/nonfinite.jsonl  updates that were not applied, with their samples
-RUN/lock             held while a process trains here
+RUN/lock             held while a process trains here, see `FolderLock`
 """
 
 import json
@@ -31,7 +31,10 @@ from maedistill.runs.checkpoint import checkpoint_steps, latest_step
 from maedistill.runs.lock import FolderLock
 from maedistill.runs.records import warn, write_text
 
-STAGES: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+STAGES: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+}
 _BEFORE_A_RUN = {"exit.json", "lock", "pictures"}  # left by a start that failed early
 _OF_THE_FIRST_START = ("init", "origin")
 _RESTORE = "restore it from a copy, or use another run="
@@ -55,13 +58,7 @@ class RunFolder:
         self.is_ours = False  # rank 0 has opened the folder; each rank sets this itself
 
     def open(
-        self,
-        config: RunConfig,
-        metadata: dict[str, Any],
-        *,
-        execution: dict[str, Any] | None = None,
-        fresh: bool,
-        extend: bool,
+        self, config: RunConfig, metadata: dict[str, Any], *, execution: dict[str, Any], fresh: bool, extend: bool
     ) -> None:
         """Create the folder, or check that `config` continues its run; then take its lock and write both files.
 
@@ -75,14 +72,20 @@ class RunFolder:
             self._lock = FolderLock(self.path)
             (self.path / "exit.json").unlink(missing_ok=True)  # left by the previous start
         except OSError as error:
-            raise ConfigError(f"run: {self.path} cannot be written to ({error})", "use another run=") from error
+            raise self._refusal(f"cannot be written to ({error})") from error
         except ConfigError:
             self._in_use = True
             raise
         before = self.metadata()
         if checkpoint_steps(self.checkpoints):  # init and origin are those of the first start
             metadata = metadata | {name: before[name] for name in _OF_THE_FIRST_START if name in before}
-        starts = [*before.get("starts", []), _describe_start() | (execution or {})]
+        start = {
+            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+            "host": platform.node(),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+            **execution,
+        }
+        starts = [*before.get("starts", []), start]
         write_text(self.config, config_yaml(config))
         write_text(self._run_json, json.dumps({**metadata, "starts": starts}, indent=1) + "\n")
 
@@ -93,25 +96,20 @@ class RunFolder:
                 f"run: {self._run_json} is gone, without which nothing vouches for the checkpoints", _RESTORE
             )
         if foreign:
-            raise ConfigError(f"run: {self.path} holds something else than a run ({foreign[0]})", "use another run=")
+            raise self._refusal(f"holds something else than a run ({foreign[0]})")
         if os.path.lexists(self.checkpoints) and not os.path.isdir(self.checkpoints):
             raise ConfigError(f"run: {self.checkpoints} is no folder", "remove it, or use another run=")
         if not checkpoint_steps(self.checkpoints):  # before the first checkpoint there is nothing to protect
             return
         if fresh:
-            raise ConfigError(
-                f"run: {self.path} already holds a run", "leave out --fresh to continue it, or use another run="
-            )
+            raise self._refusal("already holds a run", "leave out --fresh to continue it, or use another run=")
         self._require_same(config, metadata, extend=extend)
 
-    def load_config(self) -> RunConfig:
+    def load_config(self) -> PretrainConfig | FinetuneConfig:
         """Load the settings of the run in this folder, of any stage."""
         stage = self.metadata().get("stage")
         if stage not in STAGES:
-            raise ConfigError(
-                f"run: {self.path} was written by another version (its run.json says stage {stage!r})",
-                "use another run=",
-            )
+            raise self._refusal(f"was written by another version (its run.json says stage {stage!r})")
         if not os.path.exists(self.config):
             raise ConfigError(f"run: {self.config} is gone, so nobody knows the settings of the run", _RESTORE)
         return load_config(self.config, root=STAGES[stage]).config
@@ -135,21 +133,18 @@ class RunFolder:
     def recorded_end(self) -> Iterator[None]:
         """Write exit.json however the block ends, set-up included: torchrun hides exit codes, this file does not."""
         try:
-            try:
-                yield
-            except RuntimeError as error:
-                if (broken := device_error(error)) is not None:
-                    raise broken from error
+            yield
+        except BaseException as raised:
+            error = device_error(raised) or raised
+            if isinstance(error, UserError):
+                self._write_end(error.exit_code, error.cause)
+            elif isinstance(error, Preempted):
+                self._write_end(error.exit_code, str(error))
+            else:
+                self._write_end(130 if isinstance(error, KeyboardInterrupt) else 1, f"{type(error).__name__}: {error}")
+            if error is raised:
                 raise
-        except UserError as error:
-            self._write_end(error.exit_code, error.cause)
-            raise
-        except Preempted as stop:
-            self._write_end(stop.exit_code, str(stop))
-            raise
-        except BaseException as error:
-            self._write_end(130 if isinstance(error, KeyboardInterrupt) else 1, f"{type(error).__name__}: {error}")
-            raise
+            raise error from raised
         self._write_end(0, "finished")
 
     def record_error(self, error: UserError) -> None:
@@ -184,32 +179,7 @@ class RunFolder:
         """Raise ConfigError unless settings, normalisation, data and teachers are those of the run in this folder."""
         before = self.load_config()
         if type(before) is not type(config):
-            raise ConfigError(
-                f"run: {self.path} holds a run of {before.stage}, not of {config.stage}", "use another run="
-            )
-        self._require_same_settings(before, config, extend=extend)
-        known = self.metadata()
-        for name in ("mean", "std"):
-            old, new = (list(one.get("input", {}).get(name, ())) for one in (known, metadata))
-            if old and old != new:
-                raise ConfigError(
-                    f"run: {self.path} reads images with {name} {old}, now {new}",
-                    f"set data.{name} to what it was, or use another run=",
-                )
-        old, new = known.get("data"), metadata["data"]
-        if old is not None and old != new:
-            raise ConfigError(
-                f"run: {self.path} was trained on other data ({old['images']} images, {old['fingerprint'][:12]}; "
-                f"now {new['images']}, {new['fingerprint'][:12]})",
-                "name the same shards, wherever they are now, or use another run=",
-            )
-        if known.get("teacher_weights") not in (None, metadata["teacher_weights"]):
-            raise ConfigError(
-                f"run: {self.path} has learned from a teacher with other weights than now: {metadata['teacher']}",
-                "give the teacher back the weights that it had (it may have been trained on), or use another run=",
-            )
-
-    def _require_same_settings(self, before: RunConfig, config: RunConfig, *, extend: bool) -> None:
+            raise self._refusal(f"holds a run of {before.stage}, not of {config.stage}")
         changed = differing_keys(before, config)
         if extend:
             changed = [change for change in changed if change[0] != "optim.epochs"]
@@ -219,16 +189,28 @@ class RunFolder:
                     "--extend only adds epochs; use another run= for fewer",
                 )
         if changed:
-            shown = join_first([f"{key}: {old!r} there, {new!r} now" for key, old, new in changed], 4, separator="; ")
+            first = join_first([f"{key}: {old!r} there, {new!r} now" for key, old, new in changed], 4, separator="; ")
             only_epochs = [key for key, _, _ in changed] == ["optim.epochs"]
             remedy = "add --extend to go on to the new number" if only_epochs else "restore them, or use another run="
-            raise ConfigError(f"run: {self.path} belongs to other settings ({shown})", remedy)
+            raise self._refusal(f"belongs to other settings ({first})", remedy)
+        recorded = self.metadata()
+        for name in ("mean", "std"):
+            old, new = (list(one.get("input", {}).get(name, ())) for one in (recorded, metadata))
+            if old and old != new:
+                remedy = f"set data.{name} to what it was, or use another run="
+                raise self._refusal(f"reads images with {name} {old}, now {new}", remedy)
+        data, new_data = recorded.get("data"), metadata["data"]
+        if data is not None and data != new_data:
+            raise self._refusal(
+                f"was trained on other data ({data['images']} images, {data['fingerprint'][:12]}; "
+                f"now {new_data['images']}, {new_data['fingerprint'][:12]})",
+                "name the same shards, wherever they are now, or use another run=",
+            )
+        if recorded.get("teacher_weights") not in (None, metadata["teacher_weights"]):
+            raise self._refusal(
+                f"has learned from a teacher with other weights than now: {metadata['teacher']}",
+                "give the teacher back the weights that it had (it may have been trained on), or use another run=",
+            )
 
-
-def _describe_start() -> dict[str, Any]:
-    """Describe one start of the run: the command, the host and the versions."""
-    return {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "host": platform.node(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-    }
+    def _refusal(self, problem: str, remedy: str = "use another run=") -> ConfigError:
+        return ConfigError(f"run: {self.path} {problem}", remedy)

@@ -18,7 +18,6 @@ from maedistill.errors import DataError
 from maedistill.processes import distributed
 from maedistill.runs.records import AppendOnlyFile, warn, write_text
 
-_CPU = torch.device("cpu")
 _MAX_WAIT_SHARE = 0.05  # share of the time that may be spent waiting for data
 _INTERVALS = 3  # consecutive log intervals above it before the hint is printed
 
@@ -146,7 +145,7 @@ class Clock:
     timeline: from the event that ends one micro-batch to the event that begins the next one.
     """
 
-    def __init__(self, device: torch.device = _CPU) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pairs: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # not yet reached by the GPU
         self.restart()
@@ -197,27 +196,23 @@ class DataWaitHint:
     """
 
     def __init__(self) -> None:
-        self._seen = self._in_a_row = 0
+        self._intervals = self._in_a_row = 0
 
     def note(self, share: float, *, workers: int) -> str | None:
         """Return the hint when it is first due. share: of the interval spent waiting; workers: loader processes."""
-        self._seen += 1
-        if self._in_a_row < _INTERVALS and self._seen > 1:
-            self._in_a_row = self._in_a_row + 1 if share > _MAX_WAIT_SHARE else 0
-            if self._in_a_row == _INTERVALS:
-                return wait_hint(share, workers=workers)
-        return None
-
-
-def wait_hint(share: float, *, workers: int) -> str:
-    """Return the hint for a run that waits for images."""
-    decoder = "" if find_spec("simplejpeg") else "a faster JPEG decoder (pip install simplejpeg), "
-    return (
-        f"hint     {share:.0%} of the time is spent waiting for images. What helps: more loader processes "
-        f"(data.workers, now {workers}), {decoder}smaller images (tools/make_shards.py --shorter-side 256), in "
-        "pre-training several crops of each decoded image (data.views_per_image); "
-        "tools/benchmark.py loader measures them"
-    )
+        self._intervals += 1
+        if self._in_a_row == _INTERVALS or self._intervals == 1:
+            return None
+        self._in_a_row = self._in_a_row + 1 if share > _MAX_WAIT_SHARE else 0
+        if self._in_a_row < _INTERVALS:
+            return None
+        decoder = "" if find_spec("simplejpeg") else "a faster JPEG decoder (pip install simplejpeg), "
+        return (
+            f"hint     {share:.0%} of the time is spent waiting for images. What helps: more loader processes "
+            f"(data.workers, now {workers}), {decoder}smaller images (tools/make_shards.py --shorter-side 256), in "
+            "pre-training several crops of each decoded image (data.views_per_image); "
+            "tools/benchmark.py loader measures them"
+        )
 
 
 def duration(seconds: float) -> str:

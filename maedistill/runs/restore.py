@@ -20,12 +20,9 @@ from maedistill.errors import DataError
 from maedistill.processes.distributed import broadcast_tensor, on_main
 from maedistill.runs.checkpoint import STATE, WRITE_ERRORS, checkpoint_name, checkpoint_steps
 from maedistill.runs.manifest import CorruptCheckpoint, read_json, read_manifest, verify
-from maedistill.training.engine import Engine
-from maedistill.training.state import MOMENTS, TrainingState
+from maedistill.training.engine import MOMENTS, Engine, TrainingState
 
 logger = logging.getLogger(__name__)
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 def load_latest(folder: Path, engine: Engine, ema: ModelEmaV3 | None = None) -> dict[str, Any] | None:
@@ -35,21 +32,25 @@ def load_latest(folder: Path, engine: Engine, ema: ModelEmaV3 | None = None) -> 
     """
     shapes = engine.shapes()
     parameters = [name for name, _ in engine.module.named_parameters()]
-    box: list[tuple[TrainingState, dict[str, Tensor]]] = []  # filled on rank 0 only
+    training: TrainingState | None = None  # this and the next are read on rank 0 only
+    averaged: dict[str, Tensor] = {}
 
     def read() -> dict[str, Any] | None:
+        nonlocal training, averaged
         checkpoint = newest_intact(Path(folder))
         if checkpoint is None:
             return None
         scalars, state = _read_state(checkpoint)
-        weights, moments = _read_tensors(checkpoint, "model", shapes), _read_moments(checkpoint, shapes, parameters)
+        weights = _read_tensors(checkpoint, "model", shapes)
+        keys = {f"{moment}/{name}": shapes[name] for moment in MOMENTS for name in parameters}
+        tensors = _read_tensors(checkpoint, "optimizer", keys)
+        moments = {moment: {name: tensors[f"{moment}/{name}"] for name in parameters} for moment in MOMENTS}
+        training = TrainingState(weights, moments, scalars)
         averaged = {} if ema is None else _read_tensors(checkpoint, "ema", shapes)
-        box.append((TrainingState(weights, moments, scalars), averaged))
         return state
 
     state = on_main(read)
     if state is not None:
-        training, averaged = box[0] if box else (None, {})
         engine.load_state(training)
         for name, value in ema.module.state_dict().items() if ema is not None else ():
             value.copy_(broadcast_tensor(averaged.get(name), value.shape, dtype=value.dtype))
@@ -104,24 +105,18 @@ def _read_state(checkpoint: Path) -> tuple[dict[str, float], dict[str, Any]]:
     return scalars, state
 
 
-def _read_moments(checkpoint: Path, shapes: Shapes, parameters: list[str]) -> dict[str, dict[str, Tensor]]:
-    expected = {f"{kind}/{name}": shapes[name] for kind in MOMENTS for name in parameters}
-    found = _read_tensors(checkpoint, "optimizer", expected)
-    return {kind: {name: found[f"{kind}/{name}"] for name in parameters} for kind in MOMENTS}
-
-
-def _read_tensors(checkpoint: Path, kind: Literal["model", "ema", "optimizer"], shapes: Shapes) -> dict[str, Tensor]:
+def _read_tensors(checkpoint: Path, kind: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Read a file of tensors. Raises DataError unless names and shapes are those of the module."""
     if f"{kind}.safetensors" not in read_manifest(checkpoint):
         raise DataError(f"{checkpoint} has no {kind} weights", "continue with the settings the run began with")
     tensors = _load(checkpoint / f"{kind}.safetensors")
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    wrong = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
+    stored = {name: tuple(value.shape) for name, value in tensors.items()}
+    wrong = sorted(name for name in stored.keys() | shapes.keys() if stored.get(name) != shapes.get(name))
     if wrong:
         name = wrong[0]
         raise DataError(
             f"{checkpoint} belongs to another model: {len(wrong)} tensors differ, first {name}: "
-            f"{found.get(name, 'missing')} in {kind}.safetensors, {shapes.get(name, 'missing')} in the model",
+            f"{stored.get(name, 'missing')} in {kind}.safetensors, {shapes.get(name, 'missing')} in the model",
             "continue with the settings the run began with, or choose another run folder",
         )
     return tensors

@@ -3,11 +3,11 @@
 What a stage adds (data, teacher, losses) is in `pretraining/setup.py` and `finetuning/setup.py`.
 """
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -15,21 +15,18 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from maedistill.config.plan import Plan
 from maedistill.config.schema import RunConfig
 from maedistill.data.loading.batch import Batch
 from maedistill.data.loading.loader import RandomCrops, training_batches
-from maedistill.data.shards.reader import sample_name
 from maedistill.errors import Preempted
 from maedistill.processes import distributed
 from maedistill.processes.heartbeat import Peers
 from maedistill.processes.preemption import PreemptionHandler
 from maedistill.runs.async_saver import Saver
-from maedistill.runs.bad_samples import BadSampleLog
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.metrics import Averages, Clock, DataWaitHint, MetricsFile, memory_gb, open_metrics, progress_line
-from maedistill.runs.nonfinite import NonfinitePolicy
-from maedistill.runs.plan import Plan
-from maedistill.runs.progress import Progress
+from maedistill.runs.progress import BadSampleLog, NonfinitePolicy, Progress
 from maedistill.runs.records import AppendOnlyFile
 from maedistill.runs.restore import load_latest
 from maedistill.training.engine import Engine
@@ -52,25 +49,20 @@ class Run:
     saver: Saver
     stop: PreemptionHandler
     progress: Progress = field(default_factory=Progress)
-    preempted: bool = False  # a signal asked the process to end
+    preempted: signal.Signals | None = None  # the signal that asks the run to end before its last step
 
     def __post_init__(self) -> None:
-        config, folder = self.config, self.folder
         self.clock, self.averages, self.hint = Clock(self.device), Averages(), DataWaitHint()
-        self.nonfinite = NonfinitePolicy(folder.nonfinite, config.engine)
-        self.bad_samples = BadSampleLog(
-            folder.bad_samples, max_fraction=config.data.max_bad_fraction, global_batch=config.optim.global_batch
-        )
+        self.nonfinite = NonfinitePolicy(self.folder.nonfinite, self.config.engine)
+        self.bad_samples = BadSampleLog(self.folder.bad_samples, self.config)
         self._records: list[AppendOnlyFile] = []  # rank 0: files that are flushed before a checkpoint is written
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         with self.peers.paused():
-            self.saver.__exit__(kind, error, trace)
+            self.saver.__exit__(kind, *error)
         if kind is None:
             self.stop.close()
 
@@ -104,10 +96,10 @@ class Run:
 
     def raise_if_preempted(self) -> None:
         """Raise Preempted, with a checkpoint written, after a step in which a signal asked for it. Collective."""
-        if self.preempted:
+        if self.preempted is not None:
             with self.peers.paused():
                 self.saver.close()
-            raise Preempted(self.stop.signal.name, self.step)
+            raise Preempted(self.preempted.name, self.step)
 
     # One step
 
@@ -149,14 +141,15 @@ class Run:
         if self.ema is not None:
             self.ema.update(self.module, step=self.step)
         self.peers.beat(self.step)
-        self.preempted = self.stop.agreed() and self.step < self.plan.steps
+        stop = self.stop.agreed()
+        self.preempted = stop if self.step < self.plan.steps else None
         # A checkpoint and the end of the run need to know about this update now; otherwise it may be known later.
         now = self.step == self.plan.steps or self.should_save
 
         def sample_names(step: int) -> list[str]:
             size = self.config.optim.global_batch
             samples = crops.order.samples(torch.arange(step * size, (step + 1) * size)).unique().tolist()
-            return [sample_name(crops.index, sample) for sample in samples]
+            return [crops.index.sample_name(sample) for sample in samples]
 
         self.nonfinite.check(self.progress, self.engine.update_skipped, now=now, sample_names=sample_names)
 
@@ -182,12 +175,13 @@ class Run:
     @property
     def should_log(self) -> bool:
         """Return whether to read losses after the step just done: the only time when the host waits for the device."""
-        return self.step % self.config.log.every_steps == 0 or self.step == self.plan.steps or self.preempted
+        is_last = self.step == self.plan.steps or self.preempted is not None
+        return is_last or self.step % self.config.log.every_steps == 0
 
     @property
     def should_save(self) -> bool:
         """Return whether to take a checkpoint after the step just done."""
-        return self.due(self.config.log.save_every_epochs) or self.preempted
+        return self.due(self.config.log.save_every_epochs) or self.preempted is not None
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
@@ -198,24 +192,14 @@ class Run:
         self.clock.pause(start)
 
     def log(self, metrics: MetricsFile | None) -> None:
-        """Write and print the losses since the last call. Collective."""
+        """Write and print the losses since the last call. Waits for the device. Collective."""
         means = self.averages.read()
         self.bad_samples.count(self.progress)
-        values = means | self._throughput()
-        if metrics is not None:
-            metrics.write(self.step, values)
-            position = {"step": self.step, "total_steps": self.plan.steps, "epochs": self.config.optim.epochs}
-            print(progress_line(means, values, **position), flush=True)
-            if hint := self.hint.note(values["data_wait"], workers=self.workers):
-                print(hint, flush=True)
-
-    def _throughput(self) -> dict[str, float]:
-        """Return what metrics.jsonl records beside the losses. Waits for the device."""
         norm = float(self.engine.grad_norm)
         rate, wait, seconds = self.clock.read()
         self.progress.trained_seconds += seconds
         left = (self.plan.steps - self.step) * self.config.optim.global_batch / self.plan.world_size
-        return {
+        values = means | {
             "epoch": self.epoch,
             "lr": max(group["lr"] for group in self.engine.optimizer.param_groups),
             "grad_norm": norm,
@@ -226,3 +210,9 @@ class Run:
             "eta_seconds": left / rate,
             "trained_seconds": self.progress.trained_seconds,
         }
+        if metrics is not None:
+            metrics.write(self.step, values)
+            epochs = self.config.optim.epochs
+            print(progress_line(means, values, step=self.step, total_steps=self.plan.steps, epochs=epochs), flush=True)
+            if hint := self.hint.note(values["data_wait"], workers=self.workers):
+                print(hint, flush=True)

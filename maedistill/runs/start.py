@@ -1,11 +1,10 @@
 """A run of any stage from its start to its report: join the ranks, open the stage, build the engine, train.
 
-run_stage: joined -> Peers -> the stage (pretraining/setup.py, finetuning/setup.py) -> start_run -> Run -> train
+run_stage: join -> Peers -> the stage (pretraining/setup.py, finetuning/setup.py) -> start_run -> Run -> train
 """
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -13,6 +12,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from maedistill.config.plan import Plan
 from maedistill.config.schema import RunConfig
 from maedistill.machine import cpu_share, precision
 from maedistill.processes import distributed
@@ -21,7 +21,6 @@ from maedistill.processes.preemption import PreemptionHandler
 from maedistill.runs.async_saver import Saver
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.metrics import MetricsFile
-from maedistill.runs.plan import Plan
 from maedistill.runs.run import Run
 from maedistill.training.compilation import should_compile
 from maedistill.training.engine import Engine, initialize_distributed
@@ -70,72 +69,48 @@ def run_stage(
     Raises subclasses of UserError; RUN/exit.json records how the run ended.
     """
     folder = RunFolder(config.run)
-    with joined(config, folder) as peers:
-        stage = open_stage(config, world_size=distributed.world_size(), device=distributed.device())
-        with start_run(stage, folder, peers, fresh=fresh, extend=extend) as run, run.resume() as metrics:
-            train(run, stage, metrics)
-        report = distributed.on_main(lambda: write_report(folder))
-        if distributed.is_main():
-            print(f"done: {report}", flush=True)
+    with folder.recorded_end():
+        join(config)
+        with Peers(timeout_seconds=config.engine.timeout_seconds, on_loss=folder.record_error) as peers:
+            stage = open_stage(config, world_size=distributed.world_size(), device=distributed.device())
+            with start_run(stage, folder, peers, fresh=fresh, extend=extend) as run, run.resume() as metrics:
+                train(run, stage, metrics)
+            report = distributed.on_main(lambda: write_report(folder))
+            if distributed.is_main():
+                print(f"done: {report}", flush=True)
+    distributed.barrier()  # a launcher kills all ranks once one has exited: wait until all are done
 
 
 def join(config: RunConfig) -> None:
     """Make this process a rank: process group, DeepSpeed, CPU threads. Call it once per process."""
-    if config.engine.deterministic:
-        repeat_every_bit()
+    if config.engine.deterministic:  # kernels that add in a fixed order; an operation without one raises
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # otherwise cuBLAS shares workspaces among streams
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow; it finds bugs
     initialize_distributed(config.engine.timeout_seconds)
     if config.threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(config.threads or cpu_share(distributed.local_world_size()))
 
 
-def repeat_every_bit() -> None:
-    """Select kernels that add in a fixed order; an operation without one raises. Call it before the first GPU use."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # otherwise cuBLAS shares workspaces among streams
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it finds bugs, but costs a pass over all memory
-
-
-@contextmanager
-def joined(config: RunConfig, folder: RunFolder) -> Iterator[Peers]:
-    """Join the run's ranks, watch them, and record in RUN/exit.json how the run ended. Collective."""
-    with folder.recorded_end():
-        join(config)
-        with Peers(timeout_seconds=config.engine.timeout_seconds, on_loss=folder.record_error) as peers:
-            yield peers
-    distributed.barrier()  # a launcher kills all ranks once one has exited: wait until all are done
-
-
-def describe_execution(config: RunConfig, device: torch.device, *, is_compiled: bool) -> dict[str, Any]:
-    """Describe the hardware and execution settings of this start, for run.json."""
-    return {
+def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, extend: bool) -> Run:
+    """Open the run folder, print the summary and build the engine. fresh, extend: see `run_stage`. Collective."""
+    config, plan, module, optim, device = stage.config, stage.plan, stage.module, stage.config.optim, stage.device
+    number_format = precision(config.engine.precision, device)
+    execution = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "ranks": distributed.world_size(),
-        "precision": precision(config.engine.precision, device),
-        "compiled": is_compiled,
+        "precision": number_format,
+        "compiled": should_compile(config.engine.compile, device, zero=config.engine.zero),
         "zero": config.engine.zero,
     }
-
-
-def execution_line(execution: dict[str, Any]) -> str:
-    """Format the description as a line of the start-up summary."""
-    compiled = "compiled (the first step may take minutes)" if execution["compiled"] else "not compiled"
-    ranks, name, number = execution["ranks"], execution["device"], execution["precision"]
-    return f"engine   {ranks} x {name}, {number}, {compiled}, ZeRO {execution['zero']}"
-
-
-def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, extend: bool) -> Run:
-    """Open the run folder, print the summary and build the engine. Collective.
-
-    fresh: refuse a folder that already holds a run. extend: allow a changed number of epochs.
-    """
-    config, plan, module, optim = stage.config, stage.plan, stage.module, stage.config.optim
-    is_compiled = should_compile(config.engine.compile, stage.device, zero=config.engine.zero)
-    execution = describe_execution(config, stage.device, is_compiled=is_compiled)
     distributed.on_main(lambda: folder.open(config, stage.metadata, execution=execution, fresh=fresh, extend=extend))
     folder.is_ours = True
     if distributed.is_main():
-        print("\n".join([*stage.summary_lines, execution_line(execution)]), flush=True)
-    if is_compiled:
+        hardware = f"{execution['ranks']} x {execution['device']}, {execution['precision']}"
+        compiled = "compiled (the first step may take minutes)" if execution["compiled"] else "not compiled"
+        line = f"engine   {hardware}, {compiled}, ZeRO {execution['zero']}"
+        print("\n".join([*stage.summary_lines, line]), flush=True)
+    if execution["compiled"]:
         stage.compile()
     optimizer = build_optimizer(stage.groups, lr=optim.peak_lr, betas=optim.betas)
     schedule = build_schedule(
@@ -146,7 +121,7 @@ def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, ext
         module,
         optimizer,
         zero=config.engine.zero,
-        precision=precision(config.engine.precision, stage.device),
+        precision=number_format,
         clip=optim.clip,
         micro_batch=plan.batch.micro_batch,
         accumulation=plan.batch.accumulation,
@@ -155,4 +130,4 @@ def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, ext
     workers = config.data.workers if config.data.workers is not None else min(8, cores)
     saver = Saver(folder.checkpoints, keep=config.log.keep)
     stop = PreemptionHandler(timeout_seconds=config.engine.timeout_seconds)
-    return Run(config, folder, plan, module, engine, schedule, ema, stage.device, workers, peers, saver, stop)
+    return Run(config, folder, plan, module, engine, schedule, ema, device, workers, peers, saver, stop)

@@ -9,22 +9,18 @@ from maedistill.config.keys import differing_keys
 from maedistill.config.schema import RunConfig
 from maedistill.data.shards.index import open_index
 from maedistill.data.shards.patterns import find_shards
-from maedistill.errors import ConfigError
+from maedistill.errors import ConfigError, join_first
 from maedistill.runs.checkpoint import latest_step
 from maedistill.runs.folder import RunFolder
 
+FINISHED = "finished"
 _find_once = cache(find_shards)  # raises if shards are missing; cached, because many runs read the same shards
 
 
 def last_end(folder: RunFolder) -> str | None:
-    """Return the reason why the last start in the folder ended; None if it is running, was killed or never started."""
+    """Return why the last start ended: FINISHED or an error; None if it is running, was killed or never was."""
     file = folder.path / "exit.json"
     return json.loads(file.read_text())["reason"] if file.is_file() else None
-
-
-def is_finished(folder: RunFolder) -> bool:
-    """Return whether the run in the folder has finished, whatever its settings were."""
-    return last_end(folder) == "finished"
 
 
 def is_done(config: RunConfig) -> bool:
@@ -34,9 +30,17 @@ def is_done(config: RunConfig) -> bool:
     ConfigError or DataError if the run is not finished and its shards are missing.
     """
     folder = RunFolder(config.run)
-    finished = is_finished(folder)
+    finished = last_end(folder) == FINISHED
     if finished or latest_step(folder.checkpoints) is not None:  # starting anew could overwrite it
-        _require_same_settings(folder, config)
+        before = folder.load_config()
+        same_stage = type(before) is type(config)
+        changes = differing_keys(before, config) if same_stage else [("stage", before.stage, config.stage)]
+        if changes:
+            texts = [f"{key}: {old!r} there, {new!r} now" for key, old, new in changes]
+            raise ConfigError(
+                f"{folder.path} holds a run of other settings ({join_first(texts, 4, separator='; ')})",
+                "restore them, remove that folder with what came from it, or use another --out",
+            )
     if finished:
         _require_same_images(folder, config)
     else:
@@ -51,26 +55,13 @@ def is_scored(scorecard: Path, shards: str) -> bool:
     return scorecard.is_file() and json.loads(scorecard.read_text())["fingerprint"] == _fingerprint(shards)
 
 
-def _require_same_settings(folder: RunFolder, config: RunConfig) -> None:
-    before = folder.load_config()
-    same_stage = type(before) is type(config)
-    changes = differing_keys(before, config) if same_stage else [("stage", before.stage, config.stage)]
-    if changes:
-        examples = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changes[:4])
-        more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
-        raise ConfigError(
-            f"{folder.path} holds a run of other settings ({examples}{more})",
-            "restore them, remove that folder with what came from it, or use another --out",
-        )
-
-
 def _require_same_images(folder: RunFolder, config: RunConfig) -> None:
     metadata = folder.metadata()
-    used = [(metadata["data"], config.data.train, config.data.index)]
+    used: list[tuple[str, str | None, str | None]] = [("data", config.data.train, config.data.index)]
     if isinstance(config, FinetuneConfig):
-        used.append((metadata["validation"], config.data.val, None))
-    for data, shards, index in used:
-        if data["fingerprint"] != _fingerprint(shards, index):
+        used.append(("validation", config.data.val, None))
+    for record, shards, index in used:
+        if shards is not None and metadata[record]["fingerprint"] != _fingerprint(shards, index):
             raise ConfigError(
                 f"{folder.path} was run on other images than {shards} holds",
                 "name the same shards, wherever they are now, or use another --out",

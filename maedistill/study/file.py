@@ -15,11 +15,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from maedistill.config.document import Refusal, read_document, read_text
+from maedistill.config.document import read_file
 from maedistill.config.keys import nested
-from maedistill.config.problem import Problem
-from maedistill.errors import ConfigError
-from maedistill.study.schema import Recipe, Student, Study, Teacher, listed
+from maedistill.config.schema import Section
+from maedistill.config.shared_rules import Problem
+from maedistill.errors import ConfigError, join_first
+from maedistill.study.schema import Recipe, Student, Study, Teacher
 
 MOST_RUNS = 300  # of one start; more is likely a typo, or should be several studies
 RENAMED = {"pretraining_of": "init_from", "shape_of": "same_architecture_as"}  # keys of earlier versions
@@ -32,17 +33,15 @@ def load_study(path: str | Path) -> Study:
     """Read a study file. Raises ConfigError, which names the first problem and its line."""
     path = Path(path)
     try:
-        leaves = read_document(read_text(path))
+        leaves = read_file(path)
     except (OSError, UnicodeDecodeError) as error:
         remedy = "name a YAML file, e.g. configs/cifar10/study_methods.yaml"
         raise ConfigError(f"the study {path} cannot be read: {error}", remedy) from None
-    except Refusal as error:
-        raise ConfigError(f"{path}:{error.line}: {error.cause}", error.remedy) from None
     values = {name: value for name, (value, _) in leaves.items()}
     configs = {name: value for name, value in values.items() if name.endswith(".config") and isinstance(value, str)}
     values |= {name: os.path.normpath(path.parent / value) for name, value in configs.items()}
     try:
-        study = Study.model_validate_json(json.dumps(nested(values, parts=_parts)))
+        study = Study.model_validate_json(json.dumps(nested(values, _parts)))
         problem = next(_problems(study), None)
     except ValidationError as error:
         problem = _schema_problem(error)
@@ -72,7 +71,8 @@ def _schema_problem(error: ValidationError) -> Problem:
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a typo also leaves a key missing
     parts = [str(part) for part in first["loc"]]
     name, section = ".".join(parts), (parts[0] if len(parts) > 1 else "")
-    fields = {"students": Student, "teachers": Teacher, "finetune": Recipe}.get(section, Study).model_fields
+    schemas: dict[str, type[Section]] = {"students": Student, "teachers": Teacher, "finetune": Recipe}
+    fields = schemas.get(section, Study).model_fields
     if first["type"] == "extra_forbidden":
         near = [new for old, new in RENAMED.items() if old == parts[-1] and new in fields]
         near = near or difflib.get_close_matches(parts[-1], fields, n=1)
@@ -103,7 +103,7 @@ def _problems(study: Study) -> Iterator[Problem]:
         if names[name] > 1:
             yield Problem(key, f"two networks would be named {name}", "give one of them another name")
     if study.baseline is not None and study.baseline not in study.rows():
-        yield Problem("baseline", f"{study.baseline} is not a row", f"rows are {listed(study.rows())}")
+        yield Problem("baseline", f"{study.baseline} is not a row", f"rows are {join_first(study.rows())}")
 
 
 def _start_problems(kind: str, networks: Mapping[str, Teacher | Student]) -> Iterator[Problem]:
@@ -116,7 +116,7 @@ def _start_problems(kind: str, networks: Mapping[str, Teacher | Student]) -> Ite
             yield Problem(key, f"it has both {' and '.join(starts)}", "keep one of them")
         if kind == "teacher" and not starts:
             yield Problem(key, "it has neither config nor init_from", "add one of them")
-        if kind == "teacher" and network.init_from is not None and not network.finetune:
+        if isinstance(network, Teacher) and network.init_from is not None and not network.finetune:
             yield Problem(f"{key}.init_from", "without fine-tuning it is the same network", "add finetune: true")
         if network.set and network.config is None:
             cause = f"it is for pre-training, and this {kind} has none of its own"
@@ -126,5 +126,5 @@ def _start_problems(kind: str, networks: Mapping[str, Teacher | Student]) -> Ite
             yield Problem(f"{key}.finetune_axes", "they are for students without a pre-training of their own", remedy)
         for start, other in starts.items():
             if start != "config" and other not in pretrained:
-                remedy = f"use {listed(pretrained)}" if pretrained else f"give a {kind} a config"
+                remedy = f"use {join_first(pretrained)}" if pretrained else f"give a {kind} a config"
                 yield Problem(f"{key}.{start}", f"there is no pre-trained {kind} {other}", remedy)

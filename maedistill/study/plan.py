@@ -13,19 +13,18 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import all_keys, all_sections
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.schema import RunConfig
-from maedistill.config.values import unknown_key
-from maedistill.errors import ConfigError
+from maedistill.config.values import Root, unknown_key
+from maedistill.errors import ConfigError, join_first
 from maedistill.study.completion import is_done, is_scored
 from maedistill.study.file import MOST_RUNS
 from maedistill.study.runner import Step
-from maedistill.study.schema import TEACHER_SEED, Student, Study, Teacher, listed
+from maedistill.study.schema import TEACHER_SEED, Student, Study, Teacher
 
 TEST_FILE = "test.json"
 _RESERVED_KEYS = ("run", "seed", "init.source")  # the study sets them itself
@@ -93,7 +92,7 @@ class StudyPlan:
                     text = text.replace(placeholder, f"run:{self.out / step}")
                     needs.append(step)
             if "{teacher." in text:
-                remedy = f"use {listed(usable)}" if usable else "add a teacher, with finetune: true for fine-tuning"
+                remedy = f"use {join_first(usable)}" if usable else "add a teacher, with finetune: true for fine-tuning"
                 raise ConfigError(f"{name}: {text} names no teacher that {root.stage} can use", remedy)
             filled.append(text)
         return filled, list(dict.fromkeys(needs))
@@ -104,61 +103,62 @@ class StudyPlan:
         A student's config may name its own teacher, so that it also runs alone. The study's only teacher replaces that
         one, but not a teacher that the student's `set` or the command line names.
         """
-        if owner in self.study.teachers:
-            return self.study.teachers[owner].config, list(self.study.teachers[owner].set)
-        path, texts = self.study.students[owner].config, [*self.study.pretrain_set, *self.study.students[owner].set]
+        network = self._networks[owner]
+        assert network.config is not None
+        if isinstance(network, Teacher):
+            return network.config, list(network.set)
+        path, texts = network.config, [*self.study.pretrain_set, *network.set]
         teachers = [name for name, teacher in self.study.teachers.items() if teacher.config is not None]
         named = any(text.startswith("teacher.source=") for text in (*texts, *self.settings))
         if named or not teachers or self._inspect(owner, path, texts, PretrainConfig).method == "mae":
             return path, texts
         if len(teachers) > 1:
             cause = f"{owner}: the study has {len(teachers)} teachers, and the student does not say which is its"
-            raise ConfigError(cause, f'set "teacher.source={{teacher.NAME}}"; NAME is one of {listed(teachers)}')
+            raise ConfigError(cause, f'set "teacher.source={{teacher.NAME}}"; NAME is one of {join_first(teachers)}')
         return path, [*texts, f"teacher.source={{teacher.{teachers[0]}}}"]
 
     def _finetuning(self, owner: str) -> tuple[str, list[str]]:
-        """Return the config file of a fine-tuning and its settings."""
-        network, recipe = self._networks[owner], self.study.finetune
-        common = (*self._architecture(network), *self.study.finetune_set) if isinstance(network, Student) else ()
-        return recipe.config, [*recipe.set, *common, *network.finetune_set]
+        """Return the config file of a fine-tuning and its settings.
 
-    def _architecture(self, student: Student) -> list[str]:
-        """Return the settings of fine-tuning that give a student from scratch the architecture of another student.
-
-        The images are normalised alike, unless fine-tuning sets its own normalisation.
+        A student from scratch may have the architecture of another student. Its images are normalised alike then,
+        unless fine-tuning sets its own normalisation.
         """
-        other, recipe = student.same_architecture_as, self.study.finetune
-        if other is None:
-            return []
-        config = self._inspect(other, *self._pretraining(other), PretrainConfig)
-        values = {key: getattr(config.student, key) for key in _ARCHITECTURE}
-        settings = [f"student.{key}={value}" for key, value in values.items() if value is not None]
-        if self._inspect(other, recipe.config, [*recipe.set, *settings], FinetuneConfig).data.mean is None:
-            settings += [f"data.mean={json.dumps(config.data.mean)}", f"data.std={json.dumps(config.data.std)}"]
-        return settings
+        network, recipe = self._networks[owner], self.study.finetune
+        if isinstance(network, Teacher):
+            return recipe.config, [*recipe.set, *network.finetune_set]
+        settings = list(recipe.set)
+        if (other := network.same_architecture_as) is not None:
+            config = self._inspect(other, *self._pretraining(other), PretrainConfig)
+            values = {key: getattr(config.student, key) for key in _ARCHITECTURE}
+            settings += [f"student.{key}={value}" for key, value in values.items() if value is not None]
+            if self._inspect(other, recipe.config, settings, FinetuneConfig).data.mean is None:
+                settings += [f"data.mean={json.dumps(config.data.mean)}", f"data.std={json.dumps(config.data.std)}"]
+        return recipe.config, [*settings, *self.study.finetune_set, *network.finetune_set]
 
     @cached_property
     def _networks(self) -> dict[str, Teacher | Student]:
         return self.study.rows() | self.study.teachers
 
-    def _inspect(self, name: str, path: str, texts: Sequence[str], root: type[RunConfig]) -> Any:
+    def _inspect(self, name: str, path: str, texts: Sequence[str], root: type[Root]) -> Root:
         """Return the config of a recipe that need not be complete."""
         return _load(name, path, self._filled(name, texts, root)[0], root, to_run=False)
 
     def _given(self, root: type[RunConfig]) -> list[str]:
         """Return the settings of the command line whose key the stage has."""
-        known = {*all_keys(root=root), *all_sections(root=root)}
+        known = {*all_keys(root), *all_sections(root)}
         return [text for text in self.settings if text.partition("=")[0] in known]
 
     def _check_command_line(self) -> None:
         for text in self.settings:
             if text not in self._given(PretrainConfig) + self._given(FinetuneConfig):
-                problem = unknown_key(text.partition("=")[0], root=PretrainConfig)
+                problem = unknown_key(text.partition("=")[0], PretrainConfig)
                 raise ConfigError(f"command line {text}: {problem.cause}", problem.remedy)
         names = dict.fromkeys([*self.study.students, *self.study.teachers, *self._networks])
         for name in self.only or ():
             if name not in names:
-                raise ConfigError(f"--only {name}: the study has no network of that name", f"it has {listed(names)}")
+                raise ConfigError(
+                    f"--only {name}: the study has no network of that name", f"it has {join_first(names)}"
+                )
 
 
 def _step_names(networks: Mapping[str, Teacher | Student], seeds: Sequence[int]) -> list[str]:
@@ -196,7 +196,7 @@ def add_tests(steps: Sequence[Step], out: Path, shards: str) -> list[Step]:
     return tested
 
 
-def _load(name: str, path: str, settings: Sequence[str], root: type[RunConfig], *, to_run: bool = True) -> Any:
+def _load(name: str, path: str, settings: Sequence[str], root: type[Root], *, to_run: bool = True) -> Root:
     try:
         return load_config(path, settings, root=root, to_run=to_run).config
     except ConfigError as error:

@@ -18,9 +18,9 @@ from maedistill.config.finetune import FinetuneConfig
 from maedistill.report.run_report import summary
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.metrics import read_metrics
-from maedistill.study.completion import is_finished, last_end
+from maedistill.study.completion import FINISHED, last_end
 from maedistill.study.plan import TEST_FILE
-from maedistill.study.schema import TEACHER_SEED, Study
+from maedistill.study.schema import TEACHER_SEED, Network, Study
 
 _Facts = Mapping[str, Any]
 _MEASURES = {  # of each seed
@@ -45,25 +45,25 @@ def collect(study: Study, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
     Teachers come first. The values of a seed are {"pretrain": ..., "finetune": ..., "test": ...}, without the entries
     whose result does not exist (yet).
     """
-    trained = [(name, teacher, [TEACHER_SEED]) for name, teacher in study.teachers.items()]
-    trained += [(name, student, seeds) for name, student in study.rows().items()]
-    steps = {name: {str(seed): network.steps(name, seed) for seed in each} for name, network, each in trained}
-    runs = {name: {seed: _facts_of(out, *pair) for seed, pair in of.items()} for name, of in steps.items()}
-    baseline = runs.get(study.baseline, {})
-    networks = {
-        name: {"runs": of, "summary": summarize(of, {} if name in {study.baseline, *study.teachers} else baseline)}
-        for name, of in runs.items()
+    networks: dict[str, Network] = {**study.teachers, **study.rows()}
+    steps, runs = list[str](), dict[str, dict[str, _Facts]]()
+    for name, network in networks.items():
+        pairs = {str(k): network.steps(name, k) for k in ([TEACHER_SEED] if name in study.teachers else seeds)}
+        steps += [step for pair in pairs.values() for step in pair if step is not None]
+        runs[name] = {seed: _facts_of(out, *pair) for seed, pair in pairs.items()}
+    unfinished = []
+    for step in dict.fromkeys(steps):
+        folder = RunFolder(out / step)
+        if (ended := last_end(folder)) != FINISHED:
+            epochs = max((record["epoch"] for record in read_metrics(folder.path)), default=0.0)
+            unfinished.append({"run": step, "epochs": epochs, "ended": ended})
+    baseline = runs.get(study.baseline or "", {})
+    uncompared = {study.baseline, *study.teachers}
+    summaries = {
+        name: {"runs": seeds_runs, "summary": summarize(seeds_runs, {} if name in uncompared else baseline)}
+        for name, seeds_runs in runs.items()
     }
-    unfinished = [
-        {
-            "run": step,
-            "epochs": max((record["epoch"] for record in read_metrics(folder.path)), default=0.0),
-            "ended": last_end(folder),
-        }
-        for step in dict.fromkeys(step for of in steps.values() for pair in of.values() for step in pair if step)
-        if not is_finished(folder := RunFolder(out / step))
-    ]
-    return {"baseline": study.baseline, "networks": networks, "unfinished": unfinished}
+    return {"baseline": study.baseline, "networks": summaries, "unfinished": unfinished}
 
 
 def summarize(runs: Mapping[str, _Facts], baseline: Mapping[str, _Facts]) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def statistics(values: Iterable[float]) -> dict[str, float | int | None]:
 
 def run_facts(folder: RunFolder) -> dict[str, Any] | None:
     """Return the settings and the results of a finished run; None for a run that is not finished."""
-    if not is_finished(folder):
+    if last_end(folder) != FINISHED:
         return None
     config, metadata, records = folder.load_config(), folder.metadata(), read_metrics(folder.path)
     last, network = summary(records), metadata["network"]
@@ -116,12 +116,15 @@ def run_facts(folder: RunFolder) -> dict[str, Any] | None:
     return common | {"method": config.method, "target": config.pixels.target} | {k: last[k] for k in ("pixels", "knn")}
 
 
-def _facts_of(out: Path, pretrain: str | None, finetune: str | None) -> dict[str, Any]:
-    steps = {"pretrain": pretrain, "finetune": finetune}
-    metadata = {stage: run_facts(RunFolder(out / step)) for stage, step in steps.items() if step is not None}
-    if metadata.get("finetune") and (out / finetune / TEST_FILE).is_file():
-        metadata["test"] = _score(json.loads((out / finetune / TEST_FILE).read_text()))
-    return {name: values for name, values in metadata.items() if values is not None}
+def _facts_of(out: Path, *steps: str | None) -> dict[str, Any]:
+    """Return the facts of a network's finished runs by stage, and of its test."""
+    facts = {}
+    for stage, step in zip(("pretrain", "finetune"), steps, strict=True):
+        if step is not None and (values := run_facts(RunFolder(out / step))) is not None:
+            facts[stage] = values
+            if stage == "finetune" and (scorecard := out / step / TEST_FILE).is_file():
+                facts["test"] = _score(json.loads(scorecard.read_text()))
+    return facts
 
 
 def _score(record: _Facts) -> dict[str, Any]:
@@ -131,5 +134,5 @@ def _score(record: _Facts) -> dict[str, Any]:
 
 def _column(runs: Mapping[str, _Facts], stage: str, key: str) -> dict[str, Any]:
     """Return one fact of each run that has it, by seed."""
-    values = {seed: metadata.get(stage, {}).get(key) for seed, metadata in runs.items()}
+    values = {seed: facts.get(stage, {}).get(key) for seed, facts in runs.items()}
     return {seed: value for seed, value in values.items() if value is not None}

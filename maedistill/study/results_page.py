@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from maedistill.errors import join_first
 from maedistill.report.charts import accuracy_chart
-from maedistill.report.comparison import markdown_table
-from maedistill.report.run_report import KNN_CAVEAT
+from maedistill.report.run_report import KNN_CAVEAT, markdown_table
 from maedistill.runs.metrics import duration
 from maedistill.runs.records import write_text
-from maedistill.study.schema import listed
 
 _Facts = Mapping[str, Any]
 _DIFFERENCES = "mean and deviation of the differences between runs of the same seed, in points."
@@ -90,7 +89,7 @@ def _unfinished_lines(unfinished: Sequence[_Facts]) -> list[str]:
     ]
     waiting = [run["run"] for run in unfinished if not run["epochs"] and not run["ended"]]
     parts = [", ".join(begun)] if begun else []
-    parts += [f"not begun: {listed(waiting, 5)}"] if waiting else []
+    parts += [f"not begun: {join_first(waiting, 5)}"] if waiting else []
     return [f"**Not finished, and not counted: {'; '.join(parts)}.**", ""] if parts else []
 
 

@@ -21,10 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from maedistill.errors import ConfigError, UserError
+from maedistill.errors import ConfigError, UserError, join_first
 from maedistill.machine import cpu_share, visible_gpus
 from maedistill.runs.metrics import duration
-from maedistill.study.schema import listed
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 60.0  # between SIGTERM and SIGKILL, for a run to save a checkpoint
@@ -94,9 +93,8 @@ def run_steps(steps: Sequence[Step], *, root: Path, out: Path, jobs: int = 1) ->
     Raises StepsFailed at the end if steps failed, ConfigError if steps are already running in `out`.
     """
     done, failed, running = finished_steps(steps), dict[str, int](), list[_Job]()
-    for step in steps:
-        if step.name in done:
-            print(f"skips {step.name}: done", flush=True)
+    for name in (step.name for step in steps if step.name in done):
+        print(f"skips {name}: done", flush=True)
     waiting = [step for step in steps if step.name not in done]
     gpus = visible_gpus() if jobs > 1 else []
     with _locked(out) as lock, _signals() as received, _ended_at_last(running):
@@ -118,8 +116,8 @@ def run_steps(steps: Sequence[Step], *, root: Path, out: Path, jobs: int = 1) ->
     if received:
         raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
     if failed:
-        causes = listed([f"{name} (exit code {code})" for name, code in failed.items()], _MOST_NAMED)
-        held_back = listed([step.name for step in waiting], _MOST_NAMED)
+        causes = join_first([f"{name} (exit code {code})" for name, code in failed.items()], _MOST_NAMED)
+        held_back = join_first([step.name for step in waiting], _MOST_NAMED)
         cause = f"failed: {causes}" + (f"; not started for that reason: {held_back}" if waiting else "")
         where = f"see {out / 'logs'}" if jobs > 1 else "see above"
         remedy = f"{where}, mend the cause and start the same command again: it goes on from there"

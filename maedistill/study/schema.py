@@ -26,8 +26,8 @@ comparison, here tuned_lr_0.001 and tuned_lr_0.002. Every other student is one r
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterable
-from typing import Annotated, Any, ClassVar
+from collections.abc import Collection
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -44,7 +44,7 @@ class Recipe(Section):
     set: tuple[str, ...] = ()
 
 
-class _Network(Section):
+class Network(Section):
     """A network that is pre-trained (config, set), or starts from the pre-training of another one (init_from)."""
 
     config: str | None = None
@@ -56,16 +56,21 @@ class _Network(Section):
         """Return the names of its pre-training and fine-tuning, which are folders below OUT; None for a missing one."""
         start = name if self.config is not None else self.init_from
         pretrain = None if start is None else f"{start}/seed_{seed}/pretrain"
-        return pretrain, f"{name}/seed_{seed}/finetune" if self.finetune else None
+        return pretrain, f"{name}/seed_{seed}/finetune"
 
 
-class Teacher(_Network):
+class Teacher(Network):
     """A network that is trained once. It is also fine-tuned if its own top-1 or logits are needed."""
 
     finetune: bool = False
 
+    def steps(self, name: str, seed: int) -> tuple[str | None, str | None]:
+        """Return the same as for a student, but for a fine-tuning that the study does not want."""
+        pretrain, finetune = super().steps(name, seed)
+        return pretrain, finetune if self.finetune else None
 
-class Student(_Network):
+
+class Student(Network):
     """A network that is trained with every seed, and always fine-tuned.
 
     One without pre-training has the architecture of another student (same_architecture_as) or the one that its
@@ -74,7 +79,6 @@ class Student(_Network):
 
     same_architecture_as: str | None = None
     finetune_axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
-    finetune: ClassVar[bool] = True
 
     def rows(self, name: str) -> list[tuple[str, "Student"]]:
         """Return (name, student without axes) for each combination of the values of its axes."""
@@ -110,13 +114,6 @@ class Study(Section):
         steps = {name: teacher.steps(name, TEACHER_SEED)[finetuned] for name, teacher in self.teachers.items()}
         suffix = ".finetuned" if finetuned else ""
         return {f"{{teacher.{name}{suffix}}}": step for name, step in steps.items() if step is not None}
-
-
-def listed(names: Iterable[str], most: int = 8) -> str:
-    """Join the first few names, and count the others."""
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _label(value: Any) -> str:

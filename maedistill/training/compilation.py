@@ -8,7 +8,7 @@ numbers from the same seed.
 import sys
 from collections.abc import Callable
 from functools import cache
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -16,9 +16,9 @@ from torch import nn
 from maedistill.errors import ConfigError
 from maedistill.processes.distributed import local_rank
 
-T = TypeVar("T", bound=Callable[..., Any])
-
-_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"fallback_random": True}
+P = ParamSpec("P")
+R = TypeVar("R")
+_OPTIONS: dict[str, str | int | bool | Callable[..., object]] = {"fallback_random": True}
 
 
 def should_compile(setting: bool | None, device: torch.device, *, zero: int) -> bool:
@@ -51,7 +51,7 @@ def compile_module(module: nn.Module) -> None:
     module.compile(options=_OPTIONS)
 
 
-def compile_function(function: T) -> T:
+def compile_function(function: Callable[P, R]) -> Callable[P, R]:
     """Return `function` compiled."""
     return torch.compile(function, options=_OPTIONS)
 

@@ -16,15 +16,17 @@ Gradients are averaged over ranks in buckets. At stage 0, gradient_reduction.py 
 runs (a compiled step delivers all gradients at its end). At stages 1 to 3, DeepSpeed does it.
 
 DeepSpeed's own `torch_autocast` is not used: at stages 1 to 3 it reduces the gradients of Linear layers in half
-precision, so the result would depend on the stage, and its fp16 loss scale never falls (see loss_scale.py).
+precision, so the result would depend on the stage. In fp16 its scaler (0.19.8) does not lower the scale after an
+overflow, so every later update is skipped, and clipping sees scaled gradients. Hence `LossScale`.
 """
 
 import logging
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from maedistill.errors import ConfigError, DataError
+from maedistill.machine import Precision, autocast
 from maedistill.processes.distributed import (
     broadcast_object,
     broadcast_tensor,
@@ -44,11 +47,8 @@ from maedistill.processes.distributed import (
     world_size,
 )
 from maedistill.training.gradient_reduction import GradientReduction
-from maedistill.training.loss_scale import LossScale
-from maedistill.training.state import MOMENTS, TrainingState
 
-Precision = Literal["fp32", "bf16", "fp16"]
-
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW names them
 FP16_DEVICES = {"cuda"}
 REDUCE_BUCKET_SIZE = 25_000_000  # elements reduced at once: 100 MB, a quarter of ViT-B; DeepSpeed's default takes 2 GB
 PERSISTENCE_THRESHOLD = 100_000  # stage 3 leaves smaller parameters whole on every rank
@@ -73,9 +73,36 @@ def initialize_distributed(timeout_seconds: int) -> None:
 
 
 def shutdown_distributed() -> None:
-    """Leave the process group after a successful run. After a failure just exit: the other ranks notice it sooner."""
+    """Leave the process group after a success. After a failure just exit: the other ranks notice it sooner."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@dataclass
+class TrainingState:
+    """Unpartitioned CPU tensors by name, independent of the number of ranks and the ZeRO stage."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)  # parameters and persistent buffers
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=lambda: {moment: {} for moment in MOMENTS})
+    scalars: dict[str, float] = field(default_factory=dict)  # number of Adam updates; fp16's loss scale
+
+
+@dataclass
+class LossScale:
+    """The factor on the loss in fp16: large enough to keep small gradients, halved when large ones overflow."""
+
+    scale: float = 2.0**16
+    finite_updates: int = 0  # since the scale last changed
+    growth_interval: int = 2000
+
+    def update(self, *, finite: bool) -> None:
+        """Halve the scale after an overflow, double it after `growth_interval` updates without one."""
+        if not finite:
+            self.scale, self.finite_updates = self.scale / 2, 0
+        elif self.finite_updates + 1 == self.growth_interval:
+            self.scale, self.finite_updates = self.scale * 2, 0
+        else:
+            self.finite_updates += 1
 
 
 class Engine:
@@ -113,11 +140,20 @@ class Engine:
         self.grad_norm = torch.zeros((), device=device())  # of the last update, over all ranks, before clipping
         self.update_skipped = torch.zeros((), dtype=torch.bool, device=device())  # whether it was skipped as non-finite
         self._parameters = dict(module.named_parameters())
-        self._deepspeed, *_ = deepspeed.initialize(
-            model=_Autocast(module, precision),
-            optimizer=optimizer,
-            config=_deepspeed_config(zero, clip, micro_batch=micro_batch, accumulation=accumulation),
-        )
+        config = {  # DeepSpeed silently ignores unknown top-level keys, so a test checks that all were read
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "train_batch_size": micro_batch * accumulation * world_size(),
+            "gradient_clipping": clip if clip is not None and zero else 0.0,  # at stage 0 we clip: it hides the norm
+            "zero_optimization": {
+                "stage": zero,
+                "reduce_bucket_size": REDUCE_BUCKET_SIZE,
+                "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
+            },
+            "timers": {"throughput": {"enabled": False}},  # it would sync with the device at every step
+        }
+        model = _Autocast(module, precision)
+        self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self._deepspeed.enable_backward_allreduce = bool(zero)
         self._reduction: GradientReduction | None = None
         if not zero and world_size() > 1:
@@ -167,11 +203,17 @@ class Engine:
 
     def state(self) -> TrainingState | None:
         """Gather on rank 0 everything that training changes; return None on the others. Collective."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
         state = TrainingState(scalars=self._scalars())
         for name, parameter in self._parameters.items():
-            copy_to_main(state.weights, name, self._whole_weight(parameter))
+            copy_to_main(state.weights, name, safe_get_full_fp32_param(parameter) if self.zero == 3 else parameter)
             for moment in MOMENTS:
-                copy_to_main(state.moments[moment], name, self._whole_moment(parameter, moment))
+                if self.zero:
+                    whole = safe_get_full_optimizer_state(parameter, moment)
+                else:
+                    whole = self.optimizer.state[parameter][moment]
+                copy_to_main(state.moments[moment], name, whole)
         for name, buffer in self._buffers().items():
             copy_to_main(state.weights, name, buffer)
         return state if is_main() else None
@@ -179,10 +221,15 @@ class Engine:
     @torch.no_grad()
     def load_state(self, state: TrainingState | None) -> None:
         """Load rank 0's `state` (None on the others) on every rank, whatever layout it came from. Collective."""
+        import deepspeed
+
         state = state or TrainingState()
         shapes = self.shapes()
         for name, parameter in self._parameters.items():
-            self._set_weight(parameter, broadcast_tensor(state.weights.get(name), shapes[name]))
+            weight = broadcast_tensor(state.weights.get(name), shapes[name])
+            # At stage 3 the context gathers, takes rank 0's value and partitions again; else it does nothing.
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.zero == 3):
+                parameter.data.copy_(weight)
             for moment in MOMENTS:
                 self._set_moment(parameter, moment, broadcast_tensor(state.moments[moment].get(name), shapes[name]))
         for name, buffer in self._buffers().items():
@@ -201,8 +248,7 @@ class Engine:
         self.grad_norm = nn.utils.get_total_norm(gradients)
         if self.clip is not None:
             nn.utils.clip_grads_with_norm_(self._parameters.values(), self.clip, self.grad_norm)
-        self.optimizer.grad_scale = None
-        self.optimizer.found_inf = (~self.grad_norm.isfinite()).float()
+        self.optimizer.found_inf = (~self.grad_norm.isfinite()).float()  # type: ignore[attr-defined]
 
     # -- the layout of each stage: 0 whole, 1 and 2 partition the moments, 3 the weights as well --
 
@@ -220,25 +266,6 @@ class Engine:
         if self.zero in (1, 2):
             self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()  # what `safe_get_*` reads
 
-    def _whole_weight(self, parameter: nn.Parameter) -> Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(parameter) if self.zero == 3 else parameter.detach()
-
-    def _whole_moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        if self.zero == 0:
-            return self.optimizer.state[parameter][moment]
-        return safe_get_full_optimizer_state(parameter, moment)
-
-    def _set_weight(self, parameter: nn.Parameter, whole: Tensor) -> None:
-        import deepspeed
-
-        # At stage 3 the context gathers, takes rank 0's value and partitions again; at other stages it does nothing.
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.zero == 3):
-            parameter.data.copy_(whole)
-
     def _set_moment(self, parameter: nn.Parameter, moment: str, whole: Tensor) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
@@ -247,7 +274,7 @@ class Engine:
         elif self.zero < 3:
             safe_set_full_optimizer_state(parameter, whole, moment)
         else:  # the `full` setter fails if the number of ranks does not divide the size (0.19.8)
-            size = parameter.ds_tensor.numel()
+            size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
             padded = nn.functional.pad(whole.flatten(), (0, size * world_size() - whole.numel()))
             safe_set_local_optimizer_state(parameter, padded[rank() * size :][:size], moment)
 
@@ -255,11 +282,10 @@ class Engine:
         return {name: value for name, value in self.module.state_dict().items() if name not in self._parameters}
 
     def _scalars(self) -> dict[str, float]:
-        updates = self.optimizer.state[next(self._adam_parameters())]["step"]
-        if self.loss_scale is None:
-            return {"updates": float(updates)}
-        scale, finite_updates = self.loss_scale.scale, self.loss_scale.finite_updates
-        return {"updates": float(updates), "scale": scale, "finite_updates": finite_updates}
+        scalars = {"updates": float(self.optimizer.state[next(self._adam_parameters())]["step"])}
+        if self.loss_scale is not None:
+            scalars |= {"scale": self.loss_scale.scale, "finite_updates": self.loss_scale.finite_updates}
+        return scalars
 
     def _set_scalars(self, scalars: dict[str, float]) -> None:
         scalars = broadcast_object(scalars)
@@ -281,25 +307,8 @@ class _Autocast(nn.Module):
 
     def __init__(self, module: nn.Module, precision: Precision) -> None:
         super().__init__()
-        self.module = module
-        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.module, self.autocast = module, autocast(device(), precision)
 
     def forward(self, *inputs: Any) -> dict[str, Tensor]:
-        with torch.autocast(device().type, dtype=self.dtype, enabled=self.dtype is not None):
+        with self.autocast:
             return self.module(*inputs)
-
-
-def _deepspeed_config(zero: int, clip: float | None, *, micro_batch: int, accumulation: int) -> dict[str, Any]:
-    """Return DeepSpeed's config. It silently ignores unknown top-level keys, so a test checks that all were read."""
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro_batch * accumulation * world_size(),
-        "gradient_clipping": clip if clip is not None and zero else 0.0,  # at stage 0 we clip: DeepSpeed hides the norm
-        "zero_optimization": {
-            "stage": zero,
-            "reduce_bucket_size": REDUCE_BUCKET_SIZE,
-            "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
-        },
-        "timers": {"throughput": {"enabled": False}},  # it would sync with the device at every step
-    }

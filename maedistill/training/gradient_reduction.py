@@ -19,7 +19,15 @@ class GradientReduction:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], *, bucket_elements: int) -> None:
-        self._buckets = _buckets(parameters, bucket_elements)
+        # Buckets from last to first: roughly the order in which a backward pass reaches the parameters.
+        self._buckets: list[list[nn.Parameter]] = []
+        room = 0
+        for parameter in reversed(parameters):
+            if not self._buckets or parameter.numel() > room:
+                self._buckets.append([])
+                room = bucket_elements
+            self._buckets[-1].append(parameter)
+            room -= parameter.numel()
         self._bucket_of = {parameter: i for i, bucket in enumerate(self._buckets) for parameter in bucket}
         self._missing: list[int] = []  # gradients that each bucket still waits for
         self._launched = 0
@@ -53,24 +61,11 @@ class GradientReduction:
     @torch.no_grad()
     def _launch(self) -> None:
         """Start reducing one bucket. Its gradients become views of the reduced buffer, so nothing is copied back."""
-        bucket = [parameter for parameter in self._buckets[self._launched] if parameter.grad is not None]
+        gradients = {p: p.grad for p in self._buckets[self._launched] if p.grad is not None}
         self._launched += 1
-        if not bucket:
+        if not gradients:
             return
-        flat = torch.cat([parameter.grad.flatten() for parameter in bucket])
-        for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+        flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
+        for parameter, part in zip(gradients, flat.split([p.numel() for p in gradients]), strict=True):
             parameter.grad = part.view_as(parameter)
         self._under_way.append((flat, dist.all_reduce(flat, async_op=True)))
-
-
-def _buckets(parameters: Sequence[nn.Parameter], bucket_elements: int) -> list[list[nn.Parameter]]:
-    """Split the parameters into buckets, last first: roughly the order in which a backward pass reaches them."""
-    buckets: list[list[nn.Parameter]] = []
-    room = 0
-    for parameter in reversed(parameters):
-        if not buckets or parameter.numel() > room:
-            buckets.append([])
-            room = bucket_elements
-        buckets[-1].append(parameter)
-        room -= parameter.numel()
-    return buckets

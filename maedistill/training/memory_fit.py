@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from maedistill.config.batch import BatchPlan
+from maedistill.config.plan import BatchPlan
 from maedistill.processes import distributed
 
 _SAMPLES = ((8, 16), (1, 2))  # of the two trials; the second pair is for GPUs that cannot fit 16
@@ -25,14 +25,14 @@ def fit_to_memory(
     trial: runs a forward and backward pass of that many samples and frees everything but the gradients. later_bytes:
     what training allocates on top, such as Adam's moments. Raises torch.OutOfMemoryError if no plan fits.
     """
-    limit = _USABLE * usable_bytes(device) - later_bytes
+    free, _ = torch.cuda.mem_get_info(device)
+    limit = _USABLE * (free + torch.cuda.memory_reserved(device)) - later_bytes
     fixed, each = _line(trial, device=device)
-    number = next((i for i, plan in enumerate(plans) if fixed + each * plan.micro_batch <= limit), len(plans) - 1)
-    while not _fits(trial, plans[number].micro_batch, limit=limit, device=device):
-        if number == len(plans) - 1:
-            raise torch.OutOfMemoryError(f"{plans[number].micro_batch} samples at once need more than there is")
-        number += 1
-    return plans[max(distributed.gather_objects(number))]
+    first = next((i for i, plan in enumerate(plans) if fixed + each * plan.micro_batch <= limit), len(plans) - 1)
+    for number in range(first, len(plans)):
+        if _fits(trial, plans[number].micro_batch, limit=limit, device=device):
+            return plans[max(distributed.gather_objects(number))]
+    raise torch.OutOfMemoryError(f"{plans[-1].micro_batch} samples at once need more than there is")
 
 
 def _line(trial: Callable[[int], None], *, device: torch.device) -> tuple[float, float]:
@@ -40,7 +40,7 @@ def _line(trial: Callable[[int], None], *, device: torch.device) -> tuple[float,
     for few, many in _SAMPLES:
         try:
             trial(few)  # allocates the gradients, so that both measured trials start with them
-            small, large = (peak_bytes(trial, count, device=device) for count in (few, many))
+            small, large = (_peak_bytes(trial, count, device=device) for count in (few, many))
         except torch.OutOfMemoryError:
             if (few, many) == _SAMPLES[-1]:
                 raise
@@ -50,13 +50,7 @@ def _line(trial: Callable[[int], None], *, device: torch.device) -> tuple[float,
     raise AssertionError
 
 
-def usable_bytes(device: torch.device) -> int:
-    """Return the bytes that this process has allocated or could still allocate."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device)
-
-
-def peak_bytes(trial: Callable[[int], None], count: int, *, device: torch.device) -> int:
+def _peak_bytes(trial: Callable[[int], None], count: int, *, device: torch.device) -> int:
     """Return the peak bytes allocated during a trial of `count` samples."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -66,6 +60,6 @@ def peak_bytes(trial: Callable[[int], None], count: int, *, device: torch.device
 
 def _fits(trial: Callable[[int], None], count: int, *, limit: float, device: torch.device) -> bool:
     try:
-        return peak_bytes(trial, count, device=device) <= limit
+        return _peak_bytes(trial, count, device=device) <= limit
     except torch.OutOfMemoryError:
         return False

@@ -10,7 +10,6 @@ The rate is a pure function of the step: with W warm-up steps, T total steps, pe
 times the group's `lr_scale` if it has one (layer decay). torch's AdamW alone would ignore `lr_scale`.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
@@ -19,17 +18,12 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.optim import AdamW
 
-NO_DECAY = ("cls_token", "reg_token", "mask_token", "pos_embed")
+_NO_DECAY = ("cls_token", "reg_token", "mask_token", "pos_embed")  # last components of parameter names
 
 
-def parameter_groups(
-    module: nn.Module, weight_decay: float, *, no_decay: Iterable[str] = NO_DECAY
-) -> list[dict[str, Any]]:
-    """Return two groups: without weight decay (norms, biases, other 1-D, tokens, learned positions) and with it.
-
-    no_decay: last components of parameter names, anywhere in the module.
-    """
-    tokens = [name for name, _ in module.named_parameters() if name.rpartition(".")[2] in set(no_decay)]
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return two groups: without weight decay (norms, biases, other 1-D, tokens, learned positions) and with it."""
+    tokens = [name for name, _ in module.named_parameters() if name.rpartition(".")[2] in _NO_DECAY]
     return param_groups_weight_decay(module, weight_decay, no_weight_decay_list=tokens)
 
 
@@ -39,7 +33,7 @@ def layerwise_groups(vit: VisionTransformer, weight_decay: float, *, layer_decay
     With L blocks, `lr_scale` is layer_decay^0 for the head and the norm before it, layer_decay^(L + 1 - i) for layer i.
     Layer 0 is patch embedding, tokens and positions; layer i is block i - 1 (Bao et al., BEiT; MAE uses the same).
     """
-    groups = param_groups_layer_decay(vit, weight_decay, no_weight_decay_list=NO_DECAY, layer_decay=layer_decay)
+    groups = param_groups_layer_decay(vit, weight_decay, no_weight_decay_list=_NO_DECAY, layer_decay=layer_decay)
     # timm assigns `norm`, which precedes a head that reads the class token, to the last block.
     norm = {id(parameter): parameter for parameter in vit.norm.parameters()}
     for group in groups:

@@ -16,6 +16,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from maedistill.errors import ConfigError
+from maedistill.models.encoder import TimmModel
 from maedistill.weights.from_run import Weights
 from maedistill.weights.network import Network, open_network
 
@@ -28,38 +29,33 @@ class Backbone(nn.Module):
     block: whose output to use; None for the end of the network. pool: the mean of the patch tokens, or the class token.
     """
 
-    def __init__(self, network: nn.Module, *, block: int | None, pool: Pool) -> None:
+    def __init__(self, network: TimmModel, *, block: int | None, pool: Pool) -> None:
         super().__init__()
-        self.network, self.block, self.pool = network, block, pool
-        self.has_tokens = has_tokens(network)
+        self.network: TimmModel = network
+        self.block, self.pool, self.has_tokens = block, pool, has_tokens(network)
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the features of a batch."""
-        if self.has_tokens:
-            return self._pool_tokens(images)
+        network = self.network
         if self.block is None:
-            return self.network.forward_head(self.network.forward_features(images), pre_logits=True)
-        (features,) = self.network.forward_intermediates(
-            images, indices=[self.block], stop_early=True, intermediates_only=True
-        )  # [B, D, h, w]
-        return features.mean((2, 3))
+            output = network.forward_features(images)
+            if not self.has_tokens:
+                return network.forward_head(output, pre_logits=True)
+            prefix, patches = output.tensor_split([network.num_prefix_tokens], dim=1)  # of [B, P + N, D]
+        else:
+            keywords = {"output_fmt": "NLC", "return_prefix_tokens": True} if self.has_tokens else {}
+            (output,) = network.forward_intermediates(
+                images, indices=[self.block], stop_early=True, intermediates_only=True, **keywords
+            )
+            if not self.has_tokens:
+                return output.mean((2, 3))  # of [B, D, h, w]
+            patches, prefix = output if isinstance(output, tuple) else (output, None)  # [B, N, D], [B, P, D]
+        return patches.mean(1) if self.pool == "mean" else prefix[:, 0]
 
     def describe(self) -> str:
         """Describe which features these are."""
         depth = "the end of the network" if self.block is None else f"block {self.block}"
         return f"{'mean of the patches' if self.pool == 'mean' else 'class token'} at {depth}"
-
-    def _pool_tokens(self, images: Tensor) -> Tensor:
-        if self.block is None:
-            tokens = self.network.forward_features(images)  # [B, P + N, D]
-            prefix, patches = tokens.tensor_split([self.network.num_prefix_tokens], dim=1)
-        else:
-            keywords = {"output_fmt": "NLC", "return_prefix_tokens": True}
-            (tokens,) = self.network.forward_intermediates(
-                images, indices=[self.block], stop_early=True, intermediates_only=True, **keywords
-            )
-            patches, prefix = tokens if isinstance(tokens, tuple) else (tokens, None)  # [B, N, D], [B, P, D]
-        return patches.mean(1) if self.pool == "mean" else prefix[:, 0]
 
 
 def open_backbone(
@@ -78,7 +74,15 @@ def open_backbone(
     opened = open_network(source, weights=weights, image_size=image_size)
     network = opened.module
     if block is not None:
-        block = _existing_block(network, block, opened.name)
+        if not hasattr(network, "forward_intermediates"):
+            raise ConfigError(f"timm shows no blocks of {opened.name}, a {type(network).__name__}", "leave out --block")
+        count = len(network.feature_info)
+        if not -count <= block < count:
+            raise ConfigError(
+                f"{opened.name} has no block {block}: there are {count}, 0 to {count - 1}",
+                "name one of them with --block",
+            )
+        block %= count
     if pool == "class" and not (has_tokens(network) and getattr(network, "cls_token", None) is not None):
         raise ConfigError(
             f"{opened.name} has no class token", "leave out --pool class: the mean is there for any network"
@@ -93,19 +97,7 @@ def open_backbone(
     return backbone
 
 
-def has_tokens(network: nn.Module) -> bool:
+def has_tokens(network: TimmModel) -> bool:
     """Return whether timm returns patch tokens and prefix tokens separately, as it does for variants of ViT."""
     method = getattr(network, "forward_intermediates", None)
     return method is not None and "return_prefix_tokens" in inspect.signature(method).parameters
-
-
-def _existing_block(network: nn.Module, block: int, name: str) -> int:
-    """Return the block's 0-based number. Raises ConfigError if there is no such block."""
-    if not hasattr(network, "forward_intermediates"):
-        raise ConfigError(f"timm shows no blocks of {name}, a {type(network).__name__}", "leave out --block")
-    count = len(network.feature_info)
-    if not -count <= block < count:
-        raise ConfigError(
-            f"{name} has no block {block}: there are {count}, 0 to {count - 1}", "name one of them with --block"
-        )
-    return block % count

@@ -57,10 +57,8 @@ def compare_names(known: tuple[str, ...], given: tuple[str, ...], *, num_known: 
     if given and not known and num_known != len(given):
         numbers = f"{model} has {num_known:,} classes without names, the shards {len(given):,}"
         return [f"{numbers}: are they the same ones? (--subset matches them by name)"]
-    if not known or not given or known == given:
-        return []
-    label = next((i for i, names in enumerate(zip(known, given, strict=False)) if names[0] != names[1]), None)
-    if label is None:  # one has more classes than the other, and the first ones are equal
+    label = next((i for i, (own, other) in enumerate(zip(known, given, strict=False)) if own != other), None)
+    if label is None:  # all names are equal, or not known, or one has more classes and the first ones are equal
         return []
     if sorted(known) == sorted(given):
         raise DataError(

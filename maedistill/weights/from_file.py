@@ -1,15 +1,43 @@
-"""Build a plain ViT whose architecture is told: from a weights file in any known key style, or with random weights."""
+"""Build a plain ViT whose architecture is told, and fill it from a weights file, which is untrusted input.
 
-from dataclasses import dataclass, fields, replace
+a.safetensors, a.pth -> read_weights_file -> its content: usually a dict of tensors, possibly nested in another dict
+the file, an EncoderSpec -> open_file -> the network, whatever style of keys the file has
+
+No code of a file is executed, and the sizes that it states are not trusted.
+"""
+
+import hashlib
+import os
+import re
+import struct
+import warnings
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
+from torch.serialization import safe_globals
 
-from maedistill.models.encoder import build_vit
-from maedistill.models.initialize import initialize
-from maedistill.weights.from_timm import Inspect
+from maedistill.errors import DataError
+from maedistill.models.encoder import TimmModel, build_vit
 from maedistill.weights.state_dict import Audit, import_weights, load_encoder
-from maedistill.weights.weights_file import read_weights_file
+
+# Called with a network that holds no weights yet: raises if it does not serve, and returns the image size to open it
+# at, or None for its own.
+Inspect = Callable[[TimmModel], int | None]
+# Errors that reading a truncated or damaged file, or one without weights, may raise, depending on the damage.
+READ_ERRORS = (
+    SafetensorError, UnpicklingError, zipfile.BadZipFile, OSError, RuntimeError, EOFError, ValueError, LookupError,
+    TypeError, AttributeError, AssertionError, MemoryError, struct.error,
+)  # fmt: skip
+# First bytes, in lower case, of files that are often downloaded in place of weights, and what they are.
+_MISTAKEN = {b"<!doctype": "a web page", b"<html": "a web page", b"version https://git-lfs": "a pointer of Git LFS"}
 
 
 @dataclass(frozen=True)
@@ -33,11 +61,12 @@ class EncoderSpec:
     def build(self, pos_embed: str, inspect_network: Inspect) -> VisionTransformer:
         """Build the network, uninitialised, for images of the size that `inspect_network` chooses."""
         assert self.model is not None
-        shape = {"width": self.width, "depth": self.depth, "num_heads": self.num_heads, "patch_size": self.patch_size}
-        shape |= {"class_token": self.class_token, "register_tokens": self.register_tokens}
+        shape = {name: value for name, value in asdict(self).items() if name not in ("pos_embed", "sha256")}
         with torch.device("meta"):
-            unsized = build_vit(self.model, image_size=16 * self.patch_size if self.patch_size else 224, **shape)
-        return build_vit(self.model, image_size=inspect_network(unsized), pos_embed=pos_embed, **shape)
+            unsized = build_vit(image_size=16 * self.patch_size if self.patch_size else 224, **shape)
+        image_size = inspect_network(unsized)
+        assert image_size is not None
+        return build_vit(image_size=image_size, pos_embed=pos_embed, **shape)
 
 
 SPEC_FIELDS = {field.name for field in fields(EncoderSpec)}
@@ -57,8 +86,59 @@ def open_file(
     return vit, load_encoder(vit, imported, name=path, section=section, optional=("norm.",), fixed_positions=fixed)
 
 
-def random_network(spec: EncoderSpec, inspect_network: Inspect) -> VisionTransformer:
-    """Build a network with the same random weights every time."""
-    vit = spec.build(spec.pos_embed or "sincos2d", inspect_network)
-    initialize(vit, seed=0)
-    return vit
+def read_weights_file(path: str | Path, *, sha256: str | None = None, section: str = "teacher") -> object:
+    """Return the content of a .safetensors or .pth file. Pickles are read weights-only, so their code cannot run.
+
+    sha256: the file's expected checksum, if known. section: the config section that names the file, for errors.
+    Raises DataError if the file is missing, damaged, unsafe, or not a weights file.
+    """
+    path = Path(os.path.expanduser(path))  # unlike Path.expanduser, it never raises
+    if os.path.isdir(path):
+        raise DataError(f"{path}: a folder, no file", f"name a file in it, or use {section}.source=local-dir:PATH")
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: no such file", "check the path of the weights")
+    if sha256 is not None:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != sha256:
+            raise DataError(
+                f"{path}: its sha256 is {digest}, not {section}.sha256", "download the file again, or fix the key"
+            )
+    with path.open("rb") as file:
+        head = file.read(64).lstrip().lower()
+    if kind := next((kind for start, kind in _MISTAKEN.items() if head.startswith(start)), None if head else "empty"):
+        raise DataError(f"{path}: it is {kind}, no weights", "download the file itself again")
+    try:
+        _require_honest_zip(path)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # MAE's and AMD's checkpoints also hold the script's arguments, a Namespace; torch warns of unusual pickles.
+        with safe_globals([Namespace]), warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except READ_ERRORS as error:
+        raise DataError(
+            f"{path}: cannot be read as plain weights ({why_unreadable(error)})",
+            "use a .safetensors file, or a .pth of tensors and plain values (pickled objects are refused)",
+        ) from error
+
+
+def why_unreadable(error: Exception) -> str:
+    """Return the informative line of a read error. torch's messages begin with advice to trust the file."""
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"there is no {error.filename}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "file an issue" not in line]
+    telling = [line.rpartition("Unpickler error: ")[2] for line in lines if re.search("GLOBAL|Unpickler error", line)]
+    return f"{type(error).__name__}: {(telling or lines or ['no more is known'])[0][:200]}"
+
+
+def _require_honest_zip(path: Path) -> None:
+    """Raise ValueError for a zip that would unpack to more bytes than it has.
+
+    torch writes zips without compression, but its reader allocates whatever size a compressed entry states.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
+        total = sum(entry.file_size for entry in zipfile.ZipFile(file).infolist())
+    if total > path.stat().st_size:
+        raise ValueError(f"a zip of {path.stat().st_size:,} bytes that would unpack to {total:,}")

@@ -1,29 +1,97 @@
 """Open the network of a run folder as a timm model, for evaluation, for export, or as a teacher.
 
 RUN/run.json states how timm builds the network and how its images are normalised; a checkpoint holds its weights.
-Nothing else of the run is needed: neither its data, nor its teacher, nor its initial weights.
+Nothing else of the run is needed: neither its data, nor its teacher, nor its initial weights. run.json is untrusted
+input: `RunMetadata` validates the entries that opening, exporting or describing a network reads; others are ignored.
 """
 
+import inspect
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
+from pydantic import AfterValidator, ValidationError
 from timm.models import get_model_args
 from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.errors import DataError
-from maedistill.models.encoder import require_plain_vit
+from maedistill.models.encoder import TimmModel, require_plain_vit
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.restore import newest_intact, read_weights
-from maedistill.weights.from_timm import Inspect
-from maedistill.weights.run_json import NOT_A_RUN, read_metadata
+from maedistill.weights.from_file import Inspect
+from maedistill.weights.from_timm import Crop, Deviation, Number, Side, StrictModel, first_problem, require_moderate
 from maedistill.weights.state_dict import Audit, ConvertedStateDict, load_encoder
 
 Weights = Literal["model", "ema"]
+NOT_A_RUN = "name a run folder that tools/pretrain.py or tools/finetune.py has written"
 PREFIX = {"pretrain": "encoder.vit.", "finetune": "vit."}  # of the network's keys in a stage's state dict
+
+_NEEDED = ("stage", "network", "input", "license")
+_PARAMETERS = frozenset(inspect.signature(VisionTransformer).parameters)
+_Argument = bool | int | float | str | None | list[int]
+
+
+def _require_known(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Reject arguments other than VisionTransformer's: `create_model` also accepts files and URLs to load from."""
+    if foreign := sorted(arguments.keys() - _PARAMETERS):
+        raise ValueError(f"{foreign[0]!r} is no part of a network")
+    return arguments
+
+
+def _require_model(name: str) -> str:
+    """Reject names that timm does not know, such as hub addresses."""
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name[:60]!r}")
+    return name
+
+
+class NetworkEntry(StrictModel):
+    """The arguments of `timm.create_model(name, **arguments)`."""
+
+    name: Annotated[str, AfterValidator(_require_model)]
+    arguments: Annotated[dict[str, _Argument], AfterValidator(_require_known), AfterValidator(require_moderate)]
+
+
+class InputEntry(StrictModel):
+    """The preprocessing of the network's images."""
+
+    size: Side
+    mean: tuple[Number, Number, Number]
+    std: tuple[Deviation, Deviation, Deviation]
+    crop: Crop
+
+
+class DataEntry(StrictModel):
+    """The samples that were used."""
+
+    images: int
+    fingerprint: str
+
+
+class Origin(StrictModel):
+    """The run that a run started from, or the run itself."""
+
+    stage: Literal["pretrain", "finetune"]
+    method: Literal["mae", "dmae", "amd", "tinymim"] | None = None
+    data: DataEntry | None = None
+    teacher: str | None = None
+    license: str
+
+
+class RunMetadata(Origin):
+    """The content of RUN/run.json."""
+
+    network: NetworkEntry
+    input: InputEntry
+    validation: DataEntry | None = None
+    init: str | None = None
+    origin: Origin | None = None
+    classes: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,9 +105,25 @@ class RunNetwork:
     audit: Audit
 
 
+def read_metadata(path: str | Path) -> tuple[RunFolder, dict[str, Any]]:
+    """Return a run's folder and its validated run.json. Raises DataError if the folder is not a run of this package."""
+    folder = RunFolder(path)
+    metadata = folder.metadata()
+    if missing := [name for name in _NEEDED if name not in metadata]:
+        cause = "its run.json does not say its " + ", ".join(missing) if metadata else "its run.json is not there"
+        cause = cause if os.path.isdir(folder.path) else "there is no such folder"
+        raise DataError(f"{folder.path} holds no run of this version: {cause}", NOT_A_RUN)
+    try:
+        RunMetadata.model_validate_json(json.dumps(metadata))  # as JSON: strict mode would reject lists as tuples
+    except ValidationError as error:
+        raise DataError(f"{folder.path}/run.json cannot be true: {first_problem(error)}", NOT_A_RUN) from None
+    return folder, metadata
+
+
 def describe_network(vit: VisionTransformer) -> dict[str, Any]:
     """Return the plain values from which `open_run` rebuilds it: `timm.create_model(name, **arguments)`."""
-    return {"name": vit.pretrained_cfg["architecture"], "arguments": get_model_args(vit)}
+    config: Any = vit.pretrained_cfg
+    return {"name": config["architecture"], "arguments": get_model_args(vit)}
 
 
 def open_run(
@@ -61,8 +145,12 @@ def open_run(
         )
     if weights == "ema" and not (checkpoint / "ema.safetensors").is_file():
         raise DataError(f"{folder.path} kept no moving average of its weights", "leave out --ema (optim.ema keeps one)")
-    prefix, encoder = PREFIX[metadata["stage"]], PREFIX["pretrain"]
-    tensors = {key: value for key, value in read_weights(checkpoint, weights).items() if key.startswith(prefix)}
+    prefix = PREFIX[metadata["stage"]]
+    tensors = {
+        PREFIX["pretrain"] + key.removeprefix(prefix): value
+        for key, value in read_weights(checkpoint, weights).items()
+        if key.startswith(prefix)
+    }
     described, held = (sum(value.numel() for value in part.values()) for part in (shape.state_dict(), tensors))
     if described != held:  # checked before memory is allocated
         raise DataError(
@@ -70,9 +158,9 @@ def open_run(
             f"{held:,}",
             "restore the run folder as it was written: the two belong together",
         )
-    vit = timm.create_model(name, pretrained=False, **arguments | ({"img_size": image_size} if image_size else {}))
-    renamed = {encoder + key.removeprefix(prefix): value for key, value in tensors.items()}
-    audit = load_encoder(vit, ConvertedStateDict(renamed), name=str(checkpoint))
+    size = {"img_size": image_size} if image_size else {}
+    vit: TimmModel = timm.create_model(name, pretrained=False, **arguments | size)
+    audit = load_encoder(vit, ConvertedStateDict(tensors), name=str(checkpoint))
     return RunNetwork(vit.eval(), folder, metadata, checkpoint, audit)
 
 
@@ -87,5 +175,4 @@ def _unloaded(folder: RunFolder, name: str, arguments: Mapping[str, Any]) -> Vis
             f"{' '.join(str(error)[:200].split())})",
             NOT_A_RUN,
         ) from error
-    require_plain_vit(shape, name)
-    return shape
+    return require_plain_vit(shape, name)

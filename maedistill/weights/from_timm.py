@@ -7,56 +7,66 @@ the model -> image_config -> how its images are resized, cropped and normalised
 import inspect
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from timm.data import resolve_model_data_config
 from timm.models import load_model_config_from_hf
-from torch import nn
 
 from maedistill.errors import ConfigError, DataError, UserError
-from maedistill.models.encoder import require_known
-from maedistill.weights.run_json import LARGEST, Deviation, Number, StrictModel, require_moderate
-from maedistill.weights.weights_file import READ_ERRORS, why_unreadable
+from maedistill.models.encoder import TimmModel, require_known
+from maedistill.weights.from_file import READ_ERRORS, Inspect, why_unreadable
 
-# Called with a network that holds no weights yet: raises if it does not serve, and returns the image size to open it
-# at, or None for its own.
-Inspect = Callable[[nn.Module], int | None]
-_Side = Annotated[int, Field(ge=1, le=LARGEST)]
+MOST_BLOCKS, LARGEST = 1_000, 1_000_000  # of a network; LARGEST bounds width, image size and every other number
+Side = Annotated[int, Field(ge=1, le=LARGEST)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Deviation = Annotated[float, Field(allow_inf_nan=False, gt=0)]
+Crop = Annotated[float, Field(gt=0, le=1)]
+
+
+class StrictModel(BaseModel):
+    """The base of untrusted entries. Strict, so that no value is converted; unknown entries are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
 
 
 class ImageConfig(StrictModel):
     """How timm resizes, crops and normalises the images of a network."""
 
-    input_size: tuple[Literal[3], _Side, _Side]
+    input_size: tuple[Literal[3], Side, Side]
     mean: tuple[Number, Number, Number]
     std: tuple[Deviation, Deviation, Deviation]
-    crop_pct: Annotated[float, Field(gt=0, le=1)]
+    crop_pct: Crop
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"]
     crop_mode: Literal["center", "squash", "border"]
 
 
-def open_timm(source: str, inspect_network: Inspect) -> tuple[nn.Module, int | None]:
+def open_timm(source: str, inspect_network: Inspect) -> tuple[TimmModel, int | None]:
     """Return the pretrained model, and the image size that `inspect_network` chose; timm resamples positions to it.
 
     The classifier is loaded too: without one, timm would accept a file that lacks keys. Raises ConfigError for a name
-    that timm does not have, DataError for weights that cannot be loaded.
+    that timm does not have, DataError for weights that cannot be loaded, or whose config.json describes an absurdly
+    large network.
     """
     address = source.removeprefix("timm:")
     if address != source:
         require_known(address)
     try:
-        _require_moderate_network(address)
+        kind, _, name = address.partition(":")
+        if kind == "hf-hub":
+            require_moderate(load_model_config_from_hf(name)[2])
+        elif kind == "local-dir":
+            config = json.loads(Path(os.path.expanduser(name), "config.json").read_bytes())
+            require_moderate(config.get("model_args") or {})
         with torch.device("meta"):  # takes neither memory nor time, and loads no weights
             shape = timm.create_model(address, pretrained=False)
         image_size = inspect_network(shape)
         takes_size = "img_size" in inspect.signature(type(shape)).parameters  # other networks accept any size
-        arguments = {"img_size": image_size} if image_size and takes_size else {}
+        arguments: dict[str, Any] = {"img_size": image_size} if image_size and takes_size else {}
         return timm.create_model(address, pretrained=True, **arguments).eval(), image_size
     except UserError:
         raise
@@ -67,7 +77,7 @@ def open_timm(source: str, inspect_network: Inspect) -> tuple[nn.Module, int | N
         ) from error
 
 
-def image_config(network: nn.Module, source: str) -> ImageConfig:
+def image_config(network: TimmModel, source: str) -> ImageConfig:
     """Validate the image config that timm resolves for a network.
 
     Raises ConfigError for images that are not square or have other channels, DataError for values that cannot be true.
@@ -78,23 +88,24 @@ def image_config(network: nn.Module, source: str) -> ImageConfig:
         raise ConfigError(f"{source} looks at {size} pixels", "use a model of square images with 3 channels")
     try:
         return ImageConfig.model_validate_json(json.dumps(values, default=str))
-    except (ValidationError, ValueError, RecursionError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-        where = ".".join(map(str, first["loc"]))[:100]
+    except (ValueError, RecursionError) as error:
+        problem = first_problem(error) if isinstance(error, ValidationError) else str(error)[:200]
         raise DataError(
-            f"{source}: its config says of its images what cannot be: {where}: {first['msg'][:200]}",
-            "correct its config.json",
+            f"{source}: its config says of its images what cannot be: {problem}", "correct its config.json"
         ) from None
 
 
-def _require_moderate_network(address: str) -> None:
-    """Raise ValueError if the config.json of a `local-dir:` or `hf-hub:` describes an absurdly large network.
+def require_moderate(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Check untrusted arguments for timm. Raises ValueError if a number is absurdly large, such as a depth > 1,000."""
+    for name, value in arguments.items():
+        most = MOST_BLOCKS if name == "depth" else LARGEST
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int | float) and not abs(number) <= most:  # `not <=` also rejects nan
+                raise ValueError(f"{name} is {number}, more than {most:,}")
+    return arguments
 
-    Errors of reading the file are passed on.
-    """
-    kind, _, name = address.partition(":")
-    if kind == "hf-hub":
-        require_moderate(load_model_config_from_hf(name)[2])
-    elif kind == "local-dir":
-        config = json.loads(Path(os.path.expanduser(name), "config.json").read_bytes())
-        require_moderate(config.get("model_args") or {})
+
+def first_problem(error: ValidationError) -> str:
+    """Return where validation failed first, and why, short enough for an error message."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))[:100]}: {first['msg'][:200]}"

@@ -20,18 +20,18 @@ from PIL import Image
 from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from maedistill.config.schema import Triple
 from maedistill.config.shared_rules import NETWORK_KINDS, SOURCE_KINDS
 from maedistill.data.loading.evaluation import evaluation_transform
 from maedistill.errors import ConfigError
-from maedistill.models.encoder import MaskedEncoder, require_plain_vit
-from maedistill.weights.from_file import EncoderSpec, open_file, random_network
+from maedistill.models.encoder import MaskedEncoder, TimmModel, require_plain_vit
+from maedistill.models.initialize import initialize
+from maedistill.weights.from_file import EncoderSpec, Inspect, open_file, why_unreadable
 from maedistill.weights.from_run import Weights, open_run
-from maedistill.weights.from_timm import Inspect, image_config, open_timm
+from maedistill.weights.from_timm import image_config, open_timm
 from maedistill.weights.state_dict import require_finite
-from maedistill.weights.weights_file import why_unreadable
 
 # What a network is for. `outputs`: it runs, and if it has classes, it gives a logit for each. `classifier`: it also has
 # classes. `encoder`: a plain ViT, its classifier removed, all weights finite. `any`: nothing is checked.
@@ -42,7 +42,7 @@ Use = Literal["any", "outputs", "classifier", "encoder"]
 class Network:
     """A timm module for normalised images [B, 3, size, size], with or without a classifier, and its preprocessing."""
 
-    module: nn.Module
+    module: TimmModel
     name: str
     size: int
     license: str
@@ -64,8 +64,7 @@ class Network:
     @cached_property
     def encoder(self) -> MaskedEncoder:
         """Return a plain ViT as an encoder of selected patches, which shares its weights."""
-        require_plain_vit(self.module, self.name)
-        return MaskedEncoder(self.module)
+        return MaskedEncoder(require_plain_vit(self.module, self.name))
 
     def describe(self) -> str:
         """Describe the network in one line for the log: source, size, keys, normalisation, license."""
@@ -77,11 +76,7 @@ class Network:
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """Return the preprocessing of an image, without the normalisation: RGB -> uint8 [3, size, size]."""
         return evaluation_transform(
-            size=self.size,
-            crop=self.crop,
-            interpolation=self.interpolation,
-            crop_mode=self.crop_mode,
-            mean=self.mean,
+            size=self.size, crop=self.crop, interpolation=self.interpolation, crop_mode=self.crop_mode, mean=self.mean
         )
 
     @torch.no_grad()
@@ -126,13 +121,13 @@ def open_network(
     unstated = f"not stated (set {section}.license)" if section else "not stated"
     if kind == "run":
         network = _open_run(name, use, weights, check)
-    elif kind == "file":
+    elif spec is not None and kind == "file":
         vit, audit = open_file(name, spec, check, section=section or "teacher")
         network = Network(vit, source, vit.patch_embed.img_size[0], unstated, audit=str(audit))
-    elif kind == "random":
-        vit = random_network(replace(spec, model=name), check)
-        license = "none, random weights"
-        network = Network(vit, source, vit.patch_embed.img_size[0], license, audit="random weights")
+    elif spec is not None and kind == "random":
+        vit = replace(spec, model=name).build(spec.pos_embed or "sincos2d", check)
+        initialize(vit, seed=0)
+        network = Network(vit, source, vit.patch_embed.img_size[0], "none, random weights", audit="random weights")
     else:
         network = _open_timm(source, use, check, unstated)
     if use in ("outputs", "classifier"):
@@ -167,7 +162,7 @@ def _kind_and_name(source: str, *, kinds: tuple[str, ...]) -> tuple[str, str]:
 
 
 def _check(
-    source: str, use: Use, network: nn.Module, *, image_size: int | None, grid: int | None, size_key: str
+    source: str, use: Use, network: TimmModel, *, image_size: int | None, grid: int | None, size_key: str
 ) -> int | None:
     """Check a network that holds no weights yet, and return the image size to open it at; None for its own.
 
@@ -182,7 +177,7 @@ def _check(
             f"fine-tune it and evaluate that run: tools/finetune.py CONFIG init.source={source}; "
             "or judge its features: tools/evaluate.py probe, or knn",
         )
-    patches = getattr(network, "patch_embed", None)
+    patches: Any = getattr(network, "patch_embed", None)
     if grid is not None:
         return grid * patches.patch_size[0]
     cuts_off = isinstance(patches, PatchEmbed) and not patches.dynamic_img_pad
@@ -208,11 +203,8 @@ def _open_timm(source: str, use: Use, check: Inspect, unstated: str) -> Network:
         size or config.input_size[1],
         str(stated.get("license") or unstated),
         num_classes=module.num_classes,
-        mean=config.mean,
-        std=config.std,
         crop=config.crop_pct,
-        interpolation=config.interpolation,
-        crop_mode=config.crop_mode,
+        **config.model_dump(include={"mean", "std", "interpolation", "crop_mode"}),
         classes=tuple(map(str, stated.get("label_names") or ())),
         audit=f"{len(module.state_dict())} keys loaded by timm",
     )

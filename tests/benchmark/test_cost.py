@@ -2,23 +2,23 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 
 from maedistill.benchmark.cost import (
+    BANDWIDTH,
     IMAGENET_IMAGES,
     LOADER,
     STEP,
     AnalyticModel,
     cost_report,
+    exchange_seconds,
     expected_number,
     measure_cost,
-    predict,
 )
 from maedistill.benchmark.timing import Rates
 from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError
 
 SETTINGS = """\
@@ -35,12 +35,12 @@ engine: {micro_batch: 12}
 def config(tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(SETTINGS)
-    return lambda *overrides: load_config(path, overrides, to_run=False).config
+    return lambda *overrides: load_config(path, overrides, root=PretrainConfig, to_run=False).config
 
 
-def model(*, loader=math.inf, shared=False, compute=0.1, reduce=0.0, cores=4):
+def model(*, loader=math.inf, shared=False, compute=0.1, exchange=0.0, cores=4):
     """4 devices that take 100 images each in an update."""
-    return AnalyticModel(4, 100, compute, reduce, loader, cores=cores, shared=shared)
+    return AnalyticModel(4, 100, compute, exchange, loader, cores=cores, shared=shared)
 
 
 def rates(**medians):
@@ -55,16 +55,13 @@ def ring_bytes(ranks: int, numbers: int) -> int:
 
 @pytest.mark.parametrize("ranks", [1, 2, 8, 64])
 def test_the_model_counts_what_a_ring_sends(ranks):
-    numbers, bandwidth = 64 * 1000, 1e9
-    plain, sharded = (
-        predict(ranks, images=10, images_per_second=50, parameters=numbers, zero=zero, bandwidth=bandwidth)
-        for zero in (0, 3)
-    )
-    assert plain.reduce == pytest.approx(ring_bytes(ranks, numbers) / bandwidth)
-    assert sharded.reduce == pytest.approx(1.5 * plain.reduce)
-    assert plain.compute == pytest.approx(0.2)
-    assert plain.step == plain.images_per_second == pytest.approx(50 * plain.efficiency)
-    assert (plain.efficiency == 1) == (ranks == 1)
+    numbers = 64 * 1000
+    plain, sharded = (exchange_seconds(ranks, numbers, zero=zero) for zero in (0, 3))
+    assert plain == pytest.approx(ring_bytes(ranks, numbers) / BANDWIDTH)
+    assert sharded == pytest.approx(1.5 * plain)
+    model = AnalyticModel(ranks, 10, 0.2, 100 * plain)
+    assert model.step == model.images_per_second == pytest.approx(50 * model.efficiency)
+    assert (model.efficiency == 1) == (ranks == 1)
 
 
 @pytest.mark.parametrize(
@@ -73,8 +70,8 @@ def test_the_model_counts_what_a_ring_sends(ranks):
         (model(), 1000, "step"),
         (model(loader=500), 1000, "step"),  # 2000 from the loader
         (model(loader=200), 800, "loader"),
-        (model(loader=500, reduce=0.1), 500, "step"),
-        (model(loader=500, reduce=0.15), 400, "exchange of gradients"),
+        (model(loader=500, exchange=0.1), 500, "step"),
+        (model(loader=500, exchange=0.15), 400, "exchange of gradients"),
         (model(loader=250, shared=True), 500, "step"),  # half of the cores' time for each
         (model(loader=100, shared=True), 1 / (1 / 1000 + 1 / 400), "loader"),
     ],
@@ -86,7 +83,7 @@ def test_the_slowest_part_sets_the_speed(given, images_per_second, limit):
 def test_hours_are_epochs_times_images_by_speed(config):
     given = model(loader=200)  # 800 images/s
     images = {"data.train": 7200, "ImageNet-1K": IMAGENET_IMAGES}
-    report = cost_report(config(), given, rates(step=1000.0, loader=200.0), batch=12, images=images)
+    report = cost_report(config(), given, rates(step=1000.0, loader=200.0), batch=12, sizes=images)
     ours, imagenet = report.tables["10 epochs"]
     assert (ours["images"], ours["GPU-hours"]) == (72_000, pytest.approx(72_000 / 800 / 3600))
     assert ours["hours on 4"] == pytest.approx(ours["GPU-hours"] / 4)
@@ -95,25 +92,25 @@ def test_hours_are_epochs_times_images_by_speed(config):
 
 
 def test_without_shards_the_loader_is_taken_to_keep_up(config):
-    report = cost_report(config(), model(), rates(step=1000.0), batch=12, images={"ImageNet-1K": IMAGENET_IMAGES})
+    report = cost_report(config(), model(), rates(step=1000.0), batch=12, sizes={"ImageNet-1K": IMAGENET_IMAGES})
     _, run, _ = report.tables.values()
     assert run[0]["loader cores to keep up"] == "-"
     assert any("not measured" in remark for remark in report.remarks)
 
 
-def test_a_config_is_measured_on_its_shards(config, shards, root, tmp_path):
+def test_a_config_is_measured_on_its_shards(config, shards, launcher, tmp_path):
     """In a process of its own: DeepSpeed joins a process group once."""
     config()
-    command = [sys.executable, "tools/benchmark.py", "cost", "--rounds=1", "--gpus=2", f"--json={tmp_path}/cost.json"]
+    words = ["tools/benchmark.py", "cost", "--rounds=1", "--gpus=2", f"--json={tmp_path}/cost.json"]
     overrides = [f"data.train={shards}/train-*.tar", "data.views_per_image=3"]
-    ended = subprocess.run([*command, f"{tmp_path}/tiny.yaml", *overrides], cwd=root, capture_output=True, text=True)
-    assert ended.returncode == 0 and "limits" in ended.stdout, ended.stderr
+    ended = launcher.start(tmp_path, [*words, tmp_path / "tiny.yaml", *overrides]).finish()
+    assert "limits" in ended.out
     measured, run, hours, model = json.loads((tmp_path / "cost.json").read_text())["tables"].values()
     assert [row["what"] for row in measured] == [STEP, LOADER]
     assert all(row["speed"]["median"] > 0 for row in measured)
     assert run[0]["images per update of each"] == 48 and [row["images"] for row in hours] == [960]
     assert model[-1]["what"] == "all" and model[-1]["kernels"] == sum(row["kernels"] for row in model[:-1])
-    assert "no paper's number is known" in ended.stdout and "hours on 2, of which" in ended.stdout
+    assert "no paper's number is known" in ended.out and "hours on 2, of which" in ended.out
 
 
 def test_the_paper_s_number_is_the_header_s(root):

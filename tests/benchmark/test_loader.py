@@ -64,8 +64,8 @@ def test_the_plain_path_is_the_usual_one(tmp_path):
         files.append((tmp_path / "one.png").read_bytes())
     folder = tmp_path / "folder"
     folder.mkdir()
-    write_folder(folder, files)
-    batches = plain_batches(folder, [1, 0, 1], size=8, batch=2, workers=0)
+    write_folder(folder, [files[1], files[0], files[1]])
+    batches = plain_batches(folder, size=8, batch=2, workers=0)
     images = torch.cat([images for images, _ in batches])
     assert images.shape == (3, 3, 8, 8) and images.dtype == torch.float32
     for image, colour in zip(images, [(0, 255, 102), (255, 0, 51), (0, 255, 102)], strict=True):

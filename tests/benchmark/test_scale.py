@@ -6,6 +6,7 @@ import pytest
 
 from maedistill.benchmark.scale import Measured, measure_scale, scale_report
 from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError, PeerError
 from maedistill.pretraining.build import build_encoder, build_method
 from maedistill.training.engine import PERSISTENCE_THRESHOLD
@@ -61,7 +62,7 @@ def test_two_real_processes_train_and_say_how_fast(config, monkeypatch, tmp_path
 def test_zero_3_is_measured_and_counts_the_whole_network(config):
     """At this width ZeRO 3 cuts the weights up: what a rank still holds of them has no size."""
     wide = ["student.width=256", "student.num_heads=4"]
-    settings = load_config(config, wide, to_run=False).config
+    settings = load_config(config, wide, root=PretrainConfig, to_run=False).config
     method = build_method(settings, build_encoder(settings), None)
     sizes = [parameter.numel() for parameter in method.parameters()]
     assert max(sizes) > PERSISTENCE_THRESHOLD

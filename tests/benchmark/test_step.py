@@ -1,8 +1,6 @@
 """The plain step is the same mathematics, and what is counted and measured around both is what it is said to be."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -88,12 +86,11 @@ def test_memory_is_what_lives_at_once() -> None:
     assert 2 * 4000 <= peak_memory(lambda: x.exp().sum().backward(), torch.device("cpu")) <= 3 * 4000
 
 
-def test_a_report_of_a_tiny_pair(root, tmp_path) -> None:
+def test_a_report_of_a_tiny_pair(launcher, tmp_path) -> None:
     """The whole tool in a process of its own: DeepSpeed's group is not for ours."""
     (tmp_path / "tiny.yaml").write_text(TINY.format(method="dmae") + PAIRS["dmae"] + TEACHER)
-    command = [sys.executable, "tools/benchmark.py", "step", tmp_path / "tiny.yaml", "--batch", "3", "--rounds", "1"]
-    done = subprocess.run([*command, "--json", tmp_path / "out.json"], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    words = ["tools/benchmark.py", "step", tmp_path / "tiny.yaml", "--batch", 3, "--rounds", 1]
+    launcher.start(tmp_path, [*words, "--json", tmp_path / "out.json"]).finish()
     tables = json.loads((tmp_path / "out.json").read_text())["tables"]
     speed, flops, shares, memory, checkpoint = tables.values()
     assert [row["step"] for row in speed] == ["plain", "ours", "ours, DeepSpeed engine"]

@@ -50,6 +50,8 @@ OVERRIDES = [
     "optim.lr.peak=3",
     "optim.lr={a: 1}",
     "optim.lr={}",
+    "data.scaled_decode=true",
+    "engine.nonfinite=rollback",
     # wrong types and values
     "optim.lr=fast",
     "optim.lr=-1e-3",
@@ -130,6 +132,7 @@ FINETUNE_OVERRIDES = [
     "layer_decay=0.75",
     "reprob=0.25",
     "qqqq=1",
+    "align.head=mlp",
     # values
     "optim.layer_decay=0",
     "optim.layer_decay=1.5",
@@ -275,12 +278,12 @@ def test_amd_generators_must_fit_the_teacher(refused, tmp_path):
     file = tmp_path / "good.yaml"
     file.write_text(GOOD)
     amd = ["method=amd", "masks.teacher_keep_ratio=0.5"]
-    load_config(file, [*amd, "generate.num_heads=8"])
+    load_config(file, [*amd, "generate.num_heads=8"], root=PretrainConfig)
     refused(GOOD, [*amd, "generate.num_heads=7"])
     refused(GOOD, ["method=amd", "masks.teacher_keep_ratio=0.251"])
 
 
-NAMES = [*all_keys(), *all_keys(root=FinetuneConfig), *all_sections(), *all_sections(root=FinetuneConfig)]
+NAMES = [name for root in (PretrainConfig, FinetuneConfig) for name in (*all_keys(root), *all_sections(root))]
 NAMES += ["", "extends", "a.b.c", ".", "optim."]
 
 
@@ -317,19 +320,18 @@ def test_missing_or_unreadable_files(messages, tmp_path):
     (tmp_path / "teacher.pth").write_bytes(b"\x80\x02\xff\xfe")
     for name in ("pretrain/dmae_vitb.yaml", "dmae_vit_b.yaml", "typo/x.yaml", "pretrain", "teacher.pth"):
         with pytest.raises(ConfigError) as caught:
-            load_config(tmp_path / name)
+            load_config(tmp_path / name, root=PretrainConfig)
         assert str(tmp_path / name) in caught.value.cause
         messages.check(f"config file | {name}", caught.value.cause, caught.value.remedy, FOLDER=tmp_path)
 
 
 PROBE = """
 import json, pathlib, sys
-from maedistill.config.batch import batch_plan, world_size_from_environment
-from maedistill.config.explain import explain
+from maedistill.config.plan import batch_plan, world_size_from_environment
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.config.render import render_config
+from maedistill.config.render import explain, render_config
 from maedistill.errors import ConfigError, exit_code_of
 folder = sys.argv[1]
 for root in (PretrainConfig, FinetuneConfig):
@@ -340,10 +342,11 @@ for root in (PretrainConfig, FinetuneConfig):
             continue
         raise SystemExit(f"accepted {override}")
 file = f"{folder}/pre-training.yaml"
-render_config(load_config(file)), explain("optim.lr"), batch_plan(8, 4, world_size=world_size_from_environment())
+render_config(load_config(file, root=PretrainConfig)), explain("optim.lr", PretrainConfig)
+batch_plan(8, 4, world_size=world_size_from_environment())
 heavy = {"torch", "timm", "numpy", "deepspeed"} & set(sys.modules)
 assert not heavy, heavy
-sys.exit(exit_code_of(lambda: load_config(file, ["lr=1e-3"])))
+sys.exit(exit_code_of(lambda: load_config(file, ["lr=1e-3"], root=PretrainConfig)))
 """
 
 

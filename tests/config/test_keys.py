@@ -5,21 +5,22 @@ from operator import attrgetter
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from maedistill.config.explain import explain
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import (
     ALIASES,
+    REMOVED,
     RENAMED,
     all_keys,
     all_sections,
     differing_keys,
     flat,
-    keys_of_kind,
     nearest_keys,
     nested,
     renamed_key,
 )
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.render import explain
+from maedistill.config.values import validated
 from maedistill.errors import ConfigError
 
 ROOTS = (PretrainConfig, FinetuneConfig)
@@ -40,20 +41,20 @@ def leaves(model: type[BaseModel], prefix: str = "") -> dict[str, object]:
 @each_root
 def test_every_leaf_is_marked_documented_and_known(root):
     fields = leaves(root)
-    assert list(fields) == list(all_keys(root=root))
+    assert list(fields) == list(all_keys(root))
     for name, field in fields.items():
         assert field.json_schema_extra["kind"] in ("result", "runtime"), name
         assert field.description and "None" not in field.description, name
-        assert all_keys(root=root)[name].kind == field.json_schema_extra["kind"]
-    assert sorted(keys_of_kind("result", root=root) + keys_of_kind("runtime", root=root)) == sorted(fields)
-    assert {"optim.lr", "seed", "student.drop_path"} <= set(keys_of_kind("result", root=root))
-    assert {"engine.zero", "data.workers", "run"} <= set(keys_of_kind("runtime", root=root))
+        assert all_keys(root)[name].kind == field.json_schema_extra["kind"]
+    kinds = {name: key.kind for name, key in all_keys(root).items()}
+    assert {kinds[name] for name in ("optim.lr", "seed", "student.drop_path")} == {"result"}
+    assert {kinds[name] for name in ("engine.zero", "data.workers", "run")} == {"runtime"}
 
 
 @each_root
 def test_every_section_has_one_line_and_is_frozen(root):
     config = root()
-    for name, doc in all_sections(root=root).items():
+    for name, doc in all_sections(root).items():
         section = type(attrgetter(name)(config))
         assert doc == section.__doc__ and "\n" not in doc and doc.endswith(".")
         assert section.model_config["frozen"] and section.model_config["extra"] == "forbid"
@@ -63,7 +64,7 @@ def test_every_section_has_one_line_and_is_frozen(root):
 
 @each_root
 def test_defaults_are_what_the_class_has(root):
-    assert flat(root()) == {name: key.default for name, key in all_keys(root=root).items()}
+    assert flat(root()) == {name: key.default for name, key in all_keys(root).items()}
     assert root.model_validate(nested(flat(root())), strict=False) == root()
 
 
@@ -93,45 +94,56 @@ def test_only_result_keys_forbid_continuing():
     ],
 )
 def test_nearest_key(name, nearest):
-    assert nearest_keys(name)[0] == nearest
+    assert nearest_keys(name, PretrainConfig)[0] == nearest
 
 
 def test_aliases_lead_to_keys_and_hide_none():
-    known = {name for root in ROOTS for name in all_keys(root=root)}
+    known = {name for root in ROOTS for name in all_keys(root)}
     assert {key for keys in ALIASES.values() for key in keys} <= known
     assert not set(ALIASES) & {name.rpartition(".")[2] for name in known}
-    assert nearest_keys("nb_classes", root=FinetuneConfig) == ["data.num_classes"]
-    assert "data.num_classes" not in nearest_keys("nb_classes"), "no advice that pre-training cannot take"
+    assert nearest_keys("nb_classes", FinetuneConfig) == ["data.num_classes"]
+    assert "data.num_classes" not in nearest_keys("nb_classes", PretrainConfig), (
+        "no advice that pre-training cannot take"
+    )
 
 
 def test_explain():
-    assert explain("masks.student_keep_ratio") == (
+    assert explain("masks.student_keep_ratio", PretrainConfig) == (
         "masks.student_keep_ratio: share of patches the student sees; 0.25 in MAE, DMAE and AMD\n"
         "  takes    a number > 0 and <= 1\n"
         "  default  0.25\n"
         "  kind     result: changes the numbers of a run; a run folder continues with the same value only"
     )
-    assert "one of l1, mse, smooth_l1" in explain("align.distance")
-    assert "a list of whole numbers, each >= 0" in explain("align.student")
-    assert "runtime: changes speed" in explain("engine.zero")
-    text = explain("masks")
+    assert "one of l1, mse, smooth_l1" in explain("align.distance", PretrainConfig)
+    assert "a list of whole numbers, each >= 0" in explain("align.student", PretrainConfig)
+    assert "runtime: changes speed" in explain("engine.zero", PretrainConfig)
+    text = explain("masks", PretrainConfig)
     assert text.startswith("masks: How many patches") and text.count("\n") == 2
     assert "  masks.teacher_keep_ratio=null  share the teacher sees" in text
-    assert "share of each class's labelled images" in explain("data.label_fraction", root=FinetuneConfig)
+    assert "share of each class's labelled images" in explain("data.label_fraction", FinetuneConfig)
     for root in ROOTS:
-        for name in [*all_keys(root=root), *all_sections(root=root)]:
-            assert explain(name, root=root).startswith(f"{name}: ")
+        for name in [*all_keys(root), *all_sections(root)]:
+            assert explain(name, root).startswith(f"{name}: ")
     with pytest.raises(ConfigError, match=r"unknown key lr\ndid you mean optim\.lr\?"):
-        explain("lr")
+        explain("lr", PretrainConfig)
     with pytest.raises(ConfigError, match=r"optim\.layer_decay belongs to fine-tuning \(tools/finetune\.py\)"):
-        explain("optim.layer_decay")
+        explain("optim.layer_decay", PretrainConfig)
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
 def test_a_key_of_an_earlier_version_is_refused_with_its_new_name(old, new):
-    roots = [root for root in ROOTS if new in {**all_keys(root=root), **all_sections(root=root)}]
+    roots = [root for root in ROOTS if new in {**all_keys(root), **all_sections(root)}]
     assert roots, f"{new} is a key"
     for root in roots:
-        assert old not in {**all_keys(root=root), **all_sections(root=root)}
-        assert nearest_keys(old, root=root) == [new]
-    assert renamed_key("distill.relations.heads", root=FinetuneConfig) == "distill.token_relations.num_heads"
+        assert old not in {**all_keys(root), **all_sections(root)}
+        assert nearest_keys(old, root) == [new]
+    assert renamed_key("distill.relations.heads", FinetuneConfig) == "distill.token_relations.num_heads"
+
+
+@pytest.mark.parametrize(("setting", "remedy"), REMOVED.items())
+@each_root
+def test_a_key_or_value_that_was_removed_is_refused_as_gone(root, setting, remedy):
+    name, _, value = setting.partition("=")
+    assert (name in all_keys(root)) == bool(value) and name not in all_sections(root)
+    [problem] = validated({name: value or True}, root)
+    assert (problem.key, problem.cause, problem.remedy) == (name, f"{setting} is gone", remedy)

@@ -31,8 +31,8 @@ def test_origins_name_file_and_line(tmp_path):
     top = write(
         tmp_path / "top.yaml", "# a comment\nextends: base.yaml\n\noptim: {epochs: 3, warmup_epochs: 0}\nseed: 4\n"
     )
-    loaded = load_config(top, ["seed=5", "data.workers=0", "log={every_steps: 7}"])
-    assert set(loaded.origins) == set(all_keys())
+    loaded = load_config(top, ["seed=5", "data.workers=0", "log={every_steps: 7}"], root=PretrainConfig)
+    assert set(loaded.origins) == set(all_keys(PretrainConfig))
     shown = {name: origin for name, origin in loaded.origins.items() if origin != "default"}
     assert shown == {
         "method": f"{base}:1",
@@ -54,24 +54,24 @@ def test_later_files_win_and_paths_are_relative_to_the_file(tmp_path, monkeypatc
     write(tmp_path / "parts" / "long.yaml", "seed: 3\nthreads: 3\n")
     top = write(tmp_path / "runs" / "top.yaml", "extends: [../parts/small.yaml, ../parts/long.yaml]\nthreads: 4\n")
     monkeypatch.chdir(tmp_path / "parts")
-    config = load_config(Path("../runs/top.yaml"), ["seed=5", "seed=6"]).config
+    config = load_config(Path("../runs/top.yaml"), ["seed=5", "seed=6"], root=PretrainConfig).config
     assert (config.seed, config.threads) == (6, 4)
     assert (config.decoder.width, config.decoder.depth) == (64, 2), "sections merge key by key"
     assert config.run == "runs/test", "values are kept as written"
-    assert load_config(top).config.seed == 3
+    assert load_config(top, root=PretrainConfig).config.seed == 3
 
     write(tmp_path / "x.yaml", "extends: y.yaml\n")
     write(tmp_path / "y.yaml", "extends: z.yaml\n")
     write(tmp_path / "z.yaml", "extends: y.yaml\n")
     with pytest.raises(ConfigError, match=r"y\.yaml -> .*z\.yaml -> .*y\.yaml"):
-        load_config(tmp_path / "x.yaml")
+        load_config(tmp_path / "x.yaml", root=PretrainConfig)
 
 
 def test_a_wrong_value_below_an_override_does_no_harm(tmp_path):
     file = write(tmp_path / "a.yaml", MAE + "optim: {epochs: many}\n")
     with pytest.raises(ConfigError, match=r"a\.yaml:6 optim\.epochs"):
-        load_config(file)
-    assert load_config(file, ["optim.epochs=30"]).config.optim.epochs == 30
+        load_config(file, root=PretrainConfig)
+    assert load_config(file, ["optim.epochs=30"], root=PretrainConfig).config.optim.epochs == 30
 
 
 @pytest.mark.parametrize(
@@ -129,14 +129,16 @@ def test_printed_config_loads_back_and_its_comments_are_aligned(tmp_path, root, 
     assert load_config(write(tmp_path / "bare.yaml", config_yaml(loaded.config)), root=root).config == loaded.config
     assert "default" not in again.origins.values(), "every key is printed"
     settings = [line for line in printed.splitlines() if "  # " in line]
-    assert len(settings) == len(all_keys(root=root))
+    assert len(settings) == len(all_keys(root))
     assert len({line.rindex("  # ") for line in settings}) == 1
     first = text.splitlines()[0]
     assert f"{first}{' ' * 10}" in printed and f"# {file}:1\n" in printed and "# command line\n" in printed
 
 
 def test_a_long_value_does_not_push_the_comments_of_others(tmp_path):
-    printed = render_config(load_config(write(tmp_path / "a.yaml", MAE), [f"data.val={'long/' * 40}v.tar"]))
+    printed = render_config(
+        load_config(write(tmp_path / "a.yaml", MAE), [f"data.val={'long/' * 40}v.tar"], root=PretrainConfig)
+    )
     lines = [line for line in printed.splitlines() if "long/" not in line]
     assert max(map(len, lines)) < 72 + len(str(tmp_path)) + 30
 
@@ -168,13 +170,13 @@ def test_any_config_is_written_and_read_back_exactly(tmp_path_factory, run, lice
         }
     )
     text = config_yaml(config)
-    assert len(text.splitlines()) == len(all_keys()) + len(all_sections())
+    assert len(text.splitlines()) == len(all_keys(PretrainConfig)) + len(all_sections(PretrainConfig))
     leaves = {name: value for name, (value, _) in read_document(text).items()}
     assert leaves == flat(config)
     other_reader = yaml.safe_load(text)
     assert other_reader["run"] == config.run and other_reader["teacher"]["license"] == license
     file = tmp_path_factory.getbasetemp() / "config.yaml"
     file.write_text(text, encoding="utf-8")
-    assert load_config(file).config == config
-    commented = render_config(LoadedConfig(config, dict.fromkeys(all_keys(), "default")))
+    assert load_config(file, root=PretrainConfig).config == config
+    commented = render_config(LoadedConfig(config, dict.fromkeys(all_keys(PretrainConfig), "default")))
     assert {name: value for name, (value, _) in read_document(commented).items()} == leaves

@@ -82,7 +82,7 @@ def test_accuracy_is_the_same_and_read_where_results_are_gathered(images):
             predictor = Predictor(network().to(device), context(device), **STATISTICS)
             found = evaluate(predictor, images, context(device))
         results.append(found)
-        waits = {("full_pass.Predictor.__init__", "lift_fresh"), ("full_pass._gather", "_to_copy")}
+        waits = {("full_pass.Predictor.__init__", "lift_fresh"), ("full_pass.full_pass", "_to_copy")}
         assert {wait for wait in card.waits if wait[0] not in ("?", "batch._moved")} == (
             waits if device.index else set()
         )

@@ -15,7 +15,7 @@ from maedistill.config.loader import load_config
 from maedistill.data.images.augment import Mixing, seed_generators
 from maedistill.data.loading.batch import Batch
 from maedistill.finetuning import build_teachers as build_distillation
-from maedistill.finetuning.distilled import Distilled
+from maedistill.finetuning.objective import Distilled
 from maedistill.finetuning.setup import Finetuning, open_finetuning
 from maedistill.finetuning.teacher import TeacherEnsemble
 from maedistill.weights.network import Network

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.models.encoder import build_vit
 from maedistill.runs.checkpoint import take_snapshot, write_snapshot
-from maedistill.training.state import MOMENTS, TrainingState
+from maedistill.training.engine import MOMENTS, TrainingState
 from maedistill.weights.from_run import describe_network
 
 TINY = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8}

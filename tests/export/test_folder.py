@@ -22,7 +22,7 @@ from maedistill.export.folder import FILES, export, read_record
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.runs.checkpoint import take_snapshot, write_snapshot
 from maedistill.runs.restore import newest_intact, read_weights
-from maedistill.training.state import MOMENTS, TrainingState
+from maedistill.training.engine import MOMENTS, TrainingState
 from maedistill.weights.network import open_network
 from maedistill.weights.state_dict import ConvertedStateDict, load_encoder
 from tests.export.imitation import CROP, MEAN, STD, TINY, imitate, random_vit

@@ -34,7 +34,7 @@ from maedistill.models.encoder import build_vit
 from maedistill.models.initialize import initialize
 from maedistill.runs.checkpoint import take_snapshot, write_snapshot
 from maedistill.runs.folder import RunFolder
-from maedistill.training.state import MOMENTS, TrainingState
+from maedistill.training.engine import MOMENTS, TrainingState
 
 Make = Callable[[Path, Path], object]
 File = bytes | str | Make

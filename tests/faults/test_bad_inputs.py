@@ -85,7 +85,7 @@ def begin(config: Any, *, fresh: bool, extend: bool, open_parts: Callable[..., A
     folder = RunFolder(config.run)
     with folder.recorded_end():
         parts = open_parts(config, world_size=1, device=CPU)
-        folder.open(config, parts.metadata, fresh=fresh, extend=extend)
+        folder.open(config, parts.metadata, execution={}, fresh=fresh, extend=extend)
         shapes = {name: tuple(value.shape) for name, value in parts.module.state_dict().items()}
         engine = SimpleNamespace(module=parts.module, shapes=lambda: shapes, load_state=lambda state: None)
         load_latest(folder.checkpoints, engine)

@@ -13,8 +13,8 @@ from maedistill.config.finetune import Augment, Data, FinetuneConfig, Init, Stud
 from maedistill.data.images.augment import seed_generators
 from maedistill.errors import ConfigError
 from maedistill.finetuning.build import build_classifier, build_init_source, build_mixing
-from maedistill.finetuning.supervised import Supervised
-from maedistill.models.positions import position_table
+from maedistill.finetuning.objective import Supervised
+from maedistill.models.patches import position_table
 from maedistill.weights.from_file import EncoderSpec
 from maedistill.weights.from_run import describe_network, open_run
 from maedistill.weights.network import Network, open_network

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from maedistill.config import distill
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
+from maedistill.config.plan import make_plan
 from maedistill.finetuning.build_teachers import build_module, build_teaching
-from maedistill.finetuning.distilled import Distilled
+from maedistill.finetuning.objective import Distilled
 from maedistill.finetuning.outputs import RequestedOutputs, feature_info, forward_outputs
 from maedistill.finetuning.teacher import TeacherSource
 from maedistill.finetuning.terms import Contrastive
-from maedistill.losses.relations import contrast_loss
-from maedistill.runs.plan import make_plan
+from maedistill.losses.features import contrast_loss
 from maedistill.weights.network import Network
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)

@@ -7,17 +7,15 @@ import pytest
 import torch
 
 from maedistill.data.images.transforms import normalize
-from maedistill.losses.pixels import pixel_target
 from maedistill.methods.amd import AMD, GeneratorSpec
 from maedistill.methods.dmae import DMAE, AlignmentSpec
-from maedistill.methods.mae import MAE, PixelSpec
+from maedistill.methods.mae import MAE, PixelSpec, pixel_target
 from maedistill.methods.teacher import Teacher
 from maedistill.methods.tinymim import RelationSpec, TinyMIM
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
-from maedistill.models.masking import PatchSplit, random_split
-from maedistill.models.patches import patchify, unpatchify
+from maedistill.models.patches import PatchSplit, patchify, random_split, unpatchify
 from maedistill.weights.from_file import EncoderSpec
 from maedistill.weights.network import open_network
 

@@ -5,6 +5,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from maedistill.benchmark.plain_step import PlainTeacher, plain_version
+from maedistill.config.pretrain import Decoder
 from maedistill.methods.amd import AMD, GeneratorSpec
 from maedistill.methods.dmae import DMAE, AlignmentSpec
 from maedistill.methods.mae import PixelSpec
@@ -40,8 +41,7 @@ def gflops(
         model = kind(encoder, TokenDecoder(encoder.width, **shape, **decoder), **specs)
         guide = Teacher(source, taps=taps[1])
         if plain:
-            published = TokenDecoder(source.encoder.width, grid=14, patch_size=16, num_prefix=1, **PUBLISHED)
-            model, guide = plain_version(model), PlainTeacher(guide, published)
+            model, guide = plain_version(model), PlainTeacher(guide, Decoder(**PUBLISHED))
     return count_flops(model, guide, num_student=49, num_teacher=49 if method == "dmae" else 98)
 
 

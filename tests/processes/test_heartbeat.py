@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,6 +142,7 @@ def test_other_errors_are_not(error):
     assert peer_error(error) is None
 
 
+@pytest.mark.faults
 def test_a_process_that_stops_moving_is_ended_with_its_stacks_but_not_while_it_pauses(monkeypatch, capfd):
     left, recorded = [], []
     monkeypatch.setattr("os._exit", left.append)
@@ -165,3 +167,18 @@ def wait_for(things, *, seconds):
     while not things and time.monotonic() < end:
         time.sleep(0.01)
     assert things
+
+
+def test_two_threads_that_diagnose_at_once_have_snapshots_of_their_own():
+    """The main thread's collective fails while the watch diagnoses: neither may take the store for lost."""
+    peers = Peers(timeout_seconds=4, on_loss=print)
+    peers._store = dist.HashStore()
+    peers._publish()
+    peers._exchanger.start()
+    with ThreadPoolExecutor(2) as two:
+        first = two.submit(peers._diagnose, "stuck")
+        time.sleep(0.45)  # in the last of five rounds of 0.1 s
+        causes = [call.result().error.cause for call in (first, two.submit(peers._diagnose, "stuck"))]
+    peers._ended.set()
+    peers._exchanger.join()
+    assert all("rank 0 on" in cause for cause in causes), causes

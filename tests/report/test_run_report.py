@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
 from maedistill.report.run_report import summary, write_run_report
 from maedistill.runs.folder import RunFolder
 
@@ -60,9 +61,10 @@ def test_a_run_s_report_says_what_it_was_and_what_came_of_it(trio, method):
     assert ("teacher: none" in text) == (method == "mae") and f"teacher.source=run:{ended.run}" in text
     assert method == "mae" or str(trio["mae"].run) in text
     command = shlex.split(text.rstrip().splitlines()[-1])
-    following = load_config(command[2], command[3:]).config
+    following = load_config(command[2], command[3:], root=PretrainConfig).config
     assert following.method == "dmae" and following.teacher.source == f"run:{ended.run}"
-    assert following.student_architecture.width == 16 and following.data == load_config(command[2]).config.data
+    assert following.student_architecture.width == 16
+    assert following.data == load_config(command[2], root=PretrainConfig).config.data
 
 
 def test_a_report_does_without_matplotlib_and_without_pictures(trio, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError
 from maedistill.runs.folder import RunFolder
 
@@ -24,13 +25,13 @@ def config(tmp_path):
     """Makes the config of a run in tmp_path/run with some overrides."""
     file = tmp_path / "c.yaml"
     file.write_text(f"method: mae\nrun: {tmp_path}/run\ndata: {{train: x.tar}}\n")
-    return lambda *overrides: load_config(file, list(overrides)).config
+    return lambda *overrides: load_config(file, list(overrides), root=PretrainConfig).config
 
 
 def begun(config) -> RunFolder:
     """A run folder with a checkpoint in it."""
     folder = RunFolder(config().run)
-    folder.open(config(), METADATA, fresh=False, extend=False)
+    folder.open(config(), METADATA, execution={}, fresh=False, extend=False)
     (folder.checkpoints / "step_000000001").mkdir(parents=True)
     (folder.checkpoints / "step_000000001" / "COMPLETE").touch()
     return folder
@@ -55,7 +56,7 @@ def test_a_run_keeps_its_teacher_and_the_record_of_what_it_began_with(config):
     now = METADATA | {"init": "timm:x of step 2", "teacher": "timm:t of step 2"}
     changed = refused(folder, config(), now | {"teacher_weights": ["b" * 64]})
     assert "other weights than now: timm:t of step 2" in changed and "use another run=" in changed
-    RunFolder(folder.path).open(config(), now, fresh=False, extend=False)
+    RunFolder(folder.path).open(config(), now, execution={}, fresh=False, extend=False)
     assert folder.metadata()["init"] == "timm:x of step 1" and len(folder.metadata()["starts"]) == 2
     assert now["init"] == "timm:x of step 2"  # the caller's facts are its own
 
@@ -68,9 +69,9 @@ def test_a_refused_start_leaves_the_record_of_the_run_and_a_new_start_removes_it
     assert json.loads(record.read_text())["exit_code"] == 0
     other = RunFolder(folder.path)
     with pytest.raises(ConfigError), other.recorded_end():
-        other.open(config("seed=1"), METADATA, fresh=False, extend=False)
+        other.open(config("seed=1"), METADATA, execution={}, fresh=False, extend=False)
     assert json.loads(record.read_text())["exit_code"] == 0
-    RunFolder(folder.path).open(config(), METADATA, fresh=False, extend=False)
+    RunFolder(folder.path).open(config(), METADATA, execution={}, fresh=False, extend=False)
     assert not record.exists()  # a killed run must not look finished
 
 
@@ -89,14 +90,14 @@ def test_a_folder_that_cannot_be_made_is_the_user_s_news(config, tmp_path, capsy
     (tmp_path / "run").write_text("a file")
     folder = RunFolder(tmp_path / "run")
     with pytest.raises(ConfigError, match="cannot be written to"), folder.recorded_end():
-        folder.open(config(), METADATA, fresh=False, extend=False)
+        folder.open(config(), METADATA, execution={}, fresh=False, extend=False)
     assert "exit.json could not be written" in capsys.readouterr().err
 
 
 def test_a_run_never_begins_in_somebodys_folder(config, tmp_path):
     (tmp_path / "run/train").mkdir(parents=True)
     with pytest.raises(ConfigError, match="holds something else than a run"):
-        RunFolder(config().run).open(config(), METADATA, fresh=False, extend=False)
+        RunFolder(config().run).open(config(), METADATA, execution={}, fresh=False, extend=False)
     with pytest.raises(ConfigError), RunFolder(config().run).recorded_end():
         raise ConfigError("a start that failed early", "leaves nothing there")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["train"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from maedistill.runs import metrics
-from maedistill.runs.metrics import Clock, DataWaitHint, wait_hint
+from maedistill.runs.metrics import Clock, DataWaitHint
 
 
 class Card:
@@ -69,6 +69,7 @@ def test_the_hint_comes_once_after_three_slow_intervals_in_a_row_the_first_one_l
 def test_the_hint_names_what_is_set_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     for spec, is_named in ((None, True), (object(), False)):
         monkeypatch.setattr(metrics, "find_spec", lambda name, spec=spec: spec)
-        said = wait_hint(0.31, workers=7)
+        hint = DataWaitHint()
+        said = [hint.note(0.31, workers=7) for _ in range(4)][-1]
         assert "31%" in said and "data.workers, now 7" in said and "--shorter-side" in said
         assert ("pip install simplejpeg" in said) == is_named

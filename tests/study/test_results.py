@@ -11,6 +11,7 @@ from PIL import Image
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.render import config_yaml
 from maedistill.data.shards.index import open_index
 from maedistill.errors import ConfigError, DataError
@@ -68,7 +69,9 @@ def configs(shards, pretraining, tmp_path):
 
     def config(stage: str, run: Path, *more: str):
         if stage == "pretrain":
-            return load_config(pretraining.config, [*data, "method=mae", f"run={run}", *more]).config
+            return load_config(
+                pretraining.config, [*data, "method=mae", f"run={run}", *more], root=PretrainConfig
+            ).config
         return load_config(recipe, [*data, "init.source=run:x", f"run={run}", *more], root=FinetuneConfig).config
 
     return config

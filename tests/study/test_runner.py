@@ -154,6 +154,7 @@ sys.exit(exit_code_of(lambda: run_steps(steps, root=Path(), out=Path("out"))))
 """
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_children_and_theirs(folder, number, code) -> None:
     process = subprocess.Popen([sys.executable, "-c", RUN], stdout=subprocess.DEVNULL)
@@ -168,6 +169,7 @@ def test_a_signal_ends_the_children_and_theirs(folder, number, code) -> None:
     assert notes(folder) == ["starts a"] and run(folder, step("b")) == ["starts a", "starts b", "ends b"]
 
 
+@pytest.mark.faults
 def test_after_a_kill_nothing_starts_beside_what_was_left_running(folder) -> None:
     process = subprocess.Popen([sys.executable, "-c", RUN], stdout=subprocess.DEVNULL)
     wait_for((folder / "sleeps.txt").exists)

@@ -3,7 +3,8 @@
     python -m tests.support.fork_server          one JSON object per line in, one line out; see launch.py
 
 {"words", "variables", "out", "err"} forks a process, a session of its own, that runs `python WORDS ...` as a person
-would have started it: the same file as `__main__`, the same arguments, its output in two files. The answer is its pid.
+would have started it: the same file (or `-m MODULE`) as `__main__`, the same arguments, its output in two files. The
+answer is its pid.
 {"wait": pid} waits for its end and answers with the exit code, negative for a signal. End of input kills what is left.
 Nothing that a fork would tear may exist before: no thread, no process group; the first is checked at every start.
 
@@ -11,6 +12,7 @@ The process may be altered through its environment: FAULTS_FSYNC=S lets each fsy
 so that checkpoint writes last), FAULTS_PACE=S each micro-batch, FAULTS_FLOAT64=1 computes in float64 (float64.py).
 """
 
+import gc
 import json
 import os
 import runpy
@@ -68,7 +70,7 @@ def become(request: dict[str, Any]) -> None:
         os.dup2(opened, descriptor)
         os.close(opened)
     os.environ.update(request["variables"])
-    sys.argv = request["words"]
+    sys.argv = request["words"][1:] if request["words"][0] == "-m" else request["words"]
     alter(os.environ.get)
 
 
@@ -99,6 +101,10 @@ def slower(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
 if __name__ == "__main__":
     os.chdir(ROOT)
     import_all()
+    gc.freeze()  # children share these objects; without this, each of DeepSpeed's collections goes through all of them
     asked = serve()
     become(asked)
-    runpy.run_path(asked["words"][0], run_name="__main__")
+    if asked["words"][0] == "-m":
+        runpy.run_module(asked["words"][1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(asked["words"][0], run_name="__main__")

@@ -31,8 +31,7 @@ from maedistill.runs import run as run_file
 from maedistill.runs.async_saver import Saver
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.manifest import COMPLETE, MANIFEST
-from maedistill.runs.nonfinite import NonfinitePolicy
-from maedistill.runs.progress import Progress
+from maedistill.runs.progress import NonfinitePolicy, Progress
 from maedistill.runs.run import Run
 from maedistill.runs.start import start_run
 from tests.support.checkpoints import reseal
@@ -93,7 +92,7 @@ def spoil(run: Run, steps: tuple[int, ...]) -> None:
 def forget(run: Run, checkpoints: Path, training: Any, averages: dict[str, torch.Tensor]) -> None:
     """Makes the run a new one, in a folder of its own: what a restart does not load, it does not have."""
     run.folder.checkpoints, run.saver = checkpoints, Saver(checkpoints, keep=9)
-    run.progress, run.clock = Progress(), metrics.Clock()
+    run.progress, run.clock = Progress(), metrics.Clock(torch.device("cpu"))
     run.nonfinite = NonfinitePolicy(run.folder.nonfinite, run.config.engine)
     run.engine.load_state(training)
     run.ema.module.load_state_dict(averages)

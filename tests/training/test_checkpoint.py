@@ -21,7 +21,7 @@ from maedistill.runs.async_saver import Saver
 from maedistill.runs.checkpoint import latest_step, take_snapshot, write_snapshot
 from maedistill.runs.manifest import COMPLETE, MANIFEST, CorruptCheckpoint, verify
 from maedistill.runs.restore import load_latest, newest_intact, read_weights
-from maedistill.training.state import MOMENTS, TrainingState
+from maedistill.training.engine import MOMENTS, TrainingState
 from tests.support.checkpoints import reseal
 
 # -- real engines: saved by one set of processes, loaded by another --
@@ -242,6 +242,7 @@ def test_an_intact_checkpoint_of_the_same_step_is_left_alone(tmp_path):
     assert (save(tmp_path, 1) / "COMPLETE").stat().st_mtime_ns == before
 
 
+@pytest.mark.faults
 def test_killed_at_any_call_of_a_save_the_newest_intact_one_loads_and_the_next_save_cleans_up(tmp_path):
     # Real processes, killed inside the thread of a real Saver: before its k-th call, or after half of a write.
     points = 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError
 from maedistill.pretraining.build import build_encoder, build_method, step_inputs
 from maedistill.training import compilation
@@ -56,7 +57,7 @@ def test_compiled_inputs_and_drop_path_draw_what_eager_mode_draws(tmp_path) -> N
     ]
     more = ["data.train=x", "run=x", "data.image_size=32", "decoder.width=16", "decoder.depth=1", "decoder.num_heads=2"]
     model = "student.model=vit_tiny_patch16_224"
-    config = load_config(tmp_path / "tiny.yaml", [model, *shape, *more]).config
+    config = load_config(tmp_path / "tiny.yaml", [model, *shape, *more], root=PretrainConfig).config
     encoder = build_encoder(config)
     method = build_method(config, encoder, None)
     prepare = partial(step_inputs, config, num_patches=encoder.grid**2)

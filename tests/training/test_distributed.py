@@ -95,6 +95,7 @@ def test_a_failure_on_rank_0_reaches_every_rank(runs):
     assert told[1][1] == ("PeerError", "rank 0 failed: KeyError: 'name'\nsee rank 0's traceback")
 
 
+@pytest.mark.faults
 def test_a_rank_whose_peer_never_comes_says_so_and_ends():
     alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     code = "from maedistill.errors import exit_code_of; from maedistill.training.engine import initialize_distributed\n"

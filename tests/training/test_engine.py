@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from maedistill.errors import ConfigError
-from maedistill.training.engine import Engine
-from maedistill.training.loss_scale import LossScale
+from maedistill.training.engine import Engine, LossScale
 from maedistill.training.optim import build_optimizer, parameter_groups
 
 RANKS, PRECISIONS, ACCUMULATIONS, STAGES = (1, 2), ("fp32", "bf16", "fp16"), (1, 3), range(4)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from maedistill.config.batch import batch_plans
+from maedistill.config.plan import batch_plans
 from maedistill.training import memory_fit
 from maedistill.training.memory_fit import fit_to_memory
 

@@ -110,10 +110,13 @@ class FakeIndex(SimpleNamespace):
     """As much of a ShardIndex as is asked for."""
 
     def __init__(self, keys, classes=()):
-        super().__init__(keys=keys, classes=classes, shards=("val.tar",), key=keys.__getitem__, shard_of=lambda _: 0)
+        super().__init__(keys=keys, classes=classes, key=keys.__getitem__)
 
     def __len__(self):
         return len(self.keys)
+
+    def sample_name(self, i):
+        return f"val.tar:{self.keys[i]}"
 
 
 def test_shards_of_our_own_keep_the_numbers(tmp_path):

@@ -3,7 +3,7 @@
 import timm
 import torch
 
-from maedistill.weights.fingerprint import weights_fingerprint
+from maedistill.weights.state_dict import weights_fingerprint
 
 ARGUMENTS = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
 

@@ -11,7 +11,7 @@ from timm.models import save_for_hf
 from maedistill.errors import ConfigError, DataError
 from maedistill.models.encoder import build_vit
 from maedistill.runs.checkpoint import take_snapshot, write_snapshot
-from maedistill.training.state import MOMENTS, TrainingState
+from maedistill.training.engine import MOMENTS, TrainingState
 from maedistill.weights.from_run import PREFIX, describe_network
 from maedistill.weights.network import open_network
 

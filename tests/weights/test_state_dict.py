@@ -14,8 +14,8 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from maedistill.errors import DataError
 from maedistill.models.encoder import build_vit
 from maedistill.models.initialize import initialize
+from maedistill.weights.from_file import read_weights_file
 from maedistill.weights.state_dict import import_weights, load_encoder
-from maedistill.weights.weights_file import read_weights_file
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TINY = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8}

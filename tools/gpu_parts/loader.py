@@ -10,8 +10,9 @@ from gpu_parts import goals
 from gpu_parts.check import ROOT, Check
 from gpu_parts.networks import LIGHT
 from gpu_parts.pictures import photo_shards
-from maedistill.config.batch import BatchPlan
 from maedistill.config.loader import load_config
+from maedistill.config.plan import BatchPlan
+from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.loading.loader import BatchSampler, RandomCrops, host_batches
 from maedistill.data.shards.index import open_index
 from maedistill.pretraining.build import build_crops
@@ -34,7 +35,7 @@ def run(check: Check) -> None:
     networks = TINY if check.tiny else [*LIGHT, *TEACHER]
     settings = [f"data.train={shards}/train-*.tar", f"optim.global_batch={batch}", f"engine.micro_batch={batch}"]
     settings += [f"run={check.work}/fed", *networks]
-    config = load_config(CONFIG, settings).config
+    config = load_config(CONFIG, settings, root=PretrainConfig).config
     most = max(1, check.cores - 2)
     for workers in sorted({max(1, check.cores // 2), most}):
         crops = build_crops(config, open_index(config.data.train))

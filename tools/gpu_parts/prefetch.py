@@ -6,7 +6,7 @@ from torch import Tensor
 from gpu_parts.check import Check
 from gpu_parts.networks import tiny_config
 from gpu_parts.pictures import small_shards
-from maedistill.config.batch import BatchPlan
+from maedistill.config.plan import BatchPlan
 from maedistill.data.loading.batch import Batch
 from maedistill.data.loading.loader import RandomCrops, training_batches
 from maedistill.data.shards.index import open_index

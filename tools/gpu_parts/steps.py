@@ -8,8 +8,9 @@ from torch import nn
 
 from gpu_parts.check import Check
 from maedistill.benchmark.step import peak_memory
-from maedistill.benchmark.timing import interleave, repeated, seconds_of
+from maedistill.benchmark.timing import interleave, repeated
 from maedistill.benchmark.training_step import TrainingStep
+from maedistill.evaluation.latency import seconds_of
 
 _ROUNDS, _SECONDS, _WARM = 3, 0.6, 3  # rounds, least seconds that a round takes, uncounted first steps
 

@@ -15,7 +15,7 @@ import struct
 import warnings
 import zlib
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,10 +36,10 @@ BACKGROUND = (255, 255, 255)  # colour behind transparent pixels
 
 # Use torchvision's operator, because its Python function warns on every call since 0.29 that a later release will drop
 # the decoders.
-_torchvision_decode = getattr(torch.ops.image, "decode_jpeg", None)
+_torchvision_decode: Any = getattr(torch.ops.image, "decode_jpeg", None)
 _TO_RGB, _KEEP_ORIENTATION = 3, False  # torchvision's ImageReadMode.RGB and apply_exif_orientation
-_found = {"simplejpeg": simplejpeg, "torchvision": _torchvision_decode, "pillow": Image}
-JPEG_DECODERS = tuple(name for name, found in _found.items() if found)  # fastest first; all give the same pixels
+_decoders = {"simplejpeg": simplejpeg, "torchvision": _torchvision_decode, "pillow": Image}
+JPEG_DECODERS = tuple(name for name, decoder in _decoders.items() if decoder)  # fastest first; all give the same pixels
 
 # errors that Pillow's decoders raise on damaged files, depending on where the damage is
 _DECODE_ERRORS = (
@@ -92,21 +92,16 @@ def decode(image: Image.Image, data: bytes, *, decoder: str = JPEG_DECODERS[0]) 
     damaged.
     """
     if image.format in _JPEG and image.mode in ("RGB", "L"):
-        pixels = _decode_jpeg(data, decoder=decoder)
+        pixels = None
+        with suppress(RuntimeError, ValueError):  # Pillow may succeed then, or explain why it does not
+            if decoder == "simplejpeg":
+                pixels = torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1)
+            elif decoder == "torchvision":
+                encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # [bytes]; torch wants writable memory
+                pixels = _torchvision_decode(encoded, _TO_RGB, _KEEP_ORIENTATION)
         if pixels is not None and pixels.shape == (3, image.height, image.width):  # agrees with Pillow's header
             return pixels
     return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)  # [3, H, W]
-
-
-def _decode_jpeg(data: bytes, *, decoder: str) -> Tensor | None:
-    """Decode a JPEG to uint8 [3, H, W]; None if `decoder` is Pillow or fails, as Pillow may succeed or explain why."""
-    with suppress(RuntimeError, ValueError):
-        if decoder == "simplejpeg":
-            return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1)
-        if decoder == "torchvision":
-            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # [bytes]; torch wants writable memory
-            return _torchvision_decode(encoded, _TO_RGB, _KEEP_ORIENTATION)
-    return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -149,14 +144,14 @@ def convert(data: bytes, *, shorter_side: int | None = None, quality: int = 90) 
         is_grayscale, reason = image.mode in _GRAY_MODES, _nonstandard_reason(image, data)
         if shorter_side is not None and min(image.size) > shorter_side:
             scale = shorter_side / min(image.size)
-            size = tuple(max(shorter_side, round(side * scale)) for side in image.size)
+            width, height = (max(shorter_side, round(side * scale)) for side in image.size)
             buffer = io.BytesIO()
-            to_rgb(image).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
+            to_rgb(image).resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
             return Converted(buffer.getvalue(), "jpg", "shrunk", is_grayscale)
         if reason is not None:
             return Converted(encode_png(to_rgb(image)), "png", reason, is_grayscale)
         decode_rgb(data)
-        return Converted(data, "jpg" if image.format in _JPEG else image.format.lower(), None, is_grayscale)
+        return Converted(data, "jpg" if image.format in _JPEG else str(image.format).lower(), None, is_grayscale)
 
 
 def encode_png(image: Image.Image) -> bytes:

@@ -41,7 +41,7 @@ class Batch(NamedTuple):
         return Batch(images.contiguous(), positions, labels, self.samples, self.bad)
 
 
-B = TypeVar("B", Batch, tuple[Tensor, ...])
+B = TypeVar("B", Batch, tuple[Tensor, Tensor, Tensor])
 
 
 class SharedBatchBuffers:
@@ -72,7 +72,8 @@ class BatchHandle:
 
 
 def _open_batch(number: int, slot: int, small: tuple[np.ndarray, ...], bad: tuple[str, ...]) -> Batch:
-    return Batch(_buffers[number].images[slot], *map(torch.from_numpy, small), bad)
+    positions, labels, samples = map(torch.from_numpy, small)
+    return Batch(_buffers[number].images[slot], positions, labels, samples, bad)
 
 
 def on_device(batches: Iterator[B], device: torch.device) -> Iterator[B]:
@@ -116,8 +117,8 @@ def prefetched(batches: Iterator[B], device: torch.device) -> Iterator[B]:
         raise batch
 
 
-def _moved(batch: B, device: torch.device) -> B:
-    """Copy a batch to a device without waiting for the copies."""
+def _moved(batch: Any, device: torch.device) -> Any:
+    """Copy a `Batch` or a tuple of tensors to a device without waiting for the copies."""
     if isinstance(batch, Batch):
         return batch.to(device)
     return tuple(part.to(device, non_blocking=True) for part in batch)

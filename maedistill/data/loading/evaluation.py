@@ -10,20 +10,20 @@ replacement by the next good one, because they must not end a run.
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, create_transform
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as vision
 
 from maedistill.data.images.decode import BadImage, decode_rgb
 from maedistill.data.images.transforms import centre_crop
 from maedistill.data.loading.batch import on_device
-from maedistill.data.loading.workers import TIMEOUT_SECONDS, load_batches
+from maedistill.data.loading.workers import TIMEOUT_SECONDS, Images, load_batches
 from maedistill.data.shards.index import ShardIndex
-from maedistill.data.shards.reader import ShardReader, sample_name
+from maedistill.data.shards.reader import ShardReader
 from maedistill.data.shards.scan import NO_LABEL
 from maedistill.errors import DataError
 
@@ -54,23 +54,22 @@ def centre_transform(*, size: int, crop_pct: float) -> Callable[[Image.Image], T
     return lambda image: centre_crop(vision.pil_to_tensor(image), size=size, crop_pct=crop_pct)
 
 
-class EvaluationImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
+@dataclass(eq=False, repr=False)
+class EvaluationImages(Images):
     """The given samples, int64 [n], in order, each with its label and id. `PADDING` gives a black image.
 
     replace_bad: an undecodable sample is replaced, with its label but under its own id, by the next decodable one.
     """
 
-    def __init__(
-        self,
-        index: ShardIndex,
-        samples: Tensor,
-        transform: Callable[[Image.Image], Tensor],
-        *,
-        replace_bad: bool = False,
-    ) -> None:
-        self.index, self.samples, self.transform, self.replace_bad = index, samples, transform, replace_bad
-        self.reader = ShardReader(index)
-        self.black = torch.zeros_like(transform(Image.new("RGB", (1, 1))))  # [3, s, s]
+    index: ShardIndex
+    samples: Tensor
+    transform: Callable[[Image.Image], Tensor]
+    _: KW_ONLY
+    replace_bad: bool = False
+
+    def __post_init__(self) -> None:
+        self.reader = ShardReader(self.index)
+        self.black = torch.zeros_like(self.transform(Image.new("RGB", (1, 1))))  # [3, s, s]
 
     def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return images uint8 [b, 3, s, s], labels and sample ids int64 [b] of some rows of `samples`.
@@ -85,7 +84,7 @@ class EvaluationImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     def with_samples(self, samples: Tensor) -> "EvaluationImages":
         """Return the same view of other samples."""
-        return EvaluationImages(self.index, samples, self.transform, replace_bad=self.replace_bad)
+        return replace(self, samples=samples)
 
     def _image(self, sample: int) -> tuple[Tensor, int]:
         """Return the image of a sample or of its replacement, and the id of the sample that was read."""
@@ -99,7 +98,7 @@ class EvaluationImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
             return self.transform(vision.to_pil_image(decode_rgb(self.reader.read(sample)))), sample
         except BadImage as error:
             raise DataError(
-                f"{sample_name(self.index, sample)} cannot be decoded ({error}), and evaluation replaces no image",
+                f"{self.index.sample_name(sample)} cannot be decoded ({error}), and evaluation replaces no image",
                 "repair the image, or leave it out: write the shards again with tools/make_shards.py",
             ) from error
 
@@ -115,8 +114,9 @@ def exact_batches(
     """Return images uint8 [b, 3, s, s], labels, ids int64 [b] on `device`, in order. The last batch may be smaller."""
     count = len(images.samples)
     rows = (list(range(start, min(start + batch, count))) for start in range(0, count, batch))
-    limits = {"pin_memory": device.type == "cuda", "timeout_seconds": timeout_seconds}
-    return on_device(load_batches(images, rows, workers=workers, **limits), device)
+    pin_memory = device.type == "cuda"
+    batches = load_batches(images, rows, workers=workers, pin_memory=pin_memory, timeout_seconds=timeout_seconds)
+    return on_device(batches, device)
 
 
 def rank_share(samples: Tensor, *, rank: int, world_size: int) -> Tensor:

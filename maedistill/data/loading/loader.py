@@ -12,20 +12,18 @@ needs, and the number of ranks or workers does not change which samples a step r
 import copy
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from maedistill.config.batch import BatchPlan
+from maedistill.config.plan import BatchPlan
 from maedistill.data.images.decode import JPEG_DECODERS, decode_rgb
 from maedistill.data.images.transforms import CROP_DRAWS, crop, random_box
 from maedistill.data.loading.batch import Batch, BatchHandle, SharedBatchBuffers, on_device
 from maedistill.data.loading.order import SampleOrder
-from maedistill.data.loading.workers import TIMEOUT_SECONDS, load_batches
+from maedistill.data.loading.workers import Images, load_batches
 from maedistill.data.shards.index import ShardIndex
 from maedistill.data.shards.reader import ShardReader
 from maedistill.randomness import Stream, key, uniform
@@ -33,29 +31,26 @@ from maedistill.randomness import Stream, key, uniform
 PREFETCHED = 4  # batches per worker
 
 
-class RandomCrops(Dataset[Batch | BatchHandle]):
+@dataclass(eq=False, repr=False)
+class RandomCrops(Images):
     """Random crops by position. An undecodable sample is replaced by another, chosen by (seed, position) alone.
 
     augment: applied to each crop, uint8 [3, s, s], and its position; a pure function of the two.
     decoder: for JPEGs, one of `JPEG_DECODERS`; all give the same pixels.
     """
 
-    def __init__(
-        self,
-        index: ShardIndex,
-        order: SampleOrder,
-        *,
-        seed: int,
-        size: int,
-        scale: tuple[float, float],
-        ratio: tuple[float, float],
-        augment: Callable[[Tensor, int], Tensor] | None = None,
-        decoder: str = JPEG_DECODERS[0],
-    ) -> None:
-        self.index, self.order, self.seed = index, order, seed
-        self.size, self.scale, self.ratio, self.augment = size, scale, ratio, augment
-        self.reader = ShardReader(index)
-        self.decoder = decoder
+    index: ShardIndex
+    order: SampleOrder
+    _: KW_ONLY
+    seed: int
+    size: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    augment: Callable[[Tensor, int], Tensor] | None = None
+    decoder: str = JPEG_DECODERS[0]
+
+    def __post_init__(self) -> None:
+        self.reader = ShardReader(self.index)
         self.buffers: SharedBatchBuffers | None = None  # None: each batch has memory of its own
         self._ahead: list[int] = []  # shards of the last `read_ahead`
 
@@ -82,8 +77,9 @@ class RandomCrops(Dataset[Batch | BatchHandle]):
             candidates = self._candidates(samples[views[0]], visit)
             image, sample, errors = self.reader.read_first(candidates, decode_one)  # [3, H, W]
             bad += errors
+            height, width = image.shape[1:]
             for i in views:
-                box = random_box(*image.shape[1:], draws[i], scale=self.scale, ratio=self.ratio)
+                box = random_box(height, width, draws[i], scale=self.scale, ratio=self.ratio)
                 cut = crop(image, box, size=self.size)  # [3, s, s]
                 images[i].copy_(self.augment(cut, positions[i]) if self.augment else cut)
                 samples[i] = sample
@@ -129,12 +125,13 @@ def training_batches(
     world_size: int,
     workers: int,
     device: torch.device,
-    timeout_seconds: float = TIMEOUT_SECONDS,
-    max_batch_wait: float = math.inf,
+    **limits: float,
 ) -> Iterator[Batch]:
-    """Return the micro-batches of the steps [first_step, total_steps) on `device`, `plan.accumulation` per step."""
+    """Return the micro-batches of the steps [first_step, total_steps) on `device`, `plan.accumulation` per step.
+
+    limits: of waiting, as in `load_batches`.
+    """
     sampler = BatchSampler(first_step, total_steps, plan, rank, world_size)
-    limits = {"timeout_seconds": timeout_seconds, "max_batch_wait": max_batch_wait}
     return on_device(host_batches(crops, sampler, workers=workers, pin_memory=device.type == "cuda", **limits), device)
 
 

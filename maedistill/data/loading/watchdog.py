@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from maedistill.data.shards.index import ShardIndex
-from maedistill.data.shards.reader import ShardReader, sample_name
+from maedistill.data.shards.reader import ShardReader
 from maedistill.errors import DataError, PeerError, UserError, join_first
 
 PID, SAMPLE, FETCHING = range(3)  # columns of the table
@@ -32,10 +32,11 @@ IDLE = -1  # instead of a sample id
 _PERIOD = 1.0  # seconds between two checks
 _END = 5.0  # seconds to wait for killed workers to end; one that waits for a dead disk may not end
 _NAMED = 3  # samples that an error names at most
-_REMEDIES = {
+_REMEDIES: dict[int, str] = {
     signal.SIGKILL: "if the memory ran out (see dmesg), take fewer loader workers (data.workers) or more memory",
     signal.SIGBUS: "if /dev/shm is full, enlarge it (docker run --shm-size) or take fewer loader workers",
 }
+_RESTART = "the same command goes on from the last checkpoint"
 
 
 class WorkerWatchdog:
@@ -48,8 +49,8 @@ class WorkerWatchdog:
         self,
         processes: list[BaseProcess],
         table: np.ndarray,
-        *,
         reader: ShardReader,
+        *,
         timeout_seconds: float,
         max_batch_wait: float,
     ) -> None:
@@ -67,13 +68,18 @@ class WorkerWatchdog:
         for process in self._processes:
             if process.sentinel in ended:
                 process.join(_END)  # the sentinel fires shortly before the exit code is available
-        dead = next((process for process in self._processes if process.exitcode is not None), None)
-        if self._hang is not None or dead is None:
+        dead = [(process.pid, process.exitcode) for process in self._processes if process.exitcode is not None]
+        if self._hang is not None or not dead:
             return self._hang
-        sample = {row[PID]: row[SAMPLE] for row in self._table.tolist()}.get(dead.pid, IDLE)
-        place = "between two batches" if sample == IDLE else f"at {sample_name(self._index, sample)}"
-        end, remedy = _cause_of_death(dead.exitcode)
-        return PeerError(f"a loader worker (process {dead.pid}) {end}, {place}", remedy)
+        pid, code = dead[0]
+        sample = {row[PID]: row[SAMPLE] for row in self._table.tolist()}.get(pid, IDLE)
+        place = "between two batches" if sample == IDLE else f"at {self._index.sample_name(sample)}"
+        if code >= 0:
+            end, remedy = f"ended with exit code {code}", "look at the messages above it, and at that sample"
+        else:
+            end = f"was killed by signal {-code} ({signal.strsignal(-code)})"
+            remedy = _REMEDIES.get(-code, "look at that sample; a decoder that crashes is worth a report")
+        return PeerError(f"a loader worker (process {pid}) {end}, {place}", f"{remedy}; {_RESTART}")
 
     def kill(self, *, only_busy: bool = False) -> None:
         """Kill all workers and stop the watchdog's thread, or kill only the workers that are reading a sample.
@@ -93,7 +99,7 @@ class WorkerWatchdog:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.exitcode is None:
                 # the kernel ends it once its disk responds; until then neither we nor multiprocessing's exit may wait
-                multiprocessing.process._children.discard(process)
+                multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
 
     def _watch(self) -> None:
         """Run the thread. It counts periods and reads no clock, because Ctrl-Z stops this process and its workers."""
@@ -117,26 +123,16 @@ def new_table(workers: int) -> np.ndarray:
     return table
 
 
-def _cause_of_death(code: int) -> tuple[str, str]:
-    """Describe how a process with this exit code ended, and what to do about it."""
-    if code >= 0:
-        end, remedy = f"ended with exit code {code}", "look at the messages above it, and at that sample"
-    else:
-        end = f"was killed by signal {-code} ({signal.strsignal(-code)})"
-        remedy = _REMEDIES.get(-code, "look at that sample; a decoder that crashes is worth a report")
-    return end, remedy + "; the same command goes on from the last checkpoint"
-
-
 def _describe_hang(table: np.ndarray, seconds: float, index: ShardIndex) -> UserError:
     rows = [row for row in table.tolist() if row[SAMPLE] != IDLE]
     if not rows:
         states = ", ".join(f"process {pid} {_state(pid)}" for pid in table[:_NAMED, PID].tolist())
         return PeerError(
             f"no batch came for {seconds:.0f} s, though no loader worker is at a sample: {states}",
-            "see what stopped them; the same command goes on from the last checkpoint",
+            f"see what stopped them; {_RESTART}",
         )
     places = [
-        f"process {pid} {'waits for the shard of' if fetching else 'is at'} {sample_name(index, sample)}"
+        f"process {pid} {'waits for the shard of' if fetching else 'is at'} {index.sample_name(sample)}"
         for pid, sample, fetching in rows
     ]
     return DataError(

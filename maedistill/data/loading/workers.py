@@ -8,14 +8,13 @@ A worker that dies or hangs causes an error that names its sample, never an endl
 import atexit
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import threading
 import uuid
 from collections.abc import Iterable, Iterator
-from multiprocessing.process import BaseProcess
-from typing import Any, Protocol
+from multiprocessing import connection
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -30,13 +29,13 @@ _ASKING = 1.0  # seconds of waiting for a batch between two queries of the watch
 _DETECTING, _ENDING = 2.0, 30.0  # seconds to wait for the end of a worker; of one that may be writing a core dump
 
 
-class Images(Protocol):
-    """A data set that returns whole batches."""
+class Images(Dataset[Any]):
+    """A data set that returns whole batches: `images.__getitems__(ids)` is one batch."""
 
     reader: ShardReader
 
     def __getitems__(self, ids: list[int]) -> Any:
-        """Return one batch."""
+        raise NotImplementedError
 
 
 def load_batches(
@@ -72,9 +71,17 @@ def load_batches(
         multiprocessing_context="fork",
         **options,
     )
-    iterator, processes = _start_workers(loader)
-    limits = {"timeout_seconds": timeout_seconds, "max_batch_wait": max_batch_wait}
-    return _WatchedBatches(iterator, WorkerWatchdog(processes, observed.table, reader=images.reader, **limits))
+    others, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
+    with signals_held():
+        iterator = iter(loader)
+    # when a worker dies, torch's SIGCHLD handler would raise anywhere in this process, even while it saves a checkpoint
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    processes = [child for child in multiprocessing.active_children() if child not in others]
+    watchdog = WorkerWatchdog(
+        processes, observed.table, images.reader, timeout_seconds=timeout_seconds, max_batch_wait=max_batch_wait
+    )
+    return _WatchedBatches(iterator, watchdog)
 
 
 class _ObservedImages(Dataset[Any]):
@@ -99,7 +106,7 @@ class _ObservedImages(Dataset[Any]):
         """Set up this worker process. It must end with its parent; torch ends orphans too, but not one that hangs."""
         detach_worker()
         # Use abstract sockets for the batches, because a killed worker would leave a named socket in the file system.
-        multiprocessing.connection.arbitrary_address = lambda family: f"\0maedistill-{uuid.uuid4().hex}"
+        connection.arbitrary_address = lambda family: f"\0maedistill-{uuid.uuid4().hex}"  # type: ignore[attr-defined]
         self._row = self.table[worker]  # int64 [3]
         self._row[PID] = os.getpid()
         self.images.reader.on_read = self._report
@@ -133,10 +140,8 @@ class _WatchedBatches:
 
     def close(self) -> None:
         """Kill the workers, which is safe because they hold no state that must be saved."""
-        self._watchdog.kill(
-            only_busy=True
-        )  # busy workers may hang; torch shuts down idle ones when the iterator is freed
-        self._batches = iter(())
+        self._watchdog.kill(only_busy=True)  # they may hang
+        self._batches = iter(())  # torch shuts idle ones down when its iterator is freed
         self._watchdog.kill()
         atexit.unregister(self._watchdog.kill)
 
@@ -155,14 +160,3 @@ class _WatchedBatches:
                 if failure is None and not is_late:
                     raise
         raise failure
-
-
-def _start_workers(loader: DataLoader) -> tuple[Iterator[Any], list[BaseProcess]]:
-    """Start torch's iterator. Return it and its worker processes."""
-    others, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
-    with signals_held():
-        batches = iter(loader)
-    # when a worker dies, torch's SIGCHLD handler would raise anywhere in this process, even while it saves a checkpoint
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-    return batches, [child for child in multiprocessing.active_children() if child not in others]

@@ -12,16 +12,19 @@ do not belong to the cache; they are neither counted nor removed.
 
 import fcntl
 import hashlib
+import itertools
+import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from maedistill.data.remote.download import RemoteShard, RetryPolicy, download
+from maedistill.data.remote.urls import is_url
 from maedistill.errors import ConfigError, DataError
 
 FOLDER_VARIABLE, BOUND_VARIABLE = "MAEDISTILL_CACHE", "MAEDISTILL_CACHE_GB"
@@ -202,18 +205,52 @@ def set_cache(*, folder: str | None, gigabytes: float | None) -> None:
         os.environ[BOUND_VARIABLE] = str(gigabytes)
 
 
+def largest_window(shard_bytes: Sequence[int], cache_bytes: int) -> int:
+    """Return the largest `data.shuffle_window`: all shards if the cache can hold them, else as many as fit twice.
+
+    One window is read while the next one is downloaded. The result is 0 if not even two shards fit.
+    """
+    if sum(shard_bytes) <= cache_bytes:
+        return len(shard_bytes)
+    totals = itertools.accumulate(sorted(shard_bytes, reverse=True))
+    return sum(total <= cache_bytes for total in totals) // 2
+
+
+def require_room(
+    shards: Sequence[str], shard_bytes: Sequence[int], *, window: int | None, cache_bytes: int | None = None
+) -> None:
+    """Raise `ConfigError` if training would download remote shards repeatedly.
+
+    window: of the shuffle, in shards; None for all. cache_bytes: None for `default_bound`.
+    """
+    if not any(map(is_url, shards)):
+        return
+    cache_bytes = default_bound() if cache_bytes is None else cache_bytes
+    largest = largest_window(shard_bytes, cache_bytes)
+    if (window or len(shard_bytes)) <= largest:
+        return
+    needed = sum(shard_bytes) if largest else sum(sorted(shard_bytes)[-2:])
+    gigabytes = f"{math.ceil(needed / 1e6) / 1000:g}"
+    remedy = f"set data.shuffle_window={largest}, or data.cache_gb={gigabytes}"
+    if not largest:
+        remedy = f"set data.shuffle_window=1 and data.cache_gb={gigabytes} or more"
+    raise ConfigError(
+        f"data.shuffle_window is {window or 'null'}, but of {len(shard_bytes):,} remote shards "
+        f"({sum(shard_bytes) / 1e9:.3g} GB) only {largest} at a time fit twice into the cache of "
+        f"{cache_bytes / 1e9:g} GB",
+        remedy,
+    )
+
+
 def _remove_unused(path: Path) -> bool:
     """Remove a file unless a process has locked it. Return whether it is gone."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # NFS needs a writable descriptor for an exclusive lock
+        with open(path, "r+b") as file:  # NFS needs a writable descriptor for an exclusive lock
+            if is_unused := _try_lock(file.fileno()):
+                path.unlink(missing_ok=True)
+            return is_unused
     except FileNotFoundError:
         return True
-    try:
-        if is_unused := _try_lock(descriptor):
-            path.unlink(missing_ok=True)
-        return is_unused
-    finally:
-        os.close(descriptor)
 
 
 def _try_lock(descriptor: int) -> bool:

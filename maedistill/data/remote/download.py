@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from maedistill.data.remote.urls import WEB, MissingError, TransferError, list_store, open_stream
+from maedistill.data.remote.urls import WEB, MissingError, TransferError, ask_store, open_stream
 from maedistill.errors import ConfigError, DataError
 
 _CHANGED = (
@@ -108,7 +108,7 @@ def list_urls(pattern: str) -> list[str]:
         raise ConfigError(
             f"{pattern!r} has a wildcard, and web servers do not list files", "write a range, as train-{0000..1023}.tar"
         )
-    files = retry(lambda timeout: list_store(scheme, path, timeout=timeout), pattern)
+    files = retry(lambda timeout: ask_store(scheme, "glob", path, timeout=timeout), pattern)
     return [f"{scheme}://{file}" for file in files]
 
 

@@ -30,7 +30,7 @@ _URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+:")
 _PLAIN = re.compile(r"([a-z0-9]+)://([^/\s]+)/[^\s]*")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
 _TRY_AGAIN = (408, 425, 429)  # retryable 4xx codes; all 5xx codes are retried too
-_ABSENT, _FORBIDDEN = (404, 410), (401, 403)
+_MISSING = (401, 403, 404, 410)
 _BROKEN = (OSError, http.client.HTTPException)  # errors of a web connection; URLError and timeouts are OSErrors
 
 
@@ -68,12 +68,12 @@ def is_url(text: str) -> bool:
 
 def check_url(url: str) -> None:
     """Raise `ConfigError` unless this is a plain URL with a known scheme."""
-    known = ", ".join(f"{scheme}://" for scheme in (*WEB, *STORES))
+    schemes = ", ".join(f"{scheme}://" for scheme in (*WEB, *STORES))
     match = _PLAIN.fullmatch(url)
     if not match or match[1] not in (*WEB, *STORES):
-        raise ConfigError(f"{url!r} is no address that shards are read from", f"give a path or one of {known}")
+        raise ConfigError(f"{url!r} is no address that shards are read from", f"give a path or one of {schemes}")
     if "::" in url:
-        raise ConfigError(f"{url!r} is a chain of protocols", f"give one plain address: {known}")
+        raise ConfigError(f"{url!r} is a chain of protocols", f"give one plain address: {schemes}")
     if match[1] in WEB and ("@" in match[2] or re.search(r"[?#]", url)):
         raise ConfigError(
             "a web address of shards has a password, a query (?) or a fragment (#)",
@@ -92,9 +92,9 @@ def open_stream(
     """
     scheme, _, path = url.partition("://")
     if scheme in STORES:
-        size = int(_ask(scheme, "info", path, timeout=timeout)["size"])
+        size = int(ask_store(scheme, "info", path, timeout=timeout)["size"])
         parts = ((begin, min(begin + PART, size)) for begin in range(start, size, PART))
-        read = (_ask(scheme, "cat_file", path, start=begin, end=end, timeout=timeout) for begin, end in parts)
+        read = (ask_store(scheme, "cat_file", path, start=begin, end=end, timeout=timeout) for begin, end in parts)
         yield Stream(start, size, None, read)
         return
     headers = {"Accept-Encoding": "identity", "User-Agent": "maedistill"}
@@ -107,18 +107,13 @@ def open_stream(
     except urllib.error.HTTPError as error:
         with error:
             message = f"the server answered {error.code} {error.reason}"
-            if error.code in (*_ABSENT, *_FORBIDDEN):
+            if error.code in _MISSING:
                 raise MissingError(message, final=True) from error
             raise TransferError(message, final=error.code < 500 and error.code not in _TRY_AGAIN) from error
     except _BROKEN as error:
         raise TransferError(_describe(error)) from error
     with response:
         yield _read_response(response, start, timeout)
-
-
-def list_store(scheme: str, pattern: str, *, timeout: float) -> list[str]:
-    """Return the paths in a store that match a glob pattern. Raise `TransferError`."""
-    return _ask(scheme, "glob", pattern, timeout=timeout)
 
 
 def _read_response(response: http.client.HTTPResponse, start: int, timeout: float) -> Stream:
@@ -153,8 +148,11 @@ def _read_chunks(response: http.client.HTTPResponse, timeout: float) -> Iterator
         yield chunk
 
 
-def _ask(scheme: str, method: str, *arguments: Any, timeout: float, **keywords: Any) -> Any:
-    """Call a method of a store. `timeout` applies to asynchronous stores only; the others have limits of their own."""
+def ask_store(scheme: str, method: str, *arguments: Any, timeout: float, **keywords: Any) -> Any:
+    """Call a method of a store. Raise `TransferError`, or `ConfigError` if the store's package is missing.
+
+    timeout: applies to asynchronous stores only; the others have limits of their own.
+    """
     assert scheme in STORES
     try:
         store = fsspec.filesystem(scheme)
@@ -175,7 +173,8 @@ def _ask(scheme: str, method: str, *arguments: Any, timeout: float, **keywords: 
 
 
 def _describe(error: Exception) -> str:
-    error = error.reason if isinstance(getattr(error, "reason", None), Exception) else error  # what a URLError wraps
+    reason = getattr(error, "reason", None)  # what a URLError wraps
+    error = reason if isinstance(reason, Exception) else error
     return f"{type(error).__name__}: {error}"
 
 

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,17 @@ class ShardIndex:
         """Return the position in `shards` of the shard that holds sample `i`."""
         return int(np.searchsorted(self.starts, i, side="right")) - 1
 
+    def sample_name(self, i: int) -> str:
+        """Return the name of sample `i` for error messages: `SHARD:KEY`."""
+        return f"{self.shards[self.shard_of(i)]}:{self.key(i)}"
+
+    def scan_of(self, shard: int) -> ShardScan:
+        """Return the rows of one shard, equal to those of its scan."""
+        first, last = self.starts[shard], self.starts[shard + 1]
+        columns = (array[first:last].tolist() for array in (self.offsets, self.sizes, self.labels))
+        keys = [self.key(i) for i in range(first, last)]
+        return ShardScan(self.shard_bytes[shard], self.shard_sha256[shard], keys, *columns)
+
     @property
     def num_classes(self) -> int:
         """Return the number of named classes, or the largest label + 1 if the names are unknown."""
@@ -121,7 +132,12 @@ def open_index(shards: str, *, index: str | None = None) -> ShardIndex:
         stored = index_of(scanned, scan_shards(scanned), classes=read_classes(folder), provenance=SCANNED)
         file = _save_where_possible(stored, None if is_url(folder) else beside, _cache_file(paths))
     selected = select_shards(stored, paths)
-    _check_sizes(selected, file)
+    for path, expected in zip(selected.shards, selected.shard_bytes, strict=True):  # changed or partly copied?
+        if not is_url(path) and (size := os.stat(path).st_size) != expected:
+            remedy = "copy the shard again"
+            if selected.provenance == SCANNED:
+                remedy += f", or, if it was changed on purpose, remove {file}: the shards are then scanned once"
+            raise DataError(f"{path} has {size:,} bytes, but its index says {expected:,}", remedy)
     if not len(selected):
         raise DataError(f"{shards!r} holds no images", "name others, or write shards with tools/make_shards.py")
     return selected
@@ -131,6 +147,7 @@ def index_of(
     paths: Sequence[str], scans: Sequence[ShardScan], *, classes: tuple[str, ...], provenance: dict[str, Any]
 ) -> ShardIndex:
     """Combine shard scans into one index. Raise `DataError` for a label without a class name."""
+    keys = [key.encode() for scan in scans for key in scan.keys]
     index = ShardIndex(
         shards=tuple(paths),
         shard_bytes=tuple(scan.num_bytes for scan in scans),
@@ -140,13 +157,11 @@ def index_of(
         sizes=np.array([size for scan in scans for size in scan.sizes], dtype=np.int64),  # [n]
         labels=np.array([label for scan in scans for label in scan.labels], dtype=np.int64),  # [n]
         classes=classes,
+        key_text=np.frombuffer(b"".join(keys), dtype=np.uint8),
+        key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),  # [n]
         provenance=provenance,
-        **_joined(key for scan in scans for key in scan.keys),
     )
-    ignored: Counter[str] = Counter()
-    for scan in scans:
-        ignored.update(scan.ignored)
-    if ignored:
+    if ignored := sum((scan.ignored for scan in scans), Counter[str]()):
         counts = join_first([f"{suffix!r}: {count}" for suffix, count in ignored.most_common()], MOST_SUFFIXES)
         _log.warning("members that are neither image nor label are never opened: {%s}", counts)
     if classes and index.labels.max(initial=NO_LABEL) >= len(classes):
@@ -165,26 +180,8 @@ def select_shards(index: ShardIndex, paths: Sequence[str]) -> ShardIndex:
     rows = [row_of[os.path.basename(path)] for path in paths]
     if rows == list(range(len(index.shards))):
         return replace(index, shards=tuple(paths))
-    spans = [np.arange(index.starts[row], index.starts[row + 1]) for row in rows]
-    chosen = np.concatenate(spans)  # [n]
-    return replace(
-        index,
-        shards=tuple(paths),
-        shard_bytes=tuple(index.shard_bytes[row] for row in rows),
-        shard_sha256=tuple(index.shard_sha256[row] for row in rows),
-        starts=np.cumsum([0, *map(len, spans)], dtype=np.int64),  # [m + 1]
-        offsets=index.offsets[chosen],
-        sizes=index.sizes[chosen],
-        labels=index.labels[chosen],
-        **_joined(index.key(i) for i in chosen),
-    )
-
-
-def _joined(keys: Iterable[str]) -> dict[str, np.ndarray]:
-    """Return the fields of an index that hold the keys of its samples."""
-    encoded = [key.encode() for key in keys]
-    ends = np.cumsum([len(key) for key in encoded], dtype=np.int64)  # [n]
-    return {"key_text": np.frombuffer(b"".join(encoded), dtype=np.uint8), "key_ends": ends}
+    scans = [index.scan_of(row) for row in rows]
+    return index_of(paths, scans, classes=index.classes, provenance=index.provenance)
 
 
 def save_index(index: ShardIndex, file: Path) -> None:
@@ -218,7 +215,7 @@ def load_index(file: Path) -> ShardIndex:
             f"{file} is no index of format {FORMAT} ({type(error).__name__}: {reason})",
             "remove it: the shards are then scanned once",
         ) from error
-    lists = {name: tuple(text[name]) for name in ("shards", "shard_bytes", "shard_sha256", "classes")}
+    lists: dict[str, Any] = {name: tuple(text[name]) for name in ("shards", "shard_bytes", "shard_sha256", "classes")}
     return ShardIndex(**lists, **arrays, provenance=text["made"])
 
 
@@ -235,16 +232,6 @@ def read_classes(folder: str) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(map(is_text, names)):
         raise DataError(f"{file} is not a list of names", 'write ["name of class 0", "name of class 1", ...]')
     return tuple(names)
-
-
-def _check_sizes(index: ShardIndex, file: Path) -> None:
-    """Check that each shard has the size in the index: a cheap test for changed or partly copied files."""
-    for path, expected in zip(index.shards, index.shard_bytes, strict=True):
-        if not is_url(path) and (size := os.stat(path).st_size) != expected:
-            remedy = "copy the shard again"
-            if index.provenance == SCANNED:
-                remedy += f", or, if it was changed on purpose, remove {file}: the shards are then scanned once"
-            raise DataError(f"{path} has {size:,} bytes, but its index says {expected:,}", remedy)
 
 
 def _cache_file(paths: tuple[str, ...]) -> Path:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from maedistill.data.images.decode import BadImage
-from maedistill.data.remote.cache import ShardCache, default_bound
+from maedistill.data.remote.cache import ShardCache
 from maedistill.data.remote.download import RemoteShard
-from maedistill.data.remote.read_ahead import ReadAhead, check_window
+from maedistill.data.remote.read_ahead import ReadAhead
 from maedistill.data.remote.urls import is_url
 from maedistill.data.shards.index import ShardIndex
 from maedistill.data.shards.tars import BLOCK, is_header_of
@@ -21,17 +21,6 @@ from maedistill.errors import DataError
 MOST_OPEN = 64  # shards; many systems allow 1,024 open files, and the workers' sockets and pipes need some of them
 MOST_BAD = 16  # after this many bad samples in a row, the whole data set is considered bad
 Image = TypeVar("Image")
-
-
-def sample_name(index: ShardIndex, sample: int) -> str:
-    """Return a sample's name for error messages: `SHARD:KEY`."""
-    return f"{index.shards[index.shard_of(sample)]}:{index.key(sample)}"
-
-
-def require_room(index: ShardIndex, *, window: int | None) -> None:
-    """Raise `ConfigError` if a shuffle window of so many remote shards (None: all) does not fit into the cache."""
-    if any(map(is_url, index.shards)):
-        check_window(index.shard_bytes, window=window, cache_bytes=default_bound())
 
 
 class ShardReader:
@@ -46,7 +35,8 @@ class ShardReader:
     """
 
     def __init__(self, index: ShardIndex, cache: ShardCache | None = None) -> None:
-        self.index, self.is_remote = index, any(map(is_url, index.shards))
+        self.index, self._remote = index, [is_url(shard) for shard in index.shards]
+        self.is_remote = any(self._remote)
         self._cache = cache or (ShardCache() if self.is_remote else None)
         self.longest_fetch = self._cache.policy.max_seconds if self._cache else 0.0  # seconds per shard
         self._ahead = ReadAhead(self._cache) if self._cache else None
@@ -56,12 +46,13 @@ class ShardReader:
     def read(self, i: int) -> bytes:
         """Return the encoded bytes of sample `i`. Raise `DataError` if its shard is missing, changed or unreadable."""
         shard = self.index.shard_of(i)
-        is_remote = is_url(self.index.shards[shard])
+        is_remote = self._remote[shard]
         try:
             self.on_read(i, is_remote)
             if not is_remote:
                 return self._read(self._descriptor(shard), i, shard)
-            descriptor = self._cache.open(self._remote(shard))
+            assert self._cache is not None
+            descriptor = self._cache.open(self._remote_shard(shard))
             try:
                 self.on_read(i, False)
                 return self._read(descriptor, i, shard)
@@ -69,7 +60,7 @@ class ShardReader:
                 os.close(descriptor)
         except OSError as error:
             raise DataError(
-                f"{sample_name(self.index, i)} cannot be read: {error.strerror}",
+                f"{self.index.sample_name(i)} cannot be read: {error.strerror}",
                 "see to the rights, and to the disk or network drive that the shard is on, then start again",
             ) from error
 
@@ -83,7 +74,7 @@ class ShardReader:
             try:
                 return decode(self.read(sample)), sample, bad
             except BadImage as error:
-                bad.append(f"{sample_name(self.index, sample)}: {error}")
+                bad.append(f"{self.index.sample_name(sample)}: {error}")
         raise DataError(
             f"{MOST_BAD} samples in a row could not be decoded, the last is {bad[-1]}",
             "check the shards with tools/make_shards.py --verify",
@@ -92,9 +83,9 @@ class ShardReader:
     def read_ahead(self, shards: Sequence[int]) -> None:
         """Prefetch remote shards into the cache in the background. `shards` are needed next, in this order."""
         if self._ahead:
-            self._ahead.want([self._remote(shard) for shard in shards])
+            self._ahead.want([self._remote_shard(shard) for shard in shards])
 
-    def _remote(self, shard: int) -> RemoteShard:
+    def _remote_shard(self, shard: int) -> RemoteShard:
         return RemoteShard(self.index.shards[shard], self.index.shard_bytes[shard], self.index.shard_sha256[shard])
 
     def _read(self, descriptor: int, i: int, shard: int) -> bytes:

@@ -10,11 +10,10 @@ import hashlib
 import os
 import re
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import BinaryIO
+from dataclasses import dataclass, field
+from io import BufferedReader
 
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from maedistill.data.remote.cache import ShardCache
 from maedistill.data.remote.download import RemoteShard, file_size
@@ -40,17 +39,12 @@ class ShardScan:
     offsets: list[int]  # of the image's first byte from the start of the shard
     sizes: list[int]  # bytes
     labels: list[int]  # NO_LABEL for unlabelled samples
-    ignored: Counter[str]  # suffix -> number of members that are neither image nor label
+    ignored: Counter[str] = field(default_factory=Counter, compare=False)  # other members by suffix
 
 
 def scan_shards(paths: list[str]) -> list[ShardScan]:
     """Scan all shards with a progress bar. Raise the first `DataError` in the order of `paths`."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        try:
-            return list(tqdm(pool.map(scan_shard, paths), total=len(paths), desc="indexing shards", unit="shard"))
-        except DataError:
-            pool.shutdown(cancel_futures=True)
-            raise
+    return thread_map(scan_shard, paths, max_workers=THREADS, desc="indexing shards", unit="shard")
 
 
 def scan_shard(path: str) -> ShardScan:
@@ -70,7 +64,7 @@ def scan_shard(path: str) -> ShardScan:
             raise
 
 
-def _scan(file: BinaryIO, path: str) -> ShardScan:
+def _scan(file: BufferedReader, path: str) -> ShardScan:
     images: dict[str, tuple[int, int]] = {}  # key -> offset, size
     labels: dict[str, int] = {}
     ignored: Counter[str] = Counter()
@@ -100,6 +94,5 @@ def _scan(file: BinaryIO, path: str) -> ShardScan:
             "write this shard again; images must end in " + ", ".join("." + s for s in sorted(IMAGE_SUFFIXES)),
         )
     offsets, sizes = [offset for offset, _ in images.values()], [size for _, size in images.values()]
-    return ShardScan(
-        num_bytes, sha256, list(images), offsets, sizes, [labels.get(key, NO_LABEL) for key in images], ignored
-    )
+    rows = [labels.get(key, NO_LABEL) for key in images]
+    return ShardScan(num_bytes, sha256, list(images), offsets, sizes, rows, ignored)

@@ -223,8 +223,8 @@ def _open_digits() -> Source:
     scans = load_digits()
     shades = (scans.images * 255 / 16).round().astype(np.uint8)  # [1797, 8, 8]
     size = (DIGITS_SIZE, DIGITS_SIZE)
-    enlarged = [Image.fromarray(scan).resize(size, Image.Resampling.BICUBIC).convert("RGB") for scan in shades]
-    images = np.stack([np.asarray(image) for image in enlarged])  # [1797, 32, 32, 3]
+    enlarged = (Image.fromarray(scan).resize(size, Image.Resampling.BICUBIC).convert("RGB") for scan in shades)
+    images = np.stack(list(map(np.asarray, enlarged)))  # [1797, 32, 32, 3]
     return _array_source("digits", "0123456789", images, scans.target, len(images), DIGITS_VALIDATION)
 
 

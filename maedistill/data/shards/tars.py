@@ -11,6 +11,7 @@ only headers and never extracts anything.
 import os
 import re
 from collections.abc import Iterator
+from tarfile import AREGTYPE, DIRTYPE, GNUTYPE_LONGNAME, REGTYPE, XGLTYPE, XHDTYPE, HeaderError, TarInfo
 from typing import BinaryIO
 
 from maedistill.errors import DataError
@@ -21,10 +22,8 @@ LONGEST_NAME = 1024  # characters; systems allow 255 for a file name and some th
 _SURELY_IN_HEADER = 90  # characters of a name without its suffix; a header has room for 100
 READ = 1 << 20  # bytes per read while the padding after the archive's end is checked
 
-REGULAR, DIRECTORY, PAX, PAX_GLOBAL, GNU_LONG_NAME = (b"0", b"\0"), b"5", b"x", b"g", b"L"
-EXTENSIONS = (PAX, PAX_GLOBAL, GNU_LONG_NAME)
+REGULAR, EXTENSIONS = (REGTYPE, AREGTYPE), (XHDTYPE, XGLTYPE, GNUTYPE_LONGNAME)
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
-_OCTAL = re.compile(rb" *([0-7]*)[ \0]*")
 _PAX_LENGTH, _PAX_SIZE = re.compile(rb"([0-9]{1,7}) "), re.compile(rb"[0-9]{1,19}")  # int() refuses 4,300 digits
 
 
@@ -45,25 +44,36 @@ def walk_tar(file: BinaryIO, path: str) -> Iterator[tuple[str, int, int]]:
         if position > end:
             raise _damaged(path, f"is cut inside {name!r}, {position - end} bytes are missing")
         if kind in EXTENSIONS:
-            if size > LARGEST_EXTENSION or (extended and kind != PAX_GLOBAL):
+            if size > LARGEST_EXTENSION or (extended and kind != XGLTYPE):
                 raise _damaged(path, f"has an extended header of {size} bytes, or two, at byte {data - BLOCK}")
             attributes = _parse_extension(path, kind, os.pread(descriptor, size, data))
-            extended = extended if kind == PAX_GLOBAL else attributes
+            extended = extended if kind == XGLTYPE else attributes
             continue
         name, extended = extended[0] or name if extended else name, None
-        _check_name(path, name)
-        if kind == DIRECTORY and size:  # readers disagree on whether data follows
+        if len(name) > LONGEST_NAME:
+            raise _damaged(path, f"has a member whose name is {len(name):,} letters long, beginning {name[:40]!r}")
+        if name.startswith("/") or ".." in name.split("/"):
+            raise DataError(
+                f"{path}: the member name {name!r} leads out of the archive",
+                "do not use this shard: it is broken, or made to overwrite files where it is extracted",
+            )
+        if kind == DIRTYPE and size:  # readers disagree on whether data follows
             raise _damaged(path, f"gives the folder {name!r} a size of {size} bytes")
         if kind in REGULAR and not name.endswith("/"):
             yield name, data, size
-        elif kind not in (*REGULAR, DIRECTORY):
+        elif kind not in (*REGULAR, DIRTYPE):
             raise DataError(
                 f"{path}: {name!r} is a link, a device or a sparse file (tar type {kind.decode('latin-1')!r})",
                 "write the shard again with plain files only, e.g. with tools/make_shards.py",
             )
     if kind in EXTENSIONS:
         raise _damaged(path, "ends behind an extended header, whose member is missing")
-    _check_end(path, descriptor, position, end)
+    if end - position < 2 * BLOCK:
+        raise _damaged(path, "is cut inside the archive's end mark")
+    while chunk := os.pread(descriptor, READ, position):
+        if chunk.count(0) != len(chunk):
+            raise _damaged(path, f"has data after the archive's end mark, behind byte {position}")
+        position += len(chunk)
 
 
 def is_header_of(header: bytes, key: str) -> bool:
@@ -83,13 +93,13 @@ def _parse_header(path: str, header: bytes, position: int) -> tuple[str, int, by
     if len(header) < BLOCK:
         at = "inside a header" if header else "at a member boundary"
         raise _damaged(path, f"is cut {at}: the archive's end mark is missing at byte {position}")
-    checksum = _number(header[148:156])
-    if checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
-        raise _damaged(path, f"has a damaged header at byte {position}" if position else "is not a tar")
-    size = _number(header[124:136])
-    if size is None:
+    try:
+        member = TarInfo.frombuf(header, "utf-8", "backslashreplace")
+    except HeaderError as error:  # the checksum, or a field that is no number
+        raise _damaged(path, f"has a damaged header at byte {position}" if position else "is not a tar") from error
+    if member.size < 0:
         raise _damaged(path, f"has a header without a size at byte {position}")
-    return _name(header), size, header[156:157]
+    return _name(header), member.size, member.type
 
 
 def _name(header: bytes) -> str:
@@ -99,33 +109,17 @@ def _name(header: bytes) -> str:
     return _text(name)
 
 
-def _number(field: bytes) -> int | None:
-    """Parse a number in a header: octal text or, for large files, GNU's base 256; None if it is neither."""
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    match = _OCTAL.fullmatch(field)
-    return int(match[1] or b"0", 8) if match else None
-
-
 def _parse_extension(path: str, kind: bytes, data: bytes) -> tuple[str | None, int | None]:
     """Return the name and size that an extended header sets for the next member; None for each that it does not set."""
-    name, size = (_text(data), None) if kind == GNU_LONG_NAME else _parse_pax(path, data)
-    if name == "":
-        raise _damaged(path, "has an extended header with an empty name")
-    if kind == PAX_GLOBAL and (name, size) != (None, None):
-        raise _damaged(path, "sets one name or size for all members")
-    return name, size
-
-
-def _parse_pax(path: str, records: bytes) -> tuple[str | None, int | None]:
-    """Return the name and size from the records of a pax header. Other records are ignored."""
     name, size, start = None, None, 0
-    while start < len(records):
-        match = _PAX_LENGTH.match(records, start)
+    if kind == GNUTYPE_LONGNAME:
+        name, data = _text(data), b""
+    while start < len(data):  # one pax record after the other
+        match = _PAX_LENGTH.match(data, start)
         end = start + int(match[1]) if match else 0
-        if not match or not match.end() < end <= len(records):
+        if not match or not match.end() < end <= len(data):
             raise _damaged(path, "has a damaged extended header")
-        key, _, value = records[match.end() : end - 1].partition(b"=")
+        key, _, value = data[match.end() : end - 1].partition(b"=")
         start = end
         if key.startswith(b"GNU.sparse"):
             raise _damaged(path, "holds a sparse file")
@@ -135,28 +129,11 @@ def _parse_pax(path: str, records: bytes) -> tuple[str | None, int | None]:
             if not _PAX_SIZE.fullmatch(value):
                 raise _damaged(path, f"has an extended header with the size {value[:40]!r}")
             size = int(value)
+    if name == "":
+        raise _damaged(path, "has an extended header with an empty name")
+    if kind == XGLTYPE and (name, size) != (None, None):
+        raise _damaged(path, "sets one name or size for all members")
     return name, size
-
-
-def _check_name(path: str, name: str) -> None:
-    """Raise `DataError` for names that are too long for a file, or that lead out of the folder on extraction."""
-    if len(name) > LONGEST_NAME:
-        raise _damaged(path, f"has a member whose name is {len(name):,} letters long, beginning {name[:40]!r}")
-    if name.startswith("/") or ".." in name.split("/"):
-        raise DataError(
-            f"{path}: the member name {name!r} leads out of the archive",
-            "do not use this shard: it is broken, or made to overwrite files where it is extracted",
-        )
-
-
-def _check_end(path: str, descriptor: int, position: int, end: int) -> None:
-    """Check that the archive ends with two zero blocks and that only zeros follow."""
-    if end - position < 2 * BLOCK:
-        raise _damaged(path, "is cut inside the archive's end mark")
-    while chunk := os.pread(descriptor, READ, position):
-        if chunk.count(0) != len(chunk):
-            raise _damaged(path, f"has data after the archive's end mark, behind byte {position}")
-        position += len(chunk)
 
 
 def _text(raw: bytes) -> str:

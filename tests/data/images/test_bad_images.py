@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maedistill.config.batch import batch_plan
+from maedistill.config.plan import batch_plan
 from maedistill.data.loading.loader import training_batches
 from maedistill.data.shards.index import open_index
 from tests.data.tar_files import bomb, crops_of, encode, write_tar

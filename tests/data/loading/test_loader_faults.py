@@ -16,14 +16,14 @@ from multiprocessing.popen_fork import Popen
 import pytest
 import torch
 
-from maedistill.config.batch import batch_plan
+from maedistill.config.plan import batch_plan
 from maedistill.data.loading import workers
 from maedistill.data.loading.evaluation import EvaluationImages, exact_batches
 from maedistill.data.loading.loader import training_batches
 from maedistill.data.remote.cache import ShardCache
 from maedistill.data.remote.download import RetryPolicy
 from maedistill.data.shards.index import open_index
-from maedistill.data.shards.reader import ShardReader, sample_name
+from maedistill.data.shards.reader import ShardReader
 from maedistill.errors import DataError, PeerError, UserError
 from tests.data.tar_files import crops_of
 
@@ -48,7 +48,7 @@ def index(shards):
 @pytest.fixture
 def victim(index):
     """The name of the sample at the position VICTIM."""
-    return sample_name(index, int(crops_of(index).order.samples(torch.tensor([VICTIM]))))
+    return index.sample_name(int(crops_of(index).order.samples(torch.tensor([VICTIM]))))
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,7 @@ def test_a_read_that_never_returns_is_named_by_shard_in_evaluation_too(index, tm
     images = EvaluationImages(dead, torch.arange(20, 60), lambda image: torch.zeros(3, 2, 2, dtype=torch.uint8))
     error, count, seconds = failure(exact_batches(images, batch=2, workers=2, timeout_seconds=TIMEOUT))
     assert isinstance(error, DataError) and count == 0 and seconds < SOON
-    assert "2 of 2 loader workers" in error.cause and f"is at {sample_name(dead, 20)}; process " in error.cause
+    assert "2 of 2 loader workers" in error.cause and f"is at {dead.sample_name(20)}; process " in error.cause
 
 
 def test_slow_samples_are_no_hang(index):

@@ -6,10 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maedistill.data.remote.read_ahead import check_window, largest_window
+from maedistill.data.remote.cache import largest_window, require_room
 from maedistill.data.shards.index import open_index
 from maedistill.data.shards.reader import ShardReader
 from maedistill.errors import ConfigError
+
+URLS = ["https://here/a.tar"]  # room matters for remote shards only
 
 
 def test_read_ahead_brings_shards_before_they_are_read(shards, server, folder):
@@ -47,20 +49,21 @@ def test_any_two_of_the_largest_windows_fit(sizes, bound):
         ordered = sorted(sizes, reverse=True)
         assert sum(ordered[: 2 * window]) <= bound < sum(ordered[: 2 * window + 2])
         if window:
-            check_window(sizes, window=window, cache_bytes=bound)
+            require_room(URLS, sizes, window=window, cache_bytes=bound)
         with pytest.raises(ConfigError):
-            check_window(sizes, window=None, cache_bytes=bound)
+            require_room(URLS, sizes, window=None, cache_bytes=bound)
         with pytest.raises(ConfigError):
-            check_window(sizes, window=window + 1, cache_bytes=bound)
+            require_room(URLS, sizes, window=window + 1, cache_bytes=bound)
+        require_room(["a.tar"], sizes, window=None, cache_bytes=bound)
 
 
 def test_the_remedy_for_a_small_cache_is_exact():
     sizes = [140_000_000] * 1024
     with pytest.raises(ConfigError, match=r"is null, but of 1,024 remote shards \(143 GB\) .*100 GB") as caught:
-        check_window(sizes, window=None, cache_bytes=100_000_000_000)
+        require_room(URLS, sizes, window=None, cache_bytes=100_000_000_000)
     assert caught.value.remedy == "set data.shuffle_window=357, or data.cache_gb=143.36"
-    check_window(sizes, window=357, cache_bytes=100_000_000_000)
-    check_window(sizes, window=None, cache_bytes=143_360_000_000)
+    require_room(URLS, sizes, window=357, cache_bytes=100_000_000_000)
+    require_room(URLS, sizes, window=None, cache_bytes=143_360_000_000)
     with pytest.raises(ConfigError) as caught:
-        check_window(sizes, window=None, cache_bytes=200_000_000)
+        require_room(URLS, sizes, window=None, cache_bytes=200_000_000)
     assert caught.value.remedy == "set data.shuffle_window=1 and data.cache_gb=0.28 or more"

@@ -14,8 +14,7 @@ from maedistill.data.images.decode import decode_rgb
 from maedistill.data.shards.index import open_index
 from maedistill.data.shards.reader import ShardReader
 from maedistill.data.shards.sources import Record, open_folder
-from maedistill.data.shards.verify import verify_shards
-from maedistill.data.shards.write import make_shards, plan_shards, read_report
+from maedistill.data.shards.write import make_shards, plan_shards, read_report, verify_shards
 from maedistill.errors import ConfigError, DataError, exit_code_of
 from tools import make_shards as make_shards_tool
 

@@ -68,7 +68,7 @@ def check(case: tuple[str, Any, int]) -> None:
     for name in ("a.tar", "b-0.tar", "b-1.tar"):
         Path(name).touch()
     loaded = load_config(file, value if kind == "overrides" else (), root=root, to_run=False)
-    assert type(loaded.config) is root and loaded.origins.keys() == all_keys(root=root).keys()
+    assert type(loaded.config) is root and loaded.origins.keys() == all_keys(root).keys()
     file.write_text(config_yaml(loaded.config))
     again = load_config(file, root=root, to_run=False)
     assert flat(again.config) == flat(loaded.config)
@@ -113,7 +113,7 @@ def test_trees_of_any_values(sandbox, grown, stage):
     sandbox(("file", json.dumps(regrown(TREE | OWN[stage], grown)).encode(), stage))
 
 
-NAMES = sorted(all_keys()) + sorted(all_keys(root=FinetuneConfig))
+NAMES = sorted(all_keys(PretrainConfig)) + sorted(all_keys(FinetuneConfig))
 VALUES = st.one_of(st.sampled_from([json.dumps(value) for value in ODD]), st.text(max_size=10), st.integers().map(str))
 
 

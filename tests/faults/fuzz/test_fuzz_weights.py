@@ -24,9 +24,9 @@ from maedistill.errors import DataError
 from maedistill.models.encoder import build_vit
 from maedistill.runs.checkpoint import latest_step
 from maedistill.runs.restore import load_latest, newest_intact, read_weights
-from maedistill.training.state import MOMENTS, TrainingState
+from maedistill.training.engine import MOMENTS, TrainingState
+from maedistill.weights.from_file import read_weights_file
 from maedistill.weights.state_dict import import_weights, load_encoder
-from maedistill.weights.weights_file import read_weights_file
 from tests.faults.fuzz.damage import ODD, byte_edits, cases, edited, packed, regrown, tree_edits, unpacked
 
 warnings.filterwarnings("ignore", module=r"torch\.")  # torch.load remarks on pickles that it reads all the same

@@ -1,10 +1,11 @@
 """A term's weight over time, against a plain reading of its words, and the table that a run takes it from."""
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from maedistill.config.distill import TermConfig
-from maedistill.finetuning.term_schedule import describe_schedule, weight_at, weight_table
+from maedistill.finetuning.teacher import TeacherEnsemble
 
 EPOCHS = st.floats(0, 50)
 
@@ -12,7 +13,7 @@ EPOCHS = st.floats(0, 50)
 @given(EPOCHS, EPOCHS, EPOCHS, EPOCHS)
 def test_nothing_before_the_start_and_after_the_stop_a_line_in_between(epoch, start, warmup, stop):
     times = {"start_epoch": start, "warmup_epochs": warmup, "stop_epoch": stop}
-    weight = weight_at(TermConfig.model_construct(weight=3.0, **times), epoch)
+    weight = TermConfig.model_construct(weight=3.0, **times).weight_at(epoch)
     if epoch < start or epoch >= stop:
         assert weight == 0
     elif epoch >= start + warmup:
@@ -27,7 +28,9 @@ def test_a_table_has_a_row_for_each_step_and_a_column_for_each_term():
         TermConfig(weight=4, start_epoch=1, warmup_epochs=2),
         TermConfig(weight=1, stop_epoch=1.5),
     ]
-    table = weight_table(terms, steps=8, epoch_at=lambda step: step / 2)
+    ensemble = TeacherEnsemble([], terms, steps=8, epoch_at=lambda step: step / 2, device=torch.device("cpu"))
+    table = torch.stack([ensemble(torch.zeros(1), step)[1] for step in range(8)])
+    assert ensemble.heaviest_step == 6
     assert table.T.tolist() == [[2] * 8, [0, 0, 0, 1, 2, 3, 4, 4], [1, 1, 1, 0, 0, 0, 0, 0]]
     term = TermConfig(weight=9, start_epoch=5, warmup_epochs=20, stop_epoch=100)
-    assert describe_schedule(term) == "9 from epoch 5, warm-up 20, to epoch 100"
+    assert term.describe_schedule() == "9 from epoch 5, warm-up 20, to epoch 100"

@@ -1,10 +1,10 @@
-"""Patch splits and the counter hash behind them."""
+"""Patch splits, rows of patches, and the counter hash behind the splits."""
 
 import numpy as np
 import pytest
 import torch
 
-from maedistill.models.masking import PatchSplit, gather_rows, num_visible, random_split
+from maedistill.models.patches import PatchSplit, gather_rows, num_visible, patchify, random_split, unpatchify
 from maedistill.randomness import Stream, bits, key, mix, permute, uniform
 
 WORD = (1 << 64) - 1
@@ -82,3 +82,11 @@ def test_num_visible_and_gather_rows() -> None:
         [[9, 10, 11], [0, 1, 2]],
         [[3, 4, 5], [3, 4, 5]],
     ]
+
+
+def test_patches_are_in_raster_order_with_channels_last_and_unpatchify_inverts() -> None:
+    images = torch.arange(2 * 3 * 8 * 8).float().view(2, 3, 8, 8)
+    rows = patchify(images, 4)
+    assert rows.shape == (2, 4, 48)
+    assert rows[1, 2, 3 * (1 * 4 + 2) + 1] == images[1, 1, 4 + 1, 2]  # patch (1, 0), pixel (1, 2), channel 1
+    assert torch.equal(unpatchify(rows, 4), images)

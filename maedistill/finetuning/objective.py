@@ -1,22 +1,41 @@
-"""Fine-tuning from labels and teachers: cross-entropy plus the distillation terms, each weighted for the current step.
+"""What fine-tuning minimises: cross-entropy with the labels, and with teachers also the distillation terms.
+
+Supervised fine-tuning is that of MAE (He et al., CVPR 2022, appendix A.1). Each distillation term is weighted for the
+current step.
 
 B batch   C classes   s image side   K terms
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
+from timm.loss import SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from maedistill.finetuning.outputs import Outputs, RequestedOutputs, forward_outputs
-from maedistill.finetuning.supervised import Supervised
 from maedistill.finetuning.terms import Parts, Term
 from maedistill.methods.mae import Losses
 
 
-class Distilled(Supervised):
-    """A supervised network plus distillation terms. The terms' own parameters, in `terms`, are not exported."""
+class Supervised(nn.Module):
+    """Cross-entropy with soft targets. `vit` is an unmodified timm network, so that an export changes nothing."""
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        self.vit = vit
+        self.cross_entropy = SoftTargetCrossEntropy()
+
+    def forward(self, images: Tensor, targets: Tensor) -> Losses:
+        """Return scalar losses. images: normalised, mixed, [B, 3, s, s]. targets: rows that sum to 1, [B, C]."""
+        logits = self.vit(images).float()  # [B, C]
+        loss = self.cross_entropy(logits, targets)
+        return {"loss": loss, "cross_entropy": loss}
+
+
+class Distilled(nn.Module):
+    """Cross-entropy plus distillation terms. The terms' own parameters, in `terms`, are not exported."""
 
     def __init__(
         self,
@@ -30,9 +49,11 @@ class Distilled(Supervised):
         """Set up the module. requested: the student's outputs that the terms need, logits included. scheduled: terms
         whose weights change over time; these weights are logged beside the losses.
         """
-        super().__init__(vit)
+        super().__init__()
         assert requested.logits
-        self.terms = nn.ModuleDict(terms)
+        self.vit = vit
+        self.cross_entropy = SoftTargetCrossEntropy()
+        self.terms: Any = nn.ModuleDict(terms)  # torch would type its values as Module, not Term
         self.requested, self.label_weight, self.scheduled = requested, label_weight, frozenset(scheduled)
 
     def forward(self, images: Tensor, targets: Tensor, teachers: Sequence[Outputs], weights: Tensor) -> Losses:

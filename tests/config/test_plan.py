@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maedistill.config.batch import BatchPlan, batch_plan, total_steps, world_size_from_environment
+from maedistill.config.plan import BatchPlan, batch_plan, total_steps, world_size_from_environment
 from maedistill.errors import ConfigError
 
 

@@ -5,8 +5,7 @@ import statistics
 import pytest
 import torch
 
-from maedistill.losses.pixels import patch_statistics, pixel_loss, pixel_target
-from maedistill.models.patches import patchify, unpatchify
+from maedistill.methods.mae import patch_statistics, pixel_target
 
 
 def test_targets_have_the_papers_statistics() -> None:
@@ -32,16 +31,3 @@ def test_a_flat_patch_is_finite_and_statistics_invert_the_target(kind: str) -> N
     assert target.isfinite().all()
     shift, scale = patch_statistics(rows, kind=kind)
     torch.testing.assert_close(target * scale + shift, rows)
-
-
-def test_pixel_loss_is_the_mean_square() -> None:
-    a, b = torch.rand(2, 3, 48), torch.rand(2, 3, 48)
-    torch.testing.assert_close(pixel_loss(a, b), ((a - b) ** 2).sum() / a.numel())
-
-
-def test_patches_are_in_raster_order_with_channels_last_and_unpatchify_inverts() -> None:
-    images = torch.arange(2 * 3 * 8 * 8).float().view(2, 3, 8, 8)
-    rows = patchify(images, 4)
-    assert rows.shape == (2, 4, 48)
-    assert rows[1, 2, 3 * (1 * 4 + 2) + 1] == images[1, 1, 4 + 1, 2]  # patch (1, 0), pixel (1, 2), channel 1
-    assert torch.equal(unpatchify(rows, 4), images)

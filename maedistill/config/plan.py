@@ -1,4 +1,4 @@
-"""Arithmetic of the batch: how ranks and micro-batches share a global batch, and how many steps a run has.
+"""The plan of a run: how ranks and micro-batches share a global batch, and how many steps there are.
 
 `global_batch` is given; the rest follows from it. This is checked before torch is imported, so that a batch that cannot
 be shared fails before any GPU is started.
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+from maedistill.config.schema import RunConfig
 from maedistill.errors import ConfigError
 
 
@@ -18,6 +19,53 @@ class BatchPlan:
 
     micro_batch: int
     accumulation: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of a run, derived from its config and its numbers of images and ranks."""
+
+    batch: BatchPlan
+    world_size: int
+    images: int
+    steps: int
+    warmup_steps: int
+
+    def steps_in(self, epochs: float) -> float:
+        """Return the number of steps in `epochs` epochs; one epoch is `images` samples."""
+        return epochs * self.images / (self.batch.micro_batch * self.batch.accumulation * self.world_size)
+
+    def epoch_at(self, step: int) -> float:
+        """Return the epochs done after `step` steps."""
+        return step / self.steps_in(1.0)
+
+
+def make_plan(config: RunConfig, images: int, *, world_size: int) -> Plan:
+    """Derive the plan. Raises ConfigError if the ranks cannot share the batch, or if the run has no steps."""
+    optim = config.optim
+    batch = share_batch(config, world_size)
+    steps = total_steps(optim.epochs, images, global_batch=optim.global_batch)
+    warmup = min(steps - 1, int(Fraction(repr(optim.warmup_epochs)) * images // optim.global_batch))
+    return Plan(batch, world_size, images, steps, warmup)
+
+
+def plan_lines(config: RunConfig, plan: Plan) -> list[str]:
+    """Describe batch, steps and learning rate, with every factor."""
+    optim, batch = config.optim, plan.batch
+    factors = "" if optim.lr else f" = {optim.peak_lr * 256 / optim.global_batch:g} x {optim.global_batch} / 256"
+    return [
+        f"batch    {optim.global_batch} = {plan.world_size} ranks x {batch.accumulation} x {batch.micro_batch} samples",
+        f"steps    {plan.steps:,} = floor({optim.epochs:g} epochs x {plan.images:,} / {optim.global_batch}), "
+        f"{plan.warmup_steps:,} of them warm-up",
+        f"lr       {optim.peak_lr:.3g}{factors}, linear warm-up, then cosine to {optim.min_lr:g}",
+        f"run      {config.run}",
+    ]
+
+
+def share_batch(config: RunConfig, world_size: int) -> BatchPlan:
+    """Return how `world_size` ranks share the global batch. Raises ConfigError if they cannot."""
+    limit = config.engine.micro_batch_limit
+    return batch_plan(config.optim.global_batch, limit, world_size=world_size, **config.grouping)
 
 
 def batch_plan(
