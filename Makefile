@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder # a file on one process, for its fixtures
 
 .PHONY: env messages quickstart test test-faults
 env: .venv/installed
@@ -21,10 +22,10 @@ test: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not faults"
+	$(PYTEST) -m "not faults"
 
 test-faults: env
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m faults
+	$(PYTEST) -m faults
 
 messages: env
 	$(BIN)/python -m pytest --rewrite-messages tests/config/test_bad_configs.py

@@ -20,7 +20,7 @@ from tests.support.messages import Messages
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-LONGEST = ["test_pretrain.py", "scenarios", "test_finetune.py", "test_finetune_distilled.py"]  # groups, in this order
+LONGEST = ["test_pretrain.py", "test_checkpoint.py", "test_finetune.py", "test_finetune_distilled.py", "test_scale.py"]
 CONFIG = """\
 data:
   train: {shards}/train-*.tar
@@ -57,21 +57,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rewrite-messages", action="store_true", help="write tests/golden/messages.txt anew")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark fault tests; keep tests of one file on one process, and those that share the engine's scenarios too.
-
-    The groups that take longest come first, so that no process ends with one of them while the other is idle.
-    """
-    groups = {}
+    """Mark fault tests, and put the files that take longest first: they then run beside each other, not at the end."""
     for item in items:
-        place = item.path.relative_to(ROOT / "tests")
-        if "faults" in place.parts or "faults" in place.stem:
+        if "faults" in item.path.relative_to(ROOT / "tests").parts or "faults" in item.path.stem:
             item.add_marker("faults")
-        shares_scenarios = place.parts[0] == "training" and {"runs", "run_scenario"} & set(item.fixturenames)
-        groups[item] = "scenarios" if shares_scenarios else str(place)
-        item.add_marker(pytest.mark.xdist_group(groups[item]))
-    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -340,5 +340,5 @@ if __name__ == "__main__":
     engine_file.PERSISTENCE_THRESHOLD = 0  # so that stage 3 really cuts up this small model
     engine_file.FP16_DEVICES.add("cpu")  # autocast to fp16 works on a CPU, only slowly: enough to test the loss scale
     initialize_distributed(60)
-    torch.save(globals()[name](folder), folder / f"{name}-{rank()}.pt")
+    torch.save(globals()[name](folder), folder / f"{name}-of-{world_size()}-{rank()}.pt")
     shutdown_distributed()
