@@ -16,7 +16,7 @@ env: .venv/installed
 	touch $@
 
 quickstart: env
-	$(BIN)/python tools/quickstart.py
+	$(BIN)/maedistill quickstart
 
 test: env
 	$(BIN)/ruff check .

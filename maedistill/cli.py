@@ -1,71 +1,51 @@
-"""The command line of a stage: CONFIG, key=value, few flags. `tools/pretrain.py` and `tools/finetune.py` share it.
+"""`maedistill COMMAND ...`: one table of commands. `python -m maedistill` and tools/*.py call the same functions.
 
-Settings are checked before torch is imported, so a typo is reported within 0.1 s.
+A command is imported only when it is called, and imports heavy packages itself, so that `--help` and a wrong setting
+cost a fraction of a second.
 """
 
-import argparse
-import os
-from collections.abc import Callable
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from typing import NoReturn
 
-from maedistill.config.loader import load_config
-from maedistill.config.plan import share_batch, world_size_from_environment
-from maedistill.config.render import explain, render_config
-from maedistill.config.values import Root
 from maedistill.errors import ConfigError, leave
-from maedistill.processes.parent_death import die_with_launcher
 
-EXIT_CODES = """
-Starting the same command again continues the run. Exit codes: 0 done, 2 usage, 3 data, 4 numerics, 5 a peer or the
-hardware, 75 asked to leave by SIGTERM or SIGUSR1, 130 Ctrl-C; RUN/exit.json says the same, since torchrun hides codes.
-"""
-
-
-def run_tool(
-    root: type[Root], *, about: str, examples: str, start: Callable[..., None], dry_run: Callable[[Root], None]
-) -> None:
-    """Parse the command line, run the command and end the process with its exit code.
-
-    start: called as start(config, fresh=..., extend=...). Both callables import heavy packages themselves.
-    """
-
-    def main() -> None:
-        arguments = _parse(about, examples)
-        if arguments.explain:
-            print(explain(arguments.explain, root))
-            return
-        if not arguments.config:
-            raise ConfigError("no config is named", "name one of configs/, as the examples of --help do")
-        loaded = load_config(arguments.config, arguments.overrides, root=root, to_run=not arguments.print_config)
-        if arguments.print_config:
-            print(render_config(loaded), end="")
-            return
-        share_batch(loaded.config, world_size_from_environment())
-        # On a CPU, torch's threads spin while they wait for each other. Next to other busy processes, spinning cost up
-        # to 90 % of the speed (measured on two cores); on an idle machine, sleeping costs nothing. torch reads it at
-        # start.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise a lost peer prints 15 lines of C++ frames
-        if arguments.dry_run:
-            dry_run(loaded.config)
-        else:
-            start(loaded.config, fresh=arguments.fresh, extend=arguments.extend)
-
-    die_with_launcher()
-    leave(main)
+COMMANDS = {
+    "shards": "turn images into WebDataset shards with an index, or verify them",
+    "pretrain": "pre-train a student by MAE, or distil a teacher by DMAE, AMD or token relations",
+    "finetune": "fine-tune a network on labels, with or without teachers, and evaluate it",
+    "evaluate": "count every validation image once; kNN and linear probes of frozen features",
+    "export": "hand over a run's network as a timm model with its card",
+    "study": "run and compare many trainings from one file",
+    "benchmark": "measure where time goes: loader, step, scale, cost",
+    "quickstart": "the whole way on real digits, some minutes on two CPU cores",
+}
 
 
-def _parse(about: str, examples: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=about, epilog=examples + EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("config", nargs="?", help="a YAML file, e.g. one of configs/")
-    add("overrides", nargs="*", metavar="key=value", help="settings on top of it, e.g. optim.epochs=200")
-    add("--dry-run", action="store_true", help="say what would happen, at what speed and cost, and stop")
-    add("--print-config", action="store_true", help="print every setting and where it came from, and stop")
-    add("--explain", metavar="KEY", help="say what a key means, its range and the papers' values, and stop")
-    add("--fresh", action="store_true", help="refuse a run folder that already holds a run")
-    add("--extend", action="store_true", help="continue a run folder with another number of epochs")
-    # deepspeed's launcher adds it; LOCAL_RANK takes precedence
-    add("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_intermixed_args()
+def main() -> NoReturn:
+    """Run the command that the command line names, and end the process with its exit code."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    leave(lambda: _dispatch(name, arguments))
+
+
+def run(name: str) -> NoReturn:
+    """Run one command with the arguments of the command line, and end the process with its exit code."""
+    leave(lambda: _dispatch(name, sys.argv[1:]))
+
+
+def _dispatch(name: str, arguments: Sequence[str]) -> None:
+    if name in ("-h", "--help"):
+        lines = [f"  {command:<11} {about}" for command, about in COMMANDS.items()]
+        print("usage: maedistill COMMAND ...\n\ncommands:", *lines, "\nmaedistill COMMAND --help says more.", sep="\n")
+    elif name == "--version":
+        print(f"maedistill {version('maedistill')}")
+    elif name in COMMANDS:
+        sys.argv = ["maedistill", name, *arguments]  # what runs and reports record as their command
+        import_module(f"maedistill.commands.{name}").main()
+    else:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"commands are {', '.join(COMMANDS)}"
+        raise ConfigError(f"there is no command {name!r}", remedy)

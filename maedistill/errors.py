@@ -1,6 +1,6 @@
 """Errors for users: one line for the cause, one for the remedy, and an exit code.
 
-Every error that a user can fix is a `UserError`; `tools/` prints it as two lines on stderr. A pre-empted run ends with
+Every error that a user can fix is a `UserError`; a command prints it as two lines on stderr. A pre-empted run ends with
 `Preempted` and one line. Any other exception is a bug in maedistill and keeps its traceback.
 
     code  meaning

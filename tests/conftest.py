@@ -20,7 +20,9 @@ from tests.support.messages import Messages
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-LONGEST = ["test_pretrain.py", "test_checkpoint.py", "test_finetune.py", "test_finetune_distilled.py", "test_scale.py"]
+LONGEST = [
+    "test_pretrain.py", "test_checkpoint.py", "test_study_tool.py", "test_finetune.py", "test_finetune_distilled.py",
+]  # fmt: skip
 CONFIG = """\
 data:
   train: {shards}/train-*.tar

@@ -40,7 +40,7 @@ def name_of(path: Path) -> str:
 def test_config_builds_and_its_header_is_true(path: Path) -> None:
     config = load_config(path, NEEDED + without_weights(path), root=PretrainConfig).config
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    assert f"tools/pretrain.py configs/{name_of(path)}.yaml" in header
+    assert re.search(rf"maedistill pretrain {name_of(path)}\s", header)
     with torch.device("meta"):
         encoder = build_encoder(config)
         source = build_teacher_source(config, grid=encoder.grid)
@@ -87,7 +87,7 @@ def test_imagenet_configs_are_the_papers_recipes() -> None:
 @pytest.mark.parametrize("path", FINETUNE, ids=name_of)
 def test_fine_tuning_config_loads_and_its_header_is_true(path: Path) -> None:
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    command = re.search(rf"tools/finetune\.py configs/{name_of(path)}\.yaml (.*)", header)
+    command = re.search(rf"maedistill finetune {name_of(path)} (.*)", header)
     assert command, "no command"
     overrides = shlex.split(command[1].replace("...", "x.tar"))
     config = load_config(path, overrides, root=FinetuneConfig).config

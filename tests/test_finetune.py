@@ -140,7 +140,7 @@ def test_the_report_repeats_the_metrics_and_names_what_went_in(tuned, mae):
         and "yours: no other weights were used" in text
     )
     assert f"3 epochs of 96 images, {last['step']} steps, global batch 12, lr 0.003, layer decay 0.5, seed 0" in text
-    assert text.rstrip().endswith(f"python tools/export.py {tuned.run}")
+    assert text.rstrip().endswith(f"maedistill export {tuned.run}")
     assert (tuned.run / re.search(r"!\[.*\]\((.*)\)", text)[1]).read_bytes().startswith(b"\x89PNG")
 
 

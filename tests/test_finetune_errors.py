@@ -42,7 +42,7 @@ OPENING = {
     "a size that patches do not tile": (
         ["data.image_size=36"], 2, "patches of 8 pixels, which do not divide images of 36", "data.image_size=32",
     ),
-    "no validation shards": (["data.val={made}/none-*.tar"], 3, "{made}/none-*.tar", "tools/make_shards.py"),
+    "no validation shards": (["data.val={made}/none-*.tar"], 3, "{made}/none-*.tar", "maedistill shards"),
     "no validation labels": (["data.val={made}/bare.tar"], 3, "5 of 5 samples have no label", "labelled shards"),
     "labels without output": (
         ["data.val={made}/beyond.tar"], 3, "validation labels go up to 4, training shards have 3", "data.num_classes",

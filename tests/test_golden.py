@@ -22,7 +22,8 @@ from maedistill.methods.teacher import Teacher
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
-from maedistill.models.patches import PatchSplit, patchify
+from maedistill.models.masking import PatchSplit
+from maedistill.models.patches import patchify
 from maedistill.weights.from_file import EncoderSpec, read_weights_file
 from maedistill.weights.network import open_network
 from maedistill.weights.state_dict import ConvertedStateDict, import_weights

@@ -23,7 +23,7 @@ from maedistill.methods.teacher import Teacher
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
-from maedistill.models.patches import random_split
+from maedistill.models.masking import random_split
 from maedistill.pretraining.build import step_inputs
 from maedistill.randomness import Stream, bits, uniform
 from maedistill.runs.metrics import Clock

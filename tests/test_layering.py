@@ -15,10 +15,12 @@ LAYERS = [
     ["pretraining", "finetuning"],
     ["export"],
     ["benchmark", "study"],
+    ["commands"],
     ["cli"],
+    ["__main__"],
     ["tools"],
 ]
-ROOT = {"errors", "randomness", "machine", "cli"}  # the only modules outside of a wing
+ROOT = {"errors", "randomness", "machine", "cli", "__main__"}  # the only modules outside of a wing
 HEAVY = {"torch", "timm", "torchvision", "deepspeed", "webdataset", "numpy"}
 
 

@@ -130,7 +130,7 @@ def test_the_results_are_those_of_the_runs(tool, made) -> None:
         networks["early"]["runs"]["0"].keys() == {"pretrain"} and networks["early"]["summary"]["pretrain_epochs"] == 0.5
     )
     page = (tool.out / "results.md").read_text()
-    assert "| dmae_early | 1 |" in page and "Command: `python tools/study.py" in page
+    assert "| dmae_early | 1 |" in page and "Command: `maedistill study" in page
 
 
 def test_each_student_had_the_teacher_that_its_row_names(tool, made) -> None:

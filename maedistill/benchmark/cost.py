@@ -15,7 +15,6 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -23,6 +22,7 @@ from maedistill.benchmark.report import Report, Row
 from maedistill.benchmark.step_model import CARD, Kind, model_step
 from maedistill.benchmark.timing import Rates, interleave, repeated, spread
 from maedistill.benchmark.training_step import SyntheticTraining
+from maedistill.config.document import find_config
 from maedistill.config.plan import share_batch
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.remote.cache import set_cache
@@ -84,7 +84,8 @@ def exchange_seconds(ranks: int, parameters: int, *, zero: int) -> float:
 
 def expected_number(file: str) -> str | None:
     """Read the paper's result from the line `# Expected: ...` in a config's header; return None if there is no line."""
-    lines = Path(file).read_text().splitlines() if Path(file).is_file() else []
+    path = find_config(file)
+    lines = path.read_text().splitlines() if path.is_file() else []
     return next((line.removeprefix("# Expected: ") for line in lines if line.startswith("# Expected: ")), None)
 
 

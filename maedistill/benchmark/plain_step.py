@@ -35,7 +35,8 @@ from maedistill.methods.teacher import Teacher
 from maedistill.models.blocks import CrossBlock, TransformerBlock
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder
-from maedistill.models.patches import PatchSplit, gather_rows
+from maedistill.models.masking import PatchSplit
+from maedistill.models.patches import gather_rows
 from maedistill.pretraining import build
 from maedistill.training.optim import parameter_groups
 

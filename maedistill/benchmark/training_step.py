@@ -22,7 +22,7 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.evaluation.latency import seconds_of
 from maedistill.machine import Precision, autocast, precision
 from maedistill.methods.mae import MAE, BlockFeatures
-from maedistill.models.patches import PatchSplit
+from maedistill.models.masking import PatchSplit
 from maedistill.pretraining import build
 from maedistill.pretraining.flops import count_flops
 from maedistill.processes import distributed

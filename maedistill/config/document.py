@@ -5,6 +5,7 @@ no aliases, no duplicate keys, no multi-line text. Scalars follow YAML 1.2: `1e-
 `1:30`, `007` and dates are text. The schema then rejects wrong types that YAML 1.1 would convert silently.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from yaml.constructor import SafeConstructor
 
 from maedistill.errors import ConfigError
 
+_PACKAGE = Path(__file__).resolve().parents[1]
+CONFIGS = next(folder / "configs" for folder in (_PACKAGE, _PACKAGE.parent) if (folder / "configs").is_dir())  # ours
 DEEPEST = 8
 LONGEST = 100_000  # characters; limits the cost of naming a wrong file. Our configs have a few thousand
 _NAME = re.compile(r"^[^\s:]+$")
@@ -35,6 +38,18 @@ class Refusal(Exception):
     def __init__(self, line: int, cause: str, remedy: str) -> None:
         super().__init__(cause)
         self.line, self.cause, self.remedy = line, cause, remedy
+
+
+def find_config(name: str | Path) -> Path:
+    """Return the file of a config: `name` itself, or the file of that name in CONFIGS, such as imagenet/dmae_vit_b."""
+    ours = CONFIGS / f"{name}.yaml"
+    return ours if os.path.isfile(ours) and not os.path.isfile(name) else Path(name)
+
+
+def config_name(path: str | Path) -> str:
+    """Return what `find_config` takes for a file: its path, or the name of one of CONFIGS."""
+    file = Path(path).resolve()
+    return file.relative_to(CONFIGS).with_suffix("").as_posix() if CONFIGS in file.parents else str(path)
 
 
 def read_file(path: Path) -> dict[str, tuple[Any, int]]:

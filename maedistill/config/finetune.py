@@ -135,7 +135,7 @@ class FinetuneConfig(RunConfig):
     """One fine-tuning run; `finetune_rules.py` says what must hold between its keys."""
 
     stage = "fine-tuning"
-    tool = "tools/finetune.py"
+    command, tool = "finetune", "maedistill finetune"
 
     seed: Count = result(
         0, "seeds the sample order, label subset, augmentations, drop path and initial weights", le=2**63 - 1

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from maedistill.config import finetune_rules, pretrain_rules
-from maedistill.config.document import Refusal, read_document, read_file
+from maedistill.config.document import CONFIGS, Refusal, config_name, find_config, read_document, read_file
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import all_keys
 from maedistill.config.pretrain import PretrainConfig
@@ -51,11 +51,12 @@ def load_config(
 ) -> LoadedConfig[Root]:
     """Read a config file, apply `key=value` overrides (values in YAML) and check everything.
 
+    path: a file, or the name of a config that comes with maedistill, such as imagenet/dmae_vit_b.
     root: the schema, PretrainConfig or FinetuneConfig.
     to_run: whether shards and run folder must be named, as for a run; a recipe can be inspected without them.
     Raises `ConfigError`, which names the first problem with its place and counts the others.
     """
-    settings = _read_file(Path(path), extended_by=(), read=[])
+    settings = _read_file(find_config(path), extended_by=(), read=[])
     for override in overrides:
         settings |= _read_override(override)
     config = validated({name: setting.value for name, setting in settings.items()}, root)
@@ -91,11 +92,12 @@ def _read_file(path: Path, *, extended_by: tuple[Path, ...], read: list[Path]) -
     except FileNotFoundError:
         raise ConfigError(f"there is no config file {path}", _nearest_files(path)) from None
     except (OSError, UnicodeDecodeError) as error:
-        remedy = "name a YAML file in UTF-8, e.g. one of configs/"
+        remedy = "name a YAML file in UTF-8, or a config that comes with maedistill, e.g. imagenet/dmae_vit_b"
         raise ConfigError(f"{path} cannot be read: {error}", remedy) from None
     whole, _ = leaves.pop("", (None, 1))  # the whole content, if it is not a non-empty mapping
     if whole not in (None, {}):
-        raise ConfigError(f"{path}: a config file is a mapping of `key: value`, not a list or text", "see configs/")
+        cause = f"{path}: a config file is a mapping of `key: value`, not a list or text"
+        raise ConfigError(cause, "see `maedistill pretrain imagenet/mae_vit_b --print-config`")
     extends, line = leaves.pop("extends", ([], 0))
     names = [extends] if isinstance(extends, str) else extends
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
@@ -118,8 +120,9 @@ def _read_file(path: Path, *, extended_by: tuple[Path, ...], read: list[Path]) -
 def _nearest_files(path: Path) -> str:
     """Return a remedy for a missing file: YAML files of similar names around the nearest existing folder."""
     folder = next((parent for parent in path.parents if os.path.isdir(parent)), Path())
-    there = sorted(str(file) for pattern in ("*.yaml", "*/*.yaml") for file in folder.glob(pattern))
-    near = difflib.get_close_matches(str(path), there, n=3, cutoff=0.6) or there[:3]
+    files = sorted(str(file) for pattern in ("*.yaml", "*/*.yaml") for file in folder.glob(pattern))
+    names = [] if path.suffix == ".yaml" else sorted(map(config_name, CONFIGS.glob("*/*.yaml")))
+    near = difflib.get_close_matches(str(path), [*files, *names], n=3, cutoff=0.6) or files[:3]
     return f"did you mean {' or '.join(near)}?" if near else f"{folder} holds no .yaml files; name one that exists"
 
 

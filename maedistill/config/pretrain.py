@@ -179,7 +179,7 @@ class PretrainConfig(RunConfig):
     """One pre-training run; `pretrain_rules.py` says what must hold between its keys."""
 
     stage = "pre-training"
-    tool = "tools/pretrain.py"
+    command, tool = "pretrain", "maedistill pretrain"
 
     method: Literal["mae", "dmae", "amd", "tinymim"] = result(
         "dmae",

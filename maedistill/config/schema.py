@@ -186,7 +186,8 @@ class RunConfig(Section):
     """One run of any stage. Derived numbers are properties, never mutations."""
 
     stage: ClassVar[str]
-    tool: ClassVar[str]
+    command: ClassVar[str]  # of cli.py
+    tool: ClassVar[str]  # as it is typed
 
     run: str = runtime("", "run folder; starting the same command again continues the run")
     seed: Count

@@ -30,7 +30,7 @@ class Problem:
 def paths(c: RunConfig) -> Iterator[Problem]:
     """Yield problems for paths that a run needs and a recipe leaves open."""
     if not c.data.train:
-        remedy = "add data.train=DIR/train-*.tar (tools/make_shards.py writes shards)"
+        remedy = "add data.train=DIR/train-*.tar (maedistill shards writes shards)"
         yield Problem("data.train", "no training shards are named", remedy)
     if not c.run:
         yield Problem("run", "no run folder is named", "add run=runs/NAME")

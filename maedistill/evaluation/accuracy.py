@@ -150,7 +150,7 @@ def _require_known_classes(images: EvaluationImages, num_classes: int) -> None:
         raise DataError(
             f"the model has {num_classes} classes, 0 to {num_classes - 1}, but {len(unknown)} of {len(labels)} images "
             f"have other labels, first {images.index.sample_name(i)} with {images.index.labels[i]}",
-            "use shards with the classes that the model was trained on, or fine-tune it on these (tools/finetune.py)",
+            "use shards with the classes that the model was trained on, or fine-tune it on these (maedistill finetune)",
         )
 
 

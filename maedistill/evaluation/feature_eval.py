@@ -105,7 +105,7 @@ def open_pair(spec: ProbeSpec) -> tuple[ShardIndex, ShardIndex]:
         if name != other:
             raise DataError(
                 f"label {label} is {name!r} in the shards of --train and {other!r} in those of --val",
-                "name two parts of one data set, written with the same classes (tools/make_shards.py)",
+                "name two parts of one data set, written with the same classes (maedistill shards)",
             )
     unknown = np.setdiff1d(val.labels, train.labels)
     if len(unknown):

@@ -50,8 +50,7 @@ def open_real_labels(index: ShardIndex, *, num_classes: int) -> list[frozenset[i
             raise DataError(
                 f"{index.sample_name(i)} is no image of ImageNet's validation set: its key has no ILSVRC2012_val_ "
                 "number",
-                "leave out --real, or write the shards from files that keep their ImageNet names "
-                "(tools/make_shards.py)",
+                "leave out --real, or write the shards from files that keep their ImageNet names (maedistill shards)",
             )
         labels.append(frozenset(table[f"{match[0]}.JPEG"]))
     return labels

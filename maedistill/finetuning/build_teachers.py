@@ -146,7 +146,7 @@ def _open_teacher(distill: DistillConfig, source: str) -> Network:
     if distill.logit_terms and not network.num_classes:
         raise ConfigError(
             f"distill.teachers: {source} has no classifier, and distill.{distill.logit_terms[0]} compares predictions",
-            "fine-tune it first (tools/finetune.py) and name that run, or leave out the terms on predictions",
+            "fine-tune it first (maedistill finetune) and name that run, or leave out the terms on predictions",
         )
     return network
 

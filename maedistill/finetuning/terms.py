@@ -19,17 +19,16 @@ from torch import Tensor, nn
 from maedistill.config import distill
 from maedistill.errors import ConfigError
 from maedistill.finetuning.outputs import FeatureInfo, Outputs
-from maedistill.losses.features import (
-    attention_transfer_loss,
+from maedistill.losses.features import attention_transfer_loss, feature_loss
+from maedistill.losses.logits import decoupled_divergence, hard_label_loss, kd_loss, standardize
+from maedistill.losses.relations import (
     contrast_loss,
-    feature_loss,
     pkt_loss,
     rkd_angle_loss,
     rkd_distance_loss,
     sp_loss,
     token_relations,
 )
-from maedistill.losses.logits import decoupled_divergence, hard_label_loss, kd_loss, standardize
 from maedistill.machine import without_autocast
 from maedistill.models.blocks import projection
 

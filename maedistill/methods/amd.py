@@ -11,7 +11,7 @@ from maedistill.methods.dmae import DMAE, AlignmentSpec
 from maedistill.methods.mae import BlockFeatures, Losses, PixelSpec, mean_loss
 from maedistill.models.decoder import Generator, TokenDecoder
 from maedistill.models.encoder import MaskedEncoder
-from maedistill.models.patches import PatchSplit
+from maedistill.models.masking import PatchSplit
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from maedistill.losses.features import feature_loss
 from maedistill.methods.mae import MAE, BlockFeatures, Losses, PixelSpec, mean_loss
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder
-from maedistill.models.patches import PatchSplit
+from maedistill.models.masking import PatchSplit
 
 
 @dataclass(frozen=True)

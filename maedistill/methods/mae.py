@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from maedistill.data.images.transforms import normalize
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder
-from maedistill.models.patches import PatchSplit, gather_rows, num_visible, patchify, unpatchify
+from maedistill.models.masking import PatchSplit, num_visible
+from maedistill.models.patches import gather_rows, patchify, unpatchify
 
 BlockFeatures = dict[int, Tensor]  # features by block, see `MaskedEncoder.forward`
 Losses = dict[str, Tensor]

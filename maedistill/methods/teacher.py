@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as vision
 from maedistill.data.images.transforms import normalize
 from maedistill.errors import ConfigError
 from maedistill.models.encoder import MaskedEncoder, TimmModel
-from maedistill.models.patches import PatchSplit
+from maedistill.models.masking import PatchSplit
 from maedistill.weights.network import Network
 
 

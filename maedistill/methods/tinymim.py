@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from maedistill.losses.features import token_relations
+from maedistill.losses.relations import token_relations
 from maedistill.methods.mae import MAE, BlockFeatures, Losses, PixelSpec, mean_loss
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder
-from maedistill.models.patches import PatchSplit
+from maedistill.models.masking import PatchSplit
 
 
 @dataclass(frozen=True)

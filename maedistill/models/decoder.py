@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from maedistill.models.blocks import CrossBlock, LayerNorm, TransformerBlock
-from maedistill.models.patches import PatchSplit, gather_rows, position_table
+from maedistill.models.masking import PatchSplit
+from maedistill.models.patches import gather_rows, position_table
 
 
 class TokenDecoder(nn.Module):

@@ -21,7 +21,7 @@ from maedistill.models.blocks import has_plain_attention
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, TimmModel, build_vit
 from maedistill.models.initialize import initialize
-from maedistill.models.patches import PatchSplit, num_visible, random_split
+from maedistill.models.masking import PatchSplit, num_visible, random_split
 from maedistill.weights.from_file import SPEC_FIELDS, EncoderSpec
 from maedistill.weights.network import Network, open_network
 

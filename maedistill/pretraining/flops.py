@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from maedistill.methods.mae import MAE
-from maedistill.models.patches import PatchSplit
+from maedistill.models.masking import PatchSplit
 
 
 def count_flops(method: MAE, teacher: nn.Module | None, *, num_student: int, num_teacher: int) -> dict[str, float]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from maedistill.evaluation.full_pass import evaluation_mode
 from maedistill.methods.mae import MAE
-from maedistill.models.patches import PatchSplit, patchify, unpatchify
+from maedistill.models.masking import PatchSplit
+from maedistill.models.patches import patchify, unpatchify
 
 _GREY = 0.5
 _LEAST_SIDE = 96  # smaller images are enlarged to at least this many pixels, without smoothing

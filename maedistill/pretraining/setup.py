@@ -15,7 +15,7 @@ from maedistill.data.shards.index import ShardIndex, open_index
 from maedistill.methods.mae import MAE
 from maedistill.methods.teacher import Teacher
 from maedistill.models.encoder import num_params_m
-from maedistill.models.patches import PatchSplit
+from maedistill.models.masking import PatchSplit
 from maedistill.pretraining.build import (
     build_crops,
     build_encoder,

@@ -18,7 +18,7 @@ from maedistill.runs.records import write_text
 
 @dataclass(frozen=True)
 class ComparedNetwork:
-    """The folders of one fine-tuned network. pretrain: None from scratch; score: tools/evaluate.py's JSON file."""
+    """The folders of one fine-tuned network. pretrain: None from scratch; score: maedistill evaluate's JSON file."""
 
     pretrain: Path | None
     finetune: Path

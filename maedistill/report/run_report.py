@@ -86,7 +86,7 @@ def write_finetune_report(folder: RunFolder) -> Path:
         *([f"![loss and accuracy]({curve.name})", ""] if curve else []),
         "Next: hand the network over as a timm model:",
         "",
-        f"    {shlex.join(['python', 'tools/export.py', str(folder.path)])}",
+        f"    {shlex.join(['maedistill', 'export', str(folder.path)])}",
         "",
     ]
     write_text(folder.report, "\n".join(lines))
@@ -108,7 +108,7 @@ def _finetune_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
     overrides += [f"data.val={config.data.val or 'VALIDATION_SHARDS'}", f"data.image_size={config.data.image_size}"]
     if recipe != "small_images":
         overrides += ["student.model=null"]  # the source knows its changed dimensions
-    return ["python", "tools/finetune.py", f"configs/finetune/{recipe}.yaml", *overrides]
+    return ["maedistill", "finetune", f"finetune/{recipe}", *overrides]
 
 
 def _distil_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
@@ -121,7 +121,7 @@ def _distil_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
     if arch is not None:
         tap = max(0, arch.depth * 3 // 4 - 1)  # DMAE's 3/4 of the depth, block 17 of 24
         overrides += [f"student.width={arch.width // 2}", f"align.student=[{tap}]", f"align.teacher=[{tap}]"]
-    return ["python", "tools/pretrain.py", str(folder.config), *overrides]
+    return ["maedistill", "pretrain", str(folder.config), *overrides]
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

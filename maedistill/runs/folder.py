@@ -80,7 +80,7 @@ class RunFolder:
         if checkpoint_steps(self.checkpoints):  # init and origin are those of the first start
             metadata = metadata | {name: before[name] for name in _OF_THE_FIRST_START if name in before}
         start = {
-            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+            "command": shlex.join(sys.argv),
             "host": platform.node(),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
             **execution,

@@ -209,9 +209,9 @@ class DataWaitHint:
         decoder = "" if find_spec("simplejpeg") else "a faster JPEG decoder (pip install simplejpeg), "
         return (
             f"hint     {share:.0%} of the time is spent waiting for images. What helps: more loader processes "
-            f"(data.workers, now {workers}), {decoder}smaller images (tools/make_shards.py --shorter-side 256), in "
+            f"(data.workers, now {workers}), {decoder}smaller images (maedistill shards --shorter-side 256), in "
             "pre-training several crops of each decoded image (data.views_per_image); "
-            "tools/benchmark.py loader measures them"
+            "maedistill benchmark loader measures them"
         )
 
 

@@ -50,7 +50,7 @@ def is_done(config: RunConfig) -> bool:
 
 
 def is_scored(scorecard: Path, shards: str) -> bool:
-    """Return whether tools/evaluate.py's JSON file exists and is of these shards. Raises if the shards are missing."""
+    """Return whether the JSON file of `evaluate` exists and is of these shards. Raises if they are missing."""
     _find_once(shards)
     return scorecard.is_file() and json.loads(scorecard.read_text())["fingerprint"] == _fingerprint(shards)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from maedistill.config.document import read_file
+from maedistill.config.document import config_name, find_config, read_file
 from maedistill.config.keys import nested
 from maedistill.config.schema import Section
 from maedistill.config.shared_rules import Problem
@@ -24,22 +24,22 @@ from maedistill.study.schema import Recipe, Student, Study, Teacher
 
 MOST_RUNS = 300  # of one start; more is likely a typo, or should be several studies
 RENAMED = {"pretraining_of": "init_from", "shape_of": "same_architecture_as"}  # keys of earlier versions
-_EXAMPLE = "configs/cifar10/study_methods.yaml shows how it is written"
+_EXAMPLE = "cifar10/study_methods shows how it is written"
 _FOLDER = re.compile(r"(?!logs$)[A-Za-z0-9][A-Za-z0-9_.+-]{0,119}")  # OUT/logs holds the logs
 _STARTS = ("config", "init_from", "same_architecture_as")
 
 
 def load_study(path: str | Path) -> Study:
     """Read a study file. Raises ConfigError, which names the first problem and its line."""
-    path = Path(path)
+    path = find_config(path)
     try:
         leaves = read_file(path)
     except (OSError, UnicodeDecodeError) as error:
-        remedy = "name a YAML file, e.g. configs/cifar10/study_methods.yaml"
+        remedy = "name a YAML file, e.g. cifar10/study_methods"
         raise ConfigError(f"the study {path} cannot be read: {error}", remedy) from None
     values = {name: value for name, (value, _) in leaves.items()}
     configs = {name: value for name, value in values.items() if name.endswith(".config") and isinstance(value, str)}
-    values |= {name: os.path.normpath(path.parent / value) for name, value in configs.items()}
+    values |= {name: config_name(os.path.normpath(path.parent / value)) for name, value in configs.items()}
     try:
         study = Study.model_validate_json(json.dumps(nested(values, _parts)))
         problem = next(_problems(study), None)

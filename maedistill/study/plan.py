@@ -76,7 +76,7 @@ class StudyPlan:
         settings += [f"init.source=run:{self.out / start}"] if start is not None else []
         config = _load(name, path, settings, root)
         needs = (*([start] if start is not None else []), *teachers)
-        return Step(name, (root.tool, path, *settings), needs, partial(is_done, config))
+        return Step(name, (root.command, path, *settings), needs, partial(is_done, config))
 
     def _filled(self, name: str, texts: Sequence[str], root: type[RunConfig]) -> tuple[list[str], list[str]]:
         """Return a run's settings, those of the command line last, with folders in place of placeholders, and the names
@@ -189,9 +189,9 @@ def add_tests(steps: Sequence[Step], out: Path, shards: str) -> list[Step]:
     tested = []
     for step in steps:
         tested.append(step)
-        if step.command[0] == FinetuneConfig.tool:
+        if step.command[0] == FinetuneConfig.command:
             run = out / step.name
-            command = ("tools/evaluate.py", str(run), shards, "--no-latency", "--json", str(run / TEST_FILE))
+            command = ("evaluate", str(run), shards, "--no-latency", "--json", str(run / TEST_FILE))
             tested.append(Step(f"{step.name}/test", command, (step.name,), partial(is_scored, run / TEST_FILE, shards)))
     return tested
 

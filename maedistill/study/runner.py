@@ -35,14 +35,14 @@ class Step:
     """One command. `done` checks the disk; it raises UserError if the folder holds other results or data is missing."""
 
     name: str
-    command: tuple[str, ...]  # a script below tools/ and its arguments, without `python`
+    command: tuple[str, ...]  # of maedistill, with its arguments
     needs: tuple[str, ...] = ()  # names of other steps
     done: Callable[[], bool] = field(default=lambda: False, compare=False)
 
     @property
     def command_line(self) -> str:
         """Return the command as one would type it in a shell."""
-        return f"python {shlex.join(self.command)}"
+        return shlex.join(["maedistill", *self.command])
 
 
 class StepsFailed(UserError):
@@ -84,11 +84,13 @@ def print_steps(steps: Sequence[Step]) -> None:
     print(f"\n{len(steps)} steps: {len(done)} done, {len(steps) - len(done)} to do", flush=True)
 
 
-def run_steps(steps: Sequence[Step], *, root: Path, out: Path, jobs: int = 1) -> None:
+def run_steps(
+    steps: Sequence[Step], *, out: Path, jobs: int = 1, program: Sequence[str] = (sys.executable, "-m", "maedistill")
+) -> None:
     """Run the steps that are not done yet, `jobs` at a time, starting the first step whose needs are met.
 
-    root: the folder that the tools' paths are relative to. out: holds the lock and, with several jobs, one log per
-    step; a single job writes to the terminal. Several jobs share the cores, unless OMP_NUM_THREADS is set, and each
+    out: holds the lock and, with several jobs, one log per step; a single job writes to the terminal. program: what the
+    steps are commands of. Several jobs share the cores, unless OMP_NUM_THREADS is set, and each
     gets one of the GPUs visible to this process; if there are more jobs than GPUs, the GPUs are shared evenly.
     Raises StepsFailed at the end if steps failed, ConfigError if steps are already running in `out`.
     """
@@ -103,7 +105,7 @@ def run_steps(steps: Sequence[Step], *, root: Path, out: Path, jobs: int = 1) ->
                 waiting.remove(step)
                 place = f"{len(done) + len(failed) + len(running) + 1}/{len(steps)}"
                 gpu = min(gpus, key=[job.gpu for job in running].count, default=None)  # the one with the fewest jobs
-                running.append(_start(step, place, gpu, root=root, out=out, jobs=jobs, lock=lock))
+                running.append(_start(step, place, gpu, program=program, out=out, jobs=jobs, lock=lock))
             if not running:
                 break
             time.sleep(_POLL_SECONDS)
@@ -124,10 +126,11 @@ def run_steps(steps: Sequence[Step], *, root: Path, out: Path, jobs: int = 1) ->
         raise StepsFailed(cause, remedy, next(iter(failed.values())))
 
 
-def _start(step: Step, place: str, gpu: str | None, *, root: Path, out: Path, jobs: int, lock: IO[str]) -> _Job:
+def _start(
+    step: Step, place: str, gpu: str | None, *, program: Sequence[str], out: Path, jobs: int, lock: IO[str]
+) -> _Job:
     """Start a step. place: its number, `3/14`. With several jobs it writes to a log."""
     environment = dict(os.environ)
-    tool, *arguments = step.command
     log, command_line = None, step.command_line
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
@@ -141,7 +144,7 @@ def _start(step: Step, place: str, gpu: str | None, *, root: Path, out: Path, jo
         file.write(f"$ {step.command_line}\n")
         file.flush()
         process = subprocess.Popen(
-            [sys.executable, str(root / tool), *arguments],
+            [*program, *step.command],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=file if log else None,

@@ -29,7 +29,7 @@ def subset_columns(known: Sequence[str], given: Sequence[str], *, num_known: int
     if not given:
         raise ConfigError(
             "--subset goes by names, and the shards' index holds no names of classes",
-            "write the shards again from an image folder (tools/make_shards.py), or put classes.json beside them",
+            "write the shards again from an image folder (maedistill shards), or put classes.json beside them",
         )
     spellings = [tuple(known)] if known else _imagenet_names(num_known)
     if not spellings:

@@ -28,7 +28,7 @@ from maedistill.weights.from_timm import Crop, Deviation, Number, Side, StrictMo
 from maedistill.weights.state_dict import Audit, ConvertedStateDict, load_encoder
 
 Weights = Literal["model", "ema"]
-NOT_A_RUN = "name a run folder that tools/pretrain.py or tools/finetune.py has written"
+NOT_A_RUN = "name a run folder that maedistill pretrain or maedistill finetune has written"
 PREFIX = {"pretrain": "encoder.vit.", "finetune": "vit."}  # of the network's keys in a stage's state dict
 
 _NEEDED = ("stage", "network", "input", "license")
@@ -141,7 +141,7 @@ def open_run(
     checkpoint = newest_intact(folder.checkpoints)
     if checkpoint is None:
         raise DataError(
-            f"{folder.path} holds no checkpoint", "name a run folder of tools/pretrain.py or finetune.py that has saved"
+            f"{folder.path} holds no checkpoint", "name a run folder of maedistill pretrain or finetune that has saved"
         )
     if weights == "ema" and not (checkpoint / "ema.safetensors").is_file():
         raise DataError(f"{folder.path} kept no moving average of its weights", "leave out --ema (optim.ema keeps one)")

@@ -153,7 +153,7 @@ def _kind_and_name(source: str, *, kinds: tuple[str, ...]) -> tuple[str, str]:
     if folder.is_dir():
         raise ConfigError(
             f"{source} is neither a run (it has no run.json) nor an export (no config.json)",
-            "name the folder that tools/finetune.py or tools/export.py wrote",
+            "name the folder that maedistill finetune or maedistill export wrote",
         )
     remedy = "use run:PATH, local-dir:PATH, timm:NAME, hf-hub:ID, or the folder of a run or an export"
     if timm.is_model(source):
@@ -174,8 +174,8 @@ def _check(
     if use == "classifier" and not network.num_classes:
         raise ConfigError(
             f"{source} has no classifier, it is an encoder alone",
-            f"fine-tune it and evaluate that run: tools/finetune.py CONFIG init.source={source}; "
-            "or judge its features: tools/evaluate.py probe, or knn",
+            f"fine-tune it and evaluate that run: maedistill finetune CONFIG init.source={source}; "
+            "or judge its features: maedistill evaluate probe, or knn",
         )
     patches: Any = getattr(network, "patch_embed", None)
     if grid is not None:

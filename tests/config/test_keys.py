@@ -126,7 +126,7 @@ def test_explain():
             assert explain(name, root).startswith(f"{name}: ")
     with pytest.raises(ConfigError, match=r"unknown key lr\ndid you mean optim\.lr\?"):
         explain("lr", PretrainConfig)
-    with pytest.raises(ConfigError, match=r"optim\.layer_decay belongs to fine-tuning \(tools/finetune\.py\)"):
+    with pytest.raises(ConfigError, match=r"optim\.layer_decay belongs to fine-tuning \(maedistill finetune\)"):
         explain("optim.layer_decay", PretrainConfig)
 
 

@@ -114,7 +114,7 @@ def test_a_pre_training_run_has_features_at_every_block(launcher, mae, shards):
 
 PAIR = ["--train", "{shards}/train-*.tar", "--val", "{shards}/val-*.tar"]
 MISTAKES = {
-    "an encoder as classifier": (["{made}/model", "{shards}/val-*.tar"], 2, "has no classifier", "evaluate.py probe"),
+    "an encoder as classifier": (["{made}/model", "{shards}/val-*.tar"], 2, "has no classifier", "evaluate probe"),
     "a bank too small": (["knn", "{made}/model", *PAIR, "--k", "5,97"], 2, "--k 97 needs 97 training", "smaller --k"),
     "no such block": (["probe", "{made}/model", *PAIR, "--block", "2"], 2, "no block 2: there are 2,", "--block"),
     "no labels": (

@@ -1,7 +1,6 @@
 """Exports of imitated and real runs: a stranger's timm gives the run's outputs back, or nothing gets the name."""
 
 import json
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 
+from maedistill.commands import export as export_command
+from maedistill.errors import exit_code_of
 from maedistill.export import folder as module
 from maedistill.export.folder import FILES, export, read_record
 from maedistill.models.encoder import MaskedEncoder, build_vit
@@ -109,14 +110,12 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def tool(root: Path, monkeypatch, capsys) -> Callable[..., SimpleNamespace]:
-    """tools/export.py with some arguments, in this process: its exit code and what it printed."""
+def tool(monkeypatch, capsys) -> Callable[..., SimpleNamespace]:
+    """`maedistill export` with some arguments, in this process: its exit code and what it printed."""
 
     def start(*arguments: Any) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(root / "tools/export.py"), run_name="__main__")
-        return SimpleNamespace(code=ended.value.code, **capsys.readouterr()._asdict())
+        monkeypatch.setattr(sys, "argv", ["maedistill", "export", *map(str, arguments)])
+        return SimpleNamespace(code=exit_code_of(export_command.main), **capsys.readouterr()._asdict())
 
     return start
 

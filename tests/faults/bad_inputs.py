@@ -187,7 +187,7 @@ CONFIGS = {
     "a billion files": case("pretrain bad0.yaml", 2, "bad0.yaml extends more than 32 files", "fewer", **MANY),
     "a chain of 300 files": case("pretrain bad0.yaml", 2, "bad0.yaml extends more than 32 files", "fewer", **CHAIN),
     "extends a file of the system": yaml(
-        "/etc/passwd: a config file is a mapping", "configs/", "extends: /etc/passwd\n"
+        "/etc/passwd: a config file is a mapping", "--print-config", "extends: /etc/passwd\n"
     ),
     "extends a device": yaml("there is no file /dev/zero", "one that exists", "extends: /dev/zero\n"),
     "extends a URL": yaml("there is no file https:/a.example/b", "did you mean", "extends: https://a.example/b\n"),
@@ -586,7 +586,7 @@ EXPORTS = {
 }
 MODELS = {
     "an encoder": case("evaluate {good}/mae {good}/shards/val-*.tar", 2, "has no classifier", "fine-tune it"),
-    "no model": evaluated(2, "bad is neither a run", "tools/finetune.py", folder(thesis__tex="years")),
+    "no model": evaluated(2, "bad is neither a run", "maedistill finetune", folder(thesis__tex="years")),
     "a record cut": evaluated(
         3, "run.json cannot be read", "run folder", copy_of("tuned", lambda run: (run / "run.json").write_text("{"))
     ),
@@ -645,7 +645,7 @@ STUDIES = {
         "there is no config file none.yaml", "", STUDENT.format(name="a", config="none.yaml"), finetune__yaml="run: a\n"
     ),
     "students as a list": study(
-        "students", "configs/cifar10/study_methods.yaml", "out: out\nseeds: [0]\nstudents: [a]\nfinetune: {config: a}\n"
+        "students", "cifar10/study_methods", "out: out\nseeds: [0]\nstudents: [a]\nfinetune: {config: a}\n"
     ),
 }
 FINE = {

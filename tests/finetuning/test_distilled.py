@@ -16,7 +16,7 @@ from maedistill.finetuning.objective import Distilled
 from maedistill.finetuning.outputs import RequestedOutputs, feature_info, forward_outputs
 from maedistill.finetuning.teacher import TeacherSource
 from maedistill.finetuning.terms import Contrastive
-from maedistill.losses.features import contrast_loss
+from maedistill.losses.relations import contrast_loss
 from maedistill.weights.network import Network
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from maedistill.losses.features import (
-    attention_transfer_loss,
+from maedistill.losses.features import attention_transfer_loss
+from maedistill.losses.logits import decoupled_divergence, hard_label_loss, kd_loss, standardize
+from maedistill.losses.relations import (
     contrast_loss,
     merge_heads,
     pkt_loss,
@@ -19,7 +20,6 @@ from maedistill.losses.features import (
     rkd_distance_loss,
     sp_loss,
 )
-from maedistill.losses.logits import decoupled_divergence, hard_label_loss, kd_loss, standardize
 
 GOLDEN = Path(os.environ.get("MAEDISTILL_GOLDEN") or Path(__file__).parents[1] / "golden")
 

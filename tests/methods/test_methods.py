@@ -15,7 +15,8 @@ from maedistill.methods.tinymim import RelationSpec, TinyMIM
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
-from maedistill.models.patches import PatchSplit, patchify, random_split, unpatchify
+from maedistill.models.masking import PatchSplit, random_split
+from maedistill.models.patches import patchify, unpatchify
 from maedistill.weights.from_file import EncoderSpec
 from maedistill.weights.network import open_network
 

@@ -15,7 +15,7 @@ from maedistill.errors import ConfigError, DataError
 from maedistill.methods.teacher import Teacher
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
-from maedistill.models.patches import random_split
+from maedistill.models.masking import random_split
 from maedistill.pretraining.build import build_teacher_source
 from maedistill.weights.from_file import EncoderSpec
 from maedistill.weights.network import open_network

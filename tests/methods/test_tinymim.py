@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError
-from maedistill.models.patches import PatchSplit
+from maedistill.models.masking import PatchSplit
 from maedistill.pretraining.build import build_encoder, build_method, build_teacher, build_teacher_source
 
 TINY = """

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from maedistill.models.blocks import TransformerBlock
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
 from maedistill.models.initialize import initialize
-from maedistill.models.patches import PatchSplit, random_split
+from maedistill.models.masking import PatchSplit, random_split
 
 SHAPE = {"width": 32, "depth": 2, "num_heads": 4, "grid": 6, "patch_size": 4, "num_prefix": 1}
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from maedistill.models.patches import PatchSplit, gather_rows, num_visible, patchify, random_split, unpatchify
+from maedistill.models.masking import PatchSplit, num_visible, random_split
+from maedistill.models.patches import gather_rows, patchify, unpatchify
 from maedistill.randomness import Stream, bits, key, mix, permute, uniform
 
 WORD = (1 << 64) - 1

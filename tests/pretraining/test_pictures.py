@@ -9,7 +9,7 @@ from maedistill.methods.mae import MAE, PixelSpec
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
-from maedistill.models.patches import random_split
+from maedistill.models.masking import random_split
 from maedistill.pretraining.pictures import paste, reconstruction_sheet, show_only, tile
 
 GAP, HEADER = 4, 18

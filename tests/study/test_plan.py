@@ -1,6 +1,5 @@
 """From a study to its commands, on the configs that we ship: nothing is run here."""
 
-import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,7 +24,7 @@ STUDENTS = ("scratch", "mae", "dmae", "amd")
 
 @pytest.fixture
 def study(root):
-    return load_study(os.path.relpath(root / "configs/quickstart/study.yaml"))
+    return load_study("quickstart/study")
 
 
 @pytest.fixture
@@ -39,7 +38,7 @@ def two(study):
 def plan(study, *, seeds=(0,), only=None, settings=()):
     """The steps by name, and the config that each command stands for."""
     steps = StudyPlan(study, OUT, seeds, only, settings).steps()
-    roots = {"tools/pretrain.py": PretrainConfig, "tools/finetune.py": FinetuneConfig}
+    roots = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
     configs = {s.name: load_config(s.command[1], s.command[2:], root=roots[s.command[0]]).config for s in steps}
     assert len({step.name for step in steps}) == len(steps)
     return {step.name: step for step in steps}, configs

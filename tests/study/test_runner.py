@@ -36,6 +36,7 @@ if "fail" in words:
 note("ends")
 open(name, "w").close()
 """
+PROGRAM = (sys.executable, "tool.py")
 
 
 @pytest.fixture
@@ -48,12 +49,12 @@ def folder(tmp_path: Path, monkeypatch) -> Path:
 
 
 def step(name: str, *words: str, needs: tuple[str, ...] = ()) -> Step:
-    return Step(name, ("tool.py", name, *words), needs, done=Path(name).exists)
+    return Step(name, (name, *words), needs, done=Path(name).exists)
 
 
 def run(folder: Path, *steps: Step, jobs: int = 1) -> list[str]:
     """Runs the steps; what was noted, in order."""
-    run_steps(steps, root=folder, out=folder / "out", jobs=jobs)
+    run_steps(steps, program=PROGRAM, out=folder / "out", jobs=jobs)
     return notes(folder)
 
 
@@ -79,7 +80,7 @@ def wait_for(condition) -> None:
 def test_one_after_the_other_in_the_order_of_their_needs(folder, capfd) -> None:
     found = run(folder, step("b", needs=("a",)), step("a"), step("c"))
     assert found == ["starts a", "ends a", "starts b", "ends b", "starts c", "ends c"]
-    assert "== 1/3 a\n$ python tool.py a\n" in capfd.readouterr().out
+    assert "== 1/3 a\n$ maedistill a\n" in capfd.readouterr().out
 
 
 def test_what_is_done_is_skipped_with_a_line(folder, capfd) -> None:
@@ -94,7 +95,7 @@ def test_two_at_a_time_share_the_cores_and_write_to_logs(folder, monkeypatch) ->
     found = run(folder, step("a", "briefly"), step("x/b", "briefly"), step("c", needs=("a",)), jobs=2)
     assert set(found[:2]) == {"starts a", "starts x/b"} and found.index("ends a") < found.index("starts c")
     assert {line.split()[2] for line in (folder / "notes.txt").read_text().splitlines()} == {"3"}
-    assert (folder / "out/logs/x_b.log").read_text().startswith("$ python tool.py x/b briefly\n")
+    assert (folder / "out/logs/x_b.log").read_text().startswith("$ maedistill x/b briefly\n")
 
 
 @pytest.mark.parametrize(
@@ -108,13 +109,13 @@ def test_jobs_are_dealt_the_gpus_that_are_visible(folder, monkeypatch, capfd, jo
     run(folder, *steps, jobs=jobs)
     lines = [line.split() for line in (folder / "notes.txt").read_text().splitlines()]
     assert [gpu for _, gpu in sorted((name, gpu) for text, name, _, gpu in lines if text == "starts")] == gpus
-    assert ("$ CUDA_VISIBLE_DEVICES=GPU-b python tool.py b" in capfd.readouterr().out) == (jobs > 1)
+    assert ("$ CUDA_VISIBLE_DEVICES=GPU-b maedistill b" in capfd.readouterr().out) == (jobs > 1)
 
 
 def test_a_failure_holds_back_what_needs_it_and_nothing_else(folder, capfd) -> None:
     steps = [step("a", "fail"), step("b", needs=("a",)), step("c", needs=("b",)), step("d")]
     with pytest.raises(StepsFailed) as raised:
-        run_steps(steps, root=folder, out=folder / "out", jobs=2)
+        run_steps(steps, program=PROGRAM, out=folder / "out", jobs=2)
     assert sorted(notes(folder)) == ["ends d", "starts a", "starts d"]
     assert raised.value.exit_code == 1
     assert raised.value.cause == "failed: a (exit code 1); not started for that reason: b, c"
@@ -125,7 +126,7 @@ def test_a_failure_holds_back_what_needs_it_and_nothing_else(folder, capfd) -> N
 def test_an_error_names_a_few_of_the_steps_that_did_not_start(folder) -> None:
     steps = [step("a", "fail"), *(step(f"b{i}", needs=("a",)) for i in range(40))]
     with pytest.raises(StepsFailed) as raised:
-        run_steps(steps, root=folder, out=folder / "out")
+        run_steps(steps, program=PROGRAM, out=folder / "out")
     assert raised.value.cause.endswith("not started for that reason: b0, b1, b2, b3, b4 and 35 more")
 
 
@@ -133,7 +134,7 @@ def test_a_look_at_the_steps_starts_none_and_counts_them(folder, capfd) -> None:
     (folder / "a").touch()
     print_steps([step("a"), step("b", needs=("a",))])
     out = capfd.readouterr().out
-    assert "1/2 a: done\n    python tool.py a\n2/2 b: to do" in out and out.endswith("\n2 steps: 1 done, 1 to do\n")
+    assert "1/2 a: done\n    maedistill a\n2/2 b: to do" in out and out.endswith("\n2 steps: 1 done, 1 to do\n")
     assert not (folder / "notes.txt").exists()
 
 
@@ -149,8 +150,8 @@ import sys
 from pathlib import Path
 from maedistill.errors import exit_code_of
 from maedistill.study.runner import Step, run_steps
-steps = [Step("a", ("tool.py", "a", "child", "sleep")), Step("b", ("tool.py", "b"))]
-sys.exit(exit_code_of(lambda: run_steps(steps, root=Path(), out=Path("out"))))
+steps = [Step("a", ("a", "child", "sleep")), Step("b", ("b",))]
+sys.exit(exit_code_of(lambda: run_steps(steps, program=[sys.executable, "tool.py"], out=Path("out"))))
 """
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from maedistill.data.loading.loader import Batch
-from maedistill.models.patches import PatchSplit
+from maedistill.models.masking import PatchSplit
 from maedistill.processes.distributed import rank
 from maedistill.runs import run as run_file
 from maedistill.training import engine as engine_file

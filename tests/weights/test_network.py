@@ -102,7 +102,7 @@ def test_encoders_are_refused_with_what_to_do(tmp_path):
         with pytest.raises(ConfigError, match="has no classifier") as raised:
             open_network(source, "classifier")
         assert (
-            f"tools/finetune.py CONFIG init.source={'run:' if source == str(run) else ''}{source}"
+            f"maedistill finetune CONFIG init.source={'run:' if source == str(run) else ''}{source}"
             in raised.value.remedy
         )
 
@@ -121,7 +121,7 @@ def test_a_size_that_a_network_cannot_take_is_refused(tmp_path):
     [
         ("resnet18", ConfigError, "resnet18 is neither a folder nor", "timm:resnet18"),
         ("file:model.pth", ConfigError, "file:model.pth is neither a folder nor", "local-dir:PATH"),
-        ("{folder}", ConfigError, "neither a run", "tools/finetune.py"),
+        ("{folder}", ConfigError, "neither a run", "maedistill finetune"),
         ("run:{folder}", DataError, "holds no run", "run folder"),
         ("timm:resnt18", ConfigError, "no model 'resnt18'", "resnet18"),
         ("timm:resnet18.nonesuch", DataError, "nonesuch", "check its name"),

@@ -99,7 +99,7 @@ class EvaluationImages(Images):
         except BadImage as error:
             raise DataError(
                 f"{self.index.sample_name(sample)} cannot be decoded ({error}), and evaluation replaces no image",
-                "repair the image, or leave it out: write the shards again with tools/make_shards.py",
+                "repair the image, or leave it out: write the shards again with maedistill shards",
             ) from error
 
 

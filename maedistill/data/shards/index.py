@@ -139,7 +139,7 @@ def open_index(shards: str, *, index: str | None = None) -> ShardIndex:
                 remedy += f", or, if it was changed on purpose, remove {file}: the shards are then scanned once"
             raise DataError(f"{path} has {size:,} bytes, but its index says {expected:,}", remedy)
     if not len(selected):
-        raise DataError(f"{shards!r} holds no images", "name others, or write shards with tools/make_shards.py")
+        raise DataError(f"{shards!r} holds no images", "name others, or write shards with maedistill shards")
     return selected
 
 

@@ -39,7 +39,7 @@ def find_shards(shards: str) -> tuple[str, ...]:
     is_remote = any(map(is_url, names))  # test the expanded names: `{pi,}pe:...` is as unsafe as `pipe:...`
     paths = sorted(path for name in names for path in (_expand_url(name) if is_remote else _expand_path(name)))
     if not paths:
-        raise DataError(f"no file matches {pattern}", "check the path, or write shards with tools/make_shards.py")
+        raise DataError(f"no file matches {pattern}", "check the path, or write shards with maedistill shards")
     if not is_remote and (missing := [path for path in paths if not os.path.isfile(path)]):
         raise DataError(
             f"{len(missing)} of {len(paths)} shards are missing: {join_first(list(map(_cut, missing)), 5)}",

@@ -77,7 +77,7 @@ class ShardReader:
                 bad.append(f"{self.index.sample_name(sample)}: {error}")
         raise DataError(
             f"{MOST_BAD} samples in a row could not be decoded, the last is {bad[-1]}",
-            "check the shards with tools/make_shards.py --verify",
+            "check the shards with maedistill shards --verify",
         )
 
     def read_ahead(self, shards: Sequence[int]) -> None:

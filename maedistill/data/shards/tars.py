@@ -64,7 +64,7 @@ def walk_tar(file: BinaryIO, path: str) -> Iterator[tuple[str, int, int]]:
         elif kind not in (*REGULAR, DIRTYPE):
             raise DataError(
                 f"{path}: {name!r} is a link, a device or a sparse file (tar type {kind.decode('latin-1')!r})",
-                "write the shard again with plain files only, e.g. with tools/make_shards.py",
+                "write the shard again with plain files only, e.g. with maedistill shards",
             )
     if kind in EXTENSIONS:
         raise _damaged(path, "ends behind an extended header, whose member is missing")

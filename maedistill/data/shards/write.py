@@ -123,7 +123,7 @@ def verify_shards(out: Path) -> int:
     indexes = map(load_index, sorted(out.glob(f"*{SUFFIX}")))
     rows = [(index, row) for index in indexes for row in range(len(index.shards))]
     if not rows:
-        raise DataError(f"{out} holds no *{SUFFIX}", "write shards there first: make_shards.py SRC OUT")
+        raise DataError(f"{out} holds no *{SUFFIX}", "write shards there first: maedistill shards SRC OUT")
     bar = tqdm(rows, desc="verifying", unit="shard")
     if faults := [fault for index, row in bar if (fault := _find_fault(index, row, out))]:
         raise DataError(

@@ -115,4 +115,4 @@ def test_an_image_that_cannot_be_decoded_ends_the_evaluation_and_is_named(tmp_pa
     with pytest.raises(DataError) as caught:
         next(batches)
     assert f"{index.shards[0]}:n01/cut cannot be decoded" in caught.value.cause
-    assert "make_shards" in caught.value.remedy
+    assert "maedistill shards" in caught.value.remedy

@@ -17,7 +17,7 @@ from maedistill.data.loading.loader import PREFETCHED, RandomCrops, training_bat
 from maedistill.data.loading.order import SampleOrder
 from maedistill.data.shards.index import open_index
 from maedistill.errors import DataError
-from maedistill.models.patches import random_split
+from maedistill.models.masking import random_split
 from tests.data.tar_files import encode, write_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's own threads

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maedistill.commands import shards as shards_command
 from maedistill.data.images.decode import decode_rgb
 from maedistill.data.shards.index import open_index
 from maedistill.data.shards.reader import ShardReader
 from maedistill.data.shards.sources import Record, open_folder
 from maedistill.data.shards.write import make_shards, plan_shards, read_report, verify_shards
 from maedistill.errors import ConfigError, DataError, exit_code_of
-from tools import make_shards as make_shards_tool
 
 
 class Killed(BaseException):
@@ -207,8 +207,8 @@ def test_the_command_line_reports_and_exits_as_documented(tmp_path, monkeypatch,
     photos, out = write_photos(tmp_path / "photos"), tmp_path / "out"
 
     def run(*args):
-        monkeypatch.setattr("sys.argv", ["make_shards.py", *map(str, args)])
-        code = exit_code_of(make_shards_tool.main)
+        monkeypatch.setattr("sys.argv", ["maedistill", "shards", *map(str, args)])
+        code = exit_code_of(shards_command.main)
         return code, capsys.readouterr()
 
     code, printed = run(photos, out, "--images-per-shard", 5, "--verify")

@@ -1,0 +1,1 @@
+"""The commands: each file reads one command line and calls the package. `maedistill/cli.py` lists them."""

@@ -1,0 +1,247 @@
+"""Evaluates a network on labelled shards: every image exactly once."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maedistill.errors import ConfigError
+
+if TYPE_CHECKING:
+    from maedistill.evaluation.context import EvalContext
+    from maedistill.weights.from_run import Weights
+
+EXAMPLES = """\
+MODEL is the folder of a run or of an export, or timm:NAME, or hf-hub:ID. Image size, crop and normalisation are the
+model's own.
+
+examples:
+  maedistill evaluate runs/dmae_s_finetuned 'in1k/val-*.tar'
+  maedistill evaluate runs/dmae_s_finetuned/export 'in1k/val-*.tar' --per-class classes.csv --confusions worst.png
+  maedistill evaluate timm:vit_small_patch16_224 'in1k/val-*.tar' --real --json result.json
+  maedistill evaluate timm:vit_small_patch16_224 'imagenet-r/*.tar' --subset
+  maedistill evaluate runs/dmae_s_finetuned 'in1k/val-*.tar' --against timm:vit_large_patch16_224
+  torchrun --nproc-per-node 8 -m maedistill evaluate MODEL SHARDS
+
+frozen features of any network, a pre-training run too (each with a --help of its own):
+  maedistill evaluate knn runs/dmae_s --train 'in1k/train-*.tar' --val 'in1k/val-*.tar' --k 10,20
+  maedistill evaluate probe runs/dmae_s --train 'in1k/train-*.tar' --val 'in1k/val-*.tar' --block 8
+
+The counts are the same for any number of processes. Exit codes: 0 done, 2 usage, 3 data, 4 numerics, 5 a peer or the
+hardware.
+"""
+ABOUT = {
+    "knn": "Lets the nearest training images by cosine vote on each image's class.",
+    "probe": "Trains a linear classifier on frozen features, at several learning rates in one pass.",
+}
+FEATURES = """\
+MODEL is the folder of a run of either stage or of an export, or timm:NAME, or hf-hub:ID. Its features are the mean of
+the patch tokens after the final norm (of a convolutional network: the map as its own head pools it), or, with --block,
+the mean of that block's output.
+
+The counts are the same for any number of processes (torchrun --nproc-per-node N -m maedistill evaluate ...).
+"""
+FILES = {
+    "predictions": "write each image's label, loss and five best classes",
+    "per_class": "write each class's counts, confidence and what it is most often taken for",
+    "confusions": "draw the classes that are most often confused, with images",
+    "json": "write the result; top1 and top5 are counts",
+}
+SUFFIXES = {"predictions": ".csv", "per_class": ".csv", "confusions": ".png", "json": ".json"}
+
+
+def parse_score(words: list[str]) -> argparse.Namespace:
+    """Read the command line for a classifier."""
+    parser = new_parser("maedistill evaluate", __doc__, EXAMPLES)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="run:PATH, local-dir:PATH, timm:NAME, hf-hub:ID, or a folder")
+    add("shards", metavar="SHARDS", help="labelled shards: one tar, a quoted glob or a brace range")
+    add("--index", metavar="FILE", help="the shards' index, where it does not lie beside them")
+    add("--against", metavar="MODEL2", help="compare the answers with another classifier's: same best class, KL")
+    labels = parser.add_mutually_exclusive_group().add_argument
+    labels("--subset", action="store_true", help="the shards hold some of the model's classes: match them by name")
+    labels("--real", action="store_true", help="ImageNet's validation set: count against ImageNet-ReaL's labels, too")
+    add("--bins", type=at_least(1), default=15, metavar="N", help="of the calibration error (default 15)")
+    for name, text in FILES.items():
+        flag = "--" + name.replace("_", "-")
+        add(flag, type=Path, metavar=f"FILE{SUFFIXES[name]}", dest=name, help=text)
+    add("--no-latency", action="store_true", help="do not time the network")
+    add_common(parser)
+    return parser.parse_args(words)
+
+
+def parse_features(command: str, words: list[str]) -> argparse.Namespace:
+    """Read the command line for frozen features: `knn` or `probe`."""
+    parser = new_parser(f"maedistill evaluate {command}", ABOUT[command], FEATURES)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="run:PATH, local-dir:PATH, timm:NAME, hf-hub:ID, or a folder")
+    for split, use in (("train", "to learn from"), ("val", "to score on")):
+        add(f"--{split}", metavar="SHARDS", required=True, help=f"labelled shards {use}")
+        add(f"--{split}-index", metavar="FILE", help="their index, where it does not lie beside them")
+    add(
+        "--block", type=int, metavar="N", help="whose output: from 0, or from -1 backwards (default: the network's end)"
+    )
+    add("--pool", choices=("mean", "class"), default="mean", help="mean of the patches, or the class token")
+    if command == "knn":
+        add(
+            "--k",
+            type=several(at_least(1)),
+            default=[10, 20, 100, 200],
+            metavar="N,N",
+            help="neighbours (default 10,20,100,200)",
+        )
+        add(
+            "--temperature", type=positive, default=0.07, metavar="T", help="votes weigh exp(cosine / T) (default 0.07)"
+        )
+    else:
+        rates = [0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
+        add(
+            "--lr",
+            type=several(positive),
+            default=rates,
+            metavar="X,X",
+            help="per 256 images, in one pass (default 0.03 to 30)",
+        )
+        add("--epochs", type=at_least(1), default=90, metavar="N", help="over the features (default 90)")
+        add("--head-batch", type=at_least(2), default=4096, metavar="N", help="at most a quarter of all (default 4096)")
+        add("--optimizer", choices=("lars", "sgd"), default="lars", help="without weight decay (default lars)")
+    add("--json", type=Path, metavar="FILE.json", help=FILES["json"])
+    add_common(parser)
+    parser.set_defaults(command=command)
+    return parser.parse_args(words)
+
+
+def new_parser(program: str, about: str, examples: str) -> argparse.ArgumentParser:
+    """Build a parser that prints its examples unformatted."""
+    return argparse.ArgumentParser(
+        prog=program, description=about, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that every form of the tool takes."""
+    add = parser.add_argument
+    add("--ema", action="store_true", help="a run's moving average of the weights")
+    add("--image-size", type=at_least(1), metavar="N", help="other than the model's own; positions are resampled")
+    add("--crop", type=share, metavar="F", help="share of the shorter side that is seen, other than the model's own")
+    add("--batch", type=at_least(1), default=64, metavar="N", help="images at once in each process (default 64)")
+    formats = "auto: bf16 on a GPU (fp16 below compute capability 8.0), fp32 on a CPU"
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=formats)
+    add("--workers", type=at_least(0), metavar="N", help="processes that decode, for each process (default: its cores)")
+    add("--threads", type=at_least(1), metavar="N", help="torch's CPU threads in each process (default: its cores)")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # added by deepspeed's launcher; LOCAL_RANK is used
+
+
+def main() -> None:
+    """Check the command line before torch is imported."""
+    words = sys.argv[2:]
+    of_features = words[:1] in (["knn"], ["probe"])
+    arguments = parse_features(words[0], words[1:]) if of_features else parse_score(words)
+    require_writable({name: getattr(arguments, name, None) for name in FILES})
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see stage.py
+    start = start_features if of_features else start_score
+    start(arguments)
+
+
+def start_score(arguments: argparse.Namespace) -> None:
+    """Evaluate a classifier and report its scorecard."""
+    from maedistill.evaluation.scorecard import score
+
+    score(
+        arguments.model,
+        arguments.shards,
+        open_context(arguments),
+        index_file=arguments.index,
+        weights="ema" if arguments.ema else "model",
+        image_size=arguments.image_size,
+        crop=arguments.crop,
+        against=arguments.against,
+        subset=arguments.subset,
+        real=arguments.real,
+        bins=arguments.bins,
+        latency=not arguments.no_latency,
+        files={name: getattr(arguments, name) for name in FILES},
+    )
+
+
+def start_features(arguments: argparse.Namespace) -> None:
+    """Evaluate frozen features by kNN or by a linear probe."""
+    from maedistill.evaluation.feature_eval import ProbeSpec, score_knn, score_probe
+    from maedistill.evaluation.linear_probe import ProbeRecipe
+
+    names = ("model", "train", "val", "train_index", "val_index", "block", "pool", "image_size", "crop")
+    weights: Weights = "ema" if arguments.ema else "model"
+    spec = ProbeSpec(**{name: getattr(arguments, name) for name in names}, weights=weights)
+    context = open_context(arguments)
+    if arguments.command == "knn":
+        score_knn(spec, context, ks=arguments.k, temperature=arguments.temperature, file=arguments.json)
+    else:
+        recipe = ProbeRecipe(arguments.epochs, arguments.head_batch, arguments.optimizer)
+        score_probe(spec, context, recipe, rates=arguments.lr, file=arguments.json)
+
+
+def open_context(arguments: argparse.Namespace) -> "EvalContext":
+    """Join the process group with the settings of the computation."""
+    from maedistill.evaluation import context
+
+    return context.open_context(
+        batch=arguments.batch,
+        workers=arguments.workers,
+        threads=arguments.threads,
+        precision=arguments.precision,
+    )
+
+
+def require_writable(files: dict[str, Path | None]) -> None:
+    """Raise ConfigError for a file that cannot be written or is named twice, before the evaluation starts."""
+    named: dict[Path, str] = {}
+    for name, file in files.items():
+        if file is None:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if file.is_dir() or not file.parent.is_dir():
+            problem = "is a folder" if file.is_dir() else f"cannot be written, {file.parent} is no folder"
+            raise ConfigError(f"{flag}: {file} {problem}", "name a file in a folder that exists")
+        if (other := named.setdefault(file.resolve(), flag)) != flag:
+            raise ConfigError(f"{other} and {flag} both name {file}", "name two files")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a parser of integers that rejects values below `least`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} on")
+        return int(text)
+
+    return parse
+
+
+def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Return a parser of distinct comma-separated values."""
+
+    def parse(text: str) -> list[Any]:
+        values = [kind(word) for word in text.split(",")]
+        if len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(f"{text} is no list of different values")
+        return values
+
+    return parse
+
+
+def number(text: str, *, most: float, reason: str) -> float:
+    """Read a finite number above 0 and at most `most`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= most:
+        raise argparse.ArgumentTypeError(f"{text} is no {reason}")
+    return value
+
+
+positive = partial(number, most=sys.float_info.max, reason="number above 0")
+share = partial(number, most=1.0, reason="share, above 0 and at most 1")

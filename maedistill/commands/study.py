@@ -1,0 +1,100 @@
+"""Runs a whole study: teachers, students, fine-tuning, seeds, and compares them."""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from maedistill.errors import ConfigError
+from maedistill.study.file import load_study
+from maedistill.study.schema import Study
+
+EXAMPLES = """\
+examples:
+  maedistill study cifar10/study_methods
+  maedistill study cifar10/study_methods data.train='shards/cifar10/train-*.tar' threads=1 --jobs 2
+  maedistill study cifar10/study_methods --seeds 0 --only mae dmae --dry-run
+  maedistill study cifar10/study_methods --test 'shards/cifar10/test-*.tar'
+  maedistill study cifar10/study_methods --report
+
+Started again, it skips what is done and continues what was not; results of other settings are never overwritten.
+OUT/results.md and results.json compare what is there. docs/studies.md says how a study is written.
+key=value goes to every run that has the key, and comes before the options. Exit codes: 0 done, 2 usage, 3 data,
+otherwise that of the first step that failed.
+"""
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="maedistill study",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=raw,
+    )
+    add = parser.add_argument
+    add("study", help="a study file, or the name of one that comes with maedistill, e.g. cifar10/study_methods")
+    add("settings", nargs="*", metavar="key=value", help="for every run that has the key, e.g. data.workers=1")
+    add("--out", type=Path, help="folder of the runs and results, instead of the file's")
+    add("--seeds", type=seeds, nargs="+", metavar="N", help="instead of the file's: 0 1 2, or 0,1,2")
+    add("--only", nargs="+", metavar="NAME", help="these students, rows or teachers, with what they need")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1), spread over the GPUs")
+    add("--test", metavar="SHARDS", help="also evaluate each fine-tuned network on these labelled shards")
+    add("--dry-run", action="store_true", help="check everything, say which steps are done, and stop")
+    add("--report", action="store_true", help="only compare what is there")
+    arguments = parser.parse_intermixed_args(sys.argv[2:])
+    arguments.seeds = [seed for group in arguments.seeds or () for seed in group]
+    return arguments
+
+
+def seeds(text: str) -> list[int]:
+    """Read one or more seeds, separated by commas."""
+    return [int(number) for number in text.split(",")]
+
+
+def main() -> None:
+    """Check everything before the first step starts. The comparison is written even if some steps fail."""
+    arguments = parse()
+    if arguments.jobs < 1:
+        raise ConfigError(f"--jobs {arguments.jobs}: not a number of runs", "use 1 or more")
+    if any(seed < 0 for seed in arguments.seeds):
+        raise ConfigError(f"--seeds {arguments.seeds}: seeds are not negative", "use 0 or more")
+    study = load_study(arguments.study)
+    out, seeds = arguments.out or Path(study.out), arguments.seeds or list(study.seeds)
+    if not arguments.report:
+        run(study, out, seeds, arguments)
+    if not arguments.dry_run:
+        report(study, out, seeds, title=f"Results of {arguments.study}")
+
+
+def run(study: Study, out: Path, seeds: list[int], arguments: argparse.Namespace) -> None:
+    """Run the steps, or print them. If some fail, the others are compared before the error is raised."""
+    from maedistill.study.plan import StudyPlan, add_tests
+    from maedistill.study.runner import StepsFailed, print_steps, run_steps
+
+    steps = StudyPlan(study, out, seeds, arguments.only, arguments.settings).steps()
+    if arguments.test:
+        steps = add_tests(steps, out, arguments.test)
+    if arguments.dry_run:
+        print_steps(steps)
+        return
+    try:
+        run_steps(steps, out=out, jobs=arguments.jobs)
+    except StepsFailed:
+        report(study, out, seeds, title=f"Results of {arguments.study}")
+        raise
+
+
+def report(study: Study, out: Path, seeds: list[int], *, title: str) -> None:
+    """Compare the finished runs."""
+    from maedistill.study.results import collect
+    from maedistill.study.results_page import write_results
+
+    before = out / "results.json"
+    if "--report" in sys.argv and before.is_file():
+        command = json.loads(before.read_text())["command"]  # the command that started the runs
+    else:
+        command = shlex.join(sys.argv)
+    print(f"\nresults: {write_results(collect(study, out, seeds), out, title=title, command=command)}", flush=True)

@@ -1,0 +1,72 @@
+"""`maedistill COMMAND`: the table, the doors in tools/, configs by name from any folder, declared dependencies."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from maedistill import cli
+from maedistill.config.document import CONFIGS, config_name, find_config
+from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.errors import ConfigError
+from maedistill.study.file import load_study
+
+SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}  # whose name is not that of their package
+OPTIONAL = {"simplejpeg": "fast", "sklearn": "demo", "matplotlib": "demo", "s3fs": "remote"}  # extra by package
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_explains_itself(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["maedistill", command, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        import_module(f"maedistill.commands.{command}").main()
+    assert ended.value.code == 0 and f"maedistill {command}" in capsys.readouterr().out
+
+
+def test_a_command_gets_the_rest_of_the_line_and_runs_record_it(monkeypatch):
+    lines = []
+    monkeypatch.setattr("maedistill.commands.export.main", lambda: lines.append(sys.argv))
+    cli._dispatch("export", ["runs/a", "--ema"])
+    assert lines == [["maedistill", "export", "runs/a", "--ema"]]
+    with pytest.raises(ConfigError) as refused:
+        cli._dispatch("pretran", [])
+    assert "pretrain" in refused.value.remedy
+
+
+def test_every_file_in_tools_but_the_gpu_check_is_a_door_to_a_command(root):
+    doors = {file.stem: file.read_text() for file in (root / "tools").glob("*.py") if file.stem != "gpu_check"}
+    commands = {name: re.search(r'run\("(\w+)"\)', text)[1] for name, text in doors.items()}
+    assert sorted(commands.values()) == sorted(cli.COMMANDS) and commands.pop("make_shards") == "shards"
+    assert all(name == command for name, command in commands.items())
+    assert {stage.command for stage in (PretrainConfig, FinetuneConfig)} <= cli.COMMANDS.keys()
+
+
+def test_configs_have_names_in_every_folder_and_files_come_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(SHIPPED) > 30 and all(find_config(config_name(path)) == path for path in SHIPPED)
+    assert load_study("quickstart/study").students["mae"].config == "quickstart/mae"
+    Path("imagenet").mkdir()
+    Path("imagenet/dmae_vit_b").write_text("method: mae\n")
+    assert find_config("imagenet/dmae_vit_b") == Path("imagenet/dmae_vit_b")
+    assert find_config("imagenet/none") == Path("imagenet/none") and config_name("none.yaml") == "none.yaml"
+
+
+def test_what_is_imported_is_declared(root):
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    names = {re.match(r"[\w-]+", text)[0].lower().replace("-", "_") for text in project["dependencies"]}
+    extras = {re.match(r"[\w-]+", text)[0] for texts in project["optional-dependencies"].values() for text in texts}
+    for path in (root / "maedistill").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for module in {name.split(".")[0] for name in modules} - sys.stdlib_module_names - {"maedistill"}:
+                if module in OPTIONAL:
+                    assert {"sklearn": "scikit-learn"}.get(module, module) in extras, (path, module)
+                else:
+                    assert DISTRIBUTIONS.get(module, module) in names, (path, module)
