@@ -130,7 +130,12 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=at_least(1), default=64, metavar="N", help="images at once in each process (default 64)")
     formats = "auto: bf16 on a GPU (fp16 below compute capability 8.0), fp32 on a CPU"
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=formats)
-    add("--workers", type=at_least(0), metavar="N", help="processes that decode, for each process (default: its cores)")
+    add(
+        "--workers",
+        type=at_least(0),
+        metavar="N",
+        help="processes that decode, for each process (default: its cores, at most 8)",
+    )
     add("--threads", type=at_least(1), metavar="N", help="torch's CPU threads in each process (default: its cores)")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # added by deepspeed's launcher; LOCAL_RANK is used
 

@@ -1,0 +1,74 @@
+"""README and docs: every command line in them is one that the commands take, and every link leads somewhere."""
+
+import re
+import shlex
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from maedistill import cli
+from maedistill.config.document import CONFIGS, find_config
+from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.study.file import load_study
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+LAUNCHER = re.compile(
+    r"(?:\w+=\S+ )*(?:torchrun .*?-m |srun .*?|deepspeed .*?tools/|\.venv/bin/)?(maedistill|pretrain\.py)\b(.*)"
+)
+OWN = {"CONFIG", "FILE", "my_student.yaml"}  # stand for a config or study of the reader
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The command lines of a page's bash blocks, without the launcher: [["pretrain", "imagenet/mae_vit_b"], ...]."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    found = [match for line in lines if (match := LAUNCHER.fullmatch(line.split("  #")[0].strip()))]
+    return [["pretrain"] * (match[1] == "pretrain.py") + shlex.split(match[2], comments=True) for match in found]
+
+
+LINES = [(page, words) for page in PAGES for words in commands(page) if words]
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), LINES, ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else value.name
+)
+def test_a_command_is_one_that_maedistill_takes(page, words, monkeypatch):
+    name, *rest = words
+    if name in ("--help", "--version"):
+        return
+    monkeypatch.setattr(sys, "argv", ["maedistill", *words])
+    module = import_module(f"maedistill.commands.{name}")
+    if name in STAGES:
+        arguments = import_module("maedistill.commands.stage")._parse(STAGES[name], "", "")
+        if arguments.config and arguments.config not in OWN:
+            load_config(arguments.config, arguments.overrides, root=STAGES[name], to_run=False)
+    elif name == "evaluate":
+        is_probe = rest[0] in ("knn", "probe")
+        module.parse_features(rest[0], rest[1:]) if is_probe else module.parse_score(rest)
+    elif name == "study":
+        arguments = module.parse()
+        if arguments.study not in OWN:
+            load_study(arguments.study)
+    elif name == "benchmark":
+        arguments = module.parse_arguments()
+        config = getattr(arguments, "config", "CONFIG")
+        assert config in OWN or CONFIGS in find_config(config).parents
+    elif name != "quickstart":
+        (module.parse if name == "export" else module.parse_arguments)()
+    assert name in cli.COMMANDS
+
+
+def test_every_page_has_commands_that_were_found():
+    assert len(LINES) > 60 and {words[0] for _, words in LINES} >= cli.COMMANDS.keys()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
