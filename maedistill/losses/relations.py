@@ -20,7 +20,7 @@ _LEAST_SQUARE = 1e-12  # lower bound of a squared distance, so that its root has
 _TINY = 1e-7
 
 
-class TokenRelations(NamedTuple):
+class RelationLosses(NamedTuple):
     """The two parts of `token_relations`, each a scalar."""
 
     qk: Tensor  # query-key relations
@@ -82,7 +82,7 @@ def relation_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]
     return F.kl_div(predicted.flatten(0, 2), expected.detach().flatten(0, 2), reduction="batchmean", log_target=True)
 
 
-def token_relations(student: Sequence[Tensor], teacher: Sequence[Tensor], *, num_heads: int) -> TokenRelations:
+def token_relations(student: Sequence[Tensor], teacher: Sequence[Tensor], *, num_heads: int) -> RelationLosses:
     """Return TinyMIM's two terms from the queries, keys and values of student and teacher, [B, H, M, d] each.
 
     Both sides are split into `num_heads`, which divides both widths. Autocast is off: bf16 loses small differences.
@@ -90,7 +90,7 @@ def token_relations(student: Sequence[Tensor], teacher: Sequence[Tensor], *, num
     q_s, k_s, v_s = (merge_heads(x.float(), num_heads) for x in student)  # [B, num_heads, M, D / num_heads]
     q_t, k_t, v_t = (merge_heads(x.detach().float(), num_heads) for x in teacher)
     with without_autocast(q_s):
-        return TokenRelations(
+        return RelationLosses(
             qk=relation_loss((q_s, k_s), (q_t, k_t)),
             vv=relation_loss((v_s, v_s), (v_t, v_t)),
         )

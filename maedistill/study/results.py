@@ -20,7 +20,7 @@ from maedistill.runs.folder import RunFolder
 from maedistill.runs.metrics import read_metrics
 from maedistill.study.completion import FINISHED, last_end
 from maedistill.study.plan import TEST_FILE
-from maedistill.study.schema import TEACHER_SEED, Network, Study
+from maedistill.study.schema import TEACHER_SEED, Study, TrainedNetwork
 
 _Facts = Mapping[str, Any]
 _MEASURES = {  # of each seed
@@ -45,7 +45,7 @@ def collect(study: Study, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
     Teachers come first. The values of a seed are {"pretrain": ..., "finetune": ..., "test": ...}, without the entries
     whose result does not exist (yet).
     """
-    networks: dict[str, Network] = {**study.teachers, **study.rows()}
+    networks: dict[str, TrainedNetwork] = {**study.teachers, **study.rows()}
     steps, runs = list[str](), dict[str, dict[str, _Facts]]()
     for name, network in networks.items():
         pairs = {str(k): network.steps(name, k) for k in ([TEACHER_SEED] if name in study.teachers else seeds)}

@@ -44,7 +44,7 @@ class Recipe(Section):
     set: tuple[str, ...] = ()
 
 
-class Network(Section):
+class TrainedNetwork(Section):
     """A network that is pre-trained (config, set), or starts from the pre-training of another one (init_from)."""
 
     config: str | None = None
@@ -59,7 +59,7 @@ class Network(Section):
         return pretrain, f"{name}/seed_{seed}/finetune"
 
 
-class Teacher(Network):
+class Teacher(TrainedNetwork):
     """A network that is trained once. It is also fine-tuned if its own top-1 or logits are needed."""
 
     finetune: bool = False
@@ -70,7 +70,7 @@ class Teacher(Network):
         return pretrain, finetune if self.finetune else None
 
 
-class Student(Network):
+class Student(TrainedNetwork):
     """A network that is trained with every seed, and always fine-tuned.
 
     One without pre-training has the architecture of another student (same_architecture_as) or the one that its

@@ -1,6 +1,6 @@
 """Check a URL, and make one attempt to read its file over HTTP, S3, Google Cloud Storage or the Hugging Face hub.
 
-    URL -> open_stream -> Stream(start, size, tag, chunks)          every wait is limited; failures are TransferErrors
+    URL -> open_stream -> UrlStream(start, size, tag, chunks)      every wait is limited; failures are TransferErrors
 
 HTTP uses Python's urllib, so that it needs no extra package; the other schemes use fsspec. Only the schemes below are
 accepted: a URL never reaches a library that would interpret commands or chains of protocols in it.
@@ -52,7 +52,7 @@ class MissingError(TransferError):
     """The file does not exist, or the user has no access to it."""
 
 
-class Stream(NamedTuple):
+class UrlStream(NamedTuple):
     """A remote file that is being read."""
 
     start: int  # offset in the file at which `chunks` begin: the requested one, or 0
@@ -84,7 +84,7 @@ def check_url(url: str) -> None:
 @contextmanager
 def open_stream(
     url: str, *, start: int = 0, last: int | None = None, tag: str | None = None, timeout: float
-) -> Iterator[Stream]:
+) -> Iterator[UrlStream]:
     """Open the byte range from `start` to `last` (inclusive) of a remote file.
 
     The stream begins at byte 0 if the server does not support ranges. A store is read up to the end of the file.
@@ -95,7 +95,7 @@ def open_stream(
         size = int(ask_store(scheme, "info", path, timeout=timeout)["size"])
         parts = ((begin, min(begin + PART, size)) for begin in range(start, size, PART))
         read = (ask_store(scheme, "cat_file", path, start=begin, end=end, timeout=timeout) for begin, end in parts)
-        yield Stream(start, size, None, read)
+        yield UrlStream(start, size, None, read)
         return
     headers = {"Accept-Encoding": "identity", "User-Agent": "maedistill"}
     if start or last is not None:
@@ -116,7 +116,7 @@ def open_stream(
         yield _read_response(response, start, timeout)
 
 
-def _read_response(response: http.client.HTTPResponse, start: int, timeout: float) -> Stream:
+def _read_response(response: http.client.HTTPResponse, start: int, timeout: float) -> UrlStream:
     length, tag = response.headers.get("Content-Length"), response.headers.get("ETag")
     size, begin = int(length) if length and length.isdigit() else None, 0
     if response.status == http.HTTPStatus.PARTIAL_CONTENT:
@@ -127,7 +127,7 @@ def _read_response(response: http.client.HTTPResponse, start: int, timeout: floa
     elif response.status != http.HTTPStatus.OK:
         raise TransferError(f"the server answered {response.status} {response.reason}", final=True)
     strong = tag if tag and not tag.startswith("W/") else None
-    return Stream(begin, size, strong, _read_chunks(response, timeout))
+    return UrlStream(begin, size, strong, _read_chunks(response, timeout))
 
 
 def _read_chunks(response: http.client.HTTPResponse, timeout: float) -> Iterator[bytes]:

@@ -7,7 +7,7 @@ import pytest
 
 from maedistill.data.remote.cache import ShardCache, default_bound, default_folder, set_cache
 from maedistill.data.remote.download import RemoteShard, RetryPolicy
-from maedistill.data.remote.urls import Stream
+from maedistill.data.remote.urls import UrlStream
 from maedistill.errors import ConfigError, DataError
 
 SIZE = 1000
@@ -21,7 +21,7 @@ def fetched(monkeypatch):
     @contextmanager
     def open_stream(url, *, start=0, tag=None, timeout):
         urls.append(url)
-        yield Stream(start, SIZE, None, iter([url.encode().ljust(SIZE)[start:]]))
+        yield UrlStream(start, SIZE, None, iter([url.encode().ljust(SIZE)[start:]]))
 
     monkeypatch.setattr("maedistill.data.remote.download.open_stream", open_stream)
     return urls
