@@ -5,7 +5,7 @@
 
 Outputs are those of `outputs.py`, the teacher's grids resampled to the student's. Hints, contrast and a distillation
 token have parameters of their own, which are trained with the student and discarded afterwards. TERMS has each term by
-the name of its section in the config.
+the name of its section in `config/distill.py`. CONTRIBUTING.md says how to add one.
 
 B batch   C classes   D width   P prefix tokens   N patches   h, w sides of the grid
 """

@@ -1,4 +1,6 @@
-"""Frozen teachers: the base class of all, and the one of pre-training, whose weights `pretraining/build.py` opens.
+"""Frozen teachers: the base class of all, and the one of pre-training.
+
+`weights/network.py` opens their weights, called by `pretraining/build.py` and `finetuning/build_teachers.py`.
 
 B batch   T patches visible to the teacher   Q its prefix tokens   D_t its width   H its heads   d their width
 s image side   t image side of the teacher

@@ -26,7 +26,8 @@ from maedistill.processes.preemption import PreemptionHandler
 from maedistill.runs.async_saver import Saver
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.metrics import Averages, Clock, DataWaitHint, MetricsFile, memory_gb, open_metrics, progress_line
-from maedistill.runs.progress import BadSampleLog, NonfinitePolicy, Progress
+from maedistill.runs.nonfinite import NonfinitePolicy
+from maedistill.runs.progress import BadSampleLog, Progress
 from maedistill.runs.records import AppendOnlyFile
 from maedistill.runs.restore import load_latest
 from maedistill.training.engine import Engine

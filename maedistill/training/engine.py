@@ -6,7 +6,8 @@ Guarantees at every ZeRO stage, number format, rank count and accumulation:
 - parameters, gradients, their reduction and Adam's moments are fp32; bf16 and fp16 are autocast in the forward pass;
 - one update per `accumulation` micro-batches, from the mean gradient over micro-batches and ranks, clipped by its norm;
 - an update is skipped, moments included, if its gradient or the loss of any rank is not finite. `grad_norm` is then
-  inf or nan, and `update_skipped` is true, except for an fp16 overflow that only lowers the loss scale;
+  inf or nan, and `update_skipped` is true, except for an fp16 overflow that only lowers the loss scale
+  (runs/nonfinite.py counts skipped updates and ends the run);
 - `state()` and `load_state()` do not depend on rank count or stage, so any checkpoint loads into any layout.
 
 Host syncs within a step: none at stage 0 in fp32 and bf16. In fp16 the loss scale reads one flag per update. Stages 1

@@ -23,7 +23,7 @@ from maedistill.pretraining.setup import open_pretraining
 from maedistill.runs import run as run_file
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.metrics import Averages
-from maedistill.runs.progress import LateFlags
+from maedistill.runs.nonfinite import LateFlags
 from maedistill.runs.run import Run
 from maedistill.runs.start import start_run
 from tests.device.pretend_card import CARD, Card, OnCard

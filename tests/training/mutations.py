@@ -31,7 +31,8 @@ from maedistill.runs import run as run_file
 from maedistill.runs.async_saver import Saver
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.manifest import COMPLETE, MANIFEST
-from maedistill.runs.progress import NonfinitePolicy, Progress
+from maedistill.runs.nonfinite import NonfinitePolicy
+from maedistill.runs.progress import Progress
 from maedistill.runs.run import Run
 from maedistill.runs.start import start_run
 from tests.support.checkpoints import reseal

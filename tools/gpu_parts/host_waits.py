@@ -12,7 +12,7 @@ from gpu_parts.check import Check
 from gpu_parts.networks import tiny_config
 from maedistill.benchmark.training_step import SyntheticTraining
 from maedistill.runs.metrics import Averages
-from maedistill.runs.progress import LateFlags
+from maedistill.runs.nonfinite import LateFlags
 from maedistill.training.engine import initialize_distributed
 
 BATCH, WARM = 8, 3
