@@ -4,8 +4,13 @@ import argparse
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from maedistill.data.shards.folders import count_by_suffix
+from maedistill.data.shards.index import SUFFIX, ShardIndex, load_index
 from maedistill.data.shards.sources import open_source
 from maedistill.data.shards.write import (
     IMAGES_PER_SHARD,
@@ -15,7 +20,9 @@ from maedistill.data.shards.write import (
     make_shards,
     verify_shards,
 )
-from maedistill.errors import ConfigError
+from maedistill.errors import ConfigError, join_first
+
+MOST_CLASSES = 10  # named in the summary
 
 EXAMPLES = """examples:
   maedistill shards photos/ shards/photos              class/image, images alone, or train/ and val/ of either
@@ -42,14 +49,14 @@ def main() -> None:
         if args.quality is not None and args.shorter_side is None:
             raise ConfigError("--quality has no effect without --shorter-side", "give both, or leave it out")
         stats = make_shards(
-            open_source(args.src, root=args.root, val_fraction=args.val_fraction),
+            source := open_source(args.src, root=args.root, val_fraction=args.val_fraction, val_labels=args.val_labels),
             out,
             images_per_shard=args.images_per_shard,
             shorter_side=args.shorter_side,
             quality=QUALITY if args.quality is None else args.quality,
             workers=args.workers,
         )
-        print_summary(out, stats)
+        print_summary(out, stats, source.notes)
     if args.verify:
         print(f"{out}: all {verify_shards(out)} shards are as their index says")
 
@@ -67,16 +74,21 @@ def parse_arguments() -> argparse.Namespace:
     add("--shorter-side", type=int, metavar="N", help="shrink larger images to N pixels and re-encode them as JPEG")
     add("--quality", type=int, metavar="Q", help=f"of re-encoded JPEGs, 1 to 100 (default {QUALITY})")
     add("--val-fraction", type=float, default=0.0, metavar="F", help="hold out a share of a folder without splits")
+    add("--val-labels", metavar="FILE", help="classes of a folder val without class folders, e.g. LOC_val_solution.csv")
     add("--root", metavar="DIR", help="files of imagenet or cifar10 (default: cifar10's are downloaded to ~/.cache)")
     add("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads that decode (default: all cores)")
     add("--verify", action="store_true", help="check the shards in OUT afterwards; without SRC only that")
     return parser.parse_args(sys.argv[2:])
 
 
-def print_summary(out: Path, stats: dict[str, ConversionStats]) -> None:
-    """Print the counts by split, the numbers of converted and skipped images, and the next command."""
+def print_summary(out: Path, stats: dict[str, ConversionStats], notes: Sequence[str] = ()) -> None:
+    """Print what was found, written, converted, skipped and passed over, the classes, and the next command."""
     for split, part in stats.items():
         print(f"{split}: {part.images:,} images, {part.grayscale:,} of them grayscale, shards: {len(part.lengths):,}")
+        print(
+            f"  found {part.found:,} files, written {part.images:,}, converted {len(part.converted):,}, "
+            f"skipped {len(part.skipped):,}, passed over {sum(part.passed_over.values()):,}"
+        )
         if part.converted:
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in Counter(part.converted.values()).most_common())
             print(f"  converted {len(part.converted):,}, all named in {out / REPORT_FILE}: {reasons}")
@@ -84,5 +96,34 @@ def print_summary(out: Path, stats: dict[str, ConversionStats]) -> None:
             print(f"  skipped {len(part.skipped):,}, all named in {out / REPORT_FILE}:")
             for path, reason in list(part.skipped.items())[:5]:
                 print(f"    {path}: {reason}")
+        if part.passed_over:
+            print(f"  passed over, no images of a format that is read: {count_by_suffix(Counter(part.passed_over))}")
+        if part.turned:
+            share = part.turned / part.images
+            print(
+                f"  {part.turned:,} ({share:.1%}) state an EXIF orientation, and their pixels are stored as they were:"
+            )
+            print("    training sees them lying on their side unless data.exif=apply is set")
+    print_classes({split: load_index(out / f"{split}{SUFFIX}") for split in stats})
+    for note in notes:
+        print(f"note: {note}")
     val = f" data.val='{out}/val-*.tar'" if "val" in stats else ""
     print(f"next: maedistill pretrain CONFIG data.train='{out}/train-*.tar'{val} run=runs/NAME")
+
+
+def print_classes(indexes: dict[str, ShardIndex]) -> None:
+    """Print the names of the classes, the range of their sizes, and those that have no image in a split."""
+    classes = next(iter(indexes.values())).classes
+    if not classes:
+        print("classes: none, the images are unlabelled")
+        return
+    print(f"classes: {len(classes):,} ({join_first(classes, MOST_CLASSES)})")
+    for split, index in indexes.items():
+        counts = np.bincount(index.labels[index.labels >= 0], minlength=len(classes))  # [classes]
+        if not counts.any():
+            print(f"  {split}: unlabelled")
+            continue
+        least, most = counts[counts > 0].min(), counts.max()
+        print(f"  {split}: {least:,} {f'to {most:,} ' if most > least else ''}images per class")
+        if absent := [classes[label] for label in np.flatnonzero(counts == 0)]:
+            print(f"  warning: {split} has no image of {len(absent):,} classes: {join_first(absent, 5)}")

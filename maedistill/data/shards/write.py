@@ -27,17 +27,21 @@ import PIL
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from maedistill.data.images.decode import BadImage, Converted, convert
+from maedistill.data.images.convert import Converted, bits_in_use, convert
+from maedistill.data.images.decode import BadImage
+from maedistill.data.images.depth import is_wide_png
 from maedistill.data.shards.index import CLASSES_FILE, SUFFIX, ShardIndex, index_of, load_index, save_index
 from maedistill.data.shards.index_check import parse_json
+from maedistill.data.shards.records import Record, Source, printable
 from maedistill.data.shards.scan import NO_LABEL, ShardScan, scan_shard
-from maedistill.data.shards.sources import Record, Source
 from maedistill.errors import ConfigError, DataError, join_first
 
 REPORT_FILE = "make_shards.json"
 WORK_FOLDER = ".making"  # partial shards, and statistics of finished ones; removed at the end
 IMAGES_PER_SHARD = 1000  # 110 MB of ImageNet: large enough for fast disk reads, small enough to cache a dozen
 QUALITY = 90  # of re-encoded JPEGs
+_EIGHT_BITS = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif")  # suffixes of formats without 16 bits
+_EIGHT_BIT_STARTS = (b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM")
 
 
 @dataclass
@@ -49,6 +53,13 @@ class ConversionStats:
     grayscale: int = 0  # in the source, converted or not
     converted: dict[str, str] = field(default_factory=dict)  # source file -> why, e.g. "CMYK"
     skipped: dict[str, str] = field(default_factory=dict)  # source file -> reason
+    turned: int = 0  # images with an EXIF orientation, which is kept and not applied
+    passed_over: dict[str, int] = field(default_factory=dict)  # suffix -> files that are no images of a known format
+
+    @property
+    def found(self) -> int:
+        """Return the number of files and folders that were looked at."""
+        return self.images + len(self.skipped) + sum(self.passed_over.values())
 
     def add(self, other: "ConversionStats") -> None:
         """Add the images of another shard."""
@@ -57,6 +68,7 @@ class ConversionStats:
         self.grayscale += other.grayscale
         self.converted |= other.converted
         self.skipped |= other.skipped
+        self.turned += other.turned
 
 
 def make_shards(
@@ -76,15 +88,20 @@ def make_shards(
     """
     if workers < 1:
         raise ConfigError(f"--workers is {workers}", "give at least 1")
-    settings = _settings(source, images_per_shard=images_per_shard, shorter_side=shorter_side, quality=quality)
+    if printable(str(out)) != str(out):
+        raise ConfigError(f"the name of {printable(str(out))!r} is not UTF-8", "give another OUT")
+    bits = used_depth(source, workers)
+    settings = _settings(
+        source, images_per_shard=images_per_shard, shorter_side=shorter_side, quality=quality, bits=bits
+    )
     if _begin(out, settings):
         shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)  # remains if the last run was killed after its report
         return read_report(out)
-    convert_one = functools.partial(_convert, source, shorter_side=shorter_side, quality=quality)
+    convert_one = functools.partial(_convert, source, shorter_side=shorter_side, quality=quality, bits=bits)
     count, stats = sum(map(len, source.splits.values())), {}
     with ThreadPoolExecutor(workers) as pool, tqdm(total=count, desc="writing shards", unit="img") as bar:
         for split, records in source.splits.items():
-            stats[split], scans = ConversionStats(), {}
+            stats[split], scans = ConversionStats(passed_over=dict(source.passed_over.get(split, {}))), {}
             for name, part in plan_shards(split, records, images_per_shard):
                 finished = _find_finished(out, name)
                 bar.update(len(part) if finished else 0)
@@ -150,7 +167,36 @@ def _find_fault(index: ShardIndex, row: int, out: Path) -> str | None:
     return None if scan == indexed else f"{path} holds other samples than its index says"
 
 
-def _settings(source: Source, *, images_per_shard: int, shorter_side: int | None, quality: int) -> dict[str, Any]:
+def used_depth(source: Source, workers: int) -> int:
+    """Return the depth that the 16-bit images of a source use together, 0 if it has none.
+
+    One depth for all of them keeps their brightness comparable. Only files that may have 16 bits are opened.
+    """
+    if source.head is None:
+        return 0
+    candidates = [
+        record
+        for records in source.splits.values()
+        for record in records
+        if not record.origin.lower().endswith(_EIGHT_BITS)
+    ]
+    with ThreadPoolExecutor(workers) as pool:
+        return max(pool.map(functools.partial(_depth, source), candidates), default=0)
+
+
+def _depth(source: Source, record: Record) -> int:
+    assert source.head is not None
+    try:
+        head = source.head(record)
+        is_narrow_png = head.startswith(b"\x89PNG") and not is_wide_png(head)
+        return 0 if is_narrow_png or head.startswith(_EIGHT_BIT_STARTS) else bits_in_use(source.read(record))
+    except (OSError, BadImage):  # it is reported when it is converted
+        return 0
+
+
+def _settings(
+    source: Source, *, images_per_shard: int, shorter_side: int | None, quality: int, bits: int = 0
+) -> dict[str, Any]:
     """Return all settings that determine the shards' bytes. The index stores them; a resumed run must have the same."""
     if images_per_shard < 1:
         raise ConfigError(f"--images-per-shard is {images_per_shard}", "give at least 1")
@@ -165,6 +211,8 @@ def _settings(source: Source, *, images_per_shard: int, shorter_side: int | None
     settings["images_per_shard"] = images_per_shard
     if shorter_side is not None:  # JPEG bytes may differ between versions of Pillow
         settings |= {"shorter_side": shorter_side, "quality": quality, "pillow": PIL.__version__}
+    if 0 < bits < 16:
+        settings["bits"] = bits
     return settings
 
 
@@ -191,17 +239,17 @@ def _begin(out: Path, settings: dict[str, Any]) -> bool:
     return False
 
 
-def _convert(source: Source, record: Record, *, shorter_side: int | None, quality: int) -> Converted | str:
+def _convert(source: Source, record: Record, *, shorter_side: int | None, quality: int, bits: int) -> Converted | str:
     """Return the converted image, or the reason for skipping it. Only an I/O error raises `DataError`."""
     try:
-        return convert(source.read(record), shorter_side=shorter_side, quality=quality)
+        return convert(source.read(record), shorter_side=shorter_side, quality=quality, bits=bits or None)
     except BadImage as error:
         return str(error)
     except (FileNotFoundError, PermissionError) as error:
         return f"cannot be read: {error.strerror}"
     except OSError as error:
         raise DataError(
-            f"cannot read {record.origin}: {error}", "see to the disk; the same command continues"
+            f"cannot read {printable(record.origin)}: {error.strerror}", "see to the disk; the same command continues"
         ) from error
 
 
@@ -215,14 +263,15 @@ def _write_shard(
             for record, result in zip(records, results, strict=True):
                 bar.update()
                 if isinstance(result, str):
-                    stats.skipped[record.origin] = result
+                    stats.skipped[printable(record.origin)] = result
                     continue
                 label = {} if record.label == NO_LABEL else {"cls": str(record.label).encode()}
                 tar.write({"__key__": record.key, result.suffix: result.data, **label})
                 stats.images += 1
                 stats.grayscale += result.is_grayscale
+                stats.turned += result.is_turned
                 if result.change:
-                    stats.converted[record.origin] = result.change
+                    stats.converted[printable(record.origin)] = result.change
         file.flush()
         os.fsync(file.fileno())
     stats.lengths.append(stats.images)

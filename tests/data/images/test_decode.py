@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from maedistill.data.images.decode import JPEG_DECODERS, BadImage, convert, decode_rgb
+from maedistill.data.images.convert import convert
+from maedistill.data.images.decode import JPEG_DECODERS, BadImage, decode_rgb
 from tests.data.tar_files import bomb, encode
 
 

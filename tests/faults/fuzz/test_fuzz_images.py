@@ -14,7 +14,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from maedistill.data.images.decode import BadImage, convert, decode_rgb, open_image
+from maedistill.data.images.convert import convert
+from maedistill.data.images.decode import BadImage, decode_rgb, open_image
 from tests.faults.fuzz.damage import NASTY, byte_edits, cases, edited
 
 REFUSALS = (BadImage,)

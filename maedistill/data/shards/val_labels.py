@@ -1,0 +1,70 @@
+"""Read the classes of validation images that lie in one folder, as ImageNet's do when they are downloaded.
+
+    a file of --val-labels, records of the images, {class folder: label} -> the records with their labels
+
+Four forms are read: ImageNet's `LOC_val_solution.csv` and any other `NAME,CLASS` or `NAME CLASS`; one class per line,
+in the order of the file names (`imagenet_2012_validation_synset_labels.txt`); and the devkit's numbers
+(`ILSVRC2012_validation_ground_truth.txt`), whose classes `meta.mat` beside it names.
+"""
+
+import re
+from pathlib import Path
+
+from maedistill.data.shards.records import Record, printable
+from maedistill.errors import ConfigError, DataError
+
+_META, _HEADER = "meta.mat", "imageid"
+
+
+def read_val_labels(file: Path, records: list[Record], label_of: dict[str, int]) -> list[Record]:
+    """Return the records with the labels that the file gives them.
+
+    Raise `ConfigError` if there is no such file, `DataError` unless it names a known class for every image.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise ConfigError(f"--val-labels: {file} cannot be read: {error.strerror}", "name the file") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is no text", "name a file with one class per line, or NAME,CLASS") from error
+    rows = [re.split(r"[,;\s]+", line.strip()) for line in lines if line.strip()]
+    rows = [row for row in rows if row[0].casefold() != _HEADER]
+    if all(len(row) == 1 for row in rows):
+        classes = [row[0] for row in rows]
+        if len(rows) != len(records):
+            raise DataError(
+                f"{file} has {len(rows):,} lines for {len(records):,} images", "name the file of these images"
+            )
+        if all(name.isdecimal() and name not in label_of for name in classes):
+            classes = _names_of_numbers(file, classes)
+        class_of = dict(zip(sorted(record.origin for record in records), classes, strict=True))
+    else:
+        named = {Path(row[0]).stem: row[1] for row in rows if len(row) > 1}
+        class_of = {record.origin: named.get(Path(record.origin).stem, "") for record in records}
+    labelled = []
+    for record in records:
+        name = class_of[record.origin]
+        if name not in label_of:
+            said = f"the class {name[:80]!r}, which is no folder of train" if name else "no class"
+            raise DataError(
+                f"{file} gives {printable(record.origin)} {said}", "name a file with a class folder of each image"
+            )
+        labelled.append(record._replace(label=label_of[name]))
+    return labelled
+
+
+def _names_of_numbers(file: Path, numbers: list[str]) -> list[str]:
+    """Return the WordNet ids of ILSVRC's own numbers, from the devkit's table of synsets."""
+    try:
+        from scipy.io import loadmat
+
+        synsets = loadmat(file.parent / _META, squeeze_me=True)["synsets"]
+        id_of = {str(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+        return [id_of[number] for number in numbers]
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{file} holds numbers, and reading {_META} needs scipy", "pip install scipy") from error
+    except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
+        raise DataError(
+            f"{file} holds numbers, and {file.parent / _META} does not say which classes they are ({error})",
+            f"put {_META} of the devkit (ILSVRC2012_devkit_t12/data) beside it, or name a file with class names",
+        ) from error

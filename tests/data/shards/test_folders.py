@@ -1,0 +1,253 @@
+"""Image folders: nothing disappears from them, and nothing is taken for what it is not."""
+
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maedistill.commands import shards as shards_command
+from maedistill.data.images.decode import decode_rgb
+from maedistill.data.shards.index import load_index, open_index
+from maedistill.data.shards.reader import ShardReader
+from maedistill.data.shards.sources import open_folder
+from maedistill.data.shards.write import make_shards, read_report
+from maedistill.errors import ConfigError, DataError, exit_code_of
+from tests.data.tar_files import encode
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2, 2, 3), dtype=np.uint8)).resize((24, 20))
+PNG = encode(PICTURE, "PNG")
+
+
+def fill(folder: Path, files) -> Path:
+    """Write files: {path: bytes}, or a list of paths of one small picture. A path may be bytes that are not UTF-8."""
+    for name in files:
+        path = os.path.join(os.fsencode(folder), os.fsencode(name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(files[name] if isinstance(files, dict) else PNG)
+    return folder
+
+
+def run(monkeypatch, capsys, *args):
+    monkeypatch.setattr("sys.argv", ["maedistill", "shards", *map(str, args)])
+    code = exit_code_of(shards_command.main)
+    return code, capsys.readouterr()
+
+
+FORMATS = {"a.jfif": "JPEG", "b.ppm": "PPM", "c.avif": "AVIF", "d.pgm": "PPM", "e.JPE": "JPEG", "f.jp2": "JPEG2000",
+           "no_suffix": "WEBP", "wrong.dat": "PNG", "copy.jpg~": "JPEG"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_image_is_one_by_its_content_whatever_its_suffix(tmp_path, name):
+    lossless = {"AVIF": {"quality": 100, "subsampling": "4:4:4"}}.get(FORMATS[name], {})
+    files = {f"cat/{name}": encode(PICTURE, FORMATS[name], **lossless), "cat/notes.txt": b"P5 is no image"}
+    source = open_folder(fill(tmp_path / "photos", files))
+    assert [record.origin for record in source.splits["train"]] == [f"cat/{name}"]
+    stats = make_shards(source, tmp_path / "out")["train"]
+    assert stats.images == 1 and stats.found == 2 and stats.passed_over == {".txt": 1}
+    index = open_index(str(tmp_path / "out" / "train-000000.tar"))
+    pixels = decode_rgb(ShardReader(index).read(0)).permute(1, 2, 0).numpy().astype(int)
+    assert np.abs(pixels - np.asarray(PICTURE)).mean() < (12 if FORMATS[name] in ("JPEG", "WEBP") else 3)
+
+
+def test_what_is_passed_over_is_counted_and_kept_in_the_report(tmp_path, monkeypatch, capsys):
+    junk = {"cat/a.txt": b"1", "cat/b.TXT": b"2", "cat/.DS_Store": b"", "cat/README": b"", "__MACOSX/x.png": PNG}
+    photos = fill(tmp_path / "photos", {"cat/1.png": PNG, "dog/1.png": PNG, "dog/cut.png": PNG[:40]} | junk)
+    out = tmp_path / "out"
+    for _ in range(2):  # the second time from the report
+        code, printed = run(monkeypatch, capsys, photos, out)
+        assert code == 0 and "found 8 files, written 2, converted 0, skipped 1, passed over 5" in printed.out
+        assert "classes: 2 (cat, dog)" in printed.out and "2 .txt" in printed.out
+    assert read_report(out)["train"].passed_over == {".txt": 2, "hidden": 2, "no suffix": 1}
+
+
+def test_a_class_folder_without_an_image_is_refused_and_says_what_it_holds(tmp_path):
+    photos = fill(tmp_path, {"cat/1.png": PNG, "dog/1.heic": b"\0\0\0\x18ftypheic", "dog/2.heic": b""})
+    (photos / "fox").mkdir()
+    with pytest.raises(DataError) as caught:
+        open_folder(photos)
+    assert "dog (2 .heic)" in caught.value.cause and "fox (empty)" in caught.value.cause
+
+
+def test_classes_that_lose_all_their_images_are_named_at_the_end(tmp_path, monkeypatch, capsys):
+    photos = fill(tmp_path / "p", {"train/cat/1.png": PNG, "train/dog/1.png": PNG[:40], "val/cat/1.png": PNG})
+    code, printed = run(monkeypatch, capsys, photos, tmp_path / "out")
+    assert code == 0 and "train has no image of 1 classes: dog" in printed.out
+    assert "val has no image of 1 classes: dog" in printed.out
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    photos = fill(tmp_path, ["cat/1.png", "dog/1.png"])
+    scandir = os.scandir
+
+    def broken(path="."):
+        if os.fspath(path).endswith("dog"):
+            raise OSError(5, "Input/output error", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", broken)
+    with pytest.raises(DataError, match="dog cannot be listed: Input/output error"):
+        open_folder(photos)
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["Training", "Testing"], {"train", "test"}),
+        (["TRAIN", "Valid"], {"train", "val"}),
+        (["training_set", "test_set"], {"train", "test"}),
+        (["train", "eval", "Test"], {"train", "val", "test"}),
+    ],
+)
+def test_splits_are_known_in_any_case(tmp_path, names, splits):
+    source = open_folder(fill(tmp_path, [f"{name}/{kind}/{name}{kind}.png" for name in names for kind in "ab"]))
+    assert source.splits.keys() == splits and source.classes == ("a", "b")
+    assert all(len(records) == 2 for records in source.splits.values())
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ["seg_train/seg_train/a/1.png", "seg_test/seg_test/a/2.png", "seg_pred/3.png"],
+        ["train2017/1.png", "val2017/2.png"],
+        ["cat/train/1.png", "cat/test/2.png", "dog/train/3.png"],
+        ["archive/Training/cat/1.png", "archive/Testing/cat/2.png"],
+        ["Train/cat/1.png", "Bus/cat/1.png"],
+    ],
+)
+def test_layouts_that_would_mix_training_and_test_images_are_refused(tmp_path, paths):
+    with pytest.raises((ConfigError, DataError)):
+        open_folder(fill(tmp_path, paths))
+
+
+def test_folders_below_the_classes_are_mentioned(tmp_path):
+    source = open_folder(fill(tmp_path, ["animal/cat/1.png", "animal/dog/1.png", "plant/oak/1.png"]))
+    assert source.classes == ("animal", "plant") and "3 folders lie below class folders" in source.notes[0]
+
+
+FLAT = [f"train/{name}/{name}_{i}.png" for name in ("n01", "n02") for i in range(2)] + [
+    f"val/ILSVRC2012_val_0000000{i}.png" for i in (1, 2, 3)
+]
+LABELS = {
+    "synsets.txt": "n02\nn01\nn02\n",
+    "LOC_val_solution.csv": "ImageId,PredictionString\nILSVRC2012_val_00000003,n02 1 2 3 4 n02 5 6 7 8 \n"
+    "ILSVRC2012_val_00000001,n02 1 1 1 1 \nILSVRC2012_val_00000002,n01 1 1 1 1 \n",
+    "val.txt": "\ufeffILSVRC2012_val_00000002.JPEG n01\r\nILSVRC2012_val_00000001.JPEG n02\r\n"
+    "ILSVRC2012_val_00000003.JPEG n02\r\n",
+    "ground_truth.txt": "17\n5\n17\n",
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_a_flat_val_is_refused_at_once_unless_a_file_names_its_classes(tmp_path, name):
+    photos = fill(tmp_path / "photos", FLAT)
+    with pytest.raises(DataError, match="val has no class folders, but train has: its 3 images") as caught:
+        open_folder(photos)
+    assert "--val-labels" in caught.value.remedy
+    file = tmp_path / name
+    file.write_text(LABELS[name], encoding="utf-8")
+    if name == "ground_truth.txt":
+        with pytest.raises(DataError, match=r"meta\.mat"):
+            open_folder(photos, val_labels=str(file))
+        io_matlab = pytest.importorskip("scipy.io")
+        kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")]
+        table = np.array([(5, "n01", "cat"), (17, "n02", "dog")], dtype=kinds)
+        io_matlab.savemat(tmp_path / "meta.mat", {"synsets": table})
+    source = open_folder(photos, val_labels=str(file))
+    assert [record.label for record in source.splits["val"]] == [1, 0, 1]
+
+
+@pytest.mark.parametrize("text", ["n02\nn01\n", "n02\nn03\nn01\n", "ILSVRC2012_val_00000001 n01\n", "\x00\x01"])
+def test_labels_that_do_not_fit_the_images_are_refused(tmp_path, text):
+    (tmp_path / "labels").write_text(text)
+    with pytest.raises(DataError):
+        open_folder(fill(tmp_path / "photos", FLAT), val_labels=str(tmp_path / "labels"))
+    with pytest.raises(ConfigError):  # and where they have no meaning
+        open_folder(fill(tmp_path / "others", ["a/1.png"]), val_labels=str(tmp_path / "labels"))
+
+
+def test_names_that_are_not_utf8_are_written_and_named(tmp_path, monkeypatch, capsys):
+    files = {b"caf\xe9/\xe9.png": PNG, b"caf\xe9/\xe8.png": PNG, b"tea/bad_\xe9.png": PNG[:40], b"tea/1.bmp": PNG,
+             b"tea/\xff.tif": encode(PICTURE, "TIFF"), b"tea/\xfe.x\xe9": b"0"}  # fmt: skip
+    photos, out = fill(tmp_path / "photos", files), tmp_path / "out"
+    for _ in range(2):
+        assert run(monkeypatch, capsys, photos, out)[0] == 0
+    assert json.loads((out / "classes.json").read_text(encoding="utf-8")) == ["caf\\xe9", "tea"]
+    stats = read_report(out)["train"]
+    assert (stats.images, stats.skipped.keys(), stats.converted) == (
+        4,
+        {"tea/bad_\\xe9.png"},
+        {"tea/\\xff.tif": "TIFF"},
+    )
+    index = load_index(out / "train.index.safetensors")
+    assert len({index.key(i) for i in range(4)}) == 4 and index.classes == ("caf\\xe9", "tea")
+
+
+def test_one_name_in_two_forms_of_unicode_is_one_class(tmp_path):
+    source = open_folder(fill(tmp_path / "a", ["train/caf\u00e9/1.png", "train/tea/1.png", "val/cafe\u0301/2.png"]))
+    assert source.splits["val"][0].label == 0
+    with pytest.raises(DataError, match="same name in different encodings"):
+        open_folder(fill(tmp_path / "b", ["caf\u00e9/1.png", "cafe\u0301/2.png"]))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("sizes", [[2] * 20, [1, 1, 2, 3, 50], [10, 20, 30]])
+def test_each_class_gives_its_share_and_keeps_a_training_image(tmp_path, sizes, share):
+    paths = [f"c{label:02d}/{i}.png" for label, count in enumerate(sizes) for i in range(count)]
+    source = open_folder(fill(tmp_path, paths), val_fraction=share)
+    train, val = (np.bincount([r.label for r in source.splits[s]], minlength=len(sizes)) for s in ("train", "val"))
+    assert (train + val).tolist() == sizes and train.min() >= 1
+    most = np.array(sizes) - 1
+    assert val.sum() == min(max(1, round(share * sum(sizes))), most.sum())
+    if val.sum() < most.sum() and share * min(sizes) >= 1:
+        assert (np.abs(val - share * np.array(sizes)) <= 1).all()
+
+
+def test_the_held_out_images_of_an_unlabelled_folder_are_those_of_before(tmp_path):
+    import hashlib
+
+    source = open_folder(fill(tmp_path, [f"{i}.png" for i in range(40)]), val_fraction=0.25)
+    ranked = sorted(map(str, range(40)), key=lambda key: hashlib.sha256(f"validation/{key}".encode()).digest())
+    assert [record.key for record in source.splits["val"]] == ranked[:10]
+    assert [record.key for record in source.splits["train"]] == ranked[10:]
+
+
+def sixteen_bits(values: np.ndarray) -> bytes:
+    return encode(Image.fromarray(values.astype(np.uint16)), "PNG")
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+def test_sixteen_bit_images_are_scaled_by_the_depth_of_their_set(tmp_path, bits):
+    ramp = np.linspace(0, 2**bits - 1, 256).round()[None].repeat(4, 0)  # [4, 256]
+    photos = fill(
+        tmp_path / "p", {"a/light.png": sixteen_bits(ramp), "a/dark.png": sixteen_bits(ramp // 8), "b/plain.png": PNG}
+    )
+    stats = make_shards(open_folder(photos), tmp_path / "out")["train"]
+    assert stats.converted["a/light.png"] == ("16-bit" if bits == 16 else f"16-bit with {bits} in use")
+    index = open_index(str(tmp_path / "out" / "train-000000.tar"))
+    pixels = {index.key(i): decode_rgb(ShardReader(index).read(i))[0].numpy() for i in range(3)}
+    assert np.array_equal(pixels["a_light"][0], np.arange(256))
+    assert np.abs(pixels["a_dark"][0].astype(int) - np.arange(256) / 8).max() <= 1
+    assert ("bits" in index.provenance) == (bits < 16)
+
+
+@pytest.mark.parametrize("options", [[], ["--shorter-side", "16"]])
+def test_an_orientation_is_counted_and_stays_with_the_image(tmp_path, monkeypatch, capsys, options):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide = PICTURE.resize((40, 20))
+    files = {f"a/{kind}.{kind}": encode(wide, kind, exif=exif) for kind in ("jpeg", "png")}
+    files |= {"a/cmyk.jpg": encode(wide.convert("CMYK"), "JPEG", exif=exif), "a/plain.jpg": encode(wide, "JPEG")}
+    code, printed = run(monkeypatch, capsys, fill(tmp_path / "p", files), tmp_path / "out", *options)
+    assert code == 0 and re.search(r"3 \(75\.0%\) state an EXIF orientation", printed.out)
+    index = open_index(str(tmp_path / "out" / "train-000000.tar"))
+    for i in range(4):
+        with Image.open(io.BytesIO(ShardReader(index).read(i))) as image:
+            assert image.getexif().get(0x0112, 1) == (1 if index.key(i) == "a_plain" else 6)
+            assert image.width == 2 * image.height
