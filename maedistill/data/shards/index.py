@@ -28,8 +28,9 @@ from maedistill.data.remote.download import read_small
 from maedistill.data.remote.urls import check_url, is_url
 from maedistill.data.shards.index_check import check_arrays, check_text, is_text, parse_json
 from maedistill.data.shards.patterns import find_shards, split_name
-from maedistill.data.shards.scan import NO_LABEL, ShardScan, scan_shards
-from maedistill.errors import DataError, join_first
+from maedistill.data.shards.scan import NO_LABEL, USUAL, Members, ShardScan, scan_shards, why_unlabelled
+from maedistill.data.shards.stamps import mtime_of, stamp_of
+from maedistill.errors import ConfigError, DataError, join_first
 
 FORMAT = 1
 SUFFIX = ".index.safetensors"
@@ -55,7 +56,9 @@ class ShardIndex:
     classes: tuple[str, ...]  # names, position = label; empty if the names are unknown
     key_text: np.ndarray  # uint8, all keys concatenated, in UTF-8
     key_ends: np.ndarray  # int64 [n]
-    provenance: dict[str, Any] = field(default_factory=dict)  # the settings of make_shards, or SCANNED
+    provenance: dict[str, Any] = field(default_factory=dict)  # the settings of make_shards, or SCANNED and the members
+    shard_stamps: tuple[str, ...] = ()  # see stamps.py; empty if they were not taken
+    shard_mtime_ns: tuple[int, ...] = ()  # of a scan; empty if they were not taken
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -81,6 +84,11 @@ class ShardIndex:
         return ShardScan(self.shard_bytes[shard], self.shard_sha256[shard], keys, *columns)
 
     @property
+    def is_scan(self) -> bool:
+        """Return whether the index was made by scanning shards of other tools, and can be made again."""
+        return self.provenance.get("made_by") == SCANNED["made_by"]
+
+    @property
     def num_classes(self) -> int:
         """Return the number of named classes, or the largest label + 1 if the names are unknown."""
         return len(self.classes) or int(self.labels.max(initial=NO_LABEL)) + 1
@@ -92,36 +100,57 @@ class ShardIndex:
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
+    @property
+    def members(self) -> Members:
+        """Return which fields of a sample were read, if they were chosen."""
+        return Members(self.provenance.get("image_key"), self.provenance.get("label_key"))
+
     def require_labels(self) -> None:
-        """Raise `DataError`, naming the first unlabelled sample, unless every sample has a label."""
+        """Raise `DataError`, naming the first unlabelled sample and what its label says, unless all have a label."""
         if len(bare := np.flatnonzero(self.labels == NO_LABEL)):
             i = int(bare[0])
-            first = f"{self.key(i)!r} in {self.shards[self.shard_of(i)]}"
+            shard = self.shards[self.shard_of(i)]
+            first, remedy = f"{self.key(i)!r} in {shard}", "use labelled shards here (KEY.cls beside each KEY.jpg)"
+            if reason := why_unlabelled(shard, self.key(i), self.members):
+                first = f"{shard}: {reason}"
+                remedy = (
+                    "a label is one number from 0 to 999999: write the numbers of the classes in place of names, and "
+                    "leave out samples without a class; another member may hold it (data.label_key)"
+                )
             raise DataError(
                 f"{len(bare):,} of {len(self):,} samples have no label, first {first}",
-                "use labelled shards here (KEY.cls beside each KEY.jpg); only pre-training and a teacher's predictions "
-                "alone (distill.label_weight=0 with distill.logits or distill.hard_label) need none",
+                f"{remedy}; only pre-training and a teacher's predictions alone (distill.label_weight=0 with "
+                "distill.logits or distill.hard_label) need none",
+            )
+        if len(self) and not self.classes and self.labels.min() > 0:
+            _log.warning(
+                "the smallest label is %d: class 0 never occurs, and the network gets an output for it anyway",
+                self.labels.min(),
             )
 
 
-def open_index(shards: str, *, index: str | None = None) -> ShardIndex:
+def open_index(shards: str, *, index: str | None = None, members: Members = USUAL) -> ShardIndex:
     """Return the index of the shards that a pattern matches: one tar, a glob or a brace range, or part of a split.
 
-    Read the file `index` if it is given, else the index beside the shards or in the cache; if neither exists, scan the
-    shards and save the result. Both arguments may be URLs. Raise `ConfigError` for an invalid pattern, and `DataError`
-    for shards that are missing, damaged, or differ in size from the index; remote shards are checked on download.
+    Read the file `index` if it is given, else the index beside the shards or in the cache; if neither exists, or if
+    shards changed since, scan the shards and save the result. Both arguments may be URLs. members: which fields of a
+    sample to read. Raise `ConfigError` for an invalid pattern, and `DataError` for shards that are missing, damaged,
+    or differ from an index that is not made again; remote shards are checked on download.
     """
     paths = find_shards(shards)
-    folder = os.path.dirname(paths[0])
-    address = index or os.path.join(folder, split_name(paths) + SUFFIX)
+    folder, wanted = os.path.dirname(paths[0]), _scanned(members)
+    address = index or os.path.join(folder, _index_name(paths, members))
     beside = _fetch_index(address) if is_url(address) else Path(address)
     if index and not beside.is_file():
         raise DataError(f"the index {index} does not exist", "leave data.index out: the shards are then scanned once")
-    file = beside if beside.is_file() else _cache_file(paths)
-    stored = load_index(file) if file.is_file() else None
+    cached = _cache_file(paths, members)
+    if not (index or is_url(folder)) and members != USUAL and not beside.is_file():
+        _refuse_choice(Path(folder, _index_name(paths, USUAL)))
+    file = next((file for file in (beside, cached) if file.is_file() and _is_current(file, paths, wanted, index)), None)
+    stored = load_index(file) if file else None
     names = set(stored.shards) if stored else set()
     missing = [path for path in paths if os.path.basename(path) not in names]
-    if stored and missing and (index or is_url(folder) or stored.provenance != SCANNED):
+    if stored and missing and (index or is_url(folder) or not stored.is_scan):
         raise DataError(
             f"{missing[0]} is not in the index {address} ({len(missing)} such shards)",
             "name only shards of the index, or remove that file: the shards are then scanned once",
@@ -129,18 +158,90 @@ def open_index(shards: str, *, index: str | None = None) -> ShardIndex:
     if stored is None or missing:  # a scan of fewer shards is extended
         others = [path for path in (os.path.join(folder, name) for name in names) if os.path.isfile(path)]
         scanned = sorted({*others, *paths})
-        stored = index_of(scanned, scan_shards(scanned), classes=read_classes(folder), provenance=SCANNED)
-        file = _save_where_possible(stored, None if is_url(folder) else beside, _cache_file(paths))
+        stored = _scan_index(scanned, members, folder)
+        _save_where_possible(stored, None if is_url(folder) else beside, cached)
     selected = select_shards(stored, paths)
-    for path, expected in zip(selected.shards, selected.shard_bytes, strict=True):  # changed or partly copied?
-        if not is_url(path) and (size := os.stat(path).st_size) != expected:
-            remedy = "copy the shard again"
-            if selected.provenance == SCANNED:
-                remedy += f", or, if it was changed on purpose, remove {file}: the shards are then scanned once"
-            raise DataError(f"{path} has {size:,} bytes, but its index says {expected:,}", remedy)
     if not len(selected):
         raise DataError(f"{shards!r} holds no images", "name others, or write shards with maedistill shards")
+    if not is_url(folder) or selected.is_scan:
+        selected = _with_classes(selected, read_classes(folder))
     return selected
+
+
+def _scanned(members: Members) -> dict[str, Any]:
+    """Return the provenance of a scan: the fields are noted only if they were chosen."""
+    keys = {"image_key": members.image, "label_key": members.label}
+    return SCANNED | {name: value for name, value in keys.items() if value is not None}
+
+
+def _index_name(paths: tuple[str, ...], members: Members) -> str:
+    """Return the file name of the shards' index: one of its own for chosen fields."""
+    chosen = "" if members == USUAL else "." + hashlib.sha256(repr(tuple(members)).encode()).hexdigest()[:8]
+    return split_name(paths) + chosen + SUFFIX
+
+
+def _refuse_choice(made: Path) -> None:
+    """Raise `ConfigError` if the shards have an index of make_shards, in which there is nothing to choose."""
+    if made.is_file() and not load_index(made).is_scan:
+        raise ConfigError(
+            f"{made} is an index of maedistill shards, whose samples have one image and one label",
+            "leave data.image_key and data.label_key out",
+        )
+
+
+def _is_current(file: Path, paths: tuple[str, ...], wanted: dict[str, Any], index: str | None) -> bool:
+    """Return whether an index still says what its shards hold. Raise `DataError` if it does not, nor can be made again.
+
+    A scan is made again if a shard of it has another size, time of change or stamp. One of an earlier version, which
+    noted no times, is if a shard is younger than it.
+    """
+    stored = load_index(file)
+    row_of = {name: row for row, name in enumerate(stored.shards)}
+    local = [(path, row_of[name]) for path in paths if (name := os.path.basename(path)) in row_of and not is_url(path)]
+    if stored.is_scan and stored.provenance != wanted:
+        raise DataError(
+            f"{file} was made with other members than data.image_key and data.label_key choose",
+            "leave data.index out, or choose the same" if index else "remove it: the shards are then scanned once",
+        )
+    for path, row in local:
+        how = _change(path, stored, row, file)
+        if how and stored.is_scan and not index:
+            _log.warning("%s %s since it was scanned: the shards are scanned again", path, how)
+            return False
+        if how:
+            remedy = "copy the shard again"
+            if stored.is_scan:
+                remedy += f", or, if it was changed on purpose, remove {file}: the shards are then scanned once"
+            raise DataError(f"{path} {how} since its index {file} was made", remedy)
+    return True
+
+
+def _change(path: str, stored: ShardIndex, row: int, file: Path) -> str | None:
+    """Return how a shard differs from its row of an index; None if it does not."""
+    if (size := os.stat(path).st_size) != stored.shard_bytes[row]:
+        return f"has {size:,} bytes instead of {stored.shard_bytes[row]:,}"
+    if stored.shard_stamps and stamp_of(path) != stored.shard_stamps[row]:
+        return "has changed its contents"
+    if stored.is_scan:
+        before, now = stored.shard_mtime_ns, mtime_of(path)
+        if now != before[row] if before else now > file.stat().st_mtime_ns:
+            return "was written anew"
+    return None
+
+
+def _scan_index(paths: list[str], members: Members, folder: str) -> ShardIndex:
+    """Scan shards. Times and stamps are taken first, so that a shard that changes meanwhile is scanned again."""
+    mtimes, stamps = tuple(map(mtime_of, paths)), tuple(map(stamp_of, paths))
+    found = index_of(paths, scan_shards(paths, members), classes=read_classes(folder), provenance=_scanned(members))
+    return replace(found, shard_mtime_ns=mtimes, shard_stamps=stamps)
+
+
+def _with_classes(index: ShardIndex, classes: tuple[str, ...]) -> ShardIndex:
+    """Return the index with the names that `classes.json` has now."""
+    if classes == index.classes or not (classes or index.is_scan):
+        return index
+    _check_labels(index, classes)
+    return replace(index, classes=classes)
 
 
 def index_of(
@@ -163,7 +264,14 @@ def index_of(
     )
     if ignored := sum((scan.ignored for scan in scans), Counter[str]()):
         counts = join_first([f"{suffix!r}: {count}" for suffix, count in ignored.most_common()], MOST_SUFFIXES)
-        _log.warning("members that are neither image nor label are never opened: {%s}", counts)
+        _log.warning("members that are neither the image nor the label of a sample are not opened: {%s}", counts)
+    if unread := [text for scan in scans for text in scan.unread.values()]:
+        _log.warning("%d labels are no class number and count as none, first %s", len(unread), unread[0])
+    _check_labels(index, classes)
+    return index
+
+
+def _check_labels(index: ShardIndex, classes: tuple[str, ...]) -> None:
     if classes and index.labels.max(initial=NO_LABEL) >= len(classes):
         i = int(index.labels.argmax())
         raise DataError(
@@ -171,7 +279,6 @@ def index_of(
             f"names {len(classes)} classes",
             f"correct {CLASSES_FILE} beside the shards (a JSON list of names, position = label), or remove it",
         )
-    return index
 
 
 def select_shards(index: ShardIndex, paths: Sequence[str]) -> ShardIndex:
@@ -181,7 +288,7 @@ def select_shards(index: ShardIndex, paths: Sequence[str]) -> ShardIndex:
     if rows == list(range(len(index.shards))):
         return replace(index, shards=tuple(paths))
     scans = [index.scan_of(row) for row in rows]
-    return index_of(paths, scans, classes=index.classes, provenance=index.provenance)
+    return index_of(paths, scans, classes=index.classes, provenance=index.provenance)  # stamps were compared before
 
 
 def save_index(index: ShardIndex, file: Path) -> None:
@@ -195,6 +302,8 @@ def save_index(index: ShardIndex, file: Path) -> None:
         "classes": index.classes,
         "made": index.provenance,
     }
+    extra = {"shard_stamps": index.shard_stamps, "shard_mtime_ns": index.shard_mtime_ns}
+    text |= {name: values for name, values in extra.items() if values}
     # one metadata entry: safetensors writes several in random order, and the file must be reproducible
     _write(file, save(arrays, {"index": json.dumps(text)}))
 
@@ -216,7 +325,8 @@ def load_index(file: Path) -> ShardIndex:
             "remove it: the shards are then scanned once",
         ) from error
     lists: dict[str, Any] = {name: tuple(text[name]) for name in ("shards", "shard_bytes", "shard_sha256", "classes")}
-    return ShardIndex(**lists, **arrays, provenance=text["made"])
+    extra = {name: tuple(text.get(name, ())) for name in ("shard_stamps", "shard_mtime_ns")}
+    return ShardIndex(**lists, **arrays, provenance=text["made"], **extra)
 
 
 def read_classes(folder: str) -> tuple[str, ...]:
@@ -234,12 +344,14 @@ def read_classes(folder: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _cache_file(paths: tuple[str, ...]) -> Path:
+def _cache_file(paths: tuple[str, ...], members: Members) -> Path:
     """Return the cached index file of these shards. Its name changes when a local shard changes (size or mtime)."""
     stats = [(path, None if is_url(path) else os.stat(path)) for path in paths]
     states = [(path, stat.st_size, stat.st_mtime_ns) if stat else (path,) for path, stat in stats]
     digest = hashlib.sha256(json.dumps(states).encode()).hexdigest()[:24]
-    return user_cache() / "index" / f"{split_name(paths)}-{digest}{SUFFIX}"
+    return (
+        user_cache() / "index" / f"{split_name(paths)}-{digest}{_index_name(paths, members)[len(split_name(paths)) :]}"
+    )
 
 
 def _fetch_index(url: str) -> Path:
@@ -256,17 +368,16 @@ def _fetch_index(url: str) -> Path:
     return file
 
 
-def _save_where_possible(index: ShardIndex, beside: Path | None, cached: Path) -> Path:
+def _save_where_possible(index: ShardIndex, beside: Path | None, cached: Path) -> None:
     """Save the index beside the shards (`beside`; None if remote), else in the cache; if both fail, only warn."""
     # the mode bits are checked too, because os.access lets root write into read-only folders
     if beside and beside.parent.stat().st_mode & 0o222 and os.access(beside.parent, os.W_OK):
         save_index(index, beside)
-        return beside
+        return
     try:
         save_index(index, cached)
     except OSError as error:
         _log.warning("the index could not be saved and will be made again next time: %s", error)
-    return cached
 
 
 def _write(file: Path, data: bytes) -> None:

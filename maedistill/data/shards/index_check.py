@@ -16,6 +16,7 @@ import numpy as np
 MOST_CLASSES = 1_000_000  # labels have at most six digits
 
 _KINDS = {"format": int, "shards": list, "shard_bytes": list, "shard_sha256": list, "classes": list, "made": dict}
+_OPTIONAL = {"shard_stamps": list, "shard_mtime_ns": list}  # see stamps.py; indexes of earlier versions have none
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -34,9 +35,17 @@ def is_text(value: object) -> bool:
 
 def check_text(text: Any) -> None:
     """Check everything but the arrays: types, bare file names, valid sizes and checksums."""
-    _require(isinstance(text, dict) and text.keys() == _KINDS.keys(), f"it does not hold {', '.join(_KINDS)}")
-    for name, kind in _KINDS.items():
+    _require(
+        isinstance(text, dict) and _KINDS.keys() <= text.keys() <= (_KINDS | _OPTIONAL).keys(),
+        f"it does not hold {', '.join(_KINDS)}",
+    )
+    for name in text:
+        kind = (_KINDS | _OPTIONAL)[name]
         _require(type(text[name]) is kind, f"{name} is no {kind.__name__}")
+    for name, kind in (("shard_stamps", str), ("shard_mtime_ns", int)):
+        values = text.get(name, [])
+        _require(len(values) in (0, len(text["shards"])), f"{name} are not those of the shards")
+        _require(all(type(value) is kind for value in values), f"a value of {name} is no {kind.__name__}")
     shards, sizes, checksums = text["shards"], text["shard_bytes"], text["shard_sha256"]
     _require(len(shards) == len(sizes) == len(checksums), "not every shard has a size and a checksum")
     bare = all(is_text(name) and name not in ("", ".", "..") and not re.search(r"[/\0]", name) for name in shards)

@@ -1,17 +1,22 @@
 """Scan one shard: group its members into samples by key, parse the labels and count all other members.
 
-A sample is `KEY.jpg|jpeg|png|webp` with an optional `KEY.cls`, whose text is the class id. Suffixes may be upper-case,
-keys may hold dots and folders, and members may come in any order. Other members are never opened.
+A member's key ends at the first dot of its file name, as in WebDataset; what follows is its field. The image of a
+sample is its field `jpg`, `jpeg`, `png` or `webp`, or the one field that ends so (`input.jpg`); its label is `cls` or
+the one field that ends so, whose text is the class id. `Members` names other fields. Fields may be upper-case, keys may
+hold folders, and members may come in any order. Other members are never opened.
 
     shard.tar or its URL -> walk_tar -> scan_shard -> ShardScan (rows in archive order, checksum)
 """
 
+import functools
 import hashlib
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
+from typing import NamedTuple
 
 from tqdm.contrib.concurrent import thread_map
 
@@ -19,14 +24,31 @@ from maedistill.data.remote.cache import ShardCache
 from maedistill.data.remote.download import RemoteShard, file_size
 from maedistill.data.remote.urls import is_url
 from maedistill.data.shards.tars import walk_tar
-from maedistill.errors import DataError
+from maedistill.errors import DataError, join_first
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 LABEL_SUFFIX = "cls"
 NO_LABEL = -1
 THREADS = 4  # shards at a time: hashing and disk reads overlap; parsing the headers holds the GIL
+_LONGEST_LABEL = 64  # bytes that are read of a label
 
-_LABEL = re.compile(rb"[0-9]{1,6}\n?")  # int() would also accept "1_0", " 7" and non-ASCII digits
+_KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # WebDataset's `base_plus_ext`
+_LABEL = re.compile(rb"[0-9]{1,6}")  # int() would also accept "1_0" and non-ASCII digits
+_BOM = b"\xef\xbb\xbf"
+_Places = dict[str, tuple[int, int]]  # field -> offset, size
+
+
+class Members(NamedTuple):
+    """Which fields of a sample are its image and its label, e.g. `input.jpg`; None for the usual ones.
+
+    Several may be given, separated by `;`: the first that a sample has counts.
+    """
+
+    image: str | None = None
+    label: str | None = None
+
+
+USUAL = Members()
 
 
 @dataclass(frozen=True)
@@ -40,59 +62,151 @@ class ShardScan:
     sizes: list[int]  # bytes
     labels: list[int]  # NO_LABEL for unlabelled samples
     ignored: Counter[str] = field(default_factory=Counter, compare=False)  # other members by suffix
+    unread: dict[str, str] = field(default_factory=dict, compare=False)  # key -> its label, which is no class id
 
 
-def scan_shards(paths: list[str]) -> list[ShardScan]:
+def scan_shards(paths: list[str], members: Members = USUAL) -> list[ShardScan]:
     """Scan all shards with a progress bar. Raise the first `DataError` in the order of `paths`."""
-    return thread_map(scan_shard, paths, max_workers=THREADS, desc="indexing shards", unit="shard")
+    scan = functools.partial(scan_shard, members=members)
+    return thread_map(scan, paths, max_workers=THREADS, desc="indexing shards", unit="shard")
 
 
-def scan_shard(path: str) -> ShardScan:
+def scan_shard(path: str, members: Members = USUAL) -> ShardScan:
     """Read the checksum, image offsets and labels of one shard. Raise `DataError` naming the shard and key.
 
     A remote shard is downloaded into the cache and stays there until it is evicted; a damaged one is removed at once.
     """
     if not is_url(path):
         with open(path, "rb") as file:
-            return _scan(file, path)
+            return _scan(file, path, members)
     cache, shard = ShardCache(), RemoteShard(path, file_size(path))
     with open(cache.open(shard), "rb") as file:
         try:
-            return _scan(file, path)
+            return _scan(file, path, members)
         except DataError:
             cache.discard(shard)
             raise
 
 
-def _scan(file: BufferedReader, path: str) -> ShardScan:
-    images: dict[str, tuple[int, int]] = {}  # key -> offset, size
-    labels: dict[str, int] = {}
-    ignored: Counter[str] = Counter()
-    num_bytes, sha256 = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
-    for name, offset, size in walk_tar(file, path):
-        key, _, suffix = name.rpartition(".")
-        suffix = suffix.lower()
-        is_label = suffix == LABEL_SUFFIX
-        is_resource_fork = name.rpartition("/")[2].startswith("._")  # metadata with an image's suffix, by macOS's tar
-        if is_resource_fork or not (is_label or suffix in IMAGE_SUFFIXES):
-            ignored["." + suffix if key else name] += 1
-        elif key in (labels if is_label else images):
-            raise DataError(f"{path}: the key {key!r} occurs twice", "write this shard again with unique keys")
-        elif is_label:
-            text = os.pread(file.fileno(), min(size, 16), offset)
-            if not _LABEL.fullmatch(text) or size > len(text):
+def why_unlabelled(path: str, key: str, members: Members = USUAL) -> str | None:
+    """Return what the label of a sample says that is no class id; None if there is no label, or the shard is remote."""
+    if is_url(path):
+        return None
+    with open(path, "rb") as file:
+        return _scan(file, path, members, checksum=False).unread.get(key)
+
+
+def _scan(file: BufferedReader, path: str, members: Members, *, checksum: bool = True) -> ShardScan:
+    num_bytes, sha256 = os.fstat(file.fileno()).st_size, ""
+    if checksum:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    samples, ignored = _samples(file, path, are_plain=members.image is not None)
+    chosen = {key: _image_field(path, key, places, members) for key, places in samples.items()}
+    scan = ShardScan(num_bytes, sha256, [], [], [], [], ignored)
+    for key, places in samples.items():
+        if (image := chosen[key]) is None:
+            labels = [name for name in places if name.rpartition(".")[2] == LABEL_SUFFIX]
+            if labels and not members.image:
                 raise DataError(
-                    f"{path}: {name!r} holds {text!r}, which is not a class id",
-                    "a label is one number from 0 to 999999 in decimal text; leave the .cls file out for no label",
+                    f"{path}: {key!r} has a label but no image; its members are {join_first(sorted(places))}",
+                    "write this shard again; images must end in " + ", ".join(f".{s}" for s in sorted(IMAGE_SUFFIXES)),
                 )
-            labels[key] = int(text)
         else:
-            images[key] = offset, size
-    if orphans := labels.keys() - images.keys():
+            offset, size = places.pop(image)
+            scan.keys.append(key)
+            scan.offsets.append(offset)
+            scan.sizes.append(size)
+            scan.labels.append(_take_label(file, key, places, members, scan.unread))
+        ignored.update(f".{name}" for name in places)
+    if samples and not scan.keys and members.image:
         raise DataError(
-            f"{path}: {min(orphans)!r} has a label but no image ({len(orphans)} such keys)",
-            "write this shard again; images must end in " + ", ".join("." + s for s in sorted(IMAGE_SUFFIXES)),
+            f"{path}: no sample has {members.image}, they have {join_first(sorted(ignored))}",
+            "name one of these without its dot in data.image_key, or leave the key out",
         )
-    offsets, sizes = [offset for offset, _ in images.values()], [size for _, size in images.values()]
-    rows = [labels.get(key, NO_LABEL) for key in images]
-    return ShardScan(num_bytes, sha256, list(images), offsets, sizes, rows, ignored)
+    return scan
+
+
+def _samples(file: BufferedReader, path: str, *, are_plain: bool) -> tuple[dict[str, _Places], Counter[str]]:
+    """Return the members of each sample by field, in archive order, and the count of members without a key.
+
+    are_plain: keys are WebDataset's without exception.
+    """
+    samples: dict[str, _Places] = {}
+    ignored: Counter[str] = Counter()
+    names = []
+    for name, offset, size in walk_tar(file, path):
+        base = name.rpartition("/")[2]
+        match = _KEY.fullmatch(name)
+        if match is None or base.startswith("._"):  # the latter: metadata with an image's suffix, by macOS's tar
+            ignored[f".{name.rpartition('.')[2].lower()}" if "." in base[1:] else name] += 1
+            continue
+        names.append((match[1], match[2].lower(), name, offset, size))
+    whole = set() if are_plain else _keys_with_dots(names)
+    for key, suffix, name, offset, size in names:
+        if key in whole:
+            key, _, suffix = name.rpartition(".")
+            suffix = suffix.lower()
+        places = samples.setdefault(key, {})
+        if suffix in places:
+            raise DataError(f"{path}: the key {key!r} occurs twice", "write this shard again with unique keys")
+        places[suffix] = offset, size
+    return samples, ignored
+
+
+def _keys_with_dots(names: Sequence[tuple[str, str, str, int, int]]) -> set[str]:
+    """Return the keys, up to the first dot, of which not one sample was meant, but one for each image.
+
+    Such are `frame.0001.jpg`, `frame.0002.jpg`, if no other key has these numbers, and `a.x.jpg`, `a.x.cls`,
+    `a.y.jpg`, `a.y.cls`.
+    """
+    fields: dict[str, set[str]] = {}
+    for key, suffix, *_ in names:
+        fields.setdefault(key, set()).add(suffix)
+    stems = {
+        key: [stem for stem, _, end in _split(suffixes) if end in IMAGE_SUFFIXES] for key, suffixes in fields.items()
+    }
+    shared = Counter(stem for several in stems.values() for stem in several)
+
+    def is_own(key: str, stem: str) -> bool:
+        return bool(stem) and (f"{stem}.{LABEL_SUFFIX}" in fields[key] or (stem.isdecimal() and shared[stem] == 1))
+
+    return {key for key, several in stems.items() if len(several) > 1 and all(is_own(key, stem) for stem in several)}
+
+
+def _split(suffixes: Iterable[str]) -> list[tuple[str, str, str]]:
+    return [suffix.rpartition(".") for suffix in suffixes]
+
+
+def _image_field(path: str, key: str, places: _Places, members: Members) -> str | None:
+    """Return the field of a sample's image; None if it has none. Raise `DataError` if several may be meant."""
+    if members.image:
+        return next((name for name in members.image.lower().split(";") if name in places), None)
+    images = [name for name in places if name.rpartition(".")[2] in IMAGE_SUFFIXES]
+    plain = [name for name in images if "." not in name]
+    if len(plain) > 1 or (not plain and len(images) > 1):
+        raise DataError(
+            f"{path}: the sample {key!r} has {len(images)} images: {join_first(sorted(images), 5)}",
+            f"say which one is meant, e.g. data.image_key={sorted(plain or images)[0]}; WebDataset's keys end at the "
+            "first dot of the file name",
+        )
+    return next(iter(plain or images), None)
+
+
+def _take_label(file: BufferedReader, key: str, places: _Places, members: Members, unread: dict[str, str]) -> int:
+    """Remove the label from a sample's fields and return its class id; note in `unread` what is none."""
+    if members.label:
+        labels = [name for name in members.label.lower().split(";") if name in places][:1]
+    else:
+        labels = [name for name in places if name.rpartition(".")[2] == LABEL_SUFFIX]
+        labels = [LABEL_SUFFIX] if LABEL_SUFFIX in labels else labels
+    if len(labels) != 1:
+        if labels:
+            unread[key] = f"{key!r} has several labels, {join_first(sorted(labels), 5)}: data.label_key chooses"
+        return NO_LABEL
+    offset, size = places.pop(labels[0])
+    text = os.pread(file.fileno(), min(size, _LONGEST_LABEL), offset)
+    number = text.removeprefix(_BOM).strip(b" \t\r\n\0")
+    if size <= _LONGEST_LABEL and _LABEL.fullmatch(number):
+        return int(number)
+    unread[key] = f"{key + '.' + labels[0]!r} holds {text[:40]!r}"
+    return NO_LABEL

@@ -83,7 +83,7 @@ def is_header_of(header: bytes, key: str) -> bool:
     """
     if len(key) > _SURELY_IN_HEADER or not key.isascii():
         return True
-    return len(header) == BLOCK and _name(header).rpartition(".")[0] == key
+    return len(header) == BLOCK and _name(header).startswith(f"{key}.")
 
 
 def _parse_header(path: str, header: bytes, position: int) -> tuple[str, int, bytes]:

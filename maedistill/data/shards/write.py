@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from maedistill.data.shards.index import CLASSES_FILE, SUFFIX, ShardIndex, index
 from maedistill.data.shards.index_check import parse_json
 from maedistill.data.shards.records import Record, Source, printable
 from maedistill.data.shards.scan import NO_LABEL, ShardScan, scan_shard
+from maedistill.data.shards.stamps import stamp_of
 from maedistill.errors import ConfigError, DataError, join_first
 
 REPORT_FILE = "make_shards.json"
@@ -114,7 +115,8 @@ def make_shards(
                     f"not one image of {split!r} can be used; {path}: {reason}", "check that SRC holds images"
                 )
             index = index_of(list(scans), list(scans.values()), classes=source.classes, provenance=settings)
-            save_index(index, out / f"{split}{SUFFIX}")
+            stamps = tuple(map(stamp_of, scans))
+            save_index(replace(index, shard_stamps=stamps), out / f"{split}{SUFFIX}")
     _finish(out, source.classes, settings, stats)
     return stats
 

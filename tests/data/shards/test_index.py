@@ -8,7 +8,8 @@ import pytest
 
 from maedistill.data.shards.index import load_index, open_index, save_index
 from maedistill.data.shards.reader import ShardReader
-from maedistill.errors import DataError
+from maedistill.data.shards.scan import Members
+from maedistill.errors import ConfigError, DataError
 from tests.data.tar_files import SAMPLES, write_split, write_tar
 
 
@@ -78,19 +79,125 @@ def test_shards_in_a_read_only_folder_are_indexed_in_the_cache(tmp_path, cache):
         tmp_path.chmod(0o755)
 
 
-def test_a_shard_of_another_size_and_a_damaged_index_are_named(tmp_path):
+def test_a_damaged_index_is_named(tmp_path):
     pattern = write_split(tmp_path)
     open_index(pattern)
-    with open(tmp_path / "train-000001.tar", "ab") as file:
-        file.write(bytes(512))
-    with pytest.raises(DataError, match=r"train-000001\.tar has .* bytes") as caught:
-        open_index(pattern)
-    assert "train.index.safetensors" in caught.value.remedy
     index = tmp_path / "train.index.safetensors"
     for wrong in (b"", index.read_bytes()[:-8], index.read_bytes().replace(b'format\\": 1', b'format\\": 9')):
         index.write_bytes(wrong)
         with pytest.raises(DataError, match="no index of format 1"):
             open_index(pattern)
+
+
+def relabel(path, number, *, like=None):
+    """Write a shard again with another label, of the same size; `like`: with the times of that file."""
+    members = {}
+    for i in range(4):
+        members |= {f"1_{i}.jpg": f"image 1 {i}".encode() * (i + 1), f"1_{i}.cls": b"%d" % number}
+    stat = path.stat()
+    assert write_tar(path, members).stat().st_size == stat.st_size
+    if like is not None:
+        os.utime(path, ns=(like.stat().st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("same_time", [False, True])
+@pytest.mark.parametrize("subset", [False, True])
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_shard_that_is_replaced_by_one_of_its_size_is_scanned_again(tmp_path, same_time, subset, read_only):
+    pattern, shard = write_split(tmp_path), tmp_path / "train-000001.tar"
+    tmp_path.chmod(0o555 if read_only else 0o755)
+    try:
+        before = open_index(pattern)
+        relabel(shard, 7, like=shard if same_time else None)
+        again = open_index(str(shard) if subset else pattern)
+        assert again.labels.tolist() == ([7] * 4 if subset else [0] * 4 + [7] * 4 + [2] * 4)
+        assert before.fingerprint() != open_index(pattern).fingerprint()
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_a_shard_of_another_size_is_scanned_again_and_a_cut_one_refused(tmp_path):
+    pattern, shard = write_split(tmp_path), tmp_path / "train-000001.tar"
+    open_index(pattern)
+    write_tar(shard, {f"{i}.jpg": b"x" * 100 for i in range(40)})
+    assert len(open_index(pattern)) == 48
+    shard.write_bytes(shard.read_bytes()[:2000])
+    with pytest.raises(DataError, match=r"train-000001\.tar is cut"):
+        open_index(pattern)
+
+
+def test_an_untouched_scan_of_an_earlier_version_is_kept_and_a_touched_one_made_again(tmp_path):
+    pattern, file = write_split(tmp_path), tmp_path / "train.index.safetensors"
+    save_index(dataclasses.replace(open_index(pattern), shard_stamps=(), shard_mtime_ns=()), file)
+    before = file.read_bytes()
+    open_index(pattern)
+    assert file.read_bytes() == before  # 150 GB are not read again
+    relabel(tmp_path / "train-000001.tar", 7)
+    later = file.stat().st_mtime_ns + 10**9
+    os.utime(tmp_path / "train-000001.tar", ns=(later, later))
+    assert open_index(pattern).labels[4] == 7
+
+
+def test_a_changed_shard_of_an_index_that_cannot_be_made_again_is_an_error(tmp_path):
+    pattern, file = write_split(tmp_path), tmp_path / "train.index.safetensors"
+    save_index(dataclasses.replace(open_index(pattern), provenance={"made_by": "x"}), file)
+    relabel(tmp_path / "train-000001.tar", 7)
+    with pytest.raises(DataError, match=r"train-000001\.tar has changed its contents"):
+        open_index(pattern)
+    moved = file.rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"train-000001\.tar has changed its contents"):
+        open_index(pattern, index=str(moved))
+
+
+def test_class_names_are_read_again(tmp_path):
+    pattern = write_split(tmp_path)
+    assert open_index(pattern).classes == ()
+    (tmp_path / "classes.json").write_text('["a", "b", "c"]')
+    assert open_index(pattern).classes == ("a", "b", "c")
+    (tmp_path / "classes.json").write_text('["x", "y", "z"]')
+    assert open_index(pattern).classes == ("x", "y", "z")
+    (tmp_path / "classes.json").write_text('["x"]')
+    with pytest.raises(DataError, match=r"has the label 2, but classes\.json names 1 classes"):
+        open_index(pattern)
+
+
+def test_labels_that_are_needed_say_what_stands_in_their_place(tmp_path, caplog):
+    write_tar(tmp_path / "a.tar", {"0.jpg": b"1", "0.cls": b"n01440764", "00.jpg": b"1", "00.cls": b"3"})
+    index = open_index(str(tmp_path / "a.tar"))
+    assert index.labels.tolist() == [-1, 3]  # pre-training needs none
+    with pytest.raises(DataError, match=r"1 of 2 samples have no label, first .*'0\.cls' holds b'n01440764'"):
+        index.require_labels()
+    write_tar(tmp_path / "b.tar", {"0.jpg": b"1", "0.cls": b"1", "1.jpg": b"1", "1.cls": b"2"})
+    open_index(str(tmp_path / "b.tar")).require_labels()
+    assert "class 0 never occurs" in caplog.text
+
+
+def test_the_members_of_a_sample_are_chosen_and_each_choice_has_an_index(tmp_path):
+    members = {}
+    for i in range(3):
+        members |= {f"{i}.input.jpg": b"x" * (i + 1), f"{i}.target.jpg": b"y" * 9, f"{i}.fine.cls": b"%d" % i,
+                    f"{i}.coarse.cls": b"0", f"{i}.json": b"{}"}  # fmt: skip
+    path = str(write_tar(tmp_path / "a.tar", members))
+    with pytest.raises(DataError, match=r"'0' has 2 images: input\.jpg, target\.jpg") as caught:
+        open_index(path)
+    assert "data.image_key=input.jpg" in caught.value.remedy
+    fine = Members("input.jpg", "fine.cls")
+    for _ in range(2):
+        assert open_index(path, members=fine).labels.tolist() == [0, 1, 2]
+        assert open_index(path, members=Members("target.jpg;input.jpg", "coarse.cls")).sizes.tolist() == [9, 9, 9]
+    unchosen = open_index(path, members=Members("input.jpg"))
+    with pytest.raises(DataError, match=r"several labels, coarse\.cls, fine\.cls"):
+        unchosen.require_labels()
+    with pytest.raises(DataError, match=r"no sample has png, they have .*\.input\.jpg"):
+        open_index(path, members=Members("png"))
+
+
+def test_the_members_of_shards_of_make_shards_are_not_chosen(tmp_path):
+    pattern = write_split(tmp_path)
+    made = dataclasses.replace(open_index(pattern), provenance={"made_by": "make_shards"})
+    save_index(made, tmp_path / "train.index.safetensors")
+    with pytest.raises(ConfigError):
+        open_index(pattern, members=Members("jpg"))
 
 
 LIES = {

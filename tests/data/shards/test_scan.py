@@ -4,9 +4,10 @@ import tarfile
 import time
 
 import pytest
+from webdataset.tariterators import base_plus_ext
 
 from maedistill.data.shards.index import open_index
-from maedistill.data.shards.scan import scan_shard
+from maedistill.data.shards.scan import Members, scan_shard
 from maedistill.errors import DataError
 from tests.data.tar_files import SAMPLES, write_tar
 
@@ -46,10 +47,73 @@ def test_foreign_members_are_counted_and_never_opened(tmp_path):
     assert len(scan.keys) == 3 and scan.ignored == {".json": 1, ".pyd": 1, ".jpg": 1, "README": 1}
 
 
-@pytest.mark.parametrize("text", [b"", b"-1", b"1_0", "１２".encode(), b"1.0", b"1234567", b"7\n\n", b"7" * 20])
-def test_labels_are_plain_numbers(tmp_path, text):
-    with pytest.raises(DataError, match=r"'a\.cls' holds .* not a class id"):
-        scan_shard(str(write_tar(tmp_path / "a.tar", {"a.jpg": b"1", "a.cls": text})))
+LABELS = {b"5": 5, b"5\n": 5, b"5\r\n": 5, b" 5 ": 5, b"\xef\xbb\xbf5": 5, b"0005": 5, b"7\n\n": 7, b"999999": 999_999}
+NO_LABELS = [b"", b"-1", b"1_0", "１２".encode(), b"1.0", b"1234567", b"n01440764", b"7" * 20, b"7" + b" " * 70, b"1 2"]
+
+
+@pytest.mark.parametrize("text", [*LABELS, *NO_LABELS])
+def test_labels_are_numbers_as_webdataset_reads_them_and_anything_else_is_none(tmp_path, text):
+    scan = scan_shard(str(write_tar(tmp_path / "a.tar", {"a.jpg": b"1", "a.cls": text, "b.jpg": b"2"})))
+    assert scan.labels == [LABELS.get(text, -1), -1]
+    assert list(scan.unread) == ([] if text in LABELS else ["a"])
+    if text in LABELS and not text.startswith(b"\xef"):
+        assert scan.labels[0] == int(text)
+
+
+def by_webdataset(path) -> list[tuple[str, set[str]]]:
+    """Key and fields of each sample as WebDataset groups them."""
+    samples: dict[str, set[str]] = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            key, suffix = base_plus_ext(member.name)
+            if key is not None:
+                samples.setdefault(key, set()).add(suffix.lower())
+    return list(samples.items())
+
+
+TARS = {
+    "masks": {f"{i}.{kind}": kind for i in range(3) for kind in ("jpg", "seg.png", "cls")},
+    "masks first": {f"d.1/{i}.{kind}": kind for i in range(3) for kind in ("depth.png", "seg.png", "JPG", "cls")},
+    "input and output": {f"s{i}.{kind}": kind for i in range(3) for kind in ("input.jpg", "output.cls")},
+    "dots": {f"./x/photo{i}.v{i}.final.jpeg": "" for i in range(3)},
+    "hidden": {"a.jpg": "", ".b.jpg": "", "x/._a.jpg": "", "c": ""},
+}
+IMAGES = {"masks": "jpg", "masks first": "jpg", "input and output": "input.jpg", "hidden": "jpg"}
+
+
+@pytest.mark.parametrize("name", TARS)
+def test_keys_and_fields_are_webdatasets(tmp_path, name):
+    members = {path: str(i % 3).encode() for i, path in enumerate(TARS[name])}
+    path = write_tar(tmp_path / "a.tar", members)
+    scan, expected = scan_shard(str(path)), by_webdataset(path)
+    expected = [(key, fields) for key, fields in expected if not key.endswith("/")]
+    assert scan.keys == [key for key, _ in expected]
+    with tarfile.open(path) as tar:
+        data = {member.offset_data: member.name for member in tar}
+    images = [data[offset] for offset in scan.offsets]
+    assert all(image.startswith(f"{key}.") for image, key in zip(images, scan.keys, strict=True))
+    if name in IMAGES:
+        assert all(
+            image.lower() == f"{key}.{IMAGES[name]}".lower() for image, key in zip(images, scan.keys, strict=True)
+        )
+    assert all(
+        (label >= 0) == any(field.endswith("cls") for field in f)
+        for label, (_, f) in zip(scan.labels, expected, strict=True)
+    )
+    read = len(images) + sum(label >= 0 for label in scan.labels)
+    assert scan.ignored.total() == len(members) - read
+    if name == "masks":
+        assert scan.ignored == {".seg.png": 3}
+
+
+def test_images_whose_names_hold_dots_stay_samples_of_their_own(tmp_path):
+    frames = {f"frame.{i:04d}.jpg": bytes([i]) for i in range(5)}
+    assert len(scan_shard(str(write_tar(tmp_path / "a.tar", frames))).keys) == 5
+    views = {f"clip{c}.{i}.jpg": b"1" for c in range(2) for i in range(3)}
+    with pytest.raises(DataError, match="the sample 'clip0' has 3 images") as caught:
+        scan_shard(str(write_tar(tmp_path / "b.tar", views)))
+    assert "data.image_key=0.jpg" in caught.value.remedy
+    assert scan_shard(str(tmp_path / "b.tar"), Members("1.jpg")).keys == ["clip0", "clip1"]
 
 
 def patch(data: bytes, position: int, new: bytes) -> bytes:
@@ -88,7 +152,7 @@ def test_damaged_tars_are_refused_by_name(tmp_path, damage):
     ("members", "match"),
     [
         ([("a.jpg", b"1"), ("b.jpg", b"1"), ("a.jpg", b"2")], "'a' occurs twice"),
-        ([("a.jpg", b"1"), ("a.png", b"2")], "'a' occurs twice"),
+        ([("a.jpg", b"1"), ("a.png", b"2")], "'a' has 2 images: jpg, png"),
         ([("a.jpg", b"1"), ("a.cls", b"1"), ("a.cls", b"1")], "'a' occurs twice"),
         ([("a.cls", b"1"), ("b.jpg", b"1")], "'a' has a label but no image"),
         ([("a.jpg", "2")], "link"),
