@@ -27,6 +27,7 @@ from maedistill.config.plan import share_batch
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.remote.cache import set_cache
 from maedistill.data.shards.index import open_index
+from maedistill.data.shards.scan import Members
 from maedistill.machine import cpu_share
 from maedistill.pretraining.build import build_crops
 from maedistill.processes import distributed
@@ -98,7 +99,7 @@ def measure_cost(config: PretrainConfig, *, gpus: int, rounds: int, expected: st
     plan, data, index = share_batch(config, gpus), config.data, None
     if data.train:
         set_cache(folder=data.cache_folder, gigabytes=data.cache_gb)
-        index = open_index(data.train, index=data.index)
+        index = open_index(data.train, index=data.index, members=Members(data.image_key, data.label_key))
     join(config)
     try:
         training = SyntheticTraining(config, distributed.device())

@@ -68,6 +68,9 @@ def parse_score(words: list[str]) -> argparse.Namespace:
     for name, text in FILES.items():
         flag = "--" + name.replace("_", "-")
         add(flag, type=Path, metavar=f"FILE{SUFFIXES[name]}", dest=name, help=text)
+    add(
+        "--test-size", action="store_true", help="image size and crop of timm's published accuracy, where it has others"
+    )
     add("--no-latency", action="store_true", help="do not time the network")
     add_common(parser)
     return parser.parse_args(words)
@@ -127,6 +130,9 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     add("--ema", action="store_true", help="a run's moving average of the weights")
     add("--image-size", type=at_least(1), metavar="N", help="other than the model's own; positions are resampled")
     add("--crop", type=share, metavar="F", help="share of the shorter side that is seen, other than the model's own")
+    add("--image-key", metavar="FIELD", help="member of a sample that is its image, as data.image_key")
+    add("--label-key", metavar="FIELD", help="member of a sample that is its label, as data.label_key")
+    add("--exif", choices=("ignore", "apply"), help="turn photographs upright or not (default: as the run did)")
     add("--batch", type=at_least(1), default=64, metavar="N", help="images at once in each process (default 64)")
     formats = "auto: bf16 on a GPU (fp16 below compute capability 8.0), fp32 on a CPU"
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=formats)
@@ -153,6 +159,7 @@ def main() -> None:
 
 def start_score(arguments: argparse.Namespace) -> None:
     """Evaluate a classifier and report its scorecard."""
+    from maedistill.data.shards.scan import Members
     from maedistill.evaluation.scorecard import score
 
     score(
@@ -163,6 +170,9 @@ def start_score(arguments: argparse.Namespace) -> None:
         weights="ema" if arguments.ema else "model",
         image_size=arguments.image_size,
         crop=arguments.crop,
+        test_size=arguments.test_size,
+        members=Members(arguments.image_key, arguments.label_key),
+        exif=arguments.exif,
         against=arguments.against,
         subset=arguments.subset,
         real=arguments.real,
@@ -174,12 +184,14 @@ def start_score(arguments: argparse.Namespace) -> None:
 
 def start_features(arguments: argparse.Namespace) -> None:
     """Evaluate frozen features by kNN or by a linear probe."""
+    from maedistill.data.shards.scan import Members
     from maedistill.evaluation.feature_eval import ProbeSpec, score_knn, score_probe
     from maedistill.evaluation.linear_probe import ProbeRecipe
 
-    names = ("model", "train", "val", "train_index", "val_index", "block", "pool", "image_size", "crop")
+    names = ("model", "train", "val", "train_index", "val_index", "block", "pool", "image_size", "crop", "exif")
     weights: Weights = "ema" if arguments.ema else "model"
-    spec = ProbeSpec(**{name: getattr(arguments, name) for name in names}, weights=weights)
+    members = Members(arguments.image_key, arguments.label_key)
+    spec = ProbeSpec(**{name: getattr(arguments, name) for name in names}, weights=weights, members=members)
     context = open_context(arguments)
     if arguments.command == "knn":
         score_knn(spec, context, ks=arguments.k, temperature=arguments.temperature, file=arguments.json)

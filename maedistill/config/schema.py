@@ -27,6 +27,7 @@ Above0 = Annotated[float, Field(gt=0.0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]  # of decay, drop or smoothing
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Triple = tuple[float, float, float]
+FieldNames = Annotated[str, Field(pattern=r"^[^\s.;]\S*$")]  # of a sample in a shard
 Positions = Literal["sincos2d", "sincos1d", "learned"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -76,6 +77,17 @@ class ImagesConfig(Section):
         300,
         "how long the loader processes may be stuck at their samples before the run ends and names them; fetching a "
         "remote shard has time limits of its own",
+    )
+    image_key: FieldNames | None = result(
+        None,
+        "member of a sample that is its image, for shards of other tools with several: what follows the first dot of "
+        "its name, e.g. input.jpg; with `;` the first that a sample has; null: jpg, jpeg, png or webp",
+    )
+    label_key: FieldNames | None = result(None, "member of a sample that is its label, e.g. output.cls; null: cls")
+    exif: Literal["ignore", "apply"] = result(
+        "ignore",
+        "EXIF orientation of photographs; ignore: pixels as they are stored, as is customary with ImageNet; apply: "
+        "turned upright, in training, validation and evaluation",
     )
     cache_folder: str | None = runtime(
         None,

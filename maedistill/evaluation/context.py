@@ -71,6 +71,8 @@ def print_network(label: str, network: Network) -> None:
     crop = f"{network.crop_mode} crop {network.crop:g}, {network.interpolation}"
     print_main(label, network.describe())
     print_main("input", f"{network.size} px, {crop}, mean {mean}, std {std}")
+    if (network.test_size, network.test_crop) not in ((None, None), (network.size, network.crop)):
+        print_main("", f"its published accuracy is for {network.test_size} px, crop {network.test_crop:g}: --test-size")
 
 
 def print_data(label: str, index: ShardIndex, shards: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from maedistill.data.shards.index import ShardIndex, open_index
+from maedistill.data.shards.scan import USUAL, Members
 from maedistill.errors import ConfigError, DataError, NumericsError
 from maedistill.evaluation.context import EvalContext, finish, metadata, print_data, print_main, print_network
 from maedistill.evaluation.features import Features, extract_features
@@ -38,6 +39,8 @@ class ProbeSpec:
     block: int | None = None
     pool: Pool = "mean"
     image_size: int | None = None
+    members: Members = USUAL
+    exif: str | None = None
     crop: float | None = None
 
 
@@ -87,7 +90,7 @@ def score_probe(
     return finish(result, file)
 
 
-def open_pair(spec: ProbeSpec) -> tuple[ShardIndex, ShardIndex]:
+def open_pair(spec: ProbeSpec, *, exif: str = "ignore") -> tuple[ShardIndex, ShardIndex]:
     """Open the training and the validation shards. Collective.
 
     Raises DataError if either has no images or no labels, or if the validation shards have classes missing from the
@@ -95,7 +98,8 @@ def open_pair(spec: ProbeSpec) -> tuple[ShardIndex, ShardIndex]:
     """
     indexes = []
     for shards, file in ((spec.train, spec.train_index), (spec.val, spec.val_index)):
-        index = distributed.main_first(partial(open_index, shards, index=file))
+        open_images = partial(open_index, members=spec.members, apply_exif=(spec.exif or exif) == "apply")
+        index = distributed.main_first(partial(open_images, shards, index=file))
         if not len(index):
             raise DataError(f"{shards} holds no image", "name shards that hold labelled images")
         index.require_labels()
@@ -135,7 +139,7 @@ def _compute_features(
     )
     network, backbone = replace(network, crop=spec.crop or network.crop), network.module
     assert isinstance(backbone, Backbone)
-    train, val = open_pair(spec)
+    train, val = open_pair(spec, exif=network.exif)
     print_network("model", network)
     print_data("train", train, spec.train)
     print_data("val", val, spec.val)

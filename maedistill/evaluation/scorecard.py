@@ -5,6 +5,7 @@ MODEL, SHARDS -> Network, ShardIndex -> one full pass -> lines on stdout, JSON, 
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 
 from maedistill.data.loading.evaluation import EvaluationImages
 from maedistill.data.shards.index import ShardIndex, open_index
+from maedistill.data.shards.scan import USUAL, Members
+from maedistill.errors import ConfigError
 from maedistill.evaluation.accuracy import Evaluation, TopCounts, evaluate, write_predictions
 from maedistill.evaluation.agreement import Agreement, TwoViews, evaluate_against
 from maedistill.evaluation.calibration import BINS, Calibration, calibrate
@@ -36,6 +39,9 @@ def score(
     weights: Weights = "model",
     image_size: int | None = None,
     crop: float | None = None,
+    test_size: bool = False,
+    members: Members = USUAL,
+    exif: str | None = None,
     against: str | None = None,
     subset: bool = False,
     real: bool = False,
@@ -45,15 +51,28 @@ def score(
 ) -> dict[str, Any]:
     """Evaluate `model` on `shards`, print the scorecard and return it. Collective.
 
-    image_size, crop: override the model's own. against: a second classifier to compare with. subset: the shards hold
-    only some of the model's classes, matched by name. real: also score against the labels of ImageNet-ReaL. bins:
-    number of bins of the calibration error. files: paths for predictions, per_class, confusions and json. Raises
-    subclasses of UserError.
+    image_size, crop: override the model's own. test_size: take those of its published accuracy, if timm states others.
+    members: which fields of a sample are image and label. exif: `apply` or `ignore`, if not as in training. against: a
+    second classifier to compare with. subset: the shards hold only some of the model's classes, matched by name. real:
+    also score against the labels of ImageNet-ReaL. bins: number of bins of the calibration error. files: paths for
+    predictions, per_class, confusions and json. Raises subclasses of UserError.
     """
-    network = distributed.main_first(lambda: open_network(model, "classifier", weights=weights, image_size=image_size))
+    open_sized = partial(open_network, model, "classifier", weights=weights)
+    network = distributed.main_first(lambda: open_sized(image_size=image_size))
+    if test_size:
+        if network.test_size is None or image_size is not None:
+            raise ConfigError(
+                f"--test-size: {network.name} states no other size for its accuracy"
+                if network.test_size is None
+                else "--test-size and --image-size both name the size",
+                "leave one of them out" if image_size is not None else "leave it out, or name one with --image-size",
+            )
+        size, crop = network.test_size, crop or network.test_crop
+        network = distributed.main_first(lambda: open_sized(image_size=size))
     network = replace(network, crop=crop or network.crop)
     teacher = distributed.main_first(lambda: open_network(against, "classifier")) if against else None
-    index = distributed.main_first(lambda: open_index(shards, index=index_file))
+    open_images = partial(open_index, members=members, apply_exif=(exif or network.exif) == "apply")
+    index = distributed.main_first(lambda: open_images(shards, index=index_file))
     print_network("model", network)
     if teacher is not None:
         print_network("vs.", teacher)

@@ -1,7 +1,7 @@
 """The parts of a fine-tuning run before its engine exists: data, network and recipe. Also the dry run."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,10 @@ from maedistill.data.images.transforms import normalize, random_flip, to_float01
 from maedistill.data.loading.batch import Batch
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
 from maedistill.data.loading.order import label_subset
+from maedistill.data.loading.turned import warn_of_turned
 from maedistill.data.remote.cache import require_room, set_cache
 from maedistill.data.shards.index import ShardIndex, open_index
+from maedistill.data.shards.scan import Members
 from maedistill.errors import ConfigError, DataError
 from maedistill.finetuning.build import build_classifier, build_init_source, build_labelled_crops, build_mixing
 from maedistill.finetuning.build_teachers import (
@@ -81,7 +83,13 @@ class Finetuning(Stage):
         return {
             "stage": "finetune",
             "network": describe_network(self.module.vit),
-            "input": {"size": data.image_size, "mean": self.mean, "std": self.std, "crop": data.eval_crop},
+            "input": {
+                "size": data.image_size,
+                "mean": self.mean,
+                "std": self.std,
+                "crop": data.eval_crop,
+                "exif": data.exif,
+            },
             "classes": list(self.index.classes or self.val_index.classes) or None,
             "data": {"images": len(self.samples), "fingerprint": self.index.fingerprint()},
             "validation": {"images": len(self.val_index), "fingerprint": self.val_index.fingerprint()},
@@ -197,10 +205,14 @@ def dry_run(config: FinetuneConfig) -> None:
 
 def _open_data(config: FinetuneConfig) -> tuple[ShardIndex, ShardIndex]:
     """Open the indexes of training and validation shards; check for equal classes and the labels that are needed."""
-    index = open_index(config.data.train, index=config.data.index)
+    data = config.data
+    open_images = partial(open_index, members=Members(data.image_key, data.label_key), apply_exif=data.exif == "apply")
+    index = open_images(config.data.train, index=config.data.index)
     require_room(index.shards, index.shard_bytes, window=config.data.shuffle_window)
+    if distributed.is_main():
+        warn_of_turned(index)
     assert config.data.val is not None  # a rule of the config requires it
-    val_index = open_index(config.data.val)
+    val_index = open_images(config.data.val)
     for part in (index, val_index) if config.distill.reads_labels else (val_index,):
         part.require_labels()
     if index.classes and val_index.classes and index.classes != val_index.classes:

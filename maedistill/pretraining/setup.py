@@ -10,8 +10,10 @@ from torch import Tensor
 
 from maedistill.config.plan import Plan, batch_plans, make_plan, plan_lines, world_size_from_environment
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.data.loading.turned import warn_of_turned
 from maedistill.data.remote.cache import require_room, set_cache
 from maedistill.data.shards.index import ShardIndex, open_index
+from maedistill.data.shards.scan import Members
 from maedistill.methods.mae import MAE
 from maedistill.methods.teacher import Teacher
 from maedistill.models.encoder import num_params_m
@@ -72,7 +74,13 @@ class Pretraining(Stage):
             "stage": "pretrain",
             "method": self.config.method,
             "network": describe_network(self.module.encoder.vit),
-            "input": {"size": data.image_size, "mean": data.mean, "std": data.std, "crop": data.eval_crop},
+            "input": {
+                "size": data.image_size,
+                "mean": data.mean,
+                "std": data.std,
+                "crop": data.eval_crop,
+                "exif": data.exif,
+            },
             "data": {"images": len(self.index), "fingerprint": self.index.fingerprint()},
             "batch": {
                 "ranks": self.plan.world_size,
@@ -172,9 +180,13 @@ def dry_run(config: PretrainConfig) -> None:
 
 def _open_data(config: PretrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
     """Open the indexes of training and validation shards. Raises an error now if labels needed later are missing."""
-    index = open_index(config.data.train, index=config.data.index)
+    data = config.data
+    open_images = partial(open_index, members=Members(data.image_key, data.label_key), apply_exif=data.exif == "apply")
+    index = open_images(config.data.train, index=config.data.index)
     require_room(index.shards, index.shard_bytes, window=config.data.shuffle_window)
-    val_index = open_index(config.data.val) if config.data.val else None
+    if distributed.is_main():
+        warn_of_turned(index)
+    val_index = open_images(config.data.val) if config.data.val else None
     if val_index is not None and (config.log.knn_every_epochs or config.log.probe_every_epochs):
         index.require_labels()
         val_index.require_labels()

@@ -9,6 +9,7 @@ from maedistill.config.keys import differing_keys
 from maedistill.config.schema import RunConfig
 from maedistill.data.shards.index import open_index
 from maedistill.data.shards.patterns import find_shards
+from maedistill.data.shards.scan import USUAL, Members
 from maedistill.errors import ConfigError, join_first
 from maedistill.runs.checkpoint import latest_step
 from maedistill.runs.folder import RunFolder
@@ -57,11 +58,12 @@ def is_scored(scorecard: Path, shards: str) -> bool:
 
 def _require_same_images(folder: RunFolder, config: RunConfig) -> None:
     metadata = folder.metadata()
+    members = Members(config.data.image_key, config.data.label_key)
     used: list[tuple[str, str | None, str | None]] = [("data", config.data.train, config.data.index)]
     if isinstance(config, FinetuneConfig):
         used.append(("validation", config.data.val, None))
     for record, shards, index in used:
-        if shards is not None and metadata[record]["fingerprint"] != _fingerprint(shards, index):
+        if shards is not None and metadata[record]["fingerprint"] != _fingerprint(shards, index, members):
             raise ConfigError(
                 f"{folder.path} was run on other images than {shards} holds",
                 "name the same shards, wherever they are now, or use another --out",
@@ -69,6 +71,6 @@ def _require_same_images(folder: RunFolder, config: RunConfig) -> None:
 
 
 @cache
-def _fingerprint(shards: str, index: str | None = None) -> str:
+def _fingerprint(shards: str, index: str | None = None, members: Members = USUAL) -> str:
     """Return the fingerprint of a set of shards. Cached, because many runs read the same shards."""
-    return open_index(shards, index=index).fingerprint()
+    return open_index(shards, index=index, members=members).fingerprint()

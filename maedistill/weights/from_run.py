@@ -64,6 +64,7 @@ class InputEntry(StrictModel):
     mean: tuple[Number, Number, Number]
     std: tuple[Deviation, Deviation, Deviation]
     crop: Crop
+    exif: Literal["ignore", "apply"] = "ignore"
 
 
 class DataEntry(StrictModel):

@@ -77,12 +77,12 @@ def open_timm(source: str, inspect_network: Inspect) -> tuple[TimmModel, int | N
         ) from error
 
 
-def image_config(network: TimmModel, source: str) -> ImageConfig:
-    """Validate the image config that timm resolves for a network.
+def image_config(network: TimmModel, source: str, *, test: bool = False) -> ImageConfig:
+    """Validate the image config that timm resolves for a network; test: the one of its published accuracy.
 
     Raises ConfigError for images that are not square or have other channels, DataError for values that cannot be true.
     """
-    values = resolve_model_data_config(network)
+    values = resolve_model_data_config(network, use_test_size=test)
     if list(values["input_size"])[:1] != [3] or len({*values["input_size"][1:]}) != 1:
         size = " x ".join(map(str, values["input_size"]))[:60]
         raise ConfigError(f"{source} looks at {size} pixels", "use a model of square images with 3 channels")

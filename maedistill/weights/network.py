@@ -52,6 +52,9 @@ class Network:
     crop: float = DEFAULT_CROP_PCT  # fraction of the shorter side that is kept
     interpolation: str = "bicubic"
     crop_mode: str = "center"
+    exif: str = "ignore"  # or "apply": whether it saw photographs turned upright
+    test_size: int | None = None  # for which timm's accuracy is published, with test_crop, where it is not `size`
+    test_crop: float | None = None
     classes: tuple[str, ...] = ()  # names, position = label; empty if not known
     audit: str = ""  # which of its keys were loaded
     origin: Mapping[str, Any] | None = None  # of a run: its stage, method, data, teacher and license
@@ -197,6 +200,8 @@ def _open_timm(source: str, use: Use, check: Inspect, unstated: str) -> Network:
         module.reset_classifier(0, "")
         require_finite(module.state_dict(), source)
     config, stated = image_config(module, source), module.pretrained_cfg
+    test = image_config(module, source, test=True)
+    differs = (test.input_size, test.crop_pct) != (config.input_size, config.crop_pct)
     return Network(
         module,
         source,
@@ -204,6 +209,8 @@ def _open_timm(source: str, use: Use, check: Inspect, unstated: str) -> Network:
         str(stated.get("license") or unstated),
         num_classes=module.num_classes,
         crop=config.crop_pct,
+        test_size=test.input_size[1] if differs else None,
+        test_crop=test.crop_pct if differs else None,
         **config.model_dump(include={"mean", "std", "interpolation", "crop_mode"}),
         classes=tuple(map(str, stated.get("label_names") or ())),
         audit=f"{len(module.state_dict())} keys loaded by timm",
@@ -225,6 +232,7 @@ def _open_run(path: str, use: Use, weights: Weights, check: Inspect) -> Network:
         mean=tuple(entry["mean"]),
         std=tuple(entry["std"]),
         crop=entry["crop"],
+        exif=entry.get("exif", "ignore"),
         classes=tuple(metadata.get("classes") or ()),
         audit=str(run.audit),
         origin={name: metadata.get(name) for name in ("stage", "method", "data", "teacher", "license")},

@@ -68,7 +68,7 @@ def decode_rgb(data: bytes, *, decoder: str = JPEG_DECODERS[0], apply_exif: bool
         pixels = decode(image, data, decoder=decoder)
         if not apply_exif or (turned := orientation(image)) == AS_STORED:
             return pixels
-        return upright(pixels, turned).contiguous(memory_format=torch.preserve_format)
+        return upright(pixels, turned).permute(1, 2, 0).contiguous().permute(2, 0, 1)  # [3, H, W], channels last
 
 
 def is_image(file: BinaryIO) -> bool:

@@ -70,7 +70,7 @@ class RandomCrops(Images):
         at = torch.tensor(positions)
         samples = self.order.samples(at).tolist()
         draws = uniform(self.seed, at, Stream.CROP, n=CROP_DRAWS).tolist()
-        decode_one, bad = functools.partial(decode_rgb, decoder=self.decoder), []
+        decode_one, bad = functools.partial(decode_rgb, decoder=self.decoder, apply_exif=self.index.apply_exif), []
         # Group by visit, not sample: an epoch may begin with the last sample of the one before, which is another visit.
         for visit, group in itertools.groupby(range(len(positions)), key=lambda i: positions[i] // self.order.views):
             views = list(group)

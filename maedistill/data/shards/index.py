@@ -59,6 +59,7 @@ class ShardIndex:
     provenance: dict[str, Any] = field(default_factory=dict)  # the settings of make_shards, or SCANNED and the members
     shard_stamps: tuple[str, ...] = ()  # see stamps.py; empty if they were not taken
     shard_mtime_ns: tuple[int, ...] = ()  # of a scan; empty if they were not taken
+    apply_exif: bool = False  # whether its readers turn photographs upright; not saved
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -129,13 +130,16 @@ class ShardIndex:
             )
 
 
-def open_index(shards: str, *, index: str | None = None, members: Members = USUAL) -> ShardIndex:
+def open_index(
+    shards: str, *, index: str | None = None, members: Members = USUAL, apply_exif: bool = False
+) -> ShardIndex:
     """Return the index of the shards that a pattern matches: one tar, a glob or a brace range, or part of a split.
 
     Read the file `index` if it is given, else the index beside the shards or in the cache; if neither exists, or if
     shards changed since, scan the shards and save the result. Both arguments may be URLs. members: which fields of a
-    sample to read. Raise `ConfigError` for an invalid pattern, and `DataError` for shards that are missing, damaged,
-    or differ from an index that is not made again; remote shards are checked on download.
+    sample to read. apply_exif: turn photographs upright.
+    Raise `ConfigError` for an invalid pattern, and `DataError` for shards that are missing, damaged, or differ from an
+    index that is not made again; remote shards are checked on download.
     """
     paths = find_shards(shards)
     folder, wanted = os.path.dirname(paths[0]), _scanned(members)
@@ -165,7 +169,7 @@ def open_index(shards: str, *, index: str | None = None, members: Members = USUA
         raise DataError(f"{shards!r} holds no images", "name others, or write shards with maedistill shards")
     if not is_url(folder) or selected.is_scan:
         selected = _with_classes(selected, read_classes(folder))
-    return selected
+    return replace(selected, apply_exif=apply_exif)
 
 
 def _scanned(members: Members) -> dict[str, Any]:
@@ -325,7 +329,7 @@ def load_index(file: Path) -> ShardIndex:
             "remove it: the shards are then scanned once",
         ) from error
     lists: dict[str, Any] = {name: tuple(text[name]) for name in ("shards", "shard_bytes", "shard_sha256", "classes")}
-    extra = {name: tuple(text.get(name, ())) for name in ("shard_stamps", "shard_mtime_ns")}
+    extra: dict[str, Any] = {name: tuple(text.get(name, ())) for name in ("shard_stamps", "shard_mtime_ns")}
     return ShardIndex(**lists, **arrays, provenance=text["made"], **extra)
 
 

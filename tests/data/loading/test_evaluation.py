@@ -99,6 +99,23 @@ def test_pixels_are_timms_own_for_real_photographs(tmp_path, shared):
     check_against_timm(index, files, {"size": 224, "crop": 0.875})
 
 
+@pytest.mark.parametrize("keywords", MODES)
+@pytest.mark.parametrize("shape", [(60_000, 1), (1, 60_000), (1_000_000, 3)])
+def test_an_image_of_extreme_aspect_costs_no_more_than_others(keywords, shape):
+    transform = evaluation_transform(**keywords)
+    image = Image.new("RGB", shape, (9, 99, 199))
+    tracked = []
+    with pytest.MonkeyPatch.context() as patched:
+        resize = Image.Image.resize
+        patched.setattr(
+            Image.Image, "resize", lambda self, size, *a, **k: tracked.append(size) or resize(self, size, *a, **k)
+        )
+        pixels = transform(image)
+    height, width = keywords["size"] if isinstance(keywords["size"], tuple) else (keywords["size"],) * 2
+    assert pixels.shape == (3, height, width) and pixels[:, height // 2, width // 2].tolist() == [9, 99, 199]
+    assert all(w * h <= 64_000_000 // 64 for w, h in tracked)
+
+
 def test_the_whole_of_a_small_image_is_that_image():
     transform = evaluation_transform(size=32, crop=1.0)
     pixels = decode_rgb(encoded(32, 32))  # [3, 32, 32]

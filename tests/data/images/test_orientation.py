@@ -1,0 +1,71 @@
+"""EXIF orientation and bit depth: what is asked for is exact in every reader, the rest changes nothing."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from maedistill.data.images.decode import decode_rgb
+from maedistill.data.images.depth import DEPTHS, to_eight_bits, used_bits
+from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
+from maedistill.data.loading.loader import RandomCrops
+from maedistill.data.loading.order import SampleOrder
+from maedistill.data.shards.index import open_index
+from tests.data.images.test_decode import png
+from tests.data.tar_files import encode, write_tar
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2, 3, 3), dtype=np.uint8)).resize((30, 20))
+
+
+def turned(kind, tag, **options):
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    return encode(PICTURE, kind, exif=exif, **options)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("tag", [*range(1, 9), 0, 9])
+def test_an_orientation_is_applied_as_pillow_does_and_ignored_by_default(kind, tag):
+    data = turned(kind, tag)
+    with Image.open(io.BytesIO(data)) as image:
+        stored, upright = np.asarray(image.convert("RGB")), np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert np.array_equal(decode_rgb(data).permute(1, 2, 0).numpy(), stored)
+    assert np.array_equal(decode_rgb(data, apply_exif=True).permute(1, 2, 0).numpy(), upright)
+
+
+def test_damaged_exif_says_nothing():
+    data = turned("JPEG", 6).replace(b"Exif\0\0II*\0", b"Exif\0\0II*\xff").replace(b"Exif\0\0MM\0*", b"Exif\0\0MM\xff*")
+    assert torch.equal(decode_rgb(data, apply_exif=True), decode_rgb(data))
+
+
+def test_training_and_evaluation_see_photographs_upright_if_asked(tmp_path):
+    path = str(write_tar(tmp_path / "a.tar", {"0.png": turned("PNG", 6), "0.cls": b"0"}))
+    views = {}
+    for apply in (False, True):
+        index = open_index(path, apply_exif=apply)
+        crops = RandomCrops(index, SampleOrder(index.starts, seed=0), seed=0, size=20, scale=(1, 1), ratio=(1, 1))
+        images = EvaluationImages(index, torch.arange(1), evaluation_transform(size=20, crop=1.0))
+        views[apply] = [crops.__getitems__([0]).images[0], images.__getitems__([0])[0][0]]
+    for stored, upright in zip(views[False], views[True], strict=True):
+        difference = (torch.rot90(stored, -1, (1, 2)).float() - upright.float()).abs()
+        assert difference.mean() < 4 and (stored.float() - upright.float()).abs().mean() > 20
+
+
+@pytest.mark.parametrize("bits", DEPTHS)
+@pytest.mark.parametrize("colour", [0, 2])
+def test_shards_of_others_with_16_bit_images_are_scaled_by_the_depth_in_use(bits, colour):
+    channels = 1 if colour == 0 else 3
+    ramp = np.linspace(0, 2**bits - 1, 256).round().astype(np.uint16)
+    pixels = np.repeat(np.repeat(ramp[None, :, None], 2, 0), channels, 2)  # [2, 256, channels]
+    found = decode_rgb(png(pixels, colour=colour, depth=16))[:, 0].int()
+    assert (found - torch.arange(256)).abs().max() <= (1 if bits == 16 else 0)
+
+
+def test_the_depth_is_the_smallest_usual_one():
+    largest = {0: 8, 255: 8, 256: 10, 1023: 10, 1024: 12, 4095: 12, 4096: 14, 16384: 16, 65535: 16}
+    for value, bits in largest.items():
+        assert used_bits(np.array([[0, value]], dtype=np.uint16)) == bits
+    exact = np.arange(65536, dtype=np.uint16)
+    assert np.array_equal(to_eight_bits(exact, 16), (exact.astype(np.uint32) + 128) // 257)  # as it always was
