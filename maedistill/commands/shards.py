@@ -34,8 +34,8 @@ EXAMPLES = """examples:
   maedistill shards --verify shards/photos             checks every byte; exit 3 if a shard is damaged
 
 A killed run continues with the same command. Images keep their bytes, except: CMYK, 16-bit, palette, transparent
-(laid over white) and animated (first frame) files, BMP, GIF and TIFF become lossless PNG. Damaged files are skipped
-and named.
+(laid over white) and animated (first frame) files, and all but JPEG, PNG and WebP, become lossless PNG. Damaged files
+are skipped and named, other files are counted.
 """
 
 

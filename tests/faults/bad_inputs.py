@@ -252,10 +252,13 @@ TARS = {
     "an absolute name": shard("'/etc/cron.d/a.png' leads out", "do not use", tar({"/etc/cron.d/a.png": picture()})),
     "a name that climbs": shard(f"'{CANARY}/a.png' leads out", "do not use", tar({f"{CANARY}/a.png": picture()})),
     "a key twice": shard(
-        "the key 'a' occurs twice", "unique keys", tar([("a.png", b""), ("b.png", b""), ("a.jpg", b"")])
+        "the key 'a' occurs twice", "unique keys", tar([("a.png", b""), ("b.png", b""), ("a.png", b"")])
+    ),
+    "two images of a key": shard(
+        "'a' has 2 images: jpg, png", "data.image_key=jpg", tar([("a.png", b""), ("b.png", b""), ("a.jpg", b"")])
     ),
     "a name of two lines": shard(
-        r"'a\nerror: b' occurs twice", "unique keys", tar({"a\nerror: b.png": b"", "a\nerror: b.jpg": b""})
+        r"'a\nerror: b' has 2 images", "data.image_key", tar({"a\nerror: b.png": b"", "a\nerror: b.jpg": b""})
     ),
     "a label without image": shard("'x' has a label but no image", "must end in", tar(samples() | {"x.cls": b"1"})),
     "a pickle and a .pyd among images": case(
@@ -266,7 +269,12 @@ TARS = {
     ),
 }
 LABELS = {
-    name: shard("which is not a class id", "a label is one number from 0 to 999999", tar(samples(label=text)))
+    name: shard(
+        ".cls' holds b'",
+        "a label is one number from 0 to 999999",
+        tar(samples(label=text)),
+        f"{FINETUNE} data.train=bad.tar",
+    )
     for name, text in {
         "a word": b"cat",
         "negative": b"-1",
@@ -314,7 +322,7 @@ INDEXES = {
     "negative labels": lying_index(LIAR, labels=lambda a: a - 1000),
     "keys beyond the text": lying_index(LIAR, key_ends=lambda a: a + (1 << 40)),
     "keys that are no UTF-8": lying_index(LIAR, key_text=lambda a: np.full_like(a, 255)),
-    "another size": lying_index("bad.tar has 51,200 bytes, but its index says 10,240,000", shard_bytes=[10_240_000]),
+    "another size": lying_index("bad.tar has 51,200 bytes instead of 10,240,000", shard_bytes=[10_240_000]),
     "a size beyond 64 bits": lying_index(LIAR, shard_bytes=[1 << 70]),
     "another shard's name": lying_index("bad.tar is not in the index", shards=["other.tar"]),
     "a name that climbs": lying_index(LIAR, shards=["../../bad.tar"]),

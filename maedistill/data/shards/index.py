@@ -268,7 +268,7 @@ def index_of(
     )
     if ignored := sum((scan.ignored for scan in scans), Counter[str]()):
         counts = join_first([f"{suffix!r}: {count}" for suffix, count in ignored.most_common()], MOST_SUFFIXES)
-        _log.warning("members that are neither the image nor the label of a sample are not opened: {%s}", counts)
+        _log.warning("members that are neither the image nor the label of a sample are never opened: {%s}", counts)
     if unread := [text for scan in scans for text in scan.unread.values()]:
         _log.warning("%d labels are no class number and count as none, first %s", len(unread), unread[0])
     _check_labels(index, classes)
