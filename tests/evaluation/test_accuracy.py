@@ -2,23 +2,26 @@
 
 import csv
 import tarfile
+from functools import partial
 
 import pytest
 import timm
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.models import save_for_hf
 from torch import nn
 from torch.nn import functional as F
 
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
 from maedistill.data.shards.index import open_index
-from maedistill.errors import DataError, NumericsError
+from maedistill.errors import ConfigError, DataError, NumericsError
 from maedistill.evaluation import accuracy as module
 from maedistill.evaluation.accuracy import Evaluation, TopCounts, write_predictions
 from maedistill.evaluation.accuracy import evaluate as evaluate_all
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import Predictor
+from maedistill.evaluation.scorecard import score
 from maedistill.processes import distributed
 
 INPUT = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
@@ -194,7 +197,7 @@ def test_predictions_come_back_from_their_file(shards, samples, tmp_path):
 
 
 def test_a_predictions_file_is_written_whole_or_not_at_all(shards, tmp_path, monkeypatch):
-    index = open_index(str(shards / "val-*.tar"))
+    index = open_index(str(shards / "train-000000.tar"))
     found = Evaluation(
         torch.arange(2),
         torch.zeros(2, dtype=torch.int64),
@@ -207,3 +210,21 @@ def test_a_predictions_file_is_written_whole_or_not_at_all(shards, tmp_path, mon
     with pytest.raises(pytest.fail.Exception):
         write_predictions(tmp_path / "p.csv", found, index)
     assert (tmp_path / "p.csv").read_text() == "before"
+
+
+def test_the_size_of_a_published_accuracy_is_said_and_taken(shards, tmp_path, capsys):
+    network, context = timm.create_model("resnet10t", num_classes=12), EvalContext(torch.device("cpu"), 24, workers=0)
+    config = {"input_size": (3, 32, 32), "crop_pct": 0.9, "test_input_size": (3, 48, 48), "test_crop_pct": 1.0}
+    save_for_hf(network, tmp_path / "model", data_config=config, safe_serialization=True)
+    ask = partial(score, str(tmp_path / "model"), str(shards / "val-*.tar"), context, latency=False, files={})
+    own = ask()
+    assert (own["size"], own["crop"]) == (32, 0.9) and "48 px, crop 1: --test-size" in capsys.readouterr().out
+    published = ask(test_size=True)
+    assert (published["size"], published["crop"]) == (48, 1.0) and "--test-size" not in capsys.readouterr().out
+    assert published["loss"] == ask(image_size=48, crop=1.0)["loss"] != own["loss"]
+    with pytest.raises(ConfigError, match="both name the size"):
+        ask(test_size=True, image_size=32)
+    same = {"test_input_size": config["input_size"], "test_crop_pct": config["crop_pct"]}
+    save_for_hf(network, tmp_path / "model", data_config=config | same, safe_serialization=True)
+    with pytest.raises(ConfigError, match="states no other size"):
+        ask(test_size=True)

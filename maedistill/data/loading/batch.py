@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_buffers: "WeakValueDictionary[int, SharedBatchBuffers]" = WeakValueDictionary()  # of this process, by number
+_buffers: "WeakValueDictionary[int, SharedBatchBuffers | SharedRows]" = WeakValueDictionary()  # by number
 _numbers = itertools.count()
 
 
@@ -74,6 +74,45 @@ class BatchHandle:
 def _open_batch(number: int, slot: int, small: tuple[np.ndarray, ...], bad: tuple[str, ...]) -> Batch:
     positions, labels, samples = map(torch.from_numpy, small)
     return Batch(_buffers[number].images[slot], positions, labels, samples, bad)
+
+
+class SharedRows:
+    """C = `count` slots for `batch` rows of one shape and dtype, in memory like that of `SharedBatchBuffers`.
+
+    Batch j, which begins at position j * batch, uses slot j mod C.
+    """
+
+    def __init__(self, count: int, *, batch: int, row: Tensor) -> None:
+        memory = mmap.mmap(-1, max(1, count * batch * row.nbytes))
+        rows = torch.frombuffer(memory, dtype=row.dtype)[: count * batch * row.numel()]
+        self.images = rows.view(count, batch, *row.shape)  # [C, b, ...]
+        self.batch, self.number = batch, next(_numbers)
+        _buffers[self.number] = self
+
+    def slot_of(self, position: int) -> int:
+        """Return the slot of the batch that begins at this position."""
+        return position // self.batch % len(self.images)
+
+
+@dataclass(frozen=True)
+class RowsHandle:
+    """An evaluation batch on its way from a worker, whose images are a slot. It is unpickled as three tensors.
+
+    The images are copied out of the slot then, so that a batch is valid as long as it is kept.
+    """
+
+    labels: Tensor  # int64 [b]
+    ids: Tensor  # int64 [b]
+    buffers: SharedRows
+    slot: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_rows, (self.buffers.number, self.slot, self.labels.numpy(), self.ids.numpy())
+
+
+def _open_rows(number: int, slot: int, labels: np.ndarray, ids: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    images = _buffers[number].images[slot, : len(ids)].clone()
+    return images, torch.from_numpy(labels), torch.from_numpy(ids)
 
 
 def on_device(batches: Iterator[B], device: torch.device) -> Iterator[B]:

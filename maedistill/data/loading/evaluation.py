@@ -8,6 +8,7 @@ replacement by the next good one, because they must not end a run.
     n samples   b batch   s image side
 """
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass, replace
@@ -20,7 +21,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from maedistill.data.images.decode import BadImage, decode_rgb
 from maedistill.data.images.transforms import centre_crop
-from maedistill.data.loading.batch import on_device
+from maedistill.data.loading.batch import RowsHandle, SharedRows, on_device
 from maedistill.data.loading.workers import TIMEOUT_SECONDS, Images, load_batches
 from maedistill.data.shards.index import ShardIndex
 from maedistill.data.shards.reader import ShardReader
@@ -29,6 +30,7 @@ from maedistill.errors import DataError
 
 _CPU = torch.device("cpu")
 LONGEST_ASPECT = 32  # longer side / shorter side; below it, pixels are exactly timm's
+PREFETCHED = 2  # batches per worker
 PADDING = -1  # instead of a sample id: a black image without label
 
 
@@ -87,18 +89,29 @@ class EvaluationImages(Images):
 
     def __post_init__(self) -> None:
         self.reader = ShardReader(self.index)
+        self.buffers: SharedRows | None = None  # None: each batch has memory of its own
         self.black = torch.zeros_like(self.transform(Image.new("RGB", (1, 1))))  # [3, s, s]
 
-    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitems__(self, rows: list[int]) -> "tuple[Tensor, Tensor, Tensor] | RowsHandle":
         """Return images uint8 [b, 3, s, s], labels and sample ids int64 [b] of some rows of `samples`.
 
         The label of an unlabelled sample is -1. Raise `DataError` for an image that cannot be decoded, or with
         `replace_bad` for too many of them in a row.
         """
         ids = self.samples[rows]  # [b]
-        images, samples = zip(*map(self._image, ids.tolist()), strict=True)
-        labels = torch.from_numpy(self.index.labels[list(samples)])  # [b]
-        return torch.stack(images), labels.masked_fill(ids == PADDING, NO_LABEL), ids
+        slot = self.buffers.slot_of(rows[0]) if self.buffers else 0
+        images = (
+            self.buffers.images[slot, : len(rows)]
+            if self.buffers
+            else self.black.new_empty(len(rows), *self.black.shape)
+        )
+        samples = []
+        for row, asked in zip(images, ids.tolist(), strict=True):
+            image, sample = self._image(asked)
+            row.copy_(image)
+            samples.append(sample)
+        labels = torch.from_numpy(self.index.labels[samples]).masked_fill(ids == PADDING, NO_LABEL)  # [b]
+        return RowsHandle(labels, ids, self.buffers, slot) if self.buffers else (images, labels, ids)
 
     def with_samples(self, samples: Tensor) -> "EvaluationImages":
         """Return the same view of other samples."""
@@ -134,9 +147,15 @@ def exact_batches(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Return images uint8 [b, 3, s, s], labels, ids int64 [b] on `device`, in order. The last batch may be smaller."""
     count = len(images.samples)
+    if workers:  # torch would make a file in /dev/shm of each batch, which containers give 64 MB
+        images = copy.copy(images)
+        images.buffers = SharedRows(workers * PREFETCHED + 1, batch=min(batch, count), row=images.black)
+        batch = images.buffers.batch
     rows = (list(range(start, min(start + batch, count))) for start in range(0, count, batch))
     pin_memory = device.type == "cuda"
-    batches = load_batches(images, rows, workers=workers, pin_memory=pin_memory, timeout_seconds=timeout_seconds)
+    batches = load_batches(
+        images, rows, workers=workers, prefetch=PREFETCHED, pin_memory=pin_memory, timeout_seconds=timeout_seconds
+    )
     return on_device(batches, device)
 
 
