@@ -12,6 +12,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -92,7 +93,7 @@ class EvaluationImages(Images):
         self.buffers: SharedRows | None = None  # None: each batch has memory of its own
         self.black = torch.zeros_like(self.transform(Image.new("RGB", (1, 1))))  # [3, s, s]
 
-    def __getitems__(self, rows: list[int]) -> "tuple[Tensor, Tensor, Tensor] | RowsHandle":
+    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return images uint8 [b, 3, s, s], labels and sample ids int64 [b] of some rows of `samples`.
 
         The label of an unlabelled sample is -1. Raise `DataError` for an image that cannot be decoded, or with
@@ -111,7 +112,9 @@ class EvaluationImages(Images):
             row.copy_(image)
             samples.append(sample)
         labels = torch.from_numpy(self.index.labels[samples]).masked_fill(ids == PADDING, NO_LABEL)  # [b]
-        return RowsHandle(labels, ids, self.buffers, slot) if self.buffers else (images, labels, ids)
+        if self.buffers:  # in a loader worker: the handle is a tuple again where it arrives
+            return cast(Any, RowsHandle(labels, ids, self.buffers, slot))
+        return images, labels, ids
 
     def with_samples(self, samples: Tensor) -> "EvaluationImages":
         """Return the same view of other samples."""
