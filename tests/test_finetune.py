@@ -106,7 +106,9 @@ def test_a_run_leaves_a_complete_folder(tuned):
     assert tuned.err == "" and "step 24/24" in tuned.out
     assert json.loads((run / "exit.json").read_text()) == {"exit_code": 0, "reason": "finished", "step": 24}
     metadata = json.loads((run / "run.json").read_text())
-    assert metadata["input"] == {"size": 32, "mean": [0.5] * 3, "std": [0.25] * 3, "crop": 1.0}, "as its source's"
+    assert metadata["input"] == {"size": 32, "mean": [0.5] * 3, "std": [0.25] * 3, "crop": 1.0, "exif": "ignore"}, (
+        "as its source's"
+    )
     assert metadata["classes"] == ["a", "b", "c"] and metadata["origin"]["method"] == "mae"
     assert len(steps) == 24 and all(np.isfinite(record["loss"]) for record in steps)
     assert [(record["step"], "ema_top1" in record) for record in evaluations(tuned)] == [
