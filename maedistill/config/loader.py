@@ -20,6 +20,7 @@ from maedistill.config.document import CONFIGS, Refusal, config_name, find_confi
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import all_keys
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.schema import RunConfig
 from maedistill.config.shared_rules import Problem
 from maedistill.config.values import Root, validated
 from maedistill.errors import ConfigError
@@ -47,18 +48,31 @@ class _Setting:
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, root: type[Root], to_run: bool = True
+    path: str | Path | RunConfig | Mapping[str, Any],
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    root: type[Root],
+    to_run: bool = True,
+    given: Mapping[str, Any] | None = None,
 ) -> LoadedConfig[Root]:
     """Read a config file, apply `key=value` overrides (values in YAML) and check everything.
 
-    path: a file, or the name of a config that comes with maedistill, such as imagenet/dmae_vit_b.
+    path: a file, or the name of a config that comes with maedistill, such as imagenet/dmae_vit_b; or from Python a
+    config or a mapping of settings, as the overrides may be. given: settings above the overrides, from Python.
     root: the schema, PretrainConfig or FinetuneConfig.
     to_run: whether shards and run folder must be named, as for a run; a recipe can be inspected without them.
     Raises `ConfigError`, which names the first problem with its place and counts the others.
     """
-    settings = _read_file(find_config(path), extended_by=(), read=[])
-    for override in overrides:
-        settings |= _read_override(override)
+    if isinstance(path, str | Path):
+        settings = _read_file(find_config(path), extended_by=(), read=[])
+    else:
+        settings = _from_python(path)
+    if isinstance(overrides, Mapping):
+        settings |= _from_python(overrides)
+    else:
+        for override in overrides:
+            settings |= _read_override(override)
+    settings |= _from_python(given or {})
     config = validated({name: setting.value for name, setting in settings.items()}, root)
     if isinstance(config, list):
         raise _error(config, settings)
@@ -124,6 +138,23 @@ def _nearest_files(path: Path) -> str:
     names = [] if path.suffix == ".yaml" else sorted(map(config_name, CONFIGS.glob("*/*.yaml")))
     near = difflib.get_close_matches(str(path), [*files, *names], n=3, cutoff=0.6) or files[:3]
     return f"did you mean {' or '.join(near)}?" if near else f"{folder} holds no .yaml files; name one that exists"
+
+
+def _from_python(values: RunConfig | Mapping[str, Any], prefix: str = "") -> dict[str, _Setting]:
+    """Return the settings of a config, or of a mapping: nested, with dotted names, or both."""
+    if isinstance(values, RunConfig):
+        values = values.model_dump(mode="json", exclude_defaults=True)
+    settings: dict[str, _Setting] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            settings |= _from_python(value, f"{name}.")
+            continue
+        value = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        if not isinstance(value, str | int | float | list | Mapping | None):
+            raise ConfigError(f"{name}: a {type(value).__name__} is no setting", "give text, a number or a list")
+        settings[name] = _Setting(value, "Python", f"Python {name}")
+    return settings
 
 
 def _read_override(text: str) -> dict[str, _Setting]:

@@ -14,6 +14,7 @@ from maedistill.config.schema import RunConfig
 # Kinds of sources of weights, KIND:NAME. The first four state their architecture, and open any network.
 NETWORK_KINDS = ("run", "timm", "hf-hub", "local-dir")
 SOURCE_KINDS = (*NETWORK_KINDS, "file", "random")
+PYTHON_KIND = "python"  # python:MODULE.CLASS stands for an object that a Python caller gives, see runs/objects.py
 # Prefixes of timm's plain VisionTransformers; models/encoder.py rejects other classes with these prefixes.
 FAMILIES = ("vit_", "deit", "flexivit_", "aimv2_", "beit3_", "eva_", "test_vit")
 
@@ -92,7 +93,7 @@ def engine(c: RunConfig) -> Iterator[Problem]:
 def kind_of_source(key: str, source: str, *, kinds: tuple[str, ...]) -> Iterator[Problem]:
     """Yield a problem unless a source of weights has the form KIND:NAME."""
     kind, _, name = source.partition(":")
-    if kind not in kinds or not name:
+    if kind not in (*kinds, PYTHON_KIND) or not name:
         yield Problem(key, f"{source!r} is not of the form KIND:NAME", f"use one of the kinds {', '.join(kinds)}")
 
 
@@ -105,7 +106,7 @@ def checksum(section: str, sha256: str | None, *, kind: str, noun: str) -> Itera
 
 def family(key: str, model: str | None) -> Iterator[Problem]:
     """Yield a problem unless `model` is a plain Vision Transformer, the only kind that can run on selected patches."""
-    if model is not None and not model.startswith(FAMILIES):
+    if model is not None and not model.startswith((*FAMILIES, f"{PYTHON_KIND}:")):
         remedy = "use a vit_* or deit* name, e.g. vit_small_patch16_224"
         yield Problem(key, f"{model!r} is not a VisionTransformer of timm", remedy)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from maedistill.config.plan import Plan, batch_plans, make_plan, plan_lines, world_size_from_environment
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.data.remote.cache import require_room, set_cache
-from maedistill.data.shards.index import ShardIndex, open_index
+from maedistill.data.remote.cache import set_cache
+from maedistill.data.shards.index import ShardIndex
 from maedistill.methods.mae import MAE
 from maedistill.methods.teacher import Teacher
 from maedistill.models.encoder import num_params_m
@@ -30,6 +30,7 @@ from maedistill.processes import distributed
 from maedistill.runs.dry_run import dry_run as plan_and_try
 from maedistill.runs.dry_run import forward_backward
 from maedistill.runs.folder import RunFolder
+from maedistill.runs.objects import NOTHING, Objects, class_name, open_samples
 from maedistill.runs.start import Stage
 from maedistill.training.compilation import compile_function, compile_module
 from maedistill.training.memory_fit import fit_to_memory
@@ -58,6 +59,7 @@ class Pretraining(Stage):
     device: torch.device
     inputs: Callable[[Tensor, Tensor], tuple[Tensor, PatchSplit]]
     fitted_to: int | None = None  # memory of the GPU, in bytes, that the micro-batch was fitted to
+    has_objects: bool = False  # whether the student or the method is a caller's
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -71,7 +73,8 @@ class Pretraining(Stage):
         return {
             "stage": "pretrain",
             "method": self.config.method,
-            "network": describe_network(self.module.encoder.vit),
+            "method_class": class_name(type(self.module)),
+            "network": describe_network(getattr(self.module.encoder, "vit", self.module.encoder)),
             "input": {"size": data.image_size, "mean": data.mean, "std": data.std, "crop": data.eval_crop},
             "data": {"images": len(self.index), "fingerprint": self.index.fingerprint()},
             "batch": {
@@ -108,6 +111,11 @@ class Pretraining(Stage):
         images, split = self.inputs(pixels, positions)
         return images, split, self.teacher(images, split) if self.teacher is not None else None
 
+    @property
+    def is_random(self) -> bool:
+        """Return whether the student's step may draw random numbers: drop path, or a module of the caller's."""
+        return self.config.student.drop_path > 0 or self.has_objects
+
     def compile(self) -> None:
         """Compile what a step runs: images and masks, teacher, student."""
         self.inputs = compile_function(self.inputs)
@@ -116,18 +124,24 @@ class Pretraining(Stage):
                 compile_module(network)
 
 
-def open_pretraining(config: PretrainConfig, *, world_size: int, device: torch.device) -> Pretraining:
-    """Open data and teacher, build the student, fit the micro-batch. Works without a process group too. Collective."""
+def open_pretraining(
+    config: PretrainConfig, *, world_size: int, device: torch.device, objects: Objects = NOTHING
+) -> Pretraining:
+    """Open data and teacher, build the student, fit the micro-batch. Works without a process group too. Collective.
+
+    objects: what a Python caller gives in place of what the config names.
+    """
     set_cache(folder=config.data.cache_folder, gigabytes=config.data.cache_gb)
-    index, val_index = distributed.main_first(lambda: _open_data(config))
+    index, val_index = distributed.main_first(lambda: _open_data(config, objects))
     plan = make_plan(config, len(index), world_size=world_size)
-    encoder = build_encoder(config)
-    source = distributed.main_first(lambda: build_teacher_source(config, grid=encoder.grid))
+    encoder = build_encoder(config, objects)
+    source = distributed.main_first(lambda: build_teacher_source(config, grid=encoder.grid, objects=objects))
     teacher_weights = [weights_fingerprint(source.encoder)] if source is not None else []  # before their dtype changes
-    method = build_method(config, encoder, source).to(device)
+    method = build_method(config, encoder, source, objects).to(device)
     teacher = build_teacher(config, source, device) if source is not None else None
     inputs = partial(step_inputs, config, num_patches=encoder.grid**2)
     parts = Pretraining(config, plan, index, val_index, method, source, teacher, teacher_weights, device, inputs)
+    parts.has_objects = objects.student is not None or objects.method is not None
     _fit_micro_batch(parts)
     return parts
 
@@ -170,11 +184,9 @@ def dry_run(config: PretrainConfig) -> None:
     plan_and_try(parts, crops, lambda batch: parts.module_inputs(batch.images, batch.positions), more_lines=[cost])
 
 
-def _open_data(config: PretrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
-    """Open the indexes of training and validation shards. Raises an error now if labels needed later are missing."""
-    index = open_index(config.data.train, index=config.data.index)
-    require_room(index.shards, index.shard_bytes, window=config.data.shuffle_window)
-    val_index = open_index(config.data.val) if config.data.val else None
+def _open_data(config: PretrainConfig, objects: Objects) -> tuple[ShardIndex, ShardIndex | None]:
+    """Open the indexes of training and validation data. Raises an error now if labels needed later are missing."""
+    index, val_index = open_samples(config.data, objects)
     if val_index is not None and (config.log.knn_every_epochs or config.log.probe_every_epochs):
         index.require_labels()
         val_index.require_labels()

@@ -30,9 +30,11 @@ def open_group(timeout_seconds: int) -> None:
 
     A collective that waits longer than `timeout_seconds` for a rank fails. NCCL's own limit is a minute longer: it ends
     the process without a message, so heartbeat.py first reports which rank is missing. Raises PeerError if not all
-    ranks arrive, or if NCCL cannot connect them.
+    ranks arrive, or if NCCL cannot connect them. A group that is open, as in a second run of one Python program, stays.
     """
     global _timeout
+    if dist.is_initialized():
+        return
     os.environ.update(prepare_environment(os.environ))
     ranks = int(os.environ["WORLD_SIZE"])
     gpu = _take_gpu(int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else None

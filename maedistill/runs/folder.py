@@ -199,6 +199,11 @@ class RunFolder:
             if old and old != new:
                 remedy = f"set data.{name} to what it was, or use another run="
                 raise self._refusal(f"reads images with {name} {old}, now {new}", remedy)
+        if recorded.get("method_class") not in (None, metadata.get("method_class")):
+            raise self._refusal(
+                f"was trained by {recorded.get('method_class')}, now {metadata.get('method_class')}",
+                "give the method that the run was started with, or use another run=",
+            )
         data, new_data = recorded.get("data"), metadata["data"]
         if data is not None and data != new_data:
             raise self._refusal(

@@ -5,7 +5,7 @@ import math
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,11 +59,14 @@ class MetricsFile:
         write_text(self.path, "".join(line for line, record in _lines(folder) if record["step"] <= first_step))
         self.lines = AppendOnlyFile(self.path)
         self.board = _tensorboard(folder / "tb", first_step) if tensorboard else None
+        self.observers: Sequence[Callable[[int, Mapping[str, Any]], object]] = ()  # called with every object
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one object; numbers also go to TensorBoard. JSON has no inf or nan, so they become null."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.lines.append(json.dumps({"step": step, **values}))
+        for observe in self.observers:
+            observe(step, values)
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         self._show(lambda board: [board.add_scalar(name, value, step) for name, value in numbers.items()])
 

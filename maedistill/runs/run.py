@@ -24,6 +24,7 @@ from maedistill.processes import distributed
 from maedistill.processes.heartbeat import Peers
 from maedistill.processes.preemption import PreemptionHandler
 from maedistill.runs.async_saver import Saver
+from maedistill.runs.callback import Callback
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.metrics import Averages, Clock, DataWaitHint, MetricsFile, memory_gb, open_metrics, progress_line
 from maedistill.runs.nonfinite import NonfinitePolicy
@@ -51,6 +52,7 @@ class Run:
     stop: PreemptionHandler
     progress: Progress = field(default_factory=Progress)
     preempted: signal.Signals | None = None  # the signal that asks the run to end before its last step
+    callbacks: tuple[Callback, ...] = ()
 
     def __post_init__(self) -> None:
         self.clock, self.averages, self.hint = Clock(self.device), Averages(), DataWaitHint()
@@ -77,6 +79,9 @@ class Run:
         with open_metrics(self.folder.path, first_step=self.step, tensorboard=tensorboard) as metrics:
             if metrics is not None:
                 self._records = [metrics.lines, self.bad_samples.lines, self.nonfinite.lines]
+                metrics.observers = [callback.on_metrics for callback in self.callbacks]
+            for callback in self.callbacks:
+                callback.on_start(self)
             self.clock.restart()
             yield metrics
 
@@ -153,6 +158,8 @@ class Run:
             return [crops.index.sample_name(sample) for sample in samples]
 
         self.nonfinite.check(self.progress, self.engine.update_skipped, now=now, sample_names=sample_names)
+        for callback in self.callbacks:
+            callback.on_step(self)
 
     # What is due after a step
 

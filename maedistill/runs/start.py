@@ -4,7 +4,7 @@ run_stage: join -> Peers -> the stage (pretraining/setup.py, finetuning/setup.py
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -19,6 +19,7 @@ from maedistill.processes import distributed
 from maedistill.processes.heartbeat import Peers
 from maedistill.processes.preemption import PreemptionHandler
 from maedistill.runs.async_saver import Saver
+from maedistill.runs.callback import Callback
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.metrics import MetricsFile
 from maedistill.runs.run import Run
@@ -60,6 +61,7 @@ def run_stage(
     open_stage: Callable[..., OpenStage],
     train: Callable[[Run, OpenStage, MetricsFile | None], None],
     write_report: Callable[[RunFolder], Path],
+    callbacks: Sequence[Callback] = (),
     fresh: bool,
     extend: bool,
 ) -> None:
@@ -73,8 +75,10 @@ def run_stage(
         join(config)
         with Peers(timeout_seconds=config.engine.timeout_seconds, on_loss=folder.record_error) as peers:
             stage = open_stage(config, world_size=distributed.world_size(), device=distributed.device())
-            with start_run(stage, folder, peers, fresh=fresh, extend=extend) as run, run.resume() as metrics:
-                train(run, stage, metrics)
+            with start_run(stage, folder, peers, fresh=fresh, extend=extend) as run:
+                run.callbacks = tuple(callbacks)
+                with run.resume() as metrics:
+                    train(run, stage, metrics)
             report = distributed.on_main(lambda: write_report(folder))
             if distributed.is_main():
                 print(f"done: {report}", flush=True)
@@ -82,7 +86,7 @@ def run_stage(
 
 
 def join(config: RunConfig) -> None:
-    """Make this process a rank: process group, DeepSpeed, CPU threads. Call it once per process."""
+    """Make this process a rank: process group, DeepSpeed, CPU threads. A second run of a program stays in its group."""
     if config.engine.deterministic:  # kernels that add in a fixed order; an operation without one raises
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # otherwise cuBLAS shares workspaces among streams
         torch.use_deterministic_algorithms(True)

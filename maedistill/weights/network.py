@@ -26,7 +26,7 @@ from maedistill.config.schema import Triple
 from maedistill.config.shared_rules import NETWORK_KINDS, SOURCE_KINDS
 from maedistill.data.loading.evaluation import evaluation_transform
 from maedistill.errors import ConfigError
-from maedistill.models.encoder import MaskedEncoder, TimmModel, require_plain_vit
+from maedistill.models.encoder import Encoder, TimmModel, as_encoder, require_plain_vit
 from maedistill.models.initialize import initialize
 from maedistill.weights.from_file import EncoderSpec, Inspect, open_file, why_unreadable
 from maedistill.weights.from_run import Weights, open_run
@@ -62,9 +62,9 @@ class Network:
         return sum(parameter.numel() for parameter in self.module.parameters())
 
     @cached_property
-    def encoder(self) -> MaskedEncoder:
-        """Return a plain ViT as an encoder of selected patches, which shares its weights."""
-        return MaskedEncoder(require_plain_vit(self.module, self.name))
+    def encoder(self) -> Encoder:
+        """Return the module, or a plain ViT, as an encoder of selected patches, which shares its weights."""
+        return as_encoder(self.module, self.name)
 
     def describe(self) -> str:
         """Describe the network in one line for the log: source, size, keys, normalisation, license."""
@@ -138,6 +138,23 @@ def open_network(
                 "use a model that classifies images",
             )
     return network
+
+
+def given_network(module: TimmModel, name: str, *, image_size: int) -> Network:
+    """Describe a module that a Python caller gives. image_size: of its images, unless it is made for one size.
+
+    Preprocessing and license are those that a timm model states (`pretrained_cfg`), else ImageNet's and unknown.
+    """
+    module.eval()
+    stated = getattr(module, "pretrained_cfg", None)
+    preprocessing = image_config(module, name).model_dump(include={"mean", "std"}) if stated else {}
+    own = getattr(getattr(module, "patch_embed", None), "img_size", None)
+    if hasattr(module, "grid") and hasattr(module, "patch_size"):
+        own = [module.grid * module.patch_size]
+    license_name = getattr(stated, "license", None) or "not stated"
+    num_classes = int(getattr(module, "num_classes", 0))
+    size = own[0] if own else image_size
+    return Network(module, name, size, license_name, num_classes=num_classes, audit="from Python", **preprocessing)
 
 
 def _kind_and_name(source: str, *, kinds: tuple[str, ...]) -> tuple[str, str]:

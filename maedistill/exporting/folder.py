@@ -24,7 +24,7 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.errors import ConfigError, DataError
-from maedistill.export.card import model_card
+from maedistill.exporting.card import model_card
 from maedistill.models.encoder import TimmModel
 from maedistill.runs.folder import RunFolder
 from maedistill.weights.from_run import RunNetwork, Weights, open_run
@@ -55,7 +55,7 @@ def export(
     try:
         _require_free(out)
         saved = open_run(folder.path, weights=weights)
-        _replace(out.resolve(), saved, _with_pooling(saved, global_pool), weights)
+        _replace(out.resolve(), saved, with_pooling(saved, global_pool), weights)
     except (OSError, SafetensorError) as error:
         raise DataError(
             f"the export cannot be written to {out}: {error}", "make room or mend the permissions, or use another --out"
@@ -106,7 +106,7 @@ def _replace(out: Path, saved: RunNetwork, vit: VisionTransformer, weights: Weig
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _with_pooling(saved: RunNetwork, global_pool: Pooling | None) -> VisionTransformer:
+def with_pooling(saved: RunNetwork, global_pool: Pooling | None) -> VisionTransformer:
     """Return the network to export: a fine-tuned one unchanged, a pre-trained one with the requested pooling."""
     path, network = saved.folder.path, saved.metadata["network"]
     if saved.metadata["stage"] == "finetune":
