@@ -17,6 +17,7 @@ from torch import Tensor
 
 from maedistill.errors import ConfigError, PeerError, UserError
 from maedistill.machine import named_gpus
+from maedistill.processes.rendezvous import open_local_store, rendezvous_error
 
 T = TypeVar("T")
 _NCCL_GRACE_SECONDS = 60
@@ -38,18 +39,16 @@ def open_group(timeout_seconds: int) -> None:
     os.environ.update(prepare_environment(os.environ))
     ranks = int(os.environ["WORLD_SIZE"])
     gpu = _take_gpu(int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else None
+    timeout = timedelta(seconds=timeout_seconds)
     try:
-        dist.init_process_group(
-            "gloo" if gpu is None else "nccl",
-            timeout=timedelta(seconds=timeout_seconds),
-            device_id=gpu if ranks > 1 else None,
+        store = open_local_store(ranks, timeout)
+        group: dict[str, Any] = (
+            {"store": store, "rank": int(os.environ["RANK"]), "world_size": ranks} if store is not None else {}
         )
+        device = gpu if ranks > 1 else None
+        dist.init_process_group("gloo" if gpu is None else "nccl", timeout=timeout, device_id=device, **group)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
-        raise PeerError(
-            f"the {ranks} processes of this run did not find each other within {timeout_seconds} s at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]})",
-            "start every rank (torchrun, deepspeed, or srun with one task per GPU) and let them reach that address",
-        ) from error
+        raise rendezvous_error(error, ranks, timeout_seconds) from error
     except dist.DistBackendError as error:
         # The last line of NCCL's report says what failed; earlier lines give the place in its source.
         lines = [line.strip() for line in str(error).splitlines()]
