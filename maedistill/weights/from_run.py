@@ -27,7 +27,16 @@ from maedistill.runs.folder import RunFolder
 from maedistill.runs.objects import python_name
 from maedistill.runs.restore import newest_intact, read_weights
 from maedistill.weights.from_file import Inspect
-from maedistill.weights.from_timm import Crop, Deviation, Number, Side, StrictModel, first_problem, require_moderate
+from maedistill.weights.from_timm import (
+    Crop,
+    Deviation,
+    Number,
+    Side,
+    StrictModel,
+    first_problem,
+    require_claims,
+    require_moderate,
+)
 from maedistill.weights.state_dict import Audit, ConvertedStateDict, load_encoder
 
 Weights = Literal["model", "ema"]
@@ -157,13 +166,17 @@ def open_run(
     """
     folder, metadata = read_metadata(path)
     name, arguments = metadata["network"]["name"], metadata["network"]["arguments"]
-    shape = _unloaded(folder, name, arguments)
-    image_size = inspect_network(shape)
     checkpoint = newest_intact(folder.checkpoints)
     if checkpoint is None:
         raise DataError(
             f"{folder.path} holds no checkpoint", "name a run folder of maedistill pretrain or finetune that has saved"
         )
+    try:
+        require_claims(arguments, checkpoint / "model.safetensors")
+    except ValueError as error:
+        raise DataError(f"{folder.path}/run.json cannot be true: {error}", NOT_A_RUN) from None
+    shape = _unloaded(folder, name, arguments)
+    image_size = inspect_network(shape)
     if weights == "ema" and not (checkpoint / "ema.safetensors").is_file():
         raise DataError(f"{folder.path} kept no moving average of its weights", "leave out --ema (optim.ema keeps one)")
     prefix = PREFIX[metadata["stage"]]

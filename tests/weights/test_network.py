@@ -159,3 +159,26 @@ def test_cut_weights_are_named(tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(DataError, match=r"cannot be opened \(SafetensorError"):
         open_network(str(tmp_path / "out"), "classifier")
+
+
+@pytest.mark.parametrize(
+    "claim", [{"embed_dim": 999_936, "depth": 3}, {"depth": 999}, {"mlp_ratio": 999_999.0}, {"num_classes": 900_000}]
+)
+@pytest.mark.parametrize("kind", ["export", "run"])
+def test_claims_that_the_weights_cannot_hold_are_refused_before_a_network_is_built(tmp_path, monkeypatch, kind, claim):
+    """A config.json or run.json of a stranger once cost a minute and 4.6 GB."""
+    if kind == "export":
+        save_export(tmp_path / "it", random_vit())
+        file, source = tmp_path / "it/config.json", f"local-dir:{tmp_path / 'it'}"
+        stated = json.loads(file.read_text())
+        stated["model_args"] = stated.get("model_args", {}) | claim
+    else:
+        make_run(tmp_path / "it", random_vit())
+        file, source = tmp_path / "it/run.json", f"run:{tmp_path / 'it'}"
+        stated = json.loads(file.read_text())
+        stated["network"]["arguments"] |= claim
+    file.write_text(json.dumps(stated))
+    monkeypatch.setattr(timm, "create_model", None)
+    with pytest.raises(DataError) as refused:
+        open_network(source)
+    assert next(iter(claim)) in refused.value.cause
