@@ -27,7 +27,7 @@ from maedistill.runs.start import run_stage
 def finetune(config: FinetuneConfig, *, fresh: bool = False, extend: bool = False) -> None:
     """Run or continue a fine-tuning run to its end. Every rank calls it.
 
-    fresh: refuse a folder that already holds a run. extend: allow a larger number of epochs.
+    fresh: delete the run in the folder and start over. extend: allow a larger number of epochs.
     Raises subclasses of UserError; RUN/exit.json records how the run ended.
     """
     run_stage(

@@ -37,7 +37,7 @@ _PICTURES = 8  # images on a reconstruction sheet
 def pretrain(config: PretrainConfig, *, fresh: bool = False, extend: bool = False) -> None:
     """Run or continue a pre-training run to its end. Every rank calls it.
 
-    fresh: refuse a folder that already holds a run. extend: allow a changed number of epochs.
+    fresh: delete the run in the folder and start over. extend: allow a changed number of epochs.
     Raises subclasses of UserError; RUN/exit.json records how the run ended.
     """
     run_stage(
