@@ -148,7 +148,7 @@ class RunFolder:
             if isinstance(error, UserError):
                 self._write_end(error.exit_code, error.cause)
             elif isinstance(error, Preempted):
-                self._write_end(error.exit_code, str(error))
+                self._write_end(error.exit_code, str(error).splitlines()[0])
             else:
                 by_hand = isinstance(error, KeyboardInterrupt)
                 reason = "stopped by Ctrl-C" if by_hand else f"{type(error).__name__}: {error}"
