@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import NoReturn
 
-
 _COLOURS = {"error": 31, "warning": 33}  # red, yellow
 
 

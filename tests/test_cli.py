@@ -56,7 +56,10 @@ def test_a_module_that_is_no_command_says_so(tmp_path):
     assert run("maedistill.commands.pretrain", "c.yaml") == (1, ANY) and "no command" in run("maedistill.cli")[1]
     (tmp_path / "maedistill.yaml").write_text("method: mae\n")
     assert "data.train" in run("maedistill", "pretrain", "maedistill.yaml")[1]  # a config of that name is one
-    assert run("maedistill", "pretrain") == (2, ANY) and "usage: maedistill pretrain CONFIG" in run("maedistill", "pretrain")[1]
+    assert (
+        run("maedistill", "pretrain") == (2, ANY)
+        and "usage: maedistill pretrain CONFIG" in run("maedistill", "pretrain")[1]
+    )
 
 
 def test_a_command_gets_the_rest_of_the_line_and_runs_record_it(monkeypatch):

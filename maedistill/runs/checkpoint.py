@@ -30,7 +30,15 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from maedistill.processes.distributed import copy_to_main
-from maedistill.runs.manifest import COMPLETE, CorruptCheckpoint, follow_umask, sync, verify, write_manifest, write_synced
+from maedistill.runs.manifest import (
+    COMPLETE,
+    CorruptCheckpoint,
+    follow_umask,
+    sync,
+    verify,
+    write_manifest,
+    write_synced,
+)
 from maedistill.training.engine import MOMENTS, Engine
 
 logger = logging.getLogger(__name__)

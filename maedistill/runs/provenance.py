@@ -32,7 +32,9 @@ def header_lines(start: dict[str, Any]) -> list[str]:
     """Describe a start in three lines of train.log."""
     source = start["source"]
     commit = f" ({source['commit'][:12]}{', with local changes' if source['dirty'] else ''})" if source else ""
-    versions = [f"{name} {number}{commit if name == 'maedistill' else ''}" for name, number in start["versions"].items()]
+    versions = [
+        f"{name} {number}{commit if name == 'maedistill' else ''}" for name, number in start["versions"].items()
+    ]
     names = ("device", "precision", "ranks", "hosts", "threads")
     return [
         f"=== {start['time']}  {start['command']}",

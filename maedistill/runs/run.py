@@ -172,10 +172,10 @@ class Run:
 
     def show_status(self) -> None:
         """Rewrite the status line, some times a second and only on a terminal. Never waits for the device."""
-        terminal, now = self.folder.log.terminal, time.monotonic()
-        if terminal is None or not terminal.shows_status or now - self._status_shown < _STATUS_SECONDS:
+        terminal = self.folder.log.terminal
+        if terminal is None or not terminal.shows_status or time.monotonic() - self._status_shown < _STATUS_SECONDS:
             return
-        self._status_shown, rate = now, self.clock.images / self.clock.seconds
+        self._status_shown, rate = time.monotonic(), self.clock.images / self.clock.seconds
         terminal.status(status_line(self._loss, rate, self._seconds_left(rate), step=self.step, total=self.plan.steps))
 
     def _seconds_left(self, rate: float) -> float:

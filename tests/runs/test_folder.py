@@ -16,8 +16,6 @@ from maedistill.runs.folder import RunFolder
 from maedistill.runs.provenance import git_state
 from maedistill.runs.records import AppendOnlyFile
 
-PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-
 METADATA = {
     "stage": "pretrain",
     "input": {"mean": [0.5] * 3, "std": [0.5] * 3},
@@ -125,16 +123,19 @@ def test_fresh_deletes_what_a_run_writes_and_nothing_else(config):
     assert folder.metadata()["init"] == "timm:x of step 2"
 
 
-def test_fresh_spares_a_folder_in_use_and_one_that_is_no_run(config, tmp_path):
+def test_fresh_spares_a_folder_in_use_and_one_that_is_no_run(config):
     folder = begun(config)
-    before = sorted(folder.path.rglob("*"))
-    script = f"from maedistill.runs.lock import FolderLock; FolderLock(__import__('pathlib').Path({str(folder.path)!r}))"
-    holder = subprocess.Popen([sys.executable, "-c", f"{script}; print('held', flush=True); input()"], **PIPES)
-    holder.stdout.readline()
-    with pytest.raises(ConfigError, match="is in use by process"):
-        RunFolder(folder.path).open(config(), METADATA, execution={}, fresh=True, extend=False)
-    holder.communicate(b"\n")
-    assert sorted(folder.path.rglob("*")) == before
+    before = sorted(folder.path.rglob("*"))  # this process holds the lock, so another one tries
+    program = f"""
+from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.runs.folder import RunFolder
+config = load_config({str(folder.config)!r}, root=PretrainConfig).config
+RunFolder(config.run).open(config, {METADATA!r}, execution={{}}, fresh=True, extend=False)
+"""
+    with folder.recorded_end():
+        tried = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert "is in use by process" in tried.stderr and sorted(folder.path.rglob("*")) == before
     (folder.path / "run.json").unlink()
     with pytest.raises(ConfigError, match="nothing vouches"):
         RunFolder(folder.path).open(config(), METADATA, execution={}, fresh=True, extend=False)
@@ -153,7 +154,13 @@ def test_files_have_the_permissions_that_the_umask_gives(config, umask, mode):
     finally:
         os.umask(before)
     files = [path for path in folder.path.rglob("*") if path.is_file()]
-    assert {path.name for path in files} >= {"run.json", "train.log", "model.safetensors", "state.json", "metrics.jsonl"}
+    assert {path.name for path in files} >= {
+        "run.json",
+        "train.log",
+        "model.safetensors",
+        "state.json",
+        "metrics.jsonl",
+    }
     assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {path.name: oct(mode) for path in files}
 
 

@@ -56,7 +56,7 @@ def test_a_full_disk_costs_lines_and_one_warning_and_never_the_run(tmp_path, mon
     assert capfd.readouterr().err.count("cannot be written") <= 1
 
 
-LINE = "epoch 0.2/30  step 20/3742  loss 1.0686 (pixels 1.0686, align/8 0.1234, align/11 0.5678)  lr 9.19e-04  eta 7m25s"
+LINE = "epoch 0.2/30  step 20/3742  loss 1.1 (pixels 1.0686, align/8 0.1234, align/11 0.5678)  lr 9.19e-04  eta 7m25s"
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
