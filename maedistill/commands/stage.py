@@ -102,5 +102,6 @@ def _confirm_deletion(run: str, *, asked: bool) -> None:
     from maedistill.runs.folder import RunFolder
 
     question = f"{RunFolder(run).describe_checkpoints()}: delete and start over? [y/N] "
-    if input(question).strip().lower() not in ("y", "yes"):
+    print(question, end="", flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):  # empty at the end of input
         raise ConfigError(f"run: {run} stays as it is", "leave out --fresh to continue it, or use another run=")
