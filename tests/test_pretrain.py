@@ -194,7 +194,7 @@ def test_bf16_trains_nearly_the_same(pretraining, settings, trio):
 
 
 def test_what_a_run_folder_allows_and_refuses(pretraining, settings, trio, shards, tmp_path):
-    """Other results, data, teachers and --fresh are refused; other runtime keys and moved shards are not."""
+    """Other results, data, teachers and --fresh without a yes are refused; runtime keys and moved shards are not."""
     run = pretraining.folder / "continued"
     shutil.copytree(trio["dmae"].run, run)
     moved = tmp_path / "moved"
@@ -202,7 +202,7 @@ def test_what_a_run_folder_allows_and_refuses(pretraining, settings, trio, shard
     refusals = {
         "optim.weight_decay": (["optim.weight_decay=0.1"], "another run="),
         "other data (96 images": ([f"data.train={shards}/val-*.tar"], "the same shards"),
-        "already holds a run": (["--fresh"], "leave out --fresh"),
+        "no terminal to ask on": (["--fresh"], "add --yes"),
         "optim.epochs: 3.0 there, 4.0 now": (["optim.epochs=4"], "add --extend"),
     }
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "exit.json"}
@@ -225,3 +225,5 @@ def test_what_a_run_folder_allows_and_refuses(pretraining, settings, trio, shard
     (run / "run.json").write_text(json.dumps(changed))
     error, fix = pretraining("continued", *settings["dmae"], *more, code=2).err.splitlines()
     assert f"other weights than now: {metadata['teacher']}" in error and "give the teacher back" in fix
+    fresh = pretraining("continued", *settings["dmae"], "optim.lr=1e-4", "--fresh", "--yes")
+    assert len(fresh.metrics()) == 24 and len(json.loads((run / "run.json").read_text())["starts"]) == 1

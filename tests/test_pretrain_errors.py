@@ -133,7 +133,7 @@ def test_a_start_that_failed_binds_nobody(pretraining, endings):
     """A run that ended before its first checkpoint may be started again with other settings."""
     folder = RunFolder(pretraining.folder / "wrong a tenth bad")
     corrected = load_config(folder.config, ["optim.lr=1e-4"], root=PretrainConfig).config
-    folder.open(corrected, folder.metadata(), execution={}, fresh=True, extend=False)
+    folder.open(corrected, folder.metadata(), execution={}, fresh=False, extend=False)
     assert folder.load_config().optim.lr == 1e-4
 
 

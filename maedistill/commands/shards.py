@@ -5,17 +5,13 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from maedistill.data.shards.sources import open_source
-from maedistill.data.shards.write import (
-    IMAGES_PER_SHARD,
-    QUALITY,
-    REPORT_FILE,
-    ConversionStats,
-    make_shards,
-    verify_shards,
-)
+from maedistill.data.shards.layout import IMAGES_PER_SHARD, QUALITY, REPORT_FILE
 from maedistill.errors import ConfigError
+
+if TYPE_CHECKING:  # imported by `main` only: it takes seconds, which --help and mistakes need not wait for
+    from maedistill.data.shards.write import ConversionStats
 
 EXAMPLES = """examples:
   maedistill shards photos/ shards/photos              class/image, images alone, or train/ and val/ of either
@@ -38,6 +34,9 @@ def main() -> None:
     out = Path(args.out or args.src)
     if not (args.out or args.verify):
         raise ConfigError("OUT is missing", "say where the shards shall go: maedistill shards SRC OUT")
+    from maedistill.data.shards.sources import open_source
+    from maedistill.data.shards.write import make_shards, verify_shards
+
     if args.out:
         if args.quality is not None and args.shorter_side is None:
             raise ConfigError("--quality has no effect without --shorter-side", "give both, or leave it out")
@@ -73,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args(sys.argv[2:])
 
 
-def print_summary(out: Path, stats: dict[str, ConversionStats]) -> None:
+def print_summary(out: Path, stats: "dict[str, ConversionStats]") -> None:
     """Print the counts by split, the numbers of converted and skipped images, and the next command."""
     for split, part in stats.items():
         print(f"{split}: {part.images:,} images, {part.grayscale:,} of them grayscale, shards: {len(part.lengths):,}")

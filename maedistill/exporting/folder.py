@@ -27,6 +27,7 @@ from maedistill.errors import ConfigError, DataError
 from maedistill.exporting.card import model_card
 from maedistill.models.encoder import TimmModel
 from maedistill.runs.folder import RunFolder
+from maedistill.runs.manifest import follow_umask
 from maedistill.weights.from_run import RunNetwork, Weights, open_run
 
 Pooling = Literal["avg", "token"]
@@ -140,6 +141,7 @@ def _fill(folder: Path, saved: RunNetwork, vit: TimmModel, weights: Weights) -> 
         model_config["label_names"] = classes
     vit.pretrained_cfg = {name: vit.pretrained_cfg.get(name) for name in _ARCHITECTURE}
     save_for_hf(vit, str(folder), model_config=model_config, data_config=data, safe_serialization=True)
+    follow_umask(folder / "model.safetensors")
     (folder / "README.md").write_text(model_card(saved, vit, weights=weights), encoding="utf-8")
     record = {"run": saved.folder.path.resolve().name, "stage": metadata["stage"], "checkpoint": saved.checkpoint.name}
     record |= {"weights": weights, "global_pool": vit.global_pool, "license": metadata["license"]}

@@ -40,7 +40,7 @@ def finetune(
     """Run or continue a fine-tuning run to its end. Every rank calls it.
 
     objects: what a Python caller gives in place of what the config names.
-    fresh: refuse a folder that already holds a run. extend: allow a larger number of epochs.
+    fresh: delete the run in the folder and start over. extend: allow a larger number of epochs.
     Raises subclasses of UserError; RUN/exit.json records how the run ended.
     """
     run_stage(

@@ -150,14 +150,19 @@ def main_first(work: Callable[[], T]) -> T:
     return mine[0] if is_main() else work()
 
 
-def all_reduce_mean(values: dict[str, Tensor]) -> dict[str, float]:
-    """Return the means of named scalars over ranks, with one float64 reduction and one device sync. Collective."""
+def all_reduce_sum(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the sums of named scalars over ranks, with one float64 reduction and one device sync. Collective."""
     if not values:
         return {}
     sums = torch.stack([value.detach().to(torch.float64).reshape(()) for value in values.values()])  # [V]
     if world_size() > 1:
         dist.all_reduce(sums)
-    return dict(zip(values, (sums / world_size()).tolist(), strict=True))
+    return dict(zip(values, sums.tolist(), strict=True))
+
+
+def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the means of named scalars over ranks, as `all_reduce_sum` does. Collective."""
+    return {name: total / world_size() for name, total in all_reduce_sum(values).items()}
 
 
 def broadcast_tensor(value: Tensor | None, shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -4,6 +4,7 @@ run_stage: join -> Peers -> the stage (pretraining/setup.py, finetuning/setup.py
 """
 
 import os
+import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -53,6 +54,7 @@ class Stage(Protocol):
 
 
 OpenStage = TypeVar("OpenStage", bound=Stage)
+_RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # of the same command, by torchrun and SLURM
 
 
 def run_stage(
@@ -67,13 +69,16 @@ def run_stage(
 ) -> None:
     """Run or continue a run to its end. Every rank calls it.
 
-    fresh: refuse a folder that already holds a run. extend: allow a changed number of epochs.
+    fresh: delete the run in the folder and start over; a restart by a launcher or scheduler does not do so again.
+    extend: allow a changed number of epochs.
     Raises subclasses of UserError; RUN/exit.json records how the run ended.
     """
     folder = RunFolder(config.run)
+    fresh = fresh and not any(int(os.environ.get(name) or 0) for name in _RESTARTS)
     with folder.recorded_end():
         join(config)
-        with Peers(timeout_seconds=config.engine.timeout_seconds, on_loss=folder.record_error) as peers:
+        lost = folder.record_error
+        with folder.log.capture(), Peers(timeout_seconds=config.engine.timeout_seconds, on_loss=lost) as peers:
             stage = open_stage(config, world_size=distributed.world_size(), device=distributed.device())
             with start_run(stage, folder, peers, fresh=fresh, extend=extend) as run:
                 run.callbacks = tuple(callbacks)
@@ -103,12 +108,16 @@ def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, ext
     execution = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "ranks": distributed.world_size(),
+        "hosts": len(set(distributed.gather_objects(platform.node()))),
+        "threads": torch.get_num_threads(),
         "precision": number_format,
         "compiled": should_compile(config.engine.compile, device, zero=config.engine.zero),
         "zero": config.engine.zero,
     }
     distributed.on_main(lambda: folder.open(config, stage.metadata, execution=execution, fresh=fresh, extend=extend))
     folder.is_ours = True
+    if not distributed.is_main():
+        folder.log.begin()  # for this rank's errors
     if distributed.is_main():
         hardware = f"{execution['ranks']} x {execution['device']}, {execution['precision']}"
         compiled = "compiled (the first step may take minutes)" if execution["compiled"] else "not compiled"
@@ -133,5 +142,5 @@ def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, ext
     cores = cpu_share(distributed.local_world_size())
     workers = config.data.workers if config.data.workers is not None else min(8, cores)
     saver = Saver(folder.checkpoints, keep=config.log.keep)
-    stop = PreemptionHandler(timeout_seconds=config.engine.timeout_seconds)
+    stop = PreemptionHandler(timeout_seconds=config.engine.timeout_seconds, leave=folder.leave_at_once)
     return Run(config, folder, plan, module, engine, schedule, ema, device, workers, peers, saver, stop)
