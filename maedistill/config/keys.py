@@ -173,6 +173,8 @@ def _in_words(schema: dict[str, Any]) -> str:
     """Describe a JSON schema in English, e.g. "a whole number >= 1, or null"."""
     if "anyOf" in schema:
         return ", or ".join(_in_words(option) for option in schema["anyOf"])
+    if "const" in schema:
+        return str(schema["const"])
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
     if schema["type"] == "array":

@@ -12,6 +12,7 @@ import torch
 
 from maedistill.data.loading.evaluation import EvaluationImages
 from maedistill.data.shards.index import ShardIndex, open_index
+from maedistill.data.shards.patterns import describe_shards
 from maedistill.evaluation.accuracy import Evaluation, TopCounts, evaluate, write_predictions
 from maedistill.evaluation.agreement import Agreement, TwoViews, evaluate_against
 from maedistill.evaluation.calibration import BINS, Calibration, calibrate
@@ -53,11 +54,11 @@ def score(
     network = distributed.main_first(lambda: open_network(model, "classifier", weights=weights, image_size=image_size))
     network = replace(network, crop=crop or network.crop)
     teacher = distributed.main_first(lambda: open_network(against, "classifier")) if against else None
-    index = distributed.main_first(lambda: open_index(shards, index=index_file))
+    index = distributed.main_first(lambda: open_index(shards, index=index_file, split="val"))
     print_network("model", network)
     if teacher is not None:
         print_network("vs.", teacher)
-    print_data("data", index, shards)
+    print_data("data", index, describe_shards(shards, index.shards))
     predictor = _open_predictor(network, index, context, subset=subset)
     rival = _open_predictor(teacher, index, context, subset=subset) if teacher is not None else None
     real_labels = open_real_labels(index, num_classes=network.num_classes) if real else None

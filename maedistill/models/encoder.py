@@ -117,6 +117,7 @@ def build_vit(
     patch_size: int | None = None,
     class_token: bool | None = None,
     register_tokens: int | None = None,
+    mlp_ratio: float | None = None,
     drop_path: float | None = None,
     num_classes: int = 0,
     global_pool: str = "",
@@ -146,6 +147,7 @@ def build_vit(
         "patch_size": patch_size,
         "class_token": class_token,
         "reg_tokens": register_tokens,
+        "mlp_ratio": mlp_ratio,
         "drop_path_rate": drop_path,
     }
     keywords: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
