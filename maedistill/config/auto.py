@@ -93,9 +93,9 @@ def auto_line(before: RunConfig, config: RunConfig, images: int, *, of_the_run: 
     """Describe what `auto` became and why, in one line. of_the_run: the run in the folder has begun with it."""
     limits, optim = LIMITS[config.stage], config.optim
     texts = {
-        "optim.global_batch": f"batch {optim.global_batch} (a 50th of the images, {limits.batch[0]} to "
+        "optim.global_batch": f"batch {optim.global_batch} (a 50th of the images, within {limits.batch[0]} to "
         f"{limits.batch[1]:,})",
-        "optim.epochs": f"{optim.epochs:g} epochs (for {limits.updates:,} updates, {limits.epochs[0]} to "
+        "optim.epochs": f"{optim.epochs:g} epochs (for {limits.updates:,} updates, within {limits.epochs[0]} to "
         f"{limits.epochs[1]:,})",
         "optim.warmup_epochs": f"warm-up {optim.warmup_epochs:g} (5 %)",
     }

@@ -91,9 +91,10 @@ def open_file(
     imported = import_weights(read_weights_file(path, sha256=spec.sha256, section=where), name=path)
     weights, told = imported.part("encoder.vit."), ""
     if spec.model is None:
-        found = recognize(weights, imported.foreign, name=path, section=section)
+        found = recognize(weights, imported.foreign, name=path, section=section, num_heads=spec.num_heads)
+        shape = {name: value for name, value in asdict(found).items() if name in SPEC_FIELDS}
         given = {name: value for name, value in asdict(spec).items() if value is not None}
-        spec, told = EncoderSpec(**asdict(found) | given), f"{found.describe()}; "
+        spec, told = EncoderSpec(**shape | given), f"{found.describe()}; "
     spec = replace(spec, class_token="cls_token" in weights)
     vit = spec.build(spec.pos_embed or "learned", inspect_network, grid=grid_of(weights))
     fixed = spec.pos_embed is not None

@@ -35,6 +35,7 @@ class Recognized:
     register_tokens: int
     mlp_ratio: float
     class_token: bool
+    heads_known: bool
 
     def describe(self) -> str:
         """Describe the network, and what is assumed about it."""
@@ -43,19 +44,29 @@ class Recognized:
         mlp = "" if self.mlp_ratio == 4 else f", MLP x {self.mlp_ratio:g}"
         return (
             f"read off its shapes: {self.width} x {self.depth}, patch {self.patch_size}, {token}{registers}{mlp}; "
-            f"{self.num_heads} heads assumed"
+            f"{self.num_heads} heads{'' if self.heads_known else ' assumed'}"
         )
 
 
-def recognize(weights: Mapping[str, Tensor], foreign: Sequence[str], *, name: str, section: str | None) -> Recognized:
+def recognize(
+    weights: Mapping[str, Tensor],
+    foreign: Sequence[str],
+    *,
+    name: str,
+    section: str | None,
+    num_heads: int | None = None,
+) -> Recognized:
     """Return the architecture of an encoder's weights, by timm's names. foreign: other keys of the file.
 
-    Raises ConfigError, with the key to set, if they are not those of a plain ViT or leave more open than its heads.
+    num_heads: if they are known. Raises ConfigError, with the key to set, if the weights are not those of a plain ViT
+    or leave more open than its heads.
     """
 
-    def refuse(reason: str) -> ConfigError:
+    def refuse(reason: str, *, heads: bool = False) -> ConfigError:
         key = _KEY_OF_MODEL.get(section or "")
         remedy = f"set {key} to the timm model that it is, e.g. {key}=vit_base_patch16_224" if key else None
+        if key and heads:
+            remedy = f"set {key.replace('model', 'num_heads')}"
         cause = f"{name}: its architecture cannot be told from its shapes: {reason}"
         return ConfigError(cause, remedy or "name a run, an export, or a model of timm or the hub")
 
@@ -71,8 +82,8 @@ def recognize(weights: Mapping[str, Tensor], foreign: Sequence[str], *, name: st
         raise refuse("it does not cut colour images into square patches")
     width, depth, patch_size = kernel.shape[0], len(blocks), kernel.shape[2]
     size = next((size for size, shape in SIZES.items() if shape[:2] == (width, depth)), None)
-    if size is None and width % _HEAD_WIDTH:
-        raise refuse(f"a width of {width} is no multiple of {_HEAD_WIDTH}, so its heads are unknown")
+    if num_heads is None and size is None and width % _HEAD_WIDTH:
+        raise refuse(f"a width of {width} is no multiple of {_HEAD_WIDTH}, so its heads are unknown", heads=True)
     if not width or (4 * hidden.shape[0]) % width:
         raise refuse("its blocks have other widths than its patches")
     class_token, registers = prefix_tokens(weights)
@@ -82,7 +93,8 @@ def recognize(weights: Mapping[str, Tensor], foreign: Sequence[str], *, name: st
         model=f"vit_{size or _ONE_FOR_ALL}_patch16_224",
         width=width,
         depth=depth,
-        num_heads=SIZES[size][2] if size else width // _HEAD_WIDTH,
+        num_heads=num_heads or (SIZES[size][2] if size else width // _HEAD_WIDTH),
+        heads_known=num_heads is not None,
         patch_size=patch_size,
         register_tokens=registers,
         mlp_ratio=hidden.shape[0] / width,

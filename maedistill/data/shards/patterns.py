@@ -68,11 +68,11 @@ def find_shards(shards: str, *, split: Split = "train") -> tuple[str, ...]:
 
 
 def describe_shards(shards: str, paths: tuple[str, ...]) -> str:
-    """Return what the user named, and of a folder which shards that means: `photos: train-000000.tar, 1 shard`."""
+    """Return what the user named, and of a folder which shards that means: `photos (train-000000.tar)`."""
     if is_url(shards) or not os.path.isdir(os.path.expanduser(shards)):
         return shards
     names = dict.fromkeys((os.path.basename(paths[0]), os.path.basename(paths[-1])))
-    return f"{shards}: {' to '.join(names)}, {len(paths):,} shard{'s' * (len(paths) > 1)}"
+    return f"{shards} ({' to '.join(names)})"
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -164,7 +164,7 @@ def _shards_of_folder(folder: str, split: Split) -> list[str]:
     out = os.path.join("shards", os.path.basename(os.path.abspath(folder)))
     command = shlex.join(["maedistill", "shards", folder, out])
     raise ConfigError(
-        f"{_cut(folder)!r} is a folder of images, and training reads shards",
+        f"{_cut(folder)!r} is a folder of images, and shards are read here",
         f"make them once: {command}; then name {shlex.quote(out)}",
     )
 
