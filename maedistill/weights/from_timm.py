@@ -67,7 +67,7 @@ def open_timm(source: str, inspect_network: Inspect) -> tuple[TimmModel, int | N
             config = json.loads(Path(os.path.expanduser(name), "config.json").read_bytes())
             require_moderate(config.get("model_args") or {})
         with torch.device("meta"):  # takes neither memory nor time, and loads no weights
-            shape = timm.create_model(address, pretrained=False)
+            shape: TimmModel = timm.create_model(address, pretrained=False)
         image_size = inspect_network(shape)
         if kind not in ("hf-hub", "local-dir"):
             _announce_download(source, shape.pretrained_cfg.get("hf_hub_id"))
@@ -79,7 +79,7 @@ def open_timm(source: str, inspect_network: Inspect) -> tuple[TimmModel, int | N
     except (HfHubHTTPError, *READ_ERRORS) as error:
         raise DataError(
             f"{source} cannot be opened ({why_unreadable(error)})",
-            "check its name, the network, and the image size if you gave one; or download it and use local-dir:PATH",
+            "check its name, the network, and the image size if you gave one; or download it and name its path",
         ) from error
 
 
