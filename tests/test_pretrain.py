@@ -18,6 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.data.shards.sources import open_folder
+from maedistill.data.shards.write import make_shards
+from maedistill.runs.settle import settle
+
 EPOCH = 8  # steps
 STEPS = 3 * EPOCH
 TERMS = {
@@ -46,6 +52,37 @@ def layouts(pretraining, settings, trio):
 
     with ThreadPoolExecutor(2) as two:
         return dict(zip(LAYOUTS, two.map(start, LAYOUTS), strict=True))
+
+
+def test_auto_is_settled_by_the_images_and_kept_by_a_run_that_continues(mae, tmp_path):
+    """`mae` has begun with 5 epochs of batch 12: neither more images nor other ranks change that."""
+    auto = [f"optim.{name}=auto" for name in ("global_batch", "epochs", "warmup_epochs")]
+
+    def numbers(*more: str) -> tuple[tuple[float, ...], str]:
+        config = load_config(mae.run / "config.yaml", [*auto, *more], root=PretrainConfig).config
+        settled, [line] = settle(config, 10_000, world_size=5)
+        return (settled.optim.global_batch, settled.optim.epochs, settled.optim.warmup_epochs), line
+
+    kept, line = numbers()
+    assert kept == (12, 5.0, 0.5) and "as this run began" in line
+    fresh, line = numbers(f"run={tmp_path}/new")
+    assert fresh == (130, 260.0, 13.0) and "10,000 images" in line
+    assert numbers("optim.epochs=7")[0] == (12, 7.0, 0.5), "what is given is not kept"
+
+
+def test_images_without_labels_give_pictures_and_neither_knn_nor_an_error(pretraining, settings, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(40):
+        Image.new("RGB", (32, 32), (6 * i, 255 - 6 * i, 99)).save(photos / f"{i}.png")
+    make_shards(open_folder(photos, val_fraction=0.4), tmp_path / "shards")
+    folders = [f"data.train={tmp_path}/shards", f"data.val={tmp_path}/shards", "log.probe_every_epochs=1"]
+    ended = pretraining("bare", *settings["mae"], *folders, "optim.epochs=1", "optim.warmup_epochs=0")
+    assert not {"knn", "linear"} & {name for record in ended.records() for name in record}
+    assert len(list((ended.run / "pictures").iterdir())) == 1
+    [line] = [line for line in ended.out.splitlines() if line.startswith("val ")]
+    assert "16 images" in line and "(val-000000.tar)" in line and "24 of 24 training images have no label" in line
+    assert f"{tmp_path}/shards (train-000000.tar)" in ended.out and "no kNN" in line
 
 
 def witnessed(run: Path) -> dict[int, list]:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ from maedistill.data.shards.layout import IMAGES_PER_SHARD, QUALITY, REPORT_FILE
 from maedistill.errors import ConfigError
 
 if TYPE_CHECKING:  # imported by `main` only: it takes seconds, which --help and mistakes need not wait for
+    from maedistill.data.shards.sources import Source
     from maedistill.data.shards.write import ConversionStats
 
 EXAMPLES = """examples:
@@ -40,8 +42,9 @@ def main() -> None:
     if args.out:
         if args.quality is not None and args.shorter_side is None:
             raise ConfigError("--quality has no effect without --shorter-side", "give both, or leave it out")
+        source = open_source(args.src, root=args.root, val_fraction=args.val_fraction)
         stats = make_shards(
-            open_source(args.src, root=args.root, val_fraction=args.val_fraction),
+            source,
             out,
             images_per_shard=args.images_per_shard,
             shorter_side=args.shorter_side,
@@ -49,6 +52,7 @@ def main() -> None:
             workers=args.workers,
         )
         print_summary(out, stats)
+        print_next(out, source)
     if args.verify:
         print(f"{out}: all {verify_shards(out)} shards are as their index says")
 
@@ -83,5 +87,18 @@ def print_summary(out: Path, stats: "dict[str, ConversionStats]") -> None:
             print(f"  skipped {len(part.skipped):,}, all named in {out / REPORT_FILE}:")
             for path, reason in list(part.skipped.items())[:5]:
                 print(f"    {path}: {reason}")
-    val = f" data.val='{out}/val-*.tar'" if "val" in stats else ""
-    print(f"next: maedistill pretrain CONFIG data.train='{out}/train-*.tar'{val} run=runs/NAME")
+
+
+def print_next(out: Path, source: "Source") -> None:
+    """Print what the validation images cannot be used for, if there is such a thing, and the next command."""
+    from maedistill.data.shards.scan import NO_LABEL
+
+    labels = {split: {record.label for record in records} - {NO_LABEL} for split, records in source.splits.items()}
+    if unseen := labels.get("val", set()) - labels.get("train", set()):
+        print(
+            f"note: {len(unseen):,} of the {len(labels['val']):,} classes in val have no image in train; nothing can "
+            "learn them (--val-fraction chooses images by name, not by class)"
+        )
+    folder = shlex.quote(str(out))
+    val = f" data.val={folder}" if "val" in source.splits else ""
+    print(f"next: maedistill pretrain own/dmae data.train={folder}{val} run=runs/NAME --dry-run")

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable
 
 from maedistill.config.loader import load_config
-from maedistill.config.plan import share_batch, world_size_from_environment
+from maedistill.config.plan import is_first_rank, share_batch, world_size_from_environment
 from maedistill.config.render import explain, render_config
+from maedistill.config.schema import AUTO
 from maedistill.config.values import Root
 from maedistill.errors import ConfigError
 from maedistill.processes.parent_death import die_with_launcher
@@ -41,11 +42,14 @@ def run_command(
     if arguments.print_config:
         print(render_config(loaded), end="")
         return
-    share_batch(loaded.config, world_size_from_environment())
+    if loaded.config.optim.global_batch != AUTO:  # which is chosen so that the ranks can share it
+        share_batch(loaded.config, world_size_from_environment())
     # On a CPU, torch's threads spin while they wait for each other. Next to other busy processes, spinning cost up to
     # 90 % of the speed (measured on two cores); on an idle machine, sleeping costs nothing. torch reads it at start.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise a lost peer prints 15 lines of C++ frames
+    if loaded.notes and is_first_rank():
+        print("\n".join(loaded.notes), flush=True)
     if arguments.fresh:
         _confirm_deletion(loaded.config.run, asked=not arguments.yes)
     if arguments.dry_run:

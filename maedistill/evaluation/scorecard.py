@@ -14,6 +14,7 @@ from torch import nn
 from maedistill.data.loading.dataset import ImageDataset, open_dataset
 from maedistill.data.loading.evaluation import EvaluationImages
 from maedistill.data.shards.index import ShardIndex, open_index
+from maedistill.data.shards.patterns import describe_shards
 from maedistill.evaluation.accuracy import Evaluation, TopCounts, evaluate, write_predictions
 from maedistill.evaluation.agreement import Agreement, TwoViews, evaluate_against
 from maedistill.evaluation.calibration import BINS, Calibration, calibrate
@@ -59,18 +60,20 @@ def score(
             lambda: open_network(model, "classifier", weights=weights, image_size=image_size)
         )
     else:
-        network = given_network(model, python_name(model), image_size=image_size or 224)
+        network = given_network(model, python_name(model), image_size=image_size)
         network = replace(network, num_classes=network.output().shape[-1])
     network = replace(network, crop=crop or network.crop)
     teacher = distributed.main_first(lambda: open_network(against, "classifier")) if against else None
     if isinstance(shards, str):
-        index = distributed.main_first(lambda: open_index(shards, index=index_file))
+        index = distributed.main_first(lambda: open_index(shards, index=index_file, split="val"))
+        place = describe_shards(shards, index.shards)
     else:
-        index = open_dataset(shards, class_name(shards))
+        place = class_name(shards)
+        index = open_dataset(shards, place)
     print_network("model", network)
     if teacher is not None:
         print_network("vs.", teacher)
-    print_data("data", index, shards if isinstance(shards, str) else index.shards[0])
+    print_data("data", index, place)
     predictor = _open_predictor(network, index, context, subset=subset)
     rival = _open_predictor(teacher, index, context, subset=subset) if teacher is not None else None
     real_labels = open_real_labels(index, num_classes=network.num_classes) if real else None

@@ -36,7 +36,8 @@ def build_init_source(
     require_object("init.source", init.source, objects.student, argument="student")
     if objects.student is not None:
         network = given_network(objects.student, init.source, image_size=image_size)
-        shape = tuple(replace(network, size=image_size).output(size_key="data.image_size").shape)
+        network = replace(network, size=image_size or network.size)
+        shape = tuple(network.output(size_key="data.image_size").shape)
         if num_classes is not None and shape != (1, num_classes):
             raise ConfigError(
                 f"student: it gives {shape} for one image, but the data has {num_classes} classes",

@@ -1,6 +1,6 @@
 """The parts of a fine-tuning run before its engine exists: data, network and recipe. Also the dry run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from maedistill.config.auto import with_values
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.plan import Plan, make_plan, plan_lines, world_size_from_environment
 from maedistill.config.schema import Triple
@@ -20,6 +21,7 @@ from maedistill.data.loading.evaluation import EvaluationImages, evaluation_tran
 from maedistill.data.loading.order import label_subset
 from maedistill.data.remote.cache import set_cache
 from maedistill.data.shards.index import ShardIndex
+from maedistill.data.shards.patterns import describe_shards
 from maedistill.errors import ConfigError, DataError
 from maedistill.finetuning.build import build_classifier, build_init_source, build_labelled_crops, build_mixing
 from maedistill.finetuning.build_teachers import (
@@ -35,6 +37,7 @@ from maedistill.models.encoder import num_params_m
 from maedistill.processes import distributed
 from maedistill.runs.dry_run import dry_run as plan_and_try
 from maedistill.runs.objects import NOTHING, Objects, open_samples
+from maedistill.runs.settle import settle
 from maedistill.runs.start import Stage
 from maedistill.training.compilation import compile_module
 from maedistill.training.optim import layer_rates, network_groups, parameter_groups
@@ -65,6 +68,7 @@ class Finetuning(Stage):
     device: torch.device
     teachers: list[TeacherSource]
     teaching: TeacherEnsemble | None
+    auto_lines: list[str] = field(default_factory=list)
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -109,13 +113,22 @@ class Finetuning(Stage):
         return [
             f"start    {self.source.describe() if self.source is not None else 'from scratch'}",
             f"network  {shape}, {self.num_classes} classes, drop path {config.student.drop_path:g}",
-            f"data     {self.plan.images:,} images{share} at {data.image_size} px, {data.train}",
-            f"eval     {len(self.val_index):,} images, {data.val}",
+            f"data     {self.plan.images:,} images{share} at {data.image_size} px{self._size_note()}, "
+            f"{describe_shards(data.train, self.index.shards)}",
+            f"eval     {len(self.val_index):,} images, {describe_shards(data.val or '', self.val_index.shards)}",
+            *self.auto_lines,
             *distillation_lines(config, self.teachers, micro_batch=self.plan.batch.micro_batch),
             *plan_lines(config, self.plan),
             f"layers   lr times {config.optim.layer_decay:g} a layer, head to patches: "
             + " ".join(f"{rate:.3g}" for rate in reversed(rates)),
         ]
+
+    def _size_note(self) -> str:
+        """Say how the image size relates to that of the initial weights; nothing from scratch."""
+        if self.source is None:
+            return ""
+        own = self.source.own_size
+        return " (as its start)" if own == self.config.data.image_size else f" (its start: {own} px, resampled)"
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Make the input of a step from a micro-batch on the device: images [m, 3, s, s], soft targets [m, C].
@@ -171,9 +184,11 @@ def open_finetuning(
         if labelled
         else torch.arange(len(index))
     )
+    config, auto_lines = settle(config, len(samples), world_size=world_size)
     plan = make_plan(config, len(samples), world_size=world_size)
     num_classes = _num_classes(config, index, val_index)
     source = distributed.main_first(lambda: build_init_source(config, objects, num_classes=num_classes))
+    config = with_values(config, {"data.image_size": source.size if source is not None else config.scratch_size})
     mean, std = config.data.mean, config.data.std
     if mean is None or std is None:
         mean, std = (source.mean, source.std) if source else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -186,8 +201,9 @@ def open_finetuning(
     grid = vit.patch_embed.grid_size[0] if isinstance(vit, VisionTransformer) else 1  # without terms on maps
     teaching = build_teaching(config, teachers, grid=grid, plan=plan, mean=mean, std=std, device=device)
     return Finetuning(
-        config, plan, index, val_index, samples, num_classes, module, source, mean, std, device, teachers, teaching
-    )
+        config, plan, index, val_index, samples, num_classes, module, source, mean, std, device, teachers, teaching,
+        auto_lines,
+    )  # fmt: skip
 
 
 def dry_run(config: FinetuneConfig) -> None:
@@ -197,6 +213,7 @@ def dry_run(config: FinetuneConfig) -> None:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = open_finetuning(config, world_size=world_size_from_environment(), device=device)
+    config = parts.config
     heaviest_step = parts.teaching.heaviest_step if parts.teaching is not None else 0
 
     def module_inputs(batch: Batch) -> tuple[Any, ...]:

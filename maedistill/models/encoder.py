@@ -173,6 +173,7 @@ def build_vit(
     patch_size: int | None = None,
     class_token: bool | None = None,
     register_tokens: int | None = None,
+    mlp_ratio: float | None = None,
     drop_path: float | None = None,
     num_classes: int = 0,
     global_pool: str = "",
@@ -202,6 +203,7 @@ def build_vit(
         "patch_size": patch_size,
         "class_token": class_token,
         "reg_tokens": register_tokens,
+        "mlp_ratio": mlp_ratio,
         "drop_path_rate": drop_path,
     }
     keywords: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
@@ -229,8 +231,21 @@ def num_params_m(module: nn.Module) -> float:
 def require_known(model: str) -> None:
     """Raise ConfigError with the nearest names unless timm has a model of this name."""
     if not timm.is_model(model):
-        near = difflib.get_close_matches(model, timm.list_models(), n=3)
+        near = nearest_models(model, timm.list_models())
         raise ConfigError(f"timm has no model {model!r}", f"names near it: {', '.join(near) or 'none'}")
+
+
+def nearest_models(model: str, names: Sequence[str]) -> list[str]:
+    """Return at most three names that begin most like `model`, the usual first: vit_tny -> vit_tiny_patch16_224.
+
+    Only as many parts of a name are compared as `model` has, so that what it leaves out does not count.
+    """
+    parts = model.count("_") + 1
+    starts: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda name: ("_patch16_224" not in name, len(name), name)):
+        starts.setdefault("_".join(name.split("_")[:parts]), []).append(name)
+    near = difflib.get_close_matches(model, starts, n=3)
+    return [name for start in near for name in starts[start]][:3] if near else []
 
 
 def require_plain_vit(network: TimmModel, name: str) -> VisionTransformer:

@@ -92,7 +92,7 @@ def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
         with run.untimed():
             if run.due(config.log.pictures_every_epochs):
                 draw(run, parts, metrics)
-            if parts.val_index is not None:
+            if parts.val_index is not None and parts.unscorable is None:
                 probe(run, parts, parts.val_index, metrics)
             if run.should_save:
                 run.save()

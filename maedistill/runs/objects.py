@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from maedistill.config.schema import ImagesConfig
-from maedistill.config.shared_rules import PYTHON_KIND
+from maedistill.config.sources import PYTHON_KIND
 from maedistill.data.loading.dataset import ImageDataset, open_dataset
 from maedistill.data.remote.cache import require_room
 from maedistill.data.shards.index import ShardIndex, open_index
@@ -57,7 +57,7 @@ def open_samples(data: ImagesConfig, objects: Objects) -> tuple[ShardIndex, Shar
         require_room(index.shards, index.shard_bytes, window=data.shuffle_window)
     if objects.val_dataset is not None:
         return index, open_dataset(objects.val_dataset, class_name(objects.val_dataset))
-    return index, open_index(data.val) if data.val else None
+    return index, open_index(data.val, split="val") if data.val else None
 
 
 def require_object(key: str, value: str | None, given: object, *, argument: str) -> None:

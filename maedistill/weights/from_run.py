@@ -20,7 +20,7 @@ from timm.models import get_model_args
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from maedistill.config.shared_rules import PYTHON_KIND
+from maedistill.config.sources import PYTHON_KIND
 from maedistill.errors import DataError
 from maedistill.models.encoder import TimmModel, require_plain_vit
 from maedistill.runs.folder import RunFolder

@@ -119,9 +119,11 @@ def test_a_size_that_a_network_cannot_take_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("source", "error", "cause", "remedy"),
     [
-        ("resnet18", ConfigError, "resnet18 is neither a folder nor", "timm:resnet18"),
-        ("file:model.pth", ConfigError, "file:model.pth is neither a folder nor", "local-dir:PATH"),
-        ("{folder}", ConfigError, "neither a run", "maedistill finetune"),
+        ("resnet18", ConfigError, "'resnet18' is neither a path", "timm:resnet18"),
+        ("file:model.pth", DataError, "model.pth: no such file", "check the path"),
+        ("model.pth", ConfigError, "there is no file 'model.pth'", "check the path"),
+        ("random:resnet18", ConfigError, "no meaning here", "local-dir"),
+        ("{folder}", ConfigError, "neither a run", "maedistill pretrain, finetune or export"),
         ("run:{folder}", DataError, "holds no run", "run folder"),
         ("timm:resnt18", ConfigError, "no model 'resnt18'", "resnet18"),
         ("timm:resnet18.nonesuch", DataError, "nonesuch", "check its name"),
