@@ -82,7 +82,7 @@ def open_timm(source: str, inspect_network: Inspect) -> tuple[TimmModel, int | N
     except (HfHubHTTPError, *READ_ERRORS) as error:
         raise DataError(
             f"{source} cannot be opened ({why_unreadable(error)})",
-            "check its name, the network, and the image size if you gave one; or download it and name its path",
+            "check its name, the network, and the image size if you gave one; or download it and use local-dir:PATH",
         ) from error
 
 

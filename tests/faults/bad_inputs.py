@@ -174,7 +174,7 @@ CONFIGS = {
     "a checkpoint": yaml("bad.yaml cannot be read", "UTF-8", pth({"model": weights()})),
     "a key twice": yaml("bad.yaml:2: run is given twice", "keep one", "run: a\nrun: b\n"),
     "an unknown key": yaml("unknown key optim.epoch", "did you mean optim.epochs?", "optim: {epoch: 3}\n"),
-    "a wrong type": yaml("expected a number > 0, got [3]", "100.0", "optim: {epochs: [3]}\n"),
+    "a wrong type": yaml("expected a number > 0, or auto, got [3]", "100.0", "optim: {epochs: [3]}\n"),
     "a number of 10,000 digits": case(f"{PRETRAIN} optim.epochs={'9' * 10_000}", 2, "expected a number > 0", "100.0"),
     "files that extend each other": case(
         "pretrain bad.yaml",
@@ -588,7 +588,7 @@ EXPORTS = {
 }
 MODELS = {
     "an encoder": case("evaluate {good}/mae {good}/shards/val-*.tar", 2, "has no classifier", "fine-tune it"),
-    "no model": evaluated(2, "bad is neither a run", "maedistill finetune", folder(thesis__tex="years")),
+    "no model": evaluated(2, "'bad' is neither a run", "maedistill pretrain, finetune", folder(thesis__tex="years")),
     "a record cut": evaluated(
         3, "run.json cannot be read", "run folder", copy_of("tuned", lambda run: (run / "run.json").write_text("{"))
     ),
