@@ -81,6 +81,7 @@ class RunFolder:
             metadata = metadata | {name: before[name] for name in _OF_THE_FIRST_START if name in before}
         start = {
             "command": shlex.join(sys.argv),
+            "step": latest_step(self.checkpoints) or 0,  # of the checkpoint that it continues
             "host": platform.node(),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
             **execution,
