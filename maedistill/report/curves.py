@@ -129,9 +129,9 @@ def _clip_start(axes: Any, runs: Sequence[Sequence[_Point]]) -> bool:
     """End the axis above the losses after the start, if those of the start would take most of it."""
     every = [y for points in runs for _, y, _ in points]
     rest = [y for points in runs for x, y, _ in points if x > _START * max(point[0] for point in points)]
-    if len(rest) < 3 or max(every) - max(rest) < 0.5 * (max(rest) - min(every)):
+    if len(rest) < 3 or not (span := max(rest) - min(every)) or max(every) - max(rest) < 0.5 * span:
         return False
-    margin = 0.05 * (max(rest) - min(every))
+    margin = 0.05 * span
     axes.set_ylim(min(every) - margin, max(rest) + 2 * margin)
     return True
 

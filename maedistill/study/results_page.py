@@ -19,7 +19,7 @@ _Facts = Mapping[str, Any]
 _DIFFERENCES = "mean and deviation of the differences between runs of the same seed, in points."
 _INTERVALS = {  # where the 95 % intervals of a page come from
     "seeds": "over several seeds Student's t, of the mean",
-    "images": "with one seed Wilson's, of the images, and Newcombe's for differences: another seed's result is not in it",
+    "images": "with one seed Wilson's, of the images (Newcombe's for differences); another seed is not in it",
     "paired images": "with one seed, differences of networks with predictions of the same images are paired",
 }
 

@@ -2,6 +2,7 @@
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex
 from PIL import Image
 
@@ -83,7 +84,7 @@ def test_networks_of_one_latency_stand_side_by_side_with_their_intervals(figures
     rows = {name: Timed(of_count(k, 100), 450_000, 2.0) for name, k in (("a", 90), ("b", 90), ("c", 80))}
     latency_chart(rows, tmp_path / "l.png", order=ORDER)
     (axes,) = figures[0].axes
-    places = [float(disc.get_offsets()[0][0]) for disc in axes.collections if len(disc.get_offsets())]
+    places = [float(disc.get_offsets()[0][0]) for disc in axes.collections if isinstance(disc, PathCollection)]
     assert len(set(places)) == 3 and sum(places) / 3 == pytest.approx(2.0) and max(places) - min(places) < 0.2
     bars = [bar.get_segments()[0][:, 1].tolist() for bar in axes.collections if hasattr(bar, "get_segments")]
     assert bars[0] == pytest.approx([100 * of_count(90, 100).low, 100 * of_count(90, 100).high])

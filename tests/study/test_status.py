@@ -50,7 +50,8 @@ def test_a_terminal_has_one_line_that_fits_and_goes_away(steps, monkeypatch) -> 
         line.update(steps)
         line.update(steps)
         line.print("done")
-        assert "\n" not in (shown := stream.getvalue().removesuffix("done\n"))
+        shown = stream.getvalue().removesuffix("done\n")
+        assert "\n" not in shown
         first = shown.split("\x1b[K")[0].removeprefix("\r")
         assert len(first) < columns and shown.count("loss") <= 1 and shown.endswith("\r\x1b[K")
         assert first == text or columns < 120
