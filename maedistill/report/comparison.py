@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import timm
+import torch
+
 from maedistill.report import intervals, run_report
 from maedistill.report.charts import Timed, latency_chart
 from maedistill.report.curves import draw_curves
@@ -34,8 +37,10 @@ class ComparedNetwork:
 
     @property
     def architecture(self) -> str:
-        """Return what networks have in common that can share a timing."""
-        return json.dumps(RunFolder(self.finetune).metadata()["network"], sort_keys=True)
+        """Return the layers of the network: networks with the same layers share a timing."""
+        network = RunFolder(self.finetune).metadata()["network"]
+        with torch.device("meta"):  # arguments may differ where one of them states a default
+            return repr(timm.create_model(network["name"], pretrained=False, **network["arguments"]))
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def headline(results: Mapping[str, Result], *, student: str, teacher: str, basel
     one, large, gain = results[student], results[teacher], results[student].difference
     assert gain is not None
     size = f"{one.parameters / 1e6:.2f} M parameters, {one.parameters / large.parameters:.2f} of the teacher's"
-    kept = f"{100 * one.top1.value:.1f} % top-1, {one.top1.value / large.top1.value:.0%} of the teacher's"
+    kept = f"{100 * one.top1.value:.1f} % top-1, {100 * one.top1.value / large.top1.value:.0f} % of the teacher's"
     text = (
         f"{student} ({size}) has {kept} {100 * large.top1.value:.1f} %; {100 * gain.value:+.1f} points over the same "
         f"network {'from scratch' if baseline == 'scratch' else f'as {baseline}'} (95 % interval of the difference "

@@ -9,7 +9,7 @@ _PIPE_SECONDS = 10.0
 _LINE = "{desc}: {n_fmt}/{total_fmt} {unit}, {rate_fmt}, {remaining} left"
 
 
-class ProgressBar(tqdm):  # type: ignore[misc]
+class ProgressBar(tqdm):
     """tqdm's bar, which in a pipe would write thousands of copies of itself into one line of a log."""
 
     def __init__(self, *args: Any, file: TextIO | None = None, **options: Any) -> None:
