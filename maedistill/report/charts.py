@@ -90,7 +90,7 @@ def network_colors(names: Sequence[str]) -> dict[str, Any]:
     from matplotlib import colormaps
 
     if len(names) <= 10:
-        return dict(zip(names, colormaps["tab10"].colors, strict=False))
+        return {name: colormaps["tab10"](place) for place, name in enumerate(names)}
     return {name: colormaps["turbo"](place / (len(names) - 1)) for place, name in enumerate(names)}
 
 

@@ -68,13 +68,13 @@ def read_results(networks: Mapping[str, ComparedNetwork], *, baseline: str) -> d
     results = {}
     for name, network in networks.items():
         score, speed = scores[name], timed[network.architecture]
-        pair = [(scores[one]["top1_correct"], scores[one]["images"]) for one in (name, baseline)]
-        files = [networks[one].finetune / PREDICTIONS for one in (name, baseline)]
+        count, other = ((scores[one]["top1_correct"], scores[one]["images"]) for one in (name, baseline))
+        files = (network.finetune / PREDICTIONS, networks[baseline].finetune / PREDICTIONS)
         results[name] = Result(
             intervals.of_count(score["top1_correct"], score["images"]),
             score["top1_correct"],
             score["images"],
-            None if name == baseline else difference(*pair, *files),
+            None if name == baseline else difference(count, other, files),
             score["parameters"],
             (network.export / "model.safetensors").stat().st_size / 1e6,
             speed["latency_ms"],
@@ -84,12 +84,12 @@ def read_results(networks: Mapping[str, ComparedNetwork], *, baseline: str) -> d
     return results
 
 
-def difference(one: tuple[int, int], other: tuple[int, int], file: Path, other_file: Path) -> Interval:
+def difference(one: tuple[int, int], other: tuple[int, int], predictions: tuple[Path, Path]) -> Interval:
     """Return the difference of two accuracies, (correct, images) each.
 
-    It is paired if both files hold the predictions of these evaluations, of the same images.
+    It is paired if both files of predictions exist and are of these evaluations, on the same images.
     """
-    answers = [_read_correct(path) for path in (file, other_file)]
+    answers = [_read_correct(path) for path in predictions]
     counts = [(sum(correct.values()), len(correct)) for correct in answers]
     if counts == [one, other] and answers[0].keys() == answers[1].keys():
         return intervals.of_pairs(list(answers[0].values()), [answers[1][key] for key in answers[0]])

@@ -42,7 +42,8 @@ def of_count(correct: int, images: int) -> Interval:
     share, z2 = correct / images, _Z**2
     centre = (share + z2 / (2 * images)) / (1 + z2 / images)
     half = _Z * math.sqrt(share * (1 - share) / images + z2 / (4 * images**2)) / (1 + z2 / images)
-    return Interval(share, max(0.0, centre - half), min(1.0, centre + half), "images")
+    low, high = max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # rounding must not exclude it
+    return Interval(share, low, high, "images")
 
 
 def of_seeds(values: Sequence[float]) -> Interval:

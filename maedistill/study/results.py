@@ -111,8 +111,9 @@ def _of_run(facts: _Facts) -> intervals.Interval:
 
 
 def _of_runs(one: _Facts, other: _Facts) -> intervals.Interval:
-    counts = [(facts["top1_correct"], facts["top1_images"]) for facts in (one, other)]
-    return difference(*counts, *(Path(facts["folder"]) / PREDICTIONS for facts in (one, other)))
+    count, other_count = ((facts["top1_correct"], facts["top1_images"]) for facts in (one, other))
+    files = (Path(one["folder"]) / PREDICTIONS, Path(other["folder"]) / PREDICTIONS)
+    return difference(count, other_count, files)
 
 
 def run_facts(folder: RunFolder) -> dict[str, Any] | None:

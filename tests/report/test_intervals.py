@@ -7,10 +7,11 @@ from scipy import stats
 from maedistill.report.intervals import of_count, of_difference, of_pairs, of_seeds
 
 
-@pytest.mark.parametrize(("correct", "images"), [(0, 5), (5, 5), (3, 10), (682, 797), (40_900, 50_000)])
+@pytest.mark.parametrize(("correct", "images"), [(0, 5), (5, 5), (24, 24), (3, 10), (682, 797), (40_900, 50_000)])
 def test_a_count_has_wilson_s_interval(correct, images) -> None:
     found, expected = of_count(correct, images), stats.binomtest(correct, images).proportion_ci(method="wilson")
     assert (found.value, found.low, found.high) == pytest.approx((correct / images, expected.low, expected.high))
+    assert 0 <= found.low <= found.value <= found.high <= 1
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 31, 32, 60, 300])
