@@ -48,7 +48,7 @@ FILES = {
     "predictions": "write each image's label, loss and five best classes",
     "per_class": "write each class's counts, confidence and what it is most often taken for",
     "confusions": "draw the classes that are most often confused, with images",
-    "json": "write the result; top1 and top5 are counts",
+    "json": "write the result: accuracies as fractions, and counts",
 }
 SUFFIXES = {"predictions": ".csv", "per_class": ".csv", "confusions": ".png", "json": ".json"}
 

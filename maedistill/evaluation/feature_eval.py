@@ -51,9 +51,13 @@ def score_knn(
     """
     train, val, result = _compute_features(spec, context, least=max(ks), reason=f"--k {max(ks)}")
     counts = knn_counts(train, val, ks=ks, temperature=temperature, device=context.device)
-    scores = [{"k": k, "top1": count, "images": len(val[1])} for k, count in zip(ks, counts, strict=True)]
-    for score in scores:
-        print_main("knn", f"k {score['k']}: {percent(score['top1'], score['images'])}")
+    images = len(val[1])
+    for k, count in zip(ks, counts, strict=True):
+        print_main("knn", f"k {k}: {percent(count, images)}")
+    scores = [
+        {"k": k, "top1": count / images, "top1_correct": count, "images": images}
+        for k, count in zip(ks, counts, strict=True)
+    ]
     print_main("warning", "kNN is a poor measure of masked autoencoders: read it as a trend")
     return finish(result | {"temperature": temperature, "knn": scores}, file)
 

@@ -100,6 +100,7 @@ def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
         predictor = Predictor(network, context, mean=parts.mean, std=parts.std)
         score = evaluate(predictor, parts.validation(), context).score
         if metrics is not None:
-            values = {"top1": score.top1, "top5": score.top5, "images": score.images, "val_loss": score.loss}
+            values = score.metrics()
+            values["val_loss"] = values.pop("loss")
             metrics.write(run.step, {"epoch": run.epoch, **{prefix + name: value for name, value in values.items()}})
             print(f"epoch {run.epoch:.1f}  {prefix.replace('_', ' ')}{score.line()}", flush=True)

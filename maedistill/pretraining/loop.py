@@ -106,7 +106,9 @@ def draw(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
     crops = EvaluationImages(index, random_subset(index, _PICTURES), transform, replace_bad=True)
     images = to_float01(next(exact_batches(crops, batch=_PICTURES, workers=0))[0].to(parts.device))
     split = split_of(parts.config, torch.arange(len(images), device=parts.device), parts.module.encoder.grid**2)
-    sheet = reconstruction_sheet(parts.module, images, split, teacher=parts.teacher is not None)
+    name = "/".join(run.folder.path.absolute().parts[-3:])
+    title = f"{name}: {parts.config.method}, step {run.step}, epoch {run.epoch:.1f}"
+    sheet = reconstruction_sheet(parts.module, images, split, teacher=parts.teacher is not None, title=title)
     if metrics is not None:
         with ignore_write_errors(path := run.folder.pictures / f"step_{run.step:09d}.png"):
             sheet.save(path)
@@ -134,7 +136,7 @@ def probe(run: Run, parts: Pretraining, val_index: ShardIndex, metrics: MetricsF
     scores = {"knn": knn_accuracy(bank, queries, device=run.device)} if knn else {}
     if metrics is not None:
         scores |= {"linear": probe_accuracy(bank, queries, device=run.device)} if linear else {}
-        metrics.write(run.step, {**scores, "epoch": run.epoch})
+        metrics.write(run.step, {**scores, "images": len(queries[1]), "epoch": run.epoch})
         names = {"knn": "kNN {:.1%} (a trend, no forecast)", "linear": "linear probe {:.1%}"}
         summary = ", ".join(names[name].format(accuracy) for name, accuracy in scores.items())
         print(f"epoch {run.epoch:.1f}  {summary}", flush=True)

@@ -89,7 +89,8 @@ class RunFolder:
         before = self.metadata() if not fresh else {}
         if checkpoint_steps(self.checkpoints):  # init and origin are those of the first start
             metadata = metadata | {name: before[name] for name in _OF_THE_FIRST_START if name in before}
-        start = describe_start(execution)
+        # step: of the checkpoint that this start continues
+        start = {**describe_start(execution), "step": (latest_step(self.checkpoints) or 0) if not fresh else 0}
         starts = [*before.get("starts", []), start]
         write_text(self.config, config_yaml(config))
         write_text(self._run_json, json.dumps({**metadata, "starts": starts}, indent=1) + "\n")

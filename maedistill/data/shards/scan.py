@@ -18,6 +18,7 @@ from tqdm.contrib.concurrent import thread_map
 from maedistill.data.remote.cache import ShardCache
 from maedistill.data.remote.download import RemoteShard, file_size
 from maedistill.data.remote.urls import is_url
+from maedistill.data.shards.progress_bar import ProgressBar
 from maedistill.data.shards.tars import walk_tar
 from maedistill.errors import DataError
 
@@ -44,7 +45,8 @@ class ShardScan:
 
 def scan_shards(paths: list[str]) -> list[ShardScan]:
     """Scan all shards with a progress bar. Raise the first `DataError` in the order of `paths`."""
-    return thread_map(scan_shard, paths, max_workers=THREADS, desc="indexing shards", unit="shard")
+    options = {"desc": "indexing shards", "unit": "shard", "tqdm_class": ProgressBar}
+    return thread_map(scan_shard, paths, max_workers=THREADS, **options)
 
 
 def scan_shard(path: str) -> ShardScan:

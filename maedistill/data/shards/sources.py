@@ -26,7 +26,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}  # folder -> split
 LARGEST_FILE = 1 << 30  # bytes; no image of a real data set is that large
 LONGEST_KEY = 80  # characters; a plain tar header holds names of up to 100
-CIFAR10_VALIDATION, DIGITS_VALIDATION = 5_000, 300  # images
+CIFAR10_VALIDATION, DIGITS_VALIDATION = 5_000, 797  # images
 DIGITS_SIZE = 32  # pixels; the scans have 8
 
 
@@ -215,7 +215,7 @@ def _open_cifar10(root: str | None) -> Source:
 
 
 def _open_digits() -> Source:
-    """Upscale 1,797 scans of 8 x 8 pixels with 17 gray levels to 32 x 32 RGB; 300 of them are the validation split."""
+    """Upscale 1,797 scans of 8 x 8 pixels with 17 gray levels to 32 x 32 RGB; 797 of them are the validation split."""
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import PIL
-from tqdm import tqdm
 from webdataset import TarWriter
 
 from maedistill.data.images.decode import BadImage, Converted, convert
 from maedistill.data.shards.index import CLASSES_FILE, SUFFIX, ShardIndex, index_of, load_index, save_index
 from maedistill.data.shards.index_check import parse_json
 from maedistill.data.shards.layout import IMAGES_PER_SHARD, QUALITY, REPORT_FILE
+from maedistill.data.shards.progress_bar import ProgressBar
 from maedistill.data.shards.scan import NO_LABEL, ShardScan, scan_shard
 from maedistill.data.shards.sources import Record, Source
 from maedistill.errors import ConfigError, DataError, join_first
@@ -80,7 +80,7 @@ def make_shards(
         return read_report(out)
     convert_one = functools.partial(_convert, source, shorter_side=shorter_side, quality=quality)
     count, stats = sum(map(len, source.splits.values())), {}
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=count, desc="writing shards", unit="img") as bar:
+    with ThreadPoolExecutor(workers) as pool, ProgressBar(total=count, desc="writing shards", unit="img") as bar:
         for split, records in source.splits.items():
             stats[split], scans = ConversionStats(), {}
             for name, part in plan_shards(split, records, images_per_shard):
@@ -122,7 +122,7 @@ def verify_shards(out: Path) -> int:
     rows = [(index, row) for index in indexes for row in range(len(index.shards))]
     if not rows:
         raise DataError(f"{out} holds no *{SUFFIX}", "write shards there first: maedistill shards SRC OUT")
-    bar = tqdm(rows, desc="verifying", unit="shard")
+    bar = ProgressBar(rows, desc="verifying", unit="shard")
     if faults := [fault for index, row in bar if (fault := _find_fault(index, row, out))]:
         raise DataError(
             f"{len(faults)} of {len(rows)} shards are bad: {join_first(faults, 5, separator='; ')}",
@@ -204,7 +204,7 @@ def _convert(source: Source, record: Record, *, shorter_side: int | None, qualit
 
 
 def _write_shard(
-    out: Path, name: str, records: list[Record], results: Iterable[Converted | str], bar: tqdm
+    out: Path, name: str, records: list[Record], results: Iterable[Converted | str], bar: ProgressBar
 ) -> tuple[ConversionStats, ShardScan]:
     """Write one shard under a temporary name, scan it, save its statistics, and rename it last."""
     temporary, stats = out / WORK_FOLDER / name, ConversionStats()
