@@ -33,6 +33,9 @@ docs: env .venv/docs
 	$(BIN)/python tools/make_docs.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+docs-commands: env
+	$(BIN)/python -m tests.docs_commands
+
 .venv/docs: pyproject.toml .venv/installed
 	$(BIN)/pip install --editable '.[docs]'
 	touch $@
