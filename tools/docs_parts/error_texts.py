@@ -4,6 +4,7 @@ import ast
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 CODES = {"ConfigError": 2, "DataError": 3, "NumericsError": 4, "PeerError": 5}
@@ -24,6 +25,7 @@ class ErrorText:
     is_rule: bool
 
 
+@cache
 def error_texts(package: Path) -> list[ErrorText]:
     """Return the texts of every error of a package, in the order of its files, each once."""
     found = {}
@@ -39,9 +41,11 @@ class _Module:
     def __init__(self, path: Path, name: str) -> None:
         self.name, self.tree = name, ast.parse(path.read_text())
         self.parents = {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
+        calls = [node for node in self.parents if isinstance(node, ast.Call)]
+        self.calls = sorted(calls, key=lambda call: (call.lineno, call.col_offset))
 
     def texts(self) -> Iterator[ErrorText]:
-        for call in self._calls():
+        for call in self.calls:
             name = _name(call.func)
             is_rule = name in RULES
             arguments = call.args[1:] if is_rule else call.args
@@ -50,10 +54,6 @@ class _Module:
             for known in self._environments(call):
                 for pair in itertools.product(*(self._texts(argument, known) for argument in arguments)):
                     yield ErrorText((CODES | RULES)[name], *pair, self.name, is_rule)
-
-    def _calls(self) -> list[ast.Call]:
-        calls = [node for node in ast.walk(self.tree) if isinstance(node, ast.Call)]
-        return sorted(calls, key=lambda call: (call.lineno, call.col_offset))
 
     def _function(self, node: ast.AST) -> ast.FunctionDef | None:
         """Return the function around a node."""
@@ -73,7 +73,7 @@ class _Module:
         defaults = dict(zip(reversed(places), reversed(inputs.defaults), strict=False))
         defaults |= {arg.arg: value for arg, value in zip(inputs.kwonlyargs, inputs.kw_defaults, strict=True) if value}
         found = []
-        for use in self._calls():
+        for use in self.calls:
             if _name(use.func) == function.name and use is not call:
                 given = {**defaults, **dict(zip(places, use.args, strict=False))}
                 given |= {word.arg: word.value for word in use.keywords if word.arg}

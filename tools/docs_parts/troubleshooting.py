@@ -46,6 +46,7 @@ Three texts are put together while a run ends:
 SETTINGS = """\
 The text comes after the place of the setting: `command line KEY=VALUE:` or `FILE:LINE KEY:`. `(and 2 more: KEY, KEY)`
 at its end names other keys that are wrong as well. Every rule with an example:"""
+LONGEST = 120  # characters of a setting
 AREAS = {
     "cli": "Command line", "commands": "Command line", "config": "Settings: other texts", "data/shards": "Shards",
     "data/images": "Images", "data/loading": "Loader", "data/remote": "Remote shards",
@@ -67,23 +68,28 @@ def page(root: Path) -> str:
     for number in sorted({text.code for text in texts}):
         parts.append(f"## Exit code {number}")
         if number == 2:
-            rows = [[code(example), code(cause), cell(remedy)] for example, cause, remedy in examples]
-            parts += ["### Settings", SETTINGS, table(["setting, for example", "error", "what to do"], rows)]
+            rows = [[code(cause), cell(remedy), code(example)] for example, cause, remedy in examples]
+            parts += ["### Settings", SETTINGS, table(["error", "what to do", "after, for example"], rows)]
         parts += _areas([text for text in texts if text.code == number], number)
     return "\n\n".join(parts) + "\n"
 
 
 def golden_examples(file: Path) -> list[tuple[str, str, str]]:
-    """Return (setting, error without its place, remedy) of each text in the golden file, each text once."""
+    """Return (setting, error without its place, remedy) of each text in the golden file, each once.
+
+    Settings that are long only to be too long are left out: they would make the table wide.
+    """
     found: dict[tuple[str, str], str] = {}
     for block in file.read_text().strip().split("\n\n"):
         name, cause, remedy = block.splitlines()
         setting = name.removeprefix("# ").partition(" | ")[2]
         cause = cause.removeprefix("error: ").removeprefix(f"command line {setting}: ")
+        cause = re.sub(r"^command line .+?: (?=[a-z*!])", "", cause)  # its control characters are escaped once
+        setting = "a line of a file" if setting.startswith("file | ") else setting
         cause = re.sub(r"^\{FOLDER\}/[\w.]+:\d+( [\w.]+)?: |^[\w.]+: (?=no |a |neither )", "", cause)
         texts = (cause, remedy.removeprefix("  fix: "))
         found.setdefault((texts[0].replace("{FOLDER}", "FOLDER"), texts[1].replace("{FOLDER}", "FOLDER")), setting)
-    return [(setting, cause, remedy) for (cause, remedy), setting in found.items()]
+    return [(setting, cause, remedy) for (cause, remedy), setting in found.items() if len(setting) <= LONGEST]
 
 
 def _areas(texts: Iterable[ErrorText], number: int) -> list[str]:
