@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.loader import load_config
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
 from maedistill.data.loading.order import label_subset
 from maedistill.data.shards.index import open_index
@@ -25,7 +27,9 @@ from maedistill.data.shards.write import make_shards
 from maedistill.evaluation.accuracy import evaluate
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import Predictor
+from maedistill.finetuning.setup import open_finetuning
 from maedistill.weights.network import open_network
+from tests.conftest import FINETUNE_CONFIG
 
 EPOCH = 8  # steps
 TIMES = {"images_per_second", "data_wait", "memory_gb", "eta_seconds", "trained_seconds"}
@@ -52,6 +56,24 @@ def colours(tmp_path_factory):
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file)
     make_shards(open_folder(pictures), out)
     return out
+
+
+@pytest.mark.parametrize(
+    ("more", "size", "said"),
+    [
+        (["data.image_size=null"], 32, "at 32 px (as its start)"),
+        (["data.image_size=16"], 16, "at 16 px (its start: 32 px, resampled)"),
+        (["data.image_size=null", "init.source=null", "student.model=vit_tiny_patch16_224"], 224, "at 224 px, "),
+    ],
+)
+def test_the_image_size_is_that_of_the_start_unless_it_is_given(finetuning, mae, tmp_path, shards, more, size, said):
+    file = tmp_path / "a.yaml"
+    file.write_text(FINETUNE_CONFIG.format(shards=shards))
+    config = load_config(file, [f"init.source={mae.run}", f"run={tmp_path}/r", *more], root=FinetuneConfig).config
+    parts = open_finetuning(config, world_size=1, device=torch.device("cpu"))
+    assert parts.config.data.image_size == parts.metadata["input"]["size"] == size
+    assert parts.module.vit.patch_embed.img_size == (size, size)
+    assert said in next(line for line in parts.summary_lines if line.startswith("data "))
 
 
 @pytest.fixture(scope="module")

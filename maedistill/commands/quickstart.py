@@ -13,15 +13,12 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from maedistill.report.comparison import ComparedNetwork, write_comparison
-from maedistill.study.completion import is_scored
-from maedistill.study.file import load_study
-from maedistill.study.plan import StudyPlan
-from maedistill.study.results import collect
-from maedistill.study.results_page import write_results
-from maedistill.study.runner import Step, run_steps
-from maedistill.study.schema import Study
+if TYPE_CHECKING:  # imported by the functions: it takes seconds, which --help and mistakes need not wait for
+    from maedistill.report.comparison import ComparedNetwork
+    from maedistill.study.runner import Step
+    from maedistill.study.schema import Study
 
 SEED = 0
 JOBS = 2  # concurrent training runs: each of these small networks gets half of the cores
@@ -44,6 +41,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, help="epochs of every training, instead of the configs'")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the runs and the report")
     arguments = parser.parse_args(sys.argv[2:])
+
+    from maedistill.report.comparison import write_comparison
+    from maedistill.study.file import load_study
+    from maedistill.study.plan import StudyPlan
+    from maedistill.study.results import collect
+    from maedistill.study.results_page import write_results
+    from maedistill.study.runner import Step, run_steps
+
     start, out = time.perf_counter(), arguments.out
     shards, val = out / "shards", f"{out}/shards/val-*.tar"
     settings = [f"data.train={shards}/train-*.tar", f"data.val={val}"]
@@ -62,8 +67,10 @@ def main() -> None:
     print(f"\ndone in {(time.perf_counter() - start) / 60:.1f} minutes: open {report}")
 
 
-def networks_of(study: Study, out: Path) -> dict[str, ComparedNetwork]:
+def networks_of(study: "Study", out: Path) -> "dict[str, ComparedNetwork]":
     """Return the folders of every compared network, the teacher first."""
+    from maedistill.report.comparison import ComparedNetwork
+
     networks = {}
     for name, network in (study.teachers | study.students).items():
         pretrain, finetune = network.steps(name, SEED)
@@ -74,8 +81,10 @@ def networks_of(study: Study, out: Path) -> dict[str, ComparedNetwork]:
     return networks
 
 
-def export_steps(networks: dict[str, ComparedNetwork], out: Path) -> list[Step]:
+def export_steps(networks: "dict[str, ComparedNetwork]", out: Path) -> "list[Step]":
     """Return the steps that export each network as a timm model to its run's folder."""
+    from maedistill.study.runner import Step
+
     return [
         Step(
             f"{name}/export",
@@ -87,8 +96,11 @@ def export_steps(networks: dict[str, ComparedNetwork], out: Path) -> list[Step]:
     ]
 
 
-def score_steps(networks: dict[str, ComparedNetwork], out: Path, shards: str) -> list[Step]:
+def score_steps(networks: "dict[str, ComparedNetwork]", out: Path, shards: str) -> "list[Step]":
     """Return the steps that measure accuracy and latency of each export."""
+    from maedistill.study.completion import is_scored
+    from maedistill.study.runner import Step
+
     return [
         Step(
             f"{name}/score",

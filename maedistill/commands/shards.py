@@ -2,20 +2,18 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from maedistill.data.shards.sources import open_source
-from maedistill.data.shards.write import (
-    IMAGES_PER_SHARD,
-    QUALITY,
-    REPORT_FILE,
-    ConversionStats,
-    make_shards,
-    verify_shards,
-)
+from maedistill.data.shards.layout import IMAGES_PER_SHARD, QUALITY, REPORT_FILE
 from maedistill.errors import ConfigError
+
+if TYPE_CHECKING:  # imported by `main` only: it takes seconds, which --help and mistakes need not wait for
+    from maedistill.data.shards.sources import Source
+    from maedistill.data.shards.write import ConversionStats
 
 EXAMPLES = """examples:
   maedistill shards photos/ shards/photos              class/image, images alone, or train/ and val/ of either
@@ -38,11 +36,15 @@ def main() -> None:
     out = Path(args.out or args.src)
     if not (args.out or args.verify):
         raise ConfigError("OUT is missing", "say where the shards shall go: maedistill shards SRC OUT")
+    from maedistill.data.shards.sources import open_source
+    from maedistill.data.shards.write import make_shards, verify_shards
+
     if args.out:
         if args.quality is not None and args.shorter_side is None:
             raise ConfigError("--quality has no effect without --shorter-side", "give both, or leave it out")
+        source = open_source(args.src, root=args.root, val_fraction=args.val_fraction)
         stats = make_shards(
-            open_source(args.src, root=args.root, val_fraction=args.val_fraction),
+            source,
             out,
             images_per_shard=args.images_per_shard,
             shorter_side=args.shorter_side,
@@ -50,6 +52,7 @@ def main() -> None:
             workers=args.workers,
         )
         print_summary(out, stats)
+        print_next(out, source)
     if args.verify:
         print(f"{out}: all {verify_shards(out)} shards are as their index says")
 
@@ -73,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args(sys.argv[2:])
 
 
-def print_summary(out: Path, stats: dict[str, ConversionStats]) -> None:
+def print_summary(out: Path, stats: "dict[str, ConversionStats]") -> None:
     """Print the counts by split, the numbers of converted and skipped images, and the next command."""
     for split, part in stats.items():
         print(f"{split}: {part.images:,} images, {part.grayscale:,} of them grayscale, shards: {len(part.lengths):,}")
@@ -84,5 +87,18 @@ def print_summary(out: Path, stats: dict[str, ConversionStats]) -> None:
             print(f"  skipped {len(part.skipped):,}, all named in {out / REPORT_FILE}:")
             for path, reason in list(part.skipped.items())[:5]:
                 print(f"    {path}: {reason}")
-    val = f" data.val='{out}/val-*.tar'" if "val" in stats else ""
-    print(f"next: maedistill pretrain CONFIG data.train='{out}/train-*.tar'{val} run=runs/NAME")
+
+
+def print_next(out: Path, source: "Source") -> None:
+    """Print what the validation images cannot be used for, if there is such a thing, and the next command."""
+    from maedistill.data.shards.scan import NO_LABEL
+
+    labels = {split: {record.label for record in records} - {NO_LABEL} for split, records in source.splits.items()}
+    if unseen := labels.get("val", set()) - labels.get("train", set()):
+        print(
+            f"note: {len(unseen):,} of the {len(labels['val']):,} classes in val have no image in train; nothing can "
+            "learn them (--val-fraction chooses images by name, not by class)"
+        )
+    folder = shlex.quote(str(out))
+    val = f" data.val={folder}" if "val" in source.splits else ""
+    print(f"next: maedistill pretrain own/dmae data.train={folder}{val} run=runs/NAME --dry-run")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from maedistill.data.shards.index import ShardIndex, open_index
+from maedistill.data.shards.patterns import Split, describe_shards
 from maedistill.errors import ConfigError, DataError, NumericsError
 from maedistill.evaluation.context import EvalContext, finish, metadata, print_data, print_main, print_network
 from maedistill.evaluation.features import Features, extract_features
@@ -94,8 +95,10 @@ def open_pair(spec: ProbeSpec) -> tuple[ShardIndex, ShardIndex]:
     training shards, or differently named ones.
     """
     indexes = []
-    for shards, file in ((spec.train, spec.train_index), (spec.val, spec.val_index)):
-        index = distributed.main_first(partial(open_index, shards, index=file))
+    named: tuple[tuple[str, str | None, Split], ...]
+    named = ((spec.train, spec.train_index, "train"), (spec.val, spec.val_index, "val"))
+    for shards, file, split in named:
+        index = distributed.main_first(partial(open_index, shards, index=file, split=split))
         if not len(index):
             raise DataError(f"{shards} holds no image", "name shards that hold labelled images")
         index.require_labels()
@@ -137,8 +140,8 @@ def _compute_features(
     assert isinstance(backbone, Backbone)
     train, val = open_pair(spec)
     print_network("model", network)
-    print_data("train", train, spec.train)
-    print_data("val", val, spec.val)
+    print_data("train", train, describe_shards(spec.train, train.shards))
+    print_data("val", val, describe_shards(spec.val, val.shards))
     if len(train) < least:
         raise ConfigError(
             f"{reason} needs {least:,} training images, but {spec.train} holds {len(train):,}",

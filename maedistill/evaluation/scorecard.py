@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from maedistill.data.loading.dataset import ImageDataset, open_dataset
 from maedistill.data.loading.evaluation import EvaluationImages
 from maedistill.data.shards.index import ShardIndex, open_index
+from maedistill.data.shards.patterns import describe_shards
 from maedistill.evaluation.accuracy import Evaluation, TopCounts, evaluate, write_predictions
 from maedistill.evaluation.agreement import Agreement, TwoViews, evaluate_against
 from maedistill.evaluation.calibration import BINS, Calibration, calibrate
@@ -21,15 +24,16 @@ from maedistill.evaluation.latency import measure_latency
 from maedistill.evaluation.per_class import draw_confusions, worst_confusions, write_per_class
 from maedistill.evaluation.real_labels import count_real, open_real_labels
 from maedistill.processes import distributed
+from maedistill.runs.objects import class_name, python_name
 from maedistill.runs.records import unwritable
 from maedistill.weights.class_names import compare_names, subset_columns
 from maedistill.weights.from_run import Weights
-from maedistill.weights.network import Network, open_network
+from maedistill.weights.network import Network, given_network, open_network
 
 
 def score(
-    model: str,
-    shards: str,
+    model: str | nn.Module,
+    shards: str | ImageDataset,
     context: EvalContext,
     *,
     index_file: str | None = None,
@@ -45,19 +49,31 @@ def score(
 ) -> dict[str, Any]:
     """Evaluate `model` on `shards`, print the scorecard and return it. Collective.
 
+    From Python the model may be a module that gives logits, and the shards a data set.
     image_size, crop: override the model's own. against: a second classifier to compare with. subset: the shards hold
     only some of the model's classes, matched by name. real: also score against the labels of ImageNet-ReaL. bins:
     number of bins of the calibration error. files: paths for predictions, per_class, confusions and json. Raises
     subclasses of UserError.
     """
-    network = distributed.main_first(lambda: open_network(model, "classifier", weights=weights, image_size=image_size))
+    if isinstance(model, str):
+        network = distributed.main_first(
+            lambda: open_network(model, "classifier", weights=weights, image_size=image_size)
+        )
+    else:
+        network = given_network(model, python_name(model), image_size=image_size)
+        network = replace(network, num_classes=network.output().shape[-1])
     network = replace(network, crop=crop or network.crop)
     teacher = distributed.main_first(lambda: open_network(against, "classifier")) if against else None
-    index = distributed.main_first(lambda: open_index(shards, index=index_file))
+    if isinstance(shards, str):
+        index = distributed.main_first(lambda: open_index(shards, index=index_file, split="val"))
+        place = describe_shards(shards, index.shards)
+    else:
+        place = class_name(shards)
+        index = open_dataset(shards, place)
     print_network("model", network)
     if teacher is not None:
         print_network("vs.", teacher)
-    print_data("data", index, shards)
+    print_data("data", index, place)
     predictor = _open_predictor(network, index, context, subset=subset)
     rival = _open_predictor(teacher, index, context, subset=subset) if teacher is not None else None
     real_labels = open_real_labels(index, num_classes=network.num_classes) if real else None

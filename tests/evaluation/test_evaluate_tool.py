@@ -150,7 +150,7 @@ def test_agreement_is_what_both_models_say_alone(launcher, made, results):
 
 
 MISTAKES = {
-    "no such model": (["resnet18", "{shards}"], 2, "resnet18 is neither", "did you mean timm:resnet18?"),
+    "no such model": (["resnet18", "{shards}"], 2, "'resnet18' is neither", "did you mean timm:resnet18?"),
     "labels beyond the classes": (["{made}/other", "{shards}"], 3, "5 classes, 0 to 4, but 14 of 25", "finetune"),
     "classes in another order": (["{made}/permuted", "{shards}"], 3, "label 0 is 'class01' to it", "order"),
     "the other's classes in another order": (

@@ -527,7 +527,9 @@ RUNS = {
     "another stage": case(
         f"{FINETUNE} run=bad", 2, "a run of pre-training, not of fine-tuning", "another run=", bad=RUN
     ),
-    "held already": case(f"{PRETRAIN} run=bad --fresh", 2, "already holds a run", "--fresh", bad=RUN),
+    "held already": case(f"{PRETRAIN} run=bad --fresh", 2, "no terminal to ask on", "--yes", bad=RUN),
+    "deleting nothing": case(f"{PRETRAIN} run=bad --yes", 2, "--yes answers", "add --fresh"),
+    "over and on": case(f"{PRETRAIN} run=bad --fresh --extend", 2, "--extend does not", "leave out", bad=RUN),
     "fewer epochs": case(
         f"{PRETRAIN} run=bad optim.epochs=2 --extend", 2, "2 is less than the 3", "only adds", bad=RUN
     ),

@@ -31,7 +31,7 @@ path or a number, and `...` for longer parts. A traceback is a bug in maedistill
 | 4 | [numerics: a loss or gradient that is not finite](#exit-code-4) | look at the samples, lower the learning rate |
 | 5 | [another process of the run, or the hardware](#exit-code-5) | start the same command again |
 | 75 | asked to leave by SIGTERM or SIGUSR1; the state is saved | start the same command again |
-| 130 | Ctrl-C | start the same command again |
+| 130 | Ctrl-C; saved if training had begun | start the same command again |
 | 141 | the reader of the output has gone, as with `head` | |
 
 The parser of the command line ends with 2 as well, and prints its usage: unknown options, missing arguments.
@@ -42,7 +42,7 @@ Three texts are put together while a run ends:
 |---|---|
 | `no step for 600 s: rank 1 ... is in PLACE; the others wait` | that rank hangs, exit code 5 |
 | `stopped by SIGTERM after step N, which is saved; the same command goes on from there` | exit code 75 |
-| `stopped by Ctrl-C` | exit code 130 |"""
+| `stopped by Ctrl-C after step N, which is saved` | exit code 130 |"""
 SETTINGS = """\
 The text comes after the place of the setting: `command line KEY=VALUE:` or `FILE:LINE KEY:`. `(and 2 more: KEY, KEY)`
 at its end names other keys that are wrong as well. Every rule with an example:"""

@@ -30,14 +30,12 @@ from webdataset import TarWriter
 from maedistill.data.images.decode import BadImage, Converted, convert
 from maedistill.data.shards.index import CLASSES_FILE, SUFFIX, ShardIndex, index_of, load_index, save_index
 from maedistill.data.shards.index_check import parse_json
+from maedistill.data.shards.layout import IMAGES_PER_SHARD, QUALITY, REPORT_FILE
 from maedistill.data.shards.scan import NO_LABEL, ShardScan, scan_shard
 from maedistill.data.shards.sources import Record, Source
 from maedistill.errors import ConfigError, DataError, join_first
 
-REPORT_FILE = "make_shards.json"
 WORK_FOLDER = ".making"  # partial shards, and statistics of finished ones; removed at the end
-IMAGES_PER_SHARD = 1000  # 110 MB of ImageNet: large enough for fast disk reads, small enough to cache a dozen
-QUALITY = 90  # of re-encoded JPEGs
 
 
 @dataclass
