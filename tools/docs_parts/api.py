@@ -30,17 +30,20 @@ def page(root: Path) -> str:
     """Return the page."""
     parts = ["# Python API", GENERATED, INTRODUCTION]
     names = public_names(root)
+    if names:
+        parts.append("How to use them, with programs that run: [from Python](python.md).")
     for named in names:
         parts += [f"## {named.name}", *_describe(named, root)]
     return "\n\n".join(parts if names else [*parts, NONE_YET]) + "\n"
 
 
 def public_names(root: Path) -> list[Named]:
-    """Return what `maedistill.__all__` names, in its order."""
+    """Return what `maedistill.__all__` names: functions first, otherwise in its order."""
     module = ast.parse((root / "maedistill" / "__init__.py").read_text())
     lists = [node.value for node in ast.walk(module) if _assigns(node, "__all__")]
     names = [str(item.value) for item in lists[0].elts] if lists else []
-    return [_find(name, "maedistill", root) for name in names if not name.startswith("__")]
+    found = [_find(name, "maedistill", root) for name in names if not name.startswith("__")]
+    return sorted(found, key=lambda named: not isinstance(named.node, ast.FunctionDef))
 
 
 def _find(name: str, module: str, root: Path) -> Named:

@@ -46,6 +46,7 @@ Three texts are put together while a run ends:
 SETTINGS = """\
 The text comes after the place of the setting: `command line KEY=VALUE:` or `FILE:LINE KEY:`. `(and 2 more: KEY, KEY)`
 at its end names other keys that are wrong as well. Every rule with an example:"""
+OTHER = "Others"
 LONGEST = 120  # characters of a setting
 AREAS = {
     "cli": "Command line", "commands": "Command line", "config": "Settings: other texts", "data/shards": "Shards",
@@ -54,7 +55,7 @@ AREAS = {
     "methods": "Teachers of pre-training", "pretraining": "Pre-training",
     "finetuning": "Fine-tuning and distillation", "training": "Engine", "runs": "Run folders and checkpoints",
     "processes": "Ranks and launchers", "evaluation": "Evaluation", "export": "Export", "study": "Studies",
-    "benchmark": "Benchmarks", "errors.py": "GPU",
+    "benchmark": "Benchmarks", "api.py": "Python API", "errors.py": "GPU",
 }  # fmt: skip
 
 
@@ -99,7 +100,7 @@ def _areas(texts: Iterable[ErrorText], number: int) -> list[str]:
         causes = areas.setdefault(_area(text.file), {})
         causes.setdefault(text.cause, []).append(text.remedy)
     parts = []
-    for area in dict.fromkeys(AREAS.values()):
+    for area in dict.fromkeys([*AREAS.values(), OTHER]):
         if area in areas:
             rows = [[code(cause), cell("; or: ".join(dict.fromkeys(fixes)))] for cause, fixes in areas[area].items()]
             parts += [f"### {area} ({number})", table(["error", "what to do"], rows)]
@@ -108,7 +109,7 @@ def _areas(texts: Iterable[ErrorText], number: int) -> list[str]:
 
 def _area(file: str) -> str:
     names = (file, file.rpartition("/")[0], file.partition("/")[0], file.removesuffix(".py"))
-    return next(AREAS[name] for name in names if name in AREAS)
+    return next((AREAS[name] for name in names if name in AREAS), OTHER)
 
 
 def _says_something(text: ErrorText) -> bool:
