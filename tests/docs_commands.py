@@ -39,7 +39,7 @@ NOT_RUN = {  # a pattern of the command line: the reason
 }
 HEAVY = (
     "timm", "maedistill.pretraining.loop", "maedistill.finetuning.loop", "maedistill.evaluation.scorecard",
-    "maedistill.evaluation.feature_eval", "maedistill.export.folder", "maedistill.study.runner",
+    "maedistill.evaluation.feature_eval", "maedistill.exporting.folder", "maedistill.study.runner",
 )  # fmt: skip
 SIZES = ["data.image_size=32", "data.workers=0", "optim.warmup_epochs=0.1", "optim.global_batch=12"]
 SIZES += ["engine.micro_batch=12"]
@@ -61,7 +61,7 @@ def small(words: list[str]) -> list[str]:
     if words[0] not in ("pretrain", "finetune") or {"--explain", "--print-config"} & set(words):
         return words
     if words[0] == "pretrain":
-        is_mae = "mae_vit" in words[1].partition("/")[2][:7] or "method=mae" in words
+        is_mae = words[1].partition("/")[2].startswith("mae") or "method=mae" in words
         method = ["generate.num_heads=2"] if "amd" in words[1] else []
         return words + PRETRAIN + method + ([] if is_mae else TEACHER)
     text = shlex.join(words)

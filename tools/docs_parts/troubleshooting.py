@@ -54,7 +54,7 @@ AREAS = {
     "weights": "Networks and weights", "models": "Networks and weights",
     "methods": "Teachers of pre-training", "pretraining": "Pre-training",
     "finetuning": "Fine-tuning and distillation", "training": "Engine", "runs": "Run folders and checkpoints",
-    "processes": "Ranks and launchers", "evaluation": "Evaluation", "export": "Export", "study": "Studies",
+    "processes": "Ranks and launchers", "evaluation": "Evaluation", "exporting": "Export", "study": "Studies",
     "benchmark": "Benchmarks", "api.py": "Python API", "errors.py": "GPU",
 }  # fmt: skip
 
