@@ -1,3 +1,73 @@
-"""maedistill: small Vision Transformers distilled from large masked autoencoders."""
+"""maedistill: small Vision Transformers distilled from large masked autoencoders.
+
+The names below are imported from their modules when they are first used: `import maedistill` itself imports nothing.
+"""
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maedistill.api import evaluate, export, finetune, load_backbone, make_shards, pretrain, read_metrics
+    from maedistill.data.loading.dataset import ImageDataset
+    from maedistill.errors import ConfigError, DataError, NumericsError, PeerError, UserError
+    from maedistill.methods.amd import AMD
+    from maedistill.methods.dmae import DMAE
+    from maedistill.methods.mae import MAE
+    from maedistill.methods.tinymim import TinyMIM
+    from maedistill.models.encoder import Encoder
+    from maedistill.runs.callback import Callback
 
 __version__ = "0.1.0"
+__all__ = [
+    "AMD",
+    "DMAE",
+    "MAE",
+    "Callback",
+    "ConfigError",
+    "DataError",
+    "Encoder",
+    "ImageDataset",
+    "NumericsError",
+    "PeerError",
+    "TinyMIM",
+    "UserError",
+    "evaluate",
+    "export",
+    "finetune",
+    "load_backbone",
+    "make_shards",
+    "pretrain",
+    "read_metrics",
+]
+
+_MODULES = {
+    "api": ("evaluate", "export", "finetune", "load_backbone", "make_shards", "pretrain", "read_metrics"),
+    "data.loading.dataset": ("ImageDataset",),
+    "errors": ("ConfigError", "DataError", "NumericsError", "PeerError", "UserError"),
+    "methods.amd": ("AMD",),
+    "methods.dmae": ("DMAE",),
+    "methods.mae": ("MAE",),
+    "methods.tinymim": ("TinyMIM",),
+    "models.encoder": ("Encoder",),
+    "runs.callback": ("Callback",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'maedistill' has no attribute {name!r}")
+    return getattr(import_module(f"maedistill.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# `python -m maedistill.X` imports this file while argv[0] is still "-m". A module that only defines things would then
+# end with exit code 0 and nothing done, which a launcher takes for a finished training.
+if sys.argv[:1] == ["-m"] and "-m" in sys.orig_argv:
+    _module = sys.orig_argv[sys.orig_argv.index("-m") + 1]
+    if _module.startswith("maedistill."):
+        raise SystemExit(f"{_module} is no command: `python -m maedistill` lists the commands")

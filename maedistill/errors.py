@@ -9,6 +9,7 @@ Every error that a user can fix is a `UserError`; a command prints it as two lin
     4     numerics: a loss or gradient that is not finite
     5     a peer process or the hardware
     75    pre-empted: state saved, start it again
+    130   Ctrl-C: saved if training had begun
 """
 
 import os
@@ -17,6 +18,8 @@ import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import NoReturn
+
+_COLOURS = {"error": 31, "warning": 33}  # red, yellow
 
 
 class UserError(ValueError):
@@ -81,19 +84,30 @@ def device_error(error: BaseException) -> UserError | None:
 
 
 class Preempted(Exception):
-    """The run saved its state and stopped because of a signal. It is not an error, hence not a `UserError`."""
+    """The run saved its state and stopped because of a signal. It is not an error, hence not a `UserError`.
 
-    exit_code = 75
+    command: what continues the run; without it, the message says that the same command does.
+    """
 
-    def __init__(self, signal: str, step: int) -> None:
-        super().__init__(f"stopped by {signal} after step {step}, which is saved; the same command goes on from there")
+    def __init__(self, signal: str, step: int, *, command: str | None = None) -> None:
+        by_hand = signal == "SIGINT"
+        self.exit_code = 130 if by_hand else 75
+        how = f"\ncontinue with: {command}" if command else "; the same command goes on from there"
+        super().__init__(f"stopped by {'Ctrl-C' if by_hand else signal} after step {step}, which is saved{how}")
 
 
 def print_error(error: UserError) -> None:
     """Print an error as two lines on stderr, with unprintable characters of file names and the like escaped."""
     lines = (f"error: {error.cause}", f"  fix: {error.remedy}")
     texts = ("".join(char if char.isprintable() else ascii(char)[1:-1] for char in line) for line in lines)
-    print("\n".join(texts), file=sys.stderr, flush=True)
+    print(in_colour("\n".join(texts)), file=sys.stderr, flush=True)
+
+
+def in_colour(text: str) -> str:
+    """Colour the `error:` or `warning:` that a text begins with, if stderr is a terminal and NO_COLOR is not set."""
+    kind, colon, rest = text.partition(":")
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty()
+    return text if plain or kind not in _COLOURS else f"\x1b[{_COLOURS[kind]}m{kind}{colon}\x1b[0m{rest}"
 
 
 def exit_code_of(main: Callable[[], None]) -> int:

@@ -2,10 +2,12 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
@@ -29,6 +31,37 @@ def test_every_command_explains_itself(command, monkeypatch, capsys):
     assert ended.value.code == 0 and f"maedistill {command}" in capsys.readouterr().out
 
 
+def test_help_of_every_command_imports_nothing_heavy():
+    """Otherwise it takes seconds."""
+    program = """
+import sys
+from importlib import import_module
+for command in sys.argv[1].split():
+    sys.argv = ["maedistill", command, "--help"]
+    try:
+        import_module(f"maedistill.commands.{command}").main()
+    except SystemExit:
+        pass
+print(*sorted({"torch", "timm", "torchvision", "numpy", "PIL"} & sys.modules.keys()), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", program, " ".join(cli.COMMANDS)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "\n")
+
+
+def test_a_module_that_is_no_command_says_so(tmp_path):
+    def run(*words):
+        done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, cwd=tmp_path)
+        return done.returncode, done.stderr
+
+    assert run("maedistill.commands.pretrain", "c.yaml") == (1, ANY) and "no command" in run("maedistill.cli")[1]
+    (tmp_path / "maedistill.yaml").write_text("method: mae\n")
+    assert "data.train" in run("maedistill", "pretrain", "maedistill.yaml")[1]  # a config of that name is one
+    assert (
+        run("maedistill", "pretrain") == (2, ANY)
+        and "usage: maedistill pretrain CONFIG" in run("maedistill", "pretrain")[1]
+    )
+
+
 def test_a_command_gets_the_rest_of_the_line_and_runs_record_it(monkeypatch):
     lines = []
     monkeypatch.setattr("maedistill.commands.export.main", lambda: lines.append(sys.argv))
@@ -39,8 +72,9 @@ def test_a_command_gets_the_rest_of_the_line_and_runs_record_it(monkeypatch):
     assert "pretrain" in refused.value.remedy
 
 
-def test_every_file_in_tools_but_the_gpu_check_is_a_door_to_a_command(root):
-    doors = {file.stem: file.read_text() for file in (root / "tools").glob("*.py") if file.stem != "gpu_check"}
+def test_every_file_in_tools_but_these_is_a_door_to_a_command(root):
+    others = ("gpu_check", "make_docs")
+    doors = {file.stem: file.read_text() for file in (root / "tools").glob("*.py") if file.stem not in others}
     commands = {name: re.search(r'run\("(\w+)"\)', text)[1] for name, text in doors.items()}
     assert sorted(commands.values()) == sorted(cli.COMMANDS) and commands.pop("make_shards") == "shards"
     assert all(name == command for name, command in commands.items())

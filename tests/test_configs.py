@@ -10,8 +10,10 @@ import torch
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.finetuning.setup import dry_run as finetune_dry_run
 from maedistill.pretraining.build import build_encoder, build_method, build_teacher, build_teacher_source, mask_sizes
 from maedistill.pretraining.flops import count_flops
+from maedistill.pretraining.setup import dry_run as pretrain_dry_run
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = [path for path in sorted(ROOT.glob("configs/*/*.yaml")) if not path.stem.startswith(("base", "study"))]
@@ -55,6 +57,26 @@ def test_config_builds_and_its_header_is_true(path: Path) -> None:
     if path.parent.name == "imagenet":
         assert "Expected:" in header and "CVPR" in header and "8 GPUs" in header
         assert f"{flops['total']:.1f} GFLOP per image" in header
+
+
+@pytest.mark.parametrize("name", ["mae", "dmae", "finetune"])
+def test_own_configs_dry_run_on_a_few_images(shards, tmp_path, capsys, name):
+    """A tiny network in the place of theirs; the lengths are those of 96 images."""
+    small = ["width=32", "depth=9", "num_heads=2", "patch_size=8"]
+    root = FinetuneConfig if name == "finetune" else PretrainConfig
+    overrides = [f"data.train={shards}", f"data.val={shards}", f"run={tmp_path}/r", "data.image_size=32"]
+    overrides += ["engine.micro_batch=4", "data.workers=0", *(f"student.{each}" for each in small)]
+    if name == "dmae":
+        overrides += ["teacher.source=random:vit_tiny_patch16_224", *(f"teacher.{each}" for each in small)]
+    if name == "finetune":
+        overrides += ["student.model=vit_tiny_patch16_224"]
+    config = load_config(f"own/{name}", overrides, root=root).config
+    (finetune_dry_run if name == "finetune" else pretrain_dry_run)(config)
+    out = capsys.readouterr().out
+    steps = {"finetune": "900 = floor(300 epochs x 96 / 32), 45 of them"}
+    assert steps.get(name, "2,400 = floor(1600 epochs x 96 / 64), 120 of them warm-up") in out
+    assert "\nauto     batch" in out and "for 96 images" in out and "warning" not in out
+    assert re.search(r"\ndisk     2 checkpoints \(log\.keep\) of \d+ MB", out)
 
 
 def test_imagenet_configs_are_the_papers_recipes() -> None:

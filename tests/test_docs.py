@@ -3,10 +3,12 @@
 import re
 import shlex
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
 from maedistill import cli
 from maedistill.config.document import CONFIGS, find_config
@@ -40,7 +42,7 @@ LINES = [(page, words) for page in PAGES for words in commands(page) if words]
 )
 def test_a_command_is_one_that_maedistill_takes(page, words, monkeypatch):
     name, *rest = words
-    if name in ("--help", "--version"):
+    if name == "--version" or "--help" in words:
         return
     monkeypatch.setattr(sys, "argv", ["maedistill", *words])
     module = import_module(f"maedistill.commands.{name}")
@@ -72,3 +74,21 @@ def test_every_page_has_commands_that_were_found():
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_ci_runs_on_what_the_package_supports():
+    """Every minor version of Python that is said to work, and once with the oldest torch and torchvision."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]
+    matrix = workflow["strategy"]["matrix"]
+    assert project["requires-python"] == f">={matrix['python'][0]}" and matrix["include"][0]["torch"] == "oldest"
+    script = "\n".join(step.get("run", "") for step in workflow["steps"])
+    for name in ("torch", "torchvision"):
+        oldest = next(text for text in project["dependencies"] if text.startswith(f"{name}>=")).partition(">=")[2]
+        assert f"{name}=={oldest}.*" in script, name
+    assert "bash .ci/run" in script
+
+
+def test_yaml_beside_the_package_is_yaml():
+    files = [*(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.yaml", ROOT / "CITATION.cff"]
+    assert len(files) > 4 and all(isinstance(yaml.safe_load(file.read_text()), dict) for file in files)

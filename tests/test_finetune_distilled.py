@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
-from maedistill.export.card import model_card
+from maedistill.exporting.card import model_card
 from maedistill.weights.from_run import open_run
 from maedistill.weights.network import open_network
 

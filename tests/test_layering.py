@@ -13,14 +13,15 @@ LAYERS = [
     ["methods"],
     ["evaluation"],
     ["pretraining", "finetuning"],
-    ["export"],
+    ["exporting"],
     ["benchmark", "study"],
+    ["api"],
     ["commands"],
     ["cli"],
     ["__main__"],
     ["tools"],
 ]
-ROOT = {"errors", "randomness", "machine", "cli", "__main__"}  # the only modules outside of a wing
+ROOT = {"errors", "randomness", "machine", "api", "cli", "__main__"}  # the only modules outside of a wing
 HEAVY = {"torch", "timm", "torchvision", "deepspeed", "webdataset", "numpy"}
 
 
@@ -62,6 +63,7 @@ def test_every_module_lives_in_a_wing(root: Path) -> None:
 
 def test_there_are_no_circles(root: Path) -> None:
     files = modules(root)
+    files.pop("maedistill")  # it imports its public names when they are first used
     graph = {module: imports(path) & files.keys() - {module} for module, path in files.items()}
     while graph:
         free = {module for module, targets in graph.items() if not targets & graph.keys()}

@@ -18,6 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.data.shards.sources import open_folder
+from maedistill.data.shards.write import make_shards
+from maedistill.runs.settle import settle
+
 EPOCH = 8  # steps
 STEPS = 3 * EPOCH
 TERMS = {
@@ -46,6 +52,37 @@ def layouts(pretraining, settings, trio):
 
     with ThreadPoolExecutor(2) as two:
         return dict(zip(LAYOUTS, two.map(start, LAYOUTS), strict=True))
+
+
+def test_auto_is_settled_by_the_images_and_kept_by_a_run_that_continues(mae, tmp_path):
+    """`mae` has begun with 5 epochs of batch 12: neither more images nor other ranks change that."""
+    auto = [f"optim.{name}=auto" for name in ("global_batch", "epochs", "warmup_epochs")]
+
+    def numbers(*more: str) -> tuple[tuple[float, ...], str]:
+        config = load_config(mae.run / "config.yaml", [*auto, *more], root=PretrainConfig).config
+        settled, [line] = settle(config, 10_000, world_size=5)
+        return (settled.optim.global_batch, settled.optim.epochs, settled.optim.warmup_epochs), line
+
+    kept, line = numbers()
+    assert kept == (12, 5.0, 0.5) and "as this run began" in line
+    fresh, line = numbers(f"run={tmp_path}/new")
+    assert fresh == (130, 260.0, 13.0) and "10,000 images" in line
+    assert numbers("optim.epochs=7")[0] == (12, 7.0, 0.5), "what is given is not kept"
+
+
+def test_images_without_labels_give_pictures_and_neither_knn_nor_an_error(pretraining, settings, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(40):
+        Image.new("RGB", (32, 32), (6 * i, 255 - 6 * i, 99)).save(photos / f"{i}.png")
+    make_shards(open_folder(photos, val_fraction=0.4), tmp_path / "shards")
+    folders = [f"data.train={tmp_path}/shards", f"data.val={tmp_path}/shards", "log.probe_every_epochs=1"]
+    ended = pretraining("bare", *settings["mae"], *folders, "optim.epochs=1", "optim.warmup_epochs=0")
+    assert not {"knn", "linear"} & {name for record in ended.records() for name in record}
+    assert len(list((ended.run / "pictures").iterdir())) == 1
+    [line] = [line for line in ended.out.splitlines() if line.startswith("val ")]
+    assert "16 images" in line and "(val-000000.tar)" in line and "24 of 24 training images have no label" in line
+    assert f"{tmp_path}/shards (train-000000.tar)" in ended.out and "no kNN" in line
 
 
 def witnessed(run: Path) -> dict[int, list]:
@@ -194,7 +231,7 @@ def test_bf16_trains_nearly_the_same(pretraining, settings, trio):
 
 
 def test_what_a_run_folder_allows_and_refuses(pretraining, settings, trio, shards, tmp_path):
-    """Other results, data, teachers and --fresh are refused; other runtime keys and moved shards are not."""
+    """Other results, data, teachers and --fresh without a yes are refused; runtime keys and moved shards are not."""
     run = pretraining.folder / "continued"
     shutil.copytree(trio["dmae"].run, run)
     moved = tmp_path / "moved"
@@ -202,7 +239,7 @@ def test_what_a_run_folder_allows_and_refuses(pretraining, settings, trio, shard
     refusals = {
         "optim.weight_decay": (["optim.weight_decay=0.1"], "another run="),
         "other data (96 images": ([f"data.train={shards}/val-*.tar"], "the same shards"),
-        "already holds a run": (["--fresh"], "leave out --fresh"),
+        "no terminal to ask on": (["--fresh"], "add --yes"),
         "optim.epochs: 3.0 there, 4.0 now": (["optim.epochs=4"], "add --extend"),
     }
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "exit.json"}
@@ -225,3 +262,5 @@ def test_what_a_run_folder_allows_and_refuses(pretraining, settings, trio, shard
     (run / "run.json").write_text(json.dumps(changed))
     error, fix = pretraining("continued", *settings["dmae"], *more, code=2).err.splitlines()
     assert f"other weights than now: {metadata['teacher']}" in error and "give the teacher back" in fix
+    fresh = pretraining("continued", *settings["dmae"], "optim.lr=1e-4", "--fresh", "--yes")
+    assert len(fresh.metrics()) == 24 and len(json.loads((run / "run.json").read_text())["starts"]) == 1

@@ -49,7 +49,8 @@ INPUTS = {
         ["method=dmae", "align.student=[1]", "align.teacher=[5]", "teacher.source=local-dir:{made}/saved"],
         {}, 2, "align.teacher: block 5 does not exist, the teacher has 2", "0 to 1",
     ),
-    "no labels": (["data.val={made}/bare.tar"], {}, 3, "bare.tar", "labelled shards"),
+    "a folder of several sets": (["data.train={made}"], {}, 2, "no shards train-*.tar, but bad, bare", "/bare-*.tar"),
+    "a folder of images": (["data.train={made}/photos"], {}, 2, "a folder of images", "maedistill shards "),
     "all images bad": (["data.train={made}/bad.tar", "data.val=null", "data.workers=1"], {}, 3, "bad.tar:", "--verify"),
     "a tenth bad": (
         ["data.train={made}/tenth.tar", "data.val=null", "data.max_bad_fraction=1e-4"],
@@ -81,6 +82,8 @@ def made(tmp_path_factory):
     (folder / "saved" / "config.json").write_text(json.dumps(config))
     picture = io.BytesIO()
     Image.new("RGB", (32, 32)).save(picture, "PNG")
+    (folder / "photos").mkdir()
+    (folder / "photos" / "a.png").write_bytes(picture.getvalue())
     for name, bad in (("bare", 0), ("bad", 20), ("tenth", 2)):
         with tarfile.open(folder / f"{name}.tar", "w") as tar:
             for i in range(20):
@@ -133,7 +136,7 @@ def test_a_start_that_failed_binds_nobody(pretraining, endings):
     """A run that ended before its first checkpoint may be started again with other settings."""
     folder = RunFolder(pretraining.folder / "wrong a tenth bad")
     corrected = load_config(folder.config, ["optim.lr=1e-4"], root=PretrainConfig).config
-    folder.open(corrected, folder.metadata(), execution={}, fresh=True, extend=False)
+    folder.open(corrected, folder.metadata(), execution={}, fresh=False, extend=False)
     assert folder.load_config().optim.lr == 1e-4
 
 

@@ -22,6 +22,7 @@ from maedistill.benchmark.report import Report, Row
 from maedistill.benchmark.step_model import CARD, Kind, model_step
 from maedistill.benchmark.timing import Rates, interleave, repeated, spread
 from maedistill.benchmark.training_step import SyntheticTraining
+from maedistill.config.auto import with_numbers
 from maedistill.config.document import find_config
 from maedistill.config.plan import share_batch
 from maedistill.config.pretrain import PretrainConfig
@@ -96,10 +97,12 @@ def measure_cost(config: PretrainConfig, *, gpus: int, rounds: int, expected: st
     expected: the published result of these epochs on ImageNet-1K, with its source; None if none is known.
     Raises ConfigError if `gpus` devices cannot share the batch, DataError if the shards cannot be read.
     """
-    plan, data, index = share_batch(config, gpus), config.data, None
+    data, index = config.data, None
     if data.train:
         set_cache(folder=data.cache_folder, gigabytes=data.cache_gb)
         index = open_index(data.train, index=data.index, members=Members(data.image_key, data.label_key))
+    config = with_numbers(config, len(index) if index is not None else IMAGENET_IMAGES, world_size=gpus)
+    plan = share_batch(config, gpus)
     join(config)
     try:
         training = SyntheticTraining(config, distributed.device())

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from maedistill.weights.from_run import Weights
 
 EXAMPLES = """\
-MODEL is the folder of a run or of an export, or timm:NAME, or hf-hub:ID. Image size, crop and normalisation are the
-model's own.
+MODEL is the folder of a run or of an export, or timm:NAME, or hf-hub:ID. SHARDS is a folder of shards (its val-*.tar)
+or a pattern. Image size, crop and normalisation are the model's own.
 
 examples:
   maedistill evaluate runs/dmae_s_finetuned 'in1k/val-*.tar'
@@ -48,7 +48,7 @@ FILES = {
     "predictions": "write each image's label, loss and five best classes",
     "per_class": "write each class's counts, confidence and what it is most often taken for",
     "confusions": "draw the classes that are most often confused, with images",
-    "json": "write the result; top1 and top5 are counts",
+    "json": "write the result: accuracies as fractions, and counts",
 }
 SUFFIXES = {"predictions": ".csv", "per_class": ".csv", "confusions": ".png", "json": ".json"}
 
@@ -57,8 +57,12 @@ def parse_score(words: list[str]) -> argparse.Namespace:
     """Read the command line for a classifier."""
     parser = new_parser("maedistill evaluate", __doc__, EXAMPLES)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="run:PATH, local-dir:PATH, timm:NAME, hf-hub:ID, or a folder")
-    add("shards", metavar="SHARDS", help="labelled shards: one tar, a quoted glob or a brace range")
+    add("model", metavar="MODEL", help="a run, an export or a weights file, or timm:NAME, hf-hub:ID")
+    add(
+        "shards",
+        metavar="SHARDS",
+        help="labelled shards: a folder (its val-*.tar), one tar, a quoted glob or a brace range",
+    )
     add("--index", metavar="FILE", help="the shards' index, where it does not lie beside them")
     add("--against", metavar="MODEL2", help="compare the answers with another classifier's: same best class, KL")
     labels = parser.add_mutually_exclusive_group().add_argument
@@ -80,7 +84,7 @@ def parse_features(command: str, words: list[str]) -> argparse.Namespace:
     """Read the command line for frozen features: `knn` or `probe`."""
     parser = new_parser(f"maedistill evaluate {command}", ABOUT[command], FEATURES)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="run:PATH, local-dir:PATH, timm:NAME, hf-hub:ID, or a folder")
+    add("model", metavar="MODEL", help="a run, an export or a weights file, or timm:NAME, hf-hub:ID")
     for split, use in (("train", "to learn from"), ("val", "to score on")):
         add(f"--{split}", metavar="SHARDS", required=True, help=f"labelled shards {use}")
         add(f"--{split}-index", metavar="FILE", help="their index, where it does not lie beside them")

@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Write the export and print a summary of it."""
     arguments = parse()
-    from maedistill.export.folder import export, read_record  # imports torch, for which --help need not wait
+    from maedistill.exporting.folder import export, read_record  # imports torch, for which --help need not wait
 
     weights: Weights = "ema" if arguments.ema else "model"
     out = export(arguments.run, arguments.out, weights=weights, global_pool=arguments.global_pool)

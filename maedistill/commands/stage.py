@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable
 
 from maedistill.config.loader import load_config
-from maedistill.config.plan import share_batch, world_size_from_environment
+from maedistill.config.plan import is_first_rank, share_batch, world_size_from_environment
 from maedistill.config.render import explain, render_config
+from maedistill.config.schema import AUTO
 from maedistill.config.values import Root
 from maedistill.errors import ConfigError
 from maedistill.processes.parent_death import die_with_launcher
@@ -34,16 +35,23 @@ def run_command(
         print(explain(arguments.explain, root))
         return
     if not arguments.config:
-        raise ConfigError("no config is named", f"name one, as the examples of `{root.tool} --help` do")
+        usage = f"usage: {root.tool} CONFIG [key=value ...]; `{root.tool} --help` has examples and the names of options"
+        raise ConfigError("no config is named", usage)
+    _require_effect(arguments)
     loaded = load_config(arguments.config, arguments.overrides, root=root, to_run=not arguments.print_config)
     if arguments.print_config:
         print(render_config(loaded), end="")
         return
-    share_batch(loaded.config, world_size_from_environment())
+    if loaded.config.optim.global_batch != AUTO:  # which is chosen so that the ranks can share it
+        share_batch(loaded.config, world_size_from_environment())
     # On a CPU, torch's threads spin while they wait for each other. Next to other busy processes, spinning cost up to
     # 90 % of the speed (measured on two cores); on an idle machine, sleeping costs nothing. torch reads it at start.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise a lost peer prints 15 lines of C++ frames
+    if loaded.notes and is_first_rank():
+        print("\n".join(loaded.notes), flush=True)
+    if arguments.fresh:
+        _confirm_deletion(loaded.config.run, asked=not arguments.yes)
     if arguments.dry_run:
         dry_run(loaded.config)
     else:
@@ -65,8 +73,39 @@ def _parse(root: type[Root], about: str, examples: str) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="say what would happen, at what speed and cost, and stop")
     add("--print-config", action="store_true", help="print every setting and where it came from, and stop")
     add("--explain", metavar="KEY", help="say what a key means, its range and the papers' values, and stop")
-    add("--fresh", action="store_true", help="refuse a run folder that already holds a run")
+    add("--fresh", action="store_true", help="delete the run in the folder and start over; asks on a terminal")
+    add("--yes", action="store_true", help="with --fresh: delete without asking")
     add("--extend", action="store_true", help="continue a run folder with another number of epochs")
     # deepspeed's launcher adds it; LOCAL_RANK takes precedence
     add("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(sys.argv[2:])
+
+
+def _require_effect(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for options that would have no effect together."""
+    if arguments.yes and not arguments.fresh:
+        raise ConfigError("--yes answers the question of --fresh only", "leave it out, or add --fresh")
+    for name in ("extend", "dry_run"):
+        if arguments.fresh and getattr(arguments, name):
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"--fresh starts over, which {option} does not", f"leave out --fresh or {option}")
+
+
+def _confirm_deletion(run: str, *, asked: bool) -> None:
+    """Ask whether to delete the run in the folder `run`, if there is one. Raises ConfigError unless the answer is yes.
+
+    With several ranks nobody is asked: a launcher gives its ranks no terminal.
+    """
+    if not asked or not os.path.exists(os.path.join(os.path.expanduser(run), "run.json")):
+        return
+    if world_size_from_environment() > 1 or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise ConfigError(
+            f"run: --fresh would delete the run in {run}, and there is no terminal to ask on",
+            "add --yes to delete it without a question, leave out --fresh to continue it, or use another run=",
+        )
+    from maedistill.runs.folder import RunFolder
+
+    question = f"{RunFolder(run).describe_checkpoints()}: delete and start over? [y/N] "
+    print(question, end="", flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):  # empty at the end of input
+        raise ConfigError(f"run: {run} stays as it is", "leave out --fresh to continue it, or use another run=")

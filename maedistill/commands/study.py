@@ -65,8 +65,10 @@ def main() -> None:
     out, seeds = arguments.out or Path(study.out), arguments.seeds or list(study.seeds)
     if not arguments.report:
         run(study, out, seeds, arguments)
-    if not arguments.dry_run:
-        report(study, out, seeds, title=f"Results of {arguments.study}")
+    if not arguments.dry_run and not report(study, out, seeds, title=f"Results of {arguments.study}"):
+        raise ConfigError(
+            f"{out} holds no finished run of this study", "start the study without --report, or name its folder: --out"
+        )
 
 
 def run(study: Study, out: Path, seeds: list[int], arguments: argparse.Namespace) -> None:
@@ -87,8 +89,8 @@ def run(study: Study, out: Path, seeds: list[int], arguments: argparse.Namespace
         raise
 
 
-def report(study: Study, out: Path, seeds: list[int], *, title: str) -> None:
-    """Compare the finished runs."""
+def report(study: Study, out: Path, seeds: list[int], *, title: str) -> bool:
+    """Compare the finished runs. Returns whether there are any; otherwise nothing is written."""
     from maedistill.study.results import collect
     from maedistill.study.results_page import write_results
 
@@ -97,4 +99,8 @@ def report(study: Study, out: Path, seeds: list[int], *, title: str) -> None:
         command = json.loads(before.read_text())["command"]  # the command that started the runs
     else:
         command = shlex.join(sys.argv)
-    print(f"\nresults: {write_results(collect(study, out, seeds), out, title=title, command=command)}", flush=True)
+    results = collect(study, out, seeds)
+    if not any(facts for network in results["networks"].values() for facts in network["runs"].values()):
+        return False
+    print(f"\nresults: {write_results(results, out, title=title, command=command)}", flush=True)
+    return True

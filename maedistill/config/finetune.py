@@ -12,6 +12,8 @@ from maedistill.config.architectures import Architecture, architecture_of
 from maedistill.config.distill import DistillConfig
 from maedistill.config.schema import (
     Above0,
+    AutoBatch,
+    AutoWarmup,
     BackboneConfig,
     Count,
     EngineConfig,
@@ -19,8 +21,8 @@ from maedistill.config.schema import (
     ImagesConfig,
     LogConfig,
     Optimization,
+    OwnSide,
     Positions,
-    Positive,
     Probability,
     Rate,
     RunConfig,
@@ -37,8 +39,8 @@ class Init(Section):
 
     source: str | None = result(
         None,
-        "where the weights are: run:PATH (a pre-training run folder of ours), timm:NAME, hf-hub:ID, local-dir:PATH, "
-        "or file:PATH (with student.model); null: none, the student starts from scratch",
+        "where the weights are: the path of a run, an export or a weights file, or timm:NAME, hf-hub:ID, run:PATH, "
+        "local-dir:PATH, file:PATH; null: none, the student starts from scratch",
     )
     pos_embed: Positions | None = result(None, "position table that a file: source was trained with but does not store")
     sha256: str | None = runtime(None, "refuse a file: source with another checksum", pattern="^[0-9a-f]{64}$")
@@ -50,8 +52,8 @@ class Student(BackboneConfig):
 
     model: str | None = result(
         None,
-        "a timm VisionTransformer with absolute positions; needed from scratch and with a file: source, otherwise "
-        "what init.source holds, and checked against it",
+        "a timm VisionTransformer with absolute positions; needed from scratch, otherwise what init.source holds, and "
+        "checked against it",
     )
     drop_path: Rate = result(0.1, "stochastic depth rate; 0.1 for ViT-B and 0.2 for ViT-L in MAE, 0 in MAE-Lite")
     global_pool: Literal["avg", "token"] = result(
@@ -65,6 +67,11 @@ class Data(ImagesConfig):
     """Labelled images: shards, crops, normalisation, label subsets and the loader's processes."""
 
     val: str | None = runtime(None, "labelled shards that are evaluated, every image exactly once")
+    image_size: OwnSide = result(
+        None,
+        "side of the square training crop and of the evaluation, in pixels; null: that of init.source, from scratch "
+        "224; 224 in MAE, 384 or 448 at a higher resolution",
+    )
     mean: Triple | None = result(
         None, "per-channel mean of the normalisation, pixels in [0, 1]; null: init.source's, from scratch ImageNet's"
     )
@@ -109,8 +116,14 @@ class Optim(Optimization):
 
     default_base_lr = 5e-4
 
-    warmup_epochs: Weight = result(5.0, "linear warm-up of the learning rate; 5 in MAE and MAE-Lite")
-    global_batch: Positive = result(1024, "images per optimizer step over all ranks; 1024 in MAE and MAE-Lite")
+    warmup_epochs: AutoWarmup = result(
+        5.0, "linear warm-up of the learning rate; 5 in MAE and MAE-Lite; auto: 5 % of the epochs"
+    )
+    global_batch: AutoBatch = result(
+        1024,
+        "images per optimizer step over all ranks; 1024 in MAE and MAE-Lite; auto: the largest power of two that is at "
+        "most a 50th of the images, 32 to 1024",
+    )
     base_lr: Above0 | None = result(
         None,
         "learning rate per 256 images: lr = base_lr * global_batch / 256; 5e-4 for ViT-B in MAE and by default, 1e-3 "
@@ -153,6 +166,11 @@ class FinetuneConfig(RunConfig):
     def grouping(self) -> dict[str, Any]:
         """Return the keyword that makes micro-batches even, so that mixup and cutmix can pair their images."""
         return {"pairs": self.augment.mixes}
+
+    @property
+    def scratch_size(self) -> int:
+        """Return the image size of a network without initial weights."""
+        return self.data.image_size or 224
 
     @property
     def student_architecture(self) -> Architecture | None:

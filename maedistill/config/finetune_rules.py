@@ -4,6 +4,7 @@ The first are of start, student and mixing, the others of distillation: teachers
 checked when they are opened.
 """
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -11,7 +12,9 @@ from maedistill.config import shared_rules
 from maedistill.config.architectures import Architecture
 from maedistill.config.distill import BATCH_RELATION_TERMS, PairsConfig, TermConfig
 from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.schema import AUTO
 from maedistill.config.shared_rules import Problem
+from maedistill.config.sources import NETWORK_KINDS
 
 # timm's notation: magnitude m, its ceiling mmax and deviation mstd, n operations per image, each with probability p,
 # inc1: operations whose strength grows with the magnitude.
@@ -34,22 +37,21 @@ def _init(c: FinetuneConfig) -> Iterator[Problem]:
     if i.source is None:
         for key in ("pos_embed", "sha256", "license"):
             if getattr(i, key) is not None:
-                yield Problem(f"init.{key}", "nothing is loaded without init.source", "remove it, or add init.source")
+                cause, replaced = "nothing is loaded without init.source", (f"init.{key}", "init.source")
+                yield Problem(f"init.{key}", cause, "remove it, or add init.source", (replaced,))
         if c.student.model is None:
             remedy = "add init.source=run:runs/NAME, or student.model=vit_small_patch16_224 to start from scratch"
             yield Problem("init.source", "neither weights nor student.model are named", remedy)
         return
-    kinds = (*shared_rules.NETWORK_KINDS, "file")
+    kinds = (*NETWORK_KINDS, "file")
     if problems := list(shared_rules.kind_of_source("init.source", i.source, kinds=kinds)):
         yield from problems
         return
     kind = i.source.partition(":")[0]
-    if kind == "file" and c.student.model is None:
-        remedy = "add e.g. student.model=vit_small_patch16_224"
-        yield Problem("student.model", "a file: source needs its model's name", remedy)
     yield from shared_rules.checksum("init", i.sha256, kind=kind, noun="source")
     if kind != "file" and i.pos_embed is not None:
-        yield Problem("init.pos_embed", f"a {kind}: source has its own position table", "remove it")
+        cause, replaced = f"a {kind}: source has its own position table", ("init.pos_embed", "init.source")
+        yield Problem("init.pos_embed", cause, "remove it", (replaced,))
 
 
 def _student(c: FinetuneConfig) -> Iterator[Problem]:
@@ -72,7 +74,7 @@ def _augment(c: FinetuneConfig) -> Iterator[Problem]:
         cause = f"{a.rand_augment!r} is not timm's notation of RandAugment"
         yield Problem("augment.rand_augment", cause, "write e.g. rand-m9-mstd0.5-inc1, or null for none")
     # mixup and cutmix pair an image with one of the same micro-batch. This checks what holds for any number of ranks.
-    if a.mixes and c.optim.global_batch % 2:
+    if a.mixes and c.optim.global_batch != AUTO and c.optim.global_batch % 2:
         cause = f"{c.optim.global_batch} images cannot be mixed in pairs"
         remedy = "use an even one, or augment.mixup=0 augment.cutmix=0"
         yield Problem("optim.global_batch", cause, remedy)
@@ -92,7 +94,7 @@ def _teachers(c: FinetuneConfig) -> Iterator[Problem]:
         remedy = "give a term a weight, e.g. distill.logits.weight=1, or name no teacher"
         yield Problem("distill.teachers", "a teacher is named, but every term has weight 0", remedy)
     for source in d.teachers:
-        yield from shared_rules.kind_of_source("distill.teachers", source, kinds=shared_rules.NETWORK_KINDS)
+        yield from shared_rules.kind_of_source("distill.teachers", source, kinds=(*NETWORK_KINDS, "file"))
     if len(set(d.teachers)) != len(d.teachers):
         yield Problem("distill.teachers", "a teacher is named twice", "name each once")
     if not d.teachers:
@@ -142,15 +144,16 @@ def _batches(c: FinetuneConfig) -> Iterator[Problem]:
 def _schedule(c: FinetuneConfig, name: str, term: TermConfig) -> Iterator[Problem]:
     """Yield problems unless start, warm-up and stop lie in this order within the run."""
     last = "optim.epochs" if term.stop_epoch is None else "stop_epoch"
-    end = c.optim.epochs if term.stop_epoch is None else term.stop_epoch
+    epochs = math.inf if c.optim.epochs == AUTO else c.optim.epochs  # looked at again once it is a number
+    end = epochs if term.stop_epoch is None else term.stop_epoch
     if term.start_epoch >= end:
         cause = f"{term.start_epoch:g} is not below {last}={end:g}"
         yield Problem(f"distill.{name}.start_epoch", cause, "start earlier")
     elif term.start_epoch + term.warmup_epochs > end:
         cause = f"{term.warmup_epochs:g} epochs from {term.start_epoch:g} on go beyond the term's end at {end:g}"
         yield Problem(f"distill.{name}.warmup_epochs", cause, f"use at most {end - term.start_epoch:g}")
-    if term.stop_epoch is not None and term.stop_epoch > c.optim.epochs:
-        cause = f"{term.stop_epoch:g} is after the end, optim.epochs={c.optim.epochs:g}"
+    if term.stop_epoch is not None and term.stop_epoch > epochs:
+        cause = f"{term.stop_epoch:g} is after the end, optim.epochs={epochs:g}"
         yield Problem(f"distill.{name}.stop_epoch", cause, "use an epoch before it, or null")
 
 

@@ -69,6 +69,14 @@ REMOVED = {
     "log.keep_every_epochs": "remove it: log.keep is how many checkpoints are kept; copy the others that you want",
 }
 
+# What other programs have as settings and here is decided elsewhere.
+ELSEWHERE = {
+    "device": "leave it out: a GPU is used where there is one; CUDA_VISIBLE_DEVICES chooses which",
+    "devices": "start one process for each GPU: torchrun --nproc-per-node N -m maedistill ...",
+    "gpus": "start one process for each GPU: torchrun --nproc-per-node N -m maedistill ...",
+    "resume": "leave it out: the same command continues the run in its folder",
+}
+
 
 @dataclass(frozen=True)
 class Key:
@@ -173,6 +181,8 @@ def _in_words(schema: dict[str, Any]) -> str:
     """Describe a JSON schema in English, e.g. "a whole number >= 1, or null"."""
     if "anyOf" in schema:
         return ", or ".join(_in_words(option) for option in schema["anyOf"])
+    if "const" in schema:
+        return str(schema["const"])
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
     if schema["type"] == "array":

@@ -3,6 +3,9 @@
     extends: base.yaml            # or a list; relative to this file; later files win, this file wins over them
     optim: {epochs: 300}          # overridden by `optim.epochs=400` on the command line, where the last one wins
 
+What wins over a key wins over what excludes it, too: `optim.lr=1e-3` on the command line drops a file's `base_lr`. Two
+keys that exclude each other are refused only if both stand at one level.
+
 All settings are first merged as a flat dict from dotted names to values and their origins, then checked together: each
 value by itself (`values.py`), then the rules between them (`shared_rules.py` and each stage's own rules).
 Relative paths among the values are relative to the working directory.
@@ -11,63 +14,153 @@ Relative paths among the values are relative to the working directory.
 import difflib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, NamedTuple
 
 from maedistill.config import finetune_rules, pretrain_rules
 from maedistill.config.document import CONFIGS, Refusal, config_name, find_config, read_document, read_file
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import all_keys
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.schema import RunConfig
 from maedistill.config.shared_rules import Problem
+from maedistill.config.sources import named_source
 from maedistill.config.values import Root, validated
 from maedistill.errors import ConfigError
 
+COMMAND_LINE = "command line"
 MOST_FILES = 32  # limit for one config; a file that is extended several times counts each time
 
+_TOP = 1  # level of the command line; a CONFIG is 0, what it extends -1, and so on
+_SOURCES = ("init.source", "teacher.source")
 _LONGEST_PLACE = 200  # characters of an override that an error message quotes
 
 
 @dataclass(frozen=True)
 class LoadedConfig(Generic[Root]):
-    """A valid config, and the origin of each dotted key: "default", "FILE:LINE" or "command line"."""
+    """A valid config, the origin of each dotted key ("default", "FILE:LINE" or "command line"), and what to know."""
 
     config: Root
     origins: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """A value, its origin, and its place as an error message names it: "run.yaml:12 optim.lr"."""
+    """A value, its origin, its place as an error message names it ("run.yaml:12 optim.lr"), and its level."""
 
     value: Any
     origin: str
     place: str
+    level: int
+
+
+class _Dropped(NamedTuple):
+    """The origin of a key that gave way, and the key that replaces it."""
+
+    origin: str
+    winner: str
+
+
+_NOTHING = _Setting(None, "", "", 0)
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, root: type[Root], to_run: bool = True
+    path: str | Path | RunConfig | Mapping[str, Any],
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    root: type[Root],
+    to_run: bool = True,
+    given: Mapping[str, Any] | None = None,
 ) -> LoadedConfig[Root]:
     """Read a config file, apply `key=value` overrides (values in YAML) and check everything.
 
-    path: a file, or the name of a config that comes with maedistill, such as imagenet/dmae_vit_b.
+    path: a file, or the name of a config that comes with maedistill, such as imagenet/dmae_vit_b; or from Python a
+    config or a mapping of settings, as the overrides may be. given: settings above the overrides, from Python.
     root: the schema, PretrainConfig or FinetuneConfig.
     to_run: whether shards and run folder must be named, as for a run; a recipe can be inspected without them.
     Raises `ConfigError`, which names the first problem with its place and counts the others.
     """
-    settings = _read_file(find_config(path), extended_by=(), read=[])
-    for override in overrides:
-        settings |= _read_override(override)
-    config = validated({name: setting.value for name, setting in settings.items()}, root)
-    if isinstance(config, list):
-        raise _error(config, settings)
-    stage = {PretrainConfig: pretrain_rules, FinetuneConfig: finetune_rules}[root]
-    rules = (*stage.TO_RUN, *stage.RULES) if to_run else stage.RULES
-    if problems := [problem for rule in rules for problem in rule(config)]:
+    if isinstance(path, str | Path):
+        below = _read_file(find_config(path), extended_by=(), read=[])
+    else:
+        below = _from_python(path, level=0)
+    settings = dict(below)
+    if isinstance(overrides, Mapping):
+        settings |= _from_python(overrides, level=_TOP)
+    else:
+        for override in overrides:
+            settings |= _read_override(override)
+    settings |= _from_python(given or {}, level=_TOP + 1)
+    settings = _with_named_sources(settings)
+    notes = _scale_warmup(settings, below, root)
+    dropped: dict[str, _Dropped] = {}
+    while True:
+        config = validated({name: setting.value for name, setting in settings.items()}, root)
+        if isinstance(config, list):
+            raise _error(config, settings)
+        problems = _problems(config, to_run=to_run)
+        loser, winner = next((pair for problem in problems for pair in _giving_way(problem, settings)), (None, ""))
+        if loser is None:
+            break
+        dropped[loser] = _Dropped(settings.pop(loser).origin, winner)
+    if problems:
         raise _error(problems, settings)
     origins = {name: settings[name].origin if name in settings else "default" for name in all_keys(root)}
-    return LoadedConfig(config, origins)
+    for name, (origin, winner) in dropped.items():
+        origins[name] = f"default: {winner} ({settings[winner].origin}) replaces {origin}"
+    return LoadedConfig(config, origins, tuple(notes))
+
+
+def require_consistent(config: RunConfig) -> None:
+    """Raise `ConfigError` for the first rule between keys that does not hold: for a config made from a loaded one."""
+    if problems := _problems(config, to_run=True):
+        raise _error(problems, {})
+
+
+def _problems(config: RunConfig, *, to_run: bool) -> list[Problem]:
+    """Return what the rules of the config's stage find."""
+    stage: Any = {PretrainConfig: pretrain_rules, FinetuneConfig: finetune_rules}[type(config)]
+    rules = (*stage.TO_RUN, *stage.RULES) if to_run else stage.RULES
+    return [problem for rule in rules for problem in rule(config)]
+
+
+def _giving_way(problem: Problem, settings: Mapping[str, _Setting]) -> list[tuple[str, str]]:
+    """Return the pairs of keys of which the first was set below the second."""
+    pairs = [pair for pair in problem.gives_way if pair[0] in settings and pair[1] in settings]
+    return [(loser, winner) for loser, winner in pairs if settings[loser].level < settings[winner].level]
+
+
+def _with_named_sources(settings: Mapping[str, _Setting]) -> dict[str, _Setting]:
+    """Return the settings with KIND:NAME in place of a bare path to a run, an export or a weights file."""
+    named = {name: setting for name in _SOURCES if isinstance((setting := settings.get(name, _NOTHING)).value, str)}
+    changed = {name: replace(setting, value=named_source(setting.value)) for name, setting in named.items()}
+    teachers = settings.get("distill.teachers", _NOTHING)
+    if isinstance(teachers.value, list):
+        sources = [named_source(source) if isinstance(source, str) else source for source in teachers.value]
+        changed["distill.teachers"] = replace(teachers, value=sources)
+    return {**settings, **changed}
+
+
+def _scale_warmup(settings: dict[str, _Setting], below: Mapping[str, _Setting], root: type[Root]) -> list[str]:
+    """Shorten a file's warm-up in place if the command line sets only the epochs, to fewer; say so in a line."""
+    epochs, warmup = (f"optim.{name}" for name in ("epochs", "warmup_epochs"))
+    default = {name: _Setting(all_keys(root)[name].default, "default", name, -MOST_FILES) for name in (epochs, warmup)}
+    now, before, old = settings.get(epochs), below.get(epochs, default[epochs]), settings.get(warmup, default[warmup])
+    if now is None or now.level < _TOP or old.level == _TOP:
+        return []
+    if not all(type(setting.value) in (int, float) for setting in (now, before, old)):
+        return []
+    if not 0 < now.value <= old.value < before.value:
+        return []
+    value = float(f"{old.value * now.value / before.value:.6g}")
+    origin = f"{old.origin}, scaled: {old.value:g} of {before.value:g} epochs"
+    settings[warmup] = _Setting(value, origin, old.place, old.level)
+    return [
+        f"note     warm-up {value:g} of {now.value:g} epochs, in proportion to the config's {old.value:g} of "
+        f"{before.value:g} (optim.warmup_epochs=... sets another)"
+    ]
 
 
 def _error(problems: Sequence[Problem], settings: Mapping[str, _Setting]) -> ConfigError:
@@ -113,7 +206,9 @@ def _read_file(path: Path, *, extended_by: tuple[Path, ...], read: list[Path]) -
         if not os.path.isfile(base):  # not base.is_file(), which raises for a name that is too long
             raise ConfigError(f"{path}:{line} extends: there is no file {base}", _nearest_files(base))
         settings |= _read_file(base, extended_by=chain, read=read)
-    own = {n: _Setting(value, f"{path}:{at}", f"{path}:{at} {n}") for n, (value, at) in leaves.items()}
+    own = {
+        n: _Setting(value, f"{path}:{at}", f"{path}:{at} {n}", -len(extended_by)) for n, (value, at) in leaves.items()
+    }
     return settings | own
 
 
@@ -124,6 +219,23 @@ def _nearest_files(path: Path) -> str:
     names = [] if path.suffix == ".yaml" else sorted(map(config_name, CONFIGS.glob("*/*.yaml")))
     near = difflib.get_close_matches(str(path), [*files, *names], n=3, cutoff=0.6) or files[:3]
     return f"did you mean {' or '.join(near)}?" if near else f"{folder} holds no .yaml files; name one that exists"
+
+
+def _from_python(values: RunConfig | Mapping[str, Any], *, level: int, prefix: str = "") -> dict[str, _Setting]:
+    """Return the settings of a config, or of a mapping: nested, with dotted names, or both."""
+    if isinstance(values, RunConfig):
+        values = values.model_dump(mode="json", exclude_defaults=True)
+    settings: dict[str, _Setting] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            settings |= _from_python(value, level=level, prefix=f"{name}.")
+            continue
+        value = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        if not isinstance(value, str | int | float | list | Mapping | None):
+            raise ConfigError(f"{name}: a {type(value).__name__} is no setting", "give text, a number or a list")
+        settings[name] = _Setting(value, "Python", f"Python {name}", level)
+    return settings
 
 
 def _read_override(text: str) -> dict[str, _Setting]:
@@ -138,4 +250,4 @@ def _read_override(text: str) -> dict[str, _Setting]:
     except Refusal as error:
         remedy = f"{error.remedy}; on a command line '\"...\"' is text as it stands"
         raise ConfigError(f"{place}: {error.cause}", remedy) from None
-    return {leaf: _Setting(value, "command line", place) for leaf, (value, _) in leaves.items()}
+    return {leaf: _Setting(value, COMMAND_LINE, place, _TOP) for leaf, (value, _) in leaves.items()}

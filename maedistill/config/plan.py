@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+from maedistill.config.auto import size_warnings
 from maedistill.config.schema import RunConfig
 from maedistill.errors import ConfigError
 
@@ -59,6 +60,7 @@ def plan_lines(config: RunConfig, plan: Plan) -> list[str]:
         f"{plan.warmup_steps:,} of them warm-up",
         f"lr       {optim.peak_lr:.3g}{factors}, linear warm-up, then cosine to {optim.min_lr:g}",
         f"run      {config.run}",
+        *size_warnings(config, plan.images, plan.steps),
     ]
 
 
@@ -138,6 +140,11 @@ def world_size_from_environment(environment: Mapping[str, str] = os.environ) -> 
             f"the environment says {name}={text!r}, not a number of ranks", f"unset {name}, or set it right"
         )
     return int(text)
+
+
+def is_first_rank(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether the launcher's environment says that this process is rank 0, or says nothing."""
+    return environment.get("RANK", environment.get("SLURM_PROCID", "0")) == "0"
 
 
 def _uneven(global_batch: int, *, world_size: int, group: int, noun: str) -> ConfigError:

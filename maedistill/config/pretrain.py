@@ -8,6 +8,8 @@ from typing import Any, Literal
 from maedistill.config.architectures import Architecture, architecture_of
 from maedistill.config.schema import (
     Above0,
+    AutoBatch,
+    AutoWarmup,
     BackboneConfig,
     Count,
     EngineConfig,
@@ -21,6 +23,7 @@ from maedistill.config.schema import (
     Rate,
     RunConfig,
     Section,
+    Side,
     Triple,
     Weight,
     Width,
@@ -32,7 +35,8 @@ from maedistill.config.schema import (
 class Data(ImagesConfig):
     """Training images: shards, crops, normalisation and the loader's processes."""
 
-    val: str | None = runtime(None, "labelled shards for kNN and pictures; without them kNN is off")
+    val: str | None = runtime(None, "shards for pictures and, where they have labels, kNN; null: no kNN")
+    image_size: Side = result(224, "side of the square training crop, in pixels; 224 in MAE, DMAE and AMD")
     # mean and deviation of ImageNet
     mean: Triple = result((0.485, 0.456, 0.406), "per-channel mean of the student's normalisation, pixels in [0, 1]")
     std: Triple = result(
@@ -68,10 +72,12 @@ class Teacher(Section):
 
     source: str | None = result(
         None,
-        "where the weights are: timm:NAME, hf-hub:ID, local-dir:PATH, file:PATH (with teacher.model), "
-        "run:PATH (a run folder of ours), or random:NAME (tests and benchmarks)",
+        "where the weights are: the path of a run, an export or a weights file, or timm:NAME, hf-hub:ID, "
+        "local-dir:PATH, file:PATH, run:PATH, random:NAME (tests and benchmarks)",
     )
-    model: str | None = result(None, "timm model that a file: source holds, e.g. vit_large_patch16_224")
+    model: str | None = result(
+        None, "timm model that a file: source holds, e.g. vit_large_patch16_224; null: read off its shapes"
+    )
     width: Width | None = result(None, "embedding dimension of a file: or random: teacher, where it differs")
     depth: Positive | None = result(None, "number of blocks of a file: or random: teacher, where it differs")
     num_heads: Positive | None = result(None, "attention heads of a file: or random: teacher, where they differ")
@@ -157,8 +163,14 @@ class Optim(Optimization):
 
     default_base_lr = 1.5e-4
 
-    warmup_epochs: Weight = result(20.0, "linear warm-up of the learning rate; 40 of 800 in MAE, 20 of 100 in DMAE")
-    global_batch: Positive = result(4096, "samples per optimizer step over all ranks; 4096 in the papers")
+    warmup_epochs: AutoWarmup = result(
+        20.0, "linear warm-up of the learning rate; 40 of 800 in MAE, 20 of 100 in DMAE; auto: 5 % of the epochs"
+    )
+    global_batch: AutoBatch = result(
+        4096,
+        "samples per optimizer step over all ranks; 4096 in the papers; auto: the largest power of two that is at most "
+        "a 50th of the images, 64 to 4096",
+    )
     base_lr: Above0 | None = result(
         None, "learning rate per 256 samples: lr = base_lr * global_batch / 256; 1.5e-4 in MAE, DMAE and by default"
     )

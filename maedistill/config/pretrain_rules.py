@@ -4,7 +4,9 @@ from collections.abc import Iterator
 
 from maedistill.config import shared_rules
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.schema import AUTO
 from maedistill.config.shared_rules import Problem
+from maedistill.config.sources import SOURCE_KINDS
 
 
 def _images(c: PretrainConfig) -> Iterator[Problem]:
@@ -14,7 +16,7 @@ def _images(c: PretrainConfig) -> Iterator[Problem]:
 
 
 def _views(c: PretrainConfig) -> Iterator[Problem]:
-    if c.optim.global_batch % c.data.views_per_image:
+    if c.optim.global_batch != AUTO and c.optim.global_batch % c.data.views_per_image:
         yield Problem(
             "data.views_per_image",
             f"{c.data.views_per_image} does not divide global_batch={c.optim.global_batch}",
@@ -29,10 +31,11 @@ def _visible_shares(c: PretrainConfig) -> Iterator[Problem]:
             "masks.student_keep_ratio", "1.0 leaves nothing to predict", "use a share below 1, 0.25 in the papers"
         )
     if c.method == "mae" and teacher is not None:
-        yield Problem(key, "method=mae has no teacher", "remove it, or use method=dmae or amd")
+        yield Problem(key, "method=mae has no teacher", "remove it, or use method=dmae or amd", ((key, "method"),))
     if c.method in ("dmae", "tinymim") and teacher not in (None, student):
         cause = f"{teacher:g} differs from student_keep_ratio={student:g}, which {c.method} does not allow"
-        yield Problem(key, cause, "remove it (the teacher sees what the student sees), or use method=amd")
+        remedy = "remove it (the teacher sees what the student sees), or use method=amd"
+        yield Problem(key, cause, remedy, ((key, "method"), (key, "masks.student_keep_ratio")))
     if c.method == "amd" and (teacher is None or teacher <= student):
         cause = "missing" if teacher is None else f"{teacher:g} is not above student_keep_ratio={student:g}"
         yield Problem(key, cause, "method=amd needs a teacher that sees more; 0.5 beside 0.25 in the paper")
@@ -42,25 +45,25 @@ def _teacher(c: PretrainConfig) -> Iterator[Problem]:
     t = c.teacher
     if c.method == "mae":
         if t.source is not None:
-            yield Problem("teacher.source", "method=mae has no teacher", "remove it, or use method=dmae or amd")
+            remedy = "remove it, or use method=dmae or amd"
+            yield Problem("teacher.source", "method=mae has no teacher", remedy, (("teacher.source", "method"),))
         return
     if t.source is None:
         remedy = "add e.g. teacher.source=timm:vit_large_patch16_224.mae"
         yield Problem("teacher.source", f"method={c.method} needs a teacher", remedy)
         return
-    if problems := list(shared_rules.kind_of_source("teacher.source", t.source, kinds=shared_rules.SOURCE_KINDS)):
+    if problems := list(shared_rules.kind_of_source("teacher.source", t.source, kinds=SOURCE_KINDS)):
         yield from problems
         return
     kind = t.source.partition(":")[0]
-    if kind == "file" and t.model is None:
-        remedy = "add e.g. teacher.model=vit_large_patch16_224"
-        yield Problem("teacher.model", "a file: teacher needs its model's name", remedy)
     if kind != "file" and t.model is not None:
-        yield Problem("teacher.model", f"a {kind}: teacher names its model itself", "remove it")
+        cause = f"a {kind}: teacher names its model itself"
+        yield Problem("teacher.model", cause, "remove it", (("teacher.model", "teacher.source"),))
     yield from shared_rules.checksum("teacher", t.sha256, kind=kind, noun="teacher")
     for key in ("width", "depth", "num_heads", "patch_size", "pos_embed"):
         if kind not in ("file", "random") and getattr(t, key) is not None:
-            yield Problem(f"teacher.{key}", f"a {kind}: teacher has its own {key}", "remove it")
+            cause, replaced = f"a {kind}: teacher has its own {key}", (f"teacher.{key}", "teacher.source")
+            yield Problem(f"teacher.{key}", cause, "remove it", (replaced,))
     yield from shared_rules.mean_with_std("teacher", mean=t.mean, std=t.std)
 
 
@@ -76,7 +79,8 @@ def _taps(c: PretrainConfig) -> Iterator[Problem]:
     student, teacher = c.align.student, c.align.teacher
     if c.method == "mae":
         for key in c.align.model_dump(include={"student", "teacher"}, exclude_defaults=True):
-            yield Problem(f"align.{key}", "method=mae aligns nothing", "remove it, or use method=dmae or amd")
+            remedy, replaced = "remove it, or use method=dmae or amd", (f"align.{key}", "method")
+            yield Problem(f"align.{key}", "method=mae aligns nothing", remedy, (replaced,))
         return
     if not student or len(student) != len(teacher):
         yield Problem(
@@ -95,7 +99,7 @@ def _relations(c: PretrainConfig) -> Iterator[Problem]:
     if c.method == "tinymim":
         for key in c.align.model_dump(include={"distance", "beta", "normalize", "bias"}, exclude_defaults=True):
             cause = "method=tinymim compares token relations, not features"
-            yield Problem(f"align.{key}", cause, "remove it, or use method=dmae or amd")
+            yield Problem(f"align.{key}", cause, "remove it, or use method=dmae or amd", ((f"align.{key}", "method"),))
 
 
 def _grid(c: PretrainConfig) -> Iterator[Problem]:

@@ -13,7 +13,7 @@ Relative paths (shards, weights, run folder) are relative to the working directo
 is expanded where a path is used, so that a run's `config.yaml` keeps what the user wrote.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,6 +30,18 @@ Triple = tuple[float, float, float]
 FieldNames = Annotated[str, Field(pattern=r"^[^\s.;]\S*$")]  # of a sample in a shard
 Positions = Literal["sincos2d", "sincos1d", "learned"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+AUTO = "auto"  # the value of a key that is left to the size of the training set
+
+if TYPE_CHECKING:  # what runs reads numbers: runs/settle.py has replaced `auto` and null by then
+    AutoEpochs: TypeAlias = float
+    AutoWarmup: TypeAlias = float
+    AutoBatch: TypeAlias = int
+    OwnSide: TypeAlias = int
+else:
+    AutoEpochs = Above0 | Literal["auto"]
+    AutoWarmup = Weight | Literal["auto"]
+    AutoBatch = Positive | Literal["auto"]
+    OwnSide = Side | None
 
 
 def result(default: Any, doc: str, **limits: Any) -> Any:
@@ -58,7 +70,7 @@ class ImagesConfig(Section):
     )
     val: str | None  # annotated only: each stage declares it with its own default and description
     index: str | None = runtime(None, "index file of data.train, where it is not beside the shards")
-    image_size: Side = result(224, "side of the square training crop, in pixels")
+    image_size: OwnSide  # annotated only, like the others without a value
     mean: Triple | None
     std: Triple | None
     crop_scale: tuple[Fraction, Fraction]
@@ -121,9 +133,13 @@ class Optimization(Section):
 
     default_base_lr: ClassVar[float]
 
-    epochs: Above0 = result(100.0, "length of the run: total steps = floor(epochs * images / global_batch)")
-    warmup_epochs: Weight
-    global_batch: Positive
+    epochs: AutoEpochs = result(
+        100.0,
+        "length of the run: total steps = floor(epochs * images / global_batch); auto: by the number of images, for "
+        "20,000 updates in 100 to 1,600 epochs, in fine-tuning 5,000 in 50 to 300",
+    )
+    warmup_epochs: AutoWarmup
+    global_batch: AutoBatch
     base_lr: Above0 | None
     lr: Above0 | None = result(None, "peak learning rate itself, instead of base_lr")
     min_lr: Weight

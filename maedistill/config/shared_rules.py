@@ -9,22 +9,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from maedistill.config.architectures import Architecture
-from maedistill.config.schema import RunConfig
+from maedistill.config.schema import AUTO, RunConfig
+from maedistill.config.sources import PYTHON_KIND, why_unnamed
 
-# Kinds of sources of weights, KIND:NAME. The first four state their architecture, and open any network.
-NETWORK_KINDS = ("run", "timm", "hf-hub", "local-dir")
-SOURCE_KINDS = (*NETWORK_KINDS, "file", "random")
 # Prefixes of timm's plain VisionTransformers; models/encoder.py rejects other classes with these prefixes.
 FAMILIES = ("vit_", "deit", "flexivit_", "aimv2_", "beit3_", "eva_", "test_vit")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with the value of the dotted `key`, and how to fix it. Only the loader knows where it was set."""
+    """What is wrong with the value of the dotted `key`, and how to fix it. Only the loader knows where it was set.
+
+    gives_way: pairs (key, other) that exclude each other; where `other` was set above `key`, as the command line is
+    above a file and a file above those it extends, `key` is dropped and there is no problem.
+    """
 
     key: str
     cause: str
     remedy: str
+    gives_way: tuple[tuple[str, str], ...] = ()
 
 
 def paths(c: RunConfig) -> Iterator[Problem]:
@@ -61,17 +64,18 @@ def schedule(c: RunConfig) -> Iterator[Problem]:
     """Yield problems between learning rates and between lengths."""
     o = c.optim
     if o.lr is not None and o.base_lr is not None:
-        scaled = o.base_lr * o.global_batch / 256
+        means = "" if o.global_batch == AUTO else f", here lr={o.base_lr * o.global_batch / 256:g}"
         yield Problem(
             "optim.lr",
             f"both lr={o.lr:g} and base_lr={o.base_lr:g} are given",
-            f"keep one and set the other to null; base_lr={o.base_lr:g} means lr={scaled:g} at this batch",
+            f"keep one of them; base_lr={o.base_lr:g} means {o.base_lr:g} x global_batch / 256{means}",
+            (("optim.lr", "optim.base_lr"), ("optim.base_lr", "optim.lr")),
         )
-    elif o.min_lr > o.peak_lr:
+    elif (o.lr is not None or o.global_batch != AUTO) and o.min_lr > o.peak_lr:
         cause = f"{o.min_lr:g}, where the cosine ends, is above lr={o.peak_lr:g}, where it starts"
         usual = type(o).model_fields["min_lr"].default
         yield Problem("optim.min_lr", cause, f"use a smaller one; {usual:g} in the papers")
-    if o.warmup_epochs >= o.epochs:
+    if AUTO not in (o.warmup_epochs, o.epochs) and o.warmup_epochs >= o.epochs:
         yield Problem(
             "optim.warmup_epochs",
             f"{o.warmup_epochs:g} is not below epochs={o.epochs:g}",
@@ -91,28 +95,28 @@ def engine(c: RunConfig) -> Iterator[Problem]:
 
 def kind_of_source(key: str, source: str, *, kinds: tuple[str, ...]) -> Iterator[Problem]:
     """Yield a problem unless a source of weights has the form KIND:NAME."""
-    kind, _, name = source.partition(":")
-    if kind not in kinds or not name:
-        yield Problem(key, f"{source!r} is not of the form KIND:NAME", f"use one of the kinds {', '.join(kinds)}")
+    if problem := why_unnamed(source, (*kinds, PYTHON_KIND)):
+        yield Problem(key, *problem)
 
 
 def checksum(section: str, sha256: str | None, *, kind: str, noun: str) -> Iterator[Problem]:
     """Yield a problem for a checksum of anything but a single file."""
     if kind != "file" and sha256 is not None:
         cause = f"only a file: {noun} is checked against it, not a {kind}: {noun}"
-        yield Problem(f"{section}.sha256", cause, "remove it")
+        yield Problem(f"{section}.sha256", cause, "remove it", ((f"{section}.sha256", f"{section}.source"),))
 
 
 def family(key: str, model: str | None) -> Iterator[Problem]:
     """Yield a problem unless `model` is a plain Vision Transformer, the only kind that can run on selected patches."""
-    if model is not None and not model.startswith(FAMILIES):
+    if model is not None and not model.startswith((*FAMILIES, f"{PYTHON_KIND}:")):
         remedy = "use a vit_* or deit* name, e.g. vit_small_patch16_224"
         yield Problem(key, f"{model!r} is not a VisionTransformer of timm", remedy)
 
 
 def whole_patches(c: RunConfig, arch: Architecture | None) -> Iterator[Problem]:
     """Yield a problem unless the student's patches tile its image."""
-    if arch is not None and (size := c.data.image_size) % arch.patch_size:
+    size = c.data.image_size
+    if arch is not None and size is not None and size % arch.patch_size:
         near = max(1, round(size / arch.patch_size)) * arch.patch_size
         cause = f"patch size {arch.patch_size} does not divide {size}"
         yield Problem("data.image_size", cause, f"use {near}, or another student.patch_size")

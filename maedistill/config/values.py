@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from maedistill.config.finetune import FinetuneConfig
-from maedistill.config.keys import REMOVED, Key, all_keys, all_sections, nearest_keys, nested
+from maedistill.config.keys import ELSEWHERE, REMOVED, Key, all_keys, all_sections, nearest_keys, nested
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.schema import RunConfig
 from maedistill.config.shared_rules import Problem
@@ -61,6 +61,8 @@ def unknown_key(name: str, root: type[RunConfig], value: Any = None) -> Problem:
         return Problem(name, "extends works only in a file", "name the other file as CONFIG")
     if name in REMOVED:
         return Problem(name, f"{name} is gone", REMOVED[name])
+    if remedy := ELSEWHERE.get(name.rpartition(".")[2]):
+        return Problem(name, f"unknown key {name}", remedy)
     for other in ROOTS:
         foreign_sections = all_sections(other).keys() - sections.keys()
         if name in all_keys(other) or name.partition(".")[0] in foreign_sections:

@@ -35,22 +35,33 @@ class TopCounts:
     """Counts of images: all, those whose label is the best class, and those whose label is among the five best."""
 
     images: int
-    top1: int
-    top5: int
+    top1_correct: int
+    top5_correct: int
 
     @staticmethod
     def of(predictions: Tensor, labels: Tensor) -> "TopCounts":
         """Count predictions int64 [n, k], best first, for labels int64 [n]."""
         correct = predictions == labels[:, None]  # [n, k]
-        return TopCounts(len(labels), top1=int(correct[:, 0].sum()), top5=int(correct.sum()))
+        return TopCounts(len(labels), top1_correct=int(correct[:, 0].sum()), top5_correct=int(correct.sum()))
+
+    @property
+    def top1(self) -> float:
+        """Return the share of images whose label is the best class."""
+        return self.top1_correct / self.images
+
+    @property
+    def top5(self) -> float:
+        """Return the share of images whose label is among the five best classes."""
+        return self.top5_correct / self.images
 
     def line(self) -> str:
         """Format the counts as one line."""
-        return f"top-1 {percent(self.top1, self.images)}, top-5 {percent(self.top5, self.images)}"
+        return f"top-1 {percent(self.top1_correct, self.images)}, top-5 {percent(self.top5_correct, self.images)}"
 
     def metrics(self) -> dict[str, Any]:
-        """Return the entries for a result file."""
-        return asdict(self)
+        """Return the entries for a result file: accuracies as fractions, and the counts that they come from."""
+        counts = {"images": self.images, "top1_correct": self.top1_correct, "top5_correct": self.top5_correct}
+        return {"top1": self.top1, "top5": self.top5, **counts}
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ class Agreement:
 
     def metrics(self) -> dict[str, float]:
         """Return the entries for a result file."""
-        return {"vs_same": self.same, "vs_kl": self.kl, "vs_top1": self.teacher_top1}
+        shares = {"vs_same": self.same / self.images, "vs_top1": self.teacher_top1 / self.images}
+        return shares | {"vs_same_images": self.same, "vs_top1_correct": self.teacher_top1, "vs_kl": self.kl}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
+from maedistill.report.intervals import of_count
+
 BINS = 15
+_SMALL_ERROR = 0.01  # a calibration error below it needs no remedy
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,17 @@ class Calibration:
 
     def line(self) -> str:
         """Format the result as one line."""
-        overconfident = self.mean_confidence > sum(self.correct) / sum(self.images)
         return (
             f"expected error {100 * self.error:.2f} % ({len(self.images)} bins), mean confidence "
-            f"{100 * self.mean_confidence:.2f} %: {'overconfident' if overconfident else 'underconfident'}"
+            f"{100 * self.mean_confidence:.2f} %{self._verdict()}"
         )
+
+    def _verdict(self) -> str:
+        """Say which way the confidence is wrong, if chance on so many images does not explain it."""
+        accuracy = of_count(sum(self.correct), sum(self.images))
+        if self.error < _SMALL_ERROR or accuracy.low <= self.mean_confidence <= accuracy.high:
+            return ""
+        return ": overconfident" if self.mean_confidence > accuracy.value else ": underconfident"
 
     def metrics(self) -> dict[str, Any]:
         """Return the entries for a result file, with the reliability diagram: one entry per non-empty bin."""

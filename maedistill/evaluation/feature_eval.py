@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from maedistill.data.shards.index import ShardIndex, open_index
+from maedistill.data.shards.patterns import Split, describe_shards
 from maedistill.data.shards.scan import USUAL, Members
 from maedistill.errors import ConfigError, DataError, NumericsError
 from maedistill.evaluation.context import EvalContext, finish, metadata, print_data, print_main, print_network
@@ -53,9 +54,13 @@ def score_knn(
     """
     train, val, result = _compute_features(spec, context, least=max(ks), reason=f"--k {max(ks)}")
     counts = knn_counts(train, val, ks=ks, temperature=temperature, device=context.device)
-    scores = [{"k": k, "top1": count, "images": len(val[1])} for k, count in zip(ks, counts, strict=True)]
-    for score in scores:
-        print_main("knn", f"k {score['k']}: {percent(score['top1'], score['images'])}")
+    images = len(val[1])
+    for k, count in zip(ks, counts, strict=True):
+        print_main("knn", f"k {k}: {percent(count, images)}")
+    scores = [
+        {"k": k, "top1": count / images, "top1_correct": count, "images": images}
+        for k, count in zip(ks, counts, strict=True)
+    ]
     print_main("warning", "kNN is a poor measure of masked autoencoders: read it as a trend")
     return finish(result | {"temperature": temperature, "knn": scores}, file)
 
@@ -97,9 +102,11 @@ def open_pair(spec: ProbeSpec, *, exif: str = "ignore") -> tuple[ShardIndex, Sha
     training shards, or differently named ones.
     """
     indexes = []
-    for shards, file in ((spec.train, spec.train_index), (spec.val, spec.val_index)):
+    named: tuple[tuple[str, str | None, Split], ...]
+    named = ((spec.train, spec.train_index, "train"), (spec.val, spec.val_index, "val"))
+    for shards, file, split in named:
         open_images = partial(open_index, members=spec.members, apply_exif=(spec.exif or exif) == "apply")
-        index = distributed.main_first(partial(open_images, shards, index=file))
+        index = distributed.main_first(partial(open_images, shards, index=file, split=split))
         if not len(index):
             raise DataError(f"{shards} holds no image", "name shards that hold labelled images")
         index.require_labels()
@@ -141,8 +148,8 @@ def _compute_features(
     assert isinstance(backbone, Backbone)
     train, val = open_pair(spec, exif=network.exif)
     print_network("model", network)
-    print_data("train", train, spec.train)
-    print_data("val", val, spec.val)
+    print_data("train", train, describe_shards(spec.train, train.shards))
+    print_data("val", val, describe_shards(spec.val, val.shards))
     if len(train) < least:
         raise ConfigError(
             f"{reason} needs {least:,} training images, but {spec.train} holds {len(train):,}",

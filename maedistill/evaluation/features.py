@@ -17,7 +17,7 @@ from maedistill.errors import NumericsError
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import Predictor, evaluation_mode, full_pass
 from maedistill.methods.mae import MAE
-from maedistill.models.encoder import MaskedEncoder
+from maedistill.models.encoder import Encoder
 from maedistill.randomness import Stream, key, permute
 from maedistill.weights.network import Network
 
@@ -63,7 +63,7 @@ def random_subset(index: ShardIndex, count: int, *, seed: int = 0) -> Tensor:
 class _PatchMean(nn.Module):
     """Map normalised images [b, 3, s, s] to the mean of an encoder's patch tokens, [b, D]."""
 
-    def __init__(self, encoder: MaskedEncoder) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
 

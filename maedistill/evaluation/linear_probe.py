@@ -12,7 +12,7 @@ half a cosine to 0. MAE uses batches of 16,384 of 1.28 million images, 90 epochs
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.optim import Lars
@@ -53,6 +53,10 @@ class ProbeScore(Score):
 
     lr: float  # per 256 images
 
+    def metrics(self) -> dict[str, Any]:
+        """Return the entries for a result file."""
+        return super().metrics() | {"lr": self.lr}
+
 
 class LinearHeads(nn.Module):
     """BatchNorm without scale and shift, then H linear classifiers, one per learning rate, initialised identically."""
@@ -81,7 +85,7 @@ def probe_accuracy(train: Features, val: Features, *, device: torch.device) -> f
     num_classes = int(torch.cat([train[1], val[1]]).max()) + 1
     recipe = _SHORT_RECIPE.fit_batch(len(train[1]))
     heads = fit_heads(*train, recipe, rates=_SHORT_RATES, num_classes=num_classes, device=device)
-    return max(score.top1 for score in score_heads(heads, *val)) / len(val[1])
+    return max(score.top1 for score in score_heads(heads, *val))
 
 
 def fit_heads(

@@ -39,10 +39,10 @@ def class_rows(evaluation: Evaluation, names: Mapping[int, str]) -> Iterator[lis
         rows = evaluation.labels == label  # [n]
         predictions, confidences = evaluation.predictions[rows], evaluation.confidences[rows]
         counts = TopCounts.of(predictions, evaluation.labels[rows])
-        sums = (counts.top1, counts.top5, math.fsum(confidences.tolist()))
+        sums = (counts.top1_correct, counts.top5_correct, math.fsum(confidences.tolist()))
         mistakes = Counter(best for best in predictions[:, 0].tolist() if best != label)
         worst = min(mistakes.items(), key=lambda item: (-item[1], item[0]), default=None)
-        cells = [label, names.get(label, ""), counts.images, counts.top1, counts.top5]
+        cells = [label, names.get(label, ""), counts.images, counts.top1_correct, counts.top5_correct]
         cells += [f"{total / counts.images:.6g}" for total in sums]
         yield [*cells, *((worst[0], names.get(worst[0], ""), worst[1]) if worst else ("", "", 0))]
 

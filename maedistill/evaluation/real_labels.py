@@ -26,7 +26,7 @@ class RealCounts(TopCounts):
 
     def metrics(self) -> dict[str, Any]:
         """Return the entries for a result file."""
-        return {f"real_{name}": count for name, count in super().metrics().items()}
+        return {f"real_{name}": value for name, value in super().metrics().items()}
 
 
 def open_real_labels(index: ShardIndex, *, num_classes: int) -> list[frozenset[int]]:

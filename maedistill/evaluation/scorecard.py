@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from maedistill.data.loading.dataset import ImageDataset, open_dataset
 from maedistill.data.loading.evaluation import EvaluationImages
 from maedistill.data.shards.index import ShardIndex, open_index
+from maedistill.data.shards.patterns import describe_shards
 from maedistill.data.shards.scan import USUAL, Members
 from maedistill.errors import ConfigError
 from maedistill.evaluation.accuracy import Evaluation, TopCounts, evaluate, write_predictions
@@ -24,15 +27,16 @@ from maedistill.evaluation.latency import measure_latency
 from maedistill.evaluation.per_class import draw_confusions, worst_confusions, write_per_class
 from maedistill.evaluation.real_labels import count_real, open_real_labels
 from maedistill.processes import distributed
+from maedistill.runs.objects import class_name, python_name
 from maedistill.runs.records import unwritable
 from maedistill.weights.class_names import compare_names, subset_columns
 from maedistill.weights.from_run import Weights
-from maedistill.weights.network import Network, open_network
+from maedistill.weights.network import Network, given_network, open_network
 
 
 def score(
-    model: str,
-    shards: str,
+    model: str | nn.Module,
+    shards: str | ImageDataset,
     context: EvalContext,
     *,
     index_file: str | None = None,
@@ -51,14 +55,21 @@ def score(
 ) -> dict[str, Any]:
     """Evaluate `model` on `shards`, print the scorecard and return it. Collective.
 
+    From Python the model may be a module that gives logits, and the shards a data set.
     image_size, crop: override the model's own. test_size: take those of its published accuracy, if timm states others.
     members: which fields of a sample are image and label. exif: `apply` or `ignore`, if not as in training. against: a
     second classifier to compare with. subset: the shards hold only some of the model's classes, matched by name. real:
     also score against the labels of ImageNet-ReaL. bins: number of bins of the calibration error. files: paths for
     predictions, per_class, confusions and json. Raises subclasses of UserError.
     """
-    open_sized = partial(open_network, model, "classifier", weights=weights)
-    network = distributed.main_first(lambda: open_sized(image_size=image_size))
+
+    def open_sized(size: int | None) -> Network:
+        if isinstance(model, str):
+            return open_network(model, "classifier", weights=weights, image_size=size)
+        given = given_network(model, python_name(model), image_size=size)
+        return replace(given, num_classes=given.output().shape[-1])
+
+    network = distributed.main_first(lambda: open_sized(image_size))
     if test_size:
         if network.test_size is None or image_size is not None:
             raise ConfigError(
@@ -68,15 +79,20 @@ def score(
                 "leave one of them out" if image_size is not None else "leave it out, or name one with --image-size",
             )
         size, crop = network.test_size, crop or network.test_crop
-        network = distributed.main_first(lambda: open_sized(image_size=size))
+        network = distributed.main_first(lambda: open_sized(size))
     network = replace(network, crop=crop or network.crop)
     teacher = distributed.main_first(lambda: open_network(against, "classifier")) if against else None
-    open_images = partial(open_index, members=members, apply_exif=(exif or network.exif) == "apply")
-    index = distributed.main_first(lambda: open_images(shards, index=index_file))
+    if isinstance(shards, str):
+        open_images = partial(open_index, members=members, apply_exif=(exif or network.exif) == "apply")
+        index = distributed.main_first(lambda: open_images(shards, index=index_file, split="val"))
+        place = describe_shards(shards, index.shards)
+    else:
+        place = class_name(shards)
+        index = open_dataset(shards, place)
     print_network("model", network)
     if teacher is not None:
         print_network("vs.", teacher)
-    print_data("data", index, shards)
+    print_data("data", index, place)
     predictor = _open_predictor(network, index, context, subset=subset)
     rival = _open_predictor(teacher, index, context, subset=subset) if teacher is not None else None
     real_labels = open_real_labels(index, num_classes=network.num_classes) if real else None

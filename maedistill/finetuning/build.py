@@ -15,18 +15,35 @@ from maedistill.data.loading.loader import RandomCrops
 from maedistill.data.loading.order import SampleOrder
 from maedistill.data.shards.index import ShardIndex
 from maedistill.errors import ConfigError
-from maedistill.models.encoder import MaskedEncoder, build_vit, vit_positions
+from maedistill.models.encoder import build_vit, require_plain_vit, vit_positions
 from maedistill.models.initialize import initialize
+from maedistill.runs.objects import NOTHING, Objects, require_object
 from maedistill.weights.from_file import SPEC_FIELDS, EncoderSpec
 from maedistill.weights.from_run import describe_network
-from maedistill.weights.network import Network, open_network
+from maedistill.weights.network import Network, given_network, open_network
 
 
-def build_init_source(config: FinetuneConfig) -> Network | None:
-    """Open the weights that fine-tuning starts from, positions resampled to its image size; None from scratch."""
+def build_init_source(
+    config: FinetuneConfig, objects: Objects = NOTHING, *, num_classes: int | None = None
+) -> Network | None:
+    """Open the weights that fine-tuning starts from, positions resampled to its image size; None from scratch.
+
+    A student of the caller's is described instead; it must give `num_classes` logits.
+    """
     init, student, image_size = config.init, config.student, config.data.image_size
     if init.source is None:
         return None
+    require_object("init.source", init.source, objects.student, argument="student")
+    if objects.student is not None:
+        network = given_network(objects.student, init.source, image_size=image_size)
+        network = replace(network, size=image_size or network.size)
+        shape = tuple(network.output(size_key="data.image_size").shape)
+        if num_classes is not None and shape != (1, num_classes):
+            raise ConfigError(
+                f"student: it gives {shape} for one image, but the data has {num_classes} classes",
+                f"give it a head with {num_classes} outputs",
+            )
+        return replace(network, license=init.license or network.license)
     described = student.model_dump(include=SPEC_FIELDS)
     spec = EncoderSpec(**described, pos_embed=init.pos_embed, sha256=init.sha256)
     network = open_network(
@@ -90,15 +107,15 @@ def _from_scratch(config: FinetuneConfig, num_classes: int) -> VisionTransformer
 
 def _from_source(config: FinetuneConfig, source: Network, num_classes: int) -> VisionTransformer:
     """Build a network with the source's weights but a fresh classifier; parameters without weights keep timm's init."""
-    student, encoder = config.student, source.encoder
-    _require_same_shape(config, encoder)
-    _require_class_token(config, encoder.vit)
-    network = describe_network(encoder.vit)
+    student, module = config.student, require_plain_vit(source.module, source.name)
+    _require_same_shape(config, module)
+    _require_class_token(config, module)
+    network = describe_network(module)
     changes = {"num_classes": num_classes, "global_pool": student.global_pool, "fc_norm": student.global_pool == "avg"}
     vit = timm.create_model(network["name"], **network["arguments"] | changes | {"drop_path_rate": student.drop_path})
     assert isinstance(vit, VisionTransformer)
     fresh = ("head.", "fc_norm.", *(() if student.global_pool == "token" else ("norm.",)))
-    weights = {name: value for name, value in encoder.vit.state_dict().items() if not name.startswith(fresh)}
+    weights = {name: value for name, value in module.state_dict().items() if not name.startswith(fresh)}
     missing, unexpected = vit.load_state_dict(weights, strict=False)
     assert not unexpected and all(name.startswith(("head.", "fc_norm.", "norm.")) for name in missing), missing
     return vit
@@ -113,7 +130,7 @@ def _require_class_token(config: FinetuneConfig, vit: VisionTransformer) -> None
         )
 
 
-def _require_same_shape(config: FinetuneConfig, encoder: MaskedEncoder) -> None:
+def _require_same_shape(config: FinetuneConfig, vit: VisionTransformer) -> None:
     """Raise ConfigError unless the config's student matches the source's network: a recipe fits one size."""
     names = {"num_heads", "patch_size", "class_token", "register_tokens", "width", "depth"}
     expected = config.student.model_dump(include=names, exclude_none=True)
@@ -121,12 +138,11 @@ def _require_same_shape(config: FinetuneConfig, encoder: MaskedEncoder) -> None:
         architecture = architecture_of(config.student.model, config.student)
         if architecture is not None:
             expected |= {"width": architecture.width, "depth": architecture.depth}
-    vit = encoder.vit
     actual = {
-        "width": encoder.width,
-        "depth": encoder.depth,
+        "width": vit.embed_dim,
+        "depth": len(vit.blocks),
         "num_heads": getattr(getattr(vit.blocks[0], "attn", None), "num_heads", None),
-        "patch_size": encoder.patch_size,
+        "patch_size": vit.patch_embed.patch_size[0],
         "class_token": vit.cls_token is not None,
         "register_tokens": 0 if vit.reg_token is None else vit.reg_token.shape[1],
     }

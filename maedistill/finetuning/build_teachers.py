@@ -3,8 +3,11 @@
 distill.teachers -> open_teachers -> build_module (what is trained) and build_teaching (frozen, beside the engine)
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from maedistill.config.distill import BATCH_RELATION_TERMS, DistillConfig, PairsConfig, TermConfig
 from maedistill.config.finetune import FinetuneConfig
@@ -12,26 +15,37 @@ from maedistill.config.plan import Plan
 from maedistill.config.schema import Triple
 from maedistill.errors import ConfigError, UserError
 from maedistill.finetuning.objective import Distilled, Supervised
-from maedistill.finetuning.outputs import FeatureInfo, RequestedOutputs, feature_info
+from maedistill.finetuning.outputs import FeatureInfo, RequestedOutputs, feature_info, is_plain_vit
 from maedistill.finetuning.teacher import OfflineTeacher, TeacherEnsemble, TeacherSource
 from maedistill.finetuning.terms import TERMS
 from maedistill.machine import DTYPES, precision
 from maedistill.models.initialize import initialize
+from maedistill.runs.objects import require_object
 from maedistill.weights.class_names import shared_classes
-from maedistill.weights.network import Network, open_network
+from maedistill.weights.network import Network, given_network, open_network
 from maedistill.weights.state_dict import weights_fingerprint
 
 _VIT_ONLY = ("attention", "token_relations")
 
 
-def open_teachers(config: FinetuneConfig, *, classes: tuple[str, ...], num_classes: int) -> list[TeacherSource]:
-    """Open the teachers that the config names. classes: names of the student's classes, empty if unknown.
+def open_teachers(
+    config: FinetuneConfig, given: Sequence[nn.Module] = (), *, classes: tuple[str, ...], num_classes: int
+) -> list[TeacherSource]:
+    """Open the teachers that the config names, or describe the caller's.
+
+    given: the caller's, one for each name in the config. classes: names of the student's classes, empty if unknown.
 
     Raises ConfigError for a teacher that lacks what the terms compare, DataError for weights that cannot be loaded.
     """
     distill, teachers = config.distill, []
-    for source in distill.teachers:
-        network = _open_teacher(distill, source)
+    for i, source in enumerate(distill.teachers):
+        require_object("distill.teachers", source, given or None, argument="teacher")
+        if given:
+            size = distill.image_size or config.data.image_size
+            network = given_network(given[i], source, image_size=size)
+            network = replace(network, num_classes=network.output(size_key="distill.image_size").shape[-1])
+        else:
+            network = _open_teacher(distill, source)
         features = feature_info(network.module, name=network.name, image_size=network.size)
         _require_features(distill, "teacher", features)
         shared = shared_classes(network, classes, num_classes=num_classes) if distill.logit_terms else None
@@ -39,14 +53,14 @@ def open_teachers(config: FinetuneConfig, *, classes: tuple[str, ...], num_class
     return teachers
 
 
-def build_module(
-    config: FinetuneConfig, vit: VisionTransformer, teachers: list[TeacherSource]
-) -> Supervised | Distilled:
+def build_module(config: FinetuneConfig, vit: nn.Module, teachers: list[TeacherSource]) -> Supervised | Distilled:
     """Build what the engine trains: the network, and with teachers its terms, initialised from the seed."""
     if not teachers:
         return Supervised(vit)
     distill = config.distill
-    student = feature_info(vit, name="the student", image_size=vit.patch_embed.img_size[0])
+    student = feature_info(vit, name="the student", image_size=config.data.image_size)
+    if not is_plain_vit(vit):
+        student = replace(student, channels=())  # its maps have no grid that a teacher's are resampled to
     _require_features(distill, "student", student)
     features = [teacher.features for teacher in teachers]
     terms = {name: TERMS[name](name, section, student, features) for name, section in distill.terms.items()}

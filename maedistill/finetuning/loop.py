@@ -9,6 +9,9 @@ therefore needs only the step, and reproduces every bit.
     m micro-batch   C classes   s image side
 """
 
+from collections.abc import Sequence
+from functools import partial
+
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.data.images.augment import seed_generators
 from maedistill.evaluation.accuracy import evaluate
@@ -19,19 +22,35 @@ from maedistill.finetuning.setup import Finetuning, open_finetuning
 from maedistill.processes import distributed
 from maedistill.randomness import Stream
 from maedistill.report.run_report import write_finetune_report
+from maedistill.runs.callback import Callback
 from maedistill.runs.metrics import MetricsFile
+from maedistill.runs.objects import NOTHING, Objects
 from maedistill.runs.run import Run
 from maedistill.runs.start import run_stage
 
 
-def finetune(config: FinetuneConfig, *, fresh: bool = False, extend: bool = False) -> None:
+def finetune(
+    config: FinetuneConfig,
+    *,
+    objects: Objects = NOTHING,
+    callbacks: Sequence[Callback] = (),
+    fresh: bool = False,
+    extend: bool = False,
+) -> None:
     """Run or continue a fine-tuning run to its end. Every rank calls it.
 
-    fresh: refuse a folder that already holds a run. extend: allow a larger number of epochs.
+    objects: what a Python caller gives in place of what the config names.
+    fresh: delete the run in the folder and start over. extend: allow a larger number of epochs.
     Raises subclasses of UserError; RUN/exit.json records how the run ended.
     """
     run_stage(
-        config, open_stage=open_finetuning, train=train, write_report=write_finetune_report, fresh=fresh, extend=extend
+        config,
+        open_stage=partial(open_finetuning, objects=objects),
+        train=train,
+        write_report=write_finetune_report,
+        callbacks=callbacks,
+        fresh=fresh,
+        extend=extend,
     )
 
 
@@ -81,6 +100,7 @@ def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
         predictor = Predictor(network, context, mean=parts.mean, std=parts.std)
         score = evaluate(predictor, parts.validation(), context).score
         if metrics is not None:
-            values = {"top1": score.top1, "top5": score.top5, "images": score.images, "val_loss": score.loss}
+            values = score.metrics()
+            values["val_loss"] = values.pop("loss")
             metrics.write(run.step, {"epoch": run.epoch, **{prefix + name: value for name, value in values.items()}})
             print(f"epoch {run.epoch:.1f}  {prefix.replace('_', ' ')}{score.line()}", flush=True)

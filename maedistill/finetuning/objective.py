@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 from timm.loss import SoftTargetCrossEntropy
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from maedistill.finetuning.outputs import Outputs, RequestedOutputs, forward_outputs
 from maedistill.finetuning.terms import Parts, Term
 from maedistill.methods.mae import Losses
+from maedistill.models.encoder import TimmModel
 
 
 class Supervised(nn.Module):
-    """Cross-entropy with soft targets. `vit` is an unmodified timm network, so that an export changes nothing."""
+    """Cross-entropy with soft targets. `vit` is an unmodified network, so that an export changes nothing."""
 
-    def __init__(self, vit: VisionTransformer) -> None:
+    def __init__(self, vit: TimmModel) -> None:
         super().__init__()
         self.vit = vit
         self.cross_entropy = SoftTargetCrossEntropy()
@@ -39,7 +39,7 @@ class Distilled(nn.Module):
 
     def __init__(
         self,
-        vit: VisionTransformer,
+        vit: TimmModel,
         terms: Mapping[str, Term],
         *,
         requested: RequestedOutputs,

@@ -68,6 +68,9 @@ def is_plain_vit(network: TimmModel) -> bool:
 
 def forward_outputs(network: TimmModel, images: Tensor, requested: RequestedOutputs) -> Outputs:
     """Return the `requested` outputs of a network on normalised images [B, 3, s, s]; deeper layers do not run."""
+    if not hasattr(network, "forward_head"):  # no model of timm: a caller's module, whose logits are all that is known
+        assert requested == RequestedOutputs(logits=True)
+        return {"logits": network(images)}
     outputs, last = (_vit_outputs if is_plain_vit(network) else _intermediates)(network, images, requested)
     if requested.tokens:
         outputs["tokens"] = last
@@ -93,7 +96,8 @@ def feature_info(network: TimmModel, *, name: str, image_size: int) -> FeatureIn
         maps = _all_maps(network, image)
         channels, grids = (tuple(m.shape[axis] for m in maps) for axis in (1, 2))
     width = _embedding_width(network, image)
-    return FeatureInfo(name, image_size, network.num_classes, channels, grids, num_heads, width, register_token)
+    num_classes = getattr(network, "num_classes", 0)
+    return FeatureInfo(name, image_size, num_classes, channels, grids, num_heads, width, register_token)
 
 
 def _vit_outputs(vit: VisionTransformer, images: Tensor, requested: RequestedOutputs) -> tuple[Outputs, Tensor]:

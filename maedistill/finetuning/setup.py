@@ -1,14 +1,16 @@
 """The parts of a fine-tuning run before its engine exists: data, network and recipe. Also the dry run."""
 
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from maedistill.config.auto import with_values
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.plan import Plan, make_plan, plan_lines, world_size_from_environment
 from maedistill.config.schema import Triple
@@ -17,10 +19,9 @@ from maedistill.data.images.transforms import normalize, random_flip, to_float01
 from maedistill.data.loading.batch import Batch
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
 from maedistill.data.loading.order import label_subset
-from maedistill.data.loading.turned import warn_of_turned
-from maedistill.data.remote.cache import require_room, set_cache
-from maedistill.data.shards.index import ShardIndex, open_index
-from maedistill.data.shards.scan import Members
+from maedistill.data.remote.cache import set_cache
+from maedistill.data.shards.index import ShardIndex
+from maedistill.data.shards.patterns import describe_shards
 from maedistill.errors import ConfigError, DataError
 from maedistill.finetuning.build import build_classifier, build_init_source, build_labelled_crops, build_mixing
 from maedistill.finetuning.build_teachers import (
@@ -35,9 +36,11 @@ from maedistill.finetuning.teacher import TeacherEnsemble, TeacherSource
 from maedistill.models.encoder import num_params_m
 from maedistill.processes import distributed
 from maedistill.runs.dry_run import dry_run as plan_and_try
+from maedistill.runs.objects import NOTHING, Objects, open_samples
+from maedistill.runs.settle import settle
 from maedistill.runs.start import Stage
 from maedistill.training.compilation import compile_module
-from maedistill.training.optim import layer_rates, layerwise_groups, parameter_groups
+from maedistill.training.optim import layer_rates, network_groups, parameter_groups
 from maedistill.weights.from_run import describe_network
 from maedistill.weights.license import combined_license
 from maedistill.weights.network import Network
@@ -65,12 +68,13 @@ class Finetuning(Stage):
     device: torch.device
     teachers: list[TeacherSource]
     teaching: TeacherEnsemble | None
+    auto_lines: list[str] = field(default_factory=list)
 
     @property
     def groups(self) -> list[dict[str, Any]]:
         """Return the parameter groups for the optimizer. Parameters of distillation terms get the head's rate."""
         optim = self.config.optim
-        groups = layerwise_groups(self.module.vit, optim.weight_decay, layer_decay=optim.layer_decay)
+        groups = network_groups(self.module.vit, optim.weight_decay, layer_decay=optim.layer_decay)
         if isinstance(self.module, Distilled):
             own = parameter_groups(self.module.terms, optim.weight_decay)
             groups += [group | {"lr_scale": 1.0} for group in own if group["params"]]
@@ -108,17 +112,29 @@ class Finetuning(Stage):
         config, vit, data = self.config, self.module.vit, self.config.data
         share = f" ({100 * data.label_fraction:g} % of each class)" if data.label_fraction < 1 else ""
         rates = layer_rates(self.groups, config.optim.peak_lr)
+        if isinstance(vit, VisionTransformer):
+            shape = f"{vit.embed_dim} x {len(vit.blocks)}, {num_params_m(vit):.2f} M, pooling {vit.global_pool}"
+        else:
+            shape = f"{type(vit).__name__}, {num_params_m(vit):.2f} M"
         return [
             f"start    {self.source.describe() if self.source is not None else 'from scratch'}",
-            f"network  {vit.embed_dim} x {len(vit.blocks)}, {num_params_m(vit):.2f} M, "
-            f"pooling {config.student.global_pool}, {self.num_classes} classes, drop path {config.student.drop_path:g}",
-            f"data     {self.plan.images:,} images{share} at {data.image_size} px, {data.train}",
-            f"eval     {len(self.val_index):,} images, {data.val}",
+            f"network  {shape}, {self.num_classes} classes, drop path {config.student.drop_path:g}",
+            f"data     {self.plan.images:,} images{share} at {data.image_size} px{self._size_note()}, "
+            f"{describe_shards(data.train, self.index.shards)}",
+            f"eval     {len(self.val_index):,} images, {describe_shards(data.val or '', self.val_index.shards)}",
+            *self.auto_lines,
             *distillation_lines(config, self.teachers, micro_batch=self.plan.batch.micro_batch),
             *plan_lines(config, self.plan),
             f"layers   lr times {config.optim.layer_decay:g} a layer, head to patches: "
             + " ".join(f"{rate:.3g}" for rate in reversed(rates)),
         ]
+
+    def _size_note(self) -> str:
+        """Say how the image size relates to that of the initial weights; nothing from scratch."""
+        if self.source is None:
+            return ""
+        own = self.source.own_size
+        return " (as its start)" if own == self.config.data.image_size else f" (its start: {own} px, resampled)"
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Make the input of a step from a micro-batch on the device: images [m, 3, s, s], soft targets [m, C].
@@ -159,31 +175,41 @@ class Finetuning(Stage):
         return EvaluationImages(self.val_index, torch.arange(len(self.val_index)), transform)
 
 
-def open_finetuning(config: FinetuneConfig, *, world_size: int, device: torch.device) -> Finetuning:
-    """Open data and weights and build the network. Works without a process group too. Collective."""
+def open_finetuning(
+    config: FinetuneConfig, *, world_size: int, device: torch.device, objects: Objects = NOTHING
+) -> Finetuning:
+    """Open data and weights and build the network. Works without a process group too. Collective.
+
+    objects: what a Python caller gives in place of what the config names.
+    """
     set_cache(folder=config.data.cache_folder, gigabytes=config.data.cache_gb)
-    index, val_index = distributed.main_first(lambda: _open_data(config))
+    index, val_index = distributed.main_first(lambda: _open_data(config, objects))
     labelled = config.distill.reads_labels
     samples = (
         label_subset(index.labels, config.data.label_fraction, seed=config.seed)
         if labelled
         else torch.arange(len(index))
     )
+    config, auto_lines = settle(config, len(samples), world_size=world_size)
     plan = make_plan(config, len(samples), world_size=world_size)
     num_classes = _num_classes(config, index, val_index)
-    source = distributed.main_first(lambda: build_init_source(config))
+    source = distributed.main_first(lambda: build_init_source(config, objects, num_classes=num_classes))
+    config = with_values(config, {"data.image_size": source.size if source is not None else config.scratch_size})
     mean, std = config.data.mean, config.data.std
     if mean is None or std is None:
         mean, std = (source.mean, source.std) if source else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     classes = index.classes or val_index.classes
-    teachers = distributed.main_first(lambda: open_teachers(config, classes=classes, num_classes=num_classes))
-    vit = build_classifier(config, source, num_classes=num_classes)
-    module = build_module(config, vit, teachers).to(device)
-    grid = vit.patch_embed.grid_size[0]
+    teachers = distributed.main_first(
+        lambda: open_teachers(config, objects.teachers, classes=classes, num_classes=num_classes)
+    )
+    vit = objects.student or build_classifier(config, source, num_classes=num_classes)
+    module = build_module(config, vit, teachers).train().to(device)
+    grid = vit.patch_embed.grid_size[0] if isinstance(vit, VisionTransformer) else 1  # without terms on maps
     teaching = build_teaching(config, teachers, grid=grid, plan=plan, mean=mean, std=std, device=device)
     return Finetuning(
-        config, plan, index, val_index, samples, num_classes, module, source, mean, std, device, teachers, teaching
-    )
+        config, plan, index, val_index, samples, num_classes, module, source, mean, std, device, teachers, teaching,
+        auto_lines,
+    )  # fmt: skip
 
 
 def dry_run(config: FinetuneConfig) -> None:
@@ -193,6 +219,7 @@ def dry_run(config: FinetuneConfig) -> None:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = open_finetuning(config, world_size=world_size_from_environment(), device=device)
+    config = parts.config
     heaviest_step = parts.teaching.heaviest_step if parts.teaching is not None else 0
 
     def module_inputs(batch: Batch) -> tuple[Any, ...]:
@@ -203,16 +230,10 @@ def dry_run(config: FinetuneConfig) -> None:
     plan_and_try(parts, build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean), module_inputs)
 
 
-def _open_data(config: FinetuneConfig) -> tuple[ShardIndex, ShardIndex]:
-    """Open the indexes of training and validation shards; check for equal classes and the labels that are needed."""
-    data = config.data
-    open_images = partial(open_index, members=Members(data.image_key, data.label_key), apply_exif=data.exif == "apply")
-    index = open_images(config.data.train, index=config.data.index)
-    require_room(index.shards, index.shard_bytes, window=config.data.shuffle_window)
-    if distributed.is_main():
-        warn_of_turned(index)
-    assert config.data.val is not None  # a rule of the config requires it
-    val_index = open_images(config.data.val)
+def _open_data(config: FinetuneConfig, objects: Objects) -> tuple[ShardIndex, ShardIndex]:
+    """Open the indexes of training and validation data; check for equal classes and the labels that are needed."""
+    index, val_index = open_samples(config.data, objects)
+    assert val_index is not None  # a rule of the config requires it
     for part in (index, val_index) if config.distill.reads_labels else (val_index,):
         part.require_labels()
     if index.classes and val_index.classes and index.classes != val_index.classes:

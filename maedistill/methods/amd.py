@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from maedistill.methods.dmae import DMAE, AlignmentSpec
 from maedistill.methods.mae import BlockFeatures, Losses, PixelSpec, mean_loss
 from maedistill.models.decoder import Generator, TokenDecoder
-from maedistill.models.encoder import MaskedEncoder
+from maedistill.models.encoder import Encoder
 from maedistill.models.masking import PatchSplit
 
 
@@ -29,7 +29,7 @@ class AMD(DMAE):
 
     def __init__(
         self,
-        encoder: MaskedEncoder,
+        encoder: Encoder,
         decoder: TokenDecoder,
         *,
         pixels: PixelSpec,

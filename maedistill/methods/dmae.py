@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from maedistill.losses.features import feature_loss
 from maedistill.methods.mae import MAE, BlockFeatures, Losses, PixelSpec, mean_loss
 from maedistill.models.decoder import TokenDecoder
-from maedistill.models.encoder import MaskedEncoder
+from maedistill.models.encoder import Encoder
 from maedistill.models.masking import PatchSplit
 
 
@@ -35,9 +35,7 @@ class AlignmentSpec:
 class DMAE(MAE):
     """MAE plus direct alignment: one projection per pair of blocks; the loss is the mean of their distances."""
 
-    def __init__(
-        self, encoder: MaskedEncoder, decoder: TokenDecoder, *, pixels: PixelSpec, align: AlignmentSpec
-    ) -> None:
+    def __init__(self, encoder: Encoder, decoder: TokenDecoder, *, pixels: PixelSpec, align: AlignmentSpec) -> None:
         super().__init__(encoder, decoder, pixels=pixels)
         self.align = align
         self.projections = nn.ModuleList(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from maedistill.data.images.transforms import normalize
 from maedistill.models.decoder import TokenDecoder
-from maedistill.models.encoder import MaskedEncoder
+from maedistill.models.encoder import Encoder
 from maedistill.models.masking import PatchSplit, num_visible
 from maedistill.models.patches import gather_rows, patchify, unpatchify
 
@@ -44,7 +44,7 @@ class MAE(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, encoder: MaskedEncoder, decoder: TokenDecoder, *, pixels: PixelSpec) -> None:
+    def __init__(self, encoder: Encoder, decoder: TokenDecoder, *, pixels: PixelSpec) -> None:
         super().__init__()
         self.encoder, self.decoder, self.pixels = encoder, decoder, pixels
         self.register_buffer("mean", torch.tensor(pixels.mean).view(3, 1, 1), persistent=False)
@@ -60,7 +60,8 @@ class MAE(nn.Module):
     ) -> tuple[Tensor, BlockFeatures]:
         """Return the pixel loss and the features of the student's tapped blocks, see `MaskedEncoder.forward`."""
         normalized = normalize(images, self.mean, self.std)
-        tokens, features = self.encoder(normalized, split.student, taps=taps, relations=relations)  # [B, P + S, D]
+        more = {"relations": relations} if relations else {}  # only a plain ViT of timm has them
+        tokens, features = self.encoder(normalized, split.student, taps=taps, **more)  # [B, P + S, D]
         hidden = split.hidden[:, : self.num_predicted(split)]  # [B, H]: the order is random, so this is a random subset
         predicted = self.decoder(tokens, split, hidden)  # [B, H, p*p*3]
         target = pixel_target(self.pixels_of(images, normalized, hidden), kind=self.pixels.target)

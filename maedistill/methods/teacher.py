@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from maedistill.data.images.transforms import normalize
 from maedistill.errors import ConfigError
-from maedistill.models.encoder import MaskedEncoder, TimmModel
+from maedistill.models.encoder import Encoder, MaskedEncoder, TimmModel
 from maedistill.models.masking import PatchSplit
 from maedistill.weights.network import Network
 
@@ -53,7 +53,7 @@ class Teacher(FrozenNetwork):
     resizes the images to the student's grid: patch i covers the same part of the image for both.
     """
 
-    network: MaskedEncoder
+    network: Encoder
 
     def __init__(
         self, source: Network, *, taps: Sequence[int], relations: bool = False, dtype: torch.dtype = torch.float32
@@ -65,10 +65,11 @@ class Teacher(FrozenNetwork):
                 f"use 0 to {self.encoder.depth - 1}",
             )
         self.tapped = {"relations" if relations else "taps": tuple(taps)}
+        self.ends_early = {"to_last_tap": True} if isinstance(self.encoder, MaskedEncoder) else {}
         self.num_prefix, self.width = self.encoder.num_prefix, self.encoder.width
 
     @property
-    def encoder(self) -> MaskedEncoder:
+    def encoder(self) -> Encoder:
         """Return the network."""
         return self.network
 
@@ -78,5 +79,5 @@ class Teacher(FrozenNetwork):
 
         With `relations` the values are [3, B, H, Q + T, d].
         """
-        _, outputs = self.network(self.prepare(images), split.teacher, **self.tapped, to_last_tap=True)
+        _, outputs = self.network(self.prepare(images), split.teacher, **self.tapped, **self.ends_early)
         return outputs

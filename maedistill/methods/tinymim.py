@@ -13,7 +13,7 @@ from torch import Tensor
 from maedistill.losses.relations import token_relations
 from maedistill.methods.mae import MAE, BlockFeatures, Losses, PixelSpec, mean_loss
 from maedistill.models.decoder import TokenDecoder
-from maedistill.models.encoder import MaskedEncoder
+from maedistill.models.encoder import Encoder
 from maedistill.models.masking import PatchSplit
 
 
@@ -34,9 +34,7 @@ class RelationSpec:
 class TinyMIM(MAE):
     """MAE plus, for each pair of blocks, a loss on query-key and value-value relations. Prefix tokens are left out."""
 
-    def __init__(
-        self, encoder: MaskedEncoder, decoder: TokenDecoder, *, pixels: PixelSpec, relations: RelationSpec
-    ) -> None:
+    def __init__(self, encoder: Encoder, decoder: TokenDecoder, *, pixels: PixelSpec, relations: RelationSpec) -> None:
         super().__init__(encoder, decoder, pixels=pixels)
         self.relations = relations
 

@@ -27,17 +27,43 @@ from maedistill.models.patches import gather_rows, patchify, position_table
 TimmModel: TypeAlias = Any
 
 
-class MaskedEncoder(nn.Module):
+class Encoder(nn.Module):
+    """An encoder of selected patches: what a method trains, and what it learns from.
+
+    A module of your own is one if it has these attributes and this `forward`; it need not be a subclass. Row P + j of
+    an output belongs to patch `ids[:, j]`. Patches are numbered row by row from the top left.
+    """
+
+    width: int  # D
+    depth: int  # blocks that may be tapped: 0 to depth - 1
+    num_prefix: int  # P
+    patch_size: int  # side of a patch in pixels
+    grid: int  # patches along a side of the image: N = grid * grid
+
+    def forward(
+        self, images: Tensor, ids: Tensor | None = None, *, taps: Sequence[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Encode the patches `ids`, int64 [B, M], of normalised images [B, 3, s, s]; None for all patches in order.
+
+        Returns the last tokens [B, P + M, D] and the outputs [B, P + M, D] of the blocks `taps`, by block.
+        """
+        raise NotImplementedError
+
+
+_ATTRIBUTES = tuple(Encoder.__annotations__)
+
+
+class MaskedEncoder(Encoder):
     """Runs `vit` on selected patches. `vit` keeps timm's parameter names, so that an export is a strict load."""
 
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()
         self.vit = vit
-        self.width: int = vit.embed_dim
+        self.width = vit.embed_dim
         self.depth = len(vit.blocks)
-        self.num_prefix: int = vit.num_prefix_tokens
-        self.patch_size: int = vit.patch_embed.patch_size[0]
-        self.grid: int = vit.patch_embed.grid_size[0]
+        self.num_prefix = vit.num_prefix_tokens
+        self.patch_size = vit.patch_embed.patch_size[0]
+        self.grid = vit.patch_embed.grid_size[0]
 
     def embed(self, images: Tensor, ids: Tensor | None) -> Tensor:
         """Embed the selected patches, add positions, put the prefix first: [B, 3, s, s], [B, M] -> [B, P + M, D]."""
@@ -83,6 +109,36 @@ class MaskedEncoder(nn.Module):
         return x, outputs | {i: torch.stack(parts) for i, parts in qkv.items()}
 
 
+def as_encoder(module: TimmModel, name: str) -> Encoder:
+    """Return `module` as an encoder of selected patches: a plain ViT of timm, or a module that has `Encoder`'s parts.
+
+    Raises ConfigError for any other module, and for an encoder whose output for every other patch has a wrong shape.
+    """
+    if not all(isinstance(getattr(module, attribute, None), int) for attribute in _ATTRIBUTES):
+        return MaskedEncoder(require_plain_vit(module, name))
+    if not isinstance(module, MaskedEncoder):
+        _require_rows(module, name)
+    return module
+
+
+@torch.no_grad()
+def _require_rows(encoder: Encoder, name: str) -> None:
+    """Raise ConfigError unless the encoder gives a row for each prefix token and each selected patch of an image."""
+    side, device = encoder.grid * encoder.patch_size, next(encoder.parameters()).device
+    ids = torch.arange(0, encoder.grid**2, 2, device=device)[None]  # [1, M]
+    training = encoder.training
+    tokens, outputs = encoder.eval()(torch.zeros(1, 3, side, side, device=device), ids, taps=(0,))
+    encoder.train(training)
+    expected = (1, encoder.num_prefix + ids.shape[1], encoder.width)
+    for what, rows in (("tokens", tokens), ("outputs of block 0", outputs.get(0))):
+        shape = None if rows is None else tuple(rows.shape)
+        if shape != expected:
+            raise ConfigError(
+                f"{name}: the {what} for {ids.shape[1]} patches of an image have the shape {shape}, not {expected}",
+                "give one row of `width` numbers for each prefix token and each patch, see maedistill.Encoder",
+            )
+
+
 def run_blocks(
     vit: VisionTransformer, x: Tensor, *, taps: Sequence[int], relations: Sequence[int], to_last_tap: bool
 ) -> tuple[Tensor, dict[int, Tensor], dict[int, tuple[Tensor, Tensor, Tensor]]]:
@@ -117,6 +173,7 @@ def build_vit(
     patch_size: int | None = None,
     class_token: bool | None = None,
     register_tokens: int | None = None,
+    mlp_ratio: float | None = None,
     drop_path: float | None = None,
     num_classes: int = 0,
     global_pool: str = "",
@@ -146,6 +203,7 @@ def build_vit(
         "patch_size": patch_size,
         "class_token": class_token,
         "reg_tokens": register_tokens,
+        "mlp_ratio": mlp_ratio,
         "drop_path_rate": drop_path,
     }
     keywords: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
@@ -173,8 +231,21 @@ def num_params_m(module: nn.Module) -> float:
 def require_known(model: str) -> None:
     """Raise ConfigError with the nearest names unless timm has a model of this name."""
     if not timm.is_model(model):
-        near = difflib.get_close_matches(model, timm.list_models(), n=3)
+        near = nearest_models(model, timm.list_models())
         raise ConfigError(f"timm has no model {model!r}", f"names near it: {', '.join(near) or 'none'}")
+
+
+def nearest_models(model: str, names: Sequence[str]) -> list[str]:
+    """Return at most three names that begin most like `model`, the usual first: vit_tny -> vit_tiny_patch16_224.
+
+    Only as many parts of a name are compared as `model` has, so that what it leaves out does not count.
+    """
+    parts = model.count("_") + 1
+    starts: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda name: ("_patch16_224" not in name, len(name), name)):
+        starts.setdefault("_".join(name.split("_")[:parts]), []).append(name)
+    near = difflib.get_close_matches(model, starts, n=3)
+    return [name for start in near for name in starts[start]][:3] if near else []
 
 
 def require_plain_vit(network: TimmModel, name: str) -> VisionTransformer:
@@ -183,6 +254,6 @@ def require_plain_vit(network: TimmModel, name: str) -> VisionTransformer:
     if not plain or type(network.patch_embed).__name__ != "PatchEmbed":
         raise ConfigError(
             f"{name} is a {type(network).__name__}, whose patches cannot be left out one by one",
-            "use a plain ViT with absolute positions, e.g. vit_small_patch16_224",
+            "use a plain ViT with absolute positions, e.g. vit_small_patch16_224, or from Python a maedistill.Encoder",
         )
     return network

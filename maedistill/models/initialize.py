@@ -12,12 +12,19 @@ _TOKENS = ("cls_token", "reg_token", "mask_token", "pos_embed")
 
 
 @torch.no_grad()
-def initialize(module: nn.Module, *, seed: int) -> None:
-    """Initialise all parameters of `module` in place, as a function of `seed` alone. Buffers are left as they are."""
+def initialize(module: nn.Module, *, seed: int, keep: nn.Module | None = None, strict: bool = True) -> None:
+    """Initialise all parameters of `module` in place, as a function of `seed` alone. Buffers are left as they are.
+
+    keep: a part that is left as it is. strict: assert that every parameter is of a kind that MAE has; otherwise the
+    others, which only a caller's own method has, are left as they are.
+    """
     if any(parameter.is_meta for parameter in module.parameters()):
         return  # meta tensors have shapes only
     generator = torch.Generator().manual_seed(seed)
+    kept = {*keep.modules()} if keep is not None else set()
     for child in module.modules():
+        if child in kept:
+            continue
         for name, parameter in child.named_parameters(recurse=False):
             if name in _TOKENS:
                 nn.init.normal_(parameter, std=0.02, generator=generator)
@@ -29,5 +36,5 @@ def initialize(module: nn.Module, *, seed: int) -> None:
                 parameter.fill_(child.init_values)
             elif name == "bias":
                 parameter.zero_()
-            else:
+            elif strict:
                 raise AssertionError(f"no initial value is defined for {name} of {type(child).__name__}")

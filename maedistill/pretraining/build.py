@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from math import lcm
+from typing import Any
 
 import torch
 
@@ -19,25 +20,47 @@ from maedistill.methods.teacher import Teacher
 from maedistill.methods.tinymim import RelationSpec, TinyMIM
 from maedistill.models.blocks import has_plain_attention
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
-from maedistill.models.encoder import MaskedEncoder, TimmModel, build_vit
+from maedistill.models.encoder import Encoder, MaskedEncoder, TimmModel, as_encoder, build_vit
 from maedistill.models.initialize import initialize
 from maedistill.models.masking import PatchSplit, num_visible, random_split
+from maedistill.runs.objects import NOTHING, Objects, class_name, require_object
 from maedistill.weights.from_file import SPEC_FIELDS, EncoderSpec
-from maedistill.weights.network import Network, open_network
+from maedistill.weights.network import Network, given_network, open_network
+
+METHODS: dict[str, type[MAE]] = {"mae": MAE, "dmae": DMAE, "amd": AMD, "tinymim": TinyMIM}
 
 
-def build_encoder(config: PretrainConfig) -> MaskedEncoder:
-    """Build the student's encoder, uninitialised."""
-    return MaskedEncoder(build_vit(image_size=config.data.image_size, **config.student.model_dump()))
+def build_encoder(config: PretrainConfig, objects: Objects = NOTHING) -> Encoder:
+    """Return the student's encoder: uninitialised, or the caller's with the weights that it has."""
+    require_object("student.model", config.student.model, objects.student, argument="student")
+    if objects.student is None:
+        return MaskedEncoder(build_vit(image_size=config.data.image_size, **config.student.model_dump()))
+    encoder = as_encoder(objects.student, config.student.model)
+    if encoder.grid * encoder.patch_size != config.data.image_size:
+        size = encoder.grid * encoder.patch_size
+        raise ConfigError(
+            f"data.image_size: the student looks at images of {size} pixels, not of {config.data.image_size}",
+            f"set data.image_size={size}, or make the student for images of {config.data.image_size}",
+        )
+    return encoder
 
 
-def build_teacher_source(config: PretrainConfig, *, grid: int) -> Network | None:
-    """Open the teacher's network; return None for a method without a teacher."""
+def build_teacher_source(config: PretrainConfig, *, grid: int, objects: Objects = NOTHING) -> Network | None:
+    """Open the teacher's network, or describe the caller's; return None for a method without a teacher."""
     teacher = config.teacher
     if teacher.source is None:
         return None
-    spec = EncoderSpec(**teacher.model_dump(include=SPEC_FIELDS))
-    network = open_network(teacher.source, "encoder", grid=grid, spec=spec, section="teacher")
+    if objects.teachers:
+        network = given_network(objects.teachers[0], teacher.source, image_size=config.data.image_size)
+        if network.encoder.grid != grid:
+            raise ConfigError(
+                f"teacher.source: the teacher has {network.encoder.grid} patches along a side, the student {grid}",
+                "make one of the two for an image size that gives as many patches",
+            )
+    else:
+        require_object("teacher.source", teacher.source, None, argument="teacher")
+        spec = EncoderSpec(**teacher.model_dump(include=SPEC_FIELDS))
+        network = open_network(teacher.source, "encoder", grid=grid, spec=spec, section="teacher")
     return replace(network, **teacher.model_dump(include={"mean", "std", "license"}, exclude_none=True))
 
 
@@ -47,8 +70,14 @@ def build_teacher(config: PretrainConfig, source: Network, device: torch.device)
     return Teacher(source, taps=config.align.teacher, relations=config.method == "tinymim", dtype=dtype).to(device)
 
 
-def build_method(config: PretrainConfig, encoder: MaskedEncoder, source: Network | None) -> MAE:
-    """Build the module to train: encoder, decoder, heads and generators, initialised from the seed."""
+def build_method(config: PretrainConfig, encoder: Encoder, source: Network | None, objects: Objects = NOTHING) -> MAE:
+    """Build the module to train: encoder, decoder, heads and generators, initialised from the seed.
+
+    objects: a student of the caller's keeps its weights, and a method of the caller's is built in place of the class
+    that `config.method` names, with the same arguments.
+    """
+    expected = METHODS[config.method]
+    make = objects.method or expected
     # Decoder and generators have fixed positions even if the student learns its own.
     pos_embed = "sincos2d" if config.student.pos_embed == "learned" else config.student.pos_embed
     decoder = {"self": TokenDecoder, "cross": CrossDecoder}[config.decoder.attention](
@@ -61,26 +90,35 @@ def build_method(config: PretrainConfig, encoder: MaskedEncoder, source: Network
     )
     data, predict_ratio = config.data, config.decoder.predict_ratio
     pixels = PixelSpec(data.mean, data.std, predict_ratio=predict_ratio, **config.pixels.model_dump())
+    if objects.method is not None:
+        torch.manual_seed(config.seed)  # for parameters that only this method has
     if config.method == "mae":
-        method = MAE(encoder, decoder, pixels=pixels)
+        method = make(encoder, decoder, pixels=pixels)
     else:
         assert source is not None  # by the rules of the config
-        method = _build_distillation(config, encoder, decoder, pixels, source.encoder, pos_embed)
-    initialize(method, seed=config.seed)
+        specs = _distillation_specs(config, encoder, source.encoder, pos_embed)
+        method = make(encoder, decoder, pixels=pixels, **specs)
+    if not isinstance(method, expected):
+        raise ConfigError(
+            f"method: {class_name(make)} gives a {type(method).__name__}, not a {expected.__name__}",
+            f"derive it from {expected.__module__}.{expected.__name__}, or name its base in the config's method",
+        )
+    own = encoder if objects.student is not None else None
+    initialize(method, seed=config.seed, keep=own, strict=objects.method is None)
     if config.engine.activation_checkpointing:
+        if not isinstance(encoder, MaskedEncoder):
+            raise ConfigError(
+                "engine.activation_checkpointing: the student is no ViT of timm", "leave it out: the module does that"
+            )
         encoder.vit.set_grad_checkpointing(True)
     return method
 
 
-def _build_distillation(
-    config: PretrainConfig,
-    encoder: MaskedEncoder,
-    decoder: TokenDecoder,
-    pixels: PixelSpec,
-    teacher: MaskedEncoder,
-    pos_embed: str,
-) -> MAE:
-    """Build a method with a teacher. Raises ConfigError where student and teacher do not fit each other."""
+def _distillation_specs(config: PretrainConfig, encoder: Encoder, teacher: Encoder, pos_embed: str) -> dict[str, Any]:
+    """Return the arguments of a method with a teacher, besides encoder, decoder and pixels.
+
+    Raises ConfigError where student and teacher do not fit each other.
+    """
     align, generate, width = config.align, config.generate, teacher.width
     if max(align.student) >= encoder.depth:
         raise ConfigError(
@@ -88,11 +126,11 @@ def _build_distillation(
             f"use 0 to {encoder.depth - 1}",
         )
     if config.method == "tinymim":
-        return TinyMIM(encoder, decoder, pixels=pixels, relations=_relations(config, encoder, teacher))
+        return {"relations": _relations(config, encoder, teacher)}
     terms = align.model_dump(exclude={"student", "teacher"})
     spec = AlignmentSpec(align.student, align.teacher, width, teacher.num_prefix, **terms)
     if config.method == "dmae":
-        return DMAE(encoder, decoder, pixels=pixels, align=spec)
+        return {"align": spec}
     num_heads = generate.num_heads or max(1, width // 64)
     if width % num_heads:
         raise ConfigError(
@@ -100,12 +138,16 @@ def _build_distillation(
             f"set generate.num_heads to a divisor of {width}",
         )
     generators = GeneratorSpec(num_heads, depth=generate.depth, weight=generate.weight, pos_embed=pos_embed)
-    return AMD(encoder, decoder, pixels=pixels, align=spec, generate=generators)
+    return {"align": spec, "generate": generators}
 
 
-def _relations(config: PretrainConfig, encoder: MaskedEncoder, teacher: MaskedEncoder) -> RelationSpec:
+def _relations(config: PretrainConfig, encoder: Encoder, teacher: Encoder) -> RelationSpec:
     """Return the token relations. Raises ConfigError if the networks have none that can be compared."""
     align = config.align
+    if not isinstance(encoder, MaskedEncoder) or not isinstance(teacher, MaskedEncoder):
+        raise ConfigError(
+            "method: tinymim compares queries, keys and values, which only a ViT of timm shows", "use method=dmae"
+        )
     for side, vit, taps in (("student", encoder.vit, align.student), ("teacher", teacher.vit, align.teacher)):
         if max(taps) < len(vit.blocks) and not all(has_plain_attention(vit.blocks[tap]) for tap in taps):
             raise ConfigError(

@@ -7,6 +7,8 @@ Everything random is a function of (seed, position) or (seed, step), so a restar
     m micro-batch   s image side
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,9 @@ from maedistill.pretraining.setup import Pretraining, open_pretraining
 from maedistill.processes import distributed
 from maedistill.randomness import Stream, key
 from maedistill.report.run_report import write_run_report
+from maedistill.runs.callback import Callback
 from maedistill.runs.metrics import MetricsFile
+from maedistill.runs.objects import NOTHING, Objects
 from maedistill.runs.records import ignore_write_errors
 from maedistill.runs.run import Run
 from maedistill.runs.start import run_stage
@@ -34,14 +38,28 @@ from maedistill.runs.start import run_stage
 _PICTURES = 8  # images on a reconstruction sheet
 
 
-def pretrain(config: PretrainConfig, *, fresh: bool = False, extend: bool = False) -> None:
+def pretrain(
+    config: PretrainConfig,
+    *,
+    objects: Objects = NOTHING,
+    callbacks: Sequence[Callback] = (),
+    fresh: bool = False,
+    extend: bool = False,
+) -> None:
     """Run or continue a pre-training run to its end. Every rank calls it.
 
-    fresh: refuse a folder that already holds a run. extend: allow a changed number of epochs.
+    objects: what a Python caller gives in place of what the config names.
+    fresh: delete the run in the folder and start over. extend: allow a changed number of epochs.
     Raises subclasses of UserError; RUN/exit.json records how the run ended.
     """
     run_stage(
-        config, open_stage=open_pretraining, train=train, write_report=write_run_report, fresh=fresh, extend=extend
+        config,
+        open_stage=partial(open_pretraining, objects=objects),
+        train=train,
+        write_report=write_run_report,
+        callbacks=callbacks,
+        fresh=fresh,
+        extend=extend,
     )
 
 
@@ -57,7 +75,7 @@ def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
             batch = run.next(batches)
             images, split = parts.inputs(batch.images, batch.positions)  # [m, 3, s, s]
             target = teacher(images, split) if teacher is not None else None
-            if config.student.drop_path:
+            if parts.is_random:
                 torch.manual_seed(key(config.seed, Stream.NETWORK, step, micro, distributed.rank()))
             losses = engine(images, split, target)
             engine.backward(losses["loss"])
@@ -74,7 +92,7 @@ def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
         with run.untimed():
             if run.due(config.log.pictures_every_epochs):
                 draw(run, parts, metrics)
-            if parts.val_index is not None:
+            if parts.val_index is not None and parts.unscorable is None:
                 probe(run, parts, parts.val_index, metrics)
             if run.should_save:
                 run.save()
@@ -88,7 +106,9 @@ def draw(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
     crops = EvaluationImages(index, random_subset(index, _PICTURES), transform, replace_bad=True)
     images = to_float01(next(exact_batches(crops, batch=_PICTURES, workers=0))[0].to(parts.device))
     split = split_of(parts.config, torch.arange(len(images), device=parts.device), parts.module.encoder.grid**2)
-    sheet = reconstruction_sheet(parts.module, images, split, teacher=parts.teacher is not None)
+    name = "/".join(run.folder.path.absolute().parts[-3:])
+    title = f"{name}: {parts.config.method}, step {run.step}, epoch {run.epoch:.1f}"
+    sheet = reconstruction_sheet(parts.module, images, split, teacher=parts.teacher is not None, title=title)
     if metrics is not None:
         with ignore_write_errors(path := run.folder.pictures / f"step_{run.step:09d}.png"):
             sheet.save(path)
@@ -116,7 +136,7 @@ def probe(run: Run, parts: Pretraining, val_index: ShardIndex, metrics: MetricsF
     scores = {"knn": knn_accuracy(bank, queries, device=run.device)} if knn else {}
     if metrics is not None:
         scores |= {"linear": probe_accuracy(bank, queries, device=run.device)} if linear else {}
-        metrics.write(run.step, {**scores, "epoch": run.epoch})
+        metrics.write(run.step, {**scores, "images": len(queries[1]), "epoch": run.epoch})
         names = {"knn": "kNN {:.1%} (a trend, no forecast)", "linear": "linear probe {:.1%}"}
         summary = ", ".join(names[name].format(accuracy) for name, accuracy in scores.items())
         print(f"epoch {run.epoch:.1f}  {summary}", flush=True)

@@ -1,12 +1,12 @@
-"""Reconstruction sheets: the patches that student and teacher see of an image, and the student's prediction.
+"""Reconstruction sheets: the patches that student and teacher see of an image, the student's prediction, its error.
 
 B images, one per line   s image side
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from maedistill.evaluation.full_pass import evaluation_mode
@@ -15,8 +15,10 @@ from maedistill.models.masking import PatchSplit
 from maedistill.models.patches import patchify, unpatchify
 
 _GREY = 0.5
-_LEAST_SIDE = 96  # smaller images are enlarged to at least this many pixels, without smoothing
-_HEADER, _GAP = 18, 4
+_LEAST_SIDE = 192  # smaller images are enlarged to at least this many pixels, without smoothing
+_HEADER, _GAP, _GROUP_GAP = 52, 4, 24  # the header has two lines: the title, and the labels of the columns
+_FONT_SIZE = 16
+_ERROR_SCALE = 2  # an error of 0.5 is white
 
 
 def show_only(images: Tensor, ids: Tensor, patch_size: int) -> Tensor:
@@ -31,33 +33,50 @@ def paste(images: Tensor, predicted: Tensor, ids: Tensor, patch_size: int) -> Te
     return unpatchify(torch.where(visible[..., None], rows, predicted_rows), patch_size)
 
 
-def reconstruction_sheet(method: MAE, images: Tensor, split: PatchSplit, *, teacher: bool) -> Image.Image:
-    """Draw one line per image: the image, the student's view, the teacher's view if it has one, and the prediction.
+def reconstruction_sheet(
+    method: MAE, images: Tensor, split: PatchSplit, *, teacher: bool, title: str = ""
+) -> Image.Image:
+    """Draw one line per image: what student and teacher see, a gap, then the prediction, the image, and their distance.
 
-    images: [B, 3, s, s] in [0, 1]. The true visible patches are pasted into the prediction.
+    images: [B, 3, s, s] in [0, 1]. The true visible patches are pasted into the prediction. The teacher's column is
+    left out if it sees the same patches. title: before the mean error of the hidden pixels, which this function adds.
     """
     patch_size = method.encoder.patch_size
     with evaluation_mode(method):
-        predicted = method.draw(images, split)
-    columns = {"image": images, "student sees": show_only(images, split.student, patch_size)}
-    if teacher:
-        columns["teacher sees"] = show_only(images, split.teacher, patch_size)
-    columns["student predicts"] = paste(images, predicted, split.student, patch_size)
-    return tile(columns)
+        predicted = paste(images, method.draw(images, split), split.student, patch_size)
+    seen = {"student sees" if teacher else "seen": show_only(images, split.student, patch_size)}
+    if teacher and split.num_teacher > split.num_student:
+        seen["teacher sees"] = show_only(images, split.teacher, patch_size)
+    error = (predicted - images).abs()
+    share_hidden = split.hidden.shape[1] / split.order.shape[1]  # the error of visible patches is 0
+    shown_error = (_ERROR_SCALE * error.mean(1, keepdim=True)).expand_as(images)
+    results = {"predicted": predicted, "true": images, f"|error| x {_ERROR_SCALE}": shown_error}
+    start = f"{title}, " if title else ""
+    return tile([seen, results], title=f"{start}mean |error| of hidden pixels {float(error.mean()) / share_hidden:.3f}")
 
 
-def tile(columns: Mapping[str, Tensor]) -> Image.Image:
-    """Tile labelled columns of images, [B, 3, s, s] in [0, 1], into one picture. Enlarges small images unsmoothed."""
-    images = next(iter(columns.values()))
+def tile(groups: Sequence[Mapping[str, Tensor]], *, title: str = "") -> Image.Image:
+    """Tile groups of labelled columns of images, [B, 3, s, s] in [0, 1], into one picture, with a gap between groups.
+
+    Enlarges small images unsmoothed.
+    """
+    images = next(iter(groups[0].values()))
     side = images.shape[-1]
     scale = max(1, -(-_LEAST_SIDE // side))
     step = side * scale + _GAP
-    sheet = Image.new("RGB", (step * len(columns) + _GAP, _HEADER + step * len(images)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for x, (label, column) in enumerate(columns.items()):
-        pen.text((_GAP + x * step, 4), label, fill="black")
-        pixels = (column.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # [B, s, s, 3]
-        for y, picture in enumerate(pixels):
-            enlarged = Image.fromarray(picture).resize((side * scale, side * scale), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (_GAP + x * step, _HEADER + y * step))
+    count = sum(map(len, groups))
+    width = step * count + _GAP + _GROUP_GAP * (len(groups) - 1)
+    sheet = Image.new("RGB", (width, _HEADER + step * len(images)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_SIZE)
+    pen.text((_GAP, 4), title, fill="black", font=font)
+    left = _GAP
+    for columns in groups:
+        for label, column in columns.items():
+            pen.text((left, _HEADER // 2 + 2), label, fill="black", font=font)
+            pixels = (column.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # [B, s, s, 3]
+            for y, picture in enumerate(pixels):
+                enlarged = Image.fromarray(picture).resize((side * scale, side * scale), Image.Resampling.NEAREST)
+                sheet.paste(enlarged, (left, _HEADER + y * step))
+            left += step
+        left += _GROUP_GAP
     return sheet

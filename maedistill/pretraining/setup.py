@@ -1,7 +1,7 @@
 """The parts of a pre-training run before its engine exists: data, student and teacher. Also the dry run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -10,10 +10,9 @@ from torch import Tensor
 
 from maedistill.config.plan import Plan, batch_plans, make_plan, plan_lines, world_size_from_environment
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.data.loading.turned import warn_of_turned
-from maedistill.data.remote.cache import require_room, set_cache
-from maedistill.data.shards.index import ShardIndex, open_index
-from maedistill.data.shards.scan import Members
+from maedistill.data.remote.cache import set_cache
+from maedistill.data.shards.index import ShardIndex, why_unscorable
+from maedistill.data.shards.patterns import describe_shards
 from maedistill.methods.mae import MAE
 from maedistill.methods.teacher import Teacher
 from maedistill.models.encoder import num_params_m
@@ -32,6 +31,8 @@ from maedistill.processes import distributed
 from maedistill.runs.dry_run import dry_run as plan_and_try
 from maedistill.runs.dry_run import forward_backward
 from maedistill.runs.folder import RunFolder
+from maedistill.runs.objects import NOTHING, Objects, class_name, open_samples
+from maedistill.runs.settle import settle
 from maedistill.runs.start import Stage
 from maedistill.training.compilation import compile_function, compile_module
 from maedistill.training.memory_fit import fit_to_memory
@@ -59,7 +60,10 @@ class Pretraining(Stage):
     teacher_weights: list[str]
     device: torch.device
     inputs: Callable[[Tensor, Tensor], tuple[Tensor, PatchSplit]]
+    unscorable: str | None = None  # why there is neither kNN nor linear probe, although data.val is named
+    auto_lines: list[str] = field(default_factory=list)
     fitted_to: int | None = None  # memory of the GPU, in bytes, that the micro-batch was fitted to
+    has_objects: bool = False  # whether the student or the method is a caller's
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -73,7 +77,8 @@ class Pretraining(Stage):
         return {
             "stage": "pretrain",
             "method": self.config.method,
-            "network": describe_network(self.module.encoder.vit),
+            "method_class": class_name(type(self.module)),
+            "network": describe_network(getattr(self.module.encoder, "vit", self.module.encoder)),
             "input": {
                 "size": data.image_size,
                 "mean": data.mean,
@@ -103,18 +108,34 @@ class Pretraining(Stage):
             views += f", teacher {teacher} (nested)" if teacher > student else ", teacher the same"
         sizes = ", ".join(f"{name} {num_params_m(child):.2f} M" for name, child in self.module.named_children())
         images = f"{self.plan.images:,} images in {len(self.index.shards)} shards at {config.data.image_size} px"
+        shown = describe_shards(config.data.train, self.index.shards)
         return [
             f"method   {config.method}: {views}",
             *([f"teacher  {self.source.describe()}"] if self.source is not None else []),
             f"student  {config.student.title}  {sizes}",
-            f"data     {images}, {config.data.train}",
+            f"data     {images}, {shown}",
+            *self._val_lines(),
+            *self.auto_lines,
             *plan_lines(config, self.plan),
         ]
+
+    def _val_lines(self) -> list[str]:
+        """Describe the validation images, if there are any, and say what they cannot be used for."""
+        val, data = self.val_index, self.config.data
+        if val is None or data.val is None:
+            return []
+        off = f"; no kNN, no probe: {self.unscorable}" if self.unscorable else ""
+        return [f"val      {len(val):,} images, {describe_shards(data.val, val.shards)}{off}"]
 
     def module_inputs(self, pixels: Tensor, positions: Tensor) -> tuple[Any, ...]:
         """Return what the module computes a loss from: images, masks and the teacher's outputs."""
         images, split = self.inputs(pixels, positions)
         return images, split, self.teacher(images, split) if self.teacher is not None else None
+
+    @property
+    def is_random(self) -> bool:
+        """Return whether the student's step may draw random numbers: drop path, or a module of the caller's."""
+        return self.config.student.drop_path > 0 or self.has_objects
 
     def compile(self) -> None:
         """Compile what a step runs: images and masks, teacher, student."""
@@ -124,18 +145,27 @@ class Pretraining(Stage):
                 compile_module(network)
 
 
-def open_pretraining(config: PretrainConfig, *, world_size: int, device: torch.device) -> Pretraining:
-    """Open data and teacher, build the student, fit the micro-batch. Works without a process group too. Collective."""
+def open_pretraining(
+    config: PretrainConfig, *, world_size: int, device: torch.device, objects: Objects = NOTHING
+) -> Pretraining:
+    """Open data and teacher, build the student, fit the micro-batch. Works without a process group too. Collective.
+
+    objects: what a Python caller gives in place of what the config names.
+    """
     set_cache(folder=config.data.cache_folder, gigabytes=config.data.cache_gb)
-    index, val_index = distributed.main_first(lambda: _open_data(config))
+    index, val_index = distributed.main_first(lambda: open_samples(config.data, objects))
+    config, auto_lines = settle(config, len(index), world_size=world_size)
     plan = make_plan(config, len(index), world_size=world_size)
-    encoder = build_encoder(config)
-    source = distributed.main_first(lambda: build_teacher_source(config, grid=encoder.grid))
+    encoder = build_encoder(config, objects)
+    source = distributed.main_first(lambda: build_teacher_source(config, grid=encoder.grid, objects=objects))
     teacher_weights = [weights_fingerprint(source.encoder)] if source is not None else []  # before their dtype changes
-    method = build_method(config, encoder, source).to(device)
+    method = build_method(config, encoder, source, objects).to(device)
     teacher = build_teacher(config, source, device) if source is not None else None
     inputs = partial(step_inputs, config, num_patches=encoder.grid**2)
     parts = Pretraining(config, plan, index, val_index, method, source, teacher, teacher_weights, device, inputs)
+    parts.has_objects = objects.student is not None or objects.method is not None
+    parts.unscorable = why_unscorable(index, val_index) if val_index is not None else None
+    parts.auto_lines = auto_lines
     _fit_micro_batch(parts)
     return parts
 
@@ -171,26 +201,12 @@ def dry_run(config: PretrainConfig) -> None:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = open_pretraining(config, world_size=world_size_from_environment(), device=device)
+    config = parts.config
     student_sees, teacher_sees = mask_sizes(config, parts.module.encoder.grid**2)
     flops = count_flops(parts.module, parts.teacher, num_student=student_sees, num_teacher=teacher_sees)
     cost = "flops    " + ", ".join(f"{name} {value:.2f}" for name, value in flops.items()) + " GFLOP per image"
     crops = build_crops(config, parts.index)
     plan_and_try(parts, crops, lambda batch: parts.module_inputs(batch.images, batch.positions), more_lines=[cost])
-
-
-def _open_data(config: PretrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
-    """Open the indexes of training and validation shards. Raises an error now if labels needed later are missing."""
-    data = config.data
-    open_images = partial(open_index, members=Members(data.image_key, data.label_key), apply_exif=data.exif == "apply")
-    index = open_images(config.data.train, index=config.data.index)
-    require_room(index.shards, index.shard_bytes, window=config.data.shuffle_window)
-    if distributed.is_main():
-        warn_of_turned(index)
-    val_index = open_images(config.data.val) if config.data.val else None
-    if val_index is not None and (config.log.knn_every_epochs or config.log.probe_every_epochs):
-        index.require_labels()
-        val_index.require_labels()
-    return index, val_index
 
 
 def _trial_on_noise(parts: Pretraining, count: int) -> None:

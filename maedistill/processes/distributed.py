@@ -17,6 +17,7 @@ from torch import Tensor
 
 from maedistill.errors import ConfigError, PeerError, UserError
 from maedistill.machine import named_gpus
+from maedistill.processes.rendezvous import open_local_store, rendezvous_error
 
 T = TypeVar("T")
 _NCCL_GRACE_SECONDS = 60
@@ -30,24 +31,24 @@ def open_group(timeout_seconds: int) -> None:
 
     A collective that waits longer than `timeout_seconds` for a rank fails. NCCL's own limit is a minute longer: it ends
     the process without a message, so heartbeat.py first reports which rank is missing. Raises PeerError if not all
-    ranks arrive, or if NCCL cannot connect them.
+    ranks arrive, or if NCCL cannot connect them. A group that is open, as in a second run of one Python program, stays.
     """
     global _timeout
+    if dist.is_initialized():
+        return
     os.environ.update(prepare_environment(os.environ))
     ranks = int(os.environ["WORLD_SIZE"])
     gpu = _take_gpu(int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else None
+    timeout = timedelta(seconds=timeout_seconds)
     try:
-        dist.init_process_group(
-            "gloo" if gpu is None else "nccl",
-            timeout=timedelta(seconds=timeout_seconds),
-            device_id=gpu if ranks > 1 else None,
+        store = open_local_store(ranks, timeout)
+        group: dict[str, Any] = (
+            {"store": store, "rank": int(os.environ["RANK"]), "world_size": ranks} if store is not None else {}
         )
+        device = gpu if ranks > 1 else None
+        dist.init_process_group("gloo" if gpu is None else "nccl", timeout=timeout, device_id=device, **group)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
-        raise PeerError(
-            f"the {ranks} processes of this run did not find each other within {timeout_seconds} s at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]})",
-            "start every rank (torchrun, deepspeed, or srun with one task per GPU) and let them reach that address",
-        ) from error
+        raise rendezvous_error(error, ranks, timeout_seconds) from error
     except dist.DistBackendError as error:
         # The last line of NCCL's report says what failed; earlier lines give the place in its source.
         lines = [line.strip() for line in str(error).splitlines()]
@@ -149,14 +150,19 @@ def main_first(work: Callable[[], T]) -> T:
     return mine[0] if is_main() else work()
 
 
-def all_reduce_mean(values: dict[str, Tensor]) -> dict[str, float]:
-    """Return the means of named scalars over ranks, with one float64 reduction and one device sync. Collective."""
+def all_reduce_sum(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the sums of named scalars over ranks, with one float64 reduction and one device sync. Collective."""
     if not values:
         return {}
     sums = torch.stack([value.detach().to(torch.float64).reshape(()) for value in values.values()])  # [V]
     if world_size() > 1:
         dist.all_reduce(sums)
-    return dict(zip(values, (sums / world_size()).tolist(), strict=True))
+    return dict(zip(values, sums.tolist(), strict=True))
+
+
+def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the means of named scalars over ranks, as `all_reduce_sum` does. Collective."""
+    return {name: total / world_size() for name, total in all_reduce_sum(values).items()}
 
 
 def broadcast_tensor(value: Tensor | None, shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32) -> Tensor:

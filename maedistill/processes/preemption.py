@@ -1,13 +1,15 @@
-"""Pre-emption: SIGTERM or SIGUSR1 on any rank stops all ranks after the same step.
+"""Stops by a signal: SIGTERM, SIGUSR1 or Ctrl-C (SIGINT) on any rank stops all ranks after the same step.
 
     signal on one rank -> its flag -> MAX over ranks, sent after step s, read after step s + 1 -> all stop there
 
 The flags are reduced on the CPU, in a separate process group, while the next step computes. No rank waits for its
-device, and a rank waits for another only if that one is a whole step behind. Ctrl-C keeps its default behaviour.
+device, and a rank waits for another only if that one is a whole step behind. A second Ctrl-C ends the process at once.
 """
 
+import os
 import signal
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
 
@@ -15,21 +17,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from maedistill.processes.distributed import world_size
+from maedistill.processes.distributed import is_main, world_size
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Of several signals the last of these counts: DeepSpeed's launcher adds a SIGTERM to the Ctrl-C of its ranks.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _SAME_NOTICE = 10.0  # seconds in which a signal may repeat: a scheduler signals all processes, then the launcher does
+_SAME_KEYPRESS = 0.2  # seconds for Ctrl-C: a launcher in the foreground may pass on what the terminal sent already
+_NOTICE = b"\nCtrl-C: the run saves and stops after this step; press it again to leave at once, without saving\n"
 
 
 class PreemptionHandler:
-    """Handles SIGTERM and SIGUSR1 until `close`. Create it in the main thread. Collective.
+    """Handles SIGTERM, SIGUSR1 and SIGINT until `close`. Create it in the main thread. Collective.
 
-    A repeat of the same signal after more than ten seconds ends this process at once. Within ten seconds, a repeat
-    counts as the same notice.
+    A repeat of SIGTERM or SIGUSR1 after more than ten seconds ends this process at once. Within ten seconds, a repeat
+    counts as the same notice. A second Ctrl-C always counts: it calls `leave`, which must not return.
     timeout_seconds: how long `agreed` waits for a rank before it fails.
     """
 
-    def __init__(self, *, timeout_seconds: float) -> None:
+    def __init__(self, *, timeout_seconds: float, leave: Callable[[], object]) -> None:
+        self._leave = leave
         self.signal: signal.Signals | None = None  # the signal that all ranks agreed to stop for
         self._received: dict[int, float] = {}  # signal number -> when this rank first received it
         self._under_way: tuple[Tensor, dist.Work] | None = None
@@ -47,14 +53,14 @@ class PreemptionHandler:
         belongs to the previous step, so a signal takes effect one or two steps later.
         """
         if self.signal is None:
-            number = max(self._received, default=0)
+            number = max((1 + SIGNALS.index(signal.Signals(one)) for one in self._received), default=0)
             if self._group is not None:
                 before = self._read()
                 if not before:
                     flag = torch.tensor(number)
                     self._under_way = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, self._group, async_op=True)
                 number = before
-            self.signal = signal.Signals(number) if number else None
+            self.signal = SIGNALS[number - 1] if number else None
         return self.signal
 
     def close(self) -> None:
@@ -64,7 +70,7 @@ class PreemptionHandler:
             signal.signal(number, handler)
 
     def _read(self) -> int:
-        """Return the reduced flag of the previous step: the signal number, or 0."""
+        """Return the reduced flag of the previous step: 1 + the signal's place in SIGNALS, or 0."""
         if self._under_way is None:
             return 0
         flag, work = self._under_way
@@ -73,7 +79,14 @@ class PreemptionHandler:
         return int(flag)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
+        """Note a signal, or end the process if it comes again."""
         now = time.monotonic()
-        if now - self._received.setdefault(number, now) > _SAME_NOTICE:
+        since = now - self._received.setdefault(number, now)
+        if number == signal.SIGINT:
+            if not since and is_main():
+                os.write(2, _NOTICE)  # print may be at work on the same buffer when the signal comes
+            if since > _SAME_KEYPRESS:
+                self._leave()
+        elif since > _SAME_NOTICE:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

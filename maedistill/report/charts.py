@@ -1,107 +1,120 @@
-"""Charts of networks: curves over epochs; top-1 per row with its standard deviation; size, accuracy and latency.
+"""Charts of networks: top-1 per row of a study; size, accuracy and latency. Curves over training are in `curves.py`.
 
-All functions return None if matplotlib is not installed.
+Bars are 95 % intervals. A network has one color in all pictures of a study: its place in `order`, all names of the
+study. All functions return None if matplotlib is not installed.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
-_CURVES = {  # prefix of the metrics' names: title
-    "pixels": "pixel loss",
-    "align/": "direct alignment",
-    "generate/": "generated alignment",
-    "knn": "kNN",
-    "linear": "linear probe",
-    "cross_entropy": "cross-entropy",
-    "accuracy": "top-1",
-}
+from maedistill.report.intervals import Interval
+
+_WIDTH = 0.02  # of the axis, between networks that share a point
 
 
-def draw_curves(records: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path | None:
-    """Draw losses, alignment, probes and accuracy over epochs, one line per run."""
-    panels = {prefix: {name: _series(run, prefix) for name, run in records.items()} for prefix in _CURVES}
-    panels = {prefix: lines for prefix, lines in panels.items() if any(lines.values())}
-    canvas = _canvas(figsize=(4 * len(panels), 3.2))
-    if canvas is None:
+@dataclass(frozen=True)
+class Accuracy:
+    """The top-1 of a network's runs, as fractions, and the interval of one run or of their mean."""
+
+    each: Sequence[float]
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A network's accuracy, its size and the latency of one image, which networks of one architecture share."""
+
+    accuracy: Interval
+    parameters: int
+    latency_ms: float
+
+
+def accuracy_chart(rows: Mapping[str, Accuracy], path: Path, *, order: Sequence[str]) -> Path | None:
+    """Draw one line per row: the mean top-1 with its interval, and the top-1 of each run."""
+    canvas = new_canvas(figsize=(7.2, 1.1 + 0.42 * len(rows)))
+    if canvas is None or not rows:
         return None
-    for axes, (prefix, lines) in zip(
-        canvas.figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
-        for name, points in lines.items():
-            if points:
-                few = prefix in ("knn", "linear", "accuracy") or len(points) < 3  # too few points for a visible line
-                axes.plot(*zip(*points, strict=True), label=name, marker="o" if few else None, markersize=3)
-        axes.set(xlabel="epoch", title=_CURVES[prefix])
-        axes.grid(alpha=0.3)
-        axes.legend()
-    canvas.print_png(path)
-    return path
-
-
-def mean_metric(record: Mapping[str, Any], prefix: str) -> float | None:
-    """Return the mean of a record's metrics whose names start with `prefix`; None if it has none."""
-    values = [value for name, value in record.items() if name.startswith(prefix) and value is not None]
-    return sum(values) / len(values) if values else None
-
-
-def _series(records: Sequence[Mapping[str, Any]], prefix: str) -> list[tuple[float, float]]:
-    """Return (epoch, mean of the metrics whose names start with `prefix`) of the records that have any."""
-    points = []
-    for record in records:
-        accuracy = {"accuracy": record["top1"] / record["images"]} if "top1" in record else {}
-        if (value := mean_metric({**record, **accuracy}, prefix)) is not None:
-            points.append((record["epoch"], value))
-    return points
-
-
-def accuracy_chart(accuracies: Mapping[str, Sequence[float]], path: Path) -> Path | None:
-    """Draw one line per row: each seed's top-1 (in [0, 1]), their mean and, for 2+ seeds, their standard deviation."""
-    canvas = _canvas(figsize=(6.4, 0.9 + 0.42 * len(accuracies)))
-    if canvas is None or not accuracies:
-        return None
-    axes = canvas.figure.add_subplot()
-    for row, values in enumerate(accuracies.values()):
-        percents = [100 * value for value in values]
-        spread = stdev(percents) if len(percents) > 1 else None
-        axes.errorbar(fmean(percents), row, xerr=spread, fmt="o", color="C0", capsize=4, zorder=2)
-        axes.scatter(percents, [row] * len(percents), s=12, color="C1", alpha=0.8, zorder=3)
-    axes.set_yticks(range(len(accuracies)), [f"{name} (n = {len(values)})" for name, values in accuracies.items()])
-    axes.set_ylim(len(accuracies) - 0.4, -0.6)  # the first row on top
-    canvas.figure.supxlabel("top-1, %: mean and standard deviation (blue), each seed (orange)", fontsize="medium")
+    axes, colors = canvas.figure.add_subplot(), network_colors(order)
+    for row, (name, one) in enumerate(rows.items()):
+        axes.errorbar(100 * one.interval.value, row, xerr=_bars(one.interval), fmt="o", color=colors[name], capsize=4)
+        if len(one.each) > 1:
+            percents = [100 * value for value in one.each]
+            axes.scatter(percents, [row] * len(percents), s=14, color="white", edgecolor="black", zorder=3)
+    axes.set_yticks(range(len(rows)), [f"{name} (n = {len(one.each)})" for name, one in rows.items()])
+    axes.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
+    kinds = {one.interval.kind for one in rows.values()}
+    sources = ["n = 1: of the images"] * ("images" in kinds) + ["n > 1: t, over seeds"] * ("seeds" in kinds)
+    label = f"top-1, %, with 95 % interval ({'; '.join(sources)})"
+    canvas.figure.supxlabel(f"{label}; white: each seed" if "seeds" in kinds else label, fontsize="medium")
     axes.grid(axis="x", alpha=0.3)
     canvas.print_png(path)
     return path
 
 
-def latency_chart(rows: Mapping[str, Mapping[str, Any]], path: Path) -> Path | None:
+def latency_chart(rows: Mapping[str, Timed], path: Path, *, order: Sequence[str]) -> Path | None:
     """Plot top-1 over latency, one disc per network, whose area grows with the parameters.
 
-    rows: top1 and images (counts), latency_ms and parameters of each network, by name.
+    Networks with the same latency stand side by side, in the order of their accuracy.
     """
-    canvas = _canvas(figsize=(7.6, 4.2))
+    canvas = new_canvas(figsize=(8.4, 4.2))
     if canvas is None or not rows:
         return None
-    axes = canvas.figure.add_subplot(xlabel="latency of one image, ms", ylabel="top-1, %")
-    most = max(row["parameters"] for row in rows.values())
+    axes, colors = canvas.figure.add_subplot(ylabel="top-1, %, with 95 % interval"), network_colors(order)
+    places = _side_by_side({name: (row.latency_ms, row.accuracy.value) for name, row in rows.items()})
+    most = max(row.parameters for row in rows.values())
     for name, row in rows.items():
-        accuracy, size = 100 * row["top1"] / row["images"], row["parameters"]
-        label = f"{name}: {accuracy:.1f} %, {size / 1e6:.2f} M"
-        axes.scatter(row["latency_ms"], accuracy, s=60 + 540 * size / most, alpha=0.6, label=label, zorder=3)
-    axes.margins(0.15)
+        one, color = row.accuracy, colors[name]
+        share = f"{100 * one.value:.1f} % ({100 * one.low:.1f} to {100 * one.high:.1f})"
+        label = f"{name}: {share}, {row.parameters / 1e6:.2f} M"
+        axes.errorbar(places[name], 100 * one.value, yerr=_bars(one), color=color, capsize=3, zorder=2)
+        size = 40 + 260 * row.parameters / most
+        axes.scatter(places[name], 100 * one.value, s=size, color=color, edgecolor="white", label=label, zorder=3)
+    axes.margins(x=0.2, y=0.1)
     axes.set_xlim(left=0)
+    shared = "\n(networks of one architecture are timed once and stand side by side)"
+    has_shared = len({row.latency_ms for row in rows.values()}) < len(rows)
+    axes.set_xlabel("latency of one image, ms" + (shared if has_shared else ""))
     axes.grid(alpha=0.3)
-    for disc in canvas.figure.legend(loc="outside right upper").legend_handles:
+    legend = canvas.figure.legend(loc="outside right upper", title="top-1 (95 % interval), parameters")
+    for disc in legend.legend_handles:
         disc.set_sizes([60])
     canvas.print_png(path)
     return path
 
 
-def _canvas(*, figsize: tuple[float, float]) -> Any:
+def network_colors(names: Sequence[str]) -> dict[str, Any]:
+    """Return a color for each name, which depends on its place only."""
+    from matplotlib import colormaps
+
+    if len(names) <= 10:
+        return {name: colormaps["tab10"](place) for place, name in enumerate(names)}
+    return {name: colormaps["turbo"](place / (len(names) - 1)) for place, name in enumerate(names)}
+
+
+def new_canvas(*, figsize: tuple[float, float]) -> Any:
+    """Return an empty canvas with a white background, or None if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    return FigureCanvasAgg(Figure(figsize=figsize, layout="constrained"))
+    return FigureCanvasAgg(Figure(figsize=figsize, layout="constrained", facecolor="white"))
+
+
+def _bars(interval: Interval) -> list[list[float]]:
+    """Return the lengths of an error bar in percent, as matplotlib wants them."""
+    return [[100 * (interval.value - interval.low)], [100 * (interval.high - interval.value)]]
+
+
+def _side_by_side(points: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Return an x for each name: its own, or spread around it if several have the same."""
+    widest = max(x for x, _ in points.values())
+    places = {}
+    for x, group in groupby(sorted(points, key=points.__getitem__), key=lambda name: points[name][0]):
+        names = list(group)
+        for i, name in enumerate(names):
+            places[name] = x + _WIDTH * widest * (i - (len(names) - 1) / 2)
+    return places

@@ -11,7 +11,8 @@ from typing import Any
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.report.charts import draw_curves, mean_metric
+from maedistill.report.curves import draw_curves, mean_metric
+from maedistill.report.intervals import of_count
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.metrics import duration, read_metrics
 from maedistill.runs.records import write_text
@@ -31,7 +32,7 @@ def write_run_report(folder: RunFolder) -> Path:
     """Write RUN/report.md with settings, losses, curves, newest picture and the next commands; return its path."""
     config, records, metadata = folder.load_config(), read_metrics(folder.path), folder.metadata()
     assert isinstance(config, PretrainConfig)
-    last, curve = summary(records), draw_curves({config.method: records}, folder.path / "curves.png")
+    last, curve = summary(records), _draw_run(folder, records, metadata)
     lines = [
         f"# {folder.path.name}: {config.method} pre-training of {config.student.title}",
         "",
@@ -40,16 +41,15 @@ def write_run_report(folder: RunFolder) -> Path:
         f"- teacher: {metadata['teacher'] or 'none'}",
         f"- license of the weights that went in: {metadata['license']}",
         f"- training time {duration(last['seconds'])} at {last['rate']:.0f} images/s per rank",
-        f"- command: `{metadata['starts'][-1]['command']}`, started {len(metadata['starts'])} time(s)",
+        f"- command: `{metadata['starts'][-1]['command']}`, {_times(len(metadata['starts']))}",
         "",
         *losses_table({folder.path.name: folder}),
         "",
         KNN_CAVEAT,
         "",
         *([f"![losses]({curve.name})", ""] if curve else []),
-        *last_picture(folder, folder.path),
-        PICTURE_NOTE,
-        "",
+        *(picture := last_picture(folder, folder.path)),
+        *([PICTURE_NOTE, ""] if picture and config.pixels.target != "raw" else []),
         "Next: fine-tune this student, or distil it into one of half the width:",
         "",
         f"    {shlex.join(_finetune_command(folder, config))}",
@@ -65,15 +65,17 @@ def write_finetune_report(folder: RunFolder) -> Path:
     config, records, metadata = folder.load_config(), read_metrics(folder.path), folder.metadata()
     assert isinstance(config, FinetuneConfig)
     score = [record for record in records if "top1" in record][-1]
+    correct, images = score["top1_correct"], score["images"]
     averaged = [record for record in records if "ema_top1" in record]
-    last, curve = summary(records), draw_curves({folder.path.name: records}, folder.path / "curves.png")
+    last, curve = summary(records), _draw_run(folder, records, metadata)
     lines = [
         f"# {folder.path.name}: {metadata['network']['name']} fine-tuned",
         "",
-        f"**top-1 {percent(score['top1'], score['images'])}**, top-5 {percent(score['top5'], score['images'])} on "
-        f"{score['images']:,} validation images, each counted once; loss {score['val_loss']:.4f}",
+        f"**top-1 {percent(correct, images)}**, 95 % interval {interval_text(correct, images)}; "
+        f"top-5 {percent(score['top5_correct'], images)} on {images:,} validation images, each counted once; loss "
+        f"{score['val_loss']:.4f}. The interval is Wilson's: what another seed would give is not in it.",
         "",
-        *([f"- moving average: top-1 {percent(averaged[-1]['ema_top1'], score['images'])}"] if averaged else []),
+        *([f"- moving average: top-1 {percent(averaged[-1]['ema_top1_correct'], images)}"] if averaged else []),
         f"- start: {metadata['init'] or 'from scratch'}",
         *([f"- teacher: {metadata['teacher']}"] if metadata.get("teacher") else []),
         f"- {config.optim.epochs:g} epochs of {metadata['data']['images']:,} images, {last['step']} steps, "
@@ -81,7 +83,7 @@ def write_finetune_report(folder: RunFolder) -> Path:
         f"{config.optim.layer_decay:g}, seed {config.seed}",
         f"- license of the weights that went in: {metadata['license']}",
         f"- training time {duration(last['seconds'])} at {last['rate']:.0f} images/s per rank",
-        f"- command: `{metadata['starts'][-1]['command']}`, started {len(metadata['starts'])} time(s)",
+        f"- command: `{metadata['starts'][-1]['command']}`, {_times(len(metadata['starts']))}",
         "",
         *([f"![loss and accuracy]({curve.name})", ""] if curve else []),
         "Next: hand the network over as a timm model:",
@@ -91,6 +93,22 @@ def write_finetune_report(folder: RunFolder) -> Path:
     ]
     write_text(folder.report, "\n".join(lines))
     return folder.report
+
+
+def _draw_run(folder: RunFolder, records: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> Path | None:
+    """Draw the curves of a run, with marks where it was continued."""
+    restarts = [start["step"] for start in metadata["starts"][1:] if start.get("step")]
+    return draw_curves({folder.path.name: records}, folder.path / "curves.png", restarts=restarts)
+
+
+def _times(starts: int) -> str:
+    return "one start" if starts == 1 else f"{starts} starts"
+
+
+def interval_text(correct: int, images: int) -> str:
+    """Format Wilson's 95 % interval of a share: `79.87 to 82.52 %`."""
+    interval = of_count(correct, images)
+    return f"{100 * interval.low:.2f} to {100 * interval.high:.2f} %"
 
 
 def percent(count: int, total: int) -> str:

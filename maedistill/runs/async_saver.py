@@ -23,10 +23,10 @@ from typing import Any, Self
 
 from timm.utils import ModelEmaV3
 
-from maedistill.errors import DataError
+from maedistill.errors import DataError, in_colour
 from maedistill.processes.distributed import on_main
 from maedistill.runs.checkpoint import WRITE_ERRORS, Snapshot, latest_step, take_snapshot, write_snapshot
-from maedistill.runs.records import AppendOnlyFile
+from maedistill.runs.records import AppendOnlyFile, warn
 from maedistill.training.engine import Engine
 
 _PATIENCE = 60  # seconds that a failed run waits for the current write
@@ -54,7 +54,7 @@ class Saver:
         elif self._writing is not None:  # no collectives: the other ranks may be gone
             self._writing.join(_PATIENCE)
             if self._writing.is_alive():
-                print(f"warning: step {self._writing.step} is still being written: given up", file=sys.stderr)
+                warn(f"step {self._writing.step} is still being written: given up")
             else:
                 self._conclude(self.max_failures + 1)
 
@@ -111,7 +111,7 @@ class Saver:
             raise self.failures[-1]
         if error is not None:
             problem = self.failures[-1]
-            print(f"warning: {problem.cause}\n  fix: {problem.remedy}", file=sys.stderr, flush=True)
+            print(in_colour(f"warning: {problem.cause}\n  fix: {problem.remedy}"), file=sys.stderr, flush=True)
 
 
 class _Writing(threading.Thread):

@@ -30,7 +30,15 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from maedistill.processes.distributed import copy_to_main
-from maedistill.runs.manifest import COMPLETE, CorruptCheckpoint, sync, verify, write_manifest, write_synced
+from maedistill.runs.manifest import (
+    COMPLETE,
+    CorruptCheckpoint,
+    follow_umask,
+    sync,
+    verify,
+    write_manifest,
+    write_synced,
+)
 from maedistill.training.engine import MOMENTS, Engine
 
 logger = logging.getLogger(__name__)
@@ -86,6 +94,7 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
             temporary.mkdir()
             for name, tensors in snapshot.files.items():
                 save_file(tensors, temporary / name)
+                follow_umask(temporary / name)
             write_synced(temporary / STATE, snapshot.document)
             write_manifest(temporary)
             if final.exists():

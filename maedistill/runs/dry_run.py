@@ -52,6 +52,8 @@ def _measured_lines(stage: Stage, crops: RandomCrops, inputs_of: Callable[[Batch
     stage.module.zero_grad()
     loader, step = count / loading, count / seconds
     states = 3 * 4 * sum(p.numel() for p in stage.module.parameters()) / 1e9  # gradients, Adam's two moments, fp32
+    numbers = sum(value.numel() for value in stage.module.state_dict().values())
+    numbers += sum(p.numel() for p in stage.module.parameters()) * (2 + (config.optim.ema is not None))
     images_left = plan.steps * config.optim.global_batch / plan.world_size
     workers = config.data.workers if config.data.workers is not None else min(8, cpu_share(1))
     memory = memory_gb(stage.device)
@@ -59,5 +61,7 @@ def _measured_lines(stage: Stage, crops: RandomCrops, inputs_of: Callable[[Batch
         f"speed    step {step:.1f} images/s per rank (forward and backward, {count} images), "
         f"loader {loader:.0f} images/s per worker, {workers} workers",
         f"memory   {memory:.2f} GB with {count} images; gradients and optimizer up to {states:.2f} GB more",
+        f"disk     {config.log.keep} checkpoints (log.keep) of {numbers * 4 / 1e6:,.0f} MB, every "
+        f"{config.log.save_every_epochs:g} epochs",
         f"time     about {duration(images_left / min(step, max(1, workers) * loader))} at that speed",
     ]

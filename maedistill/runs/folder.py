@@ -5,19 +5,19 @@ RUN/metrics.jsonl    one object per logged step    RUN/exit.json      how the la
 RUN/checkpoints/     see checkpoint.py             RUN/pictures/      reconstruction sheets
 RUN/bad_samples.txt  samples that did not decode   RUN/report.md      the summary, with the next command
 RUN/nonfinite.jsonl  updates that were not applied, with their samples
+RUN/train.log        what rank 0 printed, start after start
 RUN/lock             held while a process trains here, see `FolderLock`
 """
 
 import json
 import os
-import platform
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import differing_keys
@@ -29,7 +29,9 @@ from maedistill.errors import ConfigError, DataError, Preempted, UserError, devi
 from maedistill.processes import distributed
 from maedistill.runs.checkpoint import checkpoint_steps, latest_step
 from maedistill.runs.lock import FolderLock
+from maedistill.runs.provenance import describe_start, header_lines
 from maedistill.runs.records import warn, write_text
+from maedistill.runs.train_log import TrainLog
 
 STAGES: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {
     "pretrain": PretrainConfig,
@@ -37,8 +39,11 @@ STAGES: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {
 }
 _BEFORE_A_RUN = {"exit.json", "lock", "pictures"}  # left by a start that failed early
 _OF_THE_FIRST_START = ("init", "origin")
+# What --fresh deletes, in this order: a kill in between leaves no finished run without checkpoints, and no checkpoints
+# without their records. config.yaml and run.json are written over. Files of other names are a user's.
+_OF_A_RUN = ["exit.json", "checkpoints", "metrics.jsonl", "bad_samples.txt", "nonfinite.jsonl", "train.log", "report.*"]
+_OF_A_RUN += ["curves.*", "pictures", "tb", "export", "scorecard.json"]
 _RESTORE = "restore it from a copy, or use another run="
-_PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy")
 
 
 class RunFolder:
@@ -52,6 +57,7 @@ class RunFolder:
         self.report = self.path / "report.md"
         self.bad_samples = self.path / "bad_samples.txt"
         self.nonfinite = self.path / "nonfinite.jsonl"
+        self.log = TrainLog(self.path / "train.log")
         self._run_json = self.path / "run.json"
         self._lock: FolderLock | None = None
         self._in_use = False  # by another process, whose records must not change
@@ -63,31 +69,32 @@ class RunFolder:
         """Create the folder, or check that `config` continues its run; then take its lock and write both files.
 
         metadata: the content of run.json for this start; `data` and `teacher_weights` must not change once there is a
-        checkpoint. execution: what this start runs on, for its record. Raises ConfigError if another process runs in
-        the folder, or if it belongs to other settings, data or teachers; the error names the difference.
+        checkpoint. execution: what this start runs on, for its record. fresh: delete the run in the folder and start
+        over. Raises ConfigError if another process runs in the folder, or if it belongs to other settings, data or
+        teachers; the error names the difference.
         """
         self.check(config, metadata, fresh=fresh, extend=extend)
         try:
-            self.pictures.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(self.path)
+            if fresh:
+                self._clear()
+            self.pictures.mkdir(exist_ok=True)
             (self.path / "exit.json").unlink(missing_ok=True)  # left by the previous start
         except OSError as error:
             raise self._refusal(f"cannot be written to ({error})") from error
         except ConfigError:
             self._in_use = True
             raise
-        before = self.metadata()
+        before = self.metadata() if not fresh else {}
         if checkpoint_steps(self.checkpoints):  # init and origin are those of the first start
             metadata = metadata | {name: before[name] for name in _OF_THE_FIRST_START if name in before}
-        start = {
-            "command": shlex.join(sys.argv),
-            "host": platform.node(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-            **execution,
-        }
+        # step: of the checkpoint that this start continues
+        start = {**describe_start(execution), "step": (latest_step(self.checkpoints) or 0) if not fresh else 0}
         starts = [*before.get("starts", []), start]
         write_text(self.config, config_yaml(config))
         write_text(self._run_json, json.dumps({**metadata, "starts": starts}, indent=1) + "\n")
+        self.log.begin(*header_lines(start))
 
     def check(self, config: RunConfig, metadata: dict[str, Any], *, fresh: bool, extend: bool) -> None:
         """Run the checks of `open` without writing anything."""
@@ -99,11 +106,14 @@ class RunFolder:
             raise self._refusal(f"holds something else than a run ({foreign[0]})")
         if os.path.lexists(self.checkpoints) and not os.path.isdir(self.checkpoints):
             raise ConfigError(f"run: {self.checkpoints} is no folder", "remove it, or use another run=")
-        if not checkpoint_steps(self.checkpoints):  # before the first checkpoint there is nothing to protect
-            return
-        if fresh:
-            raise self._refusal("already holds a run", "leave out --fresh to continue it, or use another run=")
-        self._require_same(config, metadata, extend=extend)
+        if checkpoint_steps(self.checkpoints) and not fresh:  # otherwise there is nothing to protect
+            self._require_same(config, metadata, extend=extend)
+
+    def describe_checkpoints(self) -> str:
+        """Say how many checkpoints the folder has, for the question whether to delete them."""
+        steps = [step for step, _ in checkpoint_steps(self.checkpoints)]
+        number = f"{len(steps)} checkpoint{'s' * (len(steps) != 1)}, the newest of step {max(steps, default=0):,}"
+        return f"{self.path} holds {number if steps else 'a run without checkpoints'}"
 
     def load_config(self) -> PretrainConfig | FinetuneConfig:
         """Load the settings of the run in this folder, of any stage."""
@@ -139,9 +149,11 @@ class RunFolder:
             if isinstance(error, UserError):
                 self._write_end(error.exit_code, error.cause)
             elif isinstance(error, Preempted):
-                self._write_end(error.exit_code, str(error))
+                self._write_end(error.exit_code, str(error).splitlines()[0])
             else:
-                self._write_end(130 if isinstance(error, KeyboardInterrupt) else 1, f"{type(error).__name__}: {error}")
+                by_hand = isinstance(error, KeyboardInterrupt)
+                reason = "stopped by Ctrl-C" if by_hand else f"{type(error).__name__}: {error}"
+                self._write_end(130 if by_hand else 1, reason)
             if error is raised:
                 raise
             raise error from raised
@@ -151,6 +163,33 @@ class RunFolder:
         """Write exit.json for a process that is about to be killed, or on behalf of a lost rank 0."""
         if self.is_ours:
             self._write(error.exit_code, error.cause)
+
+    @property
+    def command(self) -> str | None:
+        """Return the command that continues the run, None if a launcher started it, whose words are unknown here."""
+        words = [word for word in sys.argv if word not in ("--fresh", "--yes")]
+        return shlex.join(words) if distributed.world_size() == 1 else None
+
+    def leave_at_once(self) -> NoReturn:
+        """End the process for a second Ctrl-C: record it and say which step was saved last."""
+        if distributed.is_main():
+            step = latest_step(self.checkpoints)
+            saved = "nothing is saved" if step is None else f"step {step} is the last one saved"
+            reason = f"stopped at once by a second Ctrl-C: {saved}"
+            if self.is_ours:
+                self._write(130, reason)
+                self.log.add(reason)
+            how = f"continue with: {self.command}" if self.command else "the same command goes on from there"
+            os.write(2, f"\n{reason}\n{how}\n".encode(errors="replace"))
+        os._exit(130)
+
+    def _clear(self) -> None:
+        """Delete what a run writes, and nothing else."""
+        for path in (path for name in _OF_A_RUN for path in self.path.glob(name)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def _write_end(self, exit_code: int, reason: str) -> None:
         untouched = self._lock is None  # this process has not opened the folder
@@ -199,6 +238,11 @@ class RunFolder:
             if old and old != new:
                 remedy = f"set data.{name} to what it was, or use another run="
                 raise self._refusal(f"reads images with {name} {old}, now {new}", remedy)
+        if recorded.get("method_class") not in (None, metadata.get("method_class")):
+            raise self._refusal(
+                f"was trained by {recorded.get('method_class')}, now {metadata.get('method_class')}",
+                "give the method that the run was started with, or use another run=",
+            )
         data, new_data = recorded.get("data"), metadata["data"]
         if data is not None and data != new_data:
             raise self._refusal(

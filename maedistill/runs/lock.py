@@ -18,7 +18,7 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         """Take the lock. Raises ConfigError, which names the holder, if another process holds it."""
-        self._file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # POSIX allows either error

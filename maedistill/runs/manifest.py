@@ -96,6 +96,20 @@ def write_synced(path: Path, text: str) -> None:
         os.close(descriptor)
 
 
+def follow_umask(path: Path) -> None:
+    """Give a file the permissions of a new one: safetensors writes files that only their owner can read.
+
+    A process can read its umask only by changing it, which other threads would notice, so this makes a file.
+    """
+    probe = path.with_name(f"{path.name}.mode")
+    descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        os.chmod(path, os.fstat(descriptor).st_mode & 0o777)
+    finally:
+        os.close(descriptor)
+        probe.unlink()
+
+
 def sync(path: Path) -> None:
     """Sync a file or a folder's entries to disk: a rename alone survives a kill, but not a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

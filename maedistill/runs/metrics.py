@@ -5,7 +5,7 @@ import math
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,11 +19,16 @@ from maedistill.processes import distributed
 from maedistill.runs.records import AppendOnlyFile, warn, write_text
 
 _MAX_WAIT_SHARE = 0.05  # share of the time that may be spent waiting for data
+_OF_THE_MACHINE = {"images_per_second", "data_wait", "memory_gb", "eta_seconds", "trained_seconds"}
 _INTERVALS = 3  # consecutive log intervals above it before the hint is printed
 
 
 class Averages:
-    """Running sums of the finite values of named scalars; they stay on their device until `read`."""
+    """Running sums of the finite values of named scalars; they stay on their device until `read`.
+
+    In float64, sums of fp32 losses are exact: they do not depend on the order, so an interval that a restart cuts in
+    two has the same means.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -32,7 +37,7 @@ class Averages:
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add one micro-batch's losses."""
         for name, value in values.items():
-            value = value.detach()
+            value = value.detach().double()
             finite = value.isfinite()
             self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
             self.counts[name] = self.counts.get(name, 0) + finite
@@ -42,10 +47,21 @@ class Averages:
 
         A mean without finite values is nan. Waits for the device.
         """
-        names, counts = list(self.sums), {f"count of {name}": count for name, count in self.counts.items()}
-        means = distributed.all_reduce_mean(self.sums | counts)
+        totals = self.totals()
         self.sums, self.counts = {}, {}
-        return {name: means[name] / (means[f"count of {name}"] or math.nan) for name in names}
+        return {name: total / (count or math.nan) for name, (total, count) in totals.items()}
+
+    def totals(self) -> dict[str, list[float]]:
+        """Return {name: [sum, count]} over all ranks since the last read. Waits for the device. Collective."""
+        values = distributed.all_reduce_sum(self.sums | {f"count of {name}": n for name, n in self.counts.items()})
+        return {name: [values[name], values[f"count of {name}"]] for name in self.sums}
+
+    def restore(self, totals: Mapping[str, Sequence[float]], *, device: torch.device) -> None:
+        """Continue from the totals of all ranks: rank 0 takes them, the others begin at 0."""
+        share = 1 if distributed.is_main() else 0
+        for name, (total, count) in totals.items():
+            self.sums[name] = torch.tensor(share * total, dtype=torch.float64, device=device)
+            self.counts[name] = torch.tensor(share * count, dtype=torch.float64, device=device)
 
 
 class MetricsFile:
@@ -58,14 +74,18 @@ class MetricsFile:
         self.path = folder / "metrics.jsonl"
         write_text(self.path, "".join(line for line, record in _lines(folder) if record["step"] <= first_step))
         self.lines = AppendOnlyFile(self.path)
-        self.board = _tensorboard(folder / "tb", first_step) if tensorboard else None
+        self.observers: Sequence[Callable[[int, Mapping[str, Any]], object]] = ()  # called with every object
+        self.board = _tensorboard(folder, first_step) if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one object; numbers also go to TensorBoard. JSON has no inf or nan, so they become null."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.lines.append(json.dumps({"step": step, **values}))
+        for observe in self.observers:
+            observe(step, values)
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-        self._show(lambda board: [board.add_scalar(name, value, step) for name, value in numbers.items()])
+        tags = {board_tag(name, is_training="loss" in values): value for name, value in numbers.items()}
+        self._show(lambda board: [board.add_scalar(tag, value, step) for tag, value in tags.items()])
 
     def picture(self, step: int, name: str, pixels: Any) -> None:
         """Write an image, uint8 [H, W, 3], to TensorBoard."""
@@ -129,13 +149,22 @@ def _lines(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         ) from error
 
 
+def board_tag(name: str, *, is_training: bool) -> str:
+    """Return the TensorBoard tag of a metric: sys/ for the machine, train/ for training, val/ for evaluations."""
+    return f"{'sys' if name in _OF_THE_MACHINE else 'train' if is_training else 'val'}/{name}"
+
+
 def _tensorboard(folder: Path, first_step: int) -> Any:
+    """Open the event files of a run, with its settings as a text."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         print("no TensorBoard events: tensorboard is not installed (pip install tensorboard)", flush=True)
         return None
-    return SummaryWriter(folder, purge_step=first_step + 1)  # hides later steps that a failed start wrote
+    board = SummaryWriter(folder / "tb", purge_step=first_step + 1)  # hides later steps that a failed start wrote
+    if (config := folder / "config.yaml").is_file():
+        board.add_text("config", "".join(f"    {line}\n" for line in config.read_text().splitlines()), first_step)
+    return board
 
 
 class Clock:
@@ -153,6 +182,7 @@ class Clock:
     def restart(self) -> None:
         """Begin an interval: set images and waiting time to 0."""
         self._pairs.clear()
+        self._stopped: float | None = None
         self.waited, self.images, self.start = 0.0, 0, time.perf_counter()
 
     @contextmanager
@@ -170,14 +200,23 @@ class Clock:
         self._pairs.append((begin, end))
         self._collect()
 
-    def pause(self, since: float) -> None:
-        """Exclude the time from `since` until now, spent on saving, pictures or kNN."""
-        self.start += time.perf_counter() - since
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude the block, spent on saving, pictures or kNN."""
+        self._stopped = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - self._stopped
+        self._stopped = None
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds since the last read, without pauses, as the host sees them."""
+        return max((self._stopped or time.perf_counter()) - self.start, 1e-9)
 
     def read(self) -> tuple[float, float, float]:
         """Return images per second, waiting share and seconds since the last read. Call it when the device is idle."""
         self._collect()
-        elapsed = max(time.perf_counter() - self.start, 1e-9)
+        elapsed = self.seconds
         rate, share = self.images / elapsed, self.waited / elapsed
         self.restart()
         return rate, share, elapsed
@@ -234,6 +273,16 @@ def progress_line(
         f"lr {values['lr']:.2e}  grad {values['grad_norm']:.3g}  {values['images_per_second']:.0f} img/s/rank  "
         f"wait {values['data_wait']:.0%}  mem {values['memory_gb']:.1f} GB  eta {duration(values['eta_seconds'])}"
     )
+
+
+def status_line(loss: float, rate: float, seconds_left: float, *, step: int, total: int) -> str:
+    """Format the status line: the loss is that of the last logged interval, nan before there is one."""
+    fields = [f"step {step}/{total}"]
+    if math.isfinite(loss):
+        fields.append(f"loss {loss:.4f}")
+    if math.isfinite(seconds_left):
+        fields += [f"{rate:.0f} img/s/rank", f"eta {duration(seconds_left)}"]
+    return "  ".join(fields)
 
 
 def memory_gb(device: torch.device) -> float:

@@ -1,7 +1,7 @@
 """The counters of a run, as a checkpoint keeps them, and the log of samples that could not be decoded."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,8 +22,10 @@ class Progress:
     nonfinite: int = 0  # updates not applied because their loss or gradient was not finite
     nonfinite_in_a_row: int = 0
     trained_seconds: float = 0.0  # without saving, evaluating and drawing
+    # {name: [sum, count]} of the losses since the last logged step, for a mean that a restart does not cut
+    losses: dict[str, list[float]] = field(default_factory=dict)
 
-    def state(self) -> dict[str, int | float]:
+    def state(self) -> dict[str, Any]:
         """Return the values that a checkpoint keeps."""
         return asdict(self)
 
@@ -32,6 +34,8 @@ class Progress:
         """Restore the values of a checkpoint. Raises DataError if it has other keys or types than this version's."""
         own = cls().state()
         differing = sorted(name for name in own.keys() | state if type(state.get(name)) is not type(own.get(name)))
+        if not differing and not all(_is_total(total) for total in state["losses"].values()):
+            differing = ["losses"]
         if differing:
             raise DataError(
                 f"the newest checkpoint in {checkpoints} is of another version: its state differs in "
@@ -65,3 +69,8 @@ class BadSampleLog:
                 f"{progress.bad_samples} bad samples, more than data.max_bad_fraction={self.max_fraction:g} allows",
                 f"see {self.lines.path}; repair the shards or raise the limit",
             )
+
+
+def _is_total(total: object) -> bool:
+    """Return whether this is a sum and a count."""
+    return isinstance(total, list) and [type(number) for number in total] == [float, float]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from maedistill.errors import DataError
+from maedistill.errors import DataError, in_colour
 
 
 class AppendOnlyFile:
@@ -94,4 +94,4 @@ def unwritable(path: Path, error: OSError) -> DataError:
 
 def warn(text: str) -> None:
     """Print one line of warning to stderr."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(in_colour(f"warning: {text}"), file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 What a stage adds (data, teacher, losses) is in `pretraining/setup.py` and `finetuning/setup.py`.
 """
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -24,13 +25,25 @@ from maedistill.processes import distributed
 from maedistill.processes.heartbeat import Peers
 from maedistill.processes.preemption import PreemptionHandler
 from maedistill.runs.async_saver import Saver
+from maedistill.runs.callback import Callback
 from maedistill.runs.folder import RunFolder
-from maedistill.runs.metrics import Averages, Clock, DataWaitHint, MetricsFile, memory_gb, open_metrics, progress_line
+from maedistill.runs.metrics import (
+    Averages,
+    Clock,
+    DataWaitHint,
+    MetricsFile,
+    memory_gb,
+    open_metrics,
+    progress_line,
+    status_line,
+)
 from maedistill.runs.nonfinite import NonfinitePolicy
 from maedistill.runs.progress import BadSampleLog, Progress
 from maedistill.runs.records import AppendOnlyFile
 from maedistill.runs.restore import load_latest
 from maedistill.training.engine import Engine
+
+_STATUS_SECONDS = 0.5  # between two status lines
 
 
 @dataclass
@@ -51,11 +64,13 @@ class Run:
     stop: PreemptionHandler
     progress: Progress = field(default_factory=Progress)
     preempted: signal.Signals | None = None  # the signal that asks the run to end before its last step
+    callbacks: tuple[Callback, ...] = ()
 
     def __post_init__(self) -> None:
         self.clock, self.averages, self.hint = Clock(self.device), Averages(), DataWaitHint()
         self.nonfinite = NonfinitePolicy(self.folder.nonfinite, self.config.engine)
         self.bad_samples = BadSampleLog(self.folder.bad_samples, self.config)
+        self._loss, self._status_shown = math.nan, 0.0  # the loss of the last logged interval
         self._records: list[AppendOnlyFile] = []  # rank 0: files that are flushed before a checkpoint is written
 
     def __enter__(self) -> Self:
@@ -77,6 +92,9 @@ class Run:
         with open_metrics(self.folder.path, first_step=self.step, tensorboard=tensorboard) as metrics:
             if metrics is not None:
                 self._records = [metrics.lines, self.bad_samples.lines, self.nonfinite.lines]
+                metrics.observers = [callback.on_metrics for callback in self.callbacks]
+            for callback in self.callbacks:
+                callback.on_start(self)
             self.clock.restart()
             yield metrics
 
@@ -86,13 +104,15 @@ class Run:
         if state is None:
             return
         self.progress = Progress.from_state(state, checkpoints=self.folder.checkpoints)
+        self.averages.restore(self.progress.losses, device=self.device)
         if distributed.is_main():
             print(f"continues at step {self.step} of {self.plan.steps} from {self.folder.checkpoints}", flush=True)
 
     def save(self) -> None:
         """Take a checkpoint, which is written while training goes on. Collective."""
         self.bad_samples.count(self.progress)
-        state = self.progress.state()
+        now = {"losses": self.averages.totals(), "trained_seconds": self.progress.trained_seconds + self.clock.seconds}
+        state = self.progress.state() | now
         self.saver.save(step=self.step, engine=self.engine, state=state, ema=self.ema, records=self._records)
 
     def raise_if_preempted(self) -> None:
@@ -100,7 +120,7 @@ class Run:
         if self.preempted is not None:
             with self.peers.paused():
                 self.saver.close()
-            raise Preempted(self.preempted.name, self.step)
+            raise Preempted(self.preempted.name, self.step, command=self.folder.command)
 
     # One step
 
@@ -125,6 +145,7 @@ class Run:
         with self.clock.waiting():
             batch = next(batches)
         self.peers.beat(self.step)
+        self.show_status()
         return batch
 
     def count(self, batch: Batch, losses: dict[str, Tensor]) -> None:
@@ -153,6 +174,21 @@ class Run:
             return [crops.index.sample_name(sample) for sample in samples]
 
         self.nonfinite.check(self.progress, self.engine.update_skipped, now=now, sample_names=sample_names)
+        for callback in self.callbacks:
+            callback.on_step(self)
+
+    def show_status(self) -> None:
+        """Rewrite the status line, some times a second and only on a terminal. Never waits for the device."""
+        terminal = self.folder.log.terminal
+        if terminal is None or not terminal.shows_status or time.monotonic() - self._status_shown < _STATUS_SECONDS:
+            return
+        self._status_shown, rate = time.monotonic(), self.clock.images / self.clock.seconds
+        terminal.status(status_line(self._loss, rate, self._seconds_left(rate), step=self.step, total=self.plan.steps))
+
+    def _seconds_left(self, rate: float) -> float:
+        """Return the seconds to the last step at `rate` images per second on each rank."""
+        images = (self.plan.steps - self.step) * self.config.optim.global_batch / self.plan.world_size
+        return images / rate if rate else math.inf
 
     # What is due after a step
 
@@ -176,8 +212,7 @@ class Run:
     @property
     def should_log(self) -> bool:
         """Return whether to read losses after the step just done: the only time when the host waits for the device."""
-        is_last = self.step == self.plan.steps or self.preempted is not None
-        return is_last or self.step % self.config.log.every_steps == 0
+        return self.step == self.plan.steps or self.step % self.config.log.every_steps == 0
 
     @property
     def should_save(self) -> bool:
@@ -187,10 +222,8 @@ class Run:
     @contextmanager
     def untimed(self) -> Iterator[None]:
         """Exclude the block, such as saving or evaluating, from training time and from the hang watchdog."""
-        start = time.perf_counter()
-        with self.peers.paused():
+        with self.clock.paused(), self.peers.paused():
             yield
-        self.clock.pause(start)
 
     def log(self, metrics: MetricsFile | None) -> None:
         """Write and print the losses since the last call. Waits for the device. Collective."""
@@ -199,7 +232,7 @@ class Run:
         norm = float(self.engine.grad_norm)
         rate, wait, seconds = self.clock.read()
         self.progress.trained_seconds += seconds
-        left = (self.plan.steps - self.step) * self.config.optim.global_batch / self.plan.world_size
+        self._loss = means["loss"]
         values = means | {
             "epoch": self.epoch,
             "lr": max(group["lr"] for group in self.engine.optimizer.param_groups),
@@ -208,7 +241,7 @@ class Run:
             "data_wait": wait,
             "memory_gb": memory_gb(self.device),
             "nonfinite": self.progress.nonfinite,
-            "eta_seconds": left / rate,
+            "eta_seconds": self._seconds_left(rate),
             "trained_seconds": self.progress.trained_seconds,
         }
         if metrics is not None:

@@ -4,7 +4,8 @@ run_stage: join -> Peers -> the stage (pretraining/setup.py, finetuning/setup.py
 """
 
 import os
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -19,6 +20,7 @@ from maedistill.processes import distributed
 from maedistill.processes.heartbeat import Peers
 from maedistill.processes.preemption import PreemptionHandler
 from maedistill.runs.async_saver import Saver
+from maedistill.runs.callback import Callback
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.metrics import MetricsFile
 from maedistill.runs.run import Run
@@ -52,6 +54,7 @@ class Stage(Protocol):
 
 
 OpenStage = TypeVar("OpenStage", bound=Stage)
+_RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # of the same command, by torchrun and SLURM
 
 
 def run_stage(
@@ -60,21 +63,27 @@ def run_stage(
     open_stage: Callable[..., OpenStage],
     train: Callable[[Run, OpenStage, MetricsFile | None], None],
     write_report: Callable[[RunFolder], Path],
+    callbacks: Sequence[Callback] = (),
     fresh: bool,
     extend: bool,
 ) -> None:
     """Run or continue a run to its end. Every rank calls it.
 
-    fresh: refuse a folder that already holds a run. extend: allow a changed number of epochs.
+    fresh: delete the run in the folder and start over; a restart by a launcher or scheduler does not do so again.
+    extend: allow a changed number of epochs.
     Raises subclasses of UserError; RUN/exit.json records how the run ended.
     """
     folder = RunFolder(config.run)
+    fresh = fresh and not any(int(os.environ.get(name) or 0) for name in _RESTARTS)
     with folder.recorded_end():
         join(config)
-        with Peers(timeout_seconds=config.engine.timeout_seconds, on_loss=folder.record_error) as peers:
+        lost = folder.record_error
+        with folder.log.capture(), Peers(timeout_seconds=config.engine.timeout_seconds, on_loss=lost) as peers:
             stage = open_stage(config, world_size=distributed.world_size(), device=distributed.device())
-            with start_run(stage, folder, peers, fresh=fresh, extend=extend) as run, run.resume() as metrics:
-                train(run, stage, metrics)
+            with start_run(stage, folder, peers, fresh=fresh, extend=extend) as run:
+                run.callbacks = tuple(callbacks)
+                with run.resume() as metrics:
+                    train(run, stage, metrics)
             report = distributed.on_main(lambda: write_report(folder))
             if distributed.is_main():
                 print(f"done: {report}", flush=True)
@@ -82,7 +91,7 @@ def run_stage(
 
 
 def join(config: RunConfig) -> None:
-    """Make this process a rank: process group, DeepSpeed, CPU threads. Call it once per process."""
+    """Make this process a rank: process group, DeepSpeed, CPU threads. A second run of a program stays in its group."""
     if config.engine.deterministic:  # kernels that add in a fixed order; an operation without one raises
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # otherwise cuBLAS shares workspaces among streams
         torch.use_deterministic_algorithms(True)
@@ -99,12 +108,16 @@ def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, ext
     execution = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "ranks": distributed.world_size(),
+        "hosts": len(set(distributed.gather_objects(platform.node()))),
+        "threads": torch.get_num_threads(),
         "precision": number_format,
         "compiled": should_compile(config.engine.compile, device, zero=config.engine.zero),
         "zero": config.engine.zero,
     }
     distributed.on_main(lambda: folder.open(config, stage.metadata, execution=execution, fresh=fresh, extend=extend))
     folder.is_ours = True
+    if not distributed.is_main():
+        folder.log.begin()  # for this rank's errors
     if distributed.is_main():
         hardware = f"{execution['ranks']} x {execution['device']}, {execution['precision']}"
         compiled = "compiled (the first step may take minutes)" if execution["compiled"] else "not compiled"
@@ -129,5 +142,5 @@ def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, ext
     cores = cpu_share(distributed.local_world_size())
     workers = config.data.workers if config.data.workers is not None else min(8, cores)
     saver = Saver(folder.checkpoints, keep=config.log.keep)
-    stop = PreemptionHandler(timeout_seconds=config.engine.timeout_seconds)
+    stop = PreemptionHandler(timeout_seconds=config.engine.timeout_seconds, leave=folder.leave_at_once)
     return Run(config, folder, plan, module, engine, schedule, ema, device, workers, peers, saver, stop)

@@ -4,11 +4,12 @@ import json
 from functools import cache
 from pathlib import Path
 
+from maedistill.config.auto import with_numbers_of
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import differing_keys
 from maedistill.config.schema import RunConfig
 from maedistill.data.shards.index import open_index
-from maedistill.data.shards.patterns import find_shards
+from maedistill.data.shards.patterns import Split, find_shards
 from maedistill.data.shards.scan import USUAL, Members
 from maedistill.errors import ConfigError, join_first
 from maedistill.runs.checkpoint import latest_step
@@ -35,7 +36,11 @@ def is_done(config: RunConfig) -> bool:
     if finished or latest_step(folder.checkpoints) is not None:  # starting anew could overwrite it
         before = folder.load_config()
         same_stage = type(before) is type(config)
-        changes = differing_keys(before, config) if same_stage else [("stage", before.stage, config.stage)]
+        changes = (
+            differing_keys(before, with_numbers_of(config, before))
+            if same_stage
+            else [("stage", before.stage, config.stage)]
+        )
         if changes:
             texts = [f"{key}: {old!r} there, {new!r} now" for key, old, new in changes]
             raise ConfigError(
@@ -53,17 +58,17 @@ def is_done(config: RunConfig) -> bool:
 def is_scored(scorecard: Path, shards: str) -> bool:
     """Return whether the JSON file of `evaluate` exists and is of these shards. Raises if they are missing."""
     _find_once(shards)
-    return scorecard.is_file() and json.loads(scorecard.read_text())["fingerprint"] == _fingerprint(shards)
+    return scorecard.is_file() and json.loads(scorecard.read_text())["fingerprint"] == _fingerprint(shards, "val")
 
 
 def _require_same_images(folder: RunFolder, config: RunConfig) -> None:
     metadata = folder.metadata()
     members = Members(config.data.image_key, config.data.label_key)
-    used: list[tuple[str, str | None, str | None]] = [("data", config.data.train, config.data.index)]
+    used: list[tuple[str, Split, str | None, str | None]] = [("data", "train", config.data.train, config.data.index)]
     if isinstance(config, FinetuneConfig):
-        used.append(("validation", config.data.val, None))
-    for record, shards, index in used:
-        if shards is not None and metadata[record]["fingerprint"] != _fingerprint(shards, index, members):
+        used.append(("validation", "val", config.data.val, None))
+    for record, split, shards, index in used:
+        if shards is not None and metadata[record]["fingerprint"] != _fingerprint(shards, split, index, members):
             raise ConfigError(
                 f"{folder.path} was run on other images than {shards} holds",
                 "name the same shards, wherever they are now, or use another --out",
@@ -71,6 +76,6 @@ def _require_same_images(folder: RunFolder, config: RunConfig) -> None:
 
 
 @cache
-def _fingerprint(shards: str, index: str | None = None, members: Members = USUAL) -> str:
+def _fingerprint(shards: str, split: Split, index: str | None = None, members: Members = USUAL) -> str:
     """Return the fingerprint of a set of shards. Cached, because many runs read the same shards."""
-    return open_index(shards, index=index, members=members).fingerprint()
+    return open_index(shards, index=index, split=split, members=members).fingerprint()

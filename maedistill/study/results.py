@@ -2,11 +2,12 @@
 
     OUT/NAME/seed_K/{pretrain,finetune}/{config.yaml,*.json,metrics.jsonl} -> collect -> the content of results.json
 
-Only the progress of unfinished runs is reported, not their results. Accuracies are in [0, 1], times in seconds.
+Only the progress of unfinished runs is reported, not their results. Accuracies are fractions, times in seconds. With
+one seed, intervals are of the count of images, and differences are paired if both runs have predictions of the images.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -15,6 +16,8 @@ import timm
 import torch
 
 from maedistill.config.finetune import FinetuneConfig
+from maedistill.report import intervals
+from maedistill.report.comparison import PREDICTIONS, difference
 from maedistill.report.run_report import summary
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.metrics import read_metrics
@@ -24,7 +27,7 @@ from maedistill.study.schema import TEACHER_SEED, Study, TrainedNetwork
 
 _Facts = Mapping[str, Any]
 _MEASURES = {  # of each seed
-    "test_accuracy": ("test", "accuracy"),
+    "test_top1": ("test", "top1"),
     "pixels": ("pretrain", "pixels"),
     "knn": ("pretrain", "knn"),
     "pretrain_seconds": ("pretrain", "seconds"),
@@ -71,12 +74,15 @@ def summarize(runs: Mapping[str, _Facts], baseline: Mapping[str, _Facts]) -> dic
 
     Sizes are taken from the first seed.
     """
-    accuracies, before = _column(runs, "finetune", "accuracy"), _column(baseline, "finetune", "accuracy")
+    accuracies, before = _column(runs, "finetune", "top1"), _column(baseline, "finetune", "top1")
     parameters = _column(runs, "finetune", "parameters") or _column(runs, "pretrain", "parameters")
+    tuned = [facts["finetune"] for facts in runs.values() if "finetune" in facts]
+    pairs = [(runs[seed]["finetune"], baseline[seed]["finetune"]) for seed in accuracies if seed in before]
     return {
         "each": accuracies,
-        "accuracy": statistics(accuracies.values()),
-        "difference": statistics(value - before[seed] for seed, value in accuracies.items() if seed in before),
+        "top1": statistics(accuracies.values()) | _interval(accuracies.values(), lambda: _of_run(tuned[0])),
+        "difference": statistics(differences := [one["top1"] - other["top1"] for one, other in pairs])
+        | _interval(differences, lambda: _of_runs(*pairs[0])),
         **{name: statistics(_column(runs, *key).values()) for name, key in _MEASURES.items()},
         **{name: next(iter(_column(runs, *key).values()), None) for name, key in _SIZES.items()},
         "parameters": next(iter(parameters.values()), None),
@@ -91,6 +97,23 @@ def statistics(values: Iterable[float]) -> dict[str, float | int | None]:
         "mean": fmean(values) if values else None,
         "sd": stdev(values) if len(values) > 1 else None,
     }
+
+
+def _interval(values: Collection[float], of_one: Callable[[], intervals.Interval]) -> dict[str, Any]:
+    """Return the entries of the 95 % interval: over seeds, or of a single run; of None without any run."""
+    if len(values) > 1:
+        return intervals.of_seeds(list(values)).entries()
+    return of_one().entries() if values else {"low": None, "high": None, "interval": None}
+
+
+def _of_run(facts: _Facts) -> intervals.Interval:
+    return intervals.of_count(facts["top1_correct"], facts["top1_images"])
+
+
+def _of_runs(one: _Facts, other: _Facts) -> intervals.Interval:
+    count, other_count = ((facts["top1_correct"], facts["top1_images"]) for facts in (one, other))
+    files = (Path(one["folder"]) / PREDICTIONS, Path(other["folder"]) / PREDICTIONS)
+    return difference(count, other_count, files)
 
 
 def run_facts(folder: RunFolder) -> dict[str, Any] | None:
@@ -128,8 +151,8 @@ def _facts_of(out: Path, *steps: str | None) -> dict[str, Any]:
 
 
 def _score(record: _Facts) -> dict[str, Any]:
-    """Return the counts of correct images, and the accuracy."""
-    return {"accuracy": record["top1"] / record["images"], "top1": record["top1"], "of": record["images"]}
+    """Return the accuracy, and the counts that it comes from."""
+    return {"top1": record["top1"], "top1_correct": record["top1_correct"], "top1_images": record["images"]}
 
 
 def _column(runs: Mapping[str, _Facts], stage: str, key: str) -> dict[str, Any]:

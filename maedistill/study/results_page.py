@@ -4,18 +4,24 @@ Every number is read from the runs' files by `results.py`. A missing number is p
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from maedistill.errors import join_first
-from maedistill.report.charts import accuracy_chart
+from maedistill.report.charts import Accuracy, accuracy_chart
+from maedistill.report.intervals import Interval
 from maedistill.report.run_report import KNN_CAVEAT, markdown_table
 from maedistill.runs.metrics import duration
 from maedistill.runs.records import write_text
 
 _Facts = Mapping[str, Any]
 _DIFFERENCES = "mean and deviation of the differences between runs of the same seed, in points."
+_INTERVALS = {  # where the 95 % intervals of a page come from
+    "seeds": "over several seeds Student's t, of the mean",
+    "images": "with one seed Wilson's, of the images (Newcombe's for differences); another seed is not in it",
+    "paired images": "with one seed, differences of networks with predictions of the same images are paired",
+}
 
 
 def write_results(results: _Facts, out: Path, *, title: str, command: str) -> Path:
@@ -23,13 +29,16 @@ def write_results(results: _Facts, out: Path, *, title: str, command: str) -> Pa
     out.mkdir(parents=True, exist_ok=True)
     baseline = results["baseline"]
     summaries = {name: network["summary"] for name, network in results["networks"].items()}
-    accuracies = {name: list(summary["each"].values()) for name, summary in summaries.items() if summary["each"]}
-    chart = accuracy_chart(accuracies, out / "results.png")
+    rows = {name: _accuracy(summary) for name, summary in summaries.items() if summary["each"]}
+    chart = accuracy_chart(rows, out / "results.png", order=list(summaries))
+    several = any(summary["top1"]["n"] > 1 for summary in summaries.values())
+    spread = ": mean ± standard deviation (n - 1) over seeds" if several else ""
     lines = [
         f"# {title}",
         "",
-        "Fine-tuned top-1 on all validation images: mean ± standard deviation (n - 1) over seeds"
+        f"Fine-tuned top-1 on all validation images{spread}"
         + ("." if baseline is None else f"; `against {baseline}`: {_DIFFERENCES}"),
+        *_interval_lines(summaries.values()),
         "",
         *accuracy_table(summaries, baseline),
         "",
@@ -49,14 +58,20 @@ def write_results(results: _Facts, out: Path, *, title: str, command: str) -> Pa
 
 def accuracy_table(summaries: Mapping[str, _Facts], baseline: str | None) -> list[str]:
     """Format a Markdown table of top-1, one line per network; also of test top-1 if there is any."""
-    tested = any(summary["test_accuracy"]["n"] for summary in summaries.values())
-    heads = ["network", "n", "top-1", "each seed", *([f"against {baseline}"] if baseline else [])]
+    tested = any(summary["test_top1"]["n"] for summary in summaries.values())
+    heads = ["network", "n", "top-1", "95 % interval", "each seed", *([f"against {baseline}"] if baseline else [])]
     rows = []
     for name, summary in summaries.items():
         each = ", ".join(f"{seed}: {100 * value:.2f}" for seed, value in summary["each"].items())
-        cells = [name, str(summary["accuracy"]["n"]), _points(summary["accuracy"], unit=" %"), each or "-"]
-        cells += [_points(summary["difference"], sign="+")] if baseline else []
-        cells += [_points(summary["test_accuracy"], unit=" %")] if tested else []
+        cells = [
+            name,
+            str(summary["top1"]["n"]),
+            _points(summary["top1"], unit=" %"),
+            _range(summary["top1"]),
+            each or "-",
+        ]
+        cells += [_difference(summary["difference"])] if baseline else []
+        cells += [_points(summary["test_top1"], unit=" %")] if tested else []
         rows.append(cells)
     return markdown_table([*heads, *(["test top-1"] if tested else [])], rows)
 
@@ -80,6 +95,21 @@ def cost_table(summaries: Mapping[str, _Facts]) -> list[str]:
     return [*markdown_table(heads, rows), *caveat]
 
 
+def _accuracy(summary: _Facts) -> Accuracy:
+    """Return what the chart shows of a row."""
+    stats = summary["top1"]
+    return Accuracy(
+        list(summary["each"].values()), Interval(stats["mean"], stats["low"], stats["high"], stats["interval"])
+    )
+
+
+def _interval_lines(summaries: Iterable[_Facts]) -> list[str]:
+    """Say where the 95 % intervals of the page come from."""
+    used = {summary[name]["interval"] for summary in summaries for name in ("top1", "difference")}
+    texts = [text for kind, text in _INTERVALS.items() if kind in used]
+    return ["", f"95 % intervals: {'; '.join(texts)}."] if texts else []
+
+
 def _unfinished_lines(unfinished: Sequence[_Facts]) -> list[str]:
     """List every run that is in progress or ended early, and the first few runs that have not started."""
     begun = [
@@ -97,6 +127,16 @@ def _points(stats: _Facts, *, unit: str = "", sign: str = "") -> str:
     """Format statistics over accuracies in percent, `57.01 ± 0.45 %`; without the deviation for a single value."""
     spread = "" if stats["sd"] is None else f" ± {100 * stats['sd']:.2f}"
     return "-" if stats["mean"] is None else f"{100 * stats['mean']:{sign}.2f}{spread}{unit}"
+
+
+def _range(stats: _Facts, sign: str = "") -> str:
+    """Format an interval in percent, `55.10 to 58.92`."""
+    return "-" if stats["low"] is None else f"{100 * stats['low']:{sign}.2f} to {100 * stats['high']:{sign}.2f}"
+
+
+def _difference(stats: _Facts) -> str:
+    """Format a difference in points with its interval, `+3.33 ± 2.52 (-2.91 to +9.58)`."""
+    return "-" if stats["mean"] is None else f"{_points(stats, sign='+')} ({_range(stats, sign='+')})"
 
 
 def _mean(stats: _Facts, form: Callable[[float], str]) -> str:

@@ -24,6 +24,7 @@ from typing import IO
 from maedistill.errors import ConfigError, UserError, join_first
 from maedistill.machine import cpu_share, visible_gpus
 from maedistill.runs.metrics import duration
+from maedistill.study.status import RunningStep, StatusLine
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 60.0  # between SIGTERM and SIGKILL, for a run to save a checkpoint
@@ -56,10 +57,16 @@ class StepsFailed(UserError):
 @dataclass
 class _Job:
     step: Step
+    place: str  # its number, `3/14`
     process: subprocess.Popen[bytes]
-    log: Path | None  # None: it writes to the terminal
+    log: Path
     gpu: str | None  # assigned GPU, for CUDA_VISIBLE_DEVICES, if there are several jobs
     start: float = field(default_factory=time.monotonic)
+
+    @property
+    def running(self) -> RunningStep:
+        """Return what the status line needs."""
+        return RunningStep(self.place, self.step.name, self.log, self.start)
 
 
 def finished_steps(steps: Sequence[Step]) -> set[str]:
@@ -89,14 +96,15 @@ def run_steps(
 ) -> None:
     """Run the steps that are not done yet, `jobs` at a time, starting the first step whose needs are met.
 
-    out: holds the lock and, with several jobs, one log per step; a single job writes to the terminal. program: what the
-    steps are commands of. Several jobs share the cores, unless OMP_NUM_THREADS is set, and each
-    gets one of the GPUs visible to this process; if there are more jobs than GPUs, the GPUs are shared evenly.
+    out: holds the lock and one log per step, which begins with its command. program: what the steps are commands of.
+    Several jobs share the cores, unless OMP_NUM_THREADS is set, and each gets one of the GPUs visible to this process;
+    if there are more jobs than GPUs, the GPUs are shared evenly. A status line shows the progress of the running steps.
     Raises StepsFailed at the end if steps failed, ConfigError if steps are already running in `out`.
     """
     done, failed, running = finished_steps(steps), dict[str, int](), list[_Job]()
+    status = StatusLine()
     for name in (step.name for step in steps if step.name in done):
-        print(f"skips {name}: done", flush=True)
+        status.print(f"skips {name}: done")
     waiting = [step for step in steps if step.name not in done]
     gpus = visible_gpus() if jobs > 1 else []
     with _locked(out) as lock, _signals() as received, _ended_at_last(running):
@@ -111,59 +119,59 @@ def run_steps(
             time.sleep(_POLL_SECONDS)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
-                if code := _print_end(job):
+                if code := _print_end(job, status):
                     failed[job.step.name] = code
                 else:
                     done.add(job.step.name)
+            status.update([job.running for job in running])
+        status.clear()
     if received:
         raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
     if failed:
         causes = join_first([f"{name} (exit code {code})" for name, code in failed.items()], _MOST_NAMED)
         held_back = join_first([step.name for step in waiting], _MOST_NAMED)
         cause = f"failed: {causes}" + (f"; not started for that reason: {held_back}" if waiting else "")
-        where = f"see {out / 'logs'}" if jobs > 1 else "see above"
-        remedy = f"{where}, mend the cause and start the same command again: it goes on from there"
+        remedy = f"see {out / 'logs'}, mend the cause and start the same command again: it goes on from there"
         raise StepsFailed(cause, remedy, next(iter(failed.values())))
 
 
 def _start(
     step: Step, place: str, gpu: str | None, *, program: Sequence[str], out: Path, jobs: int, lock: IO[str]
 ) -> _Job:
-    """Start a step. place: its number, `3/14`. With several jobs it writes to a log."""
+    """Start a step, which writes to a log. place: its number, `3/14`."""
     environment = dict(os.environ)
-    log, command_line = None, step.command_line
+    command_line = step.command_line
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
         command_line = f"CUDA_VISIBLE_DEVICES={gpu} {command_line}"
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(cpu_share(jobs)))
-        log = out / "logs" / f"{step.name.replace('/', '_')}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"\n== {place} {step.name}\n$ {command_line}{f'  > {log}' if log else ''}", flush=True)
-    with open(log or os.devnull, "a") as file:
-        file.write(f"$ {step.command_line}\n")
+    log = out / "logs" / f"{step.name.replace('/', '_')}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file:
+        file.write(f"$ {command_line}\n")
         file.flush()
         process = subprocess.Popen(
             [*program, *step.command],
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=file if log else None,
-            stderr=file if log else None,
+            stdout=file,
+            stderr=file,
             start_new_session=True,
             pass_fds=(lock.fileno(),),
         )
-    return _Job(step, process, log, gpu)
+    return _Job(step, place, process, log, gpu)
 
 
-def _print_end(job: _Job) -> int:
-    """Print how a step with a log ended, with the end of the log if it failed. Returns its exit code as in a shell."""
+def _print_end(job: _Job, status: StatusLine) -> int:
+    """Print how a step ended, with the end of its log if it failed. Returns its exit code as in a shell."""
     code = job.process.returncode
     code = 128 - code if code < 0 else code
-    if job.log is not None and code:
+    if code:
         end = "".join(f"\n    {line}" for line in job.log.read_text(errors="replace").splitlines()[-2:])
-        print(f"FAILED {job.step.name}, exit code {code}, {job.log}:{end}", flush=True)
-    elif job.log is not None:
-        print(f"finished {job.step.name} in {duration(time.monotonic() - job.start)}", flush=True)
+        status.print(f"FAILED {job.step.name}, exit code {code}, {job.log}:{end}")
+    else:
+        status.print(f"{job.place} {job.step.name}: done in {duration(time.monotonic() - job.start)}")
     return code
 
 

@@ -56,7 +56,7 @@ PERSISTENCE_THRESHOLD = 100_000  # stage 3 leaves smaller parameters whole on ev
 
 
 def initialize_distributed(timeout_seconds: int) -> None:
-    """Open the process group (see `distributed.open_group`) and let DeepSpeed join it. Call it once per process."""
+    """Open the process group (see `distributed.open_group`) and let DeepSpeed join it."""
     open_group(timeout_seconds)
     if device().type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"

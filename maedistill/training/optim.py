@@ -18,6 +18,8 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.optim import AdamW
 
+from maedistill.errors import ConfigError
+
 _NO_DECAY = ("cls_token", "reg_token", "mask_token", "pos_embed")  # last components of parameter names
 
 
@@ -25,6 +27,25 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     """Return two groups: without weight decay (norms, biases, other 1-D, tokens, learned positions) and with it."""
     tokens = [name for name, _ in module.named_parameters() if name.rpartition(".")[2] in _NO_DECAY]
     return param_groups_weight_decay(module, weight_decay, no_weight_decay_list=tokens)
+
+
+def network_groups(network: nn.Module, weight_decay: float, *, layer_decay: float) -> list[dict[str, Any]]:
+    """Return the groups of a classifier, each with its `lr_scale`: by layer for a ViT and for other models of timm.
+
+    Raises ConfigError for a layer decay of a network whose layers are not known.
+    """
+    if isinstance(network, VisionTransformer):
+        return layerwise_groups(network, weight_decay, layer_decay=layer_decay)
+    if layer_decay == 1:
+        groups = parameter_groups(network, weight_decay)
+    elif hasattr(network, "group_matcher"):  # of timm: it says which parameters make up a layer
+        groups = param_groups_layer_decay(network, weight_decay, layer_decay=layer_decay)
+    else:
+        raise ConfigError(
+            f"optim.layer_decay: nothing says which layers a {type(network).__name__} has",
+            "set optim.layer_decay=1, or give the student timm's method group_matcher",
+        )
+    return [{"lr_scale": 1.0} | group for group in groups]
 
 
 def layerwise_groups(vit: VisionTransformer, weight_decay: float, *, layer_decay: float) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Build a plain ViT whose architecture is told, and fill it from a weights file, which is untrusted input.
+"""Build a plain ViT, told or read off the shapes, and fill it from a weights file, which is untrusted input.
 
 a.safetensors, a.pth -> read_weights_file -> its content: usually a dict of tensors, possibly nested in another dict
 the file, an EncoderSpec -> open_file -> the network, whatever style of keys the file has
@@ -26,7 +26,8 @@ from torch.serialization import safe_globals
 
 from maedistill.errors import DataError
 from maedistill.models.encoder import TimmModel, build_vit
-from maedistill.weights.state_dict import Audit, import_weights, load_encoder
+from maedistill.weights.recognize import grid_of, recognize
+from maedistill.weights.state_dict import import_weights, load_encoder
 
 # Called with a network that holds no weights yet: raises if it does not serve, and returns the image size to open it
 # at, or None for its own.
@@ -44,8 +45,8 @@ _MISTAKEN = {b"<!doctype": "a web page", b"<html": "a web page", b"version https
 class EncoderSpec:
     """What a `file:` or `random:` source does not state: a timm model, and what differs from it (see `build_vit`).
 
-    model: of a file; a random source names it itself. pos_embed: the fixed table of a file that stores no positions, or
-    of random weights, where None is sincos2d. sha256: the file's expected checksum.
+    model: of a file, by default read off its shapes; a random source names it itself. pos_embed: the fixed table of a
+    file that stores no positions, or of random weights, where None is sincos2d. sha256: the file's expected checksum.
     """
 
     model: str | None = None
@@ -55,17 +56,22 @@ class EncoderSpec:
     patch_size: int | None = None
     class_token: bool | None = None
     register_tokens: int | None = None
+    mlp_ratio: float | None = None
     pos_embed: str | None = None
     sha256: str | None = None
 
-    def build(self, pos_embed: str, inspect_network: Inspect) -> VisionTransformer:
-        """Build the network, uninitialised, for images of the size that `inspect_network` chooses."""
+    def build(self, pos_embed: str, inspect_network: Inspect, *, grid: int | None = None) -> VisionTransformer:
+        """Build the network, uninitialised, for images of the size that `inspect_network` chooses.
+
+        grid: of patches, for the network's own size; None if it is not known.
+        """
         assert self.model is not None
         shape = {name: value for name, value in asdict(self).items() if name not in ("pos_embed", "sha256")}
         with torch.device("meta"):
-            unsized = build_vit(image_size=16 * self.patch_size if self.patch_size else 224, **shape)
-        image_size = inspect_network(unsized)
-        assert image_size is not None
+            own = build_vit(image_size=16 * self.patch_size if self.patch_size else 224, **shape)
+            if grid is not None:
+                own = build_vit(image_size=grid * own.patch_embed.patch_size[0], **shape)
+        image_size = inspect_network(own) or own.patch_embed.img_size[0]
         return build_vit(image_size=image_size, pos_embed=pos_embed, **shape)
 
 
@@ -73,17 +79,27 @@ SPEC_FIELDS = {field.name for field in fields(EncoderSpec)}
 
 
 def open_file(
-    path: str, spec: EncoderSpec, inspect_network: Inspect, *, section: str
-) -> tuple[VisionTransformer, Audit]:
-    """Load a weights file. It determines whether there is a class token. section: the config section, for errors.
+    path: str, spec: EncoderSpec, inspect_network: Inspect, *, section: str | None
+) -> tuple[VisionTransformer, str]:
+    """Load a weights file; return the network and which keys were loaded. section: the config section, for errors.
 
-    Raises DataError if the file cannot be read safely, or if its keys do not fit the network.
+    The file determines whether there is a class token, and all that the spec leaves open if it names no model. Raises
+    DataError if the file cannot be read safely, or if its keys do not fit the network; ConfigError if its architecture
+    cannot be told.
     """
-    imported = import_weights(read_weights_file(path, sha256=spec.sha256, section=section), name=path)
-    spec = replace(spec, class_token="cls_token" in imported.part("encoder.vit."))
-    vit = spec.build(spec.pos_embed or "learned", inspect_network)
+    where = section or "teacher"
+    imported = import_weights(read_weights_file(path, sha256=spec.sha256, section=where), name=path)
+    weights, told = imported.part("encoder.vit."), ""
+    if spec.model is None:
+        found = recognize(weights, imported.foreign, name=path, section=section, num_heads=spec.num_heads)
+        shape = {name: value for name, value in asdict(found).items() if name in SPEC_FIELDS}
+        given = {name: value for name, value in asdict(spec).items() if value is not None}
+        spec, told = EncoderSpec(**shape | given), f"{found.describe()}; "
+    spec = replace(spec, class_token="cls_token" in weights)
+    vit = spec.build(spec.pos_embed or "learned", inspect_network, grid=grid_of(weights))
     fixed = spec.pos_embed is not None
-    return vit, load_encoder(vit, imported, name=path, section=section, optional=("norm.",), fixed_positions=fixed)
+    audit = load_encoder(vit, imported, name=path, section=where, optional=("norm.",), fixed_positions=fixed)
+    return vit, f"{told}{audit}"
 
 
 def read_weights_file(path: str | Path, *, sha256: str | None = None, section: str = "teacher") -> object:

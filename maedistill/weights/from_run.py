@@ -18,13 +18,25 @@ import torch
 from pydantic import AfterValidator, ValidationError
 from timm.models import get_model_args
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
+from maedistill.config.sources import PYTHON_KIND
 from maedistill.errors import DataError
 from maedistill.models.encoder import TimmModel, require_plain_vit
 from maedistill.runs.folder import RunFolder
+from maedistill.runs.objects import python_name
 from maedistill.runs.restore import newest_intact, read_weights
 from maedistill.weights.from_file import Inspect
-from maedistill.weights.from_timm import Crop, Deviation, Number, Side, StrictModel, first_problem, require_moderate
+from maedistill.weights.from_timm import (
+    Crop,
+    Deviation,
+    Number,
+    Side,
+    StrictModel,
+    first_problem,
+    require_claims,
+    require_moderate,
+)
 from maedistill.weights.state_dict import Audit, ConvertedStateDict, load_encoder
 
 Weights = Literal["model", "ema"]
@@ -108,12 +120,12 @@ class RunNetwork:
 
 def read_metadata(path: str | Path) -> tuple[RunFolder, dict[str, Any]]:
     """Return a run's folder and its validated run.json. Raises DataError if the folder is not a run of this package."""
-    folder = RunFolder(path)
-    metadata = folder.metadata()
-    if missing := [name for name in _NEEDED if name not in metadata]:
-        cause = "its run.json does not say its " + ", ".join(missing) if metadata else "its run.json is not there"
-        cause = cause if os.path.isdir(folder.path) else "there is no such folder"
-        raise DataError(f"{folder.path} holds no run of this version: {cause}", NOT_A_RUN)
+    folder, metadata = _stated(path)
+    if str(metadata["network"].get("name", "")).startswith(f"{PYTHON_KIND}:"):
+        raise DataError(
+            f"{folder.path} holds a student given from Python ({str(metadata['network']['name'])[:100]})",
+            "make one of this class and load it with maedistill.load_backbone(RUN, student=...)",
+        )
     try:
         RunMetadata.model_validate_json(json.dumps(metadata))  # as JSON: strict mode would reject lists as tuples
     except ValidationError as error:
@@ -121,10 +133,28 @@ def read_metadata(path: str | Path) -> tuple[RunFolder, dict[str, Any]]:
     return folder, metadata
 
 
-def describe_network(vit: VisionTransformer) -> dict[str, Any]:
-    """Return the plain values from which `open_run` rebuilds it: `timm.create_model(name, **arguments)`."""
-    config: Any = vit.pretrained_cfg
-    return {"name": config["architecture"], "arguments": get_model_args(vit)}
+def _stated(path: str | Path) -> tuple[RunFolder, dict[str, Any]]:
+    """Return a run's folder and what its run.json says of the network. Raises DataError if it is not a run."""
+    folder = RunFolder(path)
+    metadata = folder.metadata()
+    if missing := [name for name in _NEEDED if name not in metadata]:
+        cause = "its run.json does not say its " + ", ".join(missing) if metadata else "its run.json is not there"
+        cause = cause if os.path.isdir(folder.path) else "there is no such folder"
+        raise DataError(f"{folder.path} holds no run of this version: {cause}", NOT_A_RUN)
+    if metadata["stage"] not in PREFIX or not isinstance(metadata["network"], dict):
+        raise DataError(f"{folder.path}/run.json cannot be true: its stage or network", NOT_A_RUN)
+    return folder, metadata
+
+
+def describe_network(module: nn.Module) -> dict[str, Any]:
+    """Return the plain values from which `open_run` rebuilds it: `timm.create_model(name, **arguments)`.
+
+    A module that timm cannot build has its class as name, `python:MODULE.CLASS`.
+    """
+    if not isinstance(module, VisionTransformer) or not hasattr(module, "_model_args"):  # timm's record of arguments
+        return {"name": python_name(module), "arguments": {}}
+    config: Any = module.pretrained_cfg
+    return {"name": config["architecture"], "arguments": get_model_args(module)}
 
 
 def open_run(
@@ -137,13 +167,17 @@ def open_run(
     """
     folder, metadata = read_metadata(path)
     name, arguments = metadata["network"]["name"], metadata["network"]["arguments"]
-    shape = _unloaded(folder, name, arguments)
-    image_size = inspect_network(shape)
     checkpoint = newest_intact(folder.checkpoints)
     if checkpoint is None:
         raise DataError(
             f"{folder.path} holds no checkpoint", "name a run folder of maedistill pretrain or finetune that has saved"
         )
+    try:
+        require_claims(arguments, checkpoint / "model.safetensors")
+    except ValueError as error:
+        raise DataError(f"{folder.path}/run.json cannot be true: {error}", NOT_A_RUN) from None
+    shape = _unloaded(folder, name, arguments)
+    image_size = inspect_network(shape)
     if weights == "ema" and not (checkpoint / "ema.safetensors").is_file():
         raise DataError(f"{folder.path} kept no moving average of its weights", "leave out --ema (optim.ema keeps one)")
     prefix = PREFIX[metadata["stage"]]
@@ -163,6 +197,28 @@ def open_run(
     vit: TimmModel = timm.create_model(name, pretrained=False, **arguments | size)
     audit = load_encoder(vit, ConvertedStateDict(tensors), name=str(checkpoint))
     return RunNetwork(vit.eval(), folder, metadata, checkpoint, audit)
+
+
+def load_into(student: nn.Module, path: str | Path, *, weights: Weights = "model") -> nn.Module:
+    """Set the weights of a caller's module to those of the run that it was the student of; return it in eval mode.
+
+    Raises DataError if the folder is not a run, holds no checkpoint, or its student has other weights than the module.
+    """
+    folder, metadata = _stated(path)
+    checkpoint = newest_intact(folder.checkpoints)
+    if checkpoint is None:
+        raise DataError(f"{folder.path} holds no checkpoint", "name a run folder that has saved")
+    prefix = {"pretrain": "encoder.", "finetune": "vit."}[metadata["stage"]]
+    tensors = read_weights(checkpoint, weights)
+    own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    try:
+        student.load_state_dict(own)
+    except RuntimeError as error:
+        raise DataError(
+            f"{checkpoint} does not fit a {type(student).__name__} ({' '.join(str(error)[:200].split())})",
+            f"make the student as for that run, a {metadata['network']['name']}",
+        ) from error
+    return student.eval()
 
 
 def _unloaded(folder: RunFolder, name: str, arguments: Mapping[str, Any]) -> VisionTransformer:

@@ -7,13 +7,16 @@ the model -> image_config -> how its images are resized, cropped and normalised
 import inspect
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import safe_open
 from timm.data import resolve_model_data_config
 from timm.models import load_model_config_from_hf
 
@@ -21,7 +24,9 @@ from maedistill.errors import ConfigError, DataError, UserError
 from maedistill.models.encoder import TimmModel, require_known
 from maedistill.weights.from_file import READ_ERRORS, Inspect, why_unreadable
 
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 MOST_BLOCKS, LARGEST = 1_000, 1_000_000  # of a network; LARGEST bounds width, image size and every other number
+_ANY_FILE = 4096  # numbers up to this are not compared with the weights: image sizes have no tensor of their size
 Side = Annotated[int, Field(ge=1, le=LARGEST)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Deviation = Annotated[float, Field(allow_inf_nan=False, gt=0)]
@@ -58,13 +63,17 @@ def open_timm(source: str, inspect_network: Inspect) -> tuple[TimmModel, int | N
     try:
         kind, _, name = address.partition(":")
         if kind == "hf-hub":
+            _announce_download(source, name)
             require_moderate(load_model_config_from_hf(name)[2])
         elif kind == "local-dir":
-            config = json.loads(Path(os.path.expanduser(name), "config.json").read_bytes())
-            require_moderate(config.get("model_args") or {})
+            folder = Path(os.path.expanduser(name))
+            config = json.loads((folder / "config.json").read_bytes())
+            require_claims(require_moderate(config.get("model_args") or {}), folder / "model.safetensors")
         with torch.device("meta"):  # takes neither memory nor time, and loads no weights
-            shape = timm.create_model(address, pretrained=False)
+            shape: TimmModel = timm.create_model(address, pretrained=False)
         image_size = inspect_network(shape)
+        if kind not in ("hf-hub", "local-dir"):
+            _announce_download(source, shape.pretrained_cfg.get("hf_hub_id"))
         takes_size = "img_size" in inspect.signature(type(shape)).parameters  # other networks accept any size
         arguments: dict[str, Any] = {"img_size": image_size} if image_size and takes_size else {}
         return timm.create_model(address, pretrained=True, **arguments).eval(), image_size
@@ -75,6 +84,14 @@ def open_timm(source: str, inspect_network: Inspect) -> tuple[TimmModel, int | N
             f"{source} cannot be opened ({why_unreadable(error)})",
             "check its name, the network, and the image size if you gave one; or download it and use local-dir:PATH",
         ) from error
+
+
+def _announce_download(source: str, hub_id: str | None) -> None:
+    """Say before a download, which takes long and is retried without a network, what else would do."""
+    if hub_id and not any(isinstance(try_to_load_from_cache(hub_id, file), str) for file in _HUB_FILES):
+        print(
+            f"downloading {source}; offline? name a file or a folder instead (file:PATH)", file=sys.stderr, flush=True
+        )
 
 
 def image_config(network: TimmModel, source: str, *, test: bool = False) -> ImageConfig:
@@ -103,6 +120,24 @@ def require_moderate(arguments: dict[str, Any]) -> dict[str, Any]:
             if isinstance(number, int | float) and not abs(number) <= most:  # `not <=` also rejects nan
                 raise ValueError(f"{name} is {number}, more than {most:,}")
     return arguments
+
+
+def require_claims(arguments: dict[str, Any], weights: Path) -> None:
+    """Compare untrusted arguments for timm with the header of the weights file, before a network is built.
+
+    Building a network of a thousand wide blocks takes a minute and gigabytes even without its weights. Raises
+    ValueError for more blocks than the file has tensors, or a number above its largest dimension. No file, no check.
+    """
+    if not weights.is_file():
+        return
+    with safe_open(weights, framework="pt") as stored:
+        shapes = [stored.get_slice(key).get_shape() for key in stored.keys()]  # noqa: SIM118
+    largest = max((side for shape in shapes for side in shape), default=0)
+    for name, value in arguments.items():
+        most = len(shapes) if name.startswith("depth") else max(largest, _ANY_FILE)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int | float) and number > most:
+                raise ValueError(f"{name} is {number}, but the largest that {weights.name} can hold is {most:,}")
 
 
 def first_problem(error: ValidationError) -> str:

@@ -8,13 +8,12 @@ open_network("file:mae.pth", "encoder", grid=14, spec=EncoderSpec("vit_large_pat
 from_timm.py, from_run.py and from_file.py hold the openers; backbone.py turns a Network into features.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from pathlib import Path
+from functools import cached_property
 from typing import Any, Literal
 
-import timm
 import torch
 from PIL import Image
 from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -23,10 +22,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from maedistill.config.schema import Triple
-from maedistill.config.shared_rules import NETWORK_KINDS, SOURCE_KINDS
+from maedistill.config.sources import NETWORK_KINDS, SOURCE_KINDS, named_source, why_unnamed
 from maedistill.data.loading.evaluation import evaluation_transform
 from maedistill.errors import ConfigError
-from maedistill.models.encoder import MaskedEncoder, TimmModel, require_plain_vit
+from maedistill.models.encoder import Encoder, TimmModel, as_encoder, require_plain_vit
 from maedistill.models.initialize import initialize
 from maedistill.weights.from_file import EncoderSpec, Inspect, open_file, why_unreadable
 from maedistill.weights.from_run import Weights, open_run
@@ -35,6 +34,8 @@ from maedistill.weights.state_dict import require_finite
 
 # What a network is for. `outputs`: it runs, and if it has classes, it gives a logit for each. `classifier`: it also has
 # classes. `encoder`: a plain ViT, its classifier removed, all weights finite. `any`: nothing is checked.
+_SIZE = 224  # of the images of a module that states none
+
 Use = Literal["any", "outputs", "classifier", "encoder"]
 
 
@@ -46,6 +47,7 @@ class Network:
     name: str
     size: int
     license: str
+    own_size: int = 0  # of the images that it was trained on, before any resampling
     num_classes: int = 0  # 0 for an encoder without a classifier
     mean: Triple = IMAGENET_DEFAULT_MEAN
     std: Triple = IMAGENET_DEFAULT_STD
@@ -65,9 +67,9 @@ class Network:
         return sum(parameter.numel() for parameter in self.module.parameters())
 
     @cached_property
-    def encoder(self) -> MaskedEncoder:
-        """Return a plain ViT as an encoder of selected patches, which shares its weights."""
-        return MaskedEncoder(require_plain_vit(self.module, self.name))
+    def encoder(self) -> Encoder:
+        """Return the module, or a plain ViT, as an encoder of selected patches, which shares its weights."""
+        return as_encoder(self.module, self.name)
 
     def describe(self) -> str:
         """Describe the network in one line for the log: source, size, keys, normalisation, license."""
@@ -108,31 +110,37 @@ def open_network(
     section: str | None = None,
     size_key: str = "--image-size",
 ) -> Network:
-    """Open `run:PATH`, `local-dir:PATH`, `timm:NAME`, `hf-hub:ID`, or the folder of a run or of an export.
+    """Open `run:PATH`, `local-dir:PATH`, `timm:NAME`, `hf-hub:ID`, `file:PATH`, or the bare path of any of these.
 
-    With a spec of what they do not state, also `file:PATH` and `random:NAME`. weights: `ema` for the moving average of
+    spec: what a file does not state; with one, also `random:NAME`. weights: `ema` for the moving average of
     a run. Positions are resampled to `image_size` or to a `grid` x `grid` of patches; by default the size is the
     network's own. section, size_key: the config section of the source and the option of its image size, for errors.
     Raises ConfigError for an unknown kind of source or a network that does not fit its use, before its weights are
     loaded where possible; DataError for weights that cannot be loaded or do not fit.
     """
-    kind, name = _kind_and_name(source, kinds=NETWORK_KINDS if spec is None else SOURCE_KINDS)
+    kind, name = _kind_and_name(source, kinds=(*NETWORK_KINDS, "file") if spec is None else SOURCE_KINDS)
     source = f"{kind}:{name}"
     if weights == "ema" and kind != "run":
         raise ConfigError(f"{source} has no moving average of its weights", "leave out --ema: only runs keep one")
-    check = partial(_check, source, use, image_size=image_size, grid=grid, size_key=size_key)
+    own_sizes: list[int] = []
+
+    def check(network: TimmModel) -> int | None:
+        own_sizes.append(next(iter(getattr(getattr(network, "patch_embed", None), "img_size", None) or (0,))))
+        return _check(source, use, network, image_size=image_size, grid=grid, size_key=size_key)
+
     unstated = f"not stated (set {section}.license)" if section else "not stated"
     if kind == "run":
         network = _open_run(name, use, weights, check)
-    elif spec is not None and kind == "file":
-        vit, audit = open_file(name, spec, check, section=section or "teacher")
-        network = Network(vit, source, vit.patch_embed.img_size[0], unstated, audit=str(audit))
+    elif kind == "file":
+        vit, audit = open_file(name, spec or EncoderSpec(), check, section=section)
+        network = Network(vit, source, vit.patch_embed.img_size[0], unstated, audit=audit)
     elif spec is not None and kind == "random":
         vit = replace(spec, model=name).build(spec.pos_embed or "sincos2d", check)
         initialize(vit, seed=0)
         network = Network(vit, source, vit.patch_embed.img_size[0], "none, random weights", audit="random weights")
     else:
         network = _open_timm(source, use, check, unstated)
+    network = replace(network, own_size=own_sizes[0] or network.size)
     if use in ("outputs", "classifier"):
         shape = tuple(network.output(size_key=size_key).shape)
         if network.num_classes and shape != (1, network.num_classes):
@@ -143,25 +151,33 @@ def open_network(
     return network
 
 
+def given_network(module: TimmModel, name: str, *, image_size: int | None) -> Network:
+    """Describe a module that a Python caller gives. image_size: of its images, unless it is made for one size.
+
+    Preprocessing and license are those that a timm model states (`pretrained_cfg`), else ImageNet's and unknown.
+    """
+    module.eval()
+    stated = getattr(module, "pretrained_cfg", None)
+    entries = image_config(module, name) if stated else None
+    preprocessing = entries.model_dump(include={"mean", "std"}) if entries else {}
+    own = getattr(getattr(module, "patch_embed", None), "img_size", None)
+    if hasattr(module, "grid") and hasattr(module, "patch_size"):
+        own = [module.grid * module.patch_size]
+    license_name = getattr(stated, "license", None) or "not stated"
+    num_classes = int(getattr(module, "num_classes", 0))
+    size = own[0] if own else image_size or (entries.input_size[1] if entries else _SIZE)
+    return Network(
+        module, name, size, license_name, num_classes=num_classes, own_size=size, audit="from Python", **preprocessing
+    )
+
+
 def _kind_and_name(source: str, *, kinds: tuple[str, ...]) -> tuple[str, str]:
     """Split `source` into kind and name: ("timm", "resnet18"), ("run", "runs/a")."""
+    source = named_source(source)
+    if problem := why_unnamed(source, kinds):
+        raise ConfigError(*problem)
     kind, _, name = source.partition(":")
-    if name and kind in kinds:
-        return kind, name
-    folder = Path(source).expanduser()
-    if (folder / "run.json").is_file():
-        return "run", source
-    if (folder / "config.json").is_file():
-        return "local-dir", str(folder)
-    if folder.is_dir():
-        raise ConfigError(
-            f"{source} is neither a run (it has no run.json) nor an export (no config.json)",
-            "name the folder that maedistill finetune or maedistill export wrote",
-        )
-    remedy = "use run:PATH, local-dir:PATH, timm:NAME, hf-hub:ID, or the folder of a run or an export"
-    if timm.is_model(source):
-        remedy = f"did you mean timm:{source}?"
-    raise ConfigError(f"{source} is neither a folder nor a kind of model and its name", remedy)
+    return kind, os.path.expanduser(name) if kind == "local-dir" else name
 
 
 def _check(

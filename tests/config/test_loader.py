@@ -48,6 +48,74 @@ def test_origins_name_file_and_line(tmp_path):
     assert loaded.config.optim.epochs == 3.0 and isinstance(loaded.config.optim.epochs, float)
 
 
+def test_what_wins_over_a_key_wins_over_what_excludes_it(tmp_path):
+    """The command line over a file, a file over those it extends; at one level it is test_bad_configs.py's."""
+    base = write(tmp_path / "base.yaml", MAE.replace("mae", "dmae", 1) + 'teacher: {source: "file:a.pth", depth: 9}\n')
+    text = "extends: base.yaml\nalign: {student: [1], teacher: [1], distance: mse}\noptim: {base_lr: 1e-3}\n"
+    top = write(tmp_path / "top.yaml", text)
+
+    def load(*overrides: str, file: Path = top) -> LoadedConfig[PretrainConfig]:
+        return load_config(file, overrides, root=PretrainConfig)
+
+    rate = load("optim.lr=2e-3")
+    assert (rate.config.optim.lr, rate.config.optim.base_lr) == (2e-3, None)
+    assert rate.origins["optim.base_lr"] == f"default: optim.lr (command line) replaces {top}:3"
+    assert "# default: optim.lr (command line) replaces" in render_config(rate)
+    other = write(tmp_path / "lr.yaml", "extends: top.yaml\noptim: {lr: 3e-3}\n")
+    assert load(file=other).config.optim.base_lr is None
+    assert load("optim.base_lr=2e-3", file=other).config.optim.lr is None
+
+    assert load("teacher.source=timm:vit_base_patch16_224").config.teacher.depth is None
+    assert load("teacher.source=random:vit_base_patch16_224").config.teacher.depth == 9
+    assert load("method=tinymim").config.align.distance == "l1"
+    mae = load("method=mae")
+    assert mae.config.teacher.source is None and mae.config.align.student == ()
+    assert mae.origins["teacher.source"] == f"default: method (command line) replaces {base}:6"
+    with pytest.raises(ConfigError, match=r"teacher\.sha256"):
+        load("teacher.source=timm:vit_base_patch16_224", f"teacher.sha256={'0a' * 32}")
+
+
+def test_a_files_warmup_is_scaled_to_fewer_epochs_of_the_command_line(tmp_path):
+    file = write(tmp_path / "a.yaml", MAE + "optim: {epochs: 100, warmup_epochs: 20}\n")
+
+    def warmup(*overrides: str, to: Path = file) -> tuple[object, int]:
+        loaded = load_config(to, overrides, root=PretrainConfig)
+        return loaded.config.optim.warmup_epochs, len(loaded.notes)
+
+    assert warmup("optim.epochs=2") == (0.4, 1)
+    assert warmup("optim.epochs=0.3") == (0.06, 1)
+    assert warmup("optim.epochs=20") == (4.0, 1)
+    assert warmup("optim.epochs=50") == (20.0, 0), "only where it would not end within the run"
+    assert warmup("optim.epochs=2", "optim.warmup_epochs=1") == (1.0, 0)
+    assert warmup("optim.epochs=auto") == (20.0, 0)
+    assert warmup("optim.epochs=2", to=write(tmp_path / "b.yaml", MAE)) == (0.4, 1), "the defaults are 20 of 100"
+    origin = load_config(file, ["optim.epochs=2"], root=PretrainConfig).origins["optim.warmup_epochs"]
+    assert origin == f"{file}:6, scaled: 20 of 100 epochs"
+
+
+def test_a_bare_path_that_exists_becomes_kind_and_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/a/run.json", "runs/a/export/config.json", "b.pth", "c.safetensors", "file:d"):
+        write(tmp_path / name, "{}")
+    file = write(tmp_path / "scratch.yaml", SCRATCH)
+    for path, named in {
+        "runs/a": "run:runs/a",
+        "runs/a/export": "local-dir:runs/a/export",
+        f"{tmp_path}/b.pth": f"file:{tmp_path}/b.pth",
+        "c.safetensors": "file:c.safetensors",
+        "run:nowhere": "run:nowhere",
+    }.items():
+        teachers = f"distill={{teachers: ['{path}'], logits: {{weight: 1}}}}"
+        config = load_config(file, [f"init.source={path}", teachers], root=FinetuneConfig).config
+        assert (config.init.source, config.distill.teachers) == (named, (named,))
+    with pytest.raises(ConfigError, match=r"there is no file 'x\.pth'"):
+        load_config(file, ["init.source=x.pth"], root=FinetuneConfig)
+    with pytest.raises(ConfigError, match=r"did you mean timm:resnet50\?"):
+        load_config(file, ["init.source=resnet50"], root=FinetuneConfig)
+    with pytest.raises(ConfigError, match=r"neither a run .* nor an export"):
+        load_config(file, ["init.source=runs"], root=FinetuneConfig)
+
+
 def test_later_files_win_and_paths_are_relative_to_the_file(tmp_path, monkeypatch):
     write(tmp_path / "base.yaml", MAE + "seed: 1\nthreads: 1\ndecoder: {width: 64, num_heads: 4, depth: 1}\n")
     write(tmp_path / "parts" / "small.yaml", "extends: ../base.yaml\nseed: 2\ndecoder: {depth: 2}\n")

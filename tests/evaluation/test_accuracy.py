@@ -75,10 +75,10 @@ def test_every_image_is_judged_once_as_timm_would(shards, samples, oracle, batch
     torch.testing.assert_close(found.losses, F.cross_entropy(logits, labels, reduction="none"), rtol=0, atol=1e-5)
     torch.testing.assert_close(found.confidences, logits.softmax(1).amax(1), rtol=0, atol=1e-6)
     score = found.score
-    assert score.top1 == int((logits.argmax(1) == labels).sum())
-    assert 0 < score.top1 < score.top5 < score.images == 95
+    assert score.top1_correct == int((logits.argmax(1) == labels).sum())
+    assert 0 < score.top1_correct < score.top5_correct < score.images == 95
     assert score.loss == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-6)
-    assert score.line().startswith(f"top-1 {100 * score.top1 / 95:.2f} % ({score.top1} of 95), top-5 ")
+    assert score.line().startswith(f"top-1 {100 * score.top1:.2f} % ({score.top1_correct} of 95), top-5 ")
 
 
 @pytest.mark.parametrize(("count", "world_size", "batch"), [(95, 2, 7), (95, 3, 64), (5, 3, 2), (1, 4, 8), (2, 5, 1)])

@@ -55,7 +55,7 @@ def test_each_network_sees_what_it_would_see_alone(shards):
     for name in ("ids", "labels", "predictions", "losses", "confidences"):
         assert torch.equal(getattr(evaluation, name), getattr(alone[0], name)), name
     assert agreement.same == int((logits[0].argmax(1) == logits[1].argmax(1)).sum()) and 0 < agreement.same < 95
-    assert agreement.teacher_top1 == alone[1].score.top1
+    assert agreement.teacher_top1 == alone[1].score.top1_correct
     expected = F.kl_div(
         logits[0].double().log_softmax(1), logits[1].double().log_softmax(1), log_target=True, reduction="batchmean"
     )

@@ -47,3 +47,16 @@ def test_who_is_right_as_often_as_said_has_no_error():
 
 def test_an_edge_belongs_to_the_bin_below_it():
     assert calibrate(torch.tensor([0.0, 0.5, 0.5000001, 1.0]), torch.ones(4).bool(), bins=2).images == (2, 2)
+
+
+def test_a_small_error_or_few_images_allow_no_verdict():
+    """Guards against 'overconfident' on 20 images, or at an error of 0.2 %."""
+    for right, images, confidence, verdict in (
+        (10, 20, 0.6, ""),
+        (1000, 2000, 0.6, ": overconfident"),
+        (1000, 2000, 0.4, ": underconfident"),
+        (0, 50_000, 0.002, ""),
+    ):
+        correct = torch.arange(images) < right
+        found = calibrate(torch.full((images,), confidence), correct)
+        assert found.line().endswith(f"mean confidence {100 * confidence:.2f} %{verdict}")

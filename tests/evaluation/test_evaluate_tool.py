@@ -19,7 +19,8 @@ from maedistill.weights.class_names import compare_names
 from tests.support.launch import Finished, Launcher
 
 CONFIG = {"input_size": (3, 24, 24), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25), "crop_pct": 0.9}
-COUNTS = ("images", "top1", "top5", "vs_same", "vs_top1")
+COUNTS = ("images", "top1_correct", "top5_correct", "vs_same_images", "vs_top1_correct")
+SHARES = {"top1": "top1_correct", "top5": "top5_correct", "vs_same": "vs_same_images", "vs_top1": "vs_top1_correct"}
 NUMBERS = ("loss", "calibration_error", "confidence", "vs_kl")
 
 
@@ -84,7 +85,8 @@ def results(launcher, made):
 
 def test_any_number_of_processes_counts_the_same(results):
     alone = results[1]
-    assert alone[1]["images"] == 25 and 0 < alone[1]["top1"] < alone[1]["top5"] < 25
+    assert alone[1]["images"] == 25 and 0 < alone[1]["top1"] < alone[1]["top5"] < 1
+    assert all(alone[1][share] == alone[1][count] / 25 for share, count in SHARES.items())
     for ranks in (2, 3):
         assert [results[ranks][1][key] for key in COUNTS] == [alone[1][key] for key in COUNTS]
         for name in NUMBERS:
@@ -98,8 +100,8 @@ def test_any_number_of_processes_counts_the_same(results):
 def test_the_predictions_are_of_every_image_and_give_the_counts(results):
     rows = results[3][2]
     assert [int(row["id"]) for row in rows] == list(range(25)) and len({row["key"] for row in rows}) == 25
-    assert sum(row["label"] == row["top1"] for row in rows) == results[3][1]["top1"]
-    assert sum(row["label"] in [row[f"top{k}"] for k in range(1, 6)] for row in rows) == results[3][1]["top5"]
+    assert sum(row["label"] == row["top1"] for row in rows) == results[3][1]["top1_correct"]
+    assert sum(row["label"] in [row[f"top{k}"] for k in range(1, 6)] for row in rows) == results[3][1]["top5_correct"]
     assert all(row["label_name"] == f"class{int(row['label']):02d}" for row in rows)
 
 
@@ -117,7 +119,7 @@ def test_stdout_says_it_once(results, made):
             *(["speed"] if ranks == 1 else []),
         ]
         assert [line.split()[0] for line in out.splitlines()] == names
-        assert f"({result['top1']} of 25)" in out and result["fingerprint"][:12] in out
+        assert f"({result['top1_correct']} of 25)" in out and result["fingerprint"][:12] in out
         assert "24 px, center crop 0.9, bicubic, mean 0.5 0.4 0.3, std 0.2 0.3 0.25" in out
     result = results[1][1]
     assert 0 < result["latency_ms"] <= result["latency_p90_ms"] and result["images_per_second"] > 0
@@ -133,7 +135,11 @@ def test_classes_and_worst_confusions_are_written_alike_by_any_number_of_process
             assert row == other
     rows = list(csv.DictReader(tables[0]))
     assert len(rows) == 12 and rows[3]["name"] == "class03"
-    for column, count in (("images", 25), ("correct", results[1][1]["top1"]), ("correct5", results[1][1]["top5"])):
+    for column, count in (
+        ("images", 25),
+        ("correct", results[1][1]["top1_correct"]),
+        ("correct5", results[1][1]["top5_correct"]),
+    ):
         assert sum(int(row[column]) for row in rows) == count
     sheets = [np.asarray(Image.open(made / f"out{ranks}" / "worst.png")) for ranks in results]
     assert all(np.array_equal(sheet, sheets[0]) for sheet in sheets) and sheets[0].std() > 0
@@ -145,12 +151,12 @@ def test_agreement_is_what_both_models_say_alone(launcher, made, results):
     evaluate(launcher, made / "teacher", made / "shards/*.tar", "--predictions", out, "--no-latency", "--workers", 0)
     alone = list(csv.DictReader(out.read_text().splitlines()))
     same = sum(row["top1"] == other["top1"] for row, other in zip(alone, results[1][2], strict=True))
-    assert results[1][1]["vs_same"] == same and 0 < same < 25
-    assert results[1][1]["vs_top1"] == sum(row["top1"] == row["label"] for row in alone)
+    assert results[1][1]["vs_same_images"] == same and 0 < same < 25
+    assert results[1][1]["vs_top1_correct"] == sum(row["top1"] == row["label"] for row in alone)
 
 
 MISTAKES = {
-    "no such model": (["resnet18", "{shards}"], 2, "resnet18 is neither", "did you mean timm:resnet18?"),
+    "no such model": (["resnet18", "{shards}"], 2, "'resnet18' is neither", "did you mean timm:resnet18?"),
     "labels beyond the classes": (["{made}/other", "{shards}"], 3, "5 classes, 0 to 4, but 14 of 25", "finetune"),
     "classes in another order": (["{made}/permuted", "{shards}"], 3, "label 0 is 'class01' to it", "order"),
     "the other's classes in another order": (

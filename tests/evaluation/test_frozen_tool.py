@@ -70,13 +70,13 @@ def test_any_number_of_processes_says_the_same(results):
     for form in ("knn", "probe"):
         alone, (_, together) = results[form, 1][1], results[form, 2]
         assert alone.keys() == together.keys()
-        counts = ("top1", "top5", "images", "k", "lr")
+        counts = ("top1", "top1_correct", "top5_correct", "images", "k", "lr")
         for row, other in zip(
             *(found["knn" if form == "knn" else "rates"] for found in (alone, together)), strict=True
         ):
             assert [row.get(name) for name in counts] == [other.get(name) for name in counts]
             assert row.get("loss", 0.0) == pytest.approx(other.get("loss", 0.0), rel=1e-4)
-            assert row["images"] == 24 and 8 <= row["top1"] <= 24
+            assert row["images"] == 24 and 8 <= row["top1_correct"] <= 24 and row["top1"] == row["top1_correct"] / 24
 
 
 def test_the_votes_are_those_of_scikit_learn_on_the_same_features(results, made, shards):
@@ -88,7 +88,7 @@ def test_the_votes_are_those_of_scikit_learn_on_the_same_features(results, made,
     for score in results["knn", 1][1]["knn"]:
         oracle = KNeighborsClassifier(score["k"], metric="cosine", weights=lambda distance: np.exp(-distance / 0.07))
         right = oracle.fit(bank.double(), bank_labels).predict(queries.double()) == labels.numpy()
-        assert score["top1"] == right.sum()
+        assert score["top1_correct"] == right.sum()
 
 
 def test_stdout_says_which_features_and_how_good(results, made):
@@ -96,7 +96,7 @@ def test_stdout_says_which_features_and_how_good(results, made):
     num_heads = ["model", "input", "train", "val", "features", "probe", "lr", "lr", "lr", "result"]
     assert [line.split()[0] for line in out.splitlines()] == num_heads
     assert "mean of the patches at the end of the network, 32 wide" in out
-    assert "batch 16" in out and f"({result['top1']} of 24)" in out.splitlines()[-1]
+    assert "batch 16" in out and f"({result['top1_correct']} of 24)" in out.splitlines()[-1]
     assert "chosen on the same images from 3 rates" in out
     assert result["top1"] == max(rate["top1"] for rate in result["rates"])
     out, result = results["knn", 1]

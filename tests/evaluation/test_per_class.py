@@ -56,7 +56,7 @@ def test_each_class_is_counted_by_itself(evaluation, tmp_path):
 def test_scores_add_up_to_the_evaluation(evaluation):
     _, _, images, top1, top5, *_ = zip(*class_rows(evaluation, {}), strict=True)
     assert sum(images) == evaluation.score.images == 96
-    assert (sum(top1), sum(top5)) == (evaluation.score.top1, evaluation.score.top5)
+    assert (sum(top1), sum(top5)) == (evaluation.score.top1_correct, evaluation.score.top5_correct)
 
 
 def test_the_worst_confusions_are_the_most_frequent_pairs_most_confident_images_first(evaluation):

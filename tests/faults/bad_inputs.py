@@ -174,7 +174,7 @@ CONFIGS = {
     "a checkpoint": yaml("bad.yaml cannot be read", "UTF-8", pth({"model": weights()})),
     "a key twice": yaml("bad.yaml:2: run is given twice", "keep one", "run: a\nrun: b\n"),
     "an unknown key": yaml("unknown key optim.epoch", "did you mean optim.epochs?", "optim: {epoch: 3}\n"),
-    "a wrong type": yaml("expected a number > 0, got [3]", "100.0", "optim: {epochs: [3]}\n"),
+    "a wrong type": yaml("expected a number > 0, or auto, got [3]", "100.0", "optim: {epochs: [3]}\n"),
     "a number of 10,000 digits": case(f"{PRETRAIN} optim.epochs={'9' * 10_000}", 2, "expected a number > 0", "100.0"),
     "files that extend each other": case(
         "pretrain bad.yaml",
@@ -535,7 +535,9 @@ RUNS = {
     "another stage": case(
         f"{FINETUNE} run=bad", 2, "a run of pre-training, not of fine-tuning", "another run=", bad=RUN
     ),
-    "held already": case(f"{PRETRAIN} run=bad --fresh", 2, "already holds a run", "--fresh", bad=RUN),
+    "held already": case(f"{PRETRAIN} run=bad --fresh", 2, "no terminal to ask on", "--yes", bad=RUN),
+    "deleting nothing": case(f"{PRETRAIN} run=bad --yes", 2, "--yes answers", "add --fresh"),
+    "over and on": case(f"{PRETRAIN} run=bad --fresh --extend", 2, "--extend does not", "leave out", bad=RUN),
     "fewer epochs": case(
         f"{PRETRAIN} run=bad optim.epochs=2 --extend", 2, "2 is less than the 3", "only adds", bad=RUN
     ),
@@ -594,7 +596,7 @@ EXPORTS = {
 }
 MODELS = {
     "an encoder": case("evaluate {good}/mae {good}/shards/val-*.tar", 2, "has no classifier", "fine-tune it"),
-    "no model": evaluated(2, "bad is neither a run", "maedistill finetune", folder(thesis__tex="years")),
+    "no model": evaluated(2, "'bad' is neither a run", "maedistill pretrain, finetune", folder(thesis__tex="years")),
     "a record cut": evaluated(
         3, "run.json cannot be read", "run folder", copy_of("tuned", lambda run: (run / "run.json").write_text("{"))
     ),

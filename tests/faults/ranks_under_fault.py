@@ -63,7 +63,7 @@ def _train(fault: str, workers: int) -> None:
     unheard = fault == "dies unheard"  # as under NCCL: the host of rank 0 waits for a device, and nothing tells it
     peers_file._STUCK_SECONDS = 2.0
     with Peers(timeout_seconds=600 if unheard else TIMEOUT, on_loss=_record) as peers:
-        stop = PreemptionHandler(timeout_seconds=TIMEOUT)
+        stop = PreemptionHandler(timeout_seconds=TIMEOUT, leave=lambda: os._exit(130))
         fork = {"multiprocessing_context": "fork", "worker_init_fn": _begin} if workers else {}
         batches = iter(DataLoader(range(STEPS), num_workers=workers, **fork))
         for step in range(1, STEPS + 1):

@@ -5,7 +5,7 @@ import timm
 import torch
 
 from maedistill.errors import ConfigError
-from maedistill.models.encoder import MaskedEncoder, build_vit
+from maedistill.models.encoder import MaskedEncoder, build_vit, nearest_models
 from maedistill.models.initialize import initialize
 
 TINY = {"width": 32, "depth": 3, "num_heads": 2, "patch_size": 4}
@@ -112,3 +112,18 @@ def test_fixed_positions_are_a_saved_buffer() -> None:
 def test_dimensions_that_do_not_fit_are_refused_for_any_name(overrides: dict, cause: str) -> None:
     with pytest.raises(ConfigError, match=cause):
         build_vit("vit_base_patch16_plus_240", **overrides)
+
+
+@pytest.mark.parametrize(
+    ("typed", "nearest"),
+    [
+        ("vit_tny", "vit_tiny_patch16_224"),
+        ("vit_tny_patch16_224", "vit_tiny_patch16_224"),
+        ("vit_samll_patch16_224", "vit_small_patch16_224"),
+        ("vit_bse", "vit_base_patch16_224"),
+        ("deit_smal", "deit_small_patch16_224"),
+        ("resnt18", "resnet18"),
+    ],
+)
+def test_the_nearest_name_begins_like_what_was_typed(typed, nearest):
+    assert nearest_models(typed, timm.list_models())[0] == nearest

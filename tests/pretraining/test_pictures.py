@@ -9,10 +9,10 @@ from maedistill.methods.mae import MAE, PixelSpec
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
-from maedistill.models.masking import random_split
+from maedistill.models.masking import PatchSplit, random_split
 from maedistill.pretraining.pictures import paste, reconstruction_sheet, show_only, tile
 
-GAP, HEADER = 4, 18
+GAP, GROUP_GAP, HEADER = 4, 24, 52
 
 
 def method(side: int) -> MAE:
@@ -41,11 +41,11 @@ def visible(ids: torch.Tensor, side: int) -> torch.Tensor:
     return seen.repeat_interleave(8, 1).repeat_interleave(8, 2)
 
 
-def column(sheet: Image.Image, x: int, side: int) -> torch.Tensor:
-    """The images of a column, shrunk to their own size again: uint8 [B, 3, s, s]."""
-    scale = max(1, -(-96 // side))
+def column(sheet: Image.Image, x: int, side: int, *, gap: int = 0) -> torch.Tensor:
+    """The images of a column, shrunk to their own size again: uint8 [B, 3, s, s]. gap: to the left of the column."""
+    scale = max(1, -(-192 // side))
     step, pixels = side * scale + GAP, torch.from_numpy(np.array(sheet))
-    left = GAP + x * step
+    left = GAP + x * step + gap
     rows = [pixels[HEADER + y * step :][: side * scale, left : left + side * scale] for y in range(3)]
     large = torch.stack(rows)
     small = large[:, ::scale, ::scale]
@@ -56,32 +56,44 @@ def column(sheet: Image.Image, x: int, side: int) -> torch.Tensor:
 @pytest.mark.parametrize(("side", "teacher"), [(32, True), (32, False), (128, True)])
 def test_a_sheet_shows_what_each_sees_and_what_is_predicted(side, teacher):
     module, (images, split) = method(side), batch(side)
-    sheet = reconstruction_sheet(module, images, split, teacher=teacher)
-    shown = side * max(1, -(-96 // side))
-    assert sheet.size == ((3 + teacher) * (shown + GAP) + GAP, HEADER + 3 * (shown + GAP)) and module.training
+    sheet = reconstruction_sheet(module, images, split, teacher=teacher, title="run, step 7")
+    shown = side * max(1, -(-192 // side))
+    assert sheet.size == ((4 + teacher) * (shown + GAP) + GAP + GROUP_GAP, HEADER + 3 * (shown + GAP))
+    assert module.training
     levels = (images * 255).round().byte()
-    assert torch.equal(column(sheet, 0, side), levels)
-    for x, ids in [(1, split.student), (2, split.teacher)][: 1 + teacher]:
+    for x, ids in [(0, split.student), (1, split.teacher)][: 1 + teacher]:
         seen = visible(ids, side)[:, None].expand_as(levels)
         found = column(sheet, x, side)
         assert torch.equal(found[seen], levels[seen]) and found[~seen].unique().tolist() == [128]
+    predicted, true, error = (column(sheet, 1 + teacher + x, side, gap=GROUP_GAP) for x in range(3))
+    assert torch.equal(true, levels)
     seen = visible(split.student, side)[:, None].expand_as(levels)
-    predicted = column(sheet, 2 + teacher, side)
     assert torch.equal(predicted[seen], levels[seen])
     drawn = (module.eval().draw(images, split) * 255).round().byte()
     assert torch.equal(predicted[~seen], drawn[~seen]) and (drawn[~seen] != levels[~seen]).any()
+    distance = 2 * (predicted.float() - levels.float()).abs().mean(1, keepdim=True).clamp(max=127.5)
+    assert not error[seen].any() and (error.float() - distance).abs().max() <= 2, "twice the distance, in grey"
 
 
-def test_columns_are_labelled_in_their_own_ink():
+def test_a_teacher_that_sees_the_same_patches_has_no_column():
+    module, (images, split) = method(32), batch(32)
+    same = PatchSplit(split.order, split.num_student, split.num_student)
+    sheets = [reconstruction_sheet(module, images, one, teacher=True) for one in (same, split)]
+    assert sheets[1].width - sheets[0].width == 192 + GAP
+
+
+def test_columns_and_the_sheet_are_labelled_in_their_own_ink():
     images, _ = batch(32)
-    plain, labelled = tile({"": images, " ": images}), tile({"image": images, "student sees": images})
-    num_heads = [np.array(sheet.crop((0, 0, sheet.width, HEADER))) for sheet in (plain, labelled)]
-    assert num_heads[0].min() == 255 and all((num_heads[1][:, x : x + 96] < 128).any() for x in (GAP, 100 + GAP))
+    plain, labelled = tile([{"": images}, {" ": images}]), tile([{"image": images}, {"true": images}], title="run")
+    heads = [np.array(sheet.crop((0, 0, sheet.width, HEADER))) for sheet in (plain, labelled)]
+    assert heads[0].min() == 255 and (heads[1][: HEADER // 2] < 128).any()
+    assert all((heads[1][HEADER // 2 :, x : x + 192] < 128).any() for x in (GAP, 196 + GAP + GROUP_GAP))
     assert np.array_equal(np.array(plain)[HEADER:], np.array(labelled)[HEADER:])
+    assert (np.array(plain)[:, 196 + GAP : 196 + GROUP_GAP] == 255).all(), "the groups are apart"
 
 
 def test_values_out_of_range_are_clipped_not_wrapped():
-    sheet = tile({"image": torch.tensor([-1.0, 2.0, 0.5]).view(1, 3, 1, 1).expand(3, 3, 32, 32)})
+    sheet = tile([{"image": torch.tensor([-1.0, 2.0, 0.5]).view(1, 3, 1, 1).expand(3, 3, 32, 32)}])
     assert column(sheet, 0, 32)[0, :, 0, 0].tolist() == [0, 255, 128]
 
 

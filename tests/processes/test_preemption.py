@@ -9,8 +9,14 @@ from maedistill.processes.preemption import SIGNALS, PreemptionHandler
 
 
 @pytest.fixture
-def stop():
-    request = PreemptionHandler(timeout_seconds=10)
+def left():
+    """How often a second Ctrl-C has asked to leave at once."""
+    return []
+
+
+@pytest.fixture
+def stop(left):
+    request = PreemptionHandler(timeout_seconds=10, leave=lambda: left.append("now"))
     yield request
     request.close()
 
@@ -25,11 +31,28 @@ def test_a_signal_is_answered_at_the_end_of_the_step(stop, number):
 
 
 def test_the_handlers_of_before_come_back():
-    before = [signal.getsignal(number) for number in (*SIGNALS, signal.SIGINT)]
-    request = PreemptionHandler(timeout_seconds=10)
-    assert signal.getsignal(signal.SIGINT) is before[-1]  # Ctrl-C is nothing of ours
-    request.close()
-    assert [signal.getsignal(number) for number in (*SIGNALS, signal.SIGINT)] == before
+    before = [signal.getsignal(number) for number in SIGNALS]
+    PreemptionHandler(timeout_seconds=10, leave=lambda: None).close()
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_second_ctrl_c_leaves_at_once_and_the_echo_of_a_launcher_does_not(stop, left, monkeypatch, capfd):
+    now = 100.0
+    monkeypatch.setattr(interrupt.time, "monotonic", lambda: now)
+    signal.raise_signal(signal.SIGINT)
+    now += 0.1
+    signal.raise_signal(signal.SIGINT)
+    assert not left and stop.agreed() == signal.SIGINT
+    now += 0.9
+    signal.raise_signal(signal.SIGINT)
+    assert left == ["now"]
+    assert capfd.readouterr().err.count("Ctrl-C") == 1
+
+
+def test_ctrl_c_counts_more_than_the_sigterm_that_a_launcher_adds(stop):
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGINT)
+    assert stop.agreed() == signal.SIGINT
 
 
 def test_one_notice_may_come_twice_and_a_later_repetition_ends_the_process(stop, monkeypatch):

@@ -1,16 +1,120 @@
-"""Charts of networks are pictures, with everything that they should name."""
+"""Charts of networks and curves: pictures with everything that they should show, and one color per network."""
 
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PathCollection
+from matplotlib.colors import to_hex
 from PIL import Image
 
-from maedistill.report.charts import accuracy_chart, latency_chart
+from maedistill.report import charts, curves
+from maedistill.report.charts import Accuracy, Timed, accuracy_chart, latency_chart, network_colors
+from maedistill.report.curves import draw_curves, mean_metric
+from maedistill.report.intervals import of_count, of_seeds
+
+ORDER = ["teacher", "a", "b", "c"]
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list:
+    """The figures of the pictures that a test draws."""
+    drawn = []
+    for module in (charts, curves):
+        original = module.new_canvas
+
+        def new_canvas(*, figsize, original=original) -> FigureCanvasAgg:
+            drawn.append((canvas := original(figsize=figsize)).figure)
+            return canvas
+
+        monkeypatch.setattr(module, "new_canvas", new_canvas)
+    return drawn
+
+
+def records(steps: int = 40) -> list[dict]:
+    """A run whose first loss is far above the others."""
+    rows = []
+    for step in range(1, steps + 1):
+        loss = {
+            "pixels": 100.0 if step == 1 else 1 / step,
+            "align/1": 0.5,
+            "align/2": 1.5,
+            "lr": 1e-3,
+            "grad_norm": 2.0,
+        }
+        rows.append({"step": step, "epoch": step / 4, "trained_seconds": 30.0 * step, "images_per_second": 9.0, **loss})
+    return [*rows, {"step": steps, "epoch": steps / 4, "knn": 0.8, "images": 100}]
 
 
 def test_pictures_are_written(tmp_path) -> None:
-    row = {"top1": 90, "images": 100, "latency_ms": 1.5, "parameters": 450_000}
-    rows = {name: row | {"latency_ms": latency} for name, latency in (("a", 1.5), ("b", 1.5), ("teacher", 3.0))}
-    seeds = {"a": [0.5], "b": [0.4, 0.6]}
-    for path in (latency_chart(rows, tmp_path / "l.png"), accuracy_chart(seeds, tmp_path / "a.png")):
+    rows = {name: Timed(of_count(90, 100), 450_000, latency) for name, latency in (("a", 1.5), ("b", 1.5), ("c", 3.0))}
+    seeds = {"a": Accuracy([0.5], of_count(50, 100)), "b": Accuracy([0.4, 0.6], of_seeds([0.4, 0.6]))}
+    paths = [
+        latency_chart(rows, tmp_path / "l.png", order=ORDER),
+        accuracy_chart(seeds, tmp_path / "a.png", order=ORDER),
+        draw_curves({"a": records(), "b": records()}, tmp_path / "c.png", order=ORDER, over="minutes"),
+        draw_curves({"a": records()}, tmp_path / "d.png", restarts=[20]),
+    ]
+    for path in paths:
         with Image.open(path) as picture:
             assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
+            assert picture.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255), "legible on a dark page"
     for chart in (latency_chart, accuracy_chart):
-        assert chart({}, tmp_path / "none.png") is None and not (tmp_path / "none.png").exists()
+        assert chart({}, tmp_path / "none.png", order=ORDER) is None and not (tmp_path / "none.png").exists()
+
+
+def test_a_network_has_one_color_in_every_panel_and_picture(figures, tmp_path) -> None:
+    colors = {name: to_hex(color) for name, color in network_colors(ORDER).items()}
+    assert len(set(colors.values())) == 4 and len(set(network_colors([*map(str, range(30))]).values())) == 30
+    rows = {name: Timed(of_count(90, 100), 450_000, 1.5) for name in ("b", "c")}
+    latency_chart(rows, tmp_path / "l.png", order=ORDER)
+    accuracy_chart({name: Accuracy([0.9], of_count(90, 100)) for name in ("b", "c")}, tmp_path / "a.png", order=ORDER)
+    draw_curves({"b": records()[:2], "c": records()}, tmp_path / "c.png", order=ORDER)
+    for figure in figures:
+        lines = [to_hex(line.get_color()) for axes in figure.axes for line in axes.get_lines()]
+        discs = [
+            to_hex(disc.get_facecolor()[0])
+            for axes in figure.axes
+            for disc in axes.collections
+            if len(disc.get_facecolor())
+        ]
+        assert {colors["b"], colors["c"]} <= set(lines) <= {colors["b"], colors["c"], "#000000"}, lines
+        assert set(discs) <= {colors["b"], colors["c"]}
+
+
+def test_networks_of_one_latency_stand_side_by_side_with_their_intervals(figures, tmp_path) -> None:
+    rows = {name: Timed(of_count(k, 100), 450_000, 2.0) for name, k in (("a", 90), ("b", 90), ("c", 80))}
+    latency_chart(rows, tmp_path / "l.png", order=ORDER)
+    (axes,) = figures[0].axes
+    places = [float(disc.get_offsets()[0][0]) for disc in axes.collections if isinstance(disc, PathCollection)]
+    assert len(set(places)) == 3 and sum(places) / 3 == pytest.approx(2.0) and max(places) - min(places) < 0.2
+    bars = [bar.get_segments()[0][:, 1].tolist() for bar in axes.collections if hasattr(bar, "get_segments")]
+    assert bars[0] == pytest.approx([100 * of_count(90, 100).low, 100 * of_count(90, 100).high])
+
+
+def test_panels_have_units_and_the_first_loss_does_not_stretch_the_axis(figures, tmp_path) -> None:
+    draw_curves({"a": records()}, tmp_path / "c.png", restarts=[20])
+    panels = {axes.get_title(): axes for axes in figures[0].axes if axes.get_title()}
+    assert list(panels) == [
+        "pixel loss (start cut off)",
+        "direct alignment",
+        "kNN top-1",
+        "learning rate",
+        "gradient norm",
+        "throughput",
+    ]
+    assert all(axes.get_ylabel() and axes.get_xlabel() == "epoch" for axes in panels.values())
+    assert panels["pixel loss (start cut off)"].get_ylim()[1] < 1
+    assert not figures[0].legends, "one run needs no legend"
+    low, high = panels["kNN top-1"].get_ylim()
+    assert 60 < low < 80 < high < 100, "a single point has the axis of its interval"
+    marks = [line.get_xdata()[0] for line in panels["throughput"].get_lines() if line.get_linestyle() == ":"]
+    assert marks == [5.0]
+    draw_curves({"a": records(), "b": records()}, tmp_path / "m.png", over="minutes")
+    assert [text.get_text() for text in figures[1].legends[0].get_texts()] == ["a", "b"]
+    line = figures[1].axes[0].get_lines()[0]
+    assert line.get_xdata()[-1] == 20.0 and figures[1].axes[0].get_xlabel() == "minutes of training"
+
+
+def test_a_metric_is_its_own_and_a_group_is_a_mean() -> None:
+    record = {"top1": 0.5, "top1_correct": 50, "align/1": 1.0, "align/2": 2.0, "align/3": None}
+    assert mean_metric(record, "top1") == 0.5 and mean_metric(record, "align/") == 1.5
+    assert mean_metric(record, "knn") is mean_metric({}, "align/") is None

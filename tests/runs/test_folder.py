@@ -1,13 +1,20 @@
 """Who may continue a run folder, and what exit.json keeps."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+import torch
 
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError
+from maedistill.runs.checkpoint import Snapshot, write_snapshot
 from maedistill.runs.folder import RunFolder
+from maedistill.runs.provenance import git_state
+from maedistill.runs.records import AppendOnlyFile
 
 METADATA = {
     "stage": "pretrain",
@@ -101,3 +108,75 @@ def test_a_run_never_begins_in_somebodys_folder(config, tmp_path):
     with pytest.raises(ConfigError), RunFolder(config().run).recorded_end():
         raise ConfigError("a start that failed early", "leaves nothing there")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["train"]
+
+
+def test_fresh_deletes_what_a_run_writes_and_nothing_else(config):
+    folder = begun(config)
+    (folder.path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (folder.path / "notes.txt").write_text("mine")
+    (folder.path / "export").mkdir()
+    other = config("seed=1")  # other settings are no reason to keep it
+    RunFolder(folder.path).open(other, METADATA | {"init": "timm:x of step 2"}, execution={}, fresh=True, extend=False)
+    left = {path.name for path in folder.path.iterdir()}
+    assert left == {"config.yaml", "run.json", "train.log", "lock", "pictures", "notes.txt"}
+    assert folder.load_config().seed == 1 and len(folder.metadata()["starts"]) == 1
+    assert folder.metadata()["init"] == "timm:x of step 2"
+
+
+def test_fresh_spares_a_folder_in_use_and_one_that_is_no_run(config):
+    folder = begun(config)
+    before = sorted(folder.path.rglob("*"))  # this process holds the lock, so another one tries
+    program = f"""
+from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.runs.folder import RunFolder
+config = load_config({str(folder.config)!r}, root=PretrainConfig).config
+RunFolder(config.run).open(config, {METADATA!r}, execution={{}}, fresh=True, extend=False)
+"""
+    with folder.recorded_end():
+        tried = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert "is in use by process" in tried.stderr and sorted(folder.path.rglob("*")) == before
+    (folder.path / "run.json").unlink()
+    with pytest.raises(ConfigError, match="nothing vouches"):
+        RunFolder(folder.path).open(config(), METADATA, execution={}, fresh=True, extend=False)
+    assert folder.checkpoints.is_dir()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_files_have_the_permissions_that_the_umask_gives(config, umask, mode):
+    before = os.umask(umask)
+    try:
+        folder = begun(config)
+        snapshot = Snapshot(2, {"model.safetensors": {"w": torch.ones(2)}}, "{}")
+        write_snapshot(folder.checkpoints, snapshot, keep=2)
+        lines = AppendOnlyFile(folder.path / "metrics.jsonl")
+        lines.append("{}")
+    finally:
+        os.umask(before)
+    files = [path for path in folder.path.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {
+        "run.json",
+        "train.log",
+        "model.safetensors",
+        "state.json",
+        "metrics.jsonl",
+    }
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {path.name: oct(mode) for path in files}
+
+
+def test_the_record_of_a_start_names_versions_and_the_commit(config, tmp_path):
+    start = begun(config).metadata()["starts"][0]
+    assert {"time", "command", "host", "versions", "source"} <= start.keys()
+    assert start["versions"].keys() >= {"maedistill", "python", "torch", "timm", "deepspeed"}
+    package = tmp_path / "checkout/package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    git = ["git", "-C", str(package), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q", ".."], check=True)
+    assert git_state(package) is None  # installed into somebody else's checkout
+    subprocess.run([*git, "add", "__init__.py"], check=True)
+    subprocess.run([*git, "commit", "-qm", "one"], check=True)
+    clean = git_state(package)
+    (package / "__init__.py").write_text("changed")
+    assert len(clean["commit"]) == 40 and not clean["dirty"]
+    assert git_state(package) == clean | {"dirty": True}

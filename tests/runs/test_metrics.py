@@ -1,12 +1,14 @@
 """How long a run waits for data, on a GPU's own time line too; and the hint about it, said once, when it is due."""
 
 import itertools
+import json
+import sys
 
 import pytest
 import torch
 
 from maedistill.runs import metrics
-from maedistill.runs.metrics import Clock, DataWaitHint
+from maedistill.runs.metrics import Averages, Clock, DataWaitHint
 
 
 class Card:
@@ -73,3 +75,33 @@ def test_the_hint_names_what_is_set_and_what_is_missing(monkeypatch: pytest.Monk
         said = [hint.note(0.31, workers=7) for _ in range(4)][-1]
         assert "31%" in said and "data.workers, now 7" in said and "--shorter-side" in said
         assert ("pip install simplejpeg" in said) == is_named
+
+
+def test_means_go_on_over_a_restart_exactly() -> None:
+    values = [torch.tensor(value, dtype=torch.float32) for value in (1 / 3, 1e3 / 7, torch.nan, 1e-3 / 3, 2 / 7)]
+    whole, first, second = Averages(), Averages(), Averages()
+    for value in values:
+        whole.add({"loss": value})
+    for value in values[:3]:
+        first.add({"loss": value})
+    second.restore(json.loads(json.dumps(first.totals())), device=torch.device("cpu"))
+    for value in values[3:]:
+        second.add({"loss": value})
+    assert second.read() == whole.read() and second.read() == {}
+
+
+def test_tensorboard_has_groups_and_the_settings_and_its_absence_is_said(tmp_path, monkeypatch, capsys) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    file = metrics.MetricsFile(tmp_path, first_step=0, tensorboard=True)
+    file.write(1, {"loss": 1.0, "lr": 0.1, "images_per_second": 5.0, "epoch": 0.5})
+    file.write(1, {"knn": 0.5, "epoch": 0.5})
+    file.close()
+    events = EventAccumulator(str(tmp_path / "tb")).Reload().Tags()
+    names = {"train/loss", "train/lr", "train/epoch", "sys/images_per_second", "val/knn", "val/epoch"}
+    assert set(events["scalars"]) == names and events["tensors"] == ["config/text_summary"]
+    assert [set(record) for record in metrics.read_metrics(tmp_path)][1] == {"step", "knn", "epoch"}  # flat as ever
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    metrics.MetricsFile(tmp_path, first_step=0, tensorboard=True).close()
+    assert capsys.readouterr().out.count("tensorboard is not installed") == 1

@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from maedistill.commands.study import report
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
@@ -16,7 +18,7 @@ from maedistill.config.render import config_yaml
 from maedistill.data.shards.index import open_index
 from maedistill.errors import ConfigError, DataError
 from maedistill.report import comparison
-from maedistill.report.comparison import ComparedNetwork, write_comparison
+from maedistill.report.comparison import ComparedNetwork, headline, read_results, text_table, write_comparison
 from maedistill.study import results_page
 from maedistill.study.completion import is_done, is_scored
 from maedistill.study.results import collect, statistics, summarize
@@ -48,9 +50,10 @@ def made(folder: Path, config, *, shards: Path, top1: int | None = None, pixels:
     last = {"step": 8, "epoch": 1.0, "loss": 1.0, "images_per_second": 50.0, "trained_seconds": 75.0}
     records = [last | ({"pixels": pixels} if stage == "pretrain" else {})]
     if top1 is not None:
-        records.append({"step": 8, "epoch": 1.0, "top1": top1, "top5": 200, "images": 200, "val_loss": 1.0})
+        score = {"top1": top1 / 200, "top1_correct": top1, "top5": 1.0, "top5_correct": 200, "images": 200}
+        records.append({"step": 8, "epoch": 1.0, **score, "val_loss": 1.0})
     else:
-        records.append({"step": 8, "epoch": 1.0, "knn": 0.25})
+        records.append({"step": 8, "epoch": 1.0, "knn": 0.25, "images": 24})
     (folder / "pictures").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(folder / "pictures/step_000000008.png")
     (folder / "config.yaml").write_text(config_yaml(config))
@@ -108,11 +111,14 @@ def test_statistics_are_numpy_s() -> None:
 def test_differences_are_paired_by_seed() -> None:
     draws = np.random.default_rng(0).uniform(0.4, 0.9, (2, 4))
     one, other = (dict(zip(seeds, row, strict=True)) for seeds, row in zip(("0135", "0125"), draws, strict=True))
-    runs, baseline = ({seed: {"finetune": {"accuracy": v}} for seed, v in row.items()} for row in (one, other))
+    runs, baseline = ({seed: {"finetune": {"top1": v}} for seed, v in row.items()} for row in (one, other))
     differences = np.array([one[seed] - other[seed] for seed in "015"])
     found = summarize(runs, baseline)["difference"]
     assert found["n"] == 3 and found["mean"] == pytest.approx(np.mean(differences))
     assert found["sd"] == pytest.approx(np.std(differences, ddof=1))
+    half = 4.3027 * np.std(differences, ddof=1) / np.sqrt(3)  # Student's t with 2 degrees of freedom
+    assert (found["low"], found["high"]) == pytest.approx((np.mean(differences) - half, np.mean(differences) + half))
+    assert found["interval"] == "seeds"
 
 
 def test_rows_that_share_a_pre_training_share_its_facts_and_no_baseline_means_no_differences(study_folder) -> None:
@@ -125,7 +131,7 @@ def test_rows_that_share_a_pre_training_share_its_facts_and_no_baseline_means_no
     assert again["each"] == {"0": 0.6} and again["pixels"] == results["networks"]["mae"]["summary"]["pixels"]
     assert all(network["summary"]["difference"]["n"] == 0 for network in results["networks"].values())
     page = write_results(results, study_folder, title="x", command="y").read_text()
-    assert "| again | 1 | 60.00 % | 0: 60.00 |" in page and "against" not in page
+    assert "| again | 1 | 60.00 % | 53.08 to 66.54 | 0: 60.00 |" in page and "against" not in page
     waiting = "large/seed_0/finetune, again/seed_1/finetune, again/seed_2/finetune, never/seed_0/finetune, never/seed_1"
     assert f"not begun: {waiting}/finetune and 1 more.**" in page
 
@@ -143,8 +149,9 @@ def test_a_study_s_results_are_those_of_its_finished_runs(study_folder) -> None:
     results = collect(Study.model_validate(STUDY), study_folder, [0, 1, 2])
     networks = {name: network["summary"] for name, network in results["networks"].items()}
     assert list(networks) == ["large", "small", "scratch", "mae", "dmae"]
-    assert networks["mae"]["accuracy"] == {"n": 3, "mean": pytest.approx(0.62), "sd": pytest.approx(0.02)}
-    assert networks["scratch"]["each"] == {"0": 0.5, "1": 0.55} and networks["large"]["accuracy"]["n"] == 0
+    found = networks["mae"]["top1"]
+    assert (found["n"], found["mean"], found["sd"]) == (3, pytest.approx(0.62), pytest.approx(0.02))
+    assert networks["scratch"]["each"] == {"0": 0.5, "1": 0.55} and networks["large"]["top1"]["n"] == 0
     assert networks["dmae"]["difference"]["mean"] == pytest.approx((6 + 2 + 12) / 3 / 200)
     assert networks["scratch"]["difference"]["n"] == 2 and networks["mae"]["difference"]["n"] == 0
     assert networks["dmae"]["pixels"]["mean"] == pytest.approx(0.6) and networks["scratch"]["pixels"]["n"] == 0
@@ -154,22 +161,31 @@ def test_a_study_s_results_are_those_of_its_finished_runs(study_folder) -> None:
     assert [run["ended"] for run in results["unfinished"]] == [None, None]
     page = write_results(results, study_folder, title="Three", command="python tools/study.py g.yaml").read_text()
     lines = page.splitlines()
-    assert "| dmae | 3 | 65.33 ± 4.04 % | 0: 63.00, 1: 63.00, 2: 70.00 | +3.33 ± 2.52 |" in lines
-    assert "| scratch | 2 | 52.50 ± 3.54 % | 0: 50.00, 1: 55.00 | -8.50 ± 2.12 |" in lines
+    each = "0: 63.00, 1: 63.00, 2: 70.00"
+    assert f"| dmae | 3 | 65.33 ± 4.04 % | 55.29 to 75.37 | {each} | +3.33 ± 2.52 (-2.92 to +9.59) |" in lines
+    assert any(
+        line.startswith("| scratch | 2 | 52.50 ± 3.54 % | ") and "| -8.50 ± 2.12 (-27.56" in line for line in lines
+    )
     assert "| mae | 0.03 M | 3 epochs x 96 | 0.6000 | 25.0 % | 1m15s | 1 epochs x 96 | 1m15s |" in lines
     assert "| small | 0.03 M | 3 epochs x 96 | 0.5000 | 25.0 % | 1m15s | - | - |" in lines
     assert "not counted: scratch/seed_2/finetune (at epoch 1.0); not begun: large/seed_0/finetune.**" in page
     assert "`against mae`: mean" in page and "Command: `python tools/study.py g.yaml`" in page
     assert "do not compare" not in page and (study_folder / "results.png").is_file()
     saved = json.loads((study_folder / "results.json").read_text())
-    assert saved["networks"]["dmae"]["runs"]["2"]["finetune"]["top1"] == 140
+    assert saved["networks"]["dmae"]["runs"]["2"]["finetune"]["top1_correct"] == 140
 
 
 def test_one_seed_has_no_spread_and_a_test_set_its_column(study_folder) -> None:
-    (study_folder / "mae/seed_0/finetune/test.json").write_text(json.dumps({"top1": 30, "images": 40}))
+    (study_folder / "mae/seed_0/finetune/test.json").write_text(
+        json.dumps({"top1": 0.75, "top1_correct": 30, "images": 40})
+    )
     results = collect(Study.model_validate(STUDY), study_folder, [0])
     summaries = {name: network["summary"] for name, network in results["networks"].items()}
-    assert accuracy_table(summaries, "mae")[5] == "| mae | 1 | 60.00 % | 0: 60.00 | - | 75.00 % |"
+    rows = accuracy_table(summaries, "mae")
+    assert rows[5] == "| mae | 1 | 60.00 % | 53.08 to 66.54 | 0: 60.00 | - | 75.00 % |"
+    # Newcombe's interval of 126 and 120 of 200: no predictions say which images.
+    assert summaries["dmae"]["difference"]["interval"] == "images"
+    assert rows[6].startswith("| dmae | 1 | 63.00 % | 56.12 to 69.39 | 0: 63.00 | +3.00 (-6.49 to +12.41) |")
 
 
 def test_a_run_is_done_by_the_same_settings_on_the_same_images_only(configs, shards, tmp_path) -> None:
@@ -216,30 +232,63 @@ def networks(study_folder) -> dict[str, ComparedNetwork]:
         run = study_folder / name / "seed_0"
         (run / "export").mkdir()
         (run / "export/model.safetensors").write_bytes(bytes(1_234_000))
-        score = {"top1": TOP1[name][0], "images": 200, "parameters": 450_000, "latency_ms": 1.25 + i}
-        (run / "score.json").write_text(json.dumps(score | {"images_per_second": 700.4, "device": "CPU, 2 threads"}))
+        correct = TOP1[name][0]
+        score = {"top1": correct / 200, "top1_correct": correct, "images": 200, "parameters": 450_000}
+        if name == "scratch":  # the two have one architecture, so the other is not timed
+            score |= {"latency_ms": 1.25, "images_per_second": 700.4, "device": "CPU, 2 threads"}
+        (run / "score.json").write_text(json.dumps(score))
+        first = 10 * i  # both are right on 90 images, scratch alone on 10, dmae alone on 36
+        text = "".join(f"{k},1,{int(first <= k < first + correct)}\n" for k in range(200))
+        (run / "finetune/predictions.csv").write_text(f"id,label,top1\n{text}")
         pretrain = run / "pretrain" if name == "dmae" else None
         found[name] = ComparedNetwork(pretrain, run / "finetune", run / "export", run / "score.json")
     return found
 
 
 def test_the_page_of_networks_shows_size_accuracy_speed_and_what_they_learnt(networks, study_folder) -> None:
-    report = write_comparison(networks, study_folder, title="Two", notes=["A note.", "Another."])
-    page = report.read_text()
-    assert page.startswith("# Two\n\nA note.\n\nAnother.\n")
-    assert "| scratch | 50.00 % (100 of 200) | 0.45 M | 1.23 | 1.25 ms | 700 | - | 1m15s |" in page
-    assert "| dmae | 63.00 % (126 of 200) | 0.45 M | 1.23 | 2.25 ms | 700 | 1m15s | 1m15s |" in page
-    assert re.search(r"\| dmae \| mae \| .* \| 0\.5000 \|", page) and "CPU, 2 threads" in page
-    links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page)
-    assert links == ["networks.png", "curves.png", "dmae/seed_0/pretrain/pictures/step_000000008.png"]
+    results = read_results(networks, baseline="scratch")
+    page = write_comparison(networks, results, study_folder, title="Two", baseline="scratch", notes=["A.", "B."])
+    text = page.read_text()
+    assert text.startswith("# Two\n\nA.\n\nB.\n")
+    rest = "0.45 M | 1.25 ms | 1.23 | 700"
+    assert f"| scratch | 50.0 % (100 of 200) | 43.1 to 56.9 | - | {rest} | - | 1m15s |" in text
+    gain = "+13.0 (+6.5 to +19.3)"  # 36 won and 10 lost of 200, half an image more in each cell
+    assert f"| dmae | 63.0 % (126 of 200) | 56.1 to 69.4 | {gain} | {rest} | 1m15s | 1m15s |" in text
+    assert re.search(r"\| dmae \| mae \| .* \| 0\.5000 \|", text) and "CPU, 2 threads" in text
+    links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    picture = "dmae/seed_0/pretrain/pictures/step_000000008.png"
+    assert links == ["networks.png", "curves.png", "curves_minutes.png", picture]
     for link in links:
-        assert (report.parent / link).read_bytes().startswith(b"\x89PNG"), link
+        assert (page.parent / link).read_bytes().startswith(b"\x89PNG"), link
+    table = text_table(results, baseline="scratch")
+    assert len(table) == 3 and max(map(len, table)) <= 100 and gain in table[2]
+
+
+def test_the_headline_says_when_chance_may_explain_the_difference(networks) -> None:
+    results = read_results(networks, baseline="scratch")
+    text = headline(results, student="dmae", teacher="scratch", baseline="scratch")
+    assert "+13.0 points" in text and "+6.5 to +19.3, paired images" in text and "includes 0" not in text
+    for network in networks.values():  # without predictions of the images the difference is not paired
+        (network.finetune / "predictions.csv").unlink()
+    close = json.loads(networks["dmae"].score.read_text()) | {"top1": 0.52, "top1_correct": 104}
+    networks["dmae"].score.write_text(json.dumps(close))
+    results = read_results(networks, baseline="scratch")
+    text = headline(results, student="dmae", teacher="scratch", baseline="scratch")
+    assert "+2.0 points" in text and "-7.7 to +11.7, images" in text and "includes 0" in text
+
+
+def test_a_study_in_which_nothing_ran_is_refused(study_folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["maedistill", "study", "x", "--report"])
+    study = Study.model_validate(STUDY)
+    assert not report(study, tmp_path / "none", [0], title="x") and not (tmp_path / "none").exists()
+    assert report(study, study_folder, [0], title="x") and (study_folder / "results.md").is_file()
 
 
 def test_pages_do_without_matplotlib(networks, study_folder, monkeypatch) -> None:
     for module, chart in ((results_page, "accuracy_chart"), (comparison, "latency_chart"), (comparison, "draw_curves")):
-        monkeypatch.setattr(module, chart, lambda *_: None)
-    page = write_comparison(networks, study_folder, title="Two").read_text()
+        monkeypatch.setattr(module, chart, lambda *_, **__: None)
+    found = read_results(networks, baseline="scratch")
+    page = write_comparison(networks, found, study_folder, title="Two", baseline="scratch").read_text()
     assert re.findall(r"!\[[^]]*\]\(([^)]+)\)", page) == ["dmae/seed_0/pretrain/pictures/step_000000008.png"]
     results = collect(Study.model_validate(STUDY), study_folder, [0])
     assert "![" not in write_results(results, study_folder, title="x", command="y").read_text()

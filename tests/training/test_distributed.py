@@ -1,6 +1,8 @@
 """Who am I, from each launcher's environment; and what the collectives give on one and on two processes."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ import torch
 
 from maedistill.errors import ConfigError
 from maedistill.processes.distributed import first_host, prepare_environment
+from tests.support.launch import free_port, rank_variables
 
 
 @pytest.mark.parametrize(
@@ -106,3 +109,53 @@ def test_a_rank_whose_peer_never_comes_says_so_and_ends():
     assert ended.returncode == 5
     assert "the 2 processes of this run did not find each other within 1 s at 127.0.0.1:0" in ended.stderr
     assert ended.stdout == ""
+
+
+LISTENERS = """
+import json, os
+from contextlib import suppress
+from maedistill.errors import exit_code_of
+from maedistill.training.engine import initialize_distributed
+from maedistill.processes import distributed
+
+def listening():
+    sockets = set()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            sockets.add(os.readlink(f"/proc/self/fd/{name}"))
+    lines = [line.split() for table in ("tcp", "tcp6") for line in open(f"/proc/net/{table}").readlines()[1:]]
+    return [words[1].split(":")[0] for words in lines if words[3] == "0A" and f"socket:[{words[9]}]" in sockets]
+
+def main():
+    initialize_distributed(30)
+    distributed.barrier()
+    print(json.dumps(listening()))
+    distributed.barrier()
+
+raise SystemExit(exit_code_of(main))
+"""
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}  # 127.0.0.1 and ::1
+
+
+def start_ranks(code, ranks, port):
+    variables = [rank_variables(rank, ranks, port) for rank in range(ranks)]
+    words = [sys.executable, "-c", code]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(words, env=os.environ | one, **streams) for one in variables]
+    return [(process.communicate(timeout=120), process.returncode) for process in started]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_on_one_machine_nothing_listens_to_the_network(ranks):
+    for (out, err), code in start_ranks(LISTENERS, ranks, free_port()):
+        assert code == 0, err
+        assert set(json.loads(out.splitlines()[-1])) <= LOOPBACK
+
+
+def test_a_port_in_use_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        environment = os.environ | rank_variables(0, 2, port)
+        words = [sys.executable, "-c", LISTENERS]
+        ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and f"port {port}" in ended.stderr and "--master_port" in ended.stderr

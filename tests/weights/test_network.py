@@ -119,9 +119,11 @@ def test_a_size_that_a_network_cannot_take_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("source", "error", "cause", "remedy"),
     [
-        ("resnet18", ConfigError, "resnet18 is neither a folder nor", "timm:resnet18"),
-        ("file:model.pth", ConfigError, "file:model.pth is neither a folder nor", "local-dir:PATH"),
-        ("{folder}", ConfigError, "neither a run", "maedistill finetune"),
+        ("resnet18", ConfigError, "'resnet18' is neither a path", "timm:resnet18"),
+        ("file:model.pth", DataError, "model.pth: no such file", "check the path"),
+        ("model.pth", ConfigError, "there is no file 'model.pth'", "check the path"),
+        ("random:resnet18", ConfigError, "no meaning here", "local-dir"),
+        ("{folder}", ConfigError, "neither a run", "maedistill pretrain, finetune or export"),
         ("run:{folder}", DataError, "holds no run", "run folder"),
         ("timm:resnt18", ConfigError, "no model 'resnt18'", "resnet18"),
         ("timm:resnet18.nonesuch", DataError, "nonesuch", "check its name"),
@@ -159,3 +161,26 @@ def test_cut_weights_are_named(tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(DataError, match=r"cannot be opened \(SafetensorError"):
         open_network(str(tmp_path / "out"), "classifier")
+
+
+@pytest.mark.parametrize(
+    "claim", [{"embed_dim": 999_936, "depth": 3}, {"depth": 999}, {"mlp_ratio": 999_999.0}, {"num_classes": 900_000}]
+)
+@pytest.mark.parametrize("kind", ["export", "run"])
+def test_claims_that_the_weights_cannot_hold_are_refused_before_a_network_is_built(tmp_path, monkeypatch, kind, claim):
+    """A config.json or run.json of a stranger once cost a minute and 4.6 GB."""
+    if kind == "export":
+        save_export(tmp_path / "it", random_vit())
+        file, source = tmp_path / "it/config.json", f"local-dir:{tmp_path / 'it'}"
+        stated = json.loads(file.read_text())
+        stated["model_args"] = stated.get("model_args", {}) | claim
+    else:
+        make_run(tmp_path / "it", random_vit())
+        file, source = tmp_path / "it/run.json", f"run:{tmp_path / 'it'}"
+        stated = json.loads(file.read_text())
+        stated["network"]["arguments"] |= claim
+    file.write_text(json.dumps(stated))
+    monkeypatch.setattr(timm, "create_model", None)
+    with pytest.raises(DataError) as refused:
+        open_network(source)
+    assert next(iter(claim)) in refused.value.cause

@@ -23,9 +23,9 @@ from torchvision.transforms.v2 import functional as vision
 from maedistill.data.images.decode import BadImage, decode_rgb
 from maedistill.data.images.transforms import centre_crop
 from maedistill.data.loading.batch import RowsHandle, SharedRows, on_device
+from maedistill.data.loading.dataset import open_reader
 from maedistill.data.loading.workers import TIMEOUT_SECONDS, Images, load_batches
 from maedistill.data.shards.index import ShardIndex
-from maedistill.data.shards.reader import ShardReader
 from maedistill.data.shards.scan import NO_LABEL
 from maedistill.errors import DataError
 
@@ -89,7 +89,7 @@ class EvaluationImages(Images):
     replace_bad: bool = False
 
     def __post_init__(self) -> None:
-        self.reader = ShardReader(self.index)
+        self.reader = open_reader(self.index)
         self.buffers: SharedRows | None = None  # None: each batch has memory of its own
         self.black = torch.zeros_like(self.transform(Image.new("RGB", (1, 1))))  # [3, s, s]
 
@@ -132,7 +132,7 @@ class EvaluationImages(Images):
             pixels, sample, _ = self.reader.read_first(following, self._decode)  # [3, H, W]
             return self.transform(vision.to_pil_image(pixels)), sample
         try:
-            return self.transform(vision.to_pil_image(self._decode(self.reader.read(sample)))), sample
+            return self.transform(vision.to_pil_image(self.reader.decoded(sample, self._decode))), sample
         except BadImage as error:
             raise DataError(
                 f"{self.index.sample_name(sample)} cannot be decoded ({error}), and evaluation replaces no image",

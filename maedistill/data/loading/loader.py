@@ -22,10 +22,10 @@ from maedistill.config.plan import BatchPlan
 from maedistill.data.images.decode import JPEG_DECODERS, decode_rgb
 from maedistill.data.images.transforms import CROP_DRAWS, crop, random_box
 from maedistill.data.loading.batch import Batch, BatchHandle, SharedBatchBuffers, on_device
+from maedistill.data.loading.dataset import open_reader
 from maedistill.data.loading.order import SampleOrder
 from maedistill.data.loading.workers import Images, load_batches
 from maedistill.data.shards.index import ShardIndex
-from maedistill.data.shards.reader import ShardReader
 from maedistill.randomness import Stream, key, uniform
 
 PREFETCHED = 4  # batches per worker
@@ -50,7 +50,7 @@ class RandomCrops(Images):
     decoder: str = JPEG_DECODERS[0]
 
     def __post_init__(self) -> None:
-        self.reader = ShardReader(self.index)
+        self.reader = open_reader(self.index)
         self.buffers: SharedBatchBuffers | None = None  # None: each batch has memory of its own
         self._ahead: list[int] = []  # shards of the last `read_ahead`
 

@@ -6,8 +6,11 @@
     URLHASH-CONTENT.tar   a whole shard; readers hold a shared lock, and only unlocked files are evicted
 
 The locks are on the files themselves, so the kernel releases them however the process ends. A killed download leaves
-only a `.part`, which the next download resumes. A file's modification time records its last use. Files with other names
+only a `.part`, which the next download resumes. A file's access time records its last use. Files with other names
 do not belong to the cache; they are neither counted nor removed.
+
+The folder belongs to one user, see `private.py`. Each process checks a shard's checksum before it first uses it, and
+again if the file has changed: a disk may flip a bit after the download.
 """
 
 import fcntl
@@ -24,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from maedistill.data.remote.download import RemoteShard, RetryPolicy, download
+from maedistill.data.remote.private import lock, open_private_file, open_private_folder, try_lock
 from maedistill.data.remote.urls import is_url
 from maedistill.errors import ConfigError, DataError
 
@@ -32,6 +36,7 @@ DEFAULT_GB = 100.0  # gigabytes (1e9 bytes)
 _OURS = re.compile(r"[0-9a-f]{64}-([0-9]+\.part|[0-9a-f]{16}\.tar)")
 _POLL = 0.05  # seconds between two attempts to make room
 _FRESH = 1.0  # seconds within which the time of last use is not updated again
+_verified: dict[str, tuple[int, int, int]] = {}  # this process: path -> inode, bytes, time of change of a checked shard
 
 
 def user_cache() -> Path:
@@ -106,18 +111,22 @@ class ShardCache:
     def _open_whole(self, shard: RemoteShard) -> int | None:
         for path in self._whole(shard):
             try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = open_private_file(path, os.O_RDONLY)
             except FileNotFoundError:
                 continue
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            state = os.fstat(descriptor)
-            if state.st_nlink and state.st_size == shard.num_bytes:  # no link: evicted before we got the lock
-                if time.time() - state.st_mtime > _FRESH:
-                    with suppress(PermissionError):  # the file of another user, whose reads update it
-                        os.utime(descriptor)
+            try:
+                lock(descriptor, fcntl.LOCK_SH, seconds=self.policy.max_seconds, name=path)
+                state = os.fstat(descriptor)
+                whole = state.st_size == shard.num_bytes and _has_checksum(descriptor, state, path)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            if state.st_nlink and whole:  # no link: evicted before we got the lock
+                if time.time() - state.st_atime > _FRESH:
+                    os.utime(descriptor, ns=(time.time_ns(), state.st_mtime_ns))
                 return descriptor
             os.close(descriptor)
-            if state.st_nlink:  # another version, or truncated by another program
+            if state.st_nlink:  # another version, or changed by another program or the disk
                 path.unlink(missing_ok=True)
         return None
 
@@ -128,15 +137,17 @@ class ShardCache:
             return None
         try:
             if not mine:
-                if wait:
-                    fcntl.flock(descriptor, fcntl.LOCK_SH)  # until the writer ends, whose time is limited
+                if wait:  # until the writer ends, whose time is limited
+                    lock(descriptor, fcntl.LOCK_SH, seconds=2 * self.policy.max_seconds, name=part)
                 os.close(descriptor)
                 return None
             sha256 = download(shard, descriptor, policy=self.policy)
             os.fsync(descriptor)
             with self._locked() as folder:
-                part.rename(self.folder / f"{_url_hash(shard.url)}-{sha256[:16]}.tar")
+                whole = self.folder / f"{_url_hash(shard.url)}-{sha256[:16]}.tar"
+                part.rename(whole)
                 os.fsync(folder)
+            _verified[str(whole)] = _identity(os.fstat(descriptor))
             fcntl.flock(descriptor, fcntl.LOCK_SH)
         except BaseException:
             os.close(descriptor)
@@ -152,8 +163,8 @@ class ShardCache:
                     return None, False
                 too_large = shard.num_bytes > self.max_bytes
                 if not too_large and (part.exists() or self._make_room(shard.num_bytes)):
-                    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                    return descriptor, _try_lock(descriptor)
+                    descriptor = open_private_file(part, os.O_RDWR | os.O_CREAT)
+                    return descriptor, try_lock(descriptor)
                 others = any(self._files())  # all are in use; wait, as they may be released
             if too_large or not others or time.monotonic() > deadline:
                 raise DataError(
@@ -181,17 +192,18 @@ class ShardCache:
         for path in self.folder.iterdir():
             if _OURS.fullmatch(path.name):
                 with suppress(FileNotFoundError):
-                    state = path.stat()
+                    state = path.lstat()
                     size = int(path.stem.rpartition("-")[2]) if path.suffix == ".part" else state.st_size
-                    yield path, size, state.st_mtime
+                    yield path, size, state.st_atime
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
         """Lock the folder and yield its descriptor, so that one process at a time evicts, creates or renames files."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_private_folder(
+            self.folder, f"name another folder: data.cache_folder=DIR, or {FOLDER_VARIABLE}=DIR"
+        )
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock(descriptor, fcntl.LOCK_EX, seconds=self.policy.max_seconds, name=self.folder)
             yield descriptor
         finally:
             os.close(descriptor)
@@ -245,20 +257,32 @@ def require_room(
 def _remove_unused(path: Path) -> bool:
     """Remove a file unless a process has locked it. Return whether it is gone."""
     try:
-        with open(path, "r+b") as file:  # NFS needs a writable descriptor for an exclusive lock
-            if is_unused := _try_lock(file.fileno()):
-                path.unlink(missing_ok=True)
-            return is_unused
+        descriptor = open_private_file(path, os.O_RDWR)  # NFS needs a writable descriptor for an exclusive lock
     except FileNotFoundError:
         return True
-
-
-def _try_lock(descriptor: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        if is_unused := try_lock(descriptor):
+            path.unlink(missing_ok=True)
+        return is_unused
+    finally:
+        os.close(descriptor)
+
+
+def _has_checksum(descriptor: int, state: os.stat_result, path: Path) -> bool:
+    """Return whether the file's content has the checksum in its name. It is read once, and again after a change."""
+    if _verified.get(str(path)) == _identity(state):
+        return True
+    with open(descriptor, "rb", closefd=False) as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    if matches := sha256.startswith(path.stem.rpartition("-")[2]):
+        _verified[str(path)] = _identity(state)
+    return matches
+
+
+def _identity(state: os.stat_result) -> tuple[int, int, int]:
+    """Return what changes when a file is replaced or written to; its time of last use does not count."""
+    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def _url_hash(url: str) -> str:

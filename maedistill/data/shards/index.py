@@ -27,7 +27,7 @@ from maedistill.data.remote.cache import user_cache
 from maedistill.data.remote.download import read_small
 from maedistill.data.remote.urls import check_url, is_url
 from maedistill.data.shards.index_check import check_arrays, check_text, is_text, parse_json
-from maedistill.data.shards.patterns import find_shards, split_name
+from maedistill.data.shards.patterns import Split, find_shards, split_name
 from maedistill.data.shards.scan import NO_LABEL, USUAL, Members, ShardScan, scan_shards, why_unlabelled
 from maedistill.data.shards.stamps import mtime_of, stamp_of
 from maedistill.errors import ConfigError, DataError, join_first
@@ -130,18 +130,35 @@ class ShardIndex:
             )
 
 
+def why_unscorable(train: ShardIndex, val: ShardIndex) -> str | None:
+    """Return why `train` cannot classify the images of `val`, as kNN and linear probes do; None if it can."""
+    for name, index in (("training", train), ("validation", val)):
+        if bare := int(np.count_nonzero(index.labels == NO_LABEL)):
+            return f"{bare:,} of {len(index):,} {name} images have no label"
+    if not np.isin(val.labels, train.labels).any():
+        count = len(np.unique(val.labels))
+        return f"none of the {count:,} classes in the validation images has a training image"
+    return None
+
+
 def open_index(
-    shards: str, *, index: str | None = None, members: Members = USUAL, apply_exif: bool = False
+    shards: str,
+    *,
+    index: str | None = None,
+    split: Split = "train",
+    members: Members = USUAL,
+    apply_exif: bool = False,
 ) -> ShardIndex:
     """Return the index of the shards that a pattern matches: one tar, a glob or a brace range, or part of a split.
 
+    split: which shards are meant if a folder is named.
     Read the file `index` if it is given, else the index beside the shards or in the cache; if neither exists, or if
     shards changed since, scan the shards and save the result. Both arguments may be URLs. members: which fields of a
     sample to read. apply_exif: turn photographs upright.
     Raise `ConfigError` for an invalid pattern, and `DataError` for shards that are missing, damaged, or differ from an
     index that is not made again; remote shards are checked on download.
     """
-    paths = find_shards(shards)
+    paths = find_shards(shards, split=split)
     folder, wanted = os.path.dirname(paths[0]), _scanned(members)
     address = index or os.path.join(folder, _index_name(paths, members))
     beside = _fetch_index(address) if is_url(address) else Path(address)

@@ -1,8 +1,10 @@
-"""Expand a user's shard pattern, such as `data.train`, to a sorted list: one tar, a glob, or a brace range.
+"""Expand what a user names as shards, such as `data.train`, to a sorted list: a folder, one tar, a glob or a range.
 
-    DIR/train-000000.tar    DIR/train-*.tar    DIR/train-{000000..000008}.tar    DIR/train-{000000,000003}.tar
+    DIR    DIR/train-000000.tar    DIR/train-*.tar    DIR/train-{000000..000008}.tar    DIR/train-{000000,000003}.tar
 
-DIR is a folder or the URL of one: https://HOST/DIR, s3://BUCKET/DIR, gs://BUCKET/DIR, hf://datasets/USER/NAME.
+DIR is a folder or, in a pattern, the URL of one: https://HOST/DIR, s3://BUCKET/DIR, gs://BUCKET/DIR,
+hf://datasets/USER/NAME. A folder alone means the shards of one split in it. A folder that exists is taken as it is
+written; wildcards and braces in its name are letters.
 Patterns are expanded here. They never reach a shell, or a library that would run a `pipe:` command.
 """
 
@@ -10,6 +12,8 @@ import glob
 import itertools
 import os
 import re
+import shlex
+from typing import Literal
 
 from maedistill.data.remote.download import list_urls
 from maedistill.data.remote.urls import check_url, is_url
@@ -20,20 +24,26 @@ MOST_LETTERS = 500_000_000  # of all names together, so that a long pattern cann
 MOST_SHOWN = 200  # characters of a pattern or path in an error
 LONGEST_PATH = 4096  # characters; Linux allows as many bytes
 
+Split = Literal["train", "val"]
+_STEMS = {"train": ("train",), "val": ("val", "validation", "valid")}  # what the shards of a split are called
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_MOST_LOOKED_AT = 10_000  # names in a folder that are searched for an image
+
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")  # int() refuses 4,300 digits
 _UNPRINTABLE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # surrogates represent bytes that are not UTF-8
 
 
-def find_shards(shards: str) -> tuple[str, ...]:
+def find_shards(shards: str, *, split: Split = "train") -> tuple[str, ...]:
     """Return the absolute paths or URLs of the shards, sorted by name, all in one folder. URLs are not opened here.
 
-    Raise `ConfigError` for an invalid pattern, `DataError` for missing files.
+    split: which shards of a folder are meant. Raise `ConfigError` for an invalid pattern, `DataError` for missing
+    files.
     """
     pattern = repr(_cut(shards))
     if _UNPRINTABLE.search(shards):
         raise ConfigError(f"{pattern} has a character that is not text", "write one plain line in UTF-8")
-    names = expand_braces(shards.removeprefix("file://") if shards.startswith("file:///") else shards)
+    names = _expand_local(shards.removeprefix("file://") if shards.startswith("file:///") else shards, split)
     if (longest := max(map(len, names))) > LONGEST_PATH:
         raise ConfigError(f"{pattern} means paths of {longest:,} letters", f"at most {LONGEST_PATH:,} are allowed")
     is_remote = any(map(is_url, names))  # test the expanded names: `{pi,}pe:...` is as unsafe as `pipe:...`
@@ -55,6 +65,14 @@ def find_shards(shards: str) -> tuple[str, ...]:
             "put the shards in one folder",
         )
     return tuple(paths)
+
+
+def describe_shards(shards: str, paths: tuple[str, ...]) -> str:
+    """Return what the user named, and of a folder which shards that means: `photos (train-000000.tar)`."""
+    if is_url(shards) or not os.path.isdir(os.path.expanduser(shards)):
+        return shards
+    names = dict.fromkeys((os.path.basename(paths[0]), os.path.basename(paths[-1])))
+    return f"{shards} ({' to '.join(names)})"
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -108,14 +126,62 @@ def _expand_url(url: str) -> list[str]:
     return urls
 
 
-def _expand_path(name: str) -> list[str]:
-    """Expand a glob. An existing path is returned unchanged, because a file name may contain `[`."""
-    path = os.path.abspath(os.path.expanduser(name))
+def _expand_local(shards: str, split: Split) -> list[str]:
+    """Expand a folder to its split and braces to names. What exists as it is written has no braces to expand."""
+    if is_url(shards):
+        return expand_braces(shards)
+    path = os.path.expanduser(shards)
     if os.path.isdir(path):
-        tars = sorted(name for name in os.listdir(path) if name.endswith(".tar"))
-        example = os.path.join(path, f"{split_name((tars[0],))}-*.tar" if tars else "train-*.tar")
-        raise ConfigError(f"{_cut(name)!r} is a folder, not shards", f"name the shards of one split: '{example}'")
-    return glob.glob(path) if glob.has_magic(path) and not os.path.exists(path) else [path]
+        return _shards_of_folder(path, split)
+    if os.path.exists(path):
+        return [path]
+    folder, name = os.path.split(path)
+    if folder and os.path.isdir(folder):
+        return [os.path.join(folder, each) for each in expand_braces(name)]
+    return expand_braces(shards)
+
+
+def _shards_of_folder(folder: str, split: Split) -> list[str]:
+    """Return the shards of a split in a folder, or all of them if their names tell no splits apart.
+
+    Raise `ConfigError` for a folder without shards, or with the shards of several sets.
+    """
+    tars = sorted(name for name in os.listdir(folder) if name.endswith(".tar") and not name.startswith("."))
+    sets: dict[str, list[str]] = {}
+    for name in tars:
+        sets.setdefault(split_name((name,)), []).append(name)
+    chosen = next((stem for stem in _STEMS[split] if stem in sets), None)
+    if chosen is None and len(sets) == 1 and not sets.keys() & {stem for stems in _STEMS.values() for stem in stems}:
+        (chosen,) = sets
+    if chosen is not None:
+        return [os.path.join(folder, name) for name in sets[chosen]]
+    if tars:
+        patterns = [repr(os.path.join(folder, f"{stem}-*.tar")) for stem in sets]
+        cause = f"the folder {_cut(folder)!r} has no shards {split}-*.tar, but {join_first(sets, 5)}"
+        raise ConfigError(cause, f"name the shards that are meant: {join_first(patterns, 3, separator=' or ')}")
+    if not _holds_image(folder):
+        raise ConfigError(f"the folder {_cut(folder)!r} holds no shards", "name a folder of .tar shards, or of images")
+    out = os.path.join("shards", os.path.basename(os.path.abspath(folder)))
+    command = shlex.join(["maedistill", "shards", folder, out])
+    raise ConfigError(
+        f"{_cut(folder)!r} is a folder of images, and shards are read here",
+        f"make them once: {command}; then name {shlex.quote(out)}",
+    )
+
+
+def _holds_image(folder: str) -> bool:
+    """Return whether there is an image among the first names below a folder."""
+    found = (name for _, _, names in os.walk(folder, followlinks=False) for name in names)
+    return any(name.lower().endswith(_IMAGES) for name in itertools.islice(found, _MOST_LOOKED_AT))
+
+
+def _expand_path(name: str) -> list[str]:
+    """Expand a glob. A path or folder that exists is taken as it is written, because its name may contain `[`."""
+    path = os.path.abspath(os.path.expanduser(name))
+    if not glob.has_magic(path) or os.path.exists(path):
+        return [path]
+    folder, last = os.path.split(path)
+    return glob.glob(os.path.join(glob.escape(folder) if os.path.isdir(folder) else folder, last))
 
 
 def _cut(text: str) -> str:

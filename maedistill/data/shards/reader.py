@@ -64,6 +64,10 @@ class ShardReader:
                 "see to the rights, and to the disk or network drive that the shard is on, then start again",
             ) from error
 
+    def decoded(self, i: int, decode: Callable[[bytes], Image]) -> Image:
+        """Return sample `i`, decoded. Raises what `read` and `decode` raise."""
+        return decode(self.read(i))
+
     def read_first(self, candidates: Iterable[int], decode: Callable[[bytes], Image]) -> tuple[Image, int, list[str]]:
         """Return the first candidate that can be decoded, its id, and a message for each one before it.
 
@@ -72,7 +76,7 @@ class ShardReader:
         bad: list[str] = []
         for sample in itertools.islice(candidates, MOST_BAD):
             try:
-                return decode(self.read(sample)), sample, bad
+                return self.decoded(sample, decode), sample, bad
             except BadImage as error:
                 bad.append(f"{self.index.sample_name(sample)}: {error}")
         raise DataError(

@@ -23,6 +23,7 @@ from tqdm.contrib.concurrent import thread_map
 from maedistill.data.remote.cache import ShardCache
 from maedistill.data.remote.download import RemoteShard, file_size
 from maedistill.data.remote.urls import is_url
+from maedistill.data.shards.progress_bar import ProgressBar
 from maedistill.data.shards.tars import walk_tar
 from maedistill.errors import DataError, join_first
 
@@ -68,7 +69,8 @@ class ShardScan:
 def scan_shards(paths: list[str], members: Members = USUAL) -> list[ShardScan]:
     """Scan all shards with a progress bar. Raise the first `DataError` in the order of `paths`."""
     scan = functools.partial(scan_shard, members=members)
-    return thread_map(scan, paths, max_workers=THREADS, desc="indexing shards", unit="shard")
+    options = {"desc": "indexing shards", "unit": "shard", "tqdm_class": ProgressBar}
+    return thread_map(scan, paths, max_workers=THREADS, **options)
 
 
 def scan_shard(path: str, members: Members = USUAL) -> ShardScan:

@@ -20,7 +20,7 @@ from maedistill.data.shards.folders import open_folder
 from maedistill.data.shards.records import Record, Source
 from maedistill.errors import ConfigError, DataError
 
-CIFAR10_VALIDATION, DIGITS_VALIDATION = 5_000, 300  # images
+CIFAR10_VALIDATION, DIGITS_VALIDATION = 5_000, 797  # images
 DIGITS_SIZE = 32  # pixels; the scans have 8
 
 
@@ -79,7 +79,7 @@ def _open_cifar10(root: str | None) -> Source:
 
 
 def _open_digits() -> Source:
-    """Upscale 1,797 scans of 8 x 8 pixels with 17 gray levels to 32 x 32 RGB; 300 of them are the validation split."""
+    """Upscale 1,797 scans of 8 x 8 pixels with 17 gray levels to 32 x 32 RGB; 797 of them are the validation split."""
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:

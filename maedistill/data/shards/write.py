@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import PIL
-from tqdm import tqdm
 from webdataset import TarWriter
 
 from maedistill.data.images.convert import Converted, bits_in_use, convert
@@ -32,15 +31,14 @@ from maedistill.data.images.decode import BadImage
 from maedistill.data.images.depth import is_wide_png
 from maedistill.data.shards.index import CLASSES_FILE, SUFFIX, ShardIndex, index_of, load_index, save_index
 from maedistill.data.shards.index_check import parse_json
+from maedistill.data.shards.layout import IMAGES_PER_SHARD, QUALITY, REPORT_FILE
+from maedistill.data.shards.progress_bar import ProgressBar
 from maedistill.data.shards.records import Record, Source, printable
 from maedistill.data.shards.scan import NO_LABEL, ShardScan, scan_shard
 from maedistill.data.shards.stamps import stamp_of
 from maedistill.errors import ConfigError, DataError, join_first
 
-REPORT_FILE = "make_shards.json"
 WORK_FOLDER = ".making"  # partial shards, and statistics of finished ones; removed at the end
-IMAGES_PER_SHARD = 1000  # 110 MB of ImageNet: large enough for fast disk reads, small enough to cache a dozen
-QUALITY = 90  # of re-encoded JPEGs
 _EIGHT_BITS = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif")  # suffixes of formats without 16 bits
 _EIGHT_BIT_STARTS = (b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM")
 
@@ -100,7 +98,7 @@ def make_shards(
         return read_report(out)
     convert_one = functools.partial(_convert, source, shorter_side=shorter_side, quality=quality, bits=bits)
     count, stats = sum(map(len, source.splits.values())), {}
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=count, desc="writing shards", unit="img") as bar:
+    with ThreadPoolExecutor(workers) as pool, ProgressBar(total=count, desc="writing shards", unit="img") as bar:
         for split, records in source.splits.items():
             stats[split], scans = ConversionStats(passed_over=dict(source.passed_over.get(split, {}))), {}
             for name, part in plan_shards(split, records, images_per_shard):
@@ -143,7 +141,7 @@ def verify_shards(out: Path) -> int:
     rows = [(index, row) for index in indexes for row in range(len(index.shards))]
     if not rows:
         raise DataError(f"{out} holds no *{SUFFIX}", "write shards there first: maedistill shards SRC OUT")
-    bar = tqdm(rows, desc="verifying", unit="shard")
+    bar = ProgressBar(rows, desc="verifying", unit="shard")
     if faults := [fault for index, row in bar if (fault := _find_fault(index, row, out))]:
         raise DataError(
             f"{len(faults)} of {len(rows)} shards are bad: {join_first(faults, 5, separator='; ')}",
@@ -256,7 +254,7 @@ def _convert(source: Source, record: Record, *, shorter_side: int | None, qualit
 
 
 def _write_shard(
-    out: Path, name: str, records: list[Record], results: Iterable[Converted | str], bar: tqdm
+    out: Path, name: str, records: list[Record], results: Iterable[Converted | str], bar: ProgressBar
 ) -> tuple[ConversionStats, ShardScan]:
     """Write one shard under a temporary name, scan it, save its statistics, and rename it last."""
     temporary, stats = out / WORK_FOLDER / name, ConversionStats()

@@ -1,10 +1,13 @@
-"""The cache of remote shards: its bound, who is evicted, who never is, and who says where it is and how large."""
+"""The cache of remote shards: its bound, what is evicted and what never is, and what other users may plant in it."""
 
+import fcntl
 import os
+import stat
 from contextlib import contextmanager
 
 import pytest
 
+from maedistill.data.remote import cache as module
 from maedistill.data.remote.cache import ShardCache, default_bound, default_folder, set_cache
 from maedistill.data.remote.download import RemoteShard, RetryPolicy
 from maedistill.data.remote.urls import UrlStream
@@ -140,3 +143,74 @@ def test_files_that_are_not_the_caches_are_neither_counted_nor_removed(tmp_path,
     for at, name in enumerate("abc"):
         touch(cache, name, 1000 + at)
     assert all(path.stat().st_size == 5 * SIZE for path in others) and len(list(tmp_path.iterdir())) == 6
+
+
+def test_the_folder_is_closed_to_others(tmp_path, fetched):
+    (tmp_path / "cache").mkdir(mode=0o755)
+    os.close(cache_of(tmp_path / "cache", 2).open(RemoteShard("a", SIZE)))
+    assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in (tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
+def test_a_folder_that_others_can_write_to_is_refused(tmp_path, fetched, mode):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(mode)
+    with pytest.raises(ConfigError, match="other users can write"):
+        cache_of(tmp_path / "cache", 2).open(RemoteShard("a", SIZE))
+    assert fetched == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_another_user_is_refused(tmp_path, fetched):
+    (tmp_path / "cache").mkdir(mode=0o700)
+    os.chown(tmp_path / "cache", 12345, 12345)
+    with pytest.raises(ConfigError, match="another user"):
+        cache_of(tmp_path / "cache", 2).open(RemoteShard("a", SIZE))
+
+
+@pytest.mark.parametrize("plant", [os.symlink, os.link])
+@pytest.mark.parametrize("suffix", [".part", ".tar"])
+def test_a_planted_link_is_replaced_and_what_it_names_is_untouched(tmp_path, fetched, plant, suffix):
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_bytes(b"x" * SIZE)
+    cache = cache_of(tmp_path / "cache", 2)
+    os.close(cache.open(RemoteShard("a", SIZE)))
+    whole = next(cache.folder.iterdir())
+    whole.unlink()
+    part = f"{whole.name.split('-')[0]}-{SIZE}.part"
+    plant(thesis, cache.folder / (part if suffix == ".part" else whole.name))
+    touch(cache, "a", 1000)  # the shard's own bytes
+    assert thesis.read_bytes() == b"x" * SIZE and not whole.is_symlink() and whole.stat().st_nlink == 1
+    assert fetched == ["a", "a"]
+
+
+def test_other_bytes_of_the_same_size_are_found_once_in_each_process(tmp_path, fetched, monkeypatch):
+    """A flipped bit, or a file of the right name: the shard is downloaded again. An unchanged file is read once."""
+    cache = cache_of(tmp_path, 2)
+    os.close(cache.open(RemoteShard("a", SIZE)))
+    whole = next(cache.folder.iterdir())
+    monkeypatch.setattr(module, "_verified", {})  # another process
+    data = bytearray(whole.read_bytes())
+    data[500] ^= 1
+    times = whole.stat()
+    whole.write_bytes(data)
+    os.utime(whole, ns=(times.st_atime_ns, times.st_mtime_ns))  # as the disk would: no time says it
+    touch(cache, "a", 1000)
+    assert fetched == ["a", "a"]
+
+    os.close(cache.open(RemoteShard("a", SIZE)))  # `touch` has changed a time: the file is checked again
+    monkeypatch.setattr(module.hashlib, "file_digest", None)
+    for _ in range(3):
+        os.close(cache.open(RemoteShard("a", SIZE)))  # unchanged: not read again
+    assert fetched == ["a", "a"]
+
+
+def test_a_lock_that_another_process_holds_has_an_end_and_a_holder(tmp_path, fetched):
+    cache = cache_of(tmp_path, 2)
+    os.close(cache.open(RemoteShard("a", SIZE)))
+    holder = os.open(next(cache.folder.iterdir()), os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    with pytest.raises(DataError, match=rf"locked for \d+ s by process {os.getpid()} \("):
+        cache.open(RemoteShard("a", SIZE))
+    os.close(holder)

@@ -6,9 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from maedistill.data.shards.index import load_index, open_index, save_index
+from maedistill.data.shards.index import index_of, load_index, open_index, save_index, why_unscorable
 from maedistill.data.shards.reader import ShardReader
-from maedistill.data.shards.scan import Members
+from maedistill.data.shards.scan import Members, ShardScan
 from maedistill.errors import ConfigError, DataError
 from tests.data.tar_files import SAMPLES, write_split, write_tar
 
@@ -252,3 +252,22 @@ def test_missing_labels_and_nameless_classes_are_named(tmp_path):
     (tmp_path / "classes.json").write_text('["only"]')
     with pytest.raises(DataError, match="'001' has the label 12"):
         open_index(str(path))
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "why"),
+    [
+        ([0, 1, 1], [1, 0], None),
+        ([0, 1, 1], [1, 2], None),
+        ([0, 1], [2, 3], "none of the 2 classes"),
+        ([0, -1, -1], [0], "2 of 3 training images have no label"),
+        ([0], [0, -1], "1 of 2 validation images have no label"),
+    ],
+)
+def test_why_training_images_cannot_classify_validation_images(train, val, why):
+    def index(labels):
+        scan = ShardScan(1, "", [str(i) for i in range(len(labels))], [0] * len(labels), [1] * len(labels), labels)
+        return index_of(["a.tar"], [scan], classes=(), provenance={})
+
+    found = why_unscorable(index(train), index(val))
+    assert found is None if why is None else why in found

@@ -104,7 +104,7 @@ def test_digits_are_the_scans_enlarged():
     from sklearn.datasets import load_digits
 
     scans, source = load_digits(), open_source("digits")
-    assert {split: len(records) for split, records in source.splits.items()} == {"train": 1497, "val": 300}
+    assert {split: len(records) for split, records in source.splits.items()} == {"train": 1000, "val": 797}
     assert len({record.key for records in source.splits.values() for record in records}) == 1797
     for record in source.splits["val"][:20]:
         image = decode_rgb(source.read(record))

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import tarfile
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 from PIL import Image
 
 from maedistill.commands import shards as shards_command
+from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.images.decode import decode_rgb
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.index import open_index, why_unscorable
 from maedistill.data.shards.reader import ShardReader
 from maedistill.data.shards.sources import Record, open_folder
 from maedistill.data.shards.write import make_shards, plan_shards, read_report, verify_shards
@@ -201,6 +204,28 @@ def test_timm_reads_the_shards(tmp_path):
     for i, (image, label) in enumerate(samples):
         assert label == index.labels[i]
         assert np.array_equal(image, decode_rgb(ShardReader(index).read(i)).permute(1, 2, 0))
+
+
+@pytest.mark.parametrize(("count", "labelled", "unseen"), [(12, True, 0), (6, True, 1), (6, False, 0)])
+def test_the_next_line_works_and_unseen_classes_are_named(tmp_path, monkeypatch, capsys, count, labelled, unseen):
+    photos = write_photos(tmp_path / "my photos", count)
+    if not labelled:
+        for file in photos.rglob("*.jpg"):
+            file.rename(photos / file.name)
+        for folder in photos.iterdir():
+            folder.is_dir() and folder.rmdir()
+    out = tmp_path / "the shards"
+    monkeypatch.setattr("sys.argv", ["maedistill", "shards", str(photos), str(out), "--val-fraction", "0.5"])
+    shards_command.main()
+    *_, last = printed = capsys.readouterr().out.splitlines()
+    notes = [line for line in printed if line.startswith("note: ")]
+    assert len(notes) == bool(unseen) and (not unseen or f"{unseen} of the" in notes[0])
+    _, maedistill, command, config, *overrides = shlex.split(last)
+    assert (maedistill, command, overrides.pop()) == ("maedistill", "pretrain", "--dry-run")
+    data = load_config(config, overrides, root=PretrainConfig).config.data
+    train, val = open_index(data.train), open_index(data.val, split="val")
+    assert len(train) + len(val) == count
+    assert (why_unscorable(train, val) is None) == labelled
 
 
 def test_the_command_line_reports_and_exits_as_documented(tmp_path, monkeypatch, capsys):

@@ -24,9 +24,10 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.errors import ConfigError, DataError
-from maedistill.export.card import model_card
+from maedistill.exporting.card import model_card
 from maedistill.models.encoder import TimmModel
 from maedistill.runs.folder import RunFolder
+from maedistill.runs.manifest import follow_umask
 from maedistill.weights.from_run import RunNetwork, Weights, open_run
 
 Pooling = Literal["avg", "token"]
@@ -55,7 +56,7 @@ def export(
     try:
         _require_free(out)
         saved = open_run(folder.path, weights=weights)
-        _replace(out.resolve(), saved, _with_pooling(saved, global_pool), weights)
+        _replace(out.resolve(), saved, with_pooling(saved, global_pool), weights)
     except (OSError, SafetensorError) as error:
         raise DataError(
             f"the export cannot be written to {out}: {error}", "make room or mend the permissions, or use another --out"
@@ -106,7 +107,7 @@ def _replace(out: Path, saved: RunNetwork, vit: VisionTransformer, weights: Weig
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _with_pooling(saved: RunNetwork, global_pool: Pooling | None) -> VisionTransformer:
+def with_pooling(saved: RunNetwork, global_pool: Pooling | None) -> VisionTransformer:
     """Return the network to export: a fine-tuned one unchanged, a pre-trained one with the requested pooling."""
     path, network = saved.folder.path, saved.metadata["network"]
     if saved.metadata["stage"] == "finetune":
@@ -140,6 +141,7 @@ def _fill(folder: Path, saved: RunNetwork, vit: TimmModel, weights: Weights) -> 
         model_config["label_names"] = classes
     vit.pretrained_cfg = {name: vit.pretrained_cfg.get(name) for name in _ARCHITECTURE}
     save_for_hf(vit, str(folder), model_config=model_config, data_config=data, safe_serialization=True)
+    follow_umask(folder / "model.safetensors")
     (folder / "README.md").write_text(model_card(saved, vit, weights=weights), encoding="utf-8")
     record = {"run": saved.folder.path.resolve().name, "stage": metadata["stage"], "checkpoint": saved.checkpoint.name}
     record |= {"weights": weights, "global_pool": vit.global_pool, "license": metadata["license"]}

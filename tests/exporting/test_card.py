@@ -8,10 +8,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from maedistill.export.card import forward_gflop
-from maedistill.export.folder import export
+from maedistill.exporting.card import forward_gflop
+from maedistill.exporting.folder import export
 from maedistill.models.encoder import build_vit
-from tests.export.imitation import LISTED, START, imitate, random_vit
+from tests.exporting.imitation import LISTED, START, imitate, random_vit
 
 
 @pytest.fixture(scope="module")

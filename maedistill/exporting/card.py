@@ -212,7 +212,7 @@ def _accuracy(records: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any],
     last = next((record for record in reversed(records) if f"{prefix}top1" in record), None)
     if last is None:
         return ["- No evaluation of these weights is recorded."]
-    top1, top5, images, loss = (last[prefix + name] for name in ("top1", "top5", "images", "val_loss"))
+    top1, top5, images, loss = (last[prefix + key] for key in ("top1_correct", "top5_correct", "images", "val_loss"))
     return [
         f"- **Top-1 {percent(top1, images)}**, top-5 {percent(top5, images)}, cross-entropy {loss:.4f} on the "
         f"{images:,} validation images, each counted once, at epoch {last['epoch']:.1f}. This is one run: what "

@@ -18,15 +18,15 @@ from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.commands import export as export_command
 from maedistill.errors import exit_code_of
-from maedistill.export import folder as module
-from maedistill.export.folder import FILES, export, read_record
+from maedistill.exporting import folder as module
+from maedistill.exporting.folder import FILES, export, read_record
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.runs.checkpoint import take_snapshot, write_snapshot
 from maedistill.runs.restore import newest_intact, read_weights
 from maedistill.training.engine import MOMENTS, TrainingState
 from maedistill.weights.network import open_network
 from maedistill.weights.state_dict import ConvertedStateDict, load_encoder
-from tests.export.imitation import CROP, MEAN, STD, TINY, imitate, random_vit
+from tests.exporting.imitation import CROP, MEAN, STD, TINY, imitate, random_vit
 
 
 @dataclass

@@ -1,0 +1,203 @@
+"""The Python API: each function does what the command of its name does, and takes objects where a config cannot say it.
+
+    import maedistill
+
+    maedistill.make_shards("photos", "shards/photos", val_fraction=0.1)
+    run = maedistill.pretrain("imagenet/dmae_vit_s", {"data.train": "shards/photos/train-*.tar", "run": "runs/student"})
+    backbone = maedistill.load_backbone(run)  # a timm model: images [B, 3, s, s] -> features [B, D]
+
+All functions raise `UserError` for what a user can mend, with `cause` and `remedy`. With several processes (torchrun)
+every process calls the same function with the same arguments.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.schema import Precision
+from maedistill.data.loading.dataset import ImageDataset
+from maedistill.data.shards import write
+from maedistill.data.shards.sources import open_source
+from maedistill.data.shards.write import ConversionStats
+from maedistill.evaluation.context import open_context
+from maedistill.evaluation.scorecard import score
+from maedistill.exporting.folder import Pooling, with_pooling
+from maedistill.exporting.folder import export as export_run
+from maedistill.finetuning import loop as finetuning
+from maedistill.methods.mae import MAE
+from maedistill.pretraining import loop as pretraining
+from maedistill.runs.callback import Callback
+from maedistill.runs.folder import RunFolder
+from maedistill.runs.metrics import read_metrics as read_metrics_of
+from maedistill.runs.objects import Objects, python_name
+from maedistill.weights.from_run import Weights, load_into, open_run
+
+Config = str | Path | Mapping[str, Any]
+Overrides = Sequence[str] | Mapping[str, Any]
+
+
+def make_shards(
+    source: str | Path,
+    out: str | Path,
+    *,
+    val_fraction: float = 0.0,
+    root: str | None = None,
+    images_per_shard: int = write.IMAGES_PER_SHARD,
+    shorter_side: int | None = None,
+    quality: int = write.QUALITY,
+    workers: int = 1,
+) -> dict[str, ConversionStats]:
+    """Write a folder of images, or `imagenet`, `cifar10` or `digits`, as WebDataset shards with an index.
+
+    val_fraction: share to hold out of a folder without splits. root: where the files of imagenet or cifar10 are.
+    shorter_side: shrink larger images to so many pixels, as JPEGs of `quality`. workers: threads that decode.
+    Returns what was written, converted and skipped, by split. The same call continues one that was interrupted.
+    """
+    return write.make_shards(
+        open_source(str(source), root=root, val_fraction=val_fraction),
+        Path(out),
+        images_per_shard=images_per_shard,
+        shorter_side=shorter_side,
+        quality=quality,
+        workers=workers,
+    )
+
+
+def pretrain(
+    config: Config | PretrainConfig,
+    overrides: Overrides = (),
+    *,
+    student: nn.Module | None = None,
+    teacher: nn.Module | None = None,
+    dataset: ImageDataset | None = None,
+    val_dataset: ImageDataset | None = None,
+    method: Callable[..., MAE] | None = None,
+    callbacks: Sequence[Callback] = (),
+    extend: bool = False,
+) -> Path:
+    """Pre-train a student, or continue the run in its folder, and return that folder.
+
+    config: a file, the name of a config of maedistill, a mapping of settings, or a PretrainConfig. overrides: settings
+    on top of it, as `{"optim.epochs": 100}` or `["optim.epochs=100"]`.
+    student, teacher: in place of the config's; a plain ViT of timm, or any module that is an `Encoder`. The student
+    starts with the weights that it has. method: a subclass of the class that the config's `method` names, or a function
+    that returns one; it is called with the arguments of that class. dataset, val_dataset: in place of shards.
+    callbacks: hooks of the run. extend: continue with more epochs than before.
+    """
+    objects = Objects(student, (teacher,) if teacher is not None else (), dataset, val_dataset, method)
+    given = _names_of_data(objects)
+    if student is not None:
+        given |= {"student.model": python_name(student)} | dict.fromkeys(_SHAPE)
+    if teacher is not None:
+        given |= {"teacher.source": python_name(teacher)} | dict.fromkeys(f"teacher.{name}" for name in _OF_A_FILE)
+    loaded = load_config(config, overrides, root=PretrainConfig, given=given).config
+    pretraining.pretrain(loaded, objects=objects, callbacks=callbacks, extend=extend)
+    return RunFolder(loaded.run).path
+
+
+def finetune(
+    config: Config | FinetuneConfig,
+    overrides: Overrides = (),
+    *,
+    student: nn.Module | None = None,
+    teacher: nn.Module | Sequence[nn.Module] | None = None,
+    dataset: ImageDataset | None = None,
+    val_dataset: ImageDataset | None = None,
+    callbacks: Sequence[Callback] = (),
+    extend: bool = False,
+) -> Path:
+    """Fine-tune a network on labels, or continue the run in its folder, evaluate it, and return that folder.
+
+    student: any module that maps normalised images [B, 3, s, s] to logits [B, C], in place of init.source; the config's
+    `student` section is then not used. teacher: one such module or several, in place of distill.teachers; the config
+    gives weights to the terms. A model of timm brings its own normalisation. The other arguments are those of
+    `pretrain`.
+    """
+    teachers = (teacher,) if isinstance(teacher, nn.Module) else tuple(teacher or ())
+    objects = Objects(student, teachers, dataset, val_dataset)
+    given = _names_of_data(objects)
+    if student is not None:
+        given |= {"init.source": python_name(student), "student.model": None} | dict.fromkeys(_SHAPE)
+    if teachers:
+        given["distill.teachers"] = [f"{python_name(one)}{f'#{i}' if i else ''}" for i, one in enumerate(teachers)]
+    loaded = load_config(config, overrides, root=FinetuneConfig, given=given).config
+    finetuning.finetune(loaded, objects=objects, callbacks=callbacks, extend=extend)
+    return RunFolder(loaded.run).path
+
+
+def evaluate(
+    model: str | Path | nn.Module,
+    data: str | Path | ImageDataset,
+    *,
+    weights: Weights = "model",
+    image_size: int | None = None,
+    crop: float | None = None,
+    against: str | None = None,
+    batch: int = 64,
+    workers: int | None = None,
+    precision: Precision = "auto",
+) -> dict[str, Any]:
+    """Evaluate a classifier on every image once, print its scorecard and return it.
+
+    model: a run folder, an export folder, KIND:NAME (as `timm:resnet18.a1_in1k`), or a module that maps normalised
+    images [B, 3, s, s] to logits. data: labelled shards or a data set. weights: `ema` for a run's moving average.
+    image_size, crop: other than the model's own. against: a second classifier, for agreement and a paired comparison.
+    """
+    context = open_context(batch=batch, workers=workers, threads=None, precision=precision)
+    source = model if isinstance(model, nn.Module) else str(model)
+    images = str(data) if isinstance(data, str | Path) else data
+    options: dict[str, Any] = {"weights": weights, "image_size": image_size, "crop": crop, "against": against}
+    return score(source, images, context, **options, files={})
+
+
+def export(
+    run: str | Path, out: str | Path | None = None, *, weights: Weights = "model", global_pool: Pooling | None = None
+) -> Path:
+    """Write the network of a run as a folder that timm opens, with its model card, and return that folder.
+
+    out: RUN/export by default. weights: `ema` for the moving average. global_pool: how a pre-trained backbone pools its
+    patches: `avg` (the default) or `token`.
+    """
+    return export_run(run, out, weights=weights, global_pool=global_pool)
+
+
+def load_backbone(
+    run: str | Path,
+    *,
+    weights: Weights = "model",
+    global_pool: Pooling | None = None,
+    student: nn.Module | None = None,
+) -> Any:
+    """Return the network of a run as a timm model in eval mode, without classifier: [B, 3, s, s] -> features [B, D].
+
+    weights, global_pool: as in `export`. student: for a run with a student of your own, a module of its class; its
+    weights are set to those of the run, and it is returned.
+    """
+    if student is not None:
+        return load_into(student, run, weights=weights)
+    saved = open_run(run, weights=weights)
+    backbone = with_pooling(saved, global_pool)
+    backbone.reset_classifier(0)
+    return backbone
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """Return what a run has recorded, one object per logged step or evaluation: the lines of metrics.jsonl."""
+    return read_metrics_of(RunFolder(run).path)
+
+
+_SHAPE = tuple(
+    f"student.{name}" for name in ("width", "depth", "num_heads", "patch_size", "class_token", "register_tokens")
+)
+_OF_A_FILE = ("model", "width", "depth", "num_heads", "patch_size", "pos_embed", "sha256")
+
+
+def _names_of_data(objects: Objects) -> dict[str, Any]:
+    """Return the settings that name the caller's data sets."""
+    sets = {"data.train": objects.dataset, "data.val": objects.val_dataset}
+    return {key: python_name(dataset) for key, dataset in sets.items() if dataset is not None}

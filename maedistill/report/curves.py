@@ -1,0 +1,160 @@
+"""Curves over training: losses, accuracies with their 95 % intervals, learning rate, gradient norm and throughput.
+
+metrics.jsonl of one or several runs -> one panel per quantity that any of them records -> PNG
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from maedistill.report.charts import network_colors, new_canvas
+from maedistill.report.intervals import of_count
+
+_Records = Sequence[Mapping[str, Any]]
+_Point = tuple[float, float, float]  # x, value, images that an accuracy was measured on or 0
+_COLUMNS = 4
+_START = 0.1  # of a run; losses of this part do not stretch the axis
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One quantity. name: of the metric; with a slash at its end, the mean of all that begin so."""
+
+    name: str
+    title: str
+    unit: str
+    kind: Literal["loss", "accuracy", "other"] = "loss"
+    scale: Literal["linear", "log"] = "linear"
+
+
+_PANELS = (
+    _Panel("pixels", "pixel loss", "mean squared error"),
+    _Panel("align/", "direct alignment", "loss"),
+    _Panel("generate/", "generated alignment", "loss"),
+    _Panel("cross_entropy", "training cross-entropy", "nats"),
+    _Panel("val_loss", "validation cross-entropy", "nats"),
+    _Panel("top1", "validation top-1", "%", "accuracy"),
+    _Panel("knn", "kNN top-1", "%", "accuracy"),
+    _Panel("linear", "linear probe top-1", "%", "accuracy"),
+    _Panel("lr", "learning rate", "AdamW", "other"),
+    _Panel("grad_norm", "gradient norm", "L2", "other", "log"),
+    _Panel("images_per_second", "throughput", "images/s per rank", "other"),
+)
+
+
+def draw_curves(
+    records: Mapping[str, _Records],
+    path: Path,
+    *,
+    over: Literal["epoch", "minutes"] = "epoch",
+    order: Sequence[str] = (),
+    restarts: Sequence[int] = (),
+) -> Path | None:
+    """Draw one line per run in every panel. Returns None if matplotlib is not installed.
+
+    over: epochs, or minutes of training. A single run shows both. order: all names of the study, which determine the
+    colors. restarts: steps at which a single run was continued, marked by vertical lines.
+    """
+    lines = {panel: {name: _points(run, panel, over) for name, run in records.items()} for panel in _PANELS}
+    lines = {panel: runs for panel, runs in lines.items() if any(runs.values())}
+    columns = min(_COLUMNS, len(lines))
+    rows = -(-len(lines) // _COLUMNS)
+    canvas = new_canvas(figsize=(3.5 * columns, 2.9 * rows + 0.4))
+    if canvas is None:
+        return None
+    colors, figure = network_colors(order or list(records)), canvas.figure
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (panel, runs) in zip(grid, lines.items(), strict=False):
+        _draw(axes, panel, runs, colors)
+        axes.set_xlabel("epoch" if over == "epoch" else "minutes of training")
+        if len(records) == 1 and over == "epoch":
+            _add_minutes(axes, next(iter(records.values())), restarts)
+    for axes in grid[len(lines) :]:
+        axes.set_visible(False)
+    if len(records) > 1:
+        handles = [grid[0].plot([], [], color=colors[name], label=name)[0] for name in records]
+        figure.legend(handles=handles, loc="outside upper center", ncols=min(8, len(handles)))
+    canvas.print_png(path)
+    return path
+
+
+def mean_metric(record: Mapping[str, Any], name: str) -> float | None:
+    """Return a record's metric; if the name ends with a slash, the mean of all that begin so. None if it has none."""
+    if not name.endswith("/"):
+        return record.get(name)
+    values = [value for key, value in record.items() if key.startswith(name) and value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _points(records: _Records, panel: _Panel, over: str) -> list[_Point]:
+    """Return the points of a line. An evaluation has the minutes of the last training step before it."""
+    points, minutes = [], 0.0
+    for record in records:
+        minutes = record.get("trained_seconds", 60 * minutes) / 60
+        if (value := mean_metric(record, panel.name)) is not None:
+            points.append((record["epoch"] if over == "epoch" else minutes, value, record.get("images", 0)))
+    return points
+
+
+def _draw(axes: Any, panel: _Panel, runs: Mapping[str, Sequence[_Point]], colors: Mapping[str, Any]) -> None:
+    """Draw one panel."""
+    for name, points in runs.items():
+        if points and panel.kind == "accuracy":
+            x, y, bars = _with_bars(points)
+            axes.errorbar(x, y, yerr=bars, color=colors[name], marker="o", markersize=3, capsize=2)
+        elif points:
+            x, y, _ = np.array(points).T
+            axes.plot(x, y, color=colors[name], marker="o" if len(points) < 3 else None, markersize=3)
+    axes.set_yscale(panel.scale)
+    clipped = panel.kind == "loss" and _clip_start(axes, [points for points in runs.values() if points])
+    axes.set_title(panel.title + (" (start cut off)" if clipped else ""), fontsize="medium")
+    axes.set_ylabel(panel.unit)
+    axes.grid(alpha=0.3)
+
+
+def _with_bars(points: Sequence[_Point]) -> tuple[list[float], list[float], list[list[float]]]:
+    """Return x, the accuracy in percent, and the lengths of its 95 % bars, 0 where the number of images is unknown."""
+    below, above = [], []
+    for _, share, images in points:
+        interval = of_count(round(share * images), int(images)) if images else None
+        below.append(100 * (share - interval.low) if interval else 0.0)
+        above.append(100 * (interval.high - share) if interval else 0.0)
+    return [x for x, _, _ in points], [100 * share for _, share, _ in points], [below, above]
+
+
+def _clip_start(axes: Any, runs: Sequence[Sequence[_Point]]) -> bool:
+    """End the axis above the losses after the start, if those of the start would take most of it."""
+    every = [y for points in runs for _, y, _ in points]
+    rest = [y for points in runs for x, y, _ in points if x > _START * max(point[0] for point in points)]
+    if len(rest) < 3 or not (span := max(rest) - min(every)) or max(every) - max(rest) < 0.5 * span:
+        return False
+    margin = 0.05 * span
+    axes.set_ylim(min(every) - margin, max(rest) + 2 * margin)
+    return True
+
+
+def _add_minutes(axes: Any, records: _Records, restarts: Sequence[int]) -> None:
+    """Add a second axis with minutes of training, and a mark where the run was continued."""
+    steps = [record for record in records if "trained_seconds" in record]
+    if not steps:
+        return
+    epochs = [0.0, *(record["epoch"] for record in steps)]
+    minutes = [0.0, *(record["trained_seconds"] / 60 for record in steps)]
+    if len(set(epochs)) == len(epochs) and len(set(minutes)) == len(minutes):
+        per_epoch, per_minute = minutes[-1] / epochs[-1], epochs[-1] / minutes[-1]
+
+        def to_minutes(x: Any) -> Any:
+            return np.where(x <= epochs[-1], np.interp(x, epochs, minutes), x * per_epoch)
+
+        def to_epochs(x: Any) -> Any:
+            return np.where(x <= minutes[-1], np.interp(x, minutes, epochs), x * per_minute)
+
+        second = axes.secondary_xaxis("top", functions=(to_minutes, to_epochs))
+        second.set_xlabel("minutes", fontsize="small")
+        second.tick_params(labelsize="small")
+    last = steps[-1]
+    for step in restarts:
+        axes.axvline(step * last["epoch"] / last["step"], color="gray", linestyle=":", linewidth=1)

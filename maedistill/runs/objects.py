@@ -1,0 +1,77 @@
+"""Modules and data sets that a Python caller gives where a config can only name sources.
+
+The config of such a run says `python:MODULE.CLASS` at the key that the object stands for, so that a run folder tells
+what it was made with, and a start from the command line is refused.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from maedistill.config.schema import ImagesConfig
+from maedistill.config.sources import PYTHON_KIND
+from maedistill.data.loading.dataset import ImageDataset, open_dataset
+from maedistill.data.loading.turned import warn_of_turned
+from maedistill.data.remote.cache import require_room
+from maedistill.data.shards.index import ShardIndex, open_index
+from maedistill.data.shards.scan import Members
+from maedistill.errors import ConfigError
+from maedistill.processes import distributed
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What the caller gives; None or empty for what the config names. method: see `maedistill.pretrain`."""
+
+    student: nn.Module | None = None
+    teachers: tuple[nn.Module, ...] = ()
+    dataset: ImageDataset | None = None
+    val_dataset: ImageDataset | None = None
+    method: Callable[..., nn.Module] | None = None
+
+
+NOTHING = Objects()
+
+
+def class_name(given: object) -> str:
+    """Return MODULE.CLASS of a class or function, or of the class of any other object."""
+    named: Any = given if hasattr(given, "__qualname__") else getattr(given, "func", type(given))
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def python_name(given: object) -> str:
+    """Return how a config names an object of the caller's: `python:MODULE.CLASS`."""
+    return f"{PYTHON_KIND}:{class_name(given)}"
+
+
+def open_samples(data: ImagesConfig, objects: Objects) -> tuple[ShardIndex, ShardIndex | None]:
+    """Return the indexes of the training and the validation images, of shards or of the caller's data sets.
+
+    The second is None if neither the config nor the caller names any.
+    """
+    members = Members(data.image_key, data.label_key)
+    open_images = partial(open_index, members=members, apply_exif=data.exif == "apply")
+    require_object("data.train", data.train, objects.dataset, argument="dataset")
+    require_object("data.val", data.val, objects.val_dataset, argument="val_dataset")
+    if objects.dataset is not None:
+        index: ShardIndex = open_dataset(objects.dataset, class_name(objects.dataset))
+    else:
+        index = open_images(data.train, index=data.index)
+        require_room(index.shards, index.shard_bytes, window=data.shuffle_window)
+        if distributed.is_main():
+            warn_of_turned(index)
+    if objects.val_dataset is not None:
+        return index, open_dataset(objects.val_dataset, class_name(objects.val_dataset))
+    return index, open_images(data.val, split="val") if data.val else None
+
+
+def require_object(key: str, value: str | None, given: object, *, argument: str) -> None:
+    """Raise ConfigError if the config says `python:...` at `key`, but the caller gives no such object."""
+    if given is None and value is not None and value.startswith(f"{PYTHON_KIND}:"):
+        raise ConfigError(
+            f"{key}: {value.removeprefix('python:')} is an object that only a Python program can give",
+            f"start this run from Python, with {argument}=",
+        )

@@ -1,0 +1,60 @@
+"""The record of one start, for run.json and the header of train.log: command, place, versions, source, hardware."""
+
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import maedistill
+
+_PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy")
+_GIT_SECONDS = 10
+
+
+def describe_start(execution: dict[str, Any]) -> dict[str, Any]:
+    """Return the record of this start. execution: what it runs on, from `start_run`."""
+    versions = {"python": platform.python_version(), "maedistill": maedistill.__version__}
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "host": platform.node(),
+        "versions": versions | {name: version(name) for name in _PACKAGES},
+        "source": git_state(Path(maedistill.__file__).parent),
+        **execution,
+    }
+
+
+def header_lines(start: dict[str, Any]) -> list[str]:
+    """Describe a start in three lines of train.log."""
+    source = start["source"]
+    commit = f" ({source['commit'][:12]}{', with local changes' if source['dirty'] else ''})" if source else ""
+    versions = [
+        f"{name} {number}{commit if name == 'maedistill' else ''}" for name, number in start["versions"].items()
+    ]
+    names = ("device", "precision", "ranks", "hosts", "threads")
+    return [
+        f"=== {start['time']}  {start['command']}",
+        f"host     {start['host']}: " + ", ".join(f"{name} {start[name]}" for name in names if name in start),
+        f"versions {', '.join(versions)}",
+    ]
+
+
+def git_state(package: Path) -> dict[str, Any] | None:
+    """Return the commit of the checkout that has this package, and whether its files differ from it, else None.
+
+    A package that is installed into a folder of another checkout is not of that checkout.
+    """
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(package), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=_GIT_SECONDS).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", "."))}
+    except (OSError, subprocess.SubprocessError):  # no git, no checkout, or one of another user
+        return None

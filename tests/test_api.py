@@ -1,0 +1,198 @@
+"""The Python API: nothing heavy is imported early, docs/python.md runs, objects restart exactly and are checked."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import maedistill
+from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.data.images.decode import BadImage
+from maedistill.data.loading.dataset import open_dataset, open_reader
+from maedistill.pretraining.setup import open_pretraining
+from maedistill.runs.objects import Objects, python_name
+from tests.support.launch import ROOT
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = (
+        "import sys, maedistill; print(sorted({'torch', 'timm', 'numpy', 'pydantic', 'deepspeed'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_every_public_name_exists_and_has_a_docstring():
+    assert all(getattr(maedistill, name).__doc__ for name in maedistill.__all__)
+    assert {*maedistill.__all__} <= {*dir(maedistill)}
+    with pytest.raises(AttributeError):
+        maedistill.nothing  # noqa: B018
+
+
+def test_the_page_about_python_runs(tmp_path):
+    pytest.importorskip("sklearn")
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python.md").read_text(), re.M | re.S)
+    checks = """
+assert scorecard["images"] == 297 and (folder / "config.json").is_file()
+assert backbone(torch.zeros(2, 3, 32, 32)).shape == (2, 96)
+assert maedistill.read_metrics("runs/small")[-1]["size"] > 0
+assert mixer(torch.zeros(1, 3, 32, 32))[0].shape == (1, 64, 64)
+try:
+    maedistill.load_backbone("runs/mixer")
+except maedistill.DataError as error:
+    assert "student=" in error.remedy
+"""
+    assert len(blocks) == 6
+    (tmp_path / "page.py").write_text("\n".join([*blocks, checks]))
+    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+class Squares:
+    """Twenty images of one colour each; item 7 is damaged."""
+
+    classes = ("dark", "bright")
+
+    def __init__(self, count=20, bad=(7,)):
+        self.targets, self.bad = [i % 2 for i in range(count)], bad
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, i):
+        if i in self.bad:
+            raise OSError("truncated")
+        return np.full((8, 10, 3), i, np.uint8), self.targets[i]
+
+
+def test_a_data_set_is_indexed_and_read_like_shards():
+    index = open_dataset(Squares(), "Squares")
+    reader = open_reader(index)
+    assert len(index) == 20 and index.labels.tolist() == [0, 1] * 10 and index.num_classes == 2
+    assert index.sample_name(3) == "Squares[3]" and index.key(19) == "19"
+    assert reader.decoded(5, None).shape == (3, 8, 10) and int(reader.decoded(5, None).max()) == 5
+    with pytest.raises(BadImage, match="truncated"):
+        reader.decoded(7, None)
+    image, sample, bad = reader.read_first([7, 8], None)
+    assert sample == 8 and int(image.max()) == 8 and bad == ["Squares[7]: OSError: truncated"]
+    assert open_dataset(Squares(), "other").fingerprint() == index.fingerprint()
+    assert open_dataset(Squares(bad=()), "Squares").fingerprint() == index.fingerprint()  # 7 is not among those probed
+    assert open_dataset(Squares(19), "Squares").fingerprint() != index.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "item", [1.0, np.zeros((8, 8, 3)), torch.zeros(3, 8, 8), torch.zeros(4, 8, 8, dtype=torch.uint8), "photo.jpg"]
+)
+def test_an_item_that_is_no_image_is_named(item):
+    class Odd(Squares):
+        def __getitem__(self, i):
+            return item
+
+    with pytest.raises(maedistill.DataError, match=r"Odd\[0\]"):
+        open_reader(open_dataset(Odd(), "Odd")).decoded(0, None)
+
+
+def test_wrong_objects_are_refused_before_training(pretraining):
+    """Each with one line of cause: no items, wrong targets, another class, a wrong shape, no encoder."""
+
+    class NoItems:
+        pass
+
+    class WrongTargets(Squares):
+        def __init__(self):
+            super().__init__()
+            self.targets = [0]
+
+        def __len__(self):
+            return 20
+
+    class Flat(maedistill.Encoder):
+        width, depth, num_prefix, patch_size, grid = 8, 1, 0, 8, 4
+
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(1))
+
+        def forward(self, images, ids=None, *, taps=()):
+            return images, {}
+
+    config = load_config(pretraining.config, ["run=runs/a", "method=mae"], root=PretrainConfig).config
+
+    def refused(**objects):
+        with pytest.raises(maedistill.UserError) as error:
+            open_pretraining(config, world_size=1, device=torch.device("cpu"), objects=Objects(**objects))
+        assert error.value.remedy
+        return error.value.cause
+
+    assert "NoItems has no length" in refused(dataset=NoItems())
+    assert "20 items" in refused(dataset=WrongTargets())
+    assert "not a" in refused(method=lambda *parts, **more: nn.Identity())
+    assert "tokens" in refused(student=Flat())
+    assert "a Linear, whose patches" in refused(student=nn.Linear(2, 2))
+
+
+def test_a_run_of_python_objects_is_refused_from_the_command_line(pretraining):
+    ended = pretraining("python", "method=mae", f"data.train={python_name(Squares)}", code=2)
+    assert "dataset=" in ended.err
+
+
+PROGRAM = """
+import os, signal, sys
+import numpy as np
+import maedistill
+from tests.test_api import Squares
+from torch import nn
+
+class Student(maedistill.Encoder):
+    width, depth, num_prefix, patch_size, grid = 16, 1, 0, 8, 2
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(192, 16)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, images, ids=None, *, taps=()):
+        x = images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        x = self.drop(self.embed(x))
+        x = x if ids is None else x.gather(1, ids[..., None].expand(-1, -1, 16))
+        return x, {tap: x for tap in taps}
+
+class Kill(maedistill.Callback):
+    def on_step(self, run):
+        if len(sys.argv) > 2 and run.step == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+settings = {
+    "method": "mae", "run": sys.argv[1], "data": {"image_size": 16, "workers": 1, "max_bad_fraction": 1.0},
+    "masks.student_keep_ratio": 0.5, "decoder": {"width": 16, "depth": 1, "num_heads": 2},
+    "optim": {"epochs": 4, "warmup_epochs": 1, "global_batch": 5}, "log": {"every_steps": 1, "save_every_epochs": 0.5},
+}
+import torch
+torch.manual_seed(0)
+maedistill.pretrain(settings, dataset=Squares(), student=Student(), callbacks=[Kill()])
+"""
+
+
+@pytest.mark.faults
+def test_a_killed_run_of_objects_repeats_every_bit(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+
+    def start(run, *arguments):
+        words = [sys.executable, "program.py", run, *arguments]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    whole, killed = start("whole"), start("killed", "7")
+    assert whole.returncode == 0, whole.stderr
+    assert killed.returncode == -signal.SIGKILL
+    again = start("killed")
+    assert again.returncode == 0 and "continues at step" in again.stdout
+    last = "checkpoints/step_000000016/model.safetensors"
+    assert (tmp_path / "whole" / last).read_bytes() == (tmp_path / "killed" / last).read_bytes()
+    assert "Squares[7]" in (tmp_path / "whole/bad_samples.txt").read_text()
