@@ -20,7 +20,13 @@ from maedistill.study.file import load_study
 
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}  # whose name is not that of their package
-OPTIONAL = {"simplejpeg": "fast", "sklearn": "demo", "matplotlib": "demo", "s3fs": "remote"}  # extra by package
+OPTIONAL = {
+    "simplejpeg": "fast",
+    "sklearn": "demo",
+    "scipy": "demo",
+    "matplotlib": "demo",
+    "s3fs": "remote",
+}  # extra by package
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -95,7 +95,7 @@ def engine(c: RunConfig) -> Iterator[Problem]:
 
 def kind_of_source(key: str, source: str, *, kinds: tuple[str, ...]) -> Iterator[Problem]:
     """Yield a problem unless a source of weights has the form KIND:NAME."""
-    if problem := why_unnamed(source, (*kinds, PYTHON_KIND)):
+    if not source.startswith(f"{PYTHON_KIND}:") and (problem := why_unnamed(source, kinds)):
         yield Problem(key, *problem)
 
 
