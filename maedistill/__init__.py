@@ -3,7 +3,6 @@
 The names below are imported from their modules when they are first used: `import maedistill` itself imports nothing.
 """
 
-import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -63,11 +62,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-# `python -m maedistill.X` imports this file while argv[0] is still "-m". A module that only defines things would then
-# end with exit code 0 and nothing done, which a launcher takes for a finished training.
-if sys.argv[:1] == ["-m"] and "-m" in sys.orig_argv:
-    _module = sys.orig_argv[sys.orig_argv.index("-m") + 1]
-    if _module.startswith("maedistill."):
-        raise SystemExit(f"{_module} is no command: `python -m maedistill` lists the commands")

@@ -20,13 +20,8 @@ from maedistill.study.file import load_study
 
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}  # whose name is not that of their package
-OPTIONAL = {
-    "simplejpeg": "fast",
-    "sklearn": "demo",
-    "scipy": "demo",
-    "matplotlib": "demo",
-    "s3fs": "remote",
-}  # extra by package
+# package -> the extra that brings it
+OPTIONAL = {"simplejpeg": "fast", "sklearn": "demo", "scipy": "demo", "matplotlib": "demo", "s3fs": "remote"}
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -172,14 +172,14 @@ def open_run(
         raise DataError(
             f"{folder.path} holds no checkpoint", "name a run folder of maedistill pretrain or finetune that has saved"
         )
+    if weights == "ema" and not (checkpoint / "ema.safetensors").is_file():
+        raise DataError(f"{folder.path} kept no moving average of its weights", "leave out --ema (optim.ema keeps one)")
     try:
         require_claims(arguments, checkpoint / "model.safetensors")
     except ValueError as error:
         raise DataError(f"{folder.path}/run.json cannot be true: {error}", NOT_A_RUN) from None
     shape = _unloaded(folder, name, arguments)
     image_size = inspect_network(shape)
-    if weights == "ema" and not (checkpoint / "ema.safetensors").is_file():
-        raise DataError(f"{folder.path} kept no moving average of its weights", "leave out --ema (optim.ema keeps one)")
     prefix = PREFIX[metadata["stage"]]
     tensors = {
         PREFIX["pretrain"] + key.removeprefix(prefix): value

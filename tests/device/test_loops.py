@@ -139,4 +139,4 @@ def test_an_average_is_kept_on_the_card_until_it_is_read(card):
             averages.add({"loss": loss})
     card.waits.clear()
     assert averages.read() == {"loss": 2.5}
-    assert card.waits == [("distributed.all_reduce_mean", "_to_copy")]
+    assert card.waits == [("distributed.all_reduce_sum", "_to_copy")]

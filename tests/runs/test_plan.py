@@ -8,7 +8,7 @@ def test_dry_run_tells_everything_and_writes_nothing(pretraining, settings, trio
     assert not (pretraining.folder / "planned").exists()
     lines = {line.split()[0]: line for line in said.splitlines()}
     assert set(lines) == {
-        *("method", "teacher", "student", "data", "batch", "steps", "lr"),
+        *("method", "teacher", "student", "data", "val", "batch", "steps", "lr", "warning", "disk"),
         *("run", "flops", "speed", "memory", "time", "nothing"),
     }
     assert "student sees 4 of 16 patches, teacher 8 (nested)" in lines["method"]

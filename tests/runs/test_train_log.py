@@ -65,5 +65,5 @@ def test_a_line_breaks_between_fields_or_words(width):
     assert " ".join(" ".join(lines).split()) == " ".join(LINE.split())
     assert all(len(line) <= width for line in lines)
     if width == 80:
-        assert lines[0] == "epoch 0.2/30  step 20/3742" and lines[-1].endswith("lr 9.19e-04  eta 7m25s")
+        assert lines[0] == "epoch 0.2/30  step 20/3742" and lines[-1].strip() == "eta 7m25s"
     assert wrapped("data     /a/very/long/path/that/has/no/spaces/train-*.tar", 20)[-1].endswith("train-*.tar")
