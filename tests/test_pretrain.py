@@ -137,7 +137,7 @@ def test_a_run_leaves_a_complete_folder(trio, method):
         assert sheet.size == (columns * 196 + 28, 52 + 8 * 196)  # cells of 192 px and their gaps
     assert (run / "report.md").is_file() and (run / "config.yaml").is_file()
     events = EventAccumulator(str(run / "tb")).Reload()
-    assert [event.step for event in events.Scalars("pixels")] == list(range(1, total + 1))
+    assert [event.step for event in events.Scalars("train/pixels")] == list(range(1, total + 1))
     assert events.Tags()["images"] == ["reconstruction"]
 
 

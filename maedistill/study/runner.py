@@ -27,6 +27,7 @@ from maedistill.runs.metrics import duration
 from maedistill.study.status import RunningStep, StatusLine
 
 _POLL_SECONDS = 0.1
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _GRACE_SECONDS = 60.0  # between SIGTERM and SIGKILL, for a run to save a checkpoint
 _MOST_NAMED = 5  # steps named in an error
 
@@ -212,12 +213,13 @@ def _locked(out: Path) -> Iterator[IO[str]]:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Yield a list that records SIGINT and SIGTERM. An exception could lose track of a process that just started."""
+    """Yield a list that records SIGINT, SIGTERM and, unless nohup ignores it, the SIGHUP of a closed terminal.
+
+    An exception could lose track of a process that just started.
+    """
     received: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    numbers = [number for number in _ENDING if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     try:
         yield received
     finally:
