@@ -8,7 +8,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 
 pytestmark = pytest.mark.faults
 

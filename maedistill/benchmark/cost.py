@@ -27,7 +27,7 @@ from maedistill.config.document import find_config
 from maedistill.config.plan import share_batch
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.remote.cache import set_cache
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.scan import Members
 from maedistill.machine import cpu_share
 from maedistill.pretraining.build import build_crops

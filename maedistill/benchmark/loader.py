@@ -38,7 +38,7 @@ from maedistill.data.images.transforms import CROP_DRAWS, Box, crop, random_box
 from maedistill.data.loading.batch import Batch
 from maedistill.data.loading.loader import PREFETCHED, BatchSampler, RandomCrops, host_batches
 from maedistill.data.loading.order import SampleOrder
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from maedistill.errors import ConfigError
 from maedistill.randomness import Stream, uniform
 

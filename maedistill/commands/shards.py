@@ -32,7 +32,8 @@ def main() -> None:
     # torch and Pillow take seconds, which --help and mistakes need not wait for
     from maedistill.data.shards.sources import open_source
     from maedistill.data.shards.summary import print_summary
-    from maedistill.data.shards.write import make_shards, verify_shards
+    from maedistill.data.shards.verify import verify_shards
+    from maedistill.data.shards.write import make_shards
 
     if args.out:
         if args.quality is not None and args.shorter_side is None:

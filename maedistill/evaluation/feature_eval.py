@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from maedistill.data.shards.index import ShardIndex, open_index
+from maedistill.data.shards.index import ShardIndex
+from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.patterns import Split, describe_shards
 from maedistill.data.shards.scan import USUAL, Members
 from maedistill.errors import ConfigError, DataError, NumericsError

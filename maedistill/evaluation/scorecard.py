@@ -14,7 +14,8 @@ from torch import nn
 
 from maedistill.data.loading.dataset import ImageDataset, open_dataset
 from maedistill.data.loading.evaluation import EvaluationImages
-from maedistill.data.shards.index import ShardIndex, open_index
+from maedistill.data.shards.index import ShardIndex
+from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.patterns import describe_shards
 from maedistill.data.shards.scan import USUAL, Members
 from maedistill.errors import ConfigError

@@ -16,7 +16,8 @@ from maedistill.config.sources import PYTHON_KIND
 from maedistill.data.loading.dataset import ImageDataset, open_dataset
 from maedistill.data.loading.turned import warn_of_turned
 from maedistill.data.remote.cache import require_room
-from maedistill.data.shards.index import ShardIndex, open_index
+from maedistill.data.shards.index import ShardIndex
+from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.scan import Members
 from maedistill.errors import ConfigError
 from maedistill.processes import distributed

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from maedistill.evaluation.accuracy import evaluate, score_batch
 from maedistill.evaluation.agreement import TwoViews, divergence, evaluate_against
 from maedistill.evaluation.calibration import calibrate

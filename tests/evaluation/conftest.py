@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from maedistill.data.shards.index import ShardIndex, open_index
+from maedistill.data.shards.index import ShardIndex
+from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards
 from maedistill.processes import distributed

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from maedistill.errors import ConfigError, DataError, NumericsError
 from maedistill.evaluation import accuracy as module
 from maedistill.evaluation.accuracy import Evaluation, TopCounts, write_predictions

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from maedistill.errors import ConfigError, NumericsError
 from maedistill.evaluation.accuracy import evaluate
 from maedistill.evaluation.agreement import TwoViews, divergence, evaluate_against

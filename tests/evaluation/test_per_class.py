@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from maedistill.evaluation.accuracy import Evaluation
 from maedistill.evaluation.per_class import (
     Confusion,

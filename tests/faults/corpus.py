@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from maedistill.config.render import config_yaml
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from maedistill.models.encoder import build_vit
 from maedistill.models.initialize import initialize
 from maedistill.runs.checkpoint import take_snapshot, write_snapshot

@@ -30,7 +30,7 @@ import yaml
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from maedistill.finetuning.build import build_labelled_crops
 from maedistill.finetuning.setup import open_finetuning
 from maedistill.pretraining.build import build_crops

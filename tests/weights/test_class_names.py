@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import ImageNetInfo, RealLabelsImagenet
 
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards
 from maedistill.errors import ConfigError, DataError

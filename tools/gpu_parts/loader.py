@@ -14,7 +14,7 @@ from maedistill.config.loader import load_config
 from maedistill.config.plan import BatchPlan
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.loading.loader import BatchSampler, RandomCrops, host_batches
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from maedistill.pretraining.build import build_crops
 from maedistill.runs.metrics import read_metrics
 

@@ -9,7 +9,7 @@ from gpu_parts.pictures import small_shards
 from maedistill.config.plan import BatchPlan
 from maedistill.data.loading.batch import Batch
 from maedistill.data.loading.loader import RandomCrops, training_batches
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from maedistill.pretraining.build import build_crops
 
 STEPS, PLAN = 60, BatchPlan(micro_batch=12, accumulation=1)

@@ -1,10 +1,9 @@
-"""Write a source as WebDataset tars, with their index, class names and report; verify them later.
+"""Write a source as WebDataset tars, with their index, class names and report; `verify.py` checks them later.
 
     Source -> make_shards -> OUT/train-000000.tar ...        KEY.jpg|png|webp + KEY.cls
                              OUT/train.index.safetensors     where each sample lies, checksums, provenance
                              OUT/_info.json, classes.json    for timm's reader; class names
                              OUT/make_shards.json            what was converted or skipped, and why; written last
-    OUT -> verify_shards -> number of shards, or a DataError that names those that differ from their index
 
 The shard of each image is fixed before anything is written: samples are sorted by the sha256 of their key (a fixed,
 thorough shuffle, so any few shards are a fair sample of the classes) and cut into equal parts. Each shard is thus a
@@ -29,14 +28,14 @@ from webdataset import TarWriter
 from maedistill.data.images.convert import Converted, bits_in_use, convert
 from maedistill.data.images.decode import BadImage
 from maedistill.data.images.depth import is_wide_png
-from maedistill.data.shards.index import CLASSES_FILE, SUFFIX, ShardIndex, index_of, load_index, save_index
+from maedistill.data.shards.index import CLASSES_FILE, SUFFIX, index_of, save_index
 from maedistill.data.shards.index_check import parse_json
 from maedistill.data.shards.layout import IMAGES_PER_SHARD, QUALITY, REPORT_FILE
 from maedistill.data.shards.progress_bar import ProgressBar
 from maedistill.data.shards.records import Record, Source, printable
 from maedistill.data.shards.scan import NO_LABEL, ShardScan, scan_shard
 from maedistill.data.shards.stamps import stamp_of
-from maedistill.errors import ConfigError, DataError, join_first
+from maedistill.errors import ConfigError, DataError
 
 WORK_FOLDER = ".making"  # partial shards, and statistics of finished ones; removed at the end
 _EIGHT_BITS = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif")  # suffixes of formats without 16 bits
@@ -133,38 +132,6 @@ def read_report(out: Path) -> dict[str, ConversionStats]:
         return {split: ConversionStats(**stats) for split, stats in _read_json(out / REPORT_FILE)["splits"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise _foreign(out / REPORT_FILE) from error
-
-
-def verify_shards(out: Path) -> int:
-    """Read every shard of every index in `out` in full. Return their number, or raise `DataError` naming bad ones."""
-    indexes = map(load_index, sorted(out.glob(f"*{SUFFIX}")))
-    rows = [(index, row) for index in indexes for row in range(len(index.shards))]
-    if not rows:
-        raise DataError(f"{out} holds no *{SUFFIX}", "write shards there first: maedistill shards SRC OUT")
-    bar = ProgressBar(rows, desc="verifying", unit="shard")
-    if faults := [fault for index, row in bar if (fault := _find_fault(index, row, out))]:
-        raise DataError(
-            f"{len(faults)} of {len(rows)} shards are bad: {join_first(faults, 5, separator='; ')}",
-            "copy them again, or make the folder anew: the same command gives the same bytes",
-        )
-    return len(rows)
-
-
-def _find_fault(index: ShardIndex, row: int, out: Path) -> str | None:
-    """Return a description of what is wrong with one shard, including its path; None if it is intact."""
-    path = out / index.shards[row]
-    if not path.is_file():
-        return f"{path} is missing"
-    try:
-        scan = scan_shard(str(path))
-    except DataError as error:
-        return error.cause
-    indexed = index.scan_of(row)
-    if scan.num_bytes != indexed.num_bytes:
-        return f"{path} has {scan.num_bytes:,} bytes instead of {indexed.num_bytes:,}"
-    if scan.sha256 != indexed.sha256:
-        return f"{path} has another checksum than its index says"
-    return None if scan == indexed else f"{path} holds other samples than its index says"
 
 
 def used_depth(source: Source, workers: int) -> int:

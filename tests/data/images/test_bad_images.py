@@ -7,7 +7,7 @@ from PIL import Image
 
 from maedistill.config.plan import batch_plan
 from maedistill.data.loading.loader import training_batches
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from tests.data.tar_files import bomb, crops_of, encode, write_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's own threads

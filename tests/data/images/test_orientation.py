@@ -12,7 +12,7 @@ from maedistill.data.images.depth import DEPTHS, to_eight_bits, used_bits
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
 from maedistill.data.loading.loader import RandomCrops
 from maedistill.data.loading.order import SampleOrder
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from tests.data.images.test_decode import png
 from tests.data.tar_files import encode, write_tar
 

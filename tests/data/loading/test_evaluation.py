@@ -14,7 +14,7 @@ from timm.data import create_transform
 
 from maedistill.data.images.decode import decode_rgb
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform, exact_batches, rank_share
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from maedistill.errors import DataError
 from tests.data.tar_files import encode, write_tar
 
@@ -142,7 +142,7 @@ def test_an_image_that_cannot_be_decoded_ends_the_evaluation_and_is_named(tmp_pa
 SMALL_SHM = """
 import os, sys, torch
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform, exact_batches
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 index = open_index(sys.argv[1])
 images = EvaluationImages(index, torch.arange(64), evaluation_transform(size=224, crop=1.0))
 batches = exact_batches(images, batch=16, workers=2, timeout_seconds=20)

@@ -15,7 +15,7 @@ from maedistill.data.loading.batch import Batch
 from maedistill.data.loading.evaluation import EvaluationImages, centre_transform, exact_batches
 from maedistill.data.loading.loader import PREFETCHED, RandomCrops, training_batches
 from maedistill.data.loading.order import SampleOrder
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from maedistill.errors import DataError
 from maedistill.models.masking import random_split
 from tests.data.tar_files import encode, write_tar

@@ -22,7 +22,7 @@ from maedistill.data.loading.evaluation import EvaluationImages, exact_batches
 from maedistill.data.loading.loader import training_batches
 from maedistill.data.remote.cache import ShardCache
 from maedistill.data.remote.download import RetryPolicy
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.reader import ShardReader
 from maedistill.errors import DataError, PeerError, UserError
 from tests.data.tar_files import crops_of
@@ -271,7 +271,7 @@ def test_workers_of_a_killed_process_vanish_hung_or_not(index):
 LEAVES = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: None)
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from maedistill.data.loading.loader import RandomCrops
 from maedistill.data.loading.order import SampleOrder
 from maedistill.data.loading.workers import load_batches

@@ -14,7 +14,7 @@ from maedistill.data.loading import evaluation as evaluation_file
 from maedistill.data.loading.batch import Batch, prefetched
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform, exact_batches
 from maedistill.data.loading.workers import load_batches
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from maedistill.errors import DataError
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from maedistill.data.loading.order import SampleOrder
 from maedistill.data.loading.workers import load_batches
 from maedistill.data.remote.cache import set_cache
 from maedistill.data.remote.download import read_small
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.patterns import find_shards
 from maedistill.data.shards.reader import ShardReader
 from maedistill.errors import ConfigError, DataError

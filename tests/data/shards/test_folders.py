@@ -12,7 +12,8 @@ from PIL import Image
 
 from maedistill.commands import shards as shards_command
 from maedistill.data.images.decode import decode_rgb
-from maedistill.data.shards.index import load_index, open_index
+from maedistill.data.shards.index import load_index
+from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.reader import ShardReader
 from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards, read_report

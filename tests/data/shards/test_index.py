@@ -6,7 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from maedistill.data.shards.index import index_of, load_index, open_index, save_index, why_unscorable
+from maedistill.data.shards.index import index_of, load_index, save_index, why_unscorable
+from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.reader import ShardReader
 from maedistill.data.shards.scan import Members, ShardScan
 from maedistill.errors import ConfigError, DataError

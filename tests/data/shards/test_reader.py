@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.reader import MOST_OPEN, ShardReader
 from maedistill.errors import DataError
 from tests.data.tar_files import write_split, write_tar

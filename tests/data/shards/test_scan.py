@@ -6,7 +6,7 @@ import time
 import pytest
 from webdataset.tariterators import base_plus_ext
 
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.scan import Members, scan_shard
 from maedistill.errors import DataError
 from tests.data.tar_files import SAMPLES, write_tar

@@ -13,7 +13,7 @@ from torchvision.datasets import CIFAR10
 
 from maedistill.data.images.decode import decode_rgb
 from maedistill.data.shards import sources
-from maedistill.data.shards.index import open_index
+from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.reader import ShardReader
 from maedistill.data.shards.sources import open_folder, open_source, smallest_hashes
 from maedistill.errors import ConfigError, DataError

@@ -15,10 +15,12 @@ from maedistill.commands import shards as shards_command
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.images.decode import decode_rgb
-from maedistill.data.shards.index import open_index, why_unscorable
+from maedistill.data.shards.index import why_unscorable
+from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.reader import ShardReader
 from maedistill.data.shards.sources import Record, open_folder
-from maedistill.data.shards.write import make_shards, plan_shards, read_report, verify_shards
+from maedistill.data.shards.verify import verify_shards
+from maedistill.data.shards.write import make_shards, plan_shards, read_report
 from maedistill.errors import ConfigError, DataError, exit_code_of
 
 

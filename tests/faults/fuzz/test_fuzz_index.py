@@ -15,7 +15,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from maedistill.data.shards.index import SCANNED, index_of, load_index, open_index, save_index, select_shards
+from maedistill.data.shards.index import SCANNED, index_of, load_index, save_index, select_shards
+from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.scan import scan_shard
 from maedistill.errors import DataError
 from tests.faults.fuzz.damage import NASTY, byte_edits, cases, edited, packed, regrown, tree_edits, unpacked
