@@ -59,6 +59,9 @@ def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
     config, plan, engine, rank = parts.config, parts.plan, run.engine, distributed.rank()
     crops = build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean)
     batches = run.batches(crops)
+    if evaluation_due(run, parts) and run.is_missing("ema_top1" if run.ema is not None else "top1", metrics):
+        with run.untimed():
+            validate(run, parts, metrics)
 
     for step in range(run.step, plan.steps):
         run.schedule.step_update(step)
@@ -76,14 +79,19 @@ def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
         if run.should_log:
             run.log(metrics)
 
-        # Evaluate, save: each on its own period, neither counted as training time. Saving comes last: otherwise a
-        # run killed during the evaluation would resume after it, and the evaluation would be missing.
+        # Save, evaluate: each on its own period, neither counted as training time. Saving comes first, so that an
+        # evaluation that fails costs no training.
         with run.untimed():
-            if run.step == plan.steps or run.due(config.log.eval_every_epochs):
-                validate(run, parts, metrics)
             if run.should_save:
                 run.save()
+            if evaluation_due(run, parts):
+                validate(run, parts, metrics)
         run.raise_if_preempted()
+
+
+def evaluation_due(run: Run, parts: Finetuning) -> bool:
+    """Return whether to evaluate after the step just done."""
+    return run.step == parts.plan.steps or run.due(parts.config.log.eval_every_epochs)
 
 
 def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
@@ -96,10 +104,12 @@ def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
         precision=parts.config.engine.precision,
         timeout_seconds=parts.config.data.timeout_seconds,
     )
-    for prefix, network in networks.items():
-        predictor = Predictor(network, context, mean=parts.mean, std=parts.std)
-        score = evaluate(predictor, parts.validation(), context).score
-        if metrics is not None:
+    predictors = {
+        name: Predictor(network, context, mean=parts.mean, std=parts.std) for name, network in networks.items()
+    }
+    scores = {name: evaluate(predictor, parts.validation(), context).score for name, predictor in predictors.items()}
+    if metrics is not None:  # all records together, so that a kill does not leave half of them
+        for prefix, score in scores.items():
             values = score.metrics()
             values["val_loss"] = values.pop("loss")
             metrics.write(run.step, {"epoch": run.epoch, **{prefix + name: value for name, value in values.items()}})

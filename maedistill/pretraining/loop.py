@@ -9,6 +9,7 @@ Everything random is a function of (seed, position) or (seed, step), so a restar
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,7 @@ def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
     config, plan, engine, teacher = parts.config, parts.plan, run.engine, parts.teacher
     crops = build_crops(config, parts.index)
     batches = run.batches(crops)
+    look_again(run, parts, metrics)
 
     for step in range(run.step, plan.steps):
         run.schedule.step_update(step)
@@ -87,16 +89,32 @@ def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
         if run.should_log:
             run.log(metrics)
 
-        # Draw, probe, save: each on its own period, none counted as training time. Saving comes last: otherwise a run
-        # killed during a picture or a probe would resume after it, and the picture or probe would be missing.
+        # Save, draw, probe: each on its own period, none counted as training time. Saving comes first, so that a
+        # picture or probe that fails costs no training.
         with run.untimed():
+            if run.should_save:
+                run.save()
             if run.due(config.log.pictures_every_epochs):
                 draw(run, parts, metrics)
             if parts.val_index is not None and parts.unscorable is None:
                 probe(run, parts, parts.val_index, metrics)
-            if run.should_save:
-                run.save()
         run.raise_if_preempted()
+
+
+def look_again(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
+    """Draw and probe what was due after the step of the checkpoint, but was cut short. Collective."""
+    log, picture = parts.config.log, picture_path(run)
+    with run.untimed():
+        if run.step and run.due(log.pictures_every_epochs) and distributed.on_main(lambda: not picture.exists()):
+            draw(run, parts, metrics)
+        probed = "knn" if run.step and run.due(log.knn_every_epochs) else "linear"
+        if parts.val_index is not None and parts.unscorable is None and run.is_missing(probed, metrics):
+            probe(run, parts, parts.val_index, metrics)
+
+
+def picture_path(run: Run) -> Path:
+    """Return the file of the reconstruction sheet after the step just done."""
+    return run.folder.pictures / f"step_{run.step:09d}.png"
 
 
 def draw(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
@@ -110,7 +128,7 @@ def draw(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
     title = f"{name}: {parts.config.method}, step {run.step}, epoch {run.epoch:.1f}"
     sheet = reconstruction_sheet(parts.module, images, split, teacher=parts.teacher is not None, title=title)
     if metrics is not None:
-        with ignore_write_errors(path := run.folder.pictures / f"step_{run.step:09d}.png"):
+        with ignore_write_errors(path := picture_path(run)):
             sheet.save(path)
         metrics.picture(run.step, "reconstruction", np.asarray(sheet))
 

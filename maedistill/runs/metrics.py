@@ -68,11 +68,14 @@ class MetricsFile:
     """Writes metrics.jsonl and, if tensorboard is installed, TensorBoard events. Only rank 0 has one.
 
     A run that resumes at step s drops the lines of steps above s, because it repeats these steps.
+    last_names: what is recorded of step s.
     """
 
     def __init__(self, folder: Path, *, first_step: int, tensorboard: bool) -> None:
         self.path = folder / "metrics.jsonl"
-        write_text(self.path, "".join(line for line, record in _lines(folder) if record["step"] <= first_step))
+        kept = [(line, record) for line, record in _lines(folder) if record["step"] <= first_step]
+        self.last_names = {name for _, record in kept if record["step"] == first_step for name in record}
+        write_text(self.path, "".join(line for line, _ in kept))
         self.lines = AppendOnlyFile(self.path)
         self.observers: Sequence[Callable[[int, Mapping[str, Any]], object]] = ()  # called with every object
         self.board = _tensorboard(folder, first_step) if tensorboard else None

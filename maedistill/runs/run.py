@@ -122,6 +122,14 @@ class Run:
                 self.saver.close()
             raise Preempted(self.preempted.name, self.step, command=self.folder.command)
 
+    def is_missing(self, name: str, metrics: MetricsFile | None) -> bool:
+        """Return whether this start resumes after a step of which `name` was not recorded. Collective.
+
+        A checkpoint is taken before an evaluation. So an evaluation that fails, or is killed, costs no training: the
+        next start makes up for it.
+        """
+        return self.step > 0 and distributed.on_main(lambda: metrics is not None and name not in metrics.last_names)
+
     # One step
 
     def batches(self, crops: RandomCrops) -> Iterator[Batch]:
