@@ -126,3 +126,14 @@ def test_a_refused_start_leaves_the_run_that_lives_there(finetuning, endings, ma
 def test_an_end_is_recorded(finetuning, endings):
     end = json.loads((finetuning.folder / "wrong damaged validation image" / "exit.json").read_text())
     assert end["exit_code"] == 3 and f"error: {end['reason']}" in endings["damaged validation image"][1]
+
+
+def test_an_evaluation_that_fails_costs_no_training(finetuning, mae, made):
+    """The checkpoint is written before it, and the same command then evaluates what it had trained."""
+    arguments = [f"init.source=run:{mae.run}", "optim.epochs=1"]
+    failed = finetuning("mended", *arguments, f"data.val={made}/damaged.tar", code=3)
+    assert failed.last_checkpoint().name == "step_000000008"
+    again = finetuning("mended", *arguments)
+    assert "continues at step 8 of 8" in again.out and len(again.metrics()) == 8
+    assert [record["step"] for record in again.records() if "top1" in record] == [8]
+    assert finetuning("mended", *arguments).records() == again.records()  # nothing is evaluated twice
