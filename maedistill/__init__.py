@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from maedistill.api import evaluate, export, finetune, load_backbone, make_shards, pretrain, read_metrics
     from maedistill.data.loading.dataset import ImageDataset
-    from maedistill.errors import ConfigError, DataError, NumericsError, PeerError, UserError
+    from maedistill.errors import ConfigError, DataError, NumericsError, PeerError, Preempted, UserError
     from maedistill.methods.amd import AMD
     from maedistill.methods.dmae import DMAE
     from maedistill.methods.mae import MAE
@@ -29,6 +29,7 @@ __all__ = [
     "ImageDataset",
     "NumericsError",
     "PeerError",
+    "Preempted",
     "TinyMIM",
     "UserError",
     "evaluate",
@@ -43,7 +44,7 @@ __all__ = [
 _MODULES = {
     "api": ("evaluate", "export", "finetune", "load_backbone", "make_shards", "pretrain", "read_metrics"),
     "data.loading.dataset": ("ImageDataset",),
-    "errors": ("ConfigError", "DataError", "NumericsError", "PeerError", "UserError"),
+    "errors": ("ConfigError", "DataError", "NumericsError", "PeerError", "Preempted", "UserError"),
     "methods.amd": ("AMD",),
     "methods.dmae": ("DMAE",),
     "methods.mae": ("MAE",),

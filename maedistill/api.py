@@ -24,6 +24,7 @@ from maedistill.data.loading.dataset import ImageDataset
 from maedistill.data.shards import write
 from maedistill.data.shards.sources import open_source
 from maedistill.data.shards.write import ConversionStats
+from maedistill.errors import DataError
 from maedistill.evaluation.context import open_context
 from maedistill.evaluation.scorecard import score
 from maedistill.exporting.folder import Pooling, with_pooling
@@ -188,7 +189,10 @@ def load_backbone(
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     """Return what a run has recorded, one object per logged step or evaluation: the lines of metrics.jsonl."""
-    return read_metrics_of(RunFolder(run).path)
+    folder = RunFolder(run).path
+    if not (folder / "run.json").is_file():
+        raise DataError(f"{folder} holds no run", "name the folder that maedistill.pretrain or finetune returned")
+    return read_metrics_of(folder)
 
 
 _SHAPE = tuple(

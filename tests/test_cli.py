@@ -60,6 +60,12 @@ def test_a_config_may_be_called_maedistill_and_no_config_prints_the_usage(tmp_pa
     assert code == 2 and "usage: maedistill pretrain CONFIG" in said
 
 
+def test_the_quickstart_refuses_an_epoch_without_a_step(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["maedistill", "quickstart", "--epochs", "1"])
+    with pytest.raises(ConfigError, match="31 images"):
+        import_module("maedistill.commands.quickstart").main()
+
+
 def test_a_command_gets_the_rest_of_the_line_and_runs_record_it(monkeypatch):
     lines = []
     monkeypatch.setattr("maedistill.commands.export.main", lambda: lines.append(sys.argv))

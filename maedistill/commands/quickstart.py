@@ -11,14 +11,21 @@ import argparse
 import sys
 from pathlib import Path
 
+from maedistill.errors import ConfigError
+
 
 def main() -> None:
     """Read the command line, and run the quickstart."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="maedistill quickstart", description=__doc__, formatter_class=raw)
-    parser.add_argument("--epochs", type=float, help="epochs of every training, instead of the configs'")
+    parser.add_argument("--epochs", type=float, help="epochs of every training, at least 2, instead of the configs'")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the runs and the report")
     arguments = parser.parse_args(sys.argv[2:])
+    if arguments.epochs is not None and arguments.epochs < 2:
+        raise ConfigError(
+            f"--epochs is {arguments.epochs:g}: one epoch of fine-tuning has 31 images, less than a batch of 32",
+            "use 2 or more",
+        )
     from maedistill.study.quickstart import run_quickstart  # imports torch, for which --help need not wait
 
     run_quickstart(arguments.out, epochs=arguments.epochs)

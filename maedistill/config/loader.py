@@ -92,6 +92,9 @@ def load_config(
     else:
         for override in overrides:
             settings |= _read_override(override)
+    for name, value in (given or {}).items():
+        if value is not None and name in settings and settings[name].level == _TOP:
+            raise ConfigError(f"{name} is set, and an object is given in its place", "leave one of the two out")
     settings |= _from_python(given or {}, level=_TOP + 1)
     settings = _with_named_sources(settings)
     notes = _scale_warmup(settings, below, root)
@@ -216,7 +219,8 @@ def _nearest_files(path: Path) -> str:
     """Return a remedy for a missing file: YAML files of similar names around the nearest existing folder."""
     folder = next((parent for parent in path.parents if os.path.isdir(parent)), Path())
     files = sorted(str(file) for pattern in ("*.yaml", "*/*.yaml") for file in folder.glob(pattern))
-    names = [] if path.suffix == ".yaml" else sorted(map(config_name, CONFIGS.glob("*/*.yaml")))
+    ours = [file for file in CONFIGS.glob("*/*.yaml") if file.stem != "base"]  # what others extend is no recipe
+    names = [] if path.suffix == ".yaml" else sorted(map(config_name, ours))
     near = difflib.get_close_matches(str(path), [*files, *names], n=3, cutoff=0.6) or files[:3]
     return f"did you mean {' or '.join(near)}?" if near else f"{folder} holds no .yaml files; name one that exists"
 

@@ -28,7 +28,7 @@ from maedistill.weights.license import hub_license, license_sentence
 METHODS = {
     None: "by a method that is not recorded",
     "mae": "as a masked autoencoder (MAE, He et al., CVPR 2022)",
-    "dmae": "by distilling a masked autoencoder (DMAE, Bai et al., CVPR 2023)",
+    "dmae": "by masked distillation of a teacher (DMAE, Bai et al., CVPR 2023)",
     "amd": "by asymmetric masked distillation (AMD, Zhao et al., CVPR 2024)",
     "tinymim": "as a masked autoencoder that imitates token relations (after TinyMIM, Ren et al., CVPR 2023)",
 }

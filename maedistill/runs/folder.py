@@ -168,7 +168,8 @@ class RunFolder:
     def command(self) -> str | None:
         """Return the command that continues the run, None if a launcher started it, whose words are unknown here."""
         words = [word for word in sys.argv if word not in ("--fresh", "--yes")]
-        return shlex.join(words) if distributed.world_size() == 1 else None
+        program = [] if words[0] == "maedistill" else ["python"]
+        return shlex.join([*program, *words]) if distributed.world_size() == 1 else None
 
     def leave_at_once(self) -> NoReturn:
         """End the process for a second Ctrl-C: record it and say which step was saved last."""

@@ -142,6 +142,8 @@ def why_unreadable(error: Exception) -> str:
     """Return the informative line of a read error. torch's messages begin with advice to trust the file."""
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"there is no {error.filename}"
+    if "Weights only load failed" in str(error) and "GLOBAL" not in str(error):
+        return "it holds no tensors that torch saved"
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "file an issue" not in line]
     telling = [line.rpartition("Unpickler error: ")[2] for line in lines if re.search("GLOBAL|Unpickler error", line)]
     return f"{type(error).__name__}: {(telling or lines or ['no more is known'])[0][:200]}"

@@ -124,7 +124,8 @@ def read_metadata(path: str | Path) -> tuple[RunFolder, dict[str, Any]]:
     if str(metadata["network"].get("name", "")).startswith(f"{PYTHON_KIND}:"):
         raise DataError(
             f"{folder.path} holds a student given from Python ({str(metadata['network']['name'])[:100]})",
-            "make one of this class and load it with maedistill.load_backbone(RUN, student=...)",
+            "make one of this class and load it: maedistill.load_backbone(RUN, student=...); evaluate and finetune "
+            "take it, export takes only networks of timm",
         )
     try:
         RunMetadata.model_validate_json(json.dumps(metadata))  # as JSON: strict mode would reject lists as tuples

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 
 NO_OTHERS = "yours: no other weights were used"
+NOT_STATED = "not stated"
 
 # Identifiers of the Hugging Face hub. A restrictive one counts anywhere in the text, a free one only as the whole text.
 _NON_COMMERCIAL = ("cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-4.0")

@@ -30,13 +30,13 @@ from maedistill.models.initialize import initialize
 from maedistill.weights.from_file import EncoderSpec, Inspect, open_file, why_unreadable
 from maedistill.weights.from_run import Weights, open_run
 from maedistill.weights.from_timm import image_config, open_timm
+from maedistill.weights.license import NOT_STATED
 from maedistill.weights.state_dict import require_finite
 
 # What a network is for. `outputs`: it runs, and if it has classes, it gives a logit for each. `classifier`: it also has
 # classes. `encoder`: a plain ViT, its classifier removed, all weights finite. `any`: nothing is checked.
-_SIZE = 224  # of the images of a module that states none
-
 Use = Literal["any", "outputs", "classifier", "encoder"]
+_SIZE = 224  # of the images of a module that states none
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,18 +128,17 @@ def open_network(
         own_sizes.append(next(iter(getattr(getattr(network, "patch_embed", None), "img_size", None) or (0,))))
         return _check(source, use, network, image_size=image_size, grid=grid, size_key=size_key)
 
-    unstated = f"not stated (set {section}.license)" if section else "not stated"
     if kind == "run":
         network = _open_run(name, use, weights, check)
     elif kind == "file":
         vit, audit = open_file(name, spec or EncoderSpec(), check, section=section)
-        network = Network(vit, source, vit.patch_embed.img_size[0], unstated, audit=audit)
+        network = Network(vit, source, vit.patch_embed.img_size[0], NOT_STATED, audit=audit)
     elif spec is not None and kind == "random":
         vit = replace(spec, model=name).build(spec.pos_embed or "sincos2d", check)
         initialize(vit, seed=0)
         network = Network(vit, source, vit.patch_embed.img_size[0], "none, random weights", audit="random weights")
     else:
-        network = _open_timm(source, use, check, unstated)
+        network = _open_timm(source, use, check)
     network = replace(network, own_size=own_sizes[0] or network.size)
     if use in ("outputs", "classifier"):
         shape = tuple(network.output(size_key=size_key).shape)
@@ -163,7 +162,7 @@ def given_network(module: TimmModel, name: str, *, image_size: int | None) -> Ne
     own = getattr(getattr(module, "patch_embed", None), "img_size", None)
     if hasattr(module, "grid") and hasattr(module, "patch_size"):
         own = [module.grid * module.patch_size]
-    license_name = getattr(stated, "license", None) or "not stated"
+    license_name = getattr(stated, "license", None) or NOT_STATED
     num_classes = int(getattr(module, "num_classes", 0))
     size = own[0] if own else image_size or (entries.input_size[1] if entries else _SIZE)
     return Network(
@@ -209,7 +208,7 @@ def _check(
     return image_size
 
 
-def _open_timm(source: str, use: Use, check: Inspect, unstated: str) -> Network:
+def _open_timm(source: str, use: Use, check: Inspect) -> Network:
     """Open any model that timm can open, with the preprocessing that timm states."""
     module, size = open_timm(source, check)
     if use == "encoder":
@@ -222,7 +221,7 @@ def _open_timm(source: str, use: Use, check: Inspect, unstated: str) -> Network:
         module,
         source,
         size or config.input_size[1],
-        str(stated.get("license") or unstated),
+        str(stated.get("license") or NOT_STATED),
         num_classes=module.num_classes,
         crop=config.crop_pct,
         test_size=test.input_size[1] if differs else None,

@@ -132,6 +132,9 @@ def why_unscorable(train: ShardIndex, val: ShardIndex) -> str | None:
     for name, index in (("training", train), ("validation", val)):
         if bare := int(np.count_nonzero(index.labels == NO_LABEL)):
             return f"{bare:,} of {len(index):,} {name} images have no label"
+    for label, (name, other) in enumerate(zip(train.classes, val.classes, strict=False)):
+        if name != other:
+            return f"label {label} is {name!r} in the training images and {other!r} in the validation images"
     if not np.isin(val.labels, train.labels).any():
         count = len(np.unique(val.labels))
         return f"none of the {count:,} classes in the validation images has a training image"

@@ -8,6 +8,7 @@ written; wildcards and braces in its name are letters.
 Patterns are expanded here. They never reach a shell, or a library that would run a `pipe:` command.
 """
 
+import difflib
 import glob
 import itertools
 import os
@@ -50,6 +51,8 @@ def find_shards(shards: str, *, split: Split = "train") -> tuple[str, ...]:
     paths = sorted(path for name in names for path in (_expand_url(name) if is_remote else _expand_path(name)))
     if not paths:
         raise DataError(f"no file matches {pattern}", "check the path, or write shards with maedistill shards")
+    if len(paths) == 1 and not paths[0].endswith(".tar") and not is_remote and not os.path.exists(paths[0]):
+        raise DataError(f"there is no folder {pattern}", _nearest_folder(paths[0]))
     if not is_remote and (missing := [path for path in paths if not os.path.isfile(path)]):
         raise DataError(
             f"{len(missing)} of {len(paths)} shards are missing: {join_first(list(map(_cut, missing)), 5)}",
@@ -182,6 +185,15 @@ def _expand_path(name: str) -> list[str]:
         return [path]
     folder, last = os.path.split(path)
     return glob.glob(os.path.join(glob.escape(folder) if os.path.isdir(folder) else folder, last))
+
+
+def _nearest_folder(path: str) -> str:
+    """Return a remedy for a missing folder: one beside it of a similar name, if there is one."""
+    parent, name = os.path.split(path)
+    beside = [entry.name for entry in os.scandir(parent) if entry.is_dir()] if os.path.isdir(parent) else []
+    near = difflib.get_close_matches(name, beside, n=1)
+    written = "check the path, or write shards with maedistill shards"
+    return f"did you mean {os.path.join(parent, near[0])}?" if near else written
 
 
 def _cut(text: str) -> str:

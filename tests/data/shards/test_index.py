@@ -272,3 +272,13 @@ def test_why_training_images_cannot_classify_validation_images(train, val, why):
 
     found = why_unscorable(index(train), index(val))
     assert found is None if why is None else why in found
+
+
+def test_names_of_classes_that_differ_are_a_reason():
+    def index(classes):
+        scan = ShardScan(1, "", ["0", "1"], [0, 0], [1, 1], [0, 1])
+        return index_of(["a.tar"], [scan], classes=classes, provenance={})
+
+    assert "'cat' in the training images" in why_unscorable(index(("cat", "dog")), index(("red bird", "dog")))
+    assert why_unscorable(index(("cat", "dog")), index(("cat", "dog", "owl"))) is None
+    assert why_unscorable(index(("cat", "dog")), index(())) is None

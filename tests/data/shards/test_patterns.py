@@ -89,3 +89,10 @@ def test_brace_ranges_count_as_written(first, count, width):
     assert names == [f"a-{number:0{width}d}.tar" for number in range(first, last + 1)]
     assert split_name(tuple(names)) == "a"
     assert len(expand_braces(f"{{x,y,z}}{{{first}..{last}}}")) == 3 * count
+
+
+def test_a_folder_that_is_not_there_is_named_with_one_like_it(tmp_path):
+    (tmp_path / "classes").mkdir()
+    with pytest.raises(DataError) as missing:
+        find_shards(str(tmp_path / "clases"))
+    assert "no folder" in missing.value.cause and missing.value.remedy == f"did you mean {tmp_path / 'classes'}?"
