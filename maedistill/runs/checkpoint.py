@@ -87,8 +87,7 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
     final = folder / checkpoint_name(snapshot.step)
     temporary = final.with_name(f"{final.name}.tmp")
     folder.mkdir(parents=True, exist_ok=True)
-    for stray in folder.glob("step_*.tmp"):
-        _remove(stray)
+    remove_strays(folder)
     if not _is_intact(final):
         try:
             temporary.mkdir()
@@ -108,6 +107,12 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
     for _, path in sorted(old for old in checkpoint_steps(folder) if old[0] <= snapshot.step)[:-keep]:
         _remove(path)
     return final
+
+
+def remove_strays(folder: Path) -> None:
+    """Remove what a killed start left of checkpoints that it wrote or removed. Only the owner of the run may do so."""
+    for stray in folder.glob("step_*.tmp"):
+        _remove(stray)
 
 
 def checkpoint_name(step: int) -> str:

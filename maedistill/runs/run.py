@@ -26,6 +26,7 @@ from maedistill.processes.heartbeat import Peers
 from maedistill.processes.preemption import PreemptionHandler
 from maedistill.runs.async_saver import Saver
 from maedistill.runs.callback import Callback
+from maedistill.runs.checkpoint import remove_strays
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.metrics import (
     Averages,
@@ -100,6 +101,7 @@ class Run:
 
     def restore(self) -> None:
         """Load the newest complete checkpoint, if there is one. Collective."""
+        distributed.on_main(lambda: remove_strays(self.folder.checkpoints))  # a finished run writes no more checkpoints
         state = load_latest(self.folder.checkpoints, self.engine, ema=self.ema)
         if state is None:
             return

@@ -213,12 +213,13 @@ def _locked(out: Path) -> Iterator[IO[str]]:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Yield a list that records SIGINT, SIGTERM and, unless nohup ignores it, the SIGHUP of a closed terminal.
+    """Yield a list that records SIGINT, SIGTERM and the SIGHUP of a closed terminal, unless nohup ignores that one.
 
     An exception could lose track of a process that just started.
     """
     received: list[int] = []
-    numbers = [number for number in _ENDING if signal.getsignal(number) != signal.SIG_IGN]
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = [number for number in _ENDING if number != signal.SIGHUP or not ignored]
     before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     try:
         yield received

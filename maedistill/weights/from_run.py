@@ -142,8 +142,9 @@ def _stated(path: str | Path) -> tuple[RunFolder, dict[str, Any]]:
         cause = "its run.json does not say its " + ", ".join(missing) if metadata else "its run.json is not there"
         cause = cause if os.path.isdir(folder.path) else "there is no such folder"
         raise DataError(f"{folder.path} holds no run of this version: {cause}", NOT_A_RUN)
-    if metadata["stage"] not in PREFIX or not isinstance(metadata["network"], dict):
-        raise DataError(f"{folder.path}/run.json cannot be true: its stage or network", NOT_A_RUN)
+    for name, is_true in (("stage", metadata["stage"] in PREFIX), ("network", isinstance(metadata["network"], dict))):
+        if not is_true:
+            raise DataError(f"{folder.path}/run.json cannot be true: {name}", NOT_A_RUN)
     return folder, metadata
 
 

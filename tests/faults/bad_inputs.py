@@ -466,7 +466,7 @@ STARTS = {
         "depth is 1000000000, more", edit_json("run.json", network__arguments__depth=10**9)
     ),
     "a network of a terabyte": start(
-        "describes a network of", edit_json("run.json", network__arguments__embed_dim=100_000)
+        "embed_dim is 100000, but the largest", edit_json("run.json", network__arguments__embed_dim=100_000)
     ),
     "a network that loads a pickle": start(
         "'checkpoint_path' is no part of a network",

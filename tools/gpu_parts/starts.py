@@ -65,7 +65,7 @@ class Starts:
         if code == 0:
             self.check.skipped(f"{name}: saves and leaves", "it had finished before the signal came")
         else:
-            good = code == Preempted.exit_code
+            good = code == Preempted("SIGTERM", 0).exit_code
             self.check.verdict(f"{name}: saves and leaves", good, self._why(name, code) if not good else "exit code 75")
         self.whole(name, *settings)
 
