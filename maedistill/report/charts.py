@@ -72,8 +72,8 @@ def latency_chart(rows: Mapping[str, Timed], path: Path, *, order: Sequence[str]
         axes.errorbar(places[name], 100 * one.value, yerr=_bars(one), color=color, capsize=3, zorder=2)
         size = 40 + 260 * row.parameters / most
         axes.scatter(places[name], 100 * one.value, s=size, color=color, edgecolor="white", label=label, zorder=3)
-    axes.margins(x=0.2, y=0.1)
-    axes.set_xlim(left=0)
+    axes.margins(y=0.1)
+    axes.set_xlim(0, 1.1 * max(places.values()))
     shared = "\n(networks of one architecture are timed once and stand side by side)"
     has_shared = len({row.latency_ms for row in rows.values()}) < len(rows)
     axes.set_xlabel("latency of one image, ms" + (shared if has_shared else ""))
