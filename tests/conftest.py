@@ -21,7 +21,9 @@ from tests.support.messages import Messages
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 LONGEST = [
-    "test_pretrain.py", "test_checkpoint.py", "test_study_tool.py", "test_finetune.py", "test_finetune_distilled.py",
+    "test_kills.py", "test_signals.py", "test_pretrain.py", "test_checkpoint.py", "test_study_tool.py",
+    "test_finetune.py", "test_finetune_distilled.py", "test_heartbeat.py", "test_interrupts.py",
+    "test_two_machines.py", "test_distributed.py", "test_api.py",
 ]  # fmt: skip
 CONFIG = """\
 data:
