@@ -32,8 +32,8 @@ def end_of(run):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ctrl_c_to_one_rank_saves_on_all_and_the_same_command_gives_the_same_bits(pretraining, ranks):
     slow = {"FAULTS_PACE": 0.02}
-    whole = pretraining(f"whole-{ranks}", *OFTEN, "log.every_steps=7", ranks=ranks)
-    started = pretraining.start(f"cut-{ranks}", *OFTEN, "log.every_steps=7", ranks=ranks, **slow)
+    whole = pretraining(f"ctrl_c_whole-{ranks}", *OFTEN, "log.every_steps=7", ranks=ranks)
+    started = pretraining.start(f"ctrl_c_cut-{ranks}", *OFTEN, "log.every_steps=7", ranks=ranks, **slow)
     wait_until(lambda: logged(started.run) > 1)
     started.signal(signal.SIGINT, ranks - 1)
     cut = started.finish(130)
@@ -41,25 +41,25 @@ def test_ctrl_c_to_one_rank_saves_on_all_and_the_same_command_gives_the_same_bit
     assert end["exit_code"] == 130 and 14 <= end["step"] < 96
     assert f"stopped by Ctrl-C after step {end['step']}, which is saved" in cut.err
     assert ("continue with: " in cut.err) == (ranks == 1)
-    whole_again = pretraining(f"cut-{ranks}", *OFTEN, "log.every_steps=7", ranks=ranks)
+    whole_again = pretraining(f"ctrl_c_cut-{ranks}", *OFTEN, "log.every_steps=7", ranks=ranks)
     assert weights(whole_again) == weights(whole)
     assert losses(whole_again) == losses(whole)  # no line more or less, means over the cut included
 
 
 def test_fine_tuning_stops_on_ctrl_c_too(finetuning):
     long = [*SCRATCH, "student.patch_size=8", "optim.epochs=12", "log.save_every_epochs=12", "log.eval_every_epochs=12"]
-    whole = finetuning("whole", *long)
-    started = finetuning.start("cut", *long, FAULTS_PACE=0.02)
+    whole = finetuning("ctrl_c_whole", *long)
+    started = finetuning.start("ctrl_c_cut", *long, FAULTS_PACE=0.02)
     wait_until(lambda: logged(started.run) > 3)
     started.signal(signal.SIGINT)
     started.finish(130)
-    again = finetuning("cut", *long)
+    again = finetuning("ctrl_c_cut", *long)
     assert weights(again) == weights(whole) and losses(again) == losses(whole)
 
 
 def test_a_second_ctrl_c_leaves_at_once_and_says_what_was_saved_last(pretraining):
     """The evaluation at the end of an epoch has begun: the first one waits for it."""
-    started = pretraining.start("twice", *OFTEN[:3], "log.save_every_epochs=1", *NO_EXTRAS, FAULTS_PACE=0.6)
+    started = pretraining.start("ctrl_c_twice", *OFTEN[:3], "log.save_every_epochs=1", *NO_EXTRAS, FAULTS_PACE=0.6)
     wait_until(lambda: (started.run / "checkpoints/step_000000008/COMPLETE").exists())
     started.signal(signal.SIGINT)
     time.sleep(0.4)
@@ -77,13 +77,13 @@ def test_a_second_ctrl_c_leaves_at_once_and_says_what_was_saved_last(pretraining
 
 def test_a_kill_between_two_log_lines_leaves_no_trace_in_the_record(pretraining):
     arguments = [*OFTEN[:3], "log.save_every_epochs=1", "log.every_steps=7", *NO_EXTRAS]  # saves every 8 steps
-    whole = pretraining("unharmed", *arguments)
-    started = pretraining.start("killed", *arguments, FAULTS_PACE=0.05)
+    whole = pretraining("record_whole", *arguments)
+    started = pretraining.start("record_killed", *arguments, FAULTS_PACE=0.05)
     wait_until(lambda: (started.run / "checkpoints/step_000000024/COMPLETE").exists())
     started.signal(signal.SIGKILL)
     started.finish(-9)
-    assert losses(pretraining("killed", *arguments)) == losses(whole)
-    log = (whole.run.parent / "killed/train.log").read_text().splitlines()
+    assert losses(pretraining("record_killed", *arguments)) == losses(whole)
+    log = (whole.run.parent / "record_killed/train.log").read_text().splitlines()
     assert sum(line.startswith("=== ") for line in log) == 2
     assert any(line.startswith("continues at step 24 of 96") for line in log)
     assert log[-1].startswith("done: ")
