@@ -137,6 +137,8 @@ def test_a_run_leaves_a_complete_folder(tuned):
         (step, averaged) for step in (8, 16, 24) for averaged in (False, True)
     ]
     assert all(record.get("images", 24) == record.get("ema_images", 24) == 24 for record in evaluations(tuned))
+    with Image.open(run / "pictures" / "input.png") as sheet:
+        assert sheet.width == (196 + 24) * 6 - 24 + 4 and len(sheet.getcolors(1 << 20)) > 6 * 32
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_000000016", "step_000000024"}
 
 

@@ -12,12 +12,16 @@ therefore needs only the step, and reproduces every bit.
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
+from torch import Tensor
+
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.data.images.augment import seed_generators
 from maedistill.evaluation.accuracy import evaluate
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import Predictor
 from maedistill.finetuning.build import build_labelled_crops
+from maedistill.finetuning.pictures import input_sheet
 from maedistill.finetuning.setup import Finetuning, open_finetuning
 from maedistill.processes import distributed
 from maedistill.randomness import Stream
@@ -25,6 +29,7 @@ from maedistill.report.run_report import write_finetune_report
 from maedistill.runs.callback import Callback
 from maedistill.runs.metrics import MetricsFile
 from maedistill.runs.objects import NOTHING, Objects
+from maedistill.runs.records import ignore_write_errors
 from maedistill.runs.run import Run
 from maedistill.runs.start import run_stage
 
@@ -78,6 +83,9 @@ def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
         # Log: the only place where the host waits for the device.
         if run.should_log:
             run.log(metrics)
+        if run.step == 1:
+            with run.untimed():
+                draw(run, parts, images, targets, metrics)
 
         # Save, evaluate: each on its own period, neither counted as training time. Saving comes first, so that an
         # evaluation that fails costs no training.
@@ -87,6 +95,18 @@ def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
             if evaluation_due(run, parts):
                 validate(run, parts, metrics)
         run.raise_if_preempted()
+
+
+def draw(run: Run, parts: Finetuning, images: Tensor, targets: Tensor, metrics: MetricsFile | None) -> None:
+    """Draw the last micro-batch of the step just done on rank 0: images [m, 3, s, s], targets [m, C]."""
+    if metrics is None:
+        return
+    labelled = targets if parts.config.distill.reads_labels else None
+    title = f"{run.folder.title}: input of step {run.step}"
+    sheet = input_sheet(images, labelled, channels=parts.channels, classes=parts.index.classes, title=title)
+    with ignore_write_errors(path := run.folder.pictures / "input.png"):
+        sheet.save(path)
+    metrics.picture(run.step, "input", np.asarray(sheet))
 
 
 def evaluation_due(run: Run, parts: Finetuning) -> bool:

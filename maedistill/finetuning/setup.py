@@ -145,14 +145,14 @@ class Finetuning(Stage):
         if self.config.data.flip:
             images = random_flip(images, batch.positions, seed=self.config.seed)
         labels = batch.labels.clamp(min=0)  # -1 if unlabelled, in which case nothing reads it
-        return self._mixing(normalize(images, *self._channels), labels)
+        return self._mixing(normalize(images, *self.channels), labels)
 
     @cached_property
     def _mixing(self) -> Mixing:
         return build_mixing(self.config, num_classes=self.num_classes, device=self.device)
 
     @cached_property
-    def _channels(self) -> tuple[Tensor, Tensor]:
+    def channels(self) -> tuple[Tensor, Tensor]:
         """Return mean and std on the device, [3, 1, 1] each. Cached, because creating them syncs with the GPU."""
         mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (self.mean, self.std))
         return mean, std

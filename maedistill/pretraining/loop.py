@@ -124,8 +124,7 @@ def draw(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
     crops = EvaluationImages(index, random_subset(index, _PICTURES), transform, replace_bad=True)
     images = to_float01(next(exact_batches(crops, batch=_PICTURES, workers=0))[0].to(parts.device))
     split = split_of(parts.config, torch.arange(len(images), device=parts.device), parts.module.encoder.grid**2)
-    name = "/".join(run.folder.path.absolute().parts[-3:])
-    title = f"{name}: {parts.config.method}, step {run.step}, epoch {run.epoch:.1f}"
+    title = f"{run.folder.title}: {parts.config.method}, step {run.step}, epoch {run.epoch:.1f}"
     sheet = reconstruction_sheet(parts.module, images, split, teacher=parts.teacher is not None, title=title)
     if metrics is not None:
         with ignore_write_errors(path := picture_path(run)):

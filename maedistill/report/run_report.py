@@ -86,6 +86,7 @@ def write_finetune_report(folder: RunFolder) -> Path:
         f"- command: `{metadata['starts'][-1]['command']}`, {_times(len(metadata['starts']))}",
         "",
         *([f"![loss and accuracy]({curve.name})", ""] if curve else []),
+        *(["![input of the first step](pictures/input.png)", ""] if (folder.pictures / "input.png").exists() else []),
         "Next: hand the network over as a timm model:",
         "",
         f"    {shlex.join(['maedistill', 'export', str(folder.path)])}",

@@ -63,6 +63,11 @@ class RunFolder:
         self._in_use = False  # by another process, whose records must not change
         self.is_ours = False  # rank 0 has opened the folder; each rank sets this itself
 
+    @property
+    def title(self) -> str:
+        """Name the run in a picture: its folder and two above."""
+        return "/".join(self.path.absolute().parts[-3:])
+
     def open(
         self, config: RunConfig, metadata: dict[str, Any], *, execution: dict[str, Any], fresh: bool, extend: bool
     ) -> None:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from maedistill.errors import DataError
 from maedistill.processes import distributed
+from maedistill.runs.board import board_tag, open_board
 from maedistill.runs.records import AppendOnlyFile, warn, write_text
 
 _MAX_WAIT_SHARE = 0.05  # share of the time that may be spent waiting for data
-_OF_THE_MACHINE = {"images_per_second", "data_wait", "memory_gb", "eta_seconds", "trained_seconds"}
 _INTERVALS = 3  # consecutive log intervals above it before the hint is printed
 
 
@@ -78,7 +78,7 @@ class MetricsFile:
         write_text(self.path, "".join(line for line, _ in kept))
         self.lines = AppendOnlyFile(self.path)
         self.observers: Sequence[Callable[[int, Mapping[str, Any]], object]] = ()  # called with every object
-        self.board = _tensorboard(folder, first_step) if tensorboard else None
+        self.board = open_board(folder, first_step) if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one object; numbers also go to TensorBoard. JSON has no inf or nan, so they become null."""
@@ -150,24 +150,6 @@ def _lines(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(
             f"{path} cannot be read ({str(error)[:200]})", "restore it from a copy, or remove it"
         ) from error
-
-
-def board_tag(name: str, *, is_training: bool) -> str:
-    """Return the TensorBoard tag of a metric: sys/ for the machine, train/ for training, val/ for evaluations."""
-    return f"{'sys' if name in _OF_THE_MACHINE else 'train' if is_training else 'val'}/{name}"
-
-
-def _tensorboard(folder: Path, first_step: int) -> Any:
-    """Open the event files of a run, with its settings as a text."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        print("no TensorBoard events: tensorboard is not installed (pip install tensorboard)", flush=True)
-        return None
-    board = SummaryWriter(folder / "tb", purge_step=first_step + 1)  # hides later steps that a failed start wrote
-    if (config := folder / "config.yaml").is_file():
-        board.add_text("config", "".join(f"    {line}\n" for line in config.read_text().splitlines()), first_step)
-    return board
 
 
 class Clock:

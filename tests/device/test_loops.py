@@ -37,7 +37,9 @@ FINETUNE = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.d
 FINETUNE += ["student.patch_size=8"]
 # The modules in which the host meets the card outside of steps: batches come, losses and weights and pictures go.
 BOTH = {"batch", "distributed", "run", "engine"}
-READERS = {"pretrain": BOTH | {"full_pass", "knn", "pictures", "loop"}, "finetune": BOTH | {"setup", "full_pass"}}
+PICTURES = {"pictures", "sheet"}
+READERS = {"pretrain": BOTH | PICTURES | {"full_pass", "knn", "loop"}, "finetune": BOTH | {"setup", "full_pass"}}
+READERS["finetune"] |= PICTURES
 STAGES = {
     "pretrain": (pretrain, PretrainConfig, open_pretraining, PRETRAIN),
     "finetune": (finetune, FinetuneConfig, open_finetuning, FINETUNE),

@@ -10,7 +10,8 @@ from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
 from maedistill.models.masking import PatchSplit, random_split
-from maedistill.pretraining.pictures import paste, reconstruction_sheet, show_only, tile
+from maedistill.pretraining.pictures import paste, reconstruction_sheet, show_only
+from maedistill.report.sheet import tile
 
 GAP, GROUP_GAP, HEADER = 4, 24, 52
 

@@ -92,13 +92,18 @@ def test_means_go_on_over_a_restart_exactly() -> None:
 
 def test_tensorboard_has_groups_and_the_settings_and_its_absence_is_said(tmp_path, monkeypatch, capsys) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    (tmp_path / "config.yaml").write_text("seed: 0\noptim: {lr: 0.5, betas: [0.9, 0.95]}\n")
     file = metrics.MetricsFile(tmp_path, first_step=0, tensorboard=True)
     file.write(1, {"loss": 1.0, "lr": 0.1, "images_per_second": 5.0, "epoch": 0.5})
     file.write(1, {"knn": 0.5, "epoch": 0.5})
     file.close()
-    events = EventAccumulator(str(tmp_path / "tb")).Reload().Tags()
+    board = EventAccumulator(str(tmp_path / "tb")).Reload()
+    settings, events = board.summary_metadata["_hparams_/session_start_info"].plugin_data.content, board.Tags()
+    start = HParamsPluginData.FromString(settings).session_start_info.hparams
+    assert start["seed"].number_value == 0 and start["optim.lr"].number_value == 0.5
+    assert start["optim.betas"].string_value == "[0.9, 0.95]"
     names = {"train/loss", "train/lr", "train/epoch", "sys/images_per_second", "val/knn", "val/epoch"}
     assert set(events["scalars"]) == names and events["tensors"] == ["config/text_summary"]
     assert [set(record) for record in metrics.read_metrics(tmp_path)][1] == {"step", "knn", "epoch"}  # flat as ever
