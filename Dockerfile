@@ -4,9 +4,9 @@
 #   docker build -t maedistill --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .   without CUDA, 4 GB smaller
 FROM debian:trixie-slim
 
-# gcc and the headers are what torch.compile needs on a GPU
+# torch.compile needs a C compiler and the headers on a GPU, and a C++ compiler on a CPU
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends ca-certificates gcc libc6-dev python3-dev python3-venv \
+    && apt-get install --yes --no-install-recommends ca-certificates g++ python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/maedistill
 ENV PATH=/opt/maedistill/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
@@ -20,8 +20,10 @@ COPY configs /src/configs
 COPY maedistill /src/maedistill
 RUN pip install '/src[demo,fast,remote]' && rm -r /src
 
-# mount data and runs on /work; start with --user "$(id -u):$(id -g)" to own what is written there
-RUN useradd --create-home --uid 1000 maedistill && install --directory --owner maedistill /work
+# mount data and runs on /work; start with --user "$(id -u):$(id -g)" to own what is written there. Any user may write
+# to the home folder, where downloads and compiled kernels go.
+RUN useradd --create-home --uid 1000 maedistill && install --directory --owner maedistill /work \
+    && chmod 1777 /home/maedistill
 USER maedistill
 ENV HOME=/home/maedistill
 WORKDIR /work

@@ -34,7 +34,8 @@ def should_compile(setting: bool | None, device: torch.device, *, zero: int) -> 
     if setting:
         raise ConfigError(
             f"engine.compile: torch.compile fails on this machine ({failure})",
-            "install a C compiler and Python's headers, which it usually lacks, or set engine.compile=false",
+            "install a compiler (gcc, on a CPU g++) and Python's headers, which it usually lacks, or set "
+            "engine.compile=false",
         )
     if local_rank() == 0:
         print(
