@@ -1,6 +1,5 @@
 """The Python API: nothing heavy is imported early, docs/python.md runs, objects restart exactly and are checked."""
 
-import os
 import re
 import signal
 import subprocess
@@ -187,19 +186,16 @@ maedistill.pretrain(settings, dataset=Squares(), student=Student(), callbacks=[K
 
 
 @pytest.mark.faults
-def test_a_killed_run_of_objects_repeats_every_bit(tmp_path):
+def test_a_killed_run_of_objects_repeats_every_bit(tmp_path, launcher):
     (tmp_path / "program.py").write_text(PROGRAM)
 
     def start(run, *arguments):
-        words = [sys.executable, "program.py", run, *arguments]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return launcher.start(tmp_path / run, [tmp_path / "program.py", tmp_path / run, *arguments])
 
     whole, killed = start("whole"), start("killed", "7")
-    assert whole.returncode == 0, whole.stderr
-    assert killed.returncode == -signal.SIGKILL
-    again = start("killed")
-    assert again.returncode == 0 and "continues at step" in again.stdout
+    whole, killed = whole.finish(), killed.finish(-signal.SIGKILL)
+    again = start("killed").finish()
+    assert "continues at step" in again.out
     last = "checkpoints/step_000000016/model.safetensors"
-    assert (tmp_path / "whole" / last).read_bytes() == (tmp_path / "killed" / last).read_bytes()
-    assert "Squares[7]" in (tmp_path / "whole/bad_samples.txt").read_text()
+    assert (whole.run / last).read_bytes() == (again.run / last).read_bytes()
+    assert "Squares[7]" in (whole.run / "bad_samples.txt").read_text()
