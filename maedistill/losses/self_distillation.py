@@ -39,7 +39,7 @@ def energy_map(tokens: Tensor) -> Tensor:
 def self_attention_loss(tokens: Sequence[Tensor]) -> Tensor:
     """Return the mean squared difference of each block's energy map to the next one's: a scalar.
 
-    This is SAD (Hou et al., ICCV 2019) on a ViT's patch tokens. tokens: patch tokens of the blocks from shallow to deep, [B, N, D] each; pairs are averaged.
+    This is SAD (Hou et al., ICCV 2019) on a ViT's patch tokens. tokens: of blocks from shallow to deep, [B, N, D] each.
     """
     maps = [energy_map(one) for one in tokens]
     return torch.stack([F.mse_loss(shallow, deep.detach()) for shallow, deep in pairwise(maps)]).mean()
