@@ -136,6 +136,7 @@ def evaluate(
     data: str | Path | ImageDataset,
     *,
     weights: Weights = "model",
+    exit: int | None = None,
     image_size: int | None = None,
     crop: float | None = None,
     against: str | None = None,
@@ -147,24 +148,31 @@ def evaluate(
 
     model: a run folder, an export folder, KIND:NAME (as `timm:resnet18.a1_in1k`), or a module that maps normalised
     images [B, 3, s, s] to logits. data: labelled shards or a data set. weights: `ema` for a run's moving average.
-    image_size, crop: other than the model's own. against: a second classifier, for agreement and a paired comparison.
+    exit: the block of one of a run's exits, where the network ends. image_size, crop: other than the model's own.
+    against: a second classifier, for agreement and a paired comparison.
     """
     context = open_context(batch=batch, workers=workers, threads=None, precision=precision)
     source = model if isinstance(model, nn.Module) else str(model)
     images = str(data) if isinstance(data, str | Path) else data
-    options: dict[str, Any] = {"weights": weights, "image_size": image_size, "crop": crop, "against": against}
+    options: dict[str, Any] = {"weights": weights, "exit": exit, "image_size": image_size, "crop": crop}
+    options |= {"against": against}
     return score(source, images, context, **options, files={})
 
 
 def export(
-    run: str | Path, out: str | Path | None = None, *, weights: Weights = "model", global_pool: Pooling | None = None
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    weights: Weights = "model",
+    global_pool: Pooling | None = None,
+    exit: int | None = None,
 ) -> Path:
     """Write the network of a run as a folder that timm opens, with its model card, and return that folder.
 
     out: RUN/export by default. weights: `ema` for the moving average. global_pool: how a pre-trained backbone pools its
-    patches: `avg` (the default) or `token`.
+    patches: `avg` (the default) or `token`. exit: the block of one of its exits, where the network ends.
     """
-    return export_run(run, out, weights=weights, global_pool=global_pool)
+    return export_run(run, out, weights=weights, global_pool=global_pool, exit=exit)
 
 
 def load_backbone(
@@ -172,16 +180,17 @@ def load_backbone(
     *,
     weights: Weights = "model",
     global_pool: Pooling | None = None,
+    exit: int | None = None,
     student: nn.Module | None = None,
 ) -> Any:
     """Return the network of a run as a timm model in eval mode, without classifier: [B, 3, s, s] -> features [B, D].
 
-    weights, global_pool: as in `export`. student: for a run with a student of your own, a module of its class; its
-    weights are set to those of the run, and it is returned.
+    weights, global_pool, exit: as in `export`. student: for a run with a student of your own, a module of its class;
+    its weights are set to those of the run, and it is returned.
     """
     if student is not None:
         return load_into(student, run, weights=weights)
-    saved = open_run(run, weights=weights)
+    saved = open_run(run, weights=weights, exit=exit)
     backbone = with_pooling(saved, global_pool)
     backbone.reset_classifier(0)
     return backbone

@@ -64,6 +64,7 @@ def parse_score(words: list[str]) -> argparse.Namespace:
         help="labelled shards: a folder (its val-*.tar), one tar, a quoted glob or a brace range",
     )
     add("--index", metavar="FILE", help="the shards' index, where it does not lie beside them")
+    add("--exit", type=int, metavar="BLOCK", help="the network that ends at an exit (a run with student.exits)")
     add("--against", metavar="MODEL2", help="compare the answers with another classifier's: same best class, KL")
     labels = parser.add_mutually_exclusive_group().add_argument
     labels("--subset", action="store_true", help="the shards hold some of the model's classes: match them by name")
@@ -172,6 +173,7 @@ def start_score(arguments: argparse.Namespace) -> None:
         open_context(arguments),
         index_file=arguments.index,
         weights="ema" if arguments.ema else "model",
+        exit=arguments.exit,
         image_size=arguments.image_size,
         crop=arguments.crop,
         test_size=arguments.test_size,

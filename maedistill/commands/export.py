@@ -13,6 +13,7 @@ examples:
   maedistill export runs/dmae_s --global-pool token    the class token in place of the patches' mean
   maedistill export runs/dmae_s_finetuned --out dmae_s    the classifier
   maedistill export runs/dmae_s_finetuned --ema           the moving average of its weights
+  maedistill export runs/exits --exit 5                   its first 6 blocks and their exit, to runs/exits/export_exit5
 
 The folder loads wherever timm is: timm.create_model("local-dir:FOLDER", pretrained=True). Exit codes: 0 done, 2 usage,
 3 no run, no such weights, or nothing could be written.
@@ -36,6 +37,9 @@ def parse() -> argparse.Namespace:
         choices=["avg", "token"],
         help="output of a pre-trained student: the mean of its patch tokens (the default), or its class token",
     )
+    parser.add_argument(
+        "--exit", type=int, metavar="BLOCK", help="the network that ends at an exit (runs with student.exits)"
+    )
     return parser.parse_args(sys.argv[2:])
 
 
@@ -45,7 +49,7 @@ def main() -> None:
     from maedistill.exporting.folder import export, read_record  # imports torch, for which --help need not wait
 
     weights: Weights = "ema" if arguments.ema else "model"
-    out = export(arguments.run, arguments.out, weights=weights, global_pool=arguments.global_pool)
+    out = export(arguments.run, arguments.out, weights=weights, global_pool=arguments.global_pool, exit=arguments.exit)
     record = read_record(out)
     megabytes = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     print(

@@ -1,15 +1,15 @@
-"""The schema of distillation in fine-tuning: teachers, and one section for each term.
+"""The schema of distillation in fine-tuning: teachers, and one section for each term, with a teacher or without.
 
 Every term is off by default (weight 0) and has its own schedule; any number of terms can be combined. Depths of
 networks count from 0: a ViT's blocks, a convolutional network's stages as timm has them (ResNet: 0 the stem, 1 to 4
 its layers). Rules between the keys are in `finetune_rules.py`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from maedistill.config.schema import Above0, Count, Positive, Precision, Section, Side, Weight, result
+from maedistill.config.schema import Above0, Count, Positive, Precision, Probability, Section, Side, Weight, result
 
 Temperature = Annotated[float, Field(ge=0.01, le=1000)]  # outside this range, softmax is one-hot or uniform
 # Terms that relate the images of a micro-batch.
@@ -24,6 +24,8 @@ class TermConfig(Section):
          0 |______/               |______
             start  +warmup       stop     epochs
     """
+
+    needs_teacher: ClassVar[bool] = True
 
     weight: Weight = result(0.0, "weight of the term; 0: off")
     start_epoch: Weight = result(0.0, "epoch in which the term begins")
@@ -170,6 +172,33 @@ class ContrastiveConfig(TermConfig):
     width: Annotated[int, Field(ge=2, le=16384)] = result(128, "width that both sides are projected to; 128 is usual")
 
 
+class ExitsConfig(TermConfig):
+    """Be Your Own Teacher: the exits of student.exits learn from labels and from the network's own end."""
+
+    needs_teacher: ClassVar[bool] = False
+
+    weight: Weight = result(0.0, "weight of the sum over exits; 1 in Be Your Own Teacher; 0: off")
+    alpha: Probability = result(
+        0.3, "share of the end's predictions beside the labels: (1 - alpha) CE + alpha T^2 KL; 0.3 in the paper"
+    )
+    temperature: Temperature = result(3.0, "temperature T of the predictions; 3 in the paper")
+    feature_weight: Weight = result(
+        0.5, "weight of the squared distance of pooled features to the end's whitened ones; 0.5 was tried; 0: none"
+    )
+    trunk_gradients: bool = result(
+        True, "let exits train the shared blocks, as in the paper; false: their heads alone (LGViT's second stage)"
+    )
+
+
+class SelfAttentionConfig(TermConfig):
+    """Self-attention distillation (SAD): where a block is strongly active follows the next block; plain ViTs."""
+
+    needs_teacher: ClassVar[bool] = False
+
+    weight: Weight = result(0.0, "weight, mean over neighbours; 0.1 in SAD; 0: off")
+    blocks: tuple[Count, ...] = result((), "0-based student blocks, shallow to deep, each learns from the next one")
+
+
 class DistillConfig(Section):
     """Teachers that the network also learns from while it is fine-tuned, and what it imitates of them."""
 
@@ -197,11 +226,18 @@ class DistillConfig(Section):
     similarity_preserving: SimilarityPreservingConfig = SimilarityPreservingConfig()
     pkt: PKTConfig = PKTConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
+    exits: ExitsConfig = ExitsConfig()
+    self_attention: SelfAttentionConfig = SelfAttentionConfig()
 
     @property
     def terms(self) -> dict[str, TermConfig]:
         """Return the terms that are on, by name, in the order of the schema."""
         return {name: term for name, term in self if isinstance(term, TermConfig) and term.on}
+
+    @property
+    def teacher_terms(self) -> dict[str, TermConfig]:
+        """Return the terms that are on and compare with a teacher."""
+        return {name: term for name, term in self.terms.items() if term.needs_teacher}
 
     @property
     def logit_terms(self) -> tuple[str, ...]:
@@ -216,4 +252,4 @@ class DistillConfig(Section):
     @property
     def reads_labels(self) -> bool:
         """Return whether any loss uses the labels of training images."""
-        return self.label_weight > 0 or self.dkd.on
+        return self.label_weight > 0 or self.dkd.on or (self.exits.on and self.exits.alpha < 1)

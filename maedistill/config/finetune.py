@@ -61,6 +61,9 @@ class Student(BackboneConfig):
         "what the head reads: avg: the mean of the patch tokens through a fresh fc_norm, as MAE fine-tunes; "
         "token: the class token after the encoder's own norm",
     )
+    exits: tuple[Count, ...] = result(
+        (), "0-based blocks after which the network has a classifier too, each usable alone; trained by distill.exits"
+    )
 
 
 class Data(ImagesConfig):

@@ -86,13 +86,15 @@ def _augment(c: FinetuneConfig) -> Iterator[Problem]:
 def _teachers(c: FinetuneConfig) -> Iterator[Problem]:
     """Yield problems unless terms and teachers come together."""
     d = c.distill
-    if d.terms and not d.teachers:
-        names = ", ".join(d.terms)
+    if d.teacher_terms and not d.teachers:
+        names = ", ".join(d.teacher_terms)
         remedy = 'add e.g. distill.teachers=["timm:vit_base_patch16_224.augreg_in1k"], or set the weights to 0'
         yield Problem("distill.teachers", f"no teacher is named for {names}", remedy)
-    if d.teachers and not d.terms:
+    if d.teachers and not d.teacher_terms:
         remedy = "give a term a weight, e.g. distill.logits.weight=1, or name no teacher"
-        yield Problem("distill.teachers", "a teacher is named, but every term has weight 0", remedy)
+        yield Problem(
+            "distill.teachers", "a teacher is named, but every term that compares with it has weight 0", remedy
+        )
     for source in d.teachers:
         yield from shared_rules.kind_of_source("distill.teachers", source, kinds=(*NETWORK_KINDS, "file"))
     if len(set(d.teachers)) != len(d.teachers):
@@ -114,6 +116,38 @@ def _terms(c: FinetuneConfig) -> Iterator[Problem]:
         elif changed := term.model_dump(exclude_defaults=True):
             remedy = f"set distill.{name}.weight above 0, or remove it"
             yield Problem(f"distill.{name}.{min(changed)}", "the term is off: its weight is 0", remedy)
+
+
+def _exits(c: FinetuneConfig) -> Iterator[Problem]:
+    """Yield problems unless exits and what trains them come together, on blocks below the last one."""
+    exits, arch = c.student.exits, c.student_architecture
+    yield from _rising("student.exits", exits)
+    yield from shared_rules.blocks("student.exits", exits, arch=arch, who="student")
+    if exits and arch is not None and max(exits) == arch.depth - 1:
+        cause = f"block {arch.depth - 1} is the student's last one, its own end"
+        yield Problem("student.exits", cause, f"use blocks from 0 to {arch.depth - 2}")
+    if exits and not c.distill.exits.on:
+        cause = "nothing trains the exits: distill.exits has weight 0"
+        yield Problem("student.exits", cause, "set distill.exits.weight=1")
+    if c.distill.exits.on and not exits:
+        remedy = "add e.g. student.exits=[2,5,8], 0-based blocks"
+        yield Problem("distill.exits.weight", "the student has no exits", remedy)
+
+
+def _self_attention(c: FinetuneConfig) -> Iterator[Problem]:
+    """Yield problems unless the term has neighbours to compare."""
+    term, key = c.distill.self_attention, "distill.self_attention.blocks"
+    if term.on and len(term.blocks) < 2:
+        yield Problem(key, "no two blocks are named, of which one learns from the next", f"write e.g. {key}=[3,5,7]")
+    yield from _rising(key, term.blocks)
+    yield from shared_rules.blocks(key, term.blocks, arch=c.student_architecture, who="student")
+
+
+def _rising(key: str, blocks: tuple[int, ...]) -> Iterator[Problem]:
+    """Yield a problem unless blocks go from shallow to deep, each once."""
+    if list(blocks) != sorted(set(blocks)):
+        remedy = f"write {key}=[{','.join(map(str, sorted(set(blocks))))}]"
+        yield Problem(key, f"{list(blocks)} does not go from shallow to deep, each block once", remedy)
 
 
 def _labels(c: FinetuneConfig) -> Iterator[Problem]:
@@ -180,6 +214,8 @@ RULES = (
     _augment,
     _teachers,
     _terms,
+    _exits,
+    _self_attention,
     _labels,
     _batches,
 )

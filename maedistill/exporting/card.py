@@ -43,8 +43,8 @@ def model_card(saved: RunNetwork, vit: VisionTransformer, *, weights: Weights = 
     tuned = metadata["stage"] == "finetune"
     sections = {
         "Origin and license": _origin(metadata),
-        "Training": _training(metadata, config, vit, step, weights),
-        "Results": _accuracy(records, metadata, weights) if tuned else _features(records, config, weights),
+        "Training": _training(metadata, config, vit, step, weights, saved.exit),
+        "Results": _accuracy(records, metadata, weights, saved.exit) if tuned else _features(records, config, weights),
         "Use": _use(metadata, vit),
         "Limits": _limits(metadata, vit),
     }
@@ -123,10 +123,16 @@ def _images(metadata: Mapping[str, Any], before: str = "") -> str:
 
 
 def _training(
-    metadata: Mapping[str, Any], config: RunConfig | None, vit: VisionTransformer, step: int, weights: Weights
+    metadata: Mapping[str, Any],
+    config: RunConfig | None,
+    vit: VisionTransformer,
+    step: int,
+    weights: Weights,
+    exit: int | None,
 ) -> list[str]:
     averaged = ", the moving average of the weights" if weights == "ema" else ""
-    lines = [f"- These weights: the checkpoint after step {step:,}{averaged}."]
+    ends = f", the network that ends at its exit after block {exit}" if exit is not None else ""
+    lines = [f"- These weights: the checkpoint after step {step:,}{averaged}{ends}."]
     if config is None:
         lines.append("- The settings are missing: the run folder had no config.yaml.")
     else:
@@ -206,9 +212,11 @@ def _features(records: Sequence[Mapping[str, Any]], config: RunConfig | None, we
     return [*(lines or ["- No measurement is recorded."]), "- No accuracy after fine-tuning is recorded for this run."]
 
 
-def _accuracy(records: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any], weights: Weights) -> list[str]:
+def _accuracy(
+    records: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any], weights: Weights, exit: int | None
+) -> list[str]:
     """Report top-1 and top-5 of a fine-tuned network."""
-    prefix = "ema_" if weights == "ema" else ""
+    prefix = ("ema_" if weights == "ema" else "") + (f"exit{exit}_" if exit is not None else "")
     last = next((record for record in reversed(records) if f"{prefix}top1" in record), None)
     if last is None:
         return ["- No evaluation of these weights is recorded."]

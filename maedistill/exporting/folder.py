@@ -40,11 +40,17 @@ _IMAGES = 2  # of random pixels, for comparing the written folder with the run
 
 
 def export(
-    run: str | Path, out: str | Path | None = None, *, weights: Weights = "model", global_pool: Pooling | None = None
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    weights: Weights = "model",
+    global_pool: Pooling | None = None,
+    exit: int | None = None,
 ) -> Path:
     """Write the network of a run folder to `out`, by default RUN/export, and return that folder.
 
-    weights: `ema` for the moving average. global_pool: the output of a pre-trained student, [B, D], after its own norm:
+    weights: `ema` for the moving average. exit: the block of an exit at which the network ends, for a fine-tuned one;
+    then to RUN/export_exitBLOCK. global_pool: the output of a pre-trained student, [B, D], after its own norm:
     `avg`, the mean of the patch tokens (the default), or `token`, the class token. A fine-tuned network is exported
     unchanged, with its classifier: [B, C]. An earlier export in `out` is replaced.
     Raises ConfigError if `out` holds anything else or the network does not support the pooling, DataError if the folder
@@ -52,10 +58,11 @@ def export(
     """
     folder = RunFolder(run)
     # Normalise first: `new/..` does not exist and would pass as free, but would then replace the current folder.
-    out = Path(os.path.normpath(os.path.expanduser(out))) if out is not None else folder.path / "export"
+    default = folder.path / ("export" if exit is None else f"export_exit{exit}")
+    out = Path(os.path.normpath(os.path.expanduser(out))) if out is not None else default
     try:
         _require_free(out)
-        saved = open_run(folder.path, weights=weights)
+        saved = open_run(folder.path, weights=weights, exit=exit)
         _replace(out.resolve(), saved, with_pooling(saved, global_pool), weights)
     except (OSError, SafetensorError) as error:
         raise DataError(
@@ -65,7 +72,7 @@ def export(
 
 
 def read_record(out: Path) -> dict[str, Any]:
-    """Read export.json: run, stage, checkpoint, weights, global_pool, license, max_difference, values, versions.
+    """Read export.json: run, stage, checkpoint, exit, weights, global_pool, license, max_difference, values, versions.
 
     values: how many numbers were compared.
     """
@@ -144,7 +151,7 @@ def _fill(folder: Path, saved: RunNetwork, vit: TimmModel, weights: Weights) -> 
     follow_umask(folder / "model.safetensors")
     (folder / "README.md").write_text(model_card(saved, vit, weights=weights), encoding="utf-8")
     record = {"run": saved.folder.path.resolve().name, "stage": metadata["stage"], "checkpoint": saved.checkpoint.name}
-    record |= {"weights": weights, "global_pool": vit.global_pool, "license": metadata["license"]}
+    record |= {"exit": saved.exit, "weights": weights, "global_pool": vit.global_pool, "license": metadata["license"]}
     record |= _compare(folder, saved, vit)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -95,7 +95,7 @@ def build_mixing(config: FinetuneConfig, *, num_classes: int, device: torch.devi
 def _from_scratch(config: FinetuneConfig, num_classes: int) -> VisionTransformer:
     """Build the student that the config describes, initialised from the seed, with positions from MAE's table."""
     size, global_pool = config.data.image_size, config.student.global_pool
-    shape = config.student.model_dump(exclude={"global_pool"}) | {"image_size": size}
+    shape = config.student.model_dump(exclude={"global_pool", "exits"}) | {"image_size": size}
     with torch.device("meta"):
         _require_class_token(config, build_vit(**shape))
     vit = build_vit(num_classes=num_classes, global_pool=global_pool, **shape)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from maedistill.config.distill import BATCH_RELATION_TERMS, DistillConfig, PairsConfig, TermConfig
@@ -54,17 +55,21 @@ def open_teachers(
 
 
 def build_module(config: FinetuneConfig, vit: nn.Module, teachers: list[TeacherSource]) -> Supervised | Distilled:
-    """Build what the engine trains: the network, and with teachers its terms, initialised from the seed."""
-    if not teachers:
-        return Supervised(vit)
+    """Build what the engine trains: the network, and the terms that are on, initialised from the seed."""
     distill = config.distill
+    if not distill.terms:
+        return Supervised(vit)
     student = feature_info(vit, name="the student", image_size=config.data.image_size)
-    if not is_plain_vit(vit):
+    if isinstance(vit, VisionTransformer) and is_plain_vit(vit):
+        student = replace(student, vit=vit, exits=config.student.exits)
+    else:
         student = replace(student, channels=())  # its maps have no grid that a teacher's are resampled to
     _require_features(distill, "student", student)
+    _require_exits(config, student)
     features = [teacher.features for teacher in teachers]
     terms = {name: TERMS[name](name, section, student, features) for name, section in distill.terms.items()}
     requested = _requested(distill, "student", logits=True, tokens=distill.hard_label.on and distill.hard_label.token)
+    requested = _own_requested(config, requested)
     scheduled = [name for name, term in distill.terms.items() if term.is_scheduled]
     module = Distilled(vit, terms, requested=requested, label_weight=distill.label_weight, scheduled=scheduled)
     initialize(module.terms, seed=config.seed)
@@ -81,14 +86,14 @@ def build_teaching(
     std: Triple,
     device: torch.device,
 ) -> TeacherEnsemble | None:
-    """Build the teachers on `device` and the weights of the terms over time; None without a teacher.
+    """Build the teachers on `device` and the weights of the terms over time; None without a term.
 
     grid: side of the student's patch grid. mean, std: the student's normalisation. Raises ConfigError where a term
     relates the images of a micro-batch and there is only one.
     """
-    if not teachers:
-        return None
     distill = config.distill
+    if not distill.terms:
+        return None
     related = [name for name in BATCH_RELATION_TERMS if name in distill.terms]
     if related and plan.batch.micro_batch < 2:
         raise ConfigError(
@@ -115,9 +120,9 @@ def build_teaching(
 
 
 def distillation_lines(config: FinetuneConfig, teachers: list[TeacherSource], *, micro_batch: int) -> list[str]:
-    """Describe the teachers and terms, one per line; empty without a teacher."""
+    """Describe the teachers and terms, one per line; empty without a term."""
     distill = config.distill
-    if not teachers:
+    if not distill.terms:
         return []
     lines = [f"teacher  {teacher.describe()}" for teacher in teachers]
     lines.append(f"labels   weight {distill.label_weight:g}" + ("" if distill.reads_labels else ", none is read"))
@@ -143,6 +148,17 @@ def _requested(distill: DistillConfig, side: str, *, logits: bool, tokens: bool)
         features=depths("hints", "attention_transfer"),
         attention=depths("attention"),
         relations=depths("token_relations"),
+    )
+
+
+def _own_requested(config: FinetuneConfig, requested: RequestedOutputs) -> RequestedOutputs:
+    """Add the student's outputs that the terms without a teacher need."""
+    exits, related = config.student.exits, config.distill.self_attention
+    return replace(
+        requested,
+        embedding=requested.embedding or bool(exits),
+        blocks=exits,
+        features=tuple(sorted({*requested.features, *(related.blocks if related.on else ())})),
     )
 
 
@@ -186,6 +202,19 @@ def _require_features(distill: DistillConfig, side: str, info: FeatureInfo) -> N
                 f"{key}: {info.name} has no attention maps that can be seen",
                 "use a plain ViT, or distill.attention_transfer, which compares activations of any network",
             )
+
+
+def _require_exits(config: FinetuneConfig, student: FeatureInfo) -> None:
+    """Raise ConfigError if the student cannot have the exits, which only its opened network may show."""
+    exits = config.student.exits
+    own = [name for name, term in config.distill.terms.items() if not term.needs_teacher]
+    if own and student.vit is None:
+        raise ConfigError(f"distill.{own[0]}: the student is no plain ViT, whose blocks can be seen", "leave it out")
+    if exits and max(exits) >= len(student.channels) - 1:
+        raise ConfigError(
+            f"student.exits: block {max(exits)} is not below the student's last one, {len(student.channels) - 1}",
+            f"use blocks from 0 to {len(student.channels) - 2}",
+        )
 
 
 def _plain(value: object) -> str:

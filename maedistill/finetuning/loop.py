@@ -22,6 +22,7 @@ from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import Predictor
 from maedistill.finetuning.build import build_labelled_crops
 from maedistill.finetuning.pictures import input_sheet
+from maedistill.finetuning.self_terms import exit_networks
 from maedistill.finetuning.setup import Finetuning, open_finetuning
 from maedistill.processes import distributed
 from maedistill.randomness import Stream
@@ -115,8 +116,11 @@ def evaluation_due(run: Run, parts: Finetuning) -> bool:
 
 
 def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
-    """Measure top-1 and top-5 on every validation image, for the weights and their moving average. Collective."""
-    networks = {"": parts.module.vit} | ({"ema_": run.ema.module.vit} if run.ema is not None else {})
+    """Measure top-1 and top-5 on every validation image, for weights, their moving average and exits. Collective."""
+    networks = {"": parts.module.vit, **exit_networks(parts.module)}
+    if run.ema is not None:
+        averaged = run.ema.module
+        networks |= {f"ema_{name}": network for name, network in {"": averaged.vit, **exit_networks(averaged)}.items()}
     context = EvalContext(
         device=run.device,
         batch=parts.plan.batch.micro_batch,

@@ -1,4 +1,4 @@
-"""What fine-tuning minimises: cross-entropy with the labels, and with teachers also the distillation terms.
+"""What fine-tuning minimises: cross-entropy with the labels, and the distillation terms that are on.
 
 Supervised fine-tuning is that of MAE (He et al., CVPR 2022, appendix A.1). Each distillation term is weighted for the
 current step.
@@ -14,7 +14,7 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from maedistill.finetuning.outputs import Outputs, RequestedOutputs, forward_outputs
-from maedistill.finetuning.terms import Parts, Term
+from maedistill.finetuning.term import Parts, Term
 from maedistill.methods.mae import Losses
 from maedistill.models.encoder import TimmModel
 
@@ -67,15 +67,16 @@ class Distilled(nn.Module):
         if self.label_weight:
             losses["cross_entropy"] = self.cross_entropy(outputs["logits"], targets)
             total = self.label_weight * losses["cross_entropy"]
-        labels = targets.argmax(dim=1)  # [B]: for a mixed image, the class with the larger share
-        for i, term in enumerate(self.terms.values() if teachers else ()):
+        for i, term in enumerate(self.terms.values()):
+            against = teachers if term.section.needs_teacher else [{}]
+            if not against:
+                total = total + term.zero_loss(outputs["logits"])
+                continue
             parts = _mean_over_teachers(
-                [term(outputs, teacher, labels, number=n) for n, teacher in enumerate(teachers)]
+                [term(outputs, teacher, targets, number=n) for n, teacher in enumerate(against)]
             )
             losses |= parts
             total = total + weights[i] * term.total(parts)
-        if not teachers:
-            total = total + sum(term.zero_loss(outputs["logits"]) for term in self.terms.values())
         losses |= {f"weight/{name}": weights[i] for i, name in enumerate(self.terms) if name in self.scheduled}
         return {"loss": total, **losses}
 

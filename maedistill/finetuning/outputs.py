@@ -3,6 +3,7 @@
     network, normalised images [B, 3, s, s], RequestedOutputs -> Outputs, a flat dict of tensors by name:
 
     logits            [B, C]           embedding        [B, D]          tokens   [B, P + N, D], of a plain ViT
+    tokens/BLOCK      [B, P + N, D]
     features/DEPTH    [B, D, h, w]     attention/BLOCK  [B, H, h, w]
     query/BLOCK, key/BLOCK, value/BLOCK                 [B, H, N, d], of patch tokens
 
@@ -26,12 +27,13 @@ Outputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class RequestedOutputs:
-    """The outputs requested of a network. features: depths; attention and relations: blocks of a ViT."""
+    """The outputs requested of a network. features: depths; blocks (their tokens), attention, relations: of a ViT."""
 
     logits: bool = False
     embedding: bool = False
     tokens: bool = False
     features: tuple[int, ...] = ()
+    blocks: tuple[int, ...] = ()
     attention: tuple[int, ...] = ()
     relations: tuple[int, ...] = ()
 
@@ -47,7 +49,8 @@ class FeatureInfo:
 
     channels, grids: by depth, empty if there are no features by depth. num_heads: by block of a ViT, 0 without plain
     attention. embedding: width of the pooled features, 0 if there are none. register_token: index of the first register
-    token among the prefix tokens; None without one.
+    token among the prefix tokens; None without one. vit, exits: of a student that is a plain ViT, the network and the
+    blocks of its exits.
     """
 
     name: str
@@ -58,6 +61,8 @@ class FeatureInfo:
     num_heads: tuple[int, ...]
     embedding: int
     register_token: int | None
+    vit: VisionTransformer | None = None
+    exits: tuple[int, ...] = ()
 
 
 def is_plain_vit(network: TimmModel) -> bool:
@@ -103,15 +108,16 @@ def feature_info(network: TimmModel, *, name: str, image_size: int) -> FeatureIn
 def _vit_outputs(vit: VisionTransformer, images: Tensor, requested: RequestedOutputs) -> tuple[Outputs, Tensor]:
     """Return a plain ViT's outputs and its last tokens [B, P + N, D], normed if the whole network ran."""
     x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))  # [B, P + N, D]
-    x, features, qkv = run_blocks(
+    x, tapped, qkv = run_blocks(
         vit,
         x,
-        taps=requested.features,
+        taps=(*requested.features, *requested.blocks),
         relations=(*requested.attention, *requested.relations),
         to_last_tap=not requested.to_the_end,
     )
     prefix, grid = vit.num_prefix_tokens, tuple(vit.patch_embed.grid_size)
-    outputs = {f"features/{i}": tokens[:, prefix:].mT.unflatten(-1, grid) for i, tokens in features.items()}
+    outputs = {f"features/{i}": tapped[i][:, prefix:].mT.unflatten(-1, grid) for i in requested.features}
+    outputs |= {f"tokens/{i}": tapped[i] for i in requested.blocks}
     for i in requested.attention:  # what each patch receives, mean over queries
         query, key, _ = qkv[i]
         attention = (query @ key.mT * query.shape[-1] ** -0.5).float().softmax(dim=-1)  # [B, H, P + N, P + N]
@@ -124,7 +130,7 @@ def _vit_outputs(vit: VisionTransformer, images: Tensor, requested: RequestedOut
 
 def _intermediates(network: TimmModel, images: Tensor, requested: RequestedOutputs) -> tuple[Outputs, Tensor]:
     """Return the outputs of any other timm network, and its head's input, usable only with `requested.to_the_end`."""
-    assert not requested.attention and not requested.relations
+    assert not requested.blocks and not requested.attention and not requested.relations
     depths = sorted({*requested.features})
     if not depths:
         return {}, network.forward_features(images)

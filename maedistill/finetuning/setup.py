@@ -99,6 +99,7 @@ class Finetuning(Stage):
             "validation": {"images": len(self.val_index), "fingerprint": self.val_index.fingerprint()},
             "init": source.describe() if source is not None else None,
             "origin": source.origin if source is not None else None,
+            "exits": list(self.config.student.exits),
             "teacher": "; ".join(teacher.describe() for teacher in self.teachers) or None,
             "teacher_weights": [teacher.fingerprint for teacher in self.teachers],
             "license": combined_license(

@@ -101,10 +101,11 @@ class TeacherEnsemble:
         rows = [[term.weight_at(epoch_at(step)) for term in self.terms] for step in range(steps)]
         weights = torch.tensor(rows, dtype=torch.float32).view(steps, len(self.terms))
         self.heaviest_step = int(weights.sum(dim=1).argmax())  # the step whose weights are largest
-        self._counts = weights.any(dim=1).tolist()
+        compares = torch.tensor([term.needs_teacher for term in self.terms])
+        self._counts = weights[:, compares].any(dim=1).tolist()
         self._weights = weights.to(device)
 
     def __call__(self, images: Tensor, step: int) -> tuple[list[Outputs], Tensor]:
-        """Return the teachers' outputs on images [B, 3, s, s], none if every weight is 0, and weights [terms]."""
+        """Return the teachers' outputs on images [B, 3, s, s], none if their terms rest, and weights [terms]."""
         outputs = [teacher(images) for teacher in self.teachers] if self._counts[step] else []
         return outputs, self._weights[step]

@@ -1,11 +1,8 @@
-"""Distillation terms: each compares certain outputs of the student with those of a teacher, by its own loss.
+"""The terms of distillation from a teacher: each compares certain outputs of the student with the teacher's.
 
-    term(student outputs, teacher outputs, labels, number=i) -> {name: scalar}, the term's parts, each logged by itself
-    term.total(parts) -> scalar, which the term's weight multiplies
-
-Outputs are those of `outputs.py`, the teacher's grids resampled to the student's. Hints, contrast and a distillation
-token have parameters of their own, which are trained with the student and discarded afterwards. TERMS has each term by
-the name of its section in `config/distill.py`. CONTRIBUTING.md says how to add one.
+Hints, contrast and a distillation token have parameters of their own, which are trained with the student and discarded
+afterwards. TERMS has each term by the name of its section in `config/distill.py`, those without a teacher
+(`self_terms.py`) too. CONTRIBUTING.md says how to add one.
 
 B batch   C classes   D width   P prefix tokens   N patches   h, w sides of the grid
 """
@@ -13,12 +10,13 @@ B batch   C classes   D width   P prefix tokens   N patches   h, w sides of the 
 from collections.abc import Sequence
 from math import gcd
 
-import torch
 from torch import Tensor, nn
 
 from maedistill.config import distill
 from maedistill.errors import ConfigError
 from maedistill.finetuning.outputs import FeatureInfo, Outputs
+from maedistill.finetuning.self_terms import Exits, SelfAttention
+from maedistill.finetuning.term import Parts, Term
 from maedistill.losses.features import attention_transfer_loss, feature_loss
 from maedistill.losses.logits import decoupled_divergence, hard_label_loss, kd_loss, standardize
 from maedistill.losses.relations import (
@@ -32,54 +30,12 @@ from maedistill.losses.relations import (
 from maedistill.machine import without_autocast
 from maedistill.models.blocks import projection
 
-Parts = dict[str, Tensor]
 EMBEDDING_LOSSES = {
     "rkd_distance": rkd_distance_loss,
     "rkd_angle": rkd_angle_loss,
     "similarity_preserving": sp_loss,
     "pkt": pkt_loss,
 }
-
-
-class Term(nn.Module):
-    """One distillation term. Its parts count equally: the total is their mean, e.g. over pairs of depths.
-
-    name: of its section in the config; the names of its parts begin with it.
-    """
-
-    def __init__(
-        self, name: str, section: distill.TermConfig, student: FeatureInfo, teachers: Sequence[FeatureInfo]
-    ) -> None:
-        super().__init__()
-        self.name, self.section = name, section
-        self._build(student, teachers)
-
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, number: int) -> Parts:
-        """Return the parts by name. labels: int64 [B]. number: index of the teacher among several, from 0."""
-        return {self.name + end: loss for end, loss in self._losses(student, teacher, labels, number).items()}
-
-    def zero_loss(self, like: Tensor) -> Tensor:
-        """Return a zero that depends on every parameter of the term; without it ZeRO may reuse a stale gradient.
-
-        It runs the layers that own the parameters: ZeRO 3 holds those of a layer only while it runs. like: any tensor.
-        """
-        zero = like.new_zeros(())
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear | nn.LayerNorm):
-                width = layer.in_features if isinstance(layer, nn.Linear) else layer.normalized_shape[0]
-                zero = zero + 0 * layer(like.new_zeros(1, width)).sum()
-        return zero
-
-    def total(self, parts: Parts) -> Tensor:
-        """Return the value that the term's weight multiplies."""
-        return torch.stack(list(parts.values())).mean()
-
-    def _build(self, student: FeatureInfo, teachers: Sequence[FeatureInfo]) -> None:
-        """Make what depends on the networks. Raises ConfigError if the term cannot compare them."""
-
-    def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
-        """Return the parts by the ends of their names."""
-        raise NotImplementedError
 
 
 def _logits(student: Outputs, teacher: Outputs, *, z_scores: bool) -> tuple[Tensor, Tensor]:
@@ -93,7 +49,7 @@ class Logits(Term):
 
     section: distill.LogitsConfig
 
-    def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
+    def _losses(self, student: Outputs, teacher: Outputs, targets: Tensor, number: int) -> Parts:
         sides, own = _logits(student, teacher, z_scores=self.section.standardize), self.section.temperature
         theirs = self.section.teacher_temperature or own
         return {"": kd_loss(*sides, temperature=own, teacher_temperature=theirs)}
@@ -104,8 +60,9 @@ class DKD(Term):
 
     section: distill.DKDConfig
 
-    def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
+    def _losses(self, student: Outputs, teacher: Outputs, targets: Tensor, number: int) -> Parts:
         sides = _logits(student, teacher, z_scores=self.section.standardize)
+        labels = targets.argmax(dim=1)  # [B]: for a mixed image, the class with the larger share
         losses = decoupled_divergence(*sides, labels, temperature=self.section.temperature)
         return {"/tckd": losses.target, "/nckd": losses.others}
 
@@ -134,7 +91,7 @@ class HardLabel(Term):
         self.token, width = student.register_token, student.channels[0]
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, student.num_classes))
 
-    def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
+    def _losses(self, student: Outputs, teacher: Outputs, targets: Tensor, number: int) -> Parts:
         logits = self.head(student["tokens"][:, self.token]) if self.section.token else student["logits"]  # [B, C]
         return {"": hard_label_loss(logits, teacher["logits"])}
 
@@ -156,7 +113,7 @@ class Hints(Term):
             for teacher in teachers
         )
 
-    def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
+    def _losses(self, student: Outputs, teacher: Outputs, targets: Tensor, number: int) -> Parts:
         parts, section = {}, self.section
         projectors = self.projectors[number]
         assert isinstance(projectors, nn.ModuleList)
@@ -177,7 +134,7 @@ class AttentionTransfer(Term):
 
     section: distill.AttentionTransferConfig | distill.AttentionConfig
 
-    def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
+    def _losses(self, student: Outputs, teacher: Outputs, targets: Tensor, number: int) -> Parts:
         section = self.section
         kind, power = ("attention", 1)
         if isinstance(section, distill.AttentionTransferConfig):
@@ -218,7 +175,7 @@ class TokenRelations(Term):
                 )
             self.num_heads.append(num_heads)
 
-    def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
+    def _losses(self, student: Outputs, teacher: Outputs, targets: Tensor, number: int) -> Parts:
         parts: Parts = {}
         for s, t in self.section.pairs:
             sides = [
@@ -237,7 +194,7 @@ class TokenRelations(Term):
 class Embeddings(Term):
     """A loss on relations between the images of a micro-batch, computed from pooled features [B, D]."""
 
-    def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
+    def _losses(self, student: Outputs, teacher: Outputs, targets: Tensor, number: int) -> Parts:
         with without_autocast(student["embedding"]):  # bf16 would lose small differences
             return {"": EMBEDDING_LOSSES[self.name](student["embedding"], teacher["embedding"])}
 
@@ -255,7 +212,7 @@ class Contrastive(Term):
         self.student = nn.ModuleList(nn.Linear(student.embedding, width) for _ in teachers)
         self.teacher = nn.ModuleList(nn.Linear(teacher.embedding, width) for teacher in teachers)
 
-    def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
+    def _losses(self, student: Outputs, teacher: Outputs, targets: Tensor, number: int) -> Parts:
         rows = student["embedding"]  # [B, D]
         sides = self.student[number](rows), self.teacher[number](teacher["embedding"].to(rows.dtype))
         with without_autocast(rows):
@@ -272,4 +229,6 @@ TERMS: dict[str, type[Term]] = {
     "token_relations": TokenRelations,
     **dict.fromkeys(EMBEDDING_LOSSES, Embeddings),
     "contrastive": Contrastive,
+    "exits": Exits,
+    "self_attention": SelfAttention,
 }

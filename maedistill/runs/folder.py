@@ -42,7 +42,7 @@ _OF_THE_FIRST_START = ("init", "origin")
 # What --fresh deletes, in this order: a kill in between leaves no finished run without checkpoints, and no checkpoints
 # without their records. config.yaml and run.json are written over. Files of other names are a user's.
 _OF_A_RUN = ["exit.json", "checkpoints", "metrics.jsonl", "bad_samples.txt", "nonfinite.jsonl", "train.log", "report.*"]
-_OF_A_RUN += ["curves.*", "pictures", "tb", "export", "scorecard.json"]
+_OF_A_RUN += ["curves.*", "pictures", "tb", "export", "export_exit*", "scorecard.json"]
 _RESTORE = "restore it from a copy, or use another run="
 
 

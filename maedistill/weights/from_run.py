@@ -15,19 +15,21 @@ from typing import Annotated, Any, Literal
 
 import timm
 import torch
-from pydantic import AfterValidator, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from timm.models import get_model_args
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from maedistill.config.sources import PYTHON_KIND
-from maedistill.errors import DataError
+from maedistill.errors import ConfigError, DataError
 from maedistill.models.encoder import TimmModel, require_plain_vit
+from maedistill.models.exits import exit_weights
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.objects import python_name
 from maedistill.runs.restore import newest_intact, read_weights
 from maedistill.weights.from_file import Inspect
 from maedistill.weights.from_timm import (
+    MOST_BLOCKS,
     Crop,
     Deviation,
     Number,
@@ -42,6 +44,7 @@ from maedistill.weights.state_dict import Audit, ConvertedStateDict, load_encode
 Weights = Literal["model", "ema"]
 NOT_A_RUN = "name a run folder that maedistill pretrain or maedistill finetune has written"
 PREFIX = {"pretrain": "encoder.vit.", "finetune": "vit."}  # of the network's keys in a stage's state dict
+EXITS = "terms.exits.heads."  # of the keys of a fine-tuned network's exits, before their block
 
 _NEEDED = ("stage", "network", "input", "license")
 _PARAMETERS = frozenset(inspect.signature(VisionTransformer).parameters)
@@ -105,17 +108,21 @@ class RunMetadata(Origin):
     init: str | None = None
     origin: Origin | None = None
     classes: list[str] | None = None
+    exits: tuple[Annotated[int, Field(ge=0, lt=MOST_BLOCKS)], ...] = ()
 
 
 @dataclass(frozen=True)
 class RunNetwork:
-    """A network with the weights of one checkpoint. metadata: the content of RUN/run.json."""
+    """A network with the weights of one checkpoint. metadata: the content of RUN/run.json. exit: the block it ends at,
+    None for the whole network.
+    """
 
     vit: VisionTransformer
     folder: RunFolder
     metadata: Mapping[str, Any]
     checkpoint: Path
     audit: Audit
+    exit: int | None = None
 
 
 def read_metadata(path: str | Path) -> tuple[RunFolder, dict[str, Any]]:
@@ -160,15 +167,23 @@ def describe_network(module: nn.Module) -> dict[str, Any]:
 
 
 def open_run(
-    path: str | Path, *, weights: Weights = "model", inspect_network: Inspect = lambda shape: None
+    path: str | Path,
+    *,
+    weights: Weights = "model",
+    exit: int | None = None,
+    inspect_network: Inspect = lambda shape: None,
 ) -> RunNetwork:
     """Open the network of a run folder from its newest intact checkpoint.
 
-    weights: `ema` for the moving average. inspect_network: chooses the image size that positions are resampled to.
-    Raises DataError if the folder is not a run of this package, holds no checkpoint, or lacks these weights.
+    weights: `ema` for the moving average. exit: the block of an exit at which the network ends. inspect_network:
+    chooses the image size that positions are resampled to. Raises ConfigError if there is no such exit, DataError if
+    the folder is not a run of this package, holds no checkpoint, or lacks these weights.
     """
     folder, metadata = read_metadata(path)
     name, arguments = metadata["network"]["name"], metadata["network"]["arguments"]
+    if exit is not None:
+        _require_exit(folder, metadata, exit)
+        arguments = arguments | {"depth": exit + 1}
     checkpoint = newest_intact(folder.checkpoints)
     if checkpoint is None:
         raise DataError(
@@ -183,11 +198,11 @@ def open_run(
     shape = _unloaded(folder, name, arguments)
     image_size = inspect_network(shape)
     prefix = PREFIX[metadata["stage"]]
-    tensors = {
-        PREFIX["pretrain"] + key.removeprefix(prefix): value
-        for key, value in read_weights(checkpoint, weights).items()
-        if key.startswith(prefix)
-    }
+    stored = read_weights(checkpoint, weights)
+    own = _below(prefix, stored)
+    if exit is not None:
+        own = exit_weights(own, head=_below(f"{EXITS}{exit}.", stored), block=exit)
+    tensors = {PREFIX["pretrain"] + key: value for key, value in own.items()}
     described, held = (sum(value.numel() for value in part.values()) for part in (shape.state_dict(), tensors))
     if described != held:  # checked before memory is allocated
         raise DataError(
@@ -198,7 +213,21 @@ def open_run(
     size = {"img_size": image_size} if image_size else {}
     vit: TimmModel = timm.create_model(name, pretrained=False, **arguments | size)
     audit = load_encoder(vit, ConvertedStateDict(tensors), name=str(checkpoint))
-    return RunNetwork(vit.eval(), folder, metadata, checkpoint, audit)
+    return RunNetwork(vit.eval(), folder, metadata, checkpoint, audit, exit)
+
+
+def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors whose keys have this prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _require_exit(folder: RunFolder, metadata: Mapping[str, Any], exit: int) -> None:
+    """Raise ConfigError unless the run trained an exit after this block."""
+    exits = metadata.get("exits", [])
+    if exit not in exits:
+        has = f"its exits are after blocks {', '.join(map(str, exits))}" if exits else "it was trained without exits"
+        remedy = "name one of these" if exits else "leave out --exit, or fine-tune with student.exits"
+        raise ConfigError(f"--exit: {folder.path} has no exit after block {exit}, {has}", remedy)
 
 
 def load_into(student: nn.Module, path: str | Path, *, weights: Weights = "model") -> nn.Module:
@@ -211,10 +240,8 @@ def load_into(student: nn.Module, path: str | Path, *, weights: Weights = "model
     if checkpoint is None:
         raise DataError(f"{folder.path} holds no checkpoint", "name a run folder that has saved")
     prefix = {"pretrain": "encoder.", "finetune": "vit."}[metadata["stage"]]
-    tensors = read_weights(checkpoint, weights)
-    own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     try:
-        student.load_state_dict(own)
+        student.load_state_dict(_below(prefix, read_weights(checkpoint, weights)))
     except RuntimeError as error:
         raise DataError(
             f"{checkpoint} does not fit a {type(student).__name__} ({' '.join(str(error)[:200].split())})",

@@ -104,6 +104,7 @@ def open_network(
     use: Use = "any",
     *,
     weights: Weights = "model",
+    exit: int | None = None,
     image_size: int | None = None,
     grid: int | None = None,
     spec: EncoderSpec | None = None,
@@ -113,8 +114,9 @@ def open_network(
     """Open `run:PATH`, `local-dir:PATH`, `timm:NAME`, `hf-hub:ID`, `file:PATH`, or the bare path of any of these.
 
     spec: what a file does not state; with one, also `random:NAME`. weights: `ema` for the moving average of
-    a run. Positions are resampled to `image_size` or to a `grid` x `grid` of patches; by default the size is the
-    network's own. section, size_key: the config section of the source and the option of its image size, for errors.
+    a run. exit: the block of one of its exits, where the network ends. Positions are resampled to `image_size` or to a
+    `grid` x `grid` of patches; by default the size is the network's own. section, size_key: the config section of the
+    source and the option of its image size, for errors.
     Raises ConfigError for an unknown kind of source or a network that does not fit its use, before its weights are
     loaded where possible; DataError for weights that cannot be loaded or do not fit.
     """
@@ -122,6 +124,8 @@ def open_network(
     source = f"{kind}:{name}"
     if weights == "ema" and kind != "run":
         raise ConfigError(f"{source} has no moving average of its weights", "leave out --ema: only runs keep one")
+    if exit is not None and kind != "run":
+        raise ConfigError(f"{source} has no exits", "leave out --exit: only runs have them, each exported by itself")
     own_sizes: list[int] = []
 
     def check(network: TimmModel) -> int | None:
@@ -129,7 +133,7 @@ def open_network(
         return _check(source, use, network, image_size=image_size, grid=grid, size_key=size_key)
 
     if kind == "run":
-        network = _open_run(name, use, weights, check)
+        network = _open_run(name, use, weights, exit, check)
     elif kind == "file":
         vit, audit = open_file(name, spec or EncoderSpec(), check, section=section)
         network = Network(vit, source, vit.patch_embed.img_size[0], NOT_STATED, audit=audit)
@@ -232,15 +236,15 @@ def _open_timm(source: str, use: Use, check: Inspect) -> Network:
     )
 
 
-def _open_run(path: str, use: Use, weights: Weights, check: Inspect) -> Network:
+def _open_run(path: str, use: Use, weights: Weights, exit: int | None, check: Inspect) -> Network:
     """Open the network of a run folder, pre-trained or fine-tuned."""
-    run = open_run(path, weights=weights, inspect_network=check)
+    run = open_run(path, weights=weights, exit=exit, inspect_network=check)
     if use == "encoder":
         run.vit.reset_classifier(0, "")
     metadata, entry = run.metadata, run.metadata["input"]
     return Network(
         run.vit,
-        f"run:{path} {run.checkpoint.name}{' (ema)' if weights == 'ema' else ''}",
+        f"run:{path} {run.checkpoint.name}{' (ema)' if weights == 'ema' else ''}{_exit_note(exit)}",
         run.vit.patch_embed.img_size[0],
         metadata["license"],
         num_classes=run.vit.num_classes,
@@ -252,3 +256,7 @@ def _open_run(path: str, use: Use, weights: Weights, check: Inspect) -> Network:
         audit=str(run.audit),
         origin={name: metadata.get(name) for name in ("stage", "method", "data", "teacher", "license")},
     )
+
+
+def _exit_note(exit: int | None) -> str:
+    return f" (exit after block {exit})" if exit is not None else ""

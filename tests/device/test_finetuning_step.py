@@ -48,12 +48,15 @@ LATER = [
     "distill.hard_label={weight: 1, token: true, start_epoch: 1}",
 ]
 LATER += ["distill.hints={weight: 1, student: [0], teacher: [0], start_epoch: 1}", "distill.label_weight=0.5"]
+OWN = ["distill.exits={weight: 1, trunk_gradients: false}", "distill.self_attention={weight: 0.1, blocks: [0,1,2]}"]
 CASES = {  # settings, teachers
     "labels alone": (["augment.mixup=0", "augment.cutmix=0"], []),
     "labels alone, pooled, cutmix": (["student.global_pool=avg", "augment.mixup=0", "augment.mix_probability=1"], []),
     "all terms, two teachers": ([*ALL, *REGISTER], ["vit", "vit with registers"]),
     "terms of another network, other classes": ([*OTHERS, *REGISTER], ["resnet"]),
     "no labels": (["distill.label_weight=0", "distill.logits={weight: 1}"], ["vit"]),
+    "no teacher": (["student.exits=[0,1]", *OWN], []),
+    "exits and a teacher": (["student.exits=[0]", "distill.exits={weight: 1}", "distill.logits={weight: 1}"], ["vit"]),
     "no term counts yet": ([*LATER, *REGISTER], ["vit"]),
 }
 

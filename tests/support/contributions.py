@@ -200,7 +200,7 @@ class DistillConfig(Section):''',
         '''class Norms(Term):
     """Norms of pooled features."""
 
-    def _losses(self, student: Outputs, teacher: Outputs, labels: Tensor, number: int) -> Parts:
+    def _losses(self, student: Outputs, teacher: Outputs, targets: Tensor, number: int) -> Parts:
         return {"": norm_loss(student["embedding"], teacher["embedding"])}
 
 

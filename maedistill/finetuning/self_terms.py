@@ -1,0 +1,83 @@
+"""The terms of self-distillation: the student learns from its own deeper layers, without a teacher.
+
+B batch   C classes   D width   P prefix tokens   N patches
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from maedistill.config import distill
+from maedistill.errors import ConfigError
+from maedistill.finetuning.outputs import FeatureInfo, Outputs
+from maedistill.finetuning.term import Parts, Term
+from maedistill.losses.features import feature_loss
+from maedistill.losses.logits import kd_loss
+from maedistill.losses.self_distillation import self_attention_loss
+from maedistill.models.exits import ExitHead, ending_at
+
+
+class Exits(Term):
+    """Exits that learn from labels and from the network's own end (Be Your Own Teacher, Zhang et al., ICCV 2019).
+
+    An exit's parts are `exits/BLOCK/cross_entropy`, `.../divergence` (T^2 included) and `.../features`. Their heads are
+    kept: `evaluate` and `export` use them.
+    """
+
+    section: distill.ExitsConfig
+
+    def _build(self, student: FeatureInfo, teachers: Sequence[FeatureInfo]) -> None:
+        assert student.vit is not None
+        self.heads: Any = nn.ModuleDict({str(block): ExitHead(student.vit) for block in student.exits})
+        self.cross_entropy = SoftTargetCrossEntropy()
+
+    def _losses(self, student: Outputs, teacher: Outputs, targets: Tensor, number: int) -> Parts:
+        section, parts = self.section, {}
+        for block, head in self.heads.items():
+            tokens = student[f"tokens/{block}"]
+            features, logits = head(tokens if section.trunk_gradients else tokens.detach())  # [B, D], [B, C]
+            divergence = kd_loss(
+                logits, student["logits"], temperature=section.temperature, teacher_temperature=section.temperature
+            )
+            parts[f"/{block}/cross_entropy"] = self.cross_entropy(logits.float(), targets)
+            parts[f"/{block}/divergence"] = divergence
+            parts[f"/{block}/features"] = feature_loss(
+                features, student["embedding"], distance="mse", normalize="whiten"
+            )
+        return parts
+
+    def total(self, parts: Parts) -> Tensor:
+        """Return the sum over exits of (1 - alpha) CE + alpha T^2 KL, plus the weighted mean of feature distances."""
+        section = self.section
+        shares = {"cross_entropy": 1 - section.alpha, "divergence": section.alpha}
+        shares |= {"features": section.feature_weight / len(self.heads)}
+        return torch.stack([shares[name.rpartition("/")[2]] * part for name, part in parts.items()]).sum()
+
+
+def exit_networks(module: Any) -> dict[str, VisionTransformer]:
+    """Return the network that ends at each exit of what is trained, sharing its weights, by name: `exit5_`."""
+    terms: Any = getattr(module, "terms", {})
+    heads = terms["exits"].heads.items() if "exits" in terms else ()
+    return {f"exit{block}_": ending_at(module.vit, int(block), head) for block, head in heads}
+
+
+class SelfAttention(Term):
+    """SAD (Hou et al., ICCV 2019): where a block is strongly active follows the next one of the section's blocks."""
+
+    section: distill.SelfAttentionConfig
+
+    def _build(self, student: FeatureInfo, teachers: Sequence[FeatureInfo]) -> None:
+        if max(self.section.blocks) >= len(student.channels):
+            raise ConfigError(
+                f"distill.self_attention.blocks: block {max(self.section.blocks)} does not exist, the student has "
+                f"{len(student.channels)}",
+                f"use 0 to {len(student.channels) - 1}",
+            )
+
+    def _losses(self, student: Outputs, teacher: Outputs, targets: Tensor, number: int) -> Parts:
+        tokens = [student[f"features/{block}"].flatten(2).mT for block in self.section.blocks]  # [B, N, D] each
+        return {"": self_attention_loss(tokens)}

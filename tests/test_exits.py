@@ -1,0 +1,80 @@
+"""Exits through the tools: a run trains and scores them, each is evaluated and exported alone, a kill loses nothing."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import maedistill
+from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.loader import load_config
+from maedistill.finetuning.outputs import RequestedOutputs, forward_outputs
+from maedistill.finetuning.setup import open_finetuning
+from maedistill.weights.network import open_network
+
+EXITS = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=3", "student.num_heads=2"]
+EXITS += ["student.patch_size=8", "student.exits=[0,1]", "distill.exits.weight=1", "optim.epochs=2"]
+EXITS += ["distill.self_attention={weight: 0.1, blocks: [0,1,2]}"]
+
+
+@pytest.fixture(scope="module")
+def trained(finetuning):
+    return finetuning("exits", *EXITS)
+
+
+def test_a_run_scores_every_exit_and_the_average_of_each(trained):
+    last = trained.records()[-6:]
+    prefixes = ["", "exit0_", "exit1_", "ema_", "ema_exit0_", "ema_exit1_"]
+    assert [f"{prefix}top1" in record for prefix, record in zip(prefixes, last, strict=True)] == [True] * 6
+    assert all(record[f"{prefix}images"] == 24 for prefix, record in zip(prefixes, last, strict=True))
+    assert json.loads((trained.run / "run.json").read_text())["exits"] == [0, 1]
+    parts = {"exits/0/cross_entropy", "exits/1/divergence", "exits/1/features", "self_attention"}
+    assert parts <= trained.metrics()[0].keys()
+
+
+def test_an_exit_is_evaluated_and_exported_alone(trained, shards, tmp_path):
+    recorded = trained.records()[-5]
+    result = maedistill.evaluate(str(trained.run), f"{shards}/val-*.tar", exit=0, batch=6, workers=0)
+    assert result["top1_correct"] == recorded["exit0_top1_correct"]
+    assert result["loss"] == pytest.approx(recorded["exit0_val_loss"], rel=1e-5)
+    out = maedistill.export(trained.run, tmp_path / "exit", exit=0)
+    record = json.loads((out / "export.json").read_text())
+    assert record["exit"] == 0 and record["max_difference"] == 0.0
+    alone = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    opened = open_network(f"run:{trained.run}", "classifier", exit=0)
+    assert len(alone.blocks) == 1 and torch.equal(alone(images), opened.module(images))
+    assert "after block 0" in (out / "README.md").read_text() and "(exit after block 0)" in opened.name
+
+
+def test_an_exported_exit_gives_the_joint_forward_s_logits(trained, tmp_path):
+    """The network with all its exits, as it is trained, and each exit by itself."""
+    config = load_config(trained.run / "config.yaml", root=FinetuneConfig).config
+    module = open_finetuning(config, world_size=1, device=torch.device("cpu")).module
+    module.load_state_dict(load_file(trained.last_checkpoint() / "model.safetensors"))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        joint = forward_outputs(module.eval().vit, images, RequestedOutputs(logits=True, blocks=(0, 1)))
+        for block, head in module.terms["exits"].heads.items():
+            exported = maedistill.export(trained.run, tmp_path / block, exit=int(block))
+            alone = timm.create_model(f"local-dir:{exported}", pretrained=True).eval()
+            assert float((alone(images) - head(joint[f"tokens/{block}"])[1]).abs().max()) == 0.0
+
+
+def test_there_is_no_such_exit(trained, mae):
+    for run, exit in ((trained.run, 2), (mae.run, 0)):
+        with pytest.raises(maedistill.ConfigError, match="--exit"):
+            maedistill.load_backbone(run, exit=exit)
+    with pytest.raises(maedistill.ConfigError, match="no exits"):
+        open_network("timm:test_vit", exit=0)
+
+
+def test_a_killed_run_with_exits_repeats_every_bit(finetuning, trained):
+    finetuning("exits-killed", *EXITS, witness=True, code=-9, WITNESS_KILL="24")
+    again = finetuning("exits-killed", *EXITS)
+    assert "continues at step 8 of 16" in again.out
+    for name in ("model.safetensors", "optimizer.safetensors", "ema.safetensors"):
+        files = [run.last_checkpoint() / name for run in (trained, again)]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
