@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 import maedistill
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
+from maedistill.evaluation.context import open_context
+from maedistill.evaluation.exits import score_exits
 from maedistill.finetuning.outputs import RequestedOutputs, forward_outputs
 from maedistill.finetuning.setup import open_finetuning
 from maedistill.weights.network import open_network
@@ -78,3 +80,21 @@ def test_a_killed_run_with_exits_repeats_every_bit(finetuning, trained):
     for name in ("model.safetensors", "optimizer.safetensors", "ema.safetensors"):
         files = [run.last_checkpoint() / name for run in (trained, again)]
         assert files[0].read_bytes() == files[1].read_bytes(), name
+
+
+def test_the_curve_goes_from_the_first_exit_to_the_end(trained, shards, tmp_path):
+    context = open_context(batch=6, workers=0, threads=1, precision="fp32")
+    files = {"picture": tmp_path / "exits.png", "file": tmp_path / "exits.json"}
+    result = score_exits(str(trained.run), f"{shards}/val-*.tar", context, **files)
+    recorded = trained.records()[-6:-3]
+    counts = [record[f"{name}top1_correct"] for name, record in zip(("exit0_", "exit1_"), recorded[1:], strict=True)]
+    assert [one["top1_correct"] for one in result["exits"]] == [*counts, recorded[0]["top1_correct"]]
+    first, last = result["curve"][0], result["curve"][-1]
+    assert first["shares"] == (1.0, 0.0, 0.0) and last["shares"] == (0.0, 0.0, 1.0)
+    assert first["top1"] * 24 == pytest.approx(counts[0]) and last["top1"] * 24 == recorded[0]["top1_correct"]
+    costs, curve = ([one["gflop"] for one in result[name]] for name in ("exits", "curve"))
+    assert costs == sorted(costs) and curve == pytest.approx(sorted(curve))
+    assert (curve[0], curve[-1]) == pytest.approx((costs[0], costs[-1]))
+    assert json.loads(files["file"].read_text())["images"] == 24 and files["picture"].stat().st_size > 5000
+    with pytest.raises(maedistill.ConfigError, match="has no exits"):
+        score_exits("timm:test_vit", f"{shards}/val-*.tar", context)

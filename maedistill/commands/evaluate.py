@@ -29,6 +29,8 @@ examples:
 frozen features of any network, a pre-training run too (each with a --help of its own):
   maedistill evaluate knn runs/dmae_s --train 'in1k/train-*.tar' --val 'in1k/val-*.tar' --k 10,20
   maedistill evaluate probe runs/dmae_s --train 'in1k/train-*.tar' --val 'in1k/val-*.tar' --block 8
+the exits of a run of student.exits:
+  maedistill evaluate exits runs/dmae_s_exits 'in1k/val-*.tar' --picture exits.png
 
 The counts are the same for any number of processes. Exit codes: 0 done, 2 usage, 3 data, 4 numerics, 5 a peer or the
 hardware.
@@ -36,6 +38,7 @@ hardware.
 ABOUT = {
     "knn": "Lets the nearest training images by cosine vote on each image's class.",
     "probe": "Trains a linear classifier on frozen features, at several learning rates in one pass.",
+    "exits": "Evaluates the exits of a run: each alone, their ensemble, and thresholds on their confidence.",
 }
 FEATURES = """\
 MODEL is the folder of a run of either stage or of an export, or timm:NAME, or hf-hub:ID. Its features are the mean of
@@ -43,6 +46,10 @@ the patch tokens after the final norm (of a convolutional network: the map as it
 the mean of that block's output.
 
 The counts are the same for any number of processes (torchrun --nproc-per-node N -m maedistill evaluate ...).
+"""
+EXITS = """\
+RUN is a folder that maedistill finetune has written with student.exits. An image leaves at the first exit whose largest
+probability reaches the threshold, or at the end. The latency of each exit is measured by itself.
 """
 FILES = {
     "predictions": "write each image's label, loss and five best classes",
@@ -122,6 +129,19 @@ def parse_features(command: str, words: list[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def parse_exits(words: list[str]) -> argparse.Namespace:
+    """Read the command line for the exits of a run."""
+    parser = new_parser("maedistill evaluate exits", ABOUT["exits"], EXITS)
+    add = parser.add_argument
+    add("model", metavar="RUN", help="a fine-tuned run with student.exits")
+    add("shards", metavar="SHARDS", help="labelled shards: a folder (its val-*.tar), one tar, or a quoted glob")
+    add("--index", metavar="FILE", help="the shards' index, where it does not lie beside them")
+    add("--picture", type=Path, metavar="FILE.png", help="draw top-1 over mean latency")
+    add("--json", type=Path, metavar="FILE.json", help=FILES["json"])
+    add_execution(parser)
+    return parser.parse_args(words)
+
+
 def new_parser(program: str, about: str, examples: str) -> argparse.ArgumentParser:
     """Build a parser that prints its examples unformatted."""
     return argparse.ArgumentParser(
@@ -130,14 +150,20 @@ def new_parser(program: str, about: str, examples: str) -> argparse.ArgumentPars
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that every form of the tool takes."""
+    """Add the arguments of images, and those of `add_execution`."""
     add = parser.add_argument
-    add("--ema", action="store_true", help="a run's moving average of the weights")
     add("--image-size", type=at_least(1), metavar="N", help="other than the model's own; positions are resampled")
     add("--crop", type=share, metavar="F", help="share of the shorter side that is seen, other than the model's own")
     add("--image-key", metavar="FIELD", help="member of a sample that is its image, as data.image_key")
     add("--label-key", metavar="FIELD", help="member of a sample that is its label, as data.label_key")
     add("--exif", choices=("ignore", "apply"), help="turn photographs upright or not (default: as the run did)")
+    add_execution(parser)
+
+
+def add_execution(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that every form of the tool takes."""
+    add = parser.add_argument
+    add("--ema", action="store_true", help="a run's moving average of the weights")
     add("--batch", type=at_least(1), default=64, metavar="N", help="images at once in each process (default 64)")
     formats = "auto: bf16 on a GPU (fp16 below compute capability 8.0), fp32 on a CPU"
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=formats)
@@ -154,11 +180,15 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     """Check the command line before torch is imported."""
     words = sys.argv[2:]
-    of_features = words[:1] in (["knn"], ["probe"])
-    arguments = parse_features(words[0], words[1:]) if of_features else parse_score(words)
-    require_writable({name: getattr(arguments, name, None) for name in FILES})
+    kind = words[0] if words[:1] in (["knn"], ["probe"], ["exits"]) else "score"
+    if kind == "score":
+        arguments, start = parse_score(words), start_score
+    elif kind == "exits":
+        arguments, start = parse_exits(words[1:]), start_exits
+    else:
+        arguments, start = parse_features(kind, words[1:]), start_features
+    require_writable({name: getattr(arguments, name, None) for name in (*FILES, "picture")})
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see stage.py
-    start = start_features if of_features else start_score
     start(arguments)
 
 
@@ -204,6 +234,21 @@ def start_features(arguments: argparse.Namespace) -> None:
     else:
         recipe = ProbeRecipe(arguments.epochs, arguments.head_batch, arguments.optimizer)
         score_probe(spec, context, recipe, rates=arguments.lr, file=arguments.json)
+
+
+def start_exits(arguments: argparse.Namespace) -> None:
+    """Evaluate the exits of a run."""
+    from maedistill.evaluation.exits import score_exits
+
+    score_exits(
+        arguments.model,
+        arguments.shards,
+        open_context(arguments),
+        weights="ema" if arguments.ema else "model",
+        index_file=arguments.index,
+        picture=arguments.picture,
+        file=arguments.json,
+    )
 
 
 def open_context(arguments: argparse.Namespace) -> "EvalContext":

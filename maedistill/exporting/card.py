@@ -9,17 +9,15 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-import torch
 import yaml
 from timm.models.vision_transformer import VisionTransformer
-from torch.utils.flop_counter import FlopCounterMode
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.schema import RunConfig
 from maedistill.models.encoder import num_params_m
+from maedistill.models.flops import forward_gflop
 from maedistill.pretraining.build import mask_sizes
-from maedistill.pretraining.flops import on_meta
 from maedistill.report.run_report import KNN_CAVEAT, percent
 from maedistill.runs.metrics import read_metrics
 from maedistill.weights.from_run import RunNetwork, Weights
@@ -50,14 +48,6 @@ def model_card(saved: RunNetwork, vit: VisionTransformer, *, weights: Weights = 
     }
     body = "\n".join(f"## {title}\n\n" + "\n".join(lines) + "\n" for title, lines in sections.items())
     return f"{_front_matter(metadata, vit)}# {folder.path.resolve().name}\n\n{_summary(metadata, vit)}\n\n{body}"
-
-
-def forward_gflop(vit: VisionTransformer) -> float:
-    """Count the GFLOP of one image's forward pass with torch, on meta tensors. A multiply-add counts as two."""
-    images = torch.empty(1, 3, *vit.patch_embed.img_size, device="meta")  # [1, 3, s, s]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        on_meta(vit).eval()(images)
-    return counter.get_total_flops() / 1e9
 
 
 def _front_matter(metadata: Mapping[str, Any], vit: VisionTransformer) -> str:

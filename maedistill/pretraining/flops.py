@@ -3,8 +3,6 @@
 A multiply-add counts as two. The meta device computes nothing and copies no weight, so a ViT-L takes one second.
 """
 
-import copy
-import itertools
 import re
 
 import torch
@@ -12,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from maedistill.methods.mae import MAE
+from maedistill.models.flops import on_meta
 from maedistill.models.masking import PatchSplit
 
 
@@ -42,12 +41,3 @@ def count_flops(method: MAE, teacher: nn.Module | None, *, num_student: int, num
         loss.backward()
     counts["backward"] = counter.get_total_flops() / 1e9
     return counts | {"total": sum(counts.values())}
-
-
-def on_meta(module: nn.Module) -> nn.Module:
-    """Copy `module` to the meta device. The deep copy takes the tensors from its memo, so it copies no weights."""
-    memo = {}
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
-        empty = tensor.detach().to("meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(module, memo)

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from maedistill.exporting.card import forward_gflop
 from maedistill.exporting.folder import export
 from maedistill.models.encoder import build_vit
+from maedistill.models.flops import forward_gflop
 from tests.exporting.imitation import LISTED, START, imitate, random_vit
 
 

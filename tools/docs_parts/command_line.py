@@ -10,7 +10,7 @@ from unittest.mock import patch
 from docs_parts.text import GENERATED
 from maedistill import cli
 
-SUBCOMMANDS = {"evaluate": ("knn", "probe"), "benchmark": ("loader", "step", "scale", "cost")}
+SUBCOMMANDS = {"evaluate": ("knn", "probe", "exits"), "benchmark": ("loader", "step", "scale", "cost")}
 INTRODUCTION = """\
 After reading this page you know every command and every option: it is what `maedistill COMMAND --help` prints.
 

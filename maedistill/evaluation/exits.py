@@ -1,0 +1,173 @@
+"""Exits of a run: each alone, all together, and one that depends on the image, accuracy against mean latency.
+
+RUN with exits, SHARDS -> one pass of all exits -> lines on stdout, JSON, a picture
+
+An image leaves at the first exit that is confident enough: whose largest probability reaches a threshold, or at the
+end. Its cost is that of the network which ends there, measured by itself; the heads of the exits before it, less than
+a thousandth of a block, are not counted.
+
+n images   b batch   E exits, the end included   C classes
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maedistill.config.sources import named_source
+from maedistill.data.loading.evaluation import EvaluationImages
+from maedistill.data.shards.open_index import open_index
+from maedistill.data.shards.patterns import describe_shards
+from maedistill.errors import ConfigError
+from maedistill.evaluation.accuracy import best_classes, evaluate_with
+from maedistill.evaluation.context import EvalContext, finish, metadata, print_data, print_main, print_network
+from maedistill.evaluation.full_pass import Predictor
+from maedistill.evaluation.latency import measure_latency
+from maedistill.models.flops import forward_gflop
+from maedistill.processes import distributed
+from maedistill.report.charts import new_canvas
+from maedistill.report.run_report import percent
+from maedistill.weights.from_run import Weights, read_metadata
+from maedistill.weights.network import Network, open_network
+
+_THRESHOLDS = 21  # points of the curve: quantiles of the confidences
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A network that ends at an exit, or at its own end (block None): its size, cost and accuracy."""
+
+    block: int | None
+    parameters: int
+    gflop: float
+    latency_ms: float
+    top1_correct: int
+    images: int
+
+    @property
+    def name(self) -> str:
+        """Name it for lines and pictures."""
+        return f"exit {self.block}" if self.block is not None else "end"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A threshold on the confidence: what share of the images it classifies correctly, at which mean cost.
+
+    shares: of the images that leave at each exit and at the end.
+    """
+
+    threshold: float
+    top1: float
+    latency_ms: float
+    gflop: float
+    shares: tuple[float, ...]
+
+
+def score_exits(
+    source: str,
+    shards: str,
+    context: EvalContext,
+    *,
+    weights: Weights = "model",
+    index_file: str | None = None,
+    picture: Path | None = None,
+    file: Path | None = None,
+) -> dict[str, Any]:
+    """Evaluate a run's exits on `shards`, print and return the result. Collective.
+
+    picture, file: for the curve as PNG and the result as JSON. Raises subclasses of UserError.
+    """
+    networks = distributed.main_first(lambda: _open_all(source, weights))
+    index = distributed.main_first(lambda: open_index(shards, index=index_file, split="val"))
+    network = networks[-1]
+    print_network("model", network)
+    print_data("data", index, describe_shards(shards, index.shards))
+    predictors = [Predictor(one.module, context, mean=one.mean, std=one.std) for one in networks]
+
+    def classify(pixels: Tensor) -> tuple[Tensor, ...]:
+        each = torch.stack([predictor(pixels) for predictor in predictors], dim=1)  # [b, E, C]
+        best = torch.stack([best_classes(each[:, i])[:, 0] for i in range(len(networks))], dim=1)  # [b, E]
+        return each[:, -1], best, each.softmax(-1).amax(-1), best_classes(each.mean(1))[:, 0]
+
+    images = EvaluationImages(index, torch.arange(len(index)), network.transform())
+    evaluation, (best, confidences, together) = evaluate_with(
+        classify, [one.module for one in networks], images, context
+    )
+    correct = best == evaluation.labels[:, None]  # [n, E]
+    endings = distributed.on_main(lambda: _endings(networks, correct, context))
+    assert endings is not None
+    for one in endings:
+        cost = f"{one.parameters / 1e6:.2f} M, {one.gflop:.3g} GFLOP, {one.latency_ms:.2f} ms"
+        print_main(one.name, f"top-1 {percent(one.top1_correct, one.images)}, {cost}")
+    ensemble = int((together == evaluation.labels).sum())
+    print_main("ensemble", f"top-1 {percent(ensemble, len(together))}, mean logits of all")
+    curve = operations(correct, confidences, endings)
+    for point in curve[:: max(1, len(curve) // 5)]:
+        print_main(
+            "threshold", f"{point.threshold:.3f}: top-1 {100 * point.top1:.2f} %, mean {point.latency_ms:.2f} ms"
+        )
+    result = metadata(network, context) | {"fingerprint": index.fingerprint()}
+    result |= {"exits": [asdict(one) for one in endings], "ensemble_top1_correct": ensemble, "images": len(together)}
+    result |= {"curve": [asdict(point) for point in curve]}
+    if picture is not None and distributed.on_main(lambda: draw_exits(endings, curve, picture)) is None:
+        print_main("note", "no picture: matplotlib is not installed (pip install matplotlib)")
+    return finish(result, file)
+
+
+def operations(correct: Tensor, confidences: Tensor, endings: Sequence[Ending]) -> list[Operation]:
+    """Return the curve, from the first exit for all images to the end for all. correct, confidences: [n, E]."""
+    early = confidences[:, :-1].double()  # [n, E - 1]; whoever has not left yet leaves at the end
+    quantiles = torch.linspace(0, 1, _THRESHOLDS, dtype=torch.float64)
+    thresholds = [0.0, *early.flatten().quantile(quantiles).unique().tolist(), 1.0 + 1e-6]
+    latency, gflop = (torch.tensor([getattr(one, name) for one in endings]) for name in ("latency_ms", "gflop"))
+    curve = []
+    for threshold in thresholds:
+        leaves = torch.cat([early >= threshold, torch.ones(len(early), 1, dtype=torch.bool)], dim=1)  # [n, E]
+        place = leaves.int().argmax(dim=1)  # [n], the first that is true
+        right = correct.gather(1, place[:, None]).double().mean()
+        shares = torch.bincount(place, minlength=len(endings)) / len(place)
+        costs = float((shares * latency).sum()), float((shares * gflop).sum())
+        curve.append(Operation(threshold, float(right), *costs, tuple(shares.tolist())))
+    return curve
+
+
+def draw_exits(endings: Sequence[Ending], curve: Sequence[Operation], path: Path) -> Path | None:
+    """Draw top-1 over mean latency: each exit alone, and the curve of thresholds. None without matplotlib."""
+    canvas = new_canvas(figsize=(7.2, 4.2))
+    if canvas is None:
+        return None
+    axes = canvas.figure.add_subplot(xlabel="mean latency of one image, ms", ylabel="top-1, %")
+    points = [(one.latency_ms, 100 * one.top1) for one in curve]
+    axes.plot(*zip(*points, strict=True), marker=".", label="an exit for each image, by its confidence")
+    for one in endings:
+        top1 = 100 * one.top1_correct / one.images
+        axes.scatter(one.latency_ms, top1, zorder=3, label=f"{one.name}: {top1:.1f} %, {one.parameters / 1e6:.2f} M")
+    axes.grid(alpha=0.3)
+    axes.set_xlim(left=0)
+    canvas.figure.legend(loc="outside right upper")
+    canvas.print_png(path)
+    return path
+
+
+def _open_all(source: str, weights: Weights) -> list[Network]:
+    """Open the network of a run at each of its exits, and whole, in this order."""
+    kind, _, path = named_source(source).partition(":")
+    exits = read_metadata(path)[1].get("exits", []) if kind == "run" else []
+    if not exits:
+        raise ConfigError(f"{source} has no exits", "name a run that was fine-tuned with student.exits")
+    return [open_network(source, "classifier", weights=weights, exit=block) for block in (*exits, None)]
+
+
+def _endings(networks: Sequence[Network], correct: Tensor, context: EvalContext) -> list[Ending]:
+    """Measure the cost of each network. correct: [n, E]."""
+    endings = []
+    for network, right in zip(networks, correct.unbind(1), strict=True):
+        block = len(network.module.blocks) - 1 if network is not networks[-1] else None
+        speed: Mapping[str, float] = measure_latency(network.module, context, size=network.size)
+        cost = network.parameters, forward_gflop(network.module), speed["latency_ms"]
+        endings.append(Ending(block, *cost, top1_correct=int(right.sum()), images=len(right)))
+    return endings
