@@ -100,7 +100,7 @@ def print_error(error: UserError) -> None:
     """Print an error as two lines on stderr, with unprintable characters of file names and the like escaped."""
     lines = (f"error: {error.cause}", f"  fix: {error.remedy}")
     texts = ("".join(char if char.isprintable() else ascii(char)[1:-1] for char in line) for line in lines)
-    print(in_colour("\n".join(texts)), file=sys.stderr, flush=True)
+    _say(in_colour("\n".join(texts)))
 
 
 def in_colour(text: str) -> str:
@@ -122,10 +122,10 @@ def exit_code_of(main: Callable[[], None]) -> int:
         print_error(error)
         return error.exit_code
     except Preempted as stop:
-        print(stop, file=sys.stderr, flush=True)
+        _say(str(stop))
         return stop.exit_code
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        _say("stopped by Ctrl-C")
         return 130
     except RuntimeError as error:
         translated = device_error(error)
@@ -143,18 +143,27 @@ def leave(main: Callable[[], None]) -> NoReturn:
     process group), and the launcher reported a failed run. A rank whose peers are gone may wait for them there, and
     NCCL's communicators may wait for a device that hangs.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: a file of ours would get its number, and what C code prints
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 it stays open
     try:
         code = exit_code_of(main)
     except SystemExit as stop:  # argparse
         code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
         if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)
+            _say(stop.code)
     except BrokenPipeError:  # the reader of our output has exited, as `head` does
         code = 141
     except BaseException:  # a bug: printed as Python would
-        traceback.print_exc()
+        _say(traceback.format_exc().rstrip("\n"))
         code = 1
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # a closed pipe
             stream.flush()
     os._exit(code)
+
+
+def _say(text: str) -> None:
+    """Print a text on stderr. Its reader may have left, which must not change the exit code."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

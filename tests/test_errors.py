@@ -1,5 +1,6 @@
 """How errors leave a tool: exit codes, and what a person reads."""
 
+import os
 import subprocess
 import sys
 
@@ -81,6 +82,33 @@ leave(main)
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (code, "began\n")
     assert ("Traceback" in ended.stderr) == (code == 1)
+
+
+@pytest.mark.parametrize(
+    ("what", "code"), [*LEAVES.items(), ("raise Preempted('SIGTERM', 3)", 75), ("pass; print(1, flush=True)", 141)]
+)
+def test_a_reader_that_has_left_changes_no_exit_code(what, code):
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = f"""
+import argparse
+from maedistill.errors import DataError, Preempted, leave
+def main():
+    {what}
+leave(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=writer)
+    os.close(writer)
+    assert ended.returncode == code
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(("word", "code"), [("--version", 0), ("pretrain", 2), ("nonsense", 2)])
+def test_a_closed_stream_changes_no_exit_code_and_nothing_else_gets_its_number(word, code, closed):
+    words = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "maedistill", word]
+    ended = subprocess.run(words, capture_output=True, text=True)
+    assert ended.returncode == code and "Traceback" not in ended.stderr
+    assert ended.stderr.count("error: ") == (code == 2 and "2>" not in closed)
 
 
 def test_success_is_0_and_a_bug_keeps_its_traceback():

@@ -26,6 +26,8 @@ def main() -> None:
             f"--epochs is {arguments.epochs:g}: one epoch of fine-tuning has 31 images, less than a batch of 32",
             "use 2 or more",
         )
+    from maedistill.runs.terminal import outlive_readers
     from maedistill.study.quickstart import run_quickstart  # imports torch, for which --help need not wait
 
+    outlive_readers()
     run_quickstart(arguments.out, epochs=arguments.epochs)

@@ -15,6 +15,7 @@ from maedistill.config.schema import AUTO
 from maedistill.config.values import Root
 from maedistill.errors import ConfigError
 from maedistill.processes.parent_death import die_with_launcher
+from maedistill.runs.terminal import outlive_readers
 
 EXIT_CODES = """
 Starting the same command again continues the run. Exit codes: 0 done, 2 usage, 3 data, 4 numerics, 5 a peer or the
@@ -48,6 +49,8 @@ def run_command(
     # 90 % of the speed (measured on two cores); on an idle machine, sleeping costs nothing. torch reads it at start.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise a lost peer prints 15 lines of C++ frames
+    if not arguments.dry_run:
+        outlive_readers()
     if loaded.notes and is_first_rank():
         print("\n".join(loaded.notes), flush=True)
     if arguments.fresh:

@@ -73,6 +73,7 @@ def main() -> None:
 
 def run(study: Study, out: Path, seeds: list[int], arguments: argparse.Namespace) -> None:
     """Run the steps, or print them. If some fail, the others are compared before the error is raised."""
+    from maedistill.runs.terminal import outlive_readers
     from maedistill.study.plan import StudyPlan, add_tests
     from maedistill.study.runner import StepsFailed, print_steps, run_steps
 
@@ -82,6 +83,7 @@ def run(study: Study, out: Path, seeds: list[int], arguments: argparse.Namespace
     if arguments.dry_run:
         print_steps(steps)
         return
+    outlive_readers()
     try:
         run_steps(steps, out=out, jobs=arguments.jobs)
     except StepsFailed:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
+from maedistill.durable import sync
 from maedistill.errors import ConfigError, DataError
 from maedistill.exporting.card import model_card
 from maedistill.models.encoder import TimmModel
@@ -105,9 +106,12 @@ def _replace(out: Path, saved: RunNetwork, vit: VisionTransformer, weights: Weig
     try:
         temporary.mkdir(parents=True)
         _fill(temporary, saved, vit, weights)
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
         if replaces := out.exists():  # the earlier export stays complete, under one name or another, until the new one
             out.rename(retired)
         temporary.rename(out)
+        sync(out.parent)
         if replaces:
             shutil.rmtree(retired)
     finally:

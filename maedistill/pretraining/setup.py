@@ -32,6 +32,7 @@ from maedistill.runs.dry_run import dry_run as plan_and_try
 from maedistill.runs.dry_run import forward_backward
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.objects import NOTHING, Objects, class_name, open_samples
+from maedistill.runs.previous import known_metadata
 from maedistill.runs.settle import settle
 from maedistill.runs.start import Stage
 from maedistill.training.compilation import compile_function, compile_module
@@ -181,7 +182,7 @@ def _fit_micro_batch(parts: Pretraining) -> None:
         return
     plans = batch_plans(config.optim.global_batch, world_size=plan.world_size, group=config.data.views_per_image)
     parts.fitted_to = torch.cuda.get_device_properties(device).total_memory
-    known = distributed.on_main(RunFolder(config.run).metadata).get("batch", {})
+    known = distributed.on_main(lambda: known_metadata(RunFolder(config.run).path)).get("batch", {})
     fits = {"ranks": plan.world_size, "fitted_to_bytes": parts.fitted_to}
     batch = next((one for one in plans if known == fits | {"micro_batch": one.micro_batch}), None)
     if batch is None:

@@ -16,7 +16,7 @@ nothing, and libc and Python reset the locks of malloc and logging at a fork.
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -35,13 +35,15 @@ _PATIENCE = 60  # seconds that a failed run waits for the current write
 class Saver:
     """Writes the checkpoints of a run. `with saver:` ends with `close`, but after an error without collectives.
 
-    keep: see `write_snapshot`. If a write fails for lack of space or permission, the saver warns and
-    training goes on, even before the first checkpoint: stopping would lose all progress. `max_failures` failures in a
-    row end the run, and so does an error that no later save can repair.
+    keep: see `write_snapshot`. texts: small files that every checkpoint gets, by name. If a write fails for lack of
+    space or permission, the saver warns and training goes on, even before the first checkpoint: stopping would lose all
+    progress. `max_failures` failures in a row end the run, and so does an error that no later save can repair.
     """
 
-    def __init__(self, folder: Path, *, keep: int, max_failures: int = 3) -> None:
-        self.folder, self.keep, self.max_failures = folder, keep, max_failures
+    def __init__(
+        self, folder: Path, *, keep: int, texts: Mapping[str, str] | None = None, max_failures: int = 3
+    ) -> None:
+        self.folder, self.keep, self.texts, self.max_failures = folder, keep, texts or {}, max_failures
         self.failures: list[DataError] = []  # in a row, on rank 0
         self._writing: _Writing | None = None
 
@@ -69,18 +71,18 @@ class Saver:
     ) -> None:
         """Take the checkpoint of `step` and start writing it, once the previous one is written. Collective.
 
-        state: plain JSON types, returned by `load_latest`. records: the run's log files; rank 0 writes their pending
-        lines before the checkpoint, and if that fails there is no checkpoint. Raises what `settle` raises.
+        state: plain JSON types, returned by `load_latest`. records: the run's log files; rank 0 syncs their lines
+        before the checkpoint that stands for them; if that fails there is no checkpoint. Raises what `settle` raises.
         """
         self.settle()
-        snapshot = take_snapshot(step=step, engine=engine, state=state, ema=ema)
+        snapshot = take_snapshot(step=step, engine=engine, state=state, ema=ema, texts=self.texts)
         if snapshot is not None:
             self._writing = _Writing(partial(self._write, snapshot, records), step)
 
     def _write(self, snapshot: Snapshot, records: Sequence[AppendOnlyFile]) -> None:
-        """Flush the records and write the checkpoint, in the thread."""
+        """Sync the records and write the checkpoint, in the thread."""
         for lines in records:
-            lines.flush()
+            lines.sync()
         write_snapshot(self.folder, snapshot, keep=self.keep)
 
     def settle(self) -> None:

@@ -4,7 +4,8 @@
         model.safetensors       parameters and persistent buffers by name, fp32
         optimizer.safetensors   "exp_avg/NAME" and "exp_avg_sq/NAME"
         ema.safetensors         the averaged weights, if the run has them
-        state.json              the engine's scalars and the loop's plain state
+        state.json              the engine's scalars and the loop's plain state, see state.py
+        config.yaml, run.json   the run's, for a start that finds them gone or damaged in RUN
         manifest.json, COMPLETE checksums of the files above, see manifest.py
 
 Saving: all ranks gather, rank 0 alone writes into `step_N.tmp`, syncs every file, then the folder, renames it to
@@ -20,6 +21,8 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,22 +32,15 @@ from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
+from maedistill.durable import make_folder, sync, write_synced
 from maedistill.processes.distributed import copy_to_main
-from maedistill.runs.manifest import (
-    COMPLETE,
-    CorruptCheckpoint,
-    follow_umask,
-    sync,
-    verify,
-    write_manifest,
-    write_synced,
-)
+from maedistill.runs.manifest import COMPLETE, CorruptCheckpoint, follow_umask, verify, write_manifest
+from maedistill.runs.state import STATE, checkpoint_name, read_state, stated_step
 from maedistill.training.engine import MOMENTS, Engine
 
 logger = logging.getLogger(__name__)
 
 WRITE_ERRORS = (OSError, SafetensorError)  # a full disk, a missing permission: what the user can fix
-STATE = "state.json"
 _NAME = re.compile(r"step_(\d{9})")
 
 
@@ -54,15 +50,20 @@ class Snapshot:
 
     step: int
     files: dict[str, dict[str, Tensor]]  # safetensors by file name
-    document: str  # state.json
+    texts: Mapping[str, str]  # state.json and other small files by name
 
 
 def take_snapshot(
-    *, step: int, engine: Engine, state: dict[str, Any], ema: ModelEmaV3 | None = None
+    *,
+    step: int,
+    engine: Engine,
+    state: dict[str, Any],
+    ema: ModelEmaV3 | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> Snapshot | None:
     """Copy the contents of a checkpoint of `step` to rank 0; return None on the other ranks. Collective.
 
-    state: plain JSON types, returned by `load_latest` (restore.py).
+    state: plain JSON types, returned by `load_latest` (restore.py). texts: other small files by name.
     """
     training = engine.state()
     if training is None:
@@ -74,7 +75,7 @@ def take_snapshot(
         files["ema.safetensors"] = {}
         for name, value in ema.module.state_dict().items():
             copy_to_main(files["ema.safetensors"], name, value)
-    return Snapshot(step, files, document)
+    return Snapshot(step, files, {STATE: document, **(texts or {})})
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
@@ -86,7 +87,7 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
     assert keep >= 1
     final = folder / checkpoint_name(snapshot.step)
     temporary = final.with_name(f"{final.name}.tmp")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     remove_strays(folder)
     if not _is_intact(final):
         try:
@@ -94,7 +95,8 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
             for name, tensors in snapshot.files.items():
                 save_file(tensors, temporary / name)
                 follow_umask(temporary / name)
-            write_synced(temporary / STATE, snapshot.document)
+            for name, text in snapshot.texts.items():
+                write_synced(temporary / name, text.encode())
             write_manifest(temporary)
             if final.exists():
                 shutil.rmtree(final)  # damaged: the run resumed before it and reached this step again
@@ -115,11 +117,6 @@ def remove_strays(folder: Path) -> None:
         _remove(stray)
 
 
-def checkpoint_name(step: int) -> str:
-    """Return the folder name of a step's checkpoint."""
-    return f"step_{step:09d}"
-
-
 def checkpoint_steps(folder: Path) -> list[tuple[int, Path]]:
     """Return (step, path) of every checkpoint in `folder` that was renamed into place, in no order."""
     entries = Path(folder).iterdir() if os.path.isdir(folder) else ()  # Path.is_dir raises for too long a name
@@ -128,12 +125,31 @@ def checkpoint_steps(folder: Path) -> list[tuple[int, Path]]:
 
 def latest_step(folder: Path) -> int | None:
     """Return the step of the newest checkpoint with a COMPLETE file, without reading it; None if there is none."""
-    return max((step for step, path in checkpoint_steps(folder) if (path / COMPLETE).is_file()), default=None)
+    return max(
+        (step for step, path in checkpoint_steps(folder) if (path / COMPLETE).is_file() and stated_step(path) == step),
+        default=None,
+    )
+
+
+def require_intact(checkpoint: Path) -> None:
+    """Raise CorruptCheckpoint unless the files match their manifest and are those of the step in the folder's name."""
+    verify(checkpoint)
+    read_state(checkpoint)
+
+
+def whole_copy(folder: Path, name: str) -> Path | None:
+    """Return the copy of a small file in the newest checkpoint that has one which matches its manifest."""
+    for step, path in sorted(checkpoint_steps(folder), reverse=True):
+        with suppress(CorruptCheckpoint):
+            verify(path, only=name)
+            if stated_step(path) == step:
+                return path / name
+    return None
 
 
 def _is_intact(checkpoint: Path) -> bool:
     try:
-        verify(checkpoint)
+        require_intact(checkpoint)
     except CorruptCheckpoint:
         return False
     return True

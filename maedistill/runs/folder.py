@@ -15,35 +15,39 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from maedistill.config.finetune import FinetuneConfig
-from maedistill.config.keys import differing_keys
-from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.render import config_yaml
 from maedistill.config.schema import RunConfig
-from maedistill.errors import ConfigError, DataError, Preempted, UserError, device_error, join_first
+from maedistill.durable import make_folder
+from maedistill.errors import ConfigError, DataError, Preempted, UserError, device_error
 from maedistill.processes import distributed
 from maedistill.runs.checkpoint import checkpoint_steps, latest_step
 from maedistill.runs.lock import FolderLock
+from maedistill.runs.previous import (
+    CHECKPOINTS,
+    CONFIG,
+    METADATA,
+    known_metadata,
+    read_config,
+    read_metadata,
+    read_previous,
+    require_same,
+)
 from maedistill.runs.provenance import describe_start, header_lines
 from maedistill.runs.records import warn, write_text
 from maedistill.runs.train_log import TrainLog
 
-STAGES: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {
-    "pretrain": PretrainConfig,
-    "finetune": FinetuneConfig,
-}
 _BEFORE_A_RUN = {"exit.json", "lock", "pictures"}  # left by a start that failed early
 _OF_THE_FIRST_START = ("init", "origin")
 # What --fresh deletes, in this order: a kill in between leaves no finished run without checkpoints, and no checkpoints
 # without their records. config.yaml and run.json are written over. Files of other names are a user's.
 _OF_A_RUN = ["exit.json", "checkpoints", "metrics.jsonl", "bad_samples.txt", "nonfinite.jsonl", "train.log", "report.*"]
 _OF_A_RUN += ["curves.*", "pictures", "tb", "export", "export_exit*", "scorecard.json"]
-_RESTORE = "restore it from a copy, or use another run="
 
 
 class RunFolder:
@@ -51,14 +55,15 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
-        self.config = self.path / "config.yaml"
-        self.checkpoints = self.path / "checkpoints"
+        self.config = self.path / CONFIG
+        self.checkpoints = self.path / CHECKPOINTS
         self.pictures = self.path / "pictures"
         self.report = self.path / "report.md"
         self.bad_samples = self.path / "bad_samples.txt"
         self.nonfinite = self.path / "nonfinite.jsonl"
         self.log = TrainLog(self.path / "train.log")
-        self._run_json = self.path / "run.json"
+        self._run_json = self.path / METADATA
+        self.texts: dict[str, str] = {}  # config.yaml and run.json of this start, which every checkpoint gets
         self._lock: FolderLock | None = None
         self._in_use = False  # by another process, whose records must not change
         self.is_ours = False  # rank 0 has opened the folder; each rank sets this itself
@@ -80,10 +85,12 @@ class RunFolder:
         """
         self.check(config, metadata, fresh=fresh, extend=extend)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             self._lock = FolderLock(self.path)
             if fresh:
                 self._clear()
+            for stray in self.path.glob(".*.tmp"):  # a small file that a kill cut short
+                stray.unlink()
             self.pictures.mkdir(exist_ok=True)
             (self.path / "exit.json").unlink(missing_ok=True)  # left by the previous start
         except OSError as error:
@@ -91,28 +98,38 @@ class RunFolder:
         except ConfigError:
             self._in_use = True
             raise
-        before = self.metadata() if not fresh else {}
+        before = known_metadata(self.path) if not fresh else {}
         if checkpoint_steps(self.checkpoints):  # init and origin are those of the first start
             metadata = metadata | {name: before[name] for name in _OF_THE_FIRST_START if name in before}
         # step: of the checkpoint that this start continues
         start = {**describe_start(execution), "step": (latest_step(self.checkpoints) or 0) if not fresh else 0}
         starts = [*before.get("starts", []), start]
-        write_text(self.config, config_yaml(config))
-        write_text(self._run_json, json.dumps({**metadata, "starts": starts}, indent=1) + "\n")
+        self.texts = {
+            METADATA: json.dumps({**metadata, "starts": starts}, indent=1)
+            + "\n",  # first: it makes this a run's folder
+            CONFIG: config_yaml(config),
+        }
+        for name, text in self.texts.items():
+            write_text(self.path / name, text)
         self.log.begin(*header_lines(start))
 
     def check(self, config: RunConfig, metadata: dict[str, Any], *, fresh: bool, extend: bool) -> None:
         """Run the checks of `open` without writing anything."""
-        if "checkpoints" in (foreign := self._foreign()):
+        foreign = self._foreign()
+        if fresh and CHECKPOINTS in foreign:
             raise ConfigError(
-                f"run: {self._run_json} is gone, without which nothing vouches for the checkpoints", _RESTORE
+                f"run: {self._run_json} is gone, without which nothing vouches for the checkpoints",
+                "restore it from a copy, or use another run=",
             )
-        if foreign:
+        if foreign and not checkpoint_steps(self.checkpoints):
             raise self._refusal(f"holds something else than a run ({foreign[0]})")
         if os.path.lexists(self.checkpoints) and not os.path.isdir(self.checkpoints):
             raise ConfigError(f"run: {self.checkpoints} is no folder", "remove it, or use another run=")
         if checkpoint_steps(self.checkpoints) and not fresh:  # otherwise there is nothing to protect
-            self._require_same(config, metadata, extend=extend)
+            previous = read_previous(self.path, config)
+            for line in previous.lost:
+                warn(line)
+            require_same(self.path, previous, config, metadata, extend=extend)
 
     def describe_checkpoints(self) -> str:
         """Say how many checkpoints the folder has, for the question whether to delete them."""
@@ -122,27 +139,11 @@ class RunFolder:
 
     def load_config(self) -> PretrainConfig | FinetuneConfig:
         """Load the settings of the run in this folder, of any stage."""
-        stage = self.metadata().get("stage")
-        if stage not in STAGES:
-            raise self._refusal(f"was written by another version (its run.json says stage {stage!r})")
-        if not os.path.exists(self.config):
-            raise ConfigError(f"run: {self.config} is gone, so nobody knows the settings of the run", _RESTORE)
-        return load_config(self.config, root=STAGES[stage]).config
+        return read_config(self.path)
 
     def metadata(self) -> dict[str, Any]:
         """Read run.json; empty before the first start. Raises DataError if it is damaged."""
-        if not os.path.exists(self._run_json):
-            return {}
-        try:
-            metadata = json.loads(self._run_json.read_text())
-            if not isinstance(metadata, dict):
-                raise ValueError("no JSON object")
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(
-                f"{self._run_json} cannot be read ({str(error)[:200]})",
-                "restore it from a copy, or use another run folder",
-            ) from error
-        return metadata
+        return read_metadata(self.path)
 
     @contextmanager
     def recorded_end(self) -> Iterator[None]:
@@ -186,7 +187,8 @@ class RunFolder:
                 self._write(130, reason)
                 self.log.add(reason)
             how = f"continue with: {self.command}" if self.command else "the same command goes on from there"
-            os.write(2, f"\n{reason}\n{how}\n".encode(errors="replace"))
+            with suppress(OSError):  # nobody reads it
+                os.write(2, f"\n{reason}\n{how}\n".encode(errors="replace"))
         os._exit(130)
 
     def _clear(self) -> None:
@@ -210,7 +212,7 @@ class RunFolder:
         step = latest_step(self.checkpoints)
         end = {"exit_code": exit_code, "reason": reason, "step": step or 0}  # step: where the same command resumes
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             write_text(self.path / "exit.json", json.dumps(end) + "\n")
         except (OSError, DataError) as error:  # must not hide the error that ended the run
             warn(f"exit.json could not be written: {error}")
@@ -219,48 +221,6 @@ class RunFolder:
         """Return the names in a non-empty folder that is not a run's; they may be a user's data."""
         names = [name for name in os.listdir(self.path) if name[0] != "."] if os.path.isdir(self.path) else []
         return [] if "run.json" in names else sorted(set(names) - _BEFORE_A_RUN)
-
-    def _require_same(self, config: RunConfig, metadata: dict[str, Any], *, extend: bool) -> None:
-        """Raise ConfigError unless settings, normalisation, data and teachers are those of the run in this folder."""
-        before = self.load_config()
-        if type(before) is not type(config):
-            raise self._refusal(f"holds a run of {before.stage}, not of {config.stage}")
-        changed = differing_keys(before, config)
-        if extend:
-            changed = [change for change in changed if change[0] != "optim.epochs"]
-            if config.optim.epochs < before.optim.epochs:
-                raise ConfigError(
-                    f"optim.epochs: {config.optim.epochs:g} is less than the {before.optim.epochs:g} of {self.path}",
-                    "--extend only adds epochs; use another run= for fewer",
-                )
-        if changed:
-            first = join_first([f"{key}: {old!r} there, {new!r} now" for key, old, new in changed], 4, separator="; ")
-            only_epochs = [key for key, _, _ in changed] == ["optim.epochs"]
-            remedy = "add --extend to go on to the new number" if only_epochs else "restore them, or use another run="
-            raise self._refusal(f"belongs to other settings ({first})", remedy)
-        recorded = self.metadata()
-        for name in ("mean", "std"):
-            old, new = (list(one.get("input", {}).get(name, ())) for one in (recorded, metadata))
-            if old and old != new:
-                remedy = f"set data.{name} to what it was, or use another run="
-                raise self._refusal(f"reads images with {name} {old}, now {new}", remedy)
-        if recorded.get("method_class") not in (None, metadata.get("method_class")):
-            raise self._refusal(
-                f"was trained by {recorded.get('method_class')}, now {metadata.get('method_class')}",
-                "give the method that the run was started with, or use another run=",
-            )
-        data, new_data = recorded.get("data"), metadata["data"]
-        if data is not None and data != new_data:
-            raise self._refusal(
-                f"was trained on other data ({data['images']} images, {data['fingerprint'][:12]}; "
-                f"now {new_data['images']}, {new_data['fingerprint'][:12]})",
-                "name the same shards, wherever they are now, or use another run=",
-            )
-        if recorded.get("teacher_weights") not in (None, metadata["teacher_weights"]):
-            raise self._refusal(
-                f"has learned from a teacher with other weights than now: {metadata['teacher']}",
-                "give the teacher back the weights that it had (it may have been trained on), or use another run=",
-            )
 
     def _refusal(self, problem: str, remedy: str = "use another run=") -> ConfigError:
         return ConfigError(f"run: {self.path} {problem}", remedy)

@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import Any, NoReturn
 
+from maedistill.durable import sync, write_synced
+
 MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
 _LARGEST_TEXT = 1_000_000  # bytes; larger text files are rejected
 
@@ -26,8 +28,8 @@ def write_manifest(folder: Path) -> None:
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
     for name in files:
         sync(folder / name)
-    write_synced(folder / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1))
-    write_synced(folder / COMPLETE, _sha256(folder / MANIFEST))
+    write_synced(folder / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1).encode())
+    write_synced(folder / COMPLETE, _sha256(folder / MANIFEST).encode())
     sync(folder)
 
 
@@ -84,18 +86,6 @@ def read_text(path: Path) -> str:
     return text
 
 
-def write_synced(path: Path, text: str) -> None:
-    """Write a new file that survives a power cut."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        data = memoryview(text.encode())
-        while data:
-            data = data[os.write(descriptor, data) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def follow_umask(path: Path) -> None:
     """Give a file the permissions of a new one: safetensors writes files that only their owner can read.
 
@@ -108,15 +98,6 @@ def follow_umask(path: Path) -> None:
     finally:
         os.close(descriptor)
         probe.unlink()
-
-
-def sync(path: Path) -> None:
-    """Sync a file or a folder's entries to disk: a rename alone survives a kill, but not a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_entry(name: str, entry: object) -> bool:

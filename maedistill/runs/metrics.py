@@ -67,13 +67,20 @@ class Averages:
 class MetricsFile:
     """Writes metrics.jsonl and, if tensorboard is installed, TensorBoard events. Only rank 0 has one.
 
-    A run that resumes at step s drops the lines of steps above s, because it repeats these steps.
-    last_names: what is recorded of step s.
+    A run that resumes at step s drops the lines of steps above s, because it repeats these steps, and what is no line
+    of ours, such as the torn end after a power cut. last_names: what is recorded of step s.
     """
 
     def __init__(self, folder: Path, *, first_step: int, tensorboard: bool) -> None:
         self.path = folder / "metrics.jsonl"
-        kept = [(line, record) for line, record in _lines(folder) if record["step"] <= first_step]
+        kept, damaged = [], 0
+        for line, record in _lines(self.path):
+            damaged += record is None
+            if record is not None and record["step"] <= first_step:
+                kept.append((line, record))
+        if damaged or (first_step and not kept):
+            what = f"{damaged} lines that cannot be read, which are left out" if damaged else "no line"
+            warn(f"{self.path} has {what}: records up to step {first_step} may be missing")
         self.last_names = {name for _, record in kept if record["step"] == first_step for name in record}
         write_text(self.path, "".join(line for line, _ in kept))
         self.lines = AppendOnlyFile(self.path)
@@ -131,25 +138,26 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
     Raises DataError for a file that is not a run's metrics.
     """
-    return [record for _, record in _lines(folder)]
+    path, records = folder / "metrics.jsonl", []
+    for _, record in _lines(path):
+        if record is None:
+            raise DataError(
+                f"{path} cannot be read (not all lines say their step)",
+                "start the run's command again, which leaves such lines out, or restore it from a copy",
+            )
+        records.append(record)
+    return records
 
 
-def _lines(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each complete line and its record, one at a time because a long run has many."""
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return
-    try:
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("}\n"):
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Yield each complete line and its record, None if it has none; one at a time because a long run has many."""
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for line in text.splitlines(keepends=True):
+        if line.endswith("}\n"):
+            record: Any = None
+            with suppress(ValueError, RecursionError):
                 record = json.loads(line)
-                if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                    raise ValueError("not all lines say their step")
-                yield line, record
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} cannot be read ({str(error)[:200]})", "restore it from a copy, or remove it"
-        ) from error
+            yield line, record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 class Clock:

@@ -1,6 +1,7 @@
 """Files that a run writes beside its checkpoints. A full disk neither ends the run nor loses a line.
 
 AppendOnlyFile      -> RUN/metrics.jsonl and other files that grow; lines that the disk refuses are kept and retried
+write_text          -> a small file, whole also after a power cut
 ignore_write_errors -> an optional file, such as a picture, is left out with a warning if it cannot be written
 """
 
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from maedistill.durable import sync, write_durably
 from maedistill.errors import DataError, in_colour
 
 
@@ -25,7 +27,7 @@ class AppendOnlyFile:
         self._known: set[str] | None = None
         if unique:
             self._known = set(path.read_text(errors="replace").splitlines()) if path.is_file() else set()
-        self._waiting = b""
+        self._waiting = b"\n" if unique and _ends_torn(path) else b""
         self._warned = False
         self._one_at_a_time = threading.Lock()  # the saver's thread also flushes
 
@@ -55,10 +57,17 @@ class AppendOnlyFile:
                 os.close(descriptor)
             self._warned = False
 
+    def sync(self) -> None:
+        """Write the pending lines, so that no power cut costs one. Raises OSError if the disk refuses them."""
+        self.flush()
+        if self.path.exists():
+            sync(self.path)
+            sync(self.path.parent)
+
     def close(self) -> None:
-        """Write the pending lines. Raises DataError if that fails, because they would be lost."""
+        """Sync all lines. Raises DataError if that fails, because they would be lost."""
         try:
-            self.flush()
+            self.sync()
         except OSError as error:
             raise unwritable(self.path, error) from error
 
@@ -74,13 +83,10 @@ def ignore_write_errors(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically. Raises DataError if the disk refuses it."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write a small file durably. Raises DataError if the disk refuses it."""
     try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        write_durably(path, text.encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise unwritable(path, error) from error
 
 
@@ -95,3 +101,8 @@ def unwritable(path: Path, error: OSError) -> DataError:
 def warn(text: str) -> None:
     """Print one line of warning to stderr."""
     print(in_colour(f"warning: {text}"), file=sys.stderr, flush=True)
+
+
+def _ends_torn(path: Path) -> bool:
+    """Return whether the last line of a file was cut, so that the next one would become a part of it."""
+    return path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")

@@ -3,9 +3,10 @@
     RUN/checkpoints -> newest_intact -> load_latest -> engine, moving average, the loop's state
     checkpoint folder -> read_weights -> tensors by name
 
-Rank 0 takes the newest folder whose COMPLETE, sizes and checksums match, warns of each damaged folder that it skips,
-and sends the tensors to the other ranks. If there are folders but none is intact, that is an error, never a silent
-fresh start. A folder loads completely or raises DataError, whatever it contains.
+Rank 0 takes the newest folder whose COMPLETE, sizes and checksums match and whose counters are possible ones of the
+step in its name. It warns of each newer one that is damaged, or a copy under another name, passes it over, and sends
+the tensors to the other ranks. If there are folders but none is intact, that is an error, never a silent fresh start.
+A folder loads completely or raises DataError, whatever it contains.
 """
 
 import logging
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from maedistill.errors import DataError
 from maedistill.processes.distributed import broadcast_tensor, on_main
-from maedistill.runs.checkpoint import STATE, WRITE_ERRORS, checkpoint_name, checkpoint_steps
-from maedistill.runs.manifest import CorruptCheckpoint, read_json, read_manifest, verify
+from maedistill.runs.checkpoint import WRITE_ERRORS, checkpoint_steps, require_intact
+from maedistill.runs.manifest import CorruptCheckpoint, read_manifest, verify
+from maedistill.runs.state import read_state
 from maedistill.training.engine import MOMENTS, Engine, TrainingState
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ def load_latest(folder: Path, engine: Engine, ema: ModelEmaV3 | None = None) -> 
         checkpoint = newest_intact(Path(folder))
         if checkpoint is None:
             return None
-        scalars, state = _read_state(checkpoint)
+        scalars, state = read_state(checkpoint)
         weights = _read_tensors(checkpoint, "model", shapes)
         keys = {f"{moment}/{name}": shapes[name] for moment in MOMENTS for name in parameters}
         tensors = _read_tensors(checkpoint, "optimizer", keys)
@@ -58,14 +60,14 @@ def load_latest(folder: Path, engine: Engine, ema: ModelEmaV3 | None = None) -> 
 
 
 def newest_intact(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose checksums match, None without any. Raises DataError if all are damaged."""
+    """Return the newest intact checkpoint, None without any. Raises DataError if all are damaged."""
     damaged = []
     for _, path in sorted(checkpoint_steps(folder), reverse=True):
         try:
-            verify(path)
+            require_intact(path)
             return path
         except CorruptCheckpoint as problem:
-            damaged.append(path.name)
+            damaged.append(f"{path.name} ({problem})")
             logger.warning("checkpoint %s is damaged (%s): passed over", path, problem)
     if damaged:
         raise DataError(
@@ -83,26 +85,6 @@ def read_weights(checkpoint: Path, kind: Literal["model", "ema"] = "model") -> d
     except CorruptCheckpoint as problem:
         raise _unusable(checkpoint / file, problem) from problem
     return _load(checkpoint / file)
-
-
-def _read_state(checkpoint: Path) -> tuple[dict[str, float], dict[str, Any]]:
-    """Read the engine's scalars and the loop's state."""
-    try:
-        if STATE not in read_manifest(checkpoint):
-            raise CorruptCheckpoint("the checkpoint has no such file")
-        document = read_json(checkpoint / STATE)
-        scalars, state = document.get("engine"), document.get("loop")
-        if type(document.get("step")) is not int or checkpoint.name != checkpoint_name(document["step"]):
-            raise CorruptCheckpoint("it belongs to another step")
-        if not isinstance(state, dict) or not isinstance(scalars, dict):
-            raise CorruptCheckpoint("it does not say what the engine and the loop were at")
-        if state.get("step", document["step"]) != document["step"]:
-            raise CorruptCheckpoint("its loop was at another step")
-        if not all(type(value) in (int, float) and abs(value) < 2**63 for value in scalars.values()):
-            raise CorruptCheckpoint("the engine's scalars are no numbers")
-    except CorruptCheckpoint as problem:
-        raise _unusable(checkpoint / STATE, problem) from problem
-    return scalars, state
 
 
 def _read_tensors(checkpoint: Path, kind: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from maedistill.config.loader import require_consistent
 from maedistill.processes import distributed
 from maedistill.runs.checkpoint import checkpoint_steps
 from maedistill.runs.folder import RunFolder
+from maedistill.runs.previous import read_previous
 
 
 def settle(config: Config, images: int, *, world_size: int) -> tuple[Config, list[str]]:
@@ -29,7 +30,7 @@ def settle(config: Config, images: int, *, world_size: int) -> tuple[Config, lis
 def _numbers_of_run(config: Config, keys: list[str]) -> dict[str, Any]:
     """Return the values of these keys in the run that the config's folder holds; empty before its first checkpoint."""
     folder = RunFolder(config.run)
-    if not checkpoint_steps(folder.checkpoints) or not folder.metadata():
+    if not checkpoint_steps(folder.checkpoints) or (before := read_previous(folder.path, config).config) is None:
         return {}
-    values = flat(folder.load_config())
+    values = flat(before)
     return {key: values[key] for key in keys}

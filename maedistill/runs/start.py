@@ -141,6 +141,6 @@ def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, ext
     )
     cores = cpu_share(distributed.local_world_size())
     workers = config.data.workers if config.data.workers is not None else min(8, cores)
-    saver = Saver(folder.checkpoints, keep=config.log.keep)
+    saver = Saver(folder.checkpoints, keep=config.log.keep, texts=folder.texts)
     stop = PreemptionHandler(timeout_seconds=config.engine.timeout_seconds, leave=folder.leave_at_once)
     return Run(config, folder, plan, module, engine, schedule, ema, device, workers, peers, saver, stop)

@@ -1,12 +1,14 @@
 """What a person at a terminal sees of a run: one rewritten status line, and lines that wrap between words.
 
-A pipe or a file gets every line as it is, and no status.
+A pipe or a file gets every line as it is, and no status. Neither ends a run when it ends itself.
 """
 
 import os
 import shutil
+import sys
 import textwrap
-from typing import TextIO
+from contextlib import suppress
+from typing import Any, TextIO
 
 _ERASE = "\r\x1b[K"
 _INDENT = 9  # columns, as wide as the keys of the summary
@@ -38,6 +40,32 @@ class Terminal:
             self._status = ""
             self._stdout.write(_ERASE)
             self._stdout.flush()
+
+
+class LastingStream:
+    """A text stream that drops what cannot be written: the reader of a pipe has left, or the disk is full."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write text."""
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand over what was written."""
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_readers() -> None:
+    """Let this program go on when nobody reads what it prints any more, as after `| head`."""
+    sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
 
 
 def is_terminal(stream: TextIO) -> bool:

@@ -3,7 +3,8 @@
     print -> _Copy of stdout or stderr -> Terminal or pipe
                                        -> TrainLog: lines wait until the folder is ours, then go to the file
 
-A log that cannot be written never ends a run. Its lines are lost, which is said once, and later lines are tried again.
+A log that cannot be written never ends a run: its lines are lost, which is said once, and later lines are tried again.
+Nor does a reader that has left.
 """
 
 import os
@@ -17,7 +18,7 @@ from typing import Any, TextIO
 
 from maedistill.errors import Preempted, UserError
 from maedistill.processes import distributed
-from maedistill.runs.terminal import Terminal, is_terminal
+from maedistill.runs.terminal import Terminal, is_terminal, outlive_readers
 
 _COLOUR = re.compile("\x1b\\[[0-9;]*m")
 
@@ -35,9 +36,10 @@ class TrainLog:
     def capture(self) -> Iterator[None]:
         """Log what this process prints in the block, if it is rank 0, and the error that ends the block."""
         before = sys.stdout, sys.stderr
+        outlive_readers()
         if distributed.is_main():
-            self.terminal = Terminal(before[0])
-            sys.stdout, sys.stderr = (_Copy(stream, self, self.terminal) for stream in before)
+            self.terminal = Terminal(sys.stdout)
+            sys.stdout, sys.stderr = (_Copy(stream, self, self.terminal) for stream in (sys.stdout, sys.stderr))
         try:
             yield
         except BaseException as error:

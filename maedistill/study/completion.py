@@ -1,6 +1,7 @@
 """Check whether a run is complete: finished in its folder, with the same settings, on the same images."""
 
 import json
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -20,9 +21,14 @@ _find_once = cache(find_shards)  # raises if shards are missing; cached, because
 
 
 def last_end(folder: RunFolder) -> str | None:
-    """Return why the last start ended: FINISHED or an error; None if it is running, was killed or never was."""
+    """Return why the last start ended: FINISHED or an error; None if it is running, was killed or never was.
+
+    A file that a power cut emptied says as little as none.
+    """
     file = folder.path / "exit.json"
-    return json.loads(file.read_text())["reason"] if file.is_file() else None
+    with suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(file.read_text())["reason"]) if file.is_file() else None
+    return None
 
 
 def is_done(config: RunConfig) -> bool:

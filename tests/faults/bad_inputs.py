@@ -520,8 +520,8 @@ CHECKPOINTS = {
         lambda run: ((newest(run) / "optimizer.safetensors").write_bytes(bare_pickle(Trap())), reseal(newest(run))),
     ),
     "a state cut, and sealed": resumed(
-        "state.json cannot be used",
-        "another checkpoint",
+        INTACT,
+        RESTORE,
         lambda run: ((newest(run) / "state.json").write_text("{"), reseal(newest(run))),
     ),
 }
@@ -555,8 +555,8 @@ RUNS = {
     ),
     "settings gone": case(
         f"{PRETRAIN} run=bad",
-        2,
-        "bad/config.yaml is gone, so nobody knows the settings",
+        0,
+        "bad/config.yaml is gone, no checkpoint has a copy",
         "",
         bad=copy_of("mae", lambda run: (run / "config.yaml").unlink()),
     ),

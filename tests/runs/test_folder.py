@@ -88,9 +88,12 @@ def test_checkpoints_bind_whether_they_are_whole_or_not(config):
     (folder.checkpoints / "step_000000001" / "COMPLETE").unlink()
     assert "seed: 0 there, 1 now" in refused(folder, config("seed=1"))
     folder.config.unlink()
-    assert "config.yaml is gone" in refused(folder, config())
+    with pytest.raises(ConfigError, match=r"config\.yaml is gone"):
+        folder.load_config()
+    folder.check(config("seed=1"), METADATA, fresh=False, extend=False)  # nobody knows, and it is said
     (folder.path / "run.json").unlink()
-    assert "run.json is gone" in refused(folder, config())
+    folder.check(config(), METADATA, fresh=False, extend=False)
+    assert "run.json is gone" in refused(folder, config(), fresh=True)
 
 
 def test_a_folder_that_cannot_be_made_is_the_user_s_news(config, tmp_path, capsys):
@@ -147,7 +150,7 @@ def test_files_have_the_permissions_that_the_umask_gives(config, umask, mode):
     before = os.umask(umask)
     try:
         folder = begun(config)
-        snapshot = Snapshot(2, {"model.safetensors": {"w": torch.ones(2)}}, "{}")
+        snapshot = Snapshot(2, {"model.safetensors": {"w": torch.ones(2)}}, {"state.json": "{}"})
         write_snapshot(folder.checkpoints, snapshot, keep=2)
         lines = AppendOnlyFile(folder.path / "metrics.jsonl")
         lines.append("{}")

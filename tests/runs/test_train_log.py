@@ -56,6 +56,22 @@ def test_a_full_disk_costs_lines_and_one_warning_and_never_the_run(tmp_path, mon
     assert capfd.readouterr().err.count("cannot be written") <= 1
 
 
+def test_a_reader_that_has_left_costs_the_log_no_line(tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    log = TrainLog(tmp_path / "train.log")
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        with log.capture():
+            log.begin("=== header")
+            print("one", flush=True)
+            print("two", file=sys.stderr, flush=True)
+            print("3" * 100_000, flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
+    assert log.path.read_text().splitlines() == ["=== header", "one", "two", "3" * 100_000]
+
+
 LINE = "epoch 0.2/30  step 20/3742  loss 1.1 (pixels 1.0686, align/8 0.1234, align/11 0.5678)  lr 9.19e-04  eta 7m25s"
 
 

@@ -82,6 +82,10 @@ def alter(setting: Callable[[str], str | None]) -> None:
         from maedistill.training.engine import Engine
 
         Engine.__call__ = slower(Engine.__call__, float(seconds))
+    if cuts := setting("FAULTS_CUTS"):  # RUN:OUT
+        from tests.support.power_cut import Recorder
+
+        Recorder(*map(Path, cuts.split(":")))
     if setting("FAULTS_FLOAT64"):
         from tests.support.float64 import compute_in_float64
 

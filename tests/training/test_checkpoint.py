@@ -168,6 +168,43 @@ def test_a_damaged_checkpoint_is_named_passed_over_and_replaced_later(tmp_path, 
     assert names(tmp_path) == ["step_000000002"]
 
 
+def test_a_copy_under_another_name_is_passed_over_and_never_taken_for_the_real_one(tmp_path, caplog):
+    own = save(tmp_path, 1)
+    for name in ("step_999999998", "step_000000002"):
+        shutil.copytree(own, tmp_path / name)
+    assert newest_intact(tmp_path) == own and latest_step(tmp_path) == 1
+    assert load_latest(tmp_path, OneTensor(0)) == {"at": 1}
+    assert caplog.text.count("step_999999998 is damaged (state.json belongs to another step): passed over") == 2
+    save(tmp_path, 2)
+    assert load_latest(tmp_path, OneTensor(0)) == {"at": 2} and latest_step(tmp_path) == 2
+
+
+ODD = {
+    f"{file} {how}": (file, change)
+    for file in ("COMPLETE", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")
+    for how, change in {
+        "as a folder": lambda path: (path.unlink(), path.mkdir()),
+        "as a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+        "as a link to itself": lambda path: (path.unlink(), path.symlink_to(path.name)),
+        "of zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+        "doubled": lambda path: path.write_bytes(path.read_bytes() * 2),
+    }.items()
+} | {
+    "a file for a folder": (".", lambda path: (shutil.rmtree(path), path.write_text("x"))),
+    "a folder without files": (".", lambda path: (shutil.rmtree(path), path.mkdir())),
+}
+
+
+def test_damaged_and_odd_checkpoints_fall_back_to_the_last_whole_one(tmp_path):
+    assert len(ODD) == 27
+    for number, (name, (file, change)) in enumerate(ODD.items()):
+        folder = tmp_path / str(number)
+        save(folder, 1)
+        change(save(folder, 2) / file)
+        engine = OneTensor(0)
+        assert load_latest(folder, engine) == {"at": 1} and engine.weight.tolist() == [1, 1, 1], name
+
+
 def test_pruning_never_counts_damaged_later_ones(tmp_path):
     (save(tmp_path, 9) / "COMPLETE").unlink()
     for step in (1, 2):
@@ -216,6 +253,22 @@ def test_nothing_leads_out_of_the_folder(tmp_path):
         ("state.json", b'{"step": 1, "engine": {"updates": NaN}, "loop": {}}'),
         ("state.json", b'{"step": 2, "engine": {"updates": 1}, "loop": {}}'),
         ("state.json", b'{"step": 1, "engine": {"updates": 1}}'),
+        ("state.json", b'{"step": true, "engine": {"updates": 1}, "loop": {}}'),
+        *(
+            ("state.json", b'{"step": 1, "engine": %s, "loop": %s}' % (engine, loop))
+            for engine, loop in [
+                (b'{"updates": -5}', b"{}"),
+                (b'{"updates": 1e300}', b"{}"),
+                (b'{"updates": 1, "scale": 0}', b"{}"),
+                (b'{"updates": 1, "finite_updates": 2000}', b"{}"),
+                (b'{"updates": 1}', b'{"shift": -5}'),
+                (b'{"updates": 1}', b'{"shift": %d}' % 2**62),
+                (b'{"updates": 1}', b'{"nonfinite": -1}'),
+                (b'{"updates": 1}', b'{"step": 1, "trained_seconds": 1e999}'),
+                (b'{"updates": 1}', b'{"growth": {"epochs": [3, -3]}}'),
+                (b'{"updates": 1}', b'{"losses": {"loss": [-1e999, 1.0]}}'),
+            ]
+        ),
         ("model.safetensors", b""),
         ("model.safetensors", (2**62).to_bytes(8, "little") + b"{}"),
         ("optimizer.safetensors", (2).to_bytes(8, "little") + b"{}"),

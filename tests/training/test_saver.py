@@ -1,5 +1,6 @@
 """Writing behind the training: what is written, who waits, what a write that fails costs; on one rank and on two."""
 
+import errno
 import os
 import resource
 import signal
@@ -19,6 +20,7 @@ from maedistill.errors import DataError, NumericsError
 from maedistill.runs import checkpoint
 from maedistill.runs.async_saver import Saver
 from maedistill.runs.checkpoint import latest_step
+from maedistill.runs.records import AppendOnlyFile
 from maedistill.runs.restore import load_latest
 from maedistill.training.engine import MOMENTS, TrainingState
 
@@ -131,6 +133,43 @@ def test_a_full_disk_is_a_warning_costs_no_older_checkpoint_and_the_next_save_wo
         save(saver, engine, 4)
     assert saver.failures == []
     assert loaded(tmp_path) == (4, [4, 4, 4])
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.EXDEV])
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_a_disk_that_refuses_a_call_costs_one_checkpoint_and_a_warning(
+    tmp_path, engine, monkeypatch, capsys, call, error
+):
+    def refuse(*_):
+        raise OSError(error, os.strerror(error))
+
+    lines = AppendOnlyFile(tmp_path / "metrics.jsonl")
+    with Saver(tmp_path / "checkpoints", keep=2) as saver:
+        save(saver, engine, 1)
+        saver.settle()
+        lines.append("one")
+        with monkeypatch.context() as broken:
+            broken.setattr(os, call, refuse)
+            engine.weight.fill_(2)
+            saver.save(step=2, engine=engine, state={"step": 2}, records=[lines])
+            saver.settle()
+        assert len(saver.failures) == 1 and capsys.readouterr().err.count(os.strerror(error)) == 1
+        assert loaded(saver.folder) == (1, [1, 1, 1]) and not list(saver.folder.glob("*.tmp"))
+        save(saver, engine, 3)
+    assert loaded(tmp_path / "checkpoints") == (3, [3, 3, 3])
+
+
+def test_records_are_on_the_disk_before_the_checkpoint_that_stands_for_them(tmp_path, engine, monkeypatch):
+    synced, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.readlink(f"/proc/self/fd/{file}")), real(file)))
+    lines = AppendOnlyFile(tmp_path / "metrics.jsonl")
+    lines.append("one")
+    with Saver(tmp_path / "runs/a/checkpoints", keep=1, texts={"run.json": "{}"}) as saver:
+        saver.save(step=1, engine=engine, state={"step": 1}, records=[lines])
+    names = [os.path.basename(path) for path in synced]
+    assert names[:2] == ["metrics.jsonl", tmp_path.name]
+    assert names.index("a") < names.index("COMPLETE") and names[-1] == "checkpoints"
+    assert (tmp_path / "runs/a/checkpoints/step_000000001/run.json").read_text() == "{}"
 
 
 def test_failures_in_a_row_end_the_run_though_none_was_saved_before(tmp_path, engine):

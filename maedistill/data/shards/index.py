@@ -27,6 +27,7 @@ from maedistill.data.remote.download import read_small
 from maedistill.data.remote.urls import is_url
 from maedistill.data.shards.index_check import check_arrays, check_text, is_text, parse_json
 from maedistill.data.shards.scan import NO_LABEL, Members, ShardScan, why_unlabelled
+from maedistill.durable import make_folder, write_durably
 from maedistill.errors import DataError, join_first
 
 FORMAT = 1
@@ -243,8 +244,6 @@ def read_classes(folder: str) -> tuple[str, ...]:
 
 
 def write_whole(file: Path, data: bytes) -> None:
-    """Write a file under a temporary name, then rename it, so that a reader never sees a part of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.replace(file)
+    """Write a file, with its folder, so that no reader ever sees a part of it."""
+    make_folder(file.parent)
+    write_durably(file, data)

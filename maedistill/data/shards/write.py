@@ -35,6 +35,7 @@ from maedistill.data.shards.progress_bar import ProgressBar
 from maedistill.data.shards.records import Record, Source, printable
 from maedistill.data.shards.scan import NO_LABEL, ShardScan, scan_shard
 from maedistill.data.shards.stamps import stamp_of
+from maedistill.durable import make_folder, write_durably
 from maedistill.errors import ConfigError, DataError
 
 WORK_FOLDER = ".making"  # partial shards, and statistics of finished ones; removed at the end
@@ -199,7 +200,7 @@ def _begin(out: Path, settings: dict[str, Any]) -> bool:
     try:
         if out.is_dir() and any(path.name != WORK_FOLDER for path in out.iterdir()):
             raise ConfigError(f"{out} is not empty, and no shards that make_shards began", "give a new or empty folder")
-        begun.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(begun.parent)
     except OSError as error:
         raise ConfigError(f"cannot write to {out}: {error.strerror}", "give an OUT where you may write") from error
     _write_json(begun, settings)
@@ -281,9 +282,7 @@ def _finish(out: Path, classes: tuple[str, ...], settings: dict[str, Any], stats
 
 
 def _write_json(file: Path, value: Any) -> None:
-    temporary = file.with_name(f".{file.name}")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    write_durably(file, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _read_json(file: Path) -> dict[str, Any]:

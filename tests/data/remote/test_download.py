@@ -86,6 +86,7 @@ def test_a_file_that_changes_between_two_tries_is_not_patched_together(server, m
         (["lie"], 1, "1 try in .* has 1,572,864 bytes instead of 3,145,728"),
         (["cut, no length"] * 9, 3, "3 tries in .* ended after 1,572,864 of 3,145,728 bytes"),
         (["to file:///etc/passwd"], 1, "302 Found - Redirection to url 'file:///etc/passwd' is not allowed"),
+        (["to data:text/plain,x"], 1, "302 Found - Redirection to url 'data:text/plain,x' is not allowed"),
         (["to ftp://127.0.0.1/x"], 1, "redirects to an address that is not followed"),
     ],
 )

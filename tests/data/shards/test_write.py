@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shlex
 import tarfile
@@ -77,7 +78,7 @@ def test_the_order_is_a_thorough_shuffle_in_equal_parts():
 def test_a_run_killed_at_any_rename_ends_with_the_same_bytes(tmp_path, monkeypatch, moment):
     source = open_folder(write_photos(tmp_path / "photos"))
     make_shards(source, tmp_path / "whole", images_per_shard=5)
-    expected, replace, kills = contents(tmp_path / "whole"), Path.replace, 0
+    expected, replace, kills = contents(tmp_path / "whole"), os.replace, 0
     while True:
         out, calls = tmp_path / f"killed_{kills}", 0
 
@@ -92,7 +93,7 @@ def test_a_run_killed_at_any_rename_ends_with_the_same_bytes(tmp_path, monkeypat
             return result
 
         with monkeypatch.context() as patched:
-            patched.setattr(Path, "replace", replace_or_die)
+            patched.setattr(os, "replace", replace_or_die)
             try:
                 make_shards(source, out, images_per_shard=5)
                 break  # there is no such rename any more
@@ -110,8 +111,15 @@ def test_a_run_killed_at_any_rename_ends_with_the_same_bytes(tmp_path, monkeypat
 def test_a_run_killed_inside_a_shard_ends_with_the_same_bytes(tmp_path, monkeypatch):
     source = open_folder(write_photos(tmp_path / "photos"))
     make_shards(source, tmp_path / "whole", images_per_shard=5)
+    sync = os.fsync
+
+    def die_in_a_shard(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".tar"):
+            raise Killed
+        sync(descriptor)
+
     with monkeypatch.context() as patched:
-        patched.setattr("maedistill.data.shards.write.os.fsync", lambda _: (_ for _ in ()).throw(Killed))
+        patched.setattr(os, "fsync", die_in_a_shard)
         with pytest.raises(Killed):
             make_shards(source, tmp_path / "out", images_per_shard=5)
     assert not list((tmp_path / "out").glob("*.tar")) and list((tmp_path / "out" / ".making").glob("*.tar"))

@@ -121,6 +121,40 @@ def many_scans(count: int, side: int = 8000) -> bytes:
     return data[:scan] + data[scan:-2] * count + data[-2:]
 
 
+def solid(
+    width: int, height: int, *more: tuple[bytes, bytes], colour: int = 2, depth: int = 8, laced: int = 0
+) -> bytes:
+    """A PNG of zeros that are really there, however few bytes they take; more: chunks after the header."""
+    channels = {0: 1, 2: 3, 6: 4}[colour]
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, laced)
+    rows = zlib.compress(bytes((width * channels * depth // 8 + 1) * height), 1)
+    return png([(b"IHDR", header), *more, (b"IDAT", rows), (b"IEND", b"")])
+
+
+def bombs() -> dict[str, tuple[bytes, str]]:
+    """Files that cost as much as they can, and what becomes of them."""
+    profile = b"a\0\0" + zlib.compress(bytes(100_000_000), 1)
+    side, jpeg = 7999, SEEDS["jpeg"]
+    return {
+        "64 million with opacity": (solid(side, side, colour=6), "taken"),
+        "too many": (solid(8001, 8000, colour=0), "BadImage"),
+        "the most that a PNG can say": (resized("png", 2**31 - 1, 2**31 - 1), "BadImage"),
+        "the most that a JPEG can say": (resized("jpeg", 65535, 65535), "BadImage"),
+        "the most that a WebP can say": (resized("webp", 16383, 16383), "BadImage"),
+        "a profile of 100 MB": (solid(9, 9, (b"iCCP", profile)), "BadImage"),
+        "a text of 100 MB": (solid(9, 9, (b"zTXt", profile)), "BadImage"),
+        "10,000 texts": (solid(9, 9, *[(b"tEXt", b"a\0" + b"b" * 9000)] * 10_000), "BadImage"),
+        "a square of 16 bits": (solid(2000, 2000, colour=0, depth=16, laced=1), "BadImage"),
+        "rows that are cut": (resized("png", side, side), "BadImage"),
+        "1,000 comments": (jpeg[:2] + (b"\xff\xfe\xff\xff" + bytes(65533)) * 1000 + jpeg[2:], "taken"),
+    }
+
+
+def test_crafted_images_stay_within_the_limits(sandbox):
+    for name, (data, verdict) in bombs().items():
+        assert sandbox((data, False)) == verdict, name
+
+
 @pytest.mark.parametrize("name", SEEDS)
 def test_what_is_not_damaged_is_taken(sandbox, name):
     assert sandbox((SEEDS[name], True)) == "taken"
