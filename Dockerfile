@@ -21,7 +21,8 @@ COPY maedistill /src/maedistill
 RUN pip install '/src[demo,fast,remote]' && rm -r /src
 
 # mount data and runs on /work; start with --user "$(id -u):$(id -g)" to own what is written there
-RUN useradd --create-home --uid 1000 maedistill && install --directory --owner maedistill /work
+# and to have a home for caches, whatever the id
+RUN useradd --create-home --uid 1000 maedistill && chmod 1777 /home/maedistill && install --directory --owner maedistill /work
 USER maedistill
 ENV HOME=/home/maedistill
 WORKDIR /work

@@ -14,7 +14,7 @@ from typing import Any
 
 
 class ForkLock:
-    """A lock of this process and those that it forks later: an eventfd, which the kernel frees with the last of them."""
+    """A lock of this process and those that it forks later: an eventfd, which ends with the last of them."""
 
     def __init__(self) -> None:
         self._file = os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
