@@ -41,7 +41,5 @@ def ensure_home() -> None:
     except OSError as error:
         raise ConfigError(f"this user has no home folder, and no temporary one can be made: {error}", remedy) from error
     os.environ["HOME"] = str(folder)
-    text = (
-        f"warning: this user has no home folder: caches go to {folder}; set HOME to keep them elsewhere"
-    )
+    text = f"warning: this user has no home folder: caches go to {folder}; set HOME to keep them elsewhere"
     print(in_colour(text), file=sys.stderr, flush=True)

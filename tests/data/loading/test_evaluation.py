@@ -11,7 +11,6 @@ from timm.data import create_transform
 from maedistill.data.images.decode import decode_rgb
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform, exact_batches, rank_share
 from maedistill.data.shards.open_index import open_index
-from maedistill.errors import DataError
 from tests.data.tar_files import encode, write_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's own threads
@@ -120,16 +119,3 @@ def test_the_whole_of_a_small_image_is_that_image():
     transform = evaluation_transform(size=32, crop=1.0)
     pixels = decode_rgb(encoded(32, 32))  # [3, 32, 32]
     assert torch.equal(transform(Image.fromarray(pixels.permute(1, 2, 0).numpy())), pixels)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_cannot_be_decoded_ends_the_evaluation_and_is_named(tmp_path, workers):
-    good = encoded(40, 40)
-    index = write_shard(tmp_path / "a.tar", {"fine": (good, 0), "n01/cut": (good[: len(good) // 2], 1)})
-    images = EvaluationImages(index, torch.arange(2), evaluation_transform(size=32, crop=1.0))
-    batches = exact_batches(images, batch=1, workers=workers)
-    assert next(batches)[2].tolist() == [0]
-    with pytest.raises(DataError) as caught:
-        next(batches)
-    assert f"{index.shards[0]}:n01/cut cannot be decoded" in caught.value.cause
-    assert "maedistill shards" in caught.value.remedy
