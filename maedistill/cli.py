@@ -11,6 +11,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import NoReturn
 
+from maedistill.data.remote.user_cache import ensure_home
 from maedistill.errors import ConfigError, leave
 
 COMMANDS = {
@@ -43,6 +44,7 @@ def _dispatch(name: str, arguments: Sequence[str]) -> None:
     elif name == "--version":
         print(f"maedistill {version('maedistill')}")
     elif name in COMMANDS:
+        ensure_home()
         sys.argv = ["maedistill", name, *arguments]  # what runs and reports record as their command
         import_module(f"maedistill.commands.{name}").main()
     else:

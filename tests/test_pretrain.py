@@ -20,9 +20,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards
 from maedistill.runs.settle import settle
+from tests.data.tar_files import encode, write_tar
 
 EPOCH = 8  # steps
 STEPS = 3 * EPOCH
@@ -159,7 +161,7 @@ def test_every_rank_votes_on_its_own_device_in_the_precision_of_the_run(monkeypa
     monkeypatch.setattr(loop, "pooled_features", lambda *args, **_: precisions.append(args[-1].precision) or found)
     monkeypatch.setattr(loop, "knn_accuracy", lambda *_, device: devices.append(device) or 0.5)
     config = SimpleNamespace(
-        data=SimpleNamespace(image_size=32, eval_crop=1.0, timeout_seconds=1.0),
+        data=SimpleNamespace(image_size=32, eval_crop=1.0, timeout_seconds=1.0, max_bad_fraction=0.0),
         log=SimpleNamespace(knn_every_epochs=1, probe_every_epochs=None, knn_images=3),
         engine=SimpleNamespace(precision="auto"),
     )
@@ -265,3 +267,20 @@ def test_what_a_run_folder_allows_and_refuses(pretraining, settings, trio, shard
     assert f"other weights than now: {metadata['teacher']}" in error and "give the teacher back" in fix
     fresh = pretraining("continued", *settings["dmae"], "optim.lr=1e-4", "--fresh", "--yes")
     assert len(fresh.metrics()) == 24 and len(json.loads((run / "run.json").read_text())["starts"]) == 1
+
+
+def test_a_picture_shows_others_in_the_place_of_bad_images(monkeypatch, tmp_path):
+    """Of ten images the first two cannot be decoded."""
+    loop, drawn = importlib.import_module("maedistill.pretraining.loop"), []
+    pictures = [encode(Image.new("RGB", (8, 8), (20 * i,) * 3), "PNG") for i in range(10)]
+    members = {f"{i}.png": picture if i >= 2 else b"" for i, picture in enumerate(pictures)}
+    index = open_index(str(write_tar(tmp_path / "a.tar", members)))
+    monkeypatch.setattr(loop, "random_subset", lambda index, count: torch.arange(min(count, len(index))))
+    monkeypatch.setattr(loop, "split_of", lambda *_: None)
+    monkeypatch.setattr(loop, "reconstruction_sheet", lambda module, images, *_, **__: drawn.append(images))
+    data, module = SimpleNamespace(image_size=8, eval_crop=1.0), SimpleNamespace(encoder=SimpleNamespace(grid=1))
+    config, cpu = SimpleNamespace(data=data, method="mae"), torch.device("cpu")
+    parts = SimpleNamespace(config=config, val_index=index, device=cpu, module=module, teacher=None)
+    run = SimpleNamespace(folder=SimpleNamespace(path=tmp_path), step=1, epoch=1.0)
+    loop.draw(run, parts, None)
+    assert [round(float(image[0, 0, 0]) * 255) for image in drawn[0]] == [20 * i for i in range(2, 10)]

@@ -30,6 +30,7 @@ Triple = tuple[float, float, float]
 FieldNames = Annotated[str, Field(pattern=r"^[^\s.;]\S*$")]  # of a sample in a shard
 Positions = Literal["sincos2d", "sincos1d", "learned"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+MAX_BAD_FRACTION = 0.001  # of the samples, where nobody says otherwise
 AUTO = "auto"  # the value of a key that is left to the size of the training set
 
 if TYPE_CHECKING:  # what runs reads numbers: runs/settle.py has replaced `auto` and null by then
@@ -82,8 +83,9 @@ class ImagesConfig(Section):
         None, "loader processes per rank, 0: load in the training process; null: one per core of the rank, at most 8"
     )
     max_bad_fraction: Probability = runtime(
-        0.001,
-        "stop when a larger share of the samples seen could not be decoded; each one is replaced and listed",
+        MAX_BAD_FRACTION,
+        "stop when a larger share of the samples seen, or of those of an evaluation, could not be decoded; in training "
+        "each one is replaced and listed, an evaluation leaves it out and says so",
     )
     timeout_seconds: Positive = runtime(
         300,

@@ -9,7 +9,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from maedistill.data.loading.evaluation import PADDING, EvaluationImages
 from maedistill.data.shards.index import ShardIndex
 from maedistill.errors import DataError, NumericsError
 from maedistill.evaluation.context import EvalContext
-from maedistill.evaluation.full_pass import Predictor, evaluation_mode, full_pass
+from maedistill.evaluation.full_pass import Predictor, evaluation_mode, full_pass, left_out
 from maedistill.report.run_report import percent
 from maedistill.runs.records import write_text
 
@@ -66,17 +66,23 @@ class TopCounts:
 
 @dataclass(frozen=True)
 class Score(TopCounts):
-    """Counts and the mean cross-entropy, which is not finite if training diverged."""
+    """Counts and the mean cross-entropy, which is not finite if training diverged.
+
+    bad_images: images that could not be decoded; they are in no other count.
+    """
 
     loss: float
+    bad_images: int = field(default=0, kw_only=True)
 
     def line(self) -> str:
         """Format the score as one line."""
-        return f"{super().line()}, loss {self.loss:.4f}" if math.isfinite(self.loss) else "diverged"
+        without = f", without {self.bad_images:,} that cannot be decoded" if self.bad_images else ""
+        return f"{super().line()}, loss {self.loss:.4f}{without}" if math.isfinite(self.loss) else "diverged"
 
     def metrics(self) -> dict[str, Any]:
         """Return the entries for a result file, with None for a loss that is not finite, which JSON cannot hold."""
-        return super().metrics() | {"loss": self.loss if math.isfinite(self.loss) else None}
+        loss = self.loss if math.isfinite(self.loss) else None
+        return super().metrics() | {"bad_images": self.bad_images, "loss": loss}
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,20 +94,22 @@ class Evaluation:
     predictions: Tensor  # int64 [n, k], best first
     losses: Tensor  # float32 [n], cross-entropy
     confidences: Tensor  # float32 [n], the probability of the best class
+    bad_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # that could not be decoded
 
     @cached_property
     def score(self) -> Score:
         """Return the score of all images. The loss is an exact sum, rounded once, whatever the order of the images."""
         counts = TopCounts.of(self.predictions, self.labels)
-        return Score(**asdict(counts), loss=math.fsum(self.losses.tolist()) / counts.images)
+        loss = math.fsum(self.losses.tolist()) / counts.images
+        return Score(**asdict(counts), loss=loss, bad_images=len(self.bad_ids))
 
 
 def evaluate(predictor: Predictor, images: EvaluationImages, context: EvalContext) -> Evaluation:
     """Evaluate a classifier once on each image. Collective.
 
     If the predictor has columns, a label is an index into them. The train/eval mode of the network is restored. Raises
-    DataError if an image has no label, a label outside the network's classes, or cannot be decoded; NumericsError if a
-    loss is not finite.
+    DataError if an image has no label or one outside the network's classes, or if too many cannot be decoded;
+    NumericsError if a loss is not finite.
     """
     return evaluate_with(lambda pixels: (predictor(pixels),), [predictor.network], images, context)[0]
 
@@ -134,7 +142,8 @@ def evaluate_with(
             f"{images.index.sample_name(int(ids[broken][0]))}",
             "evaluate in precision fp32; if that does not help, the weights are broken: take an earlier checkpoint",
         )
-    return Evaluation(ids, classes[:, 0], classes[:, 1:], losses, confidences), others
+    bad = left_out(images, ids)
+    return Evaluation(ids, classes[:, 0], classes[:, 1:], losses, confidences, bad), others
 
 
 def score_batch(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,17 +175,23 @@ def _require_known_classes(images: EvaluationImages, num_classes: int) -> None:
 
 
 def write_predictions(path: Path, evaluation: Evaluation, index: ShardIndex) -> None:
-    """Write a CSV file: id, shard, key, label, loss, the best classes, and class names if known."""
+    """Write a CSV file: id, shard, key, label, loss, the best classes, and class names if known.
+
+    An image that could not be decoded has neither a loss nor classes.
+    """
     best = [f"top{place + 1}" for place in range(evaluation.predictions.shape[1])]
     names = dict(enumerate(index.classes))
-    rows = [["id", "shard", "key", "label", "loss", *best, *(["label_name", "top1_name"] if names else [])]]
-    columns = (evaluation.ids, evaluation.labels, evaluation.losses, evaluation.predictions)
-    for i, label, loss, classes in zip(*(column.tolist() for column in columns), strict=True):
-        shard = Path(index.shards[index.shard_of(i)]).name
+    heads = ["id", "shard", "key", "label", "loss", *best, *(["label_name", "top1_name"] if names else [])]
+    columns = (evaluation.ids, evaluation.losses, evaluation.predictions)
+    values = zip(*(column.tolist() for column in columns), strict=True)
+    seen = [(i, f"{loss:.9g}", classes) for i, loss, classes in values]  # 9 digits represent a float32 exactly
+    bad = [(i, "", [""] * len(best)) for i in evaluation.bad_ids.tolist()]
+    rows = []
+    for i, loss, classes in sorted(seen + bad):
+        shard, label = Path(index.shards[index.shard_of(i)]).name, int(index.labels[i])
         label_names = [names.get(label, ""), names.get(classes[0], "")] if names else []
-        loss_text = f"{loss:.9g}"  # 9 digits represent a float32 exactly
-        rows.append([i, shard, index.key(i), label, loss_text, *classes, *label_names])
-    write_csv(path, rows)
+        rows.append([i, shard, index.key(i), label, loss, *classes, *label_names])
+    write_csv(path, [heads, *rows])
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[str | int]]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from maedistill.config.schema import Precision
+from maedistill.config.schema import MAX_BAD_FRACTION, Precision
 from maedistill.data.loading.workers import TIMEOUT_SECONDS
 from maedistill.data.shards.index import ShardIndex
 from maedistill.machine import autocast, cpu_share
@@ -29,6 +29,7 @@ class EvalContext:
     """The settings of all passes of an evaluation. batch: images per forward pass and rank; workers: per rank.
 
     precision: fp32, or bf16 or fp16 under autocast, or auto. timeout_seconds: as in `load_batches`.
+    max_bad_fraction: of the images, see `full_pass`.
     """
 
     device: torch.device
@@ -36,6 +37,7 @@ class EvalContext:
     workers: int
     precision: Precision = "fp32"
     timeout_seconds: float = TIMEOUT_SECONDS
+    max_bad_fraction: float = MAX_BAD_FRACTION
 
     @property
     def device_name(self) -> str:

@@ -111,7 +111,8 @@ def score_exits(
             "threshold", f"{point.threshold:.3f}: top-1 {100 * point.top1:.2f} %, mean {point.latency_ms:.2f} ms"
         )
     result = metadata(network, context) | {"fingerprint": index.fingerprint()}
-    result |= {"exits": [asdict(one) for one in endings], "ensemble_top1_correct": ensemble, "images": len(together)}
+    result |= {"exits": [asdict(one) for one in endings], "ensemble_top1_correct": ensemble}
+    result |= {"images": len(together), "bad_images": len(evaluation.bad_ids)}
     result |= {"curve": [asdict(point) for point in curve]}
     if picture is not None and distributed.on_main(lambda: draw_exits(endings, curve, picture)) is None:
         print_main("note", "no picture: matplotlib is not installed (pip install matplotlib)")

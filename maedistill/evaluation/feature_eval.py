@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from maedistill.data.shards.index import ShardIndex
 from maedistill.data.shards.open_index import open_index
@@ -78,10 +79,10 @@ def score_probe(
     recipe = recipe.fit_batch(len(rows))
     recipe_text = f"{recipe.optimizer}, {recipe.epochs} epochs, batch {recipe.batch:,}"
     print_main("probe", f"{recipe_text}, learning rates per 256 images")
-    num_classes, rank_scores = int(labels.max()) + 1, []
+    num_classes, rank_scores = int(torch.cat([labels, val[1]]).max()) + 1, []
     if rank_rates := list(rates)[distributed.rank() :: distributed.world_size()]:
         heads = fit_heads(rows, labels, recipe, rates=rank_rates, num_classes=num_classes, device=context.device)
-        rank_scores = score_heads(heads, *val)
+        rank_scores = [replace(score, bad_images=result["val_bad_images"]) for score in score_heads(heads, *val)]
     scores = sorted(itertools.chain(*distributed.gather_objects(rank_scores)), key=lambda score: score.lr)
     for score in scores:
         print_main(f"lr {score.lr:g}", score.line())
@@ -151,13 +152,20 @@ def _compute_features(
     print_network("model", network)
     print_data("train", train, describe_shards(spec.train, train.shards))
     print_data("val", val, describe_shards(spec.val, val.shards))
-    if len(train) < least:
-        raise ConfigError(
-            f"{reason} needs {least:,} training images, but {spec.train} holds {len(train):,}",
-            "name more training shards, or a smaller --k",
-        )
+    _require(least, len(train), spec, reason)
     train_features, val_features = (extract_features(network, index, context) for index in (train, val))
+    _require(least, len(train_features[1]), spec, reason)  # without those that cannot be decoded
     print_main("features", f"{backbone.describe()}, {train_features[0].shape[1]} wide")
     result = metadata(network, context) | {"block": backbone.block, "pool": backbone.pool}
     result |= {"train_fingerprint": train.fingerprint(), "val_fingerprint": val.fingerprint()}
+    result |= {"train_bad_images": len(train) - len(train_features[1])}
+    result |= {"val_bad_images": len(val) - len(val_features[1])}
     return train_features, val_features, result
+
+
+def _require(least: int, count: int, spec: ProbeSpec, reason: str) -> None:
+    if count < least:
+        raise ConfigError(
+            f"{reason} needs {least:,} training images, but {spec.train} holds {count:,}",
+            "name more training shards, or a smaller --k",
+        )

@@ -27,7 +27,8 @@ Features = tuple[Tensor, Tensor]  # rows float32 [n, D], labels int64 [n]
 def extract_features(network: Network, index: ShardIndex, context: EvalContext) -> Features:
     """Compute the features of each image with the network's `Backbone`, sorted by sample id. Collective.
 
-    Raises DataError for an image that has no label or cannot be decoded, NumericsError if a feature is not finite.
+    Leaves out images that cannot be decoded. Raises DataError if they are too many or one has no label, NumericsError
+    if a feature is not finite.
     """
     images = EvaluationImages(index, torch.arange(len(index)), network.transform())
     predictor = Predictor(network.module, context, mean=network.mean, std=network.std)
@@ -45,13 +46,13 @@ def pooled_features(
 ) -> Features:
     """Return mean-pooled patch tokens of centre crops of the samples, in their order. Collective.
 
-    An undecodable image is replaced by the next decodable one, because a probe must not end a run.
+    Leaves out images that cannot be decoded. Raises DataError if they are too many.
     """
     index.require_labels()
-    images = EvaluationImages(index, samples, centre_transform(size=size, crop_pct=crop_pct), replace_bad=True)
+    images = EvaluationImages(index, samples, centre_transform(size=size, crop_pct=crop_pct))
     predictor = Predictor(_PatchMean(method.encoder), context, mean=method.mean, std=method.std)
     ids, rows, labels = _compute(predictor, images, context)
-    order = torch.searchsorted(ids, samples)
+    order = torch.searchsorted(ids, samples[torch.isin(samples, ids)])
     return rows[order], labels[order]
 
 

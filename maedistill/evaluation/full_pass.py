@@ -4,6 +4,7 @@ What is computed of each image is in `accuracy.py`, `agreement.py` and `features
 
     EvaluationImages -> this rank's share in full batches -> process_batch(pixels, labels) -> rows of tensors
     rows of all ranks -> padding removed, sorted by id; an error unless each sample occurs exactly once
+    images that cannot be decoded -> left out, named; an error if they are many
 
 The last batch is filled with padding, so all ranks run the same number of forward passes (ZeRO 3 needs that), all of
 one shape. The number of processes changes an image's position in its batch, where kernels may round differently:
@@ -15,17 +16,21 @@ values agree up to the last bits, and counts agree unless two classes tie that c
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maedistill.data.images.transforms import normalize, to_float01
-from maedistill.data.loading.evaluation import PADDING, EvaluationImages, exact_batches, rank_share
-from maedistill.errors import DataError
+from maedistill.data.loading.evaluation import PADDING, EvaluationImages, exact_batches, rank_share, undecodable
+from maedistill.errors import DataError, join_first
 from maedistill.evaluation.context import EvalContext
 from maedistill.processes import distributed
+from maedistill.runs.progress import max_bad
+from maedistill.runs.records import warn
 
+_NAMED = 3  # images that cannot be decoded and are named
 _TOGETHER = 64  # batches gathered at once: few collectives, and the device holds the rows of no more than these
 
 
@@ -62,9 +67,11 @@ def full_pass(
 ) -> tuple[Tensor, ...]:
     """Return ids int64 [n], ascending, then the rows that `process_batch` returned, on the CPU of every rank.
 
+    Images that cannot be decoded are not among them: rank 0 warns and names the first. More than `max_bad_fraction`
+    allows in training, or than a quarter of the images, are a DataError.
+
     process_batch: called with pixels uint8 [b, ...] and labels int64 [b] on the device, with the same b each time;
-    returns tensors [b, ...]. Raises DataError if there are no images, or one that cannot be decoded and that `images`
-    do not replace. Collective.
+    returns tensors [b, ...]. Raises DataError if there are no images. Collective.
     """
     if not len(images.samples):
         raise DataError("the shards hold no image to evaluate on", "name shards that hold labelled images")
@@ -82,9 +89,35 @@ def full_pass(
         parts.append([distributed.all_gather_rows(torch.cat(part)).cpu() for part in zip(*together, strict=True)])
     ids, *rows = (torch.cat(part) for part in zip(*parts, strict=True))
     order = ids.argsort()
-    order = order[ids[order] != PADDING]  # [n]
-    assert torch.equal(ids[order], asked), "the images that were seen are not those that were asked for"
+    order, bad = order[ids[order] >= 0], undecodable(ids[ids < PADDING]).sort().values  # [n], [asked - n]
+    seen = torch.cat([ids[order], bad]).sort().values
+    assert torch.equal(seen, asked), "the images that were seen are not those that were asked for"
+    if len(bad):
+        _report_bad(images, bad, context)
     return tuple(part[order] for part in (ids, *rows))
+
+
+def left_out(images: EvaluationImages, ids: Tensor) -> Tensor:
+    """Return the ids that are not among those of a full pass, since they could not be decoded: int64, ascending."""
+    return images.samples[~torch.isin(images.samples, ids)].sort().values
+
+
+def _report_bad(images: EvaluationImages, bad: Tensor, context: EvalContext) -> None:
+    """Name the first of the images that cannot be decoded: in a warning, or in a DataError if they are too many."""
+    count, total = len(bad), len(images.samples)
+    names = [*map(images.why_bad, bad[:_NAMED].tolist()), *[""] * (count - _NAMED)]
+    text = f"{count:,} of {total:,} images cannot be decoded: {join_first(names, _NAMED, separator='; ')}"
+    if count > min(max_bad(total, context.max_bad_fraction), (total + 2) // 4):
+        raise DataError(
+            f"{text}; more than an evaluation may leave out",
+            "repair the images, or write the shards again without them (maedistill shards); in training "
+            "data.max_bad_fraction allows more, up to a quarter",
+        )
+    if distributed.is_main():
+        _warn_once(f"{text}; the figures leave {'it' if count == 1 else 'them'} out")
+
+
+_warn_once = cache(warn)  # training evaluates the same images again and again
 
 
 @contextmanager

@@ -81,8 +81,7 @@ def draw_confusions(
 ) -> Image.Image:
     """Draw one strip per confusion: a line of text, then its first `examples` images.
 
-    images: the images that the ids refer to. names: known class names, by label. Raises DataError for an image that
-    cannot be decoded.
+    images: the images that the ids refer to. names: known class names, by label.
     """
     step = _SIDE + _GAP
     width, height = examples * step + _GAP, _TEXT + step

@@ -127,6 +127,7 @@ def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
         workers=run.workers,
         precision=parts.config.engine.precision,
         timeout_seconds=parts.config.data.timeout_seconds,
+        max_bad_fraction=parts.config.data.max_bad_fraction,
     )
     predictors = {
         name: Predictor(network, context, mean=parts.mean, std=parts.std) for name, network in networks.items()

@@ -36,7 +36,7 @@ from maedistill.runs.records import ignore_write_errors
 from maedistill.runs.run import Run
 from maedistill.runs.start import run_stage
 
-_PICTURES = 8  # images on a reconstruction sheet
+_PICTURES, _SPARE = 8, 8  # images on a reconstruction sheet; others that take the place of undecodable ones
 
 
 def pretrain(
@@ -121,8 +121,11 @@ def draw(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
     """Draw a few fixed images with fixed masks. Every rank computes (ZeRO 3 needs all of them), rank 0 writes."""
     data, index = parts.config.data, parts.val_index or parts.index
     transform = centre_transform(size=data.image_size, crop_pct=data.eval_crop)
-    crops = EvaluationImages(index, random_subset(index, _PICTURES), transform, replace_bad=True)
-    images = to_float01(next(exact_batches(crops, batch=_PICTURES, workers=0))[0].to(parts.device))
+    crops = EvaluationImages(index, random_subset(index, _PICTURES + _SPARE), transform)
+    pixels, _, ids = next(exact_batches(crops, batch=_PICTURES + _SPARE, workers=0))
+    images = to_float01(pixels[ids >= 0][:_PICTURES].to(parts.device))
+    if not len(images):
+        return
     split = split_of(parts.config, torch.arange(len(images), device=parts.device), parts.module.encoder.grid**2)
     title = f"{run.folder.title}: {parts.config.method}, step {run.step}, epoch {run.epoch:.1f}"
     sheet = reconstruction_sheet(parts.module, images, split, teacher=parts.teacher is not None, title=title)
@@ -144,6 +147,7 @@ def probe(run: Run, parts: Pretraining, val_index: ShardIndex, metrics: MetricsF
         workers=run.workers,
         precision=parts.config.engine.precision,
         timeout_seconds=data.timeout_seconds,
+        max_bad_fraction=data.max_bad_fraction,
     )
     view: dict[str, Any] = {"size": data.image_size, "crop_pct": data.eval_crop}
     bank, queries = (
@@ -153,7 +157,8 @@ def probe(run: Run, parts: Pretraining, val_index: ShardIndex, metrics: MetricsF
     scores = {"knn": knn_accuracy(bank, queries, device=run.device)} if knn else {}
     if metrics is not None:
         scores |= {"linear": probe_accuracy(bank, queries, device=run.device)} if linear else {}
-        metrics.write(run.step, {**scores, "images": len(queries[1]), "epoch": run.epoch})
+        images, asked = len(queries[1]), min(log.knn_images, len(val_index))
+        metrics.write(run.step, {**scores, "images": images, "bad_images": asked - images, "epoch": run.epoch})
         names = {"knn": "kNN {:.1%} (a trend, no forecast)", "linear": "linear probe {:.1%}"}
         summary = ", ".join(names[name].format(accuracy) for name, accuracy in scores.items())
         print(f"epoch {run.epoch:.1f}  {summary}", flush=True)

@@ -245,7 +245,8 @@ def _take_gpu(number: int) -> torch.device:
 
 
 def _slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    nodelist = environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST") or "127.0.0.1"
+    names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")  # a step may run on some of a job's nodes
+    nodelist = next((environ[name] for name in names if environ.get(name)), "127.0.0.1")
     # All ranks of a job must compute the same port, and two jobs on a node different ports.
     port = 20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000
     # With --gpus-per-task a task sees one GPU as number 0, whatever its name.

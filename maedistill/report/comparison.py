@@ -192,4 +192,5 @@ def _read_correct(file: Path) -> dict[str, bool]:
     if not file.is_file():
         return {}
     with file.open(newline="") as lines:
-        return {row["id"]: row["label"] == row["top1"] for row in csv.DictReader(lines)}
+        # without a prediction: it could not be decoded
+        return {row["id"]: row["label"] == row["top1"] for row in csv.DictReader(lines) if row["top1"]}

@@ -67,13 +67,14 @@ def write_finetune_report(folder: RunFolder) -> Path:
     score = [record for record in records if "top1" in record][-1]
     correct, images = score["top1_correct"], score["images"]
     averaged = [record for record in records if "ema_top1" in record]
+    without = f", without {bad:,} that cannot be decoded" if (bad := score.get("bad_images", 0)) else ""
     last, curve = summary(records), _draw_run(folder, records, metadata)
     lines = [
         f"# {folder.path.name}: {metadata['network']['name']} fine-tuned",
         "",
         f"**top-1 {percent(correct, images)}**, 95 % interval {interval_text(correct, images)}; "
-        f"top-5 {percent(score['top5_correct'], images)} on {images:,} validation images, each counted once; loss "
-        f"{score['val_loss']:.4f}. The interval is Wilson's: what another seed would give is not in it.",
+        f"top-5 {percent(score['top5_correct'], images)} on {images:,} validation images, each counted once{without}; "
+        f"loss {score['val_loss']:.4f}. The interval is Wilson's: what another seed would give is not in it.",
         "",
         *([f"- moving average: top-1 {percent(averaged[-1]['ema_top1_correct'], images)}"] if averaged else []),
         f"- start: {metadata['init'] or 'from scratch'}",

@@ -64,11 +64,16 @@ class BadSampleLog:
             self.lines.append(*sorted(new))
         self._new = []
         progress.bad_samples += len(new)
-        if progress.bad_samples > self.max_fraction * max(_MIN_SAMPLES, progress.step * self.global_batch):
+        if progress.bad_samples > max_bad(progress.step * self.global_batch, self.max_fraction):
             raise DataError(
                 f"{progress.bad_samples} bad samples, more than data.max_bad_fraction={self.max_fraction:g} allows",
                 f"see {self.lines.path}; repair the shards or raise the limit",
             )
+
+
+def max_bad(samples: int, fraction: float) -> float:
+    """Return how many of so many samples may be undecodable, for a `data.max_bad_fraction`."""
+    return fraction * max(_MIN_SAMPLES, samples)
 
 
 def _is_total(total: object) -> bool:

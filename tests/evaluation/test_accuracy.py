@@ -2,7 +2,9 @@
 
 import csv
 import tarfile
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -17,12 +19,14 @@ from maedistill.data.loading.evaluation import EvaluationImages, evaluation_tran
 from maedistill.data.shards.open_index import open_index
 from maedistill.errors import ConfigError, DataError, NumericsError
 from maedistill.evaluation import accuracy as module
+from maedistill.evaluation import full_pass
 from maedistill.evaluation.accuracy import Evaluation, TopCounts, write_predictions
 from maedistill.evaluation.accuracy import evaluate as evaluate_all
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import Predictor
 from maedistill.evaluation.scorecard import score
 from maedistill.processes import distributed
+from maedistill.report import comparison
 
 INPUT = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
 
@@ -162,12 +166,43 @@ def test_a_loss_that_is_not_finite_is_refused(shards):
         evaluate(Constant([0.0, float("nan"), 0.0]), images_of(shards, torch.arange(96)), batch=8)
 
 
-def test_an_image_that_cannot_be_decoded_is_named(bad_index):
-    vit = network()
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_image_that_cannot_be_decoded_is_left_out_and_named(bad_index, ranks, count, tmp_path, capsys):
+    vit, name = network(), f"{bad_index.shards[0]}:{bad_index.key(1)}"
     images = EvaluationImages(bad_index, torch.arange(3), evaluation_transform(size=24, crop=1.0))
+    alone = evaluate(vit, images.with_samples(torch.tensor([0, 2])), batch=2)
+    capsys.readouterr()
+    for found in ranks(count).run(lambda: evaluate(vit, images, batch=2)):
+        assert found.ids.tolist() == [0, 2] and found.bad_ids.tolist() == [1]
+        assert found.score.images == 2 and found.score.metrics()["bad_images"] == 1
+        torch.testing.assert_close(found.losses, alone.losses)
+    assert capsys.readouterr().err.count(name) == 1
+    write_predictions(tmp_path / "p.csv", found, bad_index)
+    with (tmp_path / "p.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["id"], row["label"], bool(row["loss"]), bool(row["top1"])) for row in rows] == [
+        ("0", "0", True, True), ("1", "0", False, False), ("2", "1", True, True),
+    ]  # fmt: skip
+    assert comparison._read_correct(tmp_path / "p.csv").keys() == {"0", "2"}
+
+
+@pytest.mark.parametrize(("samples", "share"), [([1], 0.001), ([0, 1, 2], 0.0)])
+def test_too_many_images_that_cannot_be_decoded_end_the_evaluation(bad_index, samples, share):
+    context = EvalContext(torch.device("cpu"), 2, workers=0, max_bad_fraction=share)
+    images = EvaluationImages(bad_index, torch.tensor(samples), evaluation_transform(size=24, crop=1.0))
     with pytest.raises(DataError) as raised:
-        evaluate(vit, images, batch=2)
-    assert f"{bad_index.shards[0]}:{bad_index.key(1)}" in raised.value.cause and vit.training
+        evaluate_all(Predictor(network(), context, **INPUT), images, context)
+    assert f"{bad_index.shards[0]}:{bad_index.key(1)}" in raised.value.cause
+    assert "data.max_bad_fraction" in raised.value.remedy
+
+
+@pytest.mark.parametrize(("bad", "total"), [(4, 16), (5, 16), (10, 9_999), (11, 9_999)])
+def test_the_bound_is_that_of_training_and_a_quarter(bad, total):
+    ends = bad in (5, 11)
+    images = SimpleNamespace(samples=range(total), why_bad=str)
+    context = EvalContext(torch.device("cpu"), 2, workers=0)
+    with pytest.raises(DataError) if ends else nullcontext():
+        full_pass._report_bad(images, torch.arange(bad), context)
 
 
 def test_predictions_come_back_from_their_file(shards, samples, tmp_path):

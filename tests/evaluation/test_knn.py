@@ -1,15 +1,20 @@
 """kNN against scikit-learn and a plain loop, and pooled features: each sample once, in order, in evaluation mode."""
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
+import timm
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from maedistill.data.images.decode import decode_rgb
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.reader import ShardReader
+from maedistill.errors import ConfigError
+from maedistill.evaluation import feature_eval
 from maedistill.evaluation import knn as module
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.features import pooled_features, random_subset
@@ -19,6 +24,8 @@ from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
 from maedistill.processes import distributed
+from maedistill.weights.backbone import Backbone
+from maedistill.weights.network import given_network
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
@@ -175,12 +182,33 @@ def test_ranks_together_pool_each_sample_once_in_order(shards, ranks, count, wor
         torch.testing.assert_close(features, expected[0], rtol=0, atol=1e-5)
 
 
-def test_a_bad_image_ends_no_probe(bad_index):
-    """The next decodable sample stands in, label and all, in the place of the bad one."""
-    rows, labels = pooled_features(method(), bad_index, torch.tensor([2, 1, 0]), context(3), size=32, crop_pct=1.0)
-    assert labels.tolist() == bad_index.labels[[2, 2, 0]].tolist()
-    torch.testing.assert_close(rows[0], rows[1], rtol=0, atol=1e-6)
-    assert not torch.allclose(rows[0], rows[2], atol=1e-3)
+def test_a_bad_image_is_left_out_of_a_probe(bad_index):
+    module, view = method(), {"size": 32, "crop_pct": 1.0}
+    rows, labels = pooled_features(module, bad_index, torch.tensor([2, 1, 0]), context(3), **view)
+    alone, _ = pooled_features(module, bad_index, torch.tensor([2, 0]), context(3), **view)
+    assert labels.tolist() == bad_index.labels[[2, 0]].tolist()
+    torch.testing.assert_close(rows, alone, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_the_command_counts_what_could_be_decoded(bad_index, monkeypatch, k):
+    """Training and validation images are the same three, of which the second is bad."""
+    shape = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
+    network = given_network(timm.create_model("vit_tiny_patch16_224", **shape), "made", image_size=24)
+    backbone = Backbone(network.module, block=None, pool="mean")
+    monkeypatch.setattr(feature_eval, "open_backbone", lambda *_, **__: replace(network, module=backbone))
+    monkeypatch.setattr(feature_eval, "open_pair", lambda *_, **__: (bad_index, bad_index))
+    spec = feature_eval.ProbeSpec("made", "train-*.tar", "val-*.tar")
+    score = partial(feature_eval.score_knn, spec, context(2), ks=[k], temperature=0.07, file=None)
+    if k == 3:
+        with pytest.raises(ConfigError):
+            score()
+        return
+    found = score()
+    assert (found["train_bad_images"], found["val_bad_images"], found["knn"][0]["images"]) == (1, 1, 2)
+    recipe = feature_eval.ProbeRecipe(epochs=1, batch=2)
+    probed = feature_eval.score_probe(spec, context(2), recipe, rates=[0.3], file=None)
+    assert (probed["images"], probed["bad_images"], probed["rates"][0]["bad_images"]) == (2, 1, 1)
 
 
 def test_a_probe_that_fails_leaves_the_network_in_training_mode(shards):

@@ -33,7 +33,8 @@ def test_slurm_tasks_agree_on_address_and_port():
     shared = {
         "SLURM_NTASKS": "8",
         "SLURM_STEP_ID": "0",
-        "SLURM_JOB_NODELIST": "gpu[11-12]",
+        "SLURM_JOB_NODELIST": "gpu[10-12]",
+        "SLURM_STEP_NODELIST": "gpu[11-12]",
         "SLURM_JOB_ID": "123456",
         "PATH": "/bin",
     }

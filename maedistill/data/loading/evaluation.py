@@ -9,9 +9,8 @@ replacement by the next good one, because they must not end a run.
 """
 
 import copy
-import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -27,12 +26,16 @@ from maedistill.data.loading.dataset import open_reader
 from maedistill.data.loading.workers import TIMEOUT_SECONDS, Images, load_batches
 from maedistill.data.shards.index import ShardIndex
 from maedistill.data.shards.scan import NO_LABEL
-from maedistill.errors import DataError
 
 _CPU = torch.device("cpu")
 LONGEST_ASPECT = 32  # longer side / shorter side; below it, pixels are exactly timm's
 PREFETCHED = 2  # batches per worker
-PADDING = -1  # instead of a sample id: a black image without label
+PADDING = -1  # instead of a sample id: a black image without label; so is `undecodable(id)`
+
+
+def undecodable(ids: Any) -> Any:
+    """Return what stands for the ids of images that cannot be decoded, below `PADDING`; or the ids again, from that."""
+    return PADDING - 1 - ids
 
 
 def evaluation_transform(
@@ -77,16 +80,14 @@ def centre_transform(*, size: int, crop_pct: float) -> Callable[[Image.Image], T
 
 @dataclass(eq=False, repr=False)
 class EvaluationImages(Images):
-    """The given samples, int64 [n], in order, each with its label and id. `PADDING` gives a black image.
+    """The given samples, int64 [n], in order, each with its label and id.
 
-    replace_bad: an undecodable sample is replaced, with its label but under its own id, by the next decodable one.
+    `PADDING`, and an image that cannot be decoded, gives a black image without label.
     """
 
     index: ShardIndex
     samples: Tensor
     transform: Callable[[Image.Image], Tensor]
-    _: KW_ONLY
-    replace_bad: bool = False
 
     def __post_init__(self) -> None:
         self.reader = open_reader(self.index)
@@ -96,8 +97,7 @@ class EvaluationImages(Images):
     def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return images uint8 [b, 3, s, s], labels and sample ids int64 [b] of some rows of `samples`.
 
-        The label of an unlabelled sample is -1. Raise `DataError` for an image that cannot be decoded, or with
-        `replace_bad` for too many of them in a row.
+        The label of an unlabelled sample is -1, the id of an image that cannot be decoded `undecodable(id)`.
         """
         ids = self.samples[rows]  # [b]
         slot = self.buffers.slot_of(rows[0]) if self.buffers else 0
@@ -106,12 +106,13 @@ class EvaluationImages(Images):
             if self.buffers
             else self.black.new_empty(len(rows), *self.black.shape)
         )
-        samples = []
-        for row, asked in zip(images, ids.tolist(), strict=True):
-            image, sample = self._image(asked)
-            row.copy_(image)
-            samples.append(sample)
-        labels = torch.from_numpy(self.index.labels[samples]).masked_fill(ids == PADDING, NO_LABEL)  # [b]
+        for i, sample in enumerate(ids.tolist()):
+            try:
+                images[i].copy_(self.black if sample == PADDING else self._image(sample))
+            except BadImage:
+                images[i].copy_(self.black)
+                ids[i] = undecodable(sample)
+        labels = torch.from_numpy(self.index.labels[ids.clamp(min=0).numpy()]).masked_fill(ids < 0, NO_LABEL)  # [b]
         if self.buffers:  # in a loader worker: the handle is a tuple again where it arrives
             return cast(Any, RowsHandle(labels, ids, self.buffers, slot))
         return images, labels, ids
@@ -123,21 +124,16 @@ class EvaluationImages(Images):
     def _decode(self, data: bytes) -> Tensor:
         return decode_rgb(data, apply_exif=self.index.apply_exif)
 
-    def _image(self, sample: int) -> tuple[Tensor, int]:
-        """Return the image of a sample or of its replacement, and the id of the sample that was read."""
-        if sample == PADDING:
-            return self.black, sample
-        if self.replace_bad:
-            following = (i % len(self.index) for i in itertools.count(sample))
-            pixels, sample, _ = self.reader.read_first(following, self._decode)  # [3, H, W]
-            return self.transform(vision.to_pil_image(pixels)), sample
+    def why_bad(self, sample: int) -> str:
+        """Name a sample that could not be decoded, and say why."""
         try:
-            return self.transform(vision.to_pil_image(self.reader.decoded(sample, self._decode))), sample
+            self._image(sample)
         except BadImage as error:
-            raise DataError(
-                f"{self.index.sample_name(sample)} cannot be decoded ({error}), and evaluation replaces no image",
-                "repair the image, or leave it out: write the shards again with maedistill shards",
-            ) from error
+            return f"{self.index.sample_name(sample)} ({error})"
+        return self.index.sample_name(sample)
+
+    def _image(self, sample: int) -> Tensor:
+        return self.transform(vision.to_pil_image(self.reader.decoded(sample, self._decode)))
 
 
 def exact_batches(

@@ -34,7 +34,7 @@ _END = 5.0  # seconds to wait for killed workers to end; one that waits for a de
 _NAMED = 3  # samples that an error names at most
 _REMEDIES: dict[int, str] = {
     signal.SIGKILL: "if the memory ran out (see dmesg), take fewer loader workers (data.workers) or more memory",
-    signal.SIGBUS: "if /dev/shm is full, enlarge it (docker run --shm-size) or take fewer loader workers",
+    signal.SIGBUS: "a file that it had mapped into memory was cut short, or its disk failed: look at that sample",
 }
 _RESTART = "the same command goes on from the last checkpoint"
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from maedistill.data.loading.fork_context import FileFreeForkContext
 from maedistill.data.loading.watchdog import FETCHING, IDLE, PID, SAMPLE, WorkerWatchdog, new_table
 from maedistill.data.shards.reader import ShardReader
 from maedistill.errors import UserError
@@ -68,7 +69,7 @@ def load_batches(
         prefetch_factor=prefetch,
         timeout=_ASKING,
         worker_init_fn=observed.begin_worker,
-        multiprocessing_context="fork",
+        multiprocessing_context=FileFreeForkContext(),
         **options,
     )
     others, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)

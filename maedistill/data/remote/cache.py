@@ -29,9 +29,10 @@ from pathlib import Path
 from maedistill.data.remote.download import RemoteShard, RetryPolicy, download
 from maedistill.data.remote.private import lock, open_private_file, open_private_folder, try_lock
 from maedistill.data.remote.urls import is_url
+from maedistill.data.remote.user_cache import FOLDER_VARIABLE, user_cache
 from maedistill.errors import ConfigError, DataError
 
-FOLDER_VARIABLE, BOUND_VARIABLE = "MAEDISTILL_CACHE", "MAEDISTILL_CACHE_GB"
+BOUND_VARIABLE = "MAEDISTILL_CACHE_GB"
 DEFAULT_GB = 100.0  # gigabytes (1e9 bytes)
 _OURS = re.compile(r"[0-9a-f]{64}-([0-9]+\.part|[0-9a-f]{16}\.tar)")
 _POLL = 0.05  # seconds between two attempts to make room
@@ -39,15 +40,9 @@ _FRESH = 1.0  # seconds within which the time of last use is not updated again
 _verified: dict[str, tuple[int, int, int]] = {}  # this process: path -> inode, bytes, time of change of a checked shard
 
 
-def user_cache() -> Path:
-    """Return our folder in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "maedistill")
-
-
 def default_folder() -> Path:
     """Return the cache folder: MAEDISTILL_CACHE, else `maedistill/shards` in the user's cache."""
-    own = os.environ.get(FOLDER_VARIABLE)
-    return Path(own).expanduser().absolute() if own else user_cache() / "shards"
+    return user_cache() if os.environ.get(FOLDER_VARIABLE) else user_cache() / "shards"
 
 
 def default_bound() -> int:

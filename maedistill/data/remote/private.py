@@ -32,10 +32,10 @@ def open_private_folder(folder: Path, remedy: str) -> int:
     try:
         state = os.fstat(descriptor)
         if state.st_uid != os.geteuid():
-            raise ConfigError(f"the cache of remote shards {folder} belongs to another user", remedy)
+            raise ConfigError(f"the cache {folder} belongs to another user", remedy)
         if state.st_mode & _OTHERS_WRITE:
             raise ConfigError(
-                f"other users can write to the cache of remote shards {folder}",
+                f"other users can write to the cache {folder}",
                 f"{remedy}; or, if you trust what is in it, chmod 700 {folder}",
             )
         if stat.S_IMODE(state.st_mode) != 0o700:

@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from maedistill.data.remote.cache import user_cache
 from maedistill.data.remote.download import read_small
 from maedistill.data.remote.urls import check_url, is_url
+from maedistill.data.remote.user_cache import FOLDER_VARIABLE, make_user_cache, user_cache
 from maedistill.data.shards.index import (
     SCANNED,
     SUFFIX,
@@ -33,6 +33,7 @@ from maedistill.data.shards.scan import USUAL, Members, scan_shards
 from maedistill.data.shards.stamps import mtime_of, stamp_of
 from maedistill.errors import ConfigError, DataError
 
+_ELSEWHERE = f"set {FOLDER_VARIABLE} to a folder that this user can write to"
 _log = logging.getLogger(__name__)
 
 
@@ -62,7 +63,8 @@ def open_index(
     cached = _cache_file(paths, members)
     if not (index or is_url(folder)) and members != USUAL and not beside.is_file():
         _refuse_choice(Path(folder, _index_name(paths, USUAL)))
-    file = next((file for file in (beside, cached) if file.is_file() and _is_current(file, paths, wanted, index)), None)
+    found = filter(os.path.isfile, (beside, cached))  # Path.is_file raises in a folder that may not be entered
+    file = next((file for file in found if _is_current(file, paths, wanted, index)), None)
     stored = load_index(file) if file else None
     names = set(stored.shards) if stored else set()
     missing = [path for path in paths if os.path.basename(path) not in names]
@@ -177,10 +179,14 @@ def _fetch_index(url: str) -> Path:
     """
     check_url(url)
     file = user_cache() / "index" / f"{hashlib.sha256(url.encode()).hexdigest()}{SUFFIX}"
-    if (data := read_small(url)) is None:
-        file.unlink(missing_ok=True)
-    else:
-        write_whole(file, data)
+    try:
+        if (data := read_small(url)) is None:
+            file.unlink(missing_ok=True)
+        else:
+            make_user_cache()
+            write_whole(file, data)
+    except OSError as error:
+        raise DataError(f"the index {url} cannot be kept in {file.parent}: {error}", _ELSEWHERE) from error
     return file
 
 
@@ -191,6 +197,7 @@ def _save_where_possible(index: ShardIndex, beside: Path | None, cached: Path) -
         save_index(index, beside)
         return
     try:
+        make_user_cache()
         save_index(index, cached)
     except OSError as error:
-        _log.warning("the index could not be saved and will be made again next time: %s", error)
+        _log.warning("the index could not be saved and will be made again next time: %s; %s", error, _ELSEWHERE)

@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, ImageNet
 
 from maedistill.data.images.convert import encode_png
+from maedistill.data.remote.user_cache import make_user_cache, user_cache
 from maedistill.data.shards.folders import open_folder
 from maedistill.data.shards.records import Record, Source
 from maedistill.errors import ConfigError, DataError
@@ -65,8 +66,10 @@ def _open_imagenet(root: str | None) -> Source:
 
 def _open_cifar10(root: str | None) -> Source:
     """Split CIFAR-10 into 45,000 train and 5,000 val images by `smallest_hashes`; the 10,000 test images are `test`."""
-    folder = root or str(Path.home() / ".cache" / "maedistill" / "cifar10")
+    folder = root or str(user_cache() / "cifar10")
     try:
+        if root is None:
+            make_user_cache()
         train, test = (CIFAR10(folder, train=is_train, download=True) for is_train in (True, False))
     except (OSError, RuntimeError) as error:
         raise DataError(

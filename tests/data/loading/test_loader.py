@@ -12,7 +12,13 @@ from maedistill.config.plan import batch_plan
 from maedistill.data.images.augment import RandAugment
 from maedistill.data.images.transforms import random_flip, to_float01
 from maedistill.data.loading.batch import Batch
-from maedistill.data.loading.evaluation import EvaluationImages, centre_transform, exact_batches
+from maedistill.data.loading.evaluation import (
+    PADDING,
+    EvaluationImages,
+    centre_transform,
+    exact_batches,
+    undecodable,
+)
 from maedistill.data.loading.loader import PREFETCHED, RandomCrops, training_batches
 from maedistill.data.loading.order import SampleOrder
 from maedistill.data.shards.open_index import open_index
@@ -196,7 +202,7 @@ def test_a_shard_that_goes_is_a_data_error_also_from_a_worker(tars, workers):
 
 
 def centre_crops(index, samples, *, batch, workers):
-    crops = EvaluationImages(index, samples, centre_transform(size=8, crop_pct=1.0), replace_bad=True)
+    crops = EvaluationImages(index, samples, centre_transform(size=8, crop_pct=1.0))
     return exact_batches(crops, batch=batch, workers=workers)
 
 
@@ -212,11 +218,12 @@ def test_evaluation_reads_each_sample_once_in_order(tars, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_image_costs_no_picture_and_no_probe(tars, workers):
-    """The next decodable sample stands in, label and all; only a set that is bad throughout is an error."""
+def test_a_bad_image_is_marked_for_evaluation(tars, workers):
+    """It counts as padding does, and can be told from it."""
     some = tars["some"]
     images, labels, ids = zip(*centre_crops(some, torch.tensor([3, 4]), batch=1, workers=workers), strict=True)
-    assert torch.equal(*images) and [int(label) for label in labels] == [int(some.labels[4])] * 2
-    assert [int(i) for i in ids] == [3, 4]
-    error = refusal(lambda: centre_crops(tars["none"], torch.arange(2), batch=2, workers=workers))
-    assert "16 samples in a row" in error.cause and "--verify" in error.remedy
+    assert not images[0].any() and images[1].any()
+    assert [int(label) for label in labels] == [-1, int(some.labels[4])]
+    assert (
+        [int(i) for i in ids] == [undecodable(3), 4] and undecodable(undecodable(3)) == 3 and undecodable(0) < PADDING
+    )

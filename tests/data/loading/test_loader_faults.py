@@ -88,7 +88,7 @@ def failure(batches):
 
 DEATHS = {
     "out of memory": (lambda: os.kill(os.getpid(), signal.SIGKILL), r"signal 9 \(Killed\)", "memory"),
-    "shared memory full": (lambda: os.kill(os.getpid(), signal.SIGBUS), r"signal 7 \(Bus error\)", "/dev/shm"),
+    "mapped file cut": (lambda: os.kill(os.getpid(), signal.SIGBUS), r"signal 7 \(Bus error\)", "mapped into memory"),
     "decoder crashes": (
         lambda: os.kill(os.getpid(), signal.SIGSEGV),
         r"signal 11 \(Segmentation fault\)",

@@ -1,0 +1,76 @@
+"""Loader workers where /dev/shm has no room or cannot be written to: they need nothing of it."""
+
+import ctypes
+import os
+import subprocess
+import traceback
+
+import pytest
+import torch
+from PIL import Image
+
+from maedistill.config.plan import batch_plan
+from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform, exact_batches
+from maedistill.data.loading.fork_context import ForkLock
+from maedistill.data.loading.loader import training_batches
+from maedistill.data.shards.open_index import open_index
+from tests.data.tar_files import crops_of, encode, write_tar
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),  # torch's own threads
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # more workers than cores
+]
+NEW_MOUNTS = 0x00020000  # CLONE_NEWNS
+DONE, NOT_PERMITTED, FAILED = 0, 3, 4
+
+
+def load(index, options):
+    """Load with 16 workers where /dev/shm is mounted with these options. Run in a process of its own: it changes."""
+    if ctypes.CDLL(None).unshare(NEW_MOUNTS):
+        return NOT_PERMITTED
+    for words in (["--make-rprivate", "/"], ["-t", "tmpfs", "-o", options, "tmpfs", "/dev/shm"]):
+        if subprocess.run(["mount", *words], check=False).returncode:
+            return NOT_PERMITTED
+    images = EvaluationImages(index, torch.arange(32), evaluation_transform(size=224, crop=1.0))
+    exact = exact_batches(images, batch=4, workers=8, timeout_seconds=30)
+    one_rank = {"plan": batch_plan(16, 16, world_size=1), "rank": 0, "world_size": 1, "device": torch.device("cpu")}
+    random = training_batches(crops_of(index), 0, 2, workers=8, timeout_seconds=30, **one_rank)
+    assert sum(len(ids) for _, _, ids in exact) == 32 and sum(len(batch.images) for batch in random) == 32
+    return DONE
+
+
+@pytest.mark.parametrize("options", ["size=64k", "ro"])
+def test_eight_workers_need_nothing_in_dev_shm(tmp_path, options):
+    """Docker gives 64 MB; torch's own transport takes a file for each tensor, and 128 KB of semaphores."""
+    image = encode(Image.new("RGB", (40, 40), (9, 99, 199)), "PNG")
+    index = open_index(str(write_tar(tmp_path / "a.tar", {f"{i:03d}.png": image for i in range(32)})))
+    child = os.fork()
+    if not child:
+        code = FAILED
+        try:
+            code = load(index, options)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == NOT_PERMITTED:
+        pytest.skip("a mount namespace needs root")
+    assert code == DONE
+
+
+def test_the_lock_excludes_other_processes():
+    lock = ForkLock()
+    with lock:
+        assert not lock.acquire(False) and not lock.acquire(True, 0.01)
+        child = os.fork()
+        if not child:
+            os._exit(int(lock.acquire(True, 0.01)))
+        assert os.waitpid(child, 0)[1] == 0
+    child = os.fork()
+    if not child:
+        os._exit(int(lock.acquire(True, 60)))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert not lock.acquire(False)  # the child took it
+    lock.release()
+    assert lock.acquire()
