@@ -12,7 +12,6 @@ from maedistill.errors import ConfigError
 
 if TYPE_CHECKING:
     from maedistill.evaluation.context import EvalContext
-    from maedistill.weights.from_run import Weights
 
 EXAMPLES = """\
 MODEL is the folder of a run or of an export, or timm:NAME, or hf-hub:ID. SHARDS is a folder of shards (its val-*.tar)
@@ -131,7 +130,9 @@ def new_parser(program: str, about: str, examples: str) -> argparse.ArgumentPars
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that every form of the tool takes."""
     add = parser.add_argument
-    add("--ema", action="store_true", help="a run's moving average of the weights")
+    add("--weights", default="model", metavar="NAME", help="ema, or the entry of a checkpoint file that holds several")
+    average = "the moving average of the weights of a run or a checkpoint file, as --weights ema"
+    add("--ema", dest="weights", action="store_const", const="ema", help=average)
     add("--image-size", type=at_least(1), metavar="N", help="other than the model's own; positions are resampled")
     add("--crop", type=share, metavar="F", help="share of the shorter side that is seen, other than the model's own")
     add("--image-key", metavar="FIELD", help="member of a sample that is its image, as data.image_key")
@@ -171,7 +172,7 @@ def start_score(arguments: argparse.Namespace) -> None:
         arguments.shards,
         open_context(arguments),
         index_file=arguments.index,
-        weights="ema" if arguments.ema else "model",
+        weights=arguments.weights,
         image_size=arguments.image_size,
         crop=arguments.crop,
         test_size=arguments.test_size,
@@ -192,10 +193,21 @@ def start_features(arguments: argparse.Namespace) -> None:
     from maedistill.evaluation.feature_eval import ProbeSpec, score_knn, score_probe
     from maedistill.evaluation.linear_probe import ProbeRecipe
 
-    names = ("model", "train", "val", "train_index", "val_index", "block", "pool", "image_size", "crop", "exif")
-    weights: Weights = "ema" if arguments.ema else "model"
+    names = (
+        "model",
+        "train",
+        "val",
+        "train_index",
+        "val_index",
+        "block",
+        "pool",
+        "image_size",
+        "crop",
+        "exif",
+        "weights",
+    )
     members = Members(arguments.image_key, arguments.label_key)
-    spec = ProbeSpec(**{name: getattr(arguments, name) for name in names}, weights=weights, members=members)
+    spec = ProbeSpec(**{name: getattr(arguments, name) for name in names}, members=members)
     context = open_context(arguments)
     if arguments.command == "knn":
         score_knn(spec, context, ks=arguments.k, temperature=arguments.temperature, file=arguments.json)
