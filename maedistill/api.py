@@ -135,7 +135,7 @@ def evaluate(
     model: str | Path | nn.Module,
     data: str | Path | ImageDataset,
     *,
-    weights: Weights = "model",
+    weights: str = "model",
     exit: int | None = None,
     image_size: int | None = None,
     crop: float | None = None,
@@ -147,9 +147,9 @@ def evaluate(
     """Evaluate a classifier on every image once, print its scorecard and return it.
 
     model: a run folder, an export folder, KIND:NAME (as `timm:resnet18.a1_in1k`), or a module that maps normalised
-    images [B, 3, s, s] to logits. data: labelled shards or a data set. weights: `ema` for a run's moving average.
-    exit: the block of one of a run's exits, where the network ends. image_size, crop: other than the model's own.
-    against: a second classifier, for agreement and a paired comparison.
+    images [B, 3, s, s] to logits. data: labelled shards or a data set. weights: `ema` for a moving average, or the name
+    of an entry of a checkpoint file. exit: the block of one of a run's exits, where the network ends. image_size, crop:
+    other than the model's own. against: a second classifier, for agreement and a paired comparison.
     """
     context = open_context(batch=batch, workers=workers, threads=None, precision=precision)
     source = model if isinstance(model, nn.Module) else str(model)
@@ -207,7 +207,7 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 _SHAPE = tuple(
     f"student.{name}" for name in ("width", "depth", "num_heads", "patch_size", "class_token", "register_tokens")
 )
-_OF_A_FILE = ("model", "width", "depth", "num_heads", "patch_size", "pos_embed", "sha256")
+_OF_A_FILE = ("model", "weights", "width", "depth", "num_heads", "patch_size", "pos_embed", "sha256")
 
 
 def _names_of_data(objects: Objects) -> dict[str, Any]:

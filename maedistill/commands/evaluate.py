@@ -12,7 +12,6 @@ from maedistill.errors import ConfigError
 
 if TYPE_CHECKING:
     from maedistill.evaluation.context import EvalContext
-    from maedistill.weights.from_run import Weights
 
 EXAMPLES = """\
 MODEL is the folder of a run or of an export, or timm:NAME, or hf-hub:ID. SHARDS is a folder of shards (its val-*.tar)
@@ -163,7 +162,9 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 def add_execution(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that every form of the tool takes."""
     add = parser.add_argument
-    add("--ema", action="store_true", help="a run's moving average of the weights")
+    add("--weights", default="model", metavar="NAME", help="ema, or the entry of a checkpoint file that holds several")
+    average = "the moving average of the weights of a run or a checkpoint file, as --weights ema"
+    add("--ema", dest="weights", action="store_const", const="ema", help=average)
     add("--batch", type=at_least(1), default=64, metavar="N", help="images at once in each process (default 64)")
     formats = "auto: bf16 on a GPU (fp16 below compute capability 8.0), fp32 on a CPU"
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=formats)
@@ -202,7 +203,7 @@ def start_score(arguments: argparse.Namespace) -> None:
         arguments.shards,
         open_context(arguments),
         index_file=arguments.index,
-        weights="ema" if arguments.ema else "model",
+        weights=arguments.weights,
         exit=arguments.exit,
         image_size=arguments.image_size,
         crop=arguments.crop,
@@ -224,10 +225,21 @@ def start_features(arguments: argparse.Namespace) -> None:
     from maedistill.evaluation.feature_eval import ProbeSpec, score_knn, score_probe
     from maedistill.evaluation.linear_probe import ProbeRecipe
 
-    names = ("model", "train", "val", "train_index", "val_index", "block", "pool", "image_size", "crop", "exif")
-    weights: Weights = "ema" if arguments.ema else "model"
+    names = (
+        "model",
+        "train",
+        "val",
+        "train_index",
+        "val_index",
+        "block",
+        "pool",
+        "image_size",
+        "crop",
+        "exif",
+        "weights",
+    )
     members = Members(arguments.image_key, arguments.label_key)
-    spec = ProbeSpec(**{name: getattr(arguments, name) for name in names}, weights=weights, members=members)
+    spec = ProbeSpec(**{name: getattr(arguments, name) for name in names}, members=members)
     context = open_context(arguments)
     if arguments.command == "knn":
         score_knn(spec, context, ks=arguments.k, temperature=arguments.temperature, file=arguments.json)
@@ -244,7 +256,7 @@ def start_exits(arguments: argparse.Namespace) -> None:
         arguments.model,
         arguments.shards,
         open_context(arguments),
-        weights="ema" if arguments.ema else "model",
+        weights=arguments.weights,
         index_file=arguments.index,
         picture=arguments.picture,
         file=arguments.json,

@@ -207,6 +207,11 @@ class DistillConfig(Section):
         "where they are: timm:NAME, hf-hub:ID, local-dir:PATH or run:PATH (a run folder of ours), in brackets; terms "
         "are averaged over several",
     )
+    weights: tuple[str, ...] = result(
+        (),
+        "which weights of each teacher, in the order of teachers: ema or a name as in init.weights, or model for the "
+        "usual ones; by default the usual ones of all",
+    )
     image_size: Side | None = result(None, "side of the images that teachers look at, in pixels; null: each at its own")
     precision: Precision = result(
         "auto", "number format of the teachers; auto: bf16 on a GPU (fp16 below compute capability 8.0), fp32 on a CPU"

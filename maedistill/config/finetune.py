@@ -42,6 +42,11 @@ class Init(Section):
         "where the weights are: the path of a run, an export or a weights file, or timm:NAME, hf-hub:ID, run:PATH, "
         "local-dir:PATH, file:PATH; null: none, the student starts from scratch",
     )
+    weights: str | None = result(
+        None,
+        "which weights of several: ema, the moving average of a run or checkpoint, or the name of a file's entry; "
+        "null: the usual ones",
+    )
     pos_embed: Positions | None = result(None, "position table that a file: source was trained with but does not store")
     sha256: str | None = runtime(None, "refuse a file: source with another checksum", pattern="^[0-9a-f]{64}$")
     license: str | None = runtime(None, "license of the weights, for the student's card, where the source names none")

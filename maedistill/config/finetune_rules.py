@@ -35,7 +35,7 @@ def _images(c: FinetuneConfig) -> Iterator[Problem]:
 def _init(c: FinetuneConfig) -> Iterator[Problem]:
     i = c.init
     if i.source is None:
-        for key in ("pos_embed", "sha256", "license"):
+        for key in ("weights", "pos_embed", "sha256", "license"):
             if getattr(i, key) is not None:
                 cause, replaced = "nothing is loaded without init.source", (f"init.{key}", "init.source")
                 yield Problem(f"init.{key}", cause, "remove it, or add init.source", (replaced,))
@@ -49,6 +49,7 @@ def _init(c: FinetuneConfig) -> Iterator[Problem]:
         return
     kind = i.source.partition(":")[0]
     yield from shared_rules.checksum("init", i.sha256, kind=kind, noun="source")
+    yield from shared_rules.several_weights("init.weights", i.weights, source=i.source, source_key="init.source")
     if kind != "file" and i.pos_embed is not None:
         cause, replaced = f"a {kind}: source has its own position table", ("init.pos_embed", "init.source")
         yield Problem("init.pos_embed", cause, "remove it", (replaced,))
@@ -97,10 +98,17 @@ def _teachers(c: FinetuneConfig) -> Iterator[Problem]:
         )
     for source in d.teachers:
         yield from shared_rules.kind_of_source("distill.teachers", source, kinds=(*NETWORK_KINDS, "file"))
+    if d.teachers and len(d.weights) not in (0, len(d.teachers)):
+        cause = f"{len(d.weights)} choices of weights for {len(d.teachers)} teachers"
+        yield Problem("distill.weights", cause, "name one for each, model for the usual weights; or none at all")
+    for source, weights in zip(d.teachers, d.weights, strict=False):
+        yield from shared_rules.several_weights(
+            "distill.weights", weights, source=source, source_key="distill.teachers"
+        )
     if len(set(d.teachers)) != len(d.teachers):
         yield Problem("distill.teachers", "a teacher is named twice", "name each once")
     if not d.teachers:
-        for key in d.model_dump(include={"image_size", "precision"}, exclude_defaults=True):
+        for key in d.model_dump(include={"weights", "image_size", "precision"}, exclude_defaults=True):
             yield Problem(f"distill.{key}", "there is no teacher", "remove it, or add distill.teachers")
 
 

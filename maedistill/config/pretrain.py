@@ -78,6 +78,11 @@ class Teacher(Section):
     model: str | None = result(
         None, "timm model that a file: source holds, e.g. vit_large_patch16_224; null: read off its shapes"
     )
+    weights: str | None = result(
+        None,
+        "which weights of several: ema, the moving average of a run or checkpoint, or the name of a file's entry, e.g. "
+        "state_dict_ema; null: the usual ones (model, state_dict; of DINO the teacher)",
+    )
     width: Width | None = result(None, "embedding dimension of a file: or random: teacher, where it differs")
     depth: Positive | None = result(None, "number of blocks of a file: or random: teacher, where it differs")
     num_heads: Positive | None = result(None, "attention heads of a file: or random: teacher, where they differ")

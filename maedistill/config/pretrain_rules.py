@@ -60,6 +60,8 @@ def _teacher(c: PretrainConfig) -> Iterator[Problem]:
         cause = f"a {kind}: teacher names its model itself"
         yield Problem("teacher.model", cause, "remove it", (("teacher.model", "teacher.source"),))
     yield from shared_rules.checksum("teacher", t.sha256, kind=kind, noun="teacher")
+    key, source_key = "teacher.weights", "teacher.source"
+    yield from shared_rules.several_weights(key, t.weights, source=t.source, source_key=source_key)
     for key in ("width", "depth", "num_heads", "patch_size", "pos_embed"):
         if kind not in ("file", "random") and getattr(t, key) is not None:
             cause, replaced = f"a {kind}: teacher has its own {key}", (f"teacher.{key}", "teacher.source")

@@ -106,6 +106,14 @@ def checksum(section: str, sha256: str | None, *, kind: str, noun: str) -> Itera
         yield Problem(f"{section}.sha256", cause, "remove it", ((f"{section}.sha256", f"{section}.source"),))
 
 
+def several_weights(key: str, weights: str | None, *, source: str, source_key: str) -> Iterator[Problem]:
+    """Yield a problem for a choice between weights of a source that has only one set of them."""
+    kind = source.partition(":")[0]
+    if weights not in (None, "model") and kind not in ("file", "run"):
+        cause = f"a {kind}: source has one set of weights, no {weights!r}"
+        yield Problem(key, cause, "remove it; only files and runs have several", ((key, source_key),))
+
+
 def family(key: str, model: str | None) -> Iterator[Problem]:
     """Yield a problem unless `model` is a plain Vision Transformer, the only kind that can run on selected patches."""
     if model is not None and not model.startswith((*FAMILIES, f"{PYTHON_KIND}:")):

@@ -30,7 +30,7 @@ from maedistill.models.flops import forward_gflop
 from maedistill.processes import distributed
 from maedistill.report.charts import new_canvas
 from maedistill.report.run_report import percent
-from maedistill.weights.from_run import Weights, read_metadata
+from maedistill.weights.from_run import read_metadata
 from maedistill.weights.network import Network, open_network
 
 _THRESHOLDS = 21  # points of the curve: quantiles of the confidences
@@ -72,7 +72,7 @@ def score_exits(
     shards: str,
     context: EvalContext,
     *,
-    weights: Weights = "model",
+    weights: str = "model",
     index_file: str | None = None,
     picture: Path | None = None,
     file: Path | None = None,
@@ -154,7 +154,7 @@ def draw_exits(endings: Sequence[Ending], curve: Sequence[Operation], path: Path
     return path
 
 
-def _open_all(source: str, weights: Weights) -> list[Network]:
+def _open_all(source: str, weights: str) -> list[Network]:
     """Open the network of a run at each of its exits, and whole, in this order."""
     kind, _, path = named_source(source).partition(":")
     exits = read_metadata(path)[1].get("exits", []) if kind == "run" else []

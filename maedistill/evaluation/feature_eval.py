@@ -26,7 +26,6 @@ from maedistill.evaluation.linear_probe import ProbeRecipe, fit_heads, score_hea
 from maedistill.processes import distributed
 from maedistill.report.run_report import percent
 from maedistill.weights.backbone import Backbone, Pool, open_backbone
-from maedistill.weights.from_run import Weights
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class ProbeSpec:
     val: str
     train_index: str | None = None
     val_index: str | None = None
-    weights: Weights = "model"
+    weights: str = "model"
     block: int | None = None
     pool: Pool = "mean"
     image_size: int | None = None

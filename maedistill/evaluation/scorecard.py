@@ -31,7 +31,6 @@ from maedistill.processes import distributed
 from maedistill.runs.objects import class_name, python_name
 from maedistill.runs.records import unwritable
 from maedistill.weights.class_names import compare_names, subset_columns
-from maedistill.weights.from_run import Weights
 from maedistill.weights.network import Network, given_network, open_network
 
 
@@ -41,7 +40,7 @@ def score(
     context: EvalContext,
     *,
     index_file: str | None = None,
-    weights: Weights = "model",
+    weights: str = "model",
     exit: int | None = None,
     image_size: int | None = None,
     crop: float | None = None,

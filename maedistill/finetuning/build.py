@@ -47,7 +47,13 @@ def build_init_source(
     described = student.model_dump(include=SPEC_FIELDS)
     spec = EncoderSpec(**described, pos_embed=init.pos_embed, sha256=init.sha256)
     network = open_network(
-        init.source, "encoder", image_size=image_size, spec=spec, section="init", size_key="data.image_size"
+        init.source,
+        "encoder",
+        image_size=image_size,
+        spec=spec,
+        section="init",
+        size_key="data.image_size",
+        weights=init.weights or "model",
     )
     return replace(network, license=init.license or network.license)
 

@@ -46,7 +46,7 @@ def open_teachers(
             network = given_network(given[i], source, image_size=size)
             network = replace(network, num_classes=network.output(size_key="distill.image_size").shape[-1])
         else:
-            network = _open_teacher(distill, source)
+            network = _open_teacher(distill, source, weights=distill.weights[i] if distill.weights else "model")
         features = feature_info(network.module, name=network.name, image_size=network.size)
         _require_features(distill, "teacher", features)
         shared = shared_classes(network, classes, num_classes=num_classes) if distill.logit_terms else None
@@ -167,10 +167,17 @@ def _paired(distill: DistillConfig, side: str) -> dict[str, tuple[int, ...]]:
     return {name: getattr(term, side) for name, term in distill.terms.items() if isinstance(term, PairsConfig)}
 
 
-def _open_teacher(distill: DistillConfig, source: str) -> Network:
+def _open_teacher(distill: DistillConfig, source: str, *, weights: str) -> Network:
     """Open one teacher. Raises ConfigError if a term compares predictions and it has no classifier."""
     try:
-        network = open_network(source, "outputs", image_size=distill.image_size, size_key="distill.image_size")
+        network = open_network(
+            source,
+            "outputs",
+            image_size=distill.image_size,
+            size_key="distill.image_size",
+            section="distill",
+            weights=weights,
+        )
     except UserError as error:
         raise type(error)(f"distill.teachers: {error.cause}", error.remedy) from error
     if distill.logit_terms and not network.num_classes:

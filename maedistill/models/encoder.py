@@ -115,7 +115,7 @@ def as_encoder(module: TimmModel, name: str) -> Encoder:
     Raises ConfigError for any other module, and for an encoder whose output for every other patch has a wrong shape.
     """
     if not all(isinstance(getattr(module, attribute, None), int) for attribute in _ATTRIBUTES):
-        return MaskedEncoder(require_plain_vit(module, name))
+        return MaskedEncoder(require_square_patches(require_plain_vit(module, name), name))
     if not isinstance(module, MaskedEncoder):
         _require_rows(module, name)
     return module
@@ -229,10 +229,16 @@ def num_params_m(module: nn.Module) -> float:
 
 
 def require_known(model: str) -> None:
-    """Raise ConfigError with the nearest names unless timm has a model of this name."""
+    """Raise ConfigError with the nearest names unless timm has a model of this name, and its tag if it has one."""
     if not timm.is_model(model):
         near = nearest_models(model, timm.list_models())
         raise ConfigError(f"timm has no model {model!r}", f"names near it: {', '.join(near) or 'none'}")
+    try:
+        timm.get_pretrained_cfg(model)
+    except RuntimeError as error:
+        name, _, tag = model.partition(".")
+        tags = ", ".join(timm.list_pretrained(f"{name}.*"))
+        raise ConfigError(f"timm has no weights {tag!r} of {name}", f"use one of {tags}, or {name}") from error
 
 
 def nearest_models(model: str, names: Sequence[str]) -> list[str]:
@@ -249,11 +255,28 @@ def nearest_models(model: str, names: Sequence[str]) -> list[str]:
 
 
 def require_plain_vit(network: TimmModel, name: str) -> VisionTransformer:
-    """Return `network`. Raises ConfigError unless it is a plain VisionTransformer with absolute positions."""
+    """Return `network`. Raises ConfigError unless it is a plain ViT of colour images with absolute positions."""
     plain = type(network) is VisionTransformer and network.pos_embed is not None
     if not plain or type(network.patch_embed).__name__ != "PatchEmbed":
         raise ConfigError(
             f"{name} is a {type(network).__name__}, whose patches cannot be left out one by one",
             "use a plain ViT with absolute positions, e.g. vit_small_patch16_224, or from Python a maedistill.Encoder",
         )
+    require_colour(network, name)
     return network
+
+
+def require_colour(network: TimmModel, name: str) -> None:
+    """Raise ConfigError if a network looks at images of other than 3 channels."""
+    if (channels := getattr(network, "in_chans", 3)) != 3:
+        raise ConfigError(
+            f"{name} looks at images of {channels} channels", "use a network of colour images, which have 3 channels"
+        )
+
+
+def require_square_patches(vit: VisionTransformer, name: str) -> VisionTransformer:
+    """Return `vit`. Raises ConfigError if its patches are not square, which a walk over selected patches cannot cut."""
+    if len({*vit.patch_embed.patch_size}) > 1:
+        size = " x ".join(map(str, vit.patch_embed.patch_size))
+        raise ConfigError(f"{name} cuts patches of {size} pixels", "use a ViT with square patches")
+    return vit

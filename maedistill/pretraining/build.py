@@ -60,8 +60,16 @@ def build_teacher_source(config: PretrainConfig, *, grid: int, objects: Objects 
     else:
         require_object("teacher.source", teacher.source, None, argument="teacher")
         spec = EncoderSpec(**teacher.model_dump(include=SPEC_FIELDS))
-        network = open_network(teacher.source, "encoder", grid=grid, spec=spec, section="teacher")
-    return replace(network, **teacher.model_dump(include={"mean", "std", "license"}, exclude_none=True))
+        network = open_network(
+            teacher.source,
+            "encoder",
+            grid=grid,
+            spec=spec,
+            section="teacher",
+            weights=teacher.weights or "model",
+        )
+    given = teacher.model_dump(include={"mean", "std", "license"}, exclude_none=True)
+    return replace(network, **given, states_input=network.states_input or "mean" in given)
 
 
 def build_teacher(config: PretrainConfig, source: Network, device: torch.device) -> Teacher:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from maedistill.errors import ConfigError
 from maedistill.models.encoder import TimmModel
-from maedistill.weights.from_run import Weights
 from maedistill.weights.network import Network, open_network
 
 Pool = Literal["mean", "class"]
@@ -61,7 +60,7 @@ class Backbone(nn.Module):
 def open_backbone(
     source: str,
     *,
-    weights: Weights = "model",
+    weights: str = "model",
     image_size: int | None = None,
     block: int | None = None,
     pool: Pool = "mean",

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -47,6 +48,7 @@ class EncoderSpec:
 
     model: of a file, by default read off its shapes; a random source names it itself. pos_embed: the fixed table of a
     file that stores no positions, or of random weights, where None is sincos2d. sha256: the file's expected checksum.
+    eps: of the norms, where they are not the model's.
     """
 
     model: str | None = None
@@ -59,6 +61,7 @@ class EncoderSpec:
     mlp_ratio: float | None = None
     pos_embed: str | None = None
     sha256: str | None = None
+    eps: float | None = None
 
     def build(self, pos_embed: str, inspect_network: Inspect, *, grid: int | None = None) -> VisionTransformer:
         """Build the network, uninitialised, for images of the size that `inspect_network` chooses.
@@ -66,7 +69,7 @@ class EncoderSpec:
         grid: of patches, for the network's own size; None if it is not known.
         """
         assert self.model is not None
-        shape = {name: value for name, value in asdict(self).items() if name not in ("pos_embed", "sha256")}
+        shape = {name: value for name, value in asdict(self).items() if name not in ("pos_embed", "sha256", "eps")}
         with torch.device("meta"):
             own = build_vit(image_size=16 * self.patch_size if self.patch_size else 224, **shape)
             if grid is not None:
@@ -79,27 +82,46 @@ SPEC_FIELDS = {field.name for field in fields(EncoderSpec)}
 
 
 def open_file(
-    path: str, spec: EncoderSpec, inspect_network: Inspect, *, section: str | None
+    path: str,
+    spec: EncoderSpec,
+    inspect_network: Inspect,
+    *,
+    section: str | None,
+    weights: str = "model",
 ) -> tuple[VisionTransformer, str]:
     """Load a weights file; return the network and which keys were loaded. section: the config section, for errors.
 
-    The file determines whether there is a class token, and all that the spec leaves open if it names no model. Raises
-    DataError if the file cannot be read safely, or if its keys do not fit the network; ConfigError if its architecture
-    cannot be told.
+    The file determines whether there is a class token, and all that the spec leaves open if it names no model.
+    weights: see `choose_entry`. Raises DataError if the file cannot be read safely, or if its keys do not fit the
+    network; ConfigError if its architecture cannot be told.
     """
     where = section or "teacher"
-    imported = import_weights(read_weights_file(path, sha256=spec.sha256, section=where), name=path)
-    weights, told = imported.part("encoder.vit."), ""
+    content = read_weights_file(path, sha256=spec.sha256, section=where)
+    key = f"{section}.weights" if section else "--weights"
+    imported = import_weights(content, name=path, weights=weights, weights_key=key)
+    encoder, told = imported.part("encoder.vit."), imported.told
     if spec.model is None:
-        found = recognize(weights, imported.foreign, name=path, section=section, num_heads=spec.num_heads)
+        found = recognize(encoder, imported.foreign, name=path, section=section, num_heads=spec.num_heads)
         shape = {name: value for name, value in asdict(found).items() if name in SPEC_FIELDS}
         given = {name: value for name, value in asdict(spec).items() if value is not None}
-        spec, told = EncoderSpec(**shape | given), f"{found.describe()}; "
-    spec = replace(spec, class_token="cls_token" in weights)
-    vit = spec.build(spec.pos_embed or "learned", inspect_network, grid=grid_of(weights))
+        spec, told = EncoderSpec(**shape | given), f"{told}{found.describe()}; "
+    spec = replace(spec, class_token="cls_token" in encoder)
+    vit = spec.build(spec.pos_embed or "learned", inspect_network, grid=grid_of(encoder))
     fixed = spec.pos_embed is not None
     audit = load_encoder(vit, imported, name=path, section=where, optional=("norm.",), fixed_positions=fixed)
-    return vit, f"{told}{audit}"
+    return vit, f"{told}{audit}, {_set_eps(vit, spec.eps, imported.eps)}"
+
+
+def _set_eps(vit: VisionTransformer, stated: float | None, usual: float | None) -> str:
+    """Set the eps of the norms where it is not timm's, and say which one it is.
+
+    stated: by the source. usual: in transformers, if the file has its names.
+    """
+    norms: list[Any] = [module for module in vit.modules() if isinstance(getattr(module, "eps", None), float)]
+    eps = stated or usual or norms[0].eps
+    for norm in norms:
+        norm.eps = eps
+    return f"norm eps {eps:g}" + ("" if stated else " as in transformers" if usual else " as in timm")
 
 
 def read_weights_file(path: str | Path, *, sha256: str | None = None, section: str = "teacher") -> object:
@@ -110,7 +132,7 @@ def read_weights_file(path: str | Path, *, sha256: str | None = None, section: s
     """
     path = Path(os.path.expanduser(path))  # unlike Path.expanduser, it never raises
     if os.path.isdir(path):
-        raise DataError(f"{path}: a folder, no file", f"name a file in it, or use {section}.source=local-dir:PATH")
+        raise DataError(f"{path}: a folder, no file", "name a file in it, or use local-dir:PATH")
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such file", "check the path of the weights")
     if sha256 is not None:

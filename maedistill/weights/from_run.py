@@ -190,7 +190,10 @@ def open_run(
             f"{folder.path} holds no checkpoint", "name a run folder of maedistill pretrain or finetune that has saved"
         )
     if weights == "ema" and not (checkpoint / "ema.safetensors").is_file():
-        raise DataError(f"{folder.path} kept no moving average of its weights", "leave out --ema (optim.ema keeps one)")
+        raise DataError(
+            f"{folder.path} kept no moving average of its weights",
+            "leave out --ema or weights=ema (optim.ema keeps one)",
+        )
     try:
         require_claims(arguments, checkpoint / "model.safetensors")
     except ValueError as error:

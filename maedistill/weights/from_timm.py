@@ -8,6 +8,8 @@ import inspect
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,10 +62,9 @@ def open_timm(source: str, inspect_network: Inspect) -> tuple[TimmModel, int | N
     address = source.removeprefix("timm:")
     if address != source:
         require_known(address)
-    try:
+    with read_errors(source):
         kind, _, name = address.partition(":")
         if kind == "hf-hub":
-            _announce_download(source, name)
             require_moderate(load_model_config_from_hf(name)[2])
         elif kind == "local-dir":
             folder = Path(os.path.expanduser(name))
@@ -73,10 +74,17 @@ def open_timm(source: str, inspect_network: Inspect) -> tuple[TimmModel, int | N
             shape: TimmModel = timm.create_model(address, pretrained=False)
         image_size = inspect_network(shape)
         if kind not in ("hf-hub", "local-dir"):
-            _announce_download(source, shape.pretrained_cfg.get("hf_hub_id"))
+            announce_download(source, shape.pretrained_cfg.get("hf_hub_id"))
         takes_size = "img_size" in inspect.signature(type(shape)).parameters  # other networks accept any size
         arguments: dict[str, Any] = {"img_size": image_size} if image_size and takes_size else {}
         return timm.create_model(address, pretrained=True, **arguments).eval(), image_size
+
+
+@contextmanager
+def read_errors(source: str) -> Iterator[None]:
+    """Turn errors of reading or downloading a source into a DataError that names it."""
+    try:
+        yield
     except UserError:
         raise
     except (HfHubHTTPError, *READ_ERRORS) as error:
@@ -86,7 +94,7 @@ def open_timm(source: str, inspect_network: Inspect) -> tuple[TimmModel, int | N
         ) from error
 
 
-def _announce_download(source: str, hub_id: str | None) -> None:
+def announce_download(source: str, hub_id: str | None) -> None:
     """Say before a download, which takes long and is retried without a network, what else would do."""
     if hub_id and not any(isinstance(try_to_load_from_cache(hub_id, file), str) for file in _HUB_FILES):
         print(

@@ -5,9 +5,10 @@ open_network("timm:resnet18.a1_in1k", "classifier")    -> Network, with size, cr
 open_network("timm:vit_large_patch16_224.mae", "encoder", grid=14).encoder             -> MaskedEncoder
 open_network("file:mae.pth", "encoder", grid=14, spec=EncoderSpec("vit_large_patch16_224")).encoder
 
-from_timm.py, from_run.py and from_file.py hold the openers; backbone.py turns a Network into features.
+from_timm.py, from_transformers.py, from_run.py and from_file.py hold the openers; backbone.py makes features of it.
 """
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -25,11 +26,19 @@ from maedistill.config.schema import Triple
 from maedistill.config.sources import NETWORK_KINDS, SOURCE_KINDS, named_source, why_unnamed
 from maedistill.data.loading.evaluation import evaluation_transform
 from maedistill.errors import ConfigError
-from maedistill.models.encoder import Encoder, TimmModel, as_encoder, require_plain_vit
+from maedistill.models.encoder import (
+    Encoder,
+    TimmModel,
+    as_encoder,
+    require_colour,
+    require_plain_vit,
+    require_square_patches,
+)
 from maedistill.models.initialize import initialize
 from maedistill.weights.from_file import EncoderSpec, Inspect, open_file, why_unreadable
 from maedistill.weights.from_run import Weights, open_run
 from maedistill.weights.from_timm import image_config, open_timm
+from maedistill.weights.from_transformers import open_transformers, transformers_folder
 from maedistill.weights.license import NOT_STATED
 from maedistill.weights.state_dict import require_finite
 
@@ -51,6 +60,7 @@ class Network:
     num_classes: int = 0  # 0 for an encoder without a classifier
     mean: Triple = IMAGENET_DEFAULT_MEAN
     std: Triple = IMAGENET_DEFAULT_STD
+    states_input: bool = True  # whether mean and std are the source's, or assumed
     crop: float = DEFAULT_CROP_PCT  # fraction of the shorter side that is kept
     interpolation: str = "bicubic"
     crop_mode: str = "center"
@@ -75,8 +85,9 @@ class Network:
         """Describe the network in one line for the log: source, size, keys, normalisation, license."""
         vit, classes = self.module, f"{self.num_classes:,} classes" if self.num_classes else "no classifier"
         shape = f"{vit.embed_dim} x {len(vit.blocks)}, " if isinstance(vit, VisionTransformer) else ""
+        assumed = "" if self.states_input else " (ImageNet's mean and std are assumed)"
         size = f"{shape}{self.parameters / 1e6:.2f} M parameters, {classes}"
-        return f"{self.name}  {size}  {self.audit}  mean {self.mean}  license {self.license}"
+        return f"{self.name}  {size}  {self.audit}  mean {self.mean}{assumed}  license {self.license}"
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """Return the preprocessing of an image, without the normalisation: RGB -> uint8 [3, size, size]."""
@@ -103,7 +114,7 @@ def open_network(
     source: str,
     use: Use = "any",
     *,
-    weights: Weights = "model",
+    weights: str = "model",
     exit: int | None = None,
     image_size: int | None = None,
     grid: int | None = None,
@@ -113,17 +124,19 @@ def open_network(
 ) -> Network:
     """Open `run:PATH`, `local-dir:PATH`, `timm:NAME`, `hf-hub:ID`, `file:PATH`, or the bare path of any of these.
 
-    spec: what a file does not state; with one, also `random:NAME`. weights: `ema` for the moving average of
-    a run. exit: the block of one of its exits, where the network ends. Positions are resampled to `image_size` or to a
-    `grid` x `grid` of patches; by default the size is the network's own. section, size_key: the config section of the
-    source and the option of its image size, for errors.
+    spec: what a file does not state; with one, also `random:NAME`. weights: `ema` for the moving average of a run or of
+    a checkpoint file, or the name of one of a file's networks, see `choose_entry`. exit: the block of one of a run's
+    exits, where the network ends. Positions are resampled to `image_size` or to a `grid` x `grid` of patches; by
+    default the size is the network's own. section, size_key: the config section of the source and the option of its
+    image size, for errors.
     Raises ConfigError for an unknown kind of source or a network that does not fit its use, before its weights are
     loaded where possible; DataError for weights that cannot be loaded or do not fit.
     """
     kind, name = _kind_and_name(source, kinds=(*NETWORK_KINDS, "file") if spec is None else SOURCE_KINDS)
     source = f"{kind}:{name}"
-    if weights == "ema" and kind != "run":
-        raise ConfigError(f"{source} has no moving average of its weights", "leave out --ema: only runs keep one")
+    if weights != "model" and (kind not in ("run", "file") or (kind == "run" and weights != "ema")):
+        remedy = "leave the choice out, or choose ema" if kind == "run" else "leave the choice out"
+        raise ConfigError(f"{source} has no weights called {weights!r}", f"{remedy} (--weights, --ema)")
     if exit is not None and kind != "run":
         raise ConfigError(f"{source} has no exits", "leave out --exit: only runs have them, each exported by itself")
     own_sizes: list[int] = []
@@ -133,10 +146,15 @@ def open_network(
         return _check(source, use, network, image_size=image_size, grid=grid, size_key=size_key)
 
     if kind == "run":
-        network = _open_run(name, use, weights, exit, check)
+        network = _open_run(name, use, "ema" if weights == "ema" else "model", exit, check)
     elif kind == "file":
-        vit, audit = open_file(name, spec or EncoderSpec(), check, section=section)
-        network = Network(vit, source, vit.patch_embed.img_size[0], NOT_STATED, audit=audit)
+        spec = spec or EncoderSpec()
+        vit, audit = open_file(name, spec, check, section=section, weights=weights)
+        tagged = "." in (spec.model or "")  # vit_base_patch16_224.mae: timm knows these very weights
+        network = _with_weights(vit, source, audit, stated=_stated(vit, source) if tagged else {})
+    elif (folder := transformers_folder(source)) is not None:
+        vit, audit, stated = open_transformers(folder, source, check)
+        network = _with_weights(vit, source, audit, stated=stated)
     elif spec is not None and kind == "random":
         vit = replace(spec, model=name).build(spec.pos_embed or "sincos2d", check)
         initialize(vit, seed=0)
@@ -162,7 +180,7 @@ def given_network(module: TimmModel, name: str, *, image_size: int | None) -> Ne
     module.eval()
     stated = getattr(module, "pretrained_cfg", None)
     entries = image_config(module, name) if stated else None
-    preprocessing = entries.model_dump(include={"mean", "std"}) if entries else {}
+    preprocessing = entries.model_dump(include={"mean", "std"}) if entries else {"states_input": False}
     own = getattr(getattr(module, "patch_embed", None), "img_size", None)
     if hasattr(module, "grid") and hasattr(module, "patch_size"):
         own = [module.grid * module.patch_size]
@@ -195,15 +213,16 @@ def _check(
         require_plain_vit(network, source)
     if use == "classifier" and not network.num_classes:
         raise ConfigError(
-            f"{source} has no classifier, it is an encoder alone",
+            f"{source} has no classifier, it opens as an encoder alone",
             f"fine-tune it and evaluate that run: maedistill finetune CONFIG init.source={source}; "
             "or judge its features: maedistill evaluate probe, or knn",
         )
+    require_colour(network, source)
     patches: Any = getattr(network, "patch_embed", None)
     if grid is not None:
-        return grid * patches.patch_size[0]
+        return grid * require_square_patches(network, source).patch_embed.patch_size[0]
     cuts_off = isinstance(patches, PatchEmbed) and not patches.dynamic_img_pad
-    patch_size = patches.patch_size[0] if cuts_off else 1
+    patch_size = math.lcm(*patches.patch_size) if cuts_off else 1
     if image_size is not None and image_size % patch_size:
         raise ConfigError(
             f"{source} looks at patches of {patch_size} pixels, which do not divide images of {image_size}",
@@ -218,22 +237,32 @@ def _open_timm(source: str, use: Use, check: Inspect) -> Network:
     if use == "encoder":
         module.reset_classifier(0, "")
         require_finite(module.state_dict(), source)
-    config, stated = image_config(module, source), module.pretrained_cfg
-    test = image_config(module, source, test=True)
+    config, test = image_config(module, source), image_config(module, source, test=True)
     differs = (test.input_size, test.crop_pct) != (config.input_size, config.crop_pct)
     return Network(
         module,
         source,
         size or config.input_size[1],
-        str(stated.get("license") or NOT_STATED),
         num_classes=module.num_classes,
-        crop=config.crop_pct,
         test_size=test.input_size[1] if differs else None,
         test_crop=test.crop_pct if differs else None,
-        **config.model_dump(include={"mean", "std", "interpolation", "crop_mode"}),
-        classes=tuple(map(str, stated.get("label_names") or ())),
+        **_stated(module, source),
+        classes=tuple(map(str, module.pretrained_cfg.get("label_names") or ())),
         audit=f"{len(module.state_dict())} keys loaded by timm",
     )
+
+
+def _stated(module: TimmModel, source: str) -> dict[str, Any]:
+    """Return the license and the preprocessing that timm states for a model, but for the image size."""
+    config = image_config(module, source)
+    entries = config.model_dump(include={"mean", "std", "interpolation", "crop_mode"}) | {"crop": config.crop_pct}
+    return entries | {"license": str(module.pretrained_cfg.get("license") or NOT_STATED)}
+
+
+def _with_weights(vit: VisionTransformer, source: str, audit: str, *, stated: dict[str, Any]) -> Network:
+    """Describe an encoder that timm did not load. stated: its license and preprocessing, as far as they are known."""
+    entries: dict[str, Any] = {"license": NOT_STATED, "states_input": "mean" in stated} | stated
+    return Network(vit, source, vit.patch_embed.img_size[0], audit=audit, **entries)
 
 
 def _open_run(path: str, use: Use, weights: Weights, exit: int | None, check: Inspect) -> Network:

@@ -15,7 +15,7 @@ from torch import Tensor
 from maedistill.config.architectures import SIZES
 from maedistill.errors import ConfigError
 
-_KEY_OF_MODEL = {"teacher": "teacher.model", "init": "student.model"}  # by the config section of the source
+KEY_OF_MODEL = {"teacher": "teacher.model", "init": "student.model"}  # by the config section of the source
 _ONE_FOR_ALL = "small"  # the timm size whose name stands for networks that timm has no size for
 _HEAD_WIDTH = 64
 _BLOCK = re.compile(r"blocks\.(\d{1,4})\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)")
@@ -63,8 +63,8 @@ def recognize(
     """
 
     def refuse(reason: str, *, heads: bool = False) -> ConfigError:
-        key = _KEY_OF_MODEL.get(section or "")
-        remedy = f"set {key} to the timm model that it is, e.g. {key}=vit_base_patch16_224" if key else None
+        key = KEY_OF_MODEL.get(section or "")
+        remedy = f"set {key} to the timm model that it is, e.g. {key}={likely_model(weights)}" if key else None
         if key and heads:
             remedy = f"set {key.replace('model', 'num_heads')}"
         cause = f"{name}: its architecture cannot be told from its shapes: {reason}"
@@ -100,6 +100,15 @@ def recognize(
         mlp_ratio=hidden.shape[0] / width,
         class_token=class_token,
     )
+
+
+def likely_model(weights: Mapping[str, Tensor]) -> str:
+    """Return a model of timm with the parts of these weights, of their width if timm has one: an example to correct."""
+    bias = weights.get("patch_embed.proj.bias")
+    size = next((size for size in ("small", "large") if bias is not None and bias.shape == SIZES[size][:1]), "base")
+    if "blocks.0.ls1.gamma" not in weights and "reg_token" not in weights:
+        return f"vit_{size}_patch16_224"
+    return f"vit_{size}_patch14_{'reg4_' if 'reg_token' in weights else ''}dinov2"
 
 
 def prefix_tokens(weights: Mapping[str, Tensor]) -> tuple[bool, int]:

@@ -1,51 +1,53 @@
 """Convert state dicts from other code bases: rename their keys to this package's, audit every key, take fingerprints.
 
-Known are the keys of MAE, DMAE, AMD (VideoMAE's), timm and this package, from safetensors or weights-only pickles.
+Known are the keys of MAE, DMAE, AMD (VideoMAE's), timm, this package and others (`key_styles.py`), from safetensors or
+weights-only pickles.
 The result has the names of `methods/`: `encoder.vit.*` (timm's names), `decoder.*`, `projections.*`, `generators.*`.
 """
 
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
-from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from maedistill.errors import DataError
+from maedistill.weights.entries import StateDict, choose_entry, quoted
+from maedistill.weights.key_styles import TRANSFORMERS_EPS, merge_qkv, with_timm_names
+from maedistill.weights.recognize import KEY_OF_MODEL, likely_model
 
-StateDict = dict[str, Tensor]
-
-_LONGEST_NAME = 100  # characters of a key that an error quotes
-# Keys that a file may hold but that are not needed: classifiers and pooling heads of fine-tuned models, and norms of
-# AMD's generators, which are never applied.
-_DROPPED = re.compile(r"^(head|head_dist|fc_norm|attn_pool|generators\.\d+\.norm)\.")
+# Keys that a file may hold but that are not needed: classifiers and pooling heads of fine-tuned models, iBOT's token of
+# masked patches, and norms of AMD's generators, which are never applied.
+_DROPPED = re.compile(r"^((head|head_dist|fc_norm|attn_pool|pooler|generators\.\d+\.norm)\.|masked_embed$)")
 _RENAMED = {  # the first match wins, so the order matters
-    r"^encoder\.(vit\..*)$": r"encoder.\1",  # this package
     r"^(decoder\.(embed|blocks|norm|head|mask_token|pos_embed)\b.*)$": r"\1",  # this package, and AMD's decoder
     r"^(projections|generators)\.(.*)$": r"\1.\2",  # this package, and AMD's generators
     r"^mask_token$": "decoder.mask_token",
     r"^decoder_(pos_embed$|(?:embed|blocks|norm)\..*$)": r"decoder.\1",
     r"^decoder_pred\.(.*)$": r"decoder.head.\1",
-    r"^(?:aligned_feature_projection_heads|encoder\.projection_heads)\.(.*)$": r"projections.\1",  # DMAE, AMD
+    r"^(?:aligned_feature_projection_heads|projection_heads)\.(.*)$": r"projections.\1",  # DMAE, AMD
     r"^encoder_to_decoder\.(.*)$": r"decoder.embed.\1",
-    r"^encoder\.((patch_embed|blocks|norm|cls_token|pos_embed)\b.*)$": r"encoder.vit.\1",
     r"^((cls_token|reg_token|pos_embed|patch_embed|blocks|norm|norm_pre)\b.*)$": r"encoder.vit.\1",
 }
 
 
 @dataclass(frozen=True)
 class ConvertedStateDict:
-    """The renamed weights, and the keys of the file that were dropped or not recognised."""
+    """The renamed weights, and the keys of the file that were dropped or not recognised.
+
+    told: which of several networks of the file it is. eps: of its norms, where the style of its keys tells.
+    """
 
     weights: StateDict
     dropped: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
+    told: str = ""
+    eps: float | None = None
 
     def part(self, prefix: str) -> StateDict:
         """Return the weights below `prefix`, with the prefix removed: `part("encoder.vit.")` has timm's names."""
@@ -70,40 +72,40 @@ class Audit:
         return ", ".join(parts)
 
 
-def import_weights(content: object, *, name: str = "weights") -> ConvertedStateDict:
+def import_weights(
+    content: object, *, name: str = "weights", weights: str = "model", weights_key: str = "--weights"
+) -> ConvertedStateDict:
     """Rename the keys of a file's weights to this package's. name: the file's name in errors.
 
-    Raises DataError if there are no tensors, if one is not a plain tensor, or for video weights (tubelets of 2 frames),
-    which cannot be applied to images.
+    weights, weights_key: which of its networks, and the setting that chooses, see `choose_entry`. Raises DataError if
+    there are no tensors, if one is not plain, or for weights that do not fit square patches of colour images.
     """
     if not isinstance(content, dict):
         raise DataError(f"{name}: holds a {type(content).__name__}, no named weights", "use a state dict")
-    wrapped = (content.get(wrapper) for wrapper in ("model", "state_dict", "module", "model_state"))
-    named: dict[Any, Any] = next((value for value in wrapped if isinstance(value, dict)), content)
-    state = clean_state_dict({k: v for k, v in named.items() if isinstance(k, str) and isinstance(v, Tensor)})
-    if not state:
-        raise DataError(f"{name}: holds no tensors", "use the state dict of a model")
-    _require_plain(state, name)
-    weights: StateDict = {}
+    entry = choose_entry(content, weights, name=name, key=weights_key)
+    _require_plain(entry.weights | entry.others, name)
+    of_transformers = any(key.startswith("embeddings.") for key in entry.weights)
+    renamed: StateDict = {}
     dropped, foreign = [], []
-    for key, value in _merge_qkv_biases(state, name).items():
-        if key.endswith("patch_embed.proj.weight") and value.ndim == 5:  # a video model's, [D, 3, frames, p, p]
-            if value.shape[2] != 1:
-                raise DataError(
-                    f"{name}: patches span {value.shape[2]} video frames",
-                    "use a teacher that was trained on images; video tubelets have no image counterpart",
-                )
-            value = value[:, :, 0]
+    for key, value in with_timm_names(entry.weights, name).items():
         if _DROPPED.match(key):
             dropped.append(key)
-        elif pattern := next((pattern for pattern in _RENAMED if re.match(pattern, key)), None):
-            weights[re.sub(pattern, _RENAMED[pattern], key)] = value
+        elif new := _new_name(key):
+            renamed[new] = _image_kernel(value, name) if key == "patch_embed.proj.weight" else value
         else:
             foreign.append(key)
+    # A decoder and heads, or networks that are not the chosen one.
+    for key, value in merge_qkv(entry.others, name).items():
+        new = None if _DROPPED.match(key) else _new_name(key)
+        if new is None or new.startswith("encoder."):
+            dropped.append(key)
+        else:
+            renamed[new] = value
     tokens = content.get("generator_mask_tokens")  # AMD stores them outside the model's state dict
     for i, token in enumerate(tokens if isinstance(tokens, list) else ()):
-        weights[f"generators.{i}.mask_token"] = token
-    return ConvertedStateDict(weights, tuple(dropped), tuple(foreign))
+        renamed[f"generators.{i}.mask_token"] = token
+    eps = TRANSFORMERS_EPS if of_transformers else None
+    return ConvertedStateDict(renamed, tuple(dropped), tuple(foreign), entry.told, eps)
 
 
 def load_encoder(
@@ -125,22 +127,22 @@ def load_encoder(
     audit = Audit(unused=[k for k in imported.weights if not k.startswith("encoder.vit.")] + list(imported.dropped))
     foreign = list(imported.foreign) + [k for k in weights if k not in expected]
     if foreign:
-        raise DataError(
-            f"{name}: {len(foreign)} keys belong to no ViT of this kind, e.g. {_quoted(foreign)}",
-            "check the model's name and depth; the file must hold a plain ViT's encoder",
-        )
+        remedy = "check the model's name and depth; the file must hold a plain ViT's encoder"
+        if "reg_token" in foreign:
+            remedy = f"name a model with registers, e.g. {KEY_OF_MODEL.get(section, 'model')}={likely_model(weights)}"
+        raise DataError(f"{name}: {len(foreign)} keys belong to no ViT of this kind, e.g. {quoted(foreign)}", remedy)
     absent = [k for k in expected if k not in weights]
     audit.absent = [k for k in absent if k.startswith(tuple(optional)) or (fixed_positions and k == "pos_embed")]
     if missing := [k for k in absent if k not in audit.absent]:
         remedy = "check the model's name and dimensions"
         if missing == ["pos_embed"]:
             remedy = f"the file has no positions: name its fixed table, e.g. {section}.pos_embed=sincos1d for AMD's"
-        raise DataError(f"{name}: {len(missing)} keys are missing, e.g. {_quoted(missing)}", remedy)
+        raise DataError(f"{name}: {len(missing)} keys are missing, e.g. {quoted(missing)}", remedy)
     _fit_grid(vit, weights, expected, audit)
     for key, value in weights.items():
         if value.shape != expected[key].shape:
             raise DataError(
-                f"{name}: {_quoted([key])} is {tuple(value.shape)}, the model expects {tuple(expected[key].shape)}",
+                f"{name}: {quoted([key])} is {tuple(value.shape)}, the model expects {tuple(expected[key].shape)}",
                 "check the model's name and dimensions",
             )
     require_finite(weights, name)
@@ -154,11 +156,11 @@ def require_finite(weights: Mapping[str, Tensor], name: str) -> None:
     for key, value in weights.items():
         if value.is_meta or not value.is_floating_point():
             content = "no numbers" if value.is_meta else str(value.dtype)
-            raise DataError(f"{name}: {_quoted([key])} holds {content}, no weights", "use the weights of a model")
+            raise DataError(f"{name}: {quoted([key])} holds {content}, no weights", "use the weights of a model")
         broken = int((~value.float().isfinite()).sum())
         if broken:
             raise DataError(
-                f"{name}: {broken:,} of {value.numel():,} values of {_quoted([key])} are not finite",
+                f"{name}: {broken:,} of {value.numel():,} values of {quoted([key])} are not finite",
                 "use weights from before the training that made them broke",
             )
 
@@ -169,15 +171,9 @@ def _require_plain(state: StateDict, name: str) -> None:
         dense = value.layout == torch.strided and not value.is_nested and not value.is_quantized
         if not dense or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise DataError(
-                f"{name}: {_quoted([key])} is no plain tensor of {tuple(value.shape)} numbers",
+                f"{name}: {quoted([key])} is no plain tensor of {tuple(value.shape)} numbers",
                 "save it as one: tensor.to_dense().contiguous().clone()",
             )
-
-
-def _quoted(keys: Sequence[str]) -> str:
-    """Format the first few keys for an error: on one line, escaped and shortened."""
-    names = [key if key.isprintable() else ascii(key)[1:-1] for key in keys[:3]]
-    return ", ".join(name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "..." for name in names)
 
 
 def _fit_grid(vit: VisionTransformer, weights: StateDict, expected: StateDict, audit: Audit) -> None:
@@ -196,18 +192,27 @@ def _fit_grid(vit: VisionTransformer, weights: StateDict, expected: StateDict, a
         audit.resampled.append("patch_embed.proj.weight")
 
 
-def _merge_qkv_biases(state: StateDict, name: str) -> StateDict:
-    """Merge the biases of BEiT-style blocks, which have query and value biases only, to timm's qkv: cat(q, 0, v)."""
-    merged = {}
-    for key, value in state.items():
-        if key.endswith("attn.q_bias"):
-            v_bias = state.get(key.replace("q_bias", "v_bias"), value.new_empty(0))
-            if value.ndim != 1 or v_bias.ndim != 1 or v_bias.dtype != value.dtype:
-                raise DataError(f"{name}: {_quoted([key])} and its v_bias do not fit", "use the state dict of a model")
-            merged[key.replace("q_bias", "qkv.bias")] = torch.cat([value, torch.zeros_like(value), v_bias])
-        elif not key.endswith("attn.v_bias"):
-            merged[key] = value
-    return merged
+def _new_name(key: str) -> str | None:
+    """Return this package's name of a key; None if it has none."""
+    pattern = next((pattern for pattern in _RENAMED if re.match(pattern, key)), None)
+    return re.sub(pattern, _RENAMED[pattern], key) if pattern else None
+
+
+def _image_kernel(kernel: Tensor, name: str) -> Tensor:
+    """Return patch weights [D, 3, p, p], of a single frame if they are a video model's; refuse any others."""
+    if kernel.ndim == 5:  # [D, 3, frames, p, p]
+        if kernel.shape[2] != 1:
+            raise DataError(
+                f"{name}: patches span {kernel.shape[2]} video frames",
+                "use a teacher that was trained on images; video tubelets have no image counterpart",
+            )
+        kernel = kernel[:, :, 0]
+    if kernel.ndim == 4 and (kernel.shape[1] != 3 or kernel.shape[2] != kernel.shape[3]):
+        raise DataError(
+            f"{name}: its patches have {kernel.shape[1]} channels of {kernel.shape[2]} x {kernel.shape[3]} pixels",
+            "use a network of colour images (3 channels) with square patches",
+        )
+    return kernel
 
 
 def weights_fingerprint(network: nn.Module) -> str:

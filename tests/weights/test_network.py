@@ -6,12 +6,16 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN
 from timm.models import save_for_hf
 
+from maedistill.config.finetune import FinetuneConfig, Init, Student
 from maedistill.errors import ConfigError, DataError
-from maedistill.models.encoder import build_vit
+from maedistill.finetuning.build import build_init_source
+from maedistill.models.encoder import as_encoder, build_vit
 from maedistill.runs.checkpoint import take_snapshot, write_snapshot
 from maedistill.training.engine import MOMENTS, TrainingState
+from maedistill.weights.from_file import EncoderSpec
 from maedistill.weights.from_run import PREFIX, describe_network
 from maedistill.weights.network import open_network
 
@@ -126,7 +130,7 @@ def test_a_size_that_a_network_cannot_take_is_refused(tmp_path):
         ("{folder}", ConfigError, "neither a run", "maedistill pretrain, finetune or export"),
         ("run:{folder}", DataError, "holds no run", "run folder"),
         ("timm:resnt18", ConfigError, "no model 'resnt18'", "resnet18"),
-        ("timm:resnet18.nonesuch", DataError, "nonesuch", "check its name"),
+        ("timm:resnet18.nonesuch", ConfigError, "nonesuch", "resnet18.a1_in1k"),
         ("local-dir:{folder}/none", DataError, "{folder}/none", "check its name"),
     ],
 )
@@ -138,11 +142,67 @@ def test_what_cannot_be_opened_is_named(tmp_path, source, error, cause, remedy):
 
 
 def test_only_runs_have_a_moving_average_and_a_run_may_have_none(tmp_path):
-    with pytest.raises(ConfigError, match="timm:resnet10t has no moving average"):
+    with pytest.raises(ConfigError, match="timm:resnet10t has no weights called 'ema'"):
         open_network("timm:resnet10t", "classifier", weights="ema")
     run = make_run(tmp_path / "run", random_vit(), ema=None)
     with pytest.raises(DataError, match="kept no moving average"):
         open_network(str(run), "classifier", weights="ema")
+    with pytest.raises(ConfigError, match="'state_dict'"):
+        open_network(str(run), "classifier", weights="state_dict")
+
+
+TAGGED = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+SPEC = {name: value for name, value in TINY.items() if name != "image_size"}
+
+
+def test_a_tagged_model_gives_its_files_mean_std_crop_and_license(tmp_path):
+    torch.save(random_vit(num_classes=0).state_dict(), tmp_path / "a.pth")
+    source, said = f"file:{tmp_path / 'a.pth'}", timm.get_pretrained_cfg(TAGGED)
+    opened = open_network(source, "encoder", grid=4, spec=EncoderSpec(TAGGED, **SPEC))
+    assert (opened.mean, opened.std, opened.crop, opened.license) == (said.mean, said.std, said.crop_pct, said.license)
+    assert opened.mean != IMAGENET_DEFAULT_MEAN and opened.states_input and "assumed" not in opened.describe()
+    config = FinetuneConfig(init=Init(source=source), student=Student(model=TAGGED, **SPEC))
+    assert build_init_source(config).mean == said.mean
+    opened = open_network(source, "outputs", spec=EncoderSpec("vit_tiny_patch16_224", **SPEC))
+    assert (opened.mean, opened.license, opened.states_input) == (IMAGENET_DEFAULT_MEAN, "not stated", False)
+    assert "assumed" in opened.describe()
+    with pytest.raises(ConfigError, match="'nonesuch'"):
+        open_network(source, "encoder", spec=EncoderSpec("vit_tiny_patch16_224.nonesuch", **SPEC))
+
+
+ODD = {"grey": {"in_chans": 1}, "four": {"in_chans": 4}, "rectangles": {"patch_size": (8, 4)}}
+
+
+@pytest.mark.parametrize(("kind", "numbers"), [("grey", 1), ("four", 3), ("rectangles", 3)])
+def test_other_channels_and_rectangular_patches_are_refused_or_work(tmp_path, kind, numbers):
+    arguments = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8} | ODD[kind]
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=2, **arguments).eval()
+    config = {"mean": [0.5] * numbers, "std": [0.5] * numbers} if kind != "rectangles" else {}
+    save_for_hf(vit, tmp_path / "out", model_args=arguments, safe_serialization=True)
+    file = tmp_path / "out/config.json"
+    stated = json.loads(file.read_text())
+    file.write_text(json.dumps(stated | {"pretrained_cfg": stated["pretrained_cfg"] | config}))
+    source = f"local-dir:{tmp_path}/out"
+    torch.save(vit.state_dict(), tmp_path / "a.pth")
+    for refused, how in (
+        (source, {"use": "encoder", "grid": 4}),
+        (f"file:{tmp_path}/a.pth", {"use": "encoder", "spec": EncoderSpec("vit_tiny_patch16_224", **SPEC)}),
+        (f"file:{tmp_path}/a.pth", {"use": "any"}),
+    ):
+        with pytest.raises((ConfigError, DataError), match=r"channels|patches of 8 x 4") as raised:
+            open_network(refused, **how)
+        assert raised.value.remedy.startswith("use a ")
+    with pytest.raises(ConfigError, match=r"channels|patches of 8 x 4"):
+        as_encoder(vit, "from Python")
+    for use in ("encoder", "classifier", "outputs", "any"):  # init.source, evaluate, distill.teachers
+        if kind == "rectangles":
+            opened = open_network(source, use, image_size=48)
+            assert opened.module(torch.zeros(1, 3, 48, 48)).shape[-1] in (2, 32)
+            with pytest.raises(ConfigError, match="patches of 8 pixels"):
+                open_network(source, use, image_size=36)
+        else:
+            with pytest.raises(ConfigError, match=f"{arguments['in_chans']} channels"):
+                open_network(source, use)
 
 
 @pytest.mark.parametrize(("size", "nearest"), [(30, 32), (3, 8), (52, 48)])
