@@ -16,7 +16,6 @@ restore.py reads checkpoints.
 """
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -29,6 +28,7 @@ from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
+from maedistill.escaping import get_log
 from maedistill.processes.distributed import copy_to_main
 from maedistill.runs.manifest import (
     COMPLETE,
@@ -41,7 +41,7 @@ from maedistill.runs.manifest import (
 )
 from maedistill.training.engine import MOMENTS, Engine
 
-logger = logging.getLogger(__name__)
+logger = get_log(__name__)
 
 WRITE_ERRORS = (OSError, SafetensorError)  # a full disk, a missing permission: what the user can fix
 STATE = "state.json"

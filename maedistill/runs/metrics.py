@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from maedistill.errors import DataError
+from maedistill.escaping import say
 from maedistill.processes import distributed
 from maedistill.runs.records import AppendOnlyFile, warn, write_text
 
@@ -162,7 +163,7 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        print("no TensorBoard events: tensorboard is not installed (pip install tensorboard)", flush=True)
+        say("no TensorBoard events: tensorboard is not installed (pip install tensorboard)")
         return None
     board = SummaryWriter(folder / "tb", purge_step=first_step + 1)  # hides later steps that a failed start wrote
     if (config := folder / "config.yaml").is_file():

@@ -8,7 +8,6 @@ and sends the tensors to the other ranks. If there are folders but none is intac
 fresh start. A folder loads completely or raises DataError, whatever it contains.
 """
 
-import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +16,13 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from maedistill.errors import DataError
+from maedistill.escaping import get_log
 from maedistill.processes.distributed import broadcast_tensor, on_main
 from maedistill.runs.checkpoint import STATE, WRITE_ERRORS, checkpoint_name, checkpoint_steps
 from maedistill.runs.manifest import CorruptCheckpoint, read_json, read_manifest, verify
 from maedistill.training.engine import MOMENTS, Engine, TrainingState
 
-logger = logging.getLogger(__name__)
+logger = get_log(__name__)
 
 
 def load_latest(folder: Path, engine: Engine, ema: ModelEmaV3 | None = None) -> dict[str, Any] | None:

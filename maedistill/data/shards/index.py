@@ -11,7 +11,6 @@ Letters: `n` samples, `m` shards. This module imports neither torch nor an image
 
 import hashlib
 import json
-import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from maedistill.data.remote.urls import is_url
 from maedistill.data.shards.index_check import check_arrays, check_text, is_text, parse_json
 from maedistill.data.shards.scan import NO_LABEL, Members, ShardScan, why_unlabelled
 from maedistill.errors import DataError, join_first
+from maedistill.escaping import get_log
 
 FORMAT = 1
 SUFFIX = ".index.safetensors"
@@ -36,7 +36,7 @@ SCANNED = {"made_by": "scan"}
 MOST_SUFFIXES = 20  # limit for one log message, because a hostile shard may hold any number of them
 
 _ARRAYS = ("starts", "offsets", "sizes", "labels", "key_text", "key_ends")
-_log = logging.getLogger(__name__)
+_log = get_log(__name__)
 
 
 @dataclass(frozen=True, eq=False)
