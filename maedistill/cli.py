@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from maedistill.data.remote.user_cache import ensure_home
 from maedistill.errors import ConfigError, leave
+from maedistill.escaping import say
 
 COMMANDS = {
     "shards": "turn images into WebDataset shards with an index, or verify them",
@@ -40,9 +41,9 @@ def run(name: str) -> NoReturn:
 def _dispatch(name: str, arguments: Sequence[str]) -> None:
     if name in ("-h", "--help"):
         lines = [f"  {command:<11} {about}" for command, about in COMMANDS.items()]
-        print("usage: maedistill COMMAND ...\n\ncommands:", *lines, "\nmaedistill COMMAND --help says more.", sep="\n")
+        say("usage: maedistill COMMAND ...", "", "commands:", *lines, "", "maedistill COMMAND --help says more.")
     elif name == "--version":
-        print(f"maedistill {version('maedistill')}")
+        say(f"maedistill {version('maedistill')}")
     elif name in COMMANDS:
         ensure_home()
         sys.argv = ["maedistill", name, *arguments]  # what runs and reports record as their command

@@ -14,12 +14,11 @@ Every error that a user can fix is a `UserError`; a command prints it as two lin
 
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import NoReturn
 
-_COLOURS = {"error": 31, "warning": 33}  # red, yellow
+from maedistill.escaping import say, shown, traceback_lines
 
 
 class UserError(ValueError):
@@ -28,8 +27,8 @@ class UserError(ValueError):
     exit_code = 2
 
     def __init__(self, cause: str, remedy: str) -> None:
-        super().__init__(f"{cause}\n{remedy}")
-        self.cause, self.remedy = cause, remedy
+        self.cause, self.remedy = shown(cause), shown(remedy)  # one line each, whatever files and libraries say in them
+        super().__init__(f"{self.cause}\n{self.remedy}")
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, str]]:
         """Keep the type when the error is pickled in a loader process."""
@@ -92,22 +91,13 @@ class Preempted(Exception):
     def __init__(self, signal: str, step: int, *, command: str | None = None) -> None:
         by_hand = signal == "SIGINT"
         self.exit_code = 130 if by_hand else 75
-        how = f"\ncontinue with: {command}" if command else "; the same command goes on from there"
+        how = f"\ncontinue with: {shown(command)}" if command else "; the same command goes on from there"
         super().__init__(f"stopped by {'Ctrl-C' if by_hand else signal} after step {step}, which is saved{how}")
 
 
 def print_error(error: UserError) -> None:
-    """Print an error as two lines on stderr, with unprintable characters of file names and the like escaped."""
-    lines = (f"error: {error.cause}", f"  fix: {error.remedy}")
-    texts = ("".join(char if char.isprintable() else ascii(char)[1:-1] for char in line) for line in lines)
-    _say(in_colour("\n".join(texts)))
-
-
-def in_colour(text: str) -> str:
-    """Colour the `error:` or `warning:` that a text begins with, if stderr is a terminal and NO_COLOR is not set."""
-    kind, colon, rest = text.partition(":")
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty()
-    return text if plain or kind not in _COLOURS else f"\x1b[{_COLOURS[kind]}m{kind}{colon}\x1b[0m{rest}"
+    """Print an error as two lines on stderr."""
+    _say(f"error: {error.cause}", f"  fix: {error.remedy}")
 
 
 def exit_code_of(main: Callable[[], None]) -> int:
@@ -122,7 +112,7 @@ def exit_code_of(main: Callable[[], None]) -> int:
         print_error(error)
         return error.exit_code
     except Preempted as stop:
-        _say(str(stop))
+        _say(*str(stop).split("\n"))
         return stop.exit_code
     except KeyboardInterrupt:
         _say("stopped by Ctrl-C")
@@ -151,11 +141,11 @@ def leave(main: Callable[[], None]) -> NoReturn:
     except SystemExit as stop:  # argparse
         code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
         if isinstance(stop.code, str):
-            _say(stop.code)
+            _say(*stop.code.split("\n"))
     except BrokenPipeError:  # the reader of our output has exited, as `head` does
         code = 141
-    except BaseException:  # a bug: printed as Python would
-        _say(traceback.format_exc().rstrip("\n"))
+    except BaseException as error:  # a bug: printed as Python would
+        _say(*traceback_lines(error))
         code = 1
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # a closed pipe
@@ -163,7 +153,7 @@ def leave(main: Callable[[], None]) -> NoReturn:
     os._exit(code)
 
 
-def _say(text: str) -> None:
-    """Print a text on stderr. Its reader may have left, which must not change the exit code."""
+def _say(*lines: str) -> None:
+    """Print lines on stderr. Its reader may have left, which must not change the exit code."""
     with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        say(*lines, error=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from maedistill.benchmark.timing import Spread
+from maedistill.escaping import masked
 
 Row = dict[str, Any]  # column -> text, number or Spread; all rows of a table have the same columns
 
@@ -22,16 +23,16 @@ class Report:
     tables: dict[str, list[Row]]
     remarks: list[str]
 
-    def text(self) -> str:
-        """Return the whole report as text for a terminal."""
+    def lines(self) -> list[str]:
+        """Return the whole report for a terminal."""
         here = describe_machine()
         head = f"{here['cores']} cores of {here['cpu']}, {here['gpu'] or 'no GPU'}, torch {here['torch']}"
-        tables = [f"{title}\n{_format(rows)}" for title, rows in self.tables.items()]
-        return "\n\n".join([head, *tables, "\n".join(self.remarks)])
+        tables = [line for title, rows in self.tables.items() for line in (title, *_format(rows), "")]
+        return [head, "", *tables, *self.remarks]
 
     def write_json(self, path: Path, *, command: Sequence[str]) -> None:
         """Write everything in full precision, with command and machine; a Spread becomes median, low and high."""
-        document = {"command": list(command), "machine": describe_machine(), **vars(self)}
+        document = {"command": [masked(word) for word in command], "machine": describe_machine(), **vars(self)}
         path.write_text(json.dumps(document, indent=1, default=vars) + "\n")
 
 
@@ -45,7 +46,7 @@ def describe_machine() -> dict[str, Any]:
     return {"cores": cores, "threads": threads, "gpu": gpu, "cpu": cpu, "torch": torch.__version__}
 
 
-def _format(rows: Sequence[Row]) -> str:
+def _format(rows: Sequence[Row]) -> list[str]:
     """Format rows as a table with columns as wide as their widest cell; numbers are right-aligned."""
     assert rows and all(row.keys() == rows[0].keys() for row in rows)
     columns = []
@@ -53,7 +54,7 @@ def _format(rows: Sequence[Row]) -> str:
         cells = [name, *(_cell(row[name]) for row in rows)]
         width = max(map(len, cells))
         columns.append([cell.ljust(width) if isinstance(first, str) else cell.rjust(width) for cell in cells])
-    return "\n".join("  ".join(line) for line in zip(*columns, strict=True))
+    return ["  ".join(line) for line in zip(*columns, strict=True)]
 
 
 def _cell(value: object) -> str:

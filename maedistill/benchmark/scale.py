@@ -25,6 +25,7 @@ from maedistill.benchmark.training_step import SyntheticTraining, doubled
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError, PeerError, leave
+from maedistill.escaping import say
 from maedistill.evaluation.latency import seconds_of
 from maedistill.processes import distributed
 from maedistill.processes.parent_death import die_with_launcher
@@ -84,7 +85,7 @@ def _torchrun(count: int, batch: int, cores: int, config: str, *overrides: str) 
             text=True,
         )
         if ended.returncode:
-            sys.stderr.write(ended.stderr)
+            say(*ended.stderr.splitlines(), error=True)
             raise PeerError(f"one of {count} training processes failed", "its own message is above")
         return Measured(**json.loads(result.read_text()))
 

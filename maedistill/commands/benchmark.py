@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maedistill.errors import ConfigError
+from maedistill.escaping import say
 
 if TYPE_CHECKING:
     from maedistill.benchmark.report import Report
@@ -35,7 +36,7 @@ def main() -> None:
     if arguments.json and arguments.json.is_dir():
         raise ConfigError(f"--json: {arguments.json} is a folder", "name a file")
     report = arguments.measure(arguments)
-    print(report.text())
+    say(*report.lines())
     if arguments.json:
         report.write_json(arguments.json, command=sys.argv)
 

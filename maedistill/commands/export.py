@@ -4,6 +4,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from maedistill.escaping import say
+
 if TYPE_CHECKING:
     from maedistill.weights.from_run import Weights
 
@@ -52,11 +54,12 @@ def main() -> None:
     out = export(arguments.run, arguments.out, weights=weights, global_pool=arguments.global_pool, exit=arguments.exit)
     record = read_record(out)
     megabytes = sum(path.stat().st_size for path in out.iterdir()) / 1e6
-    print(
-        f"exported {record['checkpoint']} of {record['run']} to {out} ({weights}, {record['global_pool']} pooling)\n"
-        f"parity   max difference {record['max_difference']} over {record['values']:,} values, opened again by timm\n"
-        f"size     {megabytes:.2f} MB\n"
-        f"license  {record['license']}\n\n"
-        "import timm\n"
-        f'model = timm.create_model("local-dir:{out}", pretrained=True).eval()'
+    say(
+        f"exported {record['checkpoint']} of {record['run']} to {out} ({weights}, {record['global_pool']} pooling)",
+        f"parity   max difference {record['max_difference']} over {record['values']:,} values, opened again by timm",
+        f"size     {megabytes:.2f} MB",
+        f"license  {record['license']}",
+        "",
+        "import timm",
+        f'model = timm.create_model("local-dir:{out}", pretrained=True).eval()',
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from maedistill.data.shards.layout import IMAGES_PER_SHARD, QUALITY
 from maedistill.errors import ConfigError
+from maedistill.escaping import say
 
 EXAMPLES = """examples:
   maedistill shards photos/ shards/photos              class/image, images alone, or train/ and val/ of either
@@ -49,7 +50,7 @@ def main() -> None:
         )
         print_summary(out, stats, source.notes)
     if args.verify:
-        print(f"{out}: all {verify_shards(out)} shards are as their index says")
+        say(f"{out}: all {verify_shards(out)} shards are as their index says")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -14,6 +14,7 @@ from maedistill.config.render import explain, render_config
 from maedistill.config.schema import AUTO
 from maedistill.config.values import Root
 from maedistill.errors import ConfigError
+from maedistill.escaping import say, shown
 from maedistill.processes.parent_death import die_with_launcher
 from maedistill.runs.terminal import outlive_readers
 
@@ -33,7 +34,7 @@ def run_command(
     die_with_launcher()
     arguments = _parse(root, about, examples)
     if arguments.explain:
-        print(explain(arguments.explain, root))
+        say(*explain(arguments.explain, root).split("\n"))
         return
     if not arguments.config:
         usage = f"usage: {root.tool} CONFIG [key=value ...]; `{root.tool} --help` has examples and the names of options"
@@ -41,7 +42,7 @@ def run_command(
     _require_effect(arguments)
     loaded = load_config(arguments.config, arguments.overrides, root=root, to_run=not arguments.print_config)
     if arguments.print_config:
-        print(render_config(loaded), end="")
+        say(*render_config(loaded).splitlines())
         return
     if loaded.config.optim.global_batch != AUTO:  # which is chosen so that the ranks can share it
         share_batch(loaded.config, world_size_from_environment())
@@ -52,7 +53,7 @@ def run_command(
     if not arguments.dry_run:
         outlive_readers()
     if loaded.notes and is_first_rank():
-        print("\n".join(loaded.notes), flush=True)
+        say(*loaded.notes)
     if arguments.fresh:
         _confirm_deletion(loaded.config.run, asked=not arguments.yes)
     if arguments.dry_run:
@@ -109,6 +110,7 @@ def _confirm_deletion(run: str, *, asked: bool) -> None:
     from maedistill.runs.folder import RunFolder
 
     question = f"{RunFolder(run).describe_checkpoints()}: delete and start over? [y/N] "
-    print(question, end="", flush=True)
+    sys.stdout.write(shown(question))
+    sys.stdout.flush()
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):  # empty at the end of input
         raise ConfigError(f"run: {run} stays as it is", "leave out --fresh to continue it, or use another run=")

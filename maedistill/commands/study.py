@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from maedistill.errors import ConfigError
+from maedistill.escaping import masked, say
 from maedistill.study.file import load_study
 from maedistill.study.schema import Study
 
@@ -100,9 +101,9 @@ def report(study: Study, out: Path, seeds: list[int], *, title: str) -> bool:
     if "--report" in sys.argv and before.is_file():
         command = json.loads(before.read_text())["command"]  # the command that started the runs
     else:
-        command = shlex.join(sys.argv)
+        command = masked(shlex.join(sys.argv))
     results = collect(study, out, seeds)
     if not any(facts for network in results["networks"].values() for facts in network["runs"].values()):
         return False
-    print(f"\nresults: {write_results(results, out, title=title, command=command)}", flush=True)
+    say("", f"results: {write_results(results, out, title=title, command=command)}")
     return True

@@ -21,7 +21,7 @@ CONFIGS = next(folder / "configs" for folder in (_PACKAGE, _PACKAGE.parent) if (
 DEEPEST = 8
 LONGEST = 100_000  # characters; limits the cost of naming a wrong file. Our configs have a few thousand
 _NAME = re.compile(r"^[^\s:]+$")
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _FLOAT = r"[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
 _TAG = "tag:yaml.org,2002:"
 RESOLVERS = [  # (tag, what a scalar of this type looks like), in order of precedence
@@ -142,6 +142,6 @@ def _value(node: yaml.Node) -> Any:
     if isinstance(node, yaml.SequenceNode):
         return [_value(item) for item in node.value]
     value = SafeConstructor().construct_object(node)  # .inf and .nan, too; the schema rejects both
-    if isinstance(value, str) and _UNPRINTABLE.search(value):
+    if isinstance(value, str) and UNPRINTABLE.search(value):
         raise Refusal(node.start_mark.line + 1, "text with line breaks or control characters", "write one plain line")
     return value

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple
 
 from maedistill.config import finetune_rules, pretrain_rules
-from maedistill.config.document import CONFIGS, Refusal, config_name, find_config, read_document, read_file
+from maedistill.config.document import CONFIGS, UNPRINTABLE, Refusal, config_name, find_config, read_document, read_file
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import all_keys
 from maedistill.config.pretrain import PretrainConfig
@@ -28,6 +28,7 @@ from maedistill.config.shared_rules import Problem
 from maedistill.config.sources import named_source
 from maedistill.config.values import Root, validated
 from maedistill.errors import ConfigError
+from maedistill.escaping import has_secret, masked
 
 COMMAND_LINE = "command line"
 MOST_FILES = 32  # limit for one config; a file that is extended several times counts each time
@@ -96,6 +97,7 @@ def load_config(
         if value is not None and name in settings and settings[name].level == _TOP:
             raise ConfigError(f"{name} is set, and an object is given in its place", "leave one of the two out")
     settings |= _from_python(given or {}, level=_TOP + 1)
+    _require_no_secrets(settings)
     settings = _with_named_sources(settings)
     notes = _scale_warmup(settings, below, root)
     dropped: dict[str, _Dropped] = {}
@@ -133,6 +135,17 @@ def _giving_way(problem: Problem, settings: Mapping[str, _Setting]) -> list[tupl
     """Return the pairs of keys of which the first was set below the second."""
     pairs = [pair for pair in problem.gives_way if pair[0] in settings and pair[1] in settings]
     return [(loser, winner) for loser, winner in pairs if settings[loser].level < settings[winner].level]
+
+
+def _require_no_secrets(settings: Mapping[str, _Setting]) -> None:
+    """Raise `ConfigError` for an address with a password or token, which RUN/config.yaml would keep."""
+    for setting in settings.values():
+        texts = setting.value if isinstance(setting.value, list) else [setting.value]
+        if any(isinstance(text, str) and has_secret(text) for text in texts):
+            raise ConfigError(
+                f"{setting.place}: an address holds a password or token, or *** in its place",
+                "give the address without it: stores read credentials from the environment, such as HF_TOKEN",
+            )
 
 
 def _with_named_sources(settings: Mapping[str, _Setting]) -> dict[str, _Setting]:
@@ -238,13 +251,16 @@ def _from_python(values: RunConfig | Mapping[str, Any], *, level: int, prefix: s
         value = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
         if not isinstance(value, str | int | float | list | Mapping | None):
             raise ConfigError(f"{name}: a {type(value).__name__} is no setting", "give text, a number or a list")
+        if isinstance(value, str) and UNPRINTABLE.search(value):
+            raise ConfigError(f"{name}: text with line breaks or control characters", "write one plain line")
         settings[name] = _Setting(value, "Python", f"Python {name}", level)
     return settings
 
 
 def _read_override(text: str) -> dict[str, _Setting]:
     """Return the settings of one `key=value`; several if the value is a mapping."""
-    place = f"command line {' '.join(text.split())}"
+    words = masked(" ".join(text.split()))  # before they are cut
+    place = f"command line {words}"
     place = place if len(place) <= _LONGEST_PLACE else place[:_LONGEST_PLACE] + "..."
     name, equals, value = text.partition("=")
     if not equals or name.split() != [name] or name.startswith("-"):

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from maedistill.data.loading.evaluation import PADDING, EvaluationImages
 from maedistill.data.shards.index import ShardIndex
 from maedistill.errors import DataError, NumericsError
+from maedistill.escaping import cell
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import Predictor, evaluation_mode, full_pass, left_out
 from maedistill.report.run_report import percent
@@ -197,5 +198,5 @@ def write_predictions(path: Path, evaluation: Evaluation, index: ShardIndex) -> 
 def write_csv(path: Path, rows: Iterable[Sequence[str | int]]) -> None:
     """Write the rows, a header first, to a CSV file atomically."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows(map(cell, row) for row in rows)
     write_text(path, text.getvalue())

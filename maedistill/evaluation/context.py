@@ -15,6 +15,7 @@ import torch
 from maedistill.config.schema import MAX_BAD_FRACTION, Precision
 from maedistill.data.loading.workers import TIMEOUT_SECONDS
 from maedistill.data.shards.index import ShardIndex
+from maedistill.escaping import say
 from maedistill.machine import autocast, cpu_share
 from maedistill.machine import precision as resolve_precision
 from maedistill.processes import distributed
@@ -64,7 +65,7 @@ def open_context(*, batch: int, workers: int | None, threads: int | None, precis
 def print_main(label: str, text: str) -> None:
     """Print a labelled line on rank 0 only, and flush."""
     if distributed.is_main():
-        print(f"{label:<11} {text}", flush=True)
+        say(f"{label:<11} {text}")
 
 
 def print_network(label: str, network: Network) -> None:

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.schema import RunConfig
+from maedistill.escaping import code, markdown
 from maedistill.models.encoder import num_params_m
 from maedistill.models.flops import forward_gflop
 from maedistill.pretraining.build import mask_sizes
@@ -47,7 +48,8 @@ def model_card(saved: RunNetwork, vit: VisionTransformer, *, weights: Weights = 
         "Limits": _limits(metadata, vit),
     }
     body = "\n".join(f"## {title}\n\n" + "\n".join(lines) + "\n" for title, lines in sections.items())
-    return f"{_front_matter(metadata, vit)}# {folder.path.resolve().name}\n\n{_summary(metadata, vit)}\n\n{body}"
+    name = markdown(folder.path.resolve().name)
+    return f"{_front_matter(metadata, vit)}# {name}\n\n{_summary(metadata, vit)}\n\n{body}"
 
 
 def _front_matter(metadata: Mapping[str, Any], vit: VisionTransformer) -> str:
@@ -76,7 +78,7 @@ def _summary(metadata: Mapping[str, Any], vit: VisionTransformer) -> str:
     tuned = "Fine-tuned with a teacher" if metadata.get("teacher") else "Fine-tuned on labels"
     how = tuned if metadata["stage"] == "finetune" else f"Pre-trained {METHODS[metadata.get('method')]}"
     return (
-        f"{how}: a Vision Transformer (timm's `{metadata['network']['name']}`), {vit.embed_dim} wide, "
+        f"{how}: a Vision Transformer (timm's {code(metadata['network']['name'])}), {vit.embed_dim} wide, "
         f"{len(vit.blocks)} blocks, with {tokens}, on images of {size} px in patches of {patch} px. "
         f"{num_params_m(vit):.2f} M parameters, {forward_gflop(vit):.3g} GFLOP for one image's forward pass (a "
         f"multiply-add counts as two). The output is {gives}, from the {pooled}."
@@ -103,7 +105,7 @@ def _origin(metadata: Mapping[str, Any]) -> list[str]:
 
 def _listed(line: str) -> str:
     """Turn a log line, whose parts are separated by two spaces, into prose."""
-    return line.replace("  ", ", ")
+    return markdown(line).replace("  ", ", ")
 
 
 def _images(metadata: Mapping[str, Any], before: str = "") -> str:
@@ -129,7 +131,7 @@ def _training(
         optim = config.optim
         clip = f", gradients clipped at {optim.clip:g}" if optim.clip is not None else ""
         lines += [
-            f"- Training shards: `{config.data.train}`.",
+            f"- Training shards: {code(config.data.train)}.",
             *(_pretraining(config, vit) if isinstance(config, PretrainConfig) else []),
             *(_finetuning(config) if isinstance(config, FinetuneConfig) else []),
             f"- Schedule: {optim.epochs:g} epochs, {optim.global_batch} images a step; AdamW with betas {optim.betas}, "
@@ -138,7 +140,7 @@ def _training(
         ]
     starts = metadata.get("starts", [])
     commands = Counter(start["command"] for start in starts)
-    lines += [f"- Command: `{command}`, started {count} time(s)." for command, count in commands.items()]
+    lines += [f"- Command: {code(command)}, started {count} time(s)." for command, count in commands.items()]
     if not starts:
         return [*lines, "- Command and software versions are not recorded."]
     versions = ", ".join(f"{name} {number}" for name, number in starts[-1]["versions"].items())

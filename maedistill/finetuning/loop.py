@@ -17,6 +17,7 @@ from torch import Tensor
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.data.images.augment import seed_generators
+from maedistill.escaping import say
 from maedistill.evaluation.accuracy import evaluate
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import Predictor
@@ -138,4 +139,4 @@ def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
             values = score.metrics()
             values["val_loss"] = values.pop("loss")
             metrics.write(run.step, {"epoch": run.epoch, **{prefix + name: value for name, value in values.items()}})
-            print(f"epoch {run.epoch:.1f}  {prefix.replace('_', ' ')}{score.line()}", flush=True)
+            say(f"epoch {run.epoch:.1f}  {prefix.replace('_', ' ')}{score.line()}")

@@ -19,6 +19,7 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.images.transforms import to_float01
 from maedistill.data.loading.evaluation import EvaluationImages, centre_transform, exact_batches
 from maedistill.data.shards.index import ShardIndex
+from maedistill.escaping import say
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.features import pooled_features, random_subset
 from maedistill.evaluation.knn import knn_accuracy
@@ -161,4 +162,4 @@ def probe(run: Run, parts: Pretraining, val_index: ShardIndex, metrics: MetricsF
         metrics.write(run.step, {**scores, "images": images, "bad_images": asked - images, "epoch": run.epoch})
         names = {"knn": "kNN {:.1%} (a trend, no forecast)", "linear": "linear probe {:.1%}"}
         summary = ", ".join(names[name].format(accuracy) for name, accuracy in scores.items())
-        print(f"epoch {run.epoch:.1f}  {summary}", flush=True)
+        say(f"epoch {run.epoch:.1f}  {summary}")

@@ -8,9 +8,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.escaping import code, markdown, shown
 from maedistill.report.curves import draw_curves, mean_metric
 from maedistill.report.intervals import of_count
 from maedistill.runs.folder import RunFolder
@@ -34,14 +36,14 @@ def write_run_report(folder: RunFolder) -> Path:
     assert isinstance(config, PretrainConfig)
     last, curve = summary(records), _draw_run(folder, records, metadata)
     lines = [
-        f"# {folder.path.name}: {config.method} pre-training of {config.student.title}",
+        f"# {markdown(folder.path.name)}: {config.method} pre-training of {markdown(config.student.title)}",
         "",
         f"- {config.optim.epochs:g} epochs of {metadata['data']['images']:,} images, {last['step']} steps, "
         f"global batch {config.optim.global_batch}, lr {config.optim.peak_lr:.3g}",
-        f"- teacher: {metadata['teacher'] or 'none'}",
-        f"- license of the weights that went in: {metadata['license']}",
+        f"- teacher: {markdown(metadata['teacher'] or 'none')}",
+        f"- license of the weights that went in: {markdown(metadata['license'])}",
         f"- training time {duration(last['seconds'])} at {last['rate']:.0f} images/s per rank",
-        f"- command: `{metadata['starts'][-1]['command']}`, {_times(len(metadata['starts']))}",
+        f"- command: {code(metadata['starts'][-1]['command'])}, {_times(len(metadata['starts']))}",
         "",
         *losses_table({folder.path.name: folder}),
         "",
@@ -52,8 +54,8 @@ def write_run_report(folder: RunFolder) -> Path:
         *([PICTURE_NOTE, ""] if picture and config.pixels.target != "raw" else []),
         "Next: fine-tune this student, or distil it into one of half the width:",
         "",
-        f"    {shlex.join(_finetune_command(folder, config))}",
-        f"    {shlex.join(_distil_command(folder, config))}",
+        f"    {shown(shlex.join(_finetune_command(folder, config)))}",
+        f"    {shown(shlex.join(_distil_command(folder, config)))}",
         "",
     ]
     write_text(folder.report, "\n".join(lines))
@@ -70,27 +72,27 @@ def write_finetune_report(folder: RunFolder) -> Path:
     without = f", without {bad:,} that cannot be decoded" if (bad := score.get("bad_images", 0)) else ""
     last, curve = summary(records), _draw_run(folder, records, metadata)
     lines = [
-        f"# {folder.path.name}: {metadata['network']['name']} fine-tuned",
+        f"# {markdown(folder.path.name)}: {markdown(metadata['network']['name'])} fine-tuned",
         "",
         f"**top-1 {percent(correct, images)}**, 95 % interval {interval_text(correct, images)}; "
         f"top-5 {percent(score['top5_correct'], images)} on {images:,} validation images, each counted once{without}; "
         f"loss {score['val_loss']:.4f}. The interval is Wilson's: what another seed would give is not in it.",
         "",
         *([f"- moving average: top-1 {percent(averaged[-1]['ema_top1_correct'], images)}"] if averaged else []),
-        f"- start: {metadata['init'] or 'from scratch'}",
-        *([f"- teacher: {metadata['teacher']}"] if metadata.get("teacher") else []),
+        f"- start: {markdown(metadata['init'] or 'from scratch')}",
+        *([f"- teacher: {markdown(metadata['teacher'])}"] if metadata.get("teacher") else []),
         f"- {config.optim.epochs:g} epochs of {metadata['data']['images']:,} images, {last['step']} steps, "
         f"global batch {config.optim.global_batch}, lr {config.optim.peak_lr:.3g}, layer decay "
         f"{config.optim.layer_decay:g}, seed {config.seed}",
-        f"- license of the weights that went in: {metadata['license']}",
+        f"- license of the weights that went in: {markdown(metadata['license'])}",
         f"- training time {duration(last['seconds'])} at {last['rate']:.0f} images/s per rank",
-        f"- command: `{metadata['starts'][-1]['command']}`, {_times(len(metadata['starts']))}",
+        f"- command: {code(metadata['starts'][-1]['command'])}, {_times(len(metadata['starts']))}",
         "",
         *([f"![loss and accuracy]({curve.name})", ""] if curve else []),
         *(["![input of the first step](pictures/input.png)", ""] if (folder.pictures / "input.png").exists() else []),
         "Next: hand the network over as a timm model:",
         "",
-        f"    {shlex.join(['maedistill', 'export', str(folder.path)])}",
+        f"    {shown(shlex.join(['maedistill', 'export', str(folder.path)]))}",
         "",
     ]
     write_text(folder.report, "\n".join(lines))
@@ -173,8 +175,8 @@ def losses_table(folders: Mapping[str, RunFolder]) -> list[str]:
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Format the lines of a Markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
+    """Format the lines of a Markdown table; its cells hold text, no markup."""
+    return [f"| {' | '.join(map(markdown, cells))} |" for cells in (heads, ["---"] * len(heads), *rows)]
 
 
 def last_picture(folder: RunFolder, relative_to: Path) -> list[str]:
@@ -182,4 +184,4 @@ def last_picture(folder: RunFolder, relative_to: Path) -> list[str]:
     pictures = sorted(folder.pictures.glob("step_*.png"))
     if not pictures:
         return []
-    return [f"![what is seen, predicted and true]({os.path.relpath(pictures[-1], relative_to)})", ""]
+    return [f"![what is seen, predicted and true]({quote(os.path.relpath(pictures[-1], relative_to))})", ""]

@@ -14,7 +14,6 @@ workers exit through os._exit. It needs no lock that the thread may hold: the th
 nothing, and libc and Python reset the locks of malloc and logging at a fork.
 """
 
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -23,7 +22,8 @@ from typing import Any, Self
 
 from timm.utils import ModelEmaV3
 
-from maedistill.errors import DataError, in_colour
+from maedistill.errors import DataError
+from maedistill.escaping import say
 from maedistill.processes.distributed import on_main
 from maedistill.runs.checkpoint import WRITE_ERRORS, Snapshot, latest_step, take_snapshot, write_snapshot
 from maedistill.runs.records import AppendOnlyFile, warn
@@ -113,7 +113,7 @@ class Saver:
             raise self.failures[-1]
         if error is not None:
             problem = self.failures[-1]
-            print(in_colour(f"warning: {problem.cause}\n  fix: {problem.remedy}"), file=sys.stderr, flush=True)
+            say(f"warning: {problem.cause}", f"  fix: {problem.remedy}", error=True)
 
 
 class _Writing(threading.Thread):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from maedistill.config.document import read_file
+from maedistill.escaping import say
 
 _OF_THE_MACHINE = {"images_per_second", "data_wait", "memory_gb", "eta_seconds", "trained_seconds"}
 _RESULTS = ("val/top1", "val/ema_top1", "val/knn", "val/linear", "train/loss")  # the columns beside hyper-parameters
@@ -20,7 +21,7 @@ def open_board(folder: Path, first_step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
     except ImportError:
-        print("no TensorBoard events: tensorboard is not installed (pip install tensorboard)", flush=True)
+        say("no TensorBoard events: tensorboard is not installed (pip install tensorboard)")
         return None
     board = SummaryWriter(folder / "tb", purge_step=first_step + 1)  # hides later steps that a failed start wrote
     if (config := folder / "config.yaml").is_file():

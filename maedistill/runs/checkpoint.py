@@ -17,7 +17,6 @@ restore.py reads checkpoints.
 """
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -33,12 +32,13 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from maedistill.durable import make_folder, sync, write_synced
+from maedistill.escaping import get_log
 from maedistill.processes.distributed import copy_to_main
 from maedistill.runs.manifest import COMPLETE, CorruptCheckpoint, follow_umask, verify, write_manifest
 from maedistill.runs.state import STATE, checkpoint_name, read_state, stated_step
 from maedistill.training.engine import MOMENTS, Engine
 
-logger = logging.getLogger(__name__)
+logger = get_log(__name__)
 
 WRITE_ERRORS = (OSError, SafetensorError)  # a full disk, a missing permission: what the user can fix
 _NAME = re.compile(r"step_(\d{9})")

@@ -6,6 +6,7 @@ from typing import Any
 
 from maedistill.data.loading.batch import Batch
 from maedistill.data.loading.loader import RandomCrops
+from maedistill.escaping import say
 from maedistill.machine import autocast, cpu_share, precision
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.metrics import duration, memory_gb
@@ -23,7 +24,7 @@ def dry_run(
     """
     RunFolder(stage.config.run).check(stage.config, stage.metadata, fresh=False, extend=False)
     lines = [*stage.summary_lines, *more_lines, *_measured_lines(stage, crops, inputs_of)]
-    print("\n".join(lines) + "\nnothing was started: dry run", flush=True)
+    say(*lines, "nothing was started: dry run")
 
 
 def forward_backward(stage: Stage, inputs: tuple[Any, ...]) -> None:

@@ -25,6 +25,7 @@ from maedistill.config.render import config_yaml
 from maedistill.config.schema import RunConfig
 from maedistill.durable import make_folder
 from maedistill.errors import ConfigError, DataError, Preempted, UserError, device_error
+from maedistill.escaping import shown
 from maedistill.processes import distributed
 from maedistill.runs.checkpoint import checkpoint_steps, latest_step
 from maedistill.runs.lock import FolderLock
@@ -175,7 +176,7 @@ class RunFolder:
         """Return the command that continues the run, None if a launcher started it, whose words are unknown here."""
         words = [word for word in sys.argv if word not in ("--fresh", "--yes")]
         program = [] if words[0] == "maedistill" else ["python"]
-        return shlex.join([*program, *words]) if distributed.world_size() == 1 else None
+        return shown(shlex.join([*program, *words])) if distributed.world_size() == 1 else None
 
     def leave_at_once(self) -> NoReturn:
         """End the process for a second Ctrl-C: record it and say which step was saved last."""
@@ -209,8 +210,8 @@ class RunFolder:
             self._lock.release()
 
     def _write(self, exit_code: int, reason: str) -> None:
-        step = latest_step(self.checkpoints)
-        end = {"exit_code": exit_code, "reason": reason, "step": step or 0}  # step: where the same command resumes
+        step, reason = latest_step(self.checkpoints) or 0, shown(reason)
+        end = {"exit_code": exit_code, "reason": reason, "step": step}  # step: where the same command resumes
         try:
             make_folder(self.path)
             write_text(self.path / "exit.json", json.dumps(end) + "\n")

@@ -5,7 +5,6 @@ that the host never waits for the device.
 """
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from maedistill.config.schema import EngineConfig
 from maedistill.errors import NumericsError
+from maedistill.escaping import say
 from maedistill.processes import distributed
 from maedistill.runs.progress import Progress
 from maedistill.runs.records import AppendOnlyFile
@@ -74,7 +74,7 @@ class NonfinitePolicy:
                 if distributed.is_main():
                     self.lines.append(json.dumps({"step": last, "samples": sample_names(step)}))
                     text = f"step {last} is not applied: its loss or gradient is not finite"
-                    print(text, file=sys.stderr, flush=True)
+                    say(text, error=True)
         too_many = self.settings.nonfinite == "stop" or progress.nonfinite_in_a_row > self.settings.max_nonfinite
         if last is not None and too_many:
             raise NumericsError(

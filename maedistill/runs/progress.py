@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from maedistill.config.schema import RunConfig
 from maedistill.errors import DataError
+from maedistill.escaping import shown
 from maedistill.processes import distributed
 from maedistill.runs.records import AppendOnlyFile
 
@@ -55,7 +56,7 @@ class BadSampleLog:
 
     def add(self, lines: Iterable[str]) -> None:
         """Remember bad samples of this rank, each as a line `NAME: why`."""
-        self._new += lines
+        self._new += map(shown, lines)
 
     def count(self, progress: Progress) -> None:
         """Write and count the new bad samples of all ranks. Collective. Raises DataError if they are too many."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import maedistill
+from maedistill.escaping import masked
 
 _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy")
 _GIT_SECONDS = 10
@@ -20,7 +21,7 @@ def describe_start(execution: dict[str, Any]) -> dict[str, Any]:
     versions = {"python": platform.python_version(), "maedistill": maedistill.__version__}
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
+        "command": masked(shlex.join(sys.argv)),
         "host": platform.node(),
         "versions": versions | {name: version(name) for name in _PACKAGES},
         "source": git_state(Path(maedistill.__file__).parent),

@@ -6,14 +6,14 @@ ignore_write_errors -> an optional file, such as a picture, is left out with a w
 """
 
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from maedistill.durable import sync, write_durably
-from maedistill.errors import DataError, in_colour
+from maedistill.errors import DataError
+from maedistill.escaping import say
 
 
 class AppendOnlyFile:
@@ -100,7 +100,7 @@ def unwritable(path: Path, error: OSError) -> DataError:
 
 def warn(text: str) -> None:
     """Print one line of warning to stderr."""
-    print(in_colour(f"warning: {text}"), file=sys.stderr, flush=True)
+    say(f"warning: {text}", error=True)
 
 
 def _ends_torn(path: Path) -> bool:

@@ -9,7 +9,6 @@ the tensors to the other ranks. If there are folders but none is intact, that is
 A folder loads completely or raises DataError, whatever it contains.
 """
 
-import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +17,14 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from maedistill.errors import DataError
+from maedistill.escaping import get_log
 from maedistill.processes.distributed import broadcast_tensor, on_main
 from maedistill.runs.checkpoint import WRITE_ERRORS, checkpoint_steps, require_intact
 from maedistill.runs.manifest import CorruptCheckpoint, read_manifest, verify
 from maedistill.runs.state import read_state
 from maedistill.training.engine import MOMENTS, Engine, TrainingState
 
-logger = logging.getLogger(__name__)
+logger = get_log(__name__)
 
 
 def load_latest(folder: Path, engine: Engine, ema: ModelEmaV3 | None = None) -> dict[str, Any] | None:

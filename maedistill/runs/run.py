@@ -21,6 +21,7 @@ from maedistill.config.schema import RunConfig
 from maedistill.data.loading.batch import Batch
 from maedistill.data.loading.loader import RandomCrops, training_batches
 from maedistill.errors import Preempted
+from maedistill.escaping import say
 from maedistill.processes import distributed
 from maedistill.processes.heartbeat import Peers
 from maedistill.processes.preemption import PreemptionHandler
@@ -108,7 +109,7 @@ class Run:
         self.progress = Progress.from_state(state, checkpoints=self.folder.checkpoints)
         self.averages.restore(self.progress.losses, device=self.device)
         if distributed.is_main():
-            print(f"continues at step {self.step} of {self.plan.steps} from {self.folder.checkpoints}", flush=True)
+            say(f"continues at step {self.step} of {self.plan.steps} from {self.folder.checkpoints}")
 
     def save(self) -> None:
         """Take a checkpoint, which is written while training goes on. Collective."""
@@ -257,6 +258,6 @@ class Run:
         if metrics is not None:
             metrics.write(self.step, values)
             epochs = self.config.optim.epochs
-            print(progress_line(means, values, step=self.step, total_steps=self.plan.steps, epochs=epochs), flush=True)
+            say(progress_line(means, values, step=self.step, total_steps=self.plan.steps, epochs=epochs))
             if hint := self.hint.note(values["data_wait"], workers=self.workers):
-                print(hint, flush=True)
+                say(hint)

@@ -15,6 +15,7 @@ from torch import nn
 
 from maedistill.config.plan import Plan
 from maedistill.config.schema import RunConfig
+from maedistill.escaping import say
 from maedistill.machine import cpu_share, precision
 from maedistill.processes import distributed
 from maedistill.processes.heartbeat import Peers
@@ -86,7 +87,7 @@ def run_stage(
                     train(run, stage, metrics)
             report = distributed.on_main(lambda: write_report(folder))
             if distributed.is_main():
-                print(f"done: {report}", flush=True)
+                say(f"done: {report}")
     distributed.barrier()  # a launcher kills all ranks once one has exited: wait until all are done
 
 
@@ -122,7 +123,7 @@ def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, ext
         hardware = f"{execution['ranks']} x {execution['device']}, {execution['precision']}"
         compiled = "compiled (the first step may take minutes)" if execution["compiled"] else "not compiled"
         line = f"engine   {hardware}, {compiled}, ZeRO {execution['zero']}"
-        print("\n".join([*stage.summary_lines, line]), flush=True)
+        say(*stage.summary_lines, line)
     if execution["compiled"]:
         stage.compile()
     optimizer = build_optimizer(stage.groups, lr=optim.peak_lr, betas=optim.betas)

@@ -10,6 +10,8 @@ import textwrap
 from contextlib import suppress
 from typing import Any, TextIO
 
+from maedistill.escaping import shown
+
 _ERASE = "\r\x1b[K"
 _INDENT = 9  # columns, as wide as the keys of the summary
 
@@ -25,7 +27,7 @@ class Terminal:
     def status(self, text: str) -> None:
         """Replace the status line, cut to the width of the terminal."""
         if self.shows_status:
-            self._status = text[: _columns() - 1]
+            self._status = shown(text)[: _columns() - 1]
             self._stdout.write(f"{_ERASE}{self._status}")
             self._stdout.flush()
 

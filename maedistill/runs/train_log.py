@@ -10,13 +10,13 @@ Nor does a reader that has left.
 import os
 import re
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from maedistill.errors import Preempted, UserError
+from maedistill.escaping import shown, traceback_lines
 from maedistill.processes import distributed
 from maedistill.runs.terminal import Terminal, is_terminal, outlive_readers
 
@@ -61,7 +61,7 @@ class TrainLog:
         if self._waiting is not None:
             self._waiting += lines
             return
-        text = "".join(_COLOUR.sub("", line.rpartition("\r")[2]) + "\n" for line in lines)
+        text = "".join(shown(_COLOUR.sub("", line.rpartition("\r")[2])) + "\n" for line in lines)
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             try:
@@ -72,7 +72,7 @@ class TrainLog:
         except OSError as error:
             if not self._lost and sys.__stderr__ is not None:  # not sys.stderr, which would come back here
                 with suppress(OSError, ValueError):
-                    print(f"warning: {self.path} cannot be written ({error.strerror})", file=sys.__stderr__, flush=True)
+                    sys.__stderr__.write(shown(f"warning: {self.path} cannot be written ({error.strerror})") + "\n")
             self._lost = True
 
     def _note_end(self, error: BaseException) -> None:
@@ -81,7 +81,7 @@ class TrainLog:
         if isinstance(error, UserError):
             self.add(f"{who}error: {error.cause}", f"  fix: {error.remedy}")
         elif not isinstance(error, Preempted | KeyboardInterrupt):
-            self.add(*f"{who}{''.join(traceback.format_exception(error))}".splitlines())
+            self.add(*(f"{who}{line}" for line in traceback_lines(error)))
         elif distributed.is_main():
             self.add(*(str(error) or "stopped by Ctrl-C").splitlines())
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from maedistill.escaping import code, masked, say
 from maedistill.report.comparison import (
     PREDICTIONS,
     ComparedNetwork,
@@ -56,16 +57,16 @@ def run_quickstart(out: Path, *, epochs: float | None) -> None:
     timed = timed_networks(networks)
     run_steps(score_steps({name: n for name, n in networks.items() if name not in timed}, val), out=out, jobs=JOBS)
     run_steps(score_steps(timed, val, latency=True), out=out)  # one at a time, because latency is measured
-    command = shlex.join(sys.argv)
+    command = masked(shlex.join(sys.argv))
     write_results(collect(study, out, [SEED]), out, title=TITLE, command=command)
     results = read_results(networks, baseline=BASELINE)
     notes = [f"**{headline(results, student=STUDENT, teacher=TEACHER, baseline=BASELINE)}.**", *NOTES]
     report = write_comparison(
-        networks, results, out, title=TITLE, baseline=BASELINE, notes=[*notes, f"Command: `{command}`"]
+        networks, results, out, title=TITLE, baseline=BASELINE, notes=[*notes, f"Command: {code(command)}"]
     )
-    print("", *text_table(results, baseline=BASELINE), "", sep="\n")
-    print(headline(results, student=STUDENT, teacher=TEACHER, baseline=BASELINE))
-    print(f"done in {(time.perf_counter() - start) / 60:.1f} minutes: open {report}")
+    say("", *text_table(results, baseline=BASELINE), "")
+    say(headline(results, student=STUDENT, teacher=TEACHER, baseline=BASELINE))
+    say(f"done in {(time.perf_counter() - start) / 60:.1f} minutes: open {report}")
 
 
 def networks_of(study: Study, out: Path) -> dict[str, ComparedNetwork]:

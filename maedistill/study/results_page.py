@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maedistill.errors import join_first
+from maedistill.escaping import code, markdown
 from maedistill.report.charts import Accuracy, accuracy_chart
 from maedistill.report.intervals import Interval
 from maedistill.report.run_report import KNN_CAVEAT, markdown_table
@@ -34,10 +35,10 @@ def write_results(results: _Facts, out: Path, *, title: str, command: str) -> Pa
     several = any(summary["top1"]["n"] > 1 for summary in summaries.values())
     spread = ": mean ± standard deviation (n - 1) over seeds" if several else ""
     lines = [
-        f"# {title}",
+        f"# {markdown(title)}",
         "",
         f"Fine-tuned top-1 on all validation images{spread}"
-        + ("." if baseline is None else f"; `against {baseline}`: {_DIFFERENCES}"),
+        + ("." if baseline is None else f"; {code(f'against {baseline}')}: {_DIFFERENCES}"),
         *_interval_lines(summaries.values()),
         "",
         *accuracy_table(summaries, baseline),
@@ -47,8 +48,8 @@ def write_results(results: _Facts, out: Path, *, title: str, command: str) -> Pa
         "",
         KNN_CAVEAT,
         "",
-        *_unfinished_lines(results["unfinished"]),
-        f"Command: `{command}`",
+        *unfinished_lines(results["unfinished"]),
+        f"Command: {code(command)}",
         "",
     ]
     write_text(out / "results.json", json.dumps({"command": command, **results}, indent=1) + "\n")
@@ -110,10 +111,10 @@ def _interval_lines(summaries: Iterable[_Facts]) -> list[str]:
     return ["", f"95 % intervals: {'; '.join(texts)}."] if texts else []
 
 
-def _unfinished_lines(unfinished: Sequence[_Facts]) -> list[str]:
+def unfinished_lines(unfinished: Sequence[_Facts]) -> list[str]:
     """List every run that is in progress or ended early, and the first few runs that have not started."""
     begun = [
-        f"{run['run']} (at epoch {run['epochs']:.1f}{', ended: ' + run['ended'] if run['ended'] else ''})"
+        f"{run['run']} (at epoch {run['epochs']:.1f}{', ended: ' + markdown(run['ended']) if run['ended'] else ''})"
         for run in unfinished
         if run["epochs"] or run["ended"]
     ]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from maedistill.errors import ConfigError, UserError, join_first
+from maedistill.escaping import say, shown
 from maedistill.machine import cpu_share, visible_gpus
 from maedistill.runs.metrics import duration
 from maedistill.study.status import RunningStep, StatusLine
@@ -88,8 +89,8 @@ def print_steps(steps: Sequence[Step]) -> None:
     done = finished_steps(steps)
     for number, step in enumerate(steps, start=1):
         state = "done" if step.name in done else "to do"
-        print(f"{number}/{len(steps)} {step.name}: {state}\n    {step.command_line}", flush=True)
-    print(f"\n{len(steps)} steps: {len(done)} done, {len(steps) - len(done)} to do", flush=True)
+        say(f"{number}/{len(steps)} {step.name}: {state}", f"    {step.command_line}")
+    say("", f"{len(steps)} steps: {len(done)} done, {len(steps) - len(done)} to do")
 
 
 def run_steps(
@@ -150,7 +151,7 @@ def _start(
     log = out / "logs" / f"{step.name.replace('/', '_')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file:
-        file.write(f"$ {command_line}\n")
+        file.write(f"$ {shown(command_line)}\n")
         file.flush()
         process = subprocess.Popen(
             [*program, *step.command],
@@ -169,8 +170,8 @@ def _print_end(job: _Job, status: StatusLine) -> int:
     code = job.process.returncode
     code = 128 - code if code < 0 else code
     if code:
-        end = "".join(f"\n    {line}" for line in job.log.read_text(errors="replace").splitlines()[-2:])
-        status.print(f"FAILED {job.step.name}, exit code {code}, {job.log}:{end}")
+        end = [f"    {line}" for line in job.log.read_text(errors="replace").splitlines()[-2:]]
+        status.print(f"FAILED {job.step.name}, exit code {code}, {job.log}:", *end)
     else:
         status.print(f"{job.place} {job.step.name}: done in {duration(time.monotonic() - job.start)}")
     return code

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from maedistill.escaping import shown
 from maedistill.runs.metrics import duration
 
 _PIPE_SECONDS, _TERMINAL_SECONDS = 10.0, 0.5
@@ -56,10 +57,10 @@ class StatusLine:
             self._write(f"\r{text}\x1b[K")
             self._shown = text
 
-    def print(self, text: str) -> None:
-        """Print a line that stays. The status line disappears until the next update."""
+    def print(self, *lines: str) -> None:
+        """Print lines that stay. The status line disappears until the next update."""
         self.clear()
-        self._write(f"{text}\n")
+        self._write("".join(f"{shown(line)}\n" for line in lines))
 
     def clear(self) -> None:
         """Remove the status line from a terminal."""
@@ -73,7 +74,7 @@ class StatusLine:
 
 
 def _describe(steps: Sequence[RunningStep], *, now: float, short: bool = False) -> str:
-    return "  |  ".join(_describe_one(step, now=now, short=short) for step in steps)
+    return shown("  |  ".join(_describe_one(step, now=now, short=short) for step in steps))
 
 
 def _describe_one(step: RunningStep, *, now: float, short: bool) -> str:

@@ -5,7 +5,6 @@ options keep the random draws inside the networks (drop path) equal to eager mod
 numbers from the same seed.
 """
 
-import sys
 from collections.abc import Callable
 from functools import cache
 from typing import ParamSpec, TypeVar
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from maedistill.errors import ConfigError
+from maedistill.escaping import say
 from maedistill.processes.distributed import local_rank
 
 P = ParamSpec("P")
@@ -38,11 +38,10 @@ def should_compile(setting: bool | None, device: torch.device, *, zero: int) -> 
             "engine.compile=false",
         )
     if local_rank() == 0:
-        print(
+        say(
             f"runs without torch.compile, which fails on this machine ({failure}); a C compiler and Python's headers "
             "are what it usually lacks",
-            file=sys.stderr,
-            flush=True,
+            error=True,
         )
     return False
 

@@ -7,7 +7,6 @@ the model -> image_config -> how its images are resized, cropped and normalised
 import inspect
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from timm.data import resolve_model_data_config
 from timm.models import load_model_config_from_hf
 
 from maedistill.errors import ConfigError, DataError, UserError
+from maedistill.escaping import say
 from maedistill.models.encoder import TimmModel, require_known
 from maedistill.weights.from_file import READ_ERRORS, Inspect, why_unreadable
 
@@ -97,9 +97,7 @@ def read_errors(source: str) -> Iterator[None]:
 def announce_download(source: str, hub_id: str | None) -> None:
     """Say before a download, which takes long and is retried without a network, what else would do."""
     if hub_id and not any(isinstance(try_to_load_from_cache(hub_id, file), str) for file in _HUB_FILES):
-        print(
-            f"downloading {source}; offline? name a file or a folder instead (file:PATH)", file=sys.stderr, flush=True
-        )
+        say(f"downloading {source}; offline? name a file or a folder instead (file:PATH)", error=True)
 
 
 def image_config(network: TimmModel, source: str, *, test: bool = False) -> ImageConfig:

@@ -6,6 +6,8 @@ The text comes from a run's run.json: as its teacher or initial weights state it
 import re
 from collections.abc import Iterable
 
+from maedistill.escaping import markdown
+
 NO_OTHERS = "yours: no other weights were used"
 NOT_STATED = "not stated"
 
@@ -43,5 +45,5 @@ def license_sentence(text: str) -> str:
             "**not stated** by the source of the weights that these derive from. It applies to these as well: find out "
             "what it is before you use them or pass them on."
         )
-    sentence = f"these weights derive from others, whose license applies to them as well: **{text}**."
+    sentence = f"these weights derive from others, whose license applies to them as well: **{markdown(text)}**."
     return f"{sentence} It forbids commercial use." if hub_license(text)[0] in _NON_COMMERCIAL else sentence

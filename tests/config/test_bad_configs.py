@@ -82,6 +82,8 @@ OVERRIDES = [
     "teacher.sha256=abc",
     # overrides that are not YAML, or too much of it
     "data.train=*.tar",
+    "data.train=hf://user:TOKEN@datasets/a.tar",
+    "data.train=s3://***@a/a.tar",
     "data.train=[a",
     "data.train=*shards",
     "run=!!python/object:os.system x",

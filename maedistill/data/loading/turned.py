@@ -3,15 +3,14 @@
 ShardIndex -> warn_of_turned -> a line in the log, if at least a few in a hundred are turned
 """
 
-import logging
-
 from maedistill.data.images.decode import BadImage, open_image
 from maedistill.data.images.orientation import AS_STORED, orientation
 from maedistill.data.shards.index import ShardIndex
 from maedistill.data.shards.reader import ShardReader
+from maedistill.escaping import get_log
 
 LOOKED_AT, SHARE = 100, 0.02  # images, spread over the set; the share of them from which on a line is worth it
-_log = logging.getLogger(__name__)
+_log = get_log(__name__)
 
 
 def warn_of_turned(index: ShardIndex) -> None:

@@ -8,7 +8,6 @@ than `urls.SLOWEST`; a merely slow server is tolerated.
 """
 
 import hashlib
-import logging
 import os
 import random
 import time
@@ -18,12 +17,13 @@ from typing import TypeVar
 
 from maedistill.data.remote.urls import WEB, MissingError, TransferError, ask_store, open_stream
 from maedistill.errors import ConfigError, DataError
+from maedistill.escaping import get_log
 
 _CHANGED = (
     "bring the shard that the index was made of, or make its index again: one that was scanned lies in the user's "
     "cache, in maedistill/index, and may be removed"
 )
-_log = logging.getLogger(__name__)
+_log = get_log(__name__)
 Result = TypeVar("Result")
 
 

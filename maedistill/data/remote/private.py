@@ -6,7 +6,6 @@ checked on the open file, not by name.
 """
 
 import fcntl
-import logging
 import os
 import stat
 import time
@@ -14,11 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from maedistill.errors import ConfigError, DataError
+from maedistill.escaping import get_log
 
 _POLL = 0.05  # seconds between two attempts to lock
 _NOTICE = 10.0  # seconds of waiting after which the holder of a lock is named
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-_log = logging.getLogger(__name__)
+_log = get_log(__name__)
 
 
 def open_private_folder(folder: Path, remedy: str) -> int:

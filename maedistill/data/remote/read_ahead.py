@@ -1,14 +1,14 @@
 """Prefetch remote shards in the background: shards of this window and the next -> ReadAhead -> cache."""
 
-import logging
 import threading
 from collections.abc import Sequence
 
 from maedistill.data.remote.cache import ShardCache
 from maedistill.data.remote.download import RemoteShard
 from maedistill.errors import DataError
+from maedistill.escaping import get_log
 
-_log = logging.getLogger(__name__)
+_log = get_log(__name__)
 
 
 class ReadAhead:

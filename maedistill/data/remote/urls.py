@@ -20,6 +20,7 @@ import fsspec
 from fsspec.asyn import sync
 
 from maedistill.errors import ConfigError
+from maedistill.escaping import has_secret
 
 WEB, STORES = ("http", "https"), ("s3", "gs", "hf")
 CHUNK = 1 << 20  # bytes per read of a web response
@@ -72,11 +73,16 @@ def check_url(url: str) -> None:
     match = _PLAIN.fullmatch(url)
     if not match or match[1] not in (*WEB, *STORES):
         raise ConfigError(f"{url!r} is no address that shards are read from", f"give a path or one of {schemes}")
+    if has_secret(url):
+        raise ConfigError(
+            f"{url!r} holds a password or token",
+            "give the address without it: stores read credentials from the environment, such as HF_TOKEN",
+        )
     if "::" in url:
         raise ConfigError(f"{url!r} is a chain of protocols", f"give one plain address: {schemes}")
     if match[1] in WEB and ("@" in match[2] or re.search(r"[?#]", url)):
         raise ConfigError(
-            "a web address of shards has a password, a query (?) or a fragment (#)",
+            "a web address of shards has a user name, a query (?) or a fragment (#)",
             "use a plain address; for shards that need credentials s3://, gs:// or hf:// with the environment's own",
         )
 

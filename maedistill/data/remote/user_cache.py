@@ -1,12 +1,12 @@
 """The user's cache folder, also for a user without a home: a container that is started with a bare user id has none."""
 
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 from maedistill.data.remote.private import open_private_folder
-from maedistill.errors import ConfigError, in_colour
+from maedistill.errors import ConfigError
+from maedistill.escaping import say
 
 FOLDER_VARIABLE = "MAEDISTILL_CACHE"
 
@@ -41,5 +41,4 @@ def ensure_home() -> None:
     except OSError as error:
         raise ConfigError(f"this user has no home folder, and no temporary one can be made: {error}", remedy) from error
     os.environ["HOME"] = str(folder)
-    text = f"warning: this user has no home folder: caches go to {folder}; set HOME to keep them elsewhere"
-    print(in_colour(text), file=sys.stderr, flush=True)
+    say(f"warning: this user has no home folder: caches go to {folder}; set HOME to keep them elsewhere", error=True)

@@ -11,7 +11,6 @@ Letters: `n` samples, `m` shards. This module imports neither torch nor an image
 
 import hashlib
 import json
-import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from maedistill.data.shards.index_check import check_arrays, check_text, is_text
 from maedistill.data.shards.scan import NO_LABEL, Members, ShardScan, why_unlabelled
 from maedistill.durable import make_folder, write_durably
 from maedistill.errors import DataError, join_first
+from maedistill.escaping import get_log
 
 FORMAT = 1
 SUFFIX = ".index.safetensors"
@@ -37,7 +37,7 @@ SCANNED = {"made_by": "scan"}
 MOST_SUFFIXES = 20  # limit for one log message, because a hostile shard may hold any number of them
 
 _ARRAYS = ("starts", "offsets", "sizes", "labels", "key_text", "key_ends")
-_log = logging.getLogger(__name__)
+_log = get_log(__name__)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,6 @@ An index that no longer says what its shards hold is made again, or refused if i
 
 import hashlib
 import json
-import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -32,9 +31,10 @@ from maedistill.data.shards.patterns import Split, find_shards, split_name
 from maedistill.data.shards.scan import USUAL, Members, scan_shards
 from maedistill.data.shards.stamps import mtime_of, stamp_of
 from maedistill.errors import ConfigError, DataError
+from maedistill.escaping import get_log
 
 _ELSEWHERE = f"set {FOLDER_VARIABLE} to a folder that this user can write to"
-_log = logging.getLogger(__name__)
+_log = get_log(__name__)
 
 
 def open_index(

@@ -19,6 +19,7 @@ from typing import Literal
 from maedistill.data.remote.download import list_urls
 from maedistill.data.remote.urls import check_url, is_url
 from maedistill.errors import ConfigError, DataError, join_first
+from maedistill.escaping import masked
 
 MOST_NAMES = 1_000_000  # a limit that catches typing errors such as {0..99999999}
 MOST_LETTERS = 500_000_000  # of all names together, so that a long pattern cannot exhaust memory
@@ -197,5 +198,6 @@ def _nearest_folder(path: str) -> str:
 
 
 def _cut(text: str) -> str:
-    """Return the text, without its middle if it is long."""
+    """Return the text without secrets, and without its middle if it is long."""
+    text = masked(text)
     return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN // 2]}...{text[-MOST_SHOWN // 2 :]}"

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -282,7 +283,9 @@ def _finish(out: Path, classes: tuple[str, ...], settings: dict[str, Any], stats
 
 
 def _write_json(file: Path, value: Any) -> None:
-    write_durably(file, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(value, indent=1, ensure_ascii=False)  # letters as they are, but what steers a terminal as \\u202e
+    text = re.sub(r"[^ -~\n]", lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text)
+    write_durably(file, f"{text}\n".encode())
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""Text as it is shown: what data, weights, files, peers and libraries say stays one line, and secrets are masked.
+
+shown -> one line of console or log      markdown, code -> a piece of a page      cell -> CSV      masked -> no secrets
+say -> stdout or stderr, for everything that the package prints; get_log -> the same for its logs
+
+Files that are read again (an index, classes.json, run.json) keep every character.
+"""
+
+import logging
+import os
+import re
+import sys
+import traceback
+
+_COLOURS = {"error": 31, "warning": 33}  # red, yellow
+_NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?")
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")  # what a spreadsheet computes; it takes the wide ones alike
+_MARKUP = re.compile(r"[\\`*\[<&|]|(?<![^\W_])_|_(?![^\W_])")  # an underscore within a word is one
+
+# USER:PASSWORD@ or TOKEN@. A password may hold "/" and "@", and an error may quote an address without its end: what
+# follows `//name:` is hidden up to the last "@", or to the end, unless it is a port.
+_LOGIN = re.compile(r"""(?i)\b([a-z][a-z0-9+.-]*://)([^\s/@:[]*:(?!\d+(?:[^\w@.]|$))(?:\S*@|[^\s'"]*)|[^\s/]+@)""")
+_QUERY = re.compile(
+    r"(?i)([?&;][\w.-]*(?:token|secret|signature|passw|pwd|credential|key)[\w.-]*=|[?&;](?:sig|auth)=)[^\s&;'\"]+"
+)
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # of the Hugging Face hub, wherever it stands
+
+
+def masked(text: str) -> str:
+    """Return the text with *** in place of passwords and tokens in addresses of any scheme."""
+    return _TOKEN.sub("***", _QUERY.sub(r"\1***", _LOGIN.sub(_without_login, text)))
+
+
+def _without_login(match: re.Match[str]) -> str:
+    """Hide what stands before the @ of an address, except the name of a repository: hf://NAME@REVISION."""
+    scheme, login = match.groups()
+    is_name = scheme.lower() == "hf://" and ":" not in login and not login.startswith(("hf_", "***"))
+    return match[0] if is_name else f"{scheme}***@"
+
+
+def has_secret(text: str) -> bool:
+    """Return whether an address holds a password or a token, or the *** that a record has in its place."""
+    return masked(text) != text or "://***@" in text or "=***" in text
+
+
+def shown(text: object) -> str:
+    r"""Return the text as one line that cannot steer a terminal, without secrets: line breaks become \n, ESC \x1b."""
+    text = masked(str(text))
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def markdown(text: object) -> str:
+    """Return the text for a line or table cell of Markdown, where it is neither markup nor HTML."""
+    return _MARKUP.sub(lambda match: f"&#{ord(match[0])};", shown(text))
+
+
+def code(text: object) -> str:
+    """Return the text as code in a line of Markdown."""
+    text = shown(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if len(fence) > 1 else f"{fence}{text}{fence}"
+
+
+def cell(value: str | int) -> str | int:
+    """Return the value for a CSV file: text that a spreadsheet would take for a formula gets an apostrophe."""
+    if isinstance(value, int):
+        return value
+    text = shown(value)
+    return f"'{text}" if text.startswith(_FORMULA) and not _NUMBER.fullmatch(text) else text
+
+
+def say(*lines: str, error: bool = False) -> None:
+    """Print lines on stdout, or stderr: `error:` and `warning:` are then coloured. Each argument stays one line."""
+    texts = map(shown, lines)
+    stream = sys.stderr if error else sys.stdout
+    print(*(map(_in_colour, texts) if error else texts), sep="\n", file=stream, flush=True)
+
+
+def _in_colour(text: str) -> str:
+    """Colour the `error:` or `warning:` that a text begins with, if stderr is a terminal and NO_COLOR is not set."""
+    kind, colon, rest = text.partition(":")
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty()
+    return text if plain or kind not in _COLOURS else f"\x1b[{_COLOURS[kind]}m{kind}{colon}\x1b[0m{rest}"
+
+
+def traceback_lines(error: BaseException) -> list[str]:
+    """Return the traceback of an error, in which no further line of its text begins at the margin."""
+    entries = traceback.format_exception(error)
+    return [shown(line) for entry in entries for line in entry.rstrip("\n").replace("\n", "\n  ").split("\n")]
+
+
+def get_log(name: str) -> logging.Logger:
+    """Return the logger of a module, whose messages stay one line each."""
+    log = logging.getLogger(name)
+    log.addFilter(_escape)
+    return log
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    record.msg, record.args = shown(record.getMessage()), ()
+    return True
