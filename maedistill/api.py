@@ -137,6 +137,7 @@ def evaluate(
     *,
     weights: str = "model",
     exit: int | None = None,
+    peer: int = 0,
     image_size: int | None = None,
     crop: float | None = None,
     against: str | None = None,
@@ -148,13 +149,14 @@ def evaluate(
 
     model: a run folder, an export folder, KIND:NAME (as `timm:resnet18.a1_in1k`), or a module that maps normalised
     images [B, 3, s, s] to logits. data: labelled shards or a data set. weights: `ema` for a moving average, or the name
-    of an entry of a checkpoint file. exit: the block of one of a run's exits, where the network ends. image_size, crop:
-    other than the model's own. against: a second classifier, for agreement and a paired comparison.
+    of an entry of a checkpoint file. exit: the block of one of a run's exits, where the network ends. peer: a student
+    of mutual learning, from 1 on. image_size, crop: other than the model's own. against: a second classifier, for
+    agreement and a paired comparison.
     """
     context = open_context(batch=batch, workers=workers, threads=None, precision=precision)
     source = model if isinstance(model, nn.Module) else str(model)
     images = str(data) if isinstance(data, str | Path) else data
-    options: dict[str, Any] = {"weights": weights, "exit": exit, "image_size": image_size, "crop": crop}
+    options: dict[str, Any] = {"weights": weights, "exit": exit, "peer": peer, "image_size": image_size, "crop": crop}
     options |= {"against": against}
     return score(source, images, context, **options, files={})
 
@@ -166,13 +168,15 @@ def export(
     weights: Weights = "model",
     global_pool: Pooling | None = None,
     exit: int | None = None,
+    peer: int = 0,
 ) -> Path:
     """Write the network of a run as a folder that timm opens, with its model card, and return that folder.
 
     out: RUN/export by default. weights: `ema` for the moving average. global_pool: how a pre-trained backbone pools its
-    patches: `avg` (the default) or `token`. exit: the block of one of its exits, where the network ends.
+    patches: `avg` (the default) or `token`. exit: the block of one of its exits, where the network ends. peer: a
+    student of mutual learning, from 1 on.
     """
-    return export_run(run, out, weights=weights, global_pool=global_pool, exit=exit)
+    return export_run(run, out, weights=weights, global_pool=global_pool, exit=exit, peer=peer)
 
 
 def load_backbone(
@@ -181,16 +185,17 @@ def load_backbone(
     weights: Weights = "model",
     global_pool: Pooling | None = None,
     exit: int | None = None,
+    peer: int = 0,
     student: nn.Module | None = None,
 ) -> Any:
     """Return the network of a run as a timm model in eval mode, without classifier: [B, 3, s, s] -> features [B, D].
 
-    weights, global_pool, exit: as in `export`. student: for a run with a student of your own, a module of its class;
-    its weights are set to those of the run, and it is returned.
+    weights, global_pool, exit, peer: as in `export`. student: for a run with a student of your own, a module of its
+    class; its weights are set to those of the run, and it is returned.
     """
     if student is not None:
         return load_into(student, run, weights=weights)
-    saved = open_run(run, weights=weights, exit=exit)
+    saved = open_run(run, weights=weights, exit=exit, peer=peer)
     backbone = with_pooling(saved, global_pool)
     backbone.reset_classifier(0)
     return backbone

@@ -71,6 +71,7 @@ def parse_score(words: list[str]) -> argparse.Namespace:
     )
     add("--index", metavar="FILE", help="the shards' index, where it does not lie beside them")
     add("--exit", type=int, metavar="BLOCK", help="the network that ends at an exit (a run with student.exits)")
+    add("--peer", type=int, default=0, metavar="N", help="a student of mutual learning, from 1 on")
     add("--against", metavar="MODEL2", help="compare the answers with another classifier's: same best class, KL")
     labels = parser.add_mutually_exclusive_group().add_argument
     labels("--subset", action="store_true", help="the shards hold some of the model's classes: match them by name")
@@ -205,6 +206,7 @@ def start_score(arguments: argparse.Namespace) -> None:
         index_file=arguments.index,
         weights=arguments.weights,
         exit=arguments.exit,
+        peer=arguments.peer,
         image_size=arguments.image_size,
         crop=arguments.crop,
         test_size=arguments.test_size,

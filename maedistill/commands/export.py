@@ -42,6 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--exit", type=int, metavar="BLOCK", help="the network that ends at an exit (runs with student.exits)"
     )
+    parser.add_argument("--peer", type=int, default=0, metavar="N", help="a student of mutual learning, from 1 on")
     return parser.parse_args(sys.argv[2:])
 
 
@@ -51,7 +52,14 @@ def main() -> None:
     from maedistill.exporting.folder import export, read_record  # imports torch, for which --help need not wait
 
     weights: Weights = "ema" if arguments.ema else "model"
-    out = export(arguments.run, arguments.out, weights=weights, global_pool=arguments.global_pool, exit=arguments.exit)
+    out = export(
+        arguments.run,
+        arguments.out,
+        weights=weights,
+        global_pool=arguments.global_pool,
+        exit=arguments.exit,
+        peer=arguments.peer,
+    )
     record = read_record(out)
     megabytes = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     say(

@@ -199,6 +199,19 @@ class SelfAttentionConfig(TermConfig):
     blocks: tuple[Count, ...] = result((), "0-based student blocks, shallow to deep, each learns from the next one")
 
 
+class MutualConfig(TermConfig):
+    """Deep mutual learning: students in one run learn from the labels and from each other's predictions."""
+
+    needs_teacher: ClassVar[bool] = False
+
+    weight: Weight = result(0.0, "weight of the mean KL(peer, student) over the peers, T 1; 1 in the paper; 0: off")
+    students: tuple[str, ...] = result(
+        (),
+        'the peers, each by the settings in which it differs, as "student.width=192 student.num_heads=3" (init.*, '
+        'student.*, seed); "" differs in its seed alone, which is the run\'s + 1, + 2, ...',
+    )
+
+
 class DistillConfig(Section):
     """Teachers that the network also learns from while it is fine-tuned, and what it imitates of them."""
 
@@ -233,6 +246,7 @@ class DistillConfig(Section):
     contrastive: ContrastiveConfig = ContrastiveConfig()
     exits: ExitsConfig = ExitsConfig()
     self_attention: SelfAttentionConfig = SelfAttentionConfig()
+    mutual: MutualConfig = MutualConfig()
 
     @property
     def terms(self) -> dict[str, TermConfig]:

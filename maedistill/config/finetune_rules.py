@@ -151,6 +151,17 @@ def _self_attention(c: FinetuneConfig) -> Iterator[Problem]:
     yield from shared_rules.blocks(key, term.blocks, arch=c.student_architecture, who="student")
 
 
+def _mutual(c: FinetuneConfig) -> Iterator[Problem]:
+    """Yield problems unless there are peers, and nothing else to learn from: other terms are of one student."""
+    term, others = c.distill.mutual, [name for name in c.distill.terms if name != "mutual"]
+    if term.on and not term.students:
+        remedy = "write e.g. distill.mutual.students=['']: one peer, which differs in its seed alone"
+        yield Problem("distill.mutual.students", "there is no peer to learn from", remedy)
+    if term.on and others:
+        cause = f"mutual learning does not go with distill.{others[0]}, which is of one student"
+        yield Problem(f"distill.{others[0]}.weight", cause, "use one of the two")
+
+
 def _rising(key: str, blocks: tuple[int, ...]) -> Iterator[Problem]:
     """Yield a problem unless blocks go from shallow to deep, each once."""
     if list(blocks) != sorted(set(blocks)):
@@ -161,12 +172,13 @@ def _rising(key: str, blocks: tuple[int, ...]) -> Iterator[Problem]:
 def _labels(c: FinetuneConfig) -> Iterator[Problem]:
     """Yield problems if nothing trains the classifier at some step, or if a setting of labels has no effect."""
     d = c.distill
-    classifying = [d.logits, d.dkd, *([] if d.hard_label.token else [d.hard_label])]
+    classifying = [d.logits, d.dkd, d.mutual, *([] if d.hard_label.token else [d.hard_label])]
     if d.label_weight == 0 and not any(term.on and not term.is_scheduled for term in classifying):
         yield Problem(
             "distill.label_weight",
             "with weight 0, no loss trains the classifier in every step",
-            "use a weight above 0, or distill.logits, dkd or hard_label without start_epoch, warmup_epochs, stop_epoch",
+            "use a weight above 0, or distill.logits, dkd, hard_label or mutual without start_epoch, warmup_epochs, "
+            "stop_epoch",
         )
     if not d.reads_labels and c.data.label_fraction < 1:
         cause = f"{c.data.label_fraction:g} of the labels, where none is used (distill.label_weight=0)"
@@ -224,6 +236,7 @@ RULES = (
     _terms,
     _exits,
     _self_attention,
+    _mutual,
     _labels,
     _batches,
 )

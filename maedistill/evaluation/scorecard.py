@@ -42,6 +42,7 @@ def score(
     index_file: str | None = None,
     weights: str = "model",
     exit: int | None = None,
+    peer: int = 0,
     image_size: int | None = None,
     crop: float | None = None,
     test_size: bool = False,
@@ -57,7 +58,7 @@ def score(
     """Evaluate `model` on `shards`, print the scorecard and return it. Collective.
 
     From Python the model may be a module that gives logits, and the shards a data set. exit: of a run with exits, the
-    block where the network ends.
+    block where the network ends. peer: of a run of mutual learning, the number of the student.
     image_size, crop: override the model's own. test_size: take those of its published accuracy, if timm states others.
     members: which fields of a sample are image and label. exif: `apply` or `ignore`, if not as in training. against: a
     second classifier to compare with. subset: the shards hold only some of the model's classes, matched by name. real:
@@ -67,7 +68,7 @@ def score(
 
     def open_sized(size: int | None) -> Network:
         if isinstance(model, str):
-            return open_network(model, "classifier", weights=weights, exit=exit, image_size=size)
+            return open_network(model, "classifier", weights=weights, exit=exit, peer=peer, image_size=size)
         given = given_network(model, python_name(model), image_size=size)
         return replace(given, num_classes=given.output().shape[-1])
 

@@ -42,8 +42,10 @@ def model_card(saved: RunNetwork, vit: VisionTransformer, *, weights: Weights = 
     tuned = metadata["stage"] == "finetune"
     sections = {
         "Origin and license": _origin(metadata),
-        "Training": _training(metadata, config, vit, step, weights, saved.exit),
-        "Results": _accuracy(records, metadata, weights, saved.exit) if tuned else _features(records, config, weights),
+        "Training": _training(metadata, config, vit, step, weights, saved.exit, saved.peer),
+        "Results": _accuracy(records, metadata, _prefix(saved, weights))
+        if tuned
+        else _features(records, config, weights),
         "Use": _use(metadata, vit),
         "Limits": _limits(metadata, vit),
     }
@@ -121,9 +123,11 @@ def _training(
     step: int,
     weights: Weights,
     exit: int | None,
+    peer: int,
 ) -> list[str]:
     averaged = ", the moving average of the weights" if weights == "ema" else ""
     ends = f", the network that ends at its exit after block {exit}" if exit is not None else ""
+    ends = f", student {peer} of mutual learning{ends}" if peer else ends
     lines = [f"- These weights: the checkpoint after step {step:,}{averaged}{ends}."]
     if config is None:
         lines.append("- The settings are missing: the run folder had no config.yaml.")
@@ -204,11 +208,14 @@ def _features(records: Sequence[Mapping[str, Any]], config: RunConfig | None, we
     return [*(lines or ["- No measurement is recorded."]), "- No accuracy after fine-tuning is recorded for this run."]
 
 
-def _accuracy(
-    records: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any], weights: Weights, exit: int | None
-) -> list[str]:
-    """Report top-1 and top-5 of a fine-tuned network."""
-    prefix = ("ema_" if weights == "ema" else "") + (f"exit{exit}_" if exit is not None else "")
+def _prefix(saved: RunNetwork, weights: Weights) -> str:
+    """Return the prefix of the metrics of a network that fine-tuning scored."""
+    part = (f"peer{saved.peer}_" if saved.peer else "") + (f"exit{saved.exit}_" if saved.exit is not None else "")
+    return ("ema_" if weights == "ema" else "") + part
+
+
+def _accuracy(records: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any], prefix: str) -> list[str]:
+    """Report top-1 and top-5 of a fine-tuned network. prefix: of its metrics."""
     last = next((record for record in reversed(records) if f"{prefix}top1" in record), None)
     if last is None:
         return ["- No evaluation of these weights is recorded."]

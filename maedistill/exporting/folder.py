@@ -47,23 +47,26 @@ def export(
     weights: Weights = "model",
     global_pool: Pooling | None = None,
     exit: int | None = None,
+    peer: int = 0,
 ) -> Path:
     """Write the network of a run folder to `out`, by default RUN/export, and return that folder.
 
     weights: `ema` for the moving average. exit: the block of an exit at which the network ends, for a fine-tuned one;
-    then to RUN/export_exitBLOCK. global_pool: the output of a pre-trained student, [B, D], after its own norm:
-    `avg`, the mean of the patch tokens (the default), or `token`, the class token. A fine-tuned network is exported
-    unchanged, with its classifier: [B, C]. An earlier export in `out` is replaced.
+    then to RUN/export_exitBLOCK. peer: a student of mutual learning; then to RUN/export_peerN. global_pool: the output
+    of a pre-trained student, [B, D], after its own norm: `avg`, the mean of the patch tokens (the default), or `token`,
+    the class token. A fine-tuned network is exported unchanged, with its classifier: [B, C]. An earlier export in `out`
+    is replaced.
     Raises ConfigError if `out` holds anything else or the network does not support the pooling, DataError if the folder
     is not a run, lacks these weights, or `out` cannot be written.
     """
     folder = RunFolder(run)
     # Normalise first: `new/..` does not exist and would pass as free, but would then replace the current folder.
-    default = folder.path / ("export" if exit is None else f"export_exit{exit}")
+    part = (f"_peer{peer}" if peer else "") + (f"_exit{exit}" if exit is not None else "")
+    default = folder.path / f"export{part}"
     out = Path(os.path.normpath(os.path.expanduser(out))) if out is not None else default
     try:
         _require_free(out)
-        saved = open_run(folder.path, weights=weights, exit=exit)
+        saved = open_run(folder.path, weights=weights, exit=exit, peer=peer)
         _replace(out.resolve(), saved, with_pooling(saved, global_pool), weights)
     except (OSError, SafetensorError) as error:
         raise DataError(
@@ -73,7 +76,7 @@ def export(
 
 
 def read_record(out: Path) -> dict[str, Any]:
-    """Read export.json: run, stage, checkpoint, exit, weights, global_pool, license, max_difference, values, versions.
+    """Read export.json: what was exported, with which versions, and how far timm's outputs are from the run's.
 
     values: how many numbers were compared.
     """
@@ -155,7 +158,13 @@ def _fill(folder: Path, saved: RunNetwork, vit: TimmModel, weights: Weights) -> 
     follow_umask(folder / "model.safetensors")
     (folder / "README.md").write_text(model_card(saved, vit, weights=weights), encoding="utf-8")
     record = {"run": saved.folder.path.resolve().name, "stage": metadata["stage"], "checkpoint": saved.checkpoint.name}
-    record |= {"exit": saved.exit, "weights": weights, "global_pool": vit.global_pool, "license": metadata["license"]}
+    record |= {
+        "exit": saved.exit,
+        "peer": saved.peer,
+        "weights": weights,
+        "global_pool": vit.global_pool,
+        "license": metadata["license"],
+    }
     record |= _compare(folder, saved, vit)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -15,8 +15,9 @@ from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.plan import Plan
 from maedistill.config.schema import Triple
 from maedistill.errors import ConfigError, UserError
-from maedistill.finetuning.objective import Distilled, Supervised
+from maedistill.finetuning.objective import Distilled, Mutual, Supervised
 from maedistill.finetuning.outputs import FeatureInfo, RequestedOutputs, feature_info, is_plain_vit
+from maedistill.finetuning.peers import Peer
 from maedistill.finetuning.teacher import OfflineTeacher, TeacherEnsemble, TeacherSource
 from maedistill.finetuning.terms import TERMS
 from maedistill.machine import DTYPES, precision
@@ -54,11 +55,17 @@ def open_teachers(
     return teachers
 
 
-def build_module(config: FinetuneConfig, vit: nn.Module, teachers: list[TeacherSource]) -> Supervised | Distilled:
-    """Build what the engine trains: the network, and the terms that are on, initialised from the seed."""
+def build_module(
+    config: FinetuneConfig, vit: nn.Module, teachers: list[TeacherSource], peers: Sequence[Peer] = ()
+) -> Supervised | Distilled | Mutual:
+    """Build what the engine trains: the network, and the terms that are on, initialised from the seed, or its peers."""
     distill = config.distill
     if not distill.terms:
         return Supervised(vit)
+    if distill.mutual.on:
+        if not isinstance(vit, VisionTransformer):
+            raise ConfigError("distill.mutual: the student is no plain ViT of timm", "leave it out")
+        return Mutual(vit, [peer.vit for peer in peers], label_weight=distill.label_weight)
     student = feature_info(vit, name="the student", image_size=config.data.image_size)
     if isinstance(vit, VisionTransformer) and is_plain_vit(vit):
         student = replace(student, vit=vit, exits=config.student.exits)

@@ -11,9 +11,10 @@ therefore needs only the step, and reproduces every bit.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.data.images.augment import seed_generators
@@ -22,6 +23,7 @@ from maedistill.evaluation.accuracy import evaluate
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import Predictor
 from maedistill.finetuning.build import build_labelled_crops
+from maedistill.finetuning.objective import Ensemble, Mutual
 from maedistill.finetuning.pictures import input_sheet
 from maedistill.finetuning.self_terms import exit_networks
 from maedistill.finetuning.setup import Finetuning, open_finetuning
@@ -111,17 +113,25 @@ def draw(run: Run, parts: Finetuning, images: Tensor, targets: Tensor, metrics: 
     metrics.picture(run.step, "input", np.asarray(sheet))
 
 
+def networks_of(module: Any) -> dict[str, nn.Module]:
+    """Return the networks that are scored, by the prefix of their metrics: the student, its exits, its peers, all."""
+    networks = {"": module.vit, **exit_networks(module)}
+    if isinstance(module, Mutual):
+        networks |= {f"peer{number}_": peer for number, peer in enumerate(module.peers, 1)}
+        networks["ensemble_"] = Ensemble([module.vit, *module.peers])
+    return networks
+
+
 def evaluation_due(run: Run, parts: Finetuning) -> bool:
     """Return whether to evaluate after the step just done."""
     return run.step == parts.plan.steps or run.due(parts.config.log.eval_every_epochs)
 
 
 def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
-    """Measure top-1 and top-5 on every validation image, for weights, their moving average and exits. Collective."""
-    networks = {"": parts.module.vit, **exit_networks(parts.module)}
+    """Measure top-1 and top-5 of every network on every validation image, and of its moving average. Collective."""
+    networks = networks_of(parts.module)
     if run.ema is not None:
-        averaged = run.ema.module
-        networks |= {f"ema_{name}": network for name, network in {"": averaged.vit, **exit_networks(averaged)}.items()}
+        networks |= {f"ema_{name}": network for name, network in networks_of(run.ema.module).items()}
     context = EvalContext(
         device=run.device,
         batch=parts.plan.batch.micro_batch,
@@ -138,5 +148,9 @@ def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
         for prefix, score in scores.items():
             values = score.metrics()
             values["val_loss"] = values.pop("loss")
+            if prefix.endswith("ensemble_"):
+                averaged = prefix.removesuffix("ensemble_")
+                each = [scores[averaged + name].top1 for name in networks_of(parts.module) if name != "ensemble_"]
+                values |= {"mean_top1": sum(each) / len(each), "best_top1": max(each)}
             metrics.write(run.step, {"epoch": run.epoch, **{prefix + name: value for name, value in values.items()}})
             say(f"epoch {run.epoch:.1f}  {prefix.replace('_', ' ')}{score.line()}")

@@ -7,14 +7,17 @@ B batch   C classes   s image side   K terms
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from math import log
 from typing import Any
 
 import torch
 from timm.loss import SoftTargetCrossEntropy
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from maedistill.finetuning.outputs import Outputs, RequestedOutputs, forward_outputs
 from maedistill.finetuning.term import Parts, Term
+from maedistill.losses.self_distillation import mutual_loss
 from maedistill.methods.mae import Losses
 from maedistill.models.encoder import TimmModel
 
@@ -79,6 +82,48 @@ class Distilled(nn.Module):
             total = total + weights[i] * term.total(parts)
         losses |= {f"weight/{name}": weights[i] for i, name in enumerate(self.terms) if name in self.scheduled}
         return {"loss": total, **losses}
+
+
+class Mutual(nn.Module):
+    """Deep mutual learning (Zhang et al., CVPR 2018): each student learns from the labels and from its peers.
+
+    `vit` is the config's own student, `peers` the others. Peers are detached, so a student's gradient is that of its
+    own loss; a global clip of the gradient norm (`optim.clip`) is over all students together.
+    """
+
+    def __init__(self, vit: VisionTransformer, peers: Sequence[VisionTransformer], *, label_weight: float) -> None:
+        super().__init__()
+        self.vit, self.peers, self.label_weight = vit, nn.ModuleList(peers), label_weight
+        self.cross_entropy = SoftTargetCrossEntropy()
+
+    def forward(self, images: Tensor, targets: Tensor, teachers: Sequence[Outputs], weights: Tensor) -> Losses:
+        """Return scalar losses, of peer N as `peerN/...`. weights: of the peers' predictions in this step, [1]."""
+        students = [self.vit, *self.peers]
+        each = [student(images).float() for student in students]  # [B, C] each; all students see the same images
+        losses: Losses = {}
+        total = weights.new_zeros(())
+        for i, logits in enumerate(each):
+            name = f"peer{i}/" if i else ""
+            divergence = mutual_loss(logits, [other for j, other in enumerate(each) if j != i])
+            losses[f"{name}mutual"] = divergence
+            total = total + weights[0] * divergence
+            if self.label_weight:
+                losses[f"{name}cross_entropy"] = self.cross_entropy(logits, targets)
+                total = total + self.label_weight * losses[f"{name}cross_entropy"]
+        return {"loss": total, **losses}
+
+
+class Ensemble(nn.Module):
+    """Several networks in one: the logarithm of their mean probabilities."""
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return log-probabilities [B, C] of normalised images [B, 3, s, s]."""
+        each = torch.stack([network(images).float().log_softmax(-1) for network in self.networks])
+        return each.logsumexp(0) - log(len(self.networks))
 
 
 def _mean_over_teachers(each: Sequence[Parts]) -> Parts:

@@ -30,8 +30,9 @@ from maedistill.finetuning.build_teachers import (
     distillation_lines,
     open_teachers,
 )
-from maedistill.finetuning.objective import Distilled, Supervised
+from maedistill.finetuning.objective import Distilled, Mutual, Supervised
 from maedistill.finetuning.outputs import is_plain_vit
+from maedistill.finetuning.peers import Peer, open_peers, peer_lines
 from maedistill.finetuning.teacher import TeacherEnsemble, TeacherSource
 from maedistill.models.encoder import num_params_m
 from maedistill.processes import distributed
@@ -61,7 +62,7 @@ class Finetuning(Stage):
     val_index: ShardIndex
     samples: Tensor
     num_classes: int
-    module: Supervised | Distilled
+    module: Supervised | Distilled | Mutual
     source: Network | None
     mean: Triple
     std: Triple
@@ -69,12 +70,18 @@ class Finetuning(Stage):
     teachers: list[TeacherSource]
     teaching: TeacherEnsemble | None
     auto_lines: list[str] = field(default_factory=list)
+    peers: list[Peer] = field(default_factory=list)
 
     @property
     def groups(self) -> list[dict[str, Any]]:
         """Return the parameter groups for the optimizer. Parameters of distillation terms get the head's rate."""
         optim = self.config.optim
-        groups = network_groups(self.module.vit, optim.weight_decay, layer_decay=optim.layer_decay)
+        students = [self.module.vit, *(peer.vit for peer in self.peers)]
+        groups = [
+            group
+            for student in students
+            for group in network_groups(student, optim.weight_decay, layer_decay=optim.layer_decay)
+        ]
         if isinstance(self.module, Distilled):
             own = parameter_groups(self.module.terms, optim.weight_decay)
             groups += [group | {"lr_scale": 1.0} for group in own if group["params"]]
@@ -100,10 +107,12 @@ class Finetuning(Stage):
             "init": source.describe() if source is not None else None,
             "origin": source.origin if source is not None else None,
             "exits": list(self.config.student.exits),
+            "peers": [peer.metadata for peer in self.peers],
             "teacher": "; ".join(teacher.describe() for teacher in self.teachers) or None,
             "teacher_weights": [teacher.fingerprint for teacher in self.teachers],
             "license": combined_license(
-                [*([source.license] if source else []), *(teacher.network.license for teacher in self.teachers)]
+                [part.license for part in (source, *(peer.source for peer in self.peers)) if part is not None]
+                + [teacher.network.license for teacher in self.teachers]
             ),
         }
 
@@ -124,6 +133,7 @@ class Finetuning(Stage):
             f"{describe_shards(data.train, self.index.shards)}",
             f"eval     {len(self.val_index):,} images, {describe_shards(data.val or '', self.val_index.shards)}",
             *self.auto_lines,
+            *peer_lines(self.peers),
             *distillation_lines(config, self.teachers, micro_batch=self.plan.batch.micro_batch),
             *plan_lines(config, self.plan),
             f"layers   lr times {config.optim.layer_decay:g} a layer, head to patches: "
@@ -204,12 +214,17 @@ def open_finetuning(
         lambda: open_teachers(config, objects.teachers, classes=classes, num_classes=num_classes)
     )
     vit = objects.student or build_classifier(config, source, num_classes=num_classes)
-    module = build_module(config, vit, teachers).train().to(device)
+    peers = (
+        distributed.main_first(lambda: open_peers(config, num_classes=num_classes, mean=mean, std=std))
+        if config.distill.mutual.on
+        else []
+    )
+    module = build_module(config, vit, teachers, peers).train().to(device)
     grid = vit.patch_embed.grid_size[0] if isinstance(vit, VisionTransformer) else 1  # without terms on maps
     teaching = build_teaching(config, teachers, grid=grid, plan=plan, mean=mean, std=std, device=device)
     return Finetuning(
         config, plan, index, val_index, samples, num_classes, module, source, mean, std, device, teachers, teaching,
-        auto_lines,
+        auto_lines, peers,
     )  # fmt: skip
 
 

@@ -44,11 +44,11 @@ from maedistill.runs.records import warn, write_text
 from maedistill.runs.train_log import TrainLog
 
 _BEFORE_A_RUN = {"exit.json", "lock", "pictures"}  # left by a start that failed early
-_OF_THE_FIRST_START = ("init", "origin")
+_OF_THE_FIRST_START = ("init", "origin", "peers")
 # What --fresh deletes, in this order: a kill in between leaves no finished run without checkpoints, and no checkpoints
 # without their records. config.yaml and run.json are written over. Files of other names are a user's.
 _OF_A_RUN = ["exit.json", "checkpoints", "metrics.jsonl", "bad_samples.txt", "nonfinite.jsonl", "train.log", "report.*"]
-_OF_A_RUN += ["curves.*", "pictures", "tb", "export", "export_exit*", "scorecard.json"]
+_OF_A_RUN += ["curves.*", "pictures", "tb", "export", "export_exit*", "export_peer*", "scorecard.json"]
 
 
 class RunFolder:

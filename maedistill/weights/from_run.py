@@ -99,6 +99,14 @@ class Origin(StrictModel):
     license: str
 
 
+class PeerEntry(StrictModel):
+    """A student that was trained beside the run's own, by mutual learning."""
+
+    network: NetworkEntry
+    init: str | None = None
+    origin: Origin | None = None
+
+
 class RunMetadata(Origin):
     """The content of RUN/run.json."""
 
@@ -109,12 +117,13 @@ class RunMetadata(Origin):
     origin: Origin | None = None
     classes: list[str] | None = None
     exits: tuple[Annotated[int, Field(ge=0, lt=MOST_BLOCKS)], ...] = ()
+    peers: tuple[PeerEntry, ...] = ()
 
 
 @dataclass(frozen=True)
 class RunNetwork:
-    """A network with the weights of one checkpoint. metadata: the content of RUN/run.json. exit: the block it ends at,
-    None for the whole network.
+    """A network with the weights of one checkpoint. metadata: the content of RUN/run.json, of a peer with its entries.
+    exit: the block it ends at, None for the whole network. peer: its number, 0 for the run's own student.
     """
 
     vit: VisionTransformer
@@ -123,6 +132,7 @@ class RunNetwork:
     checkpoint: Path
     audit: Audit
     exit: int | None = None
+    peer: int = 0
 
 
 def read_metadata(path: str | Path) -> tuple[RunFolder, dict[str, Any]]:
@@ -171,15 +181,20 @@ def open_run(
     *,
     weights: Weights = "model",
     exit: int | None = None,
+    peer: int = 0,
     inspect_network: Inspect = lambda shape: None,
 ) -> RunNetwork:
     """Open the network of a run folder from its newest intact checkpoint.
 
-    weights: `ema` for the moving average. exit: the block of an exit at which the network ends. inspect_network:
-    chooses the image size that positions are resampled to. Raises ConfigError if there is no such exit, DataError if
-    the folder is not a run of this package, holds no checkpoint, or lacks these weights.
+    weights: `ema` for the moving average. exit: the block of an exit at which the network ends. peer: number of a
+    student of mutual learning, 0 for the run's own. inspect_network: chooses the image size that positions are
+    resampled to. Raises ConfigError if there is no such exit or peer, DataError if the folder is not a run of this
+    package, holds no checkpoint, or lacks these weights.
     """
     folder, metadata = read_metadata(path)
+    prefix = PREFIX[metadata["stage"]]
+    if peer:
+        metadata, prefix = metadata | _peer_entry(folder, metadata, peer), f"peers.{peer - 1}."
     name, arguments = metadata["network"]["name"], metadata["network"]["arguments"]
     if exit is not None:
         _require_exit(folder, metadata, exit)
@@ -200,7 +215,6 @@ def open_run(
         raise DataError(f"{folder.path}/run.json cannot be true: {error}", NOT_A_RUN) from None
     shape = _unloaded(folder, name, arguments)
     image_size = inspect_network(shape)
-    prefix = PREFIX[metadata["stage"]]
     stored = read_weights(checkpoint, weights)
     own = _below(prefix, stored)
     if exit is not None:
@@ -216,7 +230,7 @@ def open_run(
     size = {"img_size": image_size} if image_size else {}
     vit: TimmModel = timm.create_model(name, pretrained=False, **arguments | size)
     audit = load_encoder(vit, ConvertedStateDict(tensors), name=str(checkpoint))
-    return RunNetwork(vit.eval(), folder, metadata, checkpoint, audit, exit)
+    return RunNetwork(vit.eval(), folder, metadata, checkpoint, audit, exit, peer)
 
 
 def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -231,6 +245,16 @@ def _require_exit(folder: RunFolder, metadata: Mapping[str, Any], exit: int) -> 
         has = f"its exits are after blocks {', '.join(map(str, exits))}" if exits else "it was trained without exits"
         remedy = "name one of these" if exits else "leave out --exit, or fine-tune with student.exits"
         raise ConfigError(f"--exit: {folder.path} has no exit after block {exit}, {has}", remedy)
+
+
+def _peer_entry(folder: RunFolder, metadata: Mapping[str, Any], peer: int) -> dict[str, Any]:
+    """Return the metadata in which a peer differs. Raises ConfigError unless the run trained it."""
+    peers = metadata.get("peers", [])
+    if not 0 < peer <= len(peers):
+        has = f"its peers are 1 to {len(peers)}" if peers else "it was trained without peers"
+        remedy = "name one of these" if peers else "leave out --peer, or fine-tune with distill.mutual"
+        raise ConfigError(f"--peer: {folder.path} has no peer {peer}, {has}", remedy)
+    return peers[peer - 1]
 
 
 def load_into(student: nn.Module, path: str | Path, *, weights: Weights = "model") -> nn.Module:

@@ -116,6 +116,7 @@ def open_network(
     *,
     weights: str = "model",
     exit: int | None = None,
+    peer: int = 0,
     image_size: int | None = None,
     grid: int | None = None,
     spec: EncoderSpec | None = None,
@@ -126,9 +127,9 @@ def open_network(
 
     spec: what a file does not state; with one, also `random:NAME`. weights: `ema` for the moving average of a run or of
     a checkpoint file, or the name of one of a file's networks, see `choose_entry`. exit: the block of one of a run's
-    exits, where the network ends. Positions are resampled to `image_size` or to a `grid` x `grid` of patches; by
-    default the size is the network's own. section, size_key: the config section of the source and the option of its
-    image size, for errors.
+    exits, where the network ends. peer: of mutual learning, 0 for the run's own student. Positions are resampled to
+    `image_size` or to a `grid` x `grid` of patches; by default the size is the network's own. section, size_key: the
+    config section of the source and the option of its image size, for errors.
     Raises ConfigError for an unknown kind of source or a network that does not fit its use, before its weights are
     loaded where possible; DataError for weights that cannot be loaded or do not fit.
     """
@@ -139,6 +140,8 @@ def open_network(
         raise ConfigError(f"{source} has no weights called {weights!r}", f"{remedy} (--weights, --ema)")
     if exit is not None and kind != "run":
         raise ConfigError(f"{source} has no exits", "leave out --exit: only runs have them, each exported by itself")
+    if peer and kind != "run":
+        raise ConfigError(f"{source} has no peers", "leave out --peer: only runs have them, each exported by itself")
     own_sizes: list[int] = []
 
     def check(network: TimmModel) -> int | None:
@@ -146,7 +149,7 @@ def open_network(
         return _check(source, use, network, image_size=image_size, grid=grid, size_key=size_key)
 
     if kind == "run":
-        network = _open_run(name, use, "ema" if weights == "ema" else "model", exit, check)
+        network = _open_run(name, use, check, weights="ema" if weights == "ema" else "model", exit=exit, peer=peer)
     elif kind == "file":
         spec = spec or EncoderSpec()
         vit, audit = open_file(name, spec, check, section=section, weights=weights)
@@ -265,15 +268,15 @@ def _with_weights(vit: VisionTransformer, source: str, audit: str, *, stated: di
     return Network(vit, source, vit.patch_embed.img_size[0], audit=audit, **entries)
 
 
-def _open_run(path: str, use: Use, weights: Weights, exit: int | None, check: Inspect) -> Network:
+def _open_run(path: str, use: Use, check: Inspect, *, weights: Weights, exit: int | None, peer: int) -> Network:
     """Open the network of a run folder, pre-trained or fine-tuned."""
-    run = open_run(path, weights=weights, exit=exit, inspect_network=check)
+    run = open_run(path, weights=weights, exit=exit, peer=peer, inspect_network=check)
     if use == "encoder":
         run.vit.reset_classifier(0, "")
     metadata, entry = run.metadata, run.metadata["input"]
     return Network(
         run.vit,
-        f"run:{path} {run.checkpoint.name}{' (ema)' if weights == 'ema' else ''}{_exit_note(exit)}",
+        f"run:{path} {run.checkpoint.name}{' (ema)' if weights == 'ema' else ''}{_part(exit, peer)}",
         run.vit.patch_embed.img_size[0],
         metadata["license"],
         num_classes=run.vit.num_classes,
@@ -287,5 +290,5 @@ def _open_run(path: str, use: Use, weights: Weights, exit: int | None, check: In
     )
 
 
-def _exit_note(exit: int | None) -> str:
-    return f" (exit after block {exit})" if exit is not None else ""
+def _part(exit: int | None, peer: int) -> str:
+    return (f" (peer {peer})" if peer else "") + (f" (exit after block {exit})" if exit is not None else "")

@@ -56,6 +56,7 @@ CASES = {  # settings, teachers
     "terms of another network, other classes": ([*OTHERS, *REGISTER], ["resnet"]),
     "no labels": (["distill.label_weight=0", "distill.logits={weight: 1}"], ["vit"]),
     "no teacher": (["student.exits=[0,1]", *OWN], []),
+    "mutual": (['distill.mutual={weight: 1, students: ["", "student.width=48"]}'], []),
     "exits and a teacher": (["student.exits=[0]", "distill.exits={weight: 1}", "distill.logits={weight: 1}"], ["vit"]),
     "no term counts yet": ([*LATER, *REGISTER], ["vit"]),
 }

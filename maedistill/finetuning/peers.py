@@ -1,0 +1,97 @@
+"""The peers of mutual learning: other students, which are trained beside the config's own one in the same run.
+
+distill.mutual.students -> peer_configs -> open_peers: each a network with a seed, weights and a head of its own
+
+A peer is the run's own student, but for the settings that its text names: "student.width=192 student.num_heads=3".
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+
+from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.keys import flat
+from maedistill.config.loader import load_config
+from maedistill.config.schema import Triple
+from maedistill.errors import ConfigError, UserError
+from maedistill.finetuning.build import build_classifier, build_init_source
+from maedistill.models.encoder import num_params_m
+from maedistill.weights.from_run import describe_network
+from maedistill.weights.network import Network
+
+_OWN = ("seed", "init.", "student.")  # the settings in which students may differ
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A student beside the config's own. source: of its initial weights, None from scratch."""
+
+    config: FinetuneConfig
+    source: Network | None
+    vit: VisionTransformer
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Return the entries of run.json that differ from those of the run's own student."""
+        source = self.source
+        return {
+            "network": describe_network(self.vit),
+            "seed": self.config.seed,
+            "init": source.describe() if source is not None else None,
+            "origin": source.origin if source is not None else None,
+        }
+
+    def describe(self) -> str:
+        """Return one line for the log."""
+        start = self.source.describe() if self.source is not None else "from scratch"
+        vit = self.vit
+        return f"{vit.embed_dim} x {len(vit.blocks)}, {num_params_m(vit):.2f} M, seed {self.config.seed}, {start}"
+
+
+def peer_configs(config: FinetuneConfig) -> list[FinetuneConfig]:
+    """Return the config of each peer, without distillation. Raises ConfigError for settings that peers must share."""
+    key, configs = "distill.mutual.students", []
+    base = config.model_dump(mode="json", exclude={"distill"}, exclude_defaults=True)
+    for number, text in enumerate(config.distill.mutual.students, 1):
+        try:
+            given = {**base, "seed": config.seed + number}
+            peer = load_config(given, text.split(), root=FinetuneConfig, to_run=False).config
+        except UserError as error:
+            raise ConfigError(f"{key}: {text!r}: {error.cause}", error.remedy) from error
+        shared = {name: value for name, value in flat(config).items() if not name.startswith((*_OWN, "distill."))}
+        if foreign := [name for name, value in flat(peer).items() if shared.get(name, value) != value]:
+            raise ConfigError(
+                f"{key}: {text!r} sets {foreign[0]}", "students differ in init.*, student.* and seed alone"
+            )
+        configs.append(peer)
+    seeds = [config.seed, *(peer.seed for peer in configs)]
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(
+            f"{key}: two students have the seed {max(seeds, key=seeds.count)}: equal students teach each other nothing",
+            "give each a seed of its own, or leave the seeds out",
+        )
+    return configs
+
+
+def open_peers(config: FinetuneConfig, *, num_classes: int, mean: Triple, std: Triple) -> list[Peer]:
+    """Open the weights of the peers and build their networks. mean, std: of the images that all students see.
+
+    Raises ConfigError for a peer whose weights expect other images, DataError for weights that cannot be loaded.
+    """
+    peers = []
+    for number, peer in enumerate(peer_configs(config), 1):
+        source = build_init_source(peer, num_classes=num_classes)
+        if source is not None and config.data.mean is None and (source.mean, source.std) != (mean, std):
+            raise ConfigError(
+                f"distill.mutual.students: peer {number} has images of mean {source.mean}, the student of {mean}",
+                "set data.mean and data.std, which all of them then see",
+            )
+        peers.append(Peer(peer, source, build_classifier(peer, source, num_classes=num_classes)))
+    return peers
+
+
+def peer_lines(peers: Sequence[Peer]) -> list[str]:
+    """Describe the peers, one per line."""
+    return [f"peer {number}   {peer.describe()}" for number, peer in enumerate(peers, 1)]
