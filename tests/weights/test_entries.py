@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from maedistill.commands.evaluate import parse_features, parse_score
+from maedistill.commands.evaluate_arguments import parse_features, parse_score
 from maedistill.config.distill import DistillConfig
 from maedistill.config.finetune import FinetuneConfig, Init, Student
 from maedistill.config.pretrain import PretrainConfig, Teacher
