@@ -26,7 +26,7 @@ from maedistill.models.initialize import initialize
 from maedistill.models.masking import random_split
 from maedistill.pretraining.build import step_inputs
 from maedistill.randomness import Stream, bits, uniform
-from maedistill.runs.metrics import Clock
+from maedistill.runs.clock import Clock
 from maedistill.training.compilation import compile_function
 from maedistill.weights.from_file import EncoderSpec
 from maedistill.weights.network import Network, open_network

@@ -28,11 +28,10 @@ from maedistill.processes.preemption import PreemptionHandler
 from maedistill.runs.async_saver import Saver
 from maedistill.runs.callback import Callback
 from maedistill.runs.checkpoint import remove_strays
+from maedistill.runs.clock import Clock, DataWaitHint
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.metrics import (
     Averages,
-    Clock,
-    DataWaitHint,
     MetricsFile,
     memory_gb,
     open_metrics,

@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 
+from maedistill.runs import clock as clock_module
 from maedistill.runs import metrics
-from maedistill.runs.metrics import Averages, Clock, DataWaitHint
+from maedistill.runs.clock import Clock, DataWaitHint
+from maedistill.runs.metrics import Averages
 
 
 class Card:
@@ -43,7 +45,7 @@ class Event:
 def test_a_gpu_waits_for_data_only_while_it_has_nothing_to_do(loading, share, monkeypatch) -> None:
     card = Card()
     monkeypatch.setattr(torch.cuda, "Event", card.event)
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: card.host)
+    monkeypatch.setattr(clock_module.time, "perf_counter", lambda: card.host)
     clock = Clock(torch.device("cuda"))
     card.queue(1.0)  # the micro-batch before
     for _ in range(100):
@@ -70,7 +72,7 @@ def test_the_hint_comes_once_after_three_slow_intervals_in_a_row_the_first_one_l
 
 def test_the_hint_names_what_is_set_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     for spec, is_named in ((None, True), (object(), False)):
-        monkeypatch.setattr(metrics, "find_spec", lambda name, spec=spec: spec)
+        monkeypatch.setattr(clock_module, "find_spec", lambda name, spec=spec: spec)
         hint = DataWaitHint()
         said = [hint.note(0.31, workers=7) for _ in range(4)][-1]
         assert "31%" in said and "data.workers, now 7" in said and "--shorter-side" in said

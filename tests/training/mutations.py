@@ -26,7 +26,7 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import UserError
 from maedistill.pretraining import loop as pretrain
 from maedistill.pretraining.setup import open_pretraining
-from maedistill.runs import metrics
+from maedistill.runs import clock, metrics
 from maedistill.runs.async_saver import Saver
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.manifest import COMPLETE, MANIFEST
@@ -78,7 +78,7 @@ def endings(folder: Path, precision: str) -> dict[str, str]:
 def train(run: Run, parts: Any) -> None:
     """The loop itself, its clock replaced."""
     tick = SimpleNamespace(perf_counter=map(float, itertools.count()).__next__)
-    metrics.time = tick
+    clock.time = tick
     run.clock.restart()
     pretrain.train(run, parts, None)
     run.saver.close()
@@ -93,7 +93,7 @@ def spoil(run: Run, steps: tuple[int, ...]) -> None:
 def forget(run: Run, checkpoints: Path, training: Any, averages: dict[str, torch.Tensor]) -> None:
     """Makes the run a new one, in a folder of its own: what a restart does not load, it does not have."""
     run.folder.checkpoints, run.saver = checkpoints, Saver(checkpoints, keep=9)
-    run.progress, run.clock, run.averages = Progress(), metrics.Clock(torch.device("cpu")), metrics.Averages()
+    run.progress, run.clock, run.averages = Progress(), clock.Clock(torch.device("cpu")), metrics.Averages()
     run.nonfinite = NonfinitePolicy(run.folder.nonfinite, run.config.engine)
     run.engine.load_state(training)
     run.ema.module.load_state_dict(averages)

@@ -1,0 +1,212 @@
+"""The command line of `maedistill evaluate`, in each of its forms."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """\
+MODEL is the folder of a run or of an export, or timm:NAME, or hf-hub:ID. SHARDS is a folder of shards (its val-*.tar)
+or a pattern. Image size, crop and normalisation are the model's own.
+
+examples:
+  maedistill evaluate runs/dmae_s_finetuned 'in1k/val-*.tar'
+  maedistill evaluate runs/dmae_s_finetuned/export 'in1k/val-*.tar' --per-class classes.csv --confusions worst.png
+  maedistill evaluate timm:vit_small_patch16_224 'in1k/val-*.tar' --real --json result.json
+  maedistill evaluate timm:vit_small_patch16_224 'imagenet-r/*.tar' --subset
+  maedistill evaluate runs/dmae_s_finetuned 'in1k/val-*.tar' --against timm:vit_large_patch16_224
+  torchrun --nproc-per-node 8 -m maedistill evaluate MODEL SHARDS
+
+frozen features of any network, a pre-training run too (each with a --help of its own):
+  maedistill evaluate knn runs/dmae_s --train 'in1k/train-*.tar' --val 'in1k/val-*.tar' --k 10,20
+  maedistill evaluate probe runs/dmae_s --train 'in1k/train-*.tar' --val 'in1k/val-*.tar' --block 8
+the exits of a run of student.exits:
+  maedistill evaluate exits runs/dmae_s_exits 'in1k/val-*.tar' --picture exits.png
+
+The counts are the same for any number of processes. Exit codes: 0 done, 2 usage, 3 data, 4 numerics, 5 a peer or the
+hardware.
+"""
+ABOUT = {
+    "score": "Evaluates a network on labelled shards: every image exactly once.",
+    "knn": "Lets the nearest training images by cosine vote on each image's class.",
+    "probe": "Trains a linear classifier on frozen features, at several learning rates in one pass.",
+    "exits": "Evaluates the exits of a run: each alone, their ensemble, and thresholds on their confidence.",
+}
+FEATURES = """\
+MODEL is the folder of a run of either stage or of an export, or timm:NAME, or hf-hub:ID. Its features are the mean of
+the patch tokens after the final norm (of a convolutional network: the map as its own head pools it), or, with --block,
+the mean of that block's output.
+
+The counts are the same for any number of processes (torchrun --nproc-per-node N -m maedistill evaluate ...).
+"""
+EXITS = """\
+RUN is a folder that maedistill finetune has written with student.exits. An image leaves at the first exit whose largest
+probability reaches the threshold, or at the end. The latency of each exit is measured by itself.
+"""
+FILES = {
+    "predictions": "write each image's label, loss and five best classes",
+    "per_class": "write each class's counts, confidence and what it is most often taken for",
+    "confusions": "draw the classes that are most often confused, with images",
+    "json": "write the result: accuracies as fractions, and counts",
+}
+SUFFIXES = {"predictions": ".csv", "per_class": ".csv", "confusions": ".png", "json": ".json"}
+
+
+def parse_score(words: list[str]) -> argparse.Namespace:
+    """Read the command line for a classifier."""
+    parser = new_parser("maedistill evaluate", ABOUT["score"], EXAMPLES)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a run, an export or a weights file, or timm:NAME, hf-hub:ID")
+    add(
+        "shards",
+        metavar="SHARDS",
+        help="labelled shards: a folder (its val-*.tar), one tar, a quoted glob or a brace range",
+    )
+    add("--index", metavar="FILE", help="the shards' index, where it does not lie beside them")
+    add("--exit", type=int, metavar="BLOCK", help="the network that ends at an exit (a run with student.exits)")
+    add("--peer", type=int, default=0, metavar="N", help="a student of mutual learning, from 1 on")
+    add("--against", metavar="MODEL2", help="compare the answers with another classifier's: same best class, KL")
+    labels = parser.add_mutually_exclusive_group().add_argument
+    labels("--subset", action="store_true", help="the shards hold some of the model's classes: match them by name")
+    labels("--real", action="store_true", help="ImageNet's validation set: count against ImageNet-ReaL's labels, too")
+    add("--bins", type=at_least(1), default=15, metavar="N", help="of the calibration error (default 15)")
+    for name, text in FILES.items():
+        flag = "--" + name.replace("_", "-")
+        add(flag, type=Path, metavar=f"FILE{SUFFIXES[name]}", dest=name, help=text)
+    add(
+        "--test-size", action="store_true", help="image size and crop of timm's published accuracy, where it has others"
+    )
+    add("--no-latency", action="store_true", help="do not time the network")
+    add_common(parser)
+    return parser.parse_args(words)
+
+
+def parse_features(command: str, words: list[str]) -> argparse.Namespace:
+    """Read the command line for frozen features: `knn` or `probe`."""
+    parser = new_parser(f"maedistill evaluate {command}", ABOUT[command], FEATURES)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a run, an export or a weights file, or timm:NAME, hf-hub:ID")
+    for split, use in (("train", "to learn from"), ("val", "to score on")):
+        add(f"--{split}", metavar="SHARDS", required=True, help=f"labelled shards {use}")
+        add(f"--{split}-index", metavar="FILE", help="their index, where it does not lie beside them")
+    add(
+        "--block", type=int, metavar="N", help="whose output: from 0, or from -1 backwards (default: the network's end)"
+    )
+    add("--pool", choices=("mean", "class"), default="mean", help="mean of the patches, or the class token")
+    if command == "knn":
+        add(
+            "--k",
+            type=several(at_least(1)),
+            default=[10, 20, 100, 200],
+            metavar="N,N",
+            help="neighbours (default 10,20,100,200)",
+        )
+        add(
+            "--temperature", type=positive, default=0.07, metavar="T", help="votes weigh exp(cosine / T) (default 0.07)"
+        )
+    else:
+        rates = [0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
+        add(
+            "--lr",
+            type=several(positive),
+            default=rates,
+            metavar="X,X",
+            help="per 256 images, in one pass (default 0.03 to 30)",
+        )
+        add("--epochs", type=at_least(1), default=90, metavar="N", help="over the features (default 90)")
+        add("--head-batch", type=at_least(2), default=4096, metavar="N", help="at most a quarter of all (default 4096)")
+        add("--optimizer", choices=("lars", "sgd"), default="lars", help="without weight decay (default lars)")
+    add("--json", type=Path, metavar="FILE.json", help=FILES["json"])
+    add_common(parser)
+    parser.set_defaults(command=command)
+    return parser.parse_args(words)
+
+
+def parse_exits(words: list[str]) -> argparse.Namespace:
+    """Read the command line for the exits of a run."""
+    parser = new_parser("maedistill evaluate exits", ABOUT["exits"], EXITS)
+    add = parser.add_argument
+    add("model", metavar="RUN", help="a fine-tuned run with student.exits")
+    add("shards", metavar="SHARDS", help="labelled shards: a folder (its val-*.tar), one tar, or a quoted glob")
+    add("--index", metavar="FILE", help="the shards' index, where it does not lie beside them")
+    add("--picture", type=Path, metavar="FILE.png", help="draw top-1 over mean latency")
+    add("--json", type=Path, metavar="FILE.json", help=FILES["json"])
+    add_execution(parser)
+    return parser.parse_args(words)
+
+
+def new_parser(program: str, about: str, examples: str) -> argparse.ArgumentParser:
+    """Build a parser that prints its examples unformatted."""
+    return argparse.ArgumentParser(
+        prog=program, description=about, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of images, and those of `add_execution`."""
+    add = parser.add_argument
+    add("--image-size", type=at_least(1), metavar="N", help="other than the model's own; positions are resampled")
+    add("--crop", type=share, metavar="F", help="share of the shorter side that is seen, other than the model's own")
+    add("--image-key", metavar="FIELD", help="member of a sample that is its image, as data.image_key")
+    add("--label-key", metavar="FIELD", help="member of a sample that is its label, as data.label_key")
+    add("--exif", choices=("ignore", "apply"), help="turn photographs upright or not (default: as the run did)")
+    add_execution(parser)
+
+
+def add_execution(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that every form of the tool takes."""
+    add = parser.add_argument
+    add("--weights", default="model", metavar="NAME", help="ema, or the entry of a checkpoint file that holds several")
+    average = "the moving average of the weights of a run or a checkpoint file, as --weights ema"
+    add("--ema", dest="weights", action="store_const", const="ema", help=average)
+    add("--batch", type=at_least(1), default=64, metavar="N", help="images at once in each process (default 64)")
+    formats = "auto: bf16 on a GPU (fp16 below compute capability 8.0), fp32 on a CPU"
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=formats)
+    add(
+        "--workers",
+        type=at_least(0),
+        metavar="N",
+        help="processes that decode, for each process (default: its cores, at most 8)",
+    )
+    add("--threads", type=at_least(1), metavar="N", help="torch's CPU threads in each process (default: its cores)")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # added by deepspeed's launcher; LOCAL_RANK is used
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a parser of integers that rejects values below `least`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} on")
+        return int(text)
+
+    return parse
+
+
+def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Return a parser of distinct comma-separated values."""
+
+    def parse(text: str) -> list[Any]:
+        values = [kind(word) for word in text.split(",")]
+        if len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(f"{text} is no list of different values")
+        return values
+
+    return parse
+
+
+def number(text: str, *, most: float, reason: str) -> float:
+    """Read a finite number above 0 and at most `most`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= most:
+        raise argparse.ArgumentTypeError(f"{text} is no {reason}")
+    return value
+
+
+positive = partial(number, most=sys.float_info.max, reason="number above 0")
+share = partial(number, most=1.0, reason="share, above 0 and at most 1")
