@@ -34,6 +34,7 @@ SHARD_FORMATS = ("JPEG", "PNG", "WEBP")
 SOURCE_FORMATS = (*SHARD_FORMATS, "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
 MOST_PIXELS = 64_000_000  # limit on the memory of a decoded image, because even a small file may hold a huge image
 MOST_SCANNED = 100 * MOST_PIXELS  # pixels times scans; each scan of a progressive JPEG visits all pixels, ten are usual
+_MOST_READS = 500_000  # pieces that Pillow reads a file in; usual are tens, and each takes a microsecond
 BACKGROUND = (255, 255, 255)  # colour behind transparent pixels
 
 # Use torchvision's operator, because its Python function warns on every call since 0.29 that a later release will drop
@@ -56,6 +57,23 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # files are checked here; a 
 
 class BadImage(ValueError):
     """An image that cannot be decoded, with a message that says why."""
+
+
+class _Pieces(io.BytesIO):
+    """A file in memory that fails if it is read in too many pieces.
+
+    Pillow walks through headers in Python, of some formats byte by byte: a file of empty chunks or of padding, 20 MB of
+    it, would take ten seconds and more.
+    """
+
+    reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next bytes. Raise OSError after too many calls."""
+        self.reads += 1
+        if self.reads > _MOST_READS:
+            raise OSError(f"more than {_MOST_READS:,} pieces of padding or empty chunks")
+        return super().read(size)
 
 
 def decode_rgb(data: bytes, *, decoder: str = JPEG_DECODERS[0], apply_exif: bool = False) -> Tensor:
@@ -83,7 +101,7 @@ def is_image(file: BinaryIO) -> bool:
 def open_image(data: bytes, *, formats: tuple[str, ...] = SHARD_FORMATS) -> Image.Image:
     """Read the header only. Raise `BadImage` if the file has none of Pillow's `formats`, or is too large to decode."""
     try:
-        image = Image.open(io.BytesIO(data), formats=formats)
+        image = Image.open(_Pieces(data), formats=formats)
     except DECODE_ERRORS as error:
         reason = "no " + ", ".join(formats) + " file" if isinstance(error, Image.UnidentifiedImageError) else error
         raise BadImage(str(reason)) from error

@@ -147,6 +147,8 @@ def bombs() -> dict[str, tuple[bytes, str]]:
         "a square of 16 bits": (solid(2000, 2000, colour=0, depth=16, laced=1), "BadImage"),
         "rows that are cut": (resized("png", side, side), "BadImage"),
         "1,000 comments": (jpeg[:2] + (b"\xff\xfe\xff\xff" + bytes(65533)) * 1000 + jpeg[2:], "taken"),
+        "20 MB of padding": (jpeg[:2] + b"\xff" * 20_000_000 + jpeg[2:], "BadImage"),
+        "a million empty chunks": (solid(9, 9, *[(b"prVt", b"")] * 1_000_000), "BadImage"),
     }
 
 
