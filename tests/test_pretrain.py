@@ -23,6 +23,7 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards
+from maedistill.runs.folder import RunFolder
 from maedistill.runs.settle import settle
 from tests.data.tar_files import encode, write_tar
 
@@ -281,6 +282,6 @@ def test_a_picture_shows_others_in_the_place_of_bad_images(monkeypatch, tmp_path
     data, module = SimpleNamespace(image_size=8, eval_crop=1.0), SimpleNamespace(encoder=SimpleNamespace(grid=1))
     config, cpu = SimpleNamespace(data=data, method="mae"), torch.device("cpu")
     parts = SimpleNamespace(config=config, val_index=index, device=cpu, module=module, teacher=None)
-    run = SimpleNamespace(folder=SimpleNamespace(path=tmp_path), step=1, epoch=1.0)
+    run = SimpleNamespace(folder=RunFolder(tmp_path), step=1, epoch=1.0)
     loop.draw(run, parts, None)
     assert [round(float(image[0, 0, 0]) * 255) for image in drawn[0]] == [20 * i for i in range(2, 10)]

@@ -60,7 +60,9 @@ def test_scan_and_training_use_the_cache_that_the_config_suffixes(shards, server
         monkeypatch.setenv(variable, "wrong")
     set_cache(folder=str(tmp_path / "elsewhere"), gigabytes=1)
     crops(open_index(f"{server.url}/train-{{000000..000003}}.tar"))
-    assert suffixes(tmp_path / "elsewhere") == [".tar"] * 4 and not folder.exists() and len(server.tars()) == 4
+    tars = [*(tmp_path / "elsewhere").glob("*.tar")]
+    assert len(tars) == 4 and not folder.exists() and len(server.tars()) == 4
+    assert len([*(tmp_path / "elsewhere/index").iterdir()]) == 1, "the index of the scan is there, too"
 
 
 @pytest.mark.parametrize("fault", ["damaged", "changed"])
