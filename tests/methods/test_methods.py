@@ -164,7 +164,7 @@ def test_student_and_teacher_patches_cover_the_same_part_of_the_image() -> None:
     assert int(means.argmax()) == 21
 
 
-@pytest.mark.parametrize("case", ["mae", "dmae", "amd", "tinymim", "mae cross", "amd cross partial"])
+@pytest.mark.parametrize("case", ["dmae", "tinymim", "amd cross partial"])  # MAE's graph is a part of each
 def test_student_and_teacher_are_captured_as_whole_graphs(case: str) -> None:
     """No graph breaks under torch.compile; the backend that only replays the graph needs no compiler."""
     method, teacher, split, images = build(case)

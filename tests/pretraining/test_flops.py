@@ -49,10 +49,7 @@ def gflops(
     ("method", "teacher", "student", "decoder", "most"),
     [
         ("dmae", "large", "base", PUBLISHED, 82.5),  # the published loop spends 100.6
-        ("dmae", "large", "small", PUBLISHED, 63.0),  # 80.9
-        ("dmae", "large", "tiny", PUBLISHED, 58.0),  # 75.8
-        ("dmae", "base", "small", PUBLISHED, 46.5),  # 58.7
-        ("dmae", "large", "base", LIGHT, 60.0),
+        ("dmae", "base", "small", PUBLISHED, 46.5),  # 58.7; tests/test_configs.py counts those of every config
         ("amd", "large", "base", LIGHT, 128.0),
     ],
 )
@@ -65,7 +62,7 @@ def test_gflops_per_image(method: str, teacher: str, student: str, decoder: dict
 
 @pytest.mark.parametrize(
     ("teacher", "student", "published"),
-    [("large", "base", 100.6), ("large", "small", 80.9), ("large", "tiny", 75.8), ("base", "small", 58.7)],
+    [("large", "base", 100.6), ("base", "small", 58.7)],
 )
 def test_the_plain_step_costs_what_the_published_loop_does(teacher: str, student: str, published: float) -> None:
     counts = gflops("dmae", student=student, teacher=teacher, decoder=PUBLISHED, plain=True)
