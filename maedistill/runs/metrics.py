@@ -5,6 +5,7 @@ import math
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,11 @@ class MetricsFile:
             damaged += record is None
             if record is not None and record["step"] <= first_step:
                 kept.append((line, record))
-        if damaged or (first_step and not kept):
-            what = f"{damaged} lines that cannot be read, which are left out" if damaged else "no line"
+        steps = sorted({0, *(record["step"] for _, record in kept)})
+        gap = max((later - earlier for earlier, later in pairwise(steps)), default=0)
+        if damaged or steps[-1] + gap <= first_step > steps[-1]:
+            last = f"step {steps[-1]} as its last one" if steps[-1] else "no line"
+            what = f"{damaged} lines that cannot be read, which are left out" if damaged else last
             warn(f"{self.path} has {what}: records up to step {first_step} may be missing")
         self.last_names = {name for _, record in kept if record["step"] == first_step for name in record}
         write_text(self.path, "".join(line for line, _ in kept))

@@ -8,7 +8,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +21,7 @@ StateDict = dict[str, Tensor]
 _ANCHOR = re.compile(r"(?:(.+)\.)?(?:patch_embed\.proj|embeddings\.patch_embeddings\.projection)\.weight")
 # What compilation and data parallelism put into names, anywhere.
 _WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_DEEPEST = 3  # entries inside entries
+_DEEPEST = 5  # entries inside entries
 _LONGEST_NAME = 100  # characters of a name that an error quotes
 # What training goes on with, or in self-distillation what is evaluated; the first that is there is the default.
 _USUAL = ("model", "state_dict", "model_state", "teacher")
@@ -46,6 +46,7 @@ def choose_entry(content: Mapping[Any, Any], weights: str, *, name: str, key: st
     key: the setting that chooses, for errors. Raises DataError if there are no tensors, ConfigError for a wrong name.
     """
     states = list(_state_dicts(content, (), set()))
+    states += _lists(content, states)
     if not states:
         raise DataError(f"{name}: holds no tensors", "use the state dict of a model")
     found = _networks(states)
@@ -82,6 +83,21 @@ def _state_dicts(
         for key, value in named.items():
             if isinstance(value, dict):
                 yield from _state_dicts(value, (*path, key), seen)
+
+
+def _lists(
+    content: Mapping[Any, Any], states: Sequence[tuple[tuple[str, ...], StateDict]]
+) -> Iterator[tuple[tuple[str, ...], StateDict]]:
+    """Yield the averages that a file keeps as a list, without names: torch_ema's and diffusers' `shadow_params`.
+
+    Such a list has the order of the parameters, and takes their names from the state dict that has the same shapes.
+    """
+    for key, value in content.items():
+        for name, part in value.items() if isinstance(value, dict) else ():
+            if isinstance(key, str) and isinstance(part, list) and part and isinstance(name, str):
+                shapes = [getattr(tensor, "shape", None) for tensor in part]
+                same = (state for _, state in states if [tensor.shape for tensor in state.values()] == shapes)
+                yield from (((key, name), dict(zip(state, part, strict=True))) for state in islice(same, 1))
 
 
 def _networks(states: list[tuple[tuple[str, ...], StateDict]]) -> dict[str, tuple[list[str], StateDict]]:

@@ -166,7 +166,8 @@ def why_unreadable(error: Exception) -> str:
         return f"there is no {error.filename}"
     if "Weights only load failed" in str(error) and "GLOBAL" not in str(error):
         return "it holds no tensors that torch saved"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "file an issue" not in line]
+    text = str(error).replace("Error(s) in loading state_dict for", "the weights do not fit").replace(":\n\t", ": ")
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "file an issue" not in line]
     telling = [line.rpartition("Unpickler error: ")[2] for line in lines if re.search("GLOBAL|Unpickler error", line)]
     return f"{type(error).__name__}: {(telling or lines or ['no more is known'])[0][:200]}"
 

@@ -31,6 +31,7 @@ MOST_BLOCKS, LARGEST = 1_000, 1_000_000  # of a network; LARGEST bounds width, i
 _ANY_FILE = 4096  # numbers up to this are not compared with the weights: image sizes have no tensor of their size
 Side = Annotated[int, Field(ge=1, le=LARGEST)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Mean = Annotated[float, Field(ge=0, le=1)]  # of pixels in [0, 1]
 Deviation = Annotated[float, Field(allow_inf_nan=False, gt=0)]
 Crop = Annotated[float, Field(gt=0, le=1)]
 
@@ -45,7 +46,7 @@ class ImageConfig(StrictModel):
     """How timm resizes, crops and normalises the images of a network."""
 
     input_size: tuple[Literal[3], Side, Side]
-    mean: tuple[Number, Number, Number]
+    mean: tuple[Mean, Mean, Mean]
     std: tuple[Deviation, Deviation, Deviation]
     crop_pct: Crop
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"]
@@ -88,10 +89,10 @@ def read_errors(source: str) -> Iterator[None]:
     except UserError:
         raise
     except (HfHubHTTPError, *READ_ERRORS) as error:
-        raise DataError(
-            f"{source} cannot be opened ({why_unreadable(error)})",
-            "check its name, the network, and the image size if you gave one; or download it and use local-dir:PATH",
-        ) from error
+        remedy = "check its name, the connection, and the image size if there is one; or use a copy: local-dir:PATH"
+        if source.startswith("local-dir:"):
+            remedy = "check its name, and that its config.json describes its weights"
+        raise DataError(f"{source} cannot be opened ({why_unreadable(error)})", remedy) from error
 
 
 def announce_download(source: str, hub_id: str | None) -> None:

@@ -22,8 +22,10 @@ from maedistill.weights.key_styles import TRANSFORMERS_EPS, merge_qkv, with_timm
 from maedistill.weights.recognize import KEY_OF_MODEL, likely_model
 
 # Keys that a file may hold but that are not needed: classifiers and pooling heads of fine-tuned models, iBOT's token of
-# masked patches, and norms of AMD's generators, which are never applied.
-_DROPPED = re.compile(r"^((head|head_dist|fc_norm|attn_pool|pooler|generators\.\d+\.norm)\.|masked_embed$)")
+# masked patches, the count of torch's AveragedModel, and norms of AMD's generators, which are never applied.
+_DROPPED = re.compile(
+    r"^((head|head_dist|fc_norm|attn_pool|pooler|generators\.\d+\.norm)\.|(masked_embed|n_averaged)$)"
+)
 _RENAMED = {  # the first match wins, so the order matters
     r"^(decoder\.(embed|blocks|norm|head|mask_token|pos_embed)\b.*)$": r"\1",  # this package, and AMD's decoder
     r"^(projections|generators)\.(.*)$": r"\1.\2",  # this package, and AMD's generators

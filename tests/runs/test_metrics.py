@@ -112,3 +112,13 @@ def test_tensorboard_has_groups_and_the_settings_and_its_absence_is_said(tmp_pat
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     metrics.MetricsFile(tmp_path, first_step=0, tensorboard=True).close()
     assert capsys.readouterr().out.count("tensorboard is not installed") == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "first_step", "warns"), [([2, 4, 6], 12, True), ([2, 4, 10], 11, False), ([], 3, True)]
+)
+def test_records_that_are_missing_before_a_checkpoint_are_said(tmp_path, capsys, steps, first_step, warns):
+    """A file that was cut between two lines looks whole; what tells is the distance from its last line."""
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in steps))
+    metrics.MetricsFile(tmp_path, first_step=first_step, tensorboard=False).close()
+    assert ("may be missing" in capsys.readouterr().err) == warns

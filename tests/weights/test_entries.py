@@ -61,6 +61,9 @@ SEVERAL = {
         {"model": A, "base_encoder": A, "momentum_encoder": B, "ema": B},
     ),
     "Lightning": ({"state_dict": under("model.", A) | under("model_ema.module.", B)}, {"model": A, "ema": B}),
+    "torch_ema": ({"model": A, "ema": {"decay": 0.9, "shadow_params": [*B.values()]}}, {"model": A, "ema": B}),
+    "torch's average": (under("module.", A) | {"n_averaged": torch.tensor(3)}, {"model": A}),
+    "deep": ({"a": {"b": {"c": {"d": A}}}}, {"model": A}),
     "averages alone": ({"model_ema": B}, {"model": B, "ema": B}),
 }  # fmt: skip
 

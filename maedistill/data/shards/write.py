@@ -214,12 +214,11 @@ def _convert(source: Source, record: Record, *, shorter_side: int | None, qualit
         return convert(source.read(record), shorter_side=shorter_side, quality=quality, bits=bits or None)
     except BadImage as error:
         return str(error)
-    except (FileNotFoundError, PermissionError) as error:
+    except FileNotFoundError as error:
         return f"cannot be read: {error.strerror}"
     except OSError as error:
-        raise DataError(
-            f"cannot read {printable(record.origin)}: {error.strerror}", "see to the disk; the same command continues"
-        ) from error
+        remedy = "see to its permission or the disk, or move it away; the same command continues"
+        raise DataError(f"cannot read {printable(record.origin)}: {error.strerror}", remedy) from error
 
 
 def _write_shard(
