@@ -212,6 +212,29 @@ class MutualConfig(TermConfig):
     )
 
 
+class PastConfig(TermConfig):
+    """The past as teacher: the targets are mixed with what the network itself predicted earlier (after PS-KD).
+
+    The term is the cross-entropy with (1 - a) target + a past, where a = alpha (e + 1) / E in epoch e of E. So it has
+    the labels in it, and takes the place of label_weight's cross-entropy: PS-KD is weight 1 with label_weight 0. Both
+    together, before start_epoch for example, make the share of the past a weight / (label_weight + weight).
+    """
+
+    needs_teacher: ClassVar[bool] = False
+
+    weight: Weight = result(
+        0.0, "weight of the cross-entropy with the mixed targets; 1 with distill.label_weight=0 is PS-KD's; 0: off"
+    )
+    alpha: Annotated[float, Field(gt=0.0, le=1.0)] = result(
+        0.8, "share of the past in the last epoch, to which it rises linearly; 0.8 in PS-KD"
+    )
+    source: Literal["weights", "ema"] = result(
+        "weights",
+        "what predicts, on the same mixed images: the weights as they were when the epoch began (none in the first), "
+        "or the moving average of optim.ema; PS-KD itself stores the predictions of an epoch ago",
+    )
+
+
 class DistillConfig(Section):
     """Teachers that the network also learns from while it is fine-tuned, and what it imitates of them."""
 
@@ -247,6 +270,7 @@ class DistillConfig(Section):
     exits: ExitsConfig = ExitsConfig()
     self_attention: SelfAttentionConfig = SelfAttentionConfig()
     mutual: MutualConfig = MutualConfig()
+    past: PastConfig = PastConfig()
 
     @property
     def terms(self) -> dict[str, TermConfig]:
@@ -271,4 +295,4 @@ class DistillConfig(Section):
     @property
     def reads_labels(self) -> bool:
         """Return whether any loss uses the labels of training images."""
-        return self.label_weight > 0 or self.dkd.on or (self.exits.on and self.exits.alpha < 1)
+        return self.label_weight > 0 or self.dkd.on or self.past.on or (self.exits.on and self.exits.alpha < 1)

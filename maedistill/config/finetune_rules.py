@@ -162,6 +162,23 @@ def _mutual(c: FinetuneConfig) -> Iterator[Problem]:
         yield Problem(f"distill.{others[0]}.weight", cause, "use one of the two")
 
 
+def _past(c: FinetuneConfig) -> Iterator[Problem]:
+    """Yield problems unless the past exists whole on every rank, and the labels count once."""
+    d, key = c.distill, "distill.past.source"
+    if not d.past.on:
+        return
+    if d.past.source == "ema" and c.optim.ema is None:
+        remedy = "add e.g. optim.ema=0.9999, or use distill.past.source=weights"
+        yield Problem(key, "the run has no moving average: optim.ema is null", remedy)
+    if d.past.source == "weights" and c.engine.zero == 3:
+        cause = "a copy of the network needs whole weights, and ZeRO 3 partitions them"
+        yield Problem(key, cause, "use engine.zero=2")
+    if d.label_weight > 0 and not d.past.is_scheduled:
+        cause = "the labels would count twice: they are in the targets of distill.past"
+        remedy = "set distill.label_weight=0; a lower distill.past.alpha gives the labels more weight"
+        yield Problem("distill.label_weight", cause, remedy)
+
+
 def _rising(key: str, blocks: tuple[int, ...]) -> Iterator[Problem]:
     """Yield a problem unless blocks go from shallow to deep, each once."""
     if list(blocks) != sorted(set(blocks)):
@@ -172,13 +189,13 @@ def _rising(key: str, blocks: tuple[int, ...]) -> Iterator[Problem]:
 def _labels(c: FinetuneConfig) -> Iterator[Problem]:
     """Yield problems if nothing trains the classifier at some step, or if a setting of labels has no effect."""
     d = c.distill
-    classifying = [d.logits, d.dkd, d.mutual, *([] if d.hard_label.token else [d.hard_label])]
+    classifying = [d.logits, d.dkd, d.mutual, d.past, *([] if d.hard_label.token else [d.hard_label])]
     if d.label_weight == 0 and not any(term.on and not term.is_scheduled for term in classifying):
         yield Problem(
             "distill.label_weight",
             "with weight 0, no loss trains the classifier in every step",
-            "use a weight above 0, or distill.logits, dkd, hard_label or mutual without start_epoch, warmup_epochs, "
-            "stop_epoch",
+            "use a weight above 0, or distill.logits, dkd, hard_label, mutual or past without start_epoch, "
+            "warmup_epochs, stop_epoch",
         )
     if not d.reads_labels and c.data.label_fraction < 1:
         cause = f"{c.data.label_fraction:g} of the labels, where none is used (distill.label_weight=0)"
@@ -237,6 +254,7 @@ RULES = (
     _exits,
     _self_attention,
     _mutual,
+    _past,
     _labels,
     _batches,
 )

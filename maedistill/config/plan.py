@@ -32,9 +32,14 @@ class Plan:
     steps: int
     warmup_steps: int
 
+    @property
+    def global_batch(self) -> int:
+        """Return the samples of a step."""
+        return self.batch.micro_batch * self.batch.accumulation * self.world_size
+
     def steps_in(self, epochs: float) -> float:
         """Return the number of steps in `epochs` epochs; one epoch is `images` samples."""
-        return epochs * self.images / (self.batch.micro_batch * self.batch.accumulation * self.world_size)
+        return epochs * self.images / self.global_batch
 
     def epoch_at(self, step: int) -> float:
         """Return the epochs done after `step` steps."""

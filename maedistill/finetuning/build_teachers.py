@@ -17,6 +17,7 @@ from maedistill.config.schema import Triple
 from maedistill.errors import ConfigError, UserError
 from maedistill.finetuning.objective import Distilled, Mutual, Supervised
 from maedistill.finetuning.outputs import FeatureInfo, RequestedOutputs, feature_info, is_plain_vit
+from maedistill.finetuning.past import Past
 from maedistill.finetuning.peers import Peer
 from maedistill.finetuning.teacher import OfflineTeacher, TeacherEnsemble, TeacherSource
 from maedistill.finetuning.terms import TERMS
@@ -126,6 +127,14 @@ def build_teaching(
     )
 
 
+def build_past(config: FinetuneConfig, vit: nn.Module, *, plan: Plan, device: torch.device) -> Past | None:
+    """Build the network's past on `device`; None without a term that needs it."""
+    section, number_format = config.distill.past, precision(config.engine.precision, device)
+    if not section.on:
+        return None
+    return Past(section, vit, plan=plan, epochs=config.optim.epochs, precision=number_format).to(device)
+
+
 def distillation_lines(config: FinetuneConfig, teachers: list[TeacherSource], *, micro_batch: int) -> list[str]:
     """Describe the teachers and terms, one per line; empty without a term."""
     distill = config.distill
@@ -221,7 +230,7 @@ def _require_features(distill: DistillConfig, side: str, info: FeatureInfo) -> N
 def _require_exits(config: FinetuneConfig, student: FeatureInfo) -> None:
     """Raise ConfigError if the student cannot have the exits, which only its opened network may show."""
     exits = config.student.exits
-    own = [name for name, term in config.distill.terms.items() if not term.needs_teacher]
+    own = [name for name in ("exits", "self_attention") if name in config.distill.terms]
     if own and student.vit is None:
         raise ConfigError(f"distill.{own[0]}: the student is no plain ViT, whose blocks can be seen", "leave it out")
     if exits and max(exits) >= len(student.channels) - 1:

@@ -1,7 +1,7 @@
 """Fine-tuning: the loop over optimizer steps, and the exact evaluation between epochs.
 
     shards -> crops, RandAugment -> flip, normalise, erase, mix -> network -> cross-entropy, terms -> engine
-                                                             teachers of distillation, if any
+                                             teachers of distillation, the network's past, if any
 
 Everything random is a function of (seed, position) or (seed, step, micro-batch, rank). A restart in the same layout
 therefore needs only the step, and reproduces every bit.
@@ -68,6 +68,9 @@ def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
     config, plan, engine, rank = parts.config, parts.plan, run.engine, distributed.rank()
     crops = build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean)
     batches = run.batches(crops)
+    if parts.past is not None and parts.past.section.source == "ema":
+        assert run.ema is not None  # a rule of the config requires it
+        parts.past.network = run.ema.module.vit
     if evaluation_due(run, parts) and run.is_missing("ema_top1" if run.ema is not None else "top1", metrics):
         with run.untimed():
             validate(run, parts, metrics)

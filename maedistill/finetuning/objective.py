@@ -59,9 +59,17 @@ class Distilled(nn.Module):
         self.terms: Any = nn.ModuleDict(terms)  # torch would type its values as Module, not Term
         self.requested, self.label_weight, self.scheduled = requested, label_weight, frozenset(scheduled)
 
-    def forward(self, images: Tensor, targets: Tensor, teachers: Sequence[Outputs], weights: Tensor) -> Losses:
+    def forward(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        teachers: Sequence[Outputs],
+        weights: Tensor,
+        past: Outputs | None = None,
+    ) -> Losses:
         """Return scalar losses. images: normalised, mixed, [B, 3, s, s]. targets: rows that sum to 1, [B, C]. teachers:
-        their outputs on the same images; empty if every weight is 0. weights: of the terms in this step, [K].
+        their outputs on the same images; empty if every weight is 0. weights: of the terms in this step, [K]. past:
+        outputs of the network's own past (past.py), if there is one.
         """
         outputs = forward_outputs(self.vit, images, self.requested)
         outputs["logits"] = outputs["logits"].float()
@@ -71,7 +79,7 @@ class Distilled(nn.Module):
             losses["cross_entropy"] = self.cross_entropy(outputs["logits"], targets)
             total = self.label_weight * losses["cross_entropy"]
         for i, term in enumerate(self.terms.values()):
-            against = teachers if term.section.needs_teacher else [{}]
+            against = teachers if term.section.needs_teacher else [past or {}]
             if not against:
                 total = total + term.zero_loss(outputs["logits"])
                 continue

@@ -1,4 +1,4 @@
-"""The terms of self-distillation: the student learns from its own deeper layers, without a teacher.
+"""The terms of self-distillation: the student learns from its own deeper layers or its past, without a teacher.
 
 B batch   C classes   D width   P prefix tokens   N patches
 """
@@ -17,7 +17,7 @@ from maedistill.finetuning.outputs import FeatureInfo, Outputs
 from maedistill.finetuning.term import Parts, Term
 from maedistill.losses.features import feature_loss
 from maedistill.losses.logits import kd_loss
-from maedistill.losses.self_distillation import self_attention_loss
+from maedistill.losses.self_distillation import past_target, self_attention_loss
 from maedistill.models.exits import ExitHead, ending_at
 
 
@@ -81,3 +81,19 @@ class SelfAttention(Term):
     def _losses(self, student: Outputs, teacher: Outputs, targets: Tensor, number: int) -> Parts:
         tokens = [student[f"features/{block}"].flatten(2).mT for block in self.section.blocks]  # [B, N, D] each
         return {"": self_attention_loss(tokens)}
+
+
+class PastTargets(Term):
+    """Cross-entropy with targets that are mixed with predictions of the past (PS-KD, Kim et al., ICCV 2021).
+
+    The past's outputs are those of `past.py`. Without them, in the first epoch, it is the cross-entropy with the
+    labels, bit for bit.
+    """
+
+    def _build(self, student: FeatureInfo, teachers: Sequence[FeatureInfo]) -> None:
+        self.cross_entropy = SoftTargetCrossEntropy()
+
+    def _losses(self, student: Outputs, teacher: Outputs, targets: Tensor, number: int) -> Parts:
+        if teacher:
+            targets = past_target(targets, teacher["past"], alpha=teacher["share"])
+        return {"": self.cross_entropy(student["logits"], targets)}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from maedistill.config.auto import with_values
 from maedistill.config.finetune import FinetuneConfig
@@ -26,12 +26,14 @@ from maedistill.errors import ConfigError, DataError
 from maedistill.finetuning.build import build_classifier, build_init_source, build_labelled_crops, build_mixing
 from maedistill.finetuning.build_teachers import (
     build_module,
+    build_past,
     build_teaching,
     distillation_lines,
     open_teachers,
 )
 from maedistill.finetuning.objective import Distilled, Mutual, Supervised
 from maedistill.finetuning.outputs import is_plain_vit
+from maedistill.finetuning.past import Past
 from maedistill.finetuning.peers import Peer, open_peers, peer_lines
 from maedistill.finetuning.teacher import TeacherEnsemble, TeacherSource
 from maedistill.models.encoder import num_params_m
@@ -53,7 +55,7 @@ _SPARSE = 10  # labels are suspect if fewer than 1 in 10 of the ids up to the la
 class Finetuning(Stage):
     """The parts, on `device`. source: None from scratch; samples: the ids of the label subset, int64 [n].
 
-    teachers, teaching: for distillation; empty and None without it.
+    teachers, teaching: for distillation; empty and None without it. past: of the network itself, if a term needs it.
     """
 
     config: FinetuneConfig
@@ -71,6 +73,12 @@ class Finetuning(Stage):
     teaching: TeacherEnsemble | None
     auto_lines: list[str] = field(default_factory=list)
     peers: list[Peer] = field(default_factory=list)
+    past: Past | None = None
+
+    @property
+    def kept(self) -> dict[str, nn.Module]:
+        """Return networks beside the trained one that checkpoints keep, by file name."""
+        return self.past.kept if self.past is not None else {}
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -174,10 +182,15 @@ class Finetuning(Stage):
         for teacher in self.teaching.teachers if self.teaching is not None else ():
             if is_plain_vit(teacher.network):
                 compile_module(teacher)
+        if self.past is not None and is_plain_vit(self.past.network):
+            compile_module(self.past)
 
     def teacher_outputs(self, images: Tensor, step: int) -> tuple[Any, ...]:
-        """Return the module's inputs besides images [B, 3, s, s] and targets; empty without a teacher."""
-        return self.teaching(images, step) if self.teaching is not None else ()
+        """Return the module's inputs besides images [B, 3, s, s] and targets; empty without a term."""
+        if self.teaching is None:
+            return ()
+        past = () if self.past is None else (self.past.outputs(images, step, now=self.module.vit),)
+        return (*self.teaching(images, step), *past)
 
     def validation(self) -> EvaluationImages:
         """Return every validation image, transformed as in timm's own evaluation."""
@@ -222,9 +235,10 @@ def open_finetuning(
     module = build_module(config, vit, teachers, peers).train().to(device)
     grid = vit.patch_embed.grid_size[0] if isinstance(vit, VisionTransformer) else 1  # without terms on maps
     teaching = build_teaching(config, teachers, grid=grid, plan=plan, mean=mean, std=std, device=device)
+    past = build_past(config, vit, plan=plan, device=device)
     return Finetuning(
         config, plan, index, val_index, samples, num_classes, module, source, mean, std, device, teachers, teaching,
-        auto_lines, peers,
+        auto_lines, peers, past,
     )  # fmt: skip
 
 

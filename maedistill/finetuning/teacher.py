@@ -100,7 +100,8 @@ class TeacherEnsemble:
         # A compiled step takes a row of this table as input: it neither waits for the host nor recompiles.
         rows = [[term.weight_at(epoch_at(step)) for term in self.terms] for step in range(steps)]
         weights = torch.tensor(rows, dtype=torch.float32).view(steps, len(self.terms))
-        self.heaviest_step = int(weights.sum(dim=1).argmax())  # the step whose weights are largest
+        # The step whose weights are largest, the last such: the network's past begins after the first epoch.
+        self.heaviest_step = steps - 1 - int(weights.sum(dim=1).flip(0).argmax())
         compares = torch.tensor([term.needs_teacher for term in self.terms])
         self._counts = weights[:, compares].any(dim=1).tolist()
         self._weights = weights.to(device)

@@ -4,6 +4,7 @@
         model.safetensors       parameters and persistent buffers by name, fp32
         optimizer.safetensors   "exp_avg/NAME" and "exp_avg_sq/NAME"
         ema.safetensors         the averaged weights, if the run has them
+        past.safetensors        the weights when the epoch began, with distill.past.source=weights
         state.json              the engine's scalars and the loop's plain state, see state.py
         config.yaml, run.json   the run's, for a start that finds them gone or damaged in RUN
         manifest.json, COMPLETE checksums of the files above, see manifest.py
@@ -29,7 +30,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 from maedistill.durable import make_folder, sync, write_synced
 from maedistill.escaping import get_log
@@ -59,11 +60,13 @@ def take_snapshot(
     engine: Engine,
     state: dict[str, Any],
     ema: ModelEmaV3 | None = None,
+    kept: Mapping[str, nn.Module] | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> Snapshot | None:
     """Copy the contents of a checkpoint of `step` to rank 0; return None on the other ranks. Collective.
 
-    state: plain JSON types, returned by `load_latest` (restore.py). texts: other small files by name.
+    state: plain JSON types, returned by `load_latest` (restore.py). kept: other networks by file name. texts: small
+    files by name.
     """
     training = engine.state()
     if training is None:
@@ -71,11 +74,16 @@ def take_snapshot(
     document = json.dumps({"step": step, "engine": training.scalars, "loop": state}, indent=1, allow_nan=False)
     moments = {f"{kind}/{name}": value for kind in MOMENTS for name, value in training.moments[kind].items()}
     files = {"model.safetensors": training.weights, "optimizer.safetensors": moments}
-    if ema is not None:
-        files["ema.safetensors"] = {}
-        for name, value in ema.module.state_dict().items():
-            copy_to_main(files["ema.safetensors"], name, value)
+    for kind, module in beside(ema, kept).items():
+        tensors = files[f"{kind}.safetensors"] = {}
+        for name, value in module.state_dict().items():
+            copy_to_main(tensors, name, value)
     return Snapshot(step, files, {STATE: document, **(texts or {})})
+
+
+def beside(ema: ModelEmaV3 | None, kept: Mapping[str, nn.Module] | None) -> dict[str, nn.Module]:
+    """Return the networks that a checkpoint has beside the trained one, by file name."""
+    return {**({"ema": ema.module} if ema is not None else {}), **(kept or {})}
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:

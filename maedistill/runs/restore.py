@@ -9,17 +9,18 @@ the tensors to the other ranks. If there are folders but none is intact, that is
 A folder loads completely or raises DataError, whatever it contains.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 from maedistill.errors import DataError
 from maedistill.escaping import get_log
 from maedistill.processes.distributed import broadcast_tensor, on_main
-from maedistill.runs.checkpoint import WRITE_ERRORS, checkpoint_steps, require_intact
+from maedistill.runs.checkpoint import WRITE_ERRORS, beside, checkpoint_steps, require_intact
 from maedistill.runs.manifest import CorruptCheckpoint, read_manifest, verify
 from maedistill.runs.state import read_state
 from maedistill.training.engine import MOMENTS, Engine, TrainingState
@@ -27,18 +28,23 @@ from maedistill.training.engine import MOMENTS, Engine, TrainingState
 logger = get_log(__name__)
 
 
-def load_latest(folder: Path, engine: Engine, ema: ModelEmaV3 | None = None) -> dict[str, Any] | None:
-    """Load the newest intact checkpoint into `engine` and `ema`; return its state, None if there is none. Collective.
+def load_latest(
+    folder: Path, engine: Engine, ema: ModelEmaV3 | None = None, *, kept: Mapping[str, nn.Module] | None = None
+) -> dict[str, Any] | None:
+    """Load the newest intact checkpoint into `engine`, `ema` and `kept`; return its state, None if there is none.
+
+    Collective. kept: other networks by file name.
 
     Raises DataError when there are checkpoints but no intact one, or when it belongs to another model.
     """
     shapes = engine.shapes()
     parameters = [name for name, _ in engine.module.named_parameters()]
     training: TrainingState | None = None  # this and the next are read on rank 0 only
-    averaged: dict[str, Tensor] = {}
+    others = beside(ema, kept)
+    tensors_of: dict[str, dict[str, Tensor]] = {kind: {} for kind in others}
 
     def read() -> dict[str, Any] | None:
-        nonlocal training, averaged
+        nonlocal training
         checkpoint = newest_intact(Path(folder))
         if checkpoint is None:
             return None
@@ -48,14 +54,17 @@ def load_latest(folder: Path, engine: Engine, ema: ModelEmaV3 | None = None) -> 
         tensors = _read_tensors(checkpoint, "optimizer", keys)
         moments = {moment: {name: tensors[f"{moment}/{name}"] for name in parameters} for moment in MOMENTS}
         training = TrainingState(weights, moments, scalars)
-        averaged = {} if ema is None else _read_tensors(checkpoint, "ema", shapes)
+        for kind, module in others.items():
+            own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+            tensors_of[kind] = _read_tensors(checkpoint, kind, own)
         return state
 
     state = on_main(read)
     if state is not None:
         engine.load_state(training)
-        for name, value in ema.module.state_dict().items() if ema is not None else ():
-            value.copy_(broadcast_tensor(averaged.get(name), value.shape, dtype=value.dtype))
+        for kind, module in others.items():
+            for name, value in module.state_dict().items():
+                value.copy_(broadcast_tensor(tensors_of[kind].get(name), value.shape, dtype=value.dtype))
     return state
 
 

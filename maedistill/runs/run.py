@@ -6,10 +6,10 @@ What a stage adds (data, teacher, losses) is in `pretraining/setup.py` and `fine
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import torch
 from timm.scheduler import CosineLRScheduler
@@ -66,6 +66,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     preempted: signal.Signals | None = None  # the signal that asks the run to end before its last step
     callbacks: tuple[Callback, ...] = ()
+    kept: Mapping[str, nn.Module] = field(default_factory=dict)  # other networks that checkpoints keep, by file name
 
     def __post_init__(self) -> None:
         self.clock, self.averages, self.hint = Clock(self.device), Averages(), DataWaitHint()
@@ -102,7 +103,7 @@ class Run:
     def restore(self) -> None:
         """Load the newest complete checkpoint, if there is one. Collective."""
         distributed.on_main(lambda: remove_strays(self.folder.checkpoints))  # a finished run writes no more checkpoints
-        state = load_latest(self.folder.checkpoints, self.engine, ema=self.ema)
+        state = load_latest(self.folder.checkpoints, self.engine, self.ema, kept=self.kept)
         if state is None:
             return
         self.progress = Progress.from_state(state, checkpoints=self.folder.checkpoints)
@@ -115,7 +116,8 @@ class Run:
         self.bad_samples.count(self.progress)
         now = {"losses": self.averages.totals(), "trained_seconds": self.progress.trained_seconds + self.clock.seconds}
         state = self.progress.state() | now
-        self.saver.save(step=self.step, engine=self.engine, state=state, ema=self.ema, records=self._records)
+        networks: dict[str, Any] = {"engine": self.engine, "ema": self.ema, "kept": self.kept}
+        self.saver.save(step=self.step, state=state, records=self._records, **networks)
 
     def raise_if_preempted(self) -> None:
         """Raise Preempted, with a checkpoint written, after a step in which a signal asked for it. Collective."""

@@ -5,7 +5,7 @@ run_stage: join -> Peers -> the stage (pretraining/setup.py, finetuning/setup.py
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -49,6 +49,11 @@ class Stage(Protocol):
     @property
     def summary_lines(self) -> list[str]:
         """Describe the run, one fact per line."""
+
+    @property
+    def kept(self) -> Mapping[str, nn.Module]:
+        """Return networks beside the trained one that checkpoints keep, by file name."""
+        return {}
 
     def compile(self) -> None:
         """Compile what a step runs."""
@@ -144,4 +149,5 @@ def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, ext
     workers = config.data.workers if config.data.workers is not None else min(8, cores)
     saver = Saver(folder.checkpoints, keep=config.log.keep, texts=folder.texts)
     stop = PreemptionHandler(timeout_seconds=config.engine.timeout_seconds, leave=folder.leave_at_once)
-    return Run(config, folder, plan, module, engine, schedule, ema, device, workers, peers, saver, stop)
+    kept = stage.kept
+    return Run(config, folder, plan, module, engine, schedule, ema, device, workers, peers, saver, stop, kept=kept)

@@ -100,7 +100,6 @@ OVERRIDES = [
     "optim.min_lr=1",
     "optim.warmup_epochs=100",
     "data.views_per_image=3",
-    "engine={zero: 3, compile: true}",
     "log.probe_every_epochs=5",
     "log={probe_every_epochs: 5, knn_images: 1}",
     "masks.student_keep_ratio=1.0",
@@ -157,7 +156,6 @@ FINETUNE_OVERRIDES = [
     "optim.min_lr=1",
     "optim={epochs: 5, warmup_epochs: 5}",
     "optim.epochs=automatic",
-    "engine={zero: 3, compile: true}",
     "init.source=vit_small_patch16_224",
     "init.source=random:vit_small_patch16_224",
     "init.source='run:'",
@@ -207,6 +205,11 @@ FINETUNE_OVERRIDES = [
     "distill.self_attention={weight: 1, blocks: [3, 3]}",
     "distill.self_attention={weight: 1, blocks: [3, 12]}",
     "distill={teachers: ['run:a'], self_attention: {weight: 1, blocks: [3, 4]}}",
+    "distill.past={weight: 1}",
+    "distill.past={weight: 1, alpha: 0}",
+    "distill.past.source=ema",
+    "distill={label_weight: 0, past: {weight: 1, stop_epoch: 9}}",
+    "distill={label_weight: 0, past: {weight: 1, source: ema}}",
     f"{TAUGHT}label_weight: 0, logits: {{weight: 1, stop_epoch: 9}}}}",
     f"{TAUGHT}label_weight: 0, hard_label: {{weight: 1, token: true}}}}",
     f"{TAUGHT}label_weight: 0, logits: {{weight: 1, warmup_epochs: 1}}}}",
@@ -288,6 +291,11 @@ def test_every_problem_is_counted_and_the_first_is_shown(refused):
     assert "optim.ema=0.9" in shown.cause and "2 more: align.student, decoder.num_heads" in shown.cause
     shown = refused(GOOD, ["sed=1", "optim.lr=x", "decoder.num_heads=5"])
     assert "sed" in shown.cause and "1 more: optim.lr" in shown.cause
+
+
+def test_a_copy_of_the_network_needs_whole_weights(refused):
+    given = ["distill={label_weight: 0, past: {weight: 1}}", "engine.zero=3"]
+    assert "distill.past.source" in refused(FINETUNE, given, root=FinetuneConfig).cause
 
 
 def test_fine_tuning_starts_from_something(refused, tmp_path):

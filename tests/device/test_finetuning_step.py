@@ -49,6 +49,7 @@ LATER = [
 ]
 LATER += ["distill.hints={weight: 1, student: [0], teacher: [0], start_epoch: 1}", "distill.label_weight=0.5"]
 OWN = ["distill.exits={weight: 1, trunk_gradients: false}", "distill.self_attention={weight: 0.1, blocks: [0,1,2]}"]
+PAST = ["distill.label_weight=0", "distill.past.weight=1"]
 CASES = {  # settings, teachers
     "labels alone": (["augment.mixup=0", "augment.cutmix=0"], []),
     "labels alone, pooled, cutmix": (["student.global_pool=avg", "augment.mixup=0", "augment.mix_probability=1"], []),
@@ -57,6 +58,7 @@ CASES = {  # settings, teachers
     "no labels": (["distill.label_weight=0", "distill.logits={weight: 1}"], ["vit"]),
     "no teacher": (["student.exits=[0,1]", *OWN], []),
     "mutual": (['distill.mutual={weight: 1, students: ["", "student.width=48"]}'], []),
+    "the past's weights": (["optim.global_batch=24", *PAST], []),  # step 4 is the first of epoch 1
     "exits and a teacher": (["student.exits=[0]", "distill.exits={weight: 1}", "distill.logits={weight: 1}"], ["vit"]),
     "no term counts yet": ([*LATER, *REGISTER], ["vit"]),
 }
@@ -99,7 +101,8 @@ def on_card(parts: Finetuning) -> Finetuning:
         frozen = [one.to(CARD) for one in teaching.teachers]
         how = {"steps": parts.plan.steps, "epoch_at": parts.plan.epoch_at}
         teaching = TeacherEnsemble(frozen, teaching.terms, **how, device=CARD)
-    moved = dataclasses.replace(parts, module=parts.module.to(CARD), teaching=teaching, device=CARD)
+    past = parts.past.to(CARD) if parts.past is not None else None
+    moved = dataclasses.replace(parts, module=parts.module.to(CARD), teaching=teaching, device=CARD, past=past)
     moved.inputs(batch().to(CARD))  # mean and deviation are copied at first need, once in a run
     return moved
 
@@ -134,6 +137,7 @@ def test_a_step_never_waits_for_the_card_and_computes_the_same_bits(opened, case
     found = value_of(found)
     assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
     assert found.keys() == expected.keys() and found["loss"].isfinite()
+    assert ("past" in case) == ("past" in found)
     if "all terms" in case:
         terms = set(parts.module.terms)
         assert isinstance(parts.module, Distilled) and terms == TERMS.keys() | ONLY_VITS.keys() and len(terms) == 12

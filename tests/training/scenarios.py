@@ -158,7 +158,8 @@ def first(folder: Path) -> dict:
             norms = train(engine, schedule, ema, range(STEPS // 2), accumulation)
             half = engine.state()
             with Saver(checkpoints(folder, world_size(), precision, accumulation, zero), keep=1) as saver:
-                saver.save(step=STEPS // 2, engine=engine, ema=ema, state={"samples": BATCH * STEPS // 2})
+                half_way = {"state": {"samples": BATCH * STEPS // 2}, "kept": {"past": past(7.0)}}
+                saver.save(step=STEPS // 2, engine=engine, ema=ema, **half_way)
             norms += train(engine, schedule, ema, range(STEPS // 2, STEPS), accumulation)
             results[f"{key}/{zero}"] = {"half": half, "final": engine.state(), "norms": norms, "ema": averaged(ema)}
     results["skipped"] = {zero: skip(zero) for zero in range(4)}
@@ -169,6 +170,13 @@ def first(folder: Path) -> dict:
     if world_size() > 1:
         results["reduction"] = reduction()
     return results
+
+
+def past(value: float) -> nn.Module:
+    """A frozen network beside the trained one."""
+    network = nn.Linear(2, 1).requires_grad_(False)
+    nn.init.constant_(network.weight, value)
+    return network
 
 
 def averaged(ema: ModelEmaV3 | None) -> dict[str, Tensor] | None:
@@ -282,8 +290,10 @@ def second(folder: Path) -> dict:
             continue
         engine, schedule, ema = build(target, precision, accumulation)
         ema = ema if zero < 3 else None  # stage 3 has none to load
-        state = load_latest(checkpoints(folder, ranks, precision, accumulation, zero), engine, ema)
-        assert state == {"samples": BATCH * STEPS // 2}
+        kept = past(0.0)
+        where = checkpoints(folder, ranks, precision, accumulation, zero)
+        assert load_latest(where, engine, ema, kept={"past": kept}) == {"samples": BATCH * STEPS // 2}
+        assert kept.weight.tolist() == [[7.0, 7.0]] and kept.weight.requires_grad is False, "on every rank"
         loaded = engine.state()
         norms = train(engine, schedule, ema, range(STEPS // 2, STEPS), accumulation)
         key = f"{ranks}/{precision}/{accumulation}/{zero}/{target}"

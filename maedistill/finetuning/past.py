@@ -1,0 +1,67 @@
+"""The past as teacher: an earlier state of the trained network predicts on the images of the step itself.
+
+    ema       the run's moving average, as it is before the step
+    weights   the network as it was when the current epoch began; checkpoints keep it (`past.safetensors`)
+
+After PS-KD (Kim et al., ICCV 2021), which takes stored predictions of an epoch ago, on that epoch's crops, instead.
+What is made of the predictions is in `self_terms.py`. Which step has which past is a function of the step alone.
+
+B batch   C classes   s image side
+"""
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from maedistill.config.distill import PastConfig
+from maedistill.config.plan import Plan
+from maedistill.finetuning.outputs import Outputs
+from maedistill.machine import Precision, autocast
+
+
+class Past(nn.Module):
+    """Predictions of an earlier state of the network, outside the engine, and their share of the targets over time."""
+
+    shares: Tensor
+
+    def __init__(
+        self, section: PastConfig, network: nn.Module, *, plan: Plan, epochs: float, precision: Precision
+    ) -> None:
+        """Copy the network as it is. epochs: of the run; precision: the run's number format."""
+        super().__init__()
+        self.section, self.precision = section, precision
+        self.network = deepcopy(network).eval().requires_grad_(False)
+        each = [step * plan.global_batch // plan.images for step in range(plan.steps)]  # the epoch of a step
+        # A compiled step takes an entry of this table as input: it neither waits for the host nor recompiles.
+        shares = [section.alpha * min(1.0, (epoch + 1) / epochs) for epoch in each]
+        self.register_buffer("shares", torch.tensor(shares, dtype=torch.float32), persistent=False)
+        begins = [epoch > before for before, epoch in zip([0, *each], each, strict=False)]
+        self._begins = [section.source == "weights" and begin for begin in begins]
+        self._counts = [
+            section.weight_at(plan.epoch_at(step)) > 0 and (epoch > 0 or section.source == "ema")
+            for step, epoch in enumerate(each)
+        ]
+
+    @property
+    def kept(self) -> dict[str, nn.Module]:
+        """Return what checkpoints have to keep, by file name."""
+        return {"past": self.network} if self.section.source == "weights" else {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return probabilities [B, C] of images [B, 3, s, s]."""
+        return self.network(images).float().softmax(dim=-1)
+
+    @torch.no_grad()
+    def outputs(self, images: Tensor, step: int, *, now: nn.Module) -> Outputs:
+        """Return the past's probabilities [B, C] and their share; nothing in a step without a past.
+
+        now: the network in training. In the first step of an epoch it becomes the past; its weights do not change
+        within a step, so neither a restart there nor a further micro-batch makes a difference.
+        """
+        if self._begins[step]:
+            self.network.load_state_dict(now.state_dict())
+        if not self._counts[step]:
+            return {}
+        with autocast(images.device, self.precision):
+            return {"past": self(images), "share": self.shares[step]}

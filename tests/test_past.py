@@ -1,0 +1,122 @@
+"""The past as teacher: the loss by hand, plain cross-entropy without a past, and a kill that loses nothing."""
+
+from copy import deepcopy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.loader import load_config
+from maedistill.exporting.card import model_card
+from maedistill.finetuning.loop import train
+from maedistill.finetuning.objective import Supervised
+from maedistill.finetuning.setup import Finetuning, open_finetuning
+from maedistill.weights.from_run import open_run
+
+SCRATCH = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.num_heads=2"]
+SCRATCH += ["student.patch_size=8", "optim.epochs=2", "distill.label_weight=0", "distill.past.weight=1"]
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+TARGETS = torch.rand(4, 3, generator=torch.Generator().manual_seed(1)).softmax(dim=1)
+
+
+@pytest.fixture
+def opened(finetuning):
+    """Opens the parts of a run: 8 steps an epoch, 5 epochs."""
+
+    def open_parts(*settings: str) -> Finetuning:
+        given = [*SCRATCH, "optim.epochs=5", *settings]
+        config = load_config(finetuning.config, given, root=FinetuneConfig, to_run=False).config
+        return open_finetuning(config, world_size=1, device=torch.device("cpu"))
+
+    return open_parts
+
+
+def losses(parts: Finetuning, step: int) -> dict[str, torch.Tensor]:
+    """The losses of a step, drop path off."""
+    with torch.no_grad():
+        return with_graph(parts, step)
+
+
+def with_graph(parts: Finetuning, step: int) -> dict[str, torch.Tensor]:
+    """The same, for a backward pass."""
+    return parts.module.eval()(IMAGES, TARGETS, *parts.teacher_outputs(IMAGES, step))
+
+
+def changed(parts: Finetuning, *, by: float) -> torch.nn.Module:
+    """The network after some training; a copy of what it was before."""
+    before = deepcopy(parts.module.vit)
+    with torch.no_grad():
+        for parameter in parts.module.vit.parameters():
+            parameter += by * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    return before.eval()
+
+
+def mixed(network: torch.nn.Module, past: torch.nn.Module, share: float) -> float:
+    """Cross-entropy with mixed targets, image by image and class by class."""
+    with torch.no_grad():
+        logs, earlier = network(IMAGES).log_softmax(dim=1).tolist(), past(IMAGES).softmax(dim=1).tolist()
+    targets = [
+        [(1 - share) * y + share * p for y, p in zip(*rows, strict=True)]
+        for rows in zip(TARGETS.tolist(), earlier, strict=True)
+    ]
+    return -sum(t * log for rows in zip(targets, logs, strict=True) for t, log in zip(*rows, strict=True)) / len(IMAGES)
+
+
+def test_the_weights_of_the_epochs_begin_teach_all_of_it(opened):
+    parts = opened("distill.past.alpha=0.5")
+    for epoch in (1, 2):
+        changed(parts, by=0.1)
+        at_begin = deepcopy(parts.module.vit).eval()
+        for step in (8 * epoch, 8 * epoch + 3, 8 * epoch + 7):
+            found, expected = losses(parts, step), mixed(parts.module.vit, at_begin, 0.5 * (epoch + 1) / 5)
+            assert float(found["loss"]) == float(found["past"]) == pytest.approx(expected, rel=1e-5)
+            changed(parts, by=0.1)
+    assert not parts.past.network.training and not any(p.requires_grad for p in parts.past.parameters())
+
+
+def test_the_average_teaches_from_the_first_step(opened):
+    parts = opened("distill.past.source=ema")
+    before = changed(parts, by=0.3)
+    assert float(losses(parts, 3)["loss"]) == pytest.approx(mixed(parts.module.vit, before, 0.8 / 5), rel=1e-5)
+    assert float(losses(parts, 39)["loss"]) == pytest.approx(mixed(parts.module.vit, before, 0.8), rel=1e-5)
+
+
+def test_without_a_past_it_is_plain_cross_entropy_bit_for_bit(opened):
+    """In the first epoch, and while the term rests: gradients too."""
+    parts = opened()
+    plain = Supervised(deepcopy(parts.module.vit)).eval()
+    changed(parts, by=0.3), changed(SimpleNamespace(module=plain), by=0.3)
+    assert len(parts.teacher_outputs(IMAGES, 7)[-1]) == 0 and len(parts.teacher_outputs(IMAGES, 9)[-1]) == 2
+    found, expected = with_graph(parts, 7), plain(IMAGES, TARGETS)
+    for one in (found, expected):
+        one["loss"].backward()
+    assert torch.equal(found["loss"], expected["loss"])
+    pairs = zip(parts.module.vit.parameters(), plain.vit.parameters(), strict=True)
+    assert all(torch.equal(one.grad, other.grad) for one, other in pairs)
+    resting = opened("distill.label_weight=1", "distill.past.start_epoch=3")
+    assert [len(resting.teacher_outputs(IMAGES, step)[-1]) for step in (23, 24)] == [0, 2]
+    assert torch.equal(losses(resting, 23)["loss"], losses(resting, 23)["cross_entropy"])
+
+
+def test_the_average_that_the_run_has_is_the_one_that_teaches(opened):
+    """The loop, after its last step."""
+    parts, averaged = opened("distill.past.source=ema"), SimpleNamespace(vit=torch.nn.Identity())
+    nothing = {"engine": None, "batches": lambda crops: iter(()), "is_missing": lambda *_: False}
+    train(SimpleNamespace(ema=SimpleNamespace(module=averaged), step=parts.plan.steps, **nothing), parts, None)
+    assert parts.past.network is averaged.vit and parts.kept == {}
+
+
+def test_a_run_killed_within_an_epoch_repeats_every_bit(finetuning):
+    """What taught the second epoch is in the checkpoint of step 10, and nowhere else."""
+    given = [*SCRATCH, "log.save_every_epochs=0.625"]
+    whole = finetuning("past", *given)
+    finetuning("past-killed", *given, witness=True, code=-9, WITNESS_KILL="24")
+    again = finetuning("past-killed", *given)
+    assert "continues at step 10 of 16" in again.out
+    for name in ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "past.safetensors"):
+        files = [run.last_checkpoint() / name for run in (whole, again)]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+    assert all(record["loss"] == record["past"] for record in whole.metrics())
+    saved = open_run(whole.run)
+    assert "labels 0, past 1 (targets mixed with predictions of weights, 0.8" in model_card(saved, saved.vit)
