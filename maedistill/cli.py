@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from maedistill.data.remote.user_cache import ensure_home
-from maedistill.errors import ConfigError, leave
+from maedistill.errors import ConfigError, leave, require_no_secret
 from maedistill.escaping import say
 
 COMMANDS = {
@@ -39,6 +39,8 @@ def run(name: str) -> NoReturn:
 
 
 def _dispatch(name: str, arguments: Sequence[str]) -> None:
+    for word in (name, *arguments):  # before anything prints, records or parses them
+        require_no_secret(word, f"command line {word}")
     if name in ("-h", "--help"):
         lines = [f"  {command:<11} {about}" for command, about in COMMANDS.items()]
         say("usage: maedistill COMMAND ...", "", "commands:", *lines, "", "maedistill COMMAND --help says more.")

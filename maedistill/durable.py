@@ -4,10 +4,28 @@ write_durably   a whole file: temporary name, sync of the file, rename, sync of 
 make_folder     a folder, with the parents that it lacks
 write_synced    a new file of a folder that its writer syncs and renames
 sync            what was written otherwise
+require_local   a path that is no address
 """
 
 import os
+import re
 from pathlib import Path
+
+from maedistill.errors import ConfigError
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # Path() makes s3:// into s3:/
+
+
+def why_not_local(path: str | Path) -> tuple[str, str] | None:
+    """Return what is wrong with an address in place of a path, which would become a folder `s3:`, and the remedy."""
+    cause = f"{path} is an address, and must be a folder or file of this machine"
+    return (cause, "name a local path, and copy it to the store afterwards") if _ADDRESS.match(str(path)) else None
+
+
+def require_local(path: str | Path, name: str) -> None:
+    """Raise `ConfigError` for an address in place of a path."""
+    if problem := why_not_local(path):
+        raise ConfigError(f"{name}: {problem[0]}", problem[1])
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import NoReturn
 
-from maedistill.escaping import say, shown, traceback_lines
+from maedistill.escaping import has_secret, masked, say, shown, traceback_lines
 
 
 class UserError(ValueError):
@@ -55,6 +55,15 @@ class PeerError(UserError):
     """Another process of the same run, or the hardware, failed."""
 
     exit_code = 5
+
+
+def require_no_secret(text: str, place: str) -> None:
+    """Raise `ConfigError` for a password or token in an address, which records would keep."""
+    if has_secret(text):
+        raise ConfigError(
+            f"{masked(place)}: an address holds a password or token, or *** in its place",
+            "give the address without it: stores read credentials from the environment, such as HF_TOKEN",
+        )
 
 
 def join_first(texts: Iterable[str], most: int = 8, *, separator: str = ", ") -> str:

@@ -18,8 +18,26 @@ _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")  # what a spreadshee
 _MARKUP = re.compile(r"[\\`*\[<&|]|(?<![^\W_])_|_(?![^\W_])")  # an underscore within a word is one
 
 # USER:PASSWORD@ or TOKEN@. A password may hold "/" and "@", and an error may quote an address without its end: what
-# follows `//name:` is hidden up to the last "@", or to the end, unless it is a port.
-_LOGIN = re.compile(r"""(?i)\b([a-z][a-z0-9+.-]*://)([^\s/@:[]*:(?!\d+(?:[^\w@.]|$))(?:\S*@|[^\s'"]*)|[^\s/]+@)""")
+# follows `//name:` is hidden up to the last "@", or to the end, unless it is a port. Path() makes s3:// into s3:/.
+_LOGIN = re.compile(
+    r"(?i)\b([a-z][a-z0-9+.-]{0,30}://|(?:https?|s?ftp|ssh|s3a?|gc?s|hf|az|abfss?|hdfs):/+)"
+    r"""([^\s/@:[]*:(?!\d+(?:[^\w@.]|$))(?:\S*@|[^\s'"]*)|[^\s/]+(?:@|%40))"""
+)
+# USER:PASSWORD@ wherever else it stands: without a scheme, in a path, after hf-hub:. It is sought in what ends in an @,
+# so that long texts cost no more than their length.
+_BEFORE_AT = re.compile(
+    r"(?i)(?:(?<![^\s/@])|(?<=%40))(?:[^\s/@%]|%(?!40))+(?:@|%40)|(?<=hf-hub:)[^\s/@:]+:[^\s@]{1,999}@"
+)
+_NO_USER = r"""\s/@:=,;&?%'"()<>[\]{}"""
+_PAIR = re.compile(
+    rf"(?i)(?<![^{_NO_USER}])(?!(?:run|timm|hf-hub|local-dir|file|random|python|mailto):)"
+    rf"(?:[^{_NO_USER}]|%(?!3A))+(?::|%3A)"
+    r"""(?![\\/:'"]|\d\d(?::\d\d)?(?:@|%40)).+(?:@|%40)"""  # not C:\, a::b, "a":"b", nor a time
+)
+_HEADER = re.compile(
+    r"""(?i)(authorization['"]?[:=]\s*['"]?(?:(?:bearer|basic|token)\s+)?|\bx-[\w-]{0,40}(?:key|token)['"]?[:=]\s*"""
+    r"""|\bbearer\s+|(?-i:\bBasic )(?=[^\s'"]{6})(?=\S[^\s'"]*(?-i:[A-Z\d=])))[^\s'"]+"""
+)
 _QUERY = re.compile(
     r"(?i)([?&;][\w.-]*(?:token|secret|signature|passw|pwd|credential|key)[\w.-]*=|[?&;](?:sig|auth)=)[^\s&;'\"]+"
 )
@@ -28,19 +46,20 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # of the Hugging Face hub, wherev
 
 def masked(text: str) -> str:
     """Return the text with *** in place of passwords and tokens in addresses of any scheme."""
-    return _TOKEN.sub("***", _QUERY.sub(r"\1***", _LOGIN.sub(_without_login, text)))
+    text = _BEFORE_AT.sub(lambda match: _PAIR.sub("***@", match[0]), _LOGIN.sub(_without_login, text))
+    return _TOKEN.sub("***", _HEADER.sub(r"\1***", _QUERY.sub(r"\1***", text)))
 
 
 def _without_login(match: re.Match[str]) -> str:
     """Hide what stands before the @ of an address, except the name of a repository: hf://NAME@REVISION."""
     scheme, login = match.groups()
-    is_name = scheme.lower() == "hf://" and ":" not in login and not login.startswith(("hf_", "***"))
+    is_name = scheme.lower().startswith("hf:") and not re.match("(?i)hf_|[*]{3}|.*(:|%3A)", login)
     return match[0] if is_name else f"{scheme}***@"
 
 
 def has_secret(text: str) -> bool:
     """Return whether an address holds a password or a token, or the *** that a record has in its place."""
-    return masked(text) != text or "://***@" in text or "=***" in text
+    return masked(text) != text or "***@" in text or "=***" in text
 
 
 def shown(text: object) -> str:

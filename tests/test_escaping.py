@@ -4,12 +4,15 @@ import csv
 import json
 import re
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from maedistill import cli
 from maedistill.commands import pretrain
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
@@ -45,6 +48,18 @@ ADDRESSES = [f"{scheme}://user:{SECRET}@host/a.tar" for scheme in ("hf", "s3", "
 ADDRESSES += [f"https://{SECRET[:6]}@host/a.tar", f"hf://datasets/u/n/a.tar?token={SECRET}", f"gs://b/a?sig={SECRET}"]
 ADDRESSES += [f"s3://b/a.tar?X-Amz-Expires=9&X-Amz-Signature={SECRET}", f"https://h/a?v=1&api_key={SECRET}"]
 ADDRESSES += [f"https://{SECRET[:6] * 50}@host/a.tar"]  # an error quotes only its beginning
+LOGIN = f"user:{SECRET[:6]}"
+OTHERS = [f"https:/u:{SECRET}@h/t.tar", f"s3:///u:{SECRET}@h/t.tar", f"https:/{SECRET[:6]}@h/t.tar"]
+OTHERS += [f"hf://datasets/{LOGIN}@a/b/t.tar", f"//{LOGIN}@h/x.tar", f"{LOGIN}@h:/x", f"./out:/a/{LOGIN}@b"]
+OTHERS += [f"https://u%3A{SECRET[:6]}%40h/t.tar", f"https:u%3a{SECRET[:6]}@h/t.tar", f"hf-hub:u:{SECRET}@x/y"]
+OTHERS += [
+    f"hf-hub:{LOGIN}@x/y",
+    f"hf://{LOGIN}%40h/t.tar",
+    f"{SECRET[:6]}:u:x:{SECRET[:6]}@h",
+    f"a:u%3A{SECRET[:6]}%40x",
+]
+OTHERS += [f"pipe:curl -H 'Authorization: {kind} {SECRET}' https://h/t" for kind in ("Bearer", "Basic", "")]
+OTHERS += [f"pipe:curl -H Bearer {SECRET}", f'pipe:curl -H "X-Api-Key: {SECRET}" https://h/t', f"Basic {SECRET}A="]
 TOKEN = "hf_" + "abcDEF123" * 4
 
 
@@ -195,13 +210,61 @@ def test_a_secret_in_an_address_is_refused_and_appears_nowhere(address, tmp_path
     assert not [text for text in texts if SECRET[:6] in text]
 
 
+@pytest.mark.parametrize("address", OTHERS)
+def test_a_secret_of_any_other_form_is_refused(address, tmp_path, capsys, monkeypatch):
+    assert has_secret(address) and has_secret(f"in {address}, and") and SECRET[:6] not in masked(f"in {address}, and")
+    assert exit_code_of(lambda: load_config({"data": {"train": [address]}}, root=PretrainConfig)) == 2
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", before := ["maedistill"])
+    for words in (["export", "run", "--out", address], ["shards", address, "o"], ["--version", address], [address]):
+        assert exit_code_of(lambda: cli._dispatch(words[0], words[1:])) == 2  # noqa: B023
+    assert SECRET[:6] not in "".join(capsys.readouterr()) and sys.argv is before
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_address_is_no_place_for_files(tmp_path, capsys, monkeypatch):
+    """Path() made a folder `s3:` of it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.png").write_bytes(PNG)
+    run = imitate(tmp_path / "run", random_vit(), "pretrain")
+    calls = [
+        lambda: export(run, "s3://b/o"),
+        lambda: make_shards(open_folder(tmp_path / "photos"), Path("s3://b/o")),
+        lambda: load_config("own/mae", ["data.train=a.tar", "run=s3://b/o"], root=PretrainConfig),
+        lambda: load_config("own/mae", ["run=r", "data.train=a", "data.cache_folder=s3://b/o"], root=PretrainConfig),
+        lambda: cli._dispatch("evaluate", ["run", "a.tar", "--json", "gs://b/o.json"]),
+        lambda: cli._dispatch("benchmark", ["loader", "a.tar", "--json", "gs://b/o.json"]),
+        lambda: cli._dispatch("study", ["quickstart/study", "--out", "s3://b/o", "--report"]),
+        lambda: cli._dispatch("quickstart", ["--out", "s3://b/o"]),
+    ]
+    for call in calls:
+        monkeypatch.setattr("sys.argv", ["maedistill"])
+        assert exit_code_of(call) == 2
+        assert re.search("(s3|gs):/+b/o.* is an address", capsys.readouterr().err)
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "run"}
+
+
 def test_addresses_without_secrets_stay_and_bare_tokens_go():
     plain = ["hf://datasets/u/n@main/a.tar", "hf://gpt2@main/a.tar", "http://h:8080/a@b", "tcp://[::1]:29500"]
+    plain += ["timm:vit_base_patch16_224.augreg_in1k", "run:runs/a@b", "hf-hub:org/name", "hf-hub:org/name@revision"]
+    plain += ["hf-hub:name@v1", "file:/a/b@2x.pth", "file:a@2x.pth", "C:\\runs\\a@b", "distill.kd=1 a@b.org"]
+    plain += ["at 12:30@noon, 12:30:00@x", "runs/a:b/c@2x.jpg", '{"a":"b@c"}', "tests/a.py::test@b", "a.tar::b@c"]
+    plain += ["data.train: no file a@b.tar", 'File "a@b.py", line 3: x', "host:8080", "git@github.com:org/name"]
+    plain += ["Basic blocks, basic VisionTransformer", "hf://gpt2%40main/a.tar", "name@sha256:0a1b", "a:b,c:d e@f"]
     plain += ["at tcp://h:29500)", "s3://b/train-{0..9}.tar", "gs://b/train-?.tar", "a@b.org", "timm:vit.mae"]
     for address in plain:
         assert masked(address) == address and not has_secret(address)
     assert masked("at 's3://KEY:hunt...") == "at 's3://***@"  # a library quotes the beginning
     assert TOKEN not in masked(f"Invalid token {TOKEN}!") and has_secret("hf://***@host/a.tar")
+
+
+def test_a_long_text_costs_no_more_than_its_length():
+    """It took a minute: each word may begin a scheme."""
+    begin = time.process_time()
+    for piece in ("a.", "a:", "a:b ", "hf-hub:a:", "x-", "u%3A"):
+        masked(piece * (50_000 // len(piece)))
+    assert time.process_time() - begin < 4
 
 
 def test_there_is_one_door(root):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from maedistill.durable import require_local
 from maedistill.errors import ConfigError
 from maedistill.escaping import say
 
@@ -31,6 +32,7 @@ def main() -> None:
     """Measure, print the report and, with --json, write it."""
     arguments = parse_arguments()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in training, see stage.py
+    require_local(arguments.json or "", "--json")
     if arguments.json and not arguments.json.parent.is_dir():
         raise ConfigError(f"--json: there is no folder {arguments.json.parent}", "make it, or name another file")
     if arguments.json and arguments.json.is_dir():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maedistill.commands.evaluate_arguments import FILES, parse_exits, parse_features, parse_score
+from maedistill.durable import require_local
 from maedistill.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def require_writable(files: dict[str, Path | None]) -> None:
         if file is None:
             continue
         flag = f"--{name.replace('_', '-')}"
+        require_local(file, flag)
         if file.is_dir() or not file.parent.is_dir():
             problem = "is a folder" if file.is_dir() else f"cannot be written, {file.parent} is no folder"
             raise ConfigError(f"{flag}: {file} {problem}", "name a file in a folder that exists")

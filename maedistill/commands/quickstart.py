@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from maedistill.durable import require_local
 from maedistill.errors import ConfigError
 
 
@@ -26,6 +27,7 @@ def main() -> None:
             f"--epochs is {arguments.epochs:g}: one epoch of fine-tuning has 31 images, less than a batch of 32",
             "use 2 or more",
         )
+    require_local(arguments.out, "--out")
     from maedistill.runs.terminal import outlive_readers
     from maedistill.study.quickstart import run_quickstart  # imports torch, for which --help need not wait
 

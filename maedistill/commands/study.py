@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from maedistill.durable import require_local
 from maedistill.errors import ConfigError
 from maedistill.escaping import masked, say
 from maedistill.study.file import load_study
@@ -64,6 +65,7 @@ def main() -> None:
         raise ConfigError(f"--seeds {arguments.seeds}: seeds are not negative", "use 0 or more")
     study = load_study(arguments.study)
     out, seeds = arguments.out or Path(study.out), arguments.seeds or list(study.seeds)
+    require_local(out, "--out" if arguments.out else "out")
     if not arguments.report:
         run(study, out, seeds, arguments)
     if not arguments.dry_run and not report(study, out, seeds, title=f"Results of {arguments.study}"):

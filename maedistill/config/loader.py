@@ -27,8 +27,8 @@ from maedistill.config.schema import RunConfig
 from maedistill.config.shared_rules import Problem
 from maedistill.config.sources import named_source
 from maedistill.config.values import Root, validated
-from maedistill.errors import ConfigError
-from maedistill.escaping import has_secret, masked
+from maedistill.errors import ConfigError, require_no_secret
+from maedistill.escaping import masked
 
 COMMAND_LINE = "command line"
 MOST_FILES = 32  # limit for one config; a file that is extended several times counts each time
@@ -141,11 +141,9 @@ def _require_no_secrets(settings: Mapping[str, _Setting]) -> None:
     """Raise `ConfigError` for an address with a password or token, which RUN/config.yaml would keep."""
     for setting in settings.values():
         texts = setting.value if isinstance(setting.value, list) else [setting.value]
-        if any(isinstance(text, str) and has_secret(text) for text in texts):
-            raise ConfigError(
-                f"{setting.place}: an address holds a password or token, or *** in its place",
-                "give the address without it: stores read credentials from the environment, such as HF_TOKEN",
-            )
+        for text in texts:
+            if isinstance(text, str):
+                require_no_secret(text, setting.place)
 
 
 def _with_named_sources(settings: Mapping[str, _Setting]) -> dict[str, _Setting]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from maedistill.config.architectures import Architecture
 from maedistill.config.schema import AUTO, RunConfig
 from maedistill.config.sources import PYTHON_KIND, why_unnamed
+from maedistill.durable import why_not_local
 
 # Prefixes of timm's plain VisionTransformers; models/encoder.py rejects other classes with these prefixes.
 FAMILIES = ("vit_", "deit", "flexivit_", "aimv2_", "beit3_", "eva_", "test_vit")
@@ -37,6 +38,9 @@ def paths(c: RunConfig) -> Iterator[Problem]:
         yield Problem("data.train", "no training shards are named", remedy)
     if not c.run:
         yield Problem("run", "no run folder is named", "add run=runs/NAME")
+    for key, path in (("run", c.run), ("data.cache_folder", c.data.cache_folder)):
+        if problem := why_not_local(path or ""):
+            yield Problem(key, *problem)
 
 
 def deviations(key: str, std: tuple[float, ...] | None) -> Iterator[Problem]:

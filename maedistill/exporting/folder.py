@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
-from maedistill.durable import sync
+from maedistill.durable import require_local, sync
 from maedistill.errors import ConfigError, DataError
 from maedistill.exporting.card import model_card
 from maedistill.models.encoder import TimmModel
@@ -64,6 +64,7 @@ def export(
     part = (f"_peer{peer}" if peer else "") + (f"_exit{exit}" if exit is not None else "")
     default = folder.path / f"export{part}"
     out = Path(os.path.normpath(os.path.expanduser(out))) if out is not None else default
+    require_local(out, "--out")
     try:
         _require_free(out)
         saved = open_run(folder.path, weights=weights, exit=exit, peer=peer)

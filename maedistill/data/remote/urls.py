@@ -19,8 +19,7 @@ from urllib.parse import urlsplit
 import fsspec
 from fsspec.asyn import sync
 
-from maedistill.errors import ConfigError
-from maedistill.escaping import has_secret
+from maedistill.errors import ConfigError, require_no_secret
 
 WEB, STORES = ("http", "https"), ("s3", "gs", "hf")
 CHUNK = 1 << 20  # bytes per read of a web response
@@ -73,11 +72,7 @@ def check_url(url: str) -> None:
     match = _PLAIN.fullmatch(url)
     if not match or match[1] not in (*WEB, *STORES):
         raise ConfigError(f"{url!r} is no address that shards are read from", f"give a path or one of {schemes}")
-    if has_secret(url):
-        raise ConfigError(
-            f"{url!r} holds a password or token",
-            "give the address without it: stores read credentials from the environment, such as HF_TOKEN",
-        )
+    require_no_secret(url, repr(url))
     if "::" in url:
         raise ConfigError(f"{url!r} is a chain of protocols", f"give one plain address: {schemes}")
     if match[1] in WEB and ("@" in match[2] or re.search(r"[?#]", url)):

@@ -36,7 +36,7 @@ from maedistill.data.shards.progress_bar import ProgressBar
 from maedistill.data.shards.records import Record, Source, printable
 from maedistill.data.shards.scan import NO_LABEL, ShardScan, scan_shard
 from maedistill.data.shards.stamps import stamp_of
-from maedistill.durable import make_folder, write_durably
+from maedistill.durable import make_folder, require_local, write_durably
 from maedistill.errors import ConfigError, DataError
 
 WORK_FOLDER = ".making"  # partial shards, and statistics of finished ones; removed at the end
@@ -88,6 +88,7 @@ def make_shards(
     """
     if workers < 1:
         raise ConfigError(f"--workers is {workers}", "give at least 1")
+    require_local(out, "OUT")
     if printable(str(out)) != str(out):
         raise ConfigError(f"the name of {printable(str(out))!r} is not UTF-8", "give another OUT")
     bits = used_depth(source, workers)
