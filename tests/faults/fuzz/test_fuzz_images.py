@@ -148,7 +148,7 @@ def bombs() -> dict[str, tuple[bytes, str]]:
         "rows that are cut": (resized("png", side, side), "BadImage"),
         "1,000 comments": (jpeg[:2] + (b"\xff\xfe\xff\xff" + bytes(65533)) * 1000 + jpeg[2:], "taken"),
         "20 MB of padding": (jpeg[:2] + b"\xff" * 20_000_000 + jpeg[2:], "BadImage"),
-        "a million empty chunks": (solid(9, 9, *[(b"prVt", b"")] * 1_000_000), "BadImage"),
+        "400,000 empty chunks": (solid(9, 9, *[(b"prVt", b"")] * 400_000), "BadImage"),
     }
 
 
