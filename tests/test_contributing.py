@@ -42,7 +42,7 @@ weights = timm.create_model("test_vit", num_classes=0).state_dict()
 np.savez("teacher.npz", **{key: value.numpy() for key, value in weights.items()})
 once = {"optim.epochs": 1, "optim.warmup_epochs": 0.5, "log.tensorboard": False}
 method = {"method": "pooled", "align.student": [1], "align.teacher": [3], "log.knn_every_epochs": None}
-method |= {"teacher.source": "numpy:test_vit@teacher.npz", "data.negatives": True}
+method |= {"teacher.source": "numpy:test_vit,teacher.npz", "data.negatives": True}
 run = maedistill.pretrain("pretrain.yaml", {**once, **method, "run": "student"})
 steps = maedistill.read_metrics(run)
 assert 0 < steps[-1]["align"] < steps[0]["align"] < 2 and steps[-1]["nonfinite"] == 0, steps

@@ -213,12 +213,11 @@ class MutualConfig(TermConfig):
 
 
 class PastConfig(TermConfig):
-    """The past as teacher: the targets are mixed with what the network itself predicted earlier (after PS-KD).
+    """The past as teacher (after PS-KD): cross-entropy with labels that are mixed with what the network predicted."""
 
-    The term is the cross-entropy with (1 - a) target + a past, where a = alpha (e + 1) / E in epoch e of E. So it has
-    the labels in it, and takes the place of label_weight's cross-entropy: PS-KD is weight 1 with label_weight 0. Both
-    together, before start_epoch for example, make the share of the past a weight / (label_weight + weight).
-    """
+    # (1 - a) target + a past, a = alpha (e + 1) / E in epoch e of E. The labels are in it, so it takes the place of
+    # label_weight's cross-entropy: PS-KD is weight 1 with label_weight 0. Both together, before start_epoch for
+    # example, make the share of the past a weight / (label_weight + weight).
 
     needs_teacher: ClassVar[bool] = False
 

@@ -233,7 +233,7 @@ SOURCE = [
         2,
         "maedistill/weights/from_numpy.py",
         "",
-        '''"""Open arrays of a timm ViT: NAME.npz beside the model's name, `MODEL@NAME.npz`."""
+        '''"""Open arrays of a timm ViT: NAME.npz beside the model's name, `MODEL,NAME.npz`."""
 
 import numpy as np
 import timm
@@ -246,7 +246,7 @@ from maedistill.weights.from_file import Inspect
 
 def open_numpy(name: str, inspect_network: Inspect) -> TimmModel:
     """Return the model with its weights. Raises DataError for a file that cannot be read."""
-    model, _, path = name.partition("@")
+    model, _, path = name.partition(",")
     require_known(model)
     with torch.device("meta"):
         size = inspect_network(timm.create_model(model, num_classes=0))
