@@ -14,7 +14,7 @@ env: .venv/installed
 
 .venv/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --no-compile --editable '.[demo,fast,test]' # most of torch's modules are never imported
+	$(BIN)/pip install --editable '.[demo,fast,test]'
 	touch $@
 
 quickstart: env
@@ -37,7 +37,7 @@ docs-commands: env
 	$(BIN)/python -m tests.docs_commands
 
 .venv/docs: pyproject.toml .venv/installed
-	$(BIN)/pip install --no-compile --editable '.[docs]'
+	$(BIN)/pip install --editable '.[docs]'
 	touch $@
 
 messages: env

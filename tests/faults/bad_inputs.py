@@ -603,13 +603,13 @@ MODELS = {
     "a pickle": evaluated(
         3,
         "pickle globals",
-        "local-dir",
+        "config.json",
         folder(
             config__json=TINY_EXPORT.replace('"num_classes": 0', '"num_classes": 3'),
             pytorch_model__bin=pth({"more": Trap()}),
         ),
     ),
-    "1,000,000,000 blocks": evaluated(3, "depth is 1000000000", "local-dir", folder(config__json=DEEP)),
+    "1,000,000,000 blocks": evaluated(3, "depth is 1000000000", "config.json", folder(config__json=DEEP)),
     "labels beyond the head": case(
         "evaluate {good}/tuned bad.tar --no-latency --workers 0",
         3,
