@@ -65,7 +65,7 @@ def small(words: list[str]) -> list[str]:
         method = ["generate.num_heads=2"] if "amd" in words[1] else []
         return words + PRETRAIN + method + ([] if is_mae else TEACHER)
     text = shlex.join(words)
-    words = [re.sub(r"stop_epoch: \d+", "stop_epoch: 0.2", word) for word in words]
+    words = [re.sub(r"(stop_epoch|warmup_epochs): \d+", r"\1: 0.2", word) for word in words]
     words = [re.sub(r'"(timm|run):[^"]*"', '"run:runs/classifier"', word) for word in words]
     epochs = "optim.epochs=8" if "label_fraction" in text else "optim.epochs=0.5"
     network = ["student.model=null"] if "init.source" in text else NETWORK
@@ -109,6 +109,12 @@ def prepare() -> None:
         small(["pretrain", "imagenet/mae_vit_s", *data, "run=runs/student", big]),
         small(["finetune", "finetune/vit_small", *data, "run=runs/classifier", "init.source=run:runs/student"]),
     ]
+    for name, more in {
+        "dmae_s_exits": ["student.exits=[2,5,8]", "distill.exits.weight=1"],
+        "dmae_s_pair": ['distill.mutual={weight: 1, students: ["", ""]}'],
+    }.items():
+        words = ["finetune", "finetune/vit_small", *data, f"run=runs/{name}", "init.source=run:runs/student", *more]
+        small_ones.append(small(words))
     for words in small_ones:
         code = run(words, Path("prepare.log"))
         assert code == 0, Path("prepare.log").read_text()

@@ -3,8 +3,8 @@
 RUN with exits, SHARDS -> one pass of all exits -> lines on stdout, JSON, a picture
 
 An image leaves at the first exit that is confident enough: whose largest probability reaches a threshold, or at the
-end. Its cost is that of the network which ends there, measured by itself; the heads of the exits before it, less than
-a thousandth of a block, are not counted.
+end. Its cost is that of the network which ends there, measured by itself; the heads of the exits before it are not
+counted.
 
 n images   b batch   E exits, the end included   C classes
 """
@@ -82,8 +82,9 @@ def score_exits(
     picture, file: for the curve as PNG and the result as JSON. Raises subclasses of UserError.
     """
     networks = distributed.main_first(lambda: _open_all(source, weights))
-    index = distributed.main_first(lambda: open_index(shards, index=index_file, split="val"))
     network = networks[-1]
+    apply_exif = network.exif == "apply"  # as in training
+    index = distributed.main_first(lambda: open_index(shards, index=index_file, split="val", apply_exif=apply_exif))
     print_network("model", network)
     print_data("data", index, describe_shards(shards, index.shards))
     predictors = [Predictor(one.module, context, mean=one.mean, std=one.std) for one in networks]
