@@ -65,11 +65,11 @@ class Distilled(nn.Module):
         targets: Tensor,
         teachers: Sequence[Outputs],
         weights: Tensor,
-        past: Outputs | None = None,
+        extra: Outputs | None = None,
     ) -> Losses:
         """Return scalar losses. images: normalised, mixed, [B, 3, s, s]. targets: rows that sum to 1, [B, C]. teachers:
-        their outputs on the same images; empty if every weight is 0. weights: of the terms in this step, [K]. past:
-        outputs of the network's own past (past.py), if there is one.
+        their outputs on the same images; empty if every weight is 0. weights: of the terms in this step, [K]. extra:
+        what terms without a teacher compare with, as the predictions of the network's own past (past.py).
         """
         outputs = forward_outputs(self.vit, images, self.requested)
         outputs["logits"] = outputs["logits"].float()
@@ -79,7 +79,7 @@ class Distilled(nn.Module):
             losses["cross_entropy"] = self.cross_entropy(outputs["logits"], targets)
             total = self.label_weight * losses["cross_entropy"]
         for i, term in enumerate(self.terms.values()):
-            against = teachers if term.section.needs_teacher else [past or {}]
+            against = teachers if term.section.needs_teacher else [extra or {}]
             if not against:
                 total = total + term.zero_loss(outputs["logits"])
                 continue

@@ -3,8 +3,8 @@
     term(student outputs, teacher outputs, targets, number=i) -> {name: scalar}, the term's parts, each logged by itself
     term.total(parts) -> scalar, which the term's weight multiplies
 
-Outputs are those of `outputs.py`, the teacher's grids resampled to the student's; a term without a teacher gets those
-of the network's past (`past.py`), if there are any.
+Outputs are those of `outputs.py`, the teacher's grids resampled to the student's; a term without a teacher gets
+what else there is to compare with, as the predictions of the network's past (`past.py`).
 
 B batch   C classes
 """
