@@ -175,7 +175,7 @@ def test_a_split_goes_by_its_usual_names_and_may_stand_alone(tmp_path):
                 {"source": "imagenet"}],
 )  # fmt: skip
 def test_options_without_meaning_are_refused(tmp_path, options):
-    touch(tmp_path, "x/1.jpg")
+    touch(tmp_path, "x/1.jpg", "x/2.jpg")
     options = {"source": str(tmp_path)} | options
     with pytest.raises(ConfigError):
         open_source(options.pop("source"), **options)
