@@ -84,12 +84,14 @@ def made(tmp_path_factory):
     Image.new("RGB", (32, 32)).save(picture, "PNG")
     (folder / "photos").mkdir()
     (folder / "photos" / "a.png").write_bytes(picture.getvalue())
-    for name, bad in (("bare", 0), ("bad", 20), ("tenth", 2)):
+    for name, bad in (("bare", 0), ("bad", 20), ("tenth", 2), ("labelled", 20)):
         with tarfile.open(folder / f"{name}.tar", "w") as tar:
             for i in range(20):
-                info, data = tarfile.TarInfo(f"{i:03d}.png"), b"no image" if i < bad else picture.getvalue()
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+                members = {"png": b"no image" if i < bad else picture.getvalue()}
+                for end, data in (members | ({"cls": b"0"} if name == "labelled" else {})).items():
+                    info = tarfile.TarInfo(f"{i:03d}.{end}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
         open_index(str(folder / f"{name}.tar"))  # a scan would show its progress on stderr
     return folder
 
@@ -118,6 +120,16 @@ def test_a_mistake_costs_two_lines_and_an_exit_code(endings, case):
     assert returned == code and all(line.endswith("its loss or gradient is not finite") for line in earlier), err
     assert error.startswith("error: ") and fix.startswith("  fix: ")
     assert cause in error and remedy in fix
+
+
+def test_a_probe_that_fails_costs_no_training(pretraining, made, shards):
+    """The checkpoint is written before it, and the same command then probes what it had trained."""
+    once = ["method=mae", "optim.epochs=1", "log.knn_every_epochs=1"]
+    failed = pretraining("mended probe", *once, f"data.val={made}/labelled.tar", code=3)
+    assert "labelled.tar:" in failed.err and failed.last_checkpoint().name == "step_000000008"
+    again = pretraining("mended probe", *once, f"data.val={shards}/val-*.tar")
+    assert "continues at step 8 of 8" in again.out and len(again.metrics()) == 8
+    assert [record["step"] for record in again.records() if "knn" in record] == [8]
 
 
 def test_an_end_is_recorded_with_what_could_not_be_read(pretraining, endings):

@@ -138,7 +138,7 @@ class Peers:
                     self._remote_failure = Diagnosis.from_text(self._store.get("failed"))
                 elif self._own_failure is not None:
                     self._store.set("failed", self._own_failure.to_text())
-        except dist.DistError:
+        except (dist.DistError, ValueError, TypeError):  # the store is gone, or holds what no rank of ours has said
             return  # `_diagnose` then has no snapshots and blames the store
 
     def _publish(self, *, left: bool = False) -> None:

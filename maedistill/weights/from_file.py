@@ -28,7 +28,7 @@ from torch.serialization import safe_globals
 from maedistill.errors import DataError
 from maedistill.models.encoder import TimmModel, build_vit
 from maedistill.weights.recognize import grid_of, recognize
-from maedistill.weights.state_dict import import_weights, load_encoder
+from maedistill.weights.state_dict import import_weights, load_classifier, load_encoder
 
 # Called with a network that holds no weights yet: raises if it does not serve, and returns the image size to open it
 # at, or None for its own.
@@ -63,10 +63,12 @@ class EncoderSpec:
     sha256: str | None = None
     eps: float | None = None
 
-    def build(self, pos_embed: str, inspect_network: Inspect, *, grid: int | None = None) -> VisionTransformer:
-        """Build the network, uninitialised, for images of the size that `inspect_network` chooses.
+    def build(
+        self, pos_embed: str, inspect_network: Inspect, *, grid: int | None = None, num_classes: int = 0
+    ) -> VisionTransformer:
+        """Build the encoder, uninitialised, for images of the size that `inspect_network` chooses.
 
-        grid: of patches, for the network's own size; None if it is not known.
+        grid: of patches, for the network's own size; None if it is not known. num_classes: that it will have.
         """
         assert self.model is not None
         shape = {name: value for name, value in asdict(self).items() if name not in ("pos_embed", "sha256", "eps")}
@@ -74,6 +76,7 @@ class EncoderSpec:
             own = build_vit(image_size=16 * self.patch_size if self.patch_size else 224, **shape)
             if grid is not None:
                 own = build_vit(image_size=grid * own.patch_embed.patch_size[0], **shape)
+        own.num_classes = num_classes
         image_size = inspect_network(own) or own.patch_embed.img_size[0]
         return build_vit(image_size=image_size, pos_embed=pos_embed, **shape)
 
@@ -88,12 +91,13 @@ def open_file(
     *,
     section: str | None,
     weights: str = "model",
+    classifies: bool = False,
 ) -> tuple[VisionTransformer, str]:
     """Load a weights file; return the network and which keys were loaded. section: the config section, for errors.
 
     The file determines whether there is a class token, and all that the spec leaves open if it names no model.
-    weights: see `choose_entry`. Raises DataError if the file cannot be read safely, or if its keys do not fit the
-    network; ConfigError if its architecture cannot be told.
+    weights: see `choose_entry`. classifies: keep the classifier of a file of transformers. Raises DataError if the file
+    cannot be read safely, or if its keys do not fit the network; ConfigError if its architecture cannot be told.
     """
     where = section or "teacher"
     content = read_weights_file(path, sha256=spec.sha256, section=where)
@@ -106,9 +110,13 @@ def open_file(
         given = {name: value for name, value in asdict(spec).items() if value is not None}
         spec, told = EncoderSpec(**shape | given), f"{told}{found.describe()}; "
     spec = replace(spec, class_token="cls_token" in encoder)
-    vit = spec.build(spec.pos_embed or "learned", inspect_network, grid=grid_of(encoder))
+    classifier = imported.part("classifier.") if classifies and imported.eps and spec.class_token else {}
+    num_classes = classifier["bias"].numel() if len(classifier) == 2 else 0
+    vit = spec.build(spec.pos_embed or "learned", inspect_network, grid=grid_of(encoder), num_classes=num_classes)
     fixed = spec.pos_embed is not None
     audit = load_encoder(vit, imported, name=path, section=where, optional=("norm.",), fixed_positions=fixed)
+    if num_classes:  # added once the encoder is known to fit: its size is not trusted before
+        load_classifier(vit, classifier, audit, name=path)
     return vit, f"{told}{audit}, {_set_eps(vit, spec.eps, imported.eps)}"
 
 

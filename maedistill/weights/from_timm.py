@@ -34,6 +34,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Mean = Annotated[float, Field(ge=0, le=1)]  # of pixels in [0, 1]
 Deviation = Annotated[float, Field(allow_inf_nan=False, gt=0)]
 Crop = Annotated[float, Field(gt=0, le=1)]
+_LEAST_CROP = 0.1  # of an untrusted config.json: images are resized to size / crop
 
 
 class StrictModel(BaseModel):
@@ -48,7 +49,7 @@ class ImageConfig(StrictModel):
     input_size: tuple[Literal[3], Side, Side]
     mean: tuple[Mean, Mean, Mean]
     std: tuple[Deviation, Deviation, Deviation]
-    crop_pct: Crop
+    crop_pct: Annotated[float, Field(ge=_LEAST_CROP, le=1)]
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"]
     crop_mode: Literal["center", "squash", "border"]
 
@@ -106,7 +107,11 @@ def image_config(network: TimmModel, source: str, *, test: bool = False) -> Imag
 
     Raises ConfigError for images that are not square or have other channels, DataError for values that cannot be true.
     """
-    values = resolve_model_data_config(network, use_test_size=test)
+    values, stated = resolve_model_data_config(network, use_test_size=test), network.pretrained_cfg
+    # timm takes zeros and empty entries for entries that are not there
+    values |= {name: stated[name] for name in values if stated.get(name) in (0, "", [], ())}
+    if test and stated.get("test_crop_pct") == 0:
+        values["crop_pct"] = 0
     if list(values["input_size"])[:1] != [3] or len({*values["input_size"][1:]}) != 1:
         size = " x ".join(map(str, values["input_size"]))[:60]
         raise ConfigError(f"{source} looks at {size} pixels", "use a model of square images with 3 channels")
@@ -115,7 +120,8 @@ def image_config(network: TimmModel, source: str, *, test: bool = False) -> Imag
     except (ValueError, RecursionError) as error:
         problem = first_problem(error) if isinstance(error, ValidationError) else str(error)[:200]
         raise DataError(
-            f"{source}: its config says of its images what cannot be: {problem}", "correct its config.json"
+            f"{source}: its config says of its {'test ' if test else ''}images what cannot be: {problem}",
+            "correct its config.json",
         ) from None
 
 

@@ -5,6 +5,7 @@ config.json -> heads, eps of the norms    preprocessor_config.json -> mean, std 
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,7 @@ from maedistill.weights.key_styles import TRANSFORMERS_EPS
 
 _CONFIG, _PROCESSOR = "config.json", "preprocessor_config.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_PLACEHOLDER = re.compile(r"LABEL_\d+")  # what transformers calls classes without a name
 
 
 class _Config(StrictModel):
@@ -36,6 +38,7 @@ class _Config(StrictModel):
     num_attention_heads: Side = 12
     layer_norm_eps: Deviation = TRANSFORMERS_EPS
     hidden_act: Literal["gelu"] = "gelu"
+    id2label: dict[str, str] = Field(default_factory=dict)
 
 
 class _Processor(StrictModel):
@@ -73,11 +76,12 @@ def transformers_folder(source: str) -> Path | None:
 
 
 def open_transformers(
-    folder: Path, source: str, inspect_network: Inspect
+    folder: Path, source: str, inspect_network: Inspect, *, classifies: bool
 ) -> tuple[VisionTransformer, str, dict[str, Any]]:
-    """Return the encoder, without pooler, decoder and classifier; which keys were loaded; and mean and std if stated.
+    """Return the network, without pooler and decoder; which keys were loaded; and mean, std and class names if stated.
 
-    Raises DataError for networks other than ViT, ViTMAE and ViTMSN, and for files that do not fit.
+    classifies: keep the classifier, if there is one. Raises DataError for networks other than ViT, ViTMAE and ViTMSN,
+    and for files that do not fit.
     """
     try:
         config = _Config.model_validate_json((folder / _CONFIG).read_bytes())
@@ -90,5 +94,9 @@ def open_transformers(
         ) from None
     file = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), folder / _WEIGHTS[0])
     spec = EncoderSpec(num_heads=config.num_attention_heads, eps=config.layer_norm_eps)
-    vit, audit = open_file(str(file), spec, inspect_network, section=None)
-    return vit, audit, {"mean": image.image_mean, "std": image.image_std} if image else {}
+    vit, audit = open_file(str(file), spec, inspect_network, section=None, classifies=classifies)
+    stated: dict[str, Any] = {"mean": image.image_mean, "std": image.image_std} if image else {}
+    names = tuple(config.id2label.get(str(label), "") for label in range(vit.num_classes))
+    if all(names) and not all(map(_PLACEHOLDER.fullmatch, names)):
+        stated["classes"] = names
+    return vit, audit, stated

@@ -152,11 +152,11 @@ def open_network(
         network = _open_run(name, use, check, weights="ema" if weights == "ema" else "model", exit=exit, peer=peer)
     elif kind == "file":
         spec = spec or EncoderSpec()
-        vit, audit = open_file(name, spec, check, section=section, weights=weights)
+        vit, audit = open_file(name, spec, check, section=section, weights=weights, classifies=use != "encoder")
         tagged = "." in (spec.model or "")  # vit_base_patch16_224.mae: timm knows these very weights
         network = _with_weights(vit, source, audit, stated=_stated(vit, source) if tagged else {})
     elif (folder := transformers_folder(source)) is not None:
-        vit, audit, stated = open_transformers(folder, source, check)
+        vit, audit, stated = open_transformers(folder, source, check, classifies=use != "encoder")
         network = _with_weights(vit, source, audit, stated=stated)
     elif spec is not None and kind == "random":
         vit = replace(spec, model=name).build(spec.pos_embed or "sincos2d", check)
@@ -263,9 +263,9 @@ def _stated(module: TimmModel, source: str) -> dict[str, Any]:
 
 
 def _with_weights(vit: VisionTransformer, source: str, audit: str, *, stated: dict[str, Any]) -> Network:
-    """Describe an encoder that timm did not load. stated: its license and preprocessing, as far as they are known."""
+    """Describe a ViT that timm did not load. stated: its license, preprocessing and classes, as far as known."""
     entries: dict[str, Any] = {"license": NOT_STATED, "states_input": "mean" in stated} | stated
-    return Network(vit, source, vit.patch_embed.img_size[0], audit=audit, **entries)
+    return Network(vit, source, vit.patch_embed.img_size[0], num_classes=vit.num_classes, audit=audit, **entries)
 
 
 def _open_run(path: str, use: Use, check: Inspect, *, weights: Weights, exit: int | None, peer: int) -> Network:

@@ -34,6 +34,7 @@ _RENAMED = {  # the first match wins, so the order matters
     r"^decoder_pred\.(.*)$": r"decoder.head.\1",
     r"^(?:aligned_feature_projection_heads|projection_heads)\.(.*)$": r"projections.\1",  # DMAE, AMD
     r"^encoder_to_decoder\.(.*)$": r"decoder.embed.\1",
+    r"^(classifier\.(?:weight|bias))$": r"\1",  # transformers
     r"^((cls_token|reg_token|pos_embed|patch_embed|blocks|norm|norm_pre)\b.*)$": r"encoder.vit.\1",
 }
 
@@ -151,6 +152,23 @@ def load_encoder(
     vit.load_state_dict(weights, strict=False)
     audit.loaded = len(weights)
     return audit
+
+
+def load_classifier(vit: VisionTransformer, weights: StateDict, audit: Audit, *, name: str) -> None:
+    """Give an encoder the classifier of its class token that transformers saved: weight [C, D], bias [C].
+
+    Raises DataError if it does not fit, or holds anything but finite numbers.
+    """
+    weight, bias = weights["weight"], weights["bias"]
+    if weight.shape != (bias.numel(), vit.embed_dim) or bias.ndim != 1:
+        raise DataError(
+            f"{name}: its classifier is {tuple(weight.shape)}, the encoder has {vit.embed_dim} features",
+            "use the weights of a ViTForImageClassification",
+        )
+    require_finite(weights, name)
+    vit.reset_classifier(len(weight), "token")
+    vit.head.load_state_dict(weights)
+    audit.loaded, audit.unused = audit.loaded + 2, [key for key in audit.unused if not key.startswith("classifier.")]
 
 
 def require_finite(weights: Mapping[str, Tensor], name: str) -> None:

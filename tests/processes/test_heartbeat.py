@@ -116,6 +116,18 @@ def test_a_bug_reaches_the_other_ranks_by_name():
     assert (type(error), error.cause) == (PeerError, "rank 1 on node0 failed: KeyError: 'x'")
 
 
+@pytest.mark.parametrize("key", ["beat/0", "failed"])
+@pytest.mark.parametrize("said", ["", "[", "3", "[1, 2]", "[3, null, 1, 5]", '{"rank": 0, "more": 1}', b"\xff"])
+def test_what_no_rank_of_ours_has_said_ends_the_exchange_and_nothing_else(key, said):
+    peers = Peers(timeout_seconds=4, on_loss=lambda error: None)
+    peers._store = dist.HashStore()
+    peers._publish = lambda **_: peers._store.set(key, said)
+    if key == "beat/0":
+        peers._snapshot_requested.set()
+    peers._exchange()
+    assert not peers._snapshots and peers._remote_failure is None
+
+
 @pytest.mark.parametrize(
     "error",
     [  # as they were seen: after kill -9, after SIGSTOP, on a second try

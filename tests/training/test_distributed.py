@@ -99,16 +99,23 @@ def test_a_failure_on_rank_0_reaches_every_rank(runs):
     assert told[1][1] == ("PeerError", "rank 0 failed: KeyError: 'name'\nsee rank 0's traceback")
 
 
+NEVER_MET = {
+    "0": "the 2 processes of this run did not find each other within 1 s at 127.0.0.1:0",
+    "1": "rank 1 does not reach rank 0 at 127.0.0.1:0 within 1 s",
+}
+
+
 @pytest.mark.faults
-def test_a_rank_whose_peer_never_comes_says_so_and_ends():
-    alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+@pytest.mark.parametrize("rank", NEVER_MET)
+def test_a_rank_whose_peer_never_comes_says_so_and_ends(rank):
+    alone = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     code = "from maedistill.errors import exit_code_of; from maedistill.training.engine import initialize_distributed\n"
     code += "raise SystemExit(exit_code_of(lambda: initialize_distributed(1)))"
     ended = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | alone, capture_output=True, text=True, timeout=60
     )
     assert ended.returncode == 5
-    assert "the 2 processes of this run did not find each other within 1 s at 127.0.0.1:0" in ended.stderr
+    assert NEVER_MET[rank] in ended.stderr
     assert ended.stdout == ""
 
 

@@ -150,3 +150,39 @@ def test_a_folder_without_weights_or_of_grey_images_is_refused(tmp_path):
     (tmp_path / "a/model.safetensors").unlink()
     with pytest.raises(UserError, match="no such file"):
         open_network(f"local-dir:{tmp_path}/a", "encoder")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@torch.no_grad()
+def test_a_classifier_is_used_where_one_is_wanted(tmp_path, kind):
+    head = {"classifier.weight": torch.randn(3, 32), "classifier.bias": torch.randn(3)}
+    names = {"0": "ant", "1": "bee", "2": "cat"}
+    folder = save_folder(tmp_path / "a", weights(prefix="vit.") | head, config={"id2label": names})
+    source, images = {"folder": folder, "file": f"file:{tmp_path}/a/model.safetensors"}[kind], torch.randn(2, 3, 32, 32)
+    tokens = forward(weights(), images, torch.arange(16).expand(2, -1), eps=1e-12)
+    expected = F.linear(tokens[:, 0], head["classifier.weight"], head["classifier.bias"])
+    for use in ("outputs", "classifier", "any"):  # distill.teachers, evaluate, and its kNN
+        opened = open_network(source, use, spec=None if kind == "folder" else SPEC)
+        torch.testing.assert_close(opened.module.eval()(images), expected)
+        assert opened.num_classes == 3 and opened.classes == (tuple(names.values()) if kind == "folder" else ())
+        assert "unused" not in opened.audit
+    encoder = open_network(source, "encoder", spec=SPEC)
+    assert (encoder.num_classes, encoder.module.num_classes) == (0, 0) and "2 unused (classifier)" in encoder.audit
+
+
+@pytest.mark.parametrize(
+    ("head", "cause"),
+    [
+        ({"weight": torch.zeros(3, 31), "bias": torch.zeros(3)}, "(3, 31)"),
+        ({"weight": torch.zeros(3, 32), "bias": torch.zeros(2)}, "(3, 32)"),
+        ({"weight": torch.zeros(3), "bias": torch.zeros(())}, "(3,)"),
+        ({"weight": torch.zeros(3, 32), "bias": torch.full((3,), torch.nan)}, "bias"),
+        ({"weight": torch.zeros(3, 32)}, "has no classifier"),
+        ({}, "has no classifier"),
+    ],
+)
+def test_a_classifier_that_does_not_fit_is_refused(tmp_path, head, cause):
+    state = weights(prefix="vit.") | {f"classifier.{name}": value for name, value in head.items()}
+    with pytest.raises(UserError) as refused:
+        open_network(save_folder(tmp_path / "a", state), "classifier")
+    assert cause in refused.value.cause and refused.value.remedy

@@ -98,6 +98,29 @@ def test_any_timm_model_with_timms_word_on_its_input(tmp_path, kind):
     assert larger.size == 2 * size and larger.module(torch.zeros(1, 3, 2 * size, 2 * size)).shape == (1, 5)
 
 
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"crop_pct": 0}, "crop_pct"),
+        ({"test_crop_pct": 0}, "test images what cannot be: crop_pct"),
+        ({"crop_pct": 1e-9}, "crop_pct"),
+        ({"test_crop_pct": 1e-9, "test_input_size": (3, 64, 64)}, "test images what cannot be: crop_pct"),
+        ({"std": []}, "std"),
+        ({"interpolation": ""}, "interpolation"),
+    ],
+)
+def test_what_timm_would_take_for_not_stated_is_refused(tmp_path, entry, said):
+    """A crop of 0 means all of timm's default, one near 0 all of the memory."""
+    save_export(tmp_path / "out", random_vit())
+    file = tmp_path / "out/config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"pretrained_cfg": config["pretrained_cfg"] | entry}))
+    for use in ("classifier", "encoder"):
+        with pytest.raises(DataError, match=said) as raised:
+            open_network(f"local-dir:{tmp_path}/out", use)
+        assert "config.json" in raised.value.remedy
+
+
 def test_encoders_are_refused_with_what_to_do(tmp_path):
     encoder = random_vit(num_classes=0)
     run = make_run(tmp_path / "run", encoder, stage="pretrain")

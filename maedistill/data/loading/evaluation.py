@@ -2,8 +2,7 @@
 
     index, sample ids -> rank_share -> EvaluationImages -> exact_batches -> images, labels, ids
 
-A bad image is an error, so an accuracy covers exactly the given images. Pictures and probes during training ask for its
-replacement by the next good one, because they must not end a run.
+An image that cannot be decoded is marked and left out, never replaced: an accuracy says how many images it covers.
 
     n samples   b batch   s image side
 """

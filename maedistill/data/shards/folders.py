@@ -50,7 +50,9 @@ def open_folder(folder: Path, *, val_fraction: float = 0.0, val_labels: str | No
     if not folder.is_dir():
         raise ConfigError(f"{folder} is neither a folder nor cifar10, imagenet or digits", "correct the path")
     if not 0 <= val_fraction < 1:
-        raise ConfigError(f"--val-fraction is {val_fraction}", "give a share from 0 to 1, e.g. 0.1")
+        raise ConfigError(
+            f"--val-fraction is {val_fraction:g}", "give a share below 1, e.g. 0.1: each class keeps a training image"
+        )
     names = _split_names(folder)  # split -> folder
     if names and val_fraction:
         raise ConfigError(f"{folder} has its own splits: {', '.join(names.values())}", "leave --val-fraction out")
@@ -72,7 +74,7 @@ def open_folder(folder: Path, *, val_fraction: float = 0.0, val_labels: str | No
     passed_over = {split: passed for split, (_, _, passed) in listings.items() if passed}
     return Source(
         provenance,
-        tuple(map(printable, classes)),
+        tuple(printable(_composed(name)) for name in classes),
         splits,
         lambda record: _read_file(folder / record.origin),
         lambda record: _read_file(folder / record.origin, most=_HEAD),
@@ -259,7 +261,13 @@ def _notes(names: dict[str, str], listings: dict[str, Listing], classes: tuple[s
             f"{len(deeper):,} folders lie below class folders, first {printable(min(deeper))}: the topmost is the class"
         )
     for split, (images, _, _) in listings.items():
-        present = {_composed(path.split("/")[0]) for path in images if "/" in path}
+        folders = {path.split("/")[0] for path in images if "/" in path}
+        if others := sorted(folders - set(classes)):
+            notes.append(
+                f"{len(others):,} class folders of {names[split]} are named as in {names[first]}, in another form of "
+                f"Unicode, first {printable(others[0])}: they are the same classes"
+            )
+        present = set(map(_composed, folders))
         absent = [printable(name) for name in classes if _composed(name) not in present]
         if present and absent:
             notes.append(f"{names[split]} has no image of {len(absent):,} classes: {join_first(absent, 5)}")

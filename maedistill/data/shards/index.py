@@ -12,6 +12,7 @@ Letters: `n` samples, `m` shards. This module imports neither torch nor an image
 import hashlib
 import json
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -240,7 +241,7 @@ def read_classes(folder: str) -> tuple[str, ...]:
         raise DataError(f"{file} is not JSON ({str(error)[:200]})", "correct it, or remove it") from error
     if not isinstance(names, list) or not all(map(is_text, names)):
         raise DataError(f"{file} is not a list of names", 'write ["name of class 0", "name of class 1", ...]')
-    return tuple(names)
+    return tuple(unicodedata.normalize("NFC", name) for name in names)  # é is one character, or two on macOS
 
 
 def write_whole(file: Path, data: bytes) -> None:

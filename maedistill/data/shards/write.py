@@ -38,10 +38,12 @@ from maedistill.data.shards.scan import NO_LABEL, ShardScan, scan_shard
 from maedistill.data.shards.stamps import stamp_of
 from maedistill.durable import make_folder, require_local, write_durably
 from maedistill.errors import ConfigError, DataError
+from maedistill.escaping import get_log
 
 WORK_FOLDER = ".making"  # partial shards, and statistics of finished ones; removed at the end
 _EIGHT_BITS = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif")  # suffixes of formats without 16 bits
 _EIGHT_BIT_STARTS = (b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM")
+_log = get_log(__name__)
 
 
 @dataclass
@@ -140,7 +142,8 @@ def read_report(out: Path) -> dict[str, ConversionStats]:
 def used_depth(source: Source, workers: int) -> int:
     """Return the depth that the 16-bit images of a source use together, 0 if it has none.
 
-    One depth for all of them keeps their brightness comparable. Only files that may have 16 bits are opened.
+    One depth for all of them keeps their brightness comparable. Warn if a few images set it, which darkens the others.
+    Only files that may have 16 bits are opened.
     """
     if source.head is None:
         return 0
@@ -151,7 +154,20 @@ def used_depth(source: Source, workers: int) -> int:
         if not record.origin.lower().endswith(_EIGHT_BITS)
     ]
     with ThreadPoolExecutor(workers) as pool:
-        return max(pool.map(functools.partial(_depth, source), candidates), default=0)
+        depths = list(pool.map(functools.partial(_depth, source), candidates))
+    bits, wide = max(depths, default=0), sorted(filter(None, depths))
+    if wide and (usual := wide[len(wide) // 2]) < bits:
+        _log.warning(
+            "%d of %d 16-bit images use %d bits, first %s, and most others %d: one scale for all makes these %d times "
+            "darker; write either kind to shards of its own",
+            wide.count(bits),
+            len(wide),
+            bits,
+            printable(candidates[depths.index(bits)].origin),
+            usual,
+            1 << bits - usual,
+        )
+    return bits
 
 
 def _depth(source: Source, record: Record) -> int:

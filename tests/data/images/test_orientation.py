@@ -7,12 +7,15 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.images.decode import decode_rgb
 from maedistill.data.images.depth import DEPTHS, to_eight_bits, used_bits
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
 from maedistill.data.loading.loader import RandomCrops
 from maedistill.data.loading.order import SampleOrder
 from maedistill.data.shards.open_index import open_index
+from maedistill.runs.objects import NOTHING, open_samples
 from tests.data.images.test_decode import png
 from tests.data.tar_files import encode, write_tar
 
@@ -51,6 +54,24 @@ def test_training_and_evaluation_see_photographs_upright_if_asked(tmp_path):
     for stored, upright in zip(views[False], views[True], strict=True):
         difference = (torch.rot90(stored, -1, (1, 2)).float() - upright.float()).abs()
         assert difference.mean() < 4 and (stored.float() - upright.float()).abs().mean() > 20
+
+
+@pytest.mark.parametrize("share", [1, 3])
+def test_the_keys_of_a_run_reach_its_images_and_photographs_on_their_side_are_said(tmp_path, caplog, share):
+    """1 of 100 photographs is no reason to speak, 3 are."""
+    members = {}
+    for i in range(100):
+        photograph = turned("PNG", 6 if i < share else 1)
+        members |= {f"{i}.in.png": photograph, f"{i}.out.png": b"no image", f"{i}.fine.cls": b"1", f"{i}.cls": b"0"}
+    path = str(write_tar(tmp_path / "a.tar", members))
+    for exif in ("ignore", "apply"):
+        caplog.clear()
+        data = {"train": path, "image_key": "in.png", "label_key": "fine.cls", "exif": exif}
+        config = load_config({"method": "mae", "data": data}, root=PretrainConfig, to_run=False).config
+        index, _ = open_samples(config.data, NOTHING)
+        assert set(index.labels) == {1} and index.sizes[0] == len(members["0.in.png"])
+        assert index.apply_exif is (exif == "apply")
+        assert ("3 of 100 " in caplog.text and "data.exif" in caplog.text) == (share == 3 and exif == "ignore")
 
 
 @pytest.mark.parametrize("bits", DEPTHS)

@@ -65,6 +65,7 @@ def test_what_is_passed_over_is_counted_and_kept_in_the_report(tmp_path, monkeyp
         code, printed = run(monkeypatch, capsys, photos, out)
         assert code == 0 and "found 8 files, written 2, converted 0, skipped 1, passed over 5" in printed.out
         assert "classes: 2 (cat, dog)" in printed.out and "2 .txt" in printed.out
+        assert re.search(r"dog/cut\.png: \w+", printed.out)
     assert read_report(out)["train"].passed_over == {".txt": 2, "hidden": 2, "no suffix": 1}
 
 
@@ -191,8 +192,10 @@ def test_names_that_are_not_utf8_are_written_and_named(tmp_path, monkeypatch, ca
 
 
 def test_one_name_in_two_forms_of_unicode_is_one_class(tmp_path):
-    source = open_folder(fill(tmp_path / "a", ["train/caf\u00e9/1.png", "train/tea/1.png", "val/cafe\u0301/2.png"]))
-    assert source.splits["val"][0].label == 0
+    for i, (train, val) in enumerate([("caf\u00e9", "cafe\u0301"), ("cafe\u0301", "caf\u00e9")]):
+        source = open_folder(fill(tmp_path / str(i), [f"train/{train}/1.png", "train/tea/1.png", f"val/{val}/2.png"]))
+        assert source.splits["val"][0].label == 0 and source.classes == ("caf\u00e9", "tea")
+        assert len([note for note in source.notes if "Unicode" in note and val in note]) == 1
     with pytest.raises(DataError, match="same name in different encodings"):
         open_folder(fill(tmp_path / "b", ["caf\u00e9/1.png", "cafe\u0301/2.png"]))
 
@@ -236,6 +239,16 @@ def test_sixteen_bit_images_are_scaled_by_the_depth_of_their_set(tmp_path, bits)
     assert np.array_equal(pixels["a_light"][0], np.arange(256))
     assert np.abs(pixels["a_dark"][0].astype(int) - np.arange(256) / 8).max() <= 1
     assert ("bits" in index.provenance) == (bits < 16)
+
+
+@pytest.mark.parametrize("odd", [1, 2, 3])
+def test_an_image_that_darkens_the_others_is_named(tmp_path, caplog, odd):
+    ramp = np.linspace(0, 4095, 256)[None]
+    files = {f"a/{i}.png": sixteen_bits(ramp * (16 if i < odd else 1)) for i in range(5)}
+    make_shards(open_folder(fill(tmp_path / "p", files)), tmp_path / "out")
+    said = [message for message in caplog.messages if "darker" in message]
+    assert len(said) == (odd < 3)
+    assert all(f"{odd} of 5 " in message and "a/0.png" in message and "16 times" in message for message in said)
 
 
 @pytest.mark.parametrize("options", [[], ["--shorter-side", "16"]])

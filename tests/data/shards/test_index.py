@@ -162,12 +162,35 @@ def test_class_names_are_read_again(tmp_path):
         open_index(pattern)
 
 
+def test_names_of_classes_are_the_same_in_each_form_of_unicode(tmp_path):
+    indexes = []
+    for name, form in (("a", "caf\\u00e9"), ("b", "cafe\\u0301")):
+        (tmp_path / name).mkdir()
+        pattern = write_split(tmp_path / name)
+        (tmp_path / name / "classes.json").write_text(f'["{form}", "b", "c"]')
+        indexes.append(open_index(pattern))
+    assert indexes[0].classes == indexes[1].classes == ("caf\u00e9", "b", "c")
+
+
+def test_labels_that_are_none_are_counted_over_all_shards_that_are_scanned(tmp_path, caplog):
+    for shard in range(3):
+        members = [(f"{shard}{i}.{end}", b"no" if end == "cls" else b"1") for i in range(2) for end in ("jpg", "cls")]
+        write_tar(tmp_path / f"train-{shard}.tar", members)
+        for again in (False, True):  # the second time from the index, which has nothing to say
+            caplog.clear()
+            index = open_index(str(tmp_path / "train-*.tar"))
+            said = [message for message in caplog.messages if "labels" in message]
+            assert [message.split()[0] for message in said] == ([] if again else [str(2 * (shard + 1))])
+        assert (index.labels == -1).sum() == len(index) == 2 * (shard + 1)
+
+
 def test_labels_that_are_needed_say_what_stands_in_their_place(tmp_path, caplog):
     write_tar(tmp_path / "a.tar", {"0.jpg": b"1", "0.cls": b"n01440764", "00.jpg": b"1", "00.cls": b"3"})
     index = open_index(str(tmp_path / "a.tar"))
     assert index.labels.tolist() == [-1, 3]  # pre-training needs none
-    with pytest.raises(DataError, match=r"1 of 2 samples have no label, first .*'0\.cls' holds b'n01440764'"):
+    with pytest.raises(DataError, match=r"1 of 2 samples have no label, first .*'0\.cls' holds b'n01440764'") as caught:
         index.require_labels()
+    assert "data.label_key" in caught.value.remedy
     write_tar(tmp_path / "b.tar", {"0.jpg": b"1", "0.cls": b"1", "1.jpg": b"1", "1.cls": b"2"})
     open_index(str(tmp_path / "b.tar")).require_labels()
     assert "class 0 never occurs" in caplog.text

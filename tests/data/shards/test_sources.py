@@ -170,11 +170,12 @@ def test_a_split_goes_by_its_usual_names_and_may_stand_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"root": "x"}, {"val_fraction": 1.0}, {"val_fraction": -0.1}, {"source": "nowhere"},
-                {"source": "digits", "val_fraction": 0.1}, {"source": "digits", "root": "x"}, {"source": "imagenet"}],
+    "options", [{"root": "x"}, {"val_fraction": 1.0}, {"val_fraction": float("nan")}, {"val_fraction": -0.1},
+                {"source": "nowhere"}, {"source": "digits", "val_fraction": 0.1}, {"source": "digits", "root": "x"},
+                {"source": "imagenet"}],
 )  # fmt: skip
 def test_options_without_meaning_are_refused(tmp_path, options):
-    touch(tmp_path, "x/1.jpg")
+    touch(tmp_path, "x/1.jpg", "x/2.jpg")
     options = {"source": str(tmp_path)} | options
     with pytest.raises(ConfigError):
         open_source(options.pop("source"), **options)
