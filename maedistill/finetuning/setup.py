@@ -27,6 +27,7 @@ from maedistill.finetuning.build import build_classifier, build_init_source, bui
 from maedistill.finetuning.build_teachers import (
     build_module,
     build_past,
+    build_predictions,
     build_teaching,
     distillation_lines,
     open_teachers,
@@ -35,6 +36,7 @@ from maedistill.finetuning.objective import Distilled, Mutual, Supervised
 from maedistill.finetuning.outputs import is_plain_vit
 from maedistill.finetuning.past import Past
 from maedistill.finetuning.peers import Peer, open_peers, peer_lines
+from maedistill.finetuning.predictions import Predictions
 from maedistill.finetuning.teacher import TeacherEnsemble, TeacherSource
 from maedistill.models.encoder import num_params_m
 from maedistill.processes import distributed
@@ -55,7 +57,8 @@ _SPARSE = 10  # labels are suspect if fewer than 1 in 10 of the ids up to the la
 class Finetuning(Stage):
     """The parts, on `device`. source: None from scratch; samples: the ids of the label subset, int64 [n].
 
-    teachers, teaching: for distillation; empty and None without it. past: of the network itself, if a term needs it.
+    teachers, teaching: for distillation; empty and None without it. past, predictions: of the network itself, if a term
+    needs one of them.
     """
 
     config: FinetuneConfig
@@ -74,6 +77,7 @@ class Finetuning(Stage):
     auto_lines: list[str] = field(default_factory=list)
     peers: list[Peer] = field(default_factory=list)
     past: Past | None = None
+    predictions: Predictions | None = None
 
     @property
     def kept(self) -> dict[str, nn.Module]:
@@ -143,6 +147,7 @@ class Finetuning(Stage):
             *self.auto_lines,
             *peer_lines(self.peers),
             *distillation_lines(config, self.teachers, micro_batch=self.plan.batch.micro_batch),
+            *([self.predictions.describe()] if self.predictions is not None else []),
             *plan_lines(config, self.plan),
             f"layers   lr times {config.optim.layer_decay:g} a layer, head to patches: "
             + " ".join(f"{rate:.3g}" for rate in reversed(rates)),
@@ -185,11 +190,17 @@ class Finetuning(Stage):
         if self.past is not None and is_plain_vit(self.past.network):
             compile_module(self.past)
 
-    def teacher_outputs(self, images: Tensor, step: int) -> tuple[Any, ...]:
-        """Return the module's inputs besides images [B, 3, s, s] and targets; empty without a term."""
+    def teacher_outputs(self, images: Tensor, step: int, batch: Batch | None = None) -> tuple[Any, ...]:
+        """Return the module's inputs besides images [B, 3, s, s] and targets; empty without a term.
+
+        batch: from which the images are made, for stored predictions.
+        """
         if self.teaching is None:
             return ()
         past = () if self.past is None else (self.past.outputs(images, step, now=self.module.vit),)
+        if self.predictions is not None:
+            assert batch is not None
+            past = (self.predictions.outputs(batch, step),)
         return (*self.teaching(images, step), *past)
 
     def validation(self) -> EvaluationImages:
@@ -236,9 +247,10 @@ def open_finetuning(
     grid = vit.patch_embed.grid_size[0] if isinstance(vit, VisionTransformer) else 1  # without terms on maps
     teaching = build_teaching(config, teachers, grid=grid, plan=plan, mean=mean, std=std, device=device)
     past = build_past(config, vit, plan=plan, device=device)
+    predictions = build_predictions(config, plan=plan, samples=len(index), num_classes=num_classes)
     return Finetuning(
         config, plan, index, val_index, samples, num_classes, module, source, mean, std, device, teachers, teaching,
-        auto_lines, peers, past,
+        auto_lines, peers, past, predictions,
     )  # fmt: skip
 
 
@@ -255,7 +267,7 @@ def dry_run(config: FinetuneConfig) -> None:
     def module_inputs(batch: Batch) -> tuple[Any, ...]:
         seed_generators(config.seed)
         images, targets = parts.inputs(batch)
-        return images, targets, *parts.teacher_outputs(images, heaviest_step)
+        return images, targets, *parts.teacher_outputs(images, heaviest_step, batch)
 
     plan_and_try(parts, build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean), module_inputs)
 
