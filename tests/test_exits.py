@@ -65,6 +65,25 @@ def test_an_exported_exit_gives_the_joint_forward_s_logits(trained, tmp_path):
             assert float((alone(images) - head(joint[f"tokens/{block}"])[1]).abs().max()) == 0.0
 
 
+def test_exits_with_a_block_of_their_own_are_plain_networks_too(finetuning, tmp_path):
+    """One block deeper than where they leave: an export equals the joint forward, which has trained its block."""
+    run = finetuning("exits-own", *EXITS, "distill.exits.own_block=true", "optim.epochs=1")
+    config = load_config(run.run / "config.yaml", root=FinetuneConfig).config
+    module = open_finetuning(config, world_size=1, device=torch.device("cpu")).module
+    initial = module.terms["exits"].heads["0"].block.mlp.fc1.weight.clone()
+    module.load_state_dict(load_file(run.last_checkpoint() / "model.safetensors"))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        joint = forward_outputs(module.eval().vit, images, RequestedOutputs(logits=True, blocks=(0, 1)))
+        head = module.terms["exits"].heads["0"]
+        alone = timm.create_model(f"local-dir:{maedistill.export(run.run, tmp_path / 'own', exit=0)}", pretrained=True)
+        assert len(alone.blocks) == 2 and not torch.equal(head.block.mlp.fc1.weight, initial)
+        assert torch.equal(alone.eval()(images), head(joint["tokens/0"])[1])
+    last = run.records()[-5]
+    scored = maedistill.evaluate(str(run.run), config.data.val, exit=0, batch=6, workers=0)
+    assert scored["top1_correct"] == last["exit0_top1_correct"]
+
+
 def test_there_is_no_such_exit(trained, mae):
     for run, exit in ((trained.run, 2), (mae.run, 0)):
         with pytest.raises(maedistill.ConfigError, match="--exit"):
@@ -85,15 +104,17 @@ def test_a_killed_run_with_exits_repeats_every_bit(finetuning, trained):
 def test_the_curve_goes_from_the_first_exit_to_the_end(trained, shards, tmp_path):
     context = open_context(batch=6, workers=0, threads=1, precision="fp32")
     files = {"picture": tmp_path / "exits.png", "file": tmp_path / "exits.json"}
-    result = score_exits(str(trained.run), f"{shards}/val-*.tar", context, **files)
+    result = score_exits(str(trained.run), f"{shards}/val-*.tar", context, beside=[str(trained.run)], **files)
     recorded = trained.records()[-6:-3]
     counts = [record[f"{name}top1_correct"] for name, record in zip(("exit0_", "exit1_"), recorded[1:], strict=True)]
-    assert [one["top1_correct"] for one in result["exits"]] == [*counts, recorded[0]["top1_correct"]]
+    whole = recorded[0]["top1_correct"]  # and again, as a network beside them
+    assert [one["top1_correct"] for one in result["exits"]] == [*counts, whole, whole]
+    assert [one["name"] for one in result["exits"]][:3] == ["exit 0", "exit 1", "end"]
     first, last = result["curve"][0], result["curve"][-1]
     assert first["shares"] == (1.0, 0.0, 0.0) and last["shares"] == (0.0, 0.0, 1.0)
     assert first["top1"] * 24 == pytest.approx(counts[0]) and last["top1"] * 24 == recorded[0]["top1_correct"]
     costs, curve = ([one["gflop"] for one in result[name]] for name in ("exits", "curve"))
-    assert costs == sorted(costs) and curve == pytest.approx(sorted(curve))
+    assert costs == sorted(costs) and costs[-2] == costs[-1] and curve == pytest.approx(sorted(curve))
     assert (curve[0], curve[-1]) == pytest.approx((costs[0], costs[-1]))
     assert json.loads(files["file"].read_text())["images"] == 24 and files["picture"].stat().st_size > 5000
     with pytest.raises(maedistill.ConfigError, match="has no exits"):

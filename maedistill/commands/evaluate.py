@@ -95,6 +95,7 @@ def start_exits(arguments: argparse.Namespace) -> None:
         open_context(arguments),
         weights=arguments.weights,
         index_file=arguments.index,
+        beside=arguments.beside,
         picture=arguments.picture,
         file=arguments.json,
     )

@@ -23,7 +23,7 @@ frozen features of any network, a pre-training run too (each with a --help of it
   maedistill evaluate knn runs/dmae_s --train 'in1k/train-*.tar' --val 'in1k/val-*.tar' --k 10,20
   maedistill evaluate probe runs/dmae_s --train 'in1k/train-*.tar' --val 'in1k/val-*.tar' --block 8
 the exits of a run of student.exits:
-  maedistill evaluate exits runs/dmae_s_exits 'in1k/val-*.tar' --picture exits.png
+  maedistill evaluate exits runs/dmae_s_exits 'in1k/val-*.tar' --picture exits.png --beside runs/small runs/tiny
 
 The counts are the same for any number of processes. Exit codes: 0 done, 2 usage, 3 data, 4 numerics, 5 a peer or the
 hardware.
@@ -131,6 +131,7 @@ def parse_exits(words: list[str]) -> argparse.Namespace:
     add("model", metavar="RUN", help="a fine-tuned run with student.exits")
     add("shards", metavar="SHARDS", help="labelled shards: a folder (its val-*.tar), one tar, or a quoted glob")
     add("--index", metavar="FILE", help="the shards' index, where it does not lie beside them")
+    add("--beside", nargs="+", default=(), metavar="MODEL", help="other networks to draw, as separately trained sizes")
     add("--picture", type=Path, metavar="FILE.png", help="draw top-1 over mean latency")
     add("--json", type=Path, metavar="FILE.json", help=FILES["json"])
     add_execution(parser)

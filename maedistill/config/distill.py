@@ -9,7 +9,18 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from maedistill.config.schema import Above0, Count, Positive, Precision, Probability, Section, Side, Weight, result
+from maedistill.config.schema import (
+    Above0,
+    Count,
+    Positive,
+    Precision,
+    Probability,
+    Section,
+    Side,
+    Weight,
+    result,
+    runtime,
+)
 
 Temperature = Annotated[float, Field(ge=0.01, le=1000)]  # outside this range, softmax is one-hot or uniform
 # Terms that relate the images of a micro-batch.
@@ -185,6 +196,9 @@ class ExitsConfig(TermConfig):
     feature_weight: Weight = result(
         0.5, "weight of the squared distance of pooled features to the end's whitened ones; 0.5 was tried; 0: none"
     )
+    own_block: bool = result(
+        False, "give each exit a block of its own before its classifier; a classifier alone is weak on shallow blocks"
+    )
     trunk_gradients: bool = result(
         True, "let exits train the shared blocks, as in the paper; false: their heads alone (LGViT's second stage)"
     )
@@ -209,6 +223,26 @@ class MutualConfig(TermConfig):
         (),
         'the peers, each by the settings in which it differs, as "student.width=192 student.num_heads=3" (init.*, '
         'student.*, seed); "" differs in its seed alone, which is the run\'s + 1, + 2, ...',
+    )
+
+
+class CodistillationConfig(TermConfig):
+    """Codistillation: runs that train at the same time learn from weights that they publish for each other."""
+
+    needs_teacher: ClassVar[bool] = False
+
+    weight: Weight = result(0.0, "weight of KL(mean of the peers, student), T 1; 1 in the paper; 0: off")
+    start_epoch: Weight = result(0.0, "burn-in: epochs before the runs learn from each other; 40 % of all is usual")
+    peers: tuple[str, ...] = result(
+        (), "folders of the other runs, each of which names this one; all of them see each other's file system"
+    )
+    every_steps: Positive = result(50, "steps between two exchanges of weights; 50 is usual")
+    wait_seconds: Annotated[int, Field(ge=1, le=10_000_000)] = runtime(
+        1800, "how long to wait for a peer: for its start, then for its weights of the same step"
+    )
+    # Runtime, so that a run which ended for want of a peer can be continued without it.
+    missing: Literal["stop", "leave_out"] = runtime(
+        "stop", "what to do about a peer that does not come: end this run (exit code 5), or go on without it for good"
     )
 
 
@@ -279,6 +313,7 @@ class DistillConfig(Section):
     exits: ExitsConfig = ExitsConfig()
     self_attention: SelfAttentionConfig = SelfAttentionConfig()
     mutual: MutualConfig = MutualConfig()
+    codistillation: CodistillationConfig = CodistillationConfig()
     past: PastConfig = PastConfig()
 
     @property

@@ -5,6 +5,7 @@ checked when they are opened.
 """
 
 import math
+import os
 import re
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.schema import AUTO
 from maedistill.config.shared_rules import Problem
 from maedistill.config.sources import NETWORK_KINDS
+from maedistill.durable import why_not_local
 
 # timm's notation: magnitude m, its ceiling mmax and deviation mstd, n operations per image, each with probability p,
 # inc1: operations whose strength grows with the magnitude.
@@ -109,7 +111,8 @@ def _teachers(c: FinetuneConfig) -> Iterator[Problem]:
         yield Problem("distill.teachers", "a teacher is named twice", "name each once")
     if not d.teachers:
         for key in d.model_dump(include={"weights", "image_size", "precision"}, exclude_defaults=True):
-            yield Problem(f"distill.{key}", "there is no teacher", "remove it, or add distill.teachers")
+            if key != "precision" or not d.codistillation.on:
+                yield Problem(f"distill.{key}", "there is no teacher", "remove it, or add distill.teachers")
 
 
 def _terms(c: FinetuneConfig) -> Iterator[Problem]:
@@ -160,6 +163,26 @@ def _mutual(c: FinetuneConfig) -> Iterator[Problem]:
     if term.on and others:
         cause = f"mutual learning does not go with distill.{others[0]}, which is of one student"
         yield Problem(f"distill.{others[0]}.weight", cause, "use one of the two")
+
+
+def _codistillation(c: FinetuneConfig) -> Iterator[Problem]:
+    """Yield problems unless there are other runs to learn from, and whole weights to publish."""
+    term, key = c.distill.codistillation, "distill.codistillation.peers"
+    if not term.on:
+        return
+    if not term.peers:
+        yield Problem(key, "no other run is named", f"write e.g. {key}=[runs/b], and in that run {key}=[{c.run}]")
+    folders = [os.path.realpath(os.path.expanduser(peer)) for peer in term.peers]
+    for i, (peer, folder) in enumerate(zip(term.peers, folders, strict=True)):
+        if problem := why_not_local(peer):
+            yield Problem(key, *problem)
+        elif c.run and folder == os.path.realpath(os.path.expanduser(c.run)):
+            yield Problem(key, f"{peer} is this run itself", "name the other runs")
+        elif folder in folders[:i]:
+            yield Problem(key, f"{peer} is named twice", "name each run once")
+    if c.engine.zero == 3:
+        cause = "whole weights are published, and ZeRO 3 partitions them"
+        yield Problem("distill.codistillation.weight", cause, "use engine.zero=2")
 
 
 def _past(c: FinetuneConfig) -> Iterator[Problem]:
@@ -261,6 +284,7 @@ RULES = (
     _exits,
     _self_attention,
     _mutual,
+    _codistillation,
     _past,
     _labels,
     _batches,

@@ -11,6 +11,7 @@ n images   b batch   E exits, the end included   C classes
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from maedistill.data.loading.evaluation import EvaluationImages
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.patterns import describe_shards
 from maedistill.errors import ConfigError
-from maedistill.evaluation.accuracy import best_classes, evaluate_with
+from maedistill.evaluation.accuracy import best_classes, evaluate, evaluate_with
 from maedistill.evaluation.context import EvalContext, finish, metadata, print_data, print_main, print_network
 from maedistill.evaluation.full_pass import Predictor
 from maedistill.evaluation.latency import measure_latency
@@ -38,19 +39,14 @@ _THRESHOLDS = 21  # points of the curve: quantiles of the confidences
 
 @dataclass(frozen=True)
 class Ending:
-    """A network that ends at an exit, or at its own end (block None): its size, cost and accuracy."""
+    """A network that ends at an exit, at its own end, or another one beside it: its size, cost and accuracy."""
 
-    block: int | None
+    name: str  # "exit 5", "end", or of another network
     parameters: int
     gflop: float
     latency_ms: float
     top1_correct: int
     images: int
-
-    @property
-    def name(self) -> str:
-        """Name it for lines and pictures."""
-        return f"exit {self.block}" if self.block is not None else "end"
 
 
 @dataclass(frozen=True)
@@ -74,15 +70,21 @@ def score_exits(
     *,
     weights: str = "model",
     index_file: str | None = None,
+    beside: Sequence[str] = (),
     picture: Path | None = None,
     file: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run's exits on `shards`, print and return the result. Collective.
 
-    picture, file: for the curve as PNG and the result as JSON. Raises subclasses of UserError.
+    beside: other networks, such as separately trained sizes, which are evaluated and drawn too. picture, file: for the
+    curve as PNG and the result as JSON. Raises subclasses of UserError.
     """
-    networks = distributed.main_first(lambda: _open_all(source, weights))
+    exits, networks = distributed.main_first(lambda: _open_all(source, weights))
+    others = [distributed.main_first(partial(open_network, one, "classifier")) for one in beside]
     network = networks[-1]
+    if unlike := [one.name for one in others if one.num_classes != network.num_classes]:
+        cause = f"{unlike[0]} does not have the {network.num_classes:,} classes of {network.name}"
+        raise ConfigError(f"--beside: {cause}", "name networks of the same classes")
     apply_exif = network.exif == "apply"  # as in training
     index = distributed.main_first(lambda: open_index(shards, index=index_file, split="val", apply_exif=apply_exif))
     print_network("model", network)
@@ -99,14 +101,19 @@ def score_exits(
         classify, [one.module for one in networks], images, context
     )
     correct = best == evaluation.labels[:, None]  # [n, E]
-    endings = distributed.on_main(lambda: _endings(networks, correct, context))
-    assert endings is not None
-    for one in endings:
-        cost = f"{one.parameters / 1e6:.2f} M, {one.gflop:.3g} GFLOP, {one.latency_ms:.2f} ms"
-        print_main(one.name, f"top-1 {percent(one.top1_correct, one.images)}, {cost}")
+    names = [*(f"exit {block}" for block in exits), "end"]
+    measured = zip(names, networks, correct.sum(0).tolist(), strict=True)
+    endings = [_ending(name, one, int(right), len(correct), context) for name, one, right in measured]
+    for other in others:
+        images = EvaluationImages(index, torch.arange(len(index)), other.transform())
+        score = evaluate(Predictor(other.module, context, mean=other.mean, std=other.std), images, context).score
+        endings.append(_ending(other.name, other, score.top1_correct, score.images, context))
+    for ending in endings:
+        cost = f"{ending.parameters / 1e6:.2f} M, {ending.gflop:.3g} GFLOP, {ending.latency_ms:.2f} ms"
+        print_main(ending.name, f"top-1 {percent(ending.top1_correct, ending.images)}, {cost}")
     ensemble = int((together == evaluation.labels).sum())
     print_main("ensemble", f"top-1 {percent(ensemble, len(together))}, mean logits of all")
-    curve = operations(correct, confidences, endings)
+    curve = operations(correct, confidences, endings[: len(networks)])
     for point in curve[:: max(1, len(curve) // 5)]:
         print_main(
             "threshold", f"{point.threshold:.3f}: top-1 {100 * point.top1:.2f} %, mean {point.latency_ms:.2f} ms"
@@ -155,21 +162,21 @@ def draw_exits(endings: Sequence[Ending], curve: Sequence[Operation], path: Path
     return path
 
 
-def _open_all(source: str, weights: str) -> list[Network]:
-    """Open the network of a run at each of its exits, and whole, in this order."""
+def _open_all(source: str, weights: str) -> tuple[list[int], list[Network]]:
+    """Return the exits of a run, and its network at each of them, then whole."""
     kind, _, path = named_source(source).partition(":")
     exits = read_metadata(path)[1].get("exits", []) if kind == "run" else []
     if not exits:
         raise ConfigError(f"{source} has no exits", "name a run that was fine-tuned with student.exits")
-    return [open_network(source, "classifier", weights=weights, exit=block) for block in (*exits, None)]
+    return exits, [open_network(source, "classifier", weights=weights, exit=block) for block in (*exits, None)]
 
 
-def _endings(networks: Sequence[Network], correct: Tensor, context: EvalContext) -> list[Ending]:
-    """Measure the cost of each network. correct: [n, E]."""
-    endings = []
-    for network, right in zip(networks, correct.unbind(1), strict=True):
-        block = len(network.module.blocks) - 1 if network is not networks[-1] else None
+def _ending(name: str, network: Network, correct: int, images: int, context: EvalContext) -> Ending:
+    """Measure the cost of a network, on rank 0. Collective."""
+
+    def measure() -> Ending:
         speed: Mapping[str, float] = measure_latency(network.module, context, size=network.size)
         cost = network.parameters, forward_gflop(network.module), speed["latency_ms"]
-        endings.append(Ending(block, *cost, top1_correct=int(right.sum()), images=len(right)))
-    return endings
+        return Ending(name, *cost, top1_correct=correct, images=images)
+
+    return distributed.on_main(measure)

@@ -77,7 +77,14 @@ def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
         with run.untimed():
             validate(run, parts, metrics)
 
+    if parts.codistillation is not None:
+        with run.untimed():
+            parts.codistillation.meet(run)
+
     for step in range(run.step, plan.steps):
+        if parts.codistillation is not None:
+            with run.untimed():
+                parts.codistillation.exchange(run)
         run.schedule.step_update(step)
         for micro in range(plan.batch.accumulation):
             batch = run.next(batches)

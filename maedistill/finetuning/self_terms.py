@@ -17,7 +17,7 @@ from maedistill.finetuning.outputs import FeatureInfo, Outputs
 from maedistill.finetuning.term import Parts, Term
 from maedistill.losses.features import feature_loss
 from maedistill.losses.logits import kd_loss
-from maedistill.losses.self_distillation import past_target, self_attention_loss
+from maedistill.losses.self_distillation import codistillation_loss, past_target, self_attention_loss
 from maedistill.models.exits import ExitHead, ending_at
 
 
@@ -32,7 +32,9 @@ class Exits(Term):
 
     def _build(self, student: FeatureInfo, teachers: Sequence[FeatureInfo]) -> None:
         assert student.vit is not None
-        self.heads: Any = nn.ModuleDict({str(block): ExitHead(student.vit) for block in student.exits})
+        own_block = self.section.own_block
+        heads = {str(block): ExitHead(student.vit, own_block=own_block) for block in student.exits}
+        self.heads: Any = nn.ModuleDict(heads)
         self.cross_entropy = SoftTargetCrossEntropy()
 
     def _losses(self, student: Outputs, teacher: Outputs, targets: Tensor, number: int) -> Parts:
@@ -83,6 +85,17 @@ class SelfAttention(Term):
         return {"": self_attention_loss(tokens)}
 
 
+class Codistilled(Term):
+    """KL to the mean prediction of runs that train at the same time (codistillation, Anil et al., ICLR 2018).
+
+    The peers' outputs are those of `codistillation.py`. Without them, during burn-in, it is 0.
+    """
+
+    def _losses(self, student: Outputs, teacher: Outputs, targets: Tensor, number: int) -> Parts:
+        logits = student["logits"]
+        return {"": codistillation_loss(logits, list(teacher["peers"])) if "peers" in teacher else logits.new_zeros(())}
+
+
 class PastTargets(Term):
     """Cross-entropy with targets that are mixed with predictions of the past (PS-KD, Kim et al., ICCV 2021).
 
@@ -94,6 +107,6 @@ class PastTargets(Term):
         self.cross_entropy = SoftTargetCrossEntropy()
 
     def _losses(self, student: Outputs, teacher: Outputs, targets: Tensor, number: int) -> Parts:
-        if teacher:
+        if "past" in teacher:
             targets = past_target(targets, teacher["past"], alpha=teacher["share"])
         return {"": self.cross_entropy(student["logits"], targets)}

@@ -32,8 +32,9 @@ from maedistill.finetuning.build_teachers import (
     distillation_lines,
     open_teachers,
 )
+from maedistill.finetuning.codistillation import Codistillation
 from maedistill.finetuning.objective import Distilled, Mutual, Supervised
-from maedistill.finetuning.outputs import is_plain_vit
+from maedistill.finetuning.outputs import Outputs, is_plain_vit
 from maedistill.finetuning.past import Past
 from maedistill.finetuning.peers import Peer, open_peers, peer_lines
 from maedistill.finetuning.predictions import Predictions
@@ -78,6 +79,7 @@ class Finetuning(Stage):
     peers: list[Peer] = field(default_factory=list)
     past: Past | None = None
     predictions: Predictions | None = None
+    codistillation: Codistillation | None = None
 
     @property
     def kept(self) -> dict[str, nn.Module]:
@@ -103,6 +105,10 @@ class Finetuning(Stage):
     def metadata(self) -> dict[str, Any]:
         """Return the metadata for run.json: network, input, samples, initial weights and their license."""
         data, source = self.config.data, self.source
+        own_license = combined_license(
+            [part.license for part in (source, *(peer.source for peer in self.peers)) if part is not None]
+            + [teacher.network.license for teacher in self.teachers]
+        )
         return {
             "stage": "finetune",
             "network": describe_network(self.module.vit),
@@ -119,13 +125,12 @@ class Finetuning(Stage):
             "init": source.describe() if source is not None else None,
             "origin": source.origin if source is not None else None,
             "exits": list(self.config.student.exits),
+            "exits_own_block": self.config.distill.exits.own_block,
             "peers": [peer.metadata for peer in self.peers],
             "teacher": "; ".join(teacher.describe() for teacher in self.teachers) or None,
             "teacher_weights": [teacher.fingerprint for teacher in self.teachers],
-            "license": combined_license(
-                [part.license for part in (source, *(peer.source for peer in self.peers)) if part is not None]
-                + [teacher.network.license for teacher in self.teachers]
-            ),
+            "license": own_license,
+            "codistillation": self.codistillation.entry(own_license) if self.codistillation is not None else None,
         }
 
     @property
@@ -146,6 +151,7 @@ class Finetuning(Stage):
             f"eval     {len(self.val_index):,} images, {describe_shards(data.val or '', self.val_index.shards)}",
             *self.auto_lines,
             *peer_lines(self.peers),
+            *(self.codistillation.summary_lines(vit) if self.codistillation is not None else ()),
             *distillation_lines(config, self.teachers, micro_batch=self.plan.batch.micro_batch),
             *([self.predictions.describe()] if self.predictions is not None else []),
             *plan_lines(config, self.plan),
@@ -189,6 +195,8 @@ class Finetuning(Stage):
                 compile_module(teacher)
         if self.past is not None and is_plain_vit(self.past.network):
             compile_module(self.past)
+        if self.codistillation is not None:
+            self.codistillation.compile()
 
     def teacher_outputs(self, images: Tensor, step: int, batch: Batch | None = None) -> tuple[Any, ...]:
         """Return the module's inputs besides images [B, 3, s, s] and targets; empty without a term.
@@ -197,11 +205,15 @@ class Finetuning(Stage):
         """
         if self.teaching is None:
             return ()
-        past = () if self.past is None else (self.past.outputs(images, step, now=self.module.vit),)
+        extra: Outputs = {}
+        if self.past is not None:
+            extra |= self.past.outputs(images, step, now=self.module.vit)
         if self.predictions is not None:
             assert batch is not None
-            past = (self.predictions.outputs(batch, step),)
-        return (*self.teaching(images, step), *past)
+            extra |= self.predictions.outputs(batch, step)
+        if self.codistillation is not None:
+            extra |= self.codistillation.outputs(images, step)
+        return (*self.teaching(images, step), *([extra] if extra else []))
 
     def validation(self) -> EvaluationImages:
         """Return every validation image, transformed as in timm's own evaluation."""
@@ -248,9 +260,14 @@ def open_finetuning(
     teaching = build_teaching(config, teachers, grid=grid, plan=plan, mean=mean, std=std, device=device)
     past = build_past(config, vit, plan=plan, device=device)
     predictions = build_predictions(config, plan=plan, samples=len(index), num_classes=num_classes)
+    codistillation = (
+        Codistillation(config, plan=plan, classes=classes, num_classes=num_classes, mean=mean, std=std, device=device)
+        if config.distill.codistillation.on
+        else None
+    )
     return Finetuning(
         config, plan, index, val_index, samples, num_classes, module, source, mean, std, device, teachers, teaching,
-        auto_lines, peers, past, predictions,
+        auto_lines, peers, past, predictions, codistillation,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from maedistill.config import distill
 from maedistill.errors import ConfigError
 from maedistill.finetuning.outputs import FeatureInfo, Outputs
-from maedistill.finetuning.self_terms import Exits, PastTargets, SelfAttention
+from maedistill.finetuning.self_terms import Codistilled, Exits, PastTargets, SelfAttention
 from maedistill.finetuning.term import Parts, Term
 from maedistill.losses.features import attention_transfer_loss, feature_loss
 from maedistill.losses.logits import decoupled_divergence, hard_label_loss, kd_loss, standardize
@@ -231,5 +231,6 @@ TERMS: dict[str, type[Term]] = {
     "contrastive": Contrastive,
     "exits": Exits,
     "self_attention": SelfAttention,
+    "codistillation": Codistilled,
     "past": PastTargets,
 }

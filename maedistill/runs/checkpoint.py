@@ -94,35 +94,43 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
     """
     assert keep >= 1
     final = folder / checkpoint_name(snapshot.step)
-    temporary = final.with_name(f"{final.name}.tmp")
     make_folder(folder)
     remove_strays(folder)
     if not _is_intact(final):
-        try:
-            temporary.mkdir()
-            for name, tensors in snapshot.files.items():
-                save_file(tensors, temporary / name)
-                follow_umask(temporary / name)
-            for name, text in snapshot.texts.items():
-                write_synced(temporary / name, text.encode())
-            write_manifest(temporary)
-            if final.exists():
-                shutil.rmtree(final)  # damaged: the run resumed before it and reached this step again
-            temporary.rename(final)
-            sync(folder)
-        except Exception:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        write_sealed(final, snapshot.files, snapshot.texts)
     # Later ones, damaged when the run resumed, stay.
     for _, path in sorted(old for old in checkpoint_steps(folder) if old[0] <= snapshot.step)[:-keep]:
-        _remove(path)
+        remove_sealed(path)
     return final
+
+
+def write_sealed(final: Path, files: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]) -> None:
+    """Write a folder with a manifest under a temporary name, then rename it; a folder of before is replaced.
+
+    files: tensors by name, by the name of their safetensors file. Raises one of WRITE_ERRORS, and then leaves nothing.
+    """
+    temporary = final.with_name(f"{final.name}.tmp")
+    try:
+        temporary.mkdir()
+        for name, tensors in files.items():
+            save_file(dict(tensors), temporary / name)
+            follow_umask(temporary / name)
+        for name, text in texts.items():
+            write_synced(temporary / name, text.encode())
+        write_manifest(temporary)
+        if final.exists():
+            shutil.rmtree(final)  # damaged: the run resumed before it and reached this step again
+        temporary.rename(final)
+        sync(final.parent)
+    except Exception:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def remove_strays(folder: Path) -> None:
     """Remove what a killed start left of checkpoints that it wrote or removed. Only the owner of the run may do so."""
     for stray in folder.glob("step_*.tmp"):
-        _remove(stray)
+        remove_sealed(stray)
 
 
 def checkpoint_steps(folder: Path) -> list[tuple[int, Path]]:
@@ -163,8 +171,8 @@ def _is_intact(checkpoint: Path) -> bool:
     return True
 
 
-def _remove(path: Path) -> None:
-    """Remove a checkpoint, whole or partial. Failing to remove an old checkpoint must not fail a save."""
+def remove_sealed(path: Path) -> None:
+    """Remove such a folder, whole or partial. Failing to remove an old checkpoint must not fail a save."""
     try:
         shutil.rmtree(path if path.suffix == ".tmp" else path.rename(path.with_name(f"{path.name}.tmp")))
     except OSError as error:

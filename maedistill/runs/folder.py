@@ -50,6 +50,7 @@ _OF_THE_FIRST_START = ("init", "origin", "peers")
 # without their records. config.yaml and run.json are written over. Files of other names are a user's.
 _OF_A_RUN = ["exit.json", "checkpoints", "metrics.jsonl", "bad_samples.txt", "nonfinite.jsonl", "train.log", "report.*"]
 _OF_A_RUN += ["curves.*", "pictures", "predictions", "tb", "export", "export_exit*", "export_peer*", "scorecard.json"]
+_OF_A_RUN += ["published", "codistillation.json"]
 
 
 class RunFolder:
@@ -114,6 +115,11 @@ class RunFolder:
         for name, text in self.texts.items():
             write_text(self.path / name, text)
         self.log.begin(*header_lines(start))
+
+    def amend(self, **entries: Any) -> None:
+        """Change entries of run.json, here and in the checkpoints to come."""
+        self.texts[METADATA] = json.dumps(json.loads(self.texts[METADATA]) | entries, indent=1) + "\n"
+        write_text(self._run_json, self.texts[METADATA])
 
     def check(self, config: RunConfig, metadata: dict[str, Any], *, fresh: bool, extend: bool) -> None:
         """Run the checks of `open` without writing anything."""

@@ -107,6 +107,17 @@ class PeerEntry(StrictModel):
     origin: Origin | None = None
 
 
+class CodistillationEntry(StrictModel):
+    """The steps in which a run exchanges weights with others, `every` from `first` to `last`, and what these check."""
+
+    peers: tuple[str, ...]
+    every: Annotated[int, Field(ge=1)]
+    first: Annotated[int, Field(ge=0)]
+    last: Annotated[int, Field(ge=0)]
+    seed: int
+    license: str
+
+
 class RunMetadata(Origin):
     """The content of RUN/run.json."""
 
@@ -117,7 +128,9 @@ class RunMetadata(Origin):
     origin: Origin | None = None
     classes: list[str] | None = None
     exits: tuple[Annotated[int, Field(ge=0, lt=MOST_BLOCKS)], ...] = ()
+    exits_own_block: bool = False
     peers: tuple[PeerEntry, ...] = ()
+    codistillation: CodistillationEntry | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +189,18 @@ def describe_network(module: nn.Module) -> dict[str, Any]:
     return {"name": config["architecture"], "arguments": get_model_args(module)}
 
 
+def build_run(path: str | Path) -> tuple[VisionTransformer, dict[str, Any]]:
+    """Build the network of a run folder without its weights; return it and the content of run.json.
+
+    Raises DataError if the folder is not a run of this package.
+    """
+    folder, metadata = read_metadata(path)
+    name, arguments = metadata["network"]["name"], metadata["network"]["arguments"]
+    _unloaded(folder, name, arguments)  # checked before memory is allocated
+    vit: Any = timm.create_model(name, pretrained=False, **arguments)
+    return vit, metadata
+
+
 def open_run(
     path: str | Path,
     *,
@@ -198,7 +223,7 @@ def open_run(
     name, arguments = metadata["network"]["name"], metadata["network"]["arguments"]
     if exit is not None:
         _require_exit(folder, metadata, exit)
-        arguments = arguments | {"depth": exit + 1}
+        arguments = arguments | {"depth": exit + 1 + metadata.get("exits_own_block", False)}
     checkpoint = newest_intact(folder.checkpoints)
     if checkpoint is None:
         raise DataError(

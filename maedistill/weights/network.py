@@ -36,7 +36,7 @@ from maedistill.models.encoder import (
 )
 from maedistill.models.initialize import initialize
 from maedistill.weights.from_file import EncoderSpec, Inspect, open_file, why_unreadable
-from maedistill.weights.from_run import Weights, open_run
+from maedistill.weights.from_run import Weights, build_run, open_run
 from maedistill.weights.from_timm import image_config, open_timm
 from maedistill.weights.from_transformers import open_transformers, transformers_folder
 from maedistill.weights.license import NOT_STATED
@@ -273,19 +273,33 @@ def _open_run(path: str, use: Use, check: Inspect, *, weights: Weights, exit: in
     run = open_run(path, weights=weights, exit=exit, peer=peer, inspect_network=check)
     if use == "encoder":
         run.vit.reset_classifier(0, "")
-    metadata, entry = run.metadata, run.metadata["input"]
+    name = f"run:{path} {run.checkpoint.name}{' (ema)' if weights == 'ema' else ''}{_part(exit, peer)}"
+    return _of_run(run.vit, run.metadata, name, str(run.audit))
+
+
+def unloaded_run(path: str) -> tuple[Network, dict[str, Any]]:
+    """Build the network of a run folder, without its weights; return it and the content of run.json.
+
+    Raises DataError if the folder is not a run of this package.
+    """
+    vit, metadata = build_run(path)
+    return _of_run(vit.eval(), metadata, f"run:{path}", "weights of its own"), metadata
+
+
+def _of_run(vit: VisionTransformer, metadata: Mapping[str, Any], name: str, audit: str) -> Network:
+    entry = metadata["input"]
     return Network(
-        run.vit,
-        f"run:{path} {run.checkpoint.name}{' (ema)' if weights == 'ema' else ''}{_part(exit, peer)}",
-        run.vit.patch_embed.img_size[0],
+        vit,
+        name,
+        vit.patch_embed.img_size[0],
         metadata["license"],
-        num_classes=run.vit.num_classes,
+        num_classes=vit.num_classes,
         mean=tuple(entry["mean"]),
         std=tuple(entry["std"]),
         crop=entry["crop"],
         exif=entry.get("exif", "ignore"),
         classes=tuple(metadata.get("classes") or ()),
-        audit=str(run.audit),
+        audit=audit,
         origin={name: metadata.get(name) for name in ("stage", "method", "data", "teacher", "license")},
     )
 

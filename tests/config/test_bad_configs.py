@@ -198,6 +198,11 @@ FINETUNE_OVERRIDES = [
     "student.exits=[2, 11]",
     "student.exits=[2, 12]",
     "distill.mutual={weight: 1}",
+    "distill.codistillation={weight: 1}",
+    "distill.codistillation={weight: 1, peers: [s3://runs/b]}",
+    "distill.codistillation={weight: 1, peers: [runs/b, ./runs/b]}",
+    "distill.codistillation={weight: 1, peers: [runs/test]}",
+    "distill.codistillation.every_steps=10",
     "distill.mutual={students: ['']}",
     "distill={mutual: {weight: 1, students: ['']}, self_attention: {weight: 1, blocks: [3, 4]}}",
     "distill.self_attention={weight: 1}",
@@ -296,7 +301,7 @@ def test_every_problem_is_counted_and_the_first_is_shown(refused):
 
 
 def test_a_copy_of_the_network_needs_whole_weights(refused):
-    given = ["distill={label_weight: 0, past: {weight: 1}}", "engine.zero=3"]
+    given = ["distill={label_weight: 0, past: {weight: 1}, codistillation: {weight: 1, peers: [b]}}", "engine.zero=3"]
     assert "distill.past.source" in refused(FINETUNE, given, root=FinetuneConfig).cause
 
 

@@ -1,0 +1,207 @@
+"""Codistillation through the tools: two runs learn from each other; kills and late or lost peers are no accident."""
+
+import json
+import random
+import shutil
+import signal
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.loader import load_config
+from maedistill.finetuning.outputs import RequestedOutputs
+from maedistill.finetuning.setup import open_finetuning
+from maedistill.finetuning.teacher import OfflineTeacher
+from maedistill.losses.self_distillation import codistillation_loss
+from maedistill.runs.published import publish
+from maedistill.weights.network import open_network, unloaded_run
+from tests.faults.notes import same_result
+from tests.support.launch import Finished, Start
+
+SMALL = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.num_heads=2"]
+SMALL += ["student.patch_size=8", "optim.epochs=2", "log.save_every_epochs=0.5"]  # 16 steps, every fourth is saved
+PLAIN = ["augment.mixup=0", "augment.cutmix=0", "augment.erasing=0", "student.drop_path=0"]  # what differs by rank
+
+
+class Pair:
+    """Two runs that name each other, in the folder of `finetuning`."""
+
+    def __init__(self, finetuning, name: str, *given: str) -> None:
+        self.finetuning, self.given = finetuning, [*SMALL, *given]
+        self.names = [f"{name}-a", f"{name}-b"]
+
+    def folder(self, which: int) -> Path:
+        return self.finetuning.folder / self.names[which]
+
+    def start(self, which: int, *given: str, **more) -> Start:
+        section = f"distill.codistillation={{weight: 1, every_steps: 3, peers: [{self.folder(1 - which)}]}}"
+        return self.finetuning.start(self.names[which], *self.given, section, f"seed={which}", *given, **more)
+
+    def run(self) -> list[Finished]:
+        starts = [self.start(which) for which in (0, 1)]
+        return [start.finish() for start in starts]
+
+    def remove(self) -> None:
+        for which in (0, 1):
+            shutil.rmtree(self.folder(which))
+
+
+@pytest.fixture(scope="module")
+def trained(finetuning):
+    return Pair(finetuning, "pair").run()
+
+
+def test_both_learn_from_each_other_and_keep_what_a_restart_may_need(trained):
+    """Classifiers begin at 0, so all predictions are equal until they have moved."""
+    for run in trained:
+        losses = [record["codistillation"] for record in run.metrics()]
+        assert losses[:2] == pytest.approx([0, 0], abs=1e-6) and min(losses[3:]) > 1e-5
+        kept = sorted(int(path.name[5:]) for path in (run.run / "published").iterdir())
+        oldest = min(int(path.name[5:]) for path in (run.run / "checkpoints").glob("step_*"))
+        assert kept == list(range(kept[0], 16, 3)) and 0 < kept[0] <= oldest // 3 * 3
+        saved = load_file(run.run / "published" / "step_000000015" / "model.safetensors")
+        assert saved.keys() == open_network(f"run:{run.run}").module.state_dict().keys()
+        entry = json.loads((run.run / "run.json").read_text())["codistillation"]
+        assert (entry["every"], entry["first"], entry["last"]) == (3, 0, 15)
+
+
+def test_a_step_sees_the_weights_of_its_period(trained, finetuning, tmp_path):
+    """What the copies say is what the published network says: of step 9 in steps 9 to 11, then of step 12."""
+    run, peer = trained
+    config = load_config(run.run / "config.yaml", [f"run={tmp_path}"], root=FinetuneConfig).config
+    parts = open_finetuning(config, world_size=1, device=torch.device("cpu"))
+    network = parts.codistillation
+    network._copies[str(peer.run)] = OfflineTeacher(
+        unloaded_run(str(peer.run))[0], requested=RequestedOutputs(logits=True), student_mean=parts.mean,
+        student_std=parts.std, student_grid=1,
+    )  # fmt: skip
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    folder, peers = SimpleNamespace(path=tmp_path), SimpleNamespace(paused=nullcontext)
+    for step in (9, 11, 12):
+        now = SimpleNamespace(folder=folder, module=parts.module, step=step, peers=peers)
+        network.exchange(now)
+        published = unloaded_run(str(peer.run))[0].module
+        period = peer.run / "published" / f"step_{step // 3 * 3:09d}" / "model.safetensors"
+        published.load_state_dict(load_file(period))
+        found = network.outputs(images, step)["peers"]
+        torch.testing.assert_close(found[0], published(images), rtol=1e-5, atol=1e-6)
+    assert [path.name for path in (tmp_path / "published").iterdir()] == ["step_000000012"]  # the peer was saved there
+    assert network.outputs(images, 12)["peers"].shape == (1, 2, 3)
+
+
+def test_a_pair_equals_mutual_learning_where_nothing_is_stale():
+    """Period 1: KL to copies of this very step has the value and gradient of mutual learning of two."""
+    from maedistill.finetuning.objective import Mutual
+    from tests.finetuning.test_distilled import IMAGES, TARGETS, vit
+
+    together, apart = ([vit(seed=1), vit(seed=2)] for _ in range(2))
+    both = torch.optim.SGD([p for student in together for p in student.parameters()], 0.1)
+    each = [torch.optim.SGD(student.parameters(), 0.1) for student in apart]
+    module = Mutual(together[0], together[1:], label_weight=1.0)
+    for _ in range(3):
+        both.zero_grad()
+        module(IMAGES, TARGETS, [], torch.ones(1))["loss"].backward()
+        both.step()
+        copies = [student(IMAGES).detach() for student in apart]  # before either of them moves
+        for student, optimizer, peer in zip(apart, each, copies[::-1], strict=True):
+            optimizer.zero_grad()
+            logits = student(IMAGES)
+            loss = -(TARGETS * logits.log_softmax(1)).sum(1).mean() + codistillation_loss(logits, [peer])
+            loss.backward()
+            optimizer.step()
+    for one, other in zip(together, apart, strict=True):
+        pairs = zip(one.parameters(), other.parameters(), strict=True)
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in pairs)
+
+
+def test_ranks_and_the_time_of_a_start_do_not_matter(finetuning):
+    """One run on two ranks, the other late: the same losses up to rounding."""
+    prompt, pair = Pair(finetuning, "prompt", *PLAIN).run(), Pair(finetuning, "late", *PLAIN)
+    first = pair.start(0, ranks=2)
+    first.ended(2)
+    second = pair.start(1)
+    for run, before in zip((first.finish(), second.finish()), prompt, strict=True):
+        losses = [[record["loss"] for record in one.metrics()] for one in (run, before)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.faults
+def test_a_pair_killed_at_random_instants_repeats_every_bit(finetuning, trained):
+    """Each is killed ten times, also where the other one waits for it, or reads what it is about to publish again."""
+    seed = random.SystemRandom().randrange(10**6)
+    draws, kills, number = random.Random(seed), [0, 0], 0
+    while min(kills) < 10:
+        pair, number = Pair(finetuning, f"killed{number}"), number + 1
+        starts = [pair.start(which, "distill.codistillation.wait_seconds=100") for which in (0, 1)]
+        while any(starts):
+            which = draws.choice([which for which in (0, 1) if starts[which]])
+            if kills[which] < 10 and not starts[which].ended(draws.uniform(0, 6)):
+                starts[which].signal(signal.SIGKILL)
+            code = starts[which].wait()[0]
+            assert code in (0, -signal.SIGKILL), f"seed {seed}: {starts[which].printed()[-3000:]}"
+            kills[which] += code != 0
+            starts[which] = pair.start(which, "distill.codistillation.wait_seconds=100") if code else None
+        for which in (0, 1):
+            same_result(pair.folder(which), trained[which].run)
+        pair.remove()
+
+
+@pytest.mark.faults
+def test_a_lost_peer_ends_the_run_or_is_left_out_for_good(finetuning):
+    pair, wait = Pair(finetuning, "lost"), "distill.codistillation.wait_seconds=3"
+    starts = [pair.start(0, wait), pair.start(1, witness=True, WITNESS_KILL="24")]
+    starts[1].finish(-9)
+    ended = starts[0].finish(5)
+    assert str(pair.folder(1)) in ended.err and json.loads((ended.run / "exit.json").read_text())["exit_code"] == 5
+    step = json.loads((ended.run / "exit.json").read_text())["step"]
+    assert step == 12  # saved where it waited
+    alone = pair.start(0, wait, "distill.codistillation.missing=leave_out").finish()
+    assert f"continues at step {step}" in alone.out
+    left_out = json.loads((ended.run / "codistillation.json").read_text())["left_out"]
+    assert left_out == {str(pair.folder(1)): 12}
+    assert [record["codistillation"] != 0 for record in alone.metrics()][3:] == [True] * 9 + [False] * 4
+
+
+def test_a_peer_that_does_not_fit_is_named_before_the_first_step(finetuning, tmp_path):
+    """Other steps, the same seed, a run without peers, one that names another run, and none at all."""
+    pair = Pair(finetuning, "unfit", "distill.codistillation.wait_seconds=20")
+    cases = [
+        ("distill.codistillation.every_steps=4", 2),
+        ("seed=0", 2),
+        (f"distill.codistillation.peers=[{tmp_path}]", 2),
+    ]
+    for given, code in cases:
+        starts = [pair.start(0), pair.start(1, given)]
+        ended = [start.finish(None) for start in starts]
+        assert ended[0].code == code, (given, ended)
+        assert not (ended[0].run / "metrics.jsonl").read_text()
+        pair.remove()
+    ended = pair.start(0, "distill.codistillation.wait_seconds=1").finish(5)
+    assert "no such folder" in ended.err
+
+
+def test_published_weights_are_hashed_and_never_half_there(tmp_path):
+    from maedistill.errors import DataError
+    from maedistill.runs.published import read_published, remove_published
+
+    weights = {"w": torch.arange(4.0)}
+    assert read_published(tmp_path, 3, {"w": (4,)}) is None
+    publish(tmp_path, 3, weights)
+    publish(tmp_path, 6, {"w": torch.ones(4)})
+    assert torch.equal(read_published(tmp_path, 3, {"w": (4,)})["w"], weights["w"])
+    file = tmp_path / "published" / "step_000000006" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    for step, shapes in ((6, {"w": (4,)}), (3, {"w": (5,)})):
+        with pytest.raises(DataError):
+            read_published(tmp_path, step, shapes)
+    publish(tmp_path, 6, weights)  # a damaged one is written again
+    assert torch.equal(read_published(tmp_path, 6, {"w": (4,)})["w"], weights["w"])
+    remove_published(tmp_path, before=4)
+    assert read_published(tmp_path, 3, {"w": (4,)}) is None and read_published(tmp_path, 6, {"w": (4,)}) is not None
+    remove_published(tmp_path, after=5)
+    assert not list((tmp_path / "published").iterdir())
