@@ -261,11 +261,21 @@ class PastConfig(TermConfig):
     alpha: Annotated[float, Field(gt=0.0, le=1.0)] = result(
         0.8, "share of the past in the last epoch, to which it rises linearly; 0.8 in PS-KD"
     )
-    source: Literal["weights", "ema"] = result(
+    source: Literal["weights", "ema", "predictions"] = result(
         "weights",
-        "what predicts, on the same mixed images: the weights as they were when the epoch began (none in the first), "
-        "or the moving average of optim.ema; PS-KD itself stores the predictions of an epoch ago",
+        "weights as they were when the epoch began (none in the first), or the moving average of optim.ema, predict on "
+        "the same mixed images; predictions: those in training an epoch ago, stored in the run folder, as in PS-KD",
     )
+    top_k: Positive | None = result(
+        None,
+        "with source=predictions: store so many of the likeliest classes, 6 bytes each, and spread the rest evenly; "
+        "null: all classes, 2 bytes each",
+    )
+
+    @property
+    def stores(self) -> bool:
+        """Return whether predictions are stored."""
+        return self.on and self.source == "predictions"
 
 
 class DistillConfig(Section):

@@ -195,7 +195,14 @@ def _past(c: FinetuneConfig) -> Iterator[Problem]:
         yield Problem(key, "the run has no moving average: optim.ema is null", remedy)
     if d.past.source == "weights" and c.engine.zero == 3:
         cause = "a copy of the network needs whole weights, and ZeRO 3 partitions them"
-        yield Problem(key, cause, "use engine.zero=2")
+        yield Problem(key, cause, "use engine.zero=2, or distill.past.source=predictions")
+    if d.past.stores and c.augment.mixes:
+        name = "mixup" if c.augment.mixup > 0 else "cutmix"
+        cause = "a mixed image has no prediction of one sample, as distill.past.source=predictions stores"
+        yield Problem(f"augment.{name}", cause, "use augment.mixup=0 augment.cutmix=0, or distill.past.source=weights")
+    if d.past.top_k is not None and not d.past.stores:
+        cause = f"nothing is stored with {key}={d.past.source}"
+        yield Problem("distill.past.top_k", cause, f"remove it, or use {key}=predictions")
     if d.label_weight > 0 and not d.past.is_scheduled:
         cause = "the labels would count twice: they are in the targets of distill.past"
         remedy = "set distill.label_weight=0; a lower distill.past.alpha gives the labels more weight"

@@ -182,7 +182,8 @@ def _finetuning(config: FinetuneConfig) -> list[str]:
     mixing = f"mixup {augment.mixup:g}, cutmix {augment.cutmix:g}" if augment.mixes else "no mixing"
     terms = "".join(f", {name} {term.weight:g}" for name, term in config.distill.terms.items())
     past = config.distill.past
-    terms += f" (targets mixed with predictions of {past.source}, {past.alpha:g} at the end)" if past.on else ""
+    source = "the epoch before" if past.stores else past.source
+    terms += f" (targets mixed with predictions of {source}, {past.alpha:g} at the end)" if past.on else ""
     return [
         *([f"- Losses, with their weights: labels {config.distill.label_weight:g}{terms}."] if terms else []),
         f"- Augmentation: crops of {low:g} to {high:g} of the area{', flips' if data.flip else ''}, "

@@ -19,6 +19,7 @@ from maedistill.finetuning.objective import Distilled, Mutual, Supervised
 from maedistill.finetuning.outputs import FeatureInfo, RequestedOutputs, feature_info, is_plain_vit
 from maedistill.finetuning.past import Past
 from maedistill.finetuning.peers import Peer
+from maedistill.finetuning.predictions import Predictions
 from maedistill.finetuning.teacher import OfflineTeacher, TeacherEnsemble, TeacherSource
 from maedistill.finetuning.terms import TERMS
 from maedistill.machine import DTYPES, precision
@@ -79,7 +80,14 @@ def build_module(
     requested = _requested(distill, "student", logits=True, tokens=distill.hard_label.on and distill.hard_label.token)
     requested = _own_requested(config, requested)
     scheduled = [name for name, term in distill.terms.items() if term.is_scheduled]
-    module = Distilled(vit, terms, requested=requested, label_weight=distill.label_weight, scheduled=scheduled)
+    module = Distilled(
+        vit,
+        terms,
+        requested=requested,
+        label_weight=distill.label_weight,
+        scheduled=scheduled,
+        predicts=distill.past.stores,
+    )
     initialize(module.terms, seed=config.seed)
     return module
 
@@ -130,9 +138,17 @@ def build_teaching(
 def build_past(config: FinetuneConfig, vit: nn.Module, *, plan: Plan, device: torch.device) -> Past | None:
     """Build the network's past on `device`; None without a term that needs it."""
     section, number_format = config.distill.past, precision(config.engine.precision, device)
-    if not section.on:
+    if not section.on or section.stores:
         return None
     return Past(section, vit, plan=plan, epochs=config.optim.epochs, precision=number_format).to(device)
+
+
+def build_predictions(config: FinetuneConfig, *, plan: Plan, samples: int, num_classes: int) -> Predictions | None:
+    """Build the store of predictions; None without a term that needs it. samples: in the shards."""
+    section, epochs = config.distill.past, config.optim.epochs
+    if not section.stores:
+        return None
+    return Predictions(section, plan=plan, epochs=epochs, samples=samples, num_classes=num_classes)
 
 
 def distillation_lines(config: FinetuneConfig, teachers: list[TeacherSource], *, micro_batch: int) -> list[str]:

@@ -71,6 +71,8 @@ def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
     if parts.past is not None and parts.past.section.source == "ema":
         assert run.ema is not None  # a rule of the config requires it
         parts.past.network = run.ema.module.vit
+    if parts.predictions is not None:
+        parts.predictions.open(run.folder, crops.order, step=run.step)
     if evaluation_due(run, parts) and run.is_missing("ema_top1" if run.ema is not None else "top1", metrics):
         with run.untimed():
             validate(run, parts, metrics)
@@ -88,9 +90,12 @@ def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
             batch = run.next(batches)
             seed_generators(config.seed, Stream.NETWORK, step, micro, rank)  # erasing, mixing, drop path
             images, targets = parts.inputs(batch)  # [m, 3, s, s], [m, C]
-            losses = engine(images, targets, *parts.teacher_outputs(images, step))  # teachers see the same mixed images
+            # Teachers see the same mixed images.
+            losses = engine(images, targets, *parts.teacher_outputs(images, step, batch))
             engine.backward(losses["loss"])
             engine.step()
+            if parts.predictions is not None:
+                parts.predictions.add(batch, losses.pop("predictions"))
             run.count(batch, losses)
         run.end_step(crops)
 
@@ -105,6 +110,8 @@ def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
         # evaluation that fails costs no training.
         with run.untimed():
             if run.should_save:
+                if parts.predictions is not None:
+                    parts.predictions.sync(run.step)
                 run.save()
             if evaluation_due(run, parts):
                 validate(run, parts, metrics)

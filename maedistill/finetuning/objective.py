@@ -48,9 +48,11 @@ class Distilled(nn.Module):
         requested: RequestedOutputs,
         label_weight: float,
         scheduled: Collection[str] = (),
+        predicts: bool = False,
     ) -> None:
         """Set up the module. requested: the student's outputs that the terms need, logits included. scheduled: terms
-        whose weights change over time; these weights are logged beside the losses.
+        whose weights change over time; these weights are logged beside the losses. predicts: whether to return the
+        student's probabilities [B, C] too, as `predictions`.
         """
         super().__init__()
         assert requested.logits
@@ -58,6 +60,7 @@ class Distilled(nn.Module):
         self.cross_entropy = SoftTargetCrossEntropy()
         self.terms: Any = nn.ModuleDict(terms)  # torch would type its values as Module, not Term
         self.requested, self.label_weight, self.scheduled = requested, label_weight, frozenset(scheduled)
+        self.predicts = predicts
 
     def forward(
         self,
@@ -89,6 +92,8 @@ class Distilled(nn.Module):
             losses |= parts
             total = total + weights[i] * term.total(parts)
         losses |= {f"weight/{name}": weights[i] for i, name in enumerate(self.terms) if name in self.scheduled}
+        if self.predicts:
+            losses["predictions"] = outputs["logits"].detach().softmax(dim=-1)
         return {"loss": total, **losses}
 
 

@@ -3,7 +3,7 @@
     ema       the run's moving average, as it is before the step
     weights   the network as it was when the current epoch began; checkpoints keep it (`past.safetensors`)
 
-After PS-KD (Kim et al., ICCV 2021), which takes stored predictions of an epoch ago, on that epoch's crops, instead.
+After PS-KD (Kim et al., ICCV 2021), which itself takes stored predictions of an epoch ago: predictions.py.
 What is made of the predictions is in `self_terms.py`. Which step has which past is a function of the step alone.
 
 B batch   C classes   s image side

@@ -99,8 +99,8 @@ class Codistilled(Term):
 class PastTargets(Term):
     """Cross-entropy with targets that are mixed with predictions of the past (PS-KD, Kim et al., ICCV 2021).
 
-    The past's outputs are those of `past.py`. Without them, in the first epoch, it is the cross-entropy with the
-    labels, bit for bit.
+    The past's outputs are those of `past.py` or `predictions.py`. Without them, in the first epoch, it is the
+    cross-entropy with the labels, bit for bit.
     """
 
     def _build(self, student: FeatureInfo, teachers: Sequence[FeatureInfo]) -> None:

@@ -27,6 +27,7 @@ from maedistill.finetuning.build import build_classifier, build_init_source, bui
 from maedistill.finetuning.build_teachers import (
     build_module,
     build_past,
+    build_predictions,
     build_teaching,
     distillation_lines,
     open_teachers,
@@ -36,6 +37,7 @@ from maedistill.finetuning.objective import Distilled, Mutual, Supervised
 from maedistill.finetuning.outputs import Outputs, is_plain_vit
 from maedistill.finetuning.past import Past
 from maedistill.finetuning.peers import Peer, open_peers, peer_lines
+from maedistill.finetuning.predictions import Predictions
 from maedistill.finetuning.teacher import TeacherEnsemble, TeacherSource
 from maedistill.models.encoder import num_params_m
 from maedistill.processes import distributed
@@ -56,7 +58,8 @@ _SPARSE = 10  # labels are suspect if fewer than 1 in 10 of the ids up to the la
 class Finetuning(Stage):
     """The parts, on `device`. source: None from scratch; samples: the ids of the label subset, int64 [n].
 
-    teachers, teaching: for distillation; empty and None without it. past: of the network itself, if a term needs it.
+    teachers, teaching: for distillation; empty and None without it. past, predictions: of the network itself, if a term
+    needs one of them.
     """
 
     config: FinetuneConfig
@@ -75,6 +78,7 @@ class Finetuning(Stage):
     auto_lines: list[str] = field(default_factory=list)
     peers: list[Peer] = field(default_factory=list)
     past: Past | None = None
+    predictions: Predictions | None = None
     codistillation: Codistillation | None = None
 
     @property
@@ -149,6 +153,7 @@ class Finetuning(Stage):
             *peer_lines(self.peers),
             *(self.codistillation.summary_lines(vit) if self.codistillation is not None else ()),
             *distillation_lines(config, self.teachers, micro_batch=self.plan.batch.micro_batch),
+            *([self.predictions.describe()] if self.predictions is not None else []),
             *plan_lines(config, self.plan),
             f"layers   lr times {config.optim.layer_decay:g} a layer, head to patches: "
             + " ".join(f"{rate:.3g}" for rate in reversed(rates)),
@@ -193,13 +198,19 @@ class Finetuning(Stage):
         if self.codistillation is not None:
             self.codistillation.compile()
 
-    def teacher_outputs(self, images: Tensor, step: int) -> tuple[Any, ...]:
-        """Return the module's inputs besides images [B, 3, s, s] and targets; empty without a term."""
+    def teacher_outputs(self, images: Tensor, step: int, batch: Batch | None = None) -> tuple[Any, ...]:
+        """Return the module's inputs besides images [B, 3, s, s] and targets; empty without a term.
+
+        batch: from which the images are made, for stored predictions.
+        """
         if self.teaching is None:
             return ()
         extra: Outputs = {}
         if self.past is not None:
             extra |= self.past.outputs(images, step, now=self.module.vit)
+        if self.predictions is not None:
+            assert batch is not None
+            extra |= self.predictions.outputs(batch, step)
         if self.codistillation is not None:
             extra |= self.codistillation.outputs(images, step)
         return (*self.teaching(images, step), *([extra] if extra else []))
@@ -248,6 +259,7 @@ def open_finetuning(
     grid = vit.patch_embed.grid_size[0] if isinstance(vit, VisionTransformer) else 1  # without terms on maps
     teaching = build_teaching(config, teachers, grid=grid, plan=plan, mean=mean, std=std, device=device)
     past = build_past(config, vit, plan=plan, device=device)
+    predictions = build_predictions(config, plan=plan, samples=len(index), num_classes=num_classes)
     codistillation = (
         Codistillation(config, plan=plan, classes=classes, num_classes=num_classes, mean=mean, std=std, device=device)
         if config.distill.codistillation.on
@@ -255,7 +267,7 @@ def open_finetuning(
     )
     return Finetuning(
         config, plan, index, val_index, samples, num_classes, module, source, mean, std, device, teachers, teaching,
-        auto_lines, peers, past, codistillation,
+        auto_lines, peers, past, predictions, codistillation,
     )  # fmt: skip
 
 
@@ -272,7 +284,7 @@ def dry_run(config: FinetuneConfig) -> None:
     def module_inputs(batch: Batch) -> tuple[Any, ...]:
         seed_generators(config.seed)
         images, targets = parts.inputs(batch)
-        return images, targets, *parts.teacher_outputs(images, heaviest_step)
+        return images, targets, *parts.teacher_outputs(images, heaviest_step, batch)
 
     plan_and_try(parts, build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean), module_inputs)
 

@@ -48,7 +48,8 @@ def self_attention_loss(tokens: Sequence[Tensor]) -> Tensor:
 def past_target(targets: Tensor, past: Tensor, *, alpha: float | Tensor) -> Tensor:
     """Mix targets with what the network predicted an epoch ago (PS-KD, Kim et al., ICCV 2021): [B, C].
 
-    targets, past: rows that sum to 1, [B, C]. alpha: share of the past, alpha_T (e + 1) / E in epoch e of E.
+    targets, past: rows that sum to 1, [B, C]. alpha: share of the past, alpha_T (e + 1) / E in epoch e of E, or each
+    row's, [B, 1].
     """
     return (1 - alpha) * targets + alpha * past
 

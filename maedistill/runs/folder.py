@@ -3,6 +3,7 @@
 RUN/config.yaml      the settings, resolved        RUN/run.json       what was used: data, teacher, license, versions
 RUN/metrics.jsonl    one object per logged step    RUN/exit.json      how the last start ended
 RUN/checkpoints/     see checkpoint.py             RUN/pictures/      reconstruction sheets
+RUN/predictions/     of each sample an epoch ago, with distill.past.source=predictions
 RUN/bad_samples.txt  samples that did not decode   RUN/report.md      the summary, with the next command
 RUN/nonfinite.jsonl  updates that were not applied, with their samples
 RUN/train.log        what rank 0 printed, start after start
@@ -48,7 +49,7 @@ _OF_THE_FIRST_START = ("init", "origin", "peers")
 # What --fresh deletes, in this order: a kill in between leaves no finished run without checkpoints, and no checkpoints
 # without their records. config.yaml and run.json are written over. Files of other names are a user's.
 _OF_A_RUN = ["exit.json", "checkpoints", "metrics.jsonl", "bad_samples.txt", "nonfinite.jsonl", "train.log", "report.*"]
-_OF_A_RUN += ["curves.*", "pictures", "tb", "export", "export_exit*", "export_peer*", "scorecard.json"]
+_OF_A_RUN += ["curves.*", "pictures", "predictions", "tb", "export", "export_exit*", "export_peer*", "scorecard.json"]
 _OF_A_RUN += ["published", "codistillation.json"]
 
 

@@ -215,6 +215,8 @@ FINETUNE_OVERRIDES = [
     "distill.past.source=ema",
     "distill={label_weight: 0, past: {weight: 1, stop_epoch: 9}}",
     "distill={label_weight: 0, past: {weight: 1, source: ema}}",
+    "distill={label_weight: 0, past: {weight: 1, source: predictions}}",
+    "distill={label_weight: 0, past: {weight: 1, top_k: 5}}",
     f"{TAUGHT}label_weight: 0, logits: {{weight: 1, stop_epoch: 9}}}}",
     f"{TAUGHT}label_weight: 0, hard_label: {{weight: 1, token: true}}}}",
     f"{TAUGHT}label_weight: 0, logits: {{weight: 1, warmup_epochs: 1}}}}",

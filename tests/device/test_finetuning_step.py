@@ -58,6 +58,10 @@ CASES = {  # settings, teachers
     "no labels": (["distill.label_weight=0", "distill.logits={weight: 1}"], ["vit"]),
     "no teacher": (["student.exits=[0,1]", *OWN], []),
     "mutual": (['distill.mutual={weight: 1, students: ["", "student.width=48"]}'], []),
+    "the past's predictions, to be stored": (
+        [*PAST, "distill.past.source=predictions", "augment.mix_probability=0"],
+        [],
+    ),
     "the past's weights": (["optim.global_batch=24", *PAST], []),  # step 4 is the first of epoch 1
     "exits and a teacher": (["student.exits=[0]", "distill.exits={weight: 1}", "distill.logits={weight: 1}"], ["vit"]),
     "no term counts yet": ([*LATER, *REGISTER], ["vit"]),
@@ -117,7 +121,7 @@ def take_step(parts: Finetuning, given: Batch, *, seed: int = 3, step: int = 4) 
     """What a step computes from a micro-batch: its inputs, losses and gradients."""
     seed_generators(seed)
     images, targets = parts.inputs(given)
-    teacher_outputs = parts.teacher_outputs(images, step)
+    teacher_outputs = parts.teacher_outputs(images, step, given)
     with torch.autocast(images.device.type, dtype=torch.bfloat16):
         losses = parts.module(images, targets, *teacher_outputs)
     losses["loss"].backward()
