@@ -147,8 +147,7 @@ class _PlainEncoder(MaskedEncoder):
     """An encoder that embeds all patches by a convolution, then selects the visible ones."""
 
     def embed_patches(self, images: Tensor, ids: Tensor | None) -> Tensor:
-        assert self.vit.pos_embed is not None
-        x = self.vit.patch_embed(images) + self.vit.pos_embed[:, -(self.grid**2) :]  # [B, N, D]
+        x = self.add_positions(self.vit.patch_embed(images).flatten(1, -2), None)  # [B, N, D]
         return x if ids is None else gather_rows(x, ids)
 
 

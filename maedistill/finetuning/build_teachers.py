@@ -22,6 +22,7 @@ from maedistill.finetuning.peers import Peer
 from maedistill.finetuning.teacher import OfflineTeacher, TeacherEnsemble, TeacherSource
 from maedistill.finetuning.terms import TERMS
 from maedistill.machine import DTYPES, precision
+from maedistill.models.encoder import PlainViT
 from maedistill.models.initialize import initialize
 from maedistill.runs.objects import require_object
 from maedistill.weights.class_names import shared_classes
@@ -64,7 +65,7 @@ def build_module(
     if not distill.terms:
         return Supervised(vit)
     if distill.mutual.on:
-        if not isinstance(vit, VisionTransformer):
+        if not isinstance(vit, PlainViT):
             raise ConfigError("distill.mutual: the student is no plain ViT of timm", "leave it out")
         return Mutual(vit, [peer.vit for peer in peers], label_weight=distill.label_weight)
     student = feature_info(vit, name="the student", image_size=config.data.image_size)

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from pydantic import Field, ValidationError
-from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.errors import DataError
+from maedistill.models.encoder import PlainViT
 from maedistill.weights.from_file import EncoderSpec, Inspect, open_file
 from maedistill.weights.from_timm import (
     Deviation,
@@ -72,9 +72,7 @@ def transformers_folder(source: str) -> Path | None:
     return folder
 
 
-def open_transformers(
-    folder: Path, source: str, inspect_network: Inspect
-) -> tuple[VisionTransformer, str, dict[str, Any]]:
+def open_transformers(folder: Path, source: str, inspect_network: Inspect) -> tuple[PlainViT, str, dict[str, Any]]:
     """Return the encoder, without pooler, decoder and classifier; which keys were loaded; and mean and std if stated.
 
     Raises DataError for networks other than ViT, ViTMAE and ViTMSN, and for files that do not fit.
