@@ -138,9 +138,10 @@ class PlainTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor, split: PatchSplit) -> BlockFeatures:
         """Return the same as `Teacher.forward`."""
-        tokens, tapped = self.teacher.encoder(self.teacher.prepare(images), split.teacher, **self.teacher.tapped)
-        self.decoder(tokens, PatchSplit(split.order, split.num_teacher, split.num_teacher))
-        return tapped
+        own = self.teacher.own_split(split)
+        tokens, tapped = self.teacher.encoder(self.teacher.prepare(images), own.teacher, **self.teacher.tapped)
+        self.decoder(tokens, PatchSplit(own.order, own.num_teacher, own.num_teacher))
+        return self.teacher.merge(tapped, own.num_teacher // split.num_teacher)
 
 
 class _PlainEncoder(MaskedEncoder):

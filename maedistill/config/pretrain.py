@@ -92,8 +92,8 @@ class Teacher(Section):
     pos_embed: Positions | None = result(None, "fixed table for a file: teacher that stores none; AMD's is sincos1d")
     image_size: Side | None = result(
         None,
-        "side of the teacher's image in pixels: a multiple of the student's patches along a side x the teacher's patch "
-        "size, by which k x k teacher patches are averaged for one of the student's; null: k = 1",
+        "side of the teacher's image in pixels: k x the student's patches along a side x the teacher's patch size; the "
+        "features of k x k teacher patches are averaged for one of the student's; null: k = 1",
     )
     mean: Triple | None = result(None, "per-channel mean of the teacher's input; by default what its source says")
     std: Triple | None = result(None, "per-channel deviation of the teacher's input; goes with teacher.mean")

@@ -81,14 +81,25 @@ class Teacher(FrozenNetwork):
 
         With `relations` the values are [3, B, H, Q + T, d].
         """
-        ids, grid = split.teacher, math.isqrt(split.order.shape[1])
-        k = self.encoder.grid // grid
-        if k > 1:
-            ids = finer_ids(ids, grid=grid, factor=k)  # [B, T * k * k]
-        _, outputs = self.network(self.prepare(images), ids, **self.tapped, **self.ends_early)
-        return outputs if k == 1 else {block: self.merge(rows, k) for block, rows in outputs.items()}
+        own = self.own_split(split)
+        _, outputs = self.network(self.prepare(images), own.teacher, **self.tapped, **self.ends_early)
+        return self.merge(outputs, own.num_teacher // split.num_teacher)
 
-    def merge(self, rows: Tensor, k: int) -> Tensor:
-        """Average the rows of each patch of the student's: [..., Q + T * k * k, D_t] -> [..., Q + T, D_t]."""
-        prefix, patches = rows[..., : self.num_prefix, :], rows[..., self.num_prefix :, :]
-        return torch.cat([prefix, patches.unflatten(-2, (-1, k * k)).mean(-2)], dim=-2)
+    def own_split(self, split: PatchSplit) -> PatchSplit:
+        """Return `split` on the teacher's own grid, where k x k patches cover one of the student's."""
+        grid = math.isqrt(split.order.shape[1])
+        k = self.encoder.grid // grid
+        if k == 1:
+            return split
+        order = finer_ids(split.order, grid=grid, factor=k)  # [B, N * k * k]
+        return PatchSplit(order, split.num_student * k * k, split.num_teacher * k * k)
+
+    def merge(self, outputs: dict[int, Tensor], parts: int) -> dict[int, Tensor]:
+        """Average the `parts` patches of each of the student's: Q + T * parts rows of each output -> Q + T rows."""
+        if parts == 1:
+            return outputs
+        merged: dict[int, Tensor] = {}
+        for block, rows in outputs.items():
+            prefix, patches = rows.tensor_split([self.num_prefix], dim=-2)
+            merged[block] = torch.cat([prefix, patches.unflatten(-2, (-1, parts)).mean(-2)], dim=-2)
+        return merged

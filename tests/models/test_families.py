@@ -1,4 +1,4 @@
-"""Families of plain ViTs in timm, randomly initialised and small: as teachers and as students whose patches are left out.
+"""Families of plain ViTs in timm, small and randomly initialised, as teachers and students that see chosen patches.
 
 Every parameter is random in the comparisons, layer scales and biases too, so that nothing is compared that timm's
 initial values hide. They are in float64, where another order of sums cannot hide an error either.
@@ -214,6 +214,8 @@ def test_a_file_of_timm_s_opens_if_its_model_is_named(name: str, tmp_path) -> No
         value.data.normal_(0, 0.1 if key.endswith("bias") else 0.02)
     torch.save(vit.state_dict(), tmp_path / "a.pth")
     spec = EncoderSpec(name, width=32, depth=2, num_heads=2)
+    with pytest.raises(ConfigError, match="teacher.model="):
+        open_network(f"file:{tmp_path}/a.pth", "encoder", grid=GRID, spec=EncoderSpec(), section="teacher")
     opened = open_network(f"file:{tmp_path}/a.pth", "encoder", grid=GRID, spec=spec, section="teacher").module
     for key, value in vit.state_dict().items():
         assert torch.equal(opened.state_dict()[key], value), key
