@@ -66,7 +66,7 @@ def build_module(
         return Supervised(vit)
     if distill.mutual.on:
         if not isinstance(vit, PlainViT):
-            raise ConfigError("distill.mutual: the student is no plain ViT of timm", "leave it out")
+            raise ConfigError("distill.mutual: the student is no ViT of timm", "leave it out")
         return Mutual(vit, [peer.vit for peer in peers], label_weight=distill.label_weight)
     student = feature_info(vit, name="the student", image_size=config.data.image_size)
     if isinstance(vit, VisionTransformer) and is_plain_vit(vit):
@@ -224,7 +224,7 @@ def _require_features(distill: DistillConfig, side: str, info: FeatureInfo) -> N
         if term in _VIT_ONLY and not all(info.num_heads[depth] if info.num_heads else 0 for depth in depths):
             raise ConfigError(
                 f"{key}: {info.name} has no attention maps that can be seen",
-                "use a plain ViT, or distill.attention_transfer, which compares activations of any network",
+                "use a VisionTransformer, or distill.attention_transfer, which compares activations of any network",
             )
 
 
@@ -233,7 +233,7 @@ def _require_exits(config: FinetuneConfig, student: FeatureInfo) -> None:
     exits = config.student.exits
     own = [name for name in ("exits", "self_attention") if name in config.distill.terms]
     if own and student.vit is None:
-        raise ConfigError(f"distill.{own[0]}: the student is no plain ViT, whose blocks can be seen", "leave it out")
+        raise ConfigError(f"distill.{own[0]}: the student is no VisionTransformer of timm", "leave it out")
     if exits and max(exits) >= len(student.channels) - 1:
         raise ConfigError(
             f"student.exits: block {max(exits)} is not below the student's last one, {len(student.channels) - 1}",
