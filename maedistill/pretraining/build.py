@@ -167,7 +167,7 @@ def _relations(config: PretrainConfig, encoder: Encoder, teacher: Encoder) -> Re
         if max(taps) < len(vit.blocks) and not all(has_plain_attention(vit.blocks[tap]) for tap in taps):
             raise ConfigError(
                 f"align.{side}: the {side}'s blocks have no queries, keys and values that can be compared",
-                "use a VisionTransformer of timm, e.g. vit_small_patch16_224, or method=dmae",
+                "use e.g. vit_small_patch16_224, or method=dmae",
             )
     blocks: TimmModel = teacher.vit.blocks
     num_heads = tuple(blocks[tap].attn.num_heads for tap in align.teacher if tap < teacher.depth)

@@ -34,7 +34,7 @@ _RENAMED = {  # the first match wins, so the order matters
     r"^decoder_pred\.(.*)$": r"decoder.head.\1",
     r"^(?:aligned_feature_projection_heads|projection_heads)\.(.*)$": r"projections.\1",  # DMAE, AMD
     r"^encoder_to_decoder\.(.*)$": r"decoder.embed.\1",
-    r"^((cls_token|reg_token|pos_embed|patch_embed|blocks|norm|norm_pre|rope)\b.*)$": r"encoder.vit.\1",
+    r"^((cls_token|reg_token|pos_embed|patch_embed|blocks|norm|norm_pre|rope\.freqs)\b.*)$": r"encoder.vit.\1",
 }
 
 

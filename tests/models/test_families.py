@@ -207,7 +207,9 @@ def test_rotations_cost_no_flops_and_a_finer_teacher_those_of_its_tokens() -> No
     assert 33 / 9 < ratio < (33 / 9) ** 2  # of the tokens, to be squared in attention
 
 
-@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3_qkvb"])
+@pytest.mark.parametrize(
+    "name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3_qkvb", "vit_small_patch16_rope_mixed_224"]
+)
 def test_a_file_of_timm_s_opens_if_its_model_is_named(name: str, tmp_path) -> None:
     vit = small(name)
     for key, value in vit.named_parameters():
