@@ -224,7 +224,7 @@ def _require_features(distill: DistillConfig, side: str, info: FeatureInfo) -> N
         if term in _VIT_ONLY and not all(info.num_heads[depth] if info.num_heads else 0 for depth in depths):
             raise ConfigError(
                 f"{key}: {info.name} has no attention maps that can be seen",
-                "use e.g. vit_small_patch16_224, or distill.attention_transfer, which compares activations of any network",
+                "use e.g. vit_small_patch16_224, or distill.attention_transfer, which takes activations of any network",
             )
 
 

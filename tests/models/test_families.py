@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.errors import ConfigError
+from maedistill.errors import ConfigError, UserError
 from maedistill.exporting.folder import export
 from maedistill.methods.dmae import DMAE, AlignmentSpec
 from maedistill.methods.mae import PixelSpec
@@ -216,7 +216,7 @@ def test_a_file_of_timm_s_opens_if_its_model_is_named(name: str, tmp_path) -> No
         value.data.normal_(0, 0.1 if key.endswith("bias") else 0.02)
     torch.save(vit.state_dict(), tmp_path / "a.pth")
     spec = EncoderSpec(name, width=32, depth=2, num_heads=2)
-    with pytest.raises(ConfigError, match=r"teacher\.model="):
+    with pytest.raises(UserError):  # its shapes alone could be those of a ViT without rotations
         open_network(f"file:{tmp_path}/a.pth", "encoder", grid=GRID, spec=EncoderSpec(), section="teacher")
     opened = open_network(f"file:{tmp_path}/a.pth", "encoder", grid=GRID, spec=spec, section="teacher").module
     for key, value in vit.state_dict().items():
