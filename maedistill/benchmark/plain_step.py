@@ -138,17 +138,17 @@ class PlainTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor, split: PatchSplit) -> BlockFeatures:
         """Return the same as `Teacher.forward`."""
-        tokens, tapped = self.teacher.encoder(self.teacher.prepare(images), split.teacher, **self.teacher.tapped)
-        self.decoder(tokens, PatchSplit(split.order, split.num_teacher, split.num_teacher))
-        return tapped
+        own = self.teacher.own_split(split)
+        tokens, tapped = self.teacher.encoder(self.teacher.prepare(images), own.teacher, **self.teacher.tapped)
+        self.decoder(tokens, PatchSplit(own.order, own.num_teacher, own.num_teacher))
+        return self.teacher.merge(tapped, own.num_teacher // split.num_teacher)
 
 
 class _PlainEncoder(MaskedEncoder):
     """An encoder that embeds all patches by a convolution, then selects the visible ones."""
 
     def embed_patches(self, images: Tensor, ids: Tensor | None) -> Tensor:
-        assert self.vit.pos_embed is not None
-        x = self.vit.patch_embed(images) + self.vit.pos_embed[:, -(self.grid**2) :]  # [B, N, D]
+        x = self.add_positions(self.vit.patch_embed(images).flatten(1, -2), None)  # [B, N, D]
         return x if ids is None else gather_rows(x, ids)
 
 

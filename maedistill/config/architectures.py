@@ -22,7 +22,7 @@ SIZES = {
 }
 # Marks that do not change the dimensions. Others (`plus`, `18x2`, `xp`, `gap`, `rope`, ...) may change them.
 _PLAIN = re.compile(
-    r"^vit_(?P<size>[a-z]+)_patch(?P<patch>\d+)(?:_(?:reg\d|clip|quickgelu|siglip|dinov2|rpn|ls|dino|mae))*"
+    r"^vit_(?P<size>[a-z]+)_patch(?P<patch>\d+)(?:_(?:reg\d|clip|quickgelu|siglip|dinov2|dinov3|qkvb|rpn|ls|dino|mae))*"
     r"(?:_\d{3})?(?:\.[\w.]+)?$"
 )
 

@@ -57,8 +57,8 @@ class Student(BackboneConfig):
 
     model: str | None = result(
         None,
-        "a timm VisionTransformer with absolute positions; needed from scratch, otherwise what init.source holds, and "
-        "checked against it",
+        "a plain ViT of timm, with absolute or rotary positions; needed from scratch, otherwise what init.source "
+        "holds, and checked against it",
     )
     drop_path: Rate = result(0.1, "stochastic depth rate; 0.1 for ViT-B and 0.2 for ViT-L in MAE, 0 in MAE-Lite")
     global_pool: Literal["avg", "token"] = result(

@@ -53,9 +53,11 @@ class Data(ImagesConfig):
 class Student(BackboneConfig):
     """The small Vision Transformer that is trained."""
 
-    model: str = result("vit_small_patch16_224", "a timm VisionTransformer with absolute positions")
+    model: str = result("vit_small_patch16_224", "a plain ViT of timm, with absolute or rotary positions")
     pos_embed: Positions = result(
-        "sincos2d", "position table: fixed 2-D sin-cos in MAE and DMAE, fixed interleaved 1-D in AMD, or learned"
+        "sincos2d",
+        "position table: fixed 2-D sin-cos in MAE and DMAE, fixed interleaved 1-D in AMD, or learned; a model with "
+        "rotary positions alone has none",
     )
     drop_path: Rate = result(0.0, "stochastic depth rate; none in the papers' pre-training")
 
@@ -88,6 +90,11 @@ class Teacher(Section):
     num_heads: Positive | None = result(None, "attention heads of a file: or random: teacher, where they differ")
     patch_size: Positive | None = result(None, "patch side of a file: or random: teacher, where it differs")
     pos_embed: Positions | None = result(None, "fixed table for a file: teacher that stores none; AMD's is sincos1d")
+    image_size: Side | None = result(
+        None,
+        "side of the teacher's image in pixels: k x the student's patches along a side x the teacher's patch size; the "
+        "features of k x k teacher patches are averaged for one of the student's; null: k = 1",
+    )
     mean: Triple | None = result(None, "per-channel mean of the teacher's input; by default what its source says")
     std: Triple | None = result(None, "per-channel deviation of the teacher's input; goes with teacher.mean")
     license: str | None = runtime(None, "license of the weights, for the student's card, where the source names none")

@@ -13,8 +13,8 @@ from maedistill.config.schema import AUTO, RunConfig
 from maedistill.config.sources import PYTHON_KIND, why_unnamed
 from maedistill.durable import why_not_local
 
-# Prefixes of timm's plain VisionTransformers; models/encoder.py rejects other classes with these prefixes.
-FAMILIES = ("vit_", "deit", "flexivit_", "aimv2_", "beit3_", "eva_", "test_vit")
+# Prefixes of timm's plain ViTs; models/encoder.py rejects other classes with these prefixes.
+FAMILIES = ("vit_", "deit", "flexivit_", "aimv2_", "beit3_", "eva_", "eva02_", "test_vit")
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ def several_weights(key: str, weights: str | None, *, source: str, source_key: s
 def family(key: str, model: str | None) -> Iterator[Problem]:
     """Yield a problem unless `model` is a plain Vision Transformer, the only kind that can run on selected patches."""
     if model is not None and not model.startswith((*FAMILIES, f"{PYTHON_KIND}:")):
-        remedy = "use a vit_* or deit* name, e.g. vit_small_patch16_224"
-        yield Problem(key, f"{model!r} is not a VisionTransformer of timm", remedy)
+        remedy = "use a vit_*, deit* or eva02_* name, e.g. vit_small_patch16_224"
+        yield Problem(key, f"{model!r} is not a plain ViT of timm", remedy)
 
 
 def whole_patches(c: RunConfig, arch: Architecture | None) -> Iterator[Problem]:

@@ -10,13 +10,12 @@ from importlib.metadata import version
 from typing import Any
 
 import yaml
-from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.schema import RunConfig
 from maedistill.escaping import code, markdown
-from maedistill.models.encoder import num_params_m
+from maedistill.models.encoder import PlainViT, num_params_m
 from maedistill.models.flops import forward_gflop
 from maedistill.pretraining.build import mask_sizes
 from maedistill.report.run_report import KNN_CAVEAT, percent
@@ -33,7 +32,7 @@ METHODS = {
 }
 
 
-def model_card(saved: RunNetwork, vit: VisionTransformer, *, weights: Weights = "model") -> str:
+def model_card(saved: RunNetwork, vit: PlainViT, *, weights: Weights = "model") -> str:
     """Return the Markdown card of `vit`, the network of `saved` in its exported form."""
     metadata, folder = saved.metadata, saved.folder
     config = folder.load_config() if folder.config.exists() else None
@@ -54,7 +53,7 @@ def model_card(saved: RunNetwork, vit: VisionTransformer, *, weights: Weights = 
     return f"{_front_matter(metadata, vit)}# {name}\n\n{_summary(metadata, vit)}\n\n{body}"
 
 
-def _front_matter(metadata: Mapping[str, Any], vit: VisionTransformer) -> str:
+def _front_matter(metadata: Mapping[str, Any], vit: PlainViT) -> str:
     identifier, name = hub_license(metadata["license"])
     method = metadata.get("method") or (metadata.get("origin") or {}).get("method")
     tags = ["timm", "vision-transformer", *([method] if method else [])]
@@ -70,11 +69,11 @@ def _front_matter(metadata: Mapping[str, Any], vit: VisionTransformer) -> str:
     return f"---\n{yaml.safe_dump(entries, sort_keys=False)}---\n\n"
 
 
-def _summary(metadata: Mapping[str, Any], vit: VisionTransformer) -> str:
+def _summary(metadata: Mapping[str, Any], vit: PlainViT) -> str:
     """Describe the network and its cost in one paragraph."""
     size, patch = vit.patch_embed.img_size[0], vit.patch_embed.patch_size[0]
-    tokens = "a class token" if vit.has_class_token else "no class token"
-    tokens += f" and {vit.num_reg_tokens} register tokens" if vit.num_reg_tokens else ""
+    tokens = "a class token" if vit.cls_token is not None else "no class token"
+    tokens += f" and {vit.reg_token.shape[1]} register tokens" if vit.reg_token is not None else ""
     pooled = {"avg": "mean of the patch tokens", "token": "class token"}[vit.global_pool]
     gives = f"{vit.num_classes:,} logits" if vit.num_classes else f"{vit.embed_dim} features"
     tuned = "Fine-tuned with a teacher" if metadata.get("teacher") else "Fine-tuned on labels"
@@ -119,7 +118,7 @@ def _images(metadata: Mapping[str, Any], before: str = "") -> str:
 def _training(
     metadata: Mapping[str, Any],
     config: RunConfig | None,
-    vit: VisionTransformer,
+    vit: PlainViT,
     step: int,
     weights: Weights,
     exit: int | None,
@@ -151,7 +150,7 @@ def _training(
     return [*lines, f"- Software: {versions}."]
 
 
-def _pretraining(config: PretrainConfig, vit: VisionTransformer) -> list[str]:
+def _pretraining(config: PretrainConfig, vit: PlainViT) -> list[str]:
     num_patches = vit.patch_embed.num_patches
     student, teacher = mask_sizes(config, num_patches)
     sees = f"the student sees {student} of {num_patches} patches"
@@ -231,7 +230,7 @@ def _accuracy(records: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any],
     ]
 
 
-def _use(metadata: Mapping[str, Any], vit: VisionTransformer) -> list[str]:
+def _use(metadata: Mapping[str, Any], vit: PlainViT) -> list[str]:
     gives = f"[1, {vit.num_classes}] logits" if vit.num_classes else f"[1, {vit.embed_dim}] features"
     view = metadata["input"]
     return [
@@ -252,7 +251,7 @@ def _use(metadata: Mapping[str, Any], vit: VisionTransformer) -> list[str]:
     ]
 
 
-def _limits(metadata: Mapping[str, Any], vit: VisionTransformer) -> list[str]:
+def _limits(metadata: Mapping[str, Any], vit: PlainViT) -> list[str]:
     lines = [
         f"- Trained at {metadata['input']['size']} px with the normalisation above; what others give is not recorded.",
         "- Nothing is recorded on other data sets, robustness, calibration or fairness.",

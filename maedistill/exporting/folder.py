@@ -26,7 +26,7 @@ from timm.models.vision_transformer import VisionTransformer
 from maedistill.durable import require_local, sync
 from maedistill.errors import ConfigError, DataError
 from maedistill.exporting.card import model_card
-from maedistill.models.encoder import TimmModel
+from maedistill.models.encoder import PlainViT, TimmModel, pooled_norm
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.manifest import follow_umask
 from maedistill.weights.from_run import RunNetwork, Weights, open_run
@@ -98,7 +98,7 @@ def _require_free(out: Path) -> None:
         )
 
 
-def _replace(out: Path, saved: RunNetwork, vit: VisionTransformer, weights: Weights) -> None:
+def _replace(out: Path, saved: RunNetwork, vit: PlainViT, weights: Weights) -> None:
     """Fill a temporary folder beside `out`, then rename it to `out`. Nothing else in the parent folder is touched."""
     temporary, retired = (out.with_name(f"{out.name}{suffix}") for suffix in (".tmp", ".old.tmp"))
     for leftover in (temporary, retired):  # of a killed export
@@ -122,7 +122,7 @@ def _replace(out: Path, saved: RunNetwork, vit: VisionTransformer, weights: Weig
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def with_pooling(saved: RunNetwork, global_pool: Pooling | None) -> VisionTransformer:
+def with_pooling(saved: RunNetwork, global_pool: Pooling | None) -> PlainViT:
     """Return the network to export: a fine-tuned one unchanged, a pre-trained one with the requested pooling."""
     path, network = saved.folder.path, saved.metadata["network"]
     if saved.metadata["stage"] == "finetune":
@@ -132,12 +132,14 @@ def with_pooling(saved: RunNetwork, global_pool: Pooling | None) -> VisionTransf
                 "leave out --global-pool, or fine-tune with another student.global_pool",
             )
         return saved.vit
-    if global_pool == "token" and not saved.vit.has_class_token:
+    if global_pool == "token" and saved.vit.cls_token is None:
         raise ConfigError(
             f"{path} has no class token to pool by", "use --global-pool avg, the mean of the patch tokens"
         )
     # For mean pooling, timm would use a new `fc_norm` after the mean; keep the encoder's trained norm instead.
-    changed = {"num_classes": 0, "global_pool": global_pool or "avg", "fc_norm": False, "pool_include_prefix": False}
+    changed = {"num_classes": 0, "global_pool": global_pool or "avg", **pooled_norm(saved.vit, False)}
+    if isinstance(saved.vit, VisionTransformer):
+        changed["pool_include_prefix"] = False
     vit: TimmModel = timm.create_model(network["name"], pretrained=False, **network["arguments"] | changed)
     vit.load_state_dict(saved.vit.state_dict())
     return vit.eval()
@@ -171,7 +173,7 @@ def _fill(folder: Path, saved: RunNetwork, vit: TimmModel, weights: Weights) -> 
 
 
 @torch.no_grad()
-def _compare(folder: Path, saved: RunNetwork, vit: VisionTransformer) -> dict[str, Any]:
+def _compare(folder: Path, saved: RunNetwork, vit: PlainViT) -> dict[str, Any]:
     """Open the written folder with timm alone; tokens and outputs must equal the run's bit for bit.
 
     Raises DataError if they differ.

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from maedistill.config.architectures import architecture_of
@@ -15,7 +14,7 @@ from maedistill.data.loading.loader import RandomCrops
 from maedistill.data.loading.order import SampleOrder
 from maedistill.data.shards.index import ShardIndex
 from maedistill.errors import ConfigError
-from maedistill.models.encoder import build_vit, require_plain_vit, vit_positions
+from maedistill.models.encoder import PlainViT, TimmModel, build_vit, pooled_norm, require_plain_vit, vit_positions
 from maedistill.models.initialize import initialize
 from maedistill.runs.objects import NOTHING, Objects, require_object
 from maedistill.weights.from_file import SPEC_FIELDS, EncoderSpec
@@ -58,7 +57,7 @@ def build_init_source(
     return replace(network, license=init.license or network.license)
 
 
-def build_classifier(config: FinetuneConfig, source: Network | None, *, num_classes: int) -> VisionTransformer:
+def build_classifier(config: FinetuneConfig, source: Network | None, *, num_classes: int) -> PlainViT:
     """Build the network with a fresh head, on the source's weights or initialised from the seed. Positions are trained.
 
     The head starts near 0, as in MAE. Standardised logits are divided by their spread, so there the head starts with
@@ -98,7 +97,7 @@ def build_mixing(config: FinetuneConfig, *, num_classes: int, device: torch.devi
     return Mixing(num_classes=num_classes, device=device, **config.augment.model_dump(exclude={"rand_augment"}))
 
 
-def _from_scratch(config: FinetuneConfig, num_classes: int) -> VisionTransformer:
+def _from_scratch(config: FinetuneConfig, num_classes: int) -> PlainViT:
     """Build the student that the config describes, initialised from the seed, with positions from MAE's table."""
     size, global_pool = config.data.image_size, config.student.global_pool
     shape = config.student.model_dump(exclude={"global_pool", "exits"}) | {"image_size": size}
@@ -106,20 +105,20 @@ def _from_scratch(config: FinetuneConfig, num_classes: int) -> VisionTransformer
         _require_class_token(config, build_vit(**shape))
     vit = build_vit(num_classes=num_classes, global_pool=global_pool, **shape)
     initialize(vit, seed=config.seed)
-    assert vit.pos_embed is not None
-    vit.pos_embed.data.copy_(vit_positions(vit, "sincos2d"))
+    if vit.pos_embed is not None:
+        vit.pos_embed.data.copy_(vit_positions(vit, "sincos2d"))
     return vit
 
 
-def _from_source(config: FinetuneConfig, source: Network, num_classes: int) -> VisionTransformer:
+def _from_source(config: FinetuneConfig, source: Network, num_classes: int) -> PlainViT:
     """Build a network with the source's weights but a fresh classifier; parameters without weights keep timm's init."""
     student, module = config.student, require_plain_vit(source.module, source.name)
     _require_same_shape(config, module)
     _require_class_token(config, module)
     network = describe_network(module)
-    changes = {"num_classes": num_classes, "global_pool": student.global_pool, "fc_norm": student.global_pool == "avg"}
-    vit = timm.create_model(network["name"], **network["arguments"] | changes | {"drop_path_rate": student.drop_path})
-    assert isinstance(vit, VisionTransformer)
+    changes = {"num_classes": num_classes, "global_pool": student.global_pool, "drop_path_rate": student.drop_path}
+    changes |= pooled_norm(module, student.global_pool == "avg")
+    vit: TimmModel = timm.create_model(network["name"], **network["arguments"] | changes)
     fresh = ("head.", "fc_norm.", *(() if student.global_pool == "token" else ("norm.",)))
     weights = {name: value for name, value in module.state_dict().items() if not name.startswith(fresh)}
     missing, unexpected = vit.load_state_dict(weights, strict=False)
@@ -127,7 +126,7 @@ def _from_source(config: FinetuneConfig, source: Network, num_classes: int) -> V
     return vit
 
 
-def _require_class_token(config: FinetuneConfig, vit: VisionTransformer) -> None:
+def _require_class_token(config: FinetuneConfig, vit: PlainViT) -> None:
     """Raise ConfigError if the head needs a class token and there is none; often only the source knows."""
     if config.student.global_pool == "token" and vit.cls_token is None:
         raise ConfigError(
@@ -136,7 +135,7 @@ def _require_class_token(config: FinetuneConfig, vit: VisionTransformer) -> None
         )
 
 
-def _require_same_shape(config: FinetuneConfig, vit: VisionTransformer) -> None:
+def _require_same_shape(config: FinetuneConfig, vit: PlainViT) -> None:
     """Raise ConfigError unless the config's student matches the source's network: a recipe fits one size."""
     names = {"num_heads", "patch_size", "class_token", "register_tokens", "width", "depth"}
     expected = config.student.model_dump(include=names, exclude_none=True)

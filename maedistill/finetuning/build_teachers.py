@@ -23,6 +23,7 @@ from maedistill.finetuning.predictions import Predictions
 from maedistill.finetuning.teacher import OfflineTeacher, TeacherEnsemble, TeacherSource
 from maedistill.finetuning.terms import TERMS
 from maedistill.machine import DTYPES, precision
+from maedistill.models.encoder import PlainViT
 from maedistill.models.initialize import initialize
 from maedistill.runs.objects import require_object
 from maedistill.weights.class_names import shared_classes
@@ -65,8 +66,8 @@ def build_module(
     if not distill.terms:
         return Supervised(vit)
     if distill.mutual.on:
-        if not isinstance(vit, VisionTransformer):
-            raise ConfigError("distill.mutual: the student is no plain ViT of timm", "leave it out")
+        if not isinstance(vit, PlainViT):
+            raise ConfigError("distill.mutual: the student is no ViT of timm", "leave it out")
         return Mutual(vit, [peer.vit for peer in peers], label_weight=distill.label_weight)
     student = feature_info(vit, name="the student", image_size=config.data.image_size)
     if isinstance(vit, VisionTransformer) and is_plain_vit(vit):
@@ -239,7 +240,7 @@ def _require_features(distill: DistillConfig, side: str, info: FeatureInfo) -> N
         if term in _VIT_ONLY and not all(info.num_heads[depth] if info.num_heads else 0 for depth in depths):
             raise ConfigError(
                 f"{key}: {info.name} has no attention maps that can be seen",
-                "use a plain ViT, or distill.attention_transfer, which compares activations of any network",
+                "use e.g. vit_small_patch16_224, or distill.attention_transfer, which takes activations of any network",
             )
 
 
@@ -248,7 +249,7 @@ def _require_exits(config: FinetuneConfig, student: FeatureInfo) -> None:
     exits = config.student.exits
     own = [name for name in ("exits", "self_attention") if name in config.distill.terms]
     if own and student.vit is None:
-        raise ConfigError(f"distill.{own[0]}: the student is no plain ViT, whose blocks can be seen", "leave it out")
+        raise ConfigError(f"distill.{own[0]}: the student is no VisionTransformer of timm", "leave it out")
     if exits and max(exits) >= len(student.channels) - 1:
         raise ConfigError(
             f"student.exits: block {max(exits)} is not below the student's last one, {len(student.channels) - 1}",

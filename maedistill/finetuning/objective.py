@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from timm.loss import SoftTargetCrossEntropy
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from maedistill.finetuning.outputs import Outputs, RequestedOutputs, forward_outputs
 from maedistill.finetuning.term import Parts, Term
 from maedistill.losses.self_distillation import mutual_loss
 from maedistill.methods.mae import Losses
-from maedistill.models.encoder import TimmModel
+from maedistill.models.encoder import PlainViT, TimmModel
 
 
 class Supervised(nn.Module):
@@ -104,7 +103,7 @@ class Mutual(nn.Module):
     own loss; a global clip of the gradient norm (`optim.clip`) is over all students together.
     """
 
-    def __init__(self, vit: VisionTransformer, peers: Sequence[VisionTransformer], *, label_weight: float) -> None:
+    def __init__(self, vit: PlainViT, peers: Sequence[PlainViT], *, label_weight: float) -> None:
         super().__init__()
         self.vit, self.peers, self.label_weight = vit, nn.ModuleList(peers), label_weight
         self.cross_entropy = SoftTargetCrossEntropy()

@@ -9,15 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
-
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import flat
 from maedistill.config.loader import load_config
 from maedistill.config.schema import Triple
 from maedistill.errors import ConfigError, UserError
 from maedistill.finetuning.build import build_classifier, build_init_source
-from maedistill.models.encoder import num_params_m
+from maedistill.models.encoder import PlainViT, num_params_m
 from maedistill.weights.from_run import describe_network
 from maedistill.weights.network import Network
 
@@ -30,7 +28,7 @@ class Peer:
 
     config: FinetuneConfig
     source: Network | None
-    vit: VisionTransformer
+    vit: PlainViT
 
     @property
     def metadata(self) -> dict[str, Any]:

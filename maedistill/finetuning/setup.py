@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from maedistill.config.auto import with_values
@@ -39,7 +38,7 @@ from maedistill.finetuning.past import Past
 from maedistill.finetuning.peers import Peer, open_peers, peer_lines
 from maedistill.finetuning.predictions import Predictions
 from maedistill.finetuning.teacher import TeacherEnsemble, TeacherSource
-from maedistill.models.encoder import num_params_m
+from maedistill.models.encoder import PlainViT, num_params_m
 from maedistill.processes import distributed
 from maedistill.runs.dry_run import dry_run as plan_and_try
 from maedistill.runs.objects import NOTHING, Objects, open_samples
@@ -139,7 +138,7 @@ class Finetuning(Stage):
         config, vit, data = self.config, self.module.vit, self.config.data
         share = f" ({100 * data.label_fraction:g} % of each class)" if data.label_fraction < 1 else ""
         rates = layer_rates(self.groups, config.optim.peak_lr)
-        if isinstance(vit, VisionTransformer):
+        if isinstance(vit, PlainViT):
             shape = f"{vit.embed_dim} x {len(vit.blocks)}, {num_params_m(vit):.2f} M, pooling {vit.global_pool}"
         else:
             shape = f"{type(vit).__name__}, {num_params_m(vit):.2f} M"
@@ -256,7 +255,7 @@ def open_finetuning(
         else []
     )
     module = build_module(config, vit, teachers, peers).train().to(device)
-    grid = vit.patch_embed.grid_size[0] if isinstance(vit, VisionTransformer) else 1  # without terms on maps
+    grid = vit.patch_embed.grid_size[0] if isinstance(vit, PlainViT) else 1  # without terms on maps
     teaching = build_teaching(config, teachers, grid=grid, plan=plan, mean=mean, std=std, device=device)
     past = build_past(config, vit, plan=plan, device=device)
     predictions = build_predictions(config, plan=plan, samples=len(index), num_classes=num_classes)

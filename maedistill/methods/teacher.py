@@ -2,10 +2,11 @@
 
 `weights/network.py` opens their weights, called by `pretraining/build.py` and `finetuning/build_teachers.py`.
 
-B batch   T patches visible to the teacher   Q its prefix tokens   D_t its width   H its heads   d their width
-s image side   t image side of the teacher
+B batch   N, T patches, and those visible to the teacher   Q its prefix tokens   D_t its width   H its heads   d their
+width   k patches of the teacher along a side of a student's   s image side   t image side of the teacher
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ from maedistill.data.images.transforms import normalize
 from maedistill.errors import ConfigError
 from maedistill.models.encoder import Encoder, MaskedEncoder, TimmModel
 from maedistill.models.masking import PatchSplit
+from maedistill.models.patches import finer_ids
 from maedistill.weights.network import Network
 
 
@@ -49,8 +51,8 @@ class FrozenNetwork(nn.Module):
 class Teacher(FrozenNetwork):
     """Computes the features of the teacher's tapped blocks, or with `relations` their queries, keys and values.
 
-    It sees its visible patches only, and runs up to its last tap. If its patch size differs from the student's, it
-    resizes the images to the student's grid: patch i covers the same part of the image for both.
+    It sees its visible patches only, and runs up to its last tap. It resizes the images so that each patch of the
+    student's covers the same part of the image as one of its own, or as k x k of them, whose rows are averaged.
     """
 
     network: Encoder
@@ -79,5 +81,25 @@ class Teacher(FrozenNetwork):
 
         With `relations` the values are [3, B, H, Q + T, d].
         """
-        _, outputs = self.network(self.prepare(images), split.teacher, **self.tapped, **self.ends_early)
-        return outputs
+        own = self.own_split(split)
+        _, outputs = self.network(self.prepare(images), own.teacher, **self.tapped, **self.ends_early)
+        return self.merge(outputs, own.num_teacher // split.num_teacher)
+
+    def own_split(self, split: PatchSplit) -> PatchSplit:
+        """Return `split` on the teacher's own grid, where k x k patches cover one of the student's."""
+        grid = math.isqrt(split.order.shape[1])
+        k = self.encoder.grid // grid
+        if k == 1:
+            return split
+        order = finer_ids(split.order, grid=grid, factor=k)  # [B, N * k * k]
+        return PatchSplit(order, split.num_student * k * k, split.num_teacher * k * k)
+
+    def merge(self, outputs: dict[int, Tensor], parts: int) -> dict[int, Tensor]:
+        """Average the `parts` patches of each of the student's: Q + T * parts rows of each output -> Q + T rows."""
+        if parts == 1:
+            return outputs
+        merged: dict[int, Tensor] = {}
+        for block, rows in outputs.items():
+            prefix, patches = rows.tensor_split([self.num_prefix], dim=-2)
+            merged[block] = torch.cat([prefix, patches.unflatten(-2, (-1, parts)).mean(-2)], dim=-2)
+        return merged

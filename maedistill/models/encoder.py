@@ -1,19 +1,21 @@
-"""A timm VisionTransformer that runs on selected patches and returns the outputs of tapped blocks.
+"""A plain ViT of timm that runs on selected patches and returns the outputs of tapped blocks.
 
 Only the selected patches are embedded. On all patches the result equals timm's `forward_features`. Blocks are counted
-from 0 and tapped at their output, before the final norm. Once positions are added, a ViT does not depend on the order
-of its rows, so the rows keep the order in which patches were selected.
+from 0 and tapped at their output, before the final norm. Once positions are added, or their rotations given to each
+block, a ViT does not depend on the order of its rows, so the rows keep the order in which patches were selected.
 
-    B batch   N patches   M selected patches   P prefix tokens (class, registers)   D width
+    B batch   N patches   M selected patches   P prefix tokens (class, registers)   D width   H heads   d their width
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import timm
 import torch
 from einops import rearrange
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,6 +27,10 @@ from maedistill.models.patches import gather_rows, patchify, position_table
 
 # Any model of timm: an nn.Module with forward_features, forward_head, pretrained_cfg ..., of no common declared class.
 TimmModel: TypeAlias = Any
+# ViTs without a hierarchy: with absolute positions, or timm's Eva with rotary ones (DINOv3, EVA-02, PE), or with both.
+PlainViT: TypeAlias = VisionTransformer | Eva
+# The keyword of a block that holds the rotations of its queries and keys, by block; none without rotary positions.
+Rotations: TypeAlias = Callable[[int], dict[str, Tensor]]
 
 
 class Encoder(nn.Module):
@@ -56,7 +62,9 @@ _ATTRIBUTES = tuple(Encoder.__annotations__)
 class MaskedEncoder(Encoder):
     """Runs `vit` on selected patches. `vit` keeps timm's parameter names, so that an export is a strict load."""
 
-    def __init__(self, vit: VisionTransformer) -> None:
+    rope: Tensor | None
+
+    def __init__(self, vit: PlainViT) -> None:
         super().__init__()
         self.vit = vit
         self.width = vit.embed_dim
@@ -64,6 +72,8 @@ class MaskedEncoder(Encoder):
         self.num_prefix = vit.num_prefix_tokens
         self.patch_size = vit.patch_embed.patch_size[0]
         self.grid = vit.patch_embed.grid_size[0]
+        # timm would compute a fixed table at every step, on the CPU.
+        self.register_buffer("rope", None if _learns_rope(vit) else rope_table(vit), persistent=False)
 
     def embed(self, images: Tensor, ids: Tensor | None) -> Tensor:
         """Embed the selected patches, add positions, put the prefix first: [B, 3, s, s], [B, M] -> [B, P + M, D]."""
@@ -72,21 +82,34 @@ class MaskedEncoder(Encoder):
         prefix: list[Tensor] = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
         if prefix:
             head = torch.cat(prefix, dim=1)  # [1, P, D]
-            if not vit.no_embed_class:
-                assert vit.pos_embed is not None
+            if vit.pos_embed is not None and not vit.no_embed_class:
                 head = head + vit.pos_embed[:, : self.num_prefix]
             x = torch.cat([head.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # [B, P + M, D]
         return vit.norm_pre(vit.pos_drop(x))
 
     def embed_patches(self, images: Tensor, ids: Tensor | None) -> Tensor:
         """Embed only the selected patches and add their positions: [B, 3, s, s], [B, M] -> [B, M, D]."""
-        embed, positions = self.vit.patch_embed, self.vit.pos_embed
-        assert positions is not None
-        patches, rows = patchify(images, self.patch_size), positions[:, -(self.grid**2) :]  # [B, N, p*p*3], [1, N, D]
+        embed, patches = self.vit.patch_embed, patchify(images, self.patch_size)  # [B, N, p*p*3]
         if ids is not None:
-            patches, rows = gather_rows(patches, ids), gather_rows(rows, ids)  # [B, M, ...]
+            patches = gather_rows(patches, ids)  # [B, M, p*p*3]
         weight = rearrange(embed.proj.weight, "d c p q -> d (p q c)")
-        return embed.norm(F.linear(patches, weight, embed.proj.bias)) + rows
+        return self.add_positions(embed.norm(F.linear(patches, weight, embed.proj.bias)), ids)
+
+    def add_positions(self, x: Tensor, ids: Tensor | None) -> Tensor:
+        """Add the absolute positions, if there are any, of the selected patches: [B, M, D] -> [B, M, D]."""
+        if self.vit.pos_embed is None:
+            return x
+        rows = self.vit.pos_embed[:, -(self.grid**2) :]  # [1, N, D]
+        return x + (rows if ids is None else gather_rows(rows, ids))
+
+    def rotations(self, ids: Tensor | None) -> Rotations:
+        """Return the rotations of the selected patches by block, see `Rotations`."""
+        if _learns_rope(self.vit):
+            tables = rope_table(self.vit)
+            assert tables is not None
+            return lambda block: {"rope": rope_rows(tables[block], ids)}
+        keyword = {} if self.rope is None else {"rope": rope_rows(self.rope, ids)}
+        return lambda block: keyword
 
     def forward(
         self,
@@ -105,7 +128,9 @@ class MaskedEncoder(Encoder):
         """
         assert not {*taps} & {*relations}
         x = self.embed(images, ids)
-        x, outputs, qkv = run_blocks(self.vit, x, taps=taps, relations=relations, to_last_tap=to_last_tap)
+        x, outputs, qkv = run_blocks(
+            self.vit, x, taps=taps, relations=relations, to_last_tap=to_last_tap, rotations=self.rotations(ids)
+        )
         return x, outputs | {i: torch.stack(parts) for i, parts in qkv.items()}
 
 
@@ -139,8 +164,36 @@ def _require_rows(encoder: Encoder, name: str) -> None:
             )
 
 
+def _learns_rope(vit: PlainViT) -> bool:
+    """Return whether the rotary frequencies are parameters, of each block and head."""
+    return getattr(vit, "rope_mixed", False)
+
+
+def rope_table(vit: PlainViT) -> Tensor | None:
+    """Return timm's table of sines and cosines, None without rotary positions.
+
+    [1, N, 2d] for all blocks and heads, or [depth, H, N, 2d] if each has its own.
+    """
+    rope: Any = getattr(vit, "rope", None)
+    if rope is None:
+        return None
+    table = rope.get_embed(shape=list(vit.patch_embed.grid_size))
+    return table if _learns_rope(vit) else table[None]
+
+
+def rope_rows(table: Tensor, ids: Tensor | None) -> Tensor:
+    """Pick the rows of a block's table: [1 or H, N, 2d], [B, M] -> [B, 1 or H, M, 2d]; all of them as they are."""
+    return table if ids is None else table[:, ids].transpose(0, 1)
+
+
 def run_blocks(
-    vit: VisionTransformer, x: Tensor, *, taps: Sequence[int], relations: Sequence[int], to_last_tap: bool
+    vit: PlainViT,
+    x: Tensor,
+    *,
+    taps: Sequence[int],
+    relations: Sequence[int],
+    to_last_tap: bool,
+    rotations: Rotations = lambda block: {},
 ) -> tuple[Tensor, dict[int, Tensor], dict[int, tuple[Tensor, Tensor, Tensor]]]:
     """Run the blocks of `vit` on embedded tokens x, [B, P + M, D]; with `to_last_tap`, no more than these need.
 
@@ -156,7 +209,8 @@ def run_blocks(
         if i == needed:
             break
         recompute = vit.grad_checkpointing and torch.is_grad_enabled()
-        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)  # [B, P + M, D]
+        run = partial(block, **rotations(i))
+        x = checkpoint(run, x, use_reentrant=False) if recompute else run(x)  # [B, P + M, D]
         if i in taps:
             outputs[i] = x
     return (x if to_last_tap else vit.norm(x)), outputs, qkv
@@ -177,13 +231,14 @@ def build_vit(
     drop_path: float | None = None,
     num_classes: int = 0,
     global_pool: str = "",
-) -> VisionTransformer:
+) -> PlainViT:
     """Build a randomly initialised timm `model` for square images of `image_size` pixels; by default no classifier.
 
     pos_embed: `sincos2d` or `sincos1d` replaces the position parameter by a fixed buffer of that table; `learned`
-    keeps it. The other dimensions override the model's own where they are not None. global_pool: timm's;
-    with `avg`, the mean of the patch tokens has a norm of its own, `fc_norm`, and the encoder's final norm is left out.
-    Raises ConfigError for a name that is not a plain VisionTransformer with absolute positions.
+    keeps it; a model with rotary positions alone has none. The other dimensions override the model's own where they are
+    not None. global_pool: timm's; with `avg`, the mean of the patch tokens has a norm of its own, `fc_norm`, and the
+    encoder's final norm is left out.
+    Raises ConfigError for a name that is not a plain ViT.
     """
     require_known(model)
     with torch.device("meta"):  # allocates and initialises nothing
@@ -202,14 +257,17 @@ def build_vit(
         "num_heads": heads,
         "patch_size": patch_size,
         "class_token": class_token,
-        "reg_tokens": register_tokens,
+        "reg_tokens" if isinstance(plain, VisionTransformer) else "num_reg_tokens": register_tokens,
         "mlp_ratio": mlp_ratio,
         "drop_path_rate": drop_path,
     }
     keywords: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     keywords |= {"num_classes": num_classes, "global_pool": global_pool, "img_size": image_size}
-    vit: TimmModel = timm.create_model(model, pretrained=False, **keywords)
-    if pos_embed != "learned":
+    try:
+        vit: TimmModel = timm.create_model(model, pretrained=False, **keywords)
+    except AssertionError as error:
+        raise ConfigError(f"timm cannot build {model} with these dimensions ({error})", "leave out some") from error
+    if pos_embed != "learned" and vit.pos_embed is not None:
         # A buffer is saved, moved and exported like a parameter, but no optimizer or ZeRO stage sees it.
         table = vit_positions(vit, pos_embed)
         del vit.pos_embed
@@ -217,7 +275,12 @@ def build_vit(
     return vit
 
 
-def vit_positions(vit: VisionTransformer, kind: str) -> Tensor:
+def pooled_norm(vit: PlainViT, wanted: bool) -> dict[str, bool]:
+    """Return timm's argument of a model like `vit` that puts the final norm behind the pooling, or before it."""
+    return {"fc_norm" if isinstance(vit, VisionTransformer) else "use_fc_norm": wanted}
+
+
+def vit_positions(vit: PlainViT, kind: str) -> Tensor:
     """Return the fixed position table `kind` that fits `vit`, in the shape of its own positions."""
     num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     return position_table(kind, grid=vit.patch_embed.grid_size[0], width=vit.embed_dim, num_prefix=num_prefix)
@@ -254,13 +317,13 @@ def nearest_models(model: str, names: Sequence[str]) -> list[str]:
     return [name for start in near for name in starts[start]][:3] if near else []
 
 
-def require_plain_vit(network: TimmModel, name: str) -> VisionTransformer:
-    """Return `network`. Raises ConfigError unless it is a plain ViT of colour images with absolute positions."""
-    plain = type(network) is VisionTransformer and network.pos_embed is not None
-    if not plain or type(network.patch_embed).__name__ != "PatchEmbed":
+def require_plain_vit(network: TimmModel, name: str) -> PlainViT:
+    """Return `network`. Raises ConfigError unless it is a plain ViT of colour images, see `PlainViT`."""
+    if type(network) not in (VisionTransformer, Eva) or type(network.patch_embed).__name__ != "PatchEmbed":
         raise ConfigError(
             f"{name} is a {type(network).__name__}, whose patches cannot be left out one by one",
-            "use a plain ViT with absolute positions, e.g. vit_small_patch16_224, or from Python a maedistill.Encoder",
+            "use a plain ViT, e.g. vit_small_patch16_224 or vit_small_patch16_dinov3, or from Python a "
+            "maedistill.Encoder",
         )
     require_colour(network, name)
     return network
@@ -274,7 +337,7 @@ def require_colour(network: TimmModel, name: str) -> None:
         )
 
 
-def require_square_patches(vit: VisionTransformer, name: str) -> VisionTransformer:
+def require_square_patches(vit: PlainViT, name: str) -> PlainViT:
     """Return `vit`. Raises ConfigError if its patches are not square, which a walk over selected patches cannot cut."""
     if len({*vit.patch_embed.patch_size}) > 1:
         size = " x ".join(map(str, vit.patch_embed.patch_size))

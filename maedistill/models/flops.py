@@ -4,12 +4,13 @@ import copy
 import itertools
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from maedistill.models.encoder import PlainViT
 
-def forward_gflop(vit: VisionTransformer) -> float:
+
+def forward_gflop(vit: PlainViT) -> float:
     """Count the GFLOP of one image's forward pass."""
     images = torch.empty(1, 3, *vit.patch_embed.img_size, device="meta")  # [1, 3, s, s]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -28,6 +28,16 @@ def gather_rows(rows: Tensor, ids: Tensor) -> Tensor:
     return torch.gather(rows, 1, ids.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
 
 
+def finer_ids(ids: Tensor, *, grid: int, factor: int) -> Tensor:
+    """Return the ids, on a grid that is `factor` times as fine, of the patches that each patch covers.
+
+    ids: int64 [B, M] on a grid x grid of patches -> [B, M * factor**2], the parts of a patch side by side.
+    """
+    row, column = ids[..., None] // grid * factor, ids[..., None] % grid * factor  # [B, M, 1]
+    part = torch.arange(factor**2, device=ids.device)
+    return ((row + part // factor) * (grid * factor) + column + part % factor).flatten(1)
+
+
 def position_table(kind: str, *, grid: int, width: int, num_prefix: int = 0) -> Tensor:
     """Return the fixed table `kind`, float32 [1, prefix + N, D]. For sincos2d, D must be a multiple of 4.
 

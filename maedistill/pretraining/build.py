@@ -52,10 +52,15 @@ def build_teacher_source(config: PretrainConfig, *, grid: int, objects: Objects 
         return None
     if objects.teachers:
         network = given_network(objects.teachers[0], teacher.source, image_size=config.data.image_size)
-        if network.encoder.grid != grid:
+        if network.encoder.grid % grid:
             raise ConfigError(
                 f"teacher.source: the teacher has {network.encoder.grid} patches along a side, the student {grid}",
-                "make one of the two for an image size that gives as many patches",
+                "make one of the two for an image size that gives as many patches, or the teacher a multiple of them",
+            )
+        if teacher.image_size not in (None, network.size):
+            raise ConfigError(
+                f"teacher.image_size: {teacher.image_size}, but the teacher looks at images of {network.size} pixels",
+                "leave it out, or make the teacher for that size",
             )
     else:
         require_object("teacher.source", teacher.source, None, argument="teacher")
@@ -64,8 +69,10 @@ def build_teacher_source(config: PretrainConfig, *, grid: int, objects: Objects 
             teacher.source,
             "encoder",
             grid=grid,
+            image_size=teacher.image_size,
             spec=spec,
             section="teacher",
+            size_key="teacher.image_size",
             weights=teacher.weights or "model",
         )
     given = teacher.model_dump(include={"mean", "std", "license"}, exclude_none=True)
@@ -160,7 +167,7 @@ def _relations(config: PretrainConfig, encoder: Encoder, teacher: Encoder) -> Re
         if max(taps) < len(vit.blocks) and not all(has_plain_attention(vit.blocks[tap]) for tap in taps):
             raise ConfigError(
                 f"align.{side}: the {side}'s blocks have no queries, keys and values that can be compared",
-                "use a plain ViT, e.g. vit_small_patch16_224, or method=dmae",
+                "use e.g. vit_small_patch16_224, or method=dmae",
             )
     blocks: TimmModel = teacher.vit.blocks
     num_heads = tuple(blocks[tap].attn.num_heads for tap in align.teacher if tap < teacher.depth)

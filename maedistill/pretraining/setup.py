@@ -112,13 +112,28 @@ class Pretraining(Stage):
         shown = describe_shards(config.data.train, self.index.shards)
         return [
             f"method   {config.method}: {views}",
-            *([f"teacher  {self.source.describe()}"] if self.source is not None else []),
+            *self._teacher_lines(),
             f"student  {config.student.title}  {sizes}",
             f"data     {images}, {shown}",
             *self._val_lines(),
             *self.auto_lines,
             *plan_lines(config, self.plan),
         ]
+
+    def _teacher_lines(self) -> list[str]:
+        """Describe the teacher, if there is one, and how its patches meet the student's."""
+        if self.source is None or self.teacher is None:
+            return []
+        size, own = self.source.size, self.source.own_size
+        grid, student_grid = self.teacher.encoder.grid, self.module.encoder.grid
+        trained = f" (its own: {own})" if own != size else ""
+        meets = (
+            "as the student"
+            if grid == student_grid
+            else f"the mean of {(grid // student_grid) ** 2} for one of the student's"
+        )
+        sees = f"images of {size} px{trained}, {grid} x {grid} patches, {meets}"
+        return [f"teacher  {self.source.describe()}", f"         {sees}"]
 
     def _val_lines(self) -> list[str]:
         """Describe the validation images, if there are any, and say what they cannot be used for."""

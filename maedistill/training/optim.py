@@ -12,19 +12,19 @@ times the group's `lr_scale` if it has one (layer decay). torch's AdamW alone wo
 
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.optim import AdamW
 
 from maedistill.errors import ConfigError
+from maedistill.models.encoder import PlainViT
 
-_NO_DECAY = ("cls_token", "reg_token", "mask_token", "pos_embed")  # last components of parameter names
+_NO_DECAY = ("cls_token", "reg_token", "mask_token", "pos_embed", "freqs")  # last components of parameter names
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two groups: without weight decay (norms, biases, other 1-D, tokens, learned positions) and with it."""
+    """Return two groups: without weight decay (norms, biases, other 1-D, tokens, positions) and with it."""
     tokens = [name for name, _ in module.named_parameters() if name.rpartition(".")[2] in _NO_DECAY]
     return param_groups_weight_decay(module, weight_decay, no_weight_decay_list=tokens)
 
@@ -34,7 +34,7 @@ def network_groups(network: nn.Module, weight_decay: float, *, layer_decay: floa
 
     Raises ConfigError for a layer decay of a network whose layers are not known.
     """
-    if isinstance(network, VisionTransformer):
+    if isinstance(network, PlainViT):
         return layerwise_groups(network, weight_decay, layer_decay=layer_decay)
     if layer_decay == 1:
         groups = parameter_groups(network, weight_decay)
@@ -48,7 +48,7 @@ def network_groups(network: nn.Module, weight_decay: float, *, layer_decay: floa
     return [{"lr_scale": 1.0} | group for group in groups]
 
 
-def layerwise_groups(vit: VisionTransformer, weight_decay: float, *, layer_decay: float) -> list[dict[str, Any]]:
+def layerwise_groups(vit: PlainViT, weight_decay: float, *, layer_decay: float) -> list[dict[str, Any]]:
     """Return two groups per layer (with and without weight decay); the rate falls from the head to the patches.
 
     With L blocks, `lr_scale` is layer_decay^0 for the head and the norm before it, layer_decay^(L + 1 - i) for layer i.

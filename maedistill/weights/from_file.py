@@ -22,11 +22,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
 from torch.serialization import safe_globals
 
 from maedistill.errors import DataError
-from maedistill.models.encoder import TimmModel, build_vit
+from maedistill.models.encoder import PlainViT, TimmModel, build_vit
 from maedistill.weights.recognize import grid_of, recognize
 from maedistill.weights.state_dict import import_weights, load_classifier, load_encoder
 
@@ -65,7 +64,7 @@ class EncoderSpec:
 
     def build(
         self, pos_embed: str, inspect_network: Inspect, *, grid: int | None = None, num_classes: int = 0
-    ) -> VisionTransformer:
+    ) -> PlainViT:
         """Build the encoder, uninitialised, for images of the size that `inspect_network` chooses.
 
         grid: of patches, for the network's own size; None if it is not known. num_classes: that it will have.
@@ -92,7 +91,7 @@ def open_file(
     section: str | None,
     weights: str = "model",
     classifies: bool = False,
-) -> tuple[VisionTransformer, str]:
+) -> tuple[PlainViT, str]:
     """Load a weights file; return the network and which keys were loaded. section: the config section, for errors.
 
     The file determines whether there is a class token, and all that the spec leaves open if it names no model.
@@ -120,7 +119,7 @@ def open_file(
     return vit, f"{told}{audit}, {_set_eps(vit, spec.eps, imported.eps)}"
 
 
-def _set_eps(vit: VisionTransformer, stated: float | None, usual: float | None) -> str:
+def _set_eps(vit: PlainViT, stated: float | None, usual: float | None) -> str:
     """Set the eps of the norms where it is not timm's, and say which one it is.
 
     stated: by the source. usual: in transformers, if the file has its names.

@@ -17,12 +17,13 @@ import timm
 import torch
 from pydantic import AfterValidator, Field, ValidationError
 from timm.models import get_model_args
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from maedistill.config.sources import PYTHON_KIND
 from maedistill.errors import ConfigError, DataError
-from maedistill.models.encoder import TimmModel, require_plain_vit
+from maedistill.models.encoder import PlainViT, TimmModel, require_plain_vit
 from maedistill.models.exits import exit_weights
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.objects import python_name
@@ -47,12 +48,12 @@ PREFIX = {"pretrain": "encoder.vit.", "finetune": "vit."}  # of the network's ke
 EXITS = "terms.exits.heads."  # of the keys of a fine-tuned network's exits, before their block
 
 _NEEDED = ("stage", "network", "input", "license")
-_PARAMETERS = frozenset(inspect.signature(VisionTransformer).parameters)
+_PARAMETERS = frozenset(name for kind in (VisionTransformer, Eva) for name in inspect.signature(kind).parameters)
 _Argument = bool | int | float | str | None | list[int]
 
 
 def _require_known(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Reject arguments other than VisionTransformer's: `create_model` also accepts files and URLs to load from."""
+    """Reject arguments other than a plain ViT's: `create_model` also accepts files and URLs to load from."""
     if foreign := sorted(arguments.keys() - _PARAMETERS):
         raise ValueError(f"{foreign[0]!r} is no part of a network")
     return arguments
@@ -139,7 +140,7 @@ class RunNetwork:
     exit: the block it ends at, None for the whole network. peer: its number, 0 for the run's own student.
     """
 
-    vit: VisionTransformer
+    vit: PlainViT
     folder: RunFolder
     metadata: Mapping[str, Any]
     checkpoint: Path
@@ -183,13 +184,13 @@ def describe_network(module: nn.Module) -> dict[str, Any]:
 
     A module that timm cannot build has its class as name, `python:MODULE.CLASS`.
     """
-    if not isinstance(module, VisionTransformer) or not hasattr(module, "_model_args"):  # timm's record of arguments
+    if not isinstance(module, PlainViT) or not hasattr(module, "_model_args"):  # timm's record of arguments
         return {"name": python_name(module), "arguments": {}}
     config: Any = module.pretrained_cfg
     return {"name": config["architecture"], "arguments": get_model_args(module)}
 
 
-def build_run(path: str | Path) -> tuple[VisionTransformer, dict[str, Any]]:
+def build_run(path: str | Path) -> tuple[PlainViT, dict[str, Any]]:
     """Build the network of a run folder without its weights; return it and the content of run.json.
 
     Raises DataError if the folder is not a run of this package.
@@ -302,7 +303,7 @@ def load_into(student: nn.Module, path: str | Path, *, weights: Weights = "model
     return student.eval()
 
 
-def _unloaded(folder: RunFolder, name: str, arguments: Mapping[str, Any]) -> VisionTransformer:
+def _unloaded(folder: RunFolder, name: str, arguments: Mapping[str, Any]) -> PlainViT:
     """Build run.json's network without memory. Raises DataError unless timm can build it and it is a plain ViT."""
     try:
         with torch.device("meta"):

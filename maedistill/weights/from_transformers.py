@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from pydantic import Field, ValidationError
-from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.errors import DataError
+from maedistill.models.encoder import PlainViT
 from maedistill.weights.from_file import EncoderSpec, Inspect, open_file
 from maedistill.weights.from_timm import (
     Deviation,
@@ -77,7 +77,7 @@ def transformers_folder(source: str) -> Path | None:
 
 def open_transformers(
     folder: Path, source: str, inspect_network: Inspect, *, classifies: bool
-) -> tuple[VisionTransformer, str, dict[str, Any]]:
+) -> tuple[PlainViT, str, dict[str, Any]]:
     """Return the network, without pooler and decoder; which keys were loaded; and mean, std and class names if stated.
 
     classifies: keep the classifier, if there is one. Raises DataError for networks other than ViT, ViTMAE and ViTMSN,

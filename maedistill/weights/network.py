@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from maedistill.config.schema import Triple
@@ -28,6 +27,7 @@ from maedistill.data.loading.evaluation import evaluation_transform
 from maedistill.errors import ConfigError
 from maedistill.models.encoder import (
     Encoder,
+    PlainViT,
     TimmModel,
     as_encoder,
     require_colour,
@@ -84,7 +84,7 @@ class Network:
     def describe(self) -> str:
         """Describe the network in one line for the log: source, size, keys, normalisation, license."""
         vit, classes = self.module, f"{self.num_classes:,} classes" if self.num_classes else "no classifier"
-        shape = f"{vit.embed_dim} x {len(vit.blocks)}, " if isinstance(vit, VisionTransformer) else ""
+        shape = f"{vit.embed_dim} x {len(vit.blocks)}, " if isinstance(vit, PlainViT) else ""
         assumed = "" if self.states_input else " (ImageNet's mean and std are assumed)"
         size = f"{shape}{self.parameters / 1e6:.2f} M parameters, {classes}"
         return f"{self.name}  {size}  {self.audit}  mean {self.mean}{assumed}  license {self.license}"
@@ -128,8 +128,8 @@ def open_network(
     spec: what a file does not state; with one, also `random:NAME`. weights: `ema` for the moving average of a run or of
     a checkpoint file, or the name of one of a file's networks, see `choose_entry`. exit: the block of one of a run's
     exits, where the network ends. peer: of mutual learning, 0 for the run's own student. Positions are resampled to
-    `image_size` or to a `grid` x `grid` of patches; by default the size is the network's own. section, size_key: the
-    config section of the source and the option of its image size, for errors.
+    `image_size` or to a `grid` x `grid` of patches; with both, to a multiple of the grid. By default the size is the
+    network's own. section, size_key: the config section of the source and the option of its image size, for errors.
     Raises ConfigError for an unknown kind of source or a network that does not fit its use, before its weights are
     loaded where possible; DataError for weights that cannot be loaded or do not fit.
     """
@@ -223,7 +223,14 @@ def _check(
     require_colour(network, source)
     patches: Any = getattr(network, "patch_embed", None)
     if grid is not None:
-        return grid * require_square_patches(network, source).patch_embed.patch_size[0]
+        patch = require_square_patches(network, source).patch_embed.patch_size[0]
+        if image_size is not None and image_size % (grid * patch):
+            near = max(1, round(image_size / (grid * patch))) * grid * patch
+            raise ConfigError(
+                f"{size_key}: patches of {patch} pixels in images of {image_size} do not meet {grid} x {grid} patches",
+                f"use {near}, a multiple of {grid} x {patch}, or leave it out for {grid * patch}",
+            )
+        return image_size or grid * patch
     cuts_off = isinstance(patches, PatchEmbed) and not patches.dynamic_img_pad
     patch_size = math.lcm(*patches.patch_size) if cuts_off else 1
     if image_size is not None and image_size % patch_size:
@@ -262,7 +269,7 @@ def _stated(module: TimmModel, source: str) -> dict[str, Any]:
     return entries | {"license": str(module.pretrained_cfg.get("license") or NOT_STATED)}
 
 
-def _with_weights(vit: VisionTransformer, source: str, audit: str, *, stated: dict[str, Any]) -> Network:
+def _with_weights(vit: PlainViT, source: str, audit: str, *, stated: dict[str, Any]) -> Network:
     """Describe a ViT that timm did not load. stated: its license, preprocessing and classes, as far as known."""
     entries: dict[str, Any] = {"license": NOT_STATED, "states_input": "mean" in stated} | stated
     return Network(vit, source, vit.patch_embed.img_size[0], num_classes=vit.num_classes, audit=audit, **entries)
@@ -286,7 +293,7 @@ def unloaded_run(path: str) -> tuple[Network, dict[str, Any]]:
     return _of_run(vit.eval(), metadata, f"run:{path}", "weights of its own"), metadata
 
 
-def _of_run(vit: VisionTransformer, metadata: Mapping[str, Any], name: str, audit: str) -> Network:
+def _of_run(vit: PlainViT, metadata: Mapping[str, Any], name: str, audit: str) -> Network:
     entry = metadata["input"]
     return Network(
         vit,

@@ -106,6 +106,8 @@ def likely_model(weights: Mapping[str, Tensor]) -> str:
     """Return a model of timm with the parts of these weights, of their width if timm has one: an example to correct."""
     bias = weights.get("patch_embed.proj.bias")
     size = next((size for size in ("small", "large") if bias is not None and bias.shape == SIZES[size][:1]), "base")
+    if "blocks.0.gamma_1" in weights:
+        return f"vit_{size}_patch16_dinov3"
     if "blocks.0.ls1.gamma" not in weights and "reg_token" not in weights:
         return f"vit_{size}_patch16_224"
     return f"vit_{size}_patch14_{'reg4_' if 'reg_token' in weights else ''}dinov2"

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from maedistill.errors import DataError
+from maedistill.models.encoder import PlainViT
 from maedistill.weights.entries import StateDict, choose_entry, quoted
 from maedistill.weights.key_styles import TRANSFORMERS_EPS, merge_qkv, with_timm_names
 from maedistill.weights.recognize import KEY_OF_MODEL, likely_model
@@ -35,7 +35,7 @@ _RENAMED = {  # the first match wins, so the order matters
     r"^(?:aligned_feature_projection_heads|projection_heads)\.(.*)$": r"projections.\1",  # DMAE, AMD
     r"^encoder_to_decoder\.(.*)$": r"decoder.embed.\1",
     r"^(classifier\.(?:weight|bias))$": r"\1",  # transformers
-    r"^((cls_token|reg_token|pos_embed|patch_embed|blocks|norm|norm_pre)\b.*)$": r"encoder.vit.\1",
+    r"^((cls_token|reg_token|pos_embed|patch_embed|blocks|norm|norm_pre|rope\.freqs)\b.*)$": r"encoder.vit.\1",
 }
 
 
@@ -112,7 +112,7 @@ def import_weights(
 
 
 def load_encoder(
-    vit: VisionTransformer,
+    vit: PlainViT,
     imported: ConvertedStateDict,
     *,
     name: str,
@@ -127,6 +127,7 @@ def load_encoder(
     Raises DataError if keys are unknown, missing, of another shape, or hold anything but finite numbers.
     """
     weights, expected = imported.part("encoder.vit."), vit.state_dict()
+    _split_biases(weights, expected)
     audit = Audit(unused=[k for k in imported.weights if not k.startswith("encoder.vit.")] + list(imported.dropped))
     foreign = list(imported.foreign) + [k for k in weights if k not in expected]
     if foreign:
@@ -154,7 +155,7 @@ def load_encoder(
     return audit
 
 
-def load_classifier(vit: VisionTransformer, weights: StateDict, audit: Audit, *, name: str) -> None:
+def load_classifier(vit: PlainViT, weights: StateDict, audit: Audit, *, name: str) -> None:
     """Give an encoder the classifier of its class token that transformers saved: weight [C, D], bias [C].
 
     Raises DataError if it does not fit, or holds anything but finite numbers.
@@ -196,7 +197,17 @@ def _require_plain(state: StateDict, name: str) -> None:
             )
 
 
-def _fit_grid(vit: VisionTransformer, weights: StateDict, expected: StateDict, audit: Audit) -> None:
+def _split_biases(weights: StateDict, expected: StateDict) -> None:
+    """Split biases of qkv in place where the model has those of queries and values alone, as timm's Eva does."""
+    for key in [key for key in weights if key.endswith("attn.qkv.bias") and key not in expected]:
+        q, v = key.replace("qkv.bias", "q_bias"), key.replace("qkv.bias", "v_bias")
+        parts = weights[key].chunk(3)
+        if {q, v} <= expected.keys() and len(parts) == 3 and not parts[1].any():
+            del weights[key]
+            weights |= {q: parts[0], v: parts[2]}
+
+
+def _fit_grid(vit: PlainViT, weights: StateDict, expected: StateDict, audit: Audit) -> None:
     """Resample positions and patch weights in place if the file's grid or patch size differs from the model's."""
     positions, kernel = weights.get("pos_embed"), weights.get("patch_embed.proj.weight")
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from timm.models import model_entrypoint
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.config.architectures import Architecture, architecture_of
@@ -18,7 +19,7 @@ def test_the_table_is_what_timm_builds():
     for name in COVERED:
         with torch.device("meta"):
             model = timm.create_model(name)
-        assert type(model) is VisionTransformer, name
+        assert isinstance(model, VisionTransformer | Eva), name
         patch_size, _ = model.patch_embed.patch_size
         num_heads = model.blocks[0].attn.num_heads
         built = Architecture(model.embed_dim, len(model.blocks), num_heads, patch_size)
@@ -44,7 +45,7 @@ def test_other_names_are_not_guessed(name):
 
 
 def test_no_vision_transformer_of_timm_is_refused_by_its_name():
-    modules = ("timm.models.vision_transformer", "timm.models.deit")
+    modules = ("timm.models.vision_transformer", "timm.models.deit", "timm.models.eva")
     names = [name for name in timm.list_models() if model_entrypoint(name).__module__ in modules]
     assert len(names) > 100
     assert [name for name in names if not name.startswith(FAMILIES)] == []

@@ -39,11 +39,15 @@ REFUSED = {
         "distill.attention_transfer",
     ),
     "no plain blocks": (
-        "parallel", ["attention={weight: 1, student: [1], teacher: [1]}"], 2, "no attention maps", "use a plain ViT",
+        "parallel",
+        ["attention={weight: 1, student: [1], teacher: [1]}"],
+        2,
+        "no attention maps",
+        "vit_small_patch16_224",
     ),
     "no queries": (
         "resnet", ["token_relations={weight: 1, student: [1], teacher: [3]}"], 2, "no attention maps",
-        "use a plain ViT",
+        "vit_small_patch16_224",
     ),
     "no such depth": (
         "resnet", ["hints={weight: 1, student: [1], teacher: [5]}"], 2,

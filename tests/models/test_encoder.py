@@ -79,7 +79,7 @@ def test_activation_checkpointing_leaves_gradients_as_they_are() -> None:
 
 @pytest.mark.parametrize(
     "model",
-    ["vit_relpos_small_patch16_224", "vit_base_patch16_rope_224", "vit_small_patch16_dinov3", "vit_tiny_r_s16_p8_224"],
+    ["vit_relpos_small_patch16_224", "beitv2_base_patch16_224", "samvit_base_patch16", "vit_tiny_r_s16_p8_224"],
 )
 def test_other_kinds_are_refused_by_name(model: str) -> None:
     assert timm.is_model(model)
