@@ -85,9 +85,10 @@ def pretrain(
 
     config: a file, the name of a config of maedistill, a mapping of settings, or a PretrainConfig. overrides: settings
     on top of it, as `{"optim.epochs": 100}` or `["optim.epochs=100"]`.
-    student, teacher: in place of the config's; a plain ViT of timm, or any module that is an `Encoder`. The student
-    starts with the weights that it has. method: a subclass of the class that the config's `method` names, or a function
-    that returns one; it is called with the arguments of that class. dataset, val_dataset: in place of shards.
+    student, teacher: in place of the config's; a plain ViT of timm, or any module that is an `Encoder`; a teacher also
+    any network of timm that gives maps of features. The student starts with the weights that it has. method: a subclass
+    of the class that the config's `method` names, or a function that returns one; it is called with the arguments of
+    that class. dataset, val_dataset: in place of shards.
     callbacks: hooks of the run. extend: continue with more epochs than before.
     """
     objects = Objects(student, (teacher,) if teacher is not None else (), dataset, val_dataset, method)

@@ -25,7 +25,7 @@ NEEDED = ["data.train=x.tar", "run=runs/x"]
 def without_weights(path: Path) -> list[str]:
     """Overrides that put random weights of the same model in the place of a config's teacher."""
     text = path.read_text()
-    if found := re.search(r"timm:(\w+)\.mae", text):
+    if found := re.search(r"timm:(\w+)\.(mae|sa1b)", text):
         return [f"teacher.source=random:{found[1]}"]
     if re.search(r"run:\S+/teacher", text):
         shape = load_config(path.with_name("teacher.yaml"), NEEDED, root=PretrainConfig).config.student
@@ -49,7 +49,7 @@ def test_config_builds_and_its_header_is_true(path: Path) -> None:
         method = build_method(config, encoder, source)
         teacher = build_teacher(config, source, torch.device("meta")) if source is not None else None
     assert type(method).__name__.lower() == config.method and name_of(path).split("/")[1].startswith(
-        (config.method, "teacher")
+        (config.method, "teacher", "sam")
     )
     student, visible = mask_sizes(config, encoder.grid**2)
     flops = count_flops(method, teacher, num_student=student, num_teacher=visible)
@@ -79,6 +79,17 @@ def test_own_configs_dry_run_on_a_few_images(shards, tmp_path, capsys, name):
     assert re.search(r"\ndisk     2 checkpoints \(log\.keep\) of \d+ MB", out)
 
 
+def test_sam_teaches_on_a_few_images(shards, tmp_path, capsys) -> None:
+    """The smallest SAM with random weights, in the place of the largest, and images of 64 px."""
+    overrides = [f"data.train={shards}", f"run={tmp_path}/r", "data.image_size=64", "data.workers=0"]
+    overrides += ["teacher.source=random:samvit_base_patch16", "teacher.image_size=64", "align.teacher=[12]"]
+    overrides += ["student.width=32", "student.num_heads=2", "optim.global_batch=8", "engine.micro_batch=2"]
+    pretrain_dry_run(load_config("imagenet/sam_vit_s", overrides, root=PretrainConfig).config)
+    out = capsys.readouterr().out
+    assert "student sees 4 of 16 patches, teacher the whole image at 64 px, maps of side 4 resampled to 4" in out
+    assert re.search(r"flops    teacher \d", out) and "\nmemory " in out
+
+
 def test_imagenet_configs_are_the_papers_recipes() -> None:
     """What FACTS of the papers fix: a changed number here is another recipe."""
     recipes = {
@@ -87,6 +98,7 @@ def test_imagenet_configs_are_the_papers_recipes() -> None:
         "dmae_vit_s": ("dmae", 100, 20, (512, 8, 16), "raw", (8,), (8,), None),
         "amd_vit_b": ("amd", 800, 40, (384, 4, 6), "norm_patch_channel", (5, 11), (11, 23), 0.5),
         "amd_vit_s": ("amd", 800, 40, (192, 4, 3), "norm_patch_channel", (5, 11), (11, 23), 0.5),
+        "sam_vit_s": ("amd", 400, 40, (192, 4, 3), "norm_patch", (11,), (32,), 1.0),
     }
     for name, expected in recipes.items():
         c = load_config(ROOT / f"configs/imagenet/{name}.yaml", NEEDED, root=PretrainConfig).config

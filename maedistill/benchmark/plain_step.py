@@ -29,12 +29,14 @@ from torch import Tensor, nn
 from maedistill.benchmark.training_step import SyntheticTraining, TrainingStep
 from maedistill.config.pretrain import Decoder, PretrainConfig
 from maedistill.data.images.transforms import to_float01
+from maedistill.errors import ConfigError
 from maedistill.machine import autocast
 from maedistill.methods.mae import MAE, BlockFeatures
 from maedistill.methods.teacher import Teacher
 from maedistill.models.blocks import CrossBlock, TransformerBlock
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import MaskedEncoder
+from maedistill.models.maps import MapEncoder
 from maedistill.models.masking import PatchSplit
 from maedistill.models.patches import gather_rows
 from maedistill.pretraining import build
@@ -51,6 +53,11 @@ class StepComparison(SyntheticTraining):
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         super().__init__(config, device)
+        if self.source is not None and isinstance(self.source.encoder, MapEncoder):
+            raise ConfigError(
+                "teacher.source: published loops, which benchmark step compares with, have plain ViTs as teachers",
+                "use one, e.g. teacher.source=random:vit_base_patch16_224; --dry-run times a step with yours",
+            )
         self.plain_method = plain_version(self.method)
         self.plain_precision = self.precision
         if device.type == "cuda" and self.precision != "fp32":

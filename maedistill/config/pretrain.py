@@ -70,7 +70,7 @@ class Student(BackboneConfig):
 
 
 class Teacher(Section):
-    """The frozen Vision Transformer whose features the student imitates; none with method=mae."""
+    """The frozen network whose features the student imitates; none with method=mae."""
 
     source: str | None = result(
         None,
@@ -92,8 +92,8 @@ class Teacher(Section):
     pos_embed: Positions | None = result(None, "fixed table for a file: teacher that stores none; AMD's is sincos1d")
     image_size: Side | None = result(
         None,
-        "side of the teacher's image in pixels: k x the student's patches along a side x the teacher's patch size; the "
-        "features of k x k teacher patches are averaged for one of the student's; null: k = 1",
+        "side of the teacher's images in pixels; of a plain ViT k x the student's patches along a side x its patch size, "
+        "and the features of k x k of its patches are averaged for one of the student's; null: k = 1, of others their own",
     )
     mean: Triple | None = result(None, "per-channel mean of the teacher's input; by default what its source says")
     std: Triple | None = result(None, "per-channel deviation of the teacher's input; goes with teacher.mean")
@@ -109,7 +109,9 @@ class Masks(Section):
 
     student_keep_ratio: Fraction = result(0.25, "share of patches the student sees; 0.25 in MAE, DMAE and AMD")
     teacher_keep_ratio: Fraction | None = result(
-        None, "share the teacher sees: the same by default (DMAE); 0.5 in AMD, whose sets are nested"
+        None,
+        "share the teacher sees: the same by default (DMAE); 0.5 in AMD, whose sets are nested; a teacher that is no "
+        "plain ViT sees the whole image: null with dmae, 1 with amd",
     )
 
 
@@ -147,7 +149,9 @@ class Align(Section):
 
     student: tuple[Count, ...] = result((), "0-based student blocks; [8] of 12 in DMAE, [5, 11] of 12 in AMD")
     teacher: tuple[Count, ...] = result(
-        (), "0-based teacher blocks, one per student block; [17] of 24 in DMAE, [11, 23] of 24 in AMD"
+        (),
+        "0-based teacher blocks, one per student block; [17] of 24 in DMAE, [11, 23] of 24 in AMD; of a teacher that "
+        "is no plain ViT timm's depths: stages, or SAM's blocks and after them its neck",
     )
     distance: Literal["l1", "mse", "smooth_l1"] = result("l1", "between aligned features; l1 in DMAE, mse in AMD")
     beta: Above0 = result(2.0, "where smooth_l1 turns from square to linear; 2 in G2SD")

@@ -32,13 +32,15 @@ def _visible_shares(c: PretrainConfig) -> Iterator[Problem]:
         )
     if c.method == "mae" and teacher is not None:
         yield Problem(key, "method=mae has no teacher", "remove it, or use method=dmae or amd", ((key, "method"),))
-    if c.method in ("dmae", "tinymim") and teacher not in (None, student):
+    same = (None, student, 1.0) if c.method == "dmae" else (None, student)  # 1: the whole image
+    if c.method in ("dmae", "tinymim") and teacher not in same:
         cause = f"{teacher:g} differs from student_keep_ratio={student:g}, which {c.method} does not allow"
         remedy = "remove it (the teacher sees what the student sees), or use method=amd"
         yield Problem(key, cause, remedy, ((key, "method"), (key, "masks.student_keep_ratio")))
     if c.method == "amd" and (teacher is None or teacher <= student):
         cause = "missing" if teacher is None else f"{teacher:g} is not above student_keep_ratio={student:g}"
-        yield Problem(key, cause, "method=amd needs a teacher that sees more; 0.5 beside 0.25 in the paper")
+        remedy = "method=amd needs a teacher that sees more; 0.5 beside 0.25 in the paper, 1 for one of whole images"
+        yield Problem(key, cause, remedy)
 
 
 def _teacher(c: PretrainConfig) -> Iterator[Problem]:
@@ -70,11 +72,8 @@ def _teacher(c: PretrainConfig) -> Iterator[Problem]:
 
 
 def _families(c: PretrainConfig) -> Iterator[Problem]:
-    kind, _, name = (c.teacher.source or "").partition(":")
     yield from shared_rules.family("student.model", c.student.model)
     yield from shared_rules.family("teacher.model", c.teacher.model)
-    if kind in ("timm", "random"):
-        yield from shared_rules.family("teacher.source", name)
 
 
 def _taps(c: PretrainConfig) -> Iterator[Problem]:

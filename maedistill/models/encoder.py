@@ -146,6 +146,17 @@ def as_encoder(module: TimmModel, name: str) -> Encoder:
     return module
 
 
+def can_mask(module: TimmModel) -> bool:
+    """Return whether `as_encoder` takes `module`. Other networks see whole images, see `models/maps.py`."""
+    if all(isinstance(getattr(module, attribute, None), int) for attribute in _ATTRIBUTES):
+        return True
+    try:
+        require_plain_vit(module, "")
+    except ConfigError:
+        return False
+    return True
+
+
 @torch.no_grad()
 def _require_rows(encoder: Encoder, name: str) -> None:
     """Raise ConfigError unless the encoder gives a row for each prefix token and each selected patch of an image."""

@@ -20,8 +20,9 @@ from maedistill.methods.teacher import Teacher
 from maedistill.methods.tinymim import RelationSpec, TinyMIM
 from maedistill.models.blocks import has_plain_attention
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
-from maedistill.models.encoder import Encoder, MaskedEncoder, TimmModel, as_encoder, build_vit
+from maedistill.models.encoder import Encoder, MaskedEncoder, TimmModel, as_encoder, build_vit, can_mask
 from maedistill.models.initialize import initialize
+from maedistill.models.maps import MapEncoder
 from maedistill.models.masking import PatchSplit, num_visible, random_split
 from maedistill.runs.objects import NOTHING, Objects, class_name, require_object
 from maedistill.weights.from_file import SPEC_FIELDS, EncoderSpec
@@ -51,13 +52,14 @@ def build_teacher_source(config: PretrainConfig, *, grid: int, objects: Objects 
     if teacher.source is None:
         return None
     if objects.teachers:
-        network = given_network(objects.teachers[0], teacher.source, image_size=config.data.image_size)
-        if network.encoder.grid % grid:
+        size = teacher.image_size or config.data.image_size
+        network = given_network(objects.teachers[0], teacher.source, image_size=size)
+        if can_mask(network.module) and network.encoder.grid % grid:
             raise ConfigError(
                 f"teacher.source: the teacher has {network.encoder.grid} patches along a side, the student {grid}",
                 "make one of the two for an image size that gives as many patches, or the teacher a multiple of them",
             )
-        if teacher.image_size not in (None, network.size):
+        if can_mask(network.module) and teacher.image_size not in (None, network.size):
             raise ConfigError(
                 f"teacher.image_size: {teacher.image_size}, but the teacher looks at images of {network.size} pixels",
                 "leave it out, or make the teacher for that size",
@@ -67,7 +69,7 @@ def build_teacher_source(config: PretrainConfig, *, grid: int, objects: Objects 
         spec = EncoderSpec(**teacher.model_dump(include=SPEC_FIELDS))
         network = open_network(
             teacher.source,
-            "encoder",
+            "teacher",
             grid=grid,
             image_size=teacher.image_size,
             spec=spec,
@@ -75,8 +77,26 @@ def build_teacher_source(config: PretrainConfig, *, grid: int, objects: Objects 
             size_key="teacher.image_size",
             weights=teacher.weights or "model",
         )
+    if not can_mask(network.module):
+        network = _sees_all(config, replace(network, size=teacher.image_size or network.size), grid=grid)
     given = teacher.model_dump(include={"mean", "std", "license"}, exclude_none=True)
     return replace(network, **given, states_input=network.states_input or "mean" in given)
+
+
+def _sees_all(config: PretrainConfig, network: Network, *, grid: int) -> Network:
+    """Return a teacher that cannot leave out patches as an encoder, whose maps are resampled to the student's grid.
+
+    Raises ConfigError where the config has the teacher see a part of the image.
+    """
+    if config.masks.teacher_keep_ratio not in (None, 1.0):
+        raise ConfigError(
+            f"masks.teacher_keep_ratio: {config.masks.teacher_keep_ratio:g}, but {network.name} sees the whole image, "
+            f"since the patches of a {type(network.module).__name__} cannot be left out",
+            "set masks.teacher_keep_ratio=1" if config.method == "amd" else "remove it",
+        )
+    taps, size = config.align.teacher, network.size
+    encoder = MapEncoder(network.module, name=network.name, taps=taps, grid=grid, image_size=size)
+    return replace(network, module=encoder)
 
 
 def build_teacher(config: PretrainConfig, source: Network, device: torch.device) -> Teacher:

@@ -16,6 +16,7 @@ from maedistill.data.shards.patterns import describe_shards
 from maedistill.methods.mae import MAE
 from maedistill.methods.teacher import Teacher
 from maedistill.models.encoder import num_params_m
+from maedistill.models.maps import MapEncoder
 from maedistill.models.masking import PatchSplit
 from maedistill.pretraining.build import (
     build_crops,
@@ -105,7 +106,9 @@ class Pretraining(Stage):
         num_patches = self.module.encoder.grid**2
         student, teacher = mask_sizes(config, num_patches)
         views = f"student sees {student} of {num_patches} patches"
-        if self.source is not None:
+        if self.source is not None and isinstance(self.source.encoder, MapEncoder):
+            views += f", teacher {self.source.encoder.view}"
+        elif self.source is not None:
             views += f", teacher {teacher} (nested)" if teacher > student else ", teacher the same"
         sizes = ", ".join(f"{name} {num_params_m(child):.2f} M" for name, child in self.module.named_children())
         images = f"{self.plan.images:,} images in {len(self.index.shards)} shards at {config.data.image_size} px"
@@ -124,6 +127,8 @@ class Pretraining(Stage):
         """Describe the teacher, if there is one, and how its patches meet the student's."""
         if self.source is None or self.teacher is None:
             return []
+        if isinstance(self.teacher.encoder, MapEncoder):
+            return [f"teacher  {self.source.describe()}", f"         {self.teacher.encoder.view}"]
         size, own = self.source.size, self.source.own_size
         grid, student_grid = self.teacher.encoder.grid, self.module.encoder.grid
         trained = f" (its own: {own})" if own != size else ""

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from timm.data import resolve_model_data_config
 from timm.models import load_model_config_from_hf
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 
 from maedistill.errors import ConfigError, DataError, UserError
 from maedistill.escaping import say
@@ -54,12 +55,12 @@ class ImageConfig(StrictModel):
     crop_mode: Literal["center", "squash", "border"]
 
 
-def open_timm(source: str, inspect_network: Inspect) -> tuple[TimmModel, int | None]:
-    """Return the pretrained model, and the image size that `inspect_network` chose; timm resamples positions to it.
+def open_timm(source: str, inspect_network: Inspect, *, pretrained: bool = True) -> tuple[TimmModel, int | None]:
+    """Return the model, and the image size that `inspect_network` chose; timm resamples positions to it.
 
-    The classifier is loaded too: without one, timm would accept a file that lacks keys. Raises ConfigError for a name
-    that timm does not have, DataError for weights that cannot be loaded, or whose config.json describes an absurdly
-    large network.
+    Without `pretrained` the weights are random, the same every time. The classifier is loaded too: without one, timm
+    would accept a file that lacks keys. Raises ConfigError for a name that timm does not have, DataError for weights
+    that cannot be loaded, or whose config.json describes an absurdly large network.
     """
     address = source.removeprefix("timm:")
     if address != source:
@@ -75,11 +76,16 @@ def open_timm(source: str, inspect_network: Inspect) -> tuple[TimmModel, int | N
         with torch.device("meta"):  # takes neither memory nor time, and loads no weights
             shape: TimmModel = timm.create_model(address, pretrained=False)
         image_size = inspect_network(shape)
-        if kind not in ("hf-hub", "local-dir"):
+        if pretrained and kind not in ("hf-hub", "local-dir"):
             announce_download(source, shape.pretrained_cfg.get("hf_hub_id"))
         takes_size = "img_size" in inspect.signature(type(shape)).parameters  # other networks accept any size
+        # SAM does too: it resamples its positions at every pass, and its weights load at their own size only.
+        takes_size = takes_size and not isinstance(shape, VisionTransformerSAM)
         arguments: dict[str, Any] = {"img_size": image_size} if image_size and takes_size else {}
-        return timm.create_model(address, pretrained=True, **arguments).eval(), image_size
+        with torch.random.fork_rng(devices=[], enabled=not pretrained):
+            if not pretrained:
+                torch.manual_seed(0)
+            return timm.create_model(address, pretrained=pretrained, **arguments).eval(), image_size
 
 
 @contextmanager

@@ -11,10 +11,11 @@ from_timm.py, from_transformers.py, from_run.py and from_file.py hold the opener
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+import timm
 import torch
 from PIL import Image
 from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -30,11 +31,14 @@ from maedistill.models.encoder import (
     PlainViT,
     TimmModel,
     as_encoder,
+    can_mask,
     require_colour,
+    require_known,
     require_plain_vit,
     require_square_patches,
 )
 from maedistill.models.initialize import initialize
+from maedistill.models.maps import MapEncoder
 from maedistill.weights.from_file import EncoderSpec, Inspect, open_file, why_unreadable
 from maedistill.weights.from_run import Weights, build_run, open_run
 from maedistill.weights.from_timm import image_config, open_timm
@@ -43,8 +47,9 @@ from maedistill.weights.license import NOT_STATED
 from maedistill.weights.state_dict import require_finite
 
 # What a network is for. `outputs`: it runs, and if it has classes, it gives a logit for each. `classifier`: it also has
-# classes. `encoder`: a plain ViT, its classifier removed, all weights finite. `any`: nothing is checked.
-Use = Literal["any", "outputs", "classifier", "encoder"]
+# classes. `encoder`: a plain ViT, its classifier removed, all weights finite. `teacher`: an encoder, or a network that
+# sees whole images, all weights finite. `any`: nothing is checked.
+Use = Literal["any", "outputs", "classifier", "encoder", "teacher"]
 _SIZE = 224  # of the images of a module that states none
 
 
@@ -79,7 +84,7 @@ class Network:
     @cached_property
     def encoder(self) -> Encoder:
         """Return the module, or a plain ViT, as an encoder of selected patches, which shares its weights."""
-        return as_encoder(self.module, self.name)
+        return self.module if isinstance(self.module, MapEncoder) else as_encoder(self.module, self.name)
 
     def describe(self) -> str:
         """Describe the network in one line for the log: source, size, keys, normalisation, license."""
@@ -159,9 +164,7 @@ def open_network(
         vit, audit, stated = open_transformers(folder, source, check, classifies=use != "encoder")
         network = _with_weights(vit, source, audit, stated=stated)
     elif spec is not None and kind == "random":
-        vit = replace(spec, model=name).build(spec.pos_embed or "sincos2d", check)
-        initialize(vit, seed=0)
-        network = Network(vit, source, vit.patch_embed.img_size[0], "none, random weights", audit="random weights")
+        network = _open_random(name, use, check, spec=spec, section=section)
     else:
         network = _open_timm(source, use, check)
     network = replace(network, own_size=own_sizes[0] or network.size)
@@ -212,6 +215,7 @@ def _check(
     Raises ConfigError unless it suits its use and its patches cover the whole image: timm would ignore the last rows
     and columns.
     """
+    sees_all = use == "teacher" and not can_mask(network)
     if use == "encoder":
         require_plain_vit(network, source)
     if use == "classifier" and not network.num_classes:
@@ -222,7 +226,7 @@ def _check(
         )
     require_colour(network, source)
     patches: Any = getattr(network, "patch_embed", None)
-    if grid is not None:
+    if grid is not None and not sees_all:
         patch = require_square_patches(network, source).patch_embed.patch_size[0]
         if image_size is not None and image_size % (grid * patch):
             near = max(1, round(image_size / (grid * patch))) * grid * patch
@@ -241,11 +245,29 @@ def _check(
     return image_size
 
 
-def _open_timm(source: str, use: Use, check: Inspect) -> Network:
+def _open_random(name: str, use: Use, check: Inspect, *, spec: EncoderSpec, section: str | None) -> Network:
+    """Build a timm model with random weights, the same every time; a plain ViT of the dimensions that `spec` gives."""
+    source, license_name, audit = f"random:{name}", "none, random weights", "random weights"
+    require_known(name)
+    with torch.device("meta"):
+        sees_all = use == "teacher" and not can_mask(timm.create_model(name, pretrained=False))
+    if not sees_all:
+        vit = replace(spec, model=name).build(spec.pos_embed or "sincos2d", check)
+        initialize(vit, seed=0)
+        return Network(vit, source, vit.patch_embed.img_size[0], license_name, audit=audit)
+    for key, value in asdict(spec).items():
+        if value is not None:
+            raise ConfigError(f"{section}.{key}: {source} is no plain ViT and has its own {key}", "remove it")
+    network = _open_timm(f"timm:{name}", use, check, pretrained=False)
+    return replace(network, name=source, license=license_name, audit=audit)
+
+
+def _open_timm(source: str, use: Use, check: Inspect, *, pretrained: bool = True) -> Network:
     """Open any model that timm can open, with the preprocessing that timm states."""
-    module, size = open_timm(source, check)
-    if use == "encoder":
-        module.reset_classifier(0, "")
+    module, size = open_timm(source, check, pretrained=pretrained)
+    if use in ("encoder", "teacher") and pretrained:
+        if can_mask(module):
+            module.reset_classifier(0, "")
         require_finite(module.state_dict(), source)
     config, test = image_config(module, source), image_config(module, source, test=True)
     differs = (test.input_size, test.crop_pct) != (config.input_size, config.crop_pct)
@@ -278,7 +300,7 @@ def _with_weights(vit: PlainViT, source: str, audit: str, *, stated: dict[str, A
 def _open_run(path: str, use: Use, check: Inspect, *, weights: Weights, exit: int | None, peer: int) -> Network:
     """Open the network of a run folder, pre-trained or fine-tuned."""
     run = open_run(path, weights=weights, exit=exit, peer=peer, inspect_network=check)
-    if use == "encoder":
+    if use in ("encoder", "teacher"):
         run.vit.reset_classifier(0, "")
     name = f"run:{path} {run.checkpoint.name}{' (ema)' if weights == 'ema' else ''}{_part(exit, peer)}"
     return _of_run(run.vit, run.metadata, name, str(run.audit))

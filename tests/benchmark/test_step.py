@@ -10,6 +10,7 @@ from maedistill.benchmark.step import peak_memory
 from maedistill.benchmark.training_step import without_download
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.errors import ConfigError
 
 TINY = """
 method: {method}
@@ -42,6 +43,14 @@ def comparison(tmp_path, request) -> StepComparison:
 CASES = ["mae", "dmae", "amd", "dmae decoder.attention=cross", "amd decoder.predict_ratio=0.3", "mae pixels.target=raw"]
 CASES += ["tinymim"]
 CASES += ["dmae student.register_tokens=2", "mae decoder.attention=cross decoder.predict_ratio=0.5"]
+
+
+def test_a_teacher_of_whole_images_has_no_plain_version(tmp_path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY.format(method="dmae") + PAIRS["dmae"])
+    overrides = ["teacher.source=random:test_convnext", "teacher.image_size=64"]
+    config = load_config(tmp_path / "tiny.yaml", overrides, root=PretrainConfig, to_run=False).config
+    with pytest.raises(ConfigError, match="benchmark step"):
+        StepComparison(config, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("comparison", CASES, indirect=True)

@@ -114,7 +114,6 @@ OVERRIDES = [
     "teacher.weights=ema",
     "teacher.std=[1, 1, 1]",
     "student.model=resnet50",
-    "teacher.source=timm:resnet50",
     "align.student=[12]",
     "align.teacher=[24]",
     "align.teacher=[1, 2]",

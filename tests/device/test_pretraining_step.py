@@ -26,6 +26,8 @@ AMD = [
     "pixels.target=norm_patch_channel",
     "generate.num_heads=2",
 ]
+WHOLE = ["teacher.source=random:test_convnext", "teacher.image_size=64", "generate.num_heads=null"]
+WHOLE += [f"teacher.{name}=null" for name in ("width", "depth", "num_heads", "patch_size")]
 CASES = {
     "mae": ["method=mae"],
     "mae, raw pixels, learned positions": ["method=mae", "pixels.target=raw", "student.pos_embed=learned"],
@@ -36,6 +38,7 @@ CASES = {
     "dmae, activations again": ["method=dmae", *TEACHER, *ONE, "engine.activation_checkpointing=true"],
     "amd": AMD,
     "amd, cross, whitened": [*AMD, *CROSS, "align.distance=mse", "align.normalize=whiten", "align.bias=false"],
+    "amd, a teacher of whole images": [*AMD, *WHOLE, *ONE, "masks.teacher_keep_ratio=1"],
     "tinymim": ["method=tinymim", *TEACHER, *TWO],
 }
 DISTANCES = {"l1": "l2", "mse": "none", "smooth_l1": "whiten"}  # each of either once; no branch depends on both
