@@ -140,7 +140,7 @@ class PlainTeacher(nn.Module):
         """Return the same as `Teacher.forward`."""
         tokens, tapped = self.teacher.encoder(self.teacher.prepare(images), split.teacher, **self.teacher.tapped)
         self.decoder(tokens, PatchSplit(split.order, split.num_teacher, split.num_teacher))
-        return tapped
+        return self.teacher.targets(tapped)
 
 
 class _PlainEncoder(MaskedEncoder):

@@ -7,6 +7,7 @@ s image side   t image side of the teacher
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from maedistill.data.images.transforms import normalize
 from maedistill.errors import ConfigError
+from maedistill.losses.features import mean_of_blocks
 from maedistill.models.encoder import Encoder, MaskedEncoder, TimmModel
 from maedistill.models.masking import PatchSplit
 from maedistill.weights.network import Network
@@ -49,6 +51,8 @@ class FrozenNetwork(nn.Module):
 class Teacher(FrozenNetwork):
     """Computes the features of the teacher's tapped blocks, or with `relations` their queries, keys and values.
 
+    last: the target of a tap is made of the outputs of so many blocks that end there, see `mean_of_blocks`.
+
     It sees its visible patches only, and runs up to its last tap. If its patch size differs from the student's, it
     resizes the images to the student's grid: patch i covers the same part of the image for both.
     """
@@ -56,7 +60,13 @@ class Teacher(FrozenNetwork):
     network: Encoder
 
     def __init__(
-        self, source: Network, *, taps: Sequence[int], relations: bool = False, dtype: torch.dtype = torch.float32
+        self,
+        source: Network,
+        *,
+        taps: Sequence[int],
+        last: int | None = None,
+        relations: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(source, source.encoder, dtype)
         if max(taps) >= self.encoder.depth:
@@ -64,7 +74,9 @@ class Teacher(FrozenNetwork):
                 f"align.teacher: block {max(taps)} does not exist, the teacher has {self.encoder.depth}",
                 f"use 0 to {self.encoder.depth - 1}",
             )
-        self.tapped = {"relations" if relations else "taps": tuple(taps)}
+        self.means = {tap: range(tap - last + 1, tap + 1) for tap in taps} if last is not None else {}
+        needed = sorted({*chain(*self.means.values())}) or taps
+        self.tapped = {"relations" if relations else "taps": tuple(needed)}
         self.ends_early = {"to_last_tap": True} if isinstance(self.encoder, MaskedEncoder) else {}
         self.num_prefix, self.width = self.encoder.num_prefix, self.encoder.width
 
@@ -80,4 +92,10 @@ class Teacher(FrozenNetwork):
         With `relations` the values are [3, B, H, Q + T, d].
         """
         _, outputs = self.network(self.prepare(images), split.teacher, **self.tapped, **self.ends_early)
-        return outputs
+        return self.targets(outputs)
+
+    def targets(self, outputs: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Return the target of each tap: the output of its block, or made of several."""
+        if not self.means:
+            return outputs
+        return {tap: mean_of_blocks([outputs[block] for block in blocks]) for tap, blocks in self.means.items()}
