@@ -62,9 +62,9 @@ def small(words: list[str]) -> list[str]:
     if words[0] not in ("pretrain", "finetune") or {"--explain", "--print-config"} & set(words):
         return words
     if words[0] == "pretrain":
-        is_mae = words[1].partition("/")[2].startswith("mae") or "method=mae" in words
-        method = ["generate.num_heads=2"] if "amd" in words[1] else []
-        return words + PRETRAIN + method + ([] if is_mae else TEACHER)
+        is_alone = words[1].partition("/")[2].startswith(("mae", "ema")) or "method=mae" in words
+        method = ["generate.num_heads=2"] if "amd" in words[1] and "generate.by=decoder" not in words else []
+        return words + PRETRAIN + method + ([] if is_alone else TEACHER)
     text = shlex.join(words)
     words = [re.sub(r"(stop_epoch|warmup_epochs): \d+", r"\1: 0.2", word) for word in words]
     words = [re.sub(r'"(timm|run):[^"]*"', '"run:runs/classifier"', word) for word in words]

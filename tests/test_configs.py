@@ -10,8 +10,16 @@ import torch
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.sources import EMA
 from maedistill.finetuning.setup import dry_run as finetune_dry_run
-from maedistill.pretraining.build import build_encoder, build_method, build_teacher, build_teacher_source, mask_sizes
+from maedistill.pretraining.build import (
+    build_average,
+    build_encoder,
+    build_method,
+    build_teacher,
+    build_teacher_source,
+    mask_sizes,
+)
 from maedistill.pretraining.flops import count_flops
 from maedistill.pretraining.setup import dry_run as pretrain_dry_run
 
@@ -48,9 +56,11 @@ def test_config_builds_and_its_header_is_true(path: Path) -> None:
         source = build_teacher_source(config, grid=encoder.grid)
         method = build_method(config, encoder, source)
         teacher = build_teacher(config, source, torch.device("meta")) if source is not None else None
-    assert type(method).__name__.lower() == config.method and name_of(path).split("/")[1].startswith(
-        (config.method, "teacher", "sam")
-    )
+        if config.teacher.source == EMA:
+            teacher = build_average(config, encoder, torch.device("meta"), steps=1)
+    kind = EMA if config.teacher.source == EMA else config.method
+    assert type(method).__name__.lower() == config.method
+    assert name_of(path).split("/")[1].startswith((kind, "teacher", "sam"))
     student, visible = mask_sizes(config, encoder.grid**2)
     flops = count_flops(method, teacher, num_student=student, num_teacher=visible)
     assert "@" not in header, "a figure is missing"

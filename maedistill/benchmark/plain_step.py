@@ -148,7 +148,7 @@ class PlainTeacher(nn.Module):
         own = self.teacher.own_split(split)
         tokens, tapped = self.teacher.encoder(self.teacher.prepare(images), own.teacher, **self.teacher.tapped)
         self.decoder(tokens, PatchSplit(own.order, own.num_teacher, own.num_teacher))
-        return self.teacher.merge(tapped, own.num_teacher // split.num_teacher)
+        return self.teacher.targets(self.teacher.merge(tapped, own.num_teacher // split.num_teacher))
 
 
 class _PlainEncoder(MaskedEncoder):

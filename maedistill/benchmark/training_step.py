@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.sources import EMA
 from maedistill.evaluation.latency import seconds_of
 from maedistill.machine import Precision, autocast, precision
 from maedistill.methods.mae import MAE, BlockFeatures
@@ -82,6 +83,8 @@ class SyntheticTraining:
         self.source = build.build_teacher_source(config, grid=encoder.grid)
         self.method: MAE = build.build_method(config, encoder, self.source).to(device)
         self.teacher = build.build_teacher(config, self.source, device) if self.source is not None else None
+        if config.teacher.source == EMA:
+            self.teacher = build.build_average(config, self.method.encoder, device, steps=1)
         self.num_parameters = sum(parameter.numel() for parameter in self.method.parameters())
         self.set_batch_size(config.engine.micro_batch_limit)
 

@@ -63,7 +63,7 @@ RENAMED = {
 
 # Keys of earlier versions, or values of keys, that are gone for good, and what to do instead.
 REMOVED = {
-    "align.head": "remove it: student features always go through one linear map, with align.bias or without",
+    "align.head": "use align.projector, linear or mlp, with align.bias or without",
     "data.scaled_decode": "remove it: every image is decoded at its full size",
     "engine.nonfinite=rollback": "use skip, which leaves out the update, or stop",
     "log.keep_every_epochs": "remove it: log.keep is how many checkpoints are kept; copy the others that you want",

@@ -20,6 +20,7 @@ from maedistill.config.schema import (
     Positions,
     Positive,
     Precision,
+    Probability,
     Rate,
     RunConfig,
     Section,
@@ -30,6 +31,7 @@ from maedistill.config.schema import (
     result,
     runtime,
 )
+from maedistill.config.sources import EMA
 
 
 class Data(ImagesConfig):
@@ -75,7 +77,13 @@ class Teacher(Section):
     source: str | None = result(
         None,
         "where the weights are: the path of a run, an export or a weights file, or timm:NAME, hf-hub:ID, "
-        "local-dir:PATH, file:PATH, run:PATH, random:NAME (tests and benchmarks)",
+        "local-dir:PATH, file:PATH, run:PATH, random:NAME (tests and benchmarks); ema: no weights, the teacher is the "
+        "moving average of the student itself",
+    )
+    decay: tuple[Probability, Probability] = result(
+        (0.999, 0.9999),
+        "of source=ema: the decay of the average per step, at the first and at the last step, cosine between; 0.999 to "
+        "0.9999 in BootMAE's first 100 epochs",
     )
     model: str | None = result(
         None, "timm model that a file: source holds, e.g. vit_large_patch16_224; null: read off its shapes"
@@ -92,8 +100,8 @@ class Teacher(Section):
     pos_embed: Positions | None = result(None, "fixed table for a file: teacher that stores none; AMD's is sincos1d")
     image_size: Side | None = result(
         None,
-        "side of the teacher's images in pixels; of a plain ViT k x the student's patches along a side x its patch size, "
-        "and the features of k x k of its patches are averaged for one of the student's; null: k = 1, of others their own",
+        "side of the teacher's images in pixels; of a plain ViT k x the student's patches along a side x its patch "
+        "size, and the features of k x k of its patches are averaged; null: k = 1, of other networks their own size",
     )
     mean: Triple | None = result(None, "per-channel mean of the teacher's input; by default what its source says")
     std: Triple | None = result(None, "per-channel deviation of the teacher's input; goes with teacher.mean")
@@ -153,12 +161,35 @@ class Align(Section):
         "0-based teacher blocks, one per student block; [17] of 24 in DMAE, [11, 23] of 24 in AMD; of a teacher that "
         "is no plain ViT timm's depths: stages, or SAM's blocks and after them its neck",
     )
-    distance: Literal["l1", "mse", "smooth_l1"] = result("l1", "between aligned features; l1 in DMAE, mse in AMD")
+    distance: Literal["l1", "mse", "smooth_l1", "cosine_smooth_l1"] = result(
+        "l1",
+        "between aligned features; l1 in DMAE, mse in AMD; cosine_smooth_l1: 0.9 (1 - cosine) + 0.1 smooth_l1 with "
+        "beta 1 (Theia, EUPE)",
+    )
     beta: Above0 = result(2.0, "where smooth_l1 turns from square to linear; 2 in G2SD")
-    normalize: Literal["none", "l2", "whiten"] = result(
+    normalize: Literal["none", "l2", "whiten", "stored"] = result(
         "l2",
         "before the distance; l2: both rows to unit length (DMAE's code); "
-        "whiten: LayerNorm without affine of the teacher's; none (AMD)",
+        "whiten: LayerNorm without affine of the teacher's; none (AMD); "
+        "stored: the teacher's by the mean and deviation of each channel, measured in the first steps (Theia, EUPE)",
+    )
+    stored_steps: Positive = result(
+        500,
+        "steps that normalize=stored measures; a step is standardised by what the ones before it gave; in the first, "
+        "the terms of the teacher do not count",
+    )
+    last_blocks: Positive | None = result(
+        None,
+        "target of a pair: LayerNorm of the mean of the layer-normed outputs of so many teacher blocks, the last of "
+        "them the named one (data2vec: 10 of 12); null: the output of the named block itself (DMAE, AMD)",
+    )
+    warmup_share: Probability = result(
+        0.0,
+        "share of the run in which the weights of direct and generated alignment rise linearly from 0; 0.25 in BootMAE",
+    )
+    projector: Literal["linear", "mlp"] = result(
+        "linear",
+        "from student to teacher width; linear: one layer (DMAE, AMD); mlp: two, LayerNorm and GELU between (EUPE)",
     )
     bias: bool = result(True, "bias of the projection; DMAE has one, AMD none")
     weight: Weight = result(
@@ -167,8 +198,13 @@ class Align(Section):
 
 
 class Generate(Section):
-    """Generated alignment: generators predict teacher features at patches that only the teacher sees (amd)."""
+    """Generated alignment: teacher features are predicted at patches that only the teacher sees (amd)."""
 
+    by: Literal["own", "decoder"] = result(
+        "own",
+        "what predicts them; own: generators of teacher width (AMD); decoder: the pixel decoder, through one linear "
+        "map per pair, which costs little more than dmae (needs decoder.attention=cross)",
+    )
     depth: Positive = result(2, "blocks of each generator; 2 in AMD")
     num_heads: Positive | None = result(None, "attention heads of a generator; by default teacher width / 64 as in AMD")
     weight: Weight = result(1.0, "weight of the generated alignment, mean over pairs; 1 in AMD")
@@ -240,6 +276,8 @@ class PretrainConfig(RunConfig):
     @property
     def teacher_architecture(self) -> Architecture | None:
         """Return the teacher's dimensions, or None if only its source knows them."""
+        if self.teacher.source == EMA:
+            return self.student_architecture
         kind, _, name = (self.teacher.source or "").partition(":")
         model = self.teacher.model or (name if kind in ("timm", "random") else None)
         return architecture_of(model, self.teacher) if model else None

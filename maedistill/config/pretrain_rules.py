@@ -6,7 +6,7 @@ from maedistill.config import shared_rules
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.schema import AUTO
 from maedistill.config.shared_rules import Problem
-from maedistill.config.sources import SOURCE_KINDS
+from maedistill.config.sources import EMA, SOURCE_KINDS
 
 
 def _images(c: PretrainConfig) -> Iterator[Problem]:
@@ -54,6 +54,12 @@ def _teacher(c: PretrainConfig) -> Iterator[Problem]:
         remedy = "add e.g. teacher.source=timm:vit_large_patch16_224.mae"
         yield Problem("teacher.source", f"method={c.method} needs a teacher", remedy)
         return
+    if t.source == EMA:
+        yield from _average(c)
+        return
+    if "decay" in t.model_dump(exclude_defaults=True):
+        cause, remedy = "only teacher.source=ema is a moving average", "remove it, or use teacher.source=ema"
+        yield Problem("teacher.decay", cause, remedy, (("teacher.decay", "teacher.source"),))
     if problems := list(shared_rules.kind_of_source("teacher.source", t.source, kinds=SOURCE_KINDS)):
         yield from problems
         return
@@ -69,6 +75,19 @@ def _teacher(c: PretrainConfig) -> Iterator[Problem]:
             cause, replaced = f"a {kind}: teacher has its own {key}", (f"teacher.{key}", "teacher.source")
             yield Problem(f"teacher.{key}", cause, "remove it", (replaced,))
     yield from shared_rules.mean_with_std("teacher", mean=t.mean, std=t.std)
+
+
+def _average(c: PretrainConfig) -> Iterator[Problem]:
+    """Yield problems for a teacher that is the student's moving average."""
+    if c.method != "amd":
+        cause = f"method={c.method} shows a teacher what the student sees, and an average has to see more"
+        yield Problem("teacher.source", cause, "use method=amd with masks.teacher_keep_ratio=1")
+    if c.engine.zero == 3:
+        cause = "a moving average needs whole weights, and ZeRO 3 partitions them"
+        yield Problem("teacher.source", cause, "use engine.zero=2")
+    for key in c.teacher.model_dump(exclude={"source", "decay", "precision"}, exclude_defaults=True):
+        replaced = (f"teacher.{key}", "teacher.source")
+        yield Problem(f"teacher.{key}", "the teacher is the student's own average", "remove it", (replaced,))
 
 
 def _families(c: PretrainConfig) -> Iterator[Problem]:
@@ -98,9 +117,27 @@ def _taps(c: PretrainConfig) -> Iterator[Problem]:
 def _relations(c: PretrainConfig) -> Iterator[Problem]:
     """Yield problems for feature settings with tinymim, which compares token relations without a projection."""
     if c.method == "tinymim":
-        for key in c.align.model_dump(include={"distance", "beta", "normalize", "bias"}, exclude_defaults=True):
+        features = {"distance", "beta", "normalize", "last_blocks", "projector", "bias"}
+        for key in c.align.model_dump(include=features, exclude_defaults=True):
             cause = "method=tinymim compares token relations, not features"
             yield Problem(f"align.{key}", cause, "remove it, or use method=dmae or amd", ((f"align.{key}", "method"),))
+
+
+def _targets(c: PretrainConfig) -> Iterator[Problem]:
+    """Yield problems for what features are compared with, and for what predicts them."""
+    if c.align.last_blocks is not None and c.align.teacher and c.align.last_blocks > min(c.align.teacher) + 1:
+        cause = f"{c.align.last_blocks} blocks cannot end at block {min(c.align.teacher)}, the first being 0"
+        yield Problem("align.last_blocks", cause, f"use at most {min(c.align.teacher) + 1}")
+    if c.align.normalize != "stored" and "stored_steps" in c.align.model_dump(exclude_defaults=True):
+        cause, remedy = "only align.normalize=stored measures a teacher", "remove it, or use align.normalize=stored"
+        yield Problem("align.stored_steps", cause, remedy, (("align.stored_steps", "align.normalize"),))
+    if c.method == "amd" and c.generate.by == "decoder":
+        if c.decoder.attention != "cross":
+            cause = "the decoder can generate features only by cross-attention"
+            yield Problem("generate.by", cause, "add decoder.attention=cross, or use generate.by=own")
+        for key in c.generate.model_dump(include={"depth", "num_heads"}, exclude_defaults=True):
+            replaced = (f"generate.{key}", "generate.by")
+            yield Problem(f"generate.{key}", "generate.by=decoder has no generators", "remove it", (replaced,))
 
 
 def _grid(c: PretrainConfig) -> Iterator[Problem]:
@@ -126,7 +163,7 @@ def _grid(c: PretrainConfig) -> Iterator[Problem]:
 def _widths(c: PretrainConfig) -> Iterator[Problem]:
     student, teacher = c.student_architecture, c.teacher_architecture
     yield from shared_rules.tower("decoder", width=c.decoder.width, num_heads=c.decoder.num_heads)
-    for who, arch in (("student", student), ("teacher", teacher)):
+    for who, arch in (("student", student), ("teacher", None if c.teacher.source == EMA else teacher)):
         if arch is not None:
             yield from shared_rules.tower(who, width=arch.width, num_heads=arch.num_heads)
     num_heads = c.generate.num_heads
@@ -153,6 +190,7 @@ RULES = (
     _families,
     _taps,
     _relations,
+    _targets,
     _grid,
     _widths,
 )

@@ -9,6 +9,7 @@ import re
 # Kinds of sources of weights, KIND:NAME. The first four state their architecture, and open any network.
 NETWORK_KINDS = ("run", "timm", "hf-hub", "local-dir")
 SOURCE_KINDS = (*NETWORK_KINDS, "file", "random")
+EMA = "ema"  # a teacher of pre-training without a source: the moving average of the student
 PYTHON_KIND = "python"  # python:MODULE.CLASS stands for an object that a Python caller gives, see runs/objects.py
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 

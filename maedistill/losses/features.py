@@ -3,6 +3,9 @@
 B batch   R rows   D width   C channels, which may differ between student and teacher   h, w sides of a map
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -10,9 +13,11 @@ from torch.nn import functional as F
 def feature_loss(student: Tensor, teacher: Tensor, *, distance: str, normalize: str, beta: float = 2.0) -> Tensor:
     """Return the mean distance between student and teacher features of the same shape [B, R, D], in fp32: a scalar.
 
-    distance: `l1` (DMAE), `mse` (AMD), or `smooth_l1`, quadratic below `beta` (G2SD, Feature Distillation).
+    distance: `l1` (DMAE), `mse` (AMD), `smooth_l1`, quadratic below `beta` (G2SD, Feature Distillation), or
+    `cosine_smooth_l1`, 0.9 (1 - cosine of the rows) + 0.1 smooth L1 with beta 1 (Theia, EUPE).
     normalize: `l2` scales each row of both to unit length (DMAE's released code), `whiten` layer-normalises the
-    teacher's rows without affine (Feature Distillation), `none` changes neither (AMD; the formula in the DMAE paper).
+    teacher's rows without affine (Feature Distillation), `none` changes neither (AMD; the formula in the DMAE paper);
+    nor does `stored`, whose teacher's rows are standardised already (methods/statistics.py).
     No gradient flows to the teacher's side.
     """
     student, teacher = student.float(), teacher.detach().float()
@@ -21,13 +26,26 @@ def feature_loss(student: Tensor, teacher: Tensor, *, distance: str, normalize: 
     elif normalize == "whiten":
         teacher = F.layer_norm(teacher, teacher.shape[-1:])
     else:
-        assert normalize == "none"
+        assert normalize in ("none", "stored")
     if distance == "l1":
         return F.l1_loss(student, teacher)
     if distance == "mse":
         return F.mse_loss(student, teacher)
-    assert distance == "smooth_l1"
-    return F.smooth_l1_loss(student, teacher, beta=beta)
+    if distance == "smooth_l1":
+        return F.smooth_l1_loss(student, teacher, beta=beta)
+    assert distance == "cosine_smooth_l1"
+    cosine = F.cosine_similarity(student, teacher, dim=-1).mean()
+    return 0.9 * (1 - cosine) + 0.1 * F.smooth_l1_loss(student, teacher)
+
+
+def mean_of_blocks(outputs: Sequence[Tensor]) -> Tensor:
+    """Return the layer norm of the mean of the layer-normed outputs of several blocks, in fp32: [B, R, D].
+
+    After data2vec (Baevski et al., 2022). No block outweighs the others; the norms have no affine, and eps 1e-6.
+    """
+    shape = outputs[0].shape[-1:]
+    normed = torch.stack([F.layer_norm(output.float(), shape, eps=1e-6) for output in outputs])
+    return F.layer_norm(normed.mean(dim=0), shape, eps=1e-6)
 
 
 def attention_transfer_loss(student: Tensor, teacher: Tensor, *, power: int = 2) -> Tensor:

@@ -1,27 +1,36 @@
 """AMD (Zhao et al., CVPR 2024): the teacher sees more patches than the student; generators predict its other features.
 
+With `by="decoder"` there are no generators: the pixel decoder's rows of hidden patches, which cross-attend to the
+visible ones, give the features too, through one linear map per pair of blocks (as in SAMI, Xiong et al., CVPR 2024).
+
 B batch   S, T patches visible to student and teacher   P, Q prefix tokens of student and teacher   D_t teacher width
+H hidden patches whose pixels are predicted   W decoder width
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from maedistill.data.images.transforms import normalize
 from maedistill.methods.dmae import DMAE, AlignmentSpec
 from maedistill.methods.mae import BlockFeatures, Losses, PixelSpec, mean_loss
-from maedistill.models.decoder import Generator, TokenDecoder
+from maedistill.models.decoder import CrossDecoder, Generator, TokenDecoder
 from maedistill.models.encoder import Encoder
 from maedistill.models.masking import PatchSplit
 
 
 @dataclass(frozen=True)
 class GeneratorSpec:
-    """The generators, one per pair of blocks, of teacher width, and the weight of what they predict."""
+    """The generators, one per pair of blocks, of teacher width, and the weight of what they predict.
+
+    by: `own` generators, or the pixel `decoder`, a `CrossDecoder`; the other fields but the weight are then not used.
+    """
 
     num_heads: int
     depth: int = 2
     weight: float = 1.0
     pos_embed: str = "sincos2d"
+    by: str = "own"
 
 
 class AMD(DMAE):
@@ -38,6 +47,11 @@ class AMD(DMAE):
     ) -> None:
         super().__init__(encoder, decoder, pixels=pixels, align=align)
         self.generate = generate
+        if generate.by == "decoder":
+            assert isinstance(decoder, CrossDecoder)
+            heads = [nn.Linear(decoder.head.in_features, align.teacher_width) for _ in align.student_taps]
+            self.generators = nn.ModuleList(heads)
+            return
         self.generators = nn.ModuleList(
             Generator(
                 align.teacher_width,
@@ -52,19 +66,35 @@ class AMD(DMAE):
     def forward(self, images: Tensor, split: PatchSplit, target: BlockFeatures | None = None) -> Losses:
         """Return DMAE's losses and `generate/BLOCK` per student block. target: {teacher block: [B, Q + T, D_t]}."""
         assert target is not None
-        pixels, features = self.reconstruct(images, split, self.align.student_taps)
-        projected = self.project(features)
+        if self.generate.by == "decoder":
+            pixels, features, generated = self.reconstruct_and_generate(images, split)
+            projected = self.project(features)
+        else:
+            pixels, features = self.reconstruct(images, split, self.align.student_taps)
+            projected = self.project(features)
+            visible = [rows[:, self.encoder.num_prefix :] for rows in projected]  # [B, S, D_t]
+            generated = [make(rows, split) for make, rows in zip(self.generators, visible, strict=True)]
         align = self.alignment_losses(projected, target, split)
-        generate = self.generation_losses(projected, target, split)
-        loss = self.pixels.weight * pixels + self.align.weight * mean_loss(align)
-        loss = loss + self.generate.weight * mean_loss(generate)
+        generate = self.generation_losses(generated, target, split)
+        loss = self.pixels.weight * pixels + self.align.weight * self.ramp * mean_loss(align)
+        loss = loss + self.generate.weight * self.ramp * mean_loss(generate)
         return {"loss": loss, "pixels": pixels, **align, **generate}
 
-    def generation_losses(self, projected: list[Tensor], target: BlockFeatures, split: PatchSplit) -> Losses:
-        """Return the generated alignment of each pair at patches that only the teacher sees, without prefix tokens."""
+    def reconstruct_and_generate(self, images: Tensor, split: PatchSplit) -> tuple[Tensor, BlockFeatures, list[Tensor]]:
+        """Return the pixel loss, the student's tapped features, and what the decoder's rows generate for each pair.
+
+        A row of a cross-attention decoder does not depend on the others, so the two may need different numbers of rows.
+        """
+        normalized = normalize(images, self.mean, self.std)
+        tokens, features = self.encoder(normalized, split.student, taps=self.align.student_taps)
+        predicted, missing = self.num_predicted(split), split.num_teacher - split.num_student  # H, T - S
+        hidden = split.hidden[:, : max(predicted, missing)]
+        pixels, rows = self.decoder(tokens, split, hidden, with_rows=True)  # [B, max(H, T - S), p*p*3], [..., W]
+        loss = self.pixel_loss(pixels[:, :predicted], images, normalized, hidden[:, :predicted])
+        return loss, features, [head(rows[:, :missing]) for head in self.generators]
+
+    def generation_losses(self, generated: list[Tensor], target: BlockFeatures, split: PatchSplit) -> Losses:
+        """Return the generated alignment of each pair at patches that only the teacher sees: rows [B, T - S, D_t]."""
         start = self.align.teacher_prefix + split.num_student
-        losses: Losses = {}
-        for i, (s, t) in enumerate(zip(self.align.student_taps, self.align.teacher_taps, strict=True)):
-            rows = self.generators[i](projected[i][:, self.encoder.num_prefix :], split)  # [B, T - S, D_t]
-            losses[f"generate/{s}"] = self.distance(rows, target[t][:, start:])
-        return losses
+        pairs = zip(self.align.student_taps, self.align.teacher_taps, generated, strict=True)
+        return {f"generate/{s}": self.distance(rows, target[t][:, start:]) for s, t, rows in pairs}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from maedistill.losses.features import feature_loss
 from maedistill.methods.mae import MAE, BlockFeatures, Losses, PixelSpec, mean_loss
+from maedistill.models.blocks import projection
 from maedistill.models.decoder import TokenDecoder
 from maedistill.models.encoder import Encoder
 from maedistill.models.masking import PatchSplit
@@ -18,7 +19,7 @@ from maedistill.models.masking import PatchSplit
 class AlignmentSpec:
     """Feature alignment of pairs of blocks, one student tap with one teacher tap.
 
-    distance, normalize, beta: of `losses.features.feature_loss`. bias: of the projections.
+    distance, normalize, beta: of `losses.features.feature_loss`. projector, bias: of the projections.
     """
 
     student_taps: tuple[int, ...]
@@ -28,6 +29,7 @@ class AlignmentSpec:
     distance: str = "l1"
     normalize: str = "l2"
     beta: float = 2.0
+    projector: str = "linear"
     bias: bool = True
     weight: float = 1.0
 
@@ -39,7 +41,8 @@ class DMAE(MAE):
         super().__init__(encoder, decoder, pixels=pixels)
         self.align = align
         self.projections = nn.ModuleList(
-            nn.Linear(encoder.width, align.teacher_width, bias=align.bias) for _ in align.student_taps
+            projection(encoder.width, align.teacher_width, kind=align.projector, bias=align.bias)
+            for _ in align.student_taps
         )
 
     def forward(self, images: Tensor, split: PatchSplit, target: BlockFeatures | None = None) -> Losses:
@@ -47,7 +50,7 @@ class DMAE(MAE):
         assert target is not None
         pixels, features = self.reconstruct(images, split, self.align.student_taps)
         align = self.alignment_losses(self.project(features), target, split)
-        loss = self.pixels.weight * pixels + self.align.weight * mean_loss(align)
+        loss = self.pixels.weight * pixels + self.align.weight * self.ramp * mean_loss(align)
         return {"loss": loss, "pixels": pixels, **align}
 
     def project(self, features: BlockFeatures) -> list[Tensor]:

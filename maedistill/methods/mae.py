@@ -39,16 +39,21 @@ class PixelSpec:
 
 
 class MAE(nn.Module):
-    """Encoder, decoder and the pixel loss."""
+    """Encoder, decoder and the pixel loss.
+
+    ramp: the share of their weights with which the terms of a teacher count. The loop may set it before a step.
+    """
 
     mean: Tensor
     std: Tensor
+    ramp: Tensor
 
     def __init__(self, encoder: Encoder, decoder: TokenDecoder, *, pixels: PixelSpec) -> None:
         super().__init__()
         self.encoder, self.decoder, self.pixels = encoder, decoder, pixels
         self.register_buffer("mean", torch.tensor(pixels.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(pixels.std).view(3, 1, 1), persistent=False)
+        self.register_buffer("ramp", torch.ones(()), persistent=False)
 
     def forward(self, images: Tensor, split: PatchSplit, target: BlockFeatures | None = None) -> Losses:
         """Return the losses of one micro-batch: scalars `pixels` and `loss`. images: in [0, 1], [B, 3, s, s]."""
@@ -64,8 +69,12 @@ class MAE(nn.Module):
         tokens, features = self.encoder(normalized, split.student, taps=taps, **more)  # [B, P + S, D]
         hidden = split.hidden[:, : self.num_predicted(split)]  # [B, H]: the order is random, so this is a random subset
         predicted = self.decoder(tokens, split, hidden)  # [B, H, p*p*3]
+        return self.pixel_loss(predicted, images, normalized, hidden), features
+
+    def pixel_loss(self, predicted: Tensor, images: Tensor, normalized: Tensor, hidden: Tensor) -> Tensor:
+        """Return the pixel loss of the predictions [B, H, p*p*3] of the patches `hidden` [B, H]."""
         target = pixel_target(self.pixels_of(images, normalized, hidden), kind=self.pixels.target)
-        return F.mse_loss(predicted.float(), target.float()), features
+        return F.mse_loss(predicted.float(), target.float())
 
     def num_predicted(self, split: PatchSplit) -> int:
         """Return how many hidden patches of an image are predicted in training: H."""

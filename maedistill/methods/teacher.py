@@ -8,6 +8,7 @@ width   k patches of the teacher along a side of a student's   s image side   t 
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from maedistill.data.images.transforms import normalize
 from maedistill.errors import ConfigError
+from maedistill.losses.features import mean_of_blocks
 from maedistill.models.encoder import Encoder, MaskedEncoder, TimmModel
 from maedistill.models.masking import PatchSplit
 from maedistill.models.patches import finer_ids
@@ -51,6 +53,8 @@ class FrozenNetwork(nn.Module):
 class Teacher(FrozenNetwork):
     """Computes the features of the teacher's tapped blocks, or with `relations` their queries, keys and values.
 
+    last: the target of a tap is made of the outputs of so many blocks that end there, see `mean_of_blocks`.
+
     It sees its visible patches only, and runs up to its last tap. It resizes the images so that each patch of the
     student's covers the same part of the image as one of its own, or as k x k of them, whose rows are averaged.
     """
@@ -58,7 +62,13 @@ class Teacher(FrozenNetwork):
     network: Encoder
 
     def __init__(
-        self, source: Network, *, taps: Sequence[int], relations: bool = False, dtype: torch.dtype = torch.float32
+        self,
+        source: Network,
+        *,
+        taps: Sequence[int],
+        last: int | None = None,
+        relations: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(source, source.encoder, dtype)
         if max(taps) >= self.encoder.depth:
@@ -66,7 +76,9 @@ class Teacher(FrozenNetwork):
                 f"align.teacher: block {max(taps)} does not exist, the teacher has {self.encoder.depth}",
                 f"use 0 to {self.encoder.depth - 1}",
             )
-        self.tapped = {"relations" if relations else "taps": tuple(taps)}
+        self.means = {tap: range(tap - last + 1, tap + 1) for tap in taps} if last is not None else {}
+        needed = sorted({*chain(*self.means.values())}) or taps
+        self.tapped = {"relations" if relations else "taps": tuple(needed)}
         self.ends_early = {"to_last_tap": True} if isinstance(self.encoder, MaskedEncoder) else {}
         self.num_prefix, self.width = self.encoder.num_prefix, self.encoder.width
 
@@ -83,7 +95,7 @@ class Teacher(FrozenNetwork):
         """
         own = self.own_split(split)
         _, outputs = self.network(self.prepare(images), own.teacher, **self.tapped, **self.ends_early)
-        return self.merge(outputs, own.num_teacher // split.num_teacher)
+        return self.targets(self.merge(outputs, own.num_teacher // split.num_teacher))
 
     def own_split(self, split: PatchSplit) -> PatchSplit:
         """Return `split` on the teacher's own grid, where k x k patches cover one of the student's."""
@@ -103,3 +115,9 @@ class Teacher(FrozenNetwork):
             prefix, patches = rows.tensor_split([self.num_prefix], dim=-2)
             merged[block] = torch.cat([prefix, patches.unflatten(-2, (-1, parts)).mean(-2)], dim=-2)
         return merged
+
+    def targets(self, outputs: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Return the target of each tap: the output of its block, or made of several."""
+        if not self.means:
+            return outputs
+        return {tap: mean_of_blocks([outputs[block] for block in blocks]) for tap, blocks in self.means.items()}

@@ -46,7 +46,7 @@ class TinyMIM(MAE):
         assert target is not None
         pixels, features = self.reconstruct(images, split, relations=self.relations.student_taps)
         align = self.relation_losses(features, target)
-        loss = self.pixels.weight * pixels + self.relations.weight * 2 * mean_loss(align)
+        loss = self.pixels.weight * pixels + self.relations.weight * self.ramp * 2 * mean_loss(align)
         return {"loss": loss, "pixels": pixels, **align}
 
     def relation_losses(self, features: BlockFeatures, target: BlockFeatures) -> Losses:

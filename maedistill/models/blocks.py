@@ -77,10 +77,10 @@ def queries_keys_values(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return attention.q_norm(q), attention.k_norm(k), v
 
 
-def projection(in_width: int, out_width: int, *, kind: str) -> nn.Module:
-    """Build a map of features: one `linear` layer, or an `mlp` with one hidden layer of the output's width."""
-    linear = nn.Linear(in_width, out_width)
+def projection(in_width: int, out_width: int, *, kind: str, bias: bool = True) -> nn.Module:
+    """Build a map of features: one `linear` layer, or an `mlp` with one normed hidden layer of the output's width."""
+    linear = nn.Linear(in_width, out_width, bias=bias)
     if kind == "linear":
         return linear
     assert kind == "mlp"
-    return nn.Sequential(linear, nn.GELU(), nn.Linear(out_width, out_width))
+    return nn.Sequential(linear, LayerNorm(out_width), nn.GELU(), nn.Linear(out_width, out_width, bias=bias))

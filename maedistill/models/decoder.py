@@ -9,6 +9,8 @@ features.
     D encoder width   W own width   p patch side
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -74,12 +76,18 @@ class CrossDecoder(TokenDecoder):
 
     block = CrossBlock
 
-    def forward(self, tokens: Tensor, split: PatchSplit, hidden: Tensor | None = None) -> Tensor:
-        """Predict as `TokenDecoder` does; a patch's prediction does not depend on which others are in `hidden`."""
+    def forward(
+        self, tokens: Tensor, split: PatchSplit, hidden: Tensor | None = None, *, with_rows: bool = False
+    ) -> Any:
+        """Predict as `TokenDecoder` does; a patch's prediction does not depend on which others are in `hidden`.
+
+        with_rows: return the predictions and the rows that they are made of, [B, H, W].
+        """
         context, rows = self.inputs(tokens, split, hidden)
         for block in self.blocks:
             rows = block(rows, context)  # [B, H, W]
-        return self.head(self.norm(rows))
+        rows = self.norm(rows)
+        return (self.head(rows), rows) if with_rows else self.head(rows)
 
 
 class Generator(nn.Module):

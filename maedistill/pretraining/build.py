@@ -1,5 +1,6 @@
 """Builds the objects of a pre-training run from its config. Only this file unpacks it; others get plain arguments."""
 
+from copy import deepcopy
 from dataclasses import replace
 from math import lcm
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.sources import EMA
 from maedistill.data.images.transforms import random_flip, to_float01
 from maedistill.data.loading.loader import RandomCrops
 from maedistill.data.loading.order import SampleOrder
@@ -14,6 +16,7 @@ from maedistill.data.shards.index import ShardIndex
 from maedistill.errors import ConfigError
 from maedistill.machine import DTYPES, precision
 from maedistill.methods.amd import AMD, GeneratorSpec
+from maedistill.methods.average import AverageTeacher
 from maedistill.methods.dmae import DMAE, AlignmentSpec
 from maedistill.methods.mae import MAE, PixelSpec
 from maedistill.methods.teacher import Teacher
@@ -26,6 +29,7 @@ from maedistill.models.maps import MapEncoder
 from maedistill.models.masking import PatchSplit, num_visible, random_split
 from maedistill.runs.objects import NOTHING, Objects, class_name, require_object
 from maedistill.weights.from_file import SPEC_FIELDS, EncoderSpec
+from maedistill.weights.license import NO_OTHERS
 from maedistill.weights.network import Network, given_network, open_network
 
 METHODS: dict[str, type[MAE]] = {"mae": MAE, "dmae": DMAE, "amd": AMD, "tinymim": TinyMIM}
@@ -47,10 +51,11 @@ def build_encoder(config: PretrainConfig, objects: Objects = NOTHING) -> Encoder
 
 
 def build_teacher_source(config: PretrainConfig, *, grid: int, objects: Objects = NOTHING) -> Network | None:
-    """Open the teacher's network, or describe the caller's; return None for a method without a teacher."""
+    """Open the teacher's network, or describe the caller's; return None without a teacher, or for the average."""
     teacher = config.teacher
-    if teacher.source is None:
+    if teacher.source in (None, EMA):
         return None
+    assert teacher.source is not None
     if objects.teachers:
         size = teacher.image_size or config.data.image_size
         network = given_network(objects.teachers[0], teacher.source, image_size=size)
@@ -101,8 +106,18 @@ def _sees_all(config: PretrainConfig, network: Network, *, grid: int) -> Network
 
 def build_teacher(config: PretrainConfig, source: Network, device: torch.device) -> Teacher:
     """Build the frozen teacher on `device`, without the blocks after its last tap."""
-    dtype = DTYPES[precision(config.teacher.precision, device)]
-    return Teacher(source, taps=config.align.teacher, relations=config.method == "tinymim", dtype=dtype).to(device)
+    dtype, align = DTYPES[precision(config.teacher.precision, device)], config.align
+    relations = config.method == "tinymim"
+    return Teacher(source, taps=align.teacher, last=align.last_blocks, relations=relations, dtype=dtype).to(device)
+
+
+def build_average(config: PretrainConfig, student: Encoder, device: torch.device, *, steps: int) -> AverageTeacher:
+    """Build the teacher of `teacher.source=ema` from the student's initial weights. steps: of the run."""
+    data, align = config.data, config.align
+    source = Network(deepcopy(student), EMA, data.image_size, NO_OTHERS, mean=data.mean, std=data.std)
+    number_format, decay = precision(config.teacher.precision, device), config.teacher.decay
+    taps: dict[str, Any] = {"taps": align.teacher, "last": align.last_blocks}
+    return AverageTeacher(source, **taps, decay=decay, steps=steps, number_format=number_format).to(device)
 
 
 def build_method(config: PretrainConfig, encoder: Encoder, source: Network | None, objects: Objects = NOTHING) -> MAE:
@@ -130,8 +145,8 @@ def build_method(config: PretrainConfig, encoder: Encoder, source: Network | Non
     if config.method == "mae":
         method = make(encoder, decoder, pixels=pixels)
     else:
-        assert source is not None  # by the rules of the config
-        specs = _distillation_specs(config, encoder, source.encoder, pos_embed)
+        # Without a source the teacher is the student's average.
+        specs = _distillation_specs(config, encoder, encoder if source is None else source.encoder, pos_embed)
         method = make(encoder, decoder, pixels=pixels, **specs)
     if not isinstance(method, expected):
         raise ConfigError(
@@ -162,18 +177,18 @@ def _distillation_specs(config: PretrainConfig, encoder: Encoder, teacher: Encod
         )
     if config.method == "tinymim":
         return {"relations": _relations(config, encoder, teacher)}
-    terms = align.model_dump(exclude={"student", "teacher"})
+    terms = align.model_dump(exclude={"student", "teacher", "last_blocks", "warmup_share", "stored_steps"})
     spec = AlignmentSpec(align.student, align.teacher, width, teacher.num_prefix, **terms)
     if config.method == "dmae":
         return {"align": spec}
     num_heads = generate.num_heads or max(1, width // 64)
-    if width % num_heads:
+    if generate.by == "own" and width % num_heads:
         raise ConfigError(
             f"generate.num_heads: {num_heads} heads do not divide the teacher's width {width}",
             f"set generate.num_heads to a divisor of {width}",
         )
-    generators = GeneratorSpec(num_heads, depth=generate.depth, weight=generate.weight, pos_embed=pos_embed)
-    return {"align": spec, "generate": generators}
+    shape = generate.model_dump(include={"depth", "weight", "by"})
+    return {"align": spec, "generate": GeneratorSpec(num_heads, pos_embed=pos_embed, **shape)}
 
 
 def _relations(config: PretrainConfig, encoder: Encoder, teacher: Encoder) -> RelationSpec:

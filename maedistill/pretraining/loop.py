@@ -67,28 +67,30 @@ def pretrain(
 
 def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
     """Run the training loop to the end of the run. Collective."""
-    config, plan, engine, teacher = parts.config, parts.plan, run.engine, parts.teacher
+    config, plan, engine = parts.config, parts.plan, run.engine
     crops = build_crops(config, parts.index)
     batches = run.batches(crops)
     look_again(run, parts, metrics)
 
     for step in range(run.step, plan.steps):
         run.schedule.step_update(step)
+        parts.begin_step(step)
         for micro in range(plan.batch.accumulation):
             batch = run.next(batches)
             images, split = parts.inputs(batch.images, batch.positions)  # [m, 3, s, s]
-            target = teacher(images, split) if teacher is not None else None
+            target, notes = parts.teach(images, split, step)
             if parts.is_random:
                 torch.manual_seed(key(config.seed, Stream.NETWORK, step, micro, distributed.rank()))
             losses = engine(images, split, target)
             engine.backward(losses["loss"])
             engine.step()
-            run.count(batch, losses)
+            run.count(batch, losses | notes)
+        parts.end_step(step)
         run.end_step(crops)
 
         # Log: the only place where the host waits for the device.
         if run.should_log:
-            run.log(metrics)
+            parts.warn_of_collapse(run.log(metrics))
 
         # Save, draw, probe: each on its own period, none counted as training time. Saving comes first, so that a
         # picture or probe that fails costs no training.

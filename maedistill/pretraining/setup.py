@@ -1,24 +1,28 @@
 """The parts of a pre-training run before its engine exists: data, student and teacher. Also the dry run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maedistill.config.plan import Plan, batch_plans, make_plan, plan_lines, world_size_from_environment
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.sources import EMA
 from maedistill.data.remote.cache import set_cache
 from maedistill.data.shards.index import ShardIndex, why_unscorable
 from maedistill.data.shards.patterns import describe_shards
-from maedistill.methods.mae import MAE
+from maedistill.methods.average import COLLAPSED, AverageTeacher
+from maedistill.methods.mae import MAE, BlockFeatures, Losses
+from maedistill.methods.statistics import ChannelStatistics
 from maedistill.methods.teacher import Teacher
 from maedistill.models.encoder import num_params_m
 from maedistill.models.maps import MapEncoder
 from maedistill.models.masking import PatchSplit
 from maedistill.pretraining.build import (
+    build_average,
     build_crops,
     build_encoder,
     build_method,
@@ -34,6 +38,7 @@ from maedistill.runs.dry_run import forward_backward
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.objects import NOTHING, Objects, class_name, open_samples
 from maedistill.runs.previous import known_metadata
+from maedistill.runs.records import warn
 from maedistill.runs.settle import settle
 from maedistill.runs.start import Stage
 from maedistill.training.compilation import compile_function, compile_module
@@ -66,6 +71,8 @@ class Pretraining(Stage):
     auto_lines: list[str] = field(default_factory=list)
     fitted_to: int | None = None  # memory of the GPU, in bytes, that the micro-batch was fitted to
     has_objects: bool = False  # whether the student or the method is a caller's
+    statistics: ChannelStatistics | None = None  # with align.normalize=stored
+    has_warned: bool = False  # of collapsed targets
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -94,7 +101,7 @@ class Pretraining(Stage):
                 "micro_batch": self.plan.batch.micro_batch,
                 "fitted_to_bytes": self.fitted_to,
             },
-            "teacher": source.describe() if source is not None else None,
+            "teacher": self._teacher_line(),
             "teacher_weights": self.teacher_weights,
             "license": source.license if source is not None else NO_OTHERS,
         }
@@ -108,7 +115,7 @@ class Pretraining(Stage):
         views = f"student sees {student} of {num_patches} patches"
         if self.source is not None and isinstance(self.source.encoder, MapEncoder):
             views += f", teacher {self.source.encoder.view}"
-        elif self.source is not None:
+        elif self.teacher is not None:
             views += f", teacher {teacher} (nested)" if teacher > student else ", teacher the same"
         sizes = ", ".join(f"{name} {num_params_m(child):.2f} M" for name, child in self.module.named_children())
         images = f"{self.plan.images:,} images in {len(self.index.shards)} shards at {config.data.image_size} px"
@@ -123,12 +130,19 @@ class Pretraining(Stage):
             *plan_lines(config, self.plan),
         ]
 
+    def _teacher_line(self) -> str | None:
+        """Describe the teacher's weights, None without one."""
+        if isinstance(self.teacher, AverageTeacher):
+            return "ema  the student's own moving average, decay {:g} to {:g}".format(*self.teacher.decay)
+        return self.source.describe() if self.source is not None else None
+
     def _teacher_lines(self) -> list[str]:
         """Describe the teacher, if there is one, and how its patches meet the student's."""
-        if self.source is None or self.teacher is None:
+        if self.teacher is None:
             return []
-        if isinstance(self.teacher.encoder, MapEncoder):
-            return [f"teacher  {self.source.describe()}", f"         {self.teacher.encoder.view}"]
+        lines = [f"teacher  {self._teacher_line()}"]
+        if self.source is None or isinstance(self.teacher.encoder, MapEncoder):  # the method's line says what it sees
+            return lines
         size, own = self.source.size, self.source.own_size
         grid, student_grid = self.teacher.encoder.grid, self.module.encoder.grid
         trained = f" (its own: {own})" if own != size else ""
@@ -137,8 +151,7 @@ class Pretraining(Stage):
             if grid == student_grid
             else f"the mean of {(grid // student_grid) ** 2} for one of the student's"
         )
-        sees = f"images of {size} px{trained}, {grid} x {grid} patches, {meets}"
-        return [f"teacher  {self.source.describe()}", f"         {sees}"]
+        return [*lines, f"         images of {size} px{trained}, {grid} x {grid} patches, {meets}"]
 
     def _val_lines(self) -> list[str]:
         """Describe the validation images, if there are any, and say what they cannot be used for."""
@@ -151,7 +164,51 @@ class Pretraining(Stage):
     def module_inputs(self, pixels: Tensor, positions: Tensor) -> tuple[Any, ...]:
         """Return what the module computes a loss from: images, masks and the teacher's outputs."""
         images, split = self.inputs(pixels, positions)
-        return images, split, self.teacher(images, split) if self.teacher is not None else None
+        return images, split, self.teach(images, split)[0]
+
+    @property
+    def kept(self) -> dict[str, nn.Module]:
+        """Return what checkpoints keep of the teacher: one that learns too, and what was measured of its channels."""
+        kept = {"teacher": self.teacher.network} if isinstance(self.teacher, AverageTeacher) else {}
+        return kept | ({"statistics": self.statistics} if self.statistics is not None else {})
+
+    def begin_step(self, step: int) -> None:
+        """Set what a step counts the terms of a teacher with."""
+        warmup = self.config.align.warmup_share * self.plan.steps
+        unmeasured = self.statistics is not None and step == 0
+        self.module.ramp.fill_(0.0 if unmeasured else min(1.0, step / warmup) if warmup else 1.0)
+
+    def teach(self, images: Tensor, split: PatchSplit, step: int | None = None) -> tuple[BlockFeatures | None, Losses]:
+        """Return what a method compares with, and what is logged of it; None and nothing without a teacher.
+
+        step: the step of a run; without one nothing is measured.
+        """
+        if self.teacher is None:
+            return None, {}
+        target = self.teacher(images, split)
+        notes = {"target_std": self.teacher.deviation(target)} if isinstance(self.teacher, AverageTeacher) else {}
+        if self.statistics is not None:
+            if step is not None:
+                self.statistics.add(target, step)
+            target = self.statistics(target)
+        return target, notes
+
+    def end_step(self, step: int) -> None:
+        """Take the teacher on: an average follows the update just made, what was measured counts. Collective."""
+        if isinstance(self.teacher, AverageTeacher):
+            self.teacher.follow(self.module.encoder, step)
+        if self.statistics is not None:
+            self.statistics.end_step(step)
+
+    def warn_of_collapse(self, means: Mapping[str, float]) -> None:
+        """Warn once, on rank 0, if the logged targets are nearly the same for all patches of all images."""
+        if means.get("target_std", 1.0) < COLLAPSED and not self.has_warned and distributed.is_main():
+            self.has_warned = True
+            warn(
+                f"the targets deviate by {means['target_std']:.3f} only (target_std, below {COLLAPSED}): student and "
+                "average have collapsed to one output; a lower learning rate, a higher teacher.decay or a longer "
+                "align.warmup_share may help"
+            )
 
     @property
     def is_random(self) -> bool:
@@ -182,8 +239,13 @@ def open_pretraining(
     teacher_weights = [weights_fingerprint(source.encoder)] if source is not None else []  # before their dtype changes
     method = build_method(config, encoder, source, objects).to(device)
     teacher = build_teacher(config, source, device) if source is not None else None
+    if config.teacher.source == EMA:
+        teacher = build_average(config, method.encoder, device, steps=plan.steps)
     inputs = partial(step_inputs, config, num_patches=encoder.grid**2)
     parts = Pretraining(config, plan, index, val_index, method, source, teacher, teacher_weights, device, inputs)
+    if teacher is not None and config.align.normalize == "stored":
+        shape = {"width": teacher.width, "prefix": teacher.num_prefix, "steps": config.align.stored_steps}
+        parts.statistics = ChannelStatistics(config.align.teacher, **shape).to(device)
     parts.has_objects = objects.student is not None or objects.method is not None
     parts.unscorable = why_unscorable(index, val_index) if val_index is not None else None
     parts.auto_lines = auto_lines

@@ -160,6 +160,14 @@ def all_reduce_sum(values: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(values, sums.tolist(), strict=True))
 
 
+def all_reduce_tensor(values: Tensor) -> Tensor:
+    """Return the sum of a tensor over ranks, without a wait of the host for the device. Collective."""
+    values = values.clone()
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
 def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the means of named scalars over ranks, as `all_reduce_sum` does. Collective."""
     return {name: total / world_size() for name, total in all_reduce_sum(values).items()}

@@ -137,9 +137,11 @@ def _distil_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
     """Return the command that distils this run by DMAE into a student of half the width, same data and schedule."""
     path, arch = str(folder.path), config.student_architecture
     overrides = ["method=dmae", f"run={path}_small", f"teacher.source=run:{path}"]
-    described = config.teacher.model_dump(exclude={"source", "precision"})  # settings of this run's own teacher
+    described = config.teacher.model_dump(exclude={"source", "precision", "decay"})  # of this run's own teacher
     overrides += [f"teacher.{key}=null" for key, value in described.items() if value is not None]
     overrides += ["masks.teacher_keep_ratio=null"] if config.masks.teacher_keep_ratio is not None else []
+    overrides += ["align.last_blocks=null"] if config.align.last_blocks is not None else []
+    overrides += ["align.weight=1"] if config.align.weight == 0 else []
     if arch is not None:
         tap = max(0, arch.depth * 3 // 4 - 1)  # DMAE's 3/4 of the depth, block 17 of 24
         overrides += [f"student.width={arch.width // 2}", f"align.student=[{tap}]", f"align.teacher=[{tap}]"]

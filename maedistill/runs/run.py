@@ -237,8 +237,8 @@ class Run:
         with self.clock.paused(), self.peers.paused():
             yield
 
-    def log(self, metrics: MetricsFile | None) -> None:
-        """Write and print the losses since the last call. Waits for the device. Collective."""
+    def log(self, metrics: MetricsFile | None) -> dict[str, float]:
+        """Write, print and return the mean losses since the last call. Waits for the device. Collective."""
         means = self.averages.read()
         self.bad_samples.count(self.progress)
         norm = float(self.engine.grad_norm)
@@ -262,3 +262,4 @@ class Run:
             say(progress_line(means, values, step=self.step, total_steps=self.plan.steps, epochs=epochs))
             if hint := self.hint.note(values["data_wait"], workers=self.workers):
                 say(hint)
+        return means

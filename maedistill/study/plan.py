@@ -19,6 +19,7 @@ from maedistill.config.keys import all_keys, all_sections
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.schema import RunConfig
+from maedistill.config.sources import EMA
 from maedistill.config.values import Root, unknown_key
 from maedistill.errors import ConfigError, join_first
 from maedistill.study.completion import is_done, is_scored
@@ -110,7 +111,10 @@ class StudyPlan:
         path, texts = network.config, [*self.study.pretrain_set, *network.set]
         teachers = [name for name, teacher in self.study.teachers.items() if teacher.config is not None]
         named = any(text.startswith("teacher.source=") for text in (*texts, *self.settings))
-        if named or not teachers or self._inspect(owner, path, texts, PretrainConfig).method == "mae":
+        if named or not teachers:
+            return path, texts
+        config = self._inspect(owner, path, texts, PretrainConfig)
+        if config.method == "mae" or config.teacher.source == EMA:
             return path, texts
         if len(teachers) > 1:
             cause = f"{owner}: the study has {len(teachers)} teachers, and the student does not say which is its"

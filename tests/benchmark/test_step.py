@@ -41,7 +41,8 @@ def comparison(tmp_path, request) -> StepComparison:
 
 
 CASES = ["mae", "dmae", "amd", "dmae decoder.attention=cross", "amd decoder.predict_ratio=0.3", "mae pixels.target=raw"]
-CASES += ["tinymim"]
+CASES += ["tinymim", "amd decoder.attention=cross generate.by=decoder align.last_blocks=2 align.teacher=[1,2]"]
+CASES += ["amd teacher.source=ema align.teacher=[0,2] align.projector=mlp align.distance=cosine_smooth_l1"]
 CASES += ["dmae student.register_tokens=2", "mae decoder.attention=cross decoder.predict_ratio=0.5"]
 
 

@@ -121,6 +121,13 @@ OVERRIDES = [
     "data.image_size=230",
     "decoder.num_heads=7",
     "decoder={width: 6, num_heads: 1}",
+    # the student's average as teacher, targets of several blocks, features from the decoder
+    "teacher.source=ema",
+    "teacher={source: ema, model: vit_large_patch16_224}",
+    "teacher={source: ema, decay: [0.9, 1.1]}",
+    "teacher.decay=[0.9, 0.99]",
+    "align.last_blocks=19",
+    "align.distance=cosine",
 ]
 
 # The same on top of FINETUNE; what both stages share is above.
@@ -321,6 +328,21 @@ def test_amd_generators_must_fit_the_teacher(refused, tmp_path):
     load_config(file, [*amd, "generate.num_heads=8"], root=PretrainConfig)
     refused(GOOD, [*amd, "generate.num_heads=7"])
     refused(GOOD, ["method=amd", "masks.teacher_keep_ratio=0.251"])
+
+
+def test_amd_by_the_decoder_and_the_average_as_teacher(refused, tmp_path):
+    file = tmp_path / "good.yaml"
+    file.write_text(GOOD)
+    shared = ["method=amd", "masks.teacher_keep_ratio=1", "generate.by=decoder"]
+    load_config(file, [*shared, "decoder.attention=cross"], root=PretrainConfig)
+    assert "generate.by" in refused(GOOD, shared).cause
+    assert "generate.depth" in refused(GOOD, [*shared, "decoder.attention=cross", "generate.depth=1"]).cause
+    average = ["method=amd", "masks.teacher_keep_ratio=1", "teacher.source=ema", "align.teacher=[11]"]
+    assert "engine.zero" in refused(GOOD, [*average, "engine.zero=3"]).remedy
+    assert "align.teacher" in refused(GOOD, [*average[:-1], "engine.zero=1"]).cause, "it has the student's blocks"
+    file.write_text(GOOD + "generate: {depth: 1}\n")
+    loaded = load_config(file, [*average, "generate.by=decoder", "decoder.attention=cross"], root=PretrainConfig).config
+    assert loaded.generate.depth == 2 and loaded.teacher_architecture == loaded.student_architecture
 
 
 NAMES = [name for root in (PretrainConfig, FinetuneConfig) for name in (*all_keys(root), *all_sections(root))]

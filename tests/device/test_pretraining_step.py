@@ -39,6 +39,14 @@ CASES = {
     "amd": AMD,
     "amd, cross, whitened": [*AMD, *CROSS, "align.distance=mse", "align.normalize=whiten", "align.bias=false"],
     "amd, a teacher of whole images": [*AMD, *WHOLE, *ONE, "masks.teacher_keep_ratio=1"],
+    "amd by the decoder, several blocks, mlp": [
+        *("method=amd", *TEACHER, *TWO, "masks.teacher_keep_ratio=1", *CROSS, "generate.by=decoder"),
+        *("align.last_blocks=1", "align.projector=mlp", "align.distance=cosine_smooth_l1", "align.normalize=stored"),
+    ],
+    "amd of the average": [
+        *("method=amd", "teacher.source=ema", "masks.teacher_keep_ratio=1", "decoder.attention=cross"),
+        *("generate.by=decoder", "align.student=[1]", "align.teacher=[1]", "align.last_blocks=2"),
+    ],
     "tinymim": ["method=tinymim", *TEACHER, *TWO],
 }
 DISTANCES = {"l1": "l2", "mse": "none", "smooth_l1": "whiten"}  # each of either once; no branch depends on both
@@ -61,12 +69,14 @@ def take_step(parts: Pretraining, given: Batch) -> dict[str, Any]:
     """What a step computes from a micro-batch: its inputs, losses and gradients."""
     torch.manual_seed(1)
     images, split = parts.inputs(given.images, given.positions)
-    target = parts.teacher(images, split) if parts.teacher is not None else None
+    parts.begin_step(1)
+    target, notes = parts.teach(images, split, 1)
     with torch.autocast(images.device.type, dtype=torch.bfloat16):
         losses = parts.module(images, split, target)
     losses["loss"].backward()
+    parts.end_step(1)
     gradients = {name: parameter.grad for name, parameter in parts.module.named_parameters()}
-    return {"images": images, "order": split.order, **losses, **gradients}
+    return {"images": images, "order": split.order, **losses, **notes, **gradients}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -77,6 +87,9 @@ def test_a_step_never_waits_for_the_card_and_computes_the_same_bits(pretraining,
     with Card() as card:
         parts.module.zero_grad()
         parts.module, parts.teacher = parts.module.to(CARD), parts.teacher and parts.teacher.to(CARD)
+        if parts.statistics is not None:
+            parts.statistics.sums.zero_()
+            parts.statistics.to(CARD)
         given = batch().to(CARD)
         with card.step():
             found = take_step(parts, given)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from maedistill.losses.features import feature_loss
+from maedistill.losses.features import feature_loss, mean_of_blocks
 from maedistill.losses.logits import kd_loss
 from maedistill.losses.self_distillation import (
     codistillation_loss,
@@ -38,6 +38,11 @@ def exit_features(features):
     return torch.stack(losses).mean()
 
 
+def cosine_smooth_l1(student, given):
+    teacher = (given["teacher_tokens"] - given["stored_mean"]) / given["stored_std"]
+    return feature_loss(student, teacher, distance="cosine_smooth_l1", normalize="none")
+
+
 def past(logits, given):
     one_hot = F.one_hot(given["target"], 10).float()
     target = past_target(one_hot, given["past_probabilities"], alpha=0.8 * 4 / 10)
@@ -49,6 +54,7 @@ CASES = {
     "exits_a0.3_T3": ("exit_logits", 4, lambda x, given: exits(x, given["target"])),
     "exits_feature": ("exit_features", 3, lambda x, given: exit_features(x)),
     "self_attention": ("block_tokens", 2, lambda x, given: self_attention_loss(list(x))),
+    "cosine0.9_smooth_l1_0.1": ("student_tokens", 3, lambda x, given: cosine_smooth_l1(x, given)),
     "past_epoch3_of_10_a0.8": ("peer_logits", 0, lambda x, given: past(x, given)),
 }
 
@@ -86,6 +92,10 @@ def test_golden_online_peers(given, name, loss):
         close(value.detach(), given[f"{name}_loss"][i])
         close(gradients[i], given[f"{name}_grad"][i])
         assert all(gradient is None for gradient in others(gradients, i)), "peers are detached"
+
+
+def test_golden_mean_of_blocks(given):
+    close(mean_of_blocks(list(given["late_blocks"])), given["ema_target"])
 
 
 def test_equal_peers_add_nothing_and_two_peers_make_both_losses_one(given):

@@ -23,6 +23,7 @@ from maedistill.weights.network import open_network
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 CASES = ["mae", "dmae", "amd", "amd with class token", "amd learned", "dmae two pairs"]
 CASES += ["mae cross", "dmae partial", "amd cross partial", "tinymim", "tinymim two pairs"]
+CASES += ["amd cross shared", "amd cross partial shared with class token", "dmae mlp"]
 
 
 def build(case: str) -> tuple[MAE, Teacher | None, PatchSplit, torch.Tensor]:
@@ -43,14 +44,16 @@ def build(case: str) -> tuple[MAE, Teacher | None, PatchSplit, torch.Tensor]:
         spec = EncoderSpec(width=48, depth=4, num_heads=4, patch_size=8)
         source = open_network("random:vit_tiny_patch16_224", "encoder", grid=8, spec=spec)
         teacher = Teacher(source, taps=taps[1], relations=name == "tinymim")
-        align = AlignmentSpec(*taps, teacher_width=48, teacher_prefix=1)
+        projector = "mlp" if "mlp" in case else "linear"
+        align = AlignmentSpec(*taps, teacher_width=48, teacher_prefix=1, projector=projector)
     if name == "mae":
         method = MAE(encoder, decoder, pixels=pixels)
     elif name == "dmae":
         method = DMAE(encoder, decoder, pixels=pixels, align=align)
     elif name == "amd":
         align = replace(align, distance="mse", normalize="none")
-        method = AMD(encoder, decoder, pixels=pixels, align=align, generate=GeneratorSpec(num_heads=1))
+        generate = GeneratorSpec(num_heads=1, by="decoder" if "shared" in case else "own")
+        method = AMD(encoder, decoder, pixels=pixels, align=align, generate=generate)
     else:
         relations = RelationSpec(*taps, teacher_prefix=1, num_heads=(4,) * len(taps[0]))
         method = TinyMIM(encoder, decoder, pixels=pixels, relations=relations)
@@ -86,11 +89,12 @@ def test_terms_add_up_by_name(case: str) -> None:
     for name, weight in (("pixels", 2.0), ("align", 3.0), ("relations", 3.0), ("generate", 5.0)):
         if hasattr(method, name):
             setattr(method, name, replace(getattr(method, name), weight=weight))
+    method.ramp.fill_(0.5)  # of the terms of a teacher
     losses = losses_of(method, teacher, split, images)
     groups = {kind: [v for name, v in losses.items() if name.startswith(kind)] for kind in ("align/", "generate/")}
     expected = 2 * losses["pixels"]
     both = 2 if "tinymim" in case else 1  # QK and VV: their sum counts
-    for kind, weight in (("align/", 3 * both), ("generate/", 5)):
+    for kind, weight in (("align/", 1.5 * both), ("generate/", 2.5)):
         if groups[kind]:
             expected = expected + weight * sum(groups[kind]) / len(groups[kind])
     torch.testing.assert_close(losses["loss"], expected)
@@ -98,7 +102,7 @@ def test_terms_add_up_by_name(case: str) -> None:
     assert len(groups["align/"]) == count and len(groups["generate/"]) == (count if "amd" in case else 0)
 
 
-@pytest.mark.parametrize("case", ["mae", "dmae", "amd", "tinymim", "mae cross", "dmae partial"])
+@pytest.mark.parametrize("case", ["mae", "dmae", "amd", "tinymim", "mae cross", "dmae partial", "amd cross shared"])
 def test_one_batch_is_learned(case: str) -> None:
     method, teacher, split, images = build(case)
     initialize(method, seed=0)
@@ -164,7 +168,25 @@ def test_student_and_teacher_patches_cover_the_same_part_of_the_image() -> None:
     assert int(means.argmax()) == 21
 
 
-@pytest.mark.parametrize("case", ["dmae", "tinymim", "amd cross partial"])  # MAE's graph is a part of each
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_shared_decoder_generates_features_and_leaves_the_pixels_alone(share: float) -> None:
+    """One pass of the decoder gives 12 or 48 patches' pixels and 16 patches' features; apart, it gives the same."""
+    method, teacher, split, images = build("amd cross shared with class token")
+    initialize(method, seed=0)
+    method.pixels = replace(method.pixels, predict_ratio=share)
+    target = teacher(images, split)
+    losses = method(images, split, target)
+    torch.testing.assert_close(losses["pixels"], MAE.forward(method, images, split)["pixels"])
+    tokens, _ = method.encoder(normalize(images, method.mean, method.std), split.student)
+    _, rows = method.decoder(tokens, split, split.order[:, 16:32], with_rows=True)
+    for i, (s, t) in enumerate(((0, 1), (2, 3))):
+        expected = (method.generators[i](rows) - target[t][:, 17:]).square().mean()
+        torch.testing.assert_close(losses[f"generate/{s}"], expected)
+
+
+@pytest.mark.parametrize(
+    "case", ["dmae", "tinymim", "amd cross partial", "amd cross partial shared"]
+)  # MAE's graph is a part of each
 def test_student_and_teacher_are_captured_as_whole_graphs(case: str) -> None:
     """No graph breaks under torch.compile; the backend that only replays the graph needs no compiler."""
     method, teacher, split, images = build(case)

@@ -10,7 +10,7 @@ from maedistill.methods.amd import AMD, GeneratorSpec
 from maedistill.methods.dmae import DMAE, AlignmentSpec
 from maedistill.methods.mae import PixelSpec
 from maedistill.methods.teacher import Teacher
-from maedistill.models.decoder import TokenDecoder
+from maedistill.models.decoder import CrossDecoder, TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.pretraining.flops import count_flops
 from maedistill.weights.network import Network
@@ -20,29 +20,46 @@ LIGHT = {"width": 384, "depth": 4, "num_heads": 6}
 
 
 def gflops(
-    method: str, *, student: str, teacher: str, decoder: dict[str, int], plain: bool = False
+    method: str,
+    *,
+    student: str,
+    teacher: str,
+    decoder: dict[str, int],
+    plain: bool = False,
+    shared: bool = False,
+    sees: int | None = None,
 ) -> dict[str, float]:
-    """Counts for vit_{student} distilled from vit_{teacher} at 224 px with the papers' taps and masks."""
+    """Counts for vit_{student} distilled from vit_{teacher} at 224 px with the papers' taps and masks.
+
+    shared: by cross-attention, in amd without generators. sees: patches that the teacher sees, up to its last block.
+    """
     with torch.device("meta"):
         guide = MaskedEncoder(build_vit(f"vit_{teacher}_patch16_224", image_size=224))
         deep = guide.depth
         taps = {"dmae": ((8,), (deep * 3 // 4 - 1,)), "amd": ((5, 11), (deep // 2 - 1, deep - 1))}[method]
+        taps = ((8,), (deep - 1,)) if sees is not None else taps
         source = Network(guide.vit, "meta", 224, "")
         encoder = MaskedEncoder(
-            build_vit(f"vit_{student}_patch16_224", image_size=224, pos_embed="sincos2d", class_token=method == "dmae")
+            build_vit(
+                f"vit_{student}_patch16_224",
+                image_size=224,
+                pos_embed="sincos2d",
+                class_token=method == "dmae" or sees is not None,
+            )
         )
         shape = {"grid": 14, "patch_size": 16, "num_prefix": encoder.num_prefix}
         specs = {
             "pixels": PixelSpec(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
             "align": AlignmentSpec(*taps, teacher_width=guide.width, teacher_prefix=guide.num_prefix),
         }
-        specs |= {"generate": GeneratorSpec(num_heads=guide.width // 64)} if method == "amd" else {}
-        kind = {"dmae": DMAE, "amd": AMD}[method]
-        model = kind(encoder, TokenDecoder(encoder.width, **shape, **decoder), **specs)
+        by = "decoder" if shared else "own"
+        specs |= {"generate": GeneratorSpec(num_heads=guide.width // 64, by=by)} if method == "amd" else {}
+        kind, light = {"dmae": DMAE, "amd": AMD}[method], CrossDecoder if shared else TokenDecoder
+        model = kind(encoder, light(encoder.width, **shape, **decoder), **specs)
         guide = Teacher(source, taps=taps[1])
         if plain:
             model, guide = plain_version(model), PlainTeacher(guide, Decoder(**PUBLISHED))
-    return count_flops(model, guide, num_student=49, num_teacher=49 if method == "dmae" else 98)
+    return count_flops(model, guide, num_student=49, num_teacher=sees or (49 if method == "dmae" else 98))
 
 
 @pytest.mark.parametrize(
@@ -58,6 +75,20 @@ def test_gflops_per_image(method: str, teacher: str, student: str, decoder: dict
     print({name: round(value, 2) for name, value in counts.items()})
     assert counts["total"] <= most
     assert counts["backward"] > counts["encoder"] + counts["decoder"]  # the backward pass was counted, all of it
+
+
+@pytest.mark.parametrize("sees", [98, 196])
+@pytest.mark.parametrize(("teacher", "student"), [("large", "base"), ("base", "small")])
+def test_a_shared_decoder_costs_what_dmae_does(teacher: str, student: str, sees: int) -> None:
+    """At the same teacher's view and the same decoder, where AMD's own generators cost about as much as all else."""
+    given = {"student": student, "teacher": teacher, "decoder": LIGHT, "sees": sees}
+    ours = gflops("amd", shared=True, **given)
+    for decoder_is_cross in (True, False):
+        dmae = gflops("dmae", shared=decoder_is_cross, **given)["total"]
+        own = gflops("amd", **given)["total"]
+        print(f"{ours['total']:.1f}, DMAE {dmae:.1f}, own generators {own:.1f}: {ours['total'] / dmae:.3f}")
+        assert ours["total"] <= 1.25 * dmae and ours["total"] < 0.9 * own
+    assert ours["generators"] > 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,122 @@
+"""The student's moving average as teacher: what it follows, what it shows, and a kill that loses nothing."""
+
+import math
+from copy import deepcopy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.losses.features import mean_of_blocks
+from maedistill.pretraining.setup import Pretraining, open_pretraining
+
+EMA = ["method=amd", "teacher.source=ema", "masks.teacher_keep_ratio=1", "decoder.attention=cross"]
+EMA += ["generate.by=decoder", "align.student=[1]", "align.teacher=[1]", "align.distance=smooth_l1"]
+EMA += ["align.normalize=none", "align.last_blocks=2", "align.warmup_share=0.25", "teacher.decay=[0.9, 0.99]"]
+STORED = ["align.normalize=stored", "align.stored_steps=20"]
+FILES = ("model", "optimizer", "teacher", "statistics")
+
+
+@pytest.fixture
+def opened(pretraining):
+    """Opens the parts of a run of 24 steps."""
+
+    def open_parts(*settings: str) -> Pretraining:
+        config = load_config(pretraining.config, [*EMA, *settings], root=PretrainConfig, to_run=False).config
+        return open_pretraining(config, world_size=1, device=torch.device("cpu"))
+
+    return open_parts
+
+
+def weights(network: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+
+
+def train(parts: Pretraining, steps: int) -> list[torch.Tensor]:
+    """Change the student at random and let the teacher follow; the student's weights after each step."""
+    seen, generator = [], torch.Generator().manual_seed(0)
+    for step in range(steps):
+        with torch.no_grad():
+            for parameter in parts.module.encoder.parameters():
+                parameter += torch.randn(parameter.shape, generator=generator)
+        parts.end_step(step)
+        seen.append(weights(parts.module.encoder))
+    return seen
+
+
+def test_decay_1_keeps_the_start_and_decay_0_is_the_student(opened):
+    parts = opened("teacher.decay=[1.0, 1.0]")
+    start = weights(parts.teacher.network)
+    assert torch.equal(start, weights(parts.module.encoder)) and not torch.equal(train(parts, 3)[-1], start)
+    assert torch.equal(weights(parts.teacher.network), start)
+    parts = opened("teacher.decay=[0.0, 0.0]")
+    assert torch.equal(train(parts, 3)[-1], weights(parts.teacher.network))
+    assert not any(parameter.requires_grad for parameter in parts.teacher.parameters())
+
+
+def test_the_average_after_some_steps_is_the_sum_of_the_formula(opened):
+    """With one decay d: d^k theta_0 + (1 - d) sum of d^(k-i) theta_i."""
+    parts, d, k = opened("teacher.decay=[0.8, 0.8]"), 0.8, 5
+    start = weights(parts.teacher.network).double()
+    seen = train(parts, k)
+    expected = d**k * start + (1 - d) * sum(d ** (k - i) * one.double() for i, one in enumerate(seen, 1))
+    torch.testing.assert_close(weights(parts.teacher.network).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_decay_rises_by_a_half_cosine_to_the_last_step(opened):
+    teacher = opened("teacher.decay=[0.999, 0.9999]").teacher
+    assert teacher.steps == 24
+    teacher.steps = 101
+    assert [teacher.decay_at(step) for step in (0, 50, 100)] == pytest.approx([0.999, 0.99945, 0.9999], abs=1e-12)
+    assert teacher.decay_at(25) == pytest.approx(0.9999 - 0.0009 * (1 + math.cos(math.pi / 4)) / 2, abs=1e-12)
+
+
+def test_the_target_is_what_the_student_itself_shows_of_all_patches(opened):
+    """At the start. The ramp is that of the first quarter; the deviation is over patches of all images."""
+    parts = opened("student.drop_path=0.5")
+    images, split = parts.inputs(torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8), torch.arange(3))
+    target, notes = parts.teach(images, split)
+    student = deepcopy(parts.module.encoder).eval()
+    _, outputs = student((images - parts.module.mean) / parts.module.std, split.order, taps=(0, 1))
+    torch.testing.assert_close(target, {1: mean_of_blocks([outputs[0], outputs[1]])})
+    assert float(notes["target_std"]) == pytest.approx(
+        float(target[1][:, 1:].reshape(-1, 32).std(dim=0).mean()), rel=1e-5
+    )
+    ramps = []
+    for step in (0, 3, 6, 23):
+        parts.begin_step(step)
+        ramps.append(float(parts.module.ramp))
+    assert ramps == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_a_collapse_is_warned_of_once(opened, capsys):
+    parts = opened()
+    for means in ({"loss": 1.0}, {"target_std": 0.11}, {"target_std": math.nan}):
+        parts.warn_of_collapse(means)
+    assert capsys.readouterr().err == ""
+    for means in ({"target_std": 0.09}, {"target_std": 0.08}):
+        parts.warn_of_collapse(means)
+    assert capsys.readouterr().err.count("warning: ") == 1
+    constant = {1: torch.ones(3, 17, 32)}
+    assert float(parts.teacher.deviation(constant)) == 0
+
+
+def test_a_killed_run_goes_on_bit_by_bit_and_ranks_change_nothing_but_rounding(pretraining):
+    """The average, and the statistics, which are not complete, are in the checkpoint and nowhere else."""
+    whole = pretraining("average", *EMA, *STORED)
+    pretraining("average-killed", *EMA, *STORED, witness=True, code=-9, WITNESS_KILL="21")
+    again = pretraining("average-killed", *EMA, *STORED)
+    assert "continues at step 16 of 24" in again.out and "teacher  ema" in whole.out
+    for name in FILES:
+        files = [run.last_checkpoint() / f"{name}.safetensors" for run in (whole, again)]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+    for ours, theirs in zip(again.metrics(), whole.metrics(), strict=True):
+        assert all(ours[name] == theirs[name] for name in ("loss", "generate/1", "target_std"))
+    two = pretraining("average-two", *EMA, *STORED, "engine.zero=2", launcher="fork", ranks=2)
+    ours, theirs = (load_file(run.last_checkpoint() / "teacher.safetensors") for run in (two, whole))
+    for name, value in ours.items():
+        if not name.endswith("qkv.bias"):  # see tests/test_pretrain.py
+            torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-4)
+    assert all(0.1 < record["target_std"] <= 1 for record in whole.metrics())
