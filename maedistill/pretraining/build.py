@@ -99,6 +99,9 @@ def _sees_all(config: PretrainConfig, network: Network, *, grid: int) -> Network
             f"since the patches of a {type(network.module).__name__} cannot be left out",
             "set masks.teacher_keep_ratio=1" if config.method == "amd" else "remove it",
         )
+    if config.align.last_blocks is not None:
+        cause = f"{network.name} gives maps of stages, whose outputs are not averaged"
+        raise ConfigError(f"align.last_blocks: {cause}", "remove it")
     taps, size = config.align.teacher, network.size
     encoder = MapEncoder(network.module, name=network.name, taps=taps, grid=grid, image_size=size)
     return replace(network, module=encoder)

@@ -195,6 +195,13 @@ class Flat(nn.Module):
         ("random:test_convnext", [1, 3], {}, "align.teacher: the depths [1, 3]", "align.teacher=[3]"),
         ("random:test_convnext", [3], {"teacher": {"width": 64}}, "teacher.width: ", "remove it"),
         ("random:test_convnext", [3], {"masks": {"teacher_keep_ratio": 0.5}}, "masks.teacher_keep_ratio: 0.5", "=1"),
+        (
+            "random:test_convnext",
+            [3],
+            {"align": {"student": (1,), "teacher": (3,), "last_blocks": 2}},
+            "align.last_blocks: ",
+            "remove it",
+        ),
         ("random:test_convnext", [3], {"method": "tinymim"}, "method: tinymim", "method=dmae"),
         ("random:test_convnxt", [3], {}, "timm has no model", "test_convnext"),
         (Flat(), [0], {}, "teacher.source: ", "maedistill.Encoder"),
