@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder # a file on one process, for its fixtures
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder # a file on one process, for its fixtures
 
 .PHONY: docs docs-commands env messages quickstart test test-faults
 env: .venv/installed
