@@ -205,3 +205,20 @@ def test_published_weights_are_hashed_and_never_half_there(tmp_path):
     assert read_published(tmp_path, 3, {"w": (4,)}) is None and read_published(tmp_path, 6, {"w": (4,)}) is not None
     remove_published(tmp_path, after=5)
     assert not list((tmp_path / "published").iterdir())
+
+
+@pytest.mark.faults
+def test_a_signal_ends_the_wait_for_a_peer(finetuning, trained):
+    """Before the first step and later: the run leaves with 75, and goes on as if nothing had happened."""
+    pair = Pair(finetuning, "asked")
+    for lone in (True, False):
+        waiting, other = pair.start(0), None if lone else pair.start(1, witness=True, WITNESS_KILL="14")
+        if other is not None:
+            other.finish(-signal.SIGKILL)
+        while "waiting for" not in waiting.out:
+            assert not waiting.ended(0.1), waiting.printed()
+        waiting.signal(signal.SIGTERM)
+        step = json.loads((waiting.finish(75).run / "exit.json").read_text())["step"]
+        assert step == (0 if lone else 9)
+    for run, before in zip(pair.run(), trained, strict=True):
+        same_result(run.run, before.run)

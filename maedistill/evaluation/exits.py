@@ -104,10 +104,10 @@ def score_exits(
     names = [*(f"exit {block}" for block in exits), "end"]
     measured = zip(names, networks, correct.sum(0).tolist(), strict=True)
     endings = [_ending(name, one, int(right), len(correct), context) for name, one, right in measured]
-    for other in others:
+    for name, other in zip(beside, others, strict=True):
         images = EvaluationImages(index, torch.arange(len(index)), other.transform())
         score = evaluate(Predictor(other.module, context, mean=other.mean, std=other.std), images, context).score
-        endings.append(_ending(other.name, other, score.top1_correct, score.images, context))
+        endings.append(_ending(name, other, score.top1_correct, score.images, context))
     for ending in endings:
         cost = f"{ending.parameters / 1e6:.2f} M, {ending.gflop:.3g} GFLOP, {ending.latency_ms:.2f} ms"
         print_main(ending.name, f"top-1 {percent(ending.top1_correct, ending.images)}, {cost}")
@@ -146,7 +146,7 @@ def operations(correct: Tensor, confidences: Tensor, endings: Sequence[Ending]) 
 
 def draw_exits(endings: Sequence[Ending], curve: Sequence[Operation], path: Path) -> Path | None:
     """Draw top-1 over mean latency: each exit alone, and the curve of thresholds. None without matplotlib."""
-    canvas = new_canvas(figsize=(7.2, 4.2))
+    canvas = new_canvas(figsize=(7.2, 4.2 + 0.2 * len(endings)))
     if canvas is None:
         return None
     axes = canvas.figure.add_subplot(xlabel="mean latency of one image, ms", ylabel="top-1, %")
@@ -154,10 +154,12 @@ def draw_exits(endings: Sequence[Ending], curve: Sequence[Operation], path: Path
     axes.plot(*zip(*points, strict=True), marker=".", label="an exit for each image, by its confidence")
     for one in endings:
         top1 = 100 * one.top1_correct / one.images
-        axes.scatter(one.latency_ms, top1, zorder=3, label=f"{one.name}: {top1:.1f} %, {one.parameters / 1e6:.2f} M")
+        axes.scatter(
+            one.latency_ms, top1, zorder=3, label=f"{one.name[-60:]}: {top1:.1f} %, {one.parameters / 1e6:.2f} M"
+        )
     axes.grid(alpha=0.3)
     axes.set_xlim(left=0)
-    canvas.figure.legend(loc="outside right upper")
+    canvas.figure.legend(loc="outside lower left")  # names of other networks may be long
     canvas.print_png(path)
     return path
 

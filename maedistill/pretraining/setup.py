@@ -151,7 +151,7 @@ class Pretraining(Stage):
             if grid == student_grid
             else f"the mean of {(grid // student_grid) ** 2} for one of the student's"
         )
-        return [*lines, f"         images of {size} px{trained}, {grid} x {grid} patches, {meets}"]
+        return [*lines, f"sees     images of {size} px{trained}, {grid} x {grid} patches, {meets}"]
 
     def _val_lines(self) -> list[str]:
         """Describe the validation images, if there are any, and say what they cannot be used for."""

@@ -8,11 +8,12 @@ def test_dry_run_tells_everything_and_writes_nothing(pretraining, settings, trio
     assert not (pretraining.folder / "planned").exists()
     lines = {line.split()[0]: line for line in said.splitlines()}
     assert set(lines) == {
-        *("method", "teacher", "student", "data", "val", "batch", "steps", "lr", "warning", "disk"),
+        *("method", "teacher", "sees", "student", "data", "val", "batch", "steps", "lr", "warning", "disk"),
         *("run", "flops", "speed", "memory", "time", "nothing"),
     }
     assert "student sees 4 of 16 patches, teacher 8 (nested)" in lines["method"]
     assert "run:" in lines["teacher"] and "keys loaded" in lines["teacher"] and "license" in lines["teacher"]
+    assert "4 x 4 patches, as the student" in lines["sees"]
     assert "96 images in 4 shards" in lines["data"] and "12 = 1 ranks x 1 x 12" in lines["batch"]
     total = trio["amd"].metrics()[-1]["step"]
     assert f"{total} = floor(" in lines["steps"]
