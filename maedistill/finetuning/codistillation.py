@@ -107,7 +107,7 @@ class Codistillation:
                 if distributed.is_main():
                     say(f"{peer} stays left out, from step {self._state.left_out[peer]} on")
             elif self._wait(run, peer, partial(self._has_met, run.folder.path, peer), "it has not met this run"):
-                licenses.append(distributed.main_first(partial(self._open, run, peer)))
+                licenses.append(distributed.main_first(partial(self._open, peer)))
         distributed.on_main(lambda: run.folder.amend(license=combined_license(licenses)))
 
     def exchange(self, run: Run) -> None:
@@ -148,7 +148,7 @@ class Codistillation:
 
     # Peers
 
-    def _open(self, run: Run, peer: str) -> str:
+    def _open(self, peer: str) -> str:
         """Check a peer and build its copy; return its license."""
         network, metadata = unloaded_run(str(_folder(peer)))
         entry, own = metadata["codistillation"], self.entry("")

@@ -148,7 +148,7 @@ def test_torchrun_passes_signals_on_and_leaves_nobody_behind(launcher, tmp_path,
 def test_the_tool_stops_on_each_signal_and_the_same_command_gives_the_same_weights(pretraining):
     often = ["method=mae", "optim.epochs=12", "optim.warmup_epochs=1", "log.save_every_epochs=12", "data.workers=1"]
     often += ["log.pictures_every_epochs=null", "log.knn_every_epochs=null"]
-    reference = pretraining("whole", *often, ranks=2, launcher="torchrun")
+    reference = pretraining("whole", *often, ranks=2)
     stopped = pretraining.folder / "stopped"
     seen = 0
     for number, to_rank in ((signal.SIGTERM, True), (signal.SIGUSR1, False), (signal.SIGKILL, False)):
@@ -167,7 +167,7 @@ def test_the_tool_stops_on_each_signal_and_the_same_command_gives_the_same_weigh
         assert (end["exit_code"], end["step"]) == (75, seen)
         assert end["reason"].startswith(f"stopped by {name} after step {seen}")
         assert seen < 12 * 8  # it had not ended anyway
-    finished = pretraining("stopped", *often, ranks=2, launcher="torchrun")
+    finished = pretraining("stopped", *often, ranks=2)
     assert json.loads((stopped / "exit.json").read_text())["exit_code"] == 0
     assert weights(finished) == weights(reference)
     assert [record["loss"] for record in finished.metrics()] == [record["loss"] for record in reference.metrics()]

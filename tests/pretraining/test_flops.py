@@ -78,14 +78,12 @@ def test_gflops_per_image(method: str, teacher: str, student: str, decoder: dict
 
 
 @pytest.mark.parametrize("sees", [98, 196])
-@pytest.mark.parametrize(("teacher", "student"), [("large", "base"), ("base", "small")])
-def test_a_shared_decoder_costs_what_dmae_does(teacher: str, student: str, sees: int) -> None:
+def test_a_shared_decoder_costs_what_dmae_does(sees: int) -> None:
     """At the same teacher's view and the same decoder, where AMD's own generators cost about as much as all else."""
-    given = {"student": student, "teacher": teacher, "decoder": LIGHT, "sees": sees}
-    ours = gflops("amd", shared=True, **given)
+    given = {"student": "small", "teacher": "base", "decoder": LIGHT, "sees": sees}
+    ours, own = gflops("amd", shared=True, **given), gflops("amd", **given)["total"]
     for decoder_is_cross in (True, False):
         dmae = gflops("dmae", shared=decoder_is_cross, **given)["total"]
-        own = gflops("amd", **given)["total"]
         print(f"{ours['total']:.1f}, DMAE {dmae:.1f}, own generators {own:.1f}: {ours['total'] / dmae:.3f}")
         assert ours["total"] <= 1.25 * dmae and ours["total"] < 0.9 * own
     assert ours["generators"] > 0
