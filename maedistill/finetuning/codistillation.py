@@ -5,23 +5,20 @@
 
 A period of `every_steps` steps begins with an exchange, so the step alone says which weights of its peers it sees. All
 weights stay that the oldest checkpoint of a peer may go back to: a peer that is killed finds again what it saw. A run
-that goes back itself removes what it published of later steps, and publishes it again.
+that goes back itself removes what it published of later steps, and publishes it again. A peer that was left out stays
+so, which RUN/codistillation.json records before the step.
 
-RUN/codistillation.json has the run's identity, those of the peers it has met, and who was left out. Runs begin when
-each has met the other, so what an earlier run left in a folder is never taken for the peer.
+Runs begin when each has met the other (meeting.py).
 
 K peers   B batch   C classes   s image side
 """
 
-import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +26,14 @@ from torch import Tensor, nn
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.plan import Plan
 from maedistill.config.schema import Triple
-from maedistill.durable import write_durably
-from maedistill.errors import ConfigError, DataError, PeerError
+from maedistill.errors import ConfigError, PeerError
 from maedistill.escaping import say
+from maedistill.finetuning.meeting import State, describe_peer, folder_of, named_by, read_state, start_state
 from maedistill.finetuning.outputs import Outputs, RequestedOutputs, is_plain_vit
 from maedistill.finetuning.teacher import OfflineTeacher
 from maedistill.machine import DTYPES, precision
 from maedistill.processes import distributed
 from maedistill.runs.checkpoint import checkpoint_steps
-from maedistill.runs.folder import RunFolder
 from maedistill.runs.published import publish, read_published, remove_published
 from maedistill.runs.run import Run
 from maedistill.training.compilation import compile_module
@@ -46,7 +42,7 @@ from maedistill.weights.license import combined_license
 from maedistill.weights.network import unloaded_run
 
 _POLL_SECONDS, _FIRST_SECONDS, _SAY_SECONDS = 0.2, 5.0, 60.0  # between looks; until the wait is said; said again
-_KEY, _STATE = "distill.codistillation", "codistillation.json"
+_KEY = "distill.codistillation"
 
 
 class Codistillation:
@@ -100,7 +96,7 @@ class Codistillation:
         Raises ConfigError for a peer of other classes, steps, the same seed, or that does not name this run; PeerError
         if one does not come.
         """
-        self._state = distributed.on_main(lambda: _start(run.folder.path, run.step))
+        self._state = distributed.on_main(lambda: start_state(run.folder.path, run.step))
         licenses = [distributed.on_main(lambda: run.folder.metadata()["codistillation"]["license"])]
         for peer in self.section.peers:
             if self._is_left_out(peer, self._period_of(run.step)):
@@ -129,7 +125,7 @@ class Codistillation:
             shapes = {name: tuple(value.shape) for name, value in copy.network.state_dict().items()}
 
             def read(peer: str = peer, shapes: Any = shapes, weights: dict[str, Tensor] = weights) -> bool:
-                weights.update(read_published(_folder(peer), period, shapes) or {})
+                weights.update(read_published(folder_of(peer), period, shapes) or {})
                 return bool(weights)
 
             if not self._is_left_out(peer, period) and self._wait(run, peer, read, missing):
@@ -150,7 +146,7 @@ class Codistillation:
 
     def _open(self, peer: str) -> str:
         """Check a peer and build its copy; return its license."""
-        network, metadata = unloaded_run(str(_folder(peer)))
+        network, metadata = unloaded_run(str(folder_of(peer)))
         entry, own = metadata["codistillation"], self.entry("")
         if any(entry[name] != own[name] for name in ("every", "first", "last")):
             theirs, mine = (f"every {e['every']} steps from {e['first']} to {e['last']}" for e in (entry, own))
@@ -180,10 +176,10 @@ class Codistillation:
 
     def _has_met(self, run: Path, peer: str) -> bool:
         """Note a peer's identity; return whether it has noted that of this run. Rank 0 only."""
-        theirs = read_state(_folder(peer))
+        theirs = read_state(folder_of(peer))
         if theirs is None:
             return False
-        if os.path.realpath(run) not in (named := _named_by(peer)):
+        if os.path.realpath(run) not in (named := named_by(peer)):
             cause = f"{_KEY}.peers: {peer} does not name this run, {run}, but {', '.join(named) or 'none'}"
             raise ConfigError(cause, "let the runs name each other")
         if self._state.met.get(peer) != theirs.id:
@@ -210,7 +206,7 @@ class Codistillation:
             if now - began > self.section.wait_seconds:
                 return "late"
             if now - said > _SAY_SECONDS:
-                say(f"waiting for {peer}: {missing} ({_state_of(_folder(peer))})")
+                say(f"waiting for {peer}: {missing} ({describe_peer(folder_of(peer))})")
                 said = now
             return "wait"
 
@@ -226,7 +222,7 @@ class Codistillation:
             if self.section.missing == "stop":
                 if run.step:
                     run.save()
-                state = distributed.on_main(lambda: _state_of(_folder(peer)))
+                state = distributed.on_main(lambda: describe_peer(folder_of(peer)))
                 raise PeerError(
                     f"{peer}: {missing} after {self.section.wait_seconds} s ({state})",
                     f"start it again and then this run, or go on without it: {_KEY}.missing=leave_out",
@@ -234,7 +230,7 @@ class Codistillation:
         self._state.left_out[peer] = self._period_of(run.step)
         distributed.on_main(lambda: self._state.write(run.folder.path))
         if distributed.is_main():
-            say(f"{peer} is left out from step {run.step} on: {missing} ({_state_of(_folder(peer))})")
+            say(f"{peer} is left out from step {run.step} on: {missing} ({describe_peer(folder_of(peer))})")
         return False
 
     # Weights
@@ -246,65 +242,7 @@ class Codistillation:
     def _prune(self, run: Path) -> None:
         """Remove weights that no peer can go back to."""
         oldest = [
-            min((step for step, _ in checkpoint_steps(_folder(peer) / "checkpoints")), default=0)
+            min((step for step, _ in checkpoint_steps(folder_of(peer) / "checkpoints")), default=0)
             for peer in self._copies
         ]
         remove_published(run, before=min(map(self._period_of, oldest), default=self._now or 0))
-
-
-@dataclass
-class State:
-    """RUN/codistillation.json. id: of this run; met: of its peers; left_out: the step from which on a peer is."""
-
-    id: str
-    met: dict[str, str]
-    left_out: dict[str, int]
-
-    def write(self, run: Path) -> None:
-        """Write the file. Raises DataError if the disk refuses it."""
-        try:
-            write_durably(run / _STATE, json.dumps(asdict(self)).encode())
-        except OSError as error:
-            raise DataError(f"{run / _STATE} cannot be written ({error})", "free some space, start again") from error
-
-
-def read_state(run: Path) -> State | None:
-    """Read the file of a run; None before it is there. Raises DataError if it is damaged."""
-    path = run / _STATE
-    if not path.is_file():
-        return None
-    try:
-        return State(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path} cannot be used: {error}", "restore it from a copy, or start over (--fresh)") from error
-
-
-def _start(run: Path, step: int) -> State:
-    """Return the state of a run that resumes at `step`, and remove what it published of later steps."""
-    state = read_state(run) or State(uuid4().hex, {}, {})
-    remove_published(run, after=step if step else -1)
-    if step == 0:
-        state.left_out.clear()
-    state.write(run)
-    return state
-
-
-def _folder(peer: str) -> Path:
-    return Path(os.path.expanduser(peer))
-
-
-def _named_by(peer: str) -> list[str]:
-    """Return the peers that a run names, as absolute paths."""
-    return (RunFolder(peer).metadata().get("codistillation") or {"peers": []})["peers"]
-
-
-def _state_of(peer: Path) -> str:
-    """Say how a peer stands: how its last start ended, or at which step it was last saved."""
-    if not (peer / "run.json").is_file():
-        return "it has not started" if peer.is_dir() else "there is no such folder"
-    try:
-        end = json.loads((peer / "exit.json").read_text())
-        return f"it has ended: {end['reason']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        steps = [step for step, _ in checkpoint_steps(RunFolder(peer).checkpoints)]
-        return f"it runs, or was killed; its last checkpoint is of step {max(steps, default=0)}"

@@ -73,6 +73,7 @@ def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
         parts.past.network = run.ema.module.vit
     if parts.predictions is not None:
         parts.predictions.open(run.folder, crops.order, step=run.step)
+        run.before_save.append(parts.predictions.sync)
     if evaluation_due(run, parts) and run.is_missing("ema_top1" if run.ema is not None else "top1", metrics):
         with run.untimed():
             validate(run, parts, metrics)
@@ -110,8 +111,6 @@ def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
         # evaluation that fails costs no training.
         with run.untimed():
             if run.should_save:
-                if parts.predictions is not None:
-                    parts.predictions.sync(run.step)
                 run.save()
             if evaluation_due(run, parts):
                 validate(run, parts, metrics)

@@ -6,7 +6,7 @@ What a stage adds (data, teacher, losses) is in `pretraining/setup.py` and `fine
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -68,6 +68,8 @@ class Run:
     callbacks: tuple[Callback, ...] = ()
     kept: Mapping[str, nn.Module] = field(default_factory=dict)  # other networks that checkpoints keep, by file name
 
+    before_save: list[Callable[[int], None]] = field(default_factory=list)  # what a checkpoint of a step counts on
+
     def __post_init__(self) -> None:
         self.clock, self.averages, self.hint = Clock(self.device), Averages(), DataWaitHint()
         self.nonfinite = NonfinitePolicy(self.folder.nonfinite, self.config.engine)
@@ -113,6 +115,8 @@ class Run:
 
     def save(self) -> None:
         """Take a checkpoint, which is written while training goes on. Collective."""
+        for sync in self.before_save:
+            sync(self.step)
         self.bad_samples.count(self.progress)
         now = {"losses": self.averages.totals(), "trained_seconds": self.progress.trained_seconds + self.clock.seconds}
         state = self.progress.state() | now
