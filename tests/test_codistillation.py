@@ -74,7 +74,7 @@ def test_both_learn_from_each_other_and_keep_what_a_restart_may_need(trained):
 
 
 def test_a_step_sees_the_weights_of_its_period(trained, finetuning, tmp_path):
-    """What the copies say is what the published network says: of step 9 in steps 9 to 11, then of step 12."""
+    """What the copies say is what the published network says: of step 12 in steps 12 to 14, then of step 15."""
     run, peer = trained
     config = load_config(run.run / "config.yaml", [f"run={tmp_path}"], root=FinetuneConfig).config
     parts = open_finetuning(config, world_size=1, device=torch.device("cpu"))
@@ -85,7 +85,7 @@ def test_a_step_sees_the_weights_of_its_period(trained, finetuning, tmp_path):
     )  # fmt: skip
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     folder, peers = SimpleNamespace(path=tmp_path), SimpleNamespace(paused=nullcontext)
-    for step in (9, 11, 12):
+    for step in (12, 14, 15):
         now = SimpleNamespace(folder=folder, module=parts.module, step=step, peers=peers)
         network.exchange(now)
         published = unloaded_run(str(peer.run))[0].module
@@ -93,8 +93,9 @@ def test_a_step_sees_the_weights_of_its_period(trained, finetuning, tmp_path):
         published.load_state_dict(load_file(period))
         found = network.outputs(images, step)["peers"]
         torch.testing.assert_close(found[0], published(images), rtol=1e-5, atol=1e-6)
-    assert [path.name for path in (tmp_path / "published").iterdir()] == ["step_000000012"]  # the peer was saved there
-    assert network.outputs(images, 12)["peers"].shape == (1, 2, 3)
+    kept = sorted(path.name for path in (tmp_path / "published").iterdir())
+    assert kept == ["step_000000012", "step_000000015"]  # the peer's oldest checkpoint is of step 12
+    assert network.outputs(images, 15)["peers"].shape == (1, 2, 3)
 
 
 def test_a_pair_equals_mutual_learning_where_nothing_is_stale():

@@ -66,8 +66,10 @@ class Codistillation:
         self._counts = [self.section.weight_at(plan.epoch_at(step)) > 0 for step in range(plan.steps)]
         steps = [step for step, counts in enumerate(self._counts) if counts]
         self._periods = sorted({self._period_of(step) for step in steps})
+        if not steps:
+            raise ConfigError(f"{_KEY}.start_epoch: no step is left to learn from peers", "begin earlier")
         self._copies: dict[str, OfflineTeacher] = {}  # by folder as the config names it, without those left out
-        self._state = State(id="", met={}, left_out={})
+        self._state = State(id="", met={}, left_out={}, licenses={})
         self._now: int | None = None  # the period whose weights the copies have
 
     def entry(self, license_text: str) -> dict[str, Any]:
@@ -97,13 +99,15 @@ class Codistillation:
         if one does not come.
         """
         self._state = distributed.on_main(lambda: start_state(run.folder.path, run.step))
-        licenses = [distributed.on_main(lambda: run.folder.metadata()["codistillation"]["license"])]
-        for peer in self.section.peers:
+        own = distributed.on_main(lambda: run.folder.metadata()["codistillation"]["license"])
+        for peer in self.section.peers if run.step < self.plan.steps else ():
             if self._is_left_out(peer, self._period_of(run.step)):
                 if distributed.is_main():
                     say(f"{peer} stays left out, from step {self._state.left_out[peer]} on")
             elif self._wait(run, peer, partial(self._has_met, run.folder.path, peer), "it has not met this run"):
-                licenses.append(distributed.main_first(partial(self._open, peer)))
+                self._state.licenses[peer] = distributed.main_first(partial(self._open, peer))
+        distributed.on_main(lambda: self._state.write(run.folder.path))
+        licenses = [own, *self._state.licenses.values()]
         distributed.on_main(lambda: run.folder.amend(license=combined_license(licenses)))
 
     def exchange(self, run: Run) -> None:
@@ -176,19 +180,21 @@ class Codistillation:
 
     def _has_met(self, run: Path, peer: str) -> bool:
         """Note a peer's identity; return whether it has noted that of this run. Rank 0 only."""
+        for one in self.section.peers:  # all of them: each may be waiting for another
+            other = read_state(folder_of(one))
+            if other is not None and self._state.met.get(one) != other.id:
+                self._state.met[one] = other.id
+                self._state.write(run)
         theirs = read_state(folder_of(peer))
         if theirs is None:
             return False
         if os.path.realpath(run) not in (named := named_by(peer)):
             cause = f"{_KEY}.peers: {peer} does not name this run, {run}, but {', '.join(named) or 'none'}"
             raise ConfigError(cause, "let the runs name each other")
-        if self._state.met.get(peer) != theirs.id:
-            self._state.met[peer] = theirs.id
-            self._state.write(run)
         return self._state.id in theirs.met.values()
 
     def _is_left_out(self, peer: str, step: int) -> bool:
-        return step >= self._state.left_out.get(peer, self.plan.steps)
+        return peer in self._state.left_out and step >= self._state.left_out[peer]
 
     def _wait(self, run: Run, peer: str, is_there: Callable[[], bool], missing: str) -> bool:
         """Wait until `is_there`; return whether it is. If not, the peer is left out from now on, or the run ends.

@@ -21,11 +21,15 @@ _STATE = "codistillation.json"
 
 @dataclass
 class State:
-    """RUN/codistillation.json. id: of this run; met: of its peers; left_out: the step from which on a peer is."""
+    """RUN/codistillation.json. id: of this run; met: of its peers; left_out: the step from which on a peer is.
+
+    licenses: of the peers that it has learned from.
+    """
 
     id: str
     met: dict[str, str]
     left_out: dict[str, int]
+    licenses: dict[str, str]
 
     def write(self, run: Path) -> None:
         """Write the file. Raises DataError if the disk refuses it."""
@@ -38,17 +42,17 @@ class State:
 def read_state(run: Path) -> State | None:
     """Read the file of a run; None before it is there. Raises DataError if it is damaged."""
     path = run / _STATE
-    if not path.is_file():
-        return None
     try:
         return State(**json.loads(path.read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path} cannot be used: {error}", "restore it from a copy, or start over (--fresh)") from error
 
 
 def start_state(run: Path, step: int) -> State:
     """Return the state of a run that resumes at `step`, and remove what it published of later steps."""
-    state = read_state(run) or State(uuid4().hex, {}, {})
+    state = read_state(run) or State(uuid4().hex, {}, {}, {})
     remove_published(run, after=step if step else -1)
     if step == 0:
         state.left_out.clear()

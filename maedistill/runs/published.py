@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from maedistill.durable import make_folder
@@ -44,7 +44,7 @@ def read_published(run: Path, step: int, shapes: Mapping[str, tuple[int, ...]]) 
         return None
     try:
         verify(folder)
-        weights = load_file(folder / _FILE)
+        weights = load((folder / _FILE).read_bytes())  # not mapped: its run may remove the file
     except (CorruptCheckpoint, *WRITE_ERRORS) as problem:
         if not (folder / COMPLETE).is_file():
             return None  # its run went back to an earlier step just now, and will publish it again
