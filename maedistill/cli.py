@@ -29,18 +29,19 @@ COMMANDS = {
 
 def main() -> NoReturn:
     """Run the command that the command line names, and end the process with its exit code."""
-    name, *arguments = sys.argv[1:] or ["--help"]
-    leave(lambda: _dispatch(name, arguments))
+    leave(lambda: _dispatch(sys.argv[1:]))
 
 
 def run(name: str) -> NoReturn:
     """Run one command with the arguments of the command line, and end the process with its exit code."""
-    leave(lambda: _dispatch(name, sys.argv[1:]))
+    leave(lambda: _dispatch([name, *sys.argv[1:]]))
 
 
-def _dispatch(name: str, arguments: Sequence[str]) -> None:
-    for word in (name, *arguments):  # before anything prints, records or parses them
+def _dispatch(words: Sequence[str]) -> None:
+    for word in words:  # before anything prints, records or parses them
         require_no_secret(word, f"command line {word}")
+    # DeepSpeed's launcher adds the rank, before all other words; LOCAL_RANK holds it too.
+    name, *arguments = [word for word in words if not word.startswith("--local_rank=")] or ["--help"]
     if name in ("-h", "--help"):
         lines = [f"  {command:<11} {about}" for command, about in COMMANDS.items()]
         say("usage: maedistill COMMAND ...", "", "commands:", *lines, "", "maedistill COMMAND --help says more.")

@@ -217,7 +217,7 @@ def test_a_secret_of_any_other_form_is_refused(address, tmp_path, capsys, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", before := ["maedistill"])
     for words in (["export", "run", "--out", address], ["shards", address, "o"], ["--version", address], [address]):
-        assert exit_code_of(lambda: cli._dispatch(words[0], words[1:])) == 2  # noqa: B023
+        assert exit_code_of(lambda: cli._dispatch(words)) == 2  # noqa: B023
     assert SECRET[:6] not in "".join(capsys.readouterr()) and sys.argv is before
     assert not any(tmp_path.iterdir())
 
@@ -233,10 +233,10 @@ def test_an_address_is_no_place_for_files(tmp_path, capsys, monkeypatch):
         lambda: make_shards(open_folder(tmp_path / "photos"), Path("s3://b/o")),
         lambda: load_config("own/mae", ["data.train=a.tar", "run=s3://b/o"], root=PretrainConfig),
         lambda: load_config("own/mae", ["run=r", "data.train=a", "data.cache_folder=s3://b/o"], root=PretrainConfig),
-        lambda: cli._dispatch("evaluate", ["run", "a.tar", "--json", "gs://b/o.json"]),
-        lambda: cli._dispatch("benchmark", ["loader", "a.tar", "--json", "gs://b/o.json"]),
-        lambda: cli._dispatch("study", ["quickstart/study", "--out", "s3://b/o", "--report"]),
-        lambda: cli._dispatch("quickstart", ["--out", "s3://b/o"]),
+        lambda: cli._dispatch(["evaluate", "run", "a.tar", "--json", "gs://b/o.json"]),
+        lambda: cli._dispatch(["benchmark", "loader", "a.tar", "--json", "gs://b/o.json"]),
+        lambda: cli._dispatch(["study", "quickstart/study", "--out", "s3://b/o", "--report"]),
+        lambda: cli._dispatch(["quickstart", "--out", "s3://b/o"]),
     ]
     for call in calls:
         monkeypatch.setattr("sys.argv", ["maedistill"])

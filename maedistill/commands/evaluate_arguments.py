@@ -172,7 +172,6 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
         help="processes that decode, for each process (default: its cores, at most 8)",
     )
     add("--threads", type=at_least(1), metavar="N", help="torch's CPU threads in each process (default: its cores)")
-    add("--local_rank", type=int, help=argparse.SUPPRESS)  # added by deepspeed's launcher; LOCAL_RANK is used
 
 
 def at_least(least: int) -> Callable[[str], int]:

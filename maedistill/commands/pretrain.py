@@ -7,7 +7,7 @@ EXAMPLES = """\
 examples:
   maedistill pretrain imagenet/amd_vit_s data.train='in1k/train-{0000..1023}.tar' run=runs/amd_s
   torchrun --nproc-per-node 8 -m maedistill pretrain imagenet/dmae_vit_b data.train=... run=runs/dmae_b
-  deepspeed --num_gpus 8 tools/pretrain.py CONFIG engine.zero=1          from a checkout
+  deepspeed --num_gpus 8 --module maedistill pretrain CONFIG engine.zero=1
   srun --ntasks-per-node 8 maedistill pretrain CONFIG
 """
 

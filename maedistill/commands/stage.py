@@ -80,8 +80,6 @@ def _parse(root: type[Root], about: str, examples: str) -> argparse.Namespace:
     add("--fresh", action="store_true", help="delete the run in the folder and start over; asks on a terminal")
     add("--yes", action="store_true", help="with --fresh: delete without asking")
     add("--extend", action="store_true", help="continue a run folder with another number of epochs")
-    # deepspeed's launcher adds it; LOCAL_RANK takes precedence
-    add("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(sys.argv[2:])
 
 

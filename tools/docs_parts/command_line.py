@@ -43,7 +43,7 @@ def _help(words: list[str]) -> str:
         if words:
             import_module(f"maedistill.commands.{words[0]}").main()
         else:
-            cli._dispatch("--help", [])
+            cli._dispatch(["--help"])
     return out.getvalue()
 
 
