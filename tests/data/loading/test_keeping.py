@@ -3,6 +3,7 @@
 import os
 import platform
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -182,6 +183,28 @@ def test_processes_that_come_with_the_same_images_keep_one_of_each(index):
     assert children(4, put) == [0] * 4
     assert all(torch.equal(kept.get(i), image) for i, image in images.items())
     assert kept.used <= total_bytes(index) + 3 * max(image.numel() for image in images.values())
+
+
+def test_two_images_never_take_the_same_place(index, monkeypatch):
+    images, kept, (read, write) = pixels_of(index), KeptImages.create(COUNT, 10**6), os.pipe()
+    allocate = os.posix_fallocate
+
+    def slowly(*place):
+        os.write(write, b"!")
+        time.sleep(0.3)
+        allocate(*place)
+
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(os, "posix_fallocate", slowly)
+        kept.put(0, images[0])
+        os._exit(0)
+    os.read(read, 1)  # the child has chosen its place
+    kept.put(2, images[2])
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(kept.get(0), images[0]) and torch.equal(kept.get(2), images[2])
+    os.close(read)
+    os.close(write)
 
 
 def test_a_process_killed_amid_an_image_blocks_nobody_and_leaves_no_half(index):
