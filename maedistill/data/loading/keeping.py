@@ -16,6 +16,7 @@ from torch import Tensor
 
 from maedistill.data.images.decode import BadImage, open_image
 from maedistill.data.images.kept import KeptImages, table_bytes
+from maedistill.data.loading.dataset import open_reader
 from maedistill.data.loading.loader import RandomCrops
 from maedistill.errors import ConfigError, UserError
 from maedistill.escaping import get_log
@@ -61,10 +62,10 @@ def room_for(crops: RandomCrops, setting: Setting) -> Room | None:
     """Look at some images and at the free memory; None if nothing is to be kept."""
     if setting is False:
         return None
-    sizes, count = [], crops.order.num_images
+    reader, sizes, count = open_reader(crops.index), [], crops.order.num_images  # its files are closed at the end
     for sample in _few_samples(crops):
         try:
-            found = crops.reader.decoded(sample, lambda data: open_image(data).size)
+            found = reader.decoded(sample, lambda data: open_image(data).size)
         except BadImage:
             continue
         sizes.append(3 * math.prod(found) if isinstance(found, tuple) else found.numel())
@@ -85,7 +86,8 @@ def keep_decoded(crops: RandomCrops, setting: Setting) -> str | None:
             if (room := room_for(crops, setting)) is not None:
                 line = room.line()
                 if room.is_enough:
-                    crops.reader.kept = KeptImages.create(len(crops.index), room.limit)
+                    # not all of the limit, because a ulimit may bound what is mapped; no estimate is so far off
+                    crops.reader.kept = KeptImages.create(len(crops.index), min(room.limit, 2 * room.needed))
                     address = crops.reader.kept.address
         except UserError as error:
             address = error
