@@ -17,7 +17,7 @@ from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.errors import ConfigError, DataError
 from maedistill.finetuning.outputs import RequestedOutputs
-from maedistill.finetuning.setup import open_finetuning
+from maedistill.finetuning.setup import dry_run, open_finetuning
 from maedistill.finetuning.teacher import OfflineTeacher
 from maedistill.losses.self_distillation import codistillation_loss
 from maedistill.runs.published import publish, read_published, remove_published
@@ -204,6 +204,30 @@ def test_a_peer_that_does_not_name_the_run_or_does_not_come_ends_it_before_the_f
     pair.remove()
     ended = pair.start(0, "distill.codistillation.wait_seconds=1").finish(5)
     assert "no such folder" in ended.err and not (ended.run / "metrics.jsonl").read_text()
+
+
+def test_a_dry_run_counts_the_peers_passes(finetuning, trained, monkeypatch, capsys):
+    """Of a run that is known, and of one that is not, as of a copy of the student."""
+    passes, forward = [], OfflineTeacher.forward
+    monkeypatch.setattr(OfflineTeacher, "forward", lambda copy, images: passes.append(1) or forward(copy, images))
+    peers = f"distill.codistillation={{weight: 1, start_epoch: 1, peers: [{trained[1].run}, none]}}"
+    given = [*SMALL, peers, f"run={finetuning.folder}/planned"]
+    dry_run(load_config(finetuning.config, given, root=FinetuneConfig).config)
+    out = capsys.readouterr().out
+    assert "none counts as a copy of the student: none holds no run" in out and out.count("as a copy") == 1
+    assert len(passes) >= 4  # two trial steps or more
+
+
+@pytest.mark.faults
+def test_a_finished_pair_is_made_longer_in_either_order(finetuning):
+    pair, longer = Pair(finetuning, "longer", "optim.epochs=1"), ["optim.epochs=2", "--extend"]
+    pair.run()
+    first = pair.start(0, *longer)
+    while not first.logs[0][0].is_file() or "waiting for" not in first.out:
+        assert not first.ended(0.1), first.printed()
+    second = pair.start(1, *longer)
+    for run in (first.finish(), second.finish()):
+        assert len(run.metrics()) == 16 and all(record["codistillation"] for record in run.metrics()[3:])
 
 
 def test_published_weights_are_hashed_and_never_half_there(tmp_path):

@@ -12,6 +12,7 @@ from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.sources import EMA
 from maedistill.finetuning.setup import dry_run as finetune_dry_run
+from maedistill.methods.mae import MAE
 from maedistill.pretraining.build import (
     build_average,
     build_encoder,
@@ -33,7 +34,7 @@ NEEDED = ["data.train=x.tar", "run=runs/x"]
 def without_weights(path: Path) -> list[str]:
     """Overrides that put random weights of the same model in the place of a config's teacher."""
     text = path.read_text()
-    if found := re.search(r"timm:(\w+)\.(mae|sa1b)", text):
+    if found := re.search(r"timm:(\w+)\.(mae|sa1b|lvd1689m)", text):
         return [f"teacher.source=random:{found[1]}"]
     if re.search(r"run:\S+/teacher", text):
         shape = load_config(path.with_name("teacher.yaml"), NEEDED, root=PretrainConfig).config.student
@@ -46,11 +47,8 @@ def name_of(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
-def test_config_builds_and_its_header_is_true(path: Path) -> None:
-    config = load_config(path, NEEDED + without_weights(path), root=PretrainConfig).config
-    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    assert re.search(rf"maedistill pretrain {name_of(path)}\s", header)
+def counted(config: PretrainConfig) -> tuple[MAE, dict[str, float]]:
+    """The method of a config, on the meta device, and the GFLOP per image of its parts."""
     with torch.device("meta"):
         encoder = build_encoder(config)
         source = build_teacher_source(config, grid=encoder.grid)
@@ -58,15 +56,38 @@ def test_config_builds_and_its_header_is_true(path: Path) -> None:
         teacher = build_teacher(config, source, torch.device("meta")) if source is not None else None
         if config.teacher.source == EMA:
             teacher = build_average(config, encoder, torch.device("meta"), steps=1)
+    student, visible = mask_sizes(config, encoder.grid**2)
+    return method, count_flops(method, *filter(None, [teacher]), num_student=student, num_teacher=visible)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_config_builds_and_its_header_is_true(path: Path) -> None:
+    config = load_config(path, NEEDED + without_weights(path), root=PretrainConfig).config
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert re.search(rf"maedistill pretrain {name_of(path)}\s", header)
+    method, flops = counted(config)
     kind = EMA if config.teacher.source == EMA else config.method
     assert type(method).__name__.lower() == config.method
-    assert name_of(path).split("/")[1].startswith((kind, "teacher", "sam"))
-    student, visible = mask_sizes(config, encoder.grid**2)
-    flops = count_flops(method, teacher, num_student=student, num_teacher=visible)
+    assert name_of(path).split("/")[1].startswith((kind, "teacher", "sam", "dinov3"))
     assert "@" not in header, "a figure is missing"
     if path.parent.name == "imagenet":
         assert "Expected:" in header and "CVPR" in header and "8 GPUs" in header
         assert f"{flops['total']:.1f} GFLOP per image" in header
+
+
+def test_the_table_of_teachers_says_what_they_cost() -> None:
+    """docs/performance.md: a row of either kind, with DMAE's view and with that of all patches."""
+    row = r"^\| `(\w+)`.* \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$"
+    table = re.findall(row, (ROOT / "docs/performance.md").read_text(), re.MULTILINE)
+    told = {name: [depth, *figures] for name, depth, *figures in table}
+    for name in ("vit_large_patch14_reg4_dinov2", "resnet50"):
+        depth, *figures = told[name]
+        found = []
+        for recipe in ("dmae_vit_s", "dinov3_vit_s"):
+            given = [f"teacher.source=random:{name}", "align.student=[11]", f"align.teacher=[{depth}]"]
+            flops = counted(load_config(f"imagenet/{recipe}", NEEDED + given, root=PretrainConfig).config)[1]
+            found += [flops["teacher"], flops["total"]]
+        assert figures == [f"{found[i]:.1f}" for i in (0, 2, 3)], (name, found)
 
 
 @pytest.mark.parametrize("name", ["mae", "dmae", "finetune"])
@@ -108,6 +129,7 @@ def test_imagenet_configs_are_the_papers_recipes() -> None:
         "dmae_vit_s": ("dmae", 100, 20, (512, 8, 16), "raw", (8,), (8,), None),
         "amd_vit_b": ("amd", 800, 40, (384, 4, 6), "norm_patch_channel", (5, 11), (11, 23), 0.5),
         "amd_vit_s": ("amd", 800, 40, (192, 4, 3), "norm_patch_channel", (5, 11), (11, 23), 0.5),
+        "dinov3_vit_s": ("amd", 300, 15, (384, 4, 6), "norm_patch", (11,), (23,), 1.0),
         "sam_vit_s": ("amd", 400, 40, (192, 4, 3), "norm_patch", (11,), (32,), 1.0),
     }
     for name, expected in recipes.items():

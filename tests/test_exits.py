@@ -1,6 +1,7 @@
 """Exits through the tools: a run trains and scores them, each is evaluated and exported alone, a kill loses nothing."""
 
 import json
+import shutil
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 import maedistill
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
+from maedistill.data.loading.evaluation import EvaluationImages
 from maedistill.evaluation.context import open_context
 from maedistill.evaluation.exits import score_exits
 from maedistill.finetuning.outputs import RequestedOutputs, forward_outputs
@@ -119,3 +121,35 @@ def test_the_curve_goes_from_the_first_exit_to_the_end(trained, shards, tmp_path
     assert json.loads(files["file"].read_text())["images"] == 24 and files["picture"].stat().st_size > 5000
     with pytest.raises(maedistill.ConfigError, match="has no exits"):
         score_exits("timm:test_vit", f"{shards}/val-*.tar", context)
+
+
+def test_networks_beside_the_exits_are_compared_by_the_names_of_classes_and_see_as_in_training(
+    trained, shards, tmp_path, monkeypatch, capsys
+):
+    context, turned = open_context(batch=6, workers=0, threads=1, precision="fp32"), []
+    monkeypatch.setattr(EvaluationImages, "__post_init__", _noting(turned, EvaluationImages.__post_init__))
+
+    def beside(name, **changes):
+        shutil.copytree(trained.run, tmp_path / name)
+        file = tmp_path / name / "run.json"
+        metadata = json.loads(file.read_text())
+        metadata["input"] |= changes.pop("input", {})
+        file.write_text(json.dumps(metadata | changes))
+        return score_exits(str(trained.run), f"{shards}/val-*.tar", context, beside=[str(tmp_path / name)])
+
+    beside("upright", input={"exif": "apply"})
+    assert list(dict.fromkeys(turned)) == [False, True]
+    beside("other", classes=["a", "b", "x"])
+    assert "names its classes otherwise: label 2 is 'x', not 'c'" in capsys.readouterr().out
+    with pytest.raises(maedistill.DataError, match=r"permuted.*and the shards number their classes differently"):
+        beside("permuted", classes=["b", "a", "c"])
+
+
+def _noting(turned, opened):
+    """Note whether photographs are turned upright."""
+
+    def note(images):
+        turned.append(images.index.apply_exif)
+        opened(images)
+
+    return note

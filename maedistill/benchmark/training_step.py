@@ -20,6 +20,7 @@ from torch.optim import AdamW
 
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.sources import EMA
+from maedistill.errors import ConfigError
 from maedistill.evaluation.latency import seconds_of
 from maedistill.machine import Precision, autocast, precision
 from maedistill.methods.mae import MAE, BlockFeatures
@@ -77,6 +78,9 @@ class SyntheticTraining:
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         self.config = config = without_download(config)
+        if config.more_teachers:
+            cause, remedy = "a step is measured with one teacher", "leave it out; --dry-run times a step with all"
+            raise ConfigError(f"more_teachers: {cause}", remedy)
         self.device, self.precision = device, precision(config.engine.precision, device)
         encoder = build.build_encoder(config)
         self.num_patches = encoder.grid**2
@@ -91,7 +95,7 @@ class SyntheticTraining:
     def count_gflop(self, method: MAE, teacher: nn.Module | None) -> dict[str, float]:
         """Count GFLOP per image of these networks or of their plain versions, by part and in `total`."""
         student_sees, teacher_sees = build.mask_sizes(self.config, self.num_patches)
-        return count_flops(method, teacher, num_student=student_sees, num_teacher=teacher_sees)
+        return count_flops(method, *filter(None, [teacher]), num_student=student_sees, num_teacher=teacher_sees)
 
     def set_batch_size(self, batch: int) -> None:
         """Draw `batch` images, which all steps use from now on. Ranks differ in positions, as in training."""

@@ -129,11 +129,15 @@ def nested(
     return tree
 
 
+def result_values(config: RunConfig) -> dict[str, Any]:
+    """Return the values of the `result` keys, with which alone a run can continue."""
+    return {name: value for name, value in flat(config).items() if all_keys(type(config))[name].kind == "result"}
+
+
 def differing_keys(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
-    """Return (key, old value, new value) of each `result` key that differs, since a run cannot continue with those."""
-    before, after = flat(old), flat(new)
-    names = [name for name, key in all_keys(type(old)).items() if key.kind == "result"]
-    return [(name, before[name], after[name]) for name in names if before[name] != after[name]]
+    """Return (key, old value, new value) of each `result` key that differs."""
+    before, after = result_values(old), result_values(new)
+    return [(name, value, after[name]) for name, value in before.items() if value != after[name]]
 
 
 def nearest_keys(name: str, root: type[RunConfig]) -> list[str]:

@@ -178,6 +178,11 @@ class Align(Section):
         "steps that normalize=stored measures; a step is standardised by what the ones before it gave; in the first, "
         "the terms of the teacher do not count",
     )
+    output: Literal["block", "mlp"] = result(
+        "block",
+        "of a teacher block; block: its rows (DMAE, AMD); mlp: what its MLP adds to them (data2vec), for plain ViTs of "
+        "timm",
+    )
     last_blocks: Positive | None = result(
         None,
         "target of a pair: LayerNorm of the mean of the layer-normed outputs of so many teacher blocks, the last of "
@@ -251,6 +256,12 @@ class PretrainConfig(RunConfig):
         "in place of features (TinyMIM itself sees all patches and predicts no pixels)",
     )
     seed: Count = result(0, "seeds the sample order, crops, flips, masks and initial weights", le=2**63 - 1)
+    more_teachers: tuple[str, ...] = result(
+        (),
+        "further teachers of dmae or amd, aligned with where the student sees, each by the settings in which it "
+        'differs from the first, as "teacher.source=timm:resnet50.a1_in1k align.teacher=[4] align.weight=0.5": '
+        "align.* but for warmup_share, and teacher.*, of which it shares the precision alone",
+    )
     data: Data = Data()
     student: Student = Student()
     teacher: Teacher = Teacher()

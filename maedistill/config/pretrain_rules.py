@@ -77,6 +77,14 @@ def _teacher(c: PretrainConfig) -> Iterator[Problem]:
     yield from shared_rules.mean_with_std("teacher", mean=t.mean, std=t.std)
 
 
+def _more_teachers(c: PretrainConfig) -> Iterator[Problem]:
+    """Yield a problem for further teachers beside a method that compares no features."""
+    if c.more_teachers and c.method not in ("dmae", "amd"):
+        cause = "has no teacher" if c.method == "mae" else "compares the token relations of one teacher"
+        remedy, replaced = "remove it, or use method=dmae or amd", (("more_teachers", "method"),)
+        yield Problem("more_teachers", f"method={c.method} {cause}", remedy, replaced)
+
+
 def _average(c: PretrainConfig) -> Iterator[Problem]:
     """Yield problems for a teacher that is the student's moving average."""
     if c.method != "amd":
@@ -117,7 +125,7 @@ def _taps(c: PretrainConfig) -> Iterator[Problem]:
 def _relations(c: PretrainConfig) -> Iterator[Problem]:
     """Yield problems for feature settings with tinymim, which compares token relations without a projection."""
     if c.method == "tinymim":
-        features = {"distance", "beta", "normalize", "last_blocks", "projector", "bias"}
+        features = {"distance", "beta", "normalize", "output", "last_blocks", "projector", "bias"}
         for key in c.align.model_dump(include=features, exclude_defaults=True):
             cause = "method=tinymim compares token relations, not features"
             yield Problem(f"align.{key}", cause, "remove it, or use method=dmae or amd", ((f"align.{key}", "method"),))
@@ -187,6 +195,7 @@ RULES = (
     shared_rules.engine,
     _visible_shares,
     _teacher,
+    _more_teachers,
     _families,
     _taps,
     _relations,

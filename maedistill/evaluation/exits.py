@@ -10,7 +10,7 @@ n images   b batch   E exits, the end included   C classes
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from maedistill.models.flops import forward_gflop
 from maedistill.processes import distributed
 from maedistill.report.charts import new_canvas
 from maedistill.report.run_report import percent
+from maedistill.weights.class_names import compare_names
 from maedistill.weights.from_run import read_metadata
 from maedistill.weights.network import Network, open_network
 
@@ -77,7 +78,8 @@ def score_exits(
     """Evaluate a run's exits on `shards`, print and return the result. Collective.
 
     beside: other networks, such as separately trained sizes, which are evaluated and drawn too. picture, file: for the
-    curve as PNG and the result as JSON. Raises subclasses of UserError.
+    curve as PNG and the result as JSON. Each run sees photographs turned as in its training. Raises subclasses of
+    UserError.
     """
     exits, networks = distributed.main_first(lambda: _open_all(source, weights))
     others = [distributed.main_first(partial(open_network, one, "classifier")) for one in beside]
@@ -85,10 +87,13 @@ def score_exits(
     if unlike := [one.name for one in others if one.num_classes != network.num_classes]:
         cause = f"{unlike[0]} does not have the {network.num_classes:,} classes of {network.name}"
         raise ConfigError(f"--beside: {cause}", "name networks of the same classes")
-    apply_exif = network.exif == "apply"  # as in training
-    index = distributed.main_first(lambda: open_index(shards, index=index_file, split="val", apply_exif=apply_exif))
+    index = distributed.main_first(lambda: open_index(shards, index=index_file, split="val"))
     print_network("model", network)
     print_data("data", index, describe_shards(shards, index.shards))
+    given, whose = (index.classes, "the shards") if index.classes else (network.classes, network.name)
+    for one in (network, *others):
+        for message in compare_names(one.classes, given, num_known=one.num_classes, model=one.name, other=whose):
+            print_main("warning", message)
     predictors = [Predictor(one.module, context, mean=one.mean, std=one.std) for one in networks]
 
     def classify(pixels: Tensor) -> tuple[Tensor, ...]:
@@ -96,17 +101,20 @@ def score_exits(
         best = torch.stack([best_classes(each[:, i])[:, 0] for i in range(len(networks))], dim=1)  # [b, E]
         return each[:, -1], best, each.softmax(-1).amax(-1), best_classes(each.mean(1))[:, 0]
 
-    images = EvaluationImages(index, torch.arange(len(index)), network.transform())
+    def images_of(one: Network) -> EvaluationImages:
+        own = replace(index, apply_exif=one.exif == "apply")  # as in training
+        return EvaluationImages(own, torch.arange(len(index)), one.transform())
+
     evaluation, (best, confidences, together) = evaluate_with(
-        classify, [one.module for one in networks], images, context
+        classify, [one.module for one in networks], images_of(network), context
     )
     correct = best == evaluation.labels[:, None]  # [n, E]
     names = [*(f"exit {block}" for block in exits), "end"]
     measured = zip(names, networks, correct.sum(0).tolist(), strict=True)
     endings = [_ending(name, one, int(right), len(correct), context) for name, one, right in measured]
     for name, other in zip(beside, others, strict=True):
-        images = EvaluationImages(index, torch.arange(len(index)), other.transform())
-        score = evaluate(Predictor(other.module, context, mean=other.mean, std=other.std), images, context).score
+        predictor = Predictor(other.module, context, mean=other.mean, std=other.std)
+        score = evaluate(predictor, images_of(other), context).score
         endings.append(_ending(name, other, score.top1_correct, score.images, context))
     for ending in endings:
         cost = f"{ending.parameters / 1e6:.2f} M, {ending.gflop:.3g} GFLOP, {ending.latency_ms:.2f} ms"

@@ -159,11 +159,13 @@ def _pretraining(config: PretrainConfig, vit: PlainViT) -> list[str]:
         align = config.align
         sees += f", the teacher {teacher}, those among them" if teacher > student else ", the teacher the same"
         pairs = ", ".join(f"{s} with {t}" for s, t in zip(align.student, align.teacher, strict=True))
-        how = f"{align.distance}, normalisation {align.normalize}"
+        what = "" if align.output == "block" else ", what their MLPs add"
+        how = f"{align.distance}, normalisation {align.normalize}{what}"
         how = "token relations QK and VV" if config.method == "tinymim" else how
         losses.append(
             f"alignment of student with teacher blocks, counted from 0: {pairs} ({how}, weight {align.weight:g})"
         )
+    losses += [f"alignment with a further teacher, where it differs: {code(text)}" for text in config.more_teachers]
     if config.method == "amd":
         losses.append(f"generated alignment where only the teacher sees (weight {config.generate.weight:g})")
     decoder, data, (low, high) = config.decoder, config.data, config.data.crop_scale

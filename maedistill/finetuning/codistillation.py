@@ -8,30 +8,35 @@ weights stay that the oldest checkpoint of a peer may go back to: a peer that is
 that goes back itself removes what it published of later steps, and publishes it again. A peer that was left out stays
 so, which RUN/codistillation.json records before the step.
 
-Runs begin when each has met the other (meeting.py).
+Runs begin when each has met the other (meeting.py): when each has noted this start of it, or an earlier one where a
+checkpoint says that it is the same run. What a peer's files say of an earlier start is no reason to refuse it.
 
 K peers   B batch   C classes   s image side
 """
 
+import hashlib
+import json
 import os
 import time
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.distill import CodistillationConfig
+from maedistill.config.keys import result_values
 from maedistill.config.plan import Plan
 from maedistill.config.schema import Triple
-from maedistill.errors import ConfigError, PeerError
+from maedistill.errors import ConfigError, PeerError, UserError
 from maedistill.escaping import say
-from maedistill.finetuning.meeting import State, describe_peer, folder_of, named_by, read_state, start_state
+from maedistill.finetuning.meeting import State, describe_peer, entry_of, folder_of, last_saved, read_state, start_state
 from maedistill.finetuning.outputs import Outputs, RequestedOutputs, is_plain_vit
 from maedistill.finetuning.teacher import OfflineTeacher
-from maedistill.machine import DTYPES, precision
 from maedistill.processes import distributed
 from maedistill.runs.checkpoint import checkpoint_steps
 from maedistill.runs.published import publish, read_published, remove_published
@@ -39,58 +44,68 @@ from maedistill.runs.run import Run
 from maedistill.training.compilation import compile_module
 from maedistill.weights.class_names import shared_classes
 from maedistill.weights.license import combined_license
-from maedistill.weights.network import unloaded_run
+from maedistill.weights.network import Network, unloaded_run
+from maedistill.weights.state_dict import weights_fingerprint
 
 _POLL_SECONDS, _FIRST_SECONDS, _SAY_SECONDS = 0.2, 5.0, 60.0  # between looks; until the wait is said; said again
-_KEY = "distill.codistillation"
+_KEY, _LEAVE_OUT = "distill.codistillation", "distill.codistillation.missing=leave_out"
 
 
+@dataclass(eq=False)
 class Codistillation:
-    """The peers of a run, their frozen copies and the steps of the exchanges. All methods are collective."""
+    """The peers of a run, their frozen copies and the steps of the exchanges. All methods are collective.
 
-    def __init__(
-        self,
-        config: FinetuneConfig,
-        *,
-        plan: Plan,
-        classes: tuple[str, ...],
-        num_classes: int,
-        mean: Triple,
-        std: Triple,
-        device: torch.device,
-    ) -> None:
-        """Tabulate the periods. classes: names of the student's, empty if unknown. mean, std: of its images."""
-        self.section, self.config, self.plan = config.distill.codistillation, config, plan
-        self._classes, self._num_classes, self._mean, self._std = classes, num_classes, mean, std
-        self._device, self._compiles = device, False
-        self._counts = [self.section.weight_at(plan.epoch_at(step)) > 0 for step in range(plan.steps)]
+    kept_steps: how far the run's checkpoints go back. classes: names of the student's, empty if unknown. mean, std: of
+    its images. dtype: of the copies, which are compiled if `compiles` is set before they exist.
+    """
+
+    section: CodistillationConfig
+    seed: int
+    plan: Plan
+    kept_steps: float
+    classes: tuple[str, ...]
+    num_classes: int
+    mean: Triple
+    std: Triple
+    dtype: torch.dtype
+    device: torch.device
+    compiles: bool = False
+
+    def __post_init__(self) -> None:
+        """Tabulate the periods."""
+        self._counts = [self.section.weight_at(self.plan.epoch_at(step)) > 0 for step in range(self.plan.steps)]
         steps = [step for step, counts in enumerate(self._counts) if counts]
         self._periods = sorted({self._period_of(step) for step in steps})
         if not steps:
             raise ConfigError(f"{_KEY}.start_epoch: no step is left to learn from peers", "begin earlier")
         self._copies: dict[str, OfflineTeacher] = {}  # by folder as the config names it, without those left out
-        self._state = State(id="", met={}, left_out={}, licenses={})
+        self._state = State("", "", "", met={}, left_out={}, licenses={})
         self._now: int | None = None  # the period whose weights the copies have
 
     def entry(self, license_text: str) -> dict[str, Any]:
         """Return what run.json says to the peers. license_text: of this run's own sources."""
         peers = [os.path.realpath(os.path.expanduser(peer)) for peer in self.section.peers]
         steps = {"every": self.section.every_steps, "first": self._periods[0], "last": self._periods[-1]}
-        return {"peers": peers, **steps, "seed": self.config.seed, "license": license_text}
+        return {"peers": peers, **steps, "seed": self.seed, "license": license_text}
 
     def summary_lines(self, vit: nn.Module) -> list[str]:
         """Describe peers, periods and the disk that they need. vit: the network whose weights are published."""
-        every, saved = self.section.every_steps, self.plan.steps_in(self.config.log.save_every_epochs)
+        every, first, last = self.section.every_steps, self._periods[0], self._periods[-1]
         size = sum(value.nbytes for value in vit.state_dict().values()) / 1e6
-        most = min(len(self._periods), int(saved * self.config.log.keep // every) + 2)
-        return [
-            f"peers    {', '.join(self.section.peers)}, every {every} steps from {self._periods[0]} to "
-            f"{self._periods[-1]}; about {most} x {size:,.1f} MB of published weights"
-        ]
+        most = min(len(self._periods), int(self.kept_steps // every) + 2)
+        steps = f"every {every} steps from {first} to {last}; about {most} x {size:,.1f} MB of published weights"
+        return [f"peers    {', '.join(self.section.peers)}, {steps}"]
 
-    def compile(self) -> None:
-        """Compile the copies once they exist."""
-        self._compiles = True
+    def rehearse(self, vit: nn.Module, *, size: int) -> list[str]:
+        """Build copies for a dry run; return a line for each peer that `vit` stands for. size: of the run's images."""
+        lines = []
+        for peer in self.section.peers:
+            try:
+                self._build(peer, unloaded_run(str(folder_of(peer)))[0])
+            except UserError as error:
+                self._build(peer, Network(deepcopy(vit), peer, size, "", num_classes=self.num_classes))
+                lines.append(f"note     {peer} counts as a copy of the student: {error.cause}")
+        return lines
 
     def meet(self, run: Run) -> None:
         """Wait until each peer has met this run, check that the runs fit, and build a copy of its network.
@@ -98,14 +113,14 @@ class Codistillation:
         Raises ConfigError for a peer of other classes, steps, the same seed, or that does not name this run; PeerError
         if one does not come.
         """
-        self._state = distributed.on_main(lambda: start_state(run.folder.path, run.step))
+        self._state = distributed.on_main(lambda: start_state(run.folder.path, run.step, _settings(run)))
         own = distributed.on_main(lambda: run.folder.metadata()["codistillation"]["license"])
         for peer in self.section.peers if run.step < self.plan.steps else ():
             if self._is_left_out(peer, self._period_of(run.step)):
                 if distributed.is_main():
                     say(f"{peer} stays left out, from step {self._state.left_out[peer]} on")
-            elif self._wait(run, peer, partial(self._has_met, run.folder.path, peer), "it has not met this run"):
-                self._state.licenses[peer] = distributed.main_first(partial(self._open, peer))
+            elif self._wait(run, peer, partial(self._has_met, run, peer), "it has not met this run"):
+                distributed.main_first(partial(self._open, peer))
         distributed.on_main(lambda: self._state.write(run.folder.path))
         licenses = [own, *self._state.licenses.values()]
         distributed.on_main(lambda: run.folder.amend(license=combined_license(licenses)))
@@ -116,6 +131,8 @@ class Codistillation:
         Raises PeerError if a peer's do not come, with a checkpoint written; Preempted if a signal ends the wait.
         """
         period = self._period_of(run.step)
+        if run.step == period and distributed.is_main():
+            self._note(run)  # a peer may be waiting that was started again
         if period == self._now or period not in self._periods:
             return
         if run.step == period:
@@ -130,6 +147,7 @@ class Codistillation:
 
             def read(peer: str = peer, shapes: Any = shapes, weights: dict[str, Tensor] = weights) -> bool:
                 weights.update(read_published(folder_of(peer), period, shapes) or {})
+                self._look_at(run, peer, is_there=bool(weights))
                 return bool(weights)
 
             if not self._is_left_out(peer, period) and self._wait(run, peer, read, missing):
@@ -148,10 +166,11 @@ class Codistillation:
 
     # Peers
 
-    def _open(self, peer: str) -> str:
-        """Check a peer and build its copy; return its license."""
-        network, metadata = unloaded_run(str(folder_of(peer)))
-        entry, own = metadata["codistillation"], self.entry("")
+    def _open(self, peer: str) -> None:
+        """Check a peer, build its copy and note its license, unless that is done."""
+        if peer in self._copies:
+            return
+        entry, own = entry_of(peer), self.entry("")
         if any(entry[name] != own[name] for name in ("every", "first", "last")):
             theirs, mine = (f"every {e['every']} steps from {e['first']} to {e['last']}" for e in (entry, own))
             raise ConfigError(
@@ -163,35 +182,70 @@ class Codistillation:
                 f"{_KEY}: {peer} has the same seed, {own['seed']}: equal students teach each other nothing",
                 "give each run a seed of its own",
             )
-        classes = shared_classes(network, self._classes, num_classes=self._num_classes)
+        self._build(peer, unloaded_run(str(folder_of(peer)))[0])
+        self._state.licenses[peer] = entry["license"]
+
+    def _build(self, peer: str, network: Network) -> None:
+        classes = shared_classes(network, self.classes, num_classes=self.num_classes)
         copy = OfflineTeacher(
             network,
             requested=RequestedOutputs(logits=True),
-            student_mean=self._mean,
-            student_std=self._std,
+            student_mean=self.mean,
+            student_std=self.std,
             student_grid=1,
             classes=classes,
-            dtype=DTYPES[precision(self.config.distill.precision, self._device)],
-        ).to(self._device)
-        if self._compiles and is_plain_vit(copy.network):
+            dtype=self.dtype,
+        ).to(self.device)
+        if self.compiles and is_plain_vit(copy.network):
             compile_module(copy)
         self._copies[peer] = copy
-        return entry["license"]
 
-    def _has_met(self, run: Path, peer: str) -> bool:
-        """Note a peer's identity; return whether it has noted that of this run. Rank 0 only."""
-        for one in self.section.peers:  # all of them: each may be waiting for another
-            other = read_state(folder_of(one))
-            if other is not None and self._state.met.get(one) != other.id:
-                self._state.met[one] = other.id
-                self._state.write(run)
-        theirs = read_state(folder_of(peer))
+    def _note(self, run: Run) -> dict[str, State | None]:
+        """Note the peers' marks, all of them, as each may be waiting for another; return their states. Rank 0 only."""
+        others = {peer: read_state(folder_of(peer)) for peer in self.section.peers}
+        for peer, other in others.items():
+            met = self._state.met.get(peer, [])
+            is_new = not met or (run.step == 0 and peer not in self._copies)  # this run has not learned from it
+            if other is not None and met != other.mark and (is_new or met[0] == other.id):
+                self._state.met[peer] = other.mark
+                self._state.write(run.folder.path)
+        return others
+
+    def _look_at(self, run: Run, peer: str, *, is_there: bool = True) -> State | None:
+        """Note the peers; return the state of one. is_there: whether its weights are. Rank 0 only.
+
+        Raises PeerError if nothing more will come of it: it was started over, or has left this run out for good.
+        """
+        theirs = self._note(run)[peer]
+        if theirs is None:
+            return None
+        remedy = f"start all these runs over (--fresh), or go on without it: {_LEAVE_OUT}"
+        if theirs.id != self._state.met[peer][0]:
+            raise PeerError(f"{peer} was started over, or with other settings, after this run had met it", remedy)
+        since = theirs.left_out_since(run.folder.path, self._state.id)
+        is_over = since is not None and (not is_there or self._period_of(run.step) >= since)
+        if is_over and last_saved(folder_of(peer)):  # before its first checkpoint it may be started anew, with this run
+            raise PeerError(f"{peer} has left this run out for good, from step {since} on", remedy)
+        return theirs
+
+    def _has_met(self, run: Run, peer: str) -> bool:
+        """Return whether a peer has met this run and fits; its copy is then there. Rank 0 only."""
+        path, theirs = run.folder.path, self._look_at(run, peer)
         if theirs is None:
             return False
-        if os.path.realpath(run) not in (named := named_by(peer)):
-            cause = f"{_KEY}.peers: {peer} does not name this run, {run}, but {', '.join(named) or 'none'}"
+        if os.path.realpath(path) not in (named := entry_of(peer)["peers"]):
+            if (folder_of(peer) / "exit.json").exists():
+                return False  # its next start may name this run
+            cause = f"{_KEY}.peers: {peer} does not name this run, {path}, but {', '.join(named) or 'none'}"
             raise ConfigError(cause, "let the runs name each other")
-        return self._state.id in theirs.met.values()
+        is_heard, ids = self._state.mark in theirs.met.values(), [mark[0] for mark in theirs.met.values()]
+        if is_heard or (last_saved(folder_of(peer)) and self._state.id in ids):
+            try:
+                self._open(peer)
+            except ConfigError:
+                if is_heard:
+                    raise  # otherwise its next start may fit
+        return peer in self._copies
 
     def _is_left_out(self, peer: str, step: int) -> bool:
         return peer in self._state.left_out and step >= self._state.left_out[peer]
@@ -217,26 +271,30 @@ class Codistillation:
             return "wait"
 
         with run.peers.paused():
-            while (news := distributed.on_main(look)) == "wait":
-                time.sleep(_POLL_SECONDS)
-                run.preempted = run.stop.agreed()
-                if run.preempted is not None:
-                    run.save()
-                    run.raise_if_preempted()
-            if news == "there":
-                return True
-            if self.section.missing == "stop":
-                if run.step:
-                    run.save()
+            try:
+                while (news := distributed.on_main(look)) == "wait":
+                    time.sleep(_POLL_SECONDS)
+                    run.preempted = run.stop.agreed()
+                    if run.preempted is not None:
+                        run.save()
+                        run.raise_if_preempted()
+                if news == "there":
+                    return True
                 state = distributed.on_main(lambda: describe_peer(folder_of(peer)))
                 raise PeerError(
                     f"{peer}: {missing} after {self.section.wait_seconds} s ({state})",
-                    f"start it again and then this run, or go on without it: {_KEY}.missing=leave_out",
+                    f"start it again and then this run, or go on without it: {_LEAVE_OUT}",
                 )
+            except PeerError as error:
+                if self.section.missing == "stop":
+                    if run.step:
+                        run.save()
+                    raise
+                cause = error.cause
         self._state.left_out[peer] = self._period_of(run.step)
         distributed.on_main(lambda: self._state.write(run.folder.path))
         if distributed.is_main():
-            say(f"{peer} is left out from step {run.step} on: {missing} ({describe_peer(folder_of(peer))})")
+            say(f"from step {run.step} on without {cause}")
         return False
 
     # Weights
@@ -252,3 +310,11 @@ class Codistillation:
             for peer in self._copies
         ]
         remove_published(run, before=min(map(self._period_of, oldest), default=self._now or 0))
+
+
+def _settings(run: Run) -> str:
+    """Return a digest of what decides the weights that a run publishes before its first checkpoint."""
+    metadata, vit = run.folder.metadata(), cast(nn.Module, run.module.vit)
+    values = [result_values(run.config), *(metadata[name] for name in ("input", "data", "teacher_weights"))]
+    values.append("" if run.step else weights_fingerprint(vit))
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

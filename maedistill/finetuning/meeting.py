@@ -1,13 +1,15 @@
 """What runs that learn from each other know of each other: RUN/codistillation.json, and how a peer stands.
 
-Rank 0 reads and writes it. A run's identity is drawn at its first start; the peers that it has met are those whose
-identity it has noted, so what an earlier run left in a folder is never taken for the peer.
+Rank 0 reads and writes it. A run's identity is drawn at its first start, and again by a start at step 0 with other
+settings, which makes another run of it; each start is numbered by a draw too. Runs have met when each has noted the
+other, so what an earlier run left in a folder is never taken for the peer.
 """
 
 import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from maedistill.durable import write_durably
@@ -15,21 +17,36 @@ from maedistill.errors import DataError
 from maedistill.runs.checkpoint import checkpoint_steps
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.published import remove_published
+from maedistill.weights.from_run import read_metadata
 
 _STATE = "codistillation.json"
 
 
 @dataclass
 class State:
-    """RUN/codistillation.json. id: of this run; met: of its peers; left_out: the step from which on a peer is.
+    """RUN/codistillation.json. id: of this run; start: of its last start; settings: a digest, which goes with the id.
 
-    licenses: of the peers that it has learned from.
+    met: the marks of its peers; left_out: the step from which on a peer is; licenses: of those it has learned from.
     """
 
     id: str
-    met: dict[str, str]
+    start: str
+    settings: str
+    met: dict[str, list[str]]
     left_out: dict[str, int]
     licenses: dict[str, str]
+
+    @property
+    def mark(self) -> list[str]:
+        """Return what peers note."""
+        return [self.id, self.start]
+
+    def left_out_since(self, run: Path, id: str) -> int | None:
+        """Return the step from which on another run is left out. id: its own; its folder may have held another."""
+        for peer, step in self.left_out.items():
+            if os.path.realpath(folder_of(peer)) == os.path.realpath(run) and self.met.get(peer, [id])[0] == id:
+                return step
+        return None
 
     def write(self, run: Path) -> None:
         """Write the file. Raises DataError if the disk refuses it."""
@@ -50,13 +67,16 @@ def read_state(run: Path) -> State | None:
         raise DataError(f"{path} cannot be used: {error}", "restore it from a copy, or start over (--fresh)") from error
 
 
-def start_state(run: Path, step: int) -> State:
+def start_state(run: Path, step: int, settings: str) -> State:
     """Return the state of a run that resumes at `step`, and remove what it published of later steps."""
-    state = read_state(run) or State(uuid4().hex, {}, {}, {})
-    remove_published(run, after=step if step else -1)
+    state = read_state(run)
+    if state is None or (step == 0 and state.settings != settings):
+        state = State(uuid4().hex, "", settings, {}, {}, {})
+    state.start = uuid4().hex
     if step == 0:
         state.left_out.clear()
-    state.write(run)
+    state.write(run)  # first: a peer that has read weights then looks whose they were
+    remove_published(run, after=step if step else -1)
     return state
 
 
@@ -65,9 +85,14 @@ def folder_of(peer: str) -> Path:
     return Path(os.path.expanduser(peer))
 
 
-def named_by(peer: str) -> list[str]:
-    """Return the peers that a run names, as absolute paths."""
-    return (RunFolder(peer).metadata().get("codistillation") or {"peers": []})["peers"]
+def entry_of(peer: str) -> dict[str, Any]:
+    """Return what a run says to its peers, whom it names by absolute paths."""
+    return read_metadata(folder_of(peer))[1].get("codistillation") or {"peers": []}
+
+
+def last_saved(peer: Path) -> int:
+    """Return the step of a run's last checkpoint, or 0. From the first one on, only --fresh makes another run of it."""
+    return max((step for step, _ in checkpoint_steps(RunFolder(peer).checkpoints)), default=0)
 
 
 def describe_peer(peer: Path) -> str:
@@ -78,5 +103,4 @@ def describe_peer(peer: Path) -> str:
         end = json.loads((peer / "exit.json").read_text())
         return f"it has ended: {end['reason']}"
     except (OSError, ValueError, KeyError, TypeError):
-        steps = [step for step, _ in checkpoint_steps(RunFolder(peer).checkpoints)]
-        return f"it runs, or was killed; its last checkpoint is of step {max(steps, default=0)}"
+        return f"it runs, or was killed; its last checkpoint is of step {last_saved(peer)}"

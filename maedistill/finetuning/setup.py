@@ -38,6 +38,7 @@ from maedistill.finetuning.past import Past
 from maedistill.finetuning.peers import Peer, open_peers, peer_lines
 from maedistill.finetuning.predictions import Predictions
 from maedistill.finetuning.teacher import TeacherEnsemble, TeacherSource
+from maedistill.machine import DTYPES, precision
 from maedistill.models.encoder import PlainViT, num_params_m
 from maedistill.processes import distributed
 from maedistill.runs.dry_run import dry_run as plan_and_try
@@ -195,7 +196,7 @@ class Finetuning(Stage):
         if self.past is not None and is_plain_vit(self.past.network):
             compile_module(self.past)
         if self.codistillation is not None:
-            self.codistillation.compile()
+            self.codistillation.compiles = True
 
     def teacher_outputs(self, images: Tensor, step: int, batch: Batch | None = None) -> tuple[Any, ...]:
         """Return the module's inputs besides images [B, 3, s, s] and targets; empty without a term.
@@ -259,11 +260,10 @@ def open_finetuning(
     teaching = build_teaching(config, teachers, grid=grid, plan=plan, mean=mean, std=std, device=device)
     past = build_past(config, vit, plan=plan, device=device)
     predictions = build_predictions(config, plan=plan, samples=len(index), num_classes=num_classes)
-    codistillation = (
-        Codistillation(config, plan=plan, classes=classes, num_classes=num_classes, mean=mean, std=std, device=device)
-        if config.distill.codistillation.on
-        else None
-    )
+    term, dtype = config.distill.codistillation, DTYPES[precision(config.distill.precision, device)]
+    kept = config.log.keep * plan.steps_in(config.log.save_every_epochs)
+    own = classes, num_classes, mean, std
+    codistillation = Codistillation(term, config.seed, plan, kept, *own, dtype, device) if term.on else None
     return Finetuning(
         config, plan, index, val_index, samples, num_classes, module, source, mean, std, device, teachers, teaching,
         auto_lines, peers, past, predictions, codistillation,
@@ -285,7 +285,9 @@ def dry_run(config: FinetuneConfig) -> None:
         images, targets = parts.inputs(batch)
         return images, targets, *parts.teacher_outputs(images, heaviest_step, batch)
 
-    plan_and_try(parts, build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean), module_inputs)
+    peers, crops = parts.codistillation, build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean)
+    lines = peers.rehearse(parts.module.vit, size=config.data.image_size or 0) if peers is not None else []
+    plan_and_try(parts, crops, module_inputs, more_lines=lines)
 
 
 def _open_data(config: FinetuneConfig, objects: Objects) -> tuple[ShardIndex, ShardIndex]:

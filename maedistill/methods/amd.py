@@ -63,20 +63,23 @@ class AMD(DMAE):
             for _ in align.student_taps
         )
 
-    def forward(self, images: Tensor, split: PatchSplit, target: BlockFeatures | None = None) -> Losses:
+    def forward(
+        self, images: Tensor, split: PatchSplit, target: BlockFeatures | None = None, *more: BlockFeatures
+    ) -> Losses:
         """Return DMAE's losses and `generate/BLOCK` per student block. target: {teacher block: [B, Q + T, D_t]}."""
         assert target is not None
         if self.generate.by == "decoder":
             pixels, features, generated = self.reconstruct_and_generate(images, split)
             projected = self.project(features)
         else:
-            pixels, features = self.reconstruct(images, split, self.align.student_taps)
+            pixels, features = self.reconstruct(images, split, self.student_taps)
             projected = self.project(features)
-            visible = [rows[:, self.encoder.num_prefix :] for rows in projected]  # [B, S, D_t]
+            own = projected[: len(self.align.student_taps)]
+            visible = [rows[:, self.encoder.num_prefix :] for rows in own]  # [B, S, D_t]
             generated = [make(rows, split) for make, rows in zip(self.generators, visible, strict=True)]
-        align = self.alignment_losses(projected, target, split)
+        weighted, align = self.alignment_losses(projected, (target, *more), split)
         generate = self.generation_losses(generated, target, split)
-        loss = self.pixels.weight * pixels + self.align.weight * self.ramp * mean_loss(align)
+        loss = self.pixels.weight * pixels + weighted
         loss = loss + self.generate.weight * self.ramp * mean_loss(generate)
         return {"loss": loss, "pixels": pixels, **align, **generate}
 
@@ -86,7 +89,7 @@ class AMD(DMAE):
         A row of a cross-attention decoder does not depend on the others, so the two may need different numbers of rows.
         """
         normalized = normalize(images, self.mean, self.std)
-        tokens, features = self.encoder(normalized, split.student, taps=self.align.student_taps)
+        tokens, features = self.encoder(normalized, split.student, taps=self.student_taps)
         predicted, missing = self.num_predicted(split), split.num_teacher - split.num_student  # H, T - S
         hidden = split.hidden[:, : max(predicted, missing)]
         pixels, rows = self.decoder(tokens, split, hidden, with_rows=True)  # [B, max(H, T - S), p*p*3], [..., W]
@@ -97,4 +100,4 @@ class AMD(DMAE):
         """Return the generated alignment of each pair at patches that only the teacher sees: rows [B, T - S, D_t]."""
         start = self.align.teacher_prefix + split.num_student
         pairs = zip(self.align.student_taps, self.align.teacher_taps, generated, strict=True)
-        return {f"generate/{s}": self.distance(rows, target[t][:, start:]) for s, t, rows in pairs}
+        return {f"generate/{s}": self.align.compare(rows, target[t][:, start:]) for s, t, rows in pairs}

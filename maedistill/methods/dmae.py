@@ -1,10 +1,14 @@
 """DMAE (Bai et al., CVPR 2023): MAE plus alignment of features with those of a teacher that sees the same patches.
 
+Further teachers have terms of their own, and heads: one student may learn from several at once.
+
 B batch   S, T patches visible to student and teacher   P, Q prefix tokens of student and teacher   D_t teacher width
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from maedistill.losses.features import feature_loss
@@ -19,7 +23,8 @@ from maedistill.models.masking import PatchSplit
 class AlignmentSpec:
     """Feature alignment of pairs of blocks, one student tap with one teacher tap.
 
-    distance, normalize, beta: of `losses.features.feature_loss`. projector, bias: of the projections.
+    distance, normalize, beta: of `losses.features.feature_loss`. projector, bias: of the projections. name: that its
+    losses are logged under. more: the alignment with further teachers.
     """
 
     student_taps: tuple[int, ...]
@@ -32,6 +37,12 @@ class AlignmentSpec:
     projector: str = "linear"
     bias: bool = True
     weight: float = 1.0
+    name: str = "align"
+    more: "tuple[AlignmentSpec, ...]" = ()
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the mean distance between rows of the same shape: a scalar."""
+        return feature_loss(student, teacher, distance=self.distance, normalize=self.normalize, beta=self.beta)
 
 
 class DMAE(MAE):
@@ -40,37 +51,52 @@ class DMAE(MAE):
     def __init__(self, encoder: Encoder, decoder: TokenDecoder, *, pixels: PixelSpec, align: AlignmentSpec) -> None:
         super().__init__(encoder, decoder, pixels=pixels)
         self.align = align
+        self.student_taps = tuple(dict.fromkeys(tap for spec in self.aligned for tap in spec.student_taps))
         self.projections = nn.ModuleList(
-            projection(encoder.width, align.teacher_width, kind=align.projector, bias=align.bias)
-            for _ in align.student_taps
+            projection(encoder.width, spec.teacher_width, kind=spec.projector, bias=spec.bias)
+            for spec in self.aligned
+            for _ in spec.student_taps
         )
 
-    def forward(self, images: Tensor, split: PatchSplit, target: BlockFeatures | None = None) -> Losses:
-        """Return MAE's losses and `align/BLOCK` per student block. target: {teacher block: [B, Q + T, D_t]}."""
+    @property
+    def aligned(self) -> tuple[AlignmentSpec, ...]:
+        """Return the alignment with each teacher."""
+        return (self.align, *self.align.more)
+
+    def forward(
+        self, images: Tensor, split: PatchSplit, target: BlockFeatures | None = None, *more: BlockFeatures
+    ) -> Losses:
+        """Return MAE's losses and `align/BLOCK` per student block. target: {teacher block: [B, Q + T, D_t]}.
+
+        more: the same of further teachers, whose losses are `align/teacherNUMBER/BLOCK`, from 2 on.
+        """
         assert target is not None
-        pixels, features = self.reconstruct(images, split, self.align.student_taps)
-        align = self.alignment_losses(self.project(features), target, split)
-        loss = self.pixels.weight * pixels + self.align.weight * self.ramp * mean_loss(align)
-        return {"loss": loss, "pixels": pixels, **align}
+        pixels, features = self.reconstruct(images, split, self.student_taps)
+        weighted, align = self.alignment_losses(self.project(features), (target, *more), split)
+        return {"loss": self.pixels.weight * pixels + weighted, "pixels": pixels, **align}
 
     def project(self, features: BlockFeatures) -> list[Tensor]:
-        """Project the student features of each pair to teacher width: [B, P + S, D_t]."""
-        return [head(features[tap]) for head, tap in zip(self.projections, self.align.student_taps, strict=True)]
+        """Project the student features of each pair to teacher width, teacher by teacher: [B, P + S, D_t]."""
+        taps = [tap for spec in self.aligned for tap in spec.student_taps]
+        return [head(features[tap]) for head, tap in zip(self.projections, taps, strict=True)]
 
-    def alignment_losses(self, projected: list[Tensor], target: BlockFeatures, split: PatchSplit) -> Losses:
-        """Return the direct alignment of each pair at the patches that both networks see.
+    def alignment_losses(
+        self, projected: list[Tensor], targets: Sequence[BlockFeatures], split: PatchSplit
+    ) -> tuple[Tensor, Losses]:
+        """Return the direct alignment of each pair at the patches that both networks see, after its weighted sum.
 
         Prefix tokens (class, registers) are aligned too if both networks have equally many, as in DMAE.
         """
-        spec, prefix = self.align, self.encoder.num_prefix
-        skip_student, skip_teacher = (0, 0) if prefix == spec.teacher_prefix else (prefix, spec.teacher_prefix)
-        end = spec.teacher_prefix + split.num_student
+        rows, prefix = iter(projected), self.encoder.num_prefix
         losses: Losses = {}
-        for student, s, t in zip(projected, spec.student_taps, spec.teacher_taps, strict=True):
-            losses[f"align/{s}"] = self.distance(student[:, skip_student:], target[t][:, skip_teacher:end])
-        return losses
-
-    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return the mean distance between rows of the same shape: a scalar."""
-        spec = self.align
-        return feature_loss(student, teacher, distance=spec.distance, normalize=spec.normalize, beta=spec.beta)
+        weighted = []
+        for spec, target in zip(self.aligned, targets, strict=True):
+            skip_student, skip_teacher = (0, 0) if prefix == spec.teacher_prefix else (prefix, spec.teacher_prefix)
+            end = spec.teacher_prefix + split.num_student
+            own = {
+                f"{spec.name}/{s}": spec.compare(next(rows)[:, skip_student:], target[t][:, skip_teacher:end])
+                for s, t in zip(spec.student_taps, spec.teacher_taps, strict=True)
+            }
+            weighted.append(spec.weight * self.ramp * mean_loss(own))
+            losses |= own
+        return torch.stack(weighted).sum(), losses

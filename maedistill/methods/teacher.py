@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as vision
 from maedistill.data.images.transforms import normalize
 from maedistill.errors import ConfigError
 from maedistill.losses.features import mean_of_blocks
+from maedistill.models.blocks import has_mlp_branch
 from maedistill.models.encoder import Encoder, MaskedEncoder, TimmModel
 from maedistill.models.masking import PatchSplit
 from maedistill.models.patches import finer_ids
@@ -54,6 +55,7 @@ class Teacher(FrozenNetwork):
     """Computes the features of the teacher's tapped blocks, or with `relations` their queries, keys and values.
 
     last: the target of a tap is made of the outputs of so many blocks that end there, see `mean_of_blocks`.
+    output: of a block: its rows (`block`), or what its MLP adds to them (`mlp`).
 
     It sees its visible patches only, and runs up to its last tap. It resizes the images so that each patch of the
     student's covers the same part of the image as one of its own, or as k x k of them, whose rows are averaged.
@@ -67,6 +69,7 @@ class Teacher(FrozenNetwork):
         *,
         taps: Sequence[int],
         last: int | None = None,
+        output: str = "block",
         relations: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -78,7 +81,13 @@ class Teacher(FrozenNetwork):
             )
         self.means = {tap: range(tap - last + 1, tap + 1) for tap in taps} if last is not None else {}
         needed = sorted({*chain(*self.means.values())}) or taps
-        self.tapped = {"relations" if relations else "taps": tuple(needed)}
+        blocks: TimmModel = self.encoder.vit.blocks if isinstance(self.encoder, MaskedEncoder) else None
+        if output == "mlp" and not (blocks and all(has_mlp_branch(blocks[tap]) for tap in needed)):
+            raise ConfigError(
+                f"align.output: in {source.name} no MLP adds to the rows that the attention of its block gives",
+                "use align.output=block, or a ViT of timm, e.g. vit_base_patch16_224 or vit_base_patch16_dinov3",
+            )
+        self.tapped = {"relations" if relations else {"block": "taps", "mlp": "branches"}[output]: tuple(needed)}
         self.ends_early = {"to_last_tap": True} if isinstance(self.encoder, MaskedEncoder) else {}
         self.num_prefix, self.width = self.encoder.num_prefix, self.encoder.width
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from einops import rearrange
 from timm.layers import Attention, Mlp
+from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -75,6 +76,27 @@ def queries_keys_values(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     qkv = attention.qkv(block.norm1(x))  # [B, R, 3W]
     q, k, v = rearrange(qkv, "b r (three h d) -> three b h r d", three=3, h=attention.num_heads)
     return attention.q_norm(q), attention.k_norm(k), v
+
+
+def has_mlp_branch(block: nn.Module) -> bool:
+    """Return whether `block` is timm's own, with an MLP after its attention and a norm before each, as needed below."""
+    return type(block) in (Block, EvaBlock)
+
+
+def attention_and_mlp(block: Any, x: Tensor, **rotations: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows after the attention of timm's `block`, and what its MLP adds to them: [B, R, W] each.
+
+    Their sum is the block's output, as in evaluation: without stochastic depth.
+    """
+
+    def scaled(rows: Tensor, number: int) -> Tensor:
+        if isinstance(block, Block):
+            return getattr(block, f"ls{number}")(rows)
+        gamma = getattr(block, f"gamma_{number}")
+        return rows if gamma is None else gamma * rows
+
+    x = x + scaled(block.attn(block.norm1(x), **rotations), 1)
+    return x, scaled(block.mlp(block.norm2(x)), 2)
 
 
 def projection(in_width: int, out_width: int, *, kind: str, bias: bool = True) -> nn.Module:

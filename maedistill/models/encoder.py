@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from maedistill.errors import ConfigError
-from maedistill.models.blocks import queries_keys_values
-from maedistill.models.patches import gather_rows, patchify, position_table
+from maedistill.models.blocks import attention_and_mlp, queries_keys_values
+from maedistill.models.patches import gather_rows, learns_rope, patchify, position_table, rope_rows, rope_table
 
 # Any model of timm: an nn.Module with forward_features, forward_head, pretrained_cfg ..., of no common declared class.
 TimmModel: TypeAlias = Any
@@ -73,7 +73,7 @@ class MaskedEncoder(Encoder):
         self.patch_size = vit.patch_embed.patch_size[0]
         self.grid = vit.patch_embed.grid_size[0]
         # timm would compute a fixed table at every step, on the CPU.
-        self.register_buffer("rope", None if _learns_rope(vit) else rope_table(vit), persistent=False)
+        self.register_buffer("rope", None if learns_rope(vit) else rope_table(vit), persistent=False)
 
     def embed(self, images: Tensor, ids: Tensor | None) -> Tensor:
         """Embed the selected patches, add positions, put the prefix first: [B, 3, s, s], [B, M] -> [B, P + M, D]."""
@@ -104,7 +104,7 @@ class MaskedEncoder(Encoder):
 
     def rotations(self, ids: Tensor | None) -> Rotations:
         """Return the rotations of the selected patches by block, see `Rotations`."""
-        if _learns_rope(self.vit):
+        if learns_rope(self.vit):
             tables = rope_table(self.vit)
             assert tables is not None
             return lambda block: {"rope": rope_rows(tables[block], ids)}
@@ -117,20 +117,21 @@ class MaskedEncoder(Encoder):
         ids: Tensor | None = None,
         *,
         taps: Sequence[int] = (),
+        branches: Sequence[int] = (),
         relations: Sequence[int] = (),
         to_last_tap: bool = False,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the blocks on the patches `ids`, or on all patches.
 
         images: normalised, [B, 3, s, s]. ids: int64 [B, M]. Returns the last tokens [B, P + M, D] and, by block, the
-        outputs [B, P + M, D] of `taps` and the queries, keys and values [3, B, H, P + M, d] of `relations`. With
-        `to_last_tap`, the final norm and all blocks that these do not need are skipped.
+        outputs [B, P + M, D] of `taps`, what the MLPs of `branches` add to their rows, likewise, and the queries, keys
+        and values [3, B, H, P + M, d] of `relations`. With `to_last_tap`, the final norm and all blocks that these do
+        not need are skipped.
         """
         assert not {*taps} & {*relations}
         x = self.embed(images, ids)
-        x, outputs, qkv = run_blocks(
-            self.vit, x, taps=taps, relations=relations, to_last_tap=to_last_tap, rotations=self.rotations(ids)
-        )
+        named: dict[str, Any] = {"taps": taps, "branches": branches, "relations": relations}
+        x, outputs, qkv = run_blocks(self.vit, x, **named, to_last_tap=to_last_tap, rotations=self.rotations(ids))
         return x, outputs | {i: torch.stack(parts) for i, parts in qkv.items()}
 
 
@@ -175,28 +176,6 @@ def _require_rows(encoder: Encoder, name: str) -> None:
             )
 
 
-def _learns_rope(vit: PlainViT) -> bool:
-    """Return whether the rotary frequencies are parameters, of each block and head."""
-    return getattr(vit, "rope_mixed", False)
-
-
-def rope_table(vit: PlainViT) -> Tensor | None:
-    """Return timm's table of sines and cosines, None without rotary positions.
-
-    [1, N, 2d] for all blocks and heads, or [depth, H, N, 2d] if each has its own.
-    """
-    rope: Any = getattr(vit, "rope", None)
-    if rope is None:
-        return None
-    table = rope.get_embed(shape=list(vit.patch_embed.grid_size))
-    return table if _learns_rope(vit) else table[None]
-
-
-def rope_rows(table: Tensor, ids: Tensor | None) -> Tensor:
-    """Pick the rows of a block's table: [1 or H, N, 2d], [B, M] -> [B, 1 or H, M, 2d]; all of them as they are."""
-    return table if ids is None else table[:, ids].transpose(0, 1)
-
-
 def run_blocks(
     vit: PlainViT,
     x: Tensor,
@@ -204,21 +183,27 @@ def run_blocks(
     taps: Sequence[int],
     relations: Sequence[int],
     to_last_tap: bool,
+    branches: Sequence[int] = (),
     rotations: Rotations = lambda block: {},
 ) -> tuple[Tensor, dict[int, Tensor], dict[int, tuple[Tensor, Tensor, Tensor]]]:
     """Run the blocks of `vit` on embedded tokens x, [B, P + M, D]; with `to_last_tap`, no more than these need.
 
-    Returns the last tokens, after the final norm unless `to_last_tap`; and by block the outputs [B, P + M, D] of `taps`
-    and the queries, keys and values [B, H, P + M, d] of `relations`, which need only the input of their block.
+    Returns the last tokens, after the final norm unless `to_last_tap`; and by block the outputs [B, P + M, D] of
+    `taps`, or of `branches` what their MLPs add, and the queries, keys and values [B, H, P + M, d] of `relations`,
+    which need only the input of their block.
     """
     outputs: dict[int, Tensor] = {}
     qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-    needed = max((-1, *taps, *(i - 1 for i in relations))) + 1 if to_last_tap else len(vit.blocks)
+    needed = max((-1, *taps, *branches, *(i - 1 for i in relations))) + 1 if to_last_tap else len(vit.blocks)
     for i, block in enumerate(vit.blocks):
         if i in relations:
             qkv[i] = queries_keys_values(block, x)
         if i == needed:
             break
+        if i in branches:
+            attended, outputs[i] = attention_and_mlp(block, x, **rotations(i))
+            x = attended + outputs[i]
+            continue
         recompute = vit.grad_checkpointing and torch.is_grad_enabled()
         run = partial(block, **rotations(i))
         x = checkpoint(run, x, use_reentrant=False) if recompute else run(x)  # [B, P + M, D]

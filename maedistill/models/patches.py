@@ -1,9 +1,11 @@
-"""Patches of an image as rows of pixels, and their fixed position tables.
+"""Patches of an image as rows of pixels, and the tables of their positions, fixed or rotary.
 
-    B batch   N patches   M selected patches   D width   p patch side   s image side
+    B batch   N patches   M selected patches   D width   H heads   d their width   p patch side   s image side
 
 Patch ids count patches in raster order from 0, without the class token.
 """
+
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -58,3 +60,25 @@ def position_table(kind: str, *, grid: int, width: int, num_prefix: int = 0) -> 
         angle = index * 10000 ** -(2 * (channel // 2).double() / width)  # [N, D]
         table = torch.where(channel % 2 == 0, angle.sin(), angle.cos())
     return torch.cat([torch.zeros(num_prefix, width), table.float()])[None]
+
+
+def learns_rope(vit: Any) -> bool:
+    """Return whether the rotary frequencies are parameters, of each block and head."""
+    return getattr(vit, "rope_mixed", False)
+
+
+def rope_table(vit: Any) -> Tensor | None:
+    """Return timm's table of sines and cosines, None without rotary positions.
+
+    [1, N, 2d] for all blocks and heads, or [depth, H, N, 2d] if each has its own.
+    """
+    rope = getattr(vit, "rope", None)
+    if rope is None:
+        return None
+    table = rope.get_embed(shape=list(vit.patch_embed.grid_size))
+    return table if learns_rope(vit) else table[None]
+
+
+def rope_rows(table: Tensor, ids: Tensor | None) -> Tensor:
+    """Pick the rows of a block's table: [1 or H, N, 2d], [B, M] -> [B, 1 or H, M, 2d]; all of them as they are."""
+    return table if ids is None else table[:, ids].transpose(0, 1)

@@ -110,8 +110,8 @@ def _sees_all(config: PretrainConfig, network: Network, *, grid: int) -> Network
 def build_teacher(config: PretrainConfig, source: Network, device: torch.device) -> Teacher:
     """Build the frozen teacher on `device`, without the blocks after its last tap."""
     dtype, align = DTYPES[precision(config.teacher.precision, device)], config.align
-    relations = config.method == "tinymim"
-    return Teacher(source, taps=align.teacher, last=align.last_blocks, relations=relations, dtype=dtype).to(device)
+    taps: dict[str, Any] = {"taps": align.teacher, "last": align.last_blocks, "output": align.output}
+    return Teacher(source, **taps, relations=config.method == "tinymim", dtype=dtype).to(device)
 
 
 def build_average(config: PretrainConfig, student: Encoder, device: torch.device, *, steps: int) -> AverageTeacher:
@@ -119,13 +119,20 @@ def build_average(config: PretrainConfig, student: Encoder, device: torch.device
     data, align = config.data, config.align
     source = Network(deepcopy(student), EMA, data.image_size, NO_OTHERS, mean=data.mean, std=data.std)
     number_format, decay = precision(config.teacher.precision, device), config.teacher.decay
-    taps: dict[str, Any] = {"taps": align.teacher, "last": align.last_blocks}
+    taps: dict[str, Any] = {"taps": align.teacher, "last": align.last_blocks, "output": align.output}
     return AverageTeacher(source, **taps, decay=decay, steps=steps, number_format=number_format).to(device)
 
 
-def build_method(config: PretrainConfig, encoder: Encoder, source: Network | None, objects: Objects = NOTHING) -> MAE:
+def build_method(
+    config: PretrainConfig,
+    encoder: Encoder,
+    source: Network | None,
+    objects: Objects = NOTHING,
+    more: tuple[AlignmentSpec, ...] = (),
+) -> MAE:
     """Build the module to train: encoder, decoder, heads and generators, initialised from the seed.
 
+    more: the alignment with further teachers.
     objects: a student of the caller's keeps its weights, and a method of the caller's is built in place of the class
     that `config.method` names, with the same arguments.
     """
@@ -149,7 +156,9 @@ def build_method(config: PretrainConfig, encoder: Encoder, source: Network | Non
         method = make(encoder, decoder, pixels=pixels)
     else:
         # Without a source the teacher is the student's average.
-        specs = _distillation_specs(config, encoder, encoder if source is None else source.encoder, pos_embed)
+        teacher = encoder if source is None else source.encoder
+        specs = _distillation_specs(config, encoder, teacher, pos_embed)
+        specs |= {"align": replace(specs["align"], more=more)} if more else {}
         method = make(encoder, decoder, pixels=pixels, **specs)
     if not isinstance(method, expected):
         raise ConfigError(
@@ -172,16 +181,10 @@ def _distillation_specs(config: PretrainConfig, encoder: Encoder, teacher: Encod
 
     Raises ConfigError where student and teacher do not fit each other.
     """
-    align, generate, width = config.align, config.generate, teacher.width
-    if max(align.student) >= encoder.depth:
-        raise ConfigError(
-            f"align.student: block {max(align.student)} does not exist, the student has {encoder.depth}",
-            f"use 0 to {encoder.depth - 1}",
-        )
+    generate, width = config.generate, teacher.width
+    spec = alignment_spec(config, encoder, teacher)
     if config.method == "tinymim":
         return {"relations": _relations(config, encoder, teacher)}
-    terms = align.model_dump(exclude={"student", "teacher", "last_blocks", "warmup_share", "stored_steps"})
-    spec = AlignmentSpec(align.student, align.teacher, width, teacher.num_prefix, **terms)
     if config.method == "dmae":
         return {"align": spec}
     num_heads = generate.num_heads or max(1, width // 64)
@@ -192,6 +195,18 @@ def _distillation_specs(config: PretrainConfig, encoder: Encoder, teacher: Encod
         )
     shape = generate.model_dump(include={"depth", "weight", "by"})
     return {"align": spec, "generate": GeneratorSpec(num_heads, pos_embed=pos_embed, **shape)}
+
+
+def alignment_spec(config: PretrainConfig, encoder: Encoder, teacher: Encoder, *, name: str = "align") -> AlignmentSpec:
+    """Return the alignment of a student with a teacher. Raises ConfigError for a block that the student has not."""
+    align = config.align
+    if max(align.student) >= encoder.depth:
+        raise ConfigError(
+            f"align.student: block {max(align.student)} does not exist, the student has {encoder.depth}",
+            f"use 0 to {encoder.depth - 1}",
+        )
+    terms = align.model_dump(include={"distance", "normalize", "beta", "projector", "bias", "weight"})
+    return AlignmentSpec(align.student, align.teacher, teacher.width, teacher.num_prefix, **terms, name=name)
 
 
 def _relations(config: PretrainConfig, encoder: Encoder, teacher: Encoder) -> RelationSpec:

@@ -78,10 +78,10 @@ def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
         for micro in range(plan.batch.accumulation):
             batch = run.next(batches)
             images, split = parts.inputs(batch.images, batch.positions)  # [m, 3, s, s]
-            target, notes = parts.teach(images, split, step)
+            targets, notes = parts.teach(images, split, step)
             if parts.is_random:
                 torch.manual_seed(key(config.seed, Stream.NETWORK, step, micro, distributed.rank()))
-            losses = engine(images, split, target)
+            losses = engine(images, split, *targets)
             engine.backward(losses["loss"])
             engine.step()
             run.count(batch, losses | notes)

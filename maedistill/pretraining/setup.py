@@ -32,6 +32,7 @@ from maedistill.pretraining.build import (
     step_inputs,
 )
 from maedistill.pretraining.flops import count_flops
+from maedistill.pretraining.more_teachers import MoreTeacher, open_more_teachers
 from maedistill.processes import distributed
 from maedistill.runs.dry_run import dry_run as plan_and_try
 from maedistill.runs.dry_run import forward_backward
@@ -45,14 +46,14 @@ from maedistill.training.compilation import compile_function, compile_module
 from maedistill.training.memory_fit import fit_to_memory
 from maedistill.training.optim import parameter_groups
 from maedistill.weights.from_run import describe_network
-from maedistill.weights.license import NO_OTHERS
+from maedistill.weights.license import combined_license
 from maedistill.weights.network import Network
 from maedistill.weights.state_dict import weights_fingerprint
 
 
 @dataclass
 class Pretraining(Stage):
-    """The parts, on `device`. teacher: None for a method without one; teacher_weights: its fingerprint, in a list.
+    """The parts, on `device`. teacher: None for a method without one; teacher_weights: the fingerprint of each.
 
     inputs: `step_inputs` of this run, from images uint8 [m, 3, s, s] and positions int64 [m] to images and masks.
     """
@@ -71,7 +72,8 @@ class Pretraining(Stage):
     auto_lines: list[str] = field(default_factory=list)
     fitted_to: int | None = None  # memory of the GPU, in bytes, that the micro-batch was fitted to
     has_objects: bool = False  # whether the student or the method is a caller's
-    statistics: ChannelStatistics | None = None  # with align.normalize=stored
+    more: list[MoreTeacher] = field(default_factory=list)  # further teachers
+    statistics: dict[int, ChannelStatistics] = field(default_factory=dict)  # of teachers with align.normalize=stored
     has_warned: bool = False  # of collapsed targets
 
     @property
@@ -82,7 +84,7 @@ class Pretraining(Stage):
     @property
     def metadata(self) -> dict[str, Any]:
         """Return the metadata for run.json: network, samples, teacher, and the license of the weights used."""
-        data, source = self.config.data, self.source
+        data, teachers = self.config.data, self._teacher_sources
         return {
             "stage": "pretrain",
             "method": self.config.method,
@@ -101,9 +103,9 @@ class Pretraining(Stage):
                 "micro_batch": self.plan.batch.micro_batch,
                 "fitted_to_bytes": self.fitted_to,
             },
-            "teacher": self._teacher_line(),
+            "teacher": "; ".join(text for text, _ in teachers) or None,
             "teacher_weights": self.teacher_weights,
-            "license": source.license if source is not None else NO_OTHERS,
+            "license": combined_license(source.license for _, source in teachers if source is not None),
         }
 
     @property
@@ -119,10 +121,10 @@ class Pretraining(Stage):
             views += f", teacher {teacher} (nested)" if teacher > student else ", teacher the same"
         sizes = ", ".join(f"{name} {num_params_m(child):.2f} M" for name, child in self.module.named_children())
         images = f"{self.plan.images:,} images in {len(self.index.shards)} shards at {config.data.image_size} px"
-        shown = describe_shards(config.data.train, self.index.shards)
+        shown, teachers = describe_shards(config.data.train, self.index.shards), self._teacher_sources
         return [
             f"method   {config.method}: {views}",
-            *self._teacher_lines(),
+            *(line for text, source in teachers for line in (f"teacher  {text}", self._view(source)) if line),
             f"student  {config.student.title}  {sizes}",
             f"data     {images}, {shown}",
             *self._val_lines(),
@@ -130,28 +132,30 @@ class Pretraining(Stage):
             *plan_lines(config, self.plan),
         ]
 
-    def _teacher_line(self) -> str | None:
-        """Describe the teacher's weights, None without one."""
+    @property
+    def _teacher_sources(self) -> list[tuple[str, Network | None]]:
+        """Describe the weights of each teacher, and name the network that they come from."""
+        sources = [*filter(None, [self.source]), *(one.source for one in self.more)]
+        described: list[tuple[str, Network | None]] = [(source.describe(), source) for source in sources]
         if isinstance(self.teacher, AverageTeacher):
-            return "ema  the student's own moving average, decay {:g} to {:g}".format(*self.teacher.decay)
-        return self.source.describe() if self.source is not None else None
+            decay = "{:g} to {:g}".format(*self.teacher.decay)
+            described.insert(0, (f"ema  the student's own moving average, decay {decay}", None))
+        return described
 
-    def _teacher_lines(self) -> list[str]:
-        """Describe the teacher, if there is one, and how its patches meet the student's."""
-        if self.teacher is None:
-            return []
-        lines = [f"teacher  {self._teacher_line()}"]
-        if self.source is None or isinstance(self.teacher.encoder, MapEncoder):  # the method's line says what it sees
-            return lines
-        size, own = self.source.size, self.source.own_size
-        grid, student_grid = self.teacher.encoder.grid, self.module.encoder.grid
+    def _view(self, source: Network | None) -> str:
+        """Describe the images of a teacher, and how its patches meet the student's, unless the method's line does."""
+        if source is None or (source is self.source and isinstance(source.encoder, MapEncoder)):
+            return ""
+        size, own, encoder, student_grid = source.size, source.own_size, source.encoder, self.module.encoder.grid
+        if isinstance(encoder, MapEncoder):
+            return f"sees     {encoder.view}"
         trained = f" (its own: {own})" if own != size else ""
         meets = (
             "as the student"
-            if grid == student_grid
-            else f"the mean of {(grid // student_grid) ** 2} for one of the student's"
+            if encoder.grid == student_grid
+            else f"the mean of {(encoder.grid // student_grid) ** 2} for one of the student's"
         )
-        return [*lines, f"sees     images of {size} px{trained}, {grid} x {grid} patches, {meets}"]
+        return f"sees     images of {size} px{trained}, {encoder.grid} x {encoder.grid} patches, {meets}"
 
     def _val_lines(self) -> list[str]:
         """Describe the validation images, if there are any, and say what they cannot be used for."""
@@ -162,43 +166,46 @@ class Pretraining(Stage):
         return [f"val      {len(val):,} images, {describe_shards(data.val, val.shards)}{off}"]
 
     def module_inputs(self, pixels: Tensor, positions: Tensor) -> tuple[Any, ...]:
-        """Return what the module computes a loss from: images, masks and the teacher's outputs."""
+        """Return what the module computes a loss from: images, masks and the teachers' outputs."""
         images, split = self.inputs(pixels, positions)
-        return images, split, self.teach(images, split)[0]
+        return images, split, *self.teach(images, split)[0]
+
+    @property
+    def teachers(self) -> list[Teacher]:
+        """Return the teachers, the first one first."""
+        return [self.teacher, *(one.teacher for one in self.more)] if self.teacher is not None else []
 
     @property
     def kept(self) -> dict[str, nn.Module]:
-        """Return what checkpoints keep of the teacher: one that learns too, and what was measured of its channels."""
+        """Return what checkpoints keep of teachers: one that learns too, and what was measured of their channels."""
         kept = {"teacher": self.teacher.network} if isinstance(self.teacher, AverageTeacher) else {}
-        return kept | ({"statistics": self.statistics} if self.statistics is not None else {})
+        return kept | {f"statistics{i + 1 if i else ''}": measured for i, measured in self.statistics.items()}
 
     def begin_step(self, step: int) -> None:
         """Set what a step counts the terms of a teacher with."""
         warmup = self.config.align.warmup_share * self.plan.steps
-        unmeasured = self.statistics is not None and step == 0
+        unmeasured = bool(self.statistics) and step == 0
         self.module.ramp.fill_(0.0 if unmeasured else min(1.0, step / warmup) if warmup else 1.0)
 
-    def teach(self, images: Tensor, split: PatchSplit, step: int | None = None) -> tuple[BlockFeatures | None, Losses]:
-        """Return what a method compares with, and what is logged of it; None and nothing without a teacher.
+    def teach(self, images: Tensor, split: PatchSplit, step: int | None = None) -> tuple[list[BlockFeatures], Losses]:
+        """Return what a method compares with, of each teacher, and what is logged of it.
 
         step: the step of a run; without one nothing is measured.
         """
-        if self.teacher is None:
-            return None, {}
-        target = self.teacher(images, split)
-        notes = {"target_std": self.teacher.deviation(target)} if isinstance(self.teacher, AverageTeacher) else {}
-        if self.statistics is not None:
+        targets = [teacher(images, split) for teacher in self.teachers]
+        notes = {"target_std": self.teacher.deviation(targets[0])} if isinstance(self.teacher, AverageTeacher) else {}
+        for i, statistics in self.statistics.items():
             if step is not None:
-                self.statistics.add(target, step)
-            target = self.statistics(target)
-        return target, notes
+                statistics.add(targets[i], step)
+            targets[i] = statistics(targets[i])
+        return targets, notes
 
     def end_step(self, step: int) -> None:
         """Take the teacher on: an average follows the update just made, what was measured counts. Collective."""
         if isinstance(self.teacher, AverageTeacher):
             self.teacher.follow(self.module.encoder, step)
-        if self.statistics is not None:
-            self.statistics.end_step(step)
+        for statistics in self.statistics.values():
+            statistics.end_step(step)
 
     def warn_of_collapse(self, means: Mapping[str, float]) -> None:
         """Warn once, on rank 0, if the logged targets are nearly the same for all patches of all images."""
@@ -218,9 +225,8 @@ class Pretraining(Stage):
     def compile(self) -> None:
         """Compile what a step runs: images and masks, teacher, student."""
         self.inputs = compile_function(self.inputs)
-        for network in (self.teacher, self.module):
-            if network is not None:
-                compile_module(network)
+        for network in (*self.teachers, self.module):
+            compile_module(network)
 
 
 def open_pretraining(
@@ -237,15 +243,20 @@ def open_pretraining(
     encoder = build_encoder(config, objects)
     source = distributed.main_first(lambda: build_teacher_source(config, grid=encoder.grid, objects=objects))
     teacher_weights = [weights_fingerprint(source.encoder)] if source is not None else []  # before their dtype changes
-    method = build_method(config, encoder, source, objects).to(device)
+    more = distributed.main_first(lambda: open_more_teachers(config, encoder, device))
+    teacher_weights += [one.fingerprint for one in more]
+    method = build_method(config, encoder, source, objects, tuple(one.spec for one in more)).to(device)
     teacher = build_teacher(config, source, device) if source is not None else None
     if config.teacher.source == EMA:
         teacher = build_average(config, method.encoder, device, steps=plan.steps)
     inputs = partial(step_inputs, config, num_patches=encoder.grid**2)
     parts = Pretraining(config, plan, index, val_index, method, source, teacher, teacher_weights, device, inputs)
-    if teacher is not None and config.align.normalize == "stored":
-        shape = {"width": teacher.width, "prefix": teacher.num_prefix, "steps": config.align.stored_steps}
-        parts.statistics = ChannelStatistics(config.align.teacher, **shape).to(device)
+    parts.more = more
+    aligns = [config.align, *(one.config.align for one in more)]
+    for i, (one, align) in enumerate(zip(parts.teachers, aligns, strict=False)):  # mae has none
+        if align.normalize == "stored":
+            shape = {"width": one.width, "prefix": one.num_prefix, "steps": align.stored_steps}
+            parts.statistics[i] = ChannelStatistics(align.teacher, **shape).to(device)
     parts.has_objects = objects.student is not None or objects.method is not None
     parts.unscorable = why_unscorable(index, val_index) if val_index is not None else None
     parts.auto_lines = auto_lines
@@ -286,7 +297,7 @@ def dry_run(config: PretrainConfig) -> None:
     parts = open_pretraining(config, world_size=world_size_from_environment(), device=device)
     config = parts.config
     student_sees, teacher_sees = mask_sizes(config, parts.module.encoder.grid**2)
-    flops = count_flops(parts.module, parts.teacher, num_student=student_sees, num_teacher=teacher_sees)
+    flops = count_flops(parts.module, *parts.teachers, num_student=student_sees, num_teacher=teacher_sees)
     cost = "flops    " + ", ".join(f"{name} {value:.2f}" for name, value in flops.items()) + " GFLOP per image"
     crops = build_crops(config, parts.index)
     plan_and_try(parts, crops, lambda batch: parts.module_inputs(batch.images, batch.positions), more_lines=[cost])

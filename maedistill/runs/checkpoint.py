@@ -6,7 +6,8 @@
         ema.safetensors         the averaged weights, if the run has them
         past.safetensors        the weights when the epoch began, with distill.past.source=weights
         teacher.safetensors     the teacher that is the student's moving average, with teacher.source=ema
-        statistics.safetensors  what was measured of the teacher's channels, with align.normalize=stored
+        statistics.safetensors  what was measured of the teacher's channels, with align.normalize=stored; of a further
+                                teacher in statistics2.safetensors and so on
         state.json              the engine's scalars and the loop's plain state, see state.py
         config.yaml, run.json   the run's, for a start that finds them gone or damaged in RUN
         manifest.json, COMPLETE checksums of the files above, see manifest.py

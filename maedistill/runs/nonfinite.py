@@ -30,7 +30,7 @@ class LateFlags:
 
         now: wait for this flag too; otherwise the next call returns it.
         """
-        readable = self._read()
+        readable = self.read()
         if flag.is_cuda:
             copy = torch.empty((), dtype=torch.bool, pin_memory=True)
             done = torch.cuda.Event(blocking=True)  # otherwise the host busy-waits on a core
@@ -39,9 +39,10 @@ class LateFlags:
             self._last = step, copy, done
         else:
             self._last = step, flag, None
-        return readable + self._read() if now else readable
+        return readable + self.read() if now else readable
 
-    def _read(self) -> list[tuple[int, bool]]:
+    def read(self) -> list[tuple[int, bool]]:
+        """Return the step whose flag is not known yet, with its flag, if there is one."""
         if self._last is None:
             return []
         (step, flag, done), self._last = self._last, None
@@ -56,6 +57,7 @@ class NonfinitePolicy:
     def __init__(self, path: Path, settings: EngineConfig) -> None:
         self.lines, self.settings = AppendOnlyFile(path, unique=True), settings
         self._flags = LateFlags()
+        self._sample_names: Callable[[int], list[str]] = lambda step: []
 
     def check(
         self, progress: Progress, skipped: Tensor, *, now: bool, sample_names: Callable[[int], list[str]]
@@ -65,14 +67,22 @@ class NonfinitePolicy:
         now: wait for the flag. sample_names: from a step, counted from 0, to the names of its samples. Raises
         NumericsError if the settings say that the run ends.
         """
+        self._sample_names = sample_names
+        self._count(progress, self._flags.push(progress.step - 1, skipped, now=now))
+
+    def settle(self, progress: Progress) -> None:
+        """Count the last update too, as a checkpoint needs. Raises what `check` raises."""
+        self._count(progress, self._flags.read())
+
+    def _count(self, progress: Progress, flags: list[tuple[int, bool]]) -> None:
         last = None
-        for step, is_skipped in self._flags.push(progress.step - 1, skipped, now=now):
+        for step, is_skipped in flags:
             progress.nonfinite += is_skipped
             progress.nonfinite_in_a_row = progress.nonfinite_in_a_row + 1 if is_skipped else 0
             if is_skipped:
                 last = step + 1
                 if distributed.is_main():
-                    self.lines.append(json.dumps({"step": last, "samples": sample_names(step)}))
+                    self.lines.append(json.dumps({"step": last, "samples": self._sample_names(step)}))
                     text = f"step {last} is not applied: its loss or gradient is not finite"
                     say(text, error=True)
         too_many = self.settings.nonfinite == "stop" or progress.nonfinite_in_a_row > self.settings.max_nonfinite

@@ -116,6 +116,7 @@ class Run:
 
     def save(self) -> None:
         """Take a checkpoint, which is written while training goes on. Collective."""
+        self.nonfinite.settle(self.progress)
         for sync in self.before_save:
             sync(self.step)
         self.bad_samples.count(self.progress)

@@ -49,25 +49,27 @@ def subset_columns(known: Sequence[str], given: Sequence[str], *, num_known: int
     return torch.tensor(indices)
 
 
-def compare_names(known: tuple[str, ...], given: tuple[str, ...], *, num_known: int, model: str) -> list[str]:
-    """Return a warning if the classes of `model` (`known`) and of the shards (`given`) differ; empty if not known.
+def compare_names(
+    known: tuple[str, ...], given: tuple[str, ...], *, num_known: int, model: str, other: str = "the shards"
+) -> list[str]:
+    """Return a warning if the classes of `model` (`known`) and of the `other` (`given`) differ; empty if not known.
 
     Raises DataError if they have the same names in another order, since every count would then be wrong.
     """
     if given and not known and num_known != len(given):
-        numbers = f"{model} has {num_known:,} classes without names, the shards {len(given):,}"
-        return [f"{numbers}: are they the same ones? (--subset matches them by name)"]
+        numbers = f"{model} has {num_known:,} classes without names, {other} {len(given):,}"
+        return [f"{numbers}: are they the same ones? (maedistill evaluate --subset matches them by name)"]
     label = next((i for i, (own, other) in enumerate(zip(known, given, strict=False)) if own != other), None)
     if label is None:  # all names are equal, or not known, or one has more classes and the first ones are equal
         return []
     if sorted(known) == sorted(given):
         raise DataError(
-            f"{model} and the shards number their classes differently: label {label} is {known[label]!r} to it and "
-            f"{given[label]!r} in the shards",
-            "match them by name with --subset, or write the shards again with the classes in the model's order",
+            f"{model} and {other} number their classes differently: label {label} is {known[label]!r} to it and "
+            f"{given[label]!r} in {other}",
+            "match them by name with maedistill evaluate --subset, or write the shards in the model's order of classes",
         )
     named = f"label {label} is {known[label]!r}, not {given[label]!r}"
-    return [f"{model} names its classes otherwise: {named} (--subset matches them by name)"]
+    return [f"{model} names its classes otherwise: {named} (maedistill evaluate --subset matches them by name)"]
 
 
 def shared_classes(teacher: Network, names: Sequence[str], *, num_classes: int) -> tuple[int, ...] | None:

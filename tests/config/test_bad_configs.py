@@ -128,6 +128,8 @@ OVERRIDES = [
     "teacher.decay=[0.9, 0.99]",
     "align.last_blocks=19",
     "align.distance=cosine",
+    "align.output=branch",
+    "more_teachers=timm:resnet50",
 ]
 
 # The same on top of FINETUNE; what both stages share is above.
@@ -262,7 +264,9 @@ FILES = [
     GOOD + "extends: [1]\n",
     GOOD + "extends: bad.yaml\n",
     TINYMIM.replace("{student", "{bias: false, student"),
+    TINYMIM.replace("{student", "{output: mlp, student"),
     TINYMIM + "masks: {teacher_keep_ratio: 0.5}\n",
+    TINYMIM + "more_teachers: ['teacher.source=timm:resnet50']\n",
     "- a\n- b\n",
     "just text\n",
     "",

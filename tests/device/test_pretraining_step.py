@@ -47,6 +47,10 @@ CASES = {
         *("method=amd", "teacher.source=ema", "masks.teacher_keep_ratio=1", "decoder.attention=cross"),
         *("generate.by=decoder", "align.student=[1]", "align.teacher=[1]", "align.last_blocks=2"),
     ],
+    "amd of branches, with a second teacher": [
+        *(*AMD, "align.output=mlp", "align.normalize=stored"),
+        f"more_teachers=['teacher.source=random:test_convnext {' '.join(ONE).replace('2', '3')} align.output=block']",
+    ],
     "tinymim": ["method=tinymim", *TEACHER, *TWO],
 }
 DISTANCES = {"l1": "l2", "mse": "none", "smooth_l1": "whiten"}  # each of either once; no branch depends on both
@@ -70,9 +74,9 @@ def take_step(parts: Pretraining, given: Batch) -> dict[str, Any]:
     torch.manual_seed(1)
     images, split = parts.inputs(given.images, given.positions)
     parts.begin_step(1)
-    target, notes = parts.teach(images, split, 1)
+    targets, notes = parts.teach(images, split, 1)
     with torch.autocast(images.device.type, dtype=torch.bfloat16):
-        losses = parts.module(images, split, target)
+        losses = parts.module(images, split, *targets)
     losses["loss"].backward()
     parts.end_step(1)
     gradients = {name: parameter.grad for name, parameter in parts.module.named_parameters()}
@@ -86,10 +90,11 @@ def test_a_step_never_waits_for_the_card_and_computes_the_same_bits(pretraining,
     expected = value_of(take_step(parts, batch()))
     with Card() as card:
         parts.module.zero_grad()
-        parts.module, parts.teacher = parts.module.to(CARD), parts.teacher and parts.teacher.to(CARD)
-        if parts.statistics is not None:
-            parts.statistics.sums.zero_()
-            parts.statistics.to(CARD)
+        for network in (parts.module, *parts.teachers):
+            network.to(CARD)
+        for statistics in parts.statistics.values():
+            statistics.sums.zero_()
+            statistics.to(CARD)
         given = batch().to(CARD)
         with card.step():
             found = take_step(parts, given)

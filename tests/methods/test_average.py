@@ -77,7 +77,7 @@ def test_the_target_is_what_the_student_itself_shows_of_all_patches(opened):
     """At the start. The ramp is that of the first quarter; the deviation is over patches of all images."""
     parts = opened("student.drop_path=0.5")
     images, split = parts.inputs(torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8), torch.arange(3))
-    target, notes = parts.teach(images, split)
+    (target,), notes = parts.teach(images, split)
     student = deepcopy(parts.module.encoder).eval()
     _, outputs = student((images - parts.module.mean) / parts.module.std, split.order, taps=(0, 1))
     torch.testing.assert_close(target, {1: mean_of_blocks([outputs[0], outputs[1]])})

@@ -202,6 +202,13 @@ class Flat(nn.Module):
             "align.last_blocks: ",
             "remove it",
         ),
+        (
+            "random:test_convnext",
+            [3],
+            {"align": {"student": (1,), "teacher": (3,), "output": "mlp"}},
+            "align.output: in random:test_convnext no MLP",
+            "align.output=block",
+        ),
         ("random:test_convnext", [3], {"method": "tinymim"}, "method: tinymim", "method=dmae"),
         ("random:test_convnxt", [3], {}, "timm has no model", "test_convnext"),
         (Flat(), [0], {}, "teacher.source: ", "maedistill.Encoder"),

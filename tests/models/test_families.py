@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError, UserError
 from maedistill.exporting.folder import export
+from maedistill.losses.features import mean_of_blocks
 from maedistill.methods.dmae import DMAE, AlignmentSpec
 from maedistill.methods.mae import PixelSpec
 from maedistill.methods.teacher import Teacher
@@ -114,6 +115,33 @@ def test_half_of_the_patches_are_what_attention_over_them_alone_gives(name: str)
     first = encoder.num_prefix
     torch.testing.assert_close(tokens[:, :first], expected[:, :first], rtol=0, atol=1e-12)
     torch.testing.assert_close(tokens[:, first:], gather_rows(expected[:, first:], ids), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_branch_is_what_timm_s_block_adds_after_its_attention(name: str) -> None:
+    encoder, seen = randomised(name), {}
+    teacher = {"taps": (1,), "last": 2, "output": "mlp", "dtype": torch.float64}
+    source = Network(encoder.vit, name, encoder.grid * encoder.patch_size, "", mean=(0, 0, 0), std=(1, 1, 1))
+    if name == "eva02_enormous_patch14_clip_224":
+        with pytest.raises(ConfigError, match=r"align\.output.*\nuse align\.output=block"):
+            Teacher(source, **teacher)
+        return
+    for i, block in enumerate(encoder.vit.blocks):
+        block.norm2.register_forward_pre_hook(lambda _, given, i=i: seen.update({f"attended {i}": given[0]}))
+        block.register_forward_hook(lambda _, given, out, i=i: seen.update({f"output {i}": out}))
+    images = pictures(encoder)
+    expected = encoder.vit.forward_features(images)
+    added = {i: seen[f"output {i}"] - seen[f"attended {i}"] for i in (0, 1)}
+    assert all(value.std() > 0.1 for value in added.values())
+    tokens, branches = encoder(images, branches=(0, 1))
+    torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(branches, added, rtol=0, atol=1e-12)
+    assert encoder(images, branches=(0,), to_last_tap=True)[1].keys() == {0}
+    split = random_split(torch.arange(2), seed=0, num_patches=GRID**2, num_student=4, num_teacher=GRID**2)
+    rows, first = Teacher(source, **teacher)(images, split)[1], encoder.num_prefix
+    mean = mean_of_blocks([added[0], added[1]])
+    torch.testing.assert_close(rows[:, first:], gather_rows(mean[:, first:], split.teacher), rtol=0, atol=1e-4)
 
 
 def learning(vit: torch.nn.Module, *, initial: bool = True) -> tuple[DMAE, Teacher]:

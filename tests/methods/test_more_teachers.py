@@ -1,0 +1,124 @@
+"""Several teachers in one pre-training run: what they add up to, what they cost, a kill, and those that are refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.errors import ConfigError
+from maedistill.exporting.folder import export
+from maedistill.pretraining.flops import count_flops
+from maedistill.pretraining.setup import Pretraining, open_pretraining
+
+VIT = "teacher.source=random:vit_tiny_patch16_224 teacher.width=48 teacher.depth=2 teacher.num_heads=2"
+VIT += " teacher.patch_size=8"
+DMAE = ["method=dmae", *VIT.split(), "align.student=[1]", "align.teacher=[1]"]
+AMD = [*DMAE, "method=amd", "masks.teacher_keep_ratio=0.5", "generate.by=decoder"]
+AMD += ["decoder.attention=cross"]
+MAP = "teacher.source=random:test_resnet teacher.image_size=64 align.teacher=[3] align.student=[0] align.weight=0.5"
+
+
+@pytest.fixture
+def opened(pretraining):
+    """Opens the parts of a run with further teachers."""
+
+    def open_parts(settings: list[str], *more: str) -> Pretraining:
+        given = [*settings, f"more_teachers={json.dumps(more)}"]
+        config = load_config(pretraining.config, given, root=PretrainConfig, to_run=False).config
+        return open_pretraining(config, world_size=1, device=torch.device("cpu"))
+
+    return open_parts
+
+
+def step(parts: Pretraining) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Losses and gradients of one micro-batch."""
+    pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    losses = parts.module(*parts.module_inputs(pixels, torch.arange(3)))
+    losses["loss"].backward()
+    return losses, {name: parameter.grad for name, parameter in parts.module.named_parameters()}
+
+
+@pytest.mark.parametrize("settings", [DMAE, AMD], ids=["dmae", "amd"])
+def test_two_equal_teachers_of_half_the_weight_are_one(opened, settings):
+    one, two = opened(settings), opened([*settings, "align.weight=0.5"], VIT)
+    weights = one.module.state_dict()
+    again = {name.replace("projections.0", "projections.1"): value for name, value in weights.items()}
+    two.module.load_state_dict(again | weights)
+    (losses, gradients), (both, halves) = step(one), step(two)
+    assert both["align/1"] == both["align/teacher2/1"] == losses["align/1"] > 0
+    torch.testing.assert_close(both["loss"], losses["loss"])
+    for name, gradient in gradients.items():
+        of_half = name.startswith("projections.")
+        torch.testing.assert_close(halves[name], gradient / 2 if of_half else gradient)
+        assert not of_half or torch.equal(halves[name.replace(".0.", ".1.")], halves[name])
+
+
+def test_each_has_its_own_head_precision_view_license_and_cost(opened):
+    more = [f"{MAP} align.projector=mlp teacher.precision=bf16 teacher.license=cc-by-4.0"]
+    more.append(f"{VIT} teacher.image_size=64 align.output=mlp align.teacher=[0]")
+    parts = opened([*DMAE, "align.bias=false"], *more)
+    losses, gradients = step(parts)
+    assert losses.keys() == {"loss", "pixels", "align/1", "align/teacher2/0", "align/teacher3/1"}
+    expected = losses["pixels"] + losses["align/1"] + losses["align/teacher2/0"] / 2 + losses["align/teacher3/1"]
+    torch.testing.assert_close(losses["loss"], expected)
+    assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
+    assert [teacher.dtype for teacher in parts.teachers] == [torch.float32, torch.bfloat16, torch.float32]
+    assert "projections.1.3.weight" in gradients and "projections.0.bias" not in gradients
+    said = "\n".join(parts.summary_lines)
+    assert said.count("\nteacher  random:") == 3 and ", 8 x 8 patches, the mean of 4 for one" in said
+    assert "sees     the whole image at 64 px, maps of side 4 resampled to 4" in said
+    assert parts.metadata["license"] == "none, random weights; cc-by-4.0"
+    assert len({*parts.metadata["teacher_weights"]}) == 2, "the first and the third are of the same weights"
+    images, split = parts.inputs(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.arange(1))
+    with FlopCounterMode(display=False) as counter:
+        parts.teachers[1](images, split)
+    flops = count_flops(parts.module, *parts.teachers, num_student=4, num_teacher=4)
+    assert flops["teacher2"] == pytest.approx(counter.get_total_flops() / 1e9)
+    assert 0 < flops["teacher"] < flops["teacher3"]
+    assert flops["total"] == pytest.approx(sum(value for name, value in flops.items() if name != "total"))
+
+
+def test_a_killed_run_of_a_vit_and_a_resnet_goes_on_bit_by_bit(pretraining, tmp_path):
+    """What was measured of the second teacher is not complete, and in the checkpoint alone."""
+    more = [*DMAE, f"more_teachers=['{MAP} align.normalize=stored align.stored_steps=20']"]
+    whole = pretraining("two-teachers", *more)
+    pretraining("two-teachers-killed", *more, witness=True, code=-9, WITNESS_KILL="21")
+    again = pretraining("two-teachers-killed", *more)
+    assert "continues at step 16 of 24" in again.out
+    for name in ("model", "optimizer", "statistics2"):
+        files = [run.last_checkpoint() / f"{name}.safetensors" for run in (whole, again)]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+    assert load_file(files[0])["sums"][0].unique().tolist() == [20 * 12 * 4]
+    for ours, theirs in zip(again.metrics(), whole.metrics(), strict=True):
+        assert all(ours[name] == theirs[name] for name in ("loss", "align/1", "align/teacher2/0"))
+    card = (export(whole.run, tmp_path / "export") / "README.md").read_text()
+    assert f"`{MAP} align.normalize=stored" in card and card.count("random:test") > 1
+    other = [setting.replace("0.5 ", "0.4 ") for setting in more]
+    assert "more_teachers" in pretraining("two-teachers", *other, code=2).err
+
+
+@pytest.mark.parametrize(
+    ("more", "cause", "remedy"),
+    [
+        ("align.teacher=[0]", "method=dmae needs a teacher", "teacher.source="),
+        ("teacher.source=ema", "can only be the first", "name others"),
+        ("teacher.source=python:a.B", "can only be the first", "name others"),
+        (f"{VIT} student.width=64", "it sets student.width", "teacher.* and align.*"),
+        (f"{VIT} align.warmup_share=0.1", "it sets align.warmup_share", "but for warmup_share"),
+        (f"{VIT} masks.teacher_keep_ratio=1.0", "it sets masks.teacher_keep_ratio", "teacher.* and align.*"),
+        (f"{VIT} method=mae", "method=mae", "use method=dmae"),
+        (f"{VIT} align.teacher=[2]", "block 2 does not exist", "use 0 to 1"),
+        (f"{VIT} align.student=[5]", "block 5 does not exist, the student has 2", "use 0 to 1"),
+        (f"{VIT} align.output=ffn", "one of block, mlp", "write block or mlp"),
+        (f"{MAP} align.output=mlp", "align.output: ", "align.output=block"),
+    ],
+)
+def test_what_cannot_be_a_further_teacher_is_refused(opened, more, cause, remedy):
+    with pytest.raises(ConfigError) as error:
+        opened(DMAE, more)
+    assert error.value.cause.startswith(f"more_teachers: {more!r}: ")
+    assert cause in error.value.cause and remedy in error.value.remedy

@@ -1,0 +1,32 @@
+"""The flag of the last update, which is read one step late, and the checkpoints that are written between steps."""
+
+from types import SimpleNamespace
+
+import torch
+
+from maedistill.runs.nonfinite import NonfinitePolicy
+from maedistill.runs.progress import Progress
+from maedistill.runs.run import Run
+
+
+def test_every_checkpoint_knows_of_the_last_update(tmp_path):
+    """Also one that is written before a step, as of a run that ends while it waits for a peer."""
+    policy = NonfinitePolicy(tmp_path / "lines", SimpleNamespace(nonfinite="skip", max_nonfinite=3))
+    saved, progress = [], Progress(step=4)
+    run = SimpleNamespace(
+        nonfinite=policy,
+        progress=progress,
+        step=4,
+        before_save=[],
+        bad_samples=SimpleNamespace(count=lambda progress: None),
+        averages=SimpleNamespace(totals=dict),
+        clock=SimpleNamespace(seconds=0.0),
+        saver=SimpleNamespace(save=lambda *, state, **more: saved.append(state)),
+        **dict.fromkeys(("engine", "ema", "kept", "_records")),
+    )
+    policy.check(progress, torch.tensor(True), now=False, sample_names=lambda step: [f"of step {step}"])
+    Run.save(run)
+    assert (saved[0]["nonfinite"], saved[0]["nonfinite_in_a_row"]) == (1, 1)
+    progress.step = 5
+    policy.check(progress, torch.tensor(False), now=True, sample_names=lambda step: [])
+    assert (progress.nonfinite, progress.nonfinite_in_a_row) == (1, 0)
