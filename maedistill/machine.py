@@ -1,9 +1,10 @@
-"""Properties of the machine: number formats, CPU cores and GPUs."""
+"""Properties of the machine: number formats, CPU cores, memory and GPUs."""
 
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import takewhile
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")  # most bytes of a control group, bytes that it uses
+_CGROUP_V2 = ("memory.max", "memory.current")
 _BF16_CAPABILITY = (8, 0)  # Ampere is the first with bf16 units; older cards convert around every operation
 
 
@@ -56,3 +59,26 @@ def visible_gpus() -> list[str]:
 def cpu_share(local_ranks: int) -> int:
     """Return the number of CPU cores per rank, at an equal share of the machine's cores."""
     return max(1, len(os.sched_getaffinity(0)) // max(1, local_ranks))
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Return the bytes that this process can still take: of the machine, and below the limits of its control groups."""
+    meminfo = (root / "proc/meminfo").read_text().split()
+    free = [1024 * int(meminfo[meminfo.index("MemAvailable:") + 1])]
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount, names = ("memory", _CGROUP_V1) if controllers else ("", _CGROUP_V2)
+        group = root / "sys/fs/cgroup" / mount / path.lstrip("/")
+        # in a container the path is often the host's, and its mount shows the container's own group at the top
+        for folder in (group, *group.parents[: len(Path(path).parts) - 1]):
+            try:
+                limit, used = ((folder / name).read_text().strip() for name in names)
+                stat = (folder / "memory.stat").read_text().split()
+            except OSError:
+                continue
+            if limit != "max":
+                cached = int(stat[stat.index("inactive_file") + 1])  # the kernel drops it when memory is short
+                free.append(int(limit) - int(used) + cached)
+    return max(0, min(free))

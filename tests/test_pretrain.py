@@ -73,6 +73,18 @@ def test_auto_is_settled_by_the_images_and_kept_by_a_run_that_continues(mae, tmp
     assert numbers("optim.epochs=7")[0] == (12, 7.0, 0.5), "what is given is not kept"
 
 
+def test_decoded_images_that_are_kept_change_no_bit_on_three_ranks(pretraining, settings, tmp_path):
+    """One process is compared bit for bit by the kills below: `auto` keeps these images."""
+    ends = {}
+    for keep in ("true", "false"):
+        ended = pretraining(
+            f"kept-{keep}", *settings["mae"], f"data.keep_decoded={keep}", "data.workers=1", "optim.epochs=2", ranks=3
+        )
+        assert ("decoded  once and kept in memory: 96 images" in ended.out) == (keep == "true")
+        ends[keep] = (ended.last_checkpoint() / "model.safetensors").read_bytes()
+    assert ends["true"] == ends["false"]
+
+
 def test_images_without_labels_give_pictures_and_neither_knn_nor_an_error(pretraining, settings, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()

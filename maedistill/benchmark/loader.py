@@ -33,9 +33,11 @@ from torchvision.transforms import InterpolationMode
 from maedistill.benchmark.report import Report, Row
 from maedistill.benchmark.timing import Rates, Work, interleave, ratio, spread
 from maedistill.config.plan import BatchPlan
-from maedistill.data.images.decode import JPEG_DECODERS, decode, open_image
+from maedistill.data.images.decode import JPEG_DECODERS, decode, decode_rgb, open_image
+from maedistill.data.images.kept import KeptImages, table_bytes
 from maedistill.data.images.transforms import CROP_DRAWS, Box, crop, random_box
 from maedistill.data.loading.batch import Batch
+from maedistill.data.loading.dataset import open_reader
 from maedistill.data.loading.loader import PREFETCHED, BatchSampler, RandomCrops, host_batches
 from maedistill.data.loading.order import SampleOrder
 from maedistill.data.shards.open_index import open_index
@@ -48,7 +50,7 @@ _MOST_IN_BATCH = 128
 _FEWEST = 64  # fewest crops of a round: fewer give no meaningful speed
 _LEAD = 16  # batches of a round per worker, if there are several: some may be made before the clock starts
 DECODERS = tuple(name for name in JPEG_DECODERS if name != "pillow") or JPEG_DECODERS
-PLAIN, ONE_PROCESS, STAGES = "plain loader", "ours in one process", ("read", "header", "transfer")
+PLAIN, ONE_PROCESS, KEPT, STAGES = "plain loader", "ours in one process", "ours, kept", ("read", "header", "transfer")
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def loader_paths(sampled: Sampled, *, workers: int) -> dict[str, Work]:
         load = partial(host_batches, crops, sampler, workers=workers, pin_memory=False)
         return partial(_counts, load, warm_up=sampled.warm_up)
 
-    paths = {ONE_PROCESS: ours(sampled.crops, workers=0)}
+    paths = {ONE_PROCESS: ours(sampled.crops, workers=0), KEPT: ours(_kept(sampled), workers=workers)}
     measured, size, read = sampled.measured, sampled.crops.size, sampled.crops.reader.read
     boxes = [sampled.boxes(i, *open_image(sampled.data[sample]).size[::-1]) for i, sample in enumerate(measured)]
 
@@ -167,6 +169,17 @@ def loader_paths(sampled: Sampled, *, workers: int) -> dict[str, Work]:
         "header": _each(sampled, lambda i, header, data: open_image(data)),
         "transfer": ours(idle, workers=1),
     }
+
+
+def _kept(sampled: Sampled) -> RandomCrops:
+    """Return the crops of images that lie decoded in memory, as `data.keep_decoded` leaves them after an epoch."""
+    crops, count = copy.copy(sampled.crops), len(sampled.crops.index)
+    pixels = sum(3 * image.width * image.height for image in map(open_image, sampled.data.values()))
+    crops.reader = open_reader(crops.index)
+    crops.reader.kept = KeptImages.create(count, table_bytes(count) + pixels)
+    for sample, data in sampled.data.items():
+        crops.reader.kept.put(sample, decode_rgb(data))
+    return crops
 
 
 class _IdleCrops(RandomCrops):
@@ -241,11 +254,14 @@ def _report(sampled: Sampled, rates: Mapping[str, Rates]) -> Report:
         f"crops of {size} px, {count}; {len(sampled.data):,} images, {sampled.views} views each": rows,
         "milliseconds of a core per crop": [{"stage": name, "ms": time} for name, time in times.items()],
     }
+    decoding = f"ours, {DECODERS[0]}" if f"ours, {DECODERS[0]}" in rates else ONE_PROCESS
     medians = {name: time.median for name, time in times.items()}
     limit = max(medians, key=medians.__getitem__)
     remarks = [
         f"{limit} limits: {medians[limit] / sum(medians.values()):.0%} of the time of a crop",
         "plain loader: Pillow and torchvision's transforms in a DataLoader; decode + crop: a loop over files in memory",
+        f"kept: images that lie decoded in memory, as data.keep_decoded leaves them after the first epoch: "
+        f"{ratio(per_core[KEPT], per_core[decoding])} x {decoding}",
     ]
     shorter = sorted(min(open_image(data).size) for data in sampled.data.values())[len(sampled.data) // 2]
     if limit.startswith("decode") and shorter > 1.3 * size:

@@ -82,6 +82,11 @@ class ImagesConfig(Section):
     workers: Count | None = runtime(
         None, "loader processes per rank, 0: load in the training process; null: one per core of the rank, at most 8"
     )
+    keep_decoded: bool | Literal["auto"] = runtime(
+        AUTO,
+        "keep decoded training images in memory that the ranks of a machine share, so that each is decoded once; auto: "
+        "if all fit in a quarter of the free memory; true: if they fit in half of it, else the run does not start",
+    )
     max_bad_fraction: Probability = runtime(
         MAX_BAD_FRACTION,
         "stop when a larger share of the samples seen, or of those of an evaluation, could not be decoded; in training "

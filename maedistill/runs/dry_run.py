@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from maedistill.data.loading.batch import Batch
+from maedistill.data.loading.keeping import room_for
 from maedistill.data.loading.loader import RandomCrops
 from maedistill.escaping import say
 from maedistill.machine import autocast, cpu_share, precision
@@ -20,10 +21,13 @@ def dry_run(
 ) -> None:
     """Print the summary of a run and its measured cost. Writes nothing except an index for shards without one.
 
-    inputs_of: the module's inputs from a micro-batch on the device. Raises what a start would raise for the run folder.
+    inputs_of: the module's inputs from a micro-batch on the device. Raises what a start would raise for the run folder
+    and for `data.keep_decoded`.
     """
     RunFolder(stage.config.run).check(stage.config, stage.metadata, fresh=False, extend=False)
-    lines = [*stage.summary_lines, *more_lines, *_measured_lines(stage, crops, inputs_of)]
+    room = room_for(crops, stage.config.data.keep_decoded)
+    kept = [] if room is None else [room.line()]
+    lines = [*stage.summary_lines, *more_lines, *kept, *_measured_lines(stage, crops, inputs_of)]
     say(*lines, "nothing was started: dry run")
 
 

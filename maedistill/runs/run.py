@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from maedistill.config.plan import Plan
 from maedistill.config.schema import RunConfig
 from maedistill.data.loading.batch import Batch
+from maedistill.data.loading.keeping import keep_decoded
 from maedistill.data.loading.loader import RandomCrops, training_batches
 from maedistill.errors import Preempted
 from maedistill.escaping import say
@@ -142,7 +143,10 @@ class Run:
     # One step
 
     def batches(self, crops: RandomCrops) -> Iterator[Batch]:
-        """Load the micro-batches of this rank from the next step to the last, on the device."""
+        """Load the micro-batches of this rank from the next step to the last, on the device. Collective."""
+        line = keep_decoded(crops, self.config.data.keep_decoded)
+        if line is not None and distributed.is_main():
+            say(line)
         return training_batches(
             crops,
             self.step,

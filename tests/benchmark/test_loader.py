@@ -11,6 +11,7 @@ from PIL import Image
 from maedistill.benchmark import loader
 from maedistill.benchmark.loader import measure_loader, plain_batches, sample, write_folder
 from maedistill.data.images.decode import decode_rgb
+from maedistill.data.shards.reader import ShardReader
 from maedistill.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's own threads
@@ -25,7 +26,14 @@ def test_every_path_is_measured_and_set_against_the_others(shards, tmp_path, wor
     paths, stages = report.tables.values()
     names = [row["path"] for row in paths]
     assert ("ours, torchvision" in names) == (workers > 0)
-    assert {"ours in one process", "plain loader", "decode + crop, torchvision", "decode, torchvision"} <= set(names)
+    assert {
+        "ours in one process",
+        "ours, kept",
+        "plain loader",
+        "decode + crop, torchvision",
+        "decode, torchvision",
+    } <= set(names)
+    assert "ours, kept" in names
     plain = next(row for row in paths if row["path"] == "plain loader")
     assert plain["x plain"].median == 1
     for row in paths:
@@ -33,6 +41,7 @@ def test_every_path_is_measured_and_set_against_the_others(shards, tmp_path, wor
     assert [row["stage"].split()[0] for row in stages] == ["read", "header", "decode", "crop", "collate", "transfer"]
     report.write_json(tmp_path / "loader.json", command=["benchmark.py"])
     found = json.loads((tmp_path / "loader.json").read_text())["tables"]
+    assert any("data.keep_decoded leaves them" in remark for remark in report.remarks)
     assert "plain loader" in "\n".join(report.lines()) and len(next(iter(found.values()))) == len(paths)
     assert torch.get_num_threads() == threads and not multiprocessing.active_children()
 
@@ -43,6 +52,19 @@ def test_all_paths_make_the_same_number_of_crops(shards):
         first, *others = work()
         assert sum(others) == sampled.batch * sampled.steps == 24, name
         assert first in (0, sampled.batch * sampled.warm_up), name
+
+
+def test_the_path_of_kept_images_makes_the_same_crops_and_opens_no_file(shards, monkeypatch):
+    sampled, made = sample(str(shards / "train-*.tar"), size=16, views=1, workers=0, images=24), []
+    fetch = loader.RandomCrops.__getitems__
+    monkeypatch.setattr(loader.RandomCrops, "__getitems__", lambda crops, at: made.append(fetch(crops, at)) or made[-1])
+    paths = loader.loader_paths(sampled, workers=0)
+    sum(paths["ours in one process"]())
+    plain = [batch.images for batch in made]
+    made.clear()
+    monkeypatch.setattr(ShardReader, "read", None)
+    sum(paths["ours, kept"]())
+    assert len(made) > 1 and all(torch.equal(batch.images, images) for batch, images in zip(made, plain, strict=True))
 
 
 def test_the_crops_of_the_floor_are_those_of_the_loader(shards):

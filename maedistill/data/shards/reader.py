@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from maedistill.data.images.decode import BadImage
+from maedistill.data.images.kept import KeptImages
 from maedistill.data.remote.cache import ShardCache
 from maedistill.data.remote.download import RemoteShard
 from maedistill.data.remote.read_ahead import ReadAhead
@@ -31,7 +32,8 @@ class ShardReader:
     which takes microseconds, so that no reader keeps the cache from evicting a shard that it no longer needs.
 
     cache: for remote shards; None for the one set by the environment. The watchdog may set the callback `on_read`,
-    which gets each sample id before it is read, and whether the sample's shard may have to be downloaded first.
+    which gets each sample id before it is read, and whether the sample's shard may have to be downloaded first. `kept`
+    is where `read_first` keeps decoded images, if it is set.
     """
 
     def __init__(self, index: ShardIndex, cache: ShardCache | None = None) -> None:
@@ -41,6 +43,7 @@ class ShardReader:
         self.longest_fetch = self._cache.policy.max_seconds if self._cache else 0.0  # seconds per shard
         self._ahead = ReadAhead(self._cache) if self._cache else None
         self.on_read: Callable[[int, bool], None] = lambda sample, fetching: None
+        self.kept: KeptImages | None = None
         self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
 
     def read(self, i: int) -> bytes:
@@ -76,13 +79,24 @@ class ShardReader:
         bad: list[str] = []
         for sample in itertools.islice(candidates, MOST_BAD):
             try:
-                return self.decoded(sample, decode), sample, bad
+                return self._kept_or_decoded(sample, decode), sample, bad
             except BadImage as error:
                 bad.append(f"{self.index.sample_name(sample)}: {error}")
         raise DataError(
             f"{MOST_BAD} samples in a row could not be decoded, the last is {bad[-1]}",
             "check the shards with maedistill shards --verify",
         )
+
+    def _kept_or_decoded(self, i: int, decode: Callable[[bytes], Any]) -> Any:
+        if self.kept is None:
+            return self.decoded(i, decode)
+        image = self.kept.get(i)
+        if image is None:
+            image = self.decoded(i, decode)
+            self.kept.put(i, image)
+        else:
+            self.on_read(i, False)
+        return image
 
     def read_ahead(self, shards: Sequence[int]) -> None:
         """Prefetch remote shards into the cache in the background. `shards` are needed next, in this order."""

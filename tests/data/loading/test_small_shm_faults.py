@@ -12,6 +12,7 @@ from PIL import Image
 from maedistill.config.plan import batch_plan
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform, exact_batches
 from maedistill.data.loading.fork_context import ForkLock
+from maedistill.data.loading.keeping import keep_decoded
 from maedistill.data.loading.loader import training_batches
 from maedistill.data.shards.open_index import open_index
 from tests.data.tar_files import crops_of, encode, write_tar
@@ -34,8 +35,11 @@ def load(index, options):
     images = EvaluationImages(index, torch.arange(32), evaluation_transform(size=224, crop=1.0))
     exact = exact_batches(images, batch=4, workers=8, timeout_seconds=30)
     one_rank = {"plan": batch_plan(16, 16, world_size=1), "rank": 0, "world_size": 1, "device": torch.device("cpu")}
-    random = training_batches(crops_of(index), 0, 2, workers=8, timeout_seconds=30, **one_rank)
+    crops = crops_of(index)
+    assert "kept in memory" in keep_decoded(crops, True)
+    random = training_batches(crops, 0, 2, workers=8, timeout_seconds=30, **one_rank)
     assert sum(len(ids) for _, _, ids in exact) == 32 and sum(len(batch.images) for batch in random) == 32
+    assert crops.reader.kept.get(31) is not None
     return DONE
 
 
