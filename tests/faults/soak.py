@@ -41,7 +41,14 @@ optim: {{epochs: {epochs}, warmup_epochs: 0.5, global_batch: 12, lr: 3e-3, ema: 
 engine: {{timeout_seconds: 30}}
 log: {{every_steps: 1, save_every_epochs: 0.5, pictures_every_epochs: {pictures}, tensorboard: false}}
 """
-AMD = ["method=amd", "masks.teacher_keep_ratio=0.5", "align.student=[0,1]", "align.teacher=[0,1]", "generate.depth=1"]
+AMD = [
+    "method=amd",
+    "data.keep_decoded=false",
+    "masks.teacher_keep_ratio=0.5",
+    "align.student=[0,1]",
+    "align.teacher=[0,1]",
+    "generate.depth=1",
+]
 
 
 @dataclass
