@@ -261,7 +261,7 @@ def test_a_dry_run_says_all_and_writes_nothing(runs):
     ended = runs["dry"]
     assert not ended.run.exists()
     said = {line.split()[0]: line for line in ended.out.splitlines()}
-    words = "start network data eval batch steps lr run warning layers speed memory disk time nothing"
+    words = "start network data eval batch steps lr run warning layers decoded speed memory disk time nothing"
     assert list(said) == words.split()
     assert "3 images (1 % of each class)" in said["data"], "each class keeps one"
     assert "5 = floor(20 epochs x 3 / 12)" in said["steps"] and "24 images" in said["eval"]

@@ -39,7 +39,7 @@ class Side:
         self.path, self.peers, self.saved = path, peers, []
 
     def start(
-        self, *, seed: int, step: int = 0, steps: int = 12, epochs: float = 1.5, wait: int = 5, missing="stop"
+        self, *, seed: int, step: int = 0, steps: int = 12, epochs: float = 1.5, wait: int = 30, missing="stop"
     ) -> "Side":
         """Begin as a start does: run.json is written, exit.json removed, and no peer met yet."""
         names = tuple(map(str, self.peers))

@@ -9,7 +9,7 @@ def test_dry_run_tells_everything_and_writes_nothing(pretraining, settings, trio
     lines = {line.split()[0]: line for line in said.splitlines()}
     assert set(lines) == {
         *("method", "teacher", "sees", "student", "data", "val", "batch", "steps", "lr", "warning", "disk"),
-        *("run", "flops", "speed", "memory", "time", "nothing"),
+        *("run", "flops", "decoded", "speed", "memory", "time", "nothing"),
     }
     assert "student sees 4 of 16 patches, teacher 8 (nested)" in lines["method"]
     assert "run:" in lines["teacher"] and "keys loaded" in lines["teacher"] and "license" in lines["teacher"]

@@ -131,7 +131,7 @@ class Pooled(MAE):
         "maedistill/pretraining/build.py",
         '    if config.method == "tinymim":\n        return',
         """    if config.method == "pooled":
-        return {"pooled": PooledSpec(align.student[0], align.teacher[0], width, align.weight)}
+        return {"pooled": PooledSpec(spec.student_taps[0], spec.teacher_taps[0], width, spec.weight)}
     if config.method == "tinymim":
         return""",
     ),
