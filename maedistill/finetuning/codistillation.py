@@ -50,7 +50,7 @@ from maedistill.weights.network import Network, unloaded_run
 from maedistill.weights.state_dict import weights_fingerprint
 
 _POLL_SECONDS, _FIRST_SECONDS, _SAY_SECONDS = 0.2, 5.0, 60.0  # between looks; until the wait is said; said again
-_KEY, _LEAVE_OUT = meeting.KEY, f"{meeting.KEY}.missing=leave_out"
+_KEY, _LEAVE_OUT = "distill.codistillation", "distill.codistillation.missing=leave_out"
 
 
 @dataclass(eq=False)

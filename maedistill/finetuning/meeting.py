@@ -19,8 +19,8 @@ from maedistill.runs.folder import RunFolder
 from maedistill.runs.published import remove_published
 from maedistill.weights.from_run import read_metadata
 
-_STATE = "codistillation.json"
-KEY, NO_FOLDER = "distill.codistillation", "there is no such folder"
+_STATE, _KEY = "codistillation.json", "distill.codistillation"
+NO_FOLDER = "there is no such folder"
 
 
 @dataclass
@@ -100,7 +100,7 @@ def why_no_pair(peer: str, run: Path) -> ConfigError | None:
     """Return an error unless a peer names the run in this folder."""
     if os.path.realpath(run) in (named := entry_of(peer)["peers"]):
         return None
-    cause = f"{KEY}.peers: {peer} does not name this run, {run}, but {', '.join(named) or 'none'}"
+    cause = f"{_KEY}.peers: {peer} does not name this run, {run}, but {', '.join(named) or 'none'}"
     return ConfigError(cause, "let the runs name each other")
 
 
@@ -109,10 +109,10 @@ def why_unfit(peer: str, own: dict[str, Any]) -> ConfigError | None:
     entry = entry_of(peer)
     if any(entry[name] != own[name] for name in ("every", "first", "last")):
         theirs, mine = (f"every {e['every']} steps from {e['first']} to {e['last']}" for e in (entry, own))
-        cause = f"{KEY}: {peer} exchanges weights {theirs}, this run {mine}"
+        cause = f"{_KEY}: {peer} exchanges weights {theirs}, this run {mine}"
         return ConfigError(cause, "give both the same every_steps and schedule, and as many steps per epoch")
     if entry["seed"] == own["seed"]:
-        cause = f"{KEY}: {peer} has the same seed, {own['seed']}: equal students teach each other nothing"
+        cause = f"{_KEY}: {peer} has the same seed, {own['seed']}: equal students teach each other nothing"
         return ConfigError(cause, "give each run a seed of its own")
     return None
 
