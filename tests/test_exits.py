@@ -119,6 +119,9 @@ def test_the_curve_goes_from_the_first_exit_to_the_end(trained, shards, tmp_path
     assert costs == sorted(costs) and costs[-2] == costs[-1] and curve == pytest.approx(sorted(curve))
     assert (curve[0], curve[-1]) == pytest.approx((costs[0], costs[-1]))
     assert json.loads(files["file"].read_text())["images"] == 24 and files["picture"].stat().st_size > 5000
+    report = (trained.run / "report.md").read_text()
+    assert f"- exit 1: top-1 {100 * counts[1] / 24:.2f} % ({counts[1]} of 24)" in report
+    assert f"maedistill evaluate exits {trained.run} '{shards}/val-" in report
     with pytest.raises(maedistill.ConfigError, match="has no exits"):
         score_exits("timm:test_vit", f"{shards}/val-*.tar", context)
 

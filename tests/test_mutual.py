@@ -26,10 +26,14 @@ def test_every_student_and_all_of_them_together_are_scored(trained):
     prefixes = [*names, *(f"ema_{name}" for name in names)]
     assert [f"{prefix}top1" in record for prefix, record in zip(prefixes, last, strict=True)] == [True] * 8
     each = [record[f"{name}top1"] for name, record in zip(names[:3], last, strict=False)]
-    assert last[3]["ensemble_best_top1"] == max(each)
-    assert last[3]["ensemble_mean_top1"] == pytest.approx(sum(each) / 3)
+    assert last[3]["best_top1"] == max(each)
+    assert last[3]["mean_top1"] == pytest.approx(sum(each) / 3)
     first = trained.metrics()[0]
     assert {"mutual", "peer1/mutual", "peer2/mutual", "peer2/cross_entropy"} <= first.keys()
+    assert "ema_best_top1" in last[7]
+    report = (trained.run / "report.md").read_text()
+    assert f"- peer 2: top-1 {100 * each[2]:.2f} %" in report and "- ensemble" in report
+    assert f"maedistill export {trained.run} --peer 1" in report
     peers = json.loads((trained.run / "run.json").read_text())["peers"]
     assert [peer["seed"] for peer in peers] == [1, 2]
     assert [peer["network"]["arguments"]["embed_dim"] for peer in peers] == [32, 48]

@@ -111,6 +111,14 @@ def test_a_restart_reads_the_same_and_finds_what_it_needs(tmp_path):
     assert [float(share.max()) > 0 for _, share in train(resting, range(STEPS))] == [False] * 5 + [True] * 4
 
 
+def test_the_disk_is_that_of_all_samples_though_a_run_trains_on_a_part():
+    plan = Plan(BatchPlan(BATCH, 1), world_size=1, images=IMAGES, steps=STEPS, warmup_steps=0)
+    section = PastConfig(weight=1, source="predictions")
+    for samples, told in ((96, "0.96 kB"), (50_000, "500 kB"), (1_281_167, "12.8 MB"), (400_000_000, "4.00 GB")):
+        made = Predictions(section, plan=plan, epochs=EPOCHS, samples=samples, num_classes=CLASSES)
+        assert f"predictions: {told} an epoch" in made.describe()
+
+
 def test_a_selection_of_all_classes_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="top_k"):
         opened(tmp_path, top_k=CLASSES)
@@ -133,7 +141,7 @@ def test_the_first_epoch_is_plain_cross_entropy_bit_for_bit(finetuning, trained)
     plain = [record["loss"] for record in finetuning("pskd-plain", *SCRATCH, ranks=2).metrics()]
     losses = [record["loss"] for record in trained.metrics()]
     assert losses[:6] == plain[:6] and not set(losses[6:]) & set(plain[6:])
-    assert "5.76e-07 GB" in trained.out
+    assert "0.58 kB an epoch" in trained.out
 
 
 def test_one_rank_and_two_write_the_same_rows(finetuning, trained):

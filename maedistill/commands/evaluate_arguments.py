@@ -43,8 +43,9 @@ The counts are the same for any number of processes (torchrun --nproc-per-node N
 """
 EXITS = """\
 RUN is a folder that maedistill finetune has written with student.exits. An image leaves at the first exit whose largest
-probability reaches the threshold, or at the end. The latency of each exit is measured by itself.
+probability reaches the threshold, or at the end. The latencies of all of them are measured in turn.
 """
+PEER = "a student of mutual learning: 1 is the first of distill.mutual.students; the run's own needs no option"
 FILES = {
     "predictions": "write each image's label, loss and five best classes",
     "per_class": "write each class's counts, confidence and what it is most often taken for",
@@ -66,7 +67,7 @@ def parse_score(words: list[str]) -> argparse.Namespace:
     )
     add("--index", metavar="FILE", help="the shards' index, where it does not lie beside them")
     add("--exit", type=int, metavar="BLOCK", help="the network that ends at an exit (a run with student.exits)")
-    add("--peer", type=int, default=0, metavar="N", help="a student of mutual learning, from 1 on")
+    add("--peer", type=int, default=0, metavar="N", help=PEER)
     add("--against", metavar="MODEL2", help="compare the answers with another classifier's: same best class, KL")
     labels = parser.add_mutually_exclusive_group().add_argument
     labels("--subset", action="store_true", help="the shards hold some of the model's classes: match them by name")

@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from maedistill.commands.evaluate_arguments import PEER
 from maedistill.escaping import say
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--exit", type=int, metavar="BLOCK", help="the network that ends at an exit (runs with student.exits)"
     )
-    parser.add_argument("--peer", type=int, default=0, metavar="N", help="a student of mutual learning, from 1 on")
+    parser.add_argument("--peer", type=int, default=0, metavar="N", help=PEER)
     return parser.parse_args(sys.argv[2:])
 
 

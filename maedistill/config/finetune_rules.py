@@ -15,7 +15,7 @@ from maedistill.config.distill import BATCH_RELATION_TERMS, PairsConfig, TermCon
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.schema import AUTO
 from maedistill.config.shared_rules import Problem
-from maedistill.config.sources import NETWORK_KINDS
+from maedistill.config.sources import NETWORK_KINDS, SOURCE_KINDS
 from maedistill.durable import why_not_local
 
 # timm's notation: magnitude m, its ceiling mmax and deviation mstd, n operations per image, each with probability p,
@@ -124,7 +124,9 @@ def _terms(c: FinetuneConfig) -> Iterator[Problem]:
             yield from _schedule(c, name, term)
             if isinstance(term, PairsConfig):
                 yield from _pairs(c.student_architecture, name, term)
-        elif changed := term.model_dump(exclude_defaults=True):
+            continue
+        given = term.model_fields_set  # all keys with weight 0, defaults too, are in RUN/config.yaml
+        if changed := term.model_dump(exclude_defaults=True).keys() if "weight" in given else given:
             remedy = f"set distill.{name}.weight above 0, or remove it"
             yield Problem(f"distill.{name}.{min(changed)}", "the term is off: its weight is 0", remedy)
 
@@ -174,7 +176,10 @@ def _codistillation(c: FinetuneConfig) -> Iterator[Problem]:
         yield Problem(key, "no other run is named", f"write e.g. {key}=[runs/b], and in that run {key}=[{c.run}]")
     folders = [os.path.realpath(os.path.expanduser(peer)) for peer in term.peers]
     for i, (peer, folder) in enumerate(zip(term.peers, folders, strict=True)):
-        if problem := why_not_local(peer):
+        kind, _, name = peer.partition(":")
+        if name and kind in SOURCE_KINDS:
+            yield Problem(key, f"{peer} is no folder of a run", f"name the folder alone, without {kind}:, as {name}")
+        elif problem := why_not_local(peer):
             yield Problem(key, *problem)
         elif c.run and folder == os.path.realpath(os.path.expanduser(c.run)):
             yield Problem(key, f"{peer} is this run itself", "name the other runs")

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 from maedistill.config.schema import RunConfig
 
-# Names on MAE's and timm's command lines, and our keys for them, of either stage.
+# Names on MAE's and timm's command lines and in papers, and our keys for them, of either stage.
 ALIASES = {
     "aa": ("augment.rand_augment",),
     "accum_iter": ("engine.micro_batch",),
     "batch_size": ("optim.global_batch", "engine.micro_batch"),
     "blr": ("optim.base_lr",),
+    "burn_in": ("distill.codistillation.start_epoch",),
     "clip_grad": ("optim.clip",),
     "data_path": ("data.train",),
     "finetune": ("init.source",),

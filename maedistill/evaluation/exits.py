@@ -3,22 +3,23 @@
 RUN with exits, SHARDS -> one pass of all exits -> lines on stdout, JSON, a picture
 
 An image leaves at the first exit that is confident enough: whose largest probability reaches a threshold, or at the
-end. Its cost is that of the network which ends there, measured by itself; the heads of the exits before it are not
-counted.
+end. Its cost is that of the network which ends there; the heads of the exits before it are not counted. The latencies
+of all of them are measured in turn, pass by pass.
 
 n images   b batch   E exits, the end included   C classes
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maedistill.config.sources import named_source
+from maedistill.config.sources import NETWORK_KINDS, named_source, why_unnamed
 from maedistill.data.loading.evaluation import EvaluationImages
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.patterns import describe_shards
@@ -26,7 +27,7 @@ from maedistill.errors import ConfigError
 from maedistill.evaluation.accuracy import best_classes, evaluate, evaluate_with
 from maedistill.evaluation.context import EvalContext, finish, metadata, print_data, print_main, print_network
 from maedistill.evaluation.full_pass import Predictor
-from maedistill.evaluation.latency import measure_latency
+from maedistill.evaluation.latency import image_seconds
 from maedistill.models.flops import forward_gflop
 from maedistill.processes import distributed
 from maedistill.report.charts import new_canvas
@@ -110,12 +111,17 @@ def score_exits(
     )
     correct = best == evaluation.labels[:, None]  # [n, E]
     names = [*(f"exit {block}" for block in exits), "end"]
-    measured = zip(names, networks, correct.sum(0).tolist(), strict=True)
-    endings = [_ending(name, one, int(right), len(correct), context) for name, one, right in measured]
-    for name, other in zip(beside, others, strict=True):
+    counts = [(int(right), len(correct)) for right in correct.sum(0).tolist()]
+    for other in others:
         predictor = Predictor(other.module, context, mean=other.mean, std=other.std)
         score = evaluate(predictor, images_of(other), context).score
-        endings.append(_ending(name, other, score.top1_correct, score.images, context))
+        counts.append((score.top1_correct, score.images))
+    each = [*networks, *others]
+    times = distributed.on_main(lambda: image_seconds([(one.module, one.size) for one in each], context))
+    endings = [
+        Ending(name, one.parameters, forward_gflop(one.module), 1e3 * median(passes), *counted)
+        for name, one, passes, counted in zip([*names, *beside], each, times, counts, strict=True)
+    ]
     for ending in endings:
         cost = f"{ending.parameters / 1e6:.2f} M, {ending.gflop:.3g} GFLOP, {ending.latency_ms:.2f} ms"
         print_main(ending.name, f"top-1 {percent(ending.top1_correct, ending.images)}, {cost}")
@@ -174,19 +180,10 @@ def draw_exits(endings: Sequence[Ending], curve: Sequence[Operation], path: Path
 
 def _open_all(source: str, weights: str) -> tuple[list[int], list[Network]]:
     """Return the exits of a run, and its network at each of them, then whole."""
-    kind, _, path = named_source(source).partition(":")
+    kind, _, path = (named := named_source(source)).partition(":")
+    if problem := why_unnamed(named, (*NETWORK_KINDS, "file")):
+        raise ConfigError(*problem)
     exits = read_metadata(path)[1].get("exits", []) if kind == "run" else []
     if not exits:
         raise ConfigError(f"{source} has no exits", "name a run that was fine-tuned with student.exits")
     return exits, [open_network(source, "classifier", weights=weights, exit=block) for block in (*exits, None)]
-
-
-def _ending(name: str, network: Network, correct: int, images: int, context: EvalContext) -> Ending:
-    """Measure the cost of a network, on rank 0. Collective."""
-
-    def measure() -> Ending:
-        speed: Mapping[str, float] = measure_latency(network.module, context, size=network.size)
-        cost = network.parameters, forward_gflop(network.module), speed["latency_ms"]
-        return Ending(name, *cost, top1_correct=correct, images=images)
-
-    return distributed.on_main(measure)

@@ -4,7 +4,8 @@ The images are random and already on the device, so reading and decoding are not
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -19,6 +20,30 @@ _LEAST = 10  # timed passes of one image, however slow they are
 
 
 @torch.inference_mode()
+def image_seconds(
+    networks: Sequence[tuple[nn.Module, int]], context: EvalContext, *, seconds: float = 2.0
+) -> list[list[float]]:
+    """Time passes of one image by each network (with the side of its images), for about `seconds` each.
+
+    They take turns, so that whatever else the machine does bends no comparison between them.
+    """
+    device = context.device
+    times: list[list[float]] = [[] for _ in networks]
+    with ExitStack() as stack:
+        for network, _ in networks:
+            stack.enter_context(evaluation_mode(network))
+        stack.enter_context(context.autocast())
+        passes = [partial(network, torch.rand(1, 3, size, size, device=device)) for network, size in networks]
+        for one in passes:
+            seconds_of(one, device, repeats=_WARM_UP)
+        end = time.perf_counter() + seconds * len(networks)
+        while len(times[0]) < _LEAST or time.perf_counter() < end:
+            for one, found in zip(passes, times, strict=True):
+                found.append(seconds_of(one, device))
+    return times
+
+
+@torch.inference_mode()
 def measure_latency(network: nn.Module, context: EvalContext, *, size: int, seconds: float = 2.0) -> dict[str, float]:
     """Time `network` (on the device) on random images [1 or batch, 3, size, size] for about `seconds` each.
 
@@ -26,13 +51,9 @@ def measure_latency(network: nn.Module, context: EvalContext, *, size: int, seco
     batches. Half precision uses autocast, which converts the weights once, not in every pass.
     """
     device = context.device
-    times: list[float] = []
+    times = image_seconds([(network, size)], context, seconds=seconds)[0]
     with evaluation_mode(network), context.autocast():
-        one, many = (partial(network, torch.rand(count, 3, size, size, device=device)) for count in (1, context.batch))
-        seconds_of(one, device, repeats=_WARM_UP)
-        end = time.perf_counter() + seconds
-        while len(times) < _LEAST or time.perf_counter() < end:
-            times.append(seconds_of(one, device))
+        many = partial(network, torch.rand(context.batch, 3, size, size, device=device))
         seconds_of(many, device)
         passes = 1
         while (elapsed := seconds_of(many, device, repeats=passes)) < seconds:

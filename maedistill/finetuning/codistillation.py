@@ -34,11 +34,13 @@ from maedistill.config.plan import Plan
 from maedistill.config.schema import Triple
 from maedistill.errors import ConfigError, PeerError, UserError
 from maedistill.escaping import say
+from maedistill.finetuning import meeting
 from maedistill.finetuning.meeting import State, describe_peer, entry_of, folder_of, last_saved, read_state, start_state
 from maedistill.finetuning.outputs import Outputs, RequestedOutputs, is_plain_vit
 from maedistill.finetuning.teacher import OfflineTeacher
 from maedistill.processes import distributed
 from maedistill.runs.checkpoint import checkpoint_steps
+from maedistill.runs.metrics import size_text
 from maedistill.runs.published import publish, read_published, remove_published
 from maedistill.runs.run import Run
 from maedistill.training.compilation import compile_module
@@ -91,17 +93,28 @@ class Codistillation:
     def summary_lines(self, vit: nn.Module) -> list[str]:
         """Describe peers, periods and the disk that they need. vit: the network whose weights are published."""
         every, first, last = self.section.every_steps, self._periods[0], self._periods[-1]
-        size = sum(value.nbytes for value in vit.state_dict().values()) / 1e6
+        size = sum(value.nbytes for value in vit.state_dict().values())
         most = min(len(self._periods), int(self.kept_steps // every) + 2)
-        steps = f"every {every} steps from {first} to {last}; about {most} x {size:,.1f} MB of published weights"
-        return [f"peers    {', '.join(self.section.peers)}, {steps}"]
+        steps = f"every {every} steps from {first} to {last}; about {most} x {size_text(size)} of published weights"
+        lines = [f"peers    {', '.join(self.section.peers)}, {steps}"]
+        if first == last and (counted := sum(self._counts)) > 1:
+            cause = f"{every} leaves one exchange: the peers' weights of step {first} teach in all {counted:,} steps"
+            lines.append(f"warning  {_KEY}.every_steps: {cause}; use a smaller one, e.g. {max(1, counted // 10)}")
+        absent = [peer for peer in self.section.peers if describe_peer(folder_of(peer)) == meeting.NO_FOLDER]
+        wait = f"it is waited for, up to {self.section.wait_seconds} s: check the path"
+        return lines + [f"warning  {peer}: {meeting.NO_FOLDER} yet, {wait}" for peer in absent]
 
-    def rehearse(self, vit: nn.Module, *, size: int) -> list[str]:
-        """Build copies for a dry run; return a line for each peer that `vit` stands for. size: of the run's images."""
+    def rehearse(self, vit: nn.Module, *, size: int, run: Path) -> list[str]:
+        """Build copies for a dry run; return a line for each peer that `vit` stands for, or that does not fit as it is.
+
+        size: of the run's images; run: its folder.
+        """
         lines = []
         for peer in self.section.peers:
             try:
                 self._build(peer, unloaded_run(str(folder_of(peer)))[0])
+                if problem := meeting.why_no_pair(peer, run) or meeting.why_unfit(peer, self.entry("")):
+                    lines.append(f"warning  {problem.cause}: {problem.remedy}, or start that run anew")
             except UserError as error:
                 self._build(peer, Network(deepcopy(vit), peer, size, "", num_classes=self.num_classes))
                 lines.append(f"note     {peer} counts as a copy of the student: {error.cause}")
@@ -170,20 +183,10 @@ class Codistillation:
         """Check a peer, build its copy and note its license, unless that is done."""
         if peer in self._copies:
             return
-        entry, own = entry_of(peer), self.entry("")
-        if any(entry[name] != own[name] for name in ("every", "first", "last")):
-            theirs, mine = (f"every {e['every']} steps from {e['first']} to {e['last']}" for e in (entry, own))
-            raise ConfigError(
-                f"{_KEY}: {peer} exchanges weights {theirs}, this run {mine}",
-                "give both the same every_steps and schedule, and as many steps per epoch",
-            )
-        if entry["seed"] == own["seed"]:
-            raise ConfigError(
-                f"{_KEY}: {peer} has the same seed, {own['seed']}: equal students teach each other nothing",
-                "give each run a seed of its own",
-            )
+        if problem := meeting.why_unfit(peer, self.entry("")):
+            raise problem
         self._build(peer, unloaded_run(str(folder_of(peer)))[0])
-        self._state.licenses[peer] = entry["license"]
+        self._state.licenses[peer] = entry_of(peer)["license"]
 
     def _build(self, peer: str, network: Network) -> None:
         classes = shared_classes(network, self.classes, num_classes=self.num_classes)
@@ -230,14 +233,13 @@ class Codistillation:
 
     def _has_met(self, run: Run, peer: str) -> bool:
         """Return whether a peer has met this run and fits; its copy is then there. Rank 0 only."""
-        path, theirs = run.folder.path, self._look_at(run, peer)
+        theirs = self._look_at(run, peer)
         if theirs is None:
             return False
-        if os.path.realpath(path) not in (named := entry_of(peer)["peers"]):
+        if problem := meeting.why_no_pair(peer, run.folder.path):
             if (folder_of(peer) / "exit.json").exists():
                 return False  # its next start may name this run
-            cause = f"{_KEY}.peers: {peer} does not name this run, {path}, but {', '.join(named) or 'none'}"
-            raise ConfigError(cause, "let the runs name each other")
+            raise problem
         is_heard, ids = self._state.mark in theirs.met.values(), [mark[0] for mark in theirs.met.values()]
         if is_heard or (last_saved(folder_of(peer)) and self._state.id in ids):
             try:
@@ -281,9 +283,10 @@ class Codistillation:
                 if news == "there":
                     return True
                 state = distributed.on_main(lambda: describe_peer(folder_of(peer)))
+                first = "check the path, or start it" if state == meeting.NO_FOLDER else "start it again"
                 raise PeerError(
                     f"{peer}: {missing} after {self.section.wait_seconds} s ({state})",
-                    f"start it again and then this run, or go on without it: {_LEAVE_OUT}",
+                    f"{first} and then this run, or go on without it: {_LEAVE_OUT}",
                 )
             except PeerError as error:
                 if self.section.missing == "stop":

@@ -164,9 +164,10 @@ def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
         for prefix, score in scores.items():
             values = score.metrics()
             values["val_loss"] = values.pop("loss")
+            record = {"epoch": run.epoch, **{prefix + name: value for name, value in values.items()}}
             if prefix.endswith("ensemble_"):
                 averaged = prefix.removesuffix("ensemble_")
                 each = [scores[averaged + name].top1 for name in networks_of(parts.module) if name != "ensemble_"]
-                values |= {"mean_top1": sum(each) / len(each), "best_top1": max(each)}
-            metrics.write(run.step, {"epoch": run.epoch, **{prefix + name: value for name, value in values.items()}})
+                record |= {f"{averaged}mean_top1": sum(each) / len(each), f"{averaged}best_top1": max(each)}
+            metrics.write(run.step, record)
             say(f"epoch {run.epoch:.1f}  {prefix.replace('_', ' ')}{score.line()}")

@@ -13,13 +13,14 @@ from typing import Any
 from uuid import uuid4
 
 from maedistill.durable import write_durably
-from maedistill.errors import DataError
+from maedistill.errors import ConfigError, DataError
 from maedistill.runs.checkpoint import checkpoint_steps
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.published import remove_published
 from maedistill.weights.from_run import read_metadata
 
-_STATE = "codistillation.json"
+_STATE, _KEY = "codistillation.json", "distill.codistillation"
+NO_FOLDER = "there is no such folder"
 
 
 @dataclass
@@ -95,10 +96,31 @@ def last_saved(peer: Path) -> int:
     return max((step for step, _ in checkpoint_steps(RunFolder(peer).checkpoints)), default=0)
 
 
+def why_no_pair(peer: str, run: Path) -> ConfigError | None:
+    """Return an error unless a peer names the run in this folder."""
+    if os.path.realpath(run) in (named := entry_of(peer)["peers"]):
+        return None
+    cause = f"{_KEY}.peers: {peer} does not name this run, {run}, but {', '.join(named) or 'none'}"
+    return ConfigError(cause, "let the runs name each other")
+
+
+def why_unfit(peer: str, own: dict[str, Any]) -> ConfigError | None:
+    """Return an error unless a peer, which names the run, fits the run's own entry."""
+    entry = entry_of(peer)
+    if any(entry[name] != own[name] for name in ("every", "first", "last")):
+        theirs, mine = (f"every {e['every']} steps from {e['first']} to {e['last']}" for e in (entry, own))
+        cause = f"{_KEY}: {peer} exchanges weights {theirs}, this run {mine}"
+        return ConfigError(cause, "give both the same every_steps and schedule, and as many steps per epoch")
+    if entry["seed"] == own["seed"]:
+        cause = f"{_KEY}: {peer} has the same seed, {own['seed']}: equal students teach each other nothing"
+        return ConfigError(cause, "give each run a seed of its own")
+    return None
+
+
 def describe_peer(peer: Path) -> str:
     """Say how a peer stands: how its last start ended, or at which step it was last saved."""
     if not (peer / "run.json").is_file():
-        return "it has not started" if peer.is_dir() else "there is no such folder"
+        return "it has not started" if peer.is_dir() else NO_FOLDER
     try:
         end = json.loads((peer / "exit.json").read_text())
         return f"it has ended: {end['reason']}"

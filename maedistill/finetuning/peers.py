@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from maedistill.config.finetune import FinetuneConfig
-from maedistill.config.keys import flat
-from maedistill.config.loader import load_config
+from maedistill.config.loader import COMMAND_LINE, load_config
 from maedistill.config.schema import Triple
 from maedistill.errors import ConfigError, UserError
 from maedistill.finetuning.build import build_classifier, build_init_source
@@ -55,15 +54,15 @@ def peer_configs(config: FinetuneConfig) -> list[FinetuneConfig]:
     for number, text in enumerate(config.distill.mutual.students, 1):
         try:
             given = {**base, "seed": config.seed + number}
-            peer = load_config(given, text.split(), root=FinetuneConfig, to_run=False).config
+            peer = load_config(given, text.split(), root=FinetuneConfig, to_run=False)
         except UserError as error:
             raise ConfigError(f"{key}: {text!r}: {error.cause}", error.remedy) from error
-        shared = {name: value for name, value in flat(config).items() if not name.startswith((*_OWN, "distill."))}
-        if foreign := [name for name, value in flat(peer).items() if shared.get(name, value) != value]:
+        named = [name for name, origin in peer.origins.items() if origin == COMMAND_LINE]
+        if foreign := [name for name in named if not name.startswith(_OWN)]:
             raise ConfigError(
                 f"{key}: {text!r} sets {foreign[0]}", "students differ in init.*, student.* and seed alone"
             )
-        configs.append(peer)
+        configs.append(peer.config)
     seeds = [config.seed, *(peer.seed for peer in configs)]
     if len(set(seeds)) < len(seeds):
         raise ConfigError(

@@ -34,6 +34,7 @@ from maedistill.finetuning.outputs import Outputs
 from maedistill.processes import distributed
 from maedistill.runs.checkpoint import checkpoint_steps
 from maedistill.runs.folder import RunFolder
+from maedistill.runs.metrics import size_text
 
 
 class Predictions:
@@ -57,7 +58,7 @@ class Predictions:
     def describe(self) -> str:
         """Return the line for the start of a run: the disk space."""
         return (
-            f"past     predictions: {self.plan.images * self.row.itemsize / 1e9:.3g} GB an epoch in RUN/predictions, "
+            f"past     predictions: {size_text(self.shape[0] * self.row.itemsize)} an epoch in RUN/predictions, "
             "of two epochs at a time and of two more for each checkpoint of an earlier epoch"
         )
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -286,7 +287,8 @@ def dry_run(config: FinetuneConfig) -> None:
         return images, targets, *parts.teacher_outputs(images, heaviest_step, batch)
 
     peers, crops = parts.codistillation, build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean)
-    lines = peers.rehearse(parts.module.vit, size=config.data.image_size or 0) if peers is not None else []
+    vit, size, run = parts.module.vit, config.data.image_size or 0, Path(config.run)
+    lines = peers.rehearse(vit, size=size, run=run) if peers is not None else []
     plan_and_try(parts, crops, module_inputs, more_lines=lines)
 
 

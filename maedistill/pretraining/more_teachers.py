@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from maedistill.config.keys import flat
-from maedistill.config.loader import load_config
+from maedistill.config.loader import COMMAND_LINE, load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.sources import EMA, PYTHON_KIND
 from maedistill.errors import ConfigError
@@ -59,9 +59,9 @@ def _config_of(text: str, config: PretrainConfig) -> PretrainConfig:
     changed: dict[str, Any] = {"method": "dmae", "masks.teacher_keep_ratio": None, "more_teachers": []}
     shared = {name: value for name, value in (flat(config) | changed).items() if not name.startswith("teacher.")}
     shared["teacher.precision"] = config.teacher.precision
-    entry = load_config(shared, text.split(), root=PretrainConfig, to_run=False).config
-    for name, value in flat(entry).items():
+    entry = load_config(shared, text.split(), root=PretrainConfig, to_run=False)
+    for name, origin in entry.origins.items():
         is_own = name.startswith(("teacher.", "align.")) and name != "align.warmup_share"
-        if not is_own and value != shared[name]:
+        if not is_own and origin == COMMAND_LINE:
             raise ConfigError(f"it sets {name}", "teachers differ in teacher.* and align.* alone, but for warmup_share")
-    return entry
+    return entry.config

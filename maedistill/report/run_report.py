@@ -79,6 +79,7 @@ def write_finetune_report(folder: RunFolder) -> Path:
         f"loss {score['val_loss']:.4f}. The interval is Wilson's: what another seed would give is not in it.",
         "",
         *([f"- moving average: top-1 {percent(averaged[-1]['ema_top1_correct'], images)}"] if averaged else []),
+        *_parts(records, metadata),
         f"- start: {markdown(metadata['init'] or 'from scratch')}",
         *([f"- teacher: {markdown(metadata['teacher'])}"] if metadata.get("teacher") else []),
         f"- {config.optim.epochs:g} epochs of {metadata['data']['images']:,} images, {last['step']} steps, "
@@ -90,13 +91,40 @@ def write_finetune_report(folder: RunFolder) -> Path:
         "",
         *([f"![loss and accuracy]({curve.name})", ""] if curve else []),
         *(["![input of the first step](pictures/input.png)", ""] if (folder.pictures / "input.png").exists() else []),
-        "Next: hand the network over as a timm model:",
+        f"Next: hand the network over as a timm model{', or a part of it alone' if _part_names(metadata) else ''}:",
         "",
-        f"    {shown(shlex.join(['maedistill', 'export', str(folder.path)]))}",
+        *(f"    {shown(shlex.join(['maedistill', *words]))}" for words in _next(folder, config, metadata)),
         "",
     ]
     write_text(folder.report, "\n".join(lines))
     return folder.report
+
+
+def _part_names(metadata: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return what was trained beside the network itself, by the prefix of its metrics: the option that names it."""
+    exits = {f"exit{block}_": ["--exit", str(block)] for block in metadata.get("exits") or ()}
+    peers = range(1, len(metadata.get("peers") or ()) + 1)
+    return exits | {f"peer{number}_": ["--peer", str(number)] for number in peers}
+
+
+def _parts(records: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> list[str]:
+    """Return the last accuracies of exits and peers, and of all students together."""
+    last = {name: value for record in records for name, value in record.items()}
+    names = {prefix: " ".join(words).removeprefix("--") for prefix, words in _part_names(metadata).items()}
+    names["ensemble_"] = "ensemble of all students, mean probabilities"
+    return [
+        f"- {markdown(name)}: top-1 {percent(last[f'{prefix}top1_correct'], last[f'{prefix}images'])}"
+        for prefix, name in names.items()
+        if f"{prefix}top1_correct" in last
+    ]
+
+
+def _next(folder: RunFolder, config: FinetuneConfig, metadata: Mapping[str, Any]) -> list[list[str]]:
+    """Return the words of the next commands, for the first exit or peer as for the whole."""
+    run, val, commands = str(folder.path), config.data.val or "VALIDATION_SHARDS", [["export", str(folder.path)]]
+    for words in list(_part_names(metadata).values())[:1]:
+        commands += [["export", run, *words], ["evaluate", run, val, *words]]
+    return [*commands, ["evaluate", "exits", run, val]] if metadata.get("exits") else commands
 
 
 def _draw_run(folder: RunFolder, records: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> Path | None:

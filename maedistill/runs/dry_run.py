@@ -10,7 +10,7 @@ from maedistill.data.loading.loader import RandomCrops
 from maedistill.escaping import say
 from maedistill.machine import autocast, cpu_share, precision
 from maedistill.runs.folder import RunFolder
-from maedistill.runs.metrics import duration, memory_gb
+from maedistill.runs.metrics import duration, memory_gb, size_text
 from maedistill.runs.start import Stage
 
 _TRIAL_SECONDS = 1.0  # larger batches are tried until a step takes this long
@@ -67,7 +67,7 @@ def _measured_lines(stage: Stage, crops: RandomCrops, inputs_of: Callable[[Batch
         f"speed    step {step:.1f} images/s per rank (forward and backward, {count} images), "
         f"loader {loader:.0f} images/s per worker, {workers} workers",
         f"memory   {memory:.2f} GB with {count} images; gradients and optimizer up to {states:.2f} GB more",
-        f"disk     {config.log.keep} checkpoints (log.keep) of {numbers * 4 / 1e6:,.0f} MB, every "
+        f"disk     {config.log.keep} checkpoints (log.keep) of {size_text(4 * numbers)}, every "
         f"{config.log.save_every_epochs:g} epochs",
         f"time     about {duration(images_left / min(step, max(1, workers) * loader))} at that speed",
     ]

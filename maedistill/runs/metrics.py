@@ -167,6 +167,12 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{seconds % 60:02d}s" if minutes else f"{seconds}s"
 
 
+def size_text(count: float) -> str:
+    """Format a number of bytes as `2.56 GB`, `450 MB` or `0.58 kB`."""
+    unit, scale = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6) if count >= 1e6 else ("kB", 1e3)
+    return f"{count / scale:{'.0f' if count >= 100 * scale else '.2f' if count < 10 * scale else '.1f'}} {unit}"
+
+
 def progress_line(
     losses: Mapping[str, float], values: Mapping[str, float], *, step: int, total_steps: int, epochs: float
 ) -> str:

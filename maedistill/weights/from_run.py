@@ -277,7 +277,8 @@ def _peer_entry(folder: RunFolder, metadata: Mapping[str, Any], peer: int) -> di
     """Return the metadata in which a peer differs. Raises ConfigError unless the run trained it."""
     peers = metadata.get("peers", [])
     if not 0 < peer <= len(peers):
-        has = f"its peers are 1 to {len(peers)}" if peers else "it was trained without peers"
+        numbers = "1 alone" if len(peers) == 1 else f"1 to {len(peers)}"
+        has = f"it has {numbers}" if peers else "it was trained without peers"
         remedy = "name one of these" if peers else "leave out --peer, or fine-tune with distill.mutual"
         raise ConfigError(f"--peer: {folder.path} has no peer {peer}, {has}", remedy)
     return peers[peer - 1]

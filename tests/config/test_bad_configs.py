@@ -209,6 +209,8 @@ FINETUNE_OVERRIDES = [
     "distill.codistillation={weight: 1}",
     "distill.codistillation={weight: 1, peers: [s3://runs/b]}",
     "distill.codistillation={weight: 1, peers: [runs/b, ./runs/b]}",
+    "distill.codistillation={weight: 1, peers: ['run:runs/b']}",
+    "distill.codistillation={weight: 1, peers: [runs/b], burn_in: 0.4}",
     "distill.codistillation={weight: 1, peers: [runs/test]}",
     "distill.codistillation.every_steps=10",
     "distill.mutual={students: ['']}",
@@ -221,6 +223,8 @@ FINETUNE_OVERRIDES = [
     "distill.past={weight: 1}",
     "distill.past={weight: 1, alpha: 0}",
     "distill.past.source=ema",
+    "distill.past={alpha: 0.8, source: weights}",
+    "distill.logits.temperature=4",
     "distill={label_weight: 0, past: {weight: 1, stop_epoch: 9}}",
     "distill={label_weight: 0, past: {weight: 1, source: ema}}",
     "distill={label_weight: 0, past: {weight: 1, source: predictions}}",
@@ -313,6 +317,13 @@ def test_every_problem_is_counted_and_the_first_is_shown(refused):
 def test_a_copy_of_the_network_needs_whole_weights(refused):
     given = ["distill={label_weight: 0, past: {weight: 1}, codistillation: {weight: 1, peers: [b]}}", "engine.zero=3"]
     assert "distill.past.source" in refused(FINETUNE, given, root=FinetuneConfig).cause
+
+
+def test_a_term_that_is_off_may_be_given_whole(tmp_path):
+    """As RUN/config.yaml has it: with its weight, 0."""
+    given = ["distill.past={weight: 0, alpha: 0.8, source: weights}", "distill.dkd.weight=0"]
+    (tmp_path / "finetune.yaml").write_text(FINETUNE)
+    assert not load_config(tmp_path / "finetune.yaml", given, root=FinetuneConfig).config.distill.terms
 
 
 def test_fine_tuning_starts_from_something(refused, tmp_path):

@@ -1,8 +1,21 @@
 """Images leave at the first exit that is confident enough: the curve against a loop over images."""
 
+import pytest
 import torch
 
-from maedistill.evaluation.exits import Ending, operations
+from maedistill.errors import ConfigError
+from maedistill.evaluation.exits import Ending, operations, score_exits
+from maedistill.weights.network import open_network
+
+
+@pytest.mark.parametrize("source", ["nowhere", "resnet50", "a.pth"])
+def test_a_path_that_is_not_there_is_named_as_by_evaluate(source):
+    told = []
+    for start in (lambda: open_network(source, "classifier"), lambda: score_exits(source, "val-*.tar", None)):
+        with pytest.raises(ConfigError) as error:
+            start()
+        told.append((error.value.cause, error.value.remedy))
+    assert told[0] == told[1]
 
 
 def test_operations_are_those_of_a_loop_over_images():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from maedistill.evaluation.context import EvalContext
-from maedistill.evaluation.latency import measure_latency
+from maedistill.evaluation.latency import image_seconds, measure_latency
 
 
 class Sleeper(nn.Module):
@@ -34,3 +34,13 @@ def test_the_time_of_a_network_after_its_warm_up(precision, dtype):
     assert 20 < found["images_per_second"] <= 250
     assert network.training and network.seen == {(False, (3, 8, 8), dtype, False)}
     assert set(network.batches) == {1, 5} and network.batches.count(1) >= 13 and network.batches.count(5) >= 4
+
+
+def test_networks_take_turns():
+    """So what slows the machine for a while slows all of them."""
+    order, networks = [], [nn.Identity() for _ in range(3)]
+    for number, network in enumerate(networks):
+        network.register_forward_pre_hook(lambda *_, number=number: order.append(number))
+    context = EvalContext(torch.device("cpu"), batch=1, workers=0)
+    times = image_seconds([(network, 8) for network in networks], context, seconds=0.0)
+    assert order[9:] == [0, 1, 2] * 10 and [len(found) for found in times] == [10] * 3

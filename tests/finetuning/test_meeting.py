@@ -6,6 +6,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -185,6 +186,37 @@ def test_who_names_another_run_is_refused_unless_it_has_ended(pool, pair, tmp_pa
     b.peers = (a.path,)
     b.start(seed=1).meet()
     first.result()
+
+
+def test_a_run_says_at_once_which_peer_is_not_there_and_how_to_go_on(pair):
+    a, b = pair
+    lines = a.start(seed=0, wait=1).codistillation.summary_lines(a.run.module.vit)
+    assert len(lines) == 1  # the peer's folder is there
+    b.path.rmdir()
+    lines = a.codistillation.summary_lines(a.run.module.vit)
+    assert lines[1:] == [f"warning  {b.path}: there is no such folder yet, it is waited for, up to 1 s: check the path"]
+    with pytest.raises(PeerError) as late:
+        a.meet()
+    assert late.value.remedy.startswith("check the path, or start it and then this run")
+
+
+def test_one_exchange_for_a_whole_run_is_warned_of(pair):
+    few, more = (pair[0].start(seed=0, steps=steps).codistillation for steps in (3, 4))
+    vit = pair[0].run.module.vit
+    told = "every_steps: 3 leaves one exchange: the peers' weights of step 0 teach in all 3 steps; use a smaller one"
+    assert told in few.summary_lines(vit)[1] and len(more.summary_lines(vit)) == 1
+
+
+def test_a_dry_run_says_what_does_not_fit_yet(pair, tmp_path):
+    a, b = pair
+    b.start(seed=0)
+    rehearse = partial(a.start(seed=0).codistillation.rehearse, a.run.module.vit, size=32)
+    assert ["the same seed, 0" in line for line in rehearse(run=a.path)] == [True]
+    assert "does not name this run" in rehearse(run=tmp_path / "c")[0]
+    b.start(seed=1, steps=9)
+    assert "every 3 steps from 0 to 6" in rehearse(run=a.path)[0]
+    b.start(seed=1)
+    assert rehearse(run=a.path) == []
 
 
 @pytest.mark.parametrize("met", [True, False])

@@ -70,6 +70,8 @@ def test_peers_have_seeds_heads_and_shapes_of_their_own(tmp_path):
         (["seed=0"], "seed 0"),
         (["", "seed=1"], "seed 1"),
         (["optim.lr=1"], "optim.lr"),
+        (["optim.epochs=10"], "sets optim.epochs"),  # the run's own value
+        (["distill.dkd.weight=0"], "sets distill.dkd.weight"),
         (["data.image_size=64"], "data.image_size"),
         (["student.widht=3"], "student.widht"),
         (["student.width=50"], "student.width=50"),

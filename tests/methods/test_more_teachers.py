@@ -110,6 +110,7 @@ def test_a_killed_run_of_a_vit_and_a_resnet_goes_on_bit_by_bit(pretraining, tmp_
         (f"{VIT} student.width=64", "it sets student.width", "teacher.* and align.*"),
         (f"{VIT} align.warmup_share=0.1", "it sets align.warmup_share", "but for warmup_share"),
         (f"{VIT} masks.teacher_keep_ratio=1.0", "it sets masks.teacher_keep_ratio", "teacher.* and align.*"),
+        (f"{VIT} method=dmae", "it sets method", "teacher.* and align.*"),  # the run's own value
         (f"{VIT} method=mae", "method=mae", "use method=dmae"),
         (f"{VIT} align.teacher=[2]", "block 2 does not exist", "use 0 to 1"),
         (f"{VIT} align.student=[5]", "block 5 does not exist, the student has 2", "use 0 to 1"),

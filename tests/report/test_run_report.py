@@ -1,6 +1,7 @@
 """Reports of real tiny runs: they name what they should, link what exists, and repeat the numbers of the metrics."""
 
 import builtins
+import json
 import re
 import shlex
 import shutil
@@ -9,8 +10,9 @@ import pytest
 
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.report.run_report import summary, write_run_report
+from maedistill.report.run_report import summary, write_finetune_report, write_run_report
 from maedistill.runs.folder import RunFolder
+from tests.exporting.imitation import START, imitate, random_vit
 
 
 def links(report) -> list[str]:
@@ -94,3 +96,20 @@ def test_a_summary_averages_rates_over_time_and_keeps_the_last_values():
     assert (last["loss"], last["knn"], last["step"], last["seconds"]) == (1.0, 0.5, 2, 12.5)
     assert last["rate"] == pytest.approx(200 / 12.5)  # 100 images in 10 s, 100 in 2.5 s
     assert summary([step])["knn"] is None
+
+
+def test_a_fine_tuned_run_names_its_exits_and_peers_and_their_commands(tmp_path):
+    score = {"top1": 0.5, "top1_correct": 2, "top5": 1.0, "top5_correct": 4, "images": 4, "val_loss": 1.0}
+    for name, part, told in (("exits", [2, 5], "exit5"), ("peers", [{}, {}], "peer2")):
+        vit = random_vit(num_classes=3, global_pool="avg")
+        run = imitate(tmp_path / name, vit, "finetune", starts=[START], **{name: part})
+        step = {"loss": 1.0, "images_per_second": 1.0, "trained_seconds": 1.0}
+        records = [step, score, {f"{told}_top1_correct": 3, f"{told}_images": 4}]
+        (run / "metrics.jsonl").write_text(
+            "".join(json.dumps({"step": 7, "epoch": 2.5} | record) + "\n" for record in records)
+        )
+        text = write_finetune_report(RunFolder(run)).read_text()
+        assert f"- {told[:4]} {told[4:]}: top-1 75.00 % (3 of 4)" in text
+        first = f"--{told[:4]} {1 if name == 'peers' else 2}"
+        assert f"maedistill export {run} {first}\n" in text and f"evaluate {run} val.tar {first}\n" in text
+        assert ("maedistill evaluate exits" in text) == (name == "exits")
