@@ -19,7 +19,7 @@ COMMANDS = {
     "shards": "turn images into WebDataset shards with an index, or verify them",
     "pretrain": "pre-train a student by MAE, or distil a teacher by DMAE, AMD or token relations",
     "finetune": "fine-tune a network on labels, with or without teachers, and evaluate it",
-    "evaluate": "count every validation image once; kNN and linear probes of frozen features",
+    "evaluate": "count every validation image once; judge frozen features, or write them to disk",
     "export": "hand over a run's network as a timm model with its card",
     "study": "run and compare many trainings from one file",
     "benchmark": "measure where time goes: loader, step, scale, cost",

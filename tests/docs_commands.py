@@ -42,7 +42,8 @@ NOT_RUN = {  # a pattern of the command line: the reason
 }
 HEAVY = (
     "timm", "maedistill.pretraining.loop", "maedistill.finetuning.loop", "maedistill.evaluation.scorecard",
-    "maedistill.evaluation.feature_eval", "maedistill.exporting.folder", "maedistill.study.runner",
+    "maedistill.evaluation.feature_eval", "maedistill.evaluation.embed", "maedistill.evaluation.segmentation",
+    "maedistill.exporting.folder", "maedistill.study.runner",
 )  # fmt: skip
 SIZES = ["data.image_size=32", "data.workers=0", "optim.warmup_epochs=0.1", "optim.global_batch=12"]
 SIZES += ["engine.micro_batch=12"]
@@ -102,6 +103,10 @@ def prepare() -> None:
         for folder in (f"data/imagenet/{split}/{label}", f"data/photos/{label}", f"photos/{label}", f"FOLDER/{label}"):
             Path(folder).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(f"{folder}/{i:03d}.png")
+        for folder, array in (("images", pixels), ("annotations", pixels[..., 0] % 4)):
+            place = Path("ade20k", folder, "training" if split == "train" else "validation")
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(place / f"{i:03d}.png")
     make_shards(open_folder(Path("data/imagenet")), Path("shards/in1k"), images_per_shard=24)
     for name in ("shards/cifar10", "shards/photos", "SHARDS", "SHARDS256"):
         shutil.copytree("shards/in1k", name)

@@ -51,11 +51,7 @@ def test_a_command_is_one_that_maedistill_takes(page, words, monkeypatch):
         if arguments.config and arguments.config not in OWN:
             load_config(arguments.config, arguments.overrides, root=STAGES[name], to_run=False)
     elif name == "evaluate":
-        if rest[0] == "exits":
-            module.parse_exits(rest[1:])
-        else:
-            is_probe = rest[0] in ("knn", "probe")
-            module.parse_features(rest[0], rest[1:]) if is_probe else module.parse_score(rest)
+        module.parse(rest)
     elif name == "study":
         arguments = module.parse()
         if arguments.study not in OWN:

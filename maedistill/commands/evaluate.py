@@ -3,10 +3,18 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maedistill.commands.evaluate_arguments import FILES, parse_exits, parse_features, parse_score
+from maedistill.commands.evaluate_arguments import (
+    FILES,
+    parse_embed,
+    parse_exits,
+    parse_features,
+    parse_score,
+    parse_segment,
+)
 from maedistill.durable import require_local
 from maedistill.errors import ConfigError
 
@@ -14,19 +22,30 @@ if TYPE_CHECKING:
     from maedistill.evaluation.context import EvalContext
 
 
+Start = Callable[[argparse.Namespace], None]
+
+
 def main() -> None:
     """Check the command line before torch is imported."""
-    words = sys.argv[2:]
-    kind = words[0] if words[:1] in (["knn"], ["probe"], ["exits"]) else "score"
-    if kind == "score":
-        arguments, start = parse_score(words), start_score
-    elif kind == "exits":
-        arguments, start = parse_exits(words[1:]), start_exits
-    else:
-        arguments, start = parse_features(kind, words[1:]), start_features
+    arguments, start = parse(sys.argv[2:])
     require_writable({name: getattr(arguments, name, None) for name in (*FILES, "picture")})
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see stage.py
     start(arguments)
+
+
+def parse(words: list[str]) -> tuple[argparse.Namespace, Start]:
+    """Read the command line; return what it says and what to start with it."""
+    match words:
+        case ["knn" | "probe" as kind, *rest]:
+            return parse_features(kind, rest), start_features
+        case ["embed", *rest]:
+            return parse_embed(rest), start_embed
+        case ["segment", *rest]:
+            return parse_segment(rest), start_segment
+        case ["exits", *rest]:
+            return parse_exits(rest), start_exits
+        case _:
+            return parse_score(words), start_score
 
 
 def start_score(arguments: argparse.Namespace) -> None:
@@ -83,6 +102,35 @@ def start_features(arguments: argparse.Namespace) -> None:
     else:
         recipe = ProbeRecipe(arguments.epochs, arguments.head_batch, arguments.optimizer)
         score_probe(spec, context, recipe, rates=arguments.lr, file=arguments.json)
+
+
+def start_embed(arguments: argparse.Namespace) -> None:
+    """Write features to disk."""
+    from maedistill.data.shards.scan import Members
+    from maedistill.evaluation.embed import EmbedSpec, embed
+
+    names = ["model", "shards", "out", "patches", "per_file", "index", "weights"]
+    names += ["block", "pool", "image_size", "exif", "crop"]
+    require_local(arguments.out, "OUT")
+    members = Members(arguments.image_key, arguments.label_key)
+    embed(EmbedSpec(**{name: getattr(arguments, name) for name in names}, members=members), open_context(arguments))
+
+
+def start_segment(arguments: argparse.Namespace) -> None:
+    """Evaluate frozen patch features by linear segmentation."""
+    from maedistill.evaluation.linear_probe import ProbeRecipe
+    from maedistill.evaluation.segmentation import SegmentSpec, score_segmentation
+
+    names = ["model", "images", "masks", "val_images", "val_masks", "blocks", "classes", "ignore"]
+    names += ["weights", "image_size"]
+    score_segmentation(
+        SegmentSpec(**{name: getattr(arguments, name) for name in names}),
+        open_context(arguments),
+        ProbeRecipe(arguments.epochs, arguments.head_batch, "adamw"),
+        rates=arguments.lr,
+        picture=arguments.picture,
+        file=arguments.json,
+    )
 
 
 def start_exits(arguments: argparse.Namespace) -> None:

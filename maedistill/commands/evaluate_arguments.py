@@ -22,6 +22,9 @@ examples:
 frozen features of any network, a pre-training run too (each with a --help of its own):
   maedistill evaluate knn runs/dmae_s --train 'in1k/train-*.tar' --val 'in1k/val-*.tar' --k 10,20
   maedistill evaluate probe runs/dmae_s --train 'in1k/train-*.tar' --val 'in1k/val-*.tar' --block 8
+features on disk, and linear segmentation of patch features:
+  maedistill evaluate embed runs/dmae_s 'in1k/train-*.tar' features/dmae_s
+  maedistill evaluate segment runs/dmae_s --images scenes/images --masks scenes/masks
 the exits of a run of student.exits:
   maedistill evaluate exits runs/dmae_s_exits 'in1k/val-*.tar' --picture exits.png --beside runs/small runs/tiny
 
@@ -32,6 +35,8 @@ ABOUT = {
     "score": "Evaluates a network on labelled shards: every image exactly once.",
     "knn": "Lets the nearest training images by cosine vote on each image's class.",
     "probe": "Trains a linear classifier on frozen features, at several learning rates in one pass.",
+    "embed": "Writes the features of every image to files. The same command goes on after an interruption.",
+    "segment": "Trains a linear layer on frozen patch features to segment photographs, and scores it by mIoU.",
     "exits": "Evaluates the exits of a run: each alone, their ensemble, and thresholds on their confidence.",
 }
 FEATURES = """\
@@ -46,6 +51,21 @@ RUN is a folder that maedistill finetune has written with student.exits. An imag
 probability reaches the threshold, or at the end. The latencies of all of them are measured in turn.
 """
 PEER = "a student of mutual learning: 1 is the first of distill.mutual.students; the run's own needs no option"
+EMBED = """\
+OUT gets features-000000.safetensors and so on, with ids (positions in the shards, as in --predictions), features and,
+where there are, labels; and manifest.json. Without --block, features are those of the network's end.
+
+The bytes are the same for any number of processes (torchrun --nproc-per-node N -m maedistill evaluate embed ...).
+"""
+SEGMENT = """\
+MODEL is the folder of a run of either stage or of an export, or timm:NAME, or hf-hub:ID: any network of timm that gives
+maps of features. Images are .jpg or .png, masks .png files of the same names whose pixels are class numbers. Each image
+is squashed to the network's size; scores count the pixels of the masks as they are.
+
+The best learning rate is chosen on a tenth of the training images, never on the validation images. For ADE20k:
+  maedistill evaluate segment MODEL --images images/training --masks annotations/training --ignore 0
+      --val-images images/validation --val-masks annotations/validation
+"""
 FILES = {
     "predictions": "write each image's label, loss and five best classes",
     "per_class": "write each class's counts, confidence and what it is most often taken for",
@@ -123,6 +143,55 @@ def parse_features(command: str, words: list[str]) -> argparse.Namespace:
     add_common(parser)
     parser.set_defaults(command=command)
     return parser.parse_args(words)
+
+
+def parse_embed(words: list[str]) -> argparse.Namespace:
+    """Read the command line for features on disk."""
+    parser = new_parser("maedistill evaluate embed", ABOUT["embed"], EMBED)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a run, an export or a weights file, or timm:NAME, hf-hub:ID")
+    add("shards", metavar="SHARDS", help="shards: a folder (its val-*.tar), one tar, a quoted glob or a brace range")
+    add("out", metavar="OUT", type=Path, help="a new folder, or one that this command began to fill")
+    add("--index", metavar="FILE", help="the shards' index, where it does not lie beside them")
+    add(
+        "--block", type=int, metavar="N", help="whose output: from 0, or from -1 backwards (default: the network's end)"
+    )
+    kinds = parser.add_mutually_exclusive_group().add_argument
+    kinds("--pool", choices=("mean", "class"), default="mean", help="mean of the patches, or the class token")
+    kinds("--patches", action="store_true", help="the map of patch features, [h, w, D], instead of one vector")
+    add("--per-file", type=at_least(1), metavar="N", help="images per file (default 10,000, and 500 with --patches)")
+    add_common(parser)
+    parser.set_defaults(threads=1)  # kernels round by the number of threads
+    return parser.parse_args(words)
+
+
+def parse_segment(words: list[str]) -> argparse.Namespace:
+    """Read the command line for linear segmentation."""
+    parser = new_parser("maedistill evaluate segment", ABOUT["segment"], SEGMENT)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a run, an export or a weights file, or timm:NAME, hf-hub:ID")
+    add("--images", type=Path, metavar="DIR", required=True, help="training images")
+    add("--masks", type=Path, metavar="DIR", required=True, help="their masks")
+    add("--val-images", type=Path, metavar="DIR", help="images to score on (default: the held-out training images)")
+    add("--val-masks", type=Path, metavar="DIR", help="their masks")
+    add("--classes", type=at_least(1), metavar="N", help="number of classes (default: the largest in the masks + 1)")
+    add("--ignore", type=at_least(0), default=255, metavar="N", help="number in a mask that is no class (default 255)")
+    blocks = "whose outputs, side by side: --blocks=-2,-1 (default: the network's end)"
+    add("--blocks", type=several(int), metavar="N,N", help=blocks)
+    rates = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+    add("--lr", type=several(positive), default=rates, metavar="X,X", help="in one pass (default 0.0003 to 0.1)")
+    add("--epochs", type=at_least(1), default=20, metavar="N", help="over the features (default 20)")
+    add("--head-batch", type=at_least(2), default=16, metavar="N", help="images, at most a quarter of all (default 16)")
+    add("--image-size", type=at_least(1), metavar="N", help="other than the model's own; positions are resampled")
+    add("--picture", type=Path, metavar="FILE.png", help="draw some images, masks and predictions")
+    add("--json", type=Path, metavar="FILE.json", help=FILES["json"])
+    add_execution(parser)
+    arguments = parser.parse_args(words)
+    if (arguments.val_images is None) != (arguments.val_masks is None):
+        parser.error("--val-images and --val-masks need each other")
+    if arguments.ignore > 255:
+        parser.error(f"--ignore: {arguments.ignore} is no number of 8 bits, 0 to 255")
+    return arguments
 
 
 def parse_exits(words: list[str]) -> argparse.Namespace:

@@ -33,11 +33,7 @@ def extract_features(network: Network, index: ShardIndex, context: EvalContext) 
     images = EvaluationImages(index, torch.arange(len(index)), network.transform())
     predictor = Predictor(network.module, context, mean=network.mean, std=network.std)
     _, rows, labels = _compute(predictor, images, context)
-    if broken := int((~rows.isfinite().all(1)).sum()):
-        raise NumericsError(
-            f"the features of {broken} of {len(rows)} images are not finite",
-            "use --precision fp32; if that does not help, the weights are broken: take an earlier checkpoint",
-        )
+    require_finite_rows(rows)
     return rows, labels
 
 
@@ -59,6 +55,15 @@ def pooled_features(
 def random_subset(index: ShardIndex, count: int, *, seed: int = 0) -> Tensor:
     """Return at most `count` sample ids, a random choice fixed by the seed: int64 [min(count, n)]."""
     return permute(torch.arange(min(count, len(index))), len(index), key(seed, Stream.ORDER))
+
+
+def require_finite_rows(rows: Tensor) -> None:
+    """Raise NumericsError unless the features of all images, [n, ...], are finite."""
+    if broken := int((~rows.flatten(1).isfinite().all(1)).sum()):
+        raise NumericsError(
+            f"the features of {broken} of {len(rows)} images are not finite",
+            "use --precision fp32; if that does not help, the weights are broken: take an earlier checkpoint",
+        )
 
 
 class _PatchMean(nn.Module):

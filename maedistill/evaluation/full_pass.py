@@ -93,7 +93,7 @@ def full_pass(
     seen = torch.cat([ids[order], bad]).sort().values
     assert torch.equal(seen, asked), "the images that were seen are not those that were asked for"
     if len(bad):
-        _report_bad(images, bad, context)
+        report_bad(images, bad, context)
     return tuple(part[order] for part in (ids, *rows))
 
 
@@ -102,7 +102,7 @@ def left_out(images: EvaluationImages, ids: Tensor) -> Tensor:
     return images.samples[~torch.isin(images.samples, ids)].sort().values
 
 
-def _report_bad(images: EvaluationImages, bad: Tensor, context: EvalContext) -> None:
+def report_bad(images: EvaluationImages, bad: Tensor, context: EvalContext) -> None:
     """Name the first of the images that cannot be decoded: in a warning, or in a DataError if they are too many."""
     count, total = len(bad), len(images.samples)
     names = [*map(images.why_bad, bad[:_NAMED].tolist()), *[""] * (count - _NAMED)]

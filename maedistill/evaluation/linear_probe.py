@@ -5,13 +5,15 @@
 The heads share only the batches and their normalisation. Each trains exactly as it would alone, so the learning rates
 can be divided among processes. LARS (or SGD), momentum 0.9, no weight decay, warm-up for a tenth of the updates, then
 half a cosine to 0. MAE uses batches of 16,384 of 1.28 million images, 90 epochs, learning rate 0.1 per 256 images.
+Maps have a feature in each cell, and a loss of their own: see `segmentation.py`, which uses AdamW.
 
     n images   b batch   D width   C classes   H heads
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,11 +26,16 @@ from maedistill.evaluation.features import Features
 from maedistill.randomness import Stream, key, permute
 from maedistill.training.optim import build_schedule
 
-OptimizerName = Literal["lars", "sgd"]
+OptimizerName = Literal["lars", "sgd", "adamw"]
 _CHUNK = 4096  # features per chunk when heads are scored
 _MOMENTUM = 0.9
 _SEED = 0  # of the initial weights and of the order of the features
 _LEAST_UPDATES = 4  # per epoch: a batch is at most 1 / _LEAST_UPDATES of the features
+_OPTIMIZERS: dict[OptimizerName, Callable[..., Any]] = {
+    "lars": partial(Lars, momentum=_MOMENTUM),
+    "sgd": partial(torch.optim.SGD, momentum=_MOMENTUM),
+    "adamw": partial(torch.optim.AdamW, weight_decay=0.0),
+}
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,8 @@ class LinearHeads(nn.Module):
         self.heads = nn.ModuleList(heads)
 
     def forward(self, rows: Tensor) -> list[Tensor]:
-        """Map features [b, D] to the logits of every head, H times [b, C]."""
-        rows = self.norm(rows)
+        """Map features [b, D], or maps [b, h, w, D], to the logits of every head, H times [b, C] or [b, h, w, C]."""
+        rows = self.norm(rows.flatten(0, -2)).view(rows.shape)
         return [head(rows) for head in self.heads]
 
 
@@ -89,35 +96,46 @@ def probe_accuracy(train: Features, val: Features, *, device: torch.device) -> f
 
 
 def fit_heads(
-    rows: Tensor, labels: Tensor, recipe: ProbeRecipe, *, rates: Sequence[float], num_classes: int, device: torch.device
+    rows: Tensor,
+    labels: Tensor,
+    recipe: ProbeRecipe,
+    *,
+    rates: Sequence[float],
+    num_classes: int,
+    device: torch.device,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    home: torch.device | None = None,
 ) -> LinearHeads:
-    """Train a head for every rate (per 256 images) on features [n, D] with labels int64 [n], n at least the batch.
+    """Train a head for every rate on features [n, D] with labels int64 [n], n at least the batch.
 
-    Each epoch uses every feature once, in a fixed random order, and drops the last incomplete batch.
+    Each epoch uses every feature once, in a fixed random order, and drops the last incomplete batch. Rates are per 256
+    images, but for AdamW. loss: of a head's logits and the labels; with one of its own, features may be maps. home:
+    where the features stay, if there are too many for the device.
     """
     epochs, batch = recipe.epochs, recipe.batch
     assert 2 <= batch <= len(rows) and epochs >= 1
-    heads = LinearHeads(rows.shape[1], num_classes, rates=rates).to(device).train()
-    rows, labels = rows.to(device), labels.to(device)
+    heads = LinearHeads(rows.shape[-1], num_classes, rates=rates).to(device).train()
+    rows, labels = rows.to(home or device), labels.to(home or device)
     # LARS adapts the rates of the weights only, not of the biases, as in MAE. SGD ignores `always_adapt`.
     groups = [
         {"params": [parameter], "lr_scale": rate, "always_adapt": parameter.ndim > 1}
         for rate, head in zip(rates, heads.heads, strict=True)
         for parameter in head.parameters()
     ]
-    update = {"lars": Lars, "sgd": torch.optim.SGD}[recipe.optimizer](groups, lr=1.0, momentum=_MOMENTUM)
-    steps = len(rows) // batch
+    update = _OPTIMIZERS[recipe.optimizer](groups, lr=1.0)
+    steps, peak = len(rows) // batch, 1.0 if recipe.optimizer == "adamw" else batch / 256
     schedule = build_schedule(
-        update, peak=batch / 256, min_lr=0.0, warmup_steps=epochs * steps // 10, total_steps=epochs * steps
+        update, peak=peak, min_lr=0.0, warmup_steps=epochs * steps // 10, total_steps=epochs * steps
     )
     for epoch in range(epochs):
-        order = permute(torch.arange(len(rows)), len(rows), key(_SEED, Stream.ORDER, epoch)).to(device)  # [n]
+        order = permute(torch.arange(len(rows)), len(rows), key(_SEED, Stream.ORDER, epoch)).to(rows.device)  # [n]
         for step in range(steps):
             schedule.step_update(epoch * steps + step)
             chosen = order[step * batch : (step + 1) * batch]  # [b]
-            losses = [F.cross_entropy(logits, labels[chosen]) for logits in heads(rows[chosen])]
             update.zero_grad()
-            torch.stack(losses).sum().backward()
+            here, truth = rows[chosen].to(device), labels[chosen].to(device)
+            for logits in heads(here):
+                loss(logits, truth).backward()  # head by head: only one has its intermediate results in memory
             update.step()
     return heads.eval()
 

@@ -30,7 +30,7 @@ class MapEncoder(Encoder):
     def __init__(self, network: TimmModel, *, name: str, taps: Sequence[int], grid: int, image_size: int) -> None:
         super().__init__()
         require_colour(network, name)
-        shapes = _map_shapes(network, name=name, image_size=image_size)
+        shapes = map_shapes(network, name=f"teacher.source: {name}", image_size=image_size)
         if max(taps) >= len(shapes):
             raise ConfigError(
                 f"align.teacher: depth {max(taps)} does not exist, {name} has {len(shapes)}",
@@ -52,7 +52,7 @@ class MapEncoder(Encoder):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Return the rows of the deepest tap and of all taps, [B, M, D]; see `Encoder.forward`."""
         rows: dict[int, Tensor] = {}
-        for tap, maps in _maps(self.network, images, taps).items():
+        for tap, maps in feature_maps(self.network, images, taps).items():
             every = resample(maps, self.grid).flatten(2).mT  # [B, g*g, D]
             rows[tap] = every if ids is None else gather_rows(every, ids)
         return rows[max(taps)], rows
@@ -83,12 +83,17 @@ def _resampling(side: int, grid: int, device: torch.device) -> Tensor:
     return (is_left * (1 - share) + is_right * share).unflatten(0, (grid, points)).mean(1)
 
 
-def _maps(network: TimmModel, images: Tensor, taps: Sequence[int] | None) -> dict[int, Tensor]:
-    """Return the maps [B, D, h, w] of `taps`, None for all depths, by depth. Nothing deeper runs."""
+def feature_maps(
+    network: TimmModel, images: Tensor, taps: Sequence[int] | None, *, norm: bool = False
+) -> dict[int, Tensor]:
+    """Return the maps [B, D, h, w] of `taps`, None for all depths, by depth. Nothing deeper runs.
+
+    norm: after the final norm of a ViT.
+    """
     neck_depth = len(network.blocks) if isinstance(network, VisionTransformerSAM) else None
     depths = taps and sorted({tap - 1 if tap == neck_depth else tap for tap in taps})
     found = network.forward_intermediates(
-        images, indices=depths, output_fmt="NCHW", stop_early=True, intermediates_only=True
+        images, indices=depths, norm=norm, output_fmt="NCHW", stop_early=True, intermediates_only=True
     )
     maps = dict(zip(depths or range(len(found)), found, strict=True))
     if neck_depth is not None and (taps is None or neck_depth in taps):
@@ -96,19 +101,19 @@ def _maps(network: TimmModel, images: Tensor, taps: Sequence[int] | None) -> dic
     return {tap: maps[tap] for tap in taps or maps}
 
 
-def _map_shapes(network: TimmModel, *, name: str, image_size: int) -> list[tuple[int, int]]:
-    """Return width and side of the map of each depth, without running the network.
+def map_shapes(network: TimmModel, *, name: str, image_size: int) -> list[tuple[int, int]]:
+    """Return width and side of the map of each depth, without running the network. name: for errors.
 
     Raises ConfigError for a network without square maps.
     """
     remedy = "use a network of timm that has one, e.g. convnext_tiny, another image size, or a maedistill.Encoder"
-    cause = f"teacher.source: {name} gives no square map of features for images of {image_size} pixels"
+    cause = f"{name} gives no square map of features for images of {image_size} pixels"
     if not hasattr(network, "forward_intermediates"):
         raise ConfigError(f"{cause} (it has no forward_intermediates)", remedy)
     try:
         with torch.no_grad():
             image = torch.empty(1, 3, image_size, image_size, device="meta")
-            maps = _maps(on_meta(network).eval(), image, None)
+            maps = feature_maps(on_meta(network).eval(), image, None)
     except (AssertionError, AttributeError, RuntimeError, ValueError, TypeError) as error:
         raise ConfigError(f"{cause} ({type(error).__name__}: {str(error)[:100]})", remedy) from error
     shapes = [tuple(features.shape[1:]) for features in maps.values()]

@@ -1,6 +1,7 @@
-"""Frozen features from any source: one vector per image from any network that timm builds, at any depth.
+"""Frozen features from any source: a vector or a map per image from any network that timm builds, at any depth.
 
     open_backbone("runs/dmae_s", block=8)  -> Network whose module is a `Backbone`: images -> features [B, D]
+    open_dense("runs/dmae_s", blocks=[8])  -> Network whose module is a `DenseBackbone`: images -> maps [B, h, w, D]
 
 Without a block, the features are a transformer's patch tokens after its final norm, or another network's feature map
 as pooled by its own head. With a block, they are the output of that block, before any norm. Blocks are 0-based, as in
@@ -10,13 +11,16 @@ timm's `feature_info`; the blocks of a convolutional network are its stages.
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from maedistill.errors import ConfigError
 from maedistill.models.encoder import TimmModel
+from maedistill.models.maps import feature_maps, map_shapes, resample
 from maedistill.weights.network import Network, open_network
 
 Pool = Literal["mean", "class"]
@@ -57,6 +61,28 @@ class Backbone(nn.Module):
         return f"{'mean of the patches' if self.pool == 'mean' else 'class token'} at {depth}"
 
 
+class DenseBackbone(nn.Module):
+    """Map normalised images [B, 3, s, s] to maps [B, h, w, D]: the outputs of some blocks, side by side in D.
+
+    Maps of several sides are resampled to the largest. norm: after the final norm of a ViT.
+    """
+
+    def __init__(self, network: TimmModel, *, blocks: Sequence[int], norm: bool) -> None:
+        super().__init__()
+        self.network: TimmModel = network
+        self.blocks, self.norm = list(blocks), norm
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the maps of a batch."""
+        maps = [*feature_maps(self.network, images, self.blocks, norm=self.norm).values()]  # of [B, D, h, w]
+        side = max(features.shape[-1] for features in maps)
+        return torch.cat([resample(features, side) for features in maps], dim=1).permute(0, 2, 3, 1)
+
+    def describe(self) -> str:
+        """Describe which features these are."""
+        return f"patches of block {', '.join(map(str, self.blocks))}{', after the final norm' if self.norm else ''}"
+
+
 def open_backbone(
     source: str,
     *,
@@ -75,13 +101,7 @@ def open_backbone(
     if block is not None:
         if not hasattr(network, "forward_intermediates"):
             raise ConfigError(f"timm shows no blocks of {opened.name}, a {type(network).__name__}", "leave out --block")
-        count = len(network.feature_info)
-        if not -count <= block < count:
-            raise ConfigError(
-                f"{opened.name} has no block {block}: there are {count}, 0 to {count - 1}",
-                "name one of them with --block",
-            )
-        block %= count
+        block = _block_number(block, len(network.feature_info), opened.name)
     if pool == "class" and not (has_tokens(network) and getattr(network, "cls_token", None) is not None):
         raise ConfigError(
             f"{opened.name} has no class token", "leave out --pool class: the mean is there for any network"
@@ -94,6 +114,32 @@ def open_backbone(
             "name a block (--block), whose output is pooled here",
         )
     return backbone
+
+
+def open_dense(
+    source: str, *, weights: str = "model", image_size: int | None = None, blocks: Sequence[int] | None = None
+) -> Network:
+    """Open any network as `open_backbone` does, and wrap it as a `DenseBackbone`.
+
+    blocks: from 0, or from -1 backwards, numbered as in `models/maps.py`; by default the last, of a ViT after the final
+    norm. Raises ConfigError for a missing block, or a network without square maps; also the errors of `open_network`.
+    """
+    opened = open_network(source, weights=weights, image_size=image_size)
+    count = len(map_shapes(opened.module, name=opened.name, image_size=opened.size))
+    numbers = [_block_number(block, count, opened.name) for block in blocks or [-1]]
+    if len(set(numbers)) < len(numbers):
+        raise ConfigError(f"--blocks names block {max(numbers, key=numbers.count)} twice", "name each once")
+    norm = not blocks and has_tokens(opened.module)
+    return replace(opened, module=DenseBackbone(opened.module, blocks=numbers, norm=norm))
+
+
+def _block_number(block: int, count: int, name: str) -> int:
+    """Return the number from 0 of a block that may be counted backwards. Raises ConfigError if it does not exist."""
+    if not -count <= block < count:
+        raise ConfigError(
+            f"{name} has no block {block}: there are {count}, 0 to {count - 1}", "name one of them with --block"
+        )
+    return block % count
 
 
 def has_tokens(network: TimmModel) -> bool:

@@ -5,6 +5,8 @@
 host.
 """
 
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -20,6 +22,7 @@ from maedistill.evaluation.full_pass import Predictor
 from maedistill.evaluation.knn import knn_counts, knn_predictions
 from maedistill.evaluation.linear_probe import ProbeRecipe, fit_heads, score_heads
 from maedistill.evaluation.per_class import class_rows
+from maedistill.evaluation.segmentation import pixel_loss
 from maedistill.weights.backbone import Backbone
 from tests.device.pretend_card import CARD, Card, value_of
 
@@ -138,3 +141,17 @@ def test_a_linear_probe_waits_only_where_heads_begin_and_are_judged(monkeypatch,
         weights = value_of(heads.state_dict())
     assert all(torch.equal(weights[name], value) for name, value in expected.state_dict().items())
     assert scores == score_heads(expected, rows, labels)
+
+
+def test_segmentation_trains_on_the_card_from_maps_that_stay_on_the_host():
+    draws = torch.Generator().manual_seed(0)
+    maps, masks = torch.randn(12, 3, 4, 6, generator=draws), torch.randint(3, (12, 8, 9), generator=draws)
+    masks = masks.to(torch.uint8)
+    masks[:, 0] = 255
+    how = {"rates": (0.01, 0.1), "num_classes": 3, "loss": partial(pixel_loss, ignore=255), "home": CPU}
+    expected = fit_heads(maps, masks, ProbeRecipe(2, 4, "adamw"), **how, device=CPU)
+    with Card() as card:
+        heads = fit_heads(maps, masks, ProbeRecipe(2, 4, "adamw"), **how, device=CARD)
+        assert set(card.waits) == {("linear_probe.fit_heads", "_to_copy")}, "batches go there, nothing is read"
+        weights = value_of(heads.state_dict())
+    assert all(torch.equal(weights[name], value) for name, value in expected.state_dict().items())

@@ -202,7 +202,7 @@ def test_the_bound_is_that_of_training_and_a_quarter(bad, total):
     images = SimpleNamespace(samples=range(total), why_bad=str)
     context = EvalContext(torch.device("cpu"), 2, workers=0)
     with pytest.raises(DataError) if ends else nullcontext():
-        full_pass._report_bad(images, torch.arange(bad), context)
+        full_pass.report_bad(images, torch.arange(bad), context)
 
 
 def test_predictions_come_back_from_their_file(shards, samples, tmp_path):

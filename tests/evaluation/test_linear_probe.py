@@ -58,6 +58,14 @@ def test_lars_adapts_weights_and_not_biases():
     torch.testing.assert_close(after.heads[0].bias.detach(), -start.heads[0].bias.grad, rtol=0, atol=1e-5)
 
 
+def test_adamw_takes_rates_as_they_are_for_any_batch():
+    """Its first update moves each number by the rate."""
+    rows, labels = separable(64, seed=1)
+    start = LinearHeads(24, 6, rates=[0.01]).heads[0].weight
+    after = fit_heads(rows, labels, ProbeRecipe(1, 64, "adamw"), rates=[0.01], **SETTING).heads[0].weight
+    torch.testing.assert_close((after - start).abs(), torch.full_like(start, 0.01), rtol=1e-3, atol=0)
+
+
 def test_counts_are_those_of_a_plain_loop_and_a_rate_too_large_is_seen_to_diverge():
     rows, labels = separable(500, seed=1, noise=4.0)
     heads = fit_heads(rows, labels, ProbeRecipe(2, 128, "sgd"), rates=[1.0, 1e38], **SETTING)

@@ -10,7 +10,10 @@ from unittest.mock import patch
 from docs_parts.text import GENERATED
 from maedistill import cli
 
-SUBCOMMANDS = {"evaluate": ("knn", "probe", "exits"), "benchmark": ("loader", "step", "scale", "cost")}
+SUBCOMMANDS = {
+    "evaluate": ("knn", "probe", "embed", "segment", "exits"),
+    "benchmark": ("loader", "step", "scale", "cost"),
+}
 INTRODUCTION = """\
 After reading this page you know every command and every option: it is what `maedistill COMMAND --help` prints.
 
