@@ -36,7 +36,7 @@ from maedistill.exporting.int8 import INT8_FILE, Int8Spec, quantise
 from maedistill.models.encoder import PlainViT, TimmModel, pooled_norm
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.manifest import follow_umask
-from maedistill.weights.from_graph import PREPROCESSING, Preprocessing, preprocessing_text
+from maedistill.weights.from_graph import PREPROCESSING, Preprocessing
 from maedistill.weights.from_run import RunNetwork, Weights, open_run
 from maedistill.weights.network import open_network
 
@@ -217,7 +217,7 @@ def _fill(
         record |= _compare(folder, saved, vit)
     if graphs := [kind for kind in kinds if kind in GRAPH_FILES]:
         stated = _preprocessing(metadata, vit, inside=inside)
-        (folder / PREPROCESSING).write_text(preprocessing_text(stated), encoding="utf-8")
+        (folder / PREPROCESSING).write_text(stated.model_dump_json(indent=1) + "\n", encoding="utf-8")
         record |= {"with_preprocessing": inside, "graphs": write_graphs(graphs, vit, folder, stated)}
     if int8:
         record["int8"] = quantise(folder, int8)

@@ -7,10 +7,7 @@ b batch   s image side   C outputs   D width
 """
 
 import ast
-import io
-import warnings
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +81,9 @@ def _trace(network: nn.Module, stated: Preprocessing) -> torch.export.ExportedPr
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
     """Write a program as ONNX, in one file, with layers that have the names of their modules."""
-    with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        written = torch.onnx.export(
-            program, dynamo=True, input_names=["images"], output_names=["output"], external_data=False, verbose=False
-        )
+    written = torch.onnx.export(
+        program, dynamo=True, input_names=["images"], output_names=["output"], external_data=False, verbose=False
+    )
     assert written is not None
     model = written.model_proto
     free = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param  # s77
@@ -96,12 +92,12 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
             if dim.dim_param == free:
                 dim.dim_param = "batch"
         del value.metadata_props[:]
-    names = {tensor.name for tensor in model.graph.initializer}
+    taken = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
         scopes = [ast.literal_eval(entry.value) for entry in node.metadata_props if entry.key == _SCOPES]
         module = next(iter(scopes), ["", ""])[-2]
-        if node.op_type in LAYERS and node.input[1] in names and module not in names:
-            names.add(module)
+        if node.op_type in LAYERS and node.input[1] in taken and module not in taken:
+            taken.add(module)
             node.name = module
         del node.metadata_props[:]
     path.write_bytes(model.SerializeToString())

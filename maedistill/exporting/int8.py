@@ -11,9 +11,7 @@ accuracy at residual additions and at the outputs of the second layer of an MLP,
 """
 
 import io
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -163,7 +161,7 @@ def _quantiser(
         )
 
         def write(some: Sequence[str]) -> None:
-            with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()), _quiet_root():
+            with redirect_stdout(io.StringIO()):
                 run(calibration_data_reader=_reader(name, inputs, pixels=pixels), nodes_to_quantize=list(some))
 
         yield layers, write
@@ -189,15 +187,3 @@ def _reader(name: str, inputs: Tensor, *, pixels: bool) -> Any:
             return {name: first[0].numpy()} if first else None
 
     return Reader()
-
-
-@contextmanager
-def _quiet_root() -> Iterator[None]:
-    """Keep the advice that onnxruntime logs to the root logger off the console."""
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -5,7 +5,6 @@ onnx:DIR/model.onnx, torch_export:DIR/model.pt2 -> Graph;   DIR/preprocess.json 
     s image side   C outputs
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -115,8 +114,3 @@ def read_preprocessing(path: Path) -> Preprocessing:
     except (CorruptCheckpoint, ValidationError) as error:
         problem = first_problem(error) if isinstance(error, ValidationError) else str(error)
         raise DataError(f"{path} says nothing of the graph's images: {problem}", f"write it: {example}") from None
-
-
-def preprocessing_text(stated: Preprocessing) -> str:
-    """Return the content of preprocess.json."""
-    return json.dumps(stated.model_dump(), indent=1) + "\n"

@@ -20,8 +20,6 @@ from maedistill.weights.from_file import why_unreadable
 from maedistill.weights.graph import MOST_NUMBERS, Graph, GraphInput
 
 _DOMAINS = ("", "ai.onnx", "com.microsoft")  # the standard's, and onnxruntime's own
-_ENDLESS = ("Loop", "Scan")
-_INLINE = "export the network again, with its functions inlined, as maedistill export does"
 
 
 def require_onnx() -> None:
@@ -70,15 +68,16 @@ def read_checked(path: Path) -> Any:
     import onnx
 
     model = onnx.ModelProto.FromString(path.read_bytes())
-    for tensor in _tensors(model.graph):
-        _check_tensor(tensor, path.parent)
     if model.functions:
-        raise ValueError(f"it has functions of its own; {_INLINE}")
-    for node in _nodes(model.graph):
-        if node.domain not in _DOMAINS or node.op_type in _ENDLESS:
+        raise ValueError("it has functions of its own, which must be inlined")
+    for node in model.graph.node:  # loops have inner graphs
+        has_graph = any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute)
+        if node.domain not in _DOMAINS or has_graph:
             raise ValueError(
                 f"it has the operator {node.op_type[:60]!r} of {node.domain[:60] or 'ONNX'}, not a network's"
             )
+    for tensor in _tensors(model.graph):
+        _check_tensor(tensor, path.parent)
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)  # of shapes that are computed, as well
     for value in (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output):
         numbers = math.prod(dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim)
@@ -122,28 +121,16 @@ def _check_tensor(tensor: Any, folder: Path) -> None:
         raise ValueError(f"{tensor.name[:60]!r} of {list(tensor.dims)} is said to be in {size:,} bytes")
 
 
-def _nodes(graph: Any) -> Iterator[Any]:
-    """Iterate over the nodes of a graph and of its branches."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _nodes(inner)
-
-
 def _tensors(graph: Any) -> Iterator[Any]:
-    """Iterate over all tensors that a graph and its branches hold."""
+    """Iterate over all tensors that a graph without inner graphs holds."""
     yield from graph.initializer
     sparse = list(graph.sparse_initializer)
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield from (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors)
-            sparse += [
-                *([attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []),
-                *attribute.sparse_tensors,
-            ]
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _tensors(inner)
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors)
+        sparse += [
+            *([attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []),
+            *attribute.sparse_tensors,
+        ]
     for tensor in sparse:
         if math.prod(tensor.dims) > MOST_NUMBERS:
             raise ValueError(f"a sparse tensor of {list(tensor.dims)} has more than {MOST_NUMBERS:,} numbers")

@@ -15,7 +15,7 @@ from timm.models import save_for_hf
 from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards
 from maedistill.exporting.graph import GRAPH_FILES, write_graphs
-from maedistill.weights.from_graph import Preprocessing, preprocessing_text
+from maedistill.weights.from_graph import Preprocessing
 
 COUNTS = ("images", "top1_correct", "top5_correct", "vs_same_images", "vs_top1_correct")
 VIEW = Preprocessing(size=24, crop=0.9, interpolation="bicubic", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
@@ -37,7 +37,7 @@ def made(tmp_path_factory) -> Path:
     torch.nn.init.normal_(vit.patch_embed.proj.weight)
     torch.nn.init.normal_(vit.head.weight, std=0.2)
     write_graphs([*GRAPH_FILES], vit, folder, VIEW)
-    (folder / "preprocess.json").write_text(preprocessing_text(VIEW))
+    (folder / "preprocess.json").write_text(VIEW.model_dump_json())
     data = {"input_size": (3, 24, 24), "mean": VIEW.mean, "std": VIEW.std, "crop_pct": 0.9}
     save_for_hf(vit, folder / "model", model_args=arguments, data_config=data, safe_serialization=True)
     return folder
