@@ -37,6 +37,7 @@ from maedistill.models.encoder import PlainViT, TimmModel, pooled_norm
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.manifest import follow_umask
 from maedistill.weights.from_graph import PREPROCESSING, Preprocessing
+from maedistill.weights.from_onnx import TO_WRITE
 from maedistill.weights.from_run import RunNetwork, Weights, open_run
 from maedistill.weights.network import open_network
 
@@ -49,7 +50,6 @@ FILES |= {*NETWORK_FILES.values(), *(f"scorecard_{name}.json" for name in NETWOR
 # Entries of timm's config for the architecture that are kept. The others (tag, license, paper, labels) describe the
 # weights that timm publishes under this name, and would be wrong for these weights.
 _ARCHITECTURE = ("architecture", "input_size", "fixed_input_size", "pool_size", "first_conv", "classifier")
-_ONNX = ("onnx", "onnxruntime", "onnxscript")
 _IMAGES = 2  # of random pixels, for comparing the written folder with the run
 
 
@@ -222,7 +222,7 @@ def _fill(
     if int8:
         record["int8"] = quantise(folder, int8)
     (folder / "README.md").write_text(model_card(saved, vit, weights=weights, record=record), encoding="utf-8")
-    record["versions"] = {name: version(name) for name in ("torch", "timm", *(_ONNX if "onnx" in kinds else ()))}
+    record["versions"] = {name: version(name) for name in ("torch", "timm", *(TO_WRITE if "onnx" in kinds else ()))}
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

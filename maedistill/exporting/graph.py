@@ -18,7 +18,7 @@ from maedistill.data.images.transforms import normalize, to_float01
 from maedistill.errors import DataError
 from maedistill.evaluation.full_pass import evaluation_mode
 from maedistill.weights.from_graph import Preprocessing
-from maedistill.weights.from_onnx import open_onnx, require_onnx
+from maedistill.weights.from_onnx import TO_WRITE, open_onnx, require_onnx
 from maedistill.weights.from_torch_export import open_torch_export
 
 LAYERS = ("Conv", "MatMul", "Gemm")  # of ONNX, if they have weights
@@ -52,7 +52,7 @@ def write_graphs(kinds: Sequence[str], network: nn.Module, folder: Path, stated:
     one, as a share of the largest output. Raises DataError if it is above 1e-4, or if torch cannot write a graph.
     """
     if "onnx" in kinds:
-        require_onnx()
+        require_onnx(*TO_WRITE)
     with evaluation_mode(network):
         try:
             program = _trace(network, stated)

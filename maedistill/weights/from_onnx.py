@@ -9,6 +9,7 @@ loops without an end.
 import math
 import os
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,25 @@ from maedistill.errors import ConfigError, DataError
 from maedistill.weights.from_file import why_unreadable
 from maedistill.weights.graph import MOST_NUMBERS, Graph, GraphInput
 
+TO_RUN = ("onnx", "onnxruntime")
+TO_WRITE = (*TO_RUN, "onnxscript")
 _DOMAINS = ("", "ai.onnx", "com.microsoft")  # the standard's, and onnxruntime's own
 
 
-def require_onnx() -> None:
-    """Raise ConfigError without the packages for ONNX."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"ONNX needs packages that are not installed ({error.name})", "pip install 'maedistill[onnx]'"
-        ) from error
+def require_onnx(*packages: str) -> None:
+    """Raise ConfigError without one of these packages, which are installed with ours on request only."""
+    for package in packages:
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise ConfigError(
+                f"ONNX needs packages that are not installed ({package})", "pip install 'maedistill[onnx]'"
+            ) from error
 
 
 def open_onnx(path: Path) -> Graph:
     """Open an ONNX graph of one image input and one output. Raises DataError for a file that is none, or is unsafe."""
-    require_onnx()
+    require_onnx(*TO_RUN)
     import onnxruntime
 
     try:

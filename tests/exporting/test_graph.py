@@ -153,10 +153,11 @@ def test_requests_without_sense_are_refused(tmp_path, options, cause):
     assert not (run / "export").exists()
 
 
-def test_without_the_packages_onnx_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+@pytest.mark.parametrize("package", ["onnxruntime", "onnxscript"])
+def test_without_the_packages_onnx_is_refused(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
     run = imitate(tmp_path / "run", random_vit())
-    with pytest.raises(ConfigError, match=r"(?s)not installed \(onnxruntime\).*pip install 'maedistill\[onnx\]'"):
+    with pytest.raises(ConfigError, match=rf"(?s)not installed \({package}\).*pip install 'maedistill\[onnx\]'"):
         export(run, formats=("onnx",))
     assert not (run / "export").exists()
 
