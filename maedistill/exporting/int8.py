@@ -34,7 +34,7 @@ from maedistill.exporting.graph import GRAPH_FILES, LAYERS
 from maedistill.weights.network import Network, open_network
 
 INT8_FILE = "model_int8.onnx"
-_COMPARED = 32  # images for the error of a layer
+_COMPARED = 16  # images for the error of a layer
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ def quantise(folder: Path, spec: Int8Spec) -> dict[str, Any]:
 
     before = accuracy(network)
     with _quantiser(folder, inputs, spec.method) as (layers, write):
-        errors = {layer: _error(network, written([layer]), inputs[:_COMPARED]) for layer in layers}
+        some = inputs[:_COMPARED]
+        right = network.module(some)
+        errors = {layer: float((written([layer]).module(some) - right).norm() / right.norm()) for layer in layers}
         order = sorted(layers, key=lambda layer: -errors[layer])  # the largest error first
         in_float = 0
         while True:
@@ -116,13 +118,6 @@ def _calibration_inputs(network: Network, spec: Int8Spec) -> Tensor:
         )
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (network.mean, network.std))
     return normalize(to_float01(pixels), mean, std)
-
-
-@torch.no_grad()
-def _error(network: Network, quantised: Network, inputs: Tensor) -> float:
-    """Return the distance of the outputs, as a share of the size of the right ones."""
-    right = network.module(inputs)
-    return float((quantised.module(inputs) - right).norm() / right.norm())
 
 
 @contextmanager

@@ -47,7 +47,8 @@ def open_onnx(path: Path) -> Graph:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
         options.log_severity_level = 4  # errors are raised
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        providers = ["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(path, options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime and protobuf have kinds of their own, without a common base
         raise DataError(
             f"{path} cannot be opened as ONNX ({why_unreadable(error)})",

@@ -10,6 +10,7 @@ import io
 import json
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def _check(path: Path) -> None:
     """Raise ValueError for anything that a graph of tensors does not need."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
-        if strange := [name for name in names if not _ENTRY.fullmatch(name) or names.count(name) > 1]:
+        strange = [name for name, count in Counter(names).items() if count > 1 or not _ENTRY.fullmatch(name)]
+        if strange:
             raise ValueError(f"it holds {strange[0][:100]!r}, which is no part of a graph")
         root = names[0].partition("/")[0]
         for part in ("weights", "constants"):
