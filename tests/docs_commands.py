@@ -62,6 +62,8 @@ def small(words: list[str]) -> list[str]:
         words.append("--dry-run")  # the trainings take hours
     if words[0] == "benchmark":
         words += ["--images", "64", "--rounds", "1"]
+    if "--int8" in words:
+        words += ["--max-drop", "100"]  # of 24 images
     if words[0] not in ("pretrain", "finetune") or {"--explain", "--print-config"} & set(words):
         return words
     if words[0] == "pretrain":
@@ -126,7 +128,8 @@ def prepare() -> None:
     for words in small_ones:
         code = run(words, Path("prepare.log"))
         assert code == 0, Path("prepare.log").read_text()
-    assert run(["export", "runs/classifier"], Path("prepare.log")) == 0
+    formats = ["--format", "timm,onnx,torch_export"]
+    assert run(["export", "runs/classifier", *formats], Path("prepare.log")) == 0, Path("prepare.log").read_text()
 
 
 def name_runs(words: list[str]) -> list[str]:

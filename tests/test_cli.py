@@ -20,7 +20,15 @@ from maedistill.study.file import load_study
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}  # whose name is not that of their package
 # package -> the extra that brings it
-OPTIONAL = {"simplejpeg": "fast", "sklearn": "demo", "scipy": "demo", "matplotlib": "demo", "s3fs": "remote"}
+OPTIONAL = {
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "simplejpeg": "fast",
+    "sklearn": "demo",
+    "scipy": "demo",
+    "matplotlib": "demo",
+    "s3fs": "remote",
+}
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLES = """\
-MODEL is the folder of a run or of an export, or timm:NAME, or hf-hub:ID. SHARDS is a folder of shards (its val-*.tar)
-or a pattern. Image size, crop and normalisation are the model's own.
+MODEL is the folder of a run or of an export, or timm:NAME, or hf-hub:ID, or the file of an exported graph: onnx:FILE,
+torch_export:FILE. SHARDS is a folder of shards (its val-*.tar) or a pattern. Image size, crop and normalisation are the
+model's own.
 
 examples:
   maedistill evaluate runs/dmae_s_finetuned 'in1k/val-*.tar'
@@ -17,6 +18,7 @@ examples:
   maedistill evaluate timm:vit_small_patch16_224 'in1k/val-*.tar' --real --json result.json
   maedistill evaluate timm:vit_small_patch16_224 'imagenet-r/*.tar' --subset
   maedistill evaluate runs/dmae_s_finetuned 'in1k/val-*.tar' --against timm:vit_large_patch16_224
+  maedistill evaluate onnx:runs/dmae_s_finetuned/export/model.onnx 'in1k/val-*.tar' --against runs/dmae_s_finetuned
   torchrun --nproc-per-node 8 -m maedistill evaluate MODEL SHARDS
 
 frozen features of any network, a pre-training run too (each with a --help of its own):
@@ -79,7 +81,7 @@ def parse_score(words: list[str]) -> argparse.Namespace:
     """Read the command line for a classifier."""
     parser = new_parser("maedistill evaluate", ABOUT["score"], EXAMPLES)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a run, an export or a weights file, or timm:NAME, hf-hub:ID")
+    add("model", metavar="MODEL", help="a run, an export or the graph of one, or timm:NAME, hf-hub:ID")
     add(
         "shards",
         metavar="SHARDS",

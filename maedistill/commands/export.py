@@ -1,13 +1,15 @@
-"""Exports a run's network as a timm model with its model card."""
+"""Exports a run's network with its model card: as a timm model, as an ONNX or torch.export graph, in int8."""
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from maedistill.commands.evaluate_arguments import PEER
+from maedistill.commands.evaluate_arguments import PEER, at_least, number
+from maedistill.errors import ConfigError, join_first
 from maedistill.escaping import say
 
 if TYPE_CHECKING:
+    from maedistill.evaluation.context import EvalContext
     from maedistill.weights.from_run import Weights
 
 EXAMPLES = """\
@@ -17,9 +19,12 @@ examples:
   maedistill export runs/dmae_s_finetuned --out dmae_s    the classifier
   maedistill export runs/dmae_s_finetuned --ema           the moving average of its weights
   maedistill export runs/exits --exit 5                   its first 6 blocks and their exit, to runs/exits/export_exit5
+  maedistill export runs/dmae_s_finetuned --format timm,onnx,torch_export --val 'in1k/val-*.tar'
+  maedistill export runs/dmae_s_finetuned --int8 --calibration 'in1k/train-*.tar' --val 'in1k/val-*.tar'
 
-The folder loads wherever timm is: timm.create_model("local-dir:FOLDER", pretrained=True). Exit codes: 0 done, 2 usage,
-3 no run, no such weights, or nothing could be written.
+The folder loads wherever timm is: timm.create_model("local-dir:FOLDER", pretrained=True); its graphs run wherever
+onnxruntime or torch is, on any number of images. Exit codes: 0 done, 2 usage, 3 no run, no such weights, a format
+without the run's outputs, int8 that is not accurate enough, or nothing could be written.
 """
 
 
@@ -44,31 +49,98 @@ def parse() -> argparse.Namespace:
         "--exit", type=int, metavar="BLOCK", help="the network that ends at an exit (runs with student.exits)"
     )
     parser.add_argument("--peer", type=int, default=0, metavar="N", help=PEER)
+    add_graphs(parser)
     return parser.parse_args(sys.argv[2:])
 
 
-def main() -> None:
-    """Write the export and print a summary of it."""
-    arguments = parse()
-    from maedistill.exporting.folder import export, read_record  # imports torch, for which --help need not wait
+def add_graphs(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of graphs, of int8, and of the evaluation of all formats."""
+    add = parser.add_argument
+    add("--format", default="timm", metavar="NAME,NAME", help="timm (the default), onnx, torch_export")
+    inside = "graphs take uint8 images, and scale and normalise them"
+    add("--with-preprocessing", action="store_true", help=inside)
+    add("--val", metavar="SHARDS", help="evaluate every format on these, against the run's network")
+    add("--batch", type=at_least(1), default=64, metavar="N", help="of --val and --calibration (default 64)")
+    add("--int8", action="store_true", help="also quantise the ONNX graph; needs --calibration and --val")
+    add("--calibration", metavar="SHARDS", help="training images, for the ranges of int8")
+    add("--calibration-images", type=at_least(1), metavar="N", help="spread over these shards (default 256)")
+    add("--calibration-method", choices=("percentile", "entropy"), help="of the ranges (default percentile)")
+    most = "points of top-1 that int8 may lose on --val; layers stay in float until it does not lose more (default 0.5)"
+    add("--max-drop", type=points, metavar="X", help=most)
 
+
+def points(text: str) -> float:
+    """Read a number of percentage points, from 0 on."""
+    return 0.0 if text in ("0", "0.0") else number(text, most=100.0, reason="number of points, from 0 to 100")
+
+
+def main() -> None:
+    """Write the export, print a summary of it, and evaluate it if asked to."""
+    arguments = parse()
+    of_int8 = ("calibration", "calibration_images", "calibration_method", "max_drop")
+    given = {name: value for name in of_int8 if (value := getattr(arguments, name)) is not None}
+    if given and not arguments.int8:
+        raise ConfigError(f"--{next(iter(given)).replace('_', '-')} is of --int8", "add --int8, or leave it out")
+    if arguments.int8 and not (arguments.calibration and arguments.val):
+        raise ConfigError("--int8 needs --calibration SHARDS and --val SHARDS", "name training and validation shards")
+    from maedistill.exporting.folder import export, read_record, score_formats  # --help need not wait for torch
+
+    context = open_context(arguments) if arguments.val else None
     weights: Weights = "ema" if arguments.ema else "model"
+    int8 = None
+    if arguments.int8 and context is not None:
+        from maedistill.exporting.int8 import Int8Spec
+
+        renamed = {"calibration_images": "images", "calibration_method": "method"}
+        given = {renamed.get(name, name): value for name, value in given.items()}
+        int8 = Int8Spec(val=arguments.val, context=context, **given)
+    part: dict[str, Any] = {"weights": weights, "exit": arguments.exit, "peer": arguments.peer}
     out = export(
         arguments.run,
         arguments.out,
-        weights=weights,
+        **part,
         global_pool=arguments.global_pool,
-        exit=arguments.exit,
-        peer=arguments.peer,
+        formats=arguments.format.split(","),
+        with_preprocessing=arguments.with_preprocessing,
+        int8=int8,
+        needs_classifier=arguments.val is not None,
     )
     record = read_record(out)
     megabytes = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     say(
         f"exported {record['checkpoint']} of {record['run']} to {out} ({weights}, {record['global_pool']} pooling)",
-        f"parity   max difference {record['max_difference']} over {record['values']:,} values, opened again by timm",
+        *parity(record),
         f"size     {megabytes:.2f} MB",
         f"license  {record['license']}",
-        "",
-        "import timm",
-        f'model = timm.create_model("local-dir:{out}", pretrained=True).eval()',
     )
+    if "timm" in record["formats"]:
+        say("", "import timm", f'model = timm.create_model("local-dir:{out}", pretrained=True).eval()')
+    if context is not None:
+        score_formats(out, arguments.run, arguments.val, context, **part)
+
+
+def parity(record: dict[str, Any]) -> list[str]:
+    """Return the lines that say how far each format is from the run, and what int8 cost."""
+    lines = []
+    if "max_difference" in record:
+        values = f"{record['max_difference']} over {record['values']:,} values"
+        lines.append(f"parity   max difference {values}, opened again by timm")
+    for kind, distance in record.get("graphs", {}).items():
+        lines.append(f"parity   max difference {distance:.2g} of the largest output, {kind} opened again")
+    if int8 := record.get("int8"):
+        worst = [f"{name} {100 * error:.2g} %" for name, error in int8["layer_errors"].items()]
+        in_float = join_first(int8["in_float"], 100) or "none"
+        lines += [
+            f"int8     top-1 {100 * int8['top1_fp32']:.2f} % -> {100 * int8['top1_int8']:.2f} % on {int8['images']:,} "
+            f"images, {int8['drop']:.2f} points less",
+            f"int8     error of the output with one layer in int8: {join_first(worst, 100)}",
+            f"int8     layers in float: {in_float}; and all that is no layer",
+        ]
+    return lines
+
+
+def open_context(arguments: argparse.Namespace) -> "EvalContext":
+    """Return the settings of evaluations: fp32, since they compare number formats."""
+    from maedistill.evaluation import context
+
+    return context.open_context(batch=arguments.batch, workers=None, threads=None, precision="fp32")

@@ -88,7 +88,9 @@ def metadata(network: Network, context: EvalContext) -> dict[str, Any]:
     """Return the entries of a network, its input and the context for a result file."""
     names = ("license", "parameters", "size", "crop", "interpolation", "crop_mode", "mean", "std")
     entries = {"model": network.name, "classes": network.num_classes} | {n: getattr(network, n) for n in names}
-    return entries | {"device": context.device_name, "batch": context.batch, "precision": context.precision}
+    entries |= {"file_bytes": network.file_bytes} if network.file_bytes else {}
+    precision = network.precision or context.precision
+    return entries | {"device": context.device_name, "batch": context.batch, "precision": precision}
 
 
 def finish(result: dict[str, Any], file: Path | None) -> dict[str, Any]:

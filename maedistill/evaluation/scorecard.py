@@ -3,7 +3,7 @@
 MODEL, SHARDS -> Network, ShardIndex -> one full pass -> lines on stdout, JSON, CSV files, a picture
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,7 @@ def score(
     test_size: bool = False,
     members: Members = USUAL,
     exif: str | None = None,
-    against: str | None = None,
+    against: str | Network | None = None,
     subset: bool = False,
     real: bool = False,
     bins: int = BINS,
@@ -61,14 +61,14 @@ def score(
     block where the network ends. peer: of a run of mutual learning, the number of the student.
     image_size, crop: override the model's own. test_size: take those of its published accuracy, if timm states others.
     members: which fields of a sample are image and label. exif: `apply` or `ignore`, if not as in training. against: a
-    second classifier to compare with. subset: the shards hold only some of the model's classes, matched by name. real:
-    also score against the labels of ImageNet-ReaL. bins: number of bins of the calibration error. files: paths for
-    predictions, per_class, confusions and json. Raises subclasses of UserError.
+    second classifier to compare with, or its name. subset: the shards hold only some of the model's classes, matched by
+    name. real: also score against the labels of ImageNet-ReaL. bins: number of bins of the calibration error. files:
+    paths for predictions, per_class, confusions and json. Raises subclasses of UserError.
     """
 
     def open_sized(size: int | None) -> Network:
         if isinstance(model, str):
-            return open_network(model, "classifier", weights=weights, exit=exit, peer=peer, image_size=size)
+            return open_network(model, "predictor", weights=weights, exit=exit, peer=peer, image_size=size)
         given = given_network(model, python_name(model), image_size=size)
         return replace(given, num_classes=given.output().shape[-1])
 
@@ -84,7 +84,12 @@ def score(
         size, crop = network.test_size, crop or network.test_crop
         network = distributed.main_first(lambda: open_sized(size))
     network = replace(network, crop=crop or network.crop)
-    teacher = distributed.main_first(lambda: open_network(against, "classifier")) if against else None
+    teacher: Network | None
+    if isinstance(against, str):
+        teacher, rival_name = distributed.main_first(partial(open_network, against, "predictor")), against
+    else:
+        teacher, rival_name = against, against.name if against else ""
+    _require_fp32(context, [network, *([teacher] if teacher else [])])
     if isinstance(shards, str):
         open_images = partial(open_index, members=members, apply_exif=(exif or network.exif) == "apply")
         index = distributed.main_first(lambda: open_images(shards, index=index_file, split="val"))
@@ -111,7 +116,7 @@ def score(
         "result": evaluation.score,
         "calibration": calibrate(evaluation.confidences, evaluation.predictions[:, 0] == evaluation.labels, bins=bins),
         "real": count_real(evaluation, real_labels) if real_labels is not None else None,
-        f"vs. {against}:": agreement,
+        f"vs. {rival_name}:": agreement,
     }
     result = metadata(network, context) | {"fingerprint": index.fingerprint()}
     for label, part in parts.items():
@@ -120,13 +125,25 @@ def score(
             result |= part.metrics()
     result |= {"vs": teacher.name} if teacher else {}
     if latency:
-        speed = distributed.on_main(lambda: measure_latency(network.module, context, size=network.size))
+        there = replace(context, device=torch.device("cpu")) if network.precision else context  # graphs run on the CPU
+        speed = distributed.on_main(lambda: measure_latency(network.module, there, size=network.size))
         times = f"{speed['latency_ms']:.2f} ms for one image (median; 90 % within {speed['latency_p90_ms']:.2f} ms)"
         rate = f"{speed['images_per_second']:.1f} images/s at batch {context.batch}"
-        print_main("speed", f"{times}, {rate}, {context.precision} on {context.device_name}")
+        number_format = network.precision or context.precision
+        print_main("speed", f"{times}, {rate}, {number_format} on {there.device_name}")
         result |= speed
     distributed.on_main(lambda: _write(files, evaluation, network, index))
     return finish(result, files.get("json"))
+
+
+def _require_fp32(context: EvalContext, networks: Sequence[Network]) -> None:
+    """Raise ConfigError if another precision is asked for than that in which a graph computes."""
+    for network in networks:
+        if network.precision and context.precision != "fp32":
+            raise ConfigError(
+                f"{network.name} is a graph in {network.precision}, which does not compute in {context.precision}",
+                "use --precision fp32: the graph keeps its own format",
+            )
 
 
 def _open_predictor(network: Network, index: ShardIndex, context: EvalContext, *, subset: bool) -> Predictor:

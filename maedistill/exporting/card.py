@@ -32,8 +32,14 @@ METHODS = {
 }
 
 
-def model_card(saved: RunNetwork, vit: PlainViT, *, weights: Weights = "model") -> str:
-    """Return the Markdown card of `vit`, the network of `saved` in its exported form."""
+def model_card(
+    saved: RunNetwork, vit: PlainViT, *, weights: Weights = "model", record: Mapping[str, Any] | None = None
+) -> str:
+    """Return the Markdown card of `vit`, the network of `saved` in its exported form.
+
+    record: of the export, see export.json: formats, graphs and what int8 cost. Without one, of timm's format alone.
+    """
+    record = record or {"formats": ["timm"]}
     metadata, folder = saved.metadata, saved.folder
     config = folder.load_config() if folder.config.exists() else None
     step = int(saved.checkpoint.name.removeprefix("step_"))
@@ -45,7 +51,7 @@ def model_card(saved: RunNetwork, vit: PlainViT, *, weights: Weights = "model") 
         "Results": _accuracy(records, metadata, _prefix(saved, weights))
         if tuned
         else _features(records, config, weights),
-        "Use": _use(metadata, vit),
+        "Use": [*(_use(metadata, vit) if "timm" in record["formats"] else []), *_graphs(metadata, vit, record)],
         "Limits": _limits(metadata, vit),
     }
     body = "\n".join(f"## {title}\n\n" + "\n".join(lines) + "\n" for title, lines in sections.items())
@@ -251,6 +257,30 @@ def _use(metadata: Mapping[str, Any], vit: PlainViT) -> list[str]:
         f"Verified when this folder was written: timm {version('timm')} with torch {version('torch')} gives the "
         "outputs of the run's checkpoint in fp32, bit for bit. Other versions were not tried.",
     ]
+
+
+def _graphs(metadata: Mapping[str, Any], vit: PlainViT, record: Mapping[str, Any]) -> list[str]:
+    """Describe the graphs of the folder, their input, and what int8 cost."""
+    if not (graphs := record.get("graphs")):
+        return []
+    view, inside = metadata["input"], record["with_preprocessing"]
+    taken = "uint8 pixels" if inside else f"pixels in [0, 1], minus {tuple(view['mean'])}, over {tuple(view['std'])}"
+    files = {"onnx": "`model.onnx` (onnxruntime)", "torch_export": "`model.pt2` (`torch.export.load`)"}
+    apart = ", ".join(f"{files[kind]}: {distance:.2g}" for kind, distance in graphs.items())
+    lines = [
+        "",
+        f"Graphs, of any number of images [B, 3, {view['size']}, {view['size']}]: the middle square, "
+        f"{100 * view['crop']:.4g} % of the shorter side, resized (bicubic); {taken}. `preprocess.json` says the same.",
+        f"Largest difference from the network in fp32, as a share of its largest output: {apart}.",
+    ]
+    if int8 := record.get("int8"):
+        in_float = ", ".join(map(code, int8["in_float"])) or "none"
+        lines.append(
+            f"`model_int8.onnx`: static, with {int8['calibration_images']} training images ({int8['method']}); top-1 "
+            f"{100 * int8['top1_int8']:.2f} % where fp32 has {100 * int8['top1_fp32']:.2f} % ({int8['images']:,} "
+            f"images). Layers in float: {in_float}."
+        )
+    return lines
 
 
 def _limits(metadata: Mapping[str, Any], vit: PlainViT) -> list[str]:

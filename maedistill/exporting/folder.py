@@ -1,11 +1,12 @@
-"""Export a run's network to a folder that timm opens without this package: weights, timm config and model card.
+"""Export a run's network to a folder that opens without this package: timm's format, graphs, and the model card.
 
-    RUN/run.json + newest intact checkpoint -> timm network -> OUT.tmp/ -> opened by timm and compared -> OUT/
+    RUN/run.json + newest intact checkpoint -> timm network -> OUT.tmp/ -> opened again and compared -> OUT/
 
-OUT holds model.safetensors, config.json (timm's), README.md (see card.py) and export.json, which records what was
-exported and how it was verified. Only the encoder is exported, with its classifier if the run is fine-tuned, but no
-decoder, projection or generator. OUT.tmp is renamed to OUT only after
-`timm.create_model("local-dir:OUT.tmp", pretrained=True)` has reproduced the outputs of the checkpoint bit for bit.
+OUT holds model.safetensors and config.json (timm's), or graphs (graph.py, int8.py) with preprocess.json; README.md
+(see card.py); and export.json, which records what was exported and how it was verified. Only the encoder is exported,
+with its classifier if the run is fine-tuned, but no decoder, projection or generator. OUT.tmp is renamed to OUT only
+after `timm.create_model("local-dir:OUT.tmp", pretrained=True)` has reproduced the outputs of the checkpoint bit for
+bit, and each graph has to 1e-4.
 
     B batch   P prefix tokens   N patches   D width   C outputs   s image side
 """
@@ -13,6 +14,7 @@ decoder, projection or generator. OUT.tmp is renamed to OUT only after
 import json
 import os
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -25,15 +27,26 @@ from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.durable import require_local, sync
 from maedistill.errors import ConfigError, DataError
+from maedistill.escaping import say
+from maedistill.evaluation.context import EvalContext
+from maedistill.evaluation.scorecard import score
 from maedistill.exporting.card import model_card
+from maedistill.exporting.graph import GRAPH_FILES, write_graphs
+from maedistill.exporting.int8 import INT8_FILE, Int8Spec, quantise
 from maedistill.models.encoder import PlainViT, TimmModel, pooled_norm
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.manifest import follow_umask
+from maedistill.weights.from_graph import PREPROCESSING, Preprocessing
+from maedistill.weights.from_onnx import TO_WRITE
 from maedistill.weights.from_run import RunNetwork, Weights, open_run
+from maedistill.weights.network import open_network
 
 Pooling = Literal["avg", "token"]
 RECORD = "export.json"
-FILES = {"config.json", "model.safetensors", "README.md", RECORD}
+FORMATS = ("timm", *GRAPH_FILES)
+NETWORK_FILES = {"timm": "config.json", **GRAPH_FILES, "int8": INT8_FILE}  # what opens each format
+FILES = {"config.json", "model.safetensors", "README.md", PREPROCESSING, RECORD}  # all that an export may hold
+FILES |= {*NETWORK_FILES.values(), *(f"scorecard_{name}.json" for name in NETWORK_FILES)}
 # Entries of timm's config for the architecture that are kept. The others (tag, license, paper, labels) describe the
 # weights that timm publishes under this name, and would be wrong for these weights.
 _ARCHITECTURE = ("architecture", "input_size", "fixed_input_size", "pool_size", "first_conv", "classifier")
@@ -48,6 +61,10 @@ def export(
     global_pool: Pooling | None = None,
     exit: int | None = None,
     peer: int = 0,
+    formats: Sequence[str] = ("timm",),
+    with_preprocessing: bool = False,
+    int8: Int8Spec | None = None,
+    needs_classifier: bool = False,
 ) -> Path:
     """Write the network of a run folder to `out`, by default RUN/export, and return that folder.
 
@@ -55,10 +72,16 @@ def export(
     then to RUN/export_exitBLOCK. peer: a student of mutual learning; then to RUN/export_peerN. global_pool: the output
     of a pre-trained student, [B, D], after its own norm: `avg`, the mean of the patch tokens (the default), or `token`,
     the class token. A fine-tuned network is exported unchanged, with its classifier: [B, C]. An earlier export in `out`
-    is replaced.
+    is replaced. formats: `timm`, `onnx`, `torch_export`. with_preprocessing: graphs take pixels, uint8, and normalise
+    them. int8: also quantise the ONNX graph. needs_classifier: refuse a run without one.
     Raises ConfigError if `out` holds anything else or the network does not support the pooling, DataError if the folder
-    is not a run, lacks these weights, or `out` cannot be written.
+    is not a run, lacks these weights, or `out` cannot be written, or if a format does not give the run's outputs.
     """
+    kinds = [kind for kind in FORMATS if kind in formats or (int8 and kind == "onnx")]
+    if unknown := sorted({*formats} - {*FORMATS}):
+        raise ConfigError(f"--format: there is no {unknown[0]!r}", f"use {', '.join(FORMATS)}, separated by commas")
+    if with_preprocessing and kinds == ["timm"]:
+        raise ConfigError("--with-preprocessing: only graphs can normalise images", "add --format onnx or torch_export")
     folder = RunFolder(run)
     # Normalise first: `new/..` does not exist and would pass as free, but would then replace the current folder.
     part = (f"_peer{peer}" if peer else "") + (f"_exit{exit}" if exit is not None else "")
@@ -68,7 +91,13 @@ def export(
     try:
         _require_free(out)
         saved = open_run(folder.path, weights=weights, exit=exit, peer=peer)
-        _replace(out.resolve(), saved, with_pooling(saved, global_pool), weights)
+        if (needs_classifier or int8) and not saved.vit.num_classes:
+            raise ConfigError(
+                f"{folder.path} has no classifier, whose accuracy could be measured (--val, --int8)",
+                "export a fine-tuned run, or leave these out; maedistill evaluate probe or knn judges features",
+            )
+        vit = with_pooling(saved, global_pool)
+        _replace(out.resolve(), lambda folder: _fill(folder, saved, vit, weights, kinds, with_preprocessing, int8))
     except (OSError, SafetensorError) as error:
         raise DataError(
             f"the export cannot be written to {out}: {error}", "make room or mend the permissions, or use another --out"
@@ -76,10 +105,26 @@ def export(
     return out
 
 
-def read_record(out: Path) -> dict[str, Any]:
-    """Read export.json: what was exported, with which versions, and how far timm's outputs are from the run's.
+def score_formats(out: Path, run: str | Path, val: str, context: EvalContext, **part: Any) -> None:
+    """Evaluate every format of an export on `val`, each against the run's network; write scorecard_FORMAT.json.
 
-    values: how many numbers were compared.
+    part: weights, exit, peer, as in `export`.
+    """
+    network = open_network(f"run:{run}", "classifier", **part)
+    for name in NETWORK_FILES:
+        if not (out / NETWORK_FILES[name]).is_file():
+            continue
+        kind = "torch_export" if name == "torch_export" else "onnx"
+        source = f"local-dir:{out}" if name == "timm" else f"{kind}:{out / NETWORK_FILES[name]}"
+        files = {"json": out / f"scorecard_{name}.json"}
+        say("", name)
+        score(source, val, context, exif=network.exif, against=network, files=files)
+
+
+def read_record(out: Path) -> dict[str, Any]:
+    """Read export.json: what was exported, with which versions, and how far its outputs are from the run's.
+
+    max_difference, values: of timm, and how many numbers were compared. graphs: the distance of each graph.
     """
     return json.loads((out / RECORD).read_text(encoding="utf-8"))
 
@@ -98,7 +143,7 @@ def _require_free(out: Path) -> None:
         )
 
 
-def _replace(out: Path, saved: RunNetwork, vit: PlainViT, weights: Weights) -> None:
+def _replace(out: Path, fill: Callable[[Path], None]) -> None:
     """Fill a temporary folder beside `out`, then rename it to `out`. Nothing else in the parent folder is touched."""
     temporary, retired = (out.with_name(f"{out.name}{suffix}") for suffix in (".tmp", ".old.tmp"))
     for leftover in (temporary, retired):  # of a killed export
@@ -109,7 +154,7 @@ def _replace(out: Path, saved: RunNetwork, vit: PlainViT, weights: Weights) -> N
         shutil.rmtree(leftover)
     try:
         temporary.mkdir(parents=True)
-        _fill(temporary, saved, vit, weights)
+        fill(temporary)
         for path in (*temporary.iterdir(), temporary):
             sync(path)
         if replaces := out.exists():  # the earlier export stays complete, under one name or another, until the new one
@@ -145,21 +190,19 @@ def with_pooling(saved: RunNetwork, global_pool: Pooling | None) -> PlainViT:
     return vit.eval()
 
 
-def _fill(folder: Path, saved: RunNetwork, vit: TimmModel, weights: Weights) -> None:
-    """Write the four files. export.json comes last, after the comparison that it records."""
+def _fill(
+    folder: Path,
+    saved: RunNetwork,
+    vit: TimmModel,
+    weights: Weights,
+    kinds: Sequence[str],
+    inside: bool,
+    int8: Int8Spec | None,
+) -> None:
+    """Write the files. export.json comes last, after the comparisons that it records. inside: the preprocessing."""
     metadata, view = saved.metadata, saved.metadata["input"]
     size = vit.patch_embed.img_size[0]
     assert size == view["size"], f"run.json: the network takes {size} px, its input is {view['size']}"
-    data = {"input_size": (3, size, size), "mean": view["mean"], "std": view["std"], "crop_pct": view["crop"]}
-    data |= {"interpolation": "bicubic", "crop_mode": "center"}
-    model_config: dict[str, Any] = {"pretrained_cfg": {"license": metadata["license"]}}
-    classes = metadata.get("classes")
-    if classes is not None and len(classes) == vit.num_classes:
-        model_config["label_names"] = classes
-    vit.pretrained_cfg = {name: vit.pretrained_cfg.get(name) for name in _ARCHITECTURE}
-    save_for_hf(vit, str(folder), model_config=model_config, data_config=data, safe_serialization=True)
-    follow_umask(folder / "model.safetensors")
-    (folder / "README.md").write_text(model_card(saved, vit, weights=weights), encoding="utf-8")
     record = {"run": saved.folder.path.resolve().name, "stage": metadata["stage"], "checkpoint": saved.checkpoint.name}
     record |= {
         "exit": saved.exit,
@@ -167,9 +210,56 @@ def _fill(folder: Path, saved: RunNetwork, vit: TimmModel, weights: Weights) -> 
         "weights": weights,
         "global_pool": vit.global_pool,
         "license": metadata["license"],
+        "formats": list(kinds),
     }
-    record |= _compare(folder, saved, vit)
+    if "timm" in kinds:
+        _write_timm(folder, metadata, vit)
+        record |= _compare(folder, saved, vit)
+    if graphs := [kind for kind in kinds if kind in GRAPH_FILES]:
+        stated = _preprocessing(metadata, vit, inside=inside)
+        (folder / PREPROCESSING).write_text(stated.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        record |= {"with_preprocessing": inside, "graphs": write_graphs(graphs, vit, folder, stated)}
+    if int8:
+        record["int8"] = quantise(folder, int8)
+    (folder / "README.md").write_text(model_card(saved, vit, weights=weights, record=record), encoding="utf-8")
+    record["versions"] = {name: version(name) for name in ("torch", "timm", *(TO_WRITE if "onnx" in kinds else ()))}
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_timm(folder: Path, metadata: Mapping[str, Any], vit: TimmModel) -> None:
+    """Write the weights, and timm's config with the architecture and the preprocessing."""
+    view, size = metadata["input"], vit.patch_embed.img_size[0]
+    data = {"input_size": (3, size, size), "mean": view["mean"], "std": view["std"], "crop_pct": view["crop"]}
+    data |= {"interpolation": "bicubic", "crop_mode": "center"}
+    model_config: dict[str, Any] = {"pretrained_cfg": {"license": metadata["license"]}}
+    if classes := _classes(metadata, vit):
+        model_config["label_names"] = classes
+    vit.pretrained_cfg = {name: vit.pretrained_cfg.get(name) for name in _ARCHITECTURE}
+    save_for_hf(vit, str(folder), model_config=model_config, data_config=data, safe_serialization=True)
+    follow_umask(folder / "model.safetensors")
+
+
+def _preprocessing(metadata: Mapping[str, Any], vit: TimmModel, *, inside: bool) -> Preprocessing:
+    """Return what stands beside a graph: how images are made into its input. inside: the graph normalises them."""
+    view = metadata["input"]
+    return Preprocessing(
+        size=view["size"],
+        crop=view["crop"],
+        interpolation="bicubic",
+        mean=tuple(view["mean"]),
+        std=tuple(view["std"]),
+        input="uint8" if inside else "float32",
+        gives="logits" if vit.num_classes else "features",
+        exif=view.get("exif", "ignore"),
+        classes=tuple(_classes(metadata, vit)),
+        license=metadata["license"],
+    )
+
+
+def _classes(metadata: Mapping[str, Any], vit: TimmModel) -> list[str]:
+    """Return the names of the classes, empty if they are not known."""
+    classes = metadata.get("classes") or []
+    return classes if len(classes) == vit.num_classes else []
 
 
 @torch.no_grad()
@@ -189,5 +279,4 @@ def _compare(folder: Path, saved: RunNetwork, vit: PlainViT) -> dict[str, Any]:
             f"timm {version('timm')} does not give the outputs of {saved.checkpoint} back: {difference:g} apart",
             "export with the timm that the run was made with, which its run.json names",
         )
-    versions = {name: version(name) for name in ("torch", "timm")}
-    return {"max_difference": difference, "values": sum(ours.numel() for ours, _ in pairs), "versions": versions}
+    return {"max_difference": difference, "values": sum(ours.numel() for ours, _ in pairs)}

@@ -154,7 +154,7 @@ def read_weights_file(path: str | Path, *, sha256: str | None = None, section: s
     if kind := next((kind for start, kind in _MISTAKEN.items() if head.startswith(start)), None if head else "empty"):
         raise DataError(f"{path}: it is {kind}, no weights", "download the file itself again")
     try:
-        _require_honest_zip(path)
+        require_honest_zip(path)
         if path.suffix == ".safetensors":
             return load_file(path)
         # MAE's and AMD's checkpoints also hold the script's arguments, a Namespace; torch warns of unusual pickles.
@@ -179,7 +179,7 @@ def why_unreadable(error: Exception) -> str:
     return f"{type(error).__name__}: {(telling or lines or ['no more is known'])[0][:200]}"
 
 
-def _require_honest_zip(path: Path) -> None:
+def require_honest_zip(path: Path) -> None:
     """Raise ValueError for a zip that would unpack to more bytes than it has.
 
     torch writes zips without compression, but its reader allocates whatever size a compressed entry states.

@@ -35,6 +35,8 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Mean = Annotated[float, Field(ge=0, le=1)]  # of pixels in [0, 1]
 Deviation = Annotated[float, Field(allow_inf_nan=False, gt=0)]
 Crop = Annotated[float, Field(gt=0, le=1)]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"]
+CropMode = Literal["center", "squash", "border"]
 _LEAST_CROP = 0.1  # of an untrusted config.json: images are resized to size / crop
 
 
@@ -51,8 +53,8 @@ class ImageConfig(StrictModel):
     mean: tuple[Mean, Mean, Mean]
     std: tuple[Deviation, Deviation, Deviation]
     crop_pct: Annotated[float, Field(ge=_LEAST_CROP, le=1)]
-    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"]
-    crop_mode: Literal["center", "squash", "border"]
+    interpolation: Interpolation
+    crop_mode: CropMode
 
 
 def open_timm(source: str, inspect_network: Inspect, *, pretrained: bool = True) -> tuple[TimmModel, int | None]:

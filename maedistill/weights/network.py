@@ -4,8 +4,10 @@ open_network("runs/ft_s")                              -> Network, from RUN/run.
 open_network("timm:resnet18.a1_in1k", "classifier")    -> Network, with size, crop and normalisation from timm
 open_network("timm:vit_large_patch16_224.mae", "encoder", grid=14).encoder             -> MaskedEncoder
 open_network("file:mae.pth", "encoder", grid=14, spec=EncoderSpec("vit_large_patch16_224")).encoder
+open_network("onnx:export/model.onnx", "predictor")    -> Network, with size, crop and normalisation beside the file
 
-from_timm.py, from_transformers.py, from_run.py and from_file.py hold the openers; backbone.py makes features of it.
+from_timm.py, from_transformers.py, from_run.py, from_file.py and from_graph.py hold the openers; backbone.py makes
+features of it.
 """
 
 import math
@@ -23,7 +25,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor
 
 from maedistill.config.schema import Triple
-from maedistill.config.sources import NETWORK_KINDS, SOURCE_KINDS, named_source, why_unnamed
+from maedistill.config.sources import GRAPH_KINDS, NETWORK_KINDS, SOURCE_KINDS, named_source, why_unnamed
 from maedistill.data.loading.evaluation import evaluation_transform
 from maedistill.errors import ConfigError
 from maedistill.models.encoder import (
@@ -40,16 +42,19 @@ from maedistill.models.encoder import (
 from maedistill.models.initialize import initialize
 from maedistill.models.maps import MapEncoder
 from maedistill.weights.from_file import EncoderSpec, Inspect, open_file, why_unreadable
+from maedistill.weights.from_graph import open_graph
 from maedistill.weights.from_run import Weights, build_run, open_run
 from maedistill.weights.from_timm import image_config, open_timm
 from maedistill.weights.from_transformers import open_transformers, transformers_folder
+from maedistill.weights.graph import Graph
 from maedistill.weights.license import NOT_STATED
 from maedistill.weights.state_dict import require_finite
 
 # What a network is for. `outputs`: it runs, and if it has classes, it gives a logit for each. `classifier`: it also has
-# classes. `encoder`: a plain ViT, its classifier removed, all weights finite. `teacher`: an encoder, or a network that
-# sees whole images, all weights finite. `any`: nothing is checked.
-Use = Literal["any", "outputs", "classifier", "encoder", "teacher"]
+# classes. `predictor`: a classifier, or an exported graph of one. `encoder`: a plain ViT, its classifier removed, all
+# weights finite. `teacher`: an encoder, or a network that sees whole images, all weights finite. `any`: nothing is
+# checked.
+Use = Literal["any", "outputs", "classifier", "predictor", "encoder", "teacher"]
 _SIZE = 224  # of the images of a module that states none
 
 
@@ -74,11 +79,15 @@ class Network:
     test_crop: float | None = None
     classes: tuple[str, ...] = ()  # names, position = label; empty if not known
     audit: str = ""  # which of its keys were loaded
+    file_bytes: int = 0  # of a graph, and its number format, which is fixed: fp32 or int8
+    precision: str = ""
     origin: Mapping[str, Any] | None = None  # of a run: its stage, method, data, teacher and license
 
     @property
     def parameters(self) -> int:
-        """Return the number of parameters."""
+        """Return the number of parameters, of a graph the numbers that it holds."""
+        if isinstance(self.module, Graph):
+            return self.module.num_numbers
         return sum(parameter.numel() for parameter in self.module.parameters())
 
     @cached_property
@@ -138,7 +147,8 @@ def open_network(
     Raises ConfigError for an unknown kind of source or a network that does not fit its use, before its weights are
     loaded where possible; DataError for weights that cannot be loaded or do not fit.
     """
-    kind, name = _kind_and_name(source, kinds=(*NETWORK_KINDS, "file") if spec is None else SOURCE_KINDS)
+    kinds = (*NETWORK_KINDS, "file") if spec is None else SOURCE_KINDS
+    kind, name = _kind_and_name(source, kinds=(*kinds, *GRAPH_KINDS) if use == "predictor" else kinds)
     source = f"{kind}:{name}"
     if weights != "model" and (kind not in ("run", "file") or (kind == "run" and weights != "ema")):
         remedy = "leave the choice out, or choose ema" if kind == "run" else "leave the choice out"
@@ -147,6 +157,9 @@ def open_network(
         raise ConfigError(f"{source} has no exits", "leave out --exit: only runs have them, each exported by itself")
     if peer and kind != "run":
         raise ConfigError(f"{source} has no peers", "leave out --peer: only runs have them, each exported by itself")
+    if kind in GRAPH_KINDS:
+        graph, entries = open_graph(kind, name, image_size=image_size)
+        return Network(graph, source, **entries)
     own_sizes: list[int] = []
 
     def check(network: TimmModel) -> int | None:
@@ -168,7 +181,7 @@ def open_network(
     else:
         network = _open_timm(source, use, check)
     network = replace(network, own_size=own_sizes[0] or network.size)
-    if use in ("outputs", "classifier"):
+    if use in ("outputs", "classifier", "predictor"):
         shape = tuple(network.output(size_key=size_key).shape)
         if network.num_classes and shape != (1, network.num_classes):
             raise ConfigError(
@@ -218,7 +231,7 @@ def _check(
     sees_all = use == "teacher" and not can_mask(network)
     if use == "encoder":
         require_plain_vit(network, source)
-    if use == "classifier" and not network.num_classes:
+    if use in ("classifier", "predictor") and not network.num_classes:
         raise ConfigError(
             f"{source} has no classifier, it opens as an encoder alone",
             f"fine-tune it and evaluate that run: maedistill finetune CONFIG init.source={source}; "

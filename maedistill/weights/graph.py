@@ -1,0 +1,41 @@
+"""An exported graph as a module: it runs on the CPU, in its own number format, and does not train.
+
+b batch   s image side   C outputs
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+MOST_NUMBERS = 2**28  # in one tensor of a graph, for one image: 1 GiB in fp32
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """What a graph takes: [b, 3, s, s]. side: s, None if it may vary. pixels: uint8, or else normalised float32."""
+
+    side: int | None
+    pixels: bool
+
+
+class Graph(nn.Module):
+    """Runs an exported graph.
+
+    run: [b, 3, s, s] on the CPU -> [b, C]. It is hidden from nn.Module, since no graph moves or changes its mode.
+    num_numbers: of its weights. precision: fp32 or int8.
+    """
+
+    def __init__(
+        self, run: Callable[[Tensor], Tensor], takes: GraphInput, *, num_numbers: int, precision: str = "fp32"
+    ) -> None:
+        super().__init__()
+        self.run, self.takes, self.num_numbers, self.precision = run, takes, num_numbers, precision
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Return outputs [b, C] of normalised images [b, 3, s, s], or of pixels 0.0 to 255.0, if it takes these."""
+        inputs = images.cpu()
+        outputs = self.run(inputs.round().to(torch.uint8) if self.takes.pixels else inputs)
+        return outputs.to(images.device)

@@ -1,0 +1,102 @@
+"""Graphs through the exact evaluator: any number of processes counts what the network itself counts."""
+
+import csv
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.models import save_for_hf
+
+from maedistill.data.shards.sources import open_folder
+from maedistill.data.shards.write import make_shards
+from maedistill.exporting.graph import GRAPH_FILES, write_graphs
+from maedistill.weights.from_graph import Preprocessing
+
+COUNTS = ("images", "top1_correct", "top5_correct", "vs_same_images", "vs_top1_correct")
+VIEW = Preprocessing(size=24, crop=0.9, interpolation="bicubic", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A model of timm, its graphs, and 25 images, which neither ranks nor batches divide."""
+    folder, draws = tmp_path_factory.mktemp("graphs"), np.random.default_rng(0)
+    for i in range(25):
+        path = folder / "pictures" / f"class{i % 12:02d}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        small = Image.fromarray(draws.integers(0, 256, (4, 5, 3), np.uint8))
+        small.resize((40 + i, 30 + 2 * (i % 7)), Image.Resampling.BICUBIC).save(path)
+    make_shards(open_folder(folder / "pictures"), folder / "shards", images_per_shard=10)
+    torch.manual_seed(0)
+    arguments = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "global_pool": "avg"}
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=12, **arguments).eval()
+    torch.nn.init.normal_(vit.patch_embed.proj.weight)
+    torch.nn.init.normal_(vit.head.weight, std=0.2)
+    write_graphs([*GRAPH_FILES], vit, folder, VIEW)
+    (folder / "preprocess.json").write_text(VIEW.model_dump_json())
+    data = {"input_size": (3, 24, 24), "mean": VIEW.mean, "std": VIEW.std, "crop_pct": 0.9}
+    save_for_hf(vit, folder / "model", model_args=arguments, data_config=data, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(launcher, made):
+    """{(kind, processes): (stdout, JSON, rows of predictions.csv)}; latency of one process only."""
+
+    def start(case):
+        kind, ranks = case
+        source = made / "model" if kind == "timm" else f"{kind}:{made / GRAPH_FILES[kind]}"
+        result, rows = made / f"{kind}{ranks}.json", made / f"{kind}{ranks}.csv"
+        words = ["--json", result, "--predictions", rows, "--batch", 7, "--workers", 0, "--against", made / "model"]
+        words += ["--no-latency"] if ranks > 1 or kind == "timm" else []
+        program = ["tools/evaluate.py", source, made / "shards/*.tar", *words]
+        ended = launcher.start(Path(), program, ranks=ranks).finish(0)
+        return ended.out, json.loads(result.read_text()), list(csv.DictReader(rows.read_text().splitlines()))
+
+    cases = [("timm", 1), ("onnx", 1), ("onnx", 2), ("onnx", 3), ("torch_export", 2)]
+    with ThreadPoolExecutor(2) as two:
+        return dict(zip(cases, two.map(start, cases), strict=True))
+
+
+def test_any_number_of_processes_counts_what_the_network_counts(results):
+    _, network, rows = results["timm", 1]
+    assert network["images"] == 25 and 0 < network["top1_correct"] < network["top5_correct"] < 25
+    for _, graph, others in results.values():
+        assert [graph[key] for key in COUNTS] == [network[key] for key in COUNTS] and graph["vs_same_images"] == 25
+        for name in ("loss", "calibration_error", "confidence"):
+            assert graph[name] == pytest.approx(network[name], rel=1e-4)
+        assert graph["vs_kl"] == pytest.approx(0, abs=1e-9)
+        assert [(row["id"], row["label"], row["top1"]) for row in others] == [
+            (row["id"], row["label"], row["top1"]) for row in rows
+        ]
+
+
+def test_size_format_and_threads_are_said(results, made):
+    for kind, ranks in (("onnx", 1), ("torch_export", 2)):
+        out, result, _ = results[kind, ranks]
+        size = (made / GRAPH_FILES[kind]).stat().st_size
+        assert result["file_bytes"] == size and result["precision"] == "fp32" and result["classes"] == 12
+        assert f"fp32, {size / 1e6:.2f} MB" in out.splitlines()[0]
+    out, result, _ = results["onnx", 1]
+    assert 0 < result["latency_ms"] <= result["latency_p90_ms"] and "fp32 on CPU, 1 threads" in out
+    assert "file_bytes" not in results["timm", 1][1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "cause"),
+    [
+        (["--precision", "bf16"], "is a graph in fp32, which does not compute in bf16"),
+        (["--image-size", 32], "takes images of 24 pixels, not of 32"),
+        (["--ema"], "has no weights called 'ema'"),
+        (["--exit", 0], "has no exits"),
+    ],
+)
+def test_options_that_a_graph_does_not_have_are_refused(launcher, made, flags, cause):
+    program = ["tools/evaluate.py", f"onnx:{made / 'model.onnx'}", made / "shards/*.tar", *flags]
+    ended = launcher.start(Path(), program).finish(2)
+    error, fix = ended.err.splitlines()
+    assert cause in error and fix.startswith("  fix: ")

@@ -1,0 +1,153 @@
+"""int8 of a tiny trained network: as accurate as asked for, with the layers in float that need it, or refused."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from maedistill.commands import export as command
+from maedistill.data.shards.sources import open_folder
+from maedistill.data.shards.write import make_shards
+from maedistill.errors import DataError, exit_code_of
+from maedistill.evaluation.context import EvalContext
+from maedistill.exporting.folder import export
+from maedistill.exporting.int8 import INT8_FILE, Int8Spec, quantise
+from maedistill.models.encoder import build_vit
+from maedistill.weights.network import open_network
+from tests.exporting.imitation import MEAN, STD, TINY, imitate
+
+CONTEXT = EvalContext(torch.device("cpu"), batch=32, workers=0)
+
+
+def pictures(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stripes of three directions with noise: uint8 [n, 3, 32, 32], labels [n]."""
+    draws = np.random.default_rng(seed)
+    row, column = np.mgrid[0:32, 0:32] / 32
+    labels = np.arange(count) % 3
+    phases = draws.uniform(0, 1.5, (count, 1, 1))
+    waves = np.sin(12 * np.stack([row, column, row + column])[labels] + phases)  # [n, 32, 32]
+    pixels = 128 + 40 * waves[:, None] + draws.normal(0, 50, (count, 3, 32, 32))
+    return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """96 training and 60 validation images."""
+    folder = tmp_path_factory.mktemp("stripes")
+    for split, count in (("train", 96), ("val", 60)):
+        for i, (pixels, label) in enumerate(zip(*pictures(count, count), strict=True)):
+            file = folder / "in" / split / "abc"[label] / f"{i:03d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file)
+    make_shards(open_folder(folder / "in"), folder / "out")
+    return folder / "out"
+
+
+def trained() -> nn.Module:
+    """A network that tells the stripes apart, but is not certain of all."""
+    torch.manual_seed(0)
+    vit = build_vit("vit_tiny_patch16_224", image_size=32, num_classes=3, global_pool="avg", **TINY)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    pixels, labels = pictures(96, 96)
+    images, optimizer = (pixels / 255 - mean) / std, torch.optim.AdamW(vit.parameters(), 3e-3)
+    for _ in range(35):
+        loss = nn.functional.cross_entropy(vit(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return vit.eval()
+
+
+@torch.no_grad()
+def with_outlier(vit: nn.Module) -> nn.Module:
+    """The same function, of which one layer has an input with an outlier, as those of large ViTs have."""
+    norm, layer = vit.fc_norm, vit.head
+    channel = int(norm.weight.abs().argmax())
+    for parameter in (norm.weight, norm.bias):
+        parameter[channel] *= 1e6
+    layer.weight[:, channel] /= 1e6
+    return vit
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The ONNX export of a network with an outlier."""
+    run = tmp_path_factory.mktemp("run")
+    imitate(run, with_outlier(trained()), "finetune", classes=["a", "b", "c"])
+    return export(run, formats=("onnx",))
+
+
+def spec(shards: Path, **changed: object) -> Int8Spec:
+    values = {"calibration": str(shards), "val": str(shards), "context": CONTEXT, "images": 48}
+    return Int8Spec(**values | changed)
+
+
+@pytest.mark.parametrize("method", ["percentile", "entropy"])
+def test_the_layer_that_collapses_stays_in_float(folder, shards, method, capfd):
+    record = quantise(folder, spec(shards, method=method))
+    assert record["top1_fp32"] > 0.8 and record["drop"] <= 0.5 and record["images"] == 60
+    errors = record["layer_errors"]
+    assert len(errors) == 10 and [*errors.values()] == sorted(errors.values(), reverse=True)
+    assert next(iter(errors)) == "head" and errors["head"] > 0.5 and record["in_float"] == ["head"]
+    graph = onnx.load(folder / INT8_FILE).graph
+    scaled = {node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    held = {tensor.name: tensor for tensor in graph.initializer}
+    weights = [held[name] for name in scaled if name in held and held[name].data_type == onnx.TensorProto.INT8]
+    assert len(weights) == 10 - len(record["in_float"])
+    by_output = {name: node.op_type for node in graph.node for name in node.output}
+    sums = [node for node in graph.node if node.op_type in ("Add", "LayerNormalization", "Softmax")]
+    assert sums and not any(by_output.get(name) == "QuantizeLinear" for node in sums for name in node.input)
+    network = open_network(f"onnx:{folder / INT8_FILE}", "predictor")
+    assert network.precision == "int8" and network.file_bytes < (folder / "model.onnx").stat().st_size
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_cannot_be_done_is_said(folder, shards):
+    with pytest.raises(
+        DataError, match=r"(?s)int8 loses .* even with 8 of 10 layers in float; worst: head.*--max-drop"
+    ):
+        quantise(folder, spec(shards, max_drop=-100.0))
+
+
+def test_calibration_without_images_is_refused(folder, shards, tmp_path):
+    source = next(shards.glob("train-*.tar"))
+    data = bytearray(source.read_bytes())
+    start = 0
+    while (start := data.find(b"\x89PNG", start)) >= 0:
+        data[start : start + 16] = bytes(16)
+    (tmp_path / source.name).write_bytes(data)
+    with pytest.raises(DataError, match=r"none of the 48 images for calibration from .* can be decoded"):
+        quantise(folder, spec(shards, calibration=str(tmp_path / source.name)))
+    with pytest.raises(DataError, match="no file matches"):
+        quantise(folder, spec(shards, calibration=str(tmp_path / "none-*.tar")))
+
+
+def test_the_tool_quantises_and_evaluates_every_format(folder, shards, tmp_path, monkeypatch, capsys):
+    def start(*words: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["maedistill", "export", str(folder.parent), *map(str, words)])
+        return SimpleNamespace(code=exit_code_of(command.main), **capsys.readouterr()._asdict())
+
+    out = tmp_path / "out"
+    words = ["--int8", "--calibration", shards, "--val", shards, "--calibration-images", 32, "--with-preprocessing"]
+    ended = start("--out", out, *words, "--batch", 16)
+    assert ended.code == 0 and "int8     top-1 " in ended.out and "points less" in ended.out, ended.err
+    record = json.loads((out / "export.json").read_text())
+    results = {name: json.loads((out / f"scorecard_{name}.json").read_text()) for name in ("timm", "onnx", "int8")}
+    assert record["formats"] == ["timm", "onnx"] and record["int8"]["calibration_images"] == 32
+    assert results["timm"]["top1"] == results["onnx"]["top1"] == record["int8"]["top1_fp32"]
+    assert results["int8"]["top1"] == record["int8"]["top1_int8"] and results["int8"]["precision"] == "int8"
+    assert results["onnx"]["vs_same"] == 1.0 and results["onnx"]["vs_kl"] < 1e-8 and results["int8"]["vs_kl"] > 0
+    assert results["int8"]["file_bytes"] == (out / INT8_FILE).stat().st_size and results["int8"]["latency_ms"] > 0
+    assert (
+        "uint8 pixels" in (out / "README.md").read_text()
+        and "`model_int8.onnx`: static" in (out / "README.md").read_text()
+    )
+    assert start("--int8").code == 2 and start("--max-drop", "1").code == 2
+    assert "--calibration-method is of --int8" in start("--calibration-method", "entropy").err

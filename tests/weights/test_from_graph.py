@@ -1,0 +1,290 @@
+"""Graphs of strangers: what could harm is refused before onnxruntime or torch open the file, in two lines."""
+
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from maedistill.errors import UserError
+from maedistill.weights.network import open_network
+
+VIEW = {"size": 4, "crop": 1.0, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+IMAGES = ["batch", 3, 4, 4]
+
+
+def weights(**changed) -> onnx.TensorProto:
+    tensor = numpy_helper.from_array(np.arange(96, dtype=np.float32).reshape(48, 2), "weights")
+    for name, value in changed.items():
+        if name == "dims":
+            del tensor.dims[:]
+            tensor.dims.extend(value)
+    return tensor
+
+
+def external(location: str, **entries: int) -> onnx.TensorProto:
+    tensor = TensorProto(name="weights", data_type=TensorProto.FLOAT, dims=[48, 2])
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": location, **entries}.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def linear(
+    *more, shape=IMAGES, kind=TensorProto.FLOAT, tensor=None, inputs=1, functions=(), domain=""
+) -> onnx.ModelProto:
+    """Two outputs of an image's 48 numbers, and what else a stranger has put in."""
+    nodes = [helper.make_node("Flatten", ["images"], ["rows"]), *more]
+    nodes.append(helper.make_node("MatMul", ["rows", "weights"], ["output"]))
+    taken = [helper.make_tensor_value_info(f"images{i or ''}", kind, shape) for i in range(inputs)]
+    given = [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", 2])]
+    graph = helper.make_graph(nodes, "graph", taken, given, [weights() if tensor is None else tensor])
+    opsets = [helper.make_opsetid("", 20), *([helper.make_opsetid(domain, 1)] if domain else [])]
+    return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
+
+
+def loop() -> onnx.NodeProto:
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["on"])],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+        ],
+        [helper.make_tensor_value_info("on", TensorProto.BOOL, [])],
+    )
+    return helper.make_node("Loop", ["", "endless"], [], body=body)
+
+
+def huge() -> list[onnx.NodeProto]:
+    """A terabyte of zeros, whose shape is computed."""
+    side = numpy_helper.from_array(np.array([1000, 1000], np.int64))
+    return [
+        helper.make_node("Constant", [], ["side"], value=side),
+        helper.make_node("Concat", ["side", "side"], ["shape"], axis=0),
+        helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
+    ]
+
+
+CALL = helper.make_function(
+    "own", "Twice", ["x"], ["y"], [helper.make_node("Add", ["x", "x"], ["y"])], [helper.make_opsetid("", 20)]
+)
+HOSTILE = {
+    "outside": (linear(tensor=external("../secret.bin")), "no file beside the graph"),
+    "absolute": (linear(tensor=external("/etc/passwd")), "no file beside the graph"),
+    "linked": (linear(tensor=external("link.bin")), "no file beside the graph"),
+    "missing": (linear(tensor=external("none.bin")), "no file beside the graph"),
+    "beyond the end": (linear(tensor=external("data.bin", offset=380, length=384)), "beyond the end"),
+    "more than the file": (linear(tensor=external("data.bin", length=8)), "is said to be in 8 bytes"),
+    "hidden in a node": (
+        linear(helper.make_node("Constant", [], ["c"], value=external("../secret.bin"))), "no file beside the graph"
+    ),
+    "huge weights": (linear(tensor=weights(dims=[2**40, 2])), "[1099511627776, 2]"),
+    "negative weights": (linear(tensor=weights(dims=[-48, 2])), "[-48, 2]"),
+    "huge result": (linear(*huge()), "'zeros' would have 1,000,000,000,000 numbers"),
+    "huge image": (linear(shape=["batch", 3, 2**20, 2**20]), "would have 3,298,534,883,328 numbers"),
+    "endless": (linear(loop()), "the operator 'Loop' of ONNX"),
+    "other domain": (
+        linear(helper.make_node("Shell", ["rows"], ["x"], domain="evil"), domain="evil"), "'Shell' of evil"
+    ),
+    "unknown operator": (linear(helper.make_node("Nonsense", ["rows"], ["x"])), "Nonsense"),
+    "functions": (
+        linear(helper.make_node("Twice", ["rows"], ["x"], domain="own"), functions=[CALL], domain="own"), "functions"
+    ),
+    "two inputs": (linear(inputs=2), "2 inputs and 1 outputs"),
+    "one image at a time": (linear(shape=[1, 3, 4, 4]), "it takes 1 x 3 x 4 x 4"),
+    "gray": (linear(shape=["batch", 1, 4, 4]), "it takes any x 1 x 4 x 4"),
+    "not square": (linear(shape=["batch", 3, 4, 5]), "it takes any x 3 x 4 x 5"),
+    "int64": (linear(kind=TensorProto.INT64), "of float32 or uint8"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """DIR/in with preprocess.json, data, and a link to a secret beside it."""
+    inside = tmp_path / "in"
+    inside.mkdir()
+    (tmp_path / "secret.bin").write_bytes(bytes(384))
+    (inside / "data.bin").write_bytes(np.arange(96, dtype=np.float32).tobytes())
+    (inside / "link.bin").symlink_to(tmp_path / "secret.bin")
+    (inside / "preprocess.json").write_text(json.dumps(VIEW))
+    return inside
+
+
+def refused(source: str, *causes: str, **options: int) -> None:
+    with pytest.raises(UserError) as caught:
+        open_network(source, "predictor", **options)
+    assert all(cause in caught.value.cause for cause in causes), caught.value.cause
+    assert caught.value.remedy and "\n" not in caught.value.cause
+
+
+def test_a_plain_graph_opens(folder):
+    (folder / "model.onnx").write_bytes(linear().SerializeToString())
+    network = open_network(str(folder / "model.onnx"), "predictor")
+    assert (network.num_classes, network.parameters, network.precision, network.size) == (2, 96, "fp32", 4)
+    assert network.file_bytes == (folder / "model.onnx").stat().st_size and network.mean == (0.5, 0.5, 0.5)
+    images = torch.randn(3, 3, 4, 4)
+    expected = images.flatten(1) @ torch.arange(96.0).view(48, 2)
+    torch.testing.assert_close(network.module(images), expected)
+    (folder / "model.onnx").write_bytes(linear(tensor=external("data.bin")).SerializeToString())
+    torch.testing.assert_close(open_network(f"onnx:{folder}/model.onnx", "predictor").module(images), expected)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_onnx_file_is_refused(folder, name):
+    model, cause = HOSTILE[name]
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    before = sorted(folder.parent.rglob("*"))
+    refused(f"onnx:{folder}/model.onnx", "cannot be opened as ONNX", cause)
+    assert sorted(folder.parent.rglob("*")) == before
+
+
+def test_files_that_are_no_graph_are_refused(folder):
+    whole = linear().SerializeToString()
+    for content in (b"", b"<html>", whole[: len(whole) // 2], bytes(1000)):
+        (folder / "model.onnx").write_bytes(content)
+        (folder / "model.pt2").write_bytes(content)
+        refused(f"onnx:{folder}/model.onnx", "cannot be opened as ONNX")
+        refused(f"torch_export:{folder}/model.pt2", "cannot be opened as a graph of torch.export")
+    refused(f"onnx:{folder}/none.onnx", "no such file")
+
+
+@pytest.mark.parametrize(
+    ("changed", "options", "cause"),
+    [
+        (None, {}, "preprocess.json says nothing of the graph's images"),
+        ({"std": [0.5, 0.0, 0.5]}, {}, "std.1: Input should be greater than 0"),
+        ({"size": 10**9}, {}, "size: Input should be less than"),
+        ({"interpolation": "../x"}, {}, "interpolation"),
+        ({"size": 8}, {}, "takes images of 4 pixels, not of 8"),
+        ({}, {"image_size": 8}, "takes images of 4 pixels, not of 8"),
+        ({"input": "uint8"}, {}, "takes float32, but its preprocess.json says uint8"),
+    ],
+)
+def test_what_does_not_fit_the_graph_is_refused(folder, changed, options, cause):
+    (folder / "model.onnx").write_bytes(linear().SerializeToString())
+    (folder / "preprocess.json").unlink()
+    if changed is not None:
+        (folder / "preprocess.json").write_text(json.dumps(VIEW | changed))
+    refused(f"onnx:{folder}/model.onnx", cause, **options)
+
+
+def test_a_graph_of_other_shapes_is_refused(folder):
+    """Its batch is called free, but it adds up all images."""
+    add = helper.make_node("ReduceSum", ["rows"], ["sum"], keepdims=1)
+    (folder / "model.onnx").write_bytes(
+        linear(add, helper.make_node("Expand", ["sum", "sum"], ["x"])).SerializeToString()
+    )
+    refused(f"onnx:{folder}/model.onnx", "cannot be opened as ONNX")
+    model = linear()
+    model.graph.node[0].CopyFrom(helper.make_node("Reshape", ["images", "one"], ["rows"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1, 48], np.int64), "one"))
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    refused(f"onnx:{folder}/model.onnx", "cannot run on 2 images of 4 pixels")
+
+
+def test_a_graph_trains_nothing(folder):
+    (folder / "model.onnx").write_bytes(linear().SerializeToString())
+    for use in ("encoder", "classifier", "any"):
+        with pytest.raises(UserError, match="is of a kind that has no meaning here"):
+            open_network(f"onnx:{folder}/model.onnx", use)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("program") / "model.pt2"
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)).eval()
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    torch.export.save(torch.export.export(network, (torch.zeros(2, 3, 4, 4),), dynamic_shapes=shapes), path)
+    return path.read_bytes()
+
+
+def rewritten(data: bytes, path: Path, changes: dict[str, bytes]) -> None:
+    """Write an archive with other entries in place of some, or in addition."""
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(path, "w") as new:
+        root = old.namelist()[0].partition("/")[0]
+        entries = {name: old.read(name) for name in old.namelist()}
+        for name, content in (entries | {f"{root}/{name}": content for name, content in changes.items()}).items():
+            new.writestr(name, content)
+
+
+def entry(data: bytes, name: str) -> dict:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        root = archive.namelist()[0].partition("/")[0]
+        return json.loads(archive.read(f"{root}/{name}"))
+
+
+def pickled(path: Path) -> bytes:
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f"touch {path}",)
+
+    buffer = io.BytesIO()
+    torch.save(Payload(), buffer)
+    return buffer.getvalue()
+
+
+GRAPH = "models/model.json"
+TARGETS = (
+    "torch.hub.load",
+    "torch.ops.aten.from_file.default",
+    "_operator.call",
+    "torch.ops.aten.__class__.mro",
+    "math.exp",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [*TARGETS, "guards", "symbol", "argument", "tree", "pickle", "pickled weights", "library"]
+)
+def test_a_hostile_program_is_refused(folder, program, name):
+    canary, graph, changes = folder.parent / "canary", entry(program, GRAPH), {}
+    if name in TARGETS:
+        graph["graph_module"]["graph"]["nodes"][0]["target"] = name
+        cause = f"target is '{name}'"
+    elif name == "guards":
+        graph["guards_code"] = [f"__import__('os').system('touch {canary}') or True"]
+        cause = "guards, which are Python code"
+    elif name == "symbol":
+        values = graph["graph_module"]["graph"]["sym_int_values"] or graph["graph_module"]["graph"]["tensor_values"]
+        text = json.dumps(values).replace("Symbol('s", f"__import__('os').system('touch {canary}') or Symbol('s")
+        for key in ("sym_int_values", "tensor_values"):
+            if graph["graph_module"]["graph"][key] is values:
+                graph["graph_module"]["graph"][key] = json.loads(text)
+        cause = "expr_str is"
+    elif name == "argument":
+        graph["graph_module"]["module_call_graph"][0]["signature"]["forward_arg_names"] = [f"x=open('{canary}', 'w')"]
+        cause = "forward_arg_names is"
+    elif name == "tree":
+        signature = graph["graph_module"]["module_call_graph"][0]["signature"]
+        signature["in_spec"] = signature["in_spec"].replace("builtins.dict", "collections.defaultdict")
+        cause = "other types than lists"
+    elif name == "pickle":
+        changes["data/sample_inputs/model.pt"] = pickled(canary)
+        cause = "unsupported GLOBAL posix.system"
+    elif name == "pickled weights":
+        config = entry(program, "data/weights/model_weights_config.json")
+        next(iter(config["config"].values()))["use_pickle"] = True
+        changes["data/weights/model_weights_config.json"] = json.dumps(config).encode()
+        cause = "its weights are pickled"
+    else:
+        changes["data/aotinductor/model/model.so"] = b"\x7fELF"
+        cause = "data/aotinductor/model/model.so', which is no part of a graph"
+    rewritten(program, folder / "model.pt2", {GRAPH: json.dumps(graph).encode(), **changes})
+    refused(f"torch_export:{folder}/model.pt2", "cannot be opened as a graph of torch.export", cause)
+    assert not canary.exists()
+
+
+def test_an_honest_program_opens(folder, program):
+    """Rewritten as the hostile ones are, but without a change: what refuses them is not the form of the archive."""
+    rewritten(program, folder / "model.pt2", {})
+    network = open_network(f"torch_export:{folder}/model.pt2", "predictor")
+    assert network.num_classes == 2 and network.parameters == 98
+    assert network.module(torch.zeros(5, 3, 4, 4)).shape == (5, 2)
