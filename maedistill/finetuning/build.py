@@ -16,6 +16,7 @@ from maedistill.data.shards.index import ShardIndex
 from maedistill.errors import ConfigError
 from maedistill.models.encoder import PlainViT, TimmModel, build_vit, pooled_norm, require_plain_vit, vit_positions
 from maedistill.models.initialize import initialize
+from maedistill.models.meta import meta_device
 from maedistill.runs.objects import NOTHING, Objects, require_object
 from maedistill.weights.from_file import SPEC_FIELDS, EncoderSpec
 from maedistill.weights.from_run import describe_network
@@ -101,7 +102,7 @@ def _from_scratch(config: FinetuneConfig, num_classes: int) -> PlainViT:
     """Build the student that the config describes, initialised from the seed, with positions from MAE's table."""
     size, global_pool = config.data.image_size, config.student.global_pool
     shape = config.student.model_dump(exclude={"global_pool", "exits"}) | {"image_size": size}
-    with torch.device("meta"):
+    with meta_device():
         _require_class_token(config, build_vit(**shape))
     vit = build_vit(num_classes=num_classes, global_pool=global_pool, **shape)
     initialize(vit, seed=config.seed)

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from maedistill.errors import ConfigError
 from maedistill.models.blocks import attention_and_mlp, queries_keys_values
+from maedistill.models.meta import meta_device
 from maedistill.models.patches import gather_rows, learns_rope, patchify, position_table, rope_rows, rope_table
 
 # Any model of timm: an nn.Module with forward_features, forward_head, pretrained_cfg ..., of no common declared class.
@@ -237,7 +238,7 @@ def build_vit(
     Raises ConfigError for a name that is not a plain ViT.
     """
     require_known(model)
-    with torch.device("meta"):  # allocates and initialises nothing
+    with meta_device():  # allocates and initialises nothing
         plain = require_plain_vit(timm.create_model(model, pretrained=False), model)
     own_heads: int = getattr(getattr(plain.blocks[0], "attn", None), "num_heads", 1)
     heads, dimension = num_heads or own_heads, width or plain.embed_dim

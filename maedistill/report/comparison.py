@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import timm
-import torch
 
+from maedistill.models.meta import meta_device
 from maedistill.report import intervals, run_report
 from maedistill.report.charts import Timed, latency_chart
 from maedistill.report.curves import draw_curves
@@ -39,7 +39,7 @@ class ComparedNetwork:
     def architecture(self) -> str:
         """Return the layers of the network: networks with the same layers share a timing."""
         network = RunFolder(self.finetune).metadata()["network"]
-        with torch.device("meta"):  # arguments may differ where one of them states a default
+        with meta_device():  # arguments may differ where one of them states a default
             return repr(timm.create_model(network["name"], pretrained=False, **network["arguments"]))
 
 

@@ -13,9 +13,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 import timm
-import torch
 
 from maedistill.config.finetune import FinetuneConfig
+from maedistill.models.meta import meta_device
 from maedistill.report import intervals
 from maedistill.report.comparison import PREDICTIONS, difference
 from maedistill.report.run_report import summary
@@ -122,7 +122,7 @@ def run_facts(folder: RunFolder) -> dict[str, Any] | None:
         return None
     config, metadata, records = folder.load_config(), folder.metadata(), read_metrics(folder.path)
     last, network = summary(records), metadata["network"]
-    with torch.device("meta"):
+    with meta_device():
         vit = timm.create_model(network["name"], pretrained=False, **network["arguments"])
     common = {
         "folder": str(folder.path),

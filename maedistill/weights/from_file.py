@@ -26,6 +26,7 @@ from torch.serialization import safe_globals
 
 from maedistill.errors import DataError
 from maedistill.models.encoder import PlainViT, TimmModel, build_vit
+from maedistill.models.meta import meta_device
 from maedistill.weights.recognize import grid_of, recognize
 from maedistill.weights.state_dict import import_weights, load_classifier, load_encoder
 
@@ -71,7 +72,7 @@ class EncoderSpec:
         """
         assert self.model is not None
         shape = {name: value for name, value in asdict(self).items() if name not in ("pos_embed", "sha256", "eps")}
-        with torch.device("meta"):
+        with meta_device():
             own = build_vit(image_size=16 * self.patch_size if self.patch_size else 224, **shape)
             if grid is not None:
                 own = build_vit(image_size=grid * own.patch_embed.patch_size[0], **shape)

@@ -25,6 +25,7 @@ from maedistill.config.sources import PYTHON_KIND
 from maedistill.errors import ConfigError, DataError
 from maedistill.models.encoder import PlainViT, TimmModel, require_plain_vit
 from maedistill.models.exits import exit_weights
+from maedistill.models.meta import meta_device
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.objects import python_name
 from maedistill.runs.restore import newest_intact, read_weights
@@ -307,7 +308,7 @@ def load_into(student: nn.Module, path: str | Path, *, weights: Weights = "model
 def _unloaded(folder: RunFolder, name: str, arguments: Mapping[str, Any]) -> PlainViT:
     """Build run.json's network without memory. Raises DataError unless timm can build it and it is a plain ViT."""
     try:
-        with torch.device("meta"):
+        with meta_device():
             shape = timm.create_model(name, pretrained=False, **arguments)
     except (RuntimeError, TypeError, ValueError, AssertionError, LookupError, ArithmeticError) as error:
         raise DataError(

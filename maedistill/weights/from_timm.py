@@ -25,6 +25,7 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 from maedistill.errors import ConfigError, DataError, UserError
 from maedistill.escaping import say
 from maedistill.models.encoder import TimmModel, require_known
+from maedistill.models.meta import meta_device
 from maedistill.weights.from_file import READ_ERRORS, Inspect, why_unreadable
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -75,7 +76,7 @@ def open_timm(source: str, inspect_network: Inspect, *, pretrained: bool = True)
             folder = Path(os.path.expanduser(name))
             config = json.loads((folder / "config.json").read_bytes())
             require_claims(require_moderate(config.get("model_args") or {}), folder / "model.safetensors")
-        with torch.device("meta"):  # takes neither memory nor time, and loads no weights
+        with meta_device():  # takes neither memory nor time, and loads no weights
             shape: TimmModel = timm.create_model(address, pretrained=False)
         image_size = inspect_network(shape)
         if pretrained and kind not in ("hf-hub", "local-dir"):

@@ -6,8 +6,7 @@ open_network("timm:vit_large_patch16_224.mae", "encoder", grid=14).encoder      
 open_network("file:mae.pth", "encoder", grid=14, spec=EncoderSpec("vit_large_patch16_224")).encoder
 open_network("onnx:export/model.onnx", "predictor")    -> Network, with size, crop and normalisation beside the file
 
-from_timm.py, from_transformers.py, from_run.py, from_file.py and from_graph.py hold the openers; backbone.py makes
-features of it.
+from_timm, from_transformers, from_run, from_file and from_graph hold the openers; backbone makes features of it.
 """
 
 import math
@@ -41,6 +40,7 @@ from maedistill.models.encoder import (
 )
 from maedistill.models.initialize import initialize
 from maedistill.models.maps import MapEncoder
+from maedistill.models.meta import meta_device
 from maedistill.weights.from_file import EncoderSpec, Inspect, open_file, why_unreadable
 from maedistill.weights.from_graph import open_graph
 from maedistill.weights.from_run import Weights, build_run, open_run
@@ -262,7 +262,7 @@ def _open_random(name: str, use: Use, check: Inspect, *, spec: EncoderSpec, sect
     """Build a timm model with random weights, the same every time; a plain ViT of the dimensions that `spec` gives."""
     source, license_name, audit = f"random:{name}", "none, random weights", "random weights"
     require_known(name)
-    with torch.device("meta"):
+    with meta_device():
         sees_all = use == "teacher" and not can_mask(timm.create_model(name, pretrained=False))
     if not sees_all:
         vit = replace(spec, model=name).build(spec.pos_embed or "sincos2d", check)

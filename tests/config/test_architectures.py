@@ -2,7 +2,6 @@
 
 import pytest
 import timm
-import torch
 from timm.models import model_entrypoint
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -10,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from maedistill.config.architectures import Architecture, architecture_of
 from maedistill.config.pretrain import Student
 from maedistill.config.shared_rules import FAMILIES
+from maedistill.models.meta import meta_device
 
 COVERED = [name for name in timm.list_models() if architecture_of(name, Student())]
 
@@ -17,7 +17,7 @@ COVERED = [name for name in timm.list_models() if architecture_of(name, Student(
 def test_the_table_is_what_timm_builds():
     assert len(COVERED) >= 50
     for name in COVERED:
-        with torch.device("meta"):
+        with meta_device():
             model = timm.create_model(name)
         assert isinstance(model, VisionTransformer | Eva), name
         patch_size, _ = model.patch_embed.patch_size

@@ -7,6 +7,7 @@ import torch
 from maedistill.errors import ConfigError
 from maedistill.models.encoder import MaskedEncoder, build_vit, nearest_models
 from maedistill.models.initialize import initialize
+from maedistill.models.meta import meta_device
 
 TINY = {"width": 32, "depth": 3, "num_heads": 2, "patch_size": 4}
 VARIANTS = [
@@ -127,3 +128,14 @@ def test_dimensions_that_do_not_fit_are_refused_for_any_name(overrides: dict, ca
 )
 def test_the_nearest_name_begins_like_what_was_typed(typed, nearest):
     assert nearest_models(typed, timm.list_models())[0] == nearest
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "resnet18", "convnext_atto"])
+def test_the_meta_device_gives_the_shapes_alone(name):
+    with meta_device():
+        empty = timm.create_model(name, pretrained=False)
+        assert torch.ones(3).add_(1).is_meta
+    real = timm.create_model(name, pretrained=False)
+    shapes = [{key: (value.shape, value.dtype) for key, value in one.state_dict().items()} for one in (empty, real)]
+    assert shapes[0] == shapes[1] and all(value.is_meta for value in empty.state_dict().values())
+    assert torch.ones(3).add_(1).tolist() == [2, 2, 2]

@@ -1,7 +1,6 @@
 """FLOPs per image stay below what DESIGN promises: nothing hidden is embedded, no teacher block runs unused."""
 
 import pytest
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from maedistill.benchmark.plain_step import PlainTeacher, plain_version
@@ -12,6 +11,7 @@ from maedistill.methods.mae import PixelSpec
 from maedistill.methods.teacher import Teacher
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
+from maedistill.models.meta import meta_device
 from maedistill.pretraining.flops import count_flops
 from maedistill.weights.network import Network
 
@@ -33,7 +33,7 @@ def gflops(
 
     shared: by cross-attention, in amd without generators. sees: patches that the teacher sees, up to its last block.
     """
-    with torch.device("meta"):
+    with meta_device():
         guide = MaskedEncoder(build_vit(f"vit_{teacher}_patch16_224", image_size=224))
         deep = guide.depth
         taps = {"dmae": ((8,), (deep * 3 // 4 - 1,)), "amd": ((5, 11), (deep // 2 - 1, deep - 1))}[method]
