@@ -78,6 +78,9 @@ def test_graphs_give_the_networks_outputs(kind, tmp_path):
             with torch.no_grad():
                 expected, given = network(images(count)), graph(images(count))
             torch.testing.assert_close(given, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+            if name == "torch_export":  # which others open with torch
+                with torch.no_grad():
+                    assert torch.equal(given, torch.export.load(tmp_path / file).module()(images(count)))
             assert torch.equal(given.argmax(1), expected.argmax(1)) and expected.std() > 0.01
 
 

@@ -232,59 +232,103 @@ def pickled(path: Path) -> bytes:
 
 
 GRAPH = "models/model.json"
+WEIGHTS, CONSTANTS = "data/weights/model_weights_config.json", "data/constants/model_constants_config.json"
 TARGETS = (
     "torch.hub.load",
     "torch.ops.aten.from_file.default",
+    "torch.ops.aten.save.default",
+    "torch.ops.aten.set_.source_Storage",
     "_operator.call",
     "torch.ops.aten.__class__.mro",
     "math.exp",
 )
 
 
+def node(target: str, *args: dict, output: str) -> dict:
+    inputs = [{"name": f"a{i}", "arg": arg, "kind": 1} for i, arg in enumerate(args)]
+    return {"target": target, "inputs": inputs, "outputs": [{"as_tensor": {"name": output}}], "metadata": {}}
+
+
+def huge(nodes: list[dict]) -> None:
+    """A sum of 2^40 numbers, whose parts are views of one number each."""
+    one = [{"as_int": 1}, {"as_int": 0}, {"as_int": 1}]
+    nodes.append(node("torch.ops.aten.slice.Tensor", {"as_tensor": {"name": "flatten"}}, *one, output="x"))
+    nodes.append(
+        node("torch.ops.aten.expand.default", {"as_tensor": {"name": "x"}}, {"as_ints": [2**40, 1]}, output="y")
+    )
+    nodes.append(node("torch.ops.aten.add.Tensor", *[{"as_tensor": {"name": "y"}}] * 2, output="z"))
+
+
 @pytest.mark.parametrize(
-    "name", [*TARGETS, "guards", "symbol", "argument", "tree", "pickle", "pickled weights", "library"]
+    "name", [*TARGETS, "text", "function", "huge", "pickled weights", "huge weights", "beyond the end", "two inputs"]
 )
 def test_a_hostile_program_is_refused(folder, program, name):
-    canary, graph, changes = folder.parent / "canary", entry(program, GRAPH), {}
+    graph, config = entry(program, GRAPH), entry(program, WEIGHTS)
+    nodes = graph["graph_module"]["graph"]["nodes"]
+    weight = next(iter(config["config"].values()))
     if name in TARGETS:
-        graph["graph_module"]["graph"]["nodes"][0]["target"] = name
-        cause = f"target is '{name}'"
-    elif name == "guards":
-        graph["guards_code"] = [f"__import__('os').system('touch {canary}') or True"]
-        cause = "guards, which are Python code"
-    elif name == "symbol":
-        values = graph["graph_module"]["graph"]["sym_int_values"] or graph["graph_module"]["graph"]["tensor_values"]
-        text = json.dumps(values).replace("Symbol('s", f"__import__('os').system('touch {canary}') or Symbol('s")
-        for key in ("sym_int_values", "tensor_values"):
-            if graph["graph_module"]["graph"][key] is values:
-                graph["graph_module"]["graph"][key] = json.loads(text)
-        cause = "expr_str is"
-    elif name == "argument":
-        graph["graph_module"]["module_call_graph"][0]["signature"]["forward_arg_names"] = [f"x=open('{canary}', 'w')"]
-        cause = "forward_arg_names is"
-    elif name == "tree":
-        signature = graph["graph_module"]["module_call_graph"][0]["signature"]
-        signature["in_spec"] = signature["in_spec"].replace("builtins.dict", "collections.defaultdict")
-        cause = "other types than lists"
-    elif name == "pickle":
-        changes["data/sample_inputs/model.pt"] = pickled(canary)
-        cause = "unsupported GLOBAL posix.system"
+        nodes[0]["target"], cause = name, f"its operator '{name}' is none of a network's"
+    elif name in ("text", "function"):
+        given = {"as_string": "__import__('os')"} if name == "text" else {"as_operator": "torch.hub.load"}
+        nodes[0]["inputs"][1]["arg"], cause = given, "none of a network's"
+    elif name == "huge":
+        huge(nodes)
+        cause = "'y' would have 1,099,511,627,776 numbers"
     elif name == "pickled weights":
-        config = entry(program, "data/weights/model_weights_config.json")
-        next(iter(config["config"].values()))["use_pickle"] = True
-        changes["data/weights/model_weights_config.json"] = json.dumps(config).encode()
-        cause = "its weights are pickled"
+        weight["use_pickle"], cause = True, "is pickled"
+    elif name == "huge weights":
+        weight["tensor_meta"]["sizes"][0]["as_int"], cause = 2**27, "numbers, more than"
+    elif name == "beyond the end":
+        weight["tensor_meta"]["storage_offset"]["as_int"], cause = 1, "out of bounds"
     else:
-        changes["data/aotinductor/model/model.so"] = b"\x7fELF"
-        cause = "data/aotinductor/model/model.so', which is no part of a graph"
-    rewritten(program, folder / "model.pt2", {GRAPH: json.dumps(graph).encode(), **changes})
+        specs = graph["graph_module"]["signature"]["input_specs"]
+        specs.append(specs[-1])
+        cause = "2 inputs and 1 outputs"
+    rewritten(program, folder / "model.pt2", {GRAPH: json.dumps(graph).encode(), WEIGHTS: json.dumps(config).encode()})
     refused(f"torch_export:{folder}/model.pt2", "cannot be opened as a graph of torch.export", cause)
-    assert not canary.exists()
 
 
-def test_an_honest_program_opens(folder, program):
-    """Rewritten as the hostile ones are, but without a change: what refuses them is not the form of the archive."""
-    rewritten(program, folder / "model.pt2", {})
+@pytest.mark.parametrize(
+    "name", ["nothing", "guards", "symbol", "argument", "tree", "hidden", "sample inputs", "constants", "library"]
+)
+def test_what_torch_would_run_is_not_read(folder, program, name):
+    """torch.export.load evaluates, imports or unpickles each of these. The graph is as it was without."""
+    canary, graph, changes = folder.parent / "canary", entry(program, GRAPH), {}
+    module, code = graph["graph_module"], f"__import__('os').system('touch {canary}')"
+    signature = module["module_call_graph"][0]["signature"]
+    if name == "guards":
+        graph["guards_code"] = [f"{code} or True"]
+    elif name == "symbol":
+        text = json.dumps(module["graph"]["tensor_values"])
+        assert "Symbol('s" in text
+        module["graph"]["tensor_values"] = json.loads(text.replace("Symbol('s", f"{code} or Symbol('s"))
+    elif name == "argument":
+        signature["forward_arg_names"] = [f"x={code}"]
+    elif name == "tree":
+        spec = json.loads(signature["in_spec"])
+        spec[1]["context"] = json.dumps({"__enum__": True, "fqn": "ctypes:cdll", "name": f"{folder}/evil.so"})
+        signature["in_spec"] = json.dumps(spec)
+    elif name == "hidden":
+        module["graph"]["tensor_values"]["metadata"] = {"dtype": 7, "sizes": [{"as_expr": {"expr_str": code}}]}
+    elif name == "sample inputs":
+        changes["data/sample_inputs/model.pt"] = pickled(canary)
+    elif name == "constants":
+        meta = next(iter(entry(program, WEIGHTS)["config"].values()))["tensor_meta"]
+        changes["data/constants/opaque_obj_0"] = pickled(canary) + bytes(-len(pickled(canary)) % 4)
+        payload = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": False, "tensor_meta": meta}
+        changes[CONSTANTS] = json.dumps({"config": {"x": payload}}).encode()
+    elif name == "library":
+        changes["data/aotinductor/model/model.so"] = b"\x7fELF"
+    rewritten(program, folder / "model.pt2", {GRAPH: json.dumps(graph).encode(), **changes})
     network = open_network(f"torch_export:{folder}/model.pt2", "predictor")
-    assert network.num_classes == 2 and network.parameters == 98
-    assert network.module(torch.zeros(5, 3, 4, 4)).shape == (5, 2)
+    assert network.num_classes == 2 and network.parameters == 98 and not canary.exists()
+    (folder / "whole.pt2").write_bytes(program)
+    images = torch.randn(5, 3, 4, 4)
+    assert torch.equal(network.module(images), torch.export.load(folder / "whole.pt2").module()(images))
+
+
+def test_a_compressed_entry_is_refused(folder, program):
+    with zipfile.ZipFile(io.BytesIO(program)) as old, zipfile.ZipFile(folder / "model.pt2", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name), zipfile.ZIP_DEFLATED if "weight_0" in name else zipfile.ZIP_STORED)
+    refused(f"torch_export:{folder}/model.pt2", "cannot be opened as a graph of torch.export")
