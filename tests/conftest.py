@@ -4,13 +4,16 @@ The tiny run: 96 images of 32 px in 4 shards, a ViT of 32 x 2 with 16 patches, 1
 takes a second or two, so tests share runs where they can.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from maedistill.data.shards.sources import open_folder
@@ -19,6 +22,7 @@ from tests.support.launch import ROOT, Finished, Launcher, Tool
 from tests.support.messages import Messages
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or it starts a pool of processes that import torch
 
 LONGEST = [
     "test_kills.py", "test_signals.py", "test_pretrain.py", "test_checkpoint.py", "test_study_tool.py",
@@ -94,9 +98,26 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all test processes of a session share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "together"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(together: Path) -> Path:
     """train-*.tar with 96 images in 4 shards and val-*.tar with 24: two colours, blended in the class's direction."""
-    pictures, out = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("data") / "shards"
+    out = together / "shards"
+    with FileLock(f"{out}.lock"):
+        if not out.exists():
+            write_shards(together / "pictures", out)
+    return out
+
+
+def write_shards(pictures: Path, out: Path) -> None:
+    """Draw the images of `shards`."""
     draws = np.random.default_rng(0)
     row, column = np.mgrid[0:32, 0:32] / 31
     for split, count in (("train", 96), ("val", 24)):
@@ -108,7 +129,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file)
     make_shards(open_folder(pictures), out, images_per_shard=24)
-    return out
 
 
 @pytest.fixture(scope="session")
@@ -132,9 +152,9 @@ def finetuning(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory, sha
 
 
 @pytest.fixture(scope="session")
-def settings(pretraining: Tool) -> dict[str, list[str]]:
+def settings(together: Path) -> dict[str, list[str]]:
     """What the command line of each method adds to the tiny config; the teacher is the run of `mae`."""
-    source = f"teacher.source=run:{pretraining.folder}/mae"
+    source = f"teacher.source=run:{together}/mae"
     amd = ["masks.teacher_keep_ratio=0.5", "align.student=[0,1]", "align.teacher=[0,1]", "align.distance=mse"]
     amd += ["align.normalize=whiten", "generate.depth=1", "generate.num_heads=2", "optim.ema=0.9"]
     return {
@@ -144,22 +164,32 @@ def settings(pretraining: Tool) -> dict[str, list[str]]:
     }
 
 
+def run_once(tool: Tool, path: Path, *arguments: str, **keywords: Any) -> Finished:
+    """Start a tool in the run folder `path`, if no test process has; return how it ended."""
+    note = Path(f"{path}.json")
+    with FileLock(f"{path}.lock"):
+        if not note.exists():
+            ended = tool(str(path), *arguments, **keywords)
+            note.write_text(json.dumps([ended.code, ended.out, ended.err]))
+    return Finished(path, *json.loads(note.read_text()))
+
+
 @pytest.fixture(scope="session")
-def mae(pretraining: Tool, settings: dict[str, list[str]]) -> Finished:
+def mae(pretraining: Tool, settings: dict[str, list[str]], together: Path) -> Finished:
     """A finished MAE run of 5 epochs: the teacher of others, and what fine-tuning starts from."""
-    return pretraining("mae", *settings["mae"], "optim.epochs=5")
+    return run_once(pretraining, together / "mae", *settings["mae"], "optim.epochs=5")
 
 
 @pytest.fixture(scope="session")
-def trio(pretraining: Tool, settings: dict[str, list[str]], mae: Finished) -> dict[str, Finished]:
+def trio(pretraining: Tool, settings: dict[str, list[str]], together: Path, mae: Finished) -> dict[str, Finished]:
     """One finished run of each method: `mae`, and `dmae` and `amd` with it as their teacher. amd has a witness."""
     with ThreadPoolExecutor(2) as two:
-        dmae = two.submit(pretraining, "dmae", *settings["dmae"])
-        amd = two.submit(pretraining, "amd", *settings["amd"], witness=True)
+        dmae = two.submit(run_once, pretraining, together / "dmae", *settings["dmae"])
+        amd = two.submit(run_once, pretraining, together / "amd", *settings["amd"], witness=True)
         return {"mae": mae, "dmae": dmae.result(), "amd": amd.result()}
 
 
 @pytest.fixture(scope="session")
-def tuned(finetuning: Tool, mae: Finished) -> Finished:
+def tuned(finetuning: Tool, together: Path, mae: Finished) -> Finished:
     """The MAE run fine-tuned, with everything on that is random: one process, ZeRO 0. It has a witness."""
-    return finetuning("tuned", f"init.source=run:{mae.run}", witness=True)
+    return run_once(finetuning, together / "tuned", f"init.source=run:{mae.run}", witness=True)

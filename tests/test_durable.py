@@ -62,12 +62,11 @@ def test_a_folder_is_made_with_its_parents_each_synced(tmp_path, events):
         make_folder(tmp_path / "file/a")
 
 
-def test_indexes_reports_and_exports_go_through_the_same_door(tmp_path, events, monkeypatch):
+def test_indexes_reports_and_exports_go_through_the_same_door(tmp_path, events):
     index.write_whole(tmp_path / "i/x.index", b"1")
     write._write_json(tmp_path / "report.json", {})
     assert events == [".", "i/.x.index", "-> i/x.index", "i", ".report.json", "-> report.json", "."]
     assert json.loads((tmp_path / "report.json").read_text()) == {}
     events.clear()
-    monkeypatch.setattr(exporting, "_fill", lambda folder, *_: (folder / "config.json").write_text("{}"))
-    exporting._replace(tmp_path / "export", None, None, "model")
+    exporting._replace(tmp_path / "export", lambda folder: (folder / "config.json").write_text("{}"))
     assert events == ["export.tmp/config.json", "export.tmp", "-> export", "."]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ from maedistill.config.loader import load_config
 from maedistill.data.loading.evaluation import EvaluationImages
 from maedistill.evaluation.context import open_context
 from maedistill.evaluation.exits import score_exits
+from maedistill.evaluation.latency import image_seconds, measure_latency
 from maedistill.finetuning.outputs import RequestedOutputs, forward_outputs
 from maedistill.finetuning.setup import open_finetuning
 from maedistill.weights.network import open_network
@@ -21,6 +23,13 @@ from maedistill.weights.network import open_network
 EXITS = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=3", "student.num_heads=2"]
 EXITS += ["student.patch_size=8", "student.exits=[0,1]", "distill.exits.weight=1", "optim.epochs=2"]
 EXITS += ["distill.self_attention={weight: 0.1, blocks: [0,1,2]}"]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Times are measured for a moment, instead of 2 s a network."""
+    monkeypatch.setattr("maedistill.evaluation.exits.image_seconds", partial(image_seconds, seconds=0.05))
+    monkeypatch.setattr("maedistill.evaluation.scorecard.measure_latency", partial(measure_latency, seconds=0.05))
 
 
 @pytest.fixture(scope="module")

@@ -53,13 +53,18 @@ def taught_by(resnet) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def runs(finetuning, tuned, resnet):
+def taught(finetuning, resnet):
+    """The run that the convolutional teacher teaches."""
+    return finetuning("taught", *taught_by(resnet))
+
+
+@pytest.fixture(scope="module")
+def runs(finetuning, tuned, resnet, taught):
     """All runs of this file by name, two at a time."""
     convolutional = taught_by(resnet)
     vits = [*SCRATCH, f'distill.teachers=["run:{tuned.run}"]', *VIT]
 
     starts = {
-        "convolutional": lambda: finetuning("taught", *convolutional),
         "zero 3": lambda: finetuning("taught-zero-3", *convolutional, "engine.zero=3", "optim.ema=null", witness=True),
         "plain": lambda: finetuning("taught-plain", *convolutional, *PLAIN),
         "two ranks": lambda: finetuning("two-ranks", *convolutional, *PLAIN, "engine.zero=2", ranks=2),
@@ -67,7 +72,8 @@ def runs(finetuning, tuned, resnet):
         "dry": lambda: finetuning("taught-dry", *convolutional, "--dry-run"),
     }
     with ThreadPoolExecutor(2) as two:
-        return dict(zip(starts, two.map(lambda start: start(), starts.values()), strict=True))
+        others = dict(zip(starts, two.map(lambda start: start(), starts.values()), strict=True))
+    return others | {"convolutional": taught}
 
 
 def test_a_convolutional_teacher_teaches_a_vit_through_logits_features_and_relations(runs, resnet):
@@ -117,11 +123,11 @@ def expected_loss(step, *, epoch):
 
 
 @pytest.mark.faults
-def test_a_killed_run_goes_on_bit_by_bit(finetuning, runs, resnet):
+def test_a_killed_run_goes_on_bit_by_bit(finetuning, taught, resnet):
     """Killed in step 11, after the checkpoint of step 8."""
     before = finetuning("taught-killed", *taught_by(resnet), witness=True, code=-9, WITNESS_KILL="22")
     assert before.last_checkpoint().name == "step_000000008"
-    ended, reference = finetuning("taught-killed", *taught_by(resnet)), runs["convolutional"]
+    ended, reference = finetuning("taught-killed", *taught_by(resnet)), taught
     assert "continues at step 8 of 16" in ended.out
     for name in ("model.safetensors", "optimizer.safetensors", "ema.safetensors"):
         ours, theirs = ((e.last_checkpoint() / name).read_bytes() for e in (ended, reference))

@@ -157,7 +157,7 @@ def test_a_folder_in_use_is_refused_and_its_records_stay(pretraining, settings, 
     before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
     lock = FolderLock(run)
     try:
-        ended = pretraining(run.name, *settings["mae"], "optim.epochs=5", code=2)
+        ended = pretraining(str(run), *settings["mae"], "optim.epochs=5", code=2)
     finally:
         lock.release()
     assert f"{run} is in use by process {os.getpid()} on " in ended.err

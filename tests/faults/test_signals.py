@@ -151,19 +151,18 @@ def test_the_tool_stops_on_each_signal_and_the_same_command_gives_the_same_weigh
     reference = pretraining("whole", *often, ranks=2)
     stopped = pretraining.folder / "stopped"
     seen = 0
-    for number, to_rank in ((signal.SIGTERM, True), (signal.SIGUSR1, False), (signal.SIGKILL, False)):
-        started = pretraining.start("stopped", *often, ranks=2, launcher="torchrun", **PASS_ON)
-        launcher = started.pids[0]
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL):
+        kill = number == signal.SIGKILL  # of torchrun, not of a rank
+        started = pretraining.start("stopped", *often, ranks=2, launcher="torchrun" if kill else "fork", **PASS_ON)
         wait_until(lambda: logged(stopped) > seen + 10)  # noqa: B023
-        family = descendants(launcher)
-        ranks = [process for process in family if parent(process) == launcher]
-        assert len(ranks) == 2
-        os.kill(ranks[1] if to_rank else launcher, number)
-        started.finish(-9 if number == signal.SIGKILL else 1)  # torchrun hides what its ranks say
+        family = [process for pid in started.pids for process in (pid, *descendants(pid))]
+        assert len([process for process in family if not kill or parent(process) == started.pids[0]]) >= 2
+        started.signal(number, 0 if kill else 1)
+        started.finish(-9 if kill else 75)
         wait_until(lambda: not any(lives(process) for process in family))  # noqa: B023
         end = json.loads((stopped / "exit.json").read_text())
         seen = logged(stopped)
-        name = "SIGTERM" if number == signal.SIGKILL else number.name
+        name = "SIGTERM" if kill else number.name
         assert (end["exit_code"], end["step"]) == (75, seen)
         assert end["reason"].startswith(f"stopped by {name} after step {seen}")
         assert seen < 12 * 8  # it had not ended anyway
@@ -176,7 +175,7 @@ def test_the_tool_stops_on_each_signal_and_the_same_command_gives_the_same_weigh
 def test_the_tool_names_a_frozen_rank_and_ends(pretraining):
     often = ["method=mae", "optim.epochs=400", "engine.timeout_seconds=20", "log.save_every_epochs=400"]
     often += ["log.pictures_every_epochs=null", "log.knn_every_epochs=null"]
-    started = pretraining.start("frozen", *often, ranks=2, launcher="slurm")
+    started = pretraining.start("frozen", *often, ranks=2)
     wait_until(lambda: logged(started.run) > 10)
     started.signal(signal.SIGSTOP, 1)
     assert started.ended(21) == [0]

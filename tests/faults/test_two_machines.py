@@ -12,7 +12,7 @@ import pytest
 from tests.faults.machines import Machines, Unavailable
 from tests.faults.notes import losses, same_result
 
-STEPS = 80
+STEPS = 56
 PEER_SECONDS = 10  # engine.timeout_seconds: how long a rank waits for one that was cut off
 TIMEOUT = 120
 
@@ -28,36 +28,35 @@ def machines():
 
 
 def test_a_machine_that_goes_and_comes_back_changes_nothing(machines, pretraining, settings, mae, root, tmp_path):
-    torchrun = Path(sys.executable).with_name("torchrun")
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    command = [root / "tools/pretrain.py", pretraining.config, *settings["amd"], f"optim.epochs={STEPS // 8}"]
-    command += ["log.save_every_epochs=0.5", f"engine.timeout_seconds={PEER_SECONDS}"]
+    torchrun, run = Path(sys.executable).with_name("torchrun"), tmp_path / "run"
+    more = [*settings["amd"], f"optim.epochs={STEPS // 8}", "log.save_every_epochs=0.5"]
+    whole = pretraining("one_machine", *more, ranks=2).run
 
-    def start(folder: Path) -> list:
-        return [machines.torchrun(machine, torchrun, *command, f"run={folder}") for machine in (0, 1)]
+    def start() -> list:
+        command = [root / "tools/pretrain.py", pretraining.config, *more, f"engine.timeout_seconds={PEER_SECONDS}"]
+        return [machines.torchrun(machine, torchrun, *command, f"run={run}") for machine in (0, 1)]
 
     def ended(both: list) -> tuple[list[int], str]:
         printed = "".join(process.communicate(timeout=TIMEOUT)[0] for process in both)
         print(printed)
         return [process.returncode for process in both], printed
 
-    assert ended(start(whole))[0] == [0, 0] and losses(whole)[-1]["step"] == STEPS
-
-    both = start(run)
-    wait_for_step(run, 20)
+    assert losses(whole)[-1]["step"] == STEPS
+    both = start()
+    wait_for_step(run, 10)
     machines.plug(False)
     cut = time.monotonic()
     assert all(ended(both)[0]), "both leave with an error"
     assert time.monotonic() - cut < PEER_SECONDS + 20
     machines.plug(True)
 
-    both = start(run)
-    wait_for_step(run, 50)
+    both = start()
+    wait_for_step(run, 30)
     machines.switch_off(1)
     codes, printed = ended(both)
     assert all(codes) and "continues at step" in printed, "the other leaves with an error"
 
-    codes, printed = ended(start(run))
+    codes, printed = ended(start())
     assert codes == [0, 0] and "continues at step" in printed
     same_result(run, whole)
 

@@ -34,6 +34,7 @@ from maedistill.training.gradient_reduction import GradientReduction
 from maedistill.training.optim import build_optimizer, build_schedule, parameter_groups
 
 BATCH, STEPS, WIDTH = 12, 6, 5
+ROUNDS = (("fp32", 1), ("fp32", 3), ("bf16", 3), ("fp16", 3))  # number format, accumulation
 PEAK, CLIP, DECAY = 0.02, 0.05, 0.3
 
 
@@ -146,9 +147,9 @@ def reference(precision: str, parts: int) -> tuple[dict[str, Tensor], list[float
 
 
 def first(folder: Path) -> dict:
-    """Every stage, number format and accumulation, with its plain-torch reference; checkpoints half-way."""
+    """Every stage, number format and accumulation of `ROUNDS`, with its plain-torch reference; checkpoints half-way."""
     results = {}
-    for precision, accumulation in itertools.product(("fp32", "bf16", "fp16"), (1, 3)):
+    for precision, accumulation in ROUNDS:
         key = f"{precision}/{accumulation}"
         results[f"{key}/torch"] = reference(precision, world_size() * accumulation)
         for zero in range(4):
@@ -283,8 +284,7 @@ def fail(error: Exception) -> None:
 def second(folder: Path) -> dict:
     """Loads the checkpoints of `first`, of either number of ranks and any stage, into every stage; trains on."""
     results = {}
-    layouts = itertools.product((1, 2), ("fp32", "bf16", "fp16"), (1, 3), range(4), range(4))
-    for ranks, precision, accumulation, zero, target in layouts:
+    for ranks, (precision, accumulation), zero, target in itertools.product((1, 2), ROUNDS, range(4), range(4)):
         same = zero == target and ranks == world_size()
         if not same and (precision, accumulation) != ("fp32", 3):
             continue

@@ -9,13 +9,13 @@ import torch
 from maedistill.errors import ConfigError
 from maedistill.training.engine import Engine, LossScale
 from maedistill.training.optim import build_optimizer, parameter_groups
+from tests.training.scenarios import ROUNDS
 
-RANKS, PRECISIONS, ACCUMULATIONS, STAGES = (1, 2), ("fp32", "bf16", "fp16"), (1, 3), range(4)
+RANKS, STAGES = (1, 2), range(4)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("accumulation", ACCUMULATIONS)
+@pytest.mark.parametrize(("precision", "accumulation"), ROUNDS)
 def test_every_stage_trains_like_plain_torch(runs, ranks, precision, accumulation):
     # Six updates with warm-up, cosine, clipping that bites, and two groups of different weight decay.
     results = runs["first", ranks][0]
@@ -30,7 +30,7 @@ def test_every_stage_trains_like_plain_torch(runs, ranks, precision, accumulatio
 @pytest.mark.parametrize("ranks", RANKS)
 def test_numbers_of_ranks_and_micro_batches_agree(runs, ranks):
     reference = runs["first", 1][0]["fp32/1/0"]["final"].weights
-    for accumulation, zero in itertools.product(ACCUMULATIONS, STAGES):
+    for accumulation, zero in itertools.product((1, 3), STAGES):
         weights = runs["first", ranks][0][f"fp32/{accumulation}/{zero}"]["final"].weights
         for name in ("head.weight", "encoder.cls_token", "encoder.norm.bias"):
             assert torch.allclose(weights[name], reference[name], rtol=0, atol=1e-6)
