@@ -8,7 +8,9 @@ from the same hash. The mixing function is the finaliser of SplitMix64 (Steele, 
 """
 
 from enum import IntEnum
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +29,7 @@ class Stream(IntEnum):
     AUGMENT = 9
 
 
+_Words = TypeVar("_Words", int, np.ndarray)
 _WORD = (1 << 64) - 1
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -48,8 +51,8 @@ def mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-def _mix_int(x: int) -> int:
-    """Return `mix` of one word in plain integers."""
+def _mix_words(x: _Words) -> _Words:
+    """Return `mix` of one word in plain integers, or of an array of uint64."""
     x = ((x ^ (x >> 30)) * _MIX_1) & _WORD
     x = ((x ^ (x >> 27)) * _MIX_2) & _WORD
     return x ^ (x >> 31)
@@ -59,7 +62,7 @@ def key(*parts: int) -> int:
     """Absorb integers one after another into one hash word; return it as a signed 64-bit integer."""
     state = 0
     for part in parts:
-        state = _mix_int(((state + _GOLDEN) & _WORD) ^ _mix_int((part + _GOLDEN) & _WORD))
+        state = _mix_words(((state + _GOLDEN) & _WORD) ^ _mix_words((part + _GOLDEN) & _WORD))
     return _signed(state)
 
 
@@ -89,29 +92,28 @@ def uniform(seed: int, positions: Tensor, stream: Stream, *, n: int) -> Tensor:
 
 
 def permute(x: Tensor, size: int, round_key: int) -> Tensor:
-    """Return the image of each `x` under a keyed permutation of {0, ..., size - 1}: int64, the shape of `x`.
+    """Return the image of each `x` under a keyed permutation of {0, ..., size - 1}: int64 [P] -> int64 [P], on the CPU.
 
     Uses an unbalanced Feistel network (Luby & Rackoff, 1988) over the next power of two, with cycle walking (Black &
     Rogaway, 2002) for values outside the range. Memory is constant; any element is computed without the others.
     """
-    assert size >= 1
+    assert size >= 1 and x.ndim == 1
     if size == 1:
         return torch.zeros_like(x)
     width = max(2, (size - 1).bit_length())
-    round_keys = mix(round_key + torch.arange(1, 13) * _signed(_GOLDEN))
-    image = _feistel(x, width, round_keys)
-    while bool((outside := image >= size).any()):  # each pass leaves fewer than half the words outside
-        image = torch.where(outside, _feistel(image, width, round_keys), image)
-    return image
+    round_keys = [_mix_words((round_key + i * _GOLDEN) & _WORD) for i in range(1, 13)]
+    image = _feistel(x.numpy().astype(np.uint64), width, round_keys)  # NumPy: its calls cost less than torch's
+    while (outside := np.flatnonzero(image >= size)).size:  # each pass leaves fewer than half of them outside
+        image[outside] = _feistel(image[outside], width, round_keys)
+    return torch.from_numpy(image.view(np.int64))
 
 
-def _feistel(x: Tensor, width: int, round_keys: Tensor) -> Tensor:
-    """Run Feistel rounds on `width`-bit words: add a keyed hash of one half to the other, then swap the halves."""
+def _feistel(x: np.ndarray, width: int, round_keys: list[int]) -> np.ndarray:
+    """Run Feistel rounds on `width`-bit words in uint64: add a keyed hash of one half to the other, swap the halves."""
     low = width // 2
     high = width - low
+    left, right = x >> low, x & ((1 << low) - 1)  # high bits, low bits
     for round_key in round_keys:
-        left, right = x >> low, x & ((1 << low) - 1)  # high bits, low bits
-        left = (left + mix(round_key + right)) & ((1 << high) - 1)
-        x = (right << high) | left
+        left, right = right, (left + _mix_words(right + round_key)) & ((1 << high) - 1)
         low, high = high, low
-    return x
+    return (left << low) | right

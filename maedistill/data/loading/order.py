@@ -9,11 +9,15 @@ shard sizes is kept, and the ids of a subset if training uses one.
     P positions   M shards   n images
 """
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from maedistill.randomness import Stream, key, permute
+
+_BLOCK = 4096  # places that are permuted at once; a micro-batch is so small that the calls would be the cost
 
 
 class SampleOrder:
@@ -56,7 +60,7 @@ class SampleOrder:
     def epoch(self, epoch: int, places: Tensor) -> Tensor:
         """Map places in the order of one epoch to places in the sorted list of `ids_at`: int64 [P] -> int64 [P]."""
         if self.window == self.num_shards:
-            return permute(places, self.num_images, key(self.seed, Stream.ORDER, epoch))
+            return _permuted(places, self.num_images, key(self.seed, Stream.ORDER, epoch))
         shards, ends = self._shards(epoch)  # [M], [M]
         window_ends = torch.cat([ends[self.window - 1 :: self.window], ends[-1:]]).unique()
         windows = torch.searchsorted(window_ends, places, right=True)  # [P]
@@ -65,7 +69,7 @@ class SampleOrder:
             here = windows == window
             first = int(window_ends[window - 1]) if window else 0
             size = int(window_ends[window]) - first
-            within = permute(places[here] - first, size, key(self.seed, Stream.ORDER, epoch, window))
+            within = _permuted(places[here] - first, size, key(self.seed, Stream.ORDER, epoch, window))
             at = first + within  # places in the shuffled sequence of whole shards
             shard = torch.searchsorted(ends, at, right=True)
             out[here] = self.starts[shards[shard] + 1] - (ends[shard] - at)
@@ -90,6 +94,21 @@ class SampleOrder:
 
     def _permuted_shards(self, epoch: int) -> Tensor:
         return permute(torch.arange(self.num_shards), self.num_shards, key(self.seed, Stream.SHARDS, epoch))
+
+
+def _permuted(places: Tensor, size: int, round_key: int) -> Tensor:
+    """Return `permute` of places that mostly follow each other: int64 [P] -> int64 [P]."""
+    blocks, out = places // _BLOCK, torch.empty_like(places)  # [P], [P]
+    for block in blocks.unique().tolist():
+        here = blocks == block
+        out[here] = _permuted_block(block, size, round_key)[places[here] - block * _BLOCK]
+    return out
+
+
+@functools.lru_cache(maxsize=4)  # the blocks of one batch, which may end in the next epoch
+def _permuted_block(block: int, size: int, round_key: int) -> Tensor:
+    first = block * _BLOCK
+    return permute(torch.arange(first, min(first + _BLOCK, size)), size, round_key)
 
 
 def label_subset(labels: np.ndarray, fraction: float, *, seed: int) -> Tensor:
