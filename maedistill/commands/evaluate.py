@@ -96,7 +96,7 @@ def start_features(arguments: argparse.Namespace) -> None:
     )
     members = Members(arguments.image_key, arguments.label_key)
     spec = ProbeSpec(**{name: getattr(arguments, name) for name in names}, members=members)
-    context = open_context(arguments)
+    context = open_context(arguments, fits=arguments.command == "probe")
     if arguments.command == "knn":
         score_knn(spec, context, ks=arguments.k, temperature=arguments.temperature, file=arguments.json)
     else:
@@ -125,7 +125,7 @@ def start_segment(arguments: argparse.Namespace) -> None:
     names += ["weights", "image_size"]
     score_segmentation(
         SegmentSpec(**{name: getattr(arguments, name) for name in names}),
-        open_context(arguments),
+        open_context(arguments, fits=True),
         ProbeRecipe(arguments.epochs, arguments.head_batch, "adamw"),
         rates=arguments.lr,
         picture=arguments.picture,
@@ -149,8 +149,8 @@ def start_exits(arguments: argparse.Namespace) -> None:
     )
 
 
-def open_context(arguments: argparse.Namespace) -> "EvalContext":
-    """Join the process group with the settings of the computation."""
+def open_context(arguments: argparse.Namespace, *, fits: bool = False) -> "EvalContext":
+    """Join the process group with the settings of the computation. fits: see `evaluation.context.open_context`."""
     from maedistill.evaluation import context
 
     return context.open_context(
@@ -158,6 +158,7 @@ def open_context(arguments: argparse.Namespace) -> "EvalContext":
         workers=arguments.workers,
         threads=arguments.threads,
         precision=arguments.precision,
+        fits=fits,
     )
 
 

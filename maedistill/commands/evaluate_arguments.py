@@ -193,6 +193,8 @@ def parse_segment(words: list[str]) -> argparse.Namespace:
         parser.error("--val-images and --val-masks need each other")
     if arguments.ignore > 255:
         parser.error(f"--ignore: {arguments.ignore} is no number of 8 bits, 0 to 255")
+    if arguments.classes is not None and arguments.classes > 256:
+        parser.error(f"--classes: masks of 8 bits have at most 256 classes, not {arguments.classes}")
     return arguments
 
 

@@ -6,7 +6,7 @@ print_main, finish -> stdout and JSON, from rank 0 only
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from maedistill.processes import distributed
 from maedistill.runs.records import write_text
 from maedistill.weights.network import Network
 
-_PATIENCE = 1800  # seconds that a rank waits for the others: shares are equal, but machines may differ in speed
+# Seconds that a rank waits for the others: shares of images are equal, but machines may differ in speed. Learning rates
+# are not: a rank may have none, while another fits one for hours.
+_PATIENCE, _PATIENCE_OF_FITS = 1800, 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,14 @@ class EvalContext:
         return autocast(self.device, resolve_precision(self.precision, self.device))
 
 
-def open_context(*, batch: int, workers: int | None, threads: int | None, precision: Precision) -> EvalContext:
-    """Join the process group. workers, threads: per process, by default its share of the cores. Collective."""
-    distributed.open_group(_PATIENCE)
+def open_context(
+    *, batch: int, workers: int | None, threads: int | None, precision: Precision, fits: bool = False
+) -> EvalContext:
+    """Join the process group. workers, threads: per process, by default its share of the cores. Collective.
+
+    fits: learning rates are divided among the processes, which may take long.
+    """
+    distributed.open_group(_PATIENCE_OF_FITS if fits else _PATIENCE)
     device, cores = distributed.device(), cpu_share(distributed.local_world_size())
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or cores)
@@ -84,13 +91,19 @@ def print_data(label: str, index: ShardIndex, shards: str) -> None:
     print_main(label, f"{counts}, fingerprint {index.fingerprint()[:12]}, {shards}")
 
 
+def computing(network: Network, context: EvalContext) -> EvalContext:
+    """Return the context in which a network computes: a graph runs on the CPU."""
+    return replace(context, device=torch.device("cpu")) if network.precision else context
+
+
 def metadata(network: Network, context: EvalContext) -> dict[str, Any]:
     """Return the entries of a network, its input and the context for a result file."""
     names = ("license", "parameters", "size", "crop", "interpolation", "crop_mode", "mean", "std")
     entries = {"model": network.name, "classes": network.num_classes} | {n: getattr(network, n) for n in names}
     entries |= {"file_bytes": network.file_bytes} if network.file_bytes else {}
     precision = network.precision or context.precision
-    return entries | {"device": context.device_name, "batch": context.batch, "precision": precision}
+    device = computing(network, context).device_name
+    return entries | {"device": device, "batch": context.batch, "precision": precision}
 
 
 def finish(result: dict[str, Any], file: Path | None) -> dict[str, Any]:

@@ -12,7 +12,9 @@ n images   b batch   m images of a file   D width   h, w a map's sides
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +44,8 @@ from maedistill.weights.state_dict import weights_fingerprint
 
 Entry = dict[str, Any]  # of a file in the manifest: images, bad_ids, bytes, sha256
 _POOLED, _PATCHES = 10_000, 500  # images per file: 31 and 300 MB at D = 768, with 196 patches
+# What a killed process leaves, see durable.py.
+_LEFTOVER = re.compile(rf"\.(features-\d+\.safetensors|{re.escape(MANIFEST)})\.\d+\.tmp")
 
 
 @dataclass(frozen=True)
@@ -166,32 +170,41 @@ def _keep(out: Path, content: dict[str, Any], names: Sequence[str]) -> dict[str,
     """Make the folder, or return the entries of its intact files. Raises ConfigError for one with other content."""
     try:
         make_folder(out)
-        for leftover in out.glob(".*.tmp"):  # of a killed process
-            leftover.unlink()
-        others = sorted(path.name for path in out.iterdir())
+        names_there = {path.name for path in out.iterdir()}
     except OSError as error:
         raise unwritable(out, error) from error
-    if others and MANIFEST not in others:
-        raise ConfigError(f"{out} holds other files than features ({join_first(others, 3)})", "name a new folder")
+    leftovers = {name for name in names_there if _LEFTOVER.fullmatch(name)}
+    others = sorted(names_there - leftovers)
     if not others:
         _write_manifest(out, content, {})
-    old, files = _read_manifest(out / MANIFEST)
+    found = None if others and MANIFEST not in others else _read_manifest(out / MANIFEST)
+    if found is None:
+        raise ConfigError(f"{out} holds other files than features ({join_first(others, 3)})", "name a new folder")
+    old, files = found
     new = content["settings"]
     if differing := sorted(name for name in old.keys() | new if old.get(name) != new.get(name)):
         raise ConfigError(
             f"{out} holds features that were computed with another {join_first(differing, 3)}",
             "give the settings that are in its manifest.json, or name a new folder",
         )
+    for name in leftovers:  # only now is it known whose they are
+        with suppress(OSError):  # they harm nothing
+            (out / name).unlink()
     intact = {name: files[name] for name in names if name in files and _is_intact(out / name, files[name])}
     for name in files.keys() - intact:
         warn(f"{out / name} is not what the manifest says, and is computed again")
     return intact
 
 
-def _read_manifest(file: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """Return the settings and the entries of the files. Raises DataError for a damaged manifest."""
+def _read_manifest(file: Path) -> tuple[dict[str, Any], dict[str, Entry]] | None:
+    """Return the settings and the entries of the files; None for a manifest of something else, as of a checkpoint.
+
+    Raises DataError for a damaged one.
+    """
     try:
         stored = json.loads(file.read_bytes())
+        if isinstance(stored, dict) and "settings" not in stored:
+            return None
         files = {
             name: {
                 "images": int(entry["images"]),
@@ -204,7 +217,8 @@ def _read_manifest(file: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
         return dict(stored["settings"]), files
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(
-            f"{file} is damaged ({type(error).__name__}: {error})", "remove its folder, or name a new one"
+            f"{file} is damaged ({type(error).__name__}: {error})",
+            "name a new folder; or remove this one, if it holds features only",
         ) from error
 
 

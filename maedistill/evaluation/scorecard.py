@@ -22,7 +22,15 @@ from maedistill.errors import ConfigError
 from maedistill.evaluation.accuracy import Evaluation, TopCounts, evaluate, write_predictions
 from maedistill.evaluation.agreement import Agreement, TwoViews, evaluate_against
 from maedistill.evaluation.calibration import BINS, Calibration, calibrate
-from maedistill.evaluation.context import EvalContext, finish, metadata, print_data, print_main, print_network
+from maedistill.evaluation.context import (
+    EvalContext,
+    computing,
+    finish,
+    metadata,
+    print_data,
+    print_main,
+    print_network,
+)
 from maedistill.evaluation.full_pass import Predictor
 from maedistill.evaluation.latency import measure_latency
 from maedistill.evaluation.per_class import draw_confusions, worst_confusions, write_per_class
@@ -125,7 +133,7 @@ def score(
             result |= part.metrics()
     result |= {"vs": teacher.name} if teacher else {}
     if latency:
-        there = replace(context, device=torch.device("cpu")) if network.precision else context  # graphs run on the CPU
+        there = computing(network, context)
         speed = distributed.on_main(lambda: measure_latency(network.module, there, size=network.size))
         times = f"{speed['latency_ms']:.2f} ms for one image (median; 90 % within {speed['latency_p90_ms']:.2f} ms)"
         rate = f"{speed['images_per_second']:.1f} images/s at batch {context.batch}"

@@ -41,12 +41,13 @@ from maedistill.weights.network import Network
 _HELD_OUT = 10  # one of so many training images chooses the learning rate
 _DRAWN = 6  # images of the picture
 _SHOWN = 20  # classes whose IoU is printed; the result file has all
+_STRIP = 2**24  # logits at once where predictions are made at a mask's own size: 64 MB
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class SegmentSpec:
-    """Which network, and folders of images and masks. classes: their number, None for the largest in the masks + 1.
+    """Which network, and folders of images and masks. classes: at most 256, None for the largest in the masks + 1.
 
     ignore: the number in a mask that is no class. blocks: None for the end of the network.
     """
@@ -152,9 +153,13 @@ def find_parts(spec: SegmentSpec) -> tuple[list[Pair], list[Pair], list[Pair]]:
 
 def count_classes(pairs: Sequence[Pair], spec: SegmentSpec, context: EvalContext) -> int:
     """Read every file and return the number of classes. Raises DataError for the first that cannot be used."""
-    read = partial(read_pair, num_classes=spec.classes, ignore=spec.ignore)
-    largest = [int(mask[mask != spec.ignore].max()) for _, mask in read_ahead(read, pairs, threads=context.workers)]
-    return spec.classes or max(largest) + 1
+
+    def largest(pair: Pair) -> int:  # all that is kept of the files
+        _, mask = read_pair(pair, num_classes=spec.classes, ignore=spec.ignore)
+        return int(mask[mask != spec.ignore].max())
+
+    numbers = list(read_ahead(largest, pairs, threads=context.workers))
+    return spec.classes or max(numbers) + 1
 
 
 class Segmenter:
@@ -227,20 +232,33 @@ class Segmenter:
     @torch.no_grad()
     def _maps(self, pairs: Sequence[Pair]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield what the network sees, uint8 [3, s, s], its map [h, w, D] on the device, and the mask [H, W]."""
-        read = partial(read_pair, num_classes=self.num_classes, ignore=self.ignore)
-        loaded = read_ahead(read, pairs, threads=self.context.workers)
+        loaded = read_ahead(self._read, pairs, threads=self.context.workers)
         while batch := list(itertools.islice(loaded, self.context.batch)):
-            images = torch.stack([self.view(vision.to_pil_image(pixels)) for pixels, _ in batch])  # [b, 3, s, s]
+            views, masks = zip(*batch, strict=True)
+            images = torch.stack(views)  # [b, 3, s, s]
             maps = self.predictor(images.to(self.context.device))  # [b, h, w, D]
-            yield from zip(images, maps, (mask for _, mask in batch), strict=True)
+            yield from zip(images, maps, masks, strict=True)
+
+    def _read(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """Return what the network sees and the mask, not the photograph, which may be large."""
+        pixels, mask = read_pair(pair, num_classes=self.num_classes, ignore=self.ignore)
+        return self.view(vision.to_pil_image(pixels)), mask
 
     @torch.no_grad()
     def _classify(self, found: Tensor, heads: LinearHeads, size: Sequence[int]) -> Iterator[Tensor]:
-        """Yield each head's best class of each pixel, int64 [H, W] on the CPU, of a map [h, w, D]."""
-        for logits in heads(found[None]):
-            logits = upsample(logits, size)[0]  # [H, W, C]
-            logits[..., self.ignore : self.ignore + 1] = -torch.inf  # never the number that is no class
-            yield logits.argmax(-1).cpu()
+        """Yield each head's best class of each pixel, uint8 [H, W] on the CPU, of a map [h, w, D].
+
+        In strips of rows: all logits of a photograph of 24 million pixels and 150 classes would take 14 GB.
+        """
+        rows, columns = bilinear(found.shape[:2], size, device=found.device)
+        lines = max(1, _STRIP // (size[1] * self.num_classes))
+        for logits in heads(found[None]):  # [1, h, w, C]
+            strips = []
+            for some in rows.split(lines, dim=1):  # [h, y]
+                pixels = blend(logits, some, columns)[0]  # [y, W, C]
+                pixels[..., self.ignore : self.ignore + 1] = -torch.inf  # never the number that is no class
+                strips.append(pixels.argmax(-1).to(torch.uint8).cpu())
+            yield torch.cat(strips)
 
     def _shrink(self, mask: Tensor) -> Tensor:
         size = [self.network.size] * 2
@@ -260,17 +278,27 @@ def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
 
     As `F.interpolate`, by products of matrices, whose gradient is the same each time on a GPU too.
     """
+    return blend(logits, *bilinear(logits.shape[1:3], size, device=logits.device))
+
+
+def bilinear(sides: Sequence[int], size: Sequence[int], *, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the weights of a map's rows and columns in those of a mask: [h, H], [w, W]."""
     rows, columns = (
-        F.interpolate(torch.eye(side, device=logits.device)[None], size=wanted, mode="linear")[0]
-        for side, wanted in zip(logits.shape[1:3], size, strict=True)
-    )  # [h, H], [w, W]
+        F.interpolate(torch.eye(side, device=device)[None], size=wanted, mode="linear")[0]
+        for side, wanted in zip(sides, size, strict=True)
+    )
+    return rows, columns
+
+
+def blend(logits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Weigh logits [b, h, w, C] by rows [h, y] and columns [w, x]: [b, y, x, C]."""
     return torch.einsum("bhwc,hy,wx->byxc", logits, rows, columns)
 
 
 def confusion(truth: Tensor, found: Tensor, num_classes: int, *, ignore: int) -> Tensor:
-    """Count pixels by true and predicted class: masks uint8 [H, W], predictions int64 [H, W] -> int64 [C, C]."""
+    """Count pixels by true and predicted class: masks and predictions uint8 [H, W] -> int64 [C, C], C at most 256."""
     seen = truth != ignore
-    pairs = truth[seen].long() * num_classes + found[seen]
+    pairs = truth[seen].int() * num_classes + found[seen]
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 

@@ -167,10 +167,15 @@ def test_other_settings_and_folders_of_others_are_refused(made, shards, tmp_path
         with pytest.raises(ConfigError, match=f"with another .*{name}"):
             embed(spec(made, shards, tmp_path / "out", **settings), context(batch))
     assert content(tmp_path / "out") == before
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "cat.jpg").touch()
-    with pytest.raises(ConfigError, match="other files than features"):
-        embed(spec(made, shards, tmp_path / "photos"), context())
+    checkpoint = {"manifest.json": '{"step": 7, "files": {}}', "model.safetensors": "weights"}
+    for name, files in (("run", {"run.json": "{}"}), ("checkpoint", checkpoint)):
+        (tmp_path / name).mkdir()
+        for file in (*files, ".run.json.7.tmp", ".features-000001.safetensors.7.tmp", ".manifest.json.7.tmp"):
+            (tmp_path / name / file).write_text(files.get(file, "half of a file"))
+        before = content(tmp_path / name)
+        with pytest.raises(ConfigError, match=r"other files than features.*\n.*name a new folder"):
+            embed(spec(made, shards, tmp_path / name), context())
+        assert content(tmp_path / name) == before, "nothing of others is removed"
     for text in ("{", "[]", '{"settings": {}, "files": {"features-000000.safetensors": {"images": 10}}}'):
         (tmp_path / "out" / "manifest.json").write_text(text)
         with pytest.raises(DataError, match="is damaged"):

@@ -13,8 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
+from maedistill.commands import evaluate as command
 from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards
+from maedistill.processes import distributed
 from maedistill.weights.class_names import compare_names
 from tests.support.launch import Finished, Launcher
 
@@ -242,6 +244,27 @@ def test_classes_in_another_order_are_matched_by_name(launcher, made, results):
 def test_a_wrong_number_is_named_before_anything_is_opened(launcher, flags):
     ended = evaluate(launcher, "model", "shards", *flags, code=2)
     assert f"argument {flags[0]}: {flags[1]} is no" in ended.err
+
+
+def test_processes_wait_a_day_for_one_that_fits_learning_rates(monkeypatch):
+    """Shares of learning rates are not equal; those of images are."""
+    waits = []
+    monkeypatch.setattr(distributed, "open_group", waits.append)
+    for name in ("feature_eval.score_knn", "feature_eval.score_probe", "segmentation.score_segmentation"):
+        monkeypatch.setattr(f"maedistill.evaluation.{name}", lambda *_, **__: None)
+    threads, parts = ["--threads", str(torch.get_num_threads())], ["--train", "t", "--val", "v"]
+    for words in (["knn", *parts], ["probe", *parts], ["segment", "--images", "i", "--masks", "m"]):
+        arguments, start = command.parse([*words, "model", *threads])
+        start(arguments)
+    assert waits == [1800, 86400, 86400]
+
+
+def test_more_classes_than_8_bits_have_are_refused(capsys):
+    words = ["segment", "model", "--images", "i", "--masks", "m", "--classes"]
+    assert command.parse([*words, "256"])[0].classes == 256
+    with pytest.raises(SystemExit):
+        command.parse([*words, "257"])
+    assert "--classes: masks of 8 bits have at most 256 classes, not 257" in capsys.readouterr().err
 
 
 def test_crop_and_size_can_be_others_than_the_models(launcher, made, results):

@@ -14,8 +14,10 @@ from timm.models import save_for_hf
 
 from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards
+from maedistill.evaluation.context import EvalContext, metadata
 from maedistill.exporting.graph import GRAPH_FILES, write_graphs
 from maedistill.weights.from_graph import Preprocessing
+from maedistill.weights.network import Network
 
 COUNTS = ("images", "top1_correct", "top5_correct", "vs_same_images", "vs_top1_correct")
 VIEW = Preprocessing(size=24, crop=0.9, interpolation="bicubic", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
@@ -84,6 +86,11 @@ def test_size_format_and_threads_are_said(results, made):
     out, result, _ = results["onnx", 1]
     assert 0 < result["latency_ms"] <= result["latency_p90_ms"] and "fp32 on CPU, 1 threads" in out
     assert "file_bytes" not in results["timm", 1][1]
+
+
+def test_a_result_names_the_processor_that_runs_a_graph():
+    network = Network(torch.nn.Identity(), "onnx:model.onnx", 24, "mit", precision="int8")
+    assert metadata(network, EvalContext(torch.device("cuda"), 4, workers=0))["device"].startswith("CPU, ")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from timm.models import save_for_hf
 from torch.nn import functional as F
 
 from maedistill.errors import ConfigError
+from maedistill.evaluation import segmentation
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.linear_probe import LinearHeads, ProbeRecipe, fit_heads
 from maedistill.evaluation.masks import find_pairs, read_ahead, read_pair
@@ -216,6 +217,43 @@ def test_the_number_that_is_no_class_is_never_predicted(networks, tmp_path):
     expected = torch.zeros(4, 4, dtype=torch.int64)
     expected[1:, 2] = 12  # each class has a quarter of the pixels
     assert torch.equal(probe.score(pairs, heads)[0], expected)
+
+
+def test_large_photographs_are_scored_in_strips_and_not_kept(networks, tmp_path, monkeypatch):
+    """Strips of one row and of all rows find the same; of a photograph, only what the network sees is kept."""
+    draws = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(draws.integers(0, 5, (90, 70 + i), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    pairs = find_pairs(tmp_path, tmp_path)
+    probe = Segmenter(open_dense(str(networks / "vit")), EvalContext(CPU, 2, workers=0), 5, ignore=3)
+    heads = LinearHeads(32, 5, rates=[1.0, 2.0]).eval()
+    torch.nn.init.normal_(heads.heads[1].weight, generator=torch.Generator().manual_seed(0))
+    kept, sizes = [], []
+
+    def noted(*arguments, threads):
+        for item in read_ahead(*arguments, threads=threads):
+            kept.append([tuple(part.shape) for part in item])
+            yield item
+
+    def blended(*arguments):
+        sizes.append(blend(*arguments).numel())
+        return blend(*arguments)
+
+    blend = segmentation.blend
+    monkeypatch.setattr(segmentation, "read_ahead", noted)
+    monkeypatch.setattr(segmentation, "blend", blended)
+    whole = probe.score(pairs, heads)
+    assert len(sizes) == 6 and max(sizes) == 90 * 72 * 5
+    assert kept == [[(3, 32, 32), (90, 70 + i)] for i in range(3)]
+    expected = torch.zeros(5, 5, dtype=torch.int64)
+    for _, found, mask in probe._maps(pairs):
+        logits = upsample(heads(found[None])[1].detach(), mask.shape)[0]
+        logits[..., 3] = -torch.inf
+        expected += confusion(mask, logits.argmax(-1), 5, ignore=3)
+    assert torch.equal(whole[1], expected) and len(expected.sum(0).nonzero()) > 1
+    monkeypatch.setattr(segmentation, "_STRIP", 3 * 72 * 5)
+    sizes.clear()
+    assert all(map(torch.equal, probe.score(pairs, heads), whole)) and max(sizes) == 3 * 72 * 5
 
 
 def test_files_are_read_in_order_whatever_the_threads():
