@@ -56,17 +56,18 @@ def model_card(
     }
     body = "\n".join(f"## {title}\n\n" + "\n".join(lines) + "\n" for title, lines in sections.items())
     name = markdown(folder.path.resolve().name)
-    return f"{_front_matter(metadata, vit)}# {name}\n\n{_summary(metadata, vit)}\n\n{body}"
+    return f"{_front_matter(metadata, vit, record['formats'])}# {name}\n\n{_summary(metadata, vit)}\n\n{body}"
 
 
-def _front_matter(metadata: Mapping[str, Any], vit: PlainViT) -> str:
+def _front_matter(metadata: Mapping[str, Any], vit: PlainViT, formats: Sequence[str]) -> str:
     identifier, name = hub_license(metadata["license"])
     method = metadata.get("method") or (metadata.get("origin") or {}).get("method")
-    tags = ["timm", "vision-transformer", *([method] if method else [])]
+    library = ["timm"] if "timm" in formats else []  # graphs alone open without it
+    tags = [*library, "vision-transformer", *([method] if method else [])]
     if method in ("dmae", "amd", "tinymim") or (metadata["stage"] == "finetune" and metadata.get("teacher")):
         tags.append("knowledge-distillation")
     entries = {
-        "library_name": "timm",
+        **({"library_name": "timm"} if library else {}),
         "license": identifier,
         **({"license_name": name} if name else {}),
         "pipeline_tag": "image-classification" if vit.num_classes else "image-feature-extraction",

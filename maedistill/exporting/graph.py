@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from maedistill.data.images.transforms import normalize, to_float01
-from maedistill.errors import DataError
+from maedistill.errors import ConfigError, DataError
 from maedistill.evaluation.full_pass import evaluation_mode
 from maedistill.weights.from_graph import Preprocessing
 from maedistill.weights.from_onnx import TO_WRITE, open_onnx, require_onnx
@@ -24,6 +24,7 @@ from maedistill.weights.from_torch_export import open_torch_export
 LAYERS = ("Conv", "MatMul", "Gemm")  # of ONNX, if they have weights
 GRAPH_FILES = {"onnx": "model.onnx", "torch_export": "model.pt2"}
 _MOST_APART = 1e-4  # of the largest output
+_MOST_BYTES = 2 * 10**9  # of weights in one ONNX file: a protobuf ends at 2**31, with the graph
 _IMAGES = 3  # of random pixels, for the comparison
 _SCOPES = "pkg.torch.onnx.name_scopes"  # of a node: the modules that it comes from
 
@@ -49,10 +50,17 @@ def write_graphs(kinds: Sequence[str], network: nn.Module, folder: Path, stated:
     """Write a network as graphs, of kinds of `GRAPH_FILES`; return by kind how far their outputs are from its own.
 
     stated: its preprocessing, which becomes part of the graphs if their input is uint8. The distance is the largest
-    one, as a share of the largest output. Raises DataError if it is above 1e-4, or if torch cannot write a graph.
+    one, as a share of the largest output. Raises DataError if it is above 1e-4, or if torch cannot write a graph;
+    ConfigError for ONNX without its packages, or of more than 2 GB.
     """
     if "onnx" in kinds:
         require_onnx(*TO_WRITE)
+        size = sum(tensor.nbytes for tensor in network.state_dict().values())
+        if size > _MOST_BYTES:
+            raise ConfigError(
+                f"the network has {size / 1e9:.1f} GB of weights, and one ONNX file holds at most 2 GB",
+                "export it as timm or torch_export: --format timm,torch_export, without --int8",
+            )
     with evaluation_mode(network):
         try:
             program = _trace(network, stated)

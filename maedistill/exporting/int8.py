@@ -5,7 +5,7 @@
 
 A layer is a convolution or a product with weights: weights int8 for each channel, input uint8 for the tensor. What lies
 between is float: the residual stream, norms, softmax, activations and the products of attention. int8 ViTs lose their
-accuracy at residual additions and at the outputs of the second layer of an MLP, so no output of a product is quantised.
+accuracy at residual additions and at the outputs of the second layer of an MLP, so no output of a layer is quantised.
 
     n images   s image side
 """
@@ -150,7 +150,7 @@ def _quantiser(
             calibration_cache_path=Path(temporary) / "ranges.json",
             extra_options={
                 "MatMulConstBOnly": True,
-                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
+                "OpTypesToExcludeOutputQuantization": [*LAYERS],
                 "CalibStridedMinMax": 1,  # one batch at a time, or all activations of all images are in memory
             },
         )

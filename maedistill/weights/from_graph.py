@@ -80,7 +80,7 @@ def open_graph(kind: str, name: str, *, image_size: int | None = None) -> tuple[
     num_classes = outputs_of(graph, f"{kind}:{name}", size=size)
     entries = stated.model_dump(exclude={"size", "input", "gives"})
     if graph.takes.pixels:  # it has them inside: Predictor's normalisation gives the pixels back
-        entries |= {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
+        entries |= {"border": stated.mean, "mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
     file_bytes = path.stat().st_size
     inside = "normalised in the graph, " if graph.takes.pixels else ""
     audit = f"{inside}{graph.precision}, {file_bytes / 1e6:.2f} MB"
@@ -94,16 +94,17 @@ def outputs_of(graph: Graph, name: str, *, size: int) -> int:
     for count in (1, 2):
         try:
             shapes.append(tuple(graph(torch.zeros(count, 3, size, size)).shape))
-        except (AssertionError, RuntimeError, ValueError, TypeError) as error:
+        except (AssertionError, AttributeError, LookupError, RuntimeError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"{name} cannot run on {count} images of {size} pixels ({why_unreadable(error)})",
                 "export the network again, with a free number of images: maedistill export RUN",
             ) from error
-    if shapes != [(1, shapes[0][-1]), (2, shapes[0][-1])]:
+    outputs = shapes[0][-1] if len(shapes[0]) == 2 else 0
+    if not outputs or shapes != [(1, outputs), (2, outputs)]:
         raise ConfigError(
             f"{name} gives {shapes[1]} for two images, not a row each", "use a graph that classifies images"
         )
-    return shapes[0][-1]
+    return outputs
 
 
 def read_preprocessing(path: Path) -> Preprocessing:

@@ -42,13 +42,17 @@ def open_onnx(path: Path) -> Graph:
     import onnxruntime
 
     try:
-        model = read_checked(path)
+        data = path.read_bytes()
+        require_onnx_format(path, data)
+        model = read_checked(data, path.parent)
         takes = _input(model)
+        outside = any(tensor.data_location == tensor.EXTERNAL for tensor in _tensors(model.graph))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
         options.log_severity_level = 4  # errors are raised
         providers = ["CPUExecutionProvider"]
-        session = onnxruntime.InferenceSession(path, options, providers=providers, enable_fallback=0)
+        given = path if outside else data  # the bytes that were checked; only a path leads to data beside the file
+        session = onnxruntime.InferenceSession(given, options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime and protobuf have kinds of their own, without a common base
         raise DataError(
             f"{path} cannot be opened as ONNX ({why_unreadable(error)})",
@@ -67,11 +71,17 @@ def open_onnx(path: Path) -> Graph:
     return Graph(run, takes, num_numbers=numbers, precision="int8" if quantised else "fp32")
 
 
-def read_checked(path: Path) -> Any:
+def require_onnx_format(path: Path, data: bytes) -> None:
+    """Raise ValueError for what onnxruntime would read as its own format, which is not checked here."""
+    if path.suffix.lower() != ".onnx" or data[4:8] == b"ORTM":
+        raise ValueError("it is not named NAME.onnx, or it is of onnxruntime's own format, ORT")
+
+
+def read_checked(data: bytes, folder: Path) -> Any:
     """Return the ModelProto of a file, without its external data. Raises ValueError for what could harm."""
     import onnx
 
-    model = onnx.ModelProto.FromString(path.read_bytes())
+    model = onnx.ModelProto.FromString(data)
     if model.functions:
         raise ValueError("it has functions of its own, which must be inlined")
     for node in model.graph.node:  # loops have inner graphs
@@ -81,7 +91,7 @@ def read_checked(path: Path) -> Any:
                 f"it has the operator {node.op_type[:60]!r} of {node.domain[:60] or 'ONNX'}, not a network's"
             )
     for tensor in _tensors(model.graph):
-        _check_tensor(tensor, path.parent)
+        _check_tensor(tensor, folder)
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)  # of shapes that are computed, as well
     for value in (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output):
         numbers = math.prod(dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim)

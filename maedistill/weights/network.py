@@ -81,6 +81,7 @@ class Network:
     audit: str = ""  # which of its keys were loaded
     file_bytes: int = 0  # of a graph, and its number format, which is fixed: fp32 or int8
     precision: str = ""
+    border: Triple | None = None  # of a graph that normalises by itself: its own mean, which pads in crop_mode border
     origin: Mapping[str, Any] | None = None  # of a run: its stage, method, data, teacher and license
 
     @property
@@ -105,8 +106,9 @@ class Network:
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """Return the preprocessing of an image, without the normalisation: RGB -> uint8 [3, size, size]."""
+        mean = self.border or self.mean
         return evaluation_transform(
-            size=self.size, crop=self.crop, interpolation=self.interpolation, crop_mode=self.crop_mode, mean=self.mean
+            size=self.size, crop=self.crop, interpolation=self.interpolation, crop_mode=self.crop_mode, mean=mean
         )
 
     @torch.no_grad()
@@ -117,7 +119,7 @@ class Network:
         """
         try:
             return self.module(torch.zeros(1, 3, self.size, self.size))
-        except (AssertionError, AttributeError, RuntimeError, ValueError, TypeError) as error:
+        except (AssertionError, AttributeError, LookupError, RuntimeError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"{self.name} cannot look at images of {self.size} pixels ({why_unreadable(error)})",
                 f"name a size that it takes ({size_key}), for a ViT a multiple of its patch size, or leave it out",
@@ -203,8 +205,7 @@ def given_network(module: TimmModel, name: str, *, image_size: int | None) -> Ne
     own = getattr(getattr(module, "patch_embed", None), "img_size", None)
     if hasattr(module, "grid") and hasattr(module, "patch_size"):
         own = [module.grid * module.patch_size]
-    license_name = getattr(stated, "license", None) or NOT_STATED
-    num_classes = int(getattr(module, "num_classes", 0))
+    license_name, num_classes = getattr(stated, "license", None) or NOT_STATED, int(getattr(module, "num_classes", 0))
     size = own[0] if own else image_size or (entries.input_size[1] if entries else _SIZE)
     return Network(
         module, name, size, license_name, num_classes=num_classes, own_size=size, audit="from Python", **preprocessing
@@ -228,7 +229,6 @@ def _check(
     Raises ConfigError unless it suits its use and its patches cover the whole image: timm would ignore the last rows
     and columns.
     """
-    sees_all = use == "teacher" and not can_mask(network)
     if use == "encoder":
         require_plain_vit(network, source)
     if use in ("classifier", "predictor") and not network.num_classes:
@@ -239,7 +239,7 @@ def _check(
         )
     require_colour(network, source)
     patches: Any = getattr(network, "patch_embed", None)
-    if grid is not None and not sees_all:
+    if grid is not None and (use != "teacher" or can_mask(network)):
         patch = require_square_patches(network, source).patch_embed.patch_size[0]
         if image_size is not None and image_size % (grid * patch):
             near = max(1, round(image_size / (grid * patch))) * grid * patch

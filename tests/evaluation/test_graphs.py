@@ -14,10 +14,13 @@ from timm.models import save_for_hf
 
 from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards
+from maedistill.errors import ConfigError
 from maedistill.evaluation.context import EvalContext, metadata
 from maedistill.exporting.graph import GRAPH_FILES, write_graphs
-from maedistill.weights.from_graph import Preprocessing
-from maedistill.weights.network import Network
+from maedistill.weights import from_onnx
+from maedistill.weights.from_graph import Preprocessing, outputs_of
+from maedistill.weights.graph import Graph, GraphInput
+from maedistill.weights.network import Network, open_network
 
 COUNTS = ("images", "top1_correct", "top5_correct", "vs_same_images", "vs_top1_correct")
 VIEW = Preprocessing(size=24, crop=0.9, interpolation="bicubic", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
@@ -91,6 +94,37 @@ def test_size_format_and_threads_are_said(results, made):
 def test_a_result_names_the_processor_that_runs_a_graph():
     network = Network(torch.nn.Identity(), "onnx:model.onnx", 24, "mit", precision="int8")
     assert metadata(network, EvalContext(torch.device("cuda"), 4, workers=0))["device"].startswith("CPU, ")
+
+
+def test_the_bytes_that_were_checked_are_those_that_run(made, tmp_path, monkeypatch):
+    path, look = tmp_path / "model.onnx", from_onnx._input
+    for file in ("model.onnx", "preprocess.json"):
+        (tmp_path / file).write_bytes((made / file).read_bytes())
+
+    def swapped(model):
+        path.write_bytes(b"another file")
+        return look(model)
+
+    monkeypatch.setattr(from_onnx, "_input", swapped)
+    assert open_network(f"onnx:{path}", "predictor").num_classes == 12
+
+
+@pytest.mark.parametrize(
+    ("run", "cause"),
+    [
+        (lambda images: (images.flatten(1),), r"cannot run on 1 images of 4 pixels \(AttributeError"),
+        (lambda images: {"logits": images.flatten(1)}, "cannot run on 1 images"),
+        (lambda images: {}["logits"], r"cannot run on 1 images of 4 pixels \(KeyError"),
+        (lambda images: images[:, 9], r"cannot run on 1 images of 4 pixels \(IndexError"),
+        (lambda images: images.sum(), r"gives \(\) for two images"),
+        (lambda images: images, r"gives \(2, 3, 4, 4\) for two images"),
+        (lambda images: images.flatten(1)[:, :0], r"gives \(2, 0\) for two images"),
+        (lambda images: images.flatten(1)[:1], r"gives \(1, 48\) for two images"),
+    ],
+)
+def test_a_graph_that_gives_no_row_for_each_image_is_refused(run, cause):
+    with pytest.raises(ConfigError, match=cause):
+        outputs_of(Graph(run, GraphInput(4, pixels=False), num_numbers=0), "onnx:model.onnx", size=4)
 
 
 @pytest.mark.parametrize(

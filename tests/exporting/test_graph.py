@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 
@@ -128,6 +129,24 @@ def test_what_stands_beside_the_graph(exported):
         assert b"site-packages" not in data and b"stack_trace" not in data  # paths of this machine
 
 
+def test_a_border_has_the_mean_that_the_graph_has_inside(exported, tmp_path):
+    (tmp_path / "model.onnx").write_bytes((exported / "model.onnx").read_bytes())
+    view = json.loads((exported / "preprocess.json").read_text()) | {"crop_mode": "border", "crop": 1.0}
+    (tmp_path / "preprocess.json").write_text(json.dumps(view))
+    network = open_network(f"onnx:{tmp_path / 'model.onnx'}", "predictor")
+    seen = network.transform()(Image.new("RGB", (60, 20), "white"))  # padded above and below
+    assert seen[:, 0, 0].tolist() == [round(255 * value) for value in MEAN] and (seen[:, 16] > 250).all()
+    assert network.mean == (0.0, 0.0, 0.0), "of what the graph takes"
+
+
+def test_weights_beyond_one_file_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_MOST_BYTES", 1000)
+    network = random_vit(global_pool="avg")
+    with pytest.raises(ConfigError, match=r"(?s)one ONNX file holds at most 2 GB.*--format timm,torch_export"):
+        write_graphs(["onnx"], network, tmp_path, stated(network))
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_graph_that_differs_is_refused(tmp_path, monkeypatch):
     network, written = random_vit(num_classes=3, global_pool="avg"), module._trace
 
@@ -170,5 +189,7 @@ def test_an_encoders_graph_alone(tmp_path):
     out = export(run, formats=("torch_export",))
     assert {path.name for path in out.iterdir()} == {"model.pt2", "preprocess.json", "README.md", "export.json"}
     assert json.loads((out / "preprocess.json").read_text())["gives"] == "features"
+    front = yaml.safe_load((out / "README.md").read_text().split("---\n")[1])
+    assert "library_name" not in front and "timm" not in front["tags"], "timm cannot open it"
     with pytest.raises(ConfigError, match=r"(?s)an encoder, whose graph gives features.*maedistill evaluate knn"):
         open_network(str(out / "model.pt2"), "predictor")
