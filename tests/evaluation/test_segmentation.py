@@ -226,6 +226,8 @@ def test_large_photographs_are_scored_in_strips_and_not_kept(networks, tmp_path,
         Image.fromarray(draws.integers(0, 5, (90, 70 + i), dtype=np.uint8)).save(tmp_path / f"{i}.png")
     pairs = find_pairs(tmp_path, tmp_path)
     probe = Segmenter(open_dense(str(networks / "vit")), EvalContext(CPU, 2, workers=0), 5, ignore=3)
+    maps = torch.randn(2, 8, 8, 32, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(probe, "predictor", lambda images: maps[: len(images)])
     heads = LinearHeads(32, 5, rates=[1.0, 2.0]).eval()
     torch.nn.init.normal_(heads.heads[1].weight, generator=torch.Generator().manual_seed(0))
     kept, sizes = [], []
