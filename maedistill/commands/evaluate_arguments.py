@@ -205,7 +205,8 @@ def parse_exits(words: list[str]) -> argparse.Namespace:
     add("model", metavar="RUN", help="a fine-tuned run with student.exits")
     add("shards", metavar="SHARDS", help="labelled shards: a folder (its val-*.tar), one tar, or a quoted glob")
     add("--index", metavar="FILE", help="the shards' index, where it does not lie beside them")
-    add("--beside", nargs="+", default=(), metavar="MODEL", help="other networks to draw, as separately trained sizes")
+    about_beside = "other networks to draw, as separately trained sizes"
+    add("--beside", action="extend", nargs="+", default=[], metavar="MODEL", help=about_beside)
     add("--picture", type=Path, metavar="FILE.png", help="draw top-1 over mean latency")
     add("--json", type=Path, metavar="FILE.json", help=FILES["json"])
     add_execution(parser)
