@@ -130,13 +130,14 @@ def prepare() -> None:
         assert code == 0, Path("prepare.log").read_text()
     formats = ["--format", "timm,onnx,torch_export"]
     assert run(["export", "runs/classifier", *formats], Path("prepare.log")) == 0, Path("prepare.log").read_text()
+    shutil.copytree("runs", "prepared")  # commands of one page change runs that another page copies
 
 
 def name_runs(words: list[str]) -> list[str]:
     """Copy the prepared runs to the names that a command reads, and give what it writes a name of its own."""
     for name in re.findall(r"runs/\w+", " ".join(word for word in words if not word.startswith("run="))):
         if not Path(name).exists():
-            shutil.copytree("runs/classifier" if CLASSIFIER.search(name) else "runs/student", name)
+            shutil.copytree("prepared/classifier" if CLASSIFIER.search(name) else "prepared/student", name)
     return [f"run=out/{time.monotonic_ns()}" if word.startswith("run=") else word for word in words]
 
 
