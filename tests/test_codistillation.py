@@ -21,7 +21,7 @@ from maedistill.finetuning.setup import dry_run, open_finetuning
 from maedistill.finetuning.teacher import OfflineTeacher
 from maedistill.losses.self_distillation import codistillation_loss
 from maedistill.runs.published import publish, read_published, remove_published
-from maedistill.weights.network import open_network, unloaded_run
+from maedistill.weights.open_network import open_network, unloaded_run
 from tests.faults.notes import same_result
 from tests.support.launch import Finished, Start
 

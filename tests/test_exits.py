@@ -18,7 +18,7 @@ from maedistill.evaluation.exits import score_exits
 from maedistill.evaluation.latency import image_seconds, measure_latency
 from maedistill.finetuning.outputs import RequestedOutputs, forward_outputs
 from maedistill.finetuning.setup import open_finetuning
-from maedistill.weights.network import open_network
+from maedistill.weights.open_network import open_network
 
 EXITS = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=3", "student.num_heads=2"]
 EXITS += ["student.patch_size=8", "student.exits=[0,1]", "distill.exits.weight=1", "optim.epochs=2"]

@@ -28,7 +28,7 @@ from maedistill.evaluation.accuracy import evaluate
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import Predictor
 from maedistill.finetuning.setup import open_finetuning
-from maedistill.weights.network import open_network
+from maedistill.weights.open_network import open_network
 from tests.conftest import FINETUNE_CONFIG
 
 EPOCH = 8  # steps

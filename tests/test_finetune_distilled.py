@@ -15,7 +15,7 @@ from timm.models import save_for_hf
 
 from maedistill.exporting.card import model_card
 from maedistill.weights.from_run import open_run
-from maedistill.weights.network import open_network
+from maedistill.weights.open_network import open_network
 
 SCRATCH = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.num_heads=2"]
 SCRATCH += ["student.patch_size=8", "student.register_tokens=1", "optim.epochs=2", "optim.layer_decay=1"]

@@ -25,7 +25,7 @@ from maedistill.models.initialize import initialize
 from maedistill.models.masking import PatchSplit
 from maedistill.models.patches import patchify
 from maedistill.weights.from_file import EncoderSpec, read_weights_file
-from maedistill.weights.network import open_network
+from maedistill.weights.open_network import open_network
 from maedistill.weights.state_dict import ConvertedStateDict, import_weights
 
 GOLDEN = Path(os.environ.get("MAEDISTILL_GOLDEN") or Path(__file__).parent / "golden")

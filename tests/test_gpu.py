@@ -29,7 +29,8 @@ from maedistill.randomness import Stream, bits, uniform
 from maedistill.runs.clock import Clock
 from maedistill.training.compilation import compile_function
 from maedistill.weights.from_file import EncoderSpec
-from maedistill.weights.network import Network, open_network
+from maedistill.weights.network import Network
+from maedistill.weights.open_network import open_network
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU; written on a machine without one, not yet run on any"

@@ -7,7 +7,7 @@ import timm
 import torch
 
 import maedistill
-from maedistill.weights.network import open_network
+from maedistill.weights.open_network import open_network
 
 MUTUAL = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.num_heads=2"]
 MUTUAL += ["student.patch_size=8", "optim.epochs=2"]

@@ -34,7 +34,8 @@ from maedistill.report.charts import new_canvas
 from maedistill.report.run_report import percent
 from maedistill.weights.class_names import compare_names
 from maedistill.weights.from_run import read_metadata
-from maedistill.weights.network import Network, open_network
+from maedistill.weights.network import Network
+from maedistill.weights.open_network import open_network
 
 _THRESHOLDS = 21  # points of the curve: quantiles of the confidences
 

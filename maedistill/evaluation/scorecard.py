@@ -39,7 +39,8 @@ from maedistill.processes import distributed
 from maedistill.runs.objects import class_name, python_name
 from maedistill.runs.records import unwritable
 from maedistill.weights.class_names import compare_names, subset_columns
-from maedistill.weights.network import Network, given_network, open_network
+from maedistill.weights.network import Network
+from maedistill.weights.open_network import given_network, open_network
 
 
 def score(

@@ -39,7 +39,7 @@ from maedistill.runs.manifest import follow_umask
 from maedistill.weights.from_graph import PREPROCESSING, Preprocessing
 from maedistill.weights.from_onnx import TO_WRITE
 from maedistill.weights.from_run import RunNetwork, Weights, open_run
-from maedistill.weights.network import open_network
+from maedistill.weights.open_network import open_network
 
 Pooling = Literal["avg", "token"]
 RECORD = "export.json"

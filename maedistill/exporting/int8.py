@@ -31,7 +31,8 @@ from maedistill.evaluation.accuracy import Score, evaluate
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import Predictor
 from maedistill.exporting.graph import GRAPH_FILES, LAYERS
-from maedistill.weights.network import Network, open_network
+from maedistill.weights.network import Network
+from maedistill.weights.open_network import open_network
 
 INT8_FILE = "model_int8.onnx"
 _COMPARED = 16  # images for the error of a layer

@@ -20,7 +20,8 @@ from maedistill.models.meta import meta_device
 from maedistill.runs.objects import NOTHING, Objects, require_object
 from maedistill.weights.from_file import SPEC_FIELDS, EncoderSpec
 from maedistill.weights.from_run import describe_network
-from maedistill.weights.network import Network, given_network, open_network
+from maedistill.weights.network import Network
+from maedistill.weights.open_network import given_network, open_network
 
 
 def build_init_source(

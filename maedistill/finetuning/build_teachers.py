@@ -27,7 +27,8 @@ from maedistill.models.encoder import PlainViT
 from maedistill.models.initialize import initialize
 from maedistill.runs.objects import require_object
 from maedistill.weights.class_names import shared_classes
-from maedistill.weights.network import Network, given_network, open_network
+from maedistill.weights.network import Network
+from maedistill.weights.open_network import given_network, open_network
 from maedistill.weights.state_dict import weights_fingerprint
 
 _VIT_ONLY = ("attention", "token_relations")

@@ -46,7 +46,8 @@ from maedistill.runs.run import Run
 from maedistill.training.compilation import compile_module
 from maedistill.weights.class_names import shared_classes
 from maedistill.weights.license import combined_license
-from maedistill.weights.network import Network, unloaded_run
+from maedistill.weights.network import Network
+from maedistill.weights.open_network import unloaded_run
 from maedistill.weights.state_dict import weights_fingerprint
 
 _POLL_SECONDS, _FIRST_SECONDS, _SAY_SECONDS = 0.2, 5.0, 60.0  # between looks; until the wait is said; said again

@@ -30,7 +30,8 @@ from maedistill.models.masking import PatchSplit, num_visible, random_split
 from maedistill.runs.objects import NOTHING, Objects, class_name, require_object
 from maedistill.weights.from_file import SPEC_FIELDS, EncoderSpec
 from maedistill.weights.license import NO_OTHERS
-from maedistill.weights.network import Network, given_network, open_network
+from maedistill.weights.network import Network
+from maedistill.weights.open_network import given_network, open_network
 
 METHODS: dict[str, type[MAE]] = {"mae": MAE, "dmae": DMAE, "amd": AMD, "tinymim": TinyMIM}
 

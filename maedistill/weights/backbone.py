@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from maedistill.errors import ConfigError
 from maedistill.models.encoder import TimmModel
 from maedistill.models.maps import feature_maps, map_shapes, resample
-from maedistill.weights.network import Network, open_network
+from maedistill.weights.network import Network
+from maedistill.weights.open_network import open_network
 
 Pool = Literal["mean", "class"]
 

@@ -5,7 +5,7 @@ import torch
 
 from maedistill.errors import ConfigError
 from maedistill.evaluation.exits import Ending, operations, score_exits
-from maedistill.weights.network import open_network
+from maedistill.weights.open_network import open_network
 
 
 @pytest.mark.parametrize("source", ["nowhere", "resnet50", "a.pth"])

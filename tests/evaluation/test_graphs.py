@@ -20,7 +20,8 @@ from maedistill.exporting.graph import GRAPH_FILES, write_graphs
 from maedistill.weights import from_onnx
 from maedistill.weights.from_graph import Preprocessing, outputs_of
 from maedistill.weights.graph import Graph, GraphInput
-from maedistill.weights.network import Network, open_network
+from maedistill.weights.network import Network
+from maedistill.weights.open_network import open_network
 
 COUNTS = ("images", "top1_correct", "top5_correct", "vs_same_images", "vs_top1_correct")
 VIEW = Preprocessing(size=24, crop=0.9, interpolation="bicubic", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))

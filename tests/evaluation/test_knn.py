@@ -25,7 +25,7 @@ from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
 from maedistill.processes import distributed
 from maedistill.weights.backbone import Backbone
-from maedistill.weights.network import given_network
+from maedistill.weights.open_network import given_network
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)

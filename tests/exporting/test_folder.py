@@ -24,7 +24,7 @@ from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.runs.checkpoint import take_snapshot, write_snapshot
 from maedistill.runs.restore import newest_intact, read_weights
 from maedistill.training.engine import MOMENTS, TrainingState
-from maedistill.weights.network import open_network
+from maedistill.weights.open_network import open_network
 from maedistill.weights.state_dict import ConvertedStateDict, load_encoder
 from tests.exporting.imitation import CROP, MEAN, STD, TINY, imitate, random_vit
 

@@ -20,7 +20,7 @@ from maedistill.exporting.folder import export, read_record
 from maedistill.exporting.graph import GRAPH_FILES, write_graphs
 from maedistill.models.exits import ExitHead, ending_at
 from maedistill.weights.from_graph import Preprocessing, read_preprocessing
-from maedistill.weights.network import open_network
+from maedistill.weights.open_network import open_network
 from tests.exporting.imitation import CROP, MEAN, STD, imitate, random_vit
 
 

@@ -20,7 +20,7 @@ from maedistill.evaluation.context import EvalContext
 from maedistill.exporting.folder import export
 from maedistill.exporting.int8 import INT8_FILE, Int8Spec, quantise
 from maedistill.models.encoder import build_vit
-from maedistill.weights.network import open_network
+from maedistill.weights.open_network import open_network
 from tests.exporting.imitation import MEAN, STD, TINY, imitate
 
 MOVES = ("Transpose", "Reshape", "Flatten", "Concat", "Slice", "Expand", "Gather", "Squeeze", "Unsqueeze", "Identity")

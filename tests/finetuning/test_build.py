@@ -17,7 +17,8 @@ from maedistill.finetuning.objective import Supervised
 from maedistill.models.patches import position_table
 from maedistill.weights.from_file import EncoderSpec
 from maedistill.weights.from_run import describe_network, open_run
-from maedistill.weights.network import Network, open_network
+from maedistill.weights.network import Network
+from maedistill.weights.open_network import open_network
 
 MODEL = "vit_tiny_patch16_224"
 SHAPE = {"width": 32, "depth": 3, "num_heads": 2, "patch_size": 8}

@@ -18,7 +18,7 @@ from maedistill.models.initialize import initialize
 from maedistill.models.masking import PatchSplit, random_split
 from maedistill.models.patches import patchify, unpatchify
 from maedistill.weights.from_file import EncoderSpec
-from maedistill.weights.network import open_network
+from maedistill.weights.open_network import open_network
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 CASES = ["mae", "dmae", "amd", "amd with class token", "amd learned", "dmae two pairs"]

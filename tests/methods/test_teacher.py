@@ -18,7 +18,7 @@ from maedistill.models.initialize import initialize
 from maedistill.models.masking import random_split
 from maedistill.pretraining.build import build_teacher_source
 from maedistill.weights.from_file import EncoderSpec
-from maedistill.weights.network import open_network
+from maedistill.weights.open_network import open_network
 
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8, "img_size": 32}
 RANDOM = {"width": 32, "depth": 3, "num_heads": 2, "patch_size": 8}

@@ -28,7 +28,8 @@ from maedistill.models.patches import gather_rows
 from maedistill.pretraining.build import build_encoder, build_teacher_source
 from maedistill.pretraining.flops import count_flops
 from maedistill.weights.from_file import EncoderSpec
-from maedistill.weights.network import Network, open_network
+from maedistill.weights.network import Network
+from maedistill.weights.open_network import open_network
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 GRID = 4

@@ -263,7 +263,7 @@ def open_numpy(name: str, inspect_network: Inspect) -> TimmModel:
     ),
     Edit(
         3,
-        "maedistill/weights/network.py",
+        "maedistill/weights/open_network.py",
         '    elif kind == "file":\n',
         """    elif kind == "numpy":
         vit = open_numpy(name, check)
@@ -273,7 +273,7 @@ def open_numpy(name: str, inspect_network: Inspect) -> TimmModel:
     ),
     Edit(
         3,
-        "maedistill/weights/network.py",
+        "maedistill/weights/open_network.py",
         "from maedistill.weights.from_run import",
         "from maedistill.weights.from_numpy import open_numpy\nfrom maedistill.weights.from_run import",
     ),

@@ -15,7 +15,7 @@ from maedistill.models.encoder import build_vit
 from maedistill.models.initialize import initialize
 from maedistill.pretraining.build import build_teacher_source
 from maedistill.weights.from_file import EncoderSpec
-from maedistill.weights.network import open_network
+from maedistill.weights.open_network import open_network
 from maedistill.weights.state_dict import import_weights
 
 TINY = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8}

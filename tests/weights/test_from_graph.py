@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from maedistill.errors import UserError
-from maedistill.weights.network import open_network
+from maedistill.weights.open_network import open_network
 
 VIEW = {"size": 4, "crop": 1.0, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
 IMAGES = ["batch", 3, 4, 4]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from maedistill.errors import UserError
 from maedistill.weights import from_transformers
 from maedistill.weights.from_file import EncoderSpec
-from maedistill.weights.network import open_network
+from maedistill.weights.open_network import open_network
 
 CONFIG = {"model_type": "vit", "num_attention_heads": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
 PROCESSOR = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_normalize": True}

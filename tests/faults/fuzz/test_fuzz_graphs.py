@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from maedistill.errors import ConfigError, DataError
-from maedistill.weights.network import open_network
+from maedistill.weights.open_network import open_network
 from tests.faults.fuzz.damage import byte_edits, cases, edited, regrown, tree_edits
 from tests.weights.test_from_graph import VIEW, linear
 

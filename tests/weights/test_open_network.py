@@ -17,7 +17,7 @@ from maedistill.runs.checkpoint import take_snapshot, write_snapshot
 from maedistill.training.engine import MOMENTS, TrainingState
 from maedistill.weights.from_file import EncoderSpec
 from maedistill.weights.from_run import PREFIX, describe_network
-from maedistill.weights.network import open_network
+from maedistill.weights.open_network import given_network, open_network
 
 TINY = {"image_size": 32, "width": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 INPUT = {"size": 32, "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.1], "crop": 0.9}
@@ -267,3 +267,13 @@ def test_claims_that_the_weights_cannot_hold_are_refused_before_a_network_is_bui
     with pytest.raises(DataError) as refused:
         open_network(source)
     assert next(iter(claim)) in refused.value.cause
+
+
+@pytest.mark.parametrize("returned", [lambda images: (images,), lambda images: images.sum(), lambda images: None])
+def test_a_module_from_python_gives_a_tensor_for_each_image(returned):
+    class Given(torch.nn.Module):
+        def forward(self, images):
+            return returned(images)
+
+    with pytest.raises(ConfigError):
+        given_network(Given(), "given", image_size=8).output()
