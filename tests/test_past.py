@@ -8,7 +8,9 @@ import torch
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
+from maedistill.data.images.augment import seed_generators
 from maedistill.exporting.card import model_card
+from maedistill.finetuning.build import build_labelled_crops
 from maedistill.finetuning.loop import train
 from maedistill.finetuning.objective import Supervised
 from maedistill.finetuning.setup import Finetuning, open_finetuning
@@ -97,6 +99,39 @@ def test_without_a_past_it_is_plain_cross_entropy_bit_for_bit(opened):
     resting = opened("distill.label_weight=1", "distill.past.start_epoch=3")
     assert [len(resting.teacher_outputs(IMAGES, step)) for step in (23, 24)] == [2, 3]
     assert torch.equal(losses(resting, 23)["loss"], losses(resting, 23)["cross_entropy"])
+
+
+def learn(parts: Finetuning, folder) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """The losses of 11 steps, of which 3 are in the second epoch, and the weights then; everything random is on."""
+    config, found = parts.config, []
+    crops = build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean)
+    optimizer = torch.optim.AdamW(parts.module.train().parameters(), 3e-3)
+    if parts.predictions is not None:
+        parts.predictions.open(SimpleNamespace(path=folder, checkpoints=folder), crops.order, step=0)
+    for step in range(11):
+        batch = crops.__getitems__(list(range(12 * step, 12 * step + 12)))
+        seed_generators(config.seed, step)
+        images, targets = parts.inputs(batch)
+        losses = parts.module(images, targets, *parts.teacher_outputs(images, step, batch))
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        found += [losses["loss"].detach(), *(parameter.grad.clone() for parameter in parts.module.vit.parameters())]
+        optimizer.step()
+        if parts.predictions is not None:
+            parts.predictions.add(batch, losses["predictions"])
+    return found, parts.module.vit.state_dict()
+
+
+@pytest.mark.parametrize("source", ["weights", "ema", "predictions"])
+def test_alpha_0_is_plain_cross_entropy_bit_for_bit(opened, tmp_path, source):
+    """Losses, gradients and weights, with a past that predicts; a small alpha is not."""
+    unmixed = ["augment.mixup=0", "augment.cutmix=0"]
+    expected, weights = learn(opened(*unmixed, "distill.past.weight=0", "distill.label_weight=1"), tmp_path)
+    for alpha in (0, 0.1):
+        past = opened(*unmixed, f"distill.past.source={source}", f"distill.past.alpha={alpha}")
+        found, learned = learn(past, tmp_path / str(alpha))
+        assert all(map(torch.equal, found, expected)) == (alpha == 0)
+        assert all(torch.equal(learned[name], value) for name, value in weights.items()) == (alpha == 0)
 
 
 def test_the_average_that_the_run_has_is_the_one_that_teaches(opened):

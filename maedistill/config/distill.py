@@ -258,8 +258,8 @@ class PastConfig(TermConfig):
     weight: Weight = result(
         0.0, "weight of the cross-entropy with the mixed targets; 1 with distill.label_weight=0 is PS-KD's; 0: off"
     )
-    alpha: Annotated[float, Field(gt=0.0, le=1.0)] = result(
-        0.8, "share of the past in the last epoch, to which it rises linearly; 0.8 in PS-KD"
+    alpha: Probability = result(
+        0.8, "share of the past in the last epoch, to which it rises linearly; 0.8 in PS-KD; 0: the labels alone"
     )
     source: Literal["weights", "ema", "predictions"] = result(
         "weights",

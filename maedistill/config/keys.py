@@ -19,7 +19,6 @@ ALIASES = {
     "accum_iter": ("engine.micro_batch",),
     "batch_size": ("optim.global_batch", "engine.micro_batch"),
     "blr": ("optim.base_lr",),
-    "burn_in": ("distill.codistillation.start_epoch",),
     "clip_grad": ("optim.clip",),
     "data_path": ("data.train",),
     "finetune": ("init.source",),
@@ -70,8 +69,9 @@ REMOVED = {
     "log.keep_every_epochs": "remove it: log.keep is how many checkpoints are kept; copy the others that you want",
 }
 
-# What other programs have as settings and here is decided elsewhere.
+# What other programs have as settings and here is decided elsewhere, or in another unit.
 ELSEWHERE = {
+    "burn_in": "use distill.codistillation.start_epoch, in epochs: a share of 0.4 is 0.4 optim.epochs",
     "device": "leave it out: a GPU is used where there is one; CUDA_VISIBLE_DEVICES chooses which",
     "devices": "start one process for each GPU: torchrun --nproc-per-node N -m maedistill ...",
     "gpus": "start one process for each GPU: torchrun --nproc-per-node N -m maedistill ...",
