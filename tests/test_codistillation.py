@@ -16,13 +16,15 @@ from safetensors.torch import load_file
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.errors import ConfigError, DataError
+from maedistill.finetuning.objective import Mutual
 from maedistill.finetuning.outputs import RequestedOutputs
 from maedistill.finetuning.setup import dry_run, open_finetuning
 from maedistill.finetuning.teacher import OfflineTeacher
-from maedistill.losses.self_distillation import codistillation_loss
 from maedistill.runs.published import publish, read_published, remove_published
 from maedistill.weights.open_network import open_network, unloaded_run
 from tests.faults.notes import same_result
+from tests.finetuning.test_distilled import IMAGES, TARGETS, assemble, vit
+from tests.finetuning.test_self_terms import load
 from tests.support.launch import Finished, Start
 
 KILLS = max(3, int(os.environ.get("MAEDISTILL_KILLS", "12")) // 4)  # of each run
@@ -98,25 +100,21 @@ def test_a_step_sees_the_weights_of_its_period(trained, finetuning, tmp_path):
     assert network.outputs(images, 15)["peers"].shape == (1, 2, 3)
 
 
-def test_a_pair_equals_mutual_learning_where_nothing_is_stale():
+def test_a_pair_equals_mutual_learning_where_nothing_is_stale(tmp_path):
     """Period 1: KL to copies of this very step has the value and gradient of mutual learning of two."""
-    from maedistill.finetuning.objective import Mutual
-    from tests.finetuning.test_distilled import IMAGES, TARGETS, vit
-
+    config = load(tmp_path, "distill.codistillation={weight: 1, peers: [runs/b], every_steps: 1}")
     together, apart = ([vit(seed=1), vit(seed=2)] for _ in range(2))
     both = torch.optim.SGD([p for student in together for p in student.parameters()], 0.1)
     each = [torch.optim.SGD(student.parameters(), 0.1) for student in apart]
-    module = Mutual(together[0], together[1:], label_weight=1.0)
+    module, alone = Mutual(together[0], together[1:], label_weight=1.0), [assemble(config, s)[0] for s in apart]
     for _ in range(3):
         both.zero_grad()
         module(IMAGES, TARGETS, [], torch.ones(1))["loss"].backward()
         both.step()
         copies = [student(IMAGES).detach() for student in apart]  # before either of them moves
-        for student, optimizer, peer in zip(apart, each, copies[::-1], strict=True):
+        for own, optimizer, peer in zip(alone, each, copies[::-1], strict=True):
             optimizer.zero_grad()
-            logits = student(IMAGES)
-            loss = -(TARGETS * logits.log_softmax(1)).sum(1).mean() + codistillation_loss(logits, [peer])
-            loss.backward()
+            own(IMAGES, TARGETS, [], torch.ones(1), {"peers": peer[None]})["loss"].backward()
             optimizer.step()
     for one, other in zip(together, apart, strict=True):
         pairs = zip(one.parameters(), other.parameters(), strict=True)
