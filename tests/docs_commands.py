@@ -67,7 +67,7 @@ def small(words: list[str]) -> list[str]:
     if words[0] not in ("pretrain", "finetune") or {"--explain", "--print-config"} & set(words):
         return words
     if words[0] == "pretrain":
-        is_alone = words[1].partition("/")[2].startswith(("mae", "ema")) or "method=mae" in words
+        is_alone = words[1].partition("/")[2].startswith(("mae", "ema", "teacher")) or "method=mae" in words
         method = ["generate.num_heads=2"] if "amd" in words[1] and "generate.by=decoder" not in words else []
         return words + PRETRAIN + method + ([] if is_alone else TEACHER)
     text = shlex.join(words)
@@ -110,7 +110,7 @@ def prepare() -> None:
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(place / f"{i:03d}.png")
     make_shards(open_folder(Path("data/imagenet")), Path("shards/in1k"), images_per_shard=24)
-    for name in ("shards/cifar10", "shards/photos", "SHARDS", "SHARDS256"):
+    for name in ("shards/cifar10", "shards/imagenette", "shards/photos", "SHARDS", "SHARDS256"):
         shutil.copytree("shards/in1k", name)
     shutil.copy("shards/cifar10/val-000000.tar", "shards/cifar10/test-000000.tar")
     data = ["data.train=shards/in1k/train-*.tar", "data.val=shards/in1k/val-*.tar", "optim.ema=0.9"]

@@ -24,6 +24,7 @@ from maedistill.pretraining.build import (
 )
 from maedistill.pretraining.flops import count_flops
 from maedistill.pretraining.setup import dry_run as pretrain_dry_run
+from maedistill.study.file import load_study
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = [path for path in sorted(ROOT.glob("configs/*/*.yaml")) if not path.stem.startswith(("base", "study"))]
@@ -120,6 +121,40 @@ def test_sam_teaches_on_a_few_images(shards, tmp_path, capsys) -> None:
     out = capsys.readouterr().out
     assert "student sees 4 of 16 patches, teacher the whole image at 64 px, maps of side 4 resampled to 4" in out
     assert re.search(r"flops    teacher \d", out) and "\nmemory " in out
+
+
+def test_imagenette_minutes_follow_from_the_rates() -> None:
+    """`about M minutes on one CPU core, at R images per CPU second`, for the epochs of the config."""
+    found = 0
+    for path in ROOT.glob("configs/imagenette/*.yaml"):
+        if cost := re.search(r"about (\d+) minutes on one CPU core, at (\d+) images per CPU second", path.read_text()):
+            given = ["init.source=run:runs/x"] if path in FINETUNE else without_weights(path)
+            root = FinetuneConfig if path in FINETUNE else PretrainConfig
+            config = load_config(path, NEEDED + given, root=root).config
+            assert int(cost[1]) == round(config.optim.epochs * 9469 / int(cost[2]) / 60), path
+            found += 1
+    assert found == 7
+
+
+def test_the_study_of_lengths_compares_equal_epochs_and_equal_minutes() -> None:
+    study = load_study("imagenette/study_lengths")
+    given = [*NEEDED, "init.source=run:runs/x"]
+    tuning = load_config(study.finetune.config, given, root=FinetuneConfig).config.optim.epochs
+    lengths, rates = {}, {}
+    for name, student in study.students.items():
+        if student.config:
+            optim = load_config(student.config, [*NEEDED, *student.set], root=PretrainConfig).config.optim
+            assert name.endswith(f"_{optim.epochs:g}") and optim.warmup_epochs == optim.epochs / 10
+            lengths.setdefault(name.rpartition("_")[0], []).append(optim.epochs)
+    assert lengths == {method: [3, 10, 30, 100] for method in ("mae", "dmae", "amd", "tinymim")}
+    scratch = study.students["scratch"].finetune_axes["optim.epochs"]
+    assert {tuning + epochs for epochs in lengths["mae"]} <= set(scratch)
+    for method in ("dmae", "amd", "finetune"):
+        text = (ROOT / f"configs/imagenette/{method}.yaml").read_text()
+        rates[method] = int(re.search(r"at (\d+) images per CPU second", text)[1])
+    for method, epochs in (("dmae", 3), ("dmae", 10), ("dmae", 30), ("dmae", 100), ("amd", 100)):
+        equal = tuning + epochs * rates["finetune"] / rates[method]
+        assert min(abs(equal / each - 1) for each in scratch) < 0.1, (method, epochs, equal)
 
 
 def test_imagenet_configs_are_the_papers_recipes() -> None:
