@@ -5,5 +5,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["maedistill", "maedistill.*"]), "maedistill.configs"],
     package_dir={"maedistill.configs": "configs"},
-    package_data={"maedistill": ["py.typed"], "maedistill.configs": ["*/*.yaml"]},
+    package_data={"maedistill": ["py.typed", "report/page.css", "report/page.js"], "maedistill.configs": ["*/*.yaml"]},
 )

@@ -34,7 +34,7 @@ from maedistill.methods.mae import MAE
 from maedistill.pretraining import loop as pretraining
 from maedistill.runs.callback import Callback
 from maedistill.runs.folder import RunFolder
-from maedistill.runs.metrics import read_metrics as read_metrics_of
+from maedistill.runs.history import read_metrics as read_metrics_of
 from maedistill.runs.objects import Objects, python_name
 from maedistill.weights.from_run import Weights, load_into, open_run
 

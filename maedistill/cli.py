@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": "count every validation image once; judge frozen features, or write them to disk",
     "export": "hand over a run's network as a timm model with its card",
     "study": "run and compare many trainings from one file",
+    "report": "make a page of a run, of a study, or of several runs: one HTML file",
     "benchmark": "measure where time goes: loader, step, scale, cost",
     "quickstart": "the whole way on real digits, some minutes on two CPU cores",
 }

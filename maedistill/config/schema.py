@@ -216,6 +216,9 @@ class LogConfig(Section):
     save_every_epochs: Above0 = runtime(1.0, "epochs between checkpoints")
     keep: Positive = runtime(2, "newest checkpoints that are kept")
     tensorboard: bool = runtime(True, "also write TensorBoard events, where tensorboard is installed")
+    report: bool = runtime(
+        False, "make report.html at the first evaluation; a page that is there is made again after each one anyway"
+    )
 
 
 class RunConfig(Section):

@@ -19,7 +19,7 @@ from maedistill.models.encoder import PlainViT, num_params_m
 from maedistill.models.flops import forward_gflop
 from maedistill.pretraining.build import mask_sizes
 from maedistill.report.run_report import KNN_CAVEAT, percent
-from maedistill.runs.metrics import read_metrics
+from maedistill.runs.history import read_metrics
 from maedistill.weights.from_run import RunNetwork, Weights
 from maedistill.weights.license import hub_license, license_sentence
 

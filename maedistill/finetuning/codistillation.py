@@ -40,7 +40,7 @@ from maedistill.finetuning.outputs import Outputs, RequestedOutputs, is_plain_vi
 from maedistill.finetuning.teacher import OfflineTeacher
 from maedistill.processes import distributed
 from maedistill.runs.checkpoint import checkpoint_steps
-from maedistill.runs.metrics import size_text
+from maedistill.runs.history import size_text
 from maedistill.runs.published import publish, read_published, remove_published
 from maedistill.runs.run import Run
 from maedistill.training.compilation import compile_module

@@ -29,6 +29,7 @@ from maedistill.finetuning.self_terms import exit_networks
 from maedistill.finetuning.setup import Finetuning, open_finetuning
 from maedistill.processes import distributed
 from maedistill.randomness import Stream
+from maedistill.report.run_page import refresh_run
 from maedistill.report.run_report import write_finetune_report
 from maedistill.runs.callback import Callback
 from maedistill.runs.metrics import MetricsFile
@@ -52,15 +53,18 @@ def finetune(
     fresh: delete the run in the folder and start over. extend: allow a larger number of epochs.
     Raises subclasses of UserError; RUN/exit.json records how the run ended.
     """
-    run_stage(
-        config,
-        open_stage=partial(open_finetuning, objects=objects),
-        train=train,
-        write_report=write_finetune_report,
-        callbacks=callbacks,
-        fresh=fresh,
-        extend=extend,
-    )
+    try:
+        run_stage(
+            config,
+            open_stage=partial(open_finetuning, objects=objects),
+            train=train,
+            write_report=write_finetune_report,
+            callbacks=callbacks,
+            fresh=fresh,
+            extend=extend,
+        )
+    finally:
+        refresh_run(config.run)  # exit.json says by now how it ended
 
 
 def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
@@ -171,3 +175,4 @@ def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
                 record |= {f"{averaged}mean_top1": sum(each) / len(each), f"{averaged}best_top1": max(each)}
             metrics.write(run.step, record)
             say(f"epoch {run.epoch:.1f}  {prefix.replace('_', ' ')}{score.line()}")
+        refresh_run(parts.config.run, create=parts.config.log.report)

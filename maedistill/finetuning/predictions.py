@@ -34,7 +34,7 @@ from maedistill.finetuning.outputs import Outputs
 from maedistill.processes import distributed
 from maedistill.runs.checkpoint import checkpoint_steps
 from maedistill.runs.folder import RunFolder
-from maedistill.runs.metrics import size_text
+from maedistill.runs.history import size_text
 
 
 class Predictions:

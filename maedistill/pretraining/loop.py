@@ -29,6 +29,7 @@ from maedistill.pretraining.pictures import reconstruction_sheet
 from maedistill.pretraining.setup import Pretraining, open_pretraining
 from maedistill.processes import distributed
 from maedistill.randomness import Stream, key
+from maedistill.report.run_page import refresh_run
 from maedistill.report.run_report import write_run_report
 from maedistill.runs.callback import Callback
 from maedistill.runs.metrics import MetricsFile
@@ -54,15 +55,18 @@ def pretrain(
     fresh: delete the run in the folder and start over. extend: allow a changed number of epochs.
     Raises subclasses of UserError; RUN/exit.json records how the run ended.
     """
-    run_stage(
-        config,
-        open_stage=partial(open_pretraining, objects=objects),
-        train=train,
-        write_report=write_run_report,
-        callbacks=callbacks,
-        fresh=fresh,
-        extend=extend,
-    )
+    try:
+        run_stage(
+            config,
+            open_stage=partial(open_pretraining, objects=objects),
+            train=train,
+            write_report=write_run_report,
+            callbacks=callbacks,
+            fresh=fresh,
+            extend=extend,
+        )
+    finally:
+        refresh_run(config.run)  # exit.json says by now how it ended
 
 
 def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
@@ -101,6 +105,9 @@ def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
                 draw(run, parts, metrics)
             if parts.val_index is not None and parts.unscorable is None:
                 probe(run, parts, parts.val_index, metrics)
+            log = config.log
+            if any(map(run.due, (log.pictures_every_epochs, log.knn_every_epochs, log.probe_every_epochs))):
+                refresh_run(config.run, create=log.report)
         run.raise_if_preempted()
 
 

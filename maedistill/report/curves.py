@@ -20,8 +20,8 @@ _START = 0.1  # of a run; losses of this part do not stretch the axis
 
 
 @dataclass(frozen=True)
-class _Panel:
-    """One quantity. name: of the metric; with a slash at its end, the mean of all that begin so."""
+class Panel:
+    """One quantity that runs record. name: of the metric; with a slash at its end, the mean of all that begin so."""
 
     name: str
     title: str
@@ -30,18 +30,18 @@ class _Panel:
     scale: Literal["linear", "log"] = "linear"
 
 
-_PANELS = (
-    _Panel("pixels", "pixel loss", "mean squared error"),
-    _Panel("align/", "direct alignment", "loss"),
-    _Panel("generate/", "generated alignment", "loss"),
-    _Panel("cross_entropy", "training cross-entropy", "nats"),
-    _Panel("val_loss", "validation cross-entropy", "nats"),
-    _Panel("top1", "validation top-1", "%", "accuracy"),
-    _Panel("knn", "kNN top-1", "%", "accuracy"),
-    _Panel("linear", "linear probe top-1", "%", "accuracy"),
-    _Panel("lr", "learning rate", "AdamW", "other"),
-    _Panel("grad_norm", "gradient norm", "L2", "other", "log"),
-    _Panel("images_per_second", "throughput", "images/s per rank", "other"),
+PANELS = (
+    Panel("pixels", "pixel loss", "mean squared error"),
+    Panel("align/", "direct alignment", "loss"),
+    Panel("generate/", "generated alignment", "loss"),
+    Panel("cross_entropy", "training cross-entropy", "nats"),
+    Panel("val_loss", "validation cross-entropy", "nats"),
+    Panel("top1", "validation top-1", "%", "accuracy"),
+    Panel("knn", "kNN top-1", "%", "accuracy"),
+    Panel("linear", "linear probe top-1", "%", "accuracy"),
+    Panel("lr", "learning rate", "AdamW", "other"),
+    Panel("grad_norm", "gradient norm", "L2", "other", "log"),
+    Panel("images_per_second", "throughput", "images/s per rank", "other"),
 )
 
 
@@ -58,7 +58,7 @@ def draw_curves(
     over: epochs, or minutes of training. A single run shows both. order: all names of the study, which determine the
     colors. restarts: steps at which a single run was continued, marked by vertical lines.
     """
-    lines = {panel: {name: _points(run, panel, over) for name, run in records.items()} for panel in _PANELS}
+    lines = {panel: {name: _points(run, panel, over) for name, run in records.items()} for panel in PANELS}
     lines = {panel: runs for panel, runs in lines.items() if any(runs.values())}
     columns = min(_COLUMNS, len(lines))
     rows = -(-len(lines) // _COLUMNS)
@@ -89,7 +89,7 @@ def mean_metric(record: Mapping[str, Any], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _points(records: _Records, panel: _Panel, over: str) -> list[_Point]:
+def _points(records: _Records, panel: Panel, over: str) -> list[_Point]:
     """Return the points of a line. An evaluation has the minutes of the last training step before it."""
     points, minutes = [], 0.0
     for record in records:
@@ -99,7 +99,7 @@ def _points(records: _Records, panel: _Panel, over: str) -> list[_Point]:
     return points
 
 
-def _draw(axes: Any, panel: _Panel, runs: Mapping[str, Sequence[_Point]], colors: Mapping[str, Any]) -> None:
+def _draw(axes: Any, panel: Panel, runs: Mapping[str, Sequence[_Point]], colors: Mapping[str, Any]) -> None:
     """Draw one panel."""
     for name, points in runs.items():
         if points and panel.kind == "accuracy":
@@ -127,13 +127,18 @@ def _with_bars(points: Sequence[_Point]) -> tuple[list[float], list[float], list
 
 def _clip_start(axes: Any, runs: Sequence[Sequence[_Point]]) -> bool:
     """End the axis above the losses after the start, if those of the start would take most of it."""
-    every = [y for points in runs for _, y, _ in points]
-    rest = [y for points in runs for x, y, _ in points if x > _START * max(point[0] for point in points)]
+    if limits := clipped_range([[(x, y) for x, y, _ in points] for points in runs]):
+        axes.set_ylim(*limits)
+    return limits is not None
+
+
+def clipped_range(runs: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, float] | None:
+    """Return the ends of an axis for losses after the start, if those of the start would take most of it."""
+    every = [y for points in runs for _, y in points]
+    rest = [y for points in runs for x, y in points if x > _START * max(point[0] for point in points)]
     if len(rest) < 3 or not (span := max(rest) - min(every)) or max(every) - max(rest) < 0.5 * span:
-        return False
-    margin = 0.05 * span
-    axes.set_ylim(min(every) - margin, max(rest) + 2 * margin)
-    return True
+        return None
+    return min(every) - 0.05 * span, max(rest) + 0.1 * span
 
 
 def _add_minutes(axes: Any, records: _Records, restarts: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from maedistill.config.finetune import FinetuneConfig
@@ -15,9 +15,11 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.escaping import code, markdown, shown
 from maedistill.report.curves import draw_curves, mean_metric
 from maedistill.report.intervals import of_count
-from maedistill.runs.folder import RunFolder
-from maedistill.runs.metrics import duration, read_metrics
+from maedistill.runs.history import duration, read_metrics
 from maedistill.runs.records import write_text
+
+if TYPE_CHECKING:  # its import takes seconds, for which report pages need not wait
+    from maedistill.runs.folder import RunFolder
 
 KNN_CAVEAT = (
     "kNN on frozen features is a trend, no forecast: masked autoencoders have been reported at 11 % kNN beside 81 % "
@@ -30,7 +32,7 @@ PICTURE_NOTE = (
 )
 
 
-def write_run_report(folder: RunFolder) -> Path:
+def write_run_report(folder: "RunFolder") -> Path:
     """Write RUN/report.md with settings, losses, curves, newest picture and the next commands; return its path."""
     config, records, metadata = folder.load_config(), read_metrics(folder.path), folder.metadata()
     assert isinstance(config, PretrainConfig)
@@ -54,15 +56,14 @@ def write_run_report(folder: RunFolder) -> Path:
         *([PICTURE_NOTE, ""] if picture and config.pixels.target != "raw" else []),
         "Next: fine-tune this student, or distil it into one of half the width:",
         "",
-        f"    {shown(shlex.join(_finetune_command(folder, config)))}",
-        f"    {shown(shlex.join(_distil_command(folder, config)))}",
+        *(f"    {shown(shlex.join(words))}" for words in next_commands(folder.path, config, metadata)),
         "",
     ]
     write_text(folder.report, "\n".join(lines))
     return folder.report
 
 
-def write_finetune_report(folder: RunFolder) -> Path:
+def write_finetune_report(folder: "RunFolder") -> Path:
     """Write RUN/report.md with accuracy, settings, curves and the next command; return its path."""
     config, records, metadata = folder.load_config(), read_metrics(folder.path), folder.metadata()
     assert isinstance(config, FinetuneConfig)
@@ -93,7 +94,7 @@ def write_finetune_report(folder: RunFolder) -> Path:
         *(["![input of the first step](pictures/input.png)", ""] if (folder.pictures / "input.png").exists() else []),
         f"Next: hand the network over as a timm model{', or a part of it alone' if _part_names(metadata) else ''}:",
         "",
-        *(f"    {shown(shlex.join(['maedistill', *words]))}" for words in _next(folder, config, metadata)),
+        *(f"    {shown(shlex.join(words))}" for words in next_commands(folder.path, config, metadata)),
         "",
     ]
     write_text(folder.report, "\n".join(lines))
@@ -119,15 +120,20 @@ def _parts(records: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) ->
     ]
 
 
-def _next(folder: RunFolder, config: FinetuneConfig, metadata: Mapping[str, Any]) -> list[list[str]]:
-    """Return the words of the next commands, for the first exit or peer as for the whole."""
-    run, val, commands = str(folder.path), config.data.val or "VALIDATION_SHARDS", [["export", str(folder.path)]]
+def next_commands(
+    folder: Path, config: PretrainConfig | FinetuneConfig, metadata: Mapping[str, Any]
+) -> list[list[str]]:
+    """Return the words of the commands that follow a run: of the whole, and of its first exit or peer."""
+    if isinstance(config, PretrainConfig):
+        return [_finetune_command(folder, config), _distil_command(folder, config)]
+    run, val, commands = str(folder), config.data.val or "VALIDATION_SHARDS", [["export", str(folder)]]
     for words in list(_part_names(metadata).values())[:1]:
         commands += [["export", run, *words], ["evaluate", run, val, *words]]
-    return [*commands, ["evaluate", "exits", run, val]] if metadata.get("exits") else commands
+    commands += [["evaluate", "exits", run, val]] if metadata.get("exits") else []
+    return [["maedistill", *words] for words in commands]
 
 
-def _draw_run(folder: RunFolder, records: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> Path | None:
+def _draw_run(folder: "RunFolder", records: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> Path | None:
     """Draw the curves of a run, with marks where it was continued."""
     restarts = [start["step"] for start in metadata["starts"][1:] if start.get("step")]
     return draw_curves({folder.path.name: records}, folder.path / "curves.png", restarts=restarts)
@@ -148,22 +154,22 @@ def percent(count: int, total: int) -> str:
     return f"{100 * count / total:.2f} % ({count} of {total})"
 
 
-def _finetune_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
+def _finetune_command(folder: Path, config: PretrainConfig) -> list[str]:
     """Return the command that fine-tunes this run on the same data, with the recipe for its size if there is one."""
     sizes = ("vit_tiny", "vit_small", "vit_base", "vit_large")
     recipe = next((size for size in sizes if config.student.model.startswith(size)), "vit_base")
     if config.data.image_size <= 64:
         recipe = "small_images"
-    overrides = [f"init.source=run:{folder.path}", f"run={folder.path}_finetuned", f"data.train={config.data.train}"]
+    overrides = [f"init.source=run:{folder}", f"run={folder}_finetuned", f"data.train={config.data.train}"]
     overrides += [f"data.val={config.data.val or 'VALIDATION_SHARDS'}", f"data.image_size={config.data.image_size}"]
     if recipe != "small_images":
         overrides += ["student.model=null"]  # the source knows its changed dimensions
     return ["maedistill", "finetune", f"finetune/{recipe}", *overrides]
 
 
-def _distil_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
+def _distil_command(folder: Path, config: PretrainConfig) -> list[str]:
     """Return the command that distils this run by DMAE into a student of half the width, same data and schedule."""
-    path, arch = str(folder.path), config.student_architecture
+    path, arch = str(folder), config.student_architecture
     overrides = ["method=dmae", f"run={path}_small", f"teacher.source=run:{path}"]
     described = config.teacher.model_dump(exclude={"source", "precision", "decay"})  # of this run's own teacher
     overrides += [f"teacher.{key}=null" for key, value in described.items() if value is not None]
@@ -173,7 +179,7 @@ def _distil_command(folder: RunFolder, config: PretrainConfig) -> list[str]:
     if arch is not None:
         tap = max(0, arch.depth * 3 // 4 - 1)  # DMAE's 3/4 of the depth, block 17 of 24
         overrides += [f"student.width={arch.width // 2}", f"align.student=[{tap}]", f"align.teacher=[{tap}]"]
-    return ["maedistill", "pretrain", str(folder.config), *overrides]
+    return ["maedistill", "pretrain", str(folder / "config.yaml"), *overrides]
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -188,7 +194,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return last
 
 
-def losses_table(folders: Mapping[str, RunFolder]) -> list[str]:
+def losses_table(folders: Mapping[str, "RunFolder"]) -> list[str]:
     """Return a Markdown table with one line per pre-training; alignment and generation are means over pairs."""
     rows = []
     for name, folder in folders.items():
@@ -209,7 +215,7 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
     return [f"| {' | '.join(map(markdown, cells))} |" for cells in (heads, ["---"] * len(heads), *rows)]
 
 
-def last_picture(folder: RunFolder, relative_to: Path) -> list[str]:
+def last_picture(folder: "RunFolder", relative_to: Path) -> list[str]:
     """Return the Markdown of the newest reconstruction sheet; empty if there is none."""
     pictures = sorted(folder.pictures.glob("step_*.png"))
     if not pictures:

@@ -1,31 +1,33 @@
-"""Sheets: labelled images side by side in one picture.
+"""Sheets: labelled images side by side in one picture, and the images of such a picture.
 
 B images, one per line   s image side
 """
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from maedistill.escaping import shown
+
+if TYPE_CHECKING:  # report pages only take sheets apart
+    from torch import Tensor
 
 _LEAST_SIDE = 192  # smaller images are enlarged to at least this many pixels, without smoothing
 _HEADER, _GAP, _GROUP_GAP = 52, 4, 24  # the header has two lines: the title, and the labels of the columns
 _FONT_SIZE = 16
 
 
-def tile(groups: Sequence[Mapping[str, Tensor]], *, title: str = "") -> Image.Image:
+def tile(groups: Sequence[Mapping[str, "Tensor"]], *, title: str = "") -> Image.Image:
     """Tile groups of labelled columns of images, [B, 3, s, s] in [0, 1], into one picture, with a gap between groups.
 
     Enlarges small images unsmoothed.
     """
     images = next(iter(groups[0].values()))
     side = images.shape[-1]
-    scale = max(1, -(-_LEAST_SIDE // side))
+    scale = _scale(side)
     step = side * scale + _GAP
-    count = sum(map(len, groups))
-    width = step * count + _GAP + _GROUP_GAP * (len(groups) - 1)
+    width = _width(side, [len(group) for group in groups])
     sheet = Image.new("RGB", (width, _HEADER + step * len(images)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_SIZE)
     pen.text((_GAP, 4), shown(title), fill="black", font=font)
@@ -40,3 +42,30 @@ def tile(groups: Sequence[Mapping[str, Tensor]], *, title: str = "") -> Image.Im
             left += step
         left += _GROUP_GAP
     return sheet
+
+
+def untile(sheet: Image.Image, *, side: int, groups: Sequence[int]) -> list[list[Image.Image]] | None:
+    """Return the images of a sheet by column, each enlarged as `tile` has drawn it; None if the sheet is another one.
+
+    side: of an image before it was enlarged. groups: number of columns of each group.
+    """
+    drawn = side * _scale(side)
+    rows = (sheet.height - _HEADER) // (drawn + _GAP)
+    if sheet.width != _width(side, groups) or sheet.height != _HEADER + rows * (drawn + _GAP):
+        return None
+    columns, left = list[list[Image.Image]](), _GAP
+    for count in groups:
+        for _ in range(count):
+            tops = [_HEADER + row * (drawn + _GAP) for row in range(rows)]
+            columns.append([sheet.crop((left, top, left + drawn, top + drawn)) for top in tops])
+            left += drawn + _GAP
+        left += _GROUP_GAP
+    return columns
+
+
+def _scale(side: int) -> int:
+    return max(1, -(-_LEAST_SIDE // side))
+
+
+def _width(side: int, groups: Sequence[int]) -> int:
+    return (side * _scale(side) + _GAP) * sum(groups) + _GAP + _GROUP_GAP * (len(groups) - 1)

@@ -10,7 +10,8 @@ from maedistill.data.loading.loader import RandomCrops
 from maedistill.escaping import say
 from maedistill.machine import autocast, cpu_share, precision
 from maedistill.runs.folder import RunFolder
-from maedistill.runs.metrics import duration, memory_gb, size_text
+from maedistill.runs.history import duration, size_text
+from maedistill.runs.metrics import memory_gb
 from maedistill.runs.start import Stage
 
 _TRIAL_SECONDS = 1.0  # larger batches are tried until a step takes this long

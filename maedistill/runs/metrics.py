@@ -15,6 +15,7 @@ from torch import Tensor
 from maedistill.errors import DataError
 from maedistill.processes import distributed
 from maedistill.runs.board import board_tag, open_board
+from maedistill.runs.history import duration, metric_lines
 from maedistill.runs.records import AppendOnlyFile, warn, write_text
 
 
@@ -69,7 +70,7 @@ class MetricsFile:
     def __init__(self, folder: Path, *, first_step: int, tensorboard: bool) -> None:
         self.path = folder / "metrics.jsonl"
         kept, damaged = [], 0
-        for line, record in _lines(self.path):
+        for line, record in metric_lines(self.path):
             damaged += record is None
             if record is not None and record["step"] <= first_step:
                 kept.append((line, record))
@@ -129,48 +130,6 @@ def open_metrics(folder: Path, *, first_step: int, tensorboard: bool) -> Iterato
             metrics.close()
         raise
     metrics.close()
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read all complete lines of a run's metrics.jsonl, without a last line that a kill truncated.
-
-    Raises DataError for a file that is not a run's metrics.
-    """
-    path, records = folder / "metrics.jsonl", []
-    for _, record in _lines(path):
-        if record is None:
-            raise DataError(
-                f"{path} cannot be read (not all lines say their step)",
-                "start the run's command again, which leaves such lines out, or restore it from a copy",
-            )
-        records.append(record)
-    return records
-
-
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """Yield each complete line and its record, None if it has none; one at a time because a long run has many."""
-    text = path.read_text(errors="replace") if path.exists() else ""
-    for line in text.splitlines(keepends=True):
-        if line.endswith("}\n"):
-            record: Any = None
-            with suppress(ValueError, RecursionError):
-                record = json.loads(line)
-            yield line, record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
-
-
-def duration(seconds: float) -> str:
-    """Format seconds as `8h51m`, `12m04s` or `37s`."""
-    seconds = round(seconds)
-    hours, minutes = seconds // 3600, seconds // 60 % 60
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{seconds % 60:02d}s" if minutes else f"{seconds}s"
-
-
-def size_text(count: float) -> str:
-    """Format a number of bytes as `2.56 GB`, `450 MB` or `0.58 kB`."""
-    unit, scale = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6) if count >= 1e6 else ("kB", 1e3)
-    return f"{count / scale:{'.0f' if count >= 100 * scale else '.2f' if count < 10 * scale else '.1f'}} {unit}"
 
 
 def progress_line(

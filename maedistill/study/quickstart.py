@@ -17,6 +17,8 @@ from maedistill.report.comparison import (
     text_table,
     write_comparison,
 )
+from maedistill.report.interactive import has_bokeh
+from maedistill.report.run_page import refresh
 from maedistill.study.completion import is_scored
 from maedistill.study.file import load_study
 from maedistill.study.plan import StudyPlan
@@ -24,6 +26,7 @@ from maedistill.study.results import collect
 from maedistill.study.results_page import write_results
 from maedistill.study.runner import Step, run_steps
 from maedistill.study.schema import Study
+from maedistill.study.study_page import PAGE, write_study_page
 
 SEED = 0
 JOBS = 2  # concurrent training runs: each of these small networks gets half of the cores
@@ -53,20 +56,28 @@ def run_quickstart(out: Path, *, epochs: float | None) -> None:
     study = load_study("quickstart/study")
     networks = networks_of(study, out)
     trainings = StudyPlan(study, out, [SEED], settings=settings).steps()
-    run_steps([*trainings, *export_steps(networks, out)], out=out, jobs=JOBS)
+    command, page = masked(shlex.join(sys.argv)), out / PAGE
+
+    def write_page() -> None:
+        write_results(collect(study, out, [SEED]), out, title=TITLE, command=command)
+        write_study_page(out, page)
+
+    run_steps(
+        [*trainings, *export_steps(networks, out)], out=out, jobs=JOBS, after_step=lambda: refresh(page, write_page)
+    )
     timed = timed_networks(networks)
     run_steps(score_steps({name: n for name, n in networks.items() if name not in timed}, val), out=out, jobs=JOBS)
     run_steps(score_steps(timed, val, latency=True), out=out)  # one at a time, because latency is measured
-    command = masked(shlex.join(sys.argv))
     write_results(collect(study, out, [SEED]), out, title=TITLE, command=command)
     results = read_results(networks, baseline=BASELINE)
     notes = [f"**{headline(results, student=STUDENT, teacher=TEACHER, baseline=BASELINE)}.**", *NOTES]
     report = write_comparison(
         networks, results, out, title=TITLE, baseline=BASELINE, notes=[*notes, f"Command: {code(command)}"]
     )
+    refresh(page, lambda: write_study_page(out, page), create=has_bokeh())
     say("", *text_table(results, baseline=BASELINE), "")
     say(headline(results, student=STUDENT, teacher=TEACHER, baseline=BASELINE))
-    say(f"done in {(time.perf_counter() - start) / 60:.1f} minutes: open {report}")
+    say(f"done in {(time.perf_counter() - start) / 60:.1f} minutes: open {page if page.is_file() else report}")
 
 
 def networks_of(study: Study, out: Path) -> dict[str, ComparedNetwork]:

@@ -20,7 +20,7 @@ from maedistill.report import intervals
 from maedistill.report.comparison import PREDICTIONS, difference
 from maedistill.report.run_report import summary
 from maedistill.runs.folder import RunFolder
-from maedistill.runs.metrics import read_metrics
+from maedistill.runs.history import read_metrics
 from maedistill.study.completion import FINISHED, last_end
 from maedistill.study.plan import TEST_FILE
 from maedistill.study.schema import TEACHER_SEED, Study, TrainedNetwork

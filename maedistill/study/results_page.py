@@ -13,7 +13,7 @@ from maedistill.escaping import code, markdown
 from maedistill.report.charts import Accuracy, accuracy_chart
 from maedistill.report.intervals import Interval
 from maedistill.report.run_report import KNN_CAVEAT, markdown_table
-from maedistill.runs.metrics import duration
+from maedistill.runs.history import duration
 from maedistill.runs.records import write_text
 
 _Facts = Mapping[str, Any]
@@ -39,7 +39,7 @@ def write_results(results: _Facts, out: Path, *, title: str, command: str) -> Pa
         "",
         f"Fine-tuned top-1 on all validation images{spread}"
         + ("." if baseline is None else f"; {code(f'against {baseline}')}: {_DIFFERENCES}"),
-        *_interval_lines(summaries.values()),
+        *interval_lines(summaries.values()),
         "",
         *accuracy_table(summaries, baseline),
         "",
@@ -52,13 +52,18 @@ def write_results(results: _Facts, out: Path, *, title: str, command: str) -> Pa
         f"Command: {code(command)}",
         "",
     ]
-    write_text(out / "results.json", json.dumps({"command": command, **results}, indent=1) + "\n")
+    write_text(out / "results.json", json.dumps({"title": title, "command": command, **results}, indent=1) + "\n")
     write_text(out / "results.md", "\n".join(lines))
     return out / "results.md"
 
 
 def accuracy_table(summaries: Mapping[str, _Facts], baseline: str | None) -> list[str]:
     """Format a Markdown table of top-1, one line per network; also of test top-1 if there is any."""
+    return markdown_table(*accuracy_cells(summaries, baseline))
+
+
+def accuracy_cells(summaries: Mapping[str, _Facts], baseline: str | None) -> tuple[list[str], list[list[str]]]:
+    """Return the heads and rows of the table of accuracies."""
     tested = any(summary["test_top1"]["n"] for summary in summaries.values())
     heads = ["network", "n", "top-1", "95 % interval", "each seed", *([f"against {baseline}"] if baseline else [])]
     rows = []
@@ -74,11 +79,18 @@ def accuracy_table(summaries: Mapping[str, _Facts], baseline: str | None) -> lis
         cells += [_difference(summary["difference"])] if baseline else []
         cells += [_points(summary["test_top1"], unit=" %")] if tested else []
         rows.append(cells)
-    return markdown_table([*heads, *(["test top-1"] if tested else [])], rows)
+    return [*heads, *(["test top-1"] if tested else [])], rows
 
 
 def cost_table(summaries: Mapping[str, _Facts]) -> list[str]:
     """Format a Markdown table of the runs' sizes, losses and times, as means over seeds."""
+    targets = {summary["pixel_target"] for summary in summaries.values()} - {None}
+    caveat = ["", "Pixel losses of different targets do not compare."] if len(targets) > 1 else []
+    return [*markdown_table(*cost_cells(summaries)), *caveat]
+
+
+def cost_cells(summaries: Mapping[str, _Facts]) -> tuple[list[str], list[list[str]]]:
+    """Return the heads and rows of the table of costs."""
     rows = []
     for name, summary in summaries.items():
         cells = [name, "-" if summary["parameters"] is None else f"{summary['parameters'] / 1e6:.2f} M"]
@@ -90,10 +102,7 @@ def cost_table(summaries: Mapping[str, _Facts]) -> list[str]:
                 cells.append(_mean(summary["knn"], lambda share: f"{100 * share:.1f} %"))
             cells.append(_mean(summary[f"{stage}_seconds"], duration))
         rows.append(cells)
-    heads = ["network", "parameters", "pre-training", "pixel loss", "kNN", "time", "fine-tuning", "time"]
-    targets = {summary["pixel_target"] for summary in summaries.values()} - {None}
-    caveat = ["", "Pixel losses of different targets do not compare."] if len(targets) > 1 else []
-    return [*markdown_table(heads, rows), *caveat]
+    return ["network", "parameters", "pre-training", "pixel loss", "kNN", "time", "fine-tuning", "time"], rows
 
 
 def _accuracy(summary: _Facts) -> Accuracy:
@@ -104,7 +113,7 @@ def _accuracy(summary: _Facts) -> Accuracy:
     )
 
 
-def _interval_lines(summaries: Iterable[_Facts]) -> list[str]:
+def interval_lines(summaries: Iterable[_Facts]) -> list[str]:
     """Say where the 95 % intervals of the page come from."""
     used = {summary[name]["interval"] for summary in summaries for name in ("top1", "difference")}
     texts = [text for kind, text in _INTERVALS.items() if kind in used]
@@ -113,15 +122,21 @@ def _interval_lines(summaries: Iterable[_Facts]) -> list[str]:
 
 def unfinished_lines(unfinished: Sequence[_Facts]) -> list[str]:
     """List every run that is in progress or ended early, and the first few runs that have not started."""
+    text = unfinished_text(unfinished)
+    return [f"**Not finished, and not counted: {markdown(text)}.**", ""] if text else []
+
+
+def unfinished_text(unfinished: Sequence[_Facts]) -> str:
+    """Name the runs that are not finished, as `unfinished_lines` does."""
     begun = [
-        f"{run['run']} (at epoch {run['epochs']:.1f}{', ended: ' + markdown(run['ended']) if run['ended'] else ''})"
+        f"{run['run']} (at epoch {run['epochs']:.1f}{', ended: ' + run['ended'] if run['ended'] else ''})"
         for run in unfinished
         if run["epochs"] or run["ended"]
     ]
     waiting = [run["run"] for run in unfinished if not run["epochs"] and not run["ended"]]
     parts = [", ".join(begun)] if begun else []
     parts += [f"not begun: {join_first(waiting, 5)}"] if waiting else []
-    return [f"**Not finished, and not counted: {'; '.join(parts)}.**", ""] if parts else []
+    return "; ".join(parts)
 
 
 def _points(stats: _Facts, *, unit: str = "", sign: str = "") -> str:

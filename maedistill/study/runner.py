@@ -24,7 +24,7 @@ from typing import IO
 from maedistill.errors import ConfigError, UserError, join_first
 from maedistill.escaping import say, shown
 from maedistill.machine import cpu_share, visible_gpus
-from maedistill.runs.metrics import duration
+from maedistill.runs.history import duration
 from maedistill.study.status import RunningStep, StatusLine
 
 _POLL_SECONDS = 0.1
@@ -94,11 +94,17 @@ def print_steps(steps: Sequence[Step]) -> None:
 
 
 def run_steps(
-    steps: Sequence[Step], *, out: Path, jobs: int = 1, program: Sequence[str] = (sys.executable, "-m", "maedistill")
+    steps: Sequence[Step],
+    *,
+    out: Path,
+    jobs: int = 1,
+    program: Sequence[str] = (sys.executable, "-m", "maedistill"),
+    after_step: Callable[[], object] = lambda: None,
 ) -> None:
     """Run the steps that are not done yet, `jobs` at a time, starting the first step whose needs are met.
 
     out: holds the lock and one log per step, which begins with its command. program: what the steps are commands of.
+    after_step: called after each step that is done.
     Several jobs share the cores, unless OMP_NUM_THREADS is set, and each gets one of the GPUs visible to this process;
     if there are more jobs than GPUs, the GPUs are shared evenly. A status line shows the progress of the running steps.
     Raises StepsFailed at the end if steps failed, ConfigError if steps are already running in `out`.
@@ -125,6 +131,7 @@ def run_steps(
                     failed[job.step.name] = code
                 else:
                     done.add(job.step.name)
+                    after_step()
             status.update([job.running for job in running])
         status.clear()
     if received:

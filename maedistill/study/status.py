@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from maedistill.escaping import shown
-from maedistill.runs.metrics import duration
+from maedistill.runs.history import duration
 
 _PIPE_SECONDS, _TERMINAL_SECONDS = 10.0, 0.5
 _TAIL = 4096  # bytes of a log that hold its last progress line

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from maedistill.runs.metrics import read_metrics
+from maedistill.runs.history import read_metrics
 from maedistill.runs.restore import newest_intact
 
 GOES_ON = ["method=mae", "optim.epochs=5"]

@@ -10,6 +10,7 @@ import torch
 from maedistill.runs import clock as clock_module
 from maedistill.runs import metrics
 from maedistill.runs.clock import Clock, DataWaitHint
+from maedistill.runs.history import read_metrics
 from maedistill.runs.metrics import Averages
 
 
@@ -108,7 +109,7 @@ def test_tensorboard_has_groups_and_the_settings_and_its_absence_is_said(tmp_pat
     assert start["optim.betas"].string_value == "[0.9, 0.95]"
     names = {"train/loss", "train/lr", "train/epoch", "sys/images_per_second", "val/knn", "val/epoch"}
     assert set(events["scalars"]) == names and events["tensors"] == ["config/text_summary"]
-    assert [set(record) for record in metrics.read_metrics(tmp_path)][1] == {"step", "knn", "epoch"}  # flat as ever
+    assert [set(record) for record in read_metrics(tmp_path)][1] == {"step", "knn", "epoch"}  # flat as ever
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     metrics.MetricsFile(tmp_path, first_step=0, tensorboard=True).close()
     assert capsys.readouterr().out.count("tensorboard is not installed") == 1

@@ -16,7 +16,7 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.loading.loader import BatchSampler, RandomCrops, host_batches
 from maedistill.data.shards.open_index import open_index
 from maedistill.pretraining.build import build_crops
-from maedistill.runs.metrics import read_metrics
+from maedistill.runs.history import read_metrics
 
 CONFIG = ROOT / "configs" / "imagenet" / "dmae_vit_b.yaml"
 IMAGES, SIDE, BATCH, STEPS = 1024, (375, 500), 256, 120

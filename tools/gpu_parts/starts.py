@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gpu_parts.check import ROOT, Check
 from maedistill.errors import Preempted
-from maedistill.runs.metrics import read_metrics
+from maedistill.runs.history import read_metrics
 
 PRETRAIN = """\
 data: {{train: '{shards}/train-*.tar', val: '{shards}/val-*.tar', image_size: 32, eval_crop: 1.0, workers: 1,

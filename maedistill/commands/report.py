@@ -1,0 +1,56 @@
+"""Makes a page of a run, of a study, or of several runs side by side: one HTML file that loads nothing else."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from maedistill.durable import require_local
+from maedistill.errors import ConfigError
+from maedistill.escaping import say
+
+EXAMPLES = """\
+examples:
+  maedistill report runs/dmae_b
+  maedistill report runs/quickstart
+  maedistill report runs/mae_s runs/dmae_s --out comparison.html
+
+It needs Bokeh: pip install 'maedistill[report]'. A page that is there is made again after every evaluation, while its
+run trains; log.report=true makes it from the first one on. docs/report.md shows one.
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="maedistill report", description=__doc__, epilog=EXAMPLES, formatter_class=raw
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or the folder of one study")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the page (default: report.html in the run folder, results.html in a study's, comparison.html here)",
+    )
+    return parser.parse_args(sys.argv[2:])
+
+
+def main() -> None:
+    """Write the page."""
+    arguments = parse_arguments()
+    for path in (*arguments.runs, arguments.out or ""):
+        require_local(path, str(path))
+    if arguments.out and not arguments.out.parent.is_dir():
+        raise ConfigError(f"--out: there is no folder {arguments.out.parent}", "make it, or name another file")
+    from maedistill.report.interactive import require_bokeh  # numpy and Pillow, for which --help need not wait
+    from maedistill.report.run_page import PAGE, write_page
+    from maedistill.study import study_page
+
+    require_bokeh()
+    paths: list[Path] = arguments.runs
+    if len(paths) == 1 and (paths[0] / "results.json").is_file():
+        page = study_page.write_study_page(paths[0], arguments.out or paths[0] / study_page.PAGE)
+    else:
+        several = len(paths) > 1
+        page = write_page(paths, arguments.out or (Path("comparison.html") if several else paths[0] / PAGE))
+    say(f"page: {page}")

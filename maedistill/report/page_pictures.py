@@ -1,0 +1,75 @@
+"""The pictures in a run folder as pieces of a page: reconstructions with a slider over epochs, and the first input."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from PIL import Image
+
+from maedistill.report.markup import Album, Html, element
+from maedistill.report.recorded import RecordedRun
+from maedistill.report.sheet import untile
+
+_SIDE = 112  # pixels of an image in a strip
+_WIDEST = 900  # pixels of a sheet that is shown whole
+_SHEETS = {  # the columns of a sheet, by their groups
+    (2, 3): ("student sees", "teacher sees", "predicted", "true", "error"),
+    (1, 3): ("seen", "predicted", "true", "error"),
+}
+
+
+def reconstructions(run: RecordedRun, album: Album, *, most: int) -> Html:
+    """Return the newest sheet as strips, one per column; a slider goes through the predictions of other epochs.
+
+    most: sheets. Images and masks are the same at every epoch, so what is seen and what is true is shown once.
+    """
+    files = sorted((run.path / "pictures").glob("step_*.png"))
+    places = sorted({round(i * (len(files) - 1) / max(1, most - 1)) for i in range(most)}) if files else []
+    sheets = {files[i]: _columns(files[i], side=run.config.data.image_size) for i in places}
+    newest = next((columns for columns in reversed(sheets.values()) if columns), None)
+    if newest is None:
+        return Html()
+    sheets = {file: columns for file, columns in sheets.items() if columns.keys() == newest.keys()}
+    epochs = [f"{run.epoch_at(int(file.stem.removeprefix('step_'))):.4g}" for file in sheets]
+    rows = []
+    for label, images in newest.items():
+        if label in ("predicted", "error"):
+            strips = [
+                album.add(_strip(columns[label]), f"{label}, epoch {epoch}", css="at" if epoch != epochs[-1] else "")
+                for columns, epoch in zip(sheets.values(), epochs, strict=True)
+            ]
+        else:
+            strips = [album.add(_strip(images), label)]
+        rows.append(element("figure", element("figcaption", label), element("div", *strips, css="scroll"), css="strip"))
+    last = str(len(epochs) - 1)
+    knob = Html(f'<input type="range" min="0" max="{last}" value="{last}" data-epochs="{" ".join(epochs)}">')
+    slider = element(
+        "label", "epoch ", element("output", epochs[-1]), *([knob] if len(epochs) > 1 else []), css="slider"
+    )
+    return element("div", slider, *rows, css="sheet pixelated" if run.config.data.image_size < _SIDE else "sheet")
+
+
+def first_input(run: RecordedRun, album: Album) -> Html:
+    """Return the picture of a fine-tuning's first step, if there is one."""
+    if not (file := run.path / "pictures" / "input.png").is_file():
+        return Html()
+    with Image.open(file) as sheet:
+        sheet.thumbnail((_WIDEST, 4 * _WIDEST))
+        return element("div", album.add(sheet, "input of the first step"), css="scroll")
+
+
+def _columns(file: Path, *, side: int) -> dict[str, list[Image.Image]]:
+    """Return the images of a sheet by column; nothing for another picture, or for one that a kill cut short."""
+    with suppress(OSError, SyntaxError), Image.open(file) as sheet:
+        for groups, labels in _SHEETS.items():
+            if columns := untile(sheet, side=side, groups=groups):
+                return dict(zip(labels, columns, strict=True))
+    return {}
+
+
+def _strip(images: Sequence[Image.Image]) -> Image.Image:
+    """Return the images side by side, at most `_SIDE` pixels each."""
+    strip = Image.new("RGB", (_SIDE * len(images), _SIDE))
+    for place, image in enumerate(images):
+        strip.paste(image.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, reducing_gap=2), (_SIDE * place, 0))
+    return strip

@@ -1,0 +1,87 @@
+"""What a run folder says of a run, finished or under way, for pages. Its import takes a fraction of a second."""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maedistill.config.finetune import FinetuneConfig
+from maedistill.config.keys import all_keys
+from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.errors import ConfigError, DataError
+from maedistill.runs.history import read_metrics
+
+_STAGES: Mapping[str, type[PretrainConfig] | type[FinetuneConfig]] = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+}
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """A run as its folder records it. name: on the page. ended: why the last start ended, None while it runs."""
+
+    name: str
+    path: Path
+    config: PretrainConfig | FinetuneConfig
+    metadata: Mapping[str, Any]
+    records: Sequence[Mapping[str, Any]]
+    ended: str | None
+
+    @property
+    def state(self) -> str:
+        """Return whether the run is finished, in words."""
+        return {None: "running", "finished": "finished"}.get(self.ended, f"ended early: {self.ended}")
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Return the value of each key, as JSON."""
+        values: Any = self.config.model_dump(mode="json")
+        return {name: json.dumps(_at(values, name), ensure_ascii=False) for name in all_keys(type(self.config))}
+
+    def epoch_at(self, step: int) -> float:
+        """Return the epochs done after a step."""
+        known = [record for record in self.records if record.get("epoch") and record["step"]]
+        return step * known[-1]["epoch"] / known[-1]["step"] if known else 0.0
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a folder is that of a run."""
+    return (path / "run.json").is_file()
+
+
+def read_run(path: Path, name: str = "") -> RecordedRun:
+    """Read a run. name: the folder's if it is not given. Raises UserError for another folder and for damaged files."""
+    if not is_run(path):
+        raise ConfigError(
+            f"{path} is no run folder: it has no run.json",
+            "name the folder of a run that has started, or of a study with results.json",
+        )
+    metadata = read_json(path / "run.json")
+    if metadata.get("stage") not in _STAGES:
+        raise ConfigError(f"{path} is a run of another version", "make its page with the version that it was run with")
+    config: Any = load_config(path / "config.yaml", root=_STAGES[metadata["stage"]]).config
+    ended = None
+    with suppress(DataError, OSError, KeyError):  # an empty file, after a power cut, says as little as none
+        ended = str(read_json(path / "exit.json")["reason"])
+    return RecordedRun(name or path.resolve().name, path, config, metadata, read_metrics(path), ended)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises DataError for anything else, OSError for no file."""
+    try:
+        value = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} cannot be read ({str(error)[:200]})", "restore it from a copy") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{file} holds no JSON object", "restore it from a copy")
+    return value
+
+
+def _at(values: Any, name: str) -> Any:
+    for part in name.split("."):
+        values = values[part]
+    return values

@@ -1,0 +1,51 @@
+"""Read the metrics of a run that is finished or under way; format seconds and bytes. Nothing heavy is imported."""
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from maedistill.errors import DataError
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read all complete lines of a run's metrics.jsonl, without a last line that a kill truncated.
+
+    Raises DataError for a file that is not a run's metrics.
+    """
+    path, records = folder / "metrics.jsonl", []
+    for _, record in metric_lines(path):
+        if record is None:
+            raise DataError(
+                f"{path} cannot be read (not all lines say their step)",
+                "start the run's command again, which leaves such lines out, or restore it from a copy",
+            )
+        records.append(record)
+    return records
+
+
+def metric_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Yield each complete line and its record, None if it has none; one at a time because a long run has many."""
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for line in text.splitlines(keepends=True):
+        if line.endswith("}\n"):
+            record: Any = None
+            with suppress(ValueError, RecursionError):
+                record = json.loads(line)
+            yield line, record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as `8h51m`, `12m04s` or `37s`."""
+    seconds = round(seconds)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds % 60:02d}s" if minutes else f"{seconds}s"
+
+
+def size_text(count: float) -> str:
+    """Format a number of bytes as `2.56 GB`, `450 MB` or `0.58 kB`."""
+    unit, scale = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6) if count >= 1e6 else ("kB", 1e3)
+    return f"{count / scale:{'.0f' if count >= 100 * scale else '.2f' if count < 10 * scale else '.1f'}} {unit}"
