@@ -63,7 +63,7 @@ def latency_chart(rows: Mapping[str, Timed], path: Path, *, order: Sequence[str]
     if canvas is None or not rows:
         return None
     axes, colors = canvas.figure.add_subplot(ylabel="top-1, %, with 95 % interval"), network_colors(order)
-    places = _side_by_side({name: (row.latency_ms, row.accuracy.value) for name, row in rows.items()})
+    places = side_by_side({name: (row.latency_ms, row.accuracy.value) for name, row in rows.items()})
     most = max(row.parameters for row in rows.values())
     for name, row in rows.items():
         one, color = row.accuracy, colors[name]
@@ -109,7 +109,7 @@ def _bars(interval: Interval) -> list[list[float]]:
     return [[100 * (interval.value - interval.low)], [100 * (interval.high - interval.value)]]
 
 
-def _side_by_side(points: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+def side_by_side(points: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     """Return an x for each name: its own, or spread around it if several have the same."""
     widest = max(x for x, _ in points.values())
     places = {}

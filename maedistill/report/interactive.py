@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from maedistill.errors import ConfigError
 from maedistill.escaping import shown
+from maedistill.report.charts import side_by_side
 from maedistill.report.curves import PANELS, Panel, clipped_range, mean_metric
 from maedistill.report.intervals import of_count
 from maedistill.report.markup import Html, element
@@ -44,8 +45,8 @@ def color_of(place: int) -> str:
     return COLORS[place % len(COLORS)]
 
 
-def curves(runs: Mapping[str, _Records]) -> dict[str, "figure"]:
-    """Return a figure for each quantity that any run records, by title. Each run has a line."""
+def curves(runs: Mapping[str, _Records], places: Sequence[int]) -> dict[str, "figure"]:
+    """Return a figure for each quantity that any run records, by title. Each run has a line. places: of its color."""
     most = max(_FEWEST_POINTS, min(300, _MOST_POINTS // max(1, len(runs))))
     figures, x_range = {}, None
     for panel in PANELS:
@@ -53,7 +54,7 @@ def curves(runs: Mapping[str, _Records]) -> dict[str, "figure"]:
         if any(line["y"] for line in lines.values()):
             plot = _figure(panel.title, panel.unit, x_range)
             x_range = plot.x_range
-            _draw(plot, panel, lines)
+            _draw(plot, panel, lines, places)
             figures[panel.title] = plot
     return figures
 
@@ -66,20 +67,32 @@ def bubbles(networks: Sequence[Mapping[str, Any]]) -> "figure":
     timed = [network for network in networks if network["latency_ms"] is not None]
     shown_networks = timed or list(networks)
     label = "latency of one image, ms" if timed else "parameters, millions"
-    plot = _figure("accuracy, size and latency", "top-1, %, with 95 % interval", None, height=380, x_label=label)
+    from bokeh.models import Range1d
+
     most = max(network["parameters"] for network in shown_networks)
+    points = {
+        network["name"]: (network["latency_ms"] if timed else network["parameters"] / 1e6, network["top1"])
+        for network in shown_networks
+    }
+    places, end = side_by_side(points), 1.15 * max(x for x, _ in points.values())
+    plot = _figure("networks", "top-1, %, with 95 % interval", Range1d(0, end), height=380, x_label=label)
     for network in shown_networks:
-        x = network["latency_ms"] if timed else network["parameters"] / 1e6
+        x, latency = places[network["name"]], network["latency_ms"] or 0
         percent = {name: [100 * network[name]] for name in ("top1", "low", "high")}
-        values = {"run": [shown(network["name"])[:_MOST_NAME]], "x": [x], "parameters": [network["parameters"] / 1e6]}
+        values = {
+            "run": [shown(network["name"])[:_MOST_NAME]],
+            "x": [x],
+            "latency": [latency],
+            "parameters": [network["parameters"] / 1e6],
+        }
         color, size = color_of(network["place"]), 12 + 34 * (network["parameters"] / most) ** 0.5
         source = _source(values | percent)
         bar = plot.segment("x", "low", "x", "high", source=source, line_color=color, line_width=2)
         disc = plot.scatter("x", "top1", source=source, size=size, color=color, fill_alpha=0.6)
         bar.tags = disc.tags = [network["place"]]
         tips = [("network", "@run"), ("top-1", "@top1{%.4g} % (@low{%.4g} to @high{%.4g})")]
-        tips += [("parameters", "@parameters{%.3g} M"), *([("latency", "@x{%.3g} ms")] if timed else [])]
-        _hover(plot, disc, tips, ["top1", "low", "high", "parameters", "x"], mode="mouse")
+        tips += [("parameters", "@parameters{%.3g} M"), *([("latency", "@latency{%.3g} ms")] if timed else [])]
+        _hover(plot, disc, tips, ["top1", "low", "high", "parameters", "latency"], mode="mouse")
     return plot
 
 
@@ -133,10 +146,10 @@ def _thinned(points: Sequence[tuple[float, ...]], most: int) -> list[tuple[float
     return thin
 
 
-def _draw(plot: "figure", panel: Panel, lines: Mapping[str, Mapping[str, list[float]]]) -> None:
+def _draw(plot: "figure", panel: Panel, lines: Mapping[str, Mapping[str, list[float]]], places: Sequence[int]) -> None:
     """Draw the line of each run, with a band for the 95 % intervals of accuracies."""
     unit = " %" if panel.kind == "accuracy" else ""
-    for place, (name, columns) in enumerate(lines.items()):
+    for place, (name, columns) in zip(places, lines.items(), strict=True):
         count = len(columns["y"])
         if not count:
             continue

@@ -43,6 +43,11 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, marked: Sequen
     return element("div", element("table", head, element("tbody", *lines)), css="scroll")
 
 
+def folded(title: str, *children: str) -> Html:
+    """Return what is seen once its title is clicked."""
+    return element("details", element("summary", title), *children)
+
+
 def tiles(facts: Mapping[str, str]) -> Html:
     """Return a few facts in large type."""
     return element("dl", *(element("div", element("dt", k), element("dd", v)) for k, v in facts.items()), css="tiles")

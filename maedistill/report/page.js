@@ -76,6 +76,7 @@ for (const knob of all("input[type=range]")) knob.addEventListener("input", () =
   for (const strip of all(".scroll", sheet))
     if (strip.children.length > 1) [...strip.children].forEach((image, i) => image.classList.toggle("at", i !== at));
 });
+for (const part of all("section")) part.querySelector(".sheet, .cards")?.closest("details")?.setAttribute("open", "");
 for (const button of all(".command button")) button.addEventListener("click", async () => {
   const code = button.parentElement.querySelector("code");
   getSelection().selectAllChildren(code);

@@ -22,7 +22,7 @@ _STAGES: Mapping[str, type[PretrainConfig] | type[FinetuneConfig]] = {
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """A run as its folder records it. name: on the page. ended: why the last start ended, None while it runs."""
+    """A run as its folder records it. name, place: on the page. ended: why the last start ended, None while it runs."""
 
     name: str
     path: Path
@@ -30,6 +30,7 @@ class RecordedRun:
     metadata: Mapping[str, Any]
     records: Sequence[Mapping[str, Any]]
     ended: str | None
+    place: int = 0
 
     @property
     def state(self) -> str:
@@ -53,8 +54,8 @@ def is_run(path: Path) -> bool:
     return (path / "run.json").is_file()
 
 
-def read_run(path: Path, name: str = "") -> RecordedRun:
-    """Read a run. name: the folder's if it is not given. Raises UserError for another folder and for damaged files."""
+def read_run(path: Path, name: str, place: int = 0) -> RecordedRun:
+    """Read a run. Raises UserError for another folder and for damaged files."""
     if not is_run(path):
         raise ConfigError(
             f"{path} is no run folder: it has no run.json",
@@ -67,7 +68,7 @@ def read_run(path: Path, name: str = "") -> RecordedRun:
     ended = None
     with suppress(DataError, OSError, KeyError):  # an empty file, after a power cut, says as little as none
         ended = str(read_json(path / "exit.json")["reason"])
-    return RecordedRun(name or path.resolve().name, path, config, metadata, read_metrics(path), ended)
+    return RecordedRun(name, path, config, metadata, read_metrics(path), ended, place)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import all_keys
 from maedistill.escaping import shown
 from maedistill.report.interactive import curves, legend
-from maedistill.report.markup import Album, Html, command, element, joined, table, tiles
+from maedistill.report.markup import Album, Html, command, element, folded, table, tiles
 from maedistill.report.page import PICTURE_BYTES, Page
 from maedistill.report.page_pictures import first_input, reconstructions
 from maedistill.report.page_predictions import PREDICTIONS, predictions
@@ -62,7 +62,7 @@ def refresh_run(run: str, *, create: bool = False) -> None:
 def write_page(folders: Sequence[Path], file: Path) -> Path:
     """Write the page of one run or of several, which are named by the parts of their paths that differ."""
     names = _names(folders)
-    runs = [read_run(folder, name) for name, folder in names.items()]
+    runs = [read_run(folder, name, place) for place, (name, folder) in enumerate(names.items())]
     first = runs[0]
     title = first.name if len(runs) == 1 else f"{len(runs)} runs side by side"
     about = _about(first) if len(runs) == 1 else ", ".join(run.name for run in runs)
@@ -94,7 +94,7 @@ def add_runs(page: Page, runs: Sequence[RecordedRun], *, of: str = "") -> None:
 
     def of_each(part: Callable[[RecordedRun], Html]) -> list[Html]:
         parts = {run.name: part(run) for run in pictured}
-        return [joined([element("h3", name), text]) if len(runs) > 1 else text for name, text in parts.items() if text]
+        return [folded(name, text) if len(runs) > 1 else text for name, text in parts.items() if text]
 
     sheets = of_each(lambda run: reconstructions(run, album, most=most))
     page.add("Reconstructions", *sheets, *([element("p", PICTURE_NOTE, css="note")] if sheets else []))
@@ -113,10 +113,12 @@ def add_curves(page: Page, title: str, runs: Sequence[RecordedRun]) -> None:
         attributes = {"type": "button", "data-set": key, "value": value, "aria-pressed": pressed}
         groups.setdefault(key, []).append(element("button", label, attributes=attributes))
     controls = element("div", *(element("span", *buttons) for buttons in groups.values()), css="controls")
-    names = legend({run.name: place for place, run in enumerate(runs)}) if len(runs) > 1 else Html()
+    names = legend({run.name: run.place for run in runs}) if len(runs) > 1 else Html()
     probed = any("knn" in record for run in runs for record in run.records)
     note = element("p", KNN_CAVEAT, css="note") if probed else Html()
-    page.add_plots(title, curves({run.name: run.records for run in runs}), controls, names, note)
+    page.add_plots(
+        title, curves({run.name: run.records for run in runs}, [run.place for run in runs]), controls, names, note
+    )
 
 
 def add_facts(page: Page, title: str, runs: Sequence[RecordedRun]) -> None:
@@ -142,7 +144,7 @@ def add_settings(page: Page, title: str, runs: Sequence[RecordedRun]) -> None:
     heads = _heads("key", runs)
     marked = [row for row in rows if row[0] in differing]
     rest = table(heads, rows, marked=[row[0] in differing for row in rows])
-    everything = element("details", element("summary", f"All {len(rows)} keys, with the {len(marked)} marked"), rest)
+    everything = folded(f"All {len(rows)} keys, with the {len(marked)} marked", rest)
     page.add(title, element("p", f"{about}: {len(marked)} of {len(rows)} keys."), table(heads, marked), everything)
 
 
@@ -196,7 +198,7 @@ def _facts(run: RecordedRun) -> dict[str, str]:
     metadata, start = run.metadata, (run.metadata.get("starts") or [{}])[-1]
     facts = {
         "network": metadata["network"]["name"],
-        "license of the weights that went in": metadata["license"],
+        "license of the weights that went in": metadata.get("license", "not stated"),
         "teacher": metadata.get("teacher") or "none",
         "start": metadata.get("init") or "from scratch",
         "training data": f"{run.config.data.train}: {metadata['data']['images']:,} images",

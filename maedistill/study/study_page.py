@@ -53,10 +53,10 @@ def _folder(out: Path, name: str, seed: str, stage: str) -> Path:
 def _first_runs(out: Path, networks: Mapping[str, Any]) -> list[RecordedRun]:
     """Return the run of the first seed of each network and stage, if its folder is there."""
     found = []
-    for name, network in networks.items():
+    for place, (name, network) in enumerate(networks.items()):
         for stage in ("pretrain", "finetune"):
             folders = (_folder(out, name, seed, stage) for seed in network["runs"])
-            found += [read_run(folder, name) for folder in list(filter(is_run, folders))[:1]]
+            found += [read_run(folder, name, place) for folder in list(filter(is_run, folders))[:1]]
     return found
 
 

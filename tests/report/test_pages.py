@@ -1,0 +1,274 @@
+"""Report pages: small, quick, self-contained, true, and no risk to the training that they show."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maedistill import durable
+from maedistill.config.document import read_file
+from maedistill.data.shards.open_index import open_index
+from maedistill.errors import ConfigError, DataError
+from maedistill.report import interactive, run_page
+from maedistill.report.interactive import curves
+from maedistill.report.markup import Album, element
+from maedistill.report.run_page import PAGE, refresh, write_page
+from maedistill.report.sheet import tile, untile
+from tests.report.made_up import STEPS_PER_EPOCH, draw_sheets, made_run
+
+ODD = ("a]b", "$x_1$", "<img src=x onerror=alert(1)>", "</script>")  # the last one is a folder `<` and one below it
+
+
+class Parsed(HTMLParser):
+    """The elements of a page with their attributes, its visible text, and the cells of its tables by row."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.elements, self.text, self.rows, self._open = [], "", [], []
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._open = [*self._open, tag] if tag not in ("meta", "link", "img", "input", "br") else self._open
+        self.rows += [[]] if tag == "tr" else []
+        self.rows[-1:] = [[*self.rows[-1], ""]] if tag in ("td", "th") else self.rows[-1:]
+
+    def handle_endtag(self, tag) -> None:
+        self._open.pop()
+
+    def handle_data(self, data) -> None:
+        if self._open and self._open[-1] not in ("script", "style"):
+            self.text += data
+        if {"td", "th"} & set(self._open):
+            self.rows[-1][-1] += data
+
+    def row(self, head: str) -> list[str]:
+        return next(row[1:] for row in self.rows if row and row[0] == head)
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def command(monkeypatch, *words) -> None:
+    monkeypatch.setattr(sys, "argv", ["maedistill", "report", *map(str, words)])
+    import_module("maedistill.commands.report").main()
+
+
+@pytest.fixture(scope="session")
+def long_run(tmp_path_factory) -> Path:
+    """100 epochs on ImageNet: 6,255 logged steps, 100 kNN scores, 10 sheets of 8 images of 224 px in 5 columns."""
+    run = made_run(tmp_path_factory.mktemp("long") / "run", epochs=100, every=20)
+    draw_sheets(run, list(range(10, 101, 10)))
+    return run
+
+
+def test_a_page_of_100_epochs_is_below_5_mb_and_2_s_as_a_user_pays_them(long_run):
+    """A new interpreter, everything that it imports included. The better of two, because the machine is shared."""
+    seconds = []
+    for _ in range(2):
+        before = os.times()
+        subprocess.run([sys.executable, "-m", "maedistill", "report", long_run], check=True, capture_output=True)
+        after = os.times()
+        seconds.append(sum(after[2:4]) - sum(before[2:4]))
+    page = long_run / PAGE
+    assert min(seconds) < 2 and 1.3e6 < page.stat().st_size < 5e6, (seconds, page.stat().st_size)
+    parsed = Parsed(page)
+    assert len(parsed.all("img")) == 3 + 2 * 8, "images and masks once, predictions and errors of 8 epochs"
+    assert [one["data-epochs"].split()[-1] for one in parsed.all("input") if one["type"] == "range"] == ["100"]
+
+
+def test_pictures_of_many_runs_stay_below_the_limit():
+    album, noise = Album(100_000), np.random.default_rng(0).integers(0, 256, (112, 900, 3), dtype=np.uint8)
+    pieces = [album.add(Image.fromarray(noise), "noise") for _ in range(3)]
+    assert [piece.startswith("<img") for piece in pieces] == [True, False, False]
+    assert len(pieces[0]) < 100_000 and "left out" in pieces[1]
+
+
+def test_a_page_loads_nothing_and_no_name_becomes_markup(tmp_path):
+    evil = "</script><script>alert(1)</script>"
+    runs = [
+        made_run(tmp_path / name, license=evil, starts=[{"command": f"echo '{evil}' \x1b[31m", "step": 0}], every=200)
+        for name in ODD
+    ]
+    page = Parsed(write_page(runs, tmp_path / "page.html"))
+    addresses = [
+        value for _, found in page.elements for key, value in found.items() if key in ("src", "href", "action")
+    ]
+    assert addresses and all(address.startswith("data:") for address in addresses)
+    assert "default-src 'none'" in page.all("meta")[1]["content"]
+    assert len(page.all("script")) == 3 and not page.all("img") and not any("onerror" in a for _, a in page.elements)
+    heads = next(row for row in page.rows if row[:1] == ["key"])
+    assert heads[1:] == [*ODD[:3], "script>"]
+    assert page.row("license of the weights that went in") == [evil] * 4 and "\\x1b[31m" in page.text
+    assert (
+        element("p", '<a href="x">', attributes={"title": '"&'})
+        == '<p title="&quot;&amp;">&lt;a href=&quot;x&quot;&gt;</p>'
+    )
+
+
+def test_runs_side_by_side_show_first_what_differs(tmp_path):
+    other = ("optim.weight_decay=0.1",)
+    runs = [made_run(tmp_path / "a", every=500), made_run(tmp_path / "b", every=500, settings=other)]
+    page = Parsed(write_page(runs, tmp_path / "page.html"))
+    keys, heads = read_file(runs[0] / "config.yaml"), next(i for i, row in enumerate(page.rows) if row[0] == "key")
+    rows = [row for row in page.rows[heads:] if row[0] in keys]
+    assert [row[0] for row in rows[:2]] == ["run", "optim.weight_decay"] and rows[1][1:] == ["0.05", "0.1"]
+    assert rows[2][0] == "run" and len(rows) > 100, "then all keys"
+    marked = [attributes for tag, attributes in page.elements if tag == "tr" and attributes.get("class") == "marked"]
+    assert len(marked) == 2
+    alone = Parsed(write_page(runs[1:], tmp_path / "alone.html"))
+    assert alone.row("optim.weight_decay") == ["0.1"] and "maedistill finetune" in alone.text
+
+
+@pytest.mark.parametrize(
+    ("ended", "state"), [("finished", "finished"), (None, "running"), ("a loss is nan", "ended early: a loss is nan")]
+)
+def test_a_page_says_how_a_run_stands(tmp_path, ended, state):
+    run = made_run(tmp_path / "run", "finetune", epochs=4, done=2, every=200, ended=ended)
+    page = Parsed(write_page([run], run / PAGE))
+    assert f"{state} at epoch 1.918 of 4" in page.text and f"state{state}" in page.text
+    assert ("Reload every" in page.text) == (ended is None)
+    (run / "exit.json").write_text("\0\0")
+    assert "running at epoch" in Parsed(write_page([run], run / PAGE)).text
+    (run / "metrics.jsonl").write_text("")
+    assert not [a for a in Parsed(write_page([run], run / PAGE)).all("div") if "data-root-id" in a], "nothing to draw"
+
+
+def test_curves_keep_peaks_and_small_numbers():
+    records = [
+        {"step": i, "epoch": i / 100, "trained_seconds": 6.0 * i, "lr": 1.5e-7, "grad_norm": 50.0 if i == 777 else 1.0}
+        for i in range(1, 5001)
+    ]
+    plots = curves({"run": [*records, {"step": 5000, "epoch": 50.0, "knn": 0.5, "images": 100}]})
+    data = plots["gradient norm"].renderers[0].data_source.data
+    assert len(data["y"]) == 300 and max(data["high"]) == 50 and data["epoch"][-1] == 50 and data["minutes"][-1] == 500
+    lr = plots["learning rate"]
+    tips = dict(lr.hover[0].tooltips)
+    assert tips["value"] == "@y{%.4g}" and lr.hover[0].formatters["@y"] == "printf", "four digits, also of 1.5e-7"
+    knn = plots["kNN top-1"].renderers[0].data_source.data
+    assert [knn[name][0] for name in ("y", "low", "high")] == pytest.approx([50, 40.4, 59.6], abs=0.1)
+    many = curves({str(i): records for i in range(100)})["gradient norm"]
+    assert (
+        sum(len(one.data_source.data["y"]) for one in many.renderers if one.glyph.__class__.__name__ == "Line") <= 6000
+    )
+
+
+def test_a_sheet_is_taken_apart_as_it_was_put_together():
+    columns = {name: torch.rand(3, 3, 32, 32) for name in "abcd"}
+    sheet = tile([{"a": columns["a"]}, {name: columns[name] for name in "bcd"}], title="t")
+    found = untile(sheet, side=32, groups=(1, 3))
+    for name, images in zip("abcd", found, strict=True):
+        for image, pixels in zip(images, columns[name], strict=True):
+            small = np.asarray(image.resize((32, 32), Image.Resampling.NEAREST))
+            assert np.array_equal(small, (pixels * 255).round().byte().permute(1, 2, 0).numpy())
+    assert untile(sheet, side=32, groups=(2, 3)) is untile(sheet, side=31, groups=(1, 3)) is None
+
+
+def test_predictions_stand_beside_the_truth_with_their_images(tmp_path, shards):
+    index, names = open_index(f"{shards}/val-*.tar", split="val"), ["<b>ant", "bee", "cat"]
+    run = made_run(tmp_path / "run", "finetune", every=500, settings=(f"data.val={shards}/val-*.tar",), classes=names)
+    rows = []
+    for i, label in enumerate(index.labels.tolist()):
+        best = 1 if label == 0 and i < 12 else label  # ants that are taken for bees
+        rows.append({"id": i, "key": index.key(i), "label": label, "loss": 0.1 + (best != label) * i, "top1": best})
+
+    def write() -> Parsed:
+        with (run / "predictions.csv").open("w", newline="") as file:
+            table = csv.DictWriter(file, rows[0])
+            table.writeheader()
+            table.writerows(rows)
+        return Parsed(write_page([run], run / PAGE))
+
+    wrong = sum(row["label"] != row["top1"] for row in rows)
+    page = write()
+    assert f"{wrong} of 24 images are classified wrongly" in page.text and "<b>ant taken for bee" in page.text
+    pictures = [image["alt"] for image in page.all("img")]
+    assert len(pictures) == 12 + min(wrong, 6)
+    ants = [row["id"] for row in rows if row["label"] != row["top1"]]
+    assert pictures[12:] == [f"image {i}" for i in sorted(ants, reverse=True)], "the largest loss first"
+    rows[3]["key"] = "another"
+    page = write()
+    assert not page.all("img") and "other images" in page.text and "taken for" in page.text
+    (run / "predictions.csv").write_text("id,what\n1,2\n")
+    with pytest.raises(DataError) as refused:
+        write_page([run], run / PAGE)
+    assert "predictions.csv" in refused.value.cause and refused.value.remedy
+
+
+def test_a_page_that_cannot_be_written_names_out_and_the_old_one_stays(tmp_path, monkeypatch):
+    run = made_run(tmp_path / "run", every=500)
+    before = write_page([run], run / PAGE).read_bytes()
+
+    def full(path, data) -> None:
+        path.write_bytes(data[:1000])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(durable, "write_synced", full)
+    with pytest.raises(DataError) as refused:
+        command(monkeypatch, run)
+    assert "No space" in refused.value.cause and "--out" in refused.value.remedy
+    assert (run / PAGE).read_bytes() == before and not list(run.glob(".*"))
+
+
+def test_the_command_refuses_what_is_no_run_and_a_missing_bokeh(tmp_path, monkeypatch):
+    run = made_run(tmp_path / "run", every=500)
+    with pytest.raises(ConfigError, match=r"run\.json"):
+        command(monkeypatch, tmp_path)
+    with pytest.raises(ConfigError, match="no folder"):
+        command(monkeypatch, run, "--out", tmp_path / "none" / "page.html")
+    monkeypatch.setattr(interactive, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'maedistill\[report\]'"):
+        command(monkeypatch, run)
+    assert not (run / PAGE).exists()
+
+
+def test_a_page_is_refreshed_only_if_it_is_there_and_an_error_is_said_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_page, "_warned", set())
+    page, calls = tmp_path / PAGE, []
+    refresh(page, lambda: calls.append("unwanted"))
+    refresh(page, lambda: calls.append("created"), create=True)
+    page.touch()
+    refresh(page, lambda: calls.append("again"))
+    assert calls == ["created", "again"]
+    for _ in range(3):
+        refresh(page, lambda: 1 / 0)
+    assert capsys.readouterr().err.count("division by zero") == 1
+
+
+def test_a_training_refreshes_its_page_and_survives_its_errors(tuned, finetuning, capsys):
+    run = finetuning.folder / "page"
+    shutil.copytree(tuned.run, run)
+    page = write_page([run], run / PAGE)
+    before = page.read_bytes()
+    (run / "predictions.csv").write_text("id\n1\n")
+    source = f"init.source={json.loads(json.dumps(read_file(run / 'config.yaml')['init.source'][0]))}"
+    ended = finetuning("page", source, "optim.epochs=4", "--extend")
+    assert ended.err.count("is not up to date") == 1 and page.read_bytes() == before
+    (run / "predictions.csv").unlink()
+    finetuning("page", source, "optim.epochs=5", "--extend")
+    assert "finished at epoch 5 of 5" in Parsed(page).text
+    finetuning("asked", source, "optim.epochs=1", "log.report=true")
+    assert "finished at epoch 1 of 1" in Parsed(finetuning.folder / "asked" / PAGE).text
+    assert not (tuned.run / PAGE).exists(), "a run pays for no page that nobody asked for"
+
+
+def test_epochs_of_sheets_are_those_of_their_steps(tmp_path):
+    run = made_run(tmp_path / "run", epochs=4, every=STEPS_PER_EPOCH // 3)
+    draw_sheets(run, [1, 2, 4], amd=False)
+    (run / "pictures" / "step_000000001.png").write_bytes(b"\x89PNG cut short")
+    page = Parsed(write_page([run], run / PAGE))
+    (knob,) = [one for one in page.all("input") if one["type"] == "range"]
+    assert knob["data-epochs"] == "1 2 4" and knob["max"] == knob["value"] == "2"
+    assert [image["alt"] for image in page.all("img") if "epoch" not in image["alt"]] == ["seen", "true"]
+    hidden = [image["alt"] for image in page.all("img") if image.get("class") == "at"]
+    assert hidden == ["predicted, epoch 1", "predicted, epoch 2", "error, epoch 1", "error, epoch 2"]
