@@ -28,6 +28,7 @@ OPTIONAL = {
     "scipy": "demo",
     "matplotlib": "demo",
     "s3fs": "remote",
+    "bokeh": "report",
 }
 
 

@@ -10,7 +10,7 @@ from maedistill.report.markup import Album, Html, element
 from maedistill.report.recorded import RecordedRun
 from maedistill.report.sheet import untile
 
-_SIDE = 112  # pixels of an image in a strip
+_SIDE, _GAP = 112, 3  # pixels of an image in a strip, and between two
 _WIDEST = 900  # pixels of a sheet that is shown whole
 _SHEETS = {  # the columns of a sheet, by their groups
     (2, 3): ("student sees", "teacher sees", "predicted", "true", "error"),
@@ -69,7 +69,9 @@ def _columns(file: Path, *, side: int) -> dict[str, list[Image.Image]]:
 
 def _strip(images: Sequence[Image.Image]) -> Image.Image:
     """Return the images side by side, at most `_SIDE` pixels each."""
-    strip = Image.new("RGB", (_SIDE * len(images), _SIDE))
+    strip = Image.new("RGB", ((_SIDE + _GAP) * len(images) - _GAP, _SIDE), (176, 184, 196))
     for place, image in enumerate(images):
-        strip.paste(image.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, reducing_gap=2), (_SIDE * place, 0))
+        strip.paste(
+            image.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, reducing_gap=2), ((_SIDE + _GAP) * place, 0)
+        )
     return strip

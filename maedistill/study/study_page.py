@@ -35,7 +35,8 @@ def write_study_page(out: Path, file: Path) -> Path:
     )
     discs = _discs(out, networks)
     names = legend({disc["name"]: disc["place"] for disc in discs})
-    page.add_plots("Accuracy, size and latency", {"networks": bubbles(discs)} if discs else {}, names, css="wide")
+    note = element("p", "The area grows with the parameters. Networks of one latency stand side by side.", css="note")
+    page.add_plots("Accuracy, size and latency", {"networks": bubbles(discs)} if discs else {}, names, note, css="wide")
     page.add("Cost", table(*cost_cells(summaries)))
     for stage in ("pretrain", "finetune"):
         drawn = [run for run in runs if run.metadata["stage"] == stage][:_MOST_DRAWN]

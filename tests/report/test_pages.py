@@ -149,7 +149,7 @@ def test_curves_keep_peaks_and_small_numbers():
         {"step": i, "epoch": i / 100, "trained_seconds": 6.0 * i, "lr": 1.5e-7, "grad_norm": 50.0 if i == 777 else 1.0}
         for i in range(1, 5001)
     ]
-    plots = curves({"run": [*records, {"step": 5000, "epoch": 50.0, "knn": 0.5, "images": 100}]})
+    plots = curves({"run": [*records, {"step": 5000, "epoch": 50.0, "knn": 0.5, "images": 100}]}, [0])
     data = plots["gradient norm"].renderers[0].data_source.data
     assert len(data["y"]) == 300 and max(data["high"]) == 50 and data["epoch"][-1] == 50 and data["minutes"][-1] == 500
     lr = plots["learning rate"]
@@ -157,10 +157,8 @@ def test_curves_keep_peaks_and_small_numbers():
     assert tips["value"] == "@y{%.4g}" and lr.hover[0].formatters["@y"] == "printf", "four digits, also of 1.5e-7"
     knn = plots["kNN top-1"].renderers[0].data_source.data
     assert [knn[name][0] for name in ("y", "low", "high")] == pytest.approx([50, 40.4, 59.6], abs=0.1)
-    many = curves({str(i): records for i in range(100)})["gradient norm"]
-    assert (
-        sum(len(one.data_source.data["y"]) for one in many.renderers if one.glyph.__class__.__name__ == "Line") <= 6000
-    )
+    many = curves({str(i): records[:200] for i in range(20)}, range(20))["gradient norm"]
+    assert sum(len(one.data_source.data["y"]) for one in many.renderers if type(one.glyph).__name__ == "Line") == 1800
 
 
 def test_a_sheet_is_taken_apart_as_it_was_put_together():
