@@ -8,6 +8,7 @@ from maedistill.durable import require_local
 from maedistill.errors import ConfigError
 from maedistill.escaping import say
 
+MOST = 24  # runs on a page, which stays below 5 MB
 EXAMPLES = """\
 examples:
   maedistill report runs/dmae_b
@@ -42,6 +43,8 @@ def main() -> None:
         require_local(path, str(path))
     if arguments.out and not arguments.out.parent.is_dir():
         raise ConfigError(f"--out: there is no folder {arguments.out.parent}", "make it, or name another file")
+    if len(arguments.runs) > MOST:
+        raise ConfigError(f"{len(arguments.runs)} runs are too many for one page", f"name at most {MOST}")
     from maedistill.report.interactive import require_bokeh  # numpy and Pillow, for which --help need not wait
     from maedistill.report.run_page import PAGE, write_page
     from maedistill.study import study_page

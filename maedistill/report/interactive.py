@@ -64,29 +64,21 @@ def bubbles(networks: Sequence[Mapping[str, Any]]) -> "figure":
 
     networks: name, place (of its color), top1, low, high, parameters, latency_ms or None; accuracies are fractions.
     """
-    timed = [network for network in networks if network["latency_ms"] is not None]
-    shown_networks = timed or list(networks)
-    label = "latency of one image, ms" if timed else "parameters, millions"
     from bokeh.models import Range1d
 
-    most = max(network["parameters"] for network in shown_networks)
-    points = {
-        network["name"]: (network["latency_ms"] if timed else network["parameters"] / 1e6, network["top1"])
-        for network in shown_networks
-    }
-    places, end = side_by_side(points), 1.15 * max(x for x, _ in points.values())
-    plot = _figure("networks", "top-1, %, with 95 % interval", Range1d(0, end), height=380, x_label=label)
-    for network in shown_networks:
-        x, latency = places[network["name"]], network["latency_ms"] or 0
-        percent = {name: [100 * network[name]] for name in ("top1", "low", "high")}
-        values = {
-            "run": [shown(network["name"])[:_MOST_NAME]],
-            "x": [x],
-            "latency": [latency],
-            "parameters": [network["parameters"] / 1e6],
-        }
+    timed = [one for one in networks if one["latency_ms"] is not None]
+    drawn, x_of = timed or networks, "latency_ms" if timed else "parameters"
+    label = "latency of one image, ms" if timed else "parameters"
+    most = max(one["parameters"] for one in drawn)
+    places = side_by_side({one["name"]: (one[x_of], one["top1"]) for one in drawn})
+    x_range = Range1d(0, 1.15 * max(places.values()))
+    plot = _figure("networks", "top-1, %, with 95 % interval", x_range, height=380, x_label=label)
+    for network in drawn:
+        values = {name: [100 * network[name]] for name in ("top1", "low", "high")}
+        values |= {"latency": [network["latency_ms"] or 0], "parameters": [network["parameters"] / 1e6]}
+        values |= {"x": [places[network["name"]]], "run": [shown(network["name"])[:_MOST_NAME]]}
         color, size = color_of(network["place"]), 12 + 34 * (network["parameters"] / most) ** 0.5
-        source = _source(values | percent)
+        source = _source(values)
         bar = plot.segment("x", "low", "x", "high", source=source, line_color=color, line_width=2)
         disc = plot.scatter("x", "top1", source=source, size=size, color=color, fill_alpha=0.6)
         bar.tags = disc.tags = [network["place"]]
@@ -113,7 +105,7 @@ def legend(names: Mapping[str, int]) -> Html:
 
 
 def _switch(name: str, place: int) -> Html:
-    box = Html(f'<input type="checkbox" checked data-run="{place}">')
+    box = element("input", attributes={"type": "checkbox", "checked": "", "data-run": str(place)})
     dot = element("i", css="dot", attributes={"style": f"background:{color_of(place)}"})
     return element("label", box, dot, name)
 

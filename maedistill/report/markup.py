@@ -8,6 +8,8 @@ from PIL import Image
 
 from maedistill.escaping import html
 
+_VOID = ("br", "img", "input")  # elements without an end
+
 
 class Html(str):
     """Text that is HTML already."""
@@ -19,7 +21,7 @@ def element(name: str, *children: str, css: str = "", attributes: Mapping[str, s
     """Return an element. css: its class."""
     named = {"class": css} if css else {}
     words = "".join(f' {key}="{html(value)}"' for key, value in (named | dict(attributes or {})).items())
-    return Html(f"<{name}{words}>{joined(children)}</{name}>")
+    return Html(f"<{name}{words}>" + ("" if name in _VOID else f"{joined(children)}</{name}>"))
 
 
 def joined(children: Iterable[str]) -> Html:
@@ -74,6 +76,4 @@ class Album:
             return element("small", f"{about}: left out, for a page has room for so many pictures only")
         self.left -= len(address)
         size = {"width": str(picture.width), "height": str(picture.height)}
-        named = {"class": css} if css else {}
-        words = "".join(f' {key}="{html(value)}"' for key, value in (named | size | {"alt": about}).items())
-        return Html(f'<img src="{address}"{words}>')
+        return Html(element("img", css=css, attributes=size | {"alt": about})[:-1] + f' src="{address}">')

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from maedistill.durable import write_durably
 from maedistill.errors import DataError
 from maedistill.report.interactive import embed
-from maedistill.report.markup import Html, element, joined, section
+from maedistill.report.markup import Album, Html, element, joined, section
 
 if TYPE_CHECKING:
     from bokeh.plotting import figure
 
-PICTURE_BYTES = 2_000_000  # of all pictures of a page, which stays below 5 MB: BokehJS has 1.3 MB
+_PICTURE_BYTES = 2_000_000  # of all pictures of a page, which stays below 5 MB: BokehJS has 1.3 MB
 _HERE = Path(__file__).parent
 _POLICY = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
@@ -28,6 +28,7 @@ class Page:
         self.title, self.about, self.running = title, about, running
         self.sections: list[Html] = []
         self.plots: dict[str, figure] = {}
+        self.album = Album(_PICTURE_BYTES)
 
     def add(self, title: str, *children: str) -> None:
         """Add a section, unless it is empty."""

@@ -42,7 +42,8 @@ def reconstructions(run: RecordedRun, album: Album, *, most: int) -> Html:
             strips = [album.add(_strip(images), label)]
         rows.append(element("figure", element("figcaption", label), element("div", *strips, css="scroll"), css="strip"))
     last = str(len(epochs) - 1)
-    knob = Html(f'<input type="range" min="0" max="{last}" value="{last}" data-epochs="{" ".join(epochs)}">')
+    steps = {"type": "range", "min": "0", "max": last, "value": last, "data-epochs": " ".join(epochs)}
+    knob = element("input", attributes=steps)
     slider = element(
         "label", "epoch ", element("output", epochs[-1]), *([knob] if len(epochs) > 1 else []), css="slider"
     )

@@ -79,7 +79,7 @@ def _cards(sample: Sequence[Answer], thumbnail: Callable[[Answer], Html], name: 
     cards = []
     for one in sample:
         said = element("b", name(one.best), css="right" if one.best == one.label else "wrong")
-        caption = element("figcaption", said, Html("<br>"), f"true: {name(one.label)}")
+        caption = element("figcaption", said, element("br"), f"true: {name(one.label)}")
         cards.append(element("figure", thumbnail(one), caption))
     return element("div", *cards, css="cards")
 

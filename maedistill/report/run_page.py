@@ -14,8 +14,8 @@ from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import all_keys
 from maedistill.escaping import shown
 from maedistill.report.interactive import curves, legend
-from maedistill.report.markup import Album, Html, command, element, folded, table, tiles
-from maedistill.report.page import PICTURE_BYTES, Page
+from maedistill.report.markup import Html, command, element, folded, table, tiles
+from maedistill.report.page import Page
 from maedistill.report.page_pictures import first_input, reconstructions
 from maedistill.report.page_predictions import PREDICTIONS, predictions
 from maedistill.report.recorded import RecordedRun, read_run
@@ -27,12 +27,7 @@ PAGE = "report.html"
 _SHEETS = 8  # reconstruction sheets of a page, divided among its runs
 _MOST_PICTURED = 6  # runs whose pictures are shown
 _LONGEST = 300  # characters of a value in a table
-_AXES = (
-    ("over", "epoch", "epochs"),
-    ("over", "minutes", "minutes"),
-    ("scale", "linear", "linear"),
-    ("scale", "log", "log"),
-)
+_AXES = {"over": {"epoch": "epochs", "minutes": "minutes"}, "scale": {"linear": "linear", "log": "log"}}  # first: set
 _warned: set[Path] = set()
 
 
@@ -89,7 +84,7 @@ def add_runs(page: Page, runs: Sequence[RecordedRun], *, of: str = "") -> None:
     """Add curves, pictures, data and licenses, settings and commands of the runs. of: for headings, their stage."""
     of = f" of {of}" if of else ""
     add_curves(page, f"Curves{of}", runs)
-    pictured, album = runs[:_MOST_PICTURED], Album(PICTURE_BYTES)
+    pictured, album = runs[:_MOST_PICTURED], page.album
     most = max(2, _SHEETS // len(pictured))
 
     def of_each(part: Callable[[RecordedRun], Html]) -> list[Html]:
@@ -107,12 +102,13 @@ def add_runs(page: Page, runs: Sequence[RecordedRun], *, of: str = "") -> None:
 
 def add_curves(page: Page, title: str, runs: Sequence[RecordedRun]) -> None:
     """Add the curves of the runs, with switches for their axes and lines."""
-    groups: dict[str, list[Html]] = {}
-    for key, value, label in _AXES:
-        pressed = "true" if value in ("epoch", "linear") else "false"
-        attributes = {"type": "button", "data-set": key, "value": value, "aria-pressed": pressed}
-        groups.setdefault(key, []).append(element("button", label, attributes=attributes))
-    controls = element("div", *(element("span", *buttons) for buttons in groups.values()), css="controls")
+    groups = []
+    for key, labels in _AXES.items():
+        kinds = [{"type": "button", "data-set": key, "value": v, "aria-pressed": "false"} for v in labels]
+        kinds[0]["aria-pressed"] = "true"
+        buttons = zip(labels.values(), kinds, strict=True)
+        groups.append(element("span", *(element("button", label, attributes=kind) for label, kind in buttons)))
+    controls = element("div", *groups, css="controls")
     names = legend({run.name: run.place for run in runs}) if len(runs) > 1 else Html()
     probed = any("knn" in record for run in runs for record in run.records)
     note = element("p", KNN_CAVEAT, css="note") if probed else Html()
@@ -172,16 +168,13 @@ def _about(run: RecordedRun) -> str:
 def _results(run: RecordedRun) -> dict[str, str]:
     """Return the results so far."""
     facts = {"state": run.state}
-    scores = [record for record in run.records if "top1_correct" in record]
-    if scores:
+    if scores := [record for record in run.records if "top1_correct" in record]:
         score = scores[-1]
         facts["top-1"] = percent(score["top1_correct"], score["images"])
         facts["95 % interval"] = interval_text(score["top1_correct"], score["images"])
         facts["top-5"] = percent(score["top5_correct"], score["images"])
-    averaged = [record for record in run.records if "ema_top1_correct" in record]
-    facts |= (
-        {"moving average": percent(averaged[-1]["ema_top1_correct"], averaged[-1]["ema_images"])} if averaged else {}
-    )
+    if averaged := [record for record in run.records if "ema_top1_correct" in record]:
+        facts["moving average"] = percent(averaged[-1]["ema_top1_correct"], averaged[-1]["ema_images"])
     if any(record.get("loss") is not None for record in run.records):
         last = summary(run.records)
         facts["loss"] = f"{last['loss']:.4g}"

@@ -20,7 +20,7 @@ from maedistill.config.document import read_file
 from maedistill.data.shards.open_index import open_index
 from maedistill.errors import ConfigError, DataError
 from maedistill.report import interactive, run_page
-from maedistill.report.interactive import curves
+from maedistill.report.interactive import curves, embed
 from maedistill.report.markup import Album, element
 from maedistill.report.run_page import PAGE, refresh, write_page
 from maedistill.report.sheet import tile, untile
@@ -114,6 +114,12 @@ def test_a_page_loads_nothing_and_no_name_becomes_markup(tmp_path):
         element("p", '<a href="x">', attributes={"title": '"&'})
         == '<p title="&quot;&amp;">&lt;a href=&quot;x&quot;&gt;</p>'
     )
+
+
+def test_a_name_in_the_data_of_a_plot_ends_no_script():
+    lines = {"</script><script>alert(1)</script>": [{"step": 1, "epoch": 1.0, "lr": 0.1}], "b": []}
+    script, _ = embed(curves(lines, [0, 1]))
+    assert script.lower().count("</script") == 1, "ours, between BokehJS and the plots"
 
 
 def test_runs_side_by_side_show_first_what_differs(tmp_path):

@@ -63,7 +63,7 @@ def test_a_page_of_odd_names_works_and_asks_nobody(browser, tmp_path):
 
     show(browser, page)
     assert run("return getComputedStyle(document.body).backgroundColor") == "rgb(246, 247, 249)" and run(axis) != dark
-    shown = "return [...document.querySelectorAll('.sheet img')].filter((one) => one.checkVisibility()).map((one) => one.alt)"
+    shown = "return [...document.querySelectorAll('.sheet img')].filter((o) => o.checkVisibility()).map((o) => o.alt)"
     assert run(shown) == ["student sees", "teacher sees", "predicted, epoch 3", "true", "error, epoch 3"]
     run("const knob = document.querySelector('[type=range]'); knob.value = 0; knob.dispatchEvent(new Event('input'))")
     assert run(shown) == ["student sees", "teacher sees", "predicted, epoch 1", "true", "error, epoch 1"]
