@@ -49,7 +49,8 @@ def curves(runs: Mapping[str, _Records], places: Sequence[int]) -> dict[str, "fi
     """Return a figure for each quantity that any run records, by title. Each run has a line. places: of its color."""
     most = max(_FEWEST_POINTS, min(300, _MOST_POINTS // max(1, len(runs))))
     figures, x_range = {}, None
-    for panel in PANELS:
+    known = {metric for records in runs.values() for record in records for metric in record}
+    for panel in (panel for panel in PANELS if any(metric.startswith(panel.name) for metric in known)):
         lines = {name: _columns(records, panel, most) for name, records in runs.items()}
         if any(line["y"] for line in lines.values()):
             plot = _figure(panel.title, panel.unit, x_range)

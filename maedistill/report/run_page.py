@@ -24,7 +24,7 @@ from maedistill.runs.history import duration
 from maedistill.runs.records import warn
 
 PAGE = "report.html"
-_SHEETS = 8  # reconstruction sheets of a page, divided among its runs
+_SHEETS = 6  # reconstruction sheets of a page, divided among its runs
 _MOST_PICTURED = 6  # runs whose pictures are shown
 _LONGEST = 300  # characters of a value in a table
 _AXES = {"over": {"epoch": "epochs", "minutes": "minutes"}, "scale": {"linear": "linear", "log": "log"}}  # first: set

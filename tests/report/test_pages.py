@@ -83,7 +83,7 @@ def test_a_page_of_100_epochs_is_below_5_mb_and_2_s_as_a_user_pays_them(long_run
     page = long_run / PAGE
     assert min(seconds) < 2 and 1.3e6 < page.stat().st_size < 5e6, (seconds, page.stat().st_size)
     parsed = Parsed(page)
-    assert len(parsed.all("img")) == 3 + 2 * 8, "images and masks once, predictions and errors of 8 epochs"
+    assert len(parsed.all("img")) == 3 + 2 * 6, "images and masks once, predictions and errors of 6 epochs"
     assert [one["data-epochs"].split()[-1] for one in parsed.all("input") if one["type"] == "range"] == ["100"]
 
 
