@@ -19,7 +19,7 @@ from maedistill.data.shards.open_index import open_index
 from maedistill.errors import ConfigError, DataError
 from maedistill.report import comparison
 from maedistill.report.comparison import ComparedNetwork, headline, read_results, text_table, write_comparison
-from maedistill.study import results_page
+from maedistill.study import results_page, study_page
 from maedistill.study.completion import is_done, is_scored
 from maedistill.study.results import collect, statistics, summarize
 from maedistill.study.results_page import accuracy_table, write_results
@@ -292,3 +292,17 @@ def test_pages_do_without_matplotlib(networks, study_folder, monkeypatch) -> Non
     assert re.findall(r"!\[[^]]*\]\(([^)]+)\)", page) == ["dmae/seed_0/pretrain/pictures/step_000000008.png"]
     results = collect(Study.model_validate(STUDY), study_folder, [0])
     assert "![" not in write_results(results, study_folder, title="x", command="y").read_text()
+
+
+def test_the_html_page_of_a_study_has_its_tables_runs_and_chart(study_folder):
+    results = collect(Study(**STUDY), study_folder, [0, 1, 2])
+    write_results(results, study_folder, title="<b>Three</b>", command="maedistill study x")
+    (study_folder / "dmae/seed_0/finetune/scorecard.json").write_text(json.dumps({"latency_ms": 1.5}))
+    discs = study_page._discs(study_folder, results["networks"])
+    assert {disc["name"]: disc["latency_ms"] for disc in discs} == {"scratch": 1.5, "mae": 1.5, "dmae": 1.5}
+    assert [disc["place"] for disc in discs] == [list(results["networks"]).index(disc["name"]) for disc in discs]
+    text = study_page.write_study_page(study_folder, study_folder / study_page.PAGE).read_text()
+    assert "&lt;b&gt;Three&lt;/b&gt;" in text and "<b>Three" not in text and "scratch/seed_2/finetune" in text
+    for heading in ("Accuracy, size and latency", "Curves of pre-training", "Settings of fine-tuning"):
+        assert f"<h2>{heading}</h2>" in text
+    assert f"{100 * 124 / 200:.2f}" in text and text.count("data-root-id=") > 5
