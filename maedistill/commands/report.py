@@ -41,19 +41,14 @@ def main() -> None:
     arguments = parse_arguments()
     for path in (*arguments.runs, arguments.out or ""):
         require_local(path, str(path))
-    if arguments.out and not arguments.out.parent.is_dir():
-        raise ConfigError(f"--out: there is no folder {arguments.out.parent}", "make it, or name another file")
     if len(arguments.runs) > MOST:
         raise ConfigError(f"{len(arguments.runs)} runs are too many for one page", f"name at most {MOST}")
-    from maedistill.report.interactive import require_bokeh  # numpy and Pillow, for which --help need not wait
-    from maedistill.report.run_page import PAGE, write_page
+    from maedistill.report.run_page import PAGE, write_page  # numpy and Pillow, for which --help need not wait
     from maedistill.study import study_page
 
-    require_bokeh()
     paths: list[Path] = arguments.runs
     if len(paths) == 1 and (paths[0] / "results.json").is_file():
         page = study_page.write_study_page(paths[0], arguments.out or paths[0] / study_page.PAGE)
     else:
-        several = len(paths) > 1
-        page = write_page(paths, arguments.out or (Path("comparison.html") if several else paths[0] / PAGE))
+        page = write_page(paths, arguments.out or (paths[0] / PAGE if len(paths) == 1 else Path("comparison.html")))
     say(f"page: {page}")

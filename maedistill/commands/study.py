@@ -76,9 +76,7 @@ def main() -> None:
 
 def run(study: Study, out: Path, seeds: list[int], arguments: argparse.Namespace) -> None:
     """Run the steps, or print them. If some fail, the others are compared before the error is raised."""
-    from maedistill.report.run_page import refresh
     from maedistill.runs.terminal import outlive_readers
-    from maedistill.study import study_page
     from maedistill.study.plan import StudyPlan, add_tests
     from maedistill.study.runner import StepsFailed, print_steps, run_steps
 
@@ -89,29 +87,15 @@ def run(study: Study, out: Path, seeds: list[int], arguments: argparse.Namespace
         print_steps(steps)
         return
     outlive_readers()
-    title, page = f"Results of {arguments.study}", out / study_page.PAGE
     try:
-        run_steps(
-            steps,
-            out=out,
-            jobs=arguments.jobs,
-            after_step=lambda: refresh(page, lambda: compare(study, out, seeds, title=title)),
-        )
+        run_steps(steps, out=out, jobs=arguments.jobs)
     except StepsFailed:
-        report(study, out, seeds, title=title)
+        report(study, out, seeds, title=f"Results of {arguments.study}")
         raise
 
 
 def report(study: Study, out: Path, seeds: list[int], *, title: str) -> bool:
-    """Compare the finished runs and say where. Returns whether there are any; otherwise nothing is written."""
-    page = compare(study, out, seeds, title=title)
-    if page is not None:
-        say("", f"results: {page}")
-    return page is not None
-
-
-def compare(study: Study, out: Path, seeds: list[int], *, title: str) -> Path | None:
-    """Compare the finished runs, and make the page of the study again if it is there. Returns results.md."""
+    """Compare the finished runs. Returns whether there are any; otherwise nothing is written."""
     from maedistill.report.run_page import refresh
     from maedistill.study import study_page
     from maedistill.study.results import collect
@@ -124,8 +108,7 @@ def compare(study: Study, out: Path, seeds: list[int], *, title: str) -> Path | 
         command = masked(shlex.join(sys.argv))
     results = collect(study, out, seeds)
     if not any(facts for network in results["networks"].values() for facts in network["runs"].values()):
-        return None
-    written = write_results(results, out, title=title, command=command)
-    page = out / study_page.PAGE
-    refresh(page, lambda: study_page.write_study_page(out, page))
-    return written
+        return False
+    say("", f"results: {write_results(results, out, title=title, command=command)}")
+    refresh(out / study_page.PAGE, lambda: study_page.write_study_page(out, out / study_page.PAGE))
+    return True

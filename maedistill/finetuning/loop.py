@@ -29,6 +29,7 @@ from maedistill.finetuning.self_terms import exit_networks
 from maedistill.finetuning.setup import Finetuning, open_finetuning
 from maedistill.processes import distributed
 from maedistill.randomness import Stream
+from maedistill.report.interactive import require_bokeh
 from maedistill.report.run_page import refresh_run
 from maedistill.report.run_report import write_finetune_report
 from maedistill.runs.callback import Callback
@@ -53,6 +54,8 @@ def finetune(
     fresh: delete the run in the folder and start over. extend: allow a larger number of epochs.
     Raises subclasses of UserError; RUN/exit.json records how the run ended.
     """
+    if config.log.report:
+        require_bokeh()
     try:
         run_stage(
             config,

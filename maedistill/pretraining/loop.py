@@ -29,6 +29,7 @@ from maedistill.pretraining.pictures import reconstruction_sheet
 from maedistill.pretraining.setup import Pretraining, open_pretraining
 from maedistill.processes import distributed
 from maedistill.randomness import Stream, key
+from maedistill.report.interactive import require_bokeh
 from maedistill.report.run_page import refresh_run
 from maedistill.report.run_report import write_run_report
 from maedistill.runs.callback import Callback
@@ -55,6 +56,8 @@ def pretrain(
     fresh: delete the run in the folder and start over. extend: allow a changed number of epochs.
     Raises subclasses of UserError; RUN/exit.json records how the run ended.
     """
+    if config.log.report:
+        require_bokeh()
     try:
         run_stage(
             config,

@@ -19,11 +19,10 @@ from maedistill.report import intervals, run_report
 from maedistill.report.charts import Timed, latency_chart
 from maedistill.report.curves import draw_curves
 from maedistill.report.intervals import Interval
+from maedistill.report.recorded import PREDICTIONS
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.history import duration, read_metrics
 from maedistill.runs.records import write_text
-
-PREDICTIONS = "predictions.csv"  # in the folder of a fine-tuning: `maedistill evaluate --predictions`
 
 
 @dataclass(frozen=True)

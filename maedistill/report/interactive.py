@@ -3,7 +3,7 @@
     records of runs -> curves -> {title: figure}        networks -> bubbles -> figure
     {key: figure} -> embed -> the script and the places for a page; page.js switches axes, lines and colors
 
-No text from outside goes into a plot except as data of a column, which Bokeh shows as text. Names are HTML beside it.
+No text from outside goes into a plot except as the name of a line, which Bokeh shows as text. Titles are HTML beside it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,10 @@ from maedistill.report.markup import Html, element
 if TYPE_CHECKING:  # the extra `report` brings it, and it takes half a second
     from bokeh.plotting import figure
 
-COLORS = ("#3b7ddd", "#e8833a", "#2fa36b", "#d64f5b", "#8e6bd0", "#a9714b", "#d66fb0", "#7c8794", "#b3a125", "#25a9b8")
+# of lines, in a light and in a dark page
+COLORS = ("#3b7ddd", "#d0701f", "#2fa36b", "#d64f5b", "#8e6bd0", "#a9714b", "#d66fb0", "#7c8794", "#94851a", "#1a8f9e")
 _MOST_POINTS, _FEWEST_POINTS, _MOST_NAME = 1800, 60, 60  # points of all runs in a panel; points of one; characters
+_COLUMNS = ("epoch", "minutes", "step", "y", "low", "high")
 _Records = Sequence[Mapping[str, Any]]
 
 
@@ -40,11 +42,6 @@ def require_bokeh() -> None:
         )
 
 
-def color_of(place: int) -> str:
-    """Return the color of a run by its place on the page."""
-    return COLORS[place % len(COLORS)]
-
-
 def curves(runs: Mapping[str, _Records], places: Sequence[int]) -> dict[str, "figure"]:
     """Return a figure for each quantity that any run records, by title. Each run has a line. places: of its color."""
     most = max(_FEWEST_POINTS, min(300, _MOST_POINTS // max(1, len(runs))))
@@ -53,39 +50,36 @@ def curves(runs: Mapping[str, _Records], places: Sequence[int]) -> dict[str, "fi
     for panel in (panel for panel in PANELS if any(metric.startswith(panel.name) for metric in known)):
         lines = {name: _columns(records, panel, most) for name, records in runs.items()}
         if any(line["y"] for line in lines.values()):
-            plot = _figure(panel.title, panel.unit, x_range)
+            plot = figures[panel.title] = _figure(panel.unit, x_range, name=panel.title)
             x_range = plot.x_range
             _draw(plot, panel, lines, places)
-            figures[panel.title] = plot
     return figures
 
 
 def bubbles(networks: Sequence[Mapping[str, Any]]) -> "figure":
-    """Return the chart of networks: top-1 over latency, or over size without any; the area grows with the parameters.
+    """Return the chart of networks: top-1 in percent over latency; the area grows with the parameters.
 
-    networks: name, place (of its color), top1, low, high, parameters, latency_ms or None; accuracies are fractions.
+    networks: name, place (of its color), top1, low, high, parameters, latency; accuracies are fractions.
     """
     from bokeh.models import Range1d
 
-    timed = [one for one in networks if one["latency_ms"] is not None]
-    drawn, x_of = timed or networks, "latency_ms" if timed else "parameters"
-    label = "latency of one image, ms" if timed else "parameters"
-    most = max(one["parameters"] for one in drawn)
-    places = side_by_side({one["name"]: (one[x_of], one["top1"]) for one in drawn})
+    most = max(one["parameters"] for one in networks)
+    places = side_by_side({one["name"]: (one["latency"], one["top1"]) for one in networks})
     x_range = Range1d(0, 1.15 * max(places.values()))
-    plot = _figure("networks", "top-1, %, with 95 % interval", x_range, height=380, x_label=label)
-    for network in drawn:
+    plot = _figure("top-1, %, with 95 % interval", x_range, height=380, x_label="latency of one image, ms")
+    for network in networks:
         values = {name: [100 * network[name]] for name in ("top1", "low", "high")}
-        values |= {"latency": [network["latency_ms"] or 0], "parameters": [network["parameters"] / 1e6]}
-        values |= {"x": [places[network["name"]]], "run": [shown(network["name"])[:_MOST_NAME]]}
-        color, size = color_of(network["place"]), 12 + 34 * (network["parameters"] / most) ** 0.5
+        values |= {"parameters": [network["parameters"] / 1e6], "latency": [network["latency"]]}
+        values["x"] = [places[network["name"]]]
+        color, size = _color(network["place"]), 12 + 34 * (network["parameters"] / most) ** 0.5
         source = _source(values)
         bar = plot.segment("x", "low", "x", "high", source=source, line_color=color, line_width=2)
-        disc = plot.scatter("x", "top1", source=source, size=size, color=color, fill_alpha=0.6)
+        name = shown(network["name"])[:_MOST_NAME]
+        disc = plot.scatter("x", "top1", source=source, size=size, color=color, fill_alpha=0.6, name=name)
         bar.tags = disc.tags = [network["place"]]
-        tips = [("network", "@run"), ("top-1", "@top1{%.4g} % (@low{%.4g} to @high{%.4g})")]
-        tips += [("parameters", "@parameters{%.3g} M"), *([("latency", "@latency{%.3g} ms")] if timed else [])]
-        _hover(plot, disc, tips, ["top1", "low", "high", "parameters", "latency"], mode="mouse")
+        top1 = "@top1{%.5g} % (@low{%.5g} to @high{%.5g})"
+        tips = {"network": "$name", "top-1": top1, "parameters": "@parameters{%.5g} M", "latency": "@latency{%.5g} ms"}
+        _hover(plot, disc, tips, mode="mouse")
     return plot
 
 
@@ -102,18 +96,21 @@ def embed(figures: Mapping[str, "figure"]) -> tuple[str, dict[str, Html]]:
 
 def legend(names: Mapping[str, int]) -> Html:
     """Return a switch for the lines of each run. names: to the place of its color."""
-    return element("div", *(_switch(name, place) for name, place in names.items()), css="legend")
+    switches = []
+    for name, place in names.items():
+        box = element("input", attributes={"type": "checkbox", "checked": "", "data-run": str(place)})
+        dot = element("i", css="dot", attributes={"style": f"background:{_color(place)}"})
+        switches.append(element("label", box, dot, name))
+    return element("div", *switches, css="legend")
 
 
-def _switch(name: str, place: int) -> Html:
-    box = element("input", attributes={"type": "checkbox", "checked": "", "data-run": str(place)})
-    dot = element("i", css="dot", attributes={"style": f"background:{color_of(place)}"})
-    return element("label", box, dot, name)
+def _color(place: int) -> str:
+    return COLORS[place % len(COLORS)]
 
 
 def _columns(records: _Records, panel: Panel, most: int) -> dict[str, list[float]]:
     """Return the columns of a line, thinned out. An evaluation has the minutes of the training step before it."""
-    points, minutes = list[tuple[float, ...]](), 0.0
+    points, minutes, scale = list[tuple[float, ...]](), 0.0, 100 if panel.kind == "accuracy" else 1
     for record in records:
         minutes = record.get("trained_seconds", 60 * minutes) / 60
         value = mean_metric(record, panel.name)
@@ -122,10 +119,8 @@ def _columns(records: _Records, panel: Panel, most: int) -> dict[str, list[float
             if panel.kind == "accuracy" and (images := record.get("images")):
                 interval = of_count(round(value * images), images)
                 low, high = interval.low, interval.high
-            scale = 100 if panel.kind == "accuracy" else 1
             points.append((record["epoch"], minutes, record["step"], scale * value, scale * low, scale * high))
-    names = ("epoch", "minutes", "step", "y", "low", "high")
-    return {name: [point[i] for point in _thinned(points, most)] for i, name in enumerate(names)}
+    return {name: [point[i] for point in _thinned(points, most)] for i, name in enumerate(_COLUMNS)}
 
 
 def _thinned(points: Sequence[tuple[float, ...]], most: int) -> list[tuple[float, ...]]:
@@ -141,38 +136,33 @@ def _thinned(points: Sequence[tuple[float, ...]], most: int) -> list[tuple[float
 
 def _draw(plot: "figure", panel: Panel, lines: Mapping[str, Mapping[str, list[float]]], places: Sequence[int]) -> None:
     """Draw the line of each run, with a band for the 95 % intervals of accuracies."""
-    unit = " %" if panel.kind == "accuracy" else ""
+    is_share = panel.kind == "accuracy"
+    unit, band = (" %", "95 %") if is_share else ("", "lowest, highest")
     for place, (name, columns) in zip(places, lines.items(), strict=True):
-        count = len(columns["y"])
-        if not count:
+        if not (count := len(columns["y"])):
             continue
-        values = {**columns, "x": columns["epoch"]}
-        source = _source(values | ({"run": [shown(name)[:_MOST_NAME]] * count} if len(lines) > 1 else {}))
-        color, has_band = color_of(place), columns["low"] != columns["high"]
-        line = plot.line("x", "y", source=source, line_color=color, line_width=2)
-        drawn = [line]
-        if has_band:
-            drawn.append(plot.varea("x", "low", "high", source=source, fill_color=color, fill_alpha=0.18))
+        source, color, shown_name = _source(columns), _color(place), shown(name)[:_MOST_NAME]
+        line = plot.line("epoch", "y", source=source, line_color=color, line_width=2, name=shown_name)
+        drawn, tips = [line], {"run": "$name", "value": f"@y{{%.5g}}{unit}"}
+        if columns["low"] != columns["high"]:
+            drawn.append(plot.varea("epoch", "low", "high", source=source, fill_color=color, fill_alpha=0.18))
+            tips[band] = f"@low{{%.5g}} to @high{{%.5g}}{unit}"
         if count <= 30:
-            drawn.append(plot.scatter("x", "y", source=source, color=color, size=5))
+            drawn.append(plot.scatter("epoch", "y", source=source, color=color, size=5))
         for renderer in drawn:
             renderer.tags = [place]
-        what = "95 %" if panel.kind == "accuracy" else "lowest, highest"
-        tips = [*([("run", "@run")] if len(lines) > 1 else []), ("value", f"@y{{%.4g}}{unit}")]
-        tips += [(what, f"@low{{%.4g}} to @high{{%.4g}}{unit}")] if has_band else []
-        tips += [("epoch", "@epoch{%.4g}"), ("step", "@step{%d}"), ("minutes", "@minutes{%.4g}")]
-        _hover(plot, line, tips, ["y", "low", "high", "epoch", "step", "minutes"])
+        _hover(plot, line, tips | {"epoch": "@epoch{%.5g}", "step": "@step{%d}", "minutes": "@minutes{%.5g}"})
     points = [list(zip(c["epoch"], c["y"], strict=True)) for c in lines.values() if c["y"]]
-    clip = clipped_range(points) if panel.kind == "loss" else None
-    plot.tags = [{"clip": clip, "curve": True}]
+    plot.tags = [{"clip": clipped_range(points) if panel.kind == "loss" else None, "curve": True}]
 
 
-def _figure(title: str, unit: str, x_range: Any, *, height: int = 250, x_label: str = "epoch") -> "figure":
+def _figure(unit: str, x_range: Any, *, name: str = "", height: int = 250, x_label: str = "epoch") -> "figure":
     """Return an empty figure that is as wide as its place. Colors of text and grid are set by the page."""
-    from bokeh.models import DataRange1d, PrintfTickFormatter, Range1d
+    from bokeh.models import DataRange1d, Range1d
     from bokeh.plotting import figure
 
     plot = figure(
+        name=name,
         height=height,
         sizing_mode="stretch_width",
         min_width=200,
@@ -182,15 +172,10 @@ def _figure(title: str, unit: str, x_range: Any, *, height: int = 250, x_label: 
         y_axis_label=unit,
         x_range=x_range or DataRange1d(range_padding=0.03),
         y_range=Range1d(),  # page.js sets it to what the visible lines need
-        background_fill_color=None,
-        border_fill_color=None,
-        outline_line_color=None,
         tags=[{"clip": None, "curve": False}],
     )
-    plot.yaxis.formatter = PrintfTickFormatter(format="%.4g")
-    plot.toolbar.logo = None
+    plot.background_fill_color = plot.border_fill_color = plot.outline_line_color = plot.toolbar.logo = None
     plot.toolbar.autohide = True
-    plot.name = title
     return plot
 
 
@@ -199,13 +184,12 @@ def _source(columns: Mapping[str, Sequence[Any]]) -> Any:
     import numpy as np
     from bokeh.models import ColumnDataSource
 
-    return ColumnDataSource({k: list(v) if k == "run" else np.array(v, dtype=np.float32) for k, v in columns.items()})
+    return ColumnDataSource({name: np.array(values, dtype=np.float32) for name, values in columns.items()})
 
 
-def _hover(plot: "figure", renderer: Any, tips: list[tuple[str, str]], numbers: list[str], mode: Any = "vline") -> None:
+def _hover(plot: "figure", renderer: Any, tips: Mapping[str, str], mode: Any = "vline") -> None:
     from bokeh.models import HoverTool
 
-    formats = {f"@{name}": "printf" for name in numbers}
-    hover = HoverTool(renderers=[renderer], tooltips=tips, formatters=formats, mode=mode, point_policy="snap_to_data")
-    hover.visible = False  # always on: it needs no button
-    plot.add_tools(hover)
+    formats = {f"@{name}": "printf" for name in (*_COLUMNS, "top1", "parameters", "latency")}
+    tool = HoverTool(renderers=[renderer], tooltips=[*tips.items()], formatters=formats, mode=mode, visible=False)
+    plot.add_tools(tool)  # always on: it needs no button

@@ -19,8 +19,8 @@ class Html(str):
 
 def element(name: str, *children: str, css: str = "", attributes: Mapping[str, str] | None = None) -> Html:
     """Return an element. css: its class."""
-    named = {"class": css} if css else {}
-    words = "".join(f' {key}="{html(value)}"' for key, value in (named | dict(attributes or {})).items())
+    named = ({"class": css} if css else {}) | dict(attributes or {})
+    words = "".join(f' {key}="{joined([value])}"' for key, value in named.items())
     return Html(f"<{name}{words}>" + ("" if name in _VOID else f"{joined(children)}</{name}>"))
 
 
@@ -29,30 +29,16 @@ def joined(children: Iterable[str]) -> Html:
     return Html("".join(child if isinstance(child, Html) else html(child) for child in children))
 
 
-def section(title: str, *children: str) -> Html:
-    """Return a section with a heading; nothing if it is empty."""
-    return element("section", element("h2", title), *children) if any(children) else Html()
+def note(text: str) -> Html:
+    """Return a line of small print; nothing if it is empty."""
+    return element("p", text, css="note") if text else Html()
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, marked: Sequence[bool] = ()) -> Html:
-    """Return a table whose first column is a heading. heads: may be none. marked: rows that stand out."""
-    marks = marked or [False] * len(rows)
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
+    """Return a table whose first column is a heading. heads: may be none."""
     head = element("thead", element("tr", *(element("th", text) for text in heads))) if heads else Html()
-    lines = [
-        element("tr", element("th", cells[0]), *(element("td", text) for text in cells[1:]), css="marked" * mark)
-        for cells, mark in zip(rows, marks, strict=True)
-    ]
+    lines = [element("tr", element("th", first), *(element("td", text) for text in rest)) for first, *rest in rows]
     return element("div", element("table", head, element("tbody", *lines)), css="scroll")
-
-
-def folded(title: str, *children: str) -> Html:
-    """Return what is seen once its title is clicked."""
-    return element("details", element("summary", title), *children)
-
-
-def tiles(facts: Mapping[str, str]) -> Html:
-    """Return a few facts in large type."""
-    return element("dl", *(element("div", element("dt", k), element("dd", v)) for k, v in facts.items()), css="tiles")
 
 
 def command(line: str, about: str) -> Html:
@@ -71,9 +57,9 @@ class Album:
         """Return the picture as an element; a note in its place if there is no room."""
         data = io.BytesIO()
         picture.convert("RGB").save(data, "JPEG", quality=82)
-        address = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+        address = Html(f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}")
         if len(address) > self.left:
-            return element("small", f"{about}: left out, for a page has room for so many pictures only")
+            return element("small", f"{about}: left out: the page has no room for more pictures")
         self.left -= len(address)
         size = {"width": str(picture.width), "height": str(picture.height)}
-        return Html(element("img", css=css, attributes=size | {"alt": about})[:-1] + f' src="{address}">')
+        return element("img", css=css, attributes=size | {"alt": about, "src": address})

@@ -9,9 +9,9 @@ function fit(plot) { // set the vertical axis to what the visible lines need
   for (const renderer of plot.renderers.filter((one) => one.visible))
     for (const name of ["y", "top1", "low", "high"])
       for (const value of renderer.data_source.data[name] ?? [])
-        if (!log || value > 0) { low = Math.min(low, value); high = Math.max(high, value); }
-  if (low > high) return;
-  if (clip) [low, high] = clip;
+        if (Number.isFinite(value) && (!log || value > 0)) { low = Math.min(low, value); high = Math.max(high, value); }
+  if (low > high) [low, high] = [1, 10]; // nothing to show, or nothing above 0
+  else if (clip) [low, high] = clip;
   else if (log) { const room = Math.max((high / low) ** 0.06, 1.02); low /= room; high *= room; }
   else { const room = 0.06 * (high - low) || Math.abs(high) * 0.1 || 1; low -= room; high += room; }
   const place = document.querySelector(`[data-root-id="${plot.id}"]`);
@@ -28,18 +28,16 @@ function scale(plot) { // linear or logarithmic
 }
 
 function over(plot) { // epochs or minutes
-  for (const source of new Set(plot.renderers.map((one) => one.data_source)))
-    source.data = { ...source.data, x: source.data[shown.over] };
+  for (const renderer of plot.renderers) renderer.glyph.x = { field: shown.over };
   plot.below[0].axis_label = shown.over === "epoch" ? "epoch" : "minutes of training";
 }
 
 function paint() { // the colors of the page, light or dark
   const style = getComputedStyle(document.documentElement), color = (name) => style.getPropertyValue(name).trim();
   const soft = color("--soft"), line = color("--line");
+  const colors = { axis_label_text_color: soft, major_label_text_color: soft, axis_line_color: line, major_tick_line_color: line };
   for (const plot of plots()) {
-    for (const axis of [...plot.left, ...plot.below])
-      axis.setv({ axis_label_text_color: soft, major_label_text_color: soft, axis_line_color: line, major_tick_line_color: line,
-        minor_tick_line_color: null, axis_label_text_font_style: "normal" });
+    for (const axis of [...plot.left, ...plot.below]) axis.setv({ ...colors, minor_tick_line_color: null });
     for (const grid of plot.center) grid.grid_line_color = line;
   }
 }
@@ -48,12 +46,10 @@ function ready() {
   paint();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
   for (const plot of plots()) {
-    if (matchMedia("(pointer: coarse)").matches) // a finger scrolls the page
-      for (const tool of plot.toolbar.tools.filter((one) => one.type === "BoxZoomTool")) tool.active = false;
     fit(plot);
   }
   for (const box of all("[data-run]")) box.addEventListener("change", () => {
-    for (const other of all(`[data-run="${box.dataset.run}"]`)) other.checked = box.checked;
+    for (const other of all(`[data-run="${box.dataset.run}"]`)) other.checked = box.checked; // in other sections
     for (const plot of plots()) {
       for (const renderer of plot.renderers.filter((one) => one.tags[0] === Number(box.dataset.run))) renderer.visible = box.checked;
       fit(plot);
@@ -76,12 +72,12 @@ for (const knob of all("input[type=range]")) knob.addEventListener("input", () =
   for (const strip of all(".scroll", sheet))
     if (strip.children.length > 1) [...strip.children].forEach((image, i) => image.classList.toggle("at", i !== at));
 });
-for (const part of all("section")) part.querySelector(".sheet, .cards")?.closest("details")?.setAttribute("open", "");
+for (const part of all("section")) part.querySelector("details")?.setAttribute("open", ""); // the first one
 for (const button of all(".command button")) button.addEventListener("click", async () => {
   const code = button.parentElement.querySelector("code");
   getSelection().selectAllChildren(code);
-  try { await navigator.clipboard.writeText(code.textContent); } catch { document.execCommand("copy"); }
-  button.textContent = "Copied";
+  const done = await navigator.clipboard?.writeText(code.textContent).then(() => true, () => false);
+  button.textContent = done || document.execCommand("copy") ? "Copied" : "Press Ctrl-C";
   setTimeout(() => (button.textContent = "Copy"), 1500);
 });
 for (const box of all(".live input")) {

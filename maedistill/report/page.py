@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from maedistill.durable import write_durably
 from maedistill.errors import DataError
 from maedistill.report.interactive import embed
-from maedistill.report.markup import Album, Html, element, joined, section
+from maedistill.report.markup import Album, Html, element, joined
 
 if TYPE_CHECKING:
     from bokeh.plotting import figure
@@ -31,8 +31,9 @@ class Page:
         self.album = Album(_PICTURE_BYTES)
 
     def add(self, title: str, *children: str) -> None:
-        """Add a section, unless it is empty."""
-        self.sections.append(section(title, *children))
+        """Add a section with a heading, unless it is empty."""
+        if any(children):
+            self.sections.append(element("section", element("h2", title), *children))
 
     def add_plots(self, title: str, plots: Mapping[str, "figure"], *above: str, css: str = "plots") -> None:
         """Add a section of plots, with what stands above them."""

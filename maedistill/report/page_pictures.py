@@ -1,5 +1,6 @@
-"""The pictures in a run folder as pieces of a page: reconstructions with a slider over epochs, and the first input."""
+"""The reconstruction sheets in a run folder as a piece of a page, with a slider over epochs."""
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,11 +12,12 @@ from maedistill.report.recorded import RecordedRun
 from maedistill.report.sheet import untile
 
 _SIDE, _GAP = 112, 3  # pixels of an image in a strip, and between two
-_WIDEST = 900  # pixels of a sheet that is shown whole
+_MOST_PIXELS = 64_000_000  # of a sheet
 _SHEETS = {  # the columns of a sheet, by their groups
     (2, 3): ("student sees", "teacher sees", "predicted", "true", "error"),
     (1, 3): ("seen", "predicted", "true", "error"),
 }
+_ODD = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # of pictures that are damaged or huge
 
 
 def reconstructions(run: RecordedRun, album: Album, *, most: int) -> Html:
@@ -23,7 +25,7 @@ def reconstructions(run: RecordedRun, album: Album, *, most: int) -> Html:
 
     most: sheets. Images and masks are the same at every epoch, so what is seen and what is true is shown once.
     """
-    files = sorted((run.path / "pictures").glob("step_*.png"))
+    files = sorted(file for file in (run.path / "pictures").glob("*.png") if re.fullmatch(r"step_[0-9]+", file.stem))
     places = sorted({round(i * (len(files) - 1) / max(1, most - 1)) for i in range(most)}) if files else []
     sheets = {files[i]: _columns(files[i], side=run.config.data.image_size) for i in places}
     newest = next((columns for columns in reversed(sheets.values()) if columns), None)
@@ -33,35 +35,32 @@ def reconstructions(run: RecordedRun, album: Album, *, most: int) -> Html:
     epochs = [f"{run.epoch_at(int(file.stem.removeprefix('step_'))):.4g}" for file in sheets]
     rows = []
     for label, images in newest.items():
-        if label in ("predicted", "error"):
-            strips = [
-                album.add(_strip(columns[label]), f"{label}, epoch {epoch}", css="at" if epoch != epochs[-1] else "")
+        strips = (
+            [album.add(_strip(images), label)]
+            if label not in ("predicted", "error")
+            else [
+                album.add(_strip(columns[label]), f"{label}, epoch {epoch}", css="at" * (epoch != epochs[-1]))
                 for columns, epoch in zip(sheets.values(), epochs, strict=True)
             ]
-        else:
-            strips = [album.add(_strip(images), label)]
+        )
         rows.append(element("figure", element("figcaption", label), element("div", *strips, css="scroll"), css="strip"))
     last = str(len(epochs) - 1)
     steps = {"type": "range", "min": "0", "max": last, "value": last, "data-epochs": " ".join(epochs)}
-    knob = element("input", attributes=steps)
-    slider = element(
-        "label", "epoch ", element("output", epochs[-1]), *([knob] if len(epochs) > 1 else []), css="slider"
-    )
+    knob = element("input", attributes=steps) if len(epochs) > 1 else ""
+    slider = element("label", "epoch ", element("output", epochs[-1]), knob, css="slider")
     return element("div", slider, *rows, css="sheet pixelated" if run.config.data.image_size < _SIDE else "sheet")
 
 
-def first_input(run: RecordedRun, album: Album) -> Html:
-    """Return the picture of a fine-tuning's first step, if there is one."""
-    if not (file := run.path / "pictures" / "input.png").is_file():
-        return Html()
-    with Image.open(file) as sheet:
-        sheet.thumbnail((_WIDEST, 4 * _WIDEST))
-        return element("div", album.add(sheet, "input of the first step"), css="scroll")
+def _open(file: Path) -> Image.Image | None:
+    """Return the picture of a PNG file; None without one, for one that a kill cut short, and for a huge one."""
+    with suppress(*_ODD), Image.open(file, formats=("PNG",)) as picture:
+        return picture.convert("RGB") if picture.width * picture.height <= _MOST_PIXELS else None
+    return None
 
 
 def _columns(file: Path, *, side: int) -> dict[str, list[Image.Image]]:
-    """Return the images of a sheet by column; nothing for another picture, or for one that a kill cut short."""
-    with suppress(OSError, SyntaxError), Image.open(file) as sheet:
+    """Return the images of a sheet by column; nothing for another picture."""
+    if sheet := _open(file):
         for groups, labels in _SHEETS.items():
             if columns := untile(sheet, side=side, groups=groups):
                 return dict(zip(labels, columns, strict=True))
@@ -69,10 +68,9 @@ def _columns(file: Path, *, side: int) -> dict[str, list[Image.Image]]:
 
 
 def _strip(images: Sequence[Image.Image]) -> Image.Image:
-    """Return the images side by side, at most `_SIDE` pixels each."""
+    """Return the images side by side, `_SIDE` pixels each."""
     strip = Image.new("RGB", ((_SIDE + _GAP) * len(images) - _GAP, _SIDE), (176, 184, 196))
     for place, image in enumerate(images):
-        strip.paste(
-            image.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, reducing_gap=2), ((_SIDE + _GAP) * place, 0)
-        )
+        small = image.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, reducing_gap=2)
+        strip.paste(small, ((_SIDE + _GAP) * place, 0))
     return strip

@@ -1,23 +1,22 @@
 """What a run folder says of a run, finished or under way, for pages. Its import takes a fraction of a second."""
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from maedistill.config.finetune import FinetuneConfig
-from maedistill.config.keys import all_keys
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.errors import ConfigError, DataError
+from maedistill.errors import ConfigError, DataError, UserError
 from maedistill.runs.history import read_metrics
 
-_STAGES: Mapping[str, type[PretrainConfig] | type[FinetuneConfig]] = {
-    "pretrain": PretrainConfig,
-    "finetune": FinetuneConfig,
-}
+PREDICTIONS = "predictions.csv"  # in the folder of a fine-tuning: `maedistill evaluate --predictions`
+_STAGES: dict[str, type[PretrainConfig] | type[FinetuneConfig]]
+_STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,8 @@ class RecordedRun:
 
     @property
     def state(self) -> str:
-        """Return whether the run is finished, in words."""
-        return {None: "running", "finished": "finished"}.get(self.ended, f"ended early: {self.ended}")
-
-    @property
-    def settings(self) -> dict[str, str]:
-        """Return the value of each key, as JSON."""
-        values: Any = self.config.model_dump(mode="json")
-        return {name: json.dumps(_at(values, name), ensure_ascii=False) for name in all_keys(type(self.config))}
+        """Return whether the run is finished, in words. A run that was killed could not say so."""
+        return {None: "running, or killed", "finished": "finished"}.get(self.ended, f"ended early: {self.ended}")
 
     def epoch_at(self, step: int) -> float:
         """Return the epochs done after a step."""
@@ -62,8 +55,6 @@ def read_run(path: Path, name: str, place: int = 0) -> RecordedRun:
             "name the folder of a run that has started, or of a study with results.json",
         )
     metadata = read_json(path / "run.json")
-    if metadata.get("stage") not in _STAGES:
-        raise ConfigError(f"{path} is a run of another version", "make its page with the version that it was run with")
     config: Any = load_config(path / "config.yaml", root=_STAGES[metadata["stage"]]).config
     ended = None
     with suppress(DataError, OSError, KeyError):  # an empty file, after a power cut, says as little as none
@@ -74,15 +65,25 @@ def read_run(path: Path, name: str, place: int = 0) -> RecordedRun:
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object. Raises DataError for anything else, OSError for no file."""
     try:
-        value = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{file} cannot be read ({str(error)[:200]})", "restore it from a copy") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{file} holds no JSON object", "restore it from a copy")
-    return value
 
 
-def _at(values: Any, name: str) -> Any:
-    for part in name.split("."):
-        values = values[part]
-    return values
+def written(file: Path) -> str:
+    """Return when a file was last written, to the minute."""
+    return datetime.fromtimestamp(file.stat().st_mtime).isoformat(" ", "minutes")
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Turn what the records of a folder raise within the block, if they are not as ours, into DataError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError) as error:
+        raise DataError(
+            f"{folder}: its records are damaged or of another version ({type(error).__name__}: {error})",
+            "make the page with the version that the run was made with, or restore the records from a copy",
+        ) from error

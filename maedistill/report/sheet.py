@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # report pages only take sheets apart
 
 _LEAST_SIDE = 192  # smaller images are enlarged to at least this many pixels, without smoothing
 _HEADER, _GAP, _GROUP_GAP = 52, 4, 24  # the header has two lines: the title, and the labels of the columns
-_FONT_SIZE = 16
+_FONT_SIZE, _MOST_ROWS = 16, 64
 
 
 def tile(groups: Sequence[Mapping[str, "Tensor"]], *, title: str = "") -> Image.Image:
@@ -51,7 +51,8 @@ def untile(sheet: Image.Image, *, side: int, groups: Sequence[int]) -> list[list
     """
     drawn = side * _scale(side)
     rows = (sheet.height - _HEADER) // (drawn + _GAP)
-    if sheet.width != _width(side, groups) or sheet.height != _HEADER + rows * (drawn + _GAP):
+    fits = sheet.size == (_width(side, groups), _HEADER + rows * (drawn + _GAP))
+    if not fits or not 1 <= rows <= _MOST_ROWS:
         return None
     columns, left = list[list[Image.Image]](), _GAP
     for count in groups:

@@ -56,18 +56,11 @@ def run_quickstart(out: Path, *, epochs: float | None) -> None:
     study = load_study("quickstart/study")
     networks = networks_of(study, out)
     trainings = StudyPlan(study, out, [SEED], settings=settings).steps()
-    command, page = masked(shlex.join(sys.argv)), out / PAGE
-
-    def write_page() -> None:
-        write_results(collect(study, out, [SEED]), out, title=TITLE, command=command)
-        write_study_page(out, page)
-
-    run_steps(
-        [*trainings, *export_steps(networks, out)], out=out, jobs=JOBS, after_step=lambda: refresh(page, write_page)
-    )
+    run_steps([*trainings, *export_steps(networks, out)], out=out, jobs=JOBS)
     timed = timed_networks(networks)
     run_steps(score_steps({name: n for name, n in networks.items() if name not in timed}, val), out=out, jobs=JOBS)
     run_steps(score_steps(timed, val, latency=True), out=out)  # one at a time, because latency is measured
+    command, page = masked(shlex.join(sys.argv)), out / PAGE
     write_results(collect(study, out, [SEED]), out, title=TITLE, command=command)
     results = read_results(networks, baseline=BASELINE)
     notes = [f"**{headline(results, student=STUDENT, teacher=TEACHER, baseline=BASELINE)}.**", *NOTES]

@@ -17,7 +17,8 @@ import timm
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.models.meta import meta_device
 from maedistill.report import intervals
-from maedistill.report.comparison import PREDICTIONS, difference
+from maedistill.report.comparison import difference
+from maedistill.report.recorded import PREDICTIONS
 from maedistill.report.run_report import summary
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.history import read_metrics

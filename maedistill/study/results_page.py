@@ -84,9 +84,14 @@ def accuracy_cells(summaries: Mapping[str, _Facts], baseline: str | None) -> tup
 
 def cost_table(summaries: Mapping[str, _Facts]) -> list[str]:
     """Format a Markdown table of the runs' sizes, losses and times, as means over seeds."""
+    caveat = pixel_caveat(summaries)
+    return [*markdown_table(*cost_cells(summaries)), *(["", caveat] if caveat else [])]
+
+
+def pixel_caveat(summaries: Mapping[str, _Facts]) -> str:
+    """Say that pixel losses of different targets do not compare, if there are any."""
     targets = {summary["pixel_target"] for summary in summaries.values()} - {None}
-    caveat = ["", "Pixel losses of different targets do not compare."] if len(targets) > 1 else []
-    return [*markdown_table(*cost_cells(summaries)), *caveat]
+    return "Pixel losses of different targets do not compare." if len(targets) > 1 else ""
 
 
 def cost_cells(summaries: Mapping[str, _Facts]) -> tuple[list[str], list[list[str]]]:

@@ -94,17 +94,11 @@ def print_steps(steps: Sequence[Step]) -> None:
 
 
 def run_steps(
-    steps: Sequence[Step],
-    *,
-    out: Path,
-    jobs: int = 1,
-    program: Sequence[str] = (sys.executable, "-m", "maedistill"),
-    after_step: Callable[[], object] = lambda: None,
+    steps: Sequence[Step], *, out: Path, jobs: int = 1, program: Sequence[str] = (sys.executable, "-m", "maedistill")
 ) -> None:
     """Run the steps that are not done yet, `jobs` at a time, starting the first step whose needs are met.
 
     out: holds the lock and one log per step, which begins with its command. program: what the steps are commands of.
-    after_step: called after each step that is done.
     Several jobs share the cores, unless OMP_NUM_THREADS is set, and each gets one of the GPUs visible to this process;
     if there are more jobs than GPUs, the GPUs are shared evenly. A status line shows the progress of the running steps.
     Raises StepsFailed at the end if steps failed, ConfigError if steps are already running in `out`.
@@ -131,7 +125,6 @@ def run_steps(
                     failed[job.step.name] = code
                 else:
                     done.add(job.step.name)
-                    after_step()
             status.update([job.running for job in running])
         status.clear()
     if received:
