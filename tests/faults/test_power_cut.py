@@ -119,6 +119,16 @@ def test_no_record_that_is_lost_blocks_a_whole_checkpoint(recorded, start, tmp_p
         assert [str(folder / name) in line for line in said] == [True]
 
 
+def test_a_finished_run_that_lost_its_records_ends_well_and_keeps_its_report(recorded, pretraining):
+    run, _ = recorded
+    folder = pretraining.folder / "no_records"
+    shutil.copytree(run, folder)
+    os.truncate(folder / "metrics.jsonl", 0)
+    again = pretraining(folder.name, *SETTINGS)
+    assert "continues at step 16 of 16" in again.out and "no losses" in again.out.splitlines()[-1]
+    assert (folder / "report.md").read_bytes() == (run / "report.md").read_bytes()
+
+
 def test_settings_that_a_copy_stands_for_still_bind(recorded, start, tmp_path):
     run, _ = recorded
     shutil.copytree(run, tmp_path / "run")
