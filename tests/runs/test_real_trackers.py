@@ -1,0 +1,164 @@
+"""The real MLflow, with its server, and the real W&B, offline: what they have of a run, and a server that dies.
+
+CI has neither package (half a gigabyte). `pip install mlflow wandb` into an environment of its own, then run this file.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from contextlib import suppress
+
+import pytest
+
+from tests.support.launch import free_port
+
+EPOCHS = ["method=mae", "optim.epochs=12", "log.knn_every_epochs=4", "log.pictures_every_epochs=4"]  # 8 steps each
+LAST_SEEN = "last measured on 2026-11-29 with mlflow 3.17.2 and wandb 0.31.0: passed"
+
+
+@pytest.fixture(scope="module")
+def plain(pretraining):
+    return pretraining("plain", *EPOCHS, "log.trackers=[]")
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A server with its database and pictures in tmp_path: its address, and its process."""
+    pytest.importorskip("mlflow.server", reason=f"needs mlflow; {LAST_SEEN}")
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    words = ["server", "--port", str(port), "--workers", "1", "--backend-store-uri", f"sqlite:///{tmp_path}/runs.db"]
+    words += ["--default-artifact-root", "mlflow-artifacts:/", "--artifacts-destination", str(tmp_path / "artifacts")]
+    log = (tmp_path / "server.log").open("w")
+    process = subprocess.Popen([sys.executable, "-m", "mlflow", *words], stderr=log, stdout=log, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while True:
+        with suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
+            break
+        assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "server.log").read_text()[-2000:]
+        time.sleep(0.5)
+    yield address, process
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def weights(finished):
+    return (finished.last_checkpoint() / "model.safetensors").read_bytes()
+
+
+def wait_for_step(start, step):
+    deadline, file = time.monotonic() + 120, start.run / "metrics.jsonl"
+    while not file.exists() or f'"step": {step},' not in file.read_text():
+        assert time.monotonic() < deadline and not start.ended(), start.printed()[-3000:]
+        time.sleep(0.05)
+
+
+def test_mlflow_has_all_and_its_death_costs_warnings_only(pretraining, plain, server, monkeypatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    address, process = server
+    secret = {"MLFLOW_TRACKING_URI": address.replace("://", "://me:hunter2@"), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": 2}
+    # stopped in the middle and continued: one run, all points once
+    words = ["tracked", *EPOCHS, "log.trackers=[mlflow]"]
+    stopped = pretraining.start(*words, by="bare", **secret)
+    wait_for_step(stopped, 40)
+    stopped.signal(signal.SIGTERM)
+    stopped.finish(75)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs(["0"])
+    assert run.info.status == "KILLED"
+    tracked = pretraining.start(*words, by="bare", **secret).finish()
+    (run,) = client.search_runs(["0"])
+    assert run.info.status == "FINISHED" and run.data.params["method"] == "mae"
+    for tag, name in (("train/loss", "loss"), ("train/pixels", "pixels"), ("sys/data_wait", "data_wait")):
+        points = [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, tag)]
+        assert points == [(record["step"], record[name]) for record in tracked.metrics()]
+    knn = [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, "val/knn")]
+    assert knn == [(record["step"], record["knn"]) for record in tracked.records() if "knn" in record]
+    files = [file.path for file in client.list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")]
+    assert len(files) == 3 and all("reconstruction" in file for file in files)
+    picture = client.download_artifacts(run.info.run_id, files[0])
+    with open(picture, "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+    kept = b"".join(file.read_bytes() for file in tracked.run.rglob("*") if file.is_file())
+    assert b"hunter2" not in kept and "hunter2" not in tracked.out + tracked.err + stopped.printed()
+    # the server dies in the middle
+    start = pretraining.start("orphaned", *words[1:], by="bare", **secret)
+    wait_for_step(start, 20)
+    os.killpg(process.pid, signal.SIGKILL)
+    began = time.monotonic()
+    orphaned = start.finish()
+    assert time.monotonic() - began < 60
+    assert sum(line.startswith("warning: mlflow") for line in orphaned.err.splitlines()) == 1, orphaned.err
+    assert weights(orphaned) == weights(tracked) == weights(plain)
+    for address in ("http://me:hunter2@127.0.0.1:9", address):  # never there; still dead, with a run that is known
+        alone = pretraining("alone", *words[1:], by="bare", **secret | {"MLFLOW_TRACKING_URI": address})
+        assert weights(alone) == weights(plain) and "warning: mlflow" in alone.err and "hunter2" not in alone.err
+
+
+def offline_records(file):
+    """Yield the records of a .wandb file, which is a log of LevelDB: blocks of 32 KiB, after a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, parts = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            record, parts = Record(), b""
+            record.ParseFromString(data[at - size : at] if kind == 1 else whole)
+            yield record
+        whole = parts
+
+
+def test_wandb_offline_has_all_of_a_run_that_was_killed_and_continued(pretraining, plain) -> None:
+    pytest.importorskip("wandb", reason=f"needs wandb; {LAST_SEEN}")
+    words = ["offline", *EPOCHS, "log.trackers=[wandb]"]
+    start = pretraining.start(*words, by="bare", WANDB_MODE="offline")
+    wait_for_step(start, 45)
+    start.signal(signal.SIGKILL)
+    start.finish(-9)
+    ended = pretraining.start(*words, by="bare", WANDB_MODE="offline").finish()
+    assert weights(ended) == weights(plain)
+    rows, ids, ends, pictures = Counter(), set(), [], []
+    for file in sorted(ended.run.glob("wandb/offline-run-*/run-*.wandb")):
+        for record in offline_records(file):
+            kind = record.WhichOneof("record_type")
+            if kind == "run":
+                ids.add(record.run.run_id)
+            elif kind == "exit":
+                ends.append(record.exit.exit_code)
+            elif kind == "history":
+                values = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+                rows.update((record.history.step.num, tag) for tag in values if tag[0] != "_")
+                pictures += [json.loads(values["reconstruction"])["path"]] if "reconstruction" in values else []
+    id = json.loads((ended.run / "trackers" / "wandb.json").read_text())["id"]
+    assert ids == {id} and ends[-1] == 0
+    records = ended.records()
+    expected = {(r["step"], "train/loss") for r in records if "loss" in r}
+    expected |= {(r["step"], "val/knn") for r in records if "knn" in r}
+    assert {row for row in rows if row[1] in ("train/loss", "val/knn")} == expected
+    assert max(rows.values()) == 1 and len(pictures) == 3
+    assert all(len(list(ended.run.glob(f"wandb/*/files/{picture}"))) == 1 for picture in pictures)
+
+
+def test_wandb_without_a_network_or_login_costs_a_warning_only(pretraining, plain) -> None:
+    pytest.importorskip("wandb", reason=f"needs wandb; {LAST_SEEN}")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # nobody listens
+        nowhere = {"WANDB_BASE_URL": f"http://127.0.0.1:{closed.getsockname()[1]}"}
+        for login in ({"WANDB_API_KEY": "0123456789" * 4}, {}):
+            ended = pretraining("unreachable", *EPOCHS, "log.trackers=[wandb]", by="bare", **nowhere, **login)
+            assert weights(ended) == weights(plain) and ended.err.count("warning: wandb") == 1, ended.err
+            assert "0123456789" * 4 not in ended.out + ended.err
+            assert "wandb: (1)" not in ended.out + ended.err  # it asks nothing
