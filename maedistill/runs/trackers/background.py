@@ -28,7 +28,8 @@ from maedistill.runs.trackers.wandb_run import WandbRun
 OPENERS: dict[str, Callable[[Opening], Tracker]] = {"tensorboard": Board, "wandb": WandbRun, "mlflow": MlflowRun}
 _MODULES = {"tensorboard": "torch.utils.tensorboard"}
 _MOST_WAITING = 10_000  # lines and pictures
-_START_SECONDS, _END_SECONDS = 10.0, 20.0  # that a run waits for its trackers
+_START_SECONDS = 10.0  # that a run waits for a tracker
+_END_SECONDS: dict[End, float] = {"finished": 30.0, "killed": 10.0, "failed": 10.0}  # for all of them
 
 
 class Background:
@@ -62,7 +63,7 @@ class Background:
         if not self._given_up:
             self._thread.join(max(0.0, deadline - time.monotonic()))
             if self._thread.is_alive():
-                self._give_up(f"it did not take the last ones within {_END_SECONDS:g} s")
+                self._give_up("it did not take the last ones in time")
 
     def _put(self, act: Callable[[Tracker], object]) -> None:
         if self._queue.qsize() >= _MOST_WAITING:
@@ -119,7 +120,7 @@ def open_trackers(
 
 def close_trackers(trackers: Iterable[Background], end: End) -> None:
     """Close all of them. What one does not take in time is lost there."""
-    trackers, deadline = list(trackers), time.monotonic() + _END_SECONDS
+    trackers, deadline = list(trackers), time.monotonic() + _END_SECONDS[end]
     for tracker in trackers:
         tracker.finish(end)
     for tracker in trackers:
