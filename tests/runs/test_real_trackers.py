@@ -24,7 +24,7 @@ LAST_SEEN = "last measured on 2026-11-29 with mlflow 3.17.2 and wandb 0.31.0: pa
 
 @pytest.fixture(scope="module")
 def plain(pretraining):
-    return pretraining("plain", *EPOCHS, "log.trackers=[]", by="bare")  # to import them starts threads
+    return pretraining("plain", *EPOCHS, "log.trackers=[]", launcher="bare")  # to import them starts threads
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_mlflow_has_all_and_its_death_costs_warnings_only(pretraining, plain, se
     secret = {"MLFLOW_TRACKING_URI": address.replace("://", "://me:hunter2@"), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": 2}
     # stopped in the middle and continued: one run, all points once
     words = ["tracked", *EPOCHS, "log.trackers=[mlflow]"]
-    stopped = pretraining.start(*words, by="bare", **secret)
+    stopped = pretraining.start(*words, launcher="bare", **secret)
     wait_for_step(stopped, 40)
     stopped.signal(signal.SIGTERM)
     stopped.finish(75)
@@ -73,7 +73,7 @@ def test_mlflow_has_all_and_its_death_costs_warnings_only(pretraining, plain, se
     client = mlflow.MlflowClient()
     (run,) = client.search_runs(["0"])
     assert run.info.status == "KILLED"
-    tracked = pretraining.start(*words, by="bare", **secret).finish()
+    tracked = pretraining.start(*words, launcher="bare", **secret).finish()
     (run,) = client.search_runs(["0"])
     assert run.info.status == "FINISHED" and run.data.params["method"] == "mae"
     for tag, name in (("train/loss", "loss"), ("train/pixels", "pixels"), ("sys/data_wait", "data_wait")):
@@ -89,7 +89,7 @@ def test_mlflow_has_all_and_its_death_costs_warnings_only(pretraining, plain, se
     kept = b"".join(file.read_bytes() for file in tracked.run.rglob("*") if file.is_file())
     assert b"hunter2" not in kept and "hunter2" not in tracked.out + tracked.err + stopped.printed()
     # the server dies in the middle
-    start = pretraining.start("orphaned", *words[1:], by="bare", **secret)
+    start = pretraining.start("orphaned", *words[1:], launcher="bare", **secret)
     wait_for_step(start, 20)
     os.killpg(process.pid, signal.SIGKILL)
     began = time.monotonic()
@@ -102,7 +102,7 @@ def test_mlflow_has_all_and_its_death_costs_warnings_only(pretraining, plain, se
         for name, port in (("refused", 9), ("mute", mute.getsockname()[1])):
             nowhere = {"MLFLOW_TRACKING_URI": f"http://me:hunter2@127.0.0.1:{port}"}
             began = time.monotonic()
-            alone = pretraining(name, *words[1:], by="bare", **secret | nowhere)
+            alone = pretraining(name, *words[1:], launcher="bare", **secret | nowhere)
             assert weights(alone) == weights(plain) and time.monotonic() - began < 90
             assert alone.err.count("warning: mlflow") == 1 and "hunter2" not in alone.out + alone.err
 
@@ -129,11 +129,11 @@ def offline_records(file):
 def test_wandb_offline_has_all_of_a_run_that_was_killed_and_continued(pretraining, plain) -> None:
     pytest.importorskip("wandb", reason=f"needs wandb; {LAST_SEEN}")
     words = ["offline", *EPOCHS, "log.trackers=[wandb]"]
-    start = pretraining.start(*words, by="bare", WANDB_MODE="offline")
+    start = pretraining.start(*words, launcher="bare", WANDB_MODE="offline")
     wait_for_step(start, 45)
     start.signal(signal.SIGKILL)
     start.finish(-9)
-    ended = pretraining.start(*words, by="bare", WANDB_MODE="offline").finish()
+    ended = pretraining.start(*words, launcher="bare", WANDB_MODE="offline").finish()
     assert weights(ended) == weights(plain)
     rows, ids, ends, pictures = Counter(), set(), [], []
     for file in sorted(ended.run.glob("wandb/offline-run-*/run-*.wandb")):
@@ -163,7 +163,7 @@ def test_wandb_without_a_network_or_login_costs_a_warning_only(pretraining, plai
         closed.bind(("127.0.0.1", 0))  # nobody listens
         nowhere = {"WANDB_BASE_URL": f"http://127.0.0.1:{closed.getsockname()[1]}"}
         for login in ({"WANDB_API_KEY": "0123456789" * 4}, {}):
-            ended = pretraining("unreachable", *EPOCHS, "log.trackers=[wandb]", by="bare", **nowhere, **login)
+            ended = pretraining("unreachable", *EPOCHS, "log.trackers=[wandb]", launcher="bare", **nowhere, **login)
             assert weights(ended) == weights(plain) and ended.err.count("warning: wandb") == 1, ended.err
             assert "0123456789" * 4 not in ended.out + ended.err
             assert "wandb: (1)" not in ended.out + ended.err  # it asks nothing
