@@ -155,7 +155,7 @@ def test_wandb_offline_has_all_of_a_run_that_was_stopped_and_continued(pretraini
     expected |= {(r["step"], "val/knn") for r in records if "knn" in r}
     assert {row for row in rows if row[1] in ("train/loss", "val/knn")} == expected
     assert max(rows.values()) == 1 and len(pictures) == 3
-    assert all(len(list(ended.run.glob(f"wandb/*/files/{picture}"))) == 1 for picture in pictures)
+    assert all(len(list(ended.run.glob(f"wandb/offline-run-*/files/{picture}"))) == 1 for picture in pictures)
 
 
 def test_wandb_without_a_network_or_login_costs_a_warning_only(pretraining, plain) -> None:
