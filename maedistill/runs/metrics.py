@@ -69,7 +69,8 @@ class MetricsFile:
 
     def __init__(self, folder: Path, *, first_step: int, trackers: Sequence[str] = ()) -> None:
         self.path = folder / "metrics.jsonl"
-        kept, damaged, written = [], 0, {}
+        kept, damaged = [], 0
+        written: dict[str, int] = {}  # the newest step of each tag
         for line, record in _lines(self.path):
             damaged += record is None
             if record is not None:

@@ -40,10 +40,13 @@ class Opening:
 
 
 class Tracker(Protocol):
-    """One tracker, open. id: of the run there, if it has one. last: the newest step of each tag that it has."""
+    """One tracker, open. last: the newest step of each tag that it has."""
 
-    id: str | None
     last: dict[str, int]
+
+    @property
+    def id(self) -> str | None:
+        """Return the id of the run there, None if it needs none."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Take numbers by tag."""
