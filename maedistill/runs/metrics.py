@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import pairwise
@@ -104,10 +105,12 @@ class MetricsFile:
         for tracker in self.trackers:
             tracker.picture(step, name, pixels)
 
-    def close(self, end: End = "finished") -> None:
-        """Close the trackers and flush. Raises DataError if the last lines of metrics.jsonl cannot be written."""
-        close_trackers(self.trackers, end)
-        self.lines.close()
+    def close(self, end: End = "finished", *, patience: float = 30.0) -> None:
+        """Flush, and close the trackers. Raises DataError if the last lines of metrics.jsonl cannot be written."""
+        try:
+            self.lines.close()
+        finally:
+            close_trackers(self.trackers, end, time.monotonic() + patience)
 
 
 @contextmanager
@@ -116,9 +119,13 @@ def open_metrics(
     *,
     first_step: int,
     trackers: Sequence[str],
+    patience: float = 30.0,
     closing: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[MetricsFile | None]:
-    """Yield the metrics file on rank 0, None on the others; close it at the end of the block, within `closing`."""
+    """Yield the metrics file on rank 0, None on the others; close it at the end of the block, within `closing`.
+
+    patience: the seconds that a finished run waits for its trackers.
+    """
     if not distributed.is_main():
         yield None
         return
@@ -127,10 +134,11 @@ def open_metrics(
         yield metrics
     except BaseException as error:
         with closing(), suppress(DataError):  # the error that ends the run matters more
-            metrics.close("killed" if isinstance(error, Preempted | KeyboardInterrupt) else "failed")
+            end: End = "killed" if isinstance(error, Preempted | KeyboardInterrupt) else "failed"
+            metrics.close(end, patience=3.0)  # the other ranks wait, or whoever sent the signal
         raise
     with closing():
-        metrics.close()
+        metrics.close(patience=patience)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

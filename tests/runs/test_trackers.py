@@ -4,10 +4,12 @@ W&B and MLflow are pretended here; tests/runs/test_real_trackers.py has the real
 """
 
 import json
+import os
 import sys
 import threading
 import time
 from types import SimpleNamespace as Space
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,8 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from maedistill.config import shared_rules
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.errors import ConfigError, Preempted
+from maedistill.errors import ConfigError, DataError, Preempted
 from maedistill.runs.metrics import MetricsFile, open_metrics
+from maedistill.runs.previous import read_config
 from maedistill.runs.trackers import background
 
 NAMES = ("tensorboard", "wandb", "mlflow")
@@ -31,7 +34,8 @@ class Mlflow:
         self.points, self.pictures, self.params, self.ends, self.asked = [], [], {}, [], []
         self.fails_at, self.hangs = None, None
 
-    def start_run(self, *, run_id: str | None, run_name: str) -> Space:
+    def start_run(self, *, run_id: str | None, run_name: str, tags: dict) -> Space:
+        assert set(tags.values()) == {""} and os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
         self.asked.append(run_id)
         newest = {tag: step for tag, step, _ in self.points}
         data = Space(_metric_objs=[Space(key=key, step=step) for key, step in newest.items()])
@@ -67,9 +71,10 @@ class Wandb:
         self.points, self.pictures, self.ends, self.asked, self.id, self.url = [], [], [], [], "w1", None
 
     def setup(self, settings: dict) -> None:
-        assert settings["silent"] and settings["disable_git"]
+        assert settings == {"silent": True}  # of a Python caller's runs too
 
-    def init(self, *, id: str | None, resume: str, **_: object) -> "Wandb":
+    def init(self, *, id: str | None, resume: str, settings: dict, **_: object) -> "Wandb":
+        assert settings["disable_git"] and settings["x_disable_meta"] and settings["finish_timeout"] == 30
         self.asked.append(id)
         return self
 
@@ -83,7 +88,7 @@ class Wandb:
 
 @pytest.fixture
 def mlflow(monkeypatch: pytest.MonkeyPatch) -> Mlflow:
-    monkeypatch.setenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "")  # so that what the code sets is undone
+    monkeypatch.setattr(os, "environ", {**os.environ, "MLFLOW_HTTP_REQUEST_TIMEOUT": "7"})
     monkeypatch.setitem(sys.modules, "mlflow", fake := Mlflow())
     return fake
 
@@ -129,6 +134,7 @@ def test_a_continued_run_appends_the_same_points_and_pictures_to_every_tracker_a
     assert [event.step for event in board.Images("reconstruction")] == [2, 4, 6, 8]
     assert mlflow.asked == [None, "m1"] and wandb.asked == [None, "w1"]  # named twice is opened once
     assert mlflow.ends == ["KILLED", "FINISHED"] and wandb.ends == [1, 0]
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "7"  # the user's counts
     assert mlflow.params == {"seed": 0, "optim.lr": 0.5, "optim.betas": "[0.9, 0.95]"}
     printed = "".join(capsys.readouterr())
     assert "m1 at http://***@tracking.example.org:5000" in printed and "hunter2" not in printed
@@ -152,14 +158,14 @@ def test_a_tracker_that_fails_costs_a_warning_and_gets_what_it_lacks_when_the_ru
 
 def test_a_tracker_that_hangs_makes_nobody_wait_for_long(tmp_path, mlflow, monkeypatch, capsys) -> None:
     mlflow.hangs = threading.Event()
-    for name, value in {"_START_SECONDS": 0.1, "_END_SECONDS": {"finished": 0.3}, "_MOST_WAITING": 5}.items():
+    for name, value in {"_START_SECONDS": 0.1, "_MOST_WAITING": 5}.items():
         monkeypatch.setattr(background, name, value)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')  # it hangs over these already
     began = time.monotonic()
     for count, words in ((2, "in time"), (20, "5 of them wait")):
         file = MetricsFile(tmp_path, first_step=1, trackers=("mlflow",))
         steps(file, 2, 1 + count)
-        file.close()
+        file.close(patience=0.3)
         (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
         assert words in warning
     assert time.monotonic() - began < 2
@@ -169,16 +175,42 @@ def test_a_tracker_that_hangs_makes_nobody_wait_for_long(tmp_path, mlflow, monke
 @pytest.mark.parametrize(
     ("error", "status"), [(Preempted("SIGTERM", 3), "KILLED"), (KeyboardInterrupt(), "KILLED"), (OSError(), "FAILED")]
 )
-def test_trackers_are_told_how_a_run_ended(tmp_path, mlflow, error, status) -> None:
-    with pytest.raises(type(error)), open_metrics(tmp_path, first_step=0, trackers=("mlflow",)):
+def test_trackers_are_told_how_a_run_ended_even_if_its_lines_are_lost(
+    tmp_path, mlflow, monkeypatch, error, status
+) -> None:
+    with pytest.raises(type(error)), open_metrics(tmp_path, first_step=0, trackers=("mlflow",)) as metrics:
+        monkeypatch.setattr(metrics.lines, "close", Mock(side_effect=DataError("a full disk", "free some")))
         raise error
     assert mlflow.ends == [status]
+
+
+def test_a_tracker_whose_import_or_opening_fails_or_hangs_is_left_out_and_all_share_the_wait_for_it(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "mlflow.py").write_text("raise TypeError('of another numpy')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mlflow", raising=False)
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    hangs = threading.Event()
+    monkeypatch.setattr(background, "_START_SECONDS", 0.4)
+    monkeypatch.setattr(background, "OPENERS", dict.fromkeys(NAMES, lambda opening: hangs.wait()))
+    began = time.monotonic()
+    file = MetricsFile(tmp_path, first_step=0, trackers=NAMES)
+    assert 0.4 <= time.monotonic() - began < 0.75 and len(file.trackers) == 2
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "mlflow" in warning and "TypeError" in warning and "pip" not in warning
+    hangs.set()
 
 
 def test_a_missing_package_is_an_error_before_the_run_but_tensorboard_a_line(tmp_path, monkeypatch, capsys) -> None:
     def load(*settings: str) -> PretrainConfig:
         return load_config("quickstart/mae", ["run=r", "data.train=x.tar", *settings], root=PretrainConfig).config
 
+    (tmp_path / "run.json").write_text('{"stage": "pretrain"}')  # a run of a machine that has them
+    (tmp_path / "config.yaml").write_text(
+        "run: r\nmethod: mae\ndata: {train: x.tar}\nlog: {trackers: [wandb, mlflow]}\n"
+    )
     folder = Space(origin=None)  # W&B's folder `wandb`, which a program that starts there could import
     monkeypatch.setattr(shared_rules, "find_spec", lambda name: folder if name == "wandb" else None)
     assert load().log.trackers == ("tensorboard",)
@@ -187,6 +219,13 @@ def test_a_missing_package_is_an_error_before_the_run_but_tensorboard_a_line(tmp
             load(f"log.trackers=[tensorboard, {name}]")
         assert f"log.trackers=[tensorboard, {name}]" in found.value.cause
         assert f"pip install 'maedistill[{name}]'" in found.value.remedy
+    assert read_config(tmp_path).log.trackers == ("wandb", "mlflow")
+    monkeypatch.setattr(shared_rules, "find_spec", lambda name: Space(origin="x") if name == "mlflow" else None)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI"):  # mlflow-skinny
+        load("log.trackers=[mlflow]")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert load("log.trackers=[mlflow]").log.trackers == ("mlflow",)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     MetricsFile(tmp_path, first_step=0, trackers=("tensorboard",)).close()
     assert capsys.readouterr().out.count("pip install 'maedistill[tensorboard]'") == 1

@@ -4,10 +4,11 @@
 
 RUN/trackers/NAME.json has the id of the run there, with which a continued run appends to it, and the steps of its
 newest pictures.
-The first error that a library does not get over by itself is said, and ends its tracker for this start.
+The first error that a library cannot recover from is said, and ends its tracker for this start.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,19 +18,20 @@ from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any
 
+from PIL import Image
+
 from maedistill.durable import make_folder
 from maedistill.escaping import masked, say
 from maedistill.runs.records import warn, write_text
 from maedistill.runs.trackers.board import Board
-from maedistill.runs.trackers.mlflow_run import MlflowRun
+from maedistill.runs.trackers.mlflow_run import ENVIRONMENT, MlflowRun
 from maedistill.runs.trackers.tracker import End, Opening, Tracker, scalars_of
 from maedistill.runs.trackers.wandb_run import WandbRun
 
 OPENERS: dict[str, Callable[[Opening], Tracker]] = {"tensorboard": Board, "wandb": WandbRun, "mlflow": MlflowRun}
 _MODULES = {"tensorboard": "torch.utils.tensorboard"}
 _MOST_WAITING = 10_000  # lines and pictures
-_START_SECONDS = 10.0  # that a run waits for a tracker
-_END_SECONDS: dict[End, float] = {"finished": 30.0, "killed": 10.0, "failed": 10.0}  # for all of them
+_START_SECONDS = 10.0  # that a run waits for all of them
 
 
 class Background:
@@ -39,11 +41,9 @@ class Background:
         self._name, self._file = name, opening.folder / "trackers" / f"{name}.json"
         self._queue: SimpleQueue[Callable[[Tracker], object] | None] = SimpleQueue()
         self._pictures: dict[str, int] = {}  # the step of the last one by name
-        self._given_up, self._opened = False, Event()
+        self._given_up, self.opened = False, Event()
         self._thread = Thread(target=self._work, args=(opening, history), name=name, daemon=True)
         self._thread.start()
-        # Loader workers are forked later: a module that is half imported then would stay so in them.
-        self._opened.wait(_START_SECONDS)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Hand on the numbers of a line of metrics.jsonl."""
@@ -77,14 +77,15 @@ class Background:
             tracker = OPENERS[self._name](replace(opening, id=saved.get("id")))
             self._pictures = saved.get("pictures", {})
             self._record(tracker)
-            self._opened.set()
+            self.opened.set()
             for values in history:
                 _send(tracker, values["step"], values)
             while (act := self._queue.get()) is not None:
                 act(tracker)
         except Exception as error:  # their libraries raise what they like
             self._give_up(f"{type(error).__name__}: {error}")
-        self._opened.set()
+        finally:
+            self.opened.set()
 
     def _draw(self, tracker: Tracker, step: int, name: str, pixels: Any) -> None:
         if tracker.id is None or step > self._pictures.get(name, -1):
@@ -100,27 +101,35 @@ class Background:
     def _give_up(self, why: str) -> None:
         if not self._given_up:
             self._given_up = True
-            warn(f"{self._name} gets no more records in this start (metrics.jsonl has them): {masked(why)[:300]}")
+            warn(f"{self._name} gets no more records in this start: {masked(why)[:300]}")
 
 
 def open_trackers(
     names: Iterable[str], folder: Path, *, first_step: int, written: Mapping[str, int], history: Sequence[Any]
 ) -> list[Background]:
-    """Open the trackers of a run; one whose package is missing is left out, which is said. See `Opening`."""
+    """Open the trackers of a run; one whose package cannot be imported is left out, which is said. See `Opening`."""
     trackers = []
     for name in dict.fromkeys(names):
+        for variable, value in (ENVIRONMENT if name == "mlflow" else {}).items():
+            os.environ.setdefault(variable, value)
+        # Loader workers are forked later: a module that is half imported then would stay so in them.
+        Image.init()  # what the first picture would import
         try:
             import_module(_MODULES.get(name, name))
         except ImportError as error:
             say(f"nothing goes to {name}: {error} (pip install 'maedistill[{name}]')")
-            continue
-        trackers.append(Background(name, Opening(folder, first_step, None, written), history))
+        except Exception as error:  # of packages that do not fit each other
+            warn(f"nothing goes to {name}: {type(error).__name__}: {masked(str(error))[:300]}")
+        else:
+            trackers.append(Background(name, Opening(folder, first_step, None, written), history))
+    deadline = time.monotonic() + _START_SECONDS
+    for tracker in trackers:
+        tracker.opened.wait(max(0.0, deadline - time.monotonic()))
     return trackers
 
 
-def close_trackers(trackers: Iterable[Background], end: End) -> None:
-    """Close all of them. What one does not take in time is lost there."""
-    trackers, deadline = list(trackers), time.monotonic() + _END_SECONDS[end]
+def close_trackers(trackers: Sequence[Background], end: End, deadline: float) -> None:
+    """Close all of them, until a time of time.monotonic(). What one does not take by then is lost there."""
     for tracker in trackers:
         tracker.finish(end)
     for tracker in trackers:

@@ -1,14 +1,19 @@
 """MLflow. Server and experiment are its own settings: MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from maedistill.escaping import say
+from maedistill.runs.folder import RunFolder
 from maedistill.runs.trackers.tracker import End, Opening
 
-# MLflow's own would wait four minutes for a dead server, and 120 s for one that hangs.
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+ENVIRONMENT = {  # unless it is set; before the import
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",  # its own would wait four minutes for a dead server,
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # and 120 s for one that hangs
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # there may be a password in the address
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+_NO_GIT = {f"mlflow.source.git.{name}": "" for name in ("repoURL", "branch", "commit")}  # an address may hold a token
 _STATUS = {"finished": "FINISHED", "killed": "KILLED", "failed": "FAILED"}
 
 
@@ -16,13 +21,10 @@ class MlflowRun:
     """A run of MLflow. It belongs to the thread that opens it, so a Python caller may have one of its own."""
 
     def __init__(self, opening: Opening) -> None:
-        for name, value in _PATIENCE.items():
-            os.environ.setdefault(name, value)
-        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it would print a password in the address
         import mlflow
 
         self._mlflow = mlflow
-        run = mlflow.start_run(run_id=opening.id, run_name=opening.title)
+        run = mlflow.start_run(run_id=opening.id, run_name=RunFolder(opening.folder).title, tags=_NO_GIT)
         self.id: str = run.info.run_id
         self.last = {metric.key: metric.step for metric in run.data._metric_objs}  # the newest of each
         if opening.id is None:

@@ -25,11 +25,6 @@ class Opening:
     written: Mapping[str, int]
 
     @property
-    def title(self) -> str:
-        """Name the run as its pictures do."""
-        return "/".join(self.folder.absolute().parts[-3:])
-
-    @property
     def settings(self) -> dict[str, Any]:
         """Return the run's settings by dotted name. What is no number is text."""
         config = self.folder / "config.yaml"

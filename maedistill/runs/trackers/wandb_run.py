@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from maedistill.escaping import say
+from maedistill.runs.folder import RunFolder
 from maedistill.runs.trackers.tracker import End, Opening
 
 
@@ -13,17 +14,25 @@ class WandbRun:
     def __init__(self, opening: Opening) -> None:
         import wandb
 
-        # silent: nor may it ask for a login while the run trains. No git: the address of a remote may hold a token.
-        wandb.setup(wandb.Settings(console="off", silent=True, disable_git=True))
+        wandb.setup(wandb.Settings(silent=True))  # nor may it ask for a login while the run trains
+        settings = wandb.Settings(
+            console="off",
+            disable_git=True,
+            x_disable_meta=True,
+            x_save_requirements=False,
+            init_timeout=30,
+            finish_timeout=30,  # also at the end of a Python caller's process
+        )
         self._image = wandb.Image
         self._run = wandb.init(
             dir=opening.folder,
             id=opening.id,
             resume="allow",
             reinit="create_new",  # a Python caller may have a run of its own
-            name=opening.title,
+            name=RunFolder(opening.folder).title,
             config=opening.settings,
             allow_val_change=True,  # log.every_steps and the like may differ when a run is continued
+            settings=settings,
         )
         self.id: str = self._run.id
         self.last = dict(opening.written) if opening.id else {}
