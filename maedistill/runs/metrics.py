@@ -5,7 +5,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maedistill.config.schema import RunConfig
 from maedistill.errors import DataError, Preempted
 from maedistill.processes import distributed
 from maedistill.runs.records import AppendOnlyFile, warn, write_text
@@ -115,21 +116,13 @@ class MetricsFile:
 
 @contextmanager
 def open_metrics(
-    folder: Path,
-    *,
-    first_step: int,
-    trackers: Sequence[str],
-    patience: float = 30.0,
-    closing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    folder: Path, config: RunConfig, *, first_step: int, closing: Callable[[], AbstractContextManager[None]]
 ) -> Iterator[MetricsFile | None]:
-    """Yield the metrics file on rank 0, None on the others; close it at the end of the block, within `closing`.
-
-    patience: the seconds that a finished run waits for its trackers.
-    """
+    """Yield the metrics file on rank 0, None on the others; close it at the end of the block, within `closing`."""
     if not distributed.is_main():
         yield None
         return
-    metrics = MetricsFile(folder, first_step=first_step, trackers=trackers)
+    metrics = MetricsFile(folder, first_step=first_step, trackers=config.log.trackers)
     try:
         yield metrics
     except BaseException as error:
@@ -138,7 +131,7 @@ def open_metrics(
             metrics.close(end, patience=3.0)  # the other ranks wait, or whoever sent the signal
         raise
     with closing():
-        metrics.close(patience=patience)
+        metrics.close(patience=min(30.0, config.engine.timeout_seconds / 3))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -93,13 +93,7 @@ class Run:
     def resume(self) -> Iterator[MetricsFile | None]:
         """Resume from the newest checkpoint, with the metrics file open on rank 0. Collective."""
         self.restore()
-        with open_metrics(
-            self.folder.path,
-            first_step=self.step,
-            trackers=self.config.log.trackers,
-            patience=min(30.0, self.config.engine.timeout_seconds / 3),  # the other ranks wait meanwhile
-            closing=self.peers.paused,
-        ) as metrics:
+        with open_metrics(self.folder.path, self.config, first_step=self.step, closing=self.peers.paused) as metrics:
             if metrics is not None:
                 self._records = [metrics.lines, self.bad_samples.lines, self.nonfinite.lines]
                 metrics.observers = [callback.on_metrics for callback in self.callbacks]

@@ -75,7 +75,8 @@ def test_mlflow_has_all_and_its_death_costs_warnings_only(pretraining, plain, se
     address, process = server
     secret = {"MLFLOW_TRACKING_URI": address.replace("://", "://me:hunter2@"), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": 2}
     # stopped in the middle and continued: one run, all points once
-    words = ["tracked", *EPOCHS, "log.trackers=[mlflow]"]
+    # not every step, so that few wait for a slow machine when the run ends
+    words = ["tracked", *EPOCHS, "log.every_steps=4", "log.trackers=[mlflow]"]
     stopped = pretraining.start(*words, launcher="bare", **secret)
     wait_for_step(stopped, 40)
     stopped.signal(signal.SIGTERM)

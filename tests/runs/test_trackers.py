@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace as Space
 from unittest.mock import Mock
 
@@ -65,16 +66,16 @@ class Mlflow:
 class Wandb:
     """W&B with one run."""
 
-    Image, Settings = staticmethod(np.shape), dict
+    Image, Settings = staticmethod(np.shape), Space
 
     def __init__(self) -> None:
         self.points, self.pictures, self.ends, self.asked, self.id, self.url = [], [], [], [], "w1", None
 
-    def setup(self, settings: dict) -> None:
-        assert settings == {"silent": True}  # of a Python caller's runs too
+    def setup(self, settings: Space) -> None:
+        assert settings == Space(silent=True)  # of a Python caller's runs too
 
-    def init(self, *, id: str | None, resume: str, settings: dict, **_: object) -> "Wandb":
-        assert settings["disable_git"] and settings["x_disable_meta"] and settings["finish_timeout"] == 30
+    def init(self, *, id: str | None, resume: str, settings: Space, **_: object) -> "Wandb":
+        assert settings.disable_git and settings.x_disable_meta and settings.finish_timeout == 30
         self.asked.append(id)
         return self
 
@@ -178,7 +179,8 @@ def test_a_tracker_that_hangs_makes_nobody_wait_for_long(tmp_path, mlflow, monke
 def test_trackers_are_told_how_a_run_ended_even_if_its_lines_are_lost(
     tmp_path, mlflow, monkeypatch, error, status
 ) -> None:
-    with pytest.raises(type(error)), open_metrics(tmp_path, first_step=0, trackers=("mlflow",)) as metrics:
+    config = Space(log=Space(trackers=("mlflow",)))
+    with pytest.raises(type(error)), open_metrics(tmp_path, config, first_step=0, closing=nullcontext) as metrics:
         monkeypatch.setattr(metrics.lines, "close", Mock(side_effect=DataError("a full disk", "free some")))
         raise error
     assert mlflow.ends == [status]

@@ -60,10 +60,9 @@ class Background:
 
     def wait(self, deadline: float) -> None:
         """Wait until it is closed, not beyond a time of time.monotonic()."""
-        if not self._given_up:
-            self._thread.join(max(0.0, deadline - time.monotonic()))
-            if self._thread.is_alive():
-                self._give_up("it did not take the last ones in time")
+        self._thread.join(0.0 if self._given_up else max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            self._give_up("it did not take the last ones in time")
 
     def _put(self, act: Callable[[Tracker], object]) -> None:
         if self._queue.qsize() >= _MOST_WAITING:

@@ -15,14 +15,8 @@ class WandbRun:
         import wandb
 
         wandb.setup(wandb.Settings(silent=True))  # nor may it ask for a login while the run trains
-        settings = wandb.Settings(
-            console="off",
-            disable_git=True,
-            x_disable_meta=True,
-            x_save_requirements=False,
-            init_timeout=30,
-            finish_timeout=30,  # also at the end of a Python caller's process
-        )
+        settings = wandb.Settings(console="off", disable_git=True, x_disable_meta=True, x_save_requirements=False)
+        settings.init_timeout = settings.finish_timeout = 30  # also at the end of a Python caller's process
         self._image = wandb.Image
         self._run = wandb.init(
             dir=opening.folder,
