@@ -99,7 +99,8 @@ def say(*lines: str, error: bool = False) -> None:
     """Print lines on stdout, or stderr: `error:` and `warning:` are then coloured. Each argument stays one line."""
     texts = map(shown, lines)
     stream = sys.stderr if error else sys.stdout
-    print(*(map(_in_colour, texts) if error else texts), sep="\n", file=stream, flush=True)
+    whole = "\n".join(map(_in_colour, texts) if error else texts)
+    print(f"{whole}\n", end="", file=stream, flush=True)  # one write, since threads print too
 
 
 def _in_colour(text: str) -> str:

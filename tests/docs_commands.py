@@ -36,6 +36,7 @@ NOT_RUN = {  # a pattern of the command line: the reason
     r"--extend": "continues a run of hours; tests/test_pretrain.py extends a small one",
     r"--val-labels": "needs a val folder without classes; tests/data/shards/test_folders.py has one",
     r"study .*--report": "needs a study that has run; tests/test_study_tool.py reports one",
+    r"log.trackers=": "needs wandb and mlflow; tests/runs/test_real_trackers.py starts runs with them",
     r"codistillation=": "waits for another run; tests/test_codistillation.py runs two",
     r"s3://|gs://|hf://|https://": "needs a store; tests/data/remote has servers of its own",
     r"--explain KEY|\bCONFIG\b|\bFILE\b|my_student.yaml": "stands for a file or key of the reader",

@@ -40,7 +40,7 @@ from maedistill.config.pretrain import PretrainConfig
 
 weights = timm.create_model("test_vit", num_classes=0).state_dict()
 np.savez("teacher.npz", **{key: value.numpy() for key, value in weights.items()})
-once = {"optim.epochs": 1, "optim.warmup_epochs": 0.5, "log.tensorboard": False}
+once = {"optim.epochs": 1, "optim.warmup_epochs": 0.5, "log.trackers": []}
 method = {"method": "pooled", "align.student": [1], "align.teacher": [3], "log.knn_every_epochs": None}
 method |= {"teacher.source": "numpy:test_vit,teacher.npz", "data.negatives": True}
 run = maedistill.pretrain("pretrain.yaml", {**once, **method, "run": "student"})

@@ -75,6 +75,13 @@ def test_links_lead_somewhere(page):
         assert target.startswith("http") or (page.parent / target).exists(), target
 
 
+def test_the_threat_model_says_what_a_network_must_keep_out():
+    (row,) = re.findall(r"^\| the other ranks and the network .*$", (ROOT / "docs/promises.md").read_text(), flags=re.M)
+    assert all(word in row for word in ("pickled", "authentication", "loopback", "`LOCAL_WORLD_SIZE`", "cluster"))
+    for page in ("README.md", "SECURITY.md"):
+        assert "(docs/promises.md" in (ROOT / page).read_text()
+
+
 def test_ci_runs_on_what_the_package_supports():
     """Every minor version of Python that is said to work, and once with the oldest torch and torchvision."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -32,7 +32,7 @@ student: {drop_path: 0.0}
 augment: {rand_augment: null, mixup: 0.0, cutmix: 0.0, erasing: 0.0}
 optim: {epochs: 6, warmup_epochs: 0, global_batch: 12, lr: 1e-3}
 engine: {micro_batch: 12}
-log: {every_steps: 1, save_every_epochs: 0.5, tensorboard: false}
+log: {every_steps: 1, save_every_epochs: 0.5, trackers: []}
 """
 STUDENTS = ("mae", "dmae")
 STEPS = ["large/seed_0/pretrain", "early/seed_0/pretrain", "scratch/seed_0/finetune"]

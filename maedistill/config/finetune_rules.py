@@ -276,7 +276,7 @@ def _pairs(student: Architecture | None, name: str, term: PairsConfig) -> Iterat
     yield from shared_rules.blocks(f"distill.{name}.student", term.student, arch=student, who="student")
 
 
-TO_RUN = (shared_rules.paths, _validation)
+TO_RUN = (shared_rules.paths, shared_rules.trackers, _validation)
 RULES = (
     _images,
     shared_rules.schedule,

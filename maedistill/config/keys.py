@@ -66,6 +66,7 @@ REMOVED = {
     "align.head": "use align.projector, linear or mlp, with align.bias or without",
     "data.scaled_decode": "remove it: every image is decoded at its full size",
     "engine.nonfinite=rollback": "use skip, which leaves out the update, or stop",
+    "log.tensorboard": "remove it: TensorBoard is in log.trackers, which is [tensorboard] by default; [] is none",
     "log.keep_every_epochs": "remove it: log.keep is how many checkpoints are kept; copy the others that you want",
 }
 
@@ -194,7 +195,8 @@ def _in_words(schema: dict[str, Any]) -> str:
         items = schema.get("prefixItems") or [schema["items"]]
         count = f"{len(items)} " if "prefixItems" in schema else ""
         limits = _limits(items[0])
-        return f"a list of {count}{_NOUNS[items[0]['type']]}s" + (f", each {limits}" if limits else "")
+        each = limits or " or ".join(items[0].get("enum", ()))
+        return f"a list of {count}{_NOUNS[items[0]['type']]}s" + (f", each {each}" if each else "")
     if schema["type"] in ("integer", "number"):
         return " ".join(filter(None, ("a", _NOUNS[schema["type"]], _limits(schema))))
     words = {"boolean": "true or false", "null": "null", "string": "text"}[schema["type"]]

@@ -187,7 +187,7 @@ def _probe(c: PretrainConfig) -> Iterator[Problem]:
         yield Problem("log.knn_images", "a linear probe cannot learn from one image", "use 2 or more, 10000 by default")
 
 
-TO_RUN = (shared_rules.paths, _probe)
+TO_RUN = (shared_rules.paths, shared_rules.trackers, _probe)
 RULES = (
     _images,
     shared_rules.schedule,

@@ -215,7 +215,9 @@ class LogConfig(Section):
     every_steps: Positive = runtime(20, "steps between lines of metrics.jsonl and of progress")
     save_every_epochs: Above0 = runtime(1.0, "epochs between checkpoints")
     keep: Positive = runtime(2, "newest checkpoints that are kept")
-    tensorboard: bool = runtime(True, "also write TensorBoard events, where tensorboard is installed")
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = runtime(
+        ("tensorboard",), "what else gets metrics and pictures; tensorboard only where it is installed"
+    )
     report: bool = runtime(
         False, "make report.html at the first evaluation; a page that is there is made again after each one anyway"
     )

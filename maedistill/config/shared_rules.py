@@ -5,8 +5,10 @@ what the config alone shows is checked here. What needs the shards, a weights fi
 opened, with errors of the same form.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from maedistill.config.architectures import Architecture
 from maedistill.config.schema import AUTO, RunConfig
@@ -41,6 +43,17 @@ def paths(c: RunConfig) -> Iterator[Problem]:
     for key, path in (("run", c.run), ("data.cache_folder", c.data.cache_folder)):
         if problem := why_not_local(path or ""):
             yield Problem(key, *problem)
+
+
+def trackers(c: RunConfig) -> Iterator[Problem]:
+    """Yield a problem for each tracker whose package is missing. TensorBoard is there by default, so it may be."""
+    for name in c.log.trackers:
+        spec = find_spec(name)
+        if name != "tensorboard" and (spec is None or spec.origin is None):  # W&B's folder `wandb` is no package
+            yield Problem("log.trackers", f"{name} is not installed", f"pip install 'maedistill[{name}]'")
+        elif name == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI") and find_spec("sqlalchemy") is None:
+            cause = "MLFLOW_TRACKING_URI is not set, and only the whole mlflow has a database of its own"
+            yield Problem("log.trackers", cause, "set MLFLOW_TRACKING_URI=http://HOST:PORT, or pip install mlflow")
 
 
 def deviations(key: str, std: tuple[float, ...] | None) -> Iterator[Problem]:

@@ -3,7 +3,7 @@
     records of runs -> curves -> {title: figure}        networks -> bubbles -> figure
     {key: figure} -> embed -> the script and the places for a page; page.js switches axes, lines and colors
 
-No text from outside goes into a plot except as the name of a line, which Bokeh shows as text. Titles are HTML beside it.
+Of text from outside, a plot has only the names of lines, which Bokeh shows as text.
 """
 
 from collections.abc import Mapping, Sequence

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.errors import DataError
 from maedistill.escaping import code, markdown, shown
 from maedistill.report.curves import draw_curves, mean_metric
 from maedistill.report.intervals import of_count
@@ -186,6 +187,8 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return a run's last losses and kNN, its steps, training time in seconds, mean images per second and rank."""
     steps = [record for record in records if record.get("loss") is not None]  # null: no update was finite
     probes = [record["knn"] for record in records if "knn" in record]
+    if not steps:
+        raise DataError("the metrics.jsonl of a run holds no losses", "restore it from a copy, or run with --fresh")
     rates = [record["images_per_second"] for record in steps]
     last = dict(steps[-1])
     last["knn"] = probes[-1] if probes else None

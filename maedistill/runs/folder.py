@@ -7,6 +7,7 @@ RUN/predictions/     of each sample an epoch ago, with distill.past.source=predi
 RUN/bad_samples.txt  samples that did not decode   RUN/report.md      the summary, with the next command
 RUN/nonfinite.jsonl  updates that were not applied, with their samples
 RUN/train.log        what rank 0 printed, start after start
+RUN/trackers/        the ids of the run in trackers, and its last pictures there
 RUN/lock             held while a process trains here, see `FolderLock`
 """
 
@@ -50,7 +51,7 @@ _OF_THE_FIRST_START = ("init", "origin", "peers")
 # without their records. config.yaml and run.json are written over. Files of other names are a user's.
 _OF_A_RUN = ["exit.json", "checkpoints", "metrics.jsonl", "bad_samples.txt", "nonfinite.jsonl", "train.log", "report.*"]
 _OF_A_RUN += ["curves.*", "pictures", "predictions", "tb", "export", "export_exit*", "export_peer*", "scorecard.json"]
-_OF_A_RUN += ["published", "codistillation.json"]
+_OF_A_RUN += ["published", "codistillation.json", "trackers", "wandb"]
 
 
 class RunFolder:

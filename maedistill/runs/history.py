@@ -25,6 +25,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
+def has_losses(folder: Path) -> bool:
+    """Return whether a run's records have a step to report. A finished run that lost its metrics.jsonl has none."""
+    return any(record.get("loss") is not None for record in read_metrics(folder))
+
+
 def metric_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """Yield each complete line and its record, None if it has none; one at a time because a long run has many."""
     text = path.read_text(errors="replace") if path.exists() else ""

@@ -1,10 +1,11 @@
-"""Metrics of a running run: averages without host syncs, metrics.jsonl, TensorBoard events, the progress line."""
+"""Metrics of a running run: averages without host syncs, metrics.jsonl, what trackers get, the progress line."""
 
 import json
 import math
 import resource
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maedistill.errors import DataError
+from maedistill.config.schema import RunConfig
+from maedistill.errors import DataError, Preempted
 from maedistill.processes import distributed
-from maedistill.runs.board import board_tag, open_board
 from maedistill.runs.history import duration, metric_lines
 from maedistill.runs.records import AppendOnlyFile, warn, write_text
+from maedistill.runs.trackers.background import close_trackers, open_trackers
+from maedistill.runs.trackers.tracker import End, scalars_of
 
 
 class Averages:
@@ -61,19 +64,22 @@ class Averages:
 
 
 class MetricsFile:
-    """Writes metrics.jsonl and, if tensorboard is installed, TensorBoard events. Only rank 0 has one.
+    """Writes metrics.jsonl, and hands its numbers and pictures on to trackers. Only rank 0 has one.
 
     A run that resumes at step s drops the lines of steps above s, because it repeats these steps, and what is no line
     of ours, such as the torn end after a power cut. last_names: what is recorded of step s.
     """
 
-    def __init__(self, folder: Path, *, first_step: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, *, first_step: int, trackers: Sequence[str] = ()) -> None:
         self.path = folder / "metrics.jsonl"
         kept, damaged = [], 0
+        written: dict[str, int] = {}  # the newest step of each tag
         for line, record in metric_lines(self.path):
             damaged += record is None
-            if record is not None and record["step"] <= first_step:
-                kept.append((line, record))
+            if record is not None:
+                written |= dict.fromkeys(scalars_of(record), record["step"])
+                if record["step"] <= first_step:
+                    kept.append((line, record))
         steps = sorted({0, *(record["step"] for _, record in kept)})
         gap = max((later - earlier for earlier, later in pairwise(steps)), default=0)
         if damaged or steps[-1] + gap <= first_step > steps[-1]:
@@ -84,52 +90,49 @@ class MetricsFile:
         write_text(self.path, "".join(line for line, _ in kept))
         self.lines = AppendOnlyFile(self.path)
         self.observers: Sequence[Callable[[int, Mapping[str, Any]], object]] = ()  # called with every object
-        self.board = open_board(folder, first_step) if tensorboard else None
+        history = [record for _, record in kept]
+        self.trackers = open_trackers(trackers, folder, first_step=first_step, written=written, history=history)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append one object; numbers also go to TensorBoard. JSON has no inf or nan, so they become null."""
+        """Append one object; numbers also go to trackers. JSON has no inf or nan, so they become null."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.lines.append(json.dumps({"step": step, **values}))
         for observe in self.observers:
             observe(step, values)
-        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-        tags = {board_tag(name, is_training="loss" in values): value for name, value in numbers.items()}
-        self._show(lambda board: [board.add_scalar(tag, value, step) for tag, value in tags.items()])
+        for tracker in self.trackers:
+            tracker.scalars(step, values)
 
     def picture(self, step: int, name: str, pixels: Any) -> None:
-        """Write an image, uint8 [H, W, 3], to TensorBoard."""
-        self._show(lambda board: board.add_image(name, pixels, step, dataformats="HWC"))
+        """Hand an image, uint8 [H, W, 3], on to trackers."""
+        for tracker in self.trackers:
+            tracker.picture(step, name, pixels)
 
-    def close(self) -> None:
-        """Flush both. Raises DataError if the last lines of metrics.jsonl cannot be written."""
-        self._show(lambda board: board.close())
-        self.lines.close()
-
-    def _show(self, act: Callable[[Any], object]) -> None:
-        """Call `act` on the TensorBoard writer. On an OSError, such as a full disk, warn and write no more events."""
-        if self.board is None:
-            return
+    def close(self, end: End = "finished", *, patience: float = 30.0) -> None:
+        """Flush, and close the trackers. Raises DataError if the last lines of metrics.jsonl cannot be written."""
         try:
-            act(self.board)
-        except OSError as error:
-            self.board = None
-            warn(f"no more TensorBoard events in this start: {error}")
+            self.lines.close()
+        finally:
+            close_trackers(self.trackers, end, time.monotonic() + patience)
 
 
 @contextmanager
-def open_metrics(folder: Path, *, first_step: int, tensorboard: bool) -> Iterator[MetricsFile | None]:
-    """Yield the metrics file on rank 0, None on the others; close it at the end of the block."""
+def open_metrics(
+    folder: Path, config: RunConfig, *, first_step: int, closing: Callable[[], AbstractContextManager[None]]
+) -> Iterator[MetricsFile | None]:
+    """Yield the metrics file on rank 0, None on the others; close it at the end of the block, within `closing`."""
     if not distributed.is_main():
         yield None
         return
-    metrics = MetricsFile(folder, first_step=first_step, tensorboard=tensorboard)
+    metrics = MetricsFile(folder, first_step=first_step, trackers=config.log.trackers)
     try:
         yield metrics
-    except BaseException:
-        with suppress(DataError):  # the error that ends the run matters more
-            metrics.close()
+    except BaseException as error:
+        with closing(), suppress(DataError):  # the error that ends the run matters more
+            end: End = "killed" if isinstance(error, Preempted | KeyboardInterrupt) else "failed"
+            metrics.close(end, patience=3.0)  # the other ranks wait, or whoever sent the signal
         raise
-    metrics.close()
+    with closing():
+        metrics.close(patience=min(30.0, config.engine.timeout_seconds / 3))
 
 
 def progress_line(

@@ -93,8 +93,7 @@ class Run:
     def resume(self) -> Iterator[MetricsFile | None]:
         """Resume from the newest checkpoint, with the metrics file open on rank 0. Collective."""
         self.restore()
-        tensorboard = self.config.log.tensorboard
-        with open_metrics(self.folder.path, first_step=self.step, tensorboard=tensorboard) as metrics:
+        with open_metrics(self.folder.path, self.config, first_step=self.step, closing=self.peers.paused) as metrics:
             if metrics is not None:
                 self._records = [metrics.lines, self.bad_samples.lines, self.nonfinite.lines]
                 metrics.observers = [callback.on_metrics for callback in self.callbacks]

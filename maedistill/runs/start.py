@@ -23,6 +23,7 @@ from maedistill.processes.preemption import PreemptionHandler
 from maedistill.runs.async_saver import Saver
 from maedistill.runs.callback import Callback
 from maedistill.runs.folder import RunFolder
+from maedistill.runs.history import has_losses
 from maedistill.runs.metrics import MetricsFile
 from maedistill.runs.run import Run
 from maedistill.training.compilation import should_compile
@@ -90,9 +91,9 @@ def run_stage(
                 run.callbacks = tuple(callbacks)
                 with run.resume() as metrics:
                     train(run, stage, metrics)
-            report = distributed.on_main(lambda: write_report(folder))
+            report = distributed.on_main(lambda: write_report(folder) if has_losses(folder.path) else None)
             if distributed.is_main():
-                say(f"done: {report}")
+                say(f"done: {report or f'{folder.path}, whose records hold no losses to report'}")
     distributed.barrier()  # a launcher kills all ranks once one has exited: wait until all are done
 
 

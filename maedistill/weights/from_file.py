@@ -143,6 +143,8 @@ def read_weights_file(path: str | Path, *, sha256: str | None = None, section: s
         raise DataError(f"{path}: a folder, no file", "name a file in it, or use local-dir:PATH")
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such file", "check the path of the weights")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path}: this user may not read it", "change its rights, or use a copy")
     if sha256 is not None:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -170,8 +172,8 @@ def read_weights_file(path: str | Path, *, sha256: str | None = None, section: s
 
 def why_unreadable(error: Exception) -> str:
     """Return the informative line of a read error. torch's messages begin with advice to trust the file."""
-    if isinstance(error, FileNotFoundError) and error.filename:
-        return f"there is no {error.filename}"
+    if isinstance(error, FileNotFoundError) and (path := error.filename or str(error).partition(": ")[2]):
+        return f"{path} may not be read" if os.path.exists(path) else f"there is no {path}"  # safetensors: not found
     if "Weights only load failed" in str(error) and "GLOBAL" not in str(error):
         return "it holds no tensors that torch saved"
     text = str(error).replace("Error(s) in loading state_dict for", "the weights do not fit").replace(":\n\t", ": ")

@@ -52,6 +52,7 @@ OVERRIDES = [
     "optim.lr={}",
     "data.scaled_decode=true",
     "engine.nonfinite=rollback",
+    "log.tensorboard=false",
     # wrong types and values
     "optim.lr=fast",
     "optim.lr=-1e-3",
@@ -76,6 +77,8 @@ OVERRIDES = [
     "pixels.target=4",
     "run=2024",
     "align.student=8",
+    "log.trackers=wandb",
+    "log.trackers=[wandb, comet]",
     "align.student=[8.5]",
     "data.crop_scale=[0.2]",
     "data.mean=[0.5, 0.5, .nan]",

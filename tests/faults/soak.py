@@ -39,7 +39,7 @@ student: {{model: vit_tiny_patch16_224, width: 32, depth: 2, num_heads: 2, patch
 decoder: {{width: 16, depth: 1, num_heads: 2}}
 optim: {{epochs: {epochs}, warmup_epochs: 0.5, global_batch: 12, lr: 3e-3, ema: 0.9}}
 engine: {{timeout_seconds: 30}}
-log: {{every_steps: 1, save_every_epochs: 0.5, pictures_every_epochs: {pictures}, tensorboard: false}}
+log: {{every_steps: 1, save_every_epochs: 0.5, pictures_every_epochs: {pictures}, trackers: []}}
 """
 AMD = [
     "method=amd",

@@ -81,7 +81,7 @@ def test_a_disk_that_takes_nothing_at_all_for_a_while_costs_nothing(pretraining,
 
 def test_a_disk_that_takes_nothing_ends_a_run_with_exit_3_and_leaves_nothing(pretraining, mae, interrupted):
     # without TensorBoard, whose own thread would print a traceback first
-    settings = [*GOES_ON, "log.tensorboard=false"]
+    settings = [*GOES_ON, "log.trackers=[]"]
     started = pretraining.start(interrupted.name, *settings, launcher="bare", witness=True, WITNESS_PACE="0.3")
     wait_for(lambda: 34 <= last_step(interrupted) < 38)
     resource.prlimit(started.pids[0], resource.RLIMIT_FSIZE, (10, 10))

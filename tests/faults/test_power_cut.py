@@ -27,7 +27,7 @@ from tests.faults.notes import losses, same_result
 from tests.support.checkpoints import reseal
 from tests.support.launch import Start
 
-SETTINGS = ["method=mae", "optim.epochs=2", "optim.ema=0.9", "log.tensorboard=false"]
+SETTINGS = ["method=mae", "optim.epochs=2", "optim.ema=0.9", "log.trackers=[]"]
 SETTINGS += ["log.pictures_every_epochs=null", "log.knn_every_epochs=null"]
 
 
@@ -80,7 +80,7 @@ def test_after_every_cut_the_newest_saved_checkpoint_is_continued_and_its_record
                 assert file.read_bytes() == whole.read_bytes(), f"{where}: {file.name}"
             told.add(step)
             shutil.copytree(folder, tmp_path / folder.name)
-            MetricsFile(tmp_path / folder.name, first_step=step, tensorboard=False)
+            MetricsFile(tmp_path / folder.name, first_step=step)
             assert losses(tmp_path / folder.name) == [record for record in reference if record["step"] <= step], where
     assert told == {0, 8, 16} and len(list(out.glob("*.json"))) > 50
 
@@ -114,9 +114,19 @@ def test_no_record_that_is_lost_blocks_a_whole_checkpoint(recorded, start, tmp_p
         previous = start(folder)
         assert previous.config == RunFolder(run).load_config() == RunFolder(folder).load_config()
         assert previous.metadata == RunFolder(folder).metadata() == json.loads((run / METADATA).read_text())
-        MetricsFile(folder, first_step=16, tensorboard=False)
+        MetricsFile(folder, first_step=16)
         said = capsys.readouterr().err.splitlines()
         assert [str(folder / name) in line for line in said] == [True]
+
+
+def test_a_finished_run_that_lost_its_records_ends_well_and_keeps_its_report(recorded, pretraining):
+    run, _ = recorded
+    folder = pretraining.folder / "no_records"
+    shutil.copytree(run, folder)
+    os.truncate(folder / "metrics.jsonl", 0)
+    again = pretraining(folder.name, *SETTINGS)
+    assert "continues at step 16 of 16" in again.out and "no losses" in again.out.splitlines()[-1]
+    assert (folder / "report.md").read_bytes() == (run / "report.md").read_bytes()
 
 
 def test_settings_that_a_copy_stands_for_still_bind(recorded, start, tmp_path):

@@ -14,7 +14,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from maedistill.errors import DataError
 from maedistill.models.encoder import build_vit
 from maedistill.models.initialize import initialize
-from maedistill.weights.from_file import read_weights_file
+from maedistill.weights.from_file import read_weights_file, why_unreadable
 from maedistill.weights.state_dict import import_weights, load_encoder
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -220,6 +220,18 @@ def test_a_damaged_file_is_a_data_error_wherever_it_is_damaged(tmp_path, kind):
                 refused += 1
                 assert str(file) in error.cause and "\n" not in error.cause and "trust" not in error.cause
     assert refused > 60
+
+
+def test_a_file_without_rights_is_not_called_missing(tmp_path, monkeypatch):
+    file = tmp_path / "a.safetensors"
+    save_file(vit().state_dict(), file)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != file)  # root may read everything
+    with pytest.raises(DataError, match="may not read it"):
+        read_weights_file(file)
+    said = FileNotFoundError(f"No such file or directory: {file}")  # by safetensors, of such a file
+    assert why_unreadable(said) == f"{file} may not be read"
+    file.unlink()
+    assert why_unreadable(said) == f"there is no {file}"
 
 
 def test_a_missing_file_another_checksum_and_what_is_no_state_dict_are_refused(tmp_path):

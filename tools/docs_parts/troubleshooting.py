@@ -55,7 +55,7 @@ AREAS = {
     "methods": "Teachers of pre-training", "pretraining": "Pre-training",
     "finetuning": "Fine-tuning and distillation", "training": "Engine", "runs": "Run folders and checkpoints",
     "processes": "Ranks and launchers", "evaluation": "Evaluation", "exporting": "Export", "study": "Studies",
-    "benchmark": "Benchmarks", "api.py": "Python API", "errors.py": "GPU",
+    "benchmark": "Benchmarks", "report": "Reports", "api.py": "Python API", "errors.py": "GPU",
 }  # fmt: skip
 
 

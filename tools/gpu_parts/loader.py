@@ -61,7 +61,7 @@ def _feed(check: Check, settings: list[str], *, count: int, batch: int, workers:
     steps = TINY_STEPS if check.tiny else STEPS
     more = [f"data.workers={workers}", f"optim.epochs={steps * batch / count:g}", "optim.warmup_epochs=0"]
     more += ["log.every_steps=20" if not check.tiny else "log.every_steps=2", "log.save_every_epochs=1000"]
-    more += ["log.pictures_every_epochs=null", "log.knn_every_epochs=null", "log.tensorboard=false"]
+    more += ["log.pictures_every_epochs=null", "log.knn_every_epochs=null", "log.trackers=[]"]
     more += [f"engine.compile={str(not check.tiny).lower()}", "engine.precision=auto"]
     command = [sys.executable, "tools/pretrain.py", str(CONFIG), *settings, *more]
     with check.log("loader_fed.log").open("w") as log:
