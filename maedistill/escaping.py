@@ -1,13 +1,11 @@
 """Text as it is shown: what data, weights, files, peers and libraries say stays one line, and secrets are masked.
 
-shown -> one line of console or log      markdown, code, html -> a piece of a page      cell -> CSV
-masked -> no secrets
+shown -> one line of console or log      markdown, code -> a piece of a page      cell -> CSV      masked -> no secrets
 say -> stdout or stderr, for everything that the package prints; get_log -> the same for its logs
 
 Files that are read again (an index, classes.json, run.json) keep every character.
 """
 
-import html as entities
 import logging
 import os
 import re
@@ -80,11 +78,6 @@ def code(text: object) -> str:
     text = shown(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if len(fence) > 1 else f"{fence}{text}{fence}"
-
-
-def html(text: object) -> str:
-    """Return the text for an element or a quoted attribute of HTML, where it is no markup."""
-    return entities.escape(shown(text))
 
 
 def cell(value: str | int) -> str | int:

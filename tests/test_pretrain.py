@@ -159,11 +159,13 @@ def test_a_run_leaves_a_complete_folder(trio, method):
 
 def test_a_linear_probe_runs_beside_knn_on_a_period_of_its_own(pretraining, settings):
     periods = ["log.knn_every_epochs=2", "log.probe_every_epochs=1", "log.pictures_every_epochs=null"]
-    ended = pretraining("probed", *settings["mae"], "optim.epochs=2", *periods)
+    ended = pretraining("probed", *settings["mae"], "optim.epochs=2", *periods, "log.report=true")
     scores = {record["step"]: record for record in ended.records() if "linear" in record}
     assert list(scores) == [EPOCH, 2 * EPOCH] and [("knn" in record) for record in scores.values()] == [False, True]
     assert all(0 < record["linear"] <= 1 for record in scores.values())
     assert ended.out.count("linear probe") == 2
+    page = (ended.run / "report.html").read_text()
+    assert "finished at epoch 2 of 2" in page and "linear probe top-1" in page
 
 
 def test_every_rank_votes_on_its_own_device_in_the_precision_of_the_run(monkeypatch):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # the extra `report` brings it, and it takes half a second
 
 # of lines, in a light and in a dark page
 COLORS = ("#3b7ddd", "#d0701f", "#2fa36b", "#d64f5b", "#8e6bd0", "#a9714b", "#d66fb0", "#7c8794", "#94851a", "#1a8f9e")
-_MOST_POINTS, _FEWEST_POINTS, _MOST_NAME = 1800, 60, 60  # points of all runs in a panel; points of one; characters
+_MOST_POINTS, _MOST_NAME = 1800, 60  # points of all runs in a panel; characters
 _COLUMNS = ("epoch", "minutes", "step", "y", "low", "high")
 _Records = Sequence[Mapping[str, Any]]
 
@@ -44,10 +44,9 @@ def require_bokeh() -> None:
 
 def curves(runs: Mapping[str, _Records], places: Sequence[int]) -> dict[str, "figure"]:
     """Return a figure for each quantity that any run records, by title. Each run has a line. places: of its color."""
-    most = max(_FEWEST_POINTS, min(300, _MOST_POINTS // max(1, len(runs))))
+    most = max(60, min(300, _MOST_POINTS // len(runs)))
     figures, x_range = {}, None
-    known = {metric for records in runs.values() for record in records for metric in record}
-    for panel in (panel for panel in PANELS if any(metric.startswith(panel.name) for metric in known)):
+    for panel in PANELS:
         lines = {name: _columns(records, panel, most) for name, records in runs.items()}
         if any(line["y"] for line in lines.values()):
             plot = figures[panel.title] = _figure(panel.unit, x_range, name=panel.title)

@@ -1,12 +1,13 @@
 """Pieces of an HTML page. Text is escaped unless it is `Html`, so nothing from outside can become markup."""
 
 import base64
+import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
 
 from PIL import Image
 
-from maedistill.escaping import html
+from maedistill.escaping import shown
 
 _VOID = ("br", "img", "input")  # elements without an end
 
@@ -26,7 +27,7 @@ def element(name: str, *children: str, css: str = "", attributes: Mapping[str, s
 
 def joined(children: Iterable[str]) -> Html:
     """Return the pieces in a row."""
-    return Html("".join(child if isinstance(child, Html) else html(child) for child in children))
+    return Html("".join(child if isinstance(child, Html) else html.escape(shown(child)) for child in children))
 
 
 def note(text: str) -> Html:

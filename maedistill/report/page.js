@@ -82,8 +82,8 @@ for (const button of all(".command button")) button.addEventListener("click", as
 });
 for (const box of all(".live input")) {
   box.checked = location.hash === "#live";
-  if (box.checked) setTimeout(() => box.checked && location.reload(), 30000);
-  box.addEventListener("change", () => { location.hash = box.checked ? "live" : ""; if (box.checked) location.reload(); });
+  box.addEventListener("change", () => (location.hash = box.checked ? "live" : ""));
+  setInterval(() => box.checked && location.reload(), 30000);
 }
 function start(tries) { // Bokeh draws after this script has run
   if (plots().length === all("[data-root-id]").length) ready();

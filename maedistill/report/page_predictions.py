@@ -39,12 +39,13 @@ def predictions(run: RecordedRun, album: Album, *, share: int) -> Html:
 
     share: runs among which the pictures of a page are divided. Empty without RUN/predictions.csv.
     """
-    file, known = run.path / PREDICTIONS, run.metadata.get("classes") or ()
+    file, classes = run.path / PREDICTIONS, run.metadata.get("classes") or ()
     answers = _read_answers(file) if file.is_file() and isinstance(run.config, FinetuneConfig) else []
     if not answers:
         return Html()
     wrong = sorted((one for one in answers if one.best != one.label), key=lambda one: -one.loss)
-    names = dict(enumerate(map(str, known)))
+    labels = {label for one in answers for label in (one.label, one.best)}
+    names = {i: str(classes[i]) if 0 <= i < len(classes) else f"class {i}" for i in labels}
     count = max(4, _SAMPLE // share)
     parts = {"Prediction and truth": answers[:: -(-len(answers) // count)]}
     parts |= {"Wrong, with the largest loss": wrong[: count // 2]} if wrong else {}
@@ -58,19 +59,15 @@ def predictions(run: RecordedRun, album: Album, *, share: int) -> Html:
         lines += [element("h3", title), element("div", *cards, css="cards")]
     if wrong:
         pairs = Counter((one.label, one.best) for one in wrong).most_common(_MOST_PAIRS)
-        rows = [[_name(label, names), _name(best, names), f"{number:,}"] for (label, best), number in pairs]
+        rows = [[names[label], names[best], f"{number:,}"] for (label, best), number in pairs]
         lines += [element("h3", "Worst confusions"), table(["true", "taken for", "images"], rows)]
     return joined(lines)
 
 
-def _name(label: int, names: Mapping[int, str]) -> str:
-    return names.get(label, f"class {label}")
-
-
 def _card(one: Answer, names: Mapping[int, str], picture: str) -> Html:
     """Return an image with its prediction and its label."""
-    said = element("b", _name(one.best, names), css="right" if one.best == one.label else "wrong")
-    caption = element("figcaption", said, element("br"), f"true: {_name(one.label, names)}")
+    said = element("b", names[one.best], css="right" if one.best == one.label else "wrong")
+    caption = element("figcaption", said, element("br"), f"true: {names[one.label]}")
     return element("figure", picture, caption)
 
 

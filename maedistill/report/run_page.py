@@ -11,7 +11,6 @@ from pathlib import Path
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import all_keys, flat
-from maedistill.escaping import shown
 from maedistill.report.interactive import curves, legend, require_bokeh
 from maedistill.report.markup import Html, command, element, note, table
 from maedistill.report.page import Page
@@ -24,7 +23,6 @@ from maedistill.runs.records import warn
 
 PAGE = "report.html"
 _MOST_PICTURED = 6  # runs whose pictures are shown; sheets of reconstructions, divided among them
-_LONGEST = 300  # characters of a value in a table
 _CONTROLS = Html(
     '<div class="controls"><span><button data-set="over" value="epoch" aria-pressed="true">epochs</button>'
     '<button data-set="over" value="minutes" aria-pressed="false">minutes</button></span>'
@@ -109,7 +107,7 @@ def _by_run(first: str, runs: Sequence[RecordedRun], facts: Sequence[Mapping[str
     """Return a table of facts with a column for each run. first: head of their names. css: of one run's table."""
     names = dict.fromkeys(name for one in facts for name in one)
     heads = [first, *(run.name for run in runs)] if len(runs) > 1 else []
-    rows = table(heads, [[name, *(_short(one.get(name, "-")) for one in facts)] for name in names])
+    rows = table(heads, [[name, *(one.get(name, "-") for one in facts)] for name in names])
     return element("div", rows, css=css) if css and len(runs) == 1 else rows
 
 
@@ -158,8 +156,8 @@ def _facts(run: RecordedRun) -> dict[str, str]:
             facts["training data" if name == "data" else "validation data"] = text
     words = ("host", "device", "ranks", "threads", "precision")
     facts["machine"] = ", ".join(f"{word} {start[word]}" for word in words if word in start)
-    facts["versions"] = ", ".join(f"{name} {version}" for name, version in start.get("versions", {}).items())
-    return facts | {"folder": str(run.path)}
+    versions = ", ".join(f"{name} {version}" for name, version in start.get("versions", {}).items())
+    return facts | {"versions": versions, "folder": str(run.path)}
 
 
 def _settings(runs: Sequence[RecordedRun]) -> list[Html]:
@@ -181,8 +179,3 @@ def _commands(run: RecordedRun, *, alone: bool) -> list[Html]:
     lines = [command(start["command"], about if alone else f"{run.name}: {about}") for start in starts[-1:]]
     following = next_commands(run.path, run.config, run.metadata) if alone else []
     return lines + [command(shlex.join(words), "next") for words in following]
-
-
-def _short(value: str) -> str:
-    text = shown(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

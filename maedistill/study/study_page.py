@@ -1,6 +1,5 @@
 """OUT/results.html: the page of a study or of the quickstart, from OUT/results.json and the run folders."""
 
-import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -44,8 +43,7 @@ def write_study_page(out: Path, file: Path) -> Path:
         for stage, of in _STAGES.items():
             if drawn := _first_runs(out, networks, stage)[:_MOST_DRAWN]:
                 run_page.add_runs(page, drawn, of=of)
-        again = shlex.join(["maedistill", "report", str(out)])
-        page.add("The study again", command(results["command"], "the study"), command(again, "this page"))
+        page.add("Commands", command(results["command"], "the study"))
     return page.write(file)
 
 

@@ -1,7 +1,6 @@
 """Report pages: small, quick, self-contained, true, and no risk to the training that they show."""
 
 import csv
-import json
 import os
 import shutil
 import subprocess
@@ -17,14 +16,17 @@ from PIL import Image
 
 from maedistill import durable
 from maedistill.config.document import read_file
+from maedistill.config.loader import load_config
 from maedistill.data.shards.open_index import open_index
 from maedistill.errors import ConfigError, DataError
+from maedistill.finetuning.loop import finetune
+from maedistill.pretraining.loop import pretrain
 from maedistill.report import interactive, run_page
 from maedistill.report.interactive import curves, embed
 from maedistill.report.markup import Album, element
 from maedistill.report.run_page import PAGE, refresh, write_page
 from maedistill.report.sheet import tile, untile
-from tests.report.made_up import STEPS_PER_EPOCH, draw_sheets, made_run
+from tests.report.made_up import ROOTS, STEPS_PER_EPOCH, draw_sheets, made_run
 
 ODD = ("a]b", "$x_1$", "<img src=x onerror=alert(1)>", "</script>")  # the last one is a folder `<` and one below it
 
@@ -128,24 +130,24 @@ def test_runs_side_by_side_show_first_what_differs(tmp_path):
     page = Parsed(write_page(runs, tmp_path / "page.html"))
     keys, heads = read_file(runs[0] / "config.yaml"), next(i for i, row in enumerate(page.rows) if row[0] == "key")
     rows = [row for row in page.rows[heads:] if row[0] in keys]
-    assert [row[0] for row in rows[:2]] == ["run", "optim.weight_decay"] and rows[1][1:] == ["0.05", "0.1"]
-    assert rows[2][0] == "run" and len(rows) > 100, "then all keys"
-    marked = [attributes for tag, attributes in page.elements if tag == "tr" and attributes.get("class") == "marked"]
-    assert len(marked) == 2
+    assert [row[0] for row in rows] == ["run", "optim.weight_decay"] and rows[1][1:] == ["0.05", "0.1"]
+    assert f"2 of {len(keys)} keys differ" in page.text
     alone = Parsed(write_page(runs[1:], tmp_path / "alone.html"))
     assert alone.row("optim.weight_decay") == ["0.1"] and "maedistill finetune" in alone.text
 
 
 @pytest.mark.parametrize(
-    ("ended", "state"), [("finished", "finished"), (None, "running"), ("a loss is nan", "ended early: a loss is nan")]
+    ("ended", "state"),
+    [("finished", "finished"), (None, "running, or killed"), ("a loss is nan", "ended early: a loss is nan")],
 )
 def test_a_page_says_how_a_run_stands(tmp_path, ended, state):
     run = made_run(tmp_path / "run", "finetune", epochs=4, done=2, every=200, ended=ended)
     page = Parsed(write_page([run], run / PAGE))
     assert f"{state} at epoch 1.918 of 4" in page.text and f"state{state}" in page.text
-    assert ("Reload every" in page.text) == (ended is None)
+    assert ("Reload every" in page.text) == ("last record" in page.text) == (ended is None)
+    assert "Reload every" not in Parsed(write_page([run], tmp_path / "other.html")).text, "nothing makes it again"
     (run / "exit.json").write_text("\0\0")
-    assert "running at epoch" in Parsed(write_page([run], run / PAGE)).text
+    assert "running, or killed at epoch" in Parsed(write_page([run], run / PAGE)).text
     (run / "metrics.jsonl").write_text("")
     assert not [a for a in Parsed(write_page([run], run / PAGE)).all("div") if "data-root-id" in a], "nothing to draw"
 
@@ -160,7 +162,7 @@ def test_curves_keep_peaks_and_small_numbers():
     assert len(data["y"]) == 300 and max(data["high"]) == 50 and data["epoch"][-1] == 50 and data["minutes"][-1] == 500
     lr = plots["learning rate"]
     tips = dict(lr.hover[0].tooltips)
-    assert tips["value"] == "@y{%.4g}" and lr.hover[0].formatters["@y"] == "printf", "four digits, also of 1.5e-7"
+    assert tips["value"] == "@y{%.5g}" and lr.hover[0].formatters["@y"] == "printf", "five digits, also of 1.5e-7"
     knn = plots["kNN top-1"].renderers[0].data_source.data
     assert [knn[name][0] for name in ("y", "low", "high")] == pytest.approx([50, 40.4, 59.6], abs=0.1)
     many = curves({str(i): records[:200] for i in range(20)}, range(20))["gradient norm"]
@@ -176,6 +178,8 @@ def test_a_sheet_is_taken_apart_as_it_was_put_together():
             small = np.asarray(image.resize((32, 32), Image.Resampling.NEAREST))
             assert np.array_equal(small, (pixels * 255).round().byte().permute(1, 2, 0).numpy())
     assert untile(sheet, side=32, groups=(2, 3)) is untile(sheet, side=31, groups=(1, 3)) is None
+    empty = sheet.crop((0, 0, sheet.width, 52))
+    assert untile(empty, side=32, groups=(1, 3)) is None
 
 
 def test_predictions_stand_beside_the_truth_with_their_images(tmp_path, shards):
@@ -195,14 +199,26 @@ def test_predictions_stand_beside_the_truth_with_their_images(tmp_path, shards):
 
     wrong = sum(row["label"] != row["top1"] for row in rows)
     page = write()
-    assert f"{wrong} of 24 images are classified wrongly" in page.text and "<b>ant taken for bee" in page.text
+    assert f"{wrong} of 24 images are classified wrongly" in page.text
+    assert page.row("<b>ant")[0] == "bee", "the worst confusion"
     pictures = [image["alt"] for image in page.all("img")]
     assert len(pictures) == 12 + min(wrong, 6)
     ants = [row["id"] for row in rows if row["label"] != row["top1"]]
     assert pictures[12:] == [f"image {i}" for i in sorted(ants, reverse=True)], "the largest loss first"
-    rows[3]["key"] = "another"
+    rows[0]["key"] = "another"
     page = write()
     assert not page.all("img") and "other images" in page.text and "taken for" in page.text
+    rows[0] |= {"key": index.key(0), "label": -1, "top1": 7}
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    whole = Path(index.shards[index.shard_of(0)])
+    with (copy / whole.name).open("r+b") as shard:
+        shard.seek(int(index.offsets[0]))
+        shard.write(b"damaged")
+    shutil.copystat(whole, copy / whole.name)  # its index stands
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(shards), str(copy)))
+    page = write()
+    assert page.all("img")[0]["alt"] == "image 0 cannot be decoded"
+    assert ["class -1", "class 7", "1"] in page.rows, "no such names"
     (run / "predictions.csv").write_text("id,what\n1,2\n")
     with pytest.raises(DataError) as refused:
         write_page([run], run / PAGE)
@@ -228,12 +244,29 @@ def test_the_command_refuses_what_is_no_run_and_a_missing_bokeh(tmp_path, monkey
     run = made_run(tmp_path / "run", every=500)
     with pytest.raises(ConfigError, match=r"run\.json"):
         command(monkeypatch, tmp_path)
-    with pytest.raises(ConfigError, match="no folder"):
+    with pytest.raises(DataError, match="--out"):
         command(monkeypatch, run, "--out", tmp_path / "none" / "page.html")
     monkeypatch.setattr(interactive, "find_spec", lambda name: None)
+    for stage in (pretrain, finetune):
+        old = made_run(tmp_path / stage.__name__, stage.__name__, every=500)
+        new = [f"run={tmp_path}/new", "log.report=true"]
+        config = load_config(old / "config.yaml", new, root=ROOTS[stage.__name__]).config
+        with pytest.raises(ConfigError, match="Bokeh"):
+            stage(config)
+    assert not (tmp_path / "new").exists(), "said before the run starts"
     with pytest.raises(ConfigError, match=r"pip install 'maedistill\[report\]'"):
         command(monkeypatch, run)
     assert not (run / PAGE).exists()
+
+
+@pytest.mark.parametrize("file", ["run.json", "metrics.jsonl"])
+def test_records_of_another_version_are_an_error_of_two_lines(tmp_path, file):
+    run = made_run(tmp_path / "run", "finetune", epochs=1, every=500)
+    records = {"run.json": '{"stage": "other"}', "metrics.jsonl": '{"step": 1, "epoch": "x", "loss": 1, "top1": 1}\n'}
+    (run / file).write_text(records[file])
+    with pytest.raises(DataError) as refused:
+        write_page([run], run / PAGE)
+    assert str(run) in refused.value.cause and "version" in refused.value.remedy
 
 
 def test_a_page_is_refreshed_only_if_it_is_there_and_an_error_is_said_once(tmp_path, capsys, monkeypatch):
@@ -255,7 +288,7 @@ def test_a_training_refreshes_its_page_and_survives_its_errors(tuned, finetuning
     page = write_page([run], run / PAGE)
     before = page.read_bytes()
     (run / "predictions.csv").write_text("id\n1\n")
-    source = f"init.source={json.loads(json.dumps(read_file(run / 'config.yaml')['init.source'][0]))}"
+    source = f"init.source={read_file(run / 'config.yaml')['init.source'][0]}"
     ended = finetuning("page", source, "optim.epochs=4", "--extend")
     assert ended.err.count("is not up to date") == 1 and page.read_bytes() == before
     (run / "predictions.csv").unlink()
@@ -270,6 +303,9 @@ def test_epochs_of_sheets_are_those_of_their_steps(tmp_path):
     run = made_run(tmp_path / "run", epochs=4, every=STEPS_PER_EPOCH // 3)
     draw_sheets(run, [1, 2, 4], amd=False)
     (run / "pictures" / "step_000000001.png").write_bytes(b"\x89PNG cut short")
+    (run / "pictures" / "step_x.png").write_bytes(b"no step")
+    Image.new("RGB", (7, 7)).save(run / "pictures" / "step_000000002.png", "JPEG")
+    Image.new("1", (20_000, 20_000)).save(run / "pictures" / "step_000000003.png")
     page = Parsed(write_page([run], run / PAGE))
     (knob,) = [one for one in page.all("input") if one["type"] == "range"]
     assert knob["data-epochs"] == "1 2 4" and knob["max"] == knob["value"] == "2"

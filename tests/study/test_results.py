@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from maedistill.data.shards.open_index import open_index
 from maedistill.errors import ConfigError, DataError
 from maedistill.report import comparison
 from maedistill.report.comparison import ComparedNetwork, headline, read_results, text_table, write_comparison
-from maedistill.study import results_page, study_page
+from maedistill.study import quickstart, results_page, study_page
 from maedistill.study.completion import is_done, is_scored
 from maedistill.study.results import collect, statistics, summarize
 from maedistill.study.results_page import accuracy_table, write_results
@@ -282,6 +283,10 @@ def test_a_study_in_which_nothing_ran_is_refused(study_folder, tmp_path, monkeyp
     study = Study.model_validate(STUDY)
     assert not report(study, tmp_path / "none", [0], title="x") and not (tmp_path / "none").exists()
     assert report(study, study_folder, [0], title="x") and (study_folder / "results.md").is_file()
+    page = study_folder / study_page.PAGE
+    assert not page.exists()
+    page.touch()
+    assert report(study, study_folder, [0], title="x") and page.stat().st_size > 1e6, "made again, because it was there"
 
 
 def test_pages_do_without_matplotlib(networks, study_folder, monkeypatch) -> None:
@@ -299,10 +304,25 @@ def test_the_html_page_of_a_study_has_its_tables_runs_and_chart(study_folder):
     write_results(results, study_folder, title="<b>Three</b>", command="maedistill study x")
     (study_folder / "dmae/seed_0/finetune/scorecard.json").write_text(json.dumps({"latency_ms": 1.5}))
     discs = study_page._discs(study_folder, results["networks"])
-    assert {disc["name"]: disc["latency_ms"] for disc in discs} == {"scratch": 1.5, "mae": 1.5, "dmae": 1.5}
+    assert {disc["name"]: disc["latency"] for disc in discs} == {"scratch": 1.5, "mae": 1.5, "dmae": 1.5}
     assert [disc["place"] for disc in discs] == [list(results["networks"]).index(disc["name"]) for disc in discs]
     text = study_page.write_study_page(study_folder, study_folder / study_page.PAGE).read_text()
     assert "&lt;b&gt;Three&lt;/b&gt;" in text and "<b>Three" not in text and "scratch/seed_2/finetune" in text
     for heading in ("Accuracy, size and latency", "Curves of pre-training", "Settings of fine-tuning"):
         assert f"<h2>{heading}</h2>" in text
     assert f"{100 * 124 / 200:.2f}" in text and text.count("data-root-id=") > 5
+    file = study_folder / "results.json"
+    file.write_text(file.read_text().replace('"dmae": {', '"../dmae": {', 1))
+    with pytest.raises(DataError, match="another folder"):
+        study_page.write_study_page(study_folder, study_folder / study_page.PAGE)
+
+
+def test_the_quickstart_ends_with_a_page(tmp_path, monkeypatch, capsys):
+    """Its steps are left out: `make quickstart` runs them."""
+    names = ("run_steps", "networks_of", "StudyPlan", "timed_networks", "collect", "write_results", "read_results")
+    for name in (*names, "write_comparison", "text_table"):
+        monkeypatch.setattr(quickstart, name, MagicMock())
+    monkeypatch.setattr(quickstart, "headline", lambda *_, **__: "")
+    monkeypatch.setattr(quickstart, "write_study_page", lambda out, page: page.touch())
+    quickstart.run_quickstart(tmp_path, epochs=None)
+    assert (tmp_path / study_page.PAGE).is_file() and capsys.readouterr().out.endswith("results.html\n")
