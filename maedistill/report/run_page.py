@@ -157,7 +157,8 @@ def _facts(run: RecordedRun) -> dict[str, str]:
     words = ("host", "device", "ranks", "threads", "precision")
     facts["machine"] = ", ".join(f"{word} {start[word]}" for word in words if word in start)
     versions = ", ".join(f"{name} {version}" for name, version in start.get("versions", {}).items())
-    return facts | {"versions": versions, "folder": str(run.path)}
+    facts |= {"versions": versions, "folder": str(run.path)}
+    return {name: text for name, text in facts.items() if text}
 
 
 def _settings(runs: Sequence[RecordedRun]) -> list[Html]:
