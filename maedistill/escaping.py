@@ -1,6 +1,7 @@
 """Text as it is shown: what data, weights, files, peers and libraries say stays one line, and secrets are masked.
 
 shown -> one line of console or log      markdown, code -> a piece of a page      cell -> CSV      masked -> no secrets
+without_paths -> what strangers may read: no folder of this machine
 say -> stdout or stderr, for everything that the package prints; get_log -> the same for its logs
 
 Files that are read again (an index, classes.json, run.json) keep every character.
@@ -9,6 +10,7 @@ Files that are read again (an index, classes.json, run.json) keep every characte
 import logging
 import os
 import re
+import shlex
 import sys
 import traceback
 
@@ -42,6 +44,27 @@ _QUERY = re.compile(
     r"(?i)([?&;][\w.-]*(?:token|secret|signature|passw|pwd|credential|key)[\w.-]*=|[?&;](?:sig|auth)=)[^\s&;'\"]+"
 )
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # of the Hugging Face hub, wherever it stands
+
+# A path from the root, from ~ or through "..", up to two spaces, which separate parts of a line, or to the end: names
+# of folders may hold anything else. An address is none: https://HOST/PATH.
+_LOCAL_KIND = re.compile(r"\b(run|local-dir|file|onnx|torch_export):/+")
+_LOCAL_PATH = re.compile(
+    r"""(?:(?<=:)/(?![\s/])|(?:(?<=[\s='"\[({,<])|^)(?:/+(?![\s/])|~[\w.-]*(?=/)|(?:[^\s='":\[({,<]*/)?\.\./))"""
+    r"""(?:(?!\s\s).)*"""
+)
+
+
+def without_paths(text: str, *, command: bool = False) -> str:
+    """Return the text with PATH in place of paths that say where something lies on this machine.
+
+    command: the text is a command line, of which each word may hold one.
+    """
+    if not command:
+        return _LOCAL_PATH.sub("PATH", _LOCAL_KIND.sub(r"\1:/", text))
+    try:
+        return shlex.join(map(without_paths, shlex.split(text)))
+    except ValueError:  # quotes without an end: no word is certain
+        return without_paths(text)
 
 
 def masked(text: str) -> str:

@@ -1,6 +1,7 @@
 """Properties of the machine: number formats, CPU cores, memory and GPUs."""
 
 import os
+import platform
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import takewhile
@@ -54,6 +55,13 @@ def visible_gpus() -> list[str]:
         return [str(number) for number in range(count)]
     # CUDA shows a process only one MIG slice, even if several are named; other processes can use the rest.
     return [gpu for number, gpu in enumerate(named) if number < count or (count and gpu.startswith("MIG-"))]
+
+
+def cpu_name() -> str:
+    """Return the kind of this machine's processor."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
 def cpu_share(local_ranks: int) -> int:

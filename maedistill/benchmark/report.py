@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from maedistill.benchmark.timing import Spread
 from maedistill.escaping import masked
+from maedistill.machine import cpu_name
 
 Row = dict[str, Any]  # column -> text, number or Spread; all rows of a table have the same columns
 
@@ -39,11 +39,8 @@ class Report:
 def describe_machine() -> dict[str, Any]:
     """Describe the machine on which the figures were measured."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    info = Path("/proc/cpuinfo")
-    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
-    cpu = models[0].partition(":")[2].strip() if models else platform.machine()
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
-    return {"cores": cores, "threads": threads, "gpu": gpu, "cpu": cpu, "torch": torch.__version__}
+    return {"cores": cores, "threads": threads, "gpu": gpu, "cpu": cpu_name(), "torch": torch.__version__}
 
 
 def _format(rows: Sequence[Row]) -> list[str]:

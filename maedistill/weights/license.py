@@ -14,6 +14,11 @@ NOT_STATED = "not stated"
 # Identifiers of the Hugging Face hub. A restrictive one counts anywhere in the text, a free one only as the whole text.
 _NON_COMMERCIAL = ("cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-4.0")
 _FREE = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0")
+# How a text begins that names no license: "unknown", the hub's "other", "not stated", or nothing. "Not for sale" does.
+_UNSTATED = re.compile(
+    "(unknown|unspecified|unstated|unlicensed|undefined|unclear|other|none|null|n-?a|tbd|todo|missing|not(?!-for)|"
+    "no-licen[cs]e)(-|$)|$"
+)
 
 
 def hub_license(text: str) -> tuple[str, str | None]:
@@ -23,16 +28,32 @@ def hub_license(text: str) -> tuple[str, str | None]:
     """
     if text.startswith("yours"):
         return "other", "to-be-chosen-by-who-trained-it"
-    slug = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+    slug = _slug(text)
     for identifier in _NON_COMMERCIAL:
         if re.search(rf"(^|-){re.escape(identifier)}(-|$)", slug):
             return identifier, None
     return (slug, None) if slug in _FREE else ("other", slug[:60].strip("-."))
 
 
+def why_unpublishable(text: str, former: str = "") -> str | None:
+    """Return why weights of this license may not be handed on, or None. former: of the run that they started from."""
+    if not text.startswith("yours"):
+        for part in text.split(";"):
+            if _UNSTATED.match(_slug(part)):
+                return f"the license of the weights is not stated ({part.strip() or 'empty'})"
+    if hub_license(former)[0] in _NON_COMMERCIAL and hub_license(text)[0] not in _NON_COMMERCIAL:
+        return f"the license of the weights is given as {text}, but they derive from weights of {former}"
+    return None
+
+
+def _slug(text: str) -> str:
+    """Return a license text in lower case with hyphens in place of spaces and signs."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+
+
 def combined_license(licenses: Iterable[str]) -> str:
     """Combine the licenses of several source weights into one text: each once, those that are not stated last."""
-    others = dict.fromkeys(text for text in licenses if not text.startswith("yours"))
+    others = dict.fromkeys(text.strip() or NOT_STATED for text in licenses if not text.startswith("yours"))
     return "; ".join(sorted(others, key=lambda text: text.startswith("not stated"))) or NO_OTHERS
 
 
