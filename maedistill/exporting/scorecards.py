@@ -161,10 +161,10 @@ def write_page(rows: Sequence[Row], out: Path, *, command: str) -> Path:
     lines += [f"![size, accuracy and latency]({chart.name})", ""] if chart else []
     lines += [*markdown_table(HEADS, [row.cells() for row in rows]), ""]
     lines += [line for note in notes(rows) for line in (markdown(note), "")]
-    own = [
-        {"name": row.name, "network": row.network, "file": str(row.file), "megabytes": row.megabytes} for row in rows
-    ]
-    result = [row.score.model_dump() | entries for row, entries in zip(rows, own, strict=True)]
+    result = []
+    for row in rows:
+        own = {"name": row.name, "network": row.network, "file": str(row.file), "megabytes": row.megabytes}
+        result.append(row.score.model_dump() | own)
     text = json.dumps({"command": command, "rows": result}, indent=1, allow_nan=False)
     write_text(out / "comparison.json", f"{text}\n")
     write_text(out / "comparison.md", "\n".join([*lines, f"Command: {code(command)}", ""]))

@@ -68,22 +68,21 @@ class Hub:
         if request.path == "/api/validate-yaml":
             return (200, {}) if given["content"].startswith("---\n") else (400, {"errors": [{"message": "no card"}]})
         if request.path.endswith(".git/info/lfs/objects/batch"):
-            upload = {
-                oid: {"upload": {"href": f"{self.url}/lfs/{oid}"}} for oid in [o["oid"] for o in given["objects"]]
-            }
-            return 200, {"objects": [one | {"actions": upload[one["oid"]]} for one in given["objects"]]}
+            actions = [{"upload": {"href": f"{self.url}/lfs/{one['oid']}"}} for one in given["objects"]]
+            pairs = zip(given["objects"], actions, strict=True)
+            return 200, {"objects": [one | {"actions": action} for one, action in pairs]}
         name, what = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/?(\w*).*", request.path).groups()
         repository = self.repos[name]
         if what == "preupload":
             modes = {one["path"]: "lfs" if one["path"].endswith(_LFS) else "regular" for one in given["files"]}
             return 200, {"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]}
         if what == "commit":
-            return self.commit(repository, [json.loads(line) for line in request.body.splitlines()])
+            return self.commit(name, [json.loads(line) for line in request.body.splitlines()])
         files = [{"rfilename": file} for file in repository.files]
         return 200, {"id": name, "sha": repository.sha, "private": repository.private, "siblings": files}
 
-    def commit(self, repository: Repository, operations: list[dict[str, Any]]) -> tuple[int, Any]:
-        header, *changes = operations
+    def commit(self, name: str, operations: list[dict[str, Any]]) -> tuple[int, Any]:
+        (header, *changes), repository = operations, self.repos[name]
         if header["value"].get("parentCommit") != repository.sha:
             return 412, {"error": "it has changed"}
         for change in changes:
@@ -94,7 +93,7 @@ class Hub:
                 data = self.stored[value["oid"]] if change["key"] == "lfsFile" else base64.b64decode(value["content"])
                 repository.files[value["path"]] = data
         repository.commits.append(changes)
-        return 200, {"commitUrl": f"{self.url}/commit/{repository.sha}", "commitOid": repository.sha}
+        return 200, {"commitUrl": f"{self.url}/{name}/commit/{repository.sha}", "commitOid": repository.sha}
 
 
 @contextmanager

@@ -105,27 +105,21 @@ def test_a_second_push_leaves_nothing_of_the_first(tool, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "arguments", "cause"),
+    ("changed", "name", "cause"),
     [
-        ({"license": ""}, [NAME], "not stated (empty)"),
-        ({"license": "unknown"}, [NAME], "not stated (unknown)"),
-        ({"license": "Other"}, [NAME], "not stated (Other)"),
-        ({"license": "mit; not stated (set init.license)"}, [NAME], "not stated (not stated"),
-        (
-            {"license": "mit", "origin": {"stage": "pretrain", "license": "CC BY-NC 4.0"}},
-            [NAME],
-            "derive from weights of",
-        ),
-        ({}, ["small-vit"], "does not say whose"),
-        ({}, ["alice/small--vit"], "Cannot have --"),
+        ({"license": ""}, NAME, "not stated (empty)"),
+        ({"license": "unknown"}, NAME, "not stated (unknown)"),
+        ({"license": "Other"}, NAME, "not stated (Other)"),
+        ({"license": "mit; not stated (set init.license)"}, NAME, "not stated (not stated"),
+        ({"license": "mit", "origin": {"stage": "pretrain", "license": "CC BY-NC 4.0"}}, NAME, "derive from weights"),
+        ({}, "small-vit", "does not say whose"),
+        ({}, "alice/small--vit", "Cannot have --"),
     ],
 )
-def test_what_may_not_be_pushed_is_refused_before_anything_is_written_or_sent(
-    tool, tmp_path, changed, arguments, cause
-):
+def test_what_may_not_be_pushed_is_refused_before_anything_is_written_or_sent(tool, tmp_path, changed, name, cause):
     run = imitate(tmp_path / "run", random_vit(), **changed)
     with hub_server() as hub:
-        ended = tool(hub, run, "--push-to-hub", *arguments)
+        ended = tool(hub, run, "--push-to-hub", name)
     error, fix = ended.err.splitlines()
     assert ended.code == 2 and cause in error and fix.startswith("  fix: ")
     assert not hub.requests and not (run / "export").exists()
