@@ -49,8 +49,8 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # of the Hugging Face hub, wherev
 # of folders may hold anything else. An address is none: https://HOST/PATH.
 _LOCAL_KIND = re.compile(r"\b(run|local-dir|file|onnx|torch_export):/+")
 _LOCAL_PATH = re.compile(
-    r"""(?:(?<=:)/(?![\s/])|(?:(?<=[\s='"\[({,<])|^)(?:/+(?![\s/])|~[\w.-]*(?=/)|(?:[^\s='":\[({,<]*/)?\.\./))"""
-    r"""(?:(?!\s\s).)*"""
+    r"""(?:(?<=:)/(?![\s/])|(?:(?<=[\s='"\[({,<])|^)/+(?![\s/])|"""
+    r"""(?:(?<=[\s=:'"\[({,<])|^)(?:~[\w.-]*(?=/)|(?:[^\s='":\[({,<]*/)?\.\./))(?:(?!\s\s).)*"""
 )
 
 

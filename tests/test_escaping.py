@@ -267,7 +267,7 @@ def test_addresses_without_secrets_stay_and_bare_tokens_go():
         ("run://al/x", "run:PATH"),
         ("//al/x", "PATH"),
         ("~al/x and y", "PATH"),
-        ("~/x", "PATH"),
+        ("local-dir:~/x  run:../x", "local-dir:PATH  run:PATH"),
         ("runs/../../al/x", "PATH"),
         ("{source: /al/x, weight: 1}", "{source: PATH"),
         ("timm:vit.mae  width 1/2, 3 / 4", "timm:vit.mae  width 1/2, 3 / 4"),

@@ -62,8 +62,10 @@ def push(folder: Path, name: str, *, public: bool = False) -> str:
     except UserError:
         raise
     except (*_HTTP_ERRORS, OSError, RuntimeError, ValueError) as error:
+        cause = error.__cause__ if type(error) is RuntimeError else None  # of an upload that failed
+        reason = why_unreadable(cause if isinstance(cause, Exception) else error)
         raise DataError(
-            f"{name} cannot be pushed ({why_unreadable(error)}); the export is in {folder}",
+            f"{name} cannot be pushed ({reason}); the export is in {folder}",
             "check the name, the connection, and that the token may write there; then start the same command again",
         ) from error
     return f"{api.endpoint}/{name}"

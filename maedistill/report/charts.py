@@ -101,7 +101,9 @@ def _draw_panel(axes: Any, rows: Mapping[str, Timed], colors: Mapping[str, Any],
         if len(points) > 1:
             axes.plot(*zip(*points, strict=True), color="gray", linewidth=1, zorder=1)
     axes.set_xlim(0, 1.1 * max(places.values()))
-    axes.set(xlabel="latency of one image, ms", ylabel="top-1, %, with 95 % interval")
+    shared = len({row.latency_ms for row in rows.values()}) < len(rows)
+    note = "\n(networks of equal latency stand side by side)" if shared else ""
+    axes.set(xlabel=f"latency of one image, ms{note}", ylabel="top-1, %, with 95 % interval")
     axes.margins(y=0.15)  # for the discs
     axes.grid(alpha=0.3)
     return discs
