@@ -94,7 +94,7 @@ def _draw_panel(axes: Any, rows: Mapping[str, Timed], colors: Mapping[str, Any],
         share = f"{100 * one.value:.1f} % ({100 * one.low:.1f} to {100 * one.high:.1f})"
         axes.errorbar(places[name], 100 * one.value, yerr=_bars(one), color=color, capsize=3, zorder=2)
         disc = axes.scatter(places[name], 100 * one.value, s=scale * row.megabytes, color=color, linewidth=0, alpha=0.8)
-        disc.set(label=plain(f"{name}: {share}, {row.megabytes:.3g} MB"), zorder=3)
+        disc.set(label=plain(f"{name}: {share}, {row.megabytes:.3g} MB"), zorder=3, clip_on=False)
         discs.append(disc)
     for network in {row.joined for row in rows.values()} - {None}:
         points = sorted((places[name], 100 * row.accuracy.value) for name, row in rows.items() if row.joined == network)

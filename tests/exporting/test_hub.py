@@ -11,7 +11,9 @@ import yaml
 from huggingface_hub import constants
 
 from maedistill.commands import export as command
-from maedistill.errors import exit_code_of
+from maedistill.errors import ConfigError, exit_code_of
+from maedistill.exporting.hub import require_pushable
+from maedistill.weights.from_run import read_metadata
 from tests.exporting.hub_server import TOKEN, Hub, Repository, hub_server
 from tests.exporting.imitation import START, imitate, random_vit
 
@@ -125,6 +127,19 @@ def test_what_may_not_be_pushed_is_refused_before_anything_is_written_or_sent(to
     error, fix = ended.err.splitlines()
     assert ended.code == 2 and cause in error and fix.startswith("  fix: ")
     assert not hub.requests and not (run / "export").exists()
+
+
+def test_a_finished_run_that_starts_again_renews_the_license_alone(finetuning, mae):
+    words = (f"init.source=run:{mae.run}", "optim.epochs=1")
+    first = finetuning("licensed", *words)
+    trained = (first.last_checkpoint() / "model.safetensors").read_bytes()
+    assert read_metadata(first.run)[1]["license"].startswith("yours")
+    again = finetuning("licensed", *words, "init.license=unknown")
+    with pytest.raises(ConfigError, match=r"not stated \(unknown\).*\n.*init\.license"):
+        require_pushable(NAME, again.run)
+    finetuning("licensed", *words, "init.license=mit")
+    assert read_metadata(first.run)[1]["license"] == "mit"
+    assert (first.last_checkpoint() / "model.safetensors").read_bytes() == trained
 
 
 def test_who_may_see_it_and_what_the_hub_refuses(tool, tmp_path, monkeypatch):
