@@ -141,6 +141,7 @@ def test_names_are_text_in_table_and_picture(tmp_path, tool):
     ended = tool(*(write(tmp_path / name, device="GPU |$x$", processor="") for name in hostile))
     labels = [text.get_text() for text in ended.panels[0].figure.legends[0].get_texts()]
     assert len(labels) == 4 and labels[0].strip().startswith("_x: 80.0 %") and labels[1].startswith(r"a\$_{b}\$c|d")
+    assert charts.plain("_x") == " _x", "a legend leaves out what an underscore begins"
     table = [line for line in ended.page.splitlines() if line.startswith("| ")]
     assert {line.count(" | ") for line in table} == {9} and not [
         line for line in table if "<b>" in line or "*e*" in line
