@@ -19,7 +19,8 @@ from maedistill.weights.from_run import read_metadata
 from maedistill.weights.license import why_unpublishable
 
 # HfHubHTTPError derives from the errors of the HTTP client, httpx2 or, in earlier versions, httpx or requests.
-_HTTP_ERRORS = tuple(kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and "HTTP" in kind.__name__)
+_HTTP = [kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and "HTTP" in kind.__name__]
+_ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError, *_HTTP)
 
 
 def require_pushable(name: str, run: str | Path) -> None:
@@ -56,12 +57,14 @@ def push(folder: Path, name: str, *, public: bool = False) -> str:
         card = (folder / "README.md").read_text(encoding="utf-8").replace("local-dir:THIS_FOLDER", f"hf-hub:{name}")
         files: dict[str, Path | bytes] = {path.name: path for path in folder.iterdir()} | {"README.md": card.encode()}
         old = {file.rfilename for file in before.siblings or ()} - files.keys() - {".gitattributes"}
-        deleted = map(CommitOperationDelete, sorted(old))
-        changes = [*deleted, *(CommitOperationAdd(*file) for file in sorted(files.items()))]
+        changes: list[CommitOperationAdd | CommitOperationDelete] = [
+            CommitOperationAdd(*file) for file in files.items()
+        ]
+        changes += map(CommitOperationDelete, sorted(old))
         api.create_commit(name, changes, commit_message="Export of maedistill", parent_commit=before.sha)
     except UserError:
         raise
-    except (*_HTTP_ERRORS, OSError, RuntimeError, ValueError) as error:
+    except _ERRORS as error:
         cause = error.__cause__ if type(error) is RuntimeError else None  # of an upload that failed
         reason = why_unreadable(cause if isinstance(cause, Exception) else error)
         raise DataError(
