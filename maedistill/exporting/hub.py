@@ -57,11 +57,8 @@ def push(folder: Path, name: str, *, public: bool = False) -> str:
         card = (folder / "README.md").read_text(encoding="utf-8").replace("local-dir:THIS_FOLDER", f"hf-hub:{name}")
         files: dict[str, Path | bytes] = {path.name: path for path in folder.iterdir()} | {"README.md": card.encode()}
         old = {file.rfilename for file in before.siblings or ()} - files.keys() - {".gitattributes"}
-        changes: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationAdd(*file) for file in files.items()
-        ]
-        changes += map(CommitOperationDelete, sorted(old))
-        api.create_commit(name, changes, commit_message="Export of maedistill", parent_commit=before.sha)
+        deleted, added = map(CommitOperationDelete, old), (CommitOperationAdd(*file) for file in files.items())
+        api.create_commit(name, [*deleted, *added], commit_message="Export of maedistill", parent_commit=before.sha)
     except UserError:
         raise
     except _ERRORS as error:
