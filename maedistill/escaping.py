@@ -47,6 +47,7 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # of the Hugging Face hub, wherev
 
 # A path from the root, from ~ or through "..", up to two spaces, which separate parts of a line, or to the end: names
 # of folders may hold anything else. An address is none: https://HOST/PATH.
+_LOGIN_AT = re.compile(r"\b[\w.+-]{1,64}@[\w.-]{1,255}:(?=[/~])")  # of ssh, before a path
 _LOCAL_KIND = re.compile(r"\b(run|local-dir|file|onnx|torch_export):/+")
 _LOCAL_PATH = re.compile(
     r"""(?:(?<=:)/(?![\s/])|(?:(?<=[\s='"\[({,<])|^)/+(?![\s/])|"""
@@ -54,17 +55,18 @@ _LOCAL_PATH = re.compile(
 )
 
 
-def without_paths(text: str, *, command: bool = False) -> str:
+def without_paths(text: str, *, command: bool = False, word: bool = False) -> str:
     """Return the text with PATH in place of paths that say where something lies on this machine.
 
-    command: the text is a command line, of which each word may hold one.
+    command: the text is a command line, of which each word may hold one. word: it has no parts, a path ends with it.
     """
     if not command:
-        return _LOCAL_PATH.sub("PATH", _LOCAL_KIND.sub(r"\1:/", text))
+        text = " ".join(text.split()) if word else text
+        return _LOCAL_PATH.sub("PATH", _LOCAL_KIND.sub(r"\1:/", _LOGIN_AT.sub("", text)))
     try:
-        return shlex.join(map(without_paths, shlex.split(text)))
+        return shlex.join(without_paths(each, word=True) for each in shlex.split(text))
     except ValueError:  # quotes without an end: no word is certain
-        return without_paths(text)
+        return without_paths(text, word=True)
 
 
 def masked(text: str) -> str:

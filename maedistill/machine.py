@@ -1,7 +1,6 @@
 """Properties of the machine: number formats, CPU cores, memory and GPUs."""
 
 import os
-import platform
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import takewhile
@@ -58,10 +57,10 @@ def visible_gpus() -> list[str]:
 
 
 def cpu_name() -> str:
-    """Return the kind of this machine's processor."""
+    """Return the kind of this machine's processor, "" where Linux does not name it, as on ARM."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
-    return names[0].partition(":")[2].strip() if names else platform.machine()
+    return names[0].partition(":")[2].strip() if names else ""
 
 
 def cpu_share(local_ranks: int) -> int:

@@ -265,6 +265,7 @@ def test_addresses_without_secrets_stay_and_bare_tokens_go():
         ("run:/home/al b/x step_7  32 x 2, img/s", "run:PATH  32 x 2, img/s"),
         ("file:///home/al/t.pth", "file:PATH"),
         ("run://al/x", "run:PATH"),
+        ("run:al@host:/home/x  32 x 2", "run:PATH  32 x 2"),
         ("//al/x", "PATH"),
         ("~al/x and y", "PATH"),
         ("local-dir:~/x  run:../x", "local-dir:PATH  run:PATH"),
@@ -280,7 +281,7 @@ def test_folders_of_a_machine_are_left_out(text, left):
 
 
 def test_a_command_keeps_its_words():
-    text = "maedistill x 'data.train=/home/al b/c.tar' run=runs/a init.source=run:/al/o log.every_steps=1"
+    text = "maedistill x 'data.train=/home/al b/c  d.tar' run=runs/a init.source=run:/al/o log.every_steps=1"
     left = "maedistill x data.train=PATH run=runs/a init.source=run:PATH log.every_steps=1"
     assert without_paths(text, command=True) == left
     assert without_paths("x 'run=/home/al b", command=True) == "x 'run=PATH"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,13 @@ def describe_machine() -> dict[str, Any]:
     """Describe the machine on which the figures were measured."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
-    return {"cores": cores, "threads": threads, "gpu": gpu, "cpu": cpu_name(), "torch": torch.__version__}
+    return {
+        "cores": cores,
+        "threads": threads,
+        "gpu": gpu,
+        "cpu": cpu_name() or platform.machine(),
+        "torch": torch.__version__,
+    }
 
 
 def _format(rows: Sequence[Row]) -> list[str]:

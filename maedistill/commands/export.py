@@ -84,16 +84,16 @@ def main() -> None:
     of_int8 = ("calibration", "calibration_images", "calibration_method", "max_drop")
     given = {name: value for name in of_int8 if (value := getattr(arguments, name)) is not None}
     if given and not arguments.int8:
-        raise ConfigError(f"--{next(iter(given)).replace('_', '-')} is of --int8", "add --int8, or leave it out")
+        raise ConfigError(f"--{next(iter(given)).replace('_', '-')} needs --int8", "add --int8, or leave it out")
     if arguments.int8 and not (arguments.calibration and arguments.val):
         raise ConfigError("--int8 needs --calibration SHARDS and --val SHARDS", "name training and validation shards")
     if arguments.public and not arguments.push_to_hub:
-        raise ConfigError("--public is of --push-to-hub", "add --push-to-hub USER/NAME, or leave it out")
+        raise ConfigError("--public needs --push-to-hub", "add --push-to-hub USER/NAME, or leave it out")
     from maedistill.exporting.folder import export, read_record, score_formats  # --help need not wait for torch
     from maedistill.exporting.hub import push, require_pushable
 
     if arguments.push_to_hub:
-        require_pushable(arguments.push_to_hub, arguments.run)
+        require_pushable(arguments.push_to_hub, arguments.run, public=arguments.public)
 
     context = open_context(arguments) if arguments.val else None
     weights: Weights = "ema" if arguments.ema else "model"

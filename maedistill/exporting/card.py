@@ -142,7 +142,7 @@ def _training(
         optim = config.optim
         clip = f", gradients clipped at {optim.clip:g}" if optim.clip is not None else ""
         lines += [
-            f"- Training shards: {code(without_paths(config.data.train))}.",
+            f"- Training shards: {code(without_paths(config.data.train, word=True))}.",
             *(_pretraining(config, vit) if isinstance(config, PretrainConfig) else []),
             *(_finetuning(config) if isinstance(config, FinetuneConfig) else []),
             f"- Schedule: {optim.epochs:g} epochs, {optim.global_batch} images a step; AdamW with betas {optim.betas}, "
@@ -173,7 +173,7 @@ def _pretraining(config: PretrainConfig, vit: PlainViT) -> list[str]:
         losses.append(
             f"alignment of student with teacher blocks, counted from 0: {pairs} ({how}, weight {align.weight:g})"
         )
-    more = map(without_paths, config.more_teachers)
+    more = (without_paths(text, word=True) for text in config.more_teachers)
     losses += [f"alignment with a further teacher, where it differs: {code(text)}" for text in more]
     if config.method == "amd":
         losses.append(f"generated alignment where only the teacher sees (weight {config.generate.weight:g})")

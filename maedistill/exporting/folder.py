@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.durable import require_local, sync
 from maedistill.errors import ConfigError, DataError
-from maedistill.escaping import say
+from maedistill.escaping import say, without_paths
 from maedistill.evaluation.context import EvalContext, finish
 from maedistill.evaluation.scorecard import score
 from maedistill.exporting.card import model_card
@@ -96,6 +97,8 @@ def export(
                 f"{folder.path} has no classifier, whose accuracy could be measured (--val, --int8)",
                 "export a fine-tuned run, or leave these out; maedistill evaluate probe or knn judges features",
             )
+        license_text = without_paths(saved.metadata["license"], word=True)
+        saved = replace(saved, metadata={**saved.metadata, "license": license_text})
         vit = with_pooling(saved, global_pool)
         _replace(out.resolve(), lambda folder: _fill(folder, saved, vit, weights, kinds, with_preprocessing, int8))
     except (OSError, SafetensorError) as error:

@@ -2,18 +2,21 @@
 
 timm's push_to_hf_hub knows no graphs, keeps a card that it finds there, with the license of other weights, and leaves
 old files. So the folder, of which timm wrote its part, goes up as it is. `upload_folder` may split it into commits;
-here one commit adds all files and deletes all others, or nothing changes.
+here one commit adds all files and deletes those of an earlier export, or nothing changes.
 
 The token is the one that huggingface_hub finds, in HF_TOKEN or of a login. Nothing here reads or keeps it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from maedistill.errors import ConfigError, DataError, UserError
+from maedistill.exporting.folder import FILES, RECORD
 from maedistill.weights.from_file import why_unreadable
 from maedistill.weights.from_run import read_metadata
 from maedistill.weights.license import why_unpublishable
@@ -23,8 +26,11 @@ _HTTP = [kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) 
 _ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError, *_HTTP)
 
 
-def require_pushable(name: str, run: str | Path) -> None:
-    """Raise ConfigError, before an export is written, unless its push has a name, a token and a stated license."""
+def require_pushable(name: str, run: str | Path, *, public: bool = False) -> None:
+    """Raise before an export is written unless its push has a name, a token, a stated license and a repository of ours.
+
+    Makes the repository if need be. Raises ConfigError, or DataError if the hub refuses.
+    """
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -40,32 +46,67 @@ def require_pushable(name: str, run: str | Path) -> None:
         )
     if get_token() is None:
         raise ConfigError("--push-to-hub: there is no token for the hub", "set HF_TOKEN, or log in: hf auth login")
+    with _refusals(name):
+        _open_repository(name, public=public)
 
 
 def push(folder: Path, name: str, *, public: bool = False) -> str:
     """Push the files of an export to the repository USER/NAME, which is made if need be; return its address.
 
-    public: whether others see it. Raises ConfigError for a repository of the other kind, DataError if the hub refuses.
+    public: whether others see it. Raises ConfigError for a repository of the other kind or with other files in it,
+    DataError if the hub refuses.
     """
-    api = HfApi(library_name="maedistill")
-    try:
-        api.create_repo(name, private=not public, exist_ok=True)
-        before = api.model_info(name)
-        if bool(before.private) == public:
-            kind, remedy = ("private", "leave out") if public else ("public", "add")
-            raise ConfigError(f"--push-to-hub: {name} is {kind} already", f"{remedy} --public, or use another name")
-        card = (folder / "README.md").read_text(encoding="utf-8").replace("local-dir:THIS_FOLDER", f"hf-hub:{name}")
-        files: dict[str, Path | bytes] = {path.name: path for path in folder.iterdir()} | {"README.md": card.encode()}
-        old = {file.rfilename for file in before.siblings or ()} - files.keys() - {".gitattributes"}
+    with _refusals(name, f"; the export is in {folder}"):
+        before, api = _open_repository(name, public=public), HfApi(library_name="maedistill", token=True)
+        paths = [path for path in folder.resolve().iterdir() if path.name in FILES and not path.is_symlink()]
+        files: dict[str, Path | bytes] = {path.name: path for path in paths if path.is_file()}
+        if isinstance(card := files.get("README.md"), Path):
+            text = card.read_text(encoding="utf-8").replace("local-dir:THIS_FOLDER", f"hf-hub:{name}")
+            files["README.md"] = text.encode()
+        old = _files(before) & FILES - files.keys()
         deleted, added = map(CommitOperationDelete, old), (CommitOperationAdd(*file) for file in files.items())
         api.create_commit(name, [*deleted, *added], commit_message="Export of maedistill", parent_commit=before.sha)
+    return f"{api.endpoint}/{name}"
+
+
+def _open_repository(name: str, *, public: bool) -> ModelInfo:
+    """Return what the repository is, made if need be. Raises ConfigError unless an export may replace what it holds."""
+    api = HfApi(library_name="maedistill", token=True)
+    api.create_repo(name, private=not public, exist_ok=True)
+    found = api.model_info(name)
+    if found.id != name:
+        raise ConfigError(f"--push-to-hub: {name} is {found.id} on the hub", "use that name, or another one")
+    if bool(found.private) == public:
+        kind, remedy = ("private", "leave out") if public else ("public", "add")
+        raise ConfigError(f"--push-to-hub: {name} is {kind} already", f"{remedy} --public, or use another name")
+    names = _files(found) - {"README.md", ".gitattributes"}  # which the hub itself may have made
+    if names and not (RECORD in names and names <= FILES):
+        others = ", ".join(sorted(names - FILES or names)[:3])
+        raise ConfigError(
+            f"--push-to-hub: {name} holds something else than an export of ours ({others})", "use another name"
+        )
+    # `create_repo` passes over a token that may not write to a repository that exists, and `auth_check` of earlier
+    # versions of huggingface_hub knows no writing.
+    may_write = f"{api.endpoint}/api/models/{name}/auth-check/write"
+    hf_raise_for_status(get_session().get(may_write, headers=build_hf_headers(token=True)))
+    return found
+
+
+def _files(repository: ModelInfo) -> set[str]:
+    return {file.rfilename for file in repository.siblings or ()}
+
+
+@contextmanager
+def _refusals(name: str, left: str = "") -> Iterator[None]:
+    """Translate errors of the hub and of the connection to DataError. left: what is there nevertheless."""
+    try:
+        yield
     except UserError:
         raise
     except _ERRORS as error:
         cause = error.__cause__ if type(error) is RuntimeError else None  # of an upload that failed
         reason = why_unreadable(cause if isinstance(cause, Exception) else error)
         raise DataError(
-            f"{name} cannot be pushed ({reason}); the export is in {folder}",
+            f"{name} cannot be pushed ({reason}){left}",
             "check the name, the connection, and that the token may write there; then start the same command again",
         ) from error
-    return f"{api.endpoint}/{name}"

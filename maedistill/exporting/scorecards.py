@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import Field, ValidationError, model_validator
 
 from maedistill.durable import make_folder
-from maedistill.errors import DataError
+from maedistill.errors import DataError, join_first
 from maedistill.escaping import code, markdown
 from maedistill.exporting.folder import NETWORK_FILES, RECORD
 from maedistill.report.charts import Timed, latency_chart
@@ -29,24 +29,26 @@ from maedistill.weights.from_timm import StrictModel, first_problem
 
 HEADS = ("network", "top-1", "95 % interval", "size", "latency", "images/s", "parameters", "numbers", "machine", "data")
 _OF_A_RUN = "scorecard.json"
+_PANELS = 8  # of a picture that can still be read
 _OF_FORMATS = {f"scorecard_{kind}.json": kind for kind in NETWORK_FILES}
 _WEIGHTS = NETWORK_FILES | {"timm": "model.safetensors"}  # whose size is that of a format
 _WRITE = "maedistill export RUN --val SHARDS, or maedistill evaluate MODEL SHARDS --json FILE.json"
 _Count = Annotated[int, Field(gt=0, le=10**15)]
+_Name = Annotated[str, Field(max_length=200)]
 _Measure = Annotated[float, Field(gt=0, le=1e15, allow_inf_nan=False)]
 
 
 class Scorecard(StrictModel):
     """What `maedistill evaluate` has written of a network, or of one of its exits, which then has a name."""
 
-    name: str = ""
+    name: Annotated[str, Field(max_length=4096)] = ""  # of a network beside the exits: its path
     top1_correct: Annotated[int, Field(ge=0)]
     images: _Count
-    fingerprint: str
+    fingerprint: Annotated[str, Field(min_length=12, max_length=200)]
     parameters: _Count
-    precision: str
-    device: str
-    processor: str = ""  # earlier versions did not say it
+    precision: _Name
+    device: _Name
+    processor: _Name = ""  # earlier versions did not say it, and ARM does not
     latency_ms: _Measure | None = None
     images_per_second: _Measure | None = None
     file_bytes: _Count | None = None
@@ -75,7 +77,7 @@ class Row:
 
     @property
     def machine(self) -> str:
-        """Name processor and threads; where the processor is not recorded, it is like that of no other row."""
+        """Name processor and threads. A processor that is not recorded differs from that of every other row."""
         known = self.score.processor or not self.score.device.startswith("CPU")
         return ", ".join(filter(None, [self.score.processor, self.score.device, "" if known else f"of {self.name}"]))
 
@@ -83,6 +85,11 @@ class Row:
     def data(self) -> str:
         """Name the images."""
         return f"{self.score.images:,} images, fingerprint {self.score.fingerprint[:12]}"
+
+    @property
+    def panel(self) -> tuple[str, str]:
+        """Return what rows share that were measured alike."""
+        return self.machine, self.data
 
     def cells(self) -> list[str]:
         """Return the cells of a line of the table."""
@@ -113,13 +120,14 @@ def read_rows(given: Sequence[str]) -> list[Row]:
 def _scorecards(given: str) -> list[Path]:
     """Return those of a run and of the exports in it, of an export, or the file itself."""
     path = Path(os.path.expanduser(given))
-    if path.is_file():
+    if os.path.isfile(path):  # Path.is_file raises errors of long names and of permissions
         return [path]
+    if not os.path.isdir(path):
+        raise DataError(f"there is no {given}", f"write one: {_WRITE}")
     exports = sorted(one for one in chain(path.glob("export"), path.glob("export_*")) if one.suffix != ".tmp")
     files = [folder / name for folder in (path, *exports) for name in (_OF_A_RUN, *_OF_FORMATS)]
-    if not (found := [file for file in files if file.is_file()]):
-        cause = f"{given} holds no scorecard of accuracy and latency" if path.is_dir() else f"there is no {given}"
-        raise DataError(cause, f"write one: {_WRITE}")
+    if not (found := [file for file in files if os.path.isfile(file)]):
+        raise DataError(f"{given} holds no scorecard of accuracy and latency", f"write one: {_WRITE}")
     return found
 
 
@@ -148,13 +156,15 @@ def _read(file: Path, name: str) -> list[Row]:
 
 def write_page(rows: Sequence[Row], out: Path, *, command: str) -> Path:
     """Write OUT/comparison.md, comparison.json and, with matplotlib, networks.png. Raises DataError if it cannot."""
-    timed = {}
-    for row in rows:
-        if (latency := row.score.latency_ms) is not None:
-            timed[row.name] = Timed(row.top1, row.megabytes, latency, row.network, (row.machine, row.data))
+    points = {}
+    for row in _drawn(rows):
+        assert row.score.latency_ms is not None
+        points[row.name] = Timed(row.top1, row.megabytes, row.score.latency_ms, row.network, row.panel)
     try:
         make_folder(out)
-        chart = latency_chart(timed, out / "networks.png", order=[row.name for row in rows])
+        chart = latency_chart(points, out / "networks.png", order=[row.name for row in rows])
+        if chart is None:  # an earlier one is of other rows
+            (out / "networks.png").unlink(missing_ok=True)
     except OSError as error:
         raise unwritable(out, error) from error
     lines = ["# Size, accuracy and latency", ""]
@@ -171,6 +181,13 @@ def write_page(rows: Sequence[Row], out: Path, *, command: str) -> Path:
     return out / "comparison.md"
 
 
+def _drawn(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of the picture: those with a latency, of the first panels."""
+    timed = [row for row in rows if row.score.latency_ms is not None]
+    panels = list(dict.fromkeys(row.panel for row in timed))[:_PANELS]
+    return [row for row in timed if row.panel in panels]
+
+
 def notes(rows: Sequence[Row]) -> list[str]:
     """Return what a reader of the table must know: what compares, and what the columns are."""
     texts, timed = [], [row for row in rows if row.score.latency_ms is not None]
@@ -178,8 +195,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
         texts.append("Not all latencies compare: the processors or their threads differ, or are not recorded.")
     if len({row.data for row in rows}) > 1:
         texts.append("Not all accuracies compare: they are of different images.")
-    if untimed := [row.name for row in rows if row not in timed]:
-        texts.append(f"Without latency, hence not in the picture: {', '.join(untimed)}.")
+    if left := [row.name for row in rows if row not in _drawn(rows)]:
+        texts.append(f"Without latency, or after {_PANELS} panels, hence not in the picture: {join_first(left)}.")
     return [
         *texts,
         "Intervals: 95 %, Wilson's, of the images. Latency: median of one image; images/s in batches. Size: of the "

@@ -14,6 +14,7 @@ from maedistill.escaping import shown
 from maedistill.report.intervals import Interval
 
 _WIDTH = 0.02  # of the axis, between networks that share a point
+_LONGEST = 100  # characters of a name that are shown
 _LARGEST = 900  # points², the area of the largest disc
 
 
@@ -68,14 +69,15 @@ def latency_chart(rows: Mapping[str, Timed], path: Path, *, order: Sequence[str]
     network. What was not measured alike is in another panel.
     """
     panels = list(dict.fromkeys(row.panel for row in rows.values()))
-    widest = max(map(len, rows), default=0)  # name in the legend
-    canvas = new_canvas(figsize=(4.2 * len(panels) + max(4.2, 3 + 0.08 * widest), max(4.2, 0.25 * len(rows))))
+    widest = max((len(name[-_LONGEST:]) for name in rows), default=0)  # name in the legend
+    height = min(max(4.2, 0.25 * len(rows)), 60)  # inches: matplotlib draws 650 at most
+    canvas = new_canvas(figsize=(4.2 * len(panels) + max(4.2, 3 + 0.08 * widest), height))
     if canvas is None or not rows:
         return None
     colors, most, discs, first = network_colors(order), max(row.megabytes for row in rows.values()), [], None
     for number, panel in enumerate(panels, 1):
         axes = first = canvas.figure.add_subplot(1, len(panels), number, sharey=first)
-        axes.set_title("\n".join(map(plain, panel)), fontsize="small")
+        axes.set_title("\n".join(plain(text[-_LONGEST:]) for text in panel), fontsize="small")
         inside = {name: row for name, row in rows.items() if row.panel == panel}
         discs += _draw_panel(axes, inside, colors, scale=_LARGEST / most)
     legend = canvas.figure.legend(handles=discs, loc="outside right upper", title="top-1 (95 % interval), size")
@@ -94,7 +96,7 @@ def _draw_panel(axes: Any, rows: Mapping[str, Timed], colors: Mapping[str, Any],
         share = f"{100 * one.value:.1f} % ({100 * one.low:.1f} to {100 * one.high:.1f})"
         axes.errorbar(places[name], 100 * one.value, yerr=_bars(one), color=color, capsize=3, zorder=2)
         disc = axes.scatter(places[name], 100 * one.value, s=scale * row.megabytes, color=color, linewidth=0, alpha=0.8)
-        disc.set(label=plain(f"{name}: {share}, {row.megabytes:.3g} MB"), zorder=3, clip_on=False)
+        disc.set(label=plain(f"{name[-_LONGEST:]}: {share}, {row.megabytes:.3g} MB"), zorder=3, clip_on=False)
         discs.append(disc)
     for network in {row.joined for row in rows.values()} - {None}:
         points = sorted((places[name], 100 * row.accuracy.value) for name, row in rows.items() if row.joined == network)

@@ -2,7 +2,7 @@
 
     with hub_server() as hub:   HF_ENDPOINT=hub.url HF_HUB_DISABLE_XET=1; hub.repos, hub.requests
 
-Files of weights go through Git LFS, all others into the commit itself. Whoever has no token is sent away, but for the
+Files of weights go through Git LFS, all others into the commit itself. Every request needs the token, except the
 PUT of a file's bytes, whose address is its own permission, as on the hub.
 """
 
@@ -47,6 +47,8 @@ class Hub:
     requests: list[Request] = field(default_factory=list)
     stored: dict[str, bytes] = field(default_factory=dict)  # of Git LFS, by sha256
     refuses: int | None = None  # whatever comes, with this status
+    read_only: bool = False  # the token
+    moved: dict[str, str] = field(default_factory=dict)  # names of renamed repositories
 
     def answer(self, request: Request) -> tuple[int, Any]:
         """The status and the JSON of an answer."""
@@ -59,9 +61,11 @@ class Hub:
         if request.headers.get("authorization") != f"Bearer {TOKEN}":
             return 401, {"error": "who are you?"}
         given = json.loads(request.body) if request.body and "/commit/" not in request.path else {}
+        if self.read_only and request.path.endswith(("/create", "/auth-check/write")):
+            return 403, {"error": "read only"}
         if request.path == "/api/repos/create":
             name = f"{given['organization']}/{given['name']}"
-            if name in self.repos:
+            if name in self.repos or name in self.moved:
                 return 409, {"error": "it is there", "url": f"{self.url}/{name}"}
             self.repos[name] = Repository(given.get("visibility") == "private" or given.get("private") is True)
             return 200, {"url": f"{self.url}/{name}"}
@@ -72,6 +76,7 @@ class Hub:
             pairs = zip(given["objects"], actions, strict=True)
             return 200, {"objects": [one | {"actions": action} for one, action in pairs]}
         name, what = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/?(\w*).*", request.path).groups()
+        name = self.moved.get(name, name)
         repository = self.repos[name]
         if what == "preupload":
             modes = {one["path"]: "lfs" if one["path"].endswith(_LFS) else "regular" for one in given["files"]}

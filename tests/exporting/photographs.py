@@ -1,7 +1,7 @@
 """Exports of 12 kinds of network, in all formats, on photographs: is the best class of each that of the network itself?
 
-    python -m tests.exporting.photographs           the developers' 500 of ImageNet in ../shared, half a minute
-    python -m tests.exporting.photographs FOLDER    all .jpg, .jpeg and .png files in it
+    python -m tests.exporting.photographs           the developers' 500 of ImageNet, half a minute
+    python -m tests.exporting.photographs FOLDER    all .jpg, .jpeg and .png files in it: a folder of class folders
 
 The kinds are those of test_graph.py, which looks at random images. Exit code 1 if a best class differs, or an output by
 1e-5 of the largest one or more.
@@ -35,6 +35,8 @@ def read_images(folder: Path) -> torch.Tensor:
     """All photographs as the networks see them: [n, 3, 32, 32]."""
     transform = evaluation_transform(size=32, crop=CROP, interpolation="bicubic", crop_mode="center", mean=tuple(MEAN))
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if not files:
+        sys.exit(f"there are no photographs in {folder}")
     pixels = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return normalize(to_float01(pixels), mean, std)

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from maedistill.commands import export as command
 from maedistill.errors import ConfigError, exit_code_of
-from maedistill.exporting.hub import require_pushable
+from maedistill.exporting.hub import push, require_pushable
 from maedistill.weights.from_run import read_metadata
 from tests.exporting.hub_server import TOKEN, Hub, Repository, hub_server
 from tests.exporting.imitation import START, imitate, random_vit
@@ -99,7 +99,7 @@ def test_a_second_push_leaves_nothing_of_the_first(tool, tmp_path):
     run = imitate(tmp_path / "run", random_vit(), license="mit")
     with hub_server() as hub:
         hub.repos[NAME] = repository = Repository(private=True)
-        old = dict.fromkeys(("model_int8.onnx", "scorecard_onnx.json", "notes/a.md", "model.safetensors"), b"old")
+        old = dict.fromkeys(("model_int8.onnx", "scorecard_onnx.json", "export.json", "model.safetensors"), b"old")
         repository.files |= old | {"README.md": b"---\nlicense: cc-by-nc-4.0\n---\n"}
         ended = tool(hub, run, "--push-to-hub", NAME)
         assert ended.code == 0, ended.err
@@ -127,6 +127,46 @@ def test_what_may_not_be_pushed_is_refused_before_anything_is_written_or_sent(to
     error, fix = ended.err.splitlines()
     assert ended.code == 2 and cause in error and fix.startswith("  fix: ")
     assert not hub.requests and not (run / "export").exists()
+
+
+@pytest.mark.parametrize("held", [".gitignore", "notes/a.md", "model.safetensors", "READ ONLY", "MOVED"])
+def test_a_repository_that_is_not_for_us_is_refused_before_the_work(tool, tmp_path, held):
+    run = imitate(tmp_path / "run", random_vit())
+    with hub_server() as hub:
+        hub.repos[NAME] = repository = Repository(private=True)
+        if held == "MOVED":
+            hub.repos["alice/new"], hub.moved = hub.repos.pop(NAME), {NAME: "alice/new"}
+        elif held == "READ ONLY":
+            hub.read_only = True
+        else:
+            repository.files |= {"README.md": b"", held: b"theirs"}
+        before = dict(repository.files)
+        ended = tool(hub, run, "--push-to-hub", NAME)
+    cause = {"MOVED": "alice/new", "READ ONLY": "403"}.get(held, f"an export of ours ({held})")
+    assert cause in ended.err and ended.code == (3 if held == "READ ONLY" else 2)
+    assert repository.files == before and not repository.commits and not (run / "export").exists()
+
+
+def test_only_files_of_an_export_are_pushed(tool, tmp_path, monkeypatch):
+    run = imitate(tmp_path / "run", random_vit())
+    with hub_server() as hub:
+        assert tool(hub, run, "--push-to-hub", NAME).code == 0
+        (tmp_path / "secret").write_text("secret")
+        (run / "export/notes.txt").write_text("mine")
+        (run / "export/config.json").unlink()
+        (run / "export/config.json").symlink_to(tmp_path / "secret")
+        (run / "export/model.pt2").mkdir()
+        push(run / "export", NAME)
+    files = hub.repos[NAME].files
+    assert files.keys() == {".gitattributes", "README.md", "export.json", "model.safetensors"}
+
+
+def test_a_license_stays_over_two_runs(finetuning, mae, tmp_path):
+    first = imitate(tmp_path / "first", random_vit(num_classes=0), license="research only")
+    second = finetuning("second", f"init.source=run:{first}", "optim.epochs=1")
+    assert read_metadata(second.run)[1]["license"] == "research only"
+    ended = finetuning("third", f"init.source=run:{second.run}", "init.license=mit", code=2)
+    assert "init.license: 'mit' is not the license of the source" in ended.err
 
 
 def test_a_finished_run_that_starts_again_renews_the_license_alone(finetuning, mae):

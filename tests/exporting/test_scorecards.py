@@ -1,4 +1,4 @@
-"""Runs and exports side by side: every scorecard is a row, lines join one network, and only like is compared."""
+"""Runs and exports side by side: a row for each, a line for each network, a panel for what was measured alike."""
 
 import json
 import sys
@@ -129,11 +129,20 @@ def test_what_was_not_measured_alike_has_a_panel_of_its_own(tmp_path, tool, othe
     assert "Not all" not in alike.page and len(alike.panels) == 1
 
 
-def test_what_says_no_processor_is_like_nothing_and_what_has_no_latency_is_named(tmp_path, tool):
+def test_rows_without_a_processor_are_apart_and_rows_without_latency_are_named(tmp_path, tool):
     old = [write(tmp_path / name, processor="") for name in "ab"]
     assert len(tool(*old).panels) == 2
     ended = tool(write(tmp_path / "c", latency_ms=None))
     assert "not in the picture: c." in ended.out and "![" not in ended.page and "| - | 700 |" in ended.page
+    assert not (tmp_path / "out/networks.png").exists(), "the one of the rows before"
+
+
+def test_nine_machines_and_long_names_are_drawn(tmp_path, tool):
+    names = [f"{i}{'long ' * 45}" for i in range(9)]
+    entry = [{"name": "x" * 4000, **SCORE}]
+    ended = tool(*(write(tmp_path / name, processor="", exits=entry) for name in names))
+    assert ended.code == 0 and len(ended.panels) == 8 and f"not in the picture: {names[8]}" in ended.out
+    assert max(ended.panels[0].figure.get_size_inches()) < 100
 
 
 def test_names_are_text_in_table_and_picture(tmp_path, tool):
@@ -155,7 +164,8 @@ def test_names_are_text_in_table_and_picture(tmp_path, tool):
         *(json.dumps(SCORE | wrong) for wrong in (
             {"latency_ms": float("inf")}, {"latency_ms": -1.0}, {"images": 0}, {"top1_correct": 101},
             {"parameters": 1e5}, {"images": 10**400}, {"device": None}, {"top1_correct": True}, {"exits": 5},
-            {"exits": [5]},
+            {"exits": [5]}, {"device": "x" * 201}, {"processor": "x" * 201}, {"precision": "x" * 201},
+            {"fingerprint": ""},
         )),
         json.dumps(SCORE).replace("2.0", "1e999"),
     ],
@@ -168,7 +178,11 @@ def test_what_is_no_scorecard_is_refused(tmp_path, text):
 
 
 def test_without_a_scorecard_the_error_says_how_one_is_written(tmp_path, tool):
-    for given, cause in ((tmp_path, "holds no scorecard"), (tmp_path / "none", "there is no ")):
+    for given, cause in (
+        (tmp_path, "holds no scorecard"),
+        (tmp_path / "none", "there is no "),
+        ("x" * 5000, "there is no "),
+    ):
         ended = tool(given)
         error, fix = ended.err.splitlines()
         assert ended.code == 3 and cause in error and "evaluate MODEL SHARDS --json" in fix
