@@ -161,7 +161,7 @@ def test_only_files_of_an_export_are_pushed(tool, tmp_path, monkeypatch):
     assert files.keys() == {".gitattributes", "README.md", "export.json", "model.safetensors"}
 
 
-def test_a_license_stays_over_two_runs(finetuning, mae, tmp_path):
+def test_a_license_stays_over_two_runs(finetuning, tmp_path):
     first = imitate(tmp_path / "first", random_vit(num_classes=0), license="research only")
     second = finetuning("second", f"init.source=run:{first}", "optim.epochs=1")
     assert read_metadata(second.run)[1]["license"] == "research only"

@@ -139,8 +139,8 @@ def test_rows_without_a_processor_are_apart_and_rows_without_latency_are_named(t
 
 def test_nine_machines_and_long_names_are_drawn(tmp_path, tool):
     names = [f"{i}{'long ' * 45}" for i in range(9)]
-    entry = [{"name": "x" * 4000, **SCORE}]
-    ended = tool(*(write(tmp_path / name, processor="", exits=entry) for name in names))
+    entry = [{"name": "x" * 4000, **SCORE, "processor": ""}]
+    ended = tool(*(write(tmp_path / name, exits=entry) for name in names))
     assert ended.code == 0 and len(ended.panels) == 8 and f"not in the picture: {names[8]}" in ended.out
     assert max(ended.panels[0].figure.get_size_inches()) < 100
 
