@@ -40,14 +40,8 @@ class Report:
 def describe_machine() -> dict[str, Any]:
     """Describe the machine on which the figures were measured."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
-    return {
-        "cores": cores,
-        "threads": threads,
-        "gpu": gpu,
-        "cpu": cpu_name() or platform.machine(),
-        "torch": torch.__version__,
-    }
+    cores, threads, cpu = len(os.sched_getaffinity(0)), torch.get_num_threads(), cpu_name() or platform.machine()
+    return {"cores": cores, "threads": threads, "gpu": gpu, "cpu": cpu, "torch": torch.__version__}
 
 
 def _format(rows: Sequence[Row]) -> list[str]:

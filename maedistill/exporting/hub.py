@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
-from maedistill.errors import ConfigError, DataError, UserError
+from maedistill.errors import ConfigError, DataError, UserError, join_first
 from maedistill.exporting.folder import FILES, RECORD
 from maedistill.weights.from_file import why_unreadable
 from maedistill.weights.from_run import read_metadata
@@ -27,10 +27,7 @@ _ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError, *_HTT
 
 
 def require_pushable(name: str, run: str | Path, *, public: bool = False) -> None:
-    """Raise before an export is written unless its push has a name, a token, a stated license and a repository of ours.
-
-    Makes the repository if need be. Raises ConfigError, or DataError if the hub refuses.
-    """
+    """Raise as `push` does, before an export is written, unless it has a name, a license, a token and a repository."""
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -53,24 +50,23 @@ def require_pushable(name: str, run: str | Path, *, public: bool = False) -> Non
 def push(folder: Path, name: str, *, public: bool = False) -> str:
     """Push the files of an export to the repository USER/NAME, which is made if need be; return its address.
 
-    public: whether others see it. Raises ConfigError for a repository of the other kind or with other files in it,
-    DataError if the hub refuses.
+    public: whether others see it. Raises ConfigError for a repository that is not for it, DataError if the hub refuses.
     """
     with _refusals(name, f"; the export is in {folder}"):
-        before, api = _open_repository(name, public=public), HfApi(library_name="maedistill", token=True)
+        api, commit, held = _open_repository(name, public=public)
         paths = [path for path in folder.resolve().iterdir() if path.name in FILES and not path.is_symlink()]
         files: dict[str, Path | bytes] = {path.name: path for path in paths if path.is_file()}
         if isinstance(card := files.get("README.md"), Path):
             text = card.read_text(encoding="utf-8").replace("local-dir:THIS_FOLDER", f"hf-hub:{name}")
             files["README.md"] = text.encode()
-        old = _files(before) & FILES - files.keys()
-        deleted, added = map(CommitOperationDelete, old), (CommitOperationAdd(*file) for file in files.items())
-        api.create_commit(name, [*deleted, *added], commit_message="Export of maedistill", parent_commit=before.sha)
+        deleted = map(CommitOperationDelete, held & FILES - files.keys())
+        added = (CommitOperationAdd(*file) for file in files.items())
+        api.create_commit(name, [*deleted, *added], commit_message="Export of maedistill", parent_commit=commit)
     return f"{api.endpoint}/{name}"
 
 
-def _open_repository(name: str, *, public: bool) -> ModelInfo:
-    """Return what the repository is, made if need be. Raises ConfigError unless an export may replace what it holds."""
+def _open_repository(name: str, *, public: bool) -> tuple[HfApi, str | None, set[str]]:
+    """Make the repository if need be, see that an export may replace what it holds; return its commit and files."""
     api = HfApi(library_name="maedistill", token=True)
     api.create_repo(name, private=not public, exist_ok=True)
     found = api.model_info(name)
@@ -79,21 +75,16 @@ def _open_repository(name: str, *, public: bool) -> ModelInfo:
     if bool(found.private) == public:
         kind, remedy = ("private", "leave out") if public else ("public", "add")
         raise ConfigError(f"--push-to-hub: {name} is {kind} already", f"{remedy} --public, or use another name")
-    names = _files(found) - {"README.md", ".gitattributes"}  # which the hub itself may have made
+    held = {file.rfilename for file in found.siblings or ()}
+    names = held - {"README.md", ".gitattributes"}  # which the hub itself may have made
     if names and not (RECORD in names and names <= FILES):
-        others = ", ".join(sorted(names - FILES or names)[:3])
-        raise ConfigError(
-            f"--push-to-hub: {name} holds something else than an export of ours ({others})", "use another name"
-        )
+        others = f"something else than an export of ours ({join_first(sorted(names - FILES or names), 3)})"
+        raise ConfigError(f"--push-to-hub: {name} holds {others}", "use another name")
     # `create_repo` passes over a token that may not write to a repository that exists, and `auth_check` of earlier
     # versions of huggingface_hub knows no writing.
     may_write = f"{api.endpoint}/api/models/{name}/auth-check/write"
     hf_raise_for_status(get_session().get(may_write, headers=build_hf_headers(token=True)))
-    return found
-
-
-def _files(repository: ModelInfo) -> set[str]:
-    return {file.rfilename for file in repository.siblings or ()}
+    return api, found.sha, held
 
 
 @contextmanager

@@ -86,11 +86,6 @@ class Row:
         """Name the images."""
         return f"{self.score.images:,} images, fingerprint {self.score.fingerprint[:12]}"
 
-    @property
-    def panel(self) -> tuple[str, str]:
-        """Return what rows share that were measured alike."""
-        return self.machine, self.data
-
     def cells(self) -> list[str]:
         """Return the cells of a line of the table."""
         score, low, high = self.score, 100 * self.top1.low, 100 * self.top1.high
@@ -156,13 +151,9 @@ def _read(file: Path, name: str) -> list[Row]:
 
 def write_page(rows: Sequence[Row], out: Path, *, command: str) -> Path:
     """Write OUT/comparison.md, comparison.json and, with matplotlib, networks.png. Raises DataError if it cannot."""
-    points = {}
-    for row in _drawn(rows):
-        assert row.score.latency_ms is not None
-        points[row.name] = Timed(row.top1, row.megabytes, row.score.latency_ms, row.network, row.panel)
     try:
         make_folder(out)
-        chart = latency_chart(points, out / "networks.png", order=[row.name for row in rows])
+        chart = latency_chart(_drawn(rows), out / "networks.png", order=[row.name for row in rows])
         if chart is None:  # an earlier one is of other rows
             (out / "networks.png").unlink(missing_ok=True)
     except OSError as error:
@@ -181,21 +172,24 @@ def write_page(rows: Sequence[Row], out: Path, *, command: str) -> Path:
     return out / "comparison.md"
 
 
-def _drawn(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of the picture: those with a latency, of the first panels."""
-    timed = [row for row in rows if row.score.latency_ms is not None]
-    panels = list(dict.fromkeys(row.panel for row in timed))[:_PANELS]
-    return [row for row in timed if row.panel in panels]
+def _drawn(rows: Sequence[Row]) -> dict[str, Timed]:
+    """Return the discs of the picture: of rows with a latency, in the first panels."""
+    discs = {}
+    for row in rows:
+        if (latency := row.score.latency_ms) is not None:
+            discs[row.name] = Timed(row.top1, row.megabytes, latency, row.network, (row.machine, row.data))
+    panels = list(dict.fromkeys(disc.panel for disc in discs.values()))[:_PANELS]
+    return {name: disc for name, disc in discs.items() if disc.panel in panels}
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """Return what a reader of the table must know: what compares, and what the columns are."""
-    texts, timed = [], [row for row in rows if row.score.latency_ms is not None]
+    texts, drawn, timed = [], _drawn(rows), [row for row in rows if row.score.latency_ms is not None]
     if len({row.machine for row in timed}) > 1:
         texts.append("Not all latencies compare: the processors or their threads differ, or are not recorded.")
     if len({row.data for row in rows}) > 1:
         texts.append("Not all accuracies compare: they are of different images.")
-    if left := [row.name for row in rows if row not in _drawn(rows)]:
+    if left := [row.name for row in rows if row.name not in drawn]:
         texts.append(f"Without latency, or after {_PANELS} panels, hence not in the picture: {join_first(left)}.")
     return [
         *texts,
