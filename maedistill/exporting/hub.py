@@ -78,8 +78,8 @@ def _open_repository(name: str, *, public: bool) -> tuple[HfApi, str | None, set
     held = {file.rfilename for file in found.siblings or ()}
     names = held - {"README.md", ".gitattributes"}  # which the hub itself may have made
     if names and not (RECORD in names and names <= FILES):
-        others = f"something else than an export of ours ({join_first(sorted(names - FILES or names), 3)})"
-        raise ConfigError(f"--push-to-hub: {name} holds {others}", "use another name")
+        others = join_first(sorted(names - FILES or names), 3)
+        raise ConfigError(f"--push-to-hub: {name} holds something else than an export ({others})", "use another name")
     # `create_repo` passes over a token that may not write to a repository that exists, and `auth_check` of earlier
     # versions of huggingface_hub knows no writing.
     may_write = f"{api.endpoint}/api/models/{name}/auth-check/write"

@@ -139,10 +139,11 @@ def test_a_repository_that_is_not_for_us_is_refused_before_the_work(tool, tmp_pa
         elif held == "READ ONLY":
             hub.read_only = True
         else:
-            repository.files |= {"README.md": b"", held: b"theirs"}
+            ours = {} if held == "model.safetensors" else {"export.json": b"{}"}
+            repository.files |= ours | {"README.md": b"", held: b"theirs"}
         before = dict(repository.files)
         ended = tool(hub, run, "--push-to-hub", NAME)
-    cause = {"MOVED": "alice/new", "READ ONLY": "403"}.get(held, f"an export of ours ({held})")
+    cause = {"MOVED": "alice/new", "READ ONLY": "403"}.get(held, f"than an export ({held})")
     assert cause in ended.err and ended.code == (3 if held == "READ ONLY" else 2)
     assert repository.files == before and not repository.commits and not (run / "export").exists()
 
