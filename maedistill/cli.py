@@ -21,6 +21,7 @@ COMMANDS = {
     "finetune": "fine-tune a network on labels, with or without teachers, and evaluate it",
     "evaluate": "count every validation image once; judge frozen features, or write them to disk",
     "export": "hand over a run's network as a timm model with its card",
+    "compare": "put runs and exports side by side: size, accuracy, latency",
     "study": "run and compare many trainings from one file",
     "report": "make a page of a run, of a study, or of several runs: one HTML file",
     "benchmark": "measure where time goes: loader, step, scale, cost",

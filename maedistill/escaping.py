@@ -1,6 +1,7 @@
 """Text as it is shown: what data, weights, files, peers and libraries say stays one line, and secrets are masked.
 
 shown -> one line of console or log      markdown, code -> a piece of a page      cell -> CSV      masked -> no secrets
+without_paths -> what strangers may read: no folder of this machine
 say -> stdout or stderr, for everything that the package prints; get_log -> the same for its logs
 
 Files that are read again (an index, classes.json, run.json) keep every character.
@@ -9,6 +10,7 @@ Files that are read again (an index, classes.json, run.json) keep every characte
 import logging
 import os
 import re
+import shlex
 import sys
 import traceback
 
@@ -42,6 +44,29 @@ _QUERY = re.compile(
     r"(?i)([?&;][\w.-]*(?:token|secret|signature|passw|pwd|credential|key)[\w.-]*=|[?&;](?:sig|auth)=)[^\s&;'\"]+"
 )
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # of the Hugging Face hub, wherever it stands
+
+# A path from the root, from ~ or through "..", up to two spaces, which separate parts of a line, or to the end: names
+# of folders may hold anything else. An address is none: https://HOST/PATH.
+_LOGIN_AT = re.compile(r"\b[\w.+-]{1,64}@[\w.-]{1,255}:(?=[/~])")  # of ssh, before a path
+_LOCAL_KIND = re.compile(r"\b(run|local-dir|file|onnx|torch_export):/+")
+_LOCAL_PATH = re.compile(
+    r"""(?:(?<=:)/(?![\s/])|(?:(?<=[\s='"\[({,<])|^)/+(?![\s/])|"""
+    r"""(?:(?<=[\s=:'"\[({,<])|^)(?:~[\w.-]*(?=/)|(?:[^\s='":\[({,<]*/)?\.\./))(?:(?!\s\s).)*"""
+)
+
+
+def without_paths(text: str, *, command: bool = False, word: bool = False) -> str:
+    """Return the text with PATH in place of paths that say where something lies on this machine.
+
+    command: the text is a command line, of which each word may hold one. word: it has no parts, a path ends with it.
+    """
+    if not command:
+        text = " ".join(text.split()) if word else text
+        return _LOCAL_PATH.sub("PATH", _LOCAL_KIND.sub(r"\1:/", _LOGIN_AT.sub("", text)))
+    try:
+        return shlex.join(without_paths(each, word=True) for each in shlex.split(text))
+    except ValueError:  # quotes without an end: no word is certain
+        return without_paths(text, word=True)
 
 
 def masked(text: str) -> str:

@@ -56,6 +56,13 @@ def visible_gpus() -> list[str]:
     return [gpu for number, gpu in enumerate(named) if number < count or (count and gpu.startswith("MIG-"))]
 
 
+def cpu_name() -> str:
+    """Return the kind of this machine's processor, "" where Linux does not name it, as on ARM."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    return names[0].partition(":")[2].strip() if names else ""
+
+
 def cpu_share(local_ranks: int) -> int:
     """Return the number of CPU cores per rank, at an equal share of the machine's cores."""
     return max(1, len(os.sched_getaffinity(0)) // max(1, local_ranks))

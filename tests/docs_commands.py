@@ -39,12 +39,13 @@ NOT_RUN = {  # a pattern of the command line: the reason
     r"log.trackers=": "needs wandb and mlflow; tests/runs/test_real_trackers.py starts runs with them",
     r"codistillation=": "waits for another run; tests/test_codistillation.py runs two",
     r"s3://|gs://|hf://|https://": "needs a store; tests/data/remote has servers of its own",
+    r"--push-to-hub": "needs a hub; tests/exporting/test_hub.py has one of its own",
     r"--explain KEY|\bCONFIG\b|\bFILE\b|my_student.yaml": "stands for a file or key of the reader",
 }
 HEAVY = (
     "timm", "maedistill.pretraining.loop", "maedistill.finetuning.loop", "maedistill.evaluation.scorecard",
     "maedistill.evaluation.feature_eval", "maedistill.evaluation.embed", "maedistill.evaluation.segmentation",
-    "maedistill.exporting.folder", "maedistill.study.runner",
+    "maedistill.exporting.scorecards", "maedistill.study.runner",
 )  # fmt: skip
 SIZES = ["data.image_size=32", "data.workers=0", "optim.warmup_epochs=0.1", "optim.global_batch=12"]
 SIZES += ["engine.micro_batch=12"]
@@ -129,7 +130,7 @@ def prepare() -> None:
     for words in small_ones:
         code = run(words, Path("prepare.log"))
         assert code == 0, Path("prepare.log").read_text()
-    formats = ["--format", "timm,onnx,torch_export"]
+    formats = ["--format", "timm,onnx,torch_export", "--val", "shards/in1k"]
     assert run(["export", "runs/classifier", *formats], Path("prepare.log")) == 0, Path("prepare.log").read_text()
     shutil.copytree("runs", "prepared")  # commands of one page change runs that another page copies
 

@@ -24,7 +24,7 @@ from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.summary import print_summary
 from maedistill.data.shards.write import make_shards
 from maedistill.errors import DataError, PeerError, exit_code_of, leave
-from maedistill.escaping import cell, code, get_log, has_secret, markdown, masked, say, shown
+from maedistill.escaping import cell, code, get_log, has_secret, markdown, masked, say, shown, without_paths
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.scorecard import score
 from maedistill.exporting.folder import export
@@ -259,11 +259,40 @@ def test_addresses_without_secrets_stay_and_bare_tokens_go():
     assert TOKEN not in masked(f"Invalid token {TOKEN}!") and has_secret("hf://***@host/a.tar")
 
 
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("run:/home/al b/x step_7  32 x 2, img/s", "run:PATH  32 x 2, img/s"),
+        ("file:///home/al/t.pth", "file:PATH"),
+        ("run://al/x", "run:PATH"),
+        ("run:al@host:/home/x  32 x 2", "run:PATH  32 x 2"),
+        ("//al/x", "PATH"),
+        ("~al/x and y", "PATH"),
+        ("local-dir:~/x  run:../x", "local-dir:PATH  run:PATH"),
+        ("runs/../../al/x", "PATH"),
+        ("{source: /al/x, weight: 1}", "{source: PATH"),
+        ("timm:vit.mae  width 1/2, 3 / 4", "timm:vit.mae  width 1/2, 3 / 4"),
+        ("https://host/a ~ s3://b/a-{0..9}.tar", "https://host/a ~ s3://b/a-{0..9}.tar"),
+        ("shards/in1k/train-*.tar", "shards/in1k/train-*.tar"),
+    ],
+)
+def test_folders_of_a_machine_are_left_out(text, left):
+    assert without_paths(text) == left
+
+
+def test_a_command_keeps_its_words():
+    text = "maedistill x 'data.train=/home/al b/c  d.tar' run=runs/a init.source=run:/al/o log.every_steps=1"
+    left = "maedistill x data.train=PATH run=runs/a init.source=run:PATH log.every_steps=1"
+    assert without_paths(text, command=True) == left
+    assert without_paths("x 'run=/home/al b", command=True) == "x 'run=PATH"
+
+
 def test_a_long_text_costs_no_more_than_its_length():
     """It took a minute: each word may begin a scheme."""
     begin = time.process_time()
-    for piece in ("a.", "a:", "a:b ", "hf-hub:a:", "x-", "u%3A"):
+    for piece in ("a.", "a:", "a:b ", "hf-hub:a:", "x-", "u%3A", "../", ":~", "=a/"):
         masked(piece * (50_000 // len(piece)))
+        without_paths(piece * (50_000 // len(piece)))
     assert time.process_time() - begin < 4
 
 

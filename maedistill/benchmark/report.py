@@ -12,6 +12,7 @@ import torch
 
 from maedistill.benchmark.timing import Spread
 from maedistill.escaping import masked
+from maedistill.machine import cpu_name
 
 Row = dict[str, Any]  # column -> text, number or Spread; all rows of a table have the same columns
 
@@ -39,10 +40,7 @@ class Report:
 def describe_machine() -> dict[str, Any]:
     """Describe the machine on which the figures were measured."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    info = Path("/proc/cpuinfo")
-    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
-    cpu = models[0].partition(":")[2].strip() if models else platform.machine()
-    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    cores, threads, cpu = len(os.sched_getaffinity(0)), torch.get_num_threads(), cpu_name() or platform.machine()
     return {"cores": cores, "threads": threads, "gpu": gpu, "cpu": cpu, "torch": torch.__version__}
 
 

@@ -20,6 +20,7 @@ examples:
   maedistill export runs/dmae_s_finetuned --ema           the moving average of its weights
   maedistill export runs/exits --exit 5                   its first 6 blocks and their exit, to runs/exits/export_exit5
   maedistill export runs/dmae_s_finetuned --format timm,onnx,torch_export --val 'in1k/val-*.tar'
+  maedistill export runs/dmae_s_finetuned --push-to-hub USER/NAME
   maedistill export runs/dmae_s_finetuned --int8 --calibration 'in1k/train-*.tar' --val 'in1k/val-*.tar'
 
 The folder loads wherever timm is: timm.create_model("local-dir:FOLDER", pretrained=True); its graphs run wherever
@@ -50,6 +51,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--peer", type=int, default=0, metavar="N", help=PEER)
     add_graphs(parser)
+    pushed = "push it with its card to the Hugging Face hub, by the token in HF_TOKEN or of a login; private"
+    parser.add_argument("--push-to-hub", metavar="USER/NAME", help=pushed)
+    parser.add_argument("--public", action="store_true", help="let everybody see what --push-to-hub pushes")
     return parser.parse_args(sys.argv[2:])
 
 
@@ -80,10 +84,16 @@ def main() -> None:
     of_int8 = ("calibration", "calibration_images", "calibration_method", "max_drop")
     given = {name: value for name in of_int8 if (value := getattr(arguments, name)) is not None}
     if given and not arguments.int8:
-        raise ConfigError(f"--{next(iter(given)).replace('_', '-')} is of --int8", "add --int8, or leave it out")
+        raise ConfigError(f"--{next(iter(given)).replace('_', '-')} needs --int8", "add --int8, or leave it out")
     if arguments.int8 and not (arguments.calibration and arguments.val):
         raise ConfigError("--int8 needs --calibration SHARDS and --val SHARDS", "name training and validation shards")
+    if arguments.public and not arguments.push_to_hub:
+        raise ConfigError("--public needs --push-to-hub", "add --push-to-hub USER/NAME, or leave it out")
     from maedistill.exporting.folder import export, read_record, score_formats  # --help need not wait for torch
+    from maedistill.exporting.hub import push, require_pushable
+
+    if arguments.push_to_hub:
+        require_pushable(arguments.push_to_hub, arguments.run, public=arguments.public)
 
     context = open_context(arguments) if arguments.val else None
     weights: Weights = "ema" if arguments.ema else "model"
@@ -117,6 +127,9 @@ def main() -> None:
         say("", "import timm", f'model = timm.create_model("local-dir:{out}", pretrained=True).eval()')
     if context is not None:
         score_formats(out, arguments.run, arguments.val, context, **part)
+    if arguments.push_to_hub:
+        address = push(out, arguments.push_to_hub, public=arguments.public)
+        say(f"pushed   {address} ({'public' if arguments.public else 'private'})")
 
 
 def parity(record: dict[str, Any]) -> list[str]:

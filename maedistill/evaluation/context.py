@@ -16,7 +16,7 @@ from maedistill.config.schema import MAX_BAD_FRACTION, Precision
 from maedistill.data.loading.workers import TIMEOUT_SECONDS
 from maedistill.data.shards.index import ShardIndex
 from maedistill.escaping import say
-from maedistill.machine import autocast, cpu_share
+from maedistill.machine import autocast, cpu_name, cpu_share
 from maedistill.machine import precision as resolve_precision
 from maedistill.processes import distributed
 from maedistill.runs.records import write_text
@@ -102,8 +102,9 @@ def metadata(network: Network, context: EvalContext) -> dict[str, Any]:
     entries = {"model": network.name, "classes": network.num_classes} | {n: getattr(network, n) for n in names}
     entries |= {"file_bytes": network.file_bytes} if network.file_bytes else {}
     precision = network.precision or context.precision
-    device = computing(network, context).device_name
-    return entries | {"device": device, "batch": context.batch, "precision": precision}
+    there = computing(network, context)
+    entries |= {"processor": cpu_name()} if there.device.type == "cpu" else {}
+    return entries | {"device": there.device_name, "batch": context.batch, "precision": precision}
 
 
 def finish(result: dict[str, Any], file: Path | None) -> dict[str, Any]:

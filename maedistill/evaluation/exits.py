@@ -30,7 +30,7 @@ from maedistill.evaluation.full_pass import Predictor
 from maedistill.evaluation.latency import image_seconds
 from maedistill.models.flops import forward_gflop
 from maedistill.processes import distributed
-from maedistill.report.charts import new_canvas
+from maedistill.report.charts import new_canvas, plain
 from maedistill.report.run_report import percent
 from maedistill.weights.class_names import compare_names
 from maedistill.weights.from_run import read_metadata
@@ -169,9 +169,8 @@ def draw_exits(endings: Sequence[Ending], curve: Sequence[Operation], path: Path
     axes.plot(*zip(*points, strict=True), marker=".", label="an exit for each image, by its confidence")
     for one in endings:
         top1 = 100 * one.top1_correct / one.images
-        axes.scatter(
-            one.latency_ms, top1, zorder=3, label=f"{one.name[-60:]}: {top1:.1f} %, {one.parameters / 1e6:.2f} M"
-        )
+        label = plain(f"{one.name[-60:]}: {top1:.1f} %, {one.parameters / 1e6:.2f} M")
+        axes.scatter(one.latency_ms, top1, zorder=3, label=label)
     axes.grid(alpha=0.3)
     axes.set_xlim(left=0)
     canvas.figure.legend(loc="outside lower left")  # names of other networks may be long

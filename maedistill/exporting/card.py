@@ -2,6 +2,7 @@
 
 Every statement comes from the run's own files (run.json, config.yaml, metrics.jsonl) or from the network; the card
 names what they do not record. Metrics after the exported checkpoint are left out, because they are of other weights.
+Cards travel: PATH stands for what would name folders of this machine.
 """
 
 from collections import Counter
@@ -14,7 +15,7 @@ import yaml
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.schema import RunConfig
-from maedistill.escaping import code, markdown
+from maedistill.escaping import code, markdown, without_paths
 from maedistill.models.encoder import PlainViT, num_params_m
 from maedistill.models.flops import forward_gflop
 from maedistill.pretraining.build import mask_sizes
@@ -113,7 +114,7 @@ def _origin(metadata: Mapping[str, Any]) -> list[str]:
 
 def _listed(line: str) -> str:
     """Turn a log line, whose parts are separated by two spaces, into prose."""
-    return markdown(line).replace("  ", ", ")
+    return markdown(without_paths(line)).replace("  ", ", ")
 
 
 def _images(metadata: Mapping[str, Any], before: str = "") -> str:
@@ -141,7 +142,7 @@ def _training(
         optim = config.optim
         clip = f", gradients clipped at {optim.clip:g}" if optim.clip is not None else ""
         lines += [
-            f"- Training shards: {code(config.data.train)}.",
+            f"- Training shards: {code(without_paths(config.data.train, word=True))}.",
             *(_pretraining(config, vit) if isinstance(config, PretrainConfig) else []),
             *(_finetuning(config) if isinstance(config, FinetuneConfig) else []),
             f"- Schedule: {optim.epochs:g} epochs, {optim.global_batch} images a step; AdamW with betas {optim.betas}, "
@@ -149,7 +150,7 @@ def _training(
             f"{optim.min_lr:g}, weight decay {optim.weight_decay:g}{clip}; seed {config.seed}.",
         ]
     starts = metadata.get("starts", [])
-    commands = Counter(start["command"] for start in starts)
+    commands = Counter(without_paths(start["command"], command=True) for start in starts)
     lines += [f"- Command: {code(command)}, started {count} time(s)." for command, count in commands.items()]
     if not starts:
         return [*lines, "- Command and software versions are not recorded."]
@@ -172,7 +173,8 @@ def _pretraining(config: PretrainConfig, vit: PlainViT) -> list[str]:
         losses.append(
             f"alignment of student with teacher blocks, counted from 0: {pairs} ({how}, weight {align.weight:g})"
         )
-    losses += [f"alignment with a further teacher, where it differs: {code(text)}" for text in config.more_teachers]
+    more = (without_paths(text, word=True) for text in config.more_teachers)
+    losses += [f"alignment with a further teacher, where it differs: {code(text)}" for text in more]
     if config.method == "amd":
         losses.append(f"generated alignment where only the teacher sees (weight {config.generate.weight:g})")
     decoder, data, (low, high) = config.decoder, config.data, config.data.crop_scale

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -27,15 +28,15 @@ from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.durable import require_local, sync
 from maedistill.errors import ConfigError, DataError
-from maedistill.escaping import say
-from maedistill.evaluation.context import EvalContext
+from maedistill.escaping import say, without_paths
+from maedistill.evaluation.context import EvalContext, finish
 from maedistill.evaluation.scorecard import score
 from maedistill.exporting.card import model_card
 from maedistill.exporting.graph import GRAPH_FILES, write_graphs
 from maedistill.exporting.int8 import INT8_FILE, Int8Spec, quantise
 from maedistill.models.encoder import PlainViT, TimmModel, pooled_norm
 from maedistill.runs.folder import RunFolder
-from maedistill.runs.manifest import follow_umask
+from maedistill.runs.manifest import COMPLETE, follow_umask
 from maedistill.weights.from_graph import PREPROCESSING, Preprocessing
 from maedistill.weights.from_onnx import TO_WRITE
 from maedistill.weights.from_run import RunNetwork, Weights, open_run
@@ -96,6 +97,8 @@ def export(
                 f"{folder.path} has no classifier, whose accuracy could be measured (--val, --int8)",
                 "export a fine-tuned run, or leave these out; maedistill evaluate probe or knn judges features",
             )
+        license_text = without_paths(saved.metadata["license"], word=True)
+        saved = replace(saved, metadata={**saved.metadata, "license": license_text})
         vit = with_pooling(saved, global_pool)
         _replace(out.resolve(), lambda folder: _fill(folder, saved, vit, weights, kinds, with_preprocessing, int8))
     except (OSError, SafetensorError) as error:
@@ -108,17 +111,18 @@ def export(
 def score_formats(out: Path, run: str | Path, val: str, context: EvalContext, **part: Any) -> None:
     """Evaluate every format of an export on `val`, each against the run's network; write scorecard_FORMAT.json.
 
-    part: weights, exit, peer, as in `export`.
+    part: weights, exit, peer, as in `export`. The scorecards name the networks without the folders of this machine.
     """
     network = open_network(f"run:{run}", "classifier", **part)
+    name_of_run = read_record(out)["run"]
     for name in NETWORK_FILES:
         if not (out / NETWORK_FILES[name]).is_file():
             continue
         kind = "torch_export" if name == "torch_export" else "onnx"
         source = f"local-dir:{out}" if name == "timm" else f"{kind}:{out / NETWORK_FILES[name]}"
-        files = {"json": out / f"scorecard_{name}.json"}
         say("", name)
-        score(source, val, context, exif=network.exif, against=network, files=files)
+        result = score(source, val, context, exif=network.exif, against=network, files={})
+        finish(result | {"model": f"{name_of_run} {name}", "vs": name_of_run}, out / f"scorecard_{name}.json")
 
 
 def read_record(out: Path) -> dict[str, Any]:
@@ -210,6 +214,7 @@ def _fill(
         "weights": weights,
         "global_pool": vit.global_pool,
         "license": metadata["license"],
+        "network": (saved.checkpoint / COMPLETE).read_text(),  # of which this may be an exit
         "formats": list(kinds),
     }
     if "timm" in kinds:

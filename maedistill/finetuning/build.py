@@ -20,6 +20,7 @@ from maedistill.models.meta import meta_device
 from maedistill.runs.objects import NOTHING, Objects, require_object
 from maedistill.weights.from_file import SPEC_FIELDS, EncoderSpec
 from maedistill.weights.from_run import describe_network
+from maedistill.weights.license import completed_license
 from maedistill.weights.network import Network
 from maedistill.weights.open_network import given_network, open_network
 
@@ -44,7 +45,7 @@ def build_init_source(
                 f"student: it gives {shape} for one image, but the data has {num_classes} classes",
                 f"give it a head with {num_classes} outputs",
             )
-        return replace(network, license=init.license or network.license)
+        return replace(network, license=completed_license(network.license, init.license, "init.license"))
     described = student.model_dump(include=SPEC_FIELDS)
     spec = EncoderSpec(**described, pos_embed=init.pos_embed, sha256=init.sha256)
     network = open_network(
@@ -56,7 +57,7 @@ def build_init_source(
         size_key="data.image_size",
         weights=init.weights or "model",
     )
-    return replace(network, license=init.license or network.license)
+    return replace(network, license=completed_license(network.license, init.license, "init.license"))
 
 
 def build_classifier(config: FinetuneConfig, source: Network | None, *, num_classes: int) -> PlainViT:

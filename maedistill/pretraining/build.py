@@ -29,7 +29,7 @@ from maedistill.models.maps import MapEncoder
 from maedistill.models.masking import PatchSplit, num_visible, random_split
 from maedistill.runs.objects import NOTHING, Objects, class_name, require_object
 from maedistill.weights.from_file import SPEC_FIELDS, EncoderSpec
-from maedistill.weights.license import NO_OTHERS
+from maedistill.weights.license import NO_OTHERS, completed_license
 from maedistill.weights.network import Network
 from maedistill.weights.open_network import given_network, open_network
 
@@ -85,7 +85,8 @@ def build_teacher_source(config: PretrainConfig, *, grid: int, objects: Objects 
         )
     if not can_mask(network.module):
         network = _sees_all(config, replace(network, size=teacher.image_size or network.size), grid=grid)
-    given = teacher.model_dump(include={"mean", "std", "license"}, exclude_none=True)
+    given = teacher.model_dump(include={"mean", "std"}, exclude_none=True)
+    given["license"] = completed_license(network.license, teacher.license, "teacher.license")
     return replace(network, **given, states_input=network.states_input or "mean" in given)
 
 

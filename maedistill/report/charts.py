@@ -10,9 +10,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from maedistill.escaping import shown
 from maedistill.report.intervals import Interval
 
 _WIDTH = 0.02  # of the axis, between networks that share a point
+_LONGEST = 100  # characters of a name that are shown
+_LARGEST = 900  # points², the area of the largest disc
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,16 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Timed:
-    """A network's accuracy, its size and the latency of one image, which networks of one architecture share."""
+    """A network's accuracy, its size and the latency of one image, which networks of one architecture share.
+
+    joined: the network of which this is one file of several. panel: how it was measured, others do not compare.
+    """
 
     accuracy: Interval
-    parameters: int
+    megabytes: float
     latency_ms: float
+    joined: str | None = None
+    panel: tuple[str, ...] = ()
 
 
 def accuracy_chart(rows: Mapping[str, Accuracy], path: Path, *, order: Sequence[str]) -> Path | None:
@@ -43,7 +51,7 @@ def accuracy_chart(rows: Mapping[str, Accuracy], path: Path, *, order: Sequence[
         if len(one.each) > 1:
             percents = [100 * value for value in one.each]
             axes.scatter(percents, [row] * len(percents), s=14, color="white", edgecolor="black", zorder=3)
-    axes.set_yticks(range(len(rows)), [f"{name} (n = {len(one.each)})" for name, one in rows.items()])
+    axes.set_yticks(range(len(rows)), [plain(f"{name} (n = {len(one.each)})") for name, one in rows.items()])
     axes.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
     kinds = {one.interval.kind for one in rows.values()}
     sources = ["n = 1: of the images"] * ("images" in kinds) + ["n > 1: t, over seeds"] * ("seeds" in kinds)
@@ -55,34 +63,58 @@ def accuracy_chart(rows: Mapping[str, Accuracy], path: Path, *, order: Sequence[
 
 
 def latency_chart(rows: Mapping[str, Timed], path: Path, *, order: Sequence[str]) -> Path | None:
-    """Plot top-1 over latency, one disc per network, whose area grows with the parameters.
+    """Plot top-1 over latency, one disc per network, whose area is proportional to its size.
 
-    Networks with the same latency stand side by side, in the order of their accuracy.
+    Networks with the same latency stand side by side, in the order of their accuracy. A line joins the files of one
+    network. What was not measured alike is in another panel.
     """
-    canvas = new_canvas(figsize=(8.4, 4.2))
+    panels = list(dict.fromkeys(row.panel for row in rows.values()))
+    widest = max((len(name[-_LONGEST:]) for name in rows), default=0)  # name in the legend
+    height = min(max(4.2, 0.25 * len(rows)), 60)  # inches: matplotlib draws 650 at most
+    canvas = new_canvas(figsize=(4.2 * len(panels) + max(4.2, 3 + 0.08 * widest), height))
     if canvas is None or not rows:
         return None
-    axes, colors = canvas.figure.add_subplot(ylabel="top-1, %, with 95 % interval"), network_colors(order)
-    places = side_by_side({name: (row.latency_ms, row.accuracy.value) for name, row in rows.items()})
-    most = max(row.parameters for row in rows.values())
-    for name, row in rows.items():
-        one, color = row.accuracy, colors[name]
-        share = f"{100 * one.value:.1f} % ({100 * one.low:.1f} to {100 * one.high:.1f})"
-        label = f"{name}: {share}, {row.parameters / 1e6:.2f} M"
-        axes.errorbar(places[name], 100 * one.value, yerr=_bars(one), color=color, capsize=3, zorder=2)
-        size = 40 + 260 * row.parameters / most
-        axes.scatter(places[name], 100 * one.value, s=size, color=color, edgecolor="white", label=label, zorder=3)
-    axes.margins(y=0.1)
-    axes.set_xlim(0, 1.1 * max(places.values()))
-    shared = "\n(networks of one architecture are timed once and stand side by side)"
-    has_shared = len({row.latency_ms for row in rows.values()}) < len(rows)
-    axes.set_xlabel("latency of one image, ms" + (shared if has_shared else ""))
-    axes.grid(alpha=0.3)
-    legend = canvas.figure.legend(loc="outside right upper", title="top-1 (95 % interval), parameters")
+    colors, most, discs, first = network_colors(order), max(row.megabytes for row in rows.values()), [], None
+    for number, panel in enumerate(panels, 1):
+        axes = first = canvas.figure.add_subplot(1, len(panels), number, sharey=first)
+        axes.set_title("\n".join(plain(text[-_LONGEST:]) for text in panel), fontsize="small")
+        inside = {name: row for name, row in rows.items() if row.panel == panel}
+        discs += _draw_panel(axes, inside, colors, scale=_LARGEST / most)
+    legend = canvas.figure.legend(handles=discs, loc="outside right upper", title="top-1 (95 % interval), size")
     for disc in legend.legend_handles:
         disc.set_sizes([60])
     canvas.print_png(path)
     return path
+
+
+def _draw_panel(axes: Any, rows: Mapping[str, Timed], colors: Mapping[str, Any], *, scale: float) -> list[Any]:
+    """Draw the discs of networks that were measured alike, and return them. scale: area of a disc for each MB."""
+    places = side_by_side({name: (row.latency_ms, row.accuracy.value) for name, row in rows.items()})
+    discs = []
+    for name, row in rows.items():
+        one, color = row.accuracy, colors[name]
+        share = f"{100 * one.value:.1f} % ({100 * one.low:.1f} to {100 * one.high:.1f})"
+        axes.errorbar(places[name], 100 * one.value, yerr=_bars(one), color=color, capsize=3, zorder=2)
+        disc = axes.scatter(places[name], 100 * one.value, s=scale * row.megabytes, color=color, linewidth=0, alpha=0.8)
+        disc.set(label=plain(f"{name[-_LONGEST:]}: {share}, {row.megabytes:.3g} MB"), zorder=3, clip_on=False)
+        discs.append(disc)
+    for network in {row.joined for row in rows.values()} - {None}:
+        points = sorted((places[name], 100 * row.accuracy.value) for name, row in rows.items() if row.joined == network)
+        if len(points) > 1:
+            axes.plot(*zip(*points, strict=True), color="gray", linewidth=1, zorder=1)
+    axes.set_xlim(0, 1.1 * max(places.values()))
+    shared = len({row.latency_ms for row in rows.values()}) < len(rows)
+    note = "\n(networks of equal latency stand side by side)" if shared else ""
+    axes.set(xlabel=f"latency of one image, ms{note}", ylabel="top-1, %, with 95 % interval")
+    axes.margins(y=0.15)  # for the discs
+    axes.grid(alpha=0.3)
+    return discs
+
+
+def plain(text: str) -> str:
+    """Return the text for matplotlib, which would take `$` for a formula and leave out of a legend what `_` begins."""
+    text = shown(text).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def network_colors(names: Sequence[str]) -> dict[str, Any]:

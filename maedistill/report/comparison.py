@@ -123,7 +123,7 @@ def write_comparison(
         {name: RunFolder(n.pretrain) for name, n in networks.items() if n.pretrain is not None},
         list(networks),
     )
-    points = {name: Timed(one.top1, one.parameters, one.latency_ms) for name, one in results.items()}
+    points = {name: Timed(one.top1, one.megabytes, one.latency_ms) for name, one in results.items()}
     chart = latency_chart(points, out / "networks.png", order=order)
     records = {name: read_metrics(run.path) for name, run in trained.items()}
     curves = [

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from maedistill.report.charts import network_colors, new_canvas
+from maedistill.report.charts import network_colors, new_canvas, plain
 from maedistill.report.intervals import of_count
 
 _Records = Sequence[Mapping[str, Any]]
@@ -75,7 +75,7 @@ def draw_curves(
     for axes in grid[len(lines) :]:
         axes.set_visible(False)
     if len(records) > 1:
-        handles = [grid[0].plot([], [], color=colors[name], label=name)[0] for name in records]
+        handles = [grid[0].plot([], [], color=colors[name], label=plain(name))[0] for name in records]
         figure.legend(handles=handles, loc="outside upper center", ncols=min(8, len(handles)))
     canvas.print_png(path)
     return path

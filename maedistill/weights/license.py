@@ -6,6 +6,7 @@ The text comes from a run's run.json: as its teacher or initial weights state it
 import re
 from collections.abc import Iterable
 
+from maedistill.errors import ConfigError
 from maedistill.escaping import markdown
 
 NO_OTHERS = "yours: no other weights were used"
@@ -14,6 +15,11 @@ NOT_STATED = "not stated"
 # Identifiers of the Hugging Face hub. A restrictive one counts anywhere in the text, a free one only as the whole text.
 _NON_COMMERCIAL = ("cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-4.0")
 _FREE = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0")
+# How a text begins that names no license: "unknown", the hub's "other", "see README", or nothing. "Not for sale" does.
+_UNSTATED = re.compile(
+    "(licen[cs]e-(is-)?)?((unknown|unspecified|unstated|unlicensed|undefined|unclear|other|none|null|nan|n-?a|tb[ad]|"
+    "to-be|todo|missing|see|without|not(?!-for)|no-([a-z]+-)?licen[cs]e)(-|$)|no$|(licen[cs]e)?$)"
+)
 
 
 def hub_license(text: str) -> tuple[str, str | None]:
@@ -23,16 +29,53 @@ def hub_license(text: str) -> tuple[str, str | None]:
     """
     if text.startswith("yours"):
         return "other", "to-be-chosen-by-who-trained-it"
-    slug = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+    slug = _slug(text)
     for identifier in _NON_COMMERCIAL:
         if re.search(rf"(^|-){re.escape(identifier)}(-|$)", slug):
             return identifier, None
     return (slug, None) if slug in _FREE else ("other", slug[:60].strip("-."))
 
 
+def why_unpublishable(text: str, former: str = "") -> str | None:
+    """Return why weights of this license may not be handed on, or None. former: of the run that they started from."""
+    for part in text.split(";"):
+        if _UNSTATED.match(_slug(part)):
+            return f"the license of the weights is not stated ({part.strip() or 'empty'})"
+    if not set(map(_slug, _stated(former))) <= set(map(_slug, text.split(";"))):
+        return f"the license of the weights is given as {text}, but they derive from weights of {former}"
+    return None
+
+
+def completed_license(text: str, setting: str | None, key: str) -> str:
+    """Return the license of a source, with that of the setting `key` in place of what the source does not state.
+
+    Raises ConfigError where the source states another, and for a setting that calls weights of others yours.
+    """
+    if not setting or _slug(setting) == _slug(text):
+        return text
+    stated = _stated(text)
+    if _slug(setting).startswith("yours") or (stated and len(stated) == len(text.split(";"))):
+        raise ConfigError(
+            f"{key}: {setting!r} is not the license of the source, which is {text!r}",
+            "remove it: it is for sources that state none, and names the license that applies",
+        )
+    return combined_license([*stated, setting])
+
+
+def _stated(text: str) -> list[str]:
+    """Return the parts of a license text that name a license of others."""
+    parts = [] if text.startswith("yours") else text.split(";")
+    return [part for part in parts if not _UNSTATED.match(_slug(part))]
+
+
+def _slug(text: str) -> str:
+    """Return a license text in lower case with hyphens in place of spaces and signs."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+
+
 def combined_license(licenses: Iterable[str]) -> str:
     """Combine the licenses of several source weights into one text: each once, those that are not stated last."""
-    others = dict.fromkeys(text for text in licenses if not text.startswith("yours"))
+    others = dict.fromkeys(text.strip() or NOT_STATED for text in licenses if not text.startswith("yours"))
     return "; ".join(sorted(others, key=lambda text: text.startswith("not stated"))) or NO_OTHERS
 
 

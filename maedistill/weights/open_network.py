@@ -36,7 +36,7 @@ from maedistill.weights.from_graph import open_graph
 from maedistill.weights.from_run import Weights, build_run, open_run
 from maedistill.weights.from_timm import image_config, open_timm
 from maedistill.weights.from_transformers import open_transformers, transformers_folder
-from maedistill.weights.license import NOT_STATED
+from maedistill.weights.license import NO_OTHERS, NOT_STATED
 from maedistill.weights.network import Network
 from maedistill.weights.state_dict import require_finite
 
@@ -182,7 +182,7 @@ def _check(
 
 def _open_random(name: str, use: Use, check: Inspect, *, spec: EncoderSpec, section: str | None) -> Network:
     """Build a timm model with random weights, the same every time; a plain ViT of the dimensions that `spec` gives."""
-    source, license_name, audit = f"random:{name}", "none, random weights", "random weights"
+    source, license_name, audit = f"random:{name}", NO_OTHERS, "random weights"
     require_known(name)
     with meta_device():
         sees_all = use == "teacher" and not can_mask(timm.create_model(name, pretrained=False))

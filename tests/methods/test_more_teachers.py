@@ -71,7 +71,7 @@ def test_each_has_its_own_head_precision_view_license_and_cost(opened):
     said = "\n".join(parts.summary_lines)
     assert said.count("\nteacher  random:") == 3 and ", 8 x 8 patches, the mean of 4 for one" in said
     assert "sees     the whole image at 64 px, maps of side 4 resampled to 4" in said
-    assert parts.metadata["license"] == "none, random weights; cc-by-4.0"
+    assert parts.metadata["license"] == "cc-by-4.0"
     assert len({*parts.metadata["teacher_weights"]}) == 2, "the first and the third are of the same weights"
     images, split = parts.inputs(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.arange(1))
     with FlopCounterMode(display=False) as counter:

@@ -18,6 +18,7 @@ from maedistill.models.initialize import initialize
 from maedistill.models.masking import random_split
 from maedistill.pretraining.build import build_teacher_source
 from maedistill.weights.from_file import EncoderSpec
+from maedistill.weights.license import NO_OTHERS
 from maedistill.weights.open_network import open_network
 
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8, "img_size": 32}
@@ -46,6 +47,9 @@ def test_a_local_folder_of_timm_s_round_trips_with_normalisation_and_license(sav
     for name, value in source.encoder.vit.state_dict().items():
         assert torch.equal(value, expected[name]), name
     assert (source.mean, source.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)) and source.license == "cc-by-nc-4.0"
+    section = TeacherSection(source=f"local-dir:{folder}", license="mit")
+    with pytest.raises(ConfigError, match=r"teacher\.license: 'mit' is not the license"):
+        build_teacher_source(PretrainConfig(teacher=section), grid=4)
     line = source.describe()
     assert line.count("\n") == 0
     assert all(part in line for part in (str(folder), "32 x 3", "keys loaded", "(0.1, 0.2, 0.3)", "cc-by-nc-4.0"))
@@ -130,7 +134,7 @@ def test_a_random_teacher_is_the_same_every_time():
     )
     for a, b in zip(one.encoder.state_dict().values(), other.encoder.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    assert "random" in one.license and one.encoder.vit.patch_embed.proj.weight.std() > 0.01
+    assert one.license == NO_OTHERS and one.encoder.vit.patch_embed.proj.weight.std() > 0.01
 
 
 def test_it_is_frozen_and_stops_at_its_last_tap():

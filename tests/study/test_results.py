@@ -325,4 +325,4 @@ def test_the_quickstart_ends_with_a_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quickstart, "headline", lambda *_, **__: "")
     monkeypatch.setattr(quickstart, "write_study_page", lambda out, page: page.touch())
     quickstart.run_quickstart(tmp_path, epochs=None)
-    assert (tmp_path / study_page.PAGE).is_file() and capsys.readouterr().out.endswith("results.html\n")
+    assert (tmp_path / study_page.PAGE).is_file() and "results.html\n" in capsys.readouterr().out

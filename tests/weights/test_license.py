@@ -2,12 +2,21 @@
 
 import pytest
 
-from maedistill.weights.license import NO_OTHERS, combined_license, hub_license, license_sentence
+from maedistill.errors import ConfigError
+from maedistill.weights.license import (
+    NO_OTHERS,
+    combined_license,
+    completed_license,
+    hub_license,
+    license_sentence,
+    why_unpublishable,
+)
 
 
 def test_licenses_add_up_and_none_is_hidden():
     assert combined_license([]) == combined_license([NO_OTHERS, NO_OTHERS]) == NO_OTHERS
     assert combined_license([NO_OTHERS, "mit", "mit"]) == "mit"
+    assert combined_license(["", "mit"]) == "mit; not stated" and combined_license([" "]) == "not stated"
     several = combined_license(["not stated (set init.license)", "mit", "cc-by-nc-4.0"])
     assert several == "mit; cc-by-nc-4.0; not stated (set init.license)"
     assert hub_license(several) == ("cc-by-nc-4.0", None)
@@ -28,3 +37,60 @@ def test_licenses_add_up_and_none_is_hidden():
 )
 def test_a_license_is_never_called_freer_than_it_is(text, identifier, name):
     assert hub_license(text) == (identifier, name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "?",
+        "Unknown",
+        "other",
+        "N/A",
+        "none",
+        "not stated (set init.license)",
+        "mit; ",
+        "license: unknown",
+        "License unknown",
+        "no",
+        "without license",
+        "no explicit license",
+        "to be determined",
+        "TBA",
+        "see README",
+        "nan",
+        "license",
+    ],
+)
+def test_what_names_no_license_is_not_passed_on(text):
+    assert "is not stated" in why_unpublishable(text)
+
+
+@pytest.mark.parametrize("text", ["mit", "cc-by-nc-4.0; mit", "Not for commercial use", "unlicense", NO_OTHERS])
+def test_a_stated_license_may_be_passed_on_but_forbids_what_it_forbade(text):
+    assert why_unpublishable(text) is None and why_unpublishable(text, NO_OTHERS) is None
+    assert why_unpublishable(text, "unknown") is None and why_unpublishable(text, text) is None
+    assert (why_unpublishable(text, "CC BY-NC 4.0") is None) == text.startswith("cc-by-nc")
+
+
+@pytest.mark.parametrize(
+    ("source", "setting", "result"),
+    [
+        ("cc-by-nc-4.0", None, "cc-by-nc-4.0"),
+        ("cc-by-nc-4.0", "CC BY-NC 4.0", "cc-by-nc-4.0"),
+        ("cc-by-nc-4.0", "mit", None),
+        ("cc-by-nc-4.0", NO_OTHERS, None),
+        ("not stated", "yours", None),
+        ("not stated", " Yours: x", None),
+        ("not stated", "mit", "mit"),
+        ("cc-by-nc-4.0; not stated", "mit", "cc-by-nc-4.0; mit"),
+        (NO_OTHERS, "mit", "mit"),
+    ],
+)
+def test_a_setting_states_what_the_source_does_not_and_changes_nothing_else(source, setting, result):
+    if result is None:
+        with pytest.raises(ConfigError, match=r"init\.license.*\n.*remove it"):
+            completed_license(source, setting, "init.license")
+    else:
+        assert completed_license(source, setting, "init.license") == result

@@ -1,0 +1,6 @@
+"""`maedistill compare`, from a checkout."""
+
+from maedistill.cli import run
+
+if __name__ == "__main__":
+    run("compare")
