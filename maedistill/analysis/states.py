@@ -1,0 +1,140 @@
+"""The states of networks that are analysed: every kept checkpoint of a run, or another network as it is.
+
+    RUN, timm:NAME, ... -> find_states -> State -> open_state -> Network whose module gives the features
+    all of them -> inspect_states -> image size, grid of cells, and the way of the weights
+
+Features are the mean over the patches of the last block's output (or of `block`'s), before any norm: the same point of
+a network before and after fine-tuning, which moves the final norm behind the mean. Of a convolutional network, they are
+the mean of its last map.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from torch import Tensor
+
+from maedistill.config.sources import named_source
+from maedistill.errors import ConfigError
+from maedistill.runs.manifest import read_manifest
+from maedistill.weights.backbone import Backbone, has_tokens, open_backbone
+from maedistill.weights.from_run import kept_checkpoints
+from maedistill.weights.network import Network
+from maedistill.weights.state_dict import weights_fingerprint
+
+_CLASSIFIER = "head."  # of the parameters of a plain ViT: pre-training has none
+
+
+@dataclass(frozen=True)
+class State:
+    """The network `name` at a step of its training, 0 for one that is no run. source: what opens it.
+
+    weights: SHA-256 of the file of a checkpoint, empty for other networks.
+    """
+
+    name: str
+    step: int
+    source: str
+    weights: str = ""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """grid: cells along a side. distances: the way of the weights up to each state, by network, see `per_image`.
+
+    details: what the features of each state depend on, besides the settings of the command.
+    """
+
+    grid: int
+    distances: dict[str, list[float]]
+    details: list[dict[str, Any]]
+
+
+def find_states(sources: Sequence[str]) -> list[State]:
+    """Return the states of all networks, one after another, oldest first.
+
+    Raises ConfigError for a network that is named twice, DataError for a run without checkpoints.
+    """
+    paths = [source.rstrip("/") for source in sources]
+    names = [os.path.basename(path) for path in paths]
+    names = names if len({*names}) == len(names) else paths
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"{twice} is named twice", "name each network once")
+    states = []
+    for name, path in zip(names, paths, strict=True):
+        kind, _, run = named_source(path).partition(":")
+        if kind == "run":
+            kept = kept_checkpoints(run)
+            files = [read_manifest(checkpoint)["model.safetensors"][1] for _, checkpoint in kept]
+            states += [State(name, step, f"run:{at}", file) for (step, at), file in zip(kept, files, strict=True)]
+        else:
+            states.append(State(name, 0, path))
+    return states
+
+
+def open_state(state: State, *, block: int, image_size: int | None) -> Network:
+    """Open a state, ready to give the features that the head of this file describes, without gradients of weights."""
+    network = open_backbone(state.source, image_size=image_size, block=block)
+    network.module.requires_grad_(False)
+    return network
+
+
+def inspect_states(states: Sequence[State], *, block: int, image_size: int | None, grid: int | None) -> Inspection:
+    """Open every state once. grid: as the user has set it.
+
+    Raises ConfigError for networks of different image sizes or cells, or for cells that do not divide the image; also
+    the errors of `open_backbone`.
+    """
+    sizes: dict[str, int] = {}
+    grids: dict[str, int | None] = {}
+    distances: dict[str, list[float]] = {}
+    details = []
+    for name, group in groupby(states, key=lambda state: state.name):
+        before: dict[str, Tensor] = {}
+        length, way, distances[name] = 1.0, 0.0, []
+        for state in group:
+            network = open_state(state, block=block, image_size=image_size)
+            now = _weights(network)
+            length = length if before else _norm(now)
+            way += _norm({key: value - before[key] for key, value in now.items() if before}) / length
+            before = now
+            distances[name].append(way)
+            normalisation = {"mean": network.mean, "std": network.std}
+            fingerprint = state.weights or weights_fingerprint(network.module)
+            details.append({"name": name, "step": state.step, "weights_sha256": fingerprint, **normalisation})
+        sizes[name], grids[name] = network.size, _patch_grid(network)
+    own_grids = {name: own for name, own in grids.items() if own and not grid}
+    for values, what, remedy in (
+        (sizes, "image sizes", "compare them at one size: --image-size N"),
+        (own_grids, "numbers of patches along a side", "give them the same cells: --grid N"),
+    ):
+        if len({*values.values()}) > 1:
+            own = ", ".join(f"{name} {value}" for name, value in values.items())
+            raise ConfigError(f"the networks have different {what} ({own})", remedy)
+    size, cells = sizes[states[0].name], grid or next(iter(own_grids.values()), None)
+    if cells is None:
+        raise ConfigError(f"{states[0].name} has no patches that could be cells", "give their number: --grid 16")
+    if size % cells:
+        near = max(n for n in range(1, cells) if size % n == 0)
+        raise ConfigError(f"--grid: {cells} x {cells} cells do not divide images of {size} pixels", f"use {near}")
+    return Inspection(cells, distances, details)
+
+
+def _patch_grid(network: Network) -> int | None:
+    """Return the number of patches along a side, None for a network without square patches."""
+    assert isinstance(network.module, Backbone)
+    patches = getattr(network.module.network, "patch_embed", None)
+    rows, columns = getattr(patches, "grid_size", None) or (0, 1)
+    return rows if has_tokens(network.module.network) and rows == columns else None
+
+
+def _weights(network: Network) -> dict[str, Tensor]:
+    named = network.module.network.named_parameters()
+    return {key: value.detach() for key, value in named if not key.startswith(_CLASSIFIER)}
+
+
+def _norm(tensors: dict[str, Tensor]) -> float:
+    return math.sqrt(sum(float(value.double().square().sum()) for value in tensors.values()))
