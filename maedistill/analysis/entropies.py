@@ -26,7 +26,7 @@ Noise = Callable[[int, Tensor, int, tuple[int, ...]], Tensor]  # see `gaussian`
 LEAST_SIGMA, MOST_SIGMA = 0.001, 1.0  # the paper's: the range of pixels, and less than one of their 256 levels
 _LOW, _HIGH = math.log(LEAST_SIGMA), math.log(MOST_SIGMA)
 _OF_UNIT = 0.5 * math.log(2 * math.pi * math.e)  # entropy where sigma is 1
-_BETAS = (0.9, 0.95)  # of Adam: its memory is shorter than the few steps
+_BETAS = (0.5, 0.9)  # of Adam: its memory has to be shorter than the few steps
 _REACH = 5.0  # that a log sigma can move in all steps together, as the rate falls to 0; from one bound to most others
 
 
