@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from maedistill.analysis.states import Inspection, State, find_states, inspect_s
 from maedistill.data.images.transforms import normalize, to_float01
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.patterns import describe_shards
-from maedistill.data.shards.scan import USUAL, Members
 from maedistill.durable import make_folder, write_durably
 from maedistill.errors import ConfigError, NumericsError, join_first
 from maedistill.evaluation.context import EvalContext, print_data, print_main, print_network
@@ -58,8 +56,6 @@ class KnowledgeSpec:
     grid: int | None = None
     block: int = -1
     image_size: int | None = None
-    index: str | None = None
-    members: Members = USUAL
     crop: float | None = None
     exif: str | None = None
     noise: EntropySpec = field(default_factory=EntropySpec)
@@ -80,13 +76,13 @@ def quantify(spec: KnowledgeSpec, context: EvalContext) -> dict[str, Any]:
     Everything that the user may have to correct is checked first. Collective. Raises subclasses of UserError.
     """
     states = distributed.on_main(lambda: find_states(spec.networks))
-    look = partial(inspect_states, block=spec.block, image_size=spec.image_size, grid=spec.grid)
-    inspected = distributed.on_main(lambda: look(states))
+    inspected = distributed.on_main(
+        lambda: inspect_states(states, block=spec.block, image_size=spec.image_size, grid=spec.grid)
+    )
     first = open_state(states[0], block=spec.block, image_size=spec.image_size)
     first = replace(first, crop=spec.crop or first.crop)  # whose view of the images all networks share
     apply_exif = (spec.exif or first.exif) == "apply"
-    open_images = partial(open_index, split="val", members=spec.members, apply_exif=apply_exif)
-    index = distributed.main_first(lambda: open_images(spec.images, index=spec.index))
+    index = distributed.main_first(lambda: open_index(spec.images, split="val", apply_exif=apply_exif))
     pictures = read_pictures(index, first, context, count=spec.count, seed=spec.noise.seed)
     foreground = read_foreground(spec.foreground, pictures, first, grid=inspected.grid)
     print_network("first", first)
@@ -95,7 +91,7 @@ def quantify(spec: KnowledgeSpec, context: EvalContext) -> dict[str, Any]:
     units = _units(spec, states, len(pictures.ids), batch=context.batch)
     missing = distributed.on_main(lambda: _keep(spec.out, settings, units))
     cells, number = f"{inspected.grid} x {inspected.grid} cells", len(inspected.distances)
-    print_main("states", f"{len(states)} of {number} networks, {len(pictures.ids):,} images of {cells}")
+    print_main("states", f"{len(states)}, of {number} networks; {len(pictures.ids):,} images of {cells}")
     print_main("files", f"{len(units):,}, {len(units) - len(missing):,} of them are there already")
     _compute(spec, context, [units[i] for i in missing], pictures, grid=inspected.grid)
     distributed.barrier()

@@ -32,17 +32,15 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see stage.py
     from maedistill.analysis.entropies import EntropySpec
     from maedistill.analysis.knowledge import KnowledgeSpec, quantify
-    from maedistill.data.shards.scan import Members
     from maedistill.evaluation.context import open_context
 
-    names = ("networks", "images", "out", "count", "foreground", "grid", "block", "image_size", "index", "crop", "exif")
+    names = ("networks", "images", "out", "count", "foreground", "grid", "block", "image_size", "crop", "exif")
     noise = EntropySpec(arguments.entropy, arguments.steps, arguments.draws, arguments.seed)
-    members = Members(arguments.image_key, None)
-    spec = KnowledgeSpec(**{name: getattr(arguments, name) for name in names}, members=members, noise=noise)
-    context = open_context(
-        batch=arguments.batch, workers=0, threads=arguments.threads, precision="fp32", fits=True
-    )  # a process may have the last batch to itself, for as long as it takes
-    quantify(spec, context)
+    spec = KnowledgeSpec(**{name: getattr(arguments, name) for name in names}, noise=noise)
+    # fits: a process may have the last batch to itself, for as long as it takes
+    quantify(
+        spec, open_context(batch=arguments.batch, workers=0, threads=arguments.threads, precision="fp32", fits=True)
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,8 +62,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--image-size", type=at_least(1), metavar="N", help="other than the networks' own; positions are resampled")
     add("--crop", type=share, metavar="F", help="share of the shorter side, other than the first network's")
     add("--exif", choices=("ignore", "apply"), help="turn photographs upright (default: as the first network)")
-    add("--index", metavar="FILE", help="the shards' index, where it does not lie beside them")
-    add("--image-key", metavar="FIELD", help="member of a sample that is its image, as data.image_key")
     add("--batch", type=at_least(1), default=4, metavar="N", help="images at once, each with all draws (default 4)")
     add("--threads", type=at_least(1), default=1, metavar="N", help="CPU threads of each process (default 1)")
     return parser.parse_args(sys.argv[2:])

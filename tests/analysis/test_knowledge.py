@@ -136,7 +136,7 @@ def test_other_foreground_needs_no_new_entropies_and_other_settings_are_refused(
         "crop": {"crop": 0.8},
         "ids": {"count": 4},
         "block": {"block": 0},
-        "grid": {"grid": 2},
+        "grid": {"grid": 2, "foreground": "none"},
         "states": {"networks": spec.networks[:1]},
         "images": {"images": spec.images.replace("val", "train")},
         "entropy": {"noise": replace(noise, entropy=-2.5)},
