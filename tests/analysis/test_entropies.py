@@ -50,14 +50,18 @@ def test_the_golden_entropies_of_a_linear_map_are_met():
     torch.testing.assert_close(change.double(), (16 * one).expand(2), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("target", [-3.4, -1.8])
-def test_entropies_differ_by_half_the_logarithm_of_the_columns_squares_whatever_scale_and_target(target):
+@pytest.mark.parametrize(("target", "least"), [(-3.4, 0.3), (-1.8, 0.3), (-1.8, 0.0)])
+def test_entropies_differ_by_half_the_logarithm_of_the_columns_squares_whatever_scale_and_target(target, least):
+    """Where some cells are at a bound of sigma (least 0), this holds for the others."""
     draws = torch.Generator().manual_seed(0)
-    matrix = torch.randn(20, INPUTS, generator=draws) * (0.3 + torch.rand(16, generator=draws)).repeat_interleave(3)
-    expected = -0.5 * matrix.square().sum(0).view(16, 3).sum(1).log()
+    matrix = torch.randn(20, INPUTS, generator=draws)
+    matrix *= (least + torch.rand(16, generator=draws) ** (1 if least else 4)).repeat_interleave(3)
+    by_size = -0.5 * matrix.square().sum(0).view(1, 16, 3).sum(2).log()
+    expected = with_mean(by_size, target - entropy_of(1.0)) + entropy_of(1.0)
+    assert (expected.amax() == entropy_of(1.0)) == (least == 0)
     found, _ = entropies(linear(1e4 * matrix), entropy=target)
     torch.testing.assert_close(found.mean(1), torch.full((2,), target), rtol=0, atol=1e-5)
-    torch.testing.assert_close(found, (expected - expected.mean() + target).expand(2, -1), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found, expected.expand(2, -1), rtol=0, atol=1e-3)
 
 
 def test_noise_of_the_usual_kind_meets_the_same_minimum_within_its_spread():

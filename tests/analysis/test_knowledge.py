@@ -18,15 +18,17 @@ from maedistill.analysis import knowledge
 from maedistill.analysis.entropies import EntropySpec
 from maedistill.analysis.knowledge import KnowledgeSpec, quantify
 from maedistill.analysis.pictures import read_foreground, read_pictures
-from maedistill.analysis.states import find_states, open_state
+from maedistill.analysis.states import find_states, inspect_states, open_state
 from maedistill.data.shards.open_index import open_index
 from maedistill.errors import ConfigError, DataError, NumericsError
 from maedistill.evaluation.context import EvalContext
 from maedistill.processes import distributed
+from maedistill.runs.restore import read_weights
 from maedistill.weights.network import open_network
 from tests.support.launch import Finished, Launcher
 
 CONTEXT = EvalContext(torch.device("cpu"), 2, workers=0)
+FIXED = ("mae", "encoder.vit.pos_embed")  # positions of pre-training are no parameter
 COUNT, UNITS = 5, 12  # images, in 3 batches; of 2 checkpoints of 2 runs
 
 
@@ -211,6 +213,18 @@ def test_every_checkpoint_opens_and_features_are_those_of_the_same_point_before_
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[2], seen[3])
     newest = open_network(spec.networks[0]).module.forward_intermediates(images, indices=1, intermediates_only=True)
     torch.testing.assert_close(newest[0].mean((2, 3)), seen[1])
+
+
+def test_the_way_of_the_weights_is_relative_and_leaves_out_the_classifier(spec):
+    states = find_states(spec.networks)
+    ways = inspect_states(states, block=-1, image_size=None, grid=None).distances
+    for name, prefix, pair in (("mae", "encoder.vit.", states[:2]), ("tuned", "vit.", states[2:])):
+        before, after = (
+            torch.cat([value.flatten().double() for key, value in sorted(read_weights(Path(state.source[4:])).items())
+                       if key.startswith(prefix) and ".head." not in f".{key}" and (name, key) != FIXED])
+            for state in pair
+        )  # fmt: skip
+        assert ways[name] == pytest.approx([0, float((after - before).norm() / before.norm())], rel=1e-6)
 
 
 def test_masks_are_cropped_as_images_are_and_a_cell_counts_from_half_of_its_pixels(spec, shards, tmp_path):
