@@ -94,7 +94,7 @@ def quantify(spec: KnowledgeSpec, context: EvalContext) -> dict[str, Any]:
     print_main("states", f"{len(states)}, of {number} networks; {len(pictures.ids):,} images of {cells}")
     print_main("files", f"{len(units):,}, {len(units) - len(missing):,} of them are there already")
     _compute(spec, context, [units[i] for i in missing], pictures, grid=inspected.grid)
-    distributed.barrier()
+    distributed.barrier()  # for at most the time of one file
     result = distributed.on_main(lambda: _collect(spec, settings, units, pictures, foreground, inspected))
     distributed.barrier()  # a launcher ends the others when one rank exits
     return result
@@ -126,12 +126,12 @@ def _keep(out: Path, settings: dict[str, Any], units: Sequence[_Unit]) -> list[i
     """Make the folder, or check that it is of these settings; return the numbers of the units that it lacks."""
     file = out / SETTINGS
     try:
-        make_folder(out / ENTROPIES)
-        others = {path.name for path in out.iterdir()} - {ENTROPIES} if not file.is_file() else set()
+        make_folder(out)
+        others = sorted(path.name for path in out.iterdir() if path.name[0] != ".")
+        if others and not file.is_file():
+            raise ConfigError(f"{out} holds something else ({join_first(others, 3)})", "name a new folder: --out")
     except OSError as error:
         raise unwritable(out, error) from error
-    if others:
-        raise ConfigError(f"{out} holds something else ({join_first(sorted(others), 3)})", "name a new folder: --out")
     if file.is_file():
         try:
             old = dict(json.loads(file.read_bytes()))
@@ -144,6 +144,9 @@ def _keep(out: Path, settings: dict[str, Any], units: Sequence[_Unit]) -> list[i
             )
     else:
         write_text(file, json.dumps(settings, indent=1) + "\n")
+    make_folder(out / ENTROPIES)
+    for stray in (out / ENTROPIES).glob(".*.tmp"):  # of a killed process, see durable.py
+        stray.unlink()
     return [i for i, unit in enumerate(units) if _read(unit, grid=settings["grid"]) is None]
 
 

@@ -101,6 +101,7 @@ def test_killed_and_continued_by_two_it_is_the_same_file_and_keeps_what_was_ther
     kept = sorted((tmp_path / "killed" / "entropies").glob("*.safetensors"))
     assert 3 <= len(kept) < UNITS
     times = [file.stat().st_mtime_ns for file in kept[:-1]]
+    (kept[0].parent / ".00-000000001-0000.safetensors.7.tmp").write_bytes(b"half of a file")
     kept[-1].write_bytes(kept[-1].read_bytes()[:-4])  # cut
     ended = start(launcher, spec, tmp_path / "killed", ranks=2, steps=40).finish()
     assert f"{len(kept) - 1} of them are there already" in ended.out
@@ -155,6 +156,7 @@ def test_other_foreground_needs_no_new_entropies_and_other_settings_are_refused(
     with pytest.raises(ConfigError, match="holds something else"):
         quantify(replace(spec, out=tmp_path / "mine"), CONTEXT)
     assert content(tmp_path / "out") == before
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"thesis.txt"}
 
 
 def test_bad_inputs_are_refused_before_any_work(spec, made, tmp_path, monkeypatch):
