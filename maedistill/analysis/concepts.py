@@ -64,7 +64,7 @@ def find_concepts(entropies: Array, foreground: Array | None) -> tuple[Array, Ar
 def per_image(concepts: Array, foreground: Array | None, distances: Array) -> dict[str, Array]:
     """Return of each image, [I], what the metrics are made of; NaN where an image has no such value.
 
-    concepts: bool [K, I, n]. distances: [K], the way of the weights up to each checkpoint. The numbers of concepts are
+    concepts: bool [K, I, n]. distances: [K], the weight distance up to each checkpoint. The numbers of concepts are
     those of the last checkpoint. With one checkpoint there is no distance and no rho.
     """
     inside = np.ones(concepts.shape[1:], dtype=bool) if foreground is None else foreground

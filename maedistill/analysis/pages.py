@@ -123,9 +123,11 @@ def draw_metrics(result: Mapping[str, Any], path: Path) -> None:
 
 
 def draw_course(result: Mapping[str, Any], path: Path) -> None:
-    """Plot the mean numbers of concepts over the way of the weights: foreground solid, background dashed."""
+    """Plot the mean numbers of concepts over the weight distance: foreground solid, background dashed."""
     canvas = new_canvas(figsize=(7.2, 4.2))
-    axes = canvas.figure.add_subplot(xlabel="way of the weights, in lengths of the first", ylabel="concepts per image")
+    axes = canvas.figure.add_subplot(
+        xlabel="weight distance / length of the first weights", ylabel="concepts, cells per image"
+    )
     colors = network_colors(list(result["networks"]))
     styles = {"concepts": "-", "foreground": "-", "background": "--"}
     for network, one in result["networks"].items():
@@ -165,8 +167,9 @@ def draw_maps(
             drawn = panel.imshow(maps[name][k, image].reshape(grid, grid), cmap="RdBu_r", vmin=-limit, vmax=limit)
             panel.set_title(f"step {result['networks'][name]['checkpoints'][k]['step']:,}", fontsize="small")
             if foreground is not None:
-                edge = foreground[image].reshape(grid, grid).astype(float)
-                panel.contour(edge, levels=[0.5], colors="black", linewidths=0.8)
+                edge = np.kron(foreground[image].reshape(grid, grid), np.ones((16, 16)))  # finer, for sharp corners
+                ends = (-0.5, grid - 0.5, -0.5, grid - 0.5)
+                panel.contour(edge, levels=[0.5], extent=ends, colors="black", linewidths=0.8)
     label = "nats below the mean background cell; red: needed"
     canvas.figure.colorbar(drawn, ax=panels, label=label, shrink=min(1.0, 3 / len(lines)))
     canvas.print_png(path)

@@ -1,7 +1,7 @@
 """The states of networks that are analysed: every kept checkpoint of a run, or another network as it is.
 
     RUN, timm:NAME, ... -> find_states -> State -> open_state -> Network whose module gives the features
-    all of them -> inspect_states -> image size, grid of cells, and the way of the weights
+    all of them -> inspect_states -> image size, grid of cells, and weight distances
 
 Features are the mean over the patches of the last block's output (or of `block`'s), before any norm: the same point of
 a network before and after fine-tuning, which moves the final norm behind the mean. Of a convolutional network, they are
@@ -43,7 +43,7 @@ class State:
 
 @dataclass(frozen=True)
 class Inspection:
-    """grid: cells along a side. distances: the way of the weights up to each state, by network, see `per_image`.
+    """grid: cells along a side. distances: the weight distance up to each state, by network, see `per_image`.
 
     details: what the features of each state depend on, besides the settings of the command.
     """
