@@ -24,7 +24,7 @@ from maedistill.errors import ConfigError, DataError, NumericsError
 from maedistill.evaluation.context import EvalContext
 from maedistill.processes import distributed
 from maedistill.runs.restore import read_weights
-from maedistill.weights.network import open_network
+from maedistill.weights.open_network import open_network
 from tests.support.launch import Finished, Launcher
 
 CONTEXT = EvalContext(torch.device("cpu"), 2, workers=0)
