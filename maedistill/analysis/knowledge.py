@@ -30,7 +30,7 @@ from maedistill.data.images.transforms import normalize, to_float01
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.patterns import describe_shards
 from maedistill.durable import make_folder, write_durably
-from maedistill.errors import ConfigError, NumericsError, join_first
+from maedistill.errors import ConfigError, DataError, NumericsError, join_first
 from maedistill.evaluation.context import EvalContext, print_data, print_main, print_network
 from maedistill.processes import distributed
 from maedistill.runs.metrics import duration
@@ -136,7 +136,7 @@ def _keep(out: Path, settings: dict[str, Any], units: Sequence[_Unit]) -> list[i
         try:
             old = dict(json.loads(file.read_bytes()))
         except (OSError, TypeError, ValueError) as error:
-            raise ConfigError(f"{file} is damaged ({error})", "name a new folder: --out") from error
+            raise DataError(f"{file} is damaged ({error})", "name a new folder: --out") from error
         if differing := sorted(name for name in old.keys() | settings if old.get(name) != settings.get(name)):
             raise ConfigError(
                 f"{out} holds entropies of another {join_first(differing, 4)}",

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from maedistill.config.sources import named_source
 from maedistill.errors import ConfigError
-from maedistill.runs.manifest import read_manifest
 from maedistill.weights.backbone import Backbone, has_tokens, open_backbone
 from maedistill.weights.from_run import kept_checkpoints
 from maedistill.weights.network import Network
@@ -30,15 +29,11 @@ _CLASSIFIER = "head."  # of the parameters of a plain ViT: pre-training has none
 
 @dataclass(frozen=True)
 class State:
-    """The network `name` at a step of its training, 0 for one that is no run. source: what opens it.
-
-    weights: SHA-256 of the file of a checkpoint, empty for other networks.
-    """
+    """The network `name` at a step of its training, 0 for one that is no run. source: what opens it."""
 
     name: str
     step: int
     source: str
-    weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,9 +62,7 @@ def find_states(sources: Sequence[str]) -> list[State]:
     for name, path in zip(names, paths, strict=True):
         kind, _, run = named_source(path).partition(":")
         if kind == "run":
-            kept = kept_checkpoints(run)
-            files = [read_manifest(checkpoint)["model.safetensors"][1] for _, checkpoint in kept]
-            states += [State(name, step, f"run:{at}", file) for (step, at), file in zip(kept, files, strict=True)]
+            states += [State(name, step, f"run:{checkpoint}") for step, checkpoint in kept_checkpoints(run)]
         else:
             states.append(State(name, 0, path))
     return states
@@ -102,9 +95,8 @@ def inspect_states(states: Sequence[State], *, block: int, image_size: int | Non
             way += _norm({key: value - before[key] for key, value in now.items() if before}) / length
             before = now
             distances[name].append(way)
-            normalisation = {"mean": network.mean, "std": network.std}
-            fingerprint = state.weights or weights_fingerprint(network.module)
-            details.append({"name": name, "step": state.step, "weights_sha256": fingerprint, **normalisation})
+            entries = {"name": name, "step": state.step, "mean": network.mean, "std": network.std}
+            details.append(entries | {"weights_sha256": weights_fingerprint(network.module)})
         sizes[name], grids[name] = network.size, _patch_grid(network)
     own_grids = {name: own for name, own in grids.items() if own and not grid}
     for values, what, remedy in (
