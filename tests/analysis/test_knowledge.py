@@ -19,6 +19,7 @@ from maedistill.analysis.entropies import EntropySpec
 from maedistill.analysis.knowledge import KnowledgeSpec, quantify
 from maedistill.analysis.pictures import read_foreground, read_pictures
 from maedistill.analysis.states import find_states, inspect_states, open_state
+from maedistill.data.loading.evaluation import EvaluationImages
 from maedistill.data.shards.open_index import open_index
 from maedistill.errors import ConfigError, DataError, NumericsError
 from maedistill.evaluation.context import EvalContext
@@ -215,6 +216,34 @@ def test_every_checkpoint_opens_and_features_are_those_of_the_same_point_before_
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[2], seen[3])
     newest = open_network(spec.networks[0]).module.forward_intermediates(images, indices=1, intermediates_only=True)
     torch.testing.assert_close(newest[0].mean((2, 3)), seen[1])
+
+
+def test_a_damaged_checkpoint_is_passed_over(spec, tmp_path, capsys):
+    shutil.copytree(spec.networks[0], tmp_path / "mae")
+    first, second = sorted((tmp_path / "mae" / "checkpoints").glob("step_?????????"))
+    (first / "model.safetensors").write_bytes(b"half of a file")
+    assert [state.source for state in find_states([str(tmp_path / "mae")])] == [f"run:{second}"]
+    assert f"{first} is damaged" in capsys.readouterr().err
+
+
+def test_pixels_are_from_0_to_1_and_each_network_normalises_them(spec, tmp_path, monkeypatch):
+    seen = []
+
+    def note(features, pixels, ids, *, grid, spec):
+        seen.append((ids.tolist(), pixels, features(pixels)))
+        return torch.zeros(len(ids), grid * grid), torch.zeros(len(ids))
+
+    monkeypatch.setattr(knowledge, "cell_entropies", note)
+    result = quantify(replace(spec, out=tmp_path / "out"), CONTEXT)
+    assert result["left_out"]["no_response"] == COUNT and not result["networks"], "none counts, and it is written"
+    states, index = find_states(spec.networks), open_index(spec.images)
+    assert len(seen) == UNITS and sorted(id for ids, *_ in seen[:3] for id in ids) == result["settings"]["ids"]
+    for state, (ids, pixels, features) in zip(states, seen[::3], strict=True):
+        network = open_state(state, block=-1, image_size=None)
+        images, *_ = EvaluationImages(index, torch.tensor(ids), network.transform()).__getitems__([0, 1])
+        assert torch.equal(pixels, images / 255)
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (network.mean, network.std))
+        torch.testing.assert_close(features, network.module((images / 255 - mean) / std))
 
 
 def test_the_way_of_the_weights_is_relative_and_leaves_out_the_classifier(spec):
