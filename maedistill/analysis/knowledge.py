@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from maedistill.analysis.concepts import MARGIN, Array, metrics, reasons_to_leave_out, summarize
-from maedistill.analysis.entropies import EntropySpec, cell_entropies
+from maedistill.analysis.entropies import EntropySpec, Features, cell_entropies
 from maedistill.analysis.pages import write_pages
 from maedistill.analysis.pictures import Pictures, read_foreground, read_pictures
 from maedistill.analysis.states import Inspection, State, find_states, inspect_states, open_state
@@ -159,14 +159,9 @@ def _compute(
         unit = units[number]
         if opened is None or opened[0] != unit.state:
             network = open_state(unit.state, block=spec.block, image_size=spec.image_size)
-            opened = unit.state, network, network.module.to(context.device).eval()
-        _, network, module = opened
-        mean, std = (torch.tensor(x, device=context.device).view(3, 1, 1) for x in (network.mean, network.std))
+            opened = unit.state, _features_of(network, context.device)
         pixels, ids = (x[unit.rows].to(context.device) for x in (pictures.pixels, pictures.ids))
-        entropies, change = cell_entropies(
-            lambda x, module=module, mean=mean, std=std: module(normalize(x, mean, std)),
-            to_float01(pixels), ids, grid=grid, spec=spec.noise,
-        )  # fmt: skip
+        entropies, change = cell_entropies(opened[1], to_float01(pixels), ids, grid=grid, spec=spec.noise)
         found = {"entropies": entropies.cpu(), "change": change.cpu()}
         if not all(tensor.isfinite().all() for tensor in found.values()):
             raise NumericsError(
@@ -180,6 +175,13 @@ def _compute(
         seconds = time.monotonic() - began
         left = duration(seconds / (number + 1) * (len(units) - number - 1))
         print_main("progress", f"{number + 1:,} of {len(units):,} in {duration(seconds)}, about {left} left")
+
+
+def _features_of(network: Network, device: torch.device) -> Features:
+    """Return the network with its normalisation, on the device."""
+    module = network.module.to(device).eval()
+    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (network.mean, network.std))
+    return lambda pixels: module(normalize(pixels, mean, std))
 
 
 def _read(unit: _Unit, *, grid: int) -> dict[str, torch.Tensor] | None:

@@ -74,8 +74,8 @@ def read_foreground(where: str, pictures: Pictures, network: Network, *, grid: i
     reader = EvaluationImages(pictures.index, pictures.ids, network.transform()).reader
     rows = []
     for sample, name in zip(pictures.ids.tolist(), pictures.names, strict=True):
-        size = tuple(reader.decoded(sample, decode).shape[1:])
-        mask = transform(_read_mask(Path(where), name, size))[:1].float() / 255  # [1, s, s]
+        height, width = reader.decoded(sample, decode).shape[1:]
+        mask = transform(_read_mask(Path(where), name, (height, width)))[:1].float() / 255  # [1, s, s]
         rows.append(F.avg_pool2d(mask, network.size // grid).flatten() >= 0.5)
     return torch.stack(rows).numpy()
 
