@@ -1,6 +1,7 @@
 """`maedistill knowledge` on the runs of other tests: the same file for 1 and 2 processes, killed and continued."""
 
 import io
+import itertools
 import json
 import shutil
 import signal
@@ -289,5 +290,9 @@ def test_a_number_is_given_to_one_rank_and_each_counter_begins_anew(monkeypatch)
     store = torch.distributed.HashStore()
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
-    one, other = distributed.shared_counter(), distributed.shared_counter()
-    assert [one(), one(), other(), one(), other()] == [0, 1, 0, 2, 1]
+    counters = []
+    for _ in range(2):  # the ranks
+        monkeypatch.setattr(distributed, "_counters", itertools.count())
+        counters.append([distributed.shared_counter() for _ in range(2)])
+    (one, later), (other, other_later) = counters
+    assert [one(), other(), other(), later(), one(), other_later()] == [0, 1, 2, 0, 3, 1]
