@@ -9,6 +9,7 @@ A cell is a concept if its entropy is lower than that of the mean background cel
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ METRICS = {  # name: what it is, in tables and charts
     "ratio": "share of concepts in the foreground",
     "d_mean": "D_mean: weight distance at most concepts",
     "d_std": "D_std: its deviation over images",
-    "rho": "rho: share of all concepts that stay",
+    "rho": "rho: share of the concepts ever found that remain",
 }
 
 
@@ -100,10 +101,15 @@ def metrics(values: Mapping[str, Array], others: Mapping[str, Array] | None = No
         if count := known.shape[1]:
             value = signs @ statistic(known, axis=-1)
         if count > 1:
-            draws = (uniform(0, torch.arange(RESAMPLINGS), Stream.RESAMPLE, n=count) * count).long().numpy()
-            low, high = np.quantile(signs @ statistic(known[:, draws], axis=-1), [0.025, 0.975])
+            parts = [statistic(known[:, draws], axis=-1) for draws in np.array_split(_resamplings(count), 20)]
+            low, high = np.quantile(signs @ np.concatenate(parts, axis=1), [0.025, 0.975])
         found[name] = {"value": value, "low": low, "high": high, "images": count}
     return found
+
+
+@lru_cache(maxsize=2)
+def _resamplings(count: int) -> Array:
+    return (uniform(0, torch.arange(RESAMPLINGS), Stream.RESAMPLE, n=count) * count).int().numpy()  # [R, count]
 
 
 def summarize(

@@ -11,8 +11,7 @@ of them (of a linear network: half the logarithm of lambda). The minimum is the 
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,7 @@ Noise = Callable[[int, Tensor, int, tuple[int, ...]], Tensor]  # see `gaussian`
 
 LEAST_SIGMA, MOST_SIGMA = 0.001, 1.0  # the paper's: the range of pixels, and less than one of their 256 levels
 _LOW, _HIGH = math.log(LEAST_SIGMA), math.log(MOST_SIGMA)
-_OF_UNIT = 0.5 * math.log(2 * math.pi * math.e)  # entropy where sigma is 1
+OF_UNIT = 0.5 * math.log(2 * math.pi * math.e)  # entropy where sigma is 1
 _BETAS = (0.5, 0.9)  # of Adam: its memory has to be shorter than the few steps
 _REACH = 5.0  # that a log sigma can move in all steps together, as the rate falls to 0; from one bound to most others
 
@@ -38,11 +37,6 @@ class EntropySpec:
     steps: int = 50
     draws: int = 32
     seed: int = 0
-
-
-def entropy_of(sigma: float) -> float:
-    """Return the entropy of a cell whose noise has this standard deviation, in nats."""
-    return math.log(sigma) + _OF_UNIT
 
 
 def gaussian(seed: int, ids: Tensor, step: int, shape: tuple[int, ...]) -> Tensor:
@@ -58,11 +52,12 @@ def cell_entropies(
     pixels: [B, 3, s, s] in [0, 1], s a multiple of grid. ids: int64 [B], of the images. The mean of each row is the
     target within 1e-5. The change is the mean squared distance in the last step: 0 if the features ignore the image.
     """
-    mean, shape = spec.entropy - _OF_UNIT, (spec.draws, *pixels.shape[1:])
+    mean, shape = spec.entropy - OF_UNIT, (spec.draws, *pixels.shape[1:])
     log_sigma = pixels.new_full((len(pixels), grid * grid), mean)  # [B, n]
     optimizer = torch.optim.Adam([log_sigma], betas=_BETAS)
     change = log_sigma.new_zeros(len(pixels))
-    with exact_fp32(), torch.no_grad():
+    tf32_off = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    with tf32_off, torch.no_grad():
         clean = features(pixels)  # [B, D]
         for step in range(spec.steps):
             draws = noise(spec.seed, ids, step, shape)  # [B, m, 3, s, s]
@@ -75,7 +70,7 @@ def cell_entropies(
             optimizer.param_groups[0]["lr"] = 2 * _REACH / spec.steps * decay
             optimizer.step()
             log_sigma.copy_(with_mean(log_sigma, mean))
-    return log_sigma + _OF_UNIT, change
+    return log_sigma + OF_UNIT, change
 
 
 def with_mean(log_sigma: Tensor, mean: float) -> Tensor:
@@ -87,18 +82,6 @@ def with_mean(log_sigma: Tensor, mean: float) -> Tensor:
         is_below = (values + middle).clamp(_LOW, _HIGH).mean(1, keepdim=True) < mean
         low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
     return (values + high).clamp(_LOW, _HIGH).to(log_sigma.dtype)
-
-
-@contextmanager
-def exact_fp32() -> Iterator[None]:
-    """Compute without TF32, which GPUs use in convolutions unless told otherwise, inside the block."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _shares(

@@ -12,20 +12,23 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor, nn
 
 from maedistill.analysis.concepts import MARGIN, Array, metrics, reasons_to_leave_out, summarize
-from maedistill.analysis.entropies import EntropySpec, Features, cell_entropies
+from maedistill.analysis.entropies import EntropySpec, cell_entropies
 from maedistill.analysis.pages import write_pages
-from maedistill.analysis.pictures import Pictures, read_foreground, read_pictures
-from maedistill.analysis.states import Inspection, State, find_states, inspect_states, open_state
+from maedistill.analysis.pictures import Pictures, check_foreground, read_foreground, read_pictures
+from maedistill.analysis.states import Inspection, Opener, State, find_states, inspect_states, open_state
 from maedistill.data.images.transforms import normalize, to_float01
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.patterns import describe_shards
@@ -33,8 +36,10 @@ from maedistill.durable import make_folder, write_durably
 from maedistill.errors import ConfigError, DataError, NumericsError, join_first
 from maedistill.evaluation.context import EvalContext, print_data, print_main, print_network
 from maedistill.processes import distributed
+from maedistill.runs.lock import FolderLock
 from maedistill.runs.metrics import duration
 from maedistill.runs.records import unwritable, warn, write_text
+from maedistill.weights.backbone import Pool
 from maedistill.weights.network import Network
 
 SETTINGS, RESULT, ENTROPIES = "settings.json", "knowledge.json", "entropies"
@@ -44,8 +49,8 @@ SETTINGS, RESULT, ENTROPIES = "settings.json", "knowledge.json", "entropies"
 class KnowledgeSpec:
     """Which networks and images. count: of images. foreground: `center`, `none` or a folder of masks.
 
-    grid: cells along a side; None for the networks' patches. block: whose output is the feature. crop, exif: other than
-    the first network's.
+    grid: cells along a side; None for the networks' patches. block: whose output is the feature. pool: the mean of
+    its patches, or its class token. crop, exif: other than the first network's.
     """
 
     networks: Sequence[str]
@@ -55,6 +60,7 @@ class KnowledgeSpec:
     foreground: str = "center"
     grid: int | None = None
     block: int = -1
+    pool: Pool = "mean"
     image_size: int | None = None
     crop: float | None = None
     exif: str | None = None
@@ -75,25 +81,27 @@ def quantify(spec: KnowledgeSpec, context: EvalContext) -> dict[str, Any]:
 
     Everything that the user may have to correct is checked first. Collective. Raises subclasses of UserError.
     """
+    distributed.on_main(lambda: check_foreground(spec.foreground, spec.grid))  # before checkpoints are read for long
     states = distributed.on_main(lambda: find_states(spec.networks))
-    inspected = distributed.on_main(
-        lambda: inspect_states(states, block=spec.block, image_size=spec.image_size, grid=spec.grid)
-    )
-    first = open_state(states[0], block=spec.block, image_size=spec.image_size)
+    opener = partial(open_state, block=spec.block, image_size=spec.image_size, pool=spec.pool)
+    inspected = distributed.on_main(lambda: inspect_states(states, opener, grid=spec.grid))
+    first = opener(states[0])
     first = replace(first, crop=spec.crop or first.crop)  # whose view of the images all networks share
     apply_exif = (spec.exif or first.exif) == "apply"
     index = distributed.main_first(lambda: open_index(spec.images, split="val", apply_exif=apply_exif))
     pictures = read_pictures(index, first, context, count=spec.count, seed=spec.noise.seed)
-    foreground = read_foreground(spec.foreground, pictures, first, grid=inspected.grid)
+    foreground = distributed.on_main(lambda: read_foreground(spec.foreground, pictures, first, grid=inspected.grid))
     print_network("first", first)
     print_data("data", index, describe_shards(spec.images, index.shards))
     settings = _settings(spec, context, first, pictures, inspected)
     units = _units(spec, states, len(pictures.ids), batch=context.batch)
     missing = distributed.on_main(lambda: _keep(spec.out, settings, units))
+    if not all(distributed.gather_objects((spec.out / SETTINGS).is_file())):
+        raise DataError(f"{spec.out} is another folder on another machine", "name one that all share: --out")
     cells, number = f"{inspected.grid} x {inspected.grid} cells", len(inspected.distances)
     print_main("states", f"{len(states)}, of {number} networks; {len(pictures.ids):,} images of {cells}")
     print_main("files", f"{len(units):,}, {len(units) - len(missing):,} of them are there already")
-    _compute(spec, context, [units[i] for i in missing], pictures, grid=inspected.grid)
+    _compute(spec, context, [units[i] for i in missing], pictures, opener, grid=inspected.grid)
     distributed.barrier()  # for at most the time of one file
     result = distributed.on_main(lambda: _collect(spec, settings, units, pictures, foreground, inspected))
     distributed.barrier()  # a launcher ends the others when one rank exits
@@ -105,9 +113,10 @@ def _settings(
 ) -> dict[str, Any]:
     """Return everything that the entropies depend on, as JSON has it."""
     names = ("size", "crop", "interpolation", "crop_mode", "border")
-    settings = {name: getattr(first, name) for name in names} | {"states": inspected.details, "grid": inspected.grid}
+    settings: dict[str, Any] = {"format": 1, "torch": torch.__version__, "timm": timm.__version__}
+    settings |= {name: getattr(first, name) for name in names} | {"states": inspected.details, "grid": inspected.grid}
     settings |= {"apply_exif": pictures.index.apply_exif, "images": pictures.index.fingerprint()}
-    settings |= {"ids": pictures.ids.tolist(), "block": spec.block, **asdict(spec.noise)}
+    settings |= {"ids": pictures.ids.tolist(), "block": spec.block, "pool": spec.pool, **asdict(spec.noise)}
     settings |= {"batch": context.batch, "device": context.device_name}
     return json.loads(json.dumps(settings))
 
@@ -123,43 +132,45 @@ def _units(spec: KnowledgeSpec, states: Sequence[State], count: int, *, batch: i
 
 
 def _keep(out: Path, settings: dict[str, Any], units: Sequence[_Unit]) -> list[int]:
-    """Make the folder, or check that it is of these settings; return the numbers of the units that it lacks."""
+    """Lock the folder, make it or check that it is of these settings; return the numbers of the units that it lacks."""
     file = out / SETTINGS
     try:
         make_folder(out)
-        others = sorted(path.name for path in out.iterdir() if path.name[0] != ".")
+        others = sorted(path.name for path in out.iterdir() if path.name[0] != "." and path.name != "lock")
         if others and not file.is_file():
             raise ConfigError(f"{out} holds something else ({join_first(others, 3)})", "name a new folder: --out")
+        FolderLock(out, "--out")  # until this process ends
+        if any((out / ENTROPIES).glob("*.safetensors")):
+            try:
+                old = dict(json.loads(file.read_bytes()))
+            except (OSError, TypeError, ValueError) as error:
+                raise DataError(f"{file} is damaged ({error})", "name a new folder: --out") from error
+            if differing := sorted(name for name in old.keys() | settings if old.get(name) != settings.get(name)):
+                raise ConfigError(
+                    f"{out} holds entropies of another {join_first(differing, 4)}",
+                    f"give what is in its {SETTINGS}, or name a new folder: --out",
+                )
+        else:
+            write_text(file, json.dumps(settings, indent=1) + "\n")
+        make_folder(out / ENTROPIES)
+        for stray in (out / ENTROPIES).glob(".*.tmp"):  # of a killed process, see durable.py
+            stray.unlink()
     except OSError as error:
         raise unwritable(out, error) from error
-    if file.is_file():
-        try:
-            old = dict(json.loads(file.read_bytes()))
-        except (OSError, TypeError, ValueError) as error:
-            raise DataError(f"{file} is damaged ({error})", "name a new folder: --out") from error
-        if differing := sorted(name for name in old.keys() | settings if old.get(name) != settings.get(name)):
-            raise ConfigError(
-                f"{out} holds entropies of another {join_first(differing, 4)}",
-                f"give what is in its {SETTINGS}, or name a new folder: --out",
-            )
-    else:
-        write_text(file, json.dumps(settings, indent=1) + "\n")
-    make_folder(out / ENTROPIES)
-    for stray in (out / ENTROPIES).glob(".*.tmp"):  # of a killed process, see durable.py
-        stray.unlink()
     return [i for i, unit in enumerate(units) if _read(unit, grid=settings["grid"]) is None]
 
 
 def _compute(
-    spec: KnowledgeSpec, context: EvalContext, units: Sequence[_Unit], pictures: Pictures, *, grid: int
+    spec: KnowledgeSpec, context: EvalContext, units: Sequence[_Unit], pictures: Pictures, opener: Opener, *, grid: int
 ) -> None:
     """Compute and write units until none is left that no process has taken. Only the counter is shared."""
     next_number, began, opened = distributed.shared_counter(), time.monotonic(), None
     while (number := next_number()) < len(units):
         unit = units[number]
         if opened is None or opened[0] != unit.state:
-            network = open_state(unit.state, block=spec.block, image_size=spec.image_size)
-            opened = unit.state, _features_of(network, context.device)
+            network, device = opener(unit.state), context.device
+            mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (network.mean, network.std))
+            opened = unit.state, partial(_features, network.module.to(device).eval(), mean, std)
         pixels, ids = (x[unit.rows].to(context.device) for x in (pictures.pixels, pictures.ids))
         entropies, change = cell_entropies(opened[1], to_float01(pixels), ids, grid=grid, spec=spec.noise)
         found = {"entropies": entropies.cpu(), "change": change.cpu()}
@@ -177,21 +188,18 @@ def _compute(
         print_main("progress", f"{number + 1:,} of {len(units):,} in {duration(seconds)}, about {left} left")
 
 
-def _features_of(network: Network, device: torch.device) -> Features:
-    """Return the network with its normalisation, on the device."""
-    module = network.module.to(device).eval()
-    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (network.mean, network.std))
-    return lambda pixels: module(normalize(pixels, mean, std))
+def _features(module: nn.Module, mean: Tensor, std: Tensor, pixels: Tensor) -> Tensor:
+    return module(normalize(pixels, mean, std))
 
 
-def _read(unit: _Unit, *, grid: int) -> dict[str, torch.Tensor] | None:
+def _read(unit: _Unit, *, grid: int) -> dict[str, Tensor] | None:
     """Return the content of a unit's file; None if it is not there, or damaged, which is said."""
     if not unit.file.is_file():
         return None
     images = unit.rows.stop - unit.rows.start
     try:
         found = load(unit.file.read_bytes())
-        shapes = {name: tuple(value.shape) for name, value in found.items()}
+        shapes = {name: tuple(x.shape) for name, x in found.items() if x.dtype == torch.float32 and x.isfinite().all()}
         if shapes == {"entropies": (images, grid * grid), "change": (images,)}:
             return found
     except (OSError, SafetensorError):
@@ -205,10 +213,11 @@ def _collect(
     foreground: Array | None, inspected: Inspection,
 ) -> dict[str, Any]:  # fmt: skip
     """Write knowledge.json from the files of all units, then the page and the pictures; return its content."""
-    rows: dict[str, dict[int, list[dict[str, torch.Tensor]]]] = {}  # of each network and step
+    rows: dict[str, dict[int, list[dict[str, Tensor]]]] = {}  # of each network and step
     for unit in units:
         found = _read(unit, grid=inspected.grid)
-        assert found is not None, unit.file
+        if found is None:
+            raise DataError(f"{unit.file} is gone", "start the same command again: the others are kept")
         rows.setdefault(unit.state.name, {}).setdefault(unit.state.step, []).append(found)
     entropies, changes = (
         {name: np.stack([np.concatenate([part[kind].double() for part in parts]) for parts in steps.values()])
@@ -232,8 +241,12 @@ def _collect(
         "counted": list(compress(pictures.names, counts)),
         "left_out": {reason: int(images.sum()) for reason, images in reasons.items()},
         "networks": networks,
-        "differences": {name: {"to": base, "metrics": metrics(values[name], values[base])} for name in others},
+        "differences": {},
     }
+    for name in others:
+        same = rows[name].keys() == rows[base].keys()  # D and rho depend on which checkpoints there are
+        compared = {key: x for key, x in values[name].items() if same or key not in ("distance", "rho")}
+        result["differences"][name] = {"to": base, "metrics": metrics(compared, values[base])}
     result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # what is not a number is null
     write_text(spec.out / RESULT, json.dumps(result, indent=1) + "\n")  # before anything that may fail
     if not values:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maedistill.analysis.concepts import METRICS
 from maedistill.escaping import code, markdown
-from maedistill.report.charts import network_colors, new_canvas
+from maedistill.report.charts import network_colors, new_canvas, plain
 from maedistill.report.run_report import markdown_table
 from maedistill.runs.records import write_text
 
@@ -37,6 +37,8 @@ def write_pages(
     pictures = {"metrics": "metrics with intervals", "course": "concepts through training", "maps": "maps of entropies"}
     shown = [f"![{text}]({name}.png)\n" for name, text in pictures.items() if drawn]
     write_text(out / "knowledge.md", "\n".join([*_lines(result), "", *shown]))
+    for name in pictures if not drawn else ():
+        (out / f"{name}.png").unlink(missing_ok=True)  # of another foreground
     if drawn:
         draw_metrics(result, out / "metrics.png")
         draw_course(result, out / "course.png")
@@ -84,18 +86,15 @@ def _kinds(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _cell(metric: Any, sign: str = "") -> str:
     """Format a number, or a metric with its interval."""
-    value, *ends = [metric[key] for key in ("value", "low", "high")] if isinstance(metric, Mapping) else [metric]
+    value, *ends = _ends(metric) if isinstance(metric, Mapping) else [metric]
     if value is None:
         return "–"
-    return f"{value:{sign}.3g}" + (
-        f" ({ends[0]:{sign}.3g} to {ends[1]:{sign}.3g})" if ends and None not in ends else ""
-    )
+    return f"{value:{sign}.3g}" + (f" ({ends[0]:{sign}.3g} to {ends[1]:{sign}.3g})" if ends else "")
 
 
-def _bars(metric: Mapping[str, Any]) -> list[list[float]] | None:
-    """Return the lengths of an error bar, None without interval. A spread of 0 may come out as -1e-16."""
-    value, low, high = (metric[key] for key in ("value", "low", "high"))
-    return None if low is None else [[max(0.0, value - low)], [max(0.0, high - value)]]
+def _ends(metric: Mapping[str, Any]) -> list[Any]:
+    """Return a metric's value with the ends of its interval, if it has one."""
+    return [metric["value"], *(metric[key] for key in ("low", "high") if metric["low"] is not None)]
 
 
 def draw_metrics(result: Mapping[str, Any], path: Path) -> None:
@@ -112,9 +111,12 @@ def draw_metrics(result: Mapping[str, Any], path: Path) -> None:
     for number, (name, panel) in enumerate(zip(names, panels.flat, strict=False)):
         for row, (network, one) in enumerate(networks.items()):
             if one[name]["value"] is not None:
-                panel.barh(row, one[name]["value"], color=colors[network], height=0.7)
-                panel.errorbar(one[name]["value"], row, xerr=_bars(one[name]), color="black", capsize=3)
-        panel.set_yticks(range(len(networks)), list(networks) if number % columns == 0 else [""] * len(networks))
+                value, *ends = _ends(one[name])
+                panel.barh(row, value, color=colors[network], height=0.7)
+                bars = [[max(0.0, sign * (end - value))] for sign, end in zip((-1, 1), ends, strict=False)]
+                panel.errorbar(value, row, xerr=bars or None, color="black", capsize=3)
+        labels = [plain(network) if number % columns == 0 else "" for network in networks]
+        panel.set_yticks(range(len(networks)), labels)
         panel.set_ylim(len(networks) - 0.4, -0.6)  # the first network on top
         panel.set_xlim(left=0)
         panel.set_title(METRICS[name], fontsize="medium")
@@ -125,15 +127,14 @@ def draw_metrics(result: Mapping[str, Any], path: Path) -> None:
 def draw_course(result: Mapping[str, Any], path: Path) -> None:
     """Plot the mean numbers of concepts over the weight distance: foreground solid, background dashed."""
     canvas = new_canvas(figsize=(7.2, 4.2))
-    axes = canvas.figure.add_subplot(
-        xlabel="weight distance / length of the first weights", ylabel="concepts, cells per image"
-    )
+    label = "distance travelled by the weights, relative to the norm of the first checkpoint"
+    axes = canvas.figure.add_subplot(xlabel=label, ylabel="concepts, cells per image")
     colors = network_colors(list(result["networks"]))
     styles = {"concepts": "-", "foreground": "-", "background": "--"}
     for network, one in result["networks"].items():
         for kind in (kind for kind in styles if kind in one["checkpoints"][0]):
             x, y = zip(*[(state["weight_distance"], state[kind]["value"]) for state in one["checkpoints"]], strict=True)
-            label = f"{network}, {kind}"
+            label = plain(f"{network}, {kind}")
             axes.plot(x, y, styles[kind], color=colors[network], marker="o", markersize=4, label=label)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
@@ -158,7 +159,7 @@ def draw_maps(
             panel.set_xticks([])
             panel.set_yticks([])
         line[0].imshow(pixels[image].permute(1, 2, 0).numpy())
-        line[0].set_ylabel(name, fontsize="small")
+        line[0].set_ylabel(plain(name), fontsize="small")
         for place, panel in enumerate(line[1:]):
             if place >= len(chosen[name]):
                 panel.set_axis_off()

@@ -51,23 +51,28 @@ def read_pictures(index: ShardIndex, network: Network, context: EvalContext, *, 
     return Pictures(index, ids[~is_bad], pixels[~is_bad])
 
 
+def check_foreground(where: str, grid: int | None) -> None:
+    """Raise ConfigError for a folder of masks that is not there, or a grid, if its cells are known, without centre."""
+    if where == "center" and grid is not None and grid < 3:
+        raise ConfigError(f"--foreground: {grid} x {grid} cells have no centre", "give masks, or none")
+    if where not in ("center", "none") and not Path(where).is_dir():
+        raise ConfigError(f"--foreground: {where} is not a folder", "name a folder of masks, or center, or none")
+
+
 def read_foreground(where: str, pictures: Pictures, network: Network, *, grid: int) -> np.ndarray | None:
     """Return which cells are foreground, bool [I, n]; None if the user wants no foreground.
 
     where: `center`, `none`, or a folder with a mask KEY.png of each image, of its size, whose foreground is not 0. It
     is cropped as the image is; a cell is foreground if at least half of it is. Raises ConfigError or DataError.
     """
+    check_foreground(where, grid)
     if where == "none":
         return None
     if where == "center":
         border = max(1, round(grid / 8))  # the paper's: 2 of 16 cells
-        if grid < 3:
-            raise ConfigError(f"--foreground: {grid} x {grid} cells have no centre", "give masks, or none")
         cells = torch.zeros(grid, grid, dtype=torch.bool)
         cells[border:-border, border:-border] = True
         return cells.flatten().expand(len(pictures.ids), -1).numpy()
-    if not Path(where).is_dir():
-        raise ConfigError(f"--foreground: {where} is no folder of masks", "name one, or center, or none")
     black = (0.0, 0.0, 0.0)
     transform = replace(network, interpolation="nearest", mean=black, border=None).transform()
     decode = partial(decode_rgb, apply_exif=pictures.index.apply_exif)
@@ -83,7 +88,7 @@ def read_foreground(where: str, pictures: Pictures, network: Network, *, grid: i
 def _read_mask(folder: Path, name: str, size: tuple[int, int]) -> Image.Image:
     """Return a mask as an RGB image of 0 and 255. size: height and width that it must have."""
     file = folder / f"{name}.png"
-    if ".." in PurePosixPath(name).parts or not file.is_file():
+    if name.startswith("/") or ".." in PurePosixPath(name).parts or not file.is_file():
         raise DataError(f"{file} is missing", "give each image a mask KEY.png, of its key in the shards")
     try:
         with open_image(file.read_bytes(), formats=("PNG",)) as mask:
@@ -92,7 +97,8 @@ def _read_mask(folder: Path, name: str, size: tuple[int, int]) -> Image.Image:
         raise DataError(f"{file} cannot be decoded ({error})", "write it again, as a PNG of numbers") from error
     if values.shape[:2] != size:
         sizes = [f"{width} x {height}" for height, width in (values.shape[:2], size)]
-        remedy = "draw it in the image's own size, turned as the image is seen (--exif)"
+        remedy = "draw it in the image's own size, rotated as the image is shown (--exif)"
         raise DataError(f"{file} has {sizes[0]} pixels and its image {sizes[1]}", remedy)
-    is_foreground = values != 0 if values.ndim == 2 else (values[..., :3] != 0).any(-1)
+    values = np.atleast_3d(values)
+    is_foreground = (values[..., : 1 if values.shape[-1] == 2 else 3] != 0).any(-1)  # without alpha
     return Image.fromarray(is_foreground.astype(np.uint8) * 255).convert("RGB")

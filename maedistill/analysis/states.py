@@ -4,13 +4,13 @@
     all of them -> inspect_states -> image size, grid of cells, and weight distances
 
 Features are the mean over the patches of the last block's output (or of `block`'s), before any norm: the same point of
-a network before and after fine-tuning, which moves the final norm behind the mean. Of a convolutional network, they are
-the mean of its last map.
+a network before and after fine-tuning, which moves the final norm behind the mean. With `pool="class"`, they are the
+class token there. Of a convolutional network, they are the mean of its last map.
 """
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from maedistill.config.sources import named_source
 from maedistill.errors import ConfigError
-from maedistill.weights.backbone import Backbone, has_tokens, open_backbone
+from maedistill.weights.backbone import Backbone, Pool, has_tokens, open_backbone
 from maedistill.weights.from_run import kept_checkpoints
 from maedistill.weights.network import Network
 from maedistill.weights.state_dict import weights_fingerprint
@@ -34,6 +34,9 @@ class State:
     name: str
     step: int
     source: str
+
+
+Opener = Callable[[State], Network]  # `open_state` with its settings
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,14 @@ def find_states(sources: Sequence[str]) -> list[State]:
     return states
 
 
-def open_state(state: State, *, block: int, image_size: int | None) -> Network:
+def open_state(state: State, *, block: int = -1, image_size: int | None = None, pool: Pool = "mean") -> Network:
     """Open a state, ready to give the features that the head of this file describes, without gradients of weights."""
-    network = open_backbone(state.source, image_size=image_size, block=block)
+    network = open_backbone(state.source, image_size=image_size, block=block, pool=pool)
     network.module.requires_grad_(False)
     return network
 
 
-def inspect_states(states: Sequence[State], *, block: int, image_size: int | None, grid: int | None) -> Inspection:
+def inspect_states(states: Sequence[State], opener: Opener, *, grid: int | None) -> Inspection:
     """Open every state once. grid: as the user has set it.
 
     Raises ConfigError for networks of different image sizes or cells, or for cells that do not divide the image; also
@@ -87,31 +90,28 @@ def inspect_states(states: Sequence[State], *, block: int, image_size: int | Non
     details = []
     for name, group in groupby(states, key=lambda state: state.name):
         before: dict[str, Tensor] = {}
-        length, way, distances[name] = 1.0, 0.0, []
+        norm, travelled, distances[name] = 1.0, 0.0, []
         for state in group:
-            network = open_state(state, block=block, image_size=image_size)
-            now = _weights(network)
-            length = length if before else _norm(now)
-            way += _norm({key: value - before[key] for key, value in now.items() if before}) / length
+            network = opener(state)
+            cells, now = grid or _patch_grid(network), _weights(network)
+            if network.size % (cells or 1):
+                near = max(n for n in range(1, cells) if network.size % n == 0)
+                cause = f"--grid: {cells} x {cells} cells do not divide images of {network.size} pixels"
+                raise ConfigError(cause, f"use {near}")
+            norm = norm if before else _norm(now)
+            travelled += _norm({key: value - before[key] for key, value in now.items() if before}) / norm
             before = now
-            distances[name].append(way)
+            distances[name].append(travelled)
             entries = {"name": name, "step": state.step, "mean": network.mean, "std": network.std}
             details.append(entries | {"weights_sha256": weights_fingerprint(network.module)})
         sizes[name], grids[name] = network.size, _patch_grid(network)
     own_grids = {name: own for name, own in grids.items() if own and not grid}
-    for values, what, remedy in (
-        (sizes, "image sizes", "compare them at one size: --image-size N"),
-        (own_grids, "numbers of patches along a side", "give them the same cells: --grid N"),
-    ):
-        if len({*values.values()}) > 1:
-            own = ", ".join(f"{name} {value}" for name, value in values.items())
-            raise ConfigError(f"the networks have different {what} ({own})", remedy)
-    size, cells = sizes[states[0].name], grid or next(iter(own_grids.values()), None)
-    if cells is None:
+    if len({*sizes.values()}) > 1:
+        raise ConfigError(f"the networks have different image sizes ({sizes})", "give one: --image-size N")
+    if len({*own_grids.values()}) > 1:
+        raise ConfigError(f"the networks have different numbers of patches ({own_grids})", "give cells: --grid N")
+    if not (cells := grid or next(iter(own_grids.values()), None)):
         raise ConfigError(f"{states[0].name} has no patches that could be cells", "give their number: --grid 16")
-    if size % cells:
-        near = max(n for n in range(1, cells) if size % n == 0)
-        raise ConfigError(f"--grid: {cells} x {cells} cells do not divide images of {size} pixels", f"use {near}")
     return Inspection(cells, distances, details)
 
 

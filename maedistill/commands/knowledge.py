@@ -10,8 +10,8 @@ from maedistill.durable import require_local
 
 EXAMPLES = """\
 Each image is divided into cells, the patches of the networks. Noise is added to each cell, as much as the network's
-features bear, until the mean entropy of the noise is the same for all networks and checkpoints. A cell that bears
-clearly less than the background is a concept. docs/knowledge.md explains the figures.
+features tolerate, until the mean entropy of the noise is the same for all networks and checkpoints. A cell that
+tolerates clearly less than the background is a concept. docs/knowledge.md explains the figures.
 
 NETWORK is a run, of which all kept checkpoints are analysed (train with log.keep and log.save_every_epochs), or an
 export, timm:NAME, hf-hub:ID. SHARDS is a folder (its val-*.tar) or a pattern.
@@ -34,7 +34,7 @@ def main() -> None:
     from maedistill.analysis.knowledge import KnowledgeSpec, quantify
     from maedistill.evaluation.context import open_context
 
-    names = ("networks", "images", "out", "count", "foreground", "grid", "block", "image_size", "crop", "exif")
+    names = ("networks", "images", "out", "count", "foreground", "grid", "block", "pool", "image_size", "crop", "exif")
     noise = EntropySpec(arguments.entropy, arguments.steps, arguments.draws, arguments.seed)
     spec = KnowledgeSpec(**{name: getattr(arguments, name) for name in names}, noise=noise)
     # fits: a process may have the last batch to itself, for as long as it takes
@@ -50,17 +50,18 @@ def parse_arguments() -> argparse.Namespace:
     add("networks", nargs="+", metavar="NETWORK", help="runs with their checkpoints, or other networks")
     add("--images", required=True, metavar="SHARDS", help="images to look at; labels are not needed")
     add("--out", type=Path, default=Path("runs/knowledge"), metavar="DIR", help="default runs/knowledge")
-    add("--count", type=at_least(1), default=50, metavar="N", help="images, chosen by the seed (default 50)")
-    masks = "center (default), none, or a folder of masks KEY.png, not 0 in the foreground"
+    add("--count", type=at_least(1), default=50, metavar="N", help="number of images, chosen by the seed (default 50)")
+    masks = "center (default), none, or a folder of masks KEY.png, whose foreground is not 0"
     add("--foreground", default="center", metavar="WHERE", help=masks)
-    add("--grid", type=at_least(1), metavar="N", help="N x N cells (default: the networks' patches)")
-    add("--block", type=int, default=-1, metavar="N", help="whose output is the feature (default -1, the last)")
-    add("--entropy", type=entropy, default=-2.8, metavar="H", help="mean of the cells, in nats (default -2.8)")
-    add("--steps", type=at_least(1), default=50, metavar="N", help="of Adam for each image (default 50)")
-    add("--draws", type=at_least(1), default=32, metavar="N", help="of noise in each step (default 32)")
-    add("--seed", type=at_least(0), default=0, metavar="N", help="of the noise and the choice of images (default 0)")
-    add("--image-size", type=at_least(1), metavar="N", help="other than the networks' own; positions are resampled")
-    add("--crop", type=share, metavar="F", help="share of the shorter side, other than the first network's")
+    add("--grid", type=at_least(1), metavar="N", help="divide images into N x N cells (default: the networks' patches)")
+    add("--block", type=int, default=-1, metavar="N", help="block whose output is used (default -1, the last)")
+    add("--pool", choices=("mean", "class"), default="mean", help="mean of the patches, or the class token")
+    add("--entropy", type=entropy, default=-2.8, metavar="H", help="mean entropy of the cells, in nats (default -2.8)")
+    add("--steps", type=at_least(1), default=50, metavar="N", help="steps of Adam for each image (default 50)")
+    add("--draws", type=at_least(1), default=32, metavar="N", help="draws of noise in each step (default 32)")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="seed of noise and choice of images (default 0)")
+    add("--image-size", type=at_least(1), metavar="N", help="side of the images (default: the networks' own)")
+    add("--crop", type=share, metavar="F", help="share of the shorter side (default: as the first network)")
     add("--exif", choices=("ignore", "apply"), help="turn photographs upright (default: as the first network)")
     add("--batch", type=at_least(1), default=4, metavar="N", help="images at once, each with all draws (default 4)")
     add("--threads", type=at_least(1), default=1, metavar="N", help="CPU threads of each process (default 1)")

@@ -30,8 +30,10 @@ from maedistill.runs.checkpoint import checkpoint_steps
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.manifest import COMPLETE, CorruptCheckpoint, verify
 from maedistill.runs.objects import python_name
+from maedistill.runs.previous import METADATA
 from maedistill.runs.records import warn
 from maedistill.runs.restore import newest_intact, read_weights
+from maedistill.runs.state import stated_step
 from maedistill.weights.from_file import Inspect
 from maedistill.weights.from_timm import (
     MOST_BLOCKS,
@@ -230,7 +232,7 @@ def open_run(
         _require_exit(folder, metadata, exit)
         arguments = arguments | {"depth": exit + 1 + metadata.get("exits_own_block", False)}
     is_checkpoint = (folder.path / COMPLETE).is_file()  # it has a copy of run.json
-    checkpoint = folder.path if is_checkpoint else newest_intact(folder.checkpoints)
+    checkpoint = _intact(folder.path) if is_checkpoint else newest_intact(folder.checkpoints)
     if checkpoint is None:
         raise DataError(
             f"{folder.path} holds no checkpoint", "name a run folder of maedistill pretrain or finetune that has saved"
@@ -267,22 +269,33 @@ def open_run(
 def kept_checkpoints(path: str | Path) -> list[tuple[int, Path]]:
     """Return the step and folder of each checkpoint of a run whose weights are intact, oldest first; warn of others.
 
-    `open_run` opens each. Raises DataError if the folder is not a run of this package or holds no such checkpoint.
+    path: of a run, or of one of its checkpoints, which is returned alone. `open_run` opens each. Raises DataError if
+    the folder is not a run of this package or holds no such checkpoint.
     """
     folder, _ = read_metadata(path)
+    one = [(stated_step(folder.path) or 0, folder.path)] if (folder.path / COMPLETE).is_file() else []
     kept = []
-    for step, checkpoint in sorted(checkpoint_steps(folder.checkpoints)):
+    for step, checkpoint in one or sorted(checkpoint_steps(folder.checkpoints)):
         try:
-            verify(checkpoint, only="model.safetensors")
-            kept.append((step, checkpoint))
-        except CorruptCheckpoint as problem:
-            warn(f"checkpoint {checkpoint} is damaged ({problem}): passed over")
+            kept.append((step, _intact(checkpoint)))
+        except DataError as problem:
+            warn(f"{problem.cause}: passed over")
     if not kept:
         raise DataError(
             f"{folder.path} keeps no intact checkpoint",
             "train with log.keep and log.save_every_epochs, which keep some",
         )
     return kept
+
+
+def _intact(checkpoint: Path) -> Path:
+    """Return the folder of a checkpoint. Raises DataError unless its run.json and weights match its manifest."""
+    try:
+        for name in (METADATA, "model.safetensors"):
+            verify(checkpoint, only=name)
+    except CorruptCheckpoint as problem:
+        raise DataError(f"{checkpoint} is damaged ({problem})", "name another one, or copy it again") from problem
+    return checkpoint
 
 
 def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

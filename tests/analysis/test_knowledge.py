@@ -13,13 +13,14 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load, save
 from timm.models import save_for_hf
 
 from maedistill.analysis import knowledge
 from maedistill.analysis.entropies import EntropySpec
 from maedistill.analysis.knowledge import KnowledgeSpec, quantify
-from maedistill.analysis.pictures import read_foreground, read_pictures
-from maedistill.analysis.states import find_states, inspect_states, open_state
+from maedistill.analysis.pictures import _read_mask, read_foreground, read_pictures
+from maedistill.analysis.states import State, find_states, inspect_states, open_state
 from maedistill.data.loading.evaluation import EvaluationImages
 from maedistill.data.shards.open_index import open_index
 from maedistill.errors import ConfigError, DataError, NumericsError
@@ -31,6 +32,7 @@ from tests.support.launch import Finished, Launcher
 
 CONTEXT = EvalContext(torch.device("cpu"), 2, workers=0)
 COUNT, UNITS = 5, 12  # images, in 3 batches; of 2 checkpoints of 2 runs
+STEPS = 40  # enough that two processes share the work, and that a signal comes before the end
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +54,21 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def spec(mae: Finished, tuned: Finished, shards: Path) -> KnowledgeSpec:
-    noise = EntropySpec(steps=3, draws=2)
+    noise = EntropySpec(steps=STEPS, draws=2)
     return KnowledgeSpec([str(mae.run), str(tuned.run)], f"{shards}/val-*.tar", Path(), count=COUNT, noise=noise)
 
 
-def start(launcher: Launcher, spec: KnowledgeSpec, out: Path, *, ranks: int = 1, steps: int = 3):
+def start(launcher: Launcher, spec: KnowledgeSpec, out: Path, *, ranks: int = 1):
     words = [*spec.networks, "--images", spec.images, "--out", out, "--count", COUNT, "--batch", 2]
-    return launcher.start(out, ["tools/knowledge.py", *words, "--steps", steps, "--draws", 2], ranks=ranks)
+    return launcher.start(out, ["tools/knowledge.py", *words, "--steps", STEPS, "--draws", 2], ranks=ranks)
 
 
 def content(out: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.name != "lock"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +98,12 @@ def test_one_process_writes_what_two_write_who_share_the_work(two, spec, tmp_pat
         assert states[0]["weight_distance"] == 0 < states[1]["weight_distance"]
 
 
-def test_killed_and_continued_by_two_it_is_the_same_file_and_keeps_what_was_there(launcher, spec, tmp_path):
-    """More steps, or it ends before the signal."""
-    begun = start(launcher, spec, tmp_path / "killed", steps=40)
+def test_killed_and_continued_by_two_it_is_the_same_file_and_keeps_what_was_there(launcher, two, spec, tmp_path):
+    begun = start(launcher, spec, tmp_path / "killed")
     while len(list((tmp_path / "killed" / "entropies").glob("*.safetensors"))) < 3:
         assert not begun.ended(0.002), begun.printed()
+    with pytest.raises(ConfigError, match=r"--out: .* is in use by process"):
+        quantify(replace(spec, out=tmp_path / "killed"), CONTEXT)
     begun.signal(signal.SIGKILL)
     assert begun.wait() == [-signal.SIGKILL]
     kept = sorted((tmp_path / "killed" / "entropies").glob("*.safetensors"))
@@ -104,12 +111,10 @@ def test_killed_and_continued_by_two_it_is_the_same_file_and_keeps_what_was_ther
     times = [file.stat().st_mtime_ns for file in kept[:-1]]
     (kept[0].parent / ".00-000000001-0000.safetensors.7.tmp").write_bytes(b"half of a file")
     kept[-1].write_bytes(kept[-1].read_bytes()[:-4])  # cut
-    ended = start(launcher, spec, tmp_path / "killed", ranks=2, steps=40).finish()
+    ended = start(launcher, spec, tmp_path / "killed", ranks=2).finish()
     assert f"{len(kept) - 1} of them are there already" in ended.out
     assert f"{kept[-1]} is damaged, and is computed again" in ended.err
-    whole = replace(spec, out=tmp_path / "whole", noise=EntropySpec(steps=40, draws=2))
-    quantify(whole, CONTEXT)
-    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert content(tmp_path / "killed") == content(two[0])
     assert times == [file.stat().st_mtime_ns for file in kept[:-1]]
 
 
@@ -140,11 +145,12 @@ def test_other_foreground_needs_no_new_entropies_and_other_settings_are_refused(
         "crop": {"crop": 0.8},
         "ids": {"count": 4},
         "block": {"block": 0},
+        "pool": {"pool": "class"},
         "grid": {"grid": 2, "foreground": "none"},
         "states": {"networks": spec.networks[:1]},
         "images": {"images": spec.images.replace("val", "train")},
         "entropy": {"noise": replace(noise, entropy=-2.5)},
-        "steps": {"noise": replace(noise, steps=4)},
+        "steps": {"noise": replace(noise, steps=STEPS + 1)},
         "draws": {"noise": replace(noise, draws=4)},
         "seed": {"noise": replace(noise, seed=1)},
         "batch": {},
@@ -168,14 +174,23 @@ def test_bad_inputs_are_refused_before_any_work(spec, made, tmp_path, monkeypatc
     for error, words, settings in (
         (DataError, "keeps no intact checkpoint.*\n.*log.keep", {"networks": [str(empty)]}),
         (ConfigError, "named twice", {"networks": [mae, mae + "/"]}),
-        (ConfigError, "different image sizes .*small 24.*\n.*--image-size", {"networks": [mae, str(made / "small")]}),
-        (ConfigError, "different numbers of patches.*coarse 2.*\n.*--grid", {"networks": [mae, str(made / "coarse")]}),
+        (
+            ConfigError,
+            "different image sizes .*'small': 24.*\n.*--image-size",
+            {"networks": [mae, str(made / "small")]},
+        ),
+        (
+            ConfigError,
+            "different numbers of patches.*'coarse': 2.*\n.*--grid",
+            {"networks": [mae, str(made / "coarse")]},
+        ),
         (ConfigError, "conv has no patches.*\n.*--grid", {"networks": [str(made / "conv")]}),
         (ConfigError, "5 x 5 cells do not divide images of 32 pixels\nuse 4", {"grid": 5}),
         (ConfigError, "2 x 2 cells have no centre", {"grid": 2}),
-        (ConfigError, "no folder of masks", {"foreground": str(tmp_path / "nowhere")}),
+        (ConfigError, "nowhere is not a folder", {"foreground": str(tmp_path / "nowhere")}),
         (DataError, "png is missing\n.*KEY.png", {"foreground": str(tmp_path)}),
         (ConfigError, "no block 7", {"block": 7}),
+        (ConfigError, "no class token", {"networks": [str(made / "conv")], "grid": 4, "pool": "class"}),
     ):
         with pytest.raises(error, match=words):
             quantify(replace(spec, out=tmp_path / "out", **settings), CONTEXT)
@@ -188,6 +203,25 @@ def test_a_network_without_patches_is_compared_on_a_grid(spec, made, tmp_path):
     for one in result["networks"].values():
         assert one["metrics"].keys() == {"concepts"} and len(one["checkpoints"]) == 1
     assert result["settings"]["states"][0]["weights_sha256"]
+
+
+def test_d_and_rho_are_compared_between_the_same_checkpoints_only_and_damaged_files_are_made_again(
+    two, spec, tmp_path, capsys
+):
+    tuned = Path(spec.networks[1])
+    shutil.copytree(tuned, tmp_path / "$_x$")
+    shutil.rmtree(min((tmp_path / "$_x$" / "checkpoints").glob("step_?????????")))
+    names = [str(tmp_path / "$_x$"), str(tuned)]
+    few = replace(spec, networks=names, out=tmp_path / "out", foreground="none", noise=EntropySpec(steps=2, draws=2))
+    result = quantify(few, CONTEXT)
+    assert result["differences"]["tuned"]["metrics"].keys() == {"concepts"}
+    files = content(few.out)
+    file = min((few.out / "entropies").iterdir())
+    file.write_bytes(save({name: value.fill_(np.nan) for name, value in load(file.read_bytes()).items()}))
+    quantify(few, CONTEXT)
+    assert content(few.out) == files and f"{file} is damaged" in capsys.readouterr().err
+    same = json.loads((two[0] / "knowledge.json").read_bytes())["differences"]["tuned"]["metrics"]
+    assert ("rho" in same) == (len({len(find_states([name])) for name in spec.networks}) == 1)
 
 
 def test_noise_under_which_a_network_breaks_is_an_error(spec, tmp_path, monkeypatch):
@@ -203,7 +237,7 @@ def test_every_checkpoint_opens_and_features_are_those_of_the_same_point_before_
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     seen = []
     for state in states:
-        network = open_state(state, block=-1, image_size=None)
+        network = open_state(state)
         vit, outputs = network.module.network, []
         handle = vit.blocks[-1].register_forward_hook(
             lambda module, inputs, output, outputs=outputs: outputs.append(output)
@@ -211,6 +245,7 @@ def test_every_checkpoint_opens_and_features_are_those_of_the_same_point_before_
         found = network.module(images)
         handle.remove()
         torch.testing.assert_close(found, outputs[0][:, vit.num_prefix_tokens :].mean(1))
+        torch.testing.assert_close(open_state(state, pool="class").module(images), outputs[0][:, 0])
         assert not found.requires_grad
         seen.append(found)
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[2], seen[3])
@@ -218,12 +253,20 @@ def test_every_checkpoint_opens_and_features_are_those_of_the_same_point_before_
     torch.testing.assert_close(newest[0].mean((2, 3)), seen[1])
 
 
-def test_a_damaged_checkpoint_is_passed_over(spec, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_passed_over_and_one_alone_has_one_state(spec, tmp_path, capsys):
     shutil.copytree(spec.networks[0], tmp_path / "mae")
     first, second = sorted((tmp_path / "mae" / "checkpoints").glob("step_?????????"))
     (first / "model.safetensors").write_bytes(b"half of a file")
     assert [state.source for state in find_states([str(tmp_path / "mae")])] == [f"run:{second}"]
     assert f"{first} is damaged" in capsys.readouterr().err
+    assert find_states([str(second)]) == [State(second.name, int(second.name[5:]), f"run:{second}")]
+    (second / "run.json").write_text((second / "run.json").read_text() + "\n")
+    for source in (first, second):
+        with pytest.raises(DataError, match=f"{source} is damaged"):
+            open_network(str(source))
+    shutil.rmtree(first)  # as a run that still trains prunes it
+    with pytest.raises(DataError):
+        open_state(State("mae", 1, f"run:{first}"))
 
 
 def test_pixels_are_from_0_to_1_and_each_network_normalises_them(spec, tmp_path, monkeypatch):
@@ -234,33 +277,37 @@ def test_pixels_are_from_0_to_1_and_each_network_normalises_them(spec, tmp_path,
         return torch.zeros(len(ids), grid * grid), torch.zeros(len(ids))
 
     monkeypatch.setattr(knowledge, "cell_entropies", note)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "settings.json").write_text("of a first start that computed nothing")
+    (tmp_path / "out" / "maps.png").touch()
     result = quantify(replace(spec, out=tmp_path / "out"), CONTEXT)
     assert result["left_out"]["no_response"] == COUNT and not result["networks"], "none counts, and it is written"
+    assert not list((tmp_path / "out").glob("*.png")), "those of another foreground"
     states, index = find_states(spec.networks), open_index(spec.images)
     assert len(seen) == UNITS and sorted(id for ids, *_ in seen[:3] for id in ids) == result["settings"]["ids"]
     for state, (ids, pixels, features) in zip(states, seen[::3], strict=True):
-        network = open_state(state, block=-1, image_size=None)
+        network = open_state(state)
         images, *_ = EvaluationImages(index, torch.tensor(ids), network.transform()).__getitems__([0, 1])
         assert torch.equal(pixels, images / 255)
         mean, std = (torch.tensor(x).view(3, 1, 1) for x in (network.mean, network.std))
         torch.testing.assert_close(features, network.module((images / 255 - mean) / std))
 
 
-def test_the_way_of_the_weights_is_relative_and_leaves_out_the_classifier(spec):
+def test_the_distance_travelled_by_the_weights_is_relative_and_leaves_out_the_classifier(spec):
     states = find_states(spec.networks)
-    ways = inspect_states(states, block=-1, image_size=None, grid=None).distances
+    travelled = inspect_states(states, open_state, grid=None).distances
     for name, prefix, pair in (("mae", "encoder.vit.", states[:2]), ("tuned", "vit.", states[2:])):
         before, after = (
             torch.cat([value.flatten().double() for key, value in sorted(read_weights(Path(state.source[4:])).items())
                        if key.startswith(prefix) and ".head." not in f".{key}"])
             for state in pair
         )  # fmt: skip
-        assert ways[name] == pytest.approx([0, float((after - before).norm() / before.norm())], rel=1e-6)
+        assert travelled[name] == pytest.approx([0, float((after - before).norm() / before.norm())], rel=1e-6)
 
 
 def test_masks_are_cropped_as_images_are_and_a_cell_counts_from_half_of_its_pixels(spec, shards, tmp_path):
     index = open_index(spec.images)
-    network = open_state(find_states(spec.networks[:1])[0], block=-1, image_size=None)
+    network = open_state(find_states(spec.networks[:1])[0])
     pictures = read_pictures(index, network, CONTEXT, count=2, seed=0)
     assert pictures.names == [index.key(i) for i in pictures.ids.tolist()]
     mask = np.zeros((32, 32), np.uint8)
@@ -284,6 +331,11 @@ def test_masks_are_cropped_as_images_are_and_a_cell_counts_from_half_of_its_pixe
             file.write_bytes(content)
             with pytest.raises(DataError, match=words):
                 read_foreground(str(tmp_path), pictures, network, grid=4)
+    for mode in ("LA", "RGBA"):
+        Image.fromarray(mask).convert(mode).save(file)  # opaque
+        assert np.flatnonzero(read_foreground(str(tmp_path), pictures, network, grid=4)[-1]).tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(DataError, match="is missing"):
+        _read_mask(tmp_path, str(file.with_suffix("")), (32, 32))  # an absolute key
 
 
 def test_a_number_is_given_to_one_rank_and_each_counter_begins_anew(monkeypatch):
