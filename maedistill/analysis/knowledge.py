@@ -168,9 +168,9 @@ def _compute(
     while (number := next_number()) < len(units):
         unit = units[number]
         if opened is None or opened[0] != unit.state:
-            network, device = opener(unit.state), context.device
-            mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (network.mean, network.std))
-            opened = unit.state, partial(_features, network.module.to(device).eval(), mean, std)
+            network = opener(unit.state)
+            mean, std = (torch.tensor(x, device=context.device).view(3, 1, 1) for x in (network.mean, network.std))
+            opened = unit.state, partial(_features, network.module.to(context.device).eval(), mean, std)
         pixels, ids = (x[unit.rows].to(context.device) for x in (pictures.pixels, pictures.ids))
         entropies, change = cell_entropies(opened[1], to_float01(pixels), ids, grid=grid, spec=spec.noise)
         found = {"entropies": entropies.cpu(), "change": change.cpu()}
@@ -233,6 +233,11 @@ def _collect(
             entropies[name][:, counts], inside, steps=[*steps], distances=inspected.distances[name]
         )
     base, *others = values or [""]
+    differences = {}
+    for name in others:
+        same = rows[name].keys() == rows[base].keys()  # D and rho depend on which checkpoints there are
+        compared = {key: x for key, x in values[name].items() if same or key not in ("distance", "rho")}
+        differences[name] = {"to": base, "metrics": metrics(compared, values[base])}
     result = {
         "settings": settings,
         "foreground": spec.foreground,
@@ -241,12 +246,8 @@ def _collect(
         "counted": list(compress(pictures.names, counts)),
         "left_out": {reason: int(images.sum()) for reason, images in reasons.items()},
         "networks": networks,
-        "differences": {},
+        "differences": differences,
     }
-    for name in others:
-        same = rows[name].keys() == rows[base].keys()  # D and rho depend on which checkpoints there are
-        compared = {key: x for key, x in values[name].items() if same or key not in ("distance", "rho")}
-        result["differences"][name] = {"to": base, "metrics": metrics(compared, values[base])}
     result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # what is not a number is null
     write_text(spec.out / RESULT, json.dumps(result, indent=1) + "\n")  # before anything that may fail
     if not values:

@@ -115,8 +115,7 @@ def draw_metrics(result: Mapping[str, Any], path: Path) -> None:
                 panel.barh(row, value, color=colors[network], height=0.7)
                 bars = [[max(0.0, sign * (end - value))] for sign, end in zip((-1, 1), ends, strict=False)]
                 panel.errorbar(value, row, xerr=bars or None, color="black", capsize=3)
-        labels = [plain(network) if number % columns == 0 else "" for network in networks]
-        panel.set_yticks(range(len(networks)), labels)
+        panel.set_yticks(range(len(networks)), [plain(one) if number % columns == 0 else "" for one in networks])
         panel.set_ylim(len(networks) - 0.4, -0.6)  # the first network on top
         panel.set_xlim(left=0)
         panel.set_title(METRICS[name], fontsize="medium")

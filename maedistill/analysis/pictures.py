@@ -92,13 +92,12 @@ def _read_mask(folder: Path, name: str, size: tuple[int, int]) -> Image.Image:
         raise DataError(f"{file} is missing", "give each image a mask KEY.png, of its key in the shards")
     try:
         with open_image(file.read_bytes(), formats=("PNG",)) as mask:
-            values = np.array(mask)
+            values = np.atleast_3d(np.array(mask))  # [h, w, c]
     except (BadImage, *DECODE_ERRORS) as error:
         raise DataError(f"{file} cannot be decoded ({error})", "write it again, as a PNG of numbers") from error
     if values.shape[:2] != size:
         sizes = [f"{width} x {height}" for height, width in (values.shape[:2], size)]
         remedy = "draw it in the image's own size, rotated as the image is shown (--exif)"
         raise DataError(f"{file} has {sizes[0]} pixels and its image {sizes[1]}", remedy)
-    values = np.atleast_3d(values)
     is_foreground = (values[..., : 1 if values.shape[-1] == 2 else 3] != 0).any(-1)  # without alpha
     return Image.fromarray(is_foreground.astype(np.uint8) * 255).convert("RGB")

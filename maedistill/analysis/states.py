@@ -24,6 +24,7 @@ from maedistill.weights.from_run import kept_checkpoints
 from maedistill.weights.network import Network
 from maedistill.weights.state_dict import weights_fingerprint
 
+Opener = Callable[["State"], Network]  # `open_state` with its settings
 _CLASSIFIER = "head."  # of the parameters of a plain ViT: pre-training has none
 
 
@@ -34,9 +35,6 @@ class State:
     name: str
     step: int
     source: str
-
-
-Opener = Callable[[State], Network]  # `open_state` with its settings
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def inspect_states(states: Sequence[State], opener: Opener, *, grid: int | None)
         for state in group:
             network = opener(state)
             cells, now = grid or _patch_grid(network), _weights(network)
-            if network.size % (cells or 1):
+            if cells and network.size % cells:
                 near = max(n for n in range(1, cells) if network.size % n == 0)
                 cause = f"--grid: {cells} x {cells} cells do not divide images of {network.size} pixels"
                 raise ConfigError(cause, f"use {near}")
