@@ -70,12 +70,8 @@ def _lines(result: Mapping[str, Any]) -> list[str]:
     for name, one in networks.items():
         columns = [key for key in one["checkpoints"][0] if key != "step"]
         rows = [[f"{state['step']:,}", *(_cell(state[key]) for key in columns)] for state in one["checkpoints"]]
-        lines += [
-            f"## {markdown(name)}",
-            "",
-            *markdown_table(["step", *(c.replace("_", " ") for c in columns)], rows),
-            "",
-        ]
+        table = markdown_table(["step", *(column.replace("_", " ") for column in columns)], rows)
+        lines += [f"## {markdown(name)}", "", *table, ""]
     return lines
 
 
