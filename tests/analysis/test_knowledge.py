@@ -102,6 +102,7 @@ def test_killed_and_continued_by_two_it_is_the_same_file_and_keeps_what_was_ther
     begun = start(launcher, spec, tmp_path / "killed")
     while len(list((tmp_path / "killed" / "entropies").glob("*.safetensors"))) < 3:
         assert not begun.ended(0.002), begun.printed()
+    begun.signal(signal.SIGSTOP)  # it keeps its lock
     with pytest.raises(ConfigError, match=r"--out: .* is in use by process"):
         quantify(replace(spec, out=tmp_path / "killed"), CONTEXT)
     begun.signal(signal.SIGKILL)
