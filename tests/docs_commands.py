@@ -45,7 +45,7 @@ NOT_RUN = {  # a pattern of the command line: the reason
 HEAVY = (
     "timm", "maedistill.pretraining.loop", "maedistill.finetuning.loop", "maedistill.evaluation.scorecard",
     "maedistill.evaluation.feature_eval", "maedistill.evaluation.embed", "maedistill.evaluation.segmentation",
-    "maedistill.exporting.folder", "maedistill.study.runner", "maedistill.analysis.knowledge",
+    "maedistill.exporting.scorecards", "maedistill.study.runner", "maedistill.analysis.knowledge",
 )  # fmt: skip
 SIZES = ["data.image_size=32", "data.workers=0", "optim.warmup_epochs=0.1", "optim.global_batch=12"]
 SIZES += ["engine.micro_batch=12"]

@@ -87,6 +87,30 @@ def latency_chart(rows: Mapping[str, Timed], path: Path, *, order: Sequence[str]
     return path
 
 
+def _draw_panel(axes: Any, rows: Mapping[str, Timed], colors: Mapping[str, Any], *, scale: float) -> list[Any]:
+    """Draw the discs of networks that were measured alike, and return them. scale: area of a disc for each MB."""
+    places = _side_by_side({name: (row.latency_ms, row.accuracy.value) for name, row in rows.items()})
+    discs = []
+    for name, row in rows.items():
+        one, color = row.accuracy, colors[name]
+        share = f"{100 * one.value:.1f} % ({100 * one.low:.1f} to {100 * one.high:.1f})"
+        axes.errorbar(places[name], 100 * one.value, yerr=_bars(one), color=color, capsize=3, zorder=2)
+        disc = axes.scatter(places[name], 100 * one.value, s=scale * row.megabytes, color=color, linewidth=0, alpha=0.8)
+        disc.set(label=plain(f"{name[-_LONGEST:]}: {share}, {row.megabytes:.3g} MB"), zorder=3, clip_on=False)
+        discs.append(disc)
+    for network in {row.joined for row in rows.values()} - {None}:
+        points = sorted((places[name], 100 * row.accuracy.value) for name, row in rows.items() if row.joined == network)
+        if len(points) > 1:
+            axes.plot(*zip(*points, strict=True), color="gray", linewidth=1, zorder=1)
+    axes.set_xlim(0, 1.1 * max(places.values()))
+    shared = len({row.latency_ms for row in rows.values()}) < len(rows)
+    note = "\n(networks of equal latency stand side by side)" if shared else ""
+    axes.set(xlabel=f"latency of one image, ms{note}", ylabel="top-1, %, with 95 % interval")
+    axes.margins(y=0.15)  # for the discs
+    axes.grid(alpha=0.3)
+    return discs
+
+
 def plain(text: str) -> str:
     """Return the text for matplotlib, which would take `$` for a formula and leave out of a legend what `_` begins."""
     text = shown(text).replace("$", r"\$")
