@@ -20,6 +20,7 @@ COMMANDS = {
     "pretrain": "pre-train a student by MAE, or distil a teacher by DMAE, AMD or token relations",
     "finetune": "fine-tune a network on labels, with or without teachers, and evaluate it",
     "evaluate": "count every validation image once; judge frozen features, or write them to disk",
+    "knowledge": "quantify what networks know of images through their training, and compare them",
     "export": "hand over a run's network as a timm model with its card",
     "compare": "put runs and exports side by side: size, accuracy, latency",
     "study": "run and compare many trainings from one file",

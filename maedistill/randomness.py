@@ -7,6 +7,7 @@ from the same hash. The mixing function is the finaliser of SplitMix64 (Steele, 
     P positions    n draws per position
 """
 
+import math
 from enum import IntEnum
 from typing import TypeVar
 
@@ -27,6 +28,8 @@ class Stream(IntEnum):
     NETWORK = 7
     SUBSET = 8
     AUGMENT = 9
+    NOISE = 10
+    RESAMPLE = 11
 
 
 _Words = TypeVar("_Words", int, np.ndarray)
@@ -89,6 +92,14 @@ def bits(seed: int, positions: Tensor, stream: Stream, *, n: int) -> Tensor:
 def uniform(seed: int, positions: Tensor, stream: Stream, *, n: int) -> Tensor:
     """Return `n` draws per position, uniform in [0, 1) with 53 bits: float64 [P, n]."""
     return _shift(bits(seed, positions, stream, n=n), 11).double() * 2.0**-53
+
+
+def normal(seed: int, positions: Tensor, stream: Stream, *, n: int) -> Tensor:
+    """Return `n` draws per position from the standard normal distribution (Box & Muller, 1958): float32 [P, n]."""
+    words = bits(seed, positions, stream, n=(n + 1) // 2)  # each gives two draws
+    radius = (-2 * ((_shift(words, 32).float() + 1) * 2.0**-32).log()).sqrt()  # of a uniform draw in (0, 1]
+    angle = (words & 0xFFFFFFFF).float() * (2 * math.pi * 2.0**-32)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :n]
 
 
 def permute(x: Tensor, size: int, round_key: int) -> Tensor:

@@ -45,7 +45,7 @@ NOT_RUN = {  # a pattern of the command line: the reason
 HEAVY = (
     "timm", "maedistill.pretraining.loop", "maedistill.finetuning.loop", "maedistill.evaluation.scorecard",
     "maedistill.evaluation.feature_eval", "maedistill.evaluation.embed", "maedistill.evaluation.segmentation",
-    "maedistill.exporting.scorecards", "maedistill.study.runner",
+    "maedistill.exporting.scorecards", "maedistill.study.runner", "maedistill.analysis.knowledge",
 )  # fmt: skip
 SIZES = ["data.image_size=32", "data.workers=0", "optim.warmup_epochs=0.1", "optim.global_batch=12"]
 SIZES += ["engine.micro_batch=12"]
@@ -62,6 +62,8 @@ def small(words: list[str]) -> list[str]:
     words = [re.sub(r"^/data/", "data/", word) for word in words]
     if words[0] == "study" and not {"--dry-run", "--report"} & set(words):
         words.append("--dry-run")  # the trainings take hours
+    if words[0] == "knowledge":
+        words += ["--count", "4", "--steps", "2", "--draws", "2"]
     if words[0] == "benchmark":
         words += ["--images", "64", "--rounds", "1"]
     if "--int8" in words:

@@ -12,7 +12,7 @@ LAYERS = [
     ["weights", "report"],
     ["methods"],
     ["evaluation"],
-    ["pretraining", "finetuning"],
+    ["pretraining", "finetuning", "analysis"],
     ["exporting"],
     ["benchmark", "study"],
     ["api"],

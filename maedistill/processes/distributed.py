@@ -5,6 +5,7 @@ them and opens the process group. All other functions also work with one process
 call the functions marked "Collective", in the same order.
 """
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from maedistill.processes.rendezvous import open_local_store, rendezvous_error
 T = TypeVar("T")
 _NCCL_GRACE_SECONDS = 60
 _timeout = timedelta(minutes=10)
+_counters = itertools.count()
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -148,6 +150,17 @@ def main_first(work: Callable[[], T]) -> T:
     mine: list[T] = []
     on_main(lambda: mine.append(work()))
     return mine[0] if is_main() else work()
+
+
+def shared_counter() -> Callable[[], int]:
+    """Return a function that counts 0, 1, 2, ... for all ranks together: each number goes to one rank. Collective.
+
+    The function waits for nobody: a rank that calls it gets the next number, whatever the others do.
+    """
+    if world_size() == 1:
+        return itertools.count().__next__
+    name, store = f"maedistill/counter/{next(_counters)}", dist.distributed_c10d._get_default_store()
+    return lambda: int(store.add(name, 1)) - 1
 
 
 def all_reduce_sum(values: Mapping[str, Tensor]) -> dict[str, float]:

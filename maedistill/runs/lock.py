@@ -16,8 +16,8 @@ from maedistill.errors import ConfigError
 class FolderLock:
     """A lock held from construction until `release` or the end of the process."""
 
-    def __init__(self, folder: Path) -> None:
-        """Take the lock. Raises ConfigError, which names the holder, if another process holds it."""
+    def __init__(self, folder: Path, option: str = "run") -> None:
+        """Take the lock. Raises ConfigError, which names `option` and the holder, if another process holds it."""
         self._file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -25,7 +25,7 @@ class FolderLock:
             holder = os.read(self._file, 200).decode(errors="replace").strip() or "another process"
             os.close(self._file)
             raise ConfigError(
-                f"run: {folder} is in use by {holder}", "wait until it has ended, or use another run="
+                f"{option}: {folder} is in use by {holder}", "wait until it has ended, or name another folder"
             ) from None
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)

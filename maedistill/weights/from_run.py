@@ -26,9 +26,14 @@ from maedistill.errors import ConfigError, DataError
 from maedistill.models.encoder import PlainViT, TimmModel, require_plain_vit
 from maedistill.models.exits import exit_weights
 from maedistill.models.meta import meta_device
+from maedistill.runs.checkpoint import checkpoint_steps
 from maedistill.runs.folder import RunFolder
+from maedistill.runs.manifest import COMPLETE, CorruptCheckpoint, verify
 from maedistill.runs.objects import python_name
+from maedistill.runs.previous import METADATA
+from maedistill.runs.records import warn
 from maedistill.runs.restore import newest_intact, read_weights
+from maedistill.runs.state import stated_step
 from maedistill.weights.from_file import Inspect
 from maedistill.weights.from_timm import (
     MOST_BLOCKS,
@@ -211,7 +216,7 @@ def open_run(
     peer: int = 0,
     inspect_network: Inspect = lambda shape: None,
 ) -> RunNetwork:
-    """Open the network of a run folder from its newest intact checkpoint.
+    """Open the network of a run folder from its newest intact checkpoint, or of one checkpoint, RUN/checkpoints/step_N.
 
     weights: `ema` for the moving average. exit: the block of an exit at which the network ends. peer: number of a
     student of mutual learning, 0 for the run's own. inspect_network: chooses the image size that positions are
@@ -226,7 +231,8 @@ def open_run(
     if exit is not None:
         _require_exit(folder, metadata, exit)
         arguments = arguments | {"depth": exit + 1 + metadata.get("exits_own_block", False)}
-    checkpoint = newest_intact(folder.checkpoints)
+    is_checkpoint = (folder.path / COMPLETE).is_file()  # it has a copy of run.json
+    checkpoint = _intact(folder.path) if is_checkpoint else newest_intact(folder.checkpoints)
     if checkpoint is None:
         raise DataError(
             f"{folder.path} holds no checkpoint", "name a run folder of maedistill pretrain or finetune that has saved"
@@ -258,6 +264,38 @@ def open_run(
     vit: TimmModel = timm.create_model(name, pretrained=False, **arguments | size)
     audit = load_encoder(vit, ConvertedStateDict(tensors), name=str(checkpoint))
     return RunNetwork(vit.eval(), folder, metadata, checkpoint, audit, exit, peer)
+
+
+def kept_checkpoints(path: str | Path) -> list[tuple[int, Path]]:
+    """Return the step and folder of each checkpoint of a run whose weights are intact, oldest first; warn of others.
+
+    path: of a run, or of one of its checkpoints, which is returned alone. `open_run` opens each. Raises DataError if
+    the folder is not a run of this package or holds no such checkpoint.
+    """
+    folder, _ = read_metadata(path)
+    one = [(stated_step(folder.path) or 0, folder.path)] if (folder.path / COMPLETE).is_file() else []
+    kept = []
+    for step, checkpoint in one or sorted(checkpoint_steps(folder.checkpoints)):
+        try:
+            kept.append((step, _intact(checkpoint)))
+        except DataError as problem:
+            warn(f"{problem.cause}: passed over")
+    if not kept:
+        raise DataError(
+            f"{folder.path} keeps no intact checkpoint",
+            "train with log.keep and log.save_every_epochs, which keep some",
+        )
+    return kept
+
+
+def _intact(checkpoint: Path) -> Path:
+    """Return the folder of a checkpoint. Raises DataError unless its run.json and weights match its manifest."""
+    try:
+        for name in (METADATA, "model.safetensors"):
+            verify(checkpoint, only=name)
+    except CorruptCheckpoint as problem:
+        raise DataError(f"{checkpoint} is damaged ({problem})", "name another one, or copy it again") from problem
+    return checkpoint
 
 
 def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

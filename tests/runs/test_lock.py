@@ -43,7 +43,7 @@ def test_the_second_is_refused_and_told_by_whom(tmp_path, owner):
     for _ in range(2):  # looking does not take it away
         with pytest.raises(ConfigError, match=f"is in use by process {owner.pid} on ") as refused:
             FolderLock(tmp_path)
-    assert "another run=" in refused.value.remedy
+    assert "another folder" in refused.value.remedy
 
 
 def test_a_killed_owner_frees_it_though_its_child_lives(tmp_path, owner):

@@ -54,8 +54,9 @@ AREAS = {
     "weights": "Networks and weights", "models": "Networks and weights",
     "methods": "Teachers of pre-training", "pretraining": "Pre-training",
     "finetuning": "Fine-tuning and distillation", "training": "Engine", "runs": "Run folders and checkpoints",
-    "processes": "Ranks and launchers", "evaluation": "Evaluation", "exporting": "Export", "study": "Studies",
-    "benchmark": "Benchmarks", "report": "Reports", "api.py": "Python API", "errors.py": "GPU",
+    "processes": "Ranks and launchers", "evaluation": "Evaluation", "analysis": "Quantified knowledge",
+    "exporting": "Export", "study": "Studies", "benchmark": "Benchmarks", "report": "Reports",
+    "api.py": "Python API", "errors.py": "GPU",
 }  # fmt: skip
 
 
