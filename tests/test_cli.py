@@ -29,6 +29,8 @@ OPTIONAL = {
     "matplotlib": "demo",
     "s3fs": "remote",
     "bokeh": "report",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
 }
 
 
@@ -115,6 +117,9 @@ def test_what_is_imported_is_declared(root):
             modules += [node.module] if isinstance(node, ast.ImportFrom) else []
             for module in {name.split(".")[0] for name in modules} - sys.stdlib_module_names - {"maedistill"}:
                 if module in OPTIONAL:
-                    assert {"sklearn": "scikit-learn"}.get(module, module) in extras, (path, module)
+                    assert {"sklearn": "scikit-learn", "mlflow": "mlflow-skinny"}.get(module, module) in extras, (
+                        path,
+                        module,
+                    )
                 else:
                     assert DISTRIBUTIONS.get(module, module) in names, (path, module)

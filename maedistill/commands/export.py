@@ -145,7 +145,7 @@ def parity(record: dict[str, Any]) -> list[str]:
         in_float = join_first(int8["in_float"], 100) or "none"
         lines += [
             f"int8     top-1 {100 * int8['top1_fp32']:.2f} % -> {100 * int8['top1_int8']:.2f} % on {int8['images']:,} "
-            f"images, {int8['drop']:.2f} points less",
+            f"images, {0 - int8['drop']:+.2f} points",
             f"int8     error of the output with one layer in int8: {join_first(worst, 100)}",
             f"int8     layers in float: {in_float}; and all that is no layer",
         ]
