@@ -87,15 +87,15 @@ def main() -> None:
         raise ConfigError(f"--{next(iter(given)).replace('_', '-')} needs --int8", "add --int8, or leave it out")
     if arguments.int8 and not (arguments.calibration and arguments.val):
         raise ConfigError("--int8 needs --calibration SHARDS and --val SHARDS", "name training and validation shards")
-    if arguments.public and not arguments.push_to_hub:
+    if arguments.public and arguments.push_to_hub is None:
         raise ConfigError("--public needs --push-to-hub", "add --push-to-hub USER/NAME, or leave it out")
     from maedistill.exporting.folder import export, read_record, score_formats  # --help need not wait for torch
     from maedistill.exporting.hub import push, require_pushable
 
-    if arguments.push_to_hub:
+    if arguments.push_to_hub is not None:
         require_pushable(arguments.push_to_hub, arguments.run, public=arguments.public)
 
-    context = open_context(arguments) if arguments.val else None
+    context = open_context(arguments) if arguments.val is not None else None
     weights: Weights = "ema" if arguments.ema else "model"
     int8 = None
     if arguments.int8 and context is not None:
@@ -127,7 +127,7 @@ def main() -> None:
         say("", "import timm", f'model = timm.create_model("local-dir:{out}", pretrained=True).eval()')
     if context is not None:
         score_formats(out, arguments.run, arguments.val, context, **part)
-    if arguments.push_to_hub:
+    if arguments.push_to_hub is not None:
         address = push(out, arguments.push_to_hub, public=arguments.public)
         say(f"pushed   {address} ({'public' if arguments.public else 'private'})")
 

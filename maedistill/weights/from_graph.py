@@ -71,7 +71,8 @@ def open_graph(kind: str, name: str, *, image_size: int | None = None) -> tuple[
     graph = _OPENERS[kind](path)
     size, own = image_size or stated.size, graph.takes.side
     if own not in (None, size):
-        raise ConfigError(f"{kind}:{name} takes images of {own} pixels, not of {size}", f"leave it at {own}")
+        remedy = f"leave --image-size out, and let size in its {PREPROCESSING} be {own}"
+        raise ConfigError(f"{kind}:{name} takes images of {own} pixels, not of {size}", remedy)
     if graph.takes.pixels != (stated.input == "uint8"):
         raise DataError(
             f"{path} takes {'uint8' if graph.takes.pixels else 'float32'}, but its {PREPROCESSING} says {stated.input}",
@@ -81,7 +82,7 @@ def open_graph(kind: str, name: str, *, image_size: int | None = None) -> tuple[
     entries = stated.model_dump(exclude={"size", "input", "gives"})
     if graph.takes.pixels:  # it has them inside: Predictor's normalisation gives the pixels back
         entries |= {"border": stated.mean, "mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
-    file_bytes = path.stat().st_size
+    file_bytes = path.stat().st_size + graph.outside_bytes
     inside = "normalised in the graph, " if graph.takes.pixels else ""
     audit = f"{inside}{graph.precision}, {file_bytes / 1e6:.2f} MB"
     entries |= {"size": size, "num_classes": num_classes, "file_bytes": file_bytes, "precision": graph.precision}
@@ -97,7 +98,7 @@ def outputs_of(graph: Graph, name: str, *, size: int) -> int:
         except (AssertionError, AttributeError, LookupError, RuntimeError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"{name} cannot run on {count} images of {size} pixels ({why_unreadable(error)})",
-                "export the network again, with a free number of images: maedistill export RUN",
+                f"check size in its {PREPROCESSING}, or export it for any number of images: maedistill export RUN",
             ) from error
     outputs = shapes[0][-1] if len(shapes[0]) == 2 else 0
     if not outputs or shapes != [(1, outputs), (2, outputs)]:

@@ -46,7 +46,14 @@ def open_onnx(path: Path) -> Graph:
         require_onnx_format(path, data)
         model = read_checked(data, path.parent)
         takes = _input(model)
-        outside = any(tensor.data_location == tensor.EXTERNAL for tensor in _tensors(model.graph))
+        outside = {
+            path.parent / entry.value
+            for tensor in _tensors(model.graph)
+            if tensor.data_location == tensor.EXTERNAL
+            for entry in tensor.external_data
+            if entry.key == "location"
+        }
+        outside_bytes = sum(file.stat().st_size for file in outside)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
         options.log_severity_level = 4  # errors are raised
@@ -68,7 +75,8 @@ def open_onnx(path: Path) -> Graph:
 
     quantised = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
     numbers = sum(math.prod(tensor.dims) for tensor in model.graph.initializer)
-    return Graph(run, takes, num_numbers=numbers, precision="int8" if quantised else "fp32")
+    precision = "int8" if quantised else "fp32"
+    return Graph(run, takes, num_numbers=numbers, precision=precision, outside_bytes=outside_bytes)
 
 
 def require_onnx_format(path: Path, data: bytes) -> None:

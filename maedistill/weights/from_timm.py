@@ -165,4 +165,5 @@ def require_claims(arguments: dict[str, Any], weights: Path) -> None:
 def first_problem(error: ValidationError) -> str:
     """Return where validation failed first, and why, short enough for an error message."""
     first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))[:100]}: {first['msg'][:200]}"
+    place = ".".join(map(str, first["loc"]))[:100]
+    return f"{place}: {first['msg'][:200]}" if place else first["msg"][:200]

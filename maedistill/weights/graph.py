@@ -24,14 +24,21 @@ class Graph(nn.Module):
     """Runs an exported graph.
 
     run: [b, 3, s, s] on the CPU -> [b, C]. It is hidden from nn.Module, since no graph moves or changes its mode.
-    num_numbers: of its weights. precision: fp32 or int8.
+    num_numbers: of its weights. precision: fp32 or int8. outside_bytes: of files of weights beside the graph's.
     """
 
     def __init__(
-        self, run: Callable[[Tensor], Tensor], takes: GraphInput, *, num_numbers: int, precision: str = "fp32"
+        self,
+        run: Callable[[Tensor], Tensor],
+        takes: GraphInput,
+        *,
+        num_numbers: int,
+        precision: str = "fp32",
+        outside_bytes: int = 0,
     ) -> None:
         super().__init__()
         self.run, self.takes, self.num_numbers, self.precision = run, takes, num_numbers, precision
+        self.outside_bytes = outside_bytes
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

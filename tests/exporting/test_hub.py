@@ -195,6 +195,8 @@ def test_who_may_see_it_and_what_the_hub_refuses(tool, tmp_path, monkeypatch):
         assert ended.code == 3 and "403" in error and "the token may write there" in fix and TOKEN not in ended.err
     assert tool(hub, run, "--push-to-hub", NAME).code == 3, "nobody is there any more"
     assert tool(hub, run, "--public").code == 2
+    ended = tool(hub, run, "--push-to-hub", "")  # a variable of the shell that is not set
+    assert ended.code == 2 and "--push-to-hub" in ended.err
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     ended = tool(hub, run, "--push-to-hub", NAME)
