@@ -4,6 +4,7 @@ Bars are 95 % intervals. A network has one color in all pictures of a study: its
 study. All functions return None if matplotlib is not installed.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -66,20 +67,22 @@ def latency_chart(rows: Mapping[str, Timed], path: Path, *, order: Sequence[str]
     """Plot top-1 over latency, one disc per network, whose area is proportional to its size.
 
     Networks with the same latency stand side by side, in the order of their accuracy. A line joins the files of one
-    network. What was not measured alike is in another panel.
+    network. What was not measured alike is in another panel, with another scale of areas.
     """
     panels = list(dict.fromkeys(row.panel for row in rows.values()))
     widest = max((len(name[-_LONGEST:]) for name in rows), default=0)  # name in the legend
-    height = min(max(4.2, 0.25 * len(rows)), 60)  # inches: matplotlib draws 650 at most
-    canvas = new_canvas(figsize=(4.2 * len(panels) + max(4.2, 3 + 0.08 * widest), height))
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / max(1, columns))
+    height = min(max(4.2 * lines, 0.25 * len(rows)), 60)  # inches: matplotlib draws 650 at most
+    canvas = new_canvas(figsize=(4.2 * columns + max(4.2, 3 + 0.08 * widest), height))
     if canvas is None or not rows:
         return None
-    colors, most, discs, first = network_colors(order), max(row.megabytes for row in rows.values()), [], None
+    colors, discs, first = network_colors(order), [], None
     for number, panel in enumerate(panels, 1):
-        axes = first = canvas.figure.add_subplot(1, len(panels), number, sharey=first)
+        axes = first = canvas.figure.add_subplot(lines, columns, number, sharey=first)
         axes.set_title("\n".join(plain(text[-_LONGEST:]) for text in panel), fontsize="small")
         inside = {name: row for name, row in rows.items() if row.panel == panel}
-        discs += _draw_panel(axes, inside, colors, scale=_LARGEST / most)
+        discs += _draw_panel(axes, inside, colors, scale=_LARGEST / max(row.megabytes for row in inside.values()))
     legend = canvas.figure.legend(handles=discs, loc="outside right upper", title="top-1 (95 % interval), size")
     for disc in legend.legend_handles:
         disc.set_sizes([60])
