@@ -103,7 +103,7 @@ def test_the_card_of_an_export_names_the_teacher_and_the_losses(runs, resnet):
     saved = open_run(runs["convolutional"].run)
     card = model_card(saved, saved.vit)
     for part in (
-        f"- Teacher of the fine-tuning: local-dir:{resnet}",
+        "- Teacher of the fine-tuning: local-dir:PATH",
         "- Losses, with their weights: labels 1, logits 9, hints 1, attention_transfer 10, contrastive 2.",
         "Fine-tuned with a teacher",
         "- knowledge-distillation",

@@ -96,7 +96,6 @@ class RunFolder:
             for stray in self.path.glob(".*.tmp"):  # a small file that a kill cut short
                 stray.unlink()
             self.pictures.mkdir(exist_ok=True)
-            (self.path / "exit.json").unlink(missing_ok=True)  # left by the previous start
         except OSError as error:
             raise self._refusal(f"cannot be written to ({error})") from error
         except ConfigError:
@@ -113,8 +112,11 @@ class RunFolder:
             + "\n",  # first: it makes this a run's folder
             CONFIG: config_yaml(config),
         }
-        for name, text in self.texts.items():
-            write_text(self.path / name, text)
+        write_text(self.path / METADATA, self.texts[METADATA])
+        # exit.json of the previous start goes after run.json, which a peer takes for this start's unless the run has
+        # ended, and before config.yaml: it does not say how a run with these settings ended.
+        (self.path / "exit.json").unlink(missing_ok=True)
+        write_text(self.path / CONFIG, self.texts[CONFIG])
         self.log.begin(*header_lines(start))
 
     def amend(self, **entries: Any) -> None:

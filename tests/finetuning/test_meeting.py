@@ -59,8 +59,8 @@ class Side:
             "teacher_weights": [],
             "codistillation": self.codistillation.entry("mit"),
         }
-        (self.path / "exit.json").unlink(missing_ok=True)
         write_durably(self.path / "run.json", json.dumps(metadata).encode())
+        (self.path / "exit.json").unlink(missing_ok=True)
         folder = SimpleNamespace(path=self.path, metadata=lambda: metadata, amend=lambda **entries: None)
         self.run = SimpleNamespace(
             step=step,
