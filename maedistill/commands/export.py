@@ -89,12 +89,15 @@ def main() -> None:
         raise ConfigError("--int8 needs --calibration SHARDS and --val SHARDS", "name training and validation shards")
     if arguments.public and arguments.push_to_hub is None:
         raise ConfigError("--public needs --push-to-hub", "add --push-to-hub USER/NAME, or leave it out")
-    from maedistill.exporting.folder import export, read_record, score_formats  # --help need not wait for torch
+    from maedistill.data.shards.open_index import open_index  # --help need not wait for torch
+    from maedistill.exporting.folder import export, read_record, score_formats
     from maedistill.exporting.hub import push, require_pushable
 
     if arguments.push_to_hub is not None:
         require_pushable(arguments.push_to_hub, arguments.run, public=arguments.public)
 
+    if arguments.val is not None:
+        open_index(arguments.val, split="val")  # a wrong path is an error before the work
     context = open_context(arguments) if arguments.val is not None else None
     weights: Weights = "ema" if arguments.ema else "model"
     int8 = None

@@ -197,6 +197,8 @@ def test_who_may_see_it_and_what_the_hub_refuses(tool, tmp_path, monkeypatch):
     assert tool(hub, run, "--public").code == 2
     ended = tool(hub, run, "--push-to-hub", "")  # a variable of the shell that is not set
     assert ended.code == 2 and "--push-to-hub" in ended.err
+    assert tool(hub, run, "--val", tmp_path / "no", "--out", tmp_path / "new").code == 3
+    assert not (tmp_path / "new").exists()
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     ended = tool(hub, run, "--push-to-hub", NAME)
