@@ -5,20 +5,17 @@ Nothing else of the run is needed: neither its data, nor its teacher, nor its in
 input: `RunMetadata` validates the entries that opening, exporting or describing a network reads; others are ignored.
 """
 
-import inspect
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import timm
 import torch
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import ValidationError
 from timm.models import get_model_args
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from maedistill.config.sources import PYTHON_KIND
@@ -35,17 +32,8 @@ from maedistill.runs.records import warn
 from maedistill.runs.restore import newest_intact, read_weights
 from maedistill.runs.state import stated_step
 from maedistill.weights.from_file import Inspect
-from maedistill.weights.from_timm import (
-    MOST_BLOCKS,
-    Crop,
-    Deviation,
-    Number,
-    Side,
-    StrictModel,
-    first_problem,
-    require_claims,
-    require_moderate,
-)
+from maedistill.weights.from_timm import first_problem, require_claims
+from maedistill.weights.run_metadata import RunMetadata
 from maedistill.weights.state_dict import Audit, ConvertedStateDict, load_encoder
 
 Weights = Literal["model", "ema"]
@@ -54,90 +42,6 @@ PREFIX = {"pretrain": "encoder.vit.", "finetune": "vit."}  # of the network's ke
 EXITS = "terms.exits.heads."  # of the keys of a fine-tuned network's exits, before their block
 
 _NEEDED = ("stage", "network", "input", "license")
-_PARAMETERS = frozenset(name for kind in (VisionTransformer, Eva) for name in inspect.signature(kind).parameters)
-_Argument = bool | int | float | str | None | list[int]
-
-
-def _require_known(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Reject arguments other than a plain ViT's: `create_model` also accepts files and URLs to load from."""
-    if foreign := sorted(arguments.keys() - _PARAMETERS):
-        raise ValueError(f"{foreign[0]!r} is no part of a network")
-    return arguments
-
-
-def _require_model(name: str) -> str:
-    """Reject names that timm does not know, such as hub addresses."""
-    if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name[:60]!r}")
-    return name
-
-
-class NetworkEntry(StrictModel):
-    """The arguments of `timm.create_model(name, **arguments)`."""
-
-    name: Annotated[str, AfterValidator(_require_model)]
-    arguments: Annotated[dict[str, _Argument], AfterValidator(_require_known), AfterValidator(require_moderate)]
-
-
-class InputEntry(StrictModel):
-    """The preprocessing of the network's images."""
-
-    size: Side
-    mean: tuple[Number, Number, Number]
-    std: tuple[Deviation, Deviation, Deviation]
-    crop: Crop
-    exif: Literal["ignore", "apply"] = "ignore"
-
-
-class DataEntry(StrictModel):
-    """The samples that were used."""
-
-    images: int
-    fingerprint: str
-
-
-class Origin(StrictModel):
-    """The run that a run started from, or the run itself."""
-
-    stage: Literal["pretrain", "finetune"]
-    method: Literal["mae", "dmae", "amd", "tinymim"] | None = None
-    data: DataEntry | None = None
-    teacher: str | None = None
-    license: str
-
-
-class PeerEntry(StrictModel):
-    """A student that was trained beside the run's own, by mutual learning."""
-
-    network: NetworkEntry
-    init: str | None = None
-    origin: Origin | None = None
-
-
-class CodistillationEntry(StrictModel):
-    """The steps in which a run exchanges weights with others, `every` from `first` to `last`, and what these check."""
-
-    peers: tuple[str, ...]
-    every: Annotated[int, Field(ge=1)]
-    first: Annotated[int, Field(ge=0)]
-    last: Annotated[int, Field(ge=0)]
-    seed: int
-    license: str
-
-
-class RunMetadata(Origin):
-    """The content of RUN/run.json."""
-
-    network: NetworkEntry
-    input: InputEntry
-    validation: DataEntry | None = None
-    init: str | None = None
-    origin: Origin | None = None
-    classes: list[str] | None = None
-    exits: tuple[Annotated[int, Field(ge=0, lt=MOST_BLOCKS)], ...] = ()
-    exits_own_block: bool = False
-    peers: tuple[PeerEntry, ...] = ()
-    codistillation: CodistillationEntry | None = None
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class Pooled(MAE):
     ),
     Edit(
         6,
-        "maedistill/weights/from_run.py",
+        "maedistill/weights/run_metadata.py",
         'method: Literal["mae", "dmae", "amd", "tinymim"]',
         'method: Literal["mae", "dmae", "amd", "tinymim", "pooled"]',
     ),
