@@ -5,7 +5,8 @@
 RUN/witness-RANK.jsonl gets one line per micro-batch: the positions, the samples, a checksum of each uint8 crop and of
 each image as the network reads it, the learning rate of each parameter group; in pre-training each sample's patch order
 and where it is cut, in fine-tuning the targets. RUN/features-RANK.pt gets what the first kNN compares.
-WITNESS_KILL=N kills the process with SIGKILL in the middle of its N-th micro-batch. WITNESS_NAN=P,Q,... makes the
+WITNESS_KILL=N kills the process with SIGKILL in the middle of its N-th micro-batch, when the checkpoint that the run
+writes meanwhile, if any, is complete: a test knows which one is the last. WITNESS_NAN=P,Q,... makes the
 images at these positions nan. WITNESS_PACE=S makes each micro-batch take S seconds more, and then nothing is noted.
 ZeRO 3 cuts up even the small tensors of a tiny model here, which it would leave whole.
 """
@@ -17,6 +18,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +31,7 @@ from torch import Tensor
 from maedistill.data.loading.loader import Batch
 from maedistill.models.masking import PatchSplit
 from maedistill.processes.distributed import rank
+from maedistill.runs import async_saver
 from maedistill.runs import run as run_file
 from maedistill.training import engine as engine_file
 
@@ -76,6 +79,9 @@ class Witness:
             file.write(json.dumps(note) + "\n")
         self.seen += 1
         if self.seen == self.kill_at:
+            for thread in threading.enumerate():
+                if isinstance(thread, async_saver._Writing):
+                    thread.join()
             os.kill(os.getpid(), signal.SIGKILL)
         for row, position in enumerate(self.batch.positions.tolist()):
             if position in self.nan_at:
