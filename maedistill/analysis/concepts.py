@@ -29,6 +29,7 @@ METRICS = {  # name: what it is, in tables and charts
     "d_std": "D_std: its deviation over images",
     "rho": "rho: share of the concepts ever found that remain",
 }
+COURSE_METRICS = ("d_mean", "d_std", "rho")  # which depend on the checkpoints that there are
 
 
 def reasons_to_leave_out(

@@ -24,10 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from maedistill.analysis.concepts import MARGIN, Array, metrics, reasons_to_leave_out, summarize
+from maedistill.analysis.concepts import COURSE_METRICS, MARGIN, Array, metrics, reasons_to_leave_out, summarize
 from maedistill.analysis.entropies import EntropySpec, cell_entropies
 from maedistill.analysis.pages import write_pages
 from maedistill.analysis.pictures import Pictures, check_foreground, read_foreground, read_pictures
+from maedistill.analysis.seeds import over_seeds
 from maedistill.analysis.states import Inspection, Opener, State, find_states, inspect_states, open_state
 from maedistill.data.images.transforms import normalize, to_float01
 from maedistill.data.shards.open_index import open_index
@@ -235,9 +236,10 @@ def _collect(
     base, *others = values or [""]
     differences = {}
     for name in others:
-        same = rows[name].keys() == rows[base].keys()  # D and rho depend on which checkpoints there are
-        compared = {key: x for key, x in values[name].items() if same or key not in ("distance", "rho")}
-        differences[name] = {"to": base, "metrics": metrics(compared, values[base])}
+        compared = metrics(values[name], values[base])
+        if rows[name].keys() != rows[base].keys():
+            compared = {kind: one for kind, one in compared.items() if kind not in COURSE_METRICS}
+        differences[name] = {"to": base, "metrics": compared}
     result = {
         "settings": settings,
         "foreground": spec.foreground,
@@ -247,6 +249,7 @@ def _collect(
         "left_out": {reason: int(images.sum()) for reason, images in reasons.items()},
         "networks": networks,
         "differences": differences,
+        "seeds": over_seeds(networks),
     }
     result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # what is not a number is null
     write_text(spec.out / RESULT, json.dumps(result, indent=1) + "\n")  # before anything that may fail

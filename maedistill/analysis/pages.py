@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from maedistill.analysis.concepts import METRICS
+from maedistill.analysis.seeds import group_seeds
 from maedistill.escaping import code, markdown
 from maedistill.report.charts import network_colors, new_canvas, plain
 from maedistill.report.run_report import markdown_table
@@ -40,9 +41,21 @@ def write_pages(
     for name in pictures if not drawn else ():
         (out / f"{name}.png").unlink(missing_ok=True)  # of another foreground
     if drawn:
-        draw_metrics(result, out / "metrics.png")
-        draw_course(result, out / "course.png")
-        draw_maps(result, out / "maps.png", pixels=pixels, maps=maps, foreground=foreground)
+        networks, first = _drawn(result)
+        draw_metrics(networks, out / "metrics.png")
+        draw_course(networks, out / "course.png")
+        draw_maps(
+            result, out / "maps.png", pixels=pixels, maps={name: maps[name] for name in first}, foreground=foreground
+        )
+
+
+def _drawn(result: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """Return what charts show, and whose maps are drawn: groups of seeds if all networks are in one, or networks."""
+    networks, groups = result["networks"], group_seeds([*result["networks"]])
+    is_grouped = sum(map(len, groups.values())) == len(networks)
+    if is_grouped and all("checkpoints" in group for group in result["seeds"].values()):
+        return result["seeds"], [next(iter(seeds.values())) for seeds in groups.values()]
+    return networks, [*networks]
 
 
 def _lines(result: Mapping[str, Any]) -> list[str]:
@@ -60,19 +73,33 @@ def _lines(result: Mapping[str, Any]) -> list[str]:
     ]
     if not networks:
         return lines
-    named = {name: one["metrics"] for name, one in networks.items()}
-    kinds = _kinds(named)
-    heads = [METRICS[kind].partition(":")[0].partition(",")[0] for kind in kinds]
-    rows = [[name, *(_cell(one[kind]) for kind in kinds)] for name, one in named.items()]
-    for name, one in result["differences"].items():
-        rows.append([f"{name} - {one['to']}", *(_cell(one["metrics"].get(kind), "+") for kind in kinds)])
-    lines += [*markdown_table(["network", *heads], rows), ""]
+    if result["seeds"]:
+        differences = {name: one["difference"] for name, one in result["seeds"].items() if "difference" in one}
+        lines += [
+            "## Over seeds",
+            "",
+            "Means over seeds, and in brackets 95 % intervals over seeds, of these images.",
+            "",
+        ]
+        lines += [*_metrics_table(result["seeds"], differences), "", "## Networks", ""]
+    lines += [*_metrics_table(networks, result["differences"]), ""]
     for name, one in networks.items():
         columns = [key for key in one["checkpoints"][0] if key != "step"]
         rows = [[f"{state['step']:,}", *(_cell(state[key]) for key in columns)] for state in one["checkpoints"]]
         table = markdown_table(["step", *(column.replace("_", " ") for column in columns)], rows)
         lines += [f"## {markdown(name)}", "", *table, ""]
     return lines
+
+
+def _metrics_table(networks: Mapping[str, Any], differences: Mapping[str, Any]) -> list[str]:
+    """Return a row for each network, or group of seeds, then one for each difference."""
+    named = {name: one["metrics"] for name, one in networks.items()}
+    kinds = _kinds(named)
+    heads = [METRICS[kind].partition(":")[0].partition(",")[0] for kind in kinds]
+    rows = [[name, *(_cell(one[kind]) for kind in kinds)] for name, one in named.items()]
+    for name, one in differences.items():
+        rows.append([f"{name} - {one['to']}", *(_cell(one["metrics"].get(kind), "+") for kind in kinds)])
+    return markdown_table(["network", *heads], rows)
 
 
 def _kinds(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -93,9 +120,9 @@ def _ends(metric: Mapping[str, Any]) -> list[Any]:
     return [metric["value"], *(metric[key] for key in ("low", "high") if metric["low"] is not None)]
 
 
-def draw_metrics(result: Mapping[str, Any], path: Path) -> None:
-    """Draw a panel for each metric: one bar per network, with its interval."""
-    networks = {name: one["metrics"] for name, one in result["networks"].items()}
+def draw_metrics(summaries: Mapping[str, Any], path: Path) -> None:
+    """Draw a panel for each metric: one bar per network or group of seeds, with its interval."""
+    networks = {name: one["metrics"] for name, one in summaries.items()}
     names = _kinds(networks)
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
@@ -119,14 +146,14 @@ def draw_metrics(result: Mapping[str, Any], path: Path) -> None:
     canvas.print_png(path)
 
 
-def draw_course(result: Mapping[str, Any], path: Path) -> None:
+def draw_course(networks: Mapping[str, Any], path: Path) -> None:
     """Plot the mean numbers of concepts over the weight distance: foreground solid, background dashed."""
     canvas = new_canvas(figsize=(7.2, 4.2))
     label = "distance travelled by the weights, relative to the norm of the first checkpoint"
     axes = canvas.figure.add_subplot(xlabel=label, ylabel="concepts, cells per image")
-    colors = network_colors(list(result["networks"]))
+    colors = network_colors(list(networks))
     styles = {"concepts": "-", "foreground": "-", "background": "--"}
-    for network, one in result["networks"].items():
+    for network, one in networks.items():
         for kind in (kind for kind in styles if kind in one["checkpoints"][0]):
             x, y = zip(*[(state["weight_distance"], state[kind]["value"]) for state in one["checkpoints"]], strict=True)
             label = plain(f"{network}, {kind}")
@@ -142,7 +169,7 @@ def draw_maps(
 ) -> None:
     """Draw the maps of a few images through training: one line per image and network."""
     grid, shown = result["settings"]["grid"], min(_SHOWN_IMAGES, len(pixels))
-    chosen = {name: _spread(len(one["checkpoints"])) for name, one in result["networks"].items()}
+    chosen = {name: _spread(len(one)) for name, one in maps.items()}
     columns = 1 + max(map(len, chosen.values()))
     lines = [(image, name) for image in range(shown) for name in chosen]
     canvas = new_canvas(figsize=(1.7 * columns + 1.4, 1.75 * len(lines) + 0.4))

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 
 from torch import Tensor
@@ -56,7 +56,7 @@ def find_states(sources: Sequence[str]) -> list[State]:
     """
     paths = [source.rstrip("/") for source in sources]
     names = [os.path.basename(path) for path in paths]
-    names = names if len({*names}) == len(names) else paths
+    names = names if len({*names}) == len(names) else _below_common_folder(paths)
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"{twice} is named twice", "name each network once")
     states = []
@@ -67,6 +67,14 @@ def find_states(sources: Sequence[str]) -> list[State]:
         else:
             states.append(State(name, 0, path))
     return states
+
+
+def _below_common_folder(paths: Sequence[str]) -> list[str]:
+    """Return the paths without the folders that all of them begin with."""
+    parts = [path.split("/") for path in paths]
+    columns = zip(*(one[:-1] for one in parts), strict=False)
+    shared = sum(1 for _ in takewhile(lambda column: len({*column}) == 1, columns))
+    return ["/".join(one[shared:]) for one in parts]
 
 
 def open_state(state: State, *, block: int = -1, image_size: int | None = None, pool: Pool = "mean") -> Network:

@@ -1,7 +1,7 @@
-"""Charts of networks: top-1 per row of a study; size, accuracy and latency. Curves over training are in `curves.py`.
+"""Charts of networks: top-1 per row of a study, top-1 over the length of training; size, accuracy and latency.
 
 Bars are 95 % intervals. A network has one color in all pictures of a study: its place in `order`, all names of the
-study. All functions return None if matplotlib is not installed.
+study. All functions return None if matplotlib is not installed. Curves through one training are in `curves.py`.
 """
 
 import math
@@ -25,6 +25,15 @@ class Accuracy:
 
     each: Sequence[float]
     interval: Interval
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network's accuracy, and what training it took: epochs and minutes of both stages, means over seeds."""
+
+    accuracy: Accuracy
+    epochs: float
+    minutes: float
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,37 @@ def accuracy_chart(rows: Mapping[str, Accuracy], path: Path, *, order: Sequence[
     label = f"top-1, %, with 95 % interval ({'; '.join(sources)})"
     canvas.figure.supxlabel(f"{label}; white: each seed" if "seeds" in kinds else label, fontsize="medium")
     axes.grid(axis="x", alpha=0.3)
+    canvas.print_png(path)
+    return path
+
+
+def length_chart(lines: Mapping[str, Sequence[Trained]], path: Path) -> Path | None:
+    """Plot top-1 over the epochs and over the minutes of training, networks of a line joined, scales logarithmic."""
+    canvas = new_canvas(figsize=(10.4, 4.2))
+    if canvas is None or not any(lines.values()):
+        return None
+    from matplotlib.ticker import LogLocator
+
+    panels, colors = canvas.figure.subplots(1, 2, sharey=True), network_colors(list(lines))
+    for axes, unit in zip(panels, ("epochs", "minutes"), strict=True):
+        for name, networks in lines.items():
+            points = sorted(networks, key=lambda network: getattr(network, unit))
+            x = [getattr(network, unit) for network in points]
+            y = [100 * network.accuracy.interval.value for network in points]
+            bars = [[one for end in _bars(network.accuracy.interval) for one in end] for network in points]
+            ends = [*zip(*bars, strict=True)] or None
+            axes.errorbar(x, y, yerr=ends, fmt="o-", color=colors[name], capsize=3, label=plain(name))
+            for place, network in zip(x, points, strict=True):
+                each = [100 * value for value in network.accuracy.each]
+                if len(each) > 1:
+                    axes.scatter([place] * len(each), each, s=12, color="white", edgecolor=colors[name], zorder=3)
+        axes.set_xscale("log", subs=[])  # no minor ticks
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel(f"{unit} of training, both stages")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("top-1, %, with 95 % interval")
+    panels[0].legend()
     canvas.print_png(path)
     return path
 

@@ -102,8 +102,11 @@ def _problems(study: Study) -> Iterator[Problem]:
             yield Problem(key, cause, "use at most 120 letters, digits, - and _, and not logs")
         if names[name] > 1:
             yield Problem(key, f"two networks would be named {name}", "give one of them another name")
-    if study.baseline is not None and study.baseline not in study.rows():
-        yield Problem("baseline", f"{study.baseline} is not a row", f"rows are {join_first(study.rows())}")
+    named = [("baseline", study.baseline)] if study.baseline is not None else []
+    named += [(f"lines.{line}", row) for line, rows in study.lines.items() for row in rows]
+    for key, row in named:
+        if row not in study.rows():
+            yield Problem(key, f"{row} is not a row", f"rows are {join_first(study.rows())}")
 
 
 def _start_problems(kind: str, networks: Mapping[str, Teacher | Student]) -> Iterator[Problem]:

@@ -46,6 +46,7 @@ _SIZES = {  # the same for all seeds
 def collect(study: Study, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
     """Return {"baseline": name, "networks": {name: {"runs": {seed: values}, "summary": ...}}, "unfinished": [...]}.
 
+    And {"lines": {line: rows}}, as the study file has them.
     Teachers come first. The values of a seed are {"pretrain": ..., "finetune": ..., "test": ...}, without the entries
     whose result does not exist (yet).
     """
@@ -67,7 +68,8 @@ def collect(study: Study, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
         name: {"runs": seeds_runs, "summary": summarize(seeds_runs, {} if name in uncompared else baseline)}
         for name, seeds_runs in runs.items()
     }
-    return {"baseline": study.baseline, "networks": summaries, "unfinished": unfinished}
+    lines = {line: list(rows) for line, rows in study.lines.items()}
+    return {"baseline": study.baseline, "lines": lines, "networks": summaries, "unfinished": unfinished}
 
 
 def summarize(runs: Mapping[str, _Facts], baseline: Mapping[str, _Facts]) -> dict[str, Any]:
@@ -86,6 +88,7 @@ def summarize(runs: Mapping[str, _Facts], baseline: Mapping[str, _Facts]) -> dic
         | _interval(differences, lambda: _of_runs(*pairs[0])),
         **{name: statistics(_column(runs, *key).values()) for name, key in _MEASURES.items()},
         **{name: next(iter(_column(runs, *key).values()), None) for name, key in _SIZES.items()},
+        **{f"total_{key}": statistics(_totals(runs, key)) for key in ("epochs", "seconds")},
         "parameters": next(iter(parameters.values()), None),
     }
 
@@ -154,6 +157,12 @@ def _facts_of(out: Path, *steps: str | None) -> dict[str, Any]:
 def _score(record: _Facts) -> dict[str, Any]:
     """Return the accuracy, and the counts that it comes from."""
     return {"top1": record["top1"], "top1_correct": record["top1_correct"], "top1_images": record["images"]}
+
+
+def _totals(runs: Mapping[str, _Facts], key: str) -> list[float]:
+    """Return the sum over pre-training, if there is one, and fine-tuning, of each seed; without the teacher's."""
+    before = _column(runs, "pretrain", key)
+    return [before.get(seed, 0) + value for seed, value in _column(runs, "finetune", key).items()]
 
 
 def _column(runs: Mapping[str, _Facts], stage: str, key: str) -> dict[str, Any]:

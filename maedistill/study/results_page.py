@@ -1,4 +1,4 @@
-"""The results of a study in Markdown, with a chart: OUT/results.md, results.json and results.png.
+"""The results of a study in Markdown, with charts: OUT/results.md, results.json, results.png and lines.png.
 
 Every number is read from the runs' files by `results.py`. A missing number is printed as a dash.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 from maedistill.errors import join_first
 from maedistill.escaping import code, markdown
-from maedistill.report.charts import Accuracy, accuracy_chart
+from maedistill.report.charts import Accuracy, Trained, accuracy_chart, length_chart
 from maedistill.report.intervals import Interval
 from maedistill.report.run_report import KNN_CAVEAT, markdown_table
 from maedistill.runs.history import duration
@@ -32,6 +32,7 @@ def write_results(results: _Facts, out: Path, *, title: str, command: str) -> Pa
     summaries = {name: network["summary"] for name, network in results["networks"].items()}
     rows = {name: _accuracy(summary) for name, summary in summaries.items() if summary["each"]}
     chart = accuracy_chart(rows, out / "results.png", order=list(summaries))
+    lengths = length_chart(_trained(results["lines"], summaries), out / "lines.png")
     several = any(summary["top1"]["n"] > 1 for summary in summaries.values())
     spread = ": mean ± standard deviation (n - 1) over seeds" if several else ""
     lines = [
@@ -44,6 +45,7 @@ def write_results(results: _Facts, out: Path, *, title: str, command: str) -> Pa
         *accuracy_table(summaries, baseline),
         "",
         *([f"![top-1 per network]({chart.name})", ""] if chart else []),
+        *([f"![top-1 over epochs and minutes]({lengths.name})", ""] if lengths else []),
         *cost_table(summaries),
         "",
         KNN_CAVEAT,
@@ -116,6 +118,18 @@ def _accuracy(summary: _Facts) -> Accuracy:
     return Accuracy(
         list(summary["each"].values()), Interval(stats["mean"], stats["low"], stats["high"], stats["interval"])
     )
+
+
+def _trained(lines: Mapping[str, Sequence[str]], summaries: Mapping[str, _Facts]) -> dict[str, list[Trained]]:
+    """Return what the chart over epochs and minutes shows of each line: its rows that have a result."""
+    return {
+        line: [
+            Trained(_accuracy(one), one["total_epochs"]["mean"], one["total_seconds"]["mean"] / 60)
+            for one in (summaries[row] for row in rows)
+            if one["each"]
+        ]
+        for line, rows in lines.items()
+    }
 
 
 def interval_lines(summaries: Iterable[_Facts]) -> list[str]:

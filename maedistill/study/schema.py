@@ -16,6 +16,7 @@
       plain: {finetune_set: [student.model=vit_tiny_patch16_224]}                     # not pre-trained
       kd: {same_architecture_as: mae, finetune_set: ["distill.teachers=[{teacher.large.finetuned}]"]}
     finetune: {config: finetune.yaml, set: [optim.layer_decay=0.8]}                   # for every fine-tuning
+    lines: {DMAE: [dmae_30, dmae_100], scratch: [scratch]}   # rows that a chart joins, over epochs and over minutes
 
 `set` holds `key=value` settings as on a command line, for pre-training; `finetune_set` is for fine-tuning. They name
 teachers' runs: `{teacher.NAME}` in pre-training, `{teacher.NAME.finetuned}` in fine-tuning. `teacher.source` may be
@@ -103,6 +104,7 @@ class Study(Section):
     finetune_set: tuple[str, ...] = ()
     students: dict[str, Student] = Field(min_length=1)
     finetune: Recipe
+    lines: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] = Field(default_factory=dict)
 
     def rows(self, only: Collection[str] | None = None) -> dict[str, Student]:
         """Return the students of the comparison by name of their row. only: names of students or rows; None for all."""

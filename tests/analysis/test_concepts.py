@@ -102,5 +102,5 @@ def test_a_bar_whose_spread_rounding_made_negative_is_drawn(tmp_path):
     metric = {"value": value, "low": np.nextafter(value, 1), "high": np.nextafter(value, 0)}
     none = {"value": None, "low": None, "high": None}
     networks = {"a": {"metrics": {"rho": metric, "ratio": none}}, "b": {"metrics": {"rho": metric, "ratio": metric}}}
-    draw_metrics({"networks": networks}, tmp_path / "metrics.png")
+    draw_metrics(networks, tmp_path / "metrics.png")
     assert (tmp_path / "metrics.png").stat().st_size > 1000

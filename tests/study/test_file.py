@@ -82,6 +82,7 @@ MISTAKES = {
         "g.yaml:13 baseline: mea is not a row",
         "scratch, mae, ten, tuned_lr_1",
     ),
+    "a line's row": ("baseline: mae", "lines: {MAE: [mae, mea]}", "lines.MAE: mea is not a row", "scratch, mae, ten"),
     "like itself": ("config: ../t/s.yaml", "init_from: small", "small.init_from", ""),
     "like another": ("config: ../t/s.yaml", "init_from: large", "it is the same network", "finetune: true"),
     "like nobody": (

@@ -172,8 +172,22 @@ def test_a_study_s_results_are_those_of_its_finished_runs(study_folder) -> None:
     assert "not counted: scratch/seed_2/finetune (at epoch 1.0); not begun: large/seed_0/finetune.**" in page
     assert "`against mae`: mean" in page and "Command: `python tools/study.py g.yaml`" in page
     assert "do not compare" not in page and (study_folder / "results.png").is_file()
+    assert not (study_folder / "lines.png").exists()
     saved = json.loads((study_folder / "results.json").read_text())
     assert saved["networks"]["dmae"]["runs"]["2"]["finetune"]["top1_correct"] == 140
+
+
+def test_lines_are_drawn_over_what_both_stages_took(study_folder, monkeypatch) -> None:
+    drawn = {}
+    draw = results_page.length_chart
+    monkeypatch.setattr(results_page, "length_chart", lambda lines, path: drawn.update(lines) or draw(lines, path))
+    students = STUDY["students"] | {"never": {"init_from": "mae"}}
+    lines = {"taught": ("dmae",), "alone": ("scratch", "mae"), "nothing": ("never",)}
+    study = Study.model_validate(STUDY | {"students": students, "lines": lines})
+    page = write_results(collect(study, study_folder, [0, 1, 2]), study_folder, title="x", command="y").read_text()
+    assert "](lines.png)" in page and (study_folder / "lines.png").stat().st_size > 5000
+    assert [(one.epochs, one.minutes) for one in drawn["alone"]] == [(1, 1.25), (4, 2.5)] and drawn["nothing"] == []
+    assert [one.accuracy.interval.value for one in drawn["taught"]] == [pytest.approx(196 / 3 / 100)]
 
 
 def test_one_seed_has_no_spread_and_a_test_set_its_column(study_folder) -> None:
