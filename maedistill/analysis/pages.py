@@ -50,12 +50,19 @@ def write_pages(
 
 
 def _drawn(result: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
-    """Return what charts show, and whose maps are drawn: groups of seeds if all networks are in one, or networks."""
-    networks, groups = result["networks"], group_seeds([*result["networks"]])
-    is_grouped = sum(map(len, groups.values())) == len(networks)
-    if is_grouped and all("checkpoints" in group for group in result["seeds"].values()):
-        return result["seeds"], [next(iter(seeds.values())) for seeds in groups.values()]
-    return networks, [*networks]
+    """Return what charts show, and whose maps are drawn: groups of seeds and their first networks, and other networks.
+
+    A group whose networks keep different steps is shown network by network.
+    """
+    drawn, first, grouped = dict[str, Any](), list[str](), dict[str, str]()
+    for group, seeds in group_seeds([*result["networks"]]).items():
+        if "checkpoints" in result["seeds"][group]:
+            grouped |= dict.fromkeys(seeds.values(), group)
+    for name, network in result["networks"].items():
+        shown = grouped.get(name, name)
+        first += [name] if shown not in drawn else []
+        drawn[shown] = result["seeds"][shown] if name in grouped else network
+    return drawn, first
 
 
 def _lines(result: Mapping[str, Any]) -> list[str]:
@@ -68,7 +75,6 @@ def _lines(result: Mapping[str, Any]) -> list[str]:
         + (f"; left out: {', '.join(reasons)} (an image may have several reasons)." if reasons else "."),
         f"{settings['grid']} x {settings['grid']} cells, mean entropy {settings['entropy']:g} nats; a concept is "
         f"{result['margin']:g} nats below the mean background cell. Foreground: {code(result['foreground'])}.",
-        "In brackets: 95 % intervals over images, of differences over the same images in both networks.",
         "",
     ]
     if not networks:
@@ -78,10 +84,11 @@ def _lines(result: Mapping[str, Any]) -> list[str]:
         lines += [
             "## Over seeds",
             "",
-            "Means over seeds, and in brackets 95 % intervals over seeds, of these images.",
+            "Means on these images. In brackets: 95 % intervals over seeds, Student's t.",
             "",
         ]
-        lines += [*_metrics_table(result["seeds"], differences), "", "## Networks", ""]
+        lines += [*_metrics_table(result["seeds"], differences), ""]
+    lines += ["## Each network", "", "In brackets: 95 % intervals over images, paired for differences.", ""]
     lines += [*_metrics_table(networks, result["differences"]), ""]
     for name, one in networks.items():
         columns = [key for key in one["checkpoints"][0] if key != "step"]
@@ -96,15 +103,15 @@ def _metrics_table(networks: Mapping[str, Any], differences: Mapping[str, Any]) 
     named = {name: one["metrics"] for name, one in networks.items()}
     kinds = _kinds(named)
     heads = [METRICS[kind].partition(":")[0].partition(",")[0] for kind in kinds]
-    rows = [[name, *(_cell(one[kind]) for kind in kinds)] for name, one in named.items()]
+    rows = [[name, *(_cell(one.get(kind)) for kind in kinds)] for name, one in named.items()]
     for name, one in differences.items():
         rows.append([f"{name} - {one['to']}", *(_cell(one["metrics"].get(kind), "+") for kind in kinds)])
     return markdown_table(["network", *heads], rows)
 
 
 def _kinds(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the metrics that all networks have: those with one checkpoint have fewer."""
-    return [kind for kind in METRICS if all(kind in one for one in metrics.values())]
+    """Return the metrics that some network has: those with one checkpoint have fewer."""
+    return [kind for kind in METRICS if any(kind in one for one in metrics.values())]
 
 
 def _cell(metric: Any, sign: str = "") -> str:
@@ -133,7 +140,7 @@ def draw_metrics(summaries: Mapping[str, Any], path: Path) -> None:
         panel.set_axis_off()
     for number, (name, panel) in enumerate(zip(names, panels.flat, strict=False)):
         for row, (network, one) in enumerate(networks.items()):
-            if one[name]["value"] is not None:
+            if name in one and one[name]["value"] is not None:
                 value, *ends = _ends(one[name])
                 panel.barh(row, value, color=colors[network], height=0.7)
                 bars = [[max(0.0, sign * (end - value))] for sign, end in zip((-1, 1), ends, strict=False)]

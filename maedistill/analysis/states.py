@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from maedistill.analysis.seeds import SEED_FOLDER
 from maedistill.config.sources import named_source
 from maedistill.errors import ConfigError
 from maedistill.weights.backbone import Backbone, Pool, has_tokens, open_backbone
@@ -56,7 +57,8 @@ def find_states(sources: Sequence[str]) -> list[State]:
     """
     paths = [source.rstrip("/") for source in sources]
     names = [os.path.basename(path) for path in paths]
-    names = names if len({*names}) == len(names) else _below_common_folder(paths)
+    if len({*names}) < len(names) or any(map(SEED_FOLDER.search, names)):
+        names = _below_common_folder(paths)
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"{twice} is named twice", "name each network once")
     states = []

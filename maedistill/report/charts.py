@@ -1,7 +1,8 @@
 """Charts of networks: top-1 per row of a study, top-1 over the length of training; size, accuracy and latency.
 
 Bars are 95 % intervals. A network has one color in all pictures of a study: its place in `order`, all names of the
-study. All functions return None if matplotlib is not installed. Curves through one training are in `curves.py`.
+study. Where networks are joined, a line has one. All functions return None if matplotlib is not installed. Curves
+through one training are in `curves.py`.
 """
 
 import math
@@ -63,10 +64,7 @@ def accuracy_chart(rows: Mapping[str, Accuracy], path: Path, *, order: Sequence[
             axes.scatter(percents, [row] * len(percents), s=14, color="white", edgecolor="black", zorder=3)
     axes.set_yticks(range(len(rows)), [plain(f"{name} (n = {len(one.each)})") for name, one in rows.items()])
     axes.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
-    kinds = {one.interval.kind for one in rows.values()}
-    sources = ["n = 1: of the images"] * ("images" in kinds) + ["n > 1: t, over seeds"] * ("seeds" in kinds)
-    label = f"top-1, %, with 95 % interval ({'; '.join(sources)})"
-    canvas.figure.supxlabel(f"{label}; white: each seed" if "seeds" in kinds else label, fontsize="medium")
+    canvas.figure.supxlabel(f"top-1, %, {_interval_text([*rows.values()])}", fontsize="medium")
     axes.grid(axis="x", alpha=0.3)
     canvas.print_png(path)
     return path
@@ -74,8 +72,10 @@ def accuracy_chart(rows: Mapping[str, Accuracy], path: Path, *, order: Sequence[
 
 def length_chart(lines: Mapping[str, Sequence[Trained]], path: Path) -> Path | None:
     """Plot top-1 over the epochs and over the minutes of training, networks of a line joined, scales logarithmic."""
-    canvas = new_canvas(figsize=(10.4, 4.2))
-    if canvas is None or not any(lines.values()):
+    drawn = [network for networks in lines.values() for network in networks]
+    widest = max((len(name[-_LONGEST:]) for name in lines), default=0)
+    canvas = new_canvas(figsize=(10.4 + 0.08 * widest, min(max(4.2, 0.25 * len(lines)), 60)))
+    if canvas is None or not drawn:
         return None
     from matplotlib.ticker import LogLocator
 
@@ -87,18 +87,20 @@ def length_chart(lines: Mapping[str, Sequence[Trained]], path: Path) -> Path | N
             y = [100 * network.accuracy.interval.value for network in points]
             bars = [[one for end in _bars(network.accuracy.interval) for one in end] for network in points]
             ends = [*zip(*bars, strict=True)] or None
-            axes.errorbar(x, y, yerr=ends, fmt="o-", color=colors[name], capsize=3, label=plain(name))
+            axes.errorbar(x, y, yerr=ends, fmt="o-", color=colors[name], capsize=3, label=plain(name[-_LONGEST:]))
             for place, network in zip(x, points, strict=True):
                 each = [100 * value for value in network.accuracy.each]
                 if len(each) > 1:
                     axes.scatter([place] * len(each), each, s=12, color="white", edgecolor=colors[name], zorder=3)
+        span = [getattr(network, unit) for network in drawn]
         axes.set_xscale("log", subs=[])  # no minor ticks
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.xaxis.set_major_locator(LogLocator(subs=range(1, 10) if max(span) < 5 * min(span) else (1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(f"{unit} of training, both stages")
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("top-1, %, with 95 % interval")
-    panels[0].legend()
+    panels[0].set_ylabel("top-1, %")
+    canvas.figure.supxlabel(_interval_text([network.accuracy for network in drawn]), fontsize="medium")
+    canvas.figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     canvas.print_png(path)
     return path
 
@@ -177,6 +179,13 @@ def new_canvas(*, figsize: tuple[float, float]) -> Any:
     except ImportError:
         return None
     return FigureCanvasAgg(Figure(figsize=figsize, layout="constrained", facecolor="white"))
+
+
+def _interval_text(accuracies: Sequence[Accuracy]) -> str:
+    """Say what the bars and the white dots of a chart are."""
+    kinds = {one.interval.kind for one in accuracies}
+    sources = ["n = 1: of the images"] * ("images" in kinds) + ["n > 1: t, over seeds"] * ("seeds" in kinds)
+    return f"with 95 % interval ({'; '.join(sources)})" + ("; white: each seed" if "seeds" in kinds else "")
 
 
 def _bars(interval: Interval) -> list[list[float]]:

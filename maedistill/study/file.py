@@ -103,10 +103,11 @@ def _problems(study: Study) -> Iterator[Problem]:
         if names[name] > 1:
             yield Problem(key, f"two networks would be named {name}", "give one of them another name")
     named = [("baseline", study.baseline)] if study.baseline is not None else []
-    named += [(f"lines.{line}", row) for line, rows in study.lines.items() for row in rows]
+    named += [(f"lines.{line}", row) for line, joined in study.lines.items() for row in joined]
+    rows = study.rows()
     for key, row in named:
-        if row not in study.rows():
-            yield Problem(key, f"{row} is not a row", f"rows are {join_first(study.rows())}")
+        if row not in rows:
+            yield Problem(key, f"{row} is not a row", f"rows are {join_first(rows)}")
 
 
 def _start_problems(kind: str, networks: Mapping[str, Teacher | Student]) -> Iterator[Problem]:

@@ -33,6 +33,8 @@ _MEASURES = {  # of each seed
     "knn": ("pretrain", "knn"),
     "pretrain_seconds": ("pretrain", "seconds"),
     "finetune_seconds": ("finetune", "seconds"),
+    "total_epochs": ("total", "epochs"),
+    "total_seconds": ("total", "seconds"),
 }
 _SIZES = {  # the same for all seeds
     "pretrain_epochs": ("pretrain", "epochs"),
@@ -44,11 +46,10 @@ _SIZES = {  # the same for all seeds
 
 
 def collect(study: Study, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """Return {"baseline": name, "networks": {name: {"runs": {seed: values}, "summary": ...}}, "unfinished": [...]}.
+    """Return the content of results.json: {"networks": {name: {"runs": {seed: values}, "summary": ...}}, ...}.
 
-    And {"lines": {line: rows}}, as the study file has them.
-    Teachers come first. The values of a seed are {"pretrain": ..., "finetune": ..., "test": ...}, without the entries
-    whose result does not exist (yet).
+    "baseline" and "lines" are the study's, "unfinished" lists runs. Teachers come first. The values of a seed are
+    {"pretrain": ..., "finetune": ..., "test": ..., "total": ...}, without those that do not exist (yet).
     """
     networks: dict[str, TrainedNetwork] = {**study.teachers, **study.rows()}
     steps, runs = list[str](), dict[str, dict[str, _Facts]]()
@@ -88,7 +89,6 @@ def summarize(runs: Mapping[str, _Facts], baseline: Mapping[str, _Facts]) -> dic
         | _interval(differences, lambda: _of_runs(*pairs[0])),
         **{name: statistics(_column(runs, *key).values()) for name, key in _MEASURES.items()},
         **{name: next(iter(_column(runs, *key).values()), None) for name, key in _SIZES.items()},
-        **{f"total_{key}": statistics(_totals(runs, key)) for key in ("epochs", "seconds")},
         "parameters": next(iter(parameters.values()), None),
     }
 
@@ -144,25 +144,22 @@ def run_facts(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def _facts_of(out: Path, *steps: str | None) -> dict[str, Any]:
-    """Return the facts of a network's finished runs by stage, and of its test."""
-    facts = {}
+    """Return the facts of a network's finished runs by stage, of its test, and, if no run is missing, of all runs."""
+    facts = dict[str, Any]()
     for stage, step in zip(("pretrain", "finetune"), steps, strict=True):
         if step is not None and (values := run_facts(RunFolder(out / step))) is not None:
             facts[stage] = values
             if stage == "finetune" and (scorecard := out / step / TEST_FILE).is_file():
                 facts["test"] = _score(json.loads(scorecard.read_text()))
+    runs = [stage for stage, step in zip(("pretrain", "finetune"), steps, strict=True) if step is not None]
+    if all(stage in facts for stage in runs):
+        facts["total"] = {key: sum(facts[stage][key] for stage in runs) for key in ("epochs", "seconds")}
     return facts
 
 
 def _score(record: _Facts) -> dict[str, Any]:
     """Return the accuracy, and the counts that it comes from."""
     return {"top1": record["top1"], "top1_correct": record["top1_correct"], "top1_images": record["images"]}
-
-
-def _totals(runs: Mapping[str, _Facts], key: str) -> list[float]:
-    """Return the sum over pre-training, if there is one, and fine-tuning, of each seed; without the teacher's."""
-    before = _column(runs, "pretrain", key)
-    return [before.get(seed, 0) + value for seed, value in _column(runs, "finetune", key).items()]
 
 
 def _column(runs: Mapping[str, _Facts], stage: str, key: str) -> dict[str, Any]:

@@ -33,6 +33,8 @@ def write_results(results: _Facts, out: Path, *, title: str, command: str) -> Pa
     rows = {name: _accuracy(summary) for name, summary in summaries.items() if summary["each"]}
     chart = accuracy_chart(rows, out / "results.png", order=list(summaries))
     lengths = length_chart(_trained(results["lines"], summaries), out / "lines.png")
+    if lengths is None:
+        (out / "lines.png").unlink(missing_ok=True)  # of an earlier form of the study
     several = any(summary["top1"]["n"] > 1 for summary in summaries.values())
     spread = ": mean ± standard deviation (n - 1) over seeds" if several else ""
     lines = [
@@ -126,7 +128,7 @@ def _trained(lines: Mapping[str, Sequence[str]], summaries: Mapping[str, _Facts]
         line: [
             Trained(_accuracy(one), one["total_epochs"]["mean"], one["total_seconds"]["mean"] / 60)
             for one in (summaries[row] for row in rows)
-            if one["each"]
+            if one["each"] and one["total_epochs"]["n"]
         ]
         for line, rows in lines.items()
     }

@@ -16,7 +16,7 @@
       plain: {finetune_set: [student.model=vit_tiny_patch16_224]}                     # not pre-trained
       kd: {same_architecture_as: mae, finetune_set: ["distill.teachers=[{teacher.large.finetuned}]"]}
     finetune: {config: finetune.yaml, set: [optim.layer_decay=0.8]}                   # for every fine-tuning
-    lines: {DMAE: [dmae_30, dmae_100], scratch: [scratch]}   # rows that a chart joins, over epochs and over minutes
+    lines: {DMAE: [dmae], none: [scratch, plain]}            # rows that a chart joins, over epochs and over minutes
 
 `set` holds `key=value` settings as on a command line, for pre-training; `finetune_set` is for fine-tuning. They name
 teachers' runs: `{teacher.NAME}` in pre-training, `{teacher.NAME.finetuned}` in fine-tuning. `teacher.source` may be

@@ -178,16 +178,23 @@ def test_a_study_s_results_are_those_of_its_finished_runs(study_folder) -> None:
 
 
 def test_lines_are_drawn_over_what_both_stages_took(study_folder, monkeypatch) -> None:
-    drawn = {}
-    draw = results_page.length_chart
+    drawn, draw = {}, results_page.length_chart
     monkeypatch.setattr(results_page, "length_chart", lambda lines, path: drawn.update(lines) or draw(lines, path))
     students = STUDY["students"] | {"never": {"init_from": "mae"}}
     lines = {"taught": ("dmae",), "alone": ("scratch", "mae"), "nothing": ("never",)}
-    study = Study.model_validate(STUDY | {"students": students, "lines": lines})
-    page = write_results(collect(study, study_folder, [0, 1, 2]), study_folder, title="x", command="y").read_text()
-    assert "](lines.png)" in page and (study_folder / "lines.png").stat().st_size > 5000
+
+    def page(**changes) -> str:
+        study = Study.model_validate(STUDY | {"students": students} | changes)
+        return write_results(collect(study, study_folder, [0, 1, 2]), study_folder, title="x", command="y").read_text()
+
+    assert "](lines.png)" in page(lines=lines) and (study_folder / "lines.png").stat().st_size > 5000
     assert [(one.epochs, one.minutes) for one in drawn["alone"]] == [(1, 1.25), (4, 2.5)] and drawn["nothing"] == []
     assert [one.accuracy.interval.value for one in drawn["taught"]] == [pytest.approx(196 / 3 / 100)]
+    for seed in range(3):
+        shutil.rmtree(study_folder / f"mae/seed_{seed}/pretrain")
+        page(lines=lines)  # a run whose pre-training is gone has no length
+        assert [one.epochs for one in drawn["alone"]] == ([1, 4] if seed < 2 else [1])
+    assert "lines.png" not in page() and not (study_folder / "lines.png").exists()
 
 
 def test_one_seed_has_no_spread_and_a_test_set_its_column(study_folder) -> None:
