@@ -115,7 +115,8 @@ def test_the_results_are_those_of_the_runs(tool, made) -> None:
         assert difference["low"] < difference["mean"] < difference["high"]
     assert len({networks[name]["summary"]["parameters"] for name in ("scratch", *STUDENTS)}) == 1
     assert (
-        networks["early"]["runs"]["0"].keys() == {"pretrain"} and networks["early"]["summary"]["pretrain_epochs"] == 0.5
+        networks["early"]["runs"]["0"].keys() == {"pretrain", "total"}
+        and networks["early"]["summary"]["pretrain_epochs"] == 0.5
     )
     page = (tool.out / "results.md").read_text()
     assert "| dmae | 1 |" in page and "Command: `maedistill study" in page
