@@ -148,14 +148,14 @@ def draw_metrics(summaries: Mapping[str, Any], path: Path) -> None:
         panel.set_yticks(range(len(networks)), [plain(one) if number % columns == 0 else "" for one in networks])
         panel.set_ylim(len(networks) - 0.4, -0.6)  # the first network on top
         panel.set_xlim(left=0)
-        panel.set_title(METRICS[name], fontsize="medium")
+        panel.set_title(METRICS[name], fontsize="small")
         panel.grid(axis="x", alpha=0.3)
     canvas.print_png(path)
 
 
 def draw_course(networks: Mapping[str, Any], path: Path) -> None:
     """Plot the mean numbers of concepts over the weight distance: foreground solid, background dashed."""
-    canvas = new_canvas(figsize=(7.2, 4.2))
+    canvas = new_canvas(figsize=(10.4, 4.2))
     label = "distance travelled by the weights, relative to the norm of the first checkpoint"
     axes = canvas.figure.add_subplot(xlabel=label, ylabel="concepts, cells per image")
     colors = network_colors(list(networks))
@@ -167,7 +167,7 @@ def draw_course(networks: Mapping[str, Any], path: Path) -> None:
             axes.plot(x, y, styles[kind], color=colors[network], marker="o", markersize=4, label=label)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend()
+    canvas.figure.legend(loc="outside right upper")
     canvas.print_png(path)
 
 
@@ -188,7 +188,7 @@ def draw_maps(
             panel.set_xticks([])
             panel.set_yticks([])
         line[0].imshow(pixels[image].permute(1, 2, 0).numpy())
-        line[0].set_ylabel(plain(name), fontsize="small")
+        line[0].set_ylabel(plain(name).replace("/", "/\n"), fontsize="small")
         for place, panel in enumerate(line[1:]):
             if place >= len(chosen[name]):
                 panel.set_axis_off()
