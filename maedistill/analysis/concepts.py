@@ -99,7 +99,8 @@ def metrics(values: Mapping[str, Array], others: Mapping[str, Array] | None = No
         statistic, signs = np.std if name == "d_std" else np.mean, np.array([1, -1])[: len(pair)]
         known = np.stack(pair)[:, ~np.isnan(pair).any(0)]  # [1 or 2, count]
         value = low = high = np.nan
-        if count := known.shape[1]:
+        count = known.shape[1]
+        if count > (name == "d_std"):  # one image has no deviation
             value = signs @ statistic(known, axis=-1)
         if count > 1:
             parts = [statistic(known[:, draws], axis=-1) for draws in np.array_split(_resamplings(count), 20)]

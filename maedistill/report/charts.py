@@ -71,7 +71,7 @@ def accuracy_chart(rows: Mapping[str, Accuracy], path: Path, *, order: Sequence[
 
 
 def length_chart(lines: Mapping[str, Sequence[Trained]], path: Path) -> Path | None:
-    """Plot top-1 over the epochs and over the minutes of training, networks of a line joined, scales logarithmic."""
+    """Plot top-1 over epochs and over minutes of training, networks of a line joined; wide ranges are logarithmic."""
     drawn = [network for networks in lines.values() for network in networks]
     widest = max((len(name[-_LONGEST:]) for name in lines), default=0)
     canvas = new_canvas(figsize=(10.4 + 0.08 * widest, min(max(4.2, 0.25 * len(lines)), 60)))
@@ -93,10 +93,11 @@ def length_chart(lines: Mapping[str, Sequence[Trained]], path: Path) -> Path | N
                 if len(each) > 1:
                     axes.scatter([place] * len(each), each, s=12, color="white", edgecolor=colors[name], zorder=3)
         span = [getattr(network, unit) for network in drawn]
-        axes.set_xscale("log", subs=[])  # no minor ticks
-        axes.xaxis.set_major_locator(LogLocator(subs=range(1, 10) if max(span) < 5 * min(span) else (1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel(f"{unit} of training, both stages")
+        if is_wide := max(span) > 2 * min(span):
+            axes.set_xscale("log", subs=[])  # no minor ticks
+            axes.xaxis.set_major_locator(LogLocator(subs=range(1, 10) if max(span) < 5 * min(span) else (1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel(f"{unit} of training, both stages" + ", logarithmic" * is_wide)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("top-1, %")
     canvas.figure.supxlabel(_interval_text([network.accuracy for network in drawn]), fontsize="medium")

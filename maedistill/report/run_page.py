@@ -129,11 +129,12 @@ def _results(run: RecordedRun) -> dict[str, str]:
         facts["top-1"] = percent(score["top1_correct"], score["images"])
         facts["95 % interval"] = interval_text(score["top1_correct"], score["images"])
         facts["top-5"] = percent(score["top5_correct"], score["images"])
+        facts["validation loss"] = f"{score['val_loss']:.4g}"
     if averaged := [record for record in run.records if "ema_top1_correct" in record]:
         facts["moving average"] = percent(averaged[-1]["ema_top1_correct"], averaged[-1]["ema_images"])
     if any(record.get("loss") is not None for record in run.records):
         last = summary(run.records)
-        facts["loss"] = f"{last['loss']:.4g}"
+        facts["training loss"] = f"{last['loss']:.4g}"
         facts |= {"kNN": f"{last['knn']:.1%}"} if last["knn"] is not None else {}
         facts["training time"] = duration(last["seconds"])
         facts["images/s per rank"] = f"{last['rate']:,.0f}"

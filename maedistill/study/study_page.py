@@ -40,6 +40,7 @@ def write_study_page(out: Path, file: Path) -> Path:
             names = legend({disc["name"]: disc["place"] for disc in timed})
             page.add_plots("Accuracy, size and latency", {"": bubbles(timed)}, names, note(about), css="wide")
         page.add("Cost", table(*cost_cells(summaries)), note(pixel_caveat(summaries)))
+        page.add("Runs", note("What follows is of the first seed of each network."))
         for stage, of in _STAGES.items():
             if drawn := _first_runs(out, networks, stage)[:_MOST_DRAWN]:
                 run_page.add_runs(page, drawn, of=of)

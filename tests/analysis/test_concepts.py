@@ -95,6 +95,8 @@ def test_intervals_are_over_images_and_differences_over_pairs_of_them():
 def test_one_image_has_no_interval_and_none_has_no_value():
     one, none = (metrics({"foreground": np.array(values)})["foreground"] for values in ([2.0], [np.nan]))
     assert one["value"] == 2 and np.isnan([one["low"], one["high"], none["value"]]).all() and none["images"] == 0
+    alone = metrics({"distance": np.array([2.0])})
+    assert alone["d_mean"]["value"] == 2 and np.isnan(alone["d_std"]["value"]), "one image has no deviation"
 
 
 def test_a_bar_whose_spread_rounding_made_negative_is_drawn(tmp_path):

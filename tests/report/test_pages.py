@@ -1,6 +1,7 @@
 """Report pages: small, quick, self-contained, true, and no risk to the training that they show."""
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -144,6 +145,9 @@ def test_a_page_says_how_a_run_stands(tmp_path, ended, state):
     run = made_run(tmp_path / "run", "finetune", epochs=4, done=2, every=200, ended=ended)
     page = Parsed(write_page([run], run / PAGE))
     assert f"{state} at epoch 1.918 of 4" in page.text and f"state{state}" in page.text
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scores = [record["val_loss"] for record in records if "val_loss" in record]
+    assert f"validation loss{scores[-1]:.4g}" in page.text and f"training loss{records[-1]['loss']:.4g}" in page.text
     assert ("Reload every" in page.text) == ("last record" in page.text) == (ended is None)
     assert "Reload every" not in Parsed(write_page([run], tmp_path / "other.html")).text, "nothing makes it again"
     (run / "exit.json").write_text("\0\0")
