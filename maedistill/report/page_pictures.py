@@ -51,7 +51,7 @@ def reconstructions(run: RecordedRun, album: Album, *, most: int) -> Html:
     return element("div", slider, *rows, css="sheet pixelated" if run.config.data.image_size < _SIDE else "sheet")
 
 
-def _open(file: Path) -> Image.Image | None:
+def open_picture(file: Path) -> Image.Image | None:
     """Return the picture of a PNG file; None without one, for one that a kill cut short, and for a huge one."""
     with suppress(*_ODD), Image.open(file, formats=("PNG",)) as picture:
         return picture.convert("RGB") if picture.width * picture.height <= _MOST_PIXELS else None
@@ -60,7 +60,7 @@ def _open(file: Path) -> Image.Image | None:
 
 def _columns(file: Path, *, side: int) -> dict[str, list[Image.Image]]:
     """Return the images of a sheet by column; nothing for another picture."""
-    if sheet := _open(file):
+    if sheet := open_picture(file):
         for groups, labels in _SHEETS.items():
             if columns := untile(sheet, side=side, groups=groups):
                 return dict(zip(labels, columns, strict=True))

@@ -32,6 +32,13 @@ class RecordedRun:
     place: int = 0
 
     @property
+    def network(self) -> str:
+        """Return timm's name of the network, with the width and depth that the run set: `vit_tiny (96 x 4)`."""
+        network = self.metadata["network"]
+        size = [str(network["arguments"][key]) for key in ("embed_dim", "depth") if key in network["arguments"]]
+        return f"{network['name']} ({' x '.join(size)})" if len(size) == 2 else network["name"]
+
+    @property
     def state(self) -> str:
         """Return whether the run is finished, in words. A run that was killed could not say so."""
         return {None: "running, or killed", "finished": "finished"}.get(self.ended, f"ended early: {self.ended}")

@@ -115,9 +115,7 @@ def _about(run: RecordedRun) -> str:
     """Say in a line what a run is and how far."""
     stage = "fine-tuning" if isinstance(run.config, FinetuneConfig) else f"{run.config.method} pre-training"
     done = max((record.get("epoch", 0.0) for record in run.records), default=0.0)
-    return (
-        f"{stage} of {run.metadata['network']['name']}, {run.state} at epoch {done:.4g} of {run.config.optim.epochs:g}"
-    )
+    return f"{stage} of {run.network}, {run.state} at epoch {done:.4g} of {run.config.optim.epochs:g}"
 
 
 def _results(run: RecordedRun) -> dict[str, str]:
@@ -146,7 +144,7 @@ def _facts(run: RecordedRun) -> dict[str, str]:
     """Return what went into a run: data, weights of others with their licenses, machine and versions."""
     metadata, start = run.metadata, (run.metadata.get("starts") or [{}])[-1]
     facts = {
-        "network": metadata["network"]["name"],
+        "network": run.network,
         "license of the weights that went in": metadata.get("license", "not stated"),
         "teacher": metadata.get("teacher") or "none",
         "start": metadata.get("init") or "from scratch",

@@ -9,6 +9,7 @@ from maedistill.report import run_page
 from maedistill.report.interactive import bubbles, legend, require_bokeh
 from maedistill.report.markup import command, joined, note, table
 from maedistill.report.page import Page
+from maedistill.report.page_pictures import open_picture
 from maedistill.report.recorded import RecordedRun, is_run, read_json, read_run, readable
 from maedistill.study.results_page import accuracy_cells, cost_cells, interval_lines, pixel_caveat, unfinished_text
 
@@ -39,11 +40,14 @@ def write_study_page(out: Path, file: Path) -> Path:
             about += f" Without a latency: {others}." if others else ""
             names = legend({disc["name"]: disc["place"] for disc in timed})
             page.add_plots("Accuracy, size and latency", {"": bubbles(timed)}, names, note(about), css="wide")
+        if chart := open_picture(out / "lines.png"):
+            drawn = page.album.add(chart, "top-1 over epochs and minutes", css="chart")
+            page.add("Accuracy over the length of training", drawn)
         page.add("Cost", table(*cost_cells(summaries)), note(pixel_caveat(summaries)))
         page.add("Runs", note("What follows is of the first seed of each network."))
         for stage, of in _STAGES.items():
-            if drawn := _first_runs(out, networks, stage)[:_MOST_DRAWN]:
-                run_page.add_runs(page, drawn, of=of)
+            if runs := _first_runs(out, networks, stage)[:_MOST_DRAWN]:
+                run_page.add_runs(page, runs, of=of)
         page.add("Commands", command(results["command"], "the study"))
     return page.write(file)
 

@@ -39,7 +39,7 @@ def made_run(
     (folder / "config.yaml").write_text(config_yaml(config))
     entry = {
         "stage": stage,
-        "network": {"name": "vit_small_patch16_224", "arguments": {}},
+        "network": {"name": "vit_small_patch16_224", "arguments": {"embed_dim": 384, "depth": 8}},
         "data": {"images": 1024 * STEPS_PER_EPOCH, "fingerprint": "0123456789abcdef" * 4},
         "teacher": "timm:vit_large_patch16_224.mae, 1024 x 24, 303.3 M",
         "license": "cc-by-nc-4.0",

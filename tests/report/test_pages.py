@@ -151,7 +151,7 @@ def test_a_page_says_how_a_run_stands(tmp_path, ended, state):
     assert ("Reload every" in page.text) == ("last record" in page.text) == (ended is None)
     assert "Reload every" not in Parsed(write_page([run], tmp_path / "other.html")).text, "nothing makes it again"
     (run / "exit.json").write_text("\0\0")
-    assert "running, or killed at epoch" in Parsed(write_page([run], run / PAGE)).text
+    assert "vit_small_patch16_224 (384 x 8), running, or killed at epoch" in Parsed(write_page([run], run / PAGE)).text
     (run / "metrics.jsonl").write_text("")
     assert not [a for a in Parsed(write_page([run], run / PAGE)).all("div") if "data-root-id" in a], "nothing to draw"
 

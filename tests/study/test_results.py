@@ -321,7 +321,7 @@ def test_pages_do_without_matplotlib(networks, study_folder, monkeypatch) -> Non
 
 
 def test_the_html_page_of_a_study_has_its_tables_runs_and_chart(study_folder):
-    results = collect(Study(**STUDY), study_folder, [0, 1, 2])
+    results = collect(Study(**STUDY | {"lines": {"taught": ("mae", "dmae")}}), study_folder, [0, 1, 2])
     write_results(results, study_folder, title="<b>Three</b>", command="maedistill study x")
     (study_folder / "dmae/seed_0/finetune/scorecard.json").write_text(json.dumps({"latency_ms": 1.5}))
     discs = study_page._discs(study_folder, results["networks"])
@@ -331,6 +331,7 @@ def test_the_html_page_of_a_study_has_its_tables_runs_and_chart(study_folder):
     assert "&lt;b&gt;Three&lt;/b&gt;" in text and "<b>Three" not in text and "scratch/seed_2/finetune" in text
     for heading in ("Accuracy, size and latency", "Curves of pre-training", "Settings of fine-tuning"):
         assert f"<h2>{heading}</h2>" in text
+    assert "<h2>Accuracy over the length of training</h2>" in text and '<img class="chart" width="' in text
     assert f"{100 * 124 / 200:.2f}" in text and text.count("data-root-id=") > 5
     file = study_folder / "results.json"
     file.write_text(file.read_text().replace('"dmae": {', '"../dmae": {', 1))
