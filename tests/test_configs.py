@@ -82,7 +82,12 @@ def test_the_table_of_teachers_says_what_they_cost() -> None:
     row = r"^\| `(\w+)`.* \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$"
     table = re.findall(row, (ROOT / "docs/performance.md").read_text(), re.MULTILINE)
     told = {name: [depth, *figures] for name, depth, *figures in table}
-    for name in ("vit_large_patch14_reg4_dinov2", "resnet50"):
+    for name in (
+        "vit_large_patch14_reg4_dinov2",
+        "eva02_large_patch14_224",
+        "swin_base_patch4_window7_224",
+        "resnet50",
+    ):
         depth, *figures = told[name]
         found = []
         for recipe in ("dmae_vit_s", "dinov3_vit_s"):
@@ -112,14 +117,27 @@ def test_own_configs_dry_run_on_a_few_images(shards, tmp_path, capsys, name):
     assert re.search(r"\ndisk     2 checkpoints \(log\.keep\) of [\d.]+ MB", out)
 
 
-def test_sam_teaches_on_a_few_images(shards, tmp_path, capsys) -> None:
-    """The smallest SAM with random weights, in the place of the largest, and images of 64 px."""
+@pytest.mark.parametrize(
+    ("recipe", "teacher", "depth"),
+    [
+        ("sam_vit_s", "samvit_base_patch16", 12),
+        ("dinov3_vit_t", "vit_small_patch16_dinov3", 11),
+        ("dinov3_vit_s", "vit_small_patch16_dinov3", 11),
+        ("ema_vit_s", None, 11),
+    ],
+)
+def test_teachers_that_see_everything_dry_run_on_a_few_images(
+    shards, tmp_path, capsys, recipe: str, teacher: str | None, depth: int
+) -> None:
+    """The smallest of the family with random weights, in the place of the largest, and images of 64 px."""
     overrides = [f"data.train={shards}", f"run={tmp_path}/r", "data.image_size=64", "data.workers=0"]
-    overrides += ["teacher.source=random:samvit_base_patch16", "teacher.image_size=64", "align.teacher=[12]"]
     overrides += ["student.width=32", "student.num_heads=2", "optim.global_batch=8", "engine.micro_batch=2"]
-    pretrain_dry_run(load_config("imagenet/sam_vit_s", overrides, root=PretrainConfig).config)
+    if teacher is not None:
+        overrides += [f"teacher.source=random:{teacher}", "teacher.image_size=64", f"align.teacher=[{depth}]"]
+    pretrain_dry_run(load_config(f"imagenet/{recipe}", overrides, root=PretrainConfig).config)
     out = capsys.readouterr().out
-    assert "student sees 4 of 16 patches, teacher the whole image at 64 px, maps of side 4 resampled to 4" in out
+    sees = "the whole image at 64 px, maps of side 4 resampled to 4" if recipe == "sam_vit_s" else "16"
+    assert f"student sees 4 of 16 patches, teacher {sees}" in out
     assert re.search(r"flops    teacher \d", out) and "\nmemory " in out
 
 
@@ -146,7 +164,8 @@ def test_the_study_of_lengths_compares_equal_epochs_and_equal_minutes() -> None:
             optim = load_config(student.config, [*NEEDED, *student.set], root=PretrainConfig).config.optim
             assert name.endswith(f"_{optim.epochs:g}") and optim.warmup_epochs == optim.epochs / 10
             lengths.setdefault(name.rpartition("_")[0], []).append(optim.epochs)
-    assert lengths == {method: [3, 10, 30, 100] for method in ("mae", "dmae", "amd", "tinymim")}
+    four = {method: [3, 10, 30, 100] for method in ("mae", "dmae", "amd", "tinymim")}
+    assert lengths == four | {"ema": [30, 100]}
     scratch = study.students["scratch"].finetune_axes["optim.epochs"]
     assert {tuning + epochs for epochs in lengths["mae"]} <= set(scratch)
     for method in ("dmae", "amd", "finetune"):
@@ -166,7 +185,9 @@ def test_imagenet_configs_are_the_papers_recipes() -> None:
         "amd_vit_b": ("amd", 800, 40, (384, 4, 6), "norm_patch_channel", (5, 11), (11, 23), 0.5),
         "amd_vit_s": ("amd", 800, 40, (192, 4, 3), "norm_patch_channel", (5, 11), (11, 23), 0.5),
         "dinov3_vit_s": ("amd", 300, 15, (384, 4, 6), "norm_patch", (11,), (23,), 1.0),
-        "sam_vit_s": ("amd", 400, 40, (192, 4, 3), "norm_patch", (11,), (32,), 1.0),
+        "dinov3_vit_t": ("amd", 300, 15, (384, 4, 6), "norm_patch", (11,), (23,), 1.0),
+        "ema_vit_s": ("amd", 300, 15, (384, 4, 6), "norm_patch", (11,), (11,), 1.0),
+        "sam_vit_s": ("amd", 400, 40, (512, 8, 16), "norm_patch", (11,), (32,), 1.0),
     }
     for name, expected in recipes.items():
         c = load_config(ROOT / f"configs/imagenet/{name}.yaml", NEEDED, root=PretrainConfig).config
@@ -184,6 +205,23 @@ def test_imagenet_configs_are_the_papers_recipes() -> None:
         assert found == expected, name
         assert (c.optim.peak_lr, c.optim.global_batch, c.optim.betas) == (pytest.approx(2.4e-3), 4096, (0.9, 0.95))
         assert (c.optim.weight_decay, c.masks.student_keep_ratio, c.data.crop_scale) == (0.05, 0.25, (0.2, 1.0))
+
+
+def test_the_losses_of_teachers_that_see_everything() -> None:
+    """EUPE's loss and head, SAMI's, and the target of data2vec."""
+    eupe = ("cosine_smooth_l1", "stored", "mlp", False, 0.25, "decoder", 0.75, "cross", None, 0.0, 1.0)
+    losses = {
+        "dinov3_vit_t": eupe,
+        "dinov3_vit_s": eupe,
+        "sam_vit_s": ("mse", "none", "linear", True, 0.25, "decoder", 0.75, "cross", None, 0.0, 0.0),
+        "ema_vit_s": ("smooth_l1", "none", "linear", True, 0.0, "decoder", 1.0, "cross", 6, 0.25, 1.0),
+    }
+    for name, expected in losses.items():
+        c = load_config(ROOT / f"configs/imagenet/{name}.yaml", NEEDED, root=PretrainConfig).config
+        a, g = c.align, c.generate
+        found = (a.distance, a.normalize, a.projector, a.bias, a.weight, g.by, g.weight, c.decoder.attention)
+        assert (*found, a.last_blocks, a.warmup_share, c.pixels.weight) == expected, name
+    assert c.teacher.decay == (0.999, 0.9999)
 
 
 @pytest.mark.parametrize("path", FINETUNE, ids=name_of)

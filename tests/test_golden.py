@@ -125,6 +125,7 @@ def test_dmae(distance: str) -> None:
         teacher_taps=(2,),
         teacher_width=guide.width,
         teacher_prefix=guide.num_prefix,
+        class_token=True,
         distance="l1" if distance == "L1" else "mse",
         normalize="l2",
     )
@@ -161,6 +162,7 @@ def test_amd() -> None:
         teacher_taps=(1, 3),
         teacher_width=guide.width,
         teacher_prefix=guide.num_prefix,
+        class_token=False,
         distance="mse",
         normalize="none",
         bias=False,

@@ -54,7 +54,7 @@ def test_a_step_never_waits_for_the_gpu(kind: type[TokenDecoder]) -> None:
         taps=(2,),
         dtype=torch.bfloat16,
     )
-    align = AlignmentSpec(student_taps=(1,), teacher_taps=(2,), teacher_width=192, teacher_prefix=1)
+    align = AlignmentSpec(student_taps=(1,), teacher_taps=(2,), teacher_width=192, teacher_prefix=1, class_token=True)
     pixels = PixelSpec(mean=(0.5,) * 3, std=(0.5,) * 3, predict_ratio=0.5)
     method = DMAE(encoder, decoder, pixels=pixels, align=align)
     initialize(method, seed=0)

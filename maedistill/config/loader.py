@@ -13,6 +13,7 @@ Relative paths among the values are relative to the working directory.
 
 import difflib
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,6 +124,14 @@ def load_config(
     for name, (origin, winner) in dropped.items():
         origins[name] = f"default: {winner} ({settings[winner].origin}) replaces {origin}"
     return LoadedConfig(config, origins, tuple(notes))
+
+
+def cut_settings(text: str) -> list[str]:
+    """Cut a text into settings as a shell does: a value with blanks stands in quotes. Raises ConfigError."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"{text!r} cannot be cut into settings ({error})", "close its quotes") from None
 
 
 def require_consistent(config: RunConfig) -> None:

@@ -135,6 +135,7 @@ def family(key: str, model: str | None) -> Iterator[Problem]:
     """Yield a problem unless `model` is a plain Vision Transformer, the only kind that can run on selected patches."""
     if model is not None and not model.startswith((*FAMILIES, f"{PYTHON_KIND}:")):
         remedy = "use a vit_*, deit* or eva02_* name, e.g. vit_small_patch16_224"
+        remedy += "; name others as teacher.source=timm:NAME or local-dir:FOLDER" if key == "teacher.model" else ""
         yield Problem(key, f"{model!r} is not a plain ViT of timm", remedy)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from maedistill.config.finetune import FinetuneConfig
-from maedistill.config.loader import COMMAND_LINE, load_config
+from maedistill.config.loader import COMMAND_LINE, cut_settings, load_config
 from maedistill.config.schema import Triple
 from maedistill.errors import ConfigError, UserError
 from maedistill.finetuning.build import build_classifier, build_init_source
@@ -54,7 +54,7 @@ def peer_configs(config: FinetuneConfig) -> list[FinetuneConfig]:
     for number, text in enumerate(config.distill.mutual.students, 1):
         try:
             given = {**base, "seed": config.seed + number}
-            peer = load_config(given, text.split(), root=FinetuneConfig, to_run=False)
+            peer = load_config(given, cut_settings(text), root=FinetuneConfig, to_run=False)
         except UserError as error:
             raise ConfigError(f"{key}: {text!r}: {error.cause}", error.remedy) from error
         named = [name for name, origin in peer.origins.items() if origin == COMMAND_LINE]

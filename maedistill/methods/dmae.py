@@ -23,14 +23,16 @@ from maedistill.models.masking import PatchSplit
 class AlignmentSpec:
     """Feature alignment of pairs of blocks, one student tap with one teacher tap.
 
-    distance, normalize, beta: of `losses.features.feature_loss`. projector, bias: of the projections. name: that its
-    losses are logged under. more: the alignment with further teachers.
+    class_token: align the class tokens too, which are the first prefix tokens. distance, normalize, beta: of
+    `losses.features.feature_loss`. projector, bias: of the projections. name: that its losses are logged under. more:
+    the alignment with further teachers.
     """
 
     student_taps: tuple[int, ...]
     teacher_taps: tuple[int, ...]
     teacher_width: int
     teacher_prefix: int
+    class_token: bool
     distance: str = "l1"
     normalize: str = "l2"
     beta: float = 2.0
@@ -85,18 +87,27 @@ class DMAE(MAE):
     ) -> tuple[Tensor, Losses]:
         """Return the direct alignment of each pair at the patches that both networks see, after its weighted sum.
 
-        Prefix tokens (class, registers) are aligned too if both networks have equally many, as in DMAE.
+        The class token is aligned too if both networks have one, as in DMAE; registers are not.
         """
         rows, prefix = iter(projected), self.encoder.num_prefix
         losses: Losses = {}
         weighted = []
         for spec, target in zip(self.aligned, targets, strict=True):
-            skip_student, skip_teacher = (0, 0) if prefix == spec.teacher_prefix else (prefix, spec.teacher_prefix)
             end = spec.teacher_prefix + split.num_student
             own = {
-                f"{spec.name}/{s}": spec.compare(next(rows)[:, skip_student:], target[t][:, skip_teacher:end])
+                f"{spec.name}/{s}": spec.compare(
+                    _aligned(next(rows), prefix, class_token=spec.class_token),
+                    _aligned(target[t][:, :end], spec.teacher_prefix, class_token=spec.class_token),
+                )
                 for s, t in zip(spec.student_taps, spec.teacher_taps, strict=True)
             }
             weighted.append(spec.weight * self.ramp * mean_loss(own))
             losses |= own
         return torch.stack(weighted).sum(), losses
+
+
+def _aligned(rows: Tensor, prefix: int, *, class_token: bool) -> Tensor:
+    """Leave out the prefix tokens, but for a class token that is wanted: [B, prefix + S, D] -> [B, 0 or 1 + S, D]."""
+    if class_token and prefix > 1:
+        return torch.cat([rows[:, :1], rows[:, prefix:]], dim=1)
+    return rows if class_token else rows[:, prefix:]

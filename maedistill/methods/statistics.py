@@ -28,6 +28,11 @@ class ChannelStatistics(nn.Module):
         self.register_buffer("sums", zeros)  # [3, K, D_t], of all ranks, up to the step before
         self.register_buffer("pending", zeros.clone(), persistent=False)  # of this rank, of this step
 
+    @property
+    def measured(self) -> Tensor:
+        """Return whether anything was measured: a scalar."""
+        return (self.sums[0] > 0).all()
+
     @torch.no_grad()
     def forward(self, target: dict[int, Tensor]) -> dict[int, Tensor]:
         """Standardise {tap: [B, Q + T, D_t]}, in fp32; before anything was measured, change nothing."""

@@ -148,6 +148,11 @@ def as_encoder(module: TimmModel, name: str) -> Encoder:
     return module
 
 
+def has_class_token(encoder: Encoder) -> bool:
+    """Return whether row 0 of the outputs is a class token. Of a module of your own, the first prefix token is one."""
+    return encoder.vit.cls_token is not None if isinstance(encoder, MaskedEncoder) else encoder.num_prefix > 0
+
+
 def can_mask(module: TimmModel) -> bool:
     """Return whether `as_encoder` takes `module`. Other networks see whole images, see `models/maps.py`."""
     if all(isinstance(getattr(module, attribute, None), int) for attribute in _ATTRIBUTES):

@@ -70,12 +70,15 @@ def learns_rope(vit: Any) -> bool:
 def rope_table(vit: Any) -> Tensor | None:
     """Return timm's table of sines and cosines, None without rotary positions.
 
-    [1, N, 2d] for all blocks and heads, or [depth, H, N, 2d] if each has its own.
+    [1, N, 2d] for all blocks and heads, or [depth, H, N, 2d] if each has its own. It is the table of evaluation: in
+    training, timm would draw random scales for some models (`rope_rescale_coords`).
     """
     rope = getattr(vit, "rope", None)
     if rope is None:
         return None
-    table = rope.get_embed(shape=list(vit.patch_embed.grid_size))
+    training = rope.training
+    table = rope.eval().get_embed(shape=list(vit.patch_embed.grid_size))
+    rope.train(training)
     return table if learns_rope(vit) else table[None]
 
 

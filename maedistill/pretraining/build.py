@@ -23,7 +23,15 @@ from maedistill.methods.teacher import Teacher
 from maedistill.methods.tinymim import RelationSpec, TinyMIM
 from maedistill.models.blocks import has_plain_attention
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
-from maedistill.models.encoder import Encoder, MaskedEncoder, TimmModel, as_encoder, build_vit, can_mask
+from maedistill.models.encoder import (
+    Encoder,
+    MaskedEncoder,
+    TimmModel,
+    as_encoder,
+    build_vit,
+    can_mask,
+    has_class_token,
+)
 from maedistill.models.initialize import initialize
 from maedistill.models.maps import MapEncoder
 from maedistill.models.masking import PatchSplit, num_visible, random_split
@@ -58,8 +66,8 @@ def build_teacher_source(config: PretrainConfig, *, grid: int, objects: Objects 
         return None
     assert teacher.source is not None
     if objects.teachers:
-        size = teacher.image_size or config.data.image_size
-        network = given_network(objects.teachers[0], teacher.source, image_size=size)
+        size = teacher.image_size
+        network = given_network(objects.teachers[0], teacher.source, image_size=size, otherwise=config.data.image_size)
         if can_mask(network.module) and network.encoder.grid % grid:
             raise ConfigError(
                 f"teacher.source: the teacher has {network.encoder.grid} patches along a side, the student {grid}",
@@ -103,7 +111,7 @@ def _sees_all(config: PretrainConfig, network: Network, *, grid: int) -> Network
         )
     if config.align.last_blocks is not None:
         cause = f"{network.name} gives maps of stages, whose outputs are not averaged"
-        raise ConfigError(f"align.last_blocks: {cause}", "remove it")
+        raise ConfigError(f"align.last_blocks: {cause}", "set align.last_blocks=null")
     taps, size = config.align.teacher, network.size
     encoder = MapEncoder(network.module, name=network.name, taps=taps, grid=grid, image_size=size)
     return replace(network, module=encoder)
@@ -208,7 +216,11 @@ def alignment_spec(config: PretrainConfig, encoder: Encoder, teacher: Encoder, *
             f"use 0 to {encoder.depth - 1}",
         )
     terms = align.model_dump(include={"distance", "normalize", "beta", "projector", "bias", "weight"})
-    return AlignmentSpec(align.student, align.teacher, teacher.width, teacher.num_prefix, **terms, name=name)
+    # Stored statistics are those of patches, and would give a class token some other scale.
+    class_token = has_class_token(encoder) and has_class_token(teacher) and align.normalize != "stored"
+    return AlignmentSpec(
+        align.student, align.teacher, teacher.width, teacher.num_prefix, class_token=class_token, **terms, name=name
+    )
 
 
 def _relations(config: PretrainConfig, encoder: Encoder, teacher: Encoder) -> RelationSpec:

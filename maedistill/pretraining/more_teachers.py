@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from maedistill.config.keys import flat
-from maedistill.config.loader import COMMAND_LINE, load_config
+from maedistill.config.loader import COMMAND_LINE, cut_settings, load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.sources import EMA, PYTHON_KIND
 from maedistill.errors import ConfigError
@@ -54,12 +54,13 @@ def open_more_teachers(config: PretrainConfig, encoder: Encoder, device: torch.d
 
 def _config_of(text: str, config: PretrainConfig) -> PretrainConfig:
     """Return the config of a further teacher. Raises ConfigError for settings that teachers must share."""
-    if f"teacher.source={EMA}" in text.split() or f"teacher.source={PYTHON_KIND}:" in text:
+    settings = cut_settings(text)
+    if f"teacher.source={EMA}" in settings or f"teacher.source={PYTHON_KIND}:" in text:
         raise ConfigError("an average, or an object, can only be the first teacher", "name others here")
     changed: dict[str, Any] = {"method": "dmae", "masks.teacher_keep_ratio": None, "more_teachers": []}
     shared = {name: value for name, value in (flat(config) | changed).items() if not name.startswith("teacher.")}
     shared["teacher.precision"] = config.teacher.precision
-    entry = load_config(shared, text.split(), root=PretrainConfig, to_run=False)
+    entry = load_config(shared, settings, root=PretrainConfig, to_run=False)
     for name, origin in entry.origins.items():
         is_own = name.startswith(("teacher.", "align.")) and name != "align.warmup_share"
         if not is_own and origin == COMMAND_LINE:

@@ -184,8 +184,9 @@ class Pretraining(Stage):
     def begin_step(self, step: int) -> None:
         """Set what a step counts the terms of a teacher with."""
         warmup = self.config.align.warmup_share * self.plan.steps
-        unmeasured = bool(self.statistics) and step == 0
-        self.module.ramp.fill_(0.0 if unmeasured else min(1.0, step / warmup) if warmup else 1.0)
+        self.module.ramp.fill_(min(1.0, step / warmup) if warmup else 1.0)
+        for statistics in self.statistics.values():
+            self.module.ramp.mul_(statistics.measured)
 
     def teach(self, images: Tensor, split: PatchSplit, step: int | None = None) -> tuple[list[BlockFeatures], Losses]:
         """Return what a method compares with, of each teacher, and what is logged of it.

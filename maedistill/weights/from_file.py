@@ -19,15 +19,16 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.serialization import safe_globals
 
 from maedistill.errors import DataError
-from maedistill.models.encoder import PlainViT, TimmModel, build_vit
+from maedistill.models.encoder import PlainViT, TimmModel, build_vit, require_known
 from maedistill.models.meta import meta_device
-from maedistill.weights.recognize import grid_of, recognize
+from maedistill.weights.recognize import grid_of, prefix_tokens, recognize
 from maedistill.weights.state_dict import import_weights, load_classifier, load_encoder
 
 # Called with a network that holds no weights yet: raises if it does not serve, and returns the image size to open it
@@ -95,7 +96,8 @@ def open_file(
 ) -> tuple[PlainViT, str]:
     """Load a weights file; return the network and which keys were loaded. section: the config section, for errors.
 
-    The file determines whether there is a class token, and all that the spec leaves open if it names no model.
+    The file determines whether there is a class token, how many registers a model with registers has if the spec does
+    not say it, and all that the spec leaves open if it names no model.
     weights: see `choose_entry`. classifies: keep the classifier of a file of transformers. Raises DataError if the file
     cannot be read safely, or if its keys do not fit the network; ConfigError if its architecture cannot be told.
     """
@@ -109,7 +111,10 @@ def open_file(
         shape = {name: value for name, value in asdict(found).items() if name in SPEC_FIELDS}
         given = {name: value for name, value in asdict(spec).items() if value is not None}
         spec, told = EncoderSpec(**shape | given), f"{told}{found.describe()}; "
-    spec = replace(spec, class_token="cls_token" in encoder)
+    class_token, registers = prefix_tokens(encoder)
+    if spec.model is not None and spec.register_tokens is None and registers and _has_registers(spec.model):
+        spec = replace(spec, register_tokens=registers)
+    spec = replace(spec, class_token=class_token)
     classifier = imported.part("classifier.") if classifies and imported.eps and spec.class_token else {}
     num_classes = classifier["bias"].numel() if len(classifier) == 2 else 0
     vit = spec.build(spec.pos_embed or "learned", inspect_network, grid=grid_of(encoder), num_classes=num_classes)
@@ -118,6 +123,13 @@ def open_file(
     if num_classes:  # added once the encoder is known to fit: its size is not trusted before
         load_classifier(vit, classifier, audit, name=path)
     return vit, f"{told}{audit}, {_set_eps(vit, spec.eps, imported.eps)}"
+
+
+def _has_registers(model: str) -> bool:
+    """Return whether timm's `model` has registers. Positions of one without have another shape."""
+    require_known(model)
+    with meta_device():
+        return getattr(timm.create_model(model, pretrained=False), "reg_token", None) is not None
 
 
 def _set_eps(vit: PlainViT, stated: float | None, usual: float | None) -> str:

@@ -16,6 +16,7 @@ from maedistill.config.architectures import SIZES
 from maedistill.errors import ConfigError
 
 KEY_OF_MODEL = {"teacher": "teacher.model", "init": "student.model"}  # by the config section of the source
+_OTHERS = "for another kind of network, name it as timm:NAME or local-dir:FOLDER"
 _ONE_FOR_ALL = "small"  # the timm size whose name stands for networks that timm has no size for
 _HEAD_WIDTH = 64
 _BLOCK = re.compile(r"blocks\.(\d{1,4})\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)")
@@ -64,7 +65,7 @@ def recognize(
 
     def refuse(reason: str, *, heads: bool = False) -> ConfigError:
         key = KEY_OF_MODEL.get(section or "")
-        remedy = f"set {key} to the timm model that it is, e.g. {key}={likely_model(weights)}" if key else None
+        remedy = f"set {key} to the timm ViT that it is, e.g. {key}={likely_model(weights)}; {_OTHERS}" if key else None
         if key and heads:
             remedy = f"set {key.replace('model', 'num_heads')}"
         cause = f"{name}: its architecture cannot be told from its shapes: {reason}"

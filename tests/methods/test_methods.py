@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from maedistill.data.images.transforms import normalize
 from maedistill.methods.amd import AMD, GeneratorSpec
@@ -12,6 +13,7 @@ from maedistill.methods.dmae import DMAE, AlignmentSpec
 from maedistill.methods.mae import MAE, PixelSpec, pixel_target
 from maedistill.methods.teacher import Teacher
 from maedistill.methods.tinymim import RelationSpec, TinyMIM
+from maedistill.models.blocks import projection
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.models.initialize import initialize
@@ -45,7 +47,8 @@ def build(case: str) -> tuple[MAE, Teacher | None, PatchSplit, torch.Tensor]:
         source = open_network("random:vit_tiny_patch16_224", "encoder", grid=8, spec=spec)
         teacher = Teacher(source, taps=taps[1], relations=name == "tinymim")
         projector = "mlp" if "mlp" in case else "linear"
-        align = AlignmentSpec(*taps, teacher_width=48, teacher_prefix=1, projector=projector)
+        prefix = {"teacher_prefix": 1, "class_token": encoder.num_prefix == 1}
+        align = AlignmentSpec(*taps, teacher_width=48, **prefix, projector=projector)
     if name == "mae":
         method = MAE(encoder, decoder, pixels=pixels)
     elif name == "dmae":
@@ -65,6 +68,13 @@ def build(case: str) -> tuple[MAE, Teacher | None, PatchSplit, torch.Tensor]:
 
 def losses_of(method: MAE, teacher: Teacher | None, split: PatchSplit, images: torch.Tensor) -> dict:
     return method(images, split, teacher(images, split) if teacher is not None else None)
+
+
+def test_the_mlp_head_is_linear_norm_gelu_linear() -> None:
+    head, rows = projection(6, 10, kind="mlp"), torch.randn(3, 6)
+    first, norm, last = head[0], head[1], head[3]
+    hidden = F.layer_norm(F.linear(rows, first.weight, first.bias), (10,), norm.weight, norm.bias, norm.eps)
+    torch.testing.assert_close(head(rows), F.linear(F.gelu(hidden), last.weight, last.bias))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -44,7 +44,7 @@ def step(parts: Pretraining) -> tuple[dict[str, torch.Tensor], dict[str, torch.T
 
 @pytest.mark.parametrize("settings", [DMAE, AMD], ids=["dmae", "amd"])
 def test_two_equal_teachers_of_half_the_weight_are_one(opened, settings):
-    one, two = opened(settings), opened([*settings, "align.weight=0.5"], VIT)
+    one, two = opened(settings), opened([*settings, "align.weight=0.5"], f"{VIT} 'align.student=[ 1 ]'")
     weights = one.module.state_dict()
     again = {name.replace("projections.0", "projections.1"): value for name, value in weights.items()}
     two.module.load_state_dict(again | weights)
@@ -101,6 +101,14 @@ def test_a_killed_run_of_a_vit_and_a_resnet_goes_on_bit_by_bit(pretraining, tmp_
     assert "more_teachers" in pretraining("two-teachers", *other, code=2).err
 
 
+def test_a_map_beside_a_mean_of_blocks_leaves_it_out(opened):
+    settings = [*DMAE, "align.last_blocks=1"]
+    with pytest.raises(ConfigError, match=r"align\.last_blocks") as refusal:
+        opened(settings, MAP)
+    remedy = refusal.value.remedy.removeprefix("set ")
+    assert opened(settings, f"{MAP} {remedy}").more[0].config.align.last_blocks is None
+
+
 @pytest.mark.parametrize(
     ("more", "cause", "remedy"),
     [
@@ -116,6 +124,7 @@ def test_a_killed_run_of_a_vit_and_a_resnet_goes_on_bit_by_bit(pretraining, tmp_
         (f"{VIT} align.student=[5]", "block 5 does not exist, the student has 2", "use 0 to 1"),
         (f"{VIT} align.output=ffn", "one of block, mlp", "write block or mlp"),
         (f"{MAP} align.output=mlp", "align.output: ", "align.output=block"),
+        (f"{VIT} 'align.weight=1", "cannot be cut into settings", "close its quotes"),
     ],
 )
 def test_what_cannot_be_a_further_teacher_is_refused(opened, more, cause, remedy):

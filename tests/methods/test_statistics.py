@@ -43,6 +43,11 @@ def test_a_step_that_is_not_finite_is_not_measured():
     assert torch.equal(statistics.sums, measured(targets(0), most=9).sums) and statistics.sums.isfinite().all()
 
 
+def test_until_something_is_measured_the_terms_of_the_teacher_rest():
+    broken = {tap: one * torch.nan for tap, one in targets(0).items()}
+    assert [bool(measured(*steps, most=9).measured) for steps in ([], [broken], [broken, targets(0)])] == [0, 0, 1]
+
+
 def test_layouts_measure_the_same(pretraining):
     """1, 2 and 3 ranks, and accumulation: 5 steps of 12 images of 4 patches. In the first step only pixels count."""
     layouts = {"one": (1, []), "two": (2, []), "three": (3, ["engine.zero=1"]), "parts": (1, ["engine.micro_batch=4"])}

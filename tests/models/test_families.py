@@ -21,11 +21,11 @@ from maedistill.methods.dmae import DMAE, AlignmentSpec
 from maedistill.methods.mae import PixelSpec
 from maedistill.methods.teacher import Teacher
 from maedistill.models.decoder import TokenDecoder
-from maedistill.models.encoder import MaskedEncoder, build_vit
+from maedistill.models.encoder import MaskedEncoder, build_vit, has_class_token
 from maedistill.models.initialize import initialize
 from maedistill.models.masking import random_split
 from maedistill.models.patches import gather_rows
-from maedistill.pretraining.build import build_encoder, build_teacher_source
+from maedistill.pretraining.build import alignment_spec, build_encoder, build_teacher_source
 from maedistill.pretraining.flops import count_flops
 from maedistill.weights.from_file import EncoderSpec
 from maedistill.weights.network import Network
@@ -150,7 +150,8 @@ def learning(vit: torch.nn.Module, *, initial: bool = True) -> tuple[DMAE, Teach
     encoder = MaskedEncoder(vit)
     shape = {"grid": GRID, "patch_size": encoder.patch_size, "num_prefix": encoder.num_prefix}
     decoder = TokenDecoder(encoder.width, width=16, depth=1, num_heads=2, **shape)
-    align = AlignmentSpec((1,), (1,), encoder.width, encoder.num_prefix, distance="mse", normalize="none")
+    prefix = {"teacher_prefix": encoder.num_prefix, "class_token": has_class_token(encoder)}
+    align = AlignmentSpec((1,), (1,), encoder.width, **prefix, distance="mse", normalize="none")
     method = DMAE(encoder, decoder, pixels=PixelSpec(MEAN, STD), align=align)
     if initial:
         for parameter in method.parameters():
@@ -173,6 +174,53 @@ def test_a_student_begins_where_its_equal_teacher_is_and_gradients_reach_all_of_
     bare = [name for name, p in method.encoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not bare
     assert all(value.isfinite().all() for value in method.state_dict().values())
+
+
+@torch.no_grad()
+def test_rotations_are_those_of_evaluation_whatever_the_mode() -> None:
+    """In training, timm draws random scales for this model at every call."""
+    vit = small("vit_base_patch16_sapiens2")
+    expected = vit.rope.get_embed(shape=[GRID, GRID])
+    vit.train()
+    assert not torch.equal(vit.rope.get_embed(shape=[GRID, GRID]), expected)
+    assert torch.equal(MaskedEncoder(vit).rope[0], expected) and vit.rope.training
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("vit_small_patch16_dinov3", [True, False, False, False, False]),
+        ("vit_medium_patch16_rope_reg1_gap_256", [False]),
+    ],
+)
+def test_class_tokens_are_aligned_and_registers_are_not(name: str, counts: list[bool]) -> None:
+    method, teacher = learning(small(name))
+    images = pictures(method.encoder, torch.float32)
+    split = random_split(torch.arange(2), seed=0, num_patches=GRID**2, num_student=8, num_teacher=8)
+    target, found = teacher(images, split), []
+    for row in range(method.encoder.num_prefix):
+        changed = target[1].clone()
+        changed[:, row] += 1
+        found.append(bool(method(images, split, {1: changed})["align/1"] > 0))
+    assert found == counts
+
+
+@pytest.mark.parametrize(
+    ("source", "normalize", "expected"),
+    [
+        ("random:vit_small_patch16_224", "whiten", True),
+        ("random:vit_small_patch16_dinov3", "whiten", True),
+        ("random:vit_small_patch16_224", "stored", False),  # the statistics are those of patches
+        ("random:vit_medium_patch16_rope_reg1_gap_256", "whiten", False),  # one prefix token, a register
+    ],
+)
+def test_a_student_with_a_class_token_aligns_it_with_another(source: str, normalize: str, expected: bool) -> None:
+    config = teacher_config(source=source)
+    config = config.model_copy(update={"align": config.align.model_copy(update={"normalize": normalize})})
+    encoder = build_encoder(config)
+    teacher = build_teacher_source(config, grid=encoder.grid).encoder
+    assert alignment_spec(config, encoder, teacher).class_token == expected
 
 
 @torch.no_grad()
@@ -255,6 +303,8 @@ def test_a_file_of_timm_s_opens_if_its_model_is_named(name: str, tmp_path) -> No
 ROPE_STUDENTS = {
     "dinov3": "vit_small_patch16_dinov3",
     "mixed": "vit_small_patch16_rope_mixed_ape_224",
+    "eva02": "eva02_tiny_patch14_224",  # SwiGLU
+    "pe": "vit_pe_spatial_tiny_patch16_512",  # a norm before the blocks, none after
 }
 
 

@@ -50,7 +50,7 @@ def gflops(
         shape = {"grid": 14, "patch_size": 16, "num_prefix": encoder.num_prefix}
         specs = {
             "pixels": PixelSpec(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-            "align": AlignmentSpec(*taps, teacher_width=guide.width, teacher_prefix=guide.num_prefix),
+            "align": AlignmentSpec(*taps, guide.width, guide.num_prefix, class_token=encoder.num_prefix == 1),
         }
         by = "decoder" if shared else "own"
         specs |= {"generate": GeneratorSpec(num_heads=guide.width // 64, by=by)} if method == "amd" else {}

@@ -153,8 +153,19 @@ def test_registers_of_dinov2_are_timms(tmp_path):
     for model in ("vit_small_patch14_dinov2", None):  # registers, or LayerScale, that it does not have
         with pytest.raises((DataError, ConfigError)) as refused:
             open_network(f"file:{tmp_path}/a.pth", "encoder", spec=EncoderSpec(model, **TINY), section="teacher")
-        named = refused.value.remedy.rpartition("teacher.model=")[2]
+        named = refused.value.remedy.rpartition("teacher.model=")[2].partition(";")[0]
         assert "_reg4_dinov2" in named and timm.is_model(named)
+
+
+@pytest.mark.parametrize("registers", [1, 8])
+def test_a_file_says_how_many_registers_there_are(tmp_path, registers):
+    vit = build_vit("vit_small_patch14_reg4_dinov2", image_size=32, register_tokens=registers, **TINY).eval()
+    for i, parameter in enumerate(vit.parameters()):
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(i))
+    torch.save(vit.state_dict(), tmp_path / "a.pth")
+    spec, images = EncoderSpec("vit_small_patch14_reg4_dinov2", **TINY), torch.randn(2, 3, 32, 32)
+    opened = open_network(f"file:{tmp_path}/a.pth", "encoder", grid=4, spec=spec).module.eval()
+    torch.testing.assert_close(opened.forward_features(images), vit.forward_features(images))
 
 
 def test_every_stage_has_a_key_that_chooses(tmp_path):
