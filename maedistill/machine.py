@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Precision = Literal["fp32", "bf16", "fp16"]
+JOBS_VARIABLE = "MAEDISTILL_JOBS"  # in the environment of the jobs of a study
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")  # most bytes of a control group, bytes that it uses
 _CGROUP_V2 = ("memory.max", "memory.current")
@@ -61,6 +62,11 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
     return names[0].partition(":")[2].strip() if names else ""
+
+
+def runs_beside() -> int:
+    """Return the number of runs that share the machine's memory: the jobs of a study, which says so, else 1."""
+    return int(os.environ.get(JOBS_VARIABLE) or 1)
 
 
 def cpu_share(local_ranks: int) -> int:

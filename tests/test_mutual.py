@@ -29,7 +29,7 @@ def test_every_student_and_all_of_them_together_are_scored(trained):
     assert last[3]["best_top1"] == max(each)
     assert last[3]["mean_top1"] == pytest.approx(sum(each) / 3)
     first = trained.metrics()[0]
-    assert {"mutual", "peer1/mutual", "peer2/mutual", "peer2/cross_entropy"} <= first.keys()
+    assert {"weight/mutual", "mutual", "peer1/mutual", "peer2/mutual", "peer2/cross_entropy"} <= first.keys()
     assert "ema_best_top1" in last[7]
     report = (trained.run / "report.md").read_text()
     assert f"- peer 2: top-1 {100 * each[2]:.2f} %" in report and "- ensemble" in report
@@ -47,7 +47,8 @@ def test_a_student_is_evaluated_and_exported_alone(trained, shards, tmp_path):
     out = maedistill.export(trained.run, tmp_path / "peer", peer=2)
     record, card = json.loads((out / "export.json").read_text()), (out / "README.md").read_text()
     assert record["peer"] == 2 and record["max_difference"] == 0.0
-    assert "student 2 of mutual learning" in card and f"({recorded['peer2_top1_correct']} of 24)" in card
+    assert "student 2 of mutual learning" in card and "; seed 2." in card
+    assert f"({recorded['peer2_top1_correct']} of 24)" in card
     alone = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     opened = open_network(f"run:{trained.run}", "classifier", peer=2)

@@ -82,6 +82,7 @@ def test_decoded_images_that_are_kept_change_no_bit_on_three_ranks(pretraining, 
             f"kept-{keep}", *settings["mae"], f"data.keep_decoded={keep}", "data.workers=1", "optim.epochs=2", ranks=3
         )
         assert ("decoded  once and kept in memory: 96 images" in ended.out) == (keep == "true")
+        assert "cannot open what others keep" not in ended.err
         ends[keep] = (ended.last_checkpoint() / "model.safetensors").read_bytes()
     assert ends["true"] == ends["false"]
 

@@ -16,6 +16,7 @@ from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.schema import RunConfig
 from maedistill.escaping import code, markdown, without_paths
+from maedistill.finetuning.peers import peer_configs
 from maedistill.models.encoder import PlainViT, num_params_m
 from maedistill.models.flops import forward_gflop
 from maedistill.pretraining.build import mask_sizes
@@ -140,14 +141,18 @@ def _training(
         lines.append("- The settings are missing: the run folder had no config.yaml.")
     else:
         optim = config.optim
+        seed, tuned = config.seed, list[str]()
+        if isinstance(config, FinetuneConfig):
+            student = [config, *peer_configs(config)][peer]
+            seed, tuned = student.seed, _finetuning(config, student)
         clip = f", gradients clipped at {optim.clip:g}" if optim.clip is not None else ""
         lines += [
             f"- Training shards: {code(without_paths(config.data.train, word=True))}.",
             *(_pretraining(config, vit) if isinstance(config, PretrainConfig) else []),
-            *(_finetuning(config) if isinstance(config, FinetuneConfig) else []),
+            *tuned,
             f"- Schedule: {optim.epochs:g} epochs, {optim.global_batch} images a step; AdamW with betas {optim.betas}, "
             f"peak learning rate {optim.peak_lr:.3g} after {optim.warmup_epochs:g} epochs of warm-up, cosine to "
-            f"{optim.min_lr:g}, weight decay {optim.weight_decay:g}{clip}; seed {config.seed}.",
+            f"{optim.min_lr:g}, weight decay {optim.weight_decay:g}{clip}; seed {seed}.",
         ]
     starts = metadata.get("starts", [])
     commands = Counter(without_paths(start["command"], command=True) for start in starts)
@@ -186,7 +191,8 @@ def _pretraining(config: PretrainConfig, vit: PlainViT) -> list[str]:
     ]
 
 
-def _finetuning(config: FinetuneConfig) -> list[str]:
+def _finetuning(config: FinetuneConfig, student: FinetuneConfig) -> list[str]:
+    """Describe the fine-tuning. student: the config of the peer that is exported, or the run's."""
     data, augment, (low, high) = config.data, config.augment, config.data.crop_scale
     share = f"; trained on {data.label_fraction:.3g} of each class's labels" if data.label_fraction < 1 else ""
     mixing = f"mixup {augment.mixup:g}, cutmix {augment.cutmix:g}" if augment.mixes else "no mixing"
@@ -200,7 +206,7 @@ def _finetuning(config: FinetuneConfig) -> list[str]:
         f"RandAugment {augment.rand_augment or 'off'}, {mixing}, erasing {augment.erasing:g}, label smoothing "
         f"{augment.smoothing:g}{share}.",
         f"- Layer-wise learning rates: times {config.optim.layer_decay:g} a layer; drop path "
-        f"{config.student.drop_path:g}; pooling {config.student.global_pool}.",
+        f"{student.student.drop_path:g}; pooling {student.student.global_pool}.",
     ]
 
 

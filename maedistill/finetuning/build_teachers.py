@@ -69,7 +69,8 @@ def build_module(
     if distill.mutual.on:
         if not isinstance(vit, PlainViT):
             raise ConfigError("distill.mutual: the student is no ViT of timm", "leave it out")
-        return Mutual(vit, [peer.vit for peer in peers], label_weight=distill.label_weight)
+        is_scheduled, others = distill.mutual.is_scheduled, [peer.vit for peer in peers]
+        return Mutual(vit, others, label_weight=distill.label_weight, is_scheduled=is_scheduled)
     student = feature_info(vit, name="the student", image_size=config.data.image_size)
     if isinstance(vit, VisionTransformer) and is_plain_vit(vit):
         student = replace(student, vit=vit, exits=config.student.exits)

@@ -113,12 +113,17 @@ class Codistillation:
         lines = []
         for peer in self.section.peers:
             try:
-                self._build(peer, unloaded_run(str(folder_of(peer)))[0])
-                if problem := meeting.why_no_pair(peer, run) or meeting.why_unfit(peer, self.entry("")):
-                    lines.append(f"warning  {problem.cause}: {problem.remedy}, or start that run anew")
+                network = unloaded_run(str(folder_of(peer)))[0]
             except UserError as error:
                 self._build(peer, Network(deepcopy(vit), peer, size, "", num_classes=self.num_classes))
                 lines.append(f"note     {peer} counts as a copy of the student: {error.cause}")
+                continue
+            try:
+                self._build(peer, network)
+                if problem := meeting.why_no_pair(peer, run) or meeting.why_unfit(peer, self.entry("")):
+                    lines.append(f"warning  {problem.cause}: {problem.remedy}, or start that run anew")
+            except ConfigError as error:
+                lines.append(f"warning  {error.cause}: {error.remedy}")
         return lines
 
     def meet(self, run: Run) -> None:
@@ -190,7 +195,11 @@ class Codistillation:
         self._state.licenses[peer] = entry_of(peer)["license"]
 
     def _build(self, peer: str, network: Network) -> None:
-        classes = shared_classes(network, self.classes, num_classes=self.num_classes)
+        try:
+            classes = shared_classes(network, self.classes, num_classes=self.num_classes)
+        except ConfigError as error:
+            cause = error.cause.removeprefix("distill.teachers: ")
+            raise ConfigError(f"{_KEY}.peers: {cause}", "let runs on the same classes learn from each other") from None
         copy = OfflineTeacher(
             network,
             requested=RequestedOutputs(logits=True),

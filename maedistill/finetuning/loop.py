@@ -167,7 +167,8 @@ def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
         name: Predictor(network, context, mean=parts.mean, std=parts.std) for name, network in networks.items()
     }
     scores = {name: evaluate(predictor, parts.validation(), context).score for name, predictor in predictors.items()}
-    if metrics is not None:  # all records together, so that a kill does not leave half of them
+    if metrics is not None:
+        records = []
         for prefix, score in scores.items():
             values = score.metrics()
             values["val_loss"] = values.pop("loss")
@@ -176,6 +177,7 @@ def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
                 averaged = prefix.removesuffix("ensemble_")
                 each = [scores[averaged + name].top1 for name in networks_of(parts.module) if name != "ensemble_"]
                 record |= {f"{averaged}mean_top1": sum(each) / len(each), f"{averaged}best_top1": max(each)}
-            metrics.write(run.step, record)
+            records.append(record)
             say(f"epoch {run.epoch:.1f}  {prefix.replace('_', ' ')}{score.line()}")
+        metrics.write(run.step, *records)
         refresh_run(parts.config.run, create=parts.config.log.report)

@@ -5,6 +5,7 @@ settings, which makes another run of it; each start is numbered by a draw too. R
 other, so what an earlier run left in a folder is never taken for the peer.
 """
 
+import errno
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -64,7 +65,11 @@ def read_state(run: Path) -> State | None:
         return State(**json.loads(path.read_text()))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
+        if error.errno == errno.ESTALE:  # replaced just now, on a network file system: the next look finds it
+            return None
+        raise DataError(f"{path} cannot be read: {error}", "check the disk and the permissions there") from error
+    except (ValueError, TypeError) as error:
         raise DataError(f"{path} cannot be used: {error}", "restore it from a copy, or start over (--fresh)") from error
 
 

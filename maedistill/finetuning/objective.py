@@ -103,9 +103,13 @@ class Mutual(nn.Module):
     own loss; a global clip of the gradient norm (`optim.clip`) is over all students together.
     """
 
-    def __init__(self, vit: PlainViT, peers: Sequence[PlainViT], *, label_weight: float) -> None:
+    def __init__(
+        self, vit: PlainViT, peers: Sequence[PlainViT], *, label_weight: float, is_scheduled: bool = False
+    ) -> None:
+        """Join the students. is_scheduled: the weight of the peers' predictions changes, and is logged."""
         super().__init__()
         self.vit, self.peers, self.label_weight = vit, nn.ModuleList(peers), label_weight
+        self.is_scheduled = is_scheduled
         self.cross_entropy = SoftTargetCrossEntropy()
 
     def forward(self, images: Tensor, targets: Tensor, teachers: Sequence[Outputs], weights: Tensor) -> Losses:
@@ -122,6 +126,7 @@ class Mutual(nn.Module):
             if self.label_weight:
                 losses[f"{name}cross_entropy"] = self.cross_entropy(logits, targets)
                 total = total + self.label_weight * losses[f"{name}cross_entropy"]
+        losses |= {"weight/mutual": weights[0]} if self.is_scheduled else {}
         return {"loss": total, **losses}
 
 

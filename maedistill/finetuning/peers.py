@@ -78,14 +78,19 @@ def open_peers(config: FinetuneConfig, *, num_classes: int, mean: Triple, std: T
     Raises ConfigError for a peer whose weights expect other images, DataError for weights that cannot be loaded.
     """
     peers = []
-    for number, peer in enumerate(peer_configs(config), 1):
-        source = build_init_source(peer, num_classes=num_classes)
+    for number, (peer, text) in enumerate(zip(peer_configs(config), config.distill.mutual.students, strict=True), 1):
+        try:
+            source = build_init_source(peer, num_classes=num_classes)
+            vit = build_classifier(peer, source, num_classes=num_classes)
+        except UserError as error:
+            remedy = f"in this text: {error.remedy}; without weights: init.source=null and a student.model"
+            raise type(error)(f"distill.mutual.students: {text!r}: {error.cause}", remedy) from error
         if source is not None and config.data.mean is None and (source.mean, source.std) != (mean, std):
             raise ConfigError(
                 f"distill.mutual.students: peer {number} has images of mean {source.mean}, the student of {mean}",
                 "set data.mean and data.std, which all of them then see",
             )
-        peers.append(Peer(peer, source, build_classifier(peer, source, num_classes=num_classes)))
+        peers.append(Peer(peer, source, vit))
     return peers
 
 

@@ -48,7 +48,7 @@ class Exits(Term):
             parts[f"/{block}/cross_entropy"] = self.cross_entropy(logits.float(), targets)
             parts[f"/{block}/divergence"] = divergence
             parts[f"/{block}/features"] = feature_loss(
-                features, student["embedding"], distance="mse", normalize="whiten"
+                features, student["embedding"], distance="mse", normalize="whiten", eps=1e-6
             )
         return parts
 

@@ -52,6 +52,10 @@ from maedistill.weights.from_run import describe_network
 from maedistill.weights.license import combined_license
 from maedistill.weights.network import Network
 
+_MORE_LABELS = (
+    "warning  data.label_fraction: runs draw their labelled images by their seeds, so this run also learns of its "
+    "peers' labels"
+)
 _SPARSE = 10  # labels are suspect if fewer than 1 in 10 of the ids up to the largest one occur
 
 
@@ -153,6 +157,7 @@ class Finetuning(Stage):
             *self.auto_lines,
             *peer_lines(self.peers),
             *(self.codistillation.summary_lines(vit) if self.codistillation is not None else ()),
+            *([_MORE_LABELS] if self.codistillation is not None and data.label_fraction < 1 else ()),
             *distillation_lines(config, self.teachers, micro_batch=self.plan.batch.micro_batch),
             *([self.predictions.describe()] if self.predictions is not None else []),
             *plan_lines(config, self.plan),

@@ -10,21 +10,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def feature_loss(student: Tensor, teacher: Tensor, *, distance: str, normalize: str, beta: float = 2.0) -> Tensor:
+def feature_loss(
+    student: Tensor, teacher: Tensor, *, distance: str, normalize: str, beta: float = 2.0, eps: float = 1e-5
+) -> Tensor:
     """Return the mean distance between student and teacher features of the same shape [B, R, D], in fp32: a scalar.
 
     distance: `l1` (DMAE), `mse` (AMD), `smooth_l1`, quadratic below `beta` (G2SD, Feature Distillation), or
     `cosine_smooth_l1`, 0.9 (1 - cosine of the rows) + 0.1 smooth L1 with beta 1 (Theia, EUPE).
     normalize: `l2` scales each row of both to unit length (DMAE's released code), `whiten` layer-normalises the
-    teacher's rows without affine (Feature Distillation), `none` changes neither (AMD; the formula in the DMAE paper);
-    nor does `stored`, whose teacher's rows are standardised already (methods/statistics.py).
+    teacher's rows without affine, with `eps` (Feature Distillation), `none` changes neither (AMD; the formula in the
+    DMAE paper); nor does `stored`, whose teacher's rows are standardised already (methods/statistics.py).
     No gradient flows to the teacher's side.
     """
     student, teacher = student.float(), teacher.detach().float()
     if normalize == "l2":
         student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
     elif normalize == "whiten":
-        teacher = F.layer_norm(teacher, teacher.shape[-1:])
+        teacher = F.layer_norm(teacher, teacher.shape[-1:], eps=eps)
     else:
         assert normalize in ("none", "stored")
     if distance == "l1":

@@ -138,8 +138,11 @@ def remove_strays(folder: Path) -> None:
 
 def checkpoint_steps(folder: Path) -> list[tuple[int, Path]]:
     """Return (step, path) of every checkpoint in `folder` that was renamed into place, in no order."""
-    entries = Path(folder).iterdir() if os.path.isdir(folder) else ()  # Path.is_dir raises for too long a name
-    return [(int(match[1]), path) for path in entries if (match := _NAME.fullmatch(path.name))]
+    try:
+        names = os.listdir(folder) if os.path.isdir(folder) else []  # Path.is_dir raises for too long a name
+    except FileNotFoundError:  # removed just now by the run that owns it
+        names = []
+    return [(int(match[1]), Path(folder, name)) for name in names if (match := _NAME.fullmatch(name))]
 
 
 def latest_step(folder: Path) -> int | None:

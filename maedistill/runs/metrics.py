@@ -93,14 +93,21 @@ class MetricsFile:
         history = [record for _, record in kept]
         self.trackers = open_trackers(trackers, folder, first_step=first_step, written=written, history=history)
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append one object; numbers also go to trackers. JSON has no inf or nan, so they become null."""
-        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self.lines.append(json.dumps({"step": step, **values}))
-        for observe in self.observers:
-            observe(step, values)
-        for tracker in self.trackers:
-            tracker.scalars(step, values)
+    def write(self, step: int, *objects: Mapping[str, Any]) -> None:
+        """Append objects, in one piece: a kill leaves all or none. Numbers also go to trackers.
+
+        JSON has no inf or nan, so they become null.
+        """
+        written = [
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            for values in objects
+        ]
+        self.lines.append(*(json.dumps({"step": step, **values}) for values in written))
+        for values in written:
+            for observe in self.observers:
+                observe(step, values)
+            for tracker in self.trackers:
+                tracker.scalars(step, values)
 
     def picture(self, step: int, name: str, pixels: Any) -> None:
         """Hand an image, uint8 [H, W, 3], on to trackers."""

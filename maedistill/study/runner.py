@@ -23,7 +23,7 @@ from typing import IO
 
 from maedistill.errors import ConfigError, UserError, join_first
 from maedistill.escaping import say, shown
-from maedistill.machine import cpu_share, visible_gpus
+from maedistill.machine import JOBS_VARIABLE, cpu_share, visible_gpus
 from maedistill.runs.history import duration
 from maedistill.study.status import RunningStep, StatusLine
 
@@ -99,8 +99,9 @@ def run_steps(
     """Run the steps that are not done yet, `jobs` at a time, starting the first step whose needs are met.
 
     out: holds the lock and one log per step, which begins with its command. program: what the steps are commands of.
-    Several jobs share the cores, unless OMP_NUM_THREADS is set, and each gets one of the GPUs visible to this process;
-    if there are more jobs than GPUs, the GPUs are shared evenly. A status line shows the progress of the running steps.
+    Several jobs share the memory, and the cores unless OMP_NUM_THREADS is set. Each gets one of the GPUs that this
+    process sees; if there are more jobs than GPUs, the GPUs are shared evenly. A status line shows how far the steps
+    are.
     Raises StepsFailed at the end if steps failed, ConfigError if steps are already running in `out`.
     """
     done, failed, running = finished_steps(steps), dict[str, int](), list[_Job]()
@@ -148,6 +149,7 @@ def _start(
         command_line = f"CUDA_VISIBLE_DEVICES={gpu} {command_line}"
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(cpu_share(jobs)))
+        environment[JOBS_VARIABLE] = str(jobs)
     log = out / "logs" / f"{step.name.replace('/', '_')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file:

@@ -229,6 +229,7 @@ FINETUNE_OVERRIDES = [
     "distill.past={alpha: 0.8, source: weights}",
     "distill.logits.temperature=4",
     "distill={label_weight: 0, past: {weight: 1, stop_epoch: 9}}",
+    "distill={label_weight: 0, past: {weight: 1, stop_epoch: 1}}",
     "distill={label_weight: 0, past: {weight: 1, source: ema}}",
     "distill={label_weight: 0, past: {weight: 1, source: predictions}}",
     "distill={label_weight: 0, past: {weight: 1, top_k: 5}}",

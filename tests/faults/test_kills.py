@@ -2,11 +2,11 @@
 
     MAEDISTILL_KILLS=100 MAEDISTILL_SEED=7 pytest tests/faults/test_kills.py
 
-Five runs are killed: AMD pre-training with its teacher and a moving average, fine-tuning with everything random on, AMD
-on two ranks, of which one is killed, mutual learning, and a network that learns from its exits, blocks and past. Pairs
-of runs are killed in tests/test_codistillation.py. Saving every second step and a disk that takes a while for each
-fsync put many of the instants inside a checkpoint write. A run that ends before its kill is checked, and the next one
-begins.
+Six runs are killed: AMD pre-training with its teacher and a moving average, fine-tuning with everything random on, AMD
+on two ranks, of which one is killed, mutual learning, a network that learns from its exits, blocks and past weights,
+and one that learns from its stored predictions. Pairs of runs are killed in tests/test_codistillation.py. Saving every
+second step and a disk that takes a while for each fsync put many of the instants inside a checkpoint write. A run that
+ends before its kill is checked, and the next one begins.
 """
 
 import os
@@ -24,12 +24,14 @@ from tests.support.launch import WITNESS, Start
 
 KILLS = int(os.environ.get("MAEDISTILL_KILLS", "12"))
 SEED = int(os.environ.get("MAEDISTILL_SEED", random.SystemRandom().randrange(10**6)))
-SHARES = {"pretrain": 0.3, "finetune": 0.2, "two ranks": 0.2, "mutual": 0.15, "self": 0.15}
+SHARES = {"pretrain": 0.25, "finetune": 0.15, "two ranks": 0.2, "mutual": 0.13, "self": 0.13, "predictions": 0.14}
 SMALL = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=3", "student.num_heads=2"]
 SMALL += ["student.patch_size=8", "optim.epochs=2"]
 MUTUAL = ['distill.mutual={weight: 1, students: ["", "student.width=48 student.num_heads=3"]}']
 SELF = ["student.exits=[0,1]", "distill.exits={weight: 1, own_block: true}", "distill.label_weight=0"]
 SELF += ["distill.self_attention={weight: 0.1, blocks: [0,1,2]}", "distill.past.weight=1"]
+PREDICTIONS = ["distill.past={weight: 1, source: predictions}", "distill.label_weight=0"]
+PREDICTIONS += ["augment.mixup=0", "augment.cutmix=0"]
 OFTEN = ["log.save_every_epochs=0.25"]  # every 2 steps
 LONGEST = 3.0  # seconds after its start at which a kill that waits for nothing comes at the latest
 FSYNC = 0.02  # seconds; a write has nine
@@ -106,6 +108,7 @@ def commands(pretraining, finetuning, settings, mae):
         "two ranks": [*amd, "engine.timeout_seconds=30"],
         "mutual": [*alone, *MUTUAL],
         "self": [*alone, *SELF],
+        "predictions": [*alone, *PREDICTIONS],
     }
 
 
@@ -113,7 +116,7 @@ def commands(pretraining, finetuning, settings, mae):
 def references(trio, tuned, launcher, commands, tmp_path_factory):
     """The uninterrupted run of each kind; each from one start."""
     folder, runs = tmp_path_factory.mktemp("uninterrupted"), {"pretrain": trio["amd"].run, "finetune": tuned.run}
-    for kind, ranks in (("two ranks", 2), ("mutual", 1), ("self", 1)):
+    for kind, ranks in (("two ranks", 2), ("mutual", 1), ("self", 1), ("predictions", 1)):
         runs[kind] = folder / kind
         launcher.start(runs[kind], [WITNESS, *commands[kind], f"run={runs[kind]}"], ranks=ranks).finish()
     return runs

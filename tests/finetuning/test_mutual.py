@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from maedistill.errors import ConfigError
+from maedistill.errors import ConfigError, UserError
 from maedistill.finetuning.objective import Ensemble, Mutual, Supervised
 from maedistill.finetuning.peers import open_peers, peer_configs
 from tests.finetuning.test_distilled import IMAGES, MEAN, STD, TARGETS, vit
@@ -82,3 +82,9 @@ def test_what_peers_cannot_be_is_refused(tmp_path, students, told):
     with pytest.raises(ConfigError, match=r"distill\.mutual\.students") as caught:
         peer_configs(load(tmp_path, mutual(*students)))
     assert told in caught.value.cause and caught.value.remedy
+
+
+def test_weights_that_do_not_serve_a_peer_are_named_with_its_text(tmp_path):
+    text = "init.source=run:nowhere"
+    with pytest.raises(UserError, match=r"distill\.mutual\.students: 'init\.source=run:nowhere'.*\nin this text"):
+        open_peers(load(tmp_path, mutual("", text)), num_classes=5, mean=MEAN, std=STD)

@@ -7,7 +7,15 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from maedistill.report import charts, curves
-from maedistill.report.charts import Accuracy, Timed, accuracy_chart, latency_chart, network_colors
+from maedistill.report.charts import (
+    Accuracy,
+    Timed,
+    Trained,
+    accuracy_chart,
+    latency_chart,
+    length_chart,
+    network_colors,
+)
 from maedistill.report.curves import draw_curves, mean_metric
 from maedistill.report.intervals import of_count, of_seeds
 
@@ -88,6 +96,20 @@ def test_networks_of_one_latency_stand_side_by_side_with_their_intervals(figures
     assert len(set(places)) == 3 and sum(places) / 3 == pytest.approx(2.0) and max(places) - min(places) < 0.2
     bars = [bar.get_segments()[0][:, 1].tolist() for bar in axes.collections if hasattr(bar, "get_segments")]
     assert bars[0] == pytest.approx([100 * of_count(90, 100).low, 100 * of_count(90, 100).high])
+
+
+def test_the_rows_of_a_line_are_joined_over_epochs_and_over_minutes(figures, tmp_path) -> None:
+    one, three = Accuracy([0.5], of_count(50, 100)), Accuracy([0.6, 0.7, 0.8], of_seeds([0.6, 0.7, 0.8]))
+    lines = {"a": [Trained(three, 100, 80.0), Trained(one, 10, 9.0)], "b": [Trained(one, 33, 70.0)]}
+    length_chart(lines, tmp_path / "lines.png")
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["a", "b"]
+    for axes, unit, x in zip(figures[0].axes, ("epochs", "minutes"), ([10, 100], [9, 80]), strict=True):
+        assert axes.get_xlabel().startswith(unit) and axes.get_xscale() == "log"
+        line, (low, high) = axes.containers[0].lines[0], axes.containers[0].lines[2][0].get_segments()[1][:, 1]
+        assert list(line.get_xdata()) == x and list(line.get_ydata()) == pytest.approx([50, 70])
+        assert (low, high) == pytest.approx((100 * three.interval.low, 100 * three.interval.high))
+        seeds = [dots.get_offsets().tolist() for dots in axes.collections if isinstance(dots, PathCollection)]
+        assert seeds == [[[x[1], pytest.approx(value)] for value in (60, 70, 80)]]
 
 
 def test_panels_have_units_and_the_first_loss_does_not_stretch_the_axis(figures, tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 
 import pytest
 import torch
@@ -90,6 +91,14 @@ def test_means_go_on_over_a_restart_exactly() -> None:
     for value in values[3:]:
         second.add({"loss": value})
     assert second.read() == whole.read() and second.read() == {}
+
+
+def test_objects_that_belong_together_are_written_in_one_piece(tmp_path, monkeypatch) -> None:
+    file, pieces, write = metrics.MetricsFile(tmp_path, first_step=0), [], os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: pieces.append(data) or write(descriptor, data))
+    file.write(3, {"top1": 0.5}, {"exit0_top1": float("nan")})
+    assert len(pieces) == 1 and pieces[0] == b'{"step": 3, "top1": 0.5}\n{"step": 3, "exit0_top1": null}\n'
+    file.close()
 
 
 def test_tensorboard_has_groups_and_the_settings(tmp_path) -> None:

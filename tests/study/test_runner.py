@@ -19,7 +19,8 @@ import os, subprocess, sys, time
 name, *words = sys.argv[1:]
 def note(text):
     with open("notes.txt", "a") as file:
-        file.write(f"{text} {name} {os.environ.get('OMP_NUM_THREADS')} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
+        shares = [os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "MAEDISTILL_JOBS")]
+        file.write(f"{text} {name} {' '.join(map(str, shares))}\\n")
 note("starts")
 if "child" in words:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -95,7 +96,8 @@ def test_two_at_a_time_share_the_cores_and_write_to_logs(folder, monkeypatch) ->
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)))
     found = run(folder, step("a", "briefly"), step("x/b", "briefly"), step("c", needs=("a",)), jobs=2)
     assert set(found[:2]) == {"starts a", "starts x/b"} and found.index("ends a") < found.index("starts c")
-    assert {line.split()[2] for line in (folder / "notes.txt").read_text().splitlines()} == {"3"}
+    shares = [line.split()[2:] for line in (folder / "notes.txt").read_text().splitlines()]
+    assert {(threads, jobs) for threads, _, jobs in shares} == {("3", "2")}
     assert (folder / "out/logs/x_b.log").read_text().startswith("$ maedistill x/b briefly\n")
 
 
@@ -109,7 +111,7 @@ def test_jobs_are_dealt_the_gpus_that_are_visible(folder, monkeypatch, jobs, gpu
     steps = [step("a", *(["after=d"] if jobs > 1 else [])), step("b"), step("c"), step("d")]
     run(folder, *steps, jobs=jobs)
     lines = [line.split() for line in (folder / "notes.txt").read_text().splitlines()]
-    assert [gpu for _, gpu in sorted((name, gpu) for text, name, _, gpu in lines if text == "starts")] == gpus
+    assert [gpu for _, gpu in sorted((name, gpu) for text, name, _, gpu, _ in lines if text == "starts")] == gpus
     command = (folder / "out/logs/b.log").read_text().splitlines()[0]
     assert command == "$ " + ("CUDA_VISIBLE_DEVICES=GPU-b " if jobs > 1 else "") + "maedistill b"
 

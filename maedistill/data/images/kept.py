@@ -36,7 +36,12 @@ class KeptImages:
     def create(cls, count: int, capacity: int) -> "KeptImages":
         """Return room for n = `count` images, in `capacity` bytes. Raise `OSError` where the system has none."""
         file = os.memfd_create(f"maedistill-{uuid.uuid4().hex}")
-        os.ftruncate(file, capacity)
+        try:
+            os.ftruncate(file, capacity)
+            os.posix_fallocate(file, 0, table_bytes(count))  # a page that the system refuses would later be a SIGBUS
+        except OSError:
+            os.close(file)
+            raise
         kept = cls(file, count)
         kept._starts[count] = table_bytes(count)
         return kept
@@ -71,21 +76,23 @@ class KeptImages:
         (_, height, width), size = image.shape, image.numel()
         if self.used + size > self._end:
             return
-        fcntl.lockf(self._file, fcntl.LOCK_EX)  # the kernel unlocks it when its process is killed
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX)  # the kernel unlocks it when its process is killed
+        except OSError:  # a system without locks
+            return
         try:
             start = self.used
             if self._starts[i] or start + size > self._end:
                 return
-            os.posix_fallocate(self._file, start, size)  # a page that the system refuses would otherwise be a SIGBUS
+            os.posix_fallocate(self._file, start, size)
             self._starts[self._count] = start + size
             self._sides[2 * i], self._sides[2 * i + 1] = height, width
             self._view(start, height, width).copy_(image)
+            self._starts[i] = start  # last, so that nobody sees a part of an image
         except OSError:
             self._starts[self._count] = self._end
-            return
         finally:
             fcntl.lockf(self._file, fcntl.LOCK_UN)
-        self._starts[i] = start  # last, so that nobody sees a part of an image
 
     def _view(self, start: int, height: int, width: int) -> Tensor:
         return self._bytes.as_strided((3, height, width), (1, 3 * width, 3), start)

@@ -20,7 +20,7 @@ from maedistill.data.loading.dataset import open_reader
 from maedistill.data.loading.loader import RandomCrops
 from maedistill.errors import ConfigError, UserError
 from maedistill.escaping import get_log
-from maedistill.machine import free_memory
+from maedistill.machine import free_memory, runs_beside
 from maedistill.processes import distributed
 
 LOOKED_AT = 64  # images
@@ -31,12 +31,13 @@ _log = get_log(__name__)
 
 @dataclass(frozen=True)
 class Room:
-    """The bytes that the decoded images would take, and the most that they may."""
+    """The bytes that the decoded images would take, and the most that they may, of the runs that share the machine."""
 
     images: int
     needed: int
     limit: int
     setting: Setting
+    runs: int
 
     @property
     def is_enough(self) -> bool:
@@ -46,6 +47,7 @@ class Room:
     def line(self) -> str:
         """Describe what is kept and why. Raise `ConfigError` if it is demanded and cannot be."""
         limit = f"{self.limit / 1e6:,.0f} MB, {SHARES[self.setting][1]} of the free memory"
+        limit += f" divided by {self.runs} runs" if self.runs > 1 else ""
         images = f"{self.images:,} images take about {self.needed / 1e6:,.0f} MB"
         if self.is_enough:
             return f"decoded  once and kept in memory: {images} of at most {limit}"
@@ -70,7 +72,8 @@ def room_for(crops: RandomCrops, setting: Setting) -> Room | None:
             continue
         sizes.append(3 * math.prod(found) if isinstance(found, tuple) else found.numel())
     needed = table_bytes(len(crops.index)) + count * sum(sizes) // max(1, len(sizes))
-    return Room(count, needed, int(SHARES[setting][0] * free_memory()), setting)
+    limit, runs = SHARES[setting][0] * free_memory(), runs_beside()
+    return Room(count, needed, int(limit / runs), setting, runs)
 
 
 def keep_decoded(crops: RandomCrops, setting: Setting) -> str | None:

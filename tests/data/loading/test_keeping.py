@@ -255,6 +255,13 @@ def test_the_room_decides(index, monkeypatch):
         assert room_for(crops, setting).is_enough and "kept in memory: 12 images" in room_for(crops, setting).line()
         monkeypatch.setattr(keeping, "free_memory", lambda exact=exact, share=share: exact - share)
         assert not room_for(crops, setting).is_enough
+        monkeypatch.setattr(keeping, "free_memory", lambda exact=exact: 2 * exact)
+        monkeypatch.setenv("MAEDISTILL_JOBS", "2")
+        assert room_for(crops, setting).is_enough and "divided by 2 runs" in room_for(crops, setting).line()
+        monkeypatch.setenv("MAEDISTILL_JOBS", "3")
+        assert not room_for(crops, setting).is_enough
+        monkeypatch.delenv("MAEDISTILL_JOBS")
+        monkeypatch.setattr(keeping, "free_memory", lambda exact=exact, share=share: exact - share)
     with pytest.raises(ConfigError, match=r"true: 12 images take about 0 MB decoded, more than 0 MB, half of the free"):
         keep_decoded(crops, True)
     assert crops.reader.kept is None
