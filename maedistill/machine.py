@@ -66,7 +66,8 @@ def cpu_name() -> str:
 
 def runs_beside() -> int:
     """Return the number of runs that share the machine's memory: the jobs of a study, which says so, else 1."""
-    return int(os.environ.get(JOBS_VARIABLE) or 1)
+    jobs = os.environ.get(JOBS_VARIABLE, "")
+    return max(1, int(jobs)) if jobs.isdecimal() else 1
 
 
 def cpu_share(local_ranks: int) -> int:

@@ -199,7 +199,7 @@ def _past(c: FinetuneConfig) -> Iterator[Problem]:
     ends += [d.past.stop_epoch] if d.past.stop_epoch is not None else []
     if d.past.source != "ema" and min(ends, default=2) <= 1:
         cause = f"{key}={d.past.source} is of the epoch before, and the first epoch has none"
-        yield Problem("distill.past.weight", cause, f"train or teach for more than one epoch, or use {key}=ema")
+        yield Problem("distill.past.weight", cause, f"use more than one epoch and a later stop_epoch, or {key}=ema")
     if d.past.source == "ema" and c.optim.ema is None:
         remedy = "add e.g. optim.ema=0.9999, or use distill.past.source=weights"
         yield Problem(key, "the run has no moving average: optim.ema is null", remedy)

@@ -131,7 +131,7 @@ def cut_settings(text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise ConfigError(f"{text!r} cannot be cut into settings ({error})", "close its quotes") from None
+        raise ConfigError(f"it cannot be cut into settings ({error})", "close its quotes") from None
 
 
 def require_consistent(config: RunConfig) -> None:

@@ -260,7 +260,8 @@ class PretrainConfig(RunConfig):
         (),
         "further teachers of dmae or amd, aligned with where the student sees, each by the settings in which it "
         'differs from the first, as "teacher.source=timm:resnet50.a1_in1k align.teacher=[4] align.weight=0.5": '
-        "align.* but for warmup_share, and teacher.*, of which it shares the precision alone",
+        "align.* but for warmup_share, and teacher.*, of which it shares the precision alone; quotes hold a value with "
+        "blanks together",
     )
     data: Data = Data()
     student: Student = Student()

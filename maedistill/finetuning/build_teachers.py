@@ -47,8 +47,8 @@ def open_teachers(
     for i, source in enumerate(distill.teachers):
         require_object("distill.teachers", source, given or None, argument="teacher")
         if given:
-            size = distill.image_size
-            network = given_network(given[i], source, image_size=size, otherwise=config.scratch_size)
+            size = distill.image_size or config.data.image_size
+            network = given_network(given[i], source, image_size=size)
             network = replace(network, num_classes=network.output(size_key="distill.image_size").shape[-1])
         else:
             network = _open_teacher(distill, source, weights=distill.weights[i] if distill.weights else "model")

@@ -58,15 +58,18 @@ class State:
             raise DataError(f"{run / _STATE} cannot be written ({error})", "free some space, start again") from error
 
 
-def read_state(run: Path) -> State | None:
-    """Read the file of a run; None before it is there. Raises DataError if it is damaged."""
+def read_state(run: Path, *, is_own: bool = False) -> State | None:
+    """Read the file of a run; None before it is there. Raises DataError if it is damaged.
+
+    is_own: nobody else writes it. A peer's file may be replaced just now: then None, and the next look finds it.
+    """
     path = run / _STATE
     try:
         return State(**json.loads(path.read_text()))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        if error.errno == errno.ESTALE:  # replaced just now, on a network file system: the next look finds it
+        if error.errno == errno.ESTALE and not is_own:  # of network file systems
             return None
         raise DataError(f"{path} cannot be read: {error}", "check the disk and the permissions there") from error
     except (ValueError, TypeError) as error:
@@ -75,7 +78,7 @@ def read_state(run: Path) -> State | None:
 
 def start_state(run: Path, step: int, settings: str) -> State:
     """Return the state of a run that resumes at `step`, and remove what it published of later steps."""
-    state = read_state(run)
+    state = read_state(run, is_own=True)
     if state is None or (step == 0 and state.settings != settings):
         state = State(uuid4().hex, "", settings, {}, {}, {})
     state.start = uuid4().hex

@@ -83,7 +83,8 @@ def open_peers(config: FinetuneConfig, *, num_classes: int, mean: Triple, std: T
             source = build_init_source(peer, num_classes=num_classes)
             vit = build_classifier(peer, source, num_classes=num_classes)
         except UserError as error:
-            remedy = f"in this text: {error.remedy}; without weights: init.source=null and a student.model"
+            other = "; or let this student begin without weights: init.source=null and a student.model"
+            remedy = f"in this text: {error.remedy}{other if peer.init.source else ''}"
             raise type(error)(f"distill.mutual.students: {text!r}: {error.cause}", remedy) from error
         if source is not None and config.data.mean is None and (source.mean, source.std) != (mean, std):
             raise ConfigError(

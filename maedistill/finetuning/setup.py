@@ -53,8 +53,8 @@ from maedistill.weights.license import combined_license
 from maedistill.weights.network import Network
 
 _MORE_LABELS = (
-    "warning  data.label_fraction: runs draw their labelled images by their seeds, so this run also learns of its "
-    "peers' labels"
+    "warning  data.label_fraction: runs draw their labelled images by their seeds, so this run also learns from "
+    "its peers' labels"
 )
 _SPARSE = 10  # labels are suspect if fewer than 1 in 10 of the ids up to the largest one occur
 

@@ -87,7 +87,7 @@ class DMAE(MAE):
     ) -> tuple[Tensor, Losses]:
         """Return the direct alignment of each pair at the patches that both networks see, after its weighted sum.
 
-        The class token is aligned too if both networks have one, as in DMAE; registers are not.
+        With `class_token` of a teacher's spec, the class tokens are aligned too, as in DMAE. Registers are not.
         """
         rows, prefix = iter(projected), self.encoder.num_prefix
         losses: Losses = {}

@@ -43,7 +43,7 @@ class Encoder(nn.Module):
 
     width: int  # D
     depth: int  # blocks that may be tapped: 0 to depth - 1
-    num_prefix: int  # P
+    num_prefix: int  # P; of a module of your own, the first one is taken for a class token
     patch_size: int  # side of a patch in pixels
     grid: int  # patches along a side of the image: N = grid * grid
 

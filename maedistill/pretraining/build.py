@@ -66,8 +66,8 @@ def build_teacher_source(config: PretrainConfig, *, grid: int, objects: Objects 
         return None
     assert teacher.source is not None
     if objects.teachers:
-        size = teacher.image_size
-        network = given_network(objects.teachers[0], teacher.source, image_size=size, otherwise=config.data.image_size)
+        size = teacher.image_size or config.data.image_size
+        network = given_network(objects.teachers[0], teacher.source, image_size=size)
         if can_mask(network.module) and network.encoder.grid % grid:
             raise ConfigError(
                 f"teacher.source: the teacher has {network.encoder.grid} patches along a side, the student {grid}",

@@ -97,10 +97,11 @@ def length_chart(lines: Mapping[str, Sequence[Trained]], path: Path) -> Path | N
             axes.set_xscale("log", subs=[])  # no minor ticks
             axes.xaxis.set_major_locator(LogLocator(subs=range(1, 10) if max(span) < 5 * min(span) else (1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel(f"{unit} of training, both stages, without a teacher's" + ", logarithmic" * is_wide)
+        axes.set_xlabel(f"{unit} of training, both stages" + ", logarithmic" * is_wide)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("top-1, %")
-    canvas.figure.supxlabel(_interval_text([network.accuracy for network in drawn]), fontsize="medium")
+    about = f"without the training of teachers; {_interval_text([network.accuracy for network in drawn])}"
+    canvas.figure.supxlabel(about, fontsize="medium")
     canvas.figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     canvas.print_png(path)
     return path

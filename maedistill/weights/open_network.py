@@ -115,10 +115,9 @@ def open_network(
     return network
 
 
-def given_network(module: TimmModel, name: str, *, image_size: int | None, otherwise: int = _SIZE) -> Network:
-    """Describe a module that a Python caller gives.
+def given_network(module: TimmModel, name: str, *, image_size: int | None) -> Network:
+    """Describe a module that a Python caller gives. image_size: of its images, unless it is made for one size.
 
-    image_size: of its images, unless it is made for one size. otherwise: without one, if the module states none.
     Preprocessing and license are those that a timm model states (`pretrained_cfg`), else ImageNet's and unknown.
     """
     module.eval()
@@ -129,7 +128,7 @@ def given_network(module: TimmModel, name: str, *, image_size: int | None, other
     if hasattr(module, "grid") and hasattr(module, "patch_size"):
         own = [module.grid * module.patch_size]
     license_name, num_classes = getattr(stated, "license", None) or NOT_STATED, int(getattr(module, "num_classes", 0))
-    size = own[0] if own else image_size or (entries.input_size[1] if entries else otherwise)
+    size = own[0] if own else image_size or (entries.input_size[1] if entries else _SIZE)
     return Network(
         module, name, size, license_name, num_classes=num_classes, own_size=size, audit="from Python", **preprocessing
     )

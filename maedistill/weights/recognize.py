@@ -65,7 +65,8 @@ def recognize(
 
     def refuse(reason: str, *, heads: bool = False) -> ConfigError:
         key = KEY_OF_MODEL.get(section or "")
-        remedy = f"set {key} to the timm ViT that it is, e.g. {key}={likely_model(weights)}; {_OTHERS}" if key else None
+        remedy = f"set {key} to the timm ViT that it is, e.g. {key}={likely_model(weights)}" if key else None
+        remedy = f"{remedy}; {_OTHERS}" if section == "teacher" else remedy
         if key and heads:
             remedy = f"set {key.replace('model', 'num_heads')}"
         cause = f"{name}: its architecture cannot be told from its shapes: {reason}"
@@ -117,7 +118,9 @@ def likely_model(weights: Mapping[str, Tensor]) -> str:
 def prefix_tokens(weights: Mapping[str, Tensor]) -> tuple[bool, int]:
     """Return whether there is a class token, and the number of registers."""
     registers = weights.get("reg_token")
-    return "cls_token" in weights, registers.shape[1] if registers is not None and registers.ndim == 3 else 0
+    if registers is None or registers.ndim != 3 or not registers.numel():  # an empty one may state any number
+        return "cls_token" in weights, 0
+    return "cls_token" in weights, registers.shape[1]
 
 
 def grid_of(weights: Mapping[str, Tensor]) -> int | None:

@@ -112,6 +112,7 @@ OVERRIDES = [
     "teacher.source=null",
     "teacher.source=vit_large_patch16_224",
     "teacher.model=vit_large_patch16_224",
+    "teacher={source: 'file:a.pth', model: resnet50}",
     "teacher.width=64",
     f"teacher.sha256={'0a' * 32}",
     "teacher.weights=ema",

@@ -74,6 +74,7 @@ def take_step(parts: Pretraining, given: Batch) -> dict[str, Any]:
     torch.manual_seed(1)
     images, split = parts.inputs(given.images, given.positions)
     parts.begin_step(1)
+    parts.module.ramp.fill_(1)  # as if the step before had been measured
     targets, notes = parts.teach(images, split, 1)
     with torch.autocast(images.device.type, dtype=torch.bfloat16):
         losses = parts.module(images, split, *targets)

@@ -47,15 +47,15 @@ class Room:
     def line(self) -> str:
         """Describe what is kept and why. Raise `ConfigError` if it is demanded and cannot be."""
         limit = f"{self.limit / 1e6:,.0f} MB, {SHARES[self.setting][1]} of the free memory"
-        limit += f" divided by {self.runs} runs" if self.runs > 1 else ""
+        limit += f", shared by {self.runs} runs" if self.runs > 1 else ""
         images = f"{self.images:,} images take about {self.needed / 1e6:,.0f} MB"
         if self.is_enough:
             return f"decoded  once and kept in memory: {images} of at most {limit}"
         if self.setting is True:
             raise ConfigError(
                 f"data.keep_decoded=true: {images} decoded, more than {limit}",
-                "give the job more memory, make smaller images (maedistill shards --shorter-side N), or use "
-                "data.keep_decoded=auto",
+                "give the job more memory, start fewer at a time (maedistill study --jobs), make smaller images "
+                "(maedistill shards --shorter-side N), or use data.keep_decoded=auto",
             )
         return f"decoded  each time: {images}, more than {limit}"
 

@@ -257,7 +257,7 @@ def test_the_room_decides(index, monkeypatch):
         assert not room_for(crops, setting).is_enough
         monkeypatch.setattr(keeping, "free_memory", lambda exact=exact: 2 * exact)
         monkeypatch.setenv("MAEDISTILL_JOBS", "2")
-        assert room_for(crops, setting).is_enough and "divided by 2 runs" in room_for(crops, setting).line()
+        assert room_for(crops, setting).is_enough and "shared by 2 runs" in room_for(crops, setting).line()
         monkeypatch.setenv("MAEDISTILL_JOBS", "3")
         assert not room_for(crops, setting).is_enough
         monkeypatch.delenv("MAEDISTILL_JOBS")
