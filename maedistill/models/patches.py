@@ -76,10 +76,13 @@ def rope_table(vit: Any) -> Tensor | None:
     rope = getattr(vit, "rope", None)
     if rope is None:
         return None
+    shape = list(vit.patch_embed.grid_size)
+    if learns_rope(vit):  # computed in every forward pass, and never drawn
+        return rope.get_embed(shape=shape)
     training = rope.training
-    table = rope.eval().get_embed(shape=list(vit.patch_embed.grid_size))
+    table = rope.eval().get_embed(shape=shape)
     rope.train(training)
-    return table if learns_rope(vit) else table[None]
+    return table[None]
 
 
 def rope_rows(table: Tensor, ids: Tensor | None) -> Tensor:
