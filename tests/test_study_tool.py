@@ -154,7 +154,7 @@ def test_what_is_there_can_be_compared_and_looked_at(tool, made) -> None:
     tool("--report")
     page = (tool.out / "results.md").read_text()
     assert "| mae | 1 |" in page and "log.keep=3" in page and "--report" not in page
-    for seeds in (("0", "1"), ("0,1",), ("0", "--seeds", "1")):
+    for seeds in (("0", "1"), ("0,1",), ("0", "--seeds", "1"), ("0", "1", "log.keep=3")):
         out, _ = tool("--dry-run", "--seeds", *seeds)
         states = dict(line.split(" ", 1)[1].split(": ") for line in out.splitlines() if ": " in line and line[0] != " ")
         assert all(states[step] == "done" for step in STEPS) and states["dmae/seed_1/finetune"] == "to do"

@@ -1,4 +1,4 @@
-"""Runs a whole study: teachers, students, fine-tuning, seeds, and compares them."""
+"""Run a whole study (teachers, students, fine-tuning, seeds), and compare its networks."""
 
 import argparse
 import json
@@ -22,8 +22,8 @@ examples:
 
 Started again, it skips what is done and continues what was not; results of other settings are never overwritten.
 OUT/results.md and results.json compare what is there. docs/studies.md says how a study is written.
-key=value goes to every run that has the key, and comes before the options. Exit codes: 0 done, 2 usage, 3 data,
-otherwise that of the first step that failed.
+key=value goes to every run that has the key. Exit codes: 0 done, 2 usage, 3 data, otherwise that of the first step
+that failed.
 """
 
 
@@ -40,20 +40,26 @@ def parse() -> argparse.Namespace:
     add("study", help="a study file, or the name of one that comes with maedistill, e.g. cifar10/study_methods")
     add("settings", nargs="*", metavar="key=value", help="for every run that has the key, e.g. data.workers=1")
     add("--out", type=Path, help="folder of the runs and results, instead of the file's")
-    add("--seeds", type=seeds, action="extend", nargs="+", metavar="N", help="instead of the file's: 0 1 2, or 0,1,2")
+    add("--seeds", action="extend", nargs="+", metavar="N", help="instead of the file's: 0 1 2, or 0,1,2")
     add("--only", action="extend", nargs="+", metavar="NAME", help="students, rows or teachers, with what they need")
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1), spread over the GPUs")
     add("--test", metavar="SHARDS", help="also evaluate each fine-tuned network on these labelled shards")
     add("--dry-run", action="store_true", help="check everything, say which steps are done, and stop")
     add("--report", action="store_true", help="only compare what is there")
     arguments = parser.parse_intermixed_args(sys.argv[2:])
-    arguments.seeds = [seed for group in arguments.seeds or () for seed in group]
+    # An option with several values takes every word up to the next option: settings among them stay settings.
+    for option in ("seeds", "only"):
+        words = getattr(arguments, option)
+        if words is not None:
+            arguments.settings += [word for word in words if "=" in word]
+            setattr(arguments, option, [word for word in words if "=" not in word])
+            if not getattr(arguments, option):
+                parser.error(f"argument --{option}: expected at least one value before {words[0]}")
+    try:
+        arguments.seeds = [int(number) for word in arguments.seeds or () for number in word.split(",")]
+    except ValueError:
+        parser.error(f"argument --seeds: {' '.join(arguments.seeds)}: expected whole numbers, e.g. 0 1 2")
     return arguments
-
-
-def seeds(text: str) -> list[int]:
-    """Read one or more seeds, separated by commas."""
-    return [int(number) for number in text.split(",")]
 
 
 def main() -> None:

@@ -160,8 +160,8 @@ class StudyPlan:
         names = dict.fromkeys([*self.study.students, *self.study.teachers, *self._networks])
         for name in self.only or ():
             if name not in names:
-                remedy = "write settings before the options" if "=" in name else f"it has {join_first(names)}"
-                raise ConfigError(f"--only {name}: the study has no network of that name", remedy)
+                cause = f"--only {name}: the study has no network of that name"
+                raise ConfigError(cause, f"it has {join_first(names)}")
 
 
 def _step_names(networks: Mapping[str, Teacher | Student], seeds: Sequence[int]) -> list[str]:
