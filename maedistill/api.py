@@ -175,10 +175,11 @@ def export(
 ) -> Path:
     """Write the network of a run as a folder that timm opens, with its model card, and return that folder.
 
-    out: RUN/export by default. weights: `ema` for the moving average. global_pool: how a pre-trained backbone pools its
-    patches: `avg` (the default) or `token`. exit: the block of one of its exits, where the network ends. peer: a
-    student of mutual learning, from 1 on. formats: `timm`, `onnx`, `torch_export`, the last two as graphs that run
-    without timm. with_preprocessing: the graphs take uint8 images, and scale and normalise them.
+    out: by default RUN/export, with `exit` RUN/export_exitBLOCK, with `peer` RUN/export_peerN. weights: `ema` for the
+    moving average. global_pool: how a pre-trained backbone pools its patches: `avg` (the default) or `token`. exit: the
+    block of one of its exits, where the network ends. peer: a student of mutual learning, from 1 on. formats: `timm`,
+    `onnx`, `torch_export`, the last two as graphs that run without timm. with_preprocessing: the graphs take uint8
+    images, and scale and normalise them.
     """
     part: dict[str, Any] = {"weights": weights, "exit": exit, "peer": peer}
     return export_run(run, out, **part, global_pool=global_pool, formats=formats, with_preprocessing=with_preprocessing)

@@ -26,7 +26,7 @@ COMMANDS = {
     "study": "run and compare many trainings from one file",
     "report": "make a page of a run, of a study, or of several runs: one HTML file",
     "benchmark": "measure where time goes: loader, step, scale, cost",
-    "quickstart": "the whole way on real digits, some minutes on two CPU cores",
+    "quickstart": "run all steps on real digits, some minutes on two CPU cores",
 }
 
 

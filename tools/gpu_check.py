@@ -1,4 +1,4 @@
-"""Checks maedistill on one GPU in a few minutes: whether it is right there, and how fast.
+"""Check maedistill on one GPU in a few minutes: whether it is right there, and how fast.
 
     python tools/gpu_check.py                      as much as fits in 9 minutes, what matters most first
     python tools/gpu_check.py --only speed,loader  some parts

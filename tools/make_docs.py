@@ -1,4 +1,4 @@
-"""Writes the pages of docs/ that are generated from the code. `make docs` runs it before it builds the site.
+"""Write the pages of docs/ that are generated from the code. `make docs` runs it before it builds the site.
 
     python tools/make_docs.py
 

@@ -1,4 +1,4 @@
-"""Compares runs and exports by size, accuracy and latency: one table, one picture."""
+"""Compare runs and exports by size, accuracy and latency: one table, one picture."""
 
 import argparse
 import shlex

@@ -1,4 +1,4 @@
-"""Evaluates a network on labelled shards: every image exactly once."""
+"""Evaluate a network on labelled shards: every image exactly once."""
 
 import argparse
 import os

@@ -34,12 +34,12 @@ The counts are the same for any number of processes. Exit codes: 0 done, 2 usage
 hardware.
 """
 ABOUT = {
-    "score": "Evaluates a network on labelled shards: every image exactly once.",
-    "knn": "Lets the nearest training images by cosine vote on each image's class.",
-    "probe": "Trains a linear classifier on frozen features, at several learning rates in one pass.",
-    "embed": "Writes the features of every image to files. The same command goes on after an interruption.",
-    "segment": "Trains a linear layer on frozen patch features to segment photographs, and scores it by mIoU.",
-    "exits": "Evaluates the exits of a run: each alone, their ensemble, and thresholds on their confidence.",
+    "score": "Evaluate a network on labelled shards: every image exactly once.",
+    "knn": "Classify each image by a vote of its nearest training images (cosine similarity).",
+    "probe": "Train a linear classifier on frozen features, at several learning rates in one pass.",
+    "embed": "Write the features of every image to files. The same command goes on after an interruption.",
+    "segment": "Train a linear layer on frozen patch features to segment photographs, and score it by mIoU.",
+    "exits": "Evaluate the exits of a run: each alone, their ensemble, and thresholds on their confidence.",
 }
 FEATURES = """\
 MODEL is the folder of a run of either stage or of an export, or timm:NAME, or hf-hub:ID. Its features are the mean of
@@ -50,12 +50,12 @@ The counts are the same for any number of processes (torchrun --nproc-per-node N
 """
 EXITS = """\
 RUN is a folder that maedistill finetune has written with student.exits. An image leaves at the first exit whose largest
-probability reaches the threshold, or at the end. The latencies of all of them are measured in turn.
+probability reaches the threshold, or at the final classifier. The latencies of all of them are measured in turn.
 """
 PEER = "a student of mutual learning: 1 is the first of distill.mutual.students; the run's own needs no option"
 EMBED = """\
 OUT gets features-000000.safetensors and so on, with ids (positions in the shards, as in --predictions), features and,
-where there are, labels; and manifest.json. Without --block, features are those of the network's end.
+where there are, labels; and manifest.json. Without --block, features are the network's final output.
 
 The bytes are the same for any number of processes (torchrun --nproc-per-node N -m maedistill evaluate embed ...).
 """
@@ -74,6 +74,7 @@ FILES = {
     "confusions": "draw the classes that are most often confused, with images",
     "json": "write the result: accuracies as fractions, and counts",
 }
+THREADS = "default: its cores"  # of --threads
 SUFFIXES = {"predictions": ".csv", "per_class": ".csv", "confusions": ".png", "json": ".json"}
 
 
@@ -114,9 +115,7 @@ def parse_features(command: str, words: list[str]) -> argparse.Namespace:
     for split, use in (("train", "to learn from"), ("val", "to score on")):
         add(f"--{split}", metavar="SHARDS", required=True, help=f"labelled shards {use}")
         add(f"--{split}-index", metavar="FILE", help="their index, where it does not lie beside them")
-    add(
-        "--block", type=int, metavar="N", help="whose output: from 0, or from -1 backwards (default: the network's end)"
-    )
+    add("--block", type=int, metavar="N", help="whose output: from 0, or from -1 backwards (default: the final output)")
     add("--pool", choices=("mean", "class"), default="mean", help="mean of the patches, or the class token")
     if command == "knn":
         add(
@@ -155,15 +154,13 @@ def parse_embed(words: list[str]) -> argparse.Namespace:
     add("shards", metavar="SHARDS", help="shards: a folder (its val-*.tar), one tar, a quoted glob or a brace range")
     add("out", metavar="OUT", type=Path, help="a new folder, or one that this command began to fill")
     add("--index", metavar="FILE", help="the shards' index, where it does not lie beside them")
-    add(
-        "--block", type=int, metavar="N", help="whose output: from 0, or from -1 backwards (default: the network's end)"
-    )
+    add("--block", type=int, metavar="N", help="whose output: from 0, or from -1 backwards (default: the final output)")
     kinds = parser.add_mutually_exclusive_group().add_argument
     kinds("--pool", choices=("mean", "class"), default="mean", help="mean of the patches, or the class token")
     kinds("--patches", action="store_true", help="the map of patch features, [h, w, D], instead of one vector")
     add("--per-file", type=at_least(1), metavar="N", help="images per file (default 10,000, and 500 with --patches)")
-    add_common(parser)
-    parser.set_defaults(threads=1)  # kernels round by the number of threads
+    add_common(parser, threads="default 1: the number of threads changes the rounding")
+    parser.set_defaults(threads=1)
     return parser.parse_args(words)
 
 
@@ -178,7 +175,7 @@ def parse_segment(words: list[str]) -> argparse.Namespace:
     add("--val-masks", type=Path, metavar="DIR", help="their masks")
     add("--classes", type=at_least(1), metavar="N", help="number of classes (default: the largest in the masks + 1)")
     add("--ignore", type=at_least(0), default=255, metavar="N", help="number in a mask that is no class (default 255)")
-    blocks = "whose outputs, side by side: --blocks=-2,-1 (default: the network's end)"
+    blocks = "whose outputs, side by side: --blocks=-2,-1 (default: the final output)"
     add("--blocks", type=several(int), metavar="N,N", help=blocks)
     rates = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
     add("--lr", type=several(positive), default=rates, metavar="X,X", help="in one pass (default 0.0003 to 0.1)")
@@ -220,19 +217,19 @@ def new_parser(program: str, about: str, examples: str) -> argparse.ArgumentPars
     )
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of images, and those of `add_execution`."""
+def add_common(parser: argparse.ArgumentParser, *, threads: str = THREADS) -> None:
+    """Add the arguments of images, and those of `add_execution`. threads: the default of --threads, in words."""
     add = parser.add_argument
     add("--image-size", type=at_least(1), metavar="N", help="other than the model's own; positions are resampled")
     add("--crop", type=share, metavar="F", help="share of the shorter side that is seen, other than the model's own")
     add("--image-key", metavar="FIELD", help="member of a sample that is its image, as data.image_key")
     add("--label-key", metavar="FIELD", help="member of a sample that is its label, as data.label_key")
     add("--exif", choices=("ignore", "apply"), help="turn photographs upright or not (default: as the run did)")
-    add_execution(parser)
+    add_execution(parser, threads=threads)
 
 
-def add_execution(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that every form of the tool takes."""
+def add_execution(parser: argparse.ArgumentParser, *, threads: str = THREADS) -> None:
+    """Add the arguments that every form of the tool takes. threads: see `add_common`."""
     add = parser.add_argument
     add("--weights", default="model", metavar="NAME", help="ema, or the entry of a checkpoint file that holds several")
     average = "the moving average of the weights of a run or a checkpoint file, as --weights ema"
@@ -246,7 +243,7 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that decode, for each process (default: its cores, at most 8)",
     )
-    add("--threads", type=at_least(1), metavar="N", help="torch's CPU threads in each process (default: its cores)")
+    add("--threads", type=at_least(1), metavar="N", help=f"torch's CPU threads in each process ({threads})")
 
 
 def at_least(least: int) -> Callable[[str], int]:

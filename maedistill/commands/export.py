@@ -1,4 +1,4 @@
-"""Exports a run's network with its model card: as a timm model, as an ONNX or torch.export graph, in int8."""
+"""Export a run's network with its model card: as a timm model, as an ONNX or torch.export graph, in int8."""
 
 import argparse
 import sys
@@ -25,7 +25,7 @@ examples:
 
 The folder loads wherever timm is: timm.create_model("local-dir:FOLDER", pretrained=True); its graphs run wherever
 onnxruntime or torch is, on any number of images. Exit codes: 0 done, 2 usage, 3 no run, no such weights, a format
-without the run's outputs, int8 that is not accurate enough, or nothing could be written.
+without the run's outputs, int8 that is not accurate enough, nothing could be written, or the hub refused.
 """
 
 
@@ -39,7 +39,11 @@ def parse() -> argparse.Namespace:
         formatter_class=raw,
     )
     parser.add_argument("run", help="a run folder of maedistill pretrain or maedistill finetune")
-    parser.add_argument("--out", help="folder to write, RUN/export by default; an earlier export there is replaced")
+    place = (
+        "folder to write: by default RUN/export, with --exit RUN/export_exitBLOCK, with --peer RUN/export_peerN; "
+        "an earlier export there is replaced"
+    )
+    parser.add_argument("--out", help=place)
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights (runs with optim.ema)")
     parser.add_argument(
         "--global-pool",

@@ -1,4 +1,4 @@
-"""Fine-tunes a Vision Transformer on labels and evaluates it exactly."""
+"""Fine-tune a Vision Transformer on labels, and evaluate it on every validation image once."""
 
 from maedistill.commands.stage import run_command
 from maedistill.config.finetune import FinetuneConfig

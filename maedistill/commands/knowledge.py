@@ -1,4 +1,4 @@
-"""Quantifies what networks know of images through their training, after Cheng et al. (2020)."""
+"""Quantify what networks know of images through their training, after Cheng et al. (2020)."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""Pre-trains a small Vision Transformer by MAE, or distils a teacher by DMAE or AMD."""
+"""Pre-train a small Vision Transformer by MAE, or distil a teacher by DMAE, AMD or token relations (TinyMIM)."""
 
 from maedistill.commands.stage import run_command
 from maedistill.config.pretrain import PretrainConfig

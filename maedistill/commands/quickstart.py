@@ -1,4 +1,4 @@
-"""The whole way on two CPU cores, with real digits: shards, teacher, students, fine-tuning, export, comparison.
+"""Run all steps on two CPU cores, with real digits: shards, teacher, students, fine-tuning, export, comparison.
 
     maedistill quickstart               everything, some minutes; started again, it skips what is done
     maedistill quickstart --epochs 2    a quick look

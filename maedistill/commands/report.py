@@ -1,4 +1,4 @@
-"""Makes a page of a run, of a study, or of several runs side by side: one HTML file that loads nothing else."""
+"""Make a page of a run, of a study, or of several runs side by side: one HTML file that loads nothing else."""
 
 import argparse
 import sys

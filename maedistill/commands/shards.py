@@ -1,4 +1,4 @@
-"""Turns images into WebDataset shards with an index: see `--help`; data/shards/write.py says what is written."""
+"""Turn images into WebDataset shards with an index: see `--help`; data/shards/write.py says what is written."""
 
 import argparse
 import os

@@ -125,7 +125,7 @@ class HintsConfig(PairsConfig):
     projector: Literal["linear", "mlp"] = result("linear", "kind of the projection from student to teacher width")
     distance: Literal["mse", "l1", "smooth_l1"] = result("mse", "between the features; mse in FitNets")
     normalize: Literal["none", "l2", "whiten"] = result(
-        "none", "before the distance; none in FitNets; l2: both to unit length; whiten: LayerNorm of the teacher's"
+        "none", "before the distance; none in FitNets; l2: L2-normalise both; whiten: LayerNorm of the teacher's"
     )
 
 
@@ -176,7 +176,7 @@ class PKTConfig(TermConfig):
 
 
 class ContrastiveConfig(TermConfig):
-    """Contrast after CRD: each image finds itself among the teacher's of its micro-batch, by pooled features."""
+    """InfoNCE of pooled features (CRD without memory bank): match the teacher's of the same image, not of others."""
 
     weight: Weight = result(0.0, "weight of InfoNCE, mean of both ways; 1 was tried; 0: off")
     temperature: Temperature = result(0.07, "of the cosines; 0.05 to 0.2 is usual")
@@ -184,17 +184,20 @@ class ContrastiveConfig(TermConfig):
 
 
 class ExitsConfig(TermConfig):
-    """Be Your Own Teacher: the exits of student.exits learn from labels and from the network's own end."""
+    """Be Your Own Teacher: the exits of student.exits learn from labels and from the final classifier."""
 
     needs_teacher: ClassVar[bool] = False
 
     weight: Weight = result(0.0, "weight of the sum over exits; 1 in Be Your Own Teacher; 0: off")
     alpha: Probability = result(
-        0.3, "share of the end's predictions beside the labels: (1 - alpha) CE + alpha T^2 KL; 0.3 in the paper"
+        0.3,
+        "share of the final classifier's predictions beside labels: (1 - alpha) CE + alpha T^2 KL; 0.3 in the paper",
     )
     temperature: Temperature = result(3.0, "temperature T of the predictions; 3 in the paper")
     feature_weight: Weight = result(
-        0.5, "weight of the squared distance of pooled features to the end's whitened ones; 0.5 was tried; 0: none"
+        0.5,
+        "weight of the squared distance of pooled features to the whitened ones before the final classifier; 0.5 was "
+        "tried; 0: none",
     )
     own_block: bool = result(
         False, "give each exit a block of its own before its classifier; a classifier alone is weak on shallow blocks"
@@ -205,7 +208,7 @@ class ExitsConfig(TermConfig):
 
 
 class SelfAttentionConfig(TermConfig):
-    """Self-attention distillation (SAD): where a block is strongly active follows the next block; plain ViTs."""
+    """Self-attention distillation (SAD): a block's activation map imitates the next one's; plain ViTs."""
 
     needs_teacher: ClassVar[bool] = False
 
@@ -283,8 +286,8 @@ class DistillConfig(Section):
 
     teachers: tuple[str, ...] = result(
         (),
-        "where they are: timm:NAME, hf-hub:ID, local-dir:PATH or run:PATH (a run folder of ours), in brackets; terms "
-        "are averaged over several",
+        "where they are: timm:NAME, hf-hub:ID, local-dir:PATH, run:PATH (a run folder of ours) or file:PATH, or a bare "
+        "path, in brackets; terms are averaged over several",
     )
     weights: tuple[str, ...] = result(
         (),

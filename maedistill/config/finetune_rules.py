@@ -137,7 +137,7 @@ def _exits(c: FinetuneConfig) -> Iterator[Problem]:
     yield from _rising("student.exits", exits)
     yield from shared_rules.blocks("student.exits", exits, arch=arch, who="student")
     if exits and arch is not None and max(exits) == arch.depth - 1:
-        cause = f"block {arch.depth - 1} is the student's last one, its own end"
+        cause = f"block {arch.depth - 1} is the student's last one, which has the final classifier"
         yield Problem("student.exits", cause, f"use blocks from 0 to {arch.depth - 2}")
     if exits and not c.distill.exits.on:
         cause = "nothing trains the exits: distill.exits has weight 0"

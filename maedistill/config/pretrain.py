@@ -132,8 +132,8 @@ class Decoder(Section):
     bias: bool = result(True, "bias of the encoder-to-decoder map; AMD has none")
     attention: Literal["self", "cross"] = result(
         "self",
-        "self: all rows read each other (MAE, DMAE, AMD); cross: hidden rows read the visible ones only, which costs "
-        "less (CrossMAE)",
+        "self: all tokens attend to each other (MAE, DMAE, AMD); cross: tokens of hidden patches attend to the visible "
+        "tokens only, which costs less (CrossMAE)",
     )
     predict_ratio: Fraction = result(
         1.0,
@@ -169,7 +169,7 @@ class Align(Section):
     beta: Above0 = result(2.0, "where smooth_l1 turns from square to linear; 2 in G2SD")
     normalize: Literal["none", "l2", "whiten", "stored"] = result(
         "l2",
-        "before the distance; l2: both rows to unit length (DMAE's code); "
+        "before the distance; l2: L2-normalise the tokens of both (DMAE's code); "
         "whiten: LayerNorm without affine of the teacher's; none (AMD); "
         "stored: the teacher's by the mean and deviation of each channel, measured in the first steps (Theia, EUPE)",
     )
@@ -180,8 +180,8 @@ class Align(Section):
     )
     output: Literal["block", "mlp"] = result(
         "block",
-        "of a teacher block; block: its rows (DMAE, AMD); mlp: what its MLP adds to them (data2vec), for plain ViTs of "
-        "timm",
+        "of a teacher block; block: its output tokens (DMAE, AMD); mlp: what its MLP adds to them (data2vec), for "
+        "plain ViTs of timm",
     )
     last_blocks: Positive | None = result(
         None,
@@ -241,7 +241,9 @@ class Log(LogConfig):
     pictures_every_epochs: Above0 | None = runtime(10.0, "epochs between reconstruction pictures; null: never")
     knn_every_epochs: Above0 | None = runtime(10.0, "epochs between kNN scores, which need data.val; null: never")
     probe_every_epochs: Above0 | None = runtime(None, "epochs between linear probes, which need data.val; null: never")
-    knn_images: Positive = runtime(10000, "most training images that kNN compares with and a linear probe learns from")
+    knn_images: Positive = runtime(
+        10000, "most training images, and most validation images, that kNN and the linear probe use"
+    )
 
 
 class PretrainConfig(RunConfig):
@@ -258,10 +260,10 @@ class PretrainConfig(RunConfig):
     seed: Count = result(0, "seeds the sample order, crops, flips, masks and initial weights", le=2**63 - 1)
     more_teachers: tuple[str, ...] = result(
         (),
-        "further teachers of dmae or amd, aligned with where the student sees, each by the settings in which it "
-        'differs from the first, as "teacher.source=timm:resnet50.a1_in1k align.teacher=[4] align.weight=0.5": '
-        "align.* but for warmup_share, and teacher.*, of which it shares the precision alone; quotes hold a value with "
-        "blanks together",
+        "further teachers of dmae or amd, aligned where the student sees; each entry is a string of settings, as "
+        '"teacher.source=timm:resnet50.a1_in1k align.teacher=[4] align.weight=0.5"; it takes other align.* keys and '
+        "teacher.precision from the first teacher, its other teacher.* keys are at their defaults; it cannot set "
+        "align.warmup_share; quotes hold a value with blanks together",
     )
     data: Data = Data()
     student: Student = Student()

@@ -22,7 +22,7 @@ from maedistill.models.exits import ExitHead, ending_at
 
 
 class Exits(Term):
-    """Exits that learn from labels and from the network's own end (Be Your Own Teacher, Zhang et al., ICCV 2019).
+    """Exits that learn from labels and from the final classifier (Be Your Own Teacher, Zhang et al., ICCV 2019).
 
     An exit's parts are `exits/BLOCK/cross_entropy`, `.../divergence` (T^2 included) and `.../features`. Their heads are
     kept: `evaluate` and `export` use them.
@@ -68,7 +68,7 @@ def exit_networks(module: Any) -> dict[str, VisionTransformer]:
 
 
 class SelfAttention(Term):
-    """SAD (Hou et al., ICCV 2019): where a block is strongly active follows the next one of the section's blocks."""
+    """SAD (Hou et al., ICCV 2019): the activation map of each of the section's blocks imitates the next one's."""
 
     section: distill.SelfAttentionConfig
 

@@ -1,6 +1,6 @@
 """The schema of a study file: teachers, students that learn from them in different ways, and seeds.
 
-    out: runs/cifar10                          # relative to the working directory
+    out: runs/my_study                         # relative to the working directory
     seeds: [0, 1, 2]
     baseline: mae                              # the row that the others are compared with; omitted: none
     teachers:                                  # each trained once, with seed 0; omitted if no student needs one
@@ -14,7 +14,10 @@
       tuned: {init_from: dmae, finetune_axes: {optim: {lr: [1e-3, 2e-3]}}}            # shares dmae's pre-training
       scratch: {same_architecture_as: mae}     # not pre-trained; the network that `mae` is
       plain: {finetune_set: [student.model=vit_tiny_patch16_224]}                     # not pre-trained
-      kd: {same_architecture_as: mae, finetune_set: ["distill.teachers=[{teacher.large.finetuned}]"]}
+      kd:                                      # learns from the teacher's logits and from the labels
+        same_architecture_as: mae
+        finetune_set: ["distill.teachers=[{teacher.large.finetuned}]", distill.logits.weight=0.9,
+          distill.label_weight=0.1]
     finetune: {config: finetune.yaml, set: [optim.layer_decay=0.8]}                   # for every fine-tuning
     lines: {DMAE: [dmae], none: [scratch, plain]}            # rows that a chart joins, over epochs and over minutes
 

@@ -23,9 +23,9 @@ maedistill --version
 maedistill pretrain --help
 ```
 
-`python -m maedistill COMMAND` is the same. So are the scripts `tools/COMMAND.py` of a checkout, for launchers that
-start a file. Exit codes are in [troubleshooting](troubleshooting.md#exit-codes), config keys in
-[configuration](configuration.md)."""
+`python -m maedistill COMMAND` is the same. So are the scripts in `tools/` of a checkout, such as `tools/pretrain.py`
+(`tools/make_shards.py` for `shards`), for launchers that start a file. Exit codes are in
+[troubleshooting](troubleshooting.md#exit-codes), config keys in [configuration](configuration.md)."""
 
 
 def page() -> str:
