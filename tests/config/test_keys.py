@@ -9,7 +9,6 @@ from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import ALIASES, all_keys, all_sections, differing_keys, flat, nearest_keys, nested
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.render import explain
-from maedistill.config.values import validated
 from maedistill.errors import ConfigError
 
 ROOTS = (PretrainConfig, FinetuneConfig)
