@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Precision = Literal["fp32", "bf16", "fp16"]
-JOBS_VARIABLE = "MAEDISTILL_JOBS"  # in the environment of the jobs of a study
+JOBS_VARIABLE, GPU_JOBS_VARIABLE = "MAEDISTILL_JOBS", "MAEDISTILL_GPU_JOBS"  # in the environment of a study's jobs
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")  # most bytes of a control group, bytes that it uses
 _CGROUP_V2 = ("memory.max", "memory.current")
@@ -66,7 +66,16 @@ def cpu_name() -> str:
 
 def runs_beside() -> int:
     """Return the number of runs that share the machine's memory: the jobs of a study, which says so, else 1."""
-    jobs = os.environ.get(JOBS_VARIABLE, "")
+    return _jobs(JOBS_VARIABLE)
+
+
+def runs_on_gpu() -> int:
+    """Return the number of runs that may share this process's GPU: jobs of a study, which says so, else 1."""
+    return _jobs(GPU_JOBS_VARIABLE)
+
+
+def _jobs(variable: str) -> int:
+    jobs = os.environ.get(variable, "")
     return max(1, int(jobs)) if jobs.isdecimal() else 1
 
 

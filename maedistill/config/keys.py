@@ -30,46 +30,6 @@ ALIASES = {
     "reprob": ("augment.erasing",),
 }
 
-# Keys and sections of earlier versions, and what they are called now.
-RENAMED = {
-    "data.window_shards": "data.shuffle_window",
-    "decoder.heads": "decoder.num_heads",
-    "decoder.predict": "decoder.predict_ratio",
-    "distill.affinity": "distill.pkt",
-    "distill.angles": "distill.rkd_angle",
-    "distill.contrast": "distill.contrastive",
-    "distill.distances": "distill.rkd_distance",
-    "distill.hard": "distill.hard_label",
-    "distill.labels": "distill.label_weight",
-    "distill.maps": "distill.attention_transfer",
-    "distill.relations": "distill.token_relations",
-    "distill.similarity": "distill.similarity_preserving",
-    "distill.token_relations.heads": "distill.token_relations.num_heads",
-    "engine.checkpoint_activations": "engine.activation_checkpointing",
-    "engine.most_nonfinite": "engine.max_nonfinite",
-    "generate.heads": "generate.num_heads",
-    "init.licence": "init.license",
-    "init.positions": "init.pos_embed",
-    "log.every": "log.every_steps",
-    "masks.student_visible": "masks.student_keep_ratio",
-    "masks.teacher_visible": "masks.teacher_keep_ratio",
-    "student.heads": "student.num_heads",
-    "student.pooling": "student.global_pool",
-    "student.positions": "student.pos_embed",
-    "teacher.heads": "teacher.num_heads",
-    "teacher.licence": "teacher.license",
-    "teacher.positions": "teacher.pos_embed",
-}
-
-# Keys of earlier versions, or values of keys, that are gone for good, and what to do instead.
-REMOVED = {
-    "align.head": "use align.projector, linear or mlp, with align.bias or without",
-    "data.scaled_decode": "remove it: every image is decoded at its full size",
-    "engine.nonfinite=rollback": "use skip, which leaves out the update, or stop",
-    "log.tensorboard": "remove it: TensorBoard is in log.trackers, which is [tensorboard] by default; [] is none",
-    "log.keep_every_epochs": "remove it: log.keep is how many checkpoints are kept; copy the others that you want",
-}
-
 # What other programs have as settings and here is decided elsewhere, or in another unit.
 ELSEWHERE = {
     "burn_in": "use distill.codistillation.start_epoch, in epochs: a share of 0.4 is 0.4 optim.epochs",
@@ -145,8 +105,6 @@ def differing_keys(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]
 def nearest_keys(name: str, root: type[RunConfig]) -> list[str]:
     """Return at most four keys or sections that `name` may mean, likeliest first: a typo, or a wrong section."""
     keys = all_keys(root)
-    if new := renamed_key(name, root):
-        return [new]
     names, leaf = [*keys, *all_sections(root)], name.rpartition(".")[2].replace("-", "_")
     if typo := difflib.get_close_matches(name, names, n=1, cutoff=0.85):
         return typo
@@ -156,16 +114,6 @@ def nearest_keys(name: str, root: type[RunConfig]) -> list[str]:
     near = [leaf] if leaf in leaves else difflib.get_close_matches(leaf, leaves, n=2, cutoff=0.75)
     same_leaf = [key for other in near for key in keys if key.rpartition(".")[2] == other]
     return same_leaf[:4] or difflib.get_close_matches(name, names, n=3, cutoff=0.55)
-
-
-def renamed_key(name: str, root: type[RunConfig]) -> str | None:
-    """Return the present name of a key or section of an earlier version, or None."""
-    parts = name.split(".")
-    for end in range(1, len(parts) + 1):
-        head = ".".join(parts[:end])
-        parts[:end] = RENAMED.get(head, head).split(".")
-    new = ".".join(parts)
-    return new if new != name and (new in all_keys(root) or new in all_sections(root)) else None
 
 
 @cache

@@ -22,7 +22,7 @@ from typing import Any, Generic, NamedTuple
 from maedistill.config import finetune_rules, pretrain_rules
 from maedistill.config.document import CONFIGS, UNPRINTABLE, Refusal, config_name, find_config, read_document, read_file
 from maedistill.config.finetune import FinetuneConfig
-from maedistill.config.keys import REMOVED, all_keys
+from maedistill.config.keys import all_keys
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.schema import RunConfig
 from maedistill.config.shared_rules import Problem
@@ -74,7 +74,6 @@ def load_config(
     *,
     root: type[Root],
     to_run: bool = True,
-    recorded: bool = False,
     given: Mapping[str, Any] | None = None,
 ) -> LoadedConfig[Root]:
     """Read a config file, apply `key=value` overrides (values in YAML) and check everything.
@@ -83,19 +82,13 @@ def load_config(
     config or a mapping of settings, as the overrides may be. given: settings above the overrides, from Python.
     root: the schema, PretrainConfig or FinetuneConfig.
     to_run: whether shards and run folder must be named, as for a run; a recipe can be inspected without them.
-    recorded: the file is a run's own config.yaml; keys of logging that an earlier version had are left out, since they
-    change no result.
     Raises `ConfigError`, which names the first problem with its place and counts the others.
     """
     if isinstance(path, str | Path):
         below = _read_file(find_config(path), extended_by=(), read=[])
     else:
         below = _from_python(path, level=0)
-    settings = {
-        name: setting
-        for name, setting in below.items()
-        if not (recorded and name in REMOVED and name.startswith("log."))
-    }
+    settings = dict(below)
     if isinstance(overrides, Mapping):
         settings |= _from_python(overrides, level=_TOP)
     else:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from maedistill.config.finetune import FinetuneConfig
-from maedistill.config.keys import ELSEWHERE, REMOVED, Key, all_keys, all_sections, nearest_keys, nested
+from maedistill.config.keys import ELSEWHERE, Key, all_keys, all_sections, nearest_keys, nested
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.schema import RunConfig
 from maedistill.config.shared_rules import Problem
@@ -59,8 +59,6 @@ def unknown_key(name: str, root: type[RunConfig], value: Any = None) -> Problem:
         return Problem(name, f"{parent} is not a section, it takes {words}", f"set {parent} itself, to {words}")
     if name == "extends":
         return Problem(name, "extends works only in a file", "name the other file as CONFIG")
-    if name in REMOVED:
-        return Problem(name, f"{name} is gone", REMOVED[name])
     if remedy := ELSEWHERE.get(name.rpartition(".")[2]):
         return Problem(name, f"unknown key {name}", remedy)
     for other in ROOTS:
@@ -88,8 +86,6 @@ def _quoted(value: Any) -> str:
 
 
 def _wrong_value(key: Key, value: Any) -> Problem:
-    if isinstance(value, str) and (remedy := REMOVED.get(f"{key.name}={value}")):
-        return Problem(key.name, f"{key.name}={value} is gone", remedy)
     return Problem(key.name, f"expected {key.words}, got {_quoted(value)}", _remedy(key, value))
 
 

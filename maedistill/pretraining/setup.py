@@ -34,6 +34,7 @@ from maedistill.pretraining.build import (
 from maedistill.pretraining.flops import count_flops
 from maedistill.pretraining.more_teachers import MoreTeacher, open_more_teachers
 from maedistill.processes import distributed
+from maedistill.runs.checkpoint import checkpoint_steps
 from maedistill.runs.dry_run import dry_run as plan_and_try
 from maedistill.runs.dry_run import forward_backward
 from maedistill.runs.folder import RunFolder
@@ -269,14 +270,15 @@ def _fit_micro_batch(parts: Pretraining) -> None:
     """Fit the micro-batch to the memory of the GPUs if `engine.micro_batch` is not set. Collective.
 
     A run resumed with as many ranks and the same GPU memory keeps its micro-batch, so that its sums are bit-identical.
+    Before its first checkpoint there is nothing to keep: a size that was too large is not tried again.
     With `engine.deterministic` nothing is fitted, because two runs could choose different sizes.
     """
     config, plan, device = parts.config, parts.plan, parts.device
     if config.engine.micro_batch is not None or config.engine.deterministic or device.type != "cuda":
         return
     plans = batch_plans(config.optim.global_batch, world_size=plan.world_size, group=config.data.views_per_image)
-    parts.fitted_to = torch.cuda.get_device_properties(device).total_memory
-    known = distributed.on_main(lambda: known_metadata(RunFolder(config.run).path)).get("batch", {})
+    parts.fitted_to = min(distributed.gather_objects(torch.cuda.get_device_properties(device).total_memory))
+    known = distributed.on_main(lambda: _fitted_before(RunFolder(config.run)))
     fits = {"ranks": plan.world_size, "fitted_to_bytes": parts.fitted_to}
     batch = next((one for one in plans if known == fits | {"micro_batch": one.micro_batch}), None)
     if batch is None:
@@ -287,6 +289,13 @@ def _fit_micro_batch(parts: Pretraining) -> None:
         parts.module.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
     parts.plan = replace(plan, batch=batch)
+
+
+def _fitted_before(folder: RunFolder) -> dict[str, Any]:
+    """Return the micro-batch of the run in a folder, and what it was fitted to; empty before its first checkpoint."""
+    if not checkpoint_steps(folder.checkpoints):
+        return {}
+    return known_metadata(folder.path).get("batch", {})
 
 
 def dry_run(config: PretrainConfig) -> None:

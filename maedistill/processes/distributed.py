@@ -8,6 +8,7 @@ call the functions marked "Collective", in the same order.
 import itertools
 import os
 import re
+import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from maedistill.processes.rendezvous import open_local_store, rendezvous_error
 
 T = TypeVar("T")
 _NCCL_GRACE_SECONDS = 60
+_POLL_SECONDS = 0.1  # between looks whether rank 0 is done
 _timeout = timedelta(minutes=10)
 _counters = itertools.count()
 
@@ -146,9 +148,28 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def main_first(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 first and then on the others, which find its results in the cache. Collective."""
+    """Run `work` on rank 0 first and then on the others, which find its results in the cache. Collective.
+
+    The others wait without a limit while rank 0 lives: a scan of all shards or a download may take longer than any
+    collective may. Raises PeerError if rank 0, or the launcher that keeps the store, is gone.
+    """
+    if world_size() == 1:
+        return work()
     mine: list[T] = []
-    on_main(lambda: mine.append(work()))
+    name, store = f"maedistill/first/{next(_counters)}", dist.distributed_c10d._get_default_store()
+
+    def first() -> None:
+        try:
+            mine.append(work())
+        finally:
+            store.set(name, "done")
+
+    try:
+        while not is_main() and not store.check([name]):
+            time.sleep(_POLL_SECONDS)
+    except dist.DistError as error:
+        raise PeerError(f"rank 0 is gone, or its launcher: {error}", "see its messages, then start again") from error
+    on_main(first)
     return mine[0] if is_main() else work()
 
 

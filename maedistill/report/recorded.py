@@ -62,7 +62,7 @@ def read_run(path: Path, name: str, place: int = 0) -> RecordedRun:
             "name the folder of a run that has started, or of a study with results.json",
         )
     metadata = read_json(path / "run.json")
-    config: Any = load_config(path / "config.yaml", root=_STAGES[metadata["stage"]], to_run=False, recorded=True).config
+    config: Any = load_config(path / "config.yaml", root=_STAGES[metadata["stage"]], to_run=False).config
     ended = None
     with suppress(DataError, OSError, KeyError):  # an empty file, after a power cut, says as little as none
         ended = str(read_json(path / "exit.json")["reason"])

@@ -75,21 +75,19 @@ class NonfinitePolicy:
         self._count(progress, self._flags.read())
 
     def _count(self, progress: Progress, flags: list[tuple[int, bool]]) -> None:
-        last = None
         for step, is_skipped in flags:
-            progress.nonfinite += is_skipped
-            progress.nonfinite_in_a_row = progress.nonfinite_in_a_row + 1 if is_skipped else 0
-            if is_skipped:
-                last = step + 1
-                if distributed.is_main():
-                    self.lines.append(json.dumps({"step": last, "samples": self._sample_names(step)}))
-                    text = f"step {last} is not applied: its loss or gradient is not finite"
-                    say(text, error=True)
-        too_many = self.settings.nonfinite == "stop" or progress.nonfinite_in_a_row > self.settings.max_nonfinite
-        if last is not None and too_many:
-            raise NumericsError(
-                f"the loss or the gradient of step {last} is not finite, {progress.nonfinite_in_a_row} in a row "
-                f"(engine.nonfinite={self.settings.nonfinite}); {self.lines.path} names its samples",
-                "look at them, or start another run= with a lower optim.base_lr or optim.clip=1; no checkpoint has "
-                "such numbers",
-            )
+            if not is_skipped:
+                progress.nonfinite_in_a_row = 0
+                continue
+            progress.nonfinite += 1
+            progress.nonfinite_in_a_row += 1
+            if distributed.is_main():
+                self.lines.append(json.dumps({"step": step + 1, "samples": self._sample_names(step)}))
+                say(f"step {step + 1} is not applied: its loss or gradient is not finite", error=True)
+            if self.settings.nonfinite == "stop" or progress.nonfinite_in_a_row > self.settings.max_nonfinite:
+                raise NumericsError(
+                    f"the loss or the gradient of step {step + 1} is not finite, {progress.nonfinite_in_a_row} in a "
+                    f"row (engine.nonfinite={self.settings.nonfinite}); {self.lines.path} names its samples",
+                    "look at them, or start another run= with a lower optim.base_lr or optim.clip=1; no checkpoint "
+                    "has such numbers",
+                )

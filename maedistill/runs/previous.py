@@ -74,7 +74,7 @@ def read_config(run: Path, root: type[Any] | None = None) -> PretrainConfig | Fi
             f"run: {run / CONFIG} is gone, so nobody knows the settings of the run",
             "restore it from a copy, or use another run=",
         )
-    config: PretrainConfig | FinetuneConfig = load_config(file, root=root, to_run=False, recorded=True).config
+    config: PretrainConfig | FinetuneConfig = load_config(file, root=root, to_run=False).config
     return config
 
 

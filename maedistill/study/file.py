@@ -23,7 +23,6 @@ from maedistill.errors import ConfigError, join_first
 from maedistill.study.schema import Recipe, Student, Study, Teacher
 
 MOST_RUNS = 300  # of one start; more is likely a typo, or should be several studies
-RENAMED = {"pretraining_of": "init_from", "shape_of": "same_architecture_as"}  # keys of earlier versions
 _EXAMPLE = "cifar10/study_methods shows how it is written"
 _FOLDER = re.compile(r"(?!logs$)[A-Za-z0-9][A-Za-z0-9_.+-]{0,119}")  # OUT/logs holds the logs
 _STARTS = ("config", "init_from", "same_architecture_as")
@@ -74,8 +73,7 @@ def _schema_problem(error: ValidationError) -> Problem:
     schemas: dict[str, type[Section]] = {"students": Student, "teachers": Teacher, "finetune": Recipe}
     fields = schemas.get(section, Study).model_fields
     if first["type"] == "extra_forbidden":
-        near = [new for old, new in RENAMED.items() if old == parts[-1] and new in fields]
-        near = near or difflib.get_close_matches(parts[-1], fields, n=1)
+        near = difflib.get_close_matches(parts[-1], fields, n=1)
         remedy = f"did you mean {near[0]}?" if near else f"keys are {', '.join(fields)}"
         return Problem(name, "unknown key", remedy)
     return Problem(name, first["msg"][0].lower() + first["msg"][1:], _EXAMPLE)

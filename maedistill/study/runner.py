@@ -23,7 +23,7 @@ from typing import IO
 
 from maedistill.errors import ConfigError, UserError, join_first
 from maedistill.escaping import say, shown
-from maedistill.machine import JOBS_VARIABLE, cpu_share, visible_gpus
+from maedistill.machine import GPU_JOBS_VARIABLE, JOBS_VARIABLE, cpu_share, visible_gpus
 from maedistill.runs.history import duration
 from maedistill.study.status import RunningStep, StatusLine
 
@@ -116,7 +116,8 @@ def run_steps(
                 waiting.remove(step)
                 place = f"{len(done) + len(failed) + len(running) + 1}/{len(steps)}"
                 gpu = min(gpus, key=[job.gpu for job in running].count, default=None)  # the one with the fewest jobs
-                running.append(_start(step, place, gpu, program=program, out=out, jobs=jobs, lock=lock))
+                beside = -(-jobs // max(1, len(gpus)))
+                running.append(_start(step, place, gpu, beside, program=program, out=out, jobs=jobs, lock=lock))
             if not running:
                 break
             time.sleep(_POLL_SECONDS)
@@ -139,13 +140,13 @@ def run_steps(
 
 
 def _start(
-    step: Step, place: str, gpu: str | None, *, program: Sequence[str], out: Path, jobs: int, lock: IO[str]
+    step: Step, place: str, gpu: str | None, beside: int, *, program: Sequence[str], out: Path, jobs: int, lock: IO[str]
 ) -> _Job:
-    """Start a step, which writes to a log. place: its number, `3/14`."""
+    """Start a step, which writes to a log. place: its number, `3/14`; beside: most jobs of a GPU at a time."""
     environment = dict(os.environ)
     command_line = step.command_line
     if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = gpu
+        environment |= {"CUDA_VISIBLE_DEVICES": gpu, GPU_JOBS_VARIABLE: str(beside)}
         command_line = f"CUDA_VISIBLE_DEVICES={gpu} {command_line}"
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(cpu_share(jobs)))

@@ -18,7 +18,6 @@ from maedistill.processes.distributed import local_rank
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_OPTIONS: dict[str, str | int | bool | Callable[..., object]] = {"fallback_random": True}
 
 
 def should_compile(setting: bool | None, device: torch.device, *, zero: int) -> bool:
@@ -48,12 +47,17 @@ def should_compile(setting: bool | None, device: torch.device, *, zero: int) -> 
 
 def compile_module(module: nn.Module) -> None:
     """Compile the forward pass of `module` in place; its parameter names do not change."""
-    module.compile(options=_OPTIONS)
+    module.compile(options=_options())
 
 
 def compile_function(function: Callable[P, R]) -> Callable[P, R]:
     """Return `function` compiled."""
-    return torch.compile(function, options=_OPTIONS)
+    return torch.compile(function, options=_options())
+
+
+def _options() -> dict[str, str | int | bool | Callable[..., object]]:
+    """Return inductor's options. deterministic: no kernel or padding is chosen by a timing."""
+    return {"fallback_random": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
 
 
 @cache

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from maedistill.config.plan import BatchPlan
+from maedistill.machine import runs_on_gpu
 from maedistill.processes import distributed
 
 _SAMPLES = ((8, 16), (1, 2))  # of the two trials; the second pair is for GPUs that cannot fit 16
@@ -23,16 +24,31 @@ def fit_to_memory(
     """Return the first of `plans`, largest micro-batch first, that fits on the GPUs of all ranks. Collective.
 
     trial: runs a forward and backward pass of that many samples and frees everything but the gradients. later_bytes:
-    what training allocates on top, such as Adam's moments. Raises torch.OutOfMemoryError if no plan fits.
+    what training allocates on top, such as Adam's moments. Jobs of a study that share the GPU get equal parts of it.
+    Raises torch.OutOfMemoryError on all ranks if no plan fits on one of them.
     """
-    free, _ = torch.cuda.mem_get_info(device)
-    limit = _USABLE * (free + torch.cuda.memory_reserved(device)) - later_bytes
-    fixed, each = _line(trial, device=device)
+    free, total = torch.cuda.mem_get_info(device)
+    usable = min(free + torch.cuda.memory_reserved(device), total / runs_on_gpu())
+    number = _first_that_fits(plans, trial, device=device, limit=_USABLE * usable - later_bytes)
+    numbers = distributed.gather_objects(len(plans) if number is None else number)
+    if max(numbers) == len(plans):
+        raise torch.OutOfMemoryError(f"{plans[-1].micro_batch} samples at once need more than there is")
+    return plans[max(numbers)]
+
+
+def _first_that_fits(
+    plans: Sequence[BatchPlan], trial: Callable[[int], None], *, device: torch.device, limit: float
+) -> int | None:
+    """Return the number of the first plan that fits on this rank's GPU, None if none does."""
+    try:
+        fixed, each = _line(trial, device=device)
+    except torch.OutOfMemoryError:
+        return None
     first = next((i for i, plan in enumerate(plans) if fixed + each * plan.micro_batch <= limit), len(plans) - 1)
     for number in range(first, len(plans)):
         if _fits(trial, plans[number].micro_batch, limit=limit, device=device):
-            return plans[max(distributed.gather_objects(number))]
-    raise torch.OutOfMemoryError(f"{plans[-1].micro_batch} samples at once need more than there is")
+            return number
+    return None
 
 
 def _line(trial: Callable[[int], None], *, device: torch.device) -> tuple[float, float]:

@@ -50,9 +50,6 @@ OVERRIDES = [
     "optim.lr.peak=3",
     "optim.lr={a: 1}",
     "optim.lr={}",
-    "data.scaled_decode=true",
-    "engine.nonfinite=rollback",
-    "log.tensorboard=false",
     # wrong types and values
     "optim.lr=fast",
     "optim.lr=-1e-3",
@@ -147,7 +144,6 @@ FINETUNE_OVERRIDES = [
     "layer_decay=0.75",
     "reprob=0.25",
     "qqqq=1",
-    "align.head=mlp",
     # values
     "optim.layer_decay=0",
     "optim.layer_decay=1.5",

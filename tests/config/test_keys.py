@@ -6,21 +6,9 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from maedistill.config.finetune import FinetuneConfig
-from maedistill.config.keys import (
-    ALIASES,
-    REMOVED,
-    RENAMED,
-    all_keys,
-    all_sections,
-    differing_keys,
-    flat,
-    nearest_keys,
-    nested,
-    renamed_key,
-)
+from maedistill.config.keys import ALIASES, all_keys, all_sections, differing_keys, flat, nearest_keys, nested
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.render import explain
-from maedistill.config.values import validated
 from maedistill.errors import ConfigError
 
 ROOTS = (PretrainConfig, FinetuneConfig)
@@ -128,22 +116,3 @@ def test_explain():
         explain("lr", PretrainConfig)
     with pytest.raises(ConfigError, match=r"optim\.layer_decay belongs to fine-tuning \(maedistill finetune\)"):
         explain("optim.layer_decay", PretrainConfig)
-
-
-@pytest.mark.parametrize(("old", "new"), RENAMED.items())
-def test_a_key_of_an_earlier_version_is_refused_with_its_new_name(old, new):
-    roots = [root for root in ROOTS if new in {**all_keys(root), **all_sections(root)}]
-    assert roots, f"{new} is a key"
-    for root in roots:
-        assert old not in {**all_keys(root), **all_sections(root)}
-        assert nearest_keys(old, root) == [new]
-    assert renamed_key("distill.relations.heads", FinetuneConfig) == "distill.token_relations.num_heads"
-
-
-@pytest.mark.parametrize(("setting", "remedy"), REMOVED.items())
-@each_root
-def test_a_key_or_value_that_was_removed_is_refused_as_gone(root, setting, remedy):
-    name, _, value = setting.partition("=")
-    assert (name in all_keys(root)) == bool(value) and name not in all_sections(root)
-    [problem] = validated({name: value or True}, root)
-    assert (problem.key, problem.cause, problem.remedy) == (name, f"{setting} is gone", remedy)

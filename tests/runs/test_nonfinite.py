@@ -2,8 +2,10 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
+from maedistill.errors import NumericsError
 from maedistill.runs.nonfinite import NonfinitePolicy
 from maedistill.runs.progress import Progress
 from maedistill.runs.run import Run
@@ -30,3 +32,13 @@ def test_every_checkpoint_knows_of_the_last_update(tmp_path):
     progress.step = 5
     policy.check(progress, torch.tensor(False), now=True, sample_names=lambda step: [])
     assert (progress.nonfinite, progress.nonfinite_in_a_row) == (1, 0)
+
+
+@pytest.mark.parametrize(("nonfinite", "most"), [("stop", 3), ("skip", 0)])
+def test_the_run_ends_also_if_the_next_flag_arrives_at_the_same_time(tmp_path, nonfinite, most):
+    policy = NonfinitePolicy(tmp_path / "lines", SimpleNamespace(nonfinite=nonfinite, max_nonfinite=most))
+    progress = Progress(step=4)
+    policy.check(progress, torch.tensor(True), now=False, sample_names=lambda step: [])
+    progress.step = 5
+    with pytest.raises(NumericsError, match="of step 4 is not finite, 1 in a row"):
+        policy.check(progress, torch.tensor(False), now=True, sample_names=lambda step: [])

@@ -27,19 +27,6 @@ EARLY = "init_from: large, finetune: true"
 MISTAKES = {
     "typo": ("seeds:", "seed:", "g.yaml:2 seed: unknown key", "did you mean seeds"),
     "typo below": ("ten: {config", "ten: {finetune_sett: [], config", "g.yaml:7 students.ten.finetune_sett", "_set"),
-    "a former key": ("init_from: mae", "pretraining_of: mae", "g.yaml:8 students.tuned.pretraining_of", "init_from"),
-    "another": (
-        "same_architecture_as: mae",
-        "shape_of: mae",
-        "g.yaml:5 students.scratch.shape",
-        "same_architecture_as",
-    ),
-    "a former key of a teacher": (
-        "config: ../t/s.yaml",
-        "pretraining_of: large",
-        "g.yaml:3 teachers.small",
-        "init_from",
-    ),
     "missing": ("out: runs/x\n", "", "g.yaml:1 out: field required", "cifar10/study_methods"),
     "no config": ("{config: teacher.yaml,", "{set: [],", "g.yaml:3 teachers.large: it has neither config", "one of"),
     "wrong type": ("[0, 1]", "[0, one]", "g.yaml:2 seeds.1: ", "cifar10/study_methods"),

@@ -17,9 +17,10 @@ from maedistill.study.runner import Step, StepsFailed, print_steps, run_steps
 TOOL = """\
 import os, subprocess, sys, time
 name, *words = sys.argv[1:]
+JOBS = "MAEDISTILL_JOBS", "MAEDISTILL_GPU_JOBS"
 def note(text):
     with open("notes.txt", "a") as file:
-        shares = [os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "MAEDISTILL_JOBS")]
+        shares = [os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", *JOBS)]
         file.write(f"{text} {name} {' '.join(map(str, shares))}\\n")
 note("starts")
 if "child" in words:
@@ -97,7 +98,7 @@ def test_two_at_a_time_share_the_cores_and_write_to_logs(folder, monkeypatch) ->
     found = run(folder, step("a", "briefly"), step("x/b", "briefly"), step("c", needs=("a",)), jobs=2)
     assert set(found[:2]) == {"starts a", "starts x/b"} and found.index("ends a") < found.index("starts c")
     shares = [line.split()[2:] for line in (folder / "notes.txt").read_text().splitlines()]
-    assert {(threads, jobs) for threads, _, jobs in shares} == {("3", "2")}
+    assert {(threads, jobs) for threads, _, jobs, _ in shares} == {("3", "2")}
     assert (folder / "out/logs/x_b.log").read_text().startswith("$ maedistill x/b briefly\n")
 
 
@@ -111,7 +112,9 @@ def test_jobs_are_dealt_the_gpus_that_are_visible(folder, monkeypatch, jobs, gpu
     steps = [step("a", *(["after=d"] if jobs > 1 else [])), step("b"), step("c"), step("d")]
     run(folder, *steps, jobs=jobs)
     lines = [line.split() for line in (folder / "notes.txt").read_text().splitlines()]
-    assert [gpu for _, gpu in sorted((name, gpu) for text, name, _, gpu, _ in lines if text == "starts")] == gpus
+    starts = sorted(line[1:] for line in lines if line[0] == "starts")
+    assert [gpu for _, _, gpu, *_ in starts] == gpus
+    assert {beside for *_, beside in starts} == {"None" if jobs == 1 else str(jobs // 2)}
     command = (folder / "out/logs/b.log").read_text().splitlines()[0]
     assert command == "$ " + ("CUDA_VISIBLE_DEVICES=GPU-b " if jobs > 1 else "") + "maedistill b"
 

@@ -167,3 +167,41 @@ def test_a_port_in_use_is_named():
         words = [sys.executable, "-c", LISTENERS]
         ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2 and f"port {port}" in ended.stderr and "--master_port" in ended.stderr
+
+
+SLOW_FIRST = """
+import os, time
+from maedistill.errors import exit_code_of
+from maedistill.training.engine import initialize_distributed
+from maedistill.processes import distributed
+
+def work():
+    if distributed.is_main():
+        time.sleep(4)
+        {on_rank_0}
+    return distributed.rank()
+
+def main():
+    initialize_distributed(2)  # seconds, for a collective
+    print(distributed.main_first(work), distributed.main_first(distributed.rank), flush=True)
+
+try:
+    code = exit_code_of(main)
+except KeyError:
+    code = 1
+os._exit(code)  # at once: gloo may abort a process that ends while its peers do
+"""
+
+
+@pytest.mark.faults
+def test_the_others_wait_for_rank_0_longer_than_a_collective_may_take():
+    ended = start_ranks(SLOW_FIRST.format(on_rank_0="pass"), 2, free_port())
+    assert [(out, code) for (out, _), code in ended] == [("0 0\n", 0), ("1 1\n", 0)]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("end", "code"), [("raise KeyError('k')", 1), ("os._exit(9)", 9)])
+def test_nobody_waits_for_a_rank_0_that_fails_or_is_gone(end, code):
+    (_, first), ((_, err), second) = start_ranks(SLOW_FIRST.format(on_rank_0=end), 2, free_port())
+    assert (first, second) == (code, 5)
+    assert "rank 0" in err and "Traceback" not in err

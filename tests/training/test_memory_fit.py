@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from maedistill.config.plan import batch_plans
+from maedistill.machine import GPU_JOBS_VARIABLE
 from maedistill.training import memory_fit
 from maedistill.training.memory_fit import fit_to_memory
 
@@ -63,3 +64,23 @@ def test_where_sixteen_do_not_fit_the_line_is_drawn_by_fewer(monkeypatch) -> Non
     card = Card(4 * GIB, fixed=GIB, each=0.3 * GIB)
     assert card.fit(monkeypatch) == 8  # 3.4 of 3.68 GiB
     assert card.trials == [8, 8, 16, 1, 1, 2, 8]
+
+
+def test_jobs_that_share_a_card_share_its_memory(monkeypatch) -> None:
+    for jobs, expected in (("1", 512), ("2", 256), ("4", 128), ("", 512)):
+        monkeypatch.setenv(GPU_JOBS_VARIABLE, jobs)
+        assert Card(40 * GIB, fixed=2 * GIB, each=0.05 * GIB).fit(monkeypatch) == expected
+
+
+def test_all_ranks_take_what_fits_on_each_of_them_or_none(monkeypatch) -> None:
+    """The other rank, which is asked through a collective, fits a smaller share or nothing."""
+    others: list[int] = []
+    monkeypatch.setattr(memory_fit.distributed, "gather_objects", lambda number: [number, others[0]])
+    others[:] = [2]
+    assert Card(80 * GIB, fixed=2 * GIB, each=0.05 * GIB).fit(monkeypatch) == 128
+    others[:] = [len(PLANS)]
+    with pytest.raises(torch.OutOfMemoryError):
+        Card(80 * GIB, fixed=2 * GIB, each=0.05 * GIB).fit(monkeypatch)
+    others[:] = [0]
+    with pytest.raises(torch.OutOfMemoryError):  # this rank asks, too, before it raises
+        Card(2 * GIB, fixed=3 * GIB, each=0.5 * GIB).fit(monkeypatch)

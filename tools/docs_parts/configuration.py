@@ -38,7 +38,7 @@ optim:
 | meaning | what it does, and the values of the papers, where they state one |
 
 MAE is He et al., 2022, DMAE is Bai et al., 2023, AMD is Zhao et al., 2024, TinyMIM is Ren et al., 2023
-([all references](citing.md)). Names of keys from earlier versions are in the [changelog](../CHANGELOG.md).
+([all references](citing.md)).
 
 ## Sections
 

@@ -28,7 +28,8 @@ from maedistill.data.loading.workers import Images, load_batches
 from maedistill.data.shards.index import ShardIndex
 from maedistill.randomness import Stream, key, uniform
 
-PREFETCHED = 4  # batches per worker
+PREFETCHED = 4  # batches per worker, at most
+_MOST_BYTES = 2 * 2**30  # of the batches ahead in each rank, if one per worker takes less; pinning takes as much again
 
 
 @dataclass(eq=False, repr=False)
@@ -142,8 +143,15 @@ def host_batches(
 
     pin_memory, limits: as in `load_batches`.
     """
+    batch = sampler.plan.micro_batch
+    prefetch = batches_ahead(workers, 3 * batch * crops.size**2)
     if workers:
-        crops, batch = copy.copy(crops), sampler.plan.micro_batch
-        # + 1: torch requests batch j + workers * PREFETCHED when batch j is taken, and batch j - 1 is in use until then
-        crops.buffers = SharedBatchBuffers(workers * PREFETCHED + 1, batch=batch, size=crops.size, block=sampler.block)
-    return load_batches(crops, sampler, workers=workers, prefetch=PREFETCHED, pin_memory=pin_memory, **limits)
+        crops = copy.copy(crops)
+        # + 1: torch requests batch j + workers * prefetch when batch j is taken, and batch j - 1 is in use until then
+        crops.buffers = SharedBatchBuffers(workers * prefetch + 1, batch=batch, size=crops.size, block=sampler.block)
+    return load_batches(crops, sampler, workers=workers, prefetch=prefetch, pin_memory=pin_memory, **limits)
+
+
+def batches_ahead(workers: int, batch_bytes: int) -> int:
+    """Return how many batches each worker prepares in advance: as many as memory allows, from 1 to PREFETCHED."""
+    return min(PREFETCHED, max(1, _MOST_BYTES // max(1, workers * batch_bytes)))

@@ -19,7 +19,7 @@ from maedistill.data.loading.evaluation import (
     exact_batches,
     undecodable,
 )
-from maedistill.data.loading.loader import PREFETCHED, RandomCrops, training_batches
+from maedistill.data.loading.loader import PREFETCHED, RandomCrops, batches_ahead, training_batches
 from maedistill.data.loading.order import SampleOrder
 from maedistill.data.shards.open_index import open_index
 from maedistill.errors import DataError
@@ -161,6 +161,13 @@ def test_no_batch_is_overwritten_while_it_is_taken_over(shards, workers, monkeyp
     assert sum(map(len, steps.values())) > 2 * (PREFETCHED * workers + 1)
     monkeypatch.undo()
     assert given(steps) == given(batches_of(crops, *LAYOUTS[0]))
+
+
+def test_large_batches_are_not_prepared_far_ahead():
+    photograph = 3 * 224**2
+    ahead = [batches_ahead(8, batch * photograph) for batch in (64, 256, 512, 1024, 4096)]
+    assert ahead == [4, 4, 3, 1, 1]
+    assert batches_ahead(0, photograph) == PREFETCHED
 
 
 def test_images_need_no_room_in_shared_files(shards):
