@@ -11,6 +11,7 @@ What is on disk is not computed again.
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import compress
@@ -138,10 +139,11 @@ def _keep(out: Path, settings: dict[str, Any], units: Sequence[_Unit]) -> list[i
     try:
         make_folder(out)
         others = sorted(path.name for path in out.iterdir() if path.name[0] != "." and path.name != "lock")
-        if others and not file.is_file():
+        kept = any((out / ENTROPIES).glob("*.safetensors"))
+        if others and not (file.is_file() if kept else _is_ours(file)):
             raise ConfigError(f"{out} holds something else ({join_first(others, 3)})", "name a new folder: --out")
         FolderLock(out, "--out")  # until this process ends
-        if any((out / ENTROPIES).glob("*.safetensors")):
+        if kept:
             try:
                 old = dict(json.loads(file.read_bytes()))
             except (OSError, TypeError, ValueError) as error:
@@ -159,6 +161,13 @@ def _keep(out: Path, settings: dict[str, Any], units: Sequence[_Unit]) -> list[i
     except OSError as error:
         raise unwritable(out, error) from error
     return [i for i, unit in enumerate(units) if _read(unit, grid=settings["grid"]) is None]
+
+
+def _is_ours(file: Path) -> bool:
+    """Return whether a settings.json is that of entropies: an editor may have one, too."""
+    with suppress(OSError, TypeError, ValueError):
+        return {"format", "states", "grid"} <= dict(json.loads(file.read_bytes())).keys()
+    return False
 
 
 def _compute(

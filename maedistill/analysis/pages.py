@@ -13,7 +13,7 @@ from torch import Tensor
 from maedistill.analysis.concepts import METRICS
 from maedistill.analysis.seeds import group_seeds
 from maedistill.escaping import code, markdown
-from maedistill.report.charts import network_colors, new_canvas, plain
+from maedistill.report.charts import network_colors, new_canvas, plain, save
 from maedistill.report.run_report import markdown_table
 from maedistill.runs.records import write_text
 
@@ -150,7 +150,7 @@ def draw_metrics(summaries: Mapping[str, Any], path: Path) -> None:
         panel.set_xlim(left=0)
         panel.set_title(METRICS[name], fontsize="small")
         panel.grid(axis="x", alpha=0.3)
-    canvas.print_png(path)
+    save(canvas, path)
 
 
 def draw_course(networks: Mapping[str, Any], path: Path) -> None:
@@ -168,7 +168,7 @@ def draw_course(networks: Mapping[str, Any], path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     canvas.figure.legend(loc="outside right upper")
-    canvas.print_png(path)
+    save(canvas, path)
 
 
 def draw_maps(
@@ -202,7 +202,7 @@ def draw_maps(
                 panel.contour(edge, levels=[0.5], extent=ends, colors="black", linewidths=0.8)
     label = "nats below the mean background cell; red: needed"
     canvas.figure.colorbar(drawn, ax=panels, label=label, shrink=min(1.0, 3 / len(lines)))
-    canvas.print_png(path)
+    save(canvas, path)
 
 
 def _spread(count: int) -> list[int]:

@@ -56,14 +56,17 @@ def find_states(sources: Sequence[str]) -> list[State]:
     Raises ConfigError for a network that is named twice, DataError for a run without checkpoints.
     """
     paths = [source.rstrip("/") for source in sources]
+    named = [named_source(path).partition(":") for path in paths]
+    # run:runs/a and ./runs/a are one network
+    places = [(kind, os.path.abspath(os.path.expanduser(place))) for kind, _, place in named]
+    if twice := next((path for path, place in zip(paths, places, strict=True) if places.count(place) > 1), None):
+        raise ConfigError(f"{twice} is named twice", "name each network once")
+    paths = [os.path.normpath(one[2]) if one[0] == "run" else path for path, one in zip(paths, named, strict=True)]
     names = [os.path.basename(path) for path in paths]
     if len({*names}) < len(names) or any(map(SEED_FOLDER.search, names)):
         names = _below_common_folder(paths)
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ConfigError(f"{twice} is named twice", "name each network once")
     states = []
-    for name, path in zip(names, paths, strict=True):
-        kind, _, run = named_source(path).partition(":")
+    for name, path, (kind, _, run) in zip(names, paths, named, strict=True):
         if kind == "run":
             states += [State(name, step, f"run:{checkpoint}") for step, checkpoint in kept_checkpoints(run)]
         else:

@@ -1,6 +1,7 @@
 """Make a page of a run, of a study, or of several runs side by side: one HTML file that loads nothing else."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from maedistill.durable import require_local
 from maedistill.errors import ConfigError
 from maedistill.escaping import say
 
-MOST = 24  # runs on a page, which stays below 5 MB
+MOST = 24  # runs on a page
 EXAMPLES = """\
 examples:
   maedistill report runs/dmae_b
@@ -47,7 +48,7 @@ def main() -> None:
     from maedistill.study import study_page
 
     paths: list[Path] = arguments.runs
-    if len(paths) == 1 and (paths[0] / "results.json").is_file():
+    if len(paths) == 1 and os.path.isfile(paths[0] / "results.json"):
         page = study_page.write_study_page(paths[0], arguments.out or paths[0] / study_page.PAGE)
     else:
         page = write_page(paths, arguments.out or (paths[0] / PAGE if len(paths) == 1 else Path("comparison.html")))

@@ -4,6 +4,7 @@ import argparse
 import json
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from maedistill.durable import require_local
@@ -107,11 +108,10 @@ def report(study: Study, out: Path, seeds: list[int], *, title: str) -> bool:
     from maedistill.study.results import collect
     from maedistill.study.results_page import write_results
 
-    before = out / "results.json"
-    if "--report" in sys.argv and before.is_file():
-        command = json.loads(before.read_text())["command"]  # the command that started the runs
-    else:
-        command = masked(shlex.join(sys.argv))
+    command = masked(shlex.join(sys.argv))
+    if "--report" in sys.argv:
+        with suppress(OSError, ValueError, LookupError, TypeError):  # damaged: it is written anew
+            command = str(json.loads((out / "results.json").read_text())["command"])  # which started the runs
     results = collect(study, out, seeds)
     if not any(facts for network in results["networks"].values() for facts in network["runs"].values()):
         return False

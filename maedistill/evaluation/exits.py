@@ -32,6 +32,7 @@ from maedistill.models.flops import forward_gflop
 from maedistill.processes import distributed
 from maedistill.report.charts import new_canvas, plain
 from maedistill.report.run_report import percent
+from maedistill.runs.records import unwritable
 from maedistill.weights.class_names import compare_names
 from maedistill.weights.from_run import read_metadata
 from maedistill.weights.network import Network
@@ -174,7 +175,10 @@ def draw_exits(endings: Sequence[Ending], curve: Sequence[Operation], path: Path
     axes.grid(alpha=0.3)
     axes.set_xlim(left=0)
     canvas.figure.legend(loc="outside lower left")  # names of other networks may be long
-    canvas.print_png(path)
+    try:
+        canvas.print_png(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
     return path
 
 

@@ -67,7 +67,7 @@ def finetune(
             extend=extend,
         )
     finally:
-        refresh_run(config.run)  # exit.json says by now how it ended
+        refresh_run(config.run, create=config.log.report)  # exit.json says by now how it ended
 
 
 def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:

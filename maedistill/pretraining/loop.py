@@ -69,7 +69,7 @@ def pretrain(
             extend=extend,
         )
     finally:
-        refresh_run(config.run)  # exit.json says by now how it ended
+        refresh_run(config.run, create=config.log.report)  # exit.json says by now how it ended
 
 
 def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:

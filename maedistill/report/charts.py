@@ -1,8 +1,8 @@
 """Charts of networks: top-1 per row of a study, top-1 over the length of training; size, accuracy and latency.
 
 Bars are 95 % intervals. A network has one color in all pictures of a study: its place in `order`, all names of the
-study. Where networks are joined, a line has one. All functions return None if matplotlib is not installed. Curves
-through one training are in `curves.py`.
+study. Where networks are joined, a line has one. All functions return None if matplotlib is not installed, or if the
+disk refuses the picture. Curves through one training are in `curves.py`.
 """
 
 import math
@@ -14,6 +14,7 @@ from typing import Any
 
 from maedistill.escaping import shown
 from maedistill.report.intervals import Interval
+from maedistill.runs.records import ignore_write_errors
 
 _WIDTH = 0.02  # of the axis, between networks that share a point
 _LONGEST = 100  # characters of a name that are shown
@@ -66,8 +67,7 @@ def accuracy_chart(rows: Mapping[str, Accuracy], path: Path, *, order: Sequence[
     axes.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
     canvas.figure.supxlabel(f"top-1, %, {_interval_text([*rows.values()])}", fontsize="medium")
     axes.grid(axis="x", alpha=0.3)
-    canvas.print_png(path)
-    return path
+    return save(canvas, path)
 
 
 def length_chart(lines: Mapping[str, Sequence[Trained]], path: Path) -> Path | None:
@@ -103,8 +103,7 @@ def length_chart(lines: Mapping[str, Sequence[Trained]], path: Path) -> Path | N
     about = f"without the training of teachers; {_interval_text([network.accuracy for network in drawn])}"
     canvas.figure.supxlabel(about, fontsize="medium")
     canvas.figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
-    canvas.print_png(path)
-    return path
+    return save(canvas, path)
 
 
 def latency_chart(rows: Mapping[str, Timed], path: Path, *, order: Sequence[str]) -> Path | None:
@@ -130,8 +129,7 @@ def latency_chart(rows: Mapping[str, Timed], path: Path, *, order: Sequence[str]
     legend = canvas.figure.legend(handles=discs, loc="outside right upper", title="top-1 (95 % interval), size")
     for disc in legend.legend_handles:
         disc.set_sizes([60])
-    canvas.print_png(path)
-    return path
+    return save(canvas, path)
 
 
 def _draw_panel(axes: Any, rows: Mapping[str, Timed], colors: Mapping[str, Any], *, scale: float) -> list[Any]:
@@ -181,6 +179,14 @@ def new_canvas(*, figsize: tuple[float, float]) -> Any:
     except ImportError:
         return None
     return FigureCanvasAgg(Figure(figsize=figsize, layout="constrained", facecolor="white"))
+
+
+def save(canvas: Any, path: Path) -> Path | None:
+    """Write a canvas as PNG and return its path; None, with a warning, if the disk refuses it."""
+    with ignore_write_errors(path):
+        canvas.print_png(path)
+        return path
+    return None
 
 
 def _interval_text(accuracies: Sequence[Accuracy]) -> str:

@@ -3,14 +3,15 @@
 metrics.jsonl of one or several runs -> one panel per quantity that any of them records -> PNG
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from maedistill.report.charts import network_colors, new_canvas, plain
+from maedistill.report.charts import network_colors, new_canvas, plain, save
 from maedistill.report.intervals import of_count
 
 _Records = Sequence[Mapping[str, Any]]
@@ -30,19 +31,43 @@ class Panel:
     scale: Literal["linear", "log"] = "linear"
 
 
-PANELS = (
+_PANELS = (
+    Panel("loss", "training loss, all terms", "loss"),
     Panel("pixels", "pixel loss", "mean squared error"),
     Panel("align/", "direct alignment", "loss"),
     Panel("generate/", "generated alignment", "loss"),
     Panel("cross_entropy", "training cross-entropy", "nats"),
     Panel("val_loss", "validation cross-entropy", "nats"),
     Panel("top1", "validation top-1", "%", "accuracy"),
+    Panel("ema_top1", "top-1, moving average", "%", "accuracy"),
     Panel("knn", "kNN top-1", "%", "accuracy"),
     Panel("linear", "linear probe top-1", "%", "accuracy"),
     Panel("lr", "learning rate", "AdamW", "other"),
     Panel("grad_norm", "gradient norm", "L2", "other", "log"),
     Panel("images_per_second", "throughput", "images/s per rank", "other"),
 )
+_NO_TERM = {"step", "epoch", "data_wait", "memory_gb", "nonfinite", "eta_seconds", "trained_seconds", "target_std"}
+_NO_TERM |= {"weight/", *(panel.name for panel in _PANELS)}
+
+
+def find_panels(runs: Iterable[_Records]) -> list[Panel]:
+    """Return what any of the runs records: its usual quantities, and after the losses each other term of a loss.
+
+    A term of several parts is their mean, but those of a peer are terms by themselves. Scheduled weights are left out.
+    """
+    names, of_steps = dict[str, None](), dict[str, None]()
+    for record in (record for records in runs for record in records):
+        names |= dict.fromkeys(record)
+        of_steps |= dict.fromkeys(record if "loss" in record else ())
+    terms = [term for term in dict.fromkeys(map(_term, of_steps)) if term not in _NO_TERM]
+    place = 1 + [panel.name for panel in _PANELS].index("cross_entropy")
+    panels = [*_PANELS[:place], *(Panel(term, term.rstrip("/"), "loss") for term in terms), *_PANELS[place:]]
+    return [panel for panel in panels if panel.name in {*names, *map(_term, names)}]
+
+
+def _term(name: str) -> str:
+    """Return the term that a part belongs to: `hints/` of `hints/3`."""
+    return name if re.match(r"peer\d+/", name) else "".join(name.partition("/")[:2])
 
 
 def draw_curves(
@@ -58,7 +83,8 @@ def draw_curves(
     over: epochs, or minutes of training. A single run shows both. order: all names of the study, which determine the
     colors. restarts: steps at which a single run was continued, marked by vertical lines.
     """
-    lines = {panel: {name: _points(run, panel, over) for name, run in records.items()} for panel in PANELS}
+    panels = find_panels(records.values())
+    lines = {panel: {name: _points(run, panel, over) for name, run in records.items()} for panel in panels}
     lines = {panel: runs for panel, runs in lines.items() if any(runs.values())}
     columns = min(_COLUMNS, len(lines))
     rows = -(-len(lines) // _COLUMNS)
@@ -77,8 +103,7 @@ def draw_curves(
     if len(records) > 1:
         handles = [grid[0].plot([], [], color=colors[name], label=plain(name))[0] for name in records]
         figure.legend(handles=handles, loc="outside upper center", ncols=min(8, len(handles)))
-    canvas.print_png(path)
-    return path
+    return save(canvas, path)
 
 
 def mean_metric(record: Mapping[str, Any], name: str) -> float | None:
@@ -91,12 +116,17 @@ def mean_metric(record: Mapping[str, Any], name: str) -> float | None:
 
 def _points(records: _Records, panel: Panel, over: str) -> list[_Point]:
     """Return the points of a line. An evaluation has the minutes of the last training step before it."""
-    points, minutes = [], 0.0
+    points, minutes = list[_Point](), 0.0
     for record in records:
         minutes = record.get("trained_seconds", 60 * minutes) / 60
         if (value := mean_metric(record, panel.name)) is not None:
-            points.append((record["epoch"] if over == "epoch" else minutes, value, record.get("images", 0)))
+            points.append((record["epoch"] if over == "epoch" else minutes, value, images_of(record, panel.name)))
     return points
+
+
+def images_of(record: Mapping[str, Any], name: str) -> int:
+    """Return the images that an accuracy was measured on, 0 if the record does not say."""
+    return record.get(f"{name.removesuffix('top1')}images", record.get("images", 0))
 
 
 def _draw(axes: Any, panel: Panel, runs: Mapping[str, Sequence[_Point]], colors: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from maedistill.errors import ConfigError
 from maedistill.escaping import shown
 from maedistill.report.charts import side_by_side
-from maedistill.report.curves import PANELS, Panel, clipped_range, mean_metric
+from maedistill.report.curves import Panel, clipped_range, find_panels, images_of, mean_metric
 from maedistill.report.intervals import of_count
 from maedistill.report.markup import Html, element
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:  # the extra `report` brings it, and it takes half a second
     from bokeh.plotting import figure
 
 # of lines, in a light and in a dark page
-COLORS = ("#3b7ddd", "#d0701f", "#2fa36b", "#d64f5b", "#8e6bd0", "#a9714b", "#d66fb0", "#7c8794", "#94851a", "#1a8f9e")
+_COLORS = ("#3b7ddd", "#d0701f", "#2fa36b", "#d64f5b", "#8e6bd0", "#a9714b", "#d66fb0", "#7c8794", "#94851a", "#1a8f9e")
+_DASHES = ("solid", "dashed", "dotted")  # of the first ten lines, the next ten, and others
 _MOST_POINTS, _MOST_NAME = 1800, 60  # points of all runs in a panel; characters
 _COLUMNS = ("epoch", "minutes", "step", "y", "low", "high")
 _Records = Sequence[Mapping[str, Any]]
@@ -46,7 +47,7 @@ def curves(runs: Mapping[str, _Records], places: Sequence[int]) -> dict[str, "fi
     """Return a figure for each quantity that any run records, by title. Each run has a line. places: of its color."""
     most = max(60, min(300, _MOST_POINTS // len(runs)))
     figures, x_range = {}, None
-    for panel in PANELS:
+    for panel in find_panels(runs.values()):
         lines = {name: _columns(records, panel, most) for name, records in runs.items()}
         if any(line["y"] for line in lines.values()):
             plot = figures[panel.title] = _figure(panel.unit, x_range, name=panel.title)
@@ -70,11 +71,11 @@ def bubbles(networks: Sequence[Mapping[str, Any]]) -> "figure":
         values = {name: [100 * network[name]] for name in ("top1", "low", "high")}
         values |= {"parameters": [network["parameters"] / 1e6], "latency": [network["latency"]]}
         values["x"] = [places[network["name"]]]
-        color, size = _color(network["place"]), 12 + 34 * (network["parameters"] / most) ** 0.5
-        source = _source(values)
-        bar = plot.segment("x", "low", "x", "high", source=source, line_color=color, line_width=2)
-        name = shown(network["name"])[:_MOST_NAME]
-        disc = plot.scatter("x", "top1", source=source, size=size, color=color, fill_alpha=0.6, name=name)
+        (color, dash), size = _look(network["place"]), 12 + 34 * (network["parameters"] / most) ** 0.5
+        source, look = _source(values), {"line_color": color, "line_dash": dash}
+        bar = plot.segment("x", "low", "x", "high", source=source, line_width=2, **look)
+        name = _shortened(network["name"])
+        disc = plot.scatter("x", "top1", source=source, size=size, fill_color=color, fill_alpha=0.6, name=name, **look)
         bar.tags = disc.tags = [network["place"]]
         top1 = "@top1{%.5g} % (@low{%.5g} to @high{%.5g})"
         tips = {"network": "$name", "top-1": top1, "parameters": "@parameters{%.5g} M", "latency": "@latency{%.5g} ms"}
@@ -98,13 +99,22 @@ def legend(names: Mapping[str, int]) -> Html:
     switches = []
     for name, place in names.items():
         box = element("input", attributes={"type": "checkbox", "checked": "", "data-run": str(place)})
-        dot = element("i", css="dot", attributes={"style": f"background:{_color(place)}"})
+        color, dash = _look(place)
+        fill = f";background:{color}" * (dash == "solid")
+        dot = element("i", css="dot", attributes={"style": f"border:3px {dash} {color}{fill}"})
         switches.append(element("label", box, dot, name))
     return element("div", *switches, css="legend")
 
 
-def _color(place: int) -> str:
-    return COLORS[place % len(COLORS)]
+def _look(place: int) -> tuple[str, str]:
+    """Return the color and the dashes of a line."""
+    return _COLORS[place % len(_COLORS)], _DASHES[min(place // len(_COLORS), len(_DASHES) - 1)]
+
+
+def _shortened(name: str) -> str:
+    """Return a name for a tip. Paths may differ in their first part or in their last, so both stay."""
+    name, half = shown(name), _MOST_NAME // 2
+    return name if len(name) <= _MOST_NAME else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def _columns(records: _Records, panel: Panel, most: int) -> dict[str, list[float]]:
@@ -115,7 +125,7 @@ def _columns(records: _Records, panel: Panel, most: int) -> dict[str, list[float
         value = mean_metric(record, panel.name)
         if isinstance(value, int | float) and "epoch" in record:
             low = high = float(value)
-            if panel.kind == "accuracy" and (images := record.get("images")):
+            if panel.kind == "accuracy" and (images := images_of(record, panel.name)):
                 interval = of_count(round(value * images), images)
                 low, high = interval.low, interval.high
             points.append((record["epoch"], minutes, record["step"], scale * value, scale * low, scale * high))
@@ -140,19 +150,21 @@ def _draw(plot: "figure", panel: Panel, lines: Mapping[str, Mapping[str, list[fl
     for place, (name, columns) in zip(places, lines.items(), strict=True):
         if not (count := len(columns["y"])):
             continue
-        source, color, shown_name = _source(columns), _color(place), shown(name)[:_MOST_NAME]
-        line = plot.line("epoch", "y", source=source, line_color=color, line_width=2, name=shown_name)
+        source, (color, dash) = _source(columns), _look(place)
+        look = {"line_color": color, "line_dash": dash, "line_width": 2}
+        line = plot.line("epoch", "y", source=source, name=_shortened(name), **look)
         drawn, tips = [line], {"run": "$name", "value": f"@y{{%.5g}}{unit}"}
         if columns["low"] != columns["high"]:
             drawn.append(plot.varea("epoch", "low", "high", source=source, fill_color=color, fill_alpha=0.18))
             tips[band] = f"@low{{%.5g}} to @high{{%.5g}}{unit}"
         if count <= 30:
             drawn.append(plot.scatter("epoch", "y", source=source, color=color, size=5))
+        points = list(zip(columns["epoch"], columns["y"], strict=True))
+        limits = clipped_range([points]) if panel.kind == "loss" else None
         for renderer in drawn:
-            renderer.tags = [place]
+            renderer.tags = [place, limits and limits[1]]
         _hover(plot, line, tips | {"epoch": "@epoch{%.5g}", "step": "@step{%d}", "minutes": "@minutes{%.5g}"})
-    points = [list(zip(c["epoch"], c["y"], strict=True)) for c in lines.values() if c["y"]]
-    plot.tags = [{"clip": clipped_range(points) if panel.kind == "loss" else None, "curve": True}]
+    plot.tags = ["curve"]
 
 
 def _figure(unit: str, x_range: Any, *, name: str = "", height: int = 250, x_label: str = "epoch") -> "figure":
@@ -171,7 +183,6 @@ def _figure(unit: str, x_range: Any, *, name: str = "", height: int = 250, x_lab
         y_axis_label=unit,
         x_range=x_range or DataRange1d(range_padding=0.03),
         y_range=Range1d(),  # page.js sets it to what the visible lines need
-        tags=[{"clip": None, "curve": False}],
     )
     plot.background_fill_color = plot.border_fill_color = plot.outline_line_color = plot.toolbar.logo = None
     plot.toolbar.autohide = True

@@ -60,7 +60,7 @@ class Album:
         picture.convert("RGB").save(data, "JPEG", quality=82)
         address = Html(f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}")
         if len(address) > self.left:
-            return element("small", f"{about}: left out: the page has no room for more pictures")
+            return element("small", f"{about}: left out: the page has no room for more pictures", css=css)
         self.left -= len(address)
         size = {"width": str(picture.width), "height": str(picture.height)}
         return element("img", css=css, attributes=size | {"alt": about, "src": address})

@@ -4,18 +4,24 @@ const plots = () => (window.Bokeh ? Bokeh.documents.flatMap((one) => one.roots()
 const shown = { over: "epoch", scale: "linear" };
 
 function fit(plot) { // set the vertical axis to what the visible lines need
-  const log = shown.scale === "log" && plot.tags[0].curve, clip = !log && plot.tags[0].clip;
-  let low = Infinity, high = -Infinity;
-  for (const renderer of plot.renderers.filter((one) => one.visible))
+  const log = shown.scale === "log" && plot.tags[0] === "curve";
+  let low = Infinity, high = -Infinity, peak = -Infinity;
+  for (const renderer of plot.renderers.filter((one) => one.visible)) {
+    const top = log ? Infinity : renderer.tags[1] ?? Infinity; // the losses of its start are cut off
     for (const name of ["y", "top1", "low", "high"])
       for (const value of renderer.data_source.data[name] ?? [])
-        if (Number.isFinite(value) && (!log || value > 0)) { low = Math.min(low, value); high = Math.max(high, value); }
+        if (Number.isFinite(value) && (!log || value > 0)) {
+          low = Math.min(low, value);
+          high = Math.max(high, Math.min(value, top));
+          peak = Math.max(peak, value);
+        }
+  }
+  const cut = peak > high;
   if (low > high) [low, high] = [1, 10]; // nothing to show, or nothing above 0
-  else if (clip) [low, high] = clip;
   else if (log) { const room = Math.max((high / low) ** 0.06, 1.02); low /= room; high *= room; }
   else { const room = 0.06 * (high - low) || Math.abs(high) * 0.1 || 1; low -= room; high += room; }
   const place = document.querySelector(`[data-root-id="${plot.id}"]`);
-  place.parentElement.querySelector("figcaption").classList.toggle("cut", Boolean(clip));
+  place.parentElement.querySelector("figcaption").classList.toggle("cut", cut);
   plot.y_range.setv({ start: low, end: high, reset_start: low, reset_end: high });
 }
 
@@ -58,7 +64,8 @@ function ready() {
   for (const button of all("[data-set]")) button.addEventListener("click", () => {
     shown[button.dataset.set] = button.value;
     for (const other of all(`[data-set="${button.dataset.set}"]`)) other.setAttribute("aria-pressed", other.value === button.value);
-    for (const plot of plots().filter((one) => one.tags[0].curve)) {
+    for (const plot of plots().filter((one) => one.tags[0] === "curve")) {
+      plot.x_range.have_updated_interactively = false; // after a zoom, it would keep its epochs as minutes
       button.dataset.set === "over" ? over(plot) : scale(plot);
       fit(plot);
     }

@@ -16,7 +16,7 @@ from maedistill.report.markup import Album, Html, element, joined
 if TYPE_CHECKING:
     from bokeh.plotting import figure
 
-_PICTURE_BYTES = 2_000_000  # of all pictures of a page, which stays below 5 MB: BokehJS has 1.3 MB
+_PICTURE_BYTES = 2_000_000  # of all pictures of a page; BokehJS has 1.3 MB
 _HERE = Path(__file__).parent
 _POLICY = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 

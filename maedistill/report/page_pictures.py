@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from maedistill.report.markup import Album, Html, element
+from maedistill.report.markup import Album, Html, element, note
 from maedistill.report.recorded import RecordedRun
 from maedistill.report.sheet import untile
 
@@ -33,22 +33,25 @@ def reconstructions(run: RecordedRun, album: Album, *, most: int) -> Html:
         return Html()
     sheets = {file: columns for file, columns in sheets.items() if columns.keys() == newest.keys()}
     epochs = [f"{run.epoch_at(int(file.stem.removeprefix('step_'))):.4g}" for file in sheets]
-    rows = []
-    for label, images in newest.items():
-        strips = (
-            [album.add(_strip(images), label)]
-            if label not in ("predicted", "error")
-            else [
-                album.add(_strip(columns[label]), f"{label}, epoch {epoch}", css="at" * (epoch != epochs[-1]))
-                for columns, epoch in zip(sheets.values(), epochs, strict=True)
-            ]
-        )
-        rows.append(element("figure", element("figcaption", label), element("div", *strips, css="scroll"), css="strip"))
+    strips: dict[str, list[Html]] = {label: [] for label in newest}
+    for columns, epoch in reversed([*zip(sheets.values(), epochs, strict=True)]):  # what is seen first gets the room
+        for label, images in columns.items():
+            if label in ("predicted", "error"):
+                about = f"{label}, epoch {epoch}"
+                strips[label].insert(0, album.add(_strip(images), about, css="at" * bool(strips[label])))
+            elif not strips[label]:
+                strips[label].append(album.add(_strip(images), label))
+    rows = (
+        element("figure", element("figcaption", label), element("div", *each, css="scroll"), css="strip")
+        for label, each in strips.items()
+    )
     last = str(len(epochs) - 1)
     steps = {"type": "range", "min": "0", "max": last, "value": last, "data-epochs": " ".join(epochs)}
     knob = element("input", attributes=steps) if len(epochs) > 1 else ""
     slider = element("label", "epoch ", element("output", epochs[-1]), knob, css="slider")
-    return element("div", slider, *rows, css="sheet pixelated" if run.config.data.image_size < _SIDE else "sheet")
+    left_out = note(f"{len(sheets)} of {len(files)} pictures are shown." if len(sheets) < len(files) else "")
+    css = "sheet pixelated" if run.config.data.image_size < _SIDE else "sheet"
+    return element("div", slider, *rows, left_out, css=css)
 
 
 def open_picture(file: Path) -> Image.Image | None:

@@ -49,7 +49,10 @@ def predictions(run: RecordedRun, album: Album, *, share: int) -> Html:
     count = max(4, _SAMPLE // share)
     parts = {"Prediction and truth": answers[:: -(-len(answers) // count)]}
     parts |= {"Wrong, with the largest loss": wrong[: count // 2]} if wrong else {}
-    pictures = _pictures(run, [one for part in parts.values() for one in part], album)
+    pairs = Counter((one.label, one.best) for one in wrong).most_common(_MOST_PAIRS)
+    each = max(1, count // 6)
+    examples = {pair: [one for one in wrong if (one.label, one.best) == pair][:each] for pair, _ in pairs}
+    pictures = _pictures(run, [one for part in (*parts.values(), *examples.values()) for one in part], album)
     counted = f"{len(wrong):,} of {len(answers):,} images are classified wrongly"
     lines = [element("p", f"{counted}, by {PREDICTIONS} of {written(file)}.")]
     if isinstance(pictures, str):
@@ -58,9 +61,13 @@ def predictions(run: RecordedRun, album: Album, *, share: int) -> Html:
         cards = (_card(one, names, "" if isinstance(pictures, str) else pictures[one.id]) for one in part)
         lines += [element("h3", title), element("div", *cards, css="cards")]
     if wrong:
-        pairs = Counter((one.label, one.best) for one in wrong).most_common(_MOST_PAIRS)
         rows = [[names[label], names[best], f"{number:,}"] for (label, best), number in pairs]
-        lines += [element("h3", "Worst confusions"), table(["true", "taken for", "images"], rows)]
+        heads = ["true", "taken for", "images"]
+        if not isinstance(pictures, str):
+            heads.append("largest loss")
+            for row, of_pair in zip(rows, examples.values(), strict=True):
+                row.append(joined(pictures[one.id] for one in of_pair))
+        lines += [element("h3", "Worst confusions"), table(heads, rows)]
     return joined(lines)
 
 

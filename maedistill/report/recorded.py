@@ -56,17 +56,21 @@ def is_run(path: Path) -> bool:
 
 def read_run(path: Path, name: str, place: int = 0) -> RecordedRun:
     """Read a run. Raises UserError for another folder and for damaged files."""
-    if not is_run(path):
-        raise ConfigError(
-            f"{path} is no run folder: it has no run.json",
-            "name the folder of a run that has started, or of a study with results.json",
-        )
-    metadata = read_json(path / "run.json")
-    config: Any = load_config(path / "config.yaml", root=_STAGES[metadata["stage"]], to_run=False).config
-    ended = None
-    with suppress(DataError, OSError, KeyError):  # an empty file, after a power cut, says as little as none
-        ended = str(read_json(path / "exit.json")["reason"])
-    return RecordedRun(name, path, config, metadata, read_metrics(path), ended, place)
+    with readable(path):
+        if not is_run(path):
+            raise ConfigError(
+                f"{path} is no run folder: it has no run.json",
+                "name the folder of a run that has started, or of a study with results.json",
+            )
+        metadata, records = read_json(path / "run.json"), read_metrics(path)
+        root = _STAGES[metadata["stage"]]
+        config: Any = load_config(path / "config.yaml", root=root, to_run=False).config
+        if odd := next((one for record in records for one in record.values() if not _is_number(one)), None):
+            raise TypeError(f"{odd!r} is no number")
+        ended = None
+        with suppress(DataError, OSError, KeyError):  # an empty file, after a power cut, says as little as none
+            ended = str(read_json(path / "exit.json")["reason"])
+        return RecordedRun(name, path, config, metadata, records, ended, place)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -75,6 +79,10 @@ def read_json(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text()))
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{file} cannot be read ({str(error)[:200]})", "restore it from a copy") from error
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)
 
 
 def written(file: Path) -> str:
@@ -89,6 +97,8 @@ def readable(folder: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error})", "mend the permissions there, or its disk") from error
     except (LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError) as error:
         raise DataError(
             f"{folder}: its records are damaged or of another version ({type(error).__name__}: {error})",

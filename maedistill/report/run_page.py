@@ -8,6 +8,7 @@ import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import all_keys, flat
@@ -16,8 +17,16 @@ from maedistill.report.markup import Html, command, element, note, table
 from maedistill.report.page import Page
 from maedistill.report.page_pictures import reconstructions
 from maedistill.report.page_predictions import predictions
-from maedistill.report.recorded import RecordedRun, read_run, readable, written
-from maedistill.report.run_report import KNN_CAVEAT, PICTURE_NOTE, interval_text, next_commands, percent, summary
+from maedistill.report.recorded import RecordedRun, is_run, read_run, readable, written
+from maedistill.report.run_report import (
+    KNN_CAVEAT,
+    PICTURE_NOTE,
+    interval_text,
+    next_commands,
+    part_scores,
+    percent,
+    summary,
+)
 from maedistill.runs.history import duration
 from maedistill.runs.records import warn
 
@@ -29,6 +38,7 @@ _CONTROLS = Html(
     '<span><button data-set="scale" value="linear" aria-pressed="true">linear</button>'
     '<button data-set="scale" value="log" aria-pressed="false">log</button></span></div>'
 )
+_Part = TypeVar("_Part")
 _warned: set[Path] = set()
 
 
@@ -47,12 +57,15 @@ def refresh(page: Path, write: Callable[[], object], *, create: bool = False) ->
 
 
 def refresh_run(run: str, *, create: bool = False) -> None:
-    """Make RUN/report.html again, as `refresh` does. Every rank may call it: the first one writes."""
+    """Make RUN/report.html again, as `refresh` does. Every rank may call it: the first one writes.
+
+    create: make it in any case, if the folder is that of a run.
+    """
     from maedistill.processes import distributed  # it imports torch, which a training has and the command has not
 
     folder = Path(os.path.expanduser(run))
     if distributed.is_main():
-        refresh(folder / PAGE, lambda: write_page([folder], folder / PAGE), create=create)
+        refresh(folder / PAGE, lambda: write_page([folder], folder / PAGE), create=create and is_run(folder))
 
 
 def write_page(folders: Sequence[Path], file: Path) -> Path:
@@ -61,14 +74,13 @@ def write_page(folders: Sequence[Path], file: Path) -> Path:
     Raises UserError without Bokeh, for damaged records, and if the file cannot be written.
     """
     require_bokeh()
-    with readable(folders[0]):
-        runs = [read_run(folder, name, i) for i, (name, folder) in enumerate(_names(folders).items())]
-        alone, first = len(runs) == 1, runs[0]
-        title = first.name if alone else f"{len(runs)} runs side by side"
-        about = _about(first) if alone else ", ".join(run.name for run in runs)
-        page = Page(title, about, running=first.ended is None and file == folders[0] / PAGE)
-        page.add("Results", _by_run("", runs, [_results(run) for run in runs], css="tiles"))
-        add_runs(page, runs)
+    runs = [read_run(folder, name, i) for i, (name, folder) in enumerate(_names(folders).items())]
+    alone, first = len(runs) == 1, runs[0]
+    title = first.name if alone else f"{len(runs)} runs side by side"
+    about = _of_each(runs, _about)[0] if alone else ", ".join(run.name for run in runs)
+    page = Page(title, about, running=first.ended is None and file == folders[0] / PAGE)
+    page.add("Results", _by_run("", runs, _of_each(runs, _results), css="tiles"))
+    add_runs(page, runs)
     return page.write(file)
 
 
@@ -80,7 +92,7 @@ def add_runs(page: Page, runs: Sequence[RecordedRun], *, of: str = "") -> None:
 
     def of_each(part: Callable[[RecordedRun], Html]) -> list[Html]:
         """Return a part of each run; of several, each is seen once its name is clicked."""
-        parts = {run.name: part(run) for run in pictured}
+        parts = dict(zip((run.name for run in pictured), _of_each(pictured, part), strict=True))
         folded = [element("details", element("summary", name), text) for name, text in parts.items() if text]
         return list(filter(None, parts.values())) if alone else folded
 
@@ -88,12 +100,24 @@ def add_runs(page: Page, runs: Sequence[RecordedRun], *, of: str = "") -> None:
     caveat = note(KNN_CAVEAT if any("knn" in record for run in runs for record in run.records) else "")
     lines = curves({run.name: run.records for run in runs}, [run.place for run in runs])
     page.add_plots(f"Curves{of}", lines, _CONTROLS, names, caveat)
+    few = note(f"Of the first {len(pictured)} of {len(runs)} runs." if len(pictured) < len(runs) else "")
     sheets = of_each(lambda run: reconstructions(run, album, most=most))
-    page.add("Reconstructions", *sheets, note(PICTURE_NOTE if sheets else ""))
-    page.add("Predictions", *of_each(lambda run: predictions(run, album, share=len(pictured))))
-    page.add(f"Data and licenses{of}", _by_run("", runs, [_facts(run) for run in runs]))
+    page.add("Reconstructions", *sheets, *([note(PICTURE_NOTE), few] if sheets else []))
+    shown = of_each(lambda run: predictions(run, album, share=len(pictured)))
+    page.add("Predictions", *shown, few if shown else "")
+    page.add(f"Data and licenses{of}", _by_run("", runs, _of_each(runs, _facts)))
     page.add(f"Settings{of}", *_settings(runs))
-    page.add(f"Commands{of}", *(one for run in runs for one in _commands(run, alone=alone)))
+    commands = _of_each(runs, lambda run: _commands(run, alone=alone))
+    page.add(f"Commands{of}", *(one for lines in commands for one in lines))
+
+
+def _of_each(runs: Sequence[RecordedRun], part: Callable[[RecordedRun], _Part]) -> list[_Part]:
+    """Return a part of each run. Raises DataError that names a run whose records are damaged."""
+    parts = []
+    for run in runs:
+        with readable(run.path):
+            parts.append(part(run))
+    return parts
 
 
 def _names(folders: Sequence[Path]) -> dict[str, Path]:
@@ -130,6 +154,7 @@ def _results(run: RecordedRun) -> dict[str, str]:
         facts["validation loss"] = f"{score['val_loss']:.4g}"
     if averaged := [record for record in run.records if "ema_top1_correct" in record]:
         facts["moving average"] = percent(averaged[-1]["ema_top1_correct"], averaged[-1]["ema_images"])
+    facts |= {f"{name}: top-1": score for name, score in part_scores(run.records, run.metadata).items()}
     if any(record.get("loss") is not None for record in run.records):
         last = summary(run.records)
         facts["training loss"] = f"{last['loss']:.4g}"

@@ -81,7 +81,7 @@ def write_finetune_report(folder: "RunFolder") -> Path:
         f"loss {score['val_loss']:.4f}. The interval is Wilson's: what another seed would give is not in it.",
         "",
         *([f"- moving average: top-1 {percent(averaged[-1]['ema_top1_correct'], images)}"] if averaged else []),
-        *_parts(records, metadata),
+        *(f"- {markdown(name)}: top-1 {score}" for name, score in part_scores(records, metadata).items()),
         f"- start: {markdown(metadata['init'] or 'from scratch')}",
         *([f"- teacher: {markdown(metadata['teacher'])}"] if metadata.get("teacher") else []),
         f"- {config.optim.epochs:g} epochs of {metadata['data']['images']:,} images, {last['step']} steps, "
@@ -109,16 +109,16 @@ def _part_names(metadata: Mapping[str, Any]) -> dict[str, list[str]]:
     return exits | {f"peer{number}_": ["--peer", str(number)] for number in peers}
 
 
-def _parts(records: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> list[str]:
-    """Return the last accuracies of exits and peers, and of all students together."""
+def part_scores(records: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Return the last top-1 of exits and peers, and of all students together, by name."""
     last = {name: value for record in records for name, value in record.items()}
     names = {prefix: " ".join(words).removeprefix("--") for prefix, words in _part_names(metadata).items()}
     names["ensemble_"] = "ensemble of all students, mean probabilities"
-    return [
-        f"- {markdown(name)}: top-1 {percent(last[f'{prefix}top1_correct'], last[f'{prefix}images'])}"
+    return {
+        name: percent(last[f"{prefix}top1_correct"], last[f"{prefix}images"])
         for prefix, name in names.items()
         if f"{prefix}top1_correct" in last
-    ]
+    }
 
 
 def next_commands(

@@ -48,10 +48,11 @@ from maedistill.runs.train_log import TrainLog
 _BEFORE_A_RUN = {"exit.json", "lock", "pictures"}  # left by a start that failed early
 _OF_THE_FIRST_START = ("init", "origin", "peers")
 # What --fresh deletes, in this order: a kill in between leaves no finished run without checkpoints, and no checkpoints
-# without their records. config.yaml and run.json are written over. Files of other names are a user's.
+# without their records. config.yaml and run.json are written over. Files of other names are a user's. What other
+# commands write about a run is of it, too: a page or a study would take it for the next one's.
 _OF_A_RUN = ["exit.json", "checkpoints", "metrics.jsonl", "bad_samples.txt", "nonfinite.jsonl", "train.log", "report.*"]
 _OF_A_RUN += ["curves.*", "pictures", "predictions", "tb", "export", "export_exit*", "export_peer*", "scorecard.json"]
-_OF_A_RUN += ["published", "codistillation.json", "trackers", "wandb"]
+_OF_A_RUN += ["published", "codistillation.json", "trackers", "wandb", "predictions.csv", "test.json"]
 
 
 class RunFolder:

@@ -44,9 +44,10 @@ def write_study_page(out: Path, file: Path) -> Path:
             drawn = page.album.add(chart, "top-1 over epochs and minutes", css="chart")
             page.add("Accuracy over the length of training", drawn)
         page.add("Cost", table(*cost_cells(summaries)), note(pixel_caveat(summaries)))
-        page.add("Runs", note("What follows is of the first seed of each network."))
+        few = f" Curves, pictures and settings are those of {_MOST_DRAWN} networks." * (len(networks) > _MOST_DRAWN)
+        page.add("Runs", note(f"What follows is of the first seed of each network.{few}"))
         for stage, of in _STAGES.items():
-            if runs := _first_runs(out, networks, stage)[:_MOST_DRAWN]:
+            if runs := _first_runs(out, networks, stage):
                 run_page.add_runs(page, runs, of=of)
         page.add("Commands", command(results["command"], "the study"))
     return page.write(file)
@@ -60,12 +61,12 @@ def _folders(out: Path, name: str, network: Mapping[str, Any], stage: str) -> li
 
 
 def _first_runs(out: Path, networks: Mapping[str, Any], stage: str) -> list[RecordedRun]:
-    """Return the run of the first seed of each network, if its folder is there."""
+    """Return the run of the first seed of each network, if its folder is there, of as many as are drawn."""
     found = []
     for place, (name, network) in enumerate(networks.items()):
         folders = filter(is_run, _folders(out, name, network, stage))
-        found += [read_run(folder, name, place) for folder in list(folders)[:1]]
-    return found
+        found += [(folder, name, place) for folder in list(folders)[:1]]
+    return [read_run(*one) for one in found[:_MOST_DRAWN]]
 
 
 def _discs(out: Path, networks: Mapping[str, Any]) -> list[dict[str, Any]]:

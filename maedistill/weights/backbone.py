@@ -101,8 +101,10 @@ def open_backbone(
     network = opened.module
     if block is not None:
         if not hasattr(network, "forward_intermediates"):
-            cause = f"timm shows no blocks of {opened.name}, a {type(network).__name__}"
-            raise ConfigError(cause, "name another network; only maedistill evaluate takes this one, without --block")
+            raise ConfigError(
+                f"timm shows no blocks of {opened.name}, a {type(network).__name__}",
+                "name another network; maedistill evaluate takes this one's end, by default",
+            )
         block = _block_number(block, len(network.feature_info), opened.name)
     if pool == "class" and not (has_tokens(network) and getattr(network, "cls_token", None) is not None):
         raise ConfigError(

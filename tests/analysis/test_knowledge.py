@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import shutil
 import signal
 from dataclasses import replace
@@ -160,11 +161,13 @@ def test_other_foreground_needs_no_new_entropies_and_other_settings_are_refused(
         with pytest.raises(ConfigError, match=f"of another .*{differing}"):
             quantify(replace(given, **settings), context)
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match="holds something else"):
-        quantify(replace(spec, out=tmp_path / "mine"), CONTEXT)
+    for name, text in (("thesis.txt", "years of work"), ("settings.json", '{"editor.fontSize": 12}')):
+        (tmp_path / "mine" / name).write_text(text)
+        with pytest.raises(ConfigError, match="holds something else"):
+            quantify(replace(spec, out=tmp_path / "mine"), CONTEXT)
     assert content(tmp_path / "out") == before
-    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"thesis.txt"}
+    assert {path.name: path.read_text() for path in (tmp_path / "mine").iterdir()}["settings.json"] == text
+    assert len(list((tmp_path / "mine").iterdir())) == 2
 
 
 def test_bad_inputs_are_refused_before_any_work(spec, made, tmp_path, monkeypatch):
@@ -175,6 +178,7 @@ def test_bad_inputs_are_refused_before_any_work(spec, made, tmp_path, monkeypatc
     for error, words, settings in (
         (DataError, "keeps no intact checkpoint.*\n.*log.keep", {"networks": [str(empty)]}),
         (ConfigError, "named twice", {"networks": [mae, mae + "/"]}),
+        (ConfigError, "named twice", {"networks": [mae, f"run:{os.path.relpath(mae)}"]}),
         (
             ConfigError,
             "different image sizes .*'small': 24.*\n.*--image-size",

@@ -16,7 +16,7 @@ from maedistill.report.charts import (
     length_chart,
     network_colors,
 )
-from maedistill.report.curves import draw_curves, mean_metric
+from maedistill.report.curves import draw_curves, find_panels, mean_metric
 from maedistill.report.intervals import of_count, of_seeds
 
 ORDER = ["teacher", "a", "b", "c"]
@@ -134,6 +134,20 @@ def test_panels_have_units_and_the_first_loss_does_not_stretch_the_axis(figures,
     assert [text.get_text() for text in figures[1].legends[0].get_texts()] == ["a", "b"]
     line = figures[1].axes[0].get_lines()[0]
     assert line.get_xdata()[-1] == 20.0 and figures[1].axes[0].get_xlabel() == "minutes of training"
+
+
+def test_a_picture_that_the_disk_refuses_is_left_out(tmp_path, capsys) -> None:
+    assert draw_curves({"a": records()}, tmp_path / "none" / "c.png") is None
+    assert accuracy_chart({"a": Accuracy([0.9], of_count(90, 100))}, tmp_path / "none" / "a.png", order=["a"]) is None
+    assert capsys.readouterr().err.count("is left out") == 2
+
+
+def test_every_term_of_a_loss_has_a_panel() -> None:
+    peers = {"mutual": 0.2, "peer1/mutual": 0.3, "peer1/cross_entropy": 2.0, "weight/mutual": 1.0}
+    distilled = {"loss": 1.0, "hints/3": 1.0, "hints/7": 2.0, "logits": 0.5, "epoch": 1.0, "eta_seconds": 60.0}
+    runs = [[{"step": 1, **distilled}, {"step": 1, "ema_top1": 0.5, "ema_images": 9}], [{"loss": 1.0, **peers}]]
+    names = [panel.name for panel in find_panels(runs)]
+    assert names == ["loss", "hints/", "logits", "mutual", "peer1/mutual", "peer1/cross_entropy", "ema_top1"]
 
 
 def test_a_metric_is_its_own_and_a_group_is_a_mean() -> None:

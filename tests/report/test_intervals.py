@@ -20,6 +20,7 @@ def test_seeds_have_student_s_interval(n) -> None:
     half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)
     found = of_seeds(values.tolist())
     assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=1e-5)
+    assert (found.high - found.low) / 2 / half == pytest.approx(1, abs=5e-5), "in units of t"
 
 
 def test_a_difference_of_two_counts_is_newcombe_s_published_example() -> None:

@@ -25,6 +25,8 @@ from maedistill.pretraining.loop import pretrain
 from maedistill.report import interactive, run_page
 from maedistill.report.interactive import curves, embed
 from maedistill.report.markup import Album, element
+from maedistill.report.page_pictures import reconstructions
+from maedistill.report.recorded import read_run
 from maedistill.report.run_page import PAGE, refresh, write_page
 from maedistill.report.sheet import tile, untile
 from tests.report.made_up import ROOTS, STEPS_PER_EPOCH, draw_sheets, made_run
@@ -88,6 +90,7 @@ def test_a_page_of_100_epochs_is_below_5_mb_and_2_s_as_a_user_pays_them(long_run
     parsed = Parsed(page)
     assert len(parsed.all("img")) == 3 + 2 * 6, "images and masks once, predictions and errors of 6 epochs"
     assert [one["data-epochs"].split()[-1] for one in parsed.all("input") if one["type"] == "range"] == ["100"]
+    assert "6 of 10 pictures" in parsed.text
 
 
 def test_pictures_of_many_runs_stay_below_the_limit():
@@ -95,6 +98,17 @@ def test_pictures_of_many_runs_stay_below_the_limit():
     pieces = [album.add(Image.fromarray(noise), "noise") for _ in range(3)]
     assert [piece.startswith("<img") for piece in pieces] == [True, False, False]
     assert len(pieces[0]) < 100_000 and "left out" in pieces[1]
+
+
+def test_the_newest_pictures_get_the_room_first(long_run):
+    run = read_run(long_run, "run")
+    whole = Album(10**9)
+    reconstructions(run, whole, most=6)
+    few = Album((10**9 - whole.left) // 2)
+    text = reconstructions(run, few, most=6)
+    for shown in ("predicted, epoch 100", "error, epoch 100", "student sees", "true"):
+        assert f'alt="{shown}"' in text
+    assert '<small class="at">predicted, epoch 10:' in text and '<small class="at">error, epoch 10:' in text
 
 
 def test_a_page_loads_nothing_and_no_name_becomes_markup(tmp_path):
@@ -169,8 +183,13 @@ def test_curves_keep_peaks_and_small_numbers():
     assert tips["value"] == "@y{%.5g}" and lr.hover[0].formatters["@y"] == "printf", "five digits, also of 1.5e-7"
     knn = plots["kNN top-1"].renderers[0].data_source.data
     assert [knn[name][0] for name in ("y", "low", "high")] == pytest.approx([50, 40.4, 59.6], abs=0.1)
-    many = curves({str(i): records[:200] for i in range(20)}, range(20))["gradient norm"]
-    assert sum(len(one.data_source.data["y"]) for one in many.renderers if type(one.glyph).__name__ == "Line") == 1800
+    long = "folder/" * 20
+    names = [f"{long}{i}" for i in range(10)] + [f"{i}/{long}" for i in range(10)]
+    many = curves({name: records[:200] for name in names}, range(20))["gradient norm"]
+    lines = [one for one in many.renderers if type(one.glyph).__name__ == "Line"]
+    assert sum(len(one.data_source.data["y"]) for one in lines) == 1800
+    looks, tips = {(one.glyph.line_color, str(one.glyph.line_dash)) for one in lines}, {one.name for one in lines}
+    assert len(looks) == len(tips) == 20
 
 
 def test_a_sheet_is_taken_apart_as_it_was_put_together():
@@ -206,9 +225,8 @@ def test_predictions_stand_beside_the_truth_with_their_images(tmp_path, shards):
     assert f"{wrong} of 24 images are classified wrongly" in page.text
     assert page.row("<b>ant")[0] == "bee", "the worst confusion"
     pictures = [image["alt"] for image in page.all("img")]
-    assert len(pictures) == 12 + min(wrong, 6)
-    ants = [row["id"] for row in rows if row["label"] != row["top1"]]
-    assert pictures[12:] == [f"image {i}" for i in sorted(ants, reverse=True)], "the largest loss first"
+    ants = [f"image {row['id']}" for row in reversed(rows) if row["label"] != row["top1"]]
+    assert pictures[12:] == ants + ants[:2], "the largest loss first; of a pair of classes, two"
     rows[0]["key"] = "another"
     page = write()
     assert not page.all("img") and "other images" in page.text and "taken for" in page.text
@@ -223,7 +241,7 @@ def test_predictions_stand_beside_the_truth_with_their_images(tmp_path, shards):
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(shards), str(copy)))
     page = write()
     assert page.all("img")[0]["alt"] == "image 0 cannot be decoded"
-    assert ["class -1", "class 7", "1"] in page.rows, "no such names"
+    assert ["class -1", "class 7", "1", ""] in page.rows, "no such names"
     (run / "predictions.csv").write_text("id,what\n1,2\n")
     with pytest.raises(DataError) as refused:
         write_page([run], run / PAGE)
@@ -269,9 +287,28 @@ def test_records_of_another_version_are_an_error_of_two_lines(tmp_path, file):
     run = made_run(tmp_path / "run", "finetune", epochs=1, every=500)
     records = {"run.json": '{"stage": "other"}', "metrics.jsonl": '{"step": 1, "epoch": "x", "loss": 1, "top1": 1}\n'}
     (run / file).write_text(records[file])
-    with pytest.raises(DataError) as refused:
+    for runs in ([run], [made_run(tmp_path / "whole", every=500), run]):
+        with pytest.raises(DataError) as refused:
+            write_page(runs, tmp_path / PAGE)
+        assert refused.value.cause.startswith(f"{run}: ") and "version" in refused.value.remedy
+    (run / file).write_text('{"stage": "finetune"}' if file == "run.json" else '{"step": 1, "loss": 1.0}\n')
+    with pytest.raises(DataError, match=f"^{run}: "):  # what the page is made of is missing
+        write_page([made_run(tmp_path / "other", every=500), run], tmp_path / PAGE)
+
+
+def test_records_that_cannot_be_read_are_an_error_of_two_lines(tmp_path):
+    run = made_run(tmp_path / "run", every=500)
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()  # it raises OSError, as another user's file does
+    with pytest.raises(DataError, match=f"^{run} cannot be read"):
         write_page([run], run / PAGE)
-    assert str(run) in refused.value.cause and "version" in refused.value.remedy
+
+
+def test_exits_and_peers_are_among_the_results(tmp_path):
+    run = made_run(tmp_path / "run", "finetune", epochs=2, exits=[3])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 9, "epoch": 2.0, "exit3_top1_correct": 3, "exit3_images": 4}) + "\n")
+    assert Parsed(write_page([run], run / PAGE)).row("exit 3: top-1") == ["75.00 % (3 of 4)"]
 
 
 def test_a_page_is_refreshed_only_if_it_is_there_and_an_error_is_said_once(tmp_path, capsys, monkeypatch):
@@ -301,6 +338,9 @@ def test_a_training_refreshes_its_page_and_survives_its_errors(tuned, finetuning
     assert "finished at epoch 5 of 5" in Parsed(page).text
     finetuning("asked", source, "optim.epochs=1", "log.report=true")
     assert "finished at epoch 1 of 1" in Parsed(finetuning.folder / "asked" / PAGE).text
+    page.unlink()
+    finetuning("page", source, "optim.epochs=5", "log.report=true")
+    assert "finished at epoch 5 of 5" in Parsed(page).text, "also of a run that has ended"
     assert not (tuned.run / PAGE).exists(), "a run pays for no page that nobody asked for"
 
 

@@ -73,6 +73,7 @@ def test_a_page_of_odd_names_works_and_asks_nobody(browser, tmp_path):
     values = "plot.y_scale.type, plot.renderers[0].glyph.x.field, plot.below[0].axis_label, plot.x_range.end"
     line = f"{plot} return [{values}]"
     before = run(line)
+    run(f"{plot} plot.x_range.setv({{start: 1, end: 2}}); plot.x_range.have_updated_interactively = true")  # a zoom
     run("document.querySelector('[value=log]').click(); document.querySelector('[value=minutes]').click()")
     assert before[:3] == ["LinearScale", "epoch", "epoch"] and before[3] == pytest.approx(3, rel=0.1)
     assert run(line)[:3] == ["LogScale", "minutes", "minutes of training"]
@@ -81,8 +82,12 @@ def test_a_page_of_odd_names_works_and_asks_nobody(browser, tmp_path):
     run("document.querySelector('[value=linear]').click()")
     visible = f"{plot} return plot.renderers.filter((one) => one.visible).length"
     count = run(visible)
+    loss = "const loss = Bokeh.documents[0].roots().find((one) => one.name.startsWith('training loss'));"
+    run(f"{loss} const [one] = loss.renderers.filter((one) => one.tags[0] === 3); one.data_source.data.y.fill(70)")
     for place in range(1, 4):
         run(f"document.querySelector('[data-run=\"{place}\"]').click()")
+        high = run(f"{loss} return loss.y_range.end")
+        assert (high > 70) == (place < 3), "the axis is that of the visible lines"
     assert run(visible) == count / 4
 
     spot = run(f"""{plot} const place = document.querySelector(`[data-root-id="${{plot.id}}"]`).parentElement;

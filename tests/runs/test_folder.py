@@ -11,10 +11,13 @@ import torch
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError
+from maedistill.report.recorded import PREDICTIONS
+from maedistill.report.run_page import PAGE
 from maedistill.runs.checkpoint import Snapshot, write_snapshot
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.provenance import git_state
 from maedistill.runs.records import AppendOnlyFile
+from maedistill.study.plan import TEST_FILE
 
 METADATA = {
     "stage": "pretrain",
@@ -118,6 +121,8 @@ def test_fresh_deletes_what_a_run_writes_and_nothing_else(config):
     (folder.path / "metrics.jsonl").write_text('{"step": 1}\n')
     (folder.path / "notes.txt").write_text("mine")
     (folder.path / "export").mkdir()
+    for name in (PREDICTIONS, TEST_FILE, PAGE, "scorecard.json"):  # of other commands, about this run
+        (folder.path / name).write_text("{}")
     other = config("seed=1")  # other settings are no reason to keep it
     RunFolder(folder.path).open(other, METADATA | {"init": "timm:x of step 2"}, execution={}, fresh=True, extend=False)
     left = {path.name for path in folder.path.iterdir()}

@@ -157,6 +157,15 @@ def test_a_tracker_that_fails_costs_a_warning_and_gets_what_it_lacks_when_the_ru
     assert sorted(mlflow.points) == sorted(wandb.points) and len(mlflow.points) == 4 * 6 + 2
 
 
+def test_a_full_disk_here_keeps_nothing_from_a_server_and_is_said_once(tmp_path, mlflow, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(background, "write_text", Mock(side_effect=DataError("a full disk", "free some")))
+    file = MetricsFile(tmp_path, first_step=0, trackers=("mlflow",))
+    steps(file, 1, 4)
+    file.close()
+    assert len(mlflow.points) == 4 * 4 + 2 and len(mlflow.pictures) == 2 and mlflow.ends == ["FINISHED"]
+    assert capsys.readouterr().err.count("a full disk") == 1
+
+
 def test_a_tracker_that_hangs_makes_nobody_wait_for_long(tmp_path, mlflow, monkeypatch, capsys) -> None:
     mlflow.hangs = threading.Event()
     for name, value in {"_START_SECONDS": 0.1, "_MOST_WAITING": 5}.items():

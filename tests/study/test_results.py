@@ -306,6 +306,7 @@ def test_a_study_in_which_nothing_ran_is_refused(study_folder, tmp_path, monkeyp
     assert report(study, study_folder, [0], title="x") and (study_folder / "results.md").is_file()
     page = study_folder / study_page.PAGE
     assert not page.exists()
+    (study_folder / "results.json").write_text("[")  # damaged: it is written anew
     page.touch()
     assert report(study, study_folder, [0], title="x") and page.stat().st_size > 1e6, "made again, because it was there"
 

@@ -10,6 +10,7 @@ The first error that a library cannot recover from is said, and ends its tracker
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -21,6 +22,7 @@ from typing import Any
 from PIL import Image
 
 from maedistill.durable import make_folder
+from maedistill.errors import DataError
 from maedistill.escaping import masked, say
 from maedistill.runs.records import warn, write_text
 from maedistill.runs.trackers.board import Board
@@ -42,7 +44,9 @@ class Background:
         self._queue: SimpleQueue[Callable[[Tracker], object] | None] = SimpleQueue()
         self._pictures: dict[str, int] = {}  # the step of the last one by name
         self._given_up, self.opened = False, Event()
-        self._thread = Thread(target=self._work, args=(opening, history), name=name, daemon=True)
+        self._unrecorded = False
+        self._history = deque(history)  # emptied as it goes out: a long run has many lines
+        self._thread = Thread(target=self._work, args=(opening,), name=name, daemon=True)
         self._thread.start()
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
@@ -70,20 +74,22 @@ class Background:
         if not self._given_up:
             self._queue.put(act)
 
-    def _work(self, opening: Opening, history: Iterable[Mapping[str, Any]]) -> None:
+    def _work(self, opening: Opening) -> None:
         try:
             saved = json.loads(self._file.read_text()) if self._file.is_file() else {}
             tracker = OPENERS[self._name](replace(opening, id=saved.get("id")))
             self._pictures = saved.get("pictures", {})
             self._record(tracker)
             self.opened.set()
-            for values in history:
+            while self._history:
+                values = self._history.popleft()
                 _send(tracker, values["step"], values)
             while (act := self._queue.get()) is not None:
                 act(tracker)
         except Exception as error:  # their libraries raise what they like
             self._give_up(f"{type(error).__name__}: {error}")
         finally:
+            self._history.clear()
             self.opened.set()
 
     def _draw(self, tracker: Tracker, step: int, name: str, pixels: Any) -> None:
@@ -93,9 +99,17 @@ class Background:
             self._record(tracker)
 
     def _record(self, tracker: Tracker) -> None:
-        if tracker.id is not None:
+        """Write RUN/trackers/NAME.json. A full disk here is no reason to keep records from a server."""
+        if tracker.id is None:
+            return
+        try:
             make_folder(self._file.parent)
             write_text(self._file, json.dumps({"id": tracker.id, "pictures": self._pictures}) + "\n")
+            self._unrecorded = False
+        except (OSError, DataError) as error:
+            if not self._unrecorded:
+                warn(f"{self._file} is not up to date: {error.cause if isinstance(error, DataError) else error}")
+            self._unrecorded = True
 
     def _give_up(self, why: str) -> None:
         if not self._given_up:
