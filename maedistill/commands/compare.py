@@ -35,9 +35,10 @@ def main() -> None:
     """Read the scorecards, print the table and write the page."""
     arguments = parse_arguments()
     require_local(arguments.out, "--out")
-    from maedistill.exporting.scorecards import notes, read_rows, write_page  # imports torch
+    from maedistill.exporting.scorecards import HEADS, notes, read_rows, write_page  # imports torch
+    from maedistill.report.run_report import text_table
 
     rows = read_rows(arguments.given)
     page = write_page(rows, arguments.out, command=masked(shlex.join(sys.argv)))
-    say(*("  ".join(row.cells()[:5]) for row in rows), *notes(rows)[:-1])
+    say(*text_table(HEADS[:5], [row.cells()[:5] for row in rows]), "", *notes(rows)[:-1])
     say(f"comparison: {page}")

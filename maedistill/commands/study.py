@@ -106,7 +106,7 @@ def report(study: Study, out: Path, seeds: list[int], *, title: str) -> bool:
     from maedistill.report.run_page import refresh
     from maedistill.study import study_page
     from maedistill.study.results import collect
-    from maedistill.study.results_page import write_results
+    from maedistill.study.results_page import terminal_table, write_results
 
     command = masked(shlex.join(sys.argv))
     if "--report" in sys.argv:
@@ -115,6 +115,7 @@ def report(study: Study, out: Path, seeds: list[int], *, title: str) -> bool:
     results = collect(study, out, seeds)
     if not any(facts for network in results["networks"].values() for facts in network["runs"].values()):
         return False
-    say("", f"results: {write_results(results, out, title=title, command=command)}")
+    page = write_results(results, out, title=title, command=command)
+    say("", *terminal_table(results), "", f"results: {page}")
     refresh(out / study_page.PAGE, lambda: study_page.write_study_page(out, out / study_page.PAGE))
     return True

@@ -1,6 +1,6 @@
 """Curves over training: losses, accuracies with their 95 % intervals, learning rate, gradient norm and throughput.
 
-metrics.jsonl of one or several runs -> one panel per quantity that any of them records -> PNG
+metrics.jsonl of a run -> one panel per quantity that it records -> PNG; interactive.py draws several runs
 """
 
 import re
@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from maedistill.report.charts import network_colors, new_canvas, plain, save
+from maedistill.report.charts import new_canvas, save
 from maedistill.report.intervals import of_count
 
 _Records = Sequence[Mapping[str, Any]]
 _Point = tuple[float, float, float]  # x, value, images that an accuracy was measured on or 0
 _COLUMNS = 4
+_COLOR = "tab:blue"
 _START = 0.1  # of a run; losses of this part do not stretch the axis
 
 
@@ -70,39 +71,25 @@ def _term(name: str) -> str:
     return name if re.match(r"peer\d+/", name) else "".join(name.partition("/")[:2])
 
 
-def draw_curves(
-    records: Mapping[str, _Records],
-    path: Path,
-    *,
-    over: Literal["epoch", "minutes"] = "epoch",
-    order: Sequence[str] = (),
-    restarts: Sequence[int] = (),
-) -> Path | None:
-    """Draw one line per run in every panel. Returns None if matplotlib is not installed.
+def draw_curves(records: _Records, path: Path, *, restarts: Sequence[int] = ()) -> Path | None:
+    """Draw every quantity that a run records, over epochs and minutes. Returns None if matplotlib is not installed.
 
-    over: epochs, or minutes of training. A single run shows both. order: all names of the study, which determine the
-    colors. restarts: steps at which a single run was continued, marked by vertical lines.
+    restarts: steps at which the run was continued, marked by vertical lines.
     """
-    panels = find_panels(records.values())
-    lines = {panel: {name: _points(run, panel, over) for name, run in records.items()} for panel in panels}
-    lines = {panel: runs for panel, runs in lines.items() if any(runs.values())}
+    lines = {panel: _points(records, panel) for panel in find_panels([records])}
+    lines = {panel: points for panel, points in lines.items() if points}
     columns = min(_COLUMNS, len(lines))
     rows = -(-len(lines) // _COLUMNS)
     canvas = new_canvas(figsize=(3.5 * columns, 2.9 * rows + 0.4))
     if canvas is None:
         return None
-    colors, figure = network_colors(order or list(records)), canvas.figure
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, (panel, runs) in zip(grid, lines.items(), strict=False):
-        _draw(axes, panel, runs, colors)
-        axes.set_xlabel("epoch" if over == "epoch" else "minutes of training")
-        if len(records) == 1 and over == "epoch":
-            _add_minutes(axes, next(iter(records.values())), restarts)
+    grid = canvas.figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (panel, points) in zip(grid, lines.items(), strict=False):
+        _draw(axes, panel, points)
+        axes.set_xlabel("epoch")
+        _add_minutes(axes, records, restarts)
     for axes in grid[len(lines) :]:
         axes.set_visible(False)
-    if len(records) > 1:
-        handles = [grid[0].plot([], [], color=colors[name], label=plain(name))[0] for name in records]
-        figure.legend(handles=handles, loc="outside upper center", ncols=min(8, len(handles)))
     return save(canvas, path)
 
 
@@ -114,14 +101,10 @@ def mean_metric(record: Mapping[str, Any], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _points(records: _Records, panel: Panel, over: str) -> list[_Point]:
-    """Return the points of a line. An evaluation has the minutes of the last training step before it."""
-    points, minutes = list[_Point](), 0.0
-    for record in records:
-        minutes = record.get("trained_seconds", 60 * minutes) / 60
-        if (value := mean_metric(record, panel.name)) is not None:
-            points.append((record["epoch"] if over == "epoch" else minutes, value, images_of(record, panel.name)))
-    return points
+def _points(records: _Records, panel: Panel) -> list[_Point]:
+    """Return the points of a line."""
+    values = ((record, mean_metric(record, panel.name)) for record in records)
+    return [(record["epoch"], value, images_of(record, panel.name)) for record, value in values if value is not None]
 
 
 def images_of(record: Mapping[str, Any], name: str) -> int:
@@ -129,18 +112,19 @@ def images_of(record: Mapping[str, Any], name: str) -> int:
     return record.get(f"{name.removesuffix('top1')}images", record.get("images", 0))
 
 
-def _draw(axes: Any, panel: Panel, runs: Mapping[str, Sequence[_Point]], colors: Mapping[str, Any]) -> None:
+def _draw(axes: Any, panel: Panel, points: Sequence[_Point]) -> None:
     """Draw one panel."""
-    for name, points in runs.items():
-        if points and panel.kind == "accuracy":
-            x, y, bars = _with_bars(points)
-            axes.errorbar(x, y, yerr=bars, color=colors[name], marker="o", markersize=3, capsize=2)
-        elif points:
-            x, y, _ = np.array(points).T
-            axes.plot(x, y, color=colors[name], marker="o" if len(points) < 3 else None, markersize=3)
+    if panel.kind == "accuracy":
+        places, shares, bars = _with_bars(points)
+        axes.errorbar(places, shares, yerr=bars, color=_COLOR, marker="o", markersize=3, capsize=2)
+    else:
+        x, y, _ = zip(*points, strict=True)
+        axes.plot(x, y, color=_COLOR, marker="o" if len(points) < 3 else None, markersize=3)
     axes.set_yscale(panel.scale)
-    clipped = panel.kind == "loss" and _clip_start(axes, [points for points in runs.values() if points])
-    axes.set_title(panel.title + (" (start cut off)" if clipped else ""), fontsize="medium")
+    limits = clipped_range([(x, y) for x, y, _ in points]) if panel.kind == "loss" else None
+    if limits:
+        axes.set_ylim(*limits)
+    axes.set_title(panel.title + (" (start cut off)" if limits else ""), fontsize="medium")
     axes.set_ylabel(panel.unit)
     axes.grid(alpha=0.3)
 
@@ -155,17 +139,10 @@ def _with_bars(points: Sequence[_Point]) -> tuple[list[float], list[float], list
     return [x for x, _, _ in points], [100 * share for _, share, _ in points], [below, above]
 
 
-def _clip_start(axes: Any, runs: Sequence[Sequence[_Point]]) -> bool:
-    """End the axis above the losses after the start, if those of the start would take most of it."""
-    if limits := clipped_range([[(x, y) for x, y, _ in points] for points in runs]):
-        axes.set_ylim(*limits)
-    return limits is not None
-
-
-def clipped_range(runs: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, float] | None:
+def clipped_range(points: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
     """Return the ends of an axis for losses after the start, if those of the start would take most of it."""
-    every = [y for points in runs for _, y in points]
-    rest = [y for points in runs for x, y in points if x > _START * max(point[0] for point in points)]
+    every, last = [y for _, y in points], max((x for x, _ in points), default=0.0)
+    rest = [y for x, y in points if x > _START * last]
     if len(rest) < 3 or not (span := max(rest) - min(every)) or max(every) - max(rest) < 0.5 * span:
         return None
     return min(every) - 0.05 * span, max(rest) + 0.1 * span

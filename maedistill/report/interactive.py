@@ -160,7 +160,7 @@ def _draw(plot: "figure", panel: Panel, lines: Mapping[str, Mapping[str, list[fl
         if count <= 30:
             drawn.append(plot.scatter("epoch", "y", source=source, color=color, size=5))
         points = list(zip(columns["epoch"], columns["y"], strict=True))
-        limits = clipped_range([points]) if panel.kind == "loss" else None
+        limits = clipped_range(points) if panel.kind == "loss" else None
         for renderer in drawn:
             renderer.tags = [place, limits and limits[1]]
         _hover(plot, line, tips | {"epoch": "@epoch{%.5g}", "step": "@step{%d}", "minutes": "@minutes{%.5g}"})

@@ -1,9 +1,8 @@
-"""The report of a run: report.md with its results, curves and newest picture. comparison.py compares several.
+"""The report of a run: report.md with its results, curves and newest picture.
 
 It reads run folders only, so it can be made again at any time. Curves need matplotlib and are left out without it.
 """
 
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,12 +47,12 @@ def write_run_report(folder: "RunFolder") -> Path:
         f"- training time {duration(last['seconds'])} at {last['rate']:.0f} images/s per rank",
         f"- command: {code(metadata['starts'][-1]['command'])}, {_times(len(metadata['starts']))}",
         "",
-        *losses_table({folder.path.name: folder}),
+        *_losses_table(config, last),
         "",
         KNN_CAVEAT,
         "",
         *([f"![losses]({curve.name})", ""] if curve else []),
-        *(picture := last_picture(folder, folder.path)),
+        *(picture := _last_picture(folder)),
         *([PICTURE_NOTE, ""] if picture and config.pixels.target != "raw" else []),
         "Next: fine-tune this student, or distil it into one of half the width:",
         "",
@@ -137,7 +136,7 @@ def next_commands(
 def _draw_run(folder: "RunFolder", records: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> Path | None:
     """Draw the curves of a run, with marks where it was continued."""
     restarts = [start["step"] for start in metadata["starts"][1:] if start.get("step")]
-    return draw_curves({folder.path.name: records}, folder.path / "curves.png", restarts=restarts)
+    return draw_curves(records, folder.path / "curves.png", restarts=restarts)
 
 
 def _times(starts: int) -> str:
@@ -197,20 +196,14 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return last
 
 
-def losses_table(folders: Mapping[str, "RunFolder"]) -> list[str]:
-    """Return a Markdown table with one line per pre-training; alignment and generation are means over pairs."""
-    rows = []
-    for name, folder in folders.items():
-        config, last = folder.load_config(), summary(read_metrics(folder.path))
-        assert isinstance(config, PretrainConfig)
-        means = [mean_metric(last, prefix) for prefix in ("pixels", "align/", "generate/")]
-        losses = ["-" if value is None else f"{value:.4f}" for value in (last["loss"], *means)]
-        knn = "-" if last["knn"] is None else f"{last['knn']:.1%}"
-        run = [name, config.method, config.student.title, f"{config.optim.epochs:g}"]
-        rows.append([*run, *losses, knn, duration(last["seconds"])])
-    return markdown_table(
-        ["run", "method", "student", "epochs", "loss", "pixels", "align", "generate", "kNN", "time"], rows
-    )
+def _losses_table(config: PretrainConfig, last: Mapping[str, Any]) -> list[str]:
+    """Return a Markdown table of the last losses; alignment and generation are means over pairs."""
+    means = [mean_metric(last, prefix) for prefix in ("pixels", "align/", "generate/")]
+    losses = ["-" if value is None else f"{value:.4f}" for value in (last["loss"], *means)]
+    knn = "-" if last["knn"] is None else f"{last['knn']:.1%}"
+    cells = [config.method, config.student.title, f"{config.optim.epochs:g}", *losses, knn, duration(last["seconds"])]
+    heads = ["method", "student", "epochs", "loss", "pixels", "align", "generate", "kNN", "time"]
+    return markdown_table(heads, [cells])
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -218,9 +211,15 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
     return [f"| {' | '.join(map(markdown, cells))} |" for cells in (heads, ["---"] * len(heads), *rows)]
 
 
-def last_picture(folder: "RunFolder", relative_to: Path) -> list[str]:
+def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Format the lines of a table for a terminal."""
+    columns = zip(heads, *rows, strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    lines = (zip(cells, widths, strict=True) for cells in (heads, *rows))
+    return ["  ".join(cell.ljust(width) for cell, width in line).rstrip() for line in lines]
+
+
+def _last_picture(folder: "RunFolder") -> list[str]:
     """Return the Markdown of the newest reconstruction sheet; empty if there is none."""
     pictures = sorted(folder.pictures.glob("step_*.png"))
-    if not pictures:
-        return []
-    return [f"![what is seen, predicted and true]({quote(os.path.relpath(pictures[-1], relative_to))})", ""]
+    return [f"![what is seen, predicted and true](pictures/{quote(pictures[-1].name)})", ""] if pictures else []

@@ -6,6 +6,7 @@ Only the progress of unfinished runs is reported, not their results. Accuracies 
 one seed, intervals are of the count of images, and differences are paired if both runs have predictions of the images.
 """
 
+import csv
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ import timm
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.models.meta import meta_device
 from maedistill.report import intervals
-from maedistill.report.comparison import difference
 from maedistill.report.recorded import PREDICTIONS
 from maedistill.report.run_report import summary
 from maedistill.runs.folder import RunFolder
@@ -118,6 +118,27 @@ def _of_runs(one: _Facts, other: _Facts) -> intervals.Interval:
     count, other_count = ((facts["top1_correct"], facts["top1_images"]) for facts in (one, other))
     files = (Path(one["folder"]) / PREDICTIONS, Path(other["folder"]) / PREDICTIONS)
     return difference(count, other_count, files)
+
+
+def difference(one: tuple[int, int], other: tuple[int, int], predictions: tuple[Path, Path]) -> intervals.Interval:
+    """Return the difference of two accuracies, (correct, images) each.
+
+    It is paired if both files of predictions exist and are of these evaluations, on the same images.
+    """
+    answers = [_read_correct(path) for path in predictions]
+    counts = [(sum(correct.values()), len(correct)) for correct in answers]
+    if counts == [one, other] and answers[0].keys() == answers[1].keys():
+        return intervals.of_pairs(list(answers[0].values()), [answers[1][key] for key in answers[0]])
+    return intervals.of_difference(*one, *other)
+
+
+def _read_correct(file: Path) -> dict[str, bool]:
+    """Return for each image id whether it was classified correctly; empty without the file."""
+    if not file.is_file():
+        return {}
+    with file.open(newline="") as lines:
+        # without a prediction: it could not be decoded
+        return {row["id"]: row["label"] == row["top1"] for row in csv.DictReader(lines) if row["top1"]}
 
 
 def run_facts(folder: RunFolder) -> dict[str, Any] | None:

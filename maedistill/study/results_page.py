@@ -12,7 +12,7 @@ from maedistill.errors import join_first
 from maedistill.escaping import code, markdown
 from maedistill.report.charts import Accuracy, Trained, accuracy_chart, length_chart
 from maedistill.report.intervals import Interval
-from maedistill.report.run_report import KNN_CAVEAT, markdown_table
+from maedistill.report.run_report import KNN_CAVEAT, markdown_table, text_table
 from maedistill.runs.history import duration
 from maedistill.runs.records import write_text
 
@@ -25,8 +25,11 @@ _INTERVALS = {  # where the 95 % intervals of a page come from
 }
 
 
-def write_results(results: _Facts, out: Path, *, title: str, command: str) -> Path:
-    """Write OUT/results.md and results.json from the output of `results.collect`, also for an unfinished study."""
+def write_results(results: _Facts, out: Path, *, title: str, command: str, notes: Sequence[str] = ()) -> Path:
+    """Write OUT/results.md and results.json from the output of `results.collect`, also for an unfinished study.
+
+    notes: paragraphs in Markdown, below the title.
+    """
     out.mkdir(parents=True, exist_ok=True)
     baseline = results["baseline"]
     summaries = {name: network["summary"] for name, network in results["networks"].items()}
@@ -40,6 +43,7 @@ def write_results(results: _Facts, out: Path, *, title: str, command: str) -> Pa
     lines = [
         f"# {markdown(title)}",
         "",
+        *(line for note in notes for line in (note, "")),
         f"Fine-tuned top-1 on all validation images{spread}"
         + ("." if baseline is None else f"; {code(f'against {baseline}')}: {_DIFFERENCES}"),
         *interval_lines(summaries.values()),
@@ -59,6 +63,14 @@ def write_results(results: _Facts, out: Path, *, title: str, command: str) -> Pa
     write_text(out / "results.json", json.dumps({"title": title, "command": command, **results}, indent=1) + "\n")
     write_text(out / "results.md", "\n".join(lines))
     return out / "results.md"
+
+
+def terminal_table(results: _Facts) -> list[str]:
+    """Return the lines of the table of accuracies for a terminal, without those of each seed."""
+    summaries = {name: network["summary"] for name, network in results["networks"].items()}
+    heads, rows = accuracy_cells(summaries, results["baseline"])
+    each = heads.index("each seed")
+    return text_table(heads[:each] + heads[each + 1 :], [row[:each] + row[each + 1 :] for row in rows])
 
 
 def accuracy_table(summaries: Mapping[str, _Facts], baseline: str | None) -> list[str]:

@@ -58,8 +58,8 @@ def test_pictures_are_written(tmp_path) -> None:
     paths = [
         latency_chart(rows, tmp_path / "l.png", order=ORDER),
         accuracy_chart(seeds, tmp_path / "a.png", order=ORDER),
-        draw_curves({"a": records(), "b": records()}, tmp_path / "c.png", order=ORDER, over="minutes"),
-        draw_curves({"a": records()}, tmp_path / "d.png", restarts=[20]),
+        draw_curves(records(), tmp_path / "c.png"),
+        draw_curves(records(), tmp_path / "d.png", restarts=[20]),
     ]
     for path in paths:
         with Image.open(path) as picture:
@@ -75,7 +75,6 @@ def test_a_network_has_one_color_in_every_panel_and_picture(figures, tmp_path) -
     rows = {name: Timed(of_count(90, 100), 450_000, 1.5) for name in ("b", "c")}
     latency_chart(rows, tmp_path / "l.png", order=ORDER)
     accuracy_chart({name: Accuracy([0.9], of_count(90, 100)) for name in ("b", "c")}, tmp_path / "a.png", order=ORDER)
-    draw_curves({"b": records()[:2], "c": records()}, tmp_path / "c.png", order=ORDER)
     for figure in figures:
         lines = [to_hex(line.get_color()) for axes in figure.axes for line in axes.get_lines()]
         discs = [
@@ -113,7 +112,7 @@ def test_the_rows_of_a_line_are_joined_over_epochs_and_over_minutes(figures, tmp
 
 
 def test_panels_have_units_and_the_first_loss_does_not_stretch_the_axis(figures, tmp_path) -> None:
-    draw_curves({"a": records()}, tmp_path / "c.png", restarts=[20])
+    draw_curves(records(), tmp_path / "c.png", restarts=[20])
     panels = {axes.get_title(): axes for axes in figures[0].axes if axes.get_title()}
     assert list(panels) == [
         "pixel loss (start cut off)",
@@ -125,19 +124,16 @@ def test_panels_have_units_and_the_first_loss_does_not_stretch_the_axis(figures,
     ]
     assert all(axes.get_ylabel() and axes.get_xlabel() == "epoch" for axes in panels.values())
     assert panels["pixel loss (start cut off)"].get_ylim()[1] < 1
-    assert not figures[0].legends, "one run needs no legend"
     low, high = panels["kNN top-1"].get_ylim()
     assert 60 < low < 80 < high < 100, "a single point has the axis of its interval"
     marks = [line.get_xdata()[0] for line in panels["throughput"].get_lines() if line.get_linestyle() == ":"]
     assert marks == [5.0]
-    draw_curves({"a": records(), "b": records()}, tmp_path / "m.png", over="minutes")
-    assert [text.get_text() for text in figures[1].legends[0].get_texts()] == ["a", "b"]
-    line = figures[1].axes[0].get_lines()[0]
-    assert line.get_xdata()[-1] == 20.0 and figures[1].axes[0].get_xlabel() == "minutes of training"
+    top = [axis for axis in panels["throughput"].child_axes if axis.get_xlabel() == "minutes"]
+    assert len(top) == 1
 
 
 def test_a_picture_that_the_disk_refuses_is_left_out(tmp_path, capsys) -> None:
-    assert draw_curves({"a": records()}, tmp_path / "none" / "c.png") is None
+    assert draw_curves(records(), tmp_path / "none" / "c.png") is None
     assert accuracy_chart({"a": Accuracy([0.9], of_count(90, 100))}, tmp_path / "none" / "a.png", order=["a"]) is None
     assert capsys.readouterr().err.count("is left out") == 2
 

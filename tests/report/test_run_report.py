@@ -24,7 +24,7 @@ def links(report) -> list[str]:
 
 
 def table(report) -> dict[str, dict[str, str]]:
-    """The page's table: {run: {column: cell}}."""
+    """The page's table: {method: {column: cell}}."""
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in report.read_text().splitlines()
@@ -82,7 +82,7 @@ def test_a_report_does_without_matplotlib_and_without_pictures(trio, tmp_path, m
         return original(name, *args, **keywords)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert links(write_run_report(run)) == [] and table(run.report)["run"]["method"] == "dmae"
+    assert links(write_run_report(run)) == [] and "dmae" in table(run.report)
 
 
 def test_a_summary_averages_rates_over_time_and_keeps_the_last_values():

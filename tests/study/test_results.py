@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -18,8 +19,7 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.render import config_yaml
 from maedistill.data.shards.open_index import open_index
 from maedistill.errors import ConfigError, DataError
-from maedistill.report import comparison
-from maedistill.report.comparison import ComparedNetwork, headline, read_results, text_table, write_comparison
+from maedistill.exporting.scorecards import read_rows
 from maedistill.study import quickstart, results_page, study_page
 from maedistill.study.completion import is_done, is_scored
 from maedistill.study.results import collect, statistics, summarize
@@ -247,56 +247,47 @@ def test_a_scorecard_counts_for_its_own_shards_only(shards, tmp_path) -> None:
 
 
 @pytest.fixture
-def networks(study_folder) -> dict[str, ComparedNetwork]:
-    """`scratch` and `dmae` of seed 0, exported and scored."""
-    found = {}
-    for i, name in enumerate(("scratch", "dmae")):
-        run = study_folder / name / "seed_0"
-        (run / "export").mkdir()
-        (run / "export/model.safetensors").write_bytes(bytes(1_234_000))
-        correct = TOP1[name][0]
-        score = {"top1": correct / 200, "top1_correct": correct, "images": 200, "parameters": 450_000}
-        if name == "scratch":  # the two have one architecture, so the other is not timed
-            score |= {"latency_ms": 1.25, "images_per_second": 700.4, "device": "CPU, 2 threads"}
-        (run / "score.json").write_text(json.dumps(score))
-        first = 10 * i  # both are right on 90 images, scratch alone on 10, dmae alone on 36
-        text = "".join(f"{k},1,{int(first <= k < first + correct)}\n" for k in range(200))
-        (run / "finetune/predictions.csv").write_text(f"id,label,top1\n{text}")
-        pretrain = run / "pretrain" if name == "dmae" else None
-        found[name] = ComparedNetwork(pretrain, run / "finetune", run / "export", run / "score.json")
-    return found
+def differences(study_folder):
+    """The summary of `dmae` against `mae` with seed 0; `paired`: with predictions of the same images."""
+
+    def difference(*, paired: bool) -> dict:
+        for i, name in enumerate(("mae", "dmae")):
+            run, correct, first = study_folder / name / "seed_0/finetune", TOP1[name][0], 10 * i
+            text = "".join(f"{k},1,{int(first <= k < first + correct)}\n" for k in range(200))
+            (run / "predictions.csv").unlink(missing_ok=True)
+            if paired:
+                (run / "predictions.csv").write_text(f"id,label,top1\n{text}")
+        return collect(Study.model_validate(STUDY), study_folder, [0])["networks"]["dmae"]["summary"]["difference"]
+
+    return difference
 
 
-def test_the_page_of_networks_shows_size_accuracy_speed_and_what_they_learnt(networks, study_folder) -> None:
-    results = read_results(networks, baseline="scratch")
-    page = write_comparison(networks, results, study_folder, title="Two", baseline="scratch", notes=["A.", "B."])
-    text = page.read_text()
-    assert text.startswith("# Two\n\nA.\n\nB.\n")
-    rest = "0.45 M | 1.25 ms | 1.23 | 700"
-    assert f"| scratch | 50.0 % (100 of 200) | 43.1 to 56.9 | - | {rest} | - | 1m15s |" in text
-    gain = "+13.0 (+6.5 to +19.3)"  # 36 won and 10 lost of 200, half an image more in each cell
-    assert f"| dmae | 63.0 % (126 of 200) | 56.1 to 69.4 | {gain} | {rest} | 1m15s | 1m15s |" in text
-    assert re.search(r"\| dmae \| mae \| .* \| 0\.5000 \|", text) and "CPU, 2 threads" in text
-    links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
-    picture = "dmae/seed_0/pretrain/pictures/step_000000008.png"
-    assert links == ["networks.png", "curves.png", "curves_minutes.png", picture]
-    for link in links:
-        assert (page.parent / link).read_bytes().startswith(b"\x89PNG"), link
-    table = text_table(results, baseline="scratch")
-    assert len(table) == 3 and max(map(len, table)) <= 100 and gain in table[2]
+def test_one_seed_is_compared_on_the_same_images_where_predictions_are_there(differences) -> None:
+    """Both are right on 110 images, mae alone on 10, dmae alone on 16."""
+    paired, alone = differences(paired=True), differences(paired=False)
+    assert (paired["interval"], alone["interval"]) == ("paired images", "images")
+    assert paired["mean"] == alone["mean"] == pytest.approx(0.03)
+    assert alone["low"] < paired["low"] < 0 < paired["high"] < alone["high"]
 
 
-def test_the_headline_says_when_chance_may_explain_the_difference(networks) -> None:
-    results = read_results(networks, baseline="scratch")
-    text = headline(results, student="dmae", teacher="scratch", baseline="scratch")
-    assert "+13.0 points" in text and "+6.5 to +19.3, paired images" in text and "includes 0" not in text
-    for network in networks.values():  # without predictions of the images the difference is not paired
-        (network.finetune / "predictions.csv").unlink()
-    close = json.loads(networks["dmae"].score.read_text()) | {"top1": 0.52, "top1_correct": 104}
-    networks["dmae"].score.write_text(json.dumps(close))
-    results = read_results(networks, baseline="scratch")
-    text = headline(results, student="dmae", teacher="scratch", baseline="scratch")
-    assert "+2.0 points" in text and "-7.7 to +11.7, images" in text and "includes 0" in text
+def test_the_quickstart_says_what_it_measured(tmp_path) -> None:
+    rows = []
+    for name, correct, parameters in (("teacher", 160, 1_220_000), ("scratch", 100, 450_000), ("dmae", 126, 450_000)):
+        score = {"top1_correct": correct, "images": 200, "parameters": parameters, "fingerprint": 12 * "f"}
+        measured = {"latency_ms": 1.25, "precision": "fp32", "device": "CPU, 2 threads"}
+        (tmp_path / f"{name}.json").write_text(json.dumps(score | measured))
+        [row] = read_rows([str(tmp_path / f"{name}.json")])
+        rows.append(replace(row, name=name))
+    gain = {"mean": 0.13, "low": 0.065, "high": 0.193, "interval": "paired images"}
+    none = {"mean": None, "low": None, "high": None, "interval": None}
+    summaries = {name: {"difference": gain if name == "dmae" else none} for name in ("teacher", "scratch", "dmae")}
+    table = quickstart._table(rows, summaries)
+    cells = ("dmae", "63.0 % (126 of 200)", "56.1 to 69.4", "+13.0 (+6.5 to +19.3)", "0.45 M", "1.25 ms")
+    assert tuple(re.split("  +", table[3])) == cells and len({line.find("%") for line in table[1:]}) == 1
+    text = quickstart.headline(rows, summaries)
+    assert "0.37 of the teacher's) has 63.0 % top-1, 79 % of the teacher's 80.0 %; +13.0 points" in text
+    assert "(95 % interval of the difference +6.5 to +19.3, paired images)" in text and "includes 0" not in text
+    assert "includes 0" in quickstart.headline(rows, {"dmae": {"difference": gain | {"low": -0.01}}})
 
 
 def test_a_study_in_which_nothing_ran_is_refused(study_folder, tmp_path, monkeypatch) -> None:
@@ -311,14 +302,11 @@ def test_a_study_in_which_nothing_ran_is_refused(study_folder, tmp_path, monkeyp
     assert report(study, study_folder, [0], title="x") and page.stat().st_size > 1e6, "made again, because it was there"
 
 
-def test_pages_do_without_matplotlib(networks, study_folder, monkeypatch) -> None:
-    for module, chart in ((results_page, "accuracy_chart"), (comparison, "latency_chart"), (comparison, "draw_curves")):
-        monkeypatch.setattr(module, chart, lambda *_, **__: None)
-    found = read_results(networks, baseline="scratch")
-    page = write_comparison(networks, found, study_folder, title="Two", baseline="scratch").read_text()
-    assert re.findall(r"!\[[^]]*\]\(([^)]+)\)", page) == ["dmae/seed_0/pretrain/pictures/step_000000008.png"]
+def test_a_page_does_without_matplotlib(study_folder, monkeypatch) -> None:
+    monkeypatch.setattr(results_page, "accuracy_chart", lambda *_, **__: None)
     results = collect(Study.model_validate(STUDY), study_folder, [0])
-    assert "![" not in write_results(results, study_folder, title="x", command="y").read_text()
+    page = write_results(results, study_folder, title="x", command="y", notes=["A [link](z).", "B."]).read_text()
+    assert "![" not in page and page.startswith("# x\n\nA [link](z).\n\nB.\n\n")
 
 
 def test_the_html_page_of_a_study_has_its_tables_runs_and_chart(study_folder):
@@ -342,10 +330,10 @@ def test_the_html_page_of_a_study_has_its_tables_runs_and_chart(study_folder):
 
 def test_the_quickstart_ends_with_a_page(tmp_path, monkeypatch, capsys):
     """Its steps are left out: `make quickstart` runs them."""
-    names = ("run_steps", "networks_of", "StudyPlan", "timed_networks", "collect", "write_results", "read_results")
-    for name in (*names, "write_comparison", "text_table"):
+    for name in ("run_steps", "StudyPlan", "collect", "write_results", "read_rows", "write_page"):
         monkeypatch.setattr(quickstart, name, MagicMock())
-    monkeypatch.setattr(quickstart, "headline", lambda *_, **__: "")
+    for name in ("_table", "headline"):
+        monkeypatch.setattr(quickstart, name, lambda *_: "")
     monkeypatch.setattr(quickstart, "write_study_page", lambda out, page: page.touch())
     quickstart.run_quickstart(tmp_path, epochs=None)
     assert (tmp_path / study_page.PAGE).is_file() and "results.html\n" in capsys.readouterr().out
