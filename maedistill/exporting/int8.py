@@ -129,10 +129,11 @@ def _quantiser(
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quant_utils, quantize_static
 
-    model = onnx.shape_inference.infer_shapes(onnx.load(folder / GRAPH_FILES["onnx"]))
+    model = onnx.load(folder / GRAPH_FILES["onnx"])
+    layers = _give_inputs_of_their_own(model.graph)
+    model = onnx.shape_inference.infer_shapes(model)
     quant_utils.add_pre_process_metadata(model)
-    weights, name = {tensor.name for tensor in model.graph.initializer}, model.graph.input[0].name
-    layers = [node.name for node in model.graph.node if node.op_type in LAYERS and node.input[1] in weights]
+    name = model.graph.input[0].name
     pixels = model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     with tempfile.TemporaryDirectory() as temporary:
         prepared = Path(temporary) / "prepared.onnx"
@@ -161,6 +162,27 @@ def _quantiser(
                 run(calibration_data_reader=_reader(name, inputs, pixels=pixels), nodes_to_quantize=list(some))
 
         yield layers, write
+
+
+def _give_inputs_of_their_own(graph: Any) -> list[str]:
+    """Put an Identity before the input of each layer; return the layers' names.
+
+    onnxruntime rounds a tensor for all that read it: without these, a residual addition or a layer in float would read
+    the rounded input of its neighbour. When the graph runs, they are left out.
+    """
+    import onnx
+
+    weights, nodes, layers = {tensor.name for tensor in graph.initializer}, [], []
+    for node in graph.node:
+        if node.op_type in LAYERS and node.input[1] in weights:
+            own = f"{node.name}.input"
+            nodes.append(onnx.helper.make_node("Identity", [node.input[0]], [own], name=own))
+            node.input[0] = own
+            layers.append(node.name)
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return layers
 
 
 def _reader(name: str, inputs: Tensor, *, pixels: bool) -> Any:
