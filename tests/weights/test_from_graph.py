@@ -166,6 +166,7 @@ def test_files_that_are_no_graph_are_refused(folder):
         refused(f"onnx:{folder}/model.onnx", "cannot be opened as ONNX")
         refused(f"torch_export:{folder}/model.pt2", "cannot be opened as a graph of torch.export")
     refused(f"onnx:{folder}/none.onnx", "no such file")
+    refused(f"onnx:{folder}/{'long' * 100}.onnx", "no such file")
 
 
 @pytest.mark.parametrize(
@@ -173,6 +174,8 @@ def test_files_that_are_no_graph_are_refused(folder):
     [
         (None, {}, "preprocess.json says nothing of the graph's images"),
         ({"std": [0.5, 0.0, 0.5]}, {}, "std.1: Input should be greater than 0"),
+        ({"crop": 0.005}, {}, "crop: Input should be greater than or equal to 0.1"),
+        ({"mean": [0.5, 2.0, 0.5]}, {}, "mean.1: Input should be less than or equal to 1"),
         ({"size": 10**9}, {}, "size: Input should be less than"),
         ({"interpolation": "../x"}, {}, "interpolation"),
         ({"size": 8}, {}, "takes images of 4 pixels, not of 8"),
