@@ -43,7 +43,7 @@ def of_timm(name: str, **arguments: object) -> nn.Module:
 
 @torch.no_grad()
 def centred(network: nn.Module) -> nn.Module:
-    """The network with another bias: all its features are positive, so one class would be the best for every image."""
+    """The network with another bias, since one class is the best for every image."""
     network.get_classifier().bias -= network(images(8)).mean(0)
     return network
 
@@ -60,7 +60,7 @@ KINDS = {
     "RMSNorm, SwiGLU": lambda: of_timm("test_vit4", img_size=32, mlp_layer=SwiGLU),
     "qk-norm, parallel blocks": lambda: random_vit("vit_base_patch16_xp_224", num_classes=4, global_pool="avg"),
     "RoPE": lambda: of_timm("vit_small_patch16_dinov3", **ROPE),
-    "exit": with_exit,
+    "exit": lambda: centred(with_exit()),
     "CNN": lambda: centred(of_timm("test_resnet")),
 }
 

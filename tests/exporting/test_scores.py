@@ -9,13 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from maedistill.commands import export as command
 from maedistill.errors import exit_code_of
+from maedistill.evaluation import exits
+from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.latency import measure_latency
 from maedistill.exporting import folder as module
 from maedistill.weights.from_run import run_members
+from maedistill.weights.open_network import open_network
 from tests.exporting.imitation import imitate, random_vit
 
 
@@ -59,9 +63,14 @@ def tool(monkeypatch, run) -> Callable[..., int]:
     return start
 
 
-def test_members_are_those_of_the_run(run, tool, tmp_path):
+def test_members_are_those_of_the_run(run, tool, tmp_path, monkeypatch):
     assert tool("--val", shard(tmp_path / "val.tar")) == 0
     assert json.loads((run / "export/scorecard_timm.json").read_text())["images"] == 6
+    network = open_network(f"run:{run}", "classifier")  # in place of exits, which this run has not
+    monkeypatch.setattr(exits, "_open_all", lambda *_: ([0], [network, network]))
+    monkeypatch.setattr(exits, "image_seconds", lambda networks, _: [[0.1]] * len(networks))
+    context = EvalContext(torch.device("cpu"), batch=4, workers=0)
+    assert exits.score_exits(str(run), str(tmp_path / "val.tar"), context)["images"] == 6
     (run / "config.yaml").unlink()
     assert run_members(run) == (None, None)
 
