@@ -21,7 +21,7 @@ COMMANDS = {
     "finetune": "fine-tune a network on labels, with or without teachers, and evaluate it",
     "evaluate": "count every validation image once; judge frozen features, or write them to disk",
     "knowledge": "quantify what networks know of images through their training, and compare them",
-    "export": "hand over a run's network as a timm model with its card",
+    "export": "hand over a run's network with its card: for timm, as ONNX or torch.export, in int8, to the hub",
     "compare": "put runs and exports side by side: size, accuracy, latency",
     "study": "run and compare many trainings from one file",
     "report": "make a page of a run, of a study, or of several runs: one HTML file",

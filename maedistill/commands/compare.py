@@ -14,7 +14,7 @@ examples:
   maedistill compare runs/dmae_s_finetuned runs/mae_s_finetuned/export vit_small.json --out comparison
 
 It reads scorecards: RUN/export*/scorecard_FORMAT.json of maedistill export RUN --val SHARDS, RUN/scorecard.json, and
-the files of maedistill evaluate --json, also of its exits. OUT gets comparison.md, comparison.json and networks.png.
+the files of maedistill evaluate --json, also of its exits. OUT gets comparison.md, comparison.json and comparison.png.
 Exit codes: 0 done, 2 usage, 3 no scorecard or a damaged one.
 """
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from maedistill.commands.evaluate_arguments import PEER, at_least, number
@@ -79,7 +80,10 @@ def add_graphs(parser: argparse.ArgumentParser) -> None:
 
 def points(text: str) -> float:
     """Read a number of percentage points, from 0 on."""
-    return 0.0 if text in ("0", "0.0") else number(text, most=100.0, reason="number of points, from 0 to 100")
+    with suppress(ValueError):
+        if float(text) == 0:
+            return 0.0
+    return number(text, most=100.0, reason="number of points, from 0 to 100")
 
 
 def main() -> None:
@@ -93,15 +97,13 @@ def main() -> None:
         raise ConfigError("--int8 needs --calibration SHARDS and --val SHARDS", "name training and validation shards")
     if arguments.public and arguments.push_to_hub is None:
         raise ConfigError("--public needs --push-to-hub", "add --push-to-hub USER/NAME, or leave it out")
-    from maedistill.data.shards.open_index import open_index  # --help need not wait for torch
-    from maedistill.exporting.folder import export, read_record, score_formats
+    from maedistill.exporting.folder import export, read_record  # --help need not wait for torch
     from maedistill.exporting.hub import push, require_pushable
-
-    if arguments.push_to_hub is not None:
-        require_pushable(arguments.push_to_hub, arguments.run, public=arguments.public)
+    from maedistill.exporting.scores import require_scorable, score_formats
+    from maedistill.weights.from_run import run_members
 
     if arguments.val is not None:
-        open_index(arguments.val, split="val")  # a wrong path is an error before the work
+        require_scorable(arguments.run, arguments.val, calibration=arguments.calibration)
     context = open_context(arguments) if arguments.val is not None else None
     weights: Weights = "ema" if arguments.ema else "model"
     int8 = None
@@ -110,8 +112,13 @@ def main() -> None:
 
         renamed = {"calibration_images": "images", "calibration_method": "method"}
         given = {renamed.get(name, name): value for name, value in given.items()}
-        int8 = Int8Spec(val=arguments.val, context=context, **given)
+        int8 = Int8Spec(val=arguments.val, context=context, members=run_members(arguments.run), **given)
     part: dict[str, Any] = {"weights": weights, "exit": arguments.exit, "peer": arguments.peer}
+
+    def require_hub() -> None:
+        if arguments.push_to_hub is not None:  # last, since it makes the repository
+            require_pushable(arguments.push_to_hub, arguments.run, public=arguments.public)
+
     out = export(
         arguments.run,
         arguments.out,
@@ -121,6 +128,7 @@ def main() -> None:
         with_preprocessing=arguments.with_preprocessing,
         int8=int8,
         needs_classifier=arguments.val is not None,
+        before_work=require_hub,
     )
     record = read_record(out)
     megabytes = sum(path.stat().st_size for path in out.iterdir()) / 1e6

@@ -16,10 +16,12 @@ from maedistill.config.schema import (
     AutoWarmup,
     BackboneConfig,
     Count,
+    Crop,
     EngineConfig,
     Fraction,
     ImagesConfig,
     LogConfig,
+    Mean,
     Optimization,
     OwnSide,
     Positions,
@@ -80,7 +82,7 @@ class Data(ImagesConfig):
         "side of the square training crop and of the evaluation, in pixels; null: that of init.source, from scratch "
         "224; 224 in MAE, 384 or 448 at a higher resolution",
     )
-    mean: Triple | None = result(
+    mean: Mean | None = result(
         None, "per-channel mean of the normalisation, pixels in [0, 1]; null: init.source's, from scratch ImageNet's"
     )
     std: Triple | None = result(None, "per-channel deviation of the normalisation, above 0; goes with data.mean")
@@ -88,7 +90,7 @@ class Data(ImagesConfig):
         (0.08, 1.0), "area of RandomResizedCrop as a share of the image; (0.08, 1) in MAE"
     )
     flip: bool = result(True, "mirror half of the crops; MAE does")
-    eval_crop: Fraction = result(
+    eval_crop: Crop = result(
         0.875, "share of the shorter side that evaluation looks at; 0.875 (224 of 256) in MAE, 1 for 32 px images"
     )
     label_fraction: Fraction = result(

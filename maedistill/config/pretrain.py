@@ -12,10 +12,12 @@ from maedistill.config.schema import (
     AutoWarmup,
     BackboneConfig,
     Count,
+    Crop,
     EngineConfig,
     Fraction,
     ImagesConfig,
     LogConfig,
+    Mean,
     Optimization,
     Positions,
     Positive,
@@ -40,7 +42,7 @@ class Data(ImagesConfig):
     val: str | None = runtime(None, "shards for pictures and, where they have labels, kNN; null: no kNN")
     image_size: Side = result(224, "side of the square training crop, in pixels; 224 in MAE, DMAE and AMD")
     # mean and deviation of ImageNet
-    mean: Triple = result((0.485, 0.456, 0.406), "per-channel mean of the student's normalisation, pixels in [0, 1]")
+    mean: Mean = result((0.485, 0.456, 0.406), "per-channel mean of the student's normalisation, pixels in [0, 1]")
     std: Triple = result(
         (0.229, 0.224, 0.225), "per-channel standard deviation of the student's normalisation, above 0"
     )
@@ -49,7 +51,7 @@ class Data(ImagesConfig):
     )
     flip: bool = result(True, "mirror half of the crops; MAE, DMAE and AMD do")
     views_per_image: Positive = result(1, "crops taken from one decoded image; each counts as a sample of the epoch")
-    eval_crop: Fraction = runtime(0.875, "share of the shorter side that kNN and pictures look at; 1 for 32 px images")
+    eval_crop: Crop = runtime(0.875, "share of the shorter side that kNN and pictures look at; 1 for 32 px images")
 
 
 class Student(BackboneConfig):

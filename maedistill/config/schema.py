@@ -27,6 +27,8 @@ Above0 = Annotated[float, Field(gt=0.0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]  # of decay, drop or smoothing
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Triple = tuple[float, float, float]
+Mean = tuple[Probability, Probability, Probability]  # of pixels in [0, 1]
+Crop = Annotated[float, Field(ge=0.1, le=1.0)]  # share of a side; images are resized to size / crop
 FieldNames = Annotated[str, Field(pattern=r"^[^\s.;]\S*$")]  # of a sample in a shard
 Positions = Literal["sincos2d", "sincos1d", "learned"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -72,13 +74,13 @@ class ImagesConfig(Section):
     val: str | None  # annotated only: each stage declares it with its own default and description
     index: str | None = runtime(None, "index file of data.train, where it is not beside the shards")
     image_size: OwnSide  # annotated only, like the others without a value
-    mean: Triple | None
+    mean: Mean | None
     std: Triple | None
     crop_scale: tuple[Fraction, Fraction]
     crop_ratio: tuple[float, float] = result((0.75, 4 / 3), "aspect ratios of RandomResizedCrop, width / height")
     flip: bool
     shuffle_window: Positive | None = result(None, "shuffle inside windows of so many shards; null: the whole set")
-    eval_crop: Fraction
+    eval_crop: Crop
     workers: Count | None = runtime(
         None, "loader processes per rank, 0: load in the training process; null: one per core of the rank, at most 8"
     )

@@ -126,7 +126,7 @@ def evaluate_with(
     classify: uint8 [b, ...] -> logits [b, C], and other tensors [b, ...], which are returned for all images.
     """
     images.index.require_labels()
-    check = cache(partial(_require_known_classes, images))
+    check = cache(partial(require_known_classes, images))
 
     def process_batch(pixels: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         logits, *others = classify(pixels)
@@ -159,7 +159,7 @@ def best_classes(logits: Tensor) -> Tensor:
     return logits.sort(dim=1, descending=True, stable=True).indices[:, :_KEPT]
 
 
-def _require_known_classes(images: EvaluationImages, num_classes: int) -> None:
+def require_known_classes(images: EvaluationImages, num_classes: int) -> None:
     """Raise DataError if a label is not a class of the network, since every count would then be wrong.
 
     Every rank checks all labels, so that all ranks raise together.

@@ -182,7 +182,8 @@ def _keep(out: Path, content: dict[str, Any], names: Sequence[str]) -> dict[str,
         raise ConfigError(f"{out} holds other files than features ({join_first(others, 3)})", "name a new folder")
     old, files = found
     new = content["settings"]
-    if differing := sorted(name for name in old.keys() | new if old.get(name) != new.get(name)):
+    names_of_settings = (old.keys() | new) - {"model"}  # a path has many spellings, and weights have one fingerprint
+    if differing := sorted(name for name in names_of_settings if old.get(name) != new.get(name)):
         raise ConfigError(
             f"{out} holds features that were computed with another {join_first(differing, 3)}",
             "give the settings that are in its manifest.json, or name a new folder",

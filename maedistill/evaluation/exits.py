@@ -34,7 +34,7 @@ from maedistill.report.charts import new_canvas, plain
 from maedistill.report.run_report import percent
 from maedistill.runs.records import unwritable
 from maedistill.weights.class_names import compare_names
-from maedistill.weights.from_run import read_metadata
+from maedistill.weights.from_run import read_metadata, run_members
 from maedistill.weights.network import Network
 from maedistill.weights.open_network import open_network
 
@@ -81,8 +81,8 @@ def score_exits(
     """Evaluate a run's exits on `shards`, print and return the result. Collective.
 
     beside: other networks, such as separately trained sizes, which are evaluated and drawn too. picture, file: for the
-    curve as PNG and the result as JSON. Each run sees photographs turned as in its training. Raises subclasses of
-    UserError.
+    curve as PNG and the result as JSON. Each run sees photographs turned as in its training; members of samples are
+    those of `source`. Raises subclasses of UserError.
     """
     exits, networks = distributed.main_first(lambda: _open_all(source, weights))
     others = [distributed.main_first(partial(open_network, one, "classifier")) for one in beside]
@@ -90,7 +90,8 @@ def score_exits(
     if unlike := [one.name for one in others if one.num_classes != network.num_classes]:
         cause = f"{unlike[0]} does not have the {network.num_classes:,} classes of {network.name}"
         raise ConfigError(f"--beside: {cause}", "name networks of the same classes")
-    index = distributed.main_first(lambda: open_index(shards, index=index_file, split="val"))
+    members = run_members(named_source(source).partition(":")[2])
+    index = distributed.main_first(lambda: open_index(shards, index=index_file, split="val", members=members))
     print_network("model", network)
     print_data("data", index, describe_shards(shards, index.shards))
     given, whose = (index.classes, "the shards") if index.classes else (network.classes, network.name)

@@ -5,6 +5,7 @@
 H, W the sides of a photograph
 """
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -105,9 +106,12 @@ def read_ahead(work: Callable[[A], B], items: Iterable[A], *, threads: int) -> I
 def _files(folder: Path, flag: str, endings: tuple[str, ...]) -> dict[str, Path]:
     """Return the visible files of a folder with these endings, by name without ending."""
     require_local(folder, flag)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises errors of long names and of permissions
         raise ConfigError(f"{flag}: {folder} is no folder", "correct the path")
-    files = [path for path in folder.iterdir() if path.suffix.lower() in endings and path.name[0] != "."]
+    try:
+        files = [path for path in folder.iterdir() if path.suffix.lower() in endings and path.name[0] != "."]
+    except OSError as error:
+        raise DataError(f"{flag}: {folder} cannot be read ({error.strerror})", "correct its permissions") from error
     named = {path.stem: path for path in files}
     if not files or len(named) < len(files):
         problem = "two files of one name" if files else f"no {' or '.join(endings)}"

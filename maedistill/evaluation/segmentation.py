@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as vision
 
@@ -123,6 +123,8 @@ def score_segmentation(
         best = max(scores, key=lambda rate: (scores[rate].miou, -rate))
         first, scored = (0, val) if val else (len(held), held)
         heads = probe.fit(maps[first:], masks[first:], recipe, [best])
+        if not _is_finite(heads):
+            raise NumericsError(f"the probe diverged at lr {best:g} on all images", "name smaller rates with --lr")
         batches = [scored[i : i + context.batch] for i in range(0, len(scored), context.batch)]
         share = itertools.chain(*batches[distributed.rank() :: distributed.world_size()])
         score = SegmentationScore(torch.stack(distributed.gather_objects(*probe.score([*share], heads))).sum(0))
@@ -192,7 +194,7 @@ class Segmenter:
         if rank_rates := list(rates)[distributed.rank() :: distributed.world_size()]:
             heads = self.fit(maps, masks, recipe, rank_rates)
             for rate, head, found in zip(rank_rates, heads.heads, self.score(held, heads), strict=True):
-                if all(parameter.isfinite().all() for parameter in head.parameters()):
+                if _is_finite(head):
                     mine[rate] = found
         gathered = distributed.gather_objects(mine)
         scores = {rate: SegmentationScore(one[rate]) for rate in sorted(rates) for one in gathered if rate in one}
@@ -300,6 +302,10 @@ def confusion(truth: Tensor, found: Tensor, num_classes: int, *, ignore: int) ->
     seen = truth != ignore
     pairs = truth[seen].int() * num_classes + found[seen]
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def _is_finite(module: nn.Module) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in module.parameters())
 
 
 def colours(classes: Tensor, *, ignore: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""Export a network as a folder that timm opens, with its model card."""
+"""Export a network with its model card: for timm, as graphs, in int8, to a hub; compare scorecards."""

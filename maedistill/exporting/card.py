@@ -22,6 +22,7 @@ from maedistill.models.flops import forward_gflop
 from maedistill.pretraining.build import mask_sizes
 from maedistill.report.run_report import KNN_CAVEAT, percent
 from maedistill.runs.history import read_metrics
+from maedistill.runs.state import stated_step
 from maedistill.weights.from_run import RunNetwork, Weights
 from maedistill.weights.license import hub_license, license_sentence
 
@@ -44,8 +45,8 @@ def model_card(
     record = record or {"formats": ["timm"]}
     metadata, folder = saved.metadata, saved.folder
     config = folder.load_config() if folder.config.exists() else None
-    step = int(saved.checkpoint.name.removeprefix("step_"))
-    records = [record for record in read_metrics(folder.path) if record["step"] <= step]
+    step = stated_step(saved.checkpoint)  # its folder may have any name
+    records = [record for record in read_metrics(folder.path) if step is not None and record["step"] <= step]
     tuned = metadata["stage"] == "finetune"
     sections = {
         "Origin and license": _origin(metadata),
@@ -128,7 +129,7 @@ def _training(
     metadata: Mapping[str, Any],
     config: RunConfig | None,
     vit: PlainViT,
-    step: int,
+    step: int | None,
     weights: Weights,
     exit: int | None,
     peer: int,
@@ -136,7 +137,8 @@ def _training(
     averaged = ", the moving average of the weights" if weights == "ema" else ""
     ends = f", the network that ends at its exit after block {exit}" if exit is not None else ""
     ends = f", student {peer} of mutual learning{ends}" if peer else ends
-    lines = [f"- These weights: the checkpoint after step {step:,}{averaged}{ends}."]
+    after = "of a step that is not recorded" if step is None else f"after step {step:,}"
+    lines = [f"- These weights: the checkpoint {after}{averaged}{ends}."]
     if config is None:
         lines.append("- The settings are missing: the run folder had no config.yaml.")
     else:
@@ -250,12 +252,15 @@ def _accuracy(records: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any],
 def _use(metadata: Mapping[str, Any], vit: PlainViT) -> list[str]:
     gives = f"[1, {vit.num_classes}] logits" if vit.num_classes else f"[1, {vit.embed_dim}] features"
     view = metadata["input"]
+    upright = view.get("exif") == "apply"
     return [
         "```python",
         "import timm",
+        *(["from PIL import ImageOps"] if upright else []),
         "",
         'model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()',
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)",
+        *(["image = ImageOps.exif_transpose(image)  # photographs upright"] if upright else []),
         f"output = model(transform(image).unsqueeze(0))  # image: PIL, RGB -> {gives}",
         "```",
         "",
@@ -274,11 +279,12 @@ def _graphs(metadata: Mapping[str, Any], vit: PlainViT, record: Mapping[str, Any
         return []
     view, inside = metadata["input"], record["with_preprocessing"]
     taken = "uint8 pixels" if inside else f"pixels in [0, 1], minus {tuple(view['mean'])}, over {tuple(view['std'])}"
+    turned = "turned upright by EXIF, " if view.get("exif") == "apply" else ""
     files = {"onnx": "`model.onnx` (onnxruntime)", "torch_export": "`model.pt2` (`torch.export.load`)"}
     apart = ", ".join(f"{files[kind]}: {distance:.2g}" for kind, distance in graphs.items())
     lines = [
         "",
-        f"Graphs, of any number of images [B, 3, {view['size']}, {view['size']}]: the middle square, "
+        f"Graphs, of any number of images [B, 3, {view['size']}, {view['size']}]: {turned}the middle square, "
         f"{100 * view['crop']:.4g} % of the shorter side, resized (bicubic); {taken}. `preprocess.json` says the same.",
         f"Largest difference from the network in fp32, as a share of its largest output: {apart}.",
     ]

@@ -28,9 +28,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.durable import require_local, sync
 from maedistill.errors import ConfigError, DataError
-from maedistill.escaping import say, without_paths
-from maedistill.evaluation.context import EvalContext, finish
-from maedistill.evaluation.scorecard import score
+from maedistill.escaping import without_paths
 from maedistill.exporting.card import model_card
 from maedistill.exporting.graph import GRAPH_FILES, write_graphs
 from maedistill.exporting.int8 import INT8_FILE, Int8Spec, quantise
@@ -38,9 +36,8 @@ from maedistill.models.encoder import PlainViT, TimmModel, pooled_norm
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.manifest import COMPLETE, follow_umask
 from maedistill.weights.from_graph import PREPROCESSING, Preprocessing
-from maedistill.weights.from_onnx import TO_WRITE
+from maedistill.weights.from_onnx import TO_WRITE, require_onnx
 from maedistill.weights.from_run import RunNetwork, Weights, open_run
-from maedistill.weights.open_network import open_network
 
 Pooling = Literal["avg", "token"]
 RECORD = "export.json"
@@ -66,6 +63,7 @@ def export(
     with_preprocessing: bool = False,
     int8: Int8Spec | None = None,
     needs_classifier: bool = False,
+    before_work: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write the network of a run folder to `out`, by default RUN/export, and return that folder.
 
@@ -74,9 +72,11 @@ def export(
     of a pre-trained student, [B, D], after its own norm: `avg`, the mean of the patch tokens (the default), or `token`,
     the class token. A fine-tuned network is exported unchanged, with its classifier: [B, C]. An earlier export in `out`
     is replaced. formats: `timm`, `onnx`, `torch_export`. with_preprocessing: graphs take pixels, uint8, and normalise
-    them. int8: also quantise the ONNX graph. needs_classifier: refuse a run without one.
-    Raises ConfigError if `out` holds anything else or the network does not support the pooling, DataError if the folder
-    is not a run, lacks these weights, or `out` cannot be written, or if a format does not give the run's outputs.
+    them. int8: also quantise the ONNX graph. needs_classifier: refuse a run without one. before_work: called once the
+    rest is checked, before anything is written.
+    Raises ConfigError if `out` holds anything else or is in a checkpoint, or the network does not support the pooling;
+    DataError if the folder is not a run, lacks these weights, or `out` cannot be written, or if a format does not give
+    the run's outputs.
     """
     kinds = [kind for kind in FORMATS if kind in formats or (int8 and kind == "onnx")]
     if unknown := sorted({*formats} - {*FORMATS}):
@@ -90,6 +90,13 @@ def export(
     out = Path(os.path.normpath(os.path.expanduser(out))) if out is not None else default
     require_local(out, "--out")
     try:
+        if (folder.path / COMPLETE).is_file() and folder.path.resolve() in out.resolve().parents:
+            raise ConfigError(
+                f"{folder.path} is a checkpoint, which its run may remove with all that is in it",
+                "name a folder elsewhere: --out FOLDER",
+            )
+        if "onnx" in kinds:
+            require_onnx(*TO_WRITE)
         _require_free(out)
         saved = open_run(folder.path, weights=weights, exit=exit, peer=peer)
         if (needs_classifier or int8) and not saved.vit.num_classes:
@@ -100,29 +107,13 @@ def export(
         license_text = without_paths(saved.metadata["license"], word=True)
         saved = replace(saved, metadata={**saved.metadata, "license": license_text})
         vit = with_pooling(saved, global_pool)
+        before_work()
         _replace(out.resolve(), lambda folder: _fill(folder, saved, vit, weights, kinds, with_preprocessing, int8))
     except (OSError, SafetensorError) as error:
         raise DataError(
             f"the export cannot be written to {out}: {error}", "make room or mend the permissions, or use another --out"
         ) from error
     return out
-
-
-def score_formats(out: Path, run: str | Path, val: str, context: EvalContext, **part: Any) -> None:
-    """Evaluate every format of an export on `val`, each against the run's network; write scorecard_FORMAT.json.
-
-    part: weights, exit, peer, as in `export`. The scorecards name the networks without the folders of this machine.
-    """
-    network = open_network(f"run:{run}", "classifier", **part)
-    name_of_run = read_record(out)["run"]
-    for name in NETWORK_FILES:
-        if not (out / NETWORK_FILES[name]).is_file():
-            continue
-        kind = "torch_export" if name == "torch_export" else "onnx"
-        source = f"local-dir:{out}" if name == "timm" else f"{kind}:{out / NETWORK_FILES[name]}"
-        say("", name)
-        result = score(source, val, context, exif=network.exif, against=network, files={})
-        finish(result | {"model": f"{name_of_run} {name}", "vs": name_of_run}, out / f"scorecard_{name}.json")
 
 
 def read_record(out: Path) -> dict[str, Any]:
@@ -150,12 +141,15 @@ def _require_free(out: Path) -> None:
 def _replace(out: Path, fill: Callable[[Path], None]) -> None:
     """Fill a temporary folder beside `out`, then rename it to `out`. Nothing else in the parent folder is touched."""
     temporary, retired = (out.with_name(f"{out.name}{suffix}") for suffix in (".tmp", ".old.tmp"))
-    for leftover in (temporary, retired):  # of a killed export
+    for leftover in (temporary, retired):  # of an export that was killed
         if not os.path.lexists(leftover):
             continue
         if leftover.is_symlink() or not leftover.is_dir() or not {path.name for path in leftover.iterdir()} <= FILES:
             raise FileExistsError(f"{leftover} is in the way, and is not what an export leaves")
-        shutil.rmtree(leftover)
+        if leftover == retired and not out.exists() and (retired / RECORD).is_file():
+            retired.rename(out)  # the export before that one, which had lost its name already
+        else:
+            shutil.rmtree(leftover)
     try:
         temporary.mkdir(parents=True)
         fill(temporary)
@@ -207,7 +201,8 @@ def _fill(
     metadata, view = saved.metadata, saved.metadata["input"]
     size = vit.patch_embed.img_size[0]
     assert size == view["size"], f"run.json: the network takes {size} px, its input is {view['size']}"
-    record = {"run": saved.folder.path.resolve().name, "stage": metadata["stage"], "checkpoint": saved.checkpoint.name}
+    record = {"run": saved.folder.path.resolve().name, "stage": metadata["stage"]}
+    record["checkpoint"] = saved.checkpoint.resolve().name
     record |= {
         "exit": saved.exit,
         "peer": saved.peer,
@@ -237,6 +232,7 @@ def _write_timm(folder: Path, metadata: Mapping[str, Any], vit: TimmModel) -> No
     data = {"input_size": (3, size, size), "mean": view["mean"], "std": view["std"], "crop_pct": view["crop"]}
     data |= {"interpolation": "bicubic", "crop_mode": "center"}
     model_config: dict[str, Any] = {"pretrained_cfg": {"license": metadata["license"]}}
+    model_config["exif"] = view.get("exif", "ignore")  # which timm passes over, and `stated_exif` reads
     if classes := _classes(metadata, vit):
         model_config["label_names"] = classes
     vit.pretrained_cfg = {name: vit.pretrained_cfg.get(name) for name in _ARCHITECTURE}

@@ -18,7 +18,7 @@ from maedistill.data.images.transforms import normalize, to_float01
 from maedistill.errors import ConfigError, DataError
 from maedistill.evaluation.full_pass import evaluation_mode
 from maedistill.weights.from_graph import Preprocessing
-from maedistill.weights.from_onnx import TO_WRITE, open_onnx, require_onnx
+from maedistill.weights.from_onnx import open_onnx
 from maedistill.weights.from_torch_export import open_torch_export
 
 LAYERS = ("Conv", "MatMul", "Gemm")  # of ONNX, if they have weights
@@ -51,10 +51,9 @@ def write_graphs(kinds: Sequence[str], network: nn.Module, folder: Path, stated:
 
     stated: its preprocessing, which becomes part of the graphs if their input is uint8. The distance is the largest
     one, as a share of the largest output. Raises DataError if it is above 1e-4, or if torch cannot write a graph;
-    ConfigError for ONNX without its packages, or of more than 2 GB.
+    ConfigError for ONNX of more than 2 GB.
     """
     if "onnx" in kinds:
-        require_onnx(*TO_WRITE)
         size = sum(tensor.nbytes for tensor in network.state_dict().values())
         if size > _MOST_BYTES:
             raise ConfigError(

@@ -26,6 +26,7 @@ from torch import Tensor
 from maedistill.data.images.transforms import normalize, to_float01
 from maedistill.data.loading.evaluation import EvaluationImages, exact_batches
 from maedistill.data.shards.open_index import open_index
+from maedistill.data.shards.scan import USUAL, Members
 from maedistill.errors import DataError, join_first
 from maedistill.evaluation.accuracy import Score, evaluate
 from maedistill.evaluation.context import EvalContext
@@ -42,6 +43,7 @@ _COMPARED = 16  # images for the error of a layer
 class Int8Spec:
     """How to quantise. calibration, val: shards for the ranges, and for the accuracy. images: for the calibration.
 
+    members: of the samples of both.
     method: of the ranges: `percentile` (99.999) or `entropy`. max_drop: of top-1 against the fp32 graph, in points.
     """
 
@@ -51,6 +53,7 @@ class Int8Spec:
     images: int = 256
     method: Literal["percentile", "entropy"] = "percentile"
     max_drop: float = 0.5
+    members: Members = USUAL
 
 
 def quantise(folder: Path, spec: Int8Spec) -> dict[str, Any]:
@@ -62,7 +65,7 @@ def quantise(folder: Path, spec: Int8Spec) -> dict[str, Any]:
     network = open_network(f"onnx:{folder / GRAPH_FILES['onnx']}", "predictor")
     inputs = _calibration_inputs(network, spec)
     apply_exif = network.exif == "apply"
-    index = open_index(spec.val, split="val", apply_exif=apply_exif)
+    index = open_index(spec.val, split="val", members=spec.members, apply_exif=apply_exif)
 
     def accuracy(graph: Network) -> Score:
         images = EvaluationImages(index, torch.arange(len(index)), graph.transform())
@@ -107,7 +110,8 @@ def quantise(folder: Path, spec: Int8Spec) -> dict[str, Any]:
 
 def _calibration_inputs(network: Network, spec: Int8Spec) -> Tensor:
     """Return what the graph takes of images spread over the calibration shards: [n, 3, s, s]."""
-    index = open_index(spec.calibration, split="train", apply_exif=network.exif == "apply")
+    apply_exif = network.exif == "apply"
+    index = open_index(spec.calibration, split="train", members=spec.members, apply_exif=apply_exif)
     samples = torch.linspace(0, len(index) - 1, min(spec.images, len(index))).long()
     images = EvaluationImages(index, samples, network.transform())
     batches = exact_batches(images, batch=spec.context.batch, workers=spec.context.workers)
@@ -129,10 +133,11 @@ def _quantiser(
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quant_utils, quantize_static
 
-    model = onnx.shape_inference.infer_shapes(onnx.load(folder / GRAPH_FILES["onnx"]))
+    model = onnx.load(folder / GRAPH_FILES["onnx"])
+    layers = _give_inputs_of_their_own(model.graph)
+    model = onnx.shape_inference.infer_shapes(model)
     quant_utils.add_pre_process_metadata(model)
-    weights, name = {tensor.name for tensor in model.graph.initializer}, model.graph.input[0].name
-    layers = [node.name for node in model.graph.node if node.op_type in LAYERS and node.input[1] in weights]
+    name = model.graph.input[0].name
     pixels = model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     with tempfile.TemporaryDirectory() as temporary:
         prepared = Path(temporary) / "prepared.onnx"
@@ -161,6 +166,27 @@ def _quantiser(
                 run(calibration_data_reader=_reader(name, inputs, pixels=pixels), nodes_to_quantize=list(some))
 
         yield layers, write
+
+
+def _give_inputs_of_their_own(graph: Any) -> list[str]:
+    """Put an Identity before the input of each layer; return the layers' names.
+
+    onnxruntime rounds a tensor for all that read it: without these, a residual addition or a layer in float would read
+    the rounded input of its neighbour. When the graph runs, they are left out.
+    """
+    import onnx
+
+    weights, nodes, layers = {tensor.name for tensor in graph.initializer}, [], []
+    for node in graph.node:
+        if node.op_type in LAYERS and node.input[1] in weights:
+            own = f"{node.name}.input"
+            nodes.append(onnx.helper.make_node("Identity", [node.input[0]], [own], name=own))
+            node.input[0] = own
+            layers.append(node.name)
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return layers
 
 
 def _reader(name: str, inputs: Tensor, *, pixels: bool) -> Any:

@@ -1,6 +1,6 @@
 """Scorecards of runs and exports side by side: size, accuracy and latency, as a table and as one picture.
 
-RUN, EXPORT or FILE.json ... -> a Row for each scored network -> OUT/comparison.md, comparison.json, networks.png
+RUN, EXPORT or FILE.json ... -> a Row for each scored network -> OUT/comparison.md, comparison.json, comparison.png
 
 A line of the picture joins the files of one network: formats and exits of one checkpoint. Rows share a panel if they
 were measured alike: on one kind of processor with as many threads, on the same images.
@@ -8,6 +8,7 @@ were measured alike: on one kind of processor with as many threads, on the same 
 
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
@@ -16,7 +17,7 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError, model_validator
 
-from maedistill.durable import make_folder
+from maedistill.durable import make_folder, write_durably
 from maedistill.errors import DataError, join_first
 from maedistill.escaping import code, markdown
 from maedistill.exporting.folder import NETWORK_FILES, RECORD
@@ -29,6 +30,7 @@ from maedistill.weights.from_timm import StrictModel, first_problem
 
 HEADS = ("network", "top-1", "95 % interval", "size", "latency", "images/s", "parameters", "numbers", "machine", "data")
 _OF_A_RUN = "scorecard.json"
+_PICTURE = "comparison.png"  # a quickstart has a networks.png of its own
 _PANELS = 8  # of a picture that can still be read
 _OF_FORMATS = {f"scorecard_{kind}.json": kind for kind in NETWORK_FILES}
 _WEIGHTS = NETWORK_FILES | {"timm": "model.safetensors"}  # whose size is that of a format
@@ -150,16 +152,19 @@ def _read(file: Path, name: str) -> list[Row]:
 
 
 def write_page(rows: Sequence[Row], out: Path, *, command: str) -> Path:
-    """Write OUT/comparison.md, comparison.json and, with matplotlib, networks.png. Raises DataError if it cannot."""
+    """Write OUT/comparison.md, comparison.json and, with matplotlib, comparison.png. Raises DataError if it cannot."""
     try:
         make_folder(out)
-        chart = latency_chart(_drawn(rows), out / "networks.png", order=[row.name for row in rows])
-        if chart is None:  # an earlier one is of other rows
-            (out / "networks.png").unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            chart = latency_chart(_drawn(rows), Path(folder, _PICTURE), order=[row.name for row in rows])
+            if chart is not None:
+                write_durably(out / _PICTURE, chart.read_bytes())
+            else:  # an earlier one is of other rows
+                (out / _PICTURE).unlink(missing_ok=True)
     except OSError as error:
         raise unwritable(out, error) from error
     lines = ["# Size, accuracy and latency", ""]
-    lines += [f"![size, accuracy and latency]({chart.name})", ""] if chart else []
+    lines += [f"![size, accuracy and latency]({_PICTURE})", ""] if chart else []
     lines += [*markdown_table(HEADS, [row.cells() for row in rows]), ""]
     lines += [line for note in notes(rows) for line in (markdown(note), "")]
     result = []

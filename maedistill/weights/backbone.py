@@ -4,8 +4,9 @@
     open_dense("runs/dmae_s", blocks=[8])  -> Network whose module is a `DenseBackbone`: images -> maps [B, h, w, D]
 
 Without a block, the features are a transformer's patch tokens after its final norm, or another network's feature map
-as pooled by its own head. With a block, they are the output of that block, before any norm. Blocks are 0-based, as in
-timm's `feature_info`; the blocks of a convolutional network are its stages.
+as pooled by its own head. (A ViT whose norm stands after the pooling, as that of a run that was fine-tuned with
+student.global_pool=avg, has none before it.) With a block, they are the output of that block, before any norm. Blocks
+are 0-based, as in timm's `feature_info`; the blocks of a convolutional network are its stages.
 
     B batch   N patches   P prefix tokens (class, registers)   D width   s image side   h, w a map's sides
 """
@@ -133,7 +134,8 @@ def open_dense(
     numbers = [_block_number(block, count, opened.name) for block in blocks or [-1]]
     if len(set(numbers)) < len(numbers):
         raise ConfigError(f"--blocks names block {max(numbers, key=numbers.count)} twice", "name each once")
-    norm = not blocks and has_tokens(opened.module)
+    last = getattr(opened.module, "norm", None)  # nothing, where another one stands after the pooling
+    norm = not blocks and has_tokens(opened.module) and not isinstance(last, nn.Identity)
     return replace(opened, module=DenseBackbone(opened.module, blocks=numbers, norm=norm))
 
 

@@ -12,16 +12,16 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 
+from maedistill.config.schema import Crop
 from maedistill.errors import ConfigError, DataError
 from maedistill.runs.manifest import CorruptCheckpoint, read_text
 from maedistill.weights.from_file import why_unreadable
 from maedistill.weights.from_onnx import open_onnx
 from maedistill.weights.from_timm import (
-    Crop,
     CropMode,
     Deviation,
     Interpolation,
-    Number,
+    Mean,
     Side,
     StrictModel,
     first_problem,
@@ -44,7 +44,7 @@ class Preprocessing(StrictModel):
     crop: Crop
     crop_mode: CropMode = "center"
     interpolation: Interpolation
-    mean: tuple[Number, Number, Number]
+    mean: tuple[Mean, Mean, Mean]
     std: tuple[Deviation, Deviation, Deviation]
     input: Literal["float32", "uint8"] = "float32"
     gives: Literal["logits", "features"] = "logits"
@@ -60,7 +60,7 @@ def open_graph(kind: str, name: str, *, image_size: int | None = None) -> tuple[
     this size.
     """
     path = Path(os.path.expanduser(name))
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises errors of long names and of permissions
         raise DataError(f"{path}: no such file", f"name the file of a graph, e.g. {kind}:runs/NAME/export/model.onnx")
     stated = read_preprocessing(path.with_name(PREPROCESSING))
     if stated.gives != "logits":

@@ -22,6 +22,7 @@ from maedistill.weights.graph import MOST_NUMBERS, Graph, GraphInput
 
 TO_RUN = ("onnx", "onnxruntime")
 TO_WRITE = (*TO_RUN, "onnxscript")
+_FORMATS = {"int8": {2, 3}, "fp16": {10}, "bf16": {16}}  # of weights, as onnx.TensorProto numbers them
 _DOMAINS = ("", "ai.onnx", "com.microsoft")  # the standard's, and onnxruntime's own
 
 
@@ -73,10 +74,8 @@ def open_onnx(path: Path) -> Graph:
         except Exception as error:
             raise RuntimeError(str(error)) from error
 
-    quantised = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
     numbers = sum(math.prod(tensor.dims) for tensor in model.graph.initializer)
-    precision = "int8" if quantised else "fp32"
-    return Graph(run, takes, num_numbers=numbers, precision=precision, outside_bytes=outside_bytes)
+    return Graph(run, takes, num_numbers=numbers, precision=_precision(model.graph), outside_bytes=outside_bytes)
 
 
 def require_onnx_format(path: Path, data: bytes) -> None:
@@ -121,6 +120,14 @@ def _input(model: Any) -> GraphInput:
         shape = " x ".join(str(side or "any") for side in sides)
         raise ValueError(f"it takes {shape}, not any number of square images of float32 or uint8: any x 3 x s x s")
     return GraphInput(sides[2], tensor.elem_type == pixels)
+
+
+def _precision(graph: Any) -> str:
+    """Return the number format of the weights: the first of _FORMATS in which there is a matrix."""
+    kinds = {tensor.data_type for tensor in _tensors(graph) if len(tensor.dims) > 1}
+    if any(node.op_type == "DequantizeLinear" for node in graph.node):
+        return "int8"
+    return next((name for name, numbers in _FORMATS.items() if kinds & numbers), "fp32")
 
 
 def _check_tensor(tensor: Any, folder: Path) -> None:

@@ -19,6 +19,7 @@ from timm.models import get_model_args
 from torch import nn
 
 from maedistill.config.sources import PYTHON_KIND
+from maedistill.data.shards.scan import USUAL, Members
 from maedistill.errors import ConfigError, DataError
 from maedistill.models.encoder import PlainViT, TimmModel, require_plain_vit
 from maedistill.models.exits import exit_weights
@@ -168,6 +169,15 @@ def open_run(
     vit: TimmModel = timm.create_model(name, pretrained=False, **arguments | size)
     audit = load_encoder(vit, ConvertedStateDict(tensors), name=str(checkpoint))
     return RunNetwork(vit.eval(), folder, metadata, checkpoint, audit, exit, peer)
+
+
+def run_members(path: str | Path) -> Members:
+    """Return which members of a sample a run took for image and label; the usual ones without config.yaml."""
+    folder = RunFolder(path)
+    if not folder.config.exists():
+        return USUAL
+    data = folder.load_config().data
+    return Members(data.image_key, data.label_key)
 
 
 def kept_checkpoints(path: str | Path) -> list[tuple[int, Path]]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import timm
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
@@ -22,23 +22,22 @@ from timm.data import resolve_model_data_config
 from timm.models import load_model_config_from_hf
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 
+from maedistill.config.schema import Crop
 from maedistill.errors import ConfigError, DataError, UserError
 from maedistill.escaping import say
 from maedistill.models.encoder import TimmModel, require_known
 from maedistill.models.meta import meta_device
 from maedistill.weights.from_file import READ_ERRORS, Inspect, why_unreadable
 
+_CONFIG = "config.json"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 MOST_BLOCKS, LARGEST = 1_000, 1_000_000  # of a network; LARGEST bounds width, image size and every other number
 _ANY_FILE = 4096  # numbers up to this are not compared with the weights: image sizes have no tensor of their size
 Side = Annotated[int, Field(ge=1, le=LARGEST)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
 Mean = Annotated[float, Field(ge=0, le=1)]  # of pixels in [0, 1]
 Deviation = Annotated[float, Field(allow_inf_nan=False, gt=0)]
-Crop = Annotated[float, Field(gt=0, le=1)]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"]
 CropMode = Literal["center", "squash", "border"]
-_LEAST_CROP = 0.1  # of an untrusted config.json: images are resized to size / crop
 
 
 class StrictModel(BaseModel):
@@ -53,7 +52,7 @@ class ImageConfig(StrictModel):
     input_size: tuple[Literal[3], Side, Side]
     mean: tuple[Mean, Mean, Mean]
     std: tuple[Deviation, Deviation, Deviation]
-    crop_pct: Annotated[float, Field(ge=_LEAST_CROP, le=1)]
+    crop_pct: Crop
     interpolation: Interpolation
     crop_mode: CropMode
 
@@ -74,7 +73,7 @@ def open_timm(source: str, inspect_network: Inspect, *, pretrained: bool = True)
             require_moderate(load_model_config_from_hf(name)[2])
         elif kind == "local-dir":
             folder = Path(os.path.expanduser(name))
-            config = json.loads((folder / "config.json").read_bytes())
+            config = json.loads((folder / _CONFIG).read_bytes())
             require_claims(require_moderate(config.get("model_args") or {}), folder / "model.safetensors")
         with meta_device():  # takes neither memory nor time, and loads no weights
             shape: TimmModel = timm.create_model(address, pretrained=False)
@@ -132,6 +131,19 @@ def image_config(network: TimmModel, source: str, *, test: bool = False) -> Imag
             f"{source}: its config says of its {'test ' if test else ''}images what cannot be: {problem}",
             "correct its config.json",
         ) from None
+
+
+def stated_exif(source: str) -> Literal["ignore", "apply"]:
+    """Return whether photographs are turned upright, which config.json of our exports says beside what timm reads."""
+    kind, _, name = source.partition(":")
+    if kind not in ("hf-hub", "local-dir"):
+        return "ignore"
+    with read_errors(source):
+        file = os.path.join(os.path.expanduser(name), _CONFIG)
+        if kind == "hf-hub":
+            hub_id, _, revision = name.partition("@")
+            file = hf_hub_download(hub_id, _CONFIG, revision=revision or None)
+        return "apply" if json.loads(Path(file).read_bytes()).get("exif") == "apply" else "ignore"
 
 
 def require_moderate(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -43,9 +43,8 @@ sum.default sum.dim_IntList sym_size.int t.default tanh.default to.device to.dty
 type_as.default unbind.int unflatten.int unsqueeze.default var.correction var_mean.correction view.default
 """
 _OF_TENSORS = {f"torch.ops.aten.{name}": name for name in _OPERATORS.split()}
-_OF_SIZES: dict[str, Callable[..., Any]] = {
-    f"_operator.{name}": getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "mod", "neg")
-}
+_OF_SIZES = {f"_operator.{name}": name for name in ("add", "sub", "mul", "floordiv", "mod", "neg")}
+_INTO_PARTS = {"unbind": 0, "split": 1, "chunk": 1}  # and how many arguments stand between the tensor and its dimension
 _TYPES = {
     1: torch.uint8,
     4: torch.int32,
@@ -56,7 +55,8 @@ _TYPES = {
 _TEXTS = ("none", "tanh", "mean", "floor", "trunc", "ij", "xy")  # arguments of gelu, div, meshgrid ...
 _PLAIN = {"as_int": int, "as_float": float, "as_bool": bool}
 _FIXED = {"as_none": None, "as_layout": torch.strided, "as_memory_format": None}  # whatever is stated
-_MOST_NODES = 100_000
+_MOST_NODES = 100_000  # operators, and parts that one of them makes
+_MOST_SIZE = 2**63  # the product of 60 squarings has 2**60 digits
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,10 @@ def _step(node: Mapping[str, Any]) -> _Step:
     if target in _OF_TENSORS:
         name, _, overload = _OF_TENSORS[target].partition(".")
         function = getattr(getattr(torch.ops.aten, name), overload)
+        if name in _INTO_PARTS:
+            function = _with_few_parts(function, _INTO_PARTS[name])
     elif target in _OF_SIZES:
-        function = _OF_SIZES[target]
+        function = _with_small_sizes(getattr(operator, _OF_SIZES[target]))
     else:
         raise ValueError(f"its operator {str(target)[:100]!r} is none of a network's")
     if len(node["outputs"]) != 1:
@@ -194,7 +196,35 @@ def _step(node: Mapping[str, Any]) -> _Step:
         outputs = _output(node["outputs"][0])
     by_place = [entry["arg"] for entry in node["inputs"] if entry["kind"] == 1]
     by_name = {entry["name"]: entry["arg"] for entry in node["inputs"] if entry["kind"] != 1}
+    if target.startswith("torch.ops.aten.arange."):  # it has no tensor to follow
+        by_name["device"] = {"as_device": None}
     return _Step(function, by_place, by_name, outputs)
+
+
+def _with_small_sizes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of numbers that raises ValueError for anything else, and for a result that is no size."""
+
+    def checked(*sizes: Any) -> Any:
+        if not all(isinstance(size, int | float) for size in sizes):
+            raise ValueError("a size is computed from something that is no number")
+        result = function(*sizes)
+        if not abs(result) < _MOST_SIZE:
+            raise ValueError("a size is computed that no tensor has")
+        return result
+
+    return checked
+
+
+def _with_few_parts(function: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """Return an operator that raises ValueError for a tensor which it could divide into very many."""
+
+    def checked(tensor: Tensor, *given: Any, **named: Any) -> Any:
+        size = tensor.shape[named.get("dim", given[place] if len(given) > place else 0)]
+        if size > _MOST_NODES:
+            raise ValueError(f"a tensor would be divided along {size:,} numbers, more than {_MOST_NODES:,}")
+        return function(tensor, *given, **named)
+
+    return checked
 
 
 def _output(entry: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ class Graph(nn.Module):
     """Runs an exported graph.
 
     run: [b, 3, s, s] on the CPU -> [b, C]. It is hidden from nn.Module, since no graph moves or changes its mode.
-    num_numbers: of its weights. precision: fp32 or int8. outside_bytes: of files of weights beside the graph's.
+    num_numbers: of its weights. precision: fp32, int8, fp16 or bf16. outside_bytes: of weights in files beside it.
     """
 
     def __init__(

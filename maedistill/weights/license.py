@@ -13,8 +13,10 @@ NO_OTHERS = "yours: no other weights were used"
 NOT_STATED = "not stated"
 
 # Identifiers of the Hugging Face hub. A restrictive one counts anywhere in the text, a free one only as the whole text.
-_NON_COMMERCIAL = ("cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-4.0")
+_NON_COMMERCIAL = re.compile("(?<![^-])cc-by-nc(?:-sa|-nd)?-[234][.]0(?![^-])")
+_FORBIDS_COMMERCE = re.compile("(^|-)(by-nc|non-?commercial)(-|$)")
 _FREE = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0")
+_LONGEST = 200  # name of a license
 # How a text begins that names no license: "unknown", the hub's "other", "see README", or nothing. "Not for sale" does.
 _UNSTATED = re.compile(
     "(licen[cs]e-(is-)?)?((unknown|unspecified|unstated|unlicensed|undefined|unclear|other|none|null|nan|n-?a|tb[ad]|"
@@ -25,15 +27,16 @@ _UNSTATED = re.compile(
 def hub_license(text: str) -> tuple[str, str | None]:
     """Return the hub's identifier for a license text, and a license name if the identifier is only "other".
 
-    "CC BY-NC 4.0" -> ("cc-by-nc-4.0", None); "research only" -> ("other", "research-only").
+    "CC BY-NC 4.0" -> ("cc-by-nc-4.0", None); "research only" -> ("other", "research-only"). Of several licenses none is
+    left out: "mit; cc-by-nc-4.0" -> ("other", "mit-cc-by-nc-4.0").
     """
     if text.startswith("yours"):
         return "other", "to-be-chosen-by-who-trained-it"
-    slug = _slug(text)
-    for identifier in _NON_COMMERCIAL:
-        if re.search(rf"(^|-){re.escape(identifier)}(-|$)", slug):
-            return identifier, None
-    return (slug, None) if slug in _FREE else ("other", slug[:60].strip("-."))
+    each = list(dict.fromkeys(map(_slug, text.split(";"))))
+    known = {*_NON_COMMERCIAL.findall(each[0])} or {*_FREE} & {each[0]}
+    if len(each) == len(known) == 1:
+        return known.pop(), None
+    return "other", "-".join(each)[:_LONGEST].strip("-.")
 
 
 def why_unpublishable(text: str, former: str = "") -> str | None:
@@ -89,4 +92,4 @@ def license_sentence(text: str) -> str:
             "what it is before you use them or pass them on."
         )
     sentence = f"these weights derive from others, whose license applies to them as well: **{markdown(text)}**."
-    return f"{sentence} It forbids commercial use." if hub_license(text)[0] in _NON_COMMERCIAL else sentence
+    return f"{sentence} It forbids commercial use." if _FORBIDS_COMMERCE.search(_slug(text)) else sentence

@@ -34,7 +34,7 @@ from maedistill.models.meta import meta_device
 from maedistill.weights.from_file import EncoderSpec, Inspect, open_file
 from maedistill.weights.from_graph import open_graph
 from maedistill.weights.from_run import Weights, build_run, open_run
-from maedistill.weights.from_timm import image_config, open_timm
+from maedistill.weights.from_timm import image_config, open_timm, stated_exif
 from maedistill.weights.from_transformers import open_transformers, transformers_folder
 from maedistill.weights.license import NO_OTHERS, NOT_STATED
 from maedistill.weights.network import Network
@@ -214,6 +214,7 @@ def _open_timm(source: str, use: Use, check: Inspect, *, pretrained: bool = True
         test_size=test.input_size[1] if differs else None,
         test_crop=test.crop_pct if differs else None,
         **_stated(module, source),
+        exif=stated_exif(source),
         classes=tuple(map(str, module.pretrained_cfg.get("label_names") or ())),
         audit=f"{len(module.state_dict())} keys loaded by timm",
     )

@@ -8,7 +8,8 @@ from pydantic import AfterValidator, Field
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
-from maedistill.weights.from_timm import MOST_BLOCKS, Crop, Deviation, Number, Side, StrictModel, require_moderate
+from maedistill.config.schema import Crop
+from maedistill.weights.from_timm import MOST_BLOCKS, Deviation, Mean, Side, StrictModel, require_moderate
 
 _PARAMETERS = frozenset(name for kind in (VisionTransformer, Eva) for name in inspect.signature(kind).parameters)
 _Argument = bool | int | float | str | None | list[int]
@@ -39,7 +40,7 @@ class InputEntry(StrictModel):
     """The preprocessing of the network's images."""
 
     size: Side
-    mean: tuple[Number, Number, Number]
+    mean: tuple[Mean, Mean, Mean]
     std: tuple[Deviation, Deviation, Deviation]
     crop: Crop
     exif: Literal["ignore", "apply"] = "ignore"

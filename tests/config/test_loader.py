@@ -225,14 +225,14 @@ numbers = st.floats(min_value=0, exclude_min=True, max_value=1e300)
     run=texts | traps,
     license=st.none() | texts | traps,
     lr=st.none() | numbers,
-    mean=st.tuples(numbers, numbers, numbers),
+    std=st.tuples(numbers, numbers, numbers),
 )
-def test_any_config_is_written_and_read_back_exactly(tmp_path_factory, run, license, lr, mean):
+def test_any_config_is_written_and_read_back_exactly(tmp_path_factory, run, license, lr, std):
     config = PretrainConfig.model_validate(
         {
             "method": "mae",
             "run": run or "x",
-            "data": {"train": "a.tar", "mean": mean},
+            "data": {"train": "a.tar", "std": std},
             "teacher": {"license": license},
             "optim": {"lr": lr},
         }

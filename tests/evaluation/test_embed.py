@@ -4,6 +4,7 @@ import hashlib
 import json
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,8 @@ def test_other_settings_and_folders_of_others_are_refused(made, shards, tmp_path
         with pytest.raises(ConfigError, match=f"with another .*{name}"):
             embed(spec(made, shards, tmp_path / "out", **settings), context(batch))
     assert content(tmp_path / "out") == before
+    again = embed(replace(spec(made, shards, tmp_path / "out"), model=f"{made}/../{made.name}/model"), context())
+    assert again["files"] == json.loads(before["manifest.json"])["files"], "the same weights by another path"
     checkpoint = {"manifest.json": '{"step": 7, "files": {}}', "model.safetensors": "weights"}
     for name, files in (("run", {"run.json": "{}"}), ("checkpoint", checkpoint)):
         (tmp_path / name).mkdir()

@@ -1,6 +1,7 @@
 """Linear segmentation: mIoU by hand, the probe against scikit-learn, scenes of shapes, and what cannot be used."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,12 +15,20 @@ from sklearn.metrics import jaccard_score
 from timm.models import save_for_hf
 from torch.nn import functional as F
 
-from maedistill.errors import ConfigError
+from maedistill.errors import ConfigError, DataError, NumericsError
 from maedistill.evaluation import segmentation
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.linear_probe import LinearHeads, ProbeRecipe, fit_heads
 from maedistill.evaluation.masks import find_pairs, read_ahead, read_pair
-from maedistill.evaluation.segmentation import SegmentationScore, Segmenter, confusion, pixel_loss, upsample
+from maedistill.evaluation.segmentation import (
+    SegmentationScore,
+    Segmenter,
+    SegmentSpec,
+    confusion,
+    pixel_loss,
+    score_segmentation,
+    upsample,
+)
 from maedistill.weights.backbone import open_dense
 from tests.support.launch import Finished, Launcher
 
@@ -203,6 +212,33 @@ def test_maps_of_several_blocks_stand_side_by_side_and_the_norm_is_the_last(netw
     for blocks, what in (([2], "no block 2"), ([0, -2], "block 0 twice")):
         with pytest.raises(ConfigError, match=what):
             open_dense(str(networks / "vit"), blocks=blocks)
+
+
+def test_a_rate_that_diverges_on_all_images_alone_is_an_error(networks, tmp_path, monkeypatch):
+    """The layer would say class 0 everywhere."""
+    numbers = np.arange(48, dtype=np.uint8).reshape(6, 8) % 4
+    for name in "abcd":
+        Image.fromarray(numbers).save(tmp_path / f"{name}.png")
+    fit = Segmenter.fit
+
+    def diverges(self, maps, *others):
+        heads = fit(self, maps, *others)
+        torch.nn.init.constant_(heads.heads[0].weight, float("nan") if len(maps) == 4 else 0.0)
+        return heads
+
+    monkeypatch.setattr(Segmenter, "fit", diverges)
+    places = (tmp_path,) * 4
+    spec = SegmentSpec(str(networks / "vit"), *places[:2], val_images=places[2], val_masks=places[3])
+    with pytest.raises(NumericsError, match=r"diverged at lr 0\.01 on all images"):
+        score_segmentation(spec, EvalContext(CPU, 2, workers=0), ProbeRecipe(1, 4, "adamw"), rates=[0.01])
+
+
+def test_a_folder_that_is_closed_or_has_too_long_a_name_is_an_error(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="is no folder"):
+        find_pairs(tmp_path / ("x" * 300), tmp_path)
+    monkeypatch.setattr(Path, "iterdir", lambda _: iter(os.scandir(tmp_path / "none")))
+    with pytest.raises(DataError, match="cannot be read"):
+        find_pairs(tmp_path, tmp_path)
 
 
 def test_the_number_that_is_no_class_is_never_predicted(networks, tmp_path):

@@ -1,17 +1,20 @@
 """The card of an exported network: it tells what the run's files say, and no more."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from maedistill.exporting.folder import export
 from maedistill.models.encoder import build_vit
 from maedistill.models.flops import forward_gflop
-from tests.exporting.imitation import LISTED, START, imitate, random_vit
+from maedistill.weights.open_network import open_network
+from tests.exporting.imitation import CROP, LISTED, MEAN, START, STD, imitate, random_vit
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +130,25 @@ def test_the_card_s_own_example_runs(request, name, outputs):
     scope: dict[str, Any] = {"image": Image.fromarray(pixels)}
     exec(code, scope)
     assert scope["output"].shape == (1, outputs)
+
+
+def test_photographs_are_turned_upright_where_the_run_turned_them(tmp_path):
+    view = {"size": 32, "mean": MEAN, "std": STD, "crop": CROP, "exif": "apply"}
+    run = imitate(tmp_path / "run", random_vit(num_classes=3, global_pool="avg"), "finetune", input=view)
+    out = export(run, formats=("timm", "torch_export"))
+    assert open_network(f"local-dir:{out}", "classifier").exif == "apply"
+    code = card(run)[1].split("```python\n")[1].split("```")[0].replace("THIS_FOLDER", str(out))
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the orientation
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=turned)
+    scope: dict[str, Any] = {"image": Image.open(tmp_path / "photo.png")}
+    exec(code, scope)
+    upright = scope["transform"](Image.fromarray(np.rot90(pixels, -1)))[None]
+    assert torch.equal(scope["output"], scope["model"](upright))
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"exif": ["apply"]}))
+    assert open_network(f"local-dir:{out}", "classifier").exif == "ignore"
 
 
 def test_flops_are_those_of_the_formula():

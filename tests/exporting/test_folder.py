@@ -1,6 +1,7 @@
 """Exports of imitated and real runs: a stranger's timm gives the run's outputs back, or nothing gets the name."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from maedistill.exporting import folder as module
 from maedistill.exporting.folder import export, read_record
 from maedistill.models.encoder import MaskedEncoder, build_vit
 from maedistill.runs.checkpoint import take_snapshot, write_snapshot
+from maedistill.runs.manifest import write_manifest
 from maedistill.runs.restore import newest_intact, read_weights
 from maedistill.training.engine import MOMENTS, TrainingState
 from maedistill.weights.open_network import open_network
@@ -263,6 +265,31 @@ def test_an_earlier_export_and_what_a_kill_left_are_replaced(run):
     export(run, global_pool="token")
     assert read_record(run / "export")["global_pool"] == "token"
     assert {path.name for path in run.iterdir() if path.name.startswith("export")} == {"export"}
+
+
+def test_an_export_that_a_kill_left_without_its_name_is_not_lost(run, tool, monkeypatch):
+    export(run, global_pool="token")
+    (run / "export").rename(run / "export.old.tmp")  # killed between the two renames
+    monkeypatch.setattr(module, "save_for_hf", wrong_weights)
+    assert tool(run).code == 3
+    assert read_record(run / "export")["global_pool"] == "token" and not (run / "export.old.tmp").exists()
+
+
+def test_a_checkpoint_is_exported_under_any_name_but_not_into_itself(run, tool, tmp_path, monkeypatch):
+    checkpoint = run / "checkpoints/step_000000007"
+    shutil.copy(run / "run.json", checkpoint)  # as a real one has it
+    for name in ("manifest.json", "COMPLETE"):
+        (checkpoint / name).unlink()
+    write_manifest(checkpoint)
+    for out in ([], ["--out", checkpoint / "mine"]):
+        assert tool(checkpoint, *out).code == 2
+    best = tmp_path / "best"
+    shutil.copytree(checkpoint, best)
+    monkeypatch.chdir(best)
+    for given, out in ((checkpoint, "a"), (best, "b"), (".", "c")):
+        assert tool(given, "--out", tmp_path / out).code == 0
+        assert read_record(tmp_path / out)["checkpoint"] == ("best" if given != checkpoint else checkpoint.name)
+        assert "after step 7" in (tmp_path / out / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("method", "weights"), [("mae", "model"), ("amd", "ema")])

@@ -129,6 +129,15 @@ def test_what_may_not_be_pushed_is_refused_before_anything_is_written_or_sent(to
     assert not hub.requests and not (run / "export").exists()
 
 
+@pytest.mark.parametrize("words", [["--val"], ["--format", "onyx"], ["--exit", "1"], ["--ema", "--out", "."]])
+def test_no_repository_is_made_for_an_export_that_cannot_be(tool, tmp_path, shards, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    run = imitate(tmp_path / "run", random_vit(), license="mit")
+    with hub_server() as hub:
+        ended = tool(hub, run, "--push-to-hub", NAME, *words, *([shards] if words == ["--val"] else []))
+    assert ended.code == 2 and not hub.requests and not hub.repos
+
+
 @pytest.mark.parametrize("held", [".gitignore", "notes/a.md", "model.safetensors", "READ ONLY", "MOVED"])
 def test_a_repository_that_is_not_for_us_is_refused_before_the_work(tool, tmp_path, held):
     run = imitate(tmp_path / "run", random_vit())

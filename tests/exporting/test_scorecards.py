@@ -135,7 +135,7 @@ def test_rows_without_a_processor_are_apart_and_rows_without_latency_are_named(t
     assert len(tool(*old).panels) == 2
     ended = tool(write(tmp_path / "c", latency_ms=None))
     assert "not in the picture: c." in ended.out and "![" not in ended.page and "| - | 700 |" in ended.page
-    assert not (tmp_path / "out/networks.png").exists(), "the one of the rows before"
+    assert not (tmp_path / "out/comparison.png").exists(), "the one of the rows before"
 
 
 def test_nine_machines_and_long_names_are_drawn(tmp_path, tool):

@@ -20,8 +20,8 @@ CONFIG_KEY = [
     Edit(
         1,
         "maedistill/config/pretrain.py",
-        "    eval_crop: Fraction =",
-        '    negatives: bool = result(False, "train on negatives")\n    eval_crop: Fraction =',
+        "    eval_crop: Crop =",
+        '    negatives: bool = result(False, "train on negatives")\n    eval_crop: Crop =',
     ),
     Edit(
         2,

@@ -6,7 +6,7 @@ import torch
 from timm.models import save_for_hf
 
 from maedistill.errors import ConfigError
-from maedistill.weights.backbone import open_backbone
+from maedistill.weights.backbone import open_backbone, open_dense
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.2,) * 3, "crop_pct": 0.9}
 SHAPES = {
@@ -93,3 +93,14 @@ def test_maps_of_other_networks_are_pooled(folder, kind, size, blocks):
 def test_what_a_network_has_not_is_refused(folder, kind, how, cause):
     with pytest.raises(ConfigError, match=cause):
         open_backbone(str(folder / kind), **how)
+
+
+@pytest.mark.parametrize(("kind", "norm"), [("class token", True), ("patches only", False)])
+def test_a_norm_after_the_pooling_is_no_norm_of_the_patches(folder, kind, norm):
+    opened = open_dense(str(folder / kind)).module
+    assert opened.norm == norm and ("norm" in opened.describe()) == norm
+    images = torch.randn(2, 3, 32, 32)
+    network = opened.network
+    tokens = walk(network, images, 3)
+    tokens = network.norm(tokens) if norm else tokens
+    assert torch.equal(opened(images).flatten(1, 2), tokens[:, network.num_prefix_tokens :])

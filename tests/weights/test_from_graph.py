@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import resource
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +141,22 @@ def test_a_plain_graph_opens(folder):
     torch.testing.assert_close(outside.module(images), expected, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize(("kind", "precision"), [(np.float16, "fp16"), (np.int8, "int8"), (np.uint8, "int8")])
+def test_the_number_format_is_that_of_the_weights(folder, kind, precision):
+    """Of fp16 with casts around it, and of what onnxruntime's quantize_dynamic writes."""
+    model = linear(tensor=numpy_helper.from_array(np.ones((48, 2), kind), "weights"))
+    del model.graph.node[1:]
+    if kind == np.float16:
+        model.graph.node.append(helper.make_node("Cast", ["rows"], ["x"], to=TensorProto.FLOAT16))
+        model.graph.node.append(helper.make_node("MatMul", ["x", "weights"], ["y"]))
+    else:
+        model.graph.node.append(helper.make_node("DynamicQuantizeLinear", ["rows"], ["x", "scale", "zero"]))
+        model.graph.node.append(helper.make_node("MatMulInteger", ["x", "weights", "zero"], ["y"]))
+    model.graph.node.append(helper.make_node("Cast", ["y"], ["output"], to=TensorProto.FLOAT))
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    assert open_network(f"onnx:{folder}/model.onnx", "predictor").precision == precision
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_onnx_file_is_refused(folder, name):
     model, cause = HOSTILE[name]
@@ -166,6 +184,7 @@ def test_files_that_are_no_graph_are_refused(folder):
         refused(f"onnx:{folder}/model.onnx", "cannot be opened as ONNX")
         refused(f"torch_export:{folder}/model.pt2", "cannot be opened as a graph of torch.export")
     refused(f"onnx:{folder}/none.onnx", "no such file")
+    refused(f"onnx:{folder}/{'long' * 100}.onnx", "no such file")
 
 
 @pytest.mark.parametrize(
@@ -173,6 +192,8 @@ def test_files_that_are_no_graph_are_refused(folder):
     [
         (None, {}, "preprocess.json says nothing of the graph's images"),
         ({"std": [0.5, 0.0, 0.5]}, {}, "std.1: Input should be greater than 0"),
+        ({"crop": 0.005}, {}, "crop: Input should be greater than or equal to 0.1"),
+        ({"mean": [0.5, 2.0, 0.5]}, {}, "mean.1: Input should be less than or equal to 1"),
         ({"size": 10**9}, {}, "size: Input should be less than"),
         ({"interpolation": "../x"}, {}, "interpolation"),
         ({"size": 8}, {}, "takes images of 4 pixels, not of 8"),
@@ -269,6 +290,55 @@ def huge(nodes: list[dict]) -> None:
         node("torch.ops.aten.expand.default", {"as_tensor": {"name": "x"}}, {"as_ints": [2**40, 1]}, output="y")
     )
     nodes.append(node("torch.ops.aten.add.Tensor", *[{"as_tensor": {"name": "y"}}] * 2, output="z"))
+
+
+def sized(target: str, *args: dict, output: str) -> dict:
+    return node(target, *args, output=output) | {"outputs": [{"as_sym_int": {"as_name": output}}]}
+
+
+def digits(nodes: list[dict]) -> None:
+    """A size that is squared again and again."""
+    nodes.append(sized("_operator.mul", {"as_int": 10}, {"as_int": 10}, output="n0"))
+    for i in range(60):
+        nodes.append(sized("_operator.mul", *[{"as_sym_int": {"as_name": f"n{i}"}}] * 2, output=f"n{i + 1}"))
+
+
+def repeated(nodes: list[dict]) -> None:
+    nodes.append(sized("_operator.mul", {"as_ints": [0]}, {"as_int": 10**9}, output="n"))
+
+
+def counted(nodes: list[dict]) -> None:
+    """16 GB of numbers on the CPU, whatever the device of other tensors."""
+    nodes.append(node("torch.ops.aten.arange.default", {"as_int": 2 * 10**9}, output="x"))
+    device = {"name": "device", "arg": {"as_none": True}, "kind": 2}
+    nodes[-1]["inputs"].append(device)
+
+
+def pieces(nodes: list[dict], *, target: str = "unbind.int", args: tuple = ()) -> None:
+    """2^28 tensors of one number each."""
+    nodes.append(node("torch.ops.aten.arange.default", {"as_int": 2**28}, output="x"))
+    nodes.append(node(f"torch.ops.aten.{target}", {"as_tensor": {"name": "x"}}, *args, output="y"))
+
+
+COSTLY = {
+    "digits": (digits, "a size is computed that no tensor has"),
+    "repeated": (repeated, "something that is no number"),
+    "counted": (counted, "'x' would have 2,000,000,000 numbers"),
+    "unbind": (pieces, "would be divided along 268,435,456"),
+    "split": (partial(pieces, target="split.Tensor", args=({"as_int": 1}, {"as_int": 0})), "would be divided"),
+    "chunk": (partial(pieces, target="chunk.default", args=({"as_int": 2**28},)), "would be divided"),
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_a_program_that_would_take_memory_is_refused_before_it_does(folder, program, name):
+    graph, (add, cause) = entry(program, GRAPH), COSTLY[name]
+    nodes = graph["graph_module"]["graph"]["nodes"]
+    add(nodes)
+    rewritten(program, folder / "model.pt2", {GRAPH: json.dumps(graph).encode()})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(f"torch_export:{folder}/model.pt2", "cannot be opened as a graph of torch.export", cause)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def test_licenses_add_up_and_none_is_hidden():
     assert combined_license(["", "mit"]) == "mit; not stated" and combined_license([" "]) == "not stated"
     several = combined_license(["not stated (set init.license)", "mit", "cc-by-nc-4.0"])
     assert several == "mit; cc-by-nc-4.0; not stated (set init.license)"
-    assert hub_license(several) == ("cc-by-nc-4.0", None)
+    assert hub_license(several) == ("other", "mit-cc-by-nc-4.0-not-stated-set-init.license")
     assert several in license_sentence(several) and "forbids commercial use" in license_sentence(several)
     assert hub_license(combined_license(["not stated", "mit"])) == ("other", "mit-not-stated")
 
@@ -30,6 +30,12 @@ def test_licenses_add_up_and_none_is_hidden():
         ("cc-by-nc-4.0", "cc-by-nc-4.0", None),
         ("CC BY-NC 4.0", "cc-by-nc-4.0", None),
         ("code Apache-2.0, weights CC-BY-NC-SA-4.0", "cc-by-nc-sa-4.0", None),
+        ("CC BY-NC 3.0", "cc-by-nc-3.0", None),
+        ("research only; cc-by-nc-4.0", "other", "research-only-cc-by-nc-4.0"),
+        ("cc-by-nc-nd-4.0; cc-by-nc-sa-4.0", "other", "cc-by-nc-nd-4.0-cc-by-nc-sa-4.0"),
+        ("cc-by-nc-nd-4.0 cc-by-nc-sa-4.0", "other", "cc-by-nc-nd-4.0-cc-by-nc-sa-4.0"),
+        ("cc-by-nc-4.0; CC BY-NC 4.0", "cc-by-nc-4.0", None),
+        ("mit;", "other", "mit"),
         ("Apache-2.0", "apache-2.0", None),
         ("mit, but ask first", "other", "mit-but-ask-first"),
         ("yours: no other weights were used", "other", "to-be-chosen-by-who-trained-it"),
@@ -37,6 +43,12 @@ def test_licenses_add_up_and_none_is_hidden():
 )
 def test_a_license_is_never_called_freer_than_it_is(text, identifier, name):
     assert hub_license(text) == (identifier, name)
+    forbids = "It forbids commercial use" in license_sentence(text)
+    assert forbids == ("nc" in text.lower().replace("-", " ").split())
+
+
+def test_a_text_that_forbids_commerce_is_said_to():
+    assert "It forbids commercial use" in license_sentence("Non-Commercial use only")
 
 
 @pytest.mark.parametrize(
