@@ -225,3 +225,39 @@ def test_a_killed_run_of_objects_repeats_every_bit(tmp_path, launcher):
     last = "checkpoints/step_000000016/model.safetensors"
     assert (whole.run / last).read_bytes() == (again.run / last).read_bytes()
     assert "Squares[7]" in (whole.run / "bad_samples.txt").read_text()
+
+
+AGAIN = """
+import os, signal, sys
+import torch
+import maedistill
+
+class Stop(maedistill.Callback):
+    def on_step(self, run):
+        seen.append((torch.are_deterministic_algorithms_enabled(), signal.getsignal(signal.SIGINT) is theirs))
+        if run.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+seen, theirs = [], signal.getsignal(signal.SIGINT)
+settings = {"run": sys.argv[2], "method": "mae", "optim.epochs": 1, "engine.deterministic": True}
+try:
+    maedistill.pretrain(sys.argv[1], settings, callbacks=[Stop()])
+except maedistill.Preempted:
+    seen.append("stopped")
+assert seen == [(True, False)] * 3 + ["stopped"] and not torch.are_deterministic_algorithms_enabled()
+assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == [theirs, signal.SIG_DFL]
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    raise SystemExit("nobody stopped")
+except KeyboardInterrupt:
+    pass
+maedistill.pretrain(sys.argv[1], settings)
+"""
+
+
+def test_a_run_that_was_stopped_leaves_a_program_its_signals_and_kernels(pretraining, launcher, tmp_path):
+    (tmp_path / "program.py").write_text(AGAIN)
+    launcher.start(
+        tmp_path / "run", [tmp_path / "program.py", pretraining.config, tmp_path / "run"], by="bare"
+    ).finish()
+    assert (tmp_path / "run/checkpoints/step_000000008/COMPLETE").is_file()
