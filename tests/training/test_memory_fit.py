@@ -1,9 +1,13 @@
 """How many samples fit: a GPU of known size, whose trials take a known number of bytes."""
 
+from contextlib import suppress
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from maedistill.config.plan import batch_plans
+from maedistill.runs.dry_run import forward_backward
 from maedistill.training import memory_fit
 from maedistill.training.memory_fit import fit_to_memory
 
@@ -63,3 +67,25 @@ def test_where_sixteen_do_not_fit_the_line_is_drawn_by_fewer(monkeypatch) -> Non
     card = Card(4 * GIB, fixed=GIB, each=0.3 * GIB)
     assert card.fit(monkeypatch) == 8  # 3.4 of 3.68 GiB
     assert card.trials == [8, 8, 16, 1, 1, 2, 8]
+
+
+@pytest.mark.parametrize("size", [8, 64])
+def test_a_trial_leaves_a_module_s_buffers_as_they_were(size):
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(3)
+
+        def forward(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+            loss = self.norm(rows).square().mean()
+            if len(rows) > 8:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return {"loss": loss}
+
+    module = Module()
+    engine = SimpleNamespace(precision="fp32")
+    stage = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(engine=engine), module=module)
+    before = {name: value.clone() for name, value in module.named_buffers()}
+    with suppress(torch.OutOfMemoryError):
+        forward_backward(stage, (torch.arange(3.0 * size).view(size, 3),))
+    assert all(torch.equal(value, before[name]) for name, value in module.named_buffers())
