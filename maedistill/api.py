@@ -233,7 +233,8 @@ def _process_restored() -> Iterator[None]:
     A command leaves them until it exits, since a launcher may still send signals.
     """
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    kernels, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    choice: Any = torch.utils.deterministic
+    kernels, fill = torch.get_deterministic_debug_mode(), choice.fill_uninitialized_memory
     try:
         yield
     finally:
@@ -241,7 +242,7 @@ def _process_restored() -> Iterator[None]:
             if handler is not None and signal.getsignal(number) != handler:
                 signal.signal(number, handler)
         torch.set_deterministic_debug_mode(kernels)
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        choice.fill_uninitialized_memory = fill
 
 
 def _names_of_data(objects: Objects) -> dict[str, Any]:
