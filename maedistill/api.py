@@ -10,10 +10,13 @@ All functions raise `UserError` for what a user can mend, with `cause` and `reme
 every process calls the same function with the same arguments.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from maedistill.config.finetune import FinetuneConfig
@@ -32,6 +35,7 @@ from maedistill.exporting.folder import export as export_run
 from maedistill.finetuning import loop as finetuning
 from maedistill.methods.mae import MAE
 from maedistill.pretraining import loop as pretraining
+from maedistill.processes.preemption import SIGNALS
 from maedistill.runs.callback import Callback
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.history import read_metrics as read_metrics_of
@@ -98,7 +102,8 @@ def pretrain(
     if teacher is not None:
         given |= {"teacher.source": python_name(teacher)} | dict.fromkeys(f"teacher.{name}" for name in _OF_A_FILE)
     loaded = load_config(config, overrides, root=PretrainConfig, given=given).config
-    pretraining.pretrain(loaded, objects=objects, callbacks=callbacks, extend=extend)
+    with _process_restored():
+        pretraining.pretrain(loaded, objects=objects, callbacks=callbacks, extend=extend)
     return RunFolder(loaded.run).path
 
 
@@ -128,7 +133,8 @@ def finetune(
     if teachers:
         given["distill.teachers"] = [f"{python_name(one)}{f'#{i}' if i else ''}" for i, one in enumerate(teachers)]
     loaded = load_config(config, overrides, root=FinetuneConfig, given=given).config
-    finetuning.finetune(loaded, objects=objects, callbacks=callbacks, extend=extend)
+    with _process_restored():
+        finetuning.finetune(loaded, objects=objects, callbacks=callbacks, extend=extend)
     return RunFolder(loaded.run).path
 
 
@@ -219,6 +225,25 @@ _SHAPE = tuple(
     f"student.{name}" for name in ("width", "depth", "num_heads", "patch_size", "class_token", "register_tokens")
 )
 _OF_A_FILE = ("model", "weights", "width", "depth", "num_heads", "patch_size", "pos_embed", "sha256")
+
+
+@contextmanager
+def _process_restored() -> Iterator[None]:
+    """Restore, after the block, what a run changes in its process: signal handlers, and which kernels torch chooses.
+
+    A command leaves them until it exits, since a launcher may still send signals.
+    """
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    choice: Any = torch.utils.deterministic
+    kernels, fill = torch.get_deterministic_debug_mode(), choice.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None and signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+        torch.set_deterministic_debug_mode(kernels)
+        choice.fill_uninitialized_memory = fill
 
 
 def _names_of_data(objects: Objects) -> dict[str, Any]:

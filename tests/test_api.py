@@ -7,14 +7,17 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
 import maedistill
+from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.images.decode import BadImage
 from maedistill.data.loading.dataset import open_dataset, open_reader
+from maedistill.finetuning.setup import open_finetuning
 from maedistill.pretraining.setup import open_pretraining
 from maedistill.runs.objects import Objects, python_name
 from tests.support.launch import ROOT
@@ -136,6 +139,29 @@ def test_wrong_objects_are_refused_before_training(pretraining):
     assert "a Linear, whose patches" in refused(student=nn.Linear(2, 2))
 
 
+def test_a_teacher_of_the_caller_s_can_teach_again(pretraining, finetuning):
+    """Two starts of a program in bf16: neither finds another teacher than the first, nor changes the caller's."""
+    vit = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
+    teacher, cpu = timm.create_model("vit_tiny_patch16_224", **vit), torch.device("cpu")
+    tiny = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.num_heads=2"]
+    settings = ["run=runs/a", "method=dmae", "align.student=[1]", "align.teacher=[1]", "teacher.precision=bf16"]
+    given = {"teacher.source": python_name(teacher)}
+    first = load_config(pretraining.config, settings, root=PretrainConfig, given=given).config
+    settings = ["run=runs/b", *tiny, "student.patch_size=8", "distill.logits.weight=1", "distill.precision=bf16"]
+    given = {"distill.teachers": [python_name(teacher)]}
+    second = load_config(finetuning.config, settings, root=FinetuneConfig, given=given).config
+
+    def opened():
+        pretrains = open_pretraining(first, world_size=1, device=cpu, objects=Objects(teachers=(teacher,)))
+        finetunes = open_finetuning(second, world_size=1, device=cpu, objects=Objects(teachers=(teacher,)))
+        frozen = [pretrains.teacher.network, finetunes.teaching.teachers[0].network]
+        assert {parameter.dtype for one in frozen for parameter in one.parameters()} == {torch.bfloat16}
+        return pretrains.teacher_weights, finetunes.metadata["teacher_weights"]
+
+    assert opened() == opened()
+    assert {(p.dtype, p.requires_grad) for p in teacher.parameters()} == {(torch.float32, True)} and teacher.training
+
+
 def test_an_object_and_an_override_for_one_thing_are_refused(pretraining):
     with pytest.raises(maedistill.ConfigError, match=r"data\.train is set"):
         maedistill.pretrain(pretraining.config, {"data.train": "shards", "run": "runs/a"}, dataset=Squares())
@@ -199,3 +225,39 @@ def test_a_killed_run_of_objects_repeats_every_bit(tmp_path, launcher):
     last = "checkpoints/step_000000016/model.safetensors"
     assert (whole.run / last).read_bytes() == (again.run / last).read_bytes()
     assert "Squares[7]" in (whole.run / "bad_samples.txt").read_text()
+
+
+AGAIN = """
+import os, signal, sys
+import torch
+import maedistill
+
+class Stop(maedistill.Callback):
+    def on_step(self, run):
+        seen.append((torch.are_deterministic_algorithms_enabled(), signal.getsignal(signal.SIGINT) is theirs))
+        if run.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+seen, theirs = [], signal.getsignal(signal.SIGINT)
+settings = {"run": sys.argv[2], "method": "mae", "optim.epochs": 1, "engine.deterministic": True}
+try:
+    maedistill.pretrain(sys.argv[1], settings, callbacks=[Stop()])
+except maedistill.Preempted:
+    seen.append("stopped")
+assert seen == [(True, False)] * 3 + ["stopped"] and not torch.are_deterministic_algorithms_enabled()
+assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == [theirs, signal.SIG_DFL]
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    raise SystemExit("nobody stopped")
+except KeyboardInterrupt:
+    pass
+maedistill.pretrain(sys.argv[1], settings)
+"""
+
+
+def test_a_run_that_was_stopped_leaves_a_program_its_signals_and_kernels(pretraining, launcher, tmp_path):
+    (tmp_path / "program.py").write_text(AGAIN)
+    launcher.start(
+        tmp_path / "run", [tmp_path / "program.py", pretraining.config, tmp_path / "run"], by="bare"
+    ).finish()
+    assert (tmp_path / "run/checkpoints/step_000000008/COMPLETE").is_file()

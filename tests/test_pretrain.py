@@ -169,23 +169,37 @@ def test_a_linear_probe_runs_beside_knn_on_a_period_of_its_own(pretraining, sett
     assert "finished at epoch 2 of 2" in page and "linear probe top-1" in page
 
 
-def test_every_rank_votes_on_its_own_device_in_the_precision_of_the_run(monkeypatch):
-    """Also a rank that writes nothing: kNN is shared among all, on their devices, like every forward pass."""
-    loop, device = importlib.import_module("maedistill.pretraining.loop"), torch.device("cuda", 1)
-    found = torch.eye(3), torch.arange(3)
+def probe_once(monkeypatch, images, device, metrics=None, **periods):
+    """The precision of each pass and the device of each vote when so many images could be decoded."""
+    loop = importlib.import_module("maedistill.pretraining.loop")
+    found = torch.eye(3)[:images], torch.arange(images)
     precisions, devices = [], []
     monkeypatch.setattr(loop, "random_subset", lambda index, count: index)
     monkeypatch.setattr(loop, "pooled_features", lambda *args, **_: precisions.append(args[-1].precision) or found)
     monkeypatch.setattr(loop, "knn_accuracy", lambda *_, device: devices.append(device) or 0.5)
     config = SimpleNamespace(
         data=SimpleNamespace(image_size=32, eval_crop=1.0, timeout_seconds=1.0, max_bad_fraction=0.0),
-        log=SimpleNamespace(knn_every_epochs=1, probe_every_epochs=None, knn_images=3),
+        log=SimpleNamespace(**{"knn_every_epochs": 1, "probe_every_epochs": None, "knn_images": 3} | periods),
         engine=SimpleNamespace(precision="auto"),
     )
     plan = SimpleNamespace(batch=SimpleNamespace(micro_batch=2))
     parts = SimpleNamespace(config=config, plan=plan, module=None, index="train", device=device)
-    loop.probe(SimpleNamespace(due=bool, workers=0, device=device, step=1), parts, "val", None)
-    assert precisions == ["auto"] * 2 and devices == [device]
+    loop.probe(SimpleNamespace(due=bool, workers=0, device=device, step=1, epoch=1.0), parts, "val", metrics)
+    return precisions, devices
+
+
+def test_every_rank_votes_on_its_own_device_in_the_precision_of_the_run(monkeypatch):
+    """Also a rank that writes nothing: kNN is shared among all, on their devices, like every forward pass."""
+    device = torch.device("cuda", 1)
+    assert probe_once(monkeypatch, 3, device) == (["auto"] * 2, [device])
+
+
+@pytest.mark.parametrize(("images", "knn", "scores"), [(1, None, []), (1, 1, [{"knn"}]), (2, 1, [{"knn", "linear"}])])
+def test_a_linear_probe_of_one_image_is_left_out(monkeypatch, images, knn, scores):
+    written = []
+    metrics = SimpleNamespace(write=lambda step, record: written.append({"knn", "linear"} & record.keys()))
+    probe_once(monkeypatch, images, torch.device("cpu"), metrics, knn_every_epochs=knn, probe_every_epochs=1)
+    assert written == scores
 
 
 def test_a_teacher_from_a_run_is_named_with_its_keys_and_license(trio):

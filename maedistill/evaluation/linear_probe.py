@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from maedistill.evaluation.accuracy import Score, best_classes
 from maedistill.evaluation.features import Features
+from maedistill.processes import distributed
 from maedistill.randomness import Stream, key, permute
 from maedistill.training.optim import build_schedule
 
@@ -87,12 +88,14 @@ class LinearHeads(nn.Module):
 def probe_accuracy(train: Features, val: Features, *, device: torch.device) -> float:
     """Return the validation accuracy of the best of three short probes: a trend to watch during pre-training.
 
-    Does not use torch's global generators.
+    The probes are divided among the ranks. Does not use torch's global generators. Collective.
     """
-    num_classes = int(torch.cat([train[1], val[1]]).max()) + 1
+    num_classes, mine = int(torch.cat([train[1], val[1]]).max()) + 1, 0.0
     recipe = _SHORT_RECIPE.fit_batch(len(train[1]))
-    heads = fit_heads(*train, recipe, rates=_SHORT_RATES, num_classes=num_classes, device=device)
-    return max(score.top1 for score in score_heads(heads, *val))
+    if rates := _SHORT_RATES[distributed.rank() :: distributed.world_size()]:
+        heads = fit_heads(*train, recipe, rates=rates, num_classes=num_classes, device=device)
+        mine = max(score.top1 for score in score_heads(heads, *val))
+    return max(distributed.gather_objects(mine))
 
 
 def fit_heads(

@@ -79,6 +79,7 @@ def score(
         if isinstance(model, str):
             return open_network(model, "predictor", weights=weights, exit=exit, peer=peer, image_size=size)
         given = given_network(model, python_name(model), image_size=size)
+        given.module.float()  # the context's precision says in what it computes
         return replace(given, num_classes=given.output().shape[-1])
 
     network = distributed.main_first(lambda: open_sized(image_size))

@@ -37,7 +37,7 @@ def build_init_source(
         return None
     require_object("init.source", init.source, objects.student, argument="student")
     if objects.student is not None:
-        network = given_network(objects.student, init.source, image_size=image_size)
+        network = given_network(objects.student, init.source, image_size=image_size, trained=True)
         network = replace(network, size=image_size or network.size)
         shape = tuple(network.output(size_key="data.image_size").shape)
         if num_classes is not None and shape != (1, num_classes):

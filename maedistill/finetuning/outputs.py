@@ -120,7 +120,8 @@ def _vit_outputs(vit: VisionTransformer, images: Tensor, requested: RequestedOut
     outputs |= {f"tokens/{i}": tapped[i] for i in requested.blocks}
     for i in requested.attention:  # what each patch receives, mean over queries
         query, key, _ = qkv[i]
-        attention = (query @ key.mT * query.shape[-1] ** -0.5).float().softmax(dim=-1)  # [B, H, P + N, P + N]
+        query = query * query.shape[-1] ** -0.5  # before the product, which could overflow in fp16
+        attention = (query @ key.mT).float().softmax(dim=-1)  # [B, H, P + N, P + N]
         outputs[f"attention/{i}"] = attention.mean(dim=2)[:, :, prefix:].unflatten(-1, grid)
     for i in requested.relations:
         for name, part in zip(("query", "key", "value"), qkv[i], strict=True):

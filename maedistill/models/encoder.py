@@ -167,10 +167,10 @@ def can_mask(module: TimmModel) -> bool:
 @torch.no_grad()
 def _require_rows(encoder: Encoder, name: str) -> None:
     """Raise ConfigError unless the encoder gives a row for each prefix token and each selected patch of an image."""
-    side, device = encoder.grid * encoder.patch_size, next(encoder.parameters()).device
-    ids = torch.arange(0, encoder.grid**2, 2, device=device)[None]  # [1, M]
+    side, own = encoder.grid * encoder.patch_size, next(encoder.parameters())
+    ids = torch.arange(0, encoder.grid**2, 2, device=own.device)[None]  # [1, M]
     training = encoder.training
-    tokens, outputs = encoder.eval()(torch.zeros(1, 3, side, side, device=device), ids, taps=(0,))
+    tokens, outputs = encoder.eval()(own.new_zeros(1, 3, side, side), ids, taps=(0,))
     encoder.train(training)
     expected = (1, encoder.num_prefix + ids.shape[1], encoder.width)
     for what, rows in (("tokens", tokens), ("outputs of block 0", outputs.get(0))):

@@ -35,7 +35,7 @@ from maedistill.report.run_report import write_run_report
 from maedistill.runs.callback import Callback
 from maedistill.runs.metrics import MetricsFile
 from maedistill.runs.objects import NOTHING, Objects
-from maedistill.runs.records import ignore_write_errors
+from maedistill.runs.records import ignore_write_errors, warn
 from maedistill.runs.run import Run
 from maedistill.runs.start import run_stage
 
@@ -168,8 +168,11 @@ def probe(run: Run, parts: Pretraining, val_index: ShardIndex, metrics: MetricsF
         for index in (parts.index, val_index)
     )
     scores = {"knn": knn_accuracy(bank, queries, device=run.device)} if knn else {}
-    if metrics is not None:
-        scores |= {"linear": probe_accuracy(bank, queries, device=run.device)} if linear else {}
+    if linear and len(bank[1]) > 1:
+        scores["linear"] = probe_accuracy(bank, queries, device=run.device)
+    elif linear and distributed.is_main():
+        warn("no linear probe: it needs two training images that can be decoded")
+    if metrics is not None and scores:
         images, asked = len(queries[1]), min(log.knn_images, len(val_index))
         metrics.write(run.step, {**scores, "images": images, "bad_images": asked - images, "epoch": run.epoch})
         names = {"knn": "kNN {:.1%} (a trend, no forecast)", "linear": "linear probe {:.1%}"}

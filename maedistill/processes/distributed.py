@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -35,10 +35,13 @@ def open_group(timeout_seconds: int) -> None:
 
     A collective that waits longer than `timeout_seconds` for a rank fails. NCCL's own limit is a minute longer: it ends
     the process without a message, so heartbeat.py first reports which rank is missing. Raises PeerError if not all
-    ranks arrive, or if NCCL cannot connect them. A group that is open, as in a second run of one Python program, stays.
+    ranks arrive, or if NCCL cannot connect them. A group that is open, as in a second run of one Python program, stays,
+    with the new limit.
     """
     global _timeout
+    _timeout = timedelta(seconds=timeout_seconds + (_NCCL_GRACE_SECONDS if torch.cuda.is_available() else 0))
     if dist.is_initialized():
+        set_collective_timeout()
         return
     os.environ.update(prepare_environment(os.environ))
     ranks = int(os.environ["WORLD_SIZE"])
@@ -62,7 +65,6 @@ def open_group(timeout_seconds: int) -> None:
             "NCCL_DEBUG=INFO says more; often NCCL_SOCKET_IFNAME must name the network interface, or two ranks share a "
             "GPU",
         ) from error
-    _timeout = timedelta(seconds=timeout_seconds + (_NCCL_GRACE_SECONDS if gpu is not None else 0))
     set_collective_timeout()
 
 
@@ -218,10 +220,23 @@ def broadcast_tensor(value: Tensor | None, shape: tuple[int, ...], *, dtype: tor
     return received
 
 
+@torch.no_grad()
+def broadcast_in_place(tensors: Sequence[Tensor]) -> None:
+    """Set tensors on this rank's device to rank 0's values, in one message for each number format. Collective."""
+    if world_size() == 1:
+        return
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.flatten() for tensor in alike])
+        dist.broadcast(flat, src=0)
+        for tensor, part in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+
 def copy_to_main(tensors: dict[str, Tensor], name: str, value: Tensor) -> None:
-    """Store a CPU copy of `value` as `tensors[name]` on rank 0; do nothing on other ranks."""
+    """Store a CPU copy of `value`, whole in memory, as `tensors[name]` on rank 0; do nothing on other ranks."""
     if is_main():
-        tensors[name] = value.detach().to("cpu", copy=True)
+        tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def gather_objects(value: T) -> list[T]:

@@ -64,7 +64,10 @@ class PreemptionHandler:
         return self.signal
 
     def close(self) -> None:
-        """Restore the signal handlers. After a stop, exit instead: a launcher may still send signals. Collective."""
+        """Restore the signal handlers. After a stop, a command exits instead: a launcher may still send signals.
+
+        Collective.
+        """
         self._read()
         for number, handler in self._before.items():
             signal.signal(number, handler)

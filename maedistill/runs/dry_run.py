@@ -33,11 +33,19 @@ def dry_run(
 
 
 def forward_backward(stage: Stage, inputs: tuple[Any, ...]) -> None:
-    """Run the module in the run's number format and the backward pass of its loss, and wait for the device."""
-    with autocast(stage.device, precision(stage.config.engine.precision, stage.device)):
-        loss = stage.module(*inputs)["loss"]
-    loss.backward()
-    loss.item()  # waits for the device
+    """Run the module in the run's number format and the backward pass of its loss, and wait for the device.
+
+    Buffers, such as the running statistics of BatchNorm, stay as they were: it is a trial.
+    """
+    before = [(buffer, buffer.clone()) for buffer in stage.module.buffers()]
+    try:
+        with autocast(stage.device, precision(stage.config.engine.precision, stage.device)):
+            loss = stage.module(*inputs)["loss"]
+        loss.backward()
+        loss.item()  # waits for the device
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 def _measured_lines(stage: Stage, crops: RandomCrops, inputs_of: Callable[[Batch], tuple[Any, ...]]) -> list[str]:

@@ -37,6 +37,7 @@ from torch.optim import AdamW
 from maedistill.errors import ConfigError, DataError
 from maedistill.machine import Precision, autocast
 from maedistill.processes.distributed import (
+    broadcast_in_place,
     broadcast_object,
     broadcast_tensor,
     copy_to_main,
@@ -109,6 +110,9 @@ class LossScale:
 class Engine:
     """A module under training. Build it on every rank with equal weights, on this rank's device or on the CPU.
 
+    After each update every rank has rank 0's running statistics, as of BatchNorm: a checkpoint keeps those, and so
+    whatever is computed with them is the same on all ranks and after a restart.
+
     optimizer: fused AdamW over all parameters of `module`. Set its learning rates in `optimizer.param_groups`.
     micro_batch: samples per rank and forward pass; accumulation: micro-batches per update.
     """
@@ -153,6 +157,8 @@ class Engine:
             },
             "timers": {"throughput": {"enabled": False}},  # it would sync with the device at every step
         }
+        for name, parameter in self._parameters.items():
+            self._prepare(name, parameter)
         model = _Autocast(module, precision)
         self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self._deepspeed.enable_backward_allreduce = bool(zero)
@@ -161,6 +167,13 @@ class Engine:
             self._reduction = GradientReduction(list(self._parameters.values()), bucket_elements=REDUCE_BUCKET_SIZE)
         set_collective_timeout()  # DeepSpeed opens its own groups with the backend's default
         self._create_moments()
+        self._running = [
+            (part, name)
+            for part in module.modules()
+            for name, buffer in part.named_buffers(recurse=False)
+            if buffer.is_floating_point() and name not in part._non_persistent_buffers_set
+            if name != "pos_embed"  # a fixed table
+        ]
 
     def __call__(self, *inputs: Any) -> dict[str, Tensor]:
         """Return the module's named losses for one micro-batch. The forward pass runs under autocast."""
@@ -190,6 +203,7 @@ class Engine:
             self.grad_norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), device=device())
         if last:
             self.update_skipped = ~self.grad_norm.isfinite()
+            broadcast_in_place([getattr(part, name) for part, name in self._running])
         if last and self.loss_scale:
             finite = not self.update_skipped
             self.update_skipped &= self.loss_scale.scale <= 1  # above 1, an overflow only lowers the scale
@@ -238,6 +252,21 @@ class Engine:
         if self.zero:
             self._deepspeed.optimizer.refresh_fp32_params()  # the flat copies that AdamW updates
         self._set_scalars(state.scalars)
+
+    @torch.no_grad()
+    def _prepare(self, name: str, parameter: nn.Parameter) -> None:
+        """Make a parameter one that DeepSpeed (0.19.8) can send as bytes: whole in memory, and with a dimension."""
+        if parameter.ndim and not (parameter.is_contiguous() and parameter.stride(-1) == 1):  # e.g. channels_last
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+        if parameter.ndim:
+            return
+        if self.zero == 3:
+            raise ConfigError(
+                f"engine.zero: 3 partitions parameters, but {name} is a number without a dimension",
+                "use engine.zero=2 or less, or give it the shape [1]",
+            )
+        parameter.copy_(broadcast_tensor(parameter.data, (), dtype=parameter.dtype))
+        parameter.ds_optim_param = True  # type: ignore[attr-defined]  # which DeepSpeed does not send
 
     # -- stage 0: gradients are whole on every rank --
 

@@ -76,11 +76,13 @@ class Network:
     def output(self, *, size_key: str = "--image-size") -> Tensor:
         """Return the module's output for one black image, so that an unsupported image size fails before any loader.
 
-        size_key: the option that sets the image size, for errors. Raises ConfigError if the network does not run or
-        gives something other than one row of numbers per image.
+        The image is where the module is, and in its number format. size_key: the option that sets the image size, for
+        errors. Raises ConfigError if the network does not run or gives something other than one row of numbers per
+        image.
         """
+        own = next(filter(torch.is_floating_point, self.module.parameters()), torch.zeros(()))
         try:
-            output = self.module(torch.zeros(1, 3, self.size, self.size))
+            output = self.module(own.new_zeros(1, 3, self.size, self.size))
         except (AssertionError, AttributeError, LookupError, RuntimeError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"{self.name} cannot look at images of {self.size} pixels ({why_unreadable(error)})",

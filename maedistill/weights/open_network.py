@@ -12,6 +12,7 @@ from_timm, from_transformers, from_run, from_file and from_graph hold the opener
 import math
 import os
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from maedistill.models.encoder import (
 )
 from maedistill.models.initialize import initialize
 from maedistill.models.meta import meta_device
-from maedistill.weights.from_file import EncoderSpec, Inspect, open_file
+from maedistill.weights.from_file import EncoderSpec, Inspect, open_file, why_unreadable
 from maedistill.weights.from_graph import open_graph
 from maedistill.weights.from_run import Weights, build_run, open_run
 from maedistill.weights.from_timm import image_config, open_timm, stated_exif
@@ -115,12 +116,18 @@ def open_network(
     return network
 
 
-def given_network(module: TimmModel, name: str, *, image_size: int | None) -> Network:
-    """Describe a module that a Python caller gives. image_size: of its images, unless it is made for one size.
+def given_network(module: TimmModel, name: str, *, image_size: int | None, trained: bool = False) -> Network:
+    """Describe a module that a Python caller gives, by a copy: the caller's own is not moved, cast or frozen.
 
+    image_size: of its images, unless it is made for one size. trained: the run trains the module, which is not copied.
     Preprocessing and license are those that a timm model states (`pretrained_cfg`), else ImageNet's and unknown.
+    Raises ConfigError for a module that cannot be copied.
     """
-    module.eval()
+    try:
+        module = (module if trained else deepcopy(module)).eval()
+    except (RuntimeError, TypeError) as error:
+        remedy = "leave out what copy.deepcopy refuses, such as a tensor with a graph that a forward pass left in it"
+        raise ConfigError(f"{name} cannot be copied ({why_unreadable(error)})", remedy) from error
     stated = getattr(module, "pretrained_cfg", None)
     entries = image_config(module, name) if stated else None
     preprocessing = entries.model_dump(include={"mean", "std"}) if entries else {"states_input": False}

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
 from maedistill.data.shards.open_index import open_index
+from maedistill.evaluation import linear_probe
 from maedistill.evaluation.accuracy import evaluate
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import Predictor
 from maedistill.evaluation.knn import knn_counts
+from maedistill.evaluation.linear_probe import _SHORT_RATES, _SHORT_RECIPE, fit_heads, score_heads
 from maedistill.processes import distributed
 from maedistill.runs.metrics import Averages
 from maedistill.training.engine import Engine
@@ -168,8 +170,24 @@ def test_evaluation_and_neighbours_gather_on_the_card(ranks, shards):
     assert first == second and first["images"] == 23 and counts == others
 
 
+def test_a_probe_in_training_is_divided_among_the_ranks(ranks, monkeypatch):
+    rows, labels = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
+    alone = fit_heads(
+        rows, labels, _SHORT_RECIPE.fit_batch(40), rates=_SHORT_RATES, num_classes=3, device=torch.device("cpu")
+    )
+    expected, fitted = max(score.top1 for score in score_heads(alone, rows, labels)), {}
+
+    def noted(*data: Any, rates: tuple[float, ...], **how: Any) -> Any:
+        fitted[ranks.rank()] = rates
+        return fit_heads(*data, rates=rates, **how)
+
+    monkeypatch.setattr(linear_probe, "fit_heads", noted)
+    found = ranks.run(lambda rank: linear_probe.probe_accuracy((rows, labels), (rows, labels), device=CARD))
+    assert found == [expected] * 2 and fitted == {0: _SHORT_RATES[::2], 1: _SHORT_RATES[1::2]}
+
+
 def test_two_engines_of_the_card_stay_equal_and_take_a_state(ranks, engine_on_card):
-    """Gradients are averaged in the backward pass, for which no host waits; a checkpoint's tensors travel as well."""
+    """Gradients are averaged in the backward pass, for which no host waits; statistics and a checkpoint travel, too."""
     inputs = torch.randn(2, 4, 3)
 
     def work(rank: int) -> tuple[Any, ...]:
@@ -186,9 +204,10 @@ def test_two_engines_of_the_card_stay_equal_and_take_a_state(ranks, engine_on_ca
         return value_of(engine.module.state_dict()), value_of(other.module.state_dict()), averages.read()["loss"]
 
     def build(rank: int) -> Engine:
-        module = Squares(nn.Linear(3, 2)).to(CARD)
+        module = Squares(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))).to(CARD)
         with torch.no_grad():
-            module.inner.weight.fill_(0.5), module.inner.bias.fill_(0.1)
+            for parameter, value in zip(module.parameters(), (0.5, 0.1, 0.5, 0.5), strict=True):
+                parameter.fill_(value)
         optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
         return Engine(module, optimizer, zero=0, precision="fp32", clip=1.0, micro_batch=4, accumulation=1)
 

@@ -22,6 +22,7 @@ from maedistill.evaluation.full_pass import Predictor
 from maedistill.evaluation.knn import knn_counts, knn_predictions
 from maedistill.evaluation.linear_probe import ProbeRecipe, fit_heads, score_heads
 from maedistill.evaluation.per_class import class_rows
+from maedistill.evaluation.scorecard import score
 from maedistill.evaluation.segmentation import pixel_loss
 from maedistill.weights.backbone import Backbone
 from tests.device.pretend_card import CARD, Card, value_of
@@ -95,6 +96,20 @@ def test_accuracy_is_the_same_and_read_where_results_are_gathered(images):
         strict=True,
     )
     assert scores[0] == scores[1] and calibrations[0] == calibrations[1] and len(scores[0]) == 3
+
+
+@pytest.mark.parametrize("place", [CPU, CARD])
+def test_a_caller_s_module_is_evaluated_on_the_card_wherever_it_is_and_stays_there(shards, place):
+    found = []
+    with Card():
+        module = network().to(place).train()
+        for _ in range(2):
+            result = score(module, f"{shards}/val-*.tar", context(CARD), latency=False, files={})
+            found.append((result["top1_correct"], result["images"]))
+            assert {parameter.device.index for parameter in module.parameters()} == {place.index} and module.training
+    with Card():
+        expected = score(network(), f"{shards}/val-*.tar", context(CPU), latency=False, files={})
+    assert found == [(expected["top1_correct"], 24)] * 2
 
 
 def test_agreement_of_two_networks_is_the_same(images):

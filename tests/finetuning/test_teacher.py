@@ -46,6 +46,17 @@ def classifier(built: torch.nn.Module, *, size: int = 32, classes: tuple[str, ..
     return Network(built, **words, **statistics, size=size, crop=1.0, num_classes=count, classes=classes)
 
 
+@torch.no_grad()
+def test_attention_of_large_queries_and_keys_is_finite_in_half_precision():
+    """Each product is 16 x 80 x 80 = 102,400, too large for fp16; all are equal, and so is the attention."""
+    built = network("vit").half()
+    for value in (built.blocks[1].attn.qkv.weight, built.blocks[1].attn.qkv.bias):
+        value.zero_()
+    built.blocks[1].attn.qkv.bias[:64] = 80.0
+    seen = forward_outputs(built, PIXELS.half(), RequestedOutputs(attention=(1,)))["attention/1"]
+    torch.testing.assert_close(seen, torch.full_like(seen, 1 / 17))
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_a_view_shows_what_the_network_computes(name):

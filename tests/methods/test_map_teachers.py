@@ -129,8 +129,9 @@ def test_such_a_teacher_is_captured_as_a_whole_graph(family: str) -> None:
 def test_a_ramp_in_the_place_of_the_network_gives_each_patch_its_own_place(family: str) -> None:
     network, size, depth, side = network_of(family)
     config, _, teacher = parts(network, [depth], size=size)
-    network.forward_intermediates = lambda images, **_: [centres(side).expand(len(images), -1, -1, -1)]
-    network.neck = nn.Identity()
+    copy = teacher.encoder.network
+    copy.forward_intermediates = lambda images, **_: [centres(side).expand(len(images), -1, -1, -1)]
+    copy.neck = nn.Identity()
     split = split_of(config, torch.arange(2), GRID**2)
     place = torch.stack([split.order % GRID + 0.5, split.order // GRID + 0.5], dim=-1) / GRID  # [B, N, 2]
     torch.testing.assert_close(teacher(IMAGES, split)[depth], place, rtol=0, atol=1e-6)

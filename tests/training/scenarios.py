@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from maedistill.errors import DataError, PeerError
+from maedistill.errors import ConfigError, DataError, PeerError
 from maedistill.processes.distributed import (
     all_gather_rows,
     all_reduce_mean,
@@ -331,6 +331,49 @@ def caught(work) -> str:
         return f"no error but {work()}"
     except (DataError, KeyError, PeerError) as error:
         return f"{type(error).__name__}: {error}"
+
+
+class Given(nn.Module):
+    """As callers give them: convolutions in channels_last, BatchNorm, and a learned temperature, which is a number."""
+
+    def __init__(self, *, plain: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+        self.layers = layers if plain else layers.to(memory_format=torch.channels_last)
+        self.temperature = nn.Parameter(torch.full([1] if plain else [], 0.5))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"loss": (self.layers(images).mean((1, 2, 3)) * self.temperature).square().mean()}
+
+
+def given(folder: Path) -> dict:
+    """Two updates of a caller's module at every stage, and of one without what is odd about it; a second start."""
+    results = {}
+    for zero, plain in itertools.product(range(4), (True, False)):
+        module = Given(plain=plain)
+        optimizer = build_optimizer(parameter_groups(module, DECAY), lr=PEAK, betas=(0.9, 0.95))
+        ema = ModelEmaV3(module, decay=0.8)
+        try:
+            engine = Engine(module, optimizer, zero=zero, precision="fp32", clip=1.0, micro_batch=2, accumulation=1)
+        except ConfigError as error:
+            results[zero, plain] = error.exit_code
+            continue
+        for step in range(2):
+            images = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(10 * step + rank()))
+            engine.backward(engine(images.to(memory_format=torch.channels_last))["loss"])
+            engine.step()
+            if zero < 3:
+                ema.update(module)
+        own = {name: value.clone() for name, value in module.named_buffers()}
+        state = engine.state()
+        if zero < 3:
+            with Saver(folder / f"given-{zero}-{plain}", keep=1) as saver:
+                saver.save(step=2, engine=engine, ema=ema, state={})
+            assert load_latest(folder / f"given-{zero}-{plain}", engine, ema) == {}
+        results[zero, plain] = state, own
+    initialize_distributed(50)
+    return results | {"time limits": time_limits()}
 
 
 def mutations(folder: Path) -> dict[str, dict[str, str]]:

@@ -1,10 +1,14 @@
 """How many samples fit: a GPU of known size, whose trials take a known number of bytes."""
 
+from contextlib import suppress
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from maedistill.config.plan import batch_plans
 from maedistill.machine import GPU_JOBS_VARIABLE
+from maedistill.runs.dry_run import forward_backward
 from maedistill.training import memory_fit
 from maedistill.training.memory_fit import fit_to_memory
 
@@ -84,3 +88,25 @@ def test_all_ranks_take_what_fits_on_each_of_them_or_none(monkeypatch) -> None:
     others[:] = [0]
     with pytest.raises(torch.OutOfMemoryError):  # this rank asks, too, before it raises
         Card(2 * GIB, fixed=3 * GIB, each=0.5 * GIB).fit(monkeypatch)
+
+
+@pytest.mark.parametrize("size", [8, 64])
+def test_a_trial_leaves_a_module_s_buffers_as_they_were(size):
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(3)
+
+        def forward(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+            loss = self.norm(rows).square().mean()
+            if len(rows) > 8:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return {"loss": loss}
+
+    module = Module()
+    engine = SimpleNamespace(precision="fp32")
+    stage = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(engine=engine), module=module)
+    before = {name: value.clone() for name, value in module.named_buffers()}
+    with suppress(torch.OutOfMemoryError):
+        forward_backward(stage, (torch.arange(3.0 * size).view(size, 3),))
+    assert all(torch.equal(value, before[name]) for name, value in module.named_buffers())

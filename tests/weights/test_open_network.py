@@ -277,3 +277,15 @@ def test_a_module_from_python_gives_a_tensor_for_each_image(returned):
 
     with pytest.raises(ConfigError):
         given_network(Given(), "given", image_size=8).output()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_module_from_python_is_probed_in_its_number_format_and_stays_as_it_is(dtype):
+    given = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 8), torch.nn.Flatten()).to(dtype)
+    network = given_network(given, "given", image_size=8)
+    assert network.output().dtype == dtype
+    network.module.float().requires_grad_(False)  # as who looks through it does
+    assert given.training and {(p.dtype, p.requires_grad) for p in given.parameters()} == {(dtype, True)}
+    given[0].seen = given(torch.zeros(1, 3, 8, 8, dtype=dtype))
+    with pytest.raises(ConfigError):
+        given_network(given, "given", image_size=8)
