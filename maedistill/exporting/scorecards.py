@@ -30,7 +30,7 @@ from maedistill.weights.from_timm import StrictModel, first_problem
 
 HEADS = ("network", "top-1", "95 % interval", "size", "latency", "images/s", "parameters", "numbers", "machine", "data")
 _OF_A_RUN = "scorecard.json"
-_PICTURE = "comparison.png"  # a quickstart has a networks.png of its own
+_PICTURE = "comparison.png"
 _PANELS = 8  # of a picture that can still be read
 _OF_FORMATS = {f"scorecard_{kind}.json": kind for kind in NETWORK_FILES}
 _WEIGHTS = NETWORK_FILES | {"timm": "model.safetensors"}  # whose size is that of a format
