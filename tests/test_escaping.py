@@ -29,7 +29,8 @@ from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.scorecard import score
 from maedistill.exporting.folder import export
 from maedistill.processes.diagnosis import Diagnosis, Heartbeat, failure_of
-from maedistill.report.run_report import markdown_table, write_finetune_report, write_run_report
+from maedistill.report.formatting import markdown_table
+from maedistill.report.run_report import write_finetune_report, write_run_report
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.progress import BadSampleLog, Progress
 from maedistill.runs.provenance import describe_start

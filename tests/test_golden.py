@@ -20,10 +20,11 @@ from maedistill.methods.dmae import DMAE, AlignmentSpec
 from maedistill.methods.mae import MAE, PixelSpec, pixel_target
 from maedistill.methods.teacher import Teacher
 from maedistill.models.decoder import TokenDecoder
-from maedistill.models.encoder import MaskedEncoder, build_vit
+from maedistill.models.encoder import MaskedEncoder
 from maedistill.models.initialize import initialize
 from maedistill.models.masking import PatchSplit
 from maedistill.models.patches import patchify
+from maedistill.models.vits import build_vit
 from maedistill.weights.from_file import EncoderSpec, read_weights_file
 from maedistill.weights.open_network import open_network
 from maedistill.weights.state_dict import ConvertedStateDict, import_weights

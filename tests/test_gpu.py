@@ -21,9 +21,10 @@ from maedistill.methods.dmae import DMAE, AlignmentSpec
 from maedistill.methods.mae import PixelSpec
 from maedistill.methods.teacher import Teacher
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
-from maedistill.models.encoder import MaskedEncoder, build_vit
+from maedistill.models.encoder import MaskedEncoder
 from maedistill.models.initialize import initialize
 from maedistill.models.masking import random_split
+from maedistill.models.vits import build_vit
 from maedistill.pretraining.build import step_inputs
 from maedistill.randomness import Stream, bits, uniform
 from maedistill.runs.clock import Clock

@@ -13,7 +13,7 @@ from PIL import Image
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.shards.open_index import open_index
-from maedistill.models.encoder import build_vit
+from maedistill.models.vits import build_vit
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.lock import FolderLock
 

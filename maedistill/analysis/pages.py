@@ -14,7 +14,7 @@ from maedistill.analysis.concepts import METRICS
 from maedistill.analysis.seeds import group_seeds
 from maedistill.escaping import code, markdown
 from maedistill.report.charts import network_colors, new_canvas, plain, save
-from maedistill.report.run_report import markdown_table
+from maedistill.report.formatting import markdown_table
 from maedistill.runs.records import write_text
 
 Array = np.ndarray

@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parse_arguments()
     require_local(arguments.out, "--out")
     from maedistill.exporting.scorecards import HEADS, notes, read_rows, write_page  # imports torch
-    from maedistill.report.run_report import text_table
+    from maedistill.report.formatting import text_table
 
     rows = read_rows(arguments.given)
     page = write_page(rows, arguments.out, command=masked(shlex.join(sys.argv)))

@@ -2,7 +2,7 @@
 
 Every term is off by default (weight 0) and has its own schedule; any number of terms can be combined. Depths of
 networks count from 0: a ViT's blocks, a convolutional network's stages as timm has them (ResNet: 0 the stem, 1 to 4
-its layers). Rules between the keys are in `finetune_rules.py`.
+its layers). Rules between the keys are in `distill_rules.py`.
 """
 
 from typing import Annotated, ClassVar, Literal

@@ -25,7 +25,7 @@ from maedistill.errors import DataError, NumericsError
 from maedistill.escaping import cell
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import Predictor, evaluation_mode, full_pass, left_out
-from maedistill.report.run_report import percent
+from maedistill.report.formatting import percent
 from maedistill.runs.records import write_text
 
 _KEPT = 5  # best classes stored per image

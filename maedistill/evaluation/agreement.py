@@ -20,7 +20,7 @@ from maedistill.errors import ConfigError, NumericsError
 from maedistill.evaluation.accuracy import Evaluation, best_classes, evaluate_with
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import Predictor
-from maedistill.report.run_report import percent
+from maedistill.report.formatting import percent
 
 
 @dataclass(frozen=True)

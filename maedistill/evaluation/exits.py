@@ -31,7 +31,7 @@ from maedistill.evaluation.latency import image_seconds
 from maedistill.models.flops import forward_gflop
 from maedistill.processes import distributed
 from maedistill.report.charts import new_canvas, plain
-from maedistill.report.run_report import percent
+from maedistill.report.formatting import percent
 from maedistill.runs.records import unwritable
 from maedistill.weights.class_names import compare_names
 from maedistill.weights.from_run import read_metadata, run_members

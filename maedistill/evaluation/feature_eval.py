@@ -24,7 +24,7 @@ from maedistill.evaluation.features import Features, extract_features
 from maedistill.evaluation.knn import knn_counts
 from maedistill.evaluation.linear_probe import ProbeRecipe, fit_heads, score_heads
 from maedistill.processes import distributed
-from maedistill.report.run_report import percent
+from maedistill.report.formatting import percent
 from maedistill.weights.backbone import Backbone, Pool, open_backbone
 
 

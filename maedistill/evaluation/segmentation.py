@@ -32,7 +32,7 @@ from maedistill.evaluation.linear_probe import LinearHeads, ProbeRecipe, fit_hea
 from maedistill.evaluation.masks import Pair, find_pairs, read_ahead, read_pair
 from maedistill.processes import distributed
 from maedistill.randomness import Stream, key, permute
-from maedistill.report.run_report import percent
+from maedistill.report.formatting import percent
 from maedistill.report.sheet import tile
 from maedistill.runs.records import unwritable
 from maedistill.weights.backbone import open_dense

@@ -17,10 +17,10 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.schema import RunConfig
 from maedistill.escaping import code, markdown, without_paths
 from maedistill.finetuning.peers import peer_configs
-from maedistill.models.encoder import PlainViT, num_params_m
 from maedistill.models.flops import forward_gflop
+from maedistill.models.vits import PlainViT, num_params_m
 from maedistill.pretraining.build import mask_sizes
-from maedistill.report.run_report import KNN_CAVEAT, percent
+from maedistill.report.formatting import KNN_CAVEAT, percent
 from maedistill.runs.history import read_metrics
 from maedistill.runs.state import stated_step
 from maedistill.weights.from_run import RunNetwork, Weights

@@ -32,7 +32,7 @@ from maedistill.escaping import without_paths
 from maedistill.exporting.card import model_card
 from maedistill.exporting.graph import GRAPH_FILES, write_graphs
 from maedistill.exporting.int8 import INT8_FILE, Int8Spec, quantise
-from maedistill.models.encoder import PlainViT, TimmModel, pooled_norm
+from maedistill.models.vits import PlainViT, TimmModel, pooled_norm
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.manifest import COMPLETE, follow_umask
 from maedistill.weights.from_graph import PREPROCESSING, Preprocessing

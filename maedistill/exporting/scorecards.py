@@ -22,8 +22,8 @@ from maedistill.errors import DataError, join_first
 from maedistill.escaping import code, markdown
 from maedistill.exporting.folder import NETWORK_FILES, RECORD
 from maedistill.report.charts import Timed, latency_chart
+from maedistill.report.formatting import markdown_table, percent
 from maedistill.report.intervals import Interval, of_count
-from maedistill.report.run_report import markdown_table, percent
 from maedistill.runs.manifest import CorruptCheckpoint, read_json
 from maedistill.runs.records import unwritable, write_text
 from maedistill.weights.from_timm import StrictModel, first_problem

@@ -14,9 +14,9 @@ from maedistill.data.loading.loader import RandomCrops
 from maedistill.data.loading.order import SampleOrder
 from maedistill.data.shards.index import ShardIndex
 from maedistill.errors import ConfigError
-from maedistill.models.encoder import PlainViT, TimmModel, build_vit, pooled_norm, require_plain_vit, vit_positions
 from maedistill.models.initialize import initialize
 from maedistill.models.meta import meta_device
+from maedistill.models.vits import PlainViT, TimmModel, build_vit, pooled_norm, require_plain_vit, vit_positions
 from maedistill.runs.objects import NOTHING, Objects, require_object
 from maedistill.weights.from_file import SPEC_FIELDS, EncoderSpec
 from maedistill.weights.from_run import describe_network

@@ -23,8 +23,8 @@ from maedistill.finetuning.predictions import Predictions
 from maedistill.finetuning.teacher import OfflineTeacher, TeacherEnsemble, TeacherSource
 from maedistill.finetuning.terms import TERMS
 from maedistill.machine import DTYPES, precision
-from maedistill.models.encoder import PlainViT
 from maedistill.models.initialize import initialize
+from maedistill.models.vits import PlainViT
 from maedistill.runs.objects import require_object
 from maedistill.weights.class_names import shared_classes
 from maedistill.weights.network import Network

@@ -18,7 +18,7 @@ from maedistill.finetuning.outputs import Outputs, RequestedOutputs, forward_out
 from maedistill.finetuning.term import Parts, Term
 from maedistill.losses.self_distillation import mutual_loss
 from maedistill.methods.mae import Losses
-from maedistill.models.encoder import PlainViT, TimmModel
+from maedistill.models.vits import PlainViT, TimmModel
 
 
 class Supervised(nn.Module):

@@ -20,7 +20,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from maedistill.models.blocks import has_plain_attention
-from maedistill.models.encoder import TimmModel, run_blocks
+from maedistill.models.encoder import run_blocks
+from maedistill.models.vits import TimmModel
 
 Outputs = dict[str, Tensor]
 

@@ -14,7 +14,7 @@ from maedistill.config.loader import COMMAND_LINE, cut_settings, load_config
 from maedistill.config.schema import Triple
 from maedistill.errors import ConfigError, UserError
 from maedistill.finetuning.build import build_classifier, build_init_source
-from maedistill.models.encoder import PlainViT, num_params_m
+from maedistill.models.vits import PlainViT, num_params_m
 from maedistill.weights.from_run import describe_network
 from maedistill.weights.network import Network
 

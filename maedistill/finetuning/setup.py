@@ -40,7 +40,7 @@ from maedistill.finetuning.peers import Peer, open_peers, peer_lines
 from maedistill.finetuning.predictions import Predictions
 from maedistill.finetuning.teacher import TeacherEnsemble, TeacherSource
 from maedistill.machine import DTYPES, precision
-from maedistill.models.encoder import PlainViT, num_params_m
+from maedistill.models.vits import PlainViT, num_params_m
 from maedistill.processes import distributed
 from maedistill.runs.dry_run import dry_run as plan_and_try
 from maedistill.runs.objects import NOTHING, Objects, open_samples

@@ -19,9 +19,10 @@ from maedistill.data.images.transforms import normalize
 from maedistill.errors import ConfigError
 from maedistill.losses.features import mean_of_blocks
 from maedistill.models.blocks import has_mlp_branch
-from maedistill.models.encoder import Encoder, MaskedEncoder, TimmModel
+from maedistill.models.encoder import Encoder, MaskedEncoder
 from maedistill.models.masking import PatchSplit
 from maedistill.models.patches import finer_ids
+from maedistill.models.vits import TimmModel
 from maedistill.weights.network import Network
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from maedistill.models.encoder import PlainViT
+from maedistill.models.vits import PlainViT
 
 
 def forward_gflop(vit: PlainViT) -> float:

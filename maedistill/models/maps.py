@@ -16,9 +16,10 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor
 
 from maedistill.errors import ConfigError
-from maedistill.models.encoder import Encoder, TimmModel, require_colour
+from maedistill.models.encoder import Encoder
 from maedistill.models.flops import on_meta
 from maedistill.models.patches import gather_rows
+from maedistill.models.vits import TimmModel, require_colour
 
 
 class MapEncoder(Encoder):

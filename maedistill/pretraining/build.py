@@ -23,18 +23,11 @@ from maedistill.methods.teacher import Teacher
 from maedistill.methods.tinymim import RelationSpec, TinyMIM
 from maedistill.models.blocks import has_plain_attention
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
-from maedistill.models.encoder import (
-    Encoder,
-    MaskedEncoder,
-    TimmModel,
-    as_encoder,
-    build_vit,
-    can_mask,
-    has_class_token,
-)
+from maedistill.models.encoder import Encoder, MaskedEncoder, as_encoder, can_mask, has_class_token
 from maedistill.models.initialize import initialize
 from maedistill.models.maps import MapEncoder
 from maedistill.models.masking import PatchSplit, num_visible, random_split
+from maedistill.models.vits import TimmModel, build_vit
 from maedistill.runs.objects import NOTHING, Objects, class_name, require_object
 from maedistill.weights.from_file import SPEC_FIELDS, EncoderSpec
 from maedistill.weights.license import NO_OTHERS, completed_license

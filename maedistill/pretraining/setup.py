@@ -1,14 +1,14 @@
 """The parts of a pre-training run before its engine exists: data, student and teacher. Also the dry run."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from maedistill.config.plan import Plan, batch_plans, make_plan, plan_lines, world_size_from_environment
+from maedistill.config.plan import Plan, make_plan, plan_lines, world_size_from_environment
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.sources import EMA
 from maedistill.data.remote.cache import set_cache
@@ -18,9 +18,9 @@ from maedistill.methods.average import COLLAPSED, AverageTeacher
 from maedistill.methods.mae import MAE, BlockFeatures, Losses
 from maedistill.methods.statistics import ChannelStatistics
 from maedistill.methods.teacher import Teacher
-from maedistill.models.encoder import num_params_m
 from maedistill.models.maps import MapEncoder
 from maedistill.models.masking import PatchSplit
+from maedistill.models.vits import num_params_m
 from maedistill.pretraining.build import (
     build_average,
     build_crops,
@@ -32,19 +32,16 @@ from maedistill.pretraining.build import (
     step_inputs,
 )
 from maedistill.pretraining.flops import count_flops
+from maedistill.pretraining.micro_batch import fit_micro_batch, is_fitted
 from maedistill.pretraining.more_teachers import MoreTeacher, open_more_teachers
 from maedistill.processes import distributed
-from maedistill.runs.checkpoint import checkpoint_steps
 from maedistill.runs.dry_run import dry_run as plan_and_try
 from maedistill.runs.dry_run import forward_backward
-from maedistill.runs.folder import RunFolder
 from maedistill.runs.objects import NOTHING, Objects, class_name, open_samples
-from maedistill.runs.previous import known_metadata
 from maedistill.runs.records import warn
 from maedistill.runs.settle import settle
 from maedistill.runs.start import Stage
 from maedistill.training.compilation import compile_function, compile_module
-from maedistill.training.memory_fit import fit_to_memory
 from maedistill.training.optim import parameter_groups
 from maedistill.weights.from_run import describe_network
 from maedistill.weights.license import combined_license
@@ -262,40 +259,10 @@ def open_pretraining(
     parts.has_objects = objects.student is not None or objects.method is not None
     parts.unscorable = why_unscorable(index, val_index) if val_index is not None else None
     parts.auto_lines = auto_lines
-    _fit_micro_batch(parts)
+    if is_fitted(config, device):
+        trial = partial(_trial_on_noise, parts)
+        parts.plan, parts.fitted_to = fit_micro_batch(config, plan, parts.module, trial, device=device)
     return parts
-
-
-def _fit_micro_batch(parts: Pretraining) -> None:
-    """Fit the micro-batch to the memory of the GPUs if `engine.micro_batch` is not set. Collective.
-
-    A run resumed with as many ranks and the same GPU memory keeps its micro-batch, so that its sums are bit-identical.
-    Before its first checkpoint there is nothing to keep: a size that was too large is not tried again.
-    With `engine.deterministic` nothing is fitted, because two runs could choose different sizes.
-    """
-    config, plan, device = parts.config, parts.plan, parts.device
-    if config.engine.micro_batch is not None or config.engine.deterministic or device.type != "cuda":
-        return
-    plans = batch_plans(config.optim.global_batch, world_size=plan.world_size, group=config.data.views_per_image)
-    parts.fitted_to = min(distributed.gather_objects(torch.cuda.get_device_properties(device).total_memory))
-    known = distributed.on_main(lambda: _fitted_before(RunFolder(config.run)))
-    fits = {"ranks": plan.world_size, "fitted_to_bytes": parts.fitted_to}
-    batch = next((one for one in plans if known == fits | {"micro_batch": one.micro_batch}), None)
-    if batch is None:
-        numbers = sum(p.numel() for p in parts.module.parameters())
-        moments = 8 / (plan.world_size if config.engine.zero else 1)  # bytes per parameter; partitioned from ZeRO 1 on
-        later = numbers * (moments + 4 + 4 * (config.optim.ema is not None))  # 4: buffers for the gradient reduction
-        batch = fit_to_memory(plans, lambda count: _trial_on_noise(parts, count), device=device, later_bytes=later)
-        parts.module.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-    parts.plan = replace(plan, batch=batch)
-
-
-def _fitted_before(folder: RunFolder) -> dict[str, Any]:
-    """Return the micro-batch of the run in a folder, and what it was fitted to; empty before its first checkpoint."""
-    if not checkpoint_steps(folder.checkpoints):
-        return {}
-    return known_metadata(folder.path).get("batch", {})
 
 
 def dry_run(config: PretrainConfig) -> None:

@@ -12,21 +12,14 @@ from typing import TypeVar
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import all_keys, flat
+from maedistill.report.formatting import KNN_CAVEAT, interval_text, percent
 from maedistill.report.interactive import curves, legend, require_bokeh
 from maedistill.report.markup import Html, command, element, note, table
 from maedistill.report.page import Page
 from maedistill.report.page_pictures import reconstructions
 from maedistill.report.page_predictions import predictions
 from maedistill.report.recorded import RecordedRun, is_run, read_run, readable, written
-from maedistill.report.run_report import (
-    KNN_CAVEAT,
-    PICTURE_NOTE,
-    interval_text,
-    next_commands,
-    part_scores,
-    percent,
-    summary,
-)
+from maedistill.report.run_report import PICTURE_NOTE, next_commands, part_scores, summary
 from maedistill.runs.history import duration
 from maedistill.runs.records import warn
 

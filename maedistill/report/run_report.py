@@ -14,17 +14,13 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import DataError
 from maedistill.escaping import code, markdown, shown
 from maedistill.report.curves import draw_curves, mean_metric
-from maedistill.report.intervals import of_count
+from maedistill.report.formatting import KNN_CAVEAT, interval_text, markdown_table, percent
 from maedistill.runs.history import duration, read_metrics
 from maedistill.runs.records import write_text
 
 if TYPE_CHECKING:  # its import takes seconds, for which report pages need not wait
     from maedistill.runs.folder import RunFolder
 
-KNN_CAVEAT = (
-    "kNN on frozen features is a trend, no forecast: masked autoencoders have been reported at 11 % kNN beside 81 % "
-    "after fine-tuning."
-)
 
 PICTURE_NOTE = (
     "Where the pixel target is normalised, predicted patches are shown with the mean and contrast of the true patch, "
@@ -143,17 +139,6 @@ def _times(starts: int) -> str:
     return "one start" if starts == 1 else f"{starts} starts"
 
 
-def interval_text(correct: int, images: int) -> str:
-    """Format Wilson's 95 % interval of a share: `79.87 to 82.52 %`."""
-    interval = of_count(correct, images)
-    return f"{100 * interval.low:.2f} to {100 * interval.high:.2f} %"
-
-
-def percent(count: int, total: int) -> str:
-    """Format a share: `81.23 % (4061 of 5000)`."""
-    return f"{100 * count / total:.2f} % ({count} of {total})"
-
-
 def _finetune_command(folder: Path, config: PretrainConfig) -> list[str]:
     """Return the command that fine-tunes this run on the same data, with the recipe for its size if there is one."""
     sizes = ("vit_tiny", "vit_small", "vit_base", "vit_large")
@@ -204,19 +189,6 @@ def _losses_table(config: PretrainConfig, last: Mapping[str, Any]) -> list[str]:
     cells = [config.method, config.student.title, f"{config.optim.epochs:g}", *losses, knn, duration(last["seconds"])]
     heads = ["method", "student", "epochs", "loss", "pixels", "align", "generate", "kNN", "time"]
     return markdown_table(heads, [cells])
-
-
-def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Format the lines of a Markdown table; its cells hold text, no markup."""
-    return [f"| {' | '.join(map(markdown, cells))} |" for cells in (heads, ["---"] * len(heads), *rows)]
-
-
-def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Format the lines of a table for a terminal."""
-    columns = zip(heads, *rows, strict=True)
-    widths = [max(map(len, column)) for column in columns]
-    lines = (zip(cells, widths, strict=True) for cells in (heads, *rows))
-    return ["  ".join(cell.ljust(width) for cell, width in line).rstrip() for line in lines]
 
 
 def _last_picture(folder: "RunFolder") -> list[str]:

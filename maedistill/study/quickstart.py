@@ -13,10 +13,10 @@ from typing import Any
 
 from maedistill.escaping import masked, say
 from maedistill.exporting.scorecards import Row, read_rows, write_page
+from maedistill.report.formatting import text_table
 from maedistill.report.interactive import has_bokeh
 from maedistill.report.recorded import PREDICTIONS
 from maedistill.report.run_page import refresh
-from maedistill.report.run_report import text_table
 from maedistill.study.completion import is_scored
 from maedistill.study.file import load_study
 from maedistill.study.plan import StudyPlan

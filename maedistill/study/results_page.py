@@ -11,8 +11,8 @@ from typing import Any
 from maedistill.errors import join_first
 from maedistill.escaping import code, markdown
 from maedistill.report.charts import Accuracy, Trained, accuracy_chart, length_chart
+from maedistill.report.formatting import KNN_CAVEAT, markdown_table, text_table
 from maedistill.report.intervals import Interval
-from maedistill.report.run_report import KNN_CAVEAT, markdown_table, text_table
 from maedistill.runs.history import duration
 from maedistill.runs.records import write_text
 

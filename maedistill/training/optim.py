@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from maedistill.errors import ConfigError
-from maedistill.models.encoder import PlainViT
+from maedistill.models.vits import PlainViT
 
 _NO_DECAY = ("cls_token", "reg_token", "mask_token", "pos_embed", "freqs")  # last components of parameter names
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from maedistill.errors import ConfigError
-from maedistill.models.encoder import TimmModel
 from maedistill.models.maps import feature_maps, map_shapes, resample
+from maedistill.models.vits import TimmModel
 from maedistill.weights.network import Network
 from maedistill.weights.open_network import open_network
 

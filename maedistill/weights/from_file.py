@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from torch.serialization import safe_globals
 
 from maedistill.errors import DataError
-from maedistill.models.encoder import PlainViT, TimmModel, build_vit, require_known
 from maedistill.models.meta import meta_device
+from maedistill.models.vits import PlainViT, TimmModel, build_vit, require_known
 from maedistill.weights.recognize import grid_of, prefix_tokens, recognize
 from maedistill.weights.state_dict import import_weights, load_classifier, load_encoder
 

@@ -21,9 +21,9 @@ from torch import nn
 from maedistill.config.sources import PYTHON_KIND
 from maedistill.data.shards.scan import USUAL, Members
 from maedistill.errors import ConfigError, DataError
-from maedistill.models.encoder import PlainViT, TimmModel, require_plain_vit
 from maedistill.models.exits import exit_weights
 from maedistill.models.meta import meta_device
+from maedistill.models.vits import PlainViT, TimmModel, require_plain_vit
 from maedistill.runs.checkpoint import checkpoint_steps
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.manifest import COMPLETE, CorruptCheckpoint, verify

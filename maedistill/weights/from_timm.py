@@ -25,8 +25,8 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 from maedistill.config.schema import Crop
 from maedistill.errors import ConfigError, DataError, UserError
 from maedistill.escaping import say
-from maedistill.models.encoder import TimmModel, require_known
 from maedistill.models.meta import meta_device
+from maedistill.models.vits import TimmModel, require_known
 from maedistill.weights.from_file import READ_ERRORS, Inspect, why_unreadable
 
 _CONFIG = "config.json"

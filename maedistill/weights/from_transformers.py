@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from pydantic import Field, ValidationError
 
 from maedistill.errors import DataError
-from maedistill.models.encoder import PlainViT
+from maedistill.models.vits import PlainViT
 from maedistill.weights.from_file import EncoderSpec, Inspect, open_file
 from maedistill.weights.from_timm import (
     Deviation,

@@ -13,8 +13,9 @@ from torch import Tensor
 from maedistill.config.schema import Triple
 from maedistill.data.loading.evaluation import evaluation_transform
 from maedistill.errors import ConfigError
-from maedistill.models.encoder import Encoder, PlainViT, TimmModel, as_encoder
+from maedistill.models.encoder import Encoder, as_encoder
 from maedistill.models.maps import MapEncoder
+from maedistill.models.vits import PlainViT, TimmModel
 from maedistill.weights.from_file import why_unreadable
 from maedistill.weights.graph import Graph
 

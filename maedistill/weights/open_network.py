@@ -21,17 +21,17 @@ from timm.layers import PatchEmbed
 
 from maedistill.config.sources import GRAPH_KINDS, NETWORK_KINDS, SOURCE_KINDS, named_source, why_unnamed
 from maedistill.errors import ConfigError
-from maedistill.models.encoder import (
+from maedistill.models.encoder import can_mask
+from maedistill.models.initialize import initialize
+from maedistill.models.meta import meta_device
+from maedistill.models.vits import (
     PlainViT,
     TimmModel,
-    can_mask,
     require_colour,
     require_known,
     require_plain_vit,
     require_square_patches,
 )
-from maedistill.models.initialize import initialize
-from maedistill.models.meta import meta_device
 from maedistill.weights.from_file import EncoderSpec, Inspect, open_file, why_unreadable
 from maedistill.weights.from_graph import open_graph
 from maedistill.weights.from_run import Weights, build_run, open_run

@@ -16,7 +16,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
 from maedistill.errors import DataError
-from maedistill.models.encoder import PlainViT
+from maedistill.models.vits import PlainViT
 from maedistill.weights.entries import StateDict, choose_entry, quoted
 from maedistill.weights.key_styles import TRANSFORMERS_EPS, merge_qkv, with_timm_names
 from maedistill.weights.recognize import KEY_OF_MODEL, likely_model

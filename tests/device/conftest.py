@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from maedistill.finetuning import build as build_finetuning
-from maedistill.models.encoder import build_vit
+from maedistill.models.vits import build_vit
 from maedistill.pretraining import build as build_pretraining
 from maedistill.processes import distributed
 from maedistill.training import engine

@@ -21,8 +21,9 @@ from maedistill.evaluation.features import pooled_features, random_subset
 from maedistill.evaluation.knn import knn_accuracy, knn_counts, knn_predictions
 from maedistill.methods.mae import MAE, PixelSpec
 from maedistill.models.decoder import TokenDecoder
-from maedistill.models.encoder import MaskedEncoder, build_vit
+from maedistill.models.encoder import MaskedEncoder
 from maedistill.models.initialize import initialize
+from maedistill.models.vits import build_vit
 from maedistill.processes import distributed
 from maedistill.weights.backbone import Backbone
 from maedistill.weights.open_network import given_network

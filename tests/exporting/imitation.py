@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from maedistill.models.encoder import build_vit
+from maedistill.models.vits import build_vit
 from maedistill.runs.checkpoint import take_snapshot, write_snapshot
 from maedistill.training.engine import MOMENTS, TrainingState
 from maedistill.weights.from_run import describe_network

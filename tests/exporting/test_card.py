@@ -11,8 +11,8 @@ import yaml
 from PIL import Image
 
 from maedistill.exporting.folder import export
-from maedistill.models.encoder import build_vit
 from maedistill.models.flops import forward_gflop
+from maedistill.models.vits import build_vit
 from maedistill.weights.open_network import open_network
 from tests.exporting.imitation import CROP, LISTED, MEAN, START, STD, imitate, random_vit
 

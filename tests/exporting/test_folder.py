@@ -21,7 +21,8 @@ from maedistill.commands import export as export_command
 from maedistill.errors import exit_code_of
 from maedistill.exporting import folder as module
 from maedistill.exporting.folder import export, read_record
-from maedistill.models.encoder import MaskedEncoder, build_vit
+from maedistill.models.encoder import MaskedEncoder
+from maedistill.models.vits import build_vit
 from maedistill.runs.checkpoint import take_snapshot, write_snapshot
 from maedistill.runs.manifest import write_manifest
 from maedistill.runs.restore import newest_intact, read_weights

@@ -22,7 +22,7 @@ from maedistill.evaluation.context import EvalContext
 from maedistill.exporting.folder import export
 from maedistill.exporting.graph import write_graphs
 from maedistill.exporting.int8 import INT8_FILE, Int8Spec, _quantiser, quantise
-from maedistill.models.encoder import build_vit
+from maedistill.models.vits import build_vit
 from maedistill.weights.open_network import open_network
 from tests.exporting.imitation import MEAN, STD, TINY, imitate
 from tests.exporting.test_graph import images, of_timm, stated

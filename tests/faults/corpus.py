@@ -30,8 +30,8 @@ from torch import Tensor
 
 from maedistill.config.render import config_yaml
 from maedistill.data.shards.open_index import open_index
-from maedistill.models.encoder import build_vit
 from maedistill.models.initialize import initialize
+from maedistill.models.vits import build_vit
 from maedistill.runs.checkpoint import take_snapshot, write_snapshot
 from maedistill.runs.folder import RunFolder
 from maedistill.training.engine import MOMENTS, TrainingState

@@ -15,10 +15,11 @@ from maedistill.methods.teacher import Teacher
 from maedistill.methods.tinymim import RelationSpec, TinyMIM
 from maedistill.models.blocks import projection
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
-from maedistill.models.encoder import MaskedEncoder, build_vit
+from maedistill.models.encoder import MaskedEncoder
 from maedistill.models.initialize import initialize
 from maedistill.models.masking import PatchSplit, random_split
 from maedistill.models.patches import patchify, unpatchify
+from maedistill.models.vits import build_vit
 from maedistill.weights.from_file import EncoderSpec
 from maedistill.weights.open_network import open_network
 

@@ -13,9 +13,10 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.pretrain import Teacher as TeacherSection
 from maedistill.errors import ConfigError, DataError
 from maedistill.methods.teacher import Teacher
-from maedistill.models.encoder import MaskedEncoder, build_vit
+from maedistill.models.encoder import MaskedEncoder
 from maedistill.models.initialize import initialize
 from maedistill.models.masking import random_split
+from maedistill.models.vits import build_vit
 from maedistill.pretraining.build import build_teacher_source
 from maedistill.weights.from_file import EncoderSpec
 from maedistill.weights.license import NO_OTHERS

@@ -5,9 +5,10 @@ import timm
 import torch
 
 from maedistill.errors import ConfigError
-from maedistill.models.encoder import MaskedEncoder, build_vit, nearest_models
+from maedistill.models.encoder import MaskedEncoder
 from maedistill.models.initialize import initialize
 from maedistill.models.meta import meta_device
+from maedistill.models.vits import build_vit, nearest_models
 
 TINY = {"width": 32, "depth": 3, "num_heads": 2, "patch_size": 4}
 VARIANTS = [

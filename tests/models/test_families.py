@@ -21,10 +21,11 @@ from maedistill.methods.dmae import DMAE, AlignmentSpec
 from maedistill.methods.mae import PixelSpec
 from maedistill.methods.teacher import Teacher
 from maedistill.models.decoder import TokenDecoder
-from maedistill.models.encoder import MaskedEncoder, build_vit, has_class_token
+from maedistill.models.encoder import MaskedEncoder, has_class_token
 from maedistill.models.initialize import initialize
 from maedistill.models.masking import random_split
 from maedistill.models.patches import gather_rows
+from maedistill.models.vits import build_vit
 from maedistill.pretraining.build import alignment_spec, build_encoder, build_teacher_source
 from maedistill.pretraining.flops import count_flops
 from maedistill.weights.from_file import EncoderSpec

@@ -10,8 +10,9 @@ from maedistill.methods.dmae import DMAE, AlignmentSpec
 from maedistill.methods.mae import PixelSpec
 from maedistill.methods.teacher import Teacher
 from maedistill.models.decoder import CrossDecoder, TokenDecoder
-from maedistill.models.encoder import MaskedEncoder, build_vit
+from maedistill.models.encoder import MaskedEncoder
 from maedistill.models.meta import meta_device
+from maedistill.models.vits import build_vit
 from maedistill.pretraining.flops import count_flops
 from maedistill.weights.network import Network
 

@@ -7,9 +7,10 @@ from PIL import Image
 
 from maedistill.methods.mae import MAE, PixelSpec
 from maedistill.models.decoder import TokenDecoder
-from maedistill.models.encoder import MaskedEncoder, build_vit
+from maedistill.models.encoder import MaskedEncoder
 from maedistill.models.initialize import initialize
 from maedistill.models.masking import PatchSplit, random_split
+from maedistill.models.vits import build_vit
 from maedistill.pretraining.pictures import paste, reconstruction_sheet, show_only
 from maedistill.report.sheet import tile
 

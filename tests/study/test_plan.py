@@ -9,7 +9,7 @@ from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError
-from maedistill.models.encoder import build_vit
+from maedistill.models.vits import build_vit
 from maedistill.study import plan as planning
 from maedistill.study.file import load_study
 from maedistill.study.plan import StudyPlan, add_tests, topological_order

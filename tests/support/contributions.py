@@ -240,7 +240,7 @@ import timm
 import torch
 
 from maedistill.errors import DataError
-from maedistill.models.encoder import TimmModel, require_known
+from maedistill.models.vits import TimmModel, require_known
 from maedistill.weights.from_file import Inspect
 
 

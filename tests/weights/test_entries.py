@@ -11,8 +11,8 @@ from maedistill.config.pretrain import PretrainConfig, Teacher
 from maedistill.errors import ConfigError, DataError
 from maedistill.finetuning.build import build_init_source
 from maedistill.finetuning.build_teachers import open_teachers
-from maedistill.models.encoder import build_vit
 from maedistill.models.initialize import initialize
+from maedistill.models.vits import build_vit
 from maedistill.pretraining.build import build_teacher_source
 from maedistill.weights.from_file import EncoderSpec
 from maedistill.weights.open_network import open_network

@@ -12,7 +12,8 @@ from timm.models import save_for_hf
 from maedistill.config.finetune import FinetuneConfig, Init, Student
 from maedistill.errors import ConfigError, DataError
 from maedistill.finetuning.build import build_init_source
-from maedistill.models.encoder import as_encoder, build_vit
+from maedistill.models.encoder import as_encoder
+from maedistill.models.vits import build_vit
 from maedistill.runs.checkpoint import take_snapshot, write_snapshot
 from maedistill.training.engine import MOMENTS, TrainingState
 from maedistill.weights.from_file import EncoderSpec

@@ -5,8 +5,8 @@ import timm
 import torch
 
 from maedistill.errors import ConfigError, UserError
-from maedistill.models.encoder import build_vit
 from maedistill.models.initialize import initialize
+from maedistill.models.vits import build_vit
 from maedistill.weights.from_file import EncoderSpec
 from maedistill.weights.open_network import open_network
 from maedistill.weights.recognize import grid_of, recognize

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
 from maedistill.errors import DataError
-from maedistill.models.encoder import build_vit
 from maedistill.models.initialize import initialize
+from maedistill.models.vits import build_vit
 from maedistill.weights.from_file import read_weights_file, why_unreadable
 from maedistill.weights.state_dict import import_weights, load_encoder
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from maedistill.errors import DataError
-from maedistill.models.encoder import build_vit
+from maedistill.models.vits import build_vit
 from maedistill.runs.checkpoint import latest_step
 from maedistill.runs.restore import load_latest, newest_intact, read_weights
 from maedistill.training.engine import MOMENTS, TrainingState

@@ -1,0 +1,59 @@
+"""The depth of 16-bit images: one for all images of a source, so that their brightness stays comparable."""
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
+from maedistill.data.images.convert import bits_in_use
+from maedistill.data.images.decode import BadImage
+from maedistill.data.images.depth import is_wide_png
+from maedistill.data.shards.records import Record, Source, printable
+from maedistill.escaping import get_log
+
+_log = get_log(__name__)
+
+
+_EIGHT_BITS = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif")  # suffixes of formats without 16 bits
+
+
+_EIGHT_BIT_STARTS = (b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM")
+
+
+def used_depth(source: Source, workers: int) -> int:
+    """Return the depth that the 16-bit images of a source use together, 0 if it has none.
+
+    One depth for all of them keeps their brightness comparable. Warn if a few images set it, which darkens the others.
+    Only files that may have 16 bits are opened.
+    """
+    if source.head is None:
+        return 0
+    candidates = [
+        record
+        for records in source.splits.values()
+        for record in records
+        if not record.origin.lower().endswith(_EIGHT_BITS)
+    ]
+    with ThreadPoolExecutor(workers) as pool:
+        depths = list(pool.map(functools.partial(_depth, source), candidates))
+    bits, wide = max(depths, default=0), sorted(filter(None, depths))
+    if wide and (usual := wide[len(wide) // 2]) < bits:
+        _log.warning(
+            "%d of %d 16-bit images use %d bits, first %s, and most others %d: one scale for all makes these %d times "
+            "darker; write either kind to shards of its own",
+            wide.count(bits),
+            len(wide),
+            bits,
+            printable(candidates[depths.index(bits)].origin),
+            usual,
+            1 << bits - usual,
+        )
+    return bits
+
+
+def _depth(source: Source, record: Record) -> int:
+    assert source.head is not None
+    try:
+        head = source.head(record)
+        is_narrow_png = head.startswith(b"\x89PNG") and not is_wide_png(head)
+        return 0 if is_narrow_png or head.startswith(_EIGHT_BIT_STARTS) else bits_in_use(source.read(record))
+    except (OSError, BadImage):  # it is reported when it is converted
+        return 0
