@@ -228,7 +228,7 @@ def test_a_killed_run_of_objects_repeats_every_bit(tmp_path, launcher):
 
 
 AGAIN = """
-import os, signal, sys
+import signal, sys
 import torch
 import maedistill
 
@@ -236,7 +236,7 @@ class Stop(maedistill.Callback):
     def on_step(self, run):
         seen.append((torch.are_deterministic_algorithms_enabled(), signal.getsignal(signal.SIGINT) is theirs))
         if run.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 seen, theirs = [], signal.getsignal(signal.SIGINT)
 settings = {"run": sys.argv[2], "method": "mae", "optim.epochs": 1, "engine.deterministic": True}
@@ -247,7 +247,7 @@ except maedistill.Preempted:
 assert seen == [(True, False)] * 3 + ["stopped"] and not torch.are_deterministic_algorithms_enabled()
 assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == [theirs, signal.SIG_DFL]
 try:
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)  # to this thread: os.kill may reach another, and Python acts later
     raise SystemExit("nobody stopped")
 except KeyboardInterrupt:
     pass

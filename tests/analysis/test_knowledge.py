@@ -282,7 +282,8 @@ def test_pixels_are_from_0_to_1_and_each_network_normalises_them(spec, tmp_path,
 
     monkeypatch.setattr(knowledge, "cell_entropies", note)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "settings.json").write_text("of a first start that computed nothing")
+    # of a first start that computed nothing
+    (tmp_path / "out" / "settings.json").write_text('{"format": 1, "states": [], "grid": 9}')
     (tmp_path / "out" / "maps.png").touch()
     result = quantify(replace(spec, out=tmp_path / "out"), CONTEXT)
     assert result["left_out"]["no_response"] == COUNT and not result["networks"], "none counts, and it is written"

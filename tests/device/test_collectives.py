@@ -4,6 +4,7 @@ Two ranks are two threads of this process, each with a card of its own; torch.di
 by twenty lines that exchange values in rank order and check what they are given.
 """
 
+import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -110,6 +111,9 @@ def ranks(monkeypatch) -> Ranks:
     for name, answer in answers.items():
         monkeypatch.setattr(dist, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(dist, "get_rank", lambda *_: ranks.rank())
+    store = dist.HashStore()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(distributed, "_counters", itertools.repeat(0))  # each rank counts for itself; these share
     names = ("broadcast_object_list", "all_gather_object", "broadcast", "all_reduce", "all_gather", "barrier")
     for name in names:
         monkeypatch.setattr(dist, name, getattr(ranks, name))

@@ -26,7 +26,7 @@ from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import Predictor
 from maedistill.evaluation.scorecard import score
 from maedistill.processes import distributed
-from maedistill.report import comparison
+from maedistill.study import results
 
 INPUT = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
 
@@ -183,7 +183,7 @@ def test_an_image_that_cannot_be_decoded_is_left_out_and_named(bad_index, ranks,
     assert [(row["id"], row["label"], bool(row["loss"]), bool(row["top1"])) for row in rows] == [
         ("0", "0", True, True), ("1", "0", False, False), ("2", "1", True, True),
     ]  # fmt: skip
-    assert comparison._read_correct(tmp_path / "p.csv").keys() == {"0", "2"}
+    assert results._read_correct(tmp_path / "p.csv").keys() == {"0", "2"}
 
 
 @pytest.mark.parametrize(("samples", "share"), [([1], 0.001), ([0, 1, 2], 0.0)])
