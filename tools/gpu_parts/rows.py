@@ -39,7 +39,7 @@ class RowFile:
     def append(self, row: Row) -> None:
         """Write a row by a single call, so that rows of two processes never mix."""
         line = (json.dumps(asdict(row)) + "\n").encode()
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             os.write(file, line)
         finally:

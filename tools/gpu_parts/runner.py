@@ -53,7 +53,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Child:
-    """The arguments of a part's process, passed on its command line."""
+    """The arguments of a part's process, passed on its command line. parent: process id of the tool."""
 
     part: str
     module: str
@@ -61,6 +61,7 @@ class Child:
     out: str
     work: str
     until: float
+    parent: int
 
 
 @dataclass
@@ -145,7 +146,7 @@ def _start(part: Part, settings: Settings) -> Started:
     """Start a part as the leader of a process group, to which all its child processes belong."""
     now = time.time()
     until = min(now + bound(part, settings), settings.until)
-    told = Child(part.name, part.module, settings.tiny, str(settings.out), str(settings.work), until)
+    told = Child(part.name, part.module, settings.tiny, str(settings.out), str(settings.work), until, os.getpid())
     log_folder(settings.work, part.name).mkdir(parents=True)
     with _log(part, settings).open("w") as log:
         process = subprocess.Popen(
