@@ -224,7 +224,6 @@ def test_only_some_students_and_what_they_need(study, only, expected) -> None:
         ({"settings": ["teacher.source={teacher.me}"]}, "{teacher.me} names no teacher", "use {teacher.teacher}"),
         ({"settings": ["optim.epochs=many"]}, "mae: command line optim.epochs=many", "optim.epochs"),
         ({"only": ["dame"]}, "--only dame: the study has no network", "scratch, mae, dmae, teacher"),
-        ({"only": ["mae", "data.workers=1"]}, "--only data.workers=1: the study has no", "before the options"),
         ({"seeds": range(100)}, "3 rows with 100 seeds are 500 runs, more than 300", "--only and --seeds"),
     ],
 )
