@@ -25,6 +25,7 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.schema import Precision
 from maedistill.data.loading.dataset import ImageDataset
 from maedistill.data.shards import write
+from maedistill.data.shards.scan import Members
 from maedistill.data.shards.sources import open_source
 from maedistill.data.shards.write import ConversionStats
 from maedistill.errors import DataError
@@ -147,6 +148,8 @@ def evaluate(
     peer: int = 0,
     image_size: int | None = None,
     crop: float | None = None,
+    image_key: str | None = None,
+    label_key: str | None = None,
     against: str | None = None,
     batch: int = 64,
     workers: int | None = None,
@@ -157,14 +160,15 @@ def evaluate(
     model: a run folder, an export folder, KIND:NAME (as `timm:resnet18.a1_in1k`), or a module that maps normalised
     images [B, 3, s, s] to logits. data: labelled shards or a data set. weights: `ema` for a moving average, or the name
     of an entry of a checkpoint file. exit: the block of one of a run's exits, where the network ends. peer: a student
-    of mutual learning, from 1 on. image_size, crop: other than the model's own. against: a second classifier, for
-    agreement and a paired comparison.
+    of mutual learning, from 1 on. image_size, crop: other than the model's own. image_key, label_key: which members of
+    a sample are image and label, as the keys of `data`. against: a second classifier, for agreement and a paired
+    comparison.
     """
     context = open_context(batch=batch, workers=workers, threads=None, precision=precision)
     source = model if isinstance(model, nn.Module) else str(model)
     images = str(data) if isinstance(data, str | Path) else data
     options: dict[str, Any] = {"weights": weights, "exit": exit, "peer": peer, "image_size": image_size, "crop": crop}
-    options |= {"against": against}
+    options |= {"against": against, "members": Members(image_key, label_key)}
     return score(source, images, context, **options, files={})
 
 

@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ import torch
 from torch import nn
 
 import maedistill
+from maedistill import api
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.images.decode import BadImage
 from maedistill.data.loading.dataset import open_dataset, open_reader
+from maedistill.errors import ConfigError
 from maedistill.finetuning.setup import open_finetuning
 from maedistill.pretraining.setup import open_pretraining
 from maedistill.runs.objects import Objects, python_name
@@ -35,6 +38,24 @@ def test_every_public_name_exists_and_has_a_docstring():
     assert {*maedistill.__all__} <= {*dir(maedistill)}
     with pytest.raises(AttributeError):
         maedistill.nothing  # noqa: B018
+
+
+def test_paths_in_lists_are_settings_and_numbers_of_other_kinds_are_not(pretraining):
+    """The functions return paths, and teachers are a list."""
+    settings = {"distill.teachers": [Path("run:a"), "run:b"], "distill.logits.weight": 1.0, "init.source": "run:c"}
+    loaded = load_config("quickstart/finetune", settings, root=FinetuneConfig, to_run=False).config
+    assert loaded.distill.teachers == ("run:a", "run:b")
+    for wrong in ([np.int64(8)], {"a": [np.int64(8)]}, [["x", b"y"]]):
+        with pytest.raises(ConfigError, match=r"^align\.student.* is no setting"):
+            load_config(pretraining.config, {"align.student": wrong}, root=PretrainConfig, to_run=False)
+
+
+def test_shards_of_other_tools_can_be_evaluated(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(api, "open_context", lambda **_: None)
+    monkeypatch.setattr(api, "score", lambda *_, **options: seen.update(options))
+    maedistill.evaluate("runs/a", "x.tar", image_key="input.jpg", label_key="output.cls")
+    assert seen["members"] == ("input.jpg", "output.cls")
 
 
 def test_the_page_about_python_runs(tmp_path):

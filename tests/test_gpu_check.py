@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from types import ModuleType
 
 import pytest
@@ -20,6 +22,7 @@ BAD_PARTS = {
     "hangs": "(check.out / 'pid').write_text(str(subprocess.Popen(['sleep', '600']).pid)); time.sleep(600)",
     "works": "check.measured('speed', '3 images/s', goal='goal: at least 4: missed', images_per_second=3.0)",
 }
+FILES = {"results.json", "summary.md", "rows.jsonl", "logs.txt"}
 MODULE = "import os, signal, subprocess, time\ndef run(check):\n    check.verdict('begins', True)\n    {end}\n"
 
 
@@ -35,7 +38,8 @@ def tool(root) -> ModuleType:
 def parts(tool) -> dict[str, ModuleType]:
     """Its modules that the tests look into."""
     return {
-        name: importlib.import_module(f"gpu_parts.{name}") for name in ("goals", "kernels", "pack", "rows", "runner")
+        name: importlib.import_module(f"gpu_parts.{name}")
+        for name in ("check", "goals", "kernels", "pack", "rows", "runner", "runs", "speed", "starts")
     }
 
 
@@ -53,7 +57,8 @@ def test_the_check_is_green_on_small_sizes(root, tmp_path) -> None:
     summary = (tmp_path / "summary.md").read_text()
     for row in found["rows"]:
         assert row["check"] in ended.stdout and row["figure"] in summary
-    assert {path.name for path in (tmp_path / "logs").iterdir()} == {"peaks.log", "engine.log"}
+    assert {path.name for path in tmp_path.iterdir()} == FILES, "few files come back from a machine that is lent"
+    assert "==== peaks: output.log" in (tmp_path / "logs.txt").read_text()
 
 
 @pytest.mark.faults
@@ -76,6 +81,38 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tool, parts, tmp_path
     assert not _lives(int((out / "pid").read_text())), "what it has started ended with it"
     assert rows[-1]["values"] == {"images_per_second": 3.0} and rows[-1]["verdict"] == "measured"
     assert "[goal: at least 4: missed]" in capfd.readouterr().out
+
+
+@pytest.mark.faults
+def test_a_sigterm_keeps_what_is_known_and_ends_the_parts(tool, parts, tmp_path, monkeypatch) -> None:
+    for name in ("works", "hangs"):
+        (tmp_path / f"part_that_{name}.py").write_text(MODULE.format(end=BAD_PARTS[name]))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    out, names = tmp_path / "out", ("works", "hangs", "raises")
+    monkeypatch.setattr(tool, "PARTS", [parts["runner"].Part(name, f"part_that_{name}", 60.0, "") for name in names])
+    monkeypatch.setattr(parts["runner"], "_may_start", lambda part, running, settings: not running)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--tiny", "--out", str(out)])
+
+    def stop() -> None:
+        while not ((out / "pid").exists() and (out / "pid").read_text()):
+            time.sleep(0.05)
+        seen.append(json.loads((out / "results.json").read_text())["rows"])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    seen, before = [], signal.signal(signal.SIGTERM, tool._stop)
+    threading.Thread(target=stop, daemon=True).start()
+    try:
+        with pytest.raises(SystemExit) as error:
+            tool.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert error.value.code == 128 + signal.SIGTERM
+    assert {row["part"] for row in seen[0]} >= {"works"}, "written as it comes"
+    found = json.loads((out / "results.json").read_text())
+    verdicts = [(row["part"], row["verdict"]) for row in found["rows"]]
+    assert verdicts == [("works", "ok"), ("works", "measured"), ("hangs", "ok"), ("hangs", "skipped")]
+    assert {end["name"]: end["code"] for end in found["parts"]} == {"works": 0, "hangs": None, "raises": None}
+    assert not _lives(int((out / "pid").read_text())) and {path.name for path in out.iterdir()} == {*FILES, "pid"}
 
 
 def _lives(pid: int) -> bool:
@@ -107,11 +144,47 @@ def test_a_machine_without_a_card_and_unknown_parts_are_refused(tool, monkeypatc
     assert "--pack packed" in text and all(part.about in text for part in tool.PARTS)
 
 
-def test_all_parts_exist_and_the_sure_ones_come_before_the_timed(tool, root) -> None:
+def test_it_starts_where_nothing_is_installed(root, tmp_path) -> None:
+    command = [sys.executable, "-S", str(root / "tools" / "gpu_check.py"), "--list"]
+    listed = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True)
+    assert listed.returncode == 0 and "speed-published" in listed.stdout, listed.stderr
+
+
+def test_parts_come_by_importance_with_time_to_compile(tool, parts, root) -> None:
     for part in tool.PARTS:
         assert (root / "tools" / f"{part.module.replace('.', '/')}.py").is_file()
-    kinds = [part.together for part in tool.PARTS if part.name != "peaks"]
-    assert kinds == sorted(kinds, reverse=True)
+    names, speed = [part.name for part in tool.PARTS], parts["speed"]
+    measured = [part for part in tool.PARTS if part.name.startswith("speed")]
+    assert names[:2] == ["methods", "peaks"] and names[2:6] == [part.name for part in measured]
+    for part in measured:
+        assert part.seconds - 60 > 1.2 * speed._FIRST_COMPILE + 8, "after the eager steps"
+
+
+def test_a_lack_of_time_is_no_failure_and_an_error_ends_its_own_check_only(parts, tmp_path, monkeypatch) -> None:
+    (tmp_path / "work").mkdir()
+    check = parts["check"].Check("runs", True, tmp_path, tmp_path / "work", time.time())
+    monkeypatch.setattr(parts["starts"].Starts, "_start", lambda *_, **__: subprocess.Popen(["sleep", "60"]))
+    starts = parts["starts"].Starts(check, tmp_path)
+    starts.whole("one")
+    starts.stopped("two")
+    parts["runs"]._compare(check, starts, "one", "other", bound=0.0)
+    with check.guarded("compiled"):
+        raise AssertionError("no such kernel")
+    rows = parts["rows"]
+    assert [row.verdict for row in check.rows.all()] == [rows.SKIPPED] * 3 + [rows.FAIL]
+    assert "AssertionError: no such kernel" in check.rows.all()[-1].figure
+
+
+def test_the_digest_is_short_and_ends_with_what_matters(parts) -> None:
+    rows = parts["rows"]
+    many = [rows.Row("speed", f"figure {i}", rows.MEASURED, 500 * "x", values={}) for i in range(20)]
+    many = [rows.Row("methods", f"check {i}", rows.OK) for i in range(99)] + many
+    many += [rows.Row("details", f"figure {i}", rows.MEASURED, 500 * "x") for i in range(99)]
+    many += [rows.Row("engine", "zero 0", rows.FAIL, "norms apart")]
+    lines = rows.digest(many).splitlines()
+    assert sum(map(len, lines)) < 9000 and lines[0] == "..."
+    assert lines[-1] == str(many[-1]) and lines[-2].endswith("methods: 99 checks")
+    assert sum("speed: figure" in line for line in lines) == 20
 
 
 def test_parts_that_are_timed_run_alone(parts) -> None:

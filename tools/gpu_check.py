@@ -4,9 +4,11 @@
     python tools/gpu_check.py --only speed,loader  some parts
     python tools/gpu_check.py --tiny               the check itself, on small sizes; runs without a GPU, too
 
-Run it in a checkout; it needs no network. A part that fails or hangs does not stop the next one. OUT gets results.json,
-summary.md and logs; the exit code is 1 if any check failed. Speeds are figures, with their goals beside them: a goal
-that is missed fails nothing.
+Run it in a checkout; it needs no network, and maedistill need not be installed. A part that fails or hangs does not
+stop the next one. OUT gets results.json, summary.md, rows.jsonl and logs.txt, written as the parts go on, so that a
+SIGTERM loses nothing that was known; the last lines printed are the digest. The exit code is 1 if any check failed.
+What finds no time is skipped and fails nothing. Speeds are figures, with their goals beside them: a goal that is missed
+fails nothing.
 """
 
 import argparse
@@ -14,31 +16,34 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from gpu_parts.rows import FAIL, SKIPPED, Row, RowFile, table
-from gpu_parts.runner import Child, Part, Settings, run_parts
+from gpu_parts.rows import FAIL, SKIPPED, Row, RowFile, digest
+from gpu_parts.runner import LOGS, TOOL, Child, Part, PartEnd, Settings, run_parts
 
 from maedistill.errors import ConfigError, exit_code_of
 
-# Checks of correctness come first, then the most important figures. Bounds are in seconds and include process start.
+# In order of importance: each method's results, then the speed of each network, then the rest, of which what is not
+# timed runs side by side. Bounds are in seconds and include process start.
 PARTS = [
-    Part("peaks", "gpu_parts.peaks", 40, "what the card can do: products of matrices, copies"),
-    Part("tests", "gpu_parts.card_tests", 90, "tests/test_gpu.py", together=True),
     Part("methods", "gpu_parts.methods", 90, "loss and gradient of each method against the CPU", together=True),
+    Part("peaks", "gpu_parts.peaks", 60, "what the card can do: products of matrices, copies"),
+    Part("speed", "gpu_parts.speed", 200, "DMAE ViT-L -> ViT-B, light decoder: eager, compiled, and published loops"),
+    Part("speed-published", "gpu_parts.speed", 200, "DMAE ViT-L -> ViT-B, published decoder"),
+    Part("speed-amd", "gpu_parts.speed", 200, "AMD ViT-L -> ViT-B"),
+    Part("speed-small", "gpu_parts.speed", 170, "DMAE ViT-B -> ViT-S, published decoder"),
+    Part("tests", "gpu_parts.card_tests", 90, "tests/test_gpu.py", together=True),
     Part("engine", "gpu_parts.engine", 120, "ZeRO 0 to 3, number formats, accumulation against torch", together=True),
     Part("prefetch", "gpu_parts.prefetch", 60, "batches copied ahead: the right ones, none too early", together=True),
     Part("host_waits", "gpu_parts.host_waits", 90, "no step waits for the card", together=True),
-    Part("runs", "gpu_parts.runs", 150, "whole tiny runs against the CPU's, stopped and continued", together=True),
-    Part("speed", "gpu_parts.speed", 240, "DMAE ViT-L -> ViT-B, light decoder: the step against all others"),
-    Part("loader", "gpu_parts.loader", 120, "the loader alone, and a run that it feeds"),
-    Part("speed-published", "gpu_parts.speed", 110, "DMAE ViT-L -> ViT-B, published decoder"),
-    Part("speed-small", "gpu_parts.speed", 80, "DMAE ViT-B -> ViT-S, published decoder"),
-    Part("speed-amd", "gpu_parts.speed", 100, "AMD ViT-L -> ViT-B"),
+    Part("runs", "gpu_parts.runs", 200, "whole tiny runs against the CPU's, stopped and continued", together=True),
+    Part("loader", "gpu_parts.loader", 180, "the loader alone, and a run that it feeds"),
+    Part("details", "gpu_parts.speed", 240, "of `speed`: batch sizes, kernels, what engine and compilation cost"),
 ]
 MINUTES = 9.0
 _MANY_CORES = 8  # with at least this many cores, parts that are not timed run at the same time
@@ -79,24 +84,40 @@ def check(parts: list[Part], *, out: Path, minutes: float, tiny: bool) -> list[R
     from gpu_parts.results import TINY, not_run, summary, write_results
 
     start, machine = time.time(), head()
-    (out / "logs").mkdir(parents=True, exist_ok=True)
-    (out / "rows.jsonl").unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("rows.jsonl", LOGS):
+        (out / name).unlink(missing_ok=True)
     print("\n".join(f"{name}: {value}" for name, value in machine.items()), flush=True)
-    cores = int(machine["cores"])
+    cores, order, ends = int(machine["cores"]), [part.name for part in parts], list[PartEnd]()
     work = Path(tempfile.mkdtemp(prefix="maedistill-gpu-"))
     jobs, until = cores // 2 if cores >= _MANY_CORES else min(cores, 2) if tiny else 1, start + 60 * minutes
+
+    def written() -> list[Row]:
+        """Write what is known so far; return its rows."""
+        rows = sorted(RowFile(out / "rows.jsonl").all(), key=lambda row: order.index(row.part))
+        command, seconds = shlex.join(["python", *sys.argv]), time.time() - start
+        write_results(out, machine, rows, ends, command=command, seconds=seconds, tiny=tiny)
+        return rows
+
+    def progress(new: list[Row]) -> None:
+        print("\n".join(map(str, new)), flush=True)
+        written()
+
     try:
         settings = Settings(tiny, out, work, until, jobs, environment(work, cores=cores))
-        ends = run_parts(parts, settings, show=lambda row: print(row, flush=True))
+        run_parts(parts, settings, ends, progress=progress)
     finally:
+        rows = written()
+        notes = [note for note in (TINY if tiny else None, not_run(ends)) if note]
+        print("\n".join(["", digest(rows), *notes, summary(rows, seconds=time.time() - start)]), flush=True)
         shutil.rmtree(work, ignore_errors=True)
-    rows, seconds = RowFile(out / "rows.jsonl").all(), time.time() - start
-    rows.sort(key=lambda row: [part.name for part in parts].index(row.part))
-    write_results(out, machine, rows, ends, command=shlex.join(["python", *sys.argv]), seconds=seconds, tiny=tiny)
-    notes = [note for note in (TINY if tiny else None, not_run(ends)) if note]
-    print("\n".join(["", table(rows), *notes]), flush=True)
-    print(f"\n{summary(rows, seconds=seconds)}: {out / 'summary.md'}", flush=True)
     return rows
+
+
+def _stop(number: int, frame: object) -> None:
+    """End the parts, write the results and leave; further signals do not disturb that."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def environment(work: Path, *, cores: int) -> dict[str, str]:
@@ -107,7 +128,8 @@ def environment(work: Path, *, cores: int) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": str(work / "compiled"),
         "TRITON_CACHE_DIR": str(work / "triton"),
     }
-    return ours | os.environ
+    path = filter(None, (str(TOOL.parent.parent), os.environ.get("PYTHONPATH")))  # for the tools that parts start
+    return ours | os.environ | {"PYTHONPATH": os.pathsep.join(path)}
 
 
 def chosen(only: str | None) -> list[Part]:
@@ -179,6 +201,7 @@ def positive(text: str) -> float:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
     failed: list[Row] = []
     code = exit_code_of(lambda: failed.extend(main()))
     sys.exit(code or int(bool(failed)))

@@ -76,8 +76,9 @@ def cost(arguments: argparse.Namespace) -> "Report":
     """Estimate the hours that a config takes on this kind of machine, and find the bottleneck."""
     from maedistill.benchmark.cost import expected_number, measure_cost
 
-    expected = expected_number(arguments.config)
-    return measure_cost(config_of(arguments), gpus=arguments.gpus, rounds=arguments.rounds, expected=expected)
+    config = config_of(arguments)
+    expected = expected_number(arguments.config, config)
+    return measure_cost(config, gpus=arguments.gpus, rounds=arguments.rounds, expected=expected)
 
 
 def config_of(arguments: argparse.Namespace) -> "PretrainConfig":

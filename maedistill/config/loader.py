@@ -255,13 +255,22 @@ def _from_python(values: RunConfig | Mapping[str, Any], *, level: int, prefix: s
         if isinstance(value, Mapping) and value:
             settings |= _from_python(value, level=level, prefix=f"{name}.")
             continue
-        value = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-        if not isinstance(value, str | int | float | list | Mapping | None):
-            raise ConfigError(f"{name}: a {type(value).__name__} is no setting", "give text, a number or a list")
-        if isinstance(value, str) and UNPRINTABLE.search(value):
-            raise ConfigError(f"{name}: text with line breaks or control characters", "write one plain line")
-        settings[name] = _Setting(value, "Python", f"Python {name}", level)
+        settings[name] = _Setting(_plain(value, name), "Python", f"Python {name}", level)
     return settings
+
+
+def _plain(value: Any, name: str) -> Any:
+    """Return a value from Python as a file would give it, items included. Raises ConfigError if it cannot be one."""
+    if isinstance(value, list | tuple):
+        return [_plain(item, name) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item, name) for key, item in value.items()}
+    value = str(value) if isinstance(value, Path) else value
+    if not isinstance(value, str | int | float | None):
+        raise ConfigError(f"{name}: a {type(value).__name__} is no setting", "give text, a number or a list")
+    if isinstance(value, str) and UNPRINTABLE.search(value):
+        raise ConfigError(f"{name}: text with line breaks or control characters", "write one plain line")
+    return value
 
 
 def _read_override(text: str) -> dict[str, _Setting]:

@@ -24,7 +24,7 @@ def die_with_launcher() -> None:
     """Send SIGTERM to this rank when its launcher dies. A run started without a launcher survives, as under nohup."""
     if any(name in os.environ for name in _LAUNCHERS):
         parent = os.getppid()
-        _end_with_parent(signal.SIGTERM, has_ended=lambda: os.getppid() != parent)
+        end_with_parent(signal.SIGTERM, has_ended=lambda: os.getppid() != parent)
 
 
 def detach_worker() -> None:
@@ -35,7 +35,7 @@ def detach_worker() -> None:
     """
     training = multiprocessing.parent_process()
     assert training is not None
-    _end_with_parent(signal.SIGKILL, has_ended=lambda: not training.is_alive())
+    end_with_parent(signal.SIGKILL, has_ended=lambda: not training.is_alive())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         if callable(signal.getsignal(number)):  # inherited from preemption.py
@@ -53,7 +53,7 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _end_with_parent(number: signal.Signals, *, has_ended: Callable[[], bool]) -> None:
+def end_with_parent(number: signal.Signals, *, has_ended: Callable[[], bool]) -> None:
     """Ask the kernel to send signal `number` when the parent dies; raise it now if the parent is already dead."""
     if sys.platform != "linux":
         return

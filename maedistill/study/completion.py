@@ -9,6 +9,7 @@ from maedistill.config.auto import with_numbers_of
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import differing_keys
 from maedistill.config.schema import RunConfig
+from maedistill.data.remote.cache import cache_set
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.patterns import Split, find_shards
 from maedistill.data.shards.scan import USUAL, Members
@@ -56,15 +57,28 @@ def is_done(config: RunConfig) -> bool:
     if finished:
         _require_same_images(folder, config)
     else:
-        for shards in filter(None, (config.data.train, config.data.val)):
-            _find_once(shards)
+        splits: tuple[Split, Split] = ("train", "val")
+        for shards, split in zip((config.data.train, config.data.val), splits, strict=True):
+            if shards:
+                _find_once(shards, split=split)
     return finished
 
 
-def is_scored(scorecard: Path, shards: str) -> bool:
-    """Return whether the JSON file of `evaluate` exists and is of these shards. Raises if they are missing."""
-    _find_once(shards)
-    return scorecard.is_file() and json.loads(scorecard.read_text())["fingerprint"] == _fingerprint(shards, "val")
+def is_scored(scorecard: Path, shards: str, members: Members = USUAL) -> bool:
+    """Return whether the JSON file of `evaluate`, in a run folder, is of this run and these shards.
+
+    Raises if the shards are missing.
+    """
+    _find_once(shards, split="val")
+    if not is_of_last_end(scorecard, scorecard.parent):
+        return False
+    return json.loads(scorecard.read_text())["fingerprint"] == _fingerprint(shards, "val", members=members)
+
+
+def is_of_last_end(file: Path, run: Path) -> bool:
+    """Return whether a file exists and is not older than the end of the run, which may have gone on since."""
+    end = run / "exit.json"
+    return file.is_file() and not (end.is_file() and end.stat().st_mtime_ns > file.stat().st_mtime_ns)
 
 
 def _require_same_images(folder: RunFolder, config: RunConfig) -> None:
@@ -74,7 +88,11 @@ def _require_same_images(folder: RunFolder, config: RunConfig) -> None:
     if isinstance(config, FinetuneConfig):
         used.append(("validation", "val", config.data.val, None))
     for record, split, shards, index in used:
-        if shards is not None and metadata[record]["fingerprint"] != _fingerprint(shards, split, index, members):
+        if shards is None:
+            continue
+        with cache_set(folder=config.data.cache_folder, gigabytes=config.data.cache_gb):
+            found = _fingerprint(shards, split, index, members)
+        if metadata[record]["fingerprint"] != found:
             raise ConfigError(
                 f"{folder.path} was run on other images than {shards} holds",
                 "name the same shards, wherever they are now, or use another --out",

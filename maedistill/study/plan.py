@@ -21,6 +21,7 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.schema import RunConfig
 from maedistill.config.sources import EMA
 from maedistill.config.values import Root, unknown_key
+from maedistill.data.shards.scan import Members
 from maedistill.errors import ConfigError, join_first
 from maedistill.study.completion import is_done, is_scored
 from maedistill.study.file import MOST_RUNS
@@ -194,8 +195,14 @@ def add_tests(steps: Sequence[Step], out: Path, shards: str) -> list[Step]:
         tested.append(step)
         if step.command[0] == FinetuneConfig.command:
             run = out / step.name
-            command = ("evaluate", str(run), shards, "--no-latency", "--json", str(run / TEST_FILE))
-            tested.append(Step(f"{step.name}/test", command, (step.name,), partial(is_scored, run / TEST_FILE, shards)))
+            _, path, *settings = step.command
+            data = _load(step.name, path, settings, FinetuneConfig).data
+            members = Members(data.image_key, data.label_key)
+            command = ["evaluate", str(run), shards, "--no-latency", "--json", str(run / TEST_FILE)]
+            for flag, key in zip(("--image-key", "--label-key"), members, strict=True):
+                command += [flag, key] if key else []
+            done = partial(is_scored, run / TEST_FILE, shards, members)
+            tested.append(Step(f"{step.name}/test", tuple(command), (step.name,), done))
     return tested
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from maedistill.report.formatting import text_table
 from maedistill.report.interactive import has_bokeh
 from maedistill.report.recorded import PREDICTIONS
 from maedistill.report.run_page import refresh
-from maedistill.study.completion import is_scored
+from maedistill.study.completion import is_of_last_end, is_scored
 from maedistill.study.file import load_study
 from maedistill.study.plan import StudyPlan
 from maedistill.study.results import collect
@@ -71,7 +72,7 @@ def run_quickstart(out: Path, *, epochs: float | None) -> None:
 
 def _export(name: str, run: str, out: Path) -> Step:
     """Return the step that exports a network as a timm model to its run's folder."""
-    exported = (out / run / "export" / "export.json").is_file
+    exported = partial(is_of_last_end, out / run / "export" / "export.json", out / run)
     return Step(f"{name}/export", ("export", str(out / run)), needs=(run,), done=exported)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 
@@ -17,6 +18,7 @@ from maedistill.benchmark.cost import (
     measure_cost,
 )
 from maedistill.benchmark.timing import Rates
+from maedistill.commands import benchmark
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError
@@ -110,12 +112,29 @@ def test_a_config_is_measured_on_its_shards(config, shards, launcher, tmp_path):
     assert all(row["speed"]["median"] > 0 for row in measured)
     assert run[0]["images per update of each"] == 48 and [row["images"] for row in hours] == [960]
     assert model[-1]["what"] == "all" and model[-1]["kernels"] == sum(row["kernels"] for row in model[:-1])
-    assert "no paper's number is known" in ended.out and "hours on 2, of which" in ended.out
+    assert (
+        "no paper's number is known" in ended.out
+        and "data.keep_decoded" in ended.out
+        and "hours on 2, of which" in ended.out
+    )
 
 
 def test_the_paper_s_number_is_the_header_s(root):
-    assert expected_number(f"{root}/configs/imagenet/dmae_vit_b.yaml").startswith("84.0 %, ImageNet-1K top-1")
-    assert expected_number(f"{root}/configs/cifar10/dmae.yaml") is None
+    def number(name: str, *overrides: str) -> str | None:
+        file = f"{root}/configs/{name}.yaml"
+        return expected_number(file, load_config(file, overrides, root=PretrainConfig, to_run=False).config)
+
+    same = ("data.train=x.tar", "data.label_key=output.cls", "engine.micro_batch=8")
+    assert number("imagenet/dmae_vit_b", *same).startswith("84.0 %, ImageNet-1K top-1")
+    assert number("imagenet/dmae_vit_b", "optim.epochs=10") is None, "the paper's is of other settings"
+    assert number("cifar10/dmae") is None
+
+
+def test_a_config_that_is_no_text_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff")
+    monkeypatch.setattr(sys, "argv", ["maedistill", "benchmark", "cost", str(tmp_path / "picture.png")])
+    with pytest.raises(ConfigError, match=r"picture\.png cannot be read"):
+        benchmark.main()
 
 
 def test_devices_that_cannot_share_the_batch_are_refused_at_once(config):

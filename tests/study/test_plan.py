@@ -267,11 +267,12 @@ def test_each_step_asks_whether_its_own_run_is_done(study, monkeypatch) -> None:
 
 
 def test_every_fine_tuned_network_is_tested_after_it_is_there(study, monkeypatch) -> None:
-    def is_scored(file, shards):
+    def is_scored(file, shards, members):
+        assert members == (None, "output.cls")
         return (file, shards) == (OUT / "teacher/seed_0/finetune/test.json", "test.tar")
 
     monkeypatch.setattr(planning, "is_scored", is_scored)
-    steps = add_tests(list(plan(study)[0].values()), OUT, "test.tar")
+    steps = add_tests(list(plan(study, settings=["data.label_key=output.cls"])[0].values()), OUT, "test.tar")
     names = [f"{network}/seed_0/finetune" for network in (*STUDENTS, "teacher")]
     assert sorted(step.name for step in steps if step.name.endswith("/test")) == sorted(
         f"{name}/test" for name in names
@@ -279,6 +280,7 @@ def test_every_fine_tuned_network_is_tested_after_it_is_there(study, monkeypatch
     for before, step in pairwise(steps):
         if step.name.endswith("/test"):
             assert step.needs == (before.name,) and step.command[1:3] == (str(OUT / before.name), "test.tar")
+            assert step.command[-2:] == ("--label-key", "output.cls")
             assert step.done() == (before.name == "teacher/seed_0/finetune")
 
 

@@ -1,6 +1,7 @@
 """Statistics and pages on run folders that are written by hand, so that every number to be shown is known."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -20,7 +21,7 @@ from maedistill.config.render import config_yaml
 from maedistill.data.shards.open_index import open_index
 from maedistill.errors import ConfigError, DataError
 from maedistill.exporting.scorecards import read_rows
-from maedistill.study import quickstart, results_page, study_page
+from maedistill.study import completion, quickstart, results_page, study_page
 from maedistill.study.completion import is_done, is_scored
 from maedistill.study.results import collect, statistics, summarize
 from maedistill.study.results_page import accuracy_table, write_results
@@ -239,11 +240,35 @@ def test_shards_that_are_not_there_are_missed_before_the_first_start(configs, sh
         is_scored(run / "test.json", "test.tar")
 
 
+def test_a_folder_need_hold_its_own_split_only(configs, shards, tmp_path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for file in shards.glob(f"{split}-*.tar"):
+            shutil.copy(file, tmp_path / split)
+    settings = [f"data.train={tmp_path / 'train'}", f"data.val={tmp_path / 'val'}"]
+    assert not is_done(configs("finetune", tmp_path / "run", *settings))
+    assert not is_scored(tmp_path / "test.json", str(tmp_path / "val"))
+
+
+def test_the_planner_uses_the_cache_of_the_run_and_leaves_the_process_its_own(configs, shards, tmp_path, monkeypatch):
+    run, seen = tmp_path / "run", []
+    config = configs("finetune", run, f"data.cache_folder={tmp_path / 'cache'}")
+    made(run, config, shards=shards, top1=1)
+    monkeypatch.setattr(completion, "_fingerprint", lambda *_: seen.append(os.environ.get("MAEDISTILL_CACHE")))
+    before = os.environ.get("MAEDISTILL_CACHE")
+    with pytest.raises(ConfigError, match="other images"):
+        is_done(config)
+    assert seen == [str(tmp_path / "cache")] and os.environ.get("MAEDISTILL_CACHE") == before
+
+
 def test_a_scorecard_counts_for_its_own_shards_only(shards, tmp_path) -> None:
     file, val = tmp_path / "test.json", f"{shards}/val-*.tar"
     assert not is_scored(file, val)
     file.write_text(json.dumps({"fingerprint": open_index(val).fingerprint()}))
     assert is_scored(file, val) and not is_scored(file, f"{shards}/train-*.tar")
+    (tmp_path / "exit.json").write_text("{}")
+    os.utime(file, ns=(0, (tmp_path / "exit.json").stat().st_mtime_ns - 1))
+    assert not is_scored(file, val), "the run has gone on since"
 
 
 @pytest.fixture

@@ -3,6 +3,9 @@
 import math
 import os
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,16 +15,18 @@ import torch
 from torch import Tensor
 
 from gpu_parts.rows import FAIL, MEASURED, OK, SKIPPED, Row, RowFile
+from gpu_parts.runner import log_folder
 
 ROOT = Path(__file__).resolve().parent.parent.parent  # of the checkout
+TIME_UP = "its time was up"
 
 
 @dataclass
 class Check:
     """The context of one part.
 
-    out: folder of the results, for logs. work: folder for data and runs, deleted at the end. until: the time when the
-    part is killed, in seconds since the epoch.
+    out: folder of the results. work: folder for data, runs and logs, deleted at the end; the logs are collected in OUT.
+    until: the time when the part is killed, in seconds since the epoch.
     """
 
     part: str
@@ -57,7 +62,7 @@ class Check:
 
     def log(self, name: str) -> Path:
         """Return the path of a log file for details."""
-        return self.out / "logs" / name
+        return log_folder(self.work, self.part) / name
 
     def verdict(self, check: str, good: bool, figure: str = "", **values: float) -> None:
         """Record a check that passed or failed."""
@@ -70,6 +75,15 @@ class Check:
     def skipped(self, check: str, reason: str) -> None:
         """Record a check that was left out, and the reason."""
         self._note(check, SKIPPED, reason)
+
+    @contextmanager
+    def guarded(self, check: str) -> Iterator[None]:
+        """Record an error within the block as a failure; what comes after the block runs all the same."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.verdict(f"{check}: runs", False, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
 
     def close(self, check: str, found: Tensor, expected: Tensor, *, bound: float) -> None:
         """Record whether two tensors agree: the norm of their difference over that of `expected` is at most `bound`."""

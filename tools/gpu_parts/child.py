@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from gpu_parts.check import Check
 from gpu_parts.runner import Child
+from maedistill.processes.parent_death import end_with_parent
 
 
 def run_child(told: Child) -> None:
@@ -16,6 +18,8 @@ def run_child(told: Child) -> None:
 
     The interpreter's teardown is skipped, because threads of a process group may abort or hang in it.
     """
+    # Nothing may go on using the card once the tool itself has been killed.
+    end_with_parent(signal.SIGKILL, has_ended=lambda: os.getppid() != told.parent)
     warnings.filterwarnings("ignore", "Synchronization debug mode")  # torch warns each time it is set
     code = 1
     try:

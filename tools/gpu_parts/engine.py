@@ -31,7 +31,8 @@ def run(check: Check) -> None:
     engine_file.FP16_DEVICES.add("cpu")  # slow there, but correct
     initialize_distributed(60)
     for precision, accumulation in itertools.product(PRECISIONS, ACCUMULATIONS):
-        _compare(check, precision, accumulation)
+        with check.guarded(f"zero 0 to 3, {precision}, accumulation {accumulation}"):
+            _compare(check, precision, accumulation)
     for zero in STAGES:
         engine, norms = _train(check, zero, "bf16", 3, spoiled={2})
         good = [math.isfinite(norm) for norm in norms] == [True, True, False, True] and _updates(engine) == 3

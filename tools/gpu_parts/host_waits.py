@@ -25,7 +25,8 @@ def run(check: Check) -> None:
         return
     initialize_distributed(60)
     for method in ("mae", "dmae", "amd", "tinymim"):
-        _watch(check, f"{method}, eager", method, [])
+        with check.guarded(f"{method}, eager"):
+            _watch(check, f"{method}, eager", method, [])
     if check.tiny:
         check.skipped("dmae, compiled", "--tiny compiles nothing")
     else:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from gpu_parts import goals
-from gpu_parts.check import ROOT, Check
+from gpu_parts.check import ROOT, TIME_UP, Check
 from gpu_parts.networks import LIGHT
 from gpu_parts.pictures import photo_shards
 from maedistill.config.loader import load_config
@@ -48,7 +48,7 @@ def _alone(crops: RandomCrops, *, batch: int, workers: int, seconds: float) -> f
     """Return the images per second of the loader without a consumer, after the batches prefetched at the start."""
     sampler = BatchSampler(0, 10**6, plan=BatchPlan(batch, 1), rank=0, world_size=1)
     batches = host_batches(crops, sampler, workers=workers, pin_memory=False)
-    for _ in itertools.islice(batches, 5 * workers):
+    for _ in itertools.islice(batches, 2 * workers):
         pass
     start, images = time.perf_counter(), 0
     while (spent := time.perf_counter() - start) < seconds:
@@ -71,11 +71,11 @@ def _feed(check: Check, settings: list[str], *, count: int, batch: int, workers:
         except subprocess.TimeoutExpired:
             code = None
     records = [record for record in read_metrics(check.work / "fed") if "data_wait" in record][2:]
-    if code is None and records:
-        check.skipped("the end of the run it feeds", "its time was up")
+    if code is None:
+        check.skipped("the end of the run it feeds", TIME_UP)
     elif code != 0:
-        why = f"exit code {code}" if code is not None else "its time was up"
-        check.verdict("a run it feeds", False, f"{why}: {_last_line(check.log('loader_fed.log'))}")
+        check.verdict("a run it feeds", False, f"exit code {code}: {_last_line(check.log('loader_fed.log'))}")
+    if code or not records:
         return
     rate, wait, memory = (
         sum(record[name] for record in records) / len(records)

@@ -37,17 +37,23 @@ def run(check: Check) -> None:
         check.skipped("losses and gradients", "no card: it would be the CPU against itself")
         return
     for method in METHODS:
-        config = tiny_config(method, ["teacher.precision=fp32"] if method != "mae" else [])
-        module, teacher = _build(config)
-        cpu = _outcome(config, module, teacher, torch.device("cpu"))
-        card = _outcome(config, module, teacher, check.device)
-        check.verdict(f"{method}: masks", bool((card.order.cpu() == cpu.order).all()), "equal, draw for draw")
-        check.close(f"{method}: loss, fp32", card.loss, cpu.loss, bound=1e-5)
-        check.close(f"{method}: gradient, fp32", card.gradient, cpu.gradient, bound=1e-3)
-        for name, dtype in HALF.items():
-            half = _outcome(config, module, teacher, check.device, dtype)
-            check.close(f"{method}: loss, {name}", half.loss, cpu.loss, bound=2e-2)
-            check.close(f"{method}: gradient, {name}", half.gradient, cpu.gradient, bound=0.1)
+        with check.guarded(method):
+            _compare(check, method)
+
+
+def _compare(check: Check, method: str) -> None:
+    """Compare masks, loss and gradient of a method with the CPU's."""
+    config = tiny_config(method, ["teacher.precision=fp32"] if method != "mae" else [])
+    module, teacher = _build(config)
+    cpu = _outcome(config, module, teacher, torch.device("cpu"))
+    card = _outcome(config, module, teacher, check.device)
+    check.verdict(f"{method}: masks", bool((card.order.cpu() == cpu.order).all()), "equal, draw for draw")
+    check.close(f"{method}: loss, fp32", card.loss, cpu.loss, bound=1e-5)
+    check.close(f"{method}: gradient, fp32", card.gradient, cpu.gradient, bound=1e-3)
+    for name, dtype in HALF.items():
+        half = _outcome(config, module, teacher, check.device, dtype)
+        check.close(f"{method}: loss, {name}", half.loss, cpu.loss, bound=2e-2)
+        check.close(f"{method}: gradient, {name}", half.gradient, cpu.gradient, bound=0.1)
 
 
 def _build(config: PretrainConfig) -> tuple[MAE, Teacher | None]:

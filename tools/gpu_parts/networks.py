@@ -13,6 +13,7 @@ NETWORKS = {
     "speed-published": ("DMAE L -> B, published decoder", "dmae_vit_b.yaml", []),
     "speed-small": ("DMAE B -> S, published decoder", "dmae_vit_s.yaml", []),
     "speed-amd": ("AMD L -> B", "amd_vit_b.yaml", []),
+    "details": ("DMAE L -> B, light decoder", "dmae_vit_b.yaml", LIGHT),
 }
 # ViT-B is wide enough to have a known published decoder, so the plain loop with that decoder is tested as well.
 _WIDE_TEACHER = ["teacher.source=random:vit_base_patch16_224", "teacher.depth=2"]
@@ -30,8 +31,9 @@ _METHODS = {
 def speed_config(check: Check, *, batch: int, compiled: bool) -> PretrainConfig:
     """Load the config in `NETWORKS` that the part of `check` measures."""
     _, file, settings = NETWORKS[check.part]
+    light = settings is LIGHT
     method = file.partition("_")[0]
-    teacher = _WIDE_TEACHER if check.part == "speed" else _TEACHER
+    teacher = _WIDE_TEACHER if light else _TEACHER
     tiny = [*_TINY, *teacher, *_METHODS[method]] if check.tiny else []
     tiny += ["engine.precision=fp32"] if not check.on_card else []  # half precision is slow on a CPU
     batches = [f"optim.global_batch={batch}", f"engine.micro_batch={batch}"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gpu_parts.rows import FAIL, Row, markdown
 from gpu_parts.runner import PartEnd
+from maedistill.durable import write_durably
 
 TINY = "Tiny stand-ins for the networks: the verdicts count, the figures mean nothing."
 
@@ -21,7 +22,7 @@ def write_results(
     seconds: float,
     tiny: bool,
 ) -> None:
-    """Write both files. tiny: the networks are small stand-ins, so the figures have no meaning."""
+    """Write both files, each as a whole. tiny: the networks are small stand-ins, so the figures have no meaning."""
     document = {
         "head": head,
         "tiny": tiny,
@@ -31,7 +32,7 @@ def write_results(
         "parts": [asdict(end) for end in ends],
         "rows": [asdict(row) for row in rows],
     }
-    (out / "results.json").write_text(json.dumps(document, indent=1) + "\n")
+    write_durably(out / "results.json", (json.dumps(document, indent=1) + "\n").encode())
     lines = [
         "# GPU check",
         "",
@@ -45,13 +46,13 @@ def write_results(
         "",
         "Seconds by part: " + ", ".join(f"{end.name} {end.seconds:.0f}" for end in ends),
     ]
-    (out / "summary.md").write_text("\n".join(lines) + "\n")
+    write_durably(out / "summary.md", ("\n".join(lines) + "\n").encode())
 
 
 def not_run(ends: Sequence[PartEnd]) -> str | None:
     """Return text that lists the parts for which no time was left, or None."""
     left_out = [end.name for end in ends if end.code is None and end.seconds == 0]
-    return f"NOT RUN for want of time: {', '.join(left_out)}" if left_out else None
+    return f"NOT RUN for want of time; to run it: --only {','.join(left_out)}" if left_out else None
 
 
 def summary(rows: Sequence[Row], *, seconds: float) -> str:

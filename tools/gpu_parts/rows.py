@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 OK, FAIL, MEASURED, SKIPPED = "ok", "FAIL", "measured", "skipped"
+_LONGEST_LINE = 240  # characters of a row in the digest
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class RowFile:
     def append(self, row: Row) -> None:
         """Write a row by a single call, so that rows of two processes never mix."""
         line = (json.dumps(asdict(row)) + "\n").encode()
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             os.write(file, line)
         finally:
@@ -59,16 +60,20 @@ class RowFile:
         return RowFile(self.path).new()
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Format rows in columns for a terminal."""
-    cells = [("part", "check", "verdict", "figure", "goal")]
-    cells += [(row.part, row.check, row.verdict, row.figure, row.goal) for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(3)]
-    lines = []
-    for *first, figure, goal in cells:
-        head = "  ".join(cell.ljust(width) for cell, width in zip(first, widths, strict=True))
-        lines.append(f"{head}  {figure}{f'  [{goal}]' if goal else ''}".rstrip())
-    return "\n".join(lines)
+def digest(rows: Sequence[Row], *, most: int = 8000) -> str:
+    """Format rows for a reader who sees only the last lines: what matters most comes last, failures at the very end.
+
+    rows: of parts in order of importance. Checks that passed are counted. most: characters; what is left out is said.
+    """
+    lines = list[str]()
+    for part in reversed(dict.fromkeys(row.part for row in rows)):
+        mine = [row for row in rows if row.part == part]
+        lines += [str(row)[:_LONGEST_LINE] for row in mine if row.verdict in (MEASURED, SKIPPED)]
+        if passed := sum(row.verdict == OK for row in mine):
+            lines.append(f"{OK:<8}  {part}: {passed} checks")
+    lines += [str(row)[:_LONGEST_LINE] for row in rows if row.verdict == FAIL]
+    text = "\n".join(lines)
+    return text if len(text) <= most else "...\n" + text[-most:].partition("\n")[2]
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -1,6 +1,6 @@
 """Run parts in separate processes, each killed at its time bound, so that one that hangs or crashes affects no other.
 
-    parts, in order -> processes -> rows.jsonl, logs/PART.log -> PartEnd
+    parts, in order -> processes -> OUT/rows.jsonl, OUT/logs.txt -> PartEnd
 
 Parts that only check correctness may run at the same time if there are enough cores; timed parts run alone.
 """
@@ -20,6 +20,8 @@ from gpu_parts.rows import FAIL, SKIPPED, Row, RowFile
 
 TOOL = Path(__file__).resolve().parent.parent / "gpu_check.py"
 LEAST = 15  # seconds: with less time left, no part is started
+LOGS = "logs.txt"  # the logs of all parts that have ended
+_LONGEST_LOG = 300_000  # characters of one log that are kept, its last ones
 _PAUSE = 0.1
 
 
@@ -51,7 +53,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Child:
-    """The arguments of a part's process, passed on its command line."""
+    """The arguments of a part's process, passed on its command line. parent: process id of the tool."""
 
     part: str
     module: str
@@ -59,6 +61,7 @@ class Child:
     out: str
     work: str
     until: float
+    parent: int
 
 
 @dataclass
@@ -80,9 +83,14 @@ class PartEnd:
     code: int | None
 
 
-def run_parts(parts: Sequence[Part], settings: Settings, *, show: Callable[[Row], None]) -> list[PartEnd]:
-    """Run all parts that the time allows; call `show` with each row as it is written."""
-    rows, waiting, running, ends = RowFile(settings.out / "rows.jsonl"), list(parts), [], []
+def run_parts(
+    parts: Sequence[Part], settings: Settings, ends: list[PartEnd], *, progress: Callable[[list[Row]], None]
+) -> None:
+    """Run all parts that the time allows.
+
+    How each ended is appended to `ends`, also if an exception stops the parts. progress: called with new rows.
+    """
+    rows, waiting, running = RowFile(settings.out / "rows.jsonl"), list(parts), []
     try:
         while waiting or running:
             while waiting and _may_start(waiting[0], running, settings):
@@ -96,13 +104,29 @@ def run_parts(parts: Sequence[Part], settings: Settings, *, show: Callable[[Row]
                 if (end := _end(started, settings, rows)) is not None:
                     running.remove(started)
                     ends.append(end)
-            for row in rows.new():
-                show(row)
+            if new := rows.new():
+                progress(new)
             time.sleep(_PAUSE)
     finally:
         for started in running:
             _kill(started.process)
-    return ends
+            collect_logs(started.part, settings)
+            seconds = time.time() - started.since
+            rows.append(Row(started.part.name, "the rest of it", SKIPPED, f"stopped after {seconds:.0f} s"))
+            ends.append(PartEnd(started.part.name, seconds, None))
+        ends += [PartEnd(part.name, 0.0, None) for part in waiting]
+
+
+def log_folder(work: Path, part: str) -> Path:
+    """Return the folder of a part's logs."""
+    return work / "logs" / part
+
+
+def collect_logs(part: Part, settings: Settings) -> None:
+    """Append the logs of a part that has ended to the one file of the results."""
+    with (settings.out / LOGS).open("a") as file:
+        for log in sorted(log_folder(settings.work, part.name).iterdir()):
+            file.write(f"==== {part.name}: {log.name}\n{log.read_text(errors='replace')[-_LONGEST_LOG:]}\n")
 
 
 def bound(part: Part, settings: Settings) -> float:
@@ -122,8 +146,9 @@ def _start(part: Part, settings: Settings) -> Started:
     """Start a part as the leader of a process group, to which all its child processes belong."""
     now = time.time()
     until = min(now + bound(part, settings), settings.until)
-    told = Child(part.name, part.module, settings.tiny, str(settings.out), str(settings.work), until)
-    with (settings.out / "logs" / f"{part.name}.log").open("w") as log:
+    told = Child(part.name, part.module, settings.tiny, str(settings.out), str(settings.work), until, os.getpid())
+    log_folder(settings.work, part.name).mkdir(parents=True)
+    with _log(part, settings).open("w") as log:
         process = subprocess.Popen(
             [sys.executable, str(TOOL), "--child", json.dumps(asdict(told))],
             cwd=TOOL.parent.parent,
@@ -142,13 +167,13 @@ def _end(started: Started, settings: Settings, rows: RowFile) -> PartEnd | None:
     if code is None and time.time() < started.until:
         return None
     _kill(started.process)  # including child processes that are still running
-    log = settings.out / "logs" / f"{part.name}.log"
+    collect_logs(part, settings)
     if code is None and seconds < bound(part, settings):
         rows.append(Row(part.name, "the rest of it", SKIPPED, f"the time was up after {seconds:.0f} s"))
     elif code is None:
-        rows.append(Row(part.name, "ends in time", FAIL, f"killed at its bound of {seconds:.0f} s; see {log}"))
+        rows.append(Row(part.name, "ends in time", FAIL, f"killed at its bound of {seconds:.0f} s; see {LOGS}"))
     elif code:
-        rows.append(Row(part.name, "ends well", FAIL, f"exit code {code}: {_last_line(log)}; see {log}"))
+        rows.append(Row(part.name, "ends well", FAIL, f"exit code {code}: {_last_line(part, settings)}; see {LOGS}"))
     return PartEnd(part.name, seconds, code)
 
 
@@ -159,7 +184,12 @@ def _kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _last_line(log: Path) -> str:
-    """Return the last non-empty line of a log, which is the error if it ends with a traceback."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def _log(part: Part, settings: Settings) -> Path:
+    """Return the file of what a part prints."""
+    return log_folder(settings.work, part.name) / "output.log"
+
+
+def _last_line(part: Part, settings: Settings) -> str:
+    """Return the last non-empty line of a part's output, which is the error if it ends with a traceback."""
+    lines = [line.strip() for line in _log(part, settings).read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else "it said nothing"

@@ -1,4 +1,4 @@
-"""The speed of a published config's training step: eager and compiled, at four batch sizes, against published loops.
+"""The speed of a published config's training step, eager and compiled, against published loops.
 
     eager    the engine, as in a run with engine.compile=false
     bare     the same modules in a loop of plain torch, which shows the cost of the engine
@@ -6,12 +6,12 @@
     compiled the engine, as in a run with engine.compile=true: student, teacher, images and masks
     student  the same with only the student compiled
 
-All steps of a network run in one process, so that ratios compare them on one machine in the same state.
+All steps of a network run in one process, so that ratios compare them on one machine in the same state. The part
+`details` adds other batch sizes, kernels, and what the engine and the compilation of each piece bring.
 """
 
 import gc
 import time
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -33,42 +33,58 @@ EAGER, BARE, PLAIN, PUBLISHED = "eager", "bare torch loop", "plain loop", "plain
 COMPILED, STUDENT = "compiled", "student compiled"
 BATCH, OTHERS = 256, (512, 128, 64)
 TINY_BATCH, TINY_OTHERS = 4, (8, 2)
+DETAILS = "details"  # the part that measures more than the main figures
 RoundRates = tuple[float, ...]  # images/s, round by round
 _FIRST_COMPILE = 70.0  # expected seconds of a compilation, until one has been timed
 
 
 @dataclass
 class Network:
-    """The network under test and its key figures. compile_seconds: duration of its last compilation."""
+    """The network under test and its key figures. compile_seconds: duration of the last compilation."""
 
     check: Check
     comparison: StepComparison
     gflop: float  # per image
     peak: float  # FLOP/s
-    compile_seconds: float = _FIRST_COMPILE
+    compile_seconds: float
 
 
 def run(check: Check) -> None:
     """Measure the network that `NETWORKS` has under this part's name, with the most important figures first."""
     initialize_distributed(120)
     network = _build(check)
-    batch, others = (TINY_BATCH, TINY_OTHERS) if check.tiny else (BATCH, OTHERS)
-    steps = _eager(network, batch)
+    batch, steps, compiled = TINY_BATCH if check.tiny else BATCH, dict[str, TrainingStep](), None
+    with check.guarded(EAGER):
+        steps = _eager(network, batch)
     if check.tiny:
         check.skipped(COMPILED, "--tiny compiles nothing")
-        compiled = None
     else:
-        compiled = _compiled(network, batch, steps)
-    if check.part == "speed":  # only for one network, because the profiler takes seconds
-        _note_kernels(network, {EAGER: steps[EAGER]} | ({COMPILED: compiled} if compiled is not None else {}))
-    for other in sorted(others):
-        if not _fits(network, EAGER, steps[EAGER], other):
-            break
-    if compiled is not None:
-        _compiled_in_parts(network, batch, compiled)
+        with check.guarded(COMPILED):
+            compiled = _compiled(network, batch, steps)
+    if check.part == DETAILS:
+        _details(network, batch, steps | ({COMPILED: compiled} if compiled is not None else {}))
+
+
+def _details(network: Network, batch: int, steps: Mapping[str, TrainingStep]) -> None:
+    """Measure what is of interest for one network only, because it takes long."""
+    check, others = network.check, TINY_OTHERS if network.check.tiny else OTHERS
+    if EAGER in steps:
+        with check.guarded("other batch sizes"):
+            for other in sorted(others):
+                if not _fits(network, EAGER, steps[EAGER], other):
+                    break
+    network.comparison.set_batch_size(batch)
+    for name in (EAGER, COMPILED):
+        if name in steps:
+            with check.guarded(f"{name}: kernels"):
+                _note_kernels(network, name, steps[name])
+    if COMPILED in steps:
+        with check.guarded(f"{COMPILED}, in parts"):
+            _compiled_in_parts(network, batch, steps[COMPILED])
         torch.compiler.reset()  # else torch compiles the second size for any size, which is slower
         if _has_time(network, f"{COMPILED}, batch {max(others)}"):
-            _fits(network, COMPILED, compiled, max(others))
+            with check.guarded(f"{COMPILED}, batch {max(others)}"):
+                _fits(network, COMPILED, steps[COMPILED], max(others))
 
 
 def _build(check: Check) -> Network:
@@ -77,7 +93,8 @@ def _build(check: Check) -> Network:
     comparison = StepComparison(speed_config(check, batch=batch, compiled=False), check.device)
     gflop = comparison.count_gflop(comparison.method, comparison.teacher)["total"]
     check.measured("work", f"{NETWORKS[check.part][0]}: {gflop:.4g} GFLOP per image", gflop=gflop)
-    return Network(check, comparison, gflop, measured_peak(check))
+    earlier = [row.values["ready_seconds"] for row in check.rows.all() if row.check.startswith(f"{COMPILED}, batch")]
+    return Network(check, comparison, gflop, measured_peak(check), max(earlier, default=_FIRST_COMPILE))
 
 
 def _eager(network: Network, batch: int) -> dict[str, TrainingStep]:
@@ -88,15 +105,18 @@ def _eager(network: Network, batch: int) -> dict[str, TrainingStep]:
     steps[PLAIN] = comparison.plain_step()
     if (published := comparison.published_method()) is not None:
         steps[PUBLISHED] = comparison.plain_step(published)
-    ready = {name: seconds for name, step in steps.items() if (seconds := _tried(check, name, step)) is not None}
+    ready = dict[str, float]()
+    for name, step in steps.items():
+        with check.guarded(name):
+            ready[name] = warm_up(check, step)
     steps = {name: steps[name] for name in ready}
     found = rates(check, steps, batch=batch)
-    _note(network, EAGER, steps[EAGER], found[EAGER], batch=batch, ready=ready[EAGER])
-    for name in (PLAIN, PUBLISHED):
+    for name in (EAGER, PLAIN, PUBLISHED):
         if name in found:
-            _note(network, name, None, found[name], batch=batch, ready=ready[name])
-    _note_times(network, found, EAGER)
-    if BARE in found:
+            _note(network, name, steps[name] if name == EAGER else None, found[name], batch=batch, ready=ready[name])
+    if EAGER in found:
+        _note_times(network, found, EAGER)
+    if EAGER in found and BARE in found:
         _note_overhead(network, EAGER, found[BARE], found[EAGER])
     return steps
 
@@ -153,25 +173,13 @@ def _fits(network: Network, name: str, step: TrainingStep, batch: int) -> bool:
     return True
 
 
-def _tried(check: Check, name: str, step: TrainingStep) -> float | None:
-    """Return the seconds of the first steps; if a step other than eager fails, record that and return None."""
-    try:
-        return warm_up(check, step)
-    except RuntimeError as error:
-        if name == EAGER:
-            raise
-        traceback.print_exc()
-        check.verdict(f"{name}: runs", False, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
-        return None
-
-
 def _note(
     network: Network, name: str, step: TrainingStep | None, found: RoundRates, *, batch: int, ready: float
 ) -> None:
     """Record a speed; with `step`, also the time of the host, the memory, and the share of the peak."""
     check, rate = network.check, spread(found).median
-    words, values = [f"{rate:.4g} images/s, {1e3 * batch / rate:.4g} ms a step"], {"images_per_second": rate}
-    goal = ""
+    words, goal = [f"{rate:.4g} images/s, {1e3 * batch / rate:.4g} ms a step"], ""
+    values = {"images_per_second": rate, "ready_seconds": ready}
     if step is None:
         words.append(network.comparison.plain_precision)
     else:
@@ -207,14 +215,13 @@ def _note_times(network: Network, found: Mapping[str, RoundRates], name: str) ->
             network.check.measured(f"{name} against {other}", f"{times} times as fast", goal=goal, times=times.median)
 
 
-def _note_kernels(network: Network, steps: Mapping[str, TrainingStep]) -> None:
-    """Record the time of each step by kind of kernel."""
+def _note_kernels(network: Network, name: str, step: TrainingStep) -> None:
+    """Record the time of a step by kind of kernel."""
     check = network.check
-    for name, step in steps.items():
-        if check.tiny and check.on_card:
-            check.skipped(f"{name}: kernels", "--tiny leaves them out on a card")
-        else:
-            check.measured(f"{name}: kernels", str(kernels_of(check, step, log=f"kernels_{name}.txt")))
+    if check.tiny and check.on_card:
+        check.skipped(f"{name}: kernels", "--tiny leaves them out on a card")
+    else:
+        check.measured(f"{name}: kernels", str(kernels_of(check, step, log=f"kernels_{name}.txt")))
 
 
 def _note_overhead(network: Network, name: str, bare: RoundRates, engine: RoundRates) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_parts.check import ROOT, Check
+from gpu_parts.check import ROOT, TIME_UP, Check
 from maedistill.errors import Preempted
 from maedistill.runs.history import read_metrics
 
@@ -43,6 +43,7 @@ class Starts:
     def __post_init__(self) -> None:
         self.folder = self.check.work / self.check.part
         self.folder.mkdir(exist_ok=True)
+        self.cut = set[str]()  # runs that were killed because the time of the part was up
         for tool, text in (("pretrain", PRETRAIN), ("finetune", FINETUNE)):
             (self.folder / f"{tool}.yaml").write_text(text.format(shards=self.shards))
 
@@ -51,17 +52,20 @@ class Starts:
         return self.folder / name
 
     def whole(self, name: str, *settings: str, tool: str = "pretrain", cpu: bool = False) -> None:
-        """Run to the end; record a row only if the run fails."""
-        code = self._wait(self._start(name, settings, tool=tool, cpu=cpu))
-        if code != 0:
+        """Run to the end; record a row only if the run fails, or if no time is left."""
+        code = self._wait(name, self._start(name, settings, tool=tool, cpu=cpu))
+        if code not in (0, None):
             self.check.verdict(f"{name}: runs", False, self._why(name, code))
 
     def stopped(self, name: str, *settings: str) -> None:
         """Send SIGTERM in the middle of an epoch, then resume the run to its end."""
         process = self._start(name, settings)
-        self._until(process, lambda: len(_records(self.run(name))) > 2)
+        if not self._until(name, process, lambda: len(_records(self.run(name))) > 2):
+            return
         process.send_signal(signal.SIGTERM)
-        code = self._wait(process)
+        code = self._wait(name, process)
+        if code is None:
+            return
         if code == 0:
             self.check.skipped(f"{name}: saves and leaves", "it had finished before the signal came")
         else:
@@ -72,9 +76,10 @@ class Starts:
     def killed(self, name: str, *settings: str) -> None:
         """Send SIGKILL after the first checkpoint, then resume the run to its end."""
         process = self._start(name, settings)
-        self._until(process, lambda: any(self.run(name).glob("checkpoints/step_*/COMPLETE")))
+        if not self._until(name, process, lambda: any(self.run(name).glob("checkpoints/step_*/COMPLETE"))):
+            return
         process.kill()
-        code = self._wait(process)
+        code = process.wait()
         if code == 0:
             self.check.skipped(f"{name}: is killed", "it had finished before the signal came")
         else:
@@ -96,27 +101,35 @@ class Starts:
                 [sys.executable, *command], cwd=ROOT, env=os.environ | hidden, stdout=log, stderr=subprocess.STDOUT
             )
 
-    def _wait(self, process: subprocess.Popen) -> int | None:
-        """Return the exit code of a run. If this part has no time left, kill the run and return None."""
+    def _wait(self, name: str, process: subprocess.Popen) -> int | None:
+        """Return the exit code of a run. If this part has no time left, kill the run, record that and return None."""
         try:
             return process.wait(timeout=max(1.0, self.check.left))
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            self._cut(name, process)
             return None
 
-    def _until(self, process: subprocess.Popen, seen: Callable[[], bool]) -> None:
-        """Wait until `seen` returns True, the process has ended, or this part has no time left."""
-        while process.poll() is None and self.check.left > 0 and not seen():
+    def _until(self, name: str, process: subprocess.Popen, seen: Callable[[], bool]) -> bool:
+        """Wait until `seen` returns True or the run has ended. If no time is left, end as `_wait` and return False."""
+        while process.poll() is None and not seen():
+            if self.check.left <= 0:
+                self._cut(name, process)
+                return False
             time.sleep(_PAUSE)
+        return True
+
+    def _cut(self, name: str, process: subprocess.Popen) -> None:
+        """Kill a run because this part has no time left, and record that."""
+        process.kill()
+        process.wait()
+        self.cut.add(name)
+        self.check.skipped(f"{name}: runs", TIME_UP)
 
     def _log(self, name: str) -> Path:
         return self.check.log(f"{self.check.part}_{name}.log")
 
     def _why(self, name: str, code: int | None) -> str:
         """Return how a run ended, with the last lines of its log."""
-        if code is None:
-            return "killed: the time of this part was up"
         words = " | ".join(self._log(name).read_text(errors="replace").strip().splitlines()[-2:])
         return f"exit code {code}: {words[-300:]}"
 

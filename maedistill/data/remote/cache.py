@@ -212,6 +212,21 @@ def set_cache(*, folder: str | None, gigabytes: float | None) -> None:
         os.environ[BOUND_VARIABLE] = str(gigabytes)
 
 
+@contextmanager
+def cache_set(*, folder: str | None, gigabytes: float | None) -> Iterator[None]:
+    """Set the cache from a config within the block only."""
+    before = {name: os.environ.get(name) for name in (FOLDER_VARIABLE, BOUND_VARIABLE)}
+    set_cache(folder=folder, gigabytes=gigabytes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 def largest_window(shard_bytes: Sequence[int], cache_bytes: int) -> int:
     """Return the largest `data.shuffle_window`: all shards if the cache can hold them, else as many as fit twice.
 
