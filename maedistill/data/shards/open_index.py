@@ -8,6 +8,7 @@ An index that no longer says what its shards hold is made again, or refused if i
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,10 @@ from maedistill.data.shards.index import (
 from maedistill.data.shards.patterns import Split, find_shards, split_name
 from maedistill.data.shards.scan import USUAL, Members, scan_shards
 from maedistill.data.shards.stamps import mtime_of, stamp_of
-from maedistill.errors import ConfigError, DataError
+from maedistill.errors import ConfigError, DataError, disk_errors
 from maedistill.escaping import get_log
 
+_READABLE = "see to the rights, and to the disk or network drive that they are on"
 _ELSEWHERE = f"set {FOLDER_VARIABLE} to a folder that this user can write to"
 _log = get_log(__name__)
 
@@ -54,6 +56,11 @@ def open_index(
     Raise `ConfigError` for an invalid pattern, and `DataError` for shards that are missing, damaged, or differ from an
     index that is not made again; remote shards are checked on download.
     """
+    with disk_errors(f"read the shards {shards!r}", _READABLE):
+        return replace(_open_index(shards, index=index, split=split, members=members), apply_exif=apply_exif)
+
+
+def _open_index(shards: str, *, index: str | None, split: Split, members: Members) -> ShardIndex:
     paths = find_shards(shards, split=split)
     folder, wanted = os.path.dirname(paths[0]), _scanned(members)
     address = index or os.path.join(folder, _index_name(paths, members))
@@ -83,7 +90,7 @@ def open_index(
         raise DataError(f"{shards!r} holds no images", "name others, or write shards with maedistill shards")
     if not is_url(folder) or selected.is_scan:
         selected = _with_classes(selected, read_classes(folder))
-    return replace(selected, apply_exif=apply_exif)
+    return selected
 
 
 def _scanned(members: Members) -> dict[str, Any]:
@@ -194,8 +201,9 @@ def _save_where_possible(index: ShardIndex, beside: Path | None, cached: Path) -
     """Save the index beside the shards (`beside`; None if remote), else in the cache; if both fail, only warn."""
     # the mode bits are checked too, because os.access lets root write into read-only folders
     if beside and beside.parent.stat().st_mode & 0o222 and os.access(beside.parent, os.W_OK):
-        save_index(index, beside)
-        return
+        with suppress(OSError):  # a full disk, or a network drive that refuses for reasons of its own
+            save_index(index, beside)
+            return
     try:
         make_user_cache()
         save_index(index, cached)

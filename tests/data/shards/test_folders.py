@@ -251,6 +251,17 @@ def test_an_image_that_darkens_the_others_is_named(tmp_path, caplog, odd):
     assert all(f"{odd} of 5 " in message and "a/0.png" in message and "16 times" in message for message in said)
 
 
+@pytest.mark.parametrize("others", [True, False])
+def test_a_depth_that_a_suffix_hides_is_named_and_not_clipped(tmp_path, caplog, others):
+    ramp = np.linspace(0, 1023, 256).round()[None]
+    files = {"a/deep.jpg": sixteen_bits(ramp * 16)} | ({"a/set.png": sixteen_bits(ramp)} if others else {})
+    make_shards(open_folder(fill(tmp_path / "p", files)), tmp_path / "out")
+    assert len([message for message in caplog.messages if "a/deep.jpg" in message and "14" in message]) == 1
+    index = open_index(str(tmp_path / "out" / "train-000000.tar"))
+    for i in range(len(files)):
+        assert np.abs(decode_rgb(ShardReader(index).read(i))[0, 0].numpy() - np.arange(256.0)).max() <= 1
+
+
 @pytest.mark.parametrize("options", [[], ["--shorter-side", "16"]])
 def test_an_orientation_is_counted_and_stays_with_the_image(tmp_path, monkeypatch, capsys, options):
     exif = Image.Exif()
