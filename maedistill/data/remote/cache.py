@@ -82,7 +82,7 @@ class ShardCache:
             os.close(descriptor)
 
     def discard(self, shard: RemoteShard) -> None:
-        """Remove the shard, because it is damaged."""
+        """Remove the shard, because it is damaged or may be old; without a checksum, every version of it."""
         for path in self._whole(shard):
             path.unlink(missing_ok=True)
 
