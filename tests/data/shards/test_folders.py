@@ -174,6 +174,43 @@ def test_labels_that_do_not_fit_the_images_are_refused(tmp_path, text):
         open_folder(fill(tmp_path / "others", ["a/1.png"]), val_labels=str(tmp_path / "labels"))
 
 
+SPACED = ["train/golden/1.png", "train/golden retriever/2.png", "train/n1, n2/3.png"] + [
+    f"val/{name}" for name in ("img 1.png", "img 1.jpg", "img.2.png")
+]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'img 1.jpg,golden retriever\nimg 1.png,golden\nimg.2.png,"n1, n2"\n',
+        '"img 1.jpg", "golden retriever"\r\n"img 1.png", "golden"\r\n"val/img.2.png", "n1, n2"\r\n',
+        "file;class;by\nimg 1.jpg;golden retriever;me\nimg 1.png;golden;you\nimg.2;n1, n2;\n",
+        "img 1.jpg\tgolden retriever\nimg 1.png\tgolden\nimg.2.png\tn1, n2\n",
+        "golden retriever\ngolden\nn1, n2\n",  # in the order of the names
+    ],
+)
+def test_names_and_classes_may_hold_blanks_and_commas(tmp_path, text):
+    (tmp_path / "labels").write_text(text)
+    source = open_folder(fill(tmp_path / "photos", SPACED), val_labels=str(tmp_path / "labels"))
+    assert [source.classes[record.label] for record in source.splits["val"]] == ["golden retriever", "golden", "n1, n2"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "img 1,golden\nimg 1,golden retriever\nimg.2.png,golden\n",
+        "img 1.jpg,golden\nimg 1.jpg,golden retriever\nimg 1.png,golden\nimg.2.png,golden\n",
+        "img 1.jpg,golden fish\nimg 1.png,golden\nimg.2.png,golden\n",
+        '"n1, n2"\n"golden, x"\n"n1, n2"\n',
+        '"' + "x" * 200_000 + '",golden\n',
+    ],
+)
+def test_labels_that_contradict_each_other_or_name_no_class_are_refused(tmp_path, text):
+    (tmp_path / "labels").write_text(text)
+    with pytest.raises(DataError):
+        open_folder(fill(tmp_path / "photos", SPACED), val_labels=str(tmp_path / "labels"))
+
+
 def test_names_that_are_not_utf8_are_written_and_named(tmp_path, monkeypatch, capsys):
     files = {b"caf\xe9/\xe9.png": PNG, b"caf\xe9/\xe8.png": PNG, b"tea/bad_\xe9.png": PNG[:40], b"tea/1.bmp": PNG,
              b"tea/\xff.tif": encode(PICTURE, "TIFF"), b"tea/\xfe.x\xe9": b"0"}  # fmt: skip
