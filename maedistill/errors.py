@@ -14,8 +14,8 @@ Every error that a user can fix is a `UserError`; a command prints it as two lin
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import NoReturn
 
 from maedistill.escaping import has_secret, masked, say, shown, traceback_lines
@@ -55,18 +55,6 @@ class PeerError(UserError):
     """Another process of the same run, or the hardware, failed."""
 
     exit_code = 5
-
-
-@contextmanager
-def disk_errors(doing: str, remedy: str) -> Iterator[None]:
-    """Turn an error of the disk or of rights into a `DataError`, `cannot DOING: WHY`, with the file if it is known."""
-    try:
-        yield
-    except BrokenPipeError:  # of our output, whose reader has exited
-        raise
-    except OSError as error:
-        place = f" ({error.filename})" if isinstance(error.filename, str) else ""
-        raise DataError(f"cannot {doing}: {error.strerror or error}{place}", remedy) from error
 
 
 def require_no_secret(text: str, place: str) -> None:

@@ -103,7 +103,9 @@ def test_an_item_that_is_no_image_is_named(item):
         open_reader(open_dataset(Odd(), "Odd")).decoded(0, None)
 
 
-@pytest.mark.parametrize("targets", [["cat"] * 20, [1.5] * 20, [], [[1], [2, 3]], [0] * 19, [-2] * 20, [None] * 20, [[1]] * 20])
+@pytest.mark.parametrize(
+    "targets", [["cat"] * 20, [1.5] * 20, [], [[1], [2, 3]], [0] * 19, [-2] * 20, [None] * 20, [[1]] * 20]
+)
 def test_targets_that_are_no_whole_numbers_are_named(targets):
     class Odd(Squares):
         def __len__(self):

@@ -129,7 +129,7 @@ def open_stream(
 
 def _read_response(response: http.client.HTTPResponse, start: int, timeout: float) -> UrlStream:
     length, tag = response.headers.get("Content-Length"), response.headers.get("ETag")
-    size, begin = int(length) if re.fullmatch(_LENGTH, length or "") else None, 0
+    size, begin = int(length) if length and re.fullmatch(_LENGTH, length) else None, 0
     if response.status == http.HTTPStatus.PARTIAL_CONTENT:
         match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if not match or int(match[1]) != start:

@@ -31,10 +31,9 @@ from maedistill.data.shards.index import (
 from maedistill.data.shards.patterns import Split, find_shards, split_name
 from maedistill.data.shards.scan import USUAL, Members, scan_shards
 from maedistill.data.shards.stamps import mtime_of, stamp_of
-from maedistill.errors import ConfigError, DataError, disk_errors
+from maedistill.errors import ConfigError, DataError
 from maedistill.escaping import get_log
 
-_READABLE = "see to the rights, and to the disk or network drive that they are on"
 _ELSEWHERE = f"set {FOLDER_VARIABLE} to a folder that this user can write to"
 _log = get_log(__name__)
 
@@ -56,8 +55,15 @@ def open_index(
     Raise `ConfigError` for an invalid pattern, and `DataError` for shards that are missing, damaged, or differ from an
     index that is not made again; remote shards are checked on download.
     """
-    with disk_errors(f"read the shards {shards!r}", _READABLE):
+    try:
         return replace(_open_index(shards, index=index, split=split, members=members), apply_exif=apply_exif)
+    except BrokenPipeError:  # of the progress bar, whose reader has exited
+        raise
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or shards} cannot be read: {error.strerror}",
+            "see to the rights, and to the disk or network drive that it is on",
+        ) from error
 
 
 def _open_index(shards: str, *, index: str | None, split: Split, members: Members) -> ShardIndex:

@@ -38,7 +38,7 @@ from maedistill.data.shards.scan import NO_LABEL, ShardScan, scan_shard
 from maedistill.data.shards.source_depth import is_said_narrow, used_depth
 from maedistill.data.shards.stamps import stamp_of
 from maedistill.durable import make_folder, require_local, write_durably
-from maedistill.errors import ConfigError, DataError, disk_errors
+from maedistill.errors import ConfigError, DataError
 from maedistill.escaping import get_log
 
 WORK_FOLDER = ".making"  # partial shards, and statistics of finished ones; removed at the end
@@ -96,8 +96,7 @@ def make_shards(
     settings = _settings(
         source, images_per_shard=images_per_shard, shorter_side=shorter_side, quality=quality, bits=bits
     )
-    remedy = "free disk space, or see to the rights of OUT; the same command continues"
-    with disk_errors(f"write to {out}", remedy):
+    try:
         if _begin(out, settings):
             shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)  # remains if the last run was killed after its report
             return read_report(out)
@@ -105,7 +104,14 @@ def make_shards(
             convert_one = functools.partial(_convert, source, shorter_side=shorter_side, quality=quality, bits=bits)
             stats = _write_splits(source, out, settings, convert_one, workers=workers)
             _finish(out, source.classes, settings, stats)
-    return stats
+            return stats
+    except BrokenPipeError:  # of the progress bar, whose reader has exited
+        raise
+    except OSError as error:
+        raise DataError(
+            f"cannot write the shards {error.filename or out}: {error.strerror}",
+            "free disk space, or see to the rights; the same command continues",
+        ) from error
 
 
 def _write_splits(
