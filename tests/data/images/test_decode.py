@@ -16,6 +16,7 @@ from PIL import Image
 
 from maedistill.data.images.convert import bits_in_use, convert
 from maedistill.data.images.decode import JPEG_DECODERS, BadImage, decode_rgb
+from maedistill.data.images.depth import UNKNOWN
 from tests.data.tar_files import bomb, encode
 
 
@@ -114,14 +115,17 @@ def test_sixteen_bits_are_scaled_not_clipped(colour, channels):
     assert convert(data).change == ("transparent" if channels in (2, 4) else "16-bit")
 
 
-def tiff(pixels, *, order, compressed=False):
-    """A TIFF written by hand, of 16 bits per channel: pixels [H, W, 3], or 4 with alpha; byte order II or MM."""
+def tiff(pixels, *, order, compressed=False, alpha=2):
+    """A TIFF written by hand, of 16 bits per channel: pixels [H, W, 3], or 4 with alpha; byte order II or MM.
+
+    alpha: 1 if the colours are multiplied by it.
+    """
     (height, width, channels), end = pixels.shape, "<" if order == "II" else ">"
     strip, start = pixels.astype(f"{end}u2").tobytes(), 8 + 2 + 12 * (6 + channels) + 4
     strip = zlib.compress(strip) if compressed else strip
     tags = {256: width, 257: height, 258: start, 259: 8 if compressed else 1, 262: 2, 273: start + 8, 277: channels}
     tags |= {278: height, 279: len(strip)}
-    tags |= {338: 2} if channels == 4 else {}  # alpha that the colours are not multiplied by
+    tags |= {338: alpha} if channels == 4 else {}
     rows = b"".join(struct.pack(f"{end}HHII", tag, 4, 1, value) for tag, value in tags.items() if tag != 258)
     depth = struct.pack(f"{end}HHII", 258, 3, channels, start)
     rows = rows[:24] + depth + rows[24:]
@@ -154,6 +158,12 @@ def test_sixteen_bit_colour_is_scaled_by_the_depth_that_it_uses(kind, bits):
     if "alpha" in kind:
         found = to_array(decode_rgb(convert(WIDE[kind](pixels)).data))
         assert np.abs(found[:3] - exact[:3]).max() <= 1 and (found[3:] == 255).all()
+
+
+def test_dark_colour_of_which_pillow_reads_the_high_bytes_alone_has_no_known_depth():
+    pixels = np.tile([4095, 4095, 4095, 65535], (6, 7, 1))
+    assert bits_in_use(tiff(pixels, order="II", alpha=1)) == UNKNOWN
+    assert bits_in_use(tiff(pixels | 16384, order="II", alpha=1)) == 16
 
 
 def test_a_palette_that_is_missing_is_damage():

@@ -18,6 +18,7 @@ from maedistill.data.shards.reader import ShardReader
 from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards, read_report
 from maedistill.errors import ConfigError, DataError, exit_code_of
+from tests.data.images.test_decode import tiff
 from tests.data.tar_files import encode
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2, 2, 3), dtype=np.uint8)).resize((24, 20))
@@ -286,6 +287,14 @@ def test_an_image_that_darkens_the_others_is_named(tmp_path, caplog, odd):
     said = [message for message in caplog.messages if "darker" in message]
     assert len(said) == (odd < 3)
     assert all(f"{odd} of 5 " in message and "a/0.png" in message and "16 times" in message for message in said)
+
+
+def test_images_that_become_nearly_black_are_named_and_darken_no_others(tmp_path, caplog):
+    dark = tiff(np.tile([4095, 4095, 4095, 65535], (8, 8, 1)), order="II", alpha=1)
+    files = {"a/dark.tif": dark, "a/set.png": sixteen_bits(np.linspace(0, 1023, 256).round()[None])}
+    make_shards(open_folder(fill(tmp_path / "p", files)), tmp_path / "out")
+    assert len([message for message in caplog.messages if "1 " in message and "a/dark.tif" in message]) == 1
+    assert open_index(str(tmp_path / "out" / "train-000000.tar")).provenance["bits"] == 10
 
 
 @pytest.mark.parametrize("others", [True, False])
