@@ -1,5 +1,6 @@
 """The Python API: nothing heavy is imported early, docs/python.md runs, objects restart exactly and are checked."""
 
+import io
 import re
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 import maedistill
@@ -17,12 +19,13 @@ from maedistill import api
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.data.images.decode import BadImage
+from maedistill.data.images.decode import BadImage, decode_rgb
 from maedistill.data.loading.dataset import open_dataset, open_reader
 from maedistill.errors import ConfigError
 from maedistill.finetuning.setup import open_finetuning
 from maedistill.pretraining.setup import open_pretraining
 from maedistill.runs.objects import Objects, python_name
+from tests.data.tar_files import encode
 from tests.support.launch import ROOT
 
 
@@ -119,6 +122,35 @@ def test_an_item_that_is_no_image_is_named(item):
 
     with pytest.raises(maedistill.DataError, match=r"Odd\[0\]"):
         open_reader(open_dataset(Odd(), "Odd")).decoded(0, None)
+
+
+@pytest.mark.parametrize(
+    "targets", [["cat"] * 20, [1.5] * 20, [], [[1], [2, 3]], [0] * 19, [-2] * 20, [None] * 20, [[1]] * 20]
+)
+def test_targets_that_are_no_whole_numbers_are_named(targets):
+    class Odd(Squares):
+        def __len__(self):
+            return 20
+
+    odd = Odd()
+    odd.targets = targets
+    with pytest.raises(maedistill.DataError):
+        open_dataset(odd, "Odd")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_a_picture_has_the_pixels_that_its_file_has_in_shards(mode):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 10, 4), dtype=np.uint8), "RGBA")
+    data = encode(picture.quantize(16) if mode == "P" else picture.convert(mode), "PNG")
+
+    class Pictures(Squares):
+        def __getitem__(self, i):
+            return Image.open(io.BytesIO(data if i else data[:60]))
+
+    reader = open_reader(open_dataset(Pictures(), "Pictures"))
+    assert torch.equal(reader.decoded(1, None), decode_rgb(data))
+    with pytest.raises(BadImage):
+        reader.decoded(0, None)
 
 
 def test_wrong_objects_are_refused_before_training(pretraining):

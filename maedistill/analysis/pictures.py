@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from maedistill.data.images.decode import DECODE_ERRORS, BadImage, decode_rgb, open_image
+from maedistill.data.images.decode import BadImage, damage_as_bad_image, decode_rgb, open_image
 from maedistill.data.loading.evaluation import EvaluationImages, undecodable
 from maedistill.data.shards.index import ShardIndex
 from maedistill.errors import ConfigError, DataError
@@ -91,9 +91,9 @@ def _read_mask(folder: Path, name: str, size: tuple[int, int]) -> Image.Image:
     if name.startswith("/") or ".." in PurePosixPath(name).parts or not file.is_file():
         raise DataError(f"{file} is missing", "give each image a mask KEY.png, of its key in the shards")
     try:
-        with open_image(file.read_bytes(), formats=("PNG",)) as mask:
+        with damage_as_bad_image(), open_image(file.read_bytes(), formats=("PNG",)) as mask:
             values = np.atleast_3d(np.array(mask))  # [h, w, c]
-    except (BadImage, *DECODE_ERRORS) as error:
+    except BadImage as error:
         raise DataError(f"{file} cannot be decoded ({error})", "write it again, as a PNG of numbers") from error
     if values.shape[:2] != size:
         sizes = [f"{width} x {height}" for height, width in (values.shape[:2], size)]

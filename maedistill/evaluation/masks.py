@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maedistill.data.images.decode import DECODE_ERRORS, BadImage, decode_rgb, open_image
+from maedistill.data.images.decode import BadImage, damage_as_bad_image, decode_rgb, open_image
 from maedistill.durable import require_local
 from maedistill.errors import ConfigError, DataError
 
@@ -60,16 +60,14 @@ def read_pair(pair: Pair, *, num_classes: int | None, ignore: int) -> tuple[Tens
         pixels = decode_rgb(file.read_bytes())
         file = pair.mask
         data = file.read_bytes()
-        with open_image(data, formats=("PNG",)) as mask:
+        with damage_as_bad_image(), open_image(data, formats=("PNG",)) as mask:
             if not (mask.mode in ("P", "1") or (mask.mode == "L" and data[24] == 8)):  # Pillow scales 2 and 4 bits
                 raise DataError(
                     f"{file} has pixels of mode {mask.mode} with {data[24]} bits, and no class numbers",
                     "write masks of one channel of 8 bits (mode L or P), whose values are the class numbers",
                 )
             classes = torch.from_numpy(np.array(mask, dtype=np.uint8))
-    except (BadImage, *DECODE_ERRORS) as error:
-        if isinstance(error, DataError):
-            raise
+    except (BadImage, OSError) as error:
         raise DataError(f"{file} cannot be decoded ({error})", "repair it, or remove it and its partner") from error
     if classes.shape != pixels.shape[1:]:
         sizes = [f"{width} x {height}" for height, width in (classes.shape, pixels.shape[1:])]

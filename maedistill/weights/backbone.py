@@ -5,8 +5,9 @@
 
 Without a block, the features are a transformer's patch tokens after its final norm, or another network's feature map
 as pooled by its own head. (A ViT whose norm stands after the pooling, as that of a run that was fine-tuned with
-student.global_pool=avg, has none before it.) With a block, they are the output of that block, before any norm. Blocks
-are 0-based, as in timm's `feature_info`; the blocks of a convolutional network are its stages.
+student.global_pool=avg, has none before it, nor has one of a file without it.) With a block, they are the output of
+that block, before any norm. Blocks are 0-based, as in timm's `feature_info`; the blocks of a convolutional network are
+its stages.
 
     B batch   N patches   P prefix tokens (class, registers)   D width   s image side   h, w a map's sides
 """

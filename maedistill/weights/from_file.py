@@ -23,12 +23,13 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from torch.serialization import safe_globals
 
 from maedistill.errors import DataError
 from maedistill.models.meta import meta_device
 from maedistill.models.vits import PlainViT, TimmModel, build_vit, require_known
-from maedistill.weights.recognize import grid_of, prefix_tokens, recognize
+from maedistill.weights.recognize import Recognized, grid_of, prefix_tokens, recognize
 from maedistill.weights.state_dict import import_weights, load_classifier, load_encoder
 
 # Called with a network that holds no weights yet: raises if it does not serve, and returns the image size to open it
@@ -98,8 +99,9 @@ def open_file(
 
     The file determines whether there is a class token, how many registers a model with registers has if the spec does
     not say it, and all that the spec leaves open if it names no model.
-    weights: see `choose_entry`. classifies: keep the classifier of a file of transformers. Raises DataError if the file
-    cannot be read safely, or if its keys do not fit the network; ConfigError if its architecture cannot be told.
+    weights: see `choose_entry`. classifies: keep the classifier of a file of transformers. Without a section, a network
+    that is no bare encoder has no final norm if the file has none. Raises DataError if the file cannot be read safely,
+    or if its keys do not fit the network; ConfigError if its architecture cannot be told.
     """
     where = section or "teacher"
     content = read_weights_file(path, sha256=spec.sha256, section=where)
@@ -110,7 +112,7 @@ def open_file(
         found = recognize(encoder, imported.foreign, name=path, section=section, num_heads=spec.num_heads)
         shape = {name: value for name, value in asdict(found).items() if name in SPEC_FIELDS}
         given = {name: value for name, value in asdict(spec).items() if value is not None}
-        spec, told = EncoderSpec(**shape | given), f"{told}{found.describe()}; "
+        spec, told = EncoderSpec(**shape | given), f"{told}{found.describe()}{_doubt(found, told)}; "
     class_token, registers = prefix_tokens(encoder)
     if spec.model is not None and spec.register_tokens is None and registers and _has_registers(spec.model):
         spec = replace(spec, register_tokens=registers)
@@ -120,9 +122,18 @@ def open_file(
     vit = spec.build(spec.pos_embed or "learned", inspect_network, grid=grid_of(encoder), num_classes=num_classes)
     fixed = spec.pos_embed is not None
     audit = load_encoder(vit, imported, name=path, section=where, optional=("norm.",), fixed_positions=fixed)
+    if section is None and classifies and {"norm.weight", "norm.bias"} <= {*audit.absent}:
+        vit.norm = nn.Identity()  # what is evaluated is the file's network, and a norm of no training is no part of it
+        told += "no final norm; "
     if num_classes:  # added once the encoder is known to fit: its size is not trusted before
         load_classifier(vit, classifier, audit, name=path)
     return vit, f"{told}{audit}, {_set_eps(vit, spec.eps, imported.eps)}"
+
+
+def _doubt(found: Recognized, told: str) -> str:
+    """Return a warning of heads that are assumed, where the names of a file's networks are those of MoCo v3."""
+    is_moco = "momentum_encoder" in told and found.width == 384 and not found.heads_known
+    return " (warning: MoCo v3's ViT-S has 12)" if is_moco else ""
 
 
 def _has_registers(model: str) -> bool:

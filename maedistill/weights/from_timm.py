@@ -77,6 +77,12 @@ def open_timm(source: str, inspect_network: Inspect, *, pretrained: bool = True)
             require_claims(require_moderate(config.get("model_args") or {}), folder / "model.safetensors")
         with meta_device():  # takes neither memory nor time, and loads no weights
             shape: TimmModel = timm.create_model(address, pretrained=False)
+        own, stated = shape.num_classes, shape.pretrained_cfg.get("num_classes")
+        if kind in ("hf-hub", "local-dir") and own not in (0, stated):
+            raise DataError(
+                f"{source}: its config.json gives the network {own} classes, and its weights {stated}",
+                "write the true num_classes into both, model_args and pretrained_cfg: timm would leave the head random",
+            )
         image_size = inspect_network(shape)
         if pretrained and kind not in ("hf-hub", "local-dir"):
             announce_download(source, shape.pretrained_cfg.get("hf_hub_id"))

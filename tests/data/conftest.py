@@ -18,6 +18,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.faults, self.asked = {}, [], []  # files: {path: content}
         self.ranges, self.tag, self.pause, self.over = True, '"one"', 0.0, threading.Event()
+        self.missing = 404  # what it answers for a file that it has not
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request, client_address):
@@ -37,7 +38,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.asked.append((self.path, part))
         fault = server.faults.pop(0) if server.faults and self.path.endswith(".tar") and part != "bytes=0-0" else ""
         if fault.isdigit() or self.path not in server.files:
-            return self.send_error(int(fault or 404))
+            return self.send_error(int(fault or server.missing))
         if fault.startswith("to "):
             self.send_response(302)
             self.send_header("Location", fault[3:])

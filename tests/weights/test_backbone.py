@@ -7,6 +7,8 @@ from timm.models import save_for_hf
 
 from maedistill.errors import ConfigError
 from maedistill.weights.backbone import open_backbone, open_dense
+from maedistill.weights.from_file import EncoderSpec
+from maedistill.weights.open_network import open_network
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.2,) * 3, "crop_pct": 0.9}
 SHAPES = {
@@ -64,6 +66,25 @@ def test_tokens_of_a_vit_are_pooled_without_the_prefix(folder, kind, block):
     if prefix:
         chosen = open_backbone(str(folder / kind), block=block, pool="class").module
         torch.testing.assert_close(chosen(images), tokens[:, 0], rtol=0, atol=1e-5)
+
+
+def test_a_file_without_a_final_norm_has_none_in_evaluation(tmp_path):
+    """As Meta's fine-tuned files, whose norm stands after the pooling."""
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 1}
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **shape).eval()
+    weights, images = network.state_dict(), torch.randn(2, 3, 32, 32)
+    for name, value in weights.items():
+        value.normal_(std=0.2) if "pos" not in name else None
+    pooled = weights | {"fc_norm.weight": weights.pop("norm.weight"), "fc_norm.bias": weights.pop("norm.bias")}
+    torch.save({name: value for name, value in pooled.items() if not name.startswith("norm.")}, tmp_path / "a.pth")
+    source, tokens = f"file:{tmp_path}/a.pth", walk(network, images, 3)[:, 1:]
+    torch.testing.assert_close(open_backbone(source).module(images), tokens.mean(1), rtol=0, atol=1e-5)
+    dense = open_dense(source).module
+    assert not dense.norm
+    torch.testing.assert_close(dense(images).flatten(1, 2), tokens, rtol=0, atol=1e-5)
+    for use, section in (("encoder", "init"), ("teacher", "teacher")):  # there it is trained, or never reached
+        opened = open_network(source, use, spec=EncoderSpec(), section=section)
+        assert isinstance(opened.module.norm, torch.nn.LayerNorm)
 
 
 @pytest.mark.parametrize(("kind", "size", "blocks"), [("convolution", 32, 5), ("window", 56, 2)])

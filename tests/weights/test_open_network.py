@@ -122,6 +122,20 @@ def test_what_timm_would_take_for_not_stated_is_refused(tmp_path, entry, said):
         assert "config.json" in raised.value.remedy
 
 
+@pytest.mark.parametrize(("classes", "refused"), [(5, True), (3, False), (0, False)])
+def test_a_head_that_timm_would_leave_random_is_refused(tmp_path, classes, refused):
+    """A config.json by hand: timm drops a classifier of another size, and then takes a file that lacks keys."""
+    save_export(tmp_path, random_vit())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"]["num_classes"] = classes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if refused:
+        with pytest.raises(DataError):
+            open_network(f"local-dir:{tmp_path}")
+    else:
+        assert open_network(f"local-dir:{tmp_path}").num_classes == classes
+
+
 def test_encoders_are_refused_with_what_to_do(tmp_path):
     encoder = random_vit(num_classes=0)
     run = make_run(tmp_path / "run", encoder, stage="pretrain")

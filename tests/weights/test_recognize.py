@@ -75,6 +75,16 @@ def test_what_shapes_do_not_tell_is_refused_with_the_key_to_set(weights, cause, 
     assert cause in caught.value.cause and remedy in caught.value.remedy
 
 
+@pytest.mark.parametrize(("width", "names", "lines"), [(384, "momentum", 1), (384, "other", 0), (768, "momentum", 0)])
+def test_the_heads_of_moco_are_doubted(tmp_path, width, names, lines):
+    """Its ViT-S has 12, where everybody else's has 6."""
+    entries = {prefix: state(width=width, num_heads=6) for prefix in ("base_encoder", f"{names}_encoder")}
+    torch.save(
+        {f"{prefix}.{key}": value for prefix in entries for key, value in entries[prefix].items()}, tmp_path / "a"
+    )
+    assert open_network(f"file:{tmp_path}/a", weights="base_encoder").audit.count("MoCo") == lines
+
+
 def test_heads_that_are_stated_are_not_assumed(tmp_path):
     torch.save(state(width=100, num_heads=2), tmp_path / "a.pth")
     opened = open_network(f"file:{tmp_path}/a.pth", "encoder", spec=EncoderSpec(num_heads=2), section="teacher")

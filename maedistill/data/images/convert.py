@@ -5,24 +5,24 @@ bytes of a source -> convert -> bytes for a shard: the same if every reader supp
 """
 
 import io
-from contextlib import suppress
 from typing import NamedTuple
 
 from PIL import Image
 
 from maedistill.data.images.decode import (
-    DECODE_ERRORS,
     JPEG_FORMATS,
     SHARD_FORMATS,
     SOURCE_FORMATS,
     BadImage,
+    damage_as_bad_image,
     decode_rgb,
     open_image,
     to_rgb,
 )
-from maedistill.data.images.depth import is_wide_png, used_bits, wide_pixels
+from maedistill.data.images.depth import bits_of, wide_pixels
 from maedistill.data.images.orientation import AS_STORED, exif_of, orientation
 
+_LONGEST_JPEG = 65_500  # pixels of a side that its encoder takes
 _GRAY_MODES = ("1", "L", "LA", "I;16", "I;16B")
 
 
@@ -43,7 +43,7 @@ def convert(data: bytes, *, shorter_side: int | None = None, quality: int = 90, 
     written as JPEG. Smaller images keep their bytes, because a second lossy pass would only cost quality. bits: depth
     of the 16-bit images of the set. An EXIF orientation is kept, so pixels stay as they are stored.
     """
-    with open_image(data, formats=SOURCE_FORMATS) as image:
+    with damage_as_bad_image(), open_image(data, formats=SOURCE_FORMATS) as image:
         is_grayscale, reason = image.mode in _GRAY_MODES, _nonstandard_reason(image, data)
         shrink = shorter_side is not None and min(image.size) > shorter_side
         if not shrink and reason is None:
@@ -59,6 +59,8 @@ def convert(data: bytes, *, shorter_side: int | None = None, quality: int = 90, 
         assert shorter_side is not None
         scale, buffer = shorter_side / min(rgb.size), io.BytesIO()
         width, height = (max(shorter_side, round(side * scale)) for side in rgb.size)
+        if max(width, height) > _LONGEST_JPEG:
+            raise BadImage(f"{width} x {height} pixels once it is shrunk, and a JPEG has at most {_LONGEST_JPEG:,}")
         small = rgb.resize((width, height), Image.Resampling.BICUBIC)
         small.save(buffer, "JPEG", quality=quality, exif=exif_of(turned))
         return Converted(buffer.getvalue(), "jpg", "shrunk", is_grayscale, turned != AS_STORED)
@@ -72,13 +74,10 @@ def encode_png(image: Image.Image, *, exif: bytes = b"") -> bytes:
 
 
 def bits_in_use(data: bytes) -> int:
-    """Return the depth that the values of a 16-bit image use, one of `DEPTHS`; 0 for other and for damaged images."""
-    with suppress(BadImage, *DECODE_ERRORS), open_image(data, formats=SOURCE_FORMATS) as image:
+    """Return the depth that a 16-bit image uses, see `bits_of`. Raise `BadImage` if it is damaged."""
+    with damage_as_bad_image(), open_image(data, formats=SOURCE_FORMATS) as image:
         image.load()
-        if (wide := wide_pixels(image, data)) is not None:
-            return used_bits(wide)
-        return 16 * is_wide_png(data)  # colour with large values
-    return 0
+        return bits_of(image, data)
 
 
 def _nonstandard_reason(image: Image.Image, data: bytes) -> str | None:

@@ -10,10 +10,9 @@ opened. EXIF orientation is ignored unless it is asked for, and colour profiles 
 """
 
 import io
-import struct
 import warnings
-import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from maedistill.data.images.depth import to_eight_bits, used_bits, wide_pixels
 from maedistill.data.images.orientation import AS_STORED, orientation, upright
+from maedistill.errors import UserError
 
 try:
     import simplejpeg
@@ -44,11 +44,6 @@ _TO_RGB, _KEEP_ORIENTATION = 3, False  # torchvision's ImageReadMode.RGB and app
 _decoders = {"simplejpeg": simplejpeg, "torchvision": _torchvision_decode, "pillow": Image}
 JPEG_DECODERS = tuple(name for name, decoder in _decoders.items() if decoder)  # fastest first; all give the same pixels
 
-# errors that Pillow's decoders raise on damaged files, depending on where the damage is
-DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
-    struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
-)  # fmt: skip
 JPEG_FORMATS = ("JPEG", "MPO")  # MPO: a JPEG followed by a second one, e.g. a preview
 _START_OF_SCAN, _SMALLEST_SCAN = b"\xff\xda", 10  # bytes of a scan: its marker and the header of one component
 
@@ -57,6 +52,17 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # files are checked here; a 
 
 class BadImage(ValueError):
     """An image that cannot be decoded, with a message that says why."""
+
+
+@contextmanager
+def damage_as_bad_image() -> Iterator[None]:
+    """Turn any exception into `BadImage`: which one Pillow raises on a damaged file depends on where the damage is."""
+    try:
+        yield
+    except (BadImage, UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise BadImage(str(error) or type(error).__name__) from error
 
 
 class _Pieces(io.BytesIO):
@@ -92,19 +98,20 @@ def decode_rgb(data: bytes, *, decoder: str = JPEG_DECODERS[0], apply_exif: bool
 def is_image(file: BinaryIO) -> bool:
     """Return whether a file has the header of one of `SOURCE_FORMATS`. It is not decoded."""
     try:
-        Image.open(file, formats=SOURCE_FORMATS)
-    except DECODE_ERRORS:
+        with damage_as_bad_image():
+            Image.open(file, formats=SOURCE_FORMATS)
+    except BadImage:
         return False
     return True
 
 
 def open_image(data: bytes, *, formats: tuple[str, ...] = SHARD_FORMATS) -> Image.Image:
     """Read the header only. Raise `BadImage` if the file has none of Pillow's `formats`, or is too large to decode."""
-    try:
-        image = Image.open(_Pieces(data), formats=formats)
-    except DECODE_ERRORS as error:
-        reason = "no " + ", ".join(formats) + " file" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise BadImage(str(reason)) from error
+    with damage_as_bad_image():
+        try:
+            image = Image.open(_Pieces(data), formats=formats)
+        except Image.UnidentifiedImageError as error:
+            raise BadImage(f"no {', '.join(formats)} file") from error
     pixels = image.width * image.height
     if pixels > MOST_PIXELS:
         raise BadImage(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
@@ -143,15 +150,16 @@ def to_rgb(image: Image.Image, data: bytes, *, bits: int | None = None) -> Image
     Transparent images are composited over `BACKGROUND`. Raise `BadImage` if the file is damaged, or has
     32-bit pixels, whose white is not defined.
     """
-    try:
+    with damage_as_bad_image():
         image.load()
         if (wide := wide_pixels(image, data)) is not None:
-            image = Image.fromarray(to_eight_bits(wide, used_bits(wide) if bits is None else bits))
+            colours = Image.fromarray(to_eight_bits(wide, used_bits(wide) if bits is None else bits))
+            if image.mode == "RGBA":
+                colours.putalpha(image.getchannel("A"))
+            image = colours
         elif image.mode in ("I", "F"):
             raise BadImage("32-bit pixels, whose range is not defined")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
         return image.convert("RGB")
-    except DECODE_ERRORS as error:
-        raise BadImage(str(error) or type(error).__name__) from error

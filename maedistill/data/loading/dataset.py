@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
-from maedistill.data.images.decode import BadImage
+from maedistill.data.images.decode import BadImage, to_rgb
 from maedistill.data.shards.index import ShardIndex
 from maedistill.data.shards.reader import ShardReader
 from maedistill.data.shards.scan import NO_LABEL
@@ -82,13 +82,7 @@ def open_dataset(dataset: ImageDataset, name: str) -> DatasetIndex:
     count = len(dataset)
     if not count:
         raise DataError(f"{name} is empty", "give a data set that holds images")
-    targets = getattr(dataset, "targets", None)
-    labels = np.full(count, NO_LABEL, np.int64) if targets is None else np.asarray(targets, np.int64)
-    if labels.shape != (count,) or int(labels.min()) < NO_LABEL:
-        raise DataError(
-            f"{name} has {count:,} items, but its `targets` have the shape {labels.shape} and begin at {labels.min()}",
-            "give one whole number from 0 for each item, or -1 for no label",
-        )
+    labels = _labels(getattr(dataset, "targets", None), count, name)
     keys = [str(i).encode() for i in range(count)]
     nothing = np.zeros(count, np.int64)
     return DatasetIndex(
@@ -104,6 +98,22 @@ def open_dataset(dataset: ImageDataset, name: str) -> DatasetIndex:
         key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),
         dataset=dataset,
     )
+
+
+def _labels(targets: Any, count: int, name: str) -> np.ndarray:
+    """Return the labels of a Dataset, int64 [count]. Raise `DataError` unless `targets` are whole numbers from -1."""
+    try:
+        given = np.full(count, NO_LABEL) if targets is None else np.asarray(targets)
+    except (ValueError, TypeError):  # such as lists of several lengths
+        given = np.empty((), object)
+    least = given.min() if given.size and given.dtype.kind in "iub" else None
+    if given.shape != (count,) or least is None or least < NO_LABEL:
+        raise DataError(
+            f"{name} has {count:,} items, but its `targets` have the type {given.dtype}, the shape "
+            f"{given.shape} and the least value {least}",
+            "give one whole number from 0 for each item, or -1 for no label",
+        )
+    return given.astype(np.int64)
 
 
 class DatasetReader(ShardReader):
@@ -129,9 +139,12 @@ def open_reader(index: ShardIndex) -> ShardReader:
 
 
 def _pixels(image: Any, name: str) -> Tensor:
-    """Convert an item to uint8 [3, H, W]. Raise `DataError` for anything that is no image."""
+    """Convert an item to uint8 [3, H, W], with the pixels that its file has in shards.
+
+    Raise `DataError` for anything that is no image, `BadImage` for one that is damaged.
+    """
     if isinstance(image, Image.Image):
-        return vision.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
+        return vision.pil_to_tensor(to_rgb(image, b""))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
         image = torch.from_numpy(np.ascontiguousarray(image if image.ndim == 3 else image[..., None])).permute(2, 0, 1)
     if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] in (1, 3):

@@ -35,6 +35,7 @@ from maedistill.errors import ConfigError, DataError
 BOUND_VARIABLE = "MAEDISTILL_CACHE_GB"
 DEFAULT_GB = 100.0  # gigabytes (1e9 bytes)
 _OURS = re.compile(r"[0-9a-f]{64}-([0-9]+\.part|[0-9a-f]{16}\.tar)")
+_KEPT_FREE = 1_000_000_000  # bytes of the disk, at most 2 % of it: checkpoints may be written to it, too
 _POLL = 0.05  # seconds between two attempts to make room
 _FRESH = 1.0  # seconds within which the time of last use is not updated again
 _verified: dict[str, tuple[int, int, int]] = {}  # this process: path -> inode, bytes, time of change of a checked shard
@@ -81,7 +82,7 @@ class ShardCache:
             os.close(descriptor)
 
     def discard(self, shard: RemoteShard) -> None:
-        """Remove the shard, because it is damaged."""
+        """Remove the shard, because it is damaged or may be old; without a checksum, every version of it."""
         for path in self._whole(shard):
             path.unlink(missing_ok=True)
 
@@ -150,17 +151,28 @@ class ShardCache:
         return descriptor
 
     def _reserve(self, shard: RemoteShard, part: Path) -> tuple[int | None, bool]:
-        """Make room for the `.part` and open it. Return it (None if the shard is whole) and whether we locked it."""
+        """Open the `.part` and make room for it. Return it (None if the shard is whole) and whether we locked it."""
         deadline = time.monotonic() + self.policy.max_seconds
         while True:
             with self._locked():
                 if any(path.exists() for path in self._whole(shard)):
                     return None, False
-                too_large = shard.num_bytes > self.max_bytes
-                if not too_large and (part.exists() or self._make_room(shard.num_bytes)):
+                if not (too_large := shard.num_bytes > self.max_bytes):
+                    is_new = not part.exists()
                     descriptor = open_private_file(part, os.O_RDWR | os.O_CREAT)
-                    return descriptor, try_lock(descriptor)
-                others = any(self._files())  # all are in use; wait, as they may be released
+                    try:
+                        mine = try_lock(descriptor)
+                        fits = not mine or self._make_room()  # of another process: it has made room
+                        if not fits and is_new:
+                            part.unlink()
+                    except BaseException:
+                        os.close(descriptor)
+                        raise
+                    if fits:
+                        return descriptor, mine
+                    os.close(descriptor)
+                # all are in use; wait, as they may be released
+                others = any(path != part for path, *_ in self._files())
             if too_large or not others or time.monotonic() > deadline:
                 raise DataError(
                     f"{shard.url} has {shard.num_bytes:,} bytes, for which the cache {self.folder} has no room",
@@ -169,27 +181,31 @@ class ShardCache:
                 )
             time.sleep(_POLL)
 
-    def _make_room(self, needed: int) -> bool:
-        """Evict unlocked files, least recently used first, until `needed` bytes fit. Return whether they fit."""
-        files = sorted(self._files(), key=lambda file: file[2])
-        used = sum(num_bytes for _, num_bytes, _ in files)
+    def _make_room(self) -> bool:
+        """Evict unlocked files, least recently used first, until all fit. Return whether they do.
+
+        The disk must hold what all downloads lack, also those that have only begun, and keep `_KEPT_FREE`.
+        """
+        files = sorted(self._files(), key=lambda file: file[3])
+        used, lacking = (sum(sizes) for sizes in zip(*(file[1:3] for file in files), strict=True))
 
         def fits() -> bool:
-            return used + needed <= self.max_bytes and needed <= shutil.disk_usage(self.folder).free
+            disk = shutil.disk_usage(self.folder)
+            return used <= self.max_bytes and lacking + min(_KEPT_FREE, disk.total // 50) <= disk.free
 
-        for path, num_bytes, _ in files:
+        for path, num_bytes, missing, _ in files:
             if not fits() and _remove_unused(path):
-                used -= num_bytes
+                used, lacking = used - num_bytes, lacking - missing
         return fits()
 
-    def _files(self) -> Iterator[tuple[Path, int, float]]:
-        """Yield the path, bytes and time of last use of each file. A `.part` counts with its final size."""
+    def _files(self) -> Iterator[tuple[Path, int, int, float]]:
+        """Yield path, bytes, bytes still to come, and time of last use of each file. A `.part` has its final size."""
         for path in self.folder.iterdir():
             if _OURS.fullmatch(path.name):
                 with suppress(FileNotFoundError):
                     state = path.lstat()
                     size = int(path.stem.rpartition("-")[2]) if path.suffix == ".part" else state.st_size
-                    yield path, size, state.st_atime
+                    yield path, size, max(0, size - state.st_size), state.st_atime
 
     @contextmanager
     def _locked(self) -> Iterator[int]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from maedistill.data.remote.urls import WEB, MissingError, TransferError, ask_store, open_stream
+from maedistill.data.remote.urls import WEB, DeniedError, MissingError, TransferError, ask_store, open_stream
 from maedistill.errors import ConfigError, DataError
 from maedistill.escaping import get_log
 
@@ -125,7 +125,10 @@ def file_size(url: str) -> int:
 
 
 def read_small(url: str, *, most: int = 1 << 30) -> bytes | None:
-    """Read a small file, e.g. an index; None if it is missing. Raise `DataError` on failure or above `most` bytes."""
+    """Read a small file, e.g. an index; None if it is missing, or, with a warning, if access to it is denied.
+
+    Raise `DataError` on failure, or above `most` bytes.
+    """
 
     def attempt(timeout: float) -> bytes | None:
         data = bytearray()
@@ -135,7 +138,9 @@ def read_small(url: str, *, most: int = 1 << 30) -> bytes | None:
                     data += chunk
                     if len(data) > most:
                         raise TransferError(f"the file has more than {most:,} bytes", final=True)
-        except MissingError:
+        except MissingError as error:
+            if isinstance(error, DeniedError):
+                _log.warning("%s is taken for missing: %s", url, error)
             return None
         if stream.size is not None and len(data) != stream.size:
             raise TransferError(f"it ended after {len(data):,} of {stream.size:,} bytes")

@@ -8,13 +8,14 @@ accepted: a URL never reaches a library that would interpret commands or chains 
 
 import http.client
 import re
+import string
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import fsspec
 from fsspec.asyn import sync
@@ -28,9 +29,11 @@ SLOWEST = 1024  # bytes per second; a slower server counts as stalled
 
 _URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+:")
 _PLAIN = re.compile(r"([a-z0-9]+)://([^/\s]+)/[^\s]*")
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
+_LENGTH = r"([0-9]{1,18})"  # int() also takes other digits, and fails on very many
+_CONTENT_RANGE = re.compile(rf"bytes {_LENGTH}-{_LENGTH}/{_LENGTH}")
 _TRY_AGAIN = (408, 425, 429)  # retryable 4xx codes; all 5xx codes are retried too
-_MISSING = (401, 403, 404, 410)
+_DENIED = (401, 403)
+_MISSING = (*_DENIED, 404, 410)
 _BROKEN = (OSError, http.client.HTTPException)  # errors of a web connection; URLError and timeouts are OSErrors
 
 
@@ -50,6 +53,10 @@ class TransferError(Exception):
 
 class MissingError(TransferError):
     """The file does not exist, or the user has no access to it."""
+
+
+class DeniedError(MissingError):
+    """The user has no access to the file; some stores say so of files that do not exist."""
 
 
 class UrlStream(NamedTuple):
@@ -104,27 +111,30 @@ def open_stream(
     if start and tag:
         headers["If-Range"] = tag
     try:
-        response = _web().open(urllib.request.Request(url, headers=headers), timeout=timeout)
+        plain = urlsplit(url)._replace(path=quote(urlsplit(url).path, safe=string.punctuation)).geturl()
+        response = _web().open(urllib.request.Request(plain, headers=headers), timeout=timeout)
     except urllib.error.HTTPError as error:
         with error:
             message = f"the server answered {error.code} {error.reason}"
             if error.code in _MISSING:
-                raise MissingError(message, final=True) from error
+                raise (DeniedError if error.code in _DENIED else MissingError)(message, final=True) from error
             raise TransferError(message, final=error.code < 500 and error.code not in _TRY_AGAIN) from error
     except _BROKEN as error:
         raise TransferError(_describe(error)) from error
+    except ValueError as error:  # this is no address, or the server redirects to what is none
+        raise TransferError(_describe(error), final=True) from error
     with response:
         yield _read_response(response, start, timeout)
 
 
 def _read_response(response: http.client.HTTPResponse, start: int, timeout: float) -> UrlStream:
     length, tag = response.headers.get("Content-Length"), response.headers.get("ETag")
-    size, begin = int(length) if length and length.isdigit() else None, 0
+    size, begin = int(length) if length and re.fullmatch(_LENGTH, length) else None, 0
     if response.status == http.HTTPStatus.PARTIAL_CONTENT:
         match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if not match or int(match[1]) != start:
             raise TransferError("the server sent another part of the file than was asked for")
-        begin, size = start, int(match[2])
+        begin, size = start, int(match[3])
     elif response.status != http.HTTPStatus.OK:
         raise TransferError(f"the server answered {response.status} {response.reason}", final=True)
     strong = tag if tag and not tag.startswith("W/") else None
@@ -168,7 +178,7 @@ def ask_store(scheme: str, method: str, *arguments: Any, timeout: float, **keywo
     except TimeoutError as error:
         raise TransferError(f"no answer within {timeout:g} s") from error
     except PermissionError as error:
-        raise MissingError(f"access is denied ({_describe(error)})", final=True) from error
+        raise DeniedError(f"access is denied ({_describe(error)})", final=True) from error
     except Exception as error:  # each store's client has its own exceptions, without a common base class
         raise TransferError(_describe(error)) from error
 

@@ -8,6 +8,7 @@ An index that no longer says what its shards hold is made again, or refused if i
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,18 @@ def open_index(
     Raise `ConfigError` for an invalid pattern, and `DataError` for shards that are missing, damaged, or differ from an
     index that is not made again; remote shards are checked on download.
     """
+    try:
+        return replace(_open_index(shards, index=index, split=split, members=members), apply_exif=apply_exif)
+    except BrokenPipeError:  # of the progress bar, whose reader has exited
+        raise
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or shards} cannot be read: {error.strerror}",
+            "see to the rights, and to the disk or network drive that it is on",
+        ) from error
+
+
+def _open_index(shards: str, *, index: str | None, split: Split, members: Members) -> ShardIndex:
     paths = find_shards(shards, split=split)
     folder, wanted = os.path.dirname(paths[0]), _scanned(members)
     address = index or os.path.join(folder, _index_name(paths, members))
@@ -83,7 +96,7 @@ def open_index(
         raise DataError(f"{shards!r} holds no images", "name others, or write shards with maedistill shards")
     if not is_url(folder) or selected.is_scan:
         selected = _with_classes(selected, read_classes(folder))
-    return replace(selected, apply_exif=apply_exif)
+    return selected
 
 
 def _scanned(members: Members) -> dict[str, Any]:
@@ -194,8 +207,9 @@ def _save_where_possible(index: ShardIndex, beside: Path | None, cached: Path) -
     """Save the index beside the shards (`beside`; None if remote), else in the cache; if both fail, only warn."""
     # the mode bits are checked too, because os.access lets root write into read-only folders
     if beside and beside.parent.stat().st_mode & 0o222 and os.access(beside.parent, os.W_OK):
-        save_index(index, beside)
-        return
+        with suppress(OSError):  # a full disk, or a network drive that refuses for reasons of its own
+            save_index(index, beside)
+            return
     try:
         make_user_cache()
         save_index(index, cached)

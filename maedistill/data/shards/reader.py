@@ -128,9 +128,10 @@ class ShardReader:
             descriptor = os.open(self.index.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise DataError(f"{self.index.shards[shard]} is gone", "put the shard back, then start again") from error
-        self._open[shard] = descriptor
         if os.fstat(descriptor).st_size != self.index.shard_bytes[shard]:
+            os.close(descriptor)
             raise self._changed(shard, "has changed its size since its index was made")
+        self._open[shard] = descriptor
         return descriptor
 
     def _changed(self, shard: int, how: str) -> DataError:

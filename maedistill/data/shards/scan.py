@@ -76,12 +76,14 @@ def scan_shards(paths: list[str], members: Members = USUAL) -> list[ShardScan]:
 def scan_shard(path: str, members: Members = USUAL) -> ShardScan:
     """Read the checksum, image offsets and labels of one shard. Raise `DataError` naming the shard and key.
 
-    A remote shard is downloaded into the cache and stays there until it is evicted; a damaged one is removed at once.
+    A remote shard is downloaded into the cache, also if a version of it is there, which may be older than the server's.
+    It stays there until it is evicted; a damaged one is removed at once.
     """
     if not is_url(path):
         with open(path, "rb") as file:
             return _scan(file, path, members)
     cache, shard = ShardCache(), RemoteShard(path, file_size(path))
+    cache.discard(shard)
     with open(cache.open(shard), "rb") as file:
         try:
             return _scan(file, path, members)

@@ -5,16 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from maedistill.data.images.convert import bits_in_use
 from maedistill.data.images.decode import BadImage
-from maedistill.data.images.depth import is_wide_png
+from maedistill.data.images.depth import DARK, UNKNOWN, is_wide_png
 from maedistill.data.shards.records import Record, Source, printable
 from maedistill.escaping import get_log
 
 _log = get_log(__name__)
-
-
 _EIGHT_BITS = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif")  # suffixes of formats without 16 bits
-
-
 _EIGHT_BIT_STARTS = (b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM")
 
 
@@ -26,15 +22,19 @@ def used_depth(source: Source, workers: int) -> int:
     """
     if source.head is None:
         return 0
-    candidates = [
-        record
-        for records in source.splits.values()
-        for record in records
-        if not record.origin.lower().endswith(_EIGHT_BITS)
-    ]
+    candidates = [record for records in source.splits.values() for record in records if not is_said_narrow(record)]
     with ThreadPoolExecutor(workers) as pool:
         depths = list(pool.map(functools.partial(_depth, source), candidates))
-    bits, wide = max(depths, default=0), sorted(filter(None, depths))
+    if dark := depths.count(UNKNOWN):
+        _log.warning(
+            "%d images become nearly black, first %s: of their kind of 16-bit colour only the high bytes are read, all "
+            "below %d of 255; write them as plain RGB",
+            dark,
+            printable(candidates[depths.index(UNKNOWN)].origin),
+            DARK,
+        )
+    wide = sorted(depth for depth in depths if depth > 0)
+    bits = max(wide, default=0)
     if wide and (usual := wide[len(wide) // 2]) < bits:
         _log.warning(
             "%d of %d 16-bit images use %d bits, first %s, and most others %d: one scale for all makes these %d times "
@@ -47,6 +47,11 @@ def used_depth(source: Source, workers: int) -> int:
             1 << bits - usual,
         )
     return bits
+
+
+def is_said_narrow(record: Record) -> bool:
+    """Return whether a file's suffix is of a format without 16 bits; such files are not opened to measure them."""
+    return record.origin.lower().endswith(_EIGHT_BITS)
 
 
 def _depth(source: Source, record: Record) -> int:

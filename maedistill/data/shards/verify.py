@@ -32,6 +32,8 @@ def _find_fault(index: ShardIndex, row: int, out: Path) -> str | None:
         scan = scan_shard(str(path))
     except DataError as error:
         return error.cause
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
     indexed = index.scan_of(row)
     if scan.num_bytes != indexed.num_bytes:
         return f"{path} has {scan.num_bytes:,} bytes instead of {indexed.num_bytes:,}"

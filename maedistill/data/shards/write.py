@@ -16,9 +16,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,16 @@ from typing import Any
 import PIL
 from webdataset import TarWriter
 
-from maedistill.data.images.convert import Converted, convert
+from maedistill.data.images.convert import Converted, bits_in_use, convert
 from maedistill.data.images.decode import BadImage
+from maedistill.data.remote.private import try_lock
 from maedistill.data.shards.index import CLASSES_FILE, SUFFIX, index_of, save_index
 from maedistill.data.shards.index_check import parse_json
 from maedistill.data.shards.layout import IMAGES_PER_SHARD, QUALITY, REPORT_FILE
 from maedistill.data.shards.progress_bar import ProgressBar
 from maedistill.data.shards.records import Record, Source, printable
 from maedistill.data.shards.scan import NO_LABEL, ShardScan, scan_shard
-from maedistill.data.shards.source_depth import used_depth
+from maedistill.data.shards.source_depth import is_said_narrow, used_depth
 from maedistill.data.shards.stamps import stamp_of
 from maedistill.durable import make_folder, require_local, write_durably
 from maedistill.errors import ConfigError, DataError
@@ -95,15 +96,38 @@ def make_shards(
     settings = _settings(
         source, images_per_shard=images_per_shard, shorter_side=shorter_side, quality=quality, bits=bits
     )
-    if _begin(out, settings):
-        shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)  # remains if the last run was killed after its report
-        return read_report(out)
-    convert_one = functools.partial(_convert, source, shorter_side=shorter_side, quality=quality, bits=bits)
+    try:
+        if _begin(out, settings):
+            shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)  # remains if the last run was killed after its report
+            return read_report(out)
+        with _only_writer(out):
+            convert_one = functools.partial(_convert, source, shorter_side=shorter_side, quality=quality, bits=bits)
+            stats = _write_splits(source, out, settings, convert_one, workers=workers)
+            _finish(out, source.classes, settings, stats)
+            return stats
+    except BrokenPipeError:  # of the progress bar, whose reader has exited
+        raise
+    except OSError as error:
+        raise DataError(
+            f"cannot write the shards {error.filename or out}: {error.strerror}",
+            "free disk space, or see to the rights; the same command continues",
+        ) from error
+
+
+def _write_splits(
+    source: Source,
+    out: Path,
+    settings: dict[str, Any],
+    convert_one: Callable[[Record], Converted | str],
+    *,
+    workers: int,
+) -> dict[str, ConversionStats]:
+    """Write the shards and the index of each split. Return the conversion statistics by split."""
     count, stats = sum(map(len, source.splits.values())), {}
     with ThreadPoolExecutor(workers) as pool, ProgressBar(total=count, desc="writing shards", unit="img") as bar:
         for split, records in source.splits.items():
             stats[split], scans = ConversionStats(passed_over=dict(source.passed_over.get(split, {}))), {}
-            for name, part in plan_shards(split, records, images_per_shard):
+            for name, part in plan_shards(split, records, settings["images_per_shard"]):
                 finished = _find_finished(out, name)
                 bar.update(len(part) if finished else 0)
                 shard_stats, scan = finished or _write_shard(out, name, part, pool.map(convert_one, part), bar)
@@ -117,7 +141,6 @@ def make_shards(
             index = index_of(list(scans), list(scans.values()), classes=source.classes, provenance=settings)
             stamps = tuple(map(stamp_of, scans))
             save_index(replace(index, shard_stamps=stamps), out / f"{split}{SUFFIX}")
-    _finish(out, source.classes, settings, stats)
     return stats
 
 
@@ -182,10 +205,29 @@ def _begin(out: Path, settings: dict[str, Any]) -> bool:
     return False
 
 
+@contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Keep other processes from writing to `out` at the same time. Raise `ConfigError` if one does."""
+    with open(out / WORK_FOLDER / "lock", "wb") as file:
+        is_ours = True
+        with suppress(OSError):  # a disk without locks
+            is_ours = try_lock(file.fileno())
+        if not is_ours:
+            raise ConfigError(f"another process writes to {out}", "wait until it has ended, or give another OUT")
+        yield
+
+
 def _convert(source: Source, record: Record, *, shorter_side: int | None, quality: int, bits: int) -> Converted | str:
     """Return the converted image, or the reason for skipping it. Only an I/O error raises `DataError`."""
+    is_measured = not is_said_narrow(record)
     try:
-        return convert(source.read(record), shorter_side=shorter_side, quality=quality, bits=bits or None)
+        data = source.read(record)
+        depth = bits if bits and is_measured else None
+        converted = convert(data, shorter_side=shorter_side, quality=quality, bits=depth)
+        if not is_measured and converted.change and (own := bits_in_use(data)):
+            name = printable(record.origin)
+            _log.warning("%s uses %d bits, which its suffix hides: it is scaled by these, not by its set's", name, own)
+        return converted
     except BadImage as error:
         return str(error)
     except FileNotFoundError as error:

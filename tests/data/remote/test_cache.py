@@ -2,7 +2,9 @@
 
 import fcntl
 import os
+import shutil
 import stat
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -96,6 +98,53 @@ def test_an_unfinished_download_counts_as_what_it_will_be_and_goes_first(tmp_pat
     assert part.exists()
     touch(cache, "b", 1001)
     assert not part.exists() and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    """Sets how many bytes the disk of the cache has room for; files of the cache take theirs."""
+
+    def usage(_):
+        used = sum(path.stat().st_size for path in tmp_path.iterdir())
+        return shutil._ntuple_diskusage(usage.total, used, usage.total - used)
+
+    monkeypatch.setattr(module.shutil, "disk_usage", usage)
+    return usage
+
+
+def test_what_downloads_still_lack_is_not_free(tmp_path, fetched, disk):
+    """Two processes see the same free bytes; one of them would run out of space midway."""
+    cache, disk.total = cache_of(tmp_path, 10), int(3.5 * SIZE)
+    touch(cache, "a", 1000)
+    descriptor, mine = cache._reserve(RemoteShard("b", SIZE), tmp_path / f"{'b' * 64}-{SIZE}.part")
+    assert mine
+    touch(cache, "c", 1001)
+    assert len([*tmp_path.glob("*.tar")]) == 2
+    touch(cache, "d", 1002)  # evicts a: b has taken no byte yet
+    assert len([*tmp_path.glob("*.tar")]) == 2 and len([*tmp_path.glob("*.part")]) == 1
+    held = [cache.open(RemoteShard(name, SIZE)) for name in "cd"]
+    with pytest.raises(DataError):
+        cache.open(RemoteShard("e", SIZE))
+    assert len([*tmp_path.glob("*.part")]) == 1 and fetched == [*"acd"]
+    for number in (descriptor, *held):
+        os.close(number)
+
+
+def test_a_download_that_goes_on_makes_room_and_leaves_the_disk_a_rest(tmp_path, fetched, disk):
+    cache, disk.total = cache_of(tmp_path, 10), 100 * SIZE
+    part = tmp_path / f"{module._url_hash('b')}-{SIZE}.part"
+    touch(cache, "a", 1000)
+    part.write_bytes(b"x" * (SIZE // 2))
+    disk.total = int(2.01 * SIZE)  # room for both, but less than 2 % would be left
+    touch(cache, "b", 1001)
+    assert len([*tmp_path.iterdir()]) == 1
+    disk.total = SIZE // 2
+    next(tmp_path.iterdir()).unlink()
+    part.write_bytes(b"x")
+    began = time.monotonic()
+    with pytest.raises(DataError):  # nothing to wait for
+        cache_of(tmp_path, 10).open(RemoteShard("b", SIZE))
+    assert part.exists() and time.monotonic() - began < 0.4 and fetched == ["a", "b"]
 
 
 def test_a_disk_that_is_full_is_named(tmp_path, fetched, monkeypatch):

@@ -3,6 +3,7 @@
 import importlib.util
 import pickle
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from maedistill.data.loading.order import SampleOrder
 from maedistill.data.loading.workers import load_batches
 from maedistill.data.remote.cache import set_cache
 from maedistill.data.remote.download import read_small
+from maedistill.data.remote.urls import TransferError, _read_response
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.patterns import find_shards
 from maedistill.data.shards.reader import ShardReader
@@ -84,6 +86,55 @@ def test_a_missing_remote_shard_is_named(shards, server):
     server.files = {f"/{path.name}": path.read_bytes() for path in shards.glob("train-*.tar")}
     with pytest.raises(DataError, match=f"^{server.url}/train-000004.tar could not be read.*404"):
         open_index(f"{server.url}/train-{{000003..000004}}.tar")
+
+
+def test_a_scan_takes_the_bytes_of_the_server_not_those_of_the_cache(shards, server, folder):
+    """Tars are padded and labels have one digit, so shards with mended labels keep their size."""
+    name = "/train-000000.tar"
+    server.files = {name: (shards / name[1:]).read_bytes()}
+    before = open_index(server.url + name)
+    data = server.files[name]
+    for header in {data.index(key) for key in (f"{before.key(i)}.cls".encode() for i in range(len(before)))}:
+        data = data[: header + 512] + b"7" + data[header + 513 :]
+    server.files[name] = data
+    for file in (folder.parent / "index").iterdir():
+        file.unlink()
+    after = open_index(server.url + name)
+    assert set(after.labels.tolist()) == {7} != set(before.labels.tolist())
+    assert after.shard_bytes == before.shard_bytes and suffixes(folder) == [".tar"]
+    assert ShardReader(after).read(0) == ShardReader(open_index(str(shards / name[1:]))).read(0)
+
+
+def test_an_address_may_have_any_letters(shards, server):
+    server.files = {f"/tr%C3%A4ning-%41+(1)/{path.name}": path.read_bytes() for path in shards.iterdir()}
+    index = open_index(f"{server.url}/träning-%41+(1)/train-{{000000..000003}}.tar")
+    assert len(index) == 96 and ShardReader(index).read(0)
+
+
+@pytest.mark.parametrize("place", ["http://[half/a.tar", "https://[::z]/a.tar"])
+def test_what_is_no_address_is_an_error_with_exit_3(shards, server, place):
+    server.files, server.faults = {"/a.tar": b"x"}, [f"to {place}"] * 9
+    for url in (f"{server.url}/a.tar", place):
+        with pytest.raises(DataError):
+            read_small(url)
+
+
+@pytest.mark.parametrize("length", ["²", "9" * 5000, "-1", "1_0", "", None])
+def test_a_length_that_is_no_number_is_not_stated(length):
+    headers = {} if length is None else {"Content-Length": length}
+    assert _read_response(SimpleNamespace(headers=headers, status=200), 0, 1).size is None
+    headers = {"Content-Range": f"bytes 0-0/{length}"}
+    with pytest.raises(TransferError):
+        _read_response(SimpleNamespace(headers=headers, status=206), 0, 1)
+
+
+@pytest.mark.parametrize(("code", "lines"), [(403, 1), (401, 1), (404, 0)])
+def test_an_index_that_may_not_be_read_is_said(shards, server, caplog, monkeypatch, code, lines):
+    server.files = {f"/{path.name}": path.read_bytes() for path in shards.glob("*.tar")}
+    monkeypatch.setattr(server, "missing", code)
+    assert len(open_index(f"{server.url}/train-{{000000..000003}}.tar")) == 96
+    said = [message for message in caplog.messages if str(code) in message and ".index.safetensors" in message]
+    assert len(said) == lines
 
 
 def test_small_files_are_whole_or_absent(server):

@@ -18,6 +18,7 @@ from maedistill.data.shards.reader import ShardReader
 from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards, read_report
 from maedistill.errors import ConfigError, DataError, exit_code_of
+from tests.data.images.test_decode import tiff
 from tests.data.tar_files import encode
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2, 2, 3), dtype=np.uint8)).resize((24, 20))
@@ -174,6 +175,43 @@ def test_labels_that_do_not_fit_the_images_are_refused(tmp_path, text):
         open_folder(fill(tmp_path / "others", ["a/1.png"]), val_labels=str(tmp_path / "labels"))
 
 
+SPACED = ["train/golden/1.png", "train/golden retriever/2.png", "train/n1, n2/3.png"] + [
+    f"val/{name}" for name in ("img 1.png", "img 1.jpg", "img.2.png")
+]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'img 1.jpg,golden retriever\nimg 1.png,golden\nimg.2.png,"n1, n2"\n',
+        '"img 1.jpg", "golden retriever"\r\n"img 1.png", "golden"\r\n"val/img.2.png", "n1, n2"\r\n',
+        "file;class;by\nimg 1.jpg;golden retriever;me\nimg 1.png;golden;you\nimg.2;n1, n2;\n",
+        "img 1.jpg\tgolden retriever\nimg 1.png\tgolden\nimg.2.png\tn1, n2\n",
+        "golden retriever\ngolden\nn1, n2\n",  # in the order of the names
+    ],
+)
+def test_names_and_classes_may_hold_blanks_and_commas(tmp_path, text):
+    (tmp_path / "labels").write_text(text)
+    source = open_folder(fill(tmp_path / "photos", SPACED), val_labels=str(tmp_path / "labels"))
+    assert [source.classes[record.label] for record in source.splits["val"]] == ["golden retriever", "golden", "n1, n2"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "img 1,golden\nimg 1,golden retriever\nimg.2.png,golden\n",
+        "img 1.jpg,golden\nimg 1.jpg,golden retriever\nimg 1.png,golden\nimg.2.png,golden\n",
+        "img 1.jpg,golden fish\nimg 1.png,golden\nimg.2.png,golden\n",
+        '"n1, n2"\n"golden, x"\n"n1, n2"\n',
+        '"' + "x" * 200_000 + '",golden\n',
+    ],
+)
+def test_labels_that_contradict_each_other_or_name_no_class_are_refused(tmp_path, text):
+    (tmp_path / "labels").write_text(text)
+    with pytest.raises(DataError):
+        open_folder(fill(tmp_path / "photos", SPACED), val_labels=str(tmp_path / "labels"))
+
+
 def test_names_that_are_not_utf8_are_written_and_named(tmp_path, monkeypatch, capsys):
     files = {b"caf\xe9/\xe9.png": PNG, b"caf\xe9/\xe8.png": PNG, b"tea/bad_\xe9.png": PNG[:40], b"tea/1.bmp": PNG,
              b"tea/\xff.tif": encode(PICTURE, "TIFF"), b"tea/\xfe.x\xe9": b"0"}  # fmt: skip
@@ -249,6 +287,25 @@ def test_an_image_that_darkens_the_others_is_named(tmp_path, caplog, odd):
     said = [message for message in caplog.messages if "darker" in message]
     assert len(said) == (odd < 3)
     assert all(f"{odd} of 5 " in message and "a/0.png" in message and "16 times" in message for message in said)
+
+
+def test_images_that_become_nearly_black_are_named_and_darken_no_others(tmp_path, caplog):
+    dark = tiff(np.tile([4095, 4095, 4095, 65535], (8, 8, 1)), order="II", alpha=1)
+    files = {"a/dark.tif": dark, "a/set.png": sixteen_bits(np.linspace(0, 1023, 256).round()[None])}
+    make_shards(open_folder(fill(tmp_path / "p", files)), tmp_path / "out")
+    assert len([message for message in caplog.messages if "1 " in message and "a/dark.tif" in message]) == 1
+    assert open_index(str(tmp_path / "out" / "train-000000.tar")).provenance["bits"] == 10
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_a_depth_that_a_suffix_hides_is_named_and_not_clipped(tmp_path, caplog, others):
+    ramp = np.linspace(0, 1023, 256).round()[None]
+    files = {"a/deep.jpg": sixteen_bits(ramp * 16)} | ({"a/set.png": sixteen_bits(ramp)} if others else {})
+    make_shards(open_folder(fill(tmp_path / "p", files)), tmp_path / "out")
+    assert len([message for message in caplog.messages if "a/deep.jpg" in message and "14" in message]) == 1
+    index = open_index(str(tmp_path / "out" / "train-000000.tar"))
+    for i in range(len(files)):
+        assert np.abs(decode_rgb(ShardReader(index).read(i))[0, 0].numpy() - np.arange(256.0)).max() <= 1
 
 
 @pytest.mark.parametrize("options", [[], ["--shorter-side", "16"]])

@@ -1,11 +1,13 @@
 """Opening shards: an index is made once and kept, subsets, the cache; one that lies is refused."""
 
 import dataclasses
+import errno
 import os
 
 import numpy as np
 import pytest
 
+from maedistill import durable
 from maedistill.data.shards.index import index_of, load_index, save_index, why_unscorable
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.reader import ShardReader
@@ -78,6 +80,36 @@ def test_shards_in_a_read_only_folder_are_indexed_in_the_cache(tmp_path, cache):
         assert len(os.listdir(cache)) == 2
     finally:
         tmp_path.chmod(0o755)
+
+
+def test_an_index_that_the_folder_refuses_goes_to_the_cache(tmp_path, cache, monkeypatch):
+    """A quota, or a network drive whose rights are not what they say."""
+    pattern, write = write_split(tmp_path), durable.write_synced
+
+    def refuse(path, data):
+        if path.parent == tmp_path:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(path))
+        write(path, data)
+
+    monkeypatch.setattr(durable, "write_synced", refuse)
+    assert len(open_index(pattern)) == 12 and len(os.listdir(cache)) == 1 and not list(tmp_path.glob("*index*"))
+
+
+@pytest.mark.parametrize("moment", ["scan", "check"])
+def test_a_shard_that_may_not_be_read_is_exit_3(tmp_path, monkeypatch, moment):
+    pattern, opened = write_split(tmp_path), open
+    if moment == "check":
+        open_index(pattern)
+
+    def refuse(path, *arguments, **keywords):
+        if str(path).endswith("train-000001.tar"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return opened(path, *arguments, **keywords)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(DataError) as caught:
+        open_index(pattern)
+    assert caught.value.exit_code == 3 and "train-000001.tar" in caught.value.cause
 
 
 def test_a_damaged_index_is_named(tmp_path):

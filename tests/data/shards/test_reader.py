@@ -51,6 +51,7 @@ def test_reader_notices_a_shard_that_changes_or_goes(tmp_path):
     index = open_index(write_split(tmp_path))
     os.truncate(index.shards[1], 600)
     os.remove(index.shards[2])
-    for i, match in ((5, "changed its size"), (9, "is gone")):
+    reader = ShardReader(index)
+    for i, match in ((5, "changed its size"), (9, "is gone")) * 2:  # the second time, too
         with pytest.raises(DataError, match=match):
-            ShardReader(index).read(i)
+            reader.read(i)

@@ -1,5 +1,6 @@
 """Writing shards: the same bytes every time, killed anywhere or not; every image accounted for; readable by timm."""
 
+import errno
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from maedistill.commands import shards as shards_command
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.images.decode import decode_rgb
-from maedistill.data.shards.index import why_unscorable
+from maedistill.data.shards.index import save_index, why_unscorable
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.reader import ShardReader
 from maedistill.data.shards.sources import Record, open_folder
@@ -154,6 +155,38 @@ def test_bad_files_are_skipped_or_converted_and_named(tmp_path):
     assert json.loads((tmp_path / "out" / "make_shards.json").read_text())["splits"]["train"]["skipped"] == note.skipped
     index = open_index(str(tmp_path / "out" / "train-*.tar"))
     assert all(decode_rgb(ShardReader(index).read(i)).shape == (3, 16, 20) for i in range(9))
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("place", ["TarWriter", "scan_shard", "save_index", "_write_json"])
+def test_a_full_disk_is_exit_3_and_with_room_the_command_continues(tmp_path, monkeypatch, capsys, place):
+    photos, out = write_photos(tmp_path / "photos"), tmp_path / "out"
+    make_shards(open_folder(photos), tmp_path / "whole")
+    monkeypatch.setattr("sys.argv", ["maedistill", "shards", str(photos), str(out)])
+    with monkeypatch.context() as patched:
+        patched.setattr(f"maedistill.data.shards.write.{place}", full_disk)
+        assert exit_code_of(shards_command.main) == 3
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    assert exit_code_of(shards_command.main) == 0 and contents(out) == contents(tmp_path / "whole")
+
+
+def test_one_process_at_a_time_writes_to_a_folder(tmp_path, monkeypatch):
+    source, out = open_folder(write_photos(tmp_path / "photos")), tmp_path / "out"
+
+    def other(*arguments):
+        monkeypatch.undo()
+        before = contents(out)
+        with pytest.raises(ConfigError):
+            make_shards(source, out, images_per_shard=5)
+        assert contents(out) == before
+        return save_index(*arguments)
+
+    monkeypatch.setattr("maedistill.data.shards.write.save_index", other)
+    make_shards(source, out, images_per_shard=5)
+    assert verify_shards(out) == 3
 
 
 def test_nothing_left_is_an_error(tmp_path):
