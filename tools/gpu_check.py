@@ -109,7 +109,8 @@ def check(parts: list[Part], *, out: Path, minutes: float, tiny: bool) -> list[R
     finally:
         rows = written()
         notes = [note for note in (TINY if tiny else None, not_run(ends)) if note]
-        print("\n".join(["", digest(rows), *notes, summary(rows, seconds=time.time() - start)]), flush=True)
+        ended = f"{summary(rows, seconds=time.time() - start)}: {out / 'summary.md'}"
+        print("\n".join(["", digest(rows), *notes, ended]), flush=True)
         shutil.rmtree(work, ignore_errors=True)
     return rows
 

@@ -15,6 +15,7 @@ from maedistill.config.schema import AUTO, RunConfig
 
 Config = TypeVar("Config", bound=RunConfig)
 
+FORMAT = "engine.precision"  # whose `auto` depends on the device
 KEYS = ("optim.global_batch", "optim.epochs", "optim.warmup_epochs")
 _STEPS_PER_EPOCH = 50  # a batch is at most so small a part of the set, above the least batch
 _WARMUP = 0.05  # of the epochs; MAE: 40 of 800
@@ -83,9 +84,10 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
 
 
 def with_numbers_of(config: Config, before: RunConfig) -> Config:
-    """Return the config with the numbers of another, for all that it leaves to the data or to the weights."""
+    """Return the config with the values of another, for all that it leaves to data, weights or device."""
     values, numbers = flat(config), flat(before)
     open_keys = [*auto_keys(config), *(key for key in ("data.image_size",) if values[key] is None)]
+    open_keys += [FORMAT] if values[FORMAT] == AUTO else []
     return with_values(config, {key: numbers[key] for key in open_keys})
 
 

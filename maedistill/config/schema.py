@@ -5,9 +5,9 @@ logging. A run folder may be continued with other `runtime` keys; a changed `res
 
 `config/pretrain.py` and `config/finetune.py` hold one root each, a `RunConfig`, with every key of its stage: type,
 range, default, and what the papers used; `config/distill.py` has the sections of distillation. The schema checks every
-value by itself. Rules between keys are in `shared_rules.py`, `pretrain_rules.py` and `finetune_rules.py`; `loader.py`
-fills a schema from YAML and the command line. Neither torch nor timm is imported, so that whatever is known to be wrong
-is reported at once.
+value by itself. Rules between keys are in `shared_rules.py`, `pretrain_rules.py`, `finetune_rules.py` and
+`distill_rules.py`; `loader.py` fills a schema from YAML and the command line. Neither torch nor timm is imported, so
+that whatever is known to be wrong is reported at once.
 
 Relative paths (shards, weights, run folder) are relative to the working directory, not to the file that names them. `~`
 is expanded where a path is used, so that a run's `config.yaml` keeps what the user wrote.

@@ -1,6 +1,6 @@
 """Rules between the keys of any stage: each rule reads a config or a section and yields a `Problem` for each mistake.
 
-Every value is already valid by itself. `pretrain_rules.py` and `finetune_rules.py` list the rules of their stage. Only
+Every value is already valid by itself. `pretrain_rules.py` and `finetune_rules.py` list those of their stage. Only
 what the config alone shows is checked here. What needs the shards, a weights file or timm is checked when those are
 opened, with errors of the same form.
 """

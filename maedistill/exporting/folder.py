@@ -90,9 +90,9 @@ def export(
     out = Path(os.path.normpath(os.path.expanduser(out))) if out is not None else default
     require_local(out, "--out")
     try:
-        if (folder.path / COMPLETE).is_file() and folder.path.resolve() in out.resolve().parents:
+        if inside := next((one for one in out.resolve().parents if (one / COMPLETE).is_file()), None):
             raise ConfigError(
-                f"{folder.path} is a checkpoint, which its run may remove with all that is in it",
+                f"{inside} is a checkpoint, which its run may remove with all that is in it",
                 "name a folder elsewhere: --out FOLDER",
             )
         if "onnx" in kinds:

@@ -15,8 +15,6 @@ from maedistill.models.patches import position_table
 
 # Any model of timm: an nn.Module with forward_features, forward_head, pretrained_cfg ..., of no common declared class.
 TimmModel: TypeAlias = Any
-
-
 # ViTs without a hierarchy: with absolute positions, or timm's Eva with rotary ones (DINOv3, EVA-02, PE), or with both.
 PlainViT: TypeAlias = VisionTransformer | Eva
 

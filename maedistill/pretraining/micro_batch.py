@@ -9,6 +9,7 @@ from torch import nn
 
 from maedistill.config.plan import Plan, batch_plans
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.machine import runs_on_gpu
 from maedistill.processes import distributed
 from maedistill.runs.checkpoint import checkpoint_steps
 from maedistill.runs.folder import RunFolder
@@ -29,13 +30,14 @@ def fit_micro_batch(
 ) -> tuple[Plan, int]:
     """Return the plan with the largest micro-batch that fits, and the bytes of memory it was fitted to. Collective.
 
-    trial: a forward and backward pass of so many samples. A run that continues with as many ranks and the same memory
-    keeps its micro-batch, so that its sums are bit-identical. Before its first checkpoint there is nothing to keep: a
-    size that was too large is not tried again.
+    trial: a forward and backward pass of so many samples. A run that continues with as many ranks, the same memory and
+    as many jobs on a GPU keeps its micro-batch, so that its sums are bit-identical. Before its first checkpoint there
+    is nothing to keep: a size that was too large is not tried again.
     """
     plans = batch_plans(config.optim.global_batch, world_size=plan.world_size, group=config.data.views_per_image)
     memory = min(distributed.gather_objects(torch.cuda.get_device_properties(device).total_memory))
     known = distributed.on_main(lambda: _fitted_before(RunFolder(config.run)))
+    memory //= runs_on_gpu()
     fits = {"ranks": plan.world_size, "fitted_to_bytes": memory}
     batch = next((one for one in plans if known == fits | {"micro_batch": one.micro_batch}), None)
     if batch is None:

@@ -6,6 +6,7 @@ call the functions marked "Collective", in the same order.
 """
 
 import itertools
+import math
 import os
 import re
 import time
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from maedistill.errors import ConfigError, PeerError, UserError
+from maedistill.escaping import say
 from maedistill.machine import named_gpus
 from maedistill.processes.rendezvous import open_local_store, rendezvous_error
 
@@ -152,27 +154,41 @@ def on_main(work: Callable[[], T]) -> T:
 def main_first(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 first and then on the others, which find its results in the cache. Collective.
 
-    The others wait without a limit while rank 0 lives: a scan of all shards or a download may take longer than any
-    collective may. Raises PeerError if rank 0, or the launcher that keeps the store, is gone.
+    Ranks wait for each other without a limit: a scan of all shards or a download may take longer than any collective
+    may. Raises PeerError if rank 0, or the launcher that keeps the store, is gone.
     """
     if world_size() == 1:
         return work()
     mine: list[T] = []
     name, store = f"maedistill/first/{next(_counters)}", dist.distributed_c10d._get_default_store()
 
-    def first() -> None:
+    def work_here() -> None:
         try:
             mine.append(work())
         finally:
-            store.set(name, "done")
+            store.set(f"{name}/{rank()}", "done")
 
+    if not is_main():
+        _wait_for(store, [f"{name}/0"], "rank 0")
+    on_main(work_here)
+    if is_main():
+        _wait_for(store, [f"{name}/{other}" for other in range(1, world_size())], "the other ranks")
+    else:
+        work_here()
+    return mine[0]
+
+
+def _wait_for(store: dist.Store, keys: list[str], who: str) -> None:
+    """Wait until all keys are set. Ranks 0 and 1 say so if it takes longer than a collective may."""
+    until = time.monotonic() + _timeout.total_seconds()
     try:
-        while not is_main() and not store.check([name]):
+        while not store.check(keys):
+            if time.monotonic() > until and rank() <= 1:
+                say(f"rank {rank()} waits for {who} to scan shards or fetch weights")
+                until = math.inf
             time.sleep(_POLL_SECONDS)
     except dist.DistError as error:
         raise PeerError(f"rank 0 is gone, or its launcher: {error}", "see its messages, then start again") from error
-    on_main(first)
-    return mine[0] if is_main() else work()
 
 
 def shared_counter() -> Callable[[], int]:

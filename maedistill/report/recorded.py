@@ -65,8 +65,8 @@ def read_run(path: Path, name: str, place: int = 0) -> RecordedRun:
         metadata, records = read_json(path / "run.json"), read_metrics(path)
         root = _STAGES[metadata["stage"]]
         config: Any = load_config(path / "config.yaml", root=root, to_run=False).config
-        if odd := next((one for record in records for one in record.values() if not _is_number(one)), None):
-            raise TypeError(f"{odd!r} is no number")
+        if odd := [one for record in records for one in record.values() if not _is_number(one)]:
+            raise TypeError(f"{odd[0]!r} is no number")
         ended = None
         with suppress(DataError, OSError, KeyError):  # an empty file, after a power cut, says as little as none
             ended = str(read_json(path / "exit.json")["reason"])

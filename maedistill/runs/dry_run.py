@@ -37,15 +37,18 @@ def forward_backward(stage: Stage, inputs: tuple[Any, ...]) -> None:
 
     Buffers, such as the running statistics of BatchNorm, stay as they were: it is a trial.
     """
-    before = [(buffer, buffer.clone()) for buffer in stage.module.buffers()]
+    parts = ((part, name) for part in stage.module.modules() for name in part._buffers)
+    before = [
+        (part, name, buffer, buffer.clone()) for part, name in parts if (buffer := part._buffers[name]) is not None
+    ]
     try:
         with autocast(stage.device, precision(stage.config.engine.precision, stage.device)):
             loss = stage.module(*inputs)["loss"]
         loss.backward()
         loss.item()  # waits for the device
     finally:
-        for buffer, value in before:
-            buffer.copy_(value)
+        for part, name, buffer, value in before:
+            part._buffers[name] = buffer.copy_(value)  # the module may have put another tensor in its place
 
 
 def _measured_lines(stage: Stage, crops: RandomCrops, inputs_of: Callable[[Batch], tuple[Any, ...]]) -> list[str]:

@@ -1,13 +1,18 @@
-"""Replace `auto` in a config by numbers, once the training images are counted and before anything depends on them.
+"""Replace `auto` in a config by what it means here, before anything depends on it.
 
-The numbers go into RUN/config.yaml. A run that continues keeps them, whatever the number of ranks is by then.
+The values go into RUN/config.yaml. A run that continues keeps them, whatever ranks and devices there are by then.
 """
 
 from typing import Any
 
-from maedistill.config.auto import Config, auto_keys, auto_line, with_numbers, with_values
+import torch
+
+from maedistill.config.auto import FORMAT, Config, auto_keys, auto_line, with_numbers, with_values
 from maedistill.config.keys import flat
 from maedistill.config.loader import require_consistent
+from maedistill.config.schema import AUTO
+from maedistill.errors import ConfigError
+from maedistill.machine import precision
 from maedistill.processes import distributed
 from maedistill.runs.checkpoint import checkpoint_steps
 from maedistill.runs.folder import RunFolder
@@ -21,13 +26,34 @@ def settle(config: Config, images: int, *, world_size: int) -> tuple[Config, lis
     """
     if not (keys := auto_keys(config)):
         return config, []
-    kept: dict[str, Any] = distributed.on_main(lambda: _numbers_of_run(config, keys))
+    kept: dict[str, Any] = distributed.on_main(lambda: _values_of_run(config, keys))
     settled = with_values(config, kept) if kept else with_numbers(config, images, world_size=world_size)
     require_consistent(settled)
     return settled, [auto_line(config, settled, images, of_the_run=bool(kept))]
 
 
-def _numbers_of_run(config: Config, keys: list[str]) -> dict[str, Any]:
+def settle_precision(config: Config, device: torch.device, *, fresh: bool) -> Config:
+    """Return the config with a number format in place of `engine.precision=auto`. Collective.
+
+    fresh: the run in the folder is about to be deleted. Raises ConfigError if the GPUs of the ranks differ in it, since
+    fp16 scales the loss and the other formats do not, or if a run in fp16 would continue without a GPU.
+    """
+    if config.engine.precision != AUTO:
+        return config
+    kept = {} if fresh else distributed.on_main(lambda: _values_of_run(config, [FORMAT]))
+    began = kept.get(FORMAT, AUTO)
+    if began == "fp16" and device.type != "cuda":
+        raise ConfigError(
+            f"{FORMAT}=auto: this run began in fp16, which needs a GPU", "continue it on one, or use another run="
+        )
+    formats = set(distributed.gather_objects(precision(began, device)))
+    if len(formats) > 1:
+        cause = f"{FORMAT}=auto: the GPUs of the ranks differ, it would be {' and '.join(sorted(formats))}"
+        raise ConfigError(cause, f"set {FORMAT}=fp16 or fp32, or start the ranks on GPUs of one kind")
+    return with_values(config, {FORMAT: formats.pop()})
+
+
+def _values_of_run(config: Config, keys: list[str]) -> dict[str, Any]:
     """Return the values of these keys in the run that the config's folder holds; empty before its first checkpoint."""
     folder = RunFolder(config.run)
     if not checkpoint_steps(folder.checkpoints) or (before := read_previous(folder.path, config).config) is None:

@@ -15,20 +15,18 @@ from torch import nn
 
 from maedistill.config.plan import Plan
 from maedistill.config.schema import RunConfig
-from maedistill.errors import ConfigError
 from maedistill.escaping import say
-from maedistill.machine import Precision, cpu_share, precision
+from maedistill.machine import cpu_share, precision
 from maedistill.processes import distributed
 from maedistill.processes.heartbeat import Peers
 from maedistill.processes.preemption import PreemptionHandler
 from maedistill.runs.async_saver import Saver
 from maedistill.runs.callback import Callback
-from maedistill.runs.checkpoint import checkpoint_steps
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.history import has_losses
 from maedistill.runs.metrics import MetricsFile
-from maedistill.runs.previous import known_metadata
 from maedistill.runs.run import Run
+from maedistill.runs.settle import settle_precision
 from maedistill.training.compilation import should_compile
 from maedistill.training.engine import Engine, initialize_distributed
 from maedistill.training.optim import build_optimizer, build_schedule
@@ -89,6 +87,7 @@ def run_stage(
         join(config)
         lost = folder.record_error
         with folder.log.capture(), Peers(timeout_seconds=config.engine.timeout_seconds, on_loss=lost) as peers:
+            config = settle_precision(config, distributed.device(), fresh=fresh)
             stage = open_stage(config, world_size=distributed.world_size(), device=distributed.device())
             with start_run(stage, folder, peers, fresh=fresh, extend=extend) as run:
                 run.callbacks = tuple(callbacks)
@@ -114,7 +113,7 @@ def join(config: RunConfig) -> None:
 def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, extend: bool) -> Run:
     """Open the run folder, print the summary and build the engine. fresh, extend: see `run_stage`. Collective."""
     config, plan, module, optim, device = stage.config, stage.plan, stage.module, stage.config.optim, stage.device
-    number_format = _number_format(config, folder, device, fresh=fresh)
+    number_format = precision(config.engine.precision, device)
     execution = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "ranks": distributed.world_size(),
@@ -155,26 +154,3 @@ def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, ext
     stop = PreemptionHandler(timeout_seconds=config.engine.timeout_seconds, leave=folder.leave_at_once)
     kept = stage.kept
     return Run(config, folder, plan, module, engine, schedule, ema, device, workers, peers, saver, stop, kept=kept)
-
-
-def _number_format(config: RunConfig, folder: RunFolder, device: torch.device, *, fresh: bool) -> Precision:
-    """Resolve `engine.precision`. A run that continues keeps what `auto` was when it began, on any device. Collective.
-
-    Raises ConfigError if `auto` differs among the GPUs of the ranks: fp16 scales the loss and the other formats do not.
-    """
-    kept: Precision | None = None
-    if config.engine.precision == "auto" and not fresh:
-        kept = distributed.on_main(lambda: _format_of_run(folder))
-    formats = set(distributed.gather_objects(precision(kept or config.engine.precision, device)))
-    if len(formats) > 1:
-        cause = f"engine.precision=auto: the GPUs of the ranks differ, it would be {' and '.join(sorted(formats))}"
-        raise ConfigError(cause, "set engine.precision=fp16 or fp32, or start the ranks on GPUs of one kind")
-    return formats.pop()
-
-
-def _format_of_run(folder: RunFolder) -> Precision | None:
-    """Return the number format of the run in the folder; None before its first checkpoint."""
-    if not checkpoint_steps(folder.checkpoints):
-        return None
-    starts = known_metadata(folder.path).get("starts") or [{}]
-    return starts[-1].get("precision")

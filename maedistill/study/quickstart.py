@@ -27,6 +27,7 @@ from maedistill.study.runner import Step, run_steps
 from maedistill.study.study_page import PAGE, write_study_page
 
 SEED = 0
+SCORE = "scorecard.json"  # in the folder of a fine-tuning
 JOBS = 2  # concurrent training runs: each of these small networks gets half of the cores
 STUDENT, TEACHER, BASELINE = "dmae", "teacher", "scratch"  # of the headline
 TITLE = "Quickstart: one small student, three ways to begin with it"
@@ -60,7 +61,7 @@ def run_quickstart(out: Path, *, epochs: float | None) -> None:
     command, page = masked(shlex.join(sys.argv)), out / PAGE
     results = collect(study, out, [SEED])
     written_to = write_results(results, out, title=TITLE, command=command, notes=NOTES)
-    rows = [replace(row, name=name) for name, run in runs.items() for row in read_rows([str(out / run)])]
+    rows = [replace(row, name=name) for name, run in runs.items() for row in read_rows([str(out / run / SCORE)])]
     write_page(rows, out, command=command)
     refresh(page, lambda: write_study_page(out, page), create=has_bokeh())
     summaries = {name: network["summary"] for name, network in results["networks"].items()}
@@ -78,7 +79,7 @@ def _export(name: str, run: str, out: Path) -> Step:
 
 def _score(name: str, run: str, shards: str, out: Path) -> Step:
     """Return the step that measures accuracy and latency of an export."""
-    score, predictions = out / run / "scorecard.json", out / run / PREDICTIONS
+    score, predictions = out / run / SCORE, out / run / PREDICTIONS
     command = ("evaluate", str(out / run / "export"), shards, "--json", str(score), "--predictions", str(predictions))
     return Step(f"{name}/score", command, done=lambda: is_scored(score, shards) and predictions.is_file())
 

@@ -56,8 +56,9 @@ def compile_function(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _options() -> dict[str, str | int | bool | Callable[..., object]]:
-    """Return inductor's options. deterministic: no kernel or padding is chosen by a timing."""
-    return {"fallback_random": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
+    """Return inductor's options; in deterministic mode no kernel or padding is chosen by a timing."""
+    deterministic = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+    return {"fallback_random": True, **deterministic}
 
 
 @cache

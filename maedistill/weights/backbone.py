@@ -105,7 +105,7 @@ def open_backbone(
         if not hasattr(network, "forward_intermediates"):
             raise ConfigError(
                 f"timm shows no blocks of {opened.name}, a {type(network).__name__}",
-                "name another network; maedistill evaluate takes this one's end, by default",
+                "name another network, or use this one's last features: leave out the block",
             )
         block = _block_number(block, len(network.feature_info), opened.name)
     if pool == "class" and not (has_tokens(network) and getattr(network, "cls_token", None) is not None):

@@ -21,7 +21,7 @@ from maedistill.weights.from_timm import (
     CropMode,
     Deviation,
     Interpolation,
-    Mean,
+    MeanValue,
     Side,
     StrictModel,
     first_problem,
@@ -44,7 +44,7 @@ class Preprocessing(StrictModel):
     crop: Crop
     crop_mode: CropMode = "center"
     interpolation: Interpolation
-    mean: tuple[Mean, Mean, Mean]
+    mean: tuple[MeanValue, MeanValue, MeanValue]
     std: tuple[Deviation, Deviation, Deviation]
     input: Literal["float32", "uint8"] = "float32"
     gives: Literal["logits", "features"] = "logits"

@@ -17,7 +17,7 @@ from maedistill.models.vits import PlainViT
 from maedistill.weights.from_file import EncoderSpec, Inspect, open_file
 from maedistill.weights.from_timm import (
     Deviation,
-    Mean,
+    MeanValue,
     Side,
     StrictModel,
     announce_download,
@@ -46,7 +46,7 @@ class _Processor(StrictModel):
 
     do_normalize: Literal[True] = True
     rescale_factor: Annotated[float, Field(ge=0.9999 / 255, le=1.0001 / 255)] = 1 / 255
-    image_mean: tuple[Mean, Mean, Mean]
+    image_mean: tuple[MeanValue, MeanValue, MeanValue]
     image_std: tuple[Deviation, Deviation, Deviation]
 
 

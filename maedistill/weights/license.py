@@ -13,7 +13,7 @@ NO_OTHERS = "yours: no other weights were used"
 NOT_STATED = "not stated"
 
 # Identifiers of the Hugging Face hub. A restrictive one counts anywhere in the text, a free one only as the whole text.
-_NON_COMMERCIAL = re.compile("(?<![^-])cc-by-nc(?:-sa|-nd)?-[234][.]0(?![^-])")
+_NON_COMMERCIAL = re.compile("(?<![^-])cc-by-nc-(?:(?:sa-)?[234]|nd-[34])[.]0(?![^-])")
 _FORBIDS_COMMERCE = re.compile("(^|-)(by-nc|non-?commercial)(-|$)")
 _FREE = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0")
 _LONGEST = 200  # name of a license

@@ -11,6 +11,7 @@ from_timm, from_transformers, from_run, from_file and from_graph hold the opener
 
 import math
 import os
+import pickle
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -125,7 +126,7 @@ def given_network(module: TimmModel, name: str, *, image_size: int | None, train
     """
     try:
         module = (module if trained else deepcopy(module)).eval()
-    except (RuntimeError, TypeError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError, pickle.PicklingError) as error:
         remedy = "leave out what copy.deepcopy refuses, such as a tensor with a graph that a forward pass left in it"
         raise ConfigError(f"{name} cannot be copied ({why_unreadable(error)})", remedy) from error
     stated = getattr(module, "pretrained_cfg", None)

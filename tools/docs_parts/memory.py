@@ -1,4 +1,4 @@
-"""Prints the memory table of docs/performance.md: a model of how many images fit in a GPU. Takes minutes of one core.
+"""Print the memory table of docs/performance.md: a model of how many images fit in a GPU. Takes minutes of one core.
 
     python tools/docs_parts/memory.py imagenet/dmae_vit_b imagenet/amd_vit_b
 

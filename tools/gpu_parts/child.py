@@ -18,7 +18,7 @@ def run_child(told: Child) -> None:
 
     The interpreter's teardown is skipped, because threads of a process group may abort or hang in it.
     """
-    # Nothing may go on using the card once the tool itself has been killed.
+    # A part does not outlive the tool. What it has started, such as runs without a launcher, may.
     end_with_parent(signal.SIGKILL, has_ended=lambda: os.getppid() != told.parent)
     warnings.filterwarnings("ignore", "Synchronization debug mode")  # torch warns each time it is set
     code = 1

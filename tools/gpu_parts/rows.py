@@ -68,12 +68,21 @@ def digest(rows: Sequence[Row], *, most: int = 8000) -> str:
     lines = list[str]()
     for part in reversed(dict.fromkeys(row.part for row in rows)):
         mine = [row for row in rows if row.part == part]
-        lines += [str(row)[:_LONGEST_LINE] for row in mine if row.verdict in (MEASURED, SKIPPED)]
+        lines += [_shortened(row) for row in mine if row.verdict in (MEASURED, SKIPPED)]
         if passed := sum(row.verdict == OK for row in mine):
             lines.append(f"{OK:<8}  {part}: {passed} checks")
-    lines += [str(row)[:_LONGEST_LINE] for row in rows if row.verdict == FAIL]
-    text = "\n".join(lines)
-    return text if len(text) <= most else "...\n" + text[-most:].partition("\n")[2]
+    lines += [_shortened(row) for row in reversed(rows) if row.verdict == FAIL]
+    shown = len(lines)
+    while shown and sum(len(line) + 1 for line in lines[-shown:]) > most:
+        shown -= 1
+    left = [f"... {len(lines) - shown} lines more: see summary.md"] if shown < len(lines) else []
+    return "\n".join([*left, *lines[len(lines) - shown :]])
+
+
+def _shortened(row: Row) -> str:
+    """Return a row's line, without its middle if it is long: an error says at its end what it is."""
+    text, half = str(row), _LONGEST_LINE // 2
+    return text if len(text) <= _LONGEST_LINE else f"{text[:half]} ... {text[-half:]}"
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -93,7 +93,8 @@ def _build(check: Check) -> Network:
     comparison = StepComparison(speed_config(check, batch=batch, compiled=False), check.device)
     gflop = comparison.count_gflop(comparison.method, comparison.teacher)["total"]
     check.measured("work", f"{NETWORKS[check.part][0]}: {gflop:.4g} GFLOP per image", gflop=gflop)
-    earlier = [row.values["ready_seconds"] for row in check.rows.all() if row.check.startswith(f"{COMPILED}, batch")]
+    compiled = (row.values for row in check.rows.all() if row.check.startswith(f"{COMPILED}, batch"))
+    earlier = [values["ready_seconds"] for values in compiled if "ready_seconds" in values]
     return Network(check, comparison, gflop, measured_peak(check), max(earlier, default=_FIRST_COMPILE))
 
 

@@ -81,10 +81,15 @@ class ShardCache:
         if (descriptor := self._get(shard, wait=False)) is not None:
             os.close(descriptor)
 
-    def discard(self, shard: RemoteShard) -> None:
-        """Remove the shard, because it is damaged or may be old; without a checksum, every version of it."""
+    def discard(self, shard: RemoteShard, *, older_than: float = math.inf) -> None:
+        """Remove the shard, because it is damaged or may be old; without a checksum, every version of it.
+
+        older_than: a time in seconds; only what was downloaded before it.
+        """
         for path in self._whole(shard):
-            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime < older_than:
+                    path.unlink()
 
     def _get(self, shard: RemoteShard, *, wait: bool) -> int | None:
         """Return a descriptor of the shard; None if another process downloads it (`wait`: once that has ended)."""

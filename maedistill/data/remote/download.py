@@ -140,7 +140,7 @@ def read_small(url: str, *, most: int = 1 << 30) -> bytes | None:
                         raise TransferError(f"the file has more than {most:,} bytes", final=True)
         except MissingError as error:
             if isinstance(error, DeniedError):
-                _log.warning("%s is taken for missing: %s", url, error)
+                _log.warning("%s is taken for missing: %s; if it is there, allow this user to read it", url, error)
             return None
         if stream.size is not None and len(data) != stream.size:
             raise TransferError(f"it ended after {len(data):,} of {stream.size:,} bytes")

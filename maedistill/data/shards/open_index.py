@@ -61,7 +61,7 @@ def open_index(
         raise
     except OSError as error:
         raise DataError(
-            f"{error.filename or shards} cannot be read: {error.strerror}",
+            f"{error.filename or shards} cannot be read: {error.strerror or error}",
             "see to the rights, and to the disk or network drive that it is on",
         ) from error
 

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ LABEL_SUFFIX = "cls"
 NO_LABEL = -1
 THREADS = 4  # shards at a time: hashing and disk reads overlap; parsing the headers holds the GIL
 _LONGEST_LABEL = 64  # bytes that are read of a label
+_DAY = 86_400  # seconds
 
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # WebDataset's `base_plus_ext`
 _LABEL = re.compile(rb"[0-9]{1,6}")  # int() would also accept "1_0" and non-ASCII digits
@@ -76,14 +78,15 @@ def scan_shards(paths: list[str], members: Members = USUAL) -> list[ShardScan]:
 def scan_shard(path: str, members: Members = USUAL) -> ShardScan:
     """Read the checksum, image offsets and labels of one shard. Raise `DataError` naming the shard and key.
 
-    A remote shard is downloaded into the cache, also if a version of it is there, which may be older than the server's.
+    A remote shard is downloaded into the cache, also if a version of more than a day is there, which may be older than
+    the server's; a younger one is of a scan that was interrupted, or of another process.
     It stays there until it is evicted; a damaged one is removed at once.
     """
     if not is_url(path):
         with open(path, "rb") as file:
             return _scan(file, path, members)
     cache, shard = ShardCache(), RemoteShard(path, file_size(path))
-    cache.discard(shard)
+    cache.discard(shard, older_than=time.time() - _DAY)
     with open(cache.open(shard), "rb") as file:
         try:
             return _scan(file, path, members)

@@ -11,7 +11,7 @@ from maedistill.escaping import get_log
 
 _log = get_log(__name__)
 _EIGHT_BITS = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif")  # suffixes of formats without 16 bits
-_EIGHT_BIT_STARTS = (b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM")
+EIGHT_BIT_STARTS = (b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM")
 
 
 def used_depth(source: Source, workers: int) -> int:
@@ -59,6 +59,6 @@ def _depth(source: Source, record: Record) -> int:
     try:
         head = source.head(record)
         is_narrow_png = head.startswith(b"\x89PNG") and not is_wide_png(head)
-        return 0 if is_narrow_png or head.startswith(_EIGHT_BIT_STARTS) else bits_in_use(source.read(record))
+        return 0 if is_narrow_png or head.startswith(EIGHT_BIT_STARTS) else bits_in_use(source.read(record))
     except (OSError, BadImage):  # it is reported when it is converted
         return 0

@@ -61,7 +61,9 @@ def _rows(lines: list[str], label_of: dict[str, int]) -> list[Sequence[str]]:
     if mark := next((mark for mark in "\t;," if all(mark in line for line in lines)), None):
         rows = [[field.strip() for field in row] for row in csv.reader(lines, delimiter=mark, skipinitialspace=True)]
         return [[*row[:1], *(_BOX.sub("", kind) for kind in row[1:2])] for row in rows]
-    return [_BOX.sub("", line).split(None, 1) for line in lines]
+    parts = (_BOX.sub("", line).split(None, 1) for line in lines)
+    # a class of several words, or one word and further columns
+    return [row if len(row) < 2 or row[1] in label_of else [row[0], row[1].split()[0]] for row in parts]
 
 
 def _classes_of_names(file: Path, rows: list[Sequence[str]], records: list[Record]) -> dict[str, str]:

@@ -35,7 +35,7 @@ from maedistill.data.shards.layout import IMAGES_PER_SHARD, QUALITY, REPORT_FILE
 from maedistill.data.shards.progress_bar import ProgressBar
 from maedistill.data.shards.records import Record, Source, printable
 from maedistill.data.shards.scan import NO_LABEL, ShardScan, scan_shard
-from maedistill.data.shards.source_depth import is_said_narrow, used_depth
+from maedistill.data.shards.source_depth import EIGHT_BIT_STARTS, is_said_narrow, used_depth
 from maedistill.data.shards.stamps import stamp_of
 from maedistill.durable import make_folder, require_local, write_durably
 from maedistill.errors import ConfigError, DataError
@@ -104,12 +104,13 @@ def make_shards(
             convert_one = functools.partial(_convert, source, shorter_side=shorter_side, quality=quality, bits=bits)
             stats = _write_splits(source, out, settings, convert_one, workers=workers)
             _finish(out, source.classes, settings, stats)
-            return stats
+        shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)  # on NFS not before the lock in it is closed
+        return stats
     except BrokenPipeError:  # of the progress bar, whose reader has exited
         raise
     except OSError as error:
         raise DataError(
-            f"cannot write the shards {error.filename or out}: {error.strerror}",
+            f"cannot write the shards {error.filename or out}: {error.strerror or error}",
             "free disk space, or see to the rights; the same command continues",
         ) from error
 
@@ -208,13 +209,19 @@ def _begin(out: Path, settings: dict[str, Any]) -> bool:
 @contextmanager
 def _only_writer(out: Path) -> Iterator[None]:
     """Keep other processes from writing to `out` at the same time. Raise `ConfigError` if one does."""
-    with open(out / WORK_FOLDER / "lock", "wb") as file:
+    try:
+        lock = os.open(out / WORK_FOLDER / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except FileNotFoundError as error:
+        raise ConfigError(f"another process has just finished {out}", "start the same command again") from error
+    try:
         is_ours = True
         with suppress(OSError):  # a disk without locks
-            is_ours = try_lock(file.fileno())
+            is_ours = try_lock(lock)
         if not is_ours:
             raise ConfigError(f"another process writes to {out}", "wait until it has ended, or give another OUT")
         yield
+    finally:
+        os.close(lock)
 
 
 def _convert(source: Source, record: Record, *, shorter_side: int | None, quality: int, bits: int) -> Converted | str:
@@ -224,7 +231,8 @@ def _convert(source: Source, record: Record, *, shorter_side: int | None, qualit
         data = source.read(record)
         depth = bits if bits and is_measured else None
         converted = convert(data, shorter_side=shorter_side, quality=quality, bits=depth)
-        if not is_measured and converted.change and (own := bits_in_use(data)):
+        is_hidden = not is_measured and not data.startswith(EIGHT_BIT_STARTS) and converted.change
+        if is_hidden and (own := bits_in_use(data)) > 0:
             name = printable(record.origin)
             _log.warning("%s uses %d bits, which its suffix hides: it is scaled by these, not by its set's", name, own)
         return converted
@@ -294,7 +302,6 @@ def _finish(out: Path, classes: tuple[str, ...], settings: dict[str, Any], stats
     _write_json(out / "_info.json", {"splits": splits})
     report = {"made": settings, "splits": {split: asdict(part) for split, part in stats.items()}}
     _write_json(out / REPORT_FILE, report)
-    shutil.rmtree(out / WORK_FOLDER)
 
 
 def _write_json(file: Path, value: Any) -> None:

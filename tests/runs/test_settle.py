@@ -1,0 +1,48 @@
+"""The number format of a run: one for all ranks, and the same after a restart on another device."""
+
+import pytest
+import torch
+
+from maedistill.config.auto import FORMAT
+from maedistill.config.keys import differing_keys
+from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.errors import ConfigError
+from maedistill.runs import settle
+from maedistill.runs.settle import settle_precision
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def format_of(monkeypatch):
+    """The settled format of a setting, on a device and a card of a capability. began: that of the run in the folder."""
+
+    def settled(setting, device, capability=(9, 0), *, began=None, fresh=False) -> str:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(settle, "_values_of_run", lambda config, keys: {FORMAT: began} if began else {})
+        overrides = ["run=r", "data.train=x.tar", f"{FORMAT}={setting}"]
+        config = load_config("quickstart/mae", overrides, root=PretrainConfig).config
+        after = settle_precision(config, device, fresh=fresh)
+        assert {key for key, *_ in differing_keys(config, after)} <= {FORMAT}
+        return after.engine.precision
+
+    return settled
+
+
+def test_auto_is_what_the_device_suits_and_then_what_the_run_began_with(format_of):
+    for device, capability, expected in ((CPU, (9, 0), "fp32"), (GPU, (9, 0), "bf16"), (GPU, (7, 0), "fp16")):
+        assert format_of("auto", device, capability) == expected
+        assert format_of("auto", device, capability, began="auto") == expected  # a run that did not record it
+        assert format_of("auto", device, capability, began="bf16") == "bf16"
+        assert format_of("auto", device, capability, began="bf16", fresh=True) == expected
+        assert format_of("fp32", device, capability, began="bf16") == "fp32"  # which the folder refuses
+    with pytest.raises(ConfigError, match="began in fp16"):
+        format_of("auto", CPU, began="fp16")
+
+
+def test_ranks_on_different_cards_do_not_begin_in_two_formats(format_of, monkeypatch):
+    monkeypatch.setattr(settle.distributed, "gather_objects", lambda value: [value, "fp16"])
+    assert format_of("auto", GPU, (7, 0)) == "fp16"
+    with pytest.raises(ConfigError, match=r"engine\.precision"):
+        format_of("auto", GPU, (9, 0))
