@@ -291,6 +291,7 @@ class Stop(maedistill.Callback):
         if run.step == 2:
             signal.raise_signal(signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has its children ignore it
 seen, theirs = [], signal.getsignal(signal.SIGINT)
 settings = {"run": sys.argv[2], "method": "mae", "optim.epochs": 1, "engine.deterministic": True}
 try:

@@ -1,6 +1,7 @@
 """Shards behind URLs: the same pixels as local ones, damage named, and addresses that are not plain refused."""
 
 import importlib.util
+import os
 import pickle
 import socket
 from types import SimpleNamespace
@@ -99,6 +100,11 @@ def test_a_scan_takes_the_bytes_of_the_server_not_those_of_the_cache(shards, ser
     server.files[name] = data
     for file in (folder.parent / "index").iterdir():
         file.unlink()
+    assert open_index(server.url + name).labels.tolist() == before.labels.tolist()  # fetched within a day
+    for file in (folder.parent / "index").iterdir():
+        file.unlink()
+    for file in folder.glob("*.tar"):
+        os.utime(file, (0, 0))
     after = open_index(server.url + name)
     assert set(after.labels.tolist()) == {7} != set(before.labels.tolist())
     assert after.shard_bytes == before.shard_bytes and suffixes(folder) == [".tar"]
