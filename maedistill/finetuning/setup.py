@@ -44,7 +44,7 @@ from maedistill.models.vits import PlainViT, num_params_m
 from maedistill.processes import distributed
 from maedistill.runs.dry_run import dry_run as plan_and_try
 from maedistill.runs.objects import NOTHING, Objects, open_samples
-from maedistill.runs.settle import settle
+from maedistill.runs.settle import settle, settle_precision
 from maedistill.runs.start import Stage
 from maedistill.training.compilation import compile_module
 from maedistill.training.optim import layer_rates, network_groups, parameter_groups
@@ -282,6 +282,7 @@ def dry_run(config: FinetuneConfig) -> None:
     Writes nothing except an index for shards without one.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = settle_precision(config, device, fresh=False)
     parts = open_finetuning(config, world_size=world_size_from_environment(), device=device)
     config = parts.config
     heaviest_step = parts.teaching.heaviest_step if parts.teaching is not None else 0

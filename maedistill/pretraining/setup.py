@@ -39,7 +39,7 @@ from maedistill.runs.dry_run import dry_run as plan_and_try
 from maedistill.runs.dry_run import forward_backward
 from maedistill.runs.objects import NOTHING, Objects, class_name, open_samples
 from maedistill.runs.records import warn
-from maedistill.runs.settle import settle
+from maedistill.runs.settle import settle, settle_precision
 from maedistill.runs.start import Stage
 from maedistill.training.compilation import compile_function, compile_module
 from maedistill.training.optim import parameter_groups
@@ -271,6 +271,7 @@ def dry_run(config: PretrainConfig) -> None:
     Writes nothing except an index for shards without one.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = settle_precision(config, device, fresh=False)
     parts = open_pretraining(config, world_size=world_size_from_environment(), device=device)
     config = parts.config
     student_sees, teacher_sees = mask_sizes(config, parts.module.encoder.grid**2)

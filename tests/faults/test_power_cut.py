@@ -45,7 +45,9 @@ def start(recorded, pretraining):
     """What a start asks of a run folder before anything is written; returns what it knows of the run."""
     run, _ = recorded
     metadata = json.loads((run / METADATA).read_text())
-    config = load_config(pretraining.config, [*SETTINGS, f"run={run}"], root=PretrainConfig).config
+    config = load_config(
+        pretraining.config, [*SETTINGS, f"run={run}", "engine.precision=fp32"], root=PretrainConfig
+    ).config
 
     def ask(folder: Path, **changes: Any) -> Previous:
         RunFolder(folder).check(config.model_copy(update=changes), metadata, fresh=False, extend=False)
