@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from maedistill.commands.arguments import at_least, new_parser
 from maedistill.durable import require_local
 from maedistill.errors import ConfigError
 from maedistill.escaping import say
@@ -91,16 +92,14 @@ def config_of(arguments: argparse.Namespace) -> "PretrainConfig":
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; `--help` includes examples."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="maedistill benchmark", description=__doc__, epilog=EXAMPLES, formatter_class=raw
-    )
+    parser = new_parser("maedistill benchmark", __doc__, EXAMPLES)
+    count = at_least(1)
     kinds = parser.add_subparsers(required=True, metavar="loader|step|scale|cost")
 
     def kind(measure, rounds: int) -> argparse.ArgumentParser:  # noqa: ANN001
         one = kinds.add_parser(measure.__name__, help=measure.__doc__, description=measure.__doc__)
         one.set_defaults(measure=measure)
-        one.add_argument("--rounds", type=positive, default=rounds, metavar="N", help="measured (default %(default)s)")
+        one.add_argument("--rounds", type=count, default=rounds, metavar="N", help="measured (default %(default)s)")
         one.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
         return one
 
@@ -112,30 +111,23 @@ def parse_arguments() -> argparse.Namespace:
 
     one = kind(loader, 7)
     one.add_argument("shards", help="shards of real images, e.g. 'in1k/train-*.tar'")
-    one.add_argument("--size", type=positive, default=224, metavar="PX", help="side of a crop (default %(default)s)")
-    one.add_argument("--views", type=positive, default=1, metavar="K", help="crops per decoded image (default 1)")
+    one.add_argument("--size", type=count, default=224, metavar="PX", help="side of a crop (default %(default)s)")
+    one.add_argument("--views", type=count, default=1, metavar="K", help="crops per decoded image (default 1)")
     one.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes (default 1)")
     one.add_argument(
         "--images",
-        type=positive,
+        type=count,
         default=256,
         metavar="N",
         help="crops per round (default %(default)s; more with several workers)",
     )
     one.add_argument("--against", metavar="SHARDS", help="that the plain path reads: the same images, not re-encoded")
-    configured(step, 7).add_argument("--batch", type=positive, metavar="N", help="images (default: of about a second)")
-    configured(scale, 3).add_argument("--processes", type=positive, metavar="N", help="at most (default: one per core)")
-    configured(cost, 3).add_argument("--gpus", type=positive, default=1, metavar="N", help="that share the work")
+    configured(step, 7).add_argument("--batch", type=count, metavar="N", help="images (default: of about a second)")
+    configured(scale, 3).add_argument("--processes", type=count, metavar="N", help="at most (default: one per core)")
+    configured(cost, 3).add_argument("--gpus", type=count, default=1, metavar="N", help="that share the work")
     arguments, rest = parser.parse_known_args(sys.argv[2:])
     if rest and (any(text.startswith("-") for text in rest) or "overrides" not in arguments):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # settings behind an option
         arguments.overrides += rest
     return arguments
-
-
-def positive(text: str) -> int:
-    """Read an integer of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1")
-    return int(text)

@@ -5,6 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from maedistill.commands.arguments import new_parser
 from maedistill.durable import require_local
 from maedistill.escaping import masked, say
 
@@ -21,10 +22,7 @@ Exit codes: 0 done, 2 usage, 3 no scorecard or a damaged one.
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="maedistill compare", description=__doc__, epilog=EXAMPLES, formatter_class=raw
-    )
+    parser = new_parser("maedistill compare", __doc__, EXAMPLES)
     add = parser.add_argument
     add("given", nargs="+", metavar="RUN_OR_EXPORT", help="a run with its exports, an export, or a scorecard")
     add("--out", type=Path, default=Path("runs/comparison"), help="folder to write (default runs/comparison)")

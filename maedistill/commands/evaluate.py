@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from maedistill.commands.arguments import spec_of
 from maedistill.commands.evaluate_arguments import (
     FILES,
     parse_embed,
@@ -81,21 +82,7 @@ def start_features(arguments: argparse.Namespace) -> None:
     from maedistill.evaluation.feature_eval import ProbeSpec, score_knn, score_probe
     from maedistill.evaluation.linear_probe import ProbeRecipe
 
-    names = (
-        "model",
-        "train",
-        "val",
-        "train_index",
-        "val_index",
-        "block",
-        "pool",
-        "image_size",
-        "crop",
-        "exif",
-        "weights",
-    )
-    members = Members(arguments.image_key, arguments.label_key)
-    spec = ProbeSpec(**{name: getattr(arguments, name) for name in names}, members=members)
+    spec = spec_of(ProbeSpec, arguments, members=Members(arguments.image_key, arguments.label_key))
     context = open_context(arguments, fits=arguments.command == "probe")
     if arguments.command == "knn":
         score_knn(spec, context, ks=arguments.k, temperature=arguments.temperature, file=arguments.json)
@@ -109,11 +96,9 @@ def start_embed(arguments: argparse.Namespace) -> None:
     from maedistill.data.shards.scan import Members
     from maedistill.evaluation.embed import EmbedSpec, embed
 
-    names = ["model", "shards", "out", "patches", "per_file", "index", "weights"]
-    names += ["block", "pool", "image_size", "exif", "crop"]
     require_local(arguments.out, "OUT")
-    members = Members(arguments.image_key, arguments.label_key)
-    embed(EmbedSpec(**{name: getattr(arguments, name) for name in names}, members=members), open_context(arguments))
+    spec = spec_of(EmbedSpec, arguments, members=Members(arguments.image_key, arguments.label_key))
+    embed(spec, open_context(arguments))
 
 
 def start_segment(arguments: argparse.Namespace) -> None:
@@ -121,10 +106,8 @@ def start_segment(arguments: argparse.Namespace) -> None:
     from maedistill.evaluation.linear_probe import ProbeRecipe
     from maedistill.evaluation.segmentation import SegmentSpec, score_segmentation
 
-    names = ["model", "images", "masks", "val_images", "val_masks", "blocks", "classes", "ignore"]
-    names += ["weights", "image_size"]
     score_segmentation(
-        SegmentSpec(**{name: getattr(arguments, name) for name in names}),
+        spec_of(SegmentSpec, arguments),
         open_context(arguments, fits=True),
         ProbeRecipe(arguments.epochs, arguments.head_batch, "adamw"),
         rates=arguments.lr,

@@ -1,11 +1,9 @@
 """The command line of `maedistill evaluate`, in each of its forms."""
 
 import argparse
-import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
+
+from maedistill.commands.arguments import PEER, at_least, new_parser, positive, several, share
 
 EXAMPLES = """\
 MODEL is the folder of a run or of an export, or timm:NAME, or hf-hub:ID, or the file of an exported graph: onnx:FILE,
@@ -52,7 +50,6 @@ EXITS = """\
 RUN is a folder that maedistill finetune has written with student.exits. An image leaves at the first exit whose largest
 probability reaches the threshold, or at the final classifier. The latencies of all of them are measured in turn.
 """
-PEER = "a student of mutual learning: 1 is the first of distill.mutual.students; the run's own needs no option"
 EMBED = """\
 OUT gets features-000000.safetensors and so on, with ids (positions in the shards, as in --predictions), features and,
 where there are, labels; and manifest.json. Without --block, features are the network's final output.
@@ -210,13 +207,6 @@ def parse_exits(words: list[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def new_parser(program: str, about: str, examples: str) -> argparse.ArgumentParser:
-    """Build a parser that prints its examples unformatted."""
-    return argparse.ArgumentParser(
-        prog=program, description=about, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-
 def add_common(parser: argparse.ArgumentParser, *, threads: str = THREADS) -> None:
     """Add the arguments of images, and those of `add_execution`. threads: the default of --threads, in words."""
     add = parser.add_argument
@@ -244,41 +234,3 @@ def add_execution(parser: argparse.ArgumentParser, *, threads: str = THREADS) ->
         help="processes that decode, for each process (default: its cores, at most 8)",
     )
     add("--threads", type=at_least(1), metavar="N", help=f"torch's CPU threads in each process ({threads})")
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """Return a parser of integers that rejects values below `least`."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} on")
-        return int(text)
-
-    return parse
-
-
-def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Return a parser of distinct comma-separated values."""
-
-    def parse(text: str) -> list[Any]:
-        values = [kind(word) for word in text.split(",")]
-        if len(set(values)) < len(values):
-            raise argparse.ArgumentTypeError(f"{text} is no list of different values")
-        return values
-
-    return parse
-
-
-def number(text: str, *, most: float, reason: str) -> float:
-    """Read a finite number above 0 and at most `most`."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= most:
-        raise argparse.ArgumentTypeError(f"{text} is no {reason}")
-    return value
-
-
-positive = partial(number, most=sys.float_info.max, reason="number above 0")
-share = partial(number, most=1.0, reason="share, above 0 and at most 1")

@@ -5,7 +5,7 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from maedistill.commands.evaluate_arguments import PEER, at_least, number
+from maedistill.commands.arguments import PEER, at_least, new_parser, number
 from maedistill.errors import ConfigError, join_first
 from maedistill.escaping import say
 
@@ -32,13 +32,7 @@ without the run's outputs, int8 that is not accurate enough, nothing could be wr
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="maedistill export",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=raw,
-    )
+    parser = new_parser("maedistill export", __doc__, EXAMPLES)
     parser.add_argument("run", help="a run folder of maedistill pretrain or maedistill finetune")
     place = (
         "folder to write: by default RUN/export, with --exit RUN/export_exitBLOCK, with --peer RUN/export_peerN; "

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from maedistill.commands.evaluate_arguments import at_least, new_parser, share
+from maedistill.commands.arguments import at_least, new_parser, share, spec_of
 from maedistill.durable import require_local
 
 EXAMPLES = """\
@@ -34,9 +34,8 @@ def main() -> None:
     from maedistill.analysis.knowledge import KnowledgeSpec, quantify
     from maedistill.evaluation.context import open_context
 
-    names = ("networks", "images", "out", "count", "foreground", "grid", "block", "pool", "image_size", "crop", "exif")
     noise = EntropySpec(arguments.entropy, arguments.steps, arguments.draws, arguments.seed)
-    spec = KnowledgeSpec(**{name: getattr(arguments, name) for name in names}, noise=noise)
+    spec = spec_of(KnowledgeSpec, arguments, noise=noise)
     # fits: a process may have the last batch to itself, for as long as it takes
     quantify(
         spec, open_context(batch=arguments.batch, workers=0, threads=arguments.threads, precision="fp32", fits=True)

@@ -7,18 +7,17 @@ Every step is a command that works alone; OUT/logs has one log per step, which b
 are the study of quickstart/study; two run at a time.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+from maedistill.commands.arguments import new_parser
 from maedistill.durable import require_local
 from maedistill.errors import ConfigError
 
 
 def main() -> None:
     """Read the command line, and run the quickstart."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="maedistill quickstart", description=__doc__, formatter_class=raw)
+    parser = new_parser("maedistill quickstart", __doc__)
     parser.add_argument("--epochs", type=float, help="epochs of every training, at least 2, instead of the configs'")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the runs and the report")
     arguments = parser.parse_args(sys.argv[2:])

@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from maedistill.commands.arguments import new_parser
 from maedistill.durable import require_local
 from maedistill.errors import ConfigError
 from maedistill.escaping import say
@@ -23,10 +24,7 @@ run trains; log.report=true makes it from the first one on. docs/report.md shows
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="maedistill report", description=__doc__, epilog=EXAMPLES, formatter_class=raw
-    )
+    parser = new_parser("maedistill report", __doc__, EXAMPLES)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or the folder of one study")
     parser.add_argument(
         "--out",

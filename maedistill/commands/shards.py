@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from maedistill.commands.arguments import new_parser
 from maedistill.data.shards.layout import IMAGES_PER_SHARD, QUALITY
 from maedistill.errors import ConfigError
 from maedistill.escaping import say
@@ -55,10 +56,8 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; `--help` includes examples."""
-    parser = argparse.ArgumentParser(
-        usage="maedistill shards SRC OUT [options]\n       maedistill shards --verify OUT\n\n" + EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("maedistill shards", None)
+    parser.usage = "maedistill shards SRC OUT [options]\n       maedistill shards --verify OUT\n\n" + EXAMPLES
     add = parser.add_argument
     add("src", metavar="SRC", help="image folder, cifar10, imagenet or digits (./digits is a folder)")
     add("out", metavar="OUT", nargs="?", help="new or empty folder for the shards, or one to continue")

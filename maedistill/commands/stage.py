@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from maedistill.commands.arguments import new_parser
 from maedistill.config.loader import load_config
 from maedistill.config.plan import is_first_rank, share_batch, world_size_from_environment
 from maedistill.config.render import explain, render_config
@@ -63,10 +64,7 @@ def run_command(
 
 
 def _parse(root: type[Root], about: str, examples: str) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog=root.tool, description=about, epilog=examples + EXIT_CODES, formatter_class=raw
-    )
+    parser = new_parser(root.tool, about, examples + EXIT_CODES)
     add = parser.add_argument
     add(
         "config",

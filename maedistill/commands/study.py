@@ -7,6 +7,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from maedistill.commands.arguments import at_least, new_parser
 from maedistill.durable import require_local
 from maedistill.errors import ConfigError
 from maedistill.escaping import masked, say
@@ -30,20 +31,14 @@ that failed.
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="maedistill study",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=raw,
-    )
+    parser = new_parser("maedistill study", __doc__, EXAMPLES)
     add = parser.add_argument
     add("study", help="a study file, or the name of one that comes with maedistill, e.g. cifar10/study_methods")
     add("settings", nargs="*", metavar="key=value", help="for every run that has the key, e.g. data.workers=1")
     add("--out", type=Path, help="folder of the runs and results, instead of the file's")
     add("--seeds", action="extend", nargs="+", metavar="N", help="instead of the file's: 0 1 2, or 0,1,2")
     add("--only", action="extend", nargs="+", metavar="NAME", help="students, rows or teachers, with what they need")
-    add("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1), spread over the GPUs")
+    add("--jobs", type=at_least(1), default=1, metavar="N", help="runs at a time (default 1), spread over the GPUs")
     add("--test", metavar="SHARDS", help="also evaluate each fine-tuned network on these labelled shards")
     add("--dry-run", action="store_true", help="check everything, say which steps are done, and stop")
     add("--report", action="store_true", help="only compare what is there")
@@ -66,8 +61,6 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Check everything before the first step starts. The comparison is written even if some steps fail."""
     arguments = parse()
-    if arguments.jobs < 1:
-        raise ConfigError(f"--jobs {arguments.jobs}: not a number of runs", "use 1 or more")
     if any(seed < 0 for seed in arguments.seeds):
         raise ConfigError(f"--seeds {arguments.seeds}: seeds are not negative", "use 0 or more")
     study = load_study(arguments.study)

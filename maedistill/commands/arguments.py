@@ -1,0 +1,63 @@
+"""What the parsers of the subcommands share: their construction, and the types of arguments."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+Spec = TypeVar("Spec")
+
+PEER = "a student of mutual learning: 1 is the first of distill.mutual.students; the run's own needs no option"
+
+
+def new_parser(program: str, about: str | None, examples: str | None = None) -> argparse.ArgumentParser:
+    """Build a parser that prints its description and its examples as they are written."""
+    return argparse.ArgumentParser(
+        prog=program, description=about, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def spec_of(spec: Callable[..., Spec], arguments: argparse.Namespace, **more: object) -> Spec:
+    """Build a dataclass from the arguments of the same names and from `more`. Fields in neither keep their defaults."""
+    names = {field.name for field in dataclasses.fields(spec)}  # type: ignore[arg-type]
+    return spec(**{name: value for name, value in vars(arguments).items() if name in names}, **more)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a parser of integers that rejects values below `least`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} on")
+        return int(text)
+
+    return parse
+
+
+def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Return a parser of distinct comma-separated values."""
+
+    def parse(text: str) -> list[Any]:
+        values = [kind(word) for word in text.split(",")]
+        if len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(f"{text} is no list of different values")
+        return values
+
+    return parse
+
+
+def number(text: str, *, most: float, reason: str) -> float:
+    """Read a finite number above 0 and at most `most`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= most:
+        raise argparse.ArgumentTypeError(f"{text} is no {reason}")
+    return value
+
+
+positive = partial(number, most=sys.float_info.max, reason="number above 0")
+share = partial(number, most=1.0, reason="share, above 0 and at most 1")
