@@ -233,7 +233,6 @@ def test_an_address_is_no_place_for_files(tmp_path, capsys, monkeypatch):
         lambda: export(run, "s3://b/o"),
         lambda: make_shards(open_folder(tmp_path / "photos"), Path("s3://b/o")),
         lambda: load_config("own/mae", ["data.train=a.tar", "run=s3://b/o"], root=PretrainConfig),
-        lambda: load_config("own/mae", ["run=r", "data.train=a", "data.cache_folder=s3://b/o"], root=PretrainConfig),
         lambda: cli._dispatch(["evaluate", "run", "a.tar", "--json", "gs://b/o.json"]),
         lambda: cli._dispatch(["benchmark", "loader", "a.tar", "--json", "gs://b/o.json"]),
         lambda: cli._dispatch(["study", "quickstart/study", "--out", "s3://b/o", "--report"]),

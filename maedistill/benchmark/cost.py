@@ -29,7 +29,6 @@ from maedistill.config.loader import load_config
 from maedistill.config.plan import share_batch
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.loading.keeping import room_for
-from maedistill.data.remote.cache import set_cache
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.scan import Members
 from maedistill.machine import cpu_share
@@ -109,7 +108,6 @@ def measure_cost(config: PretrainConfig, *, gpus: int, rounds: int, expected: st
     """
     data, index = config.data, None
     if data.train:
-        set_cache(folder=data.cache_folder, gigabytes=data.cache_gb)
         index = open_index(data.train, index=data.index, members=Members(data.image_key, data.label_key))
     config = with_numbers(config, len(index) if index is not None else IMAGENET_IMAGES, world_size=gpus)
     plan = share_batch(config, gpus)

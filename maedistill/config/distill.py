@@ -91,9 +91,6 @@ class LogitsConfig(TermConfig):
         "weight of T^2 KL(teacher, student); 0.9 beside label_weight=0.1 or 1 in KD, 9 when standardised; 0: off",
     )
     temperature: Temperature = result(4.0, "temperature T; 4 on small data, 1 on ImageNet, 2 when standardised")
-    teacher_temperature: Temperature | None = result(
-        None, "the teacher's temperature, where it differs from the student's"
-    )
     standardize: bool = result(False, "Z-score both sides' logits per image first (logit standardisation, Sun 2024)")
 
 
@@ -119,23 +116,20 @@ class HardLabelConfig(TermConfig):
 
 
 class HintsConfig(PairsConfig):
-    """FitNets: projected student tokens imitate teacher features one by one, grids resampled to the student's."""
+    """FitNets: projected student tokens imitate teacher features (MSE), grids resampled to the student's."""
 
     weight: Weight = result(0.0, "weight, mean over pairs; 100 is usual for FitNets; 0: off")
     projector: Literal["linear", "mlp"] = result("linear", "kind of the projection from student to teacher width")
-    distance: Literal["mse", "l1", "smooth_l1"] = result("mse", "between the features; mse in FitNets")
     normalize: Literal["none", "l2", "whiten"] = result(
-        "none", "before the distance; none in FitNets; l2: L2-normalise both; whiten: LayerNorm of the teacher's"
+        "none",
+        "before the mean squared error; none in FitNets; l2: L2-normalise both; whiten: LayerNorm of the teacher's",
     )
 
 
 class AttentionTransferConfig(PairsConfig):
-    """Attention transfer: where activations are strong, mean over channels of their power; any two networks."""
+    """Attention transfer: where activations are strong, mean over channels of their squares; any two networks."""
 
     weight: Weight = result(0.0, "weight, mean over pairs; 1000 is usual; 0: off")
-    power: Positive = result(
-        2, "power of the absolute activations before the mean over channels; 2 in attention transfer"
-    )
 
 
 class AttentionConfig(PairsConfig):

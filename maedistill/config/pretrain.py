@@ -165,10 +165,9 @@ class Align(Section):
     )
     distance: Literal["l1", "mse", "smooth_l1", "cosine_smooth_l1"] = result(
         "l1",
-        "between aligned features; l1 in DMAE, mse in AMD; cosine_smooth_l1: 0.9 (1 - cosine) + 0.1 smooth_l1 with "
-        "beta 1 (Theia, EUPE)",
+        "between aligned features; l1 in DMAE, mse in AMD; smooth_l1 with beta 2 in G2SD; "
+        "cosine_smooth_l1: 0.9 (1 - cosine) + 0.1 smooth_l1 with beta 1 (Theia, EUPE)",
     )
-    beta: Above0 = result(2.0, "where smooth_l1 turns from square to linear; 2 in G2SD")
     normalize: Literal["none", "l2", "whiten", "stored"] = result(
         "l2",
         "before the distance; l2: L2-normalise the tokens of both (DMAE's code); "

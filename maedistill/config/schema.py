@@ -110,14 +110,6 @@ class ImagesConfig(Section):
         "EXIF orientation of photographs; ignore: pixels as they are stored, as is customary with ImageNet; apply: "
         "turned upright, in training, validation and evaluation",
     )
-    cache_folder: str | None = runtime(
-        None,
-        "where remote shards are kept, for all runs of a machine; by default MAEDISTILL_CACHE, or else "
-        "maedistill/shards in the user's cache folder",
-    )
-    cache_gb: Above0 | None = runtime(
-        None, "most gigabytes (10^9 bytes) of remote shards that are kept; by default MAEDISTILL_CACHE_GB, else 100"
-    )
 
 
 class BackboneConfig(Section):

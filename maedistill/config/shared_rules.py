@@ -40,9 +40,8 @@ def paths(c: RunConfig) -> Iterator[Problem]:
         yield Problem("data.train", "no training shards are named", remedy)
     if not c.run:
         yield Problem("run", "no run folder is named", "add run=runs/NAME")
-    for key, path in (("run", c.run), ("data.cache_folder", c.data.cache_folder)):
-        if problem := why_not_local(path or ""):
-            yield Problem(key, *problem)
+    elif problem := why_not_local(c.run):
+        yield Problem("run", *problem)
 
 
 def trackers(c: RunConfig) -> Iterator[Problem]:

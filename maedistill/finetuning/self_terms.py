@@ -42,11 +42,8 @@ class Exits(Term):
         for block, head in self.heads.items():
             tokens = student[f"tokens/{block}"]
             features, logits = head(tokens if section.trunk_gradients else tokens.detach())  # [B, D], [B, C]
-            divergence = kd_loss(
-                logits, student["logits"], temperature=section.temperature, teacher_temperature=section.temperature
-            )
             parts[f"/{block}/cross_entropy"] = self.cross_entropy(logits.float(), targets)
-            parts[f"/{block}/divergence"] = divergence
+            parts[f"/{block}/divergence"] = kd_loss(logits, student["logits"], temperature=section.temperature)
             parts[f"/{block}/features"] = feature_loss(
                 features, student["embedding"], distance="mse", normalize="whiten", eps=1e-6
             )

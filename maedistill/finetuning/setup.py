@@ -19,7 +19,6 @@ from maedistill.data.images.transforms import normalize, random_flip, to_float01
 from maedistill.data.loading.batch import Batch
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
 from maedistill.data.loading.order import label_subset
-from maedistill.data.remote.cache import set_cache
 from maedistill.data.shards.index import ShardIndex
 from maedistill.data.shards.patterns import describe_shards
 from maedistill.errors import ConfigError, DataError
@@ -235,7 +234,6 @@ def open_finetuning(
 
     objects: what a Python caller gives in place of what the config names.
     """
-    set_cache(folder=config.data.cache_folder, gigabytes=config.data.cache_gb)
     index, val_index = distributed.main_first(lambda: _open_data(config, objects))
     labelled = config.distill.reads_labels
     samples = (

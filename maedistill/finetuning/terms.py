@@ -50,9 +50,8 @@ class Logits(Term):
     section: distill.LogitsConfig
 
     def _losses(self, student: Outputs, teacher: Outputs, targets: Tensor, number: int) -> Parts:
-        sides, own = _logits(student, teacher, z_scores=self.section.standardize), self.section.temperature
-        theirs = self.section.teacher_temperature or own
-        return {"": kd_loss(*sides, temperature=own, teacher_temperature=theirs)}
+        sides = _logits(student, teacher, z_scores=self.section.standardize)
+        return {"": kd_loss(*sides, temperature=self.section.temperature)}
 
 
 class DKD(Term):
@@ -120,9 +119,7 @@ class Hints(Term):
         for projector, (s, t) in zip(projectors, section.pairs, strict=True):
             rows, expected = (side.flatten(2).mT for side in (student[f"features/{s}"], teacher[f"features/{t}"]))
             projected = projector(rows)  # [B, N, D], as `expected`
-            parts[f"/{s}-{t}"] = feature_loss(
-                projected, expected, distance=section.distance, normalize=section.normalize
-            )
+            parts[f"/{s}-{t}"] = feature_loss(projected, expected, distance="mse", normalize=section.normalize)
         return parts
 
 
@@ -136,9 +133,7 @@ class AttentionTransfer(Term):
 
     def _losses(self, student: Outputs, teacher: Outputs, targets: Tensor, number: int) -> Parts:
         section = self.section
-        kind, power = ("attention", 1)
-        if isinstance(section, distill.AttentionTransferConfig):
-            kind, power = ("features", section.power)
+        kind, power = ("features", 2) if isinstance(section, distill.AttentionTransferConfig) else ("attention", 1)
         return {
             f"/{s}-{t}": attention_transfer_loss(student[f"{kind}/{s}"], teacher[f"{kind}/{t}"], power=power)
             for s, t in section.pairs

@@ -10,12 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def feature_loss(
-    student: Tensor, teacher: Tensor, *, distance: str, normalize: str, beta: float = 2.0, eps: float = 1e-5
-) -> Tensor:
+def feature_loss(student: Tensor, teacher: Tensor, *, distance: str, normalize: str, eps: float = 1e-5) -> Tensor:
     """Return the mean distance between student and teacher features of the same shape [B, R, D], in fp32: a scalar.
 
-    distance: `l1` (DMAE), `mse` (AMD), `smooth_l1`, quadratic below `beta` (G2SD, Feature Distillation), or
+    distance: `l1` (DMAE), `mse` (AMD), `smooth_l1` with beta 2, quadratic below it (G2SD, Feature Distillation), or
     `cosine_smooth_l1`, 0.9 (1 - cosine of the rows) + 0.1 smooth L1 with beta 1 (Theia, EUPE).
     normalize: `l2` scales each row of both to unit length (DMAE's released code), `whiten` layer-normalises the
     teacher's rows without affine, with `eps` (Feature Distillation), `none` changes neither (AMD; the formula in the
@@ -34,7 +32,7 @@ def feature_loss(
     if distance == "mse":
         return F.mse_loss(student, teacher)
     if distance == "smooth_l1":
-        return F.smooth_l1_loss(student, teacher, beta=beta)
+        return F.smooth_l1_loss(student, teacher, beta=2.0)
     assert distance == "cosine_smooth_l1"
     cosine = F.cosine_similarity(student, teacher, dim=-1).mean()
     return 0.9 * (1 - cosine) + 0.1 * F.smooth_l1_loss(student, teacher)

@@ -28,12 +28,12 @@ def standardize(logits: Tensor) -> Tensor:
     return (logits - mean) / (deviation + 1e-7)
 
 
-def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float, teacher_temperature: float) -> Tensor:
-    """Return T^2 KL(softmax(teacher / T_t), softmax(student / T)): a scalar (Hinton et al., 2015).
+def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """Return T^2 KL(softmax(teacher / T), softmax(student / T)): a scalar (Hinton et al., 2015).
 
-    T is the student's temperature. The factor T^2 keeps the gradient's size for any T; T_t = T gives Hinton's term.
+    The factor T^2 keeps the gradient's size for any T.
     """
-    expected = F.log_softmax(teacher.detach().float() / teacher_temperature, dim=-1)
+    expected = F.log_softmax(teacher.detach().float() / temperature, dim=-1)
     predicted = F.log_softmax(student.float() / temperature, dim=-1)
     return temperature**2 * _divergence(predicted, expected)
 

@@ -23,7 +23,7 @@ from maedistill.models.masking import PatchSplit
 class AlignmentSpec:
     """Feature alignment of pairs of blocks, one student tap with one teacher tap.
 
-    class_token: align the class tokens too, which are the first prefix tokens. distance, normalize, beta: of
+    class_token: align the class tokens too, which are the first prefix tokens. distance, normalize: of
     `losses.features.feature_loss`. projector, bias: of the projections. name: that its losses are logged under. more:
     the alignment with further teachers.
     """
@@ -35,7 +35,6 @@ class AlignmentSpec:
     class_token: bool
     distance: str = "l1"
     normalize: str = "l2"
-    beta: float = 2.0
     projector: str = "linear"
     bias: bool = True
     weight: float = 1.0
@@ -44,7 +43,7 @@ class AlignmentSpec:
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the mean distance between rows of the same shape: a scalar."""
-        return feature_loss(student, teacher, distance=self.distance, normalize=self.normalize, beta=self.beta)
+        return feature_loss(student, teacher, distance=self.distance, normalize=self.normalize)
 
 
 class DMAE(MAE):

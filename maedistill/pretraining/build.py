@@ -208,7 +208,7 @@ def alignment_spec(config: PretrainConfig, encoder: Encoder, teacher: Encoder, *
             f"align.student: block {max(align.student)} does not exist, the student has {encoder.depth}",
             f"use 0 to {encoder.depth - 1}",
         )
-    terms = align.model_dump(include={"distance", "normalize", "beta", "projector", "bias", "weight"})
+    terms = align.model_dump(include={"distance", "normalize", "projector", "bias", "weight"})
     # Stored statistics are those of patches, and would give a class token some other scale.
     class_token = has_class_token(encoder) and has_class_token(teacher) and align.normalize != "stored"
     return AlignmentSpec(

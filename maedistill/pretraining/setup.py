@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from maedistill.config.plan import Plan, make_plan, plan_lines, world_size_from_environment
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.sources import EMA
-from maedistill.data.remote.cache import set_cache
 from maedistill.data.shards.index import ShardIndex, why_unscorable
 from maedistill.data.shards.patterns import describe_shards
 from maedistill.methods.average import COLLAPSED, AverageTeacher
@@ -235,7 +234,6 @@ def open_pretraining(
 
     objects: what a Python caller gives in place of what the config names.
     """
-    set_cache(folder=config.data.cache_folder, gigabytes=config.data.cache_gb)
     index, val_index = distributed.main_first(lambda: open_samples(config.data, objects))
     config, auto_lines = settle(config, len(index), world_size=world_size)
     plan = make_plan(config, len(index), world_size=world_size)

@@ -9,7 +9,6 @@ from maedistill.config.auto import with_numbers_of
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import differing_keys
 from maedistill.config.schema import RunConfig
-from maedistill.data.remote.cache import cache_set
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.patterns import Split, find_shards
 from maedistill.data.shards.scan import USUAL, Members
@@ -90,9 +89,7 @@ def _require_same_images(folder: RunFolder, config: RunConfig) -> None:
     for record, split, shards, index in used:
         if shards is None:
             continue
-        with cache_set(folder=config.data.cache_folder, gigabytes=config.data.cache_gb):
-            found = _fingerprint(shards, split, index, members)
-        if metadata[record]["fingerprint"] != found:
+        if metadata[record]["fingerprint"] != _fingerprint(shards, split, index, members):
             raise ConfigError(
                 f"{folder.path} was run on other images than {shards} holds",
                 "name the same shards, wherever they are now, or use another --out",

@@ -29,7 +29,7 @@ ONLY_VITS = {
     "token_relations": "{weight: 2, student: [0, 2], teacher: [0, 2], num_heads: 4}",
 }
 TERMS = {
-    "logits": "{weight: 2, temperature: 2, standardize: true, teacher_temperature: 2}",
+    "logits": "{weight: 2, temperature: 2, standardize: true}",
     "dkd": "{weight: 2, alpha: 1.5, beta: 0.5}",
     "hard_label": "{weight: 1, token: true}",
     "hints": "{weight: 3, student: [0, 1], teacher: [1, 2], projector: mlp, normalize: whiten}",

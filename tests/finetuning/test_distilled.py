@@ -24,7 +24,7 @@ IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TARGETS = F.one_hot(torch.tensor([0, 4, 2, 2]), 5).float()
 ALONE = {  # settings of each term by itself; a ViT teaches
     "logits": "{weight: 2, temperature: 3}",
-    "logits standardised": "{weight: 2, temperature: 2, standardize: true, teacher_temperature: 2}",
+    "logits standardised": "{weight: 2, temperature: 2, standardize: true}",
     "dkd": "{weight: 2, alpha: 1.5, beta: 0.5}",
     "dkd standardised": "{weight: 2, standardize: true}",
     "attention_transfer": "{weight: 2, student: [0, 2], teacher: [0, 2]}",

@@ -28,7 +28,7 @@ def others(tensors, i):
 def exits(logits, target):
     """The loss of each exit but the deepest, as in `finetuning.terms.Exits`: 0.7 CE + 0.3 KD at T = 3."""
     deepest = logits[-1]
-    soft = [kd_loss(z, deepest, temperature=3.0, teacher_temperature=3.0) for z in logits[:-1]]
+    soft = [kd_loss(z, deepest, temperature=3.0) for z in logits[:-1]]
     hard = [F.cross_entropy(z, target) for z in logits[:-1]]
     return F.cross_entropy(deepest, target) + 0.7 * sum(hard) + 0.3 * sum(soft)
 

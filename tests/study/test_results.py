@@ -21,7 +21,7 @@ from maedistill.config.render import config_yaml
 from maedistill.data.shards.open_index import open_index
 from maedistill.errors import ConfigError, DataError
 from maedistill.exporting.scorecards import read_rows
-from maedistill.study import completion, quickstart, results_page, study_page
+from maedistill.study import quickstart, results_page, study_page
 from maedistill.study.completion import is_done, is_scored
 from maedistill.study.results import collect, statistics, summarize
 from maedistill.study.results_page import accuracy_table, write_results
@@ -248,17 +248,6 @@ def test_a_folder_need_hold_its_own_split_only(configs, shards, tmp_path) -> Non
     settings = [f"data.train={tmp_path / 'train'}", f"data.val={tmp_path / 'val'}"]
     assert not is_done(configs("finetune", tmp_path / "run", *settings))
     assert not is_scored(tmp_path / "test.json", str(tmp_path / "val"))
-
-
-def test_the_planner_uses_the_cache_of_the_run_and_leaves_the_process_its_own(configs, shards, tmp_path, monkeypatch):
-    run, seen = tmp_path / "run", []
-    config = configs("finetune", run, f"data.cache_folder={tmp_path / 'cache'}")
-    made(run, config, shards=shards, top1=1)
-    monkeypatch.setattr(completion, "_fingerprint", lambda *_: seen.append(os.environ.get("MAEDISTILL_CACHE")))
-    before = os.environ.get("MAEDISTILL_CACHE")
-    with pytest.raises(ConfigError, match="other images"):
-        is_done(config)
-    assert seen == [str(tmp_path / "cache")] and os.environ.get("MAEDISTILL_CACHE") == before
 
 
 def test_a_scorecard_counts_for_its_own_shards_only(shards, tmp_path) -> None:

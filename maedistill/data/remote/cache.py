@@ -99,7 +99,7 @@ class ShardCache:
         except OSError as error:  # such as a full disk or missing permissions
             raise DataError(
                 f"the cache of remote shards {self.folder} cannot be used: {error}",
-                f"free disk space, or name another folder: data.cache_folder=DIR, or {FOLDER_VARIABLE}=DIR",
+                f"free disk space, or name another folder: {FOLDER_VARIABLE}=DIR",
             ) from error
 
     def _whole(self, shard: RemoteShard) -> list[Path]:
@@ -181,8 +181,7 @@ class ShardCache:
             if too_large or not others or time.monotonic() > deadline:
                 raise DataError(
                     f"{shard.url} has {shard.num_bytes:,} bytes, for which the cache {self.folder} has no room",
-                    f"free disk space, or allow more than {self.max_bytes / 1e9:g} GB: data.cache_gb=..., or "
-                    f"{BOUND_VARIABLE}=...",
+                    f"free disk space, or allow more than {self.max_bytes / 1e9:g} GB: {BOUND_VARIABLE}=...",
                 )
             time.sleep(_POLL)
 
@@ -215,37 +214,12 @@ class ShardCache:
     @contextmanager
     def _locked(self) -> Iterator[int]:
         """Lock the folder and yield its descriptor, so that one process at a time evicts, creates or renames files."""
-        descriptor = open_private_folder(
-            self.folder, f"name another folder: data.cache_folder=DIR, or {FOLDER_VARIABLE}=DIR"
-        )
+        descriptor = open_private_folder(self.folder, f"name another folder: {FOLDER_VARIABLE}=DIR")
         try:
             lock(descriptor, fcntl.LOCK_EX, seconds=self.policy.max_seconds, name=self.folder)
             yield descriptor
         finally:
             os.close(descriptor)
-
-
-def set_cache(*, folder: str | None, gigabytes: float | None) -> None:
-    """Set the cache from a config. It overrides the environment, in this process and its future child processes."""
-    if folder is not None:
-        os.environ[FOLDER_VARIABLE] = folder
-    if gigabytes is not None:
-        os.environ[BOUND_VARIABLE] = str(gigabytes)
-
-
-@contextmanager
-def cache_set(*, folder: str | None, gigabytes: float | None) -> Iterator[None]:
-    """Set the cache from a config within the block only."""
-    before = {name: os.environ.get(name) for name in (FOLDER_VARIABLE, BOUND_VARIABLE)}
-    set_cache(folder=folder, gigabytes=gigabytes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def largest_window(shard_bytes: Sequence[int], cache_bytes: int) -> int:
@@ -274,9 +248,9 @@ def require_room(
         return
     needed = sum(shard_bytes) if largest else sum(sorted(shard_bytes)[-2:])
     gigabytes = f"{math.ceil(needed / 1e6) / 1000:g}"
-    remedy = f"set data.shuffle_window={largest}, or data.cache_gb={gigabytes}"
+    remedy = f"set data.shuffle_window={largest}, or {BOUND_VARIABLE}={gigabytes}"
     if not largest:
-        remedy = f"set data.shuffle_window=1 and data.cache_gb={gigabytes} or more"
+        remedy = f"set data.shuffle_window=1 and {BOUND_VARIABLE}={gigabytes} or more"
     raise ConfigError(
         f"data.shuffle_window is {window or 'null'}, but of {len(shard_bytes):,} remote shards "
         f"({sum(shard_bytes) / 1e9:.3g} GB) only {largest} at a time fit twice into the cache of "

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 from maedistill.data.remote.private import open_private_folder
+from maedistill.durable import require_local
 from maedistill.errors import ConfigError
 from maedistill.escaping import say
 
@@ -12,8 +13,12 @@ FOLDER_VARIABLE = "MAEDISTILL_CACHE"
 
 
 def user_cache() -> Path:
-    """Return our cache folder: MAEDISTILL_CACHE, else `maedistill` in XDG_CACHE_HOME or in ~/.cache."""
+    """Return our cache folder: MAEDISTILL_CACHE, else `maedistill` in XDG_CACHE_HOME or in ~/.cache.
+
+    Raise `ConfigError` if MAEDISTILL_CACHE is an address.
+    """
     if own := os.environ.get(FOLDER_VARIABLE):
+        require_local(own, FOLDER_VARIABLE)
         return Path(os.path.abspath(os.path.expanduser(own)))
     ensure_home()
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "maedistill")

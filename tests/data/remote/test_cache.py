@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from maedistill.data.remote import cache as module
-from maedistill.data.remote.cache import ShardCache, default_bound, default_folder, set_cache
+from maedistill.data.remote.cache import ShardCache, default_bound, default_folder
 from maedistill.data.remote.download import RemoteShard, RetryPolicy
 from maedistill.data.remote.urls import UrlStream
 from maedistill.errors import ConfigError, DataError
@@ -172,15 +172,6 @@ def test_the_environment_names_folder_and_bound(tmp_path, monkeypatch):
         monkeypatch.setenv("MAEDISTILL_CACHE_GB", text)
         with pytest.raises(ConfigError, match="MAEDISTILL_CACHE_GB"):
             default_bound()
-
-
-def test_what_a_config_says_wins_over_the_environment(tmp_path, monkeypatch):
-    monkeypatch.setenv("MAEDISTILL_CACHE", str(tmp_path / "environment"))
-    monkeypatch.setenv("MAEDISTILL_CACHE_GB", "no number")
-    set_cache(folder=None, gigabytes=0.1)
-    assert ShardCache().folder == tmp_path / "environment" and ShardCache().max_bytes == 100_000_000
-    set_cache(folder=str(tmp_path / "config"), gigabytes=None)
-    assert ShardCache().folder == tmp_path / "config" and ShardCache().max_bytes == 100_000_000
 
 
 def test_files_that_are_not_the_caches_are_neither_counted_nor_removed(tmp_path, fetched):

@@ -61,9 +61,9 @@ def test_the_remedy_for_a_small_cache_is_exact():
     sizes = [140_000_000] * 1024
     with pytest.raises(ConfigError, match=r"is null, but of 1,024 remote shards \(143 GB\) .*100 GB") as caught:
         require_room(URLS, sizes, window=None, cache_bytes=100_000_000_000)
-    assert caught.value.remedy == "set data.shuffle_window=357, or data.cache_gb=143.36"
+    assert caught.value.remedy == "set data.shuffle_window=357, or MAEDISTILL_CACHE_GB=143.36"
     require_room(URLS, sizes, window=357, cache_bytes=100_000_000_000)
     require_room(URLS, sizes, window=None, cache_bytes=143_360_000_000)
     with pytest.raises(ConfigError) as caught:
         require_room(URLS, sizes, window=None, cache_bytes=200_000_000)
-    assert caught.value.remedy == "set data.shuffle_window=1 and data.cache_gb=0.28 or more"
+    assert caught.value.remedy == "set data.shuffle_window=1 and MAEDISTILL_CACHE_GB=0.28 or more"

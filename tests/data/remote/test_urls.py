@@ -12,7 +12,6 @@ import torch
 from maedistill.data.loading.loader import RandomCrops
 from maedistill.data.loading.order import SampleOrder
 from maedistill.data.loading.workers import load_batches
-from maedistill.data.remote.cache import set_cache
 from maedistill.data.remote.download import read_small
 from maedistill.data.remote.urls import TransferError, _read_response
 from maedistill.data.shards.open_index import open_index
@@ -55,17 +54,6 @@ def test_a_set_larger_than_the_cache_is_scanned_and_read_all_the_same(shards, se
     remote, local = open_index(f"{server.url}/train-{{000000..000003}}.tar"), open_index(str(shards / "train-*.tar"))
     assert torch.equal(crops(remote).images, crops(local).images)
     assert sum(path.stat().st_size for path in folder.iterdir()) <= largest * 1.5
-
-
-def test_scan_and_training_use_the_cache_that_the_config_suffixes(shards, server, folder, tmp_path, monkeypatch):
-    server.files = {f"/{path.name}": path.read_bytes() for path in shards.glob("*.tar")}
-    for variable in ("MAEDISTILL_CACHE", "MAEDISTILL_CACHE_GB"):
-        monkeypatch.setenv(variable, "wrong")
-    set_cache(folder=str(tmp_path / "elsewhere"), gigabytes=1)
-    crops(open_index(f"{server.url}/train-{{000000..000003}}.tar"))
-    tars = [*(tmp_path / "elsewhere").glob("*.tar")]
-    assert len(tars) == 4 and not folder.exists() and len(server.tars()) == 4
-    assert len([*(tmp_path / "elsewhere/index").iterdir()]) == 1, "the index of the scan is there, too"
 
 
 @pytest.mark.parametrize("fault", ["damaged", "changed"])

@@ -57,6 +57,9 @@ def test_named_cache_folders_come_first(homeless, monkeypatch, tmp_path):
     assert user_cache() == tmp_path / "xdg" / "maedistill"
     monkeypatch.setenv("MAEDISTILL_CACHE", str(tmp_path / "own"))
     assert user_cache() == tmp_path / "own"
+    monkeypatch.setenv("MAEDISTILL_CACHE", "s3://bucket/shards")
+    with pytest.raises(ConfigError, match="MAEDISTILL_CACHE"):
+        user_cache()
 
 
 def test_a_temporary_home_of_somebody_else_is_refused(homeless, monkeypatch):
