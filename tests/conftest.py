@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from filelock import FileLock
@@ -23,6 +24,8 @@ from tests.support.messages import Messages
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or it starts a pool of processes that import torch
+hypothesis.settings.register_profile("ours", deadline=None)  # by default 200 ms, which a busy machine exceeds
+hypothesis.settings.load_profile("ours")
 
 LONGEST = [
     "test_kills.py", "test_signals.py", "test_pretrain.py", "test_checkpoint.py", "test_study_tool.py",

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from maedistill.benchmark import timing
 from maedistill.benchmark.timing import interleave, measure, ratio, repeated, spread
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's own threads
@@ -29,7 +30,7 @@ def test_neither_clock_counts_the_warm_up_or_what_follows_the_last_part():
     assert wall < 20 / 0.3 and 180 < per_core <= 200
 
 
-def test_the_time_of_a_child_on_its_core_counts_as_ones_own():
+def test_the_core_seconds_of_a_child_count_too():
     def parts():
         context = multiprocessing.get_context("fork")
         ready, done = context.Event(), context.Event()
@@ -56,13 +57,18 @@ def test_rounds_alternate_their_order():
     assert order == list("baabba") and [len(rate.wall) for rate in rates.values()] == [2, 2]
 
 
-def test_a_repeated_path_runs_for_the_seconds_asked():
+def test_a_repeated_path_runs_for_the_seconds_asked(monkeypatch):
     calls = []
-    path = repeated(lambda: calls.append(time.sleep(0.02)), torch.device("cpu"), images=3, seconds=0.1)
+
+    def clocked(work, device, *, repeats=1):
+        for _ in range(repeats):
+            work()
+        return 0.03 * repeats
+
+    monkeypatch.setattr(timing, "seconds_of", clocked)
+    path = repeated(lambda: calls.append(0), torch.device("cpu"), images=3, seconds=0.1)
     before = len(calls)
-    first, images = path()
-    repeats = len(calls) - before
-    assert first == 0 and images == 3 * repeats and 3 <= repeats <= 5
+    assert list(path()) == [0, 3 * 4] and len(calls) - before == 4  # 0.1 / 0.03, rounded up
 
 
 def test_ratios_are_taken_within_a_round():

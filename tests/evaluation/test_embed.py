@@ -3,6 +3,7 @@
 import hashlib
 import json
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,17 +21,18 @@ from maedistill.evaluation.embed import EmbedSpec, embed
 from maedistill.evaluation.features import extract_features
 from maedistill.evaluation.full_pass import Predictor
 from maedistill.weights.backbone import open_backbone
-from tests.support.launch import Launcher
+from tests.evaluation.tool import evaluate
+from tests.support.launch import TIMEOUT, Launcher
 
 VIT = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 CONFIG = {"input_size": (3, 24, 24), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25), "crop_pct": 0.9}
 TRAIN = 96  # images
 
 
-def start(launcher: Launcher, made: Path, shards: Path, out: str, *flags, ranks=1):
+def start(launcher: Launcher, made: Path, shards: Path, out: str, *flags, ranks=1, **variables):
     """`--per-file 10` and `--batch 4`: neither divides the images, nor the batches the processes."""
     words = ["embed", made / "model", shards / "train-*.tar", made / out, "--per-file", 10, "--batch", 4, *flags]
-    return launcher.start(made / out, ["tools/evaluate.py", *words], ranks=ranks)
+    return launcher.start(made / out, ["tools/evaluate.py", *words], ranks=ranks, **variables)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -103,9 +105,11 @@ def test_the_manifest_has_the_settings_and_a_checksum_of_each_file(whole, shards
 
 
 def test_killed_and_continued_by_another_number_of_processes(launcher, made, shards, whole):
-    begun = start(launcher, made, shards, "killed", "--workers", 0)
+    slow = {"FAULTS_FSYNC": 0.05}  # the kill comes before the end
+    begun = start(launcher, made, shards, "killed", "--workers", 0, **slow)
+    limit = time.monotonic() + TIMEOUT
     while not (made / "killed" / "features-000002.safetensors").exists():
-        assert not begun.ended(0.002), begun.printed()
+        assert not begun.ended(0.002) and time.monotonic() < limit, begun.printed()
     begun.signal(signal.SIGKILL)
     assert begun.wait() == [-signal.SIGKILL]
     kept = json.loads((made / "killed" / "manifest.json").read_text())["files"]
@@ -196,4 +200,4 @@ def test_other_settings_and_folders_of_others_are_refused(made, shards, tmp_path
     ],
 )
 def test_a_wrong_argument_is_named_before_anything_is_opened(launcher, flags, what):
-    assert what in launcher.start(Path(), ["tools/evaluate.py", "embed", *flags]).finish(2).err
+    assert what in evaluate(launcher, "embed", *flags, code=2).err

@@ -15,7 +15,7 @@ from maedistill.config.render import config_yaml
 from maedistill.report.sheet import tile
 
 ROOTS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
-STEPS_PER_EPOCH, EVERY = 1251, 20  # of ImageNet with a global batch of 1,024
+STEPS_PER_EPOCH = 1251  # of ImageNet with a global batch of 1,024
 
 
 def made_run(

@@ -69,7 +69,7 @@ def command(monkeypatch, *words) -> None:
     import_module("maedistill.commands.report").main()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def long_run(tmp_path_factory) -> Path:
     """100 epochs on ImageNet: 6,255 logged steps, 100 kNN scores, 10 sheets of 8 images of 224 px in 5 columns."""
     run = made_run(tmp_path_factory.mktemp("long") / "run", epochs=100, every=20)
@@ -86,7 +86,9 @@ def test_a_page_of_100_epochs_is_below_5_mb_and_2_s_as_a_user_pays_them(long_run
         after = os.times()
         seconds.append(sum(after[2:4]) - sum(before[2:4]))
     page = long_run / PAGE
-    assert min(seconds) < 2 and 1.3e6 < page.stat().st_size < 5e6, (seconds, page.stat().st_size)
+    print(seconds, page.stat().st_size)
+    assert min(seconds) < 2  # as docs/report.md says
+    assert 1.3e6 < page.stat().st_size < 5e6  # BokehJS alone has 1.3 MB
     parsed = Parsed(page)
     assert len(parsed.all("img")) == 3 + 2 * 6, "images and masks once, predictions and errors of 6 epochs"
     assert [one["data-epochs"].split()[-1] for one in parsed.all("input") if one["type"] == "range"] == ["100"]
@@ -201,7 +203,7 @@ def test_a_sheet_is_taken_apart_as_it_was_put_together():
             small = np.asarray(image.resize((32, 32), Image.Resampling.NEAREST))
             assert np.array_equal(small, (pixels * 255).round().byte().permute(1, 2, 0).numpy())
     assert untile(sheet, side=32, groups=(2, 3)) is untile(sheet, side=31, groups=(1, 3)) is None
-    empty = sheet.crop((0, 0, sheet.width, 52))
+    empty = sheet.crop((0, 0, sheet.width, 52))  # the header alone
     assert untile(empty, side=32, groups=(1, 3)) is None
 
 
@@ -304,11 +306,14 @@ def test_records_that_cannot_be_read_are_an_error_of_two_lines(tmp_path):
         write_page([run], run / PAGE)
 
 
-def test_exits_and_peers_are_among_the_results(tmp_path):
-    run = made_run(tmp_path / "run", "finetune", epochs=2, exits=[3])
+@pytest.mark.parametrize(
+    ("parts", "prefix", "name"), [({"exits": [3]}, "exit3_", "exit 3"), ({"peers": [{}, {}]}, "peer2_", "peer 2")]
+)
+def test_exits_and_peers_are_among_the_results(tmp_path, parts, prefix, name):
+    run = made_run(tmp_path / "run", "finetune", epochs=2, **parts)
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 9, "epoch": 2.0, "exit3_top1_correct": 3, "exit3_images": 4}) + "\n")
-    assert Parsed(write_page([run], run / PAGE)).row("exit 3: top-1") == ["75.00 % (3 of 4)"]
+        file.write(json.dumps({"step": 9, "epoch": 2.0, f"{prefix}top1_correct": 3, f"{prefix}images": 4}) + "\n")
+    assert Parsed(write_page([run], run / PAGE)).row(f"{name}: top-1") == ["75.00 % (3 of 4)"]
 
 
 def test_a_page_is_refreshed_only_if_it_is_there_and_an_error_is_said_once(tmp_path, capsys, monkeypatch):
@@ -324,7 +329,7 @@ def test_a_page_is_refreshed_only_if_it_is_there_and_an_error_is_said_once(tmp_p
     assert capsys.readouterr().err.count("division by zero") == 1
 
 
-def test_a_training_refreshes_its_page_and_survives_its_errors(tuned, finetuning, capsys):
+def test_a_training_refreshes_its_page_and_survives_its_errors(tuned, finetuning):
     run = finetuning.folder / "page"
     shutil.copytree(tuned.run, run)
     page = write_page([run], run / PAGE)

@@ -175,7 +175,8 @@ def test_wandb_without_a_network_or_login_costs_a_warning_only(pretraining, plai
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # nobody listens
         nowhere = {"WANDB_BASE_URL": f"http://127.0.0.1:{closed.getsockname()[1]}"}
+        words = [*EPOCHS, "log.trackers=[wandb]"]
         for login in ({"WANDB_API_KEY": "0123456789" * 4}, {}):
-            ended = pretraining("unreachable", *EPOCHS, "log.trackers=[wandb]", launcher="bare", **nowhere, **login)
+            ended = pretraining(f"unreachable-{len(login)}", *words, launcher="bare", **nowhere, **login)
             assert weights(ended) == weights(plain) and ended.err.count("warning: wandb") == 1, ended.err
             assert "0123456789" * 4 not in ended.out + ended.err + written(ended).decode(errors="replace")

@@ -110,6 +110,15 @@ def steps(file: MetricsFile, first: int, last: int) -> None:
             file.write(step, {"knn": 0.5, "epoch": 2.0})
 
 
+def let_go(hangs: threading.Event) -> None:
+    """Let the pretended libraries answer, and wait for the trackers' threads, which would print in the next test."""
+    hangs.set()
+    for thread in threading.enumerate():
+        if thread.name in NAMES:
+            thread.join(10)
+            assert not thread.is_alive()
+
+
 def test_a_continued_run_appends_the_same_points_and_pictures_to_every_tracker_and_none_twice(
     tmp_path, mlflow, wandb, capsys
 ) -> None:
@@ -178,8 +187,8 @@ def test_a_tracker_that_hangs_makes_nobody_wait_for_long(tmp_path, mlflow, monke
         file.close(patience=0.3)
         (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
         assert words in warning
-    assert time.monotonic() - began < 2
-    mlflow.hangs.set()  # its threads end
+    assert time.monotonic() - began < 20  # by default each of the two would wait 10 s to begin and 30 s to end
+    let_go(mlflow.hangs)
 
 
 @pytest.mark.parametrize(
@@ -204,14 +213,16 @@ def test_a_tracker_whose_import_or_opening_fails_or_hangs_is_left_out_and_all_sh
     monkeypatch.setattr(os, "environ", {**os.environ})
     monkeypatch.setitem(sys.modules, "wandb", Wandb())
     hangs = threading.Event()
-    monkeypatch.setattr(background, "_START_SECONDS", 0.4)
+    monkeypatch.setattr(background, "_START_SECONDS", 2.0)
     monkeypatch.setattr(background, "OPENERS", dict.fromkeys(NAMES, lambda opening: hangs.wait()))
+    import torch.utils.tensorboard  # noqa: F401  its import is not the wait
+
     began = time.monotonic()
     file = MetricsFile(tmp_path, first_step=0, trackers=NAMES)
-    assert 0.4 <= time.monotonic() - began < 0.75 and len(file.trackers) == 2
+    assert 2 <= time.monotonic() - began < 3.9 and len(file.trackers) == 2, "one after the other they would take 4 s"
     (warning,) = capsys.readouterr().err.splitlines()
     assert "mlflow" in warning and "TypeError" in warning and "pip" not in warning
-    hangs.set()
+    let_go(hangs)
 
 
 def test_a_missing_package_is_an_error_before_the_run_but_tensorboard_a_line(tmp_path, monkeypatch, capsys) -> None:

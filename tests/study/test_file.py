@@ -109,6 +109,7 @@ def test_mistakes_are_named_with_their_place(tmp_path: Path, mistake: str) -> No
     with pytest.raises(ConfigError) as raised:
         load_study(tmp_path / "g.yaml")
     assert cause in raised.value.cause and remedy in raised.value.remedy, raised.value
+    assert raised.value.remedy
     assert "\n" not in raised.value.cause + raised.value.remedy
 
 

@@ -13,7 +13,7 @@ import torch
 from maedistill.errors import ConfigError
 from maedistill.study.runner import Step, StepsFailed, print_steps, run_steps
 
-# A tool that notes its start and end, and fails, sleeps or leaves a child behind where it is told to.
+# A tool that notes its start and end, and fails, sleeps, waits for a file or leaves a child behind where it is told to.
 TOOL = """\
 import os, subprocess, sys, time
 name, *words = sys.argv[1:]
@@ -23,16 +23,18 @@ def note(text):
         shares = [os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", *JOBS)]
         file.write(f"{text} {name} {' '.join(map(str, shares))}\\n")
 note("starts")
+open(f"{name}.begun", "w").close()
 if "child" in words:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     open("child.txt", "w").write(str(child.pid))
 if "sleep" in words:
     open("sleeps.txt", "w").write(str(os.getpid()))
     time.sleep(60)
+limit = time.monotonic() + 20
 while any(word.startswith("after=") and not os.path.exists(word[6:]) for word in words):
+    if time.monotonic() > limit:
+        sys.exit("waited in vain")
     time.sleep(0.02)
-if "briefly" in words:
-    time.sleep(0.4)
 if "fail" in words:
     sys.exit("no luck\\nat all")
 note("ends")
@@ -95,11 +97,12 @@ def test_what_is_done_is_skipped_with_a_line(folder, capfd) -> None:
 
 def test_two_at_a_time_share_the_cores_and_write_to_logs(folder, monkeypatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)))
-    found = run(folder, step("a", "briefly"), step("x/b", "briefly"), step("c", needs=("a",)), jobs=2)
+    both = step("a", "after=x/b.begun"), step("x/b", "after=a.begun")
+    found = run(folder, *both, step("c", needs=("a",)), jobs=2)
     assert set(found[:2]) == {"starts a", "starts x/b"} and found.index("ends a") < found.index("starts c")
     shares = [line.split()[2:] for line in (folder / "notes.txt").read_text().splitlines()]
     assert {(threads, jobs) for threads, _, jobs, _ in shares} == {("3", "2")}
-    assert (folder / "out/logs/x_b.log").read_text().startswith("$ maedistill x/b briefly\n")
+    assert (folder / "out/logs/x_b.log").read_text().startswith("$ maedistill x/b after=a.begun\n")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +140,7 @@ def test_an_error_names_a_few_of_the_steps_that_did_not_start(folder) -> None:
     assert raised.value.cause.endswith("not started for that reason: b0, b1, b2, b3, b4 and 35 more")
 
 
-def test_a_look_at_the_steps_starts_none_and_counts_them(folder, capfd) -> None:
+def test_print_steps_starts_none_and_counts_them(folder, capfd) -> None:
     (folder / "a").touch()
     print_steps([step("a"), step("b", needs=("a",))])
     out = capfd.readouterr().out
