@@ -5,9 +5,7 @@ another folder of the same file names: the same architectures, other weights and
 importer, so this tests it too. Compared in fp32 on the CPU: max|a - b| <= 1e-5 * max|b|.
 """
 
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,8 +26,8 @@ from maedistill.models.vits import build_vit
 from maedistill.weights.from_file import EncoderSpec, read_weights_file
 from maedistill.weights.open_network import open_network
 from maedistill.weights.state_dict import ConvertedStateDict, import_weights
+from tests.support.golden import GOLDEN
 
-GOLDEN = Path(os.environ.get("MAEDISTILL_GOLDEN") or Path(__file__).parent / "golden")
 VIT = "vit_tiny_patch16_224"
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # MAE's and DMAE's images are normalised already
 

@@ -132,12 +132,12 @@ def scale_report(measured: Mapping[int, Sequence[Measured]], *, cores: int, has_
             "images/s": spread([one.images_per_second for one in rounds]),
             "efficiency": ratio(each, single),
             "ms per step": spread([1e3 * first.batch / rate for rate in each]),
-            "of it gradients": spread([1e3 * one.exchange_seconds for one in rounds]),
+            "of which gradients": spread([1e3 * one.exchange_seconds for one in rounds]),
         }
         cores_row = {"busy cores of each": spread(busy), "images per busy core-second": ratio(each, busy)}
         rows.append(row if has_gpu else row | cores_row)
     remarks = [
-        f"of it gradients: the exchange alone, of {first.parameters / 1e6:.1f} M parameters, without waiting; the "
+        f"of which gradients: the exchange alone, of {first.parameters / 1e6:.1f} M parameters, without waiting; the "
         "rest of a step beyond one process's is waiting, and what the others take of memory and caches",
         "larger clusters: `benchmark.py cost --gpus N` models them",
     ]

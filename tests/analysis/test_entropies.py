@@ -1,7 +1,6 @@
 """Entropies of cells: linear networks, whose minimum is known in closed form, and the noise that they are made with."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +16,8 @@ from maedistill.analysis.entropies import (
     gaussian,
     with_mean,
 )
+from tests.support.golden import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "online.npz"
 GRID, INPUTS = 4, 48  # 16 cells of one pixel with 3 channels
 
 
@@ -40,7 +39,7 @@ def entropies(features, *, images=2, noise=orthogonal, **settings):
 
 
 def test_the_golden_entropies_of_a_linear_map_are_met():
-    with np.load(GOLDEN) as arrays:
+    with np.load(GOLDEN / "online.npz") as arrays:
         matrix, expected = (torch.from_numpy(arrays[name]) for name in ("linear_map", "cell_entropy_at_mean_-2.8"))
         assert arrays["cell_of_input"].tolist() == [i // 3 for i in range(INPUTS)]
     found, change = entropies(linear(matrix))
@@ -65,7 +64,7 @@ def test_entropies_differ_by_half_the_logarithm_of_the_columns_squares_whatever_
 
 
 def test_noise_of_the_usual_kind_meets_the_same_minimum_within_its_spread():
-    with np.load(GOLDEN) as arrays:
+    with np.load(GOLDEN / "online.npz") as arrays:
         matrix, expected = (torch.from_numpy(arrays[name]) for name in ("linear_map", "cell_entropy_at_mean_-2.8"))
     found, _ = entropies(linear(matrix), images=16, noise=gaussian, draws=32)
     assert (found - expected).square().mean().sqrt() < 0.05

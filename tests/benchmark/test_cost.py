@@ -23,21 +23,10 @@ from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError
 
-SETTINGS = """\
-method: mae
-data: {image_size: 32}
-student: {model: vit_tiny_patch16_224, width: 32, depth: 1, num_heads: 2, patch_size: 8}
-decoder: {width: 16, depth: 1, num_heads: 2}
-optim: {epochs: 10, warmup_epochs: 0, global_batch: 96, lr: 1e-3}
-engine: {micro_batch: 12}
-"""
-
 
 @pytest.fixture
-def config(tmp_path):
-    path = tmp_path / "tiny.yaml"
-    path.write_text(SETTINGS)
-    return lambda *overrides: load_config(path, overrides, root=PretrainConfig, to_run=False).config
+def config(recipe):
+    return lambda *overrides: load_config(recipe, overrides, root=PretrainConfig, to_run=False).config
 
 
 def model(*, loader=math.inf, shared=False, compute=0.1, exchange=0.0, cores=4):
@@ -61,9 +50,9 @@ def test_the_model_counts_what_a_ring_sends(ranks):
     plain, sharded = (exchange_seconds(ranks, numbers, zero=zero) for zero in (0, 3))
     assert plain == pytest.approx(ring_bytes(ranks, numbers) / BANDWIDTH)
     assert sharded == pytest.approx(1.5 * plain)
-    model = AnalyticModel(ranks, 10, 0.2, 100 * plain)
-    assert model.step == model.images_per_second == pytest.approx(50 * model.efficiency)
-    assert (model.efficiency == 1) == (ranks == 1)
+    ring = AnalyticModel(ranks, 10, 0.2, 100 * plain)
+    assert ring.step == ring.images_per_second == pytest.approx(50 * ring.efficiency)
+    assert (ring.efficiency == 1) == (ranks == 1)
 
 
 @pytest.mark.parametrize(

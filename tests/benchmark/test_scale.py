@@ -11,22 +11,6 @@ from maedistill.errors import ConfigError, PeerError
 from maedistill.pretraining.build import build_encoder, build_method
 from maedistill.training.engine import PERSISTENCE_THRESHOLD
 
-CONFIG = """\
-method: mae
-data: {image_size: 32}
-student: {model: vit_tiny_patch16_224, width: 32, depth: 1, num_heads: 2, patch_size: 8}
-decoder: {width: 16, depth: 1, num_heads: 2}
-optim: {epochs: 10, warmup_epochs: 0, global_batch: 96, lr: 1e-3}
-engine: {micro_batch: 12}
-"""
-
-
-@pytest.fixture
-def config(tmp_path):
-    path = tmp_path / "tiny.yaml"
-    path.write_text(CONFIG)
-    return path
-
 
 def test_the_table_compares_within_a_round():
     common = {"batch": 12, "parameters": 10**6, "busy_cores": 0.5}
@@ -40,21 +24,21 @@ def test_the_table_compares_within_a_round():
         assert [row[busy].median for row in rows if busy in row] == [100, 90] * (not has_gpu)
         assert [row["efficiency"].median for row in rows] == pytest.approx([1, 0.9])
         assert rows[1]["efficiency"].low == rows[1]["efficiency"].high, "every round had the same ratio"
-        assert [row["of it gradients"].median for row in rows] == [0, 2]
+        assert [row["of which gradients"].median for row in rows] == [0, 2]
         assert [row["ms per step"].median for row in rows] == pytest.approx([1e3 * 12 / 50, 1e3 * 12 / 45])
 
 
-def test_two_real_processes_train_and_say_how_fast(config, monkeypatch, tmp_path):
+def test_two_real_processes_train_and_say_how_fast(recipe, monkeypatch, tmp_path):
     """Under ZeRO 3, which cuts the weights up at this width: what a rank still holds of them has no size."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores")
     wide = ["student.width=256", "student.num_heads=4"]
-    settings = load_config(config, wide, root=PretrainConfig, to_run=False).config
+    settings = load_config(recipe, wide, root=PretrainConfig, to_run=False).config
     sizes = [parameter.numel() for parameter in build_method(settings, build_encoder(settings), None).parameters()]
     assert max(sizes) > PERSISTENCE_THRESHOLD
-    report = measure_scale(str(config), [*wide, "engine.zero=3"], processes=2, rounds=1)
+    report = measure_scale(str(recipe), [*wide, "engine.zero=3"], processes=2, rounds=1)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
     assert f"of {sum(sizes) / 1e6:.1f} M parameters" in report.remarks[0]
     one, two = next(iter(report.tables.values()))
@@ -62,15 +46,15 @@ def test_two_real_processes_train_and_say_how_fast(config, monkeypatch, tmp_path
     assert one["efficiency"].median == 1
     assert two["efficiency"].median == pytest.approx(two["images/s"].median / (2 * one["images/s"].median))
     assert two["ms per step"].median == pytest.approx(one["ms per step"].median / two["efficiency"].median)
-    assert one["of it gradients"].median == 0 < two["of it gradients"].median
+    assert one["of which gradients"].median == 0 < two["of which gradients"].median
 
 
-def test_what_cannot_be_started_is_said(config, capfd):
+def test_what_cannot_be_started_is_said(recipe, capfd):
     with pytest.raises(ConfigError, match="--processes: 4096"):
-        measure_scale(str(config), (), processes=4096, rounds=1)
+        measure_scale(str(recipe), (), processes=4096, rounds=1)
     with pytest.raises(PeerError, match="one of 1 training processes"):
         measure_scale(
-            str(config), ["method=dmae", "teacher.source=run:/nowhere", "align.student=[0]", "align.teacher=[0]"],
+            str(recipe), ["method=dmae", "teacher.source=run:/nowhere", "align.student=[0]", "align.teacher=[0]"],
             processes=1, rounds=1,
         )  # fmt: skip
     assert "/nowhere" in capfd.readouterr().err

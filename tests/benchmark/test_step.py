@@ -87,7 +87,8 @@ def test_memory_is_what_lives_at_once() -> None:
         del first  # 1
         before.mul_(1)
         third = second * 2  # 2
-        return torch.cat([third.flatten(), before])  # 3, since flattening a transposed one copies it, and 2 make 5
+        # 3: flattening copies what is transposed; the result has 2,000 floats, so 5 at once
+        return torch.cat([third.flatten(), before])
 
     assert peak_memory(work, torch.device("cpu")) == 5 * 4000
     x = torch.ones(1000, requires_grad=True)

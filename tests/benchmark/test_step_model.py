@@ -15,9 +15,7 @@ SMALL += ["teacher.source=random:vit_tiny_patch16_224", "teacher.depth=3", "alig
 
 @pytest.fixture
 def config():
-    return load_config(
-        "configs/imagenet/dmae_vit_s.yaml", ["data.train=x", "run=x", *SMALL], root=PretrainConfig
-    ).config
+    return load_config("imagenet/dmae_vit_s", ["data.train=x", "run=x", *SMALL], root=PretrainConfig).config
 
 
 def test_flops_are_those_that_torch_counts(config):

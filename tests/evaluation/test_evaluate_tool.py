@@ -14,11 +14,8 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 from maedistill.commands import evaluate as command
-from maedistill.data.shards.sources import open_folder
-from maedistill.data.shards.write import make_shards
 from maedistill.processes import distributed
-from maedistill.weights.class_names import compare_names
-from tests.support.launch import Finished, Launcher
+from tests.evaluation.tool import VIT, classifier, evaluate, write_pictures
 
 CONFIG = {"input_size": (3, 24, 24), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25), "crop_pct": 0.9}
 COUNTS = ("images", "top1_correct", "top5_correct", "vs_same_images", "vs_top1_correct")
@@ -26,29 +23,15 @@ SHARES = {"top1": "top1_correct", "top5": "top5_correct", "vs_same": "vs_same_im
 NUMBERS = ("loss", "calibration_error", "confidence", "vs_kl")
 
 
-def evaluate(launcher: Launcher, *arguments, ranks=1, code=0) -> Finished:
-    """The tool as a person starts it, or with `ranks` processes."""
-    return launcher.start(Path(), ["tools/evaluate.py", *arguments], ranks=ranks).finish(code)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A model, shards of 25 images that neither ranks nor batches divide, and shards with mistakes."""
-    folder, draws = tmp_path_factory.mktemp("evaluate"), np.random.default_rng(0)
-    for i in range(25):
-        path = folder / "pictures" / f"class{i % 12:02d}" / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        small = Image.fromarray(draws.integers(0, 256, (4, 5, 3), np.uint8))
-        small.resize((40 + i, 30 + 2 * (i % 7)), Image.Resampling.BICUBIC).save(path)
-    make_shards(open_folder(folder / "pictures"), folder / "shards", images_per_shard=10)
+    """A model, another to compare it with, shards of 25 images, and models with mistakes."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    write_pictures(folder)
     torch.manual_seed(0)
-    arguments = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "global_pool": "avg"}
     for name, classes in (("model", 12), ("other", 5)):
-        vit = timm.create_model("vit_tiny_patch16_224", num_classes=classes, **arguments)
-        torch.nn.init.normal_(vit.patch_embed.proj.weight)
-        torch.nn.init.normal_(vit.head.weight, std=0.2)
-        keywords = {"model_args": arguments, "data_config": CONFIG, "safe_serialization": True}
-        save_for_hf(vit, folder / name, **keywords)
+        keywords = {"model_args": VIT, "data_config": CONFIG, "safe_serialization": True}
+        save_for_hf(classifier(num_classes=classes), folder / name, **keywords)
     small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "global_pool": "token"}
     teacher = timm.create_model("vit_tiny_patch16_224", num_classes=12, **small)
     torch.nn.init.normal_(teacher.head.weight, std=0.5)
@@ -222,12 +205,6 @@ def test_a_mistake_is_two_lines(mistakes, made, name):
     assert remedy.startswith("  fix: ") and MISTAKES[name][3] in remedy
 
 
-def test_another_number_of_classes_is_remarked():
-    remark = compare_names((), ("cat", "dog"), num_known=1000, model="timm:x")[0]
-    assert "timm:x has 1,000 classes without names, the shards 2" in remark
-    assert [compare_names((), names, num_known=2, model="x") for names in (("cat", "dog"), ())] == [[], []]
-
-
 def test_classes_in_another_order_are_matched_by_name(launcher, made, results):
     """The model whose names are permuted answers what the other does, but for the two outputs that changed names."""
     out, shards = made / "subset.csv", made / "shards/*.tar"
@@ -246,8 +223,8 @@ def test_a_wrong_number_is_named_before_anything_is_opened(launcher, flags):
     assert f"argument {flags[0]}: {flags[1]} is no" in ended.err
 
 
-def test_processes_wait_a_day_for_one_that_fits_learning_rates(monkeypatch):
-    """Shares of learning rates are not equal; those of images are."""
+def test_ranks_wait_half_an_hour_for_images_and_a_day_for_fits(monkeypatch):
+    """Ranks have equal shares of the images, but not of the learning rates."""
     waits = []
     monkeypatch.setattr(distributed, "open_group", waits.append)
     for name in ("feature_eval.score_knn", "feature_eval.score_probe", "segmentation.score_segmentation"):

@@ -18,15 +18,10 @@ from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.feature_eval import ProbeSpec, open_pair
 from maedistill.evaluation.features import extract_features
 from maedistill.weights.backbone import open_backbone
-from tests.support.launch import Finished, Launcher
+from tests.evaluation.tool import evaluate
 
 VIT = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 CONFIG = {"input_size": (3, 24, 24), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25), "crop_pct": 0.9}
-
-
-def evaluate(launcher: Launcher, *arguments, ranks=1, code=0) -> Finished:
-    """The tool as a person starts it, or with `ranks` processes."""
-    return launcher.start(Path(), ["tools/evaluate.py", *arguments], ranks=ranks).finish(code)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +88,8 @@ def test_the_votes_are_those_of_scikit_learn_on_the_same_features(results, made,
 
 def test_stdout_says_which_features_and_how_good(results, made):
     out, result = results["probe", 1]
-    num_heads = ["model", "input", "train", "val", "features", "probe", "lr", "lr", "lr", "result"]
-    assert [line.split()[0] for line in out.splitlines()] == num_heads
+    labels = ["model", "input", "train", "val", "features", "probe", "lr", "lr", "lr", "result"]
+    assert [line.split()[0] for line in out.splitlines()] == labels
     assert "mean of the patches at the end of the network, 32 wide" in out
     assert "batch 16" in out and f"({result['top1_correct']} of 24)" in out.splitlines()[-1]
     assert "chosen on the same images from 3 rates" in out

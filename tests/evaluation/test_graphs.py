@@ -1,19 +1,14 @@
-"""Graphs through the exact evaluator: any number of processes counts what the network itself counts."""
+"""Graphs in a full pass: any number of processes counts what the network itself counts."""
 
 import csv
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
-import timm
 import torch
-from PIL import Image
 from timm.models import save_for_hf
 
-from maedistill.data.shards.sources import open_folder
-from maedistill.data.shards.write import make_shards
 from maedistill.errors import ConfigError
 from maedistill.evaluation.context import EvalContext, metadata
 from maedistill.exporting.graph import GRAPH_FILES, write_graphs
@@ -22,6 +17,7 @@ from maedistill.weights.from_graph import Preprocessing, outputs_of
 from maedistill.weights.graph import Graph, GraphInput
 from maedistill.weights.network import Network
 from maedistill.weights.open_network import open_network
+from tests.evaluation.tool import VIT, classifier, evaluate, write_pictures
 
 COUNTS = ("images", "top1_correct", "top5_correct", "vs_same_images", "vs_top1_correct")
 VIEW = Preprocessing(size=24, crop=0.9, interpolation="bicubic", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
@@ -29,23 +25,15 @@ VIEW = Preprocessing(size=24, crop=0.9, interpolation="bicubic", mean=(0.5, 0.4,
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A model of timm, its graphs, and 25 images, which neither ranks nor batches divide."""
-    folder, draws = tmp_path_factory.mktemp("graphs"), np.random.default_rng(0)
-    for i in range(25):
-        path = folder / "pictures" / f"class{i % 12:02d}" / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        small = Image.fromarray(draws.integers(0, 256, (4, 5, 3), np.uint8))
-        small.resize((40 + i, 30 + 2 * (i % 7)), Image.Resampling.BICUBIC).save(path)
-    make_shards(open_folder(folder / "pictures"), folder / "shards", images_per_shard=10)
+    """A model of timm, its graphs, and 25 images."""
+    folder = tmp_path_factory.mktemp("graphs")
+    write_pictures(folder)
     torch.manual_seed(0)
-    arguments = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "global_pool": "avg"}
-    vit = timm.create_model("vit_tiny_patch16_224", num_classes=12, **arguments).eval()
-    torch.nn.init.normal_(vit.patch_embed.proj.weight)
-    torch.nn.init.normal_(vit.head.weight, std=0.2)
+    vit = classifier().eval()
     write_graphs([*GRAPH_FILES], vit, folder, VIEW)
     (folder / "preprocess.json").write_text(VIEW.model_dump_json())
     data = {"input_size": (3, 24, 24), "mean": VIEW.mean, "std": VIEW.std, "crop_pct": 0.9}
-    save_for_hf(vit, folder / "model", model_args=arguments, data_config=data, safe_serialization=True)
+    save_for_hf(vit, folder / "model", model_args=VIT, data_config=data, safe_serialization=True)
     return folder
 
 
@@ -59,8 +47,7 @@ def results(launcher, made):
         result, rows = made / f"{kind}{ranks}.json", made / f"{kind}{ranks}.csv"
         words = ["--json", result, "--predictions", rows, "--batch", 7, "--workers", 0, "--against", made / "model"]
         words += ["--no-latency"] if ranks > 1 or kind == "timm" else []
-        program = ["tools/evaluate.py", source, made / "shards/*.tar", *words]
-        ended = launcher.start(Path(), program, ranks=ranks).finish(0)
+        ended = evaluate(launcher, source, made / "shards/*.tar", *words, ranks=ranks)
         return ended.out, json.loads(result.read_text()), list(csv.DictReader(rows.read_text().splitlines()))
 
     cases = [("timm", 1), ("onnx", 1), ("onnx", 2), ("onnx", 3), ("torch_export", 2)]
@@ -138,7 +125,6 @@ def test_a_graph_that_gives_no_row_for_each_image_is_refused(run, cause):
     ],
 )
 def test_options_that_a_graph_does_not_have_are_refused(launcher, made, flags, cause):
-    program = ["tools/evaluate.py", f"onnx:{made / 'model.onnx'}", made / "shards/*.tar", *flags]
-    ended = launcher.start(Path(), program).finish(2)
+    ended = evaluate(launcher, f"onnx:{made / 'model.onnx'}", made / "shards/*.tar", *flags, code=2)
     error, fix = ended.err.splitlines()
     assert cause in error and fix.startswith("  fix: ")

@@ -9,7 +9,6 @@ from timm.models import save_for_hf
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
-from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards
 from maedistill.errors import UserError
@@ -74,7 +73,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder of teachers with random weights, and of shards without labels."""
+    """A folder of teachers with random weights, and of pictures without labels."""
     folder = tmp_path_factory.mktemp("made")
     for name, (model, arguments, size, classes) in TEACHERS.items():
         network = timm.create_model(model, **arguments)
@@ -132,8 +131,8 @@ def test_no_relations_in_micro_batches_of_one(finetuning, made):
 def test_an_encoder_without_classifier_teaches_what_it_has(finetuning, made):
     settings = ["hints={weight: 1, student: [1], teacher: [2]}", "similarity_preserving.weight=1"]
     parts = opened(finetuning, *taught(made, "encoder", settings))
-    (view,), _ = parts.teacher_outputs(torch.randn(2, 3, 32, 32), 0)
-    assert {name: tuple(seen.shape) for name, seen in view.items()} == {
+    (outputs,), _ = parts.teacher_outputs(torch.randn(2, 3, 32, 32), 0)
+    assert {name: tuple(seen.shape) for name, seen in outputs.items()} == {
         "features/2": (2, 48, 4, 4),
         "embedding": (2, 48),
     }
@@ -142,14 +141,13 @@ def test_an_encoder_without_classifier_teaches_what_it_has(finetuning, made):
 def test_a_subset_of_a_teacher_s_classes_is_taken_by_name(finetuning, made):
     parts = opened(finetuning, *taught(made, "letters", ["logits.weight=1"]))
     assert parts.teachers[0].classes == (3, 2, 0), "a, b, c of the shards"
-    (view,), weights = parts.teacher_outputs(torch.randn(2, 3, 32, 32), 0)
-    assert view["logits"].shape == (2, 3) and weights.tolist() == [1]
+    (outputs,), weights = parts.teacher_outputs(torch.randn(2, 3, 32, 32), 0)
+    assert outputs["logits"].shape == (2, 3) and weights.tolist() == [1]
 
 
 def test_labels_are_needed_by_what_reads_them_only(finetuning, made, tmp_path):
     """Without labels KD alone learns, and the validation shards tell the classes; DKD and cross-entropy need them."""
     make_shards(open_folder(made / "pictures"), tmp_path / "bare")
-    open_index(f"{tmp_path}/bare/train-*.tar")
     bare = f"data.train={tmp_path}/bare/train-*.tar"
     parts = opened(finetuning, bare, *taught(made, "resnet", ["logits.weight=1", "label_weight=0"]))
     assert parts.num_classes == 3 and len(parts.samples) == 24

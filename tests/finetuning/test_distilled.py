@@ -42,11 +42,12 @@ EVERYTHING += ["distill.contrastive={weight: 2, temperature: 0.2, width: 24}"]
 EVERYTHING += ["distill.hard_label={weight: 1, token: true}", "student.register_tokens=1"]
 
 
-def load(tmp_path, *settings) -> FinetuneConfig:
-    """A config of a tiny student with these settings."""
+def load(tmp_path, *settings, taught: bool = True) -> FinetuneConfig:
+    """A config of a tiny student with these settings, and with a teacher or without."""
     file = tmp_path / "recipe.yaml"
     file.write_text("student: {model: vit_tiny_patch16_224, patch_size: 8}\ndata: {image_size: 32}\n")
-    given = ['distill.teachers=["run:x"]', "optim={epochs: 10, warmup_epochs: 1, global_batch: 8}", *settings]
+    given = ['distill.teachers=["run:x"]'] if taught else []
+    given += ["optim={epochs: 10, warmup_epochs: 1, global_batch: 8}", *settings]
     return load_config(file, given, root=FinetuneConfig, to_run=False).config
 
 
@@ -128,7 +129,6 @@ def test_a_step_without_a_term_asks_no_teacher_and_keeps_every_gradient(tmp_path
     teacher.fc.register_forward_hook(lambda *_: asked.append(0))
     teacher.layer4.register_forward_hook(lambda *_: asked.append(1))
     module, teaching = assemble(config, vit(seed=1), teacher_of(teacher))
-    asked.clear()
     for step, counts in ((0, False), (10, True), (19, True), (20, False)):
         asked.clear()
         module.zero_grad()
@@ -190,11 +190,11 @@ def test_weights_change_without_another_graph(tmp_path):
     student = vit(seed=1, reg_tokens=1).eval()
     module, teaching = assemble(config, student, teacher_of(vit(seed=2, width=48, num_heads=4)))
     assert isinstance(module, Distilled)
-    views, weights = teaching(IMAGES, 0)
-    expected = [module(IMAGES, TARGETS, views, weights * factor)["loss"] for factor in (1, 0.5)]
+    outputs, weights = teaching(IMAGES, 0)
+    expected = [module(IMAGES, TARGETS, outputs, weights * factor)["loss"] for factor in (1, 0.5)]
     graphs = []
     module.compile(backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
     for factor, loss in zip((1, 0.5), expected, strict=True):
-        torch.testing.assert_close(module(IMAGES, TARGETS, views, weights * factor)["loss"], loss)
+        torch.testing.assert_close(module(IMAGES, TARGETS, outputs, weights * factor)["loss"], loss)
     assert len(graphs) == 1
     torch.compiler.reset()

@@ -1,27 +1,21 @@
 """Terms without a teacher: exits that learn from the network's own end, and blocks that follow deeper ones."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from maedistill.config.finetune import FinetuneConfig
-from maedistill.config.loader import load_config
 from maedistill.errors import ConfigError
 from maedistill.finetuning.objective import Supervised
 from maedistill.finetuning.outputs import RequestedOutputs, forward_outputs
 from maedistill.finetuning.self_terms import exit_networks
 from maedistill.losses.self_distillation import self_attention_loss
 from tests.finetuning.test_distilled import IMAGES, TARGETS, assemble, teacher_of, vit
+from tests.finetuning.test_distilled import load as load_distilled
 
 EXITS = ["student.exits=[0,1]", "distill.exits={weight: 2, alpha: 0.4, temperature: 2, feature_weight: 0.3}"]
-
-
-def load(tmp_path, *settings) -> FinetuneConfig:
-    """A config of a tiny student without a teacher."""
-    file = tmp_path / "recipe.yaml"
-    file.write_text("student: {model: vit_tiny_patch16_224, patch_size: 8}\ndata: {image_size: 32}\n")
-    given = ["optim={epochs: 10, warmup_epochs: 1, global_batch: 8}", *settings]
-    return load_config(file, given, root=FinetuneConfig, to_run=False).config
+load = partial(load_distilled, taught=False)
 
 
 @pytest.mark.parametrize("pool", ["avg", "token"])

@@ -1,8 +1,6 @@
 """Response and relation losses against published numbers, and what each of them must not notice."""
 
-import os
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +18,7 @@ from maedistill.losses.relations import (
     rkd_distance_loss,
     sp_loss,
 )
-
-GOLDEN = Path(os.environ.get("MAEDISTILL_GOLDEN") or Path(__file__).parents[1] / "golden")
+from tests.support.golden import GOLDEN
 
 
 def kd(student, teacher, temperature):

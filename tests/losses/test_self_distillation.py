@@ -1,8 +1,5 @@
 """Online and self-distillation against reference numbers, gradients included, and what the losses must not notice."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -17,8 +14,7 @@ from maedistill.losses.self_distillation import (
     past_target,
     self_attention_loss,
 )
-
-GOLDEN = Path(os.environ.get("MAEDISTILL_GOLDEN") or Path(__file__).parents[1] / "golden")
+from tests.support.golden import GOLDEN
 
 
 def others(tensors, i):
@@ -26,7 +22,7 @@ def others(tensors, i):
 
 
 def exits(logits, target):
-    """The loss of each exit but the deepest, as in `finetuning.terms.Exits`: 0.7 CE + 0.3 KD at T = 3."""
+    """The loss of each exit but the deepest, as in `finetuning.self_terms.Exits`: 0.7 CE + 0.3 KD at T = 3."""
     deepest = logits[-1]
     soft = [kd_loss(z, deepest, temperature=3.0) for z in logits[:-1]]
     hard = [F.cross_entropy(z, target) for z in logits[:-1]]
@@ -49,7 +45,7 @@ def past(logits, given):
     return F.cross_entropy(logits, target)
 
 
-# reference: (what the gradient is with respect to, how many of its leading entries have one, the loss)
+# reference: (the input, how many of its leading entries get a gradient, the loss); 0: its first entry is the input
 CASES = {
     "exits_a0.3_T3": ("exit_logits", 4, lambda x, given: exits(x, given["target"])),
     "exits_feature": ("exit_features", 3, lambda x, given: exit_features(x)),

@@ -114,7 +114,7 @@ def test_a_killed_run_goes_on_bit_by_bit_and_ranks_change_nothing_but_rounding(p
         assert files[0].read_bytes() == files[1].read_bytes(), name
     for ours, theirs in zip(again.metrics(), whole.metrics(), strict=True):
         assert all(ours[name] == theirs[name] for name in ("loss", "generate/1", "target_std"))
-    two = pretraining("average-two", *EMA, *STORED, "engine.zero=2", launcher="fork", ranks=2)
+    two = pretraining("average-two", *EMA, *STORED, "engine.zero=2", ranks=2)
     ours, theirs = (load_file(run.last_checkpoint() / "teacher.safetensors") for run in (two, whole))
     for name, value in ours.items():
         if not name.endswith("qkv.bias"):  # see tests/test_pretrain.py

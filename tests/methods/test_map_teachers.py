@@ -1,5 +1,7 @@
 """Teachers that see whole images: their maps on the student's grid, a step with them, and those that cannot teach."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -166,7 +168,7 @@ def test_with_dmae_a_share_of_1_is_the_same_as_none() -> None:
     torch.testing.assert_close(*losses)
 
 
-def test_two_depths_of_sam_and_one_of_a_random_network_from_timm() -> None:
+def test_two_depths_of_sam() -> None:
     network, size, _, _ = network_of("sam block")
     config, module, teacher = parts(network, [1, 0], size=size)
     split = split_of(config, torch.arange(2), GRID**2)
@@ -176,9 +178,15 @@ def test_two_depths_of_sam_and_one_of_a_random_network_from_timm() -> None:
         rows = resample(own[depth], GRID).flatten(2).mT
         torch.testing.assert_close(target[depth][0], rows[0, split.order[0]])
     assert {"align/0", "generate/1"} <= module(IMAGES, split, target).keys()
+
+
+def test_a_random_network_is_the_same_every_time() -> None:
     first, again = (parts("random:test_convnext", [2], method="dmae", size=64)[2] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
-    assert first.image_size == 64
+
+
+def test_a_teacher_sees_images_of_the_size_that_is_set_or_of_its_own() -> None:
+    assert parts("random:test_convnext", [2], method="dmae", size=64)[2].image_size == 64
     assert parts("random:test_convnext", [2], method="dmae")[2].image_size == 160, "its own"
     given = timm.create_model("test_convnext")
     assert parts(given, [2], method="dmae")[2].image_size == 32, "what it was trained on is not known: the student's"
@@ -214,19 +222,26 @@ class Flat(nn.Module):
         ),
         ("random:test_convnext", [3], {"method": "tinymim"}, "method: tinymim", "method=dmae"),
         ("random:test_convnxt", [3], {}, "timm has no model", "test_convnext"),
-        (Flat(), [0], {}, "teacher.source: ", "maedistill.Encoder"),
-        (nn.Identity(), [0], {}, "no forward_intermediates", "maedistill.Encoder"),
-        (timm.create_model("test_resnet", in_chans=1), [3], {}, "1 channels", "3 channels"),
-        (timm.create_model("test_vit", img_size=64), [3], {}, "4 patches along a side, the student 8", "image size"),
+        (Flat, [0], {}, "teacher.source: ", "maedistill.Encoder"),
+        (nn.Identity, [0], {}, "no forward_intermediates", "maedistill.Encoder"),
+        (partial(timm.create_model, "test_resnet", in_chans=1), [3], {}, "1 channels", "3 channels"),
+        (
+            partial(timm.create_model, "test_vit", img_size=64),
+            [3],
+            {},
+            "4 patches along a side, the student 8",
+            "image size",
+        ),
         ("random:swin_tiny_patch4_window7_224", [3], {"size": 90}, "90", "teacher.image_size=88"),
         ("random:vit_tiny_patch16_224", [3], {"size": 64}, "64", "128"),
     ],
 )
 def test_what_cannot_teach_is_refused(
-    network: nn.Module | str, depths: list[int], more: dict[str, Any], cause: str, remedy: str
+    network: Callable[[], nn.Module] | str, depths: list[int], more: dict[str, Any], cause: str, remedy: str
 ) -> None:
+    teacher = network if isinstance(network, str) else network()
     with pytest.raises(ConfigError) as error:
-        parts(network, depths, **more)
+        parts(teacher, depths, **more)
     assert cause in error.value.cause and remedy in error.value.remedy
 
 

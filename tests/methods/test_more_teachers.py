@@ -54,7 +54,8 @@ def test_two_equal_teachers_of_half_the_weight_are_one(opened, settings):
     for name, gradient in gradients.items():
         of_half = name.startswith("projections.")
         torch.testing.assert_close(halves[name], gradient / 2 if of_half else gradient)
-        assert not of_half or torch.equal(halves[name.replace(".0.", ".1.")], halves[name])
+        if of_half:
+            assert torch.equal(halves[name.replace(".0.", ".1.")], halves[name])
 
 
 def test_each_has_its_own_head_precision_view_license_and_cost(opened):
@@ -92,7 +93,8 @@ def test_a_killed_run_of_a_vit_and_a_resnet_goes_on_bit_by_bit(pretraining, tmp_
     for name in ("model", "optimizer", "statistics2"):
         files = [run.last_checkpoint() / f"{name}.safetensors" for run in (whole, again)]
         assert files[0].read_bytes() == files[1].read_bytes(), name
-    assert load_file(files[0])["sums"][0].unique().tolist() == [20 * 12 * 4]
+    statistics = whole.last_checkpoint() / "statistics2.safetensors"
+    assert load_file(statistics)["sums"][0].unique().tolist() == [20 * 12 * 4]
     for ours, theirs in zip(again.metrics(), whole.metrics(), strict=True):
         assert all(ours[name] == theirs[name] for name in ("loss", "align/1", "align/teacher2/0"))
     card = (export(whole.run, tmp_path / "export") / "README.md").read_text()

@@ -53,7 +53,7 @@ def test_layouts_measure_the_same(pretraining):
     layouts = {"one": (1, []), "two": (2, []), "three": (3, ["engine.zero=1"]), "parts": (1, ["engine.micro_batch=4"])}
     found = {}
     for name, (ranks, more) in layouts.items():
-        ended = pretraining(f"stored-{name}", *STORED, *more, launcher="fork", ranks=ranks)
+        ended = pretraining(f"stored-{name}", *STORED, *more, ranks=ranks)
         found[name] = ended.metrics(), load_file(ended.last_checkpoint() / "statistics.safetensors")["sums"]
     metrics, sums = found["one"]
     assert sums.dtype == torch.float64 and set(sums[0].flatten().tolist()) == {5 * 12 * 4}

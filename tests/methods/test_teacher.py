@@ -116,10 +116,10 @@ def test_a_file_knows_its_class_token_and_not_its_license(tmp_path):
     assert {"mean": named.mean, "std": named.std, "license": named.license} == keywords
 
 
-def test_a_run_of_ours_is_a_teacher(trio):
-    run = trio["mae"].run
+def test_a_run_of_ours_is_a_teacher(mae):
+    run = mae.run
     source = open_network(f"run:{run}", "encoder", grid=4)
-    weights = load_file(trio["mae"].last_checkpoint() / "model.safetensors")
+    weights = load_file(mae.last_checkpoint() / "model.safetensors")
     for name, value in source.encoder.state_dict().items():
         assert torch.equal(value, weights[f"encoder.{name}"]), name
     assert (source.mean, source.std) == ((0.5,) * 3, (0.25,) * 3)

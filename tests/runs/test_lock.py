@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -61,4 +60,4 @@ def test_released_it_is_free_for_other_processes(tmp_path):
 
 def _takes(folder: Path) -> bool:
     FolderLock(folder).release()
-    return time.monotonic() > 0
+    return True

@@ -22,10 +22,10 @@ def test_dry_run_tells_everything_and_writes_nothing(pretraining, settings, trio
         assert re.search(r"\d", lines[key]), key
 
 
-def test_a_dry_run_of_what_has_begun_finds_its_own_settings(pretraining, settings, trio):
+def test_a_dry_run_of_what_has_begun_finds_its_own_settings(pretraining, settings, mae):
     command = [*settings["mae"], "optim.epochs=5", "--dry-run"]
-    assert "nothing was started" in pretraining(trio["mae"].run, *command).out
-    refused = pretraining(trio["mae"].run, *command, "engine.precision=bf16", code=2).err
+    assert "nothing was started" in pretraining(mae.run, *command).out
+    refused = pretraining(mae.run, *command, "engine.precision=bf16", code=2).err
     assert "engine.precision: 'fp32' there, 'bf16' now" in refused
 
 

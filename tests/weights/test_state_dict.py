@@ -16,8 +16,8 @@ from maedistill.models.initialize import initialize
 from maedistill.models.vits import build_vit
 from maedistill.weights.from_file import read_weights_file, why_unreadable
 from maedistill.weights.state_dict import import_weights, load_encoder
+from tests.support.golden import GOLDEN
 
-GOLDEN = Path(__file__).parent.parent / "golden"
 TINY = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 
 
