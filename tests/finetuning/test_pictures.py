@@ -6,6 +6,8 @@ from PIL import Image
 
 from maedistill.finetuning import pictures
 
+HEADER, GAP = 52, 4  # pixels, of report/sheet.py
+
 
 def test_images_are_shown_as_they_were_and_named_by_their_targets(monkeypatch):
     """Captions name classes by share, the largest first, without label smoothing; at most eight images are drawn."""
@@ -30,5 +32,7 @@ def test_without_labels_and_names_a_sheet_is_drawn():
     )
     assert isinstance(labelled, Image.Image) and labelled.size == unlabelled.size
     one, other = np.asarray(labelled), np.asarray(unlabelled)
-    assert (one[52:] == other[52:]).all() and (one[:52] != other[:52]).any(), "they differ in the captions alone"
-    assert (one[52, 4:196, 0] == np.round(np.linspace(0, 1, 192, dtype=np.float32) * 255)).all()
+    assert (one[HEADER:] == other[HEADER:]).all() and (one[:HEADER] != other[:HEADER]).any(), (
+        "they differ in the captions alone"
+    )
+    assert (one[HEADER, GAP : GAP + 192, 0] == np.round(np.linspace(0, 1, 192, dtype=np.float32) * 255)).all()

@@ -59,7 +59,7 @@ def test_attention_of_large_queries_and_keys_is_finite_in_half_precision():
 
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
-def test_a_view_shows_what_the_network_computes(name):
+def test_outputs_are_what_the_network_computes(name):
     built = network(name)
     info = feature_info(built, name="run:x", image_size=32)
     deepest = len(info.channels) - 1
@@ -78,12 +78,10 @@ def test_a_view_shows_what_the_network_computes(name):
 @pytest.mark.parametrize("name", [name for name in NETWORKS if "vit" in name])
 @torch.no_grad()
 def test_queries_keys_and_values_are_those_of_the_block(name, monkeypatch):
-    built, caught = network(name), {}
-    attend = F.scaled_dot_product_attention
-    caught["calls"] = []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: caught["calls"].append(a) or attend(*a, **k))
+    built, calls, attend = network(name), [], F.scaled_dot_product_attention
+    prefix = built.num_prefix_tokens
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a) or attend(*a, **k))
     built(PIXELS)
-    calls, prefix = caught["calls"], built.num_prefix_tokens
     assert len(calls) == 3
     seen = forward_outputs(built, PIXELS, RequestedOutputs(relations=(0, 2), attention=(1, 2)))
     for block in (0, 2):
@@ -95,7 +93,7 @@ def test_queries_keys_and_values_are_those_of_the_block(name, monkeypatch):
         torch.testing.assert_close(seen[f"attention/{block}"].flatten(2), received)
 
 
-def test_no_deeper_than_requested():
+def test_nothing_deeper_than_requested_runs():
     for name in ("resnet", "vit"):
         built, ran = network(name), []
         layers = [built.layer1, built.layer2, built.layer3] if name == "resnet" else list(built.blocks)
@@ -122,9 +120,8 @@ def test_a_teacher_of_another_normalisation_and_resolution_is_fed_what_it_expect
     assert seen["features/1"].shape == (3, maps.shape[1], 4, 4) and maps.shape[-1] != 4
     expected = F.interpolate(maps, size=(4, 4), mode="bilinear", antialias=True)
     torch.testing.assert_close(seen["features/1"], expected, rtol=1e-4, atol=1e-4)
-    assert not any(parameter.requires_grad for parameter in teacher.parameters()) and not teacher.state_dict().get(
-        "mean"
-    )
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not {"mean", "std"} & teacher.state_dict().keys()
 
 
 def test_classes_are_found_by_name_or_refused():

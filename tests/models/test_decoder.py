@@ -1,4 +1,4 @@
-"""The decoders: only what is asked is computed, and nothing else changes; who reads whom."""
+"""The decoders: only what is asked is computed, and nothing else changes; and which patches each prediction reads."""
 
 from functools import partial
 

@@ -34,6 +34,7 @@ from maedistill.weights.open_network import open_network
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 GRID = 4
+BRANCHLESS = "eva02_enormous_patch14_clip_224"  # its norms come after attention and MLP
 FAMILIES = {
     # VisionTransformer
     "vit_small_patch14_dinov2": {},
@@ -120,15 +121,9 @@ def test_half_of_the_patches_are_what_attention_over_them_alone_gives(name: str)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != BRANCHLESS])
 def test_a_branch_is_what_timm_s_block_adds_after_its_attention(name: str) -> None:
     encoder, seen = randomised(name), {}
-    teacher = {"taps": (1,), "last": 2, "output": "mlp", "dtype": torch.float64}
-    source = Network(encoder.vit, name, encoder.grid * encoder.patch_size, "", mean=(0, 0, 0), std=(1, 1, 1))
-    if name == "eva02_enormous_patch14_clip_224":
-        with pytest.raises(ConfigError, match=r"align\.output.*\nuse align\.output=block"):
-            Teacher(source, **teacher)
-        return
     for i, block in enumerate(encoder.vit.blocks):
         block.norm2.register_forward_pre_hook(lambda _, given, i=i: seen.update({f"attended {i}": given[0]}))
         block.register_forward_hook(lambda _, given, out, i=i: seen.update({f"output {i}": out}))
@@ -141,9 +136,20 @@ def test_a_branch_is_what_timm_s_block_adds_after_its_attention(name: str) -> No
     torch.testing.assert_close(branches, added, rtol=0, atol=1e-12)
     assert encoder(images, branches=(0,), to_last_tap=True)[1].keys() == {0}
     split = random_split(torch.arange(2), seed=0, num_patches=GRID**2, num_student=4, num_teacher=GRID**2)
-    rows, first = Teacher(source, **teacher)(images, split)[1], encoder.num_prefix
+    rows, first = branch_teacher(encoder)(images, split)[1], encoder.num_prefix
     mean = mean_of_blocks([added[0], added[1]])
     torch.testing.assert_close(rows[:, first:], gather_rows(mean[:, first:], split.teacher), rtol=0, atol=1e-4)
+
+
+def branch_teacher(encoder: MaskedEncoder) -> Teacher:
+    """The network as a teacher of what its MLPs add, the mean over its first two blocks."""
+    source = Network(encoder.vit, "x", encoder.grid * encoder.patch_size, "", mean=(0, 0, 0), std=(1, 1, 1))
+    return Teacher(source, taps=(1,), last=2, output="mlp", dtype=torch.float64)
+
+
+def test_a_family_without_such_a_branch_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"align\.output.*\nuse align\.output=block"):
+        branch_teacher(randomised(BRANCHLESS))
 
 
 def learning(vit: torch.nn.Module, *, initial: bool = True) -> tuple[DMAE, Teacher]:

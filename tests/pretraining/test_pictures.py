@@ -14,7 +14,7 @@ from maedistill.models.vits import build_vit
 from maedistill.pretraining.pictures import paste, reconstruction_sheet, show_only
 from maedistill.report.sheet import tile
 
-GAP, GROUP_GAP, HEADER = 4, 24, 52
+GAP, GROUP_GAP, HEADER = 4, 24, 52  # pixels, of report/sheet.py
 
 
 def method(side: int) -> MAE:
@@ -84,7 +84,7 @@ def test_a_teacher_that_sees_the_same_patches_has_no_column():
     assert sheets[1].width - sheets[0].width == 192 + GAP
 
 
-def test_columns_and_the_sheet_are_labelled_in_their_own_ink():
+def test_labels_and_title_are_drawn_and_change_no_picture():
     images, _ = batch(32)
     plain, labelled = tile([{"": images}, {" ": images}]), tile([{"image": images}, {"true": images}], title="run")
     heads = [np.array(sheet.crop((0, 0, sheet.width, HEADER))) for sheet in (plain, labelled)]

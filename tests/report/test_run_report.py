@@ -39,13 +39,10 @@ def test_a_run_s_report_says_what_it_was_and_what_came_of_it(trio, method):
     text, last = (ended.run / "report.md").read_text(), ended.metrics()[-1]
     knn = [record["knn"] for record in ended.records() if "knn" in record][-1]
     row = table(ended.run / "report.md")[method]
-    assert (
-        row["method"] == method
-        and row["student"] == "vit_tiny_patch16_224 (width 32, depth 2, num_heads 2, patch_size 8)"
-    )
-    assert (row["loss"], row["pixels"]) == (f"{last['loss']:.4f}", f"{last['pixels']:.4f}") and row[
-        "kNN"
-    ] == f"{knn:.1%}"
+    assert row["method"] == method
+    assert row["student"] == "vit_tiny_patch16_224 (width 32, depth 2, num_heads 2, patch_size 8)"
+    scores = [f"{last['loss']:.4f}", f"{last['pixels']:.4f}", f"{knn:.1%}"]
+    assert [row[name] for name in ("loss", "pixels", "kNN")] == scores
     pairs = {"mae": (), "dmae": (1,), "amd": (0, 1)}[method]
     for term in ("align", "generate"):
         values = [last[f"{term}/{block}"] for block in pairs if f"{term}/{block}" in last]

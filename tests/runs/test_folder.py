@@ -68,7 +68,7 @@ def test_a_run_keeps_its_teacher_and_the_record_of_what_it_began_with(config):
     assert "other weights than now: timm:t of step 2" in changed and "use another run=" in changed
     RunFolder(folder.path).open(config(), now, execution={}, fresh=False, extend=False)
     assert folder.metadata()["init"] == "timm:x of step 1" and len(folder.metadata()["starts"]) == 2
-    assert now["init"] == "timm:x of step 2"  # the caller's facts are its own
+    assert now["init"] == "timm:x of step 2"  # the caller's metadata is left as it was
 
 
 def test_a_refused_start_leaves_the_record_of_the_run_and_a_new_start_removes_it(config):
@@ -99,7 +99,7 @@ def test_checkpoints_bind_whether_they_are_whole_or_not(config):
     assert "run.json is gone" in refused(folder, config(), fresh=True)
 
 
-def test_a_folder_that_cannot_be_made_is_the_user_s_news(config, tmp_path, capsys):
+def test_a_folder_that_cannot_be_made_is_an_error_for_the_user(config, tmp_path, capsys):
     (tmp_path / "run").write_text("a file")
     folder = RunFolder(tmp_path / "run")
     with pytest.raises(ConfigError, match="cannot be written to"), folder.recorded_end():

@@ -23,7 +23,7 @@ STUDENTS = ("scratch", "mae", "dmae")
 
 
 @pytest.fixture
-def study(root):
+def study():
     return load_study("quickstart/study")
 
 
@@ -113,14 +113,12 @@ def test_teachers_that_begin_alike_share_their_pretraining(two) -> None:
 def test_students_without_pre_training_start_from_another_s_whatever_their_order(study) -> None:
     students = {"x": Student(init_from="m", finetune_axes={"optim.lr": (1e-3, 2e-3)}), "m": study.students["mae"]}
     steps, configs = plan(changed(study, **students), seeds=[0, 1], only=["x_lr_0.002"])
-    assert list(steps) == [
-        f"{name}" for k in (0, 1) for name in (f"m/seed_{k}/pretrain", f"x_lr_0.002/seed_{k}/finetune")
-    ]
+    assert list(steps) == [name for k in (0, 1) for name in (f"m/seed_{k}/pretrain", f"x_lr_0.002/seed_{k}/finetune")]
     assert configs["x_lr_0.002/seed_1/finetune"].optim.lr == 0.002
     assert len(plan(changed(study, **students), only=["x"])[0]) == 3
 
 
-def test_a_study_needs_each_step_before_those_that_come_from_it() -> None:
+def test_steps_are_ordered_by_what_they_need() -> None:
     steps = [Step("d", (), ("b", "c")), Step("c", (), ("a",)), Step("b", (), ("a",)), Step("e", ()), Step("a", ())]
     assert [step.name for step in topological_order(steps)] == ["e", "a", "c", "b", "d"]
     with pytest.raises(ConfigError, match=r"these runs need each other: (a -> b -> a|b -> a -> b)"):

@@ -17,7 +17,7 @@ from maedistill.evaluation.accuracy import Evaluation, evaluate
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import Predictor
 from maedistill.evaluation.real_labels import count_real, open_real_labels
-from maedistill.weights.class_names import subset_columns
+from maedistill.weights.class_names import compare_names, subset_columns
 
 SYNSETS = ImageNetInfo().label_names()
 
@@ -137,3 +137,9 @@ def test_other_images_have_no_reassessed_labels(key):
         open_real_labels(FakeIndex([key]), num_classes=1000)
     with pytest.raises(ConfigError, match="the model has 12"):
         open_real_labels(FakeIndex(["ILSVRC2012_val_00000001"]), num_classes=12)
+
+
+def test_another_number_of_classes_is_remarked():
+    remark = compare_names((), ("cat", "dog"), num_known=1000, model="timm:x")[0]
+    assert "timm:x has 1,000 classes without names, the shards 2" in remark
+    assert [compare_names((), names, num_known=2, model="x") for names in (("cat", "dog"), ())] == [[], []]
