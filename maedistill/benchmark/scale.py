@@ -139,7 +139,7 @@ def scale_report(measured: Mapping[int, Sequence[Measured]], *, cores: int, has_
     remarks = [
         f"of which gradients: the exchange alone, of {first.parameters / 1e6:.1f} M parameters, without waiting; the "
         "rest of a step beyond one process's is waiting, and what the others take of memory and caches",
-        "larger clusters: `benchmark.py cost --gpus N` models them",
+        "larger clusters: `maedistill benchmark cost --gpus N` models them",
     ]
     if not has_gpu:
         remarks.append(
