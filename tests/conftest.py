@@ -27,10 +27,11 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or it starts a po
 hypothesis.settings.register_profile("ours", deadline=None)  # by default 200 ms, which a busy machine exceeds
 hypothesis.settings.load_profile("ours")
 
-LONGEST = [
-    "test_kills.py", "test_signals.py", "test_pretrain.py", "test_checkpoint.py", "test_study_tool.py",
-    "test_finetune.py", "test_finetune_distilled.py", "test_heartbeat.py", "test_interrupts.py",
-    "test_two_machines.py", "test_distributed.py", "test_api.py",
+LONGEST = [  # files that run first
+    "faults/test_kills.py", "faults/test_signals.py", "test_pretrain.py", "training/test_checkpoint.py",
+    "training/test_resume.py", "test_study_tool.py", "test_finetune.py", "test_finetune_distilled.py",
+    "processes/test_heartbeat.py", "faults/test_interrupts.py", "faults/test_two_machines.py",
+    "processes/test_rendezvous.py", "test_api.py",
 ]  # fmt: skip
 CONFIG = """\
 data:
@@ -73,7 +74,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "faults" in item.path.relative_to(ROOT / "tests").parts or "faults" in item.path.stem:
             item.add_marker("faults")
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    places = {str(ROOT / "tests" / file): place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(str(item.path), len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

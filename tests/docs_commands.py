@@ -1,11 +1,12 @@
-"""Runs the commands of README.md and docs/ on tiny images with tiny networks: `make docs-commands`.
+"""Run the commands of README.md and docs/ on tiny images with tiny networks: `make docs-commands`.
 
     python -m tests.docs_commands             all, some minutes
     python -m tests.docs_commands evaluation  those of the pages whose name has this word
 
 Each command runs as the page has it, in a folder that has the data and the runs that pages name, with settings behind
 it that make it small. `NOT_RUN` says which commands cannot run here, and why; the launchers before a command
-(torchrun, srun, deepspeed) are left out, because tests/test_pretrain.py starts them. tests/test_docs.py parses all.
+(torchrun, srun, deepspeed) are left out: tests/test_pretrain.py and tests/faults/test_signals.py start them.
+tests/test_docs.py parses all.
 """
 
 import os
@@ -31,7 +32,7 @@ from tests.test_docs import LINES
 NOT_RUN = {  # a pattern of the command line: the reason
     r"quickstart": "14 minutes; `make quickstart` runs it",
     r"shards (imagenet|cifar10)|SRC": "needs archives, or downloads them",
-    r"(evaluate|against|source=)\S* ?(timm|hf-hub):.*(?!--explain)": "downloads weights",
+    r"(evaluate|against|source=)\S* ?(timm|hf-hub):": "downloads weights",
     r"benchmark (step|scale|cost)": "minutes of a quiet machine; tests/benchmark runs them at small sizes",
     r"--extend": "continues a run of hours; tests/test_pretrain.py extends a small one",
     r"--val-labels": "needs a val folder without classes; tests/data/shards/test_folders.py has one",
@@ -149,26 +150,26 @@ def main() -> int:
     """Run every command once; return 1 if one failed."""
     pages = sys.argv[1:]
     lines = {tuple(words): page.name for page, words in LINES if not pages or any(p in page.name for p in pages)}
-    folder, failed, ran = Path(tempfile.mkdtemp()), 0, 0
-    os.chdir(folder)
-    for module in HEAVY:  # once, not in every child
-        import_module(module)
-    prepare()
-    for words, page in lines.items():
-        reason = reason_not_to_run(list(words))
-        start, code = time.monotonic(), 0
-        if reason is None:
-            if words[0] == "shards" and "--verify" not in words:
-                shutil.rmtree(words[2], ignore_errors=True)
-            code, ran = run(name_runs(small(list(words))), Path("log")), ran + 1
-        failed += code != 0
-        state = f"not run: {reason}" if reason else f"exit {code}, {time.monotonic() - start:.1f} s"
-        print(f"{page:<20} {shlex.join(words)[:90]:<90}  {state}", flush=True)
-        if code:
-            print(Path("log").read_text()[-1500:], flush=True)
-    print(f"{ran} commands ran, {failed} failed, {len(lines) - ran} not run")
-    os.chdir("/")
-    shutil.rmtree(folder)
+    failed = ran = 0
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        for module in HEAVY:  # once, not in every child
+            import_module(module)
+        prepare()
+        for words, page in lines.items():
+            reason = reason_not_to_run(list(words))
+            start, code = time.monotonic(), 0
+            if reason is None:
+                if words[0] == "shards" and "--verify" not in words:
+                    shutil.rmtree(words[2], ignore_errors=True)
+                code, ran = run(name_runs(small(list(words))), Path("log")), ran + 1
+            failed += code != 0
+            state = f"not run: {reason}" if reason else f"exit {code}, {time.monotonic() - start:.1f} s"
+            print(f"{page:<20} {shlex.join(words)[:90]:<90}  {state}", flush=True)
+            if code:
+                print(Path("log").read_text()[-1500:], flush=True)
+        print(f"{ran} commands ran, {failed} failed, {len(lines) - ran} not run")
+        os.chdir("/")
     return 1 if failed else 0
 
 

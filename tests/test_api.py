@@ -62,7 +62,7 @@ def test_shards_of_other_tools_can_be_evaluated(monkeypatch):
 
 
 def test_the_page_about_python_runs(tmp_path):
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn", reason="needs scikit-learn: pip install 'maedistill[demo]'")
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python.md").read_text(), re.M | re.S)
     checks = """
 assert scorecard["images"] == 797 and (folder / "config.json").is_file()
@@ -182,12 +182,12 @@ def test_wrong_objects_are_refused_before_training(pretraining):
     def refused(**objects):
         with pytest.raises(maedistill.UserError) as error:
             open_pretraining(config, world_size=1, device=torch.device("cpu"), objects=Objects(**objects))
-        assert error.value.remedy
+        assert error.value.remedy and "\n" not in error.value.cause
         return error.value.cause
 
     assert "NoItems has no length" in refused(dataset=NoItems())
     assert "20 items" in refused(dataset=WrongTargets())
-    assert "not a" in refused(method=lambda *parts, **more: nn.Identity())
+    assert "Identity, not a MAE" in refused(method=lambda *parts, **more: nn.Identity())
     assert "tokens" in refused(student=Flat())
     assert "a Linear, whose patches" in refused(student=nn.Linear(2, 2))
 
@@ -218,6 +218,9 @@ def test_a_teacher_of_the_caller_s_can_teach_again(pretraining, finetuning):
 def test_an_object_and_an_override_for_one_thing_are_refused(pretraining):
     with pytest.raises(maedistill.ConfigError, match=r"data\.train is set"):
         maedistill.pretrain(pretraining.config, {"data.train": "shards", "run": "runs/a"}, dataset=Squares())
+
+
+def test_metrics_of_no_run_are_refused(pretraining):
     with pytest.raises(maedistill.DataError):
         maedistill.read_metrics(pretraining.folder / "nowhere")
 

@@ -18,7 +18,8 @@ from maedistill.errors import ConfigError
 from maedistill.study.file import load_study
 
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}  # whose name is not that of their package
+# the distribution of a package that has another name
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "mlflow": "mlflow-skinny"}
 # package -> the extra that brings it
 OPTIONAL = {
     "onnx": "onnx",
@@ -110,16 +111,15 @@ def test_configs_have_names_in_every_folder_and_files_come_first(tmp_path, monke
 def test_what_is_imported_is_declared(root):
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     names = {re.match(r"[\w-]+", text)[0].lower().replace("-", "_") for text in project["dependencies"]}
-    extras = {re.match(r"[\w-]+", text)[0] for texts in project["optional-dependencies"].values() for text in texts}
+    extras = {
+        extra: {re.match(r"[\w-]+", text)[0] for text in texts}
+        for extra, texts in project["optional-dependencies"].items()
+    }
     for path in (root / "maedistill").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module] if isinstance(node, ast.ImportFrom) else []
             for module in {name.split(".")[0] for name in modules} - sys.stdlib_module_names - {"maedistill"}:
-                if module in OPTIONAL:
-                    assert {"sklearn": "scikit-learn", "mlflow": "mlflow-skinny"}.get(module, module) in extras, (
-                        path,
-                        module,
-                    )
-                else:
-                    assert DISTRIBUTIONS.get(module, module) in names, (path, module)
+                assert module in OPTIONAL or DISTRIBUTIONS.get(module, module) in names, (path, module)
+    for module, extra in OPTIONAL.items():  # some are imported by name only: s3fs by fsspec
+        assert DISTRIBUTIONS.get(module, module) in extras[extra], (module, extra)

@@ -25,8 +25,8 @@ from maedistill.pretraining.build import (
 from maedistill.pretraining.flops import count_flops
 from maedistill.pretraining.setup import dry_run as pretrain_dry_run
 from maedistill.study.file import load_study
+from tests.support.launch import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = [path for path in sorted(ROOT.glob("configs/*/*.yaml")) if not path.stem.startswith(("base", "study"))]
 FINETUNE = [path for path in SHIPPED if path.parent.name == "finetune" or path.stem == "finetune"]
 CONFIGS = [path for path in SHIPPED if path not in FINETUNE]
@@ -34,7 +34,7 @@ NEEDED = ["data.train=x.tar", "run=runs/x"]
 
 
 def without_weights(path: Path) -> list[str]:
-    """Overrides that put random weights of the same model in the place of a config's teacher."""
+    """Return overrides that put random weights of the same model in the place of a config's teacher."""
     text = path.read_text()
     if found := re.search(r"timm:(\w+)\.(mae|sa1b|lvd1689m)", text):
         return [f"teacher.source=random:{found[1]}"]
@@ -63,7 +63,7 @@ def counted(config: PretrainConfig) -> tuple[MAE, dict[str, float]]:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
-def test_config_builds_and_its_header_is_true(path: Path) -> None:
+def test_config_builds_and_its_header_is_true(path: Path):
     config = load_config(path, NEEDED + without_weights(path), root=PretrainConfig).config
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert re.search(rf"maedistill pretrain {name_of(path)}\s", header)
@@ -77,7 +77,7 @@ def test_config_builds_and_its_header_is_true(path: Path) -> None:
         assert f"{flops['total']:.1f} GFLOP per image" in header
 
 
-def test_the_table_of_teachers_says_what_they_cost() -> None:
+def test_the_table_of_teachers_says_what_they_cost():
     """docs/performance.md: a row of either kind, with DMAE's view and with that of all patches."""
     row = r"^\| `(\w+)`.* \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$"
     table = re.findall(row, (ROOT / "docs/performance.md").read_text(), re.MULTILINE)
@@ -128,7 +128,7 @@ def test_own_configs_dry_run_on_a_few_images(shards, tmp_path, capsys, name):
 )
 def test_teachers_that_see_everything_dry_run_on_a_few_images(
     shards, tmp_path, capsys, recipe: str, teacher: str | None, depth: int
-) -> None:
+):
     """The smallest of the family with random weights, in the place of the largest, and images of 64 px."""
     overrides = [f"data.train={shards}", f"run={tmp_path}/r", "data.image_size=64", "data.workers=0"]
     overrides += ["student.width=32", "student.num_heads=2", "optim.global_batch=8", "engine.micro_batch=2"]
@@ -141,7 +141,7 @@ def test_teachers_that_see_everything_dry_run_on_a_few_images(
     assert re.search(r"flops    teacher \d", out) and "\nmemory " in out
 
 
-def test_imagenette_minutes_follow_from_the_rates() -> None:
+def test_imagenette_minutes_follow_from_the_rates():
     """`about M minutes on one CPU core, at R images per CPU second`, for the epochs of the config."""
     found = 0
     for path in ROOT.glob("configs/imagenette/*.yaml"):
@@ -154,7 +154,7 @@ def test_imagenette_minutes_follow_from_the_rates() -> None:
     assert found == 7
 
 
-def test_the_study_of_lengths_compares_equal_epochs_and_equal_minutes() -> None:
+def test_the_study_of_lengths_compares_equal_epochs_and_equal_minutes():
     study = load_study("imagenette/study_lengths")
     given = [*NEEDED, "init.source=run:runs/x"]
     tuning = load_config(study.finetune.config, given, root=FinetuneConfig).config.optim.epochs
@@ -176,8 +176,8 @@ def test_the_study_of_lengths_compares_equal_epochs_and_equal_minutes() -> None:
         assert min(abs(equal / each - 1) for each in scratch) < 0.1, (method, epochs, equal)
 
 
-def test_imagenet_configs_are_the_papers_recipes() -> None:
-    """What FACTS of the papers fix: a changed number here is another recipe."""
+def test_imagenet_configs_are_the_papers_recipes():
+    """The numbers that the papers state: with another one it is another recipe."""
     recipes = {
         "mae_vit_b": ("mae", 800, 40, (512, 8, 16), "norm_patch", (), (), None),
         "dmae_vit_b": ("dmae", 100, 20, (512, 8, 16), "raw", (8,), (17,), None),
@@ -207,7 +207,7 @@ def test_imagenet_configs_are_the_papers_recipes() -> None:
         assert (c.optim.weight_decay, c.masks.student_keep_ratio, c.data.crop_scale) == (0.05, 0.25, (0.2, 1.0))
 
 
-def test_the_losses_of_teachers_that_see_everything() -> None:
+def test_the_losses_of_teachers_that_see_everything():
     """EUPE's loss and head, SAMI's, and the target of data2vec."""
     eupe = ("cosine_smooth_l1", "stored", "mlp", False, 0.25, "decoder", 0.75, "cross", None, 0.0, 1.0)
     losses = {
@@ -225,7 +225,7 @@ def test_the_losses_of_teachers_that_see_everything() -> None:
 
 
 @pytest.mark.parametrize("path", FINETUNE, ids=name_of)
-def test_fine_tuning_config_loads_and_its_header_is_true(path: Path) -> None:
+def test_fine_tuning_config_loads_and_its_header_is_true(path: Path):
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     command = re.search(rf"maedistill finetune {name_of(path)} (.*)", header)
     assert command, "no command"
@@ -242,7 +242,7 @@ def test_fine_tuning_config_loads_and_its_header_is_true(path: Path) -> None:
         assert "Expected:" not in header and "No published recipe" in header
 
 
-def test_fine_tuning_configs_are_the_papers_recipes() -> None:
+def test_fine_tuning_configs_are_the_papers_recipes():
     recipes = {  # epochs, base lr, layer decay, drop path, (mixup, cutmix, erasing, smoothing), RandAugment's magnitude
         "vit_tiny": (300, 1e-3, 0.85, 0.0, (0.2, 0.0, 0.0, 0.0), 10),
         "vit_small": (200, 1e-3, 0.75, 0.1, (0.8, 1.0, 0.25, 0.1), 9),

@@ -11,8 +11,8 @@ import pytest
 
 from tests.conftest import CONFIG, FINETUNE_CONFIG
 from tests.support.contributions import CONTRIBUTIONS, Edit
+from tests.support.launch import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 # The steps of each section by number, from 1; the text before the first one has the number 0.
 SECTIONS = {
     title: dict(enumerate(re.split(r"^\d+\. ", body, flags=re.MULTILINE)))
@@ -105,7 +105,7 @@ def contribute(tree: Path, section: str, edit: Edit) -> None:
         file.write_text(edit.new)
 
 
-def test_who_follows_the_steps_gets_what_works(tmp_path, shards):
+def test_the_steps_are_enough(tmp_path, shards):
     for folder in ("maedistill", "configs"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for section, edits in CONTRIBUTIONS.items():

@@ -16,8 +16,8 @@ from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.study.file import load_study
+from tests.support.launch import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 LAUNCHER = re.compile(
@@ -65,7 +65,7 @@ def test_a_command_is_one_that_maedistill_takes(page, words, monkeypatch):
     assert name in cli.COMMANDS
 
 
-def test_every_page_has_commands_that_were_found():
+def test_every_command_stands_on_a_page():
     assert len(LINES) > 60 and {words[0] for _, words in LINES} >= cli.COMMANDS.keys()
 
 
@@ -75,15 +75,13 @@ def test_links_lead_somewhere(page):
         assert target.startswith("http") or (page.parent / target).exists(), target
 
 
-def test_the_threat_model_says_what_a_network_must_keep_out():
-    (row,) = re.findall(r"^\| the other ranks and the network .*$", (ROOT / "docs/promises.md").read_text(), flags=re.M)
-    assert all(word in row for word in ("pickled", "authentication", "loopback", "`LOCAL_WORLD_SIZE`", "cluster"))
+def test_readme_and_security_lead_to_the_threat_model():
     for page in ("README.md", "SECURITY.md"):
         assert "(docs/promises.md" in (ROOT / page).read_text()
 
 
 def test_ci_runs_on_what_the_package_supports():
-    """Every minor version of Python that is said to work, and once with the oldest torch and torchvision."""
+    """With the oldest Python, and once with the oldest torch and torchvision."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]
     matrix = workflow["strategy"]["matrix"]

@@ -65,14 +65,14 @@ TOKEN = "hf_" + "abcDEF123" * 4
 
 
 def check(text: str, *, holds: str = MARKUP) -> str:
-    """Fails unless the text shows the word, as text within a line."""
+    """Fail unless the text shows the word, as text within a line."""
     assert holds in text, text
     assert all(line.isprintable() and not line.startswith("error: fake") for line in text.split("\n")), ascii(text)
     return text
 
 
 def check_page(text: str) -> str:
-    """Fails if the word is markup on a page of Markdown. In code it stands as it is."""
+    """Fail if the word is markup on a page of Markdown. In code it stands as it is."""
     check(text, holds="=cmd()")
     prose = re.sub(r"(`+).*?(?<!`)\1(?!`)|^    .*$", "", text, flags=re.M)
     assert "&#60;script>" in prose and "<script" not in prose and "`" not in re.sub("^```.*", "", prose, flags=re.M)
@@ -107,7 +107,8 @@ def test_console_log_and_errors(tmp_path, capsys, caplog, monkeypatch):
         raise DataError(WORD, WORD)
     with pytest.raises(KeyError), log.capture():
         raise KeyError("a") from ValueError(WORD)
-    check(log.path.read_text()), check(capsys.readouterr().out)
+    check(log.path.read_text())
+    check(capsys.readouterr().out)
     check(caplog.messages[0])
 
     def lose(error):

@@ -30,15 +30,16 @@ from maedistill.evaluation.full_pass import Predictor
 from maedistill.finetuning.setup import open_finetuning
 from maedistill.weights.open_network import open_network
 from tests.conftest import FINETUNE_CONFIG
+from tests.faults.notes import TIMES, witnessed
 
 EPOCH = 8  # steps
-TIMES = {"images_per_second", "data_wait", "memory_gb", "eta_seconds", "trained_seconds"}
 PLAIN = ["augment.mixup=0", "augment.cutmix=0", "augment.erasing=0", "student.drop_path=0", "optim.ema=null"]
 PLAIN += ["optim.epochs=2"]
 LAYOUTS = {
-    "two ranks, zero 2": ("fork", 2, ["engine.zero=2", "data.workers=1"]),
-    "two ranks, zero 3, accumulation 3": ("fork", 2, ["engine.zero=3", "engine.micro_batch=2"]),
+    "two ranks, zero 2": ["engine.zero=2", "data.workers=1"],
+    "two ranks, zero 3, accumulation 3": ["engine.zero=3", "engine.micro_batch=2"],
 }
+SEEN = ("samples", "crops", "images", "targets")  # what a witness notes: of images, as the network reads them
 COLOURS = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.num_heads=2"]
 COLOURS += ["student.patch_size=8", "student.global_pool=token", "augment.rand_augment=null", "optim.epochs=5"]
 
@@ -84,9 +85,8 @@ def runs(finetuning, mae, tuned, colours):
     data = [f"data.train={colours}/train-*.tar", f"data.val={colours}/val-*.tar"]
 
     def layout(name):
-        launcher, ranks, more = LAYOUTS[name]
         folder = name.replace(" ", "-").replace(",", "")
-        return finetuning(folder, source, *PLAIN, *more, launcher=launcher, ranks=ranks, witness=True)
+        return finetuning(folder, source, *PLAIN, *LAYOUTS[name], ranks=2, witness=True)
 
     starts = {name: lambda name=name: layout(name) for name in LAYOUTS} | {
         "plain": lambda: finetuning("plain", source, *PLAIN, witness=True),
@@ -97,18 +97,6 @@ def runs(finetuning, mae, tuned, colours):
     }
     with ThreadPoolExecutor(2) as two:
         return dict(zip(starts, two.map(lambda start: start(), starts.values()), strict=True))
-
-
-def witnessed(run: Path) -> dict[int, tuple]:
-    """What was trained on, by position: sample, uint8 crop, image as the network reads it, target. All ranks."""
-    seen = {}
-    for file in sorted(run.glob("witness-*.jsonl")):
-        for note in map(json.loads, file.read_text().splitlines()):
-            columns = (note[name] for name in ("samples", "crops", "images", "targets"))
-            for position, *given in zip(note["positions"], *columns, strict=True):
-                assert position not in seen, "a position is trained on twice"
-                seen[position] = tuple(given)
-    return seen
 
 
 def rates(run: Path, *, micro: int) -> list[list[float]]:
@@ -138,7 +126,8 @@ def test_a_run_leaves_a_complete_folder(tuned):
     ]
     assert all(record.get("images", 24) == record.get("ema_images", 24) == 24 for record in evaluations(tuned))
     with Image.open(run / "pictures" / "input.png") as sheet:
-        assert sheet.width == (196 + 24) * 6 - 24 + 4 and len(sheet.getcolors(1 << 20)) > 6 * 32
+        assert sheet.width == (196 + 24) * 6 - 24 + 4  # cells of 192 px and their gaps
+        assert len(sheet.getcolors(1 << 20)) > 6 * 32
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_000000016", "step_000000024"}
 
 
@@ -150,9 +139,8 @@ def test_what_was_measured_is_what_the_checkpoint_does(tuned, shards):
         opened, record = open_network(str(tuned.run), "classifier", weights=weights), evaluations(tuned)[recorded]
         context = EvalContext(torch.device("cpu"), batch=6, workers=0)
         found = evaluate(Predictor(opened.module, context, mean=opened.mean, std=opened.std), images, context)
-        assert record[f"{prefix}top1_correct"] == found.score.top1_correct and record[
-            f"{prefix}val_loss"
-        ] == pytest.approx(found.score.loss, rel=1e-6)
+        assert record[f"{prefix}top1_correct"] == found.score.top1_correct
+        assert record[f"{prefix}val_loss"] == pytest.approx(found.score.loss, rel=1e-6)
     assert evaluations(tuned)[-2]["val_loss"] != evaluations(tuned)[-1]["ema_val_loss"]
 
 
@@ -161,10 +149,8 @@ def test_the_report_repeats_the_metrics_and_names_what_went_in(tuned, mae):
     assert f"**top-1 {100 * score['top1']:.2f} % ({score['top1_correct']} of 24)**" in text
     assert f"loss {score['val_loss']:.4f}" in text
     assert f"moving average: top-1 {100 * averaged['ema_top1']:.2f} % ({averaged['ema_top1_correct']} of 24)" in text
-    assert (
-        f"start: run:{mae.run} {mae.last_checkpoint().name}  32 x 2" in text
-        and "yours: no other weights were used" in text
-    )
+    assert f"start: run:{mae.run} {mae.last_checkpoint().name}  32 x 2" in text
+    assert "yours: no other weights were used" in text
     assert f"3 epochs of 96 images, {last['step']} steps, global batch 12, lr 0.003, layer decay 0.5, seed 0" in text
     assert text.rstrip().endswith(f"maedistill export {tuned.run}")
     assert (tuned.run / re.search(r"!\[.*\]\((.*)\)", text)[1]).read_bytes().startswith(b"\x89PNG")
@@ -188,10 +174,10 @@ def test_a_killed_run_goes_on_bit_by_bit(finetuning, mae, tuned):
 
 
 def test_layouts_see_the_same(runs, tuned):
-    plain, mixed = witnessed(runs["plain"].run), witnessed(tuned.run)
+    plain, mixed = witnessed(runs["plain"].run, *SEEN), witnessed(tuned.run, *SEEN)
     assert list(plain) == list(range(12 * 2 * EPOCH)) and list(mixed) == list(range(12 * 3 * EPOCH))
     for layout in LAYOUTS:
-        seen = witnessed(runs[layout].run)
+        seen = witnessed(runs[layout].run, *SEEN)
         assert {position: seen[position] for position in sorted(seen)} == plain
     assert all(mixed[position][:2] == plain[position][:2] for position in plain), "crops know nothing of what follows"
     assert sum(mixed[position][2] == plain[position][2] for position in plain) < 10
@@ -200,7 +186,7 @@ def test_layouts_see_the_same(runs, tuned):
 
 def test_targets_are_the_samples_labels(runs, tuned, shards):
     labels = open_index(f"{shards}/train-*.tar").labels
-    plain, mixed = witnessed(runs["plain"].run), witnessed(tuned.run)
+    plain, mixed = witnessed(runs["plain"].run, *SEEN), witnessed(tuned.run, *SEEN)
     for sample, _, _, target in plain.values():
         assert target == pytest.approx(np.where(np.arange(3) == labels[sample], 0.9 + 0.1 / 3, 0.1 / 3), abs=1e-6)
     targets = np.array([target for *_, target in mixed.values()])  # [P, C]
@@ -242,7 +228,7 @@ def test_a_label_subset_is_all_that_is_seen_at_twice_the_resolution(runs, tuned,
     """Half of each class, on from a fine-tuned run of 32 px: its positions are resampled, its head is new."""
     ended = runs["larger"]
     subset = label_subset(open_index(f"{shards}/train-*.tar").labels, 0.5, seed=0).tolist()
-    assert Counter(sample for sample, *_ in witnessed(ended.run).values()) == {sample: 2 for sample in subset}
+    assert Counter(sample for (sample,) in witnessed(ended.run, "samples").values()) == {sample: 2 for sample in subset}
     for line in ("48 images (50 % of each class) at 64 px", "8 = floor(2 epochs x 48 / 12)", "1 resampled (pos_embed)"):
         assert line in ended.out
     metadata = json.loads((ended.run / "run.json").read_text())

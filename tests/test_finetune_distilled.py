@@ -16,6 +16,7 @@ from timm.models import save_for_hf
 from maedistill.exporting.card import model_card
 from maedistill.weights.from_run import open_run
 from maedistill.weights.open_network import open_network
+from tests.faults.notes import TIMES
 
 SCRATCH = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.num_heads=2"]
 SCRATCH += ["student.patch_size=8", "student.register_tokens=1", "optim.epochs=2", "optim.layer_decay=1"]
@@ -33,7 +34,6 @@ VIT += [
 VIT += ["distill.token_relations={weight: 1, student: [1], teacher: [0], num_heads: 4}"]
 PLAIN = ["augment.mixup=0", "augment.cutmix=0", "augment.erasing=0", "student.drop_path=0", "optim.ema=null"]
 PLAIN += ["distill.contrastive.weight=0", "distill.contrastive.stop_epoch=null"]  # which micro-batches would change
-TIMES = {"images_per_second", "data_wait", "memory_gb", "eta_seconds", "trained_seconds"}
 
 
 @pytest.fixture(scope="module")

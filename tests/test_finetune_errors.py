@@ -28,7 +28,6 @@ PROCESSES = {
         ["optim.global_batch=6"], TWO, 2, "6 samples in pairs to mix cannot be shared evenly by 2 ranks", "4 or 8",
     ),
     "average of cut weights": (["engine.zero=3"], {}, 2, "ZeRO 3 partitions", "engine.zero=2"),
-    "no labels": (["data.train={made}/bare.tar"], {}, 3, "5 of 5 samples have no label", "labelled shards"),
     "damaged validation image": (
         ["data.val={made}/damaged.tar", "optim.epochs=1", "data.max_bad_fraction=0"], {}, 3,
         "damaged.tar:004", "repair",
@@ -50,7 +49,6 @@ OPENING = {
     ),
     "a label that is a slip": (["data.train={made}/slip.tar"], 3, "labels go up to 99,999, first", "mend the label"),
     "other classes": (["data.val={made}/other/train-*.tar"], 3, "other classes (3 and 2)", "one data set"),
-    "too few outputs": (["data.num_classes=2"], 2, "data.num_classes: 2 outputs for labels up to 2", "use 3"),
 }  # fmt: skip
 
 

@@ -3,12 +3,12 @@
 import ast
 import re
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support.launch import ROOT
+
 PAGES = ("docs/configuration.md", "docs/configuration/pretraining.md", "docs/configuration/finetuning.md",
          "docs/command-line.md", "docs/troubleshooting.md", "docs/api.md")  # fmt: skip
 
@@ -43,7 +43,7 @@ def test_every_error_of_the_source_is_on_the_page(parts):
     for words in ("cannot be shared evenly by WORLD_SIZE ranks", "spans several folders", "no file matches PATTERN"):
         assert words in page, words
     wordless = [text for text in texts if not re.search(r"[a-z]{3}", text.cause)]
-    assert len(wordless) <= 10, wordless
+    assert len(wordless) <= 10, wordless  # an f-string of another error's text alone
 
 
 def test_error_texts_follow_names_branches_and_private_functions(parts, tmp_path):

@@ -82,7 +82,7 @@ def teacher(name: str, spec: EncoderSpec, *, taps: tuple[int, ...], **normalizat
 
 
 def all_predictions(method: MAE, images: Tensor, split: PatchSplit) -> Tensor:
-    """Predictions of every patch in raster order; the method itself never predicts a visible one."""
+    """Return predictions of every patch in raster order; the method itself never predicts a visible one."""
     tokens, _ = method.encoder(images, split.student)
     rows = method.decoder.head(method.decoder.norm(method.decoder.rows(tokens, split)))[:, method.encoder.num_prefix :]
     return torch.empty_like(rows).scatter_(1, split.order[..., None].expand_as(rows), rows)
@@ -146,7 +146,7 @@ def test_dmae(distance: str) -> None:
 
 
 def in_raster_order(rows: Tensor, ids: Tensor) -> Tensor:
-    """Rows [B, M, D] sorted by patch id [B, M], as the published AMD code has them."""
+    """Return rows [B, M, D] sorted by patch id [B, M], as the published AMD code has them."""
     return torch.gather(rows, 1, ids.argsort(dim=1)[..., None].expand_as(rows))
 
 

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_draws_are_those_of_the_cpu() -> None:
+def test_draws_are_those_of_the_cpu():
     positions = torch.arange(10_000) + 10**11
     for draw in (bits, uniform):
         assert torch.equal(draw(3, positions, Stream.MASK, n=7), draw(3, positions.cuda(), Stream.MASK, n=7).cpu())
@@ -47,7 +47,7 @@ def test_draws_are_those_of_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("kind", [TokenDecoder, CrossDecoder])
-def test_a_step_never_waits_for_the_gpu(kind: type[TokenDecoder]) -> None:
+def test_a_step_never_waits_for_the_gpu(kind: type[TokenDecoder]):
     encoder = MaskedEncoder(build_vit("vit_tiny_patch16_224", image_size=64, pos_embed="sincos2d", depth=2))
     decoder = kind(192, width=32, depth=1, num_heads=2, grid=4, patch_size=16, num_prefix=1)
     teacher = Teacher(
@@ -70,7 +70,7 @@ def test_a_step_never_waits_for_the_gpu(kind: type[TokenDecoder]) -> None:
     assert_never_waits(step)
 
 
-def test_a_step_that_distils_never_waits_for_the_gpu() -> None:
+def test_a_step_that_distils_never_waits_for_the_gpu():
     vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=5)
     network, size = timm.create_model("resnet10t", num_classes=9), 96
     sections = {
@@ -107,7 +107,7 @@ def test_a_step_that_distils_never_waits_for_the_gpu() -> None:
     assert_never_waits(step)
 
 
-def test_compiled_inputs_are_those_of_eager_mode() -> None:
+def test_compiled_inputs_are_those_of_eager_mode():
     """Triton computes the 64-bit hash, too: a range plus a large constant once became 32-bit indices."""
     config = load_config("configs/imagenet/mae_vit_b.yaml", ["data.train=x", "run=x"], root=PretrainConfig).config
     prepare = partial(step_inputs, config, num_patches=196)
@@ -119,7 +119,7 @@ def test_compiled_inputs_are_those_of_eager_mode() -> None:
     torch.testing.assert_close(compiled_images, images, rtol=1e-6, atol=1e-7)
 
 
-def test_a_clock_counts_only_the_time_in_which_the_gpu_is_idle() -> None:
+def test_a_clock_counts_only_the_time_in_which_the_gpu_is_idle():
     clock, matrix = Clock(torch.device("cuda")), torch.randn(4096, 4096, device="cuda")
     for _ in range(3):
         for _ in range(200):

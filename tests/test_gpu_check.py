@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from maedistill.errors import ConfigError
+from tests.support.waiting import lives
 
 # Parts of the tests: each leaves a row, and what comes then is how it ends.
 BAD_PARTS = {
@@ -43,7 +44,7 @@ def parts(tool) -> dict[str, ModuleType]:
     }
 
 
-def test_the_check_is_green_on_small_sizes(root, tmp_path) -> None:
+def test_the_check_is_green_on_small_sizes(root, tmp_path):
     command = [sys.executable, "tools/gpu_check.py", "--tiny", "--only", "engine,peaks", "--out", str(tmp_path)]
     ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=400)
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -62,7 +63,7 @@ def test_the_check_is_green_on_small_sizes(root, tmp_path) -> None:
 
 
 @pytest.mark.faults
-def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tool, parts, tmp_path, monkeypatch, capfd) -> None:
+def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tool, parts, tmp_path, monkeypatch, capfd):
     for name, end in BAD_PARTS.items():
         (tmp_path / f"part_that_{name}.py").write_text(MODULE.format(end=end))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
@@ -78,13 +79,13 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tool, parts, tmp_path
     assert "exit code 1: RuntimeError: no such kernel" in failed["raises"].figure
     assert f"exit code {-signal.SIGSEGV}" in failed["crashes"].figure
     assert "killed at its bound of 20 s" in failed["hangs"].figure
-    assert not _lives(int((out / "pid").read_text())), "what it has started ended with it"
+    assert not lives(int((out / "pid").read_text())), "what it has started ended with it"
     assert rows[-1]["values"] == {"images_per_second": 3.0} and rows[-1]["verdict"] == "measured"
     assert "[goal: at least 4: missed]" in capfd.readouterr().out
 
 
 @pytest.mark.faults
-def test_a_sigterm_keeps_what_is_known_and_ends_the_parts(tool, parts, tmp_path, monkeypatch) -> None:
+def test_a_sigterm_keeps_what_is_known_and_ends_the_parts(tool, parts, tmp_path, monkeypatch):
     for name in ("works", "hangs"):
         (tmp_path / f"part_that_{name}.py").write_text(MODULE.format(end=BAD_PARTS[name]))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -112,19 +113,10 @@ def test_a_sigterm_keeps_what_is_known_and_ends_the_parts(tool, parts, tmp_path,
     verdicts = [(row["part"], row["verdict"]) for row in found["rows"]]
     assert verdicts == [("works", "ok"), ("works", "measured"), ("hangs", "ok"), ("hangs", "skipped")]
     assert {end["name"]: end["code"] for end in found["parts"]} == {"works": 0, "hangs": None, "raises": None}
-    assert not _lives(int((out / "pid").read_text())) and {path.name for path in out.iterdir()} == {*FILES, "pid"}
+    assert not lives(int((out / "pid").read_text())) and {path.name for path in out.iterdir()} == {*FILES, "pid"}
 
 
-def _lives(pid: int) -> bool:
-    """Whether a process runs; one that is dead but not yet buried does not."""
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_a_machine_without_a_card_and_unknown_parts_are_refused(tool, monkeypatch, capsys) -> None:
+def test_a_machine_without_a_card_and_unknown_parts_are_refused(tool, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
     with pytest.raises(ConfigError, match="no GPU here") as error:
@@ -144,13 +136,13 @@ def test_a_machine_without_a_card_and_unknown_parts_are_refused(tool, monkeypatc
     assert "--pack packed" in text and all(part.about in text for part in tool.PARTS)
 
 
-def test_it_starts_where_nothing_is_installed(root, tmp_path) -> None:
+def test_it_starts_where_nothing_is_installed(root, tmp_path):
     command = [sys.executable, "-S", str(root / "tools" / "gpu_check.py"), "--list"]
     listed = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True)
     assert listed.returncode == 0 and "speed-published" in listed.stdout, listed.stderr
 
 
-def test_parts_come_by_importance_with_time_to_compile(tool, parts, root) -> None:
+def test_parts_come_by_importance_with_time_to_compile(tool, parts, root):
     for part in tool.PARTS:
         assert (root / "tools" / f"{part.module.replace('.', '/')}.py").is_file()
     names, speed = [part.name for part in tool.PARTS], parts["speed"]
@@ -160,7 +152,7 @@ def test_parts_come_by_importance_with_time_to_compile(tool, parts, root) -> Non
         assert part.seconds - 60 > 1.2 * speed._FIRST_COMPILE + 8, "after the eager steps"
 
 
-def test_a_lack_of_time_is_no_failure_and_an_error_ends_its_own_check_only(parts, tmp_path, monkeypatch) -> None:
+def test_a_lack_of_time_is_no_failure_and_an_error_ends_its_own_check_only(parts, tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     check = parts["check"].Check("runs", True, tmp_path, tmp_path / "work", time.time())
     monkeypatch.setattr(parts["starts"].Starts, "_start", lambda *_, **__: subprocess.Popen(["sleep", "60"]))
@@ -175,7 +167,7 @@ def test_a_lack_of_time_is_no_failure_and_an_error_ends_its_own_check_only(parts
     assert "AssertionError: no such kernel" in check.rows.all()[-1].figure
 
 
-def test_the_digest_is_short_and_ends_with_what_matters(parts) -> None:
+def test_the_digest_is_short_and_ends_with_what_matters(parts):
     rows = parts["rows"]
     many = [rows.Row("speed", f"figure {i}", rows.MEASURED, 500 * "x", values={}) for i in range(20)]
     many = [rows.Row("methods", f"check {i}", rows.OK) for i in range(99)] + many
@@ -187,7 +179,7 @@ def test_the_digest_is_short_and_ends_with_what_matters(parts) -> None:
     assert sum("speed: figure" in line for line in lines) == 20
 
 
-def test_parts_that_are_timed_run_alone(parts) -> None:
+def test_parts_that_are_timed_run_alone(parts):
     runner = parts["runner"]
     sure, timed = (runner.Part(name, "", 1, "", together=name == "sure") for name in ("sure", "timed"))
     running = [runner.Started(sure, None, 0.0, 0.0)]
@@ -201,7 +193,7 @@ def test_parts_that_are_timed_run_alone(parts) -> None:
     assert may_start(timed, running, jobs=2, tiny=True)
 
 
-def test_rows_are_read_whole(parts, tmp_path) -> None:
+def test_rows_are_read_whole(parts, tmp_path):
     rows, file = parts["rows"], tmp_path / "rows.jsonl"
     one = rows.Row("a", "b", rows.OK, "c | d")
     rows.RowFile(file).append(one)
@@ -214,7 +206,7 @@ def test_rows_are_read_whole(parts, tmp_path) -> None:
     assert "c \\| d" in rows.markdown([one])
 
 
-def test_kernels_have_a_kind_and_goals_a_verdict(parts) -> None:
+def test_kernels_have_a_kind_and_goals_a_verdict(parts):
     kinds = {
         "triton_poi_fused_add_mul_0": "fused by the compiler",
         "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNT": "products",
@@ -232,7 +224,7 @@ def test_kernels_have_a_kind_and_goals_a_verdict(parts) -> None:
     assert goals.images_goal("NVIDIA H100 80GB HBM3", 675e12) == 3600
 
 
-def test_packing_collects_packages_with_their_metadata(tool, parts, tmp_path, monkeypatch) -> None:
+def test_packing_collects_packages_with_their_metadata(tool, parts, tmp_path, monkeypatch):
     asked = []
     pack = parts["pack"]
     monkeypatch.setattr(pack, "_download", lambda needed, folder, *, python: asked.append((needed, python)))

@@ -21,16 +21,7 @@ LAYERS = [
     ["__main__"],
     ["tools"],
 ]
-ROOT = {
-    "errors",
-    "escaping",
-    "randomness",
-    "machine",
-    "durable",
-    "api",
-    "cli",
-    "__main__",
-}  # the only modules outside of a wing
+OUTSIDE_WINGS = {"errors", "escaping", "randomness", "machine", "durable", "api", "cli", "__main__"}  # the only ones
 HEAVY = {"torch", "timm", "torchvision", "deepspeed", "webdataset", "numpy"}
 
 
@@ -57,7 +48,7 @@ def layer(module: str) -> int:
     return next(i for i, names in enumerate(LAYERS) if name in names)
 
 
-def test_imports_point_down(root: Path) -> None:
+def test_imports_point_down(root: Path):
     files = modules(root)
     for module, path in files.items():
         for target in imports(path) & files.keys():
@@ -65,12 +56,12 @@ def test_imports_point_down(root: Path) -> None:
                 assert layer(target) <= layer(module), f"{module} imports {target}, which stands above it"
 
 
-def test_every_module_lives_in_a_wing(root: Path) -> None:
+def test_every_module_lives_in_a_wing(root: Path):
     alone = {path.stem for path in (root / "maedistill").glob("*.py")} - {"__init__"}
-    assert alone == ROOT
+    assert alone == OUTSIDE_WINGS
 
 
-def test_there_are_no_circles(root: Path) -> None:
+def test_there_are_no_circles(root: Path):
     files = modules(root)
     files.pop("maedistill")  # it imports its public names when they are first used
     graph = {module: imports(path) & files.keys() - {module} for module, path in files.items()}
@@ -80,7 +71,7 @@ def test_there_are_no_circles(root: Path) -> None:
         graph = {module: targets for module, targets in graph.items() if module not in free}
 
 
-def test_only_the_engine_imports_deepspeed_and_config_nothing_heavy(root: Path) -> None:
+def test_only_the_engine_imports_deepspeed_and_config_nothing_heavy(root: Path):
     for module, path in modules(root).items():
         roots = {target.split(".")[0] for target in imports(path)}
         if module != "maedistill.training.engine":
@@ -89,7 +80,7 @@ def test_only_the_engine_imports_deepspeed_and_config_nothing_heavy(root: Path) 
             assert not roots & HEAVY, module
 
 
-def test_leaves_never_see_the_config(root: Path) -> None:
+def test_leaves_never_see_the_config(root: Path):
     """Only what assembles a run unpacks its config; everything below takes plain arguments."""
     leaves = ("losses", "methods", "data", "models", "randomness")
     for module, path in modules(root).items():
@@ -98,6 +89,6 @@ def test_leaves_never_see_the_config(root: Path) -> None:
             assert seen <= {"maedistill.config.plan", "maedistill.config.plan.BatchPlan"}, module
 
 
-def test_names_say_something(root: Path) -> None:
+def test_names_say_something(root: Path):
     vague = {"utils", "misc", "common", "helpers"}
     assert not [module for module in modules(root) if module.rpartition(".")[2] in vague]

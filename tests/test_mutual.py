@@ -57,6 +57,7 @@ def test_a_student_is_evaluated_and_exported_alone(trained, shards, tmp_path):
         maedistill.load_backbone(trained.run, peer=3)
 
 
+@pytest.mark.faults
 def test_a_killed_run_repeats_every_bit(finetuning, trained):
     finetuning("mutual-killed", *MUTUAL, witness=True, code=-9, WITNESS_KILL="24")
     again = finetuning("mutual-killed", *MUTUAL)

@@ -24,11 +24,10 @@ def state(checkpoint):
     return json.loads((checkpoint / "state.json").read_text())
 
 
-@pytest.mark.parametrize("layout", [[], ["engine.zero=1"]])
-def test_an_update_that_is_skipped_leaves_no_trace(pretraining, settings, shards, layout):
-    ranks = 1 + len(layout)
-    name = f"skip {ranks}"
-    ended = pretraining(name, *settings["mae"], *layout, ranks=ranks, witness=True, **NAN)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_update_that_is_skipped_leaves_no_trace(pretraining, settings, shards, ranks):
+    layout = ["engine.zero=1"] if ranks == 2 else []
+    ended = pretraining(f"skip {ranks}", *settings["mae"], *layout, ranks=ranks, witness=True, **NAN)
     assert ended.err.count("step 11 is not applied: its loss or gradient is not finite") == 1
     found = notes(ended.run)
     assert [note["step"] for note in found] == [BAD + 1]
@@ -38,11 +37,10 @@ def test_an_update_that_is_skipped_leaves_no_trace(pretraining, settings, shards
     assert found[0]["samples"] == [index.sample_name(sample) for sample in sorted(bad)]
     assert all(value.isfinite().all() for value in load_file(ended.last_checkpoint() / "model.safetensors").values())
     after = state(ended.last_checkpoint())
-    assert after["engine"]["updates"] == 23 and (after["loop"]["nonfinite"], after["loop"]["nonfinite_in_a_row"]) == (
-        1,
-        0,
-    )
+    assert after["engine"]["updates"] == 23
+    assert (after["loop"]["nonfinite"], after["loop"]["nonfinite_in_a_row"]) == (1, 0)
     losses = [record["loss"] for record in ended.metrics()]
+    # of two ranks, the other one's loss is finite
     assert [step for step, loss in enumerate(losses) if loss is None] == ([BAD] if ranks == 1 else [])
 
 

@@ -88,7 +88,8 @@ def test_without_a_past_it_is_plain_cross_entropy_bit_for_bit(opened):
     """In the first epoch, and while the term rests: gradients too."""
     parts = opened()
     plain = Supervised(deepcopy(parts.module.vit)).eval()
-    changed(parts, by=0.3), changed(SimpleNamespace(module=plain), by=0.3)
+    changed(parts, by=0.3)
+    changed(SimpleNamespace(module=plain), by=0.3)
     assert [len(parts.teacher_outputs(IMAGES, step)) for step in (7, 9)] == [2, 3]  # a past only then
     found, expected = with_graph(parts, 7), plain(IMAGES, TARGETS)
     for one in (found, expected):
@@ -142,6 +143,7 @@ def test_the_average_that_the_run_has_is_the_one_that_teaches(opened):
     assert parts.past.network is averaged.vit and parts.kept == {}
 
 
+@pytest.mark.faults
 def test_a_run_killed_within_an_epoch_repeats_every_bit(finetuning):
     """What taught the second epoch is in the checkpoint of step 10, and nowhere else."""
     given = [*SCRATCH, "log.save_every_epochs=0.625"]

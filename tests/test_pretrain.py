@@ -1,6 +1,6 @@
 """Pre-training end to end, in real processes: what a run leaves, and that layout, kills and restarts change nothing.
 
-Every start is `tools/pretrain.py` as a person, torchrun, deepspeed or srun starts it (tests/conftest.py). The AMD run
+Every start is `tools/pretrain.py` as a person, deepspeed or srun starts it (tests/support/launch.py). The AMD run
 of one process, ZeRO 0 and no accumulation is the reference; the others must see the same samples, pixels and masks and
 get the same losses. Their sums run in another order, which grows: 1e-5 holds for the first 20 steps.
 """
@@ -9,7 +9,6 @@ import importlib
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +25,7 @@ from maedistill.data.shards.write import make_shards
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.settle import settle
 from tests.data.tar_files import encode, write_tar
+from tests.faults.notes import witnessed
 
 EPOCH = 8  # steps
 STEPS = 3 * EPOCH
@@ -100,18 +100,6 @@ def test_images_without_labels_give_pictures_and_neither_knn_nor_an_error(pretra
     [line] = [line for line in ended.out.splitlines() if line.startswith("val ")]
     assert "16 images" in line and "(val-000000.tar)" in line and "24 of 24 training images have no label" in line
     assert f"{tmp_path}/shards (train-000000.tar)" in ended.out and "no kNN" in line
-
-
-def witnessed(run: Path) -> dict[int, list]:
-    """What the network was given, by position: sample, image, patch order, cuts. All ranks together."""
-    seen = {}
-    for file in sorted(run.glob("witness-*.jsonl")):
-        for note in map(json.loads, file.read_text().splitlines()):
-            columns = (note[name] for name in ("samples", "images", "orders", "seen"))
-            for position, *given in zip(note["positions"], *columns, strict=True):
-                assert position not in seen, "a position is trained on twice"
-                seen[position] = given
-    return seen
 
 
 @pytest.mark.parametrize("method", TERMS)
@@ -210,7 +198,8 @@ def test_a_teacher_from_a_run_is_named_with_its_keys_and_license(trio):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_see_the_same_and_lose_the_same(trio, layouts, layout):
     reference, other = trio["amd"], layouts[layout]
-    expected, seen = witnessed(reference.run), witnessed(other.run)
+    columns = ("samples", "images", "orders", "seen")
+    expected, seen = witnessed(reference.run, *columns), witnessed(other.run, *columns)
     assert list(expected) == list(range(12 * STEPS)) and seen == expected
     assert len({tuple(order) for _, _, order, _ in expected.values()}) > 200, "masks differ between samples"
     for ours, theirs in zip(other.metrics()[:20], reference.metrics()[:20], strict=True):

@@ -24,8 +24,6 @@ FIVE = {"WORLD_SIZE": "5"}
 SETTINGS = {
     "no key of that name": (["optim.epoch=3"], {}, 2, "optim.epoch", "optim.epochs"),
     "wrong type": (["optim.epochs=many"], {}, 2, "optim.epochs=many", "optim.epochs"),
-    "wrong type in a list": (["align.student=[a]"], {}, 2, "align.student", "align.student"),
-    "several mistakes": (["optim.epoch=3", "engine.zero=5"], {}, 2, "and 1 more: engine.zero", "optim.epochs"),
     "tap past the student": (
         ["method=dmae", "teacher.source=random:vit_tiny_patch16_224", "align.student=[2]", "align.teacher=[3]"],
         {}, 2, "align.student=[2]: block 2 does not exist, the student has 2", "0 to 1",
@@ -36,11 +34,7 @@ SETTINGS = {
     "no such config": (["nothing.yaml"], {}, 2, "nothing.yaml", ""),
 }  # fmt: skip
 INPUTS = {
-    "missing shards": (["data.train={shards}/train-{{000000..000005}}.tar"], {}, 3, "train-000004.tar", "missing"),
     "relative positions": (["student.model=vit_relpos_small_patch16_224"], {}, 2, "vit_relpos_", "vit_small_patch16"),
-    "foreign keys": ([*FILE, "teacher.source=file:{made}/foreign.pth"], {}, 3, "rope.freqs", "model's name"),
-    "keys that are missing": ([*FILE, "teacher.source=file:{made}/lost.pth"], {}, 3, "blocks.1.", "model's name"),
-    "code in a pickle": ([*FILE, "teacher.source=file:{made}/evil.pth"], {}, 3, "evil.pth", "safetensors"),
     "no such file": (
         [*FILE, "teacher.source=file:{made}/none.pth", f"teacher.sha256={'0' * 64}"], {}, 3, "none.pth", "path",
     ),
@@ -60,22 +54,12 @@ INPUTS = {
 }  # fmt: skip
 
 
-class Evil:
-    """Ends the process when it is unpickled."""
-
-    def __reduce__(self):
-        return exec, ("raise SystemExit('code in a pickle was run')",)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder of files that are wrong in one way each."""
     folder = tmp_path_factory.mktemp("made")
     vit = build_vit("vit_tiny_patch16_224", image_size=32, width=32, depth=2, num_heads=2, patch_size=8)
     state = vit.state_dict()
-    torch.save(state | {"rope.freqs": torch.zeros(3)}, folder / "foreign.pth")
-    torch.save({key: value for key, value in state.items() if "blocks.1." not in key}, folder / "lost.pth")
-    torch.save({"model": state, "more": Evil()}, folder / "evil.pth")
     torch.save(state, (folder / "saved").mkdir() or folder / "saved" / "pytorch_model.bin")
     arguments = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "img_size": 32}
     config = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "model_args": arguments, "pretrained_cfg": {}}
@@ -135,11 +119,8 @@ def test_a_probe_that_fails_costs_no_training(pretraining, made, shards):
 def test_an_end_is_recorded_with_what_could_not_be_read(pretraining, endings):
     run = pretraining.folder / "wrong a tenth bad"
     end = json.loads((run / "exit.json").read_text())
-    assert (
-        end["exit_code"] == 3
-        and "max_bad_fraction" in end["reason"]
-        and f"error: {end['reason']}" in endings["a tenth bad"][1]
-    )
+    assert end["exit_code"] == 3 and "max_bad_fraction" in end["reason"]
+    assert f"error: {end['reason']}" in endings["a tenth bad"][1]
     lines = (run / "bad_samples.txt").read_text().splitlines()
     assert 1 <= len(lines) <= 4 and all(line.split("tenth.tar:")[1][:5] in ("000: ", "001: ") for line in lines)
 

@@ -81,7 +81,7 @@ def made(tool) -> str:
     """What was said while the study was made: its fine-tuning of `mae` was stopped with it, and both started again."""
     first = tool.start("log.keep=3")
     metrics, limit = tool.out / "mae/seed_0/finetune/metrics.jsonl", time.monotonic() + 200
-    while not (metrics.exists() and metrics.read_text().count("\n") > 10):
+    while not (metrics.exists() and metrics.read_text().count("\n") > 1):
         assert not first.ended() and time.monotonic() < limit, first.printed()
         time.sleep(0.02)
     first.signal(signal.SIGTERM)
@@ -91,7 +91,7 @@ def made(tool) -> str:
     return tool("log.keep=3", "--jobs", "2")[0]
 
 
-def test_it_goes_on_where_it_was_killed_and_comes_to_the_end(tool, made) -> None:
+def test_it_goes_on_where_it_was_killed_and_comes_to_the_end(tool, made):
     for step in STEPS[:4]:
         assert f"skips {step}: done" in made
     assert "continues at step" in (tool.out / "logs/mae_seed_0_finetune.log").read_text()
@@ -100,7 +100,7 @@ def test_it_goes_on_where_it_was_killed_and_comes_to_the_end(tool, made) -> None
     assert steps == list(range(1, 49))
 
 
-def test_the_results_are_those_of_the_runs(tool, made) -> None:
+def test_the_results_are_those_of_the_runs(tool, made):
     results = json.loads((tool.out / "results.json").read_text())
     networks = results["networks"]
     assert list(networks) == ["large", "early", "scratch", *STUDENTS] and results["unfinished"] == []
@@ -114,15 +114,13 @@ def test_the_results_are_those_of_the_runs(tool, made) -> None:
         assert (difference["n"], difference["mean"], difference["sd"]) == (1, scores[name] - scores["mae"], None)
         assert difference["low"] < difference["mean"] < difference["high"]
     assert len({networks[name]["summary"]["parameters"] for name in ("scratch", *STUDENTS)}) == 1
-    assert (
-        networks["early"]["runs"]["0"].keys() == {"pretrain", "total"}
-        and networks["early"]["summary"]["pretrain_epochs"] == 0.5
-    )
+    assert networks["early"]["runs"]["0"].keys() == {"pretrain", "total"}
+    assert networks["early"]["summary"]["pretrain_epochs"] == 0.5
     page = (tool.out / "results.md").read_text()
     assert "| dmae | 1 |" in page and "Command: `maedistill study" in page
 
 
-def test_a_student_had_the_teacher_that_its_row_names(tool, made) -> None:
+def test_a_student_had_the_teacher_that_its_row_names(tool, made):
     """The second one of two."""
     source = f"run:{tool.out}/early/seed_0/pretrain"
     assert RunFolder(tool.out / "dmae/seed_0/pretrain").load_config().teacher.source == source
@@ -130,7 +128,7 @@ def test_a_student_had_the_teacher_that_its_row_names(tool, made) -> None:
     assert metadata["teacher"].startswith(source)
 
 
-def test_started_again_it_does_nothing_and_other_settings_are_refused(tool, made) -> None:
+def test_started_again_it_does_nothing_and_other_settings_are_refused(tool, made):
     before = {path: path.stat().st_mtime_ns for step in STEPS for path in (tool.out / step).rglob("*")}
     out, _ = tool("log.keep=3")
     assert ": done in " not in out
@@ -140,7 +138,7 @@ def test_started_again_it_does_nothing_and_other_settings_are_refused(tool, made
     assert before == {path: path.stat().st_mtime_ns for step in STEPS for path in (tool.out / step).rglob("*")}
 
 
-def test_a_test_set_is_scored(tool, made) -> None:
+def test_a_test_set_is_scored(tool, made):
     """Here it is the validation set, so the counts are the same."""
     out, _ = tool("log.keep=3", "--only", "mae", "--test", f"{tool.shards}/val-*.tar")
     ended = [line.partition(": done in ")[0] for line in out.splitlines() if ": done in " in line]
@@ -149,7 +147,7 @@ def test_a_test_set_is_scored(tool, made) -> None:
     assert runs["test"] == {key: runs["finetune"][key] for key in ("top1", "top1_correct", "top1_images")}
 
 
-def test_what_is_there_can_be_compared_and_looked_at(tool, made) -> None:
+def test_what_is_there_can_be_compared_and_looked_at(tool, made):
     (tool.out / "results.md").unlink()
     tool("--report")
     page = (tool.out / "results.md").read_text()

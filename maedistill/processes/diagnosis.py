@@ -8,7 +8,8 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,6 +143,17 @@ def peer_error(error: BaseException) -> PeerError | None:
         line = next(iter(str(error).splitlines()), type(error).__name__)
         return PeerError(f"another rank of this run was lost ({line})", f"see its output; {_GOES_ON}")
     return None
+
+
+@contextmanager
+def peer_errors() -> Iterator[None]:
+    """Raise what a failed collective or store raises in the block as its PeerError."""
+    try:
+        yield
+    except Exception as error:
+        if (translated := peer_error(error)) is None:
+            raise
+        raise translated from error
 
 
 def thread_position(thread: int) -> tuple[str, bool]:

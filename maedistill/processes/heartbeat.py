@@ -37,6 +37,7 @@ from maedistill.processes.diagnosis import (
     failure_of,
     find_lost,
     peer_error,
+    peer_errors,
     pid_space,
     thread_position,
 )
@@ -49,8 +50,9 @@ _RECORD_SECONDS = 10.0  # limit for `on_loss`, because its disk may be what hang
 class Peers:
     """Watches this rank and the others during its `with` block. Collective.
 
-    A failure of torch.distributed in the block becomes a PeerError that names the lost ranks. A failure of this rank's
-    GPU becomes the error of `device_error`. Any other error is sent to the other ranks, which end with its exit code.
+    A failure of torch.distributed in the block becomes a PeerError that names the lost ranks; on entry, one that names
+    none. A failure of this rank's GPU becomes the error of `device_error`. Any other error is sent to the other ranks,
+    which end with its exit code.
     The watch starts with the first `beat`. After that, `timeout_seconds` without a beat (pauses excluded) end the
     process with exit code 5 and all stacks on stderr. A rank that is certainly gone does the same within about 20 s.
 
@@ -78,12 +80,8 @@ class Peers:
 
     def __enter__(self) -> "Peers":
         if distributed.world_size() > 1:
-            # A connection of its own to the process group's store, with a prefix unique to this start.
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
-            self._store = dist.PrefixStore(f"peers/{distributed.broadcast_object(uuid.uuid4().hex)}", store)
-            self._publish()
-            distributed.barrier()  # from here on every rank has a Heartbeat
+            with peer_errors():  # no Heartbeats yet: nobody knows which rank is lost
+                self._connect()
             self._exchanger.start()
         threading.Thread(target=self._watch, name="peers-watch", daemon=True).start()
         return self
@@ -116,6 +114,14 @@ class Peers:
         watched, self._watched = self._watched, False
         yield
         self._last_move, self._watched = time.monotonic(), watched
+
+    def _connect(self) -> None:
+        """Open a connection of its own to the process group's store, with a prefix unique to this start. Collective."""
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+        self._store = dist.PrefixStore(f"peers/{distributed.broadcast_object(uuid.uuid4().hex)}", store)
+        self._publish()
+        distributed.barrier()  # from here on every rank has a Heartbeat
 
     def _exchange(self) -> None:
         """Exchange Heartbeats and failures with the store until it stops answering. Runs in a thread."""

@@ -18,6 +18,7 @@ from maedistill.config.schema import RunConfig
 from maedistill.escaping import say
 from maedistill.machine import cpu_share, precision
 from maedistill.processes import distributed
+from maedistill.processes.diagnosis import peer_errors
 from maedistill.processes.heartbeat import Peers
 from maedistill.processes.preemption import PreemptionHandler
 from maedistill.runs.async_saver import Saver
@@ -96,7 +97,8 @@ def run_stage(
             report = distributed.on_main(lambda: write_report(folder) if has_losses(folder.path) else None)
             if distributed.is_main():
                 say(f"done: {report or f'{folder.path}, whose records hold no losses to report'}")
-    distributed.barrier()  # a launcher kills all ranks once one has exited: wait until all are done
+    with peer_errors():
+        distributed.barrier()  # a launcher kills all ranks once one has exited: wait until all are done
 
 
 def join(config: RunConfig) -> None:

@@ -80,7 +80,7 @@ class OnCard(Tensor):
 
 
 class Card(TorchDispatchMode):
-    """The card of this thread. `waits`: whom the host waited for it outside of steps, (function of ours, operation)."""
+    """The card of this thread. `waits`: (our function, operation) of each wait outside of steps."""
 
     def __init__(self) -> None:
         super().__init__()

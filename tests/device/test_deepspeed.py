@@ -48,6 +48,7 @@ def test_no_value_is_read_in_a_step(root, pretraining, finetuning, tmp_path):
         for found in (pretrained.result(), finetuned.result()):
             assert found["steps"] == 6  # 3 of 2 micro-batches
             assert found["reads"] == []
+            assert found["between"] > 0, "logging reads, and is seen"
 
 
 class Calls(TorchFunctionMode):
@@ -68,11 +69,13 @@ class Operations(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-seen: dict[str, Any] = {"in_step": False, "steps": 0, "reads": []}
+# between: how many reads there were outside of steps
+seen: dict[str, Any] = {"in_step": False, "steps": 0, "reads": [], "between": 0}
 
 
 def note(func: Any) -> None:
     """Remember a read in a step, and who did it."""
+    seen["between"] += not seen["in_step"]
     frame = sys._getframe(2)
     while f"{os.sep}torch{os.sep}" in frame.f_code.co_filename:
         frame = frame.f_back

@@ -1,6 +1,6 @@
 """A fine-tuning step on the pretend card, all twelve terms of distillation: no wait, one device, and the CPU's bits.
 
-The step is the loop's: inputs with erasing and mixing, teachers' lesson, losses under autocast in bf16, backward.
+The step is the loop's: inputs with erasing and mixing, teacher outputs, losses under autocast in bf16, backward.
 """
 
 import dataclasses

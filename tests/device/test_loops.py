@@ -36,10 +36,8 @@ PRETRAIN += ["engine.micro_batch=6", "log.knn_images=24"]
 FINETUNE = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.num_heads=2"]
 FINETUNE += ["student.patch_size=8"]
 # The modules in which the host meets the card outside of steps: batches come, losses and weights and pictures go.
-BOTH = {"batch", "distributed", "run", "engine"}
-PICTURES = {"pictures", "sheet"}
-READERS = {"pretrain": BOTH | PICTURES | {"full_pass", "knn", "loop"}, "finetune": BOTH | {"setup", "full_pass"}}
-READERS["finetune"] |= PICTURES
+BOTH = {"batch", "distributed", "run", "engine", "full_pass", "pictures", "sheet"}
+READERS = {"pretrain": BOTH | {"knn", "loop"}, "finetune": BOTH | {"setup"}}
 STAGES = {
     "pretrain": (pretrain, PretrainConfig, open_pretraining, PRETRAIN),
     "finetune": (finetune, FinetuneConfig, open_finetuning, FINETUNE),
@@ -78,7 +76,7 @@ def card(monkeypatch) -> Iterator[Card]:
 
 @pytest.fixture
 def loop(card, engine_on_card, monkeypatch, pretraining, finetuning, tmp_path):
-    """Runs a stage's loop with these settings to its end: {name: value} of each line of metrics.jsonl, batches."""
+    """Return a function that runs a stage's loop to its end: metrics.jsonl's records, number of micro-batches."""
     load, end_step = run_file.training_batches, Run.end_step
     steps = []
 

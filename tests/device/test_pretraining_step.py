@@ -49,11 +49,12 @@ CASES = {
     ],
     "amd of branches, with a second teacher": [
         *(*AMD, "align.output=mlp", "align.normalize=stored"),
-        f"more_teachers=['teacher.source=random:test_convnext {' '.join(ONE).replace('2', '3')} align.output=block']",
+        "more_teachers=['teacher.source=random:test_convnext align.student=[1] align.teacher=[3] align.output=block']",
     ],
     "tinymim": ["method=tinymim", *TEACHER, *TWO],
 }
-DISTANCES = {"l1": "l2", "mse": "none", "smooth_l1": "whiten"}  # each of either once; no branch depends on both
+# each distance and each normalisation once: no code depends on both
+DISTANCES = {"l1": "l2", "mse": "none", "smooth_l1": "whiten"}
 CASES |= {
     f"dmae, {distance}, {normalize}": [
         *("method=dmae", *TEACHER, *ONE, f"align.distance={distance}", f"align.normalize={normalize}")

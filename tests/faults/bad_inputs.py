@@ -35,7 +35,6 @@ from tests.faults.corpus import (
     picture,
     png,
     pth,
-    reseal,
     samples,
     sparse,
     tar,
@@ -44,6 +43,7 @@ from tests.faults.corpus import (
     with_manifest,
     zip_bomb,
 )
+from tests.support.checkpoints import renew_manifest
 
 
 @dataclass(frozen=True)
@@ -486,7 +486,7 @@ CHECKPOINTS = {
     "a flipped bit": resumed(INTACT, RESTORE, flip("model.safetensors", 3000)),
     "cut": resumed(INTACT, RESTORE, lambda run: os.truncate(newest(run) / "optimizer.safetensors", 100)),
     "a manifest that lies": resumed(INTACT, RESTORE, flip("manifest.json", 40)),
-    "a manifest cut, and sealed": resumed(INTACT, RESTORE, with_manifest("{")),
+    "a manifest cut, with a true checksum": resumed(INTACT, RESTORE, with_manifest("{")),
     "a manifest that climbs": resumed(
         INTACT,
         RESTORE,
@@ -517,12 +517,15 @@ CHECKPOINTS = {
     "a pickle as moments": resumed(
         "optimizer.safetensors cannot be used",
         "another checkpoint",
-        lambda run: ((newest(run) / "optimizer.safetensors").write_bytes(bare_pickle(Trap())), reseal(newest(run))),
+        lambda run: (
+            (newest(run) / "optimizer.safetensors").write_bytes(bare_pickle(Trap())),
+            renew_manifest(newest(run)),
+        ),
     ),
-    "a state cut, and sealed": resumed(
+    "a state cut, with a true manifest": resumed(
         INTACT,
         RESTORE,
-        lambda run: ((newest(run) / "state.json").write_text("{"), reseal(newest(run))),
+        lambda run: ((newest(run) / "state.json").write_text("{"), renew_manifest(newest(run))),
     ),
 }
 RUNS = {

@@ -35,6 +35,7 @@ from maedistill.models.vits import build_vit
 from maedistill.runs.checkpoint import take_snapshot, write_snapshot
 from maedistill.runs.folder import RunFolder
 from maedistill.training.engine import MOMENTS, TrainingState
+from tests.support.checkpoints import renew_manifest
 
 Make = Callable[[Path, Path], object]
 File = bytes | str | Make
@@ -98,7 +99,7 @@ def tar(
 def samples(
     count: int = 20, *, image: bytes = picture(), suffix: str = "png", label: bytes | None = None
 ) -> dict[str, bytes]:
-    """Members 000.png, 000.cls, ...; labels 0, 1, 2, 0, ... or `label` for all."""
+    """Return members 000.png, 000.cls, ...; labels 0, 1, 2, 0, ... or `label` for all."""
     members = {}
     for i in range(count):
         members[f"{i:03d}.{suffix}"] = image
@@ -200,7 +201,7 @@ def newest(run: Path) -> Path:
 
 
 def edit_json(file: str, **changes: Any) -> Callable[[Path], object]:
-    """Changes some keys of a JSON file in a run folder; dots in keys are written as __."""
+    """Change some keys of a JSON file in a run folder; dots in keys are written as __."""
 
     def change(run: Path) -> None:
         document = json.loads((run / file).read_text())
@@ -216,27 +217,18 @@ def edit_json(file: str, **changes: Any) -> Callable[[Path], object]:
 
 
 def edit_weights(file: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], object]:
-    """Changes a safetensors file of the newest checkpoint and seals it again: every checksum holds."""
+    """Change a safetensors file of the newest checkpoint and renew the manifest: every checksum holds."""
 
     def edit(run: Path) -> None:
         where = newest(run)
         save_file(change(load_file(where / file)), where / file)
-        reseal(where)
+        renew_manifest(where)
 
     return edit
 
 
-def reseal(where: Path) -> None:
-    """Makes manifest and mark of a checkpoint true again, as whoever forged it would."""
-    manifest = json.loads((where / "manifest.json").read_text())
-    for name, entry in manifest["files"].items():
-        entry |= {"bytes": (where / name).stat().st_size, "sha256": sha256(where / name)}
-    (where / "manifest.json").write_text(json.dumps(manifest))
-    (where / "COMPLETE").write_text(sha256(where / "manifest.json"))
-
-
 def with_manifest(text: str) -> Callable[[Path], object]:
-    """Puts another manifest into the newest checkpoint, and its true checksum beside it."""
+    """Put another manifest into the newest checkpoint, and its true checksum beside it."""
 
     def change(run: Path) -> None:
         manifest = newest(run) / "manifest.json"
@@ -252,7 +244,7 @@ def sha256(path: Path) -> str:
 
 
 def flip(file: str, place: int) -> Callable[[Path], object]:
-    """Changes one byte of a file in the newest checkpoint."""
+    """Change one byte of a file in the newest checkpoint."""
 
     def change(run: Path) -> None:
         path = newest(run) / file
@@ -292,7 +284,7 @@ def imitated_run(parts: Any, path: Path) -> None:
 
 
 def write(path: Path, content: File, good: Path) -> None:
-    """Makes one file of a case."""
+    """Make one file of a case."""
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif isinstance(content, str):

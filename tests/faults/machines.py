@@ -38,7 +38,7 @@ class Machines:
             raise Unavailable(f"no network namespaces here: {error}") from error
 
     def _hold(self, command: list[str]) -> None:
-        """Starts the process that a namespace lives by."""
+        """Start the process that a namespace lives by."""
         holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.holders.append(holder)
         if holder.stdout.readline() != "ready\n":
@@ -50,11 +50,11 @@ class Machines:
         return ["nsenter", "--target", target, "--user", "--net", "--preserve-credentials"]
 
     def ip(self, machine: int, *words: str) -> None:
-        """Runs `ip WORDS` on a machine."""
+        """Run `ip WORDS` on a machine."""
         subprocess.run([*self.enter(machine), "ip", *words], check=True, capture_output=True, text=True)
 
     def torchrun(self, machine: int, *command: Any, **variables: str) -> subprocess.Popen:
-        """Starts one rank on a machine, of two machines in all."""
+        """Start one rank on a machine, of two machines in all."""
         nodes = ["--nnodes=2", f"--node-rank={machine}", "--nproc-per-node=1"]
         master = ["--master-addr=10.0.0.1", "--master-port=29500"]
         outside = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE"))}
@@ -67,11 +67,11 @@ class Machines:
         )
 
     def plug(self, connected: bool) -> None:
-        """Connects or cuts the cable."""
+        """Connect or cut the cable."""
         self.ip(1, "link", "set", ENDS[1], "up" if connected else "down")
 
     def switch_off(self, machine: int) -> None:
-        """Kills everything that runs on a machine, at once as far as one can."""
+        """Kill everything that runs on a machine, at once as far as one can."""
         home = os.readlink(f"/proc/{self.holders[machine].pid}/ns/net")
         for process in Path("/proc").glob("[0-9]*"):
             if int(process.name) != self.holders[machine].pid and _network(process) == home:

@@ -11,7 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tests.support.launch import Start
+from safetensors.torch import load_file
+
+from tests.support.launch import Finished, Start
 
 BATCH = 12  # samples of a step, all ranks together
 WEIGHTS = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")
@@ -27,7 +29,7 @@ class Notes:
         self.next_step = 0  # the first that no start has done yet
 
     def check(self, start: Start) -> range:
-        """Checks what the witness noted of a start, and takes the notes away; returns the steps that it did or began.
+        """Check what the witness noted of a start, and take the notes away; return the steps that it did or began.
 
         Each step is the uninterrupted run's, sample for sample, from the step on that the start said, none left out;
         a last step may be cut short where the start was killed.
@@ -53,7 +55,7 @@ class Notes:
 
 
 def same_result(run: Path, reference: Path) -> None:
-    """Checks that two runs ended with the same bytes and the same losses, and that nothing temporary is left."""
+    """Check that two runs ended with the same bytes and the same losses, and that nothing temporary is left."""
     ours, theirs = (max((folder / "checkpoints").glob("step_?????????")) for folder in (run, reference))
     assert ours.name == theirs.name, f"{ours.name} is not {theirs.name}"
     names = sorted(path.name for path in theirs.glob("*.safetensors"))
@@ -67,12 +69,35 @@ def same_result(run: Path, reference: Path) -> None:
 
 
 def losses(run: Path) -> list[dict[str, float]]:
-    """Everything that metrics.jsonl records but times, in order; each step once."""
+    """Return everything that metrics.jsonl records but times, in order; check that each step is there once."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     records = [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
     steps = [record["step"] for record in records if "loss" in record]
     assert steps == list(range(1, len(steps) + 1)), f"losses of steps {steps}"
     return records
+
+
+def witnessed(run: Path, *columns: str) -> dict[int, tuple]:
+    """Return what the witness noted of a finished run under these names, by position. All ranks together."""
+    seen: dict[int, tuple] = {}
+    for file in sorted(run.glob("witness-*.jsonl")):
+        for note in map(json.loads, file.read_text().splitlines()):
+            for position, *given in zip(note["positions"], *(note[name] for name in columns), strict=True):
+                assert position not in seen, "a position is trained on twice"
+                seen[position] = tuple(given)
+    return seen
+
+
+def logged(run: Path) -> int:
+    """Return how many lines metrics.jsonl has so far."""
+    file = run / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def weights(finished: Finished) -> dict[str, bytes]:
+    """Return the tensors of the newest checkpoint as bytes."""
+    tensors = load_file(finished.last_checkpoint() / "model.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
 
 def _read(run: Path) -> list[Note]:

@@ -1,4 +1,4 @@
-"""Ranks of a tiny loop with StopRequest and Peers, as processes that a test kills, stops and signals.
+"""Ranks of a tiny loop with PreemptionHandler and Peers, as processes that a test kills, stops and signals.
 
 They are forked from a server that has imported torch already: a start takes half a second instead of several. What a
 rank prints, `exit.json` included, is in FOLDER/rank-N.txt; it leaves with the exit code of a tool.
@@ -29,7 +29,7 @@ TIMEOUT = 8  # seconds that a rank waits for another
 
 
 def start_ranks(folder: Path, fault: str, *, ranks: int = 2, workers: int = 0) -> list[BaseProcess]:
-    """Starts them; `fault` is what rank 1 does to itself at step 10."""
+    """Start them; `fault` is what rank 1 does to itself at step 10."""
     server = multiprocessing.get_context("forkserver")
     ours = [f"maedistill.processes.{name}" for name in ("preemption", "heartbeat")]
     server.set_forkserver_preload(["torch.utils.data", *ours])

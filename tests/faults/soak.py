@@ -63,7 +63,7 @@ class Log:
     problems: list[str] = field(default_factory=list)
 
     def watch(self, start: Start, seconds: float) -> bool:
-        """Lets a start run for so long and samples its memory; says whether it still runs."""
+        """Let a start run for so long and sample its memory; say whether it still runs."""
         until = time.monotonic() + seconds
         self.sessions |= set(start.pids)
         while (left := until - time.monotonic()) > 0:
@@ -108,7 +108,7 @@ def harm(start: Start, log: Log, scene: dict) -> list[str]:
 
 
 def judge(start: Start, kinds: list[str], log: Log) -> None:
-    """Notes how a start ended, and complains where no fault explains it."""
+    """Note how a start ended, and complain where no fault explains it."""
     log.codes[f"{kinds[-1] if kinds else 'nothing'}: {sorted(start.codes)}"] += 1
     own = {0}.union(*(FAULTS[kind].codes for kind in kinds))
     hit = set(start.codes) & (own - {0})
@@ -129,13 +129,13 @@ def megabytes(start: Start, server: int) -> float:
 
 
 def _anonymous(process: psutil.Process) -> int:
-    """Bytes in memory that are no file's, those shared since a fork included: these do not grow by being touched."""
+    """Return bytes in memory that are no file's, those shared since a fork included, which do not grow when touched."""
     memory = process.memory_info()
     return memory.rss - memory.shared
 
 
 def left_behind(sessions: set[int]) -> list[psutil.Process]:
-    """Processes of finished starts, after they had time to notice."""
+    """Return processes of finished starts, after they had time to notice."""
     deadline = time.monotonic() + 15
     while True:
         strays = [process for process in psutil.process_iter() if _session(process) in sessions]
@@ -215,7 +215,7 @@ def main(folder: Path, *, minutes: float, seed: int, gap: float) -> list[str]:
 
 
 def report(log: Log, quiet: Log) -> None:
-    """Prints what happened, and complains of memory that grew."""
+    """Print what happened, and complain of memory that grew."""
     print(f"{log.faults.total()} faults: " + ", ".join(f"{count} {kind}" for kind, count in sorted(log.faults.items())))
     print("ended by:\n" + "\n".join(f"  {count:4d} x {code}" for code, count in sorted(log.codes.items())))
     for name, one in (("in one piece", quiet), ("with faults", log)):

@@ -8,19 +8,19 @@ import json
 import resource
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from maedistill.runs.history import read_metrics
 from maedistill.runs.restore import newest_intact
+from tests.support.waiting import wait_until
 
 GOES_ON = ["method=mae", "optim.epochs=5"]
 
 
 @pytest.fixture
-def interrupted(pretraining, mae, request) -> Path:
+def unfinished(pretraining, mae, request) -> Path:
     """The finished run, as if it had been killed before its last checkpoint."""
     run = pretraining.folder / request.node.name
     shutil.copytree(mae.run, run)
@@ -43,55 +43,55 @@ def assert_same_end(run: Path, reference: Path) -> None:
     ("every", "step", "failures"), [(1, 40, 1), (0.25, 38, 3)], ids=["the last one", "three in a row"]
 )
 def test_a_full_disk_ends_a_run_with_exit_3_and_with_room_it_comes_to_the_same_end(
-    pretraining, mae, interrupted, every, step, failures
+    pretraining, mae, unfinished, every, step, failures
 ):
-    started = pretraining.start(interrupted.name, *GOES_ON, f"log.save_every_epochs={every}", launcher="bare")
-    size = (interrupted / "checkpoints" / "step_000000032" / "model.safetensors").stat().st_size
+    started = pretraining.start(unfinished.name, *GOES_ON, f"log.save_every_epochs={every}", launcher="bare")
+    size = (unfinished / "checkpoints" / "step_000000032" / "model.safetensors").stat().st_size
     resource.prlimit(started.pids[0], resource.RLIMIT_FSIZE, (size, size))
     ended = started.finish(3)
     assert f"error: saving the checkpoint of step {step} in " in ended.err
     assert ended.err.count("File too large") == failures
     assert "Traceback" not in ended.err
-    assert checkpoints(interrupted) == ["step_000000032"]
-    assert newest_intact(interrupted / "checkpoints").name == "step_000000032"
-    end = json.loads((interrupted / "exit.json").read_text())
+    assert checkpoints(unfinished) == ["step_000000032"]
+    assert newest_intact(unfinished / "checkpoints").name == "step_000000032"
+    end = json.loads((unfinished / "exit.json").read_text())
     assert (end["exit_code"], end["step"]) == (3, 32)
 
-    again = pretraining(interrupted.name, *GOES_ON)
+    again = pretraining(unfinished.name, *GOES_ON)
     assert "continues at step 32 of 40" in again.out
-    assert_same_end(interrupted, mae.run)
+    assert_same_end(unfinished, mae.run)
 
 
-def test_a_disk_that_takes_nothing_at_all_for_a_while_costs_nothing(pretraining, mae, interrupted):
+def test_a_disk_that_takes_nothing_at_all_for_a_while_costs_nothing(pretraining, mae, unfinished):
     """Not one line of metrics.jsonl; its pictures are left out."""
     started = pretraining.start(
-        interrupted.name, *GOES_ON, "log.pictures_every_epochs=0.1", launcher="bare", witness=True, WITNESS_PACE="0.3"
+        unfinished.name, *GOES_ON, "log.pictures_every_epochs=0.1", launcher="bare", witness=True, WITNESS_PACE="0.6"
     )
     pid, everything = started.pids[0], resource.RLIM_INFINITY
-    wait_for(lambda: 34 <= last_step(interrupted) < 38)
+    wait_until(lambda: 34 <= last_step(unfinished) < 38)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (10, everything))
     time.sleep(1)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (everything, everything))
     ended = started.finish()
     assert ended.err.count("metrics.jsonl cannot be written (File too large); its lines wait for room") == 1
     assert ".png is left out" in ended.err
-    assert [record["step"] for record in read_metrics(interrupted) if "loss" in record] == list(range(1, 41))
-    assert_same_end(interrupted, mae.run)
+    assert [record["step"] for record in read_metrics(unfinished) if "loss" in record] == list(range(1, 41))
+    assert_same_end(unfinished, mae.run)
 
 
-def test_a_disk_that_takes_nothing_ends_a_run_with_exit_3_and_leaves_nothing(pretraining, mae, interrupted):
+def test_a_disk_that_takes_nothing_ends_a_run_with_exit_3_and_leaves_nothing(pretraining, mae, unfinished):
     # without TensorBoard, whose own thread would print a traceback first
     settings = [*GOES_ON, "log.trackers=[]"]
-    started = pretraining.start(interrupted.name, *settings, launcher="bare", witness=True, WITNESS_PACE="0.3")
-    wait_for(lambda: 34 <= last_step(interrupted) < 38)
+    started = pretraining.start(unfinished.name, *settings, launcher="bare", witness=True, WITNESS_PACE="0.6")
+    wait_until(lambda: 34 <= last_step(unfinished) < 38)
     resource.prlimit(started.pids[0], resource.RLIMIT_FSIZE, (10, 10))
     ended = started.finish(3)
     assert "Traceback" not in ended.err and "exit.json could not be written" in ended.err
-    assert not list(interrupted.rglob("*.tmp"))
-    assert checkpoints(interrupted) == ["step_000000032"]
-    pretraining(interrupted.name, *GOES_ON)
-    assert [record["step"] for record in read_metrics(interrupted) if "loss" in record] == list(range(1, 41))
-    assert_same_end(interrupted, mae.run)
+    assert not list(unfinished.rglob("*.tmp"))
+    assert checkpoints(unfinished) == ["step_000000032"]
+    pretraining(unfinished.name, *GOES_ON)
+    assert [record["step"] for record in read_metrics(unfinished) if "loss" in record] == list(range(1, 41))
+    assert_same_end(unfinished, mae.run)
 
 
 def last_step(run: Path) -> int:
@@ -99,18 +99,11 @@ def last_step(run: Path) -> int:
     return max(record["step"] for record in read_metrics(run))
 
 
-def wait_for(there: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not there():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_one_checkpoint_that_cannot_be_written_is_a_warning_and_the_run_goes_on(pretraining, mae, interrupted):
-    (interrupted / "checkpoints" / "step_000000036.tmp").write_text("a file where a folder must be")
-    ended = pretraining(interrupted.name, *GOES_ON, "log.save_every_epochs=0.25", "log.keep=9")
+def test_one_checkpoint_that_cannot_be_written_is_a_warning_and_the_run_goes_on(pretraining, mae, unfinished):
+    (unfinished / "checkpoints" / "step_000000036.tmp").write_text("a file where a folder must be")
+    ended = pretraining(unfinished.name, *GOES_ON, "log.save_every_epochs=0.25", "log.keep=9")
     assert "warning: saving the checkpoint of step 36 in " in ended.err
     assert "that of step 34 stands\n  fix: make room" in ended.err
     steps = [32, 34, 38, 40]
-    assert [f"step_{step:09d}" for step in steps] == [name for name in checkpoints(interrupted) if "tmp" not in name]
-    assert_same_end(interrupted, mae.run)
+    assert [f"step_{step:09d}" for step in steps] == [name for name in checkpoints(unfinished) if "tmp" not in name]
+    assert_same_end(unfinished, mae.run)

@@ -15,7 +15,7 @@ from tests.support.launch import WITNESS
 EPOCH, STEPS = 8, 48
 COMMAND = ["optim.epochs=6", "optim.ema=null", "log.save_every_epochs=0.375"]  # saved every 3 steps
 COMMAND += ["log.knn_every_epochs=null", "log.pictures_every_epochs=null"]  # fp32 by nature
-# ranks, loader workers, largest micro-batch, the micro-batch in which the start is killed
+# ranks, loader workers, largest micro-batch, the micro-batch in which the start is killed (its 7th, 9th, 11th step)
 LAYOUTS = [(1, 3, 1, 7 * BATCH), (2, 0, 6, 9), (1, 1, 5, 11 * 3), (3, 2, 2, None)]
 KEEPS = ["true", "auto", "false", "true"]  # in these starts; the whole run does not
 CLOSE = {"float32": (20, 1e-5), "float64": (STEPS, 1e-10)}  # how many steps, how close their losses are
@@ -34,7 +34,7 @@ def test_a_run_may_change_its_layout_at_any_step(dtype, launcher, pretraining, s
         end = {"WITNESS_KILL": kill} if kill else {}
         start = launcher.start(moved, [*command, *layout, f"run={moved}"], ranks=ranks, **widened, **end)
         codes = set(start.wait())
-        assert -9 in codes and codes <= {-9, 1, 5} if kill else codes == {0}, start.printed()[-3000:]
+        assert -9 in codes and codes <= {-9, 5} if kill else codes == {0}, start.printed()[-3000:]
         steps = notes.check(start)
         assert bool(steps.start % EPOCH) == bool(place), "all but the first begin amid an epoch"
         assert steps.stop == STEPS if not kill else steps.stop % EPOCH, "all but the last are killed amid one"

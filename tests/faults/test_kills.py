@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.harm import PEER
 from tests.faults.notes import Notes, same_result
 from tests.support.launch import WITNESS, Start
 
@@ -33,20 +34,20 @@ SELF += ["distill.self_attention={weight: 0.1, blocks: [0,1,2]}", "distill.past.
 PREDICTIONS = ["distill.past={weight: 1, source: predictions}", "distill.label_weight=0"]
 PREDICTIONS += ["augment.mixup=0", "augment.cutmix=0"]
 OFTEN = ["log.save_every_epochs=0.25"]  # every 2 steps
-LONGEST = 3.0  # seconds after its start at which a kill that waits for nothing comes at the latest
+LATEST_KILL = 3.0  # seconds after its start at which a kill that waits for nothing comes at the latest
 FSYNC = 0.02  # seconds; a write has nine
-MOST = 15  # kills of one run
+KILLS_OF_A_RUN = 15  # kills of one run
 
 
 def wait_for_instant(start: Start, draws: random.Random) -> None:
-    """Returns at a random instant in the life of a start, or when it has ended.
+    """Return at a random instant in the life of a start, or when it has ended.
 
     A quarter of the instants fall anywhere, set-up included, a quarter anywhere after the first step, half in one of
     the first checkpoint writes.
     """
     kind = draws.choices(("any", "step", "write"), (1, 1, 2))[0]
     if kind == "any":
-        start.ended(draws.uniform(0, LONGEST))
+        start.ended(draws.uniform(0, LATEST_KILL))
         return
     seen, left = temporary(start.run), draws.randint(1, 3)
     while not start.ended(0.002):
@@ -61,12 +62,12 @@ def wait_for_instant(start: Start, draws: random.Random) -> None:
 
 
 def temporary(run: Path) -> set[Path]:
-    """Checkpoints that are being written or removed, or were when a kill came."""
+    """Return the checkpoints that are being written or removed, or were when a kill came."""
     return set((run / "checkpoints").glob("*.tmp"))
 
 
-def interrupted(run: Path, *, since: float) -> str:
-    """What a kill came into: the newest thing that happened to a checkpoint after `since`."""
+def what_was_hit(run: Path, *, since: float) -> str:
+    """Say what a kill came into: the newest thing that happened to a checkpoint after `since`."""
     complete = {path.name for path in (run / "checkpoints").glob("step_?????????")}
     for path in temporary(run):
         if path.stat().st_mtime > since:
@@ -75,7 +76,7 @@ def interrupted(run: Path, *, since: float) -> str:
 
 
 def kill_until_done(launcher, run: Path, command: list, reference: Path, *, kills: int, ranks: int, draws) -> Counter:
-    """One run, killed at most `kills` times, to its end, which is checked; what happened is counted."""
+    """Kill one run at most `kills` times, check its end, and count what happened."""
     happened, notes, codes = Counter(runs=1), Notes(reference), []
     while codes != [0] * ranks:
         happened["restarts that found a .tmp"] += bool(temporary(run))
@@ -88,7 +89,8 @@ def kill_until_done(launcher, run: Path, command: list, reference: Path, *, kill
         codes = start.wait(grace=2)
         notes.check(start)
         if codes[victim] == -signal.SIGKILL:
-            happened.update(["kills", interrupted(run, since=began)])
+            assert set(codes) <= {0, *PEER}, start.printed()[-3000:]  # 0: it had ended before
+            happened.update(["kills", what_was_hit(run, since=began)])
             happened.update(f"survivor: {code}" for code in codes[:victim] + codes[victim + 1 :])
         else:
             assert codes == [0] * ranks, start.printed()[-3000:]
@@ -128,9 +130,10 @@ def test_a_run_killed_at_random_instants_ends_with_the_same_bits(
 ):
     with capsys.disabled():
         print(f"\n{kind}: MAEDISTILL_SEED={SEED} MAEDISTILL_KILLS={KILLS} repeats the draws")
-    kills, draws, happened, began = round(SHARES[kind] * KILLS), random.Random(f"{SEED} {kind}"), Counter(), time.time()
+    kills, draws = max(1, round(SHARES[kind] * KILLS)), random.Random(f"{SEED} {kind}")
+    happened, began = Counter(), time.time()
     while happened["kills"] < kills:
-        run, most = tmp_path / f"run-{happened['runs']}", min(kills - happened["kills"], MOST)
+        run, most = tmp_path / f"run-{happened['runs']}", min(kills - happened["kills"], KILLS_OF_A_RUN)
         ranks = 2 if kind == "two ranks" else 1
         happened += kill_until_done(
             launcher, run, commands[kind], references[kind], kills=most, ranks=ranks, draws=draws

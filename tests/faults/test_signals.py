@@ -3,25 +3,16 @@
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from tests.faults import ranks_under_fault as loop
+from tests.faults.notes import logged, weights
+from tests.support.waiting import lives, wait_until
 
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
 PASS_ON = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": "120"}  # torchrun's options
-
-
-def wait_until(true, seconds=120):
-    """Waits for `true()`."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, f"waited {seconds} s in vain"
-        time.sleep(0.02)
 
 
 def lines(folder, rank):
@@ -48,25 +39,25 @@ class Ranks:
             process.join()
 
     def signal(self, rank, number):
-        """Sends a signal once both ranks are well under way; the time then."""
+        """Send a signal once both ranks are well under way; return the time then."""
         wait_until(lambda: len(steps(self.folder, 0)) > 9 and len(steps(self.folder, 1)) > 9)
         os.kill(self.processes[rank].pid, number)
         return time.monotonic()
 
     def code(self, rank):
-        """The exit code of a rank that ends by itself."""
+        """Return the exit code of a rank that ends by itself."""
         self.processes[rank].join(60)
         return self.processes[rank].exitcode
 
     def errors(self, rank):
-        """What a rank said of its end: after its own lines, and after all stacks."""
+        """Return what a rank said of its end: after its own lines, and after all stacks."""
         return [line for line in lines(self.folder, rank) if line.startswith(("error: ", "  fix: ", "exit.json "))]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path, number):
     with Ranks(tmp_path, workers=1) as ranks:
-        ranks.signal(0, 0)  # nothing yet
+        ranks.signal(0, 0)  # signal 0 does nothing: this waits for the first steps
         for rank in range(2):
             worker = next(line for line in lines(tmp_path, rank) if line.startswith("worker "))
             os.kill(int(worker.split()[1]), number)  # reaches the workers, too: they go on
@@ -75,7 +66,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path, number):
         assert [ranks.code(rank) for rank in range(2)] == [75, 75]
     assert steps(tmp_path, 0) == steps(tmp_path, 1)
     last = len(steps(tmp_path, 1))
-    assert before <= last < before + 20
+    assert before <= last < before + 100  # of 400
     assert lines(tmp_path, 0)[-1].startswith(f"stopped by {number.name} after step {last}, which is saved")
 
 
@@ -129,7 +120,6 @@ def test_the_failure_of_one_rank_is_the_failure_of_all(tmp_path):
         assert ranks.errors(0)[1:] == ["  fix: bring it back"]
 
 
-@LINUX
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
 def test_torchrun_passes_signals_on_and_leaves_nobody_behind(launcher, tmp_path, number):
     started = launcher.start(tmp_path, ["-m", loop.__name__, tmp_path, 1], ranks=2, by="torchrun", **PASS_ON)
@@ -144,7 +134,6 @@ def test_torchrun_passes_signals_on_and_leaves_nobody_behind(launcher, tmp_path,
     assert all(lines(tmp_path, rank)[-1].startswith(f"stopped by {name} after step ") for rank in range(2))
 
 
-@LINUX
 def test_the_tool_stops_on_each_signal_and_the_same_command_gives_the_same_weights(pretraining):
     often = ["method=mae", "optim.epochs=12", "optim.warmup_epochs=1", "log.save_every_epochs=12", "data.workers=1"]
     often += ["log.pictures_every_epochs=null", "log.knn_every_epochs=null"]
@@ -154,7 +143,7 @@ def test_the_tool_stops_on_each_signal_and_the_same_command_gives_the_same_weigh
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL):
         kill = number == signal.SIGKILL  # of torchrun, not of a rank
         started = pretraining.start("stopped", *often, ranks=2, launcher="torchrun" if kill else "fork", **PASS_ON)
-        wait_until(lambda: logged(stopped) > seen + 10)  # noqa: B023
+        wait_until(lambda: logged(stopped) > seen + 2)  # noqa: B023
         family = [process for pid in started.pids for process in (pid, *descendants(pid))]
         assert len([process for process in family if not kill or parent(process) == started.pids[0]]) >= 2
         started.signal(number, 0 if kill else 1)
@@ -178,7 +167,7 @@ def test_the_tool_names_a_frozen_rank_and_ends(pretraining):
     started = pretraining.start("frozen", *often, ranks=2)
     wait_until(lambda: logged(started.run) > 10)
     started.signal(signal.SIGSTOP, 1)
-    assert started.ended(21) == [0]
+    assert started.ended(60) == [0]
     assert started.wait(grace=0) == [5, -signal.SIGKILL]
     end = json.loads((started.run / "exit.json").read_text())
     assert end["exit_code"] == 5
@@ -187,15 +176,30 @@ def test_the_tool_names_a_frozen_rank_and_ends(pretraining):
     assert "most recent call first" in started.err
 
 
-def logged(run):
-    """Steps in metrics.jsonl so far."""
-    file = run / "metrics.jsonl"
-    return len(file.read_text().splitlines()) if file.exists() else 0
+LOST_LAST = """
+import os, runpy, sys
+from maedistill.processes import distributed
+from maedistill.runs import start
+
+class LostAtTheEnd:
+    def __getattr__(self, name):
+        return (lambda: os._exit(9)) if name == "barrier" else getattr(distributed, name)
+
+if os.environ["RANK"] == "1":
+    start.distributed = LostAtTheEnd()  # the barrier at the end is the only one of that module
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def weights(run):
-    tensors = load_file(run.last_checkpoint() / "model.safetensors")
-    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+def test_a_rank_that_is_lost_when_all_is_done_ends_the_others_with_code_5(pretraining, launcher, tmp_path):
+    (tmp_path / "lost_last.py").write_text(LOST_LAST)
+    run, once = tmp_path / "run", ["method=mae", "optim.epochs=1", "log.pictures_every_epochs=null"]
+    words = [tmp_path / "lost_last.py", "tools/pretrain.py", pretraining.config, f"run={run}", *once]
+    started = launcher.start(run, words, ranks=2)
+    assert started.wait() == [5, 9]
+    assert "error: another rank of this run was lost" in started.err and "Traceback" not in started.err
+    assert json.loads((run / "exit.json").read_text())["reason"] == "finished"
 
 
 def parent(process):
@@ -204,13 +208,6 @@ def parent(process):
         return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
     except FileNotFoundError:
         return 0
-
-
-def lives(process):
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def descendants(process):

@@ -7,24 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 from maedistill.errors import DataError
 from maedistill.runs.async_saver import Saver
 from maedistill.runs.records import AppendOnlyFile, write_text
 from maedistill.runs.restore import newest_intact
-from maedistill.training.engine import MOMENTS, TrainingState
-
-
-class Ones:
-    """Stands for an engine of one tensor."""
-
-    module = nn.ParameterDict({"w": torch.ones(40_000)})  # 480 KB with its moments
-
-    def state(self) -> TrainingState:
-        weights = {"w": self.module["w"].data}
-        return TrainingState(weights, {kind: {"w": weights["w"].clone()} for kind in MOMENTS}, {"updates": 1})
+from tests.support.one_tensor import OneTensor
 
 
 @pytest.fixture
@@ -54,7 +42,7 @@ def test_a_tiny_disk_keeps_the_checkpoint_of_before_and_every_line(tmpfs, capsys
 
     def save(step: int) -> None:
         lines.append(f"{step}")
-        saver.save(step=step, engine=Ones(), state={"step": step}, records=[lines])
+        saver.save(step=step, engine=OneTensor(1, width=40_000), state={"step": step}, records=[lines])
         saver.settle()
 
     with Saver(disk / "checkpoints", keep=2) as saver:
@@ -62,10 +50,9 @@ def test_a_tiny_disk_keeps_the_checkpoint_of_before_and_every_line(tmpfs, capsys
         save(2)
         assert len(saver.failures) == 1 and "No space left" in capsys.readouterr().err
         assert [path.name for path in (disk / "checkpoints").iterdir()] == ["step_000000001"]
-        filler = disk / "filler"
         with pytest.raises(OSError, match="No space left"):
             for number in range(20):
-                filler.with_name(f"filler{number}").write_bytes(bytes(100_000))
+                (disk / f"filler{number}").write_bytes(bytes(100_000))
         with pytest.raises(DataError, match="No space left"):
             write_text(disk / "run.json", "{}" * 100_000)
         assert not list(disk.glob(".run.json*"))
@@ -79,7 +66,7 @@ def test_a_tiny_disk_keeps_the_checkpoint_of_before_and_every_line(tmpfs, capsys
 def test_a_run_needs_no_more_than_64_open_files(pretraining, mae):
     started = pretraining.start("few_files", "method=mae", "optim.epochs=5", "data.workers=2")
     resource.prlimit(started.pids[0], resource.RLIMIT_NOFILE, (64, 64))
-    same_weights = started.finish().last_checkpoint()
-    assert (same_weights / "model.safetensors").read_bytes() == (
+    ended = started.finish()
+    assert (ended.last_checkpoint() / "model.safetensors").read_bytes() == (
         mae.last_checkpoint() / "model.safetensors"
     ).read_bytes()

@@ -38,7 +38,7 @@ def test_a_machine_that_goes_and_comes_back_changes_nothing(machines, pretrainin
 
     def ended(both: list) -> tuple[list[int], str]:
         printed = "".join(process.communicate(timeout=TIMEOUT)[0] for process in both)
-        print(printed)
+        print(printed)  # shown if the test fails
         return [process.returncode for process in both], printed
 
     assert losses(whole)[-1]["step"] == STEPS
@@ -62,7 +62,7 @@ def test_a_machine_that_goes_and_comes_back_changes_nothing(machines, pretrainin
 
 
 def wait_for_step(run: Path, step: int) -> None:
-    """Returns when the run has logged so many steps."""
+    """Return when the run has logged so many steps."""
     metrics, deadline = run / "metrics.jsonl", time.monotonic() + TIMEOUT
     while not metrics.exists() or f'"step": {step}, "loss"' not in metrics.read_text():
         assert time.monotonic() < deadline, f"step {step} does not come"

@@ -1,4 +1,4 @@
-"""Who is blamed, from what ranks say of themselves; and the watch on one process. Real ranks are in tests/faults."""
+"""Which rank a diagnosis names, and the watch on one process. Real ranks are in tests/faults."""
 
 import os
 import signal
@@ -12,8 +12,18 @@ import pytest
 import torch.distributed as dist
 
 from maedistill.errors import ConfigError, DataError, NumericsError, PeerError
-from maedistill.processes.diagnosis import Diagnosis, Heartbeat, diagnose, failure_of, find_lost, peer_error, pid_space
+from maedistill.processes.diagnosis import (
+    Diagnosis,
+    Heartbeat,
+    diagnose,
+    failure_of,
+    find_lost,
+    peer_error,
+    peer_errors,
+    pid_space,
+)
 from maedistill.processes.heartbeat import Peers
+from tests.support.waiting import wait_until
 
 # Four ranks that were just seen to live: after ten steps of two moves each, waiting for each other.
 BEFORE = [
@@ -23,7 +33,7 @@ BEFORE = [
 AFTER = [replace(beat, rounds=54) for beat in BEFORE]
 
 
-def blamed(after, before=BEFORE):
+def diagnosed(after, before=BEFORE):
     return diagnose(before, after, why="no step for 60 s")
 
 
@@ -34,7 +44,7 @@ def changed(rank, **values):
 def test_silent_ranks_are_lost():
     after = [AFTER[0], BEFORE[1], AFTER[2], BEFORE[3]]
     after[0] = replace(after[0], moves=1)  # who is behind does not matter then
-    diagnosis = blamed(after)
+    diagnosis = diagnosed(after)
     assert diagnosis.lost == (1, 3)
     assert diagnosis.error.cause == (
         "rank 1 on node0 (process 101, step 10), rank 3 on node1 (process 103, step 10) ended, froze or cannot be "
@@ -43,7 +53,7 @@ def test_silent_ranks_are_lost():
 
 
 def test_the_rank_that_moved_least_is_named_though_it_too_seems_to_wait():
-    diagnosis = blamed(changed(2, moves=19, place="loader.py:5 next"))
+    diagnosis = diagnosed(changed(2, moves=19, place="loader.py:5 next"))
     assert diagnosis.lost == ()
     assert diagnosis.error.cause == (
         "no step for 60 s: rank 2 on node1 (process 102, step 10) is in loader.py:5 next; the others wait"
@@ -52,12 +62,12 @@ def test_the_rank_that_moved_least_is_named_though_it_too_seems_to_wait():
 
 
 def test_among_equals_it_is_the_one_that_does_not_wait():
-    cause = blamed(changed(3, waits=False, place="teacher.py:9 forward")).error.cause
+    cause = diagnosed(changed(3, waits=False, place="teacher.py:9 forward")).error.cause
     assert cause.endswith(": rank 3 on node1 (process 103, step 10) is in teacher.py:9 forward; the others wait")
 
 
 def test_where_all_wait_all_are_named():
-    cause = blamed(AFTER).error.cause
+    cause = diagnosed(AFTER).error.cause
     assert all(f"rank {rank} on" in cause for rank in range(4))
     assert "others" not in cause
 
@@ -98,9 +108,9 @@ def test_a_rank_of_another_machine_is_gone_when_the_whole_machine_is_silent():
     assert lost(beats, {2: 300, 3: 61}) == (2, 3)
 
 
-def test_who_left_on_good_terms_is_never_blamed():
+def test_a_rank_that_left_normally_is_never_named():
     after = changed(1, rounds=50, moves=1, left=True)
-    assert "rank 1 on" not in blamed(after).error.cause
+    assert "rank 1 on" not in diagnosed(after).error.cause
 
 
 @pytest.mark.parametrize("kind", [ConfigError, DataError, NumericsError, PeerError])
@@ -118,7 +128,7 @@ def test_a_bug_reaches_the_other_ranks_by_name():
 
 @pytest.mark.parametrize("key", ["beat/0", "failed"])
 @pytest.mark.parametrize("said", ["", "[", "3", "[1, 2]", "[3, null, 1, 5]", '{"rank": 0, "more": 1}', b"\xff"])
-def test_what_no_rank_of_ours_has_said_ends_the_exchange_and_nothing_else(key, said):
+def test_foreign_data_in_the_store_ends_the_exchange_only(key, said):
     peers = Peers(timeout_seconds=4, on_loss=lambda error: None)
     peers._store = dist.HashStore()
     peers._publish = lambda **_: peers._store.set(key, said)
@@ -130,7 +140,7 @@ def test_what_no_rank_of_ours_has_said_ends_the_exchange_and_nothing_else(key, s
 
 @pytest.mark.parametrize(
     "error",
-    [  # as they were seen: after kill -9, after SIGSTOP, on a second try
+    [  # the first three as seen on CPUs: after kill -9, after SIGSTOP, on a second try
         RuntimeError(
             "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer "
             "[127.0.0.1]:8934. This is typically caused by a remote worker crashing."
@@ -147,11 +157,16 @@ def test_what_no_rank_of_ours_has_said_ends_the_exchange_and_nothing_else(key, s
 def test_failures_of_the_process_group_are_recognised(error):
     assert peer_error(error).exit_code == 5
     assert str(error).splitlines()[0] in peer_error(error).cause
+    with pytest.raises(PeerError), peer_errors():
+        raise error
 
 
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("gloo")])
 def test_other_errors_are_not(error):
     assert peer_error(error) is None
+    with pytest.raises(type(error)) as raised, peer_errors():
+        raise error
+    assert raised.value is error
 
 
 @pytest.mark.faults
@@ -159,26 +174,20 @@ def test_a_process_that_stops_moving_is_ended_with_its_stacks_but_not_while_it_p
     left, recorded = [], []
     monkeypatch.setattr("os._exit", left.append)
     with Peers(timeout_seconds=2, on_loss=recorded.append) as peers:
+        # The watch ends a process after 2 s less ten rounds of 0.1 s: 1.0 s.
         time.sleep(1.6)  # the first step may take its time: nothing moved yet
         peers.beat(7)
         with peers.paused():
             time.sleep(1.6)
         assert not left
-        wait_for(left, seconds=20)
+        wait_until(lambda: left, seconds=20)
     assert set(left) == {5}
     out, err = capfd.readouterr()
     assert "error: no step for 2 s: rank 0 on " in err
     assert "step 7) is in " in err
-    assert "in wait_for" in err  # the stack of this very thread
+    assert "in wait_until" in err  # the stack of this very thread
     assert recorded[0].exit_code == 5
     assert out == ""
-
-
-def wait_for(things, *, seconds):
-    end = time.monotonic() + seconds
-    while not things and time.monotonic() < end:
-        time.sleep(0.01)
-    assert things
 
 
 def test_two_threads_that_diagnose_at_once_have_snapshots_of_their_own():

@@ -5,8 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
+
+from tests.support.waiting import lives
 
 # A launcher that starts a rank and says its number; the rank says when it is ready.
 LAUNCHER = """
@@ -40,7 +43,7 @@ time.sleep(60)
 
 
 def start(*command, **variables):
-    """The started process, and the number of the one that it started, which is ready."""
+    """Start a process; return it and the number of the one that it started, which is ready."""
     outside = {k: v for k, v in os.environ.items() if k not in ("TORCHELASTIC_RUN_ID", "CROSS_RANK")}
     process = subprocess.Popen(
         [sys.executable, "-c", *command], env=outside | variables, stdout=subprocess.PIPE, text=True
@@ -51,20 +54,15 @@ def start(*command, **variables):
 
 
 def lives_on(number, seconds):
-    """Whether a process is still there after `seconds`; returns at once when it is not."""
+    """Return whether a process is still there after `seconds`; at once when it is not."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        try:
-            with open(f"/proc/{number}/stat") as file:
-                if file.read().rpartition(")")[2].split()[0] == "Z":  # ended; nobody collected it yet
-                    return False
-        except FileNotFoundError:
+        if not lives(number):
             return False
         time.sleep(0.02)
     return True
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
 @pytest.mark.parametrize("variables", [{"TORCHELASTIC_RUN_ID": "1"}, {"CROSS_RANK": "0"}, {}])
 def test_a_rank_ends_with_its_launcher_and_lives_on_without_one(variables):
     launcher, rank = start(LAUNCHER, RANK, **variables)
@@ -73,11 +71,10 @@ def test_a_rank_ends_with_its_launcher_and_lives_on_without_one(variables):
     try:
         assert lives_on(rank, 20 if variables else 1) == (not variables)
     finally:
-        if not variables:
+        with suppress(ProcessLookupError):
             os.kill(rank, signal.SIGKILL)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
 def test_a_worker_leaves_signals_to_its_rank_and_ends_with_it():
     rank, worker = start(WORKER)
     assert lives_on(worker, 0.2)

@@ -4,13 +4,13 @@ import signal
 
 import pytest
 
-from maedistill.processes import preemption as interrupt
+from maedistill.processes import preemption
 from maedistill.processes.preemption import SIGNALS, PreemptionHandler
 
 
 @pytest.fixture
 def left():
-    """How often a second Ctrl-C has asked to leave at once."""
+    """One entry for each time that the process was told to leave at once."""
     return []
 
 
@@ -38,7 +38,7 @@ def test_the_handlers_of_before_come_back():
 
 def test_a_second_ctrl_c_leaves_at_once_and_the_echo_of_a_launcher_does_not(stop, left, monkeypatch, capfd):
     now = 100.0
-    monkeypatch.setattr(interrupt.time, "monotonic", lambda: now)
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: now)
     signal.raise_signal(signal.SIGINT)
     now += 0.1
     signal.raise_signal(signal.SIGINT)
@@ -58,7 +58,7 @@ def test_ctrl_c_counts_more_than_the_sigterm_that_a_launcher_adds(stop):
 def test_one_notice_may_come_twice_and_a_later_repetition_ends_the_process(stop, monkeypatch):
     now = 100.0
     ended = []
-    monkeypatch.setattr(interrupt.time, "monotonic", lambda: now)
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: now)
     signal.raise_signal(signal.SIGUSR1)
     now += 9
     signal.raise_signal(signal.SIGUSR1)  # from the scheduler to all processes, then from the launcher to its own
@@ -67,7 +67,7 @@ def test_one_notice_may_come_twice_and_a_later_repetition_ends_the_process(stop,
     assert signal.getsignal(signal.SIGUSR1) == signal.getsignal(signal.SIGTERM) == stop._receive
 
     send = signal.raise_signal
-    monkeypatch.setattr(interrupt.signal, "raise_signal", ended.append)
+    monkeypatch.setattr(preemption.signal, "raise_signal", ended.append)
     now += 11
     send(signal.SIGTERM)
     assert ended == [signal.SIGTERM]

@@ -1,1 +1,1 @@
-"""What the tests share: starting processes, tiny data sets, checkpoints and hostile files."""
+"""What tests share: how programs start, what they are observed with, golden messages, contributions."""

@@ -18,7 +18,7 @@ _float, _build = Tensor.float, engine_file.Engine.__init__
 
 
 def compute_in_float64() -> None:
-    """Widens everything that this process is going to compute, save and load."""
+    """Widen everything that this process is going to compute, save and load."""
     Tensor.float = lambda tensor: _float(tensor) if tensor.dtype == torch.bool else tensor.double()
     machine.DTYPES["fp32"] = torch.float64  # the teacher's
     engine_file.broadcast_tensor = partial(engine_file.broadcast_tensor, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Starts the training tools by fork: torch, timm and DeepSpeed are imported once, not at each of a hundred starts.
+"""Start the training tools by fork: torch, timm and DeepSpeed are imported once, not at each of a hundred starts.
 
     python -m tests.support.fork_server          one JSON object per line in, one line out; see launch.py
 
@@ -9,7 +9,8 @@ answer is its pid.
 Nothing that a fork would tear may exist before: no thread, no process group; the first is checked at every start.
 
 The process may be altered through its environment: FAULTS_FSYNC=S lets each fsync take S seconds longer (a slow disk,
-so that checkpoint writes last), FAULTS_PACE=S each micro-batch, FAULTS_FLOAT64=1 computes in float64 (float64.py).
+so that checkpoint writes last), FAULTS_PACE=S each micro-batch, FAULTS_CUTS=RUN:OUT records power cuts (power_cut.py),
+FAULTS_FLOAT64=1 computes in float64 (float64.py).
 """
 
 import gc
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def serve() -> dict[str, Any]:
-    """Answers requests to the end of input. Returns in each child alone, with its request."""
+    """Answer requests to the end of input. Return only in a child, with its request."""
     children = set()
     for line in sys.stdin:
         request = json.loads(line)
@@ -50,7 +51,7 @@ def serve() -> dict[str, Any]:
 
 
 def import_all() -> None:
-    """Everything that a training process imports, sooner or later."""
+    """Import everything that a training process imports, sooner or later."""
     import deepspeed.utils  # noqa: F401
     import torch._dynamo  # noqa: F401
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
@@ -62,7 +63,7 @@ def import_all() -> None:
 
 
 def become(request: dict[str, Any]) -> None:
-    """Turns this child into what the request asks for, up to the first line of its program."""
+    """Turn this child into what the request asks for, up to the first line of its program."""
     os.setsid()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, file in ((1, request["out"]), (2, request["err"])):
@@ -75,7 +76,7 @@ def become(request: dict[str, Any]) -> None:
 
 
 def alter(setting: Callable[[str], str | None]) -> None:
-    """Slows this process down or widens its numbers, where `setting` says so."""
+    """Slow this process down or widen its numbers, where `setting` says so."""
     if seconds := setting("FAULTS_FSYNC"):
         os.fsync = slower(os.fsync, float(seconds))
     if seconds := setting("FAULTS_PACE"):
@@ -93,7 +94,7 @@ def alter(setting: Callable[[str], str | None]) -> None:
 
 
 def slower(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
-    """The same function, after a pause."""
+    """Return the same function, after a pause."""
 
     def paused(*arguments: Any) -> Any:
         time.sleep(seconds)

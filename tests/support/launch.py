@@ -96,7 +96,8 @@ class Start:
     def kill(self, gone: Sequence[int] = ()) -> None:
         """Kill the ranks that are not in `gone`, with everything that they started."""
         for rank in set(range(len(self.pids))) - set(gone):
-            self.signal(signal.SIGKILL, rank)
+            with suppress(ProcessLookupError):
+                self.signal(signal.SIGKILL, rank)
             with suppress(ProcessLookupError):  # it has no session of its own yet
                 os.killpg(self.pids[rank], signal.SIGKILL)
 
@@ -126,6 +127,7 @@ class Launcher:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.count = folder, 0
+        self.starts: list[Start] = []
         self._server: subprocess.Popen | None = None
         self._one_at_a_time = threading.RLock()  # tests start tools from several threads
 
@@ -178,7 +180,7 @@ class Launcher:
                 self.ask(words=words, out=str(out), err=str(err), variables=variables | more)
                 for (out, err), (_, more) in zip(logs, starts, strict=True)
             ]
-            return Start(run, pids, logs, lambda pid: self.ask(wait=pid))
+            return self._noted(Start(run, pids, logs, lambda pid: self.ask(wait=pid)))
         processes = {}
         for files, (prefix, more) in zip(logs, starts, strict=True):
             process = subprocess.Popen(
@@ -204,10 +206,17 @@ class Launcher:
                 copy.join(TIMEOUT)
             return process.wait()
 
-        return Start(run, list(processes), logs, reap)
+        return self._noted(Start(run, list(processes), logs, reap))
+
+    def _noted(self, start: Start) -> Start:
+        self.starts.append(start)
+        return start
 
     def close(self) -> None:
-        """End the fork server and whatever it started."""
+        """End the fork server and every start that nobody has waited for."""
+        for start in self.starts:
+            if start.codes is None:
+                start.kill()
         if self._server is not None:
             self._server.stdin.close()
             self._server.wait(TIMEOUT)

@@ -1,6 +1,6 @@
 """What a power cut leaves of a folder: a shim that notes what a process had synced at each of its calls.
 
-    record(run, out)   in the process that writes `run`: two folders per cut point in `out`
+    Recorder(run, out) in the process that writes `run`: two folders per cut point in `out`
         0007-missing   names that no sync of their folder covers are gone, files that were not synced are empty
         0007-present   every name is there, files that were not synced are empty
         0007.json      {"saved": newest step whose folder was renamed and its parent synced, "op": the call}
@@ -90,7 +90,7 @@ class Recorder:
                 (target / entry.name).touch()
 
     def _saved(self) -> int:
-        """The newest checkpoint that its writer has said to be saved: the folder of checkpoints was synced with it."""
+        """Return the newest checkpoint that is said to be saved: the folder of checkpoints was synced with it."""
         folder = self.run / "checkpoints"
         names = self.names.get(folder.stat().st_ino, {}) if folder.is_dir() else {}
         return max((int(match[1]) for name in names if (match := _NAME.fullmatch(name))), default=0)

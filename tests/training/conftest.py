@@ -1,6 +1,5 @@
 """The results of scenarios.py, each run once for all tests of this folder: about a minute together."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,15 +34,12 @@ def run_scenario(launcher: Launcher) -> Callable[..., list[Any]]:
 
 
 @pytest.fixture(scope="session")
-def runs(
-    run_scenario: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, int], list[Any]]:
+def runs(run_scenario: Callable[..., list[Any]], together: Path) -> dict[tuple[str, int], list[Any]]:
     """{(scenario, ranks): what it returned on each rank}; test_pretrain.py goes through the launchers.
 
     The test processes of one session share the results: the first that needs them makes them.
     """
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "scenarios"
+    folder = together / "scenarios"
     with FileLock(f"{folder}.lock"):
         folder.mkdir(exist_ok=True)
         # `second` continues in new processes what `first` saved with 1 and with 2 ranks.

@@ -35,7 +35,7 @@ from maedistill.runs.previous import CONFIG, METADATA
 from maedistill.runs.progress import Progress
 from maedistill.runs.run import Run
 from maedistill.runs.start import start_run
-from tests.support.checkpoints import reseal
+from tests.support.checkpoints import renew_manifest
 
 SETTINGS = ["method=mae", "optim.ema=0.9", "optim.epochs=2", "engine.max_nonfinite=2"]
 SETTINGS += ["log.pictures_every_epochs=null", "log.knn_every_epochs=null"]
@@ -65,7 +65,7 @@ def endings(folder: Path, precision: str) -> dict[str, str]:
             copy = run.folder.checkpoints / MIDDLE
             shutil.copytree(original / MIDDLE, copy)
             change(copy)
-            reseal(copy)
+            renew_manifest(copy)
             try:
                 run.restore()
                 train(run, parts)
@@ -85,13 +85,13 @@ def train(run: Run, parts: Any) -> None:
 
 
 def spoil(run: Run, steps: tuple[int, ...]) -> None:
-    """Makes the losses of some steps nan."""
+    """Make the losses of some steps nan."""
     backward = run.engine.backward
     run.engine.backward = lambda loss: backward(loss * math.nan if run.step in steps else loss)
 
 
 def forget(run: Run, checkpoints: Path, training: Any, averages: dict[str, torch.Tensor]) -> None:
-    """Makes the run a new one, in a folder of its own: what a restart does not load, it does not have."""
+    """Make the run a new one, in a folder of its own: what a restart does not load, it does not have."""
     run.folder.checkpoints, run.saver = checkpoints, Saver(checkpoints, keep=9)
     run.progress, run.clock, run.averages = Progress(), clock.Clock(torch.device("cpu")), metrics.Averages()
     run.nonfinite = NonfinitePolicy(run.folder.nonfinite, run.config.engine)
@@ -137,7 +137,7 @@ def leaves(tree: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def rewrite(file: str, key: tuple[str, ...], edit: Callable, checkpoint: Path) -> None:
-    """Edits one item of a file."""
+    """Edit one item of a file."""
     path = checkpoint / file
     content = json.loads(path.read_text()) if path.suffix == ".json" else load_file(path)
     holder = content

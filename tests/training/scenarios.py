@@ -113,7 +113,7 @@ def build(zero: int, precision: str, accumulation: int):
 
 
 def train(engine, schedule, ema, steps, accumulation: int, *, spoiled=()) -> list[float]:
-    """Runs updates; returns their gradient norms. Rank 0's loss is NaN in `spoiled` steps."""
+    """Run updates; return their gradient norms. Rank 0's loss is NaN in `spoiled` steps."""
     norms = []
     for step in steps:
         schedule.step_update(step)
@@ -216,7 +216,7 @@ def settings(zero: int) -> dict:
 
 
 def time_limits() -> list[float]:
-    """Seconds that each process group waits."""
+    """Return the seconds that each process group waits."""
     cpu = torch.device("cpu")
     return [group._get_backend(cpu).options._timeout.total_seconds() for group in dist.distributed_c10d._world.pg_map]
 
@@ -282,7 +282,7 @@ def fail(error: Exception) -> None:
 
 
 def second(folder: Path) -> dict:
-    """Loads the checkpoints of `first`, of either number of ranks and any stage, into every stage; trains on."""
+    """Load the checkpoints of `first`, of either number of ranks and any stage, into every stage; train on."""
     results = {}
     for ranks, (precision, accumulation), zero, target in itertools.product((1, 2), ROUNDS, range(4), range(4)):
         same = zero == target and ranks == world_size()
@@ -302,7 +302,7 @@ def second(folder: Path) -> dict:
 
 
 def failures(folder: Path) -> list[str]:
-    """Saves that fail and work; a load of nothing intact: what every rank sees."""
+    """Return what every rank sees of saves that fail and work, and of a load of nothing intact."""
     engine, schedule, ema = build(1, "fp32", 1)
     train(engine, schedule, ema, range(1), 1)
     folder, seen = folder / "failures", []

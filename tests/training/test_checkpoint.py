@@ -1,4 +1,4 @@
-"""Resuming in new processes, bit for bit; and the folder protocol: torn, damaged, stray, pruned, durable, hostile."""
+"""The folder protocol of checkpoints, without DeepSpeed: torn, damaged, stray, pruned, durable, hostile."""
 
 import hashlib
 import itertools
@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from maedistill.errors import DataError
 from maedistill.runs import checkpoint
@@ -21,93 +20,8 @@ from maedistill.runs.async_saver import Saver
 from maedistill.runs.checkpoint import latest_step, take_snapshot, write_snapshot
 from maedistill.runs.manifest import COMPLETE, MANIFEST, CorruptCheckpoint, verify
 from maedistill.runs.restore import load_latest, newest_intact, read_weights
-from maedistill.training.engine import MOMENTS, TrainingState
-from tests.support.checkpoints import reseal
-from tests.training.scenarios import ROUNDS
-
-# -- real engines: saved by one set of processes, loaded by another --
-
-
-def equal(a: TrainingState, b: TrainingState) -> bool:
-    return (
-        a.scalars == b.scalars
-        and all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights | b.weights)
-        and all(torch.equal(a.moments[m][name], b.moments[m][name]) for m in MOMENTS for name in a.moments[m])
-    )
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize(("precision", "accumulation"), ROUNDS)
-def test_three_steps_saved_and_three_more_are_six_bit_for_bit(runs, ranks, precision, accumulation):
-    for zero in range(4):
-        straight = runs["first", ranks][0][f"{precision}/{accumulation}/{zero}"]
-        resumed = runs["second", ranks][0][f"{ranks}/{precision}/{accumulation}/{zero}/{zero}"]
-        assert equal(resumed["half"], straight["half"])
-        assert equal(resumed["final"], straight["final"])
-        assert resumed["norms"] == straight["norms"][3:]
-        assert straight["final"].scalars["updates"] == 6
-        assert (zero == 3) == (straight["ema"] is None)
-        for name, value in (straight["ema"] or {}).items():
-            assert torch.equal(resumed["ema"][name], value)
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("saved_by", [1, 2])
-def test_any_rank_count_and_stage_loads_what_any_other_saved(runs, ranks, saved_by):
-    for zero, target in itertools.product(range(4), range(4)):
-        straight = runs["first", saved_by][0][f"fp32/3/{zero}"]
-        resumed = runs["second", ranks][0][f"{saved_by}/fp32/3/{zero}/{target}"]
-        assert equal(resumed["half"], straight["half"]), (zero, target)  # nothing lost on the way
-        for name, value in straight["final"].weights.items():
-            if name != "calls":  # counts micro-batches
-                assert torch.allclose(resumed["final"].weights[name], value, rtol=0, atol=1e-6), (zero, target, name)
-
-
-def test_every_rank_hears_that_nothing_is_intact(runs):
-    first, second = runs["failures", 2]
-    assert first[-1] == second[-1] and "is intact: step_000000001" in first[-1]
-
-
-@pytest.mark.faults
-def test_every_saved_item_bears_weight(run_scenario, pretraining, tmp_path):
-    # Without any one of them the run is refused, with another value it ends otherwise. None is saved in vain.
-    shutil.copy(pretraining.config, tmp_path / "tiny.yaml")
-    (found,) = run_scenario("mutations", tmp_path, ranks=1)
-    saved, matter = set(), set()
-    for endings in found.values():
-        uninterrupted, continued = endings.pop("uninterrupted"), endings.pop("continued")
-        assert uninterrupted.split()[0] == continued.split()[0]
-        saved |= endings.keys()
-        matter |= {item for item, ending in endings.items() if ending != continued}
-        gone = {item: ending for item, ending in endings.items() if item.endswith(" gone")}
-        assert [item for item, ending in gone.items() if not ending.startswith("refused: ")] == []
-    assert saved - matter == set()
-    assert {f"{kind}.safetensors gone" for kind in ("model", "optimizer", "ema")} | {"state.json gone"} <= saved
-    for value in ("engine/updates", "engine/scale", "loop/step", "loop/bad_samples", "loop/trained_seconds"):
-        assert f"state.json {value} changed" in saved
-
-
-# -- the protocol, without DeepSpeed --
-
-
-class OneTensor:
-    """Stands for an engine: what checkpoint.py asks of one."""
-
-    def __init__(self, value: float, width: int = 3) -> None:
-        self.weight = torch.full((width,), float(value))
-        self.module = nn.ParameterDict({"w": self.weight})
-
-    def state(self) -> TrainingState:
-        moments = {moment: {"w": self.weight * k} for k, moment in enumerate(MOMENTS, start=2)}
-        return TrainingState({"w": self.weight.clone()}, moments, {"updates": float(self.weight[0])})
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"w": tuple(self.weight.shape)}
-
-    def load_state(self, state: TrainingState) -> None:
-        assert torch.equal(state.moments["exp_avg"]["w"], 2 * state.weights["w"])
-        assert state.scalars == {"updates": float(state.weights["w"][0])}
-        self.weight = state.weights["w"]
+from tests.support.checkpoints import renew_manifest
+from tests.support.one_tensor import OneTensor
 
 
 def save(folder: Path, step: int, *, keep: int = 9) -> Path:
@@ -197,7 +111,6 @@ ODD = {
 
 
 def test_damaged_and_odd_checkpoints_fall_back_to_the_last_whole_one(tmp_path):
-    assert len(ODD) == 27
     for number, (name, (file, change)) in enumerate(ODD.items()):
         folder = tmp_path / str(number)
         save(folder, 1)
@@ -275,10 +188,10 @@ def test_nothing_leads_out_of_the_folder(tmp_path):
         ("optimizer.safetensors", (2).to_bytes(8, "little") + b"{}"),
     ],
 )
-def test_a_sealed_checkpoint_with_odd_content_is_refused_and_changes_nothing(tmp_path, file, content):
+def test_odd_content_under_a_true_manifest_is_refused_and_changes_nothing(tmp_path, file, content):
     written = save(tmp_path, 1)
     (written / file).write_bytes(content)
-    reseal(written)
+    renew_manifest(written)
     engine = OneTensor(0)
     with pytest.raises(DataError, match=file):
         load_latest(tmp_path, engine)
@@ -297,8 +210,11 @@ def test_an_intact_checkpoint_of_the_same_step_is_left_alone(tmp_path):
 
 
 @pytest.mark.faults
-def test_killed_at_any_call_of_a_save_the_newest_intact_one_loads_and_the_next_save_cleans_up(tmp_path):
-    # Real processes, killed inside the thread of a real Saver: before its k-th call, or after half of a write.
+def test_after_a_kill_at_any_call_of_a_save_the_newest_intact_one_loads(tmp_path):
+    """Real processes, killed inside the thread of a real Saver: before its k-th call, or after half of a write.
+
+    The next save removes what a kill left.
+    """
     points = 0
     for point in itertools.count():
         folder = tmp_path / str(point)
@@ -326,7 +242,7 @@ def test_killed_at_any_call_of_a_save_the_newest_intact_one_loads_and_the_next_s
 
 
 def kill_at(point: int) -> None:
-    """Lets this process kill itself at the `point`-th of the calls that change or read files."""
+    """Let this process kill itself at the `point`-th of the calls that change or read files."""
     remaining = itertools.count(point, -1)
 
     def lethal(real, half):

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
@@ -16,7 +17,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize("works", [True, False])
-def test_left_open_it_is_for_gpus_with_a_compiler_below_zero_3(works, monkeypatch) -> None:
+def test_left_open_it_is_for_gpus_with_a_compiler_below_zero_3(works, monkeypatch):
     monkeypatch.setattr(compilation, "_compiler_failure", lambda device: None if works else "no compiler")
     assert [should_compile(None, GPU, zero=zero) for zero in range(4)] == [works, works, works, False]
     assert not should_compile(None, CPU, zero=0)
@@ -28,7 +29,7 @@ def test_left_open_it_is_for_gpus_with_a_compiler_below_zero_3(works, monkeypatc
             should_compile(True, CPU, zero=0)
 
 
-def test_a_machine_without_a_compiler_runs_without_one(monkeypatch, capsys) -> None:
+def test_a_machine_without_a_compiler_runs_without_one(monkeypatch, capsys):
     def fail(_):
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
 
@@ -41,12 +42,12 @@ def test_a_machine_without_a_compiler_runs_without_one(monkeypatch, capsys) -> N
     assert len(said) == 1 and "Failed to find C compiler" in said[0]
 
 
-def test_the_compiler_here_works() -> None:
+def test_the_compiler_here_works():
     assert compilation._compiler_failure.__wrapped__(CPU) is None
 
 
 @torch.no_grad()
-def test_compiled_inputs_and_drop_path_draw_what_eager_mode_draws(tmp_path) -> None:
+def test_compiled_inputs_and_drop_path_draw_what_eager_mode_draws(tmp_path):
     (tmp_path / "tiny.yaml").write_text("method: mae\n")
     shape = [
         "student.width=32",
@@ -69,10 +70,12 @@ def test_compiled_inputs_and_drop_path_draw_what_eager_mode_draws(tmp_path) -> N
         return [method(*prepare(pixels, positions))["loss"].item() for _ in range(4)]
 
     eager, split = losses(), prepare(pixels, positions)[1]
+    graphs = counters["stats"]["unique_graphs"]
     prepare = compile_function(prepare)
     compile_module(method)
     assert torch.equal(prepare(pixels, positions)[1].order, split.order)
     compiled = losses()
+    assert counters["stats"]["unique_graphs"] >= graphs + 2, "both were compiled"
     assert len(set(eager)) == 4  # other paths are dropped each time
     assert compiled == pytest.approx(eager, rel=1e-5)
     torch.compiler.reset()

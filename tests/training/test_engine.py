@@ -92,19 +92,20 @@ def test_gradients_are_averaged_bucket_by_bucket_while_the_backward_pass_runs(ru
     assert all(torch.equal(a, b) for a, b in zip(*means, strict=True))
 
 
-def test_a_caller_s_module_trains_at_every_stage_like_one_without_what_is_odd_about_it(run_scenario, tmp_path):
+def test_a_module_with_odd_parts_trains_like_a_plain_one_at_every_stage(run_scenario, tmp_path):
     """Memory formats and numbers without a dimension change no bit; all ranks go on with the statistics of rank 0."""
     first, second = run_scenario("given", tmp_path, ranks=2)
     assert set(first["time limits"]) == {50.0}, "of the second start, also for groups that are open"
     assert first[3, False] == 2 and first[3, True][0] is not None
     for zero in range(3):
-        (plain, _), (odd, mine), (_, theirs) = first[zero, True], first[zero, False], second[zero, False]
+        (plain, _), (odd, buffers), (_, other_buffers) = first[zero, True], first[zero, False], second[zero, False]
         for name, value in plain.weights.items():
             assert torch.equal(odd.weights[name].reshape(value.shape), value), (zero, name)
             assert odd.weights[name].is_contiguous()
         for name in ("running_mean", "running_var"):
             name = f"layers.1.{name}"
-            assert torch.equal(mine[name], theirs[name]) and torch.equal(mine[name], odd.weights[name]), (zero, name)
+            assert torch.equal(buffers[name], other_buffers[name]), (zero, name)
+            assert torch.equal(buffers[name], odd.weights[name]), (zero, name)
 
 
 def test_loss_scale_halves_at_once_and_doubles_after_the_interval():

@@ -17,7 +17,7 @@ DEVICE = torch.device("cuda", 0)
 PLANS = batch_plans(4096, world_size=8)  # 512, 256, 128, ... samples of each rank
 
 
-class Card:
+class CardOfKnownSize:
     """`fixed` bytes and `each` per sample; from `bends` samples on a trial takes `more` than the straight line.
 
     A quarter of `fixed` are gradients: the first trial makes them at its end, the later ones begin with them.
@@ -44,50 +44,51 @@ class Card:
         return fit_to_memory(PLANS, self.trial, device=DEVICE, later_bytes=int(later)).micro_batch
 
 
-def test_the_largest_share_that_fits_is_taken_after_one_step_of_it(monkeypatch) -> None:
+def test_the_largest_share_that_fits_is_taken_after_one_step_of_it(monkeypatch):
     for size, later, expected in ((80, 0, 512), (30, 0, 256), (30, 14, 128), (8, 0, 64)):
-        card = Card(size * GIB, fixed=2 * GIB, each=0.05 * GIB)
+        card = CardOfKnownSize(size * GIB, fixed=2 * GIB, each=0.05 * GIB)
         assert card.fit(monkeypatch, later=later * GIB) == expected
         assert card.trials == [8, 8, 16, expected]
 
 
-def test_a_share_that_takes_more_than_foreseen_gives_way_to_a_smaller_one(monkeypatch) -> None:
-    above = Card(40 * GIB, fixed=2 * GIB, each=0.05 * GIB, bends=512, more=30 * GIB)  # does not fit at all
+def test_a_share_that_takes_more_than_foreseen_gives_way_to_a_smaller_one(monkeypatch):
+    above = CardOfKnownSize(40 * GIB, fixed=2 * GIB, each=0.05 * GIB, bends=512, more=30 * GIB)  # does not fit at all
     assert above.fit(monkeypatch) == 256
-    near = Card(40 * GIB, fixed=2 * GIB, each=0.05 * GIB, bends=512, more=10 * GIB)  # fits, with too little left over
+    # fits, with too little left over
+    near = CardOfKnownSize(40 * GIB, fixed=2 * GIB, each=0.05 * GIB, bends=512, more=10 * GIB)
     assert near.fit(monkeypatch) == 256
 
 
-def test_what_never_fits_is_an_error_of_memory(monkeypatch) -> None:
+def test_what_never_fits_is_an_error_of_memory(monkeypatch):
     for fixed, later in ((3, 0), (0.4, 1.7)):  # no trial fits; one sample does, but not beside what comes later
         with pytest.raises(torch.OutOfMemoryError):
-            Card(2 * GIB, fixed=fixed * GIB, each=0.5 * GIB).fit(monkeypatch, later=later * GIB)
+            CardOfKnownSize(2 * GIB, fixed=fixed * GIB, each=0.5 * GIB).fit(monkeypatch, later=later * GIB)
 
 
-def test_where_sixteen_do_not_fit_the_line_is_drawn_by_fewer(monkeypatch) -> None:
-    card = Card(4 * GIB, fixed=GIB, each=0.3 * GIB)
+def test_where_16_samples_do_not_fit_trials_of_1_and_2_are_measured(monkeypatch):
+    card = CardOfKnownSize(4 * GIB, fixed=GIB, each=0.3 * GIB)
     assert card.fit(monkeypatch) == 8  # 3.4 of 3.68 GiB
     assert card.trials == [8, 8, 16, 1, 1, 2, 8]
 
 
-def test_jobs_that_share_a_card_share_its_memory(monkeypatch) -> None:
+def test_jobs_that_share_a_card_share_its_memory(monkeypatch):
     for jobs, expected in (("1", 512), ("2", 256), ("4", 128), ("", 512)):
         monkeypatch.setenv(GPU_JOBS_VARIABLE, jobs)
-        assert Card(40 * GIB, fixed=2 * GIB, each=0.05 * GIB).fit(monkeypatch) == expected
+        assert CardOfKnownSize(40 * GIB, fixed=2 * GIB, each=0.05 * GIB).fit(monkeypatch) == expected
 
 
-def test_all_ranks_take_what_fits_on_each_of_them_or_none(monkeypatch) -> None:
+def test_all_ranks_take_what_fits_on_each_of_them_or_none(monkeypatch):
     """The other rank, which is asked through a collective, fits a smaller share or nothing."""
     others: list[int] = []
     monkeypatch.setattr(memory_fit.distributed, "gather_objects", lambda number: [number, others[0]])
     others[:] = [2]
-    assert Card(80 * GIB, fixed=2 * GIB, each=0.05 * GIB).fit(monkeypatch) == 128
+    assert CardOfKnownSize(80 * GIB, fixed=2 * GIB, each=0.05 * GIB).fit(monkeypatch) == 128
     others[:] = [len(PLANS)]
     with pytest.raises(torch.OutOfMemoryError):
-        Card(80 * GIB, fixed=2 * GIB, each=0.05 * GIB).fit(monkeypatch)
+        CardOfKnownSize(80 * GIB, fixed=2 * GIB, each=0.05 * GIB).fit(monkeypatch)
     others[:] = [0]
     with pytest.raises(torch.OutOfMemoryError):  # this rank asks, too, before it raises
-        Card(2 * GIB, fixed=3 * GIB, each=0.5 * GIB).fit(monkeypatch)
+        CardOfKnownSize(2 * GIB, fixed=3 * GIB, each=0.5 * GIB).fit(monkeypatch)
 
 
 @pytest.mark.parametrize("size", [8, 64])

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from maedistill.errors import DataError, NumericsError
 from maedistill.runs import checkpoint
@@ -22,27 +21,8 @@ from maedistill.runs.async_saver import Saver
 from maedistill.runs.checkpoint import latest_step
 from maedistill.runs.records import AppendOnlyFile
 from maedistill.runs.restore import load_latest
-from maedistill.training.engine import MOMENTS, TrainingState
-
-
-class OneTensor:
-    """Stands for an engine of one rank; its weight is trained in place, as a real one's are."""
-
-    def __init__(self, size: int = 3) -> None:
-        self.module = nn.ParameterDict({"w": torch.zeros(size)})
-
-    @property
-    def weight(self) -> torch.Tensor:
-        return self.module["w"].data
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"w": tuple(self.weight.shape)}
-
-    def state(self) -> TrainingState:
-        return TrainingState({"w": self.weight.clone()}, {kind: {"w": self.weight.clone()} for kind in MOMENTS}, {})
-
-    def load_state(self, state: TrainingState) -> None:
-        self.weight.copy_(state.weights["w"])
+from tests.support.launch import ROOT
+from tests.support.one_tensor import OneTensor
 
 
 @pytest.fixture
@@ -219,8 +199,8 @@ def test_a_write_that_fails_beside_another_error_is_told(tmp_path, engine, capsy
 def test_a_dead_disk_keeps_no_dead_process_alive(tmp_path):
     program = f"""
 import sys, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import test_saver
+sys.path.insert(0, {str(ROOT)!r})
+from tests.training import test_saver
 from maedistill.runs import checkpoint
 from maedistill.runs import async_saver as saver
 checkpoint.save_file = lambda tensors, path: time.sleep(600)
@@ -233,9 +213,9 @@ with saver.Saver(test_saver.Path({str(tmp_path)!r}), keep=1) as saver:
     assert (ended.returncode, ended.stderr) == (4, "warning: step 1 is still being written: given up\n")
 
 
-def test_processes_forked_during_a_write_neither_write_nor_hang(tmp_path, engine):
+def test_processes_forked_during_a_write_neither_write_nor_hang(tmp_path):
     size = 300_000  # long enough for several forks
-    engine = OneTensor(size)
+    engine = OneTensor(width=size)
     forks = 0
     with Saver(tmp_path, keep=1) as saver:
         for step in range(1, 6):
@@ -254,7 +234,7 @@ def test_processes_forked_during_a_write_neither_write_nor_hang(tmp_path, engine
                     time.sleep(0.001)
                 forks += 1
     assert forks >= 5
-    fresh = OneTensor(size)
+    fresh = OneTensor(width=size)
     assert load_latest(tmp_path, fresh) == {"step": 5}
     assert torch.equal(fresh.weight, engine.weight)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000000005"]

@@ -27,7 +27,7 @@ ODD = (
 
 
 def cases(share: float) -> settings:
-    """Settings for a fuzzer that draws this share of all cases."""
+    """Return the settings for a fuzzer that draws this share of all cases."""
     wanted = os.environ.get("MAEDISTILL_FUZZ")
     return settings(
         max_examples=max(1, round(int(wanted or DEFAULT) * share)),

@@ -41,7 +41,7 @@ class Sandbox:
         self.started: tuple[subprocess.Popen, Connection] | None = None
 
     def __call__(self, case: Any) -> str:
-        """Judges one case: "taken" or the name of our error. Raises AssertionError where a promise was broken."""
+        """Judge one case: "taken" or the name of our error. Raise AssertionError where a promise was broken."""
         process, pipe = self.started = self.started or self._start()
         try:
             pipe.send(case)
@@ -57,19 +57,18 @@ class Sandbox:
         self.verdicts[verdict] += 1
         self.slowest = max(self.slowest, seconds)
         if broken:
-            (self.folder / "broken.pickle").write_bytes(
-                pickle.dumps(case)
-            )  # the smallest, once hypothesis has shrunk it
+            # the smallest, once hypothesis has shrunk it
+            (self.folder / "broken.pickle").write_bytes(pickle.dumps(case))
         assert not broken, broken
         return verdict
 
     def summary(self) -> str:
-        """How many cases, what became of them, the slowest."""
+        """Say how many cases there were, what became of them, and the slowest."""
         parts = ", ".join(f"{count} {name}" for name, count in self.verdicts.most_common())
         return f"{self.verdicts.total()} cases: {parts}; slowest {self.slowest:.2f} s of CPU"
 
     def close(self) -> None:
-        """Ends the child. Raises AssertionError where its cases left files open."""
+        """End the child. Raise AssertionError where its cases left files open."""
         if self.started:
             self.started[1].send(None)
             left = self.started[1].recv()
@@ -104,7 +103,7 @@ class Sandbox:
 
 
 def serve(module: ModuleType, pipe: Connection) -> None:
-    """The child's life: one verdict per case until None comes."""
+    """Be the child: send one verdict per case until None comes."""
     warnings.simplefilter("error", append=True)  # behind the filters that our own modules have set
     logging.disable()
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -124,7 +123,7 @@ def serve(module: ModuleType, pipe: Connection) -> None:
 
 
 def judge(module: ModuleType, case: Any) -> tuple[str, str | None]:
-    """(verdict, None), or (verdict, what was broken)."""
+    """Return (verdict, None), or (verdict, what was broken)."""
     try:
         module.check(case)
     except module.REFUSALS as error:

@@ -25,7 +25,7 @@ MARKERS = (b"\xff\xd8", b"\xff\xd9", b"\xff\xda", b"\xff\xc0", b"\xff\xc2", b"\x
 
 
 def check(case: tuple[bytes, bool]) -> None:
-    """Decodes as the loader does or, where the flag is set, converts as make_shards does."""
+    """Decode as the loader does or, where the flag is set, convert as make_shards does."""
     data, converts = case
     if converts:
         converted = convert(data)
@@ -132,7 +132,7 @@ def solid(
 
 
 def bombs() -> dict[str, tuple[bytes, str]]:
-    """Files that cost as much as they can, and what becomes of them."""
+    """Return files that cost as much as they can, and what becomes of them."""
     profile = b"a\0\0" + zlib.compress(bytes(100_000_000), 1)
     side, jpeg = 7999, SEEDS["jpeg"]
     return {

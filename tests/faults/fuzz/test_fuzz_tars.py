@@ -36,9 +36,15 @@ def check(data: bytes) -> None:
 
 
 def header(
-    name: bytes, size: bytes, kind: bytes, *, prefix: bytes = b"", magic: bytes = b"ustar\x0000", seal: bool = True
+    name: bytes,
+    size: bytes,
+    kind: bytes,
+    *,
+    prefix: bytes = b"",
+    magic: bytes = b"ustar\x0000",
+    sum_holds: bool = True,
 ) -> bytes:
-    """One block with these raw fields; its checksum is right unless `seal` is false."""
+    """One block with these raw fields; its checksum is right unless `sum_holds` is false."""
     fields = bytearray(BLOCK)
     fields[0:100] = name[:100].ljust(100, b"\0")
     fields[100:124] = b"0000644\0" * 3
@@ -48,7 +54,7 @@ def header(
     fields[156:157] = kind
     fields[257:265] = magic
     fields[345:500] = prefix[:155].ljust(155, b"\0")
-    fields[148:156] = b"%06o\0 " % ((sum(fields) + (not seal)) & 0o777777)
+    fields[148:156] = b"%06o\0 " % ((sum(fields) + (not sum_holds)) & 0o777777)
     return bytes(fields)
 
 
@@ -99,7 +105,7 @@ SIZES = st.one_of(
 FIELDS = {
     "prefix": st.sampled_from([b"", b"", b"", b"folder", b"..", b"/", b"x" * 155]),
     "magic": st.sampled_from([b"ustar\x0000"] * 4 + [b"ustar  \0", bytes(8), b"star\0\0\0\0"]),
-    "seal": st.sampled_from([True] * 15 + [False]),
+    "sum_holds": st.sampled_from([True] * 15 + [False]),
 }
 FILES = st.builds(
     entry, NAMES, DATA, st.sampled_from([b"0"] * 8 + [b"\0", b"5", b"1", b"2", b"3", b"6", b"7", b"S", b"K"]),

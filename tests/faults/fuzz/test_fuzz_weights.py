@@ -56,7 +56,7 @@ def good_checkpoint() -> Files:
     return weights | {"state.json": json.dumps(document).encode()}
 
 
-def sealed(files: Files) -> dict[str, Any]:
+def manifest_of(files: Files) -> dict[str, Any]:
     """The manifest that vouches for these files."""
     lines = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     return {"format": 1, "files": lines}
@@ -151,7 +151,7 @@ CONTENTS = st.dictionaries(KEYS, st.one_of(st.sampled_from(ODD_TENSORS), st.samp
 
 
 def test_what_is_not_damaged_is_taken(sandbox):
-    assert sandbox(("checkpoint", forged(CHECKPOINT, sealed(CHECKPOINT)))) == "taken"
+    assert sandbox(("checkpoint", forged(CHECKPOINT, manifest_of(CHECKPOINT)))) == "taken"
     assert sandbox(("safetensors", save(VIT))) == "taken"
     assert [sandbox(("pth", data)) for data in PTHS.values()] == ["taken"] * len(PTHS)
 
@@ -166,7 +166,7 @@ def test_checkpoints_whose_checksums_hold(sandbox, name, grown, edits, is_listed
         header, body = unpacked(data)
         data = packed(regrown(header, grown), body)
     files[name] = edited(data, edits)
-    sandbox(("checkpoint", forged(files, sealed(files if is_listed else files | {name: CHECKPOINT[name]}))))
+    sandbox(("checkpoint", forged(files, manifest_of(files if is_listed else files | {name: CHECKPOINT[name]}))))
 
 
 @cases(0.03)
@@ -174,7 +174,7 @@ def test_checkpoints_whose_checksums_hold(sandbox, name, grown, edits, is_listed
 @example([], [("insert", 0, b"[" * 20_000)], [])
 @example([], [], [("COMPLETE", [("set", 0, 255)])])
 def test_manifests_that_lie(sandbox, grown, edits, damages):
-    files = forged(CHECKPOINT, regrown(sealed(CHECKPOINT), grown), edits)
+    files = forged(CHECKPOINT, regrown(manifest_of(CHECKPOINT), grown), edits)
     for name, damage in damages:
         files[name] = edited(files[name], damage)
     sandbox(("checkpoint", files))
