@@ -4,11 +4,14 @@ The tiny run: 96 images of 32 px in 4 shards, a ViT of 32 x 2 with 16 patches, 1
 takes a second or two, so tests share runs where they can.
 """
 
+import importlib
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -19,6 +22,7 @@ from PIL import Image
 
 from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards
+from maedistill.errors import exit_code_of
 from tests.support.launch import ROOT, Finished, Launcher, Tool
 from tests.support.messages import Messages
 
@@ -134,6 +138,18 @@ def write_shards(pictures: Path, out: Path) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file)
     make_shards(open_folder(pictures), out, images_per_shard=24)
+
+
+@pytest.fixture
+def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """`maedistill NAME WORDS` in this process: its exit code, and what it printed."""
+
+    def start(name: str, *words: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["maedistill", name, *map(str, words)])
+        main = importlib.import_module(f"maedistill.commands.{name}").main
+        return SimpleNamespace(code=exit_code_of(main), **capsys.readouterr()._asdict())
+
+    return start
 
 
 @pytest.fixture(scope="session")

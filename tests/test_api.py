@@ -25,7 +25,7 @@ from maedistill.errors import ConfigError
 from maedistill.finetuning.setup import open_finetuning
 from maedistill.pretraining.setup import open_pretraining
 from maedistill.runs.objects import Objects, python_name
-from tests.data.tar_files import encode
+from tests.data.pictures import encode
 from tests.support.launch import ROOT
 
 

@@ -24,7 +24,8 @@ from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.settle import settle
-from tests.data.tar_files import encode, write_tar
+from tests.data.pictures import encode
+from tests.data.tar_files import write_tar
 from tests.faults.notes import witnessed
 
 EPOCH = 8  # steps

@@ -133,7 +133,7 @@ OVERRIDES = [
     "more_teachers=timm:resnet50",
 ]
 
-# The same on top of FINETUNE; what both stages share is above.
+# On top of FINETUNE: its own keys, and rules that it must not lack.
 FINETUNE_OVERRIDES = [
     # the other stage's, and its neighbours
     "masks.student_keep_ratio=0.5",
@@ -176,7 +176,6 @@ FINETUNE_OVERRIDES = [
     "data.image_size=230",
     "student.num_heads=7",
     "augment.rand_augment=m9",
-    "augment.rand_augment=rand-m9.5",
     "optim.global_batch=1023",
     "engine.micro_batch=1",
     # distillation, whose terms are sections in a section

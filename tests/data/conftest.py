@@ -10,7 +10,11 @@ from maedistill.data.remote.download import RetryPolicy
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files`; each request for a tar takes one fault off the list. Notes what it was asked for."""
+    """Serves `files`; each request for a tar takes one fault off the list. Notes what it was asked for.
+
+    Faults: a status ("503"); "to URL", a redirect; "cut" and "stall", which end or stop after half; "cut, no length";
+    "lie", which states half the length; "flip", a wrong bit in the first byte.
+    """
 
     daemon_threads = True
 

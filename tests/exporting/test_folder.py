@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +18,6 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 
-from maedistill.commands import export as export_command
-from maedistill.errors import exit_code_of
 from maedistill.exporting import folder as module
 from maedistill.exporting.folder import export, read_record
 from maedistill.models.encoder import MaskedEncoder
@@ -113,22 +112,17 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def tool(monkeypatch, capsys) -> Callable[..., SimpleNamespace]:
-    """`maedistill export` with some arguments, in this process: its exit code and what it printed."""
-
-    def start(*arguments: Any) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["maedistill", "export", *map(str, arguments)])
-        return SimpleNamespace(code=exit_code_of(export_command.main), **capsys.readouterr()._asdict())
-
-    return start
+def tool(run_command) -> Callable[..., SimpleNamespace]:
+    """`maedistill export` in this process."""
+    return partial(run_command, "export")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_timm_alone_gives_the_outputs_of_the_run_to_the_last_bit(cases, name):
     case = cases[name]
     tokens, output = torch.load(case.folder / "outputs.pt")
-    wanted_tokens, wanted = case.expected()
-    assert torch.equal(tokens, wanted_tokens) and torch.equal(output, wanted)
+    expected_tokens, expected = case.expected()
+    assert torch.equal(tokens, expected_tokens) and torch.equal(output, expected)
     assert output.std() > 0.01
     assert set(load_file(case.folder / "export/model.safetensors")) == set(case.vit.state_dict())
 
@@ -181,7 +175,7 @@ def drop_average(run: Path) -> None:
     write_snapshot(run / "checkpoints", take_snapshot(step=8, engine=engine, state={}), keep=1)
 
 
-def old_facts(run: Path) -> None:
+def old_metadata(run: Path) -> None:
     (run / "run.json").write_text('{"license": "mit"}')
 
 
@@ -189,7 +183,8 @@ def old_facts(run: Path) -> None:
     ("spoil", "arguments", "code", "cause"),
     [
         (lambda run: (run / "run.json").unlink(), [], 3, "its run.json is not there"),
-        (old_facts, [], 3, "its run.json does not say its stage, network, input"),
+        (lambda run: run.rename(run.parent / "elsewhere"), [], 3, "there is no such folder"),
+        (old_metadata, [], 3, "its run.json does not say its stage, network, input"),
         (lambda run: (run / "checkpoints").rename(run / "elsewhere"), [], 3, "holds no checkpoint"),
         (truncate, [], 3, "is intact: step_000000007"),
         (drop_average, ["--ema"], 3, "kept no moving average"),
@@ -218,7 +213,6 @@ def test_pooling_that_a_network_cannot_have_is_refused(tool, tmp_path):
     for run, cause in ((bare, "no class token"), (tuned, "was fine-tuned with avg pooling")):
         ended = tool(run, "--global-pool", "token")
         assert ended.code == 2 and cause in ended.err and not (run / "export").exists()
-    assert tool(tmp_path / "nowhere").code == 3
 
 
 def wrong_weights(vit: VisionTransformer, folder: str, **keywords: Any) -> None:

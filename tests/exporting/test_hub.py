@@ -1,7 +1,6 @@
 """Pushes to a hub of our own: the export and its card, in one commit, and nothing else; the token in one header."""
 
 import json
-import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from maedistill.commands import export as command
-from maedistill.errors import ConfigError, exit_code_of
-from maedistill.exporting.hub import push, require_pushable
-from maedistill.weights.from_run import read_metadata
+from maedistill.exporting.hub import push
 from tests.exporting.hub_server import TOKEN, Hub, Repository, hub_server
 from tests.exporting.imitation import START, imitate, random_vit
 
@@ -44,14 +40,13 @@ def pushed(launcher, shards, tmp_path_factory) -> SimpleNamespace:
 
 
 @pytest.fixture
-def tool(monkeypatch, capsys) -> Callable[..., SimpleNamespace]:
+def tool(monkeypatch, run_command) -> Callable[..., SimpleNamespace]:
     """`maedistill export` in this process, for a hub: its exit code and what it printed."""
 
     def start(hub: Hub, *arguments: Any) -> SimpleNamespace:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(sys, "argv", ["maedistill", "export", *map(str, arguments)])
-        return SimpleNamespace(code=exit_code_of(command.main), **capsys.readouterr()._asdict())
+        return run_command("export", *arguments)
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     return start
@@ -171,44 +166,43 @@ def test_only_files_of_an_export_are_pushed(tool, tmp_path, monkeypatch):
     assert files.keys() == {".gitattributes", "README.md", "export.json", "model.safetensors"}
 
 
-def test_a_license_stays_over_two_runs(finetuning, tmp_path):
-    first = imitate(tmp_path / "first", random_vit(num_classes=0), license="research only")
-    second = finetuning("second", f"init.source=run:{first}", "optim.epochs=1")
-    assert read_metadata(second.run)[1]["license"] == "research only"
-    ended = finetuning("third", f"init.source=run:{second.run}", "init.license=mit", code=2)
-    assert "init.license: 'mit' is not the license of the source" in ended.err
-
-
-def test_a_finished_run_that_starts_again_renews_the_license_alone(finetuning, mae):
-    words = (f"init.source=run:{mae.run}", "optim.epochs=1")
-    first = finetuning("licensed", *words)
-    trained = (first.last_checkpoint() / "model.safetensors").read_bytes()
-    assert read_metadata(first.run)[1]["license"].startswith("yours")
-    again = finetuning("licensed", *words, "init.license=unknown")
-    with pytest.raises(ConfigError, match=r"not stated \(unknown\).*\n.*init\.license"):
-        require_pushable(NAME, again.run)
-    finetuning("licensed", *words, "init.license=mit")
-    assert read_metadata(first.run)[1]["license"] == "mit"
-    assert (first.last_checkpoint() / "model.safetensors").read_bytes() == trained
-
-
-def test_who_may_see_it_and_what_the_hub_refuses(tool, tmp_path, monkeypatch):
+def test_a_repository_is_public_if_asked_for_and_stays_what_it_is(tool, tmp_path):
     run = imitate(tmp_path / "run", random_vit())
     with hub_server() as hub:
         assert tool(hub, run, "--push-to-hub", NAME, "--public").code == 0 and not hub.repos[NAME].private
         ended = tool(hub, run, "--push-to-hub", NAME)
-        assert ended.code == 2 and "is public already" in ended.err and len(hub.repos[NAME].commits) == 1
+    assert ended.code == 2 and "is public already" in ended.err and len(hub.repos[NAME].commits) == 1
+
+
+def test_a_hub_that_refuses_or_is_gone_is_an_error_without_the_token(tool, tmp_path):
+    run = imitate(tmp_path / "run", random_vit())
+    with hub_server() as hub:
         hub.refuses = 403
         ended = tool(hub, run, "--push-to-hub", NAME)
-        error, fix = ended.err.splitlines()
-        assert ended.code == 3 and "403" in error and "the token may write there" in fix and TOKEN not in ended.err
+    error, fix = ended.err.splitlines()
+    assert ended.code == 3 and "403" in error and "the token may write there" in fix and TOKEN not in ended.err
     assert tool(hub, run, "--push-to-hub", NAME).code == 3, "nobody is there any more"
-    assert tool(hub, run, "--public").code == 2
-    ended = tool(hub, run, "--push-to-hub", "")  # a variable of the shell that is not set
-    assert ended.code == 2 and "--push-to-hub" in ended.err
-    assert tool(hub, run, "--val", tmp_path / "no", "--out", tmp_path / "new").code == 3
+
+
+def test_options_without_a_repository_are_refused(tool, tmp_path):
+    run = imitate(tmp_path / "run", random_vit())
+    with hub_server() as hub:
+        assert tool(hub, run, "--public").code == 2
+        ended = tool(hub, run, "--push-to-hub", "")  # a variable of the shell that is not set
+    assert ended.code == 2 and "--push-to-hub" in ended.err and not hub.requests
+
+
+def test_shards_that_are_not_there_are_named_before_the_export(tool, tmp_path):
+    run = imitate(tmp_path / "run", random_vit())
+    with hub_server() as hub:
+        assert tool(hub, run, "--val", tmp_path / "no", "--out", tmp_path / "new").code == 3
     assert not (tmp_path / "new").exists()
+
+
+def test_a_push_without_a_token_is_refused(tool, tmp_path, monkeypatch):
+    run = imitate(tmp_path / "run", random_vit())
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-    ended = tool(hub, run, "--push-to-hub", NAME)
+    with hub_server() as hub:
+        ended = tool(hub, run, "--push-to-hub", NAME)
     assert ended.code == 2 and "no token" in ended.err

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +10,7 @@ from typing import Any
 import pytest
 from matplotlib.collections import PathCollection
 
-from maedistill.commands import compare as command
-from maedistill.errors import DataError, exit_code_of
+from maedistill.errors import DataError
 from maedistill.exporting.scorecards import read_rows
 from maedistill.report import charts
 
@@ -38,7 +36,7 @@ def write_export(folder: Path, network: str, *, kinds: tuple[str, ...] = ("timm"
 
 
 @pytest.fixture
-def tool(monkeypatch, capsys, tmp_path) -> Callable[..., SimpleNamespace]:
+def tool(monkeypatch, run_command, tmp_path) -> Callable[..., SimpleNamespace]:
     """`maedistill compare`: its exit code, what it printed and drew, its page and its JSON."""
     drawn = []
     new_canvas = charts.new_canvas
@@ -46,8 +44,7 @@ def tool(monkeypatch, capsys, tmp_path) -> Callable[..., SimpleNamespace]:
 
     def start(*given: Any) -> SimpleNamespace:
         out = tmp_path / "out"
-        monkeypatch.setattr(sys, "argv", ["maedistill", "compare", *map(str, given), "--out", str(out)])
-        ended = SimpleNamespace(code=exit_code_of(command.main), **capsys.readouterr()._asdict())
+        ended = run_command("compare", *given, "--out", out)
         if not ended.code:
             ended.page = (out / "comparison.md").read_text()
             ended.rows = json.loads((out / "comparison.json").read_text())["rows"]

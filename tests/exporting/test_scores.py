@@ -2,18 +2,17 @@
 
 import io
 import json
-import sys
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from maedistill.commands import export as command
-from maedistill.errors import exit_code_of
 from maedistill.evaluation import exits
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.latency import measure_latency
@@ -50,21 +49,16 @@ def run(tmp_path) -> Path:
 
 
 @pytest.fixture
-def tool(monkeypatch, run) -> Callable[..., int]:
-    """`maedistill export` of the run, in this process: its exit code."""
+def tool(monkeypatch, run, run_command) -> Callable[..., SimpleNamespace]:
+    """`maedistill export` of the run, in this process."""
     monkeypatch.setattr(
         "maedistill.evaluation.scorecard.measure_latency", lambda *a, **k: measure_latency(*a, **k, seconds=0.05)
     )
-
-    def start(*words: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["maedistill", "export", str(run), *map(str, words)])
-        return exit_code_of(command.main)
-
-    return start
+    return partial(run_command, "export", run)
 
 
 def test_members_are_those_of_the_run(run, tool, tmp_path, monkeypatch):
-    assert tool("--val", shard(tmp_path / "val.tar")) == 0
+    assert tool("--val", shard(tmp_path / "val.tar")).code == 0
     assert json.loads((run / "export/scorecard_timm.json").read_text())["images"] == 6
     network = open_network(f"run:{run}", "classifier")  # in place of exits, which this run has not
     monkeypatch.setattr(exits, "_open_all", lambda *_: ([0], [network, network]))
@@ -75,7 +69,7 @@ def test_members_are_those_of_the_run(run, tool, tmp_path, monkeypatch):
     assert run_members(run) == (None, None)
 
 
-def test_what_can_be_known_before_the_work_is_said_before_it(run, tool, tmp_path, monkeypatch, capsys):
+def test_what_can_be_known_before_the_work_is_said_before_it(run, tool, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_replace", lambda *_: pytest.fail("the work began"))
     right, wrong = shard(tmp_path / "right.tar"), shard(tmp_path / "wrong.tar", label=7)
     for words, cause in (
@@ -83,5 +77,5 @@ def test_what_can_be_known_before_the_work_is_said_before_it(run, tool, tmp_path
         (["--int8", "--val", right, "--calibration", tmp_path / "none-*.tar"], "none-*.tar"),
         (["--format", "onyx", "--val", right], "onyx"),
     ):
-        assert tool(*words) in (2, 3)
-        assert cause in capsys.readouterr().err
+        ended = tool(*words)
+        assert ended.code in (2, 3) and cause in ended.err

@@ -74,7 +74,8 @@ def test_a_file_without_a_final_norm_has_none_in_evaluation(tmp_path):
     network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **shape).eval()
     weights, images = network.state_dict(), torch.randn(2, 3, 32, 32)
     for name, value in weights.items():
-        value.normal_(std=0.2) if "pos" not in name else None
+        if "pos" not in name:
+            value.normal_(std=0.2)
     pooled = weights | {"fc_norm.weight": weights.pop("norm.weight"), "fc_norm.bias": weights.pop("norm.bias")}
     torch.save({name: value for name, value in pooled.items() if not name.startswith("norm.")}, tmp_path / "a.pth")
     source, tokens = f"file:{tmp_path}/a.pth", walk(network, images, 3)[:, 1:]

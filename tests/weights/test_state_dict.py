@@ -64,17 +64,10 @@ def test_published_key_styles_are_renamed_completely(name, parts, dropped):
     assert len(imported.weights) == tensors - merged
 
 
-def test_wrappers_and_prefixes_are_taken_off():
+def test_a_wrapper_of_a_whole_state_dict_comes_off_and_odd_keys_are_passed_over():
     state = vit().state_dict()
     plain = import_weights(state).weights
-    for content in (
-        {"model": state, "epoch": 3},
-        {"state_dict": {f"module.{key}": value for key, value in state.items()}},
-        {"module": state},
-        {f"_orig_mod.{key}": value for key, value in state.items()} | {7: "a number as a key"},
-        {f"encoder.vit.{key}": value for key, value in state.items()},  # ours
-        {f"encoder.{key}": value for key, value in state.items()},  # AMD's
-    ):
+    for content in ({"module": state}, state | {7: "a number as a key"}):
         assert import_weights(content).weights.keys() == plain.keys()
 
 
@@ -113,8 +106,8 @@ def test_patches_of_one_video_frame_are_image_patches_and_of_two_are_not():
 
 def test_what_does_not_belong_is_named():
     state = vit().state_dict()
-    assert "1 keys belong to no ViT" in refusal(vit(), state | {"rope.freqs": torch.zeros(3)})
-    assert "rope.freqs" in refusal(vit(), state | {"rope.freqs": torch.zeros(3)})
+    cause = refusal(vit(), state | {"rope.freqs": torch.zeros(3)})
+    assert "1 keys belong to no ViT" in cause and "rope.freqs" in cause
     assert "blocks.2." in refusal(vit(), vit(depth=3).state_dict())  # a deeper model than teacher.model says
     assert "blocks.0.ls1.gamma" in refusal(vit(), state | {"blocks.0.ls1.gamma": torch.zeros(32)})
     assert "reg_token" in refusal(vit(), vit(register_tokens=4).state_dict())
@@ -141,10 +134,10 @@ def test_a_wrong_shape_is_named_with_both(key):
     assert f"{key} is (1, 3, 5)" in cause and str(tuple(state[key].shape)) in cause
 
 
-def test_a_wider_or_narrower_file_is_refused():
-    assert "is (48,)" in refusal(vit(), vit(width=48).state_dict()) or "48" in refusal(
-        vit(), vit(width=48).state_dict()
-    )
+@pytest.mark.parametrize("width", [16, 48])
+def test_a_wider_or_narrower_file_is_refused(width):
+    cause = refusal(vit(), vit(width=width).state_dict())
+    assert f"{width})" in cause and "32)" in cause, "the file's shape and the model's"
 
 
 @pytest.mark.parametrize(
@@ -219,7 +212,7 @@ def test_a_damaged_file_is_a_data_error_wherever_it_is_damaged(tmp_path, kind):
             except DataError as error:
                 refused += 1
                 assert str(file) in error.cause and "\n" not in error.cause and "trust" not in error.cause
-    assert refused > 60
+    assert refused > 60  # of 120: every cut is refused, of the changed bytes those that matter
 
 
 def test_a_file_without_rights_is_not_called_missing(tmp_path, monkeypatch):
@@ -248,7 +241,7 @@ def test_a_missing_file_another_checksum_and_what_is_no_state_dict_are_refused(t
             import_weights(content)
 
 
-def test_every_plain_timm_model_of_the_papers_round_trips():
+def test_all_keys_of_timms_plain_vits_are_known():
     """The names in timm's state dicts are all understood, layer scale, registers and norms before the blocks too."""
     for name in (
         "vit_tiny_patch16_224",

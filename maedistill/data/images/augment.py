@@ -16,7 +16,6 @@ column in place, so here it keeps the right column in half of the images.
 """
 
 import random
-import re
 from typing import Any
 
 import numpy as np
@@ -30,12 +29,9 @@ from timm.data.transforms import str_to_pil_interp
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
+from maedistill.config.rand_augment import NOTATION
 from maedistill.errors import ConfigError
 from maedistill.randomness import Stream, key
-
-# timm silently ignores a section that it does not know, e.g. `inc` without its number. Its sets t3a and t3aw are
-# excluded: they are 3-Augment, which is incomplete without colour jitter.
-_SPEC = re.compile(r"rand(-((m|n|mmax|inc)\d+|(p|mstd)\d+(\.\d+)?|tweights))*")
 
 
 class RandAugment:
@@ -47,7 +43,7 @@ class RandAugment:
     """
 
     def __init__(self, spec: str, *, size: int, mean: tuple[float, float, float], seed: int) -> None:
-        if not _SPEC.fullmatch(spec):
+        if not NOTATION.fullmatch(spec):
             raise _wrong(spec)
         self.seed = seed
         options = {
@@ -56,9 +52,6 @@ class RandAugment:
             "interpolation": str_to_pil_interp("bicubic"),
         }
         self.transform = rand_augment_transform(spec, options)
-        weights = self.transform.choice_weights
-        if weights is not None and self.transform.num_layers > len(weights):  # drawn without replacement
-            raise _wrong(spec)
         for operation in self.transform.ops:
             if operation.aug_fn is posterize:
                 operation.aug_fn = _posterize

@@ -5,10 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from maedistill.config.plan import batch_plan
 from maedistill.data.loading.loader import training_batches
 from maedistill.data.shards.open_index import open_index
-from tests.data.tar_files import bomb, crops_of, encode, write_tar
+from tests.data.crops import crops_of, one_rank
+from tests.data.pictures import bomb, encode
+from tests.data.tar_files import write_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's own threads
 
@@ -68,10 +69,9 @@ def test_each_kind_of_image_is_read_or_replaced_and_named(oddities, key):
         assert torch.equal(again.images, batch.images) and again.bad == batch.bad
 
 
-def test_every_bad_image_of_an_epoch_is_listed_and_no_other(oddities):
+def test_every_bad_image_is_listed_in_every_epoch_and_no_other(oddities):
     count = len(oddities)
-    keywords = {"plan": batch_plan(12, 12, world_size=1), "rank": 0, "world_size": 1, "device": torch.device("cpu")}
-    batches = list(training_batches(crops_of(oddities), 0, count, workers=2, **keywords))  # twelve epochs
+    batches = list(training_batches(crops_of(oddities), 0, count, workers=2, **one_rank(12)))  # twelve epochs
     positions = torch.cat([batch.positions for batch in batches])
     assert positions.tolist() == list(range(12 * count))
     named = [line.split(": ")[0].rpartition(":")[2] for batch in batches for line in batch.bad]

@@ -71,9 +71,9 @@ def test_the_draws_are_those_of_every_run_so_far():
     assert "".join(str(int(value)) for value in mirrored) == "100110110001001011010011"
 
 
-def test_crops_of_500_photographs_differ_from_the_plain_paths_by_a_level_at_most_on_average(shared):
+def test_crops_of_500_photographs_differ_from_the_plain_paths_by_half_a_level_on_average(shared):
     """The plain path: Pillow decodes, crops and resizes, ToTensor scales. The box is the same."""
-    files, total = sorted((shared / "data" / "imagenet500").rglob("*.*")), 0.0
+    files = sorted((shared / "data" / "imagenet500").rglob("*.*"))
     assert len(files) == 500
     for file, row in zip(files, draws(len(files)), strict=True):
         image = decode_rgb(file.read_bytes())
@@ -83,11 +83,8 @@ def test_crops_of_500_photographs_differ_from_the_plain_paths_by_a_level_at_most
                 opened.convert("RGB"), top, left, height, width, [224, 224], interpolation=InterpolationMode.BICUBIC
             )
         difference = (vision.to_tensor(plain) * 255 - crop(image, box, size=224)).abs()
-        assert difference.mean() < 0.5 and (difference > 1.5).float().mean() < 0.02, (
-            file
-        )  # of weights, and once per pass
-        total += float(difference.mean())
-    assert total / len(files) <= 1
+        # the resize rounds its weights, and its result after each of two passes
+        assert difference.mean() < 0.5 and (difference > 1.5).float().mean() < 0.02, file
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -135,8 +132,9 @@ def test_half_are_mirrored_by_seed_and_position_alone():
     assert torch.equal(random_flip(images[order], positions[order], seed=1), flipped[order])
     other = (random_flip(images, positions, seed=2) == images.flip(-1)).flatten(1).all(1)
     assert 400 < (other != mirrored).sum() < 600
-    crops = torch.tensor([row[0] for row in draws(1000)]) < 0.5
-    assert 400 < (random_flip(images, torch.arange(1000), seed=0) != images).flatten(1).any(1).ne(crops).sum() < 600
+    # the flip is drawn apart from the crop
+    small = torch.tensor([row[0] for row in draws(1000)]) < 0.5
+    assert 400 < (random_flip(images, torch.arange(1000), seed=0) != images).flatten(1).any(1).ne(small).sum() < 600
 
 
 def test_values_are_scaled_and_normalised_per_channel():

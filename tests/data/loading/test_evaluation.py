@@ -9,9 +9,18 @@ from PIL import Image
 from timm.data import create_transform
 
 from maedistill.data.images.decode import decode_rgb
-from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform, exact_batches, rank_share
+from maedistill.data.loading.evaluation import (
+    PADDING,
+    EvaluationImages,
+    centre_transform,
+    evaluation_transform,
+    exact_batches,
+    rank_share,
+    undecodable,
+)
 from maedistill.data.shards.open_index import open_index
-from tests.data.tar_files import encode, write_tar
+from tests.data.pictures import encode
+from tests.data.tar_files import write_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's own threads
 N = 101
@@ -64,6 +73,27 @@ def test_every_image_comes_once_for_any_ranks_batch_and_workers(index, world_siz
     assert len(seen) == N + -N % world_size
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_come_in_the_order_asked_for_and_as_often(index, workers):
+    samples = torch.tensor([9, 0, 4, 4, 2])
+    asked = EvaluationImages(index, samples, evaluation_transform(size=8, crop=1.0))
+    images, labels, ids = map(torch.cat, zip(*exact_batches(asked, batch=2, workers=workers), strict=True))
+    assert torch.equal(ids, samples) and torch.equal(labels, samples % 7)
+    assert torch.equal(images[2], images[3]) and not torch.equal(images[1], images[2])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_is_marked_and_not_replaced(tmp_path, workers):
+    """It counts as padding does, and can be told from it."""
+    whole = encoded(20, 30, "PNG")
+    index = write_shard(tmp_path / "a.tar", {"0": (whole, 5), "1": (whole[:300], 2), "2": (whole, 4)})
+    asked = EvaluationImages(index, torch.tensor([1, 2]), centre_transform(size=8, crop_pct=1.0))
+    images, labels, ids = zip(*exact_batches(asked, batch=1, workers=workers), strict=True)
+    assert not images[0].any() and images[1].any()
+    assert [int(label) for label in labels] == [-1, 4] and [int(i) for i in ids] == [undecodable(1), 2]
+    assert undecodable(undecodable(1)) == 1 and undecodable(0) < PADDING
+
+
 def test_a_share_of_anything_has_the_same_length_on_all_ranks():
     for n in range(8):
         for world_size in range(1, 10):
@@ -112,7 +142,7 @@ def test_an_image_of_extreme_aspect_costs_no_more_than_others(keywords, shape):
         pixels = transform(image)
     height, width = keywords["size"] if isinstance(keywords["size"], tuple) else (keywords["size"],) * 2
     assert pixels.shape == (3, height, width) and pixels[:, height // 2, width // 2].tolist() == [9, 99, 199]
-    assert all(w * h <= 64_000_000 // 64 for w, h in tracked)
+    assert tracked and max(w * h for w, h in tracked) <= 1_000_000  # 60,000 x 1 as a whole: at least 36 x 2,160,000
 
 
 def test_the_whole_of_a_small_image_is_that_image():

@@ -19,11 +19,12 @@ from maedistill.data.images.kept import KeptImages, table_bytes
 from maedistill.data.loading import keeping
 from maedistill.data.loading.dataset import open_dataset
 from maedistill.data.loading.keeping import keep_decoded, room_for
-from maedistill.data.loading.loader import BatchSampler, RandomCrops, host_batches
-from maedistill.data.loading.order import SampleOrder
+from maedistill.data.loading.loader import BatchSampler, host_batches
 from maedistill.data.shards.open_index import open_index
 from maedistill.errors import ConfigError
-from tests.data.tar_files import encode, write_tar
+from tests.data.crops import crops_of
+from tests.data.pictures import encode
+from tests.data.tar_files import write_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's own threads
 COUNT, BAD, BATCH, STEPS = 12, 2, 6, 8  # four epochs
@@ -42,13 +43,6 @@ def index(tmp_path_factory):
         members[f"{i:03d}.{kind.lower()}"] = encode(Image.fromarray(pixels).convert(mode), kind, exif=exif)
     members |= {"001.jpeg": b"no image", "005.jpeg": members["005.jpeg"][:200]}
     return open_index(str(write_tar(tmp_path_factory.mktemp("tars") / "a.tar", members)), apply_exif=True)
-
-
-def crops_of(index, *, kept=None, views=1, augment=None):
-    order = SampleOrder(index.starts, seed=3, views=views)
-    crops = RandomCrops(index, order, seed=3, size=16, scale=(0.2, 1.0), ratio=(0.75, 4 / 3), augment=augment)
-    crops.reader.kept = kept
-    return crops
 
 
 def batches_of(crops, *, ranks=1, workers=0, first_step=0):
@@ -125,7 +119,7 @@ def test_a_data_set_of_planar_tensors_is_cropped_as_without(monkeypatch):
     assert all(torch.equal(kept.reader.kept.get(i), pictures[i]) for i in range(6))
 
 
-def test_memory_is_taken_as_images_come_and_stays_within_the_bound(index):
+def test_memory_is_taken_as_images_come_and_stays_within_the_bound():
     """PSS: what this process has of the file, which it shares with nobody here."""
 
     def pss() -> int:
@@ -196,15 +190,18 @@ def test_two_images_never_take_the_same_place(index, monkeypatch):
 
     child = os.fork()
     if not child:
-        monkeypatch.setattr(os, "posix_fallocate", slowly)
-        kept.put(0, images[0])
-        os._exit(0)
+        try:
+            monkeypatch.setattr(os, "posix_fallocate", slowly)
+            kept.put(0, images[0])
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(write)  # so that the read ends if the child does
     os.read(read, 1)  # the child has chosen its place
     kept.put(2, images[2])
     assert os.waitpid(child, 0)[1] == 0
     assert torch.equal(kept.get(0), images[0]) and torch.equal(kept.get(2), images[2])
     os.close(read)
-    os.close(write)
 
 
 def test_a_process_killed_amid_an_image_blocks_nobody_and_leaves_no_half(index):
@@ -262,7 +259,7 @@ def test_the_room_decides(index, monkeypatch):
         assert not room_for(crops, setting).is_enough
         monkeypatch.delenv("MAEDISTILL_JOBS")
         monkeypatch.setattr(keeping, "free_memory", lambda exact=exact, share=share: exact - share)
-    with pytest.raises(ConfigError, match=r"true: 12 images take about 0 MB decoded, more than 0 MB, half of the free"):
+    with pytest.raises(ConfigError, match=r"data\.keep_decoded=true: 12 images"):
         keep_decoded(crops, True)
     assert crops.reader.kept is None
     monkeypatch.setattr(keeping, "free_memory", lambda: 100)

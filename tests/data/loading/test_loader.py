@@ -1,8 +1,8 @@
 """The loader: the same samples, crops, flips and masks in any layout; bad images replaced, and errors that arrive."""
 
-import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,21 +10,17 @@ from PIL import Image
 
 from maedistill.config.plan import batch_plan
 from maedistill.data.images.augment import RandAugment
-from maedistill.data.images.transforms import random_flip, to_float01
+from maedistill.data.images.decode import decode_rgb
+from maedistill.data.images.transforms import CROP_DRAWS, crop, random_box, random_flip, to_float01
 from maedistill.data.loading.batch import Batch
-from maedistill.data.loading.evaluation import (
-    PADDING,
-    EvaluationImages,
-    centre_transform,
-    exact_batches,
-    undecodable,
-)
-from maedistill.data.loading.loader import PREFETCHED, RandomCrops, batches_ahead, training_batches
-from maedistill.data.loading.order import SampleOrder
+from maedistill.data.loading.loader import PREFETCHED, batches_ahead, training_batches
 from maedistill.data.shards.open_index import open_index
 from maedistill.errors import DataError
 from maedistill.models.masking import random_split
-from tests.data.tar_files import encode, write_tar
+from maedistill.randomness import Stream, uniform
+from tests.data.crops import crops_of, one_rank
+from tests.data.pictures import encode
+from tests.data.tar_files import write_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's own threads
 GLOBAL_BATCH, STEPS, SEED = 24, 6, 5
@@ -48,13 +44,6 @@ def tars(tmp_path_factory):
         ]
         write_tar(folder / f"{name}.tar", files)
     return {name: open_index(str(folder / f"{name}.tar")) for name in ("good", "some", "none")}
-
-
-def crops_of(index, *, views=1, seed=SEED, window=None, subset=None, spec=None):
-    order = SampleOrder(index.starts, seed=seed, views=views, window=window, subset=subset)
-    augment = RandAugment(spec, size=16, mean=(0.5, 0.5, 0.5), seed=seed) if spec else None
-    keywords = {"seed": seed, "size": 16, "scale": (0.2, 1.0), "ratio": (0.75, 4 / 3), "augment": augment}
-    return RandomCrops(index, order, **keywords)
 
 
 def batches_of(crops, ranks, workers, most, first_step=0):
@@ -83,7 +72,8 @@ def given(steps):
 
 @pytest.mark.parametrize(("views", "spec"), [(1, None), (2, None), (1, "rand-m9-mstd0.5-inc1")])
 def test_no_layout_changes_what_is_given(shards, views, spec):
-    crops = crops_of(open_index(str(shards / "train-*.tar")), views=views, window=2, spec=spec)
+    augment = RandAugment(spec, size=16, mean=(0.5, 0.5, 0.5), seed=SEED) if spec else None
+    crops = crops_of(open_index(str(shards / "train-*.tar")), views=views, window=2, augment=augment)
     plain = given(batches_of(crops, *LAYOUTS[0]))
     assert len(plain) == GLOBAL_BATCH * STEPS and len({crop for _, crop, _ in plain.values()}) == len(plain)
     assert len({sample for sample, *_ in plain.values()}) == min(96, len(plain) // views)
@@ -129,9 +119,15 @@ def test_a_bad_image_is_replaced_by_a_fixed_one_and_named(tars, views):
     if views == 2:
         assert torch.equal(samples[::2], samples[1::2])
     for batch in (batch for part in plain.values() for batch in part):
-        for i, position in enumerate(batch.positions.tolist()):  # a replaced sample is cropped as any other
-            if position < 20 and not damaged[position]:
-                assert torch.equal(batch.images[i], whole.__getitems__([position]).images[0])
+        for i, position in enumerate(batch.positions.tolist()):
+            if not damaged[position]:
+                expected = whole.__getitems__([position]).images[0]
+            else:  # a replacement is cropped by the draws of the position that it stands in for
+                image = decode_rgb(crops.reader.read(int(batch.samples[i])))
+                draws = uniform(SEED, torch.tensor([position]), Stream.CROP, n=CROP_DRAWS)[0].tolist()
+                box = random_box(*image.shape[1:], draws, scale=crops.scale, ratio=crops.ratio)
+                expected = crop(image, box, size=16)
+            assert torch.equal(batch.images[i], expected)
     named = sorted(line for part in plain.values() for batch in part for line in batch.bad)
     assert len(named) >= damaged.sum() // views
     for line in named:
@@ -142,7 +138,7 @@ def test_a_bad_image_is_replaced_by_a_fixed_one_and_named(tars, views):
         assert sorted(line for part in steps.values() for batch in part for line in batch.bad) == named
     other = crops_of(tars["some"], views=views, seed=SEED + 1)
     other.order = crops.order
-    assert not torch.equal(torch.cat([other.__getitems__(positions.tolist()).samples]), samples)
+    assert not torch.equal(other.__getitems__(positions.tolist()).samples, samples), "another seed replaces by others"
 
 
 def test_what_stands_in_for_a_bad_image_is_of_the_same_subset(tars):
@@ -170,13 +166,17 @@ def test_large_batches_are_not_prepared_far_ahead():
     assert batches_ahead(0, photograph) == PREFETCHED
 
 
+def shm_files() -> set[str]:
+    """What this process has mapped of /dev/shm."""
+    return {line.split()[5] for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm/" in line}
+
+
 def test_images_need_no_room_in_shared_files(shards):
-    """/dev/shm is 64 MB in many a container."""
-    before = set(os.listdir("/dev/shm"))
-    keywords = {"plan": batch_plan(24, 24, world_size=1), "rank": 0, "world_size": 1, "device": torch.device("cpu")}
-    for batch in training_batches(crops_of(open_index(str(shards / "train-*.tar"))), 0, 6, workers=1, **keywords):
+    """/dev/shm is 64 MB in many containers. A file that torch makes there has no name afterwards, but stays mapped."""
+    before = shm_files()
+    for batch in training_batches(crops_of(open_index(str(shards / "train-*.tar"))), 0, 6, workers=1, **one_rank(24)):
         assert batch.images.is_contiguous() and not batch.images.is_shared()
-        assert not any(name.startswith("torch_") for name in set(os.listdir("/dev/shm")) - before)
+        assert shm_files() <= before
 
 
 def test_samples_without_label_have_minus_one(tars):
@@ -205,32 +205,4 @@ def test_nothing_but_bad_images_is_a_data_error_also_from_a_worker(tars, workers
 def test_a_shard_that_goes_is_a_data_error_also_from_a_worker(tars, workers):
     index = replace(tars["good"], shards=("gone.tar",))
     error = refusal(lambda: batches_of(crops_of(index), 1, workers, 24))
-    assert (error.cause, error.remedy) == ("gone.tar is gone", "put the shard back, then start again")
-
-
-def centre_crops(index, samples, *, batch, workers):
-    crops = EvaluationImages(index, samples, centre_transform(size=8, crop_pct=1.0))
-    return exact_batches(crops, batch=batch, workers=workers)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_reads_each_sample_once_in_order(tars, workers):
-    samples = torch.tensor([9, 0, 4, 4, 2, 7, 1])
-    batches = list(centre_crops(tars["good"], samples, batch=3, workers=workers))
-    assert [len(images) for images, *_ in batches] == [3, 3, 1]
-    assert torch.cat([labels for _, labels, _ in batches]).tolist() == [0, 0, 1, 1, 2, 1, 1]
-    images = torch.cat([images for images, *_ in batches])
-    assert images.dtype == torch.uint8 and images.shape == (7, 3, 8, 8)
-    assert torch.equal(images[2], images[3]) and not torch.equal(images[1], images[2])
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_image_is_marked_for_evaluation(tars, workers):
-    """It counts as padding does, and can be told from it."""
-    some = tars["some"]
-    images, labels, ids = zip(*centre_crops(some, torch.tensor([3, 4]), batch=1, workers=workers), strict=True)
-    assert not images[0].any() and images[1].any()
-    assert [int(label) for label in labels] == [-1, int(some.labels[4])]
-    assert (
-        [int(i) for i in ids] == [undecodable(3), 4] and undecodable(undecodable(3)) == 3 and undecodable(0) < PADDING
-    )
+    assert "gone.tar" in error.cause and error.exit_code == 3

@@ -130,13 +130,13 @@ def test_the_order_is_the_one_of_every_run_so_far():
 
 @pytest.mark.parametrize(("window", "subset"), [(1, None), (2, None), (3, torch.arange(0, 23, 2)), (None, None)])
 def test_shards_ahead_hold_what_comes_next(window, subset):
-    """The samples of a position and of all later ones of its window lie in the first shards that are named."""
-    starts = np.array([0, 5, 6, 13, 20, 23])
-    order = SampleOrder(starts, seed=3, window=window, subset=subset)
-    count = min(window or 5, 5)
+    """The shard of a position is among the first `window` that are named, and named at the position before."""
+    first_samples = np.array([0, 5, 6, 13, 20, 23])
+    order = SampleOrder(first_samples, seed=3, window=window, subset=subset)
+    count = window or 5
     for position in range(2 * order.num_images):
         sample = int(order.samples(torch.tensor([position])))
-        shard = int(np.searchsorted(starts, sample, side="right")) - 1
+        shard = int(np.searchsorted(first_samples, sample, side="right")) - 1
         ahead = order.shards_ahead(position)
         assert shard in ahead[:count] and shard in order.shards_ahead(max(0, position - 1))
 
@@ -163,7 +163,7 @@ def test_the_choice_is_random_in_every_class_and_another_with_another_seed():
     subset = label_subset(labels, 0.1, seed=0)
     for label in (0, 1):
         places = subset[subset % 2 == label].double() // 2  # 1000 of 0 ... 9999
-        assert abs(places.mean() - 5000) < 4 * 10_000 / (12 * 1000) ** 0.5
+        assert abs(places.mean() - 5000) < 4 * 10_000 / (12 * 1000) ** 0.5  # 4 deviations of a mean of 1000 draws
         gaps = places.diff()
         assert gaps.mean() > 9 and gaps.std() > 7  # nearly geometric; every tenth would have no spread
     evens, odds = (set((subset[subset % 2 == label] // 2).tolist()) for label in (0, 1))

@@ -9,13 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from maedistill.config.plan import batch_plan
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform, exact_batches
 from maedistill.data.loading.fork_context import ForkLock
 from maedistill.data.loading.keeping import keep_decoded
 from maedistill.data.loading.loader import training_batches
 from maedistill.data.shards.open_index import open_index
-from tests.data.tar_files import crops_of, encode, write_tar
+from tests.data.crops import crops_of, one_rank
+from tests.data.pictures import encode
+from tests.data.tar_files import write_tar
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),  # torch's own threads
@@ -34,17 +35,16 @@ def load(index, options):
             return NOT_PERMITTED
     images = EvaluationImages(index, torch.arange(32), evaluation_transform(size=224, crop=1.0))
     exact = exact_batches(images, batch=4, workers=8, timeout_seconds=30)
-    one_rank = {"plan": batch_plan(16, 16, world_size=1), "rank": 0, "world_size": 1, "device": torch.device("cpu")}
     crops = crops_of(index)
-    assert "kept in memory" in keep_decoded(crops, True)
-    random = training_batches(crops, 0, 2, workers=8, timeout_seconds=30, **one_rank)
+    keep_decoded(crops, True)
+    random = training_batches(crops, 0, 2, workers=8, timeout_seconds=30, **one_rank(16))
     assert sum(len(ids) for _, _, ids in exact) == 32 and sum(len(batch.images) for batch in random) == 32
     assert crops.reader.kept.get(31) is not None
     return DONE
 
 
 @pytest.mark.parametrize("options", ["size=64k", "ro"])
-def test_eight_workers_need_nothing_in_dev_shm(tmp_path, options):
+def test_sixteen_workers_need_nothing_in_dev_shm(tmp_path, options):
     """Docker gives 64 MB; torch's own transport takes a file for each tensor, and 128 KB of semaphores."""
     image = encode(Image.new("RGB", (40, 40), (9, 99, 199)), "PNG")
     index = open_index(str(write_tar(tmp_path / "a.tar", {f"{i:03d}.png": image for i in range(32)})))
@@ -63,18 +63,26 @@ def test_eight_workers_need_nothing_in_dev_shm(tmp_path, options):
     assert code == DONE
 
 
+def taken_by_a_child(lock, seconds) -> bool:
+    """Whether a forked process gets the lock within some seconds."""
+    child = os.fork()
+    if not child:
+        code = FAILED
+        try:
+            code = int(lock.acquire(True, seconds))
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 1)
+    return bool(code)
+
+
 def test_the_lock_excludes_other_processes():
     lock = ForkLock()
     with lock:
         assert not lock.acquire(False) and not lock.acquire(True, 0.01)
-        child = os.fork()
-        if not child:
-            os._exit(int(lock.acquire(True, 0.01)))
-        assert os.waitpid(child, 0)[1] == 0
-    child = os.fork()
-    if not child:
-        os._exit(int(lock.acquire(True, 60)))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+        assert not taken_by_a_child(lock, 0.01)
+    assert taken_by_a_child(lock, 60)
     assert not lock.acquire(False)  # the child took it
     lock.release()
     assert lock.acquire()

@@ -99,7 +99,7 @@ def test_what_cannot_be_mended_names_the_url_and_the_last_try(server, folder, fa
     assert ".tar" not in suffixes(folder)
 
 
-def test_a_server_that_drips_is_a_stalled_one(server):
+def test_a_server_that_drips_is_a_stalled_one():
     class Dripping:
         def read1(self, _):
             time.sleep(0.02)
@@ -152,14 +152,14 @@ def start_download(*arguments):
 
 
 def test_processes_that_want_the_same_shard_fetch_it_once(server, folder):
-    server.pause, cache = 0.1, ShardCache()
+    server.pause, cache = 0.1, ShardCache(policy=RetryPolicy(timeout=30.0))  # the children start slowly
     children = [start_download(cache, shard(server)) for _ in range(3)]
     assert [child.wait(timeout=60) for child in children] == [0, 0, 0]
     assert len(server.tars()) == 1 and suffixes(folder) == [".tar"]
 
 
 def test_a_killed_download_is_continued_and_leaves_nothing_else(server, folder):
-    server.pause, cache = 0.1, ShardCache()
+    server.pause, cache = 0.1, ShardCache(policy=RetryPolicy(timeout=30.0))  # the children start slowly
     child = start_download(cache, shard(server))
     deadline = time.monotonic() + 60
     while not (parts := list(folder.glob("*.part"))) or parts[0].stat().st_size < 1 << 20:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maedistill.data.remote.cache import largest_window, require_room
+from maedistill.data.remote.download import RetryPolicy
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.reader import ShardReader
 from maedistill.errors import ConfigError
@@ -18,7 +19,7 @@ def test_read_ahead_brings_shards_before_they_are_read(shards, server, folder):
     server.files = {f"/{path.name}": path.read_bytes() for path in shards.iterdir()}
     reader = ShardReader(open_index(f"{server.url}/train-{{000000..000003}}.tar"))
     reader.read_ahead([2, 1])
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(list(folder.glob("*.tar")) if folder.exists() else ()) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert [name for name, _ in server.tars()] == ["/train-000002.tar", "/train-000001.tar"]
@@ -26,16 +27,19 @@ def test_read_ahead_brings_shards_before_they_are_read(shards, server, folder):
     assert len(server.tars()) == 2
 
 
-def test_workers_that_read_ahead_share_the_work(shards, server, folder):
-    server.files, server.pause = {f"/{path.name}": path.read_bytes() for path in shards.iterdir()}, 0.4
+def test_workers_that_read_ahead_share_the_work(shards, server, folder, monkeypatch):
+    monkeypatch.setattr(RetryPolicy.__init__, "__defaults__", (1, 60.0, 0.01, 60.0))  # the server waits for the test
+    server.files = {f"/{path.name}": path.read_bytes() for path in shards.iterdir()}
     index = open_index(f"{server.url}/train-{{000000..000003}}.tar")
+    server.pause = 60
     readers = [ShardReader(index) for _ in range(2)]
     for reader in readers:
         reader.read_ahead([2, 1])
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(server.tars()) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert [path.suffix for path in folder.iterdir()] == [".part", ".part"]  # both arrive at the same time
+    assert [path.suffix for path in folder.iterdir()] == [".part", ".part"]  # each reader fetches one of the two
+    server.over.set()
     assert readers[0].read(int(index.starts[2])) == readers[1].read(int(index.starts[2]))
     assert len(server.tars()) == 2
 

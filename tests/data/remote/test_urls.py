@@ -1,13 +1,15 @@
 """Shards behind URLs: the same pixels as local ones, damage named, and addresses that are not plain refused."""
 
-import importlib.util
+import importlib
 import os
 import pickle
 import socket
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from fsspec.registry import _registry
 
 from maedistill.data.loading.loader import RandomCrops
 from maedistill.data.loading.order import SampleOrder
@@ -18,7 +20,7 @@ from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.patterns import find_shards
 from maedistill.data.shards.reader import ShardReader
 from maedistill.errors import ConfigError, DataError
-from tests.data.tar_files import suffixes
+from tests.data.tar_files import suffixes, write_tar
 
 pytestmark = pytest.mark.usefixtures("folder")
 SPEC = {"size": 16, "scale": (0.2, 1.0), "ratio": (0.75, 4 / 3)}
@@ -30,7 +32,7 @@ def crops(index, *, window=1, count=100):
 
 
 @pytest.mark.parametrize("with_index", [True, False])
-def test_remote_shards_give_the_same_pixels_as_local_ones(shards, server, folder, with_index, monkeypatch):
+def test_remote_shards_give_the_same_pixels_as_local_ones(shards, server, folder, with_index):
     files = [path for path in shards.iterdir() if with_index or not path.name.endswith(".safetensors")]
     server.files, server.ranges = {f"/in1k/{path.name}": path.read_bytes() for path in files}, with_index
     local = open_index(str(shards / "train-*.tar"))
@@ -77,7 +79,7 @@ def test_a_missing_remote_shard_is_named(shards, server):
         open_index(f"{server.url}/train-{{000003..000004}}.tar")
 
 
-def test_a_scan_takes_the_bytes_of_the_server_not_those_of_the_cache(shards, server, folder):
+def test_a_scan_fetches_again_what_was_cached_more_than_a_day_ago(shards, server, folder):
     """Tars are padded and labels have one digit, so shards with mended labels keep their size."""
     name = "/train-000000.tar"
     server.files = {name: (shards / name[1:]).read_bytes()}
@@ -123,12 +125,16 @@ def test_a_length_that_is_no_number_is_not_stated(length):
 
 
 @pytest.mark.parametrize(("code", "lines"), [(403, 1), (401, 1), (404, 0)])
-def test_an_index_that_may_not_be_read_is_said(shards, server, caplog, monkeypatch, code, lines):
+def test_an_index_that_may_not_be_read_is_said(shards, server, caplog, code, lines):
     server.files = {f"/{path.name}": path.read_bytes() for path in shards.glob("*.tar")}
-    monkeypatch.setattr(server, "missing", code)
+    server.missing = code
     assert len(open_index(f"{server.url}/train-{{000000..000003}}.tar")) == 96
     said = [message for message in caplog.messages if str(code) in message and ".index.safetensors" in message]
     assert len(said) == lines
+
+
+def no_network(*_, **__):
+    raise OSError("no network")
 
 
 def test_small_files_are_whole_or_absent(server):
@@ -159,8 +165,10 @@ def test_addresses_that_are_not_plain_are_refused_and_nothing_runs(pattern, tmp_
     canary = tmp_path / "canary"
     with pytest.raises(ConfigError):
         find_shards(pattern.format(canary=canary))
+    shard = write_tar(tmp_path / "a.tar", {"0.jpg": b"1"})  # it is there: what is refused is the index
+    monkeypatch.setattr("socket.getaddrinfo", no_network)  # three of the patterns are plain addresses of one file
     with pytest.raises((ConfigError, DataError)):
-        open_index(str(tmp_path / "a.tar"), index=pattern.format(canary=canary))
+        open_index(str(shard), index=pattern.format(canary=canary))
     assert not canary.exists()
 
 
@@ -168,10 +176,12 @@ def test_file_urls_are_paths(shards):
     assert find_shards(f"file://{shards}/train-*.tar") == find_shards(str(shards / "train-*.tar"))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("s3fs") is not None, reason="s3fs is installed")
-def test_a_missing_package_is_named():
-    with pytest.raises(ConfigError, match=r"s3:// needs a package.*s3fs"):
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.delitem(_registry, "s3", raising=False)  # fsspec imports the package of a store once
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ConfigError, match=r"s3:// needs a package.*s3fs") as caught:
         open_index("s3://bucket/train-*.tar")
+    assert "maedistill[remote]" in caught.value.remedy
 
 
 @pytest.fixture

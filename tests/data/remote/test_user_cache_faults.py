@@ -75,30 +75,32 @@ def test_read_only_shards_are_scanned_for_a_user_who_does_not_exist(monkeypatch)
     """For real: another user id, no home, shards without an index in a folder that is not its own."""
     if os.geteuid():
         pytest.skip("becoming another user needs root")
-    folder = Path(tempfile.mkdtemp(prefix="read-only-"))
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    write_split(folder)
-    (folder / f"maedistill-{STRANGER}").mkdir(mode=0o700)
-    os.chown(folder / f"maedistill-{STRANGER}", STRANGER, STRANGER)
-    folder.chmod(0o755)
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            os.setgroups([])
-            os.setgid(STRANGER)
-            os.setuid(STRANGER)
-            for name in ("HOME", "XDG_CACHE_HOME", "MAEDISTILL_CACHE"):
-                os.environ.pop(name, None)
-            open_index(str(folder / "train-*.tar"))
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    kept = list(folder.glob("maedistill-*/.cache/maedistill/index/*.index.safetensors"))
-    shutil.rmtree(folder)
+    folder = Path(tempfile.mkdtemp(prefix="read-only-"))  # not tmp_path, which is closed to other users
+    try:
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        write_split(folder)
+        (folder / f"maedistill-{STRANGER}").mkdir(mode=0o700)
+        os.chown(folder / f"maedistill-{STRANGER}", STRANGER, STRANGER)
+        folder.chmod(0o755)
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                os.setgroups([])
+                os.setgid(STRANGER)
+                os.setuid(STRANGER)
+                for name in ("HOME", "XDG_CACHE_HOME", "MAEDISTILL_CACHE"):
+                    os.environ.pop(name, None)
+                open_index(str(folder / "train-*.tar"))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        kept = list(folder.glob("maedistill-*/.cache/maedistill/index/*.index.safetensors"))
+    finally:
+        shutil.rmtree(folder)
     assert code == 0 and len(kept) == 1
 
 

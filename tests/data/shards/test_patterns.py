@@ -62,7 +62,8 @@ def test_a_folder_means_the_shards_of_its_split(tmp_path):
     ):
         with pytest.raises(ConfigError, match=rf"no shards {split}-\*\.tar, but .*train"):
             find_shards(folder, split=split)
-    photos = make(tmp_path / "my photos" / "cat", "a.JPG") and str(tmp_path / "my photos")
+    make(tmp_path / "my photos" / "cat", "a.JPG")
+    photos = str(tmp_path / "my photos")
     with pytest.raises(ConfigError, match=rf"images.*\n.*maedistill shards '{photos}' 'shards/my photos'; then name"):
         find_shards(photos)
     with pytest.raises(ConfigError, match="holds no shards"):

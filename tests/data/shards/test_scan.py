@@ -72,11 +72,11 @@ def by_webdataset(path) -> list[tuple[str, set[str]]]:
 
 
 TARS = {
-    "masks": {f"{i}.{kind}": kind for i in range(3) for kind in ("jpg", "seg.png", "cls")},
-    "masks first": {f"d.1/{i}.{kind}": kind for i in range(3) for kind in ("depth.png", "seg.png", "JPG", "cls")},
-    "input and output": {f"s{i}.{kind}": kind for i in range(3) for kind in ("input.jpg", "output.cls")},
-    "dots": {f"./x/photo{i}.v{i}.final.jpeg": "" for i in range(3)},
-    "hidden": {"a.jpg": "", ".b.jpg": "", "x/._a.jpg": "", "c": ""},
+    "masks": [f"{i}.{kind}" for i in range(3) for kind in ("jpg", "seg.png", "cls")],
+    "masks first": [f"d.1/{i}.{kind}" for i in range(3) for kind in ("depth.png", "seg.png", "JPG", "cls")],
+    "input and output": [f"s{i}.{kind}" for i in range(3) for kind in ("input.jpg", "output.cls")],
+    "dots": [f"./x/photo{i}.v{i}.final.jpeg" for i in range(3)],
+    "hidden": ["a.jpg", ".b.jpg", "x/._a.jpg", "c"],
 }
 IMAGES = {"masks": "jpg", "masks first": "jpg", "input and output": "input.jpg", "hidden": "jpg"}
 

@@ -1,34 +1,21 @@
-"""What sources list: splits by hash, keys, labels, CIFAR-10 in torchvision's own format, folders in every layout."""
+"""What data sets list: splits by hash, CIFAR-10 in torchvision's own format, the digits of scikit-learn."""
 
 import hashlib
 import pickle
-import re
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from maedistill.data.images.decode import decode_rgb
 from maedistill.data.shards import sources
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.reader import ShardReader
-from maedistill.data.shards.sources import open_folder, open_source, smallest_hashes
+from maedistill.data.shards.sources import open_source, smallest_hashes
 from maedistill.errors import ConfigError, DataError
-from tests.data.tar_files import encode
-
-
-def touch(folder, *paths):
-    for path in paths:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).touch()
-    return folder
-
-
-def listed(source, split="train"):
-    return {record.origin: (record.key, record.label) for record in source.splits[split]}
+from tests.data.shards.image_folders import fill
 
 
 @given(order=st.permutations(range(20)), count=st.integers(0, 20))
@@ -100,7 +87,7 @@ def test_cifar10_that_cannot_be_had_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_digits_are_the_scans_enlarged():
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn", reason="needs scikit-learn: pip install 'maedistill[demo]'")
     from sklearn.datasets import load_digits
 
     scans, source = load_digits(), open_source("digits")
@@ -114,76 +101,13 @@ def test_digits_are_the_scans_enlarged():
         assert np.corrcoef(coarse.ravel(), scans.images[int(record.key)].ravel())[0, 1] > 0.97
 
 
-def test_class_folders_flat_folders_and_splits(tmp_path):
-    classes = touch(tmp_path / "a", "dog/1.jpg", "cat/1.JPEG", "cat/deep/2.png", "cat/notes.txt", "cat/.hidden.jpg")
-    source = open_folder(classes)
-    assert source.classes == ("cat", "dog")
-    assert listed(source) == {
-        "cat/1.JPEG": ("cat_1", 0),
-        "cat/deep/2.png": ("cat_deep_2", 0),
-        "dog/1.jpg": ("dog_1", 1),
-    }
-
-    flat = open_folder(touch(tmp_path / "b", "x.webp", "y.tiff"))
-    assert flat.classes == () and listed(flat) == {"x.webp": ("x", -1), "y.tiff": ("y", -1)}
-
-    split = open_folder(touch(tmp_path / "c", "train/dog/1.jpg", "train/cat/1.jpg", "val/dog/1.jpg", "test/9.jpg"))
-    assert split.classes == ("cat", "dog") and set(split.splits) == {"train", "val", "test"}
-    assert listed(split, "val") == {"val/dog/1.jpg": ("dog_1", 1)} and listed(split, "test") == {
-        "test/9.jpg": ("9", -1)
-    }
-
-
-def test_keys_are_safe_unique_and_keep_imagenets_names(tmp_path):
-    paths = ["n01/n01_7.JPEG", "n01/a.jpg", "n01/a.png", "n01/ü b.c.jpg", "n01/" + "x" * 200 + ".jpg", "n/01_a.jpg"]
-    keys = {origin: key for origin, (key, _) in listed(open_folder(touch(tmp_path, *paths))).items()}
-    assert keys["n01/n01_7.JPEG"] == "n01_7" and keys["n01/ü b.c.jpg"] == "n01___b_c" and keys["n/01_a.jpg"] == "n_01_a"
-    assert len(set(keys.values())) == len(paths)
-    assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,95}", key) for key in keys.values())
-
-
-def test_a_held_out_share_does_not_move_when_files_are_added(tmp_path):
-    touch(tmp_path, *(f"{'ab'[i % 2]}/{i}.jpg" for i in range(50)))
-    before = open_folder(tmp_path, val_fraction=0.2)
-    assert len(before.splits["val"]) == 10 and len(before.splits["train"]) == 40
-    touch(tmp_path, "a/new.jpg")
-    after = open_folder(tmp_path, val_fraction=0.2)
-    assert len(set(listed(before, "val")) ^ set(listed(after, "val"))) <= 2
-
-
-def test_folders_that_make_no_sense_are_refused(tmp_path):
-    with pytest.raises(DataError, match="holds no images"):
-        open_folder(touch(tmp_path / "a", "x.txt"))
-    with pytest.raises(DataError, match=r"1 images lie beside the class folders, first 'y\.jpg'"):
-        open_folder(touch(tmp_path / "b", "x/x.jpg", "y.jpg"))
-    with pytest.raises(DataError, match="the class 'cow', which is missing from train"):
-        open_folder(touch(tmp_path / "c", "train/x/1.jpg", "val/cow/1.jpg"))
-    with pytest.raises(ConfigError, match="holds train, a split, beside extra, which is none"):
-        open_folder(touch(tmp_path / "d", "train/x/1.jpg", "extra/x/1.jpg"))
-    with pytest.raises(ConfigError, match="val and validation: two mean one split"):
-        open_folder(touch(tmp_path / "e", "train/x/1.jpg", "val/x/1.jpg", "validation/x/1.jpg"))
-
-
-def test_a_split_goes_by_its_usual_names_and_may_stand_alone(tmp_path):
-    alone = open_folder(touch(tmp_path, "validation/dog/1.jpg", "validation/cat/1.jpg"))
-    assert alone.splits.keys() == {"val"} and alone.classes == ("cat", "dog")
-
-
 @pytest.mark.parametrize(
     "options", [{"root": "x"}, {"val_fraction": 1.0}, {"val_fraction": float("nan")}, {"val_fraction": -0.1},
                 {"source": "nowhere"}, {"source": "digits", "val_fraction": 0.1}, {"source": "digits", "root": "x"},
                 {"source": "imagenet"}],
 )  # fmt: skip
 def test_options_without_meaning_are_refused(tmp_path, options):
-    touch(tmp_path, "x/1.jpg", "x/2.jpg")
+    fill(tmp_path, ["x/1.jpg", "x/2.jpg"])
     options = {"source": str(tmp_path)} | options
     with pytest.raises(ConfigError):
         open_source(options.pop("source"), **options)
-
-
-def test_read_returns_the_files_own_bytes(tmp_path):
-    data = encode(Image.new("RGB", (4, 4)), "JPEG")
-    touch(tmp_path, "train/x/1.jpg")
-    (tmp_path / "train/x/1.jpg").write_bytes(data)
-    source = open_folder(tmp_path)
-    assert source.read(source.splits["train"][0]) == data

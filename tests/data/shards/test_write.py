@@ -7,13 +7,13 @@ import os
 import re
 import shlex
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from maedistill.commands import shards as shards_command
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.images.decode import decode_rgb
@@ -23,7 +23,7 @@ from maedistill.data.shards.reader import ShardReader
 from maedistill.data.shards.sources import Record, open_folder
 from maedistill.data.shards.verify import verify_shards
 from maedistill.data.shards.write import make_shards, plan_shards, read_report
-from maedistill.errors import ConfigError, DataError, exit_code_of
+from maedistill.errors import ConfigError, DataError
 
 
 class Killed(BaseException):
@@ -162,15 +162,14 @@ def full_disk(*_, **__):
 
 
 @pytest.mark.parametrize("place", ["TarWriter", "scan_shard", "save_index", "_write_json"])
-def test_a_full_disk_is_exit_3_and_with_room_the_command_continues(tmp_path, monkeypatch, capsys, place):
+def test_a_full_disk_is_exit_3_and_with_room_the_command_continues(tmp_path, monkeypatch, run_command, place):
     photos, out = write_photos(tmp_path / "photos"), tmp_path / "out"
     make_shards(open_folder(photos), tmp_path / "whole")
-    monkeypatch.setattr("sys.argv", ["maedistill", "shards", str(photos), str(out)])
     with monkeypatch.context() as patched:
         patched.setattr(f"maedistill.data.shards.write.{place}", full_disk)
-        assert exit_code_of(shards_command.main) == 3
-    assert len(capsys.readouterr().err.splitlines()) == 2
-    assert exit_code_of(shards_command.main) == 0 and contents(out) == contents(tmp_path / "whole")
+        ended = run_command("shards", photos, out)
+    assert ended.code == 3 and len(ended.err.splitlines()) == 2
+    assert run_command("shards", photos, out).code == 0 and contents(out) == contents(tmp_path / "whole")
 
 
 def test_one_process_at_a_time_writes_to_a_folder(tmp_path, monkeypatch):
@@ -250,17 +249,17 @@ def test_timm_reads_the_shards(tmp_path):
 
 
 @pytest.mark.parametrize(("count", "labelled"), [(12, True), (6, True), (6, False)])
-def test_the_next_line_works_and_every_class_is_in_train(tmp_path, monkeypatch, capsys, count, labelled):
+def test_the_next_line_works_and_every_class_is_in_train(tmp_path, run_command, count, labelled):
     photos = write_photos(tmp_path / "my photos", count)
     if not labelled:
         for file in photos.rglob("*.jpg"):
             file.rename(photos / file.name)
-        for folder in photos.iterdir():
-            folder.is_dir() and folder.rmdir()
+        for name in ("cat", "dog", "owl"):
+            (photos / name).rmdir()
     out = tmp_path / "the shards"
-    monkeypatch.setattr("sys.argv", ["maedistill", "shards", str(photos), str(out), "--val-fraction", "0.5"])
-    shards_command.main()
-    *_, last = printed = capsys.readouterr().out.splitlines()
+    ended = run_command("shards", photos, out, "--val-fraction", 0.5)
+    *_, last = printed = ended.out.splitlines()
+    assert ended.code == 0
     assert not any("has no image of" in line for line in printed)
     _, maedistill, command, config, *overrides = shlex.split(last)
     assert (maedistill, command, overrides.pop()) == ("maedistill", "pretrain", "--dry-run")
@@ -270,19 +269,13 @@ def test_the_next_line_works_and_every_class_is_in_train(tmp_path, monkeypatch, 
     assert (why_unscorable(train, val) is None) == labelled
 
 
-def test_the_command_line_reports_and_exits_as_documented(tmp_path, monkeypatch, capsys):
-    photos, out = write_photos(tmp_path / "photos"), tmp_path / "out"
-
-    def run(*args):
-        monkeypatch.setattr("sys.argv", ["maedistill", "shards", *map(str, args)])
-        code = exit_code_of(shards_command.main)
-        return code, capsys.readouterr()
-
-    code, printed = run(photos, out, "--images-per-shard", 5, "--verify")
-    assert code == 0 and "14 images" in printed.out and f"data.train={out}" in printed.out
-    assert run("--verify", out)[0] == 0
-    assert run(photos, out, "--quality", 80)[0] == 2
-    assert run(photos)[0] == 2
+def test_the_command_line_reports_and_exits_as_documented(tmp_path, run_command):
+    photos, out, run = write_photos(tmp_path / "photos"), tmp_path / "out", partial(run_command, "shards")
+    ended = run(photos, out, "--images-per-shard", 5, "--verify")
+    assert ended.code == 0 and "14 images" in ended.out and f"data.train={out}" in ended.out
+    assert run("--verify", out).code == 0
+    assert run(photos, out, "--quality", 80).code == 2
+    assert run(photos).code == 2
     FAULTS["checksum"](out / "train-000002.tar")
-    code, printed = run("--verify", out)
-    assert code == 3 and re.search(r"error: .*train-000002\.tar.*\n  fix: ", printed.err)
+    ended = run("--verify", out)
+    assert ended.code == 3 and re.search(r"error: .*train-000002\.tar.*\n  fix: ", ended.err)
