@@ -184,8 +184,7 @@ def test_a_dry_run_names_teacher_license_and_terms(runs, resnet):
     terms = [line.removeprefix("term     ") for line in lines if line.startswith("term ")]
     assert terms == [
         "logits 9, to epoch 1.75, temperature 2, standardize True",
-        "hints 1, warm-up 1, to epoch 1.75, student [0, 1], teacher [1, 3], projector linear, distance mse, "
-        "normalize none",
-        "attention_transfer 10, to epoch 1, student [1], teacher [4], power 2",
+        "hints 1, warm-up 1, to epoch 1.75, student [0, 1], teacher [1, 3], projector linear, normalize none",
+        "attention_transfer 10, to epoch 1, student [1], teacher [4]",
         "contrastive 2, to epoch 1.5, temperature 0.07, width 128, within micro-batches of 6",
     ]
