@@ -20,9 +20,9 @@ def new_parser(program: str, about: str | None, examples: str | None = None) -> 
 
 
 def spec_of(spec: Callable[..., Spec], arguments: argparse.Namespace, **more: object) -> Spec:
-    """Build a dataclass from the arguments of the same names and from `more`. Fields in neither keep their defaults."""
-    names = {field.name for field in dataclasses.fields(spec)}  # type: ignore[arg-type]
-    return spec(**{name: value for name, value in vars(arguments).items() if name in names}, **more)
+    """Build a dataclass from `more` and, for each other field, the argument of that name, which has to exist."""
+    names = {field.name for field in dataclasses.fields(spec)} - more.keys()  # type: ignore[arg-type]
+    return spec(**{name: getattr(arguments, name) for name in names}, **more)
 
 
 def at_least(least: int) -> Callable[[str], int]:
