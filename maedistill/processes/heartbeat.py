@@ -42,7 +42,9 @@ from maedistill.processes.diagnosis import (
     thread_position,
 )
 
-_SNAPSHOT_ROUNDS = 5  # for a diagnosis
+_DIAGNOSIS_SECONDS = 5.0  # at least: a busy machine may not run a thread of a living rank for seconds
+_DIAGNOSIS_ROUNDS = 5  # at least
+_SPARE_ROUNDS = 5  # to notice an error of another rank, and to end before the time-out of a collective
 _STUCK_SECONDS = 15.0  # without a beat, until this rank checks whether another one is gone
 _RECORD_SECONDS = 10.0  # limit for `on_loss`, because its disk may be what hangs
 
@@ -63,6 +65,11 @@ class Peers:
     def __init__(self, *, timeout_seconds: float, on_loss: Callable[[UserError], None]) -> None:
         self._timeout, self._on_loss = timeout_seconds, on_loss
         self._round = min(max(timeout_seconds / 40, 0.1), 1.0)  # seconds between Heartbeats
+        self._diagnosis_seconds = max(_DIAGNOSIS_ROUNDS * self._round, _DIAGNOSIS_SECONDS)
+        self._spare_seconds = _SPARE_ROUNDS * self._round
+        self._patience = timeout_seconds - self._spare_seconds  # without a beat
+        if distributed.world_size() > 1:
+            self._patience -= self._diagnosis_seconds
         self._main = threading.get_ident()
         self._own_beat = Heartbeat(distributed.rank(), platform.node(), os.getpid(), pid_space=pid_space())
         self._step = self._moves = 0
@@ -95,7 +102,7 @@ class Peers:
             self._own_failure = failure_of(self._own_beat, broken or error)
         self._ended.set()
         if self._store is not None:
-            self._exchanger.join(_SNAPSHOT_ROUNDS * self._round)
+            self._exchanger.join(self._spare_seconds)
             self._linger()
         if lost is not None:
             if not distributed.is_main():  # on rank 0, the code that catches the error records it
@@ -160,11 +167,11 @@ class Peers:
         """End the process when the main thread is stuck. Runs in a thread."""
         while not self._ended.wait(self._round):
             if self._remote_failure is not None:
-                time.sleep(_SNAPSHOT_ROUNDS * self._round)  # gives the main thread time to notice and end normally
+                time.sleep(self._spare_seconds)  # gives the main thread time to notice and end normally
                 self._leave(self._remote_failure)
             moved = self._last_move
             self._check_for_lost(moved)
-            if self._watched and time.monotonic() - moved > self._timeout - (_SNAPSHOT_ROUNDS + 5) * self._round:
+            if self._watched and time.monotonic() - moved > self._patience:
                 diagnosis = self._diagnose(f"no step for {self._timeout:g} s")
                 if self._last_move == moved and self._watched:
                     self._leave(diagnosis)
@@ -185,13 +192,13 @@ class Peers:
             beats, now = self._latest, time.monotonic()
             silent = {beat.rank: now - self._heard_from.get(beat.rank, (0, now))[1] for beat in beats}
             # A rank that does not see its own Heartbeats is cut off from the store, so it cannot tell who else is gone.
-            if silent[self._own_beat.rank] < _SNAPSHOT_ROUNDS * self._round:
+            if silent[self._own_beat.rank] < self._spare_seconds:
                 lost = find_lost(beats, silent, pid_space=self._own_beat.pid_space)
         if lost is not None and self._last_move == moved:
             self._leave(lost)
 
     def _diagnose(self, why: str) -> Diagnosis:
-        """Find the ranks to blame when this rank cannot continue for the reason `why`. Takes a few rounds."""
+        """Find the ranks to blame when this rank cannot continue for the reason `why`. Takes `_diagnosis_seconds`."""
         if self._store is None:
             before = self._own_beat
             self._publish()
@@ -199,7 +206,8 @@ class Peers:
         with self._diagnosing:
             self._snapshots = []
             self._snapshot_requested.set()
-            for _ in range(_SNAPSHOT_ROUNDS):
+            end = time.monotonic() + self._diagnosis_seconds
+            while time.monotonic() < end:
                 time.sleep(self._round)
                 if self._remote_failure is not None:
                     return self._remote_failure

@@ -100,13 +100,20 @@ def test_a_dead_rank_is_named_long_before_the_time_out_though_no_collective_fail
         assert f"exit.json 5 {error.removeprefix('error: ')}" in ranks.errors(0)
 
 
-def test_a_rank_that_hangs_is_named_by_both_and_both_end(tmp_path):
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_rank_that_hangs_is_named_by_both_and_both_end(tmp_path, slow):
     with Ranks(tmp_path, "hang") as ranks:
+        if slow:  # while rank 0 looks for the rank to blame, a busy machine does not run rank 1: it is not lost
+            wait_until(lambda: len(steps(tmp_path, 1)) == 9)
+            time.sleep(loop.TIMEOUT / 2)
+            os.kill(ranks.processes[1].pid, signal.SIGSTOP)
+            time.sleep(loop.TIMEOUT / 2 - 0.25)
+            os.kill(ranks.processes[1].pid, signal.SIGCONT)
         assert [ranks.code(rank) for rank in range(2)] == [5, 5]
         for rank in range(2):
             causes = [line for line in ranks.errors(rank) if line.startswith("error: ")]
             assert len(causes) == 1
-            assert causes[0].startswith(f"error: no step for {loop.TIMEOUT} s: rank 1 on ")
+            assert ": rank 1 on " in causes[0]
             assert causes[0].endswith("; the others wait")
         assert any(line.endswith("in _do") for line in lines(tmp_path, 1))  # where it hangs
         assert sum(line.startswith("exit.json 5 ") for rank in range(2) for line in ranks.errors(rank)) == 1

@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from maedistill.errors import ConfigError, DataError, NumericsError, PeerError
+from maedistill.processes import heartbeat
 from maedistill.processes.diagnosis import (
     Diagnosis,
     Heartbeat,
@@ -174,7 +175,7 @@ def test_a_process_that_stops_moving_is_ended_with_its_stacks_but_not_while_it_p
     left, recorded = [], []
     monkeypatch.setattr("os._exit", left.append)
     with Peers(timeout_seconds=2, on_loss=recorded.append) as peers:
-        # The watch ends a process after 2 s less ten rounds of 0.1 s: 1.0 s.
+        # The watch ends a process after 2 s less five rounds of 0.1 s: 1.5 s.
         time.sleep(1.6)  # the first step may take its time: nothing moved yet
         peers.beat(7)
         with peers.paused():
@@ -190,8 +191,9 @@ def test_a_process_that_stops_moving_is_ended_with_its_stacks_but_not_while_it_p
     assert out == ""
 
 
-def test_two_threads_that_diagnose_at_once_have_snapshots_of_their_own():
+def test_two_threads_that_diagnose_at_once_have_snapshots_of_their_own(monkeypatch):
     """The main thread's collective fails while the watch diagnoses: neither may take the store for lost."""
+    monkeypatch.setattr(heartbeat, "_DIAGNOSIS_SECONDS", 0.5)
     peers = Peers(timeout_seconds=4, on_loss=print)
     peers._store = dist.HashStore()
     peers._publish()
