@@ -25,7 +25,7 @@ PROCESSES = {
     "no validation": (["data.val=null"], {}, 2, "no labelled shards to evaluate on are named", "data.val="),
     "odd batch": (["optim.global_batch=9"], {}, 2, "9 images cannot be mixed in pairs", "augment.mixup=0"),
     "odd batches of 2 ranks": (
-        ["optim.global_batch=6"], TWO, 2, "6 samples in pairs to mix cannot be shared evenly by 2 ranks", "4 or 8",
+        ["optim.global_batch=6"], TWO, 2, "6 samples in groups of 2 cannot be shared evenly by 2 ranks", "4 or 8",
     ),
     "average of cut weights": (["engine.zero=3"], {}, 2, "ZeRO 3 partitions", "engine.zero=2"),
     "damaged validation image": (

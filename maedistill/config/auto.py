@@ -68,9 +68,8 @@ def auto_keys(config: RunConfig) -> list[str]:
 def with_numbers(config: Config, images: int, *, world_size: int) -> Config:
     """Return the config with a number for each `auto`. images: that are trained on."""
     limits, values = LIMITS[config.stage], flat(config)
-    group = 2 if config.grouping.get("pairs") else config.grouping.get("views", 1)
     if values["optim.global_batch"] == AUTO:
-        values["optim.global_batch"] = auto_batch(images, limits, unit=group * world_size)
+        values["optim.global_batch"] = auto_batch(images, limits, unit=config.group * world_size)
     if values["optim.epochs"] == AUTO:
         values["optim.epochs"] = float(auto_epochs(images, values["optim.global_batch"], limits))
     if values["optim.warmup_epochs"] == AUTO:

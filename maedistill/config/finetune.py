@@ -4,7 +4,7 @@
 defaults are MAE's recipe for ViT-B (He et al., CVPR 2022); `configs/finetune/` has one recipe per size.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -173,9 +173,9 @@ class FinetuneConfig(RunConfig):
     log: Log = Log()
 
     @property
-    def grouping(self) -> dict[str, Any]:
-        """Return the keyword that makes micro-batches even, so that mixup and cutmix can pair their images."""
-        return {"pairs": self.augment.mixes}
+    def group(self) -> int:
+        """Return 2 if mixup or cutmix mix each image with another one of its micro-batch."""
+        return 2 if self.augment.mixes else 1
 
     @property
     def scratch_size(self) -> int:

@@ -72,46 +72,34 @@ def plan_lines(config: RunConfig, plan: Plan) -> list[str]:
 def share_batch(config: RunConfig, world_size: int) -> BatchPlan:
     """Return how `world_size` ranks share the global batch. Raises ConfigError if they cannot."""
     limit = config.engine.micro_batch_limit
-    return batch_plan(config.optim.global_batch, limit, world_size=world_size, **config.grouping)
+    return batch_plan(config.optim.global_batch, limit, world_size=world_size, group=config.group)
 
 
-def batch_plan(
-    global_batch: int, micro_batch: int, *, world_size: int, views: int = 1, pairs: bool = False
-) -> BatchPlan:
+def batch_plan(global_batch: int, micro_batch: int, *, world_size: int, group: int = 1) -> BatchPlan:
     """Share a global batch evenly among ranks, in the fewest equal micro-batches of at most `micro_batch` samples.
 
-    views: a micro-batch is a multiple of it, so that the views of an image stay together.
-    pairs: a micro-batch is even, so that mixup and cutmix find each image a partner; not with views.
-    Raises `ConfigError` if the ranks cannot share the batch evenly, or if one such group exceeds a micro-batch.
+    group: a micro-batch is a multiple of it.
+    Raises `ConfigError` if the ranks cannot share the batch evenly, or if a group exceeds a micro-batch.
     """
-    assert views == 1 or not pairs
-    group = 2 if pairs else views
-    _require_group(micro_batch, group=group, pairs=pairs)
-    plans = batch_plans(global_batch, world_size=world_size, group=group, pairs=pairs)
+    if micro_batch < group:
+        raise ConfigError(
+            f"engine.micro_batch: {micro_batch} is less than the {group} samples that stay together",
+            f"use engine.micro_batch={group} or more",
+        )
+    plans = batch_plans(global_batch, world_size=world_size, group=group)
     return next(plan for plan in plans if plan.micro_batch <= micro_batch)
 
 
-def batch_plans(global_batch: int, *, world_size: int, group: int = 1, pairs: bool = False) -> list[BatchPlan]:
-    """Return every even share of a global batch, the largest micro-batch first. group: samples that stay together.
+def batch_plans(global_batch: int, *, world_size: int, group: int = 1) -> list[BatchPlan]:
+    """Return every even share of a global batch, the largest micro-batch first, each a multiple of `group`.
 
     Raises `ConfigError` if there is none.
     """
     groups, rest = divmod(global_batch, group * world_size)
     if rest:
-        noun = "pairs to mix" if pairs else f"images of {group} views"
-        raise _uneven(global_batch, world_size=world_size, group=group, noun=noun)
+        raise _uneven(global_batch, world_size=world_size, group=group)
     counts = [count for count in range(1, groups + 1) if groups % count == 0]
     return [BatchPlan(micro_batch=groups // count * group, accumulation=count) for count in counts]
-
-
-def _require_group(micro_batch: int, *, group: int, pairs: bool) -> None:
-    """Raise `ConfigError` if a micro-batch cannot hold the samples that stay together."""
-    if micro_batch < group:
-        what = "the two images that mixup and cutmix mix" if pairs else f"data.views_per_image={group}"
-        raise ConfigError(
-            f"engine.micro_batch: {micro_batch} is less than {what}, which stay together",
-            f"use engine.micro_batch={group} or more",
-        )
 
 
 def total_steps(epochs: float, images: int, *, global_batch: int) -> int:
@@ -152,18 +140,15 @@ def is_first_rank(environment: Mapping[str, str] = os.environ) -> bool:
     return environment.get("RANK", environment.get("SLURM_PROCID", "0")) == "0"
 
 
-def _uneven(global_batch: int, *, world_size: int, group: int, noun: str) -> ConfigError:
-    """Return an error that suggests rank counts near `world_size` that divide the batch, and batches that it divides.
-
-    noun: what the batch consists of if `group` samples stay together.
-    """
+def _uneven(global_batch: int, *, world_size: int, group: int) -> ConfigError:
+    """Return an error that suggests rank counts near `world_size`, and batches near this one."""
     unit = world_size * group
     batches = [b for b in (global_batch // unit * unit, -(-global_batch // unit) * unit) if b > 0]
     groups, odd = divmod(global_batch, group)
     counts = [] if odd else [n for n in range(1, groups + 1) if groups % n == 0]
     near = [n for n in counts if n < world_size][-1:] + [n for n in counts if n > world_size][:1]
     ranks = f"start {' or '.join(map(str, near))} ranks, or " if near else ""
-    what = f"{global_batch} samples" + (f" in {noun}" if group > 1 else "")
+    what = f"{global_batch} samples" + (f" in groups of {group}" if group > 1 else "")
     return ConfigError(
         f"optim.global_batch: {what} cannot be shared evenly by {world_size} ranks",
         f"{ranks}set optim.global_batch={' or '.join(map(str, batches))}",

@@ -3,7 +3,7 @@
 `PretrainConfig` is the root; the sections that it shares with fine-tuning are in `schema.py`.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 from maedistill.config.architectures import Architecture, architecture_of
 from maedistill.config.schema import (
@@ -279,9 +279,9 @@ class PretrainConfig(RunConfig):
     log: Log = Log()
 
     @property
-    def grouping(self) -> dict[str, Any]:
-        """Return the keyword that keeps the views of an image together."""
-        return {"views": self.data.views_per_image}
+    def group(self) -> int:
+        """Return the views of an image, which must stay in one micro-batch."""
+        return self.data.views_per_image
 
     @property
     def student_architecture(self) -> Architecture | None:

@@ -231,9 +231,9 @@ class RunConfig(Section):
     )
 
     @property
-    def grouping(self) -> dict[str, Any]:
-        """Return which samples must stay in one micro-batch, as keywords of `batch_plan`."""
-        return {}
+    def group(self) -> int:
+        """Return how many consecutive samples must stay in one micro-batch."""
+        return 1
 
     if TYPE_CHECKING:  # every stage declares these itself, so that its sections come in its own order
         data: ImagesConfig

@@ -34,7 +34,7 @@ def fit_micro_batch(
     as many jobs on a GPU keeps its micro-batch, so that its sums are bit-identical. Before its first checkpoint there
     is nothing to keep: a size that was too large is not tried again.
     """
-    plans = batch_plans(config.optim.global_batch, world_size=plan.world_size, group=config.data.views_per_image)
+    plans = batch_plans(config.optim.global_batch, world_size=plan.world_size, group=config.group)
     memory = min(distributed.gather_objects(torch.cuda.get_device_properties(device).total_memory))
     known = distributed.on_main(lambda: _fitted_before(RunFolder(config.run)))
     memory //= runs_on_gpu()

@@ -49,7 +49,7 @@ def test_numbers_are_within_their_limits_and_can_be_shared(root, images, ranks, 
         [least, *(2**n for n in range(13) if least <= 2**n <= min(most, images / 50))]
     )
     batch = auto_batch(images, limits, unit=ranks * views)
-    batch_plan(batch, 10**6, world_size=ranks, views=views)
+    batch_plan(batch, 10**6, world_size=ranks, group=views)
     assert abs(batch - auto_batch(images, limits)) <= ranks * views
     epochs = auto_epochs(images, batch, limits)
     assert limits.epochs[0] <= epochs <= limits.epochs[1] and epochs % 10 == 0

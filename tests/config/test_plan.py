@@ -12,7 +12,7 @@ from maedistill.errors import ConfigError
 
 
 @pytest.mark.parametrize(
-    ("global_batch", "micro_batch", "world_size", "views", "plan"),
+    ("global_batch", "micro_batch", "world_size", "group", "plan"),
     [
         (4096, 256, 8, 1, BatchPlan(256, 2)),
         (4096, 4096, 1, 1, BatchPlan(4096, 1)),
@@ -24,44 +24,30 @@ from maedistill.errors import ConfigError
         (4096, 256, 4096, 1, BatchPlan(1, 1)),
     ],
 )
-def test_batch_plan(global_batch, micro_batch, world_size, views, plan):
-    assert batch_plan(global_batch, micro_batch, world_size=world_size, views=views) == plan
+def test_batch_plan(global_batch, micro_batch, world_size, group, plan):
+    assert batch_plan(global_batch, micro_batch, world_size=world_size, group=group) == plan
 
 
 sizes = st.integers(1, 200)
 
 
-@given(images=sizes, micro_batch=sizes, world_size=st.integers(1, 9), views=st.integers(1, 5))
-def test_no_smaller_accumulation_fits(images, micro_batch, world_size, views):
-    global_batch = images * views * world_size
-    if micro_batch < views:
-        with pytest.raises(ConfigError, match=rf"views_per_image={views}.*\n.*micro_batch={views}"):
-            batch_plan(global_batch, micro_batch, world_size=world_size, views=views)
+@given(images=sizes, micro_batch=sizes, world_size=st.integers(1, 9), group=st.integers(1, 5))
+def test_no_smaller_accumulation_fits(images, micro_batch, world_size, group):
+    global_batch = images * group * world_size
+    if micro_batch < group:
+        with pytest.raises(ConfigError, match=rf"micro_batch={group}"):
+            batch_plan(global_batch, micro_batch, world_size=world_size, group=group)
         return
-    plan = batch_plan(global_batch, micro_batch, world_size=world_size, views=views)
+    plan = batch_plan(global_batch, micro_batch, world_size=world_size, group=group)
     assert plan.micro_batch * plan.accumulation * world_size == global_batch
-    assert plan.micro_batch <= micro_batch and plan.micro_batch % views == 0
+    assert plan.micro_batch <= micro_batch and plan.micro_batch % group == 0
     per_rank = global_batch // world_size
     for a in range(1, plan.accumulation):
-        assert per_rank % a or per_rank // a > micro_batch or per_rank // a % views
-
-
-@given(images=sizes, micro_batch=sizes, world_size=st.integers(1, 9))
-def test_pairs_are_two_samples_that_stay_together(images, micro_batch, world_size):
-    """The same division as that of two views per image, and refused in the same cases in words of its own."""
-    try:
-        plan = batch_plan(images, micro_batch, world_size=world_size, views=2)
-    except ConfigError as error:
-        with pytest.raises(ConfigError, match=r"micro_batch.* mix|pairs to mix") as caught:
-            batch_plan(images, micro_batch, world_size=world_size, pairs=True)
-        assert caught.value.remedy == error.remedy and "view" not in caught.value.cause
-    else:
-        assert batch_plan(images, micro_batch, world_size=world_size, pairs=True) == plan
-        assert plan.micro_batch % 2 == 0
+        assert per_rank % a or per_rank // a > micro_batch or per_rank // a % group
 
 
 @pytest.mark.parametrize(
-    ("global_batch", "world_size", "views", "remedy"),
+    ("global_batch", "world_size", "group", "remedy"),
     [
         (4096, 6, 1, "start 4 or 8 ranks, or set optim.global_batch=4092 or 4098"),
         (4, 8, 1, "start 4 ranks, or set optim.global_batch=8"),
@@ -69,9 +55,9 @@ def test_pairs_are_two_samples_that_stay_together(images, micro_batch, world_siz
         (13, 2, 2, "set optim.global_batch=12 or 16"),
     ],
 )
-def test_uneven_batch_names_rank_counts_that_divide(global_batch, world_size, views, remedy):
+def test_uneven_batch_names_rank_counts_that_divide(global_batch, world_size, group, remedy):
     with pytest.raises(ConfigError) as caught:
-        batch_plan(global_batch, 4, world_size=world_size, views=views)
+        batch_plan(global_batch, 4, world_size=world_size, group=group)
     assert f"cannot be shared evenly by {world_size} ranks" in caught.value.cause
     assert caught.value.remedy == remedy
 

@@ -48,7 +48,7 @@ def tars(tmp_path_factory):
 
 def batches_of(crops, ranks, workers, most, first_step=0):
     """All micro-batches of all ranks: {step: [batch of each micro-batch and rank]}."""
-    plan = batch_plan(GLOBAL_BATCH, most, world_size=ranks, views=crops.order.views)
+    plan = batch_plan(GLOBAL_BATCH, most, world_size=ranks, group=crops.order.views)
     steps = {step: [] for step in range(first_step, STEPS)}
     keywords = {"plan": plan, "world_size": ranks, "workers": workers, "device": torch.device("cpu")}
     for rank in range(ranks):
