@@ -172,8 +172,9 @@ def probe_once(monkeypatch, images, device, metrics=None, **periods):
         engine=SimpleNamespace(precision="auto"),
     )
     plan = SimpleNamespace(batch=SimpleNamespace(micro_batch=2))
-    parts = SimpleNamespace(config=config, plan=plan, module=None, index="train", device=device)
-    loop.probe(SimpleNamespace(due=bool, workers=0, device=device, step=1, epoch=1.0), parts, "val", metrics)
+    parts = SimpleNamespace(config=config, module=None, index="train")
+    run = SimpleNamespace(config=config, plan=plan, due=bool, workers=0, device=device, step=1, epoch=1.0)
+    loop.probe(run, parts, "val", metrics)
     return precisions, devices
 
 

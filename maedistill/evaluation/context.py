@@ -20,6 +20,7 @@ from maedistill.machine import autocast, cpu_name, cpu_share
 from maedistill.machine import precision as resolve_precision
 from maedistill.processes import distributed
 from maedistill.runs.records import write_text
+from maedistill.runs.run import Run
 from maedistill.weights.network import Network
 
 # Seconds that a rank waits for the others: shares of images are equal, but machines may differ in speed. Learning rates
@@ -41,6 +42,19 @@ class EvalContext:
     precision: Precision = "fp32"
     timeout_seconds: float = TIMEOUT_SECONDS
     max_bad_fraction: float = MAX_BAD_FRACTION
+
+    @classmethod
+    def of_run(cls, run: Run) -> "EvalContext":
+        """Return the context in which a run in progress evaluates its own networks."""
+        data = run.config.data
+        return cls(
+            device=run.device,
+            batch=run.plan.batch.micro_batch,
+            workers=run.workers,
+            precision=run.config.engine.precision,
+            timeout_seconds=data.timeout_seconds,
+            max_bad_fraction=data.max_bad_fraction,
+        )
 
     @property
     def device_name(self) -> str:

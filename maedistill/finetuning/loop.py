@@ -155,14 +155,7 @@ def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
     networks = networks_of(parts.module)
     if run.ema is not None:
         networks |= {f"ema_{name}": network for name, network in networks_of(run.ema.module).items()}
-    context = EvalContext(
-        device=run.device,
-        batch=parts.plan.batch.micro_batch,
-        workers=run.workers,
-        precision=parts.config.engine.precision,
-        timeout_seconds=parts.config.data.timeout_seconds,
-        max_bad_fraction=parts.config.data.max_bad_fraction,
-    )
+    context = EvalContext.of_run(run)
     predictors = {
         name: Predictor(network, context, mean=parts.mean, std=parts.std) for name, network in networks.items()
     }

@@ -154,14 +154,7 @@ def probe(run: Run, parts: Pretraining, val_index: ShardIndex, metrics: MetricsF
     knn, linear = run.due(log.knn_every_epochs), run.due(log.probe_every_epochs)
     if not (knn or linear):
         return
-    context = EvalContext(
-        device=run.device,
-        batch=parts.plan.batch.micro_batch,
-        workers=run.workers,
-        precision=parts.config.engine.precision,
-        timeout_seconds=data.timeout_seconds,
-        max_bad_fraction=data.max_bad_fraction,
-    )
+    context = EvalContext.of_run(run)
     view: dict[str, Any] = {"size": data.image_size, "crop_pct": data.eval_crop}
     bank, queries = (
         pooled_features(parts.module, index, random_subset(index, log.knn_images), context, **view)
