@@ -30,7 +30,7 @@ from maedistill.data.shards.sources import open_source
 from maedistill.data.shards.write import ConversionStats
 from maedistill.errors import DataError
 from maedistill.evaluation.context import open_context
-from maedistill.evaluation.scorecard import score
+from maedistill.evaluation.scorecard import ScoreSpec, score
 from maedistill.exporting.folder import Pooling, with_pooling
 from maedistill.exporting.folder import export as export_run
 from maedistill.finetuning import loop as finetuning
@@ -167,9 +167,18 @@ def evaluate(
     context = open_context(batch=batch, workers=workers, threads=None, precision=precision)
     source = model if isinstance(model, nn.Module) else str(model)
     images = str(data) if isinstance(data, str | Path) else data
-    options: dict[str, Any] = {"weights": weights, "exit": exit, "peer": peer, "image_size": image_size, "crop": crop}
-    options |= {"against": against, "members": Members(image_key, label_key)}
-    return score(source, images, context, **options, files={})
+    spec = ScoreSpec(
+        source,
+        images,
+        weights=weights,
+        exit=exit,
+        peer=peer,
+        image_size=image_size,
+        crop=crop,
+        members=Members(image_key, label_key),
+        against=against,
+    )
+    return score(spec, context, files={})
 
 
 def export(

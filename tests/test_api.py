@@ -54,11 +54,10 @@ def test_paths_in_lists_are_settings_and_numbers_of_other_kinds_are_not(pretrain
 
 
 def test_shards_of_other_tools_can_be_evaluated(monkeypatch):
-    seen = {}
     monkeypatch.setattr(api, "open_context", lambda **_: None)
-    monkeypatch.setattr(api, "score", lambda *_, **options: seen.update(options))
-    maedistill.evaluate("runs/a", "x.tar", image_key="input.jpg", label_key="output.cls")
-    assert seen["members"] == ("input.jpg", "output.cls")
+    monkeypatch.setattr(api, "score", lambda spec, *_, **files: spec)
+    spec = maedistill.evaluate("runs/a", "x.tar", image_key="input.jpg", label_key="output.cls")
+    assert spec.members == ("input.jpg", "output.cls")
 
 
 def test_the_page_about_python_runs(tmp_path):

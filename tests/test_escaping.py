@@ -26,7 +26,7 @@ from maedistill.data.shards.write import make_shards
 from maedistill.errors import DataError, PeerError, exit_code_of, leave
 from maedistill.escaping import cell, code, get_log, has_secret, markdown, masked, say, shown, without_paths
 from maedistill.evaluation.context import EvalContext
-from maedistill.evaluation.scorecard import score
+from maedistill.evaluation.scorecard import ScoreSpec, score
 from maedistill.exporting.folder import export
 from maedistill.processes.diagnosis import Diagnosis, Heartbeat, failure_of
 from maedistill.report.formatting import markdown_table
@@ -154,7 +154,7 @@ def test_data(tmp_path, capsys):
     run = imitate(tmp_path / "run", vit, "finetune", classes=list(index.classes), license=WORD)
     files = {name: tmp_path / f"{name}.csv" for name in ("predictions", "per_class")} | {"json": tmp_path / "s.json"}
     context = EvalContext(torch.device("cpu"), 4, workers=0)
-    score(str(run), str(shard), context, latency=False, files=files)
+    score(ScoreSpec(str(run), str(shard), latency=False), context, files=files)
     check(capsys.readouterr().out)
     check(files["json"].read_text())
     for name in ("predictions", "per_class"):

@@ -52,28 +52,11 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, Start]:
 def start_score(arguments: argparse.Namespace) -> None:
     """Evaluate a classifier and report its scorecard."""
     from maedistill.data.shards.scan import Members
-    from maedistill.evaluation.scorecard import score
+    from maedistill.evaluation.scorecard import ScoreSpec, score
 
-    score(
-        arguments.model,
-        arguments.shards,
-        open_context(arguments),
-        index_file=arguments.index,
-        weights=arguments.weights,
-        exit=arguments.exit,
-        peer=arguments.peer,
-        image_size=arguments.image_size,
-        crop=arguments.crop,
-        test_size=arguments.test_size,
-        members=Members(arguments.image_key, arguments.label_key),
-        exif=arguments.exif,
-        against=arguments.against,
-        subset=arguments.subset,
-        real=arguments.real,
-        bins=arguments.bins,
-        latency=not arguments.no_latency,
-        files={name: getattr(arguments, name) for name in FILES},
-    )
+    members = Members(arguments.image_key, arguments.label_key)
+    spec = spec_of(ScoreSpec, arguments, members=members, latency=not arguments.no_latency)
+    score(spec, open_context(arguments), files={name: getattr(arguments, name) for name in FILES})
 
 
 def start_features(arguments: argparse.Namespace) -> None:

@@ -92,7 +92,6 @@ def parse_score(words: list[str]) -> argparse.Namespace:
     labels = parser.add_mutually_exclusive_group().add_argument
     labels("--subset", action="store_true", help="the shards hold some of the model's classes: match them by name")
     labels("--real", action="store_true", help="ImageNet's validation set: count against ImageNet-ReaL's labels, too")
-    add("--bins", type=at_least(1), default=15, metavar="N", help="of the calibration error (default 15)")
     for name, text in FILES.items():
         flag = "--" + name.replace("_", "-")
         add(flag, type=Path, metavar=f"FILE{SUFFIXES[name]}", dest=name, help=text)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from maedistill.report.intervals import of_count
 
-BINS = 15
+_BINS = 15
 _SMALL_ERROR = 0.01  # a calibration error below it needs no remedy
 
 
@@ -65,7 +65,7 @@ class Calibration:
         return {"calibration_error": self.error, "confidence": self.mean_confidence, "calibration": bins}
 
 
-def calibrate(confidences: Tensor, correct: Tensor, *, bins: int = BINS) -> Calibration:
+def calibrate(confidences: Tensor, correct: Tensor, *, bins: int = _BINS) -> Calibration:
     """Sort images into `bins` by confidence. confidences: float32 [n] in [0, 1]; correct: bool [n], n at least 1."""
     assert len(confidences) and bins >= 1
     place = (confidences.double() * bins).ceil().long().sub(1).clamp(0, bins - 1)  # [n]; the product is exact

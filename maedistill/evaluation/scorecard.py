@@ -4,7 +4,7 @@ MODEL, SHARDS -> Network, ShardIndex -> one full pass -> lines on stdout, JSON, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from maedistill.data.shards.scan import USUAL, Members
 from maedistill.errors import ConfigError
 from maedistill.evaluation.accuracy import Evaluation, TopCounts, evaluate, write_predictions
 from maedistill.evaluation.agreement import Agreement, TwoViews, evaluate_against
-from maedistill.evaluation.calibration import BINS, Calibration, calibrate
+from maedistill.evaluation.calibration import Calibration, calibrate
 from maedistill.evaluation.context import (
     EvalContext,
     computing,
@@ -43,57 +43,36 @@ from maedistill.weights.network import Network
 from maedistill.weights.open_network import given_network, open_network
 
 
-def score(
-    model: str | nn.Module,
-    shards: str | ImageDataset,
-    context: EvalContext,
-    *,
-    index_file: str | None = None,
-    weights: str = "model",
-    exit: int | None = None,
-    peer: int = 0,
-    image_size: int | None = None,
-    crop: float | None = None,
-    test_size: bool = False,
-    members: Members = USUAL,
-    exif: str | None = None,
-    against: str | Network | None = None,
-    subset: bool = False,
-    real: bool = False,
-    bins: int = BINS,
-    latency: bool = True,
-    files: Mapping[str, Path | None],
-) -> dict[str, Any]:
-    """Evaluate `model` on `shards`, print the scorecard and return it. Collective.
+@dataclass(frozen=True)
+class ScoreSpec:
+    """Which classifier to evaluate on which images, and how.
 
-    From Python the model may be a module that gives logits, and the shards a data set. exit: of a run with exits, the
-    block where the network ends. peer: of a run of mutual learning, the number of the student.
-    image_size, crop: override the model's own. test_size: take those of its published accuracy, if timm states others.
-    members: which fields of a sample are image and label. exif: `apply` or `ignore`, if not as in training. against: a
-    second classifier to compare with, or its name. subset: the shards hold only some of the model's classes, matched by
-    name. real: also score against the labels of ImageNet-ReaL. bins: number of bins of the calibration error. files:
-    paths for predictions, per_class, confusions and json. Raises subclasses of UserError.
+    From Python the model may be a module that gives logits, and the shards a data set.
     """
 
-    def open_sized(size: int | None) -> Network:
-        if isinstance(model, str):
-            return open_network(model, "predictor", weights=weights, exit=exit, peer=peer, image_size=size)
-        given = given_network(model, python_name(model), image_size=size)
-        given.module.float()  # the context's precision says in what it computes
-        return replace(given, num_classes=given.output().shape[-1])
+    model: str | nn.Module
+    shards: str | ImageDataset
+    index: str | None = None  # the shards' index file, where it does not lie beside them
+    weights: str = "model"
+    exit: int | None = None  # of a run with exits: the block where the network ends
+    peer: int = 0  # of a run of mutual learning: the number of the student
+    image_size: int | None = None  # this and `crop` override the model's own
+    crop: float | None = None
+    test_size: bool = False  # take size and crop of its published accuracy, if timm states others
+    members: Members = USUAL  # which fields of a sample are image and label
+    exif: str | None = None  # `apply` or `ignore`, if not as in training
+    against: str | Network | None = None  # a second classifier to compare with, or its name
+    subset: bool = False  # the shards hold only some of the model's classes, matched by name
+    real: bool = False  # score against the labels of ImageNet-ReaL, too
+    latency: bool = True  # time the network
 
-    network = distributed.main_first(lambda: open_sized(image_size))
-    if test_size:
-        if network.test_size is None or image_size is not None:
-            raise ConfigError(
-                f"--test-size: {network.name} states no other size for its accuracy"
-                if network.test_size is None
-                else "--test-size and --image-size both name the size",
-                "leave one of them out" if image_size is not None else "leave it out, or name one with --image-size",
-            )
-        size, crop = network.test_size, crop or network.test_crop
-        network = distributed.main_first(lambda: open_sized(size))
-    network = replace(network, crop=crop or network.crop)
+
+def score(spec: ScoreSpec, context: EvalContext, *, files: Mapping[str, Path | None]) -> dict[str, Any]:
+    """Evaluate a classifier, print the scorecard and return it. Collective.
+
+    files: paths for predictions, per_class, confusions and json. Raises subclasses of UserError.
+    """
+    network, shards, against = _open_model(spec), spec.shards, spec.against
     teacher: Network | None
     if isinstance(against, str):
         teacher, rival_name = distributed.main_first(partial(open_network, against, "predictor")), against
@@ -101,8 +80,8 @@ def score(
         teacher, rival_name = against, against.name if against else ""
     _require_fp32(context, [network, *([teacher] if teacher else [])])
     if isinstance(shards, str):
-        open_images = partial(open_index, members=members, apply_exif=(exif or network.exif) == "apply")
-        index = distributed.main_first(lambda: open_images(shards, index=index_file, split="val"))
+        open_images = partial(open_index, members=spec.members, apply_exif=(spec.exif or network.exif) == "apply")
+        index = distributed.main_first(lambda: open_images(shards, index=spec.index, split="val"))
         place = describe_shards(shards, index.shards)
     else:
         place = class_name(shards)
@@ -111,9 +90,9 @@ def score(
     if teacher is not None:
         print_network("vs.", teacher)
     print_data("data", index, place)
-    predictor = _open_predictor(network, index, context, subset=subset)
-    rival = _open_predictor(teacher, index, context, subset=subset) if teacher is not None else None
-    real_labels = open_real_labels(index, num_classes=network.num_classes) if real else None
+    predictor = _open_predictor(network, index, context, subset=spec.subset)
+    rival = _open_predictor(teacher, index, context, subset=spec.subset) if teacher is not None else None
+    real_labels = open_real_labels(index, num_classes=network.num_classes) if spec.real else None
 
     samples, agreement = torch.arange(len(index)), None
     if teacher is None or rival is None:
@@ -124,7 +103,7 @@ def score(
         evaluation, agreement = evaluate_against(predictor, rival, images, context, sizes=sizes)
     parts: dict[str, TopCounts | Calibration | Agreement | None] = {
         "result": evaluation.score,
-        "calibration": calibrate(evaluation.confidences, evaluation.predictions[:, 0] == evaluation.labels, bins=bins),
+        "calibration": calibrate(evaluation.confidences, evaluation.predictions[:, 0] == evaluation.labels),
         "real": count_real(evaluation, real_labels) if real_labels is not None else None,
         f"vs. {rival_name}:": agreement,
     }
@@ -134,7 +113,7 @@ def score(
             print_main(label, part.line())
             result |= part.metrics()
     result |= {"vs": teacher.name} if teacher else {}
-    if latency:
+    if spec.latency:
         there = computing(network, context)
         speed = distributed.on_main(lambda: measure_latency(network.module, there, size=network.size))
         times = f"{speed['latency_ms']:.2f} ms for one image (median; 90 % within {speed['latency_p90_ms']:.2f} ms)"
@@ -144,6 +123,31 @@ def score(
         result |= speed
     distributed.on_main(lambda: _write(files, evaluation, network, index))
     return finish(result, files.get("json"))
+
+
+def _open_model(spec: ScoreSpec) -> Network:
+    """Open the model with the image size and the crop that it is evaluated with. Collective."""
+
+    def open_sized(size: int | None) -> Network:
+        if isinstance(spec.model, str):
+            part: dict[str, Any] = {"weights": spec.weights, "exit": spec.exit, "peer": spec.peer}
+            return open_network(spec.model, "predictor", **part, image_size=size)
+        given = given_network(spec.model, python_name(spec.model), image_size=size)
+        given.module.float()  # the context's precision says in what it computes
+        return replace(given, num_classes=given.output().shape[-1])
+
+    network, crop = distributed.main_first(lambda: open_sized(spec.image_size)), spec.crop
+    if spec.test_size:
+        size, crop = network.test_size, crop or network.test_crop
+        if spec.image_size is not None:
+            raise ConfigError("--test-size and --image-size both name the size", "leave one of them out")
+        if size is None:
+            raise ConfigError(
+                f"--test-size: {network.name} states no other size for its accuracy",
+                "leave it out, or name one with --image-size",
+            )
+        network = distributed.main_first(lambda: open_sized(size))
+    return replace(network, crop=crop or network.crop)
 
 
 def _require_fp32(context: EvalContext, networks: Sequence[Network]) -> None:

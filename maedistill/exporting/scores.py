@@ -13,7 +13,7 @@ from maedistill.data.shards.open_index import open_index
 from maedistill.escaping import say
 from maedistill.evaluation.accuracy import require_known_classes
 from maedistill.evaluation.context import EvalContext, finish
-from maedistill.evaluation.scorecard import score
+from maedistill.evaluation.scorecard import ScoreSpec, score
 from maedistill.exporting.folder import NETWORK_FILES, read_record
 from maedistill.weights.class_names import compare_names
 from maedistill.weights.from_run import run_members
@@ -50,5 +50,6 @@ def score_formats(out: Path, run: str | Path, val: str, context: EvalContext, **
         kind = "torch_export" if name == "torch_export" else "onnx"
         source = f"local-dir:{out}" if name == "timm" else f"{kind}:{out / NETWORK_FILES[name]}"
         say("", name)
-        result = score(source, val, context, members=members, exif=network.exif, against=network, files={})
+        spec = ScoreSpec(source, val, members=members, exif=network.exif, against=network)
+        result = score(spec, context, files={})
         finish(result | {"model": f"{name_of_run} {name}", "vs": name_of_run}, out / f"scorecard_{name}.json")

@@ -22,7 +22,7 @@ from maedistill.evaluation.full_pass import Predictor
 from maedistill.evaluation.knn import knn_counts, knn_predictions
 from maedistill.evaluation.linear_probe import ProbeRecipe, fit_heads, score_heads
 from maedistill.evaluation.per_class import class_rows
-from maedistill.evaluation.scorecard import score
+from maedistill.evaluation.scorecard import ScoreSpec, score
 from maedistill.evaluation.segmentation import pixel_loss
 from maedistill.weights.backbone import Backbone
 from tests.device.pretend_card import CARD, Card, value_of
@@ -104,11 +104,11 @@ def test_a_caller_s_module_is_evaluated_on_the_card_wherever_it_is_and_stays_the
     with Card():
         module = network().to(place).train()
         for _ in range(2):
-            result = score(module, f"{shards}/val-*.tar", context(CARD), latency=False, files={})
+            result = score(ScoreSpec(module, f"{shards}/val-*.tar", latency=False), context(CARD), files={})
             found.append((result["top1_correct"], result["images"]))
             assert {parameter.device.index for parameter in module.parameters()} == {place.index} and module.training
     with Card():
-        expected = score(network(), f"{shards}/val-*.tar", context(CPU), latency=False, files={})
+        expected = score(ScoreSpec(network(), f"{shards}/val-*.tar", latency=False), context(CPU), files={})
     assert found == [(expected["top1_correct"], 24)] * 2
 
 

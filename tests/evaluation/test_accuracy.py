@@ -3,7 +3,6 @@
 import csv
 import tarfile
 from contextlib import nullcontext
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +23,7 @@ from maedistill.evaluation.accuracy import Evaluation, TopCounts, write_predicti
 from maedistill.evaluation.accuracy import evaluate as evaluate_all
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.full_pass import Predictor
-from maedistill.evaluation.scorecard import score
+from maedistill.evaluation.scorecard import ScoreSpec, score
 from maedistill.processes import distributed
 from maedistill.study import results
 
@@ -246,7 +245,11 @@ def test_the_size_of_a_published_accuracy_is_said_and_taken(shards, tmp_path, ca
     network, context = timm.create_model("resnet10t", num_classes=12), EvalContext(torch.device("cpu"), 24, workers=0)
     config = {"input_size": (3, 32, 32), "crop_pct": 0.9, "test_input_size": (3, 48, 48), "test_crop_pct": 1.0}
     save_for_hf(network, tmp_path / "model", data_config=config, safe_serialization=True)
-    ask = partial(score, str(tmp_path / "model"), str(shards / "val-*.tar"), context, latency=False, files={})
+
+    def ask(**size):
+        spec = ScoreSpec(str(tmp_path / "model"), str(shards / "val-*.tar"), latency=False, **size)
+        return score(spec, context, files={})
+
     own = ask()
     assert (own["size"], own["crop"]) == (32, 0.9) and "48 px, crop 1: --test-size" in capsys.readouterr().out
     published = ask(test_size=True)
