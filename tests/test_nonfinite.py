@@ -48,12 +48,12 @@ def test_skipping_ends_when_too_many_are_skipped_in_a_row(pretraining, settings)
     variables = {"WITNESS_NAN": f"{12 * BAD},{12 * (BAD + 1)},{12 * (BAD + 3)}"}
     command = [*settings["mae"], "engine.max_nonfinite=1"]
     ended = pretraining("two in a row", *command, witness=True, code=4, **variables)
-    assert "2 in a row (engine.nonfinite=skip)" in ended.err and "nonfinite.jsonl names its samples" in ended.err
+    assert "2 in a row" in ended.err and "nonfinite.jsonl" in ended.err
     assert [note["step"] for note in notes(ended.run)] == [BAD + 1, BAD + 2]
 
 
 def test_a_run_that_stops_leaves_a_sound_checkpoint(pretraining, settings):
-    ended = pretraining("stop", *settings["mae"], "engine.nonfinite=stop", witness=True, code=4, **NAN)
+    ended = pretraining("stop", *settings["mae"], "engine.max_nonfinite=0", witness=True, code=4, **NAN)
     assert ended.last_checkpoint().name == "step_000000008"
     assert json.loads((ended.run / "exit.json").read_text())["exit_code"] == 4
     assert pretraining("stop", *settings["mae"]).metrics()[-1]["step"] == 24

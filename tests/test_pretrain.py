@@ -167,9 +167,9 @@ def probe_once(monkeypatch, images, device, metrics=None, **periods):
     monkeypatch.setattr(loop, "pooled_features", lambda *args, **_: precisions.append(args[-1].precision) or found)
     monkeypatch.setattr(loop, "knn_accuracy", lambda *_, device: devices.append(device) or 0.5)
     config = SimpleNamespace(
-        data=SimpleNamespace(image_size=32, eval_crop=1.0, timeout_seconds=1.0, max_bad_fraction=0.0),
+        data=SimpleNamespace(image_size=32, eval_crop=1.0, max_bad_fraction=0.0),
         log=SimpleNamespace(**{"knn_every_epochs": 1, "probe_every_epochs": None, "knn_images": 3} | periods),
-        engine=SimpleNamespace(precision="auto"),
+        engine=SimpleNamespace(precision="auto", loader_seconds=1.0),
     )
     plan = SimpleNamespace(batch=SimpleNamespace(micro_batch=2))
     parts = SimpleNamespace(config=config, module=None, index="train")

@@ -94,11 +94,6 @@ class ImagesConfig(Section):
         "stop when a larger share of the samples seen, or of those of an evaluation, could not be decoded; in training "
         "each one is replaced and listed, an evaluation leaves it out and says so",
     )
-    timeout_seconds: Positive = runtime(
-        300,
-        "how long the loader processes may be stuck at their samples before the run ends and names them; fetching a "
-        "remote shard has time limits of its own",
-    )
     image_key: FieldNames | None = result(
         None,
         "member of a sample that is its image, for shards of other tools with several: what follows the first dot of "
@@ -188,14 +183,19 @@ class EngineConfig(Section):
     timeout_seconds: Positive = runtime(
         600,
         "how long a rank waits for another before the run ends; one whose process is gone, or whose whole machine has "
-        "been silent for a minute, is not waited for",
+        "been silent for a minute, is not waited for; loader processes may be stuck at their samples half as long; "
+        "fetching a remote shard has time limits of its own",
     )
-    nonfinite: Literal["skip", "stop"] = runtime(
-        "skip",
-        "what follows an update whose loss or gradient is not finite, which is never applied; skip: the next one; "
-        "stop: the end, exit 4",
+    max_nonfinite: Count = runtime(
+        5,
+        "most updates in a row whose loss or gradient is not finite; they are never applied; one more ends the run, "
+        "exit 4",
     )
-    max_nonfinite: Positive = runtime(5, "most such updates in a row; one more ends the run, exit 4")
+
+    @property
+    def loader_seconds(self) -> float:
+        """Return how long loader processes may be stuck: less than other ranks wait, so the error names samples."""
+        return self.timeout_seconds / 2
 
     @property
     def micro_batch_limit(self) -> int:

@@ -46,14 +46,13 @@ class EvalContext:
     @classmethod
     def of_run(cls, run: Run) -> "EvalContext":
         """Return the context in which a run in progress evaluates its own networks."""
-        data = run.config.data
         return cls(
             device=run.device,
             batch=run.plan.batch.micro_batch,
             workers=run.workers,
             precision=run.config.engine.precision,
-            timeout_seconds=data.timeout_seconds,
-            max_bad_fraction=data.max_bad_fraction,
+            timeout_seconds=run.config.engine.loader_seconds,
+            max_bad_fraction=run.config.data.max_bad_fraction,
         )
 
     @property

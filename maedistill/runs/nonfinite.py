@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from maedistill.config.schema import EngineConfig
 from maedistill.errors import NumericsError
 from maedistill.escaping import say
 from maedistill.processes import distributed
@@ -52,10 +51,10 @@ class LateFlags:
 
 
 class NonfinitePolicy:
-    """Apply `engine.nonfinite` and `engine.max_nonfinite`. path: the file that lists the samples of skipped updates."""
+    """Apply `engine.max_nonfinite`, here `most`. path: the file that lists the samples of skipped updates."""
 
-    def __init__(self, path: Path, settings: EngineConfig) -> None:
-        self.lines, self.settings = AppendOnlyFile(path, unique=True), settings
+    def __init__(self, path: Path, *, most: int) -> None:
+        self.lines, self.most = AppendOnlyFile(path, unique=True), most
         self._flags = LateFlags()
         self._sample_names: Callable[[int], list[str]] = lambda step: []
 
@@ -65,7 +64,7 @@ class NonfinitePolicy:
         """Count the update just made if it was skipped, bool [] on its device; it may be known one call later.
 
         now: wait for the flag. sample_names: from a step, counted from 0, to the names of its samples. Raises
-        NumericsError if the settings say that the run ends.
+        NumericsError after more than `most` in a row.
         """
         self._sample_names = sample_names
         self._count(progress, self._flags.push(progress.step - 1, skipped, now=now))
@@ -84,10 +83,10 @@ class NonfinitePolicy:
             if distributed.is_main():
                 self.lines.append(json.dumps({"step": step + 1, "samples": self._sample_names(step)}))
                 say(f"step {step + 1} is not applied: its loss or gradient is not finite", error=True)
-            if self.settings.nonfinite == "stop" or progress.nonfinite_in_a_row > self.settings.max_nonfinite:
+            if progress.nonfinite_in_a_row > self.most:
                 raise NumericsError(
                     f"the loss or the gradient of step {step + 1} is not finite, {progress.nonfinite_in_a_row} in a "
-                    f"row (engine.nonfinite={self.settings.nonfinite}); {self.lines.path} names its samples",
+                    f"row, where engine.max_nonfinite allows {self.most}; {self.lines.path} names its samples",
                     "look at them, or start another run= with a lower optim.base_lr or optim.clip=1; no checkpoint "
                     "has such numbers",
                 )

@@ -73,7 +73,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.clock, self.averages, self.hint = Clock(self.device), Averages(), DataWaitHint()
-        self.nonfinite = NonfinitePolicy(self.folder.nonfinite, self.config.engine)
+        self.nonfinite = NonfinitePolicy(self.folder.nonfinite, most=self.config.engine.max_nonfinite)
         self.bad_samples = BadSampleLog(self.folder.bad_samples, self.config)
         self._loss, self._status_shown = math.nan, 0.0  # the loss of the last logged interval
         self._records: list[AppendOnlyFile] = []  # rank 0: files that are flushed before a checkpoint is written
@@ -155,7 +155,7 @@ class Run:
             world_size=distributed.world_size(),
             workers=self.workers,
             device=self.device,
-            timeout_seconds=self.config.data.timeout_seconds,
+            timeout_seconds=self.config.engine.loader_seconds,
             # The error names the missing sample before another rank times out.
             max_batch_wait=0.75 * self.config.engine.timeout_seconds,
         )
@@ -177,7 +177,7 @@ class Run:
     def end_step(self, crops: RandomCrops) -> None:
         """Count the step whose update was just made. Collective.
 
-        Raises NumericsError if `engine.nonfinite` says that non-finite numbers end the run.
+        Raises NumericsError after more than `engine.max_nonfinite` updates in a row that are not finite.
         """
         self.progress.step += 1
         if self.ema is not None:

@@ -34,7 +34,7 @@ RANKS, BATCH, IMAGES, STEPS_A_MINUTE = 2, 12, 96, 120
 SETTLED = 6.0  # seconds after its start from which on a start's memory counts
 GROWTH = 20.0  # MB of all processes together, from the first to the last quarter, that count as flat
 CONFIG = """\
-data: {{train: {shards}/train-*.tar, image_size: 32, workers: 1, max_bad_fraction: 1.0, timeout_seconds: 8}}
+data: {{train: {shards}/train-*.tar, image_size: 32, workers: 1, max_bad_fraction: 1.0}}
 student: {{model: vit_tiny_patch16_224, width: 32, depth: 2, num_heads: 2, patch_size: 8}}
 decoder: {{width: 16, depth: 1, num_heads: 2}}
 optim: {{epochs: {epochs}, warmup_epochs: 0.5, global_batch: 12, lr: 3e-3, ema: 0.9}}

@@ -13,7 +13,7 @@ from maedistill.runs.run import Run
 
 def test_every_checkpoint_knows_of_the_last_update(tmp_path):
     """Also one that is written before a step, as of a run that ends while it waits for a peer."""
-    policy = NonfinitePolicy(tmp_path / "lines", SimpleNamespace(nonfinite="skip", max_nonfinite=3))
+    policy = NonfinitePolicy(tmp_path / "lines", most=3)
     saved, progress = [], Progress(step=4)
     run = SimpleNamespace(
         nonfinite=policy,
@@ -34,9 +34,8 @@ def test_every_checkpoint_knows_of_the_last_update(tmp_path):
     assert (progress.nonfinite, progress.nonfinite_in_a_row) == (1, 0)
 
 
-@pytest.mark.parametrize(("nonfinite", "most"), [("stop", 3), ("skip", 0)])
-def test_the_run_ends_also_if_the_next_flag_arrives_at_the_same_time(tmp_path, nonfinite, most):
-    policy = NonfinitePolicy(tmp_path / "lines", SimpleNamespace(nonfinite=nonfinite, max_nonfinite=most))
+def test_the_run_ends_also_if_the_next_flag_arrives_at_the_same_time(tmp_path):
+    policy = NonfinitePolicy(tmp_path / "lines", most=0)
     progress = Progress(step=4)
     policy.check(progress, torch.tensor(True), now=False, sample_names=lambda step: [])
     progress.step = 5

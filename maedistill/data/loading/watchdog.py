@@ -138,8 +138,8 @@ def _describe_hang(table: np.ndarray, seconds: float, index: ShardIndex) -> User
     return DataError(
         f"{len(rows)} of {len(table)} loader workers have not moved for {seconds:.0f} s: "
         f"{join_first(places, _NAMED, separator='; ')}",
-        "see to the disk, network drive or server that does not answer, and start again; data.timeout_seconds allows "
-        "more, as far as engine.timeout_seconds does",
+        "see to the disk, network drive or server that does not answer, and start again; a larger "
+        "engine.timeout_seconds allows more",
     )
 
 
