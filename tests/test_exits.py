@@ -21,7 +21,8 @@ from maedistill.finetuning.setup import open_finetuning
 from maedistill.weights.open_network import open_network
 
 EXITS = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=3", "student.num_heads=2"]
-EXITS += ["student.patch_size=8", "student.exits=[0,1]", "distill.exits.weight=1", "optim.epochs=2"]
+EXITS += ["student.patch_size=8", "optim.epochs=2", "student.exits=[0,1]"]
+EXITS += ["distill.exits={weight: 1, feature_weight: 0.5}"]
 EXITS += ["distill.self_attention={weight: 0.1, blocks: [0,1,2]}"]
 
 

@@ -63,10 +63,12 @@ def _exits(c: FinetuneConfig) -> Iterator[Problem]:
     """Yield problems unless exits and what trains them come together, on blocks below the last one."""
     exits, arch = c.student.exits, c.student_architecture
     yield from _rising("student.exits", exits)
-    yield from shared_rules.blocks("student.exits", exits, arch=arch, who="student")
-    if exits and arch is not None and max(exits) == arch.depth - 1:
-        cause = f"block {arch.depth - 1} is the student's last one, which has the final classifier"
-        yield Problem("student.exits", cause, f"use blocks from 0 to {arch.depth - 2}")
+    if exits and arch is not None and max(exits) >= (last := arch.depth - 1):
+        cause = f"block {max(exits)} does not exist, the student has {arch.depth}"
+        if max(exits) == last:
+            cause = f"block {last} is the student's last one, which has the final classifier"
+        remedy = f"use blocks from 0 to {last - 1}" if last else "remove it, or set student.depth=2 or more"
+        yield Problem("student.exits", cause, remedy)
     if exits and not c.distill.exits.on:
         cause = "nothing trains the exits: distill.exits has weight 0"
         yield Problem("student.exits", cause, "set distill.exits.weight=1")

@@ -31,7 +31,8 @@ from maedistill.evaluation.latency import image_seconds
 from maedistill.models.flops import forward_gflop
 from maedistill.processes import distributed
 from maedistill.report.charts import new_canvas, plain
-from maedistill.report.formatting import percent
+from maedistill.report.formatting import percent, short_names
+from maedistill.report.intervals import of_count
 from maedistill.runs.records import unwritable
 from maedistill.weights.class_names import compare_names
 from maedistill.weights.from_run import read_metadata, run_members
@@ -162,17 +163,21 @@ def operations(correct: Tensor, confidences: Tensor, endings: Sequence[Ending]) 
 
 
 def draw_exits(endings: Sequence[Ending], curve: Sequence[Operation], path: Path) -> Path | None:
-    """Draw top-1 over mean latency: each exit alone, and the curve of thresholds. None without matplotlib."""
+    """Draw top-1 over mean latency: each exit alone, with its 95 % interval, and the curve of thresholds.
+
+    Returns None without matplotlib.
+    """
     canvas = new_canvas(figsize=(7.2, 4.2 + 0.2 * len(endings)))
     if canvas is None:
         return None
     axes = canvas.figure.add_subplot(xlabel="mean latency of one image, ms", ylabel="top-1, %")
     points = [(one.latency_ms, 100 * one.top1) for one in curve]
     axes.plot(*zip(*points, strict=True), marker=".", label="an exit for each image, by its confidence")
-    for one in endings:
-        top1 = 100 * one.top1_correct / one.images
-        label = plain(f"{one.name[-60:]}: {top1:.1f} %, {one.parameters / 1e6:.2f} M")
-        axes.scatter(one.latency_ms, top1, zorder=3, label=label)
+    for name, one in zip(short_names([one.name for one in endings]), endings, strict=True):
+        top1, interval = 100 * one.top1_correct / one.images, of_count(one.top1_correct, one.images)
+        spread = [[top1 - 100 * interval.low], [100 * interval.high - top1]]
+        label = plain(f"{name[-60:]}: {top1:.1f} %, {one.parameters / 1e6:.2f} M")
+        axes.errorbar(one.latency_ms, top1, yerr=spread, fmt="o", capsize=3, zorder=3, label=label)
     axes.grid(alpha=0.3)
     axes.set_xlim(left=0)
     canvas.figure.legend(loc="outside lower left")  # names of other networks may be long

@@ -24,8 +24,8 @@ from maedistill.models.exits import ExitHead, ending_at
 class Exits(Term):
     """Exits that learn from labels and from the final classifier (Be Your Own Teacher, Zhang et al., ICCV 2019).
 
-    An exit's parts are `exits/BLOCK/cross_entropy`, `.../divergence` (T^2 included) and `.../features`. Their heads are
-    kept: `evaluate` and `export` use them.
+    An exit's parts are `exits/BLOCK/cross_entropy`, `.../divergence` (T^2 included) and `.../features`, those whose
+    weight is not 0. Their heads are kept: `evaluate` and `export` use them.
     """
 
     section: distill.ExitsConfig
@@ -42,11 +42,14 @@ class Exits(Term):
         for block, head in self.heads.items():
             tokens = student[f"tokens/{block}"]
             features, logits = head(tokens if section.trunk_gradients else tokens.detach())  # [B, D], [B, C]
-            parts[f"/{block}/cross_entropy"] = self.cross_entropy(logits.float(), targets)
-            parts[f"/{block}/divergence"] = kd_loss(logits, student["logits"], temperature=section.temperature)
-            parts[f"/{block}/features"] = feature_loss(
-                features, student["embedding"], distance="mse", normalize="whiten", eps=1e-6
-            )
+            if section.alpha < 1:
+                parts[f"/{block}/cross_entropy"] = self.cross_entropy(logits.float(), targets)
+            if section.alpha > 0:
+                parts[f"/{block}/divergence"] = kd_loss(logits, student["logits"], temperature=section.temperature)
+            if section.feature_weight > 0:
+                parts[f"/{block}/features"] = feature_loss(
+                    features, student["embedding"], distance="mse", normalize="whiten", eps=1e-6
+                )
         return parts
 
     def total(self, parts: Parts) -> Tensor:

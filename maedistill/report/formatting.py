@@ -22,6 +22,15 @@ def percent(count: int, total: int) -> str:
     return f"{100 * count / total:.2f} % ({count} of {total})"
 
 
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Return the last parts of each path: as few as tell all different ones apart."""
+    parts = [path.rstrip("/").split("/") for path in paths]
+    depth = 1
+    while len({tuple(words[-depth:]) for words in parts}) < len({tuple(words) for words in parts}):
+        depth += 1
+    return ["/".join(words[-depth:]) for words in parts]
+
+
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Format the lines of a Markdown table; its cells hold text, no markup."""
     return [f"| {' | '.join(map(markdown, cells))} |" for cells in (heads, ["---"] * len(heads), *rows)]

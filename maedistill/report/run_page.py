@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import all_keys, flat
-from maedistill.report.formatting import KNN_CAVEAT, interval_text, percent
+from maedistill.report.formatting import KNN_CAVEAT, interval_text, percent, short_names
 from maedistill.report.interactive import curves, legend, require_bokeh
 from maedistill.report.markup import Html, command, element, note, table
 from maedistill.report.page import Page
@@ -116,8 +116,7 @@ def _of_each(runs: Sequence[RecordedRun], part: Callable[[RecordedRun], _Part]) 
 def _names(folders: Sequence[Path]) -> dict[str, Path]:
     """Return a name for each folder: its last parts, as few as tell all apart."""
     paths = {folder.resolve(): folder for folder in folders}
-    depth = next(n for n in range(1, 999) if len({path.parts[-n:] for path in paths}) == len(paths))
-    return {"/".join(path.parts[-depth:]): folder for path, folder in paths.items()}
+    return dict(zip(short_names([str(path) for path in paths]), paths.values(), strict=True))
 
 
 def _by_run(first: str, runs: Sequence[RecordedRun], facts: Sequence[Mapping[str, str]], *, css: str = "") -> Html:

@@ -146,12 +146,17 @@ def progress_line(
     losses: Mapping[str, float], values: Mapping[str, float], *, step: int, total_steps: int, epochs: float
 ) -> str:
     """Format the progress line: every loss term, then speed, waiting, memory and time left."""
-    terms = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if name != "loss")
+    terms = ", ".join(f"{name} {_digits(value)}" for name, value in losses.items() if name != "loss")
     return (
         f"epoch {values['epoch']:.1f}/{epochs:g}  step {step}/{total_steps}  loss {losses['loss']:.4f} ({terms})  "
         f"lr {values['lr']:.2e}  grad {values['grad_norm']:.3g}  {values['images_per_second']:.0f} img/s/rank  "
         f"wait {values['data_wait']:.0%}  mem {values['memory_gb']:.1f} GB  eta {duration(values['eta_seconds'])}"
     )
+
+
+def _digits(value: float) -> str:
+    """Format a loss: four decimals, or three digits of a small one."""
+    return f"{value:.4f}" if abs(value) >= 0.01 or not value else f"{value:.3g}"
 
 
 def status_line(loss: float, rate: float, seconds_left: float, *, step: int, total: int) -> str:
