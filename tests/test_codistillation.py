@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import maedistill
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.errors import ConfigError, DataError
@@ -155,7 +156,7 @@ def test_a_pair_killed_at_random_instants_repeats_every_bit(finetuning, trained)
 
 
 @pytest.mark.faults
-def test_a_lost_peer_ends_the_run_or_is_left_out_for_good(finetuning):
+def test_a_lost_peer_ends_the_run_or_is_left_out_for_good(finetuning, tmp_path):
     pair, wait = Pair(finetuning, "lost"), "distill.codistillation.wait_seconds=10"
     starts = [pair.start(0, wait), pair.start(1, witness=True, WITNESS_KILL="24")]
     starts[1].finish(-9)
@@ -166,7 +167,9 @@ def test_a_lost_peer_ends_the_run_or_is_left_out_for_good(finetuning):
     alone = pair.start(0, wait, "distill.codistillation.missing=leave_out").finish()
     assert f"continues at step {step}" in alone.out
     left_out = json.loads((ended.run / "codistillation.json").read_text())["left_out"]
-    assert left_out == {str(pair.folder(1)): 12}
+    assert left_out == {str(pair.folder(1)): 12} == json.loads((ended.run / "run.json").read_text())["left_out"]
+    assert "from step 12 on" in (ended.run / "report.md").read_text()
+    assert "without 1 from step 12 on" in (maedistill.export(ended.run, tmp_path / "out") / "README.md").read_text()
     assert [record["codistillation"] != 0 for record in alone.metrics()][3:] == [True] * 9 + [False] * 4
 
 

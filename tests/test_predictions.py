@@ -60,7 +60,7 @@ def train(predictions: Predictions, steps: range) -> list[tuple[torch.Tensor, to
     return read
 
 
-@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("top_k", [None, 1])
 def test_a_row_reads_what_was_said_of_its_sample_in_the_whole_epoch_before(tmp_path, top_k):
     ids, shares = ORDER.samples(torch.arange(STEPS * BATCH)).tolist(), set()
     for step, (past, share) in enumerate(train(opened(tmp_path, top_k=top_k), range(STEPS))):
@@ -117,9 +117,9 @@ def test_the_disk_is_that_of_all_samples_though_a_run_trains_on_a_part():
         assert f"predictions: {told} an epoch" in made.describe()
 
 
-def test_a_selection_of_all_classes_is_refused(tmp_path):
+def test_a_selection_that_saves_nothing_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="top_k"):
-        opened(tmp_path, top_k=CLASSES)
+        opened(tmp_path, top_k=2)
 
 
 @pytest.fixture(scope="module")

@@ -264,8 +264,9 @@ class PastConfig(TermConfig):
     )
     source: Literal["weights", "ema", "predictions"] = result(
         "weights",
-        "weights as they were when the epoch began (none in the first), or the moving average of optim.ema, predict on "
-        "the same mixed images; predictions: those in training an epoch ago, stored in the run folder, as in PS-KD",
+        "what predicts; weights: the network as it was when the epoch began, nothing in the first epoch; ema: the "
+        "average of optim.ema; both see the same mixed images; predictions: those in training an epoch ago, stored in "
+        "the run folder, as in PS-KD; they need augment.mixup=0 augment.cutmix=0",
     )
     top_k: Positive | None = result(
         None,

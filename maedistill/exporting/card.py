@@ -146,7 +146,7 @@ def _training(
         seed, tuned = config.seed, list[str]()
         if isinstance(config, FinetuneConfig):
             student = [config, *peer_configs(config)][peer]
-            seed, tuned = student.seed, _finetuning(config, student)
+            seed, tuned = student.seed, _finetuning(config, student, metadata.get("left_out") or {})
         clip = f", gradients clipped at {optim.clip:g}" if optim.clip is not None else ""
         lines += [
             f"- Training shards: {code(without_paths(config.data.train, word=True))}.",
@@ -193,15 +193,18 @@ def _pretraining(config: PretrainConfig, vit: PlainViT) -> list[str]:
     ]
 
 
-def _finetuning(config: FinetuneConfig, student: FinetuneConfig) -> list[str]:
-    """Describe the fine-tuning. student: the config of the peer that is exported, or the run's."""
+def _finetuning(config: FinetuneConfig, student: FinetuneConfig, left_out: Mapping[str, int]) -> list[str]:
+    """Describe the fine-tuning.
+
+    student: the config of the peer that is exported, or the run's. left_out: codistilled runs that were left out, with
+    the step from which on.
+    """
     data, augment, (low, high) = config.data, config.augment, config.data.crop_scale
     share = f"; trained on {data.label_fraction:.3g} of each class's labels" if data.label_fraction < 1 else ""
     mixing = f"mixup {augment.mixup:g}, cutmix {augment.cutmix:g}" if augment.mixes else "no mixing"
-    terms = "".join(f", {name} {term.weight:g}" for name, term in config.distill.terms.items())
-    past = config.distill.past
-    source = "the epoch before" if past.stores else past.source
-    terms += f" (targets mixed with predictions of {source}, {past.alpha:g} at the end)" if past.on else ""
+    terms = "".join(
+        f", {name} {term.weight:g}{_how(config, name, left_out)}" for name, term in config.distill.terms.items()
+    )
     return [
         *([f"- Losses, with their weights: labels {config.distill.label_weight:g}{terms}."] if terms else []),
         f"- Augmentation: crops of {low:g} to {high:g} of the area{', flips' if data.flip else ''}, "
@@ -210,6 +213,31 @@ def _finetuning(config: FinetuneConfig, student: FinetuneConfig) -> list[str]:
         f"- Layer-wise learning rates: times {config.optim.layer_decay:g} a layer; drop path "
         f"{student.student.drop_path:g}; pooling {student.student.global_pool}.",
     ]
+
+
+def _how(config: FinetuneConfig, name: str, left_out: Mapping[str, int]) -> str:
+    """Describe, in parentheses, a term without a teacher; empty for the others."""
+    distill, exits = config.distill, ", ".join(map(str, config.student.exits))
+    sources = {
+        "weights": "the weights at the beginning of the epoch",
+        "ema": "the moving average",
+        "predictions": "the epoch before",
+    }
+    alone = [f"without {count} from step {step} on" for step, count in sorted(Counter(left_out.values()).items())]
+    parts = {
+        "exits": [f"after blocks {exits}", f"predictions of the end {distill.exits.alpha:g}"],
+        "mutual": [f"{len(distill.mutual.students) + 1} students"],
+        "codistillation": [
+            f"{len(distill.codistillation.peers)} other runs",
+            f"weights exchanged every {distill.codistillation.every_steps} steps",
+            *alone,
+        ],
+        "past": [
+            f"targets mixed with predictions of {sources[distill.past.source]}",
+            f"{distill.past.alpha:g} at the end",
+        ],
+    }
+    return f" ({', '.join(parts[name])})" if name in parts else ""
 
 
 def _features(records: Sequence[Mapping[str, Any]], config: RunConfig | None, weights: Weights) -> list[str]:

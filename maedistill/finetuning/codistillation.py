@@ -142,7 +142,7 @@ class Codistillation:
                 distributed.main_first(partial(self._open, peer))
         distributed.on_main(lambda: self._state.write(run.folder.path))
         licenses = [own, *self._state.licenses.values()]
-        distributed.on_main(lambda: run.folder.amend(license=combined_license(licenses)))
+        distributed.on_main(lambda: run.folder.amend(license=combined_license(licenses), left_out=self._state.left_out))
 
     def exchange(self, run: Run) -> None:
         """At the start of a period, publish weights and wait for those of the peers; after a restart, read them again.
@@ -306,8 +306,9 @@ class Codistillation:
                 cause = error.cause
         self._state.left_out[peer] = self._period_of(run.step)
         distributed.on_main(lambda: self._state.write(run.folder.path))
+        distributed.on_main(lambda: run.folder.amend(left_out=self._state.left_out))
         if distributed.is_main():
-            say(f"from step {run.step} on without {cause}")
+            say(f"{cause}; from step {run.step} on without it")
         return False
 
     # Weights

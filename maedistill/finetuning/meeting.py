@@ -120,7 +120,7 @@ def why_unfit(peer: str, own: dict[str, Any]) -> ConfigError | None:
         cause = f"{_KEY}: {peer} exchanges weights {theirs}, this run {mine}"
         return ConfigError(cause, "give both the same every_steps and schedule, and as many steps per epoch")
     if entry["seed"] == own["seed"]:
-        cause = f"{_KEY}: {peer} has the same seed, {own['seed']}: equal students teach each other nothing"
+        cause = f"{_KEY}: {peer} has the same seed, {own['seed']}: each run needs its own"
         return ConfigError(cause, "give each run a seed of its own")
     return None
 

@@ -66,8 +66,8 @@ def peer_configs(config: FinetuneConfig) -> list[FinetuneConfig]:
     seeds = [config.seed, *(peer.seed for peer in configs)]
     if len(set(seeds)) < len(seeds):
         raise ConfigError(
-            f"{key}: two students have the seed {max(seeds, key=seeds.count)}: equal students teach each other nothing",
-            "give each a seed of its own, or leave the seeds out",
+            f"{key}: two students have the seed {max(seeds, key=seeds.count)}: each needs its own",
+            "give each another one, or leave the seeds out",
         )
     return configs
 

@@ -42,9 +42,9 @@ class Predictions:
 
     def __init__(self, section: PastConfig, *, plan: Plan, epochs: float, samples: int, num_classes: int) -> None:
         """Set up without files. epochs: of the run; samples: in the shards, of which a run may train on a part."""
-        if section.top_k is not None and section.top_k >= num_classes:
-            cause = f"distill.past.top_k: {section.top_k} classes to store, and the data has {num_classes}"
-            raise ConfigError(cause, "use fewer, or null to store all classes")
+        if section.top_k is not None and 3 * section.top_k >= num_classes:  # each takes three times the bytes
+            cause = f"distill.past.top_k: {section.top_k} of {num_classes} classes take no less disk than all of them"
+            raise ConfigError(cause, "use less than a third of the classes, or null to store all of them")
         self.section, self.plan, self.epochs, self.num_classes = section, plan, epochs, num_classes
         k = section.top_k or num_classes
         fields: list[Any] = [("probabilities", "<f2", (k,)), ("classes", "<i4", (k,))]

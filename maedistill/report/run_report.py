@@ -67,6 +67,7 @@ def write_finetune_report(folder: "RunFolder") -> Path:
     correct, images = score["top1_correct"], score["images"]
     averaged = [record for record in records if "ema_top1" in record]
     without = f", without {bad:,} that cannot be decoded" if (bad := score.get("bad_images", 0)) else ""
+    left_out: dict[str, int] = metadata.get("left_out") or {}
     last, curve = summary(records), _draw_run(folder, records, metadata)
     lines = [
         f"# {markdown(folder.path.name)}: {markdown(metadata['network']['name'])} fine-tuned",
@@ -79,6 +80,7 @@ def write_finetune_report(folder: "RunFolder") -> Path:
         *(f"- {markdown(name)}: top-1 {score}" for name, score in part_scores(records, metadata).items()),
         f"- start: {markdown(metadata['init'] or 'from scratch')}",
         *([f"- teacher: {markdown(metadata['teacher'])}"] if metadata.get("teacher") else []),
+        *(f"- codistilled without {markdown(peer)} from step {step} on" for peer, step in left_out.items()),
         f"- {config.optim.epochs:g} epochs of {metadata['data']['images']:,} images, {last['step']} steps, "
         f"global batch {config.optim.global_batch}, lr {config.optim.peak_lr:.3g}, layer decay "
         f"{config.optim.layer_decay:g}, seed {config.seed}",

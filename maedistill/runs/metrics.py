@@ -66,11 +66,12 @@ class Averages:
 class MetricsFile:
     """Writes metrics.jsonl, and hands its numbers and pictures on to trackers. Only rank 0 has one.
 
-    A run that resumes at step s drops the lines of steps above s, because it repeats these steps, and what is no line
-    of ours, such as the torn end after a power cut. last_names: what is recorded of step s.
+    every: steps between two records of losses. A run that resumes at step s drops the lines of steps above s, because
+    it repeats these steps, and what is no line of ours, such as the torn end after a power cut. last_names: what is
+    recorded of step s.
     """
 
-    def __init__(self, folder: Path, *, first_step: int, trackers: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, *, first_step: int, every: int = 1, trackers: Sequence[str] = ()) -> None:
         self.path = folder / "metrics.jsonl"
         kept, damaged = [], 0
         written: dict[str, int] = {}  # the newest step of each tag
@@ -81,7 +82,7 @@ class MetricsFile:
                 if record["step"] <= first_step:
                     kept.append((line, record))
         steps = sorted({0, *(record["step"] for _, record in kept)})
-        gap = max((later - earlier for earlier, later in pairwise(steps)), default=0)
+        gap = max((later - earlier for earlier, later in pairwise(steps)), default=every)
         if damaged or steps[-1] + gap <= first_step > steps[-1]:
             last = f"step {steps[-1]} as its last one" if steps[-1] else "no line"
             what = f"{damaged} lines that cannot be read, which are left out" if damaged else last
@@ -130,7 +131,7 @@ def open_metrics(
     if not distributed.is_main():
         yield None
         return
-    metrics = MetricsFile(folder, first_step=first_step, trackers=config.log.trackers)
+    metrics = MetricsFile(folder, first_step=first_step, every=config.log.every_steps, trackers=config.log.trackers)
     try:
         yield metrics
     except BaseException as error:

@@ -52,10 +52,11 @@ def test_tensorboard_has_groups_and_the_settings(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "first_step", "warns"), [([2, 4, 6], 12, True), ([2, 4, 10], 11, False), ([], 3, True)]
+    ("steps", "first_step", "warns"),
+    [([2, 4, 6], 12, True), ([2, 4, 10], 11, False), ([], 3, True), ([], 1, False), ([2], 3, False)],
 )
 def test_records_that_are_missing_before_a_checkpoint_are_said(tmp_path, capsys, steps, first_step, warns):
     """A file that was cut between two lines looks whole; what tells is the distance from its last line."""
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in steps))
-    metrics.MetricsFile(tmp_path, first_step=first_step).close()
+    metrics.MetricsFile(tmp_path, first_step=first_step, every=2).close()
     assert ("may be missing" in capsys.readouterr().err) == warns

@@ -197,7 +197,7 @@ def test_a_tracker_that_hangs_makes_nobody_wait_for_long(tmp_path, mlflow, monke
 def test_trackers_are_told_how_a_run_ended_even_if_its_lines_are_lost(
     tmp_path, mlflow, monkeypatch, error, status
 ) -> None:
-    config = Space(log=Space(trackers=("mlflow",)))
+    config = Space(log=Space(every_steps=1, trackers=("mlflow",)))
     with pytest.raises(type(error)), open_metrics(tmp_path, config, first_step=0, closing=nullcontext) as metrics:
         monkeypatch.setattr(metrics.lines, "close", Mock(side_effect=DataError("a full disk", "free some")))
         raise error
