@@ -54,16 +54,22 @@ _NO_TERM |= {"weight/", *(panel.name for panel in _PANELS)}
 def find_panels(runs: Iterable[_Records]) -> list[Panel]:
     """Return what any of the runs records: its usual quantities, and after the losses each other term of a loss.
 
-    A term of several parts is their mean, but those of a peer are terms by themselves. Scheduled weights are left out.
+    A term of several parts is their mean, but those of a peer are terms by themselves. Scheduled weights are left out,
+    and so is the sum of all terms if it is the only one.
     """
     names, of_steps = dict[str, None](), dict[str, None]()
-    for record in (record for records in runs for record in records):
+    all_records = [record for records in runs for record in records]
+    for record in all_records:
         names |= dict.fromkeys(record)
         of_steps |= dict.fromkeys(record if "loss" in record else ())
     terms = [term for term in dict.fromkeys(map(_term, of_steps)) if term not in _NO_TERM]
     place = 1 + [panel.name for panel in _PANELS].index("cross_entropy")
     panels = [*_PANELS[:place], *(Panel(term, term.rstrip("/"), "loss") for term in terms), *_PANELS[place:]]
-    return [panel for panel in panels if panel.name in {*names, *map(_term, names)}]
+    found = [panel for panel in panels if panel.name in {*names, *map(_term, names)}]
+    losses = [panel.name for panel in found if panel.kind == "loss" and panel.name not in ("loss", "val_loss")]
+    if len(losses) == 1 and all(one["loss"] == mean_metric(one, losses[0]) for one in all_records if "loss" in one):
+        found = [panel for panel in found if panel.name != "loss"]
+    return found
 
 
 def _term(name: str) -> str:

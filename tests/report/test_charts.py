@@ -148,6 +148,12 @@ def test_every_term_of_a_loss_has_a_panel() -> None:
     assert names == ["loss", "hints/", "logits", "mutual", "peer1/mutual", "peer1/cross_entropy", "ema_top1"]
 
 
+@pytest.mark.parametrize(("total", "names"), [(0.5, ["cross_entropy"]), (0.4, ["loss", "cross_entropy"])])
+def test_a_sum_of_one_term_has_no_panel(total, names) -> None:
+    runs = [[{"loss": 0.5, "cross_entropy": 0.5}], [{"loss": total, "cross_entropy": 0.5}, {"val_loss": 1.0}]]
+    assert [panel.name for panel in find_panels(runs)] == [*names, "val_loss"]
+
+
 def test_a_metric_is_its_own_and_a_group_is_a_mean() -> None:
     record = {"top1": 0.5, "top1_correct": 50, "align/1": 1.0, "align/2": 2.0, "align/3": None}
     assert mean_metric(record, "top1") == 0.5 and mean_metric(record, "align/") == 1.5
