@@ -169,7 +169,8 @@ def test_a_lost_peer_ends_the_run_or_is_left_out_for_good(finetuning, tmp_path):
     left_out = json.loads((ended.run / "codistillation.json").read_text())["left_out"]
     assert left_out == {str(pair.folder(1)): 12} == json.loads((ended.run / "run.json").read_text())["left_out"]
     assert "from step 12 on" in (ended.run / "report.md").read_text()
-    assert "without 1 from step 12 on" in (maedistill.export(ended.run, tmp_path / "out") / "README.md").read_text()
+    card = (maedistill.export(ended.run, tmp_path / "out") / "README.md").read_text()
+    assert "without 1 of them from step 12 on" in card
     assert [record["codistillation"] != 0 for record in alone.metrics()][3:] == [True] * 9 + [False] * 4
 
 

@@ -223,12 +223,14 @@ def _how(config: FinetuneConfig, name: str, left_out: Mapping[str, int]) -> str:
         "ema": "the moving average",
         "predictions": "the epoch before",
     }
-    alone = [f"without {count} from step {step} on" for step, count in sorted(Counter(left_out.values()).items())]
+    runs = len(distill.codistillation.peers)
+    steps = sorted(Counter(left_out.values()).items())
+    alone = [f"without {count} of them from step {step} on" for step, count in steps]
     parts = {
         "exits": [f"after blocks {exits}", f"predictions of the end {distill.exits.alpha:g}"],
-        "mutual": [f"{len(distill.mutual.students) + 1} students"],
+        "mutual": [f"{len(distill.mutual.students) + 1} students in one run"],
         "codistillation": [
-            f"{len(distill.codistillation.peers)} other runs",
+            f"beside {runs} other run{'s' * (runs > 1)}",
             f"weights exchanged every {distill.codistillation.every_steps} steps",
             *alone,
         ],
