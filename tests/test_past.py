@@ -6,13 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from maedistill.config.distill import PastConfig
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
+from maedistill.config.plan import BatchPlan, Plan
 from maedistill.data.images.augment import seed_generators
 from maedistill.exporting.card import model_card
 from maedistill.finetuning.build import build_labelled_crops
 from maedistill.finetuning.loop import train
 from maedistill.finetuning.objective import Supervised
+from maedistill.finetuning.past import Past
 from maedistill.finetuning.setup import Finetuning, open_finetuning
 from maedistill.weights.from_run import open_run
 
@@ -75,6 +78,18 @@ def test_the_weights_of_the_epochs_begin_teach_all_of_it(opened):
             assert float(found["loss"]) == float(found["past"]) == pytest.approx(expected, rel=1e-5)
             changed(parts, by=0.1)
     assert not parts.past.network.training and not any(p.requires_grad for p in parts.past.parameters())
+
+
+def test_all_micro_batches_of_a_step_have_the_same_past():
+    """Though a forward pass in between changes running statistics."""
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(12), torch.nn.Linear(12, 3))
+    plan = Plan(BatchPlan(4, accumulation=2), 1, 16, 6, 0)  # two steps an epoch
+    past = Past(PastConfig(weight=1.0, source="weights"), network, plan=plan, epochs=3, precision="fp32")
+    images, found = IMAGES[:, :, :2, :2], []
+    for _ in range(2):
+        found.append(past.outputs(images, 2, now=network)["past"])
+        network.train()(3 + images)
+    assert torch.equal(*found)
 
 
 def test_the_average_teaches_from_the_first_step(opened):

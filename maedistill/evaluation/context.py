@@ -16,7 +16,7 @@ from maedistill.config.schema import MAX_BAD_FRACTION, Precision
 from maedistill.data.loading.workers import TIMEOUT_SECONDS
 from maedistill.data.shards.index import ShardIndex
 from maedistill.escaping import say
-from maedistill.machine import autocast, cpu_name, cpu_share
+from maedistill.machine import autocast, cpu_name
 from maedistill.machine import precision as resolve_precision
 from maedistill.processes import distributed
 from maedistill.runs.records import write_text
@@ -75,7 +75,7 @@ def open_context(
     fits: learning rates are divided among the processes, which may take long.
     """
     distributed.open_group(_PATIENCE_OF_FITS if fits else _PATIENCE)
-    device, cores = distributed.device(), cpu_share(distributed.local_world_size())
+    device, cores = distributed.device(), distributed.cores()
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or cores)
     workers = min(8, cores) if workers is None else workers

@@ -19,7 +19,7 @@ _WARM_UP = 3  # passes; the first ones load kernels, choose algorithms and alloc
 _LEAST = 10  # timed passes of one image, however slow they are
 
 
-@torch.inference_mode()
+@torch.no_grad()  # autocast keeps no converted weights in inference mode
 def image_seconds(
     networks: Sequence[tuple[nn.Module, int]], context: EvalContext, *, seconds: float = 2.0
 ) -> list[list[float]]:
@@ -43,12 +43,12 @@ def image_seconds(
     return times
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_latency(network: nn.Module, context: EvalContext, *, size: int, seconds: float = 2.0) -> dict[str, float]:
     """Time `network` (on the device) on random images [1 or batch, 3, size, size] for about `seconds` each.
 
     Returns latency_ms and latency_p90_ms, the median and 90th percentile of one image's pass, and images_per_second in
-    batches. Half precision uses autocast, which converts the weights once, not in every pass.
+    batches. Half precision uses autocast, which converts weights that require a gradient once, not in every pass.
     """
     device = context.device
     times = image_seconds([(network, size)], context, seconds=seconds)[0]

@@ -3,10 +3,10 @@
     before step 100     weights -> RUN/published/step_000000100     the peers' weights of step 100 -> frozen copies
     steps 100 to 149    the copies predict on this run's own images (Anil et al., ICLR 2018)
 
-A period of `every_steps` steps begins with an exchange, so the step alone says which weights of its peers it sees. All
-weights stay that the oldest checkpoint of a peer may go back to: a peer that is killed finds again what it saw. A run
-that goes back itself removes what it published of later steps, and publishes it again. A peer that was left out stays
-so, which RUN/codistillation.json records before the step.
+A period of `every_steps` steps begins with an exchange, so the step alone says which weights of its peers it sees.
+Weights stay for as long as the oldest checkpoint of any peer may need them, so a peer that was killed finds the weights
+that it saw. A run that goes back itself removes what it published of later steps, and publishes it again. A peer that
+was left out stays so, which RUN/codistillation.json records before the step.
 
 Runs begin when each has met the other (meeting.py): when each has noted this start of it, or an earlier one where a
 checkpoint says that it is the same run. What a peer's files say of an earlier start is no reason to refuse it.
@@ -150,8 +150,8 @@ class Codistillation:
         Raises PeerError if a peer's do not come, with a checkpoint written; Preempted if a signal ends the wait.
         """
         period = self._period_of(run.step)
-        if run.step == period and distributed.is_main():
-            self._note(run)  # a peer may be waiting that was started again
+        if run.step == period:
+            distributed.on_main(partial(self._note, run))  # a peer may be waiting that was started again
         if period == self._now or period not in self._periods:
             return
         if run.step == period:
@@ -160,19 +160,8 @@ class Codistillation:
             for name, value in vit.state_dict().items():
                 distributed.copy_to_main(weights, name, value)
             distributed.on_main(lambda: publish(run.folder.path, period, weights))
-        for peer, copy in list(self._copies.items()):
-            weights, missing = {}, f"its weights of step {period} are not there"
-            shapes = {name: tuple(value.shape) for name, value in copy.network.state_dict().items()}
-
-            def read(peer: str = peer, shapes: Any = shapes, weights: dict[str, Tensor] = weights) -> bool:
-                weights.update(read_published(folder_of(peer), period, shapes) or {})
-                self._look_at(run, peer, is_there=bool(weights))
-                return bool(weights)
-
-            if not self._is_left_out(peer, period) and self._wait(run, peer, read, missing):
-                for name, value in copy.network.state_dict().items():
-                    value.copy_(distributed.broadcast_tensor(weights.get(name), shapes[name]))
-            else:
+        for peer in list(self._copies):
+            if self._is_left_out(peer, period) or not self._take(run, peer, period):
                 del self._copies[peer]
         self._now = period
         distributed.on_main(lambda: self._prune(run.folder.path))
@@ -184,6 +173,23 @@ class Codistillation:
         return {"peers": torch.stack([copy(images)["logits"].float() for copy in self._copies.values()])}
 
     # Peers
+
+    def _take(self, run: Run, peer: str, period: int) -> bool:
+        """Wait for a peer's weights of a period and copy them. Return whether they came."""
+        copy = self._copies[peer].network.state_dict()
+        shapes = {name: tuple(value.shape) for name, value in copy.items()}
+        weights: dict[str, Tensor] = {}
+
+        def are_there() -> bool:
+            weights.update(read_published(folder_of(peer), period, shapes) or {})
+            self._look_at(run, peer, is_there=bool(weights))
+            return bool(weights)
+
+        if not self._wait(run, peer, are_there, f"its weights of step {period} are not there"):
+            return False
+        for name, value in copy.items():
+            value.copy_(distributed.broadcast_tensor(weights.get(name), shapes[name]))
+        return True
 
     def _open(self, peer: str) -> None:
         """Check a peer, build its copy and note its license, unless that is done."""

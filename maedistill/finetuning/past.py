@@ -37,6 +37,7 @@ class Past(nn.Module):
         shares = [section.alpha * min(1.0, (epoch + 1) / epochs) for epoch in each]
         self.register_buffer("shares", torch.tensor(shares, dtype=torch.float32), persistent=False)
         begins = [epoch > before for before, epoch in zip([0, *each], each, strict=False)]
+        self._begun = -1  # the last step that made the network the past
         self._begins = [section.source == "weights" and begin for begin in begins]
         self._counts = [
             section.weight_at(plan.epoch_at(step)) > 0 and (epoch > 0 or section.source == "ema")
@@ -56,10 +57,11 @@ class Past(nn.Module):
     def outputs(self, images: Tensor, step: int, *, now: nn.Module) -> Outputs:
         """Return the past's probabilities [B, C] and their share; nothing in a step without a past.
 
-        now: the network in training. In the first step of an epoch it becomes the past; its weights do not change
-        within a step, so neither a restart there nor a further micro-batch makes a difference.
+        now: the network in training. In the first step of an epoch it becomes the past, as it is before the step's
+        first micro-batch: a forward pass may change running statistics.
         """
-        if self._begins[step]:
+        if self._begins[step] and step != self._begun:
+            self._begun = step
             self.network.load_state_dict(now.state_dict())
         if not self._counts[step]:
             return {}

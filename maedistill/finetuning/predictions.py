@@ -58,8 +58,8 @@ class Predictions:
     def describe(self) -> str:
         """Return the line for the start of a run: the disk space."""
         return (
-            f"past     predictions: {size_text(self.shape[0] * self.row.itemsize)} an epoch in RUN/predictions, "
-            "of two epochs at a time and of two more for each checkpoint of an earlier epoch"
+            f"past     predictions: {size_text(self.shape[0] * self.row.itemsize)} per epoch in RUN/predictions; "
+            "two epochs are kept, and two more for each checkpoint of an earlier epoch"
         )
 
     def open(self, run: RunFolder, order: SampleOrder, *, step: int) -> None:

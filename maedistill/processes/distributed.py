@@ -8,6 +8,7 @@ call the functions marked "Collective", in the same order.
 import itertools
 import math
 import os
+import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -95,12 +96,14 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if dist.is_initialized() else 0
 
 
-def local_world_size() -> int:
-    """Return the number of processes of the run on this machine, or of all if the launcher does not provide it."""
-    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):  # torchrun, srun
-        if os.environ.get(name, "").isdecimal():
-            return int(os.environ[name])
-    return world_size()
+def cores() -> int:
+    """Return how many CPU cores are this rank's: those that it may use, shared with ranks that may use them too.
+
+    Some launchers give each rank cores of its own. Collective.
+    """
+    mine = platform.node(), os.sched_getaffinity(0)
+    others = [allowed for node, allowed in gather_objects(mine) if node == mine[0]]
+    return max(1, len(mine[1]) // sum(not mine[1].isdisjoint(allowed) for allowed in others))
 
 
 def is_main() -> bool:

@@ -37,6 +37,7 @@ class PreemptionHandler:
     def __init__(self, *, timeout_seconds: float, leave: Callable[[], object]) -> None:
         self._leave = leave
         self.signal: signal.Signals | None = None  # the signal that all ranks agreed to stop for
+        self._is_done = False
         self._received: dict[int, float] = {}  # signal number -> when this rank first received it
         self._under_way: tuple[Tensor, dist.Work] | None = None
         self._group: dist.ProcessGroup | None = None
@@ -62,6 +63,10 @@ class PreemptionHandler:
                 number = before
             self.signal = SIGNALS[number - 1] if number else None
         return self.signal
+
+    def ignore_notices(self) -> None:
+        """Ignore further SIGTERM and SIGUSR1: all is saved, and a launcher ends the other ranks once one has exited."""
+        self._is_done = True
 
     def close(self) -> None:
         """Restore the signal handlers. After a stop, a command exits instead: a launcher may still send signals.
@@ -90,6 +95,6 @@ class PreemptionHandler:
                 os.write(2, _NOTICE)  # print may be at work on the same buffer when the signal comes
             if since > _SAME_KEYPRESS:
                 self._leave()
-        elif since > _SAME_NOTICE:
+        elif since > _SAME_NOTICE and not self._is_done:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

@@ -55,7 +55,7 @@ class Saver:
         if kind is None:
             self.close()
         elif self._writing is not None:  # no collectives: the other ranks may be gone
-            self._writing.join(_PATIENCE)
+            self.wait()
             if self._writing.is_alive():
                 warn(f"step {self._writing.step} is still being written: given up")
             else:
@@ -86,6 +86,11 @@ class Saver:
         for lines in records:
             lines.sync()
         write_snapshot(self.folder, snapshot, keep=self.keep)
+
+    def wait(self) -> None:
+        """Wait for the current write, as long as a failed run does. Any thread may call it."""
+        if (writing := self._writing) is not None:
+            writing.join(_PATIENCE)
 
     def settle(self) -> None:
         """Wait for the current write. Collective. Raises DataError on every rank after too many failures in a row."""

@@ -41,7 +41,7 @@ from maedistill.runs.previous import (
     read_previous,
     require_same,
 )
-from maedistill.runs.provenance import describe_start, header_lines
+from maedistill.runs.provenance import describe_start, header_lines, is_restart, job
 from maedistill.runs.records import warn, write_text
 from maedistill.runs.train_log import TrainLog
 
@@ -156,6 +156,11 @@ class RunFolder:
     def metadata(self) -> dict[str, Any]:
         """Read run.json; empty before the first start. Raises DataError if it is damaged."""
         return read_metadata(self.path)
+
+    def was_begun_by_this_job(self) -> bool:
+        """Return whether this start repeats the one that began the run. Raises DataError if run.json is damaged."""
+        starts = self.metadata().get("starts", [])
+        return is_restart() and bool(starts) and starts[0].get("job") == job()
 
     @contextmanager
     def recorded_end(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """The record of one start, for run.json and the header of train.log: command, place, versions, source, hardware."""
 
+import os
 import platform
 import shlex
 import subprocess
@@ -23,10 +24,21 @@ def describe_start(execution: dict[str, Any]) -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": masked(shlex.join(sys.argv)),
         "host": platform.node(),
+        "job": job(),
         "versions": versions | {name: version(name) for name in _PACKAGES},
         "source": git_state(Path(maedistill.__file__).parent),
         **execution,
     }
+
+
+def job() -> str | None:
+    """Return what SLURM or torchrun calls this job, the same for all its restarts; None without them."""
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def is_restart() -> bool:
+    """Return whether torchrun or SLURM has started the same command before."""
+    return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def header_lines(start: dict[str, Any]) -> list[str]:

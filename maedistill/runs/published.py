@@ -48,7 +48,8 @@ def read_published(run: Path, step: int, shapes: Mapping[str, tuple[int, ...]]) 
     except (CorruptCheckpoint, *WRITE_ERRORS) as problem:
         if not (folder / COMPLETE).is_file():
             return None  # its run went back to an earlier step just now, and will publish it again
-        raise DataError(f"{folder} cannot be used: {problem}", "start all these runs over (--fresh)") from problem
+        remedy = "start the same command again; if the file is damaged, start all these runs over (--fresh)"
+        raise DataError(f"{folder} cannot be used: {problem}", remedy) from problem
     if {name: tuple(value.shape) for name, value in weights.items()} != dict(shapes):
         raise DataError(f"{folder} is not of the network in {run}/run.json", "start all these runs over (--fresh)")
     return weights

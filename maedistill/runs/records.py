@@ -36,7 +36,8 @@ class AppendOnlyFile:
         if self._known is not None:
             lines = tuple(line for line in dict.fromkeys(lines) if line not in self._known)
             self._known.update(lines)
-        self._waiting += "".join(f"{line}\n" for line in lines).encode()
+        with self._one_at_a_time:
+            self._waiting += "".join(f"{line}\n" for line in lines).encode()
         try:
             self.flush()
         except OSError as error:

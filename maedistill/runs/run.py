@@ -129,6 +129,7 @@ class Run:
         if self.preempted is not None:
             with self.peers.paused():
                 self.saver.close()
+            self.stop.ignore_notices()
             raise Preempted(self.preempted.name, self.step, command=self.folder.command)
 
     def is_missing(self, name: str, metrics: MetricsFile | None) -> bool:

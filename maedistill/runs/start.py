@@ -16,7 +16,7 @@ from torch import nn
 from maedistill.config.plan import Plan
 from maedistill.config.schema import RunConfig
 from maedistill.escaping import say
-from maedistill.machine import cpu_share, precision
+from maedistill.machine import precision
 from maedistill.processes import distributed
 from maedistill.processes.diagnosis import peer_errors
 from maedistill.processes.heartbeat import Peers
@@ -63,7 +63,6 @@ class Stage(Protocol):
 
 
 OpenStage = TypeVar("OpenStage", bound=Stage)
-_RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # of the same command, by torchrun and SLURM
 
 
 def run_stage(
@@ -78,14 +77,14 @@ def run_stage(
 ) -> None:
     """Run or continue a run to its end. Every rank calls it.
 
-    fresh: delete the run in the folder and start over; a restart by a launcher or scheduler does not do so again.
+    fresh: delete the run in the folder and start over; a restart by a launcher or scheduler continues what was begun.
     extend: allow a changed number of epochs.
     Raises subclasses of UserError; RUN/exit.json records how the run ended.
     """
     folder = RunFolder(config.run)
-    fresh = fresh and not any(int(os.environ.get(name) or 0) for name in _RESTARTS)
     with folder.recorded_end():
         join(config)
+        fresh = distributed.on_main(lambda: fresh and not folder.was_begun_by_this_job())
         lost = folder.record_error
         with folder.log.capture(), Peers(timeout_seconds=config.engine.timeout_seconds, on_loss=lost) as peers:
             config = settle_precision(config, distributed.device(), fresh=fresh)
@@ -108,8 +107,9 @@ def join(config: RunConfig) -> None:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow; it finds bugs
     initialize_distributed(config.engine.timeout_seconds)
+    cores = distributed.cores()
     if config.threads is not None or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(config.threads or cpu_share(distributed.local_world_size()))
+        torch.set_num_threads(config.threads or cores)
 
 
 def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, extend: bool) -> Run:
@@ -150,9 +150,10 @@ def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, ext
         micro_batch=plan.batch.micro_batch,
         accumulation=plan.batch.accumulation,
     )
-    cores = cpu_share(distributed.local_world_size())
+    cores = distributed.cores()
     workers = config.data.workers if config.data.workers is not None else min(8, cores)
     saver = Saver(folder.checkpoints, keep=config.log.keep, texts=folder.texts)
+    peers.before_leaving = saver.wait
     stop = PreemptionHandler(timeout_seconds=config.engine.timeout_seconds, leave=folder.leave_at_once)
     kept = stage.kept
     return Run(config, folder, plan, module, engine, schedule, ema, device, workers, peers, saver, stop, kept=kept)

@@ -36,6 +36,15 @@ def test_the_time_of_a_network_after_its_warm_up(precision, dtype):
     assert set(network.batches) == {1, 5} and network.batches.count(1) >= 13 and network.batches.count(5) >= 4
 
 
+def test_half_precision_converts_the_weights_once():
+    network, passes = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Linear(8, 2)), 13
+    context = EvalContext(torch.device("cpu"), batch=1, workers=0, precision="bf16")
+    with torch.profiler.profile() as profile:
+        (times,) = image_seconds([(network, 2)], context, seconds=0.0)
+    conversions = [event for event in profile.events() if event.name == "aten::_to_copy"]
+    assert (len(times), len(conversions)) == (passes - 3, 4 + passes)  # weights and biases once, the image each time
+
+
 def test_networks_take_turns():
     """So what slows the machine for a while slows all of them."""
     order, networks = [], [nn.Identity() for _ in range(3)]

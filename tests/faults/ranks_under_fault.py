@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from maedistill.processes import heartbeat as peers_file
 from maedistill.processes.heartbeat import Peers
 from maedistill.processes.parent_death import detach_worker, die_with_launcher
 from maedistill.processes.preemption import PreemptionHandler
+from maedistill.runs.async_saver import Saver, _Writing
 
 STEPS = 400  # of 20 ms and more
 TIMEOUT = 8  # seconds that a rank waits for another
@@ -62,7 +64,9 @@ def _train(fault: str, workers: int) -> None:
     distributed.open_group(TIMEOUT)
     unheard = fault == "dies unheard"  # as under NCCL: the host of rank 0 waits for a device, and nothing tells it
     peers_file._STUCK_SECONDS = 2.0
-    with Peers(timeout_seconds=600 if unheard else TIMEOUT, on_loss=_record) as peers:
+    timeout = 600 if unheard else TIMEOUT
+    with Peers(timeout_seconds=timeout, on_loss=_record) as peers, Saver(Path(), keep=1) as saver:
+        peers.before_leaving = saver.wait
         stop = PreemptionHandler(timeout_seconds=TIMEOUT, leave=lambda: os._exit(130))
         fork = {"multiprocessing_context": "fork", "worker_init_fn": _begin} if workers else {}
         batches = iter(DataLoader(range(STEPS), num_workers=workers, **fork))
@@ -71,6 +75,8 @@ def _train(fault: str, workers: int) -> None:
             peers.beat(step - 1)
             if step == 10 and distributed.rank() == 1:
                 _do(fault)
+            if step == 10 and "rank 0 saves" in fault:
+                saver._writing = _Writing(partial(_save_slowly), step)
             if step == 10 and unheard:
                 time.sleep(600)
             dist.all_reduce(torch.ones(10))
@@ -87,8 +93,13 @@ def _begin(_: int) -> None:
     print(f"worker {os.getpid()}", flush=True)
 
 
+def _save_slowly() -> None:
+    time.sleep(4)  # the main thread gets 1 s to notice that rank 1 has failed
+    print("saved", flush=True)
+
+
 def _do(fault: str) -> None:
-    if fault == "data":
+    if fault.startswith("data"):
         raise DataError("shard 3 is gone", "bring it back")
     if fault == "bug":
         raise KeyError("oops")

@@ -127,6 +127,12 @@ def test_the_failure_of_one_rank_is_the_failure_of_all(tmp_path):
         assert ranks.errors(0)[1:] == ["  fix: bring it back"]
 
 
+def test_the_failure_of_one_rank_cuts_off_no_checkpoint(tmp_path):
+    with Ranks(tmp_path, "data while rank 0 saves") as ranks:
+        assert [ranks.code(rank) for rank in range(2)] == [3, 3]
+        assert "saved" in lines(tmp_path, 0)
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
 def test_torchrun_passes_signals_on_and_leaves_nobody_behind(launcher, tmp_path, number):
     started = launcher.start(tmp_path, ["-m", loop.__name__, tmp_path, 1], ranks=2, by="torchrun", **PASS_ON)

@@ -3,6 +3,7 @@
 import pytest
 
 from maedistill.errors import ConfigError
+from maedistill.processes import distributed
 from maedistill.processes.distributed import first_host, prepare_environment
 
 
@@ -71,3 +72,20 @@ def test_a_bare_start_is_one_process():
 def test_half_an_environment_is_refused_by_name():
     with pytest.raises(ConfigError, match="MASTER_ADDR, MASTER_PORT not set, but RANK is"):
         prepare_environment({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "mine"),  # the node of each rank and the cores that it may use
+    [
+        ([("a", 0, 96)], 96),
+        ([("a", 0, 96)] * 8 + [("b", 0, 96)] * 8, 12),  # a launcher that binds nothing
+        ([("a", 12 * rank, 12 * rank + 12) for rank in range(8)], 12),  # cores of its own for each
+        ([("a", 0, 2)] * 4, 1),
+    ],
+)
+def test_a_rank_shares_its_cores_with_those_that_may_use_them(monkeypatch, ranks, mine):
+    allowed = [(node, set(range(first, end))) for node, first, end in ranks]
+    monkeypatch.setattr(distributed.platform, "node", lambda: "a")
+    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda _: allowed[0][1])
+    monkeypatch.setattr(distributed, "gather_objects", lambda _: allowed)
+    assert distributed.cores() == mine

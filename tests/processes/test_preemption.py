@@ -69,6 +69,10 @@ def test_one_notice_may_come_twice_and_a_later_repetition_ends_the_process(stop,
     send = signal.raise_signal
     monkeypatch.setattr(preemption.signal, "raise_signal", ended.append)
     now += 11
+    stop.ignore_notices()  # all is saved, and a launcher ends the ranks that still write their last files
+    send(signal.SIGTERM)
+    assert not ended
+    stop._is_done = False
     send(signal.SIGTERM)
     assert ended == [signal.SIGTERM]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

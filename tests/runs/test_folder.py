@@ -131,6 +131,19 @@ def test_fresh_deletes_what_a_run_writes_and_nothing_else(config):
     assert folder.metadata()["init"] == "timm:x of step 2"
 
 
+@pytest.mark.parametrize("restarts", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restart_takes_for_its_own_what_its_job_has_begun(config, monkeypatch, restarts):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    folder = begun(config)
+    assert not folder.was_begun_by_this_job()  # no restart: the same command a second time in a job
+    monkeypatch.setenv(restarts, "1")
+    assert folder.was_begun_by_this_job()
+    monkeypatch.setenv("SLURM_JOB_ID", "18")  # whose first start failed before it had deleted the run of job 17
+    assert not folder.was_begun_by_this_job()
+    RunFolder(folder.path).open(config("seed=1"), METADATA, execution={}, fresh=True, extend=False)
+    assert folder.was_begun_by_this_job()
+
+
 def test_fresh_spares_a_folder_in_use_and_one_that_is_no_run(config):
     folder = begun(config)
     before = sorted(folder.path.rglob("*"))  # this process holds the lock, so another one tries

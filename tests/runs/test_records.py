@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 
 import pytest
 
@@ -50,6 +51,22 @@ def test_no_line_is_lost_nor_torn_nor_said_twice(tmp_path, disk, capsys):
     disk.room = 10**9
     lines.close()
     assert (tmp_path / "a").read_text().endswith("fifth\nsixth\n")
+
+
+def test_a_line_that_comes_while_another_thread_writes_is_not_lost(tmp_path, monkeypatch):
+    lines, write, added = AppendOnlyFile(tmp_path / "a"), os.write, []
+
+    def slow_write(descriptor, data):
+        if not added:
+            added.append(threading.Thread(target=lines.append, args=("second",)))
+            added[0].start()
+            added[0].join(0.2)  # it waits for this write, or gets between its halves
+        return write(descriptor, data)
+
+    monkeypatch.setattr(records.os, "write", slow_write)
+    lines.append("first")
+    added[0].join()
+    assert (tmp_path / "a").read_text().split() == ["first", "second"]
 
 
 def test_what_a_restart_repeats_is_listed_once(tmp_path):
