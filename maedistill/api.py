@@ -10,6 +10,7 @@ All functions raise `UserError` for what a user can mend, with `cause` and `reme
 every process calls the same function with the same arguments.
 """
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,13 +23,13 @@ from torch import nn
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.config.schema import Precision
+from maedistill.config.schema import SHAPE, Precision
 from maedistill.data.loading.dataset import ImageDataset
 from maedistill.data.shards import write
 from maedistill.data.shards.scan import Members
 from maedistill.data.shards.sources import open_source
 from maedistill.data.shards.write import ConversionStats
-from maedistill.errors import DataError
+from maedistill.errors import ConfigError, DataError
 from maedistill.evaluation.context import open_context
 from maedistill.evaluation.scorecard import ScoreSpec, score
 from maedistill.exporting.folder import Pooling, with_pooling
@@ -65,8 +66,8 @@ def make_shards(
     Returns what was written, converted and skipped, by split. The same call continues one that was interrupted.
     """
     return write.make_shards(
-        open_source(str(source), root=root, val_fraction=val_fraction),
-        Path(out),
+        open_source(os.path.expanduser(source), root=root, val_fraction=val_fraction),
+        Path(os.path.expanduser(out)),
         images_per_shard=images_per_shard,
         shorter_side=shorter_side,
         quality=quality,
@@ -164,7 +165,6 @@ def evaluate(
     a sample are image and label, as the keys of `data`. against: a second classifier, for agreement and a paired
     comparison.
     """
-    context = open_context(batch=batch, workers=workers, threads=None, precision=precision)
     source = model if isinstance(model, nn.Module) else str(model)
     images = str(data) if isinstance(data, str | Path) else data
     spec = ScoreSpec(
@@ -178,7 +178,9 @@ def evaluate(
         members=Members(image_key, label_key),
         against=against,
     )
-    return score(spec, context, files={})
+    with _process_restored():
+        context = open_context(batch=batch, workers=workers, threads=None, precision=precision)
+        return score(spec, context, files={})
 
 
 def export(
@@ -216,9 +218,12 @@ def load_backbone(
     """Return the network of a run as a timm model in eval mode, without classifier: [B, 3, s, s] -> features [B, D].
 
     weights, global_pool, exit, peer: as in `export`. student: for a run with a student of your own, a module of its
-    class; its weights are set to those of the run, and it is returned.
+    class; its weights are set to those of the run, and it is returned, as it is.
     """
     if student is not None:
+        if global_pool is not None or exit is not None or peer:
+            cause = "global_pool, exit and peer change a ViT of timm, and student= is a module of your own"
+            raise ConfigError(cause, "leave them out")
         return load_into(student, run, weights=weights)
     saved = open_run(run, weights=weights, exit=exit, peer=peer)
     backbone = with_pooling(saved, global_pool)
@@ -234,21 +239,20 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     return read_metrics_of(folder)
 
 
-_SHAPE = tuple(
-    f"student.{name}" for name in ("width", "depth", "num_heads", "patch_size", "class_token", "register_tokens")
-)
+_SHAPE = tuple(f"student.{name}" for name in SHAPE)
 _OF_A_FILE = ("model", "weights", "width", "depth", "num_heads", "patch_size", "pos_embed", "sha256")
 
 
 @contextmanager
 def _process_restored() -> Iterator[None]:
-    """Restore, after the block, what a run changes in its process: signal handlers, and which kernels torch chooses.
+    """Restore, after the block, what a run changes in its process: signal handlers, threads, torch's choice of kernels.
 
     A command leaves them until it exits, since a launcher may still send signals.
     """
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     choice: Any = torch.utils.deterministic
     kernels, fill = torch.get_deterministic_debug_mode(), choice.fill_uninitialized_memory
+    threads, flash = torch.get_num_threads(), torch.backends.cuda.flash_sdp_enabled()
     try:
         yield
     finally:
@@ -257,6 +261,8 @@ def _process_restored() -> Iterator[None]:
                 signal.signal(number, handler)
         torch.set_deterministic_debug_mode(kernels)
         choice.fill_uninitialized_memory = fill
+        torch.set_num_threads(threads)
+        torch.backends.cuda.enable_flash_sdp(flash)
 
 
 def _names_of_data(objects: Objects) -> dict[str, Any]:

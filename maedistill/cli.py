@@ -8,9 +8,9 @@ import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 from typing import NoReturn
 
+from maedistill import __version__
 from maedistill.data.remote.user_cache import ensure_home
 from maedistill.errors import ConfigError, leave, require_no_secret
 from maedistill.escaping import say
@@ -49,7 +49,7 @@ def _dispatch(words: Sequence[str]) -> None:
         lines = [f"  {command:<11} {about}" for command, about in COMMANDS.items()]
         say("usage: maedistill COMMAND ...", "", "commands:", *lines, "", "maedistill COMMAND --help says more.")
     elif name == "--version":
-        say(f"maedistill {version('maedistill')}")
+        say(f"maedistill {__version__}")
     elif name in COMMANDS:
         ensure_home()
         sys.argv = ["maedistill", name, *arguments]  # what runs and reports record as their command

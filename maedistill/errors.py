@@ -73,7 +73,7 @@ def join_first(texts: Iterable[str], most: int = 8, *, separator: str = ", ") ->
 
 
 def device_error(error: BaseException) -> UserError | None:
-    """Translate an error of a GPU or NCCL; return None for others. Matches types by name, to avoid importing torch."""
+    """Translate an error of a GPU; return None for others. Matches types by name, to avoid importing torch."""
     kinds = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.split(".")[0] == "torch"}
     reason = next(iter(str(error).splitlines()), type(error).__name__)
     if "OutOfMemoryError" in kinds:

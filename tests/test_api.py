@@ -191,6 +191,18 @@ def test_wrong_objects_are_refused_before_training(pretraining):
     assert "a Linear, whose patches" in refused(student=nn.Linear(2, 2))
 
 
+MUTUAL = 'distill.mutual={weight: 1, students: [""]}'
+
+
+@pytest.mark.parametrize("setting", ["engine.activation_checkpointing=true", MUTUAL])
+def test_a_module_of_the_caller_s_is_not_changed_as_a_vit(finetuning, setting):
+    given = ["run=runs/own", "student.model=null", "init.source=python:torch.nn.Flatten", setting]
+    config = load_config(finetuning.config, given, root=FinetuneConfig, to_run=False).config
+    with pytest.raises(maedistill.ConfigError) as error:
+        open_finetuning(config, world_size=1, device=torch.device("cpu"), objects=Objects(nn.Flatten()))
+    assert error.value.cause.startswith(setting.partition("=")[0]) and "leave" in error.value.remedy
+
+
 def test_a_teacher_of_the_caller_s_can_teach_again(pretraining, finetuning):
     """Two starts of a program in bf16: neither finds another teacher than the first, nor changes the caller's."""
     vit = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
@@ -295,11 +307,15 @@ class Stop(maedistill.Callback):
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has its children ignore it
 seen, theirs = [], signal.getsignal(signal.SIGINT)
-settings = {"run": sys.argv[2], "method": "mae", "optim.epochs": 1, "engine.deterministic": True}
+torch.set_num_threads(3)
+state = 3, torch.backends.cuda.flash_sdp_enabled()
+settings = {"run": sys.argv[2], "method": "mae", "optim.epochs": 1, "engine.deterministic": True, "threads": 1}
+settings |= {"engine.precision": "bf16"}
 try:
     maedistill.pretrain(sys.argv[1], settings, callbacks=[Stop()])
 except maedistill.Preempted:
     seen.append("stopped")
+assert (torch.get_num_threads(), torch.backends.cuda.flash_sdp_enabled()) == state
 assert seen == [(True, False)] * 3 + ["stopped"] and not torch.are_deterministic_algorithms_enabled()
 assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == [theirs, signal.SIG_DFL]
 try:

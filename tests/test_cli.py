@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import maedistill
 from maedistill import cli
+from maedistill.commands import study
 from maedistill.config.document import CONFIGS, config_name, find_config
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.pretrain import PretrainConfig
@@ -87,6 +89,16 @@ def test_a_command_gets_the_rest_of_the_line_and_runs_record_it(monkeypatch):
     with pytest.raises(ConfigError) as refused:
         cli._dispatch(["pretran"])
     assert "pretrain" in refused.value.remedy
+
+
+def test_the_version_is_the_package_s_and_paths_may_begin_with_a_tilde(monkeypatch, capsys, tmp_path):
+    cli._dispatch(["--version"])
+    assert capsys.readouterr().out == f"maedistill {maedistill.__version__}\n"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.yaml").touch()
+    assert find_config("~/x.yaml") == tmp_path / "x.yaml"
+    monkeypatch.setattr(sys, "argv", ["maedistill", "study", "quickstart/study", "--out=~/x"])
+    assert study.parse().out == tmp_path / "x"
 
 
 def test_every_file_in_tools_but_these_is_a_door_to_a_command(root):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maedistill.data.loading.order import SampleOrder
-from maedistill.randomness import Stream, bits, key, mix, permute, uniform
+from maedistill.randomness import Stream, bits, key, mix, normal, permute, uniform
 
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 WORD = (1 << 64) - 1
@@ -40,6 +40,8 @@ def test_the_values_of_the_hash_never_change() -> None:
     """Runs are continued by later versions: these numbers are part of the format."""
     words = [-2838072389597146037, 4444431679538266395, -5855458863223403433, -7177140336674051380]
     assert bits(7, torch.tensor([0, 10**12]), Stream.MASK, n=2).flatten().tolist() == words
+    draws = normal(7, torch.tensor([0, 10**12]), Stream.NOISE, n=2).flatten().tolist()
+    assert draws == pytest.approx([0.0244953409, 0.6526374221, -0.5733810067, -0.7989419699], rel=1e-6)
     assert permute(torch.arange(12), 12, key(1, 2, 3)).tolist() == [11, 10, 6, 1, 7, 3, 4, 2, 8, 9, 0, 5]
 
 
@@ -79,9 +81,9 @@ def feistel_in_torch(x: torch.Tensor, size: int, round_key: int) -> torch.Tensor
 
 def test_streams_keep_their_numbers():
     """They are hashed into every draw: a run could not be continued by a version that numbers them otherwise."""
-    names = ["ORDER", "CROP", "FLIP", "MASK", "REPLACEMENT", "SHARDS", "NETWORK", "SUBSET", "AUGMENT"]
-    assert [Stream[name].value for name in names] == list(range(1, 10))
-    assert len({stream.value for stream in Stream.__members__.values()}) == len(Stream.__members__)
+    names = ["ORDER", "CROP", "FLIP", "MASK", "REPLACEMENT", "SHARDS", "NETWORK", "SUBSET", "AUGMENT", "NOISE"]
+    numbers = {name: number for number, name in enumerate([*names, "RESAMPLE"], 1)}
+    assert {name: stream.value for name, stream in Stream.__members__.items()} == numbers
 
 
 @settings(max_examples=200, deadline=None)

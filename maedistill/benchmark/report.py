@@ -13,6 +13,7 @@ import torch
 from maedistill.benchmark.timing import Spread
 from maedistill.escaping import masked
 from maedistill.machine import cpu_name
+from maedistill.runs.records import write_text
 
 Row = dict[str, Any]  # column -> text, number or Spread; all rows of a table have the same columns
 
@@ -34,7 +35,7 @@ class Report:
     def write_json(self, path: Path, *, command: Sequence[str]) -> None:
         """Write everything in full precision, with command and machine; a Spread becomes median, low and high."""
         document = {"command": [masked(word) for word in command], "machine": describe_machine(), **vars(self)}
-        path.write_text(json.dumps(document, indent=1, default=vars) + "\n")
+        write_text(path, json.dumps(document, indent=1, default=vars) + "\n")
 
 
 def describe_machine() -> dict[str, Any]:

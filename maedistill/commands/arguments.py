@@ -2,10 +2,15 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
+
+from maedistill.durable import require_local
+from maedistill.errors import ConfigError
 
 Spec = TypeVar("Spec")
 
@@ -23,6 +28,11 @@ def spec_of(spec: Callable[..., Spec], arguments: argparse.Namespace, **more: ob
     """Build a dataclass from `more` and, for each other field, the argument of that name, which has to exist."""
     names = {field.name for field in dataclasses.fields(spec)} - more.keys()  # type: ignore[arg-type]
     return spec(**{name: getattr(arguments, name) for name in names}, **more)
+
+
+def path(text: str) -> Path:
+    """Read a path. A shell leaves the ~ of `--out=~/x` to us."""
+    return Path(os.path.expanduser(text))  # Path.expanduser raises for an unknown user
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -61,3 +71,19 @@ def number(text: str, *, most: float, reason: str) -> float:
 
 positive = partial(number, most=sys.float_info.max, reason="number above 0")
 share = partial(number, most=1.0, reason="share, above 0 and at most 1")
+
+
+def require_writable(files: dict[str, Path | None]) -> None:
+    """Raise ConfigError for a file that cannot be written or is named twice, before the work starts."""
+    named: dict[Path, str] = {}
+    for name, file in files.items():
+        if file is None:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        require_local(file, flag)
+        is_folder = os.path.isdir(file)  # Path.is_dir raises errors of long names and of permissions
+        if is_folder or not (os.path.isdir(file.parent) and os.access(file.parent, os.W_OK)):
+            problem = "is a folder" if is_folder else f"cannot be written: {file.parent} is no folder, or is closed"
+            raise ConfigError(f"{flag}: {file} {problem}", "name a file in a folder that exists")
+        if (other := named.setdefault(file.resolve(), flag)) != flag:
+            raise ConfigError(f"{other} and {flag} both name {file}", "name two files")

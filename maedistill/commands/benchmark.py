@@ -3,12 +3,9 @@
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maedistill.commands.arguments import at_least, new_parser
-from maedistill.durable import require_local
-from maedistill.errors import ConfigError
+from maedistill.commands.arguments import at_least, new_parser, path, require_writable
 from maedistill.escaping import say
 
 if TYPE_CHECKING:
@@ -33,11 +30,7 @@ def main() -> None:
     """Measure, print the report and, with --json, write it."""
     arguments = parse_arguments()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in training, see stage.py
-    require_local(arguments.json or "", "--json")
-    if arguments.json and not arguments.json.parent.is_dir():
-        raise ConfigError(f"--json: there is no folder {arguments.json.parent}", "make it, or name another file")
-    if arguments.json and arguments.json.is_dir():
-        raise ConfigError(f"--json: {arguments.json} is a folder", "name a file")
+    require_writable({"json": arguments.json})
     report = arguments.measure(arguments)
     say(*report.lines())
     if arguments.json:
@@ -100,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
         one = kinds.add_parser(measure.__name__, help=measure.__doc__, description=measure.__doc__)
         one.set_defaults(measure=measure)
         one.add_argument("--rounds", type=count, default=rounds, metavar="N", help="measured (default %(default)s)")
-        one.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+        one.add_argument("--json", type=path, metavar="FILE", help="also write the figures there")
         return one
 
     def configured(measure, rounds: int) -> argparse.ArgumentParser:  # noqa: ANN001

@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from maedistill.commands.arguments import new_parser
+from maedistill.commands.arguments import new_parser, path
 from maedistill.durable import require_local
 from maedistill.escaping import masked, say
 
@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = new_parser("maedistill compare", __doc__, EXAMPLES)
     add = parser.add_argument
     add("given", nargs="+", metavar="RUN_OR_EXPORT", help="a run with its exports, an export, or a scorecard")
-    add("--out", type=Path, default=Path("runs/comparison"), help="folder to write (default runs/comparison)")
+    add("--out", type=path, default=Path("runs/comparison"), help="folder to write (default runs/comparison)")
     return parser.parse_args(sys.argv[2:])
 
 

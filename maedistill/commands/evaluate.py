@@ -4,10 +4,9 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maedistill.commands.arguments import spec_of
+from maedistill.commands.arguments import require_writable, spec_of
 from maedistill.commands.evaluate_arguments import (
     FILES,
     parse_embed,
@@ -17,7 +16,6 @@ from maedistill.commands.evaluate_arguments import (
     parse_segment,
 )
 from maedistill.durable import require_local
-from maedistill.errors import ConfigError
 
 if TYPE_CHECKING:
     from maedistill.evaluation.context import EvalContext
@@ -27,7 +25,7 @@ Start = Callable[[argparse.Namespace], None]
 
 
 def main() -> None:
-    """Check the command line before torch is imported."""
+    """Run the command. What is wrong with the command line is said before torch is imported."""
     arguments, start = parse(sys.argv[2:])
     require_writable({name: getattr(arguments, name, None) for name in (*FILES, "picture")})
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see stage.py
@@ -126,19 +124,3 @@ def open_context(arguments: argparse.Namespace, *, fits: bool = False) -> "EvalC
         precision=arguments.precision,
         fits=fits,
     )
-
-
-def require_writable(files: dict[str, Path | None]) -> None:
-    """Raise ConfigError for a file that cannot be written or is named twice, before the evaluation starts."""
-    named: dict[Path, str] = {}
-    for name, file in files.items():
-        if file is None:
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        require_local(file, flag)
-        is_folder = os.path.isdir(file)  # Path.is_dir raises errors of long names and of permissions
-        if is_folder or not (os.path.isdir(file.parent) and os.access(file.parent, os.W_OK)):
-            problem = "is a folder" if is_folder else f"cannot be written: {file.parent} is no folder, or is closed"
-            raise ConfigError(f"{flag}: {file} {problem}", "name a file in a folder that exists")
-        if (other := named.setdefault(file.resolve(), flag)) != flag:
-            raise ConfigError(f"{other} and {flag} both name {file}", "name two files")

@@ -1,9 +1,8 @@
 """The command line of `maedistill evaluate`, in each of its forms."""
 
 import argparse
-from pathlib import Path
 
-from maedistill.commands.arguments import PEER, at_least, new_parser, positive, several, share
+from maedistill.commands.arguments import PEER, at_least, new_parser, path, positive, several, share
 
 EXAMPLES = """\
 MODEL is the folder of a run or of an export, or timm:NAME, or hf-hub:ID, or the file of an exported graph: onnx:FILE,
@@ -94,7 +93,7 @@ def parse_score(words: list[str]) -> argparse.Namespace:
     labels("--real", action="store_true", help="ImageNet's validation set: count against ImageNet-ReaL's labels, too")
     for name, text in FILES.items():
         flag = "--" + name.replace("_", "-")
-        add(flag, type=Path, metavar=f"FILE{SUFFIXES[name]}", dest=name, help=text)
+        add(flag, type=path, metavar=f"FILE{SUFFIXES[name]}", dest=name, help=text)
     add(
         "--test-size", action="store_true", help="image size and crop of timm's published accuracy, where it has others"
     )
@@ -136,7 +135,7 @@ def parse_features(command: str, words: list[str]) -> argparse.Namespace:
         add("--epochs", type=at_least(1), default=90, metavar="N", help="over the features (default 90)")
         add("--head-batch", type=at_least(2), default=4096, metavar="N", help="at most a quarter of all (default 4096)")
         add("--optimizer", choices=("lars", "sgd"), default="lars", help="without weight decay (default lars)")
-    add("--json", type=Path, metavar="FILE.json", help=FILES["json"])
+    add("--json", type=path, metavar="FILE.json", help=FILES["json"])
     add_common(parser)
     parser.set_defaults(command=command)
     return parser.parse_args(words)
@@ -148,7 +147,7 @@ def parse_embed(words: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a run, an export or a weights file, or timm:NAME, hf-hub:ID")
     add("shards", metavar="SHARDS", help="shards: a folder (its val-*.tar), one tar, a quoted glob or a brace range")
-    add("out", metavar="OUT", type=Path, help="a new folder, or one that this command began to fill")
+    add("out", metavar="OUT", type=path, help="a new folder, or one that this command began to fill")
     add("--index", metavar="FILE", help="the shards' index, where it does not lie beside them")
     add("--block", type=int, metavar="N", help="whose output: from 0, or from -1 backwards (default: the final output)")
     kinds = parser.add_mutually_exclusive_group().add_argument
@@ -165,10 +164,10 @@ def parse_segment(words: list[str]) -> argparse.Namespace:
     parser = new_parser("maedistill evaluate segment", ABOUT["segment"], SEGMENT)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a run, an export or a weights file, or timm:NAME, hf-hub:ID")
-    add("--images", type=Path, metavar="DIR", required=True, help="training images")
-    add("--masks", type=Path, metavar="DIR", required=True, help="their masks")
-    add("--val-images", type=Path, metavar="DIR", help="images to score on (default: the held-out training images)")
-    add("--val-masks", type=Path, metavar="DIR", help="their masks")
+    add("--images", type=path, metavar="DIR", required=True, help="training images")
+    add("--masks", type=path, metavar="DIR", required=True, help="their masks")
+    add("--val-images", type=path, metavar="DIR", help="images to score on (default: the held-out training images)")
+    add("--val-masks", type=path, metavar="DIR", help="their masks")
     add("--classes", type=at_least(1), metavar="N", help="number of classes (default: the largest in the masks + 1)")
     add("--ignore", type=at_least(0), default=255, metavar="N", help="number in a mask that is no class (default 255)")
     blocks = "whose outputs, side by side: --blocks=-2,-1 (default: the final output)"
@@ -178,8 +177,8 @@ def parse_segment(words: list[str]) -> argparse.Namespace:
     add("--epochs", type=at_least(1), default=20, metavar="N", help="over the features (default 20)")
     add("--head-batch", type=at_least(2), default=16, metavar="N", help="images, at most a quarter of all (default 16)")
     add("--image-size", type=at_least(1), metavar="N", help="other than the model's own; positions are resampled")
-    add("--picture", type=Path, metavar="FILE.png", help="draw some images, masks and predictions")
-    add("--json", type=Path, metavar="FILE.json", help=FILES["json"])
+    add("--picture", type=path, metavar="FILE.png", help="draw some images, masks and predictions")
+    add("--json", type=path, metavar="FILE.json", help=FILES["json"])
     add_execution(parser)
     arguments = parser.parse_args(words)
     if (arguments.val_images is None) != (arguments.val_masks is None):
@@ -200,8 +199,8 @@ def parse_exits(words: list[str]) -> argparse.Namespace:
     add("--index", metavar="FILE", help="the shards' index, where it does not lie beside them")
     about_beside = "other networks to draw, as separately trained sizes"
     add("--beside", action="extend", nargs="+", default=[], metavar="MODEL", help=about_beside)
-    add("--picture", type=Path, metavar="FILE.png", help="draw top-1 over mean latency")
-    add("--json", type=Path, metavar="FILE.json", help=FILES["json"])
+    add("--picture", type=path, metavar="FILE.png", help="draw top-1 over mean latency")
+    add("--json", type=path, metavar="FILE.json", help=FILES["json"])
     add_execution(parser)
     return parser.parse_args(words)
 

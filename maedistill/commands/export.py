@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 examples:
   maedistill export runs/dmae_s                           its encoder, to runs/dmae_s/export
-  maedistill export runs/dmae_s --global-pool token    the class token in place of the patches' mean
+  maedistill export runs/dmae_s --global-pool token       the class token in place of the patches' mean
   maedistill export runs/dmae_s_finetuned --out dmae_s    the classifier
   maedistill export runs/dmae_s_finetuned --ema           the moving average of its weights
   maedistill export runs/exits --exit 5                   its first 6 blocks and their exit, to runs/exits/export_exit5

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from maedistill.commands.arguments import at_least, new_parser, share, spec_of
+from maedistill.commands.arguments import at_least, new_parser, path, share, spec_of
 from maedistill.durable import require_local
 
 EXAMPLES = """\
@@ -26,7 +26,7 @@ The same command goes on after an interruption, with any number of processes; th
 
 
 def main() -> None:
-    """Check the command line before torch is imported."""
+    """Run the command. What is wrong with the command line is said before torch is imported."""
     arguments = parse_arguments()
     require_local(arguments.out, "--out")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see stage.py
@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("networks", nargs="+", metavar="NETWORK", help="runs with their checkpoints, or other networks")
     add("--images", required=True, metavar="SHARDS", help="images to look at; labels are not needed")
-    add("--out", type=Path, default=Path("runs/knowledge"), metavar="DIR", help="default runs/knowledge")
+    add("--out", type=path, default=Path("runs/knowledge"), metavar="DIR", help="default runs/knowledge")
     add("--count", type=at_least(1), default=50, metavar="N", help="number of images, chosen by the seed (default 50)")
     masks = "center (default), none, or a folder of masks KEY.png, whose foreground is not 0"
     add("--foreground", default="center", metavar="WHERE", help=masks)

@@ -10,7 +10,7 @@ are the study of quickstart/study; two run at a time.
 import sys
 from pathlib import Path
 
-from maedistill.commands.arguments import new_parser
+from maedistill.commands.arguments import new_parser, path
 from maedistill.durable import require_local
 from maedistill.errors import ConfigError
 
@@ -19,7 +19,7 @@ def main() -> None:
     """Read the command line, and run the quickstart."""
     parser = new_parser("maedistill quickstart", __doc__)
     parser.add_argument("--epochs", type=float, help="epochs of every training, at least 2, instead of the configs'")
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the runs and the report")
+    parser.add_argument("--out", type=path, default=Path("runs/quickstart"), help="folder of the runs and the report")
     arguments = parser.parse_args(sys.argv[2:])
     if arguments.epochs is not None and arguments.epochs < 2:
         raise ConfigError(

@@ -5,8 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from maedistill.commands.arguments import new_parser
-from maedistill.durable import require_local
+from maedistill.commands.arguments import new_parser, path
+from maedistill.durable import why_not_local
 from maedistill.errors import ConfigError
 from maedistill.escaping import say
 
@@ -25,10 +25,10 @@ run trains; log.report=true makes it from the first one on. docs/report.md shows
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser("maedistill report", __doc__, EXAMPLES)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or the folder of one study")
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="run folders, or the folder of one study")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="the page (default: report.html in the run folder, results.html in a study's, comparison.html here)",
     )
@@ -38,8 +38,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Write the page."""
     arguments = parse_arguments()
-    for path in (*arguments.runs, arguments.out or ""):
-        require_local(path, str(path))
+    for given in (*arguments.runs, arguments.out or ""):
+        if problem := why_not_local(given):
+            raise ConfigError(*problem)
     if len(arguments.runs) > MOST:
         raise ConfigError(f"{len(arguments.runs)} runs are too many for one page", f"name at most {MOST}")
     from maedistill.report.run_page import PAGE, write_page  # numpy and Pillow, for which --help need not wait

@@ -1,6 +1,6 @@
 """The command line of a training stage, `maedistill pretrain` and `finetune`: CONFIG, key=value, few flags.
 
-Settings are checked before torch is imported, so a typo is reported within 0.1 s.
+Settings are checked before torch is imported, which takes seconds, so a typo is reported at once.
 """
 
 import argparse

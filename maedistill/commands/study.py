@@ -7,7 +7,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from maedistill.commands.arguments import at_least, new_parser
+from maedistill.commands.arguments import at_least, new_parser, path
 from maedistill.durable import require_local
 from maedistill.errors import ConfigError
 from maedistill.escaping import masked, say
@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("study", help="a study file, or the name of one that comes with maedistill, e.g. cifar10/study_methods")
     add("settings", nargs="*", metavar="key=value", help="for every run that has the key, e.g. data.workers=1")
-    add("--out", type=Path, help="folder of the runs and results, instead of the file's")
+    add("--out", type=path, help="folder of the runs and results, instead of the file's")
     add("--seeds", action="extend", nargs="+", metavar="N", help="instead of the file's: 0 1 2, or 0,1,2")
     add("--only", action="extend", nargs="+", metavar="NAME", help="students, rows or teachers, with what they need")
     add("--jobs", type=at_least(1), default=1, metavar="N", help="runs at a time (default 1), spread over the GPUs")
@@ -51,6 +51,8 @@ def parse() -> argparse.Namespace:
             setattr(arguments, option, [word for word in words if "=" not in word])
             if not getattr(arguments, option):
                 parser.error(f"argument --{option}: expected at least one value before {words[0]}")
+    if arguments.report and (arguments.only or arguments.jobs > 1 or arguments.test or arguments.dry_run):
+        parser.error("--report only compares what is there: leave out --only, --jobs, --test and --dry-run")
     try:
         arguments.seeds = [int(number) for word in arguments.seeds or () for number in word.split(",")]
     except ValueError:
@@ -64,11 +66,11 @@ def main() -> None:
     if any(seed < 0 for seed in arguments.seeds):
         raise ConfigError(f"--seeds {arguments.seeds}: seeds are not negative", "use 0 or more")
     study = load_study(arguments.study)
-    out, seeds = arguments.out or Path(study.out), arguments.seeds or list(study.seeds)
+    out, seeds = arguments.out or path(study.out), arguments.seeds or list(study.seeds)
     require_local(out, "--out" if arguments.out else "out")
     if not arguments.report:
         run(study, out, seeds, arguments)
-    if not arguments.dry_run and not report(study, out, seeds, title=f"Results of {arguments.study}"):
+    if not arguments.dry_run and not report(study, out, seeds, arguments):
         raise ConfigError(
             f"{out} holds no finished run of this study", "start the study without --report, or name its folder: --out"
         )
@@ -90,11 +92,11 @@ def run(study: Study, out: Path, seeds: list[int], arguments: argparse.Namespace
     try:
         run_steps(steps, out=out, jobs=arguments.jobs)
     except StepsFailed:
-        report(study, out, seeds, title=f"Results of {arguments.study}")
+        report(study, out, seeds, arguments)
         raise
 
 
-def report(study: Study, out: Path, seeds: list[int], *, title: str) -> bool:
+def report(study: Study, out: Path, seeds: list[int], arguments: argparse.Namespace) -> bool:
     """Compare the finished runs. Returns whether there are any; otherwise nothing is written."""
     from maedistill.report.run_page import refresh
     from maedistill.study import study_page
@@ -102,13 +104,13 @@ def report(study: Study, out: Path, seeds: list[int], *, title: str) -> bool:
     from maedistill.study.results_page import terminal_table, write_results
 
     command = masked(shlex.join(sys.argv))
-    if "--report" in sys.argv:
+    if arguments.report:
         with suppress(OSError, ValueError, LookupError, TypeError):  # damaged: it is written anew
             command = str(json.loads((out / "results.json").read_text())["command"])  # which started the runs
     results = collect(study, out, seeds)
     if not any(facts for network in results["networks"].values() for facts in network["runs"].values()):
         return False
-    page = write_results(results, out, title=title, command=command)
+    page = write_results(results, out, title=f"Results of {arguments.study}", command=command)
     say("", *terminal_table(results), "", f"results: {page}")
     refresh(out / study_page.PAGE, lambda: study_page.write_study_page(out, out / study_page.PAGE))
     return True

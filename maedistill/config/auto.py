@@ -85,8 +85,7 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
 def with_numbers_of(config: Config, before: RunConfig) -> Config:
     """Return the config with the values of another, for all that it leaves to data, weights or device."""
     values, numbers = flat(config), flat(before)
-    open_keys = [*auto_keys(config), *(key for key in ("data.image_size",) if values[key] is None)]
-    open_keys += [FORMAT] if values[FORMAT] == AUTO else []
+    open_keys = [key for key in (*KEYS, FORMAT, "data.image_size") if values[key] in (AUTO, None)]
     return with_values(config, {key: numbers[key] for key in open_keys})
 
 
@@ -104,16 +103,17 @@ def auto_line(before: RunConfig, config: RunConfig, images: int, *, of_the_run: 
     return f"auto     {chosen}: " + ("as this run began" if of_the_run else f"for {images:,} images")
 
 
-def size_warnings(config: RunConfig, images: int, steps: int) -> list[str]:
+def size_warnings(config: RunConfig, images: int, steps: int, *, world_size: int) -> list[str]:
     """Return one line with better values if the batch is large for so few images, or if there are few updates."""
     limits, batch, epochs = LIMITS[config.stage], config.optim.global_batch, config.optim.epochs
     causes: list[str] = []
     better: dict[str, int] = {}
-    if batch > max(limits.batch[0], _LARGE_SHARE * images):
+    suited = auto_batch(images, limits, unit=config.group * world_size)
+    if batch > max(suited, _LARGE_SHARE * images):
         causes.append(f"a batch of {batch} is more than a tenth of {images:,} images")
-        better["optim.global_batch"] = auto_batch(images, limits)
+        better["optim.global_batch"] = suited
     if steps < _FEW_UPDATES:
-        causes.append(f"{steps:,} updates are few")
+        causes.append(f"{steps:,} update{'s are' if steps != 1 else ' is'} few")
         if (more := auto_epochs(images, better.get("optim.global_batch", batch), limits)) > epochs:
             better["optim.epochs"] = more
     if not better:

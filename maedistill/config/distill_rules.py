@@ -56,7 +56,8 @@ def _terms(c: FinetuneConfig) -> Iterator[Problem]:
         given = term.model_fields_set  # all keys with weight 0, defaults too, are in RUN/config.yaml
         if changed := term.model_dump(exclude_defaults=True).keys() if "weight" in given else given:
             remedy = f"set distill.{name}.weight above 0, or remove it"
-            yield Problem(f"distill.{name}.{min(changed)}", "the term is off: its weight is 0", remedy)
+            key, weight = f"distill.{name}.{min(changed)}", f"distill.{name}.weight"
+            yield Problem(key, "the term is off: its weight is 0", remedy, ((key, weight),))
 
 
 def _exits(c: FinetuneConfig) -> Iterator[Problem]:

@@ -42,8 +42,8 @@ class Refusal(Exception):
 
 def find_config(name: str | Path) -> Path:
     """Return the file of a config: `name` itself, or the file of that name in CONFIGS, such as imagenet/dmae_vit_b."""
-    ours = CONFIGS / f"{name}.yaml"
-    return ours if os.path.isfile(ours) and not os.path.isfile(name) else Path(name)
+    ours, theirs = CONFIGS / f"{name}.yaml", os.path.expanduser(name)
+    return ours if os.path.isfile(ours) and not os.path.isfile(theirs) else Path(theirs)
 
 
 def config_name(path: str | Path) -> str:

@@ -167,7 +167,10 @@ def _with_named_sources(settings: Mapping[str, _Setting]) -> dict[str, _Setting]
 
 
 def _scale_warmup(settings: dict[str, _Setting], below: Mapping[str, _Setting], root: type[Root]) -> list[str]:
-    """Shorten a file's warm-up in place if the command line sets only the epochs, to fewer; say so in a line."""
+    """Shorten a file's warm-up in place if the command line alone sets the epochs, to no more than the warm-up has.
+
+    Returns a line that says so.
+    """
     epochs, warmup = (f"optim.{name}" for name in ("epochs", "warmup_epochs"))
     default = {name: _Setting(all_keys(root)[name].default, "default", name, -MOST_FILES) for name in (epochs, warmup)}
     now, before, old = settings.get(epochs), below.get(epochs, default[epochs]), settings.get(warmup, default[warmup])

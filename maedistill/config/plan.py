@@ -65,7 +65,7 @@ def plan_lines(config: RunConfig, plan: Plan) -> list[str]:
         f"{plan.warmup_steps:,} of them warm-up",
         f"lr       {optim.peak_lr:.3g}{factors}, linear warm-up, then cosine to {optim.min_lr:g}",
         f"run      {config.run}",
-        *size_warnings(config, plan.images, plan.steps),
+        *size_warnings(config, plan.images, plan.steps, world_size=plan.world_size),
     ]
 
 

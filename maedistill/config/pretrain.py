@@ -176,8 +176,8 @@ class Align(Section):
     )
     stored_steps: Positive = result(
         500,
-        "steps that normalize=stored measures; a step is standardised by what the ones before it gave; in the first, "
-        "the terms of the teacher do not count",
+        "number of first steps over which normalize=stored measures; each step uses what the steps before it measured, "
+        "so in the very first step the terms of the teacher have weight 0",
     )
     output: Literal["block", "mlp"] = result(
         "block",

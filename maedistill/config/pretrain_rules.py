@@ -125,7 +125,7 @@ def _taps(c: PretrainConfig) -> Iterator[Problem]:
 def _relations(c: PretrainConfig) -> Iterator[Problem]:
     """Yield problems for feature settings with tinymim, which compares token relations without a projection."""
     if c.method == "tinymim":
-        features = {"distance", "beta", "normalize", "output", "last_blocks", "projector", "bias"}
+        features = {"distance", "normalize", "stored_steps", "output", "last_blocks", "projector", "bias"}
         for key in c.align.model_dump(include=features, exclude_defaults=True):
             cause = "method=tinymim compares token relations, not features"
             yield Problem(f"align.{key}", cause, "remove it, or use method=dmae or amd", ((f"align.{key}", "method"),))

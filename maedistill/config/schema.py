@@ -124,6 +124,10 @@ class BackboneConfig(Section):
     drop_path: Rate
 
 
+# The keys that change the shape of a model. All of them null: the model's own.
+SHAPE = ("width", "depth", "num_heads", "patch_size", "class_token", "register_tokens")
+
+
 class Optimization(Section):
     """Length of the training, batch, AdamW and its cosine schedule."""
 
@@ -183,8 +187,8 @@ class EngineConfig(Section):
     timeout_seconds: Positive = runtime(
         600,
         "how long a rank waits for another before the run ends; one whose process is gone, or whose whole machine has "
-        "been silent for a minute, is not waited for; loader processes may be stuck at their samples half as long; "
-        "fetching a remote shard has time limits of its own",
+        "been silent for a minute, is not waited for; a loader process that is stuck at a sample for half of this time "
+        "ends the run, too; fetching a remote shard has time limits of its own",
     )
     max_nonfinite: Count = runtime(
         5,

@@ -7,6 +7,7 @@ write instead.
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -96,10 +97,11 @@ def _remedy(key: Key, value: Any) -> str:
         near = difflib.get_close_matches(str(value).lower(), key.choices, n=1, cutoff=0.5)
         return f"did you mean {near[0]}? {explain}" if near else f"write {' or '.join(key.choices)}; {explain}"
     if key.words.startswith("true or false"):
-        return "write true or false: yes, no, on, off, 0 and 1 are not accepted"
+        return f"write {key.words}: yes, no, on, off, 0 and 1 are not accepted"
     if key.words.startswith("text") and type(value) in (int, float, bool):
         return f'put it in quotes, so that it is text: \'"{json.dumps(value)}"\' on a command line, "..." in a file'
-    if key.words.startswith("a list") and isinstance(value, str if "of texts" in key.words else int | float):
+    items = (str,) if "of texts" in key.words else (int, float)
+    if re.match(r"a list of (?!\d)", key.words) and type(value) in items:  # not one of a fixed length
         return f"put it in brackets: [{json.dumps(value)}]"
     if key.words.startswith("a whole number") and isinstance(value, float) and value.is_integer():
         return f"write {value:.0f}, without a point or an exponent"

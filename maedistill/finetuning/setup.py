@@ -228,12 +228,15 @@ class Finetuning(Stage):
 
 
 def open_finetuning(
-    config: FinetuneConfig, *, world_size: int, device: torch.device, objects: Objects = NOTHING
+    config: FinetuneConfig, *, world_size: int, device: torch.device, objects: Objects = NOTHING, fresh: bool = False
 ) -> Finetuning:
     """Open data and weights and build the network. Works without a process group too. Collective.
 
-    objects: what a Python caller gives in place of what the config names.
+    objects: what a Python caller gives in place of what the config names. fresh: the run in the folder is about to be
+    deleted.
     """
+    if objects.student is not None:
+        _require_no_vit(config)
     index, val_index = distributed.main_first(lambda: _open_data(config, objects))
     labelled = config.distill.reads_labels
     samples = (
@@ -241,7 +244,7 @@ def open_finetuning(
         if labelled
         else torch.arange(len(index))
     )
-    config, auto_lines = settle(config, len(samples), world_size=world_size)
+    config, auto_lines = settle(config, len(samples), world_size=world_size, fresh=fresh)
     plan = make_plan(config, len(samples), world_size=world_size)
     num_classes = _num_classes(config, index, val_index)
     source = distributed.main_first(lambda: build_init_source(config, objects, num_classes=num_classes))
@@ -272,6 +275,16 @@ def open_finetuning(
         config, plan, index, val_index, samples, num_classes, module, source, mean, std, device, teachers, teaching,
         auto_lines, peers, past, predictions, codistillation,
     )  # fmt: skip
+
+
+def _require_no_vit(config: FinetuneConfig) -> None:
+    """Raise ConfigError for what works with a ViT of timm only, while the student is a caller's module."""
+    if config.engine.activation_checkpointing:
+        cause = "engine.activation_checkpointing: the student is a module of your own"
+        raise ConfigError(cause, "leave it out: the module does that")
+    if config.distill.mutual.on:
+        cause = "distill.mutual: its students are built from the config, and student= is a module of your own"
+        raise ConfigError(cause, "leave out one of them")
 
 
 def dry_run(config: FinetuneConfig) -> None:

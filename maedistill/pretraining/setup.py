@@ -228,14 +228,15 @@ class Pretraining(Stage):
 
 
 def open_pretraining(
-    config: PretrainConfig, *, world_size: int, device: torch.device, objects: Objects = NOTHING
+    config: PretrainConfig, *, world_size: int, device: torch.device, objects: Objects = NOTHING, fresh: bool = False
 ) -> Pretraining:
     """Open data and teacher, build the student, fit the micro-batch. Works without a process group too. Collective.
 
-    objects: what a Python caller gives in place of what the config names.
+    objects: what a Python caller gives in place of what the config names. fresh: the run in the folder is about to be
+    deleted.
     """
     index, val_index = distributed.main_first(lambda: open_samples(config.data, objects))
-    config, auto_lines = settle(config, len(index), world_size=world_size)
+    config, auto_lines = settle(config, len(index), world_size=world_size, fresh=fresh)
     plan = make_plan(config, len(index), world_size=world_size)
     encoder = build_encoder(config, objects)
     source = distributed.main_first(lambda: build_teacher_source(config, grid=encoder.grid, objects=objects))

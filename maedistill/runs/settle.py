@@ -19,14 +19,15 @@ from maedistill.runs.folder import RunFolder
 from maedistill.runs.previous import read_previous
 
 
-def settle(config: Config, images: int, *, world_size: int) -> tuple[Config, list[str]]:
+def settle(config: Config, images: int, *, world_size: int, fresh: bool) -> tuple[Config, list[str]]:
     """Return the config with numbers for `auto`, and the line of the summary that says which. Collective.
 
-    images: that are trained on. Raises ConfigError if the numbers break a rule between keys.
+    images: that are trained on; fresh: the run in the folder is about to be deleted. Raises ConfigError if the numbers
+    break a rule between keys.
     """
     if not (keys := auto_keys(config)):
         return config, []
-    kept: dict[str, Any] = distributed.on_main(lambda: _values_of_run(config, keys))
+    kept: dict[str, Any] = {} if fresh else distributed.on_main(lambda: _values_of_run(config, keys))
     settled = with_values(config, kept) if kept else with_numbers(config, images, world_size=world_size)
     require_consistent(settled)
     return settled, [auto_line(config, settled, images, of_the_run=bool(kept))]

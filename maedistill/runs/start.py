@@ -88,7 +88,7 @@ def run_stage(
         lost = folder.record_error
         with folder.log.capture(), Peers(timeout_seconds=config.engine.timeout_seconds, on_loss=lost) as peers:
             config = settle_precision(config, distributed.device(), fresh=fresh)
-            stage = open_stage(config, world_size=distributed.world_size(), device=distributed.device())
+            stage = open_stage(config, world_size=distributed.world_size(), device=distributed.device(), fresh=fresh)
             with start_run(stage, folder, peers, fresh=fresh, extend=extend) as run:
                 run.callbacks = tuple(callbacks)
                 with run.resume() as metrics:

@@ -97,7 +97,8 @@ def _problems(study: Study) -> Iterator[Problem]:
     for key, name in folders:
         if not _FOLDER.fullmatch(name):
             cause = f"{name[:40]} cannot name a folder of runs"
-            yield Problem(key, cause, "use at most 120 letters, digits, - and _, and not logs")
+            remedy = "use at most 120 letters, digits, - and _, the first one a letter or digit, and not logs"
+            yield Problem(key, cause, remedy)
         if names[name] > 1:
             yield Problem(key, f"two networks would be named {name}", "give one of them another name")
     named = [("baseline", study.baseline)] if study.baseline is not None else []

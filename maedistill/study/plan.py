@@ -18,7 +18,7 @@ from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import all_keys, all_sections
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.config.schema import RunConfig
+from maedistill.config.schema import SHAPE, RunConfig
 from maedistill.config.sources import EMA
 from maedistill.config.values import Root, unknown_key
 from maedistill.data.shards.scan import Members
@@ -30,7 +30,7 @@ from maedistill.study.schema import TEACHER_SEED, Student, Study, Teacher
 
 TEST_FILE = "test.json"
 _RESERVED_KEYS = ("run", "seed", "init.source")  # the study sets them itself
-_ARCHITECTURE = ("model", "width", "depth", "num_heads", "patch_size", "class_token", "register_tokens")
+_ARCHITECTURE = ("model", *SHAPE)
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,9 @@ class StudyPlan:
         settings += [f"run={self.out / name}", f"seed={seed}"]
         settings += [f"init.source=run:{self.out / start}"] if start is not None else []
         config = _load(name, path, settings, root)
+        if config.run != str(self.out / name):
+            cause = f"{self.out}: as the setting run=, YAML reads {config.run} of {self.out / name}"
+            raise ConfigError(cause, "use another folder, without ' #' and ': '")
         needs = (*([start] if start is not None else []), *teachers)
         return Step(name, (root.command, path, *settings), needs, partial(is_done, config))
 

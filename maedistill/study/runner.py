@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from maedistill.durable import make_folder
 from maedistill.errors import ConfigError, UserError, join_first
 from maedistill.escaping import say, shown
 from maedistill.machine import GPU_JOBS_VARIABLE, JOBS_VARIABLE, cpu_share, visible_gpus
@@ -203,8 +204,13 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[IO[str]]:
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "steps.lock").open("w") as file:
+    try:
+        make_folder(out)
+        file = (out / "steps.lock").open("w")
+    except OSError as error:
+        cause = f"{out} cannot be written ({error.strerror})"
+        raise ConfigError(cause, "use another --out, or mend the permissions there") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

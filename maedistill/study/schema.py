@@ -69,7 +69,7 @@ class Teacher(TrainedNetwork):
     finetune: bool = False
 
     def steps(self, name: str, seed: int) -> tuple[str | None, str | None]:
-        """Return the same as for a student, but for a fine-tuning that the study does not want."""
+        """Return what every network has, without a fine-tuning that the study does not ask for."""
         pretrain, finetune = super().steps(name, seed)
         return pretrain, finetune if self.finetune else None
 

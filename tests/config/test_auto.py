@@ -1,14 +1,16 @@
 """`auto`: the batch, epochs and warm-up of a number of images, and what a run keeps of them."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maedistill.config.auto import LIMITS, auto_batch, auto_epochs, auto_keys, size_warnings, with_numbers
+from maedistill.config.auto import LIMITS, auto_batch, auto_epochs, auto_keys, size_warnings, with_numbers, with_values
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import flat, nested
 from maedistill.config.loader import load_config, require_consistent
-from maedistill.config.plan import batch_plan
+from maedistill.config.plan import batch_plan, make_plan
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError
 
@@ -78,17 +80,29 @@ def test_rules_are_looked_at_again_with_the_numbers(tmp_path):
 
 
 @BOTH
-@given(images=st.integers(1, 10**7))
-def test_auto_itself_is_never_warned_of(root, images):
-    config = with_numbers(config_of(root), images, world_size=1)
-    assert not size_warnings(config, images, int(config.optim.epochs * images // config.optim.global_batch))
+@given(images=st.integers(1, 10**7), ranks=st.integers(1, 9))
+def test_auto_itself_is_never_warned_of(root, images, ranks):
+    config = with_numbers(config_of(root), images, world_size=ranks)
+    steps = int(config.optim.epochs * images // config.optim.global_batch)
+    assert not size_warnings(config, images, steps, world_size=ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 5, 8])
+def test_the_numbers_of_a_warning_can_be_run(ranks):
+    config = config_of(PretrainConfig, optim__global_batch=120 * ranks, optim__epochs=2.0, optim__warmup_epochs=0.1)
+    [line] = size_warnings(config, 1_000, 2, world_size=ranks)
+    numbers = {key: float(value) for key, value in re.findall(r"(optim\.\w+)=(\d+)", line)}
+    assert numbers.keys() == {"optim.global_batch", "optim.epochs"}
+    better = with_values(config, numbers)
+    plan = make_plan(better, 1_000, world_size=ranks)
+    assert not size_warnings(better, 1_000, plan.steps, world_size=ranks)
 
 
 def test_a_large_batch_and_few_updates_are_warned_of_with_better_numbers():
     imagenet = config_of(PretrainConfig, optim__global_batch=4096, optim__epochs=100.0, optim__warmup_epochs=20.0)
-    [line] = size_warnings(imagenet, 450, 10)
+    [line] = size_warnings(imagenet, 450, 10, world_size=1)
     assert "optim.global_batch=64 optim.epochs=1600" in line and "tenth of 450" in line and "10 updates" in line
-    assert not size_warnings(imagenet, 1_281_167, 31_278)
+    assert not size_warnings(imagenet, 1_281_167, 31_278, world_size=1)
     short = config_of(FinetuneConfig, optim__global_batch=128, optim__epochs=2.0, optim__warmup_epochs=0.1)
-    [line] = size_warnings(short, 45_000, 703)
+    [line] = size_warnings(short, 45_000, 703, world_size=1)
     assert "optim.epochs=50" in line and "global_batch=" not in line

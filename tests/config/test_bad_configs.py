@@ -1,6 +1,7 @@
 """Wrong settings, one per row: each gives a line of cause that names the place and a line of remedy, before torch."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -324,6 +325,26 @@ def test_a_term_that_is_off_may_be_given_whole(tmp_path):
     given = ["distill.past={weight: 0, alpha: 0.8, source: weights}", "distill.dkd.weight=0"]
     (tmp_path / "finetune.yaml").write_text(FINETUNE)
     assert not load_config(tmp_path / "finetune.yaml", given, root=FinetuneConfig).config.distill.terms
+
+
+def test_a_term_of_a_file_is_turned_off_by_its_weight(tmp_path):
+    terms = "logits: {weight: 0.9, temperature: 2.0, standardize: true}, hard_label: {weight: 1}"
+    (tmp_path / "finetune.yaml").write_text(f"{FINETUNE}distill: {{teachers: ['run:t'], {terms}}}\n")
+    distill = load_config(tmp_path / "finetune.yaml", ["distill.logits.weight=0"], root=FinetuneConfig).config.distill
+    assert list(distill.terms) == ["hard_label"] and distill.logits.temperature == 4
+
+
+@pytest.mark.parametrize("override", ["align.student=3", "optim.betas=0.9", "data.mean=0.5", "distill.teachers=run:x"])
+def test_brackets_are_a_remedy_only_where_they_help(tmp_path, override):
+    root = FinetuneConfig if override.startswith("distill") else PretrainConfig
+    with pytest.raises(ConfigError) as first:
+        load_config({}, [override], root=root)
+    found = re.search(r"put it in brackets: (\[.*?\])", first.value.remedy)
+    assert bool(found) == override.startswith(("align", "distill"))
+    if found:
+        with pytest.raises(ConfigError) as second:  # other keys are still missing
+            load_config({}, [f"{override.partition('=')[0]}={found[1]}"], root=root)
+        assert "expected" not in second.value.cause
 
 
 def test_fine_tuning_starts_from_something(refused, tmp_path):

@@ -71,6 +71,9 @@ def test_what_wins_over_a_key_wins_over_what_excludes_it(tmp_path):
     mae = load("method=mae")
     assert mae.config.teacher.source is None and mae.config.align.student == ()
     assert mae.origins["teacher.source"] == f"default: method (command line) replaces {base}:6"
+    stored = write(tmp_path / "stored.yaml", "extends: top.yaml\nalign: {normalize: stored, stored_steps: 7}\n")
+    align = load("method=tinymim", file=stored).config.align
+    assert (align.normalize, align.stored_steps) == ("l2", 500)
     with pytest.raises(ConfigError, match=r"teacher\.sha256"):
         load("teacher.source=timm:vit_base_patch16_224", f"teacher.sha256={'0a' * 32}")
 

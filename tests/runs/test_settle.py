@@ -1,4 +1,4 @@
-"""The number format of a run: one for all ranks, and the same after a restart on another device."""
+"""What stands for `auto` in a run: one number format for all ranks, and the same values after a restart."""
 
 import pytest
 import torch
@@ -39,6 +39,15 @@ def test_auto_is_what_the_device_suits_and_then_what_the_run_began_with(format_o
         assert format_of("fp32", device, capability, began="bf16") == "fp32"  # which the folder refuses
     with pytest.raises(ConfigError, match="began in fp16"):
         format_of("auto", CPU, began="fp16")
+
+
+def test_a_run_keeps_its_numbers_and_a_fresh_one_gets_its_own(monkeypatch):
+    monkeypatch.setattr(settle, "_values_of_run", lambda config, keys: {"optim.warmup_epochs": 0.005})
+    given = ["run=r", "data.train=x.tar", "optim.epochs=0.2", "optim.warmup_epochs=auto"]
+    config = load_config("quickstart/mae", given, root=PretrainConfig).config
+    for fresh, expected in ((False, 0.005), (True, 0.01)):
+        after, [line] = settle.settle(config, 1_000, world_size=1, fresh=fresh)
+        assert after.optim.warmup_epochs == expected and ("as this run began" in line) == (not fresh)
 
 
 def test_ranks_on_different_cards_do_not_begin_in_two_formats(format_of, monkeypatch):

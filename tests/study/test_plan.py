@@ -35,9 +35,9 @@ def two(study):
     return study.model_copy(update={"teachers": {"first": first, "second": second}})
 
 
-def plan(study, *, seeds=(0,), only=None, settings=()):
+def plan(study, *, out=OUT, seeds=(0,), only=None, settings=()):
     """The steps by name, and the config that each command stands for."""
-    steps = StudyPlan(study, OUT, seeds, only, settings).steps()
+    steps = StudyPlan(study, out, seeds, only, settings).steps()
     roots = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
     configs = {s.name: load_config(s.command[1], s.command[2:], root=roots[s.command[0]]).config for s in steps}
     assert len({step.name for step in steps}) == len(steps)
@@ -221,6 +221,7 @@ def test_only_some_students_and_what_they_need(study, only, expected) -> None:
         ({"settings": ["init.source=run:x"]}, "the study sets init.source itself", "leave it out"),
         ({"settings": ["teacher.source={teacher.me}"]}, "{teacher.me} names no teacher", "use {teacher.teacher}"),
         ({"settings": ["optim.epochs=many"]}, "mae: command line optim.epochs=many", "optim.epochs"),
+        ({"out": Path("runs/y #1")}, "YAML reads runs/y of runs/y #1", "without ' #' and ': '"),
         ({"only": ["dame"]}, "--only dame: the study has no network", "scratch, mae, dmae, teacher"),
         ({"seeds": range(100)}, "3 rows with 100 seeds are 500 runs, more than 300", "--only and --seeds"),
     ],

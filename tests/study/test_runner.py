@@ -148,6 +148,13 @@ def test_print_steps_starts_none_and_counts_them(folder, capfd) -> None:
     assert not (folder / "notes.txt").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_refused(folder) -> None:
+    (folder / "file").touch()
+    with pytest.raises(ConfigError) as raised:
+        run_steps([step("a")], program=PROGRAM, out=folder / "file")
+    assert "--out" in raised.value.remedy and not (folder / "a").exists()
+
+
 def test_a_result_without_its_origin_is_refused(folder) -> None:
     (folder / "b").touch()
     with pytest.raises(ConfigError, match="b is done, but a, which it comes from, is not"):
