@@ -37,20 +37,21 @@ PARTS = [
     Part("speed-published", "gpu_parts.speed", 200, "DMAE ViT-L -> ViT-B, published decoder"),
     Part("speed-amd", "gpu_parts.speed", 200, "AMD ViT-L -> ViT-B"),
     Part("speed-small", "gpu_parts.speed", 170, "DMAE ViT-B -> ViT-S, published decoder"),
-    Part("tests", "gpu_parts.card_tests", 90, "tests/test_gpu.py", together=True),
+    Part("tests", "gpu_parts.card_tests", 90, "tests/test_gpu.py"),
     Part("engine", "gpu_parts.engine", 120, "ZeRO 0 to 3, number formats, accumulation against torch", together=True),
     Part("prefetch", "gpu_parts.prefetch", 60, "batches copied ahead: the right ones, none too early", together=True),
     Part("host_waits", "gpu_parts.host_waits", 90, "no step waits for the card", together=True),
     Part("runs", "gpu_parts.runs", 200, "whole tiny runs against the CPU's, stopped and continued", together=True),
     Part("loader", "gpu_parts.loader", 180, "the loader alone, and a run that it feeds"),
-    Part("details", "gpu_parts.speed", 240, "of `speed`: batch sizes, kernels, what engine and compilation cost"),
+    Part("details", "gpu_parts.speed", 240, "more on `speed`: batch sizes, kernels, cost of engine and compilation"),
 ]
 MINUTES = 9.0
 _MANY_CORES = 8  # with at least this many cores, parts that are not timed run at the same time
 
-# Packages that maedistill imports, directly or through DeepSpeed and timm, and pytest.
+# Packages that maedistill imports, directly or through DeepSpeed and timm, and those of tests/conftest.py.
 NEEDED = ["torch", "torchvision", "timm", "deepspeed", "webdataset", "pydantic", "einops", "yaml", "numpy", "PIL"]
 NEEDED += ["safetensors", "huggingface_hub", "fsspec", "tqdm", "psutil", "msgpack", "hjson", "packaging", "pytest"]
+NEEDED += ["hypothesis", "filelock"]
 
 PACKING = """for a machine without network that has torch and torchvision, and what usually comes beside them:
   python tools/gpu_check.py --pack packed --python 3.12
@@ -90,7 +91,10 @@ def check(parts: list[Part], *, out: Path, minutes: float, tiny: bool) -> list[R
     print("\n".join(f"{name}: {value}" for name, value in machine.items()), flush=True)
     cores, order, ends = int(machine["cores"]), [part.name for part in parts], list[PartEnd]()
     work = Path(tempfile.mkdtemp(prefix="maedistill-gpu-"))
-    jobs, until = cores // 2 if cores >= _MANY_CORES else min(cores, 2) if tiny else 1, start + 60 * minutes
+    jobs = cores // 2 if cores >= _MANY_CORES else 1
+    if tiny:
+        jobs = max(jobs, min(cores, 2))
+    until = start + 60 * minutes
 
     def written() -> list[Row]:
         """Write what is known so far; return its rows."""

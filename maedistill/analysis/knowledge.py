@@ -3,9 +3,9 @@
     RUN, ... -> states -> (state, batch of images) -> OUT/entropies/NN-STEP-BATCH.safetensors, by any process
     all of these -> OUT/knowledge.json, then knowledge.md and pictures, by rank 0
 
-A batch holds the same images whatever the number of processes, so each file has the same bytes. (Kernels round by the
-number of threads: the command takes one.) A process takes the next file that nobody has taken, so none waits for long.
-What is on disk is not computed again.
+A batch holds the same images whatever the number of processes, so on a CPU each file has the same bytes. (Kernels round
+by the number of threads: the command takes one.) A process takes the next file that nobody has taken, so none waits for
+long. What is on disk is not computed again.
 """
 
 import json

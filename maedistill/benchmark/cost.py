@@ -187,7 +187,7 @@ def cost_report(
     elif model.shared:
         remarks.append(f"without a GPU, step and loader share {model.cores} cores: their times add up")
     else:
-        remarks.append(f"one GPU keeps {cores:.2g} loader cores busy; counted on are {model.cores}")
+        remarks.append(f"one GPU needs {cores:.2g} loader cores; {model.cores} are assumed")
     if model.ranks > 1:
         remarks.append(f"exchange of gradients: modelled, at {BANDWIDTH / 1e9:g} GB/s per {device}, assumed")
     return Report(tables, [*remarks, "images of the steps were noise; pictures, kNN and checkpoints come on top"])

@@ -98,7 +98,7 @@ def main(result: str, batch: str, cores: str, config: str, *overrides: str) -> N
     """
     die_with_launcher()
     first, allowed = int(os.environ["LOCAL_RANK"]) * int(cores), sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, allowed[first : first + int(cores)])
+    os.sched_setaffinity(0, allowed[first : first + int(cores)] or allowed)  # more GPUs than cores
     settings = load_config(config, overrides, root=PretrainConfig, to_run=False).config
     join(settings)
     training = SyntheticTraining(settings, distributed.device())
@@ -137,14 +137,14 @@ def scale_report(measured: Mapping[int, Sequence[Measured]], *, cores: int, has_
         cores_row = {"busy cores of each": spread(busy), "images per busy core-second": ratio(each, busy)}
         rows.append(row if has_gpu else row | cores_row)
     remarks = [
-        f"of which gradients: the exchange alone, of {first.parameters / 1e6:.1f} M parameters, without waiting; the "
-        "rest of a step beyond one process's is waiting, and what the others take of memory and caches",
+        f"of which gradients: the all-reduce alone, of {first.parameters / 1e6:.1f} M parameters; what else a step "
+        "takes longer than with one process is waiting, and contention for memory and caches",
         "larger clusters: `maedistill benchmark cost --gpus N` models them",
     ]
     if not has_gpu:
         remarks.append(
-            "busy cores: where they are fewer than a process has, other programs had the rest, and the efficiency says "
-            "as much about those; images per busy core-second leave them out, but also what is spent in waiting"
+            "busy cores: if a process kept fewer busy than it has, other programs ran, and the efficiency is partly "
+            "theirs; images per busy core-second do not depend on them, but do not count waiting either"
         )
     title = f"{first.batch} images per process and update, {cores} core{'s' * (cores > 1)} each"
     return Report({title: rows}, remarks)

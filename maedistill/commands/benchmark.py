@@ -17,7 +17,7 @@ EXAMPLES = """examples:
     maedistill benchmark loader 'in1k/train-*.tar' --workers 2
   FLOPs, images/s and memory, against the plain step:
     maedistill benchmark step imagenet/dmae_vit_b engine.precision=fp32 --batch 2
-  what more processes bring, measured here and modelled for clusters:
+  what more processes bring on this machine:
     maedistill benchmark scale cifar10/dmae --processes 2
   hours to a paper's number, and what limits them:
     maedistill benchmark cost imagenet/dmae_vit_b data.train='in1k/train-*.tar' --gpus 8
@@ -60,7 +60,7 @@ def step(arguments: argparse.Namespace) -> "Report":
 
 
 def scale(arguments: argparse.Namespace) -> "Report":
-    """Measure what more processes bring on this machine, and model clusters."""
+    """Measure what more processes bring on this machine."""
     from maedistill.benchmark.scale import measure_scale
 
     return measure_scale(arguments.config, arguments.overrides, processes=arguments.processes, rounds=arguments.rounds)
@@ -116,7 +116,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     one.add_argument("--against", metavar="SHARDS", help="that the plain path reads: the same images, not re-encoded")
     configured(step, 7).add_argument("--batch", type=count, metavar="N", help="images (default: of about a second)")
-    configured(scale, 3).add_argument("--processes", type=count, metavar="N", help="at most (default: one per core)")
+    configured(scale, 3).add_argument(
+        "--processes", type=count, metavar="N", help="at most (default: one per GPU, or per core)"
+    )
     configured(cost, 3).add_argument("--gpus", type=count, default=1, metavar="N", help="that share the work")
     arguments, rest = parser.parse_known_args(sys.argv[2:])
     if rest and (any(text.startswith("-") for text in rest) or "overrides" not in arguments):

@@ -79,7 +79,7 @@ def test_hours_are_epochs_times_images_by_speed(config):
     assert (ours["images"], ours["GPU-hours"]) == (72_000, pytest.approx(72_000 / 800 / 3600))
     assert ours["hours on 4"] == pytest.approx(ours["GPU-hours"] / 4)
     assert imagenet["images"] == 10 * IMAGENET_IMAGES
-    assert report.remarks[:2] == ["loader limits", "one GPU keeps 5 loader cores busy; counted on are 4"]
+    assert report.remarks[:2] == ["loader limits", "one GPU needs 5 loader cores; 4 are assumed"]
 
 
 def test_without_shards_the_loader_is_taken_to_keep_up(config):

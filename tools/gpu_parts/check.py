@@ -19,6 +19,7 @@ from gpu_parts.runner import log_folder
 
 ROOT = Path(__file__).resolve().parent.parent.parent  # of the checkout
 TIME_UP = "its time was up"
+MEMORY_FULL = "the card's memory is full"
 
 
 @dataclass
@@ -78,9 +79,16 @@ class Check:
 
     @contextmanager
     def guarded(self, check: str) -> Iterator[None]:
-        """Record an error within the block as a failure; what comes after the block runs all the same."""
+        """Record an error within the block as a failure; what comes after the block runs all the same.
+
+        A card whose memory is too small for a check is no failure.
+        """
         try:
             yield
+        except torch.OutOfMemoryError:
+            traceback.print_exc()
+            torch.cuda.empty_cache()
+            self.skipped(check, MEMORY_FULL)
         except Exception as error:
             traceback.print_exc()
             self.verdict(f"{check}: runs", False, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")

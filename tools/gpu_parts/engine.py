@@ -34,14 +34,16 @@ def run(check: Check) -> None:
         with check.guarded(f"zero 0 to 3, {precision}, accumulation {accumulation}"):
             _compare(check, precision, accumulation)
     for zero in STAGES:
-        engine, norms = _train(check, zero, "bf16", 3, spoiled={2})
-        good = [math.isfinite(norm) for norm in norms] == [True, True, False, True] and _updates(engine) == 3
-        check.verdict(f"zero {zero}: a NaN is left out", good, f"norms {_words(norms)}, {_updates(engine)} updates")
+        with check.guarded(name := f"zero {zero}: a NaN is left out"):
+            engine, norms = _train(check, zero, "bf16", 3, spoiled={2})
+            good = [math.isfinite(norm) for norm in norms] == [True, True, False, True] and _updates(engine) == 3
+            check.verdict(name, good, f"norms {_words(norms)}, {_updates(engine)} updates")
     for zero in STAGES:
-        engine, norms = _train(check, zero, "fp16", 1, scale=2.0**17, steps=6)
-        finite, scale = sum(map(math.isfinite, norms)), engine.loss_scale.scale
-        good = 0 < finite < len(norms) and scale < 2**17 and _updates(engine) == finite
-        check.verdict(f"zero {zero}: fp16 finds its scale", good, f"norms {_words(norms)}, scale {scale:g}")
+        with check.guarded(name := f"zero {zero}: fp16 finds its scale"):
+            engine, norms = _train(check, zero, "fp16", 1, scale=2.0**17, steps=6)
+            finite, scale = sum(map(math.isfinite, norms)), engine.loss_scale.scale
+            good = 0 < finite < len(norms) and scale < 2**17 and _updates(engine) == finite
+            check.verdict(name, good, f"norms {_words(norms)}, scale {scale:g}")
 
 
 def _compare(check: Check, precision: str, accumulation: int) -> None:

@@ -29,7 +29,8 @@ def run(check: Check) -> None:
             _watch(check, f"{method}, eager", method, [])
     if check.tiny:
         check.skipped("dmae, compiled", "--tiny compiles nothing")
-    else:
+        return
+    with check.guarded("dmae, compiled"):
         _watch(check, "dmae, compiled", "dmae", ["engine.compile=true"])
 
 

@@ -48,7 +48,9 @@ def kernels_of(check: Check, step: TrainingStep, *, log: str) -> Kernels:
     device = torch.autograd.DeviceType.CUDA if check.on_card else torch.autograd.DeviceType.CPU
     spent, launches = Counter(), 0
     for event in events:
-        if event.device_type == device and (microseconds := getattr(event, kind_of_time)) > 0:
+        # An annotation of torch's own, as of an optimizer's step, spans kernels that are counted by themselves.
+        is_kernel = event.device_type == device and not event.is_user_annotation
+        if is_kernel and (microseconds := getattr(event, kind_of_time)) > 0:
             spent[kind_of(event.key)] += microseconds / 1e3
             launches += event.count
     return Kernels(launches, spent)

@@ -30,8 +30,8 @@ def pack(folder: Path, *, python: str) -> str:
         f"{folder}: {size:.0f} MB, for Python {python} on x86-64 Linux. Put it into the checkout that goes there; in "
         f"that checkout run\n  PYTHONPATH=$PWD:$PWD/{shlex.quote(folder.name)} python3 tools/gpu_check.py\n"
         "The machine must already have torch, torchvision, triton and what usually comes with them: numpy, pillow, "
-        "PyYAML, einops, safetensors, huggingface_hub, fsspec, tqdm, psutil, msgpack, packaging, pytest. The check "
-        "names what is missing."
+        "PyYAML, einops, safetensors, huggingface_hub, fsspec, tqdm, psutil, msgpack, packaging, pytest, "
+        "hypothesis, filelock. The check names what is missing."
     )
 
 

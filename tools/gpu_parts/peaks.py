@@ -22,15 +22,16 @@ def run(check: Check) -> None:
     """Measure each once. The fastest square product is the peak to which other parts compare their FLOP/s."""
     peak, side = fastest_product(check)
     check.measured(PRODUCT, f"{peak / 1e12:.4g} TFLOP/s, side {side}", flops=peak)
-    count = 2**20 if check.tiny else 2**30  # 4 GiB
-    source = torch.empty(count, device=check.device)
-    target = torch.empty_like(source)
-    rate = 2 * source.nbytes / seconds(check, lambda: target.copy_(source))
-    check.measured(COPY, f"{rate / 1e12:.4g} TB/s", bytes_per_second=rate)
+    with check.guarded(COPY):
+        source = torch.empty(2**20 if check.tiny else 2**30, device=check.device)  # 4 GiB
+        target = torch.empty_like(source)
+        rate = 2 * source.nbytes / seconds(check, lambda: target.copy_(source))
+        check.measured(COPY, f"{rate / 1e12:.4g} TB/s", bytes_per_second=rate)
     for rows, columns, inner in SHAPES:
-        rows = 64 if check.tiny else rows
-        flops = product(check, rows, columns, inner)
-        check.measured(f"product {rows} x {columns} x {inner}", f"{flops / 1e12:.4g} TFLOP/s", flops=flops)
+        name = f"product {64 if check.tiny else rows} x {columns} x {inner}"
+        with check.guarded(name):
+            flops = product(check, 64 if check.tiny else rows, columns, inner)
+            check.measured(name, f"{flops / 1e12:.4g} TFLOP/s", flops=flops)
 
 
 def fastest_product(check: Check) -> tuple[float, int]:

@@ -1,5 +1,7 @@
 """Check that batches copied from pinned memory while the GPU computes are correct and are not overwritten early."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -18,9 +20,6 @@ WORKERS = (0, 3)
 
 def run(check: Check) -> None:
     """Keep the GPU busy while batches arrive, and compare each batch with the CPU's."""
-    if not check.on_card:
-        check.skipped("batches", "no card: nothing is copied ahead")
-        return
     shards = small_shards(check.work / check.part)
     config = tiny_config("mae", ["data.image_size=32", f"data.train={shards}/train-*.tar"])
     crops = build_crops(config, open_index(config.data.train))
@@ -49,7 +48,7 @@ def _under_load(check: Check, crops: RandomCrops, *, workers: int) -> list[list[
     return found
 
 
-def _batches(crops: RandomCrops, device: torch.device, *, workers: int) -> list[Batch]:
+def _batches(crops: RandomCrops, device: torch.device, *, workers: int) -> Iterator[Batch]:
     """Return an iterator over the batches of a run."""
     return training_batches(crops, 0, STEPS, plan=PLAN, rank=0, world_size=1, workers=workers, device=device)
 

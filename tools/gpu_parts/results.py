@@ -52,7 +52,7 @@ def write_results(
 def not_run(ends: Sequence[PartEnd]) -> str | None:
     """Return text that lists the parts for which no time was left, or None."""
     left_out = [end.name for end in ends if end.code is None and end.seconds == 0]
-    return f"NOT RUN for want of time; to run it: --only {','.join(left_out)}" if left_out else None
+    return f"no time was left for some parts; run them with --only {','.join(left_out)}" if left_out else None
 
 
 def summary(rows: Sequence[Row], *, seconds: float) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from gpu_parts import goals
-from gpu_parts.check import Check
+from gpu_parts.check import MEMORY_FULL, Check
 from gpu_parts.head import card
 from gpu_parts.kernels import kernels_of
 from gpu_parts.networks import NETWORKS, speed_config
@@ -165,7 +165,7 @@ def _fits(network: Network, name: str, step: TrainingStep, batch: int) -> bool:
         ready = warm_up(check, step)
         _note(network, name, step, rates(check, {name: step}, batch=batch)[name], batch=batch, ready=ready)
     except torch.OutOfMemoryError:
-        check.skipped(f"{name}, batch {batch} and more", "memory is full")
+        check.skipped(f"{name}, batch {batch} and more", MEMORY_FULL)
         return False
     finally:
         gc.collect()

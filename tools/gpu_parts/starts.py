@@ -22,9 +22,11 @@ optim: {{epochs: 4, warmup_epochs: 0.5, global_batch: 12, lr: 3e-3}}
 engine: {{micro_batch: 12, precision: fp32, compile: false}}
 log: {{every_steps: 1, save_every_epochs: 1, pictures_every_epochs: null, knn_every_epochs: null, trackers: []}}
 """
+# No drop path: it draws on the device, and a GPU draws other numbers than a CPU.
 FINETUNE = """\
 data: {{train: '{shards}/train-*.tar', val: '{shards}/val-*.tar', image_size: 32, eval_crop: 1.0, workers: 1}}
-student: {{model: vit_tiny_patch16_224, width: 32, depth: 2, num_heads: 2, patch_size: 8, register_tokens: 1}}
+student: {{model: vit_tiny_patch16_224, width: 32, depth: 2, num_heads: 2, patch_size: 8, register_tokens: 1,
+          drop_path: 0}}
 augment: {{rand_augment: rand-m9-mstd0.5-inc1, mixup: 0.8, cutmix: 1.0, erasing: 0, smoothing: 0.1}}
 optim: {{epochs: 2, warmup_epochs: 0.5, global_batch: 12, lr: 1e-3, ema: 0.9}}
 engine: {{micro_batch: 6, precision: fp32, compile: false}}
