@@ -15,8 +15,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
-import numpy as np
 import pytest
+
+# Before anything imports torch or numpy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or it starts a pool of processes that import torch
+
+import numpy as np
 from filelock import FileLock
 from PIL import Image
 
@@ -26,13 +31,12 @@ from maedistill.errors import exit_code_of
 from tests.support.launch import ROOT, Finished, Launcher, Tool
 from tests.support.messages import Messages
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or it starts a pool of processes that import torch
 hypothesis.settings.register_profile("ours", deadline=None)  # by default 200 ms, which a busy machine exceeds
 hypothesis.settings.load_profile("ours")
 
 LONGEST = [  # files that run first
-    "faults/test_kills.py", "faults/test_signals.py", "test_pretrain.py", "training/test_checkpoint.py",
+    "faults/test_kills.py", "faults/test_signals.py", "test_codistillation.py", "faults/test_elastic.py",
+    "faults/test_disk_full.py", "test_pretrain.py",
     "training/test_resume.py", "test_study_tool.py", "test_finetune.py", "test_finetune_distilled.py",
     "processes/test_heartbeat.py", "faults/test_interrupts.py", "faults/test_two_machines.py",
     "processes/test_rendezvous.py", "test_api.py",

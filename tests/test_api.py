@@ -24,7 +24,7 @@ from maedistill.data.loading.dataset import open_dataset, open_reader
 from maedistill.errors import ConfigError
 from maedistill.finetuning.setup import open_finetuning
 from maedistill.pretraining.setup import open_pretraining
-from maedistill.runs.objects import Objects, python_name
+from maedistill.runs.objects import Objects, python_name, trainable
 from tests.data.pictures import encode
 from tests.support.launch import ROOT
 
@@ -189,6 +189,17 @@ def test_wrong_objects_are_refused_before_training(pretraining):
     assert "Identity, not a MAE" in refused(method=lambda *parts, **more: nn.Identity())
     assert "tokens" in refused(student=Flat())
     assert "a Linear, whose patches" in refused(student=nn.Linear(2, 2))
+
+
+def test_a_caller_s_student_trains_in_training_mode_and_full_precision():
+    student = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval().bfloat16()
+    assert trainable(student) is student and student.training and student[0].weight.dtype == torch.float32
+    double = trainable(nn.Linear(2, 2).double())
+    assert double.weight.dtype == torch.float64
+    student[0].bias.requires_grad_(False)
+    with pytest.raises(maedistill.ConfigError) as error:
+        trainable(student)
+    assert "0.bias" in error.value.cause
 
 
 MUTUAL = 'distill.mutual={weight: 1, students: [""]}'

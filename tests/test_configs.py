@@ -13,6 +13,7 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.sources import EMA
 from maedistill.finetuning.setup import dry_run as finetune_dry_run
 from maedistill.methods.mae import MAE
+from maedistill.methods.teacher import Teacher
 from maedistill.models.meta import meta_device
 from maedistill.pretraining.build import (
     build_average,
@@ -49,8 +50,8 @@ def name_of(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
 
 
-def counted(config: PretrainConfig) -> tuple[MAE, dict[str, float]]:
-    """The method of a config, on the meta device, and the GFLOP per image of its parts."""
+def built(config: PretrainConfig) -> tuple[MAE, Teacher | None]:
+    """The method of a config and its teacher, on the meta device."""
     with meta_device():
         encoder = build_encoder(config)
         source = build_teacher_source(config, grid=encoder.grid)
@@ -58,8 +59,13 @@ def counted(config: PretrainConfig) -> tuple[MAE, dict[str, float]]:
         teacher = build_teacher(config, source, torch.device("meta")) if source is not None else None
         if config.teacher.source == EMA:
             teacher = build_average(config, encoder, torch.device("meta"), steps=1)
-    student, visible = mask_sizes(config, encoder.grid**2)
-    return method, count_flops(method, *filter(None, [teacher]), num_student=student, num_teacher=visible)
+    return method, teacher
+
+
+def counted(config: PretrainConfig, method: MAE, teacher: Teacher | None) -> dict[str, float]:
+    """The GFLOP per image of its parts."""
+    student, visible = mask_sizes(config, method.encoder.grid**2)
+    return count_flops(method, *filter(None, [teacher]), num_student=student, num_teacher=visible)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
@@ -67,14 +73,14 @@ def test_config_builds_and_its_header_is_true(path: Path):
     config = load_config(path, NEEDED + without_weights(path), root=PretrainConfig).config
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert re.search(rf"maedistill pretrain {name_of(path)}\s", header)
-    method, flops = counted(config)
+    method, teacher = built(config)
     kind = EMA if config.teacher.source == EMA else config.method
     assert type(method).__name__.lower() == config.method
     assert name_of(path).split("/")[1].startswith((kind, "teacher", "sam", "dinov3"))
     assert "@" not in header, "a figure is missing"
     if path.parent.name == "imagenet":
         assert "Expected:" in header and "CVPR" in header and "8 GPUs" in header
-        assert f"{flops['total']:.1f} GFLOP per image" in header
+        assert f"{counted(config, method, teacher)['total']:.1f} GFLOP per image" in header
 
 
 def test_the_table_of_teachers_says_what_they_cost():
@@ -92,7 +98,8 @@ def test_the_table_of_teachers_says_what_they_cost():
         found = []
         for recipe in ("dmae_vit_s", "dinov3_vit_s"):
             given = [f"teacher.source=random:{name}", "align.student=[11]", f"align.teacher=[{depth}]"]
-            flops = counted(load_config(f"imagenet/{recipe}", NEEDED + given, root=PretrainConfig).config)[1]
+            config = load_config(f"imagenet/{recipe}", NEEDED + given, root=PretrainConfig).config
+            flops = counted(config, *built(config))
             found += [flops["teacher"], flops["total"]]
         assert figures == [f"{found[i]:.1f}" for i in (0, 2, 3)], (name, found)
 

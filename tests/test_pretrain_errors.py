@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -134,7 +135,7 @@ def test_a_start_that_failed_binds_nobody(pretraining, endings):
 
 
 def test_a_folder_in_use_is_refused_and_its_records_stay(pretraining, settings, mae):
-    run = mae.run
+    run = shutil.copytree(mae.run, pretraining.folder / "in use")  # others read the run itself
     before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
     lock = FolderLock(run)
     try:

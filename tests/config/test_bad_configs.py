@@ -327,6 +327,21 @@ def test_a_term_that_is_off_may_be_given_whole(tmp_path):
     assert not load_config(tmp_path / "finetune.yaml", given, root=FinetuneConfig).config.distill.terms
 
 
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [
+        ("mae", "align.weight=5"),
+        ("mae", "teacher.license=mit"),
+        ("dmae", "generate.by=decoder"),
+        ("tinymim", "generate.weight=3"),
+    ],
+)
+def test_settings_of_what_a_method_does_not_use_are_refused(method, setting):
+    with pytest.raises(ConfigError) as error:
+        load_config({"method": method, "run": "r", "data": {"train": "x.tar"}}, [setting], root=PretrainConfig)
+    assert setting.partition("=")[0] in error.value.cause
+
+
 def test_a_term_of_a_file_is_turned_off_by_its_weight(tmp_path):
     terms = "logits: {weight: 0.9, temperature: 2.0, standardize: true}, hard_label: {weight: 1}"
     (tmp_path / "finetune.yaml").write_text(f"{FINETUNE}distill: {{teachers: ['run:t'], {terms}}}\n")

@@ -15,7 +15,6 @@ from PIL import Image
 
 from maedistill.evaluation import exits
 from maedistill.evaluation.context import EvalContext
-from maedistill.evaluation.latency import measure_latency
 from maedistill.exporting import folder as module
 from maedistill.weights.from_run import run_members
 from maedistill.weights.open_network import open_network
@@ -49,11 +48,8 @@ def run(tmp_path) -> Path:
 
 
 @pytest.fixture
-def tool(monkeypatch, run, run_command) -> Callable[..., SimpleNamespace]:
+def tool(run, run_command) -> Callable[..., SimpleNamespace]:
     """`maedistill export` of the run, in this process."""
-    monkeypatch.setattr(
-        "maedistill.evaluation.scorecard.measure_latency", lambda *a, **k: measure_latency(*a, **k, seconds=0.05)
-    )
     return partial(run_command, "export", run)
 
 

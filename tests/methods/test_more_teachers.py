@@ -83,6 +83,7 @@ def test_each_has_its_own_head_precision_view_license_and_cost(opened):
     assert flops["total"] == pytest.approx(sum(value for name, value in flops.items() if name != "total"))
 
 
+@pytest.mark.faults
 def test_a_killed_run_of_a_vit_and_a_resnet_goes_on_bit_by_bit(pretraining, tmp_path):
     """What was measured of the second teacher is not complete, and in the checkpoint alone."""
     more = [*DMAE, f"more_teachers=['{MAP} align.normalize=stored align.stored_steps=20']"]

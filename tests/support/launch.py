@@ -186,7 +186,7 @@ class Launcher:
             process = subprocess.Popen(
                 [*map(str, prefix), *words],
                 cwd=ROOT,
-                env=_environment(**more) | variables,
+                env=_environment(TMPDIR=str(self.folder), **more) | variables,  # torchrun leaves a folder there
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,

@@ -8,7 +8,15 @@ import torch
 from timm.layers import PatchEmbed
 from torch import nn
 
-from maedistill.training.optim import build_optimizer, build_schedule, layer_rates, layerwise_groups, parameter_groups
+from maedistill.models.vits import build_vit
+from maedistill.training.optim import (
+    build_optimizer,
+    build_schedule,
+    layer_rates,
+    layerwise_groups,
+    network_groups,
+    parameter_groups,
+)
 
 
 class Vit(nn.Module):
@@ -104,6 +112,22 @@ def test_every_parameter_has_the_papers_rate_and_decay_at_every_step(network):
                 assert group["lr"] == pytest.approx(scale * rate, rel=1e-12, abs=1e-12 * peak), (name, step)
                 matrix = parameter.ndim > 1 and name not in ("cls_token", "reg_token", "pos_embed")
                 assert group["weight_decay"] == (0.05 if matrix else 0), name
+
+
+def test_rotary_frequencies_that_are_learned_are_positions():
+    vit = build_vit("vit_small_patch16_rope_mixed_224", image_size=224, depth=2, num_classes=3, global_pool="token")
+    [name] = [name for name, _ in vit.named_parameters() if "freqs" in name]
+    for groups in (layerwise_groups(vit, 0.05, layer_decay=0.5), parameter_groups(vit, 0.05)):
+        [group] = [g for g in groups if any(one is vit.get_parameter(name) for one in g["params"])]
+        assert (group["weight_decay"], group.get("lr_scale", 0.125)) == (0, 0.125)
+
+
+def test_other_networks_tokens_do_not_decay_by_layer_either():
+    beit = timm.create_model("beit_base_patch16_224", depth=1, embed_dim=12, num_heads=2, num_classes=3)
+    for layer_decay in (1.0, 0.5):
+        groups = network_groups(beit, 0.05, layer_decay=layer_decay)
+        [group] = [g for g in groups if any(one is beit.cls_token for one in g["params"])]
+        assert group["weight_decay"] == 0
 
 
 def test_the_rates_that_are_printed_are_one_for_each_layer():

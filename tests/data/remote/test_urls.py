@@ -5,6 +5,8 @@ import os
 import pickle
 import socket
 import sys
+import urllib.request
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,7 @@ from maedistill.data.loading.loader import RandomCrops
 from maedistill.data.loading.order import SampleOrder
 from maedistill.data.loading.workers import load_batches
 from maedistill.data.remote.download import read_small
-from maedistill.data.remote.urls import TransferError, _read_response
+from maedistill.data.remote.urls import TransferError, _read_response, _SafeRedirects
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.patterns import find_shards
 from maedistill.data.shards.reader import ShardReader
@@ -239,3 +241,11 @@ def test_shards_in_a_bucket(bucket, shards, folder, monkeypatch):
         open_index("s3://bucket/in1k/none-0.tar")
     with pytest.raises(DataError, match="no file matches"):
         open_index("s3://bucket/in1k/none-*.tar")
+
+
+def test_a_secure_address_is_not_followed_to_an_open_one():
+    request = urllib.request.Request("https://h/a.tar")
+    redirect = partial(_SafeRedirects().redirect_request, request, None, 302, "Found", {})
+    with pytest.raises(TransferError):
+        redirect("http://h/a.tar")
+    assert redirect("https://h/b.tar").full_url == "https://h/b.tar"
