@@ -42,7 +42,7 @@ from maedistill.machine import DTYPES, precision
 from maedistill.models.vits import PlainViT, num_params_m
 from maedistill.processes import distributed
 from maedistill.runs.dry_run import dry_run as plan_and_try
-from maedistill.runs.objects import NOTHING, Objects, open_samples
+from maedistill.runs.objects import NOTHING, Objects, open_samples, trainable
 from maedistill.runs.settle import settle, settle_precision
 from maedistill.runs.start import Stage
 from maedistill.training.compilation import compile_module
@@ -262,7 +262,7 @@ def open_finetuning(
         if config.distill.mutual.on
         else []
     )
-    module = build_module(config, vit, teachers, peers).train().to(device)
+    module = trainable(build_module(config, vit, teachers, peers)).to(device)
     grid = vit.patch_embed.grid_size[0] if isinstance(vit, PlainViT) else 1  # without terms on maps
     teaching = build_teaching(config, teachers, grid=grid, plan=plan, mean=mean, std=std, device=device)
     past = build_past(config, vit, plan=plan, device=device)

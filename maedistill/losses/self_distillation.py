@@ -13,16 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from maedistill.losses.logits import kd_loss
+
 
 def mutual_loss(own: Tensor, peers: Sequence[Tensor]) -> Tensor:
     """Return the mean over peers of KL(p_peer || p_own) at T = 1: a scalar (Zhang et al., CVPR 2018). Logits [B, C]."""
-    return torch.stack([_divergence(own, F.log_softmax(peer.detach().float(), dim=-1)) for peer in peers]).mean()
+    return torch.stack([kd_loss(own, peer, temperature=1.0) for peer in peers]).mean()
 
 
 def codistillation_loss(own: Tensor, peers: Sequence[Tensor]) -> Tensor:
     """Return KL(mean over peers of p_peer || p_own): a scalar (Anil et al., ICLR 2018). Logits [B, C]."""
     each = torch.stack([F.log_softmax(peer.detach().float(), dim=-1) for peer in peers])  # [K, B, C]
-    return _divergence(own, each.logsumexp(dim=0) - log(len(peers)))
+    mean = each.logsumexp(dim=0) - log(len(peers))  # [B, C]
+    return F.kl_div(F.log_softmax(own.float(), dim=-1), mean, reduction="batchmean", log_target=True)
 
 
 def energy_map(tokens: Tensor) -> Tensor:
@@ -52,8 +55,3 @@ def past_target(targets: Tensor, past: Tensor, *, alpha: float | Tensor) -> Tens
     row's, [B, 1].
     """
     return (1 - alpha) * targets + alpha * past
-
-
-def _divergence(logits: Tensor, expected: Tensor) -> Tensor:
-    """Return KL(expected || softmax(logits)), averaged over the batch. expected: log-probabilities [B, C]."""
-    return F.kl_div(F.log_softmax(logits.float(), dim=-1), expected, reduction="batchmean", log_target=True)

@@ -7,8 +7,8 @@ B batch   T patches visible to the teacher   Q its prefix tokens   D width   s i
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +29,17 @@ class AverageTeacher(Teacher):
     """
 
     def __init__(
-        self, source: Network, *, decay: tuple[float, float], steps: int, number_format: Precision, **taps: Any
+        self,
+        source: Network,
+        *,
+        taps: Sequence[int],
+        last: int | None,
+        output: str,
+        decay: tuple[float, float],
+        steps: int,
+        number_format: Precision,
     ) -> None:
-        super().__init__(source, **taps)
+        super().__init__(source, taps=taps, last=last, output=output)
         self.decay, self.steps, self.number_format = decay, steps, number_format
 
     def decay_at(self, step: int) -> float:

@@ -41,7 +41,7 @@ class PixelSpec:
 class MAE(nn.Module):
     """Encoder, decoder and the pixel loss.
 
-    ramp: the share of their weights with which the terms of a teacher count. The loop may set it before a step.
+    ramp: a factor in [0, 1] on the terms of teachers, which the loop sets before each step.
     """
 
     mean: Tensor

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from maedistill.processes.distributed import all_reduce_tensor
 
+_LEAST = 0.01  # deviation of a channel, as a share of the tap's mean one
+
 
 class ChannelStatistics(nn.Module):
     """Standardises the targets of each tap by the mean and deviation of each channel over patches, prefix left out."""
@@ -38,7 +40,9 @@ class ChannelStatistics(nn.Module):
         """Standardise {tap: [B, Q + T, D_t]}, in fp32; before anything was measured, change nothing."""
         count, total, squares = self.sums
         mean = total / count.clamp(min=1)
-        std = (squares / count.clamp(min=1) - mean.square()).clamp(min=1e-12).sqrt().where(count > 0, 1.0)
+        std = (squares / count.clamp(min=1) - mean.square()).clamp(min=1e-12).sqrt()
+        # A channel that was silent so far, as after a ReLU, would blow up when it fires.
+        std = std.clamp(min=_LEAST * std.mean(dim=-1, keepdim=True)).where(count > 0, 1.0)
         return {t: (target[t].float() - mean[k].float()) / std[k].float() for k, t in enumerate(self.taps)}
 
     @torch.no_grad()

@@ -29,8 +29,8 @@ from maedistill.weights.network import Network
 class FrozenNetwork(nn.Module):
     """Holds `module`, the network that `source` has opened or a view of it, without gradients and in `dtype`.
 
-    It resizes and normalises images for itself; a subclass runs it, in `forward`. It stands beside the engine: it is
-    never wrapped, trained or saved.
+    It resizes and normalises images for itself; a subclass runs it, in `forward`. It stands beside the engine, which
+    neither wraps nor trains it; only `AverageTeacher` is saved.
     """
 
     mean: Tensor

@@ -68,6 +68,13 @@ class MaskedEncoder(Encoder):
         # timm would compute a fixed table at every step, on the CPU.
         self.register_buffer("rope", None if learns_rope(vit) else rope_table(vit), persistent=False)
 
+    @property
+    def borrowed(self) -> list[nn.Parameter]:
+        """Return the parameters that it reads without calling their module, of which ZeRO 3 has to be told."""
+        vit: TimmModel = self.vit
+        rope = vit.rope.parameters() if learns_rope(vit) else ()
+        return [*vit.parameters(recurse=False), *vit.patch_embed.proj.parameters(), *rope]
+
     def embed(self, images: Tensor, ids: Tensor | None) -> Tensor:
         """Embed the selected patches, add positions, put the prefix first: [B, 3, s, s], [B, M] -> [B, P + M, D]."""
         vit = self.vit

@@ -113,8 +113,14 @@ def _sees_all(config: PretrainConfig, network: Network, *, grid: int) -> Network
 def build_teacher(config: PretrainConfig, source: Network, device: torch.device) -> Teacher:
     """Build the frozen teacher on `device`, without the blocks after its last tap."""
     dtype, align = DTYPES[precision(config.teacher.precision, device)], config.align
-    taps: dict[str, Any] = {"taps": align.teacher, "last": align.last_blocks, "output": align.output}
-    return Teacher(source, **taps, relations=config.method == "tinymim", dtype=dtype).to(device)
+    return Teacher(
+        source,
+        taps=align.teacher,
+        last=align.last_blocks,
+        output=align.output,
+        relations=config.method == "tinymim",
+        dtype=dtype,
+    ).to(device)
 
 
 def build_average(config: PretrainConfig, student: Encoder, device: torch.device, *, steps: int) -> AverageTeacher:
@@ -122,8 +128,15 @@ def build_average(config: PretrainConfig, student: Encoder, device: torch.device
     data, align = config.data, config.align
     source = Network(deepcopy(student), EMA, data.image_size, NO_OTHERS, mean=data.mean, std=data.std)
     number_format, decay = precision(config.teacher.precision, device), config.teacher.decay
-    taps: dict[str, Any] = {"taps": align.teacher, "last": align.last_blocks, "output": align.output}
-    return AverageTeacher(source, **taps, decay=decay, steps=steps, number_format=number_format).to(device)
+    return AverageTeacher(
+        source,
+        taps=align.teacher,
+        last=align.last_blocks,
+        output=align.output,
+        decay=decay,
+        steps=steps,
+        number_format=number_format,
+    ).to(device)
 
 
 def build_method(

@@ -26,24 +26,31 @@ def is_fitted(config: PretrainConfig, device: torch.device) -> bool:
 
 
 def fit_micro_batch(
-    config: PretrainConfig, plan: Plan, module: nn.Module, trial: Callable[[int], None], *, device: torch.device
+    config: PretrainConfig,
+    plan: Plan,
+    module: nn.Module,
+    trial: Callable[[int], None],
+    *,
+    device: torch.device,
+    fresh: bool,
 ) -> tuple[Plan, int]:
     """Return the plan with the largest micro-batch that fits, and the bytes of memory it was fitted to. Collective.
 
     trial: a forward and backward pass of so many samples. A run that continues with as many ranks, the same memory and
-    as many jobs on a GPU keeps its micro-batch, so that its sums are bit-identical. Before its first checkpoint there
-    is nothing to keep: a size that was too large is not tried again.
+    as many jobs on a GPU keeps its micro-batch, so that its sums are bit-identical. Before its first checkpoint, and
+    with `fresh` (the run in the folder is about to be deleted), it is fitted anew.
     """
     plans = batch_plans(config.optim.global_batch, world_size=plan.world_size, group=config.group)
     memory = min(distributed.gather_objects(torch.cuda.get_device_properties(device).total_memory))
-    known = distributed.on_main(lambda: _fitted_before(RunFolder(config.run)))
+    known = {} if fresh else distributed.on_main(lambda: _fitted_before(RunFolder(config.run)))
     memory //= runs_on_gpu()
     fits = {"ranks": plan.world_size, "fitted_to_bytes": memory}
     batch = next((one for one in plans if known == fits | {"micro_batch": one.micro_batch}), None)
     if batch is None:
         numbers = sum(p.numel() for p in module.parameters())
-        moments = 8 / (plan.world_size if config.engine.zero else 1)  # bytes per parameter; partitioned from ZeRO 1 on
-        later = numbers * (moments + 4 + 4 * (config.optim.ema is not None))  # 4: buffers for the gradient reduction
+        # bytes per parameter; moments are partitioned from ZeRO 1 on
+        moments, reduction = 8 / (plan.world_size if config.engine.zero else 1), 4
+        later = numbers * (moments + reduction + 4 * (config.optim.ema is not None))
         batch = fit_to_memory(plans, trial, device=device, later_bytes=later)
         module.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()

@@ -58,7 +58,8 @@ def _config_of(text: str, config: PretrainConfig) -> PretrainConfig:
     if f"teacher.source={EMA}" in settings or f"teacher.source={PYTHON_KIND}:" in text:
         raise ConfigError("an average, or an object, can only be the first teacher", "name others here")
     changed: dict[str, Any] = {"method": "dmae", "masks.teacher_keep_ratio": None, "more_teachers": []}
-    shared = {name: value for name, value in (flat(config) | changed).items() if not name.startswith("teacher.")}
+    all_values, own = flat(config) | changed, ("teacher.", "generate.")
+    shared = {name: value for name, value in all_values.items() if not name.startswith(own)}
     shared["teacher.precision"] = config.teacher.precision
     entry = load_config(shared, settings, root=PretrainConfig, to_run=False)
     for name, origin in entry.origins.items():

@@ -36,7 +36,7 @@ from maedistill.pretraining.more_teachers import MoreTeacher, open_more_teachers
 from maedistill.processes import distributed
 from maedistill.runs.dry_run import dry_run as plan_and_try
 from maedistill.runs.dry_run import forward_backward
-from maedistill.runs.objects import NOTHING, Objects, class_name, open_samples
+from maedistill.runs.objects import NOTHING, Objects, class_name, open_samples, trainable
 from maedistill.runs.records import warn
 from maedistill.runs.settle import settle, settle_precision
 from maedistill.runs.start import Stage
@@ -174,19 +174,19 @@ class Pretraining(Stage):
 
     @property
     def kept(self) -> dict[str, nn.Module]:
-        """Return what checkpoints keep of teachers: one that learns too, and what was measured of their channels."""
+        """Return the average and the measured statistics, which checkpoints keep, by file name."""
         kept = {"teacher": self.teacher.network} if isinstance(self.teacher, AverageTeacher) else {}
         return kept | {f"statistics{i + 1 if i else ''}": measured for i, measured in self.statistics.items()}
 
     def begin_step(self, step: int) -> None:
-        """Set what a step counts the terms of a teacher with."""
+        """Set the factor on the terms of teachers in a step: the warm-up, and 0 until their channels are measured."""
         warmup = self.config.align.warmup_share * self.plan.steps
         self.module.ramp.fill_(min(1.0, step / warmup) if warmup else 1.0)
         for statistics in self.statistics.values():
             self.module.ramp.mul_(statistics.measured)
 
     def teach(self, images: Tensor, split: PatchSplit, step: int | None = None) -> tuple[list[BlockFeatures], Losses]:
-        """Return what a method compares with, of each teacher, and what is logged of it.
+        """Return the targets of each teacher, and further values to log.
 
         step: the step of a run; without one nothing is measured.
         """
@@ -199,7 +199,7 @@ class Pretraining(Stage):
         return targets, notes
 
     def end_step(self, step: int) -> None:
-        """Take the teacher on: an average follows the update just made, what was measured counts. Collective."""
+        """Update the teachers after a step: move the average, add up the statistics of all ranks. Collective."""
         if isinstance(self.teacher, AverageTeacher):
             self.teacher.follow(self.module.encoder, step)
         for statistics in self.statistics.values():
@@ -243,9 +243,10 @@ def open_pretraining(
     teacher_weights = [weights_fingerprint(source.encoder)] if source is not None else []  # before their dtype changes
     more = distributed.main_first(lambda: open_more_teachers(config, encoder, device))
     teacher_weights += [one.fingerprint for one in more]
-    method = build_method(config, encoder, source, objects, tuple(one.spec for one in more)).to(device)
+    method = trainable(build_method(config, encoder, source, objects, tuple(one.spec for one in more))).to(device)
     teacher = build_teacher(config, source, device) if source is not None else None
-    if config.teacher.source == EMA:
+    if config.teacher.source == EMA:  # a copy of the student, which is the same on all ranks from the engine on
+        distributed.broadcast_in_place([*method.state_dict().values()])
         teacher = build_average(config, method.encoder, device, steps=plan.steps)
     inputs = partial(step_inputs, config, num_patches=encoder.grid**2)
     parts = Pretraining(config, plan, index, val_index, method, source, teacher, teacher_weights, device, inputs)
@@ -259,8 +260,8 @@ def open_pretraining(
     parts.unscorable = why_unscorable(index, val_index) if val_index is not None else None
     parts.auto_lines = auto_lines
     if is_fitted(config, device):
-        trial = partial(_trial_on_noise, parts)
-        parts.plan, parts.fitted_to = fit_micro_batch(config, plan, parts.module, trial, device=device)
+        trial = partial(_trial_on_grey, parts)
+        parts.plan, parts.fitted_to = fit_micro_batch(config, plan, parts.module, trial, device=device, fresh=fresh)
     return parts
 
 
@@ -280,7 +281,7 @@ def dry_run(config: PretrainConfig) -> None:
     plan_and_try(parts, crops, lambda batch: parts.module_inputs(batch.images, batch.positions), more_lines=[cost])
 
 
-def _trial_on_noise(parts: Pretraining, count: int) -> None:
+def _trial_on_grey(parts: Pretraining, count: int) -> None:
     """Run a forward and backward pass on `count` grey images."""
     side = parts.config.data.image_size
     images = torch.full((count, 3, side, side), 127, dtype=torch.uint8, device=parts.device)

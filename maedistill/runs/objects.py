@@ -7,8 +7,9 @@ what it was made with, and a start from the command line is refused.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from maedistill.config.schema import ImagesConfig
@@ -21,6 +22,8 @@ from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.scan import Members
 from maedistill.errors import ConfigError
 from maedistill.processes import distributed
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,18 @@ def class_name(given: object) -> str:
 def python_name(given: object) -> str:
     """Return how a config names an object of the caller's: `python:MODULE.CLASS`."""
     return f"{PYTHON_KIND}:{class_name(given)}"
+
+
+def trainable(module: Module) -> Module:
+    """Put a module that may have a caller's student in it into training mode, with weights in fp32.
+
+    Raises ConfigError for parameters that do not learn.
+    """
+    if frozen := [name for name, parameter in module.named_parameters() if not parameter.requires_grad]:
+        cause = f"student: {len(frozen)} of its parameters do not learn, e.g. {frozen[0]}"
+        raise ConfigError(cause, "call requires_grad_(True) on them; make what is fixed a buffer")
+    is_half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in module.parameters())
+    return (module.float() if is_half else module).train()
 
 
 def open_samples(data: ImagesConfig, objects: Objects) -> tuple[ShardIndex, ShardIndex | None]:

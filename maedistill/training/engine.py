@@ -161,6 +161,9 @@ class Engine:
             self._prepare(name, parameter)
         model = _Autocast(module, precision)
         self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        for part in module.modules() if zero == 3 else ():
+            for parameter in getattr(part, "borrowed", ()):  # DeepSpeed finds them itself, but only in the first pass
+                deepspeed.zero.register_external_parameter(part, parameter)
         self._deepspeed.enable_backward_allreduce = bool(zero)
         self._reduction: GradientReduction | None = None
         if not zero and world_size() > 1:

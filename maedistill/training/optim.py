@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from maedistill.errors import ConfigError
+from maedistill.models.patches import learns_rope
 from maedistill.models.vits import PlainViT
 
 _NO_DECAY = ("cls_token", "reg_token", "mask_token", "pos_embed", "freqs")  # last components of parameter names
@@ -25,8 +26,7 @@ _NO_DECAY = ("cls_token", "reg_token", "mask_token", "pos_embed", "freqs")  # la
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return two groups: without weight decay (norms, biases, other 1-D, tokens, positions) and with it."""
-    tokens = [name for name, _ in module.named_parameters() if name.rpartition(".")[2] in _NO_DECAY]
-    return param_groups_weight_decay(module, weight_decay, no_weight_decay_list=tokens)
+    return param_groups_weight_decay(module, weight_decay, no_weight_decay_list=_undecayed(module))
 
 
 def network_groups(network: nn.Module, weight_decay: float, *, layer_decay: float) -> list[dict[str, Any]]:
@@ -39,7 +39,10 @@ def network_groups(network: nn.Module, weight_decay: float, *, layer_decay: floa
     if layer_decay == 1:
         groups = parameter_groups(network, weight_decay)
     elif hasattr(network, "group_matcher"):  # of timm: it says which parameters make up a layer
-        groups = param_groups_layer_decay(network, weight_decay, layer_decay=layer_decay)
+        undecayed = _undecayed(network)
+        groups = param_groups_layer_decay(
+            network, weight_decay, no_weight_decay_list=undecayed, layer_decay=layer_decay
+        )
     else:
         raise ConfigError(
             f"optim.layer_decay: nothing says which layers a {type(network).__name__} has",
@@ -54,14 +57,27 @@ def layerwise_groups(vit: PlainViT, weight_decay: float, *, layer_decay: float) 
     With L blocks, `lr_scale` is layer_decay^0 for the head and the norm before it, layer_decay^(L + 1 - i) for layer i.
     Layer 0 is patch embedding, tokens and positions; layer i is block i - 1 (Bao et al., BEiT; MAE uses the same).
     """
-    groups = param_groups_layer_decay(vit, weight_decay, no_weight_decay_list=_NO_DECAY, layer_decay=layer_decay)
+    undecayed = _undecayed(vit)
+    groups = param_groups_layer_decay(vit, weight_decay, no_weight_decay_list=undecayed, layer_decay=layer_decay)
     # timm assigns `norm`, which precedes a head that reads the class token, to the last block.
-    norm = {id(parameter): parameter for parameter in vit.norm.parameters()}
-    for group in groups:
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in norm]
-    undecayed_head = next(group for group in groups if any(p is vit.head.bias for p in group["params"]))
-    undecayed_head["params"] += norm.values()
+    network: Any = vit
+    _move(groups, list(vit.norm.parameters()), beside=network.head.bias)
+    if learns_rope(vit):  # which timm assigns to the head
+        _move(groups, list(network.rope.parameters()), beside=network.patch_embed.proj.bias)
     return groups
+
+
+def _undecayed(module: nn.Module) -> list[str]:
+    """Return the names of tokens and positions; timm leaves norms, biases and other 1-D parameters out by itself."""
+    return [name for name, _ in module.named_parameters() if name.rpartition(".")[2] in _NO_DECAY]
+
+
+def _move(groups: list[dict[str, Any]], parameters: list[nn.Parameter], *, beside: nn.Parameter) -> None:
+    """Move parameters to the group that has `beside`."""
+    moved = {id(parameter) for parameter in parameters}
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
+    next(group for group in groups if any(one is beside for one in group["params"]))["params"] += parameters
 
 
 def layer_rates(groups: list[dict[str, Any]], peak: float) -> list[float]:

@@ -49,8 +49,8 @@ class EncoderSpec:
     """What a `file:` or `random:` source does not state: a timm model, and what differs from it (see `build_vit`).
 
     model: of a file, by default read off its shapes; a random source names it itself. pos_embed: the fixed table of a
-    file that stores no positions, or of random weights, where None is sincos2d. sha256: the file's expected checksum.
-    eps: of the norms, where they are not the model's.
+    file that stores no positions, computed for the grid at hand, or of random weights, where None is sincos2d.
+    sha256: the file's expected checksum. eps: of the norms, where they are not the model's.
     """
 
     model: str | None = None
@@ -72,15 +72,28 @@ class EncoderSpec:
 
         grid: of patches, for the network's own size; None if it is not known. num_classes: that it will have.
         """
-        assert self.model is not None
-        shape = {name: value for name, value in asdict(self).items() if name not in ("pos_embed", "sha256", "eps")}
+        shape = self._shape
         with meta_device():
-            own = build_vit(image_size=16 * self.patch_size if self.patch_size else 224, **shape)
+            own = build_vit(image_size=self._own_size, **shape)
             if grid is not None:
                 own = build_vit(image_size=grid * own.patch_embed.patch_size[0], **shape)
         own.num_classes = num_classes
         image_size = inspect_network(own) or own.patch_embed.img_size[0]
         return build_vit(image_size=image_size, pos_embed=pos_embed, **shape)
+
+    @property
+    def _shape(self) -> dict[str, Any]:
+        assert self.model is not None
+        return {name: value for name, value in asdict(self).items() if name not in ("pos_embed", "sha256", "eps")}
+
+    @property
+    def _own_size(self) -> int:
+        """Return the side of the images that the network is for: timm's, or with other patches, 16 of them."""
+        require_known(name := self._shape["model"])
+        with meta_device():
+            usual: TimmModel = timm.create_model(name, pretrained=False).patch_embed
+        patch = self.patch_size or usual.patch_size[0]
+        return usual.img_size[0] if patch == usual.patch_size[0] else 16 * patch
 
 
 SPEC_FIELDS = {field.name for field in fields(EncoderSpec)}

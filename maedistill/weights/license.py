@@ -17,7 +17,7 @@ _NON_COMMERCIAL = re.compile("(?<![^-])cc-by-nc-(?:(?:sa-)?[234]|nd-[34])[.]0(?!
 _FORBIDS_COMMERCE = re.compile("(^|-)(by-nc|non-?commercial)(-|$)")
 _FREE = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0")
 _LONGEST = 200  # name of a license
-# How a text begins that names no license: "unknown", the hub's "other", "see README", or nothing. "Not for sale" does.
+# How a text begins that names no license: "unknown", the hub's "other", "see README", or nothing; not "not for sale".
 _UNSTATED = re.compile(
     "(licen[cs]e-(is-)?)?((unknown|unspecified|unstated|unlicensed|undefined|unclear|other|none|null|nan|n-?a|tb[ad]|"
     "to-be|todo|missing|see|without|not(?!-for)|no-([a-z]+-)?licen[cs]e)(-|$)|no$|(licen[cs]e)?$)"
