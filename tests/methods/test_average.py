@@ -121,3 +121,29 @@ def test_a_killed_run_goes_on_bit_by_bit_and_ranks_change_nothing_but_rounding(p
         if not name.endswith("qkv.bias"):  # see tests/test_pretrain.py
             torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-4)
     assert all(0.1 < record["target_std"] <= 1 for record in whole.metrics())
+
+
+UNSEEDED = """
+import os, sys
+import timm, torch
+import maedistill
+
+class Look(maedistill.Callback):
+    def on_start(self, run):
+        pairs = zip(run.kept["teacher"].state_dict().values(), run.module.encoder.state_dict().values(), strict=True)
+        print("equal" if all(torch.equal(*pair) for pair in pairs) else "differs", flush=True)
+
+torch.manual_seed(int(os.environ["RANK"]))
+sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+student = timm.create_model("vit_tiny_patch16_224", **sizes)
+settings = [*sys.argv[3:], f"run={sys.argv[2]}", "optim.epochs=1", "optim.ema=null"]
+maedistill.pretrain(sys.argv[1], settings, student=student, callbacks=[Look()])
+"""
+
+
+def test_ranks_whose_students_differ_begin_with_one_average(pretraining, launcher, tmp_path):
+    """That of rank 0, as the engine gives all ranks rank 0's student."""
+    (tmp_path / "program.py").write_text(UNSEEDED)
+    words = [tmp_path / "program.py", pretraining.config, tmp_path / "run", *EMA]
+    ended = launcher.start(tmp_path / "run", words, ranks=2).finish()
+    assert (ended.out.count("equal"), ended.out.count("differs")) == (2, 0)
