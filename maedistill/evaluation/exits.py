@@ -21,6 +21,7 @@ from torch import Tensor
 
 from maedistill.config.sources import NETWORK_KINDS, named_source, why_unnamed
 from maedistill.data.loading.evaluation import EvaluationImages
+from maedistill.data.shards.index import ShardIndex
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.patterns import describe_shards
 from maedistill.errors import ConfigError
@@ -99,6 +100,40 @@ def score_exits(
     for one in (network, *others):
         for message in compare_names(one.classes, given, num_known=one.num_classes, model=one.name, other=whose):
             print_main("warning", message)
+    each = [*networks, *others]
+    measured = _measure(networks, others, index, context)
+    times = distributed.on_main(lambda: image_seconds([(one.module, one.size) for one in each], context))
+    names = [*(f"exit {block}" for block in exits), "end", *beside]
+    endings = [
+        Ending(name, one.parameters, forward_gflop(one.module), 1e3 * median(passes), *counted)
+        for name, one, passes, counted in zip(names, each, times, measured.counts, strict=True)
+    ]
+    curve = operations(measured.correct, measured.confidences, endings[: len(networks)])
+    _print(endings, curve, ensemble=measured.ensemble, images=len(measured.correct))
+    result = metadata(network, context) | {"fingerprint": index.fingerprint()}
+    result |= {"exits": [asdict(one) for one in endings], "ensemble_top1_correct": measured.ensemble}
+    result |= {"images": len(measured.correct), "bad_images": measured.bad_images}
+    result |= {"curve": [asdict(point) for point in curve]}
+    if picture is not None and distributed.on_main(lambda: draw_exits(endings, curve, picture)) is None:
+        print_main("note", "no picture: matplotlib is not installed (pip install matplotlib)")
+    return finish(result, file)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What all images give. counts: right ones and all, of each network; ensemble: right ones of the mean logits."""
+
+    counts: list[tuple[int, int]]
+    correct: Tensor  # of the exits and the end, bool [n, E]
+    confidences: Tensor  # their largest probabilities, [n, E]
+    ensemble: int
+    bad_images: int
+
+
+def _measure(
+    networks: Sequence[Network], others: Sequence[Network], index: ShardIndex, context: EvalContext
+) -> _Measured:
+    """Classify every image once by all exits and the end together, then by each of the others. Collective."""
     predictors = [Predictor(one.module, context, mean=one.mean, std=one.std) for one in networks]
 
     def classify(pixels: Tensor) -> tuple[Tensor, ...]:
@@ -111,38 +146,28 @@ def score_exits(
         return EvaluationImages(own, torch.arange(len(index)), one.transform())
 
     evaluation, (best, confidences, together) = evaluate_with(
-        classify, [one.module for one in networks], images_of(network), context
+        classify, [one.module for one in networks], images_of(networks[-1]), context
     )
     correct = best == evaluation.labels[:, None]  # [n, E]
-    names = [*(f"exit {block}" for block in exits), "end"]
     counts = [(int(right), len(correct)) for right in correct.sum(0).tolist()]
     for other in others:
         predictor = Predictor(other.module, context, mean=other.mean, std=other.std)
         score = evaluate(predictor, images_of(other), context).score
         counts.append((score.top1_correct, score.images))
-    each = [*networks, *others]
-    times = distributed.on_main(lambda: image_seconds([(one.module, one.size) for one in each], context))
-    endings = [
-        Ending(name, one.parameters, forward_gflop(one.module), 1e3 * median(passes), *counted)
-        for name, one, passes, counted in zip([*names, *beside], each, times, counts, strict=True)
-    ]
+    ensemble = int((together == evaluation.labels).sum())
+    return _Measured(counts, correct, confidences, ensemble, len(evaluation.bad_ids))
+
+
+def _print(endings: Sequence[Ending], curve: Sequence[Operation], *, ensemble: int, images: int) -> None:
+    """Print a line for each network and for the ensemble, and some thresholds."""
     for ending in endings:
         cost = f"{ending.parameters / 1e6:.2f} M, {ending.gflop:.3g} GFLOP, {ending.latency_ms:.2f} ms"
         print_main(ending.name, f"top-1 {percent(ending.top1_correct, ending.images)}, {cost}")
-    ensemble = int((together == evaluation.labels).sum())
-    print_main("ensemble", f"top-1 {percent(ensemble, len(together))}, mean logits of all")
-    curve = operations(correct, confidences, endings[: len(networks)])
+    print_main("ensemble", f"top-1 {percent(ensemble, images)}, mean logits of all")
     for point in curve[:: max(1, len(curve) // 5)]:
         print_main(
             "threshold", f"{point.threshold:.3f}: top-1 {100 * point.top1:.2f} %, mean {point.latency_ms:.2f} ms"
         )
-    result = metadata(network, context) | {"fingerprint": index.fingerprint()}
-    result |= {"exits": [asdict(one) for one in endings], "ensemble_top1_correct": ensemble}
-    result |= {"images": len(together), "bad_images": len(evaluation.bad_ids)}
-    result |= {"curve": [asdict(point) for point in curve]}
-    if picture is not None and distributed.on_main(lambda: draw_exits(endings, curve, picture)) is None:
-        print_main("note", "no picture: matplotlib is not installed (pip install matplotlib)")
-    return finish(result, file)
 
 
 def operations(correct: Tensor, confidences: Tensor, endings: Sequence[Ending]) -> list[Operation]:

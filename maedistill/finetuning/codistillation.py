@@ -54,7 +54,7 @@ _POLL_SECONDS, _FIRST_SECONDS, _SAY_SECONDS = 0.2, 5.0, 60.0  # between looks; u
 _KEY, _LEAVE_OUT = "distill.codistillation", "distill.codistillation.missing=leave_out"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Codistillation:
     """The peers of a run, their frozen copies and the steps of the exchanges. All methods are collective.
 

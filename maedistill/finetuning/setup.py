@@ -1,6 +1,6 @@
 """The parts of a fine-tuning run before its engine exists: data, network and recipe. Also the dry run."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ _MORE_LABELS = (
 _SPARSE = 10  # labels are suspect if fewer than 1 in 10 of the ids up to the largest one occur
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Finetuning(Stage):
     """The parts, on `device`. source: None from scratch; samples: the ids of the label subset, int64 [n].
 
@@ -79,11 +79,11 @@ class Finetuning(Stage):
     device: torch.device
     teachers: list[TeacherSource]
     teaching: TeacherEnsemble | None
-    auto_lines: list[str] = field(default_factory=list)
-    peers: list[Peer] = field(default_factory=list)
-    past: Past | None = None
-    predictions: Predictions | None = None
-    codistillation: Codistillation | None = None
+    auto_lines: list[str]
+    peers: list[Peer]
+    past: Past | None
+    predictions: Predictions | None
+    codistillation: Codistillation | None
 
     @property
     def kept(self) -> dict[str, nn.Module]:
@@ -269,12 +269,40 @@ def open_finetuning(
     predictions = build_predictions(config, plan=plan, samples=len(index), num_classes=num_classes)
     term, dtype = config.distill.codistillation, DTYPES[precision(config.distill.precision, device)]
     kept = config.log.keep * plan.steps_in(config.log.save_every_epochs)
-    own = classes, num_classes, mean, std
-    codistillation = Codistillation(term, config.seed, plan, kept, *own, dtype, device) if term.on else None
+    codistillation = None
+    if term.on:
+        codistillation = Codistillation(
+            section=term,
+            seed=config.seed,
+            plan=plan,
+            kept_steps=kept,
+            classes=classes,
+            num_classes=num_classes,
+            mean=mean,
+            std=std,
+            dtype=dtype,
+            device=device,
+        )
     return Finetuning(
-        config, plan, index, val_index, samples, num_classes, module, source, mean, std, device, teachers, teaching,
-        auto_lines, peers, past, predictions, codistillation,
-    )  # fmt: skip
+        config=config,
+        plan=plan,
+        index=index,
+        val_index=val_index,
+        samples=samples,
+        num_classes=num_classes,
+        module=module,
+        source=source,
+        mean=mean,
+        std=std,
+        device=device,
+        teachers=teachers,
+        teaching=teaching,
+        auto_lines=auto_lines,
+        peers=peers,
+        past=past,
+        predictions=predictions,
+        codistillation=codistillation,
+    )
 
 
 def _require_no_vit(config: FinetuneConfig) -> None:

@@ -1,7 +1,7 @@
 """The parts of a pre-training run before its engine exists: data, student and teacher. Also the dry run."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -48,7 +48,7 @@ from maedistill.weights.network import Network
 from maedistill.weights.state_dict import weights_fingerprint
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Pretraining(Stage):
     """The parts, on `device`. teacher: None for a method without one; teacher_weights: the fingerprint of each.
 
@@ -65,12 +65,12 @@ class Pretraining(Stage):
     teacher_weights: list[str]
     device: torch.device
     inputs: Callable[[Tensor, Tensor], tuple[Tensor, PatchSplit]]
-    unscorable: str | None = None  # why there is neither kNN nor linear probe, although data.val is named
-    auto_lines: list[str] = field(default_factory=list)
+    unscorable: str | None  # why there is neither kNN nor linear probe, although data.val is named
+    auto_lines: list[str]
+    has_objects: bool  # whether the student or the method is a caller's
+    more: list[MoreTeacher]  # further teachers
+    statistics: dict[int, ChannelStatistics]  # of teachers with align.normalize=stored
     fitted_to: int | None = None  # memory of the GPU, in bytes, that the micro-batch was fitted to
-    has_objects: bool = False  # whether the student or the method is a caller's
-    more: list[MoreTeacher] = field(default_factory=list)  # further teachers
-    statistics: dict[int, ChannelStatistics] = field(default_factory=dict)  # of teachers with align.normalize=stored
     has_warned: bool = False  # of collapsed targets
 
     @property
@@ -248,17 +248,28 @@ def open_pretraining(
     if config.teacher.source == EMA:  # a copy of the student, which is the same on all ranks from the engine on
         distributed.broadcast_in_place([*method.state_dict().values()])
         teacher = build_average(config, method.encoder, device, steps=plan.steps)
-    inputs = partial(step_inputs, config, num_patches=encoder.grid**2)
-    parts = Pretraining(config, plan, index, val_index, method, source, teacher, teacher_weights, device, inputs)
-    parts.more = more
+    parts = Pretraining(
+        config=config,
+        plan=plan,
+        index=index,
+        val_index=val_index,
+        module=method,
+        source=source,
+        teacher=teacher,
+        teacher_weights=teacher_weights,
+        device=device,
+        inputs=partial(step_inputs, config, num_patches=encoder.grid**2),
+        unscorable=why_unscorable(index, val_index) if val_index is not None else None,
+        auto_lines=auto_lines,
+        has_objects=objects.student is not None or objects.method is not None,
+        more=more,
+        statistics={},
+    )
     aligns = [config.align, *(one.config.align for one in more)]
     for i, (one, align) in enumerate(zip(parts.teachers, aligns, strict=False)):  # mae has none
         if align.normalize == "stored":
             shape = {"width": one.width, "prefix": one.num_prefix, "steps": align.stored_steps}
             parts.statistics[i] = ChannelStatistics(align.teacher, **shape).to(device)
-    parts.has_objects = objects.student is not None or objects.method is not None
-    parts.unscorable = why_unscorable(index, val_index) if val_index is not None else None
-    parts.auto_lines = auto_lines
     if is_fitted(config, device):
         trial = partial(_trial_on_grey, parts)
         parts.plan, parts.fitted_to = fit_micro_batch(config, plan, parts.module, trial, device=device, fresh=fresh)

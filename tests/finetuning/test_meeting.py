@@ -47,7 +47,9 @@ class Side:
         section = CodistillationConfig(weight=1.0, every_steps=3, peers=names, wait_seconds=wait, missing=missing)
         plan = Plan(BatchPlan(12, 1), 1, 96, steps, 1)
         cpu = torch.device("cpu")
-        self.codistillation = Codistillation(section, seed, plan, 8.0, (), 3, HALF, HALF, torch.float32, cpu)
+        given = {"kept_steps": 8.0, "classes": (), "num_classes": 3, "mean": HALF, "std": HALF}
+        given |= {"dtype": torch.float32, "device": cpu}
+        self.codistillation = Codistillation(section=section, seed=seed, plan=plan, **given)
         torch.manual_seed(seed)
         vit = timm.create_model("vit_tiny_patch16_224", **SHAPE)
         metadata = {
