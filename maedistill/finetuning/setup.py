@@ -5,7 +5,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from maedistill.data.loading.evaluation import EvaluationImages, evaluation_tran
 from maedistill.data.loading.order import label_subset
 from maedistill.data.shards.index import ShardIndex
 from maedistill.data.shards.patterns import describe_shards
-from maedistill.errors import ConfigError, DataError
+from maedistill.errors import ConfigError
 from maedistill.finetuning.build import build_classifier, build_init_source, build_labelled_crops, build_mixing
 from maedistill.finetuning.build_teachers import (
     build_module,
@@ -32,6 +31,7 @@ from maedistill.finetuning.build_teachers import (
     open_teachers,
 )
 from maedistill.finetuning.codistillation import Codistillation
+from maedistill.finetuning.labelled import count_classes, open_labelled
 from maedistill.finetuning.objective import Distilled, Mutual, Supervised
 from maedistill.finetuning.outputs import Outputs, is_plain_vit
 from maedistill.finetuning.past import Past
@@ -42,7 +42,7 @@ from maedistill.machine import DTYPES, precision
 from maedistill.models.vits import PlainViT, num_params_m
 from maedistill.processes import distributed
 from maedistill.runs.dry_run import dry_run as plan_and_try
-from maedistill.runs.objects import NOTHING, Objects, open_samples, trainable
+from maedistill.runs.objects import NOTHING, Objects, trainable
 from maedistill.runs.settle import settle, settle_precision
 from maedistill.runs.start import Stage
 from maedistill.training.compilation import compile_module
@@ -55,7 +55,6 @@ _MORE_LABELS = (
     "warning  data.label_fraction: runs draw their labelled images by their seeds, so this run also learns from "
     "its peers' labels"
 )
-_SPARSE = 10  # labels are suspect if fewer than 1 in 10 of the ids up to the largest one occur
 
 
 @dataclass(kw_only=True)
@@ -237,7 +236,7 @@ def open_finetuning(
     """
     if objects.student is not None:
         _require_no_vit(config)
-    index, val_index = distributed.main_first(lambda: _open_data(config, objects))
+    index, val_index = distributed.main_first(lambda: open_labelled(config, objects))
     labelled = config.distill.reads_labels
     samples = (
         label_subset(index.labels, config.data.label_fraction, seed=config.seed)
@@ -246,7 +245,7 @@ def open_finetuning(
     )
     config, auto_lines = settle(config, len(samples), world_size=world_size, fresh=fresh)
     plan = make_plan(config, len(samples), world_size=world_size)
-    num_classes = _num_classes(config, index, val_index)
+    num_classes = count_classes(config, index, val_index)
     source = distributed.main_first(lambda: build_init_source(config, objects, num_classes=num_classes))
     config = with_values(config, {"data.image_size": source.size if source is not None else config.scratch_size})
     mean, std = config.data.mean, config.data.std
@@ -335,48 +334,3 @@ def dry_run(config: FinetuneConfig) -> None:
     vit, size, run = parts.module.vit, config.data.image_size or 0, Path(config.run)
     lines = peers.rehearse(vit, size=size, run=run) if peers is not None else []
     plan_and_try(parts, crops, module_inputs, more_lines=lines)
-
-
-def _open_data(config: FinetuneConfig, objects: Objects) -> tuple[ShardIndex, ShardIndex]:
-    """Open the indexes of training and validation data; check for equal classes and the labels that are needed."""
-    index, val_index = open_samples(config.data, objects)
-    assert val_index is not None  # a rule of the config requires it
-    for part in (index, val_index) if config.distill.reads_labels else (val_index,):
-        part.require_labels()
-    if index.classes and val_index.classes and index.classes != val_index.classes:
-        raise DataError(
-            f"training and validation shards name other classes ({len(index.classes)} and {len(val_index.classes)})",
-            "name shards of one data set in data.train and data.val",
-        )
-    return index, val_index
-
-
-def _num_classes(config: FinetuneConfig, index: ShardIndex, val_index: ShardIndex) -> int:
-    """Return the number of outputs of the head. Raises ConfigError or DataError if a label would have none."""
-    if not config.distill.reads_labels and not index.classes:
-        index = val_index  # training shards may have no labels
-    most = int(max(np.max(index.labels), np.max(val_index.labels))) + 1
-    given = config.data.num_classes
-    if given is not None and given < most:
-        raise ConfigError(
-            f"data.num_classes: {given} outputs for labels up to {most - 1}", f"use {most} or more, or null"
-        )
-    if given is None and not index.classes:
-        _require_dense(index)
-    if given is None and int(np.max(val_index.labels)) >= index.num_classes:
-        raise DataError(
-            f"validation labels go up to {most - 1}, training shards have {index.num_classes} classes",
-            "name shards of one data set in data.train and data.val, or set data.num_classes",
-        )
-    return given or max(2, index.num_classes)
-
-
-def _require_dense(index: ShardIndex) -> None:
-    """Raise DataError if so few classes up to the largest label occur that this label is probably a mistake."""
-    found, largest = len(np.unique(index.labels)), int(np.max(index.labels))
-    if largest + 1 > _SPARSE * found:
-        first = index.sample_name(int(np.argmax(index.labels)))
-        raise DataError(
-            f"labels go up to {largest:,}, first {first}, but only {found} of these classes occur",
-            f"mend the label, or set data.num_classes={largest + 1} if it is meant",
-        )

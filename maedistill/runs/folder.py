@@ -159,8 +159,10 @@ class RunFolder:
 
     def was_begun_by_this_job(self) -> bool:
         """Return whether this start repeats the one that began the run. Raises DataError if run.json is damaged."""
+        if not is_restart():
+            return False
         starts = self.metadata().get("starts", [])
-        return is_restart() and bool(starts) and starts[0].get("job") == job()
+        return bool(starts) and starts[0].get("job") == job()
 
     @contextmanager
     def recorded_end(self) -> Iterator[None]:

@@ -136,6 +136,10 @@ def test_a_restart_takes_for_its_own_what_its_job_has_begun(config, monkeypatch,
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     folder = begun(config)
     assert not folder.was_begun_by_this_job()  # no restart: the same command a second time in a job
+    saved = (folder.path / "run.json").read_text()
+    (folder.path / "run.json").write_text("{")
+    assert not folder.was_begun_by_this_job()  # nor does it matter what --fresh deletes
+    (folder.path / "run.json").write_text(saved)
     monkeypatch.setenv(restarts, "1")
     assert folder.was_begun_by_this_job()
     monkeypatch.setenv("SLURM_JOB_ID", "18")  # whose first start failed before it had deleted the run of job 17
