@@ -114,7 +114,7 @@ def test_the_disk_is_that_of_all_samples_though_a_run_trains_on_a_part():
     section = PastConfig(weight=1, source="predictions")
     for samples, told in ((96, "0.96 kB"), (50_000, "500 kB"), (1_281_167, "12.8 MB"), (400_000_000, "4.00 GB")):
         made = Predictions(section, plan=plan, epochs=EPOCHS, samples=samples, num_classes=CLASSES)
-        assert f"predictions: {told} an epoch" in made.describe()
+        assert f"predictions: {told} per epoch" in made.describe()
 
 
 def test_a_selection_that_saves_nothing_is_refused(tmp_path):
@@ -139,7 +139,7 @@ def test_the_first_epoch_is_plain_cross_entropy_bit_for_bit(finetuning, trained)
     plain = [record["loss"] for record in finetuning("pskd-plain", *SCRATCH, ranks=2).metrics()]
     losses = [record["loss"] for record in trained.metrics()]
     assert losses[:6] == plain[:6] and not set(losses[6:]) & set(plain[6:])
-    assert "0.58 kB an epoch" in trained.out
+    assert "0.58 kB per epoch" in trained.out
 
 
 def test_one_rank_and_two_write_the_same_file(finetuning, trained):

@@ -65,7 +65,7 @@ def test_auto_is_settled_by_the_images_and_kept_by_a_run_that_continues(mae, tmp
 
     def numbers(*more: str) -> tuple[tuple[float, ...], str]:
         config = load_config(mae.run / "config.yaml", [*auto, *more], root=PretrainConfig).config
-        settled, [line] = settle(config, 10_000, world_size=5)
+        settled, [line] = settle(config, 10_000, world_size=5, fresh=False)
         return (settled.optim.global_batch, settled.optim.epochs, settled.optim.warmup_epochs), line
 
     kept, line = numbers()

@@ -106,6 +106,9 @@ def _families(c: PretrainConfig) -> Iterator[Problem]:
 def _taps(c: PretrainConfig) -> Iterator[Problem]:
     student, teacher = c.align.student, c.align.teacher
     if c.method == "mae":
+        for key in c.align.model_dump(include={"student", "teacher"}, exclude_defaults=True):
+            remedy, replaced = "remove it, or use method=dmae or amd", (f"align.{key}", "method")
+            yield Problem(f"align.{key}", "method=mae aligns nothing", remedy, (replaced,))
         return
     if not student or len(student) != len(teacher):
         yield Problem(
@@ -119,15 +122,13 @@ def _taps(c: PretrainConfig) -> Iterator[Problem]:
         yield from shared_rules.blocks(f"align.{who}", taps, arch=arch, who=who)
 
 
-def _unused(c: PretrainConfig) -> Iterator[Problem]:
-    """Yield problems for settings of sections that the method does not use."""
-    unused = {"mae": ("align", "generate", "teacher"), "dmae": ("generate",), "tinymim": ("generate",)}
-    what = {"align": "aligns nothing", "generate": "generates no features", "teacher": "has no teacher"}
-    for section in unused.get(c.method, ()):
-        for name in getattr(c, section).model_dump(exclude={"source", "precision"}, exclude_defaults=True):
-            key = f"{section}.{name}"
-            remedy = "remove it, or use method=" + ("amd" if section == "generate" else "dmae or amd")
-            yield Problem(key, f"method={c.method} {what[section]}", remedy, ((key, "method"),))
+def _generators(c: PretrainConfig) -> Iterator[Problem]:
+    """Yield problems for settings of generators beside a method with a teacher that has none."""
+    if c.method in ("dmae", "tinymim"):
+        for name in c.generate.model_dump(exclude_defaults=True):
+            key = f"generate.{name}"
+            cause, remedy = f"method={c.method} generates no features", "remove it, or use method=amd"
+            yield Problem(key, cause, remedy, ((key, "method"),))
 
 
 def _relations(c: PretrainConfig) -> Iterator[Problem]:
@@ -205,7 +206,7 @@ RULES = (
     _teacher,
     _more_teachers,
     _families,
-    _unused,
+    _generators,
     _taps,
     _relations,
     _targets,

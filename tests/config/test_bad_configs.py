@@ -330,8 +330,7 @@ def test_a_term_that_is_off_may_be_given_whole(tmp_path):
 @pytest.mark.parametrize(
     ("method", "setting"),
     [
-        ("mae", "align.weight=5"),
-        ("mae", "teacher.license=mit"),
+        ("mae", "align.student=[1]"),
         ("dmae", "generate.by=decoder"),
         ("tinymim", "generate.weight=3"),
     ],

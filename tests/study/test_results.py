@@ -1,5 +1,6 @@
 """Statistics and pages on run folders that are written by hand, so that every number to be shown is known."""
 
+import argparse
 import json
 import os
 import re
@@ -311,14 +312,14 @@ def test_the_quickstart_says_what_it_measured(tmp_path) -> None:
 
 def test_a_study_in_which_nothing_ran_is_refused(study_folder, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["maedistill", "study", "x", "--report"])
-    study = Study.model_validate(STUDY)
-    assert not report(study, tmp_path / "none", [0], title="x") and not (tmp_path / "none").exists()
-    assert report(study, study_folder, [0], title="x") and (study_folder / "results.md").is_file()
+    study, given = Study.model_validate(STUDY), argparse.Namespace(study="x", report=True)
+    assert not report(study, tmp_path / "none", [0], given) and not (tmp_path / "none").exists()
+    assert report(study, study_folder, [0], given) and (study_folder / "results.md").is_file()
     page = study_folder / study_page.PAGE
     assert not page.exists()
     (study_folder / "results.json").write_text("[")  # damaged: it is written anew
     page.touch()
-    assert report(study, study_folder, [0], title="x") and page.stat().st_size > 1e6, "made again, because it was there"
+    assert report(study, study_folder, [0], given) and page.stat().st_size > 1e6, "made again, because it was there"
 
 
 def test_a_page_does_without_matplotlib(study_folder, monkeypatch) -> None:
