@@ -128,7 +128,7 @@ def trained(finetuning):
     return finetuning("pskd", *PSKD, ranks=2)
 
 
-def rows(run, name: str = "") -> dict[str, np.ndarray]:
+def rows(run) -> dict[str, np.ndarray]:
     """The stored probabilities by file, [96, 3]."""
     files = sorted((run.run / "predictions").glob("*.f16"))
     return {path.stem: np.fromfile(path, np.float16).reshape(96, 3).astype(np.float32) for path in files}

@@ -7,7 +7,6 @@ rank prints, `exit.json` included, is in FOLDER/rank-N.txt; it leaves with the e
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from functools import partial
@@ -25,6 +24,7 @@ from maedistill.processes.heartbeat import Peers
 from maedistill.processes.parent_death import detach_worker, die_with_launcher
 from maedistill.processes.preemption import PreemptionHandler
 from maedistill.runs.async_saver import Saver, _Writing
+from tests.support.launch import free_port
 
 STEPS = 400  # of 20 ms and more
 TIMEOUT = 8  # seconds that a rank waits for another
@@ -35,10 +35,7 @@ def start_ranks(folder: Path, fault: str, *, ranks: int = 2, workers: int = 0) -
     server = multiprocessing.get_context("forkserver")
     ours = [f"maedistill.processes.{name}" for name in ("preemption", "heartbeat")]
     server.set_forkserver_preload(["torch.utils.data", *ours])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
+    port, processes = free_port(), []
     for rank in range(ranks):
         numbers = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_PORT": port}
         environment = {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}

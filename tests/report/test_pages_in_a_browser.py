@@ -9,6 +9,7 @@ import pytest
 from maedistill.report.run_page import write_page
 from tests.report.made_up import draw_sheets, made_run
 from tests.report.test_pages import ODD
+from tests.support.waiting import wait_until
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
 if not (shutil.which("chromium") and shutil.which("chromedriver")):
@@ -47,14 +48,6 @@ def show(browser, page, *, width: int = 1280, scheme: str = "light") -> None:
         time.sleep(0.05)
 
 
-def wait_for(condition) -> None:
-    """Wait until the page has caught up."""
-    limit = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.05)
-
-
 def test_a_page_of_odd_names_works_and_asks_nobody(browser, tmp_path):
     evil = "</script><script>alert(1)</script>"
     runs = [made_run(tmp_path / name, license=evil, every=100, epochs=3) for name in ODD]
@@ -85,7 +78,7 @@ def test_a_page_of_odd_names_works_and_asks_nobody(browser, tmp_path):
     run("document.querySelector('[value=log]').click(); document.querySelector('[value=minutes]').click()")
     assert before[:3] == ["LinearScale", "epoch", "epoch"] and before[3] == pytest.approx(3, rel=0.1)
     assert run(line)[:3] == ["LogScale", "minutes", "minutes of training"]
-    wait_for(lambda: run(line)[3] == pytest.approx(3 * 1251 * 1.1 / 60, rel=0.1))  # the axis follows
+    wait_until(lambda: run(line)[3] == pytest.approx(3 * 1251 * 1.1 / 60, rel=0.1))  # the axis follows
     run("document.querySelector('[value=linear]').click()")
     visible = f"{plot} return plot.renderers.filter((one) => one.visible).length"
     count = run(visible)
@@ -104,11 +97,11 @@ def test_a_page_of_odd_names_works_and_asks_nobody(browser, tmp_path):
         moved = {"type": "mouseMoved", "x": spot[0] + step, "y": spot[1]}
         browser.execute_cdp_cmd("Input.dispatchMouseEvent", moved)
         time.sleep(0.1)
-    wait_for(lambda: ODD[0] in (texts := run(DEEP)) and any(text.startswith("0.0001") for text in texts))
+    wait_until(lambda: ODD[0] in (texts := run(DEEP)) and any(text.startswith("0.0001") for text in texts))
     for box in range(4):
         run(f"document.querySelector('[data-run=\"{box}\"]').click()")
     browser.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": spot[0] + 3, "y": spot[1]})
-    wait_for(lambda: set(ODD[1:3]) <= set(run(DEEP)))  # names are text in the hover, too
+    wait_until(lambda: set(ODD[1:3]) <= set(run(DEEP)))  # names are text in the hover, too
 
     assert not [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"]
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]

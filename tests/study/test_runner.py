@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 
 from maedistill.errors import ConfigError
 from maedistill.study.runner import Step, StepsFailed, print_steps, run_steps
+from tests.support.waiting import lives, wait_until
 
 # A tool that notes its start and end, and fails, sleeps, waits for a file or leaves a child behind where it is told to.
 TOOL = """\
@@ -64,21 +64,6 @@ def run(folder: Path, *steps: Step, jobs: int = 1) -> list[str]:
 
 def notes(folder: Path) -> list[str]:
     return [" ".join(line.split()[:2]) for line in (folder / "notes.txt").read_text().splitlines()]
-
-
-def gone(pid: int) -> bool:
-    """Whether a process has ended; one that nobody waited for counts."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
-def wait_for(condition) -> None:
-    limit = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.02)
 
 
 def test_one_after_the_other_in_the_order_of_their_needs(folder, capfd) -> None:
@@ -176,21 +161,21 @@ sys.exit(exit_code_of(lambda: run_steps(steps, program=[sys.executable, "tool.py
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_children_and_theirs(folder, number, code) -> None:
     process = subprocess.Popen([sys.executable, "-c", RUN], stdout=subprocess.DEVNULL)
-    wait_for((folder / "sleeps.txt").exists)
+    wait_until((folder / "sleeps.txt").exists)
     with pytest.raises(ConfigError, match="still running there"):
         run(folder, step("b"))
     process.send_signal(number)
     assert process.wait(timeout=20) == code
     for file in ("sleeps.txt", "child.txt"):
         pid = int((folder / file).read_text())
-        wait_for(lambda pid=pid: gone(pid))
+        wait_until(lambda pid=pid: not lives(pid))
     assert notes(folder) == ["starts a"] and run(folder, step("b")) == ["starts a", "starts b", "ends b"]
 
 
 @pytest.mark.faults
 def test_after_a_kill_nothing_starts_beside_what_was_left_running(folder) -> None:
     process = subprocess.Popen([sys.executable, "-c", RUN], stdout=subprocess.DEVNULL)
-    wait_for((folder / "sleeps.txt").exists)
+    wait_until((folder / "sleeps.txt").exists)
     process.kill()
     process.wait()
     pids = [int((folder / file).read_text()) for file in ("sleeps.txt", "child.txt")]
@@ -198,5 +183,5 @@ def test_after_a_kill_nothing_starts_beside_what_was_left_running(folder) -> Non
         run(folder, step("b"))
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-        wait_for(lambda pid=pid: gone(pid))
+        wait_until(lambda pid=pid: not lives(pid))
     assert run(folder, step("b"))[-1] == "ends b"

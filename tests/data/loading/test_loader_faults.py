@@ -25,6 +25,7 @@ from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.reader import ShardReader
 from maedistill.errors import DataError, PeerError, UserError
 from tests.data.crops import crops_of, one_rank
+from tests.support.waiting import lives
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's own threads
 VICTIM = 29  # a position in the third batch of twelve
@@ -235,15 +236,6 @@ def test_a_worker_that_no_signal_ends_keeps_nobody(index, monkeypatch):
         os.waitpid(pid, 0)
 
 
-def alive(pid):
-    """Whether a process runs; one that ended but was not waited for does not."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
-
 def test_workers_of_a_killed_process_vanish_hung_or_not(index):
     """One worker hangs, the other waits for work."""
     receiver, sender = os.pipe()
@@ -259,13 +251,13 @@ def test_workers_of_a_killed_process_vanish_hung_or_not(index):
     os.close(sender)
     workers = struct.unpack("2i", os.read(receiver, 8))
     os.close(receiver)
-    assert all(map(alive, workers))
+    assert all(map(lives, workers))
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
     deadline = time.monotonic() + SOON
-    while any(map(alive, workers)) and time.monotonic() < deadline:
+    while any(map(lives, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(map(alive, workers))
+    assert not any(map(lives, workers))
 
 
 LEAVES = """
