@@ -84,16 +84,8 @@ def load_config(
     to_run: whether shards and run folder must be named, as for a run; a recipe can be inspected without them.
     Raises `ConfigError`, which names the first problem with its place and counts the others.
     """
-    if isinstance(path, str | Path):
-        below = _read_file(find_config(path), extended_by=(), read=[])
-    else:
-        below = _from_python(path, level=0)
-    settings = dict(below)
-    if isinstance(overrides, Mapping):
-        settings |= _from_python(overrides, level=_TOP)
-    else:
-        for override in overrides:
-            settings |= _read_override(override)
+    below = _read(path)
+    settings = below | _read_overrides(overrides)
     for name, value in (given or {}).items():
         if value is not None and name in settings and settings[name].level == _TOP:
             raise ConfigError(f"{name} is set, and an object is given in its place", "leave one of the two out")
@@ -117,6 +109,11 @@ def load_config(
     for name, (origin, winner) in dropped.items():
         origins[name] = f"default: {winner} ({settings[winner].origin}) replaces {origin}"
     return LoadedConfig(config, origins, tuple(notes))
+
+
+def read_setting(path: str | Path, overrides: Sequence[str], key: str) -> Any:
+    """Return the value that a file with overrides gives to a key, unchecked; None if it gives none."""
+    return (_read(path) | _read_overrides(overrides)).get(key, _NOTHING).value
 
 
 def cut_settings(text: str) -> list[str]:
@@ -196,6 +193,23 @@ def _error(problems: Sequence[Problem], settings: Mapping[str, _Setting]) -> Con
     more = f" (and {len(others)} more: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})" if others else ""
     place = settings[first.key].place if first.key in settings else first.key
     return ConfigError(f"{place}: {first.cause}{more}", first.remedy)
+
+
+def _read(path: str | Path | RunConfig | Mapping[str, Any]) -> dict[str, _Setting]:
+    """Return the settings of a file, with what it extends, or of a config or mapping from Python."""
+    if isinstance(path, str | Path):
+        return _read_file(find_config(path), extended_by=(), read=[])
+    return _from_python(path, level=0)
+
+
+def _read_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, _Setting]:
+    """Return the settings above those of a file, the later ones of a key."""
+    if isinstance(overrides, Mapping):
+        return _from_python(overrides, level=_TOP)
+    settings: dict[str, _Setting] = {}
+    for override in overrides:
+        settings |= _read_override(override)
+    return settings
 
 
 def _read_file(path: Path, *, extended_by: tuple[Path, ...], read: list[Path]) -> dict[str, _Setting]:

@@ -35,6 +35,13 @@ from maedistill.config.schema import (
 )
 from maedistill.config.sources import EMA
 
+UNUSED_SECTIONS = {  # by method: their settings have no effect, and are refused
+    "mae": ("teacher", "align", "generate"),
+    "dmae": ("generate",),
+    "amd": (),
+    "tinymim": ("generate",),
+}
+
 
 class Data(ImagesConfig):
     """Training images: shards, crops, normalisation and the loader's processes."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from maedistill.config import shared_rules
-from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.pretrain import UNUSED_SECTIONS, PretrainConfig
 from maedistill.config.schema import AUTO
 from maedistill.config.shared_rules import Problem
 from maedistill.config.sources import EMA, SOURCE_KINDS
@@ -46,9 +46,6 @@ def _visible_shares(c: PretrainConfig) -> Iterator[Problem]:
 def _teacher(c: PretrainConfig) -> Iterator[Problem]:
     t = c.teacher
     if c.method == "mae":
-        if t.source is not None:
-            remedy = "remove it, or use method=dmae or amd"
-            yield Problem("teacher.source", "method=mae has no teacher", remedy, (("teacher.source", "method"),))
         return
     if t.source is None:
         remedy = "add e.g. teacher.source=timm:vit_large_patch16_224.mae"
@@ -106,9 +103,6 @@ def _families(c: PretrainConfig) -> Iterator[Problem]:
 def _taps(c: PretrainConfig) -> Iterator[Problem]:
     student, teacher = c.align.student, c.align.teacher
     if c.method == "mae":
-        for key in c.align.model_dump(include={"student", "teacher"}, exclude_defaults=True):
-            remedy, replaced = "remove it, or use method=dmae or amd", (f"align.{key}", "method")
-            yield Problem(f"align.{key}", "method=mae aligns nothing", remedy, (replaced,))
         return
     if not student or len(student) != len(teacher):
         yield Problem(
@@ -122,12 +116,13 @@ def _taps(c: PretrainConfig) -> Iterator[Problem]:
         yield from shared_rules.blocks(f"align.{who}", taps, arch=arch, who=who)
 
 
-def _generators(c: PretrainConfig) -> Iterator[Problem]:
-    """Yield problems for settings of generators beside a method with a teacher that has none."""
-    if c.method in ("dmae", "tinymim"):
-        for name in c.generate.model_dump(exclude_defaults=True):
-            key = f"generate.{name}"
-            cause, remedy = f"method={c.method} generates no features", "remove it, or use method=amd"
+def _unused(c: PretrainConfig) -> Iterator[Problem]:
+    """Yield problems for settings of sections that the method does not use."""
+    what = {"align": "aligns nothing", "generate": "generates no features", "teacher": "has no teacher"}
+    for section in UNUSED_SECTIONS[c.method]:
+        for name in getattr(c, section).model_dump(exclude_defaults=True):
+            key, cause = f"{section}.{name}", f"method={c.method} {what[section]}"
+            remedy = f"remove it, or use method={'amd' if section == 'generate' else 'dmae or amd'}"
             yield Problem(key, cause, remedy, ((key, "method"),))
 
 
@@ -206,7 +201,7 @@ RULES = (
     _teacher,
     _more_teachers,
     _families,
-    _generators,
+    _unused,
     _taps,
     _relations,
     _targets,

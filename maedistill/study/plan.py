@@ -16,8 +16,8 @@ from pathlib import Path
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import all_keys, all_sections
-from maedistill.config.loader import load_config
-from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.loader import load_config, read_setting
+from maedistill.config.pretrain import UNUSED_SECTIONS, PretrainConfig
 from maedistill.config.schema import SHAPE, RunConfig
 from maedistill.config.sources import EMA
 from maedistill.config.values import Root, unknown_key
@@ -73,7 +73,7 @@ class StudyPlan:
         root: type[RunConfig] = PretrainConfig if stage == "pretrain" else FinetuneConfig
         path, texts = self._pretraining(owner) if stage == "pretrain" else self._finetuning(owner)
         start = self._networks[owner].steps(owner, seed)[0] if stage == "finetune" else None
-        settings, teachers = self._filled(name, texts, root)
+        settings, teachers = self._filled(name, path, texts, root)
         settings += [f"run={self.out / name}", f"seed={seed}"]
         settings += [f"init.source=run:{self.out / start}"] if start is not None else []
         config = _load(name, path, settings, root)
@@ -83,13 +83,13 @@ class StudyPlan:
         needs = (*([start] if start is not None else []), *teachers)
         return Step(name, (root.command, path, *settings), needs, partial(is_done, config))
 
-    def _filled(self, name: str, texts: Sequence[str], root: type[RunConfig]) -> tuple[list[str], list[str]]:
+    def _filled(self, name: str, path: str, texts: Sequence[str], root: type[RunConfig]) -> tuple[list[str], list[str]]:
         """Return a run's settings, those of the command line last, with folders in place of placeholders, and the names
         of the steps that the placeholders stand for.
         """
         usable = self.study.teacher_steps(finetuned=root is FinetuneConfig)  # others have no classifier
         filled, needs = list[str](), list[str]()
-        for text in [*texts, *self._given(root)]:
+        for text in [*texts, *_used(path, texts, self._given(root), root)]:
             if (key := text.partition("=")[0]) in _RESERVED_KEYS:
                 raise ConfigError(f"{name}: {text}: the study sets {key} itself", "leave it out")
             for placeholder, step in usable.items():
@@ -112,7 +112,8 @@ class StudyPlan:
         assert network.config is not None
         if isinstance(network, Teacher):
             return network.config, list(network.set)
-        path, texts = network.config, [*self.study.pretrain_set, *network.set]
+        path = network.config
+        texts = [*_used(path, network.set, self.study.pretrain_set, PretrainConfig), *network.set]
         teachers = [name for name, teacher in self.study.teachers.items() if teacher.config is not None]
         named = any(text.startswith("teacher.source=") for text in (*texts, *self.settings))
         if named or not teachers:
@@ -149,7 +150,7 @@ class StudyPlan:
 
     def _inspect(self, name: str, path: str, texts: Sequence[str], root: type[Root]) -> Root:
         """Return the config of a recipe that need not be complete."""
-        return _load(name, path, self._filled(name, texts, root)[0], root, to_run=False)
+        return _load(name, path, self._filled(name, path, texts, root)[0], root, to_run=False)
 
     def _given(self, root: type[RunConfig]) -> list[str]:
         """Return the settings of the command line whose key the stage has."""
@@ -166,6 +167,18 @@ class StudyPlan:
             if name not in names:
                 cause = f"--only {name}: the study has no network of that name"
                 raise ConfigError(cause, f"it has {join_first(names)}")
+
+
+def _used(path: str, own: Sequence[str], shared: Sequence[str], root: type[RunConfig]) -> list[str]:
+    """Return those of `shared`, settings of several runs, that a run uses whose own config is `path` with `own`.
+
+    A study gives alignment and teacher to all rows, and MAE among them has neither.
+    """
+    if root is not PretrainConfig:
+        return list(shared)
+    method = read_setting(path, [text for text in own if text.startswith("method=")], "method")
+    unused = UNUSED_SECTIONS.get(method or PretrainConfig.model_fields["method"].default, ())
+    return [text for text in shared if text.partition("=")[0].partition(".")[0] not in unused]
 
 
 def _step_names(networks: Mapping[str, Teacher | Student], seeds: Sequence[int]) -> list[str]:

@@ -331,6 +331,7 @@ def test_a_term_that_is_off_may_be_given_whole(tmp_path):
     ("method", "setting"),
     [
         ("mae", "align.student=[1]"),
+        ("mae", "teacher.precision=bf16"),
         ("dmae", "generate.by=decoder"),
         ("tinymim", "generate.weight=3"),
     ],

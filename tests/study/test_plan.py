@@ -186,7 +186,10 @@ def test_settings_reach_the_runs_that_have_the_key_and_overrule_the_file(study) 
     _, configs = plan(study, settings=settings)
     for config in configs.values():
         assert config.threads == 2 and config.engine.micro_batch == 8
-        assert config.align.weight == 4 if isinstance(config, PretrainConfig) else config.augment.mixup == 0.3
+        if isinstance(config, PretrainConfig):
+            assert config.align.weight == (1 if config.method == "mae" else 4)
+        else:
+            assert config.augment.mixup == 0.3
     _, configs = plan(study)
     assert configs["ten/seed_0/pretrain"].align.weight == 10 and configs["ten/seed_0/pretrain"].log.every_steps == 3
     assert configs["ten/seed_0/finetune"].optim.epochs == 7 != configs["dmae/seed_0/finetune"].optim.epochs
