@@ -183,5 +183,5 @@ def without_download(config: PretrainConfig) -> PretrainConfig:
     model = {"timm": name, "file": config.teacher.model}.get(kind)
     if model is None:
         return config
-    changed = {"source": f"random:{model}", "model": None, "sha256": None}
+    changed = {"source": f"random:{model}", "model": None, "weights": None, "sha256": None}
     return config.model_copy(update={"teacher": config.teacher.model_copy(update=changed)})

@@ -7,9 +7,9 @@ import torch
 
 from maedistill.benchmark.plain_step import StepComparison
 from maedistill.benchmark.step import peak_memory
-from maedistill.benchmark.training_step import without_download
+from maedistill.benchmark.training_step import SyntheticTraining, without_download
 from maedistill.config.loader import load_config
-from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.pretrain import PretrainConfig, Teacher
 from maedistill.errors import ConfigError
 
 TINY = """
@@ -124,3 +124,30 @@ def test_nothing_is_downloaded(root) -> None:
         assert without_download(config).teacher.source == expected
     config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"source": "run:runs/mine"})})
     assert without_download(config) is config
+
+
+VALUES = {
+    "source": "file:teacher.pth",
+    "decay": "[0.5, 0.6]",
+    "model": "vit_tiny_patch16_224",
+    "weights": "ema",
+    "width": "48",
+    "depth": "4",
+    "num_heads": "4",
+    "patch_size": "8",
+    "pos_embed": "sincos1d",
+    "image_size": "64",
+    "mean": "[0.1, 0.2, 0.3]",
+    "std": "[1, 1, 1]",
+    "license": "mit",
+    "sha256": 64 * "0",
+    "precision": "fp32",
+}
+
+
+def test_the_random_copy_of_a_teacher_opens_whatever_its_section_says(tmp_path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY.format(method="dmae") + PAIRS["dmae"])
+    assert list(VALUES) == list(Teacher.model_fields)
+    settings = [f"teacher.{key}={value}" for key, value in VALUES.items() if key != "decay"]  # decay: of ema alone
+    config = load_config(tmp_path / "tiny.yaml", settings, root=PretrainConfig, to_run=False).config
+    assert SyntheticTraining(config, torch.device("cpu")).source.encoder.width == 48
