@@ -84,6 +84,11 @@ def cpu_share(local_ranks: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // max(1, local_ranks))
 
 
+def loader_workers(setting: int | None, cores: int) -> int:
+    """Return the number of loader processes of a rank with so many cores: one per core, at most 8, unless it is set."""
+    return min(8, cores) if setting is None else setting
+
+
 def free_memory(root: Path = Path("/")) -> int:
     """Return the bytes that this process can still take: of the machine, and below the limits of its control groups."""
     meminfo = (root / "proc/meminfo").read_text().split()

@@ -31,7 +31,7 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.loading.keeping import room_for
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.scan import Members
-from maedistill.machine import cpu_share
+from maedistill.machine import cpu_share, loader_workers
 from maedistill.pretraining.build import build_crops
 from maedistill.processes import distributed
 from maedistill.runs.start import join
@@ -134,14 +134,13 @@ def measure_cost(config: PretrainConfig, *, gpus: int, rounds: int, expected: st
     finally:
         shutdown_distributed()
     images, cores = plan.micro_batch * plan.accumulation, cpu_share(min(gpus, torch.cuda.device_count() or 1))
-    workers = data.workers if data.workers is not None else min(8, cores)
     model = AnalyticModel(
         gpus,
         images,
         compute=images / spread(rates[STEP].wall).median,
         exchange=exchange_seconds(gpus, training.num_parameters, zero=config.engine.zero),
         loader=spread(rates[LOADER].wall).median if index is not None else math.inf,
-        cores=min(cores, max(1, workers)) if has_gpu else cores,
+        cores=min(cores, max(1, loader_workers(data.workers, cores))) if has_gpu else cores,
         shared=not has_gpu,
     )
     sizes = {} if index is None else {"data.train": len(index)}

@@ -16,7 +16,7 @@ from maedistill.config.schema import MAX_BAD_FRACTION, Precision
 from maedistill.data.loading.workers import TIMEOUT_SECONDS
 from maedistill.data.shards.index import ShardIndex
 from maedistill.escaping import say
-from maedistill.machine import autocast, cpu_name
+from maedistill.machine import autocast, cpu_name, loader_workers
 from maedistill.machine import precision as resolve_precision
 from maedistill.processes import distributed
 from maedistill.runs.records import write_text
@@ -78,8 +78,7 @@ def open_context(
     device, cores = distributed.device(), distributed.cores()
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or cores)
-    workers = min(8, cores) if workers is None else workers
-    return EvalContext(device, batch, workers, resolve_precision(precision, device))
+    return EvalContext(device, batch, loader_workers(workers, cores), resolve_precision(precision, device))
 
 
 def print_main(label: str, text: str) -> None:

@@ -4,11 +4,13 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+
 from maedistill.data.loading.batch import Batch
 from maedistill.data.loading.keeping import room_for
 from maedistill.data.loading.loader import RandomCrops
 from maedistill.escaping import say
-from maedistill.machine import autocast, cpu_share, precision
+from maedistill.machine import autocast, cpu_share, loader_workers, precision
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.history import duration, size_text
 from maedistill.runs.metrics import memory_gb
@@ -73,7 +75,7 @@ def _measured_lines(stage: Stage, crops: RandomCrops, inputs_of: Callable[[Batch
     numbers += sum(p.numel() for p in stage.module.parameters()) * (2 + (config.optim.ema is not None))
     numbers += sum(value.numel() for network in stage.kept.values() for value in network.state_dict().values())
     images_left = plan.steps * config.optim.global_batch / plan.world_size
-    workers = config.data.workers if config.data.workers is not None else min(8, cpu_share(1))
+    workers = loader_workers(config.data.workers, cpu_share(min(plan.world_size, torch.cuda.device_count() or 1)))
     memory = memory_gb(stage.device)
     return [
         f"speed    step {step:.1f} images/s per rank (forward and backward, {count} images), "

@@ -16,7 +16,7 @@ from torch import nn
 from maedistill.config.plan import Plan
 from maedistill.config.schema import RunConfig
 from maedistill.escaping import say
-from maedistill.machine import precision
+from maedistill.machine import loader_workers, precision
 from maedistill.processes import distributed
 from maedistill.processes.diagnosis import peer_errors
 from maedistill.processes.heartbeat import Peers
@@ -150,8 +150,7 @@ def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, ext
         micro_batch=plan.batch.micro_batch,
         accumulation=plan.batch.accumulation,
     )
-    cores = distributed.cores()
-    workers = config.data.workers if config.data.workers is not None else min(8, cores)
+    workers = loader_workers(config.data.workers, distributed.cores())
     saver = Saver(folder.checkpoints, keep=config.log.keep, texts=folder.texts)
     peers.before_leaving = saver.wait
     stop = PreemptionHandler(timeout_seconds=config.engine.timeout_seconds, leave=folder.leave_at_once)

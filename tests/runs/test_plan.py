@@ -1,6 +1,13 @@
 """What a run says before it starts: every promise of --dry-run, and that it writes nothing."""
 
+import os
 import re
+
+import torch
+
+from maedistill.config.loader import load_config
+from maedistill.config.pretrain import PretrainConfig
+from maedistill.pretraining.setup import dry_run
 
 
 def test_dry_run_tells_everything_and_writes_nothing(pretraining, settings, trio):
@@ -20,6 +27,20 @@ def test_dry_run_tells_everything_and_writes_nothing(pretraining, settings, trio
     assert re.search(r"total [\d.]+ GFLOP per image", lines["flops"])
     for key in ("speed", "memory", "time"):
         assert re.search(r"\d", lines[key]), key
+
+
+def test_a_rank_has_its_share_of_the_machine_s_cores(shards, tmp_path, monkeypatch, capsys):
+    """Of 32 ranks on machines of 8 GPUs and 16 cores each has two, of two ranks each eight."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    data = {"train": f"{shards}/train-*.tar", "image_size": 32}
+    student = {"model": "vit_tiny_patch16_224", "width": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
+    given = {"method": "mae", "data": data, "student": student, "run": str(tmp_path / "run")}
+    given |= {"decoder": {"width": 16, "depth": 1, "num_heads": 2}, "optim": {"epochs": 2, "warmup_epochs": 1}}
+    for ranks, workers in ((32, 2), (2, 8)):
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        dry_run(load_config(given | {"optim": given["optim"] | {"global_batch": 32}}, root=PretrainConfig).config)
+        assert f"per worker, {workers} workers" in capsys.readouterr().out
 
 
 def test_a_dry_run_of_what_has_begun_finds_its_own_settings(pretraining, settings, mae):
