@@ -23,7 +23,7 @@ _START = 0.1  # of a run; losses of this part do not stretch the axis
 
 @dataclass(frozen=True)
 class Panel:
-    """One quantity that runs record. name: of the metric; with a slash at its end, the mean of all that begin so."""
+    """One quantity that runs record. name: of the metric; with a slash at its end, the mean of the term's parts."""
 
     name: str
     title: str
@@ -54,8 +54,8 @@ _NO_TERM |= {"weight/", *(panel.name for panel in _PANELS)}
 def find_panels(runs: Iterable[_Records]) -> list[Panel]:
     """Return what any of the runs records: its usual quantities, and after the losses each other term of a loss.
 
-    A term of several parts is their mean, but those of a peer are terms by themselves. Scheduled weights are left out,
-    and so is the sum of all terms if it is the only one.
+    A term of several parts is their mean; those of a peer and of a further teacher are terms by themselves. Scheduled
+    weights are left out, and so is the sum of all terms if it is the only one.
     """
     names, of_steps = dict[str, None](), dict[str, None]()
     all_records = [record for records in runs for record in records]
@@ -73,8 +73,10 @@ def find_panels(runs: Iterable[_Records]) -> list[Panel]:
 
 
 def _term(name: str) -> str:
-    """Return the term that a part belongs to: `hints/` of `hints/3`."""
-    return name if re.match(r"peer\d+/", name) else "".join(name.partition("/")[:2])
+    """Return the term that a part belongs to: `hints/` of `hints/3`, `align/teacher2/` of `align/teacher2/8`."""
+    found = re.match(r"peer\d+/.*|align/teacher\d+/|[^/]*/?", name)
+    assert found is not None  # the last alternative matches any text
+    return found[0]
 
 
 def draw_curves(records: _Records, path: Path, *, restarts: Sequence[int] = ()) -> Path | None:
@@ -100,10 +102,10 @@ def draw_curves(records: _Records, path: Path, *, restarts: Sequence[int] = ()) 
 
 
 def mean_metric(record: Mapping[str, Any], name: str) -> float | None:
-    """Return a record's metric; if the name ends with a slash, the mean of all that begin so. None if it has none."""
+    """Return a record's metric; if the name ends with a slash, the mean of this term's parts. None if it has none."""
     if not name.endswith("/"):
         return record.get(name)
-    values = [value for key, value in record.items() if key.startswith(name) and value is not None]
+    values = [value for key, value in record.items() if _term(key) == name and value is not None]
     return sum(values) / len(values) if values else None
 
 

@@ -157,4 +157,8 @@ def test_a_sum_of_one_term_has_no_panel(total, names) -> None:
 def test_a_metric_is_its_own_and_a_group_is_a_mean() -> None:
     record = {"top1": 0.5, "top1_correct": 50, "align/1": 1.0, "align/2": 2.0, "align/3": None}
     assert mean_metric(record, "top1") == 0.5 and mean_metric(record, "align/") == 1.5
+    record |= {"align/teacher2/8": 5.0, "align/teacher2/9": 7.0}
+    assert mean_metric(record, "align/") == 1.5 and mean_metric(record, "align/teacher2/") == 6.0
+    names = [panel.name for panel in find_panels([[{"loss": 1.0, **record}]])]
+    assert [name for name in names if name.startswith("align")] == ["align/", "align/teacher2/"]
     assert mean_metric(record, "knn") is mean_metric({}, "align/") is None
