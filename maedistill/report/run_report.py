@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # its import takes seconds, for which report pages need not w
     from maedistill.runs.folder import RunFolder
 
 
+_OF_THE_IMAGES = {"index", "image_key", "label_key", "exif", "eval_crop"}  # keys of `data` that both stages share
 PICTURE_NOTE = (
     "Where the pixel target is normalised, predicted patches are shown with the mean and contrast of the true patch, "
     "as MAE's own pictures are: they say whether structure is found, not brightness."
@@ -50,7 +51,7 @@ def write_run_report(folder: "RunFolder") -> Path:
         *([f"![losses]({curve.name})", ""] if curve else []),
         *(picture := _last_picture(folder)),
         *([PICTURE_NOTE, ""] if picture and config.pixels.target != "raw" else []),
-        "Next: fine-tune this student, or distil it into one of half the width:",
+        "Next: fine-tune this student:",
         "",
         *(f"    {shown(shlex.join(words))}" for words in next_commands(folder.path, config, metadata)),
         "",
@@ -123,10 +124,12 @@ def next_commands(
 ) -> list[list[str]]:
     """Return the words of the commands that follow a run: of the whole, and of its first exit or peer."""
     if isinstance(config, PretrainConfig):
-        return [_finetune_command(folder, config), _distil_command(folder, config)]
+        return [_finetune_command(folder, config)]
     run, val, commands = str(folder), config.data.val or "VALIDATION_SHARDS", [["export", str(folder)]]
+    keys = {"--image-key": config.data.image_key, "--label-key": config.data.label_key}
+    members = [word for option, key in keys.items() if key is not None for word in (option, key)]
     for words in list(_part_names(metadata).values())[:1]:
-        commands += [["export", run, *words], ["evaluate", run, val, *words]]
+        commands += [["export", run, *words], ["evaluate", run, val, *words, *members]]
     commands += [["evaluate", "exits", run, val]] if metadata.get("exits") else []
     return [["maedistill", *words] for words in commands]
 
@@ -149,24 +152,11 @@ def _finetune_command(folder: Path, config: PretrainConfig) -> list[str]:
         recipe = "small_images"
     overrides = [f"init.source=run:{folder}", f"run={folder}_finetuned", f"data.train={config.data.train}"]
     overrides += [f"data.val={config.data.val or 'VALIDATION_SHARDS'}", f"data.image_size={config.data.image_size}"]
+    changed = config.data.model_dump(include=_OF_THE_IMAGES, exclude_defaults=True)
+    overrides += [f"data.{key}={value}" for key, value in changed.items()]
     if recipe != "small_images":
         overrides += ["student.model=null"]  # the source knows its changed dimensions
     return ["maedistill", "finetune", f"finetune/{recipe}", *overrides]
-
-
-def _distil_command(folder: Path, config: PretrainConfig) -> list[str]:
-    """Return the command that distils this run by DMAE into a student of half the width, same data and schedule."""
-    path, arch = str(folder), config.student_architecture
-    overrides = ["method=dmae", f"run={path}_small", f"teacher.source=run:{path}"]
-    described = config.teacher.model_dump(exclude={"source", "precision", "decay"})  # of this run's own teacher
-    overrides += [f"teacher.{key}=null" for key, value in described.items() if value is not None]
-    overrides += ["masks.teacher_keep_ratio=null"] if config.masks.teacher_keep_ratio is not None else []
-    overrides += ["align.last_blocks=null"] if config.align.last_blocks is not None else []
-    overrides += ["align.weight=1"] if config.align.weight == 0 else []
-    if arch is not None:
-        tap = max(0, arch.depth * 3 // 4 - 1)  # DMAE's 3/4 of the depth, block 17 of 24
-        overrides += [f"student.width={arch.width // 2}", f"align.student=[{tap}]", f"align.teacher=[{tap}]"]
-    return ["maedistill", "pretrain", str(folder / "config.yaml"), *overrides]
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -184,7 +174,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _losses_table(config: PretrainConfig, last: Mapping[str, Any]) -> list[str]:
-    """Return a Markdown table of the last losses; alignment and generation are means over pairs."""
+    """Return a Markdown table of the last losses; generation and the first teacher's alignment are means over pairs."""
     means = [mean_metric(last, prefix) for prefix in ("pixels", "align/", "generate/")]
     losses = ["-" if value is None else f"{value:.4f}" for value in (last["loss"], *means)]
     knn = "-" if last["knn"] is None else f"{last['knn']:.1%}"

@@ -8,9 +8,10 @@ import shutil
 
 import pytest
 
+from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.report.run_report import summary, write_finetune_report, write_run_report
+from maedistill.report.run_report import next_commands, summary, write_finetune_report, write_run_report
 from maedistill.runs.folder import RunFolder
 from tests.exporting.imitation import START, imitate, random_vit
 
@@ -57,13 +58,32 @@ def test_a_run_s_report_says_what_it_was_and_what_came_of_it(trio, method):
         "a trend, no forecast",
     ):
         assert part in text, part
-    assert ("teacher: none" in text) == (method == "mae") and f"teacher.source=run:{ended.run}" in text
+    assert ("teacher: none" in text) == (method == "mae")
     assert method == "mae" or str(trio["mae"].run) in text
     command = shlex.split(text.rstrip().splitlines()[-1])
-    following = load_config(command[2], command[3:], root=PretrainConfig).config
-    assert following.method == "dmae" and following.teacher.source == f"run:{ended.run}"
-    assert following.student_architecture.width == 16
-    assert following.data == load_config(command[2], root=PretrainConfig).config.data
+    assert command[:2] == ["maedistill", "finetune"] and f"init.source=run:{ended.run}" in command
+
+
+IMAGES = {"image_key": "in.png", "label_key": "fine.cls", "exif": "apply", "eval_crop": 1.0, "index": "a.safetensors"}
+
+
+def test_the_next_commands_see_the_run_s_images(tmp_path):
+    """In the members that it chose, upright as it saw them, and by its index."""
+    data = {"train": "a.tar", "val": "b.tar"} | IMAGES
+    config = load_config({"method": "mae", "data": data}, root=PretrainConfig, to_run=False).config
+    (words,) = next_commands(tmp_path, config, {})
+    following = load_config(words[2], words[3:], root=FinetuneConfig).config
+    assert {key: getattr(following.data, key) for key in data} == data
+    exit_words = next_commands(tmp_path, following, {"exits": [2]})[2]
+    assert exit_words[-4:] == ["--image-key", "in.png", "--label-key", "fine.cls"]
+
+
+def test_losses_of_a_further_teacher_are_not_averaged_with_the_first_one_s(tmp_path):
+    run = imitate(tmp_path / "run", random_vit())
+    record = {"step": 7, "epoch": 2.5, "loss": 1.0, "pixels": 0.5, "align/1": 0.02, "align/teacher2/1": 1.0}
+    record |= {"images_per_second": 1.0, "trained_seconds": 1.0}
+    (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    assert table(write_run_report(RunFolder(run)))["dmae"]["align"] == "0.0200"
 
 
 def test_a_report_does_without_matplotlib_and_without_pictures(trio, tmp_path, monkeypatch):
