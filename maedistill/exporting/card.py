@@ -169,21 +169,23 @@ def _pretraining(config: PretrainConfig, vit: PlainViT) -> list[str]:
     num_patches = vit.patch_embed.num_patches
     student, teacher = mask_sizes(config, num_patches)
     sees = f"the student sees {student} of {num_patches} patches"
+    align = config.align
+    rises = f", rising from 0 in the first {align.warmup_share:.0%} of the run" if align.warmup_share else ""
     losses = [f"pixels of the hidden patches (target {config.pixels.target}, weight {config.pixels.weight:g})"]
     if config.method != "mae":
-        align = config.align
         sees += f", the teacher {teacher}, those among them" if teacher > student else ", the teacher the same"
         pairs = ", ".join(f"{s} with {t}" for s, t in zip(align.student, align.teacher, strict=True))
         what = "" if align.output == "block" else ", what their MLPs add"
+        what += f", target the mean of {align.last_blocks} blocks, the last the named one" if align.last_blocks else ""
         how = f"{align.distance}, normalisation {align.normalize}{what}"
         how = "token relations QK and VV" if config.method == "tinymim" else how
         losses.append(
-            f"alignment of student with teacher blocks, counted from 0: {pairs} ({how}, weight {align.weight:g})"
+            f"alignment of student with teacher blocks, counted from 0: {pairs} ({how}, weight {align.weight:g}{rises})"
         )
     more = (without_paths(text, word=True) for text in config.more_teachers)
     losses += [f"alignment with a further teacher, where it differs: {code(text)}" for text in more]
     if config.method == "amd":
-        losses.append(f"generated alignment where only the teacher sees (weight {config.generate.weight:g})")
+        losses.append(f"generated alignment where only the teacher sees (weight {config.generate.weight:g}{rises})")
     decoder, data, (low, high) = config.decoder, config.data, config.data.crop_scale
     return [
         f"- Masks: {sees}.",

@@ -86,6 +86,16 @@ def test_the_card_of_a_fine_tuned_network_says_how_good_it_is_and_where_it_comes
     assert "**Top-1 82.30 % (823 of 1000)**" in averaged and "81.20" not in averaged
 
 
+def test_the_card_says_that_targets_are_means_and_weights_rise(tmp_path):
+    run = imitate(tmp_path / "run", random_vit())
+    settings = (run / "config.yaml").read_text()
+    settings = settings.replace("align: {", "align: {last_blocks: 10, warmup_share: 0.25, weight: 2, ")
+    (run / "config.yaml").write_text(settings)
+    export(run)
+    text = " ".join(card(run)[1].split())
+    assert "target the mean of 10 blocks, the last the named one, weight 2, rising from 0 in the first 25% of" in text
+
+
 def test_what_the_run_does_not_say_the_card_says_is_missing(tmp_path):
     bare = {"method": None, "teacher": None, "data": None, "starts": [], "license": "not stated (set teacher.license)"}
     run = imitate(tmp_path / "run", random_vit(), **bare)
