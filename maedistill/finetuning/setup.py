@@ -85,7 +85,7 @@ class Finetuning(Stage):
     codistillation: Codistillation | None
 
     @property
-    def kept(self) -> dict[str, nn.Module]:
+    def saved_beside(self) -> dict[str, nn.Module]:
         """Return networks beside the trained one that checkpoints keep, by file name."""
         return self.past.kept if self.past is not None else {}
 

@@ -173,7 +173,7 @@ class Pretraining(Stage):
         return [self.teacher, *(one.teacher for one in self.more)] if self.teacher is not None else []
 
     @property
-    def kept(self) -> dict[str, nn.Module]:
+    def saved_beside(self) -> dict[str, nn.Module]:
         """Return the average and the measured statistics, which checkpoints keep, by file name."""
         kept = {"teacher": self.teacher.network} if isinstance(self.teacher, AverageTeacher) else {}
         return kept | {f"statistics{i + 1 if i else ''}": measured for i, measured in self.statistics.items()}

@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from maedistill.errors import DataError
@@ -67,17 +66,16 @@ class Saver:
         step: int,
         engine: Engine,
         state: dict[str, Any],
-        ema: ModelEmaV3 | None = None,
-        kept: Mapping[str, nn.Module] | None = None,
+        saved_beside: Mapping[str, nn.Module] | None = None,
         records: Sequence[AppendOnlyFile] = (),
     ) -> None:
         """Take the checkpoint of `step` and start writing it, once the previous one is written. Collective.
 
-        state, kept: see `take_snapshot`. records: the run's log files; rank 0 syncs their lines
-        before the checkpoint that stands for them; if that fails there is no checkpoint. Raises what `settle` raises.
+        state, saved_beside: see `take_snapshot`. records: the run's log files; rank 0 syncs their lines before the
+        checkpoint that stands for them; if that fails there is no checkpoint. Raises what `settle` raises.
         """
         self.settle()
-        snapshot = take_snapshot(step=step, engine=engine, state=state, ema=ema, kept=kept, texts=self.texts)
+        snapshot = take_snapshot(step=step, engine=engine, state=state, saved_beside=saved_beside, texts=self.texts)
         if snapshot is not None:
             self._writing = _Writing(partial(self._write, snapshot, records), step)
 

@@ -32,7 +32,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from maedistill.durable import make_folder, sync, write_synced
@@ -62,14 +61,13 @@ def take_snapshot(
     step: int,
     engine: Engine,
     state: dict[str, Any],
-    ema: ModelEmaV3 | None = None,
-    kept: Mapping[str, nn.Module] | None = None,
+    saved_beside: Mapping[str, nn.Module] | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> Snapshot | None:
     """Copy the contents of a checkpoint of `step` to rank 0; return None on the other ranks. Collective.
 
-    state: plain JSON types, returned by `load_latest` (restore.py). kept: other networks by file name. texts: small
-    files by name.
+    state: plain JSON types, returned by `load_latest` (restore.py). saved_beside: networks beside the trained one, by
+    file name. texts: small files by name.
     """
     training = engine.state()
     if training is None:
@@ -77,16 +75,11 @@ def take_snapshot(
     document = json.dumps({"step": step, "engine": training.scalars, "loop": state}, indent=1, allow_nan=False)
     moments = {f"{kind}/{name}": value for kind in MOMENTS for name, value in training.moments[kind].items()}
     files = {"model.safetensors": training.weights, "optimizer.safetensors": moments}
-    for kind, module in beside(ema, kept).items():
+    for kind, module in (saved_beside or {}).items():
         tensors = files[f"{kind}.safetensors"] = {}
         for name, value in module.state_dict().items():
             copy_to_main(tensors, name, value)
     return Snapshot(step, files, {STATE: document, **(texts or {})})
-
-
-def beside(ema: ModelEmaV3 | None, kept: Mapping[str, nn.Module] | None) -> dict[str, nn.Module]:
-    """Return the networks that a checkpoint has beside the trained one, by file name."""
-    return {**({"ema": ema.module} if ema is not None else {}), **(kept or {})}
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:

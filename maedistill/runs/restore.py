@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors.torch import load_file
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from maedistill.errors import DataError
 from maedistill.escaping import get_log
 from maedistill.processes.distributed import broadcast_tensor, on_main
-from maedistill.runs.checkpoint import WRITE_ERRORS, beside, checkpoint_steps, require_intact
+from maedistill.runs.checkpoint import WRITE_ERRORS, checkpoint_steps, require_intact
 from maedistill.runs.manifest import CorruptCheckpoint, read_manifest, verify
 from maedistill.runs.state import read_state
 from maedistill.training.engine import MOMENTS, Engine, TrainingState
@@ -29,18 +28,18 @@ logger = get_log(__name__)
 
 
 def load_latest(
-    folder: Path, engine: Engine, ema: ModelEmaV3 | None = None, *, kept: Mapping[str, nn.Module] | None = None
+    folder: Path, engine: Engine, *, saved_beside: Mapping[str, nn.Module] | None = None
 ) -> dict[str, Any] | None:
-    """Load the newest intact checkpoint into `engine`, `ema` and `kept`; return its state, None if there is none.
+    """Load the newest intact checkpoint into these networks; return its state, None if there is none.
 
-    Collective. kept: other networks by file name.
+    Collective. saved_beside: networks beside the engine's, by file name.
 
     Raises DataError when there are checkpoints but no intact one, or when it belongs to another model.
     """
     shapes = engine.shapes()
     parameters = [name for name, _ in engine.module.named_parameters()]
     training: TrainingState | None = None  # this and the next are read on rank 0 only
-    others = beside(ema, kept)
+    others = saved_beside or {}
     tensors_of: dict[str, dict[str, Tensor]] = {kind: {} for kind in others}
 
     def read() -> dict[str, Any] | None:

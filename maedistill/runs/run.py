@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import torch
 from timm.scheduler import CosineLRScheduler
@@ -67,8 +67,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     preempted: signal.Signals | None = None  # the signal that asks the run to end before its last step
     callbacks: tuple[Callback, ...] = ()
-    kept: Mapping[str, nn.Module] = field(default_factory=dict)  # other networks that checkpoints keep, by file name
-
+    saved_beside: Mapping[str, nn.Module] = field(default_factory=dict)  # other networks of a checkpoint, by file name
     before_save: list[Callable[[int], None]] = field(default_factory=list)  # what a checkpoint of a step counts on
 
     def __post_init__(self) -> None:
@@ -105,7 +104,7 @@ class Run:
     def restore(self) -> None:
         """Load the newest complete checkpoint, if there is one. Collective."""
         distributed.on_main(lambda: remove_strays(self.folder.checkpoints))  # a finished run writes no more checkpoints
-        state = load_latest(self.folder.checkpoints, self.engine, self.ema, kept=self.kept)
+        state = load_latest(self.folder.checkpoints, self.engine, saved_beside=self.saved_beside)
         if state is None:
             return
         self.progress = Progress.from_state(state, checkpoints=self.folder.checkpoints)
@@ -121,8 +120,9 @@ class Run:
         self.bad_samples.count(self.progress)
         now = {"losses": self.averages.totals(), "trained_seconds": self.progress.trained_seconds + self.clock.seconds}
         state = self.progress.state() | now
-        networks: dict[str, Any] = {"engine": self.engine, "ema": self.ema, "kept": self.kept}
-        self.saver.save(step=self.step, state=state, records=self._records, **networks)
+        self.saver.save(
+            step=self.step, engine=self.engine, state=state, saved_beside=self.saved_beside, records=self._records
+        )
 
     def raise_if_preempted(self) -> None:
         """Raise Preempted, with a checkpoint written, after a step in which a signal asked for it. Collective."""

@@ -54,7 +54,7 @@ class Stage(Protocol):
         """Describe the run, one fact per line."""
 
     @property
-    def kept(self) -> Mapping[str, nn.Module]:
+    def saved_beside(self) -> Mapping[str, nn.Module]:
         """Return networks beside the trained one that checkpoints keep, by file name."""
         return {}
 
@@ -154,5 +154,7 @@ def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, ext
     saver = Saver(folder.checkpoints, keep=config.log.keep, texts=folder.texts)
     peers.before_leaving = saver.wait
     stop = PreemptionHandler(timeout_seconds=config.engine.timeout_seconds, leave=folder.leave_at_once)
-    kept = stage.kept
-    return Run(config, folder, plan, module, engine, schedule, ema, device, workers, peers, saver, stop, kept=kept)
+    beside = ({"ema": ema.module} if ema is not None else {}) | dict(stage.saved_beside)
+    return Run(
+        config, folder, plan, module, engine, schedule, ema, device, workers, peers, saver, stop, saved_beside=beside
+    )

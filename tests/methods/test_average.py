@@ -130,7 +130,8 @@ import maedistill
 
 class Look(maedistill.Callback):
     def on_start(self, run):
-        pairs = zip(run.kept["teacher"].state_dict().values(), run.module.encoder.state_dict().values(), strict=True)
+        networks = run.saved_beside["teacher"], run.module.encoder
+        pairs = zip(*(network.state_dict().values() for network in networks), strict=True)
         print("equal" if all(torch.equal(*pair) for pair in pairs) else "differs", flush=True)
 
 torch.manual_seed(int(os.environ["RANK"]))

@@ -51,9 +51,11 @@ def make_run(folder, vit, *, stage="finetune", ema=None):
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps(metadata))
     training = TrainingState(named(vit), {moment: {} for moment in MOMENTS}, {})
-    averaged = ema and SimpleNamespace(module=SimpleNamespace(state_dict=lambda: named(ema)))
+    averaged = {"ema": SimpleNamespace(state_dict=lambda: named(ema))} if ema is not None else {}
     engine = SimpleNamespace(state=lambda: training)
-    write_snapshot(folder / "checkpoints", take_snapshot(step=7, engine=engine, ema=averaged, state={}), keep=1)
+    write_snapshot(
+        folder / "checkpoints", take_snapshot(step=7, engine=engine, saved_beside=averaged, state={}), keep=1
+    )
     return folder
 
 
