@@ -12,14 +12,12 @@ import yaml
 
 from maedistill import cli
 from maedistill.config.document import CONFIGS, find_config
-from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
-from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.values import STAGES
 from maedistill.study.file import load_study
 from tests.support.launch import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 LAUNCHER = re.compile(
     r"(?:\w+=\S+ )*(?:torchrun .*?-m |srun .*?|deepspeed .*?tools/|\.venv/bin/)?(maedistill|pretrain\.py)\b(.*)"
 )

@@ -38,7 +38,8 @@ def run_command(
         say(*explain(arguments.explain, root).split("\n"))
         return
     if not arguments.config:
-        usage = f"usage: {root.tool} CONFIG [key=value ...]; `{root.tool} --help` has examples and the names of options"
+        tool = f"maedistill {root.stage}"
+        usage = f"usage: {tool} CONFIG [key=value ...]; `{tool} --help` has examples and the names of options"
         raise ConfigError("no config is named", usage)
     _require_effect(arguments)
     loaded = load_config(arguments.config, arguments.overrides, root=root, to_run=not arguments.print_config)
@@ -64,7 +65,7 @@ def run_command(
 
 
 def _parse(root: type[Root], about: str, examples: str) -> argparse.Namespace:
-    parser = new_parser(root.tool, about, examples + EXIT_CODES)
+    parser = new_parser(f"maedistill {root.stage}", about, examples + EXIT_CODES)
     add = parser.add_argument
     add(
         "config",

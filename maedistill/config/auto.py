@@ -33,8 +33,8 @@ class Limits:
 
 
 LIMITS = {
-    "pre-training": Limits(updates=20_000, batch=(64, 4096), epochs=(100, 1600)),  # DMAE 100, MAE 1,600 epochs
-    "fine-tuning": Limits(updates=5_000, batch=(32, 1024), epochs=(50, 300)),  # MAE's ViT-L 50, MAE-Lite 300 epochs
+    "pretrain": Limits(updates=20_000, batch=(64, 4096), epochs=(100, 1600)),  # DMAE 100, MAE 1,600 epochs
+    "finetune": Limits(updates=5_000, batch=(32, 1024), epochs=(50, 300)),  # MAE's ViT-L 50, MAE-Lite 300 epochs
 }
 
 

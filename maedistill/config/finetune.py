@@ -157,8 +157,7 @@ class Log(LogConfig):
 class FinetuneConfig(RunConfig):
     """One fine-tuning run; `finetune_rules.py` says what must hold between its keys."""
 
-    stage = "fine-tuning"
-    command, tool = "finetune", "maedistill finetune"
+    stage, title = "finetune", "fine-tuning"
 
     seed: Count = result(
         0, "seeds the sample order, label subset, augmentations, drop path and initial weights", le=2**63 - 1

@@ -257,8 +257,7 @@ class Log(LogConfig):
 class PretrainConfig(RunConfig):
     """One pre-training run; `pretrain_rules.py` says what must hold between its keys."""
 
-    stage = "pre-training"
-    command, tool = "pretrain", "maedistill pretrain"
+    stage, title = "pretrain", "pre-training"
 
     method: Literal["mae", "dmae", "amd", "tinymim"] = result(
         "dmae",

@@ -224,9 +224,8 @@ class LogConfig(Section):
 class RunConfig(Section):
     """One run of any stage. Derived numbers are properties, never mutations."""
 
-    stage: ClassVar[str]
-    command: ClassVar[str]  # of cli.py
-    tool: ClassVar[str]  # as it is typed
+    stage: ClassVar[str]  # the command, and its name in run.json
+    title: ClassVar[str]  # in sentences
 
     run: str = runtime("", "run folder; starting the same command again continues the run")
     seed: Count

@@ -20,7 +20,8 @@ from maedistill.config.schema import RunConfig
 from maedistill.config.shared_rules import Problem
 from maedistill.errors import join_first
 
-ROOTS: tuple[type[RunConfig], ...] = (PretrainConfig, FinetuneConfig)
+STAGES: dict[str, type[PretrainConfig] | type[FinetuneConfig]]
+STAGES = {PretrainConfig.stage: PretrainConfig, FinetuneConfig.stage: FinetuneConfig}
 Root = TypeVar("Root", bound=RunConfig)
 
 
@@ -62,10 +63,11 @@ def unknown_key(name: str, root: type[RunConfig], value: Any = None) -> Problem:
         return Problem(name, "extends works only in a file", "name the other file as CONFIG")
     if remedy := ELSEWHERE.get(name.rpartition(".")[2]):
         return Problem(name, f"unknown key {name}", remedy)
-    for other in ROOTS:
+    for other in STAGES.values():
         foreign_sections = all_sections(other).keys() - sections.keys()
         if name in all_keys(other) or name.partition(".")[0] in foreign_sections:
-            return Problem(name, f"{name} belongs to {other.stage} ({other.tool})", f"remove it, or run {other.tool}")
+            tool = f"maedistill {other.stage}"
+            return Problem(name, f"{name} belongs to {other.title} ({tool})", f"remove it, or run {tool}")
     near = nearest_keys(name, root)
     remedy = (
         f"did you mean {' or '.join(near)}?"

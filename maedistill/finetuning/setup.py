@@ -113,7 +113,7 @@ class Finetuning(Stage):
             + [teacher.network.license for teacher in self.teachers]
         )
         return {
-            "stage": "finetune",
+            "stage": self.config.stage,
             "network": describe_network(self.module.vit),
             "input": {
                 "size": data.image_size,

@@ -83,7 +83,7 @@ class Pretraining(Stage):
         """Return the metadata for run.json: network, samples, teacher, and the license of the weights used."""
         data, teachers = self.config.data, self._teacher_sources
         return {
-            "stage": "pretrain",
+            "stage": self.config.stage,
             "method": self.config.method,
             "method_class": class_name(type(self.module)),
             "network": describe_network(getattr(self.module.encoder, "vit", self.module.encoder)),

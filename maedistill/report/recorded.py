@@ -11,12 +11,11 @@ from typing import Any
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.values import STAGES
 from maedistill.errors import ConfigError, DataError, UserError
 from maedistill.runs.history import read_metrics
 
 PREDICTIONS = "predictions.csv"  # in the folder of a fine-tuning: `maedistill evaluate --predictions`
-_STAGES: dict[str, type[PretrainConfig] | type[FinetuneConfig]]
-_STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def read_run(path: Path, name: str, place: int = 0) -> RecordedRun:
                 "name the folder of a run that has started, or of a study with results.json",
             )
         metadata, records = read_json(path / "run.json"), read_metrics(path)
-        root = _STAGES[metadata["stage"]]
+        root = STAGES[metadata["stage"]]
         config: Any = load_config(path / "config.yaml", root=root, to_run=False).config
         if odd := [one for record in records for one in record.values() if not _is_number(one)]:
             raise TypeError(f"{odd[0]!r} is no number")

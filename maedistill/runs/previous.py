@@ -18,14 +18,11 @@ from maedistill.config.keys import differing_keys
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.schema import RunConfig
+from maedistill.config.values import STAGES
 from maedistill.errors import ConfigError, DataError, join_first
 from maedistill.runs.checkpoint import whole_copy
 
 CONFIG, METADATA, CHECKPOINTS = "config.yaml", "run.json", "checkpoints"
-STAGES: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {
-    "pretrain": PretrainConfig,
-    "finetune": FinetuneConfig,
-}
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ def require_same(run: Path, previous: Previous, config: RunConfig, metadata: dic
 
 def _require_same_settings(run: Path, before: RunConfig, config: RunConfig, *, extend: bool) -> None:
     if type(before) is not type(config):
-        raise _refusal(run, f"holds a run of {before.stage}, not of {config.stage}")
+        raise _refusal(run, f"holds a run of {before.title}, not of {config.title}")
     changed = differing_keys(before, config)
     if extend:
         changed = [change for change in changed if change[0] != "optim.epochs"]

@@ -45,7 +45,7 @@ def is_done(config: RunConfig) -> bool:
         changes = (
             differing_keys(before, with_numbers_of(config, before))
             if same_stage
-            else [("stage", before.stage, config.stage)]
+            else [("stage", before.title, config.title)]
         )
         if changes:
             texts = [f"{key}: {old!r} there, {new!r} now" for key, old, new in changes]

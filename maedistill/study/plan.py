@@ -20,7 +20,7 @@ from maedistill.config.loader import load_config, read_setting
 from maedistill.config.pretrain import UNUSED_SECTIONS, PretrainConfig
 from maedistill.config.schema import SHAPE, RunConfig
 from maedistill.config.sources import EMA
-from maedistill.config.values import Root, unknown_key
+from maedistill.config.values import STAGES, Root, unknown_key
 from maedistill.data.shards.scan import Members
 from maedistill.errors import ConfigError, join_first
 from maedistill.study.completion import is_done, is_scored
@@ -70,7 +70,7 @@ class StudyPlan:
         """Plan the run of this name, NETWORK/seed_K/STAGE."""
         owner, folder, stage = name.split("/")
         seed = int(folder.removeprefix("seed_"))
-        root: type[RunConfig] = PretrainConfig if stage == "pretrain" else FinetuneConfig
+        root = STAGES[stage]
         path, texts = self._pretraining(owner) if stage == "pretrain" else self._finetuning(owner)
         start = self._networks[owner].steps(owner, seed)[0] if stage == "finetune" else None
         settings, teachers = self._filled(name, path, texts, root)
@@ -81,7 +81,7 @@ class StudyPlan:
             cause = f"{self.out}: as the setting run=, YAML reads {config.run} of {self.out / name}"
             raise ConfigError(cause, "use another folder, without ' #' and ': '")
         needs = (*([start] if start is not None else []), *teachers)
-        return Step(name, (root.command, path, *settings), needs, partial(is_done, config))
+        return Step(name, (stage, path, *settings), needs, partial(is_done, config))
 
     def _filled(self, name: str, path: str, texts: Sequence[str], root: type[RunConfig]) -> tuple[list[str], list[str]]:
         """Return a run's settings, those of the command line last, with folders in place of placeholders, and the names
@@ -98,7 +98,7 @@ class StudyPlan:
                     needs.append(step)
             if "{teacher." in text:
                 remedy = f"use {join_first(usable)}" if usable else "add a teacher, with finetune: true for fine-tuning"
-                raise ConfigError(f"{name}: {text} names no teacher that {root.stage} can use", remedy)
+                raise ConfigError(f"{name}: {text} names no teacher that {root.title} can use", remedy)
             filled.append(text)
         return filled, list(dict.fromkeys(needs))
 
@@ -209,7 +209,7 @@ def add_tests(steps: Sequence[Step], out: Path, shards: str) -> list[Step]:
     tested = []
     for step in steps:
         tested.append(step)
-        if step.command[0] == FinetuneConfig.command:
+        if step.command[0] == FinetuneConfig.stage:
             run = out / step.name
             _, path, *settings = step.command
             data = _load(step.name, path, settings, FinetuneConfig).data

@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from maedistill.config.values import STAGES
 from maedistill.report import run_page
 from maedistill.report.interactive import bubbles, legend, require_bokeh
 from maedistill.report.markup import command, joined, note, table
@@ -16,7 +17,6 @@ from maedistill.study.results_page import accuracy_cells, cost_cells, interval_l
 PAGE = "results.html"
 _SCORES = ("scorecard.json", "test.json")  # of evaluate --json; those of the quickstart and of study --test
 _MOST_DRAWN = 12  # networks whose curves, pictures and settings are shown
-_STAGES = {"pretrain": "pre-training", "finetune": "fine-tuning"}
 
 
 def write_study_page(out: Path, file: Path) -> Path:
@@ -46,9 +46,9 @@ def write_study_page(out: Path, file: Path) -> Path:
         page.add("Cost", table(*cost_cells(summaries)), note(pixel_caveat(summaries)))
         few = f" Curves, pictures and settings are those of {_MOST_DRAWN} networks." * (len(networks) > _MOST_DRAWN)
         page.add("Runs", note(f"What follows is of the first seed of each network.{few}"))
-        for stage, of in _STAGES.items():
+        for stage, root in STAGES.items():
             if runs := _first_runs(out, networks, stage):
-                run_page.add_runs(page, runs, of=of)
+                run_page.add_runs(page, runs, of=root.title)
         page.add("Commands", command(results["command"], "the study"))
     return page.write(file)
 

@@ -290,7 +290,7 @@ def refused(tmp_path, messages, request):
         error = caught.value
         assert error.exit_code == 2
         assert "\n" not in error.cause and "\n" not in error.remedy, "one line each"
-        messages.check(f"{root.stage} | {name or ' '.join(overrides)}", error.cause, error.remedy, FOLDER=tmp_path)
+        messages.check(f"{root.title} | {name or ' '.join(overrides)}", error.cause, error.remedy, FOLDER=tmp_path)
         return error
 
     return check

@@ -8,13 +8,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
-from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.render import config_yaml
+from maedistill.config.values import STAGES
 from maedistill.report.sheet import tile
 
-ROOTS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 STEPS_PER_EPOCH = 1251  # of ImageNet with a global batch of 1,024
 
 
@@ -35,7 +33,7 @@ def made_run(
     size = ["optim.warmup_epochs=0.5", "optim.global_batch=1024", "data.train=train.tar", f"run={folder}"]
     recipe = "imagenet/dmae_vit_s" if stage == "pretrain" else "finetune/vit_small"
     more = ["data.val=val.tar", "init.source=run:runs/a", "optim.epochs=100"] if stage == "finetune" else []
-    config = load_config(recipe, [*size, *more, f"optim.epochs={epochs}", *settings], root=ROOTS[stage]).config
+    config = load_config(recipe, [*size, *more, f"optim.epochs={epochs}", *settings], root=STAGES[stage]).config
     (folder / "config.yaml").write_text(config_yaml(config))
     entry = {
         "stage": stage,

@@ -18,6 +18,7 @@ from PIL import Image
 from maedistill import durable
 from maedistill.config.document import read_file
 from maedistill.config.loader import load_config
+from maedistill.config.values import STAGES
 from maedistill.data.shards.open_index import open_index
 from maedistill.errors import ConfigError, DataError
 from maedistill.finetuning.loop import finetune
@@ -29,7 +30,7 @@ from maedistill.report.page_pictures import reconstructions
 from maedistill.report.recorded import read_run
 from maedistill.report.run_page import PAGE, refresh, write_page
 from maedistill.report.sheet import tile, untile
-from tests.report.made_up import ROOTS, STEPS_PER_EPOCH, draw_sheets, made_run
+from tests.report.made_up import STEPS_PER_EPOCH, draw_sheets, made_run
 
 ODD = ("a]b", "$x_1$", "<img src=x onerror=alert(1)>", "</script>")  # the last one is a folder `<` and one below it
 
@@ -275,7 +276,7 @@ def test_the_command_refuses_what_is_no_run_and_a_missing_bokeh(tmp_path, monkey
     for stage in (pretrain, finetune):
         old = made_run(tmp_path / stage.__name__, stage.__name__, every=500)
         new = [f"run={tmp_path}/new", "log.report=true"]
-        config = load_config(old / "config.yaml", new, root=ROOTS[stage.__name__]).config
+        config = load_config(old / "config.yaml", new, root=STAGES[stage.__name__]).config
         with pytest.raises(ConfigError, match="Bokeh"):
             stage(config)
     assert not (tmp_path / "new").exists(), "said before the run starts"

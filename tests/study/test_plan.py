@@ -8,6 +8,7 @@ import pytest
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.values import STAGES
 from maedistill.errors import ConfigError
 from maedistill.models.vits import build_vit
 from maedistill.study import plan as planning
@@ -38,8 +39,7 @@ def two(study):
 def plan(study, *, out=OUT, seeds=(0,), only=None, settings=()):
     """The steps by name, and the config that each command stands for."""
     steps = StudyPlan(study, out, seeds, only, settings).steps()
-    roots = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
-    configs = {s.name: load_config(s.command[1], s.command[2:], root=roots[s.command[0]]).config for s in steps}
+    configs = {s.name: load_config(s.command[1], s.command[2:], root=STAGES[s.command[0]]).config for s in steps}
     assert len({step.name for step in steps}) == len(steps)
     return {step.name: step for step in steps}, configs
 

@@ -77,7 +77,7 @@ def _page(root: type[RunConfig], title: str, guide: str) -> str:
     parts = [
         f"# {title}",
         GENERATED,
-        f"After reading this page you know every key of `{root.tool}`: {len(all_keys(root))} keys.",
+        f"After reading this page you know every key of `maedistill {root.stage}`: {len(all_keys(root))} keys.",
         f"How to read the tables: [configuration](../configuration.md). How to use the keys: {guide}.",
     ]
     for name, keys in _sections(root).items():
