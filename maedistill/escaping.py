@@ -2,17 +2,17 @@
 
 shown -> one line of console or log      markdown, code -> a piece of a page      cell -> CSV      masked -> no secrets
 without_paths -> what strangers may read: no folder of this machine
-say -> stdout or stderr, for everything that the package prints; get_log -> the same for its logs
+say, warn -> stdout or stderr, for everything that the package prints
 
 Files that are read again (an index, classes.json, run.json) keep every character.
 """
 
-import logging
 import os
 import re
 import shlex
 import sys
 import traceback
+from contextlib import suppress
 
 _COLOURS = {"error": 31, "warning": 33}  # red, yellow
 _NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?")
@@ -121,6 +121,12 @@ def say(*lines: str, error: bool = False) -> None:
     print(f"{whole}\n", end="", file=stream, flush=True)  # one write, since threads print too
 
 
+def warn(text: str) -> None:
+    """Print one line of warning to stderr. Nothing ends because nobody reads it: any process or thread may warn."""
+    with suppress(OSError, ValueError):
+        say(f"warning: {text}", error=True)
+
+
 def _in_colour(text: str) -> str:
     """Colour the `error:` or `warning:` that a text begins with, if stderr is a terminal and NO_COLOR is not set."""
     kind, colon, rest = text.partition(":")
@@ -132,15 +138,3 @@ def traceback_lines(error: BaseException) -> list[str]:
     """Return the traceback of an error, in which no further line of its text begins at the margin."""
     entries = traceback.format_exception(error)
     return [shown(line) for entry in entries for line in entry.rstrip("\n").replace("\n", "\n  ").split("\n")]
-
-
-def get_log(name: str) -> logging.Logger:
-    """Return the logger of a module, whose messages stay one line each."""
-    log = logging.getLogger(name)
-    log.addFilter(_escape)
-    return log
-
-
-def _escape(record: logging.LogRecord) -> bool:
-    record.msg, record.args = shown(record.getMessage()), ()
-    return True

@@ -24,7 +24,7 @@ from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.summary import print_summary
 from maedistill.data.shards.write import make_shards
 from maedistill.errors import DataError, PeerError, exit_code_of, leave
-from maedistill.escaping import cell, code, get_log, has_secret, markdown, masked, say, shown, without_paths
+from maedistill.escaping import cell, code, has_secret, markdown, masked, say, shown, warn, without_paths
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.scorecard import ScoreSpec, score
 from maedistill.exporting.folder import export
@@ -97,19 +97,21 @@ def test_what_is_plain_stays_as_it_is():
     assert row.count("|") == 3 and "*" not in row and "[" not in row and "<" not in row
 
 
-def test_console_log_and_errors(tmp_path, capsys, caplog, monkeypatch):
+def test_console_log_and_errors(tmp_path, capsys, monkeypatch):
     log = TrainLog(tmp_path / "train.log")
     with pytest.raises(DataError), log.capture():
         log.begin(f"=== {WORD}")
         say(f"teacher  {WORD}", "next")
         StatusLine(sys.stdout).print(f"FAILED {WORD}", WORD)
-        get_log("maedistill.tests").warning("%s is odd", WORD)
+        warn(f"{WORD} is odd")
         raise DataError(WORD, WORD)
     with pytest.raises(KeyError), log.capture():
         raise KeyError("a") from ValueError(WORD)
     check(log.path.read_text())
-    check(capsys.readouterr().out)
-    check(caplog.messages[0])
+    printed = capsys.readouterr()
+    check(printed.out)
+    check(printed.err)
+    assert "warning: " in log.path.read_text()
 
     def lose(error):
         raise error
@@ -203,7 +205,7 @@ def test_a_secret_in_an_address_is_refused_and_appears_nowhere(address, tmp_path
         for refuse in (check_url, find_shards, open_index):
             assert exit_code_of(lambda: refuse(address)) == 2  # noqa: B023
         say(address)
-        get_log("maedistill.tests").warning("%s does not answer", address)
+        warn(f"{address} does not answer")
     assert exit_code_of(lambda: load_config({"data": {"train": masked(address)}}, root=PretrainConfig)) == 2
     printed = capsys.readouterr()
     kept = [path.read_text() for path in tmp_path.rglob("*") if path.is_file() and path.name != "own.yaml"]

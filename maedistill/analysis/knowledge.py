@@ -36,11 +36,12 @@ from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.patterns import describe_shards
 from maedistill.durable import make_folder, write_durably
 from maedistill.errors import ConfigError, DataError, NumericsError, join_first
+from maedistill.escaping import warn
 from maedistill.evaluation.context import EvalContext, print_data, print_main, print_network
 from maedistill.processes import distributed
 from maedistill.runs.history import duration
 from maedistill.runs.lock import FolderLock
-from maedistill.runs.records import unwritable, warn, write_text
+from maedistill.runs.records import unwritable, write_text
 from maedistill.weights.backbone import Pool
 from maedistill.weights.network import Network
 

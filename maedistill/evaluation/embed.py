@@ -32,12 +32,13 @@ from maedistill.data.shards.patterns import describe_shards
 from maedistill.data.shards.scan import NO_LABEL, USUAL, Members
 from maedistill.durable import make_folder, write_durably
 from maedistill.errors import ConfigError, DataError, join_first
+from maedistill.escaping import warn
 from maedistill.evaluation.context import EvalContext, finish, metadata, print_data, print_main, print_network
 from maedistill.evaluation.features import require_finite_rows
 from maedistill.evaluation.full_pass import Predictor, evaluation_mode, report_bad
 from maedistill.processes import distributed
 from maedistill.runs.manifest import MANIFEST
-from maedistill.runs.records import unwritable, warn, write_text
+from maedistill.runs.records import unwritable, write_text
 from maedistill.weights.backbone import Backbone, DenseBackbone, Pool, open_backbone, open_dense
 from maedistill.weights.network import Network
 from maedistill.weights.state_dict import weights_fingerprint

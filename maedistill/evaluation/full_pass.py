@@ -25,10 +25,10 @@ from torch.nn import functional as F
 from maedistill.data.images.transforms import normalize, to_float01
 from maedistill.data.loading.evaluation import PADDING, EvaluationImages, exact_batches, rank_share, undecodable
 from maedistill.errors import DataError, join_first
+from maedistill.escaping import warn
 from maedistill.evaluation.context import EvalContext
 from maedistill.processes import distributed
 from maedistill.runs.progress import max_bad
-from maedistill.runs.records import warn
 
 _NAMED = 3  # images that cannot be decoded and are named
 _TOGETHER = 64  # batches gathered at once: few collectives, and the device holds the rows of no more than these

@@ -19,7 +19,7 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.images.transforms import to_float01
 from maedistill.data.loading.evaluation import EvaluationImages, centre_transform, exact_batches
 from maedistill.data.shards.index import ShardIndex
-from maedistill.escaping import say
+from maedistill.escaping import say, warn
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.features import pooled_features, random_subset
 from maedistill.evaluation.knn import knn_accuracy
@@ -35,7 +35,7 @@ from maedistill.report.run_report import write_run_report
 from maedistill.runs.callback import Callback
 from maedistill.runs.metrics import MetricsFile
 from maedistill.runs.objects import NOTHING, Objects
-from maedistill.runs.records import ignore_write_errors, warn
+from maedistill.runs.records import ignore_write_errors
 from maedistill.runs.run import Run
 from maedistill.runs.start import run_stage
 

@@ -13,6 +13,7 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.sources import EMA
 from maedistill.data.shards.index import ShardIndex, why_unscorable
 from maedistill.data.shards.patterns import describe_shards
+from maedistill.escaping import warn
 from maedistill.methods.average import COLLAPSED, AverageTeacher
 from maedistill.methods.mae import MAE, BlockFeatures, Losses
 from maedistill.methods.statistics import ChannelStatistics
@@ -37,7 +38,6 @@ from maedistill.processes import distributed
 from maedistill.runs.dry_run import dry_run as plan_and_try
 from maedistill.runs.dry_run import forward_backward
 from maedistill.runs.objects import NOTHING, Objects, class_name, open_samples, trainable
-from maedistill.runs.records import warn
 from maedistill.runs.settle import settle, settle_precision
 from maedistill.runs.start import Stage
 from maedistill.training.compilation import compile_function, compile_module

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import all_keys, flat
+from maedistill.escaping import warn
 from maedistill.report.formatting import KNN_CAVEAT, interval_text, percent, short_names
 from maedistill.report.interactive import curves, legend, require_bokeh
 from maedistill.report.markup import Html, command, element, note, table
@@ -21,7 +22,6 @@ from maedistill.report.page_predictions import predictions
 from maedistill.report.recorded import RecordedRun, is_run, read_run, readable, written
 from maedistill.report.run_report import PICTURE_NOTE, next_commands, part_scores, summary
 from maedistill.runs.history import duration
-from maedistill.runs.records import warn
 
 PAGE = "report.html"
 _MOST_PICTURED = 6  # runs whose pictures are shown; sheets of reconstructions, divided among them

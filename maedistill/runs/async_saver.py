@@ -11,7 +11,7 @@ learns how the previous write ended.
 Loader workers may be forked in the middle of a write. A forked process does not have this thread, so it writes nothing.
 It inherits an open file or two and the pages of the copies, and releases both when it ends. It flushes nothing, since
 workers exit through os._exit. It needs no lock that the thread may hold: the thread runs no torch kernel and imports
-nothing, and libc and Python reset the locks of malloc and logging at a fork.
+nothing, and libc resets the lock of malloc at a fork.
 """
 
 import threading
@@ -23,10 +23,10 @@ from typing import Any, Self
 from torch import nn
 
 from maedistill.errors import DataError
-from maedistill.escaping import say
+from maedistill.escaping import say, warn
 from maedistill.processes.distributed import on_main
 from maedistill.runs.checkpoint import WRITE_ERRORS, Snapshot, latest_step, take_snapshot, write_snapshot
-from maedistill.runs.records import AppendOnlyFile, warn
+from maedistill.runs.records import AppendOnlyFile
 from maedistill.training.engine import Engine
 
 _PATIENCE = 60  # seconds that a failed run waits for the current write

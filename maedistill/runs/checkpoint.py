@@ -35,13 +35,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from maedistill.durable import make_folder, sync, write_synced
-from maedistill.escaping import get_log
+from maedistill.escaping import warn
 from maedistill.processes.distributed import copy_to_main
 from maedistill.runs.manifest import COMPLETE, CorruptCheckpoint, follow_umask, verify, write_manifest
 from maedistill.runs.state import STATE, checkpoint_name, read_state, stated_step
 from maedistill.training.engine import MOMENTS, Engine
-
-logger = get_log(__name__)
 
 WRITE_ERRORS = (OSError, SafetensorError)  # a full disk, a missing permission: what the user can fix
 _NAME = re.compile(r"step_(\d{9})")
@@ -175,4 +173,4 @@ def remove_sealed(path: Path) -> None:
     try:
         shutil.rmtree(path if path.suffix == ".tmp" else path.rename(path.with_name(f"{path.name}.tmp")))
     except OSError as error:
-        logger.warning("%s could not be removed (%s)", path, error)
+        warn(f"{path} could not be removed ({error})")

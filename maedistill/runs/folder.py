@@ -27,7 +27,7 @@ from maedistill.config.render import config_yaml
 from maedistill.config.schema import RunConfig
 from maedistill.durable import make_folder
 from maedistill.errors import ConfigError, DataError, Preempted, UserError, device_error
-from maedistill.escaping import shown
+from maedistill.escaping import shown, warn
 from maedistill.processes import distributed
 from maedistill.runs.checkpoint import checkpoint_steps, latest_step
 from maedistill.runs.lock import FolderLock
@@ -42,7 +42,7 @@ from maedistill.runs.previous import (
     require_same,
 )
 from maedistill.runs.provenance import describe_start, header_lines, is_restart, job
-from maedistill.runs.records import warn, write_text
+from maedistill.runs.records import write_text
 from maedistill.runs.train_log import TrainLog
 
 _BEFORE_A_RUN = {"exit.json", "lock", "pictures"}  # left by a start that failed early

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from maedistill.config.schema import RunConfig
 from maedistill.errors import DataError, Preempted
+from maedistill.escaping import warn
 from maedistill.processes import distributed
 from maedistill.runs.history import duration, metric_lines
-from maedistill.runs.records import AppendOnlyFile, warn, write_text
+from maedistill.runs.records import AppendOnlyFile, write_text
 from maedistill.runs.trackers.background import close_trackers, open_trackers
 from maedistill.runs.trackers.tracker import End, scalars_of
 

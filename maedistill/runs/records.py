@@ -13,7 +13,7 @@ from pathlib import Path
 
 from maedistill.durable import sync, write_durably
 from maedistill.errors import DataError
-from maedistill.escaping import say
+from maedistill.escaping import warn
 
 
 class AppendOnlyFile:
@@ -97,11 +97,6 @@ def unwritable(path: Path, error: OSError) -> DataError:
         f"{path} cannot be written ({error.strerror})",
         "make room or mend the permissions there, then start the same command again",
     )
-
-
-def warn(text: str) -> None:
-    """Print one line of warning to stderr."""
-    say(f"warning: {text}", error=True)
 
 
 def _ends_torn(path: Path) -> bool:

@@ -17,14 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from maedistill.errors import DataError
-from maedistill.escaping import get_log
+from maedistill.escaping import warn
 from maedistill.processes.distributed import broadcast_tensor, on_main
 from maedistill.runs.checkpoint import WRITE_ERRORS, checkpoint_steps, require_intact
 from maedistill.runs.manifest import CorruptCheckpoint, read_manifest, verify
 from maedistill.runs.state import read_state
 from maedistill.training.engine import MOMENTS, Engine, TrainingState
-
-logger = get_log(__name__)
 
 
 def load_latest(
@@ -76,7 +74,7 @@ def newest_intact(folder: Path) -> Path | None:
             return path
         except CorruptCheckpoint as problem:
             damaged.append(f"{path.name} ({problem})")
-            logger.warning("checkpoint %s is damaged (%s): passed over", path, problem)
+            warn(f"checkpoint {path} is damaged ({problem}): passed over")
     if damaged:
         raise DataError(
             f"no checkpoint in {folder} is intact: {', '.join(damaged)}",

@@ -21,6 +21,7 @@ from torch import nn
 from maedistill.config.sources import PYTHON_KIND
 from maedistill.data.shards.scan import USUAL, Members
 from maedistill.errors import ConfigError, DataError
+from maedistill.escaping import warn
 from maedistill.models.exits import exit_weights
 from maedistill.models.meta import meta_device
 from maedistill.models.vits import PlainViT, TimmModel, require_plain_vit
@@ -29,7 +30,6 @@ from maedistill.runs.folder import RunFolder
 from maedistill.runs.manifest import COMPLETE, CorruptCheckpoint, verify
 from maedistill.runs.objects import python_name
 from maedistill.runs.previous import METADATA
-from maedistill.runs.records import warn
 from maedistill.runs.restore import newest_intact, read_weights
 from maedistill.runs.state import stated_step
 from maedistill.weights.from_file import Inspect

@@ -7,7 +7,6 @@ this process: training up to where the engine would be built and a first batch h
 
 import contextlib
 import io
-import logging
 import os
 import pickle
 import resource
@@ -133,8 +132,6 @@ def start(root, good, monkeypatch) -> Iterator[Callable[[str], tuple[int, str, s
     leave, here = os._exit, os.getpid()  # how a tool ends that is done; loader workers still may
     monkeypatch.setattr(os, "_exit", lambda code: sys.exit(code) if os.getpid() == here else leave(code))
     environment, out, err = dict(os.environ), io.StringIO(), io.StringIO()
-    handler = logging.StreamHandler(err)
-    logging.getLogger("maedistill").addHandler(handler)
 
     def run(command: str) -> tuple[int, str, str]:
         words = shlex.split(command.format(good=good))
@@ -149,7 +146,6 @@ def start(root, good, monkeypatch) -> Iterator[Callable[[str], tuple[int, str, s
         return end.value.code, out.getvalue(), err.getvalue()
 
     yield run
-    logging.getLogger("maedistill").removeHandler(handler)
     if dist.is_initialized():
         dist.destroy_process_group()
     os.environ.clear()

@@ -19,14 +19,13 @@ from maedistill.data.images.kept import KeptImages, table_bytes
 from maedistill.data.loading.dataset import open_reader
 from maedistill.data.loading.loader import RandomCrops
 from maedistill.errors import ConfigError, UserError
-from maedistill.escaping import get_log
+from maedistill.escaping import warn
 from maedistill.machine import free_memory, runs_beside
 from maedistill.processes import distributed
 
 LOOKED_AT = 64  # images
 SHARES = {"auto": (1 / 4, "a quarter"), True: (1 / 2, "half")}  # of the free memory, by data.keep_decoded
 Setting = bool | Literal["auto"]
-_log = get_log(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def keep_decoded(crops: RandomCrops, setting: Setting) -> str | None:
             try:
                 crops.reader.kept = KeptImages.open(other, len(crops.index))
             except OSError as error:
-                _log.warning("this rank decodes each image every time: it cannot open what others keep (%s)", error)
+                warn(f"this rank decodes each image every time: it cannot open what others keep ({error})")
     return found[0][-1]
 
 

@@ -1,16 +1,15 @@
 """Say that photographs lie on their side: a share of them states an EXIF orientation, which is not applied.
 
-ShardIndex -> warn_of_turned -> a line in the log, if at least a few in a hundred are turned
+ShardIndex -> warn_of_turned -> a warning, if at least a few in a hundred are turned
 """
 
 from maedistill.data.images.decode import BadImage, open_image
 from maedistill.data.images.orientation import AS_STORED, orientation
 from maedistill.data.shards.index import ShardIndex
 from maedistill.data.shards.reader import ShardReader
-from maedistill.escaping import get_log
+from maedistill.escaping import warn
 
 LOOKED_AT, SHARE = 100, 0.02  # images, spread over the set; the share of them from which on a line is worth it
-_log = get_log(__name__)
 
 
 def warn_of_turned(index: ShardIndex) -> None:
@@ -21,11 +20,9 @@ def warn_of_turned(index: ShardIndex) -> None:
     samples = sorted({i * len(index) // LOOKED_AT for i in range(LOOKED_AT)})
     turned = sum(_is_turned(reader.read(sample)) for sample in samples)
     if turned >= SHARE * len(samples):
-        _log.warning(
-            "%d of %d images looked at state an EXIF orientation, and their pixels are read as they are stored, lying "
-            "on their side; data.exif=apply turns them upright",
-            turned,
-            len(samples),
+        warn(
+            f"{turned} of {len(samples)} images looked at state an EXIF orientation, and their pixels are read as they "
+            "are stored, lying on their side; data.exif=apply turns them upright"
         )
 
 

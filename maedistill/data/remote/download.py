@@ -17,13 +17,12 @@ from typing import TypeVar
 
 from maedistill.data.remote.urls import WEB, DeniedError, MissingError, TransferError, ask_store, open_stream
 from maedistill.errors import ConfigError, DataError
-from maedistill.escaping import get_log
+from maedistill.escaping import warn
 
 _CHANGED = (
     "bring the shard that the index was made of, or make its index again: one that was scanned lies in the user's "
     "cache, in maedistill/index, and may be removed"
 )
-_log = get_log(__name__)
 Result = TypeVar("Result")
 
 
@@ -96,7 +95,7 @@ def retry(attempt: Callable[[float], Result], url: str, *, policy: RetryPolicy |
             if error.final or number == policy.tries or spent + pause > policy.max_seconds:
                 tries = f"{number} {'try' if number == 1 else 'tries'} in {spent:.0f} s"
                 raise DataError(f"{url} could not be read ({tries}); at the last: {error}", error.remedy) from error
-            _log.warning("%s: %s; trying again in %.1f s", url, error, pause)
+            warn(f"{url}: {error}; trying again in {pause:.1f} s")
             time.sleep(pause)
     raise AssertionError("a policy allows at least one try")
 
@@ -140,7 +139,7 @@ def read_small(url: str, *, most: int = 1 << 30) -> bytes | None:
                         raise TransferError(f"the file has more than {most:,} bytes", final=True)
         except MissingError as error:
             if isinstance(error, DeniedError):
-                _log.warning("%s is taken for missing: %s; if it is there, allow this user to read it", url, error)
+                warn(f"{url} is taken for missing: {error}; if it is there, allow this user to read it")
             return None
         if stream.size is not None and len(data) != stream.size:
             raise TransferError(f"it ended after {len(data):,} of {stream.size:,} bytes")

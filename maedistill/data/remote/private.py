@@ -13,12 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from maedistill.errors import ConfigError, DataError
-from maedistill.escaping import get_log
+from maedistill.escaping import warn
 
 _POLL = 0.05  # seconds between two attempts to lock
 _NOTICE = 10.0  # seconds of waiting after which the holder of a lock is named
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-_log = get_log(__name__)
 
 
 def open_private_folder(folder: Path, remedy: str) -> int:
@@ -58,7 +57,7 @@ def open_private_file(path: Path, flags: int) -> int:
         if _is_plain(os.fstat(descriptor)):
             return descriptor
         os.close(descriptor)
-    _log.warning("%s is not a file of the cache: it is removed, and what it points to is left as it is", path)
+    warn(f"{path} is not a file of the cache: it is removed, and what it points to is left as it is")
     path.unlink(missing_ok=True)
     return os.open(path, flags, 0o600)
 
@@ -75,7 +74,7 @@ def lock(descriptor: int, kind: int, *, seconds: float, name: Path) -> None:
             )
         if waited > _NOTICE and not noticed:
             noticed = True
-            _log.warning("waiting for %s, which is locked by %s", name, _holder(descriptor))
+            warn(f"waiting for {name}, which is locked by {_holder(descriptor)}")
         time.sleep(_POLL)
 
 

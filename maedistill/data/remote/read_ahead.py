@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from maedistill.data.remote.cache import ShardCache
 from maedistill.data.remote.download import RemoteShard
 from maedistill.errors import DataError
-from maedistill.escaping import get_log
-
-_log = get_log(__name__)
+from maedistill.escaping import warn
 
 
 class ReadAhead:
@@ -35,4 +33,4 @@ class ReadAhead:
             try:
                 self._cache.fetch(shard)
             except DataError as error:  # the reader that needs this shard retries and raises
-                _log.warning("read-ahead: %s", error.cause)
+                warn(f"read-ahead: {error.cause}")

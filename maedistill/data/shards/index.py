@@ -29,7 +29,7 @@ from maedistill.data.shards.index_check import check_arrays, check_text, is_text
 from maedistill.data.shards.scan import NO_LABEL, Members, ShardScan, why_unlabelled
 from maedistill.durable import make_folder, write_durably
 from maedistill.errors import DataError, join_first
-from maedistill.escaping import get_log
+from maedistill.escaping import warn
 
 FORMAT = 1
 SUFFIX = ".index.safetensors"
@@ -38,7 +38,6 @@ SCANNED = {"made_by": "scan"}
 MOST_SUFFIXES = 20  # limit for one log message, because a hostile shard may hold any number of them
 
 _ARRAYS = ("starts", "offsets", "sizes", "labels", "key_text", "key_ends")
-_log = get_log(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,9 +122,9 @@ class ShardIndex:
                 "distill.logits or distill.hard_label) need none",
             )
         if len(self) and not self.classes and self.labels.min() > 0:
-            _log.warning(
-                "the smallest label is %d: class 0 never occurs, and the network gets an output for it anyway",
-                self.labels.min(),
+            warn(
+                f"the smallest label is {self.labels.min()}: class 0 never occurs, and the network gets an output for "
+                "it anyway"
             )
 
 
@@ -163,9 +162,9 @@ def index_of(
     )
     if ignored := sum((scan.ignored for scan in scans), Counter[str]()):
         counts = join_first([f"{suffix!r}: {count}" for suffix, count in ignored.most_common()], MOST_SUFFIXES)
-        _log.warning("members that are neither the image nor the label of a sample are never opened: {%s}", counts)
+        warn(f"members that are neither the image nor the label of a sample are never opened: {{{counts}}}")
     if unread := [text for scan in scans for text in scan.unread.values()]:
-        _log.warning("%d labels are no class number and count as none, first %s", len(unread), unread[0])
+        warn(f"{len(unread)} labels are no class number and count as none, first {unread[0]}")
     check_labels(index, classes)
     return index
 

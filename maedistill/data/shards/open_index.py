@@ -32,10 +32,9 @@ from maedistill.data.shards.patterns import Split, find_shards, split_name
 from maedistill.data.shards.scan import USUAL, Members, scan_shards
 from maedistill.data.shards.stamps import mtime_of, stamp_of
 from maedistill.errors import ConfigError, DataError
-from maedistill.escaping import get_log
+from maedistill.escaping import warn
 
 _ELSEWHERE = f"set {FOLDER_VARIABLE} to a folder that this user can write to"
-_log = get_log(__name__)
 
 
 def open_index(
@@ -137,7 +136,7 @@ def _is_current(file: Path, paths: tuple[str, ...], wanted: dict[str, Any], inde
     for path, row in local:
         how = _change(path, stored, row, file)
         if how and stored.is_scan and not index:
-            _log.warning("%s %s since it was scanned: the shards are scanned again", path, how)
+            warn(f"{path} {how} since it was scanned: the shards are scanned again")
             return False
         if how:
             remedy = "copy the shard again"
@@ -214,4 +213,4 @@ def _save_where_possible(index: ShardIndex, beside: Path | None, cached: Path) -
         make_user_cache()
         save_index(index, cached)
     except OSError as error:
-        _log.warning("the index could not be saved and will be made again next time: %s; %s", error, _ELSEWHERE)
+        warn(f"the index could not be saved and will be made again next time: {error}; {_ELSEWHERE}")

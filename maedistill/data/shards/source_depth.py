@@ -7,9 +7,8 @@ from maedistill.data.images.convert import bits_in_use
 from maedistill.data.images.decode import BadImage
 from maedistill.data.images.depth import DARK, UNKNOWN, is_wide_png
 from maedistill.data.shards.records import Record, Source, printable
-from maedistill.escaping import get_log
+from maedistill.escaping import warn
 
-_log = get_log(__name__)
 _EIGHT_BITS = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif")  # suffixes of formats without 16 bits
 EIGHT_BIT_STARTS = (b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM")
 
@@ -26,25 +25,18 @@ def used_depth(source: Source, workers: int) -> int:
     with ThreadPoolExecutor(workers) as pool:
         depths = list(pool.map(functools.partial(_depth, source), candidates))
     if dark := depths.count(UNKNOWN):
-        _log.warning(
-            "%d images become nearly black, first %s: of their kind of 16-bit colour only the high bytes are read, all "
-            "below %d of 255; write them as plain RGB",
-            dark,
-            printable(candidates[depths.index(UNKNOWN)].origin),
-            DARK,
+        first = printable(candidates[depths.index(UNKNOWN)].origin)
+        warn(
+            f"{dark} images become nearly black, first {first}: of their kind of 16-bit colour only the high bytes are "
+            f"read, all below {DARK} of 255; write them as plain RGB"
         )
     wide = sorted(depth for depth in depths if depth > 0)
     bits = max(wide, default=0)
     if wide and (usual := wide[len(wide) // 2]) < bits:
-        _log.warning(
-            "%d of %d 16-bit images use %d bits, first %s, and most others %d: one scale for all makes these %d times "
-            "darker; write either kind to shards of its own",
-            wide.count(bits),
-            len(wide),
-            bits,
-            printable(candidates[depths.index(bits)].origin),
-            usual,
-            1 << bits - usual,
+        first = printable(candidates[depths.index(bits)].origin)
+        warn(
+            f"{wide.count(bits)} of {len(wide)} 16-bit images use {bits} bits, first {first}, and most others {usual}: "
+            f"one scale for all makes these {1 << bits - usual} times darker; write either kind to shards of its own"
         )
     return bits
 

@@ -39,10 +39,9 @@ from maedistill.data.shards.source_depth import EIGHT_BIT_STARTS, is_said_narrow
 from maedistill.data.shards.stamps import stamp_of
 from maedistill.durable import make_folder, require_local, write_durably
 from maedistill.errors import ConfigError, DataError
-from maedistill.escaping import get_log
+from maedistill.escaping import warn
 
 WORK_FOLDER = ".making"  # partial shards, and statistics of finished ones; removed at the end
-_log = get_log(__name__)
 
 
 @dataclass
@@ -234,7 +233,7 @@ def _convert(source: Source, record: Record, *, shorter_side: int | None, qualit
         is_hidden = not is_measured and not data.startswith(EIGHT_BIT_STARTS) and converted.change
         if is_hidden and (own := bits_in_use(data)) > 0:
             name = printable(record.origin)
-            _log.warning("%s uses %d bits, which its suffix hides: it is scaled by these, not by its set's", name, own)
+            warn(f"{name} uses {own} bits, which its suffix hides: it is scaled by these, not by its set's")
         return converted
     except BadImage as error:
         return str(error)

@@ -23,8 +23,8 @@ from PIL import Image
 
 from maedistill.durable import make_folder
 from maedistill.errors import DataError
-from maedistill.escaping import masked, say
-from maedistill.runs.records import warn, write_text
+from maedistill.escaping import masked, say, warn
+from maedistill.runs.records import write_text
 from maedistill.runs.trackers.board import Board
 from maedistill.runs.trackers.mlflow_run import ENVIRONMENT, MlflowRun
 from maedistill.runs.trackers.tracker import End, Opening, Tracker, scalars_of

@@ -57,7 +57,7 @@ def test_training_and_evaluation_see_photographs_upright_if_asked(tmp_path):
 
 
 @pytest.mark.parametrize("share", [1, 3])
-def test_the_keys_of_a_run_reach_its_images_and_photographs_on_their_side_are_warned_of(tmp_path, caplog, share):
+def test_the_keys_of_a_run_reach_its_images_and_photographs_on_their_side_are_warned_of(tmp_path, capsys, share):
     """1 of 100 photographs is no reason to speak, 3 are."""
     members = {}
     for i in range(100):
@@ -65,10 +65,11 @@ def test_the_keys_of_a_run_reach_its_images_and_photographs_on_their_side_are_wa
         members |= {f"{i}.in.png": photograph, f"{i}.out.png": b"no image", f"{i}.fine.cls": b"1", f"{i}.cls": b"0"}
     path = str(write_tar(tmp_path / "a.tar", members))
     for exif in ("ignore", "apply"):
-        caplog.clear()
+        capsys.readouterr()
         data = {"train": path, "image_key": "in.png", "label_key": "fine.cls", "exif": exif}
         config = load_config({"method": "mae", "data": data}, root=PretrainConfig, to_run=False).config
         index, _ = open_samples(config.data, NOTHING)
         assert set(index.labels) == {1} and index.sizes[0] == len(members["0.in.png"])
         assert index.apply_exif is (exif == "apply")
-        assert ("3 of 100 " in caplog.text and "data.exif" in caplog.text) == (share == 3 and exif == "ignore")
+        err = capsys.readouterr().err
+        assert ("warning: 3 of 100 " in err and "data.exif" in err) == (share == 3 and exif == "ignore")

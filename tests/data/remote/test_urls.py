@@ -127,12 +127,12 @@ def test_a_length_that_is_no_number_is_not_stated(length):
 
 
 @pytest.mark.parametrize(("code", "lines"), [(403, 1), (401, 1), (404, 0)])
-def test_an_index_that_may_not_be_read_is_said(shards, server, caplog, code, lines):
+def test_an_index_that_may_not_be_read_is_said(shards, server, capsys, code, lines):
     server.files = {f"/{path.name}": path.read_bytes() for path in shards.glob("*.tar")}
     server.missing = code
     assert len(open_index(f"{server.url}/train-{{000000..000003}}.tar")) == 96
-    said = [message for message in caplog.messages if str(code) in message and ".index.safetensors" in message]
-    assert len(said) == lines
+    said = capsys.readouterr().err.splitlines()
+    assert len([line for line in said if str(code) in line and ".index.safetensors" in line]) == lines
 
 
 def no_network(*_, **__):

@@ -252,29 +252,31 @@ def test_sixteen_bit_images_are_scaled_by_the_depth_of_their_set(tmp_path, bits)
 
 
 @pytest.mark.parametrize("odd", [1, 2, 3])
-def test_an_image_that_darkens_the_others_is_named(tmp_path, caplog, odd):
+def test_an_image_that_darkens_the_others_is_named(tmp_path, capsys, odd):
     ramp = np.linspace(0, 4095, 256)[None]
     files = {f"a/{i}.png": sixteen_bits(ramp * (16 if i < odd else 1)) for i in range(5)}
     make_shards(open_folder(fill(tmp_path / "p", files)), tmp_path / "out")
-    said = [message for message in caplog.messages if "darker" in message]
+    said = [message for message in capsys.readouterr().err.splitlines() if "darker" in message]
     assert len(said) == (odd < 3)
     assert all(f"{odd} of 5 " in message and "a/0.png" in message and "16 times" in message for message in said)
 
 
-def test_images_that_become_nearly_black_are_named_and_darken_no_others(tmp_path, caplog):
+def test_images_that_become_nearly_black_are_named_and_darken_no_others(tmp_path, capsys):
     dark = tiff(np.tile([4095, 4095, 4095, 65535], (8, 8, 1)), order="II", alpha=1)
     files = {"a/dark.tif": dark, "a/set.png": sixteen_bits(np.linspace(0, 1023, 256).round()[None])}
     make_shards(open_folder(fill(tmp_path / "p", files)), tmp_path / "out")
-    assert len([message for message in caplog.messages if re.search(r"\b1 ", message) and "a/dark.tif" in message]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len([line for line in said if re.search(r"\b1 ", line) and "a/dark.tif" in line]) == 1
     assert open_index(str(tmp_path / "out" / "train-000000.tar")).provenance["bits"] == 10
 
 
 @pytest.mark.parametrize("others", [True, False])
-def test_a_depth_that_a_suffix_hides_is_named_and_not_clipped(tmp_path, caplog, others):
+def test_a_depth_that_a_suffix_hides_is_named_and_not_clipped(tmp_path, capsys, others):
     ramp = np.linspace(0, 1023, 256).round()[None]
     files = {"a/deep.jpg": sixteen_bits(ramp * 16)} | ({"a/set.png": sixteen_bits(ramp)} if others else {})
     make_shards(open_folder(fill(tmp_path / "p", files)), tmp_path / "out")
-    assert len([message for message in caplog.messages if "a/deep.jpg" in message and "14" in message]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len([line for line in said if "a/deep.jpg" in line and "14" in line]) == 1
     index = open_index(str(tmp_path / "out" / "train-000000.tar"))
     for i in range(len(files)):
         assert np.abs(decode_rgb(ShardReader(index).read(i))[0, 0].numpy() - np.arange(256.0)).max() <= 1
