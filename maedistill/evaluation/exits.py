@@ -34,9 +34,10 @@ from maedistill.processes import distributed
 from maedistill.report.charts import new_canvas, plain
 from maedistill.report.formatting import percent, short_names
 from maedistill.report.intervals import of_count
+from maedistill.runs.folder import RunFolder
 from maedistill.runs.records import unwritable
 from maedistill.weights.class_names import compare_names
-from maedistill.weights.from_run import read_metadata, run_members
+from maedistill.weights.from_run import run_members, validated_metadata
 from maedistill.weights.network import Network
 from maedistill.weights.open_network import open_network
 
@@ -218,7 +219,7 @@ def _open_all(source: str, weights: str) -> tuple[list[int], list[Network]]:
     kind, _, path = (named := named_source(source)).partition(":")
     if problem := why_unnamed(named, (*NETWORK_KINDS, "file")):
         raise ConfigError(*problem)
-    exits = read_metadata(path)[1].get("exits", []) if kind == "run" else []
+    exits = validated_metadata(RunFolder(path)).get("exits", []) if kind == "run" else []
     if not exits:
         raise ConfigError(f"{source} has no exits", "name a run that was fine-tuned with student.exits")
     return exits, [open_network(source, "classifier", weights=weights, exit=block) for block in (*exits, None)]

@@ -17,8 +17,9 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from maedistill.errors import ConfigError, DataError, UserError, join_first
 from maedistill.exporting.folder import FILES, RECORD
+from maedistill.runs.folder import RunFolder
 from maedistill.weights.from_file import why_unreadable
-from maedistill.weights.from_run import read_metadata
+from maedistill.weights.from_run import validated_metadata
 from maedistill.weights.license import why_unpublishable
 
 # HfHubHTTPError derives from the errors of the HTTP client, httpx2 or, in earlier versions, httpx or requests.
@@ -34,7 +35,7 @@ def require_pushable(name: str, run: str | Path, *, public: bool = False) -> Non
         raise ConfigError(f"--push-to-hub: {error}", "name a repository, USER/NAME") from None
     if "/" not in name:
         raise ConfigError(f"--push-to-hub: {name!r} does not say whose", "name a repository, USER/NAME")
-    metadata = read_metadata(run)[1]
+    metadata = validated_metadata(RunFolder(run))
     if problem := why_unpublishable(metadata["license"], (metadata.get("origin") or {}).get("license", "")):
         raise ConfigError(
             f"--push-to-hub: {problem}",

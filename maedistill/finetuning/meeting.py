@@ -18,7 +18,7 @@ from maedistill.errors import ConfigError, DataError
 from maedistill.runs.checkpoint import checkpoint_steps
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.published import remove_published
-from maedistill.weights.from_run import read_metadata
+from maedistill.weights.from_run import validated_metadata
 
 _STATE, _KEY = "codistillation.json", "distill.codistillation"
 NO_FOLDER = "there is no such folder"
@@ -96,7 +96,7 @@ def folder_of(peer: str) -> Path:
 
 def entry_of(peer: str) -> dict[str, Any]:
     """Return what a run says to its peers, whom it names by absolute paths."""
-    return read_metadata(folder_of(peer))[1].get("codistillation") or {"peers": []}
+    return validated_metadata(RunFolder(folder_of(peer))).get("codistillation") or {"peers": []}
 
 
 def last_saved(peer: Path) -> int:

@@ -60,9 +60,9 @@ class RunNetwork:
     peer: int = 0
 
 
-def read_metadata(path: str | Path) -> tuple[RunFolder, dict[str, Any]]:
-    """Return a run's folder and its validated run.json. Raises DataError if the folder is not a run of this package."""
-    folder, metadata = _stated(path)
+def validated_metadata(folder: RunFolder) -> dict[str, Any]:
+    """Return a folder's run.json, whoever wrote it. Raises DataError unless it is that of a run of this package."""
+    metadata = _stated(folder)
     if str(metadata["network"].get("name", "")).startswith(f"{PYTHON_KIND}:"):
         raise DataError(
             f"{folder.path} holds a student given from Python ({str(metadata['network']['name'])[:100]})",
@@ -73,12 +73,11 @@ def read_metadata(path: str | Path) -> tuple[RunFolder, dict[str, Any]]:
         RunMetadata.model_validate_json(json.dumps(metadata))  # as JSON: strict mode would reject lists as tuples
     except ValidationError as error:
         raise DataError(f"{folder.path}/run.json cannot be true: {first_problem(error)}", NOT_A_RUN) from None
-    return folder, metadata
+    return metadata
 
 
-def _stated(path: str | Path) -> tuple[RunFolder, dict[str, Any]]:
-    """Return a run's folder and what its run.json says of the network. Raises DataError if it is not a run."""
-    folder = RunFolder(path)
+def _stated(folder: RunFolder) -> dict[str, Any]:
+    """Return the run.json of a folder, of which the stage is valid. Raises DataError if it is not a run."""
     metadata = folder.metadata()
     if missing := [name for name in _NEEDED if name not in metadata]:
         cause = "its run.json does not say its " + ", ".join(missing) if metadata else "its run.json is not there"
@@ -87,7 +86,7 @@ def _stated(path: str | Path) -> tuple[RunFolder, dict[str, Any]]:
     for name, is_true in (("stage", metadata["stage"] in PREFIX), ("network", isinstance(metadata["network"], dict))):
         if not is_true:
             raise DataError(f"{folder.path}/run.json cannot be true: {name}", NOT_A_RUN)
-    return folder, metadata
+    return metadata
 
 
 def describe_network(module: nn.Module) -> dict[str, Any]:
@@ -106,7 +105,8 @@ def build_run(path: str | Path) -> tuple[PlainViT, dict[str, Any]]:
 
     Raises DataError if the folder is not a run of this package.
     """
-    folder, metadata = read_metadata(path)
+    folder = RunFolder(path)
+    metadata = validated_metadata(folder)
     name, arguments = metadata["network"]["name"], metadata["network"]["arguments"]
     _unloaded(folder, name, arguments)  # checked before memory is allocated
     vit: Any = timm.create_model(name, pretrained=False, **arguments)
@@ -128,7 +128,8 @@ def open_run(
     resampled to. Raises ConfigError if there is no such exit or peer, DataError if the folder is not a run of this
     package, holds no checkpoint, or lacks these weights.
     """
-    folder, metadata = read_metadata(path)
+    folder = RunFolder(path)
+    metadata = validated_metadata(folder)
     prefix = PREFIX[metadata["stage"]]
     if peer:
         metadata, prefix = metadata | _peer_entry(folder, metadata, peer), f"peers.{peer - 1}."
@@ -186,7 +187,8 @@ def kept_checkpoints(path: str | Path) -> list[tuple[int, Path]]:
     path: of a run, or of one of its checkpoints, which is returned alone. `open_run` opens each. Raises DataError if
     the folder is not a run of this package or holds no such checkpoint.
     """
-    folder, _ = read_metadata(path)
+    folder = RunFolder(path)
+    validated_metadata(folder)
     one = [(stated_step(folder.path) or 0, folder.path)] if (folder.path / COMPLETE).is_file() else []
     kept = []
     for step, checkpoint in one or sorted(checkpoint_steps(folder.checkpoints)):
@@ -242,7 +244,8 @@ def load_into(student: nn.Module, path: str | Path, *, weights: Weights = "model
 
     Raises DataError if the folder is not a run, holds no checkpoint, or its student has other weights than the module.
     """
-    folder, metadata = _stated(path)
+    folder = RunFolder(path)
+    metadata = _stated(folder)
     checkpoint = newest_intact(folder.checkpoints)
     if checkpoint is None:
         raise DataError(f"{folder.path} holds no checkpoint", "name a run folder that has saved")

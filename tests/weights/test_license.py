@@ -4,7 +4,8 @@ import pytest
 
 from maedistill.errors import ConfigError
 from maedistill.exporting.hub import require_pushable
-from maedistill.weights.from_run import read_metadata
+from maedistill.runs.folder import RunFolder
+from maedistill.weights.from_run import validated_metadata
 from maedistill.weights.license import (
     NO_OTHERS,
     combined_license,
@@ -114,7 +115,7 @@ def test_a_setting_states_what_the_source_does_not_and_changes_nothing_else(sour
 def test_a_license_stays_over_two_runs(finetuning, tmp_path):
     first = imitate(tmp_path / "first", random_vit(num_classes=0), license="research only")
     second = finetuning("second", f"init.source=run:{first}", "optim.epochs=1")
-    assert read_metadata(second.run)[1]["license"] == "research only"
+    assert validated_metadata(RunFolder(second.run))["license"] == "research only"
     ended = finetuning("third", f"init.source=run:{second.run}", "init.license=mit", code=2)
     assert "init.license: 'mit' is not the license of the source" in ended.err
 
@@ -123,10 +124,10 @@ def test_a_finished_run_that_starts_again_renews_the_license_alone(finetuning, m
     words = (f"init.source=run:{mae.run}", "optim.epochs=1")
     first = finetuning("licensed", *words)
     trained = (first.last_checkpoint() / "model.safetensors").read_bytes()
-    assert read_metadata(first.run)[1]["license"].startswith("yours")
+    assert validated_metadata(RunFolder(first.run))["license"].startswith("yours")
     again = finetuning("licensed", *words, "init.license=unknown")
     with pytest.raises(ConfigError, match=r"not stated \(unknown\).*\n.*init\.license"):
         require_pushable("alice/small-vit", again.run)
     finetuning("licensed", *words, "init.license=mit")
-    assert read_metadata(first.run)[1]["license"] == "mit"
+    assert validated_metadata(RunFolder(first.run))["license"] == "mit"
     assert (first.last_checkpoint() / "model.safetensors").read_bytes() == trained
