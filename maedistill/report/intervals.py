@@ -26,11 +26,6 @@ class Interval:
     high: float
     kind: str  # "images", "paired images" or "seeds"
 
-    @property
-    def includes_zero(self) -> bool:
-        """Return whether a difference may as well be none."""
-        return self.low <= 0 <= self.high
-
     def entries(self) -> dict[str, Any]:
         """Return the entries for a result file."""
         return {"low": self.low, "high": self.high, "interval": self.kind}

@@ -196,8 +196,8 @@ class Engine:
         if self._reduction and last:
             self._reduction.finish()
 
-    def step(self) -> bool:
-        """End a micro-batch. After the last one of an update: change the weights, set `grad_norm` and return True."""
+    def step(self) -> None:
+        """End a micro-batch. After the last one of an update, change the weights and set `grad_norm`."""
         last = self._deepspeed.is_gradient_accumulation_boundary()
         if last and not self.zero:
             self._clip_gradients()
@@ -211,7 +211,6 @@ class Engine:
             finite = not self.update_skipped
             self.update_skipped &= self.loss_scale.scale <= 1  # above 1, an overflow only lowers the scale
             self.loss_scale.update(finite=finite)
-        return last
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the unpartitioned shapes of all parameters and persistent buffers by name."""

@@ -121,7 +121,9 @@ def train(engine, schedule, ema, steps, accumulation: int, *, spoiled=()) -> lis
         for i, inputs in enumerate(mine):
             loss = engine(*inputs)["loss"]
             engine.backward(loss * float("nan") if step in spoiled and rank() == 0 else loss)
-            assert engine.step() == (i == accumulation - 1)
+            before = engine.update_skipped
+            engine.step()
+            assert (engine.update_skipped is not before) == (i == accumulation - 1), "only an update sets it"
         norms.append(float(engine.grad_norm))
         if ema is not None:
             ema.update(engine.module)
