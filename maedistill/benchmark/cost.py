@@ -28,7 +28,7 @@ from maedistill.config.keys import differing_keys
 from maedistill.config.loader import load_config
 from maedistill.config.plan import share_batch
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.data.loading.keeping import room_for
+from maedistill.data.loading.decoded_cache import room_for
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.scan import Members
 from maedistill.machine import cpu_share, loader_workers

@@ -34,7 +34,7 @@ from maedistill.benchmark.report import Report, Row
 from maedistill.benchmark.timing import Rates, Work, interleave, ratio, spread
 from maedistill.config.plan import BatchPlan
 from maedistill.data.images.decode import JPEG_DECODERS, decode, decode_rgb, open_image
-from maedistill.data.images.kept import KeptImages, table_bytes
+from maedistill.data.images.shared_images import KeptImages, table_bytes
 from maedistill.data.images.transforms import CROP_DRAWS, Box, crop, random_box
 from maedistill.data.loading.batch import Batch
 from maedistill.data.loading.dataset import open_reader

@@ -88,7 +88,7 @@ def build_teacher_source(config: PretrainConfig, *, grid: int, objects: Objects 
         network = _sees_all(config, replace(network, size=teacher.image_size or network.size), grid=grid)
     given = teacher.model_dump(include={"mean", "std"}, exclude_none=True)
     given["license"] = completed_license(network.license, teacher.license, "teacher.license")
-    return replace(network, **given, states_input=network.states_input or "mean" in given)
+    return replace(network, **given, normalization_known=network.normalization_known or "mean" in given)
 
 
 def _sees_all(config: PretrainConfig, network: Network, *, grid: int) -> Network:

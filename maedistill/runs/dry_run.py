@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from maedistill.data.loading.batch import Batch
-from maedistill.data.loading.keeping import room_for
+from maedistill.data.loading.decoded_cache import room_for
 from maedistill.data.loading.loader import RandomCrops
 from maedistill.escaping import say
 from maedistill.machine import autocast, cpu_share, loader_workers, precision

@@ -15,7 +15,7 @@ from torch import nn
 from maedistill.config.schema import ImagesConfig
 from maedistill.config.sources import PYTHON_KIND
 from maedistill.data.loading.dataset import ImageDataset, open_dataset
-from maedistill.data.loading.turned import warn_of_turned
+from maedistill.data.loading.exif_warning import warn_of_turned
 from maedistill.data.remote.cache import require_room
 from maedistill.data.shards.index import ShardIndex
 from maedistill.data.shards.open_index import open_index

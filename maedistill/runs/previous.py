@@ -134,7 +134,7 @@ def _require_same_settings(run: Path, before: RunConfig, config: RunConfig, *, e
 
 
 def _find(run: Path, name: str) -> tuple[Path | None, str]:
-    """Return the file to read, None without any, and a line on what is wrong with the run's own, if anything is."""
+    """Return the file to read, or None; and what is wrong with the run's own file, empty if nothing."""
     own, copy = run / name, whole_copy(run / CHECKPOINTS, name)
     try:
         text = own.read_text()
@@ -149,7 +149,7 @@ def _find(run: Path, name: str) -> tuple[Path | None, str]:
     if copy is not None:
         return copy, f"{own} {problem}: its copy in {copy.parent.name} counts"
     known = None if problem in ("is gone", "is empty") else own
-    return known, f"{own} {problem}, no checkpoint has a copy: what this start is given counts"
+    return known, f"{own} {problem}, and no checkpoint has a copy: this start uses the settings that it was given"
 
 
 def _is_whole(name: str, text: str, copy: Path | None) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from maedistill.config.plan import Plan
 from maedistill.config.schema import RunConfig
 from maedistill.data.loading.batch import Batch
-from maedistill.data.loading.keeping import keep_decoded
+from maedistill.data.loading.decoded_cache import keep_decoded
 from maedistill.data.loading.loader import RandomCrops, training_batches
 from maedistill.errors import Preempted
 from maedistill.escaping import say

@@ -68,8 +68,8 @@ def compare_names(
             f"{given[label]!r} in {other}",
             "match them by name with maedistill evaluate --subset, or write the shards in the model's order of classes",
         )
-    named = f"label {label} is {known[label]!r}, not {given[label]!r}"
-    return [f"{model} names its classes otherwise: {named} (maedistill evaluate --subset matches them by name)"]
+    named = f"label {label} is {known[label]!r} in the model, {given[label]!r} in {other}"
+    return [f"{model} and {other} have different class names: {named} (maedistill evaluate --subset matches by name)"]
 
 
 def shared_classes(teacher: Network, names: Sequence[str], *, num_classes: int) -> tuple[int, ...] | None:

@@ -37,7 +37,7 @@ class Entry:
 
     weights: StateDict
     others: StateDict
-    told: str = ""  # which one it is of several
+    note: str = ""  # which one it is of several
 
 
 def choose_entry(content: Mapping[Any, Any], weights: str, *, name: str, key: str) -> Entry:
@@ -58,8 +58,8 @@ def choose_entry(content: Mapping[Any, Any], weights: str, *, name: str, key: st
         cause = f"holds {held}: which one is meant?" if weights == "model" else f"has no {weights!r}; it holds {held}"
         raise ConfigError(f"{name}: {cause}", f"set {key} to one of them" if found else f"leave out {key}")
     unused = quoted([other for other in found if other != chosen], most=8)
-    told = f"weights of {quoted([chosen])}{f', not of {unused} ({key} chooses)' if unused else ''}; "
-    return _split(*found[chosen], told if unused or _is_average(chosen) else "")
+    note = f"weights of {quoted([chosen])}{f', not of {unused} ({key} chooses)' if unused else ''}; "
+    return _split(*found[chosen], note if unused or _is_average(chosen) else "")
 
 
 def quoted(names: Sequence[str], *, most: int = 3) -> str:
@@ -114,14 +114,14 @@ def _networks(states: list[tuple[tuple[str, ...], StateDict]]) -> dict[str, tupl
     return dict(zip(names, found.values(), strict=True))
 
 
-def _split(prefix: list[str], state: StateDict, told: str) -> Entry:
+def _split(prefix: list[str], state: StateDict, note: str) -> Entry:
     """Take off the prefix of a network's keys, and from the other keys the parts of it that they share."""
     columns = zip(*(key.split(".") for key in state), strict=False)
     shared = [column[0] for column in takewhile(lambda column: len({*column}) == 1, columns)]
     start, outer = (".".join([*parts, ""]) for parts in (prefix, shared[: len(prefix)]))
     own = {key[len(start) :]: value for key, value in state.items() if key.startswith(start)}
     others = {key[len(outer) :]: value for key, value in state.items() if not key.startswith(start)}
-    return Entry(own, others, told)
+    return Entry(own, others, note)
 
 
 def _is_average(name: str) -> bool:

@@ -120,12 +120,12 @@ def open_file(
     content = read_weights_file(path, sha256=spec.sha256, section=where)
     key = f"{section}.weights" if section else "--weights"
     imported = import_weights(content, name=path, weights=weights, weights_key=key)
-    encoder, told = imported.part("encoder.vit."), imported.told
+    encoder, note = imported.part("encoder.vit."), imported.note
     if spec.model is None:
         found = recognize(encoder, imported.foreign, name=path, section=section, num_heads=spec.num_heads)
         shape = {name: value for name, value in asdict(found).items() if name in SPEC_FIELDS}
         given = {name: value for name, value in asdict(spec).items() if value is not None}
-        spec, told = EncoderSpec(**shape | given), f"{told}{found.describe()}{_doubt(found, told)}; "
+        spec, note = EncoderSpec(**shape | given), f"{note}{found.describe()}{_doubt(found, note)}; "
     class_token, registers = prefix_tokens(encoder)
     if spec.model is not None and spec.register_tokens is None and registers and _has_registers(spec.model):
         spec = replace(spec, register_tokens=registers)
@@ -137,15 +137,15 @@ def open_file(
     audit = load_encoder(vit, imported, name=path, section=where, optional=("norm.",), fixed_positions=fixed)
     if section is None and classifies and {"norm.weight", "norm.bias"} <= {*audit.absent}:
         vit.norm = nn.Identity()  # what is evaluated is the file's network, and a norm of no training is no part of it
-        told += "no final norm; "
+        note += "no final norm; "
     if num_classes:  # added once the encoder is known to fit: its size is not trusted before
         load_classifier(vit, classifier, audit, name=path)
-    return vit, f"{told}{audit}, {_set_eps(vit, spec.eps, imported.eps)}"
+    return vit, f"{note}{audit}, {_set_eps(vit, spec.eps, imported.eps)}"
 
 
-def _doubt(found: Recognized, told: str) -> str:
+def _doubt(found: Recognized, note: str) -> str:
     """Return a warning of heads that are assumed, where the names of a file's networks are those of MoCo v3."""
-    is_moco = "momentum_encoder" in told and found.width == 384 and not found.heads_known
+    is_moco = "momentum_encoder" in note and found.width == 384 and not found.heads_known
     return " (warning: MoCo v3's ViT-S has 12)" if is_moco else ""
 
 

@@ -32,7 +32,7 @@ class Network:
     num_classes: int = 0  # 0 for an encoder without a classifier
     mean: Triple = IMAGENET_DEFAULT_MEAN
     std: Triple = IMAGENET_DEFAULT_STD
-    states_input: bool = True  # whether mean and std are the source's, or assumed
+    normalization_known: bool = True  # False: ImageNet's mean and std are assumed
     crop: float = DEFAULT_CROP_PCT  # fraction of the shorter side that is kept
     interpolation: str = "bicubic"
     crop_mode: str = "center"
@@ -62,7 +62,7 @@ class Network:
         """Describe the network in one line for the log: source, size, keys, normalisation, license."""
         vit, classes = self.module, f"{self.num_classes:,} classes" if self.num_classes else "no classifier"
         shape = f"{vit.embed_dim} x {len(vit.blocks)}, " if isinstance(vit, PlainViT) else ""
-        assumed = "" if self.states_input else " (ImageNet's mean and std are assumed)"
+        assumed = "" if self.normalization_known else " (ImageNet's mean and std are assumed)"
         size = f"{shape}{self.parameters / 1e6:.2f} M parameters, {classes}"
         return f"{self.name}  {size}  {self.audit}  mean {self.mean}{assumed}  license {self.license}"
 

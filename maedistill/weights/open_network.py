@@ -131,7 +131,7 @@ def given_network(module: TimmModel, name: str, *, image_size: int | None, train
         raise ConfigError(f"{name} cannot be copied ({why_unreadable(error)})", remedy) from error
     stated = getattr(module, "pretrained_cfg", None)
     entries = image_config(module, name) if stated else None
-    preprocessing = entries.model_dump(include={"mean", "std"}) if entries else {"states_input": False}
+    preprocessing = entries.model_dump(include={"mean", "std"}) if entries else {"normalization_known": False}
     own = getattr(getattr(module, "patch_embed", None), "img_size", None)
     if hasattr(module, "grid") and hasattr(module, "patch_size"):
         own = [module.grid * module.patch_size]
@@ -237,7 +237,7 @@ def _stated(module: TimmModel, source: str) -> dict[str, Any]:
 
 def _with_weights(vit: PlainViT, source: str, audit: str, *, stated: dict[str, Any]) -> Network:
     """Describe a ViT that timm did not load. stated: its license, preprocessing and classes, as far as known."""
-    entries: dict[str, Any] = {"license": NOT_STATED, "states_input": "mean" in stated} | stated
+    entries: dict[str, Any] = {"license": NOT_STATED, "normalization_known": "mean" in stated} | stated
     return Network(vit, source, vit.patch_embed.img_size[0], num_classes=vit.num_classes, audit=audit, **entries)
 
 

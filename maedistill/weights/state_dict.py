@@ -43,13 +43,13 @@ _RENAMED = {  # the first match wins, so the order matters
 class ConvertedStateDict:
     """The renamed weights, and the keys of the file that were dropped or not recognised.
 
-    told: which of several networks of the file it is. eps: of its norms, where the style of its keys tells.
+    note: which of several networks of the file it is. eps: of its norms, where the style of its keys tells.
     """
 
     weights: StateDict
     dropped: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
-    told: str = ""
+    note: str = ""
     eps: float | None = None
 
     def part(self, prefix: str) -> StateDict:
@@ -108,7 +108,7 @@ def import_weights(
     for i, token in enumerate(tokens if isinstance(tokens, list) else ()):
         renamed[f"generators.{i}.mask_token"] = token
     eps = TRANSFORMERS_EPS if of_transformers else None
-    return ConvertedStateDict(renamed, tuple(dropped), tuple(foreign), entry.told, eps)
+    return ConvertedStateDict(renamed, tuple(dropped), tuple(foreign), entry.note, eps)
 
 
 def load_encoder(

@@ -559,7 +559,7 @@ RUNS = {
     "settings gone": case(
         f"{PRETRAIN} run=bad",
         0,
-        "bad/config.yaml is gone, no checkpoint has a copy",
+        "bad/config.yaml is gone, and no checkpoint has a copy",
         "",
         bad=copy_of("mae", lambda run: (run / "config.yaml").unlink()),
     ),

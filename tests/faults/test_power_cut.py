@@ -151,7 +151,7 @@ def test_checkpoints_without_copies_are_continued_as_the_start_says(recorded, st
     assert start(tmp_path / "run", seed=1).metadata == {}
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
-    assert all(f"{name} is gone, no checkpoint has a copy" in "".join(said) for name in (METADATA, CONFIG)), said
+    assert all(f"{name} is gone, and no checkpoint has a copy" in "".join(said) for name in (METADATA, CONFIG)), said
 
 
 _SHUTDOWN, _WITHOUT_ITS_LOG = 0x8004587D, struct.pack("I", 2)  # linux/fs.h: EXT4_IOC_SHUTDOWN, GOING_FLAGS_NOLOGFLUSH
@@ -201,5 +201,5 @@ def test_an_ext4_that_is_cut_off_while_a_run_writes(recorded, pretraining, disk)
     for name in (METADATA, CONFIG, "metrics.jsonl"):
         assert (folder / name).stat().st_size > 100, name
     again = pretraining(folder, *SETTINGS)
-    assert "continues at step 8 of 16" in again.out and " counts" not in again.err
+    assert "continues at step 8 of 16" in again.out and " copy" not in again.err
     same_result(folder, run)

@@ -68,4 +68,8 @@ def test_names_that_do_not_match_are_refused(known, given, number, error, cause)
 def test_another_number_of_classes_is_remarked():
     remark = compare_names((), ("cat", "dog"), num_known=1000, model="timm:x")[0]
     assert "timm:x has 1,000 classes without names, the shards 2" in remark
+    remark = compare_names(("ant", "cat"), ("ant", "dog"), num_known=2, model="timm:x")[0]
+    assert (
+        "timm:x and the shards have different class names: label 1 is 'cat' in the model, 'dog' in the shards" in remark
+    )
     assert [compare_names((), names, num_known=2, model="x") for names in (("cat", "dog"), ())] == [[], []]

@@ -115,7 +115,7 @@ def test_a_folders_mean_and_std_are_taken(tmp_path, monkeypatch, of_hub, states)
         )
         source = "hf-hub:google/vit@v2"
     opened = open_network(source, "encoder")
-    assert opened.states_input is states and (opened.mean == (0.5, 0.5, 0.5)) is states
+    assert opened.normalization_known is states and (opened.mean == (0.5, 0.5, 0.5)) is states
     assert opened.name == source and opened.license == "not stated" and opened.size == 32
     if of_hub:
         assert asked and all(where == {"repo_id": "google/vit", "revision": "v2"} for where in asked)

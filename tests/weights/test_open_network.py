@@ -200,11 +200,11 @@ def test_a_tagged_model_gives_its_files_mean_std_crop_and_license(tmp_path):
     source, said = f"file:{tmp_path / 'a.pth'}", timm.get_pretrained_cfg(TAGGED)
     opened = open_network(source, "encoder", grid=4, spec=EncoderSpec(TAGGED, **SPEC))
     assert (opened.mean, opened.std, opened.crop, opened.license) == (said.mean, said.std, said.crop_pct, said.license)
-    assert opened.mean != IMAGENET_DEFAULT_MEAN and opened.states_input and "assumed" not in opened.describe()
+    assert opened.mean != IMAGENET_DEFAULT_MEAN and opened.normalization_known and "assumed" not in opened.describe()
     config = FinetuneConfig(init=Init(source=source), student=Student(model=TAGGED, **SPEC))
     assert build_init_source(config).mean == said.mean
     opened = open_network(source, "outputs", spec=EncoderSpec("vit_tiny_patch16_224", **SPEC))
-    assert (opened.mean, opened.license, opened.states_input) == (IMAGENET_DEFAULT_MEAN, "not stated", False)
+    assert (opened.mean, opened.license, opened.normalization_known) == (IMAGENET_DEFAULT_MEAN, "not stated", False)
     assert "assumed" in opened.describe()
     with pytest.raises(ConfigError, match="'nonesuch'"):
         open_network(source, "encoder", spec=EncoderSpec("vit_tiny_patch16_224.nonesuch", **SPEC))

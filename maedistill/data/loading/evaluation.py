@@ -33,7 +33,7 @@ PADDING = -1  # instead of a sample id: a black image without label; so is `unde
 
 
 def undecodable(ids: Any) -> Any:
-    """Return what stands for the ids of images that cannot be decoded, below `PADDING`; or the ids again, from that."""
+    """Map an id to the negative number that marks it as undecodable, and back: it is its own inverse."""
     return PADDING - 1 - ids
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from maedistill.data.images.decode import BadImage
-from maedistill.data.images.kept import KeptImages
+from maedistill.data.images.shared_images import KeptImages
 from maedistill.data.remote.cache import ShardCache
 from maedistill.data.remote.download import RemoteShard
 from maedistill.data.remote.read_ahead import ReadAhead

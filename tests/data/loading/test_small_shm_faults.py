@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from maedistill.data.loading.decoded_cache import keep_decoded
 from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform, exact_batches
 from maedistill.data.loading.fork_context import ForkLock
-from maedistill.data.loading.keeping import keep_decoded
 from maedistill.data.loading.loader import training_batches
 from maedistill.data.shards.open_index import open_index
 from tests.data.crops import crops_of, one_rank

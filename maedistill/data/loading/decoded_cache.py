@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from maedistill.data.images.decode import BadImage, open_image
-from maedistill.data.images.kept import KeptImages, table_bytes
+from maedistill.data.images.shared_images import KeptImages, table_bytes
 from maedistill.data.loading.dataset import open_reader
 from maedistill.data.loading.loader import RandomCrops
 from maedistill.errors import ConfigError, UserError

@@ -15,10 +15,10 @@ from PIL import Image
 from maedistill.config.plan import BatchPlan
 from maedistill.data.images.augment import RandAugment
 from maedistill.data.images.decode import BadImage, decode_rgb
-from maedistill.data.images.kept import KeptImages, table_bytes
-from maedistill.data.loading import keeping
+from maedistill.data.images.shared_images import KeptImages, table_bytes
+from maedistill.data.loading import decoded_cache
 from maedistill.data.loading.dataset import open_dataset
-from maedistill.data.loading.keeping import keep_decoded, room_for
+from maedistill.data.loading.decoded_cache import keep_decoded, room_for
 from maedistill.data.loading.loader import BatchSampler, host_batches
 from maedistill.data.shards.open_index import open_index
 from maedistill.errors import ConfigError
@@ -221,10 +221,10 @@ def test_ranks_of_a_machine_share_one_copy_and_those_of_others_make_their_own(in
     first, second, far = crops_of(index), crops_of(index), crops_of(index)
     said = keep_decoded(first, "auto")
     news = (platform.node(), first.reader.kept.address, said)
-    monkeypatch.setattr(keeping.distributed, "local_rank", lambda: 1)
-    monkeypatch.setattr(keeping.distributed, "gather_objects", lambda mine: [news, mine])
+    monkeypatch.setattr(decoded_cache.distributed, "local_rank", lambda: 1)
+    monkeypatch.setattr(decoded_cache.distributed, "gather_objects", lambda mine: [news, mine])
     assert keep_decoded(second, "auto") == said
-    monkeypatch.setattr(keeping.distributed, "gather_objects", lambda mine: [("elsewhere", *news[1:]), mine])
+    monkeypatch.setattr(decoded_cache.distributed, "gather_objects", lambda mine: [("elsewhere", *news[1:]), mine])
     assert keep_decoded(far, "auto") == said and far.reader.kept is None
     image = pixels_of(index)[4]
     assert children(1, lambda _: second.reader.kept.put(4, image)) == [0]
@@ -235,7 +235,7 @@ def test_ranks_of_a_machine_share_one_copy_and_those_of_others_make_their_own(in
 
 def test_what_one_machine_refuses_ends_all_ranks(index, monkeypatch):
     refusal = ConfigError("no room", "more memory")
-    monkeypatch.setattr(keeping.distributed, "gather_objects", lambda mine: [mine, ("elsewhere", refusal, None)])
+    monkeypatch.setattr(decoded_cache.distributed, "gather_objects", lambda mine: [mine, ("elsewhere", refusal, None)])
     with pytest.raises(ConfigError, match="no room"):
         keep_decoded(crops_of(index), True)
 
@@ -245,24 +245,24 @@ def test_the_room_decides(index, monkeypatch):
     needed = table_bytes(COUNT) + COUNT * sum(image.numel() for image in images) // len(images)
     crops = crops_of(index)
     for setting, share in (("auto", 4), (True, 2)):
-        monkeypatch.setattr(keeping, "free_memory", lambda share=share: share * needed)
+        monkeypatch.setattr(decoded_cache, "free_memory", lambda share=share: share * needed)
         assert room_for(crops, setting).needed == pytest.approx(needed, rel=0.1)  # headers of damaged ones can be read
         exact = share * room_for(crops, setting).needed
-        monkeypatch.setattr(keeping, "free_memory", lambda exact=exact: exact)
+        monkeypatch.setattr(decoded_cache, "free_memory", lambda exact=exact: exact)
         assert room_for(crops, setting).is_enough and "kept in memory: 12 images" in room_for(crops, setting).line()
-        monkeypatch.setattr(keeping, "free_memory", lambda exact=exact, share=share: exact - share)
+        monkeypatch.setattr(decoded_cache, "free_memory", lambda exact=exact, share=share: exact - share)
         assert not room_for(crops, setting).is_enough
-        monkeypatch.setattr(keeping, "free_memory", lambda exact=exact: 2 * exact)
+        monkeypatch.setattr(decoded_cache, "free_memory", lambda exact=exact: 2 * exact)
         monkeypatch.setenv("MAEDISTILL_JOBS", "2")
         assert room_for(crops, setting).is_enough and "shared by 2 runs" in room_for(crops, setting).line()
         monkeypatch.setenv("MAEDISTILL_JOBS", "3")
         assert not room_for(crops, setting).is_enough
         monkeypatch.delenv("MAEDISTILL_JOBS")
-        monkeypatch.setattr(keeping, "free_memory", lambda exact=exact, share=share: exact - share)
+        monkeypatch.setattr(decoded_cache, "free_memory", lambda exact=exact, share=share: exact - share)
     with pytest.raises(ConfigError, match=r"data\.keep_decoded=true: 12 images"):
         keep_decoded(crops, True)
     assert crops.reader.kept is None
-    monkeypatch.setattr(keeping, "free_memory", lambda: 100)
+    monkeypatch.setattr(decoded_cache, "free_memory", lambda: 100)
     assert "each time: 12 images" in keep_decoded(crops, "auto") and crops.reader.kept is None
     assert keep_decoded(crops, False) is None and crops.reader.kept is None
 
@@ -280,8 +280,8 @@ def test_a_system_without_such_memory_decodes_each_time(index, monkeypatch):
 
 def test_of_remote_shards_only_the_one_that_is_read_first_is_looked_at(shards):
     crops = crops_of(open_index(str(shards / "train-*.tar")))
-    looked_at = keeping._few_samples(crops)
+    looked_at = decoded_cache._few_samples(crops)
     assert {crops.index.shard_of(i) for i in looked_at} == {0, 1, 2, 3} and len(looked_at) == 48
     crops.reader.is_remote = True
     first = crops.index.shard_of(int(crops.order.samples(torch.tensor([0]))))
-    assert {crops.index.shard_of(i) for i in keeping._few_samples(crops)} == {first}
+    assert {crops.index.shard_of(i) for i in decoded_cache._few_samples(crops)} == {first}
