@@ -22,10 +22,9 @@ from maedistill.data.shards.index import ShardIndex
 from maedistill.data.shards.patterns import describe_shards
 from maedistill.errors import ConfigError
 from maedistill.finetuning.build import build_classifier, build_init_source, build_labelled_crops, build_mixing
-from maedistill.finetuning.build_teachers import (
+from maedistill.finetuning.build_distillation import (
     build_module,
     build_past,
-    build_predictions,
     build_teaching,
     distillation_lines,
     open_teachers,
@@ -61,8 +60,7 @@ _MORE_LABELS = (
 class Finetuning(Stage):
     """The parts, on `device`. source: None from scratch; samples: the ids of the label subset, int64 [n].
 
-    teachers, teaching: for distillation; empty and None without it. past, predictions: of the network itself, if a term
-    needs one of them.
+    teachers, teaching: for distillation; empty and None without it. past: of the network itself, if a term needs it.
     """
 
     config: FinetuneConfig
@@ -80,8 +78,7 @@ class Finetuning(Stage):
     teaching: TeacherEnsemble | None
     auto_lines: list[str]
     peers: list[Peer]
-    past: Past | None
-    predictions: Predictions | None
+    past: Past | Predictions | None
     codistillation: Codistillation | None
 
     @property
@@ -157,7 +154,7 @@ class Finetuning(Stage):
             *(self.codistillation.summary_lines(vit) if self.codistillation is not None else ()),
             *([_MORE_LABELS] if self.codistillation is not None and data.label_fraction < 1 else ()),
             *distillation_lines(config, self.teachers, micro_batch=self.plan.batch.micro_batch),
-            *([self.predictions.describe()] if self.predictions is not None else []),
+            *([self.past.describe()] if isinstance(self.past, Predictions) else []),
             *plan_lines(config, self.plan),
             f"layers   lr times {config.optim.layer_decay:g} a layer, head to patches: "
             + " ".join(f"{rate:.3g}" for rate in reversed(rates)),
@@ -197,7 +194,7 @@ class Finetuning(Stage):
         for teacher in self.teaching.teachers if self.teaching is not None else ():
             if is_plain_vit(teacher.network):
                 compile_module(teacher)
-        if self.past is not None and is_plain_vit(self.past.network):
+        if isinstance(self.past, Past) and is_plain_vit(self.past.network):
             compile_module(self.past)
         if self.codistillation is not None:
             self.codistillation.compiles = True
@@ -211,10 +208,7 @@ class Finetuning(Stage):
             return ()
         extra: Outputs = {}
         if self.past is not None:
-            extra |= self.past.outputs(images, step, now=self.module.vit)
-        if self.predictions is not None:
-            assert batch is not None
-            extra |= self.predictions.outputs(batch, step)
+            extra |= self.past.outputs(images, step, batch=batch, now=self.module.vit)
         if self.codistillation is not None:
             extra |= self.codistillation.outputs(images, step)
         return (*self.teaching(images, step), *([extra] if extra else []))
@@ -264,8 +258,7 @@ def open_finetuning(
     module = trainable(build_module(config, vit, teachers, peers)).to(device)
     grid = vit.patch_embed.grid_size[0] if isinstance(vit, PlainViT) else 1  # without terms on maps
     teaching = build_teaching(config, teachers, grid=grid, plan=plan, mean=mean, std=std, device=device)
-    past = build_past(config, vit, plan=plan, device=device)
-    predictions = build_predictions(config, plan=plan, samples=len(index), num_classes=num_classes)
+    past = build_past(config, vit, plan=plan, samples=len(index), num_classes=num_classes, device=device)
     term, dtype = config.distill.codistillation, DTYPES[precision(config.distill.precision, device)]
     kept = config.log.keep * plan.steps_in(config.log.save_every_epochs)
     codistillation = None
@@ -299,7 +292,6 @@ def open_finetuning(
         auto_lines=auto_lines,
         peers=peers,
         past=past,
-        predictions=predictions,
         codistillation=codistillation,
     )
 

@@ -1,6 +1,6 @@
 """Frozen teachers: the base class of all, and the one of pre-training.
 
-`weights/open_network.py` opens their weights, called by `pretraining/build.py` and `finetuning/build_teachers.py`.
+`weights/open_network.py` opens their weights, called by `pretraining/build.py` and `finetuning/build_distillation.py`.
 
 B batch   N, T patches, and those visible to the teacher   Q its prefix tokens   D_t its width   H its heads   d their
 width   k patches of the teacher along a side of a student's   s image side   t image side of the teacher

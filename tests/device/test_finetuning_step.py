@@ -14,8 +14,9 @@ from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.data.images.augment import Mixing, seed_generators
 from maedistill.data.loading.batch import Batch
-from maedistill.finetuning import build_teachers as build_distillation
+from maedistill.finetuning import build_distillation
 from maedistill.finetuning.objective import Distilled
+from maedistill.finetuning.past import Past
 from maedistill.finetuning.setup import Finetuning, open_finetuning
 from maedistill.finetuning.teacher import TeacherEnsemble
 from maedistill.weights.network import Network
@@ -105,7 +106,7 @@ def on_card(parts: Finetuning) -> Finetuning:
         frozen = [one.to(CARD) for one in teaching.teachers]
         how = {"steps": parts.plan.steps, "epoch_at": parts.plan.epoch_at}
         teaching = TeacherEnsemble(frozen, teaching.terms, **how, device=CARD)
-    past = parts.past.to(CARD) if parts.past is not None else None
+    past = parts.past.to(CARD) if isinstance(parts.past, Past) else parts.past
     moved = dataclasses.replace(parts, module=parts.module.to(CARD), teaching=teaching, device=CARD, past=past)
     moved.inputs(batch().to(CARD))  # mean and deviation are copied at first need, once in a run
     return moved

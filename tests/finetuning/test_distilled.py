@@ -11,7 +11,7 @@ from maedistill.config import distill
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.plan import make_plan
-from maedistill.finetuning.build_teachers import build_module, build_teaching
+from maedistill.finetuning.build_distillation import build_module, build_teaching
 from maedistill.finetuning.objective import Distilled
 from maedistill.finetuning.outputs import RequestedOutputs, feature_info, forward_outputs
 from maedistill.finetuning.teacher import TeacherSource

@@ -138,20 +138,20 @@ def build_teaching(
     )
 
 
-def build_past(config: FinetuneConfig, vit: nn.Module, *, plan: Plan, device: torch.device) -> Past | None:
-    """Build the network's past on `device`; None without a term that needs it."""
-    section, number_format = config.distill.past, precision(config.engine.precision, device)
-    if not section.on or section.stores:
-        return None
-    return Past(section, vit, plan=plan, epochs=config.optim.epochs, precision=number_format).to(device)
+def build_past(
+    config: FinetuneConfig, vit: nn.Module, *, plan: Plan, samples: int, num_classes: int, device: torch.device
+) -> Past | Predictions | None:
+    """Build the network's past, on `device`, or the store of its predictions; None without a term that needs it.
 
-
-def build_predictions(config: FinetuneConfig, *, plan: Plan, samples: int, num_classes: int) -> Predictions | None:
-    """Build the store of predictions; None without a term that needs it. samples: in the shards."""
+    samples: in the shards.
+    """
     section, epochs = config.distill.past, config.optim.epochs
-    if not section.stores:
+    if not section.on:
         return None
-    return Predictions(section, plan=plan, epochs=epochs, samples=samples, num_classes=num_classes)
+    if section.stores:
+        return Predictions(section, plan=plan, epochs=epochs, samples=samples, num_classes=num_classes)
+    number_format = precision(config.engine.precision, device)
+    return Past(section, vit, plan=plan, epochs=epochs, precision=number_format).to(device)
 
 
 def distillation_lines(config: FinetuneConfig, teachers: list[TeacherSource], *, micro_batch: int) -> list[str]:
