@@ -23,9 +23,10 @@ from maedistill.data.shards.patterns import describe_shards
 from maedistill.errors import ConfigError
 from maedistill.finetuning.build import build_classifier, build_init_source, build_labelled_crops, build_mixing
 from maedistill.finetuning.build_distillation import (
+    build_codistillation,
     build_module,
     build_past,
-    build_teaching,
+    build_teachers,
     distillation_lines,
     open_teachers,
 )
@@ -36,8 +37,8 @@ from maedistill.finetuning.outputs import Outputs, is_plain_vit
 from maedistill.finetuning.past import Past
 from maedistill.finetuning.peers import Peer, open_peers, peer_lines
 from maedistill.finetuning.predictions import Predictions
-from maedistill.finetuning.teacher import TeacherEnsemble, TeacherSource
-from maedistill.machine import DTYPES, precision
+from maedistill.finetuning.teacher import OfflineTeacher, TeacherSource
+from maedistill.finetuning.term_weights import TermWeights
 from maedistill.models.vits import PlainViT, num_params_m
 from maedistill.processes import distributed
 from maedistill.runs.dry_run import dry_run as plan_and_try
@@ -60,7 +61,8 @@ _MORE_LABELS = (
 class Finetuning(Stage):
     """The parts, on `device`. source: None from scratch; samples: the ids of the label subset, int64 [n].
 
-    teachers, teaching: for distillation; empty and None without it. past: of the network itself, if a term needs it.
+    teachers, frozen: of distillation, as they were opened and as they run. weights: of its terms, None without one.
+    past: of the network itself, if a term needs it.
     """
 
     config: FinetuneConfig
@@ -75,7 +77,8 @@ class Finetuning(Stage):
     std: Triple
     device: torch.device
     teachers: list[TeacherSource]
-    teaching: TeacherEnsemble | None
+    frozen: list[OfflineTeacher]
+    weights: TermWeights | None
     auto_lines: list[str]
     peers: list[Peer]
     past: Past | Predictions | None
@@ -191,7 +194,7 @@ class Finetuning(Stage):
     def compile(self) -> None:
         """Compile what a step runs: the student and plain ViT teachers; other teachers may break the graph."""
         compile_module(self.module)
-        for teacher in self.teaching.teachers if self.teaching is not None else ():
+        for teacher in self.frozen:
             if is_plain_vit(teacher.network):
                 compile_module(teacher)
         if isinstance(self.past, Past) and is_plain_vit(self.past.network):
@@ -204,14 +207,15 @@ class Finetuning(Stage):
 
         batch: from which the images are made, for stored predictions.
         """
-        if self.teaching is None:
+        if self.weights is None:
             return ()
+        outputs = [teacher(images) for teacher in self.frozen] if self.weights.needs_teachers(step) else []
         extra: Outputs = {}
         if self.past is not None:
             extra |= self.past.outputs(images, step, batch=batch, now=self.module.vit)
         if self.codistillation is not None:
             extra |= self.codistillation.outputs(images, step)
-        return (*self.teaching(images, step), *([extra] if extra else []))
+        return (outputs, self.weights[step], *([extra] if extra else []))
 
     def validation(self) -> EvaluationImages:
         """Return every validation image, transformed as in timm's own evaluation."""
@@ -257,24 +261,12 @@ def open_finetuning(
     )
     module = trainable(build_module(config, vit, teachers, peers)).to(device)
     grid = vit.patch_embed.grid_size[0] if isinstance(vit, PlainViT) else 1  # without terms on maps
-    teaching = build_teaching(config, teachers, grid=grid, plan=plan, mean=mean, std=std, device=device)
+    frozen = build_teachers(config, teachers, grid=grid, plan=plan, mean=mean, std=std, device=device)
+    terms = tuple(config.distill.terms.values())
     past = build_past(config, vit, plan=plan, samples=len(index), num_classes=num_classes, device=device)
-    term, dtype = config.distill.codistillation, DTYPES[precision(config.distill.precision, device)]
-    kept = config.log.keep * plan.steps_in(config.log.save_every_epochs)
-    codistillation = None
-    if term.on:
-        codistillation = Codistillation(
-            section=term,
-            seed=config.seed,
-            plan=plan,
-            kept_steps=kept,
-            classes=classes,
-            num_classes=num_classes,
-            mean=mean,
-            std=std,
-            dtype=dtype,
-            device=device,
-        )
+    codistillation = build_codistillation(
+        config, plan=plan, classes=classes, num_classes=num_classes, mean=mean, std=std, device=device
+    )
     return Finetuning(
         config=config,
         plan=plan,
@@ -288,7 +280,8 @@ def open_finetuning(
         std=std,
         device=device,
         teachers=teachers,
-        teaching=teaching,
+        frozen=frozen,
+        weights=TermWeights(terms, plan, device) if terms else None,
         auto_lines=auto_lines,
         peers=peers,
         past=past,
@@ -315,7 +308,7 @@ def dry_run(config: FinetuneConfig) -> None:
     config = settle_precision(config, device, fresh=False)
     parts = open_finetuning(config, world_size=world_size_from_environment(), device=device)
     config = parts.config
-    heaviest_step = parts.teaching.heaviest_step if parts.teaching is not None else 0
+    heaviest_step = parts.weights.heaviest_step if parts.weights is not None else 0
 
     def module_inputs(batch: Batch) -> tuple[Any, ...]:
         seed_generators(config.seed)
