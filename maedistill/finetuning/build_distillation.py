@@ -137,10 +137,7 @@ def build_teachers(
 def build_past(
     config: FinetuneConfig, vit: nn.Module, *, plan: Plan, samples: int, num_classes: int, device: torch.device
 ) -> Past | Predictions | None:
-    """Build the network's past, on `device`, or the store of its predictions; None without a term that needs it.
-
-    samples: in the shards.
-    """
+    """Build the network's past, or the store of its predictions; None without that term. samples: in the shards."""
     section, epochs = config.distill.past, config.optim.epochs
     if not section.on:
         return None

@@ -55,11 +55,6 @@ class Predictions:
         self._pending: tuple[Tensor, list[Tensor], torch.cuda.Event | None] | None = None  # samples, values, copied
         self._files: dict[int, int] = {}  # open for writing, by epoch
 
-    @property
-    def kept(self) -> dict[str, nn.Module]:
-        """Return what checkpoints have to keep: nothing."""
-        return {}
-
     def describe(self) -> str:
         """Return the line for the start of a run: the disk space."""
         return (
@@ -68,10 +63,7 @@ class Predictions:
         )
 
     def begin(self, run: Run, order: SampleOrder) -> None:
-        """Open the folder before the run's next step. Collective.
-
-        Raises DataError if predictions that the step goes on with are not there.
-        """
+        """Start before the run's next step. Collective. Raises DataError if predictions that it needs are not there."""
         self._folder, self._checkpoints = run.folder.path / "predictions", run.folder.checkpoints
         self._order, self._saved = order, run.step
         distributed.on_main(lambda: self._prepare(run.step))

@@ -59,7 +59,7 @@ _MORE_LABELS = (
 
 @dataclass(kw_only=True)
 class Finetuning(Stage):
-    """The parts, on `device`. source: None from scratch; samples: the ids of the label subset, int64 [n].
+    """The parts, on `device`. init: None from scratch; samples: the ids of the label subset, int64 [n].
 
     teachers, frozen: of distillation, as they were opened and as they run. weights: of its terms, None without one.
     past: of the network itself, if a term needs it.
@@ -72,7 +72,7 @@ class Finetuning(Stage):
     samples: Tensor
     num_classes: int
     module: Supervised | Distilled | Mutual
-    source: Network | None
+    init: Network | None
     mean: Triple
     std: Triple
     device: torch.device
@@ -87,7 +87,7 @@ class Finetuning(Stage):
     @property
     def kept(self) -> dict[str, nn.Module]:
         """Return networks beside the trained one that checkpoints keep, by file name."""
-        return self.past.kept if self.past is not None else {}
+        return self.past.kept if isinstance(self.past, Past) else {}
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -107,9 +107,9 @@ class Finetuning(Stage):
     @property
     def metadata(self) -> dict[str, Any]:
         """Return the metadata for run.json: network, input, samples, initial weights and their license."""
-        data, source = self.config.data, self.source
+        data, init = self.config.data, self.init
         own_license = combined_license(
-            [part.license for part in (source, *(peer.source for peer in self.peers)) if part is not None]
+            [part.license for part in (init, *(peer.source for peer in self.peers)) if part is not None]
             + [teacher.network.license for teacher in self.teachers]
         )
         return {
@@ -125,8 +125,8 @@ class Finetuning(Stage):
             "classes": list(self.index.classes or self.val_index.classes) or None,
             "data": {"images": len(self.samples), "fingerprint": self.index.fingerprint()},
             "validation": {"images": len(self.val_index), "fingerprint": self.val_index.fingerprint()},
-            "init": source.describe() if source is not None else None,
-            "origin": source.origin if source is not None else None,
+            "init": init.describe() if init is not None else None,
+            "origin": init.origin if init is not None else None,
             "exits": list(self.config.student.exits),
             "exits_own_block": self.config.distill.exits.own_block,
             "peers": [peer.metadata for peer in self.peers],
@@ -147,7 +147,7 @@ class Finetuning(Stage):
         else:
             shape = f"{type(vit).__name__}, {num_params_m(vit):.2f} M"
         return [
-            f"start    {self.source.describe() if self.source is not None else 'from scratch'}",
+            f"start    {self.init.describe() if self.init is not None else 'from scratch'}",
             f"network  {shape}, {self.num_classes} classes, drop path {config.student.drop_path:g}",
             f"data     {self.plan.images:,} images{share} at {data.image_size} px{self._size_note()}, "
             f"{describe_shards(data.train, self.index.shards)}",
@@ -165,9 +165,9 @@ class Finetuning(Stage):
 
     def _size_note(self) -> str:
         """Say how the image size relates to that of the initial weights; nothing from scratch."""
-        if self.source is None:
+        if self.init is None:
             return ""
-        own = self.source.own_size
+        own = self.init.own_size
         return " (as its start)" if own == self.config.data.image_size else f" (its start: {own} px, resampled)"
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -244,16 +244,16 @@ def open_finetuning(
     config, auto_lines = settle(config, len(samples), world_size=world_size, fresh=fresh)
     plan = make_plan(config, len(samples), world_size=world_size)
     num_classes = count_classes(config, index, val_index)
-    source = distributed.main_first(lambda: build_init_source(config, objects, num_classes=num_classes))
-    config = with_values(config, {"data.image_size": source.size if source is not None else config.scratch_size})
+    init = distributed.main_first(lambda: build_init_source(config, objects, num_classes=num_classes))
+    config = with_values(config, {"data.image_size": init.size if init is not None else config.scratch_size})
     mean, std = config.data.mean, config.data.std
     if mean is None or std is None:
-        mean, std = (source.mean, source.std) if source else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        mean, std = (init.mean, init.std) if init else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     classes = index.classes or val_index.classes
     teachers = distributed.main_first(
         lambda: open_teachers(config, objects.teachers, classes=classes, num_classes=num_classes)
     )
-    vit = objects.student or build_classifier(config, source, num_classes=num_classes)
+    vit = objects.student or build_classifier(config, init, num_classes=num_classes)
     peers = (
         distributed.main_first(lambda: open_peers(config, num_classes=num_classes, mean=mean, std=std))
         if config.distill.mutual.on
@@ -275,7 +275,7 @@ def open_finetuning(
         samples=samples,
         num_classes=num_classes,
         module=module,
-        source=source,
+        init=init,
         mean=mean,
         std=std,
         device=device,
