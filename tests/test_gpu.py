@@ -16,7 +16,7 @@ from maedistill.config.plan import BatchPlan, Plan
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.finetuning.objective import Distilled
 from maedistill.finetuning.outputs import RequestedOutputs, feature_info
-from maedistill.finetuning.teacher import OfflineTeacher
+from maedistill.finetuning.teacher import OutputTeacher
 from maedistill.finetuning.term_weights import TermWeights
 from maedistill.finetuning.terms import EMBEDDING_LOSSES, TERMS
 from maedistill.methods.dmae import DMAE, AlignmentSpec
@@ -86,7 +86,7 @@ def test_a_step_that_distils_never_waits_for_the_gpu():
     terms = {name: TERMS[name](name, section, student, [teacher]) for name, section in sections.items()}
     seen = RequestedOutputs(logits=True, embedding=True, features=(1,))
     module = Distilled(vit, terms, requested=seen, label_weight=1.0).cuda()
-    teacher = OfflineTeacher(
+    teacher = OutputTeacher(
         Network(network, "run:x", size, "mit", num_classes=9, mean=(0.4,) * 3, std=(0.3,) * 3),
         requested=RequestedOutputs(logits=True, embedding=True, features=(4,)),
         student_mean=(0.5,) * 3,

@@ -21,7 +21,7 @@ from maedistill.finetuning.outputs import FeatureInfo, RequestedOutputs, feature
 from maedistill.finetuning.past import Past
 from maedistill.finetuning.peers import Peer
 from maedistill.finetuning.predictions import Predictions
-from maedistill.finetuning.teacher import OfflineTeacher, TeacherSource
+from maedistill.finetuning.teacher import OutputTeacher, TeacherSource
 from maedistill.finetuning.terms import TERMS
 from maedistill.machine import DTYPES, precision
 from maedistill.models.initialize import initialize
@@ -105,7 +105,7 @@ def build_teachers(
     mean: Triple,
     std: Triple,
     device: torch.device,
-) -> list[OfflineTeacher]:
+) -> list[OutputTeacher]:
     """Build the teachers on `device`.
 
     grid: side of the student's patch grid. mean, std: the student's normalisation. Raises ConfigError where a term
@@ -121,7 +121,7 @@ def build_teachers(
     requested = _requested(distill, "teacher", logits=bool(distill.logit_terms), tokens=False)
     dtype = DTYPES[precision(distill.precision, device)]
     return [
-        OfflineTeacher(
+        OutputTeacher(
             teacher.network,
             requested=requested,
             student_mean=mean,

@@ -37,7 +37,7 @@ from maedistill.finetuning.outputs import Outputs, is_plain_vit
 from maedistill.finetuning.past import Past
 from maedistill.finetuning.peers import Peer, open_peers, peer_lines
 from maedistill.finetuning.predictions import Predictions
-from maedistill.finetuning.teacher import OfflineTeacher, TeacherSource
+from maedistill.finetuning.teacher import OutputTeacher, TeacherSource
 from maedistill.finetuning.term_weights import TermWeights
 from maedistill.models.vits import PlainViT, num_params_m
 from maedistill.processes import distributed
@@ -77,7 +77,7 @@ class Finetuning(Stage):
     std: Triple
     device: torch.device
     teachers: list[TeacherSource]
-    frozen: list[OfflineTeacher]
+    frozen: list[OutputTeacher]
     weights: TermWeights | None
     auto_lines: list[str]
     peers: list[Peer]

@@ -1,4 +1,4 @@
-"""The frozen teachers of fine-tuning. Each adapts the student's images to its own input, and runs as deep as needed.
+"""The teachers of fine-tuning. Each adapts the student's images to its own input, and runs as deep as needed.
 
     student's images, normalised, mixed -> back to pixels -> the teacher's size -> its normalisation -> Outputs
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maedistill.finetuning.outputs import FeatureInfo, Outputs, RequestedOutputs, forward_outputs
-from maedistill.methods.teacher import FrozenNetwork
+from maedistill.methods.teacher import TeacherNetwork
 from maedistill.weights.network import Network
 
 _ON_GRID = ("features/", "attention/")
@@ -37,8 +37,8 @@ class TeacherSource:
         return f"{self.network.describe()}  sees {self.network.size} px{subset}"
 
 
-class OfflineTeacher(FrozenNetwork):
-    """Outputs of a network whose weights never change. It sees the student's images, including mixed ones."""
+class OutputTeacher(TeacherNetwork):
+    """Computes what terms compare: outputs of a network that sees the student's images, including mixed ones."""
 
     student_mean: Tensor
     student_std: Tensor

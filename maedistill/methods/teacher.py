@@ -1,4 +1,4 @@
-"""Frozen teachers: the base class of all, and the one of pre-training.
+"""Teachers: the base class of all, and the one of pre-training.
 
 `weights/open_network.py` opens their weights, called by `pretraining/build.py` and `finetuning/build_distillation.py`.
 
@@ -26,11 +26,10 @@ from maedistill.models.vits import TimmModel
 from maedistill.weights.network import Network
 
 
-class FrozenNetwork(nn.Module):
-    """Holds `module`, the network that `source` has opened or a view of it, without gradients and in `dtype`.
+class TeacherNetwork(nn.Module):
+    """A network that teaches: `module`, which `source` has opened, or a view of it. A subclass runs it, in `forward`.
 
-    It resizes and normalises images for itself; a subclass runs it, in `forward`. It stands beside the engine, which
-    neither wraps nor trains it; only `AverageTeacher` is saved.
+    It stands beside the engine: no gradients, in `dtype`, and images resized and normalised for it.
     """
 
     mean: Tensor
@@ -52,7 +51,7 @@ class FrozenNetwork(nn.Module):
         return normalize(images, self.mean, self.std).to(self.dtype)
 
 
-class Teacher(FrozenNetwork):
+class Teacher(TeacherNetwork):
     """Computes the features of the teacher's tapped blocks, or with `relations` their queries, keys and values.
 
     last: the target of a tap is made of the outputs of so many blocks that end there, see `mean_of_blocks`.
