@@ -235,12 +235,9 @@ def open_finetuning(
     if objects.student is not None:
         _require_no_vit(config)
     index, val_index = distributed.main_first(lambda: open_labelled(config, objects))
-    labelled = config.distill.reads_labels
-    samples = (
-        label_subset(index.labels, config.data.label_fraction, seed=config.seed)
-        if labelled
-        else torch.arange(len(index))
-    )
+    samples = torch.arange(len(index))
+    if config.distill.reads_labels:
+        samples = label_subset(index.labels, config.data.label_fraction, seed=config.seed)
     config, auto_lines = settle(config, len(samples), world_size=world_size, fresh=fresh)
     plan = make_plan(config, len(samples), world_size=world_size)
     num_classes = count_classes(config, index, val_index)
@@ -254,11 +251,9 @@ def open_finetuning(
         lambda: open_teachers(config, objects.teachers, classes=classes, num_classes=num_classes)
     )
     vit = objects.student or build_classifier(config, init, num_classes=num_classes)
-    peers = (
-        distributed.main_first(lambda: open_peers(config, num_classes=num_classes, mean=mean, std=std))
-        if config.distill.mutual.on
-        else []
-    )
+    peers: list[Peer] = []
+    if config.distill.mutual.on:
+        peers = distributed.main_first(lambda: open_peers(config, num_classes=num_classes, mean=mean, std=std))
     module = trainable(build_module(config, vit, teachers, peers)).to(device)
     grid = vit.patch_embed.grid_size[0] if isinstance(vit, PlainViT) else 1  # without terms on maps
     frozen = build_teachers(config, teachers, grid=grid, plan=plan, mean=mean, std=std, device=device)
