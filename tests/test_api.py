@@ -229,9 +229,9 @@ def test_a_teacher_of_the_caller_s_can_teach_again(pretraining, finetuning):
     def opened():
         pretrains = open_pretraining(first, world_size=1, device=cpu, objects=Objects(teachers=(teacher,)))
         finetunes = open_finetuning(second, world_size=1, device=cpu, objects=Objects(teachers=(teacher,)))
-        frozen = [pretrains.teacher.network, finetunes.teaching.teachers[0].network]
+        frozen = [pretrains.teachers[0].teacher.network, finetunes.frozen[0].network]
         assert {parameter.dtype for one in frozen for parameter in one.parameters()} == {torch.bfloat16}
-        return pretrains.teacher_weights, finetunes.metadata["teacher_weights"]
+        return pretrains.metadata["teacher_weights"], finetunes.metadata["teacher_weights"]
 
     assert opened() == opened()
     assert {(p.dtype, p.requires_grad) for p in teacher.parameters()} == {(torch.float32, True)} and teacher.training

@@ -20,7 +20,7 @@ from maedistill.errors import ConfigError, DataError
 from maedistill.finetuning.objective import Mutual
 from maedistill.finetuning.outputs import RequestedOutputs
 from maedistill.finetuning.setup import dry_run, open_finetuning
-from maedistill.finetuning.teacher import OfflineTeacher
+from maedistill.finetuning.teacher import OutputTeacher
 from maedistill.runs.published import publish, read_published, remove_published
 from maedistill.weights.open_network import open_network, unloaded_run
 from tests.faults.notes import same_result
@@ -82,7 +82,7 @@ def test_a_step_sees_the_weights_of_its_period(trained, finetuning, tmp_path):
     config = load_config(run.run / "config.yaml", [f"run={tmp_path}"], root=FinetuneConfig).config
     parts = open_finetuning(config, world_size=1, device=torch.device("cpu"))
     network = parts.codistillation
-    network._copies[str(peer.run)] = OfflineTeacher(
+    network._copies[str(peer.run)] = OutputTeacher(
         unloaded_run(str(peer.run))[0], requested=RequestedOutputs(logits=True), student_mean=parts.mean,
         student_std=parts.std, student_grid=1,
     )  # fmt: skip
@@ -211,8 +211,8 @@ def test_a_peer_that_does_not_name_the_run_or_does_not_come_ends_it_before_the_f
 
 def test_a_dry_run_counts_the_peers_passes(finetuning, trained, monkeypatch, capsys):
     """Of a run that is known, and of one that is not, as of a copy of the student."""
-    passes, forward = [], OfflineTeacher.forward
-    monkeypatch.setattr(OfflineTeacher, "forward", lambda copy, images: passes.append(1) or forward(copy, images))
+    passes, forward = [], OutputTeacher.forward
+    monkeypatch.setattr(OutputTeacher, "forward", lambda copy, images: passes.append(1) or forward(copy, images))
     peers = f"distill.codistillation={{weight: 1, start_epoch: 1, peers: [{trained[1].run}, none]}}"
     given = [*SMALL, peers, f"run={finetuning.folder}/planned"]
     dry_run(load_config(finetuning.config, given, root=FinetuneConfig).config)

@@ -12,10 +12,12 @@ from torch.nn import functional as F
 
 from maedistill.config.distill import ContrastiveConfig, DKDConfig, HintsConfig, LogitsConfig, TermConfig
 from maedistill.config.loader import load_config
+from maedistill.config.plan import BatchPlan, Plan
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.finetuning.objective import Distilled
 from maedistill.finetuning.outputs import RequestedOutputs, feature_info
-from maedistill.finetuning.teacher import OfflineTeacher, TeacherEnsemble
+from maedistill.finetuning.teacher import OutputTeacher
+from maedistill.finetuning.term_weights import TermWeights
 from maedistill.finetuning.terms import EMBEDDING_LOSSES, TERMS
 from maedistill.methods.dmae import DMAE, AlignmentSpec
 from maedistill.methods.mae import PixelSpec
@@ -84,7 +86,7 @@ def test_a_step_that_distils_never_waits_for_the_gpu():
     terms = {name: TERMS[name](name, section, student, [teacher]) for name, section in sections.items()}
     seen = RequestedOutputs(logits=True, embedding=True, features=(1,))
     module = Distilled(vit, terms, requested=seen, label_weight=1.0).cuda()
-    teacher = OfflineTeacher(
+    teacher = OutputTeacher(
         Network(network, "run:x", size, "mit", num_classes=9, mean=(0.4,) * 3, std=(0.3,) * 3),
         requested=RequestedOutputs(logits=True, embedding=True, features=(4,)),
         student_mean=(0.5,) * 3,
@@ -94,15 +96,15 @@ def test_a_step_that_distils_never_waits_for_the_gpu():
         dtype=torch.bfloat16,
     ).cuda()
     schedules, device = [TermConfig(weight=1.0, warmup_epochs=3.0) for _ in terms], torch.device("cuda")
-    teaching = TeacherEnsemble([teacher], schedules, steps=4, epoch_at=lambda step: step, device=device)
+    weights = TermWeights(schedules, Plan(BatchPlan(4, 1), 1, images=4, steps=4, warmup_steps=0), device)
     images = torch.randn(4, 3, 64, 64, device=device)
     targets = F.one_hot(torch.arange(4, device=device), 5).float()
     count = iter(range(1, 4))
 
     def step() -> None:
-        views, weights = teaching(images, next(count))
+        outputs = [teacher(images)]
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            module(images, targets, views, weights)["loss"].backward()
+            module(images, targets, outputs, weights[next(count)])["loss"].backward()
 
     assert_never_waits(step)
 

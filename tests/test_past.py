@@ -16,6 +16,7 @@ from maedistill.finetuning.build import build_labelled_crops
 from maedistill.finetuning.loop import train
 from maedistill.finetuning.objective import Supervised
 from maedistill.finetuning.past import Past
+from maedistill.finetuning.predictions import Predictions
 from maedistill.finetuning.setup import Finetuning, open_finetuning
 from maedistill.weights.from_run import open_run
 
@@ -87,7 +88,7 @@ def test_all_micro_batches_of_a_step_have_the_same_past():
     past = Past(PastConfig(weight=1.0, source="weights"), network, plan=plan, epochs=3, precision="fp32")
     images, found = IMAGES[:, :, :2, :2], []
     for _ in range(2):
-        found.append(past.outputs(images, 2, now=network)["past"])
+        found.append(past.outputs(images, 2, batch=None, now=network)["past"])
         network.train()(3 + images)
     assert torch.equal(*found)
 
@@ -122,8 +123,9 @@ def learn(parts: Finetuning, folder) -> tuple[list[torch.Tensor], dict[str, torc
     config, found = parts.config, []
     crops = build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean)
     optimizer = torch.optim.AdamW(parts.module.train().parameters(), 3e-3)
-    if parts.predictions is not None:
-        parts.predictions.open(SimpleNamespace(path=folder, checkpoints=folder), crops.order, step=0)
+    if isinstance(parts.past, Predictions):
+        there = SimpleNamespace(path=folder, checkpoints=folder)
+        parts.past.begin(SimpleNamespace(folder=there, step=0, before_save=[]), crops.order)
     for step in range(11):
         batch = crops.__getitems__(list(range(12 * step, 12 * step + 12)))
         seed_generators(config.seed, step)
@@ -133,8 +135,8 @@ def learn(parts: Finetuning, folder) -> tuple[list[torch.Tensor], dict[str, torc
         losses["loss"].backward()
         found += [losses["loss"].detach(), *(parameter.grad.clone() for parameter in parts.module.vit.parameters())]
         optimizer.step()
-        if parts.predictions is not None:
-            parts.predictions.add(batch, losses["predictions"])
+        if parts.past is not None:
+            parts.past.add(batch, losses)
     return found, parts.module.vit.state_dict()
 
 

@@ -30,7 +30,8 @@ def opened(folder, *, step: int = 0, **settings) -> Predictions:
     section = PastConfig(weight=1, source="predictions", **settings)
     plan = Plan(BatchPlan(BATCH, 1), world_size=1, images=IMAGES, steps=STEPS, warmup_steps=0)
     made = Predictions(section, plan=plan, epochs=EPOCHS, samples=IMAGES, num_classes=CLASSES)
-    made.open(SimpleNamespace(path=folder, checkpoints=folder / "checkpoints"), ORDER, step=step)
+    there = SimpleNamespace(path=folder, checkpoints=folder / "checkpoints")
+    made.begin(SimpleNamespace(folder=there, step=step, before_save=[]), ORDER)
     return made
 
 
@@ -50,11 +51,12 @@ def train(predictions: Predictions, steps: range) -> list[tuple[torch.Tensor, to
     """The predictions and shares that each step reads; every second step is saved."""
     read = []
     for step in steps:
-        outputs = predictions.outputs(batch(step), step)
+        given = batch(step)
+        outputs = predictions.outputs(given.images, step, batch=given, now=torch.nn.Identity())
         read.append(
             (outputs["past"], outputs["share"]) if outputs else (torch.zeros(BATCH, CLASSES), torch.zeros(BATCH, 1))
         )
-        predictions.add(batch(step), torch.stack([said(at) for at in batch(step).positions.tolist()]))
+        predictions.add(given, {"predictions": torch.stack([said(at) for at in given.positions.tolist()])})
         if step % 2:
             predictions.sync(step + 1)
     return read

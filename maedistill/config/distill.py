@@ -279,6 +279,10 @@ class PastConfig(TermConfig):
         """Return whether predictions are stored."""
         return self.on and self.source == "predictions"
 
+    def share_at(self, epoch: int, epochs: float) -> float:
+        """Return the share of the past in the targets of an epoch, from 0, of a run of `epochs`."""
+        return self.alpha * min(1.0, (epoch + 1) / epochs)
+
 
 class DistillConfig(Section):
     """Teachers that the network also learns from while it is fine-tuned, and what it imitates of them."""

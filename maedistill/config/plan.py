@@ -45,6 +45,10 @@ class Plan:
         """Return the epochs done after `step` steps."""
         return step / self.steps_in(1.0)
 
+    def epoch_of(self, step: int) -> int:
+        """Return the number of the epoch in which a step begins, from 0."""
+        return step * self.global_batch // self.images
+
 
 def make_plan(config: RunConfig, images: int, *, world_size: int) -> Plan:
     """Derive the plan. Raises ConfigError if the ranks cannot share the batch, or if the run has no steps."""

@@ -37,7 +37,7 @@ from maedistill.escaping import say
 from maedistill.finetuning import meeting
 from maedistill.finetuning.meeting import State, describe_peer, entry_of, folder_of, last_saved, read_state, start_state
 from maedistill.finetuning.outputs import Outputs, RequestedOutputs, is_plain_vit
-from maedistill.finetuning.teacher import OfflineTeacher
+from maedistill.finetuning.teacher import OutputTeacher
 from maedistill.processes import distributed
 from maedistill.runs.checkpoint import checkpoint_steps
 from maedistill.runs.history import size_text
@@ -81,7 +81,7 @@ class Codistillation:
         self._periods = sorted({self._period_of(step) for step in steps})
         if not steps:
             raise ConfigError(f"{_KEY}.start_epoch: no step is left to learn from peers", "begin earlier")
-        self._copies: dict[str, OfflineTeacher] = {}  # by folder as the config names it, without those left out
+        self._copies: dict[str, OutputTeacher] = {}  # by folder as the config names it, without those left out
         self._state = State("", "", "", met={}, left_out={}, licenses={})
         self._now: int | None = None  # the period whose weights the copies have
 
@@ -206,7 +206,7 @@ class Codistillation:
         except ConfigError as error:
             cause = error.cause.removeprefix("distill.teachers: ")
             raise ConfigError(f"{_KEY}.peers: {cause}", "let runs on the same classes learn from each other") from None
-        copy = OfflineTeacher(
+        copy = OutputTeacher(
             network,
             requested=RequestedOutputs(logits=True),
             student_mean=self.mean,

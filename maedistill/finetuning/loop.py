@@ -75,12 +75,8 @@ def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
     config, plan, engine, rank = parts.config, parts.plan, run.engine, distributed.rank()
     crops = build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean)
     batches = run.batches(crops)
-    if parts.past is not None and parts.past.section.source == "ema":
-        assert run.ema is not None  # a rule of the config requires it
-        parts.past.network = run.ema.module.vit
-    if parts.predictions is not None:
-        parts.predictions.open(run.folder, crops.order, step=run.step)
-        run.before_save.append(parts.predictions.sync)
+    if parts.past is not None:
+        parts.past.begin(run, crops.order)
     if evaluation_due(run, parts) and run.is_missing("ema_top1" if run.ema is not None else "top1", metrics):
         with run.untimed():
             validate(run, parts, metrics)
@@ -102,8 +98,8 @@ def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
             losses = engine(images, targets, *parts.teacher_outputs(images, step, batch))
             engine.backward(losses["loss"])
             engine.step()
-            if parts.predictions is not None:
-                parts.predictions.add(batch, losses.pop("predictions"))
+            if parts.past is not None:
+                parts.past.add(batch, losses)
             run.count(batch, losses)
         run.end_step(crops)
 

@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maedistill.config.distill import PastConfig
 from maedistill.config.plan import Plan
@@ -33,8 +33,8 @@ from maedistill.errors import ConfigError, DataError
 from maedistill.finetuning.outputs import Outputs
 from maedistill.processes import distributed
 from maedistill.runs.checkpoint import checkpoint_steps
-from maedistill.runs.folder import RunFolder
 from maedistill.runs.history import size_text
+from maedistill.runs.run import Run
 
 
 class Predictions:
@@ -49,7 +49,7 @@ class Predictions:
         k = section.top_k or num_classes
         fields: list[Any] = [("probabilities", "<f2", (k,)), ("classes", "<i4", (k,))]
         self.row, self.shape = np.dtype(fields[: 2 if section.top_k else 1]), (samples,)
-        self._folder, self._order, self._saved = Path(), cast(SampleOrder | None, None), 0  # until `open`
+        self._folder, self._order, self._saved = Path(), cast(SampleOrder | None, None), 0  # until `begin`
         self._epoch = -1  # in which the current step begins
         self._past: np.ndarray | None = None  # the rows of the epoch before it, [samples]
         self._pending: tuple[Tensor, list[Tensor], torch.cuda.Event | None] | None = None  # samples, values, copied
@@ -62,16 +62,17 @@ class Predictions:
             "two epochs are kept, and two more for each checkpoint of an earlier epoch"
         )
 
-    def open(self, run: RunFolder, order: SampleOrder, *, step: int) -> None:
-        """Start before a step. Collective. Raises DataError if predictions that it goes on with are not there."""
-        self._folder, self._checkpoints = run.path / "predictions", run.checkpoints
-        self._order, self._saved = order, step
-        distributed.on_main(lambda: self._prepare(step))
+    def begin(self, run: Run, order: SampleOrder) -> None:
+        """Start before the run's next step. Collective. Raises DataError if predictions that it needs are not there."""
+        self._folder, self._checkpoints = run.folder.path / "predictions", run.folder.checkpoints
+        self._order, self._saved = order, run.step
+        distributed.on_main(lambda: self._prepare(run.step))
         if not all(distributed.gather_objects(self._folder.is_dir())):
             cause = f"{self._folder}, which rank 0 has made, is not there on every rank"
             raise DataError(cause, "use a run= on a disk that all machines share, or distill.past.source=weights")
+        run.before_save.append(self.sync)
 
-    def outputs(self, batch: Batch, step: int) -> Outputs:
+    def outputs(self, images: Tensor, step: int, *, batch: Batch | None, now: nn.Module) -> Outputs:
         """Return predictions [B, C] and their share of the targets [B, 1] for a micro-batch on the device.
 
         The share is 0 for a prediction that is missing or not finite. In the first epoch there are none. Collective in
@@ -79,9 +80,10 @@ class Predictions:
         """
         if self._order is None:  # a dry run
             return {}
-        epoch = step * self.plan.global_batch // self.plan.images
+        assert batch is not None
+        epoch = self.plan.epoch_of(step)
         if epoch != self._epoch:
-            self._begin(epoch, step)
+            self._begin_epoch(epoch, step)
         if self._past is None:
             return {}
         rows, device = self._past[batch.samples.numpy()], batch.positions.device
@@ -93,14 +95,15 @@ class Predictions:
             rest = (1 - mass).clamp(min=0) / (self.num_classes - self.section.top_k)
             past = rest.expand(-1, self.num_classes).scatter(1, classes, stored)
         past = torch.where(valid, past / past.sum(dim=1, keepdim=True), 0)  # rows of fp16 sum to about 1
-        return {"past": past, "share": valid * (self.section.alpha * min(1.0, (epoch + 1) / self.epochs))}
+        return {"past": past, "share": valid * self.section.share_at(epoch, self.epochs)}
 
-    def add(self, batch: Batch, predictions: Tensor) -> None:
-        """Take the network's probabilities [B, C] for a micro-batch.
+    def add(self, batch: Batch, losses: dict[str, Tensor]) -> None:
+        """Take the network's probabilities [B, C] for a micro-batch out of its losses.
 
         They are written in the next call: the device computes on while the host waits for the copy.
         """
         self._write()
+        predictions = losses.pop("predictions")
         top: Any = predictions.topk(self.section.top_k) if self.section.top_k else (predictions,)
         values = [_to_host(value) for value in (batch.positions, top[0].half(), *top[1:])]
         copied = torch.cuda.Event(blocking=True) if predictions.is_cuda else None
@@ -118,7 +121,7 @@ class Predictions:
             sync(self._folder)
         distributed.barrier()
 
-    def _begin(self, epoch: int, step: int) -> None:
+    def _begin_epoch(self, epoch: int, step: int) -> None:
         """Open what the epoch before predicted, and remove what no start needs any more. Collective."""
         self._epoch, self._past = epoch, None  # closed on every rank before it may be removed
         self.sync(self._saved)

@@ -22,11 +22,11 @@ from maedistill.data.shards.index import ShardIndex
 from maedistill.data.shards.patterns import describe_shards
 from maedistill.errors import ConfigError
 from maedistill.finetuning.build import build_classifier, build_init_source, build_labelled_crops, build_mixing
-from maedistill.finetuning.build_teachers import (
+from maedistill.finetuning.build_distillation import (
+    build_codistillation,
     build_module,
     build_past,
-    build_predictions,
-    build_teaching,
+    build_teachers,
     distillation_lines,
     open_teachers,
 )
@@ -37,8 +37,8 @@ from maedistill.finetuning.outputs import Outputs, is_plain_vit
 from maedistill.finetuning.past import Past
 from maedistill.finetuning.peers import Peer, open_peers, peer_lines
 from maedistill.finetuning.predictions import Predictions
-from maedistill.finetuning.teacher import TeacherEnsemble, TeacherSource
-from maedistill.machine import DTYPES, precision
+from maedistill.finetuning.teacher import OutputTeacher, TeacherSource
+from maedistill.finetuning.term_weights import TermWeights
 from maedistill.models.vits import PlainViT, num_params_m
 from maedistill.processes import distributed
 from maedistill.runs.dry_run import dry_run as plan_and_try
@@ -59,10 +59,10 @@ _MORE_LABELS = (
 
 @dataclass(kw_only=True)
 class Finetuning(Stage):
-    """The parts, on `device`. source: None from scratch; samples: the ids of the label subset, int64 [n].
+    """The parts, on `device`. init: None from scratch; samples: the ids of the label subset, int64 [n].
 
-    teachers, teaching: for distillation; empty and None without it. past, predictions: of the network itself, if a term
-    needs one of them.
+    teachers, frozen: of distillation, as they were opened and as they run. weights: of its terms, None without one.
+    past: of the network itself, if a term needs it.
     """
 
     config: FinetuneConfig
@@ -72,22 +72,22 @@ class Finetuning(Stage):
     samples: Tensor
     num_classes: int
     module: Supervised | Distilled | Mutual
-    source: Network | None
+    init: Network | None
     mean: Triple
     std: Triple
     device: torch.device
     teachers: list[TeacherSource]
-    teaching: TeacherEnsemble | None
+    frozen: list[OutputTeacher]
+    weights: TermWeights | None
     auto_lines: list[str]
     peers: list[Peer]
-    past: Past | None
-    predictions: Predictions | None
+    past: Past | Predictions | None
     codistillation: Codistillation | None
 
     @property
     def saved_beside(self) -> dict[str, nn.Module]:
         """Return networks beside the trained one that checkpoints keep, by file name."""
-        return self.past.kept if self.past is not None else {}
+        return self.past.saved_beside if isinstance(self.past, Past) else {}
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -107,9 +107,9 @@ class Finetuning(Stage):
     @property
     def metadata(self) -> dict[str, Any]:
         """Return the metadata for run.json: network, input, samples, initial weights and their license."""
-        data, source = self.config.data, self.source
+        data, init = self.config.data, self.init
         own_license = combined_license(
-            [part.license for part in (source, *(peer.source for peer in self.peers)) if part is not None]
+            [part.license for part in (init, *(peer.source for peer in self.peers)) if part is not None]
             + [teacher.network.license for teacher in self.teachers]
         )
         return {
@@ -125,8 +125,8 @@ class Finetuning(Stage):
             "classes": list(self.index.classes or self.val_index.classes) or None,
             "data": {"images": len(self.samples), "fingerprint": self.index.fingerprint()},
             "validation": {"images": len(self.val_index), "fingerprint": self.val_index.fingerprint()},
-            "init": source.describe() if source is not None else None,
-            "origin": source.origin if source is not None else None,
+            "init": init.describe() if init is not None else None,
+            "origin": init.origin if init is not None else None,
             "exits": list(self.config.student.exits),
             "exits_own_block": self.config.distill.exits.own_block,
             "peers": [peer.metadata for peer in self.peers],
@@ -147,7 +147,7 @@ class Finetuning(Stage):
         else:
             shape = f"{type(vit).__name__}, {num_params_m(vit):.2f} M"
         return [
-            f"start    {self.source.describe() if self.source is not None else 'from scratch'}",
+            f"start    {self.init.describe() if self.init is not None else 'from scratch'}",
             f"network  {shape}, {self.num_classes} classes, drop path {config.student.drop_path:g}",
             f"data     {self.plan.images:,} images{share} at {data.image_size} px{self._size_note()}, "
             f"{describe_shards(data.train, self.index.shards)}",
@@ -157,7 +157,7 @@ class Finetuning(Stage):
             *(self.codistillation.summary_lines(vit) if self.codistillation is not None else ()),
             *([_MORE_LABELS] if self.codistillation is not None and data.label_fraction < 1 else ()),
             *distillation_lines(config, self.teachers, micro_batch=self.plan.batch.micro_batch),
-            *([self.predictions.describe()] if self.predictions is not None else []),
+            *([self.past.describe()] if isinstance(self.past, Predictions) else []),
             *plan_lines(config, self.plan),
             f"layers   lr times {config.optim.layer_decay:g} a layer, head to patches: "
             + " ".join(f"{rate:.3g}" for rate in reversed(rates)),
@@ -165,9 +165,9 @@ class Finetuning(Stage):
 
     def _size_note(self) -> str:
         """Say how the image size relates to that of the initial weights; nothing from scratch."""
-        if self.source is None:
+        if self.init is None:
             return ""
-        own = self.source.own_size
+        own = self.init.own_size
         return " (as its start)" if own == self.config.data.image_size else f" (its start: {own} px, resampled)"
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -194,10 +194,10 @@ class Finetuning(Stage):
     def compile(self) -> None:
         """Compile what a step runs: the student and plain ViT teachers; other teachers may break the graph."""
         compile_module(self.module)
-        for teacher in self.teaching.teachers if self.teaching is not None else ():
+        for teacher in self.frozen:
             if is_plain_vit(teacher.network):
                 compile_module(teacher)
-        if self.past is not None and is_plain_vit(self.past.network):
+        if isinstance(self.past, Past) and is_plain_vit(self.past.network):
             compile_module(self.past)
         if self.codistillation is not None:
             self.codistillation.compiles = True
@@ -207,17 +207,15 @@ class Finetuning(Stage):
 
         batch: from which the images are made, for stored predictions.
         """
-        if self.teaching is None:
+        if self.weights is None:
             return ()
+        outputs = [teacher(images) for teacher in self.frozen] if self.weights.needs_teachers(step) else []
         extra: Outputs = {}
         if self.past is not None:
-            extra |= self.past.outputs(images, step, now=self.module.vit)
-        if self.predictions is not None:
-            assert batch is not None
-            extra |= self.predictions.outputs(batch, step)
+            extra |= self.past.outputs(images, step, batch=batch, now=self.module.vit)
         if self.codistillation is not None:
             extra |= self.codistillation.outputs(images, step)
-        return (*self.teaching(images, step), *([extra] if extra else []))
+        return (outputs, self.weights[step], *([extra] if extra else []))
 
     def validation(self) -> EvaluationImages:
         """Return every validation image, transformed as in timm's own evaluation."""
@@ -237,51 +235,33 @@ def open_finetuning(
     if objects.student is not None:
         _require_no_vit(config)
     index, val_index = distributed.main_first(lambda: open_labelled(config, objects))
-    labelled = config.distill.reads_labels
-    samples = (
-        label_subset(index.labels, config.data.label_fraction, seed=config.seed)
-        if labelled
-        else torch.arange(len(index))
-    )
+    samples = torch.arange(len(index))
+    if config.distill.reads_labels:
+        samples = label_subset(index.labels, config.data.label_fraction, seed=config.seed)
     config, auto_lines = settle(config, len(samples), world_size=world_size, fresh=fresh)
     plan = make_plan(config, len(samples), world_size=world_size)
     num_classes = count_classes(config, index, val_index)
-    source = distributed.main_first(lambda: build_init_source(config, objects, num_classes=num_classes))
-    config = with_values(config, {"data.image_size": source.size if source is not None else config.scratch_size})
+    init = distributed.main_first(lambda: build_init_source(config, objects, num_classes=num_classes))
+    config = with_values(config, {"data.image_size": init.size if init is not None else config.scratch_size})
     mean, std = config.data.mean, config.data.std
     if mean is None or std is None:
-        mean, std = (source.mean, source.std) if source else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        mean, std = (init.mean, init.std) if init else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     classes = index.classes or val_index.classes
     teachers = distributed.main_first(
         lambda: open_teachers(config, objects.teachers, classes=classes, num_classes=num_classes)
     )
-    vit = objects.student or build_classifier(config, source, num_classes=num_classes)
-    peers = (
-        distributed.main_first(lambda: open_peers(config, num_classes=num_classes, mean=mean, std=std))
-        if config.distill.mutual.on
-        else []
-    )
+    vit = objects.student or build_classifier(config, init, num_classes=num_classes)
+    peers: list[Peer] = []
+    if config.distill.mutual.on:
+        peers = distributed.main_first(lambda: open_peers(config, num_classes=num_classes, mean=mean, std=std))
     module = trainable(build_module(config, vit, teachers, peers)).to(device)
     grid = vit.patch_embed.grid_size[0] if isinstance(vit, PlainViT) else 1  # without terms on maps
-    teaching = build_teaching(config, teachers, grid=grid, plan=plan, mean=mean, std=std, device=device)
-    past = build_past(config, vit, plan=plan, device=device)
-    predictions = build_predictions(config, plan=plan, samples=len(index), num_classes=num_classes)
-    term, dtype = config.distill.codistillation, DTYPES[precision(config.distill.precision, device)]
-    kept = config.log.keep * plan.steps_in(config.log.save_every_epochs)
-    codistillation = None
-    if term.on:
-        codistillation = Codistillation(
-            section=term,
-            seed=config.seed,
-            plan=plan,
-            kept_steps=kept,
-            classes=classes,
-            num_classes=num_classes,
-            mean=mean,
-            std=std,
-            dtype=dtype,
-            device=device,
-        )
+    frozen = build_teachers(config, teachers, grid=grid, plan=plan, mean=mean, std=std, device=device)
+    terms = tuple(config.distill.terms.values())
+    past = build_past(config, vit, plan=plan, samples=len(index), num_classes=num_classes, device=device)
+    codistillation = build_codistillation(
+        config, plan=plan, classes=classes, num_classes=num_classes, mean=mean, std=std, device=device
+    )
     return Finetuning(
         config=config,
         plan=plan,
@@ -290,16 +270,16 @@ def open_finetuning(
         samples=samples,
         num_classes=num_classes,
         module=module,
-        source=source,
+        init=init,
         mean=mean,
         std=std,
         device=device,
         teachers=teachers,
-        teaching=teaching,
+        frozen=frozen,
+        weights=TermWeights(terms, plan, device) if terms else None,
         auto_lines=auto_lines,
         peers=peers,
         past=past,
-        predictions=predictions,
         codistillation=codistillation,
     )
 
@@ -323,7 +303,7 @@ def dry_run(config: FinetuneConfig) -> None:
     config = settle_precision(config, device, fresh=False)
     parts = open_finetuning(config, world_size=world_size_from_environment(), device=device)
     config = parts.config
-    heaviest_step = parts.teaching.heaviest_step if parts.teaching is not None else 0
+    heaviest_step = parts.weights.heaviest_step if parts.weights is not None else 0
 
     def module_inputs(batch: Batch) -> tuple[Any, ...]:
         seed_generators(config.seed)

@@ -1,20 +1,19 @@
-"""The frozen teachers of fine-tuning. Each adapts the student's images to its own input, and runs as deep as needed.
+"""The teachers of fine-tuning. Each adapts the student's images to its own input, and runs as deep as needed.
 
     student's images, normalised, mixed -> back to pixels -> the teacher's size -> its normalisation -> Outputs
 
 B batch   s image side of the student   C classes of the student   g side of the student's grid
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maedistill.config.distill import TermConfig
 from maedistill.finetuning.outputs import FeatureInfo, Outputs, RequestedOutputs, forward_outputs
-from maedistill.methods.teacher import FrozenNetwork
+from maedistill.methods.teacher import TeacherNetwork
 from maedistill.weights.network import Network
 
 _ON_GRID = ("features/", "attention/")
@@ -38,8 +37,8 @@ class TeacherSource:
         return f"{self.network.describe()}  sees {self.network.size} px{subset}"
 
 
-class OfflineTeacher(FrozenNetwork):
-    """Outputs of a network whose weights never change. It sees the student's images, including mixed ones."""
+class OutputTeacher(TeacherNetwork):
+    """Computes what terms compare: outputs of a network that sees the student's images, including mixed ones."""
 
     student_mean: Tensor
     student_std: Tensor
@@ -81,32 +80,3 @@ class OfflineTeacher(FrozenNetwork):
         if maps.shape[-2:] == size:
             return maps
         return F.interpolate(maps.float(), size=size, mode="bilinear", antialias=True)
-
-
-class TeacherEnsemble:
-    """Frozen teachers outside the engine, and the weights of terms in the order of the trained module's terms."""
-
-    def __init__(
-        self,
-        teachers: Sequence[OfflineTeacher],
-        terms: Sequence[TermConfig],
-        *,
-        steps: int,
-        epoch_at: Callable[[int], float],
-        device: torch.device,
-    ) -> None:
-        """Tabulate the terms' weights. steps: of the run; epoch_at: epochs done before a step."""
-        self.teachers, self.terms = tuple(teachers), tuple(terms)
-        # A compiled step takes a row of this table as input: it neither waits for the host nor recompiles.
-        rows = [[term.weight_at(epoch_at(step)) for term in self.terms] for step in range(steps)]
-        weights = torch.tensor(rows, dtype=torch.float32).view(steps, len(self.terms))
-        # The step whose weights are largest, the last such: the network's past begins after the first epoch.
-        self.heaviest_step = steps - 1 - int(weights.sum(dim=1).flip(0).argmax())
-        compares = torch.tensor([term.needs_teacher for term in self.terms])
-        self._counts = weights[:, compares].any(dim=1).tolist()
-        self._weights = weights.to(device)
-
-    def __call__(self, images: Tensor, step: int) -> tuple[list[Outputs], Tensor]:
-        """Return the teachers' outputs on images [B, 3, s, s], none if their terms rest, and weights [terms]."""
-        outputs = [teacher(images) for teacher in self.teachers] if self._counts[step] else []
-        return outputs, self._weights[step]

@@ -1,6 +1,6 @@
-"""Frozen teachers: the base class of all, and the one of pre-training.
+"""Teachers: the base class of all, and the one of pre-training.
 
-`weights/open_network.py` opens their weights, called by `pretraining/build.py` and `finetuning/build_teachers.py`.
+`weights/open_network.py` opens their weights, called by `pretraining/build.py` and `finetuning/build_distillation.py`.
 
 B batch   N, T patches, and those visible to the teacher   Q its prefix tokens   D_t its width   H its heads   d their
 width   k patches of the teacher along a side of a student's   s image side   t image side of the teacher
@@ -26,11 +26,10 @@ from maedistill.models.vits import TimmModel
 from maedistill.weights.network import Network
 
 
-class FrozenNetwork(nn.Module):
-    """Holds `module`, the network that `source` has opened or a view of it, without gradients and in `dtype`.
+class TeacherNetwork(nn.Module):
+    """A network that teaches: `module`, which `source` has opened, or a view of it. A subclass runs it, in `forward`.
 
-    It resizes and normalises images for itself; a subclass runs it, in `forward`. It stands beside the engine, which
-    neither wraps nor trains it; only `AverageTeacher` is saved.
+    It stands beside the engine: no gradients, in `dtype`, and images resized and normalised for it.
     """
 
     mean: Tensor
@@ -52,7 +51,7 @@ class FrozenNetwork(nn.Module):
         return normalize(images, self.mean, self.std).to(self.dtype)
 
 
-class Teacher(FrozenNetwork):
+class Teacher(TeacherNetwork):
     """Computes the features of the teacher's tapped blocks, or with `relations` their queries, keys and values.
 
     last: the target of a tap is made of the outputs of so many blocks that end there, see `mean_of_blocks`.

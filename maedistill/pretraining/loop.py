@@ -141,7 +141,7 @@ def draw(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
         return
     split = split_of(parts.config, torch.arange(len(images), device=parts.device), parts.module.encoder.grid**2)
     title = f"{run.folder.title}: {parts.config.method}, step {run.step}, epoch {run.epoch:.1f}"
-    sheet = reconstruction_sheet(parts.module, images, split, teacher=parts.teacher is not None, title=title)
+    sheet = reconstruction_sheet(parts.module, images, split, teacher=bool(parts.teachers), title=title)
     if metrics is not None:
         with ignore_write_errors(path := picture_path(run)):
             sheet.save(path)

@@ -14,10 +14,11 @@ from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.data.images.augment import Mixing, seed_generators
 from maedistill.data.loading.batch import Batch
-from maedistill.finetuning import build_teachers as build_distillation
+from maedistill.finetuning import build_distillation
 from maedistill.finetuning.objective import Distilled
+from maedistill.finetuning.past import Past
 from maedistill.finetuning.setup import Finetuning, open_finetuning
-from maedistill.finetuning.teacher import TeacherEnsemble
+from maedistill.finetuning.term_weights import TermWeights
 from maedistill.weights.network import Network
 from tests.device.pretend_card import CARD, Card, value_of
 
@@ -100,15 +101,12 @@ def opened(finetuning, monkeypatch):
 def on_card(parts: Finetuning) -> Finetuning:
     """The same parts on the card."""
     parts.module.zero_grad()
-    teaching = parts.teaching
-    if teaching is not None:
-        frozen = [one.to(CARD) for one in teaching.teachers]
-        how = {"steps": parts.plan.steps, "epoch_at": parts.plan.epoch_at}
-        teaching = TeacherEnsemble(frozen, teaching.terms, **how, device=CARD)
-    past = parts.past.to(CARD) if parts.past is not None else None
-    moved = dataclasses.replace(parts, module=parts.module.to(CARD), teaching=teaching, device=CARD, past=past)
-    moved.inputs(batch().to(CARD))  # mean and deviation are copied at first need, once in a run
-    return moved
+    frozen, terms = [one.to(CARD) for one in parts.frozen], tuple(parts.config.distill.terms.values())
+    moved = {"frozen": frozen, "weights": TermWeights(terms, parts.plan, CARD) if terms else None, "device": CARD}
+    past = parts.past.to(CARD) if isinstance(parts.past, Past) else parts.past
+    parts = dataclasses.replace(parts, module=parts.module.to(CARD), past=past, **moved)
+    parts.inputs(batch().to(CARD))  # mean and deviation are copied at first need, once in a run
+    return parts
 
 
 def batch() -> Batch:

@@ -92,11 +92,12 @@ def test_a_step_never_waits_for_the_card_and_computes_the_same_bits(pretraining,
     expected = value_of(take_step(parts, batch()))
     with Card() as card:
         parts.module.zero_grad()
-        for network in (parts.module, *parts.teachers):
-            network.to(CARD)
-        for statistics in parts.statistics.values():
-            statistics.sums.zero_()
-            statistics.to(CARD)
+        parts.module.to(CARD)
+        for one in parts.teachers:
+            one.teacher.to(CARD)
+            if one.statistics is not None:
+                one.statistics.sums.zero_()
+                one.statistics.to(CARD)
         given = batch().to(CARD)
         with card.step():
             found = take_step(parts, given)
@@ -113,6 +114,6 @@ def test_a_run_is_opened_on_the_card(pretraining, method):
     with Card() as card:
         parts = open_pretraining(config, world_size=1, device=CARD)
         held = [*parts.module.parameters(), *parts.module.buffers()]
-        held += [*parts.teacher.parameters(), *parts.teacher.buffers()] if parts.teacher is not None else []
+        held += [tensor for one in parts.teachers for tensor in (*one.teacher.parameters(), *one.teacher.buffers())]
         assert {tensor.device for tensor in held} == {CARD}
     assert {operation for _, operation in card.waits} == {"_to_copy"} and len(card.waits) == len(held)

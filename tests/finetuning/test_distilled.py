@@ -1,5 +1,6 @@
 """Fine-tuning with terms: they vanish where student and teacher agree, add up by weight, and reach every parameter."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +12,12 @@ from maedistill.config import distill
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.plan import make_plan
-from maedistill.finetuning.build_teachers import build_module, build_teaching
+from maedistill.finetuning.build_distillation import build_module, build_teachers
 from maedistill.finetuning.objective import Distilled
 from maedistill.finetuning.outputs import RequestedOutputs, feature_info, forward_outputs
+from maedistill.finetuning.setup import Finetuning
 from maedistill.finetuning.teacher import TeacherSource
+from maedistill.finetuning.term_weights import TermWeights
 from maedistill.finetuning.terms import Contrastive
 from maedistill.losses.relations import contrast_loss
 from maedistill.weights.network import Network
@@ -69,10 +72,16 @@ def teacher_of(network: torch.nn.Module, *, size: int = 32) -> TeacherSource:
 
 
 def assemble(config: FinetuneConfig, student: torch.nn.Module, *teachers: TeacherSource):
-    """The module and its teaching, 80 images: 10 steps an epoch."""
-    module = build_module(config, student, list(teachers))
-    how = {"grid": 4, "mean": MEAN, "std": STD, "device": torch.device("cpu")}
-    return module, build_teaching(config, list(teachers), plan=make_plan(config, 80, world_size=1), **how)
+    """The module, and the function that gives its inputs from teachers, 80 images: 10 steps an epoch."""
+    module, plan, cpu = (
+        build_module(config, student, list(teachers)),
+        make_plan(config, 80, world_size=1),
+        torch.device("cpu"),
+    )
+    frozen = build_teachers(config, list(teachers), grid=4, plan=plan, mean=MEAN, std=STD, device=cpu)
+    weights = TermWeights(tuple(config.distill.terms.values()), plan, cpu)
+    parts = SimpleNamespace(frozen=frozen, weights=weights, past=None, codistillation=None)
+    return module, partial(Finetuning.teacher_outputs, parts)
 
 
 @pytest.mark.parametrize("case", ALONE)

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maedistill.config.distill import TermConfig
-from maedistill.finetuning.teacher import TeacherEnsemble
+from maedistill.config.plan import BatchPlan, Plan
+from maedistill.finetuning.term_weights import TermWeights
 
 EPOCHS = st.floats(0, 50)
 
@@ -28,9 +29,10 @@ def test_a_table_has_a_row_for_each_step_and_a_column_for_each_term():
         TermConfig(weight=4, start_epoch=1, warmup_epochs=2),
         TermConfig(weight=1, stop_epoch=1.5),
     ]
-    ensemble = TeacherEnsemble([], terms, steps=8, epoch_at=lambda step: step / 2, device=torch.device("cpu"))
-    table = torch.stack([ensemble(torch.zeros(1), step)[1] for step in range(8)])
-    assert ensemble.heaviest_step == 7  # the last of two that are equal
+    plan = Plan(BatchPlan(4, 1), world_size=1, images=8, steps=8, warmup_steps=0)  # two steps an epoch
+    weights = TermWeights(terms, plan, torch.device("cpu"))
+    table = torch.stack([weights[step] for step in range(8)])
+    assert weights.heaviest_step == 7  # the last of two that are equal
     assert table.T.tolist() == [[2] * 8, [0, 0, 0, 1, 2, 3, 4, 4], [1, 1, 1, 0, 0, 0, 0, 0]]
     term = TermConfig(weight=9, start_epoch=5, warmup_epochs=20, stop_epoch=100)
     assert term.describe_schedule() == "9 from epoch 5, warm-up 20, to epoch 100"

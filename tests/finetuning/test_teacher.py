@@ -10,7 +10,7 @@ from torchvision.transforms.v2.functional import InterpolationMode
 
 from maedistill.errors import ConfigError
 from maedistill.finetuning.outputs import RequestedOutputs, feature_info, forward_outputs, is_plain_vit
-from maedistill.finetuning.teacher import OfflineTeacher
+from maedistill.finetuning.teacher import OutputTeacher
 from maedistill.weights.class_names import shared_classes
 from maedistill.weights.network import Network
 
@@ -109,7 +109,7 @@ def test_a_teacher_of_another_normalisation_and_resolution_is_fed_what_it_expect
     """Equality with the teacher run alone on the pixels, from the student's normalised images."""
     built = network(name, **changed)
     requested = RequestedOutputs(logits=True, embedding=True, features=(1,))
-    teacher = OfflineTeacher(classifier(built, size=48), requested=requested, **STUDENT, classes=(3, 0))
+    teacher = OutputTeacher(classifier(built, size=48), requested=requested, **STUDENT, classes=(3, 0))
     mean, std = (torch.tensor(STUDENT[f"student_{of}"]).view(3, 1, 1) for of in ("mean", "std"))
     seen = teacher((PIXELS - mean) / std)
     large = vision.resize(PIXELS, [48, 48], interpolation=InterpolationMode.BICUBIC, antialias=True)

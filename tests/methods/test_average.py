@@ -48,25 +48,25 @@ def train(parts: Pretraining, steps: int) -> list[torch.Tensor]:
 
 def test_decay_1_keeps_the_start_and_decay_0_is_the_student(opened):
     parts = opened("teacher.decay=[1.0, 1.0]")
-    start = weights(parts.teacher.network)
+    start = weights(parts.teachers[0].teacher.network)
     assert torch.equal(start, weights(parts.module.encoder)) and not torch.equal(train(parts, 3)[-1], start)
-    assert torch.equal(weights(parts.teacher.network), start)
+    assert torch.equal(weights(parts.teachers[0].teacher.network), start)
     parts = opened("teacher.decay=[0.0, 0.0]")
-    assert torch.equal(train(parts, 3)[-1], weights(parts.teacher.network))
-    assert not any(parameter.requires_grad for parameter in parts.teacher.parameters())
+    assert torch.equal(train(parts, 3)[-1], weights(parts.teachers[0].teacher.network))
+    assert not any(parameter.requires_grad for parameter in parts.teachers[0].teacher.parameters())
 
 
 def test_the_average_after_some_steps_is_the_sum_of_the_formula(opened):
     """With one decay d: d^k theta_0 + (1 - d) sum of d^(k-i) theta_i."""
     parts, d, k = opened("teacher.decay=[0.8, 0.8]"), 0.8, 5
-    start = weights(parts.teacher.network).double()
+    start = weights(parts.teachers[0].teacher.network).double()
     seen = train(parts, k)
     expected = d**k * start + (1 - d) * sum(d ** (k - i) * one.double() for i, one in enumerate(seen, 1))
-    torch.testing.assert_close(weights(parts.teacher.network).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights(parts.teachers[0].teacher.network).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_decay_rises_by_a_half_cosine_to_the_last_step(opened):
-    teacher = opened("teacher.decay=[0.999, 0.9999]").teacher
+    teacher = opened("teacher.decay=[0.999, 0.9999]").teachers[0].teacher
     assert teacher.steps == 24
     teacher.steps = 101
     assert [teacher.decay_at(step) for step in (0, 50, 100)] == pytest.approx([0.999, 0.99945, 0.9999], abs=1e-12)
@@ -100,7 +100,7 @@ def test_a_collapse_is_warned_of_once(opened, capsys):
         parts.warn_of_collapse(means)
     assert capsys.readouterr().err.count("warning: ") == 1
     constant = {1: torch.ones(3, 17, 32)}
-    assert float(parts.teacher.deviation(constant)) == 0
+    assert float(parts.teachers[0].teacher.deviation(constant)) == 0
 
 
 @pytest.mark.faults

@@ -67,7 +67,7 @@ def test_each_has_its_own_head_precision_view_license_and_cost(opened):
     expected = losses["pixels"] + losses["align/1"] + losses["align/teacher2/0"] / 2 + losses["align/teacher3/1"]
     torch.testing.assert_close(losses["loss"], expected)
     assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
-    assert [teacher.dtype for teacher in parts.teachers] == [torch.float32, torch.bfloat16, torch.float32]
+    assert [one.teacher.dtype for one in parts.teachers] == [torch.float32, torch.bfloat16, torch.float32]
     assert "projections.1.3.weight" in gradients and "projections.0.bias" not in gradients
     said = "\n".join(parts.summary_lines)
     assert said.count("\nteacher  random:") == 3 and ", 8 x 8 patches, the mean of 4 for one" in said
@@ -76,8 +76,8 @@ def test_each_has_its_own_head_precision_view_license_and_cost(opened):
     assert len({*parts.metadata["teacher_weights"]}) == 2, "the first and the third are of the same weights"
     images, split = parts.inputs(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.arange(1))
     with FlopCounterMode(display=False) as counter:
-        parts.teachers[1](images, split)
-    flops = count_flops(parts.module, *parts.teachers, num_student=4, num_teacher=4)
+        parts.teachers[1].teacher(images, split)
+    flops = count_flops(parts.module, *(one.teacher for one in parts.teachers), num_student=4, num_teacher=4)
     assert flops["teacher2"] == pytest.approx(counter.get_total_flops() / 1e9)
     assert 0 < flops["teacher"] < flops["teacher3"]
     assert flops["total"] == pytest.approx(sum(value for name, value in flops.items() if name != "total"))
@@ -109,7 +109,7 @@ def test_a_map_beside_a_mean_of_blocks_leaves_it_out(opened):
     with pytest.raises(ConfigError, match=r"align\.last_blocks") as refusal:
         opened(settings, MAP)
     remedy = refusal.value.remedy.removeprefix("set ")
-    assert opened(settings, f"{MAP} {remedy}").more[0].config.align.last_blocks is None
+    assert opened(settings, f"{MAP} {remedy}").teachers[1].config.align.last_blocks is None
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ TERMS: dict[str, type[Term]] = {
     ),
     Edit(
         4,
-        "maedistill/finetuning/build_teachers.py",
+        "maedistill/finetuning/build_distillation.py",
         "embedding=any(name in distill.terms for name in BATCH_RELATION_TERMS)",
         'embedding=any(name in distill.terms for name in (*BATCH_RELATION_TERMS, "norms"))',
     ),

@@ -10,7 +10,7 @@ from maedistill.config.finetune import FinetuneConfig, Init, Student
 from maedistill.config.pretrain import PretrainConfig, Teacher
 from maedistill.errors import ConfigError, DataError
 from maedistill.finetuning.build import build_init_source
-from maedistill.finetuning.build_teachers import open_teachers
+from maedistill.finetuning.build_distillation import open_teachers
 from maedistill.models.initialize import initialize
 from maedistill.models.vits import build_vit
 from maedistill.pretraining.build import build_teacher_source

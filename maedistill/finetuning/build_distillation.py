@@ -1,6 +1,6 @@
-"""Builders that turn a fine-tuning config into teachers and terms, each checked against the actual networks.
+"""Builders that turn the section `distill` into teachers, terms, past and peers, checked against the actual networks.
 
-distill.teachers -> open_teachers -> build_module (what is trained) and build_teaching (frozen, beside the engine)
+distill.teachers -> open_teachers -> build_module (what is trained) and build_teachers (frozen, beside the engine)
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,13 @@ from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.plan import Plan
 from maedistill.config.schema import Triple
 from maedistill.errors import ConfigError, UserError
+from maedistill.finetuning.codistillation import Codistillation
 from maedistill.finetuning.objective import Distilled, Mutual, Supervised
 from maedistill.finetuning.outputs import FeatureInfo, RequestedOutputs, feature_info, is_plain_vit
 from maedistill.finetuning.past import Past
 from maedistill.finetuning.peers import Peer
 from maedistill.finetuning.predictions import Predictions
-from maedistill.finetuning.teacher import OfflineTeacher, TeacherEnsemble, TeacherSource
+from maedistill.finetuning.teacher import OutputTeacher, TeacherSource
 from maedistill.finetuning.terms import TERMS
 from maedistill.machine import DTYPES, precision
 from maedistill.models.initialize import initialize
@@ -95,7 +96,7 @@ def build_module(
     return module
 
 
-def build_teaching(
+def build_teachers(
     config: FinetuneConfig,
     teachers: list[TeacherSource],
     *,
@@ -104,15 +105,13 @@ def build_teaching(
     mean: Triple,
     std: Triple,
     device: torch.device,
-) -> TeacherEnsemble | None:
-    """Build the teachers on `device` and the weights of the terms over time; None without a term.
+) -> list[OutputTeacher]:
+    """Build the teachers on `device`.
 
     grid: side of the student's patch grid. mean, std: the student's normalisation. Raises ConfigError where a term
     relates the images of a micro-batch and there is only one.
     """
     distill = config.distill
-    if not distill.terms:
-        return None
     related = [name for name in BATCH_RELATION_TERMS if name in distill.terms]
     if related and plan.batch.micro_batch < 2:
         raise ConfigError(
@@ -121,8 +120,8 @@ def build_teaching(
         )
     requested = _requested(distill, "teacher", logits=bool(distill.logit_terms), tokens=False)
     dtype = DTYPES[precision(distill.precision, device)]
-    frozen = [
-        OfflineTeacher(
+    return [
+        OutputTeacher(
             teacher.network,
             requested=requested,
             student_mean=mean,
@@ -133,25 +132,47 @@ def build_teaching(
         ).to(device)
         for teacher in teachers
     ]
-    return TeacherEnsemble(
-        frozen, tuple(distill.terms.values()), steps=plan.steps, epoch_at=plan.epoch_at, device=device
-    )
 
 
-def build_past(config: FinetuneConfig, vit: nn.Module, *, plan: Plan, device: torch.device) -> Past | None:
-    """Build the network's past on `device`; None without a term that needs it."""
-    section, number_format = config.distill.past, precision(config.engine.precision, device)
-    if not section.on or section.stores:
-        return None
-    return Past(section, vit, plan=plan, epochs=config.optim.epochs, precision=number_format).to(device)
-
-
-def build_predictions(config: FinetuneConfig, *, plan: Plan, samples: int, num_classes: int) -> Predictions | None:
-    """Build the store of predictions; None without a term that needs it. samples: in the shards."""
+def build_past(
+    config: FinetuneConfig, vit: nn.Module, *, plan: Plan, samples: int, num_classes: int, device: torch.device
+) -> Past | Predictions | None:
+    """Build the network's past, or the store of its predictions; None without that term. samples: in the shards."""
     section, epochs = config.distill.past, config.optim.epochs
-    if not section.stores:
+    if not section.on:
         return None
-    return Predictions(section, plan=plan, epochs=epochs, samples=samples, num_classes=num_classes)
+    if section.stores:
+        return Predictions(section, plan=plan, epochs=epochs, samples=samples, num_classes=num_classes)
+    number_format = precision(config.engine.precision, device)
+    return Past(section, vit, plan=plan, epochs=epochs, precision=number_format).to(device)
+
+
+def build_codistillation(
+    config: FinetuneConfig,
+    *,
+    plan: Plan,
+    classes: tuple[str, ...],
+    num_classes: int,
+    mean: Triple,
+    std: Triple,
+    device: torch.device,
+) -> Codistillation | None:
+    """Build the exchange with other runs; None without that term. classes: names of the student's, empty if unknown."""
+    section = config.distill.codistillation
+    if not section.on:
+        return None
+    return Codistillation(
+        section=section,
+        seed=config.seed,
+        plan=plan,
+        kept_steps=config.log.keep * plan.steps_in(config.log.save_every_epochs),
+        classes=classes,
+        num_classes=num_classes,
+        mean=mean,
+        std=std,
+        dtype=DTYPES[precision(config.distill.precision, device)],
+        device=device,
+    )
 
 
 def distillation_lines(config: FinetuneConfig, teachers: list[TeacherSource], *, micro_batch: int) -> list[str]:
