@@ -18,7 +18,7 @@ _CGROUP_V2 = ("memory.max", "memory.current")
 _BF16_CAPABILITY = (8, 0)  # Ampere is the first with bf16 units; older cards convert around every operation
 
 
-def precision(setting: Precision | Literal["auto"], device: torch.device) -> Precision:
+def resolve_precision(setting: Precision | Literal["auto"], device: torch.device) -> Precision:
     """Resolve `auto`: bf16 on a GPU, fp16 if the card only emulates bf16, fp32 on a CPU."""
     if setting != "auto":
         return setting
@@ -27,9 +27,9 @@ def precision(setting: Precision | Literal["auto"], device: torch.device) -> Pre
     return "bf16" if torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY else "fp16"
 
 
-def autocast(device: torch.device, number_format: Precision) -> torch.autocast:
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """Return the autocast of a number format; it does nothing in fp32."""
-    return torch.autocast(device.type, dtype=DTYPES[number_format], enabled=number_format != "fp32")
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:

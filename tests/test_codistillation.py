@@ -89,7 +89,7 @@ def test_a_step_sees_the_weights_of_its_period(trained, finetuning, tmp_path):
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     folder, peers = SimpleNamespace(path=tmp_path), SimpleNamespace(paused=nullcontext)
     for step in (12, 14, 15):
-        now = SimpleNamespace(folder=folder, module=parts.module, step=step, peers=peers)
+        now = SimpleNamespace(folder=folder, module=parts.module, step=step, watch=peers)
         network.exchange(now)
         published = unloaded_run(str(peer.run))[0].module
         period = peer.run / "published" / f"step_{step // 3 * 3:09d}" / "model.safetensors"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from maedistill.machine import free_memory, precision, visible_gpus
+from maedistill.machine import free_memory, resolve_precision, visible_gpus
 
 CARDS = {"V100": (7, 0), "T4": (7, 5), "A100": (8, 0), "RTX 4090": (8, 9), "H100": (9, 0), "B200": (10, 0)}
 
@@ -14,10 +14,10 @@ def test_auto_is_bf16_only_where_the_card_computes_in_it(monkeypatch, card):
     gpu, asked = torch.device("cuda", 3), []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or CARDS[card])
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    assert precision("auto", gpu) == ("fp16" if card in ("V100", "T4") else "bf16")
+    assert resolve_precision("auto", gpu) == ("fp16" if card in ("V100", "T4") else "bf16")
     assert asked == [gpu], "of this rank's card"
-    assert [precision(name, gpu) for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
-    assert precision("auto", torch.device("cpu")) == "fp32"
+    assert [resolve_precision(name, gpu) for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
+    assert resolve_precision("auto", torch.device("cpu")) == "fp32"
 
 
 @pytest.mark.parametrize(

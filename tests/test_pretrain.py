@@ -23,7 +23,7 @@ from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards
 from maedistill.runs.folder import RunFolder
-from maedistill.runs.settle import settle
+from maedistill.runs.resolve_auto import resolve_auto
 from tests.data.pictures import encode
 from tests.data.tar_files import write_tar
 from tests.faults.notes import witnessed
@@ -65,7 +65,7 @@ def test_auto_is_settled_by_the_images_and_kept_by_a_run_that_continues(mae, tmp
 
     def numbers(*more: str) -> tuple[tuple[float, ...], str]:
         config = load_config(mae.run / "config.yaml", [*auto, *more], root=PretrainConfig).config
-        settled, [line] = settle(config, 10_000, world_size=5, fresh=False)
+        settled, [line] = resolve_auto(config, 10_000, world_size=5, fresh=False)
         return (settled.optim.global_batch, settled.optim.epochs, settled.optim.warmup_epochs), line
 
     kept, line = numbers()

@@ -22,7 +22,7 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.sources import EMA
 from maedistill.errors import ConfigError
 from maedistill.evaluation.latency import seconds_of
-from maedistill.machine import Precision, autocast, precision
+from maedistill.machine import Precision, autocast, resolve_precision
 from maedistill.methods.mae import MAE, BlockFeatures
 from maedistill.models.masking import PatchSplit
 from maedistill.pretraining import build
@@ -81,7 +81,7 @@ class SyntheticTraining:
         if config.more_teachers:
             cause, remedy = "a step is measured with one teacher", "leave it out; --dry-run times a step with all"
             raise ConfigError(f"more_teachers: {cause}", remedy)
-        self.device, self.precision = device, precision(config.engine.precision, device)
+        self.device, self.precision = device, resolve_precision(config.engine.precision, device)
         encoder = build.build_encoder(config)
         self.num_patches = encoder.grid**2
         self.source = build.build_teacher_source(config, grid=encoder.grid)

@@ -1,6 +1,6 @@
 """Numbers that `auto` leaves to the size of the training set: batch, epochs and warm-up, as pure functions.
 
-    450 images, pre-training -> batch 64, 1,600 epochs, warm-up 80        runs/settle.py calls `with_numbers`
+    450 images, pre-training -> batch 64, 1,600 epochs, warm-up 80        runs/resolve_auto.py calls `with_numbers`
 
 The papers' numbers are those of 1.28 million images. A batch of 4,096 would see 450 photographs nine times in one
 update, and 100 epochs would be ten updates. Small sets need small batches and many epochs: what counts is the number

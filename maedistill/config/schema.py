@@ -35,7 +35,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MAX_BAD_FRACTION = 0.001  # of the samples, where nobody says otherwise
 AUTO = "auto"  # the value of a key that is left to the size of the training set
 
-if TYPE_CHECKING:  # what runs reads numbers: runs/settle.py has replaced `auto` and null by then
+if TYPE_CHECKING:  # what runs reads numbers: runs/resolve_auto.py has replaced `auto` and null by then
     AutoEpochs: TypeAlias = float
     AutoWarmup: TypeAlias = float
     AutoBatch: TypeAlias = int

@@ -16,8 +16,7 @@ from maedistill.config.schema import MAX_BAD_FRACTION, Precision
 from maedistill.data.loading.workers import TIMEOUT_SECONDS
 from maedistill.data.shards.index import ShardIndex
 from maedistill.escaping import say
-from maedistill.machine import autocast, cpu_name, loader_workers
-from maedistill.machine import precision as resolve_precision
+from maedistill.machine import autocast, cpu_name, loader_workers, resolve_precision
 from maedistill.processes import distributed
 from maedistill.runs.records import write_text
 from maedistill.runs.run import Run

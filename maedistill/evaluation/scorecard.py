@@ -118,8 +118,8 @@ def score(spec: ScoreSpec, context: EvalContext, *, files: Mapping[str, Path | N
         speed = distributed.on_main(lambda: measure_latency(network.module, there, size=network.size))
         times = f"{speed['latency_ms']:.2f} ms for one image (median; 90 % within {speed['latency_p90_ms']:.2f} ms)"
         rate = f"{speed['images_per_second']:.1f} images/s at batch {context.batch}"
-        number_format = network.precision or context.precision
-        print_main("speed", f"{times}, {rate}, {number_format} on {there.device_name}")
+        precision = network.precision or context.precision
+        print_main("speed", f"{times}, {rate}, {precision} on {there.device_name}")
         result |= speed
     distributed.on_main(lambda: _write(files, evaluation, network, index))
     return finish(result, files.get("json"))

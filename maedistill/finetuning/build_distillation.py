@@ -23,7 +23,7 @@ from maedistill.finetuning.peers import Peer
 from maedistill.finetuning.predictions import Predictions
 from maedistill.finetuning.teacher import OutputTeacher, TeacherSource
 from maedistill.finetuning.terms import TERMS
-from maedistill.machine import DTYPES, precision
+from maedistill.machine import DTYPES, resolve_precision
 from maedistill.models.initialize import initialize
 from maedistill.models.vits import PlainViT
 from maedistill.runs.objects import require_object
@@ -119,7 +119,7 @@ def build_teachers(
             "use a larger optim.global_batch, or fewer ranks",
         )
     requested = _requested(distill, "teacher", logits=bool(distill.logit_terms), tokens=False)
-    dtype = DTYPES[precision(distill.precision, device)]
+    dtype = DTYPES[resolve_precision(distill.precision, device)]
     return [
         OutputTeacher(
             teacher.network,
@@ -143,8 +143,8 @@ def build_past(
         return None
     if section.stores:
         return Predictions(section, plan=plan, epochs=epochs, samples=samples, num_classes=num_classes)
-    number_format = precision(config.engine.precision, device)
-    return Past(section, vit, plan=plan, epochs=epochs, precision=number_format).to(device)
+    precision = resolve_precision(config.engine.precision, device)
+    return Past(section, vit, plan=plan, epochs=epochs, precision=precision).to(device)
 
 
 def build_codistillation(
@@ -170,7 +170,7 @@ def build_codistillation(
         num_classes=num_classes,
         mean=mean,
         std=std,
-        dtype=DTYPES[precision(config.distill.precision, device)],
+        dtype=DTYPES[resolve_precision(config.distill.precision, device)],
         device=device,
     )
 

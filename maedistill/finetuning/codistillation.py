@@ -273,7 +273,7 @@ class Codistillation:
 
         missing: what is not there, for the log. While it waits, no rank counts as hung, and a signal ends the run.
         """
-        with run.peers.paused():
+        with run.watch.paused():
             problem = self._wait_for(run, peer, is_there, missing)
             if problem is not None and self.section.missing == "stop":
                 if run.step:

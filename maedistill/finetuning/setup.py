@@ -43,7 +43,7 @@ from maedistill.models.vits import PlainViT, num_params_m
 from maedistill.processes import distributed
 from maedistill.runs.dry_run import dry_run as plan_and_try
 from maedistill.runs.objects import NOTHING, Objects, trainable
-from maedistill.runs.settle import settle, settle_precision
+from maedistill.runs.resolve_auto import resolve_auto, with_precision
 from maedistill.runs.start import Stage
 from maedistill.training.compilation import compile_module
 from maedistill.training.optim import layer_rates, network_groups, parameter_groups
@@ -238,7 +238,7 @@ def open_finetuning(
     samples = torch.arange(len(index))
     if config.distill.reads_labels:
         samples = label_subset(index.labels, config.data.label_fraction, seed=config.seed)
-    config, auto_lines = settle(config, len(samples), world_size=world_size, fresh=fresh)
+    config, auto_lines = resolve_auto(config, len(samples), world_size=world_size, fresh=fresh)
     plan = make_plan(config, len(samples), world_size=world_size)
     num_classes = count_classes(config, index, val_index)
     init = distributed.main_first(lambda: build_init_source(config, objects, num_classes=num_classes))
@@ -300,7 +300,7 @@ def dry_run(config: FinetuneConfig) -> None:
     Writes nothing except an index for shards without one.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = settle_precision(config, device, fresh=False)
+    config = with_precision(config, device, fresh=False)
     parts = open_finetuning(config, world_size=world_size_from_environment(), device=device)
     config = parts.config
     heaviest_step = parts.weights.heaviest_step if parts.weights is not None else 0

@@ -37,10 +37,10 @@ class AverageTeacher(Teacher):
         output: str,
         decay: tuple[float, float],
         steps: int,
-        number_format: Precision,
+        precision: Precision,
     ) -> None:
         super().__init__(source, taps=taps, last=last, output=output)
-        self.decay, self.steps, self.number_format = decay, steps, number_format
+        self.decay, self.steps, self.precision = decay, steps, precision
 
     def decay_at(self, step: int) -> float:
         """Return the decay of the update of `step`, from 0."""
@@ -49,7 +49,7 @@ class AverageTeacher(Teacher):
 
     def forward(self, images: Tensor, split: PatchSplit) -> dict[int, Tensor]:
         """Map images in [0, 1], [B, 3, s, s], to {block: [B, Q + T, D]}, under autocast, since the weights are fp32."""
-        with nullcontext() if images.is_meta else autocast(images.device, self.number_format):
+        with nullcontext() if images.is_meta else autocast(images.device, self.precision):
             return super().forward(images, split)
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from maedistill.data.loading.loader import RandomCrops
 from maedistill.data.loading.order import SampleOrder
 from maedistill.data.shards.index import ShardIndex
 from maedistill.errors import ConfigError
-from maedistill.machine import DTYPES, precision
+from maedistill.machine import DTYPES, resolve_precision
 from maedistill.methods.amd import AMD, GeneratorSpec
 from maedistill.methods.average import AverageTeacher
 from maedistill.methods.dmae import DMAE, AlignmentSpec
@@ -112,7 +112,7 @@ def _sees_all(config: PretrainConfig, network: Network, *, grid: int) -> Network
 
 def build_teacher(config: PretrainConfig, source: Network, device: torch.device) -> Teacher:
     """Build the frozen teacher on `device`, without the blocks after its last tap."""
-    dtype, align = DTYPES[precision(config.teacher.precision, device)], config.align
+    dtype, align = DTYPES[resolve_precision(config.teacher.precision, device)], config.align
     return Teacher(
         source,
         taps=align.teacher,
@@ -127,7 +127,7 @@ def build_average(config: PretrainConfig, student: Encoder, device: torch.device
     """Build the teacher of `teacher.source=ema` from the student's initial weights. steps: of the run."""
     data, align = config.data, config.align
     source = Network(deepcopy(student), EMA, data.image_size, NO_OTHERS, mean=data.mean, std=data.std)
-    number_format, decay = precision(config.teacher.precision, device), config.teacher.decay
+    precision, decay = resolve_precision(config.teacher.precision, device), config.teacher.decay
     return AverageTeacher(
         source,
         taps=align.teacher,
@@ -135,7 +135,7 @@ def build_average(config: PretrainConfig, student: Encoder, device: torch.device
         output=align.output,
         decay=decay,
         steps=steps,
-        number_format=number_format,
+        precision=precision,
     ).to(device)
 
 

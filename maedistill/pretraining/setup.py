@@ -27,7 +27,7 @@ from maedistill.processes import distributed
 from maedistill.runs.dry_run import dry_run as plan_and_try
 from maedistill.runs.dry_run import forward_backward
 from maedistill.runs.objects import NOTHING, Objects, class_name, open_samples, trainable
-from maedistill.runs.settle import settle, settle_precision
+from maedistill.runs.resolve_auto import resolve_auto, with_precision
 from maedistill.runs.start import Stage
 from maedistill.training.compilation import compile_function, compile_module
 from maedistill.training.optim import parameter_groups
@@ -214,7 +214,7 @@ def open_pretraining(
     deleted.
     """
     index, val_index = distributed.main_first(lambda: open_samples(config.data, objects))
-    config, auto_lines = settle(config, len(index), world_size=world_size, fresh=fresh)
+    config, auto_lines = resolve_auto(config, len(index), world_size=world_size, fresh=fresh)
     plan = make_plan(config, len(index), world_size=world_size)
     encoder = build_encoder(config, objects)
     teachers = distributed.main_first(lambda: open_teachers(config, encoder, device, objects))
@@ -249,7 +249,7 @@ def dry_run(config: PretrainConfig) -> None:
     Writes nothing except an index for shards without one.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = settle_precision(config, device, fresh=False)
+    config = with_precision(config, device, fresh=False)
     parts = open_pretraining(config, world_size=world_size_from_environment(), device=device)
     config = parts.config
     student_sees, teacher_sees = mask_sizes(config, parts.module.encoder.grid**2)

@@ -33,7 +33,7 @@ class Heartbeat:
     host: str
     process: int
     rounds: int = 0  # rounds completed; grows while the process lives
-    moves: int = 0  # number of calls of `Peers.beat` by its main thread
+    moves: int = 0  # number of calls of `RankWatch.beat` by its main thread
     step: int = 0  # the step of the last `beat`
     place: str = "?"  # where in maedistill the main thread is now
     waits: bool = False  # whether it waits for other ranks there

@@ -49,7 +49,7 @@ _STUCK_SECONDS = 15.0  # without a beat, until this rank checks whether another 
 _RECORD_SECONDS = 10.0  # limit for `on_loss`, because its disk may be what hangs
 
 
-class Peers:
+class RankWatch:
     """Watches this rank and the others during its `with` block. Collective.
 
     A failure of torch.distributed in the block becomes a PeerError that names the lost ranks; on entry, one that names
@@ -86,14 +86,14 @@ class Peers:
         self._own_failure: Diagnosis | None = None  # why this rank fails, to send to the others
         self._remote_failure: Diagnosis | None = None  # why the first other rank failed
         self._store: dist.Store | None = None
-        self._exchanger = threading.Thread(target=self._exchange, name="peers-talk", daemon=True)
+        self._exchanger = threading.Thread(target=self._exchange, name="ranks-talk", daemon=True)
 
-    def __enter__(self) -> "Peers":
+    def __enter__(self) -> "RankWatch":
         if distributed.world_size() > 1:
             with peer_errors():  # no Heartbeats yet: nobody knows which rank is lost
                 self._connect()
             self._exchanger.start()
-        threading.Thread(target=self._watch, name="peers-watch", daemon=True).start()
+        threading.Thread(target=self._watch, name="ranks-watch", daemon=True).start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:

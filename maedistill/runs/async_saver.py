@@ -72,9 +72,9 @@ class Saver:
         """Take the checkpoint of `step` and start writing it, once the previous one is written. Collective.
 
         state, saved_beside: see `take_snapshot`. records: the run's log files; rank 0 syncs their lines before the
-        checkpoint that stands for them; if that fails there is no checkpoint. Raises what `settle` raises.
+        checkpoint that stands for them; if that fails there is no checkpoint. Raises what `finish_write` raises.
         """
-        self.settle()
+        self.finish_write()
         snapshot = take_snapshot(step=step, engine=engine, state=state, saved_beside=saved_beside, texts=self.texts)
         if snapshot is not None:
             self._writing = _Writing(partial(self._write, snapshot, records), step)
@@ -90,16 +90,16 @@ class Saver:
         if (writing := self._writing) is not None:
             writing.join(_PATIENCE)
 
-    def settle(self) -> None:
-        """Wait for the current write. Collective. Raises DataError on every rank after too many failures in a row."""
+    def finish_write(self) -> None:
+        """Finish the current write. Collective. Raises DataError on every rank after too many failures in a row."""
         on_main(partial(self._conclude, self.max_failures))
 
     def close(self) -> None:
-        """Finish the last write: `settle`, but raise DataError on every rank if that write failed. Collective."""
+        """Finish the last write: `finish_write`, but raise DataError on every rank if that write failed. Collective."""
         on_main(partial(self._conclude, 1))
 
     def _conclude(self, most: int) -> None:
-        """Do rank 0's part of `settle`, without collectives. Errors that the user cannot fix are raised as they are."""
+        """Do rank 0's part of `finish_write`, without collectives. Raises what the user cannot mend as it is."""
         error = None
         if (writing := self._writing) is not None:
             writing.join()

@@ -10,7 +10,7 @@ from maedistill.data.loading.batch import Batch
 from maedistill.data.loading.decoded_cache import room_for
 from maedistill.data.loading.loader import RandomCrops
 from maedistill.escaping import say
-from maedistill.machine import autocast, cpu_share, loader_workers, precision
+from maedistill.machine import autocast, cpu_share, loader_workers, resolve_precision
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.history import duration, size_text
 from maedistill.runs.metrics import memory_gb
@@ -44,7 +44,7 @@ def forward_backward(stage: Stage, inputs: tuple[Any, ...]) -> None:
         (part, name, buffer, buffer.clone()) for part, name in parts if (buffer := part._buffers[name]) is not None
     ]
     try:
-        with autocast(stage.device, precision(stage.config.engine.precision, stage.device)):
+        with autocast(stage.device, resolve_precision(stage.config.engine.precision, stage.device)):
             loss = stage.module(*inputs)["loss"]
         loss.backward()
         loss.item()  # waits for the device

@@ -69,7 +69,7 @@ class NonfinitePolicy:
         self._sample_names = sample_names
         self._count(progress, self._flags.push(progress.step - 1, skipped, now=now))
 
-    def settle(self, progress: Progress) -> None:
+    def count_last(self, progress: Progress) -> None:
         """Count the last update too, as a checkpoint needs. Raises what `check` raises."""
         self._count(progress, self._flags.read())
 

@@ -24,7 +24,7 @@ from maedistill.data.loading.loader import RandomCrops, training_batches
 from maedistill.errors import Preempted
 from maedistill.escaping import say
 from maedistill.processes import distributed
-from maedistill.processes.heartbeat import Peers
+from maedistill.processes.heartbeat import RankWatch
 from maedistill.processes.preemption import PreemptionHandler
 from maedistill.runs.async_saver import Saver
 from maedistill.runs.callback import Callback
@@ -61,7 +61,7 @@ class Run:
     ema: ModelEmaV3 | None
     device: torch.device
     workers: int
-    peers: Peers
+    watch: RankWatch
     saver: Saver
     stop: PreemptionHandler
     progress: Progress = field(default_factory=Progress)
@@ -81,7 +81,7 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        with self.peers.paused():
+        with self.watch.paused():
             self.saver.__exit__(kind, *error)
         if kind is None:
             self.stop.close()
@@ -92,7 +92,7 @@ class Run:
     def resume(self) -> Iterator[MetricsFile | None]:
         """Resume from the newest checkpoint, with the metrics file open on rank 0. Collective."""
         self.restore()
-        with open_metrics(self.folder.path, self.config, first_step=self.step, closing=self.peers.paused) as metrics:
+        with open_metrics(self.folder.path, self.config, first_step=self.step, closing=self.watch.paused) as metrics:
             if metrics is not None:
                 self._records = [metrics.lines, self.bad_samples.lines, self.nonfinite.lines]
                 metrics.observers = [callback.on_metrics for callback in self.callbacks]
@@ -114,7 +114,7 @@ class Run:
 
     def save(self) -> None:
         """Take a checkpoint, which is written while training goes on. Collective."""
-        self.nonfinite.settle(self.progress)
+        self.nonfinite.count_last(self.progress)
         for sync in self.before_save:
             sync(self.step)
         self.bad_samples.count(self.progress)
@@ -127,7 +127,7 @@ class Run:
     def raise_if_preempted(self) -> None:
         """Raise Preempted, with a checkpoint written, after a step in which a signal asked for it. Collective."""
         if self.preempted is not None:
-            with self.peers.paused():
+            with self.watch.paused():
                 self.saver.close()
             self.stop.ignore_notices()
             raise Preempted(self.preempted.name, self.step, command=self.folder.command)
@@ -165,7 +165,7 @@ class Run:
         """Return the next micro-batch, and count the wait for it."""
         with self.clock.waiting():
             batch = next(batches)
-        self.peers.beat(self.step)
+        self.watch.beat(self.step)
         self.show_status()
         return batch
 
@@ -183,7 +183,7 @@ class Run:
         self.progress.step += 1
         if self.ema is not None:
             self.ema.update(self.module, step=self.step)
-        self.peers.beat(self.step)
+        self.watch.beat(self.step)
         stop = self.stop.agreed()
         self.preempted = stop if self.step < self.plan.steps else None
         # A checkpoint and the end of the run need to know about this update now; otherwise it may be known later.
@@ -243,7 +243,7 @@ class Run:
     @contextmanager
     def untimed(self) -> Iterator[None]:
         """Exclude the block, such as saving or evaluating, from training time and from the hang watchdog."""
-        with self.clock.paused(), self.peers.paused():
+        with self.clock.paused(), self.watch.paused():
             yield
 
     def log(self, metrics: MetricsFile | None) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """A run of any stage from its start to its report: join the ranks, open the stage, build the engine, train.
 
-run_stage: join -> Peers -> the stage (pretraining/setup.py, finetuning/setup.py) -> start_run -> Run -> train
+run_stage: join -> RankWatch -> the stage (pretraining/setup.py, finetuning/setup.py) -> start_run -> Run -> train
 """
 
 import os
@@ -16,18 +16,18 @@ from torch import nn
 from maedistill.config.plan import Plan
 from maedistill.config.schema import RunConfig
 from maedistill.escaping import say
-from maedistill.machine import loader_workers, precision
+from maedistill.machine import loader_workers, resolve_precision
 from maedistill.processes import distributed
 from maedistill.processes.diagnosis import peer_errors
-from maedistill.processes.heartbeat import Peers
+from maedistill.processes.heartbeat import RankWatch
 from maedistill.processes.preemption import PreemptionHandler
 from maedistill.runs.async_saver import Saver
 from maedistill.runs.callback import Callback
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.history import has_losses
 from maedistill.runs.metrics import MetricsFile
+from maedistill.runs.resolve_auto import with_precision
 from maedistill.runs.run import Run
-from maedistill.runs.settle import settle_precision
 from maedistill.training.compilation import should_compile
 from maedistill.training.engine import Engine, initialize_distributed
 from maedistill.training.optim import build_optimizer, build_schedule
@@ -86,10 +86,10 @@ def run_stage(
         join(config)
         fresh = distributed.on_main(lambda: fresh and not folder.was_begun_by_this_job())
         lost = folder.record_error
-        with folder.log.capture(), Peers(timeout_seconds=config.engine.timeout_seconds, on_loss=lost) as peers:
-            config = settle_precision(config, distributed.device(), fresh=fresh)
+        with folder.log.capture(), RankWatch(timeout_seconds=config.engine.timeout_seconds, on_loss=lost) as watch:
+            config = with_precision(config, distributed.device(), fresh=fresh)
             stage = open_stage(config, world_size=distributed.world_size(), device=distributed.device(), fresh=fresh)
-            with start_run(stage, folder, peers, fresh=fresh, extend=extend) as run:
+            with start_run(stage, folder, watch, fresh=fresh, extend=extend) as run:
                 run.callbacks = tuple(callbacks)
                 with run.resume() as metrics:
                     train(run, stage, metrics)
@@ -112,16 +112,16 @@ def join(config: RunConfig) -> None:
         torch.set_num_threads(config.threads or cores)
 
 
-def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, extend: bool) -> Run:
+def start_run(stage: Stage, folder: RunFolder, watch: RankWatch, *, fresh: bool, extend: bool) -> Run:
     """Open the run folder, print the summary and build the engine. fresh, extend: see `run_stage`. Collective."""
     config, plan, module, optim, device = stage.config, stage.plan, stage.module, stage.config.optim, stage.device
-    number_format = precision(config.engine.precision, device)
+    precision = resolve_precision(config.engine.precision, device)
     execution = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "ranks": distributed.world_size(),
         "hosts": len(set(distributed.gather_objects(platform.node()))),
         "threads": torch.get_num_threads(),
-        "precision": number_format,
+        "precision": precision,
         "compiled": should_compile(config.engine.compile, device, zero=config.engine.zero),
         "zero": config.engine.zero,
     }
@@ -145,16 +145,16 @@ def start_run(stage: Stage, folder: RunFolder, peers: Peers, *, fresh: bool, ext
         module,
         optimizer,
         zero=config.engine.zero,
-        precision=number_format,
+        precision=precision,
         clip=optim.clip,
         micro_batch=plan.batch.micro_batch,
         accumulation=plan.batch.accumulation,
     )
     workers = loader_workers(config.data.workers, distributed.cores())
     saver = Saver(folder.checkpoints, keep=config.log.keep, texts=folder.texts)
-    peers.before_leaving = saver.wait
+    watch.before_leaving = saver.wait
     stop = PreemptionHandler(timeout_seconds=config.engine.timeout_seconds, leave=folder.leave_at_once)
     beside = ({"ema": ema.module} if ema is not None else {}) | dict(stage.saved_beside)
     return Run(
-        config, folder, plan, module, engine, schedule, ema, device, workers, peers, saver, stop, saved_beside=beside
+        config, folder, plan, module, engine, schedule, ema, device, workers, watch, saver, stop, saved_beside=beside
     )

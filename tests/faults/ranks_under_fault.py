@@ -1,4 +1,4 @@
-"""Ranks of a tiny loop with PreemptionHandler and Peers, as processes that a test kills, stops and signals.
+"""Ranks of a tiny loop with PreemptionHandler and RankWatch, as processes that a test kills, stops and signals.
 
 They are forked from a server that has imported torch already: a start takes half a second instead of several. What a
 rank prints, `exit.json` included, is in FOLDER/rank-N.txt; it leaves with the exit code of a tool.
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from maedistill.errors import DataError, Preempted, UserError, exit_code_of
 from maedistill.processes import distributed
 from maedistill.processes import heartbeat as peers_file
-from maedistill.processes.heartbeat import Peers
+from maedistill.processes.heartbeat import RankWatch
 from maedistill.processes.parent_death import detach_worker, die_with_launcher
 from maedistill.processes.preemption import PreemptionHandler
 from maedistill.runs.async_saver import Saver, _Writing
@@ -62,14 +62,14 @@ def _train(fault: str, workers: int) -> None:
     unheard = fault == "dies unheard"  # as under NCCL: the host of rank 0 waits for a device, and nothing tells it
     peers_file._STUCK_SECONDS = 2.0
     timeout = 600 if unheard else TIMEOUT
-    with Peers(timeout_seconds=timeout, on_loss=_record) as peers, Saver(Path(), keep=1) as saver:
-        peers.before_leaving = saver.wait
+    with RankWatch(timeout_seconds=timeout, on_loss=_record) as watch, Saver(Path(), keep=1) as saver:
+        watch.before_leaving = saver.wait
         stop = PreemptionHandler(timeout_seconds=TIMEOUT, leave=lambda: os._exit(130))
         fork = {"multiprocessing_context": "fork", "worker_init_fn": _begin} if workers else {}
         batches = iter(DataLoader(range(STEPS), num_workers=workers, **fork))
         for step in range(1, STEPS + 1):
             next(batches)
-            peers.beat(step - 1)
+            watch.beat(step - 1)
             if step == 10 and distributed.rank() == 1:
                 _do(fault)
             if step == 10 and "rank 0 saves" in fault:
@@ -78,7 +78,7 @@ def _train(fault: str, workers: int) -> None:
                 time.sleep(600)
             dist.all_reduce(torch.ones(10))
             time.sleep(0.02)
-            peers.beat(step)
+            watch.beat(step)
             print(f"step {step}", flush=True)
             if stop.agreed():
                 raise Preempted(stop.signal.name, step)

@@ -43,7 +43,7 @@ def test_a_tiny_disk_keeps_the_checkpoint_of_before_and_every_line(tmpfs, capsys
     def save(step: int) -> None:
         lines.append(f"{step}")
         saver.save(step=step, engine=OneTensor(1, width=40_000), state={"step": step}, records=[lines])
-        saver.settle()
+        saver.finish_write()
 
     with Saver(disk / "checkpoints", keep=2) as saver:
         save(1)

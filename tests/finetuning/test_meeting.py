@@ -69,7 +69,7 @@ class Side:
             config=with_values(CONFIG, {"seed": seed, "optim.epochs": epochs}),
             module=SimpleNamespace(vit=vit),
             folder=folder,
-            peers=SimpleNamespace(paused=nullcontext),
+            watch=SimpleNamespace(paused=nullcontext),
             stop=SimpleNamespace(agreed=lambda: None),
             save=lambda: self.saved.append(self.run.step),
         )

@@ -23,7 +23,7 @@ from maedistill.processes.diagnosis import (
     peer_errors,
     pid_space,
 )
-from maedistill.processes.heartbeat import Peers
+from maedistill.processes.heartbeat import RankWatch
 from tests.support.waiting import wait_until
 
 # Four ranks that were just seen to live: after ten steps of two moves each, waiting for each other.
@@ -130,13 +130,13 @@ def test_a_bug_reaches_the_other_ranks_by_name():
 @pytest.mark.parametrize("key", ["beat/0", "failed"])
 @pytest.mark.parametrize("said", ["", "[", "3", "[1, 2]", "[3, null, 1, 5]", '{"rank": 0, "more": 1}', b"\xff"])
 def test_foreign_data_in_the_store_ends_the_exchange_only(key, said):
-    peers = Peers(timeout_seconds=4, on_loss=lambda error: None)
-    peers._store = dist.HashStore()
-    peers._publish = lambda **_: peers._store.set(key, said)
+    watch = RankWatch(timeout_seconds=4, on_loss=lambda error: None)
+    watch._store = dist.HashStore()
+    watch._publish = lambda **_: watch._store.set(key, said)
     if key == "beat/0":
-        peers._snapshot_requested.set()
-    peers._exchange()
-    assert not peers._snapshots and peers._remote_failure is None
+        watch._snapshot_requested.set()
+    watch._exchange()
+    assert not watch._snapshots and watch._remote_failure is None
 
 
 @pytest.mark.parametrize(
@@ -174,11 +174,11 @@ def test_other_errors_are_not(error):
 def test_a_process_that_stops_moving_is_ended_with_its_stacks_but_not_while_it_pauses(monkeypatch, capfd):
     left, recorded = [], []
     monkeypatch.setattr("os._exit", left.append)
-    with Peers(timeout_seconds=2, on_loss=recorded.append) as peers:
+    with RankWatch(timeout_seconds=2, on_loss=recorded.append) as watch:
         # The watch ends a process after 2 s less five rounds of 0.1 s: 1.5 s.
         time.sleep(1.6)  # the first step may take its time: nothing moved yet
-        peers.beat(7)
-        with peers.paused():
+        watch.beat(7)
+        with watch.paused():
             time.sleep(1.6)
         assert not left
         wait_until(lambda: left, seconds=20)
@@ -194,14 +194,14 @@ def test_a_process_that_stops_moving_is_ended_with_its_stacks_but_not_while_it_p
 def test_two_threads_that_diagnose_at_once_have_snapshots_of_their_own(monkeypatch):
     """The main thread's collective fails while the watch diagnoses: neither may take the store for lost."""
     monkeypatch.setattr(heartbeat, "_DIAGNOSIS_SECONDS", 0.5)
-    peers = Peers(timeout_seconds=4, on_loss=print)
-    peers._store = dist.HashStore()
-    peers._publish()
-    peers._exchanger.start()
+    watch = RankWatch(timeout_seconds=4, on_loss=print)
+    watch._store = dist.HashStore()
+    watch._publish()
+    watch._exchanger.start()
     with ThreadPoolExecutor(2) as two:
-        first = two.submit(peers._diagnose, "stuck")
+        first = two.submit(watch._diagnose, "stuck")
         time.sleep(0.45)  # in the last of five rounds of 0.1 s
-        causes = [call.result().error.cause for call in (first, two.submit(peers._diagnose, "stuck"))]
-    peers._ended.set()
-    peers._exchanger.join()
+        causes = [call.result().error.cause for call in (first, two.submit(watch._diagnose, "stuck"))]
+    watch._ended.set()
+    watch._exchanger.join()
     assert all("rank 0 on" in cause for cause in causes), causes

@@ -129,14 +129,14 @@ LOST_EARLY = """
 import os
 from maedistill.errors import leave
 from maedistill.processes import distributed
-from maedistill.processes.heartbeat import Peers
+from maedistill.processes.heartbeat import RankWatch
 from maedistill.training.engine import initialize_distributed
 
 def main():
     initialize_distributed(60)
     if distributed.rank() == 1:
         {rank_1}
-    with Peers(timeout_seconds=60, on_loss=print):
+    with RankWatch(timeout_seconds=60, on_loss=print):
         pass
 
 leave(main)

@@ -325,7 +325,7 @@ def failures(folder: Path) -> list[str]:
     seen.append(caught(saver.close))
     checkpoint_file.write_manifest = lambda folder: fail(KeyError("a bug"))
     saver.save(step=2, engine=engine, saved_beside=beside(ema), state={})
-    seen.append(caught(saver.settle))
+    seen.append(caught(saver.finish_write))
     if rank() == 0:
         (folder / "step_000000001" / "COMPLETE").unlink()
     seen.append(caught(partial(load_latest, folder, engine)))

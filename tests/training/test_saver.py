@@ -72,7 +72,7 @@ def test_training_goes_on_during_a_write_and_leaves_no_trace_in_it(tmp_path, eng
         engine.weight.fill_(99)  # training goes on
         assert latest_step(tmp_path) is None
         disk.set()
-        saver.settle()
+        saver.finish_write()
         assert loaded(tmp_path) == (1, [1, 1, 1])
 
 
@@ -96,15 +96,15 @@ def test_the_copies_are_let_go_when_they_are_written(tmp_path, engine):
 def test_a_full_disk_is_a_warning_costs_no_older_checkpoint_and_the_next_save_works(tmp_path, engine, capsys):
     with Saver(tmp_path, keep=1) as saver:
         save(saver, engine, 1)
-        saver.settle()
+        saver.finish_write()
         with largest_file(64):
             save(saver, engine, 2)
-            saver.settle()
+            saver.finish_write()
             assert len(saver.failures) == 1
             assert [path.name for path in tmp_path.iterdir()] == ["step_000000001"]
             assert loaded(tmp_path) == (1, [1, 1, 1])
             save(saver, engine, 3)
-            saver.settle()
+            saver.finish_write()
         said = capsys.readouterr().err.splitlines()
         assert said[0].startswith(f"warning: saving the checkpoint of step 2 in {tmp_path} failed (")
         assert said[0].endswith("File too large (os error 27)); that of step 1 stands")
@@ -126,13 +126,13 @@ def test_a_disk_that_refuses_a_call_costs_one_checkpoint_and_a_warning(
     lines = AppendOnlyFile(tmp_path / "metrics.jsonl")
     with Saver(tmp_path / "checkpoints", keep=2) as saver:
         save(saver, engine, 1)
-        saver.settle()
+        saver.finish_write()
         lines.append("one")
         with monkeypatch.context() as broken:
             broken.setattr(os, call, refuse)
             engine.weight.fill_(2)
             saver.save(step=2, engine=engine, state={"step": 2}, records=[lines])
-            saver.settle()
+            saver.finish_write()
         assert len(saver.failures) == 1 and capsys.readouterr().err.count(os.strerror(error)) == 1
         assert loaded(saver.folder) == (1, [1, 1, 1]) and not list(saver.folder.glob("*.tmp"))
         save(saver, engine, 3)
@@ -158,7 +158,7 @@ def test_failures_in_a_row_end_the_run_though_none_was_saved_before(tmp_path, en
     for step in (1, 2, 3):
         save(saver, engine, step)
     with pytest.raises(DataError, match=r"step 3 in .*; there is none before it\nmake room"):
-        saver.settle()
+        saver.finish_write()
 
 
 def test_the_last_write_must_not_fail(tmp_path, engine, capsys):
@@ -167,7 +167,7 @@ def test_the_last_write_must_not_fail(tmp_path, engine, capsys):
         with largest_file(64), pytest.raises(DataError, match="step 5 in"), saver:
             save(saver, engine, 5)
             if settled:
-                saver.settle()  # also where its failure is known already
+                saver.finish_write()  # also where its failure is known already
         assert capsys.readouterr().err.count("step 5") == settled
 
 
@@ -176,7 +176,7 @@ def test_a_bug_of_ours_is_raised_as_it_is(tmp_path, engine, monkeypatch):
     saver = Saver(tmp_path, keep=1)
     save(saver, engine, 1)
     with pytest.raises(IndexError):
-        saver.settle()
+        saver.finish_write()
     assert list(tmp_path.iterdir()) == []
 
 

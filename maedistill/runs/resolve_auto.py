@@ -12,14 +12,14 @@ from maedistill.config.keys import flat
 from maedistill.config.loader import require_consistent
 from maedistill.config.schema import AUTO
 from maedistill.errors import ConfigError
-from maedistill.machine import precision
+from maedistill.machine import resolve_precision
 from maedistill.processes import distributed
 from maedistill.runs.checkpoint import checkpoint_steps
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.previous import read_previous
 
 
-def settle(config: Config, images: int, *, world_size: int, fresh: bool) -> tuple[Config, list[str]]:
+def resolve_auto(config: Config, images: int, *, world_size: int, fresh: bool) -> tuple[Config, list[str]]:
     """Return the config with numbers for `auto`, and the line of the summary that says which. Collective.
 
     images: that are trained on; fresh: the run in the folder is about to be deleted. Raises ConfigError if the numbers
@@ -28,12 +28,12 @@ def settle(config: Config, images: int, *, world_size: int, fresh: bool) -> tupl
     if not (keys := auto_keys(config)):
         return config, []
     kept: dict[str, Any] = {} if fresh else distributed.on_main(lambda: _values_of_run(config, keys))
-    settled = with_values(config, kept) if kept else with_numbers(config, images, world_size=world_size)
-    require_consistent(settled)
-    return settled, [auto_line(config, settled, images, of_the_run=bool(kept))]
+    resolved = with_values(config, kept) if kept else with_numbers(config, images, world_size=world_size)
+    require_consistent(resolved)
+    return resolved, [auto_line(config, resolved, images, of_the_run=bool(kept))]
 
 
-def settle_precision(config: Config, device: torch.device, *, fresh: bool) -> Config:
+def with_precision(config: Config, device: torch.device, *, fresh: bool) -> Config:
     """Return the config with a number format in place of `engine.precision=auto`. Collective.
 
     fresh: the run in the folder is about to be deleted. Raises ConfigError if the GPUs of the ranks differ in it, since
@@ -47,7 +47,7 @@ def settle_precision(config: Config, device: torch.device, *, fresh: bool) -> Co
         raise ConfigError(
             f"{FORMAT}=auto: this run began in fp16, which needs a GPU", "continue it on one, or use another run="
         )
-    formats = set(distributed.gather_objects(precision(began, device)))
+    formats = set(distributed.gather_objects(resolve_precision(began, device)))
     if len(formats) > 1:
         cause = f"{FORMAT}=auto: the GPUs of the ranks differ, it would be {' and '.join(sorted(formats))}"
         raise ConfigError(cause, f"set {FORMAT}=fp16 or fp32, or start the ranks on GPUs of one kind")
