@@ -173,8 +173,10 @@ def probe_once(monkeypatch, images, device, metrics=None, **periods):
     )
     plan = SimpleNamespace(batch=SimpleNamespace(micro_batch=2))
     parts = SimpleNamespace(config=config, module=None, index="train")
-    run = SimpleNamespace(config=config, plan=plan, due=bool, workers=0, device=device, step=1, epoch=1.0)
-    loop.probe(run, parts, "val", metrics)
+    run = SimpleNamespace(
+        config=config, plan=plan, due=bool, workers=0, device=device, step=1, epoch=1.0, metrics=metrics
+    )
+    loop.probe(run, parts, "val")
     return precisions, devices
 
 

@@ -33,7 +33,6 @@ from maedistill.report.interactive import require_bokeh
 from maedistill.report.run_page import refresh_run
 from maedistill.report.run_report import write_finetune_report
 from maedistill.runs.callback import Callback
-from maedistill.runs.metrics import MetricsFile
 from maedistill.runs.objects import NOTHING, Objects
 from maedistill.runs.records import ignore_write_errors
 from maedistill.runs.run import Run
@@ -70,16 +69,16 @@ def finetune(
         refresh_run(config.run, create=config.log.report)  # exit.json says by now how it ended
 
 
-def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
+def train(run: Run, parts: Finetuning) -> None:
     """Run the training loop to the end of the run. Collective."""
     config, plan, engine, rank = parts.config, parts.plan, run.engine, distributed.rank()
     crops = build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean)
     batches = run.batches(crops)
     if parts.past is not None:
         parts.past.begin(run, crops.order)
-    if evaluation_due(run, parts) and run.is_missing("ema_top1" if run.ema is not None else "top1", metrics):
+    if evaluation_due(run, parts) and run.is_missing("ema_top1" if run.ema is not None else "top1"):
         with run.untimed():
-            validate(run, parts, metrics)
+            validate(run, parts)
 
     if parts.codistillation is not None:
         with run.untimed():
@@ -101,14 +100,14 @@ def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
             if parts.past is not None:
                 parts.past.add(batch, losses)
             run.count(batch, losses)
-        run.end_step(crops)
+        run.end_step()
 
         # Log: the only place where the host waits for the device.
         if run.should_log:
-            run.log(metrics)
+            run.log()
         if run.step == 1:
             with run.untimed():
-                draw(run, parts, images, targets, metrics)
+                draw(run, parts, images, targets)
 
         # Save, evaluate: each on its own period, neither counted as training time. Saving comes first, so that an
         # evaluation that fails costs no training.
@@ -116,20 +115,20 @@ def train(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
             if run.should_save:
                 run.save()
             if evaluation_due(run, parts):
-                validate(run, parts, metrics)
+                validate(run, parts)
         run.raise_if_preempted()
 
 
-def draw(run: Run, parts: Finetuning, images: Tensor, targets: Tensor, metrics: MetricsFile | None) -> None:
+def draw(run: Run, parts: Finetuning, images: Tensor, targets: Tensor) -> None:
     """Draw the last micro-batch of the step just done on rank 0: images [m, 3, s, s], targets [m, C]."""
-    if metrics is None:
+    if run.metrics is None:
         return
     labelled = targets if parts.config.distill.reads_labels else None
     title = f"{run.folder.title}: input of step {run.step}"
     sheet = input_sheet(images, labelled, channels=parts.channels, classes=parts.index.classes, title=title)
     with ignore_write_errors(path := run.folder.pictures / "input.png"):
         sheet.save(path)
-    metrics.picture(run.step, "input", np.asarray(sheet))
+    run.metrics.picture(run.step, "input", np.asarray(sheet))
 
 
 def networks_of(module: Any) -> dict[str, nn.Module]:
@@ -146,7 +145,7 @@ def evaluation_due(run: Run, parts: Finetuning) -> bool:
     return run.step == parts.plan.steps or run.due(parts.config.log.eval_every_epochs)
 
 
-def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
+def validate(run: Run, parts: Finetuning) -> None:
     """Measure top-1 and top-5 of every network on every validation image, and of its moving average. Collective."""
     networks = networks_of(parts.module)
     if run.ema is not None:
@@ -156,7 +155,7 @@ def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
         name: Predictor(network, context, mean=parts.mean, std=parts.std) for name, network in networks.items()
     }
     scores = {name: evaluate(predictor, parts.validation(), context).score for name, predictor in predictors.items()}
-    if metrics is not None:
+    if run.metrics is not None:
         records = []
         for prefix, score in scores.items():
             values = score.metrics()
@@ -168,5 +167,5 @@ def validate(run: Run, parts: Finetuning, metrics: MetricsFile | None) -> None:
                 record |= {f"{averaged}mean_top1": sum(each) / len(each), f"{averaged}best_top1": max(each)}
             records.append(record)
             say(f"epoch {run.epoch:.1f}  {prefix.replace('_', ' ')}{score.line()}")
-        metrics.write(run.step, *records)
+        run.metrics.write(run.step, *records)
         refresh_run(parts.config.run, create=parts.config.log.report)

@@ -33,7 +33,6 @@ from maedistill.report.interactive import require_bokeh
 from maedistill.report.run_page import refresh_run
 from maedistill.report.run_report import write_run_report
 from maedistill.runs.callback import Callback
-from maedistill.runs.metrics import MetricsFile
 from maedistill.runs.objects import NOTHING, Objects
 from maedistill.runs.records import ignore_write_errors
 from maedistill.runs.run import Run
@@ -72,12 +71,12 @@ def pretrain(
         refresh_run(config.run, create=config.log.report)  # exit.json says by now how it ended
 
 
-def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
+def train(run: Run, parts: Pretraining) -> None:
     """Run the training loop to the end of the run. Collective."""
     config, plan, engine = parts.config, parts.plan, run.engine
     crops = build_crops(config, parts.index)
     batches = run.batches(crops)
-    look_again(run, parts, metrics)
+    look_again(run, parts)
 
     for step in range(run.step, plan.steps):
         run.schedule.step_update(step)
@@ -93,11 +92,11 @@ def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
             engine.step()
             run.count(batch, losses | notes)
         parts.end_step(step)
-        run.end_step(crops)
+        run.end_step()
 
         # Log: the only place where the host waits for the device.
         if run.should_log:
-            parts.warn_of_collapse(run.log(metrics))
+            parts.warn_of_collapse(run.log())
 
         # Save, draw, probe: each on its own period, none counted as training time. Saving comes first, so that a
         # picture or probe that fails costs no training.
@@ -105,24 +104,24 @@ def train(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
             if run.should_save:
                 run.save()
             if run.due(config.log.pictures_every_epochs):
-                draw(run, parts, metrics)
+                draw(run, parts)
             if parts.val_index is not None and parts.unscorable is None:
-                probe(run, parts, parts.val_index, metrics)
+                probe(run, parts, parts.val_index)
             log = config.log
             if any(map(run.due, (log.pictures_every_epochs, log.knn_every_epochs, log.probe_every_epochs))):
                 refresh_run(config.run, create=log.report)
         run.raise_if_preempted()
 
 
-def look_again(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
+def look_again(run: Run, parts: Pretraining) -> None:
     """Draw and probe what was due after the step of the checkpoint, but was cut short. Collective."""
     log, picture = parts.config.log, picture_path(run)
     with run.untimed():
         if run.step and run.due(log.pictures_every_epochs) and distributed.on_main(lambda: not picture.exists()):
-            draw(run, parts, metrics)
+            draw(run, parts)
         probed = "knn" if run.step and run.due(log.knn_every_epochs) else "linear"
-        if parts.val_index is not None and parts.unscorable is None and run.is_missing(probed, metrics):
-            probe(run, parts, parts.val_index, metrics)
+        if parts.val_index is not None and parts.unscorable is None and run.is_missing(probed):
+            probe(run, parts, parts.val_index)
 
 
 def picture_path(run: Run) -> Path:
@@ -130,7 +129,7 @@ def picture_path(run: Run) -> Path:
     return run.folder.pictures / f"step_{run.step:09d}.png"
 
 
-def draw(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
+def draw(run: Run, parts: Pretraining) -> None:
     """Draw a few fixed images with fixed masks. Every rank computes (ZeRO 3 needs all of them), rank 0 writes."""
     data, index = parts.config.data, parts.val_index or parts.index
     transform = centre_transform(size=data.image_size, crop_pct=data.eval_crop)
@@ -142,13 +141,13 @@ def draw(run: Run, parts: Pretraining, metrics: MetricsFile | None) -> None:
     split = split_of(parts.config, torch.arange(len(images), device=parts.device), parts.module.encoder.grid**2)
     title = f"{run.folder.title}: {parts.config.method}, step {run.step}, epoch {run.epoch:.1f}"
     sheet = reconstruction_sheet(parts.module, images, split, teacher=bool(parts.teachers), title=title)
-    if metrics is not None:
+    if run.metrics is not None:
         with ignore_write_errors(path := picture_path(run)):
             sheet.save(path)
-        metrics.picture(run.step, "reconstruction", np.asarray(sheet))
+        run.metrics.picture(run.step, "reconstruction", np.asarray(sheet))
 
 
-def probe(run: Run, parts: Pretraining, val_index: ShardIndex, metrics: MetricsFile | None) -> None:
+def probe(run: Run, parts: Pretraining, val_index: ShardIndex) -> None:
     """Run kNN and a linear probe if due: fitted on training images, scored on validation images. Collective."""
     data, log = parts.config.data, parts.config.log
     knn, linear = run.due(log.knn_every_epochs), run.due(log.probe_every_epochs)
@@ -165,9 +164,9 @@ def probe(run: Run, parts: Pretraining, val_index: ShardIndex, metrics: MetricsF
         scores["linear"] = probe_accuracy(bank, queries, device=run.device)
     elif linear and distributed.is_main():
         warn("no linear probe: it needs two training images that can be decoded")
-    if metrics is not None and scores:
+    if run.metrics is not None and scores:
         images, asked = len(queries[1]), min(log.knn_images, len(val_index))
-        metrics.write(run.step, {**scores, "images": images, "bad_images": asked - images, "epoch": run.epoch})
+        run.metrics.write(run.step, {**scores, "images": images, "bad_images": asked - images, "epoch": run.epoch})
         names = {"knn": "kNN {:.1%} (a trend, no forecast)", "linear": "linear probe {:.1%}"}
         summary = ", ".join(names[name].format(accuracy) for name, accuracy in scores.items())
         say(f"epoch {run.epoch:.1f}  {summary}")

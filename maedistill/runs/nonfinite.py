@@ -51,22 +51,20 @@ class LateFlags:
 
 
 class NonfinitePolicy:
-    """Apply `engine.max_nonfinite`, here `most`. path: the file that lists the samples of skipped updates."""
+    """Apply `engine.max_nonfinite`, here `most`.
 
-    def __init__(self, path: Path, *, most: int) -> None:
-        self.lines, self.most = AppendOnlyFile(path, unique=True), most
+    path: the file that lists the samples of skipped updates. sample_names: from a step, counted from 0, to their names.
+    """
+
+    def __init__(self, path: Path, *, most: int, sample_names: Callable[[int], list[str]]) -> None:
+        self.lines, self.most, self.sample_names = AppendOnlyFile(path, unique=True), most, sample_names
         self._flags = LateFlags()
-        self._sample_names: Callable[[int], list[str]] = lambda step: []
 
-    def check(
-        self, progress: Progress, skipped: Tensor, *, now: bool, sample_names: Callable[[int], list[str]]
-    ) -> None:
+    def check(self, progress: Progress, skipped: Tensor, *, now: bool) -> None:
         """Count the update just made if it was skipped, bool [] on its device; it may be known one call later.
 
-        now: wait for the flag. sample_names: from a step, counted from 0, to the names of its samples. Raises
-        NumericsError after more than `most` in a row.
+        now: wait for the flag. Raises NumericsError after more than `most` in a row.
         """
-        self._sample_names = sample_names
         self._count(progress, self._flags.push(progress.step - 1, skipped, now=now))
 
     def count_last(self, progress: Progress) -> None:
@@ -81,7 +79,7 @@ class NonfinitePolicy:
             progress.nonfinite += 1
             progress.nonfinite_in_a_row += 1
             if distributed.is_main():
-                self.lines.append(json.dumps({"step": step + 1, "samples": self._sample_names(step)}))
+                self.lines.append(json.dumps({"step": step + 1, "samples": self.sample_names(step)}))
                 say(f"step {step + 1} is not applied: its loss or gradient is not finite", error=True)
             if progress.nonfinite_in_a_row > self.most:
                 raise NumericsError(

@@ -72,9 +72,12 @@ class Run:
 
     def __post_init__(self) -> None:
         self.clock, self.averages, self.hint = Clock(self.device), Averages(), DataWaitHint()
-        self.nonfinite = NonfinitePolicy(self.folder.nonfinite, most=self.config.engine.max_nonfinite)
+        most = self.config.engine.max_nonfinite
+        self.nonfinite = NonfinitePolicy(self.folder.nonfinite, most=most, sample_names=self._sample_names)
         self.bad_samples = BadSampleLog(self.folder.bad_samples, self.config)
         self._loss, self._status_shown = math.nan, 0.0  # the loss of the last logged interval
+        self.metrics: MetricsFile | None = None  # on rank 0, while the run is open
+        self._crops: RandomCrops | None = None  # of the step in progress
         self._records: list[AppendOnlyFile] = []  # rank 0: files that are flushed before a checkpoint is written
 
     def __enter__(self) -> Self:
@@ -89,17 +92,18 @@ class Run:
     # Resuming and saving
 
     @contextmanager
-    def resume(self) -> Iterator[MetricsFile | None]:
+    def resume(self) -> Iterator[None]:
         """Resume from the newest checkpoint, with the metrics file open on rank 0. Collective."""
         self.restore()
         with open_metrics(self.folder.path, self.config, first_step=self.step, closing=self.watch.paused) as metrics:
+            self.metrics = metrics
             if metrics is not None:
                 self._records = [metrics.lines, self.bad_samples.lines, self.nonfinite.lines]
                 metrics.observers = [callback.on_metrics for callback in self.callbacks]
             for callback in self.callbacks:
                 callback.on_start(self)
             self.clock.restart()
-            yield metrics
+            yield
 
     def restore(self) -> None:
         """Load the newest complete checkpoint, if there is one. Collective."""
@@ -132,18 +136,20 @@ class Run:
             self.stop.ignore_notices()
             raise Preempted(self.preempted.name, self.step, command=self.folder.command)
 
-    def is_missing(self, name: str, metrics: MetricsFile | None) -> bool:
+    def is_missing(self, name: str) -> bool:
         """Return whether this start resumes after a step of which `name` was not recorded. Collective.
 
         A checkpoint is taken before an evaluation. So an evaluation that fails, or is killed, costs no training: the
         next start makes up for it.
         """
+        metrics = self.metrics
         return self.step > 0 and distributed.on_main(lambda: metrics is not None and name not in metrics.last_names)
 
     # One step
 
     def batches(self, crops: RandomCrops) -> Iterator[Batch]:
         """Load the micro-batches of this rank from the next step to the last, on the device. Collective."""
+        self._crops = crops
         line = keep_decoded(crops, self.config.data.keep_decoded)
         if line is not None and distributed.is_main():
             say(line)
@@ -175,7 +181,7 @@ class Run:
         self.clock.images += len(batch.images)
         self.bad_samples.add(batch.bad)
 
-    def end_step(self, crops: RandomCrops) -> None:
+    def end_step(self) -> None:
         """Count the step whose update was just made. Collective.
 
         Raises NumericsError after more than `engine.max_nonfinite` updates in a row that are not finite.
@@ -188,15 +194,17 @@ class Run:
         self.preempted = stop if self.step < self.plan.steps else None
         # A checkpoint and the end of the run need to know about this update now; otherwise it may be known later.
         now = self.step == self.plan.steps or self.should_save
-
-        def sample_names(step: int) -> list[str]:
-            size = self.config.optim.global_batch
-            samples = crops.order.samples(torch.arange(step * size, (step + 1) * size)).unique().tolist()
-            return [crops.index.sample_name(sample) for sample in samples]
-
-        self.nonfinite.check(self.progress, self.engine.update_skipped, now=now, sample_names=sample_names)
+        self.nonfinite.check(self.progress, self.engine.update_skipped, now=now)
         for callback in self.callbacks:
             callback.on_step(self)
+
+    def _sample_names(self, step: int) -> list[str]:
+        """Return the names of the samples of a step, counted from 0."""
+        crops = self._crops
+        assert crops is not None
+        size = self.config.optim.global_batch
+        samples = crops.order.samples(torch.arange(step * size, (step + 1) * size)).unique().tolist()
+        return [crops.index.sample_name(sample) for sample in samples]
 
     def show_status(self) -> None:
         """Rewrite the status line, some times a second and only on a terminal. Never waits for the device."""
@@ -246,7 +254,7 @@ class Run:
         with self.clock.paused(), self.watch.paused():
             yield
 
-    def log(self, metrics: MetricsFile | None) -> dict[str, float]:
+    def log(self) -> dict[str, float]:
         """Write, print and return the mean losses since the last call. Waits for the device. Collective."""
         means = self.averages.read()
         self.bad_samples.count(self.progress)
@@ -265,8 +273,8 @@ class Run:
             "eta_seconds": self._seconds_left(rate),
             "trained_seconds": self.progress.trained_seconds,
         }
-        if metrics is not None:
-            metrics.write(self.step, values)
+        if self.metrics is not None:
+            self.metrics.write(self.step, values)
             epochs = self.config.optim.epochs
             say(progress_line(means, values, step=self.step, total_steps=self.plan.steps, epochs=epochs))
             if hint := self.hint.note(values["data_wait"], workers=self.workers):

@@ -25,7 +25,6 @@ from maedistill.runs.async_saver import Saver
 from maedistill.runs.callback import Callback
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.history import has_losses
-from maedistill.runs.metrics import MetricsFile
 from maedistill.runs.resolve_auto import with_precision
 from maedistill.runs.run import Run
 from maedistill.training.compilation import should_compile
@@ -69,7 +68,7 @@ def run_stage(
     config: RunConfig,
     *,
     open_stage: Callable[..., OpenStage],
-    train: Callable[[Run, OpenStage, MetricsFile | None], None],
+    train: Callable[[Run, OpenStage], None],
     write_report: Callable[[RunFolder], Path],
     callbacks: Sequence[Callback] = (),
     fresh: bool,
@@ -91,8 +90,8 @@ def run_stage(
             stage = open_stage(config, world_size=distributed.world_size(), device=distributed.device(), fresh=fresh)
             with start_run(stage, folder, watch, fresh=fresh, extend=extend) as run:
                 run.callbacks = tuple(callbacks)
-                with run.resume() as metrics:
-                    train(run, stage, metrics)
+                with run.resume():
+                    train(run, stage)
             report = distributed.on_main(lambda: write_report(folder) if has_losses(folder.path) else None)
             if distributed.is_main():
                 say(f"done: {report or f'{folder.path}, whose records hold no losses to report'}")

@@ -97,10 +97,10 @@ def watch(stage: Any) -> None:
             yield batch
             seen["in_step"] = False
 
-    def end(run: Run, crops: Any) -> None:
+    def end(run: Run) -> None:
         seen["in_step"] = False
         (run.folder.path / "reads.json").write_text(json.dumps(seen))
-        end_step(run, crops)
+        end_step(run)
 
     train = stage.train
 

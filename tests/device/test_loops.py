@@ -89,8 +89,8 @@ def loop(card, engine_on_card, monkeypatch, pretraining, finetuning, tmp_path):
             card._in_step = len(steps) > 1  # what is made once, at first need, is listed below
             yield batch
 
-    def end(run: Run, crops: Any) -> None:
-        end_step(run, crops)
+    def end(run: Run) -> None:
+        end_step(run)
         card._in_step = False
 
     def go(name: str) -> tuple[list[dict[str, Any]], int]:
@@ -101,10 +101,10 @@ def loop(card, engine_on_card, monkeypatch, pretraining, finetuning, tmp_path):
         monkeypatch.setattr(run_file, "training_batches", batches)
         monkeypatch.setattr(Run, "end_step", end)
         parts, folder = open_parts(config, world_size=1, device=CARD), RunFolder(config.run)
-        peers = SimpleNamespace(beat=lambda step: None, paused=nullcontext)
-        with start_run(parts, folder, peers, fresh=False, extend=False) as run, run.resume() as metrics:
+        watch = SimpleNamespace(beat=lambda step: None, paused=nullcontext)
+        with start_run(parts, folder, watch, fresh=False, extend=False) as run, run.resume():
             card.waits.clear()
-            stage.train(run, parts, metrics)
+            stage.train(run, parts)
         lines = (folder.path / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines], len(steps)
 

@@ -13,7 +13,7 @@ from maedistill.runs.run import Run
 
 def test_every_checkpoint_knows_of_the_last_update(tmp_path):
     """Also one that is written before a step, as of a run that ends while it waits for a peer."""
-    policy = NonfinitePolicy(tmp_path / "lines", most=3)
+    policy = NonfinitePolicy(tmp_path / "lines", most=3, sample_names=lambda step: [f"of step {step}"])
     saved, progress = [], Progress(step=4)
     run = SimpleNamespace(
         nonfinite=policy,
@@ -26,18 +26,18 @@ def test_every_checkpoint_knows_of_the_last_update(tmp_path):
         saver=SimpleNamespace(save=lambda *, state, **more: saved.append(state)),
         **dict.fromkeys(("engine", "ema", "kept", "_records")),
     )
-    policy.check(progress, torch.tensor(True), now=False, sample_names=lambda step: [f"of step {step}"])
+    policy.check(progress, torch.tensor(True), now=False)
     Run.save(run)
     assert (saved[0]["nonfinite"], saved[0]["nonfinite_in_a_row"]) == (1, 1)
     progress.step = 5
-    policy.check(progress, torch.tensor(False), now=True, sample_names=lambda step: [])
+    policy.check(progress, torch.tensor(False), now=True)
     assert (progress.nonfinite, progress.nonfinite_in_a_row) == (1, 0)
 
 
 def test_the_run_ends_also_if_the_next_flag_arrives_at_the_same_time(tmp_path):
-    policy = NonfinitePolicy(tmp_path / "lines", most=0)
+    policy = NonfinitePolicy(tmp_path / "lines", most=0, sample_names=lambda step: [])
     progress = Progress(step=4)
-    policy.check(progress, torch.tensor(True), now=False, sample_names=lambda step: [])
+    policy.check(progress, torch.tensor(True), now=False)
     progress.step = 5
     with pytest.raises(NumericsError, match="of step 4 is not finite, 1 in a row"):
-        policy.check(progress, torch.tensor(False), now=True, sample_names=lambda step: [])
+        policy.check(progress, torch.tensor(False), now=True)

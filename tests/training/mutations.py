@@ -94,7 +94,8 @@ def forget(run: Run, checkpoints: Path, training: Any, averages: dict[str, torch
     """Make the run a new one, in a folder of its own: what a restart does not load, it does not have."""
     run.folder.checkpoints, run.saver = checkpoints, Saver(checkpoints, keep=9)
     run.progress, run.clock, run.averages = Progress(), clock.Clock(torch.device("cpu")), metrics.Averages()
-    run.nonfinite = NonfinitePolicy(run.folder.nonfinite, most=run.config.engine.max_nonfinite)
+    most = run.config.engine.max_nonfinite
+    run.nonfinite = NonfinitePolicy(run.folder.nonfinite, most=most, sample_names=run.nonfinite.sample_names)
     run.engine.load_state(training)
     run.ema.module.load_state_dict(averages)
 
