@@ -273,23 +273,6 @@ class Codistillation:
 
         missing: what is not there, for the log. While it waits, no rank counts as hung, and a signal ends the run.
         """
-        with run.watch.paused():
-            problem = self._wait_for(run, peer, is_there, missing)
-            if problem is not None and self.section.missing == "stop":
-                if run.step:
-                    run.save()
-                raise problem
-        if problem is None:
-            return True
-        self._state.left_out[peer] = self._period_of(run.step)
-        distributed.on_main(lambda: self._state.write(run.folder.path))
-        distributed.on_main(lambda: run.folder.amend(left_out=self._state.left_out))
-        if distributed.is_main():
-            say(f"{problem.cause}; from step {run.step} on without it")
-        return False
-
-    def _wait_for(self, run: Run, peer: str, is_there: Callable[[], bool], missing: str) -> PeerError | None:
-        """Wait until `is_there`; return the error if that takes too long or will never be."""
         began = time.monotonic()
         said = began - _SAY_SECONDS + _FIRST_SECONDS
 
@@ -305,23 +288,34 @@ class Codistillation:
                 said = now
             return "wait"
 
-        try:
-            while (news := distributed.on_main(look)) == "wait":
-                time.sleep(_POLL_SECONDS)
-                run.preempted = run.stop.agreed()
-                if run.preempted is not None:
-                    run.save()
-                    run.raise_if_preempted()
-        except PeerError as error:
-            return error
-        if news == "there":
-            return None
-        state = distributed.on_main(lambda: describe_peer(folder_of(peer)))
-        first = "check the path, or start it" if state == meeting.NO_FOLDER else "start it again"
-        return PeerError(
-            f"{peer}: {missing} after {self.section.wait_seconds} s ({state})",
-            f"{first} and then this run, or go on without it: {_LEAVE_OUT}",
-        )
+        with run.watch.paused():
+            try:
+                while (news := distributed.on_main(look)) == "wait":
+                    time.sleep(_POLL_SECONDS)
+                    run.preempted = run.stop.agreed()
+                    if run.preempted is not None:
+                        run.save()
+                        run.raise_if_preempted()
+                if news == "there":
+                    return True
+                state = distributed.on_main(lambda: describe_peer(folder_of(peer)))
+                first = "check the path, or start it" if state == meeting.NO_FOLDER else "start it again"
+                raise PeerError(
+                    f"{peer}: {missing} after {self.section.wait_seconds} s ({state})",
+                    f"{first} and then this run, or go on without it: {_LEAVE_OUT}",
+                )
+            except PeerError as error:
+                if self.section.missing == "stop":
+                    if run.step:
+                        run.save()
+                    raise
+                cause = error.cause
+        self._state.left_out[peer] = self._period_of(run.step)
+        distributed.on_main(lambda: self._state.write(run.folder.path))
+        distributed.on_main(lambda: run.folder.amend(left_out=self._state.left_out))
+        if distributed.is_main():
+            say(f"{cause}; from step {run.step} on without it")
+        return False
 
     # Weights
 

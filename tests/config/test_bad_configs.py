@@ -454,7 +454,7 @@ for root in (PretrainConfig, FinetuneConfig):
         except ConfigError:
             continue
         raise SystemExit(f"accepted {override}")
-file = f"{folder}/pre-training.yaml"
+file = f"{folder}/pretrain.yaml"
 render_config(load_config(file, root=PretrainConfig)), explain("optim.lr", PretrainConfig)
 batch_plan(8, 4, world_size=world_size_from_environment())
 heavy = {"torch", "timm", "numpy", "deepspeed"} & set(sys.modules)
