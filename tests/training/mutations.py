@@ -80,7 +80,7 @@ def train(run: Run, parts: Any) -> None:
     tick = SimpleNamespace(perf_counter=map(float, itertools.count()).__next__)
     clock.time = tick
     run.clock.restart()
-    pretrain.train(run, parts, None)
+    pretrain.train(run, parts)
     run.saver.close()
 
 
