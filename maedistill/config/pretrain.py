@@ -38,7 +38,6 @@ from maedistill.config.sources import EMA
 UNUSED_SECTIONS = {  # by method: their settings have no effect, and are refused
     "mae": ("teacher", "align", "generate"),
     "dmae": ("generate",),
-    "amd": (),
     "tinymim": ("generate",),
 }
 

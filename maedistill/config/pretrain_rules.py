@@ -119,7 +119,7 @@ def _taps(c: PretrainConfig) -> Iterator[Problem]:
 def _unused(c: PretrainConfig) -> Iterator[Problem]:
     """Yield problems for settings of sections that the method does not use."""
     what = {"align": "aligns nothing", "generate": "generates no features", "teacher": "has no teacher"}
-    for section in UNUSED_SECTIONS[c.method]:
+    for section in UNUSED_SECTIONS.get(c.method, ()):
         for name in getattr(c, section).model_dump(exclude_defaults=True):
             key, cause = f"{section}.{name}", f"method={c.method} {what[section]}"
             remedy = f"remove it, or use method={'amd' if section == 'generate' else 'dmae or amd'}"

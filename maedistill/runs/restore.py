@@ -67,17 +67,20 @@ def load_latest(
 
 def newest_intact(folder: Path) -> Path | None:
     """Return the newest intact checkpoint, None without any. Raises DataError if all are damaged."""
-    damaged = []
+    skipped: list[tuple[Path, CorruptCheckpoint]] = []
     for _, path in sorted(checkpoint_steps(folder), reverse=True):
         try:
             require_intact(path)
-            return path
         except CorruptCheckpoint as problem:
-            damaged.append(f"{path.name} ({problem})")
-            warn(f"checkpoint {path} is damaged ({problem}): passed over")
-    if damaged:
+            skipped.append((path, problem))
+            continue
+        for other, why in skipped:
+            warn(f"checkpoint {other} is damaged ({why}): passed over")
+        return path
+    if skipped:
+        damaged = ", ".join(f"{other.name} ({why})" for other, why in skipped)
         raise DataError(
-            f"no checkpoint in {folder} is intact: {', '.join(damaged)}",
+            f"no checkpoint in {folder} is intact: {damaged}",
             "restore one from a copy, or start over in another run folder",
         )
     return None
