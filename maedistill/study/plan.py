@@ -89,7 +89,8 @@ class StudyPlan:
         """
         usable = self.study.teacher_steps(finetuned=root is FinetuneConfig)  # others have no classifier
         filled, needs = list[str](), list[str]()
-        for text in [*texts, *_used(path, texts, self._given(root), root)]:
+        given = self._given(root)
+        for text in [*texts, *_used(given, path, [*texts, *given], root)]:
             if (key := text.partition("=")[0]) in _RESERVED_KEYS:
                 raise ConfigError(f"{name}: {text}: the study sets {key} itself", "leave it out")
             for placeholder, step in usable.items():
@@ -113,7 +114,8 @@ class StudyPlan:
         if isinstance(network, Teacher):
             return network.config, list(network.set)
         path = network.config
-        texts = [*_used(path, network.set, self.study.pretrain_set, PretrainConfig), *network.set]
+        shared, texts = self.study.pretrain_set, [*self.study.pretrain_set, *network.set]
+        texts = [*_used(shared, path, texts, PretrainConfig), *network.set]
         teachers = [name for name, teacher in self.study.teachers.items() if teacher.config is not None]
         named = any(text.startswith("teacher.source=") for text in (*texts, *self.settings))
         if named or not teachers:
@@ -169,14 +171,14 @@ class StudyPlan:
                 raise ConfigError(cause, f"it has {join_first(names)}")
 
 
-def _used(path: str, own: Sequence[str], shared: Sequence[str], root: type[RunConfig]) -> list[str]:
-    """Return those of `shared`, settings of several runs, that a run uses whose own config is `path` with `own`.
+def _used(shared: Sequence[str], path: str, texts: Sequence[str], root: type[RunConfig]) -> list[str]:
+    """Return those of `shared`, settings of several runs, that the method of one run uses: of `path` with `texts`.
 
     A study gives alignment and teacher to all rows, and MAE among them has neither.
     """
     if root is not PretrainConfig:
         return list(shared)
-    method = read_setting(path, [text for text in own if text.startswith("method=")], "method")
+    method = read_setting(path, [text for text in texts if text.startswith("method=")], "method")
     unused = UNUSED_SECTIONS.get(method or PretrainConfig.model_fields["method"].default, ())
     return [text for text in shared if text.partition("=")[0].partition(".")[0] not in unused]
 

@@ -195,6 +195,13 @@ def test_settings_reach_the_runs_that_have_the_key_and_overrule_the_file(study) 
     assert configs["ten/seed_0/finetune"].optim.epochs == 7 != configs["dmae/seed_0/finetune"].optim.epochs
 
 
+def test_settings_for_all_may_name_the_method_that_uses_them(study) -> None:
+    shared = ("method=amd", "masks.teacher_keep_ratio=0.5", "generate.weight=2")
+    _, configs = plan(study.model_copy(update={"pretrain_set": shared}), only=["dmae"])
+    config = configs["dmae/seed_0/pretrain"]
+    assert (config.method, config.generate.weight) == ("amd", 2)
+
+
 def test_a_teacher_may_be_set_for_all_from_outside(study) -> None:
     outside = "teacher.source=timm:vit_large_patch16_224.mae"
     for keywords in ({"settings": [outside]}, {}):
