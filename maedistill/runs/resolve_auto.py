@@ -12,7 +12,8 @@ from maedistill.config.keys import flat
 from maedistill.config.loader import require_consistent
 from maedistill.config.schema import AUTO
 from maedistill.errors import ConfigError
-from maedistill.machine import resolve_precision
+from maedistill.escaping import warn
+from maedistill.machine import emulates_bf16, resolve_precision
 from maedistill.processes import distributed
 from maedistill.runs.checkpoint import checkpoint_steps
 from maedistill.runs.folder import RunFolder
@@ -36,9 +37,14 @@ def resolve_auto(config: Config, images: int, *, world_size: int, fresh: bool) -
 def with_precision(config: Config, device: torch.device, *, fresh: bool) -> Config:
     """Return the config with a number format in place of `engine.precision=auto`. Collective.
 
-    fresh: the run in the folder is about to be deleted. Raises ConfigError if the GPUs of the ranks differ in it, since
-    fp16 scales the loss and the other formats do not, or if a run in fp16 would continue without a GPU.
+    fresh: the run in the folder is about to be deleted. Warns of bf16 on a CPU that emulates it. Raises ConfigError if
+    the GPUs of the ranks differ in the format, since fp16 scales the loss and the other formats do not, or if a run in
+    fp16 would continue without a GPU.
     """
+    if device.type == "cpu" and distributed.is_main() and emulates_bf16():
+        for key, value in flat(config).items():
+            if key.endswith("precision") and value == "bf16":
+                warn(f"{key}=bf16: this CPU has no bf16 instructions and takes many times as long; set it to fp32")
     if config.engine.precision != AUTO:
         return config
     kept = {} if fresh else distributed.on_main(lambda: _values_of_run(config, [FORMAT]))

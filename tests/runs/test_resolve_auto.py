@@ -55,3 +55,14 @@ def test_ranks_on_different_cards_do_not_begin_in_two_formats(format_of, monkeyp
     assert format_of("auto", GPU, (7, 0)) == "fp16"
     with pytest.raises(ConfigError, match=r"engine\.precision"):
         format_of("auto", GPU, (9, 0))
+
+
+def test_a_cpu_without_bf16_warns_of_each_setting_that_asks_for_it(monkeypatch, capsys):
+    given = ["run=r", "data.train=x.tar", "teacher.source=run:t", "teacher.precision=bf16", "engine.precision=bf16"]
+    config = load_config("quickstart/dmae", given, root=PretrainConfig).config
+    both = {"engine.precision", "teacher.precision"}
+    for emulates, device, expected in ((True, CPU, both), (False, CPU, set()), (True, GPU, set())):
+        monkeypatch.setattr(resolve_auto, "emulates_bf16", lambda emulates=emulates: emulates)
+        with_precision(config, device, fresh=False)
+        keys = {line.split("=")[0].split()[-1] for line in capsys.readouterr().err.splitlines()}
+        assert keys == expected
