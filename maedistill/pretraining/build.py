@@ -28,7 +28,8 @@ from maedistill.models.initialize import initialize
 from maedistill.models.maps import MapEncoder
 from maedistill.models.masking import PatchSplit, num_visible, random_split
 from maedistill.models.vits import TimmModel, build_vit
-from maedistill.runs.objects import NOTHING, Objects, class_name, require_object
+from maedistill.pretraining.given_method import build_given
+from maedistill.runs.objects import NOTHING, Objects, require_object
 from maedistill.weights.from_file import SPEC_FIELDS, EncoderSpec
 from maedistill.weights.license import NO_OTHERS, completed_license
 from maedistill.weights.network import Network
@@ -153,7 +154,6 @@ def build_method(
     that `config.method` names, with the same arguments.
     """
     expected = METHODS[config.method]
-    make = objects.method or expected
     # Decoder and generators have fixed positions even if the student learns its own.
     pos_embed = "sincos2d" if config.student.pos_embed == "learned" else config.student.pos_embed
     decoder = {"self": TokenDecoder, "cross": CrossDecoder}[config.decoder.attention](
@@ -166,21 +166,18 @@ def build_method(
     )
     data, predict_ratio = config.data, config.decoder.predict_ratio
     pixels = PixelSpec(data.mean, data.std, predict_ratio=predict_ratio, **config.pixels.model_dump())
-    if objects.method is not None:
-        torch.manual_seed(config.seed)  # for parameters that only this method has
-    if config.method == "mae":
-        method = make(encoder, decoder, pixels=pixels)
-    else:
+    specs: dict[str, Any] = {"pixels": pixels}
+    if config.method != "mae":
         # Without a source the teacher is the student's average.
         teacher = encoder if source is None else source.encoder
-        specs = _distillation_specs(config, encoder, teacher, pos_embed)
+        specs |= _distillation_specs(config, encoder, teacher, pos_embed)
         specs |= {"align": replace(specs["align"], more=more)} if more else {}
-        method = make(encoder, decoder, pixels=pixels, **specs)
-    if not isinstance(method, expected):
-        raise ConfigError(
-            f"method: {class_name(make)} gives a {type(method).__name__}, not a {expected.__name__}",
-            f"derive it from {expected.__module__}.{expected.__name__}, or name its base in the config's method",
-        )
+    if objects.method is None:
+        method = expected(encoder, decoder, **specs)
+    else:
+        torch.manual_seed(config.seed)  # for parameters that only this method has
+        targets = 0 if config.method == "mae" else 1 + len(more)
+        method = build_given(objects.method, expected, (encoder, decoder), specs, targets=targets)
     own = encoder if objects.student is not None else None
     initialize(method, seed=config.seed, keep=own, strict=objects.method is None)
     if config.engine.activation_checkpointing:
