@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.pretrain import UNUSED_SECTIONS, PretrainConfig
 from maedistill.config.sources import EMA
 from maedistill.data.images.transforms import random_flip, to_float01
 from maedistill.data.loading.loader import RandomCrops
@@ -85,8 +85,15 @@ def build_teacher_source(config: PretrainConfig, *, grid: int, objects: Objects 
             size_key="teacher.image_size",
             weights=teacher.weights or "model",
         )
+    share = config.masks.teacher_keep_ratio
     if not can_mask(network.module):
         network = _sees_all(config, replace(network, size=teacher.image_size or network.size), grid=grid)
+    elif config.method == "dmae" and share not in (None, config.masks.student_keep_ratio):
+        raise ConfigError(
+            f"masks.teacher_keep_ratio: {share:g}, but with method=dmae {network.name} sees what the student sees, "
+            "since its patches can be left out",
+            "remove it, or use method=amd, with generate.weight=0 for alignment where both see",
+        )
     given = teacher.model_dump(include={"mean", "std"}, exclude_none=True)
     given["license"] = completed_license(network.license, teacher.license, "teacher.license")
     return replace(network, **given, normalization_known=network.normalization_known or "mean" in given)
@@ -173,6 +180,7 @@ def build_method(
         specs |= _distillation_specs(config, encoder, teacher, pos_embed)
         specs |= {"align": replace(specs["align"], more=more)} if more else {}
     if objects.method is None:
+        _require_weight(config, more)
         method = expected(encoder, decoder, **specs)
     else:
         torch.manual_seed(config.seed)  # for parameters that only this method has
@@ -187,6 +195,16 @@ def build_method(
             )
         encoder.vit.set_grad_checkpointing(True)
     return method
+
+
+def _require_weight(config: PretrainConfig, more: tuple[AlignmentSpec, ...]) -> None:
+    """Raise ConfigError if the weight of every loss is 0. A method of the caller's may have losses of its own."""
+    unused = UNUSED_SECTIONS.get(config.method, ())
+    sections = [section for section in ("pixels", "align", "generate") if section not in unused]
+    if not any([*(getattr(config, section).weight for section in sections), *(spec.weight for spec in more)]):
+        keys = [f"{section}.weight" for section in sections]
+        cause = f"{keys[0]}: every loss has the weight 0, so nothing would be trained"
+        raise ConfigError(cause, f"set {' or '.join(keys)} above 0, 1 in the papers")
 
 
 def _distillation_specs(config: PretrainConfig, encoder: Encoder, teacher: Encoder, pos_embed: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import maedistill
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError
 from maedistill.methods.mae import MAE
@@ -112,3 +113,15 @@ def test_plain_arguments_are_kept_as_written_and_others_by_class() -> None:
         "made": "torch.nn.modules.activation.GELU",
     }
     assert arguments_of(Own) == {} == arguments_of(None)
+
+
+def test_weights_that_are_all_0_are_refused_unless_the_method_has_losses_of_its_own() -> None:
+    zero = {"pixels": {"weight": 0.0}}
+    with pytest.raises(ConfigError, match=r"^pixels\.weight"):
+        built(config_of(**zero))
+    assert isinstance(built(config_of(**zero), Own), Own)
+    align = {"student": (1,), "teacher": (1,), "weight": 0.0}
+    with pytest.raises(ConfigError) as error:
+        built(config_of("amd", **zero, align=align, generate={"num_heads": 1, "weight": 0.0}))
+    assert all(f"{name}.weight" in error.value.remedy for name in ("pixels", "align", "generate"))
+    assert isinstance(built(config_of("amd", **zero, align=align, generate={"num_heads": 1})), maedistill.AMD)
