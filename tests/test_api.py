@@ -68,12 +68,35 @@ assert scorecard["images"] == 797 and (folder / "config.json").is_file()
 assert backbone(torch.zeros(2, 3, 32, 32)).shape == (2, 96)
 assert any(row.get("size", 0) > 0 for row in maedistill.read_metrics("runs/small"))
 assert mixer(torch.zeros(1, 3, 32, 32))[0].shape == (1, 64, 64)
+cosines = [row["cosine/2"] for row in maedistill.read_metrics("runs/cosine") if "loss" in row]
+assert cosines and all(0 < abs(cosine) < 1 for cosine in cosines), cosines
+import json
+from pathlib import Path
+from maedistill.runs.history import RESERVED
+for run in ("runs/mae", "runs/cosine"):
+    names = {name for row in maedistill.read_metrics(run) for name in row}
+    assert names - RESERVED == {"loss", "pixels"} | ({"cosine/2"} if "cosine" in run else set()), names
+made = json.loads(Path("runs/small/run.json").read_text())
+assert (made["method_class"], made["method_arguments"]) == ("__main__.SmallFeaturesMAE", {"weight": "0.02"})
+card = (maedistill.export("runs/small") / "README.md").read_text()
+assert card.count("`__main__.SmallFeaturesMAE(weight=0.02)`") == 2 and ", size " in card and "MAE, He" not in card
+class Steps(SmallFeaturesMAE):
+    def forward(self, images, split, target=None):
+        return {**super().forward(images, split), "step": torch.zeros(())}
+for method, run in ((SmallFeaturesMAE, "runs/small"), (Steps, "runs/steps")):
+    try:
+        maedistill.pretrain("quickstart/mae", data | short | {"run": run}, method=method)
+    except maedistill.ConfigError as error:
+        assert {"runs/small": "weight=0.02", "runs/steps": "__main__.Steps"}[run] in error.cause, error
+    else:
+        raise SystemExit(run)
+assert not Path("runs/steps/metrics.jsonl").read_text()
 try:
     maedistill.load_backbone("runs/mixer")
 except maedistill.DataError as error:
     assert "student=" in error.remedy
 """
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     (tmp_path / "page.py").write_text("\n".join([*blocks, checks]))
     done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

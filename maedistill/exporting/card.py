@@ -21,7 +21,7 @@ from maedistill.models.flops import forward_gflop
 from maedistill.models.vits import PlainViT, num_params_m
 from maedistill.pretraining.build import mask_sizes
 from maedistill.report.formatting import KNN_CAVEAT, percent
-from maedistill.runs.history import read_metrics
+from maedistill.runs.history import RESERVED, own_method, read_metrics
 from maedistill.runs.state import stated_step
 from maedistill.weights.from_run import RunNetwork, Weights
 from maedistill.weights.license import hub_license, license_sentence
@@ -64,10 +64,11 @@ def model_card(
 
 def _front_matter(metadata: Mapping[str, Any], vit: PlainViT, formats: Sequence[str]) -> str:
     identifier, name = hub_license(metadata["license"])
-    method = metadata.get("method") or (metadata.get("origin") or {}).get("method")
+    origin = metadata.get("origin") or {}
+    method = next((one["method"] for one in (metadata, origin) if one.get("method") and not own_method(one)), None)
     library = ["timm"] if "timm" in formats else []  # graphs alone open without it
     tags = [*library, "vision-transformer", *([method] if method else [])]
-    if method in ("dmae", "amd", "tinymim") or (metadata["stage"] == "finetune" and metadata.get("teacher")):
+    if any(one.get("teacher") for one in (metadata, origin)):
         tags.append("knowledge-distillation")
     entries = {
         **({"library_name": "timm"} if library else {}),
@@ -87,13 +88,19 @@ def _summary(metadata: Mapping[str, Any], vit: PlainViT) -> str:
     pooled = {"avg": "mean of the patch tokens", "token": "class token"}[vit.global_pool]
     gives = f"{vit.num_classes:,} logits" if vit.num_classes else f"{vit.embed_dim} features"
     tuned = "Fine-tuned with a teacher" if metadata.get("teacher") else "Fine-tuned on labels"
-    how = tuned if metadata["stage"] == "finetune" else f"Pre-trained {METHODS[metadata.get('method')]}"
+    how = tuned if metadata["stage"] == "finetune" else f"Pre-trained {_method(metadata)}"
     return (
         f"{how}: a Vision Transformer (timm's {code(metadata['network']['name'])}), {vit.embed_dim} wide, "
         f"{len(vit.blocks)} blocks, with {tokens}, on images of {size} px in patches of {patch} px. "
         f"{num_params_m(vit):.2f} M parameters, {forward_gflop(vit):.3g} GFLOP for one image's forward pass (a "
         f"multiply-add counts as two). The output is {gives}, from the {pooled}."
     )
+
+
+def _method(metadata: Mapping[str, Any]) -> str:
+    """Say by what method a network was pre-trained."""
+    own = own_method(metadata)
+    return f"by {code(own)}, a method of its author's own" if own else METHODS[metadata.get("method")]
 
 
 def _origin(metadata: Mapping[str, Any]) -> list[str]:
@@ -107,7 +114,7 @@ def _origin(metadata: Mapping[str, Any]) -> list[str]:
         lines.append(f"- That start was itself fine-tuned{_images(origin, ' on')}; its own start is not recorded here.")
     elif origin:
         teacher = teacher or origin.get("teacher")
-        lines.append(f"- That start was pre-trained {METHODS[origin.get('method')]}{_images(origin, ', on')}.")
+        lines.append(f"- That start was pre-trained {_method(origin)}{_images(origin, ', on')}.")
     if teacher or metadata["stage"] == "pretrain" or origin.get("stage") == "pretrain":
         lines.append(f"- Teacher: {_listed(teacher or 'none')}.")
     lines.append(f"- License: {license_sentence(metadata['license'])}")
@@ -150,7 +157,7 @@ def _training(
         clip = f", gradients clipped at {optim.clip:g}" if optim.clip is not None else ""
         lines += [
             f"- Training shards: {code(without_paths(config.data.train, word=True))}.",
-            *(_pretraining(config, vit) if isinstance(config, PretrainConfig) else []),
+            *(_pretraining(config, vit, own_method(metadata)) if isinstance(config, PretrainConfig) else []),
             *tuned,
             f"- Schedule: {optim.epochs:g} epochs, {optim.global_batch} images a step; AdamW with betas {optim.betas}, "
             f"peak learning rate {optim.peak_lr:.3g} after {optim.warmup_epochs:g} epochs of warm-up, cosine to "
@@ -165,7 +172,8 @@ def _training(
     return [*lines, f"- Software: {versions}."]
 
 
-def _pretraining(config: PretrainConfig, vit: PlainViT) -> list[str]:
+def _pretraining(config: PretrainConfig, vit: PlainViT, own: str | None) -> list[str]:
+    """Describe the pre-training. own: a method whose losses are not known here."""
     num_patches = vit.patch_embed.num_patches
     student, teacher = mask_sizes(config, num_patches)
     sees = f"the student sees {student} of {num_patches} patches"
@@ -186,6 +194,7 @@ def _pretraining(config: PretrainConfig, vit: PlainViT) -> list[str]:
     losses += [f"alignment with a further teacher, where it differs: {code(text)}" for text in more]
     if config.method == "amd":
         losses.append(f"generated alignment where only the teacher sees (weight {config.generate.weight:g}{rises})")
+    losses = [f"those of {code(own)}"] if own else losses
     decoder, data, (low, high) = config.decoder, config.data, config.data.crop_scale
     return [
         f"- Masks: {sees}.",
@@ -250,8 +259,8 @@ def _features(records: Sequence[Mapping[str, Any]], config: RunConfig | None, we
     probe = next((record for record in reversed(records) if "knn" in record), None)
     lines = []
     if losses is not None:
-        parts = {k: v for k, v in losses.items() if k in ("loss", "pixels") or k.startswith(("align/", "generate/"))}
-        values = ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
+        parts = {name: value for name, value in losses.items() if name not in RESERVED and value is not None}
+        values = ", ".join(f"{markdown(name)} {value:.4f}" for name, value in parts.items())
         lines.append(f"- Training losses by epoch {losses['epoch']:.1f}: {values}.")
     if probe is not None:
         bank = f" to at most {config.log.knn_images:,} training images" if isinstance(config, PretrainConfig) else ""

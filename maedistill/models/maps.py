@@ -37,6 +37,14 @@ class MapEncoder(Encoder):
                 f"align.teacher: depth {max(taps)} does not exist, {name} has {len(shapes)}",
                 f"use 0 to {len(shapes) - 1}",
             )
+        if grid > 1 and (single := [tap for tap in taps if shapes[tap][1] == 1]):
+            larger = max((depth for depth, (_, side) in enumerate(shapes) if side > 1), default=None)
+            shallower = f"name depths up to {larger}, or " if larger is not None else ""
+            raise ConfigError(
+                f"align.teacher: at depth {single[0]} {name} gives one cell for an image of {image_size} pixels, "
+                "so all patches would have one target",
+                f"{shallower}set a larger teacher.image_size",
+            )
         widths = [shapes[tap][0] for tap in taps]
         if len({*widths}) > 1:
             raise ConfigError(

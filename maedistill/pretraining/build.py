@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from maedistill.config.pretrain import PretrainConfig
+from maedistill.config.pretrain import UNUSED_SECTIONS, PretrainConfig
 from maedistill.config.sources import EMA
 from maedistill.data.images.transforms import random_flip, to_float01
 from maedistill.data.loading.loader import RandomCrops
@@ -28,7 +28,8 @@ from maedistill.models.initialize import initialize
 from maedistill.models.maps import MapEncoder
 from maedistill.models.masking import PatchSplit, num_visible, random_split
 from maedistill.models.vits import TimmModel, build_vit
-from maedistill.runs.objects import NOTHING, Objects, class_name, require_object
+from maedistill.pretraining.given_method import build_given
+from maedistill.runs.objects import NOTHING, Objects, require_object
 from maedistill.weights.from_file import SPEC_FIELDS, EncoderSpec
 from maedistill.weights.license import NO_OTHERS, completed_license
 from maedistill.weights.network import Network
@@ -84,8 +85,15 @@ def build_teacher_source(config: PretrainConfig, *, grid: int, objects: Objects 
             size_key="teacher.image_size",
             weights=teacher.weights or "model",
         )
+    share = config.masks.teacher_keep_ratio
     if not can_mask(network.module):
         network = _sees_all(config, replace(network, size=teacher.image_size or network.size), grid=grid)
+    elif config.method == "dmae" and share not in (None, config.masks.student_keep_ratio):
+        raise ConfigError(
+            f"masks.teacher_keep_ratio: {share:g}, but with method=dmae {network.name} sees what the student sees, "
+            "since its patches can be left out",
+            "remove it, or use method=amd, with generate.weight=0 for alignment where both see",
+        )
     given = teacher.model_dump(include={"mean", "std"}, exclude_none=True)
     given["license"] = completed_license(network.license, teacher.license, "teacher.license")
     return replace(network, **given, normalization_known=network.normalization_known or "mean" in given)
@@ -153,7 +161,6 @@ def build_method(
     that `config.method` names, with the same arguments.
     """
     expected = METHODS[config.method]
-    make = objects.method or expected
     # Decoder and generators have fixed positions even if the student learns its own.
     pos_embed = "sincos2d" if config.student.pos_embed == "learned" else config.student.pos_embed
     decoder = {"self": TokenDecoder, "cross": CrossDecoder}[config.decoder.attention](
@@ -166,21 +173,19 @@ def build_method(
     )
     data, predict_ratio = config.data, config.decoder.predict_ratio
     pixels = PixelSpec(data.mean, data.std, predict_ratio=predict_ratio, **config.pixels.model_dump())
-    if objects.method is not None:
-        torch.manual_seed(config.seed)  # for parameters that only this method has
-    if config.method == "mae":
-        method = make(encoder, decoder, pixels=pixels)
-    else:
+    specs: dict[str, Any] = {"pixels": pixels}
+    if config.method != "mae":
         # Without a source the teacher is the student's average.
         teacher = encoder if source is None else source.encoder
-        specs = _distillation_specs(config, encoder, teacher, pos_embed)
+        specs |= _distillation_specs(config, encoder, teacher, pos_embed)
         specs |= {"align": replace(specs["align"], more=more)} if more else {}
-        method = make(encoder, decoder, pixels=pixels, **specs)
-    if not isinstance(method, expected):
-        raise ConfigError(
-            f"method: {class_name(make)} gives a {type(method).__name__}, not a {expected.__name__}",
-            f"derive it from {expected.__module__}.{expected.__name__}, or name its base in the config's method",
-        )
+    if objects.method is None:
+        _require_weight(config, more)
+        method = expected(encoder, decoder, **specs)
+    else:
+        torch.manual_seed(config.seed)  # for parameters that only this method has
+        targets = 0 if config.method == "mae" else 1 + len(more)
+        method = build_given(objects.method, expected, (encoder, decoder), specs, targets=targets)
     own = encoder if objects.student is not None else None
     initialize(method, seed=config.seed, keep=own, strict=objects.method is None)
     if config.engine.activation_checkpointing:
@@ -190,6 +195,16 @@ def build_method(
             )
         encoder.vit.set_grad_checkpointing(True)
     return method
+
+
+def _require_weight(config: PretrainConfig, more: tuple[AlignmentSpec, ...]) -> None:
+    """Raise ConfigError if the weight of every loss is 0. A method of the caller's may have losses of its own."""
+    unused = UNUSED_SECTIONS.get(config.method, ())
+    sections = [section for section in ("pixels", "align", "generate") if section not in unused]
+    if not any([*(getattr(config, section).weight for section in sections), *(spec.weight for spec in more)]):
+        keys = [f"{section}.weight" for section in sections]
+        cause = f"{keys[0]}: every loss has the weight 0, so nothing would be trained"
+        raise ConfigError(cause, f"set {' or '.join(keys)} above 0, 1 in the papers")
 
 
 def _distillation_specs(config: PretrainConfig, encoder: Encoder, teacher: Encoder, pos_embed: str) -> dict[str, Any]:

@@ -88,6 +88,7 @@ def train(run: Run, parts: Pretraining) -> None:
             if parts.is_random:
                 torch.manual_seed(key(config.seed, Stream.NETWORK, step, micro, distributed.rank()))
             losses = engine(images, split, *targets)
+            parts.require_losses(losses)
             engine.backward(losses["loss"])
             engine.step()
             run.count(batch, losses | notes)

@@ -21,12 +21,14 @@ from maedistill.models.masking import PatchSplit
 from maedistill.models.vits import num_params_m
 from maedistill.pretraining.build import build_crops, build_encoder, build_method, mask_sizes, step_inputs
 from maedistill.pretraining.flops import count_flops
+from maedistill.pretraining.given_method import require_losses
 from maedistill.pretraining.micro_batch import fit_micro_batch, is_fitted
 from maedistill.pretraining.teachers import RunTeacher, open_average, open_teachers
 from maedistill.processes import distributed
 from maedistill.runs.dry_run import dry_run as plan_and_try
 from maedistill.runs.dry_run import forward_backward
-from maedistill.runs.objects import NOTHING, Objects, class_name, open_samples, trainable
+from maedistill.runs.history import own_method
+from maedistill.runs.objects import NOTHING, Objects, arguments_of, class_name, open_samples, trainable
 from maedistill.runs.resolve_auto import resolve_auto, with_precision
 from maedistill.runs.start import Stage
 from maedistill.training.compilation import compile_function, compile_module
@@ -53,6 +55,7 @@ class Pretraining(Stage):
     unscorable: str | None  # why there is neither kNN nor linear probe, although data.val is named
     auto_lines: list[str]
     has_objects: bool  # whether the student or the method is a caller's
+    method_arguments: dict[str, str]  # of a caller's method
     fitted_to: int | None = None  # memory of the GPU, in bytes, that the micro-batch was fitted to
     has_warned: bool = False  # of collapsed targets
 
@@ -68,7 +71,7 @@ class Pretraining(Stage):
         return {
             "stage": self.config.stage,
             "method": self.config.method,
-            "method_class": class_name(type(self.module)),
+            **self._made_by,
             "network": describe_network(getattr(self.module.encoder, "vit", self.module.encoder)),
             "input": {
                 "size": data.image_size,
@@ -89,6 +92,10 @@ class Pretraining(Stage):
         }
 
     @property
+    def _made_by(self) -> dict[str, Any]:
+        return {"method_class": class_name(type(self.module)), "method_arguments": self.method_arguments}
+
+    @property
     def summary_lines(self) -> list[str]:
         """Describe the run, one fact per line."""
         config = self.config
@@ -103,7 +110,7 @@ class Pretraining(Stage):
         images = f"{self.plan.images:,} images in {len(self.index.shards)} shards at {config.data.image_size} px"
         shown = describe_shards(config.data.train, self.index.shards)
         return [
-            f"method   {config.method}: {views}",
+            f"method   {own_method(self._made_by) or config.method}: {views}",
             *(line for one in self.teachers for line in (f"teacher  {one.describe()}", self._view(one)) if line),
             f"student  {config.student.title}  {sizes}",
             f"data     {images}, {shown}",
@@ -151,6 +158,10 @@ class Pretraining(Stage):
             if one.statistics is not None:
                 saved[f"statistics{number if number > 1 else ''}"] = one.statistics
         return saved
+
+    def require_losses(self, returned: Any) -> None:
+        """Raise ConfigError for a method that did not return losses."""
+        require_losses(returned, class_name(type(self.module)))
 
     def begin_step(self, step: int) -> None:
         """Set the factor on the terms of teachers in a step: the warm-up, and 0 until their channels are measured."""
@@ -236,6 +247,7 @@ def open_pretraining(
         unscorable=why_unscorable(index, val_index) if val_index is not None else None,
         auto_lines=auto_lines,
         has_objects=objects.student is not None or objects.method is not None,
+        method_arguments=arguments_of(objects.method),
     )
     if is_fitted(config, device):
         trial = partial(_trial_on_grey, parts)

@@ -13,6 +13,7 @@ import numpy as np
 
 from maedistill.report.charts import new_canvas, save
 from maedistill.report.intervals import of_count
+from maedistill.runs.history import RESERVED
 
 _Records = Sequence[Mapping[str, Any]]
 _Point = tuple[float, float, float]  # x, value, images that an accuracy was measured on or 0
@@ -47,8 +48,7 @@ _PANELS = (
     Panel("grad_norm", "gradient norm", "L2", "other", "log"),
     Panel("images_per_second", "throughput", "images/s per rank", "other"),
 )
-_NO_TERM = {"step", "epoch", "data_wait", "memory_gb", "nonfinite", "eta_seconds", "trained_seconds", "target_std"}
-_NO_TERM |= {"weight/", *(panel.name for panel in _PANELS)}
+_NO_TERM = {*RESERVED, "weight/", *(panel.name for panel in _PANELS)}
 
 
 def find_panels(runs: Iterable[_Records]) -> list[Panel]:
@@ -128,7 +128,7 @@ def _draw(axes: Any, panel: Panel, points: Sequence[_Point]) -> None:
     else:
         x, y, _ = zip(*points, strict=True)
         axes.plot(x, y, color=_COLOR, marker="o" if len(points) < 3 else None, markersize=3)
-    axes.set_yscale(panel.scale)
+    axes.set_yscale(panel.scale if any(y > 0 for _, y, _ in points) else "linear")
     limits = clipped_range([(x, y) for x, y, _ in points]) if panel.kind == "loss" else None
     if limits:
         axes.set_ylim(*limits)

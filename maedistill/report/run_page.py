@@ -21,7 +21,7 @@ from maedistill.report.page_pictures import reconstructions
 from maedistill.report.page_predictions import predictions
 from maedistill.report.recorded import RecordedRun, is_run, read_run, readable, written
 from maedistill.report.run_report import PICTURE_NOTE, next_commands, part_scores, summary
-from maedistill.runs.history import duration
+from maedistill.runs.history import duration, own_method
 
 PAGE = "report.html"
 _MOST_PICTURED = 6  # runs whose pictures are shown; sheets of reconstructions, divided among them
@@ -129,7 +129,8 @@ def _by_run(first: str, runs: Sequence[RecordedRun], facts: Sequence[Mapping[str
 
 def _about(run: RecordedRun) -> str:
     """Say in a line what a run is and how far."""
-    stage = "fine-tuning" if isinstance(run.config, FinetuneConfig) else f"{run.config.method} pre-training"
+    config, own = run.config, own_method(run.metadata)
+    stage = "fine-tuning" if isinstance(config, FinetuneConfig) else f"{own or config.method} pre-training"
     done = max((record.get("epoch", 0.0) for record in run.records), default=0.0)
     return f"{stage} of {run.network}, {run.state} at epoch {done:.4g} of {run.config.optim.epochs:g}"
 

@@ -15,7 +15,7 @@ from maedistill.errors import DataError
 from maedistill.escaping import code, markdown, shown
 from maedistill.report.curves import draw_curves, mean_metric
 from maedistill.report.formatting import KNN_CAVEAT, interval_text, markdown_table, percent
-from maedistill.runs.history import duration, read_metrics
+from maedistill.runs.history import duration, own_method, read_metrics
 from maedistill.runs.records import write_text
 
 if TYPE_CHECKING:  # its import takes seconds, for which report pages need not wait
@@ -34,8 +34,9 @@ def write_run_report(folder: "RunFolder") -> Path:
     config, records, metadata = folder.load_config(), read_metrics(folder.path), folder.metadata()
     assert isinstance(config, PretrainConfig)
     last, curve = summary(records), _draw_run(folder, records, metadata)
+    method = own_method(metadata) or config.method
     lines = [
-        f"# {markdown(folder.path.name)}: {config.method} pre-training of {markdown(config.student.title)}",
+        f"# {markdown(folder.path.name)}: {markdown(method)} pre-training of {markdown(config.student.title)}",
         "",
         f"- {config.optim.epochs:g} epochs of {metadata['data']['images']:,} images, {last['step']} steps, "
         f"global batch {config.optim.global_batch}, lr {config.optim.peak_lr:.3g}",
@@ -44,7 +45,7 @@ def write_run_report(folder: "RunFolder") -> Path:
         f"- training time {duration(last['seconds'])} at {last['rate']:.0f} images/s per rank",
         f"- command: {code(metadata['starts'][-1]['command'])}, {_times(len(metadata['starts']))}",
         "",
-        *_losses_table(config, last),
+        *_losses_table(config, method, last),
         "",
         KNN_CAVEAT,
         "",
@@ -173,12 +174,12 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return last
 
 
-def _losses_table(config: PretrainConfig, last: Mapping[str, Any]) -> list[str]:
+def _losses_table(config: PretrainConfig, method: str, last: Mapping[str, Any]) -> list[str]:
     """Return a Markdown table of the last losses; generation and the first teacher's alignment are means over pairs."""
     means = [mean_metric(last, prefix) for prefix in ("pixels", "align/", "generate/")]
     losses = ["-" if value is None else f"{value:.4f}" for value in (last["loss"], *means)]
     knn = "-" if last["knn"] is None else f"{last['knn']:.1%}"
-    cells = [config.method, config.student.title, f"{config.optim.epochs:g}", *losses, knn, duration(last["seconds"])]
+    cells = [method, config.student.title, f"{config.optim.epochs:g}", *losses, knn, duration(last["seconds"])]
     heads = ["method", "student", "epochs", "loss", "pixels", "align", "generate", "kNN", "time"]
     return markdown_table(heads, [cells])
 

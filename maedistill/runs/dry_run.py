@@ -45,9 +45,10 @@ def forward_backward(stage: Stage, inputs: tuple[Any, ...]) -> None:
     ]
     try:
         with autocast(stage.device, resolve_precision(stage.config.engine.precision, stage.device)):
-            loss = stage.module(*inputs)["loss"]
-        loss.backward()
-        loss.item()  # waits for the device
+            losses = stage.module(*inputs)
+        stage.require_losses(losses)
+        losses["loss"].backward()
+        losses["loss"].item()  # waits for the device
     finally:
         for part, name, buffer, value in before:
             part._buffers[name] = buffer.copy_(value)  # the module may have put another tensor in its place

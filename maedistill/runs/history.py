@@ -1,12 +1,17 @@
-"""Read the metrics of a run that is finished or under way; format seconds and bytes. Nothing heavy is imported."""
+"""What a run has recorded, finished or under way; format seconds and bytes. Nothing heavy is imported."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from maedistill.errors import DataError
+
+# What records hold beside losses; no loss may have such a name.
+RESERVED = frozenset({"step", "epoch", "lr", "grad_norm", "images_per_second", "data_wait", "memory_gb", "nonfinite"})
+RESERVED |= {"eta_seconds", "trained_seconds", "target_std", "knn", "linear", "images", "bad_images"}
+_METHODS = "maedistill.methods."
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -39,6 +44,18 @@ def metric_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
             with suppress(ValueError, RecursionError):
                 record = json.loads(line)
             yield line, record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def method_call(metadata: Mapping[str, Any]) -> str:
+    """Return the class of a run's method as run.json names it, with the arguments that the caller gave it."""
+    arguments = ", ".join(f"{name}={value}" for name, value in (metadata.get("method_arguments") or {}).items())
+    return f"{metadata['method_class']}({arguments})" if arguments else f"{metadata['method_class']}"
+
+
+def own_method(metadata: Mapping[str, Any]) -> str | None:
+    """Return `method_call` of a method that a caller brought; None for those of this package, and without a record."""
+    is_ours = str(metadata.get("method_class") or _METHODS).startswith(_METHODS)
+    return None if is_ours else method_call(metadata)
 
 
 def duration(seconds: float) -> str:

@@ -21,6 +21,7 @@ from maedistill.data.shards.index import ShardIndex
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.scan import Members
 from maedistill.errors import ConfigError
+from maedistill.escaping import masked
 from maedistill.processes import distributed
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -44,6 +45,23 @@ def class_name(given: object) -> str:
     """Return MODULE.CLASS of a class or function, or of the class of any other object."""
     named: Any = given if hasattr(given, "__qualname__") else getattr(given, "func", type(given))
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def arguments_of(make: object) -> dict[str, str]:
+    """Return the arguments that a `functools.partial` holds: plain values as Python writes them, others by class."""
+    if not isinstance(make, partial):
+        return {}
+    given = {**{str(place): value for place, value in enumerate(make.args)}, **make.keywords}
+    return {name: masked(repr(value)) if _is_plain(value) else class_name(value) for name, value in given.items()}
+
+
+def _is_plain(value: object) -> bool:
+    """Return whether the text of a value is the same at each start, which has no address in it."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(_is_plain(one) for pair in value.items() for one in pair)
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def python_name(given: object) -> str:

@@ -21,6 +21,7 @@ from maedistill.config.schema import RunConfig
 from maedistill.config.values import STAGES
 from maedistill.errors import ConfigError, DataError, join_first
 from maedistill.runs.checkpoint import whole_copy
+from maedistill.runs.history import method_call
 
 CONFIG, METADATA, CHECKPOINTS = "config.yaml", "run.json", "checkpoints"
 
@@ -93,11 +94,11 @@ def require_same(run: Path, previous: Previous, config: RunConfig, metadata: dic
         if old and old != new:
             remedy = f"set data.{name} to what it was, or use another run="
             raise _refusal(run, f"reads images with {name} {old}, now {new}", remedy)
-    if recorded.get("method_class") not in (None, metadata.get("method_class")):
+    if any(recorded.get(name) not in (None, metadata.get(name)) for name in ("method_class", "method_arguments")):
         raise _refusal(
             run,
-            f"was trained by {recorded.get('method_class')}, now {metadata.get('method_class')}",
-            "give the method that the run was started with, or use another run=",
+            f"was trained by {method_call(recorded)}, now by {method_call(metadata)}",
+            "give the method that the run was started with, and its arguments, or use another run=",
         )
     data, new_data = recorded.get("data"), metadata["data"]
     if data is not None and data != new_data:

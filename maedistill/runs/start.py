@@ -57,6 +57,10 @@ class Stage(Protocol):
         """Return networks beside the trained one that checkpoints keep, by file name."""
         return {}
 
+    def require_losses(self, returned: Any) -> None:
+        """Raise ConfigError unless the module has returned losses. Ours always do."""
+        return
+
     def compile(self) -> None:
         """Compile what a step runs."""
 

@@ -44,7 +44,7 @@ class Network:
     file_bytes: int = 0  # of a graph, and its number format, which is fixed: fp32 or int8
     precision: str = ""
     border: Triple | None = None  # of a graph that normalises by itself: its own mean, which pads in crop_mode border
-    origin: Mapping[str, Any] | None = None  # of a run: its stage, method, data, teacher and license
+    origin: Mapping[str, Any] | None = None  # of a run: what `Origin` names
 
     @property
     def parameters(self) -> int:

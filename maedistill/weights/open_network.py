@@ -40,6 +40,7 @@ from maedistill.weights.from_timm import image_config, open_timm, stated_exif
 from maedistill.weights.from_transformers import open_transformers, transformers_folder
 from maedistill.weights.license import NO_OTHERS, NOT_STATED
 from maedistill.weights.network import Network
+from maedistill.weights.run_metadata import Origin
 from maedistill.weights.state_dict import require_finite
 
 # What a network is for. `outputs`: it runs, and if it has classes, it gives a logit for each. `classifier`: it also has
@@ -273,7 +274,7 @@ def _of_run(vit: PlainViT, metadata: Mapping[str, Any], name: str, audit: str) -
         exif=entry.get("exif", "ignore"),
         classes=tuple(metadata.get("classes") or ()),
         audit=audit,
-        origin={name: metadata.get(name) for name in ("stage", "method", "data", "teacher", "license")},
+        origin={name: metadata.get(name) for name in Origin.model_fields},
     )
 
 

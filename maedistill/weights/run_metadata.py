@@ -58,6 +58,8 @@ class Origin(StrictModel):
 
     stage: Literal["pretrain", "finetune"]
     method: Literal["mae", "dmae", "amd", "tinymim"] | None = None
+    method_class: str | None = None
+    method_arguments: dict[str, str] | None = None
     data: DataEntry | None = None
     teacher: str | None = None
     license: str

@@ -12,7 +12,7 @@ from PIL import Image
 
 from maedistill.exporting.folder import export
 from maedistill.weights.open_network import open_network
-from tests.exporting.imitation import CROP, LISTED, MEAN, START, STD, imitate, random_vit
+from tests.exporting.imitation import CROP, LISTED, MEAN, METADATA, START, STD, imitate, random_vit
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,27 @@ def test_the_card_says_that_targets_are_means_and_weights_rise(tmp_path):
     export(run)
     text = " ".join(card(run)[1].split())
     assert "target the mean of 10 blocks, the last the named one, weight 2, rising from 0 in the first 25% of" in text
+
+
+def test_a_method_of_the_caller_s_own_is_named_and_no_loss_is_made_up(tmp_path):
+    made = {"method_class": "page.Own", "method_arguments": {"weight": "0.1"}}
+    run = imitate(tmp_path / "run", random_vit(), **made)
+    record = {"step": 7, "loss": 0.75, "size": 0.5, "lr": 0.1, "images_per_second": 9.0, "epoch": 13.0}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    export(run)
+    front, text = card(run)
+    assert front["tags"] == ["timm", "vision-transformer", "knowledge-distillation"]
+    assert "Pre-trained by `page.Own(weight=0.1)`" in text and "- Losses: those of `page.Own(weight=0.1)`.\n" in text
+    assert "by epoch 13.0: loss 0.7500, size 0.5000.\n" in text
+    assert "DMAE" not in text and "norm_patch" not in text and "l1" not in text
+    origin = METADATA["finetune"]["origin"] | made
+    tuned = imitate(tmp_path / "tuned", random_vit(num_classes=3, global_pool="avg"), "finetune", origin=origin)
+    export(tuned)
+    front, text = card(tuned)
+    assert "dmae" not in front["tags"] and "knowledge-distillation" in front["tags"]
+    assert "That start was pre-trained by `page.Own(weight=0.1)`" in text
+    assert open_network(f"run:{run}", "encoder").origin["method_class"] == "page.Own"
 
 
 def test_what_the_run_does_not_say_the_card_says_is_missing(tmp_path):

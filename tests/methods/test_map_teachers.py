@@ -168,6 +168,13 @@ def test_with_dmae_a_share_of_1_is_the_same_as_none() -> None:
     torch.testing.assert_close(*losses)
 
 
+def test_the_remedies_for_a_map_of_one_cell_work() -> None:
+    for depth, size in ((2, 32), (3, 64)):
+        config, _, teacher = parts("random:test_convnext", [depth], method="dmae", size=size)
+        rows = teacher(IMAGES, split_of(config, torch.arange(2), GRID**2))[depth]
+        assert rows.std(dim=1).mean() > 0
+
+
 def test_two_depths_of_sam() -> None:
     network, size, _, _ = network_of("sam block")
     config, module, teacher = parts(network, [1, 0], size=size)
@@ -190,6 +197,9 @@ def test_a_teacher_sees_images_of_the_size_that_is_set_or_of_its_own() -> None:
     assert parts("random:test_convnext", [2], method="dmae")[2].image_size == 160, "its own"
     given = timm.create_model("test_convnext")
     assert parts(given, [2], method="dmae")[2].image_size == 32, "what it was trained on is not known: the student's"
+
+
+DMAE_OF_ALL = {"method": "dmae", "masks": {"student_keep_ratio": 0.25, "teacher_keep_ratio": 1.0}}
 
 
 class Flat(nn.Module):
@@ -219,6 +229,15 @@ class Flat(nn.Module):
             {"align": {"student": (1,), "teacher": (3,), "output": "mlp"}},
             "align.output: in random:test_convnext no MLP",
             "align.output=block",
+        ),
+        ("random:test_convnext", [3], {"size": 32}, "align.teacher: at depth 3", "depths up to 2, or set a larger"),
+        ("random:resnet10t", [0], {"size": 2}, "align.teacher: at depth 0", "set a larger teacher.image_size"),
+        (
+            "random:vit_tiny_patch16_224",
+            [3],
+            DMAE_OF_ALL,
+            "masks.teacher_keep_ratio: 1",
+            "remove it, or use method=amd",
         ),
         ("random:test_convnext", [3], {"method": "tinymim"}, "method: tinymim", "method=dmae"),
         ("random:test_convnxt", [3], {}, "timm has no model", "test_convnext"),

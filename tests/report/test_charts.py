@@ -134,6 +134,13 @@ def test_panels_have_units_and_the_first_loss_does_not_stretch_the_axis(figures,
     assert len(top) == 1
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("norm", "scale"), [(0.0, "linear"), (2.0, "log")])
+def test_gradients_that_are_all_0_are_drawn_on_a_linear_scale(figures, tmp_path, norm, scale) -> None:
+    draw_curves([record | {"grad_norm": norm} for record in records()[:-1]], tmp_path / "c.png")
+    assert {axes.get_title(): axes.get_yscale() for axes in figures[0].axes}["gradient norm"] == scale
+
+
 def test_a_picture_that_the_disk_refuses_is_left_out(tmp_path, capsys) -> None:
     assert draw_curves(records(), tmp_path / "none" / "c.png") is None
     assert accuracy_chart({"a": Accuracy([0.9], of_count(90, 100))}, tmp_path / "none" / "a.png", order=["a"]) is None

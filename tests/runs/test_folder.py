@@ -71,6 +71,19 @@ def test_a_run_keeps_its_teacher_and_the_record_of_what_it_began_with(config):
     assert now["init"] == "timm:x of step 2"  # the caller's metadata is left as it was
 
 
+def test_a_run_keeps_its_method_and_the_arguments_it_was_given(config):
+    made = {"method_class": "page.Own", "method_arguments": {"weight": "0.1"}}
+    folder = RunFolder(config().run)
+    folder.open(config(), METADATA | made, execution={}, fresh=False, extend=False)
+    (folder.checkpoints / "step_000000001/COMPLETE").parent.mkdir(parents=True)
+    (folder.checkpoints / "step_000000001/COMPLETE").touch()
+    folder.check(config(), METADATA | made, fresh=False, extend=False)
+    for changed in ({"method_arguments": {"weight": "5.0"}}, {"method_arguments": {}}, {"method_class": "page.Other"}):
+        assert "page.Own(weight=0.1)" in refused(folder, config(), METADATA | made | changed)
+    (folder.path / "run.json").write_text(json.dumps(METADATA | {"method_class": "page.Own"}))  # of an older version
+    folder.check(config(), METADATA | made, fresh=False, extend=False)
+
+
 def test_a_refused_start_leaves_the_record_of_the_run_and_a_new_start_removes_it(config):
     folder = begun(config)
     with folder.recorded_end():

@@ -106,8 +106,11 @@ def test_a_trial_leaves_a_module_s_buffers_as_they_were(size):
 
     module = Module()
     engine = SimpleNamespace(precision="fp32")
+    asked: list[object] = []
     stage = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(engine=engine), module=module)
+    stage.require_losses = asked.append
     before = {name: value.clone() for name, value in module.named_buffers()}
     with suppress(torch.OutOfMemoryError):
         forward_backward(stage, (torch.arange(3.0 * size).view(size, 3),))
     assert all(torch.equal(value, before[name]) for name, value in module.named_buffers())
+    assert len(asked) == (size == 8), "before the backward pass"
