@@ -51,7 +51,9 @@ def main() -> None:
         )
         print_summary(out, stats, source.notes)
     if args.verify:
-        say(f"{out}: all {verify_shards(out)} shards are as their index says")
+        indexed, bare = verify_shards(out)
+        rest = f", {bare} without an index are whole" if bare else ""
+        say(f"{out}: all {indexed} shards are as their index says" + rest)
 
 
 def parse_arguments() -> argparse.Namespace:
