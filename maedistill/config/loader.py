@@ -1,6 +1,7 @@
 """Merges a YAML file, the files it extends and `key=value` overrides into one frozen config that knows its origins.
 
-    extends: base.yaml            # or a list; relative to this file; later files win, this file wins over them
+    extends: base.yaml            # or a list; relative to this file, or names such as own/dmae; later files win, this
+                                  # file wins over them
     optim: {epochs: 300}          # overridden by `optim.epochs=400` on the command line, where the last one wins
 
 What wins over a key wins over what excludes it, too: `optim.lr=1e-3` on the command line drops a file's `base_lr`. Two
@@ -238,7 +239,7 @@ def _read_file(path: Path, *, extended_by: tuple[Path, ...], read: list[Path]) -
         raise ConfigError(cause, "write `extends: base.yaml`")
     settings: dict[str, _Setting] = {}
     for name in names:
-        base, chain = Path(os.path.normpath(path.parent / name)), (*extended_by, path)
+        base, chain = find_config(name, beside=path), (*extended_by, path)
         if base.resolve() in [other.resolve() for other in chain]:
             circle = " -> ".join(map(str, (*chain, base)))
             cause = f"{path}:{line} extends: the files extend each other: {circle}"
