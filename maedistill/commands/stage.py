@@ -26,11 +26,12 @@ hardware, 75 asked to leave by SIGTERM or SIGUSR1, 130 Ctrl-C; RUN/exit.json say
 
 
 def run_command(
-    root: type[Root], *, about: str, examples: str, start: Callable[..., None], dry_run: Callable[[Root], None]
+    root: type[Root], *, about: str, examples: str, start: Callable[..., None], dry_run: Callable[..., None]
 ) -> None:
     """Parse the command line and run the command.
 
-    start: called as start(config, fresh=..., extend=...). Both callables import heavy packages themselves.
+    start: called as start(config, fresh=..., extend=...); dry_run: as dry_run(config, extend=...). Both import heavy
+    packages themselves.
     """
     die_with_launcher()
     arguments = _parse(root, about, examples)
@@ -54,12 +55,16 @@ def run_command(
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise a lost peer prints 15 lines of C++ frames
     if not arguments.dry_run:
         outlive_readers()
+    if arguments.extend:
+        from maedistill.runs.resolve_auto import with_warmup_of_run
+
+        loaded = with_warmup_of_run(loaded)
     if loaded.notes and is_first_rank():
         say(*loaded.notes)
     if arguments.fresh:
         _confirm_deletion(loaded.config.run, asked=not arguments.yes)
     if arguments.dry_run:
-        dry_run(loaded.config)
+        dry_run(loaded.config, extend=arguments.extend)
     else:
         start(loaded.config, fresh=arguments.fresh, extend=arguments.extend)
 

@@ -32,7 +32,7 @@ from maedistill.config.values import Root, validated
 from maedistill.errors import ConfigError, require_no_secret
 from maedistill.escaping import masked
 
-COMMAND_LINE = "command line"
+COMMAND_LINE, PYTHON = "command line", "Python"  # origins of settings
 MOST_FILES = 32  # limit for one config; a file that is extended several times counts each time
 
 _TOP = 1  # level of the command line; a CONFIG is 0, what it extends -1, and so on
@@ -188,10 +188,10 @@ def _scale_warmup(settings: dict[str, _Setting], below: Mapping[str, _Setting], 
 
 
 def _error(problems: Sequence[Problem], settings: Mapping[str, _Setting]) -> ConfigError:
-    """Return an error with the first problem in full, at its place, and the keys of the others."""
-    first, *others = problems
-    keys = list(dict.fromkeys(problem.key for problem in others))
-    more = f" (and {len(others)} more: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})" if others else ""
+    """Return an error with the first problem in full, at its place, and the other keys that have one."""
+    first = problems[0]
+    keys = list(dict.fromkeys(problem.key for problem in problems if problem.key != first.key))
+    more = f" (and {len(keys)} more: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})" if keys else ""
     place = settings[first.key].place if first.key in settings else first.key
     return ConfigError(f"{place}: {first.cause}{more}", first.remedy)
 
@@ -273,7 +273,7 @@ def _from_python(values: RunConfig | Mapping[str, Any], *, level: int, prefix: s
         if isinstance(value, Mapping) and value:
             settings |= _from_python(value, level=level, prefix=f"{name}.")
             continue
-        settings[name] = _Setting(_plain(value, name), "Python", f"Python {name}", level)
+        settings[name] = _Setting(_plain(value, name), PYTHON, f"{PYTHON} {name}", level)
     return settings
 
 

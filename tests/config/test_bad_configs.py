@@ -290,6 +290,10 @@ def refused(tmp_path, messages, request):
         error = caught.value
         assert error.exit_code == 2
         assert "\n" not in error.cause and "\n" not in error.remedy, "one line each"
+        if more := re.search(r"(\S+): .* \(and (\d+) more: (.+)\)$", error.cause):
+            keys = more[3].removesuffix(", ...").split(", ")
+            assert len({*keys}) == len(keys) and (int(more[2]) == len(keys) or "..." in more[3]), "each key once"
+            assert not any(re.match(rf"(command line |.*:\d+ )?{re.escape(key)}[=:]", error.cause) for key in keys)
         messages.check(f"{root.title} | {name or ' '.join(overrides)}", error.cause, error.remedy, FOLDER=tmp_path)
         return error
 
