@@ -104,7 +104,8 @@ def pretrain(
         given |= {"student.model": python_name(student)} | dict.fromkeys(_SHAPE)
     if teacher is not None:
         given |= {"teacher.source": python_name(teacher)} | dict.fromkeys(f"teacher.{name}" for name in _OF_A_FILE)
-    loaded = load_config(config, overrides, root=PretrainConfig, given=given)
+    unused = (*_unused_of_data(objects), *(["student.drop_path"] if student is not None else []))
+    loaded = load_config(config, overrides, root=PretrainConfig, given=given, unused=unused)
     settings = (with_warmup_of_run(loaded) if extend else loaded).config
     with _process_restored():
         pretraining.pretrain(settings, objects=objects, callbacks=callbacks, extend=extend)
@@ -136,7 +137,9 @@ def finetune(
         given |= {"init.source": python_name(student), "student.model": None} | dict.fromkeys(_SHAPE)
     if teachers:
         given["distill.teachers"] = [f"{python_name(one)}{f'#{i}' if i else ''}" for i, one in enumerate(teachers)]
-    loaded = load_config(config, overrides, root=FinetuneConfig, given=given)
+    of_vit = ["student.drop_path", "student.global_pool"] if student is not None else []
+    unused = (*_unused_of_data(objects), *of_vit)
+    loaded = load_config(config, overrides, root=FinetuneConfig, given=given, unused=unused)
     settings = (with_warmup_of_run(loaded) if extend else loaded).config
     with _process_restored():
         finetuning.finetune(settings, objects=objects, callbacks=callbacks, extend=extend)
@@ -272,3 +275,10 @@ def _names_of_data(objects: Objects) -> dict[str, Any]:
     """Return the settings that name the caller's data sets."""
     sets = {"data.train": objects.dataset, "data.val": objects.val_dataset}
     return {key: python_name(dataset) for key, dataset in sets.items() if dataset is not None}
+
+
+def _unused_of_data(objects: Objects) -> list[str]:
+    """Return the keys of data that are of shards alone, where the caller's data sets are in their place."""
+    keys = ["data.index"] if objects.dataset is not None else []
+    both = objects.dataset is not None and objects.val_dataset is not None
+    return [*keys, *(["data.image_key", "data.label_key", "data.exif"] if both else [])]

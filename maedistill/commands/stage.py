@@ -35,6 +35,7 @@ def run_command(
     """
     die_with_launcher()
     arguments = _parse(root, about, examples)
+    _require_effect(arguments)
     if arguments.explain:
         say(*explain(arguments.explain, root).split("\n"))
         return
@@ -42,7 +43,6 @@ def run_command(
         tool = f"maedistill {root.stage}"
         usage = f"usage: {tool} CONFIG [key=value ...]; `{tool} --help` has examples and the names of options"
         raise ConfigError("no config is named", usage)
-    _require_effect(arguments)
     loaded = load_config(arguments.config, arguments.overrides, root=root, to_run=not arguments.print_config)
     if arguments.print_config:
         say(*render_config(loaded).splitlines())
@@ -91,10 +91,12 @@ def _require_effect(arguments: argparse.Namespace) -> None:
     """Raise ConfigError for options that would have no effect together."""
     if arguments.yes and not arguments.fresh:
         raise ConfigError("--yes answers the question of --fresh only", "leave it out, or add --fresh")
-    for name in ("extend", "dry_run"):
-        if arguments.fresh and getattr(arguments, name):
-            option = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"--fresh starts over, which {option} does not", f"leave out --fresh or {option}")
+    names = ("explain", "print_config", "fresh", "dry_run", "extend")
+    first, *others = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)] or [""]
+    if others and first in ("--explain", "--print-config"):
+        raise ConfigError(f"{first} prints and stops: {others[0]} has no effect", f"leave out {first} or {others[0]}")
+    if others and first == "--fresh":
+        raise ConfigError(f"--fresh starts over, which {others[0]} does not", f"leave out --fresh or {others[0]}")
 
 
 def _confirm_deletion(run: str, *, asked: bool) -> None:

@@ -76,19 +76,21 @@ def load_config(
     root: type[Root],
     to_run: bool = True,
     given: Mapping[str, Any] | None = None,
+    unused: Sequence[str] = (),
 ) -> LoadedConfig[Root]:
     """Read a config file, apply `key=value` overrides (values in YAML) and check everything.
 
     path: a file, or the name of a config that comes with maedistill, such as imagenet/dmae_vit_b; or from Python a
-    config or a mapping of settings, as the overrides may be. given: settings above the overrides, from Python.
+    config or a mapping of settings, as the overrides may be. given: settings above the overrides, from Python. unused:
+    keys that have no effect beside these.
     root: the schema, PretrainConfig or FinetuneConfig.
     to_run: whether shards and run folder must be named, as for a run; a recipe can be inspected without them.
     Raises `ConfigError`, which names the first problem with its place and counts the others.
     """
     below = _read(path)
     settings = below | _read_overrides(overrides)
-    for name, value in (given or {}).items():
-        if value is not None and name in settings and settings[name].level == _TOP:
+    for name in (*(given or {}), *unused):
+        if settings.get(name, _NOTHING).value is not None and settings[name].level == _TOP:
             raise ConfigError(f"{name} is set, and an object is given in its place", "leave one of the two out")
     settings |= _from_python(given or {}, level=_TOP + 1)
     _require_no_secrets(settings)
@@ -99,7 +101,8 @@ def load_config(
         config = validated({name: setting.value for name, setting in settings.items()}, root)
         if isinstance(config, list):
             raise _error(config, settings)
-        problems = _problems(config, to_run=to_run)
+        found = _problems(config, to_run=to_run)
+        problems = [p for p in found if not p.of_command_line or settings.get(p.key, _NOTHING).level == _TOP]
         loser, winner = next((pair for problem in problems for pair in _giving_way(problem, settings)), (None, ""))
         if loser is None:
             break
@@ -127,7 +130,7 @@ def cut_settings(text: str) -> list[str]:
 
 def require_consistent(config: RunConfig) -> None:
     """Raise `ConfigError` for the first rule between keys that does not hold: for a config made from a loaded one."""
-    if problems := _problems(config, to_run=True):
+    if problems := [problem for problem in _problems(config, to_run=True) if not problem.of_command_line]:
         raise _error(problems, {})
 
 

@@ -109,7 +109,7 @@ def _require_steps(config: RunConfig) -> None:
     try:
         make_plan(with_numbers(config, images, world_size=1), images, world_size=1)
     except ConfigError as error:
-        raise ConfigError(f"{config.run}: {error.cause}", error.remedy) from None
+        raise ConfigError(f"the run {config.run}: {error.cause}", error.remedy) from None
 
 
 @cache

@@ -120,6 +120,8 @@ def _start_problems(kind: str, networks: Mapping[str, Teacher | Student]) -> Ite
             yield Problem(key, "it has neither config nor init_from", "add one of them")
         if isinstance(network, Teacher) and network.init_from is not None and not network.finetune:
             yield Problem(f"{key}.init_from", "without fine-tuning it is the same network", "add finetune: true")
+        if isinstance(network, Teacher) and network.finetune_set and not network.finetune:
+            yield Problem(f"{key}.finetune_set", "this teacher is not fine-tuned", "add finetune: true, or remove it")
         if network.set and network.config is None:
             cause = f"it is for pre-training, and this {kind} has none of its own"
             yield Problem(f"{key}.set", cause, "use finetune_set")

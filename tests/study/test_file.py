@@ -80,6 +80,7 @@ MISTAKES = {
     ),
     "two beginnings": ("config: ../t/s.yaml", "config: a, init_from: large", "small: it has both", "keep one"),
     "no pre-training": ("config: ../t/s.yaml", f"{EARLY}, set: [a=1]", "small.set: it is for pre-tr", "finetune_set"),
+    "not fine-tuned": ("t/s.yaml}", "t/s.yaml, finetune_set: [a=1]}", "small.finetune_set: this", "finetune: true"),
     "not YAML": ("[0, 1]", "[0, 1", "g.yaml:", ""),
     "key twice": ("  ten:", "  mae:", "g.yaml:7: mae is given twice", "keep one"),
 }

@@ -228,6 +228,7 @@ def test_only_some_students_and_what_they_need(study, only, expected) -> None:
     ("keywords", "cause", "remedy"),
     [
         ({"settings": ["optim.epoch=3"]}, "command line optim.epoch=3: unknown key optim.epoch", "optim.epochs"),
+        ({"settings": ["align.weight=2"], "only": ["mae"]}, "command line align.weight=2: no run of", "leave it out"),
         ({"settings": ["run=x"]}, "run=x: the study sets run itself", "leave it out"),
         ({"settings": ["init.source=run:x"]}, "the study sets init.source itself", "leave it out"),
         ({"settings": ["teacher.source={teacher.me}"]}, "{teacher.me} names no teacher", "use {teacher.teacher}"),
