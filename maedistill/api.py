@@ -42,6 +42,7 @@ from maedistill.runs.callback import Callback
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.history import read_metrics as read_metrics_of
 from maedistill.runs.objects import Objects, python_name
+from maedistill.runs.resolve_auto import with_warmup_of_run
 from maedistill.weights.from_run import Weights, load_into, open_run
 
 Config = str | Path | Mapping[str, Any]
@@ -103,10 +104,12 @@ def pretrain(
         given |= {"student.model": python_name(student)} | dict.fromkeys(_SHAPE)
     if teacher is not None:
         given |= {"teacher.source": python_name(teacher)} | dict.fromkeys(f"teacher.{name}" for name in _OF_A_FILE)
-    loaded = load_config(config, overrides, root=PretrainConfig, given=given).config
+    unused = (*_unused_of_data(objects), *(["student.drop_path"] if student is not None else []))
+    loaded = load_config(config, overrides, root=PretrainConfig, given=given, unused=unused)
+    settings = (with_warmup_of_run(loaded) if extend else loaded).config
     with _process_restored():
-        pretraining.pretrain(loaded, objects=objects, callbacks=callbacks, extend=extend)
-    return RunFolder(loaded.run).path
+        pretraining.pretrain(settings, objects=objects, callbacks=callbacks, extend=extend)
+    return RunFolder(settings.run).path
 
 
 def finetune(
@@ -134,10 +137,13 @@ def finetune(
         given |= {"init.source": python_name(student), "student.model": None} | dict.fromkeys(_SHAPE)
     if teachers:
         given["distill.teachers"] = [f"{python_name(one)}{f'#{i}' if i else ''}" for i, one in enumerate(teachers)]
-    loaded = load_config(config, overrides, root=FinetuneConfig, given=given).config
+    of_vit = ["student.drop_path", "student.global_pool"] if student is not None else []
+    unused = (*_unused_of_data(objects), *of_vit)
+    loaded = load_config(config, overrides, root=FinetuneConfig, given=given, unused=unused)
+    settings = (with_warmup_of_run(loaded) if extend else loaded).config
     with _process_restored():
-        finetuning.finetune(loaded, objects=objects, callbacks=callbacks, extend=extend)
-    return RunFolder(loaded.run).path
+        finetuning.finetune(settings, objects=objects, callbacks=callbacks, extend=extend)
+    return RunFolder(settings.run).path
 
 
 def evaluate(
@@ -269,3 +275,10 @@ def _names_of_data(objects: Objects) -> dict[str, Any]:
     """Return the settings that name the caller's data sets."""
     sets = {"data.train": objects.dataset, "data.val": objects.val_dataset}
     return {key: python_name(dataset) for key, dataset in sets.items() if dataset is not None}
+
+
+def _unused_of_data(objects: Objects) -> list[str]:
+    """Return the keys of data that are of shards alone, where the caller's data sets are in their place."""
+    keys = ["data.index"] if objects.dataset is not None else []
+    both = objects.dataset is not None and objects.val_dataset is not None
+    return [*keys, *(["data.image_key", "data.label_key", "data.exif"] if both else [])]

@@ -44,6 +44,21 @@ def test_every_command_explains_itself(command, monkeypatch, capsys):
     assert ended.value.code == 0 and f"maedistill {command}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("shards --verify a --shorter-side 8", "--shorter-side"),
+        ("export a --batch 8", "--batch"),
+        ("pretrain a --explain seed --dry-run", "--dry-run"),
+        ("finetune a --print-config --fresh", "--fresh"),
+    ],
+)
+def test_options_without_effect_are_refused(monkeypatch, words, option):
+    monkeypatch.setattr(sys, "argv", ["maedistill", *words.split()])
+    with pytest.raises(ConfigError, match=f"{option} "):
+        import_module(f"maedistill.commands.{words.split()[0]}").main()
+
+
 def test_help_of_every_command_imports_nothing_heavy():
     """Otherwise it takes seconds."""
     program = """

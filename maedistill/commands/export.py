@@ -63,7 +63,7 @@ def add_graphs(parser: argparse.ArgumentParser) -> None:
     inside = "graphs take uint8 images, and scale and normalise them"
     add("--with-preprocessing", action="store_true", help=inside)
     add("--val", metavar="SHARDS", help="evaluate every format on these, against the run's network")
-    add("--batch", type=at_least(1), default=64, metavar="N", help="of --val and --calibration (default 64)")
+    add("--batch", type=at_least(1), metavar="N", help="of --val and --calibration (default 64)")
     add("--int8", action="store_true", help="also quantise the ONNX graph; needs --calibration and --val")
     add("--calibration", metavar="SHARDS", help="training images, for the ranges of int8")
     add("--calibration-images", type=at_least(1), metavar="N", help="spread over these shards (default 256)")
@@ -89,6 +89,8 @@ def main() -> None:
         raise ConfigError(f"--{next(iter(given)).replace('_', '-')} needs --int8", "add --int8, or leave it out")
     if arguments.int8 and not (arguments.calibration and arguments.val):
         raise ConfigError("--int8 needs --calibration SHARDS and --val SHARDS", "name training and validation shards")
+    if arguments.batch is not None and arguments.val is None:
+        raise ConfigError("--batch needs --val", "add --val SHARDS, or leave it out")
     if arguments.public and arguments.push_to_hub is None:
         raise ConfigError("--public needs --push-to-hub", "add --push-to-hub USER/NAME, or leave it out")
     from maedistill.exporting.folder import export, read_record  # --help need not wait for torch
@@ -165,4 +167,4 @@ def open_context(arguments: argparse.Namespace) -> "EvalContext":
     """Return the settings of evaluations: fp32, since they compare number formats."""
     from maedistill.evaluation import context
 
-    return context.open_context(batch=arguments.batch, workers=None, threads=None, precision="fp32")
+    return context.open_context(batch=arguments.batch or 64, workers=None, threads=None, precision="fp32")

@@ -21,11 +21,11 @@ def start(config: FinetuneConfig, *, fresh: bool, extend: bool) -> None:
     finetune(config, fresh=fresh, extend=extend)
 
 
-def dry_run(config: FinetuneConfig) -> None:
+def dry_run(config: FinetuneConfig, *, extend: bool) -> None:
     """Print what the run would do."""
     from maedistill.finetuning import setup
 
-    setup.dry_run(config)
+    setup.dry_run(config, extend=extend)
 
 
 def main() -> None:

@@ -19,11 +19,11 @@ def start(config: PretrainConfig, *, fresh: bool, extend: bool) -> None:
     pretrain(config, fresh=fresh, extend=extend)
 
 
-def dry_run(config: PretrainConfig) -> None:
+def dry_run(config: PretrainConfig, *, extend: bool) -> None:
     """Print what the run would do."""
     from maedistill.pretraining import setup
 
-    setup.dry_run(config)
+    setup.dry_run(config, extend=extend)
 
 
 def main() -> None:

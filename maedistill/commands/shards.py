@@ -51,7 +51,9 @@ def main() -> None:
         )
         print_summary(out, stats, source.notes)
     if args.verify:
-        say(f"{out}: all {verify_shards(out)} shards are as their index says")
+        indexed, bare = verify_shards(out)
+        rest = f", {bare} without an index are whole" if bare else ""
+        say(f"{out}: all {indexed} shards are as their index says" + rest)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,4 +71,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--root", metavar="DIR", help="files of imagenet or cifar10 (default: cifar10's are downloaded to ~/.cache)")
     add("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads that decode (default: all cores)")
     add("--verify", action="store_true", help="check the shards in OUT afterwards; without SRC only that")
-    return parser.parse_args(sys.argv[2:])
+    args = parser.parse_args(sys.argv[2:])
+    if args.verify and not args.out:
+        of_writing = set(vars(args)) - {"src", "out", "verify"}
+        if given := [name for name in of_writing if getattr(args, name) != parser.get_default(name)]:
+            cause = f"--{min(given).replace('_', '-')} has no effect: --verify without SRC writes nothing"
+            raise ConfigError(cause, "leave it out, or name SRC and OUT")
+    return args

@@ -26,14 +26,16 @@ hardware, 75 asked to leave by SIGTERM or SIGUSR1, 130 Ctrl-C; RUN/exit.json say
 
 
 def run_command(
-    root: type[Root], *, about: str, examples: str, start: Callable[..., None], dry_run: Callable[[Root], None]
+    root: type[Root], *, about: str, examples: str, start: Callable[..., None], dry_run: Callable[..., None]
 ) -> None:
     """Parse the command line and run the command.
 
-    start: called as start(config, fresh=..., extend=...). Both callables import heavy packages themselves.
+    start: called as start(config, fresh=..., extend=...); dry_run: as dry_run(config, extend=...). Both import heavy
+    packages themselves.
     """
     die_with_launcher()
     arguments = _parse(root, about, examples)
+    _require_effect(arguments)
     if arguments.explain:
         say(*explain(arguments.explain, root).split("\n"))
         return
@@ -41,7 +43,6 @@ def run_command(
         tool = f"maedistill {root.stage}"
         usage = f"usage: {tool} CONFIG [key=value ...]; `{tool} --help` has examples and the names of options"
         raise ConfigError("no config is named", usage)
-    _require_effect(arguments)
     loaded = load_config(arguments.config, arguments.overrides, root=root, to_run=not arguments.print_config)
     if arguments.print_config:
         say(*render_config(loaded).splitlines())
@@ -54,12 +55,16 @@ def run_command(
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise a lost peer prints 15 lines of C++ frames
     if not arguments.dry_run:
         outlive_readers()
+    if arguments.extend:
+        from maedistill.runs.resolve_auto import with_warmup_of_run
+
+        loaded = with_warmup_of_run(loaded)
     if loaded.notes and is_first_rank():
         say(*loaded.notes)
     if arguments.fresh:
         _confirm_deletion(loaded.config.run, asked=not arguments.yes)
     if arguments.dry_run:
-        dry_run(loaded.config)
+        dry_run(loaded.config, extend=arguments.extend)
     else:
         start(loaded.config, fresh=arguments.fresh, extend=arguments.extend)
 
@@ -86,10 +91,12 @@ def _require_effect(arguments: argparse.Namespace) -> None:
     """Raise ConfigError for options that would have no effect together."""
     if arguments.yes and not arguments.fresh:
         raise ConfigError("--yes answers the question of --fresh only", "leave it out, or add --fresh")
-    for name in ("extend", "dry_run"):
-        if arguments.fresh and getattr(arguments, name):
-            option = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"--fresh starts over, which {option} does not", f"leave out --fresh or {option}")
+    names = ("explain", "print_config", "fresh", "dry_run", "extend")
+    first, *others = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)] or [""]
+    if others and first in ("--explain", "--print-config"):
+        raise ConfigError(f"{first} prints and stops: {others[0]} has no effect", f"leave out {first} or {others[0]}")
+    if others and first == "--fresh":
+        raise ConfigError(f"--fresh starts over, which {others[0]} does not", f"leave out --fresh or {others[0]}")
 
 
 def _confirm_deletion(run: str, *, asked: bool) -> None:

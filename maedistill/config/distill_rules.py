@@ -73,6 +73,10 @@ def _exits(c: FinetuneConfig) -> Iterator[Problem]:
     if exits and not c.distill.exits.on:
         cause = "nothing trains the exits: distill.exits has weight 0"
         yield Problem("student.exits", cause, "set distill.exits.weight=1")
+    term, key = c.distill.exits, "distill.exits.temperature"
+    if term.on and term.alpha == 0 and "temperature" in term.model_dump(exclude_defaults=True):
+        cause = "the exits learn from labels alone: distill.exits.alpha is 0"
+        yield Problem(key, cause, "remove it, or use a larger alpha", ((key, "distill.exits.alpha"),))
     if c.distill.exits.on and not exits:
         remedy = "add e.g. student.exits=[2,5,8], 0-based blocks"
         yield Problem("distill.exits.weight", "the student has no exits", remedy)
@@ -171,6 +175,9 @@ def _labels(c: FinetuneConfig) -> Iterator[Problem]:
     if not d.reads_labels and c.data.label_fraction < 1:
         cause = f"{c.data.label_fraction:g} of the labels, where none is used (distill.label_weight=0)"
         yield Problem("data.label_fraction", cause, "remove it, or use labels")
+    if not d.reads_labels and "smoothing" in c.augment.model_dump(exclude_defaults=True):
+        cause, replaced = "no loss uses labels (distill.label_weight=0)", ("augment.smoothing", "distill.label_weight")
+        yield Problem("augment.smoothing", cause, "remove it, or use labels", (replaced,))
     if d.dkd.on and d.dkd.alpha == d.dkd.beta == 0:
         yield Problem("distill.dkd.alpha", "alpha and beta are both 0", "use 1 and 8, or set distill.dkd.weight=0")
 

@@ -40,10 +40,15 @@ class Refusal(Exception):
         self.line, self.cause, self.remedy = line, cause, remedy
 
 
-def find_config(name: str | Path) -> Path:
-    """Return the file of a config: `name` itself, or the file of that name in CONFIGS, such as imagenet/dmae_vit_b."""
-    ours, theirs = CONFIGS / f"{name}.yaml", os.path.expanduser(name)
-    return ours if os.path.isfile(ours) and not os.path.isfile(theirs) else Path(theirs)
+def find_config(name: str | Path, *, beside: Path | None = None) -> Path:
+    """Return the file of a config: `name` itself, or the file of that name in CONFIGS, such as imagenet/dmae_vit_b.
+
+    beside: the file that names it, whose folder a relative path begins in; None for the working directory.
+    """
+    ours, theirs = CONFIGS / f"{name}.yaml", Path(os.path.expanduser(name))
+    if beside is not None:
+        theirs = Path(os.path.normpath(beside.parent / theirs))
+    return ours if os.path.isfile(ours) and not os.path.isfile(theirs) else theirs
 
 
 def config_name(path: str | Path) -> str:

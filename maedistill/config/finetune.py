@@ -108,17 +108,19 @@ class Augment(Section):
     rand_augment: str | None = result(
         "rand-m9-mstd0.5-inc1", "timm's RandAugment, in its notation; rand-m9-mstd0.5-inc1 in MAE; null: none"
     )
-    mixup: Weight = result(0.8, "alpha of mixup's Beta distribution; 0.8 in MAE, 0.2 in MAE-Lite; 0: no mixup")
+    mixup: Weight = result(
+        0.8,
+        "alpha of mixup's Beta distribution; 0.8 in MAE, 0.2 in MAE-Lite; 0: no mixup; every micro-batch is mixed, by "
+        "turns at random if cutmix is on too",
+    )
     cutmix: Weight = result(1.0, "alpha of cutmix's Beta distribution; 1 in MAE, 0 in MAE-Lite; 0: no cutmix")
-    mix_probability: Probability = result(1.0, "how often a micro-batch is mixed at all, where mixup or cutmix is on")
-    switch_probability: Probability = result(0.5, "how often it is cutmix, where both are on")
     erasing: Probability = result(0.25, "how often a random rectangle is erased; 0.25 in MAE, 0 in MAE-Lite")
     smoothing: Rate = result(0.1, "label smoothing; 0.1 in MAE, 0 in MAE-Lite")
 
     @property
     def mixes(self) -> bool:
         """Return whether images are ever mixed in pairs."""
-        return self.mix_probability > 0 and max(self.mixup, self.cutmix) > 0
+        return max(self.mixup, self.cutmix) > 0
 
 
 class Optim(Optimization):

@@ -1,6 +1,7 @@
 """Merges a YAML file, the files it extends and `key=value` overrides into one frozen config that knows its origins.
 
-    extends: base.yaml            # or a list; relative to this file; later files win, this file wins over them
+    extends: base.yaml            # or a list; relative to this file, or names such as own/dmae; later files win, this
+                                  # file wins over them
     optim: {epochs: 300}          # overridden by `optim.epochs=400` on the command line, where the last one wins
 
 What wins over a key wins over what excludes it, too: `optim.lr=1e-3` on the command line drops a file's `base_lr`. Two
@@ -31,7 +32,7 @@ from maedistill.config.values import Root, validated
 from maedistill.errors import ConfigError, require_no_secret
 from maedistill.escaping import masked
 
-COMMAND_LINE = "command line"
+COMMAND_LINE, PYTHON = "command line", "Python"  # origins of settings
 MOST_FILES = 32  # limit for one config; a file that is extended several times counts each time
 
 _TOP = 1  # level of the command line; a CONFIG is 0, what it extends -1, and so on
@@ -75,19 +76,21 @@ def load_config(
     root: type[Root],
     to_run: bool = True,
     given: Mapping[str, Any] | None = None,
+    unused: Sequence[str] = (),
 ) -> LoadedConfig[Root]:
     """Read a config file, apply `key=value` overrides (values in YAML) and check everything.
 
     path: a file, or the name of a config that comes with maedistill, such as imagenet/dmae_vit_b; or from Python a
-    config or a mapping of settings, as the overrides may be. given: settings above the overrides, from Python.
+    config or a mapping of settings, as the overrides may be. given: settings above the overrides, from Python. unused:
+    keys that have no effect beside these.
     root: the schema, PretrainConfig or FinetuneConfig.
     to_run: whether shards and run folder must be named, as for a run; a recipe can be inspected without them.
     Raises `ConfigError`, which names the first problem with its place and counts the others.
     """
     below = _read(path)
     settings = below | _read_overrides(overrides)
-    for name, value in (given or {}).items():
-        if value is not None and name in settings and settings[name].level == _TOP:
+    for name in (*(given or {}), *unused):
+        if settings.get(name, _NOTHING).value is not None and settings[name].level == _TOP:
             raise ConfigError(f"{name} is set, and an object is given in its place", "leave one of the two out")
     settings |= _from_python(given or {}, level=_TOP + 1)
     _require_no_secrets(settings)
@@ -98,7 +101,8 @@ def load_config(
         config = validated({name: setting.value for name, setting in settings.items()}, root)
         if isinstance(config, list):
             raise _error(config, settings)
-        problems = _problems(config, to_run=to_run)
+        found = _problems(config, to_run=to_run)
+        problems = [p for p in found if not p.of_command_line or settings.get(p.key, _NOTHING).level == _TOP]
         loser, winner = next((pair for problem in problems for pair in _giving_way(problem, settings)), (None, ""))
         if loser is None:
             break
@@ -126,7 +130,7 @@ def cut_settings(text: str) -> list[str]:
 
 def require_consistent(config: RunConfig) -> None:
     """Raise `ConfigError` for the first rule between keys that does not hold: for a config made from a loaded one."""
-    if problems := _problems(config, to_run=True):
+    if problems := [problem for problem in _problems(config, to_run=True) if not problem.of_command_line]:
         raise _error(problems, {})
 
 
@@ -187,10 +191,10 @@ def _scale_warmup(settings: dict[str, _Setting], below: Mapping[str, _Setting], 
 
 
 def _error(problems: Sequence[Problem], settings: Mapping[str, _Setting]) -> ConfigError:
-    """Return an error with the first problem in full, at its place, and the keys of the others."""
-    first, *others = problems
-    keys = list(dict.fromkeys(problem.key for problem in others))
-    more = f" (and {len(others)} more: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})" if others else ""
+    """Return an error with the first problem in full, at its place, and the other keys that have one."""
+    first = problems[0]
+    keys = list(dict.fromkeys(problem.key for problem in problems if problem.key != first.key))
+    more = f" (and {len(keys)} more: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})" if keys else ""
     place = settings[first.key].place if first.key in settings else first.key
     return ConfigError(f"{place}: {first.cause}{more}", first.remedy)
 
@@ -238,7 +242,7 @@ def _read_file(path: Path, *, extended_by: tuple[Path, ...], read: list[Path]) -
         raise ConfigError(cause, "write `extends: base.yaml`")
     settings: dict[str, _Setting] = {}
     for name in names:
-        base, chain = Path(os.path.normpath(path.parent / name)), (*extended_by, path)
+        base, chain = find_config(name, beside=path), (*extended_by, path)
         if base.resolve() in [other.resolve() for other in chain]:
             circle = " -> ".join(map(str, (*chain, base)))
             cause = f"{path}:{line} extends: the files extend each other: {circle}"
@@ -272,7 +276,7 @@ def _from_python(values: RunConfig | Mapping[str, Any], *, level: int, prefix: s
         if isinstance(value, Mapping) and value:
             settings |= _from_python(value, level=level, prefix=f"{name}.")
             continue
-        settings[name] = _Setting(_plain(value, name), "Python", f"Python {name}", level)
+        settings[name] = _Setting(_plain(value, name), PYTHON, f"{PYTHON} {name}", level)
     return settings
 
 

@@ -187,6 +187,11 @@ def _widths(c: PretrainConfig) -> Iterator[Problem]:
 def _probe(c: PretrainConfig) -> Iterator[Problem]:
     if c.log.probe_every_epochs is not None and c.data.val is None:
         yield Problem("log.probe_every_epochs", "no labelled shards to probe on", "add data.val=DIR/val-*.tar")
+    if c.data.val is None:
+        for key in ("knn_every_epochs", "knn_images"):
+            if getattr(c.log, key) is not None:
+                remedy = "add data.val=DIR/val-*.tar, or remove it"
+                yield Problem(f"log.{key}", "no labelled shards to score kNN on", remedy, of_command_line=True)
     if c.log.probe_every_epochs is not None and c.log.knn_images < 2:
         yield Problem("log.knn_images", "a linear probe cannot learn from one image", "use 2 or more, 10000 by default")
 

@@ -25,12 +25,14 @@ class Problem:
 
     gives_way: pairs (key, other) that exclude each other; where `other` was set above `key`, as the command line is
     above a file and a file above those it extends, `key` is dropped and there is no problem.
+    of_command_line: it is one only if `key` is set there; a recipe in a file may be for runs that use the key.
     """
 
     key: str
     cause: str
     remedy: str
     gives_way: tuple[tuple[str, str], ...] = ()
+    of_command_line: bool = False
 
 
 def paths(c: RunConfig) -> Iterator[Problem]:

@@ -294,7 +294,7 @@ def _require_no_vit(config: FinetuneConfig) -> None:
         raise ConfigError(cause, "leave out one of them")
 
 
-def dry_run(config: FinetuneConfig) -> None:
+def dry_run(config: FinetuneConfig, *, extend: bool = False) -> None:
     """Open everything, time a step and the loader, and print the plan.
 
     Writes nothing except an index for shards without one.
@@ -313,4 +313,4 @@ def dry_run(config: FinetuneConfig) -> None:
     peers, crops = parts.codistillation, build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean)
     vit, size, run = parts.module.vit, config.data.image_size or 0, Path(config.run)
     lines = peers.rehearse(vit, size=size, run=run) if peers is not None else []
-    plan_and_try(parts, crops, module_inputs, more_lines=lines)
+    plan_and_try(parts, crops, module_inputs, extend=extend, more_lines=lines)

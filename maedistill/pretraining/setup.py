@@ -255,7 +255,7 @@ def open_pretraining(
     return parts
 
 
-def dry_run(config: PretrainConfig) -> None:
+def dry_run(config: PretrainConfig, *, extend: bool = False) -> None:
     """Open everything, count FLOPs, time a step and the loader, and print the plan.
 
     Writes nothing except an index for shards without one.
@@ -269,7 +269,9 @@ def dry_run(config: PretrainConfig) -> None:
     flops = count_flops(parts.module, *teachers, num_student=student_sees, num_teacher=teacher_sees)
     cost = "flops    " + ", ".join(f"{name} {value:.2f}" for name, value in flops.items()) + " GFLOP per image"
     crops = build_crops(config, parts.index)
-    plan_and_try(parts, crops, lambda batch: parts.module_inputs(batch.images, batch.positions), more_lines=[cost])
+    plan_and_try(
+        parts, crops, lambda batch: parts.module_inputs(batch.images, batch.positions), extend=extend, more_lines=[cost]
+    )
 
 
 def _trial_on_grey(parts: Pretraining, count: int) -> None:

@@ -20,14 +20,19 @@ _TRIAL_SECONDS = 1.0  # larger batches are tried until a step takes this long
 
 
 def dry_run(
-    stage: Stage, crops: RandomCrops, inputs_of: Callable[[Batch], tuple[Any, ...]], *, more_lines: Iterable[str] = ()
+    stage: Stage,
+    crops: RandomCrops,
+    inputs_of: Callable[[Batch], tuple[Any, ...]],
+    *,
+    extend: bool,
+    more_lines: Iterable[str] = (),
 ) -> None:
     """Print the summary of a run and its measured cost. Writes nothing except an index for shards without one.
 
-    inputs_of: the module's inputs from a micro-batch on the device. Raises what a start would raise for the run folder
-    and for `data.keep_decoded`.
+    inputs_of: the module's inputs from a micro-batch on the device. extend: allow a larger number of epochs.
+    Raises what a start would raise for the run folder and for `data.keep_decoded`.
     """
-    RunFolder(stage.config.run).check(stage.config, stage.metadata, fresh=False, extend=False)
+    RunFolder(stage.config.run).check(stage.config, stage.metadata, fresh=False, extend=extend)
     room = room_for(crops, stage.config.data.keep_decoded)
     kept = [] if room is None else [room.line()]
     lines = [*stage.summary_lines, *more_lines, *kept, *_measured_lines(stage, crops, inputs_of)]

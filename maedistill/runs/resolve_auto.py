@@ -3,13 +3,14 @@
 The values go into RUN/config.yaml. A run that continues keeps them, whatever ranks and devices there are by then.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from maedistill.config.auto import FORMAT, Config, auto_keys, auto_line, with_numbers, with_values
 from maedistill.config.keys import flat
-from maedistill.config.loader import require_consistent
+from maedistill.config.loader import COMMAND_LINE, PYTHON, LoadedConfig, require_consistent
 from maedistill.config.schema import AUTO
 from maedistill.errors import ConfigError
 from maedistill.escaping import warn
@@ -18,6 +19,8 @@ from maedistill.processes import distributed
 from maedistill.runs.checkpoint import checkpoint_steps
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.previous import read_previous
+
+_WARMUP = "optim.warmup_epochs"
 
 
 def resolve_auto(config: Config, images: int, *, world_size: int, fresh: bool) -> tuple[Config, list[str]]:
@@ -58,6 +61,17 @@ def with_precision(config: Config, device: torch.device, *, fresh: bool) -> Conf
         cause = f"{FORMAT}=auto: the GPUs of the ranks differ, it would be {' and '.join(sorted(formats))}"
         raise ConfigError(cause, f"set {FORMAT}=fp16 or fp32, or start the ranks on GPUs of one kind")
     return with_values(config, {FORMAT: formats.pop()})
+
+
+def with_warmup_of_run(loaded: LoadedConfig[Config]) -> LoadedConfig[Config]:
+    """Return the settings of a run that gets more epochs, with the warm-up that it began with unless they set another.
+
+    The loader shortens a file's warm-up in proportion to fewer epochs, and would do so in another proportion now.
+    """
+    if loaded.origins[_WARMUP] in (COMMAND_LINE, PYTHON):
+        return loaded
+    kept = _values_of_run(loaded.config, [_WARMUP])
+    return replace(loaded, config=with_values(loaded.config, kept), notes=()) if kept else loaded
 
 
 def _values_of_run(config: Config, keys: list[str]) -> dict[str, Any]:

@@ -5,10 +5,12 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from maedistill.config.auto import with_numbers_of
+from maedistill.config.auto import with_numbers, with_numbers_of
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import differing_keys
+from maedistill.config.plan import make_plan
 from maedistill.config.schema import RunConfig
+from maedistill.data.loading.order import label_subset
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.patterns import Split, find_shards
 from maedistill.data.shards.scan import USUAL, Members
@@ -35,7 +37,7 @@ def is_done(config: RunConfig) -> bool:
     """Return whether the run of this config is finished in its folder.
 
     Raises ConfigError if the folder holds a run with other settings or on other images, so that nothing is overwritten;
-    ConfigError or DataError if the run is not finished and its shards are missing.
+    ConfigError or DataError if the run is not finished and its shards are missing or too few for one step.
     """
     folder = RunFolder(config.run)
     finished = last_end(folder) == FINISHED
@@ -60,6 +62,7 @@ def is_done(config: RunConfig) -> bool:
         for shards, split in zip((config.data.train, config.data.val), splits, strict=True):
             if shards:
                 _find_once(shards, split=split)
+        _require_steps(config)
     return finished
 
 
@@ -94,6 +97,29 @@ def _require_same_images(folder: RunFolder, config: RunConfig) -> None:
                 f"{folder.path} was run on other images than {shards} holds",
                 "name the same shards, wherever they are now, or use another --out",
             )
+
+
+def _require_steps(config: RunConfig) -> None:
+    """Raise ConfigError, as the run would, if its images, or the share that it has labels of, do not make one step."""
+    data, fraction = config.data, 1.0
+    if isinstance(config, FinetuneConfig) and config.distill.reads_labels:
+        fraction = config.data.label_fraction
+    members = Members(data.image_key, data.label_key)
+    images = _count(data.train or "", data.index, members, fraction)
+    try:
+        make_plan(with_numbers(config, images, world_size=1), images, world_size=1)
+    except ConfigError as error:
+        raise ConfigError(f"the run {config.run}: {error.cause}", error.remedy) from None
+
+
+@cache
+def _count(shards: str, index: str | None, members: Members, fraction: float) -> int:
+    """Return the number of images in a set of shards of which this fraction of the labels is used."""
+    found = open_index(shards, index=index, members=members)
+    if fraction == 1:
+        return len(found)
+    found.require_labels()
+    return len(label_subset(found.labels, fraction, seed=0))  # as many with any seed
 
 
 @cache

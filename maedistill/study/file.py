@@ -6,7 +6,6 @@ YAML -> leaves (dotted name -> value, line) -> schema -> rules between keys -> S
 import difflib
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -38,7 +37,7 @@ def load_study(path: str | Path) -> Study:
         raise ConfigError(f"the study {path} cannot be read: {error}", remedy) from None
     values = {name: value for name, (value, _) in leaves.items()}
     configs = {name: value for name, value in values.items() if name.endswith(".config") and isinstance(value, str)}
-    values |= {name: config_name(os.path.normpath(path.parent / value)) for name, value in configs.items()}
+    values |= {name: config_name(find_config(value, beside=path)) for name, value in configs.items()}
     try:
         study = Study.model_validate_json(json.dumps(nested(values, _parts)))
         problem = next(_problems(study), None)
@@ -121,6 +120,8 @@ def _start_problems(kind: str, networks: Mapping[str, Teacher | Student]) -> Ite
             yield Problem(key, "it has neither config nor init_from", "add one of them")
         if isinstance(network, Teacher) and network.init_from is not None and not network.finetune:
             yield Problem(f"{key}.init_from", "without fine-tuning it is the same network", "add finetune: true")
+        if isinstance(network, Teacher) and network.finetune_set and not network.finetune:
+            yield Problem(f"{key}.finetune_set", "this teacher is not fine-tuned", "add finetune: true, or remove it")
         if network.set and network.config is None:
             cause = f"it is for pre-training, and this {kind} has none of its own"
             yield Problem(f"{key}.set", cause, "use finetune_set")

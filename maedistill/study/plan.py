@@ -62,6 +62,7 @@ class StudyPlan:
         steps = {name: self._step(name) for name in [*students, *_step_names(chosen, [TEACHER_SEED])]}
         while missing := {need for step in steps.values() for need in step.needs} - steps.keys():
             steps |= {name: self._step(name) for name in missing}
+        self._require_use(steps.values())
         needed = {need for step in steps.values() for need in step.needs}
         order = dict.fromkeys([*(name for name in teachers if name in needed), *steps])
         return topological_order([steps[name] for name in order])
@@ -158,6 +159,15 @@ class StudyPlan:
         """Return the settings of the command line whose key the stage has."""
         known = {*all_keys(root), *all_sections(root)}
         return [text for text in self.settings if text.partition("=")[0] in known]
+
+    def _require_use(self, steps: Collection[Step]) -> None:
+        """Raise ConfigError for a setting of several runs that none of them uses."""
+        used = {text for step in steps for text in step.command}
+        shared = {"command line": self.settings, "pretrain_set": self.study.pretrain_set if self.only is None else ()}
+        for place, texts in shared.items():
+            for text in texts:
+                if text not in used and "{teacher." not in text:
+                    raise ConfigError(f"{place} {text}: no run of the study uses it", "leave it out")
 
     def _check_command_line(self) -> None:
         for text in self.settings:

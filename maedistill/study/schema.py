@@ -9,7 +9,7 @@
     pretrain_set: [optim.epochs=50]            # for every student's pre-training, not for the teachers'
     finetune_set: [optim.ema=0.999]            # for every student's fine-tuning, not for the teachers'
     students:
-      mae: {config: mae.yaml}                  # pre-trained; the path is relative to this file
+      mae: {config: mae.yaml}                  # pre-trained; beside this file, or a name: own/dmae
       dmae: {config: dmae.yaml, set: [align.weight=10, "teacher.source={teacher.large}"]}
       tuned: {init_from: dmae, finetune_axes: {optim: {lr: [1e-3, 2e-3]}}}            # shares dmae's pre-training
       scratch: {same_architecture_as: mae}     # not pre-trained; the network that `mae` is

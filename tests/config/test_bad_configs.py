@@ -101,6 +101,8 @@ OVERRIDES = [
     "optim.min_lr=1",
     "optim.warmup_epochs=100",
     "data.views_per_image=3",
+    "log.knn_every_epochs=5",
+    "log.knn_images=100",
     "log.probe_every_epochs=5",
     "log={probe_every_epochs: 5, knn_images: 1}",
     "masks.student_keep_ratio=1.0",
@@ -151,7 +153,6 @@ FINETUNE_OVERRIDES = [
     "data.label_fraction=0",
     "data.num_classes=1",
     "augment.mixup=-0.1",
-    "augment.mix_probability=1.1",
     "augment.smoothing=1.0",
     "student.global_pool=cls",
     # rules between keys
@@ -290,6 +291,10 @@ def refused(tmp_path, messages, request):
         error = caught.value
         assert error.exit_code == 2
         assert "\n" not in error.cause and "\n" not in error.remedy, "one line each"
+        if more := re.search(r"(\S+): .* \(and (\d+) more: (.+)\)$", error.cause):
+            keys = more[3].removesuffix(", ...").split(", ")
+            assert len({*keys}) == len(keys) and (int(more[2]) == len(keys) or "..." in more[3]), "each key once"
+            assert not any(re.match(rf"(command line |.*:\d+ )?{re.escape(key)}[=:]", error.cause) for key in keys)
         messages.check(f"{root.title} | {name or ' '.join(overrides)}", error.cause, error.remedy, FOLDER=tmp_path)
         return error
 
@@ -313,6 +318,18 @@ def test_every_problem_is_counted_and_the_first_is_shown(refused):
     assert "optim.ema=0.9" in shown.cause and "2 more: align.student, decoder.num_heads" in shown.cause
     shown = refused(GOOD, ["sed=1", "optim.lr=x", "decoder.num_heads=5"])
     assert "sed" in shown.cause and "1 more: optim.lr" in shown.cause
+
+
+def test_what_has_no_effect_beside_another_setting_is_refused_or_gives_way(refused, tmp_path):
+    off = "distill={teachers: ['run:a'], label_weight: 0, logits: {weight: 1}}"
+    alone = ["student.exits=[2]", "distill.exits={weight: 1, alpha: 0}", "distill.exits.temperature=2"]
+    for words, key in (([off, "augment.smoothing=0.2"], "augment.smoothing"), (alone, "distill.exits.temperature")):
+        assert key in refused(FINETUNE, words, root=FinetuneConfig).cause
+    file = tmp_path / "finetune.yaml"
+    file.write_text(f"{FINETUNE}augment: {{smoothing: 0.2}}\n")
+    assert load_config(file, [off], root=FinetuneConfig).config.augment.smoothing == 0.1
+    file.write_text(f"{GOOD}log: {{knn_every_epochs: 5}}\n")
+    assert load_config(file, [], root=PretrainConfig).config.log.knn_every_epochs == 5, "a recipe may be for either"
 
 
 def test_a_copy_of_the_network_needs_whole_weights(refused):

@@ -40,9 +40,9 @@ def test_the_base_rate_is_that_of_the_stage():
     assert PretrainConfig().optim.peak_lr == 1.5e-4 * 4096 / 256
 
 
-def test_images_are_mixed_only_where_a_kind_and_a_probability_are_left():
+def test_images_are_mixed_only_where_a_kind_is_left():
     assert Augment().mixes and Augment(mixup=0.0).mixes and Augment(cutmix=0.0).mixes
-    assert not Augment(mixup=0.0, cutmix=0.0).mixes and not Augment(mix_probability=0.0).mixes
+    assert not Augment(mixup=0.0, cutmix=0.0).mixes
 
 
 @pytest.mark.parametrize(

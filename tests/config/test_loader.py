@@ -131,6 +131,11 @@ def test_later_files_win_and_paths_are_relative_to_the_file(tmp_path, monkeypatc
     assert config.run == "runs/test", "values are kept as written"
     assert load_config(top, root=PretrainConfig).config.seed == 3
 
+    name = write(tmp_path / "own" / "name.yaml", "extends: own/dmae\n")
+    assert load_config(name, root=PretrainConfig, to_run=False).config.method == "dmae"
+    write(tmp_path / "own" / "own" / "dmae", MAE)
+    assert load_config(name, root=PretrainConfig).config.method == "mae", "a file of that name comes first"
+
     write(tmp_path / "x.yaml", "extends: y.yaml\n")
     write(tmp_path / "y.yaml", "extends: z.yaml\n")
     write(tmp_path / "z.yaml", "extends: y.yaml\n")

@@ -53,14 +53,14 @@ OWN = ["distill.exits={weight: 1, trunk_gradients: false}", "distill.self_attent
 PAST = ["distill.label_weight=0", "distill.past.weight=1"]
 CASES = {  # settings, teachers
     "labels alone": (["augment.mixup=0", "augment.cutmix=0"], []),
-    "labels alone, pooled, cutmix": (["student.global_pool=avg", "augment.mixup=0", "augment.mix_probability=1"], []),
+    "labels alone, pooled, cutmix": (["student.global_pool=avg", "augment.mixup=0"], []),
     "all terms, two teachers": ([*ALL, *REGISTER], ["vit", "vit with registers"]),
     "terms of another network, other classes": ([*OTHERS, *REGISTER], ["resnet"]),
     "no labels": (["distill.label_weight=0", "distill.logits={weight: 1}"], ["vit"]),
     "no teacher": (["student.exits=[0,1]", *OWN], []),
     "mutual": (['distill.mutual={weight: 1, students: ["", "student.width=48"]}'], []),
     "the past's predictions, to be stored": (
-        [*PAST, "distill.past.source=predictions", "augment.mix_probability=0"],
+        [*PAST, "distill.past.source=predictions", "augment.mixup=0", "augment.cutmix=0"],
         [],
     ),
     "the past's weights": (["optim.global_batch=24", *PAST], []),  # step 4 is the first of epoch 1
@@ -147,8 +147,8 @@ def test_a_step_never_waits_for_the_card_and_computes_the_same_bits(opened, case
 
 
 def test_what_mixing_draws_makes_no_difference():
-    """Mixup, cutmix, both off, erased or not: whatever the draws are, nothing waits."""
-    keywords = {"mixup": 0.8, "cutmix": 1.0, "mix_probability": 0.7, "switch_probability": 0.5, "erasing": 0.5}
+    """Mixup, cutmix, erased or not: whatever the draws are, nothing waits."""
+    keywords = {"mixup": 0.8, "cutmix": 1.0, "erasing": 0.5}
     seen = set()
     for seed in range(12):
         results = []

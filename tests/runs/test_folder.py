@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from maedistill.commands.stage import run_command
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError
@@ -59,6 +60,25 @@ def test_epochs_may_grow_with_extend_and_never_shrink(config):
     folder.check(config("optim.epochs=200"), METADATA, fresh=False, extend=True)
     assert "only adds epochs" in refused(folder, config("optim.epochs=50"), extend=True)
     assert "optim.clip: None there, 1.0 now" in refused(folder, config("optim.clip=1.0"), extend=True)
+
+
+def test_a_run_that_is_extended_keeps_a_warmup_that_was_shortened(config, tmp_path, monkeypatch):
+    """Here 20 of 100 epochs, the defaults, became 2 of 10; of 20 they would be 4."""
+    folder, started = begun(lambda: config("optim.epochs=10")), []
+
+    def extend(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["maedistill", "pretrain", f"{tmp_path}/c.yaml", *words, "--extend"])
+        run_command(PretrainConfig, about="", examples="", start=start, dry_run=start)
+
+    def start(config: PretrainConfig, *, extend: bool, fresh: bool = False) -> None:
+        folder.check(config, METADATA, fresh=fresh, extend=extend)
+        started.append(config.optim.warmup_epochs)
+
+    extend("optim.epochs=20")
+    extend("optim.epochs=200", "--dry-run")
+    assert started == [2.0, 2.0]
+    with pytest.raises(ConfigError, match=r"optim\.warmup_epochs: 2\.0 there, 3\.0 now"):
+        extend("optim.epochs=20", "optim.warmup_epochs=3")
 
 
 def test_a_run_keeps_its_teacher_and_the_record_of_what_it_began_with(config):

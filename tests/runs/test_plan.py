@@ -46,6 +46,7 @@ def test_a_rank_has_its_share_of_the_machine_s_cores(shards, tmp_path, monkeypat
 def test_a_dry_run_of_what_has_begun_finds_its_own_settings(pretraining, settings, mae):
     command = [*settings["mae"], "optim.epochs=5", "--dry-run"]
     assert "nothing was started" in pretraining(mae.run, *command).out
+    assert "nothing was started" in pretraining(mae.run, *command, "optim.epochs=6", "--extend").out
     refused = pretraining(mae.run, *command, "engine.precision=bf16", code=2).err
     assert "engine.precision: 'fp32' there, 'bf16' now" in refused
 

@@ -80,6 +80,7 @@ MISTAKES = {
     ),
     "two beginnings": ("config: ../t/s.yaml", "config: a, init_from: large", "small: it has both", "keep one"),
     "no pre-training": ("config: ../t/s.yaml", f"{EARLY}, set: [a=1]", "small.set: it is for pre-tr", "finetune_set"),
+    "not fine-tuned": ("t/s.yaml}", "t/s.yaml, finetune_set: [a=1]}", "small.finetune_set: this", "finetune: true"),
     "not YAML": ("[0, 1]", "[0, 1", "g.yaml:", ""),
     "key twice": ("  ten:", "  mae:", "g.yaml:7: mae is given twice", "keep one"),
 }
@@ -87,7 +88,7 @@ MISTAKES = {
 
 def test_paths_are_found_beside_the_file(tmp_path: Path) -> None:
     (tmp_path / "studies").mkdir()
-    (tmp_path / "studies/g.yaml").write_text(STUDY)
+    (tmp_path / "studies/g.yaml").write_text(STUDY.replace("config: finetune.yaml", "config: cifar10/finetune"))
     study = load_study(tmp_path / "studies/g.yaml")
     assert study.out == "runs/x" and study.seeds == (0, 1) and study.baseline == "mae"
     assert list(study.students) == ["scratch", "mae", "ten", "tuned", "plain"]
@@ -97,6 +98,7 @@ def test_paths_are_found_beside_the_file(tmp_path: Path) -> None:
     assert study.students["ten"].config == str(tmp_path / "other/dmae.yaml")
     assert study.students["ten"].set == ("align.weight=10",) and study.pretrain_set == ("log.every_steps=5",)
     assert study.students["ten"].finetune_set == ("optim.epochs=2",) and study.finetune_set == ("optim.ema=0.9",)
+    assert study.finetune.config == "cifar10/finetune", "a shipped config's name, as on the command line"
     assert study.students["scratch"].config is None and study.students["scratch"].same_architecture_as == "mae"
     assert study.students["tuned"].finetune_axes == {"optim.lr": (1, 2)}
 

@@ -16,6 +16,7 @@ from maedistill.study.file import load_study
 from maedistill.study.plan import StudyPlan, add_tests, topological_order
 from maedistill.study.runner import Step
 from maedistill.study.schema import Student, Teacher
+from tests.data.tar_files import write_split
 
 OUT = Path("runs/x")
 DATA = ["data.train=train.tar", "data.val=val.tar"]
@@ -227,6 +228,7 @@ def test_only_some_students_and_what_they_need(study, only, expected) -> None:
     ("keywords", "cause", "remedy"),
     [
         ({"settings": ["optim.epoch=3"]}, "command line optim.epoch=3: unknown key optim.epoch", "optim.epochs"),
+        ({"settings": ["align.weight=2"], "only": ["mae"]}, "command line align.weight=2: no run of", "leave it out"),
         ({"settings": ["run=x"]}, "run=x: the study sets run itself", "leave it out"),
         ({"settings": ["init.source=run:x"]}, "the study sets init.source itself", "leave it out"),
         ({"settings": ["teacher.source={teacher.me}"]}, "{teacher.me} names no teacher", "use {teacher.teacher}"),
@@ -265,6 +267,21 @@ def test_what_is_common_reaches_every_student_and_no_teacher(study) -> None:
     for name, config in plan(study)[1].items():
         expected = 7 if name.endswith("pretrain") else 8
         assert (config.optim.epochs == expected) == (not name.startswith("teacher")), name
+
+
+def test_a_step_whose_labels_are_too_few_is_seen_before_anything_starts(study, tmp_path) -> None:
+    """3 classes of 4 images, of which a quarter is one of each class."""
+    data = [f"data.train={write_split(tmp_path)}", f"data.val={write_split(tmp_path)}", "optim.epochs=1"]
+    data += ["optim.warmup_epochs=0", "augment.mixup=0", "augment.cutmix=0", "data.label_fraction=0.25"]
+    for batch in (3, 12):
+        settings = [*data, f"optim.global_batch={batch}"]
+        steps = StudyPlan(study, tmp_path / "out", [0], ["scratch"], settings).steps()
+        tuned = next(step for step in steps if step.name == "scratch/seed_0/finetune")
+        if batch == 3:
+            assert not tuned.done()
+        else:
+            with pytest.raises(ConfigError, match=r"scratch/seed_0/finetune: optim\.epochs: .* 3 images"):
+                tuned.done()
 
 
 def test_each_step_asks_whether_its_own_run_is_done(study, monkeypatch) -> None:

@@ -65,9 +65,9 @@ class RandAugment:
 class Mixing:
     """Random erasing (Zhong et al., 2017), mixup (Zhang et al., 2018), cutmix (Yun et al., 2019), label smoothing.
 
-    mixup, cutmix: alphas of the Beta distributions, 0 for none; one lambda for the whole batch. mix_probability:
-    probability that a batch is mixed. switch_probability: probability of cutmix if both are on. erasing: probability
-    that a rectangle of an image is filled with noise. smoothing: share of a target that is spread over all classes.
+    mixup, cutmix: alphas of the Beta distributions, 0 for none; one lambda for the whole batch, which is mixed in
+    either way, half of the time each if both are on. erasing: probability that a rectangle of an image is filled with
+    noise. smoothing: share of a target that is spread over all classes.
     """
 
     def __init__(
@@ -76,8 +76,6 @@ class Mixing:
         *,
         mixup: float,
         cutmix: float,
-        mix_probability: float,
-        switch_probability: float,
         erasing: float,
         smoothing: float,
         device: torch.device,
@@ -87,12 +85,10 @@ class Mixing:
         self.mix = Mixup(
             mixup_alpha=mixup,
             cutmix_alpha=cutmix,
-            prob=mix_probability,
-            switch_prob=switch_probability,
             label_smoothing=smoothing,
             num_classes=num_classes,
         )
-        self.mixes = mix_probability > 0 and max(mixup, cutmix) > 0
+        self.mixes = max(mixup, cutmix) > 0
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Augment normalised images [B, 3, s, s], in place, with labels int64 [B] -> images, targets float [B, C].

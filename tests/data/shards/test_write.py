@@ -20,10 +20,12 @@ from maedistill.data.images.decode import decode_rgb
 from maedistill.data.shards.index import save_index, why_unscorable
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.reader import ShardReader
+from maedistill.data.shards.scan import Members
 from maedistill.data.shards.sources import Record, open_folder
 from maedistill.data.shards.verify import verify_shards
 from maedistill.data.shards.write import make_shards, plan_shards, read_report
 from maedistill.errors import ConfigError, DataError
+from tests.data.tar_files import write_tar
 
 
 class Killed(BaseException):
@@ -47,7 +49,7 @@ def test_shards_hold_the_source_files_and_nothing_of_the_machine(tmp_path):
     photos = write_photos(tmp_path / "photos")
     stats = make_shards(open_folder(photos), tmp_path / "out", images_per_shard=5)
     assert stats["train"].lengths == [4, 5, 5] and stats["train"].images == 14
-    assert verify_shards(tmp_path / "out") == 3
+    assert verify_shards(tmp_path / "out") == (3, 0)
     index = open_index(str(tmp_path / "out" / "train-{000000..000002}.tar"))
     assert index.classes == ("cat", "dog", "owl") and index.provenance["made_by"] == "make_shards"
     reader = ShardReader(index)
@@ -185,7 +187,7 @@ def test_one_process_at_a_time_writes_to_a_folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr("maedistill.data.shards.write.save_index", other)
     make_shards(source, out, images_per_shard=5)
-    assert verify_shards(out) == 3
+    assert verify_shards(out) == (3, 0)
 
 
 def test_nothing_left_is_an_error(tmp_path):
@@ -231,6 +233,25 @@ def test_verify_names_the_bad_shard(tmp_path, fault):
     FAULTS[fault](tmp_path / "out" / "train-000001.tar")
     with pytest.raises(DataError, match=rf"1 of 3 shards are bad: .*train-000001\.tar .*{fault}"):
         verify_shards(tmp_path / "out")
+
+
+def test_verify_reads_shards_without_an_index_to_their_end(tmp_path):
+    make_shards(open_folder(write_photos(tmp_path / "photos")), out := tmp_path / "out", images_per_shard=5)
+    (out / "train.index.safetensors").rename(index := tmp_path / "index")
+    assert verify_shards(out) == (0, 3)
+    FAULTS["cut"](out / "train-000001.tar")
+    with pytest.raises(DataError, match=r"1 of 3 shards are bad: .*train-000001\.tar .*cut"):
+        verify_shards(out)
+    (out / "train-000001.tar").rename(out / "other.tar")
+    index.rename(out / "train.index.safetensors")
+    with pytest.raises(DataError, match=r"2 of 4 shards are bad: .*train-000001\.tar is missing; .*other\.tar .*cut"):
+        verify_shards(out)
+
+
+def test_verify_reads_the_members_that_were_chosen(tmp_path):
+    write_tar(tmp_path / "a.tar", {"0.small.jpg": b"a", "0.large.jpg": b"b"})
+    open_index(str(tmp_path / "a.tar"), members=Members(image="large.jpg"))
+    assert verify_shards(tmp_path) == (1, 0)
 
 
 @pytest.mark.filterwarnings("ignore:.*unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
