@@ -140,7 +140,7 @@ def draw(run: Run, parts: Pretraining) -> None:
     if not len(images):
         return
     split = split_of(parts.config, torch.arange(len(images), device=parts.device), parts.module.encoder.grid**2)
-    title = f"{run.folder.title}: {parts.config.method}, step {run.step}, epoch {run.epoch:.1f}"
+    title = f"{run.folder.title}: {parts.method_name}, step {run.step}, epoch {run.epoch:.1f}"
     sheet = reconstruction_sheet(parts.module, images, split, teacher=bool(parts.teachers), title=title)
     if run.metrics is not None:
         with ignore_write_errors(path := picture_path(run)):

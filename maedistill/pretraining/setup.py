@@ -96,6 +96,11 @@ class Pretraining(Stage):
         return {"method_class": class_name(type(self.module)), "method_arguments": self.method_arguments}
 
     @property
+    def method_name(self) -> str:
+        """Name the method: dmae, say, or a caller's class with its arguments."""
+        return own_method(self._made_by) or self.config.method
+
+    @property
     def summary_lines(self) -> list[str]:
         """Describe the run, one fact per line."""
         config = self.config
@@ -110,7 +115,7 @@ class Pretraining(Stage):
         images = f"{self.plan.images:,} images in {len(self.index.shards)} shards at {config.data.image_size} px"
         shown = describe_shards(config.data.train, self.index.shards)
         return [
-            f"method   {own_method(self._made_by) or config.method}: {views}",
+            f"method   {self.method_name}: {views}",
             *(line for one in self.teachers for line in (f"teacher  {one.describe()}", self._view(one)) if line),
             f"student  {config.student.title}  {sizes}",
             f"data     {images}, {shown}",
