@@ -22,6 +22,7 @@ from maedistill.config.values import STAGES
 from maedistill.errors import ConfigError, DataError, join_first
 from maedistill.runs.checkpoint import whole_copy
 from maedistill.runs.history import method_call
+from maedistill.runs.provenance import version_of
 
 CONFIG, METADATA, CHECKPOINTS = "config.yaml", "run.json", "checkpoints"
 
@@ -72,7 +73,12 @@ def read_config(run: Path, root: type[Any] | None = None) -> PretrainConfig | Fi
             f"run: {run / CONFIG} is gone, so nobody knows the settings of the run",
             "restore it from a copy, or use another run=",
         )
-    config: PretrainConfig | FinetuneConfig = load_config(file, root=root, to_run=False).config
+    try:
+        config: PretrainConfig | FinetuneConfig = load_config(file, root=root, to_run=False).config
+    except ConfigError as error:
+        starts = known_metadata(run).get("starts")
+        remedy = f"if nobody edited it, use the maedistill that wrote it, {version_of(starts[-1])}" if starts else ""
+        raise ConfigError(error.cause, remedy or error.remedy) from error
     return config
 
 

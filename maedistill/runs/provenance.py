@@ -43,17 +43,21 @@ def is_restart() -> bool:
 
 def header_lines(start: dict[str, Any]) -> list[str]:
     """Describe a start in three lines of train.log."""
-    source = start["source"]
-    commit = f" ({source['commit'][:12]}{', with local changes' if source['dirty'] else ''})" if source else ""
-    versions = [
-        f"{name} {number}{commit if name == 'maedistill' else ''}" for name, number in start["versions"].items()
-    ]
+    versions = [f"{name} {number}" for name, number in {**start["versions"], "maedistill": version_of(start)}.items()]
     names = ("device", "precision", "ranks", "hosts", "threads")
     return [
         f"=== {start['time']}  {start['command']}",
         f"host     {start['host']}: " + ", ".join(f"{name} {start[name]}" for name in names if name in start),
         f"versions {', '.join(versions)}",
     ]
+
+
+def version_of(start: dict[str, Any]) -> str:
+    """Return the version and the commit that a start ran: `0.1.0 (dc531fb495e2, with local changes)`."""
+    source, number = start["source"], str(start["versions"]["maedistill"])
+    if source is None:
+        return number
+    return f"{number} ({source['commit'][:12]}{', with local changes' if source['dirty'] else ''})"
 
 
 def git_state(package: Path) -> dict[str, Any] | None:

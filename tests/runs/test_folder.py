@@ -16,7 +16,7 @@ from maedistill.report.recorded import PREDICTIONS
 from maedistill.report.run_page import PAGE
 from maedistill.runs.checkpoint import Snapshot, write_snapshot
 from maedistill.runs.folder import RunFolder
-from maedistill.runs.provenance import git_state
+from maedistill.runs.provenance import git_state, version_of
 from maedistill.runs.records import AppendOnlyFile
 from maedistill.study.plan import TEST_FILE
 
@@ -52,6 +52,16 @@ def refused(folder, config, metadata=METADATA, **how) -> str:
     with pytest.raises(ConfigError) as caught:
         folder.check(config, metadata, **({"fresh": False, "extend": False} | how))
     return f"{caught.value.cause} {caught.value.remedy}"
+
+
+def test_a_config_with_keys_of_another_version_names_that_version(config):
+    folder = begun(config)
+    recorded = folder.path / "config.yaml"
+    recorded.write_text(f"{recorded.read_text()}\nretired: 1\n")
+    with pytest.raises(ConfigError) as caught:
+        folder.load_config()
+    (start,) = folder.metadata()["starts"]
+    assert "retired" in caught.value.cause and version_of(start) in caught.value.remedy
 
 
 def test_epochs_may_grow_with_extend_and_never_shrink(config):
