@@ -148,12 +148,6 @@ class Pooled(MAE):
         'METHODS = {\n    "pooled": "by the mean of its tokens",\n',
     ),
     Edit(
-        6,
-        "maedistill/exporting/card.py",
-        'if method in ("dmae", "amd", "tinymim") or',
-        'if method in ("dmae", "amd", "tinymim", "pooled") or',
-    ),
-    Edit(
         8,
         "configs/example/pooled.yaml",
         "",
