@@ -76,9 +76,12 @@ def read_config(run: Path, root: type[Any] | None = None) -> PretrainConfig | Fi
     try:
         config: PretrainConfig | FinetuneConfig = load_config(file, root=root, to_run=False).config
     except ConfigError as error:
-        starts = known_metadata(run).get("starts")
-        remedy = f"if nobody edited it, use the maedistill that wrote it, {version_of(starts[-1])}" if starts else ""
-        raise ConfigError(error.cause, remedy or error.remedy) from error
+        if not (starts := known_metadata(run).get("starts")):
+            raise
+        raise ConfigError(
+            f"settings of a run: {error.cause}",
+            f"if nobody edited them, use the maedistill that wrote them, {version_of(starts[-1])}",
+        ) from error
     return config
 
 
