@@ -30,7 +30,8 @@ def resolve_precision(setting: Precision | Literal["auto"], device: torch.device
 def emulates_bf16() -> bool:
     """Tell whether this CPU has no instructions for bf16, not even the integer ones of AVX-512 that stand in for them.
 
-    PyTorch then takes its own loops in the place of oneDNN's: here a matrix product took 5.6 times as long as in fp32.
+    PyTorch then takes its own loops in the place of oneDNN's: on an AMD EPYC with AVX2, a product of 2,048 x 192 and
+    192 x 768 took 5.6 times as long as in fp32.
     """
     return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

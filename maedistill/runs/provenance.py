@@ -54,7 +54,7 @@ def header_lines(start: dict[str, Any]) -> list[str]:
 
 def version_of(start: dict[str, Any]) -> str:
     """Return the version and the commit that a start ran: `0.1.0 (dc531fb495e2, with local changes)`."""
-    source, number = start["source"], str(start["versions"]["maedistill"])
+    source, number = start.get("source"), str(start["versions"]["maedistill"])
     if source is None:
         return number
     return f"{number} ({source['commit'][:12]}{', with local changes' if source['dirty'] else ''})"

@@ -47,7 +47,7 @@ def with_precision(config: Config, device: torch.device, *, fresh: bool) -> Conf
     if device.type == "cpu" and distributed.is_main() and emulates_bf16():
         for key, value in flat(config).items():
             if key.endswith("precision") and value == "bf16":
-                warn(f"{key}=bf16: this CPU has no bf16 instructions and takes many times as long; set it to fp32")
+                warn(f"{key}=bf16: this CPU has no bf16 instructions and takes several times as long; set it to fp32")
     if config.engine.precision != AUTO:
         return config
     kept = {} if fresh else distributed.on_main(lambda: _values_of_run(config, [FORMAT]))
