@@ -107,6 +107,11 @@ def test_a_mistake_costs_two_lines_and_an_exit_code(endings, case):
     assert cause in error and remedy in fix
 
 
+def test_a_run_that_is_refused_leaves_no_folder(pretraining, endings):
+    left = {case for case in endings if (pretraining.folder / f"wrong {case}").exists()}
+    assert left == {"all images bad", "a tenth bad", "learning rate far too high"}, "these had begun"
+
+
 def test_a_probe_that_fails_costs_no_training(pretraining, made, shards):
     """The checkpoint is written before it, and the same command then probes what it had trained."""
     once = ["method=mae", "optim.epochs=1", "log.knn_every_epochs=1"]

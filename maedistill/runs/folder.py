@@ -41,7 +41,7 @@ from maedistill.runs.previous import (
     read_previous,
     require_same,
 )
-from maedistill.runs.provenance import describe_start, header_lines, is_restart, job
+from maedistill.runs.provenance import describe_start, header_lines, is_begun_by_program, is_restart, job
 from maedistill.runs.records import write_text
 from maedistill.runs.train_log import TrainLog
 
@@ -166,7 +166,10 @@ class RunFolder:
 
     @contextmanager
     def recorded_end(self) -> Iterator[None]:
-        """Write exit.json however the block ends, set-up included: torchrun hides exit codes, this file does not."""
+        """Write exit.json however the block ends, set-up included: torchrun hides exit codes, this file does not.
+
+        A process that a person started, and that is refused, has said why: for it, no folder is made.
+        """
         try:
             yield
         except BaseException as raised:
@@ -219,10 +222,12 @@ class RunFolder:
                 path.unlink()
 
     def _write_end(self, exit_code: int, reason: str) -> None:
-        untouched = self._lock is None  # this process has not opened the folder
-        refused = self._in_use or (untouched and (checkpoint_steps(self.checkpoints) or self._foreign()))
-        if refused or not distributed.is_main():
-            return  # a refused start must not overwrite the record of the run in the folder
+        if self._in_use or not distributed.is_main():
+            return
+        if self._lock is None:  # this process has not opened the folder
+            is_read = is_begun_by_program() or distributed.world_size() > 1 or self._run_json.is_file()
+            if not is_read or checkpoint_steps(self.checkpoints) or self._foreign():
+                return  # a refused start leaves nothing behind, and the record of the run in the folder as it is
         self._write(exit_code, reason)
         if self._lock is not None:
             self._lock.release()

@@ -12,6 +12,7 @@ from typing import Any
 
 import maedistill
 from maedistill.escaping import masked
+from maedistill.machine import JOBS_VARIABLE
 
 _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy")
 _GIT_SECONDS = 10
@@ -34,6 +35,11 @@ def describe_start(execution: dict[str, Any]) -> dict[str, Any]:
 def job() -> str | None:
     """Return what SLURM or torchrun calls this job, the same for all its restarts; None without them."""
     return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def is_begun_by_program() -> bool:
+    """Return whether SLURM, torchrun or a study has started this process: they, or who reads them, need exit.json."""
+    return job() is not None or JOBS_VARIABLE in os.environ
 
 
 def is_restart() -> bool:

@@ -144,14 +144,13 @@ def _start(
     step: Step, place: str, gpu: str | None, beside: int, *, program: Sequence[str], out: Path, jobs: int, lock: IO[str]
 ) -> _Job:
     """Start a step, which writes to a log. place: its number, `3/14`; beside: most jobs of a GPU at a time."""
-    environment = dict(os.environ)
+    environment = dict(os.environ) | {JOBS_VARIABLE: str(jobs)}
     command_line = step.command_line
     if gpu is not None:
         environment |= {"CUDA_VISIBLE_DEVICES": gpu, GPU_JOBS_VARIABLE: str(beside)}
         command_line = f"CUDA_VISIBLE_DEVICES={gpu} {command_line}"
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(cpu_share(jobs)))
-        environment[JOBS_VARIABLE] = str(jobs)
     log = out / "logs" / f"{step.name.replace('/', '_')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file:

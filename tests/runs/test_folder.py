@@ -12,6 +12,7 @@ from maedistill.commands.stage import run_command
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import ConfigError
+from maedistill.machine import JOBS_VARIABLE
 from maedistill.report.recorded import PREDICTIONS
 from maedistill.report.run_page import PAGE
 from maedistill.runs.checkpoint import Snapshot, write_snapshot
@@ -142,7 +143,23 @@ def test_checkpoints_bind_whether_they_are_whole_or_not(config):
     assert "run.json is gone" in refused(folder, config(), fresh=True)
 
 
-def test_a_folder_that_cannot_be_made_is_an_error_for_the_user(config, tmp_path, capsys):
+@pytest.mark.parametrize("begun_by", [None, "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", JOBS_VARIABLE])
+def test_a_start_that_is_refused_leaves_nothing_behind_unless_a_program_began_it(tmp_path, monkeypatch, begun_by):
+    """It says why on stderr; torchrun hides its exit code, and a study's results say why a run did not begin."""
+    if begun_by:
+        monkeypatch.setenv(begun_by, "1")
+    for name in ("new/run", "empty", "begun"):
+        (tmp_path / name).mkdir() if name != "new/run" else None
+        (tmp_path / name / "run.json").write_text("{}") if name == "begun" else None
+        with pytest.raises(ConfigError), RunFolder(tmp_path / name).recorded_end():
+            raise ConfigError("no such teacher", "name another")
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    always = {"empty", "begun", "begun/run.json", "begun/exit.json"}
+    assert left == always | ({"new", "new/run", "new/run/exit.json", "empty/exit.json"} if begun_by else set())
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_for_the_user(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
     (tmp_path / "run").write_text("a file")
     folder = RunFolder(tmp_path / "run")
     with pytest.raises(ConfigError, match="cannot be written to"), folder.recorded_end():
