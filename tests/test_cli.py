@@ -50,6 +50,8 @@ def test_every_command_explains_itself(command, monkeypatch, capsys):
         ("shards --verify a --shorter-side 8", "--shorter-side"),
         ("export a --batch 8", "--batch"),
         ("pretrain a --explain seed --dry-run", "--dry-run"),
+        ("pretrain a --explain --extend", "--extend"),
+        ("pretrain --explain seed a seed=3", "a seed=3"),
         ("finetune a --print-config --fresh", "--fresh"),
     ],
 )

@@ -36,7 +36,7 @@ def run_command(
     die_with_launcher()
     arguments = _parse(root, about, examples)
     _require_effect(arguments)
-    if arguments.explain:
+    if arguments.explain is not None:
         say(*explain(arguments.explain, root).split("\n"))
         return
     if not arguments.config:
@@ -80,7 +80,8 @@ def _parse(root: type[Root], about: str, examples: str) -> argparse.Namespace:
     add("overrides", nargs="*", metavar="key=value", help="settings on top of it, e.g. optim.epochs=200")
     add("--dry-run", action="store_true", help="say what would happen, at what speed and cost, and stop")
     add("--print-config", action="store_true", help="print every setting and where it came from, and stop")
-    add("--explain", metavar="KEY", help="say what a key means, its range and the papers' values, and stop")
+    text = "say what a key means, its range and the papers' values, and stop; without KEY, list the sections"
+    add("--explain", nargs="?", const="", metavar="KEY", help=text)
     add("--fresh", action="store_true", help="delete the run in the folder and start over; asks on a terminal")
     add("--yes", action="store_true", help="with --fresh: delete without asking")
     add("--extend", action="store_true", help="continue a run folder with another number of epochs")
@@ -92,11 +93,14 @@ def _require_effect(arguments: argparse.Namespace) -> None:
     if arguments.yes and not arguments.fresh:
         raise ConfigError("--yes answers the question of --fresh only", "leave it out, or add --fresh")
     names = ("explain", "print_config", "fresh", "dry_run", "extend")
-    first, *others = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)] or [""]
+    first, *others = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) not in (None, False)] or [""]
     if others and first in ("--explain", "--print-config"):
         raise ConfigError(f"{first} prints and stops: {others[0]} has no effect", f"leave out {first} or {others[0]}")
     if others and first == "--fresh":
         raise ConfigError(f"--fresh starts over, which {others[0]} does not", f"leave out --fresh or {others[0]}")
+    if first == "--explain" and arguments.config:
+        words = " ".join([arguments.config, *arguments.overrides])
+        raise ConfigError(f"--explain reads no config: {words} has no effect", "leave it out, or use --print-config")
 
 
 def _confirm_deletion(run: str, *, asked: bool) -> None:

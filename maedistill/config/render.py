@@ -5,6 +5,7 @@ The YAML has the origin of each value as a comment for `--print-config`, and non
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import yaml
@@ -24,12 +25,16 @@ WIDEST = 72  # longer lines do not count when comments are aligned
 
 
 def explain(name: str, root: type[RunConfig]) -> str:
-    """Return a key's meaning, type, default and kind, or a section's keys. Raises `ConfigError` for an unknown name."""
-    if (doc := all_sections(root).get(name)) is not None:
-        keys = [key for key in all_keys(root).values() if key.name.startswith(f"{name}.")]
-        rows = [(f"{key.name}={json.dumps(key.default)}", key.doc) for key in keys]
-        column = max(len(setting) for setting, _ in rows)
-        return "\n".join([f"{name}: {doc}", *(f"  {setting:<{column}}  {doc}" for setting, doc in rows)])
+    """Return a key's meaning, type, default and kind, or a section's keys; of no name, the sections and other keys.
+
+    Raises `ConfigError` for an unknown name.
+    """
+    sections = all_sections(root)
+    if not name:
+        rows = [(section, doc) for section, doc in sections.items() if "." not in section]
+        return _table("--explain NAME says more of one", [*rows, *_settings(root, lambda key: "." not in key)])
+    if name in sections:
+        return _table(f"{name}: {sections[name]}", _settings(root, lambda key: key.startswith(f"{name}.")))
     if (key := all_keys(root).get(name)) is None:
         problem = unknown_key(name, root)
         raise ConfigError(f"{name}: {problem.cause}", problem.remedy)
@@ -39,6 +44,16 @@ def explain(name: str, root: type[RunConfig]) -> str:
         f"  default  {json.dumps(key.default)}\n"
         f"  kind     {key.kind}: {KINDS[key.kind]}"
     )
+
+
+def _settings(root: type[RunConfig], is_chosen: Callable[[str], bool]) -> list[tuple[str, str]]:
+    keys = all_keys(root).values()
+    return [(f"{key.name}={json.dumps(key.default)}", key.doc) for key in keys if is_chosen(key.name)]
+
+
+def _table(head: str, rows: Sequence[tuple[str, str]]) -> str:
+    column = max(len(setting) for setting, _ in rows)
+    return "\n".join([head, *(f"  {setting:<{column}}  {doc}" for setting, doc in rows)])
 
 
 def render_config(loaded: LoadedConfig[Any]) -> str:

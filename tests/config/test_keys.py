@@ -110,6 +110,8 @@ def test_explain():
     for root in ROOTS:
         for name in [*all_keys(root), *all_sections(root)]:
             assert explain(name, root).startswith(f"{name}: ")
+        listed = [line.split()[0].partition("=")[0] for line in explain("", root).splitlines()[1:]]
+        assert sorted(listed) == sorted({name.partition(".")[0] for name in all_keys(root)})
     with pytest.raises(ConfigError, match=r"unknown key lr\ndid you mean optim\.lr\?"):
         explain("lr", PretrainConfig)
     with pytest.raises(ConfigError, match=r"optim\.layer_decay belongs to fine-tuning \(maedistill finetune\)"):
