@@ -279,6 +279,6 @@ def _names_of_data(objects: Objects) -> dict[str, Any]:
 
 def _unused_of_data(objects: Objects) -> list[str]:
     """Return the keys of data that are of shards alone, where the caller's data sets are in their place."""
-    keys = ["data.index"] if objects.dataset is not None else []
+    keys = ["data.index", "data.shuffle_window"] if objects.dataset is not None else []
     both = objects.dataset is not None and objects.val_dataset is not None
     return [*keys, *(["data.image_key", "data.label_key", "data.exif"] if both else [])]

@@ -263,7 +263,7 @@ def test_a_teacher_of_the_caller_s_can_teach_again(pretraining, finetuning):
 def test_an_object_and_an_override_for_one_thing_are_refused(pretraining):
     with pytest.raises(maedistill.ConfigError, match=r"data\.train is set"):
         maedistill.pretrain(pretraining.config, {"data.train": "shards", "run": "runs/a"}, dataset=Squares())
-    for key, value in (("student.width", 8), ("student.drop_path", 0.1), ("data.index", "a")):
+    for key, value in (("student.width", 8), ("student.drop_path", 0.1), ("data.index", "a"), ("data.shuffle_window", 1)):
         with pytest.raises(maedistill.ConfigError, match=rf"{key} is set"):
             given = {key: value, "run": "runs/a"}
             maedistill.pretrain(pretraining.config, given, student=nn.Flatten(), dataset=Squares())
