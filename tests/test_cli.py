@@ -1,6 +1,7 @@
 """`maedistill COMMAND`: the table, the doors in tools/, configs by name from any folder, declared dependencies."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -48,6 +49,8 @@ def test_every_command_explains_itself(command, monkeypatch, capsys):
     ("words", "option"),
     [
         ("shards --verify a --shorter-side 8", "--shorter-side"),
+        (f"shards --verify a --workers {os.cpu_count()}", "--workers"),
+        ("shards --verify a --val-fraction 0", "--val-fraction"),
         ("export a --batch 8", "--batch"),
         ("pretrain a --explain seed --dry-run", "--dry-run"),
         ("pretrain a --explain --extend", "--extend"),

@@ -40,14 +40,14 @@ def main() -> None:
     if args.out:
         if args.quality is not None and args.shorter_side is None:
             raise ConfigError("--quality has no effect without --shorter-side", "give both, or leave it out")
-        source = open_source(args.src, root=args.root, val_fraction=args.val_fraction, val_labels=args.val_labels)
+        source = open_source(args.src, root=args.root, val_fraction=args.val_fraction or 0.0, val_labels=args.val_labels)
         stats = make_shards(
             source,
             out,
-            images_per_shard=args.images_per_shard,
+            images_per_shard=IMAGES_PER_SHARD if args.images_per_shard is None else args.images_per_shard,
             shorter_side=args.shorter_side,
             quality=QUALITY if args.quality is None else args.quality,
-            workers=args.workers,
+            workers=(os.cpu_count() or 1) if args.workers is None else args.workers,
         )
         print_summary(out, stats, source.notes)
     if args.verify:
@@ -63,18 +63,18 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("src", metavar="SRC", help="image folder, cifar10, imagenet or digits (./digits is a folder)")
     add("out", metavar="OUT", nargs="?", help="new or empty folder for the shards, or one to continue")
-    add("--images-per-shard", type=int, default=IMAGES_PER_SHARD, metavar="N", help="at most (default %(default)s)")
+    add("--images-per-shard", type=int, metavar="N", help=f"at most (default {IMAGES_PER_SHARD})")
     add("--shorter-side", type=int, metavar="N", help="shrink larger images to N pixels and re-encode them as JPEG")
     add("--quality", type=int, metavar="Q", help=f"of re-encoded JPEGs, 1 to 100 (default {QUALITY})")
-    add("--val-fraction", type=float, default=0.0, metavar="F", help="hold out a share of a folder without splits")
+    add("--val-fraction", type=float, metavar="F", help="hold out a share of a folder without splits")
     add("--val-labels", metavar="FILE", help="classes of a folder val without class folders, e.g. LOC_val_solution.csv")
     add("--root", metavar="DIR", help="files of imagenet or cifar10 (default: cifar10's are downloaded to ~/.cache)")
-    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads that decode (default: all cores)")
+    add("--workers", type=int, metavar="N", help="threads that decode (default: all cores)")
     add("--verify", action="store_true", help="check the shards in OUT afterwards; without SRC only that")
     args = parser.parse_args(sys.argv[2:])
     if args.verify and not args.out:
         of_writing = set(vars(args)) - {"src", "out", "verify"}
-        if given := [name for name in of_writing if getattr(args, name) != parser.get_default(name)]:
+        if given := [name for name in of_writing if getattr(args, name) is not None]:
             cause = f"--{min(given).replace('_', '-')} has no effect: --verify without SRC writes nothing"
             raise ConfigError(cause, "leave it out, or name SRC and OUT")
     return args
