@@ -7,7 +7,7 @@ import itertools
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -69,8 +69,11 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int:
     return max(itertools.accumulate(event.nbytes() for event in changes), default=0)
 
 
-def matrix_peak(dtype: torch.dtype, device: torch.device) -> tuple[float, int]:
-    """Return the FLOP per second of the fastest square product among `SIDES`, a bound for any step, and its side."""
+def matrix_peak(dtype: torch.dtype, device: torch.device, sides: Sequence[int] = ()) -> tuple[float, int]:
+    """Return the FLOP per second of the fastest square product, a bound for any step, and its side.
+
+    sides: those that are tried, by default `SIDES` of the device.
+    """
 
     def speed(side: int) -> float:
         left, right, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
@@ -79,7 +82,7 @@ def matrix_peak(dtype: torch.dtype, device: torch.device) -> tuple[float, int]:
             repeats *= 2
         return repeats * 2 * side**3 / min(seconds_of(product, device, repeats=repeats) for _ in range(6))
 
-    return max((speed(side), side) for side in SIDES[device.type])
+    return max((speed(side), side) for side in sides or SIDES[device.type])
 
 
 def _compare(comparison: StepComparison, steps: dict[str, TrainingStep], *, rounds: int) -> Report:

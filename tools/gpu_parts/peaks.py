@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from gpu_parts.check import Check
 
+from maedistill.benchmark.step import matrix_peak
+
 PRODUCT, COPY = "bf16 product", "copy"
-SIDES, TINY_SIDES = (4096, 8192, 16384), (128, 256)
+TINY_SIDES = (128, 256)
 # Matrix shapes of a step at batch 256: MLPs of student, teacher and light decoder, and a decoder's second MLP layer.
 SHAPES = ((12800, 3072, 768), (12800, 4096, 1024), (50432, 1536, 384), (50432, 2048, 512), (50432, 512, 2048))
 _SECONDS = 0.2  # shortest duration of a measurement
@@ -36,7 +38,7 @@ def run(check: Check) -> None:
 
 def fastest_product(check: Check) -> tuple[float, int]:
     """Return FLOP per second of the fastest square product in bf16, and its side."""
-    return max((product(check, side, side, side), side) for side in (TINY_SIDES if check.tiny else SIDES))
+    return matrix_peak(torch.bfloat16, check.device, TINY_SIDES if check.tiny else ())
 
 
 def measured_peak(check: Check) -> float:
