@@ -1,6 +1,5 @@
 """The Python API: nothing heavy is imported early, docs/python.md runs, objects restart exactly and are checked."""
 
-import io
 import re
 import signal
 import subprocess
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from torch import nn
 
 import maedistill
@@ -19,13 +17,11 @@ from maedistill import api
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.data.images.decode import BadImage, decode_rgb
-from maedistill.data.loading.dataset import open_dataset, open_reader
 from maedistill.errors import ConfigError
 from maedistill.finetuning.setup import open_finetuning
 from maedistill.pretraining.setup import open_pretraining
 from maedistill.runs.objects import Objects, python_name, trainable
-from tests.data.pictures import encode
+from tests.data.loading.test_dataset import Squares
 from tests.support.launch import ROOT
 
 
@@ -100,79 +96,6 @@ except maedistill.DataError as error:
     (tmp_path / "page.py").write_text("\n".join([*blocks, checks]))
     done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-class Squares:
-    """Twenty images of one colour each; item 7 is damaged."""
-
-    classes = ("dark", "bright")
-
-    def __init__(self, count=20, bad=(7,)):
-        self.targets, self.bad = [i % 2 for i in range(count)], bad
-
-    def __len__(self):
-        return len(self.targets)
-
-    def __getitem__(self, i):
-        if i in self.bad:
-            raise OSError("truncated")
-        return np.full((8, 10, 3), i, np.uint8), self.targets[i]
-
-
-def test_a_data_set_is_indexed_and_read_like_shards():
-    index = open_dataset(Squares(), "Squares")
-    reader = open_reader(index)
-    assert len(index) == 20 and index.labels.tolist() == [0, 1] * 10 and index.num_classes == 2
-    assert index.sample_name(3) == "Squares[3]" and index.key(19) == "19"
-    assert reader.decoded(5, None).shape == (3, 8, 10) and int(reader.decoded(5, None).max()) == 5
-    with pytest.raises(BadImage, match="truncated"):
-        reader.decoded(7, None)
-    image, sample, bad = reader.read_first([7, 8], None)
-    assert sample == 8 and int(image.max()) == 8 and bad == ["Squares[7]: OSError: truncated"]
-    assert open_dataset(Squares(), "other").fingerprint() == index.fingerprint()
-    assert open_dataset(Squares(bad=()), "Squares").fingerprint() == index.fingerprint()  # 7 is not among those probed
-    assert open_dataset(Squares(19), "Squares").fingerprint() != index.fingerprint()
-
-
-@pytest.mark.parametrize(
-    "item", [1.0, np.zeros((8, 8, 3)), torch.zeros(3, 8, 8), torch.zeros(4, 8, 8, dtype=torch.uint8), "photo.jpg"]
-)
-def test_an_item_that_is_no_image_is_named(item):
-    class Odd(Squares):
-        def __getitem__(self, i):
-            return item
-
-    with pytest.raises(maedistill.DataError, match=r"Odd\[0\]"):
-        open_reader(open_dataset(Odd(), "Odd")).decoded(0, None)
-
-
-@pytest.mark.parametrize(
-    "targets", [["cat"] * 20, [1.5] * 20, [], [[1], [2, 3]], [0] * 19, [-2] * 20, [None] * 20, [[1]] * 20]
-)
-def test_targets_that_are_no_whole_numbers_are_named(targets):
-    class Odd(Squares):
-        def __len__(self):
-            return 20
-
-    odd = Odd()
-    odd.targets = targets
-    with pytest.raises(maedistill.DataError):
-        open_dataset(odd, "Odd")
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_a_picture_has_the_pixels_that_its_file_has_in_shards(mode):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 10, 4), dtype=np.uint8), "RGBA")
-    data = encode(picture.quantize(16) if mode == "P" else picture.convert(mode), "PNG")
-
-    class Pictures(Squares):
-        def __getitem__(self, i):
-            return Image.open(io.BytesIO(data if i else data[:60]))
-
-    reader = open_reader(open_dataset(Pictures(), "Pictures"))
-    assert torch.equal(reader.decoded(1, None), decode_rgb(data))
-    with pytest.raises(BadImage):
-        reader.decoded(0, None)
 
 
 def test_wrong_objects_are_refused_before_training(pretraining):
@@ -263,7 +186,8 @@ def test_a_teacher_of_the_caller_s_can_teach_again(pretraining, finetuning):
 def test_an_object_and_an_override_for_one_thing_are_refused(pretraining):
     with pytest.raises(maedistill.ConfigError, match=r"data\.train is set"):
         maedistill.pretrain(pretraining.config, {"data.train": "shards", "run": "runs/a"}, dataset=Squares())
-    for key, value in (("student.width", 8), ("student.drop_path", 0.1), ("data.index", "a"), ("data.shuffle_window", 1)):
+    of_shards = {"data.index": "a", "data.shuffle_window": 1}
+    for key, value in ({"student.width": 8, "student.drop_path": 0.1} | of_shards).items():
         with pytest.raises(maedistill.ConfigError, match=rf"{key} is set"):
             given = {key: value, "run": "runs/a"}
             maedistill.pretrain(pretraining.config, given, student=nn.Flatten(), dataset=Squares())
@@ -283,7 +207,7 @@ PROGRAM = """
 import os, signal, sys
 import numpy as np
 import maedistill
-from tests.test_api import Squares
+from tests.data.loading.test_dataset import Squares
 from torch import nn
 
 class Student(maedistill.Encoder):
