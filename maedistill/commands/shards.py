@@ -40,7 +40,8 @@ def main() -> None:
     if args.out:
         if args.quality is not None and args.shorter_side is None:
             raise ConfigError("--quality has no effect without --shorter-side", "give both, or leave it out")
-        source = open_source(args.src, root=args.root, val_fraction=args.val_fraction or 0.0, val_labels=args.val_labels)
+        share = args.val_fraction or 0.0
+        source = open_source(args.src, root=args.root, val_fraction=share, val_labels=args.val_labels)
         stats = make_shards(
             source,
             out,

@@ -93,7 +93,8 @@ def _require_effect(arguments: argparse.Namespace) -> None:
     if arguments.yes and not arguments.fresh:
         raise ConfigError("--yes answers the question of --fresh only", "leave it out, or add --fresh")
     names = ("explain", "print_config", "fresh", "dry_run", "extend")
-    first, *others = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) not in (None, False)] or [""]
+    given = [name for name in names if getattr(arguments, name) not in (None, False)]
+    first, *others = [f"--{name.replace('_', '-')}" for name in given] or [""]
     if others and first in ("--explain", "--print-config"):
         raise ConfigError(f"{first} prints and stops: {others[0]} has no effect", f"leave out {first} or {others[0]}")
     if others and first == "--fresh":

@@ -5,13 +5,13 @@ The YAML has the origin of each value as a comment for `--print-config`, and non
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import yaml
 
 from maedistill.config.document import RESOLVERS
-from maedistill.config.keys import all_keys, all_sections
+from maedistill.config.keys import Key, all_keys, all_sections
 from maedistill.config.loader import LoadedConfig
 from maedistill.config.schema import RunConfig
 from maedistill.config.values import unknown_key
@@ -29,13 +29,14 @@ def explain(name: str, root: type[RunConfig]) -> str:
 
     Raises `ConfigError` for an unknown name.
     """
-    sections = all_sections(root)
+    sections, keys = all_sections(root), all_keys(root)
     if not name:
         rows = [(section, doc) for section, doc in sections.items() if "." not in section]
-        return _table("--explain NAME says more of one", [*rows, *_settings(root, lambda key: "." not in key)])
+        return _table("--explain NAME says more of one", rows, [key for key in keys.values() if "." not in key.name])
     if name in sections:
-        return _table(f"{name}: {sections[name]}", _settings(root, lambda key: key.startswith(f"{name}.")))
-    if (key := all_keys(root).get(name)) is None:
+        of_it = [key for key in keys.values() if key.name.startswith(f"{name}.")]
+        return _table(f"{name}: {sections[name]}", [], of_it)
+    if (key := keys.get(name)) is None:
         problem = unknown_key(name, root)
         raise ConfigError(f"{name}: {problem.cause}", problem.remedy)
     return (
@@ -46,12 +47,8 @@ def explain(name: str, root: type[RunConfig]) -> str:
     )
 
 
-def _settings(root: type[RunConfig], is_chosen: Callable[[str], bool]) -> list[tuple[str, str]]:
-    keys = all_keys(root).values()
-    return [(f"{key.name}={json.dumps(key.default)}", key.doc) for key in keys if is_chosen(key.name)]
-
-
-def _table(head: str, rows: Sequence[tuple[str, str]]) -> str:
+def _table(head: str, rows: Sequence[tuple[str, str]], keys: Sequence[Key]) -> str:
+    rows = [*rows, *((f"{key.name}={json.dumps(key.default)}", key.doc) for key in keys)]
     column = max(len(setting) for setting, _ in rows)
     return "\n".join([head, *(f"  {setting:<{column}}  {doc}" for setting, doc in rows)])
 

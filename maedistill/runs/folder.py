@@ -166,10 +166,7 @@ class RunFolder:
 
     @contextmanager
     def recorded_end(self) -> Iterator[None]:
-        """Write exit.json however the block ends, set-up included: torchrun hides exit codes, this file does not.
-
-        A process that a person started, and that is refused, has said why: for it, no folder is made.
-        """
+        """Write exit.json however the block ends, set-up included: torchrun hides exit codes, this file does not."""
         try:
             yield
         except BaseException as raised:

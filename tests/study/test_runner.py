@@ -71,7 +71,7 @@ def test_one_after_the_other_in_the_order_of_their_needs(folder, capfd) -> None:
     assert found == ["starts a", "ends a", "starts b", "ends b", "starts c", "ends c"]
     out = capfd.readouterr().out
     assert [line.partition(": done in ")[0] for line in out.splitlines()] == ["1/3 a", "2/3 b", "3/3 c"]
-    assert {line.split()[4] for line in (folder / "notes.txt").read_text().splitlines()} == {"1"}, "a study's, alone too"
+    assert {line.split()[4] for line in (folder / "notes.txt").read_text().splitlines()} == {"1"}
 
 
 def test_what_is_done_is_skipped_with_a_line(folder, capfd) -> None:

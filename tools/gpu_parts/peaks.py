@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional as F
 
 from gpu_parts.check import Check
-
 from maedistill.benchmark.step import matrix_peak
 
 PRODUCT, COPY = "bf16 product", "copy"
