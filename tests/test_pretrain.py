@@ -199,6 +199,19 @@ def test_a_teacher_from_a_run_is_named_with_its_keys_and_license(trio):
     assert str(trio["mae"].run) in line and "keys loaded" in line and "license" in line
 
 
+def test_a_student_that_sees_all_and_predicts_no_pixels_imitates_alone(pretraining, settings):
+    """The same losses with ZeRO 0, 2 and 3: the final norm, which no loss reads, has no gradient. No decoder, no pictures."""
+    whole = [*settings["dmae"], "masks.student_keep_ratio=1", "pixels.weight=0", "optim.epochs=1"]
+    runs = [pretraining("whole", *whole, "optim.ema=0.9", "log.report=true")]
+    runs += [pretraining(f"whole{zero}", *whole, f"engine.zero={zero}", launcher="fork", ranks=2) for zero in (2, 3)]
+    terms = [[{k: v for k, v in step.items() if k in TERMS["amd"]} for step in ended.metrics()] for ended in runs]
+    assert terms[0][0].keys() == {"loss", "align/1"} and terms[0][-1]["loss"] < terms[0][0]["loss"]
+    for ended, losses in zip(runs, terms, strict=True):
+        assert losses == [pytest.approx(other, rel=1e-4) for other in terms[0]]
+        assert not list((ended.run / "pictures").iterdir())
+        assert not any(name.startswith("decoder") for name in load_file(ended.last_checkpoint() / "model.safetensors"))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_see_the_same_and_lose_the_same(trio, layouts, layout):
     reference, other = trio["amd"], layouts[layout]

@@ -94,11 +94,14 @@ class StepComparison(SyntheticTraining):
     def published_method(self) -> MAE | None:
         """Build the plain method with the published decoder of MAE and DMAE, if the config's decoder differs.
 
-        Returns None if it is the same, for AMD, whose decoders are light, and for teachers narrower than ViT-B or none.
+        Returns None if it is the same or there is none, for AMD, whose decoders are light, and for teachers narrower
+        than ViT-B or none.
         """
         config = self.config
         is_large = self.teacher is not None and self.teacher.width >= _LARGE
-        if config.method == "amd" or not is_large or _size_of(config.decoder) == _size_of(PUBLISHED_DECODER):
+        if config.method == "amd" or not config.needs_decoder or not is_large:
+            return None
+        if _size_of(config.decoder) == _size_of(PUBLISHED_DECODER):
             return None
         changed = config.model_copy(update={"decoder": PUBLISHED_DECODER})
         return plain_version(build.build_method(changed, build.build_encoder(changed), self.source).to(self.device))

@@ -157,7 +157,9 @@ class Pixels(Section):
         "norm_patch",
         "what is predicted: pixels normalised per patch (MAE), raw (DMAE), or normalised per patch and channel (AMD)",
     )
-    weight: Weight = result(1.0, "weight of the pixel loss; 1 everywhere")
+    weight: Weight = result(
+        1.0, "weight of the pixel loss; 1 everywhere; 0: no decoder is built, unless generate.by=decoder needs it"
+    )
 
 
 class Align(Section):
@@ -261,7 +263,7 @@ class PretrainConfig(RunConfig):
     method: Literal["mae", "dmae", "amd", "tinymim"] = result(
         "dmae",
         "mae: no teacher; dmae: it sees the student's patches; amd: it sees more; tinymim: dmae with token relations "
-        "in place of features (TinyMIM itself sees all patches and predicts no pixels)",
+        "in place of features (TinyMIM itself: masks.student_keep_ratio=1 pixels.weight=0)",
     )
     seed: Count = result(0, "seeds the sample order, crops, flips, masks and initial weights", le=2**63 - 1)
     more_teachers: tuple[str, ...] = result(
@@ -287,6 +289,16 @@ class PretrainConfig(RunConfig):
     def group(self) -> int:
         """Return the views of an image, which must stay in one micro-batch."""
         return self.data.views_per_image
+
+    @property
+    def needs_decoder(self) -> bool:
+        """Return whether anything is predicted from the student's tokens: pixels, or features of hidden patches."""
+        return self.method == "mae" or self.pixels.weight > 0 or self.generates_by_decoder
+
+    @property
+    def generates_by_decoder(self) -> bool:
+        """Return whether the pixel decoder predicts the teacher's features too."""
+        return self.method == "amd" and self.generate.by == "decoder"
 
     @property
     def student_architecture(self) -> Architecture | None:

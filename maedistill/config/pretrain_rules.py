@@ -26,10 +26,9 @@ def _views(c: PretrainConfig) -> Iterator[Problem]:
 
 def _visible_shares(c: PretrainConfig) -> Iterator[Problem]:
     key, student, teacher = "masks.teacher_keep_ratio", c.masks.student_keep_ratio, c.masks.teacher_keep_ratio
-    if student == 1.0:
-        yield Problem(
-            "masks.student_keep_ratio", "1.0 leaves nothing to predict", "use a share below 1, 0.25 in the papers"
-        )
+    if student == 1.0 and (c.needs_decoder or c.method == "amd"):
+        remedy = "use a share below 1, 0.25 in the papers, or imitate the teacher alone: method=dmae pixels.weight=0"
+        yield Problem("masks.student_keep_ratio", "1.0 leaves nothing to predict", remedy)
     if c.method == "mae" and teacher is not None:
         yield Problem(key, "method=mae has no teacher", "remove it, or use method=dmae or amd", ((key, "method"),))
     same = (None, student, 1.0) if c.method == "dmae" else (None, student)  # 1: the whole image
@@ -143,7 +142,11 @@ def _targets(c: PretrainConfig) -> Iterator[Problem]:
     if c.align.normalize != "stored" and "stored_steps" in c.align.model_dump(exclude_defaults=True):
         cause, remedy = "only align.normalize=stored measures a teacher", "remove it, or use align.normalize=stored"
         yield Problem("align.stored_steps", cause, remedy, (("align.stored_steps", "align.normalize"),))
-    if c.method == "amd" and c.generate.by == "decoder":
+    if not c.needs_decoder:
+        for key in c.decoder.model_dump(exclude_defaults=True):
+            cause, gives_way = "nothing is predicted, since pixels.weight=0", ((f"decoder.{key}", "pixels.weight"),)
+            yield Problem(f"decoder.{key}", cause, "remove it, or set pixels.weight above 0", gives_way)
+    if c.generates_by_decoder:
         if c.decoder.attention != "cross":
             cause = "the decoder can generate features only by cross-attention"
             yield Problem("generate.by", cause, "add decoder.attention=cross, or use generate.by=own")
@@ -160,14 +163,14 @@ def _grid(c: PretrainConfig) -> Iterator[Problem]:
     patches = (size // arch.patch_size) ** 2
     student = round(c.masks.student_keep_ratio * patches)
     teacher = round((c.masks.teacher_keep_ratio or c.masks.student_keep_ratio) * patches)
-    if not 1 <= student < patches:
+    if not 1 <= student < patches + (not c.needs_decoder):
         cause = f"of {patches} patches the student sees {student}"
         yield Problem("masks.student_keep_ratio", cause, "leave at least one to see and one to predict")
     elif c.method == "amd" and teacher <= student:
         cause = f"of {patches} patches the teacher sees {teacher}, the student {student}"
         yield Problem("masks.teacher_keep_ratio", cause, "let the teacher see at least one more")
     hidden = patches - student
-    if hidden > 0 and not round(c.decoder.predict_ratio * hidden):
+    if hidden > 0 and c.needs_decoder and not round(c.decoder.predict_ratio * hidden):
         cause = f"{c.decoder.predict_ratio:g} of {hidden} hidden patches is none"
         yield Problem("decoder.predict_ratio", cause, f"predict at least one of them, {1 / hidden:.2g} or more")
 

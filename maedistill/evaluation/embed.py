@@ -34,7 +34,7 @@ from maedistill.durable import make_folder, write_durably
 from maedistill.errors import ConfigError, DataError, join_first
 from maedistill.escaping import warn
 from maedistill.evaluation.context import EvalContext, finish, metadata, print_data, print_main, print_network
-from maedistill.evaluation.features import require_finite_rows, with_view
+from maedistill.evaluation.features import require_finite_rows
 from maedistill.evaluation.full_pass import Predictor, evaluation_mode, report_bad
 from maedistill.processes import distributed
 from maedistill.runs.manifest import MANIFEST
@@ -144,7 +144,7 @@ def _open(spec: EmbedSpec) -> Network:
         network = open_backbone(
             spec.model, weights=spec.weights, image_size=spec.image_size, block=spec.block, pool=spec.pool
         )
-    return with_view(network, crop=spec.crop)
+    return replace(network, crop=spec.crop or network.crop)
 
 
 def _write(file: Path, index: ShardIndex, ids: Tensor, rows: Tensor) -> Entry:

@@ -20,7 +20,7 @@ from maedistill.data.shards.patterns import Split, describe_shards
 from maedistill.data.shards.scan import USUAL, Members
 from maedistill.errors import ConfigError, DataError, NumericsError
 from maedistill.evaluation.context import EvalContext, finish, metadata, print_data, print_main, print_network
-from maedistill.evaluation.features import Features, extract_features, with_view
+from maedistill.evaluation.features import Features, extract_features
 from maedistill.evaluation.knn import knn_counts
 from maedistill.evaluation.linear_probe import ProbeRecipe, fit_heads, score_heads
 from maedistill.processes import distributed
@@ -145,7 +145,7 @@ def _compute_features(
             pool=spec.pool,
         )
     )
-    network, backbone = with_view(network, crop=spec.crop), network.module
+    network, backbone = replace(network, crop=spec.crop or network.crop), network.module
     assert isinstance(backbone, Backbone)
     train, val = open_pair(spec, exif=network.exif)
     print_network("model", network)

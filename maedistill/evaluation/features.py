@@ -8,12 +8,10 @@ Every rank holds all rows: 4 n D bytes, 3.9 GB for ImageNet's training images at
 n images   b batch   P prefix tokens (class, registers)   N patches   D width   s image side
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
-from maedistill.data.loading.evaluation import CUT, EvaluationImages, evaluation_transform
+from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform
 from maedistill.data.shards.index import ShardIndex
 from maedistill.errors import NumericsError
 from maedistill.evaluation.context import EvalContext
@@ -24,15 +22,6 @@ from maedistill.randomness import Stream, key, permute
 from maedistill.weights.network import Network
 
 Features = tuple[Tensor, Tensor]  # rows float32 [n, D], labels int64 [n]
-
-
-def with_view(network: Network, *, crop: float | None) -> Network:
-    """Return the network with the view of frozen features: that of the probes of its own run, where it has any.
-
-    crop: in place of the network's own.
-    """
-    has_probes = network.origin is not None and network.origin["stage"] == "pretrain"
-    return replace(network, crop=crop or network.crop, crop_mode=CUT if has_probes else network.crop_mode)
 
 
 def extract_features(network: Network, index: ShardIndex, context: EvalContext) -> Features:
@@ -56,7 +45,7 @@ def pooled_features(
     Leaves out images that cannot be decoded. Raises DataError if they are too many.
     """
     index.require_labels()
-    images = EvaluationImages(index, samples, evaluation_transform(size=size, crop=crop_pct, crop_mode=CUT))
+    images = EvaluationImages(index, samples, evaluation_transform(size=size, crop=crop_pct))
     predictor = Predictor(_PatchMean(method.encoder), context, mean=method.mean, std=method.std)
     ids, rows, labels = _compute(predictor, images, context)
     order = torch.searchsorted(ids, samples[torch.isin(samples, ids)])

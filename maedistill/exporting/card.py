@@ -179,7 +179,9 @@ def _pretraining(config: PretrainConfig, vit: PlainViT, own: str | None) -> list
     sees = f"the student sees {student} of {num_patches} patches"
     align = config.align
     rises = f", rising from 0 in the first {align.warmup_share:.0%} of the run" if align.warmup_share else ""
-    losses = [f"pixels of the hidden patches (target {config.pixels.target}, weight {config.pixels.weight:g})"]
+    losses = []
+    if config.pixels.weight:
+        losses.append(f"pixels of the hidden patches (target {config.pixels.target}, weight {config.pixels.weight:g})")
     if config.method != "mae":
         sees += f", the teacher {teacher}, those among them" if teacher > student else ", the teacher the same"
         pairs = ", ".join(f"{s} with {t}" for s, t in zip(align.student, align.teacher, strict=True))
@@ -199,7 +201,7 @@ def _pretraining(config: PretrainConfig, vit: PlainViT, own: str | None) -> list
     return [
         f"- Masks: {sees}.",
         f"- Losses: {'; '.join(losses)}.",
-        f"- Decoder: {decoder.width} wide, {decoder.depth} blocks; as every part but the encoder, not exported.",
+        *([f"- Decoder: {decoder.width} wide, {decoder.depth} blocks; not exported."] if config.needs_decoder else []),
         f"- Augmentation: crops of {low:g} to {high:g} of the area{', flips' if data.flip else ''}.",
     ]
 

@@ -39,7 +39,7 @@ class AMD(DMAE):
     def __init__(
         self,
         encoder: Encoder,
-        decoder: TokenDecoder,
+        decoder: TokenDecoder | None,
         *,
         pixels: PixelSpec,
         align: AlignmentSpec,
@@ -69,6 +69,7 @@ class AMD(DMAE):
         """Return DMAE's losses and `generate/BLOCK` per student block. target: {teacher block: [B, Q + T, D_t]}."""
         assert target is not None
         if self.generate.by == "decoder":
+            pixels: Tensor | None
             pixels, features, generated = self.reconstruct_and_generate(images, split)
             projected = self.project(features)
         else:
@@ -79,15 +80,15 @@ class AMD(DMAE):
             generated = [make(rows, split) for make, rows in zip(self.generators, visible, strict=True)]
         weighted, align = self.alignment_losses(projected, (target, *more), split)
         generate = self.generation_losses(generated, target, split)
-        loss = self.pixels.weight * pixels + weighted
-        loss = loss + self.generate.weight * self.ramp * mean_loss(generate)
-        return {"loss": loss, "pixels": pixels, **align, **generate}
+        weighted = weighted + self.generate.weight * self.ramp * mean_loss(generate)
+        return self.add_pixels(pixels, weighted, {**align, **generate})
 
     def reconstruct_and_generate(self, images: Tensor, split: PatchSplit) -> tuple[Tensor, BlockFeatures, list[Tensor]]:
         """Return the pixel loss, the student's tapped features, and what the decoder's rows generate for each pair.
 
         A row of a cross-attention decoder does not depend on the others, so the two may need different numbers of rows.
         """
+        assert self.decoder is not None
         normalized = normalize(images, self.mean, self.std)
         tokens, features = self.encoder(normalized, split.student, taps=self.student_taps)
         predicted, missing = self.num_predicted(split), split.num_teacher - split.num_student  # H, T - S

@@ -49,7 +49,9 @@ class AlignmentSpec:
 class DMAE(MAE):
     """MAE plus direct alignment: one projection per pair of blocks; the loss is the mean of their distances."""
 
-    def __init__(self, encoder: Encoder, decoder: TokenDecoder, *, pixels: PixelSpec, align: AlignmentSpec) -> None:
+    def __init__(
+        self, encoder: Encoder, decoder: TokenDecoder | None, *, pixels: PixelSpec, align: AlignmentSpec
+    ) -> None:
         super().__init__(encoder, decoder, pixels=pixels)
         self.align = align
         self.student_taps = tuple(dict.fromkeys(tap for spec in self.aligned for tap in spec.student_taps))
@@ -74,7 +76,7 @@ class DMAE(MAE):
         assert target is not None
         pixels, features = self.reconstruct(images, split, self.student_taps)
         weighted, align = self.alignment_losses(self.project(features), (target, *more), split)
-        return {"loss": self.pixels.weight * pixels + weighted, "pixels": pixels, **align}
+        return self.add_pixels(pixels, weighted, align)
 
     def project(self, features: BlockFeatures) -> list[Tensor]:
         """Project the student features of each pair to teacher width, teacher by teacher: [B, P + S, D_t]."""

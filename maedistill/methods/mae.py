@@ -41,14 +41,15 @@ class PixelSpec:
 class MAE(nn.Module):
     """Encoder, decoder and the pixel loss.
 
-    ramp: a factor in [0, 1] on the terms of teachers, which the loop sets before each step.
+    decoder: None for a distillation method without a pixel loss. ramp: a factor in [0, 1] on the terms of teachers,
+    which the loop sets before each step.
     """
 
     mean: Tensor
     std: Tensor
     ramp: Tensor
 
-    def __init__(self, encoder: Encoder, decoder: TokenDecoder, *, pixels: PixelSpec) -> None:
+    def __init__(self, encoder: Encoder, decoder: TokenDecoder | None, *, pixels: PixelSpec) -> None:
         super().__init__()
         self.encoder, self.decoder, self.pixels = encoder, decoder, pixels
         self.register_buffer("mean", torch.tensor(pixels.mean).view(3, 1, 1), persistent=False)
@@ -58,15 +59,30 @@ class MAE(nn.Module):
     def forward(self, images: Tensor, split: PatchSplit, target: BlockFeatures | None = None) -> Losses:
         """Return the losses of one micro-batch: scalars `pixels` and `loss`. images: in [0, 1], [B, 3, s, s]."""
         pixels, _ = self.reconstruct(images, split)
+        assert pixels is not None
         return {"loss": self.pixels.weight * pixels, "pixels": pixels}
+
+    def add_pixels(self, pixels: Tensor | None, loss: Tensor, terms: Losses) -> Losses:
+        """Return the losses of a method: `loss`, with the weighted pixel loss added, and each term by name.
+
+        pixels: of `reconstruct`. loss: the weighted sum of `terms`.
+        """
+        if pixels is None:
+            return {"loss": loss, **terms}
+        return {"loss": self.pixels.weight * pixels + loss, "pixels": pixels, **terms}
 
     def reconstruct(
         self, images: Tensor, split: PatchSplit, taps: Sequence[int] = (), *, relations: Sequence[int] = ()
-    ) -> tuple[Tensor, BlockFeatures]:
-        """Return the pixel loss and the features of the student's tapped blocks, see `MaskedEncoder.forward`."""
+    ) -> tuple[Tensor | None, BlockFeatures]:
+        """Return the pixel loss and the features of the student's tapped blocks, see `MaskedEncoder.forward`.
+
+        The loss is None without a decoder.
+        """
         normalized = normalize(images, self.mean, self.std)
         more = {"relations": relations} if relations else {}  # only a plain ViT of timm has them
         tokens, features = self.encoder(normalized, split.student, taps=taps, **more)  # [B, P + S, D]
+        if self.decoder is None:
+            return None, features
         hidden = split.hidden[:, : self.num_predicted(split)]  # [B, H]: the order is random, so this is a random subset
         predicted = self.decoder(tokens, split, hidden)  # [B, H, p*p*3]
         return self.pixel_loss(predicted, images, normalized, hidden), features
@@ -87,6 +103,7 @@ class MAE(nn.Module):
         Normalised targets are converted back with the statistics of the true patch, as in MAE's own pictures. Patches
         are predicted in groups of at most the training size, so that the decoder sees inputs as in training.
         """
+        assert self.decoder is not None
         normalized = normalize(images, self.mean, self.std)
         tokens, _ = self.encoder(normalized, split.student)
         shift, scale = patch_statistics(self.pixels_of(images, normalized, split.hidden), kind=self.pixels.target)

@@ -1,7 +1,7 @@
 """Token relations in pre-training (after TinyMIM, Ren et al., CVPR 2023): MAE plus a loss on relations between tokens.
 
-TinyMIM sees all patches and predicts no pixels. Here both networks see the student's patches, as in DMAE, and the pixel
-loss stays: relations replace DMAE's features, and no projection is needed.
+Relations replace DMAE's features, and no projection is needed. Both networks see the student's patches. TinyMIM itself
+sees all patches and predicts no pixels: `masks.student_keep_ratio=1 pixels.weight=0`.
 
 B batch   S visible patches   P, Q prefix tokens of student and teacher   H heads   d width of a head
 """
@@ -34,7 +34,9 @@ class RelationSpec:
 class TinyMIM(MAE):
     """MAE plus, for each pair of blocks, a loss on query-key and value-value relations. Prefix tokens are left out."""
 
-    def __init__(self, encoder: Encoder, decoder: TokenDecoder, *, pixels: PixelSpec, relations: RelationSpec) -> None:
+    def __init__(
+        self, encoder: Encoder, decoder: TokenDecoder | None, *, pixels: PixelSpec, relations: RelationSpec
+    ) -> None:
         super().__init__(encoder, decoder, pixels=pixels)
         self.relations = relations
 
@@ -46,8 +48,7 @@ class TinyMIM(MAE):
         assert target is not None
         pixels, features = self.reconstruct(images, split, relations=self.relations.student_taps)
         align = self.relation_losses(features, target)
-        loss = self.pixels.weight * pixels + self.relations.weight * self.ramp * 2 * mean_loss(align)
-        return {"loss": loss, "pixels": pixels, **align}
+        return self.add_pixels(pixels, self.relations.weight * self.ramp * 2 * mean_loss(align), align)
 
     def relation_losses(self, features: BlockFeatures, target: BlockFeatures) -> Losses:
         """Return the divergences of each pair. features: the student's, {block: [3, B, H, P + S, d]}."""

@@ -156,6 +156,8 @@ def build_method(
 ) -> MAE:
     """Build the module to train: encoder, decoder, heads and generators, initialised from the seed.
 
+    There is no decoder where nothing needs it (`pixels.weight=0`).
+
     more: the alignment with further teachers.
     objects: a student of the caller's keeps its weights, and a method of the caller's is built in place of the class
     that `config.method` names, with the same arguments.
@@ -163,14 +165,7 @@ def build_method(
     expected = METHODS[config.method]
     # Decoder and generators have fixed positions even if the student learns its own.
     pos_embed = "sincos2d" if config.student.pos_embed == "learned" else config.student.pos_embed
-    decoder = {"self": TokenDecoder, "cross": CrossDecoder}[config.decoder.attention](
-        encoder.width,
-        grid=encoder.grid,
-        patch_size=encoder.patch_size,
-        num_prefix=encoder.num_prefix,
-        pos_embed=pos_embed,
-        **config.decoder.model_dump(include={"width", "depth", "num_heads", "bias"}),
-    )
+    decoder = _decoder(config, encoder, pos_embed) if config.needs_decoder else None
     data, predict_ratio = config.data, config.decoder.predict_ratio
     pixels = PixelSpec(data.mean, data.std, predict_ratio=predict_ratio, **config.pixels.model_dump())
     specs: dict[str, Any] = {"pixels": pixels}
@@ -179,6 +174,7 @@ def build_method(
         teacher = encoder if source is None else source.encoder
         specs |= _distillation_specs(config, encoder, teacher, pos_embed)
         specs |= {"align": replace(specs["align"], more=more)} if more else {}
+        _require_trained_blocks(config, encoder)
     if objects.method is None:
         _require_weight(config, more)
         method = expected(encoder, decoder, **specs)
@@ -195,6 +191,26 @@ def build_method(
             )
         encoder.vit.set_grad_checkpointing(True)
     return method
+
+
+def _require_trained_blocks(config: PretrainConfig, encoder: Encoder) -> None:
+    """Raise ConfigError if no loss trains the student's last blocks: the pixel loss does, features of others do not."""
+    last = encoder.depth - 1
+    if not config.needs_decoder and max(config.align.student) < last:
+        cause = f"with pixels.weight=0 nothing trains the blocks after {max(config.align.student)}"
+        raise ConfigError(f"align.student: {cause}", f"align the student's last block, {last}, or set pixels.weight=1")
+
+
+def _decoder(config: PretrainConfig, encoder: Encoder, pos_embed: str) -> TokenDecoder:
+    kind = {"self": TokenDecoder, "cross": CrossDecoder}[config.decoder.attention]
+    return kind(
+        encoder.width,
+        grid=encoder.grid,
+        patch_size=encoder.patch_size,
+        num_prefix=encoder.num_prefix,
+        pos_embed=pos_embed,
+        **config.decoder.model_dump(include={"width", "depth", "num_heads", "bias"}),
+    )
 
 
 def _require_weight(config: PretrainConfig, more: tuple[AlignmentSpec, ...]) -> None:

@@ -17,7 +17,7 @@ from maedistill.runs.objects import class_name
 def build_given(
     make: Callable[..., nn.Module],
     expected: type[MAE],
-    networks: tuple[Encoder, TokenDecoder],
+    networks: tuple[Encoder, TokenDecoder | None],
     specs: Mapping[str, Any],
     *,
     targets: int,

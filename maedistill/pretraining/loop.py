@@ -17,7 +17,7 @@ import torch
 
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.images.transforms import to_float01
-from maedistill.data.loading.evaluation import CUT, EvaluationImages, evaluation_transform, exact_batches
+from maedistill.data.loading.evaluation import EvaluationImages, evaluation_transform, exact_batches
 from maedistill.data.shards.index import ShardIndex
 from maedistill.escaping import say, warn
 from maedistill.evaluation.context import EvalContext
@@ -131,9 +131,14 @@ def picture_path(run: Run) -> Path:
 
 
 def draw(run: Run, parts: Pretraining) -> None:
-    """Draw a few fixed images with fixed masks. Every rank computes (ZeRO 3 needs all of them), rank 0 writes."""
+    """Draw a few fixed images with fixed masks. Every rank computes (ZeRO 3 needs all of them), rank 0 writes.
+
+    Draws nothing where no pixels are predicted.
+    """
+    if parts.module.decoder is None:
+        return
     data, index = parts.config.data, parts.val_index or parts.index
-    transform = evaluation_transform(size=data.image_size, crop=data.eval_crop, crop_mode=CUT)
+    transform = evaluation_transform(size=data.image_size, crop=data.eval_crop)
     crops = EvaluationImages(index, random_subset(index, _PICTURES + _SPARE), transform)
     pixels, _, ids = next(exact_batches(crops, batch=_PICTURES + _SPARE, workers=0))
     images = to_float01(pixels[ids >= 0][:_PICTURES].to(parts.device))

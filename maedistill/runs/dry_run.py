@@ -84,7 +84,7 @@ def _measured_lines(stage: Stage, crops: RandomCrops, inputs_of: Callable[[Batch
     workers = loader_workers(config.data.workers, cpu_share(min(plan.world_size, torch.cuda.device_count() or 1)))
     memory = memory_gb(stage.device)
     return [
-        f"speed    step {step:.1f} images/s per rank (forward and backward, {count} images), "
+        f"speed    step {step:.{1 if step >= 1 else 3}f} images/s per rank (forward and backward, {count} images), "
         f"loader {loader:.0f} images/s per worker, {workers} workers",
         f"memory   {memory:.2f} GB with {count} images; gradients and optimizer up to {states:.2f} GB more",
         f"disk     {config.log.keep} checkpoints (log.keep) of {size_text(4 * numbers)}, every "

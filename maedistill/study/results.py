@@ -161,7 +161,8 @@ def run_facts(folder: RunFolder) -> dict[str, Any] | None:
     if isinstance(config, FinetuneConfig):
         score = [record for record in records if "top1" in record][-1]
         return common | _score(score) | {"start": metadata["init"]}
-    return common | {"method": config.method, "target": config.pixels.target} | {k: last[k] for k in ("pixels", "knn")}
+    losses = {"target": config.pixels.target, "pixels": last.get("pixels"), "knn": last["knn"]}
+    return common | {"method": config.method} | losses
 
 
 def _facts_of(out: Path, *steps: str | None) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def read_errors(source: str) -> Iterator[None]:
     except (HfHubHTTPError, *READ_ERRORS) as error:
         remedy = "check its name, the connection, and the image size if there is one; or use a copy: local-dir:PATH"
         if source.startswith("local-dir:"):
-            remedy = "check its name, and that its config.json describes its weights"
+            remedy = "check its name and its config.json, with num_classes: 0 for weights without a classifier"
         raise DataError(f"{source} cannot be opened ({why_unreadable(error)})", remedy) from error
 
 

@@ -136,6 +136,15 @@ def test_amd_generators_must_fit_the_teacher(refused, tmp_path):
     refused(GOOD, ["method=amd", "masks.teacher_keep_ratio=0.251"])
 
 
+def test_a_student_that_predicts_no_pixels_may_see_all(refused, tmp_path):
+    (tmp_path / "good.yaml").write_text(GOOD + "decoder: {width: 64}\n")
+    whole = ["masks.student_keep_ratio=1", "pixels.weight=0"]
+    loaded = load_config(tmp_path / "good.yaml", whole, root=PretrainConfig).config
+    assert not loaded.needs_decoder and loaded.decoder == PretrainConfig().decoder, "the file's gives way"
+    assert "decoder.depth" in refused(GOOD, [*whole, "decoder.depth=2"]).cause
+    assert "student_keep_ratio" in refused(GOOD, [*whole, "method=amd", "masks.teacher_keep_ratio=1"]).cause
+
+
 def test_amd_by_the_decoder_and_the_average_as_teacher(refused, tmp_path):
     file = tmp_path / "good.yaml"
     file.write_text(GOOD)

@@ -16,7 +16,7 @@ from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards
 from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.feature_eval import ProbeSpec, open_pair
-from maedistill.evaluation.features import extract_features, random_subset, with_view
+from maedistill.evaluation.features import extract_features, random_subset
 from maedistill.weights.backbone import open_backbone
 from tests.evaluation.tool import evaluate
 
@@ -108,15 +108,14 @@ def test_a_pre_training_run_has_features_at_every_block(launcher, mae, shards):
 
 
 def test_a_pre_training_run_is_scored_as_it_scores_itself(launcher, pretraining, settings, shards, tmp_path):
-    """Cut first and resized then: timm's order would give other pixels, and other answers."""
     knn = ["data.eval_crop=0.6", "log.knn_images=96", "log.knn_every_epochs=1", "optim.epochs=1"]
     ended = pretraining("scored", *settings["mae"], *knn, "log.pictures_every_epochs=null", witness=True)
     (record,) = [record for record in ended.records() if "knn" in record]
     where = ["--train", shards / "train-*.tar", "--val", shards / "val-*.tar", "--json", tmp_path / "knn.json"]
     evaluate(launcher, "knn", ended.run, *where, "--k", 20, "--batch", 12, "--workers", 0, "--threads", 1)
     found = json.loads((tmp_path / "knn.json").read_text())
-    assert (found["knn"][0]["top1"], found["crop_mode"], found["crop"]) == (record["knn"], "cut", 0.6)
-    opened = with_view(open_backbone(str(ended.run)), crop=None)
+    assert (found["knn"][0]["top1"], found["crop"]) == (record["knn"], 0.6)
+    opened = open_backbone(str(ended.run))
     pair = open_pair(ProbeSpec("", str(shards / "train-*.tar"), str(shards / "val-*.tar")))
     context = EvalContext(torch.device("cpu"), batch=12, workers=0)
     for index, (rows, _) in zip(pair, torch.load(ended.run / "features-0.pt"), strict=True):

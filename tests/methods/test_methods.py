@@ -179,6 +179,22 @@ def test_student_and_teacher_patches_cover_the_same_part_of_the_image() -> None:
     assert int(means.argmax()) == 21
 
 
+def test_without_pixels_a_student_that_sees_all_is_compared_with_timms_own_features() -> None:
+    method, teacher, _, images = build("dmae with class token")
+    initialize(method, seed=0)
+    method.decoder = None
+    split = random_split(torch.arange(4), seed=0, num_patches=64, num_student=64, num_teacher=64)
+    losses = losses_of(method, teacher, split, images)
+    assert losses.keys() == {"loss", "align/1"} and losses["loss"] == losses["align/1"]
+    rows = []
+    for vit, block, size in ((method.encoder.vit, 1, 32), (teacher.encoder.vit, 2, 64)):
+        seen = normalize(F.interpolate(images, size=size, mode="bicubic"), method.mean, method.std)
+        features, prefix = vit.forward_intermediates(seen, [block], True, output_fmt="NLC", intermediates_only=True)[0]
+        rows.append(torch.cat([prefix, features], dim=1))
+    expected = F.normalize(method.projections[0](rows[0]), dim=-1) - F.normalize(rows[1], dim=-1)
+    torch.testing.assert_close(losses["loss"], expected.abs().mean())
+
+
 @pytest.mark.parametrize("share", [0.25, 1.0])
 def test_a_shared_decoder_generates_features_and_leaves_the_pixels_alone(share: float) -> None:
     """One pass of the decoder gives 12 or 48 patches' pixels and 16 patches' features; apart, it gives the same."""

@@ -49,15 +49,6 @@ def crop(image: Tensor, box: Box, *, size: int) -> Tensor:
     return interpolate(cut, size=(size, size), mode="bicubic", antialias=True)[0]
 
 
-def centre_crop(image: Tensor, *, size: int, crop_pct: float) -> Tensor:
-    """Crop a centred square, a share of the shorter side, and resize it: uint8 [3, H, W] -> uint8 [3, s, s]."""
-    side = max(1, round(min(image.shape[1:]) * crop_pct))
-    top, left = (image.shape[1] - side) // 2, (image.shape[2] - side) // 2
-    if side == size:
-        return image[:, top : top + side, left : left + side]
-    return crop(image, (top, left, side, side), size=size)
-
-
 def to_float01(images: Tensor) -> Tensor:
     """Convert uint8 [B, 3, s, s] to float32 in [0, 1], on the same device."""
     return images.float().div_(255)

@@ -1,4 +1,4 @@
-"""Exact evaluation input: every image once, none replaced, each preprocessed as in timm's validate.py, or `CUT`.
+"""Exact evaluation input: every image once, none replaced, each preprocessed as in timm's validate.py.
 
     index, sample ids -> rank_share -> EvaluationImages -> exact_batches -> images, labels, ids
 
@@ -19,7 +19,6 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
 from maedistill.data.images.decode import BadImage, decode_rgb
-from maedistill.data.images.transforms import centre_crop
 from maedistill.data.loading.batch import RowsHandle, SharedRows, on_device
 from maedistill.data.loading.dataset import open_reader
 from maedistill.data.loading.workers import TIMEOUT_SECONDS, Images, load_batches
@@ -29,7 +28,6 @@ from maedistill.data.shards.scan import NO_LABEL
 _CPU = torch.device("cpu")
 LONGEST_ASPECT = 32  # longer side / shorter side; below it, pixels are exactly timm's
 PREFETCHED = 2  # batches per worker
-CUT = "cut"  # a crop mode beside timm's: the centre square is cut out first, and then resized
 PADDING = -1  # instead of a sample id: a black image without label; so is `undecodable(id)`
 
 
@@ -46,14 +44,11 @@ def evaluation_transform(
     crop_mode: str = "center",
     mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
 ) -> Callable[[Image.Image], Tensor]:
-    """Return timm's evaluation transform, or that of `CUT`, without the normalisation: RGB image -> uint8 [3, s, s].
+    """Return timm's evaluation transform without the normalisation: RGB image -> uint8 [3, s, s].
 
     size: side, or height and width. crop: share of the shorter side that is kept (timm's crop_pct).
-    interpolation, crop_mode: as in a timm model's data config; `CUT` is bicubic. mean: the padding value of `border`.
+    interpolation, crop_mode: as in a timm model's data config. mean: the padding value of the mode `border`.
     """
-    if crop_mode == CUT:
-        assert isinstance(size, int)
-        return lambda image: centre_crop(vision.pil_to_tensor(image), size=size, crop_pct=crop)
     transform = create_transform(
         size, crop_pct=crop, interpolation=interpolation, crop_mode=crop_mode, mean=mean, normalize=False
     )

@@ -12,7 +12,6 @@ from torchvision.transforms import functional as vision
 from maedistill.data.images.decode import decode_rgb
 from maedistill.data.images.transforms import (
     CROP_DRAWS,
-    centre_crop,
     crop,
     normalize,
     random_box,
@@ -106,21 +105,6 @@ def test_the_box_is_what_is_cut_out():
     image = torch.arange(20 * 30, dtype=torch.int32).remainder(251).byte().view(1, 20, 30).repeat(3, 1, 1)
     assert torch.equal(crop(image, (3, 5, 8, 8), size=8), image[:, 3:11, 5:13])
     assert crop(image, (0, 0, 20, 10), size=8).shape == (3, 8, 8)
-
-
-@pytest.mark.parametrize(("height", "width"), [(40, 64), (64, 40), (41, 41)])
-def test_the_centre_crop_is_centred_and_square(height, width):
-    image = torch.zeros(3, height, width, dtype=torch.uint8)
-    image[:, height // 2, width // 2] = 255
-    cut = centre_crop(image, size=32, crop_pct=0.8)
-    side = round(min(height, width) * 0.8)
-    top, left = (height - side) // 2, (width - side) // 2
-    if side == 32:
-        assert torch.equal(cut, image[:, top : top + 32, left : left + 32])
-    brightest = divmod(int(cut[0].float().flatten().argmax()), 32)
-    assert cut.shape == (3, 32, 32) and all(abs(place - 16) <= 1 for place in brightest)
-    assert torch.equal(centre_crop(image[:, :40, :40], size=40, crop_pct=1.0), image[:, :40, :40])
-    assert centre_crop(image[:, :1, :1], size=4, crop_pct=0.1).shape == (3, 4, 4)
 
 
 def test_half_are_mirrored_by_seed_and_position_alone():

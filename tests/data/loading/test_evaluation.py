@@ -10,7 +10,6 @@ from timm.data import create_transform
 
 from maedistill.data.images.decode import decode_rgb
 from maedistill.data.loading.evaluation import (
-    CUT,
     PADDING,
     EvaluationImages,
     evaluation_transform,
@@ -87,7 +86,7 @@ def test_a_bad_image_is_marked_and_not_replaced(tmp_path, workers):
     """It counts as padding does, and can be told from it."""
     whole = encoded(20, 30, "PNG")
     index = write_shard(tmp_path / "a.tar", {"0": (whole, 5), "1": (whole[:300], 2), "2": (whole, 4)})
-    asked = EvaluationImages(index, torch.tensor([1, 2]), evaluation_transform(size=8, crop=1.0, crop_mode=CUT))
+    asked = EvaluationImages(index, torch.tensor([1, 2]), evaluation_transform(size=8, crop=1.0))
     images, labels, ids = zip(*exact_batches(asked, batch=1, workers=workers), strict=True)
     assert not images[0].any() and images[1].any()
     assert [int(label) for label in labels] == [-1, 4] and [int(i) for i in ids] == [undecodable(1), 2]
