@@ -200,7 +200,7 @@ def test_a_teacher_from_a_run_is_named_with_its_keys_and_license(trio):
 
 
 def test_a_student_that_sees_all_and_predicts_no_pixels_imitates_alone(pretraining, settings):
-    """The same losses with ZeRO 0, 2 and 3: the final norm, which no loss reads, has no gradient. No decoder, no pictures."""
+    """The same losses with ZeRO 0, 2 and 3, where the final norm has no gradient. No decoder, no pictures."""
     whole = [*settings["dmae"], "masks.student_keep_ratio=1", "pixels.weight=0", "optim.epochs=1"]
     runs = [pretraining("whole", *whole, "optim.ema=0.9", "log.report=true")]
     runs += [pretraining(f"whole{zero}", *whole, f"engine.zero={zero}", launcher="fork", ranks=2) for zero in (2, 3)]

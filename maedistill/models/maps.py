@@ -115,27 +115,19 @@ def map_shapes(network: TimmModel, *, name: str, image_size: int) -> list[tuple[
 
     Raises ConfigError for a network without square maps.
     """
-    shapes, reason = _shapes_at(network, image_size)
-    if not reason:
-        return shapes
     own = getattr(network, "pretrained_cfg", {}).get("input_size", [image_size])[-1]
-    remedy = "use a network of timm that has one, e.g. convnext_tiny, or a maedistill.Encoder"
-    if own != image_size and not _shapes_at(network, own)[1]:
-        remedy = f"leave the image size out, or use {own}, the network's own"
-    raise ConfigError(f"{name} gives no square map of features for images of {image_size} pixels ({reason})", remedy)
-
-
-def _shapes_at(network: TimmModel, image_size: int) -> tuple[list[tuple[int, int]], str]:
-    """Return width and side of each map for images of a size; or none, and the reason."""
+    remedy = f"leave the image size out, which is then {own}, or " if own != image_size else ""
+    remedy += "use a network of timm that has one, e.g. convnext_tiny, or a maedistill.Encoder"
+    cause = f"{name} gives no square map of features for images of {image_size} pixels"
     if not hasattr(network, "forward_intermediates"):
-        return [], "it has no forward_intermediates"
+        raise ConfigError(f"{cause} (it has no forward_intermediates)", remedy)
     try:
         with torch.no_grad():
             image = torch.empty(1, 3, image_size, image_size, device="meta")
             maps = feature_maps(on_meta(network).eval(), image, None)
     except (AssertionError, AttributeError, RuntimeError, ValueError, TypeError) as error:
-        return [], f"{type(error).__name__}: {str(error)[:100]}"
+        raise ConfigError(f"{cause} ({type(error).__name__}: {str(error)[:100]})", remedy) from error
     shapes = [tuple(features.shape[1:]) for features in maps.values()]
-    if odd := next((shape for shape in shapes if len(shape) != 3 or shape[1] != shape[2]), None):
-        return [], f"a depth has the shape {odd}"
-    return [(shape[0], shape[1]) for shape in shapes], ""
+    if any(len(shape) != 3 or shape[1] != shape[2] for shape in shapes):
+        raise ConfigError(cause, remedy)
+    return [(shape[0], shape[1]) for shape in shapes]

@@ -253,7 +253,7 @@ class Flat(nn.Module):
         ),
         ("random:swin_tiny_patch4_window7_224", [3], {"size": 90}, "90", "teacher.image_size=88"),
         ("random:vit_tiny_patch16_224", [3], {"size": 64}, "64", "128"),
-        ("random:hiera_tiny_224", [3], {"size": 100}, "100 pixels", "use 224"),
+        ("random:hiera_tiny_224", [3], {"size": 100}, "100 pixels", "which is then 224"),
     ],
 )
 def test_what_cannot_teach_is_refused(
