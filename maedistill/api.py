@@ -1,4 +1,4 @@
-"""The Python API: each function does what the command of its name does, and takes objects where a config cannot say it.
+"""The Python API: each function does what the command of its name does, and takes objects that no config can describe.
 
     import maedistill
 
@@ -6,7 +6,7 @@
     run = maedistill.pretrain("imagenet/dmae_vit_s", {"data.train": "shards/photos/train-*.tar", "run": "runs/student"})
     backbone = maedistill.load_backbone(run)  # a timm model: images [B, 3, s, s] -> features [B, D]
 
-All functions raise `UserError` for what a user can mend, with `cause` and `remedy`. With several processes (torchrun)
+All functions raise `UserError` for what a user can fix, with `cause` and `remedy`. With several processes (torchrun)
 every process calls the same function with the same arguments.
 """
 
@@ -63,7 +63,7 @@ def make_shards(
     """Write a folder of images, or `imagenet`, `cifar10` or `digits`, as WebDataset shards with an index.
 
     val_fraction: share to hold out of a folder without splits. root: where the files of imagenet or cifar10 are.
-    shorter_side: shrink larger images to so many pixels, as JPEGs of `quality`. workers: threads that decode.
+    shorter_side: shrink larger images to this many pixels, as JPEGs of `quality`. workers: threads that decode.
     Returns what was written, converted and skipped, by split. The same call continues one that was interrupted.
     """
     return write.make_shards(
@@ -93,7 +93,7 @@ def pretrain(
     config: a file, the name of a config of maedistill, a mapping of settings, or a PretrainConfig. overrides: settings
     on top of it, as `{"optim.epochs": 100}` or `["optim.epochs=100"]`.
     student, teacher: in place of the config's; a plain ViT of timm, or any module that is an `Encoder`; a teacher also
-    any network of timm that gives maps of features. The student starts with the weights that it has. method: a subclass
+    any network of timm that gives feature maps. The student starts from its current weights. method: a subclass
     of the class that the config's `method` names, or a function that returns one; it is called with the arguments of
     that class. dataset, val_dataset: in place of shards.
     callbacks: hooks of the run. extend: continue with more epochs than before.
@@ -167,7 +167,7 @@ def evaluate(
     model: a run folder, an export folder, KIND:NAME (as `timm:resnet18.a1_in1k`), or a module that maps normalised
     images [B, 3, s, s] to logits. data: labelled shards or a data set. weights: `ema` for a moving average, or the name
     of an entry of a checkpoint file. exit: the block of one of a run's exits, where the network ends. peer: a student
-    of mutual learning, from 1 on. image_size, crop: other than the model's own. image_key, label_key: which members of
+    of mutual learning, counted from 1. image_size, crop: if not the model's own. image_key, label_key: which members of
     a sample are image and label, as the keys of `data`. against: a second classifier, for agreement and a paired
     comparison.
     """
@@ -204,7 +204,7 @@ def export(
 
     out: by default RUN/export, with `exit` RUN/export_exitBLOCK, with `peer` RUN/export_peerN. weights: `ema` for the
     moving average. global_pool: how a pre-trained backbone pools its patches: `avg` (the default) or `token`. exit: the
-    block of one of its exits, where the network ends. peer: a student of mutual learning, from 1 on. formats: `timm`,
+    block of one of its exits, where the network ends. peer: a student of mutual learning, from 1. formats: `timm`,
     `onnx`, `torch_export`, the last two as graphs that run without timm. with_preprocessing: the graphs take uint8
     images, and scale and normalise them.
     """

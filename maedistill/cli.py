@@ -20,9 +20,9 @@ COMMANDS = {
     "pretrain": "pre-train a student by MAE, or distil a teacher by DMAE, AMD or token relations",
     "finetune": "fine-tune a network on labels, with or without teachers, and evaluate it",
     "evaluate": "count every validation image once; judge frozen features, or write them to disk",
-    "knowledge": "quantify what networks know of images through their training, and compare them",
+    "knowledge": "quantify what networks know about images during training, and compare them",
     "export": "hand over a run's network with its card: for timm, as ONNX or torch.export, in int8, to the hub",
-    "compare": "put runs and exports side by side: size, accuracy, latency",
+    "compare": "compare runs and exports by size, accuracy and latency",
     "study": "run and compare many trainings from one file",
     "report": "make a page of a run, of a study, or of several runs: one HTML file",
     "benchmark": "measure where time goes: loader, step, scale, cost",
@@ -47,7 +47,7 @@ def _dispatch(words: Sequence[str]) -> None:
     name, *arguments = [word for word in words if not word.startswith("--local_rank=")] or ["--help"]
     if name in ("-h", "--help"):
         lines = [f"  {command:<11} {about}" for command, about in COMMANDS.items()]
-        say("usage: maedistill COMMAND ...", "", "commands:", *lines, "", "maedistill COMMAND --help says more.")
+        say("usage: maedistill COMMAND ...", "", "commands:", *lines, "", "maedistill COMMAND --help shows details.")
     elif name == "--version":
         say(f"maedistill {__version__}")
     elif name in COMMANDS:

@@ -29,7 +29,7 @@ def require_local(path: str | Path, name: str) -> None:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Replace or make a file. Raises OSError if the disk refuses it; the file of before is then still there."""
+    """Replace or make a file. Raises OSError if the disk refuses it; the previous file is then still there."""
     # several processes may write the same file
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)

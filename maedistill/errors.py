@@ -85,7 +85,7 @@ def device_error(error: BaseException) -> UserError | None:
     if "AcceleratorError" in kinds:
         return PeerError(
             f"the GPU failed ({reason})",
-            "the same command goes on from the newest checkpoint; if it fails again, look at dmesg and nvidia-smi -q "
+            "the same command continues from the newest checkpoint; if it fails again, look at dmesg and nvidia-smi -q "
             "for ECC and Xid errors and use another GPU; CUDA_LAUNCH_BLOCKING=1 names the operation",
         )
     return None
@@ -100,7 +100,7 @@ class Preempted(Exception):
     def __init__(self, signal: str, step: int, *, command: str | None = None) -> None:
         by_hand = signal == "SIGINT"
         self.exit_code = 130 if by_hand else 75
-        how = f"\ncontinue with: {shown(command)}" if command else "; the same command goes on from there"
+        how = f"\ncontinue with: {shown(command)}" if command else "; the same command continues from there"
         super().__init__(f"stopped by {'Ctrl-C' if by_hand else signal} after step {step}, which is saved{how}")
 
 

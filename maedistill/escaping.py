@@ -122,7 +122,7 @@ def say(*lines: str, error: bool = False) -> None:
 
 
 def warn(text: str) -> None:
-    """Print one line of warning to stderr. Nothing ends because nobody reads it: any process or thread may warn."""
+    """Print one line of warning to stderr. A closed stderr is no error, so any process or thread may warn."""
     with suppress(OSError, ValueError):
         say(f"warning: {text}", error=True)
 

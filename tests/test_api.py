@@ -45,7 +45,7 @@ def test_paths_in_lists_are_settings_and_numbers_of_other_kinds_are_not(pretrain
     loaded = load_config("quickstart/finetune", settings, root=FinetuneConfig, to_run=False).config
     assert loaded.distill.teachers == ("run:a", "run:b")
     for wrong in ([np.int64(8)], {"a": [np.int64(8)]}, [["x", b"y"]]):
-        with pytest.raises(ConfigError, match=r"^align\.student.* is no setting"):
+        with pytest.raises(ConfigError, match=r"^align\.student.* is not a setting"):
             load_config(pretraining.config, {"align.student": wrong}, root=PretrainConfig, to_run=False)
 
 

@@ -37,7 +37,7 @@ def test_a_stop_on_request_is_one_line_and_no_error(capsys):
     assert exit_code_of(main) == 75
     assert capsys.readouterr() == (
         "",
-        "stopped by SIGUSR1 after step 120, which is saved; the same command goes on from there\n",
+        "stopped by SIGUSR1 after step 120, which is saved; the same command continues from there\n",
     )
 
 

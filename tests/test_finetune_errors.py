@@ -47,7 +47,7 @@ OPENING = {
     "labels without output": (
         ["data.val={made}/beyond.tar"], 3, "validation labels go up to 4, training shards have 3", "data.num_classes",
     ),
-    "a label that is a slip": (["data.train={made}/slip.tar"], 3, "labels go up to 99,999, first", "mend the label"),
+    "a label that is a slip": (["data.train={made}/slip.tar"], 3, "labels go up to 99,999, first", "correct the label"),
     "other classes": (["data.val={made}/other/train-*.tar"], 3, "other classes (3 and 2)", "one data set"),
 }  # fmt: skip
 

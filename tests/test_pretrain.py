@@ -83,7 +83,7 @@ def test_decoded_images_that_are_kept_change_no_bit_on_three_ranks(pretraining, 
             f"kept-{keep}", *settings["mae"], f"data.keep_decoded={keep}", "data.workers=1", "optim.epochs=2", ranks=3
         )
         assert ("decoded  once and kept in memory: 96 images" in ended.out) == (keep == "true")
-        assert "cannot open what others keep" not in ended.err
+        assert "cannot open the shared images" not in ended.err
         ends[keep] = (ended.last_checkpoint() / "model.safetensors").read_bytes()
     assert ends["true"] == ends["false"]
 
@@ -301,7 +301,7 @@ def test_what_a_run_folder_allows_and_refuses(pretraining, settings, trio, shard
     changed = metadata | {"teacher_weights": ["0" * 64]}  # as if the teacher had changed
     (run / "run.json").write_text(json.dumps(changed))
     error, fix = pretraining("continued", *settings["dmae"], *more, code=2).err.splitlines()
-    assert f"other weights than now: {metadata['teacher']}" in error and "give the teacher back" in fix
+    assert f"other weights than now: {metadata['teacher']}" in error and "restore the weights" in fix
     fresh = pretraining("continued", *settings["dmae"], "optim.lr=1e-4", "--fresh", "--yes")
     assert len(fresh.metrics()) == 24 and len(json.loads((run / "run.json").read_text())["starts"]) == 1
 

@@ -35,7 +35,7 @@ COURSE_METRICS = ("d_mean", "d_std", "rho")  # which depend on the checkpoints t
 def reasons_to_leave_out(
     entropies: Sequence[Array], changes: Sequence[Array], foreground: Array | None
 ) -> dict[str, Array]:
-    """Return which images do not count, and why, of all networks together: bool [I] by reason.
+    """Return which images are left out for all networks, and why: bool [I] by reason.
 
     entropies: [K, I, n] of each network. changes: [K, I], of its features. foreground: bool [I, n], or None. An image
     has to have a background that is discarded at least as much as its foreground, in the later half of each training.
@@ -64,7 +64,7 @@ def find_concepts(entropies: Array, foreground: Array | None) -> tuple[Array, Ar
 
 
 def per_image(concepts: Array, foreground: Array | None, distances: Array) -> dict[str, Array]:
-    """Return of each image, [I], what the metrics are made of; NaN where an image has no such value.
+    """Return the values of each image, [I], from which metrics are computed; NaN where an image has none.
 
     concepts: bool [K, I, n]. distances: [K], the weight distance up to each checkpoint. The numbers of concepts are
     those of the last checkpoint. With one checkpoint there is no distance and no rho.
@@ -85,7 +85,7 @@ def per_image(concepts: Array, foreground: Array | None, distances: Array) -> di
 
 
 def metrics(values: Mapping[str, Array], others: Mapping[str, Array] | None = None) -> dict[str, dict[str, Any]]:
-    """Return each metric with its 95 % interval over images, which are drawn anew with replacement `RESAMPLINGS` times.
+    """Return each metric with its 95 % interval over images, resampled with replacement `RESAMPLINGS` times.
 
     values: of `per_image`. With others, of another network on the same images: the differences to it, both networks
     having the same images in each resampling, those that have a value in both.

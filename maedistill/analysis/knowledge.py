@@ -1,4 +1,4 @@
-"""Quantify what networks know of images through their training, and write it down.
+"""Quantify what networks know about images during training, and write the results.
 
     RUN, ... -> states -> (state, batch of images) -> OUT/entropies/NN-STEP-BATCH.safetensors, by any process
     all of these -> OUT/knowledge.json, then knowledge.md and pictures, by rank 0
@@ -100,7 +100,7 @@ def quantify(spec: KnowledgeSpec, context: EvalContext) -> dict[str, Any]:
     units = _units(spec, states, len(pictures.ids), batch=context.batch)
     missing = distributed.on_main(lambda: _keep(spec.out, settings, units))
     if not all(distributed.gather_objects((spec.out / SETTINGS).is_file())):
-        raise DataError(f"{spec.out} is another folder on another machine", "name one that all share: --out")
+        raise DataError(f"{spec.out} is not the same folder on all machines", "name a shared one: --out")
     cells, number = f"{inspected.grid} x {inspected.grid} cells", len(inspected.distances)
     print_main("states", f"{len(states)}, of {number} networks; {len(pictures.ids):,} images of {cells}")
     print_main("files", f"{len(units):,}, {len(units) - len(missing):,} of them are there already")
@@ -228,7 +228,7 @@ def _collect(
     for unit in units:
         found = _read(unit, grid=inspected.grid)
         if found is None:
-            raise DataError(f"{unit.file} is gone", "start the same command again: the others are kept")
+            raise DataError(f"{unit.file} is missing", "start the same command again: it writes only missing files")
         rows.setdefault(unit.state.name, {}).setdefault(unit.state.step, []).append(found)
     entropies, changes = (
         {name: np.stack([np.concatenate([part[kind].double() for part in parts]) for parts in steps.values()])

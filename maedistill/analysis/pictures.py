@@ -52,7 +52,7 @@ def read_pictures(index: ShardIndex, network: Network, context: EvalContext, *, 
 
 
 def check_foreground(where: str, grid: int | None) -> None:
-    """Raise ConfigError for a folder of masks that is not there, or a grid, if its cells are known, without centre."""
+    """Raise ConfigError if the folder of masks is missing, or if a grid whose cells are known has no centre."""
     if where == "center" and grid is not None and grid < 3:
         raise ConfigError(f"--foreground: {grid} x {grid} cells have no centre", "give masks, or none")
     if where not in ("center", "none") and not Path(where).is_dir():

@@ -1,4 +1,4 @@
-"""Networks that differ in the seed of their training alone, taken together.
+"""Networks that differ only in the seed of their training, taken together.
 
     labels/seed_0/finetune, labels/seed_1/finetune, ... -> labels/seed_*/finetune, with 95 % intervals over seeds
 
@@ -19,7 +19,7 @@ SEED_FOLDER = re.compile(r"(?<![^/:])seed_(\d+)(?![^/])")
 
 
 def group_seeds(names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Return the networks of each group, by seed: those whose names differ in a folder `seed_N` alone, two at least."""
+    """Return the networks of each group, by seed: those whose names differ only in a folder `seed_N`, at least two."""
     groups: dict[str, dict[str, str]] = {}
     for name in names:
         if len(found := SEED_FOLDER.findall(name)) == 1:

@@ -31,7 +31,7 @@ _CLASSIFIER = "head."  # of the parameters of a plain ViT: pre-training has none
 
 @dataclass(frozen=True)
 class State:
-    """The network `name` at a step of its training, 0 for one that is no run. source: what opens it."""
+    """The network `name` at a step of its training, 0 if it is not a run. source: what opens it."""
 
     name: str
     step: int

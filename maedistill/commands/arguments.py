@@ -83,7 +83,7 @@ def require_writable(files: dict[str, Path | None]) -> None:
         require_local(file, flag)
         is_folder = os.path.isdir(file)  # Path.is_dir raises errors of long names and of permissions
         if is_folder or not (os.path.isdir(file.parent) and os.access(file.parent, os.W_OK)):
-            problem = "is a folder" if is_folder else f"cannot be written: {file.parent} is no folder, or is closed"
+            problem = "is a folder" if is_folder else f"cannot be written: {file.parent} is no writable folder"
             raise ConfigError(f"{flag}: {file} {problem}", "name a file in a folder that exists")
         if (other := named.setdefault(file.resolve(), flag)) != flag:
             raise ConfigError(f"{other} and {flag} both name {file}", "name two files")

@@ -17,7 +17,7 @@ EXAMPLES = """examples:
     maedistill benchmark loader 'in1k/train-*.tar' --workers 2
   FLOPs, images/s and memory, against the plain step:
     maedistill benchmark step imagenet/dmae_vit_b engine.precision=fp32 --batch 2
-  what more processes bring on this machine:
+  speed-up from more processes on this machine:
     maedistill benchmark scale cifar10/dmae --processes 2
   hours to a paper's number, and what limits them:
     maedistill benchmark cost imagenet/dmae_vit_b data.train='in1k/train-*.tar' --gpus 8
@@ -60,7 +60,7 @@ def step(arguments: argparse.Namespace) -> "Report":
 
 
 def scale(arguments: argparse.Namespace) -> "Report":
-    """Measure what more processes bring on this machine."""
+    """Measure the speed-up from more processes on this machine."""
     from maedistill.benchmark.scale import measure_scale
 
     return measure_scale(arguments.config, arguments.overrides, processes=arguments.processes, rounds=arguments.rounds)
@@ -92,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     def kind(measure, rounds: int) -> argparse.ArgumentParser:  # noqa: ANN001
         one = kinds.add_parser(measure.__name__, help=measure.__doc__, description=measure.__doc__)
         one.set_defaults(measure=measure)
-        one.add_argument("--rounds", type=count, default=rounds, metavar="N", help="measured (default %(default)s)")
+        one.add_argument("--rounds", type=count, default=rounds, metavar="N", help="rounds (default %(default)s)")
         one.add_argument("--json", type=path, metavar="FILE", help="also write the figures there")
         return one
 
@@ -114,8 +114,8 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="crops per round (default %(default)s; more with several workers)",
     )
-    one.add_argument("--against", metavar="SHARDS", help="that the plain path reads: the same images, not re-encoded")
-    configured(step, 7).add_argument("--batch", type=count, metavar="N", help="images (default: of about a second)")
+    one.add_argument("--against", metavar="SHARDS", help="shards for the plain path: the same images, not re-encoded")
+    configured(step, 7).add_argument("--batch", type=count, metavar="N", help="images (default: for about 1 s)")
     configured(scale, 3).add_argument(
         "--processes", type=count, metavar="N", help="at most (default: one per GPU, or per core)"
     )

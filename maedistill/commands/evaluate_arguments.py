@@ -24,7 +24,7 @@ frozen features of any network, a pre-training run too (each with a --help of it
 features on disk, and linear segmentation of patch features:
   maedistill evaluate embed runs/dmae_s 'in1k/train-*.tar' features/dmae_s
   maedistill evaluate segment runs/dmae_s --images scenes/images --masks scenes/masks
-the exits of a run of student.exits:
+the exits of a run with student.exits:
   maedistill evaluate exits runs/dmae_s_exits 'in1k/val-*.tar' --picture exits.png --beside runs/small runs/tiny
 
 The counts are the same for any number of processes. Exit codes: 0 done, 2 usage, 3 data, 4 numerics, 5 a peer or the
@@ -34,7 +34,7 @@ ABOUT = {
     "score": "Evaluate a network on labelled shards: every image exactly once.",
     "knn": "Classify each image by a vote of its nearest training images (cosine similarity).",
     "probe": "Train a linear classifier on frozen features, at several learning rates in one pass.",
-    "embed": "Write the features of every image to files. The same command goes on after an interruption.",
+    "embed": "Write the features of every image to files. After an interruption the same command continues.",
     "segment": "Train a linear layer on frozen patch features to segment photographs, and score it by mIoU.",
     "exits": "Evaluate the exits of a run: each alone, their ensemble, and thresholds on their confidence.",
 }
@@ -51,14 +51,14 @@ probability reaches the threshold, or at the final classifier. The latencies of 
 """
 EMBED = """\
 OUT gets features-000000.safetensors and so on, with ids (positions in the shards, as in --predictions), features and,
-where there are, labels; and manifest.json. Without --block, features are the network's final output.
+if there are any, labels; and manifest.json. Without --block, features are the network's final output.
 
 The bytes are the same for any number of processes (torchrun --nproc-per-node N -m maedistill evaluate embed ...).
 """
 SEGMENT = """\
 MODEL is the folder of a run of either stage or of an export, or timm:NAME, or hf-hub:ID: any network of timm that gives
-maps of features. Images are .jpg or .png, masks .png files of the same names whose pixels are class numbers. Each image
-is squashed to the network's size; scores count the pixels of the masks as they are.
+feature maps. Images are .jpg or .png, masks .png files of the same names whose pixels are class numbers. Each image is
+resized to the network's size without keeping its proportions; scores count the pixels of the masks at their own size.
 
 The best learning rate is chosen on a tenth of the training images, never on the validation images. For ADE20k:
   maedistill evaluate segment MODEL --images images/training --masks annotations/training --ignore 0
@@ -84,7 +84,7 @@ def parse_score(words: list[str]) -> argparse.Namespace:
         metavar="SHARDS",
         help="labelled shards: a folder (its val-*.tar), one tar, a quoted glob or a brace range",
     )
-    add("--index", metavar="FILE", help="the shards' index, where it does not lie beside them")
+    add("--index", metavar="FILE", help="the shards' index, if it is not in their folder")
     add("--exit", type=int, metavar="BLOCK", help="the network that ends at an exit (a run with student.exits)")
     add("--peer", type=int, default=0, metavar="N", help=PEER)
     add("--against", metavar="MODEL2", help="compare the answers with another classifier's: same best class, KL")
@@ -94,9 +94,7 @@ def parse_score(words: list[str]) -> argparse.Namespace:
     for name, text in FILES.items():
         flag = "--" + name.replace("_", "-")
         add(flag, type=path, metavar=f"FILE{SUFFIXES[name]}", dest=name, help=text)
-    add(
-        "--test-size", action="store_true", help="image size and crop of timm's published accuracy, where it has others"
-    )
+    add("--test-size", action="store_true", help="image size and crop of timm's published accuracy, if they differ")
     add("--no-latency", action="store_true", help="do not time the network")
     add_common(parser)
     return parser.parse_args(words)
@@ -109,8 +107,8 @@ def parse_features(command: str, words: list[str]) -> argparse.Namespace:
     add("model", metavar="MODEL", help="a run, an export or a weights file, or timm:NAME, hf-hub:ID")
     for split, use in (("train", "to learn from"), ("val", "to score on")):
         add(f"--{split}", metavar="SHARDS", required=True, help=f"labelled shards {use}")
-        add(f"--{split}-index", metavar="FILE", help="their index, where it does not lie beside them")
-    add("--block", type=int, metavar="N", help="whose output: from 0, or from -1 backwards (default: the final output)")
+        add(f"--{split}-index", metavar="FILE", help="their index, if it is not in their folder")
+    add("--block", type=int, metavar="N", help="block to use: from 0, or from -1 backwards (default: the final output)")
     add("--pool", choices=("mean", "class"), default="mean", help="mean of the patches, or the class token")
     if command == "knn":
         add(
@@ -130,10 +128,10 @@ def parse_features(command: str, words: list[str]) -> argparse.Namespace:
             type=several(positive),
             default=rates,
             metavar="X,X",
-            help="per 256 images, in one pass (default 0.03 to 30)",
+            help="learning rates per 256 images, in one pass (default 0.03 to 30)",
         )
-        add("--epochs", type=at_least(1), default=90, metavar="N", help="over the features (default 90)")
-        add("--head-batch", type=at_least(2), default=4096, metavar="N", help="at most a quarter of all (default 4096)")
+        add("--epochs", type=at_least(1), default=90, metavar="N", help="epochs over the features (default 90)")
+        add("--head-batch", type=at_least(2), default=4096, metavar="N", help="features per update (default 4096)")
         add("--optimizer", choices=("lars", "sgd"), default="lars", help="without weight decay (default lars)")
     add("--json", type=path, metavar="FILE.json", help=FILES["json"])
     add_common(parser)
@@ -148,8 +146,8 @@ def parse_embed(words: list[str]) -> argparse.Namespace:
     add("model", metavar="MODEL", help="a run, an export or a weights file, or timm:NAME, hf-hub:ID")
     add("shards", metavar="SHARDS", help="shards: a folder (its val-*.tar), one tar, a quoted glob or a brace range")
     add("out", metavar="OUT", type=path, help="a new folder, or one that this command began to fill")
-    add("--index", metavar="FILE", help="the shards' index, where it does not lie beside them")
-    add("--block", type=int, metavar="N", help="whose output: from 0, or from -1 backwards (default: the final output)")
+    add("--index", metavar="FILE", help="the shards' index, if it is not in their folder")
+    add("--block", type=int, metavar="N", help="block to use: from 0, or from -1 backwards (default: the final output)")
     kinds = parser.add_mutually_exclusive_group().add_argument
     kinds("--pool", choices=("mean", "class"), default="mean", help="mean of the patches, or the class token")
     kinds("--patches", action="store_true", help="the map of patch features, [h, w, D], instead of one vector")
@@ -169,14 +167,14 @@ def parse_segment(words: list[str]) -> argparse.Namespace:
     add("--val-images", type=path, metavar="DIR", help="images to score on (default: the held-out training images)")
     add("--val-masks", type=path, metavar="DIR", help="their masks")
     add("--classes", type=at_least(1), metavar="N", help="number of classes (default: the largest in the masks + 1)")
-    add("--ignore", type=at_least(0), default=255, metavar="N", help="number in a mask that is no class (default 255)")
-    blocks = "whose outputs, side by side: --blocks=-2,-1 (default: the final output)"
+    add("--ignore", type=at_least(0), default=255, metavar="N", help="value that is not a class (default 255)")
+    blocks = "blocks whose outputs are concatenated: --blocks=-2,-1 (default: the final output)"
     add("--blocks", type=several(int), metavar="N,N", help=blocks)
     rates = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
-    add("--lr", type=several(positive), default=rates, metavar="X,X", help="in one pass (default 0.0003 to 0.1)")
-    add("--epochs", type=at_least(1), default=20, metavar="N", help="over the features (default 20)")
-    add("--head-batch", type=at_least(2), default=16, metavar="N", help="images, at most a quarter of all (default 16)")
-    add("--image-size", type=at_least(1), metavar="N", help="other than the model's own; positions are resampled")
+    add("--lr", type=several(positive), default=rates, metavar="X,X", help="learning rates (default 0.0003 to 0.1)")
+    add("--epochs", type=at_least(1), default=20, metavar="N", help="epochs over the features (default 20)")
+    add("--head-batch", type=at_least(2), default=16, metavar="N", help="images per update (default 16)")
+    add("--image-size", type=at_least(1), metavar="N", help="if not the model's own; positions are resampled")
     add("--picture", type=path, metavar="FILE.png", help="draw some images, masks and predictions")
     add("--json", type=path, metavar="FILE.json", help=FILES["json"])
     add_execution(parser)
@@ -196,8 +194,8 @@ def parse_exits(words: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("model", metavar="RUN", help="a fine-tuned run with student.exits")
     add("shards", metavar="SHARDS", help="labelled shards: a folder (its val-*.tar), one tar, or a quoted glob")
-    add("--index", metavar="FILE", help="the shards' index, where it does not lie beside them")
-    about_beside = "other networks to draw, as separately trained sizes"
+    add("--index", metavar="FILE", help="the shards' index, if it is not in their folder")
+    about_beside = "other networks to draw, such as separately trained sizes"
     add("--beside", action="extend", nargs="+", default=[], metavar="MODEL", help=about_beside)
     add("--picture", type=path, metavar="FILE.png", help="draw top-1 over mean latency")
     add("--json", type=path, metavar="FILE.json", help=FILES["json"])
@@ -208,8 +206,8 @@ def parse_exits(words: list[str]) -> argparse.Namespace:
 def add_common(parser: argparse.ArgumentParser, *, threads: str = THREADS) -> None:
     """Add the arguments of images, and those of `add_execution`. threads: the default of --threads, in words."""
     add = parser.add_argument
-    add("--image-size", type=at_least(1), metavar="N", help="other than the model's own; positions are resampled")
-    add("--crop", type=share, metavar="F", help="share of the shorter side that is seen, other than the model's own")
+    add("--image-size", type=at_least(1), metavar="N", help="if not the model's own; positions are resampled")
+    add("--crop", type=share, metavar="F", help="share of the shorter side that is seen, if not the model's own")
     add("--image-key", metavar="FIELD", help="member of a sample that is its image, as data.image_key")
     add("--label-key", metavar="FIELD", help="member of a sample that is its label, as data.label_key")
     add("--exif", choices=("ignore", "apply"), help="turn photographs upright or not (default: as the run did)")
@@ -229,6 +227,6 @@ def add_execution(parser: argparse.ArgumentParser, *, threads: str = THREADS) ->
         "--workers",
         type=at_least(0),
         metavar="N",
-        help="processes that decode, for each process (default: its cores, at most 8)",
+        help="decoding workers of each process (default: its cores, at most 8)",
     )
     add("--threads", type=at_least(1), metavar="N", help=f"torch's CPU threads in each process ({threads})")

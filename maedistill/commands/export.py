@@ -24,9 +24,9 @@ examples:
   maedistill export runs/dmae_s_finetuned --push-to-hub USER/NAME
   maedistill export runs/dmae_s_finetuned --int8 --calibration 'in1k/train-*.tar' --val 'in1k/val-*.tar'
 
-The folder loads wherever timm is: timm.create_model("local-dir:FOLDER", pretrained=True); its graphs run wherever
-onnxruntime or torch is, on any number of images. Exit codes: 0 done, 2 usage, 3 no run, no such weights, a format
-without the run's outputs, int8 that is not accurate enough, nothing could be written, or the hub refused.
+The folder loads with timm: timm.create_model("local-dir:FOLDER", pretrained=True); its graphs run with onnxruntime or
+torch, on any number of images. Exit codes: 0 done, 2 usage, 3 no run, no such weights, a format that changes the run's
+outputs, int8 that is not accurate enough, nothing could be written, or the hub refused.
 """
 
 
@@ -50,9 +50,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--peer", type=int, default=0, metavar="N", help=PEER)
     add_graphs(parser)
-    pushed = "push it with its card to the Hugging Face hub, by the token in HF_TOKEN or of a login; private"
+    pushed = "push it with its card to the Hugging Face hub, with the token in HF_TOKEN or of a login; private"
     parser.add_argument("--push-to-hub", metavar="USER/NAME", help=pushed)
-    parser.add_argument("--public", action="store_true", help="let everybody see what --push-to-hub pushes")
+    parser.add_argument("--public", action="store_true", help="make what --push-to-hub pushes public")
     return parser.parse_args(sys.argv[2:])
 
 
@@ -62,12 +62,12 @@ def add_graphs(parser: argparse.ArgumentParser) -> None:
     add("--format", default="timm", metavar="NAME,NAME", help="timm (the default), onnx, torch_export")
     inside = "graphs take uint8 images, and scale and normalise them"
     add("--with-preprocessing", action="store_true", help=inside)
-    add("--val", metavar="SHARDS", help="evaluate every format on these, against the run's network")
-    add("--batch", type=at_least(1), metavar="N", help="of --val and --calibration (default 64)")
+    add("--val", metavar="SHARDS", help="evaluate every format on these shards, against the run's network")
+    add("--batch", type=at_least(1), metavar="N", help="images per batch of --val and --calibration (default 64)")
     add("--int8", action="store_true", help="also quantise the ONNX graph; needs --calibration and --val")
     add("--calibration", metavar="SHARDS", help="training images, for the ranges of int8")
-    add("--calibration-images", type=at_least(1), metavar="N", help="spread over these shards (default 256)")
-    add("--calibration-method", choices=("percentile", "entropy"), help="of the ranges (default percentile)")
+    add("--calibration-images", type=at_least(1), metavar="N", help="images, spread over these shards (default 256)")
+    add("--calibration-method", choices=("percentile", "entropy"), help="how ranges are chosen (default percentile)")
     most = "points of top-1 that int8 may lose on --val; layers stay in float until it does not lose more (default 0.5)"
     add("--max-drop", type=points, metavar="X", help=most)
 

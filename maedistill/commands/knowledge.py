@@ -1,4 +1,4 @@
-"""Quantify what networks know of images through their training, after Cheng et al. (2020)."""
+"""Quantify what networks know about images during training, after Cheng et al. (2020)."""
 
 import argparse
 import os
@@ -21,7 +21,7 @@ examples:
   maedistill knowledge runs/labels runs/kd --images 'cub/*.tar' --foreground cub/masks --out knowledge/cub
   torchrun --nproc-per-node 8 -m maedistill knowledge runs/labels runs/kd --images 'in1k/val-*.tar'
 
-The same command goes on after an interruption, with any number of processes; the figures are the same.
+After an interruption the same command continues, with any number of processes; the figures are the same.
 """
 
 
@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = new_parser("maedistill knowledge", __doc__, EXAMPLES)
     add = parser.add_argument
     add("networks", nargs="+", metavar="NETWORK", help="runs with their checkpoints, or other networks")
-    add("--images", required=True, metavar="SHARDS", help="images to look at; labels are not needed")
+    add("--images", required=True, metavar="SHARDS", help="images to analyse; labels are not needed")
     add("--out", type=path, default=Path("runs/knowledge"), metavar="DIR", help="default runs/knowledge")
     add("--count", type=at_least(1), default=50, metavar="N", help="number of images, chosen by the seed (default 50)")
     masks = "center (default), none, or a folder of masks KEY.png, whose foreground is not 0"

@@ -17,8 +17,8 @@ examples:
   maedistill report runs/quickstart
   maedistill report runs/mae_s runs/dmae_s --out comparison.html
 
-It needs Bokeh: pip install 'maedistill[report]'. A page that is there is made again after every evaluation, while its
-run trains; log.report=true makes it from the first one on. docs/report.md shows one.
+It needs Bokeh: pip install 'maedistill[report]'. While a run trains, an existing page is updated after every
+evaluation; log.report=true also makes the first one. docs/report.md shows one.
 """
 
 

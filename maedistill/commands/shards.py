@@ -11,7 +11,7 @@ from maedistill.errors import ConfigError
 from maedistill.escaping import say
 
 EXAMPLES = """examples:
-  maedistill shards photos/ shards/photos              class/image, images alone, or train/ and val/ of either
+  maedistill shards photos/ shards/photos              class/image, only images, or train/ and val/ with either
   maedistill shards photos/ shards/photos --val-fraction 0.1
   maedistill shards imagenet shards/in1k --root ILSVRC2012/ --workers 16
   maedistill shards imagenet shards/in1k-256 --root ILSVRC2012/ --shorter-side 256
@@ -30,7 +30,7 @@ def main() -> None:
     args = parse_arguments()
     out = Path(args.out or args.src)
     if not (args.out or args.verify):
-        raise ConfigError("OUT is missing", "say where the shards shall go: maedistill shards SRC OUT")
+        raise ConfigError("OUT is missing", "name the folder for the shards: maedistill shards SRC OUT")
     # torch and Pillow take seconds, which --help and mistakes need not wait for
     from maedistill.data.shards.sources import open_source
     from maedistill.data.shards.summary import print_summary
@@ -54,7 +54,7 @@ def main() -> None:
     if args.verify:
         indexed, bare = verify_shards(out)
         rest = f", {bare} without an index are whole" if bare else ""
-        say(f"{out}: all {indexed} shards are as their index says" + rest)
+        say(f"{out}: all {indexed} shards match their index" + rest)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -21,7 +21,7 @@ from maedistill.runs.terminal import outlive_readers
 
 EXIT_CODES = """
 Starting the same command again continues the run. Exit codes: 0 done, 2 usage, 3 data, 4 numerics, 5 a peer or the
-hardware, 75 asked to leave by SIGTERM or SIGUSR1, 130 Ctrl-C; RUN/exit.json says the same, since torchrun hides codes.
+hardware, 75 stopped by SIGTERM or SIGUSR1, 130 Ctrl-C; RUN/exit.json says the same, since torchrun hides codes.
 """
 
 
@@ -91,7 +91,7 @@ def _parse(root: type[Root], about: str, examples: str) -> argparse.Namespace:
 def _require_effect(arguments: argparse.Namespace) -> None:
     """Raise ConfigError for options that would have no effect together."""
     if arguments.yes and not arguments.fresh:
-        raise ConfigError("--yes answers the question of --fresh only", "leave it out, or add --fresh")
+        raise ConfigError("--yes only answers the question of --fresh", "leave it out, or add --fresh")
     names = ("explain", "print_config", "fresh", "dry_run", "extend")
     given = [name for name in names if getattr(arguments, name) not in (None, False)]
     first, *others = [f"--{name.replace('_', '-')}" for name in given] or [""]
@@ -114,7 +114,7 @@ def _confirm_deletion(run: str, *, asked: bool) -> None:
     if world_size_from_environment() > 1 or not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ConfigError(
             f"run: --fresh would delete the run in {run}, and there is no terminal to ask on",
-            "add --yes to delete it without a question, leave out --fresh to continue it, or use another run=",
+            "add --yes to delete it without being asked, leave out --fresh to continue it, or use another run=",
         )
     from maedistill.runs.folder import RunFolder
 

@@ -22,9 +22,9 @@ examples:
   maedistill study cifar10/study_methods --test 'shards/cifar10/test-*.tar'
   maedistill study cifar10/study_methods --report
 
-Started again, it skips what is done and continues what was not; results of other settings are never overwritten.
+The same command again skips what is done and continues the rest; results of other settings are never overwritten.
 OUT/results.md and results.json compare what is there. docs/studies.md says how a study is written.
-key=value goes to every run that has the key. Exit codes: 0 done, 2 usage, 3 data, otherwise that of the first step
+key=value applies to every run that has the key. Exit codes: 0 done, 2 usage, 3 data, otherwise that of the first step
 that failed.
 """
 
@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     add("settings", nargs="*", metavar="key=value", help="for every run that has the key, e.g. data.workers=1")
     add("--out", type=path, help="folder of the runs and results, instead of the file's")
     add("--seeds", action="extend", nargs="+", metavar="N", help="instead of the file's: 0 1 2, or 0,1,2")
-    add("--only", action="extend", nargs="+", metavar="NAME", help="students, rows or teachers, with what they need")
+    add("--only", action="extend", nargs="+", metavar="NAME", help="only these students, rows or teachers")
     add("--jobs", type=at_least(1), default=1, metavar="N", help="runs at a time (default 1), spread over the GPUs")
     add("--test", metavar="SHARDS", help="also evaluate each fine-tuned network on these labelled shards")
     add("--dry-run", action="store_true", help="check everything, say which steps are done, and stop")
@@ -64,7 +64,7 @@ def main() -> None:
     """Check everything before the first step starts. The comparison is written even if some steps fail."""
     arguments = parse()
     if any(seed < 0 for seed in arguments.seeds):
-        raise ConfigError(f"--seeds {arguments.seeds}: seeds are not negative", "use 0 or more")
+        raise ConfigError(f"--seeds {arguments.seeds}: seeds cannot be negative", "use 0 or more")
     study = load_study(arguments.study)
     out, seeds = arguments.out or path(study.out), arguments.seeds or list(study.seeds)
     require_local(out, "--out" if arguments.out else "out")

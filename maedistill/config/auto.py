@@ -119,4 +119,4 @@ def size_warnings(config: RunConfig, images: int, steps: int, *, world_size: int
     if not better:
         return []
     named = " ".join(f"{key}={value}" for key, value in better.items())
-    return [f"warning  {' and '.join(causes)}: {named} suits so many images (or auto)"]
+    return [f"warning  {' and '.join(causes)}: {named} suits this number of images (or use auto)"]

@@ -88,14 +88,14 @@ class LogitsConfig(TermConfig):
 
     weight: Weight = result(
         0.0,
-        "weight of T^2 KL(teacher, student); 0.9 beside label_weight=0.1 or 1 in KD, 9 when standardised; 0: off",
+        "weight of T^2 KL(teacher, student); 0.9 with label_weight=0.1 or 1 in KD, 9 when standardised; 0: off",
     )
     temperature: Temperature = result(4.0, "temperature T; 4 on small data, 1 on ImageNet, 2 when standardised")
     standardize: bool = result(False, "Z-score both sides' logits per image first (logit standardisation, Sun 2024)")
 
 
 class DKDConfig(TermConfig):
-    """DKD: alpha TCKD (how sure of the label) + beta NCKD (how the rest is shared), each logged; needs labels."""
+    """DKD: alpha TCKD (confidence in the label) + beta NCKD (the other classes), each logged; needs labels."""
 
     weight: Weight = result(0.0, "weight of alpha TCKD + beta NCKD; 1 in DKD, 9 when standardised; 0: off")
     alpha: Weight = result(1.0, "weight of TCKD; 1 in DKD")
@@ -105,9 +105,9 @@ class DKDConfig(TermConfig):
 
 
 class HardLabelConfig(TermConfig):
-    """Hard-label distillation (DeiT): cross-entropy with the teacher's likeliest class; needs no labels."""
+    """Hard-label distillation (DeiT): cross-entropy with the teacher's most likely class; needs no labels."""
 
-    weight: Weight = result(0.0, "weight of the cross-entropy; 0.5 beside distill.label_weight=0.5 in DeiT; 0: off")
+    weight: Weight = result(0.0, "weight of the cross-entropy; 0.5 with distill.label_weight=0.5 in DeiT; 0: off")
     token: bool = result(
         False,
         "read a distillation token instead of the classifier: the first register token (student.register_tokens=1) "
@@ -141,38 +141,38 @@ class TokenRelationsConfig(PairsConfig):
 
     weight: Weight = result(0.0, "weight of QK + VV, mean over pairs; 1 in TinyMIM; 0: off")
     num_heads: Positive | None = result(
-        None, "heads that both sides' queries, keys and values are cut into; null: as many as the teacher has"
+        None, "number of heads into which both sides' queries, keys and values are split; null: the teacher's"
     )
 
 
 class RKDDistanceConfig(TermConfig):
-    """RKD: distances between the images of a micro-batch, of pooled features, in units of their mean."""
+    """RKD: distances between the pooled features of the images of a micro-batch, in units of their mean."""
 
     weight: Weight = result(0.0, "weight; 25 in RKD; 0: off")
 
 
 class RKDAngleConfig(TermConfig):
-    """RKD: angles of all triplets of images of a micro-batch, of pooled features; B^3 numbers."""
+    """RKD: angles between the pooled features of all triplets of images of a micro-batch; B^3 numbers."""
 
     weight: Weight = result(0.0, "weight; 50 in RKD; 0: off")
 
 
 class SimilarityPreservingConfig(TermConfig):
-    """Similarity preserving: row-normalised Gram matrix of a micro-batch, of pooled features."""
+    """Similarity preserving: row-normalised Gram matrix of the pooled features of a micro-batch."""
 
     weight: Weight = result(0.0, "weight; 3000 is usual; 0: off")
 
 
 class PKTConfig(TermConfig):
-    """PKT: each image's affinities to its micro-batch as probabilities, of pooled features."""
+    """PKT: affinities of the pooled features of a micro-batch, as probabilities for each image."""
 
     weight: Weight = result(0.0, "weight; 30000 is usual; 0: off")
 
 
 class ContrastiveConfig(TermConfig):
-    """InfoNCE of pooled features (CRD without memory bank): match the teacher's of the same image, not of others."""
+    """InfoNCE (CRD without memory bank): match the teacher's pooled feature of the same image, not of others."""
 
-    weight: Weight = result(0.0, "weight of InfoNCE, mean of both ways; 1 was tried; 0: off")
+    weight: Weight = result(0.0, "weight of InfoNCE, mean of both directions; 1 was tried; 0: off")
     temperature: Temperature = result(0.07, "of the cosines; 0.05 to 0.2 is usual")
     width: Annotated[int, Field(ge=2, le=16384)] = result(128, "width that both sides are projected to; 128 is usual")
 
@@ -185,7 +185,7 @@ class ExitsConfig(TermConfig):
     weight: Weight = result(0.0, "weight of the sum over exits; 1 in Be Your Own Teacher; 0: off")
     alpha: Probability = result(
         0.3,
-        "share of the final classifier's predictions beside labels: (1 - alpha) CE + alpha T^2 KL; 0.3 in the paper",
+        "share of the final classifier's predictions in the loss: (1 - alpha) CE + alpha T^2 KL; 0.3 in the paper",
     )
     temperature: Temperature = result(3.0, "temperature T of the predictions; 3 in the paper")
     feature_weight: Weight = result(
@@ -197,7 +197,7 @@ class ExitsConfig(TermConfig):
         False, "give each exit a block of its own before its classifier; a classifier alone is weak on shallow blocks"
     )
     trunk_gradients: bool = result(
-        True, "let exits train the shared blocks, as in the paper; false: their heads alone (LGViT's second stage)"
+        True, "let exits train the shared blocks, as in the paper; false: only their heads train (LGViT's second stage)"
     )
 
 
@@ -223,7 +223,7 @@ class MutualConfig(TermConfig):
     students: tuple[str, ...] = result(
         (),
         'the peers, each by the settings in which it differs, as "student.width=192 student.num_heads=3" (init.*, '
-        'student.*, seed); "" differs in its seed alone, which is the run\'s + 1, + 2, ...',
+        'student.*, seed); "" differs only in its seed, which is the run\'s seed + 1, + 2, ...',
     )
 
 
@@ -235,24 +235,24 @@ class CodistillationConfig(TermConfig):
     weight: Weight = result(0.0, "weight of KL(mean of the peers, student), T 1; 1 in the paper; 0: off")
     start_epoch: Weight = result(0.0, "burn-in: epochs before the runs learn from each other; 40 % of all is usual")
     peers: tuple[str, ...] = result(
-        (), "folders of the other runs, each of which names this one; all of them see each other's file system"
+        (), "folders of the other runs, each of which names this one; each run needs access to the other folders"
     )
     every_steps: Positive = result(50, "steps between two exchanges of weights; 50 is usual")
     wait_seconds: Annotated[int, Field(ge=1, le=10_000_000)] = runtime(
         1800, "how long to wait for a peer: for its start, then for its weights of the same step"
     )
-    # Runtime, so that a run which ended for want of a peer can be continued without it.
+    # Runtime, so that a run that ended because a peer was missing can be continued without it.
     missing: Literal["stop", "leave_out"] = runtime(
-        "stop", "what to do about a peer that does not come: end this run (exit code 5), or go on without it for good"
+        "stop", "if a peer does not appear: end this run (exit code 5), or continue without this peer permanently"
     )
 
 
 class PastConfig(TermConfig):
-    """The past as teacher (after PS-KD): cross-entropy with labels that are mixed with what the network predicted."""
+    """Past predictions as teacher (after PS-KD): cross-entropy with labels mixed with the network's predictions."""
 
-    # (1 - a) target + a past, a = alpha (e + 1) / E in epoch e of E. The labels are in it, so it takes the place of
-    # label_weight's cross-entropy: PS-KD is weight 1 with label_weight 0. Both together, before start_epoch for
-    # example, make the share of the past a weight / (label_weight + weight).
+    # (1 - a) target + a past, a = alpha (e + 1) / E in epoch e of E. It contains the labels, so it replaces the
+    # cross-entropy of label_weight: PS-KD is weight 1 with label_weight 0. If both are on, for example with a
+    # start_epoch, the share of the past is a weight / (label_weight + weight).
 
     needs_teacher: ClassVar[bool] = False
 
@@ -260,17 +260,17 @@ class PastConfig(TermConfig):
         0.0, "weight of the cross-entropy with the mixed targets; 1 with distill.label_weight=0 is PS-KD's; 0: off"
     )
     alpha: Probability = result(
-        0.8, "share of the past in the last epoch, to which it rises linearly; 0.8 in PS-KD; 0: the labels alone"
+        0.8, "share of the past predictions in the last epoch; it rises linearly; 0.8 in PS-KD; 0: the labels alone"
     )
     source: Literal["weights", "ema", "predictions"] = result(
         "weights",
-        "what predicts; weights: the network as it was when the epoch began, nothing in the first epoch; ema: the "
+        "where they come from; weights: the network as it was when the epoch began, none in the first epoch; ema: the "
         "average of optim.ema; both see the same mixed images; predictions: those in training an epoch ago, stored in "
         "the run folder, as in PS-KD; they need augment.mixup=0 augment.cutmix=0",
     )
     top_k: Positive | None = result(
         None,
-        "with source=predictions: store so many of the likeliest classes, 6 bytes each, and spread the rest evenly; "
+        "with source=predictions: store this many of the most likely classes, 6 bytes each; spread the rest evenly; "
         "null: all classes, 2 bytes each",
     )
 
@@ -285,11 +285,11 @@ class PastConfig(TermConfig):
 
 
 class DistillConfig(Section):
-    """Teachers that the network also learns from while it is fine-tuned, and what it imitates of them."""
+    """Teachers from which the network also learns while it is fine-tuned, and what it imitates."""
 
     teachers: tuple[str, ...] = result(
         (),
-        "where they are: timm:NAME, hf-hub:ID, local-dir:PATH, run:PATH (a run folder of ours) or file:PATH, or a bare "
+        "where they are: timm:NAME, hf-hub:ID, local-dir:PATH, run:PATH (a maedistill run) or file:PATH, or a bare "
         "path, in brackets; terms are averaged over several",
     )
     weights: tuple[str, ...] = result(
@@ -297,12 +297,12 @@ class DistillConfig(Section):
         "which weights of each teacher, in the order of teachers: ema or a name as in init.weights, or model for the "
         "usual ones; by default the usual ones of all",
     )
-    image_size: Side | None = result(None, "side of the images that teachers look at, in pixels; null: each at its own")
+    image_size: Side | None = result(None, "side of the teachers' images, in pixels; null: each teacher's own")
     precision: Precision = result(
         "auto", "number format of the teachers; auto: bf16 on a GPU (fp16 below compute capability 8.0), fp32 on a CPU"
     )
     label_weight: Weight = result(
-        1.0, "weight of the cross-entropy with the labels; 0.1 beside KD's 0.9; 0: label-free, shards need no labels"
+        1.0, "weight of the cross-entropy with the labels; 0.1 with KD's 0.9; 0: label-free, shards need no labels"
     )
     logits: LogitsConfig = LogitsConfig()
     dkd: DKDConfig = DKDConfig()

@@ -86,7 +86,7 @@ def _self_attention(c: FinetuneConfig) -> Iterator[Problem]:
     """Yield problems unless the term has neighbours to compare."""
     term, key = c.distill.self_attention, "distill.self_attention.blocks"
     if term.on and len(term.blocks) < 2:
-        yield Problem(key, "no two blocks are named, of which one learns from the next", f"write e.g. {key}=[3,5,7]")
+        yield Problem(key, "two blocks or more are needed: each learns from the next", f"write e.g. {key}=[3,5,7]")
     yield from _rising(key, term.blocks)
     yield from shared_rules.blocks(key, term.blocks, arch=c.student_architecture, who="student")
 
@@ -95,10 +95,10 @@ def _mutual(c: FinetuneConfig) -> Iterator[Problem]:
     """Yield problems unless there are peers, and nothing else to learn from: other terms are of one student."""
     term, others = c.distill.mutual, [name for name in c.distill.terms if name != "mutual"]
     if term.on and not term.students:
-        remedy = "write e.g. distill.mutual.students=['']: one peer, which differs in its seed alone"
+        remedy = "write e.g. distill.mutual.students=['']: one peer, which differs only in its seed"
         yield Problem("distill.mutual.students", "there is no peer to learn from", remedy)
     if term.on and others:
-        cause = f"mutual learning does not go with distill.{others[0]}, which is of one student"
+        cause = f"mutual learning cannot be combined with distill.{others[0]}, which is for one student"
         yield Problem(f"distill.{others[0]}.weight", cause, "use one of the two")
 
 
@@ -113,7 +113,7 @@ def _codistillation(c: FinetuneConfig) -> Iterator[Problem]:
     for i, (peer, folder) in enumerate(zip(term.peers, folders, strict=True)):
         kind, _, name = peer.partition(":")
         if name and kind in SOURCE_KINDS:
-            yield Problem(key, f"{peer} is no folder of a run", f"name the folder alone, without {kind}:, as {name}")
+            yield Problem(key, f"{peer} is not a run folder", f"name only the folder, without {kind}:, as {name}")
         elif problem := why_not_local(peer):
             yield Problem(key, *problem)
         elif c.run and folder == os.path.realpath(os.path.expanduser(c.run)):
@@ -133,7 +133,7 @@ def _past(c: FinetuneConfig) -> Iterator[Problem]:
     ends = [c.optim.epochs] if c.optim.epochs != AUTO else []
     ends += [d.past.stop_epoch] if d.past.stop_epoch is not None else []
     if d.past.source != "ema" and min(ends, default=2) <= 1:
-        cause = f"{key}={d.past.source} is of the epoch before, and the first epoch has none"
+        cause = f"{key}={d.past.source} uses the previous epoch, and the first epoch has none"
         yield Problem("distill.past.weight", cause, f"use more than one epoch and a later stop_epoch, or {key}=ema")
     if d.past.source == "ema" and c.optim.ema is None:
         remedy = "add e.g. optim.ema=0.9999, or use distill.past.source=weights"
@@ -143,7 +143,7 @@ def _past(c: FinetuneConfig) -> Iterator[Problem]:
         yield Problem(key, cause, "use engine.zero=2, or distill.past.source=predictions")
     if d.past.stores and c.augment.mixes:
         name = "mixup" if c.augment.mixup > 0 else "cutmix"
-        cause = "a mixed image has no prediction of one sample, as distill.past.source=predictions stores"
+        cause = "distill.past.source=predictions stores predictions of single samples, and mixed images have none"
         yield Problem(f"augment.{name}", cause, "use augment.mixup=0 augment.cutmix=0, or distill.past.source=weights")
     if d.past.top_k is not None and not d.past.stores:
         cause = f"nothing is stored with {key}={d.past.source}"
@@ -173,7 +173,7 @@ def _labels(c: FinetuneConfig) -> Iterator[Problem]:
             "warmup_epochs, stop_epoch",
         )
     if not d.reads_labels and c.data.label_fraction < 1:
-        cause = f"{c.data.label_fraction:g} of the labels, where none is used (distill.label_weight=0)"
+        cause = f"{c.data.label_fraction:g} of the labels, but none are used (distill.label_weight=0)"
         yield Problem("data.label_fraction", cause, "remove it, or use labels")
     if not d.reads_labels and "smoothing" in c.augment.model_dump(exclude_defaults=True):
         cause, replaced = "no loss uses labels (distill.label_weight=0)", ("augment.smoothing", "distill.label_weight")
@@ -186,7 +186,7 @@ def _batches(c: FinetuneConfig) -> Iterator[Problem]:
     """Yield a problem if a micro-batch has too few images for relations between them."""
     names = [name for name in BATCH_RELATION_TERMS if name in c.distill.terms]
     if names and c.engine.micro_batch == 1:
-        cause = f"1 image has no relation to others, as distill.{names[0]} needs"
+        cause = f"distill.{names[0]} compares images of a micro-batch, and there is only 1"
         yield Problem("engine.micro_batch", cause, "use 2 or more; the larger, the more relations")
 
 
@@ -199,7 +199,7 @@ def _schedule(c: FinetuneConfig, name: str, term: TermConfig) -> Iterator[Proble
         cause = f"{term.start_epoch:g} is not below {last}={end:g}"
         yield Problem(f"distill.{name}.start_epoch", cause, "start earlier")
     elif term.start_epoch + term.warmup_epochs > end:
-        cause = f"{term.warmup_epochs:g} epochs from {term.start_epoch:g} on go beyond the term's end at {end:g}"
+        cause = f"{term.warmup_epochs:g} epochs from {term.start_epoch:g} on last beyond the term's end at {end:g}"
         yield Problem(f"distill.{name}.warmup_epochs", cause, f"use at most {end - term.start_epoch:g}")
     if term.stop_epoch is not None and term.stop_epoch > epochs:
         cause = f"{term.stop_epoch:g} is after the end, optim.epochs={epochs:g}"

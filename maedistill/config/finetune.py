@@ -46,7 +46,7 @@ class Init(Section):
     )
     weights: str | None = result(
         None,
-        "which weights of several: ema, the moving average of a run or checkpoint, or the name of a file's entry; "
+        "which weights, if there are several: ema, the average of a run or checkpoint, or the name of a file's entry; "
         "null: the usual ones",
     )
     pos_embed: Positions | None = result(None, "position table that a file: source was trained with but does not store")
@@ -59,13 +59,13 @@ class Student(BackboneConfig):
 
     model: str | None = result(
         None,
-        "a plain ViT of timm, with absolute or rotary positions; needed from scratch, otherwise what init.source "
-        "holds, and checked against it",
+        "a plain ViT of timm, with absolute or rotary positions; required from scratch; otherwise the model that "
+        "init.source holds, and checked against it",
     )
     drop_path: Rate = result(0.1, "stochastic depth rate; 0.1 for ViT-B and 0.2 for ViT-L in MAE, 0 in MAE-Lite")
     global_pool: Literal["avg", "token"] = result(
         "avg",
-        "what the head reads: avg: the mean of the patch tokens through a fresh fc_norm, as MAE fine-tunes; "
+        "what the head reads: avg: the mean of the patch tokens through a new fc_norm, as in MAE's fine-tuning; "
         "token: the class token after the encoder's own norm",
     )
     exits: tuple[Count, ...] = result(
@@ -79,13 +79,13 @@ class Data(ImagesConfig):
     val: str | None = runtime(None, "labelled shards that are evaluated, every image exactly once")
     image_size: OwnSide = result(
         None,
-        "side of the square training crop and of the evaluation, in pixels; null: that of init.source, from scratch "
-        "224; 224 in MAE, 384 or 448 at a higher resolution",
+        "side of the square training crop and of the evaluation, in pixels; null: that of init.source, or 224 from "
+        "scratch; 224 in MAE, 384 or 448 at a higher resolution",
     )
     mean: Mean | None = result(
-        None, "per-channel mean of the normalisation, pixels in [0, 1]; null: init.source's, from scratch ImageNet's"
+        None, "per-channel mean of the normalisation, pixels in [0, 1]; null: init.source's, or ImageNet's from scratch"
     )
-    std: Triple | None = result(None, "per-channel deviation of the normalisation, above 0; goes with data.mean")
+    std: Triple | None = result(None, "per-channel deviation of the normalisation, above 0; set it with data.mean")
     crop_scale: tuple[Fraction, Fraction] = result(
         (0.08, 1.0), "area of RandomResizedCrop as a share of the image; (0.08, 1) in MAE"
     )
@@ -110,8 +110,8 @@ class Augment(Section):
     )
     mixup: Weight = result(
         0.8,
-        "alpha of mixup's Beta distribution; 0.8 in MAE, 0.2 in MAE-Lite; 0: no mixup; every micro-batch is mixed, by "
-        "turns at random if cutmix is on too",
+        "alpha of mixup's Beta distribution; 0.8 in MAE, 0.2 in MAE-Lite; 0: no mixup; every micro-batch is mixed; if "
+        "cutmix is on, too, one of the two is drawn for it",
     )
     cutmix: Weight = result(1.0, "alpha of cutmix's Beta distribution; 1 in MAE, 0 in MAE-Lite; 0: no cutmix")
     erasing: Probability = result(0.25, "how often a random rectangle is erased; 0.25 in MAE, 0 in MAE-Lite")

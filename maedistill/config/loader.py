@@ -42,7 +42,7 @@ _LONGEST_PLACE = 200  # characters of an override that an error message quotes
 
 @dataclass(frozen=True)
 class LoadedConfig(Generic[Root]):
-    """A valid config, the origin of each dotted key ("default", "FILE:LINE" or "command line"), and what to know."""
+    """A valid config, the origin of each dotted key ("default", "FILE:LINE" or "command line"), and notes."""
 
     config: Root
     origins: dict[str, str]
@@ -121,11 +121,11 @@ def read_setting(path: str | Path, overrides: Sequence[str], key: str) -> Any:
 
 
 def cut_settings(text: str) -> list[str]:
-    """Cut a text into settings as a shell does: a value with blanks stands in quotes. Raises ConfigError."""
+    """Split a text into settings as a shell does: quote a value that contains spaces. Raises ConfigError."""
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise ConfigError(f"it cannot be cut into settings ({error})", "close its quotes") from None
+        raise ConfigError(f"it cannot be split into settings ({error})", "close its quotes") from None
 
 
 def require_consistent(config: RunConfig) -> None:
@@ -288,7 +288,7 @@ def _plain(value: Any, name: str) -> Any:
         return {key: _plain(item, name) for key, item in value.items()}
     value = str(value) if isinstance(value, Path) else value
     if not isinstance(value, str | int | float | None):
-        raise ConfigError(f"{name}: a {type(value).__name__} is no setting", "give text, a number or a list")
+        raise ConfigError(f"{name}: a {type(value).__name__} is not a setting", "use text, a number or a list")
     if isinstance(value, str) and UNPRINTABLE.search(value):
         raise ConfigError(f"{name}: text with line breaks or control characters", "write one plain line")
     return value

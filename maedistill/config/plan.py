@@ -134,7 +134,7 @@ def world_size_from_environment(environment: Mapping[str, str] = os.environ) -> 
     text = environment[name]
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(
-            f"the environment says {name}={text!r}, not a number of ranks", f"unset {name}, or set it right"
+            f"the environment says {name}={text!r}, not a number of ranks", f"unset {name}, or correct it"
         )
     return int(text)
 

@@ -67,7 +67,7 @@ class Student(BackboneConfig):
     pos_embed: Positions = result(
         "sincos2d",
         "position table: fixed 2-D sin-cos in MAE and DMAE, fixed interleaved 1-D in AMD, or learned; a model with "
-        "rotary positions alone has none",
+        "only rotary positions has none",
     )
     drop_path: Rate = result(0.0, "stochastic depth rate; none in the papers' pre-training")
 
@@ -90,16 +90,16 @@ class Teacher(Section):
     )
     decay: tuple[Probability, Probability] = result(
         (0.999, 0.9999),
-        "of source=ema: the decay of the average per step, at the first and at the last step, cosine between; 0.999 to "
-        "0.9999 in BootMAE's first 100 epochs",
+        "with source=ema: decay of the average per step, at the first and at the last step, with a cosine between; "
+        "0.999 to 0.9999 in BootMAE's first 100 epochs",
     )
     model: str | None = result(
-        None, "timm model that a file: source holds, e.g. vit_large_patch16_224; null: read off its shapes"
+        None, "timm model that a file: source holds, e.g. vit_large_patch16_224; null: read from its shapes"
     )
     weights: str | None = result(
         None,
-        "which weights of several: ema, the moving average of a run or checkpoint, or the name of a file's entry, e.g. "
-        "state_dict_ema; null: the usual ones (model, state_dict; of DINO the teacher)",
+        "which weights, if there are several: ema, the moving average of a run or checkpoint, or the name of a file's "
+        "entry, e.g. state_dict_ema; null: the usual ones (model, state_dict; for DINO the teacher)",
     )
     width: Width | None = result(None, "embedding dimension of a file: or random: teacher, where it differs")
     depth: Positive | None = result(None, "number of blocks of a file: or random: teacher, where it differs")
@@ -108,11 +108,11 @@ class Teacher(Section):
     pos_embed: Positions | None = result(None, "fixed table for a file: teacher that stores none; AMD's is sincos1d")
     image_size: Side | None = result(
         None,
-        "side of the teacher's images in pixels; of a plain ViT k x the student's patches along a side x its patch "
-        "size, and the features of k x k of its patches are averaged; null: k = 1, of other networks their own size",
+        "side of the teacher's images in pixels; for a plain ViT: k x the student's patches along a side x the "
+        "teacher's patch size, and k x k features are averaged; null: k = 1, for other networks their own size",
     )
     mean: Triple | None = result(None, "per-channel mean of the teacher's input; by default what its source says")
-    std: Triple | None = result(None, "per-channel deviation of the teacher's input; goes with teacher.mean")
+    std: Triple | None = result(None, "per-channel deviation of the teacher's input; set it with teacher.mean")
     license: str | None = runtime(None, "license of the weights, for the student's card, where the source names none")
     sha256: str | None = runtime(None, "refuse a file: source with another checksum", pattern="^[0-9a-f]{64}$")
     precision: Precision = result(
@@ -126,8 +126,8 @@ class Masks(Section):
     student_keep_ratio: Fraction = result(0.25, "share of patches the student sees; 0.25 in MAE, DMAE and AMD")
     teacher_keep_ratio: Fraction | None = result(
         None,
-        "share the teacher sees: the same by default (DMAE); 0.5 in AMD, whose sets are nested; a teacher that is no "
-        "plain ViT sees the whole image: null with dmae, 1 with amd",
+        "share the teacher sees: the same by default (DMAE); 0.5 in AMD, whose sets are nested; a teacher that is not "
+        "a plain ViT sees the whole image: null with dmae, 1 with amd",
     )
 
 
@@ -145,7 +145,7 @@ class Decoder(Section):
     )
     predict_ratio: Fraction = result(
         1.0,
-        "share of the hidden patches that is predicted, anew for each image; the others cost nothing; 1 in MAE, DMAE, "
+        "share of the hidden patches that is predicted, drawn for each image; the others cost nothing; 1 in MAE, DMAE, "
         "AMD; CrossMAE predicts a part",
     )
 
@@ -158,29 +158,30 @@ class Pixels(Section):
         "what is predicted: pixels normalised per patch (MAE), raw (DMAE), or normalised per patch and channel (AMD)",
     )
     weight: Weight = result(
-        1.0, "weight of the pixel loss; 1 everywhere; 0: no decoder is built, unless generate.by=decoder needs it"
+        1.0,
+        "weight of the pixel loss; 1 in the papers; 0: no pixels are predicted, and the student may see the whole image",
     )
 
 
 class Align(Section):
-    """Direct alignment: features (dmae, amd) or token relations (tinymim) imitate a teacher's where both see."""
+    """Direct alignment: imitate the teacher's features (dmae, amd) or token relations (tinymim) where both see."""
 
     student: tuple[Count, ...] = result((), "0-based student blocks; [8] of 12 in DMAE, [5, 11] of 12 in AMD")
     teacher: tuple[Count, ...] = result(
         (),
-        "0-based teacher blocks, one per student block; [17] of 24 in DMAE, [11, 23] of 24 in AMD; of a teacher that "
-        "is no plain ViT timm's depths: stages, or SAM's blocks and after them its neck",
+        "0-based teacher blocks, one per student block; [17] of 24 in DMAE, [11, 23] of 24 in AMD; for a teacher that "
+        "is not a plain ViT, timm's depths: stages, or SAM's blocks and then its neck",
     )
     distance: Literal["l1", "mse", "smooth_l1", "cosine_smooth_l1"] = result(
         "l1",
-        "between aligned features; l1 in DMAE, mse in AMD; smooth_l1 with beta 2 in G2SD; "
+        "distance between aligned features; l1 in DMAE, mse in AMD; smooth_l1 with beta 2 in G2SD; "
         "cosine_smooth_l1: 0.9 (1 - cosine) + 0.1 smooth_l1 with beta 1 (Theia, EUPE)",
     )
     normalize: Literal["none", "l2", "whiten", "stored"] = result(
         "l2",
-        "before the distance; l2: L2-normalise the tokens of both (DMAE's code); "
+        "applied before the distance; l2: L2-normalise the tokens of both (DMAE's code); "
         "whiten: LayerNorm without affine of the teacher's; none (AMD); "
-        "stored: the teacher's by the mean and deviation of each channel, measured in the first steps (Theia, EUPE)",
+        "stored: z-score the teacher's by mean and deviation per channel, measured in the first steps (Theia, EUPE)",
     )
     stored_steps: Positive = result(
         500,
@@ -189,13 +190,13 @@ class Align(Section):
     )
     output: Literal["block", "mlp"] = result(
         "block",
-        "of a teacher block; block: its output tokens (DMAE, AMD); mlp: what its MLP adds to them (data2vec), for "
-        "plain ViTs of timm",
+        "what of a teacher block is the target; block: its output tokens (DMAE, AMD); mlp: what its MLP adds to them "
+        "(data2vec), for plain ViTs of timm",
     )
     last_blocks: Positive | None = result(
         None,
-        "target of a pair: LayerNorm of the mean of the layer-normed outputs of so many teacher blocks, the last of "
-        "them the named one (data2vec: 10 of 12); null: the output of the named block itself (DMAE, AMD)",
+        "target of a pair: LayerNorm of the mean of the layer-normed outputs of this many teacher blocks, up to the "
+        "named one (data2vec: 10 of 12); null: the output of the named block itself (DMAE, AMD)",
     )
     warmup_share: Probability = result(
         0.0,
@@ -203,7 +204,7 @@ class Align(Section):
     )
     projector: Literal["linear", "mlp"] = result(
         "linear",
-        "from student to teacher width; linear: one layer (DMAE, AMD); mlp: two, LayerNorm and GELU between (EUPE)",
+        "map from student to teacher width; linear: one layer (DMAE, AMD); mlp: two, LayerNorm and GELU between (EUPE)",
     )
     bias: bool = result(True, "bias of the projection; DMAE has one, AMD none")
     weight: Weight = result(
@@ -241,7 +242,7 @@ class Optim(Optimization):
         None, "learning rate per 256 samples: lr = base_lr * global_batch / 256; 1.5e-4 in MAE, DMAE and by default"
     )
     min_lr: Weight = result(0.0, "learning rate at the end of the cosine")
-    betas: tuple[Rate, Rate] = result((0.9, 0.95), "decay of AdamW's first and second moment; (0.9, 0.95) everywhere")
+    betas: tuple[Rate, Rate] = result((0.9, 0.95), "decay of AdamW's first and second moment; papers: (0.9, 0.95)")
 
 
 class Log(LogConfig):
@@ -262,16 +263,16 @@ class PretrainConfig(RunConfig):
 
     method: Literal["mae", "dmae", "amd", "tinymim"] = result(
         "dmae",
-        "mae: no teacher; dmae: it sees the student's patches; amd: it sees more; tinymim: dmae with token relations "
-        "in place of features (TinyMIM itself: masks.student_keep_ratio=1 pixels.weight=0)",
+        "mae: no teacher; dmae: the teacher sees the student's patches; amd: it sees more patches; tinymim: dmae with "
+        "token relations in place of features (TinyMIM itself: masks.student_keep_ratio=1 pixels.weight=0)",
     )
     seed: Count = result(0, "seeds the sample order, crops, flips, masks and initial weights", le=2**63 - 1)
     more_teachers: tuple[str, ...] = result(
         (),
-        "further teachers of dmae or amd, aligned where the student sees; each entry is a string of settings, as "
-        '"teacher.source=timm:resnet50.a1_in1k align.teacher=[4] align.weight=0.5"; it takes other align.* keys and '
-        "teacher.precision from the first teacher, its other teacher.* keys are at their defaults; it cannot set "
-        "align.warmup_share; quotes hold a value with blanks together",
+        "further teachers of dmae or amd, aligned at the student's patches; each entry is a string of settings, as "
+        '"teacher.source=timm:resnet50.a1_in1k align.teacher=[4] align.weight=0.5"; other align.* keys and '
+        "teacher.precision are those of the first teacher, other teacher.* keys have their defaults; an entry cannot "
+        "set align.warmup_share; quote a value that contains spaces",
     )
     data: Data = Data()
     student: Student = Student()

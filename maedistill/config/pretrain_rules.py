@@ -38,7 +38,7 @@ def _visible_shares(c: PretrainConfig) -> Iterator[Problem]:
         yield Problem(key, cause, remedy, ((key, "method"), (key, "masks.student_keep_ratio")))
     if c.method == "amd" and (teacher is None or teacher <= student):
         cause = "missing" if teacher is None else f"{teacher:g} is not above student_keep_ratio={student:g}"
-        remedy = "method=amd needs a teacher that sees more; 0.5 beside 0.25 in the paper, 1 for one of whole images"
+        remedy = "method=amd needs a teacher that sees more; 0.5 with 0.25 in the paper, 1 if it sees whole images"
         yield Problem(key, cause, remedy)
 
 
@@ -84,7 +84,7 @@ def _more_teachers(c: PretrainConfig) -> Iterator[Problem]:
 def _average(c: PretrainConfig) -> Iterator[Problem]:
     """Yield problems for a teacher that is the student's moving average."""
     if c.method != "amd":
-        cause = f"method={c.method} shows a teacher what the student sees, and an average has to see more"
+        cause = f"method={c.method} shows the teacher only what the student sees, and an average must see more"
         yield Problem("teacher.source", cause, "use method=amd with masks.teacher_keep_ratio=1")
     if c.engine.zero == 3:
         cause = "a moving average needs whole weights, and ZeRO 3 partitions them"
@@ -171,7 +171,7 @@ def _grid(c: PretrainConfig) -> Iterator[Problem]:
         yield Problem("masks.teacher_keep_ratio", cause, "let the teacher see at least one more")
     hidden = patches - student
     if hidden > 0 and c.needs_decoder and not round(c.decoder.predict_ratio * hidden):
-        cause = f"{c.decoder.predict_ratio:g} of {hidden} hidden patches is none"
+        cause = f"{c.decoder.predict_ratio:g} of {hidden} hidden patches is less than one"
         yield Problem("decoder.predict_ratio", cause, f"predict at least one of them, {1 / hidden:.2g} or more")
 
 

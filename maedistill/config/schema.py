@@ -72,14 +72,14 @@ class ImagesConfig(Section):
         "when it is continued, if they hold the same samples",
     )
     val: str | None  # annotated only: each stage declares it with its own default and description
-    index: str | None = runtime(None, "index file of data.train, where it is not beside the shards")
+    index: str | None = runtime(None, "index file of data.train, if it is not in the folder of the shards")
     image_size: OwnSide  # annotated only, like the others without a value
     mean: Mean | None
     std: Triple | None
     crop_scale: tuple[Fraction, Fraction]
     crop_ratio: tuple[float, float] = result((0.75, 4 / 3), "aspect ratios of RandomResizedCrop, width / height")
     flip: bool
-    shuffle_window: Positive | None = result(None, "shuffle inside windows of so many shards; null: the whole set")
+    shuffle_window: Positive | None = result(None, "shuffle inside windows of this many shards; null: the whole set")
     eval_crop: Crop
     workers: Count | None = runtime(
         None, "loader processes per rank, 0: load in the training process; null: one per core of the rank, at most 8"
@@ -96,8 +96,8 @@ class ImagesConfig(Section):
     )
     image_key: FieldNames | None = result(
         None,
-        "member of a sample that is its image, for shards of other tools with several: what follows the first dot of "
-        "its name, e.g. input.jpg; with `;` the first that a sample has; null: jpg, jpeg, png or webp",
+        "member of a sample that is its image, if it has several: the part of its name after the first dot, e.g. "
+        "input.jpg; with names separated by `;`, the first that a sample has; null: jpg, jpeg, png or webp",
     )
     label_key: FieldNames | None = result(None, "member of a sample that is its label, e.g. output.cls; null: cls")
     exif: Literal["ignore", "apply"] = result(
@@ -163,14 +163,14 @@ class EngineConfig(Section):
 
     micro_batch: Positive | None = runtime(
         None,
-        "most samples a rank takes at once; accumulation is the smallest that fits; null: 256, or in pre-training on a "
-        "GPU as many as it has memory for",
+        "largest number of samples that a rank processes at once; accumulation follows from it; null: 256, or in "
+        "pre-training on a GPU as many as fit in its memory",
     )
     precision: Precision = result(
         "auto",
         "autocast format of the student's step; auto: bf16 on a GPU (fp16 below compute capability 8.0), fp32 on a CPU",
     )
-    zero: Count = runtime(0, "DeepSpeed ZeRO stage: what is cut up among the ranks to save memory", le=3)
+    zero: Count = runtime(0, "DeepSpeed ZeRO stage: what is sharded across the ranks to save memory", le=3)
     compile: bool | None = runtime(
         None,
         "torch.compile the step: student, teachers, images and masks; null: on a GPU where a compiler works, below "
@@ -178,8 +178,8 @@ class EngineConfig(Section):
     )
     deterministic: bool = runtime(
         False,
-        "repeat every bit on a GPU, too, where attention and gather otherwise add in the order in which blocks finish; "
-        "slower; the micro-batch is then never chosen by memory; a CPU repeats every bit anyway",
+        "repeat every bit on a GPU, where attention and gather otherwise add in the order in which blocks finish; "
+        "slower; the micro-batch is then never fitted to the memory; a CPU always repeats every bit",
     )
     activation_checkpointing: bool = runtime(
         False, "recompute activations in the backward pass: less memory, more time"
@@ -217,7 +217,7 @@ class LogConfig(Section):
         ("tensorboard",), "what else gets metrics and pictures; tensorboard only where it is installed"
     )
     report: bool = runtime(
-        False, "make report.html at the first evaluation; a page that is there is made again after each one anyway"
+        False, "write report.html at the first evaluation; without it, an existing page is still updated after each one"
     )
 
 

@@ -47,13 +47,13 @@ def paths(c: RunConfig) -> Iterator[Problem]:
 
 
 def trackers(c: RunConfig) -> Iterator[Problem]:
-    """Yield a problem for each tracker whose package is missing. TensorBoard is there by default, so it may be."""
+    """Yield a problem for each tracker whose package is missing. TensorBoard, a default, may be missing."""
     for name in c.log.trackers:
         spec = find_spec(name)
         if name != "tensorboard" and (spec is None or spec.origin is None):  # W&B's folder `wandb` is no package
             yield Problem("log.trackers", f"{name} is not installed", f"pip install 'maedistill[{name}]'")
         elif name == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI") and find_spec("sqlalchemy") is None:
-            cause = "MLFLOW_TRACKING_URI is not set, and only the whole mlflow has a database of its own"
+            cause = "MLFLOW_TRACKING_URI is not set, and only the full mlflow package has its own database"
             yield Problem("log.trackers", cause, "set MLFLOW_TRACKING_URI=http://HOST:PORT, or pip install mlflow")
 
 

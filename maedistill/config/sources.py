@@ -50,5 +50,5 @@ def why_unnamed(source: str, kinds: tuple[str, ...]) -> tuple[str, str] | None:
         return f"{source!r} is neither a path that exists nor of the form KIND:NAME", f"did you mean timm:{source}?"
     cause = f"{source!r} is not of the form KIND:NAME, and no run, export or weights file is there"
     if name and kind in (*SOURCE_KINDS, *GRAPH_KINDS):
-        cause = f"{source!r} is of a kind that has no meaning here"
+        cause = f"{source!r} is of a kind that cannot be used here"
     return cause, f"use one of the kinds {', '.join(kinds)}, or a path that exists"

@@ -47,7 +47,7 @@ def validated(values: Mapping[str, Any], root: type[Root]) -> Root | list[Proble
 
 
 def unknown_key(name: str, root: type[RunConfig], value: Any = None) -> Problem:
-    """Return the problem with a name that is no key: a typo, a wrong section or stage, a section or key misused."""
+    """Return the problem with a name that is not a key: a typo, a wrong section or stage, a section or key misused."""
     keys, sections = all_keys(root), all_sections(root)
     parent = name.rpartition(".")[0]
     if name in sections:

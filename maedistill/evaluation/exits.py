@@ -46,7 +46,7 @@ _THRESHOLDS = 21  # points of the curve: quantiles of the confidences
 
 @dataclass(frozen=True)
 class Ending:
-    """A network that ends at an exit, at its own end, or another one beside it: its size, cost and accuracy."""
+    """A network that ends at an exit, a whole one, or another one for comparison: its size, cost and accuracy."""
 
     name: str  # "exit 5", "end", or of another network
     parameters: int

@@ -44,7 +44,7 @@ def find_pairs(images: Path, masks: Path, *, prefix: str = "") -> list[Pair]:
     if alone := sorted(pictures.keys() ^ drawn.keys()):
         where = (pictures | drawn)[alone[0]], masks if alone[0] in pictures else images
         raise DataError(
-            f"{len(alone):,} files have no partner of the same name, first {where[0]}: none in {where[1]}",
+            f"{len(alone):,} files have no counterpart of the same name, first {where[0]}: none in {where[1]}",
             "give each image a mask NAME.png, with the same letters before the ending; move the others elsewhere",
         )
     return [Pair(pictures[stem], drawn[stem]) for stem in sorted(pictures)]
@@ -63,7 +63,7 @@ def read_pair(pair: Pair, *, num_classes: int | None, ignore: int) -> tuple[Tens
         with damage_as_bad_image(), open_image(data, formats=("PNG",)) as mask:
             if not (mask.mode in ("P", "1") or (mask.mode == "L" and data[24] == 8)):  # Pillow scales 2 and 4 bits
                 raise DataError(
-                    f"{file} has pixels of mode {mask.mode} with {data[24]} bits, and no class numbers",
+                    f"{file} has pixels of mode {mask.mode} with {data[24]} bits, not class numbers",
                     "write masks of one channel of 8 bits (mode L or P), whose values are the class numbers",
                 )
             classes = torch.from_numpy(np.array(mask, dtype=np.uint8))
@@ -73,24 +73,24 @@ def read_pair(pair: Pair, *, num_classes: int | None, ignore: int) -> tuple[Tens
         sizes = [f"{width} x {height}" for height, width in (classes.shape, pixels.shape[1:])]
         raise DataError(
             f"{pair.mask} has {sizes[0]} pixels and {pair.image} has {sizes[1]}",
-            "write both in one size, as the file is stored: a turn by EXIF is not applied",
+            "write both in one size, as the file is stored: EXIF rotation is not applied",
         )
     known = classes[classes != ignore]
     if not len(known):
         raise DataError(
-            f"{pair.mask} has no pixel but of {ignore}, which is no class",
+            f"{pair.mask} has only the value {ignore}, which is not a class",
             "move it and its image elsewhere, or name another number with --ignore",
         )
     if num_classes is not None and known.max() >= num_classes:
         raise DataError(
             f"{pair.mask} has class {known.max()}, but there are {num_classes} classes, 0 to {num_classes - 1}",
-            "give their number with --classes, or the number that is no class with --ignore",
+            "give their number with --classes, or the number that is not a class with --ignore",
         )
     return pixels, classes
 
 
 def read_ahead(work: Callable[[A], B], items: Iterable[A], *, threads: int) -> Iterator[B]:
-    """Yield `work(item)` of each item, in order, worked out by threads that keep a few ahead."""
+    """Yield `work(item)` of each item, in order, computed by threads that stay a few items ahead."""
     waiting: deque[Future[B]] = deque()
     with ThreadPoolExecutor(max(1, threads)) as pool:
         for item in items:
@@ -105,7 +105,7 @@ def _files(folder: Path, flag: str, endings: tuple[str, ...]) -> dict[str, Path]
     """Return the visible files of a folder with these endings, by name without ending."""
     require_local(folder, flag)
     if not os.path.isdir(folder):  # Path.is_dir raises errors of long names and of permissions
-        raise ConfigError(f"{flag}: {folder} is no folder", "correct the path")
+        raise ConfigError(f"{flag}: {folder} is not a folder", "correct the path")
     try:
         files = [path for path in folder.iterdir() if path.suffix.lower() in endings and path.name[0] != "."]
     except OSError as error:

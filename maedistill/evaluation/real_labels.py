@@ -48,7 +48,7 @@ def open_real_labels(index: ShardIndex, *, num_classes: int) -> list[frozenset[i
         match = _FILE.search(index.key(i))
         if match is None or not 1 <= int(match[0][-8:]) <= _IMAGES:
             raise DataError(
-                f"{index.sample_name(i)} is no image of ImageNet's validation set: its key has no ILSVRC2012_val_ "
+                f"{index.sample_name(i)} is not an image of ImageNet's validation set: its key has no ILSVRC2012_val_ "
                 "number",
                 "leave out --real, or write the shards from files that keep their ImageNet names (maedistill shards)",
             )

@@ -116,7 +116,7 @@ def score_segmentation(
     probe = Segmenter(replace(network, crop=1.0, crop_mode="squash"), context, num_classes, ignore=spec.ignore)
     print_network("model", probe.network)
     counts = f"{len(train):,} images to train on, {len(held):,} held out, {len(val):,} to validate on"
-    print_main("data", f"{counts}, {num_classes} classes, {spec.ignore} is none")
+    print_main("data", f"{counts}, {num_classes} classes, {spec.ignore} is not a class")
     with evaluation_mode(network.module):
         maps, masks = probe.training_set(held + train)
         scores = probe.score_rates(held, maps[len(held) :], masks[len(held) :], recipe, rates)
@@ -148,7 +148,7 @@ def find_parts(spec: SegmentSpec) -> tuple[list[Pair], list[Pair], list[Pair]]:
     pairs = [pairs[i] for i in permute(torch.arange(len(pairs)), len(pairs), key(0, Stream.SUBSET)).tolist()]
     held = max(1, len(pairs) // _HELD_OUT)
     if len(pairs) - held < 2:
-        cause = f"{len(pairs)} images cannot train and choose the learning rate"
+        cause = f"{len(pairs)} images are too few to train on and to choose the learning rate"
         raise ConfigError(cause, "give 3 or more to --images")
     return pairs[:held], pairs[held:], val
 
@@ -165,7 +165,7 @@ def count_classes(pairs: Sequence[Pair], spec: SegmentSpec, context: EvalContext
 
 
 class Segmenter:
-    """Frozen maps of photographs, and what linear layers make of them."""
+    """Frozen maps of photographs, and the predictions of linear layers on them."""
 
     def __init__(self, network: Network, context: EvalContext, num_classes: int, *, ignore: int) -> None:
         self.network, self.context, self.num_classes, self.ignore = network, context, num_classes, ignore
@@ -309,7 +309,7 @@ def _is_finite(module: nn.Module) -> bool:
 
 
 def colours(classes: Tensor, *, ignore: int) -> Tensor:
-    """Paint class numbers [H, W] in colours that differ most for numbers nearby, the ignored black: [3, H, W]."""
+    """Paint class numbers [H, W] in colours that differ most for close numbers, ignored pixels black: [3, H, W]."""
     palette = torch.tensor([colorsys.hsv_to_rgb(0.618034 * c % 1, 0.75, 1 - 0.15 * (c % 4)) for c in range(256)])
     palette[ignore] = 0
     return palette[classes.long()].permute(2, 0, 1)

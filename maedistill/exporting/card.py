@@ -100,7 +100,7 @@ def _summary(metadata: Mapping[str, Any], vit: PlainViT) -> str:
 def _method(metadata: Mapping[str, Any]) -> str:
     """Say by what method a network was pre-trained."""
     own = own_method(metadata)
-    return f"by {code(own)}, a method of its author's own" if own else METHODS[metadata.get("method")]
+    return f"by {code(own)}, a custom method" if own else METHODS[metadata.get("method")]
 
 
 def _origin(metadata: Mapping[str, Any]) -> list[str]:
@@ -183,10 +183,10 @@ def _pretraining(config: PretrainConfig, vit: PlainViT, own: str | None) -> list
     if config.pixels.weight:
         losses.append(f"pixels of the hidden patches (target {config.pixels.target}, weight {config.pixels.weight:g})")
     if config.method != "mae":
-        sees += f", the teacher {teacher}, those among them" if teacher > student else ", the teacher the same"
+        sees += f", the teacher {teacher}, including those" if teacher > student else ", the teacher the same"
         pairs = ", ".join(f"{s} with {t}" for s, t in zip(align.student, align.teacher, strict=True))
         what = "" if align.output == "block" else ", what their MLPs add"
-        what += f", target the mean of {align.last_blocks} blocks, the last the named one" if align.last_blocks else ""
+        what += f", target the mean of {align.last_blocks} blocks up to the named one" if align.last_blocks else ""
         how = f"{align.distance}, normalisation {align.normalize}{what}"
         how = "token relations QK and VV" if config.method == "tinymim" else how
         losses.append(
@@ -243,7 +243,7 @@ def _how(config: FinetuneConfig, name: str, left_out: Mapping[str, int]) -> str:
         "exits": [f"after blocks {exits}", f"predictions of the end {distill.exits.alpha:g}"],
         "mutual": [f"{len(distill.mutual.students) + 1} students in one run"],
         "codistillation": [
-            f"beside {runs} other run{'s' * (runs > 1)}",
+            f"with {runs} other run{'s' * (runs > 1)}",
             f"weights exchanged every {distill.codistillation.every_steps} steps",
             *alone,
         ],
@@ -343,7 +343,7 @@ def _graphs(metadata: Mapping[str, Any], vit: PlainViT, record: Mapping[str, Any
 
 def _limits(metadata: Mapping[str, Any], vit: PlainViT) -> list[str]:
     lines = [
-        f"- Trained at {metadata['input']['size']} px with the normalisation above; what others give is not recorded.",
+        f"- Trained at {metadata['input']['size']} px with the normalisation above; results at other sizes are not.",
         "- Nothing is recorded on other data sets, robustness, calibration or fairness.",
     ]
     if not vit.num_classes:

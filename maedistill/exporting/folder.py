@@ -92,7 +92,7 @@ def export(
     try:
         if inside := next((one for one in out.resolve().parents if (one / COMPLETE).is_file()), None):
             raise ConfigError(
-                f"{inside} is a checkpoint, which its run may remove with all that is in it",
+                f"{inside} is a checkpoint, which its run may remove with everything in it",
                 "name a folder elsewhere: --out FOLDER",
             )
         if "onnx" in kinds:
@@ -111,7 +111,8 @@ def export(
         _replace(out.resolve(), lambda folder: _fill(folder, saved, vit, weights, kinds, with_preprocessing, int8))
     except (OSError, SafetensorError) as error:
         raise DataError(
-            f"the export cannot be written to {out}: {error}", "make room or mend the permissions, or use another --out"
+            f"the export cannot be written to {out}: {error}",
+            "free disk space, check permissions, or use another --out",
         ) from error
     return out
 
@@ -133,9 +134,7 @@ def _require_free(out: Path) -> None:
     names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
     if names and not (RECORD in names and names <= FILES):
         others = sorted(names - FILES) or sorted(names)
-        raise ConfigError(
-            f"{out} holds something else than an export of ours ({', '.join(others[:3])})", "use another --out"
-        )
+        raise ConfigError(f"{out} holds something other than an export ({', '.join(others[:3])})", "use another --out")
 
 
 def _replace(out: Path, fill: Callable[[Path], None]) -> None:
@@ -277,7 +276,7 @@ def _compare(folder: Path, saved: RunNetwork, vit: PlainViT) -> dict[str, Any]:
     difference = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
     if not difference == 0.0:  # `not ==` also catches nan
         raise DataError(
-            f"timm {version('timm')} does not give the outputs of {saved.checkpoint} back: {difference:g} apart",
+            f"timm {version('timm')} does not reproduce the outputs of {saved.checkpoint}: {difference:g} apart",
             "export with the timm that the run was made with, which its run.json names",
         )
     return {"max_difference": difference, "values": sum(ours.numel() for ours, _ in pairs)}

@@ -34,7 +34,7 @@ def require_pushable(name: str, run: str | Path, *, public: bool = False) -> Non
     except HFValidationError as error:
         raise ConfigError(f"--push-to-hub: {error}", "name a repository, USER/NAME") from None
     if "/" not in name:
-        raise ConfigError(f"--push-to-hub: {name!r} does not say whose", "name a repository, USER/NAME")
+        raise ConfigError(f"--push-to-hub: {name!r} has no user name", "name a repository, USER/NAME")
     metadata = validated_metadata(RunFolder(run))
     if problem := why_unpublishable(metadata["license"], (metadata.get("origin") or {}).get("license", "")):
         raise ConfigError(
@@ -49,7 +49,7 @@ def require_pushable(name: str, run: str | Path, *, public: bool = False) -> Non
 
 
 def push(folder: Path, name: str, *, public: bool = False) -> str:
-    """Push the files of an export to the repository USER/NAME, which is made if need be; return its address.
+    """Push the files of an export to the repository USER/NAME, which is created if needed; return its address.
 
     public: whether others see it. Raises ConfigError for a repository that is not for it, DataError if the hub refuses.
     """
@@ -80,7 +80,7 @@ def _open_repository(name: str, *, public: bool) -> tuple[HfApi, str | None, set
     names = held - {"README.md", ".gitattributes"}  # which the hub itself may have made
     if names and not (RECORD in names and names <= FILES):
         others = join_first(sorted(names - FILES or names), 3)
-        raise ConfigError(f"--push-to-hub: {name} holds something else than an export ({others})", "use another name")
+        raise ConfigError(f"--push-to-hub: {name} holds something other than an export ({others})", "use another name")
     # `create_repo` passes over a token that may not write to a repository that exists, and `auth_check` of earlier
     # versions of huggingface_hub knows no writing.
     may_write = f"{api.endpoint}/api/models/{name}/auth-check/write"

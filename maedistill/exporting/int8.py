@@ -1,4 +1,4 @@
-"""Quantise an ONNX graph to int8 with onnxruntime: static, with images for calibration, as accurate as is asked for.
+"""Quantise an ONNX graph to int8 with onnxruntime: static, with calibration images, within a given loss of accuracy.
 
     model.onnx -> ranges of its activations on calibration images -> the error of each layer when it alone is int8
     all layers in int8 -> top-1 -> too low? the 1, 2, 4, ... layers with the largest error back to float -> top-1 -> ...

@@ -99,7 +99,7 @@ class Row:
 
 
 def read_rows(given: Sequence[str]) -> list[Row]:
-    """Read all scorecards of runs, exports and files, each once. Raises DataError for one that cannot be true."""
+    """Read all scorecards of runs, exports and files, each once. Raises DataError for an invalid one."""
     files: dict[str, Path] = {}
     for file in chain.from_iterable(map(_scorecards, given)):
         files.setdefault(os.path.realpath(file), file)
@@ -141,7 +141,7 @@ def _read(file: Path, name: str) -> list[Row]:
             size = weights.stat().st_size if (weights := file.with_name(_WEIGHTS[kind])).is_file() else 0
     except (CorruptCheckpoint, ValidationError, TypeError, OSError) as error:
         problem = first_problem(error) if isinstance(error, ValidationError) else str(error)
-        raise DataError(f"{file} is no scorecard: {problem}", f"write it again: {_WRITE}") from None
+        raise DataError(f"{file} is not a scorecard: {problem}", f"write it again: {_WRITE}") from None
     names, rows = [score.name for score in scores], []
     own = names.index("end") + 1 if "end" in names else 1  # the others stand beside the exits
     for i, score in enumerate(scores):
@@ -188,7 +188,7 @@ def _drawn(rows: Sequence[Row]) -> dict[str, Timed]:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """Return what a reader of the table must know: what compares, and what the columns are."""
+    """Return what a reader of the table must know: which rows can be compared, and what the columns are."""
     texts, drawn, timed = [], _drawn(rows), [row for row in rows if row.score.latency_ms is not None]
     if len({row.machine for row in timed}) > 1:
         texts.append("Not all latencies compare: the processors or their threads differ, or are not recorded.")

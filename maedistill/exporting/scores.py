@@ -21,7 +21,7 @@ from maedistill.weights.open_network import open_network, unloaded_run
 
 
 def require_scorable(run: str | Path, val: str, *, calibration: str | None = None) -> None:
-    """Raise what would end the work only later: for shards that are not there, or whose labels the run does not know.
+    """Raise errors that would otherwise come late: for missing shards, or labels that the run does not know.
 
     calibration: shards for int8, whose labels do not matter. A run without a classifier is left to `export`.
     """

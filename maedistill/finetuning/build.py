@@ -159,5 +159,5 @@ def _require_same_shape(config: FinetuneConfig, vit: PlainViT) -> None:
             raise ConfigError(
                 f"init.source: {config.init.source} has {name} {actual[name]}, student.{name} or the recipe's "
                 f"student.model says {value}",
-                f"use the recipe of the source's size, or let the source say: student.model=null student.{name}=null",
+                f"use the recipe of the source's size, or the source's own: student.model=null student.{name}=null",
             )

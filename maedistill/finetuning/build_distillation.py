@@ -69,7 +69,7 @@ def build_module(
         return Supervised(vit)
     if distill.mutual.on:
         if not isinstance(vit, PlainViT):
-            raise ConfigError("distill.mutual: the student is no ViT of timm", "leave it out")
+            raise ConfigError("distill.mutual: the student is not a ViT of timm", "leave it out")
         is_scheduled, others = distill.mutual.is_scheduled, [peer.vit for peer in peers]
         return Mutual(vit, others, label_weight=distill.label_weight, is_scheduled=is_scheduled)
     student = feature_info(vit, name="the student", image_size=config.data.image_size)
@@ -115,7 +115,7 @@ def build_teachers(
     related = [name for name in BATCH_RELATION_TERMS if name in distill.terms]
     if related and plan.batch.micro_batch < 2:
         raise ConfigError(
-            f"engine.micro_batch: 1 image a micro-batch has no relation to others, as distill.{related[0]} needs",
+            f"engine.micro_batch: distill.{related[0]} compares images of a micro-batch, and there is only 1",
             "use a larger optim.global_batch, or fewer ranks",
         )
     requested = _requested(distill, "teacher", logits=bool(distill.logit_terms), tokens=False)
@@ -253,8 +253,8 @@ def _require_features(distill: DistillConfig, side: str, info: FeatureInfo) -> N
     for term, depths in _paired(distill, side).items():
         key = f"distill.{term}.{side}"
         if not info.channels:
-            remedy = "use another teacher, or terms on logits alone"
-            raise ConfigError(f"{key}: {info.name} gives no features by depth", remedy)
+            remedy = "use another teacher, or only terms on logits"
+            raise ConfigError(f"{key}: {info.name} gives no features at several depths", remedy)
         if max(depths) >= len(info.channels):
             raise ConfigError(
                 f"{key}: depth {max(depths)} does not exist, {info.name} has {len(info.channels)}",
@@ -272,7 +272,7 @@ def _require_exits(config: FinetuneConfig, student: FeatureInfo) -> None:
     exits = config.student.exits
     own = [name for name in ("exits", "self_attention") if name in config.distill.terms]
     if own and student.vit is None:
-        raise ConfigError(f"distill.{own[0]}: the student is no VisionTransformer of timm", "leave it out")
+        raise ConfigError(f"distill.{own[0]}: the student is not a VisionTransformer of timm", "leave it out")
     if exits and max(exits) >= len(student.channels) - 1:
         raise ConfigError(
             f"student.exits: block {max(exits)} is not below the student's last one, {len(student.channels) - 1}",

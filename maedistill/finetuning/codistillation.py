@@ -121,7 +121,7 @@ class Codistillation:
             try:
                 self._build(peer, network)
                 if problem := meeting.why_no_pair(peer, run) or meeting.why_unfit(peer, self.entry("")):
-                    lines.append(f"warning  {problem.cause}: {problem.remedy}, or start that run anew")
+                    lines.append(f"warning  {problem.cause}: {problem.remedy}, or start that run over")
             except ConfigError as error:
                 lines.append(f"warning  {error.cause}: {error.remedy}")
         return lines
@@ -238,13 +238,13 @@ class Codistillation:
         theirs = self._note(run)[peer]
         if theirs is None:
             return None
-        remedy = f"start all these runs over (--fresh), or go on without it: {_LEAVE_OUT}"
+        remedy = f"start all these runs over (--fresh), or continue without it: {_LEAVE_OUT}"
         if theirs.id != self._state.met[peer][0]:
             raise PeerError(f"{peer} was started over, or with other settings, after this run had met it", remedy)
         since = theirs.left_out_since(run.folder.path, self._state.id)
         is_over = since is not None and (not is_there or self._period_of(run.step) >= since)
         if is_over and last_saved(folder_of(peer)):  # before its first checkpoint it may be started anew, with this run
-            raise PeerError(f"{peer} has left this run out for good, from step {since} on", remedy)
+            raise PeerError(f"{peer} has left this run out permanently, from step {since} on", remedy)
         return theirs
 
     def _has_met(self, run: Run, peer: str) -> bool:
@@ -302,7 +302,7 @@ class Codistillation:
                 first = "check the path, or start it" if state == meeting.NO_FOLDER else "start it again"
                 raise PeerError(
                     f"{peer}: {missing} after {self.section.wait_seconds} s ({state})",
-                    f"{first} and then this run, or go on without it: {_LEAVE_OUT}",
+                    f"{first} and then this run, or continue without it: {_LEAVE_OUT}",
                 )
             except PeerError as error:
                 if self.section.missing == "stop":

@@ -51,5 +51,5 @@ def _require_dense(index: ShardIndex) -> None:
         first = index.sample_name(int(np.argmax(index.labels)))
         raise DataError(
             f"labels go up to {largest:,}, first {first}, but only {found} of these classes occur",
-            f"mend the label, or set data.num_classes={largest + 1} if it is meant",
+            f"correct the label, or set data.num_classes={largest + 1} if it is right",
         )

@@ -1,4 +1,4 @@
-"""What runs that learn from each other know of each other: RUN/codistillation.json, and how a peer stands.
+"""What runs that learn from each other know about each other: RUN/codistillation.json, and the state of a peer.
 
 Rank 0 reads and writes it. A run's identity is drawn at its first start, and again by a start at step 0 with other
 settings, which makes another run of it; each start is numbered by a draw too. Runs have met when each has noted the
@@ -126,7 +126,7 @@ def why_unfit(peer: str, own: dict[str, Any]) -> ConfigError | None:
 
 
 def describe_peer(peer: Path) -> str:
-    """Say how a peer stands: how its last start ended, or at which step it was last saved."""
+    """Describe the state of a peer: how its last start ended, or at which step it was last saved."""
     if not (peer / "run.json").is_file():
         return "it has not started" if peer.is_dir() else NO_FOLDER
     try:

@@ -1,4 +1,4 @@
-"""The peers of mutual learning: other students, which are trained beside the config's own one in the same run.
+"""The peers of mutual learning: other students, which are trained in the same run as the config's own.
 
 distill.mutual.students -> peer_configs -> open_peers: each a network with a seed, weights and a head of its own
 
@@ -23,7 +23,7 @@ _OWN = ("seed", "init.", "student.")  # the settings in which students may diffe
 
 @dataclass(frozen=True)
 class Peer:
-    """A student beside the config's own. source: of its initial weights, None from scratch."""
+    """A student in addition to the config's own. source: of its initial weights, None from scratch."""
 
     config: FinetuneConfig
     source: Network | None
@@ -60,7 +60,7 @@ def peer_configs(config: FinetuneConfig) -> list[FinetuneConfig]:
         named = [name for name, origin in peer.origins.items() if origin == COMMAND_LINE]
         if foreign := [name for name in named if not name.startswith(_OWN)]:
             raise ConfigError(
-                f"{key}: {text!r} sets {foreign[0]}", "students differ in init.*, student.* and seed alone"
+                f"{key}: {text!r} sets {foreign[0]}", "students may differ only in init.*, student.* and seed"
             )
         configs.append(peer.config)
     seeds = [config.seed, *(peer.seed for peer in configs)]
@@ -89,7 +89,7 @@ def open_peers(config: FinetuneConfig, *, num_classes: int, mean: Triple, std: T
         if source is not None and config.data.mean is None and (source.mean, source.std) != (mean, std):
             raise ConfigError(
                 f"distill.mutual.students: peer {number} has images of mean {source.mean}, the student of {mean}",
-                "set data.mean and data.std, which all of them then see",
+                "set data.mean and data.std, which then apply to all of them",
             )
         peers.append(Peer(peer, source, vit))
     return peers

@@ -68,7 +68,7 @@ class Predictions:
         self._order, self._saved = order, run.step
         distributed.on_main(lambda: self._prepare(run.step))
         if not all(distributed.gather_objects(self._folder.is_dir())):
-            cause = f"{self._folder}, which rank 0 has made, is not there on every rank"
+            cause = f"{self._folder}, which rank 0 has made, is not visible to every rank"
             raise DataError(cause, "use a run= on a disk that all machines share, or distill.past.source=weights")
         run.before_save.append(self.sync)
 
@@ -166,7 +166,7 @@ class Predictions:
             for path in map(self._path, sorted(self._needed(step)) if step < self.plan.steps else ()):
                 found = path.stat().st_size if path.is_file() else 0
                 if found != size:
-                    cause = f"{path} has {found:,} of {size:,} bytes, and step {step} goes on with its predictions"
+                    cause = f"{path} has {found:,} of {size:,} bytes, and step {step} continues with its predictions"
                     raise DataError(cause, "restore it from a copy, or start over with --fresh or another run=")
 
     def _needed(self, step: int) -> set[int]:
@@ -197,7 +197,7 @@ class Predictions:
             yield
         except OSError as error:
             cause = f"predictions cannot be kept in {self._folder} ({error})"
-            remedy = "make room or mend the permissions there; starting the same command again continues the run"
+            remedy = "free disk space or correct the permissions there; the same command continues the run"
             raise DataError(cause, remedy) from error
 
 

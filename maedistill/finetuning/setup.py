@@ -288,7 +288,7 @@ def _require_no_vit(config: FinetuneConfig) -> None:
     """Raise ConfigError for what works with a ViT of timm only, while the student is a caller's module."""
     if config.engine.activation_checkpointing:
         cause = "engine.activation_checkpointing: the student is a module of your own"
-        raise ConfigError(cause, "leave it out: the module does that")
+        raise ConfigError(cause, "leave it out: your module has to do that itself")
     if config.distill.mutual.on:
         cause = "distill.mutual: its students are built from the config, and student= is a module of your own"
         raise ConfigError(cause, "leave out one of them")

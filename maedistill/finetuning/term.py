@@ -1,4 +1,4 @@
-"""What all distillation terms have in common: parts by name, a total, and a zero for steps in which they are at rest.
+"""What all distillation terms have in common: parts by name, a total, and a zero for steps in which they are off.
 
     term(student outputs, teacher outputs, targets, number=i) -> {name: scalar}, the term's parts, each logged by itself
     term.total(parts) -> scalar, which the term's weight multiplies

@@ -83,7 +83,7 @@ class HardLabel(Term):
             return
         if student.register_token is None:
             raise ConfigError(
-                "distill.hard_label.token: the student has no register token to distil through",
+                "distill.hard_label.token: the student has no register token for the distillation",
                 "set student.register_tokens=1 (from scratch), use weights that have one, or set "
                 "distill.hard_label.token=false",
             )

@@ -84,7 +84,7 @@ class Teacher(TeacherNetwork):
         blocks: TimmModel = self.encoder.vit.blocks if isinstance(self.encoder, MaskedEncoder) else None
         if output == "mlp" and not (blocks and all(has_mlp_branch(blocks[tap]) for tap in needed)):
             raise ConfigError(
-                f"align.output: in {source.name} no MLP adds to the rows that the attention of its block gives",
+                f"align.output: in {source.name} no block adds its MLP's output to that of its attention",
                 "use align.output=block, or a ViT of timm, e.g. vit_base_patch16_224 or vit_base_patch16_dinov3",
             )
         self.tapped = {"relations" if relations else {"block": "taps", "mlp": "branches"}[output]: tuple(needed)}

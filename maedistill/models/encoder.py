@@ -148,7 +148,7 @@ def as_encoder(module: TimmModel, name: str) -> Encoder:
 
 
 def has_class_token(encoder: Encoder) -> bool:
-    """Return whether row 0 of the outputs is a class token. Of a module of your own, the first prefix token is one."""
+    """Return whether row 0 of the outputs is a class token. For a module of your own, the first prefix token is one."""
     return encoder.vit.cls_token is not None if isinstance(encoder, MaskedEncoder) else encoder.num_prefix > 0
 
 

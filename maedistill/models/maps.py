@@ -42,14 +42,14 @@ class MapEncoder(Encoder):
             shallower = f"name depths up to {larger}, or " if larger is not None else ""
             raise ConfigError(
                 f"align.teacher: at depth {single[0]} {name} gives one cell for an image of {image_size} pixels, "
-                "so all patches would have one target",
+                "so all patches would have the same target",
                 f"{shallower}set a larger teacher.image_size",
             )
         widths = [shapes[tap][0] for tap in taps]
         if len({*widths}) > 1:
             raise ConfigError(
                 f"align.teacher: the depths {list(taps)} of {name} have {', '.join(map(str, widths))} channels",
-                f"name depths of equal width, or one beside one block of the student: align.teacher=[{max(taps)}]",
+                f"name depths of equal width, or one depth with one block of the student: align.teacher=[{max(taps)}]",
             )
         self.network, self.depth, self.width = network, len(shapes), widths[0]
         self.num_prefix, self.grid, self.patch_size = 0, grid, ceil(image_size / grid)
@@ -118,7 +118,7 @@ def map_shapes(network: TimmModel, *, name: str, image_size: int) -> list[tuple[
     own = getattr(network, "pretrained_cfg", {}).get("input_size", [image_size])[-1]
     remedy = f"leave the image size out, which is then {own}, or " if own != image_size else ""
     remedy += "use a network of timm that has one, e.g. convnext_tiny, or a maedistill.Encoder"
-    cause = f"{name} gives no square map of features for images of {image_size} pixels"
+    cause = f"{name} gives no square feature map for images of {image_size} pixels"
     if not hasattr(network, "forward_intermediates"):
         raise ConfigError(f"{cause} (it has no forward_intermediates)", remedy)
     try:

@@ -1,4 +1,4 @@
-"""Build networks on the meta device: shapes alone, in no time and no memory."""
+"""Build networks on the meta device: only shapes, without time or memory."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -31,7 +31,7 @@ def gather_rows(rows: Tensor, ids: Tensor) -> Tensor:
 
 
 def finer_ids(ids: Tensor, *, grid: int, factor: int) -> Tensor:
-    """Return the ids, on a grid that is `factor` times as fine, of the patches that each patch covers.
+    """Return the ids, on a grid that is `factor` times as fine, of the finer patches that each patch covers.
 
     ids: int64 [B, M] on a grid x grid of patches -> [B, M * factor**2], the parts of a patch side by side.
     """

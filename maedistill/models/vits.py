@@ -1,4 +1,4 @@
-"""Plain ViTs of timm: build one by name and dimensions, and refuse networks that are none."""
+"""Plain ViTs of timm: build one by name and dimensions, and refuse other networks."""
 
 import difflib
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def build_vit(
     if image_size % patch:
         raise ConfigError(f"patch size {patch} does not divide image size {image_size}", "change one of them")
     if dimension % heads or dimension % 4:
-        raise ConfigError(f"width {dimension} is no multiple of 4 and of {heads} heads", "change width or heads")
+        raise ConfigError(f"width {dimension} is not a multiple of 4 and of {heads} heads", "change width or heads")
     overrides = {
         "embed_dim": width,
         "depth": depth,
@@ -79,7 +79,7 @@ def build_vit(
 
 
 def pooled_norm(vit: PlainViT, wanted: bool) -> dict[str, bool]:
-    """Return timm's argument of a model like `vit` that puts the final norm behind the pooling, or before it."""
+    """Return timm's argument of a model like `vit` that puts the final norm after the pooling, or before it."""
     return {"fc_norm" if isinstance(vit, VisionTransformer) else "use_fc_norm": wanted}
 
 
@@ -133,10 +133,10 @@ def require_plain_vit(network: TimmModel, name: str) -> PlainViT:
 
 
 def require_colour(network: TimmModel, name: str) -> None:
-    """Raise ConfigError if a network looks at images of other than 3 channels."""
+    """Raise ConfigError if a network does not take images of 3 channels."""
     if (channels := getattr(network, "in_chans", 3)) != 3:
         raise ConfigError(
-            f"{name} looks at images of {channels} channels", "use a network of colour images, which have 3 channels"
+            f"{name} takes images of {channels} channels", "use a network of colour images, which have 3 channels"
         )
 
 

@@ -47,8 +47,8 @@ def build_encoder(config: PretrainConfig, objects: Objects = NOTHING) -> Encoder
     if encoder.grid * encoder.patch_size != config.data.image_size:
         size = encoder.grid * encoder.patch_size
         raise ConfigError(
-            f"data.image_size: the student looks at images of {size} pixels, not of {config.data.image_size}",
-            f"set data.image_size={size}, or make the student for images of {config.data.image_size}",
+            f"data.image_size: the student takes images of {size} pixels, not of {config.data.image_size}",
+            f"set data.image_size={size}, or build the student for images of {config.data.image_size}",
         )
     return encoder
 
@@ -65,11 +65,11 @@ def build_teacher_source(config: PretrainConfig, *, grid: int, objects: Objects 
         if can_mask(network.module) and network.encoder.grid % grid:
             raise ConfigError(
                 f"teacher.source: the teacher has {network.encoder.grid} patches along a side, the student {grid}",
-                "make one of the two for an image size that gives as many patches, or the teacher a multiple of them",
+                "build one of them for an image size that gives as many patches, or the teacher for a multiple of them",
             )
         if can_mask(network.module) and teacher.image_size not in (None, network.size):
             raise ConfigError(
-                f"teacher.image_size: {teacher.image_size}, but the teacher looks at images of {network.size} pixels",
+                f"teacher.image_size: {teacher.image_size}, but the teacher takes images of {network.size} pixels",
                 "leave it out, or make the teacher for that size",
             )
     else:
@@ -187,7 +187,8 @@ def build_method(
     if config.engine.activation_checkpointing:
         if not isinstance(encoder, MaskedEncoder):
             raise ConfigError(
-                "engine.activation_checkpointing: the student is no ViT of timm", "leave it out: the module does that"
+                "engine.activation_checkpointing: the student is not a ViT of timm",
+                "leave it out: your module does that",
             )
         encoder.vit.set_grad_checkpointing(True)
     return method
@@ -245,7 +246,7 @@ def _distillation_specs(config: PretrainConfig, encoder: Encoder, teacher: Encod
 
 
 def alignment_spec(config: PretrainConfig, encoder: Encoder, teacher: Encoder, *, name: str = "align") -> AlignmentSpec:
-    """Return the alignment of a student with a teacher. Raises ConfigError for a block that the student has not."""
+    """Return the alignment of a student with a teacher. Raises ConfigError if the student lacks a block."""
     align = config.align
     if max(align.student) >= encoder.depth:
         raise ConfigError(
@@ -265,7 +266,7 @@ def _relations(config: PretrainConfig, encoder: Encoder, teacher: Encoder) -> Re
     align = config.align
     if not isinstance(encoder, MaskedEncoder) or not isinstance(teacher, MaskedEncoder):
         raise ConfigError(
-            "method: tinymim compares queries, keys and values, which only a ViT of timm shows", "use method=dmae"
+            "method: tinymim compares queries, keys and values, which only a ViT of timm exposes", "use method=dmae"
         )
     for side, vit, taps in (("student", encoder.vit, align.student), ("teacher", teacher.vit, align.teacher)):
         if max(taps) < len(vit.blocks) and not all(has_plain_attention(vit.blocks[tap]) for tap in taps):
@@ -278,7 +279,7 @@ def _relations(config: PretrainConfig, encoder: Encoder, teacher: Encoder) -> Re
     if uneven := [number for number in num_heads if encoder.width % number]:
         step = lcm(uneven[0], 4)  # sin-cos positions need a multiple of 4
         raise ConfigError(
-            f"student.width: {encoder.width} cannot be cut into the teacher's {uneven[0]} heads",
+            f"student.width: {encoder.width} cannot be split into the teacher's {uneven[0]} heads",
             f"use a multiple of {uneven[0]}, e.g. student.width={-(-encoder.width // step) * step}",
         )
     return RelationSpec(align.student, align.teacher, teacher.num_prefix, num_heads, weight=align.weight)

@@ -1,4 +1,4 @@
-"""A method that a Python caller gives: what it must take, and what it must return."""
+"""A method that a Python caller passes: what it must take, and what it must return."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -102,5 +102,5 @@ def _config_of(text: str, config: PretrainConfig) -> PretrainConfig:
     for name, origin in entry.origins.items():
         is_own = name.startswith(("teacher.", "align.")) and name != "align.warmup_share"
         if not is_own and origin == COMMAND_LINE:
-            raise ConfigError(f"it sets {name}", "teachers differ in teacher.* and align.* alone, but for warmup_share")
+            raise ConfigError(f"it sets {name}", "an entry sets only teacher.* and align.*, not warmup_share")
     return entry.config

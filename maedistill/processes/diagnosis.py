@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from maedistill.errors import ConfigError, DataError, NumericsError, PeerError, UserError
 
-_GOES_ON = "the same command goes on from the newest checkpoint"
+_GOES_ON = "the same command continues from the newest checkpoint"
 # Matches gloo's errors, which are plain RuntimeErrors. Errors of NCCL and of the store have types of their own.
 _GLOO = re.compile(r"third_party/gloo/|Application timeout caused pair closure|Connection (closed|reset) by peer")
 _SILENT_SECONDS = 5.0  # without a Heartbeat, until its process is looked up

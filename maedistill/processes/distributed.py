@@ -65,7 +65,7 @@ def open_group(timeout_seconds: int) -> None:
         reasons = [line for line in lines if line and not line.startswith("Last error")] or [type(error).__name__]
         raise PeerError(
             f"NCCL could not connect the {ranks} ranks of this run ({reasons[-1]})",
-            "NCCL_DEBUG=INFO says more; often NCCL_SOCKET_IFNAME must name the network interface, or two ranks share a "
+            "NCCL_DEBUG=INFO has more; often NCCL_SOCKET_IFNAME must name the network interface, or two ranks share a "
             "GPU",
         ) from error
     set_collective_timeout()
@@ -191,7 +191,7 @@ def _wait_for(store: dist.Store, keys: list[str], who: str) -> None:
                 until = math.inf
             time.sleep(_POLL_SECONDS)
     except dist.DistError as error:
-        raise PeerError(f"rank 0 is gone, or its launcher: {error}", "see its messages, then start again") from error
+        raise PeerError(f"rank 0 or its launcher is gone: {error}", "see its messages, then start again") from error
 
 
 def shared_counter() -> Callable[[], int]:
@@ -313,7 +313,7 @@ def _take_gpu(number: int) -> torch.device:
     gpus = torch.cuda.device_count()
     if number >= gpus:
         raise ConfigError(
-            f"rank {os.environ['RANK']} is number {number} on its machine, counted from 0, which has {gpus} GPUs",
+            f"rank {os.environ['RANK']} is number {number} (from 0) on its machine, which has {gpus} GPUs",
             "start at most one rank per GPU: torchrun --nproc-per-node, or srun --ntasks-per-node",
         )
     torch.cuda.set_device(number)

@@ -1,4 +1,4 @@
-"""How the ranks of a run meet: through a store that, on one machine, nobody else can reach.
+"""How the ranks of a run meet: through a store that, on one machine, no other machine can reach.
 
 torch's own store listens to the whole network, without any authentication: whoever reaches its port can end a run or
 speak as one of its ranks. torchrun's store and the stores of runs on several machines are of that kind; there the
@@ -61,7 +61,7 @@ def rendezvous_error(error: Exception, ranks: int, timeout_seconds: int) -> User
     if isinstance(error, dist.DistNetworkError) and os.environ["RANK"] != "0":
         return PeerError(
             f"rank {os.environ['RANK']} does not reach rank 0 at {place} within {timeout_seconds} s ({reason})",
-            "see that rank 0 has started, that the name of its machine is known here, and that no firewall is between",
+            "check that rank 0 has started, that its host name is known here, and that no firewall is in the way",
         )
     return PeerError(
         f"the {ranks} processes of this run did not find each other within {timeout_seconds} s at {place} ({reason})",

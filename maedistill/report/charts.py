@@ -157,7 +157,7 @@ def _draw_panel(axes: Any, rows: Mapping[str, Timed], colors: Mapping[str, Any],
 
 
 def plain(text: str) -> str:
-    """Return the text for matplotlib, which would take `$` for a formula and leave out of a legend what `_` begins."""
+    """Return the text for matplotlib, which reads `$` as a formula and hides legend entries that begin with `_`."""
     text = shown(text).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 

@@ -67,6 +67,6 @@ class Page:
         except OSError as error:
             raise DataError(
                 f"{file} cannot be written ({error.strerror})",
-                "name a file elsewhere with --out, or make room or mend the permissions there",
+                "name a file elsewhere with --out, or free disk space or correct the permissions there",
             ) from error
         return file

@@ -1,4 +1,4 @@
-"""A classifier's predictions beside the truth, and the classes that it confuses, as a piece of a page.
+"""A classifier's predictions with the labels, and the classes that it confuses, as a piece of a page.
 
 RUN/predictions.csv, which `maedistill evaluate RUN SHARDS --predictions` writes -> answers -> images from the shards
 """

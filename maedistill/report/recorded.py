@@ -58,7 +58,7 @@ def read_run(path: Path, name: str, place: int = 0) -> RecordedRun:
     with readable(path):
         if not is_run(path):
             raise ConfigError(
-                f"{path} is no run folder: it has no run.json",
+                f"{path} is not a run folder: it has no run.json",
                 "name the folder of a run that has started, or of a study with results.json",
             )
         metadata, records = read_json(path / "run.json"), read_metrics(path)
@@ -91,13 +91,13 @@ def written(file: Path) -> str:
 
 @contextmanager
 def readable(folder: Path) -> Iterator[None]:
-    """Turn what the records of a folder raise within the block, if they are not as ours, into DataError."""
+    """Turn errors in the block about records of a folder that are not as expected into DataError."""
     try:
         yield
     except UserError:
         raise
     except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error})", "mend the permissions there, or its disk") from error
+        raise DataError(f"{folder} cannot be read ({error})", "check the permissions there, and the disk") from error
     except (LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError) as error:
         raise DataError(
             f"{folder}: its records are damaged or of another version ({type(error).__name__}: {error})",

@@ -1,4 +1,4 @@
-"""RUN/report.html, and one page for several runs side by side: what `maedistill report` makes of run folders.
+"""RUN/report.html, and one page for several runs side by side: what `maedistill report` writes from run folders.
 
 Everything is read from what the runs have recorded. While a run trains, `refresh` makes a page again if it is there.
 """
@@ -36,7 +36,7 @@ _warned: set[Path] = set()
 
 
 def refresh(page: Path, write: Callable[[], object], *, create: bool = False) -> None:
-    """Make a page again if it is there. create: make it in any case. It never ends what calls it: a warning says why.
+    """Update a page if it exists. create: write it in any case. It never raises: a warning gives the reason.
 
     This is the one place where a training meets its page, so every error is caught here and said once.
     """
@@ -50,7 +50,7 @@ def refresh(page: Path, write: Callable[[], object], *, create: bool = False) ->
 
 
 def refresh_run(run: str, *, create: bool = False) -> None:
-    """Make RUN/report.html again, as `refresh` does. Every rank may call it: the first one writes.
+    """Update RUN/report.html, as `refresh` does. Every rank may call it; the first one writes.
 
     create: make it in any case, if the folder is that of a run.
     """
@@ -163,7 +163,7 @@ def _facts(run: RecordedRun) -> dict[str, str]:
     metadata, start = run.metadata, (run.metadata.get("starts") or [{}])[-1]
     facts = {
         "network": run.network,
-        "license of the weights that went in": metadata.get("license", "not stated"),
+        "license of the weights used": metadata.get("license", "not stated"),
         "teacher": metadata.get("teacher") or "none",
         "start": metadata.get("init") or "from scratch",
     }

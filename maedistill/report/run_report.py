@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # its import takes seconds, for which report pages need not w
 _OF_THE_IMAGES = {"index", "image_key", "label_key", "exif", "eval_crop"}  # keys of `data` that both stages share
 PICTURE_NOTE = (
     "Where the pixel target is normalised, predicted patches are shown with the mean and contrast of the true patch, "
-    "as MAE's own pictures are: they say whether structure is found, not brightness."
+    "as in MAE's own pictures: they show whether structure is predicted, not brightness."
 )
 
 
@@ -41,7 +41,7 @@ def write_run_report(folder: "RunFolder") -> Path:
         f"- {config.optim.epochs:g} epochs of {metadata['data']['images']:,} images, {last['step']} steps, "
         f"global batch {config.optim.global_batch}, lr {config.optim.peak_lr:.3g}",
         f"- teacher: {markdown(metadata['teacher'] or 'none')}",
-        f"- license of the weights that went in: {markdown(metadata['license'])}",
+        f"- license of the weights used: {markdown(metadata['license'])}",
         f"- training time {duration(last['seconds'])} at {last['rate']:.0f} images/s per rank",
         f"- command: {code(metadata['starts'][-1]['command'])}, {_times(len(metadata['starts']))}",
         "",
@@ -76,7 +76,7 @@ def write_finetune_report(folder: "RunFolder") -> Path:
         "",
         f"**top-1 {percent(correct, images)}**, 95 % interval {interval_text(correct, images)}; "
         f"top-5 {percent(score['top5_correct'], images)} on {images:,} validation images, each counted once{without}; "
-        f"loss {score['val_loss']:.4f}. The interval is Wilson's: what another seed would give is not in it.",
+        f"loss {score['val_loss']:.4f}. The interval is Wilson's; it does not cover another seed.",
         "",
         *([f"- moving average: top-1 {percent(averaged[-1]['ema_top1_correct'], images)}"] if averaged else []),
         *(f"- {markdown(name)}: top-1 {score}" for name, score in part_scores(records, metadata).items()),
@@ -86,7 +86,7 @@ def write_finetune_report(folder: "RunFolder") -> Path:
         f"- {config.optim.epochs:g} epochs of {metadata['data']['images']:,} images, {last['step']} steps, "
         f"global batch {config.optim.global_batch}, lr {config.optim.peak_lr:.3g}, layer decay "
         f"{config.optim.layer_decay:g}, seed {config.seed}",
-        f"- license of the weights that went in: {markdown(metadata['license'])}",
+        f"- license of the weights used: {markdown(metadata['license'])}",
         f"- training time {duration(last['seconds'])} at {last['rate']:.0f} images/s per rank",
         f"- command: {code(metadata['starts'][-1]['command'])}, {_times(len(metadata['starts']))}",
         "",

@@ -45,7 +45,7 @@ def tile(groups: Sequence[Mapping[str, "Tensor"]], *, title: str = "") -> Image.
 
 
 def untile(sheet: Image.Image, *, side: int, groups: Sequence[int]) -> list[list[Image.Image]] | None:
-    """Return the images of a sheet by column, each enlarged as `tile` has drawn it; None if the sheet is another one.
+    """Return the images of a sheet by column, each enlarged as `tile` has drawn it; None if it is not such a sheet.
 
     side: of an image before it was enlarged. groups: number of columns of each group.
     """

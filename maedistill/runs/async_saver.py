@@ -108,9 +108,9 @@ class Saver:
                 self.failures = []
             elif isinstance(error, WRITE_ERRORS):
                 last = latest_step(self.folder)
-                previous = "there is none before it" if last is None else f"that of step {last} stands"
+                previous = "there is none before it" if last is None else f"that of step {last} is intact"
                 cause = f"saving the checkpoint of step {writing.step} in {self.folder} failed ({error}); {previous}"
-                remedy = "make room or mend the permissions there; starting the same command again continues the run"
+                remedy = "free disk space or correct the permissions there; the same command continues the run"
                 self.failures.append(DataError(cause, remedy))
             else:
                 raise error

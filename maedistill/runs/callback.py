@@ -1,4 +1,4 @@
-"""Hooks of a run, for code of the caller's: trackers, schedules, early looks at the network."""
+"""Hooks of a run, for a caller's own code: trackers, schedules, access to the network during training."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol

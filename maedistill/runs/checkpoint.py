@@ -99,7 +99,7 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
 
 
 def write_sealed(final: Path, files: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]) -> None:
-    """Write a folder with a manifest under a temporary name, then rename it; a folder of before is replaced.
+    """Write a folder with a manifest under a temporary name, then rename it; an earlier folder is replaced.
 
     files: tensors by name, by the name of their safetensors file. Raises one of WRITE_ERRORS, and then leaves nothing.
     """
@@ -122,7 +122,7 @@ def write_sealed(final: Path, files: Mapping[str, Mapping[str, Tensor]], texts: 
 
 
 def remove_strays(folder: Path) -> None:
-    """Remove what a killed start left of checkpoints that it wrote or removed. Only the owner of the run may do so."""
+    """Remove remains of checkpoints that a killed start wrote or removed. Only the owner of the run may do so."""
     for stray in folder.glob("step_*.tmp"):
         remove_sealed(stray)
 

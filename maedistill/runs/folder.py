@@ -130,13 +130,13 @@ class RunFolder:
         foreign = self._foreign()
         if fresh and CHECKPOINTS in foreign:
             raise ConfigError(
-                f"run: {self._run_json} is gone, without which nothing vouches for the checkpoints",
+                f"run: {self._run_json} is gone, and without it the checkpoints cannot be trusted",
                 "restore it from a copy, or use another run=",
             )
         if foreign and not checkpoint_steps(self.checkpoints):
-            raise self._refusal(f"holds something else than a run ({foreign[0]})")
+            raise self._refusal(f"holds something other than a run ({foreign[0]})")
         if os.path.lexists(self.checkpoints) and not os.path.isdir(self.checkpoints):
-            raise ConfigError(f"run: {self.checkpoints} is no folder", "remove it, or use another run=")
+            raise ConfigError(f"run: {self.checkpoints} is not a folder", "remove it, or use another run=")
         if checkpoint_steps(self.checkpoints) and not fresh:  # otherwise there is nothing to protect
             previous = read_previous(self.path, config)
             for line in previous.lost:
@@ -205,7 +205,7 @@ class RunFolder:
             if self.is_ours:
                 self._write(130, reason)
                 self.log.add(reason)
-            how = f"continue with: {self.command}" if self.command else "the same command goes on from there"
+            how = f"continue with: {self.command}" if self.command else "the same command continues from there"
             with suppress(OSError):  # nobody reads it
                 os.write(2, f"\n{reason}\n{how}\n".encode(errors="replace"))
         os._exit(130)

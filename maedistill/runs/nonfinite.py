@@ -1,4 +1,4 @@
-"""Updates whose loss or gradient is not finite: counted, listed with their samples, and at last the end of the run.
+"""Updates whose loss or gradient is not finite: counted, listed with their samples; too many in a row end the run.
 
 The engine skips such updates (training/engine.py). Whether it did is a flag on the device. It is read one step late, so
 that the host never waits for the device.

@@ -106,6 +106,6 @@ def require_object(key: str, value: str | None, given: object, *, argument: str)
     """Raise ConfigError if the config says `python:...` at `key`, but the caller gives no such object."""
     if given is None and value is not None and value.startswith(f"{PYTHON_KIND}:"):
         raise ConfigError(
-            f"{key}: {value.removeprefix('python:')} is an object that only a Python program can give",
+            f"{key}: {value.removeprefix('python:')} is an object that only a Python program can pass",
             f"start this run from Python, with {argument}=",
         )

@@ -1,10 +1,10 @@
-"""What a run folder knows of its run, and whether a start may continue it.
+"""What a run folder records of its run, and whether a start may continue it.
 
-Each checkpoint has a copy of config.yaml and run.json, and its manifest vouches for them. Where the run's own are gone
-or damaged, by a power cut or by hand, the newest copy is read. So a whole checkpoint can always be continued.
+Each checkpoint has a copy of config.yaml and run.json, and its manifest verifies them. If the run's own are gone
+or damaged, by a power cut or by a user, the newest copy is read. So a whole checkpoint can always be continued.
 
     read_config, read_metadata    for any reader
-    read_previous, require_same   for a start, which goes on with what it is given where no copy is left
+    read_previous, require_same   for a start, which uses its own settings if no copy is left
 """
 
 import json
@@ -50,7 +50,7 @@ def read_metadata(run: Path) -> dict[str, Any]:
 
 
 def known_metadata(run: Path) -> dict[str, Any]:
-    """Read run.json for a start, which goes on without it: empty if it is damaged too."""
+    """Read run.json for a start, which can do without it: empty if it is damaged, too."""
     try:
         return read_metadata(run)
     except DataError:  # `Previous.lost` says so
@@ -70,7 +70,7 @@ def read_config(run: Path, root: type[Any] | None = None) -> PretrainConfig | Fi
     file, _ = _find(run, CONFIG)
     if file is None:
         raise ConfigError(
-            f"run: {run / CONFIG} is gone, so nobody knows the settings of the run",
+            f"run: {run / CONFIG} is gone, so the settings of the run are unknown",
             "restore it from a copy, or use another run=",
         )
     try:
@@ -80,7 +80,7 @@ def read_config(run: Path, root: type[Any] | None = None) -> PretrainConfig | Fi
             raise
         raise ConfigError(
             f"settings of a run: {error.cause}",
-            f"if nobody edited them, use the maedistill that wrote them, {version_of(starts[-1])}",
+            f"if they were not edited, use the maedistill that wrote them, {version_of(starts[-1])}",
         ) from error
     return config
 
@@ -121,7 +121,7 @@ def require_same(run: Path, previous: Previous, config: RunConfig, metadata: dic
         raise _refusal(
             run,
             f"has learned from a teacher with other weights than now: {metadata['teacher']}",
-            "give the teacher back the weights that it had (it may have been trained on), or use another run=",
+            "restore the weights that the teacher had (it may have been trained further), or use another run=",
         )
 
 
@@ -139,7 +139,7 @@ def _require_same_settings(run: Path, before: RunConfig, config: RunConfig, *, e
     if changed:
         first = join_first([f"{key}: {old!r} there, {new!r} now" for key, old, new in changed], 4, separator="; ")
         only_epochs = [key for key, _, _ in changed] == ["optim.epochs"]
-        remedy = "add --extend to go on to the new number" if only_epochs else "restore them, or use another run="
+        remedy = "add --extend to continue to the new number" if only_epochs else "restore them, or use another run="
         raise _refusal(run, f"belongs to other settings ({first})", remedy)
 
 

@@ -39,7 +39,7 @@ class Progress:
             differing = ["losses"]
         if differing:
             raise DataError(
-                f"the newest checkpoint in {checkpoints} is of another version: its state differs in "
+                f"the newest checkpoint in {checkpoints} was written by another version: its state differs in "
                 f"{', '.join(differing)}",
                 "continue with the version that the run began with, or use another run=",
             )
@@ -73,7 +73,7 @@ class BadSampleLog:
 
 
 def max_bad(samples: int, fraction: float) -> float:
-    """Return how many of so many samples may be undecodable, for a `data.max_bad_fraction`."""
+    """Return how many of this number of samples may be undecodable, for a `data.max_bad_fraction`."""
     return fraction * max(_MIN_SAMPLES, samples)
 
 

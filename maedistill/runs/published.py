@@ -51,7 +51,7 @@ def read_published(run: Path, step: int, shapes: Mapping[str, tuple[int, ...]]) 
         remedy = "start the same command again; if the file is damaged, start all these runs over (--fresh)"
         raise DataError(f"{folder} cannot be used: {problem}", remedy) from problem
     if {name: tuple(value.shape) for name, value in weights.items()} != dict(shapes):
-        raise DataError(f"{folder} is not of the network in {run}/run.json", "start all these runs over (--fresh)")
+        raise DataError(f"{folder} does not fit the network in {run}/run.json", "start all these runs over (--fresh)")
     return weights
 
 

@@ -1,4 +1,4 @@
-"""Files that a run writes beside its checkpoints. A full disk neither ends the run nor loses a line.
+"""Files that a run writes in addition to checkpoints. A full disk neither ends the run nor loses a line.
 
 AppendOnlyFile      -> RUN/metrics.jsonl and other files that grow; lines that the disk refuses are kept and retried
 write_text          -> a small file, whole also after a power cut
@@ -42,7 +42,7 @@ class AppendOnlyFile:
             self.flush()
         except OSError as error:
             if not self._warned:
-                warn(f"{self.path} cannot be written ({error.strerror}); its lines wait for room")
+                warn(f"{self.path} cannot be written ({error.strerror}); its lines are kept until there is space")
             self._warned = True
 
     def flush(self) -> None:
@@ -95,7 +95,7 @@ def unwritable(path: Path, error: OSError) -> DataError:
     """Return the error for a file that cannot be written, with the remedy for the user."""
     return DataError(
         f"{path} cannot be written ({error.strerror})",
-        "make room or mend the permissions there, then start the same command again",
+        "free disk space or correct the permissions there, then start the same command again",
     )
 
 

@@ -1,4 +1,4 @@
-"""Replace `auto` in a config by what it means here, before anything depends on it.
+"""Replace `auto` in a config by values, before anything depends on it.
 
 The values go into RUN/config.yaml. A run that continues keeps them, whatever ranks and devices there are by then.
 """

@@ -75,7 +75,7 @@ def newest_intact(folder: Path) -> Path | None:
             skipped.append((path, problem))
             continue
         for other, why in skipped:
-            warn(f"checkpoint {other} is damaged ({why}): passed over")
+            warn(f"checkpoint {other} is damaged ({why}): skipped")
         return path
     if skipped:
         damaged = ", ".join(f"{other.name} ({why})" for other, why in skipped)

@@ -66,7 +66,7 @@ class LastingStream:
 
 
 def outlive_readers() -> None:
-    """Let this program go on when nobody reads what it prints any more, as after `| head`."""
+    """Let this program continue when its output is no longer read, as after `| head`."""
     sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
 
 

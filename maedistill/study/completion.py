@@ -78,7 +78,7 @@ def is_scored(scorecard: Path, shards: str, members: Members = USUAL) -> bool:
 
 
 def is_of_last_end(file: Path, run: Path) -> bool:
-    """Return whether a file exists and is not older than the end of the run, which may have gone on since."""
+    """Return whether a file exists and is not older than the end of the run, which may have been continued since."""
     end = run / "exit.json"
     return file.is_file() and not (end.is_file() and end.stat().st_mtime_ns > file.stat().st_mtime_ns)
 

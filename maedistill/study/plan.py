@@ -79,7 +79,7 @@ class StudyPlan:
         settings += [f"init.source=run:{self.out / start}"] if start is not None else []
         config = _load(name, path, settings, root)
         if config.run != str(self.out / name):
-            cause = f"{self.out}: as the setting run=, YAML reads {config.run} of {self.out / name}"
+            cause = f"{self.out}: in run={self.out / name}, YAML reads {config.run}"
             raise ConfigError(cause, "use another folder, without ' #' and ': '")
         needs = (*([start] if start is not None else []), *teachers)
         return Step(name, (stage, path, *settings), needs, partial(is_done, config))
@@ -125,7 +125,7 @@ class StudyPlan:
         if config.method == "mae" or config.teacher.source == EMA:
             return path, texts
         if len(teachers) > 1:
-            cause = f"{owner}: the study has {len(teachers)} teachers, and the student does not say which is its"
+            cause = f"{owner}: the study has {len(teachers)} teachers, and the student does not name one"
             raise ConfigError(cause, f'set "teacher.source={{teacher.NAME}}"; NAME is one of {join_first(teachers)}')
         return path, [*texts, f"teacher.source={{teacher.{teachers[0]}}}"]
 

@@ -68,7 +68,7 @@ def run_quickstart(out: Path, *, epochs: float | None) -> None:
     say("", *_table(rows, summaries), "", headline(rows, summaries))
     say(f"done in {(time.perf_counter() - start) / 60:.1f} minutes: open {page if page.is_file() else written_to}")
     scored = shlex.join(str(out / runs[name]) for name in (TEACHER, STUDENT))
-    say(f"your own beside these, by size, accuracy and latency: maedistill compare {scored} RUN")
+    say(f"compare your own with these by size, accuracy and latency: maedistill compare {scored} RUN")
 
 
 def _export(name: str, run: str, out: Path) -> Step:
@@ -98,7 +98,7 @@ def _table(rows: Sequence[Row], summaries: Mapping[str, Any]) -> list[str]:
 
 
 def headline(rows: Sequence[Row], summaries: Mapping[str, Any]) -> str:
-    """Say in a sentence what distillation brought the student, and whether chance may explain it."""
+    """Say in a sentence how much the student gained from distillation, and whether it may be chance."""
     gain = summaries[STUDENT]["difference"]
     one, large = ({row.name: row for row in rows}[name] for name in (STUDENT, TEACHER))
     sizes = f"{one.score.parameters / 1e6:.2f} M parameters, {one.score.parameters / large.score.parameters:.2f} of the"

@@ -1,4 +1,4 @@
-"""The results of a study, read from its run folders: what each run says, statistics over seeds.
+"""The results of a study, read from its run folders: the values of each run, statistics over seeds.
 
     OUT/NAME/seed_K/{pretrain,finetune}/{config.yaml,*.json,metrics.jsonl} -> collect -> the content of results.json
 

@@ -19,8 +19,8 @@ from maedistill.runs.records import write_text
 _Facts = Mapping[str, Any]
 _DIFFERENCES = "mean and deviation of the differences between runs of the same seed, in points."
 _INTERVALS = {  # where the 95 % intervals of a page come from
-    "seeds": "over several seeds Student's t, of the mean",
-    "images": "with one seed Wilson's, of the images (Newcombe's for differences); another seed is not in it",
+    "seeds": "over several seeds Student's t, for the mean",
+    "images": "with one seed Wilson's, over images (Newcombe's for differences); it does not cover another seed",
     "paired images": "with one seed, differences of networks with predictions of the same images are paired",
 }
 
@@ -105,9 +105,9 @@ def cost_table(summaries: Mapping[str, _Facts]) -> list[str]:
 
 
 def pixel_caveat(summaries: Mapping[str, _Facts]) -> str:
-    """Say that pixel losses of different targets do not compare, if there are any."""
+    """Say that pixel losses of different targets cannot be compared, if there are any."""
     targets = {summary["pixel_target"] for summary in summaries.values()} - {None}
-    return "Pixel losses of different targets do not compare." if len(targets) > 1 else ""
+    return "Pixel losses of different targets cannot be compared." if len(targets) > 1 else ""
 
 
 def cost_cells(summaries: Mapping[str, _Facts]) -> tuple[list[str], list[list[str]]]:

@@ -80,7 +80,7 @@ def finished_steps(steps: Sequence[Step]) -> set[str]:
         if lost:
             raise ConfigError(
                 f"{step.name} is done, but {lost[0]}, which it comes from, is not",
-                f"bring the folder of {lost[0]} back, remove what came from it, or use another --out",
+                f"restore the folder of {lost[0]}, remove what came from it, or use another --out",
             )
     return done
 
@@ -136,7 +136,7 @@ def run_steps(
         causes = join_first([f"{name} (exit code {code})" for name, code in failed.items()], _MOST_NAMED)
         held_back = join_first([step.name for step in waiting], _MOST_NAMED)
         cause = f"failed: {causes}" + (f"; not started for that reason: {held_back}" if waiting else "")
-        remedy = f"see {out / 'logs'}, mend the cause and start the same command again: it goes on from there"
+        remedy = f"see {out / 'logs'}, remove the cause and start the same command again: it continues from there"
         raise StepsFailed(cause, remedy, next(iter(failed.values())))
 
 
@@ -208,7 +208,7 @@ def _locked(out: Path) -> Iterator[IO[str]]:
         file = (out / "steps.lock").open("w")
     except OSError as error:
         cause = f"{out} cannot be written ({error.strerror})"
-        raise ConfigError(cause, "use another --out, or mend the permissions there") from error
+        raise ConfigError(cause, "use another --out, or correct the permissions there") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

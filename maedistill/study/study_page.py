@@ -36,7 +36,7 @@ def write_study_page(out: Path, file: Path) -> Path:
         discs = _discs(out, networks)
         if timed := [disc for disc in discs if disc["latency"] is not None]:
             others = ", ".join(disc["name"] for disc in discs if disc["latency"] is None)
-            about = "The area grows with the parameters. Networks of one latency are drawn beside each other."
+            about = "The area grows with the parameters. Networks with the same latency are drawn side by side."
             about += f" Without a latency: {others}." if others else ""
             names = legend({disc["name"]: disc["place"] for disc in timed})
             page.add_plots("Accuracy, size and latency", {"": bubbles(timed)}, names, note(about), css="wide")

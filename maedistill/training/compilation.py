@@ -33,13 +33,13 @@ def should_compile(setting: bool | None, device: torch.device, *, zero: int) -> 
     if setting:
         raise ConfigError(
             f"engine.compile: torch.compile fails on this machine ({failure})",
-            "install a compiler (gcc, on a CPU g++) and Python's headers, which it usually lacks, or set "
+            "install a compiler (gcc, on a CPU g++) and Python's headers, which are often missing, or set "
             "engine.compile=false",
         )
     if local_rank() == 0:
         say(
-            f"runs without torch.compile, which fails on this machine ({failure}); a C compiler and Python's headers "
-            "are what it usually lacks",
+            f"runs without torch.compile, which fails on this machine ({failure}); a C compiler or Python's headers "
+            "are often missing",
             error=True,
         )
     return False

@@ -45,7 +45,7 @@ def network_groups(network: nn.Module, weight_decay: float, *, layer_decay: floa
         )
     else:
         raise ConfigError(
-            f"optim.layer_decay: nothing says which layers a {type(network).__name__} has",
+            f"optim.layer_decay: the layers of a {type(network).__name__} are not known",
             "set optim.layer_decay=1, or give the student timm's method group_matcher",
         )
     return [{"lr_scale": 1.0} | group for group in groups]

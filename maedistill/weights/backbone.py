@@ -104,14 +104,12 @@ def open_backbone(
     if block is not None:
         if not hasattr(network, "forward_intermediates"):
             raise ConfigError(
-                f"timm shows no blocks of {opened.name}, a {type(network).__name__}",
+                f"timm gives no access to the blocks of {opened.name}, a {type(network).__name__}",
                 "name another network, or use this one's last features: leave out the block",
             )
         block = _block_number(block, len(network.feature_info), opened.name)
     if pool == "class" and not (has_tokens(network) and getattr(network, "cls_token", None) is not None):
-        raise ConfigError(
-            f"{opened.name} has no class token", "leave out --pool class: the mean is there for any network"
-        )
+        raise ConfigError(f"{opened.name} has no class token", "leave out --pool class: the mean works for any network")
     backbone = replace(opened, module=Backbone(network, block=block, pool=pool))
     features = backbone.output()
     if features.ndim != 2 or len(features) != 1:

@@ -28,14 +28,14 @@ def subset_columns(known: Sequence[str], given: Sequence[str], *, num_known: int
     """
     if not given:
         raise ConfigError(
-            "--subset goes by names, and the shards' index holds no names of classes",
+            "--subset matches classes by name, and the shards' index holds no class names",
             "write the shards again from an image folder (maedistill shards), or put classes.json beside them",
         )
     spellings = [tuple(known)] if known else _imagenet_names(num_known)
     if not spellings:
         raise ConfigError(
-            f"--subset goes by names, and {model} does not name its {num_known:,} classes",
-            "evaluate a run, an export of ours, or a model with the classes of an ImageNet set",
+            f"--subset matches classes by name, and {model} does not name its {num_known:,} classes",
+            "evaluate a run, an export, or a model with the classes of an ImageNet set",
         )
     indices, unmatched = _match(given, spellings)
     if unmatched:
@@ -43,7 +43,7 @@ def subset_columns(known: Sequence[str], given: Sequence[str], *, num_known: int
         count = max(names.count(name) for names in spellings)
         how = f"has {count} classes called {name!r}" if count else f"has no class {name!r}"
         raise DataError(
-            f"{model} {how} ({len(unmatched)} of the shards' {len(given):,} names are such)",
+            f"{model} {how} ({len(unmatched)} of the shards' {len(given):,} names are affected)",
             f"name the shards' classes as the model does, e.g. {', '.join(map(repr, spellings[0][:3]))}",
         )
     return torch.tensor(indices)
@@ -89,14 +89,14 @@ def shared_classes(teacher: Network, names: Sequence[str], *, num_classes: int) 
         raise ConfigError(
             f"distill.teachers: {teacher.name} knows {teacher.num_classes:,} classes, the student has {num_classes:,}, "
             f"and {whose} are not known by name",
-            "use a teacher of the same classes, or terms on features and relations alone (distill.hints, ...)",
+            "use a teacher with the same classes, or only terms on features and relations (distill.hints, ...)",
         )
     indices, unmatched = _match(names, spellings)
     if unmatched:
         raise ConfigError(
             f"distill.teachers: {teacher.name} does not know {len(unmatched):,} of the student's {num_classes:,} "
             f"classes, {unmatched[0]!r} among them",
-            "use a teacher of these classes, or terms on features and relations alone (distill.hints, ...)",
+            "use a teacher with these classes, or only terms on features and relations (distill.hints, ...)",
         )
     return None if indices == list(range(teacher.num_classes)) else tuple(indices)
 

@@ -1,4 +1,4 @@
-"""Build a plain ViT, told or read off the shapes, and fill it from a weights file, which is untrusted input.
+"""Build a plain ViT, named or inferred from the shapes, and fill it from a weights file, which is untrusted input.
 
 a.safetensors, a.pth -> read_weights_file -> its content: usually a dict of tensors, possibly nested in another dict
 the file, an EncoderSpec -> open_file -> the network, whatever style of keys the file has
@@ -176,11 +176,11 @@ def read_weights_file(path: str | Path, *, sha256: str | None = None, section: s
     """
     path = Path(os.path.expanduser(path))  # unlike Path.expanduser, it never raises
     if os.path.isdir(path):
-        raise DataError(f"{path}: a folder, no file", "name a file in it, or use local-dir:PATH")
+        raise DataError(f"{path}: a folder, not a file", "name a file in it, or use local-dir:PATH")
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such file", "check the path of the weights")
     if not os.access(path, os.R_OK):
-        raise DataError(f"{path}: this user may not read it", "change its rights, or use a copy")
+        raise DataError(f"{path}: this user may not read it", "change its permissions, or use a copy")
     if sha256 is not None:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -191,7 +191,7 @@ def read_weights_file(path: str | Path, *, sha256: str | None = None, section: s
     with path.open("rb") as file:
         head = file.read(64).lstrip().lower()
     if kind := next((kind for start, kind in _MISTAKEN.items() if head.startswith(start)), None if head else "empty"):
-        raise DataError(f"{path}: it is {kind}, no weights", "download the file itself again")
+        raise DataError(f"{path}: it is {kind}, not weights", "download the file again")
     try:
         require_honest_zip(path)
         if path.suffix == ".safetensors":

@@ -1,4 +1,4 @@
-"""Open an exported graph with what stands beside it of its images: preprocess.json, which is untrusted like the graph.
+"""Open an exported graph and the preprocess.json that describes its images, which is untrusted like the graph.
 
 onnx:DIR/model.onnx, torch_export:DIR/model.pt2 -> Graph;   DIR/preprocess.json -> size, crop, normalisation, classes
 
@@ -35,7 +35,7 @@ _OPENERS = {"onnx": open_onnx, "torch_export": open_torch_export}
 
 
 class Preprocessing(StrictModel):
-    """How images are made into what a graph takes: crop, resize, scale to [0, 1], (x - mean) / std.
+    """How images are prepared for a graph: crop, resize, scale to [0, 1], (x - mean) / std.
 
     input: `uint8` if the graph scales and normalises by itself. gives: whether its outputs are logits.
     """
@@ -71,7 +71,7 @@ def open_graph(kind: str, name: str, *, image_size: int | None = None) -> tuple[
     graph = _OPENERS[kind](path)
     size, own = image_size or stated.size, graph.takes.side
     if own not in (None, size):
-        remedy = f"leave --image-size out, and let size in its {PREPROCESSING} be {own}"
+        remedy = f"leave --image-size out, and set size in its {PREPROCESSING} to {own}"
         raise ConfigError(f"{kind}:{name} takes images of {own} pixels, not of {size}", remedy)
     if graph.takes.pixels != (stated.input == "uint8"):
         raise DataError(
@@ -109,10 +109,10 @@ def outputs_of(graph: Graph, name: str, *, size: int) -> int:
 
 
 def read_preprocessing(path: Path) -> Preprocessing:
-    """Read preprocess.json. Raises DataError if it is not there or cannot be true."""
+    """Read preprocess.json. Raises DataError if it is missing or invalid."""
     example = '{"size": 224, "crop": 0.9, "interpolation": "bicubic", "mean": [...], "std": [...]}'
     try:
         return Preprocessing.model_validate_json(read_text(path))
     except (CorruptCheckpoint, ValidationError) as error:
         problem = first_problem(error) if isinstance(error, ValidationError) else str(error)
-        raise DataError(f"{path} says nothing of the graph's images: {problem}", f"write it: {example}") from None
+        raise DataError(f"{path} does not describe the graph's images: {problem}", f"write it: {example}") from None

@@ -27,7 +27,7 @@ _DOMAINS = ("", "ai.onnx", "com.microsoft")  # the standard's, and onnxruntime's
 
 
 def require_onnx(*packages: str) -> None:
-    """Raise ConfigError without one of these packages, which are installed with ours on request only."""
+    """Raise ConfigError if one of these optional packages is missing."""
     for package in packages:
         try:
             import_module(package)
@@ -38,7 +38,7 @@ def require_onnx(*packages: str) -> None:
 
 
 def open_onnx(path: Path) -> Graph:
-    """Open an ONNX graph of one image input and one output. Raises DataError for a file that is none, or is unsafe."""
+    """Open an ONNX graph of one image input and one output. Raises DataError for an invalid or unsafe file."""
     require_onnx(*TO_RUN)
     import onnxruntime
 

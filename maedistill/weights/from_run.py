@@ -72,7 +72,7 @@ def validated_metadata(folder: RunFolder) -> dict[str, Any]:
     try:
         RunMetadata.model_validate_json(json.dumps(metadata))  # as JSON: strict mode would reject lists as tuples
     except ValidationError as error:
-        raise DataError(f"{folder.path}/run.json cannot be true: {first_problem(error)}", NOT_A_RUN) from None
+        raise DataError(f"{folder.path}/run.json is not valid: {first_problem(error)}", NOT_A_RUN) from None
     return metadata
 
 
@@ -85,7 +85,7 @@ def _stated(folder: RunFolder) -> dict[str, Any]:
         raise DataError(f"{folder.path} holds no run of this version: {cause}", NOT_A_RUN)
     for name, is_true in (("stage", metadata["stage"] in PREFIX), ("network", isinstance(metadata["network"], dict))):
         if not is_true:
-            raise DataError(f"{folder.path}/run.json cannot be true: {name}", NOT_A_RUN)
+            raise DataError(f"{folder.path}/run.json is not valid: {name}", NOT_A_RUN)
     return metadata
 
 
@@ -151,7 +151,7 @@ def open_run(
     try:
         require_claims(arguments, checkpoint / "model.safetensors")
     except ValueError as error:
-        raise DataError(f"{folder.path}/run.json cannot be true: {error}", NOT_A_RUN) from None
+        raise DataError(f"{folder.path}/run.json is not valid: {error}", NOT_A_RUN) from None
     shape = _unloaded(folder, name, arguments)
     image_size = inspect_network(shape)
     stored = read_weights(checkpoint, weights)
@@ -173,7 +173,7 @@ def open_run(
 
 
 def run_members(path: str | Path) -> Members:
-    """Return which members of a sample a run took for image and label; the usual ones without config.yaml."""
+    """Return which members of a sample a run used as image and label; the usual ones without config.yaml."""
     folder = RunFolder(path)
     if not folder.config.exists():
         return USUAL
@@ -195,7 +195,7 @@ def kept_checkpoints(path: str | Path) -> list[tuple[int, Path]]:
         try:
             kept.append((step, _intact(checkpoint)))
         except DataError as problem:
-            warn(f"{problem.cause}: passed over")
+            warn(f"{problem.cause}: skipped")
     if not kept:
         raise DataError(
             f"{folder.path} keeps no intact checkpoint",
@@ -232,7 +232,7 @@ def _peer_entry(folder: RunFolder, metadata: Mapping[str, Any], peer: int) -> di
     """Return the metadata in which a peer differs. Raises ConfigError unless the run trained it."""
     peers = metadata.get("peers", [])
     if not 0 < peer <= len(peers):
-        numbers = "1 alone" if len(peers) == 1 else f"1 to {len(peers)}"
+        numbers = "only 1" if len(peers) == 1 else f"1 to {len(peers)}"
         has = f"it has {numbers}" if peers else "it was trained without peers"
         remedy = "name one of these" if peers else "leave out --peer, or fine-tune with distill.mutual"
         raise ConfigError(f"--peer: {folder.path} has no peer {peer}, {has}", remedy)
@@ -255,7 +255,7 @@ def load_into(student: nn.Module, path: str | Path, *, weights: Weights = "model
     except RuntimeError as error:
         raise DataError(
             f"{checkpoint} does not fit a {type(student).__name__} ({' '.join(str(error)[:200].split())})",
-            f"make the student as for that run, a {metadata['network']['name']}",
+            f"build the student as in that run, a {metadata['network']['name']}",
         ) from error
     return student.eval()
 

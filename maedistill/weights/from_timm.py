@@ -111,7 +111,7 @@ def read_errors(source: str) -> Iterator[None]:
 
 
 def announce_download(source: str, hub_id: str | None) -> None:
-    """Say before a download, which takes long and is retried without a network, what else would do."""
+    """Name the alternatives before a download, which takes long and is retried without a network."""
     if hub_id and not any(isinstance(try_to_load_from_cache(hub_id, file), str) for file in _HUB_FILES):
         say(f"downloading {source}; offline? name a file or a folder instead (file:PATH)", error=True)
 
@@ -128,19 +128,19 @@ def image_config(network: TimmModel, source: str, *, test: bool = False) -> Imag
         values["crop_pct"] = 0
     if list(values["input_size"])[:1] != [3] or len({*values["input_size"][1:]}) != 1:
         size = " x ".join(map(str, values["input_size"]))[:60]
-        raise ConfigError(f"{source} looks at {size} pixels", "use a model of square images with 3 channels")
+        raise ConfigError(f"{source} takes images of {size} pixels", "use a model of square images with 3 channels")
     try:
         return ImageConfig.model_validate_json(json.dumps(values, default=str))
     except (ValueError, RecursionError) as error:
         problem = first_problem(error) if isinstance(error, ValidationError) else str(error)[:200]
         raise DataError(
-            f"{source}: its config says of its {'test ' if test else ''}images what cannot be: {problem}",
+            f"{source}: its config gives its {'test ' if test else ''}images impossible values: {problem}",
             "correct its config.json",
         ) from None
 
 
 def stated_exif(source: str) -> Literal["ignore", "apply"]:
-    """Return whether photographs are turned upright, which config.json of our exports says beside what timm reads."""
+    """Return whether photographs are turned upright, which config.json of our exports states besides timm's."""
     kind, _, name = source.partition(":")
     if kind not in ("hf-hub", "local-dir"):
         return "ignore"

@@ -103,7 +103,7 @@ class _Program:
 
 
 def open_torch_export(path: Path) -> Graph:
-    """Open a graph of one image input and one output. Raises DataError for a file that is none, or is unsafe."""
+    """Open a graph of one image input and one output. Raises DataError for an invalid or unsafe file."""
     try:
         require_honest_zip(path)
         with zipfile.ZipFile(path) as archive:

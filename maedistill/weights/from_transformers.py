@@ -89,7 +89,7 @@ def open_transformers(
         image = _Processor.model_validate_json((folder / _PROCESSOR).read_bytes()) if states_images else None
     except ValidationError as error:
         raise DataError(
-            f"{source}: transformers' configs state what cannot be opened here: {first_problem(error)}",
+            f"{source}: its transformers config has values that cannot be opened here: {first_problem(error)}",
             "use these weights as timm has them (timm:NAME), or a ViT, ViTMAE or ViTMSN of transformers",
         ) from None
     file = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), folder / _WEIGHTS[0])

@@ -40,7 +40,7 @@ def hub_license(text: str) -> tuple[str, str | None]:
 
 
 def why_unpublishable(text: str, former: str = "") -> str | None:
-    """Return why weights of this license may not be handed on, or None. former: of the run that they started from."""
+    """Return why weights with this license may not be published, or None. former: of the run that they started from."""
     for part in text.split(";"):
         if _UNSTATED.match(_slug(part)):
             return f"the license of the weights is not stated ({part.strip() or 'empty'})"
@@ -60,7 +60,7 @@ def completed_license(text: str, setting: str | None, key: str) -> str:
     if _slug(setting).startswith("yours") or (stated and len(stated) == len(text.split(";"))):
         raise ConfigError(
             f"{key}: {setting!r} is not the license of the source, which is {text!r}",
-            "remove it: it is for sources that state none, and names the license that applies",
+            "remove it: it is for sources that state no license",
         )
     return combined_license([*stated, setting])
 

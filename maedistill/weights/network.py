@@ -86,7 +86,7 @@ class Network:
             output = self.module(own.new_zeros(1, 3, self.size, self.size))
         except (AssertionError, AttributeError, LookupError, RuntimeError, ValueError, TypeError) as error:
             raise ConfigError(
-                f"{self.name} cannot look at images of {self.size} pixels ({why_unreadable(error)})",
+                f"{self.name} cannot take images of {self.size} pixels ({why_unreadable(error)})",
                 f"name a size that it takes ({size_key}), for a ViT a multiple of its patch size, or leave it out",
             ) from error
         if not isinstance(output, Tensor) or output.ndim == 0:

@@ -81,9 +81,9 @@ def open_network(
         remedy = "leave the choice out, or choose ema" if kind == "run" else "leave the choice out"
         raise ConfigError(f"{source} has no weights called {weights!r}", f"{remedy} (--weights, --ema)")
     if exit is not None and kind != "run":
-        raise ConfigError(f"{source} has no exits", "leave out --exit: only runs have them, each exported by itself")
+        raise ConfigError(f"{source} has no exits", "leave out --exit: only runs have them; export each separately")
     if peer and kind != "run":
-        raise ConfigError(f"{source} has no peers", "leave out --peer: only runs have them, each exported by itself")
+        raise ConfigError(f"{source} has no peers", "leave out --peer: only runs have them; export each separately")
     if kind in GRAPH_KINDS:
         graph, entries = open_graph(kind, name, image_size=image_size)
         return Network(graph, source, **entries)
@@ -164,7 +164,7 @@ def _check(
         require_plain_vit(network, source)
     if use in ("classifier", "predictor") and not network.num_classes:
         raise ConfigError(
-            f"{source} has no classifier, it opens as an encoder alone",
+            f"{source} has no classifier, it opens only as an encoder",
             f"fine-tune it and evaluate that run: maedistill finetune CONFIG init.source={source}; "
             "or judge its features: maedistill evaluate probe, or knn",
         )
@@ -175,7 +175,7 @@ def _check(
         if image_size is not None and image_size % (grid * patch):
             near = max(1, round(image_size / (grid * patch))) * grid * patch
             raise ConfigError(
-                f"{size_key}: patches of {patch} pixels in images of {image_size} do not meet {grid} x {grid} patches",
+                f"{size_key}: patches of {patch} pixels in images of {image_size} do not give {grid} x {grid} patches",
                 f"use {near}, a multiple of {grid} x {patch}, or leave it out for {grid * patch}",
             )
         return image_size or grid * patch
@@ -183,7 +183,7 @@ def _check(
     patch_size = math.lcm(*patches.patch_size) if cuts_off else 1
     if image_size is not None and image_size % patch_size:
         raise ConfigError(
-            f"{source} looks at patches of {patch_size} pixels, which do not divide images of {image_size}",
+            f"{source} has patches of {patch_size} pixels, which do not divide images of {image_size}",
             f"use a multiple, e.g. {size_key}={max(1, round(image_size / patch_size)) * patch_size}",
         )
     return image_size
@@ -201,7 +201,7 @@ def _open_random(name: str, use: Use, check: Inspect, *, spec: EncoderSpec, sect
         return Network(vit, source, vit.patch_embed.img_size[0], license_name, audit=audit)
     for key, value in asdict(spec).items():
         if value is not None:
-            raise ConfigError(f"{section}.{key}: {source} is no plain ViT and has its own {key}", "remove it")
+            raise ConfigError(f"{section}.{key}: {source} is not a plain ViT and has its own {key}", "remove it")
     network = _open_timm(f"timm:{name}", use, check, pretrained=False)
     return replace(network, name=source, license=license_name, audit=audit)
 

@@ -1,4 +1,4 @@
-"""Read the architecture of a plain ViT off the names and shapes of its weights, which are untrusted input.
+"""Infer the architecture of a plain ViT from the names and shapes of its weights, which are untrusted input.
 
 patch_embed.proj.weight [768, 3, 16, 16], blocks 0 to 11, cls_token, pos_embed [1, 197, 768] -> ViT-B/16 at 224 px
 
@@ -85,7 +85,7 @@ def recognize(
     width, depth, patch_size = kernel.shape[0], len(blocks), kernel.shape[2]
     size = next((size for size, shape in SIZES.items() if shape[:2] == (width, depth)), None)
     if num_heads is None and size is None and width % _HEAD_WIDTH:
-        raise refuse(f"a width of {width} is no multiple of {_HEAD_WIDTH}, so its heads are unknown", heads=True)
+        raise refuse(f"a width of {width} is not a multiple of {_HEAD_WIDTH}, so its heads are unknown", heads=True)
     if not width or (4 * hidden.shape[0]) % width:
         raise refuse("its blocks have other widths than its patches")
     class_token, registers = prefix_tokens(weights)
@@ -124,7 +124,7 @@ def prefix_tokens(weights: Mapping[str, Tensor]) -> tuple[bool, int]:
 
 
 def grid_of(weights: Mapping[str, Tensor]) -> int | None:
-    """Return the side of the square patch grid that the stored positions are for; None if they tell none."""
+    """Return the side of the square patch grid that the stored positions are for; None if they are for none."""
     positions = weights.get("pos_embed")
     if positions is None or positions.ndim != 3 or (patches := positions.shape[1] - sum(prefix_tokens(weights))) < 1:
         return None

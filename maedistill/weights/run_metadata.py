@@ -1,4 +1,4 @@
-"""What RUN/run.json must say of a network: untrusted input, of which other entries are ignored."""
+"""What RUN/run.json must say about a network: untrusted input, whose other entries are ignored."""
 
 import inspect
 from typing import Annotated, Any, Literal
@@ -66,7 +66,7 @@ class Origin(StrictModel):
 
 
 class PeerEntry(StrictModel):
-    """A student that was trained beside the run's own, by mutual learning."""
+    """A student that was trained with the run's own, by mutual learning."""
 
     network: NetworkEntry
     init: str | None = None

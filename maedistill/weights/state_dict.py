@@ -84,7 +84,7 @@ def import_weights(
     there are no tensors, if one is not plain, or for weights that do not fit square patches of colour images.
     """
     if not isinstance(content, dict):
-        raise DataError(f"{name}: holds a {type(content).__name__}, no named weights", "use a state dict")
+        raise DataError(f"{name}: holds a {type(content).__name__}, not named weights", "use a state dict")
     entry = choose_entry(content, weights, name=name, key=weights_key)
     _require_plain(entry.weights | entry.others, name)
     of_transformers = any(key.startswith("embeddings.") for key in entry.weights)
@@ -177,12 +177,12 @@ def require_finite(weights: Mapping[str, Tensor], name: str) -> None:
     for key, value in weights.items():
         if value.is_meta or not value.is_floating_point():
             content = "no numbers" if value.is_meta else str(value.dtype)
-            raise DataError(f"{name}: {quoted([key])} holds {content}, no weights", "use the weights of a model")
+            raise DataError(f"{name}: {quoted([key])} holds {content}, not weights", "use the weights of a model")
         broken = int((~value.float().isfinite()).sum())
         if broken:
             raise DataError(
                 f"{name}: {broken:,} of {value.numel():,} values of {quoted([key])} are not finite",
-                "use weights from before the training that made them broke",
+                "use weights from before that training diverged",
             )
 
 
@@ -192,7 +192,7 @@ def _require_plain(state: StateDict, name: str) -> None:
         dense = value.layout == torch.strided and not value.is_nested and not value.is_quantized
         if not dense or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise DataError(
-                f"{name}: {quoted([key])} is no plain tensor of {tuple(value.shape)} numbers",
+                f"{name}: {quoted([key])} is not a plain tensor of {tuple(value.shape)} numbers",
                 "save it as one: tensor.to_dense().contiguous().clone()",
             )
 

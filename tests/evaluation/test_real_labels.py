@@ -62,7 +62,7 @@ def test_shards_of_our_own_keep_the_numbers(tmp_path):
     "key", ["cat_1", "ILSVRC2012_val_00050001", "ILSVRC2012_val_000000011", "ILSVRC2012_val_00000000"]
 )
 def test_other_images_have_no_reassessed_labels(key):
-    with pytest.raises(DataError, match=f"{key} is no image of ImageNet"):
+    with pytest.raises(DataError, match=f"{key} is not an image of ImageNet"):
         open_real_labels(FakeIndex([key]), num_classes=1000)
     with pytest.raises(ConfigError, match="the model has 12"):
         open_real_labels(FakeIndex(["ILSVRC2012_val_00000001"]), num_classes=12)

@@ -231,7 +231,7 @@ def test_a_rate_that_diverges_on_all_images_alone_is_an_error(networks, tmp_path
 
 
 def test_a_folder_that_is_closed_or_has_too_long_a_name_is_an_error(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="is no folder"):
+    with pytest.raises(ConfigError, match="is not a folder"):
         find_pairs(tmp_path / ("x" * 300), tmp_path)
     monkeypatch.setattr(Path, "iterdir", lambda _: iter(os.scandir(tmp_path / "none")))
     with pytest.raises(DataError, match="cannot be read"):
@@ -316,14 +316,14 @@ MISTAKES = {  # files of images, of masks, flags: exit code, cause, remedy
     "no masks": ({"a.png": GRAY}, {"b.txt": None}, [], 3, "holds no .png", "annotations/training"),
     "no images": ({"a.gif": GRAY}, {"a.png": GRAY}, [], 3, "holds no .jpg or .jpeg or .png", "themselves"),
     "twice": ({"a.png": GRAY, "a.jpg": GRAY}, {"a.png": GRAY}, [], 3, "holds two files of one name", "one for each"),
-    "lonely": ({"a.png": GRAY, "b.png": GRAY}, {"a.png": GRAY}, [], 3, "1 files have no partner", "a mask NAME.png"),
+    "lonely": ({"a.png": GRAY, "b.png": GRAY}, {"a.png": GRAY}, [], 3, "have no counterpart", "a mask NAME.png"),
     "sizes": ({}, {"a.png": GRAY.resize((6, 8))}, [], 3, "a.png has 6 x 8 pixels and", "one size"),
     "classes": ({}, {"b.png": Image.new("L", (8, 6), 7)}, ["--classes", "7"], 3, "has class 7, but", "--classes"),
     "RGB": ({}, {"a.png": GRAY.convert("RGB")}, [], 3, "pixels of mode RGB with 8 bits", "mode L or P"),
     "16 bits": ({}, {"a.png": GRAY.convert("I").convert("I;16")}, [], 3, "with 16 bits", "mode L or P"),
-    "all ignored": ({}, {"c.png": Image.new("L", (8, 6), 255)}, [], 3, "no pixel but of 255", "--ignore"),
+    "all ignored": ({}, {"c.png": Image.new("L", (8, 6), 255)}, [], 3, "only the value 255", "--ignore"),
     "damaged": ({"b.png": None}, {}, [], 3, "b.png cannot be decoded", "remove it"),
-    "two images": ({}, {}, [], 2, "2 images cannot train and choose", "3 or more"),
+    "two images": ({}, {}, [], 2, "2 images are too few to train on and to choose", "3 or more"),
     "no such block": ({}, {}, ["--blocks", "2"], 2, "has no block 2: there are 2", "--block"),
 }  # fmt: skip
 

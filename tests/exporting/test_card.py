@@ -93,7 +93,7 @@ def test_the_card_says_that_targets_are_means_and_weights_rise(tmp_path):
     (run / "config.yaml").write_text(settings)
     export(run)
     text = " ".join(card(run)[1].split())
-    assert "target the mean of 10 blocks, the last the named one, weight 2, rising from 0 in the first 25% of" in text
+    assert "target the mean of 10 blocks up to the named one, weight 2, rising from 0 in the first 25% of" in text
 
 
 def test_a_method_of_the_caller_s_own_is_named_and_no_loss_is_made_up(tmp_path):

@@ -247,7 +247,7 @@ def test_what_is_wrong_or_interrupted_never_gets_the_name(run, tool, monkeypatch
     monkeypatch.setattr(module, "save_for_hf", failing)
     ended = tool(run)
     assert ended.code == (130 if failing is interrupted else 3)
-    assert failing is interrupted or "does not give the outputs" in ended.err
+    assert failing is interrupted or "does not reproduce the outputs" in ended.err
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     assert (run / "export").exists() == replacing
 

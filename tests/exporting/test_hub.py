@@ -111,7 +111,7 @@ def test_a_second_push_leaves_nothing_of_the_first(tool, tmp_path):
         ({"license": "Other"}, NAME, "not stated (Other)"),
         ({"license": "mit; not stated (set init.license)"}, NAME, "not stated (not stated"),
         ({"license": "mit", "origin": {"stage": "pretrain", "license": "CC BY-NC 4.0"}}, NAME, "derive from weights"),
-        ({}, "small-vit", "does not say whose"),
+        ({}, "small-vit", "has no user name"),
         ({}, "alice/small--vit", "Cannot have --"),
     ],
 )

@@ -171,7 +171,7 @@ def test_names_are_text_in_table_and_picture(tmp_path, tool):
 def test_what_is_no_scorecard_is_refused(tmp_path, text):
     file = tmp_path / "s.json"
     file.write_text(text, encoding="latin-1")
-    with pytest.raises(DataError, match=r"s\.json is no scorecard: .*\n.*write it again: maedistill export RUN --val"):
+    with pytest.raises(DataError, match=r"s\.json is not a scorecard: .*\n.*again: maedistill export RUN --val"):
         read_rows([str(file)])
 
 

@@ -194,9 +194,7 @@ CONFIGS = {
     "extends a name that is too long": yaml("there is no file aaa", "bad.yaml", f"extends: {'a' * 5000}\n"),
 }
 PATTERNS = {
-    "a pipe": case(
-        f"{PRETRAIN} 'data.train=pipe:mkdir {CANARY}'", 2, "is no address that shards are read from", "s3://"
-    ),
+    "a pipe": case(f"{PRETRAIN} 'data.train=pipe:mkdir {CANARY}'", 2, "is not an address of shards", "s3://"),
     "a pipe in capitals": case(f"{PRETRAIN} 'data.train=PIPE:mkdir {CANARY}'", 2, "is no address", "s3://"),
     "a pipe made by braces": case(
         f"{PRETRAIN} 'data.train=\"{{{{pi,}}}}pe:mkdir {CANARY}\"'", 2, "is no address", "s3://"
@@ -216,7 +214,7 @@ PATTERNS = {
         f"{PRETRAIN} 'data.train=a-{'{{a,b}}' * 40}.tar'", 2, "means 1,048,576 shards or more", "at most 1,000,000"
     ),
     "a range of 5,000 digits": case(
-        f"{PRETRAIN} 'data.train=a-{{{{0..{'9' * 5000}}}}}.tar'", 2, "is no range", "{000000..000008}"
+        f"{PRETRAIN} 'data.train=a-{{{{0..{'9' * 5000}}}}}.tar'", 2, "is not a range", "{000000..000008}"
     ),
     "a range backwards": case(f"{PRETRAIN} 'data.train=a-{{{{9..1}}}}.tar'", 2, "runs backwards", "the smaller first"),
     "two folders": case(
@@ -308,7 +306,7 @@ LABELS = {
         SHARD, 3, "classes.json is not JSON", "or remove it", bad__tar=IMAGES, classes__json="[" * 100_000
     ),
 }
-LIAR = "is no index of format 1"
+LIAR = "is not an index of format 1"
 INDEXES = {
     "another format": lying_index(LIAR, format=9),
     "huge counts": lying_index(LIAR, starts=np.array([0, 1 << 60])),
@@ -417,20 +415,22 @@ SOURCES = {
         "holds torch.int64", "weights", pth(weights(norm__bias=torch.ones(32, dtype=torch.int64)))
     ),
     "complex numbers": teacher("holds torch.complex64", "weights", pth(weights(norm__bias=torch.ones(32) + 1j))),
-    "sparse": teacher("norm.bias is no plain tensor", "to_dense", pth(weights(norm__bias=torch.ones(32).to_sparse()))),
+    "sparse": teacher(
+        "norm.bias is not a plain tensor", "to_dense", pth(weights(norm__bias=torch.ones(32).to_sparse()))
+    ),
     "no numbers at all": teacher("holds no numbers", "weights", pth(weights(norm__bias=torch.ones(32, device="meta")))),
     "a bias of 4 TB": teacher(
-        "q_bias is no plain tensor of (1099511627776,)",
+        "q_bias is not a plain tensor of (1099511627776,)",
         "clone",
         pth(weights(blocks__0__attn__q_bias=torch.ones(1).expand(1 << 40))),
     ),
     "positions of 8 GB": teacher(
-        "pos_embed is no plain tensor", "clone", pth(weights(pos_embed=torch.ones(1).expand(1, (1 << 26) + 1, 32)))
+        "pos_embed is not a plain tensor", "clone", pth(weights(pos_embed=torch.ones(1).expand(1, (1 << 26) + 1, 32)))
     ),
     "a number for AMD's tokens": teacher(
         "bad samples: none", "", pth({"model": weights(), "generator_mask_tokens": 3}), code=0
     ),
-    "a folder": case(f"{TEACHER.removesuffix('bad')}.", 3, ".: a folder, no file", "local-dir:PATH"),
+    "a folder": case(f"{TEACHER.removesuffix('bad')}.", 3, ".: a folder, not a file", "local-dir:PATH"),
     "a name that is too long": case(f"{TEACHER}{'a' * 5000}", 3, "no such file", "path"),
     "the home of nobody": case(f"{TEACHER.removesuffix('bad')}~nobody-here/a", 3, "no such file", "path"),
     "timm's folder with a pickle": teacher_folder(
@@ -441,7 +441,7 @@ SOURCES = {
     ),
     "timm's folder of 1,000,000,000 blocks": teacher_folder("depth is 1000000000, more than 1,000", DEEP),
     "timm's folder with words as mean": teacher_folder(
-        "of its images what cannot be: mean",
+        "gives its images impossible values: mean",
         TINY_EXPORT.replace('"pretrained_cfg": {', '"pretrained_cfg": {"mean": "dark", '),
     ),
     "timm's folder without architecture": teacher_folder("'architecture'", '{"num_classes": 0}'),
@@ -455,7 +455,7 @@ STARTS = {
         "run.json cannot be read", lambda run: (run / "run.json").write_text("[" * 100_000)
     ),
     "its record a list": start("no JSON object", lambda run: (run / "run.json").write_text('["stage"]')),
-    "a text as network": start("cannot be true: network", edit_json("run.json", network="vit")),
+    "a text as network": start("is not valid: network", edit_json("run.json", network="vit")),
     "a network that timm has not": start(
         "timm has no model 'vit_tinny'", edit_json("run.json", network__name="vit_tinny")
     ),
@@ -472,7 +472,7 @@ STARTS = {
         "'checkpoint_path' is no part of a network",
         edit_json("run.json", network__arguments__checkpoint_path="bad.pth"),
     ),
-    "words as mean": start("cannot be true: input.mean", edit_json("run.json", input__mean="dark")),
+    "words as mean": start("is not valid: input.mean", edit_json("run.json", input__mean="dark")),
     "weights that are NaN": case(
         f"{FINETUNE} init.source=run:bad",
         3,
@@ -539,7 +539,7 @@ RUNS = {
         f"{FINETUNE} run=bad", 2, "a run of pre-training, not of fine-tuning", "another run=", bad=RUN
     ),
     "held already": case(f"{PRETRAIN} run=bad --fresh", 2, "no terminal to ask on", "--yes", bad=RUN),
-    "deleting nothing": case(f"{PRETRAIN} run=bad --yes", 2, "--yes answers", "add --fresh"),
+    "deleting nothing": case(f"{PRETRAIN} run=bad --yes", 2, "--yes only answers", "add --fresh"),
     "over and on": case(f"{PRETRAIN} run=bad --fresh --extend", 2, "--extend does not", "leave out", bad=RUN),
     "fewer epochs": case(
         f"{PRETRAIN} run=bad optim.epochs=2 --extend", 2, "2 is less than the 3", "only adds", bad=RUN
@@ -566,7 +566,7 @@ RUNS = {
 }
 OTHERS = {"bad": folder(thesis__tex="years")}
 EXPORTS = {
-    "a folder of others": kept_out("bad", "holds something else than an export of ours (thesis.tex)", **OTHERS),
+    "a folder of others": kept_out("bad", "holds something other than an export (thesis.tex)", **OTHERS),
     "a link to it": kept_out("link", "(thesis.tex)", **OTHERS, link=link("bad")),
     "a way around": kept_out("new/../bad", "(thesis.tex)", **OTHERS),
     "this folder by a way around": kept_out("new/..", "is the working directory", thesis__tex="years"),
@@ -592,8 +592,8 @@ EXPORTS = {
     "of a run with numbers for metrics": exported(
         "not all lines say their step", lambda run: (run / "metrics.jsonl").write_text("{}\n")
     ),
-    "of a run with a mapping as license": exported("cannot be true: license", edit_json("run.json", license={"a": 1})),
-    "of a run by an unknown method": exported("cannot be true: method", edit_json("run.json", method="magic")),
+    "of a run with a mapping as license": exported("is not valid: license", edit_json("run.json", license={"a": 1})),
+    "of a run by an unknown method": exported("is not valid: method", edit_json("run.json", method="magic")),
     "of no run": case("export bad", 3, "holds no run of this version", "run folder", **OTHERS),
     "averages that nobody kept": case("export {good}/mae --ema", 3, "kept no moving average", "leave out --ema"),
 }

@@ -73,7 +73,7 @@ def test_a_disk_that_takes_nothing_at_all_for_a_while_costs_nothing(pretraining,
     time.sleep(1)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (everything, everything))
     ended = started.finish()
-    assert ended.err.count("metrics.jsonl cannot be written (File too large); its lines wait for room") == 1
+    assert ended.err.count("metrics.jsonl cannot be written (File too large); its lines are kept") == 1
     assert ".png is left out" in ended.err
     assert [record["step"] for record in read_metrics(unfinished) if "loss" in record] == list(range(1, 41))
     assert_same_end(unfinished, mae.run)
@@ -103,7 +103,7 @@ def test_one_checkpoint_that_cannot_be_written_is_a_warning_and_the_run_goes_on(
     (unfinished / "checkpoints" / "step_000000036.tmp").write_text("a file where a folder must be")
     ended = pretraining(unfinished.name, *GOES_ON, "log.save_every_epochs=0.25", "log.keep=9")
     assert "warning: saving the checkpoint of step 36 in " in ended.err
-    assert "that of step 34 stands\n  fix: make room" in ended.err
+    assert "that of step 34 is intact\n  fix: free disk" in ended.err
     steps = [32, 34, 38, 40]
     assert [f"step_{step:09d}" for step in steps] == [name for name in checkpoints(unfinished) if "tmp" not in name]
     assert_same_end(unfinished, mae.run)

@@ -81,7 +81,7 @@ def test_a_rank_that_is_killed_or_frozen_is_named(tmp_path, lost, number):
         error, fix = (line for line in ranks.errors(other) if not line.startswith("exit.json"))
         assert error.startswith(f"error: rank {lost} ")
         assert error.endswith("ended, froze or cannot be reached")
-        assert "the same command goes on" in fix
+        assert "the same command continues" in fix
         assert not any(line.startswith("Traceback") for line in lines(tmp_path, other))
         if number == signal.SIGSTOP:
             assert any(line.endswith("in _train") for line in lines(tmp_path, other))  # stacks: where it waits
@@ -96,7 +96,7 @@ def test_a_dead_rank_is_named_long_before_the_time_out_though_no_collective_fail
         assert time.monotonic() - start < 60  # not 600
         error, fix = (line for line in ranks.errors(0) if not line.startswith("exit.json"))
         assert error.startswith("error: rank 1 ")
-        assert "the same command goes on" in fix
+        assert "the same command continues" in fix
         assert f"exit.json 5 {error.removeprefix('error: ')}" in ranks.errors(0)
 
 

@@ -30,7 +30,7 @@ TEACHERS = {
 # Teacher, settings of `distill`, exit code, cause, remedy.
 REFUSED = {
     "other classes": ("ten", ["logits.weight=1"], 2, "knows 10 classes, the student has 3", "terms on features"),
-    "other names": ("numbers", ["dkd.weight=1"], 2, "not know 3 of the student's 3 classes, 'a'", "of these"),
+    "other names": ("numbers", ["dkd.weight=1"], 2, "not know 3 of the student's 3 classes, 'a'", "with these"),
     "no classifier": ("encoder", ["hard_label.weight=1"], 2, "and distill.hard_label compares", "fine-tune it"),
     "no attention maps": (
         "resnet", ["attention={weight: 1, student: [1], teacher: [3]}"], 2,
@@ -65,7 +65,7 @@ REFUSED = {
         "3 heads do not divide the widths 32 and 48", "distill.token_relations.num_heads=1",
     ),
     "no token": (
-        "resnet", ["hard_label={weight: 1, token: true}"], 2, "no register token to", "student.register_tokens=1",
+        "resnet", ["hard_label={weight: 1, token: true}"], 2, "no register token for", "student.register_tokens=1",
     ),
     "no such folder": ("none", ["logits.weight=1"], 3, "distill.teachers: local-dir:{made}/none cannot", "its name"),
 }  # fmt: skip
@@ -124,7 +124,7 @@ def test_an_image_size_that_a_teacher_s_patches_do_not_tile_is_refused(finetunin
 
 def test_no_relations_in_micro_batches_of_one(finetuning, made):
     settings = ["augment.mixup=0", "augment.cutmix=0", "optim.global_batch=1", "optim.lr=1e-3"]
-    with pytest.raises(UserError, match=r"1 image a micro-batch has no relation to others, as distill\.pkt"):
+    with pytest.raises(UserError, match=r"distill\.pkt compares images of a micro-batch, and there is only 1"):
         opened(finetuning, *settings, *taught(made, "resnet", ["pkt.weight=1"]))
 
 

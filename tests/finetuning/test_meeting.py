@@ -234,7 +234,9 @@ def test_a_run_that_was_left_out_is_told_at_once(pool, pair, met):
     a.save(6)
     remove_published(a.path, before=6)
     began, step = time.monotonic(), 3 if met else 0
-    with pytest.raises(PeerError, match=f"a has left this run out for good, from step {6 if met else 0} on\n.*--fresh"):
+    with pytest.raises(
+        PeerError, match=f"a has left this run out permanently, from step {6 if met else 0}.*\n.*--fresh"
+    ):
         b.start(seed=1, step=step, wait=LONG).meet().exchange(step)  # of step 3 nothing is left
     if met:
         assert b.saved == [3]

@@ -89,5 +89,5 @@ def test_exits_of_a_network_that_has_no_such_blocks_are_refused(tmp_path):
     config = load(tmp_path, "init.source=run:x", "student.exits=[2]", "distill.exits={weight: 1}")
     with pytest.raises(ConfigError, match=r"student\.exits"):
         assemble(config, vit(seed=1))
-    with pytest.raises(ConfigError, match=r"distill\.exits: .* no VisionTransformer"):
+    with pytest.raises(ConfigError, match=r"distill\.exits: .* not a VisionTransformer"):
         assemble(config, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 5)))

@@ -119,7 +119,7 @@ def test_a_map_beside_a_mean_of_blocks_leaves_it_out(opened):
         ("teacher.source=ema", "can only be the first", "name others"),
         ("teacher.source=python:a.B", "can only be the first", "name others"),
         (f"{VIT} student.width=64", "it sets student.width", "teacher.* and align.*"),
-        (f"{VIT} align.warmup_share=0.1", "it sets align.warmup_share", "but for warmup_share"),
+        (f"{VIT} align.warmup_share=0.1", "it sets align.warmup_share", "not warmup_share"),
         (f"{VIT} masks.teacher_keep_ratio=1.0", "it sets masks.teacher_keep_ratio", "teacher.* and align.*"),
         (f"{VIT} method=dmae", "it sets method", "teacher.* and align.*"),  # the run's own value
         (f"{VIT} method=mae", "method=mae", "use method=dmae"),
@@ -127,7 +127,7 @@ def test_a_map_beside_a_mean_of_blocks_leaves_it_out(opened):
         (f"{VIT} align.student=[5]", "block 5 does not exist, the student has 2", "use 0 to 1"),
         (f"{VIT} align.output=ffn", "one of block, mlp", "write block or mlp"),
         (f"{MAP} align.output=mlp", "align.output: ", "align.output=block"),
-        (f"{VIT} 'align.weight=1", "cannot be cut into settings", "close its quotes"),
+        (f"{VIT} 'align.weight=1", "cannot be split into settings", "close its quotes"),
     ],
 )
 def test_what_cannot_be_a_further_teacher_is_refused(opened, more, cause, remedy):

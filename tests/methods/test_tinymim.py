@@ -69,7 +69,7 @@ def test_the_relations_are_those_of_both_networks_own_attention(tmp_path, monkey
 
 
 def test_heads_that_the_student_cannot_be_cut_into_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"student\.width: 32 cannot be cut into the teacher's 3 heads") as raised:
+    with pytest.raises(ConfigError, match=r"student\.width: 32 cannot be split into the teacher's 3 heads") as raised:
         build(tmp_path, "teacher.num_heads=3")
     assert "student.width=36" in raised.value.remedy
 

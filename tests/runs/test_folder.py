@@ -169,7 +169,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_for_the_user(config, tmp_path,
 
 def test_a_run_never_begins_in_somebodys_folder(config, tmp_path):
     (tmp_path / "run/train").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="holds something else than a run"):
+    with pytest.raises(ConfigError, match="holds something other than a run"):
         RunFolder(config().run).open(config(), METADATA, execution={}, fresh=False, extend=False)
     with pytest.raises(ConfigError), RunFolder(config().run).recorded_end():
         raise ConfigError("a start that failed early", "leaves nothing there")
@@ -222,7 +222,7 @@ RunFolder(config.run).open(config, {METADATA!r}, execution={{}}, fresh=True, ext
         tried = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert "is in use by process" in tried.stderr and sorted(folder.path.rglob("*")) == before
     (folder.path / "run.json").unlink()
-    with pytest.raises(ConfigError, match="nothing vouches"):
+    with pytest.raises(ConfigError, match="cannot be trusted"):
         RunFolder(folder.path).open(config(), METADATA, execution={}, fresh=True, extend=False)
     assert folder.checkpoints.is_dir()
 

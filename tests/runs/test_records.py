@@ -37,7 +37,7 @@ def test_no_line_is_lost_nor_torn_nor_said_twice(tmp_path, disk, capsys):
     disk.room = 4  # in the middle of a line
     lines.append("second", "third")
     lines.append("fourth")
-    assert capsys.readouterr().err.count("cannot be written (No space left on device); its lines wait") == 1
+    assert capsys.readouterr().err.count("cannot be written (No space left on device); its lines are kept") == 1
     with pytest.raises(OSError, match="No space left"):
         lines.flush()
     with pytest.raises(DataError, match="a cannot be written"):
@@ -47,7 +47,7 @@ def test_no_line_is_lost_nor_torn_nor_said_twice(tmp_path, disk, capsys):
     assert (tmp_path / "a").read_text().split() == ["first", "second", "third", "fourth", "fifth"]
     disk.room = 0
     lines.append("sixth")
-    assert "its lines wait" in capsys.readouterr().err  # it is full once more
+    assert "its lines are kept" in capsys.readouterr().err  # it is full once more
     disk.room = 10**9
     lines.close()
     assert (tmp_path / "a").read_text().endswith("fifth\nsixth\n")

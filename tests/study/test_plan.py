@@ -233,7 +233,7 @@ def test_only_some_students_and_what_they_need(study, only, expected) -> None:
         ({"settings": ["init.source=run:x"]}, "the study sets init.source itself", "leave it out"),
         ({"settings": ["teacher.source={teacher.me}"]}, "{teacher.me} names no teacher", "use {teacher.teacher}"),
         ({"settings": ["optim.epochs=many"]}, "mae: command line optim.epochs=many", "optim.epochs"),
-        ({"out": Path("runs/y #1")}, "YAML reads runs/y of runs/y #1", "without ' #' and ': '"),
+        ({"out": Path("runs/y #1")}, "YAML reads runs/y", "without ' #' and ': '"),
         ({"only": ["dame"]}, "--only dame: the study has no network", "scratch, mae, dmae, teacher"),
         ({"seeds": range(100)}, "3 rows with 100 seeds are 500 runs, more than 300", "--only and --seeds"),
     ],

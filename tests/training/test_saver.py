@@ -107,8 +107,8 @@ def test_a_full_disk_is_a_warning_costs_no_older_checkpoint_and_the_next_save_wo
             saver.finish_write()
         said = capsys.readouterr().err.splitlines()
         assert said[0].startswith(f"warning: saving the checkpoint of step 2 in {tmp_path} failed (")
-        assert said[0].endswith("File too large (os error 27)); that of step 1 stands")
-        assert said[1].startswith("  fix: make room or mend the permissions there")
+        assert said[0].endswith("File too large (os error 27)); that of step 1 is intact")
+        assert said[1].startswith("  fix: free disk space or correct the permissions there")
         assert len(said) == 4
         save(saver, engine, 4)
     assert saver.failures == []
@@ -157,7 +157,7 @@ def test_failures_in_a_row_end_the_run_though_none_was_saved_before(tmp_path, en
     saver = Saver(tmp_path / "checkpoints", keep=1, max_failures=3)
     for step in (1, 2, 3):
         save(saver, engine, step)
-    with pytest.raises(DataError, match=r"step 3 in .*; there is none before it\nmake room"):
+    with pytest.raises(DataError, match=r"step 3 in .*; there is none before it\nfree disk"):
         saver.finish_write()
 
 

@@ -55,7 +55,7 @@ def test_names_are_wordnet_ids_or_their_words_or_the_models_own():
     ("known", "given", "number", "error", "cause"),
     [
         ((), ("a",), 7, ConfigError, "m does not name its 7 classes"),
-        (("a",), (), 1, ConfigError, "holds no names"),
+        (("a",), (), 1, ConfigError, "holds no class names"),
         (("a", "b"), ("b", "x", "y"), 2, DataError, r"m has no class 'x' \(2 of the shards' 3"),
         ((), ("crane",), 1000, DataError, "has 2 classes called 'crane'"),
     ],

@@ -189,7 +189,7 @@ def test_files_that_are_no_graph_are_refused(folder):
 @pytest.mark.parametrize(
     ("changed", "options", "cause"),
     [
-        (None, {}, "preprocess.json says nothing of the graph's images"),
+        (None, {}, "preprocess.json does not describe the graph's images"),
         ({"std": [0.5, 0.0, 0.5]}, {}, "std.1: Input should be greater than 0"),
         ({"crop": 0.005}, {}, "crop: Input should be greater than or equal to 0.1"),
         ({"mean": [0.5, 2.0, 0.5]}, {}, "mean.1: Input should be less than or equal to 1"),
@@ -225,7 +225,7 @@ def test_a_graph_of_other_shapes_is_refused(folder):
 def test_a_graph_trains_nothing(folder):
     (folder / "model.onnx").write_bytes(linear().SerializeToString())
     for use in ("encoder", "classifier", "any"):
-        with pytest.raises(UserError, match="is of a kind that has no meaning here"):
+        with pytest.raises(UserError, match="is of a kind that cannot be used here"):
             open_network(f"onnx:{folder}/model.onnx", use)
 
 

@@ -105,9 +105,9 @@ def test_any_timm_model_with_timms_word_on_its_input(tmp_path, kind):
     ("entry", "said"),
     [
         ({"crop_pct": 0}, "crop_pct"),
-        ({"test_crop_pct": 0}, "test images what cannot be: crop_pct"),
+        ({"test_crop_pct": 0}, "test images impossible values: crop_pct"),
         ({"crop_pct": 1e-9}, "crop_pct"),
-        ({"test_crop_pct": 1e-9, "test_input_size": (3, 64, 64)}, "test images what cannot be: crop_pct"),
+        ({"test_crop_pct": 1e-9, "test_input_size": (3, 64, 64)}, "test images impossible values: crop_pct"),
         ({"std": []}, "std"),
         ({"interpolation": ""}, "interpolation"),
     ],
@@ -156,7 +156,7 @@ def test_a_size_that_a_network_cannot_take_is_refused(tmp_path):
     arguments = {"embed_dim": (16, 16, 16), "num_heads": (1, 1, 1), "depth": (1, 1, 1)}
     save_for_hf(model, tmp_path / "out", model_args=arguments, safe_serialization=True)
     assert open_network(str(tmp_path / "out"), "classifier").size == 224
-    with pytest.raises(ConfigError, match="cannot look at images of 96 pixels"):
+    with pytest.raises(ConfigError, match="cannot take images of 96 pixels"):
         open_network(str(tmp_path / "out"), "classifier", image_size=96)
 
 
@@ -166,7 +166,7 @@ def test_a_size_that_a_network_cannot_take_is_refused(tmp_path):
         ("resnet18", ConfigError, "'resnet18' is neither a path", "timm:resnet18"),
         ("file:model.pth", DataError, "model.pth: no such file", "check the path"),
         ("model.pth", ConfigError, "there is no file 'model.pth'", "check the path"),
-        ("random:resnet18", ConfigError, "no meaning here", "local-dir"),
+        ("random:resnet18", ConfigError, "cannot be used here", "local-dir"),
         ("{folder}", ConfigError, "neither a run", "maedistill pretrain, finetune or export"),
         ("run:{folder}", DataError, "holds no run", "run folder"),
         ("timm:resnt18", ConfigError, "no model 'resnt18'", "resnet18"),

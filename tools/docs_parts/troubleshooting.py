@@ -16,7 +16,7 @@ error: command line optim.lrr=1e-3: unknown key optim.lrr
   fix: did you mean optim.lr?
 ```
 
-An error is two lines on stderr: the cause, and what to do. Words in CAPITALS below stand for what varies, such as a
+An error is two lines on stderr: the cause, and what to do. Words in CAPITALS below stand for variable parts, such as a
 path or a number, and `...` for longer parts. A traceback is a bug in maedistill: report it with the command and
 `RUN/run.json`. Questions without an error text are in [questions](faq.md).
 
@@ -25,23 +25,23 @@ path or a number, and `...` for longer parts. A traceback is a bug in maedistill
 | code | meaning | what to do |
 |---|---|---|
 | 0 | done | |
-| 1 | a bug, with a traceback; from torchrun, any failure of a rank | read `RUN/exit.json` for the true code |
+| 1 | a bug, with a traceback; from torchrun, any failure of a rank | read `RUN/exit.json` for the actual code |
 | 2 | [usage: settings, command line, a run folder made with other settings](#exit-code-2) | change the command |
 | 3 | [data: shards, images, labels, damaged checkpoints or weights, a full disk](#exit-code-3) | repair the files |
 | 4 | [numerics: a loss or gradient that is not finite](#exit-code-4) | look at the samples, lower the learning rate |
 | 5 | [another process of the run, or the hardware](#exit-code-5) | start the same command again |
-| 75 | asked to leave by SIGTERM or SIGUSR1; the state is saved | start the same command again |
+| 75 | stopped by SIGTERM or SIGUSR1; the state is saved | start the same command again |
 | 130 | Ctrl-C; saved if training had begun | start the same command again |
-| 141 | the reader of the output has gone, as with `head` | |
+| 141 | the reader of the output has exited, as with `head` | |
 
-The parser of the command line ends with 2 as well, and prints its usage: unknown options, missing arguments.
+For unknown options and missing arguments, the command line prints its usage and also exits with 2.
 
-Three texts are put together while a run ends:
+Three messages are composed when a run ends:
 
 | text | meaning |
 |---|---|
 | `no step for 600 s: rank 1 ... is in PLACE; the others wait` | that rank hangs, exit code 5 |
-| `stopped by SIGTERM after step N, which is saved; the same command goes on from there` | exit code 75 |
+| `stopped by SIGTERM after step N, which is saved; the same command continues from there` | exit code 75 |
 | `stopped by Ctrl-C after step N, which is saved` | exit code 130 |"""
 SETTINGS = """\
 The text comes after the place of the setting: `command line KEY=VALUE:` or `FILE:LINE KEY:`. `(and 2 more: KEY, KEY)`
@@ -71,7 +71,7 @@ def page(root: Path) -> str:
         parts.append(f"## Exit code {number}")
         if number == 2:
             rows = [[code(cause), cell(remedy), code(example)] for example, cause, remedy in examples]
-            parts += ["### Settings", SETTINGS, table(["error", "what to do", "after, for example"], rows)]
+            parts += ["### Settings", SETTINGS, table(["error", "what to do", "example of a setting"], rows)]
         parts += _areas([text for text in texts if text.code == number], number)
     return "\n\n".join(parts) + "\n"
 

@@ -81,6 +81,6 @@ def used_bits(pixels: np.ndarray) -> int:
 
 
 def to_eight_bits(pixels: np.ndarray, bits: int) -> np.ndarray:
-    """Scale values of so many bits to uint8, white to white, rounded."""
+    """Scale values of this many bits to uint8, white to white, rounded."""
     white = (1 << bits) - 1
     return ((pixels.astype(np.uint32) * 255 + white // 2) // white).clip(0, 255).astype(np.uint8)

@@ -102,5 +102,5 @@ class KeptImages:
 
 
 def table_bytes(count: int) -> int:
-    """Return the bytes that are needed beside the pixels of so many images."""
+    """Return the bytes that are needed in addition to the pixels of this many images."""
     return 8 * (count + 1) + 8 * count

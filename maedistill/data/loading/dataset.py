@@ -110,7 +110,7 @@ def _labels(targets: Any, count: int, name: str) -> np.ndarray:
     if given.shape != (count,) or least is None or least < NO_LABEL:
         raise DataError(
             f"{name} has {count:,} items, but its `targets` have the type {given.dtype}, the shape "
-            f"{given.shape} and the least value {least}",
+            f"{given.shape} and the smallest value {least}",
             "give one whole number from 0 for each item, or -1 for no label",
         )
     return given.astype(np.int64)
@@ -152,5 +152,5 @@ def _pixels(image: Any, name: str) -> Tensor:
     found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor | np.ndarray) else type(image).__name__
     raise DataError(
         f"{name} is {found}, not an image",
-        "return a PIL image, or uint8: a tensor [3, H, W] or an array [H, W, 3]; crops and normalisation are ours",
+        "return a PIL image, or uint8: a tensor [3, H, W] or an array [H, W, 3]; crops and normalisation follow",
     )

@@ -94,7 +94,7 @@ def keep_decoded(crops: RandomCrops, setting: Setting) -> str | None:
         except UserError as error:
             address = error
         except OSError as error:  # a sandbox may forbid such memory
-            line = f"decoded  each time: the system gives no memory to share ({error})"
+            line = f"decoded  each time: the system provides no shared memory ({error})"
             if setting is True:
                 address = ConfigError(f"data.keep_decoded=true: {line}", "use data.keep_decoded=auto")
     found = distributed.gather_objects((platform.node(), address, line))
@@ -105,7 +105,7 @@ def keep_decoded(crops: RandomCrops, setting: Setting) -> str | None:
             try:
                 crops.reader.kept = KeptImages.open(other, len(crops.index))
             except OSError as error:
-                warn(f"this rank decodes each image every time: it cannot open what others keep ({error})")
+                warn(f"this rank decodes each image every time: it cannot open the shared images ({error})")
     return found[0][-1]
 
 

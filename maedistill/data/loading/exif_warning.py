@@ -1,4 +1,4 @@
-"""Say that photographs lie on their side: a share of them states an EXIF orientation, which is not applied.
+"""Warn that photographs are not upright: some state an EXIF orientation, which is not applied.
 
 ShardIndex -> warn_of_turned -> a warning, if at least a few in a hundred are turned
 """
@@ -13,7 +13,7 @@ LOOKED_AT, SHARE = 100, 0.02  # images, spread over the set; the share of them f
 
 
 def warn_of_turned(index: ShardIndex) -> None:
-    """Look at the headers of some images of local shards, and warn if `data.exif` should be thought of."""
+    """Look at the headers of some images of local shards, and warn if `data.exif` may be needed."""
     reader = ShardReader(index)
     if index.apply_exif or reader.is_remote:
         return

@@ -36,7 +36,7 @@ _REMEDIES: dict[int, str] = {
     signal.SIGKILL: "if the memory ran out (see dmesg), take fewer loader workers (data.workers) or more memory",
     signal.SIGBUS: "a file that it had mapped into memory was cut short, or its disk failed: look at that sample",
 }
-_RESTART = "the same command goes on from the last checkpoint"
+_RESTART = "the same command continues from the last checkpoint"
 
 
 class WorkerWatchdog:
@@ -138,7 +138,7 @@ def _describe_hang(table: np.ndarray, seconds: float, index: ShardIndex) -> User
     return DataError(
         f"{len(rows)} of {len(table)} loader workers have not moved for {seconds:.0f} s: "
         f"{join_first(places, _NAMED, separator='; ')}",
-        "see to the disk, network drive or server that does not answer, and start again; a larger "
+        "check the disk, network drive or server that does not answer, and start again; a larger "
         "engine.timeout_seconds allows more",
     )
 

@@ -252,9 +252,8 @@ def require_room(
     if not largest:
         remedy = f"set data.shuffle_window=1 and {BOUND_VARIABLE}={gigabytes} or more"
     raise ConfigError(
-        f"data.shuffle_window is {window or 'null'}, but of {len(shard_bytes):,} remote shards "
-        f"({sum(shard_bytes) / 1e9:.3g} GB) only {largest} at a time fit twice into the cache of "
-        f"{cache_bytes / 1e9:g} GB",
+        f"data.shuffle_window is {window or 'null'}, but a cache of {cache_bytes / 1e9:g} GB, which holds two windows, "
+        f"allows at most {largest} of the {len(shard_bytes):,} remote shards ({sum(shard_bytes) / 1e9:.3g} GB)",
         remedy,
     )
 

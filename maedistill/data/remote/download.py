@@ -94,7 +94,7 @@ def retry(attempt: Callable[[float], Result], url: str, *, policy: RetryPolicy |
             spent = time.monotonic() - began
             if error.final or number == policy.tries or spent + pause > policy.max_seconds:
                 tries = f"{number} {'try' if number == 1 else 'tries'} in {spent:.0f} s"
-                raise DataError(f"{url} could not be read ({tries}); at the last: {error}", error.remedy) from error
+                raise DataError(f"{url} could not be read ({tries}); last error: {error}", error.remedy) from error
             warn(f"{url}: {error}; trying again in {pause:.1f} s")
             time.sleep(pause)
     raise AssertionError("a policy allows at least one try")
@@ -139,7 +139,7 @@ def read_small(url: str, *, most: int = 1 << 30) -> bytes | None:
                         raise TransferError(f"the file has more than {most:,} bytes", final=True)
         except MissingError as error:
             if isinstance(error, DeniedError):
-                warn(f"{url} is taken for missing: {error}; if it is there, allow this user to read it")
+                warn(f"{url} is treated as missing: {error}; if it is there, allow this user to read it")
             return None
         if stream.size is not None and len(data) != stream.size:
             raise TransferError(f"it ended after {len(data):,} of {stream.size:,} bytes")

@@ -56,7 +56,7 @@ class MissingError(TransferError):
 
 
 class DeniedError(MissingError):
-    """The user has no access to the file; some stores say so of files that do not exist."""
+    """The user has no access to the file; some stores report this for files that do not exist."""
 
 
 class UrlStream(NamedTuple):
@@ -78,7 +78,7 @@ def check_url(url: str) -> None:
     schemes = ", ".join(f"{scheme}://" for scheme in (*WEB, *STORES))
     match = _PLAIN.fullmatch(url)
     if not match or match[1] not in (*WEB, *STORES):
-        raise ConfigError(f"{url!r} is no address that shards are read from", f"give a path or one of {schemes}")
+        raise ConfigError(f"{url!r} is not an address of shards", f"use a path or one of {schemes}")
     require_no_secret(url, repr(url))
     if "::" in url:
         raise ConfigError(f"{url!r} is a chain of protocols", f"give one plain address: {schemes}")

@@ -60,8 +60,8 @@ def open_folder(folder: Path, *, val_fraction: float = 0.0, val_labels: str | No
     is_split = "train" in listings and "val" in listings
     if val_labels is not None and (not is_split or _is_flat(listings["train"]) or not _is_flat(listings["val"])):
         raise ConfigError(
-            f"--val-labels has no meaning for {folder}",
-            "it is for a folder val of images without class folders, beside a folder train with them",
+            f"--val-labels cannot be used with {folder}",
+            "it is for images in a folder val without class folders, next to a folder train with class folders",
         )
     classes = _class_names(folder, names, listings, val_labels=val_labels)
     label_of = {_composed(name): label for label, name in enumerate(classes)}
@@ -91,11 +91,11 @@ def _split_names(folder: Path) -> dict[str, str]:
     others = [name for name in inside if name not in chosen]
     if names and others:
         raise ConfigError(
-            f"{folder} holds {chosen[0]}, a split, beside {printable(others[0])}, which is none",
+            f"{folder} holds the split {chosen[0]} and also {printable(others[0])}, which is not a split",
             f"put classes below {', '.join(SPLITS)}; if {chosen[0]} is a class, put all class folders below train",
         )
     if len(names) < len(chosen):
-        raise ConfigError(f"{folder} holds {' and '.join(chosen)}: two mean one split", "keep one of them")
+        raise ConfigError(f"{folder} holds {' and '.join(chosen)}: both mean the same split", "keep one of them")
     if not names and (similar := _similar_to_splits(inside)):
         raise ConfigError(
             f"{folder} holds {join_first(list(map(printable, similar)), 5)}, which look like splits, not classes",
@@ -174,7 +174,7 @@ def _refuse(error: OSError) -> None:
 def _unlistable(error: OSError) -> DataError:
     return DataError(
         f"the folder {printable(str(error.filename))} cannot be listed: {error.strerror}",
-        "see to its rights and to the disk or network drive, or move it away: its images would be missing",
+        "check its permissions and the disk or network drive, or move it away: its images would be missing",
     )
 
 
@@ -194,7 +194,7 @@ def _class_names(
         flat = [path for path in images if "/" not in path]
         if 0 < len(flat) < len(images):
             raise DataError(
-                f"{folder}: {len(flat)} images lie beside the class folders, first {printable(flat[0])!r}",
+                f"{folder}: {len(flat)} images are outside the class folders, first {printable(flat[0])!r}",
                 "move them into a class folder or away; without any class folder the images are unlabelled",
             )
         _refuse_splits_inside(folder / names.get(split, ""), images)
@@ -290,7 +290,7 @@ def _hold_out(records: list[Record], share: float) -> dict[str, list[Record]]:
         start = int.from_bytes(hashlib.sha256(f"validation of class {label}".encode()).digest()[:4], "big") / 2**32
         places += [((r + start) / len(ranked), *pair) for r, pair in enumerate(ranked[:-1])]
     if not places:
-        raise ConfigError("--val-fraction would leave no training image", "add images, or leave it out")
+        raise ConfigError("--val-fraction would leave no training image", "add images, or leave --val-fraction out")
     places.sort()
     chosen = {record.key for _, _, record in places[: max(1, round(share * len(records)))]}
     ordered = [record for _, record in sorted(pair for ranked in by_class.values() for pair in ranked)]

@@ -164,7 +164,7 @@ def index_of(
         counts = join_first([f"{suffix!r}: {count}" for suffix, count in ignored.most_common()], MOST_SUFFIXES)
         warn(f"members that are neither the image nor the label of a sample are never opened: {{{counts}}}")
     if unread := [text for scan in scans for text in scan.unread.values()]:
-        warn(f"{len(unread)} labels are no class number and count as none, first {unread[0]}")
+        warn(f"{len(unread)} labels are not class numbers and count as missing, first {unread[0]}")
     check_labels(index, classes)
     return index
 
@@ -220,7 +220,7 @@ def load_index(file: Path) -> ShardIndex:
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         reason = " ".join(str(error)[:200].split())
         raise DataError(
-            f"{file} is no index of format {FORMAT} ({type(error).__name__}: {reason})",
+            f"{file} is not an index of format {FORMAT} ({type(error).__name__}: {reason})",
             "remove it: the shards are then scanned once",
         ) from error
     lists: dict[str, Any] = {name: tuple(text[name]) for name in ("shards", "shard_bytes", "shard_sha256", "classes")}

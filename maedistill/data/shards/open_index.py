@@ -61,7 +61,7 @@ def open_index(
     except OSError as error:
         raise DataError(
             f"{error.filename or shards} cannot be read: {error.strerror or error}",
-            "see to the rights, and to the disk or network drive that it is on",
+            "check its permissions, and the disk or network drive that it is on",
         ) from error
 
 
@@ -130,7 +130,7 @@ def _is_current(file: Path, paths: tuple[str, ...], wanted: dict[str, Any], inde
     local = [(path, row_of[name]) for path in paths if (name := os.path.basename(path)) in row_of and not is_url(path)]
     if stored.is_scan and stored.provenance != wanted:
         raise DataError(
-            f"{file} was made with other members than data.image_key and data.label_key choose",
+            f"{file} was made with other values of data.image_key and data.label_key",
             "leave data.index out, or choose the same" if index else "remove it: the shards are then scanned once",
         )
     for path, row in local:

@@ -47,7 +47,7 @@ def find_shards(shards: str, *, split: Split = "train") -> tuple[str, ...]:
         raise ConfigError(f"{pattern} has a character that is not text", "write one plain line in UTF-8")
     names = _expand_local(shards.removeprefix("file://") if shards.startswith("file:///") else shards, split)
     if (longest := max(map(len, names))) > LONGEST_PATH:
-        raise ConfigError(f"{pattern} means paths of {longest:,} letters", f"at most {LONGEST_PATH:,} are allowed")
+        raise ConfigError(f"{pattern} gives paths of {longest:,} characters", f"at most {LONGEST_PATH:,} are allowed")
     is_remote = any(map(is_url, names))  # test the expanded names: `{pi,}pe:...` is as unsafe as `pipe:...`
     paths = sorted(path for name in names for path in (_expand_url(name) if is_remote else _expand_path(name)))
     if not paths:
@@ -72,7 +72,7 @@ def find_shards(shards: str, *, split: Split = "train") -> tuple[str, ...]:
 
 
 def describe_shards(shards: str, paths: tuple[str, ...]) -> str:
-    """Return what the user named, and of a folder which shards that means: `photos (train-000000.tar)`."""
+    """Return what the user named and, for a folder, which shards it means: `photos (train-000000.tar)`."""
     if is_url(shards) or not os.path.isdir(os.path.expanduser(shards)):
         return shards
     names = dict.fromkeys((os.path.basename(paths[0]), os.path.basename(paths[-1])))
@@ -83,14 +83,14 @@ def expand_braces(pattern: str) -> list[str]:
     """Expand `a-{08..10}-{x,y}` to a-08-x, a-08-y, a-09-x, ...; a range keeps its leading zeros."""
     parts = _BRACES.split(pattern)  # text and brace contents alternate
     if any(brace in text for text in parts[::2] for brace in "{}"):
-        raise ConfigError(f"{_cut(pattern)!r} has a brace without its partner", "write a range as {000000..000008}")
+        raise ConfigError(f"{_cut(pattern)!r} has an unmatched brace", "write a range as {000000..000008}")
     choices = [[part] if i % 2 == 0 else _expand_choices(part, pattern) for i, part in enumerate(parts)]
     total = 1
     for choice in choices:
         total *= len(choice)
         if total > MOST_NAMES or total * len(pattern) > MOST_LETTERS:  # a name is never longer than its pattern
             remedy = f"at most {MOST_NAMES:,} are allowed: check the range"
-            raise ConfigError(f"{_cut(pattern)!r} means {total:,} shards or more", remedy)
+            raise ConfigError(f"{_cut(pattern)!r} expands to {total:,} shards or more", remedy)
     return ["".join(row) for row in itertools.product(*choices)]
 
 
@@ -108,7 +108,7 @@ def _expand_choices(inside: str, pattern: str) -> list[str]:
         return inside.split(",")
     match = _RANGE.fullmatch(inside)
     if not match:
-        raise ConfigError(f"{braces} in {_cut(pattern)!r} is no range", "write a range as {000000..000008}")
+        raise ConfigError(f"{braces} in {_cut(pattern)!r} is not a range", "write a range as {000000..000008}")
     first, last = match.groups()
     width = len(first) if first.startswith("0") and len(first) > 1 else 0
     if int(first) > int(last) or (width and len(last) != width):
@@ -118,7 +118,7 @@ def _expand_choices(inside: str, pattern: str) -> list[str]:
         )
     numbers = range(int(first), int(last) + 1)
     if len(numbers) > MOST_NAMES:
-        raise ConfigError(f"{braces} means {len(numbers):,} shards", f"at most {MOST_NAMES:,} are allowed")
+        raise ConfigError(f"{braces} expands to {len(numbers):,} shards", f"at most {MOST_NAMES:,} are allowed")
     return [str(number).zfill(width) for number in numbers]
 
 
@@ -168,8 +168,8 @@ def _shards_of_folder(folder: str, split: Split) -> list[str]:
     out = os.path.join("shards", os.path.basename(os.path.abspath(folder)))
     command = shlex.join(["maedistill", "shards", folder, out])
     raise ConfigError(
-        f"{_cut(folder)!r} is a folder of images, and shards are read here",
-        f"make them once: {command}; then name {shlex.quote(out)}",
+        f"{_cut(folder)!r} is a folder of images, but shards are needed here",
+        f"write shards once: {command}; then name {shlex.quote(out)}",
     )
 
 

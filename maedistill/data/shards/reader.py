@@ -64,7 +64,7 @@ class ShardReader:
         except OSError as error:
             raise DataError(
                 f"{self.index.sample_name(i)} cannot be read: {error.strerror}",
-                "see to the rights, and to the disk or network drive that the shard is on, then start again",
+                "check the permissions, and the disk or network drive that the shard is on, then start again",
             ) from error
 
     def decoded(self, i: int, decode: Callable[[bytes], Image]) -> Image:
@@ -127,7 +127,7 @@ class ShardReader:
         try:
             descriptor = os.open(self.index.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
-            raise DataError(f"{self.index.shards[shard]} is gone", "put the shard back, then start again") from error
+            raise DataError(f"{self.index.shards[shard]} is missing", "put the shard back, then start again") from error
         if os.fstat(descriptor).st_size != self.index.shard_bytes[shard]:
             os.close(descriptor)
             raise self._changed(shard, "has changed its size since its index was made")

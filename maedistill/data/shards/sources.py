@@ -34,9 +34,7 @@ def open_source(
     `val_labels` are for folders, see `open_folder`. Raise `ConfigError` or `DataError`.
     """
     if root is not None and source not in ("cifar10", "imagenet"):
-        raise ConfigError(
-            f"--root has no meaning for {source!r}", "--root goes with cifar10 and imagenet; leave it out"
-        )
+        raise ConfigError(f"--root cannot be used with {source!r}", "--root is for cifar10 and imagenet; leave it out")
     named = {"cifar10": lambda: _open_cifar10(root), "imagenet": lambda: _open_imagenet(root), "digits": _open_digits}
     if source not in named:
         return open_folder(Path(source), val_fraction=val_fraction, val_labels=val_labels)

@@ -33,11 +33,11 @@ def print_summary(out: Path, stats: dict[str, ConversionStats], notes: Sequence[
             for path, reason in list(part.skipped.items())[:5]:
                 say(f"    {path}: {reason}")
         if part.passed_over:
-            say(f"  passed over, no images of a format that is read: {count_by_suffix(Counter(part.passed_over))}")
+            say(f"  passed over, not images of a format that is read: {count_by_suffix(Counter(part.passed_over))}")
         if part.turned:
             share = part.turned / part.images
             say(f"  {part.turned:,} ({share:.1%}) state an EXIF orientation, and their pixels are stored as they were:")
-            say("    training sees them lying on their side unless data.exif=apply is set")
+            say("    training sees them unrotated unless data.exif=apply is set")
     print_classes({split: load_index(out / f"{split}{SUFFIX}") for split in stats})
     for note in notes:
         say(f"note: {note}")

@@ -67,12 +67,12 @@ def walk_tar(file: BinaryIO, path: str) -> Iterator[tuple[str, int, int]]:
                 "write the shard again with plain files only, e.g. with maedistill shards",
             )
     if kind in EXTENSIONS:
-        raise _damaged(path, "ends behind an extended header, whose member is missing")
+        raise _damaged(path, "ends after an extended header, whose member is missing")
     if end - position < 2 * BLOCK:
         raise _damaged(path, "is cut inside the archive's end mark")
     while chunk := os.pread(descriptor, READ, position):
         if chunk.count(0) != len(chunk):
-            raise _damaged(path, f"has data after the archive's end mark, behind byte {position}")
+            raise _damaged(path, f"has data after the archive's end mark, after byte {position}")
         position += len(chunk)
 
 

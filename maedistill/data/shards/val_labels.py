@@ -30,7 +30,7 @@ def read_val_labels(file: Path, records: list[Record], label_of: dict[str, int])
     except OSError as error:
         raise ConfigError(f"--val-labels: {file} cannot be read: {error.strerror}", "name the file") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{file} is no text", "name a file with one class per line, or NAME,CLASS") from error
+        raise DataError(f"{file} is not text", "name a file with one class per line, or NAME,CLASS") from error
     if all(len(row) == 1 for row in rows):
         classes = [row[0] for row in rows]
         if len(rows) != len(records):
@@ -46,7 +46,7 @@ def read_val_labels(file: Path, records: list[Record], label_of: dict[str, int])
     for record in records:
         name = class_of[record.origin]
         if name not in label_of:
-            said = f"the class {name[:80]!r}, which is no folder of train" if name else "no class"
+            said = f"the class {name[:80]!r}, which is not a folder of train" if name else "no class"
             raise DataError(
                 f"{file} gives {printable(record.origin)} {said}", "name a file with a class folder of each image"
             )
@@ -82,7 +82,7 @@ def _classes_of_names(file: Path, rows: list[Sequence[str]], records: list[Recor
         if len(kinds) > 1:
             raise DataError(
                 f"{file} gives {printable(record.origin)} {len(kinds)} classes: {join_first(sorted(kinds), 5)}",
-                "leave one line for each image, with its whole file name",
+                "keep one line for each image, with its whole file name",
             )
         (class_of[record.origin],) = kinds
     return class_of

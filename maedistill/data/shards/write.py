@@ -90,7 +90,7 @@ def make_shards(
         raise ConfigError(f"--workers is {workers}", "give at least 1")
     require_local(out, "OUT")
     if printable(str(out)) != str(out):
-        raise ConfigError(f"the name of {printable(str(out))!r} is not UTF-8", "give another OUT")
+        raise ConfigError(f"the name of {printable(str(out))!r} is not UTF-8", "use another OUT")
     bits = used_depth(source, workers)
     settings = _settings(
         source, images_per_shard=images_per_shard, shorter_side=shorter_side, quality=quality, bits=bits
@@ -110,7 +110,7 @@ def make_shards(
     except OSError as error:
         raise DataError(
             f"cannot write the shards {error.filename or out}: {error.strerror or error}",
-            "free disk space, or see to the rights; the same command continues",
+            "free disk space, or check the permissions; the same command continues",
         ) from error
 
 
@@ -192,12 +192,12 @@ def _begin(out: Path, settings: dict[str, Any]) -> bool:
         if changed := sorted(key for key in before | settings if before.get(key) != settings.get(key)):
             changes = ", ".join(f"{key} was {before.get(key)}, is {settings.get(key)}" for key in changed)
             raise ConfigError(
-                f"{out} was made from other images or settings: {changes}", "give another OUT, or remove it"
+                f"{out} was made from other images or settings: {changes}", "use another OUT, or remove it"
             )
         return report.is_file()
     try:
         if out.is_dir() and any(path.name != WORK_FOLDER for path in out.iterdir()):
-            raise ConfigError(f"{out} is not empty, and no shards that make_shards began", "give a new or empty folder")
+            raise ConfigError(f"{out} is not empty, and was not begun by make_shards", "use a new or empty folder")
         make_folder(begun.parent)
     except OSError as error:
         raise ConfigError(f"cannot write to {out}: {error.strerror}", "give an OUT where you may write") from error
@@ -217,7 +217,7 @@ def _only_writer(out: Path) -> Iterator[None]:
         with suppress(OSError):  # a disk without locks
             is_ours = try_lock(lock)
         if not is_ours:
-            raise ConfigError(f"another process writes to {out}", "wait until it has ended, or give another OUT")
+            raise ConfigError(f"another process writes to {out}", "wait until it has ended, or use another OUT")
         yield
     finally:
         os.close(lock)
@@ -240,7 +240,7 @@ def _convert(source: Source, record: Record, *, shorter_side: int | None, qualit
     except FileNotFoundError as error:
         return f"cannot be read: {error.strerror}"
     except OSError as error:
-        remedy = "see to its permission or the disk, or move it away; the same command continues"
+        remedy = "check its permissions and the disk, or move it away; the same command continues"
         raise DataError(f"cannot read {printable(record.origin)}: {error.strerror}", remedy) from error
 
 
@@ -318,4 +318,4 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _foreign(file: Path) -> ConfigError:
-    return ConfigError(f"{file} is not what make_shards writes", "give another OUT, or remove this one")
+    return ConfigError(f"{file} is not what make_shards writes", "use another OUT, or remove this one")

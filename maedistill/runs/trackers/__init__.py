@@ -1,1 +1,1 @@
-"""Programs that show a run while it goes on."""
+"""Programs that show a run while it trains."""

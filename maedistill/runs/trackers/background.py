@@ -37,7 +37,7 @@ _START_SECONDS = 10.0  # that a run waits for all of them
 
 
 class Background:
-    """One tracker, in its thread. history: the lines of metrics.jsonl, of which it gets what it lacks."""
+    """One tracker, in its thread. history: the lines of metrics.jsonl; it gets those that it lacks."""
 
     def __init__(self, name: str, opening: Opening, history: Iterable[Mapping[str, Any]]) -> None:
         self._name, self._file = name, opening.folder / "trackers" / f"{name}.json"
@@ -120,7 +120,7 @@ class Background:
 def open_trackers(
     names: Iterable[str], folder: Path, *, first_step: int, written: Mapping[str, int], history: Sequence[Any]
 ) -> list[Background]:
-    """Open the trackers of a run; one whose package cannot be imported is left out, which is said. See `Opening`."""
+    """Open the trackers of a run; one whose package cannot be imported is left out with a message. See `Opening`."""
     trackers = []
     for name in dict.fromkeys(names):
         for variable, value in (ENVIRONMENT if name == "mlflow" else {}).items():
@@ -130,9 +130,9 @@ def open_trackers(
         try:
             import_module(_MODULES.get(name, name))
         except ImportError as error:
-            say(f"nothing goes to {name}: {error} (pip install 'maedistill[{name}]')")
+            say(f"nothing is sent to {name}: {error} (pip install 'maedistill[{name}]')")
         except Exception as error:  # of packages that do not fit each other
-            warn(f"nothing goes to {name}: {type(error).__name__}: {masked(str(error))[:300]}")
+            warn(f"nothing is sent to {name}: {type(error).__name__}: {masked(str(error))[:300]}")
         else:
             trackers.append(Background(name, Opening(folder, first_step, None, written), history))
     deadline = time.monotonic() + _START_SECONDS
@@ -142,7 +142,7 @@ def open_trackers(
 
 
 def close_trackers(trackers: Sequence[Background], end: End, deadline: float) -> None:
-    """Close all of them, until a time of time.monotonic(). What one does not take by then is lost there."""
+    """Close all of them before a deadline of time.monotonic(). Records not taken by then are lost there."""
     for tracker in trackers:
         tracker.finish(end)
     for tracker in trackers:

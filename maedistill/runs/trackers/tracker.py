@@ -1,4 +1,4 @@
-"""A tracker: what shows a run while it goes on. What each is given, and the names that all have in common."""
+"""A tracker shows a run while it trains. What each one gets, and the names that all of them use."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ _OF_THE_MACHINE = {"images_per_second", "data_wait", "memory_gb", "eta_seconds",
 
 @dataclass(frozen=True)
 class Opening:
-    """The run that a tracker shows, and what it may have of it.
+    """The run that a tracker shows, and the data that it gets.
 
     first_step: this start resumes there. id: of the run in the tracker, None at first. written: the newest step of each
     tag in metrics.jsonl; those after first_step will come again.

@@ -273,7 +273,7 @@ def test_a_system_without_such_memory_decodes_each_time(index, monkeypatch):
 
     crops = crops_of(index)
     monkeypatch.setattr(os, "memfd_create", refuse)
-    assert "each time: the system gives no memory" in keep_decoded(crops, "auto") and crops.reader.kept is None
+    assert "the system provides no shared memory" in keep_decoded(crops, "auto") and crops.reader.kept is None
     with pytest.raises(ConfigError, match=r"data\.keep_decoded=true: .*Function not implemented"):
         keep_decoded(crops, True)
 

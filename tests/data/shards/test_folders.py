@@ -130,13 +130,13 @@ def test_a_held_out_share_does_not_move_when_files_are_added(tmp_path):
 def test_folders_that_make_no_sense_are_refused(tmp_path):
     with pytest.raises(DataError, match="holds no images"):
         open_folder(touch(tmp_path / "a", "x.txt"))
-    with pytest.raises(DataError, match=r"1 images lie beside the class folders, first 'y\.jpg'"):
+    with pytest.raises(DataError, match=r"1 images are outside the class folders, first 'y\.jpg'"):
         open_folder(touch(tmp_path / "b", "x/x.jpg", "y.jpg"))
     with pytest.raises(DataError, match="the class 'cow', which is missing from train"):
         open_folder(touch(tmp_path / "c", "train/x/1.jpg", "val/cow/1.jpg"))
-    with pytest.raises(ConfigError, match="holds train, a split, beside extra, which is none"):
+    with pytest.raises(ConfigError, match="holds the split train and also extra, which is not a split"):
         open_folder(touch(tmp_path / "d", "train/x/1.jpg", "extra/x/1.jpg"))
-    with pytest.raises(ConfigError, match="val and validation: two mean one split"):
+    with pytest.raises(ConfigError, match="val and validation: both mean the same split"):
         open_folder(touch(tmp_path / "e", "train/x/1.jpg", "val/x/1.jpg", "validation/x/1.jpg"))
 
 

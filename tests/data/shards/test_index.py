@@ -118,7 +118,7 @@ def test_a_damaged_index_is_named(tmp_path):
     index = tmp_path / "train.index.safetensors"
     for wrong in (b"", index.read_bytes()[:-8], index.read_bytes().replace(b'format\\": 1', b'format\\": 9')):
         index.write_bytes(wrong)
-        with pytest.raises(DataError, match="no index of format 1"):
+        with pytest.raises(DataError, match="not an index of format 1"):
             open_index(pattern)
 
 
@@ -277,7 +277,7 @@ LIES = {
 def test_an_index_that_lies_is_refused(tmp_path, lie):
     index = open_index(write_split(tmp_path))
     save_index(dataclasses.replace(index, **LIES[lie](index)), tmp_path / "train.index.safetensors")
-    with pytest.raises(DataError, match="no index"):
+    with pytest.raises(DataError, match="not an index"):
         load_index(tmp_path / "train.index.safetensors")
 
 

@@ -179,7 +179,7 @@ def pax(*records: bytes) -> bytes:
     [
         ([b"5011 size=" + b"9" * 5000 + b"\n"], "with the size b'9999"),  # int() refuses so many digits
         ([b"9" * 5000 + b" a=b\n"], "damaged extended header"),
-        ([b"4 =\n"] * 250_000, "ends behind an extended header"),  # was quadratic: a minute for a megabyte
+        ([b"4 =\n"] * 250_000, "ends after an extended header"),  # was quadratic: a minute for a megabyte
         ([b"8 path=\n"], "an empty name"),
     ],
 )
