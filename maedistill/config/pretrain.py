@@ -159,7 +159,7 @@ class Pixels(Section):
     )
     weight: Weight = result(
         1.0,
-        "weight of the pixel loss; 1 in the papers; 0: no pixels are predicted, and the student may see the whole image",
+        "weight of the pixel loss; 1 in the papers; 0: no pixels are predicted, and the student may see all patches",
     )
 
 

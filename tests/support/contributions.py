@@ -99,7 +99,7 @@ class Pooled(MAE):
         pixels, features = self.reconstruct(images, split, (self.pooled.student_tap,))
         projected = self.projection(features[self.pooled.student_tap])
         align = pooled_loss(projected, target[self.pooled.teacher_tap])
-        return {"loss": self.pixels.weight * pixels + self.pooled.weight * align, "pixels": pixels, "align": align}
+        return self.add_pixels(pixels, self.pooled.weight * align, {"align": align})
 ''',
     ),
     Edit(
