@@ -312,7 +312,7 @@ def test_palettes_and_bits_are_class_numbers(tmp_path, mode):
 
 GRAY = Image.new("L", (8, 6), 1)
 MISTAKES = {  # files of images, of masks, flags: exit code, cause, remedy
-    "no folder": ({}, {}, ["--masks", "nowhere"], 2, "--masks: nowhere is no folder", "correct the path"),
+    "no folder": ({}, {}, ["--masks", "nowhere"], 2, "--masks: nowhere is not a folder", "correct the path"),
     "no masks": ({"a.png": GRAY}, {"b.txt": None}, [], 3, "holds no .png", "annotations/training"),
     "no images": ({"a.gif": GRAY}, {"a.png": GRAY}, [], 3, "holds no .jpg or .jpeg or .png", "themselves"),
     "twice": ({"a.png": GRAY, "a.jpg": GRAY}, {"a.png": GRAY}, [], 3, "holds two files of one name", "one for each"),

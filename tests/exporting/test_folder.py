@@ -189,7 +189,7 @@ def old_metadata(run: Path) -> None:
         (truncate, [], 3, "is intact: step_000000007"),
         (drop_average, ["--ema"], 3, "kept no moving average"),
         (lambda run: (run / "export").mkdir() or (run / "export/thesis.tex").touch(), [], 2, "(thesis.tex)"),
-        (lambda run: (run / "export").touch(), [], 2, "holds something else"),
+        (lambda run: (run / "export").touch(), [], 2, "holds something other"),
         (lambda run: (run / "export").mkdir() or (run / "export/config.json").touch(), [], 2, "(config.json)"),
         (lambda run: (run / "export.tmp").touch(), [], 3, "cannot be written"),
         (lambda run: None, ["--out", "."], 2, "the working directory"),

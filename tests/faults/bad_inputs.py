@@ -195,11 +195,11 @@ CONFIGS = {
 }
 PATTERNS = {
     "a pipe": case(f"{PRETRAIN} 'data.train=pipe:mkdir {CANARY}'", 2, "is not an address of shards", "s3://"),
-    "a pipe in capitals": case(f"{PRETRAIN} 'data.train=PIPE:mkdir {CANARY}'", 2, "is no address", "s3://"),
+    "a pipe in capitals": case(f"{PRETRAIN} 'data.train=PIPE:mkdir {CANARY}'", 2, "is not an address", "s3://"),
     "a pipe made by braces": case(
-        f"{PRETRAIN} 'data.train=\"{{{{pi,}}}}pe:mkdir {CANARY}\"'", 2, "is no address", "s3://"
+        f"{PRETRAIN} 'data.train=\"{{{{pi,}}}}pe:mkdir {CANARY}\"'", 2, "is not an address", "s3://"
     ),
-    "a pipe as index": case(f"{PRETRAIN} 'data.index=pipe:mkdir {CANARY}'", 2, "is no address", "s3://"),
+    "a pipe as index": case(f"{PRETRAIN} 'data.index=pipe:mkdir {CANARY}'", 2, "is not an address", "s3://"),
     "words of a shell": case(f"{PRETRAIN} 'data.train=$(mkdir {CANARY}).tar'", 3, "1 of 1 shards are missing", "copy"),
     "a range without bound": case(
         f"{PRETRAIN} 'data.train=a-{{{{0..999999999}}}}.tar'", 2, "means 1,000,000,000 shards", "at most 1,000,000"
@@ -231,7 +231,7 @@ PATTERNS = {
     "a shard twice": case(
         f"{PRETRAIN} 'data.train=\"{{{{bad,bad}}}}.tar\"'", 2, "bad.tar twice", "once", bad__tar=IMAGES
     ),
-    "another scheme": case(f"{PRETRAIN} data.train=ftp://a.example/b.tar", 2, "is no address", "s3://"),
+    "another scheme": case(f"{PRETRAIN} data.train=ftp://a.example/b.tar", 2, "is not an address", "s3://"),
     "a chain of protocols": case(
         f"{PRETRAIN} data.train=s3://a/b.tar::http://a.example/", 2, "chain of protocols", "plain address"
     ),
@@ -573,7 +573,7 @@ EXPORTS = {
     "this folder": kept_out(".", "is the working directory"),
     "no name": kept_out("''", "is the working directory"),
     "the run itself": kept_out("{good}/mae", "(checkpoints, config.yaml, run.json)"),
-    "a file": kept_out("bad", "something else", bad="years"),
+    "a file": kept_out("bad", "something other", bad="years"),
     "a folder of others under the temporary name": kept_out(
         "new", "new.tmp is in the way", 3, new__tmp=folder(thesis__tex="years")
     ),

@@ -227,7 +227,7 @@ class Flat(nn.Module):
             "random:test_convnext",
             [3],
             {"align": {"student": (1,), "teacher": (3,), "output": "mlp"}},
-            "align.output: in random:test_convnext no MLP",
+            "align.output: in random:test_convnext no block",
             "align.output=block",
         ),
         ("random:test_convnext", [3], {"size": 32}, "align.teacher: at depth 3", "depths up to 2, or set a larger"),

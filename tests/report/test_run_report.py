@@ -55,7 +55,7 @@ def test_a_run_s_report_says_what_it_was_and_what_came_of_it(trio, method):
         "global batch 12",
         "lr 0.003",
         "tiny.yaml",
-        "a trend, no forecast",
+        "a trend, not a forecast",
     ):
         assert part in text, part
     assert ("teacher: none" in text) == (method == "mae")

@@ -178,7 +178,7 @@ def test_a_study_s_results_are_those_of_its_finished_runs(study_folder) -> None:
     assert "| small | 0.03 M | 3 epochs x 96 | 0.5000 | 25.0 % | 1m15s | - | - |" in lines
     assert "not counted: scratch/seed_2/finetune (at epoch 1.0); not begun: large/seed_0/finetune.**" in page
     assert "`against mae`: mean" in page and "Command: `python tools/study.py g.yaml`" in page
-    assert "do not compare" not in page and (study_folder / "results.png").is_file()
+    assert "cannot be compared" not in page and (study_folder / "results.png").is_file()
     assert not (study_folder / "lines.png").exists()
     saved = json.loads((study_folder / "results.json").read_text())
     assert saved["networks"]["dmae"]["runs"]["2"]["finetune"]["top1_correct"] == 140

@@ -87,7 +87,7 @@ def test_a_copy_under_another_name_is_passed_over_and_never_taken_for_the_real_o
         shutil.copytree(own, tmp_path / name)
     assert newest_intact(tmp_path) == own and latest_step(tmp_path) == 1
     assert load_latest(tmp_path, OneTensor(0)) == {"at": 1}
-    said = "step_999999998 is damaged (state.json belongs to another step): passed over"
+    said = "step_999999998 is damaged (state.json belongs to another step): skipped"
     assert capsys.readouterr().err.count(said) == 2
     save(tmp_path, 2)
     assert load_latest(tmp_path, OneTensor(0)) == {"at": 2} and latest_step(tmp_path) == 2

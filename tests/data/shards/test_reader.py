@@ -55,6 +55,6 @@ def test_reader_notices_a_shard_that_changes_or_goes(tmp_path):
     os.truncate(index.shards[1], 600)
     os.remove(index.shards[2])
     reader = ShardReader(index)
-    for i, match in ((5, "changed its size"), (9, "is gone")) * 2:  # the second time, too
+    for i, match in ((5, "changed its size"), (9, "is missing")) * 2:  # the second time, too
         with pytest.raises(DataError, match=match):
             reader.read(i)
