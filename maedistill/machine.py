@@ -73,7 +73,7 @@ def cpu_name() -> str:
     return names[0].partition(":")[2].strip() if names else ""
 
 
-def runs_beside() -> int:
+def concurrent_runs() -> int:
     """Return the number of runs that share the machine's memory: the jobs of a study, which says so, else 1."""
     return _jobs(JOBS_VARIABLE)
 

@@ -157,7 +157,7 @@ def test_the_average_that_the_run_has_is_the_one_that_teaches(opened):
     parts, averaged = opened("distill.past.source=ema"), SimpleNamespace(vit=torch.nn.Identity())
     nothing = {"engine": None, "batches": lambda crops: iter(()), "is_missing": lambda *_: False}
     train(SimpleNamespace(ema=SimpleNamespace(module=averaged), step=parts.plan.steps, **nothing), parts)
-    assert parts.past.network is averaged.vit and parts.saved_beside == {}
+    assert parts.past.network is averaged.vit and parts.extra_networks == {}
 
 
 @pytest.mark.faults

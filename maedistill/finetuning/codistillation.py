@@ -120,7 +120,7 @@ class Codistillation:
                 continue
             try:
                 self._build(peer, network)
-                if problem := meeting.why_no_pair(peer, run) or meeting.why_unfit(peer, self.entry("")):
+                if problem := meeting.why_no_pair(peer, run) or meeting.why_incompatible(peer, self.entry("")):
                     lines.append(f"warning  {problem.cause}: {problem.remedy}, or start that run over")
             except ConfigError as error:
                 lines.append(f"warning  {error.cause}: {error.remedy}")
@@ -195,7 +195,7 @@ class Codistillation:
         """Check a peer, build its copy and note its license, unless that is done."""
         if peer in self._copies:
             return
-        if problem := meeting.why_unfit(peer, self.entry("")):
+        if problem := meeting.why_incompatible(peer, self.entry("")):
             raise problem
         self._build(peer, unloaded_run(str(folder_of(peer)))[0])
         self._state.licenses[peer] = entry_of(peer)["license"]

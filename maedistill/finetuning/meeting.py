@@ -112,7 +112,7 @@ def why_no_pair(peer: str, run: Path) -> ConfigError | None:
     return ConfigError(cause, "let the runs name each other")
 
 
-def why_unfit(peer: str, own: dict[str, Any]) -> ConfigError | None:
+def why_incompatible(peer: str, own: dict[str, Any]) -> ConfigError | None:
     """Return an error unless a peer, which names the run, fits the run's own entry."""
     entry = entry_of(peer)
     if any(entry[name] != own[name] for name in ("every", "first", "last")):

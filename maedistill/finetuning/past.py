@@ -49,7 +49,7 @@ class Past(nn.Module):
         ]
 
     @property
-    def saved_beside(self) -> dict[str, nn.Module]:
+    def extra_networks(self) -> dict[str, nn.Module]:
         """Return what checkpoints have to keep, by file name."""
         return {"past": self.network} if self.section.source == "weights" else {}
 

@@ -85,9 +85,9 @@ class Finetuning(Stage):
     codistillation: Codistillation | None
 
     @property
-    def saved_beside(self) -> dict[str, nn.Module]:
+    def extra_networks(self) -> dict[str, nn.Module]:
         """Return networks beside the trained one that checkpoints keep, by file name."""
-        return self.past.saved_beside if isinstance(self.past, Past) else {}
+        return self.past.extra_networks if isinstance(self.past, Past) else {}
 
     @property
     def groups(self) -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ def train(run: Run, parts: Pretraining) -> None:
     config, plan, engine = parts.config, parts.plan, run.engine
     crops = build_crops(config, parts.index)
     batches = run.batches(crops)
-    look_again(run, parts)
+    redo_interrupted(run, parts)
 
     for step in range(run.step, plan.steps):
         run.schedule.step_update(step)
@@ -114,7 +114,7 @@ def train(run: Run, parts: Pretraining) -> None:
         run.raise_if_preempted()
 
 
-def look_again(run: Run, parts: Pretraining) -> None:
+def redo_interrupted(run: Run, parts: Pretraining) -> None:
     """Draw and probe what was due after the step of the checkpoint, but was cut short. Collective."""
     log, picture = parts.config.log, picture_path(run)
     with run.untimed():

@@ -154,7 +154,7 @@ class Pretraining(Stage):
         return images, split, *self.teach(images, split)[0]
 
     @property
-    def saved_beside(self) -> dict[str, nn.Module]:
+    def extra_networks(self) -> dict[str, nn.Module]:
         """Return the average and the measured statistics, which checkpoints keep, by file name."""
         saved: dict[str, nn.Module] = {}
         for number, one in enumerate(self.teachers, 1):

@@ -66,16 +66,16 @@ class Saver:
         step: int,
         engine: Engine,
         state: dict[str, Any],
-        saved_beside: Mapping[str, nn.Module] | None = None,
+        extra_networks: Mapping[str, nn.Module] | None = None,
         records: Sequence[AppendOnlyFile] = (),
     ) -> None:
         """Take the checkpoint of `step` and start writing it, once the previous one is written. Collective.
 
-        state, saved_beside: see `take_snapshot`. records: the run's log files; rank 0 syncs their lines before the
+        state, extra_networks: see `take_snapshot`. records: the run's log files; rank 0 syncs their lines before the
         checkpoint that stands for them; if that fails there is no checkpoint. Raises what `finish_write` raises.
         """
         self.finish_write()
-        snapshot = take_snapshot(step=step, engine=engine, state=state, saved_beside=saved_beside, texts=self.texts)
+        snapshot = take_snapshot(step=step, engine=engine, state=state, extra_networks=extra_networks, texts=self.texts)
         if snapshot is not None:
             self._writing = _Writing(partial(self._write, snapshot, records), step)
 

@@ -59,12 +59,12 @@ def take_snapshot(
     step: int,
     engine: Engine,
     state: dict[str, Any],
-    saved_beside: Mapping[str, nn.Module] | None = None,
+    extra_networks: Mapping[str, nn.Module] | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> Snapshot | None:
     """Copy the contents of a checkpoint of `step` to rank 0; return None on the other ranks. Collective.
 
-    state: plain JSON types, returned by `load_latest` (restore.py). saved_beside: networks beside the trained one, by
+    state: plain JSON types, returned by `load_latest` (restore.py). extra_networks: networks beside the trained one, by
     file name. texts: small files by name.
     """
     training = engine.state()
@@ -73,7 +73,7 @@ def take_snapshot(
     document = json.dumps({"step": step, "engine": training.scalars, "loop": state}, indent=1, allow_nan=False)
     moments = {f"{kind}/{name}": value for kind in MOMENTS for name, value in training.moments[kind].items()}
     files = {"model.safetensors": training.weights, "optimizer.safetensors": moments}
-    for kind, module in (saved_beside or {}).items():
+    for kind, module in (extra_networks or {}).items():
         tensors = files[f"{kind}.safetensors"] = {}
         for name, value in module.state_dict().items():
             copy_to_main(tensors, name, value)
@@ -91,14 +91,14 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
     make_folder(folder)
     remove_strays(folder)
     if not _is_intact(final):
-        write_sealed(final, snapshot.files, snapshot.texts)
+        write_with_manifest(final, snapshot.files, snapshot.texts)
     # Later ones, damaged when the run resumed, stay.
     for _, path in sorted(old for old in checkpoint_steps(folder) if old[0] <= snapshot.step)[:-keep]:
-        remove_sealed(path)
+        remove_with_manifest(path)
     return final
 
 
-def write_sealed(final: Path, files: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]) -> None:
+def write_with_manifest(final: Path, files: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]) -> None:
     """Write a folder with a manifest under a temporary name, then rename it; an earlier folder is replaced.
 
     files: tensors by name, by the name of their safetensors file. Raises one of WRITE_ERRORS, and then leaves nothing.
@@ -124,7 +124,7 @@ def write_sealed(final: Path, files: Mapping[str, Mapping[str, Tensor]], texts: 
 def remove_strays(folder: Path) -> None:
     """Remove remains of checkpoints that a killed start wrote or removed. Only the owner of the run may do so."""
     for stray in folder.glob("step_*.tmp"):
-        remove_sealed(stray)
+        remove_with_manifest(stray)
 
 
 def checkpoint_steps(folder: Path) -> list[tuple[int, Path]]:
@@ -168,7 +168,7 @@ def _is_intact(checkpoint: Path) -> bool:
     return True
 
 
-def remove_sealed(path: Path) -> None:
+def remove_with_manifest(path: Path) -> None:
     """Remove such a folder, whole or partial. Failing to remove an old checkpoint must not fail a save."""
     try:
         shutil.rmtree(path if path.suffix == ".tmp" else path.rename(path.with_name(f"{path.name}.tmp")))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maedistill.durable import make_folder
 from maedistill.errors import DataError
-from maedistill.runs.checkpoint import WRITE_ERRORS, checkpoint_steps, remove_sealed, write_sealed
+from maedistill.runs.checkpoint import WRITE_ERRORS, checkpoint_steps, remove_with_manifest, write_with_manifest
 from maedistill.runs.manifest import COMPLETE, CorruptCheckpoint, verify
 from maedistill.runs.state import checkpoint_name
 
@@ -29,7 +29,7 @@ def publish(run: Path, step: int, weights: Mapping[str, Tensor]) -> None:
         return verify(final)
     try:
         make_folder(final.parent)
-        write_sealed(final, {_FILE: weights}, {})
+        write_with_manifest(final, {_FILE: weights}, {})
     except WRITE_ERRORS as error:
         raise DataError(f"{final} cannot be written ({error})", "free some space, then start again") from error
 
@@ -59,7 +59,7 @@ def remove_published(run: Path, *, before: int = 0, after: int | None = None) ->
     """Remove what was published of steps below `before` or above `after`, and what a kill left half written."""
     folder = run / PUBLISHED
     for stray in folder.glob("step_*.tmp"):
-        remove_sealed(stray)
+        remove_with_manifest(stray)
     for step, path in checkpoint_steps(folder):
         if step < before or (after is not None and step > after):
-            remove_sealed(path)
+            remove_with_manifest(path)

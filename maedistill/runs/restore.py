@@ -26,18 +26,18 @@ from maedistill.training.engine import MOMENTS, Engine, TrainingState
 
 
 def load_latest(
-    folder: Path, engine: Engine, *, saved_beside: Mapping[str, nn.Module] | None = None
+    folder: Path, engine: Engine, *, extra_networks: Mapping[str, nn.Module] | None = None
 ) -> dict[str, Any] | None:
     """Load the newest intact checkpoint into these networks; return its state, None if there is none.
 
-    Collective. saved_beside: networks beside the engine's, by file name.
+    Collective. extra_networks: networks beside the engine's, by file name.
 
     Raises DataError when there are checkpoints but no intact one, or when it belongs to another model.
     """
     shapes = engine.shapes()
     parameters = [name for name, _ in engine.module.named_parameters()]
     training: TrainingState | None = None  # this and the next are read on rank 0 only
-    others = saved_beside or {}
+    others = extra_networks or {}
     tensors_of: dict[str, dict[str, Tensor]] = {kind: {} for kind in others}
 
     def read() -> dict[str, Any] | None:

@@ -67,7 +67,9 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     preempted: signal.Signals | None = None  # the signal that asks the run to end before its last step
     callbacks: tuple[Callback, ...] = ()
-    saved_beside: Mapping[str, nn.Module] = field(default_factory=dict)  # other networks of a checkpoint, by file name
+    extra_networks: Mapping[str, nn.Module] = field(
+        default_factory=dict
+    )  # other networks of a checkpoint, by file name
     before_save: list[Callable[[int], None]] = field(default_factory=list)  # what a checkpoint of a step counts on
 
     def __post_init__(self) -> None:
@@ -108,7 +110,7 @@ class Run:
     def restore(self) -> None:
         """Load the newest complete checkpoint, if there is one. Collective."""
         distributed.on_main(lambda: remove_strays(self.folder.checkpoints))  # a finished run writes no more checkpoints
-        state = load_latest(self.folder.checkpoints, self.engine, saved_beside=self.saved_beside)
+        state = load_latest(self.folder.checkpoints, self.engine, extra_networks=self.extra_networks)
         if state is None:
             return
         self.progress = Progress.from_state(state, checkpoints=self.folder.checkpoints)
@@ -125,7 +127,7 @@ class Run:
         now = {"losses": self.averages.totals(), "trained_seconds": self.progress.trained_seconds + self.clock.seconds}
         state = self.progress.state() | now
         self.saver.save(
-            step=self.step, engine=self.engine, state=state, saved_beside=self.saved_beside, records=self._records
+            step=self.step, engine=self.engine, state=state, extra_networks=self.extra_networks, records=self._records
         )
 
     def raise_if_preempted(self) -> None:

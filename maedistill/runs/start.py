@@ -53,7 +53,7 @@ class Stage(Protocol):
         """Describe the run, one fact per line."""
 
     @property
-    def saved_beside(self) -> Mapping[str, nn.Module]:
+    def extra_networks(self) -> Mapping[str, nn.Module]:
         """Return networks beside the trained one that checkpoints keep, by file name."""
         return {}
 
@@ -157,7 +157,7 @@ def start_run(stage: Stage, folder: RunFolder, watch: RankWatch, *, fresh: bool,
     saver = Saver(folder.checkpoints, keep=config.log.keep, texts=folder.texts)
     watch.before_leaving = saver.wait
     stop = PreemptionHandler(timeout_seconds=config.engine.timeout_seconds, leave=folder.leave_at_once)
-    beside = ({"ema": ema.module} if ema is not None else {}) | dict(stage.saved_beside)
+    beside = ({"ema": ema.module} if ema is not None else {}) | dict(stage.extra_networks)
     return Run(
-        config, folder, plan, module, engine, schedule, ema, device, workers, watch, saver, stop, saved_beside=beside
+        config, folder, plan, module, engine, schedule, ema, device, workers, watch, saver, stop, extra_networks=beside
     )

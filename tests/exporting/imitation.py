@@ -93,7 +93,7 @@ def imitate(folder: Path, vit: VisionTransformer, stage: str = "pretrain", **cha
     if stage == "pretrain":  # what is left behind
         weights |= {name: torch.ones(3) for name in ("decoder.norm.weight", "projections.0.bias", "mean")}
     engine = SimpleNamespace(state=lambda: TrainingState(weights, {kind: {} for kind in MOMENTS}, {}))
-    snapshot = take_snapshot(step=7, engine=engine, state={}, saved_beside={"ema": averaged})
+    snapshot = take_snapshot(step=7, engine=engine, state={}, extra_networks={"ema": averaged})
     write_snapshot(folder / "checkpoints", snapshot, keep=1)
     metadata = {
         "stage": stage,

@@ -130,7 +130,7 @@ import maedistill
 
 class Look(maedistill.Callback):
     def on_start(self, run):
-        networks = run.saved_beside["teacher"], run.module.encoder
+        networks = run.extra_networks["teacher"], run.module.encoder
         pairs = zip(*(network.state_dict().values() for network in networks), strict=True)
         print("equal" if all(torch.equal(*pair) for pair in pairs) else "differs", flush=True)
 

@@ -24,7 +24,7 @@ def test_every_checkpoint_knows_of_the_last_update(tmp_path):
         averages=SimpleNamespace(totals=dict),
         clock=SimpleNamespace(seconds=0.0),
         saver=SimpleNamespace(save=lambda *, state, **more: saved.append(state)),
-        **dict.fromkeys(("engine", "saved_beside", "_records")),
+        **dict.fromkeys(("engine", "extra_networks", "_records")),
     )
     policy.check(progress, torch.tensor(True), now=False)
     Run.save(run)

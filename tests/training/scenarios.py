@@ -161,7 +161,10 @@ def first(folder: Path) -> dict:
             norms = train(engine, schedule, ema, range(STEPS // 2), accumulation)
             half = engine.state()
             with Saver(checkpoints(folder, world_size(), precision, accumulation, zero), keep=1) as saver:
-                half_way = {"state": {"samples": BATCH * STEPS // 2}, "saved_beside": beside(ema) | {"past": past(7.0)}}
+                half_way = {
+                    "state": {"samples": BATCH * STEPS // 2},
+                    "extra_networks": beside(ema) | {"past": past(7.0)},
+                }
                 saver.save(step=STEPS // 2, engine=engine, **half_way)
             norms += train(engine, schedule, ema, range(STEPS // 2, STEPS), accumulation)
             results[f"{key}/{zero}"] = {"half": half, "final": engine.state(), "norms": norms, "ema": averaged(ema)}
@@ -298,7 +301,9 @@ def second(folder: Path) -> dict:
         ema = ema if zero < 3 else None  # stage 3 has none to load
         kept = past(0.0)
         where = checkpoints(folder, ranks, precision, accumulation, zero)
-        assert load_latest(where, engine, saved_beside=beside(ema) | {"past": kept}) == {"samples": BATCH * STEPS // 2}
+        assert load_latest(where, engine, extra_networks=beside(ema) | {"past": kept}) == {
+            "samples": BATCH * STEPS // 2
+        }
         assert kept.weight.tolist() == [[7.0, 7.0]] and kept.weight.requires_grad is False, "on every rank"
         loaded = engine.state()
         norms = train(engine, schedule, ema, range(STEPS // 2, STEPS), accumulation)
@@ -317,14 +322,14 @@ def failures(folder: Path) -> list[str]:
         lambda tensors, path: fail(OSError(28, "No space left")),
     )
     saver = Saver(folder, keep=1, max_failures=2)
-    later = partial(saver.save, engine=engine, saved_beside=beside(ema), state={})
+    later = partial(saver.save, engine=engine, extra_networks=beside(ema), state={})
     seen += [caught(partial(later, step=step)) for step in (2, 3, 4)]
     checkpoint_file.save_file = real
     saver = Saver(folder, keep=1)
-    saver.save(step=1, engine=engine, saved_beside=beside(ema), state={})
+    saver.save(step=1, engine=engine, extra_networks=beside(ema), state={})
     seen.append(caught(saver.close))
     checkpoint_file.write_manifest = lambda folder: fail(KeyError("a bug"))
-    saver.save(step=2, engine=engine, saved_beside=beside(ema), state={})
+    saver.save(step=2, engine=engine, extra_networks=beside(ema), state={})
     seen.append(caught(saver.finish_write))
     if rank() == 0:
         (folder / "step_000000001" / "COMPLETE").unlink()
@@ -375,8 +380,8 @@ def given(folder: Path) -> dict:
         state = engine.state()
         if zero < 3:
             with Saver(folder / f"given-{zero}-{plain}", keep=1) as saver:
-                saver.save(step=2, engine=engine, saved_beside=beside(ema), state={})
-            assert load_latest(folder / f"given-{zero}-{plain}", engine, saved_beside=beside(ema)) == {}
+                saver.save(step=2, engine=engine, extra_networks=beside(ema), state={})
+            assert load_latest(folder / f"given-{zero}-{plain}", engine, extra_networks=beside(ema)) == {}
         results[zero, plain] = state, own
     initialize_distributed(50)
     return results | {"time limits": time_limits()}

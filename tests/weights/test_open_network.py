@@ -54,7 +54,7 @@ def make_run(folder, vit, *, stage="finetune", ema=None):
     averaged = {"ema": SimpleNamespace(state_dict=lambda: named(ema))} if ema is not None else {}
     engine = SimpleNamespace(state=lambda: training)
     write_snapshot(
-        folder / "checkpoints", take_snapshot(step=7, engine=engine, saved_beside=averaged, state={}), keep=1
+        folder / "checkpoints", take_snapshot(step=7, engine=engine, extra_networks=averaged, state={}), keep=1
     )
     return folder
 

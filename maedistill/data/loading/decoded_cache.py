@@ -20,7 +20,7 @@ from maedistill.data.loading.dataset import open_reader
 from maedistill.data.loading.loader import RandomCrops
 from maedistill.errors import ConfigError, UserError
 from maedistill.escaping import warn
-from maedistill.machine import free_memory, runs_beside
+from maedistill.machine import concurrent_runs, free_memory
 from maedistill.processes import distributed
 
 LOOKED_AT = 64  # images
@@ -71,7 +71,7 @@ def room_for(crops: RandomCrops, setting: Setting) -> Room | None:
             continue
         sizes.append(3 * math.prod(found) if isinstance(found, tuple) else found.numel())
     needed = table_bytes(len(crops.index)) + count * sum(sizes) // max(1, len(sizes))
-    limit, runs = SHARES[setting][0] * free_memory(), runs_beside()
+    limit, runs = SHARES[setting][0] * free_memory(), concurrent_runs()
     return Room(count, needed, int(limit / runs), setting, runs)
 
 

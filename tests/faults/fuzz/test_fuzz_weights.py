@@ -93,7 +93,7 @@ def check_checkpoint(files: Files) -> None:
     shapes = {name: tuple(value.shape) for name, value in NETWORK.state_dict().items()}
     engine = SimpleNamespace(shapes=lambda: shapes, module=NETWORK, load_state=fill)
     with torch.no_grad():
-        state = load_latest(folder, engine, saved_beside={"ema": AVERAGE})
+        state = load_latest(folder, engine, extra_networks={"ema": AVERAGE})
     assert isinstance(state, dict) and json.dumps(state, allow_nan=False)
 
 
