@@ -315,7 +315,10 @@ def test_a_picture_shows_others_in_the_place_of_bad_images(monkeypatch, tmp_path
     monkeypatch.setattr(loop, "random_subset", lambda index, count: torch.arange(min(count, len(index))))
     monkeypatch.setattr(loop, "split_of", lambda *_: None)
     monkeypatch.setattr(loop, "reconstruction_sheet", lambda module, images, *_, **__: drawn.append(images))
-    data, module = SimpleNamespace(image_size=8, eval_crop=1.0), SimpleNamespace(encoder=SimpleNamespace(grid=1))
+    data, module = (
+        SimpleNamespace(image_size=8, eval_crop=1.0),
+        SimpleNamespace(encoder=SimpleNamespace(grid=1), decoder=torch.nn.Identity()),
+    )
     config, cpu = SimpleNamespace(data=data), torch.device("cpu")
     parts = SimpleNamespace(config=config, val_index=index, device=cpu, module=module, teachers=[], method_name="mae")
     run = SimpleNamespace(folder=RunFolder(tmp_path), step=1, epoch=1.0, metrics=None)

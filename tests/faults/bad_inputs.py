@@ -202,16 +202,16 @@ PATTERNS = {
     "a pipe as index": case(f"{PRETRAIN} 'data.index=pipe:mkdir {CANARY}'", 2, "is not an address", "s3://"),
     "words of a shell": case(f"{PRETRAIN} 'data.train=$(mkdir {CANARY}).tar'", 3, "1 of 1 shards are missing", "copy"),
     "a range without bound": case(
-        f"{PRETRAIN} 'data.train=a-{{{{0..999999999}}}}.tar'", 2, "means 1,000,000,000 shards", "at most 1,000,000"
+        f"{PRETRAIN} 'data.train=a-{{{{0..999999999}}}}.tar'", 2, "expands to 1,000,000,000 shards", "at most 1,000,000"
     ),
     "ranges that multiply": case(
         f"{PRETRAIN} 'data.train=a-{'{{0..999}}' * 4}.tar'",
         2,
-        "means 1,000,000,000 shards or more",
+        "expands to 1,000,000,000 shards or more",
         "at most 1,000,000",
     ),
     "choices that multiply": case(
-        f"{PRETRAIN} 'data.train=a-{'{{a,b}}' * 40}.tar'", 2, "means 1,048,576 shards or more", "at most 1,000,000"
+        f"{PRETRAIN} 'data.train=a-{'{{a,b}}' * 40}.tar'", 2, "expands to 1,048,576 shards or more", "at most 1,000,000"
     ),
     "a range of 5,000 digits": case(
         f"{PRETRAIN} 'data.train=a-{{{{0..{'9' * 5000}}}}}.tar'", 2, "is not a range", "{000000..000008}"
@@ -405,11 +405,11 @@ SOURCES = {
     ),
     "NaN": teacher(
         "1 of 32 values of norm.bias are not finite",
-        "broke",
+        "diverged",
         pth(weights(norm__bias=torch.tensor([0.0] * 31 + [torch.nan]))),
     ),
     "beyond fp32": teacher(
-        "are not finite", "broke", pth(weights(norm__bias=torch.full((32,), 1e300, dtype=torch.float64)))
+        "are not finite", "diverged", pth(weights(norm__bias=torch.full((32,), 1e300, dtype=torch.float64)))
     ),
     "whole numbers": teacher(
         "holds torch.int64", "weights", pth(weights(norm__bias=torch.ones(32, dtype=torch.int64)))
@@ -477,7 +477,7 @@ STARTS = {
         f"{FINETUNE} init.source=run:bad",
         3,
         "are not finite",
-        "broke",
+        "diverged",
         bad=copy_of("mae", edit_weights("model.safetensors", lambda t: {n: v * torch.nan for n, v in t.items()})),
     ),
 }
