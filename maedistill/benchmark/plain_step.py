@@ -107,14 +107,18 @@ class StepComparison(SyntheticTraining):
         return plain_version(build.build_method(changed, build.build_encoder(changed), self.source).to(self.device))
 
     def _plain_teacher(self, teacher: Teacher) -> "PlainTeacher":
-        """Build the fp32 version of the teacher, with its published decoder or, if narrower than ViT-B, with ours."""
+        """Build the fp32 version of the teacher, with its published decoder or, if narrower than ViT-B, with ours.
+
+        Without a decoder of the student's the teacher has none either.
+        """
         encoder, config = teacher.encoder, self.config
         if teacher.dtype != torch.float32:
             changed = config.model_copy(update={"teacher": config.teacher.model_copy(update={"precision": "fp32"})})
             source = build.build_teacher_source(changed, grid=encoder.grid)
             assert source is not None
             teacher = build.build_teacher(changed, source, self.device)
-        return PlainTeacher(teacher, PUBLISHED_DECODER if encoder.width >= _LARGE else config.decoder).to(self.device)
+        size = PUBLISHED_DECODER if encoder.width >= _LARGE else config.decoder
+        return PlainTeacher(teacher, size if config.needs_decoder else None).to(self.device)
 
 
 def plain_version(module: Module) -> Module:
@@ -131,9 +135,12 @@ def plain_version(module: Module) -> Module:
 class PlainTeacher(nn.Module):
     """The whole `teacher`, then a decoder of `size` on its output, as published loops run a complete MAE."""
 
-    def __init__(self, teacher: Teacher, size: Decoder) -> None:
+    def __init__(self, teacher: Teacher, size: Decoder | None) -> None:
         super().__init__()
         encoder = teacher.encoder
+        self.teacher, self.decoder = plain_version(teacher), None
+        if size is None:
+            return
         decoder = TokenDecoder(
             encoder.width,
             width=size.width,
@@ -143,14 +150,15 @@ class PlainTeacher(nn.Module):
             patch_size=encoder.patch_size,
             num_prefix=encoder.num_prefix,
         )
-        self.teacher, self.decoder = plain_version(teacher), plain_version(decoder).requires_grad_(False)
+        self.decoder = plain_version(decoder).requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor, split: PatchSplit) -> BlockFeatures:
         """Return the same as `Teacher.forward`."""
         own = self.teacher.own_split(split)
         tokens, tapped = self.teacher.encoder(self.teacher.prepare(images), own.teacher, **self.teacher.tapped)
-        self.decoder(tokens, PatchSplit(own.order, own.num_teacher, own.num_teacher))
+        if self.decoder is not None:
+            self.decoder(tokens, PatchSplit(own.order, own.num_teacher, own.num_teacher))
         return self.teacher.targets(self.teacher.merge(tapped, own.num_teacher // split.num_teacher))
 
 

@@ -123,7 +123,9 @@ class Teacher(Section):
 class Masks(Section):
     """How many patches the student and the teacher see."""
 
-    student_keep_ratio: Fraction = result(0.25, "share of patches the student sees; 0.25 in MAE, DMAE and AMD")
+    student_keep_ratio: Fraction = result(
+        0.25, "share of patches the student sees; 0.25 in MAE, DMAE and AMD; 1 only with pixels.weight=0"
+    )
     teacher_keep_ratio: Fraction | None = result(
         None,
         "share the teacher sees: the same by default (DMAE); 0.5 in AMD, whose sets are nested; a teacher that is not "

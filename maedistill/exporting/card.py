@@ -29,9 +29,9 @@ from maedistill.weights.license import hub_license, license_sentence
 METHODS = {
     None: "by a method that is not recorded",
     "mae": "as a masked autoencoder (MAE, He et al., CVPR 2022)",
-    "dmae": "by masked distillation of a teacher (DMAE, Bai et al., CVPR 2023)",
+    "dmae": "by distillation of a teacher's features (DMAE, Bai et al., CVPR 2023)",
     "amd": "by asymmetric masked distillation (AMD, Zhao et al., CVPR 2024)",
-    "tinymim": "as a masked autoencoder that imitates token relations (after TinyMIM, Ren et al., CVPR 2023)",
+    "tinymim": "by distillation of a teacher's token relations (after TinyMIM, Ren et al., CVPR 2023)",
 }
 
 

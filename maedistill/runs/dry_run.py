@@ -62,6 +62,8 @@ def forward_backward(stage: Stage, inputs: tuple[Any, ...]) -> None:
 def _measured_lines(stage: Stage, crops: RandomCrops, inputs_of: Callable[[Batch], tuple[Any, ...]]) -> list[str]:
     """Estimate speed, memory and time by trial steps on real images, with batches that grow until a step is long."""
     config, plan = stage.config, stage.plan
+    if config.threads is not None:  # as the run itself will
+        torch.set_num_threads(config.threads)
     count, seconds = 0, 0.0
     while count < plan.batch.micro_batch and seconds < _TRIAL_SECONDS:
         count = min(plan.batch.micro_batch, 8 * count or 4)

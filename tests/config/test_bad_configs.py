@@ -142,6 +142,7 @@ def test_a_student_that_predicts_no_pixels_may_see_all(refused, tmp_path):
     loaded = load_config(tmp_path / "good.yaml", whole, root=PretrainConfig).config
     assert not loaded.needs_decoder and loaded.decoder == PretrainConfig().decoder, "the file's gives way"
     assert "decoder.depth" in refused(GOOD, [*whole, "decoder.depth=2"]).cause
+    assert "pictures_every_epochs" in refused(GOOD, [*whole, "log.pictures_every_epochs=1"]).cause
     assert "student_keep_ratio" in refused(GOOD, [*whole, "method=amd", "masks.teacher_keep_ratio=1"]).cause
 
 

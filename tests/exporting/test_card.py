@@ -72,7 +72,7 @@ def test_the_card_of_a_fine_tuned_network_says_how_good_it_is_and_where_it_comes
     for part in (
         "**Top-1 81.20 % (812 of 1000)**, top-5 99.00 % (990 of 1000), cross-entropy 0.6789 on the 1,000 validation",
         "Start: run:runs/dmae",
-        "pre-trained by masked distillation of a teacher (DMAE",
+        "pre-trained by distillation of a teacher's features (DMAE",
         "on 54,321 images (fingerprint aaaabbbbcccc)",
         f"Teacher: {LISTED}.",
         "**cc-by-nc-4.0**. It forbids commercial use.",
