@@ -343,7 +343,7 @@ def _graphs(metadata: Mapping[str, Any], vit: PlainViT, record: Mapping[str, Any
 
 def _limits(metadata: Mapping[str, Any], vit: PlainViT) -> list[str]:
     lines = [
-        f"- Trained at {metadata['input']['size']} px with the normalisation above; results at other sizes are not.",
+        f"- Trained at {metadata['input']['size']} px with the normalisation above. No other size is recorded.",
         "- Nothing is recorded on other data sets, robustness, calibration or fairness.",
     ]
     if not vit.num_classes:
