@@ -29,7 +29,7 @@ from maedistill.config.schema import RunConfig
 from maedistill.config.shared_rules import Problem
 from maedistill.config.sources import named_source
 from maedistill.config.values import Root, validated
-from maedistill.errors import ConfigError, require_no_secret
+from maedistill.errors import ConfigError, join_first, require_no_secret
 from maedistill.escaping import masked
 
 COMMAND_LINE, PYTHON = "command line", "Python"  # origins of settings
@@ -194,7 +194,7 @@ def _error(problems: Sequence[Problem], settings: Mapping[str, _Setting]) -> Con
     """Return an error with the first problem in full, at its place, and the other keys that have one."""
     first = problems[0]
     keys = list(dict.fromkeys(problem.key for problem in problems if problem.key != first.key))
-    more = f" (and {len(keys)} more: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})" if keys else ""
+    more = f" (other problems: {join_first(keys, 4)})" if keys else ""
     place = settings[first.key].place if first.key in settings else first.key
     return ConfigError(f"{place}: {first.cause}{more}", first.remedy)
 

@@ -224,7 +224,7 @@ class Generate(Section):
     )
     depth: Positive = result(2, "blocks of each generator; 2 in AMD")
     num_heads: Positive | None = result(None, "attention heads of a generator; by default teacher width / 64 as in AMD")
-    weight: Weight = result(1.0, "weight of the generated alignment, mean over pairs; 1 in AMD")
+    weight: Weight = result(1.0, "weight of the generated alignment, mean over pairs; 1 in AMD; 0: no generation")
 
 
 class Optim(Optimization):
@@ -301,7 +301,7 @@ class PretrainConfig(RunConfig):
     @property
     def generates_by_decoder(self) -> bool:
         """Return whether the pixel decoder predicts the teacher's features too."""
-        return self.method == "amd" and self.generate.by == "decoder"
+        return self.method == "amd" and self.generate.by == "decoder" and self.generate.weight > 0
 
     @property
     def student_architecture(self) -> Architecture | None:

@@ -142,10 +142,10 @@ def _targets(c: PretrainConfig) -> Iterator[Problem]:
     if c.align.normalize != "stored" and "stored_steps" in c.align.model_dump(exclude_defaults=True):
         cause, remedy = "only align.normalize=stored measures a teacher", "remove it, or use align.normalize=stored"
         yield Problem("align.stored_steps", cause, remedy, (("align.stored_steps", "align.normalize"),))
+    if c.method != "mae" and not c.pixels.weight and c.log.pictures_every_epochs is not None:
+        cause, remedy = "without predicted pixels there are no pictures", "remove it"
+        yield Problem("log.pictures_every_epochs", cause, remedy, of_command_line=True)
     if not c.needs_decoder:
-        if c.log.pictures_every_epochs is not None:
-            cause, remedy = "without predicted pixels there are no pictures", "remove it"
-            yield Problem("log.pictures_every_epochs", cause, remedy, of_command_line=True)
         for key in c.decoder.model_dump(exclude_defaults=True):
             cause, gives_way = "nothing is predicted, since pixels.weight=0", ((f"decoder.{key}", "pixels.weight"),)
             yield Problem(f"decoder.{key}", cause, "remove it, or set pixels.weight above 0", gives_way)

@@ -194,7 +194,7 @@ def _pretraining(config: PretrainConfig, vit: PlainViT, own: str | None) -> list
         )
     more = (without_paths(text, word=True) for text in config.more_teachers)
     losses += [f"alignment with a further teacher, where it differs: {code(text)}" for text in more]
-    if config.method == "amd":
+    if config.method == "amd" and config.generate.weight:
         losses.append(f"generated alignment where only the teacher sees (weight {config.generate.weight:g}{rises})")
     losses = [f"those of {code(own)}"] if own else losses
     decoder, data, (low, high) = config.decoder, config.data, config.data.crop_scale

@@ -21,7 +21,7 @@ from maedistill.models.masking import PatchSplit
 
 @dataclass(frozen=True)
 class GeneratorSpec:
-    """The generators, one per pair of blocks, of teacher width, and the weight of what they predict.
+    """The generators, one per pair of blocks, of teacher width, and the weight of what they predict; 0: none.
 
     by: `own` generators, or the pixel `decoder`, a `CrossDecoder`; the other fields but the weight are then not used.
     """
@@ -34,7 +34,10 @@ class GeneratorSpec:
 
 
 class AMD(DMAE):
-    """DMAE's terms plus generated alignment: one generator per pair of blocks reads the pair's projected rows."""
+    """DMAE's terms plus generated alignment: one generator per pair of blocks reads the pair's projected rows.
+
+    With `generate.weight=0` DMAE's terms are all; the teacher may still see more patches than the student.
+    """
 
     def __init__(
         self,
@@ -47,6 +50,9 @@ class AMD(DMAE):
     ) -> None:
         super().__init__(encoder, decoder, pixels=pixels, align=align)
         self.generate = generate
+        if not generate.weight:
+            self.generators = nn.ModuleList()
+            return
         if generate.by == "decoder":
             assert isinstance(decoder, CrossDecoder)
             heads = [nn.Linear(decoder.head.in_features, align.teacher_width) for _ in align.student_taps]
@@ -68,6 +74,8 @@ class AMD(DMAE):
     ) -> Losses:
         """Return DMAE's losses and `generate/BLOCK` per student block. target: {teacher block: [B, Q + T, D_t]}."""
         assert target is not None
+        if not self.generate.weight:
+            return super().forward(images, split, target, *more)
         if self.generate.by == "decoder":
             pixels: Tensor | None
             pixels, features, generated = self.reconstruct_and_generate(images, split)

@@ -174,7 +174,7 @@ def build_method(
         teacher = encoder if source is None else source.encoder
         specs |= _distillation_specs(config, encoder, teacher, pos_embed)
         specs |= {"align": replace(specs["align"], more=more)} if more else {}
-        _require_trained_blocks(config, encoder)
+        _require_trained_blocks(config, encoder, more)
     if objects.method is None:
         _require_weight(config, more)
         method = expected(encoder, decoder, **specs)
@@ -194,11 +194,12 @@ def build_method(
     return method
 
 
-def _require_trained_blocks(config: PretrainConfig, encoder: Encoder) -> None:
+def _require_trained_blocks(config: PretrainConfig, encoder: Encoder, more: tuple[AlignmentSpec, ...]) -> None:
     """Raise ConfigError if no loss trains the student's last blocks: the pixel loss does, features of others do not."""
     last = encoder.depth - 1
-    if not config.needs_decoder and max(config.align.student) < last:
-        cause = f"with pixels.weight=0 nothing trains the blocks after {max(config.align.student)}"
+    aligned = max([*config.align.student, *(tap for spec in more for tap in spec.student_taps)])
+    if not config.needs_decoder and aligned < last:
+        cause = f"with pixels.weight=0 nothing trains the blocks after {aligned}"
         raise ConfigError(f"align.student: {cause}", f"align the student's last block, {last}, or set pixels.weight=1")
 
 

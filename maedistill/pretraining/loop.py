@@ -135,7 +135,7 @@ def draw(run: Run, parts: Pretraining) -> None:
 
     Draws nothing where no pixels are predicted.
     """
-    if parts.module.decoder is None:
+    if parts.module.decoder is None or not parts.module.pixels.weight:
         return
     data, index = parts.config.data, parts.val_index or parts.index
     transform = evaluation_transform(size=data.image_size, crop=data.eval_crop)

@@ -51,11 +51,11 @@ def test_wrong_file(refused, text):
     refused(text, [], name=f"file | {text.replace(GOOD, 'GOOD ').replace(TINYMIM, 'TINYMIM ')}")
 
 
-def test_every_problem_is_counted_and_the_first_is_shown(refused):
+def test_every_problem_is_named_and_the_first_is_shown(refused):
     shown = refused(GOOD, ["engine.zero=3", "optim.ema=0.9", "decoder.num_heads=5", "align.student=[99]"])
-    assert "optim.ema=0.9" in shown.cause and "2 more: align.student, decoder.num_heads" in shown.cause
+    assert "optim.ema=0.9" in shown.cause and "problems: align.student, decoder.num_heads" in shown.cause
     shown = refused(GOOD, ["sed=1", "optim.lr=x", "decoder.num_heads=5"])
-    assert "sed" in shown.cause and "1 more: optim.lr" in shown.cause
+    assert "sed" in shown.cause and "problems: optim.lr" in shown.cause
 
 
 def test_what_has_no_effect_beside_another_setting_is_refused_or_gives_way(refused, tmp_path):
@@ -152,6 +152,9 @@ def test_amd_by_the_decoder_and_the_average_as_teacher(refused, tmp_path):
     shared = ["method=amd", "masks.teacher_keep_ratio=1", "generate.by=decoder"]
     load_config(file, [*shared, "decoder.attention=cross"], root=PretrainConfig)
     assert "generate.by" in refused(GOOD, shared).cause
+    load_config(file, [*shared, "generate.weight=0"], root=PretrainConfig)  # nothing is generated
+    features = [*shared, "decoder.attention=cross", "pixels.weight=0", "log.pictures_every_epochs=1"]
+    assert "pictures_every_epochs" in refused(GOOD, features).cause
     assert "generate.depth" in refused(GOOD, [*shared, "decoder.attention=cross", "generate.depth=1"]).cause
     average = ["method=amd", "masks.teacher_keep_ratio=1", "teacher.source=ema", "align.teacher=[11]"]
     assert "engine.zero" in refused(GOOD, [*average, "engine.zero=3"]).remedy

@@ -211,6 +211,19 @@ def test_a_shared_decoder_generates_features_and_leaves_the_pixels_alone(share: 
         torch.testing.assert_close(losses[f"generate/{s}"], expected)
 
 
+@pytest.mark.parametrize("case", ["amd", "amd cross shared"])
+def test_amd_that_generates_nothing_has_the_other_terms_and_no_generators(case: str) -> None:
+    method, teacher, split, images = build(case)
+    initialize(method, seed=0)
+    parts = {"pixels": method.pixels, "align": method.align}
+    alone = AMD(method.encoder, method.decoder, **parts, generate=replace(method.generate, weight=0.0))
+    alone.projections = method.projections
+    losses, expected = losses_of(alone, teacher, split, images), losses_of(method, teacher, split, images)
+    assert len(alone.generators) == 0 and losses.keys() == expected.keys() - {"generate/0", "generate/2"}
+    torch.testing.assert_close({**losses, "loss": 0}, {name: expected[name] for name in losses} | {"loss": 0})
+    torch.testing.assert_close(losses["loss"], losses["pixels"] + (losses["align/0"] + losses["align/2"]) / 2)
+
+
 @pytest.mark.parametrize(
     "case", ["dmae", "tinymim", "amd cross partial", "amd cross partial shared"]
 )  # MAE's graph is a part of each

@@ -44,8 +44,8 @@ Three messages are composed when a run ends:
 | `stopped by SIGTERM after step N, which is saved; the same command continues from there` | exit code 75 |
 | `stopped by Ctrl-C after step N, which is saved` | exit code 130 |"""
 SETTINGS = """\
-The text comes after the place of the setting: `command line KEY=VALUE:` or `FILE:LINE KEY:`. `(and 2 more: KEY, KEY)`
-at its end names other keys that are wrong as well. Every rule with an example:"""
+The text comes after the place of the setting: `command line KEY=VALUE:` or `FILE:LINE KEY:`. `(other problems: KEY,
+KEY)` at its end names other keys that are wrong as well. Every rule with an example:"""
 OTHER = "Others"
 LONGEST = 120  # characters of a setting
 AREAS = {
