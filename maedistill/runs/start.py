@@ -140,9 +140,7 @@ def start_run(stage: Stage, folder: RunFolder, watch: RankWatch, *, fresh: bool,
     if execution["compiled"]:
         stage.compile()
     optimizer = build_optimizer(stage.groups, lr=optim.peak_lr, betas=optim.betas)
-    schedule = build_schedule(
-        optimizer, peak=optim.peak_lr, min_lr=optim.min_lr, warmup_steps=plan.warmup_steps, total_steps=plan.steps
-    )
+    schedule = build_schedule(optimizer, min_lr=optim.min_lr, warmup_steps=plan.warmup_steps, total_steps=plan.steps)
     ema = ModelEmaV3(module, decay=optim.ema, use_warmup=True) if optim.ema is not None else None
     engine = Engine(
         module,

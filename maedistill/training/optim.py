@@ -15,7 +15,7 @@ from typing import Any
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from maedistill.errors import ConfigError
 from maedistill.models.patches import learns_rope
@@ -90,13 +90,9 @@ def build_optimizer(groups: list[dict[str, Any]], *, lr: float, betas: tuple[flo
     return AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-def build_schedule(
-    optimizer: AdamW, *, peak: float, min_lr: float, warmup_steps: int, total_steps: int
-) -> CosineLRScheduler:
-    """Build a linear warm-up from 0 to `peak`, then half a cosine to `min_lr`; call `step_update(step)` per update."""
+def build_schedule(optimizer: Optimizer, *, min_lr: float, warmup_steps: int, total_steps: int) -> CosineLRScheduler:
+    """Build a linear warm-up from 0 to the optimizer's `lr`, then half a cosine to `min_lr`."""
     assert 0 <= warmup_steps < total_steps
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = peak
     return CosineLRScheduler(
         optimizer,
         t_initial=total_steps - warmup_steps,  # with warmup_prefix the cosine starts after the warm-up

@@ -53,8 +53,8 @@ def test_schedule_is_its_closed_form_at_every_step(warmup, total):
     peak, low = 1.5e-3, 1e-6
     parameters = [nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]
     groups = [{"params": [parameters[0]], "lr_scale": 0.65}, {"params": [parameters[1]]}]
-    optimizer = build_optimizer(groups, lr=123.0, betas=(0.9, 0.95))
-    schedule = build_schedule(optimizer, peak=peak, min_lr=low, warmup_steps=warmup, total_steps=total)
+    optimizer = build_optimizer(groups, lr=peak, betas=(0.9, 0.95))
+    schedule = build_schedule(optimizer, min_lr=low, warmup_steps=warmup, total_steps=total)
     for step in reversed(range(total + 2)):  # a pure function of the step: no order, and not past the end
         schedule.step_update(step)
         progress = min(1.0, (step - warmup) / (total - warmup))
@@ -94,8 +94,8 @@ def test_every_parameter_has_the_papers_rate_and_decay_at_every_step(network):
     vit, depth, peak, low, warmup, total = vit_base(**NETWORKS[network]), 12, 2e-3, 1e-6, 5, 40
     layer_decay = 1.0 if network == "no decay by layer" else 0.65
     groups = layerwise_groups(vit, 0.05, layer_decay=layer_decay)
-    optimizer = build_optimizer(groups, lr=123.0, betas=(0.9, 0.999))
-    schedule = build_schedule(optimizer, peak=peak, min_lr=low, warmup_steps=warmup, total_steps=total)
+    optimizer = build_optimizer(groups, lr=peak, betas=(0.9, 0.999))
+    schedule = build_schedule(optimizer, min_lr=low, warmup_steps=warmup, total_steps=total)
     in_groups = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     names = {id(parameter): name for name, parameter in vit.named_parameters()}
     assert sorted(in_groups) == sorted(names), "each parameter in one group"
