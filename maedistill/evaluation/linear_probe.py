@@ -125,11 +125,9 @@ def fit_heads(
         for rate, head in zip(rates, heads.heads, strict=True)
         for parameter in head.parameters()
     ]
-    update = _OPTIMIZERS[recipe.optimizer](groups, lr=1.0)
-    steps, peak = len(rows) // batch, 1.0 if recipe.optimizer == "adamw" else batch / 256
-    schedule = build_schedule(
-        update, peak=peak, min_lr=0.0, warmup_steps=epochs * steps // 10, total_steps=epochs * steps
-    )
+    update = _OPTIMIZERS[recipe.optimizer](groups, lr=1.0 if recipe.optimizer == "adamw" else batch / 256)
+    steps = len(rows) // batch
+    schedule = build_schedule(update, min_lr=0.0, warmup_steps=epochs * steps // 10, total_steps=epochs * steps)
     for epoch in range(epochs):
         order = permute(torch.arange(len(rows)), len(rows), key(_SEED, Stream.ORDER, epoch)).to(rows.device)  # [n]
         for step in range(steps):

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from maedistill.errors import ConfigError
 from maedistill.models.blocks import attention_and_mlp, queries_keys_values
 from maedistill.models.patches import gather_rows, learns_rope, patchify, rope_rows, rope_table
-from maedistill.models.vits import PlainViT, TimmModel, require_plain_vit, require_square_patches
+from maedistill.models.vits import PlainViT, TimmModel, is_plain, require_plain_vit, require_square_patches
 
 # The keyword of a block that holds the rotations of its queries and keys, by block; none without rotary positions.
 Rotations: TypeAlias = Callable[[int], dict[str, Tensor]]
@@ -47,9 +47,6 @@ class Encoder(nn.Module):
         Returns the last tokens [B, P + M, D] and the outputs [B, P + M, D] of the blocks `taps`, by block.
         """
         raise NotImplementedError
-
-
-_ATTRIBUTES = tuple(Encoder.__annotations__)
 
 
 class MaskedEncoder(Encoder):
@@ -140,7 +137,7 @@ def as_encoder(module: TimmModel, name: str) -> Encoder:
 
     Raises ConfigError for any other module, and for an encoder whose output for every other patch has a wrong shape.
     """
-    if not all(isinstance(getattr(module, attribute, None), int) for attribute in _ATTRIBUTES):
+    if not _has_attributes(module):
         return MaskedEncoder(require_square_patches(require_plain_vit(module, name), name))
     if not isinstance(module, MaskedEncoder):
         _require_rows(module, name)
@@ -154,13 +151,12 @@ def has_class_token(encoder: Encoder) -> bool:
 
 def can_mask(module: TimmModel) -> bool:
     """Return whether `as_encoder` takes `module`. Other networks see whole images, see `models/maps.py`."""
-    if all(isinstance(getattr(module, attribute, None), int) for attribute in _ATTRIBUTES):
-        return True
-    try:
-        require_plain_vit(module, "")
-    except ConfigError:
-        return False
-    return True
+    return _has_attributes(module) or is_plain(module)
+
+
+def _has_attributes(module: TimmModel) -> bool:
+    """Return whether `module` has the attributes of an `Encoder`."""
+    return all(isinstance(getattr(module, name, None), int) for name in Encoder.__annotations__)
 
 
 @torch.no_grad()

@@ -117,12 +117,17 @@ def nearest_models(model: str, names: Sequence[str]) -> list[str]:
     for name in sorted(names, key=lambda name: ("_patch16_224" not in name, len(name), name)):
         starts.setdefault("_".join(name.split("_")[:parts]), []).append(name)
     near = difflib.get_close_matches(model, starts, n=3)
-    return [name for start in near for name in starts[start]][:3] if near else []
+    return [name for start in near for name in starts[start]][:3]
+
+
+def is_plain(network: TimmModel) -> bool:
+    """Return whether `network` is a `PlainViT` whose patches can be embedded one by one."""
+    return type(network) in (VisionTransformer, Eva) and type(network.patch_embed).__name__ == "PatchEmbed"
 
 
 def require_plain_vit(network: TimmModel, name: str) -> PlainViT:
-    """Return `network`. Raises ConfigError unless it is a plain ViT of colour images, see `PlainViT`."""
-    if type(network) not in (VisionTransformer, Eva) or type(network.patch_embed).__name__ != "PatchEmbed":
+    """Return `network`. Raises ConfigError unless it `is_plain`, and of colour images."""
+    if not is_plain(network):
         raise ConfigError(
             f"{name} is a {type(network).__name__}, whose patches cannot be left out one by one",
             "use a plain ViT, e.g. vit_small_patch16_224 or vit_small_patch16_dinov3, or from Python a "

@@ -29,9 +29,7 @@ def paste(images: Tensor, predicted: Tensor, ids: Tensor, patch_size: int) -> Te
     return unpatchify(torch.where(visible[..., None], rows, predicted_rows), patch_size)
 
 
-def reconstruction_sheet(
-    method: MAE, images: Tensor, split: PatchSplit, *, teacher: bool, title: str = ""
-) -> Image.Image:
+def reconstruction_sheet(method: MAE, images: Tensor, split: PatchSplit, *, teacher: bool, title: str) -> Image.Image:
     """Draw one line per image: what student and teacher see, a gap, then the prediction, the image, and their distance.
 
     images: [B, 3, s, s] in [0, 1]. The true visible patches are pasted into the prediction. The teacher's column is
@@ -47,5 +45,5 @@ def reconstruction_sheet(
     share_hidden = split.hidden.shape[1] / split.order.shape[1]  # the error of visible patches is 0
     shown_error = (_ERROR_SCALE * error.mean(1, keepdim=True)).expand_as(images)
     results = {"predicted": predicted, "true": images, f"|error| x {_ERROR_SCALE}": shown_error}
-    start = f"{title}, " if title else ""
-    return tile([seen, results], title=f"{start}mean |error| of hidden pixels {float(error.mean()) / share_hidden:.3f}")
+    mean = float(error.mean()) / share_hidden
+    return tile([seen, results], title=f"{title}, mean |error| of hidden pixels {mean:.3f}")

@@ -29,6 +29,7 @@ from maedistill.runs.checkpoint import WRITE_ERRORS, Snapshot, latest_step, take
 from maedistill.runs.records import AppendOnlyFile
 from maedistill.training.engine import Engine
 
+_MAX_FAILURES = 3  # in a row, before the run ends
 _PATIENCE = 60  # seconds that a failed run waits for the current write
 
 
@@ -37,13 +38,11 @@ class Saver:
 
     keep: see `write_snapshot`. texts: small files that every checkpoint gets, by name. If a write fails for lack of
     space or permission, the saver warns and training goes on, even before the first checkpoint: stopping would lose all
-    progress. `max_failures` failures in a row end the run, and so does an error that no later save can repair.
+    progress. Three failures in a row end the run, and so does an error that no later save can repair.
     """
 
-    def __init__(
-        self, folder: Path, *, keep: int, texts: Mapping[str, str] | None = None, max_failures: int = 3
-    ) -> None:
-        self.folder, self.keep, self.texts, self.max_failures = folder, keep, texts or {}, max_failures
+    def __init__(self, folder: Path, *, keep: int, texts: Mapping[str, str] | None = None) -> None:
+        self.folder, self.keep, self.texts = folder, keep, texts or {}
         self.failures: list[DataError] = []  # in a row, on rank 0
         self._writing: _Writing | None = None
 
@@ -58,7 +57,7 @@ class Saver:
             if self._writing.is_alive():
                 warn(f"step {self._writing.step} is still being written: given up")
             else:
-                self._conclude(self.max_failures + 1)
+                self._conclude(_MAX_FAILURES + 1)
 
     def save(
         self,
@@ -92,7 +91,7 @@ class Saver:
 
     def finish_write(self) -> None:
         """Finish the current write. Collective. Raises DataError on every rank after too many failures in a row."""
-        on_main(partial(self._conclude, self.max_failures))
+        on_main(partial(self._conclude, _MAX_FAILURES))
 
     def close(self) -> None:
         """Finish the last write: `finish_write`, but raise DataError on every rank if that write failed. Collective."""

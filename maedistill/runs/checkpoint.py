@@ -80,8 +80,8 @@ def take_snapshot(
     return Snapshot(step, files, {STATE: document, **(texts or {})})
 
 
-def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
-    """Write a checkpoint, then prune older ones; return its folder. An intact one of the same step stays as it is.
+def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> None:
+    """Write a checkpoint, then prune older ones. An intact one of the same step stays as it is.
 
     keep: number of newest checkpoints that stay. Raises one of WRITE_ERRORS; older checkpoints are then untouched, and
     the partial one is removed to free its space.
@@ -95,7 +95,6 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
     # Later ones, damaged when the run resumed, stay.
     for _, path in sorted(old for old in checkpoint_steps(folder) if old[0] <= snapshot.step)[:-keep]:
         remove_with_manifest(path)
-    return final
 
 
 def write_with_manifest(final: Path, files: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]) -> None:

@@ -78,12 +78,11 @@ def _measured_lines(stage: Stage, crops: RandomCrops, inputs_of: Callable[[Batch
             seconds = time.perf_counter() - start
     stage.module.zero_grad()
     loader, step = count / loading, count / seconds
-    states = 3 * 4 * sum(p.numel() for p in stage.module.parameters()) / 1e9  # gradients, Adam's two moments, fp32
-    numbers = sum(value.numel() for value in stage.module.state_dict().values())
-    numbers += sum(p.numel() for p in stage.module.parameters()) * (2 + (config.optim.ema is not None))
-    numbers += sum(
-        value.numel() for network in stage.extra_networks.values() for value in network.state_dict().values()
-    )
+    parameters = sum(p.numel() for p in stage.module.parameters())
+    states = 3 * 4 * parameters / 1e9  # gradients, Adam's two moments, fp32
+    networks = (stage.module, *stage.extra_networks.values())
+    numbers = sum(value.numel() for network in networks for value in network.state_dict().values())
+    numbers += parameters * (2 + (config.optim.ema is not None))
     images_left = plan.steps * config.optim.global_batch / plan.world_size
     workers = loader_workers(config.data.workers, cpu_share(min(plan.world_size, torch.cuda.device_count() or 1)))
     memory = memory_gb(stage.device)

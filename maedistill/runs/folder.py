@@ -98,26 +98,21 @@ class RunFolder:
                 stray.unlink()
             self.pictures.mkdir(exist_ok=True)
         except OSError as error:
-            raise self._refusal(f"cannot be written to ({error})") from error
+            raise ConfigError(f"run: {self.path} cannot be written to ({error})", "use another run=") from error
         except ConfigError:
             self._in_use = True
             raise
         before = known_metadata(self.path) if not fresh else {}
         if checkpoint_steps(self.checkpoints):  # init and origin are those of the first start
             metadata = metadata | {name: before[name] for name in _OF_THE_FIRST_START if name in before}
-        # step: of the checkpoint that this start continues
-        start = {**describe_start(execution), "step": (latest_step(self.checkpoints) or 0) if not fresh else 0}
-        starts = [*before.get("starts", []), start]
-        self.texts = {
-            METADATA: json.dumps({**metadata, "starts": starts}, indent=1)
-            + "\n",  # first: it makes this a run's folder
-            CONFIG: config_yaml(config),
-        }
-        write_text(self.path / METADATA, self.texts[METADATA])
+        start = describe_start(execution) | {"step": latest_step(self.checkpoints) or 0}  # which it continues
+        run_json = json.dumps({**metadata, "starts": [*before.get("starts", []), start]}, indent=1) + "\n"
+        self.texts = {METADATA: run_json, CONFIG: config_yaml(config)}
+        write_text(self._run_json, run_json)  # first: it makes this a run's folder
         # exit.json of the previous start goes after run.json, which a peer takes for this start's unless the run has
         # ended, and before config.yaml: it does not say how a run with these settings ended.
         (self.path / "exit.json").unlink(missing_ok=True)
-        write_text(self.path / CONFIG, self.texts[CONFIG])
+        write_text(self.config, self.texts[CONFIG])
         self.log.begin(*header_lines(start))
 
     def amend(self, **entries: Any) -> None:
@@ -134,7 +129,7 @@ class RunFolder:
                 "restore it from a copy, or use another run=",
             )
         if foreign and not checkpoint_steps(self.checkpoints):
-            raise self._refusal(f"holds something other than a run ({foreign[0]})")
+            raise ConfigError(f"run: {self.path} holds something other than a run ({foreign[0]})", "use another run=")
         if os.path.lexists(self.checkpoints) and not os.path.isdir(self.checkpoints):
             raise ConfigError(f"run: {self.checkpoints} is not a folder", "remove it, or use another run=")
         if checkpoint_steps(self.checkpoints) and not fresh:  # otherwise there is nothing to protect
@@ -242,6 +237,3 @@ class RunFolder:
         """Return the names in a non-empty folder that is not a run's; they may be a user's data."""
         names = [name for name in os.listdir(self.path) if name[0] != "."] if os.path.isdir(self.path) else []
         return [] if "run.json" in names else sorted(set(names) - _BEFORE_A_RUN)
-
-    def _refusal(self, problem: str, remedy: str = "use another run=") -> ConfigError:
-        return ConfigError(f"run: {self.path} {problem}", remedy)

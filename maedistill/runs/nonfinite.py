@@ -24,12 +24,9 @@ class LateFlags:
     def __init__(self) -> None:
         self._last: tuple[int, Tensor, torch.cuda.Event | None] | None = None
 
-    def push(self, step: int, flag: Tensor, *, now: bool) -> list[tuple[int, bool]]:
-        """Take the flag of `step`, bool [] on its device. Return the steps whose flags are now known, with the flags.
-
-        now: wait for this flag too; otherwise the next call returns it.
-        """
-        readable = self.read()
+    def push(self, step: int, flag: Tensor) -> list[tuple[int, bool]]:
+        """Take the flag of `step`, bool [] on its device; return what `read` returns of the step before."""
+        known = self.read()
         if flag.is_cuda:
             copy = torch.empty((), dtype=torch.bool, pin_memory=True)
             done = torch.cuda.Event(blocking=True)  # otherwise the host busy-waits on a core
@@ -38,7 +35,7 @@ class LateFlags:
             self._last = step, copy, done
         else:
             self._last = step, flag, None
-        return readable + self.read() if now else readable
+        return known
 
     def read(self) -> list[tuple[int, bool]]:
         """Return the step whose flag is not known yet, with its flag, if there is one."""
@@ -65,7 +62,9 @@ class NonfinitePolicy:
 
         now: wait for the flag. Raises NumericsError after more than `most` in a row.
         """
-        self._count(progress, self._flags.push(progress.step - 1, skipped, now=now))
+        self._count(progress, self._flags.push(progress.step - 1, skipped))
+        if now:
+            self.count_last(progress)
 
     def count_last(self, progress: Progress) -> None:
         """Count the last update too, as a checkpoint needs. Raises what `check` raises."""

@@ -26,14 +26,10 @@ class Progress:
     # {name: [sum, count]} of the losses since the last logged step, for a mean that a restart does not cut
     losses: dict[str, list[float]] = field(default_factory=dict)
 
-    def state(self) -> dict[str, Any]:
-        """Return the values that a checkpoint keeps."""
-        return asdict(self)
-
     @classmethod
     def from_state(cls, state: Mapping[str, Any], *, checkpoints: Path) -> Self:
         """Restore the values of a checkpoint. Raises DataError if it has other keys or types than this version's."""
-        own = cls().state()
+        own = asdict(cls())
         differing = sorted(name for name in own.keys() | state if type(state.get(name)) is not type(own.get(name)))
         if not differing and not all(_is_total(total) for total in state["losses"].values()):
             differing = ["losses"]

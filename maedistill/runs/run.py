@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Self
 
 import torch
@@ -64,12 +64,10 @@ class Run:
     watch: RankWatch
     saver: Saver
     stop: PreemptionHandler
+    extra_networks: Mapping[str, nn.Module]  # other networks of a checkpoint, by file name
     progress: Progress = field(default_factory=Progress)
     preempted: signal.Signals | None = None  # the signal that asks the run to end before its last step
     callbacks: tuple[Callback, ...] = ()
-    extra_networks: Mapping[str, nn.Module] = field(
-        default_factory=dict
-    )  # other networks of a checkpoint, by file name
     before_save: list[Callable[[int], None]] = field(default_factory=list)  # what a checkpoint of a step counts on
 
     def __post_init__(self) -> None:
@@ -125,7 +123,7 @@ class Run:
             sync(self.step)
         self.bad_samples.count(self.progress)
         now = {"losses": self.averages.totals(), "trained_seconds": self.progress.trained_seconds + self.clock.seconds}
-        state = self.progress.state() | now
+        state = asdict(self.progress) | now
         self.saver.save(
             step=self.step, engine=self.engine, state=state, extra_networks=self.extra_networks, records=self._records
         )

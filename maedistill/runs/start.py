@@ -130,19 +130,16 @@ def start_run(stage: Stage, folder: RunFolder, watch: RankWatch, *, fresh: bool,
     }
     distributed.on_main(lambda: folder.open(config, stage.metadata, execution=execution, fresh=fresh, extend=extend))
     folder.is_ours = True
-    if not distributed.is_main():
-        folder.log.begin()  # for this rank's errors
     if distributed.is_main():
         hardware = f"{execution['ranks']} x {execution['device']}, {execution['precision']}"
         compiled = "compiled (the first step may take minutes)" if execution["compiled"] else "not compiled"
-        line = f"engine   {hardware}, {compiled}, ZeRO {execution['zero']}"
-        say(*stage.summary_lines, line)
+        say(*stage.summary_lines, f"engine   {hardware}, {compiled}, ZeRO {execution['zero']}")
+    else:
+        folder.log.begin()  # for this rank's errors
     if execution["compiled"]:
         stage.compile()
     optimizer = build_optimizer(stage.groups, lr=optim.peak_lr, betas=optim.betas)
-    schedule = build_schedule(
-        optimizer, peak=optim.peak_lr, min_lr=optim.min_lr, warmup_steps=plan.warmup_steps, total_steps=plan.steps
-    )
+    schedule = build_schedule(optimizer, min_lr=optim.min_lr, warmup_steps=plan.warmup_steps, total_steps=plan.steps)
     ema = ModelEmaV3(module, decay=optim.ema, use_warmup=True) if optim.ema is not None else None
     engine = Engine(
         module,
@@ -158,6 +155,4 @@ def start_run(stage: Stage, folder: RunFolder, watch: RankWatch, *, fresh: bool,
     watch.before_leaving = saver.wait
     stop = PreemptionHandler(timeout_seconds=config.engine.timeout_seconds, leave=folder.leave_at_once)
     beside = ({"ema": ema.module} if ema is not None else {}) | dict(stage.extra_networks)
-    return Run(
-        config, folder, plan, module, engine, schedule, ema, device, workers, watch, saver, stop, extra_networks=beside
-    )
+    return Run(config, folder, plan, module, engine, schedule, ema, device, workers, watch, saver, stop, beside)

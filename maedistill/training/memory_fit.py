@@ -7,6 +7,7 @@ A larger micro-batch saves kernel launches and passes over the gradients; it cha
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -40,10 +41,9 @@ def _first_that_fits(
     plans: Sequence[BatchPlan], trial: Callable[[int], None], *, device: torch.device, limit: float
 ) -> int | None:
     """Return the number of the first plan that fits on this rank's GPU, None if none does."""
-    try:
-        fixed, each = _line(trial, device=device)
-    except torch.OutOfMemoryError:
+    if (line := _line(trial, device=device)) is None:
         return None
+    fixed, each = line
     first = next((i for i, plan in enumerate(plans) if fixed + each * plan.micro_batch <= limit), len(plans) - 1)
     for number in range(first, len(plans)):
         if _fits(trial, plans[number].micro_batch, limit=limit, device=device):
@@ -51,19 +51,15 @@ def _first_that_fits(
     return None
 
 
-def _line(trial: Callable[[int], None], *, device: torch.device) -> tuple[float, float]:
-    """Return the fixed bytes of a trial and the bytes per sample."""
+def _line(trial: Callable[[int], None], *, device: torch.device) -> tuple[float, float] | None:
+    """Return the fixed bytes of a trial and the bytes per sample; None if not even the smallest trials fit."""
     for few, many in _SAMPLES:
-        try:
+        with suppress(torch.OutOfMemoryError):
             trial(few)  # allocates the gradients, so that both measured trials start with them
             small, large = (_peak_bytes(trial, count, device=device) for count in (few, many))
-        except torch.OutOfMemoryError:
-            if (few, many) == _SAMPLES[-1]:
-                raise
-            continue
-        each = (large - small) / (many - few)
-        return small - each * few, each
-    raise AssertionError
+            each = (large - small) / (many - few)
+            return small - each * few, each
+    return None
 
 
 def _peak_bytes(trial: Callable[[int], None], count: int, *, device: torch.device) -> int:

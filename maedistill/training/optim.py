@@ -15,7 +15,7 @@ from typing import Any
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from maedistill.errors import ConfigError
 from maedistill.models.patches import learns_rope
@@ -30,40 +30,28 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def network_groups(network: nn.Module, weight_decay: float, *, layer_decay: float) -> list[dict[str, Any]]:
-    """Return the groups of a classifier, each with its `lr_scale`: by layer for a ViT and for other models of timm.
+    """Return the groups of a classifier, each with its `lr_scale`: two per layer, with and without weight decay.
 
+    The rate falls from the head to the patches. In a ViT with L blocks, `lr_scale` is layer_decay^0 for the head and
+    the norm before it, layer_decay^(L + 1 - i) for layer i. Layer 0 is patch embedding, tokens and positions; layer i
+    is block i - 1 (Bao et al., BEiT; MAE uses the same).
     Raises ConfigError for a layer decay of a network whose layers are not known.
     """
-    if isinstance(network, PlainViT):
-        return layerwise_groups(network, weight_decay, layer_decay=layer_decay)
-    if layer_decay == 1:
-        groups = parameter_groups(network, weight_decay)
-    elif hasattr(network, "group_matcher"):  # of timm: it says which parameters make up a layer
-        undecayed = _undecayed(network)
-        groups = param_groups_layer_decay(
-            network, weight_decay, no_weight_decay_list=undecayed, layer_decay=layer_decay
-        )
-    else:
+    if layer_decay == 1 and not isinstance(network, PlainViT):
+        return [{"lr_scale": 1.0} | group for group in parameter_groups(network, weight_decay)]
+    if not hasattr(network, "group_matcher"):  # of timm: it says which parameters make up a layer
         raise ConfigError(
             f"optim.layer_decay: the layers of a {type(network).__name__} are not known",
             "set optim.layer_decay=1, or give the student timm's method group_matcher",
         )
-    return [{"lr_scale": 1.0} | group for group in groups]
-
-
-def layerwise_groups(vit: PlainViT, weight_decay: float, *, layer_decay: float) -> list[dict[str, Any]]:
-    """Return two groups per layer (with and without weight decay); the rate falls from the head to the patches.
-
-    With L blocks, `lr_scale` is layer_decay^0 for the head and the norm before it, layer_decay^(L + 1 - i) for layer i.
-    Layer 0 is patch embedding, tokens and positions; layer i is block i - 1 (Bao et al., BEiT; MAE uses the same).
-    """
-    undecayed = _undecayed(vit)
-    groups = param_groups_layer_decay(vit, weight_decay, no_weight_decay_list=undecayed, layer_decay=layer_decay)
-    # timm assigns `norm`, which precedes a head that reads the class token, to the last block.
-    network: Any = vit
-    _move(groups, list(vit.norm.parameters()), beside=network.head.bias)
-    if learns_rope(vit):  # which timm assigns to the head
-        _move(groups, list(network.rope.parameters()), beside=network.patch_embed.proj.bias)
+    undecayed = _undecayed(network)
+    groups = param_groups_layer_decay(network, weight_decay, no_weight_decay_list=undecayed, layer_decay=layer_decay)
+    if isinstance(network, PlainViT):
+        vit: Any = network
+        # timm assigns `norm`, which precedes a head that reads the class token, to the last block.
+        _move(groups, [*vit.norm.parameters()], beside=vit.head.bias)
+        if learns_rope(vit):  # whose frequencies timm assigns to the head
+            _move(groups, [*vit.rope.parameters()], beside=vit.patch_embed.proj.bias)
     return groups
 
 
@@ -81,7 +69,7 @@ def _move(groups: list[dict[str, Any]], parameters: list[nn.Parameter], *, besid
 
 
 def layer_rates(groups: list[dict[str, Any]], peak: float) -> list[float]:
-    """Return the peak learning rate of each layer of `layerwise_groups`, from the patch embedding to the head."""
+    """Return the peak learning rate of each layer of `network_groups`, from the patch embedding to the head."""
     return sorted({peak * group["lr_scale"] for group in groups})
 
 
@@ -90,13 +78,9 @@ def build_optimizer(groups: list[dict[str, Any]], *, lr: float, betas: tuple[flo
     return AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-def build_schedule(
-    optimizer: AdamW, *, peak: float, min_lr: float, warmup_steps: int, total_steps: int
-) -> CosineLRScheduler:
-    """Build a linear warm-up from 0 to `peak`, then half a cosine to `min_lr`; call `step_update(step)` per update."""
+def build_schedule(optimizer: Optimizer, *, min_lr: float, warmup_steps: int, total_steps: int) -> CosineLRScheduler:
+    """Build a linear warm-up from 0 to the optimizer's `lr`, then half a cosine to `min_lr`."""
     assert 0 <= warmup_steps < total_steps
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = peak
     return CosineLRScheduler(
         optimizer,
         t_initial=total_steps - warmup_steps,  # with warmup_prefix the cosine starts after the warm-up

@@ -80,7 +80,7 @@ def test_a_sheet_shows_what_each_sees_and_what_is_predicted(side, teacher):
 def test_a_teacher_that_sees_the_same_patches_has_no_column():
     module, (images, split) = method(32), batch(32)
     same = PatchSplit(split.order, split.num_student, split.num_student)
-    sheets = [reconstruction_sheet(module, images, one, teacher=True) for one in (same, split)]
+    sheets = [reconstruction_sheet(module, images, one, teacher=True, title="") for one in (same, split)]
     assert sheets[1].width - sheets[0].width == 192 + GAP
 
 

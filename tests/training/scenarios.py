@@ -103,7 +103,7 @@ def build(zero: int, precision: str, accumulation: int):
     """Engine, schedule and (below stage 3) moving average around a fresh Toy."""
     module = toy()
     optimizer = build_optimizer(parameter_groups(module, DECAY), lr=PEAK, betas=(0.9, 0.95))
-    schedule = build_schedule(optimizer, peak=PEAK, min_lr=0.001, warmup_steps=2, total_steps=STEPS)
+    schedule = build_schedule(optimizer, min_lr=0.001, warmup_steps=2, total_steps=STEPS)
     ema = ModelEmaV3(module, decay=0.8) if zero < 3 else None
     micro_batch = BATCH // (world_size() * accumulation)
     engine = Engine(
@@ -134,7 +134,7 @@ def reference(precision: str, parts: int) -> tuple[dict[str, Tensor], list[float
     """The same training in plain torch, every part of the batch in this process."""
     module = toy()
     optimizer = torch.optim.AdamW(parameter_groups(module, DECAY), lr=PEAK, betas=(0.9, 0.95))
-    schedule = build_schedule(optimizer, peak=PEAK, min_lr=0.001, warmup_steps=2, total_steps=STEPS)
+    schedule = build_schedule(optimizer, min_lr=0.001, warmup_steps=2, total_steps=STEPS)
     dtype, norms = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision), []
     for step in range(STEPS):
         schedule.step_update(step)
@@ -321,9 +321,9 @@ def failures(folder: Path) -> list[str]:
         checkpoint_file.save_file,
         lambda tensors, path: fail(OSError(28, "No space left")),
     )
-    saver = Saver(folder, keep=1, max_failures=2)
+    saver = Saver(folder, keep=1)
     later = partial(saver.save, engine=engine, extra_networks=beside(ema), state={})
-    seen += [caught(partial(later, step=step)) for step in (2, 3, 4)]
+    seen += [caught(partial(later, step=step)) for step in (2, 3, 4, 5)]
     checkpoint_file.save_file = real
     saver = Saver(folder, keep=1)
     saver.save(step=1, engine=engine, extra_networks=beside(ema), state={})

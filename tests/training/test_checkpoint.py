@@ -19,13 +19,15 @@ from maedistill.runs.async_saver import Saver
 from maedistill.runs.checkpoint import latest_step, take_snapshot, write_snapshot
 from maedistill.runs.manifest import COMPLETE, MANIFEST, CorruptCheckpoint, verify
 from maedistill.runs.restore import load_latest, newest_intact, read_weights
+from maedistill.runs.state import checkpoint_name
 from tests.support.checkpoints import renew_manifest
 from tests.support.one_tensor import OneTensor
 
 
 def save(folder: Path, step: int, *, keep: int = 9) -> Path:
     snapshot = take_snapshot(step=step, engine=OneTensor(step), state={"at": step})
-    return write_snapshot(folder, snapshot, keep=keep)
+    write_snapshot(folder, snapshot, keep=keep)
+    return folder / checkpoint_name(step)
 
 
 def names(folder: Path) -> list[str]:

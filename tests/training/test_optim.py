@@ -13,7 +13,6 @@ from maedistill.training.optim import (
     build_optimizer,
     build_schedule,
     layer_rates,
-    layerwise_groups,
     network_groups,
     parameter_groups,
 )
@@ -53,8 +52,8 @@ def test_schedule_is_its_closed_form_at_every_step(warmup, total):
     peak, low = 1.5e-3, 1e-6
     parameters = [nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]
     groups = [{"params": [parameters[0]], "lr_scale": 0.65}, {"params": [parameters[1]]}]
-    optimizer = build_optimizer(groups, lr=123.0, betas=(0.9, 0.95))
-    schedule = build_schedule(optimizer, peak=peak, min_lr=low, warmup_steps=warmup, total_steps=total)
+    optimizer = build_optimizer(groups, lr=peak, betas=(0.9, 0.95))
+    schedule = build_schedule(optimizer, min_lr=low, warmup_steps=warmup, total_steps=total)
     for step in reversed(range(total + 2)):  # a pure function of the step: no order, and not past the end
         schedule.step_update(step)
         progress = min(1.0, (step - warmup) / (total - warmup))
@@ -93,9 +92,9 @@ NETWORKS = {
 def test_every_parameter_has_the_papers_rate_and_decay_at_every_step(network):
     vit, depth, peak, low, warmup, total = vit_base(**NETWORKS[network]), 12, 2e-3, 1e-6, 5, 40
     layer_decay = 1.0 if network == "no decay by layer" else 0.65
-    groups = layerwise_groups(vit, 0.05, layer_decay=layer_decay)
-    optimizer = build_optimizer(groups, lr=123.0, betas=(0.9, 0.999))
-    schedule = build_schedule(optimizer, peak=peak, min_lr=low, warmup_steps=warmup, total_steps=total)
+    groups = network_groups(vit, 0.05, layer_decay=layer_decay)
+    optimizer = build_optimizer(groups, lr=peak, betas=(0.9, 0.999))
+    schedule = build_schedule(optimizer, min_lr=low, warmup_steps=warmup, total_steps=total)
     in_groups = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     names = {id(parameter): name for name, parameter in vit.named_parameters()}
     assert sorted(in_groups) == sorted(names), "each parameter in one group"
@@ -117,7 +116,7 @@ def test_every_parameter_has_the_papers_rate_and_decay_at_every_step(network):
 def test_rotary_frequencies_that_are_learned_are_positions():
     vit = build_vit("vit_small_patch16_rope_mixed_224", image_size=224, depth=2, num_classes=3, global_pool="token")
     [name] = [name for name, _ in vit.named_parameters() if "freqs" in name]
-    for groups in (layerwise_groups(vit, 0.05, layer_decay=0.5), parameter_groups(vit, 0.05)):
+    for groups in (network_groups(vit, 0.05, layer_decay=0.5), parameter_groups(vit, 0.05)):
         [group] = [g for g in groups if any(one is vit.get_parameter(name) for one in g["params"])]
         assert (group["weight_decay"], group.get("lr_scale", 0.125)) == (0, 0.125)
 
@@ -134,5 +133,5 @@ def test_the_rates_that_are_printed_are_one_for_each_layer():
     for global_pool in ("avg", "token"):
         vit = vit_base(global_pool=global_pool)
         expected = [2e-3 * 0.65 ** (13 - layer) for layer in range(14)]
-        assert layer_rates(layerwise_groups(vit, 0.05, layer_decay=0.65), 2e-3) == pytest.approx(expected, rel=1e-12)
-        assert layer_rates(layerwise_groups(vit, 0.05, layer_decay=1.0), 2e-3) == [2e-3]
+        assert layer_rates(network_groups(vit, 0.05, layer_decay=0.65), 2e-3) == pytest.approx(expected, rel=1e-12)
+        assert layer_rates(network_groups(vit, 0.05, layer_decay=1.0), 2e-3) == [2e-3]

@@ -47,7 +47,7 @@ def _watch(check: Check, name: str, method: str, settings: list[str]) -> None:
         step.backward(losses["loss"])
         step.update()
         averages.add(losses)
-        flags.push(number, step.losses.update_skipped, now=False)  # step.losses is the engine
+        flags.push(number, step.losses.update_skipped)  # step.losses is the engine
         number += 1
 
     for _ in range(WARM):
