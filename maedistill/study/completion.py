@@ -58,10 +58,9 @@ def is_done(config: RunConfig) -> bool:
     if finished:
         _require_same_images(folder, config)
     else:
-        splits: tuple[Split, Split] = ("train", "val")
-        for shards, split in zip((config.data.train, config.data.val), splits, strict=True):
-            if shards:
-                _find_once(shards, split=split)
+        _find_once(config.data.train, split="train")
+        if config.data.val:
+            _find_once(config.data.val, split="val")
         _require_steps(config)
     return finished
 
@@ -105,7 +104,7 @@ def _require_steps(config: RunConfig) -> None:
     if isinstance(config, FinetuneConfig) and config.distill.reads_labels:
         fraction = config.data.label_fraction
     members = Members(data.image_key, data.label_key)
-    images = _count(data.train or "", data.index, members, fraction)
+    images = _count(data.train, data.index, members, fraction)
     try:
         make_plan(with_numbers(config, images, world_size=1), images, world_size=1)
     except ConfigError as error:
