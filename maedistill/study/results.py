@@ -21,8 +21,7 @@ from maedistill.report import intervals
 from maedistill.report.recorded import PREDICTIONS
 from maedistill.report.run_report import summary
 from maedistill.runs.folder import RunFolder
-from maedistill.runs.history import read_metrics
-from maedistill.study.completion import FINISHED, last_end
+from maedistill.runs.history import FINISHED, last_end, read_metrics
 from maedistill.study.plan import TEST_FILE
 from maedistill.study.schema import TEACHER_SEED, Study, TrainedNetwork
 
@@ -59,9 +58,8 @@ def collect(study: Study, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
         runs[name] = {seed: _facts_of(out, *pair) for seed, pair in pairs.items()}
     unfinished = []
     for step in dict.fromkeys(steps):
-        folder = RunFolder(out / step)
-        if (ended := last_end(folder)) != FINISHED:
-            epochs = max((record["epoch"] for record in read_metrics(folder.path)), default=0.0)
+        if (ended := last_end(out / step)) != FINISHED:
+            epochs = max((record["epoch"] for record in read_metrics(out / step)), default=0.0)
             unfinished.append({"run": step, "epochs": epochs, "ended": ended})
     baseline = runs.get(study.baseline or "", {})
     uncompared = {study.baseline, *study.teachers}
@@ -139,7 +137,7 @@ def _read_correct(file: Path) -> dict[str, bool]:
 
 def run_facts(folder: RunFolder) -> dict[str, Any] | None:
     """Return the settings and the results of a finished run; None for a run that is not finished."""
-    if last_end(folder) != FINISHED:
+    if last_end(folder.path) != FINISHED:
         return None
     config, metadata, records = folder.load_config(), folder.metadata(), read_metrics(folder.path)
     last, network = summary(records), metadata["network"]
