@@ -312,6 +312,6 @@ def dry_run(config: FinetuneConfig, *, extend: bool = False) -> None:
         return images, targets, *parts.teacher_outputs(images, heaviest_step, batch)
 
     peers, crops = parts.codistillation, build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean)
-    vit, size, run = parts.module.vit, config.data.image_size or 0, Path(config.run)
+    vit, size, run = parts.module.vit, config.data.image_size, Path(config.run)
     lines = peers.rehearse(vit, size=size, run=run) if peers is not None else []
     plan_and_try(parts, crops, module_inputs, extend=extend, more_lines=lines)
