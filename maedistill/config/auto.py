@@ -54,11 +54,6 @@ def auto_epochs(images: int, batch: int, limits: Limits) -> int:
     return min(most, max(least, -(-limits.updates * batch // (10 * images)) * 10))
 
 
-def auto_warmup(epochs: float) -> float:
-    """Return 5 % of the epochs."""
-    return float(f"{epochs * _WARMUP:.6g}")
-
-
 def auto_keys(config: RunConfig) -> list[str]:
     """Return the keys that are `auto`."""
     values = flat(config)
@@ -73,7 +68,7 @@ def with_numbers(config: Config, images: int, *, world_size: int) -> Config:
     if values["optim.epochs"] == AUTO:
         values["optim.epochs"] = float(auto_epochs(images, values["optim.global_batch"], limits))
     if values["optim.warmup_epochs"] == AUTO:
-        values["optim.warmup_epochs"] = auto_warmup(values["optim.epochs"])
+        values["optim.warmup_epochs"] = float(f"{values['optim.epochs'] * _WARMUP:.6g}")
     return with_values(config, {key: values[key] for key in KEYS})
 
 

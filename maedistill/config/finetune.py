@@ -179,11 +179,6 @@ class FinetuneConfig(RunConfig):
         return 2 if self.augment.mixes else 1
 
     @property
-    def scratch_size(self) -> int:
-        """Return the image size of a network without initial weights."""
-        return self.data.image_size or 224
-
-    @property
     def student_architecture(self) -> Architecture | None:
         """Return the student's dimensions, or None if only init.source or timm knows them."""
         kind, _, name = (self.init.source or "").partition(":")

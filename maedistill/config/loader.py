@@ -18,7 +18,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic
 
 from maedistill.config import finetune_rules, pretrain_rules
 from maedistill.config.document import CONFIGS, UNPRINTABLE, Refusal, config_name, find_config, read_document, read_file
@@ -59,13 +59,6 @@ class _Setting:
     level: int
 
 
-class _Dropped(NamedTuple):
-    """The origin of a key that gave way, and the key that replaces it."""
-
-    origin: str
-    winner: str
-
-
 _NOTHING = _Setting(None, "", "", 0)
 
 
@@ -96,7 +89,7 @@ def load_config(
     _require_no_secrets(settings)
     settings = _with_named_sources(settings)
     notes = _scale_warmup(settings, below, root)
-    dropped: dict[str, _Dropped] = {}
+    dropped: dict[str, str] = {}  # what became of each key that gave way
     while True:
         config = validated({name: setting.value for name, setting in settings.items()}, root)
         if isinstance(config, list):
@@ -106,13 +99,12 @@ def load_config(
         loser, winner = next((pair for problem in problems for pair in _giving_way(problem, settings)), (None, ""))
         if loser is None:
             break
-        dropped[loser] = _Dropped(settings.pop(loser).origin, winner)
+        gone = settings.pop(loser)
+        dropped[loser] = f"default: {winner} ({settings[winner].origin}) replaces {gone.origin}"
     if problems:
         raise _error(problems, settings)
     origins = {name: settings[name].origin if name in settings else "default" for name in all_keys(root)}
-    for name, (origin, winner) in dropped.items():
-        origins[name] = f"default: {winner} ({settings[winner].origin}) replaces {origin}"
-    return LoadedConfig(config, origins, tuple(notes))
+    return LoadedConfig(config, origins | dropped, tuple(notes))
 
 
 def read_setting(path: str | Path, overrides: Sequence[str], key: str) -> Any:

@@ -139,9 +139,9 @@ def world_size_from_environment(environment: Mapping[str, str] = os.environ) -> 
     return int(text)
 
 
-def is_first_rank(environment: Mapping[str, str] = os.environ) -> bool:
+def is_first_rank() -> bool:
     """Return whether the launcher's environment says that this process is rank 0, or says nothing."""
-    return environment.get("RANK", environment.get("SLURM_PROCID", "0")) == "0"
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _uneven(global_batch: int, *, world_size: int, group: int) -> ConfigError:

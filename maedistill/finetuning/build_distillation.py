@@ -81,13 +81,11 @@ def build_module(
     _require_exits(config, student)
     features = [teacher.features for teacher in teachers]
     terms = {name: TERMS[name](name, section, student, features) for name, section in distill.terms.items()}
-    requested = _requested(distill, "student", logits=True, tokens=distill.hard_label.on and distill.hard_label.token)
-    requested = _own_requested(config, requested)
     scheduled = [name for name, term in distill.terms.items() if term.is_scheduled]
     module = Distilled(
         vit,
         terms,
-        requested=requested,
+        requested=_requested(config, "student"),
         label_weight=distill.label_weight,
         scheduled=scheduled,
         predicts=distill.past.stores,
@@ -118,7 +116,7 @@ def build_teachers(
             f"engine.micro_batch: distill.{related[0]} compares images of a micro-batch, and there is only 1",
             "use a larger optim.global_batch, or fewer ranks",
         )
-    requested = _requested(distill, "teacher", logits=bool(distill.logit_terms), tokens=False)
+    requested = _requested(config, "teacher")
     dtype = DTYPES[resolve_precision(distill.precision, device)]
     return [
         OutputTeacher(
@@ -190,31 +188,25 @@ def distillation_lines(config: FinetuneConfig, teachers: list[TeacherSource], *,
     return lines
 
 
-def _requested(distill: DistillConfig, side: str, *, logits: bool, tokens: bool) -> RequestedOutputs:
+def _requested(config: FinetuneConfig, side: str) -> RequestedOutputs:
     """Return the outputs that the terms need of the `student` or of a `teacher`."""
-    pairs = _paired(distill, side)
+    distill, of_student = config.distill, side == "student"
+    depths = _paired(distill, side)
+    if of_student and distill.self_attention.on:
+        depths["self_attention"] = distill.self_attention.blocks
+    exits = config.student.exits if of_student else ()
 
-    def depths(*names: str) -> tuple[int, ...]:
-        return tuple(sorted({depth for name in names for depth in pairs.get(name, ())}))
+    def of_terms(*names: str) -> tuple[int, ...]:
+        return tuple(sorted({depth for name in names for depth in depths.get(name, ())}))
 
     return RequestedOutputs(
-        logits=logits,
-        embedding=any(name in distill.terms for name in BATCH_RELATION_TERMS),
-        tokens=tokens,
-        features=depths("hints", "attention_transfer"),
-        attention=depths("attention"),
-        relations=depths("token_relations"),
-    )
-
-
-def _own_requested(config: FinetuneConfig, requested: RequestedOutputs) -> RequestedOutputs:
-    """Add the student's outputs that the terms without a teacher need."""
-    exits, related = config.student.exits, config.distill.self_attention
-    return replace(
-        requested,
-        embedding=requested.embedding or bool(exits),
+        logits=of_student or bool(distill.logit_terms),
+        embedding=bool(exits) or any(name in distill.terms for name in BATCH_RELATION_TERMS),
+        tokens=of_student and distill.hard_label.on and distill.hard_label.token,
+        features=of_terms("hints", "attention_transfer", "self_attention"),
         blocks=exits,
-        features=tuple(sorted({*requested.features, *(related.blocks if related.on else ())})),
+        attention=of_terms("attention"),
+        relations=of_terms("token_relations"),
     )
 
 

@@ -17,6 +17,7 @@ from maedistill.durable import write_durably
 from maedistill.errors import ConfigError, DataError
 from maedistill.runs.checkpoint import checkpoint_steps
 from maedistill.runs.folder import RunFolder
+from maedistill.runs.history import last_end
 from maedistill.runs.published import remove_published
 from maedistill.weights.from_run import validated_metadata
 
@@ -129,8 +130,6 @@ def describe_peer(peer: Path) -> str:
     """Describe the state of a peer: how its last start ended, or at which step it was last saved."""
     if not (peer / "run.json").is_file():
         return "it has not started" if peer.is_dir() else NO_FOLDER
-    try:
-        end = json.loads((peer / "exit.json").read_text())
-        return f"it has ended: {end['reason']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"it runs, or was killed; its last checkpoint is of step {last_saved(peer)}"
+    if ended := last_end(peer):
+        return f"it has ended: {ended}"
+    return f"it runs, or was killed; its last checkpoint is of step {last_saved(peer)}"

@@ -5,7 +5,6 @@ distill.mutual.students -> peer_configs -> open_peers: each a network with a see
 A peer is the run's own student, but for the settings that its text names: "student.width=192 student.num_heads=3".
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,8 +92,3 @@ def open_peers(config: FinetuneConfig, *, num_classes: int, mean: Triple, std: T
             )
         peers.append(Peer(peer, source, vit))
     return peers
-
-
-def peer_lines(peers: Sequence[Peer]) -> list[str]:
-    """Describe the peers, one per line."""
-    return [f"peer {number}   {peer.describe()}" for number, peer in enumerate(peers, 1)]

@@ -35,7 +35,7 @@ from maedistill.finetuning.labelled import count_classes, open_labelled
 from maedistill.finetuning.objective import Distilled, Mutual, Supervised
 from maedistill.finetuning.outputs import Outputs, is_plain_vit
 from maedistill.finetuning.past import Past
-from maedistill.finetuning.peers import Peer, open_peers, peer_lines
+from maedistill.finetuning.peers import Peer, open_peers
 from maedistill.finetuning.predictions import Predictions
 from maedistill.finetuning.teacher import OutputTeacher, TeacherSource
 from maedistill.finetuning.term_weights import TermWeights
@@ -153,7 +153,7 @@ class Finetuning(Stage):
             f"{describe_shards(data.train, self.index.shards)}",
             f"eval     {len(self.val_index):,} images, {describe_shards(data.val or '', self.val_index.shards)}",
             *self.auto_lines,
-            *peer_lines(self.peers),
+            *(f"peer {number}   {peer.describe()}" for number, peer in enumerate(self.peers, 1)),
             *(self.codistillation.summary_lines(vit) if self.codistillation is not None else ()),
             *([_MORE_LABELS] if self.codistillation is not None and data.label_fraction < 1 else ()),
             *distillation_lines(config, self.teachers, micro_batch=self.plan.batch.micro_batch),
@@ -242,7 +242,8 @@ def open_finetuning(
     plan = make_plan(config, len(samples), world_size=world_size)
     num_classes = count_classes(config, index, val_index)
     init = distributed.main_first(lambda: build_init_source(config, objects, num_classes=num_classes))
-    config = with_values(config, {"data.image_size": init.size if init is not None else config.scratch_size})
+    size = init.size if init is not None else config.data.image_size or 224
+    config = with_values(config, {"data.image_size": size})
     mean, std = config.data.mean, config.data.std
     if mean is None or std is None:
         mean, std = (init.mean, init.std) if init else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -311,6 +312,6 @@ def dry_run(config: FinetuneConfig, *, extend: bool = False) -> None:
         return images, targets, *parts.teacher_outputs(images, heaviest_step, batch)
 
     peers, crops = parts.codistillation, build_labelled_crops(config, parts.index, parts.samples, mean=parts.mean)
-    vit, size, run = parts.module.vit, config.data.image_size or 0, Path(config.run)
+    vit, size, run = parts.module.vit, config.data.image_size, Path(config.run)
     lines = peers.rehearse(vit, size=size, run=run) if peers is not None else []
     plan_and_try(parts, crops, module_inputs, extend=extend, more_lines=lines)

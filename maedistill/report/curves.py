@@ -16,7 +16,7 @@ from maedistill.report.intervals import of_count
 from maedistill.runs.history import RESERVED
 
 _Records = Sequence[Mapping[str, Any]]
-_Point = tuple[float, float, float]  # x, value, images that an accuracy was measured on or 0
+_Point = tuple[float, float, float, float]  # x, value, ends of its interval
 _COLUMNS = 4
 _COLOR = "tab:blue"
 _START = 0.1  # of a run; losses of this part do not stretch the axis
@@ -112,39 +112,37 @@ def mean_metric(record: Mapping[str, Any], name: str) -> float | None:
 def _points(records: _Records, panel: Panel) -> list[_Point]:
     """Return the points of a line."""
     values = ((record, mean_metric(record, panel.name)) for record in records)
-    return [(record["epoch"], value, images_of(record, panel.name)) for record, value in values if value is not None]
+    return [
+        (record["epoch"], value, *interval_ends(record, panel, value)) for record, value in values if value is not None
+    ]
 
 
-def images_of(record: Mapping[str, Any], name: str) -> int:
-    """Return the images that an accuracy was measured on, 0 if the record does not say."""
-    return record.get(f"{name.removesuffix('top1')}images", record.get("images", 0))
+def interval_ends(record: Mapping[str, Any], panel: Panel, value: float) -> tuple[float, float]:
+    """Return the ends of the 95 % interval of an accuracy; the value itself if the record does not say of how many
+    images it is, and for other quantities.
+    """
+    images = record.get(f"{panel.name.removesuffix('top1')}images", record.get("images", 0))
+    if panel.kind != "accuracy" or not images:
+        return value, value
+    interval = of_count(round(value * images), int(images))
+    return interval.low, interval.high
 
 
 def _draw(axes: Any, panel: Panel, points: Sequence[_Point]) -> None:
     """Draw one panel."""
+    x, y, low, high = np.array(points).T
     if panel.kind == "accuracy":
-        places, shares, bars = _with_bars(points)
-        axes.errorbar(places, shares, yerr=bars, color=_COLOR, marker="o", markersize=3, capsize=2)
+        bars = 100 * np.array([y - low, high - y])
+        axes.errorbar(x, 100 * y, yerr=bars, color=_COLOR, marker="o", markersize=3, capsize=2)
     else:
-        x, y, _ = zip(*points, strict=True)
         axes.plot(x, y, color=_COLOR, marker="o" if len(points) < 3 else None, markersize=3)
-    axes.set_yscale(panel.scale if any(y > 0 for _, y, _ in points) else "linear")
-    limits = clipped_range([(x, y) for x, y, _ in points]) if panel.kind == "loss" else None
+    axes.set_yscale(panel.scale if (y > 0).any() else "linear")
+    limits = clipped_range([point[:2] for point in points]) if panel.kind == "loss" else None
     if limits:
         axes.set_ylim(*limits)
     axes.set_title(panel.title + (" (start cut off)" if limits else ""), fontsize="medium")
     axes.set_ylabel(panel.unit)
     axes.grid(alpha=0.3)
-
-
-def _with_bars(points: Sequence[_Point]) -> tuple[list[float], list[float], list[list[float]]]:
-    """Return x, the accuracy in percent, and the lengths of its 95 % bars, 0 where the number of images is unknown."""
-    below, above = [], []
-    for _, share, images in points:
-        interval = of_count(round(share * images), int(images)) if images else None
-        below.append(100 * (share - interval.low) if interval else 0.0)
-        above.append(100 * (interval.high - share) if interval else 0.0)
-    return [x for x, _, _ in points], [100 * share for _, share, _ in points], [below, above]
 
 
 def clipped_range(points: Sequence[tuple[float, float]]) -> tuple[float, float] | None:

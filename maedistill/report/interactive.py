@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from maedistill.errors import ConfigError
 from maedistill.escaping import shown
 from maedistill.report.charts import side_by_side
-from maedistill.report.curves import Panel, clipped_range, find_panels, images_of, mean_metric
-from maedistill.report.intervals import of_count
+from maedistill.report.curves import Panel, clipped_range, find_panels, interval_ends, mean_metric
 from maedistill.report.markup import Html, element
 
 if TYPE_CHECKING:  # the extra `report` brings it, and it takes half a second
@@ -124,11 +123,8 @@ def _columns(records: _Records, panel: Panel, most: int) -> dict[str, list[float
         minutes = record.get("trained_seconds", 60 * minutes) / 60
         value = mean_metric(record, panel.name)
         if isinstance(value, int | float) and "epoch" in record:
-            low = high = float(value)
-            if panel.kind == "accuracy" and (images := images_of(record, panel.name)):
-                interval = of_count(round(value * images), images)
-                low, high = interval.low, interval.high
-            points.append((record["epoch"], minutes, record["step"], scale * value, scale * low, scale * high))
+            heights = (scale * one for one in (value, *interval_ends(record, panel, value)))
+            points.append((record["epoch"], minutes, record["step"], *heights))
     return {name: [point[i] for point in _thinned(points, most)] for i, name in enumerate(_COLUMNS)}
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +13,7 @@ from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.values import STAGES
 from maedistill.errors import ConfigError, DataError, UserError
-from maedistill.runs.history import read_metrics
+from maedistill.runs.history import FINISHED, last_end, read_metrics
 
 PREDICTIONS = "predictions.csv"  # in the folder of a fine-tuning: `maedistill evaluate --predictions`
 
@@ -40,7 +40,7 @@ class RecordedRun:
     @property
     def state(self) -> str:
         """Return whether the run is finished, in words. A run that was killed could not say so."""
-        return {None: "running, or killed", "finished": "finished"}.get(self.ended, f"ended early: {self.ended}")
+        return {None: "running, or killed", FINISHED: "finished"}.get(self.ended, f"ended early: {self.ended}")
 
     def epoch_at(self, step: int) -> float:
         """Return the epochs done after a step."""
@@ -64,12 +64,9 @@ def read_run(path: Path, name: str, place: int = 0) -> RecordedRun:
         metadata, records = read_json(path / "run.json"), read_metrics(path)
         root = STAGES[metadata["stage"]]
         config: Any = load_config(path / "config.yaml", root=root, to_run=False).config
-        if odd := [one for record in records for one in record.values() if not _is_number(one)]:
+        if odd := [one for record in records for one in record.values() if not isinstance(one, int | float | None)]:
             raise TypeError(f"{odd[0]!r} is no number")
-        ended = None
-        with suppress(DataError, OSError, KeyError):  # an empty file, after a power cut, says as little as none
-            ended = str(read_json(path / "exit.json")["reason"])
-        return RecordedRun(name, path, config, metadata, records, ended, place)
+        return RecordedRun(name, path, config, metadata, records, last_end(path), place)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -78,10 +75,6 @@ def read_json(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text()))
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{file} cannot be read ({str(error)[:200]})", "restore it from a copy") from error
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or isinstance(value, int | float)
 
 
 def written(file: Path) -> str:

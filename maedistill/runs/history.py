@@ -12,6 +12,7 @@ from maedistill.errors import DataError
 RESERVED = frozenset({"step", "epoch", "lr", "grad_norm", "images_per_second", "data_wait", "memory_gb", "nonfinite"})
 RESERVED |= {"eta_seconds", "trained_seconds", "target_std", "knn", "linear", "images", "bad_images"}
 _METHODS = "maedistill.methods."
+FINISHED = "finished"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -33,6 +34,16 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def has_losses(folder: Path) -> bool:
     """Return whether a run's records have a step to report. A finished run that lost its metrics.jsonl has none."""
     return any(record.get("loss") is not None for record in read_metrics(folder))
+
+
+def last_end(folder: Path) -> str | None:
+    """Return why the last start ended: FINISHED or an error; None if it is running, was killed or never was.
+
+    A file that a power cut emptied says as little as none.
+    """
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+        return str(json.loads((folder / "exit.json").read_text())["reason"])
+    return None
 
 
 def metric_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:

@@ -1,7 +1,6 @@
 """Check whether a run is complete: finished in its folder, with the same settings, on the same images."""
 
 import json
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -17,20 +16,9 @@ from maedistill.data.shards.scan import USUAL, Members
 from maedistill.errors import ConfigError, join_first
 from maedistill.runs.checkpoint import latest_step
 from maedistill.runs.folder import RunFolder
+from maedistill.runs.history import FINISHED, last_end
 
-FINISHED = "finished"
 _find_once = cache(find_shards)  # raises if shards are missing; cached, because many runs read the same shards
-
-
-def last_end(folder: RunFolder) -> str | None:
-    """Return why the last start ended: FINISHED or an error; None if it is running, was killed or never was.
-
-    A file that a power cut emptied says as little as none.
-    """
-    file = folder.path / "exit.json"
-    with suppress(ValueError, KeyError, TypeError):
-        return str(json.loads(file.read_text())["reason"]) if file.is_file() else None
-    return None
 
 
 def is_done(config: RunConfig) -> bool:
@@ -40,7 +28,7 @@ def is_done(config: RunConfig) -> bool:
     ConfigError or DataError if the run is not finished and its shards are missing or too few for one step.
     """
     folder = RunFolder(config.run)
-    finished = last_end(folder) == FINISHED
+    finished = last_end(folder.path) == FINISHED
     if finished or latest_step(folder.checkpoints) is not None:  # starting anew could overwrite it
         before = folder.load_config()
         same_stage = type(before) is type(config)
@@ -58,10 +46,9 @@ def is_done(config: RunConfig) -> bool:
     if finished:
         _require_same_images(folder, config)
     else:
-        splits: tuple[Split, Split] = ("train", "val")
-        for shards, split in zip((config.data.train, config.data.val), splits, strict=True):
-            if shards:
-                _find_once(shards, split=split)
+        _find_once(config.data.train, split="train")
+        if config.data.val:
+            _find_once(config.data.val, split="val")
         _require_steps(config)
     return finished
 
@@ -105,7 +92,7 @@ def _require_steps(config: RunConfig) -> None:
     if isinstance(config, FinetuneConfig) and config.distill.reads_labels:
         fraction = config.data.label_fraction
     members = Members(data.image_key, data.label_key)
-    images = _count(data.train or "", data.index, members, fraction)
+    images = _count(data.train, data.index, members, fraction)
     try:
         make_plan(with_numbers(config, images, world_size=1), images, world_size=1)
     except ConfigError as error:

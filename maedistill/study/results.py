@@ -21,8 +21,7 @@ from maedistill.report import intervals
 from maedistill.report.recorded import PREDICTIONS
 from maedistill.report.run_report import summary
 from maedistill.runs.folder import RunFolder
-from maedistill.runs.history import read_metrics
-from maedistill.study.completion import FINISHED, last_end
+from maedistill.runs.history import FINISHED, last_end, read_metrics
 from maedistill.study.plan import TEST_FILE
 from maedistill.study.schema import TEACHER_SEED, Study, TrainedNetwork
 
@@ -59,9 +58,8 @@ def collect(study: Study, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
         runs[name] = {seed: _facts_of(out, *pair) for seed, pair in pairs.items()}
     unfinished = []
     for step in dict.fromkeys(steps):
-        folder = RunFolder(out / step)
-        if (ended := last_end(folder)) != FINISHED:
-            epochs = max((record["epoch"] for record in read_metrics(folder.path)), default=0.0)
+        if (ended := last_end(out / step)) != FINISHED:
+            epochs = max((record["epoch"] for record in read_metrics(out / step)), default=0.0)
             unfinished.append({"run": step, "epochs": epochs, "ended": ended})
     baseline = runs.get(study.baseline or "", {})
     uncompared = {study.baseline, *study.teachers}
@@ -84,9 +82,10 @@ def summarize(runs: Mapping[str, _Facts], baseline: Mapping[str, _Facts]) -> dic
     pairs = [(runs[seed]["finetune"], baseline[seed]["finetune"]) for seed in accuracies if seed in before]
     return {
         "each": accuracies,
-        "top1": statistics(accuracies.values()) | _interval(accuracies.values(), lambda: _of_run(tuned[0])),
+        "top1": statistics(accuracies.values())
+        | _interval(accuracies.values(), lambda: intervals.of_count(*_counts(tuned[0]))),
         "difference": statistics(differences := [one["top1"] - other["top1"] for one, other in pairs])
-        | _interval(differences, lambda: _of_runs(*pairs[0])),
+        | _interval(differences, lambda: _difference(*pairs[0])),
         **{name: statistics(_column(runs, *key).values()) for name, key in _MEASURES.items()},
         **{name: next(iter(_column(runs, *key).values()), None) for name, key in _SIZES.items()},
         "parameters": next(iter(parameters.values()), None),
@@ -110,26 +109,21 @@ def _interval(values: Collection[float], of_one: Callable[[], intervals.Interval
     return of_one().entries() if values else {"low": None, "high": None, "interval": None}
 
 
-def _of_run(facts: _Facts) -> intervals.Interval:
-    return intervals.of_count(facts["top1_correct"], facts["top1_images"])
+def _counts(facts: _Facts) -> tuple[int, int]:
+    return facts["top1_correct"], facts["top1_images"]
 
 
-def _of_runs(one: _Facts, other: _Facts) -> intervals.Interval:
-    count, other_count = ((facts["top1_correct"], facts["top1_images"]) for facts in (one, other))
-    files = (Path(one["folder"]) / PREDICTIONS, Path(other["folder"]) / PREDICTIONS)
-    return difference(count, other_count, files)
+def _difference(one: _Facts, other: _Facts) -> intervals.Interval:
+    """Return the difference of two runs' accuracies.
 
-
-def difference(one: tuple[int, int], other: tuple[int, int], predictions: tuple[Path, Path]) -> intervals.Interval:
-    """Return the difference of two accuracies, (correct, images) each.
-
-    It is paired if both files of predictions exist and are of these evaluations, on the same images.
+    It is paired if both have predictions, which are of these evaluations and of the same images.
     """
-    answers = [_read_correct(path) for path in predictions]
-    counts = [(sum(correct.values()), len(correct)) for correct in answers]
-    if counts == [one, other] and answers[0].keys() == answers[1].keys():
+    counts = [_counts(facts) for facts in (one, other)]
+    answers = [_read_correct(Path(facts["folder"]) / PREDICTIONS) for facts in (one, other)]
+    predicted = [(sum(correct.values()), len(correct)) for correct in answers]
+    if predicted == counts and answers[0].keys() == answers[1].keys():
         return intervals.of_pairs(list(answers[0].values()), [answers[1][key] for key in answers[0]])
-    return intervals.of_difference(*one, *other)
+    return intervals.of_difference(*counts[0], *counts[1])
 
 
 def _read_correct(file: Path) -> dict[str, bool]:
@@ -143,7 +137,7 @@ def _read_correct(file: Path) -> dict[str, bool]:
 
 def run_facts(folder: RunFolder) -> dict[str, Any] | None:
     """Return the settings and the results of a finished run; None for a run that is not finished."""
-    if last_end(folder) != FINISHED:
+    if last_end(folder.path) != FINISHED:
         return None
     config, metadata, records = folder.load_config(), folder.metadata(), read_metrics(folder.path)
     last, network = summary(records), metadata["network"]
@@ -168,12 +162,12 @@ def run_facts(folder: RunFolder) -> dict[str, Any] | None:
 def _facts_of(out: Path, *steps: str | None) -> dict[str, Any]:
     """Return the facts of a network's finished runs by stage, of its test, and, if no run is missing, of all runs."""
     facts = dict[str, Any]()
-    for stage, step in zip(("pretrain", "finetune"), steps, strict=True):
-        if step is not None and (values := run_facts(RunFolder(out / step))) is not None:
+    runs = {stage: step for stage, step in zip(("pretrain", "finetune"), steps, strict=True) if step is not None}
+    for stage, step in runs.items():
+        if (values := run_facts(RunFolder(out / step))) is not None:
             facts[stage] = values
             if stage == "finetune" and (scorecard := out / step / TEST_FILE).is_file():
                 facts["test"] = _score(json.loads(scorecard.read_text()))
-    runs = [stage for stage, step in zip(("pretrain", "finetune"), steps, strict=True) if step is not None]
     if all(stage in facts for stage in runs):
         facts["total"] = {key: sum(facts[stage][key] for stage in runs) for key in ("epochs", "seconds")}
     return facts

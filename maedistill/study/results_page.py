@@ -48,11 +48,12 @@ def write_results(results: _Facts, out: Path, *, title: str, command: str, notes
         + ("." if baseline is None else f"; {code(f'against {baseline}')}: {_DIFFERENCES}"),
         *interval_lines(summaries.values()),
         "",
-        *accuracy_table(summaries, baseline),
+        *markdown_table(*accuracy_cells(summaries, baseline)),
         "",
         *([f"![top-1 per network]({chart.name})", ""] if chart else []),
         *([f"![top-1 over epochs and minutes]({lengths.name})", ""] if lengths else []),
-        *cost_table(summaries),
+        *markdown_table(*cost_cells(summaries)),
+        *(["", caveat] if (caveat := pixel_caveat(summaries)) else []),
         "",
         KNN_CAVEAT,
         "",
@@ -73,13 +74,8 @@ def terminal_table(results: _Facts) -> list[str]:
     return text_table(heads[:each] + heads[each + 1 :], [row[:each] + row[each + 1 :] for row in rows])
 
 
-def accuracy_table(summaries: Mapping[str, _Facts], baseline: str | None) -> list[str]:
-    """Format a Markdown table of top-1, one line per network; also of test top-1 if there is any."""
-    return markdown_table(*accuracy_cells(summaries, baseline))
-
-
 def accuracy_cells(summaries: Mapping[str, _Facts], baseline: str | None) -> tuple[list[str], list[list[str]]]:
-    """Return the heads and rows of the table of accuracies."""
+    """Return the heads and rows of the table of top-1, a row per network; also of test top-1 if there is any."""
     tested = any(summary["test_top1"]["n"] for summary in summaries.values())
     heads = ["network", "n", "top-1", "95 % interval", "each seed", *([f"against {baseline}"] if baseline else [])]
     rows = []
@@ -98,12 +94,6 @@ def accuracy_cells(summaries: Mapping[str, _Facts], baseline: str | None) -> tup
     return [*heads, *(["test top-1"] if tested else [])], rows
 
 
-def cost_table(summaries: Mapping[str, _Facts]) -> list[str]:
-    """Format a Markdown table of the runs' sizes, losses and times, as means over seeds."""
-    caveat = pixel_caveat(summaries)
-    return [*markdown_table(*cost_cells(summaries)), *(["", caveat] if caveat else [])]
-
-
 def pixel_caveat(summaries: Mapping[str, _Facts]) -> str:
     """Say that pixel losses of different targets cannot be compared, if there are any."""
     targets = {summary["pixel_target"] for summary in summaries.values()} - {None}
@@ -111,7 +101,7 @@ def pixel_caveat(summaries: Mapping[str, _Facts]) -> str:
 
 
 def cost_cells(summaries: Mapping[str, _Facts]) -> tuple[list[str], list[list[str]]]:
-    """Return the heads and rows of the table of costs."""
+    """Return the heads and rows of the table of the runs' sizes, losses and times, as means over seeds."""
     rows = []
     for name, summary in summaries.items():
         cells = [name, "-" if summary["parameters"] is None else f"{summary['parameters'] / 1e6:.2f} M"]

@@ -57,19 +57,10 @@ class StepsFailed(UserError):
         self.exit_code = exit_code
 
 
-@dataclass
-class _Job:
-    step: Step
-    place: str  # its number, `3/14`
+@dataclass(frozen=True)
+class _Job(RunningStep):
     process: subprocess.Popen[bytes]
-    log: Path
     gpu: str | None  # assigned GPU, for CUDA_VISIBLE_DEVICES, if there are several jobs
-    start: float = field(default_factory=time.monotonic)
-
-    @property
-    def running(self) -> RunningStep:
-        """Return what the status line needs."""
-        return RunningStep(self.place, self.step.name, self.log, self.start)
 
 
 def finished_steps(steps: Sequence[Step]) -> set[str]:
@@ -125,10 +116,10 @@ def run_steps(
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 if code := _print_end(job, status):
-                    failed[job.step.name] = code
+                    failed[job.name] = code
                 else:
-                    done.add(job.step.name)
-            status.update([job.running for job in running])
+                    done.add(job.name)
+            status.update(running)
         status.clear()
     if received:
         raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
@@ -165,7 +156,7 @@ def _start(
             start_new_session=True,
             pass_fds=(lock.fileno(),),
         )
-    return _Job(step, place, process, log, gpu)
+    return _Job(place, step.name, log, time.monotonic(), process, gpu)
 
 
 def _print_end(job: _Job, status: StatusLine) -> int:
@@ -174,9 +165,9 @@ def _print_end(job: _Job, status: StatusLine) -> int:
     code = 128 - code if code < 0 else code
     if code:
         end = [f"    {line}" for line in job.log.read_text(errors="replace").splitlines()[-2:]]
-        status.print(f"FAILED {job.step.name}, exit code {code}, {job.log}:", *end)
+        status.print(f"FAILED {job.name}, exit code {code}, {job.log}:", *end)
     else:
-        status.print(f"{job.place} {job.step.name}: done in {duration(time.monotonic() - job.start)}")
+        status.print(f"{job.place} {job.name}: done in {duration(time.monotonic() - job.start)}")
     return code
 
 

@@ -51,8 +51,8 @@ class StatusLine:
             self._write(f"{_describe(steps, now=now)}\n")
             return
         width = shutil.get_terminal_size().columns - 1
-        lines = (_describe(steps, now=now, short=short) for short in (False, True))
-        text = next((line for line in lines if len(line) <= width), _describe(steps, now=now, short=True)[:width])
+        whole, short = (_describe(steps, now=now, short=short) for short in (False, True))
+        text = whole if len(whole) <= width else short[:width]
         if text != self._shown:
             self._write(f"\r{text}\x1b[K")
             self._shown = text

@@ -22,10 +22,11 @@ from maedistill.config.render import config_yaml
 from maedistill.data.shards.open_index import open_index
 from maedistill.errors import ConfigError, DataError
 from maedistill.exporting.scorecards import read_rows
+from maedistill.report.formatting import markdown_table
 from maedistill.study import quickstart, results_page, study_page
 from maedistill.study.completion import is_done, is_scored
 from maedistill.study.results import collect, statistics, summarize
-from maedistill.study.results_page import accuracy_table, write_results
+from maedistill.study.results_page import accuracy_cells, write_results
 from maedistill.study.schema import Study
 
 NETWORK = {
@@ -210,7 +211,7 @@ def test_one_seed_has_no_spread_and_a_test_set_its_column(study_folder) -> None:
     )
     results = collect(Study.model_validate(STUDY), study_folder, [0])
     summaries = {name: network["summary"] for name, network in results["networks"].items()}
-    rows = accuracy_table(summaries, "mae")
+    rows = markdown_table(*accuracy_cells(summaries, "mae"))
     assert rows[5] == "| mae | 1 | 60.00 % | 53.08 to 66.54 | 0: 60.00 | - | 75.00 % |"
     # Newcombe's interval of 126 and 120 of 200: no predictions say which images.
     assert summaries["dmae"]["difference"]["interval"] == "images"
