@@ -70,30 +70,20 @@ class EncoderSpec:
     ) -> PlainViT:
         """Build the encoder, uninitialised, for images of the size that `inspect_network` chooses.
 
-        grid: of patches, for the network's own size; None if it is not known. num_classes: that it will have.
+        grid: of patches, for the network's own size; None if it is not known: timm's size, or with other patches than
+        timm's, 16 of them. num_classes: that it will have.
         """
-        shape = self._shape
+        assert self.model is not None
+        require_known(self.model)
+        shape = {name: value for name, value in asdict(self).items() if name not in ("pos_embed", "sha256", "eps")}
         with meta_device():
-            own = build_vit(image_size=self._own_size, **shape)
-            if grid is not None:
-                own = build_vit(image_size=grid * own.patch_embed.patch_size[0], **shape)
+            usual: TimmModel = timm.create_model(self.model, pretrained=False).patch_embed
+            patch = self.patch_size or usual.patch_size[0]
+            size = 16 * patch if patch != usual.patch_size[0] else usual.img_size[0]
+            own = build_vit(image_size=grid * patch if grid else size, **shape)
         own.num_classes = num_classes
         image_size = inspect_network(own) or own.patch_embed.img_size[0]
         return build_vit(image_size=image_size, pos_embed=pos_embed, **shape)
-
-    @property
-    def _shape(self) -> dict[str, Any]:
-        assert self.model is not None
-        return {name: value for name, value in asdict(self).items() if name not in ("pos_embed", "sha256", "eps")}
-
-    @property
-    def _own_size(self) -> int:
-        """Return the side of the images that the network is for: timm's, or with other patches, 16 of them."""
-        require_known(name := self._shape["model"])
-        with meta_device():
-            usual: TimmModel = timm.create_model(name, pretrained=False).patch_embed
-        patch = self.patch_size or usual.patch_size[0]
-        return usual.img_size[0] if patch == usual.patch_size[0] else 16 * patch
 
 
 SPEC_FIELDS = {field.name for field in fields(EncoderSpec)}
