@@ -31,7 +31,7 @@ from maedistill.weights.graph import Graph
 from maedistill.weights.license import NOT_STATED
 
 PREPROCESSING = "preprocess.json"
-_OPENERS = {"onnx": open_onnx, "torch_export": open_torch_export}
+OPENERS = {"onnx": open_onnx, "torch_export": open_torch_export}
 
 
 class Preprocessing(StrictModel):
@@ -68,7 +68,7 @@ def open_graph(kind: str, name: str, *, image_size: int | None = None) -> tuple[
             f"{kind}:{name} is an encoder, whose graph gives features", "export a fine-tuned run; or judge the run's "
             "features: maedistill evaluate knn, or probe",
         )  # fmt: skip
-    graph = _OPENERS[kind](path)
+    graph = OPENERS[kind](path)
     size, own = image_size or stated.size, graph.takes.side
     if own not in (None, size):
         remedy = f"leave --image-size out, and set size in its {PREPROCESSING} to {own}"
