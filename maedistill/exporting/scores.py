@@ -25,7 +25,7 @@ def require_scorable(run: str | Path, val: str, *, calibration: str | None = Non
 
     calibration: shards for int8, whose labels do not matter. A run without a classifier is left to `export`.
     """
-    network, members = unloaded_run(str(run))[0], run_members(run)
+    network, members = unloaded_run(run), run_members(run)
     index = open_index(val, split="val", members=members)
     if calibration is not None:
         open_index(calibration, split="train", members=members)
