@@ -55,13 +55,10 @@ def score_knn(
     """
     train, val, result = _compute_features(spec, context, least=max(ks), reason=f"--k {max(ks)}")
     counts = knn_counts(train, val, ks=ks, temperature=temperature, device=context.device)
-    images = len(val[1])
+    images, scores = len(val[1]), []
     for k, count in zip(ks, counts, strict=True):
         print_main("knn", f"k {k}: {percent(count, images)}")
-    scores = [
-        {"k": k, "top1": count / images, "top1_correct": count, "images": images}
-        for k, count in zip(ks, counts, strict=True)
-    ]
+        scores.append({"k": k, "top1": count / images, "top1_correct": count, "images": images})
     print_main("warning", "kNN is a poor measure of masked autoencoders: read it as a trend")
     return finish(result | {"temperature": temperature, "knn": scores}, file)
 
