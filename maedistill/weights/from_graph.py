@@ -17,15 +17,7 @@ from maedistill.errors import ConfigError, DataError
 from maedistill.runs.manifest import CorruptCheckpoint, read_text
 from maedistill.weights.from_file import why_unreadable
 from maedistill.weights.from_onnx import open_onnx
-from maedistill.weights.from_timm import (
-    CropMode,
-    Deviation,
-    Interpolation,
-    MeanValue,
-    Side,
-    StrictModel,
-    first_problem,
-)
+from maedistill.weights.from_timm import CropMode, Interpolation, Mean, Side, Std, StrictModel, first_problem
 from maedistill.weights.from_torch_export import open_torch_export
 from maedistill.weights.graph import Graph
 from maedistill.weights.license import NOT_STATED
@@ -44,8 +36,8 @@ class Preprocessing(StrictModel):
     crop: Crop
     crop_mode: CropMode = "center"
     interpolation: Interpolation
-    mean: tuple[MeanValue, MeanValue, MeanValue]
-    std: tuple[Deviation, Deviation, Deviation]
+    mean: Mean
+    std: Std
     input: Literal["float32", "uint8"] = "float32"
     gives: Literal["logits", "features"] = "logits"
     exif: Literal["ignore", "apply"] = "ignore"
