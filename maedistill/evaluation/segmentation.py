@@ -189,7 +189,7 @@ class Segmenter:
     ) -> dict[float, SegmentationScore]:
         """Print and return the score of the held-out images at each rate that does not diverge. Collective."""
         recipe_text = f"{recipe.optimizer}, {recipe.epochs} epochs, batch {recipe.fit_batch(len(maps)).batch}"
-        print_main("probe", f"{recipe_text}")
+        print_main("probe", recipe_text)
         mine: dict[float, Tensor] = {}
         if rank_rates := list(rates)[distributed.rank() :: distributed.world_size()]:
             heads = self.fit(maps, masks, recipe, rank_rates)
