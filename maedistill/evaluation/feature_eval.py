@@ -96,8 +96,8 @@ def score_probe(
 def open_pair(spec: ProbeSpec, *, exif: str = "ignore") -> tuple[ShardIndex, ShardIndex]:
     """Open the training and the validation shards. Collective.
 
-    Raises DataError if either has no images or no labels, or if the validation shards have classes missing from the
-    training shards, or differently named ones.
+    Raises DataError if either has no labels, or if the validation shards have classes missing from the training shards,
+    or differently named ones.
     """
     indexes = []
     named: tuple[tuple[str, str | None, Split], ...]
@@ -105,8 +105,6 @@ def open_pair(spec: ProbeSpec, *, exif: str = "ignore") -> tuple[ShardIndex, Sha
     for shards, file, split in named:
         open_images = partial(open_index, members=spec.members, apply_exif=(spec.exif or exif) == "apply")
         index = distributed.main_first(partial(open_images, shards, index=file, split=split))
-        if not len(index):
-            raise DataError(f"{shards} holds no image", "name shards that hold labelled images")
         index.require_labels()
         indexes.append(index)
     train, val = indexes
