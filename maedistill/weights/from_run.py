@@ -82,7 +82,8 @@ def _stated(folder: RunFolder) -> dict[str, Any]:
         cause = "its run.json does not say its " + ", ".join(missing) if metadata else "its run.json is not there"
         cause = cause if os.path.isdir(folder.path) else "there is no such folder"
         raise DataError(f"{folder.path} holds no run of this version: {cause}", NOT_A_RUN)
-    for name, is_true in (("stage", metadata["stage"] in PREFIX), ("network", isinstance(metadata["network"], dict))):
+    is_stage = metadata["stage"] in [*PREFIX]  # a list, since what is stated may have no hash
+    for name, is_true in (("stage", is_stage), ("network", isinstance(metadata["network"], dict))):
         if not is_true:
             raise DataError(f"{folder.path}/run.json is not valid: {name}", NOT_A_RUN)
     return metadata
