@@ -44,11 +44,11 @@ def score_formats(out: Path, run: str | Path, val: str, context: EvalContext, **
     """
     network, members = open_network(f"run:{run}", "classifier", **part), run_members(run)
     name_of_run = read_record(out)["run"]
-    for name in NETWORK_FILES:
-        if not (out / NETWORK_FILES[name]).is_file():
+    for name, file in NETWORK_FILES.items():
+        if not (out / file).is_file():
             continue
         kind = "torch_export" if name == "torch_export" else "onnx"
-        source = f"local-dir:{out}" if name == "timm" else f"{kind}:{out / NETWORK_FILES[name]}"
+        source = f"local-dir:{out}" if name == "timm" else f"{kind}:{out / file}"
         say("", name)
         spec = ScoreSpec(source, val, members=members, exif=network.exif, against=network)
         result = score(spec, context, files={})
