@@ -74,7 +74,8 @@ def full_pass(
     returns tensors [b, ...]. Collective.
     """
     asked = images.samples.sort().values  # [n]
-    assert len(asked) and (asked.diff() > 0).all(), "no sample is asked for, or one twice"
+    assert len(asked), "no sample is asked for"
+    assert (asked.diff() > 0).all(), "a sample is asked for twice"
     batch = min(context.batch, len(asked))
     share = rank_share(images.samples, rank=distributed.rank(), world_size=distributed.world_size())
     mine = images.with_samples(F.pad(share, (0, -len(share) % batch), value=PADDING))
