@@ -111,13 +111,13 @@ def open_file(
     key = f"{section}.weights" if section else "--weights"
     imported = import_weights(content, name=path, weights=weights, weights_key=key)
     encoder, note = imported.part("encoder.vit."), imported.note
+    class_token, registers = prefix_tokens(encoder)
     if spec.model is None:
         found = recognize(encoder, imported.foreign, name=path, section=section, num_heads=spec.num_heads)
         shape = {name: value for name, value in asdict(found).items() if name in SPEC_FIELDS}
         given = {name: value for name, value in asdict(spec).items() if value is not None}
         spec, note = EncoderSpec(**shape | given), f"{note}{found.describe()}{_doubt(found, note)}; "
-    class_token, registers = prefix_tokens(encoder)
-    if spec.model is not None and spec.register_tokens is None and registers and _has_registers(spec.model):
+    elif spec.register_tokens is None and registers and _has_registers(spec.model):
         spec = replace(spec, register_tokens=registers)
     spec = replace(spec, class_token=class_token)
     classifier = imported.part("classifier.") if classifies and imported.eps and spec.class_token else {}
