@@ -83,7 +83,7 @@ def test_a_step_sees_the_weights_of_its_period(trained, finetuning, tmp_path):
     parts = open_finetuning(config, world_size=1, device=torch.device("cpu"))
     network = parts.codistillation
     network._copies[str(peer.run)] = OutputTeacher(
-        unloaded_run(str(peer.run))[0], requested=RequestedOutputs(logits=True), student_mean=parts.mean,
+        unloaded_run(peer.run), requested=RequestedOutputs(logits=True), student_mean=parts.mean,
         student_std=parts.std, student_grid=1,
     )  # fmt: skip
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -91,7 +91,7 @@ def test_a_step_sees_the_weights_of_its_period(trained, finetuning, tmp_path):
     for step in (12, 14, 15):
         now = SimpleNamespace(folder=folder, module=parts.module, step=step, watch=peers)
         network.exchange(now)
-        published = unloaded_run(str(peer.run))[0].module
+        published = unloaded_run(peer.run).module
         period = peer.run / "published" / f"step_{step // 3 * 3:09d}" / "model.safetensors"
         published.load_state_dict(load_file(period))
         found = network.outputs(images, step)["peers"]

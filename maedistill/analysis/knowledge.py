@@ -41,7 +41,7 @@ from maedistill.evaluation.context import EvalContext, print_data, print_main, p
 from maedistill.processes import distributed
 from maedistill.runs.history import duration
 from maedistill.runs.lock import FolderLock
-from maedistill.runs.records import unwritable, write_text
+from maedistill.runs.records import write_errors, write_text
 from maedistill.weights.backbone import Pool
 from maedistill.weights.network import Network
 
@@ -137,7 +137,7 @@ def _units(spec: KnowledgeSpec, states: Sequence[State], count: int, *, batch: i
 def _keep(out: Path, settings: dict[str, Any], units: Sequence[_Unit]) -> list[int]:
     """Lock the folder, make it or check that it is of these settings; return the numbers of the units that it lacks."""
     file = out / SETTINGS
-    try:
+    with write_errors(out):
         make_folder(out)
         others = sorted(path.name for path in out.iterdir() if path.name[0] != "." and path.name != "lock")
         kept = any((out / ENTROPIES).glob("*.safetensors"))
@@ -159,8 +159,6 @@ def _keep(out: Path, settings: dict[str, Any], units: Sequence[_Unit]) -> list[i
         make_folder(out / ENTROPIES)
         for stray in (out / ENTROPIES).glob(".*.tmp"):  # of a killed process, see durable.py
             stray.unlink()
-    except OSError as error:
-        raise unwritable(out, error) from error
     return [i for i, unit in enumerate(units) if _read(unit, grid=settings["grid"]) is None]
 
 
@@ -190,10 +188,8 @@ def _compute(
                 f"the features of {unit.state.name} at step {unit.state.step} are not finite under noise",
                 "leave this network out, or use checkpoints from before its training broke",
             )
-        try:
+        with write_errors(unit.file):
             write_durably(unit.file, save(found))
-        except OSError as error:
-            raise unwritable(unit.file, error) from error
         seconds = time.monotonic() - began
         left = duration(seconds / (number + 1) * (len(units) - number - 1))
         print_main("progress", f"{number + 1:,} of {len(units):,} in {duration(seconds)}, about {left} left")

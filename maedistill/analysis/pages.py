@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from maedistill.analysis.concepts import METRICS
+from maedistill.analysis.concepts import METRICS, Array
 from maedistill.analysis.seeds import group_seeds
 from maedistill.escaping import code, markdown
 from maedistill.report.charts import network_colors, new_canvas, plain, save
 from maedistill.report.formatting import markdown_table
 from maedistill.runs.records import write_text
 
-Array = np.ndarray
 _SHOWN_IMAGES, _SHOWN_STEPS = 3, 6
 _REASONS = {
     "no_response": "features that do not depend on the image",

@@ -38,7 +38,7 @@ from maedistill.evaluation.features import require_finite_rows
 from maedistill.evaluation.full_pass import Predictor, evaluation_mode, report_bad
 from maedistill.processes import distributed
 from maedistill.runs.manifest import MANIFEST
-from maedistill.runs.records import unwritable, write_text
+from maedistill.runs.records import write_errors, write_text
 from maedistill.weights.backbone import Backbone, DenseBackbone, Pool, open_backbone, open_dense
 from maedistill.weights.network import Network
 from maedistill.weights.state_dict import weights_fingerprint
@@ -154,10 +154,8 @@ def _write(file: Path, index: ShardIndex, ids: Tensor, rows: Tensor) -> Entry:
     if (index.labels != NO_LABEL).any():
         tensors["labels"] = torch.from_numpy(index.labels[tensors["ids"].numpy()])
     data, bad = save(tensors), undecodable(ids[ids < PADDING])
-    try:
+    with write_errors(file):
         write_durably(file, data)
-    except OSError as error:
-        raise unwritable(file, error) from error
     print_main("file", f"{file.name}: {len(tensors['ids']):,} images")
     entry = {"images": len(tensors["ids"]), "bad_ids": bad.tolist()}
     return entry | {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -169,11 +167,9 @@ def _write_manifest(out: Path, content: dict[str, Any], entries: dict[str, Entry
 
 def _keep(out: Path, content: dict[str, Any], names: Sequence[str]) -> dict[str, Entry]:
     """Make the folder, or return the entries of its intact files. Raises ConfigError for one with other content."""
-    try:
+    with write_errors(out):
         make_folder(out)
         names_there = {path.name for path in out.iterdir()}
-    except OSError as error:
-        raise unwritable(out, error) from error
     leftovers = {name for name in names_there if _LEFTOVER.fullmatch(name)}
     others = sorted(names_there - leftovers)
     if not others:

@@ -35,7 +35,7 @@ from maedistill.report.charts import new_canvas, plain
 from maedistill.report.formatting import percent, short_names
 from maedistill.report.intervals import of_count
 from maedistill.runs.folder import RunFolder
-from maedistill.runs.records import unwritable
+from maedistill.runs.records import write_errors
 from maedistill.weights.class_names import compare_names
 from maedistill.weights.from_run import run_members, validated_metadata
 from maedistill.weights.network import Network
@@ -207,10 +207,8 @@ def draw_exits(endings: Sequence[Ending], curve: Sequence[Operation], path: Path
     axes.grid(alpha=0.3)
     axes.set_xlim(left=0)
     canvas.figure.legend(loc="outside lower left")  # names of other networks may be long
-    try:
+    with write_errors(path):
         canvas.print_png(path)
-    except OSError as error:
-        raise unwritable(path, error) from error
     return path
 
 

@@ -55,13 +55,10 @@ def score_knn(
     """
     train, val, result = _compute_features(spec, context, least=max(ks), reason=f"--k {max(ks)}")
     counts = knn_counts(train, val, ks=ks, temperature=temperature, device=context.device)
-    images = len(val[1])
+    images, scores = len(val[1]), []
     for k, count in zip(ks, counts, strict=True):
         print_main("knn", f"k {k}: {percent(count, images)}")
-    scores = [
-        {"k": k, "top1": count / images, "top1_correct": count, "images": images}
-        for k, count in zip(ks, counts, strict=True)
-    ]
+        scores.append({"k": k, "top1": count / images, "top1_correct": count, "images": images})
     print_main("warning", "kNN is a poor measure of masked autoencoders: read it as a trend")
     return finish(result | {"temperature": temperature, "knn": scores}, file)
 
@@ -99,8 +96,8 @@ def score_probe(
 def open_pair(spec: ProbeSpec, *, exif: str = "ignore") -> tuple[ShardIndex, ShardIndex]:
     """Open the training and the validation shards. Collective.
 
-    Raises DataError if either has no images or no labels, or if the validation shards have classes missing from the
-    training shards, or differently named ones.
+    Raises DataError if either has no labels, or if the validation shards have classes missing from the training shards,
+    or differently named ones.
     """
     indexes = []
     named: tuple[tuple[str, str | None, Split], ...]
@@ -108,8 +105,6 @@ def open_pair(spec: ProbeSpec, *, exif: str = "ignore") -> tuple[ShardIndex, Sha
     for shards, file, split in named:
         open_images = partial(open_index, members=spec.members, apply_exif=(spec.exif or exif) == "apply")
         index = distributed.main_first(partial(open_images, shards, index=file, split=split))
-        if not len(index):
-            raise DataError(f"{shards} holds no image", "name shards that hold labelled images")
         index.require_labels()
         indexes.append(index)
     train, val = indexes

@@ -52,9 +52,9 @@ def pooled_features(
     return rows[order], labels[order]
 
 
-def random_subset(index: ShardIndex, count: int, *, seed: int = 0) -> Tensor:
-    """Return at most `count` sample ids, a random choice fixed by the seed: int64 [min(count, n)]."""
-    return permute(torch.arange(min(count, len(index))), len(index), key(seed, Stream.ORDER))
+def random_subset(index: ShardIndex, count: int) -> Tensor:
+    """Return at most `count` sample ids, always the same random choice: int64 [min(count, n)]."""
+    return permute(torch.arange(min(count, len(index))), len(index), key(0, Stream.ORDER))
 
 
 def require_finite_rows(rows: Tensor) -> None:

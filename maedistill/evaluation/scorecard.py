@@ -37,7 +37,7 @@ from maedistill.evaluation.per_class import draw_confusions, worst_confusions, w
 from maedistill.evaluation.real_labels import count_real, open_real_labels
 from maedistill.processes import distributed
 from maedistill.runs.objects import class_name, python_name
-from maedistill.runs.records import unwritable
+from maedistill.runs.records import write_errors
 from maedistill.weights.class_names import compare_names, subset_columns
 from maedistill.weights.network import Network
 from maedistill.weights.open_network import given_network, open_network
@@ -182,7 +182,5 @@ def _write(files: Mapping[str, Path | None], evaluation: Evaluation, network: Ne
     if file := files.get("confusions"):
         images = EvaluationImages(index, evaluation.ids, network.transform())
         sheet = draw_confusions(worst_confusions(evaluation), images, names)
-        try:
+        with write_errors(file):
             sheet.save(file, format="PNG")
-        except OSError as error:
-            raise unwritable(file, error) from error

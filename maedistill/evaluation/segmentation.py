@@ -34,7 +34,7 @@ from maedistill.processes import distributed
 from maedistill.randomness import Stream, key, permute
 from maedistill.report.formatting import percent
 from maedistill.report.sheet import tile
-from maedistill.runs.records import unwritable
+from maedistill.runs.records import write_errors
 from maedistill.weights.backbone import open_dense
 from maedistill.weights.network import Network
 
@@ -189,7 +189,7 @@ class Segmenter:
     ) -> dict[float, SegmentationScore]:
         """Print and return the score of the held-out images at each rate that does not diverge. Collective."""
         recipe_text = f"{recipe.optimizer}, {recipe.epochs} epochs, batch {recipe.fit_batch(len(maps)).batch}"
-        print_main("probe", f"{recipe_text}")
+        print_main("probe", recipe_text)
         mine: dict[float, Tensor] = {}
         if rank_rates := list(rates)[distributed.rank() :: distributed.world_size()]:
             heads = self.fit(maps, masks, recipe, rank_rates)
@@ -226,10 +226,8 @@ class Segmenter:
             painted = (colours(one, ignore=self.ignore) for one in (self._shrink(mask), classes))
             rows.append((image / 255, *painted))
         columns = zip(("image", "mask", "prediction"), map(torch.stack, zip(*rows, strict=True)), strict=True)
-        try:
+        with write_errors(file):
             tile([dict(columns)], title=title).save(file, format="PNG")
-        except OSError as error:
-            raise unwritable(file, error) from error
 
     @torch.no_grad()
     def _maps(self, pairs: Sequence[Pair]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

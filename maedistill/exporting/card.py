@@ -50,7 +50,7 @@ def model_card(
     tuned = metadata["stage"] == "finetune"
     sections = {
         "Origin and license": _origin(metadata),
-        "Training": _training(metadata, config, vit, step, weights, saved.exit, saved.peer),
+        "Training": _training(saved, config, vit, step, weights),
         "Results": _accuracy(records, metadata, _prefix(saved, weights))
         if tuned
         else _features(records, config, weights),
@@ -133,14 +133,9 @@ def _images(metadata: Mapping[str, Any], before: str = "") -> str:
 
 
 def _training(
-    metadata: Mapping[str, Any],
-    config: RunConfig | None,
-    vit: PlainViT,
-    step: int | None,
-    weights: Weights,
-    exit: int | None,
-    peer: int,
+    saved: RunNetwork, config: RunConfig | None, vit: PlainViT, step: int | None, weights: Weights
 ) -> list[str]:
+    metadata, exit, peer = saved.metadata, saved.exit, saved.peer
     averaged = ", the moving average of the weights" if weights == "ema" else ""
     ends = f", the network that ends at its exit after block {exit}" if exit is not None else ""
     ends = f", student {peer} of mutual learning{ends}" if peer else ends

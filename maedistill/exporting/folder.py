@@ -200,9 +200,10 @@ def _fill(
     metadata, view = saved.metadata, saved.metadata["input"]
     size = vit.patch_embed.img_size[0]
     assert size == view["size"], f"run.json: the network takes {size} px, its input is {view['size']}"
-    record = {"run": saved.folder.path.resolve().name, "stage": metadata["stage"]}
-    record["checkpoint"] = saved.checkpoint.resolve().name
-    record |= {
+    record: dict[str, Any] = {
+        "run": saved.folder.path.resolve().name,
+        "stage": metadata["stage"],
+        "checkpoint": saved.checkpoint.resolve().name,
         "exit": saved.exit,
         "peer": saved.peer,
         "weights": weights,

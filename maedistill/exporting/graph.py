@@ -9,7 +9,6 @@ b batch   s image side   C outputs   D width
 import ast
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,7 @@ from torch import Tensor, nn
 from maedistill.data.images.transforms import normalize, to_float01
 from maedistill.errors import ConfigError, DataError
 from maedistill.evaluation.full_pass import evaluation_mode
-from maedistill.weights.from_graph import Preprocessing
-from maedistill.weights.from_onnx import open_onnx
-from maedistill.weights.from_torch_export import open_torch_export
+from maedistill.weights.from_graph import OPENERS, Preprocessing
 
 LAYERS = ("Conv", "MatMul", "Gemm")  # of ONNX, if they have weights
 GRAPH_FILES = {"onnx": "model.onnx", "torch_export": "model.pt2"}
@@ -113,7 +110,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
 @torch.no_grad()
 def _distance(kind: str, network: nn.Module, path: Path, stated: Preprocessing) -> float:
     """Return how far the outputs of a written graph are from the network's. Raises DataError above 1e-4."""
-    graph: Any = (open_onnx if kind == "onnx" else open_torch_export)(path)
+    graph = OPENERS[kind](path)
     shape = (_IMAGES, 3, stated.size, stated.size)
     pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (stated.mean, stated.std))

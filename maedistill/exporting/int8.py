@@ -41,10 +41,10 @@ _COMPARED = 16  # images for the error of a layer
 
 @dataclass(frozen=True)
 class Int8Spec:
-    """How to quantise. calibration, val: shards for the ranges, and for the accuracy. images: for the calibration.
+    """How to quantise. calibration, val: shards for the ranges, and for the accuracy; members: of the samples of both.
 
-    members: of the samples of both.
-    method: of the ranges: `percentile` (99.999) or `entropy`. max_drop: of top-1 against the fp32 graph, in points.
+    images: for the calibration. method: of the ranges: `percentile` (99.999) or `entropy`. max_drop: of top-1 against
+    the fp32 graph, in points.
     """
 
     calibration: str

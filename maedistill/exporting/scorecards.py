@@ -25,7 +25,7 @@ from maedistill.report.charts import Timed, latency_chart
 from maedistill.report.formatting import markdown_table, percent
 from maedistill.report.intervals import Interval, of_count
 from maedistill.runs.manifest import CorruptCheckpoint, read_json
-from maedistill.runs.records import unwritable, write_text
+from maedistill.runs.records import write_errors, write_text
 from maedistill.weights.from_timm import StrictModel, first_problem
 
 HEADS = ("network", "top-1", "95 % interval", "size", "latency", "images/s", "parameters", "numbers", "machine", "data")
@@ -153,7 +153,7 @@ def _read(file: Path, name: str) -> list[Row]:
 
 def write_page(rows: Sequence[Row], out: Path, *, command: str) -> Path:
     """Write OUT/comparison.md, comparison.json and, with matplotlib, comparison.png. Raises DataError if it cannot."""
-    try:
+    with write_errors(out):
         make_folder(out)
         with tempfile.TemporaryDirectory() as folder:
             chart = latency_chart(_drawn(rows), Path(folder, _PICTURE), order=[row.name for row in rows])
@@ -161,8 +161,6 @@ def write_page(rows: Sequence[Row], out: Path, *, command: str) -> Path:
                 write_durably(out / _PICTURE, chart.read_bytes())
             else:  # an earlier one is of other rows
                 (out / _PICTURE).unlink(missing_ok=True)
-    except OSError as error:
-        raise unwritable(out, error) from error
     lines = ["# Size, accuracy and latency", ""]
     lines += [f"![size, accuracy and latency]({_PICTURE})", ""] if chart else []
     lines += [*markdown_table(HEADS, [row.cells() for row in rows]), ""]

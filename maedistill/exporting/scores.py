@@ -25,7 +25,7 @@ def require_scorable(run: str | Path, val: str, *, calibration: str | None = Non
 
     calibration: shards for int8, whose labels do not matter. A run without a classifier is left to `export`.
     """
-    network, members = unloaded_run(str(run))[0], run_members(run)
+    network, members = unloaded_run(run), run_members(run)
     index = open_index(val, split="val", members=members)
     if calibration is not None:
         open_index(calibration, split="train", members=members)
@@ -44,11 +44,11 @@ def score_formats(out: Path, run: str | Path, val: str, context: EvalContext, **
     """
     network, members = open_network(f"run:{run}", "classifier", **part), run_members(run)
     name_of_run = read_record(out)["run"]
-    for name in NETWORK_FILES:
-        if not (out / NETWORK_FILES[name]).is_file():
+    for name, file in NETWORK_FILES.items():
+        if not (out / file).is_file():
             continue
         kind = "torch_export" if name == "torch_export" else "onnx"
-        source = f"local-dir:{out}" if name == "timm" else f"{kind}:{out / NETWORK_FILES[name]}"
+        source = f"local-dir:{out}" if name == "timm" else f"{kind}:{out / file}"
         say("", name)
         spec = ScoreSpec(source, val, members=members, exif=network.exif, against=network)
         result = score(spec, context, files={})

@@ -113,7 +113,7 @@ class Codistillation:
         lines = []
         for peer in self.section.peers:
             try:
-                network = unloaded_run(str(folder_of(peer)))[0]
+                network = unloaded_run(folder_of(peer))
             except UserError as error:
                 self._build(peer, Network(deepcopy(vit), peer, size, "", num_classes=self.num_classes))
                 lines.append(f"note     {peer} counts as a copy of the student: {error.cause}")
@@ -197,7 +197,7 @@ class Codistillation:
             return
         if problem := meeting.why_incompatible(peer, self.entry("")):
             raise problem
-        self._build(peer, unloaded_run(str(folder_of(peer)))[0])
+        self._build(peer, unloaded_run(folder_of(peer)))
         self._state.licenses[peer] = entry_of(peer)["license"]
 
     def _build(self, peer: str, network: Network) -> None:

@@ -2,6 +2,7 @@
 
 AppendOnlyFile      -> RUN/metrics.jsonl and other files that grow; lines that the disk refuses are kept and retried
 write_text          -> a small file, whole also after a power cut
+write_errors        -> a file that has to be written: the command ends with a DataError if it cannot be
 ignore_write_errors -> an optional file, such as a picture, is left out with a warning if it cannot be written
 """
 
@@ -67,10 +68,8 @@ class AppendOnlyFile:
 
     def close(self) -> None:
         """Sync all lines. Raises DataError if that fails, because they would be lost."""
-        try:
+        with write_errors(self.path):
             self.sync()
-        except OSError as error:
-            raise unwritable(self.path, error) from error
 
 
 @contextmanager
@@ -85,18 +84,20 @@ def ignore_write_errors(path: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file durably. Raises DataError if the disk refuses it."""
-    try:
+    with write_errors(path):
         write_durably(path, text.encode())
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of writing a file or a folder into a DataError that names it."""
+    try:
+        yield
     except OSError as error:
-        raise unwritable(path, error) from error
-
-
-def unwritable(path: Path, error: OSError) -> DataError:
-    """Return the error for a file that cannot be written, with the remedy for the user."""
-    return DataError(
-        f"{path} cannot be written ({error.strerror})",
-        "free disk space or correct the permissions there, then start the same command again",
-    )
+        raise DataError(
+            f"{path} cannot be written ({error.strerror})",
+            "free disk space or correct the permissions there, then start the same command again",
+        ) from error
 
 
 def _ends_torn(path: Path) -> bool:

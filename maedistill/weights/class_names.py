@@ -59,7 +59,7 @@ def compare_names(
     if given and not known and num_known != len(given):
         numbers = f"{model} has {num_known:,} classes without names, {other} {len(given):,}"
         return [f"{numbers}: are they the same ones? (maedistill evaluate --subset matches them by name)"]
-    label = next((i for i, (own, other) in enumerate(zip(known, given, strict=False)) if own != other), None)
+    label = next((i for i, (own, theirs) in enumerate(zip(known, given, strict=False)) if own != theirs), None)
     if label is None:  # all names are equal, or not known, or one has more classes and the first ones are equal
         return []
     if sorted(known) == sorted(given):

@@ -70,30 +70,20 @@ class EncoderSpec:
     ) -> PlainViT:
         """Build the encoder, uninitialised, for images of the size that `inspect_network` chooses.
 
-        grid: of patches, for the network's own size; None if it is not known. num_classes: that it will have.
+        grid: of patches, for the network's own size; None if it is not known: timm's size, or with other patches than
+        timm's, 16 of them. num_classes: that it will have.
         """
-        shape = self._shape
+        assert self.model is not None
+        require_known(self.model)
+        shape = {name: value for name, value in asdict(self).items() if name not in ("pos_embed", "sha256", "eps")}
         with meta_device():
-            own = build_vit(image_size=self._own_size, **shape)
-            if grid is not None:
-                own = build_vit(image_size=grid * own.patch_embed.patch_size[0], **shape)
+            usual: TimmModel = timm.create_model(self.model, pretrained=False).patch_embed
+            patch = self.patch_size or usual.patch_size[0]
+            size = 16 * patch if patch != usual.patch_size[0] else usual.img_size[0]
+            own = build_vit(image_size=grid * patch if grid else size, **shape)
         own.num_classes = num_classes
         image_size = inspect_network(own) or own.patch_embed.img_size[0]
         return build_vit(image_size=image_size, pos_embed=pos_embed, **shape)
-
-    @property
-    def _shape(self) -> dict[str, Any]:
-        assert self.model is not None
-        return {name: value for name, value in asdict(self).items() if name not in ("pos_embed", "sha256", "eps")}
-
-    @property
-    def _own_size(self) -> int:
-        """Return the side of the images that the network is for: timm's, or with other patches, 16 of them."""
-        require_known(name := self._shape["model"])
-        with meta_device():
-            usual: TimmModel = timm.create_model(name, pretrained=False).patch_embed
-        patch = self.patch_size or usual.patch_size[0]
-        return usual.img_size[0] if patch == usual.patch_size[0] else 16 * patch
 
 
 SPEC_FIELDS = {field.name for field in fields(EncoderSpec)}
@@ -121,13 +111,13 @@ def open_file(
     key = f"{section}.weights" if section else "--weights"
     imported = import_weights(content, name=path, weights=weights, weights_key=key)
     encoder, note = imported.part("encoder.vit."), imported.note
+    class_token, registers = prefix_tokens(encoder)
     if spec.model is None:
         found = recognize(encoder, imported.foreign, name=path, section=section, num_heads=spec.num_heads)
         shape = {name: value for name, value in asdict(found).items() if name in SPEC_FIELDS}
         given = {name: value for name, value in asdict(spec).items() if value is not None}
         spec, note = EncoderSpec(**shape | given), f"{note}{found.describe()}{_doubt(found, note)}; "
-    class_token, registers = prefix_tokens(encoder)
-    if spec.model is not None and spec.register_tokens is None and registers and _has_registers(spec.model):
+    elif spec.register_tokens is None and registers and _has_registers(spec.model):
         spec = replace(spec, register_tokens=registers)
     spec = replace(spec, class_token=class_token)
     classifier = imported.part("classifier.") if classifies and imported.eps and spec.class_token else {}

@@ -17,21 +17,13 @@ from maedistill.errors import ConfigError, DataError
 from maedistill.runs.manifest import CorruptCheckpoint, read_text
 from maedistill.weights.from_file import why_unreadable
 from maedistill.weights.from_onnx import open_onnx
-from maedistill.weights.from_timm import (
-    CropMode,
-    Deviation,
-    Interpolation,
-    MeanValue,
-    Side,
-    StrictModel,
-    first_problem,
-)
+from maedistill.weights.from_timm import CropMode, Interpolation, Mean, Side, Std, StrictModel, first_problem
 from maedistill.weights.from_torch_export import open_torch_export
 from maedistill.weights.graph import Graph
 from maedistill.weights.license import NOT_STATED
 
 PREPROCESSING = "preprocess.json"
-_OPENERS = {"onnx": open_onnx, "torch_export": open_torch_export}
+OPENERS = {"onnx": open_onnx, "torch_export": open_torch_export}
 
 
 class Preprocessing(StrictModel):
@@ -44,8 +36,8 @@ class Preprocessing(StrictModel):
     crop: Crop
     crop_mode: CropMode = "center"
     interpolation: Interpolation
-    mean: tuple[MeanValue, MeanValue, MeanValue]
-    std: tuple[Deviation, Deviation, Deviation]
+    mean: Mean
+    std: Std
     input: Literal["float32", "uint8"] = "float32"
     gives: Literal["logits", "features"] = "logits"
     exif: Literal["ignore", "apply"] = "ignore"
@@ -68,7 +60,7 @@ def open_graph(kind: str, name: str, *, image_size: int | None = None) -> tuple[
             f"{kind}:{name} is an encoder, whose graph gives features", "export a fine-tuned run; or judge the run's "
             "features: maedistill evaluate knn, or probe",
         )  # fmt: skip
-    graph = _OPENERS[kind](path)
+    graph = OPENERS[kind](path)
     size, own = image_size or stated.size, graph.takes.side
     if own not in (None, size):
         remedy = f"leave --image-size out, and set size in its {PREPROCESSING} to {own}"

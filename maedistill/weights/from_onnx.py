@@ -111,15 +111,11 @@ def _input(model: Any) -> GraphInput:
     """Return what the graph takes. Raises ValueError unless it is images, in batches of any number."""
     import onnx
 
-    graph, floats, pixels = model.graph, onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8
+    graph, dtypes = model.graph, {onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.UINT8: torch.uint8}
     if (len(graph.input), len(graph.output)) != (1, 1):
         raise ValueError(f"it has {len(graph.input)} inputs and {len(graph.output)} outputs, not one each")
     tensor = graph.input[0].type.tensor_type
-    sides = [dim.dim_value or None for dim in tensor.shape.dim]
-    if len(sides) != 4 or sides[:2] != [None, 3] or sides[2] != sides[3] or tensor.elem_type not in (floats, pixels):
-        shape = " x ".join(str(side or "any") for side in sides)
-        raise ValueError(f"it takes {shape}, not any number of square images of float32 or uint8: any x 3 x s x s")
-    return GraphInput(sides[2], tensor.elem_type == pixels)
+    return GraphInput.of([dim.dim_value or None for dim in tensor.shape.dim], dtypes.get(tensor.elem_type))
 
 
 def _precision(graph: Any) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import timm
-import torch
 from pydantic import ValidationError
 from timm.models import get_model_args
 from torch import nn
@@ -83,7 +82,8 @@ def _stated(folder: RunFolder) -> dict[str, Any]:
         cause = "its run.json does not say its " + ", ".join(missing) if metadata else "its run.json is not there"
         cause = cause if os.path.isdir(folder.path) else "there is no such folder"
         raise DataError(f"{folder.path} holds no run of this version: {cause}", NOT_A_RUN)
-    for name, is_true in (("stage", metadata["stage"] in PREFIX), ("network", isinstance(metadata["network"], dict))):
+    is_stage = metadata["stage"] in [*PREFIX]  # a list, since what is stated may have no hash
+    for name, is_true in (("stage", is_stage), ("network", isinstance(metadata["network"], dict))):
         if not is_true:
             raise DataError(f"{folder.path}/run.json is not valid: {name}", NOT_A_RUN)
     return metadata
@@ -154,10 +154,10 @@ def open_run(
         raise DataError(f"{folder.path}/run.json is not valid: {error}", NOT_A_RUN) from None
     shape = _unloaded(folder, name, arguments)
     image_size = inspect_network(shape)
-    stored = read_weights(checkpoint, weights)
-    own = _below(prefix, stored)
+    stored = ConvertedStateDict(read_weights(checkpoint, weights))
+    own = stored.part(prefix)
     if exit is not None:
-        own = exit_weights(own, head=_below(f"{EXITS}{exit}.", stored), block=exit)
+        own = exit_weights(own, head=stored.part(f"{EXITS}{exit}."), block=exit)
     tensors = {PREFIX["pretrain"] + key: value for key, value in own.items()}
     described, held = (sum(value.numel() for value in part.values()) for part in (shape.state_dict(), tensors))
     if described != held:  # checked before memory is allocated
@@ -214,11 +214,6 @@ def _intact(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors whose keys have this prefix, without it."""
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
 def _require_exit(folder: RunFolder, metadata: Mapping[str, Any], exit: int) -> None:
     """Raise ConfigError unless the run trained an exit after this block."""
     exits = metadata.get("exits", [])
@@ -251,7 +246,7 @@ def load_into(student: nn.Module, path: str | Path, *, weights: Weights = "model
         raise DataError(f"{folder.path} holds no checkpoint", "name a run folder that has saved")
     prefix = {"pretrain": "encoder.", "finetune": "vit."}[metadata["stage"]]
     try:
-        student.load_state_dict(_below(prefix, read_weights(checkpoint, weights)))
+        student.load_state_dict(ConvertedStateDict(read_weights(checkpoint, weights)).part(prefix))
     except RuntimeError as error:
         raise DataError(
             f"{checkpoint} does not fit a {type(student).__name__} ({' '.join(str(error)[:200].split())})",

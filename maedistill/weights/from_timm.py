@@ -34,8 +34,10 @@ _HUB_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safeten
 MOST_BLOCKS, LARGEST = 1_000, 1_000_000  # of a network; LARGEST bounds width, image size and every other number
 _ANY_FILE = 4096  # numbers up to this are not compared with the weights: image sizes have no tensor of their size
 Side = Annotated[int, Field(ge=1, le=LARGEST)]
-MeanValue = Annotated[float, Field(ge=0, le=1)]  # of pixels in [0, 1]
+_Share = Annotated[float, Field(ge=0, le=1)]
 Deviation = Annotated[float, Field(allow_inf_nan=False, gt=0)]
+Mean = tuple[_Share, _Share, _Share]  # of pixels in [0, 1]
+Std = tuple[Deviation, Deviation, Deviation]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"]
 CropMode = Literal["center", "squash", "border"]
 
@@ -50,8 +52,8 @@ class ImageConfig(StrictModel):
     """How timm resizes, crops and normalises the images of a network."""
 
     input_size: tuple[Literal[3], Side, Side]
-    mean: tuple[MeanValue, MeanValue, MeanValue]
-    std: tuple[Deviation, Deviation, Deviation]
+    mean: Mean
+    std: Std
     crop_pct: Crop
     interpolation: Interpolation
     crop_mode: CropMode

@@ -147,7 +147,9 @@ def _read(archive: zipfile.ZipFile) -> tuple[_Program, GraphInput]:
         used = outputs | {*_names([step.args, step.keywords])}
         steps[i] = replace(step, spent=[*(used - needed)])
         needed |= used
-    return _Program(steps, weights, images[0], results[0]), _input(graph["tensor_values"][images[0]])
+    meta = graph["tensor_values"][images[0]]
+    takes = GraphInput.of([size.get("as_int") for size in meta["sizes"]], _TYPES.get(meta["dtype"]))
+    return _Program(steps, weights, images[0], results[0]), takes
 
 
 def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -272,16 +274,6 @@ def _named(entry: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
     if kind in ("name", "as_name"):
         return values[value]
     return {"as_int": int(value), "as_none": None}[kind]
-
-
-def _input(meta: Mapping[str, Any]) -> GraphInput:
-    """Return what the graph takes. Raises ValueError unless it is images, in batches of any number."""
-    sides = [size.get("as_int") for size in meta["sizes"]]
-    kind = _TYPES.get(meta["dtype"])
-    if len(sides) != 4 or sides[:2] != [None, 3] or sides[2] != sides[3] or kind not in (torch.float32, torch.uint8):
-        shape = " x ".join(str(side or "any") for side in sides)
-        raise ValueError(f"it takes {shape}, not any number of square images of float32 or uint8: any x 3 x s x s")
-    return GraphInput(sides[2], kind == torch.uint8)
 
 
 def _whole(entry: Mapping[str, int]) -> int:

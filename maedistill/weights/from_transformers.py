@@ -17,8 +17,9 @@ from maedistill.models.vits import PlainViT
 from maedistill.weights.from_file import EncoderSpec, Inspect, open_file
 from maedistill.weights.from_timm import (
     Deviation,
-    MeanValue,
+    Mean,
     Side,
+    Std,
     StrictModel,
     announce_download,
     first_problem,
@@ -46,8 +47,8 @@ class _Processor(StrictModel):
 
     do_normalize: Literal[True] = True
     rescale_factor: Annotated[float, Field(ge=0.9999 / 255, le=1.0001 / 255)] = 1 / 255
-    image_mean: tuple[MeanValue, MeanValue, MeanValue]
-    image_std: tuple[Deviation, Deviation, Deviation]
+    image_mean: Mean
+    image_std: Std
 
 
 def transformers_folder(source: str) -> Path | None:

@@ -3,7 +3,7 @@
 b batch   s image side   C outputs
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,15 @@ class GraphInput:
 
     side: int | None
     pixels: bool
+
+    @classmethod
+    def of(cls, shape: Sequence[int | None], dtype: torch.dtype | None) -> "GraphInput":
+        """Return what a graph takes. Raises ValueError unless it is images, in batches of any number (None)."""
+        square = len(shape) == 4 and shape[2] == shape[3]
+        if not square or shape[:2] != [None, 3] or dtype not in (torch.float32, torch.uint8):
+            text = " x ".join(str(side or "any") for side in shape)
+            raise ValueError(f"it takes {text}, not any number of square images of float32 or uint8: any x 3 x s x s")
+        return cls(shape[2], dtype == torch.uint8)
 
 
 class Graph(nn.Module):

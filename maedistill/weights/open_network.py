@@ -15,6 +15,7 @@ import pickle
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -251,13 +252,10 @@ def _open_run(path: str, use: Use, check: Inspect, *, weights: Weights, exit: in
     return _of_run(run.vit, run.metadata, name, str(run.audit))
 
 
-def unloaded_run(path: str) -> tuple[Network, dict[str, Any]]:
-    """Build the network of a run folder, without its weights; return it and the content of run.json.
-
-    Raises DataError if the folder is not a run of this package.
-    """
+def unloaded_run(path: str | Path) -> Network:
+    """Build the network of a run folder, without its weights. Raises DataError unless it is a run of this package."""
     vit, metadata = build_run(path)
-    return _of_run(vit.eval(), metadata, f"run:{path}", "weights of its own"), metadata
+    return _of_run(vit.eval(), metadata, f"run:{path}", "weights of its own")
 
 
 def _of_run(vit: PlainViT, metadata: Mapping[str, Any], name: str, audit: str) -> Network:

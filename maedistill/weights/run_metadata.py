@@ -9,7 +9,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from maedistill.config.schema import Crop
-from maedistill.weights.from_timm import MOST_BLOCKS, Deviation, MeanValue, Side, StrictModel, require_moderate
+from maedistill.weights.from_timm import MOST_BLOCKS, Mean, Side, Std, StrictModel, require_moderate
 
 _PARAMETERS = frozenset(name for kind in (VisionTransformer, Eva) for name in inspect.signature(kind).parameters)
 _Argument = bool | int | float | str | None | list[int]
@@ -40,8 +40,8 @@ class InputEntry(StrictModel):
     """The preprocessing of the network's images."""
 
     size: Side
-    mean: tuple[MeanValue, MeanValue, MeanValue]
-    std: tuple[Deviation, Deviation, Deviation]
+    mean: Mean
+    std: Std
     crop: Crop
     exif: Literal["ignore", "apply"] = "ignore"
 

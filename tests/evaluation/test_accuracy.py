@@ -155,11 +155,6 @@ def test_a_label_that_is_no_class_of_the_model_is_refused(shards):
         evaluate(network(num_classes=2), images_of(shards, torch.arange(96)), batch=8)
 
 
-def test_nothing_to_evaluate_on_is_refused(shards):
-    with pytest.raises(DataError, match="no image"):
-        evaluate(network(), images_of(shards, torch.arange(0)), batch=8)
-
-
 def test_a_loss_that_is_not_finite_is_refused(shards):
     with pytest.raises(NumericsError, match=r"of 96 of 96 images is not finite, first .*train-000000.tar:"):
         evaluate(Constant([0.0, float("nan"), 0.0]), images_of(shards, torch.arange(96)), batch=8)

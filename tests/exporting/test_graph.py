@@ -20,7 +20,7 @@ from maedistill.exporting import graph as module
 from maedistill.exporting.folder import export, read_record
 from maedistill.exporting.graph import GRAPH_FILES, write_graphs
 from maedistill.models.exits import ExitHead, ending_at
-from maedistill.weights.from_graph import Preprocessing, read_preprocessing
+from maedistill.weights.from_graph import OPENERS, Preprocessing, read_preprocessing
 from maedistill.weights.open_network import open_network
 from tests.exporting.imitation import CROP, MEAN, STD, imitate, random_vit
 
@@ -79,9 +79,8 @@ def test_graphs_give_the_networks_outputs(kind, tmp_path):
     network = KINDS[kind]()
     distances = write_graphs([*GRAPH_FILES], network, tmp_path, stated(network))
     assert distances.keys() == GRAPH_FILES.keys() and max(distances.values()) < 1e-5
-    openers = {"onnx": module.open_onnx, "torch_export": module.open_torch_export}
     for name, file in GRAPH_FILES.items():
-        graph = openers[name](tmp_path / file)
+        graph = OPENERS[name](tmp_path / file)
         assert (graph.takes.side, graph.takes.pixels) == (32, False)
         for count in (1, 5):
             with torch.no_grad():

@@ -255,6 +255,14 @@ def test_a_size_that_patches_do_not_divide_is_refused(tmp_path, size, nearest):
         assert raised.value.remedy.endswith(f"{key}={nearest}")
 
 
+@pytest.mark.parametrize("stage", [[], {}, None, "evaluate"])
+def test_a_run_of_another_stage_is_refused_whatever_it_states(tmp_path, stage):
+    metadata = {"stage": stage, "network": {"name": "vit"}, "input": INPUT, "license": "mit"}
+    (tmp_path / "run.json").write_text(json.dumps(metadata))
+    with pytest.raises(DataError, match="not valid: stage"):
+        open_network(f"run:{tmp_path}")
+
+
 def test_cut_weights_are_named(tmp_path):
     save_export(tmp_path / "out", random_vit())
     weights = tmp_path / "out" / "model.safetensors"
