@@ -223,11 +223,6 @@ def all_reduce_tensor(values: Tensor) -> Tensor:
     return values
 
 
-def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the means of named scalars over ranks, as `all_reduce_sum` does. Collective."""
-    return {name: total / world_size() for name, total in all_reduce_sum(values).items()}
-
-
 def broadcast_tensor(value: Tensor | None, shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return rank 0's tensor (the others pass None) on every rank's device. Collective."""
     received = torch.empty(shape, dtype=dtype, device=device())
