@@ -51,12 +51,14 @@ def open_group(timeout_seconds: int) -> None:
     gpu = _take_gpu(int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else None
     timeout = timedelta(seconds=timeout_seconds)
     try:
-        store = open_local_store(ranks, timeout)
-        group: dict[str, Any] = (
-            {"store": store, "rank": int(os.environ["RANK"]), "world_size": ranks} if store is not None else {}
+        dist.init_process_group(
+            "gloo" if gpu is None else "nccl",
+            timeout=timeout,
+            world_size=ranks,
+            rank=int(os.environ["RANK"]),
+            store=open_local_store(ranks, timeout),
+            device_id=gpu if ranks > 1 else None,
         )
-        device = gpu if ranks > 1 else None
-        dist.init_process_group("gloo" if gpu is None else "nccl", timeout=timeout, device_id=device, **group)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise rendezvous_error(error, ranks, timeout_seconds) from error
     except dist.DistBackendError as error:
