@@ -24,8 +24,8 @@ LAYERS = [
 OUTSIDE_WINGS = {"errors", "escaping", "randomness", "machine", "durable", "api", "cli", "__main__"}  # the only ones
 HEAVY = {"torch", "timm", "torchvision", "deepspeed", "webdataset", "numpy"}
 
-# Of `config`, what holds no setting: the batch plan, and a notation.
-PLAIN = {f"maedistill.config.{name}" for name in ("plan", "plan.BatchPlan", "rand_augment", "rand_augment.NOTATION")}
+# Of `config`, what holds no setting: the batch plan.
+PLAIN = {"maedistill.config.plan", "maedistill.config.plan.BatchPlan"}
 
 
 def modules(root: Path) -> dict[str, Path]:

@@ -109,14 +109,15 @@ def main(result: str, batch: str, cores: str, config: str, *overrides: str) -> N
         training.autotune_batch(step)
     rate, per_core = measure(repeated(step, device, images=training.batch, seconds=_SECONDS)())
     values = {"rate": torch.tensor(rate, device=device), "busy": torch.tensor(rate / per_core, device=device)}
-    mean = distributed.all_reduce_mean(values)
+    total = distributed.all_reduce_sum(values)
     gradients, exchanges = torch.zeros(training.num_parameters, device=device), []
     for _ in range(_EXCHANGES if ranks > 1 else 0):
         distributed.barrier()
         exchanges.append(seconds_of(partial(dist.all_reduce, gradients), device))
-    exchange, speed = min(exchanges, default=0.0), ranks * mean["rate"]
+    exchange = min(exchanges, default=0.0)
     if distributed.is_main():
-        measured = Measured(training.batch, training.num_parameters, speed, exchange, busy_cores=mean["busy"])
+        busy_cores = total["busy"] / ranks
+        measured = Measured(training.batch, training.num_parameters, total["rate"], exchange, busy_cores=busy_cores)
         Path(result).write_text(json.dumps(asdict(measured)))
     shutdown_distributed()
 

@@ -1,4 +1,4 @@
-"""timm's notation of RandAugment, for the rule of `augment.rand_augment` and for what applies it to images."""
+"""timm's notation of RandAugment, for the rule of `augment.rand_augment`."""
 
 import re
 

@@ -91,7 +91,7 @@ def find_lost(beats: Sequence[Heartbeat], silent_seconds: Mapping[int, float], *
 
     def is_gone(beat: Heartbeat) -> bool:
         if beat.pid_space == pid_space:
-            return not _exists(beat.process)
+            return process_state(beat.process) in ("", "X", "Z")  # Z: a zombie, which its parent has not reaped yet
         machine = (silent_seconds[other.rank] for other in beats if other.pid_space == beat.pid_space)
         return min(machine) >= _MACHINE_SILENT_SECONDS
 
@@ -113,12 +113,12 @@ def pid_space() -> str:
         return platform.node()
 
 
-def _exists(process: int) -> bool:
-    """Return whether a process of this machine is alive. A zombie, which its parent has not reaped yet, is not."""
+def process_state(process: int) -> str:
+    """Return the state of a process of this machine as the kernel's letter, such as T: stopped; "" if it is gone."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
+        return ""
 
 
 def diagnose_store() -> Diagnosis:

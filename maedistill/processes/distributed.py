@@ -51,12 +51,14 @@ def open_group(timeout_seconds: int) -> None:
     gpu = _take_gpu(int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else None
     timeout = timedelta(seconds=timeout_seconds)
     try:
-        store = open_local_store(ranks, timeout)
-        group: dict[str, Any] = (
-            {"store": store, "rank": int(os.environ["RANK"]), "world_size": ranks} if store is not None else {}
+        dist.init_process_group(
+            "gloo" if gpu is None else "nccl",
+            timeout=timeout,
+            world_size=ranks,
+            rank=int(os.environ["RANK"]),
+            store=open_local_store(ranks, timeout),
+            device_id=gpu if ranks > 1 else None,
         )
-        device = gpu if ranks > 1 else None
-        dist.init_process_group("gloo" if gpu is None else "nccl", timeout=timeout, device_id=device, **group)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise rendezvous_error(error, ranks, timeout_seconds) from error
     except dist.DistBackendError as error:
@@ -221,11 +223,6 @@ def all_reduce_tensor(values: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(values)
     return values
-
-
-def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the means of named scalars over ranks, as `all_reduce_sum` does. Collective."""
-    return {name: total / world_size() for name, total in all_reduce_sum(values).items()}
 
 
 def broadcast_tensor(value: Tensor | None, shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32) -> Tensor:

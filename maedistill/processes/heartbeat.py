@@ -42,8 +42,7 @@ from maedistill.processes.diagnosis import (
     thread_position,
 )
 
-_DIAGNOSIS_SECONDS = 5.0  # at least: a busy machine may not run a thread of a living rank for seconds
-_DIAGNOSIS_ROUNDS = 5  # at least
+_DIAGNOSIS_SECONDS = 5.0  # five rounds or more: a busy machine may not run a thread of a living rank for seconds
 _SPARE_ROUNDS = 5  # to notice an error of another rank, and to end before the time-out of a collective
 _STUCK_SECONDS = 15.0  # without a beat, until this rank checks whether another one is gone
 _RECORD_SECONDS = 10.0  # limit for `on_loss`, because its disk may be what hangs
@@ -68,11 +67,10 @@ class RankWatch:
         self._timeout, self._on_loss = timeout_seconds, on_loss
         self.before_leaving: Callable[[], None] = lambda: None
         self._round = min(max(timeout_seconds / 40, 0.1), 1.0)  # seconds between Heartbeats
-        self._diagnosis_seconds = max(_DIAGNOSIS_ROUNDS * self._round, _DIAGNOSIS_SECONDS)
         self._spare_seconds = _SPARE_ROUNDS * self._round
         self._patience = timeout_seconds - self._spare_seconds  # without a beat
         if distributed.world_size() > 1:
-            self._patience -= self._diagnosis_seconds
+            self._patience -= _DIAGNOSIS_SECONDS
         self._main = threading.get_ident()
         self._own_beat = Heartbeat(distributed.rank(), platform.node(), os.getpid(), pid_space=pid_space())
         self._step = self._moves = 0
@@ -201,7 +199,7 @@ class RankWatch:
             self._leave(lost)
 
     def _diagnose(self, why: str) -> Diagnosis:
-        """Find the ranks to blame when this rank cannot continue for the reason `why`. Takes `_diagnosis_seconds`."""
+        """Find the ranks to blame when this rank cannot continue for the reason `why`. Takes 5 s."""
         if self._store is None:
             before = self._own_beat
             self._publish()
@@ -209,7 +207,7 @@ class RankWatch:
         with self._diagnosing:
             self._snapshots = []
             self._snapshot_requested.set()
-            end = time.monotonic() + self._diagnosis_seconds
+            end = time.monotonic() + _DIAGNOSIS_SECONDS
             while time.monotonic() < end:
                 time.sleep(self._round)
                 if self._remote_failure is not None:

@@ -19,8 +19,8 @@ from maedistill.errors import ConfigError, PeerError, UserError
 def open_local_store(ranks: int, timeout: timedelta) -> dist.Store | None:
     """Return a store that only this machine can reach; None for several machines, or if torchrun brings the store.
 
-    torch's own store listens to the whole network, without any authentication. gloo listens, too: on one machine it
-    uses the loopback interface. Raises ConfigError if the port is in use.
+    gloo listens to the network, too: on one machine it uses the loopback interface. Raises ConfigError if the port is
+    in use.
     """
     if not is_one_machine(os.environ):
         return None

@@ -7,11 +7,8 @@ from maedistill.config.architectures import Architecture
 from maedistill.config.finetune import Augment, FinetuneConfig, Init, Optim, Student
 from maedistill.config.finetune_rules import RULES
 from maedistill.config.pretrain import PretrainConfig
-from maedistill.data.images.augment import RandAugment
-from maedistill.errors import ConfigError
 
 SMALL = Architecture(width=384, depth=12, num_heads=6, patch_size=16)
-CROPS = {"size": 32, "mean": (0.5, 0.5, 0.5), "seed": 0}
 
 
 @pytest.mark.parametrize(
@@ -52,23 +49,21 @@ def test_images_are_mixed_only_where_a_kind_is_left():
         "rand-m14-mmax15-n3-p0.7-tweights", "rand-tweights-n15", "rand-n015-tweights", "rand-m16-tweights",
     ],
 )  # fmt: skip
-def test_notation_that_timm_reads_is_taken_as_in_the_loader(text):
+def test_notation_that_timm_reads_is_taken(text):
     rand_augment_transform(text)
     assert _problems(text) == []
-    RandAugment(text, **CROPS)
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "", "random-m9", "augmix-m3", "rand-m9.5", "rand-q3", "rand-m9-", "rand-m", "rand m9", "rand-m9\n",
-        "rand-m9-t3a", "rand-n16-tweights", "rand-tweights-n20", "rand-m9-n016-p1-tweights", "rand-tweights-n100",
+        "", "random-m9", "augmix-m3", "rand-m9.5", "rand-q3", "rand-m9-", "rand-m", "rand m9", "rand-m9\n", "rand-x3",
+        "rand-m9-inc", "rand-m9-twieghts", "rand-m9-t3a", "rand-n16-tweights", "rand-tweights-n20",
+        "rand-m9-n016-p1-tweights", "rand-tweights-n100",
     ],
 )  # fmt: skip
-def test_notation_that_timm_refuses_or_silently_drops_is_refused_as_in_the_loader(text):
+def test_notation_that_timm_refuses_or_silently_drops_is_refused(text):
     assert _problems(text) == ["augment.rand_augment"]
-    with pytest.raises(ConfigError):
-        RandAugment(text, **CROPS)
 
 
 def _problems(rand_augment: str) -> list[str]:

@@ -126,7 +126,7 @@ def test_every_collective_sends_tensors_of_the_card(ranks):
         rows = torch.arange(6.0, device=CARD).view(3, 2)[: 3 - 2 * rank] + 10 * rank
         distributed.barrier()
         return {
-            "mean": distributed.all_reduce_mean(means),
+            "sum": distributed.all_reduce_sum(means),
             "rows": value_of(distributed.all_gather_rows(rows)),
             "sparse": value_of(distributed.all_gather_rows(rows.repeat(1, 2)[:, ::3])),  # not contiguous
             "none": value_of(distributed.all_gather_rows(rows[:rank])),
@@ -138,7 +138,7 @@ def test_every_collective_sends_tensors_of_the_card(ranks):
         }
 
     first, second = ranks.run(work)
-    assert first["mean"] == second["mean"] == {"a": 0.5, "b": 1.0}
+    assert first["sum"] == second["sum"] == {"a": 1.0, "b": 2.0}
     assert first["rows"].tolist() == second["rows"].tolist() == [[0, 1], [2, 3], [4, 5], [10, 11]]
     assert first["sparse"].tolist() == [[0, 1], [2, 3], [4, 5], [10, 11]]
     assert first["none"].tolist() == second["none"].tolist() == [[10, 11]]
@@ -147,9 +147,9 @@ def test_every_collective_sends_tensors_of_the_card(ranks):
     assert [first["on_main"], second["on_main"], first["main_first"], second["main_first"]] == [0, 0, 0, 1]
 
 
-@pytest.mark.parametrize("collective", ["all_gather_rows", "all_reduce_mean"])
+@pytest.mark.parametrize("collective", ["all_gather_rows", "all_reduce_sum"])
 def test_a_tensor_of_the_host_is_refused(ranks, collective):
-    given = {"all_gather_rows": torch.ones(2, 2), "all_reduce_mean": {"a": torch.ones(())}}[collective]
+    given = {"all_gather_rows": torch.ones(2, 2), "all_reduce_sum": {"a": torch.ones(())}}[collective]
     with pytest.raises(MixesDevices):
         ranks.run(lambda rank: getattr(distributed, collective)(given))
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from maedistill.errors import ConfigError, DataError, PeerError
 from maedistill.processes.distributed import (
     all_gather_rows,
-    all_reduce_mean,
+    all_reduce_sum,
     broadcast_object,
     broadcast_tensor,
     on_main,
@@ -277,7 +277,7 @@ def collectives() -> dict:
         except Exception as raised:
             errors.append((type(raised).__name__, str(raised)))
     return {
-        "mean": all_reduce_mean({"a": torch.tensor(float(rank())), "b": torch.tensor(1 + 2e-8, dtype=torch.float64)}),
+        "sum": all_reduce_sum({"a": torch.tensor(float(rank())), "b": torch.tensor(1 + 2e-8, dtype=torch.float64)}),
         "rows": all_gather_rows(torch.arange(6).view(3, 2)[: 3 * (1 - rank())]),
         "object": broadcast_object({"rank": rank()}),
         "on_main": on_main(rank),

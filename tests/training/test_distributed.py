@@ -8,7 +8,7 @@ import torch
 def test_collectives(runs, ranks):
     for rank in range(ranks):
         got = runs["first", ranks][rank]["collectives"]
-        assert got["mean"] == {"a": (ranks - 1) / 2, "b": 1 + 2e-8}  # float64: 2e-8 is lost in float32
+        assert got["sum"] == {"a": ranks * (ranks - 1) / 2, "b": ranks * (1 + 2e-8)}  # float64: 2e-8 is lost in float32
         assert torch.equal(got["rows"], torch.arange(6).view(3, 2))  # 3 rows of rank 0, none of rank 1
         assert got["object"] == {"rank": 0}
         assert got["on_main"] == 0

@@ -1,4 +1,4 @@
-"""One micro-batch of training images, and its way from a loader worker to the device.
+"""One batch of images, and its way from a loader worker to the device.
 
     worker: crops -> a slot -> BatchHandle: slot number, labels, ... -> torch's queue -> Batch whose images are the slot
     on_device: batch n + 1 -> copy on a side stream ...........................> ahead
@@ -8,12 +8,12 @@ torch itself creates a file in /dev/shm for every tensor of every batch, and the
 each time: 0.1 ms per crop of 224 px, a tenth of the decoding time. Slots belong to no file system, so they do not
 depend on the size of /dev/shm, and the kernel frees them with the last process that uses them.
 
-    m micro-batch   s crop size   C slots
+    m micro-batch   b batch   s crop size   C slots
 """
 
 import itertools
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_buffers: "WeakValueDictionary[int, SharedBatchBuffers | SharedRows]" = WeakValueDictionary()  # by number
+_slots: "WeakValueDictionary[int, SharedSlots]" = WeakValueDictionary()  # by number
 _numbers = itertools.count()
 
 
@@ -44,75 +44,43 @@ class Batch(NamedTuple):
 B = TypeVar("B", Batch, tuple[Tensor, Tensor, Tensor])
 
 
-class SharedBatchBuffers:
+class SharedSlots:
     """C = `count` slots for batches of images, in memory shared with every process that is forked later.
 
-    block: number of positions between the starts of two consecutive batches. Batch j uses slot j mod C.
+    like: an image, whose shape, dtype and order in memory all of them have. block: number of positions between the
+    starts of two consecutive batches. Batch j uses slot j mod C.
     """
 
-    def __init__(self, count: int, *, batch: int, size: int, block: int) -> None:
-        memory = mmap.mmap(-1, count * batch * size * size * 3)
-        shape = (count, batch, size, size, 3)
-        self.images = torch.frombuffer(memory, dtype=torch.uint8).view(shape).permute(0, 1, 4, 2, 3)  # [C, m, 3, s, s]
+    def __init__(self, count: int, *, batch: int, like: Tensor, block: int) -> None:
+        memory = torch.frombuffer(mmap.mmap(-1, count * batch * like.nbytes), dtype=like.dtype)
+        strides = (batch * like.numel(), like.numel(), *like.stride())
+        self.images = memory.as_strided((count, batch, *like.shape), strides)  # [C, b, *image]
         self.block, self.number = block, next(_numbers)
-        _buffers[self.number] = self
+        _slots[self.number] = self
+
+    def slot_of(self, position: int) -> int:
+        """Return the slot of the batch that begins at this position."""
+        return position // self.block % len(self.images)
 
 
 @dataclass(frozen=True)
 class BatchHandle:
-    """A batch on its way from a worker, whose images are a slot. It is unpickled as a `Batch`, without a copy."""
+    """A batch on its way from a worker, whose images are a slot. It is unpickled as `build(images, *rest)`."""
 
-    batch: Batch
-    buffers: SharedBatchBuffers
+    slots: SharedSlots
     slot: int
+    build: Callable[..., Any]
+    rest: tuple[Any, ...]  # what the batch holds besides images
 
     def __reduce__(self) -> tuple[Any, ...]:
-        small = tuple(part.numpy() for part in self.batch[1:4])  # a tensor would become a file in /dev/shm
-        return _open_batch, (self.buffers.number, self.slot, small, self.batch.bad)
+        # a tensor would become a file in /dev/shm
+        rest = tuple(part.numpy() if isinstance(part, Tensor) else part for part in self.rest)
+        return _open_batch, (self.build, self.slots.number, self.slot, rest)
 
 
-def _open_batch(number: int, slot: int, small: tuple[np.ndarray, ...], bad: tuple[str, ...]) -> Batch:
-    positions, labels, samples = map(torch.from_numpy, small)
-    return Batch(_buffers[number].images[slot], positions, labels, samples, bad)
-
-
-class SharedRows:
-    """C = `count` slots for `batch` rows of one shape and dtype, in memory like that of `SharedBatchBuffers`.
-
-    Batch j, which begins at position j * batch, uses slot j mod C.
-    """
-
-    def __init__(self, count: int, *, batch: int, row: Tensor) -> None:
-        memory = mmap.mmap(-1, max(1, count * batch * row.nbytes))
-        rows = torch.frombuffer(memory, dtype=row.dtype)[: count * batch * row.numel()]
-        self.images = rows.view(count, batch, *row.shape)  # [C, b, ...]
-        self.batch, self.number = batch, next(_numbers)
-        _buffers[self.number] = self
-
-    def slot_of(self, position: int) -> int:
-        """Return the slot of the batch that begins at this position."""
-        return position // self.batch % len(self.images)
-
-
-@dataclass(frozen=True)
-class RowsHandle:
-    """An evaluation batch on its way from a worker, whose images are a slot. It is unpickled as three tensors.
-
-    The images are copied out of the slot then, so that a batch is valid as long as it is kept.
-    """
-
-    labels: Tensor  # int64 [b]
-    ids: Tensor  # int64 [b]
-    buffers: SharedRows
-    slot: int
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _open_rows, (self.buffers.number, self.slot, self.labels.numpy(), self.ids.numpy())
-
-
-def _open_rows(number: int, slot: int, labels: np.ndarray, ids: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-    images = _buffers[number].images[slot, : len(ids)].clone()
-    return images, torch.from_numpy(labels), torch.from_numpy(ids)
+def _open_batch(build: Callable[..., Any], number: int, slot: int, rest: tuple[Any, ...]) -> Any:
+    parts = (torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in rest)
+    return build(_slots[number].images[slot], *parts)
 
 
 def on_device(batches: Iterator[B], device: torch.device) -> Iterator[B]:

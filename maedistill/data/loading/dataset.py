@@ -129,9 +129,6 @@ class DatasetReader(ShardReader):
             raise BadImage(f"{type(error).__name__}: {error}") from error
         return _pixels(item[0] if isinstance(item, tuple | list) else item, self.index.sample_name(i))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return DatasetReader, (self.index,)
-
 
 def open_reader(index: ShardIndex) -> ShardReader:
     """Return the reader of an index, of shards or of a Dataset."""

@@ -10,6 +10,7 @@ An image that cannot be decoded is marked and left out, never replaced: an accur
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
 from maedistill.data.images.decode import BadImage, decode_rgb
-from maedistill.data.loading.batch import RowsHandle, SharedRows, on_device
+from maedistill.data.loading.batch import BatchHandle, SharedSlots, on_device
 from maedistill.data.loading.dataset import open_reader
 from maedistill.data.loading.workers import TIMEOUT_SECONDS, Images, load_batches
 from maedistill.data.shards.index import ShardIndex
@@ -84,8 +85,8 @@ class EvaluationImages(Images):
 
     def __post_init__(self) -> None:
         self.reader = open_reader(self.index)
-        self.buffers: SharedRows | None = None  # None: each batch has memory of its own
-        self.black = torch.zeros_like(self.transform(Image.new("RGB", (1, 1))))  # [3, s, s]
+        self.slots: SharedSlots | None = None  # None: each batch has memory of its own
+        self.black = torch.zeros_like(self.transform(Image.new("RGB", (1, 1)))).contiguous()  # [3, s, s]
 
     def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return images uint8 [b, 3, s, s], labels and sample ids int64 [b] of some rows of `samples`.
@@ -93,12 +94,8 @@ class EvaluationImages(Images):
         The label of an unlabelled sample is -1, the id of an image that cannot be decoded `undecodable(id)`.
         """
         ids = self.samples[rows]  # [b]
-        slot = self.buffers.slot_of(rows[0]) if self.buffers else 0
-        images = (
-            self.buffers.images[slot, : len(rows)]
-            if self.buffers
-            else self.black.new_empty(len(rows), *self.black.shape)
-        )
+        slot = self.slots.slot_of(rows[0]) if self.slots else 0
+        images = self.slots.images[slot] if self.slots else self.black.new_empty(len(rows), *self.black.shape)
         for i, sample in enumerate(ids.tolist()):
             try:
                 images[i].copy_(self.black if sample == PADDING else self._image(sample))
@@ -106,16 +103,13 @@ class EvaluationImages(Images):
                 images[i].copy_(self.black)
                 ids[i] = undecodable(sample)
         labels = torch.from_numpy(self.index.labels[ids.clamp(min=0).numpy()]).masked_fill(ids < 0, NO_LABEL)  # [b]
-        if self.buffers:  # in a loader worker: the handle is a tuple again where it arrives
-            return cast(Any, RowsHandle(labels, ids, self.buffers, slot))
+        if self.slots:  # in a loader worker: the handle is a tuple again where it arrives
+            return cast(Any, BatchHandle(self.slots, slot, _copied, (labels, ids)))
         return images, labels, ids
 
     def with_samples(self, samples: Tensor) -> "EvaluationImages":
         """Return the same view of other samples."""
         return replace(self, samples=samples)
-
-    def _decode(self, data: bytes) -> Tensor:
-        return decode_rgb(data, apply_exif=self.index.apply_exif)
 
     def why_bad(self, sample: int) -> str:
         """Name a sample that could not be decoded, and say why."""
@@ -126,7 +120,13 @@ class EvaluationImages(Images):
         return self.index.sample_name(sample)
 
     def _image(self, sample: int) -> Tensor:
-        return self.transform(vision.to_pil_image(self.reader.decoded(sample, self._decode)))
+        decode = partial(decode_rgb, apply_exif=self.index.apply_exif)
+        return self.transform(vision.to_pil_image(self.reader.decoded(sample, decode)))
+
+
+def _copied(images: Tensor, labels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Copy a batch out of its slot, so that it is valid as long as it is kept."""
+    return images[: len(ids)].clone(), labels, ids
 
 
 def exact_batches(
@@ -141,8 +141,8 @@ def exact_batches(
     count = len(images.samples)
     if workers:  # torch would make a file in /dev/shm of each batch, which containers give 64 MB
         images = copy.copy(images)
-        images.buffers = SharedRows(workers * PREFETCHED + 1, batch=min(batch, count), row=images.black)
-        batch = images.buffers.batch
+        batch = min(batch, count)
+        images.slots = SharedSlots(workers * PREFETCHED + 1, batch=batch, like=images.black, block=batch)
     rows = (list(range(start, min(start + batch, count))) for start in range(0, count, batch))
     pin_memory = device.type == "cuda"
     batches = load_batches(

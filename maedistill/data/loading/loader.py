@@ -21,7 +21,7 @@ from torch import Tensor
 from maedistill.config.plan import BatchPlan
 from maedistill.data.images.decode import JPEG_DECODERS, decode_rgb
 from maedistill.data.images.transforms import CROP_DRAWS, crop, random_box
-from maedistill.data.loading.batch import Batch, BatchHandle, SharedBatchBuffers, on_device
+from maedistill.data.loading.batch import Batch, BatchHandle, SharedSlots, on_device
 from maedistill.data.loading.dataset import open_reader
 from maedistill.data.loading.order import SampleOrder
 from maedistill.data.loading.workers import Images, load_batches
@@ -52,16 +52,16 @@ class RandomCrops(Images):
 
     def __post_init__(self) -> None:
         self.reader = open_reader(self.index)
-        self.buffers: SharedBatchBuffers | None = None  # None: each batch has memory of its own
+        self.slots: SharedSlots | None = None  # None: each batch has memory of its own
         self._ahead: list[int] = []  # shards of the last `read_ahead`
 
     def __getitems__(self, positions: list[int]) -> Batch | BatchHandle:
         """Read one micro-batch."""
-        if self.buffers is None:
+        if self.slots is None:
             images = torch.empty(len(positions), self.size, self.size, 3, dtype=torch.uint8)
             return self.fill(images.permute(0, 3, 1, 2), positions)
-        slot = positions[0] // self.buffers.block % len(self.buffers.images)
-        return BatchHandle(self.fill(self.buffers.images[slot], positions), self.buffers, slot)
+        slot = self.slots.slot_of(positions[0])
+        return BatchHandle(self.slots, slot, Batch, self.fill(self.slots.images[slot], positions)[1:])
 
     def fill(self, images: Tensor, positions: list[int]) -> Batch:
         """Read one micro-batch into `images`, uint8 [m, 3, s, s]. Decode an image once for its consecutive views."""
@@ -147,8 +147,9 @@ def host_batches(
     prefetch = batches_ahead(workers, 3 * batch * crops.size**2)
     if workers:
         crops = copy.copy(crops)
+        image = torch.empty(crops.size, crops.size, 3, dtype=torch.uint8).permute(2, 0, 1)  # [3, s, s], channels last
         # + 1: torch requests batch j + workers * prefetch when batch j is taken, and batch j - 1 is in use until then
-        crops.buffers = SharedBatchBuffers(workers * prefetch + 1, batch=batch, size=crops.size, block=sampler.block)
+        crops.slots = SharedSlots(workers * prefetch + 1, batch=batch, like=image, block=sampler.block)
     return load_batches(crops, sampler, workers=workers, prefetch=prefetch, pin_memory=pin_memory, **limits)
 
 

@@ -18,13 +18,13 @@ import threading
 import time
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 import numpy as np
 
 from maedistill.data.shards.index import ShardIndex
 from maedistill.data.shards.reader import ShardReader
 from maedistill.errors import DataError, PeerError, UserError, join_first
+from maedistill.processes.diagnosis import process_state
 
 PID, SAMPLE, FETCHING = range(3)  # columns of the table
 IDLE = -1  # instead of a sample id
@@ -36,6 +36,7 @@ _REMEDIES: dict[int, str] = {
     signal.SIGKILL: "if the memory ran out (see dmesg), take fewer loader workers (data.workers) or more memory",
     signal.SIGBUS: "a file that it had mapped into memory was cut short, or its disk failed: look at that sample",
 }
+_STATES = {"": "is gone", "T": "is stopped", "t": "is being traced", "D": "waits for a disk", "Z": "has ended"}
 _RESTART = "the same command continues from the last checkpoint"
 
 
@@ -126,7 +127,8 @@ def new_table(workers: int) -> np.ndarray:
 def _describe_hang(table: np.ndarray, seconds: float, index: ShardIndex) -> UserError:
     rows = [row for row in table.tolist() if row[SAMPLE] != IDLE]
     if not rows:
-        states = ", ".join(f"process {pid} {_state(pid)}" for pid in table[:_NAMED, PID].tolist())
+        pids = table[:_NAMED, PID].tolist()
+        states = ", ".join(f"process {pid} {_STATES.get(process_state(pid), 'waits')}" for pid in pids)
         return PeerError(
             f"no batch came for {seconds:.0f} s, though no loader worker is at a sample: {states}",
             f"see what stopped them; {_RESTART}",
@@ -141,12 +143,3 @@ def _describe_hang(table: np.ndarray, seconds: float, index: ShardIndex) -> User
         "check the disk, network drive or server that does not answer, and start again; a larger "
         "engine.timeout_seconds allows more",
     )
-
-
-def _state(pid: int) -> str:
-    """Return the state of a process according to the kernel."""
-    try:
-        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "is gone"
-    return {"T": "is stopped", "t": "is being traced", "D": "waits for a disk", "Z": "has ended"}.get(letter, "waits")

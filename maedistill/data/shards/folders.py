@@ -16,16 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maedistill.data.images.decode import BadImage, is_image
-from maedistill.data.shards.records import Record, Source, printable
+from maedistill.data.shards.records import SUFFIXES, Record, Source, printable
 from maedistill.data.shards.scan import NO_LABEL
 from maedistill.data.shards.val_labels import read_val_labels
 from maedistill.errors import ConfigError, DataError, join_first
 
-# Files with these suffixes are taken for images unread. All others are looked at, so that no image is overlooked.
-SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
-    ".avif", ".jp2",
-)  # fmt: skip
 SPLITS = {  # folder, in any case, also with _set or -set behind it -> split
     "train": "train", "training": "train",
     "val": "val", "validation": "val", "valid": "val", "eval": "val", "dev": "val",

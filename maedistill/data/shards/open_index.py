@@ -67,17 +67,17 @@ def open_index(
 
 def _open_index(shards: str, *, index: str | None, split: Split, members: Members) -> ShardIndex:
     paths = find_shards(shards, split=split)
-    folder, wanted = os.path.dirname(paths[0]), _scanned(members)
-    address = index or os.path.join(folder, _index_name(paths, members))
+    folder, stem, suffix = os.path.dirname(paths[0]), split_name(paths), _index_suffix(members)
+    address = index or os.path.join(folder, stem + suffix)
     beside = _fetch_index(address) if is_url(address) else Path(address)
     if index and not beside.is_file():
         raise DataError(f"the index {index} does not exist", "leave data.index out: the shards are then scanned once")
-    cached = _cache_file(paths, members)
+    cached = user_cache() / "index" / f"{stem}-{_digest_of(paths)}{suffix}"
     if not (index or is_url(folder)) and members != USUAL and not beside.is_file():
-        _refuse_choice(Path(folder, _index_name(paths, USUAL)))
-    found = filter(os.path.isfile, (beside, cached))  # Path.is_file raises in a folder that may not be entered
-    file = next((file for file in found if _is_current(file, paths, wanted, index)), None)
-    stored = load_index(file) if file else None
+        _refuse_choice(Path(folder, stem + SUFFIX))
+    files = filter(os.path.isfile, (beside, cached))  # Path.is_file raises in a folder that may not be entered
+    current = (_load_current(file, paths, members, index) for file in files)
+    stored = next((one for one in current if one is not None), None)
     names = set(stored.shards) if stored else set()
     missing = [path for path in paths if os.path.basename(path) not in names]
     if stored and missing and (index or is_url(folder) or not stored.is_scan):
@@ -104,10 +104,10 @@ def _scanned(members: Members) -> dict[str, Any]:
     return SCANNED | {name: value for name, value in keys.items() if value is not None}
 
 
-def _index_name(paths: tuple[str, ...], members: Members) -> str:
-    """Return the file name of the shards' index: one of its own for chosen fields."""
+def _index_suffix(members: Members) -> str:
+    """Return how the file name of an index ends: in a way of its own for chosen fields."""
     chosen = "" if members == USUAL else "." + hashlib.sha256(repr(tuple(members)).encode()).hexdigest()[:8]
-    return split_name(paths) + chosen + SUFFIX
+    return chosen + SUFFIX
 
 
 def _refuse_choice(made: Path) -> None:
@@ -119,8 +119,8 @@ def _refuse_choice(made: Path) -> None:
         )
 
 
-def _is_current(file: Path, paths: tuple[str, ...], wanted: dict[str, Any], index: str | None) -> bool:
-    """Return whether an index still says what its shards hold. Raise `DataError` if it does not, nor can be made again.
+def _load_current(file: Path, paths: tuple[str, ...], members: Members, index: str | None) -> ShardIndex | None:
+    """Return an index that still says what its shards hold; None for another. Raise `DataError` if that is no scan.
 
     A scan is made again if a shard of it has another size, time of change or stamp. One of an earlier version, which
     noted no times, is if a shard is younger than it.
@@ -128,7 +128,7 @@ def _is_current(file: Path, paths: tuple[str, ...], wanted: dict[str, Any], inde
     stored = load_index(file)
     row_of = {name: row for row, name in enumerate(stored.shards)}
     local = [(path, row_of[name]) for path in paths if (name := os.path.basename(path)) in row_of and not is_url(path)]
-    if stored.is_scan and stored.provenance != wanted:
+    if stored.is_scan and stored.provenance != _scanned(members):
         raise DataError(
             f"{file} was made with other values of data.image_key and data.label_key",
             "leave data.index out, or choose the same" if index else "remove it: the shards are then scanned once",
@@ -137,13 +137,13 @@ def _is_current(file: Path, paths: tuple[str, ...], wanted: dict[str, Any], inde
         how = _change(path, stored, row, file)
         if how and stored.is_scan and not index:
             warn(f"{path} {how} since it was scanned: the shards are scanned again")
-            return False
+            return None
         if how:
             remedy = "copy the shard again"
             if stored.is_scan:
                 remedy += f", or, if it was changed on purpose, remove {file}: the shards are then scanned once"
             raise DataError(f"{path} {how} since its index {file} was made", remedy)
-    return True
+    return stored
 
 
 def _change(path: str, stored: ShardIndex, row: int, file: Path) -> str | None:
@@ -174,14 +174,11 @@ def _with_classes(index: ShardIndex, classes: tuple[str, ...]) -> ShardIndex:
     return replace(index, classes=classes)
 
 
-def _cache_file(paths: tuple[str, ...], members: Members) -> Path:
-    """Return the cached index file of these shards. Its name changes when a local shard changes (size or mtime)."""
+def _digest_of(paths: tuple[str, ...]) -> str:
+    """Return a part of the name of a cached index, which changes when a local shard changes (size or mtime)."""
     stats = [(path, None if is_url(path) else os.stat(path)) for path in paths]
     states = [(path, stat.st_size, stat.st_mtime_ns) if stat else (path,) for path, stat in stats]
-    digest = hashlib.sha256(json.dumps(states).encode()).hexdigest()[:24]
-    return (
-        user_cache() / "index" / f"{split_name(paths)}-{digest}{_index_name(paths, members)[len(split_name(paths)) :]}"
-    )
+    return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:24]
 
 
 def _fetch_index(url: str) -> Path:

@@ -18,6 +18,7 @@ from typing import Literal
 
 from maedistill.data.remote.download import list_urls
 from maedistill.data.remote.urls import check_url, is_url
+from maedistill.data.shards.records import SUFFIXES
 from maedistill.errors import ConfigError, DataError, join_first
 from maedistill.escaping import masked
 
@@ -28,7 +29,6 @@ LONGEST_PATH = 4096  # characters; Linux allows as many bytes
 
 Split = Literal["train", "val"]
 _STEMS = {"train": ("train",), "val": ("val", "validation", "valid")}  # what the shards of a split are called
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _MOST_LOOKED_AT = 10_000  # names in a folder that are searched for an image
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -176,7 +176,7 @@ def _shards_of_folder(folder: str, split: Split) -> list[str]:
 def _holds_image(folder: str) -> bool:
     """Return whether there is an image among the first names below a folder."""
     found = (name for _, _, names in os.walk(folder, followlinks=False) for name in names)
-    return any(name.lower().endswith(_IMAGES) for name in itertools.islice(found, _MOST_LOOKED_AT))
+    return any(name.lower().endswith(SUFFIXES) for name in itertools.islice(found, _MOST_LOOKED_AT))
 
 
 def _expand_path(name: str) -> list[str]:

@@ -27,19 +27,18 @@ Image = TypeVar("Image")
 class ShardReader:
     """Reads images of an index. It opens shards on first use and closes the least recently used one.
 
-    It works in a forked process (positioned reads share no file offset) and after pickling (open files are dropped).
-    It is not thread-safe: one thread could close a file that another reads. A remote shard is reopened for each read,
-    which takes microseconds, so that no reader keeps the cache from evicting a shard that it no longer needs.
+    It works in a forked process: positioned reads share no file offset. It is not thread-safe: one thread could close a
+    file that another reads. A remote shard is reopened for each read, which takes microseconds, so that no reader keeps
+    the cache from evicting a shard that it no longer needs.
 
-    cache: for remote shards; None for the one set by the environment. The watchdog may set the callback `on_read`,
-    which gets each sample id before it is read, and whether the sample's shard may have to be downloaded first. `kept`
-    is where `read_first` keeps decoded images, if it is set.
+    The watchdog may set the callback `on_read`, which gets each sample id before it is read, and whether the sample's
+    shard may have to be downloaded first. `kept` is where `read_first` keeps decoded images, if it is set.
     """
 
-    def __init__(self, index: ShardIndex, cache: ShardCache | None = None) -> None:
+    def __init__(self, index: ShardIndex) -> None:
         self.index, self._remote = index, [is_url(shard) for shard in index.shards]
         self.is_remote = any(self._remote)
-        self._cache = cache or (ShardCache() if self.is_remote else None)
+        self._cache = ShardCache() if self.is_remote else None
         self.longest_fetch = self._cache.policy.max_seconds if self._cache else 0.0  # seconds per shard
         self._ahead = ReadAhead(self._cache) if self._cache else None
         self.on_read: Callable[[int, bool], None] = lambda sample, fetching: None
@@ -138,9 +137,6 @@ class ShardReader:
         return DataError(
             f"{self.index.shards[shard]} {how}", "copy the shard again; do not write shards while a run reads them"
         )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ShardReader, (self.index, self._cache)
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_open", {}).values():  # it is absent if the environment's cache is invalid

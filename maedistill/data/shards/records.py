@@ -8,6 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+# Files with these suffixes are taken for images unread. All others are looked at, so that no image is overlooked.
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+    ".avif", ".jp2",
+)  # fmt: skip
+
 
 class Record(NamedTuple):
     """One image that will be written as a sample."""

@@ -14,7 +14,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
 from typing import NamedTuple
@@ -112,8 +112,7 @@ def _scan(file: BufferedReader, path: str, members: Members, *, checksum: bool =
     scan = ShardScan(num_bytes, sha256, [], [], [], [], ignored)
     for key, places in samples.items():
         if (image := chosen[key]) is None:
-            labels = [name for name in places if name.rpartition(".")[2] == LABEL_SUFFIX]
-            if labels and not members.image:
+            if _ending(places, [LABEL_SUFFIX]) and not members.image:
                 raise DataError(
                     f"{path}: {key!r} has a label but no image; its members are {join_first(sorted(places))}",
                     "write this shard again; images must end in " + ", ".join(f".{s}" for s in sorted(IMAGE_SUFFIXES)),
@@ -169,9 +168,7 @@ def _keys_with_dots(names: Sequence[tuple[str, str, str, int, int]]) -> set[str]
     fields: dict[str, set[str]] = {}
     for key, suffix, *_ in names:
         fields.setdefault(key, set()).add(suffix)
-    stems = {
-        key: [stem for stem, _, end in _split(suffixes) if end in IMAGE_SUFFIXES] for key, suffixes in fields.items()
-    }
+    stems = {key: [name.rpartition(".")[0] for name in _ending(names, IMAGE_SUFFIXES)] for key, names in fields.items()}
     shared = Counter(stem for several in stems.values() for stem in several)
 
     def is_own(key: str, stem: str) -> bool:
@@ -180,15 +177,16 @@ def _keys_with_dots(names: Sequence[tuple[str, str, str, int, int]]) -> set[str]
     return {key for key, several in stems.items() if len(several) > 1 and all(is_own(key, stem) for stem in several)}
 
 
-def _split(suffixes: Iterable[str]) -> list[tuple[str, str, str]]:
-    return [suffix.rpartition(".") for suffix in suffixes]
+def _ending(fields: Iterable[str], suffixes: Collection[str]) -> list[str]:
+    """Return the fields that end in one of the suffixes: `input.jpg` in `jpg`."""
+    return [name for name in fields if name.rpartition(".")[2] in suffixes]
 
 
 def _image_field(path: str, key: str, places: _Places, members: Members) -> str | None:
     """Return the field of a sample's image; None if it has none. Raise `DataError` if several may be meant."""
     if members.image:
         return next((name for name in members.image.lower().split(";") if name in places), None)
-    images = [name for name in places if name.rpartition(".")[2] in IMAGE_SUFFIXES]
+    images = _ending(places, IMAGE_SUFFIXES)
     plain = [name for name in images if "." not in name]
     if len(plain) > 1 or (not plain and len(images) > 1):
         raise DataError(
@@ -204,7 +202,7 @@ def _take_label(file: BufferedReader, key: str, places: _Places, members: Member
     if members.label:
         labels = [name for name in members.label.lower().split(";") if name in places][:1]
     else:
-        labels = [name for name in places if name.rpartition(".")[2] == LABEL_SUFFIX]
+        labels = _ending(places, [LABEL_SUFFIX])
         labels = [LABEL_SUFFIX] if LABEL_SUFFIX in labels else labels
     if len(labels) != 1:
         if labels:

@@ -16,8 +16,7 @@ EIGHT_BIT_STARTS = (b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM")
 def used_depth(source: Source, workers: int) -> int:
     """Return the depth that the 16-bit images of a source use together, 0 if it has none.
 
-    One depth for all of them keeps their brightness comparable. Warn if a few images set it, which darkens the others.
-    Only files that may have 16 bits are opened.
+    Warn if a few images set it, which darkens the others. Only files that may have 16 bits are opened.
     """
     if source.head is None:
         return 0

@@ -22,7 +22,6 @@ from maedistill.data.loading.loader import training_batches
 from maedistill.data.remote.cache import ShardCache
 from maedistill.data.remote.download import RetryPolicy
 from maedistill.data.shards.open_index import open_index
-from maedistill.data.shards.reader import ShardReader
 from maedistill.errors import DataError, PeerError, UserError
 from tests.data.crops import crops_of, one_rank
 from tests.support.waiting import lives
@@ -162,7 +161,7 @@ def test_slow_samples_are_no_hang(index):
 
 
 @pytest.mark.parametrize("longest", [60.0, 0.5])
-def test_a_shard_that_is_on_its_way_has_a_time_limit_of_its_own(index, tmp_path, longest, monkeypatch):
+def test_a_shard_that_is_on_its_way_has_a_time_limit_of_its_own(index, longest, monkeypatch):
     """The first takes twice the time-out to come."""
     paths, came = dict(enumerate(index.shards)), []
     remote = replace(index, shards=tuple(f"http://h/{number}.tar" for number in paths))
@@ -175,9 +174,8 @@ def test_a_shard_that_is_on_its_way_has_a_time_limit_of_its_own(index, tmp_path,
 
     monkeypatch.setattr(ShardCache, "open", fetch)
     monkeypatch.setattr("maedistill.data.shards.reader.ReadAhead.want", lambda *_: None)
-    crops = crops_of(remote)
-    crops.reader = ShardReader(remote, cache=ShardCache(folder=tmp_path, policy=RetryPolicy(max_seconds=longest)))
-    few = batches_of(crops, workers=1, steps=1)
+    monkeypatch.setattr(RetryPolicy.__init__, "__defaults__", (6, 30.0, 1.0, longest))
+    few = batches_of(crops_of(remote), workers=1, steps=1)
     if longest > TIMEOUT:
         assert len(next(few).images) == 12
     else:

@@ -62,7 +62,7 @@ def test_a_folder_means_the_shards_of_its_split(tmp_path):
     ):
         with pytest.raises(ConfigError, match=rf"no shards {split}-\*\.tar, but .*train"):
             find_shards(folder, split=split)
-    make(tmp_path / "my photos" / "cat", "a.JPG")
+    make(tmp_path / "my photos" / "cat", "a.JFIF")
     photos = str(tmp_path / "my photos")
     with pytest.raises(ConfigError, match=rf"images.*\n.*maedistill shards '{photos}' 'shards/my photos'; then name"):
         find_shards(photos)
