@@ -211,8 +211,8 @@ TERMS: dict[str, type[Term]] = {
     Edit(
         4,
         "maedistill/finetuning/build_distillation.py",
-        "embedding=any(name in distill.terms for name in BATCH_RELATION_TERMS)",
-        'embedding=any(name in distill.terms for name in (*BATCH_RELATION_TERMS, "norms"))',
+        "any(name in distill.terms for name in BATCH_RELATION_TERMS)",
+        'any(name in distill.terms for name in (*BATCH_RELATION_TERMS, "norms"))',
     ),
 ]
 
