@@ -88,7 +88,7 @@ class StudyPlan:
         """Return a run's settings, those of the command line last, with folders in place of placeholders, and the names
         of the steps that the placeholders stand for.
         """
-        usable = self.study.teacher_steps(finetuned=root is FinetuneConfig)  # others have no classifier
+        usable = self.study.teacher_steps(finetuned_only=root is FinetuneConfig)  # the others have no classifier
         filled, needs = list[str](), list[str]()
         given = self._given(root)
         for text in [*texts, *_used(given, path, [*texts, *given], root)]:

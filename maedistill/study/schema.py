@@ -22,9 +22,9 @@
     lines: {DMAE: [dmae], none: [scratch, plain]}            # rows that a chart joins, over epochs and over minutes
 
 `set` holds `key=value` settings as on a command line, for pre-training; `finetune_set` is for fine-tuning. They name
-teachers' runs: `{teacher.NAME}` in pre-training, `{teacher.NAME.finetuned}` in fine-tuning. `teacher.source` may be
-omitted if one teacher is pre-trained. `finetune_axes` map keys to lists of values: every combination is a row of the
-comparison, here tuned_lr_0.001 and tuned_lr_0.002. Every other student is one row.
+teachers' runs: `{teacher.NAME}`, its pre-training, in `set`; `{teacher.NAME.finetuned}`, its fine-tuning, in both.
+`teacher.source` may be omitted if one teacher is pre-trained. `finetune_axes` map keys to lists of values: every
+combination is a row of the comparison, here tuned_lr_0.001 and tuned_lr_0.002. Every other student is one row.
 """
 
 import itertools
@@ -114,11 +114,14 @@ class Study(Section):
         rows = [(owner, *row) for owner, student in self.students.items() for row in student.rows(owner)]
         return {name: student for owner, name, student in rows if only is None or owner in only or name in only}
 
-    def teacher_steps(self, *, finetuned: bool) -> dict[str, str]:
-        """Return the pre-trainings or the fine-tunings of the teachers by placeholder."""
-        steps = {name: teacher.steps(name, TEACHER_SEED)[finetuned] for name, teacher in self.teachers.items()}
-        suffix = ".finetuned" if finetuned else ""
-        return {f"{{teacher.{name}{suffix}}}": step for name, step in steps.items() if step is not None}
+    def teacher_steps(self, *, finetuned_only: bool) -> dict[str, str]:
+        """Return the teachers' pre-trainings and fine-tunings by placeholder."""
+        found = dict[str, str | None]()
+        for name, teacher in self.teachers.items():
+            pretrain, finetune = teacher.steps(name, TEACHER_SEED)
+            found[f"{{teacher.{name}}}"] = None if finetuned_only else pretrain
+            found[f"{{teacher.{name}.finetuned}}"] = finetune
+        return {placeholder: step for placeholder, step in found.items() if step is not None}
 
 
 def _label(value: Any) -> str:

@@ -82,13 +82,14 @@ def test_several_teachers_come_before_what_they_teach_and_only_those_that_are_ne
         "one": Student(config=dmae, set=("teacher.source={teacher.first}",)),
         "other": Student(config=dmae, set=("teacher.source={teacher.second}",)),
         "kd": Student(init_from="one", finetune_set=kd),
+        "tuned": Student(config=dmae, set=("teacher.source={teacher.second.finetuned}",)),
     }
     steps, configs = plan(changed(two, **students))
     first, second, tuned = "first/seed_0/pretrain", "second/seed_0/pretrain", "second/seed_0/finetune"
     assert list(steps)[:3] == [first, second, tuned]
     assert steps[second].needs == (first,) and steps[tuned].needs == (second,)
     assert configs[second].teacher.source == f"run:{OUT / first}"
-    for name, teacher in (("one", first), ("other", second)):
+    for name, teacher in (("one", first), ("other", second), ("tuned", tuned)):
         assert steps[f"{name}/seed_0/pretrain"].needs == (teacher,)
         assert configs[f"{name}/seed_0/pretrain"].teacher.source == f"run:{OUT / teacher}"
     assert steps["kd/seed_0/finetune"].needs == ("one/seed_0/pretrain", tuned) and "kd/seed_0/pretrain" not in steps
@@ -131,7 +132,7 @@ def test_fine_tuning_can_only_name_teachers_that_classify(two) -> None:
         student = Student(finetune_set=(*VIT, f"distill.teachers=[{text}]"))
         with pytest.raises(ConfigError, match=r"no teacher that fine-tuning can use\nuse \{teacher.second.finetuned\}"):
             plan(changed(two, taught=student))
-    student = Student(config=two.students["dmae"].config, set=("teacher.source={teacher.huge}",))
+    student = Student(config=two.students["dmae"].config, set=("teacher.source={teacher.first.finetuned}",))
     with pytest.raises(ConfigError, match=r"no teacher that pre-training can use\nuse \{teacher.first\}, "):
         plan(changed(two, taught=student))
 
