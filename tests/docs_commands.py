@@ -30,7 +30,7 @@ from maedistill.data.shards.write import make_shards
 from tests.test_docs import LINES
 
 NOT_RUN = {  # a pattern of the command line: the reason
-    r"quickstart": "14 minutes; `make quickstart` runs it",
+    r"quickstart": "some minutes; `make quickstart` runs it",
     r"shards (imagenet|cifar10)|SRC": "needs archives, or downloads them",
     r"(evaluate|against|source=)\S* ?(timm|hf-hub):": "downloads weights",
     r"benchmark (step|scale|cost)": "minutes of a quiet machine; tests/benchmark runs them at small sizes",

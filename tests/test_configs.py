@@ -89,7 +89,7 @@ def test_config_builds_and_its_header_is_true(path: Path):
 def gflop_cells(name: str) -> Iterator[str]:
     """The cells of a config in the columns `GFLOP per image` of the tables."""
     column = 0
-    for page in ("README.md", "docs/pretraining.md", "docs/choosing.md"):
+    for page in ("README.md", "docs/choosing.md"):
         for line in (ROOT / page).read_text().splitlines():
             cells = line.split("|")
             if " GFLOP per image " in cells:

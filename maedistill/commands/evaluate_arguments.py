@@ -87,7 +87,7 @@ def parse_score(words: list[str]) -> argparse.Namespace:
     add("--index", metavar="FILE", help="the shards' index, if it is not in their folder")
     add("--exit", type=int, metavar="BLOCK", help="the network that ends at an exit (a run with student.exits)")
     add("--peer", type=int, default=0, metavar="N", help=PEER)
-    add("--against", metavar="MODEL2", help="compare the answers with another classifier's: same best class, KL")
+    add("--against", metavar="MODEL2", help="compare with another classifier's predictions: same best class, KL")
     labels = parser.add_mutually_exclusive_group().add_argument
     labels("--subset", action="store_true", help="the shards hold some of the model's classes: match them by name")
     labels("--real", action="store_true", help="ImageNet's validation set: count against ImageNet-ReaL's labels, too")

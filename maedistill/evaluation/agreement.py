@@ -79,7 +79,7 @@ def evaluate_against(
     evaluation, (teacher_best, kl) = evaluate_with(classify, networks, images, context)
     if not kl.isfinite().all():
         raise NumericsError(
-            f"the other network's answers to {int((~kl.isfinite()).sum())} of {len(kl)} images are not finite",
+            f"the other network's predictions for {int((~kl.isfinite()).sum())} of {len(kl)} images are not finite",
             "evaluate in precision fp32; if that does not help, its weights are broken",
         )
     same, top1 = (int((teacher_best == other).sum()) for other in (evaluation.predictions[:, 0], evaluation.labels))

@@ -72,5 +72,5 @@ def test_other_classes_and_broken_teachers_are_refused(shards):
     torch.manual_seed(0)
     with pytest.raises(ConfigError, match="7 classes and the one of --against 5"):
         compare(shards, {"student": Linear(16), "teacher": Linear(24, num_classes=5)})
-    with pytest.raises(NumericsError, match="answers to 95 of 95 images"):
+    with pytest.raises(NumericsError, match="predictions for 95 of 95 images"):
         compare(shards, {"student": Linear(16), "teacher": Linear(24, scale=float("nan"))})
