@@ -137,7 +137,7 @@ def _trained(lines: Mapping[str, Sequence[str]], summaries: Mapping[str, _Facts]
 
 def interval_lines(summaries: Iterable[_Facts]) -> list[str]:
     """Say where the 95 % intervals of the page come from."""
-    used = {summary[name]["interval"] for summary in summaries for name in ("top1", "difference", "test_top1")}
+    used = {summary[name].get("interval") for summary in summaries for name in ("top1", "difference", "test_top1")}
     texts = [text for kind, text in _INTERVALS.items() if kind in used]
     return ["", f"95 % intervals: {'; '.join(texts)}."] if texts else []
 
@@ -169,7 +169,7 @@ def _points(stats: _Facts, *, unit: str = "", sign: str = "") -> str:
 
 def _range(stats: _Facts, sign: str = "") -> str:
     """Format an interval in percent, `55.10 to 58.92`."""
-    return "-" if stats["low"] is None else f"{100 * stats['low']:{sign}.2f} to {100 * stats['high']:{sign}.2f}"
+    return "-" if stats.get("low") is None else f"{100 * stats['low']:{sign}.2f} to {100 * stats['high']:{sign}.2f}"
 
 
 def _difference(stats: _Facts) -> str:
