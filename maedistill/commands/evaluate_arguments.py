@@ -131,7 +131,8 @@ def parse_features(command: str, words: list[str]) -> argparse.Namespace:
             help="learning rates per 256 images, in one pass (default 0.03 to 30)",
         )
         add("--epochs", type=at_least(1), default=90, metavar="N", help="epochs over the features (default 90)")
-        add("--head-batch", type=at_least(2), default=4096, metavar="N", help="features per update (default 4096)")
+        update = "training images in one update of the classifiers (default 4096; at most a quarter of all)"
+        add("--head-batch", type=at_least(2), default=4096, metavar="N", help=update)
         add("--optimizer", choices=("lars", "sgd"), default="lars", help="without weight decay (default lars)")
     add("--json", type=path, metavar="FILE.json", help=FILES["json"])
     add_common(parser)
@@ -173,7 +174,8 @@ def parse_segment(words: list[str]) -> argparse.Namespace:
     rates = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
     add("--lr", type=several(positive), default=rates, metavar="X,X", help="learning rates (default 0.0003 to 0.1)")
     add("--epochs", type=at_least(1), default=20, metavar="N", help="epochs over the features (default 20)")
-    add("--head-batch", type=at_least(2), default=16, metavar="N", help="images per update (default 16)")
+    update = "training images in one update of the layer (default 16; at most a quarter of all)"
+    add("--head-batch", type=at_least(2), default=16, metavar="N", help=update)
     add("--image-size", type=at_least(1), metavar="N", help="if not the model's own; positions are resampled")
     add("--picture", type=path, metavar="FILE.png", help="draw some images, masks and predictions")
     add("--json", type=path, metavar="FILE.json", help=FILES["json"])
@@ -220,7 +222,13 @@ def add_execution(parser: argparse.ArgumentParser, *, threads: str = THREADS) ->
     add("--weights", default="model", metavar="NAME", help="ema, or the entry of a checkpoint file that holds several")
     average = "the moving average of the weights of a run or a checkpoint file, as --weights ema"
     add("--ema", dest="weights", action="store_const", const="ema", help=average)
-    add("--batch", type=at_least(1), default=64, metavar="N", help="images at once in each process (default 64)")
+    add(
+        "--batch",
+        type=at_least(1),
+        default=64,
+        metavar="N",
+        help="images through the network at once in each process (default 64)",
+    )
     formats = "auto: bf16 on a GPU (fp16 below compute capability 8.0), fp32 on a CPU"
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=formats)
     add(

@@ -1,12 +1,21 @@
 """Rules between the keys of a fine-tuning run: start, student and mixing. `distill_rules.py` has those of teachers."""
 
+import re
 from collections.abc import Iterator
 
-from maedistill.config import distill_rules, rand_augment, shared_rules
+from maedistill.config import distill_rules, shared_rules
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.schema import AUTO
 from maedistill.config.shared_rules import Problem
 from maedistill.config.sources import NETWORK_KINDS
+
+# timm's notation of RandAugment: magnitude m, its ceiling mmax and deviation mstd, n operations per image, each with
+# probability p; inc1: operations whose strength grows with the magnitude; tweights: timm's weights of its 15
+# operations, of which n are then drawn without replacement. timm silently ignores a section that it does not know,
+# e.g. `inc` without its number. Its sets t3a and t3aw are excluded: they are 3-Augment, which is incomplete without
+# colour jitter.
+_MANY = r"(?=.*-tweights).*-n0*(1[6-9]|[2-9]\d|[1-9]\d\d)"
+_RAND_AUGMENT = re.compile(rf"rand(?!{_MANY})(-((m|n|mmax|inc)\d+|(p|mstd)\d+(\.\d+)?|tweights))*")  # of the whole text
 
 
 def _validation(c: FinetuneConfig) -> Iterator[Problem]:
@@ -59,7 +68,7 @@ def _student(c: FinetuneConfig) -> Iterator[Problem]:
 
 def _augment(c: FinetuneConfig) -> Iterator[Problem]:
     a = c.augment
-    if a.rand_augment is not None and not rand_augment.NOTATION.fullmatch(a.rand_augment):
+    if a.rand_augment is not None and not _RAND_AUGMENT.fullmatch(a.rand_augment):
         cause = f"{a.rand_augment!r} is not timm's notation of RandAugment"
         yield Problem("augment.rand_augment", cause, "write e.g. rand-m9-mstd0.5-inc1, or null for none")
     # mixup and cutmix pair an image with one of the same micro-batch. This checks what holds for any number of ranks.

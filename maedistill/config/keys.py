@@ -6,12 +6,13 @@ flat dicts from names to values.
 """
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
 from typing import Any, Literal
 
 from maedistill.config.schema import RunConfig
+from maedistill.errors import join_first
 
 # Names on MAE's and timm's command lines and in papers, and our keys for them, of either stage.
 ALIASES = {
@@ -100,6 +101,21 @@ def differing_keys(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]
     """Return (key, old value, new value) of each `result` key that differs."""
     before, after = result_values(old), result_values(new)
     return [(name, value, after[name]) for name, value in before.items() if value != after[name]]
+
+
+def changes_text(changes: Sequence[tuple[str, Any, Any]], root: type[RunConfig]) -> str:
+    """List the first changes of `differing_keys`; those that bring a section back to its defaults are one entry."""
+    sections: dict[str, list[tuple[str, Any, Any]]] = {}
+    for change in changes:
+        sections.setdefault(change[0].rpartition(".")[0], []).append(change)
+    texts = []
+    for section, of_it in sections.items():
+        if section and len(of_it) > 1 and all(new == all_keys(root)[key].default for key, _, new in of_it):
+            before = [f"{key.rpartition('.')[2]}={old!r}" for key, old, _ in of_it]
+            texts.append(f"{section}: {join_first(before, 4)} there, only defaults now")
+        else:
+            texts += [f"{key}: {old!r} there, {new!r} now" for key, old, new in of_it]
+    return join_first(texts, 4, separator="; ")
 
 
 def nearest_keys(name: str, root: type[RunConfig]) -> list[str]:

@@ -188,7 +188,7 @@ class Align(Section):
     stored_steps: Positive = result(
         500,
         "number of first steps over which normalize=stored measures; each step uses what the steps before it measured, "
-        "so in the very first step the terms of the teacher have weight 0",
+        "so in the very first step the terms of the teacher have weight 0, and the log counts them with raw targets",
     )
     output: Literal["block", "mlp"] = result(
         "block",

@@ -145,10 +145,13 @@ def _targets(c: PretrainConfig) -> Iterator[Problem]:
     if c.method != "mae" and not c.pixels.weight and c.log.pictures_every_epochs is not None:
         cause, remedy = "without predicted pixels there are no pictures", "remove it"
         yield Problem("log.pictures_every_epochs", cause, remedy, of_command_line=True)
-    if not c.needs_decoder:
-        for key in c.decoder.model_dump(exclude_defaults=True):
-            cause, gives_way = "nothing is predicted, since pixels.weight=0", ((f"decoder.{key}", "pixels.weight"),)
-            yield Problem(f"decoder.{key}", cause, "remove it, or set pixels.weight above 0", gives_way)
+    if c.method != "mae" and not c.pixels.weight:
+        of_pixels = {"predict_ratio"} if c.needs_decoder else set(type(c.decoder).model_fields)
+        unused = [f"decoder.{key}" for key in c.decoder.model_dump(include=of_pixels, exclude_defaults=True)]
+        unused += [f"pixels.{key}" for key in c.pixels.model_dump(include={"target"}, exclude_defaults=True)]
+        for key in unused:
+            cause, gives_way = "no pixels are predicted, since pixels.weight=0", ((key, "pixels.weight"),)
+            yield Problem(key, cause, "remove it, or set pixels.weight above 0", gives_way)
     if c.generates_by_decoder:
         if c.decoder.attention != "cross":
             cause = "the decoder can generate features only by cross-attention"

@@ -24,7 +24,7 @@ from maedistill.evaluation.features import Features, extract_features
 from maedistill.evaluation.knn import knn_counts
 from maedistill.evaluation.linear_probe import ProbeRecipe, fit_heads, score_heads
 from maedistill.processes import distributed
-from maedistill.report.formatting import percent
+from maedistill.report.formatting import KNN_CAVEAT, percent
 from maedistill.weights.backbone import Backbone, Pool, open_backbone
 
 
@@ -59,7 +59,7 @@ def score_knn(
     for k, count in zip(ks, counts, strict=True):
         print_main("knn", f"k {k}: {percent(count, images)}")
         scores.append({"k": k, "top1": count / images, "top1_correct": count, "images": images})
-    print_main("warning", "kNN is a poor measure of masked autoencoders: read it as a trend")
+    print_main("warning", KNN_CAVEAT)
     return finish(result | {"temperature": temperature, "knn": scores}, file)
 
 

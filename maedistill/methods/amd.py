@@ -77,7 +77,6 @@ class AMD(DMAE):
         if not self.generate.weight:
             return super().forward(images, split, target, *more)
         if self.generate.by == "decoder":
-            pixels: Tensor | None
             pixels, features, generated = self.reconstruct_and_generate(images, split)
             projected = self.project(features)
         else:
@@ -91,18 +90,22 @@ class AMD(DMAE):
         weighted = weighted + self.generate.weight * self.ramp * mean_loss(generate)
         return self.add_pixels(pixels, weighted, {**align, **generate})
 
-    def reconstruct_and_generate(self, images: Tensor, split: PatchSplit) -> tuple[Tensor, BlockFeatures, list[Tensor]]:
+    def reconstruct_and_generate(
+        self, images: Tensor, split: PatchSplit
+    ) -> tuple[Tensor | None, BlockFeatures, list[Tensor]]:
         """Return the pixel loss, the student's tapped features, and what the decoder's rows generate for each pair.
 
-        A row of a cross-attention decoder does not depend on the others, so the two may need different numbers of rows.
+        The loss is None without a weight. A row of a cross-attention decoder does not depend on the others, so the two
+        may need different numbers of rows.
         """
         assert self.decoder is not None
         normalized = normalize(images, self.mean, self.std)
         tokens, features = self.encoder(normalized, split.student, taps=self.student_taps)
-        predicted, missing = self.num_predicted(split), split.num_teacher - split.num_student  # H, T - S
+        predicted = self.num_predicted(split) if self.pixels.weight else 0  # H
+        missing = split.num_teacher - split.num_student  # T - S
         hidden = split.hidden[:, : max(predicted, missing)]
-        pixels, rows = self.decoder(tokens, split, hidden, with_rows=True)  # [B, max(H, T - S), p*p*3], [..., W]
-        loss = self.pixel_loss(pixels[:, :predicted], images, normalized, hidden[:, :predicted])
+        pixels, rows = self.decoder(tokens, split, hidden, num_pixels=predicted)  # [B, H, p*p*3], [B, max(H, T - S), W]
+        loss = self.pixel_loss(pixels, images, normalized, hidden[:, :predicted]) if predicted else None
         return loss, features, [head(rows[:, :missing]) for head in self.generators]
 
     def generation_losses(self, generated: list[Tensor], target: BlockFeatures, split: PatchSplit) -> Losses:

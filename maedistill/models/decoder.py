@@ -77,17 +77,20 @@ class CrossDecoder(TokenDecoder):
     block = CrossBlock
 
     def forward(
-        self, tokens: Tensor, split: PatchSplit, hidden: Tensor | None = None, *, with_rows: bool = False
+        self, tokens: Tensor, split: PatchSplit, hidden: Tensor | None = None, *, num_pixels: int | None = None
     ) -> Any:
         """Predict as `TokenDecoder` does; a patch's prediction does not depend on which others are in `hidden`.
 
-        with_rows: return the predictions and the rows that they are made of, [B, H, W].
+        num_pixels: predict the pixels of the first so many of `hidden` only, and return these predictions, None without
+        any, and the rows of all, [B, H, W].
         """
         context, rows = self.inputs(tokens, split, hidden)
         for block in self.blocks:
             rows = block(rows, context)  # [B, H, W]
         rows = self.norm(rows)
-        return (self.head(rows), rows) if with_rows else self.head(rows)
+        if num_pixels is None:
+            return self.head(rows)
+        return (self.head(rows[:, :num_pixels]) if num_pixels else None), rows
 
 
 class Generator(nn.Module):

@@ -36,6 +36,11 @@ from maedistill.training.optim import parameter_groups
 from maedistill.weights.from_run import describe_network
 from maedistill.weights.license import combined_license
 
+_UNTRAINED = (
+    "warning  with method=tinymim and pixels.weight=0 nothing trains the projection and the MLP of the last block: "
+    "use method=dmae, or pixels.weight=1"
+)
+
 
 @dataclass(kw_only=True)
 class Pretraining(Stage):
@@ -122,6 +127,7 @@ class Pretraining(Stage):
             *self._val_lines(),
             *self.auto_lines,
             *plan_lines(config, self.plan),
+            *([_UNTRAINED] if config.method == "tinymim" and not config.needs_decoder else []),
         ]
 
     def _view(self, one: RunTeacher) -> str:

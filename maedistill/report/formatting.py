@@ -22,6 +22,11 @@ def percent(count: int, total: int) -> str:
     return f"{100 * count / total:.2f} % ({count} of {total})"
 
 
+def score_text(correct: int, images: int) -> str:
+    """Format a share with its interval: `81.23 % (4061 of 5000), 95 % interval 80.12 to 82.28 %`."""
+    return f"{percent(correct, images)}, 95 % interval {interval_text(correct, images)}"
+
+
 def short_names(paths: Sequence[str]) -> list[str]:
     """Return the last parts of each path: as few as keep different ones apart."""
     parts = [path.rstrip("/").split("/") for path in paths]

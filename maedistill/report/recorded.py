@@ -94,5 +94,5 @@ def readable(folder: Path) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError) as error:
         raise DataError(
             f"{folder}: its records are damaged or of another version ({type(error).__name__}: {error})",
-            "make the page with the version that the run was made with, or restore the records from a copy",
+            "use the version that the run was made with, or restore the records from a copy",
         ) from error

@@ -13,7 +13,7 @@ from typing import TypeVar
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.keys import all_keys, flat
 from maedistill.escaping import warn
-from maedistill.report.formatting import KNN_CAVEAT, interval_text, percent, short_names
+from maedistill.report.formatting import KNN_CAVEAT, interval_text, percent, score_text, short_names
 from maedistill.report.interactive import curves, legend, require_bokeh
 from maedistill.report.markup import Html, command, element, note, table
 from maedistill.report.page import Page
@@ -146,10 +146,10 @@ def _results(run: RecordedRun) -> dict[str, str]:
         facts["top-5"] = percent(score["top5_correct"], score["images"])
         facts["validation loss"] = f"{score['val_loss']:.4g}"
     if averaged := [record for record in run.records if "ema_top1_correct" in record]:
-        facts["moving average"] = percent(averaged[-1]["ema_top1_correct"], averaged[-1]["ema_images"])
+        facts["moving average"] = score_text(averaged[-1]["ema_top1_correct"], averaged[-1]["ema_images"])
     facts |= {f"{name}: top-1": score for name, score in part_scores(run.records, run.metadata).items()}
     if any(record.get("loss") is not None for record in run.records):
-        last = summary(run.records)
+        last = summary(run.records, run.path)
         facts["training loss"] = f"{last['loss']:.4g}"
         facts |= {"kNN": f"{last['knn']:.1%}"} if last["knn"] is not None else {}
         facts["training time"] = duration(last["seconds"])

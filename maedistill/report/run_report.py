@@ -14,7 +14,7 @@ from maedistill.config.pretrain import PretrainConfig
 from maedistill.errors import DataError
 from maedistill.escaping import code, markdown, shown
 from maedistill.report.curves import draw_curves, mean_metric
-from maedistill.report.formatting import KNN_CAVEAT, interval_text, markdown_table, percent
+from maedistill.report.formatting import KNN_CAVEAT, interval_text, markdown_table, percent, score_text
 from maedistill.runs.history import duration, own_method, read_metrics
 from maedistill.runs.records import write_text
 
@@ -33,7 +33,7 @@ def write_run_report(folder: "RunFolder") -> Path:
     """Write RUN/report.md with settings, losses, curves, newest picture and the next commands; return its path."""
     config, records, metadata = folder.load_config(), read_metrics(folder.path), folder.metadata()
     assert isinstance(config, PretrainConfig)
-    last, curve = summary(records), _draw_run(folder, records, metadata)
+    last, curve = summary(records, folder.path), _draw_run(folder, records, metadata)
     method = own_method(metadata) or config.method
     lines = [
         f"# {markdown(folder.path.name)}: {markdown(method)} pre-training of {markdown(config.student.title)}",
@@ -47,8 +47,7 @@ def write_run_report(folder: "RunFolder") -> Path:
         "",
         *_losses_table(config, method, last),
         "",
-        KNN_CAVEAT,
-        "",
+        *([KNN_CAVEAT, ""] if last["knn"] is not None else []),
         *([f"![losses]({curve.name})", ""] if curve else []),
         *(picture := _last_picture(folder)),
         *([PICTURE_NOTE, ""] if picture and config.pixels.target != "raw" else []),
@@ -70,7 +69,7 @@ def write_finetune_report(folder: "RunFolder") -> Path:
     averaged = [record for record in records if "ema_top1" in record]
     without = f", without {bad:,} that cannot be decoded" if (bad := score.get("bad_images", 0)) else ""
     left_out: dict[str, int] = metadata.get("left_out") or {}
-    last, curve = summary(records), _draw_run(folder, records, metadata)
+    last, curve = summary(records, folder.path), _draw_run(folder, records, metadata)
     lines = [
         f"# {markdown(folder.path.name)}: {markdown(metadata['network']['name'])} fine-tuned",
         "",
@@ -78,7 +77,7 @@ def write_finetune_report(folder: "RunFolder") -> Path:
         f"top-5 {percent(score['top5_correct'], images)} on {images:,} validation images, each counted once{without}; "
         f"loss {score['val_loss']:.4f}. The interval is Wilson's; it does not cover another seed.",
         "",
-        *([f"- moving average: top-1 {percent(averaged[-1]['ema_top1_correct'], images)}"] if averaged else []),
+        *([f"- moving average: top-1 {score_text(averaged[-1]['ema_top1_correct'], images)}"] if averaged else []),
         *(f"- {markdown(name)}: top-1 {score}" for name, score in part_scores(records, metadata).items()),
         f"- start: {markdown(metadata['init'] or 'from scratch')}",
         *([f"- teacher: {markdown(metadata['teacher'])}"] if metadata.get("teacher") else []),
@@ -109,12 +108,12 @@ def _part_names(metadata: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def part_scores(records: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Return the last top-1 of exits and peers, and of all students together, by name."""
+    """Return the last top-1 of exits and peers, and of all students together, by name, each with its interval."""
     last = {name: value for record in records for name, value in record.items()}
     names = {prefix: " ".join(words).removeprefix("--") for prefix, words in _part_names(metadata).items()}
     names["ensemble_"] = "ensemble of all students, mean probabilities"
     return {
-        name: percent(last[f"{prefix}top1_correct"], last[f"{prefix}images"])
+        name: score_text(last[f"{prefix}top1_correct"], last[f"{prefix}images"])
         for prefix, name in names.items()
         if f"{prefix}top1_correct" in last
     }
@@ -160,12 +159,16 @@ def _finetune_command(folder: Path, config: PretrainConfig) -> list[str]:
     return ["maedistill", "finetune", f"finetune/{recipe}", *overrides]
 
 
-def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a run's last losses and kNN, its steps, training time in seconds, mean images per second and rank."""
+def summary(records: Sequence[Mapping[str, Any]], run: Path) -> dict[str, Any]:
+    """Return a run's last losses and kNN, its steps, training time in seconds, mean images per second and rank.
+
+    records: of the folder `run`. Raises DataError if they hold no losses.
+    """
     steps = [record for record in records if record.get("loss") is not None]  # null: no update was finite
     probes = [record["knn"] for record in records if "knn" in record]
     if not steps:
-        raise DataError("the metrics.jsonl of a run holds no losses", "restore it from a copy, or run with --fresh")
+        file = run / "metrics.jsonl"
+        raise DataError(f"{file} holds no losses", "restore it from a copy, or run with --fresh")
     rates = [record["images_per_second"] for record in steps]
     last = dict(steps[-1])
     last["knn"] = probes[-1] if probes else None

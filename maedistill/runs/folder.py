@@ -2,7 +2,7 @@
 
 RUN/config.yaml      the settings, resolved        RUN/run.json       what was used: data, teacher, license, versions
 RUN/metrics.jsonl    one object per logged step    RUN/exit.json      how the last start ended
-RUN/checkpoints/     see checkpoint.py             RUN/pictures/      reconstruction sheets
+RUN/checkpoints/     see checkpoint.py             RUN/pictures/      reconstruction sheets, if any
 RUN/predictions/     of each sample an epoch ago, with distill.past.source=predictions
 RUN/bad_samples.txt  samples that did not decode   RUN/report.md      the summary, with the next command
 RUN/nonfinite.jsonl  updates that were not applied, with their samples
@@ -96,7 +96,6 @@ class RunFolder:
                 self._clear()
             for stray in self.path.glob(".*.tmp"):  # a small file that a kill cut short
                 stray.unlink()
-            self.pictures.mkdir(exist_ok=True)
         except OSError as error:
             raise ConfigError(f"run: {self.path} cannot be written to ({error})", "use another run=") from error
         except ConfigError:

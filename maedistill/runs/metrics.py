@@ -52,9 +52,15 @@ class Averages:
         return {name: total / (count or math.nan) for name, (total, count) in totals.items()}
 
     def totals(self) -> dict[str, list[float]]:
-        """Return {name: [sum, count]} over all ranks since the last read. Waits for the device. Collective."""
-        values = distributed.all_reduce_sum(self.sums | {f"count of {name}": n for name, n in self.counts.items()})
-        return {name: [values[name], values[f"count of {name}"]] for name in self.sums}
+        """Return {name: [sum, count]} over all ranks since the last read. Waits for the device. Collective.
+
+        A term that some ranks lack counts where it is: a method of the caller's may have one for some images only.
+        """
+        names = dict.fromkeys(name for each in distributed.gather_objects(list(self.sums)) for name in each)
+        zero = torch.zeros((), dtype=torch.float64, device=distributed.device())
+        pairs = {name: (self.sums.get(name, zero), self.counts.get(name, zero)) for name in names}
+        values = distributed.all_reduce_sum({f"{i} {name}": pair[i] for name, pair in pairs.items() for i in (0, 1)})
+        return {name: [values[f"0 {name}"], values[f"1 {name}"]] for name in names}
 
     def restore(self, totals: Mapping[str, Sequence[float]], *, device: torch.device) -> None:
         """Continue from the totals of all ranks: rank 0 takes them, the others begin at 0."""

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from maedistill.config.finetune import FinetuneConfig
-from maedistill.config.keys import differing_keys
+from maedistill.config.keys import changes_text, differing_keys
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.config.schema import RunConfig
 from maedistill.config.values import STAGES
-from maedistill.errors import ConfigError, DataError, join_first
+from maedistill.errors import ConfigError, DataError
 from maedistill.runs.checkpoint import whole_copy
 from maedistill.runs.history import method_call
 from maedistill.runs.provenance import version_of
@@ -137,10 +137,10 @@ def _require_same_settings(run: Path, before: RunConfig, config: RunConfig, *, e
                 "--extend only adds epochs; use another run= for fewer",
             )
     if changed:
-        first = join_first([f"{key}: {old!r} there, {new!r} now" for key, old, new in changed], 4, separator="; ")
+        changes = changes_text(changed, type(config))
         only_epochs = [key for key, _, _ in changed] == ["optim.epochs"]
         remedy = "add --extend to continue to the new number" if only_epochs else "restore them, or use another run="
-        raise _refusal(run, f"belongs to other settings ({first})", remedy)
+        raise _refusal(run, f"belongs to other settings ({changes})", remedy)
 
 
 def _find(run: Path, name: str) -> tuple[Path | None, str]:

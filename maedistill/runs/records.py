@@ -74,12 +74,14 @@ class AppendOnlyFile:
 
 @contextmanager
 def ignore_write_errors(path: Path) -> Iterator[None]:
-    """Wrap the writing of an optional file: on OSError, remove the file and warn."""
+    """Wrap the writing of an optional file, whose folder is made: on OSError, remove the file and warn."""
     try:
+        path.parent.mkdir(exist_ok=True)
         yield
     except OSError as error:
         warn(f"{path} is left out: it cannot be written ({error.strerror})")
-        path.unlink(missing_ok=True)
+        if path.is_file():
+            path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,14 +6,15 @@ from pathlib import Path
 
 from maedistill.config.auto import with_numbers, with_numbers_of
 from maedistill.config.finetune import FinetuneConfig
-from maedistill.config.keys import differing_keys
+from maedistill.config.keys import changes_text, differing_keys
 from maedistill.config.plan import make_plan
 from maedistill.config.schema import RunConfig
 from maedistill.data.loading.order import label_subset
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.patterns import Split, find_shards
 from maedistill.data.shards.scan import USUAL, Members
-from maedistill.errors import ConfigError, join_first
+from maedistill.errors import ConfigError, UserError
+from maedistill.report.recorded import readable
 from maedistill.runs.checkpoint import latest_step
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.history import FINISHED, last_end
@@ -38,18 +39,15 @@ def is_done(config: RunConfig) -> bool:
             else [("stage", before.title, config.title)]
         )
         if changes:
-            texts = [f"{key}: {old!r} there, {new!r} now" for key, old, new in changes]
+            texts = changes_text(changes, type(config))
             raise ConfigError(
-                f"{folder.path} holds a run of other settings ({join_first(texts, 4, separator='; ')})",
+                f"{folder.path} holds a run of other settings ({texts})",
                 "restore them, remove that folder with what came from it, or use another --out",
             )
     if finished:
         _require_same_images(folder, config)
     else:
-        _find_once(config.data.train, split="train")
-        if config.data.val:
-            _find_once(config.data.val, split="val")
-        _require_steps(config)
+        _require_images(config)
     return finished
 
 
@@ -61,7 +59,9 @@ def is_scored(scorecard: Path, shards: str, members: Members = USUAL) -> bool:
     _find_once(shards, split="val")
     if not is_of_last_end(scorecard, scorecard.parent):
         return False
-    return json.loads(scorecard.read_text())["fingerprint"] == _fingerprint(shards, "val", members=members)
+    with readable(scorecard):
+        scored = json.loads(scorecard.read_text())["fingerprint"]
+    return bool(scored == _fingerprint(shards, "val", members=members))
 
 
 def is_of_last_end(file: Path, run: Path) -> bool:
@@ -86,17 +86,25 @@ def _require_same_images(folder: RunFolder, config: RunConfig) -> None:
             )
 
 
+def _require_images(config: RunConfig) -> None:
+    """Raise what the run would, with its name, if shards are missing, or too few for one step."""
+    try:
+        _find_once(config.data.train, split="train")
+        if config.data.val:
+            _find_once(config.data.val, split="val")
+        _require_steps(config)
+    except UserError as error:
+        raise type(error)(f"the run {config.run}: {error.cause}", error.remedy) from error
+
+
 def _require_steps(config: RunConfig) -> None:
-    """Raise ConfigError, as the run would, if its images, or the share that it has labels of, do not make one step."""
+    """Raise ConfigError if the images of a run, or the share that it has labels of, do not make one step."""
     data, fraction = config.data, 1.0
     if isinstance(config, FinetuneConfig) and config.distill.reads_labels:
         fraction = config.data.label_fraction
     members = Members(data.image_key, data.label_key)
     images = _count(data.train, data.index, members, fraction)
-    try:
-        make_plan(with_numbers(config, images, world_size=1), images, world_size=1)
-    except ConfigError as error:
-        raise ConfigError(f"the run {config.run}: {error.cause}", error.remedy) from None
+    make_plan(with_numbers(config, images, world_size=1), images, world_size=1)
 
 
 @cache

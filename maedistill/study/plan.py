@@ -8,7 +8,8 @@ while planning, so that errors in any of them are reported before the first step
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from graphlib import CycleError, TopologicalSorter
@@ -91,7 +92,7 @@ class StudyPlan:
         usable = self.study.teacher_steps(finetuned_only=root is FinetuneConfig)  # the others have no classifier
         filled, needs = list[str](), list[str]()
         given = self._given(root)
-        for text in [*texts, *_used(given, path, [*texts, *given], root)]:
+        for text in [*texts, *_used(name, given, path, [*texts, *given], root)]:
             if (key := text.partition("=")[0]) in _RESERVED_KEYS:
                 raise ConfigError(f"{name}: {text}: the study sets {key} itself", "leave it out")
             for placeholder, step in usable.items():
@@ -116,7 +117,7 @@ class StudyPlan:
             return network.config, list(network.set)
         path = network.config
         shared, texts = self.study.pretrain_set, [*self.study.pretrain_set, *network.set]
-        texts = [*_used(shared, path, texts, PretrainConfig), *network.set]
+        texts = [*_used(owner, shared, path, texts, PretrainConfig), *network.set]
         teachers = [name for name, teacher in self.study.teachers.items() if teacher.config is not None]
         named = any(text.startswith("teacher.source=") for text in (*texts, *self.settings))
         if named or not teachers:
@@ -181,14 +182,15 @@ class StudyPlan:
                 raise ConfigError(cause, f"it has {join_first(names)}")
 
 
-def _used(shared: Sequence[str], path: str, texts: Sequence[str], root: type[RunConfig]) -> list[str]:
+def _used(name: str, shared: Sequence[str], path: str, texts: Sequence[str], root: type[RunConfig]) -> list[str]:
     """Return those of `shared`, settings of several runs, that the method of one run uses: of `path` with `texts`.
 
-    A study gives alignment and teacher to all rows, and MAE among them has neither.
+    A study gives alignment and teacher to all rows, and MAE among them has neither. name: of the run or its network.
     """
     if root is not PretrainConfig:
         return list(shared)
-    method = read_setting(path, [text for text in texts if text.startswith("method=")], "method")
+    with _named(name):
+        method = read_setting(path, [text for text in texts if text.startswith("method=")], "method")
     unused = UNUSED_SECTIONS.get(method or PretrainConfig.model_fields["method"].default, ())
     return [text for text in shared if text.partition("=")[0].partition(".")[0] not in unused]
 
@@ -235,7 +237,14 @@ def add_tests(steps: Sequence[Step], out: Path, shards: str) -> list[Step]:
 
 
 def _load(name: str, path: str, settings: Sequence[str], root: type[Root], *, to_run: bool = True) -> Root:
-    try:
+    with _named(name):
         return load_config(path, settings, root=root, to_run=to_run).config
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Name the run, or the network, whose settings are wrong."""
+    try:
+        yield
     except ConfigError as error:
         raise ConfigError(f"{name}: {error.cause}", error.remedy) from None

@@ -18,7 +18,7 @@ import timm
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.models.meta import meta_device
 from maedistill.report import intervals
-from maedistill.report.recorded import PREDICTIONS
+from maedistill.report.recorded import PREDICTIONS, readable
 from maedistill.report.run_report import summary
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.history import FINISHED, last_end, read_metrics
@@ -27,7 +27,6 @@ from maedistill.study.schema import TEACHER_SEED, Study, TrainedNetwork
 
 _Facts = Mapping[str, Any]
 _MEASURES = {  # of each seed
-    "test_top1": ("test", "top1"),
     "pixels": ("pretrain", "pixels"),
     "knn": ("pretrain", "knn"),
     "pretrain_seconds": ("pretrain", "seconds"),
@@ -79,6 +78,7 @@ def summarize(runs: Mapping[str, _Facts], baseline: Mapping[str, _Facts]) -> dic
     accuracies, before = _column(runs, "finetune", "top1"), _column(baseline, "finetune", "top1")
     parameters = _column(runs, "finetune", "parameters") or _column(runs, "pretrain", "parameters")
     tuned = [facts["finetune"] for facts in runs.values() if "finetune" in facts]
+    tested = [facts["test"] for facts in runs.values() if "test" in facts]
     pairs = [(runs[seed]["finetune"], baseline[seed]["finetune"]) for seed in accuracies if seed in before]
     return {
         "each": accuracies,
@@ -86,6 +86,8 @@ def summarize(runs: Mapping[str, _Facts], baseline: Mapping[str, _Facts]) -> dic
         | _interval(accuracies.values(), lambda: intervals.of_count(*_counts(tuned[0]))),
         "difference": statistics(differences := [one["top1"] - other["top1"] for one, other in pairs])
         | _interval(differences, lambda: _difference(*pairs[0])),
+        "test_top1": statistics(scores := [facts["top1"] for facts in tested])
+        | _interval(scores, lambda: intervals.of_count(*_counts(tested[0]))),
         **{name: statistics(_column(runs, *key).values()) for name, key in _MEASURES.items()},
         **{name: next(iter(_column(runs, *key).values()), None) for name, key in _SIZES.items()},
         "parameters": next(iter(parameters.values()), None),
@@ -139,8 +141,13 @@ def run_facts(folder: RunFolder) -> dict[str, Any] | None:
     """Return the settings and the results of a finished run; None for a run that is not finished."""
     if last_end(folder.path) != FINISHED:
         return None
+    with readable(folder.path):
+        return _run_facts(folder)
+
+
+def _run_facts(folder: RunFolder) -> dict[str, Any]:
     config, metadata, records = folder.load_config(), folder.metadata(), read_metrics(folder.path)
-    last, network = summary(records), metadata["network"]
+    last, network = summary(records, folder.path), metadata["network"]
     with meta_device():
         vit = timm.create_model(network["name"], pretrained=False, **network["arguments"])
     common = {
@@ -167,7 +174,8 @@ def _facts_of(out: Path, *steps: str | None) -> dict[str, Any]:
         if (values := run_facts(RunFolder(out / step))) is not None:
             facts[stage] = values
             if stage == "finetune" and (scorecard := out / step / TEST_FILE).is_file():
-                facts["test"] = _score(json.loads(scorecard.read_text()))
+                with readable(scorecard):
+                    facts["test"] = _score(json.loads(scorecard.read_text()))
     if all(stage in facts for stage in runs):
         facts["total"] = {key: sum(facts[stage][key] for stage in runs) for key in ("epochs", "seconds")}
     return facts

@@ -55,8 +55,7 @@ def write_results(results: _Facts, out: Path, *, title: str, command: str, notes
         *markdown_table(*cost_cells(summaries)),
         *(["", caveat] if (caveat := pixel_caveat(summaries)) else []),
         "",
-        KNN_CAVEAT,
-        "",
+        *([KNN_CAVEAT, ""] if any(summary["knn"]["n"] for summary in summaries.values()) else []),
         *unfinished_lines(results["unfinished"]),
         f"Command: {code(command)}",
         "",
@@ -89,9 +88,9 @@ def accuracy_cells(summaries: Mapping[str, _Facts], baseline: str | None) -> tup
             each or "-",
         ]
         cells += [_difference(summary["difference"])] if baseline else []
-        cells += [_points(summary["test_top1"], unit=" %")] if tested else []
+        cells += [_points(summary["test_top1"], unit=" %"), _range(summary["test_top1"])] if tested else []
         rows.append(cells)
-    return [*heads, *(["test top-1"] if tested else [])], rows
+    return [*heads, *(["test top-1", "95 % interval"] if tested else [])], rows
 
 
 def pixel_caveat(summaries: Mapping[str, _Facts]) -> str:
@@ -138,7 +137,7 @@ def _trained(lines: Mapping[str, Sequence[str]], summaries: Mapping[str, _Facts]
 
 def interval_lines(summaries: Iterable[_Facts]) -> list[str]:
     """Say where the 95 % intervals of the page come from."""
-    used = {summary[name]["interval"] for summary in summaries for name in ("top1", "difference")}
+    used = {summary[name].get("interval") for summary in summaries for name in ("top1", "difference", "test_top1")}
     texts = [text for kind, text in _INTERVALS.items() if kind in used]
     return ["", f"95 % intervals: {'; '.join(texts)}."] if texts else []
 
@@ -170,7 +169,7 @@ def _points(stats: _Facts, *, unit: str = "", sign: str = "") -> str:
 
 def _range(stats: _Facts, sign: str = "") -> str:
     """Format an interval in percent, `55.10 to 58.92`."""
-    return "-" if stats["low"] is None else f"{100 * stats['low']:{sign}.2f} to {100 * stats['high']:{sign}.2f}"
+    return "-" if stats.get("low") is None else f"{100 * stats['low']:{sign}.2f} to {100 * stats['high']:{sign}.2f}"
 
 
 def _difference(stats: _Facts) -> str:

@@ -155,6 +155,8 @@ def test_amd_by_the_decoder_and_the_average_as_teacher(refused, tmp_path):
     load_config(file, [*shared, "generate.weight=0"], root=PretrainConfig)  # nothing is generated
     features = [*shared, "decoder.attention=cross", "pixels.weight=0", "log.pictures_every_epochs=1"]
     assert "pictures_every_epochs" in refused(GOOD, features).cause
+    for setting in ("decoder.predict_ratio=0.5", "pixels.target=raw"):
+        assert setting.partition("=")[0] in refused(GOOD, [*features[:-1], setting]).cause
     assert "generate.depth" in refused(GOOD, [*shared, "decoder.attention=cross", "generate.depth=1"]).cause
     average = ["method=amd", "masks.teacher_keep_ratio=1", "teacher.source=ema", "align.teacher=[11]"]
     assert "engine.zero" in refused(GOOD, [*average, "engine.zero=3"]).remedy

@@ -205,10 +205,22 @@ def test_a_shared_decoder_generates_features_and_leaves_the_pixels_alone(share: 
     losses = method(images, split, target)
     torch.testing.assert_close(losses["pixels"], MAE.forward(method, images, split)["pixels"])
     tokens, _ = method.encoder(normalize(images, method.mean, method.std), split.student)
-    _, rows = method.decoder(tokens, split, split.order[:, 16:32], with_rows=True)
+    _, rows = method.decoder(tokens, split, split.order[:, 16:32], num_pixels=4)
     for i, (s, t) in enumerate(((0, 1), (2, 3))):
         expected = (method.generators[i](rows) - target[t][:, 17:]).square().mean()
         torch.testing.assert_close(losses[f"generate/{s}"], expected)
+
+
+def test_a_shared_decoder_without_a_pixel_loss_computes_no_pixels() -> None:
+    method, teacher, split, images = build("amd cross shared")
+    initialize(method, seed=0)
+    expected = losses_of(method, teacher, split, images)
+    method.pixels = replace(method.pixels, weight=0.0)
+    losses = losses_of(method, teacher, split, images)
+    losses["loss"].backward()
+    assert losses.keys() == expected.keys() - {"pixels"} and method.decoder.head.weight.grad is None
+    torch.testing.assert_close(losses["loss"], expected["loss"] - expected["pixels"])
+    torch.testing.assert_close(losses["generate/0"], expected["generate/0"])
 
 
 @pytest.mark.parametrize("case", ["amd", "amd cross shared"])

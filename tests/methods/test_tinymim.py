@@ -79,9 +79,10 @@ def test_its_flops_are_counted(tmp_path):
     assert min(counts[part] for part in ("teacher", "encoder", "decoder", "backward")) > 0
 
 
-def test_a_dry_run_shows_its_flops(pretraining, settings, mae):
-    ended = pretraining("tinymim-dry", *settings["dmae"], "method=tinymim", "--dry-run")
+def test_a_dry_run_shows_its_flops_and_what_stays_untrained(pretraining, settings, mae):
+    ended = pretraining("tinymim-dry", *settings["dmae"], "method=tinymim", "pixels.weight=0", "--dry-run")
     assert "nothing was started: dry run" in ended.out and "GFLOP" in ended.out
+    assert "warning  with method=tinymim and pixels.weight=0" in ended.out
 
 
 def test_a_run_imitates_token_relations(pretraining, settings, mae):
@@ -90,4 +91,5 @@ def test_a_run_imitates_token_relations(pretraining, settings, mae):
     for step in steps:
         assert step["loss"] == pytest.approx(step["pixels"] + step["align/1/qk"] + step["align/1/vv"], rel=1e-5)
     assert steps[-1]["align/1/vv"] < steps[0]["align/1/vv"]
+    assert "nothing trains" not in ended.out
     assert "method   tinymim: student sees 4 of 16 patches, teacher the same" in ended.out

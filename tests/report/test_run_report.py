@@ -5,12 +5,14 @@ import json
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 
 from maedistill.config.finetune import FinetuneConfig
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
+from maedistill.errors import DataError
 from maedistill.report.run_report import next_commands, summary, write_finetune_report, write_run_report
 from maedistill.runs.folder import RunFolder
 from tests.exporting.imitation import START, imitate, random_vit
@@ -100,6 +102,9 @@ def test_a_report_does_without_matplotlib_and_without_pictures(trio, tmp_path, m
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert links(write_run_report(run)) == [] and "dmae" in table(run.report)
+    lines = (run.path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run.path / "metrics.jsonl").write_text("".join(line for line in lines if '"knn"' not in line))
+    assert "kNN on frozen" not in write_run_report(run).read_text()
 
 
 def test_a_summary_averages_rates_over_time_and_keeps_the_last_values():
@@ -109,10 +114,12 @@ def test_a_summary_averages_rates_over_time_and_keeps_the_last_values():
         {"step": 1, "knn": 0.5},
         step | {"loss": 1.0, "images_per_second": 40.0, "trained_seconds": 12.5, "step": 2},
     ]
-    last = summary(records)
+    last = summary(records, Path("x"))
     assert (last["loss"], last["knn"], last["step"], last["seconds"]) == (1.0, 0.5, 2, 12.5)
     assert last["rate"] == pytest.approx(200 / 12.5)  # 100 images in 10 s, 100 in 2.5 s
-    assert summary([step])["knn"] is None
+    assert summary([step], Path("x"))["knn"] is None
+    with pytest.raises(DataError, match=r"x/metrics\.jsonl"):
+        summary(records[1:2], Path("x"))
 
 
 def test_a_fine_tuned_run_names_its_exits_and_peers_and_their_commands(tmp_path):
@@ -126,7 +133,7 @@ def test_a_fine_tuned_run_names_its_exits_and_peers_and_their_commands(tmp_path)
             "".join(json.dumps({"step": 7, "epoch": 2.5} | record) + "\n" for record in records)
         )
         text = write_finetune_report(RunFolder(run)).read_text()
-        assert f"- {told[:4]} {told[4:]}: top-1 75.00 % (3 of 4)" in text
+        assert f"- {told[:4]} {told[4:]}: top-1 75.00 % (3 of 4), 95 % interval 30.06 to 95.44 %" in text
         first = f"--{told[:4]} {1 if name == 'peers' else 2}"
         assert f"maedistill export {run} {first}\n" in text and f"evaluate {run} val.tar {first}\n" in text
         assert ("maedistill evaluate exits" in text) == (name == "exits")

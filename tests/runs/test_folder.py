@@ -73,6 +73,13 @@ def test_epochs_may_grow_with_extend_and_never_shrink(config):
     assert "optim.clip: None there, 1.0 now" in refused(folder, config("optim.clip=1.0"), extend=True)
 
 
+def test_a_section_that_was_dropped_is_one_change(config):
+    folder = begun(lambda *more: config("decoder.width=16", "decoder.depth=1", "decoder.num_heads=2", "seed=1", *more))
+    changed = refused(folder, config())
+    assert "(seed: 1 there, 0 now; decoder: width=16, depth=1, num_heads=2 there, only defaults now)" in changed
+    assert "decoder.depth: 1 there, 2 now" in refused(folder, config("decoder.depth=2"))
+
+
 def test_a_run_that_is_extended_keeps_a_warmup_that_was_shortened(config, tmp_path, monkeypatch):
     """Here 20 of 100 epochs, the defaults, became 2 of 10; of 20 they would be 4."""
     folder, started = begun(lambda: config("optim.epochs=10")), []
@@ -186,7 +193,7 @@ def test_fresh_deletes_what_a_run_writes_and_nothing_else(config):
     other = config("seed=1")  # other settings are no reason to keep it
     RunFolder(folder.path).open(other, METADATA | {"init": "timm:x of step 2"}, execution={}, fresh=True, extend=False)
     left = {path.name for path in folder.path.iterdir()}
-    assert left == {"config.yaml", "run.json", "train.log", "lock", "pictures", "notes.txt"}
+    assert left == {"config.yaml", "run.json", "train.log", "lock", "notes.txt"}
     assert folder.load_config().seed == 1 and len(folder.metadata()["starts"]) == 1
     assert folder.metadata()["init"] == "timm:x of step 2"
 

@@ -24,6 +24,22 @@ def test_means_go_on_over_a_restart_exactly() -> None:
     assert second.read() == whole.read() and second.read() == {}
 
 
+def test_a_term_that_only_some_ranks_have_counts_where_it_is(monkeypatch) -> None:
+    """Ranks whose reductions differ in length would hang, and those in another order would mix up their terms."""
+    ranks, sent = [Averages(), Averages()], []
+    ranks[0].add({"loss": torch.tensor(1.0), "a": torch.tensor(3.0), "b": torch.tensor(5.0)})
+    ranks[1].add({"loss": torch.tensor(2.0), "b": torch.tensor(7.0)})
+    ranks[1].add({"c": torch.tensor(9.0), "b": torch.tensor(8.0), "loss": torch.tensor(6.0)})
+    monkeypatch.setattr(metrics.distributed, "gather_objects", lambda _: [list(one.sums) for one in ranks])
+    monkeypatch.setattr(metrics.distributed, "all_reduce_sum", lambda values: sent.append(values) or values)
+    for one in ranks:
+        one.totals()
+    assert list(sent[0]) == list(sent[1])
+    sums = {name: float(value + sent[1][name]) for name, value in sent[0].items()}
+    monkeypatch.setattr(metrics.distributed, "all_reduce_sum", lambda _: sums)
+    assert ranks[0].read() == {"loss": 3.0, "a": 3.0, "b": 20 / 3, "c": 9.0}
+
+
 def test_objects_that_belong_together_are_written_in_one_piece(tmp_path, monkeypatch) -> None:
     file, pieces, write = metrics.MetricsFile(tmp_path, first_step=0), [], os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: pieces.append(data) or write(descriptor, data))

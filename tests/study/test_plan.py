@@ -245,6 +245,12 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(study, keywords, c
     assert cause in raised.value.cause and remedy in raised.value.remedy
 
 
+def test_a_config_that_is_not_there_is_that_of_a_network(study) -> None:
+    students = study.students | {"mae": study.students["mae"].model_copy(update={"config": "gone.yaml"})}
+    with pytest.raises(ConfigError, match=r"^mae: there is no config file gone\.yaml"):
+        plan(study.model_copy(update={"students": students}))
+
+
 @pytest.mark.parametrize("text", ["seed=3", "run=a", "init.source=run:x"])
 def test_what_the_study_sets_itself_is_refused_wherever_it_is_set(study, text) -> None:
     dmae, teacher = study.students["dmae"], study.teachers["teacher"]

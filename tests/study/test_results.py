@@ -212,7 +212,7 @@ def test_one_seed_has_no_spread_and_a_test_set_its_column(study_folder) -> None:
     results = collect(Study.model_validate(STUDY), study_folder, [0])
     summaries = {name: network["summary"] for name, network in results["networks"].items()}
     rows = markdown_table(*accuracy_cells(summaries, "mae"))
-    assert rows[5] == "| mae | 1 | 60.00 % | 53.08 to 66.54 | 0: 60.00 | - | 75.00 % |"
+    assert rows[5] == "| mae | 1 | 60.00 % | 53.08 to 66.54 | 0: 60.00 | - | 75.00 % | 59.81 to 85.81 |"
     # Newcombe's interval of 126 and 120 of 200: no predictions say which images.
     assert summaries["dmae"]["difference"]["interval"] == "images"
     assert rows[6].startswith("| dmae | 1 | 63.00 % | 56.12 to 69.39 | 0: 63.00 | +3.00 (-6.49 to +12.41) |")
@@ -241,7 +241,7 @@ def test_a_run_is_done_by_the_same_settings_on_the_same_images_only(configs, sha
 def test_shards_that_are_not_there_are_missed_before_the_first_start(configs, shards, tmp_path) -> None:
     run = tmp_path / "run"
     for key in ("data.train", "data.val"):
-        with pytest.raises(DataError, match="no file matches 'nowhere/x-"):
+        with pytest.raises(DataError, match=f"the run {re.escape(str(run))}: .*no file matches 'nowhere/x-"):
             is_done(configs("finetune", run, f"{key}=nowhere/x-*.tar"))
     with pytest.raises(DataError, match=r"1 of 1 shards are missing: .*test\.tar"):
         is_scored(run / "test.json", "test.tar")
@@ -262,6 +262,11 @@ def test_a_scorecard_counts_for_its_own_shards_only(shards, tmp_path) -> None:
     assert not is_scored(file, val)
     file.write_text(json.dumps({"fingerprint": open_index(val).fingerprint()}))
     assert is_scored(file, val) and not is_scored(file, f"{shards}/train-*.tar")
+    whole = file.read_text()
+    file.write_text(whole[:9])
+    with pytest.raises(DataError, match=re.escape(str(file))):
+        is_scored(file, val)
+    file.write_text(whole)
     (tmp_path / "exit.json").write_text("{}")
     os.utime(file, ns=(0, (tmp_path / "exit.json").stat().st_mtime_ns - 1))
     assert not is_scored(file, val), "the run has gone on since"
