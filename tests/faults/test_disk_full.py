@@ -7,7 +7,6 @@ what a full disk does to the largest file first. Each run goes on from step 32 o
 import json
 import resource
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -70,7 +69,7 @@ def test_a_disk_that_takes_nothing_at_all_for_a_while_costs_nothing(pretraining,
     pid, everything = started.pids[0], resource.RLIM_INFINITY
     wait_until(lambda: 34 <= last_step(unfinished) < 38)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (10, everything))
-    time.sleep(1)
+    wait_until(lambda: "its lines are kept" in started.err and ".png is left out" in started.err)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (everything, everything))
     ended = started.finish()
     assert ended.err.count("metrics.jsonl cannot be written (File too large); its lines are kept") == 1
