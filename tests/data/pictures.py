@@ -5,7 +5,6 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image
 
 
 def encode(image, kind, **options) -> bytes:
@@ -14,23 +13,20 @@ def encode(image, kind, **options) -> bytes:
     return buffer.getvalue()
 
 
-def bomb(width=10_000, height=10_000) -> bytes:
-    """A PNG of a few bytes that says it has that many pixels."""
-    plain = encode(Image.new("RGB", (1, 1)), "PNG")
-    header = struct.pack(">II", width, height) + plain[24:29]
-    return plain[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + plain[33:]
+def png_of(chunks) -> bytes:
+    """A PNG of these chunks, (name, content), each with the right length and checksum."""
+    whole = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(whole)
 
 
 def png(pixels, *, colour, depth):
     """A PNG written by hand, since Pillow writes no 16-bit colour: pixels [H, W, channels], PNG colour type."""
     height, width = pixels.shape[:2]
-
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     rows = b"".join(b"\0" + row.tobytes() for row in pixels.astype(">u2" if depth == 16 else np.uint8))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return png_of([(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")])
 
 
 def tiff(pixels, *, order, compressed=False, alpha=2):

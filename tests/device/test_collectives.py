@@ -122,7 +122,10 @@ def ranks(monkeypatch) -> Ranks:
 
 def test_every_collective_sends_tensors_of_the_card(ranks):
     def work(rank: int) -> dict[str, Any]:
-        means = {"a": torch.full((), rank, device=CARD), "b": torch.ones((), device=CARD)}
+        means = {
+            "a": torch.full((), rank, device=CARD),
+            "b": torch.full((), 1 + 2e-8, dtype=torch.float64, device=CARD),
+        }
         rows = torch.arange(6.0, device=CARD).view(3, 2)[: 3 - 2 * rank] + 10 * rank
         distributed.barrier()
         return {
@@ -138,7 +141,7 @@ def test_every_collective_sends_tensors_of_the_card(ranks):
         }
 
     first, second = ranks.run(work)
-    assert first["sum"] == second["sum"] == {"a": 1.0, "b": 2.0}
+    assert first["sum"] == second["sum"] == {"a": 1.0, "b": 2 * (1 + 2e-8)}  # float64: 2e-8 is lost in float32
     assert first["rows"].tolist() == second["rows"].tolist() == [[0, 1], [2, 3], [4, 5], [10, 11]]
     assert first["sparse"].tolist() == [[0, 1], [2, 3], [4, 5], [10, 11]]
     assert first["none"].tolist() == second["none"].tolist() == [[10, 11]]

@@ -10,10 +10,8 @@ import importlib
 import json
 import os
 import runpy
-import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +32,15 @@ READS = {Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.nonzero, T
 READS |= {Tensor.__int__, Tensor.__index__, Tensor.__array__, torch.nonzero, torch.equal, torch.allclose}
 
 
-def test_no_value_is_read_in_a_step(root, pretraining, finetuning, tmp_path):
-    def read(tool: Any, *settings: str) -> dict[str, Any]:
+def test_no_value_is_read_in_a_step(launcher, pretraining, finetuning, tmp_path):
+    both = {pretraining: [*AMD, *SHORT], finetuning: [*TINY, *SHORT[:-2], "log.eval_every_epochs=10"]}
+    for tool, settings in both.items():
         run = tmp_path / Path(tool.tool).stem
-        command = [sys.executable, __file__, tool.tool, str(tool.config), f"run={run}", *settings]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-        subprocess.run(command, check=True, capture_output=True, timeout=300, cwd=root, env=environment)
-        return json.loads((run / "reads.json").read_text())
-
-    with ThreadPoolExecutor(2) as two:
-        pretrained = two.submit(read, pretraining, *AMD, *SHORT)
-        finetuned = two.submit(read, finetuning, *TINY, *SHORT[:-2], "log.eval_every_epochs=10")
-        for found in (pretrained.result(), finetuned.result()):
-            assert found["steps"] == 6  # 3 of 2 micro-batches
-            assert found["reads"] == []
-            assert found["between"] > 0, "logging reads, and is seen"
+        launcher.start(run, [__file__, tool.tool, tool.config, f"run={run}", *settings]).finish()
+        found = json.loads((run / "reads.json").read_text())
+        assert found["steps"] == 6  # 3 of 2 micro-batches
+        assert found["reads"] == []
+        assert found["between"] > 0, "logging reads, and is seen"
 
 
 class Calls(TorchFunctionMode):

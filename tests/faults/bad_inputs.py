@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from tests.faults.corpus import (
@@ -19,7 +18,6 @@ from tests.faults.corpus import (
     TINY_EXPORT,
     File,
     Trap,
-    animation,
     bare_pickle,
     bytes_bomb,
     copy_of,
@@ -40,7 +38,6 @@ from tests.faults.corpus import (
     tar,
     unlabelled,
     weights,
-    with_manifest,
     zip_bomb,
 )
 from tests.support.checkpoints import renew_manifest
@@ -87,9 +84,9 @@ def image(cause: str, data: bytes) -> Case:
     return shard(f"bad.tar:018: {cause}", "--verify", unlabelled(data))
 
 
-def odd_image(data: bytes, suffix: str = "png") -> Case:
+def odd_image(data: bytes) -> Case:
     """A shard of images that can be decoded, unusual as they are."""
-    return case(SHARD, 0, "bad samples: none", bad__tar=unlabelled(data, suffix=suffix))
+    return case(SHARD, 0, "bad samples: none", bad__tar=unlabelled(data))
 
 
 def lying_index(cause: str, **changes: object) -> Case:
@@ -151,7 +148,6 @@ def study(cause: str, remedy: str, text: str, **files: File) -> Case:
 
 LAUGHS = "a: &a [lol, lol]\n" + "".join(f"{b}: &{b} [{f'*{a}, ' * 9}]\n" for a, b in itertools.pairwise("abcdefghi"))
 MANY = {f"bad{i}__yaml": f"extends: [{f'bad{i + 1}.yaml, ' * 9}]\n" for i in range(9)} | {"bad9__yaml": "seed: 1\n"}
-CHAIN = {f"bad{i}__yaml": f"extends: bad{i + 1}.yaml\n" for i in range(300)}
 CONFIGS = {
     "a tag that runs a command": yaml(
         "object/apply:os.mkdir is a YAML tag", "without ! tags", f"run: !!python/object/apply:os.mkdir ['{CANARY}']\n"
@@ -160,17 +156,10 @@ CONFIGS = {
         f"{PRETRAIN} 'run=!!python/object/apply:os.mkdir [{CANARY}]'", 2, "is a YAML tag", "without ! tags"
     ),
     "a billion laughs": yaml("bad.yaml:2: *a is a YAML alias", "write the value itself", LAUGHS),
-    "a mapping that holds itself": yaml("*d is a YAML alias", "write the value itself", "data: &d {train: *d}\n"),
     "50,000 brackets": yaml("nested more than 8 deep", "sections and keys", "data: " + "[" * 50_000),
     "a NUL byte": yaml("bad.yaml:2: invalid YAML: the character U+0000", "remove it", b"method: mae\nrun: a\0b\n"),
     "an escaped NUL byte": case(f"{PRETRAIN} 'run=\"a\\0b\"'", 2, "control characters", "one plain line"),
-    "a text of 3 MB": yaml("more than 100,000 characters", "which file is meant", "run: " + "x" * 3_000_000),
-    "100,000 keys": yaml(
-        "more than 100,000 characters", "which file is meant", "".join(map("k{}: 1\n".format, range(100_000)))
-    ),
     "a file without end": case("pretrain /dev/zero", 2, "more than 100,000 characters", "which file is meant"),
-    "not UTF-8": yaml("bad.yaml cannot be read", "UTF-8", b"run: \xff\xfe\n"),
-    "UTF-16": yaml("bad.yaml cannot be read", "UTF-8", "run: run\n".encode("utf-16")),
     "a checkpoint": yaml("bad.yaml cannot be read", "UTF-8", pth({"model": weights()})),
     "a key twice": yaml("bad.yaml:2: run is given twice", "keep one", "run: a\nrun: b\n"),
     "an unknown key": yaml("unknown key optim.epoch", "did you mean optim.epochs?", "optim: {epoch: 3}\n"),
@@ -185,69 +174,31 @@ CONFIGS = {
         other__yaml="extends: bad.yaml\n",
     ),
     "a billion files": case("pretrain bad0.yaml", 2, "bad0.yaml extends more than 32 files", "fewer", **MANY),
-    "a chain of 300 files": case("pretrain bad0.yaml", 2, "bad0.yaml extends more than 32 files", "fewer", **CHAIN),
     "extends a file of the system": yaml(
         "/etc/passwd: a config file is a mapping", "--print-config", "extends: /etc/passwd\n"
     ),
     "extends a device": yaml("there is no file /dev/zero", "one that exists", "extends: /dev/zero\n"),
     "extends a URL": yaml("there is no file https:/a.example/b", "did you mean", "extends: https://a.example/b\n"),
-    "extends a name that is too long": yaml("there is no file aaa", "bad.yaml", f"extends: {'a' * 5000}\n"),
 }
 PATTERNS = {
     "a pipe": case(f"{PRETRAIN} 'data.train=pipe:mkdir {CANARY}'", 2, "is not an address of shards", "s3://"),
-    "a pipe in capitals": case(f"{PRETRAIN} 'data.train=PIPE:mkdir {CANARY}'", 2, "is not an address", "s3://"),
-    "a pipe made by braces": case(
-        f"{PRETRAIN} 'data.train=\"{{{{pi,}}}}pe:mkdir {CANARY}\"'", 2, "is not an address", "s3://"
-    ),
     "a pipe as index": case(f"{PRETRAIN} 'data.index=pipe:mkdir {CANARY}'", 2, "is not an address", "s3://"),
     "words of a shell": case(f"{PRETRAIN} 'data.train=$(mkdir {CANARY}).tar'", 3, "1 of 1 shards are missing", "copy"),
-    "a range without bound": case(
-        f"{PRETRAIN} 'data.train=a-{{{{0..999999999}}}}.tar'", 2, "expands to 1,000,000,000 shards", "at most 1,000,000"
-    ),
     "ranges that multiply": case(
         f"{PRETRAIN} 'data.train=a-{'{{0..999}}' * 4}.tar'",
         2,
         "expands to 1,000,000,000 shards or more",
         "at most 1,000,000",
     ),
-    "choices that multiply": case(
-        f"{PRETRAIN} 'data.train=a-{'{{a,b}}' * 40}.tar'", 2, "expands to 1,048,576 shards or more", "at most 1,000,000"
-    ),
-    "a range of 5,000 digits": case(
-        f"{PRETRAIN} 'data.train=a-{{{{0..{'9' * 5000}}}}}.tar'", 2, "is not a range", "{000000..000008}"
-    ),
-    "a range backwards": case(f"{PRETRAIN} 'data.train=a-{{{{9..1}}}}.tar'", 2, "runs backwards", "the smaller first"),
-    "two folders": case(
-        f"{PRETRAIN} 'data.train=\"{{{{one,two}}}}/a.tar\"'",
-        2,
-        "spans several folders",
-        "in one folder",
-        one=folder(a__tar=IMAGES),
-        two=folder(a__tar=IMAGES),
-    ),
-    "a missing shard": case(
-        f"{PRETRAIN} 'data.train={{good}}/shards/train-{{{{000000..000002}}}}.tar'", 3, "train-000002.tar", "copy"
-    ),
     "a shard twice": case(
         f"{PRETRAIN} 'data.train=\"{{{{bad,bad}}}}.tar\"'", 2, "bad.tar twice", "once", bad__tar=IMAGES
-    ),
-    "another scheme": case(f"{PRETRAIN} data.train=ftp://a.example/b.tar", 2, "is not an address", "s3://"),
-    "a chain of protocols": case(
-        f"{PRETRAIN} data.train=s3://a/b.tar::http://a.example/", 2, "chain of protocols", "plain address"
     ),
 }
 TARS = {
     "cut inside a member": shard("is cut inside", "copy or write this shard again", IMAGES[:3000]),
-    "cut at a boundary": shard("is cut at a member boundary", "copy or write", IMAGES[:2048]),
-    "a damaged header": shard("damaged header at byte 4096", "copy or write", IMAGES.replace(b"002.png", b"902.png")),
     "gzip": shard("bad.tar is compressed", "decompress it", tar(samples(), mode="w:gz")),
-    "empty file": shard("end mark is missing at byte 0", "copy or write", b""),
     "a zip": shard("bad.tar is not a tar", "copy or write", pth({})),
     "a symbolic link": shard("'000.png' is a link", "plain files only", tar(samples(), kind=b"2")),
-    "a hard link": shard("'000.png' is a link", "plain files only", tar(samples(), kind=b"1")),
-    "a device": shard("'000.png' is a link, a device", "plain files only", tar(samples(), kind=b"3")),
-    "a named pipe": shard("(tar type '6')", "plain files only", tar(samples(), kind=b"6")),
-    "an absolute name": shard("'/etc/cron.d/a.png' leads out", "do not use", tar({"/etc/cron.d/a.png": picture()})),
     "a name that climbs": shard(f"'{CANARY}/a.png' leads out", "do not use", tar({f"{CANARY}/a.png": picture()})),
     "a key twice": shard(
         "the key 'a' occurs twice", "unique keys", tar([("a.png", b""), ("b.png", b""), ("a.png", b"")])
@@ -273,16 +224,7 @@ LABELS = {
         tar(samples(label=text)),
         f"{FINETUNE} data.train=bad.tar",
     )
-    for name, text in {
-        "a word": b"cat",
-        "negative": b"-1",
-        "5,000 digits": b"9" * 5000,
-        "digits of another script": "१२".encode(),
-        "an underscore": b"1_0",
-        "a float": b"1.0",
-        "empty": b"",
-        "a pickle": bare_pickle(Trap()),
-    }.items()
+    for name, text in {"a word": b"cat", "a pickle": bare_pickle(Trap())}.items()
 } | {
     "missing": shard(
         "20 of 20 samples have no label", "labelled shards", unlabelled(picture()), f"{FINETUNE} data.train=bad.tar"
@@ -299,9 +241,6 @@ LABELS = {
     "classes that are no names": case(
         SHARD, 3, "not a list of names", '["name', bad__tar=IMAGES, classes__json="[1, 2]"
     ),
-    "classes that are no JSON": case(
-        SHARD, 3, "classes.json is not JSON", "or remove it", bad__tar=IMAGES, classes__json="{"
-    ),
     "classes nested deep": case(
         SHARD, 3, "classes.json is not JSON", "or remove it", bad__tar=IMAGES, classes__json="[" * 100_000
     ),
@@ -309,28 +248,11 @@ LABELS = {
 LIAR = "is not an index of format 1"
 INDEXES = {
     "another format": lying_index(LIAR, format=9),
-    "huge counts": lying_index(LIAR, starts=np.array([0, 1 << 60])),
-    "negative counts": lying_index(LIAR, starts=np.array([0, -5])),
     "offsets beyond the shard": lying_index(LIAR, offsets=lambda a: a + (1 << 40)),
-    "negative offsets": lying_index(LIAR, offsets=lambda a: a - (1 << 20)),
-    "offsets that overflow": lying_index(LIAR, offsets=lambda a: np.full_like(a, 2**63 - 1)),
-    "negative sizes": lying_index(LIAR, sizes=lambda a: -a),
-    "too few sizes": lying_index(LIAR, sizes=lambda a: a[:3]),
-    "sizes that are floats": lying_index(LIAR, sizes=lambda a: a + 0.5),
-    "negative labels": lying_index(LIAR, labels=lambda a: a - 1000),
-    "keys beyond the text": lying_index(LIAR, key_ends=lambda a: a + (1 << 40)),
-    "keys that are no UTF-8": lying_index(LIAR, key_text=lambda a: np.full_like(a, 255)),
     "another size": lying_index("bad.tar has 51,200 bytes instead of 10,240,000", shard_bytes=[10_240_000]),
-    "a size beyond 64 bits": lying_index(LIAR, shard_bytes=[1 << 70]),
     "another shard's name": lying_index("bad.tar is not in the index", shards=["other.tar"]),
     "a name that climbs": lying_index(LIAR, shards=["../../bad.tar"]),
-    "an absolute name": lying_index(LIAR, shards=["/etc/bad.tar"]),
-    "a number as name": lying_index(LIAR, shards=[3]),
     "a header beyond the file": index_file(LIAR, header({}, length=1 << 62)),
-    "an array beyond the file": index_file(
-        LIAR, header({"starts": {"dtype": "I64", "shape": [1 << 58], "data_offsets": [0, 1 << 61]}})
-    ),
-    "text nested deep": index_file(LIAR, header({}, text="[" * 100_000)),
     "a pickle": index_file(LIAR, bare_pickle(Trap())),
     "missing": case(f"{PRETRAIN} data.index=none", 3, "the index none does not exist", "leave data.index out"),
     "of other shards": case(
@@ -344,21 +266,13 @@ INDEXES = {
 UNKNOWN = "no JPEG, PNG, WEBP file"
 PICTURES = {
     "zero bytes": image(UNKNOWN, b""),
-    "a text": image(UNKNOWN, b"no image"),
-    "half a PNG": image("image file is truncated", picture()[:60]),
     "half a JPEG": image("", picture("JPEG")[:300]),
     "a bomb of 3,600 megapixels": image("", png(60_000, 60_000)),
     "a bomb of 64 megapixels": image("8001 x 8000 pixels, more than 64,000,000", png(8001, 8000)),
-    "no pixels": image(UNKNOWN, png(0, 9)),
     "a GIF": image(UNKNOWN, picture("GIF")),
-    "a TIFF": image(UNKNOWN, picture("TIFF")),
     "a PostScript program": image(UNKNOWN, f"%!PS-Adobe-3.0 EPSF-3.0\n({CANARY}) (w) file closefile\n".encode()),
     "a pickle": image(UNKNOWN, bare_pickle(Trap())),
     "16 bits": odd_image(png(32, 32, depth=16, rows=(b"\0" + bytes(32 * 6)) * 32)),
-    "CMYK": odd_image(picture("JPEG", "CMYK"), "jpg"),
-    "palette": odd_image(picture("PNG", "P")),
-    "grayscale": odd_image(picture("JPEG", "L"), "jpeg"),
-    "animated": odd_image(animation(), "webp"),
     "a JPEG named .png": odd_image(picture("JPEG")),
     "one bad among good": case(
         SHARD, 0, "bad.tar:018: no JPEG, PNG, WEBP file", bad__tar=unlabelled(picture(), last=b"")
@@ -414,7 +328,6 @@ SOURCES = {
     "whole numbers": teacher(
         "holds torch.int64", "weights", pth(weights(norm__bias=torch.ones(32, dtype=torch.int64)))
     ),
-    "complex numbers": teacher("holds torch.complex64", "weights", pth(weights(norm__bias=torch.ones(32) + 1j))),
     "sparse": teacher(
         "norm.bias is not a plain tensor", "to_dense", pth(weights(norm__bias=torch.ones(32).to_sparse()))
     ),
@@ -424,9 +337,6 @@ SOURCES = {
         "clone",
         pth(weights(blocks__0__attn__q_bias=torch.ones(1).expand(1 << 40))),
     ),
-    "positions of 8 GB": teacher(
-        "pos_embed is not a plain tensor", "clone", pth(weights(pos_embed=torch.ones(1).expand(1, (1 << 26) + 1, 32)))
-    ),
     "a number for AMD's tokens": teacher(
         "bad samples: none", "", pth({"model": weights(), "generator_mask_tokens": 3}), code=0
     ),
@@ -435,9 +345,6 @@ SOURCES = {
     "the home of nobody": case(f"{TEACHER.removesuffix('bad')}~nobody-here/a", 3, "no such file", "path"),
     "timm's folder with a pickle": teacher_folder(
         "non-allowlisted pickle globals", TINY_EXPORT, pth({"model": weights(), "more": Trap()})
-    ),
-    "timm's folder with NaN": teacher_folder(
-        "are not finite", TINY_EXPORT, pth(weights(norm__bias=torch.full((32,), torch.nan)))
     ),
     "timm's folder of 1,000,000,000 blocks": teacher_folder("depth is 1000000000, more than 1,000", DEEP),
     "timm's folder with words as mean": teacher_folder(
@@ -450,7 +357,6 @@ SOURCES = {
 STARTS = {
     "without checkpoints": start("bad holds no checkpoint", lambda run: shutil.rmtree(run / "checkpoints")),
     "without its record": start("its run.json is not there", lambda run: (run / "run.json").unlink()),
-    "its record cut": start("run.json cannot be read", lambda run: (run / "run.json").write_text('{"stage": ')),
     "its record nested deep": start(
         "run.json cannot be read", lambda run: (run / "run.json").write_text("[" * 100_000)
     ),
@@ -484,35 +390,10 @@ STARTS = {
 INTACT, RESTORE = "no checkpoint in bad/checkpoints is intact: step_000000001", "restore one from a copy"
 CHECKPOINTS = {
     "a flipped bit": resumed(INTACT, RESTORE, flip("model.safetensors", 3000)),
-    "cut": resumed(INTACT, RESTORE, lambda run: os.truncate(newest(run) / "optimizer.safetensors", 100)),
-    "a manifest that lies": resumed(INTACT, RESTORE, flip("manifest.json", 40)),
-    "a manifest cut, with a true checksum": resumed(INTACT, RESTORE, with_manifest("{")),
-    "a manifest that climbs": resumed(
-        INTACT,
-        RESTORE,
-        with_manifest('{"format": 1, "files": {"../../../../etc/passwd": {"bytes": 1, "sha256": "a"}}}'),
-    ),
-    "without COMPLETE": resumed(INTACT, RESTORE, lambda run: (newest(run) / "COMPLETE").unlink()),
-    "a file in its place": resumed(
-        INTACT, RESTORE, lambda run: (shutil.rmtree(newest(run)), (run / "checkpoints/step_000000001").touch())
-    ),
     "of another model": resumed(
         "belongs to another model",
         "settings",
         edit_weights("model.safetensors", lambda t: {f"x{n}": v for n, v in t.items()}),
-    ),
-    "moments of other names": resumed(
-        "belongs to another model",
-        "settings",
-        edit_weights("optimizer.safetensors", lambda t: {f"x{n}": v for n, v in t.items()}),
-    ),
-    "moments that are missing": resumed(
-        "1 tensors differ", "settings", edit_weights("optimizer.safetensors", lambda t: dict(list(t.items())[:-1]))
-    ),
-    "moments of other shapes": resumed(
-        "(3,) in optimizer.safetensors",
-        "settings",
-        edit_weights("optimizer.safetensors", lambda t: {n: torch.zeros(3) for n in t}),
     ),
     "a pickle as moments": resumed(
         "optimizer.safetensors cannot be used",
@@ -521,11 +402,6 @@ CHECKPOINTS = {
             (newest(run) / "optimizer.safetensors").write_bytes(bare_pickle(Trap())),
             renew_manifest(newest(run)),
         ),
-    ),
-    "a state cut, with a true manifest": resumed(
-        INTACT,
-        RESTORE,
-        lambda run: ((newest(run) / "state.json").write_text("{"), renew_manifest(newest(run))),
     ),
 }
 RUNS = {
@@ -546,7 +422,6 @@ RUNS = {
     ),
     "a file in its place": case(f"{PRETRAIN} run=bad", 2, "run: bad cannot be written to", "another run=", bad="mine"),
     "where nobody may write": case(f"{PRETRAIN} run=/proc/maedistill", 2, "cannot be written to", "another run="),
-    "below a device": case(f"{PRETRAIN} run=/dev/null/a", 2, "cannot be written to", "another run="),
     "settings with a tag": case(
         f"{PRETRAIN} run=bad",
         2,
@@ -566,11 +441,9 @@ RUNS = {
 }
 OTHERS = {"bad": folder(thesis__tex="years")}
 EXPORTS = {
-    "a folder of others": kept_out("bad", "holds something other than an export (thesis.tex)", **OTHERS),
     "a link to it": kept_out("link", "(thesis.tex)", **OTHERS, link=link("bad")),
     "a way around": kept_out("new/../bad", "(thesis.tex)", **OTHERS),
     "this folder by a way around": kept_out("new/..", "is the working directory", thesis__tex="years"),
-    "this folder": kept_out(".", "is the working directory"),
     "no name": kept_out("''", "is the working directory"),
     "the run itself": kept_out("{good}/mae", "(checkpoints, config.yaml, run.json)"),
     "a file": kept_out("bad", "something other", bad="years"),
@@ -581,8 +454,6 @@ EXPORTS = {
         "new", "new.old.tmp is in the way", 3, new__old__tmp=folder(thesis__tex="years")
     ),
     "below a file": kept_out("bad/export", "cannot be written", 3, bad="years"),
-    "where nobody may write": kept_out("/proc/maedistill", "cannot be written", 3),
-    "a name that is too long": kept_out("a" * 300, "cannot be written", 3),
     "of a run with settings of tags": exported(
         "is a YAML tag", lambda run: (run / "config.yaml").write_text("run: !!python/none"), 2
     ),
@@ -637,13 +508,11 @@ MAKING = {
         3, "is a link to a folder above it", "remove", a=folder(a__png=picture(), again=link(".."))
     ),
     "a named pipe": making(3, "a.png: it is no file", "SRC", a__png=lambda path, good: os.mkfifo(path)),
-    "a device": making(3, "a.png: it is no file", "SRC", a__png=link("/dev/zero")),
     "an image of a terabyte": making(3, "a.png: 1,099,511,627,776 bytes", "SRC", a__png=sparse(1 << 40)),
     "a folder of others": making(2, "out is not empty", "new or empty", folder(thesis__tex="years")),
     "a report cut": making(
         2, "make_shards.json is not what make_shards writes", "another OUT", folder(make_shards__json="{")
     ),
-    "a report of others": making(2, "make_shards.json", "another OUT", folder(make_shards__json="[1]")),
     "an index to verify that is none": case(
         "make_shards --verify bad", 3, LIAR, "remove it", bad=folder(train__index__safetensors=bare_pickle(Trap()))
     ),
@@ -652,7 +521,6 @@ STUDENT = "out: out\nseeds: [0]\nstudents: {{{name}: {{config: {config}}}}}\nfin
 STUDIES = {
     "a tag": study("is a YAML tag", "without ! tags", f"out: !!python/object/apply:os.mkdir ['{CANARY}']\n"),
     "no YAML": study("bad.yaml:2: invalid YAML", "correct it", "out: [\n"),
-    "a text of 3 MB": study("more than 100,000 characters", "which file", "x" * 3_000_000),
     "a student that climbs": study("dots are for the command line", "", STUDENT.format(name=CANARY, config="a.yaml")),
     "a student that is nowhere": study(
         "there is no config file none.yaml", "", STUDENT.format(name="a", config="none.yaml"), finetune__yaml="run: a\n"

@@ -4,7 +4,6 @@ A file of a case is its bytes, its text, or a function `(path, good)` that makes
 shards and runs. Hostile ones would create the folder `../../canary` beside all cases if anything of them ran.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -35,6 +34,7 @@ from maedistill.models.vits import build_vit
 from maedistill.runs.checkpoint import take_snapshot, write_snapshot
 from maedistill.runs.folder import RunFolder
 from maedistill.training.engine import MOMENTS, TrainingState
+from tests.data.pictures import encode, png_of
 from tests.support.checkpoints import renew_manifest
 
 Make = Callable[[Path, Path], object]
@@ -52,30 +52,16 @@ class Trap:
 # -- images --
 
 
-def picture(kind: str = "PNG", mode: str = "RGB", **options: Any) -> bytes:
+def picture(kind: str = "PNG") -> bytes:
     """A gradient of 32 x 32 pixels."""
     row, column = np.mgrid[0:32, 0:32] * 8
-    image = Image.fromarray(np.stack([row, column, (row + column) // 2], axis=-1).astype(np.uint8)).convert(mode)
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+    return encode(Image.fromarray(np.stack([row, column, (row + column) // 2], axis=-1).astype(np.uint8)), kind)
 
 
 def png(width: int, height: int, *, depth: int = 8, rows: bytes = b"") -> bytes:
     """A PNG of RGB pixels that says it has this size, whatever its rows hold."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
-def animation() -> bytes:
-    """A WebP of two frames."""
-    buffer, frames = io.BytesIO(), [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
-    frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:])
-    return buffer.getvalue()
+    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+    return png_of([(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")])
 
 
 # -- tars and their indexes --
@@ -225,22 +211,6 @@ def edit_weights(file: str, change: Callable[[dict[str, Tensor]], dict[str, Tens
         renew_manifest(where)
 
     return edit
-
-
-def with_manifest(text: str) -> Callable[[Path], object]:
-    """Put another manifest into the newest checkpoint, and its true checksum beside it."""
-
-    def change(run: Path) -> None:
-        manifest = newest(run) / "manifest.json"
-        manifest.write_text(text)
-        (newest(run) / "COMPLETE").write_text(sha256(manifest))
-
-    return change
-
-
-def sha256(path: Path) -> str:
-    """A file's checksum."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def flip(file: str, place: int) -> Callable[[Path], object]:

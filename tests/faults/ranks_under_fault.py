@@ -98,8 +98,6 @@ def _save_slowly() -> None:
 def _do(fault: str) -> None:
     if fault.startswith("data"):
         raise DataError("shard 3 is gone", "bring it back")
-    if fault == "bug":
-        raise KeyError("oops")
     if fault == "dies unheard":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "hang":

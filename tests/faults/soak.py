@@ -19,13 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import psutil
-from PIL import Image
 
-from maedistill.data.shards.sources import open_folder
-from maedistill.data.shards.write import make_shards
 from maedistill.runs.checkpoint import latest_step
+from tests.conftest import write_shards
 from tests.faults.harm import FAULTS, PEER, Scene
 from tests.faults.notes import WEIGHTS, same_result
 from tests.support.launch import Launcher, Start
@@ -153,16 +150,9 @@ def _session(process: psutil.Process) -> int | None:
 
 
 def draw_shards(folder: Path) -> list[Path]:
-    """Four shards of noisy gradients, the bytes of one image overwritten."""
-    draws, ramp = np.random.default_rng(0), np.mgrid[0:32, 0:32][0][..., None] / 31  # [32, 32, 1]
-    for i in range(IMAGES):
-        one, other = draws.uniform(0, 255, (2, 3))
-        pixels = one * ramp + other * (1 - ramp) + draws.normal(0, 4, (32, 32, 3))
-        file = folder / "pictures" / "train" / "abc"[i % 3] / f"{i:03d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file)
-    make_shards(open_folder(folder / "pictures"), folder / "shards", images_per_shard=IMAGES // 4)
-    shards = sorted((folder / "shards").glob("*.tar"))
+    """The four training shards of the tests, the bytes of one image overwritten."""
+    write_shards(folder / "pictures", folder / "shards")
+    shards = sorted((folder / "shards").glob("train-*.tar"))
     whole = shards[0].read_bytes()
     at = whole.index(b"\x89PNG")
     shards[0].write_bytes(whole[:at] + b"damaged!" + whole[at + 8 :])

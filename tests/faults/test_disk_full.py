@@ -7,7 +7,6 @@ what a full disk does to the largest file first. Each run goes on from step 32 o
 import json
 import resource
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -45,7 +44,7 @@ def assert_same_end(run: Path, reference: Path) -> None:
 def test_a_full_disk_ends_a_run_with_exit_3_and_with_room_it_comes_to_the_same_end(
     pretraining, mae, unfinished, every, step, failures
 ):
-    started = pretraining.start(unfinished.name, *GOES_ON, f"log.save_every_epochs={every}", launcher="bare")
+    started = pretraining.start(unfinished.name, *GOES_ON, f"log.save_every_epochs={every}", launcher="piped")
     size = (unfinished / "checkpoints" / "step_000000032" / "model.safetensors").stat().st_size
     resource.prlimit(started.pids[0], resource.RLIMIT_FSIZE, (size, size))
     ended = started.finish(3)
@@ -65,12 +64,12 @@ def test_a_full_disk_ends_a_run_with_exit_3_and_with_room_it_comes_to_the_same_e
 def test_a_disk_that_takes_nothing_at_all_for_a_while_costs_nothing(pretraining, mae, unfinished):
     """Not one line of metrics.jsonl; its pictures are left out."""
     started = pretraining.start(
-        unfinished.name, *GOES_ON, "log.pictures_every_epochs=0.1", launcher="bare", witness=True, WITNESS_PACE="0.6"
+        unfinished.name, *GOES_ON, "log.pictures_every_epochs=0.1", launcher="piped", witness=True, WITNESS_PACE="0.6"
     )
     pid, everything = started.pids[0], resource.RLIM_INFINITY
     wait_until(lambda: 34 <= last_step(unfinished) < 38)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (10, everything))
-    time.sleep(1)
+    wait_until(lambda: "its lines are kept" in started.err and ".png is left out" in started.err)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (everything, everything))
     ended = started.finish()
     assert ended.err.count("metrics.jsonl cannot be written (File too large); its lines are kept") == 1
@@ -82,7 +81,7 @@ def test_a_disk_that_takes_nothing_at_all_for_a_while_costs_nothing(pretraining,
 def test_a_disk_that_takes_nothing_ends_a_run_with_exit_3_and_leaves_nothing(pretraining, mae, unfinished):
     # without TensorBoard, whose own thread would print a traceback first
     settings = [*GOES_ON, "log.trackers=[]"]
-    started = pretraining.start(unfinished.name, *settings, launcher="bare", witness=True, WITNESS_PACE="0.6")
+    started = pretraining.start(unfinished.name, *settings, launcher="piped", witness=True, WITNESS_PACE="0.6")
     wait_until(lambda: 34 <= last_step(unfinished) < 38)
     resource.prlimit(started.pids[0], resource.RLIMIT_FSIZE, (10, 10))
     ended = started.finish(3)

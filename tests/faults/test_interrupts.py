@@ -17,6 +17,7 @@ from tests.support.waiting import wait_until
 NO_EXTRAS = ["log.pictures_every_epochs=null", "log.knn_every_epochs=null"]
 SCRATCH = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.num_heads=2"]
 OFTEN = ["method=mae", "optim.epochs=12", "optim.warmup_epochs=1", "log.save_every_epochs=12", *NO_EXTRAS]
+OFTEN += ["log.every_steps=7"]
 
 
 def losses(finished):
@@ -29,11 +30,16 @@ def end_of(run):
     return json.loads((run / "exit.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def alone(pretraining):
+    """The uninterrupted run of one rank."""
+    return pretraining("uninterrupted-1", *OFTEN)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_ctrl_c_to_one_rank_saves_on_all_and_the_same_command_gives_the_same_bits(pretraining, ranks):
-    slow = {"FAULTS_PACE": 0.02}
-    whole = pretraining(f"ctrl_c_whole-{ranks}", *OFTEN, "log.every_steps=7", ranks=ranks)
-    started = pretraining.start(f"ctrl_c_cut-{ranks}", *OFTEN, "log.every_steps=7", ranks=ranks, **slow)
+def test_ctrl_c_to_one_rank_saves_on_all_and_the_same_command_gives_the_same_bits(pretraining, alone, ranks):
+    whole = alone if ranks == 1 else pretraining("uninterrupted-2", *OFTEN, ranks=2)
+    started = pretraining.start(f"ctrl_c_cut-{ranks}", *OFTEN, ranks=ranks, FAULTS_PACE=0.02)
     wait_until(lambda: logged(started.run) > 1)
     started.signal(signal.SIGINT, ranks - 1)
     cut = started.finish(130)
@@ -41,7 +47,7 @@ def test_ctrl_c_to_one_rank_saves_on_all_and_the_same_command_gives_the_same_bit
     assert end["exit_code"] == 130 and 14 <= end["step"] < 96
     assert f"stopped by Ctrl-C after step {end['step']}, which is saved" in cut.err
     assert ("continue with: " in cut.err) == (ranks == 1)
-    whole_again = pretraining(f"ctrl_c_cut-{ranks}", *OFTEN, "log.every_steps=7", ranks=ranks)
+    whole_again = pretraining(f"ctrl_c_cut-{ranks}", *OFTEN, ranks=ranks)
     assert weights(whole_again) == weights(whole)
     assert losses(whole_again) == losses(whole)  # no line more or less, means over the cut included
 
@@ -70,15 +76,14 @@ def test_a_second_ctrl_c_leaves_at_once_and_says_what_was_saved_last(pretraining
     assert "second Ctrl-C: step 2 is" in end["reason"] and end["reason"] in ended.err
 
 
-def test_a_kill_between_two_log_lines_leaves_no_trace_in_the_record(pretraining):
-    arguments = [*OFTEN[:3], "log.save_every_epochs=1", "log.every_steps=7", *NO_EXTRAS]  # saves every 8 steps
-    whole = pretraining("record_whole", *arguments)
+def test_a_kill_between_two_log_lines_leaves_no_trace_in_the_record(pretraining, alone):
+    arguments = [*OFTEN, "log.save_every_epochs=1"]  # saves every 8 steps
     started = pretraining.start("record_killed", *arguments, FAULTS_PACE=0.05)
     wait_until(lambda: (started.run / "checkpoints/step_000000024/COMPLETE").exists())
     started.signal(signal.SIGKILL)
     step = int(started.finish(-9).last_checkpoint().name.removeprefix("step_"))
-    assert losses(pretraining("record_killed", *arguments)) == losses(whole)
-    log = (whole.run.parent / "record_killed/train.log").read_text().splitlines()
+    assert losses(pretraining("record_killed", *arguments)) == losses(alone)
+    log = (started.run / "train.log").read_text().splitlines()
     assert sum(line.startswith("=== ") for line in log) == 2
     assert any(line.startswith(f"continues at step {step} of 96") for line in log)
     assert log[-1].startswith("done: ")

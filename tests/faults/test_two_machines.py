@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.machines import Machines, Unavailable
-from tests.faults.notes import losses, same_result
+from tests.faults.notes import logged, losses, same_result
+from tests.support.waiting import wait_until
 
 STEPS = 56
 PEER_SECONDS = 10  # engine.timeout_seconds: how long a rank waits for one that was cut off
@@ -43,7 +44,7 @@ def test_a_machine_that_goes_and_comes_back_changes_nothing(machines, pretrainin
 
     assert losses(whole)[-1]["step"] == STEPS
     both = start()
-    wait_for_step(run, 10)
+    wait_until(lambda: logged(run) > 10)
     machines.plug(False)
     cut = time.monotonic()
     assert all(ended(both)[0]), "both leave with an error"
@@ -51,7 +52,7 @@ def test_a_machine_that_goes_and_comes_back_changes_nothing(machines, pretrainin
     machines.plug(True)
 
     both = start()
-    wait_for_step(run, 30)
+    wait_until(lambda: logged(run) > 30)
     machines.switch_off(1)
     codes, printed = ended(both)
     assert all(codes) and "continues at step" in printed, "the other leaves with an error"
@@ -59,11 +60,3 @@ def test_a_machine_that_goes_and_comes_back_changes_nothing(machines, pretrainin
     codes, printed = ended(start())
     assert codes == [0, 0] and "continues at step" in printed
     same_result(run, whole)
-
-
-def wait_for_step(run: Path, step: int) -> None:
-    """Return when the run has logged so many steps."""
-    metrics, deadline = run / "metrics.jsonl", time.monotonic() + TIMEOUT
-    while not metrics.exists() or f'"step": {step}, "loss"' not in metrics.read_text():
-        assert time.monotonic() < deadline, f"step {step} does not come"
-        time.sleep(0.005)

@@ -215,7 +215,7 @@ def test_a_restart_takes_for_its_own_what_its_job_has_begun(config, monkeypatch,
     assert folder.was_begun_by_this_job()
 
 
-def test_fresh_spares_a_folder_in_use_and_one_that_is_no_run(config):
+def test_fresh_spares_a_folder_in_use_and_one_that_is_no_run(config, launcher, tmp_path):
     folder = begun(config)
     before = sorted(folder.path.rglob("*"))  # this process holds the lock, so another one tries
     program = f"""
@@ -226,8 +226,8 @@ config = load_config({str(folder.config)!r}, root=PretrainConfig).config
 RunFolder(config.run).open(config, {METADATA!r}, execution={{}}, fresh=True, extend=False)
 """
     with folder.recorded_end():
-        tried = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        assert "is in use by process" in tried.stderr and sorted(folder.path.rglob("*")) == before
+        tried = launcher.start_text(tmp_path, program).finish(1)
+        assert "is in use by process" in tried.err and sorted(folder.path.rglob("*")) == before
     (folder.path / "run.json").unlink()
     with pytest.raises(ConfigError, match="cannot be trusted"):
         RunFolder(folder.path).open(config(), METADATA, execution={}, fresh=True, extend=False)

@@ -1,6 +1,5 @@
 """A run folder has one owner at a time, and a dead owner holds nothing."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ import pytest
 
 from maedistill.errors import ConfigError
 from maedistill.runs.lock import FolderLock
+from tests.support.forked import exit_code, fork
 
 # Takes the lock, starts a child by fork that outlives it (as a loader worker may), says so and waits.
 OWNER = """
@@ -54,10 +54,4 @@ def test_a_killed_owner_frees_it_though_its_child_lives(tmp_path, owner):
 
 def test_released_it_is_free_for_other_processes(tmp_path):
     FolderLock(tmp_path).release()
-    with multiprocessing.get_context("spawn").Pool(1) as other:
-        assert other.apply(_takes, (tmp_path,))
-
-
-def _takes(folder: Path) -> bool:
-    FolderLock(folder).release()
-    return True
+    assert exit_code(fork(lambda: FolderLock(tmp_path).release())) == 0

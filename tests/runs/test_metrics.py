@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from maedistill.runs import metrics
-from maedistill.runs.history import read_metrics
 from maedistill.runs.metrics import Averages
 
 
@@ -46,25 +45,6 @@ def test_objects_that_belong_together_are_written_in_one_piece(tmp_path, monkeyp
     file.write(3, {"top1": 0.5}, {"exit0_top1": float("nan")})
     assert len(pieces) == 1 and pieces[0] == b'{"step": 3, "top1": 0.5}\n{"step": 3, "exit0_top1": null}\n'
     file.close()
-
-
-def test_tensorboard_has_groups_and_the_settings(tmp_path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-
-    (tmp_path / "config.yaml").write_text("seed: 0\noptim: {lr: 0.5, betas: [0.9, 0.95]}\n")
-    file = metrics.MetricsFile(tmp_path, first_step=0, trackers=("tensorboard",))
-    file.write(1, {"loss": 1.0, "lr": 0.1, "images_per_second": 5.0, "epoch": 0.5})
-    file.write(1, {"knn": 0.5, "epoch": 0.5})
-    file.close()
-    board = EventAccumulator(str(tmp_path / "tb")).Reload()
-    settings, events = board.summary_metadata["_hparams_/session_start_info"].plugin_data.content, board.Tags()
-    start = HParamsPluginData.FromString(settings).session_start_info.hparams
-    assert start["seed"].number_value == 0 and start["optim.lr"].number_value == 0.5
-    assert start["optim.betas"].string_value == "[0.9, 0.95]"
-    names = {"train/loss", "train/lr", "train/epoch", "sys/images_per_second", "val/knn", "val/epoch"}
-    assert set(events["scalars"]) == names and events["tensors"] == ["config/text_summary"]
-    assert [set(record) for record in read_metrics(tmp_path)][1] == {"step", "knn", "epoch"}  # flat as ever
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from maedistill.config import shared_rules
 from maedistill.config.loader import load_config
@@ -135,6 +136,10 @@ def test_a_continued_run_appends_the_same_points_and_pictures_to_every_tracker_a
     file.close()
     names = {"train/loss", "train/lr", "train/epoch", "sys/data_wait", "val/knn", "val/epoch"}
     board = EventAccumulator(str(tmp_path / "tb"), size_guidance={"images": 0}).Reload()
+    settings = board.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    start = HParamsPluginData.FromString(settings).session_start_info.hparams
+    assert start["optim.lr"].number_value == 0.5 and start["optim.betas"].string_value == "[0.9, 0.95]"
+    assert board.Tags()["tensors"] == ["config/text_summary"]
     shown = {(tag, event.step): event.value for tag in board.Tags()["scalars"] for event in board.Scalars(tag)}
     assert {tag for tag, _ in shown} == names and len(shown) == 4 * 8 + 2
     for tracker in (mlflow, wandb):

@@ -4,6 +4,7 @@
 
 `by`:
     fork       one process per rank from fork_server.py, which has imported everything: the fast way, and the default
+    piped      the same, its output through pipes: a limit on the size of files does not reach what it prints
     bare       a new interpreter
     torchrun, deepspeed, slurm
                as these start the ranks; for slurm, one new interpreter per rank with srun's variables
@@ -121,6 +122,11 @@ class Start:
         """Return what all ranks printed."""
         return self.out + self.err
 
+    def said(self, rank: int = 0) -> tuple[str, str]:
+        """Return what one rank printed to stdout and stderr."""
+        out, err = self.logs[rank]
+        return out.read_text(), err.read_text()
+
 
 class Launcher:
     """Starts programs, and the fork server of this test session. folder: for what they print."""
@@ -165,8 +171,10 @@ class Launcher:
         scripts, port = Path(sys.executable).parent, free_port()
         torchrun = [scripts / "torchrun", "--standalone", f"--nproc-per-node={ranks}"]
         deepspeed = [scripts / "deepspeed", f"--num_gpus={ranks}", f"--master_port={port}"]
+        forked = [([], rank_variables(rank, ranks, port)) for rank in range(ranks)]
         starts: list[tuple[list[Any], dict[str, str]]] = {
-            "fork": [([], rank_variables(rank, ranks, port)) for rank in range(ranks)],
+            "fork": forked,
+            "piped": forked,
             "bare": [([sys.executable], {})],
             "torchrun": [(torchrun, {})],
             "deepspeed": [(deepspeed, {"DS_ACCELERATOR": "cpu"})],
@@ -175,12 +183,25 @@ class Launcher:
         logs = [
             (self.folder / f"start-{count}-{i}.out", self.folder / f"start-{count}-{i}.err") for i in range(len(starts))
         ]
-        if by == "fork":
-            pids = [
-                self.ask(words=words, out=str(out), err=str(err), variables=variables | more)
-                for (out, err), (_, more) in zip(logs, starts, strict=True)
-            ]
-            return self._noted(Start(run, pids, logs, lambda pid: self.ask(wait=pid)))
+        if by in ("fork", "piped"):
+            copies, pids = [], []
+            for files, (_, more) in zip(logs, starts, strict=True):
+                if by == "piped":
+                    pipes = [Path(f"{file}.pipe") for file in files]
+                    for pair in zip(pipes, files, strict=True):
+                        os.mkfifo(pair[0])
+                        copies.append(threading.Thread(target=_copy_pipe, args=pair, daemon=True))
+                        copies[-1].start()
+                    files = pipes
+                pids.append(self.ask(words=words, out=str(files[0]), err=str(files[1]), variables=variables | more))
+
+            def collect(pid: int) -> int:
+                code = self.ask(wait=pid)
+                for copy in copies:
+                    copy.join(TIMEOUT)
+                return code
+
+            return self._noted(Start(run, pids, logs, collect))
         processes = {}
         for files, (prefix, more) in zip(logs, starts, strict=True):
             process = subprocess.Popen(
@@ -207,6 +228,12 @@ class Launcher:
             return process.wait()
 
         return self._noted(Start(run, list(processes), logs, reap))
+
+    def start_text(self, folder: Path, program: str, *words: Any, ranks: int = 1, **variables: Any) -> Start:
+        """Start a program that is a text, by fork."""
+        file = folder / f"program-{self.count}.py"
+        file.write_text(program)
+        return self.start(folder, [file, *words], ranks=ranks, **variables)
 
     def _noted(self, start: Start) -> Start:
         self.starts.append(start)
@@ -281,6 +308,11 @@ def _copy(source: IO[bytes], file: Path) -> None:
     with source, file.open("wb", buffering=0) as target:
         while data := source.read1():
             target.write(data)
+
+
+def _copy_pipe(pipe: Path, file: Path) -> None:
+    """Wait for a process that opens the pipe, then copy."""
+    _copy(pipe.open("rb"), file)
 
 
 def _environment(**more: str) -> dict[str, str]:

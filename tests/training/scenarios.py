@@ -17,11 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from maedistill.errors import ConfigError, DataError, PeerError
 from maedistill.processes.distributed import (
-    all_gather_rows,
-    all_reduce_sum,
-    broadcast_object,
-    broadcast_tensor,
-    on_main,
     rank,
     world_size,
 )
@@ -171,7 +166,6 @@ def first(folder: Path) -> dict:
     results["skipped"] = {zero: skip(zero) for zero in range(4)}
     results["overflow"] = {zero: overflow(zero) for zero in range(4)}
     results["settings"] = {zero: settings(zero) for zero in range(4)}
-    results["collectives"] = collectives()
     results["time limits"] = time_limits()  # of all groups that DeepSpeed and we have opened by now
     if world_size() > 1:
         results["reduction"] = reduction()
@@ -266,24 +260,6 @@ def expected_means(layers: nn.ModuleList) -> list[Tensor]:
             for total, gradient in zip(sums, torch.autograd.grad(x.square().mean(), layers.parameters()), strict=True):
                 total += gradient
     return [total / world_size() for total in sums]
-
-
-def collectives() -> dict:
-    """What distributed.py returns with real ranks."""
-    errors = []
-    for error in (DataError("a cause", "a remedy"), KeyError("name")):
-        try:
-            on_main(lambda error=error: fail(error))
-        except Exception as raised:
-            errors.append((type(raised).__name__, str(raised)))
-    return {
-        "sum": all_reduce_sum({"a": torch.tensor(float(rank())), "b": torch.tensor(1 + 2e-8, dtype=torch.float64)}),
-        "rows": all_gather_rows(torch.arange(6).view(3, 2)[: 3 * (1 - rank())]),
-        "object": broadcast_object({"rank": rank()}),
-        "on_main": on_main(rank),
-        "errors": errors,
-        "tensor": broadcast_tensor(torch.arange(3) if rank() == 0 else None, (3,), dtype=torch.int64),
-    }
 
 
 def fail(error: Exception) -> None:

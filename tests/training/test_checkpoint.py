@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from maedistill.runs.manifest import COMPLETE, MANIFEST, CorruptCheckpoint, veri
 from maedistill.runs.restore import load_latest, newest_intact, read_weights
 from maedistill.runs.state import checkpoint_name
 from tests.support.checkpoints import renew_manifest
+from tests.support.forked import exit_code, fork
 from tests.support.one_tensor import OneTensor
 
 
@@ -222,24 +224,22 @@ def test_after_a_kill_at_any_call_of_a_save_the_newest_intact_one_loads(tmp_path
         save(folder, 1)
         (folder / "step_000000000.tmp").mkdir()  # an earlier kill left it
         (folder / "step_000000000.tmp" / "state.json").touch()
-        child = os.fork()
-        if child == 0:
-            try:
-                kill_at(point)
-                saver = Saver(folder, keep=1)
-                saver.save(step=2, engine=OneTensor(2), state={"at": 2})
-                saver.close()
-            finally:
-                os._exit(0)
-        _, status = os.waitpid(child, 0)
-        assert load_latest(folder, OneTensor(0)) in ([{"at": 1}, {"at": 2}] if status else [{"at": 2}])
+        code = exit_code(fork(partial(save_and_die, folder, point)))
+        assert load_latest(folder, OneTensor(0)) in ([{"at": 1}, {"at": 2}] if code else [{"at": 2}])
         save(folder, 3, keep=1)
         assert names(folder) == ["step_000000003"]
-        if status == 0:
+        if code == 0:
             break
-        assert os.WTERMSIG(status) == signal.SIGKILL
+        assert code == -signal.SIGKILL
         points += 1
     assert points >= 30
+
+
+def save_and_die(folder: Path, point: int) -> None:
+    kill_at(point)
+    saver = Saver(folder, keep=1)
+    saver.save(step=2, engine=OneTensor(2), state={"at": 2})
+    saver.close()
 
 
 def kill_at(point: int) -> None:

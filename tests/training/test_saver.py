@@ -4,7 +4,6 @@ import errno
 import os
 import resource
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -21,7 +20,6 @@ from maedistill.runs.async_saver import Saver
 from maedistill.runs.checkpoint import latest_step
 from maedistill.runs.records import AppendOnlyFile
 from maedistill.runs.restore import load_latest
-from tests.support.launch import ROOT
 from tests.support.one_tensor import OneTensor
 
 
@@ -196,21 +194,20 @@ def test_a_write_that_fails_beside_another_error_is_told(tmp_path, engine, capsy
 
 
 @pytest.mark.faults
-def test_a_dead_disk_keeps_no_dead_process_alive(tmp_path):
+def test_a_dead_disk_keeps_no_dead_process_alive(launcher, tmp_path):
     program = f"""
-import sys, time
-sys.path.insert(0, {str(ROOT)!r})
+import time
 from tests.training import test_saver
 from maedistill.runs import checkpoint
 from maedistill.runs import async_saver as saver
 checkpoint.save_file = lambda tensors, path: time.sleep(600)
 saver._PATIENCE = 0.2
-with saver.Saver(test_saver.Path({str(tmp_path)!r}), keep=1) as saver:
+with saver.Saver(test_saver.Path({str(tmp_path / "checkpoints")!r}), keep=1) as saver:
     test_saver.save(saver, test_saver.OneTensor(), 1)
     raise SystemExit(4)
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert (ended.returncode, ended.stderr) == (4, "warning: step 1 is still being written: given up\n")
+    ended = launcher.start_text(tmp_path, program).finish(4)
+    assert ended.err == "warning: step 1 is still being written: given up\n"
 
 
 def test_processes_forked_during_a_write_neither_write_nor_hang(tmp_path):

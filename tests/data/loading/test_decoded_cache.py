@@ -4,6 +4,7 @@ import os
 import platform
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from maedistill.errors import ConfigError
 from tests.data.crops import crops_of
 from tests.data.pictures import encode
 from tests.data.tar_files import write_tar
+from tests.support.forked import exit_code, fork
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's own threads
 COUNT, BAD, BATCH, STEPS = 12, 2, 6, 8  # four epochs
@@ -71,9 +73,7 @@ def total_bytes(index):
     return table_bytes(COUNT) + sum(image.numel() for image in pixels_of(index).values())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("room", [1.0, 0.5])
+@pytest.mark.parametrize(("room", "ranks", "workers"), [(1.0, 1, 0), (1.0, 3, 2), (0.5, 1, 2), (0.5, 3, 0)])
 def test_the_batches_are_those_without_also_where_not_all_fit(index, room, ranks, workers):
     plain, capacity = batches_of(crops_of(index), ranks=ranks), int(room * total_bytes(index))
     assert any(bad for *_, bad in plain)
@@ -152,20 +152,6 @@ def test_where_the_system_refuses_a_page_the_rest_is_decoded_each_time(index, mo
     assert len(calls) == 4 and sum(crops.reader.kept.get(i) is not None for i in range(COUNT)) == 3
 
 
-def children(count, work):
-    """Run `work(number)` in forked processes; each must return."""
-    pids = []
-    for number in range(count):
-        pids.append(os.fork())
-        if not pids[-1]:
-            try:
-                work(number)
-                os._exit(0)
-            finally:
-                os._exit(1)
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-
-
 def test_processes_that_come_with_the_same_images_keep_one_of_each(index):
     images, kept = pixels_of(index), KeptImages.create(COUNT, 10**6)
 
@@ -174,12 +160,13 @@ def test_processes_that_come_with_the_same_images_keep_one_of_each(index):
             kept.put(i, images[i])
             assert torch.equal(kept.get(i), images[i])
 
-    assert children(4, put) == [0] * 4
+    processes = [fork(partial(put, number)) for number in range(4)]
+    assert [exit_code(process) for process in processes] == [0] * 4
     assert all(torch.equal(kept.get(i), image) for i, image in images.items())
     assert kept.used <= total_bytes(index) + 3 * max(image.numel() for image in images.values())
 
 
-def test_two_images_never_take_the_same_place(index, monkeypatch):
+def test_two_images_never_take_the_same_place(index):
     images, kept, (read, write) = pixels_of(index), KeptImages.create(COUNT, 10**6), os.pipe()
     allocate = os.posix_fallocate
 
@@ -188,18 +175,15 @@ def test_two_images_never_take_the_same_place(index, monkeypatch):
         time.sleep(0.3)
         allocate(*place)
 
-    child = os.fork()
-    if not child:
-        try:
-            monkeypatch.setattr(os, "posix_fallocate", slowly)
-            kept.put(0, images[0])
-            os._exit(0)
-        finally:
-            os._exit(1)
+    def put():
+        os.posix_fallocate = slowly
+        kept.put(0, images[0])
+
+    child = fork(put)
     os.close(write)  # so that the read ends if the child does
     os.read(read, 1)  # the child has chosen its place
     kept.put(2, images[2])
-    assert os.waitpid(child, 0)[1] == 0
+    assert exit_code(child) == 0
     assert torch.equal(kept.get(0), images[0]) and torch.equal(kept.get(2), images[2])
     os.close(read)
 
@@ -207,11 +191,11 @@ def test_two_images_never_take_the_same_place(index, monkeypatch):
 def test_a_process_killed_amid_an_image_blocks_nobody_and_leaves_no_half(index):
     image, kept = pixels_of(index)[0], KeptImages.create(COUNT, 10**6)
 
-    def die(_):
+    def die():
         kept._view = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         kept.put(0, image)
 
-    assert children(1, die) == [-signal.SIGKILL]
+    assert exit_code(fork(die)) == -signal.SIGKILL
     assert kept.get(0) is None
     kept.put(0, image)
     assert torch.equal(kept.get(0), image)
@@ -227,7 +211,7 @@ def test_ranks_of_a_machine_share_one_copy_and_those_of_others_make_their_own(in
     monkeypatch.setattr(decoded_cache.distributed, "gather_objects", lambda mine: [("elsewhere", *news[1:]), mine])
     assert keep_decoded(far, "auto") == said and far.reader.kept is None
     image = pixels_of(index)[4]
-    assert children(1, lambda _: second.reader.kept.put(4, image)) == [0]
+    assert exit_code(fork(lambda: second.reader.kept.put(4, image))) == 0
     assert torch.equal(first.reader.kept.get(4), image)
     with pytest.raises(OSError, match="is not"):
         KeptImages.open((news[1][0], "/memfd:another (deleted)"), COUNT)

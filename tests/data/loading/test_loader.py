@@ -15,10 +15,9 @@ from maedistill.data.images.transforms import CROP_DRAWS, crop, random_box, rand
 from maedistill.data.loading.batch import Batch
 from maedistill.data.loading.loader import PREFETCHED, batches_ahead, training_batches
 from maedistill.data.shards.open_index import open_index
-from maedistill.errors import DataError
 from maedistill.models.masking import random_split
 from maedistill.randomness import Stream, uniform
-from tests.data.crops import crops_of, one_rank
+from tests.data.crops import crops_of, failure, one_rank
 from tests.data.pictures import encode
 from tests.data.tar_files import write_tar
 
@@ -86,13 +85,6 @@ def test_no_layout_changes_what_is_given(shards, views, spec):
             positions = torch.cat([batch.positions for batch in batches]).sort().values
             assert positions.tolist() == list(range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH))
         assert given(steps) == plain, layout
-
-
-def test_a_restart_in_another_layout_goes_on_where_the_run_was(shards):
-    crops = crops_of(open_index(str(shards / "train-*.tar")))
-    plain = given(batches_of(crops, *LAYOUTS[0]))
-    later = given(batches_of(crops, *LAYOUTS[2], first_step=4))
-    assert later == {position: seen for position, seen in plain.items() if position >= 4 * GLOBAL_BATCH}
 
 
 def test_views_of_an_image_differ_and_cost_one_read(tars, monkeypatch):
@@ -186,23 +178,14 @@ def test_samples_without_label_have_minus_one(tars):
     assert torch.equal(batch.labels, torch.where(batch.samples == 4, -1, batch.samples % 3))
 
 
-def refusal(batches) -> DataError:
-    """The error that ends the batches, without the traceback that would keep their workers alive."""
-    try:
-        list(batches())
-    except DataError as error:
-        return error.with_traceback(None)
-    pytest.fail("there was no error")
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_but_bad_images_is_a_data_error_also_from_a_worker(tars, workers):
-    error = refusal(lambda: batches_of(crops_of(tars["none"]), 1, workers, 24))
+    error, *_ = failure(training_batches(crops_of(tars["none"]), 0, 1, workers=workers, **one_rank(24)))
     assert "16 samples in a row" in error.cause and "none.tar:00" in error.cause and "--verify" in error.remedy
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_shard_that_goes_is_a_data_error_also_from_a_worker(tars, workers):
     index = replace(tars["good"], shards=("gone.tar",))
-    error = refusal(lambda: batches_of(crops_of(index), 1, workers, 24))
+    error, *_ = failure(training_batches(crops_of(index), 0, 1, workers=workers, **one_rank(24)))
     assert "gone.tar" in error.cause and error.exit_code == 3

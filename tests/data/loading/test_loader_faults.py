@@ -7,8 +7,6 @@ import os
 import re
 import signal
 import struct
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from multiprocessing.popen_fork import Popen
@@ -22,9 +20,10 @@ from maedistill.data.loading.loader import training_batches
 from maedistill.data.remote.cache import ShardCache
 from maedistill.data.remote.download import RetryPolicy
 from maedistill.data.shards.open_index import open_index
-from maedistill.errors import DataError, PeerError, UserError
-from tests.data.crops import crops_of, one_rank
-from tests.support.waiting import lives
+from maedistill.errors import DataError, PeerError
+from tests.data.crops import crops_of, failure, one_rank
+from tests.support.forked import exit_code, fork
+from tests.support.waiting import lives, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's own threads
 VICTIM = 29  # a position in the third batch of twelve
@@ -73,17 +72,6 @@ def assert_matches(pattern, text):
     assert re.search(pattern, text), text
 
 
-def failure(batches):
-    """The error that ends the batches and how many came before, and in how many seconds."""
-    began, count = time.monotonic(), 0
-    try:
-        for _ in batches:
-            count += 1
-    except UserError as error:
-        return error.with_traceback(None), count, time.monotonic() - began
-    pytest.fail("there was no error")
-
-
 DEATHS = {
     "out of memory": (lambda: os.kill(os.getpid(), signal.SIGKILL), r"signal 9 \(Killed\)", "memory"),
     "mapped file cut": (lambda: os.kill(os.getpid(), signal.SIGBUS), r"signal 7 \(Bus error\)", "mapped into memory"),
@@ -109,8 +97,7 @@ def test_a_worker_that_dies_is_an_error_that_names_its_sample(index, victim, dea
 HANGS = {"sleeps": lambda: time.sleep(1e6), "is stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP)}
 
 
-@pytest.mark.parametrize("hang", HANGS)
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("hang", "workers"), [("sleeps", 2), ("is stopped", 1)])
 def test_a_worker_that_hangs_is_an_error_that_names_its_sample(index, victim, hang, workers):
     crops = crops_of(index, augment=at_victim(HANGS[hang]))
     error, count, seconds = failure(batches_of(crops, workers=workers))
@@ -122,7 +109,7 @@ def test_a_worker_that_hangs_is_an_error_that_names_its_sample(index, victim, ha
 def test_a_worker_that_is_stopped_between_two_samples_is_named_too(index):
     batches = batches_of(crops_of(index), workers=1, steps=20)
     next(batches)
-    time.sleep(2)  # 0.1 s is enough for the 48 crops that it makes ahead; then it waits
+    time.sleep(1)  # 0.1 s is enough for the 48 crops that it makes ahead; then it waits
     worker = multiprocessing.active_children()[0].pid
     os.kill(worker, signal.SIGSTOP)
     error, _, seconds = failure(batches)
@@ -237,25 +224,21 @@ def test_a_worker_that_no_signal_ends_keeps_nobody(index, monkeypatch):
 def test_workers_of_a_killed_process_vanish_hung_or_not(index):
     """One worker hangs, the other waits for work."""
     receiver, sender = os.pipe()
-    parent = os.fork()
-    if not parent:
-        try:
-            batches = batches_of(crops_of(index, augment=at_victim(HANGS["sleeps"])), timeout_seconds=60)
-            next(batches), next(batches)
-            os.write(sender, struct.pack("2i", *(worker.pid for worker in multiprocessing.active_children()[-2:])))
-            time.sleep(60)
-        finally:
-            os._exit(1)
+
+    def load():
+        batches = batches_of(crops_of(index, augment=at_victim(HANGS["sleeps"])), timeout_seconds=60)
+        next(batches), next(batches)
+        os.write(sender, struct.pack("2i", *(worker.pid for worker in multiprocessing.active_children()[-2:])))
+        time.sleep(60)
+
+    parent = fork(load)
     os.close(sender)
     workers = struct.unpack("2i", os.read(receiver, 8))
     os.close(receiver)
     assert all(map(lives, workers))
     os.kill(parent, signal.SIGKILL)
-    os.waitpid(parent, 0)
-    deadline = time.monotonic() + SOON
-    while any(map(lives, workers)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(lives, workers))
+    assert exit_code(parent) == -signal.SIGKILL
+    wait_until(lambda: not any(map(lives, workers)), seconds=SOON)
 
 
 LEAVES = """
@@ -276,12 +259,11 @@ raise AssertionError("a bug elsewhere")
 """
 
 
-def test_a_process_that_fails_for_another_reason_ends_though_a_worker_hangs(shards):
+def test_a_process_that_fails_for_another_reason_ends_though_a_worker_hangs(shards, launcher, tmp_path):
     """Python waits for children at exit; the batches are alive till then, in the traceback of an uncaught error."""
-    command = [sys.executable, "-c", LEAVES, str(shards / "train-*.tar")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "a bug elsewhere" in done.stderr
-    assert time.time() - float(done.stdout) < SOON
+    ended = launcher.start_text(tmp_path, LEAVES, shards / "train-*.tar").finish(1)
+    assert "a bug elsewhere" in ended.err
+    assert time.time() - float(ended.out) < SOON
 
 
 def test_a_disk_error_names_the_sample(index, monkeypatch):

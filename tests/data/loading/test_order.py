@@ -59,12 +59,6 @@ def test_a_subset_is_ordered_as_if_nothing_else_were_in_the_shards(sizes, window
         assert epoch[:, 0].sort().values.tolist() == chosen
 
 
-def test_positions_may_come_in_any_order_and_from_any_epoch():
-    order = SampleOrder(starts([5, 9, 1, 30, 2]), seed=3, window=2, views=2)
-    positions = torch.randperm(5 * 94)
-    assert torch.equal(order.samples(positions), order.samples(torch.arange(5 * 94))[positions])
-
-
 @pytest.mark.parametrize("window", [1, 3, 4])
 def test_a_window_is_finished_before_the_next_shards_are_touched(window):
     sizes = [7, 1, 20, 5, 5, 11, 3, 40, 2, 6]

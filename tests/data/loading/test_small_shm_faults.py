@@ -1,9 +1,7 @@
 """Loader workers where /dev/shm has no room or cannot be written to: they need nothing of it."""
 
 import ctypes
-import os
 import subprocess
-import traceback
 
 import pytest
 import torch
@@ -17,13 +15,14 @@ from maedistill.data.shards.open_index import open_index
 from tests.data.crops import crops_of, one_rank
 from tests.data.pictures import encode
 from tests.data.tar_files import write_tar
+from tests.support.forked import exit_code, fork
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),  # torch's own threads
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # more workers than cores
 ]
 NEW_MOUNTS = 0x00020000  # CLONE_NEWNS
-DONE, NOT_PERMITTED, FAILED = 0, 3, 4
+DONE, NOT_PERMITTED = 0, 3
 
 
 def load(index, options):
@@ -48,16 +47,7 @@ def test_sixteen_workers_need_nothing_in_dev_shm(tmp_path, options):
     """Docker gives 64 MB; torch's own transport takes a file for each tensor, and 128 KB of semaphores."""
     image = encode(Image.new("RGB", (40, 40), (9, 99, 199)), "PNG")
     index = open_index(str(write_tar(tmp_path / "a.tar", {f"{i:03d}.png": image for i in range(32)})))
-    child = os.fork()
-    if not child:
-        code = FAILED
-        try:
-            code = load(index, options)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = exit_code(fork(lambda: load(index, options)))
     if code == NOT_PERMITTED:
         pytest.skip("a mount namespace needs root")
     assert code == DONE
@@ -65,15 +55,8 @@ def test_sixteen_workers_need_nothing_in_dev_shm(tmp_path, options):
 
 def taken_by_a_child(lock, seconds) -> bool:
     """Whether a forked process gets the lock within some seconds."""
-    child = os.fork()
-    if not child:
-        code = FAILED
-        try:
-            code = int(lock.acquire(True, seconds))
-        finally:
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, 1)
+    code = exit_code(fork(lambda: 2 if lock.acquire(True, seconds) else 0))
+    assert code in (0, 2)
     return bool(code)
 
 

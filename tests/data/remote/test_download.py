@@ -2,11 +2,8 @@
 
 import hashlib
 import os
-import pickle
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -16,8 +13,13 @@ from maedistill.data.remote.download import RemoteShard, RetryPolicy, retry
 from maedistill.data.remote.urls import TransferError, _read_chunks
 from maedistill.errors import DataError
 from tests.data.tar_files import suffixes
+from tests.support.forked import exit_code, fork
+from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.usefixtures("folder")
+pytestmark = [
+    pytest.mark.usefixtures("folder"),
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),  # the server's threads
+]
 DATA = random.Random(0).randbytes(3 << 20)
 SHA = hashlib.sha256(DATA).hexdigest()
 
@@ -140,34 +142,21 @@ def test_a_copy_that_was_cut_by_somebody_is_fetched_again(server, folder):
     assert read(cache.open(shard(server))) == DATA and len(server.tars()) == 2
 
 
-DOWNLOAD = "import os, pickle, sys; cache, shard = pickle.load(sys.stdin.buffer); os.close(cache.open(shard))"
-
-
-def start_download(*arguments):
-    """A process of its own that opens a shard by a cache."""
-    child = subprocess.Popen([sys.executable, "-c", DOWNLOAD], stdin=subprocess.PIPE)
-    child.stdin.write(pickle.dumps(arguments))
-    child.stdin.close()
-    return child
-
-
 def test_processes_that_want_the_same_shard_fetch_it_once(server, folder):
-    server.pause, cache = 0.1, ShardCache(policy=RetryPolicy(timeout=30.0))  # the children start slowly
-    children = [start_download(cache, shard(server)) for _ in range(3)]
-    assert [child.wait(timeout=60) for child in children] == [0, 0, 0]
+    server.pause, cache = 0.1, ShardCache(policy=RetryPolicy(timeout=30.0))
+    children = [fork(lambda: os.close(cache.open(shard(server)))) for _ in range(3)]
+    assert [exit_code(child) for child in children] == [0, 0, 0]
     assert len(server.tars()) == 1 and suffixes(folder) == [".tar"]
 
 
 def test_a_killed_download_is_continued_and_leaves_nothing_else(server, folder):
-    server.pause, cache = 0.1, ShardCache(policy=RetryPolicy(timeout=30.0))  # the children start slowly
-    child = start_download(cache, shard(server))
-    deadline = time.monotonic() + 60
-    while not (parts := list(folder.glob("*.part"))) or parts[0].stat().st_size < 1 << 20:
-        assert time.monotonic() < deadline and child.poll() is None
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    arrived, server.pause = parts[0].stat().st_size, 0
+    server.pause, cache = 0.1, ShardCache(policy=RetryPolicy(timeout=30.0))
+    child = fork(lambda: os.close(cache.open(shard(server))))
+    wait_until(lambda: any(part.stat().st_size >= 1 << 20 for part in folder.glob("*.part")))
+    os.kill(child, signal.SIGKILL)
+    assert exit_code(child) == -signal.SIGKILL
+    [part] = folder.iterdir()
+    arrived, server.pause = part.stat().st_size, 0
     assert suffixes(folder) == [".part"] and 0 < arrived < len(DATA)
     assert read(cache.open(shard(server))) == DATA and suffixes(folder) == [".tar"]
     assert [part for _, part in server.tars()] == [None, f"bytes={arrived}-"]

@@ -1,7 +1,5 @@
 """Remote shards before they are needed: fetched once, in the background, and no more of them than the cache holds."""
 
-import time
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +9,7 @@ from maedistill.data.remote.download import RetryPolicy
 from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.reader import ShardReader
 from maedistill.errors import ConfigError
+from tests.support.waiting import wait_until
 
 URLS = ["https://here/a.tar"]  # room matters for remote shards only
 
@@ -19,9 +18,7 @@ def test_read_ahead_brings_shards_before_they_are_read(shards, server, folder):
     server.files = {f"/{path.name}": path.read_bytes() for path in shards.iterdir()}
     reader = ShardReader(open_index(f"{server.url}/train-{{000000..000003}}.tar"))
     reader.read_ahead([2, 1])
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob("*.tar")) if folder.exists() else ()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: len(list(folder.glob("*.tar"))) == 2)
     assert [name for name, _ in server.tars()] == ["/train-000002.tar", "/train-000001.tar"]
     reader.read(int(reader.index.starts[2]))
     assert len(server.tars()) == 2
@@ -35,9 +32,7 @@ def test_workers_that_read_ahead_share_the_work(shards, server, folder, monkeypa
     readers = [ShardReader(index) for _ in range(2)]
     for reader in readers:
         reader.read_ahead([2, 1])
-    deadline = time.monotonic() + 60
-    while len(server.tars()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: len(server.tars()) == 2)
     assert [path.suffix for path in folder.iterdir()] == [".part", ".part"]  # each reader fetches one of the two
     server.over.set()
     assert readers[0].read(int(index.starts[2])) == readers[1].read(int(index.starts[2]))

@@ -5,7 +5,7 @@ import pwd
 import shutil
 import stat
 import tempfile
-import traceback
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from maedistill.data.remote.user_cache import ensure_home, user_cache
 from maedistill.data.shards.open_index import open_index
 from maedistill.errors import ConfigError, DataError
 from tests.data.tar_files import write_split
+from tests.support.forked import exit_code, fork
 
 STRANGER = 12345  # a user id that no password file has
 
@@ -71,6 +72,15 @@ def test_a_temporary_home_of_somebody_else_is_refused(homeless, monkeypatch):
     assert "HOME" not in os.environ
 
 
+def index_as_a_stranger(folder: Path) -> None:
+    os.setgroups([])
+    os.setgid(STRANGER)
+    os.setuid(STRANGER)
+    for name in ("HOME", "XDG_CACHE_HOME", "MAEDISTILL_CACHE"):
+        os.environ.pop(name, None)
+    open_index(str(folder / "train-*.tar"))
+
+
 def test_read_only_shards_are_scanned_for_a_user_who_does_not_exist(monkeypatch):
     """For real: another user id, no home, shards without an index in a folder that is not its own."""
     if os.geteuid():
@@ -82,22 +92,7 @@ def test_read_only_shards_are_scanned_for_a_user_who_does_not_exist(monkeypatch)
         (folder / f"maedistill-{STRANGER}").mkdir(mode=0o700)
         os.chown(folder / f"maedistill-{STRANGER}", STRANGER, STRANGER)
         folder.chmod(0o755)
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                os.setgroups([])
-                os.setgid(STRANGER)
-                os.setuid(STRANGER)
-                for name in ("HOME", "XDG_CACHE_HOME", "MAEDISTILL_CACHE"):
-                    os.environ.pop(name, None)
-                open_index(str(folder / "train-*.tar"))
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        code = exit_code(fork(partial(index_as_a_stranger, folder)))
         kept = list(folder.glob("maedistill-*/.cache/maedistill/index/*.index.safetensors"))
     finally:
         shutil.rmtree(folder)

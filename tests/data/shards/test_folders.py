@@ -140,17 +140,6 @@ def test_folders_that_make_no_sense_are_refused(tmp_path):
         open_folder(touch(tmp_path / "e", "train/x/1.jpg", "val/x/1.jpg", "validation/x/1.jpg"))
 
 
-def test_a_split_goes_by_its_usual_names_and_may_stand_alone(tmp_path):
-    alone = open_folder(touch(tmp_path, "validation/dog/1.jpg", "validation/cat/1.jpg"))
-    assert alone.splits.keys() == {"val"} and alone.classes == ("cat", "dog")
-
-
-def test_read_returns_the_files_own_bytes(tmp_path):
-    data = encode(PICTURE, "JPEG")
-    source = open_folder(fill(tmp_path, {"train/x/1.jpg": data}))
-    assert source.read(source.splits["train"][0]) == data
-
-
 @pytest.mark.parametrize(
     ("names", "splits"),
     [
@@ -158,6 +147,7 @@ def test_read_returns_the_files_own_bytes(tmp_path):
         (["TRAIN", "Valid"], {"train", "val"}),
         (["training_set", "test_set"], {"train", "test"}),
         (["train", "eval", "Test"], {"train", "val", "test"}),
+        (["validation"], {"val"}),
     ],
 )
 def test_splits_are_known_in_any_case(tmp_path, names, splits):

@@ -13,7 +13,7 @@ from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.reader import ShardReader
 from maedistill.data.shards.scan import Members, ShardScan
 from maedistill.errors import ConfigError, DataError
-from tests.data.tar_files import SAMPLES, write_split, write_tar
+from tests.data.tar_files import write_split, write_tar
 
 
 @pytest.fixture(autouse=True)
@@ -110,16 +110,6 @@ def test_a_shard_that_may_not_be_read_is_exit_3(tmp_path, monkeypatch, moment):
     with pytest.raises(DataError) as caught:
         open_index(pattern)
     assert caught.value.exit_code == 3 and "train-000001.tar" in caught.value.cause
-
-
-def test_a_damaged_index_is_named(tmp_path):
-    pattern = write_split(tmp_path)
-    open_index(pattern)
-    index = tmp_path / "train.index.safetensors"
-    for wrong in (b"", index.read_bytes()[:-8], index.read_bytes().replace(b'format\\": 1', b'format\\": 9')):
-        index.write_bytes(wrong)
-        with pytest.raises(DataError, match="not an index of format 1"):
-            open_index(pattern)
 
 
 def relabel(path, number, *, like=None):
@@ -258,11 +248,15 @@ def test_the_members_of_shards_of_make_shards_are_not_chosen(tmp_path):
 
 LIES = {
     "sizes too large": lambda i: {"sizes": i.sizes + 100_000},
+    "negative sizes": lambda i: {"sizes": -i.sizes},
+    "too few sizes": lambda i: {"sizes": i.sizes[:3]},
     "offsets before the shard": lambda i: {"offsets": i.offsets - 2**40},
     "offset + size wraps around": lambda i: {"offsets": i.offsets + 2**62, "sizes": i.sizes + 2**62},
     "samples that are not there": lambda i: {"starts": np.array([0, 4, 8, 2**33])},
     "shards that overlap": lambda i: {"starts": np.array([0, 8, 4, 12])},
     "labels without a class": lambda i: {"labels": i.labels + 2**62},
+    "negative labels": lambda i: {"labels": i.labels - 1000},
+    "keys that are no UTF-8": lambda i: {"key_text": np.full_like(i.key_text, 255)},
     "keys beyond their text": lambda i: {"key_ends": i.key_ends + 2**40},
     "keys that fall": lambda i: {"key_ends": i.key_ends[::-1].copy()},
     "fractions": lambda i: {"offsets": i.offsets.astype(np.float64)},
@@ -281,29 +275,10 @@ def test_an_index_that_lies_is_refused(tmp_path, lie):
         load_index(tmp_path / "train.index.safetensors")
 
 
-def test_an_index_may_not_name_files_elsewhere(tmp_path):
-    pattern = write_split(tmp_path)
-    open_index(pattern)
-    file = tmp_path / "train.index.safetensors"
-    for name in (b"/tmp/n-00001.tar", b"../ain-00001.tar"):  # as long as the name that it takes the place of
-        file.write_bytes(file.read_bytes().replace(b"train-000001.tar", name))
-        with pytest.raises(DataError, match="distinct bare file names"):
-            open_index(pattern)
-        file.unlink()
-        open_index(pattern)
-
-
-def test_json_of_any_depth_is_an_error_of_ours(tmp_path):
-    pattern = write_split(tmp_path)
-    (tmp_path / "classes.json").write_text("[" * 100_000)
-    with pytest.raises(DataError, match="not JSON"):
-        open_index(pattern)
-
-
-def test_missing_labels_are_named(tmp_path):
-    path = write_tar(tmp_path / "a.tar", SAMPLES)
-    with pytest.raises(DataError, match="1 of 3 samples have no label, first '002'"):
-        open_index(str(path)).require_labels()
+def index_with(labels, classes=()):
+    """The index of a shard of so many samples."""
+    scan = ShardScan(1, "", [str(i) for i in range(len(labels))], [0] * len(labels), [1] * len(labels), labels)
+    return index_of(["a.tar"], [scan], classes=classes, provenance={})
 
 
 @pytest.mark.parametrize(
@@ -317,19 +292,12 @@ def test_missing_labels_are_named(tmp_path):
     ],
 )
 def test_why_training_images_cannot_classify_validation_images(train, val, why):
-    def index(labels):
-        scan = ShardScan(1, "", [str(i) for i in range(len(labels))], [0] * len(labels), [1] * len(labels), labels)
-        return index_of(["a.tar"], [scan], classes=(), provenance={})
-
-    found = why_unscorable(index(train), index(val))
+    found = why_unscorable(index_with(train), index_with(val))
     assert found is None if why is None else why in found
 
 
 def test_names_of_classes_that_differ_are_a_reason():
-    def index(classes):
-        scan = ShardScan(1, "", ["0", "1"], [0, 0], [1, 1], [0, 1])
-        return index_of(["a.tar"], [scan], classes=classes, provenance={})
-
-    assert "'cat' in the training images" in why_unscorable(index(("cat", "dog")), index(("red bird", "dog")))
-    assert why_unscorable(index(("cat", "dog")), index(("cat", "dog", "owl"))) is None
-    assert why_unscorable(index(("cat", "dog")), index(())) is None
+    train = index_with([0, 1], ("cat", "dog"))
+    assert "'cat' in the training images" in why_unscorable(train, index_with([0, 1], ("red bird", "dog")))
+    assert why_unscorable(train, index_with([0, 1], ("cat", "dog", "owl"))) is None
+    assert why_unscorable(train, index_with([0, 1])) is None

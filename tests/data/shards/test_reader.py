@@ -10,6 +10,7 @@ from maedistill.data.shards.open_index import open_index
 from maedistill.data.shards.reader import MOST_OPEN, ShardReader
 from maedistill.errors import DataError
 from tests.data.tar_files import write_split, write_tar
+from tests.support.forked import exit_code, fork
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # torch's threads, in a full test run
@@ -21,14 +22,7 @@ def test_reader_survives_a_fork_and_more_shards_than_it_holds_open(tmp_path):
         for i in range(len(index)):
             assert reader.read(i) == f"image {i} 0".encode()
     assert len(os.listdir("/proc/self/fd")) - open_before <= MOST_OPEN
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            code = int(reader.read(4) != b"image 4 0")
-        finally:
-            os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
+    assert exit_code(fork(lambda: reader.read(4) != b"image 4 0")) == 0
     assert reader.read(5) == b"image 5 0"
 
 
