@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from maedistill.errors import ConfigError
 from maedistill.pretraining.setup import open_pretraining
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.lock import FolderLock
+from tests.conftest import two_at_a_time
 from tests.data.pictures import encode
 from tests.data.tar_files import write_tar
 
@@ -52,14 +52,13 @@ def made(tmp_path_factory):
 def endings(pretraining, made):
     """How each case ends, two at a time."""
 
-    def start(item):
-        name, (arguments, variables, *_) = item
+    def start(name):
+        arguments, variables, *_ = CASES[name]
         filled = [argument.format(made=made) for argument in arguments]
         ended = pretraining(f"wrong {name}", "method=mae", *filled, code=None, **variables)
         return ended.code, ended.err
 
-    with ThreadPoolExecutor(2) as two:
-        return dict(zip(CASES, two.map(start, CASES.items()), strict=True))
+    return two_at_a_time(start, CASES)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -79,7 +78,10 @@ def test_a_run_that_is_refused_leaves_no_folder(pretraining, endings):
 
 @pytest.mark.parametrize(
     ("folder", "cause", "remedy"),
-    [("", "no shards train-*.tar, but labelled, tenth", "/labelled-*.tar"), ("/photos", "a folder of images", "shards ")],
+    [
+        ("", "no shards train-*.tar, but labelled, tenth", "/labelled-*.tar"),
+        ("/photos", "a folder of images", "shards "),
+    ],
 )
 def test_a_folder_without_training_shards_is_refused_with_what_is_in_it(pretraining, made, folder, cause, remedy):
     settings = ["method=mae", f"data.train={made}{folder}", "run=nowhere"]

@@ -79,11 +79,6 @@ def test_its_flops_are_counted(tmp_path):
     assert min(counts[part] for part in ("teacher", "encoder", "decoder", "backward")) > 0
 
 
-def test_a_dry_run_shows_its_flops(pretraining, settings, mae):
-    ended = pretraining("tinymim-dry", *settings["dmae"], "method=tinymim", "--dry-run")
-    assert "nothing was started: dry run" in ended.out and "GFLOP" in ended.out
-
-
 def test_a_run_imitates_token_relations(pretraining, settings, mae):
     ended = pretraining("tinymim", *settings["dmae"], "method=tinymim")
     steps = ended.metrics()
