@@ -8,7 +8,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,6 +70,10 @@ optim: {{epochs: 3, warmup_epochs: 0.5, global_batch: 12, lr: 3e-3, layer_decay:
 engine: {{micro_batch: 6}}
 log: {{every_steps: 1, eval_every_epochs: 1, save_every_epochs: 1}}
 """
+
+# A student from scratch, for this config.
+SCRATCH = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.num_heads=2"]
+SCRATCH += ["student.patch_size=8"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -187,6 +191,13 @@ def settings(together: Path) -> dict[str, list[str]]:
         "dmae": ["method=dmae", source, "align.student=[1]", "align.teacher=[1]"],
         "amd": ["method=amd", source, *amd],
     }
+
+
+def two_at_a_time(start: Callable[[Any], Any], cases: Iterable[Any]) -> dict[Any, Any]:
+    """Return {case: start(case)}; two are under way at a time."""
+    cases = list(cases)
+    with ThreadPoolExecutor(2) as two:
+        return dict(zip(cases, two.map(start, cases), strict=True))
 
 
 def run_once(tool: Tool, path: Path, *arguments: str, **keywords: Any) -> Finished:

@@ -21,6 +21,7 @@ from maedistill.errors import ConfigError
 from maedistill.finetuning.setup import open_finetuning
 from maedistill.pretraining.setup import open_pretraining
 from maedistill.runs.objects import Objects, python_name, trainable
+from tests.conftest import SCRATCH
 from tests.data.loading.test_dataset import Squares
 from tests.support.launch import ROOT
 
@@ -164,11 +165,10 @@ def test_a_teacher_of_the_caller_s_can_teach_again(pretraining, finetuning):
     """Two starts of a program in bf16: neither finds another teacher than the first, nor changes the caller's."""
     vit = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
     teacher, cpu = timm.create_model("vit_tiny_patch16_224", **vit), torch.device("cpu")
-    tiny = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.num_heads=2"]
     settings = ["run=runs/a", "method=dmae", "align.student=[1]", "align.teacher=[1]", "teacher.precision=bf16"]
     given = {"teacher.source": python_name(teacher)}
     first = load_config(pretraining.config, settings, root=PretrainConfig, given=given).config
-    settings = ["run=runs/b", *tiny, "student.patch_size=8", "distill.logits.weight=1", "distill.precision=bf16"]
+    settings = ["run=runs/b", *SCRATCH, "distill.logits.weight=1", "distill.precision=bf16"]
     given = {"distill.teachers": [python_name(teacher)]}
     second = load_config(finetuning.config, settings, root=FinetuneConfig, given=given).config
 
@@ -291,7 +291,5 @@ maedistill.pretrain(sys.argv[1], settings)
 
 def test_a_run_that_was_stopped_leaves_a_program_its_signals_and_kernels(pretraining, launcher, tmp_path):
     (tmp_path / "program.py").write_text(AGAIN)
-    launcher.start(
-        tmp_path / "run", [tmp_path / "program.py", pretraining.config, tmp_path / "run"], by="bare"
-    ).finish()
+    launcher.start(tmp_path / "run", [tmp_path / "program.py", pretraining.config, tmp_path / "run"]).finish()
     assert (tmp_path / "run/checkpoints/step_000000008/COMPLETE").is_file()

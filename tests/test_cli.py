@@ -37,14 +37,6 @@ OPTIONAL = {
 }
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
-def test_every_command_explains_itself(command, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["maedistill", command, "--help"])
-    with pytest.raises(SystemExit) as ended:
-        import_module(f"maedistill.commands.{command}").main()
-    assert ended.value.code == 0 and f"maedistill {command}" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("words", "option"),
     [
@@ -118,6 +110,13 @@ def test_the_version_is_the_package_s_and_paths_may_begin_with_a_tilde(monkeypat
     assert find_config("~/x.yaml") == tmp_path / "x.yaml"
     monkeypatch.setattr(sys, "argv", ["maedistill", "study", "quickstart/study", "--out=~/x"])
     assert study.parse().out == tmp_path / "x"
+
+
+@pytest.mark.parametrize("words", ["--seeds 0 1", "--seeds 0,1", "--seeds 0 --seeds 1", "--seeds 0 1 log.keep=3"])
+def test_seeds_of_a_study_may_be_written_in_many_ways(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["maedistill", "study", "quickstart/study", *words.split()])
+    arguments = study.parse()
+    assert arguments.seeds == [0, 1] and arguments.settings == (["log.keep=3"] if "keep" in words else [])
 
 
 def test_every_file_in_tools_but_these_is_a_door_to_a_command(root):

@@ -23,14 +23,14 @@ from maedistill.finetuning.setup import dry_run, open_finetuning
 from maedistill.finetuning.teacher import OutputTeacher
 from maedistill.runs.published import publish, read_published, remove_published
 from maedistill.weights.open_network import open_network, unloaded_run
+from tests.conftest import SCRATCH
 from tests.faults.notes import same_result
 from tests.finetuning.test_distilled import IMAGES, TARGETS, assemble, vit
 from tests.finetuning.test_self_terms import load
 from tests.support.launch import Finished, Start
 
 KILLS = max(3, int(os.environ.get("MAEDISTILL_KILLS", "12")) // 4)  # of each run
-SMALL = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.num_heads=2"]
-SMALL += ["student.patch_size=8", "optim.epochs=2", "log.save_every_epochs=0.5"]  # 16 steps, every fourth is saved
+SMALL = [*SCRATCH, "optim.epochs=2", "log.save_every_epochs=0.5"]  # 16 steps, every fourth is saved
 PLAIN = ["augment.mixup=0", "augment.cutmix=0", "augment.erasing=0", "student.drop_path=0"]  # what differs by rank
 
 
@@ -198,17 +198,6 @@ def test_a_peer_that_does_not_fit_is_named(trained, tmp_path, entry, told):
         parts.codistillation._open(str(tmp_path / "peer"))
 
 
-def test_a_peer_that_does_not_name_the_run_or_does_not_come_ends_it_before_the_first_step(finetuning, tmp_path):
-    pair = Pair(finetuning, "unfit", "distill.codistillation.wait_seconds=20")
-    waiting, other = pair.start(0), pair.start(1, f"distill.codistillation.peers=[{tmp_path}]")
-    assert str(tmp_path) in waiting.finish(2).err
-    other.kill()
-    other.wait()
-    pair.remove()
-    ended = pair.start(0, "distill.codistillation.wait_seconds=1").finish(5)
-    assert "no such folder" in ended.err and not (ended.run / "metrics.jsonl").read_text()
-
-
 def test_a_dry_run_counts_the_peers_passes(finetuning, trained, monkeypatch, capsys):
     """Of a run that is known, and of one that is not, as of a copy of the student."""
     passes, forward = [], OutputTeacher.forward
@@ -219,18 +208,6 @@ def test_a_dry_run_counts_the_peers_passes(finetuning, trained, monkeypatch, cap
     out = capsys.readouterr().out
     assert "none counts as a copy of the student: none holds no run" in out and out.count("as a copy") == 1
     assert len(passes) >= 4  # two trial steps or more
-
-
-@pytest.mark.faults
-def test_a_finished_pair_is_made_longer_in_either_order(finetuning):
-    pair, longer = Pair(finetuning, "longer", "optim.epochs=1"), ["optim.epochs=2", "--extend"]
-    pair.run()
-    first = pair.start(0, *longer)
-    while not first.logs[0][0].is_file() or "waiting for" not in first.out:
-        assert not first.ended(0.1), first.printed()
-    second = pair.start(1, *longer)
-    for run in (first.finish(), second.finish()):
-        assert len(run.metrics()) == 16 and all(record["codistillation"] for record in run.metrics()[3:])
 
 
 def test_published_weights_are_hashed_and_never_half_there(tmp_path):

@@ -1,4 +1,4 @@
-"""Exits through the tools: a run trains and scores them, each is evaluated and exported alone, a kill loses nothing."""
+"""Exits through the tools: a run trains and scores them, each is evaluated and exported alone."""
 
 import json
 import shutil
@@ -19,9 +19,9 @@ from maedistill.evaluation.latency import image_seconds, measure_latency
 from maedistill.finetuning.outputs import RequestedOutputs, forward_outputs
 from maedistill.finetuning.setup import open_finetuning
 from maedistill.weights.open_network import open_network
+from tests.conftest import SCRATCH
 
-EXITS = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=3", "student.num_heads=2"]
-EXITS += ["student.patch_size=8", "optim.epochs=2", "student.exits=[0,1]"]
+EXITS = [*SCRATCH, "student.depth=3", "optim.epochs=2", "student.exits=[0,1]"]
 EXITS += ["distill.exits={weight: 1, feature_weight: 0.5}"]
 EXITS += ["distill.self_attention={weight: 0.1, blocks: [0,1,2]}"]
 
@@ -56,10 +56,7 @@ def test_an_exit_is_evaluated_and_exported_alone(trained, shards, tmp_path):
     out = maedistill.export(trained.run, tmp_path / "exit", exit=0)
     record = json.loads((out / "export.json").read_text())
     assert record["exit"] == 0 and record["max_difference"] == 0.0
-    alone = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     opened = open_network(f"run:{trained.run}", "classifier", exit=0)
-    assert len(alone.blocks) == 1 and torch.equal(alone(images), opened.module(images))
     assert "after block 0" in (out / "README.md").read_text() and "(exit after block 0)" in opened.name
 
 
@@ -102,16 +99,6 @@ def test_there_is_no_such_exit(trained, mae):
             maedistill.load_backbone(run, exit=number)
     with pytest.raises(maedistill.ConfigError, match="no exits"):
         open_network("timm:test_vit", exit=0)
-
-
-@pytest.mark.faults
-def test_a_killed_run_with_exits_repeats_every_bit(finetuning, trained):
-    finetuning("exits-killed", *EXITS, witness=True, code=-9, WITNESS_KILL="24")
-    again = finetuning("exits-killed", *EXITS)
-    assert "continues at step 8 of 16" in again.out
-    for name in ("model.safetensors", "optimizer.safetensors", "ema.safetensors"):
-        files = [run.last_checkpoint() / name for run in (trained, again)]
-        assert files[0].read_bytes() == files[1].read_bytes(), name
 
 
 def test_the_curve_goes_from_the_first_exit_to_the_end(trained, shards, tmp_path):

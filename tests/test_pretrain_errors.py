@@ -1,11 +1,8 @@
-"""Wrong inputs to tools/pretrain.py, in real processes: two lines on stderr, the right exit code, never a traceback."""
+"""Wrong inputs to tools/pretrain.py that only a process shows; tests/faults/bad_inputs.py has all others."""
 
-import io
 import json
 import os
 import shutil
-import tarfile
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,39 +11,19 @@ from PIL import Image
 from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.data.shards.open_index import open_index
-from maedistill.models.vits import build_vit
+from maedistill.errors import ConfigError
+from maedistill.pretraining.setup import open_pretraining
 from maedistill.runs.folder import RunFolder
 from maedistill.runs.lock import FolderLock
+from tests.conftest import two_at_a_time
+from tests.data.pictures import encode
+from tests.data.tar_files import write_tar
 
-TAPS = ["method=dmae", "align.student=[1]", "align.teacher=[1]"]
-FILE = [*TAPS, "teacher.model=vit_tiny_patch16_224", "teacher.width=32", "teacher.depth=2", "teacher.num_heads=2"]
 FIVE = {"WORLD_SIZE": "5"}
 # Arguments, environment, exit code, and what the lines of cause and remedy name. {made} is the folder of `made` below.
-SETTINGS = {
-    "no key of that name": (["optim.epoch=3"], {}, 2, "optim.epoch", "optim.epochs"),
-    "wrong type": (["optim.epochs=many"], {}, 2, "optim.epochs=many", "optim.epochs"),
-    "tap past the student": (
-        ["method=dmae", "teacher.source=random:vit_tiny_patch16_224", "align.student=[2]", "align.teacher=[3]"],
-        {}, 2, "align.student=[2]: block 2 does not exist, the student has 2", "0 to 1",
-    ),
+CASES = {
     "batch for 5 ranks": ([], FIVE, 2, "12 samples cannot be shared evenly by 5 ranks", "4 or 6"),
     "batch for 5 ranks, dry": (["--dry-run"], FIVE, 2, "12 samples cannot be shared evenly by 5 ranks", "4 or 6"),
-    "half a launcher": ([], {"RANK": "0"}, 2, "WORLD_SIZE", "torchrun"),
-    "no such config": (["nothing.yaml"], {}, 2, "nothing.yaml", ""),
-}  # fmt: skip
-INPUTS = {
-    "relative positions": (["student.model=vit_relpos_small_patch16_224"], {}, 2, "vit_relpos_", "vit_small_patch16"),
-    "no such file": (
-        [*FILE, "teacher.source=file:{made}/none.pth", f"teacher.sha256={'0' * 64}"], {}, 3, "none.pth", "path",
-    ),
-    "no such run": ([*TAPS, "teacher.source=run:{made}/none"], {}, 3, "holds no run", "run folder"),
-    "tap past the teacher": (
-        ["method=dmae", "align.student=[1]", "align.teacher=[5]", "teacher.source=local-dir:{made}/saved"],
-        {}, 2, "align.teacher: block 5 does not exist, the teacher has 2", "0 to 1",
-    ),
-    "a folder of several sets": (["data.train={made}"], {}, 2, "no shards train-*.tar, but bad, bare", "/bare-*.tar"),
-    "a folder of images": (["data.train={made}/photos"], {}, 2, "a folder of images", "maedistill shards "),
-    "all images bad": (["data.train={made}/bad.tar", "data.val=null", "data.workers=1"], {}, 3, "bad.tar:", "--verify"),
     "a tenth bad": (
         ["data.train={made}/tenth.tar", "data.val=null", "data.max_bad_fraction=1e-4"],
         {}, 3, "max_bad_fraction", "bad_samples.txt",
@@ -57,49 +34,36 @@ INPUTS = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder of files that are wrong in one way each."""
+    """Shards of 20 images, of which a tenth or all are none, and a folder of images."""
     folder = tmp_path_factory.mktemp("made")
-    vit = build_vit("vit_tiny_patch16_224", image_size=32, width=32, depth=2, num_heads=2, patch_size=8)
-    state = vit.state_dict()
-    torch.save(state, (folder / "saved").mkdir() or folder / "saved" / "pytorch_model.bin")
-    arguments = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "img_size": 32}
-    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "model_args": arguments, "pretrained_cfg": {}}
-    (folder / "saved" / "config.json").write_text(json.dumps(config))
-    picture = io.BytesIO()
-    Image.new("RGB", (32, 32)).save(picture, "PNG")
+    picture = encode(Image.new("RGB", (32, 32)), "PNG")
     (folder / "photos").mkdir()
-    (folder / "photos" / "a.png").write_bytes(picture.getvalue())
-    for name, bad in (("bare", 0), ("bad", 20), ("tenth", 2), ("labelled", 20)):
-        with tarfile.open(folder / f"{name}.tar", "w") as tar:
-            for i in range(20):
-                members = {"png": b"no image" if i < bad else picture.getvalue()}
-                for end, data in (members | ({"cls": b"0"} if name == "labelled" else {})).items():
-                    info = tarfile.TarInfo(f"{i:03d}.{end}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-        open_index(str(folder / f"{name}.tar"))  # a scan would show its progress on stderr
+    (folder / "photos" / "a.png").write_bytes(picture)
+    for name, bad in (("tenth", 2), ("labelled", 20)):
+        members = {}
+        for i in range(20):
+            members |= {f"{i:03d}.png": b"no image" if i < bad else picture}
+            members |= {f"{i:03d}.cls": b"0"} if name == "labelled" else {}
+        open_index(str(write_tar(folder / f"{name}.tar", members)))  # a scan would show its progress on stderr
     return folder
 
 
 @pytest.fixture(scope="module")
-def endings(pretraining, made, shards):
+def endings(pretraining, made):
     """How each case ends, two at a time."""
 
-    def start(item):
-        name, (arguments, variables, *_) = item
-        method = [] if "method=dmae" in arguments else ["method=mae"]
-        filled = [argument.format(made=made, shards=shards) for argument in arguments]
-        ended = pretraining(f"wrong {name}", *method, *filled, code=None, **variables)
+    def start(name):
+        arguments, variables, *_ = CASES[name]
+        filled = [argument.format(made=made) for argument in arguments]
+        ended = pretraining(f"wrong {name}", "method=mae", *filled, code=None, **variables)
         return ended.code, ended.err
 
-    cases = SETTINGS | INPUTS
-    with ThreadPoolExecutor(2) as two:
-        return dict(zip(cases, two.map(start, cases.items()), strict=True))
+    return two_at_a_time(start, CASES)
 
 
-@pytest.mark.parametrize("case", SETTINGS | INPUTS)
+@pytest.mark.parametrize("case", CASES)
 def test_a_mistake_costs_two_lines_and_an_exit_code(endings, case):
-    _, _, code, cause, remedy = (SETTINGS | INPUTS)[case]
+    _, _, code, cause, remedy = CASES[case]
     returned, err = endings[case]
     *earlier, error, fix = err.splitlines()
     assert returned == code and all(line.endswith("its loss or gradient is not finite") for line in earlier), err
@@ -109,7 +73,22 @@ def test_a_mistake_costs_two_lines_and_an_exit_code(endings, case):
 
 def test_a_run_that_is_refused_leaves_no_folder(pretraining, endings):
     left = {case for case in endings if (pretraining.folder / f"wrong {case}").exists()}
-    assert left == {"all images bad", "a tenth bad", "learning rate far too high"}, "these had begun"
+    assert left == {"a tenth bad", "learning rate far too high"}, "these had begun"
+
+
+@pytest.mark.parametrize(
+    ("folder", "cause", "remedy"),
+    [
+        ("", "no shards train-*.tar, but labelled, tenth", "/labelled-*.tar"),
+        ("/photos", "a folder of images", "shards "),
+    ],
+)
+def test_a_folder_without_training_shards_is_refused_with_what_is_in_it(pretraining, made, folder, cause, remedy):
+    settings = ["method=mae", f"data.train={made}{folder}", "run=nowhere"]
+    config = load_config(pretraining.config, settings, root=PretrainConfig).config
+    with pytest.raises(ConfigError) as refused:
+        open_pretraining(config, world_size=1, device=torch.device("cpu"))
+    assert cause in refused.value.cause and remedy in refused.value.remedy
 
 
 def test_a_probe_that_fails_costs_no_training(pretraining, made, shards):

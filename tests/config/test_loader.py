@@ -228,7 +228,7 @@ traps = st.sampled_from(
 numbers = st.floats(min_value=0, exclude_min=True, max_value=1e300)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     run=texts | traps,
     val=st.none() | texts | traps,

@@ -4,29 +4,11 @@ import math
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from maedistill.config.plan import BatchPlan, batch_plan, total_steps, world_size_from_environment
+from maedistill.config.plan import batch_plan, total_steps, world_size_from_environment
 from maedistill.errors import ConfigError
-
-
-@pytest.mark.parametrize(
-    ("global_batch", "micro_batch", "world_size", "group", "plan"),
-    [
-        (4096, 256, 8, 1, BatchPlan(256, 2)),
-        (4096, 4096, 1, 1, BatchPlan(4096, 1)),
-        (4096, 300, 8, 1, BatchPlan(256, 2)),
-        (60, 16, 1, 1, BatchPlan(15, 4)),
-        (60, 16, 1, 4, BatchPlan(12, 5)),
-        (14, 6, 1, 1, BatchPlan(2, 7)),
-        (7, 6, 1, 1, BatchPlan(1, 7)),
-        (4096, 256, 4096, 1, BatchPlan(1, 1)),
-    ],
-)
-def test_batch_plan(global_batch, micro_batch, world_size, group, plan):
-    assert batch_plan(global_batch, micro_batch, world_size=world_size, group=group) == plan
-
 
 sizes = st.integers(1, 200)
 
@@ -62,18 +44,13 @@ def test_uneven_batch_names_rank_counts_that_divide(global_batch, world_size, gr
     assert caught.value.remedy == remedy
 
 
-def test_total_steps_are_exact():
-    assert 0.29 * 100 < 29, "what a float product would do"
-    assert total_steps(0.29, 100, global_batch=1) == 29
-    assert total_steps(0.1, 30, global_batch=3) == 1
-    assert total_steps(1e-05, 100000, global_batch=1) == 1
-    assert total_steps(100.0, 1281167, global_batch=4096) == 31278
-    assert total_steps(800, 1281167, global_batch=4096) == 800 * 1281167 // 4096
+def test_too_few_samples_for_a_step_are_refused():
     with pytest.raises(ConfigError, match=r"0.5 epochs of 100 images are 50 samples, .*global_batch=64"):
         total_steps(0.5, 100, global_batch=64)
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**7), st.integers(1, 10**5))
+@example(290, 100, 1)  # 0.29 * 100 < 29
 def test_total_steps_is_the_floor(thousandths, images, global_batch):
     exact = math.floor(Fraction(thousandths, 1000) * images / global_batch)
     if exact:

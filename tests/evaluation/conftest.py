@@ -48,6 +48,20 @@ def ranks(monkeypatch):
 
 
 @pytest.fixture
+def two_lines(run_command):
+    """Runs `maedistill evaluate` with a mistake in this process: its lines of cause and remedy, and what it printed."""
+
+    def start(code, *words):
+        ended = run_command("evaluate", *words, "--workers", 0, "--threads", 1)
+        assert ended.code == code, ended.err
+        cause, remedy = ended.err.splitlines()
+        assert cause.startswith("error: ") and remedy.startswith("  fix: ")
+        return cause, remedy, ended.out
+
+    return start
+
+
+@pytest.fixture
 def bad_index(tmp_path) -> ShardIndex:
     """Three images of two classes; the second cannot be decoded."""
     for i, label in enumerate("aab"):

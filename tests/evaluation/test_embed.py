@@ -4,16 +4,14 @@ import hashlib
 import json
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file
-from timm.models import save_for_hf
 
+from maedistill.commands.evaluate import parse
 from maedistill.data.shards.open_index import open_index
 from maedistill.errors import ConfigError, DataError, NumericsError
 from maedistill.evaluation.context import EvalContext
@@ -21,11 +19,10 @@ from maedistill.evaluation.embed import EmbedSpec, embed
 from maedistill.evaluation.features import extract_features
 from maedistill.evaluation.full_pass import Predictor
 from maedistill.weights.backbone import open_backbone
-from tests.evaluation.tool import evaluate
+from tests.conftest import two_at_a_time
+from tests.evaluation.tool import save_encoders
 from tests.support.launch import TIMEOUT, Launcher
 
-VIT = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-CONFIG = {"input_size": (3, 24, 24), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25), "crop_pct": 0.9}
 TRAIN = 96  # images
 
 
@@ -48,12 +45,7 @@ def loaded(folder: Path) -> dict[str, torch.Tensor]:
 def made(tmp_path_factory) -> Path:
     """A network with random weights, and one that is broken."""
     folder = tmp_path_factory.mktemp("embed")
-    torch.manual_seed(0)
-    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
-    torch.nn.init.normal_(network.patch_embed.proj.weight, std=0.1)
-    for name in ("model", "nan"):
-        save_for_hf(network, folder / name, model_args=VIT, data_config=CONFIG, safe_serialization=True)
-        torch.nn.init.constant_(network.norm.bias, torch.nan)
+    save_encoders(folder)
     return folder
 
 
@@ -69,8 +61,7 @@ def whole(launcher, made, shards) -> dict[str, dict[str, bytes]]:
         assert f"features of 96 images in {made / name}, 10 files written" in ended.out
         return content(made / name)
 
-    with ThreadPoolExecutor(2) as two:
-        return dict(zip(cases, two.map(run, cases), strict=True))
+    return two_at_a_time(run, cases)
 
 
 def test_any_number_of_processes_writes_the_same_bytes(whole):
@@ -191,13 +182,7 @@ def test_other_settings_and_folders_of_others_are_refused(made, shards, tmp_path
         embed(EmbedSpec(str(made / "nan"), str(shards / "train-*.tar"), tmp_path / "nan", per_file=10), context())
 
 
-@pytest.mark.parametrize(
-    ("flags", "what"),
-    [
-        (["m", "s", "o", "--pool", "class", "--patches"], "not allowed with"),
-        (["m", "s", "s3://bucket/out"], "OUT: s3:/bucket/out is an address"),
-        (["m", "s", "o", "--per-file", "0"], "0 is no whole number from 1"),
-    ],
-)
-def test_a_wrong_argument_is_named_before_anything_is_opened(launcher, flags, what):
-    assert what in evaluate(launcher, "embed", *flags, code=2).err
+def test_an_address_as_output_is_refused_before_anything_is_opened():
+    arguments, begin = parse(["embed", "m", "s", "s3://bucket/out"])
+    with pytest.raises(ConfigError, match="OUT: s3:/bucket/out is an address"):
+        begin(arguments)

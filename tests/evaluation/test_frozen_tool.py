@@ -1,16 +1,13 @@
 """`tools/evaluate.py knn` and `probe` in real processes: one and two of them say the same; mistakes are two lines."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
-from timm.models import save_for_hf
 
 from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards
@@ -18,22 +15,15 @@ from maedistill.evaluation.context import EvalContext
 from maedistill.evaluation.feature_eval import ProbeSpec, open_pair
 from maedistill.evaluation.features import extract_features, random_subset
 from maedistill.weights.backbone import open_backbone
-from tests.evaluation.tool import evaluate
-
-VIT = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-CONFIG = {"input_size": (3, 24, 24), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25), "crop_pct": 0.9}
+from tests.conftest import two_at_a_time
+from tests.evaluation.tool import evaluate, save_encoders
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """A network without classifier, a broken one, and shards that do not belong to those of `shards`."""
     folder = tmp_path_factory.mktemp("frozen")
-    torch.manual_seed(0)
-    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
-    torch.nn.init.normal_(network.patch_embed.proj.weight, std=0.1)
-    for name in ("model", "nan"):
-        save_for_hf(network, folder / name, model_args=VIT, data_config=CONFIG, safe_serialization=True)
-        torch.nn.init.constant_(network.norm.bias, torch.nan)
+    save_encoders(folder)
     for name, classes in (("renamed", "abx"), ("more", "abcd"), ("bare", [""])):
         for label in classes:
             path = folder / name / label / "0.png"
@@ -57,8 +47,7 @@ def results(launcher, made, shards):
         return ended.out, json.loads(out.read_text())
 
     cases = [(form, ranks) for form in flags for ranks in (1, 2)]
-    with ThreadPoolExecutor(2) as two:
-        return dict(zip(cases, two.map(start, cases), strict=True))
+    return two_at_a_time(start, cases)
 
 
 def test_any_number_of_processes_says_the_same(results):
@@ -141,37 +130,11 @@ MISTAKES = {
         3, "1 of the classes in {made}/more/shards/*.tar have no image", "one data set",
     ),
     "nan": (["knn", "{made}/nan", *PAIR, "--k", "1"], 4, "features of 96 of 96 images are not finite", "fp32"),
-    "nowhere to write": (["knn", "x", *PAIR, "--json", "{made}/no/a.json"], 2, "--json: {made}/no/a.json", "folder"),
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def mistakes(launcher, made, shards):
-    def start(name):
-        words, code, *_ = MISTAKES[name]
-        return evaluate(launcher, *(word.format(made=made, shards=shards) for word in words), "--workers", 0, code=code)
-
-    with ThreadPoolExecutor(2) as two:
-        return dict(zip(MISTAKES, two.map(start, MISTAKES), strict=True))
-
-
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_two_lines(mistakes, made, name):
-    cause, remedy = mistakes[name].err.splitlines()
-    assert cause.startswith("error: ") and MISTAKES[name][2].format(made=made) in cause
-    assert remedy.startswith("  fix: ") and MISTAKES[name][3] in remedy
-
-
-@pytest.mark.parametrize(
-    ("flags", "what"),
-    [
-        (["knn", "m", "--k", "0"], "0 is no whole number from 1"),
-        (["knn", "m", "--k", "5,5"], "5,5 is no list of different values"),
-        (["knn", "m", "--temperature", "0"], "0 is no number above 0"),
-        (["probe", "m", "--lr", "0.1,x"], "x is no number above 0"),
-        (["probe", "m", "--head-batch", "1"], "1 is no whole number from 2"),
-        (["probe", "m", "--train", "t"], "--val"),
-    ],
-)
-def test_a_wrong_flag_is_named_before_anything_is_opened(launcher, flags, what):
-    assert what in evaluate(launcher, *flags, code=2).err
+def test_a_mistake_is_two_lines(two_lines, made, shards, name):
+    words, code, cause, remedy = MISTAKES[name]
+    error, fix, _ = two_lines(code, *(word.format(made=made, shards=shards) for word in words))
+    assert cause.format(made=made) in error and remedy in fix

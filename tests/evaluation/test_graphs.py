@@ -2,7 +2,6 @@
 
 import csv
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,8 @@ from maedistill.weights.from_graph import Preprocessing, outputs_of
 from maedistill.weights.graph import Graph, GraphInput
 from maedistill.weights.network import Network
 from maedistill.weights.open_network import open_network
-from tests.evaluation.tool import VIT, classifier, evaluate, write_pictures
+from tests.conftest import two_at_a_time
+from tests.evaluation.tool import CONFIG, VIT, classifier, evaluate, write_pictures
 
 COUNTS = ("images", "top1_correct", "top5_correct", "vs_same_images", "vs_top1_correct")
 VIEW = Preprocessing(size=24, crop=0.9, interpolation="bicubic", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
@@ -32,8 +32,7 @@ def made(tmp_path_factory) -> Path:
     vit = classifier().eval()
     write_graphs([*GRAPH_FILES], vit, folder, VIEW)
     (folder / "preprocess.json").write_text(VIEW.model_dump_json())
-    data = {"input_size": (3, 24, 24), "mean": VIEW.mean, "std": VIEW.std, "crop_pct": 0.9}
-    save_for_hf(vit, folder / "model", model_args=VIT, data_config=data, safe_serialization=True)
+    save_for_hf(vit, folder / "model", model_args=VIT, data_config=CONFIG, safe_serialization=True)
     return folder
 
 
@@ -51,8 +50,7 @@ def results(launcher, made):
         return ended.out, json.loads(result.read_text()), list(csv.DictReader(rows.read_text().splitlines()))
 
     cases = [("timm", 1), ("onnx", 1), ("onnx", 2), ("onnx", 3), ("torch_export", 2)]
-    with ThreadPoolExecutor(2) as two:
-        return dict(zip(cases, two.map(start, cases), strict=True))
+    return two_at_a_time(start, cases)
 
 
 def test_any_number_of_processes_counts_what_the_network_counts(results):

@@ -2,7 +2,6 @@
 
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from maedistill.evaluation.segmentation import (
     upsample,
 )
 from maedistill.weights.backbone import open_dense
+from tests.conftest import two_at_a_time
 from tests.evaluation.tool import evaluate
 
 CPU = torch.device("cpu")
@@ -159,8 +159,7 @@ def results(launcher, networks, scenes, tmp_path_factory):
             return ended.out, json.loads(Path(f"{stem}.json").read_text()), np.asarray(picture)
 
     cases = [("vit", 1), ("vit", 3), ("resnet", 1), ("swin", 1)]
-    with ThreadPoolExecutor(2) as two:
-        return dict(zip(cases, two.map(start, cases), strict=True))
+    return two_at_a_time(start, cases)
 
 
 def test_colours_are_segmented_by_any_network(results):
@@ -328,39 +327,15 @@ MISTAKES = {  # files of images, of masks, flags: exit code, cause, remedy
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def mistakes(launcher, networks, tmp_path_factory):
-    def start(name):
-        images, masks, flags, code, *_ = MISTAKES[name]
-        folder = tmp_path_factory.mktemp("mistake")
-        stems = () if "a.gif" in images or "a.jpg" in images or "b.txt" in masks or name == "lonely" else "abc"
-        stems = "ab" if name == "two images" else stems
-        for kind, files in (("images", images), ("masks", masks)):
-            (folder / kind).mkdir()
-            for file, picture in ({f"{stem}.png": GRAY for stem in stems} | files).items():
-                picture.save(folder / kind / file) if picture else (folder / kind / file).write_bytes(b"\x89PNG")
-        places = ["--images", folder / "images", "--masks", folder / "masks"]
-        return evaluate(launcher, "segment", networks / "vit", *places, *flags, "--workers", 0, code=code)
-
-    with ThreadPoolExecutor(2) as two:
-        return dict(zip(MISTAKES, two.map(start, MISTAKES), strict=True))
-
-
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_two_lines_before_any_training(mistakes, name):
-    cause, remedy = mistakes[name].err.splitlines()
-    assert cause.startswith("error: ") and MISTAKES[name][4] in cause
-    assert remedy.startswith("  fix: ") and MISTAKES[name][5] in remedy
-    assert "probe" not in mistakes[name].out
-
-
-@pytest.mark.parametrize(
-    ("flags", "what"),
-    [
-        (["--val-images", "v"], "--val-images and --val-masks need each other"),
-        (["--ignore", "256"], "256 is no number of 8 bits"),
-        (["--classes", "0"], "0 is no whole number from 1"),
-    ],
-)
-def test_a_wrong_flag_is_named_before_anything_is_opened(launcher, flags, what):
-    assert what in evaluate(launcher, "segment", "m", "--images", "i", "--masks", "m", *flags, code=2).err
+def test_a_mistake_is_two_lines_before_any_training(two_lines, networks, tmp_path, name):
+    images, masks, flags, code, cause, remedy = MISTAKES[name]
+    stems = () if "a.gif" in images or "a.jpg" in images or "b.txt" in masks or name == "lonely" else "abc"
+    stems = "ab" if name == "two images" else stems
+    for kind, files in (("images", images), ("masks", masks)):
+        (tmp_path / kind).mkdir()
+        for file, picture in ({f"{stem}.png": GRAY for stem in stems} | files).items():
+            picture.save(tmp_path / kind / file) if picture else (tmp_path / kind / file).write_bytes(b"\x89PNG")
+    places = ["--images", tmp_path / "images", "--masks", tmp_path / "masks"]
+    error, fix, out = two_lines(code, "segment", networks / "vit", *places, *flags)
+    assert cause in error and remedy in fix and "probe" not in out

@@ -142,11 +142,7 @@ FITTING = {**SHAPE, "class_token": True, "register_tokens": 0}
     ("student", "cause", "remedy"),
     [
         ({"model": "vit_small_patch16_224"}, "has width 32, student.width or the recipe's", "says 384"),
-        ({"model": "vit_small_patch16_224", "width": 32}, "has depth 3", "says 12"),
-        ({"width": 64}, "has width 32", "says 64"),
-        ({"depth": 4}, "has depth 3", "says 4"),
         ({"num_heads": 4}, "has num_heads 2", "says 4"),
-        ({"patch_size": 16}, "has patch_size 8", "says 16"),
         ({"class_token": False}, "has class_token True", "says False"),
         ({"register_tokens": 2}, "has register_tokens 0", "says 2"),
     ],

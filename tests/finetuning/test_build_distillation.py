@@ -13,9 +13,8 @@ from maedistill.data.shards.sources import open_folder
 from maedistill.data.shards.write import make_shards
 from maedistill.errors import UserError
 from maedistill.finetuning.setup import open_finetuning
+from tests.conftest import SCRATCH
 
-STUDENT = ["student.model=vit_tiny_patch16_224", "student.width=32", "student.depth=2", "student.num_heads=2"]
-STUDENT += ["student.patch_size=8"]
 VIT = {"embed_dim": 48, "depth": 3, "num_heads": 3, "patch_size": 8}
 # Folder of a teacher: model, its arguments, image size, names of its classes.
 TEACHERS = {
@@ -96,7 +95,7 @@ def made(tmp_path_factory):
 
 def opened(finetuning, *settings):
     """The parts of a run with these settings."""
-    config = load_config(finetuning.config, [*STUDENT, *settings, "run=nowhere"], root=FinetuneConfig).config
+    config = load_config(finetuning.config, [*SCRATCH, *settings, "run=nowhere"], root=FinetuneConfig).config
     return open_finetuning(config, world_size=1, device=torch.device("cpu"))
 
 

@@ -11,12 +11,12 @@ from maedistill.config.loader import load_config
 from maedistill.config.pretrain import PretrainConfig
 from maedistill.losses.features import mean_of_blocks
 from maedistill.pretraining.setup import Pretraining, open_pretraining
+from tests.faults.notes import same_result
 
 EMA = ["method=amd", "teacher.source=ema", "masks.teacher_keep_ratio=1", "decoder.attention=cross"]
 EMA += ["generate.by=decoder", "align.student=[1]", "align.teacher=[1]", "align.distance=smooth_l1"]
 EMA += ["align.normalize=none", "align.last_blocks=2", "align.warmup_share=0.25", "teacher.decay=[0.9, 0.99]"]
 STORED = ["align.normalize=stored", "align.stored_steps=20"]
-FILES = ("model", "optimizer", "teacher", "statistics")
 
 
 @pytest.fixture
@@ -46,16 +46,6 @@ def train(parts: Pretraining, steps: int) -> list[torch.Tensor]:
     return seen
 
 
-def test_decay_1_keeps_the_start_and_decay_0_is_the_student(opened):
-    parts = opened("teacher.decay=[1.0, 1.0]")
-    start = weights(parts.teachers[0].teacher.network)
-    assert torch.equal(start, weights(parts.module.encoder)) and not torch.equal(train(parts, 3)[-1], start)
-    assert torch.equal(weights(parts.teachers[0].teacher.network), start)
-    parts = opened("teacher.decay=[0.0, 0.0]")
-    assert torch.equal(train(parts, 3)[-1], weights(parts.teachers[0].teacher.network))
-    assert not any(parameter.requires_grad for parameter in parts.teachers[0].teacher.parameters())
-
-
 def test_the_average_after_some_steps_is_the_sum_of_the_formula(opened):
     """With one decay d: d^k theta_0 + (1 - d) sum of d^(k-i) theta_i."""
     parts, d, k = opened("teacher.decay=[0.8, 0.8]"), 0.8, 5
@@ -63,6 +53,7 @@ def test_the_average_after_some_steps_is_the_sum_of_the_formula(opened):
     seen = train(parts, k)
     expected = d**k * start + (1 - d) * sum(d ** (k - i) * one.double() for i, one in enumerate(seen, 1))
     torch.testing.assert_close(weights(parts.teachers[0].teacher.network).double(), expected, rtol=1e-5, atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in parts.teachers[0].teacher.parameters())
 
 
 def test_the_decay_rises_by_a_half_cosine_to_the_last_step(opened):
@@ -106,16 +97,14 @@ def test_a_collapse_is_warned_of_once(opened, capsys):
 @pytest.mark.faults
 def test_a_killed_run_goes_on_bit_by_bit_and_ranks_change_nothing_but_rounding(pretraining):
     """The average, and the statistics, which are not complete, are in the checkpoint and nowhere else."""
-    whole = pretraining("average", *EMA, *STORED)
-    pretraining("average-killed", *EMA, *STORED, witness=True, code=-9, WITNESS_KILL="21")
-    again = pretraining("average-killed", *EMA, *STORED)
+    given = [*EMA, *STORED, "optim.ema=0.9"]
+    whole = pretraining("average", *given)
+    pretraining("average-killed", *given, witness=True, code=-9, WITNESS_KILL="21")
+    again = pretraining("average-killed", *given)
     assert "continues at step 16 of 24" in again.out and "teacher  ema" in whole.out
-    for name in FILES:
-        files = [run.last_checkpoint() / f"{name}.safetensors" for run in (whole, again)]
-        assert files[0].read_bytes() == files[1].read_bytes(), name
-    for ours, theirs in zip(again.metrics(), whole.metrics(), strict=True):
-        assert all(ours[name] == theirs[name] for name in ("loss", "generate/1", "target_std"))
-    two = pretraining("average-two", *EMA, *STORED, "engine.zero=2", ranks=2)
+    same_result(again.run, whole.run)
+    assert (whole.last_checkpoint() / "statistics.safetensors").is_file()
+    two = pretraining("average-two", *given, "engine.zero=2", ranks=2)
     ours, theirs = (load_file(run.last_checkpoint() / "teacher.safetensors") for run in (two, whole))
     for name, value in ours.items():
         if not name.endswith("qkv.bias"):  # see tests/test_pretrain.py

@@ -13,6 +13,7 @@ from maedistill.errors import ConfigError
 from maedistill.exporting.folder import export
 from maedistill.pretraining.flops import count_flops
 from maedistill.pretraining.setup import Pretraining, open_pretraining
+from tests.faults.notes import same_result
 
 VIT = "teacher.source=random:vit_tiny_patch16_224 teacher.width=48 teacher.depth=2 teacher.num_heads=2"
 VIT += " teacher.patch_size=8"
@@ -86,18 +87,14 @@ def test_each_has_its_own_head_precision_view_license_and_cost(opened):
 @pytest.mark.faults
 def test_a_killed_run_of_a_vit_and_a_resnet_goes_on_bit_by_bit(pretraining, tmp_path):
     """What was measured of the second teacher is not complete, and in the checkpoint alone."""
-    more = [*DMAE, f"more_teachers=['{MAP} align.normalize=stored align.stored_steps=20']"]
+    more = [*DMAE, f"more_teachers=['{MAP} align.normalize=stored align.stored_steps=20']", "optim.ema=0.9"]
     whole = pretraining("two-teachers", *more)
     pretraining("two-teachers-killed", *more, witness=True, code=-9, WITNESS_KILL="21")
     again = pretraining("two-teachers-killed", *more)
     assert "continues at step 16 of 24" in again.out
-    for name in ("model", "optimizer", "statistics2"):
-        files = [run.last_checkpoint() / f"{name}.safetensors" for run in (whole, again)]
-        assert files[0].read_bytes() == files[1].read_bytes(), name
+    same_result(again.run, whole.run)
     statistics = whole.last_checkpoint() / "statistics2.safetensors"
     assert load_file(statistics)["sums"][0].unique().tolist() == [20 * 12 * 4]
-    for ours, theirs in zip(again.metrics(), whole.metrics(), strict=True):
-        assert all(ours[name] == theirs[name] for name in ("loss", "align/1", "align/teacher2/0"))
     card = (export(whole.run, tmp_path / "export") / "README.md").read_text()
     assert f"`{MAP} align.normalize=stored" in card and card.count("random:test") > 1
     other = [setting.replace("0.5 ", "0.4 ") for setting in more]

@@ -19,7 +19,6 @@ from maedistill.models.masking import random_split
 from maedistill.models.vits import build_vit
 from maedistill.pretraining.build import build_teacher_source
 from maedistill.weights.from_file import EncoderSpec
-from maedistill.weights.license import NO_OTHERS
 from maedistill.weights.open_network import open_network
 
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8, "img_size": 32}
@@ -61,15 +60,7 @@ def test_a_local_folder_of_timm_s_round_trips_with_normalisation_and_license(sav
         assert torch.equal(target[tap], expected[tap]) and target[tap].shape == (2, 1 + 8, 32)
 
 
-def test_a_local_folder_at_another_grid_is_resampled(saved):
-    _, folder = saved
-    source = open_network(f"local-dir:{folder}", "encoder", grid=8)
-    assert source.encoder.grid == 8 and source.encoder.vit.pos_embed.shape == (1, 65, 32)
-    teacher = Teacher(source, taps=(1,))
-    assert teacher.image_size == 64 and teacher(IMAGES, split(64, 30))[1].shape == (2, 31, 32)
-
-
-@pytest.mark.parametrize("change", ["lost", "foreign", "cut", "no config", "pickled code"])
+@pytest.mark.parametrize("change", ["lost", "foreign", "cut", "no config"])
 def test_a_folder_that_does_not_fit_is_refused_never_filled_with_random_weights(saved, change):
     _, folder = saved
     file = folder / "model.safetensors"
@@ -80,21 +71,11 @@ def test_a_folder_that_does_not_fit_is_refused_never_filled_with_random_weights(
         save_file(state | {"rope.freqs": torch.zeros(3)}, file)
     elif change == "cut":
         file.write_bytes(file.read_bytes()[:-100])
-    elif change == "no config":
-        (folder / "config.json").unlink()
     else:
-        file.unlink()
-        torch.save({"evil": pytest.raises}, folder / "pytorch_model.bin")
+        (folder / "config.json").unlink()
     with pytest.raises(DataError) as caught:
         open_network(f"local-dir:{folder}", "encoder", grid=4)
     assert str(folder) in caught.value.cause and "\n" not in caught.value.cause
-
-
-def test_names_that_timm_does_not_have_or_that_cannot_be_walked_are_refused():
-    with pytest.raises(ConfigError, match=r"vit_tiny_patch16_999.*\n.*vit_tiny_patch16_224"):
-        open_network("timm:vit_tiny_patch16_999", "encoder", grid=14)
-    with pytest.raises(ConfigError, match="vit_relpos_small_patch16_224"):
-        open_network("timm:vit_relpos_small_patch16_224", "encoder", grid=14)
 
 
 def test_a_file_knows_its_class_token_and_not_its_license(tmp_path):
@@ -129,15 +110,6 @@ def test_a_run_of_ours_is_a_teacher(mae):
         open_network(f"run:{run}-which-is-not-there", "encoder", grid=4)
 
 
-def test_a_random_teacher_is_the_same_every_time():
-    one, other = (
-        open_network("random:vit_tiny_patch16_224", "encoder", grid=4, spec=EncoderSpec(**RANDOM)) for _ in range(2)
-    )
-    for a, b in zip(one.encoder.state_dict().values(), other.encoder.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    assert one.license == NO_OTHERS and one.encoder.vit.patch_embed.proj.weight.std() > 0.01
-
-
 def test_it_is_frozen_and_stops_at_its_last_tap():
     source = open_network("random:vit_tiny_patch16_224", "encoder", grid=4, spec=EncoderSpec(**RANDOM))
     source.encoder.vit.blocks[2] = source.encoder.vit.norm = torch.nn.Module()  # cannot be called
@@ -150,29 +122,3 @@ def test_it_is_frozen_and_stops_at_its_last_tap():
     assert "mean" not in teacher.state_dict() and "std" not in teacher.state_dict()
     with pytest.raises(ConfigError, match="block 3 does not exist, the teacher has 3"):
         Teacher(source, taps=(1, 3))
-
-
-def test_it_sees_only_its_patches_and_in_the_order_of_the_split():
-    teacher = Teacher(
-        open_network("random:vit_tiny_patch16_224", "encoder", grid=4, spec=EncoderSpec(**RANDOM)), taps=(1,)
-    )
-    hidden, spoiled = split().order[:, 8:], IMAGES.clone()
-    for image, ids in zip(spoiled, hidden.tolist(), strict=True):
-        for patch in ids:
-            row, column = divmod(patch, 4)
-            image[:, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] = torch.nan
-    target = teacher(IMAGES, split())[1]
-    assert torch.equal(teacher(spoiled, split())[1], target)
-    whole = random_split(torch.arange(2), seed=0, num_patches=16, num_student=4, num_teacher=16)
-    assert not torch.allclose(teacher(IMAGES, whole)[1][:, :9], target), "more patches are more context"
-
-
-def test_another_patch_size_width_and_number_format():
-    spec = EncoderSpec(width=48, depth=2, num_heads=3, patch_size=14)
-    source = open_network("random:vit_tiny_patch16_224", "encoder", grid=4, spec=spec)
-    teacher = Teacher(source, taps=(1,), dtype=torch.bfloat16)
-    assert (teacher.image_size, teacher.width, teacher.num_prefix) == (56, 48, 1)
-    target = teacher(IMAGES, split())[1]
-    assert target.shape == (2, 9, 48) and target.dtype == torch.bfloat16
-    exact = Teacher(open_network("random:vit_tiny_patch16_224", "encoder", grid=4, spec=spec), taps=(1,))
-    torch.testing.assert_close(target.float(), exact(IMAGES, split())[1], rtol=0.05, atol=0.05)

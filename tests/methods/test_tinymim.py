@@ -79,9 +79,8 @@ def test_its_flops_are_counted(tmp_path):
     assert min(counts[part] for part in ("teacher", "encoder", "decoder", "backward")) > 0
 
 
-def test_a_dry_run_shows_its_flops_and_what_stays_untrained(pretraining, settings, mae):
+def test_without_pixels_the_plan_names_what_stays_untrained(pretraining, settings, mae):
     ended = pretraining("tinymim-dry", *settings["dmae"], "method=tinymim", "pixels.weight=0", "--dry-run")
-    assert "nothing was started: dry run" in ended.out and "GFLOP" in ended.out
     assert "warning  with method=tinymim and pixels.weight=0" in ended.out
 
 

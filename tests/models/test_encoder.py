@@ -1,4 +1,4 @@
-"""The masked walk against timm's own forward."""
+"""The walk against timm's own forward; test_families.py has chosen patches, methods/test_teacher.py the last tap."""
 
 import pytest
 import torch
@@ -37,32 +37,6 @@ def test_walk_equals_timm_when_nothing_is_masked(model: str, overrides: dict) ->
         item = intermediates[block]  # (patches, prefix), or patches alone where there is no prefix
         both = torch.cat([item[1], item[0]], dim=1) if isinstance(item, tuple) else item
         torch.testing.assert_close(tapped[block], both, rtol=0, atol=1e-12)
-
-
-def test_all_patches_in_another_order_only_permutes_the_rows() -> None:
-    ours = encoder()
-    images, ids = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.stack([torch.randperm(64) for _ in range(2)])
-    plain, chosen = ours(images)[0], ours(images, ids)[0]
-    permuted = torch.gather(plain[:, 1:], 1, ids[..., None].expand(-1, -1, 32))
-    torch.testing.assert_close(chosen[:, 0], plain[:, 0], rtol=0, atol=1e-12)
-    torch.testing.assert_close(chosen[:, 1:], permuted, rtol=0, atol=1e-12)
-
-
-def test_hidden_patches_change_nothing() -> None:
-    """What is not chosen is not looked at: garbage there, even NaN, leaves every output as it was."""
-    ours, images = encoder(), torch.randn(1, 3, 32, 32, dtype=torch.float64)
-    spoiled = images.clone()
-    spoiled[:, :, :4] = torch.nan  # the first eight patches
-    ids = torch.arange(8, 24)[None]
-    assert torch.equal(ours(images, ids)[0], ours(spoiled, ids)[0])
-
-
-def test_no_block_runs_after_the_last_tap() -> None:
-    ours = encoder()
-    for parameter in ours.vit.blocks[2].parameters():
-        parameter.data.fill_(torch.nan)
-    last, tapped = ours(torch.randn(1, 3, 32, 32, dtype=torch.float64), taps=(0, 1), to_last_tap=True)
-    assert last.isfinite().all() and torch.equal(last, tapped[1]) and set(tapped) == {0, 1}
 
 
 def test_activation_checkpointing_leaves_gradients_as_they_are() -> None:

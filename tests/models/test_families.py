@@ -308,9 +308,7 @@ def test_a_file_of_timm_s_opens_if_its_model_is_named(name: str, tmp_path) -> No
 
 
 ROPE_STUDENTS = {
-    "dinov3": "vit_small_patch16_dinov3",
-    "mixed": "vit_small_patch16_rope_mixed_ape_224",
-    "eva02": "eva02_tiny_patch14_224",  # SwiGLU
+    "mixed": "vit_small_patch16_rope_mixed_ape_224",  # learned frequencies beside absolute positions
     "pe": "vit_pe_spatial_tiny_patch16_512",  # a norm before the blocks, none after
 }
 

@@ -342,8 +342,6 @@ def test_a_training_refreshes_its_page_and_survives_its_errors(tuned, finetuning
     (run / "predictions.csv").unlink()
     finetuning("page", source, "optim.epochs=5", "--extend")
     assert "finished at epoch 5 of 5" in Parsed(page).text
-    finetuning("asked", source, "optim.epochs=1", "log.report=true")
-    assert "finished at epoch 1 of 1" in Parsed(finetuning.folder / "asked" / PAGE).text
     page.unlink()
     finetuning("page", source, "optim.epochs=5", "log.report=true")
     assert "finished at epoch 5 of 5" in Parsed(page).text, "also of a run that has ended"

@@ -1,9 +1,8 @@
-"""Weight files of others: every key style, nothing executed, nothing lost or made up without being named."""
+"""Weight files of others: every key style, nothing lost or made up without being named. Hostile ones: tests/faults."""
 
 import argparse
 import hashlib
 import os
-from pathlib import Path
 
 import pytest
 import timm
@@ -64,13 +63,6 @@ def test_published_key_styles_are_renamed_completely(name, parts, dropped):
     assert len(imported.weights) == tensors - merged
 
 
-def test_a_wrapper_of_a_whole_state_dict_comes_off_and_odd_keys_are_passed_over():
-    state = vit().state_dict()
-    plain = import_weights(state).weights
-    for content in ({"module": state}, state | {7: "a number as a key"}):
-        assert import_weights(content).weights.keys() == plain.keys()
-
-
 @pytest.mark.parametrize("style", ["timm", "ours", "timm with a head"])
 def test_a_loaded_encoder_computes_what_the_file_s_did(style):
     original, target, images = vit(seed=1), vit(seed=2), torch.randn(2, 3, 32, 32)
@@ -127,19 +119,6 @@ def test_what_is_missing_is_named_but_for_a_final_norm_that_nobody_runs():
     assert loaded(fixed, without, fixed_positions=True).absent == ["pos_embed"] and torch.equal(fixed.pos_embed, table)
 
 
-@pytest.mark.parametrize("key", ["blocks.0.mlp.fc1.weight", "cls_token", "pos_embed", "patch_embed.proj.weight"])
-def test_a_wrong_shape_is_named_with_both(key):
-    state = vit().state_dict()
-    cause = refusal(vit(), state | {key: torch.zeros(1, 3, 5)})
-    assert f"{key} is (1, 3, 5)" in cause and str(tuple(state[key].shape)) in cause
-
-
-@pytest.mark.parametrize("width", [16, 48])
-def test_a_wider_or_narrower_file_is_refused(width):
-    cause = refusal(vit(), vit(width=width).state_dict())
-    assert f"{width})" in cause and "32)" in cause, "the file's shape and the model's"
-
-
 @pytest.mark.parametrize(
     ("overrides", "image_size"),
     [({}, 64), ({"class_token": False}, 16), ({"register_tokens": 3}, 48), ({"patch_size": 4}, 32)],
@@ -165,54 +144,10 @@ def test_positions_without_rows_for_prefix_tokens_are_resampled_too():
     assert torch.equal(large.pos_embed, resample_abs_pos_embed(small.pos_embed, [8, 8], num_prefix_tokens=0))
 
 
-class Evil:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.canary),)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not(tmp_path, zipped):
-    file, canary = tmp_path / "evil.pth", tmp_path / "canary"
-    torch.save({"model": vit().state_dict(), "evil": Evil(canary)}, file, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(DataError) as caught:
-        read_weights_file(file)
-    assert not canary.exists() and "mkdir" in caught.value.cause and "refused" in caught.value.remedy
-    assert "\n" not in caught.value.cause and "\033" not in caught.value.cause and "trust" not in caught.value.cause
-    torch.load(file, weights_only=False)
-    assert canary.exists(), "this file does run code where one lets it"
-
-
 def test_arguments_beside_the_weights_are_plain_enough(tmp_path):
     """MAE's training script saves its argparse.Namespace."""
     torch.save({"model": vit().state_dict(), "args": argparse.Namespace(epochs=800)}, tmp_path / "a.pth")
     assert not import_weights(read_weights_file(tmp_path / "a.pth")).foreign
-
-
-@pytest.mark.parametrize("kind", ["a.safetensors", "a.pth", "old.pth"])
-def test_a_damaged_file_is_a_data_error_wherever_it_is_damaged(tmp_path, kind):
-    file, draws = tmp_path / kind, torch.Generator().manual_seed(0)
-    state = {f"blocks.{i}.w": torch.ones(3, 4) for i in range(4)}
-    if kind == "a.safetensors":
-        save_file(state, file)
-    else:
-        torch.save(state, file, _use_new_zipfile_serialization=kind == "a.pth")
-    assert read_weights_file(file).keys() == state.keys()
-    whole, refused = file.read_bytes(), 0
-    for _ in range(60):
-        length, place, value = (int(torch.randint(n, (), generator=draws)) for n in (len(whole), len(whole), 256))
-        for damaged in (whole[:length], whole[:place] + bytes([value]) * 9 + whole[place + 9 :]):
-            file.write_bytes(damaged)
-            try:
-                read_weights_file(file)  # a byte inside a tensor or between members is nobody's to notice
-            except DataError as error:
-                refused += 1
-                assert str(file) in error.cause and "\n" not in error.cause and "trust" not in error.cause
-    assert refused > 60  # of 120: every cut is refused, of the changed bytes those that matter
 
 
 def test_a_file_without_rights_is_not_called_missing(tmp_path, monkeypatch):
