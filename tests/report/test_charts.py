@@ -142,6 +142,7 @@ def test_gradients_that_are_all_0_are_drawn_on_a_linear_scale(figures, tmp_path,
 
 
 def test_a_picture_that_the_disk_refuses_is_left_out(tmp_path, capsys) -> None:
+    (tmp_path / "none").write_text("a file in the place of the folder")
     assert draw_curves(records(), tmp_path / "none" / "c.png") is None
     assert accuracy_chart({"a": Accuracy([0.9], of_count(90, 100))}, tmp_path / "none" / "a.png", order=["a"]) is None
     assert capsys.readouterr().err.count("is left out") == 2
