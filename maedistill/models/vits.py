@@ -1,6 +1,7 @@
 """Plain ViTs of timm: build one by name and dimensions, and refuse other networks."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -108,7 +109,8 @@ def require_known(model: str) -> None:
 
 
 def nearest_models(model: str, names: Sequence[str]) -> list[str]:
-    """Return at most three names that begin most like `model`, the usual first: vit_tny -> vit_tiny_patch16_224.
+    """Return at most three names that begin most like `model`, the usual first: vit_tny -> vit_tiny_patch16_224. If
+    none does, return those that hold a word of it: dinov3_vits16 -> vit_base_patch16_dinov3.
 
     Only as many parts of a name are compared as `model` has, so that what it leaves out does not count.
     """
@@ -116,8 +118,12 @@ def nearest_models(model: str, names: Sequence[str]) -> list[str]:
     starts: dict[str, list[str]] = {}
     for name in sorted(names, key=lambda name: ("_patch16_224" not in name, len(name), name)):
         starts.setdefault("_".join(name.split("_")[:parts]), []).append(name)
-    near = difflib.get_close_matches(model, starts, n=3)
-    return [name for start in near for name in starts[start]][:3]
+    near = [name for start in difflib.get_close_matches(model, starts, n=3) for name in starts[start]]
+    if not near:  # a name of another library, such as dinov3_vits16
+        words = [word for word in re.split("[^a-z0-9]+", model.lower()) if len(word) > 3]
+        near = [name for name in names if any(word in name for word in words)]
+        near.sort(key=lambda name: ("_base_" not in name, len(name), name))
+    return near[:3]
 
 
 def is_plain(network: TimmModel) -> bool:

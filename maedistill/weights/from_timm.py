@@ -108,14 +108,17 @@ def read_errors(source: str) -> Iterator[None]:
     except (HfHubHTTPError, *READ_ERRORS) as error:
         remedy = "check its name, the connection, and the image size if there is one; or use a copy: local-dir:PATH"
         if source.startswith("local-dir:"):
-            remedy = "check its name and its config.json, with num_classes: 0 for weights without a classifier"
+            remedy = (
+                'name a folder with model.safetensors and a config.json such as {"architecture": "convnext_tiny", '
+                '"num_classes": 0}, where 0 means no classifier'
+            )
         raise DataError(f"{source} cannot be opened ({why_unreadable(error)})", remedy) from error
 
 
 def announce_download(source: str, hub_id: str | None) -> None:
     """Name the alternatives before a download, which takes long and is retried without a network."""
     if hub_id and not any(isinstance(try_to_load_from_cache(hub_id, file), str) for file in _HUB_FILES):
-        say(f"downloading {source}; offline? name a file or a folder instead (file:PATH)", error=True)
+        say(f"downloading {source}; offline? name a copy instead (local-dir:FOLDER, or file:PATH of a ViT)", error=True)
 
 
 def image_config(network: TimmModel, source: str, *, test: bool = False) -> ImageConfig:

@@ -16,7 +16,7 @@ from maedistill.config.architectures import SIZES
 from maedistill.errors import ConfigError
 
 KEY_OF_MODEL = {"teacher": "teacher.model", "init": "student.model"}  # by the config section of the source
-_OTHERS = "for another kind of network, name it as timm:NAME or local-dir:FOLDER"
+OTHER_KINDS = "a file holds a plain ViT; name another kind of network as timm:NAME or local-dir:FOLDER"
 _ONE_FOR_ALL = "small"  # the timm size whose name stands for networks that timm has no size for
 _HEAD_WIDTH = 64
 _BLOCK = re.compile(r"blocks\.(\d{1,4})\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)")
@@ -66,18 +66,19 @@ def recognize(
     def refuse(reason: str, *, heads: bool = False) -> ConfigError:
         key = KEY_OF_MODEL.get(section or "")
         remedy = f"set {key} to the timm ViT that it is, e.g. {key}={likely_model(weights)}" if key else None
-        remedy = f"{remedy}; {_OTHERS}" if section == "teacher" else remedy
+        if section == "teacher":
+            remedy = f"{remedy}; {OTHER_KINDS}" if kernel is not None and blocks else OTHER_KINDS
         if key and heads:
             remedy = f"set {key.replace('model', 'num_heads')}"
         cause = f"{name}: its architecture cannot be told from its shapes: {reason}"
         return ConfigError(cause, remedy or "name a run, an export, or a model of timm or the hub")
 
     blocks = {int(match[1]) for key in weights if (match := _BLOCK.fullmatch(key))}
+    kernel, hidden = weights.get("patch_embed.proj.weight"), weights.get("blocks.0.mlp.fc1.weight")
     others = [*foreign, *(key for key in weights if key not in _OUTSIDE and not _BLOCK.fullmatch(key))]
     if others:
         shown = others[0][:80] if others[0].isprintable() else ascii(others[0])[:80]
         raise refuse(f"a plain ViT has no {shown} ({len(others)} such keys)")
-    kernel, hidden = weights.get("patch_embed.proj.weight"), weights.get("blocks.0.mlp.fc1.weight")
     if kernel is None or hidden is None or blocks != set(range(len(blocks))):
         raise refuse("patches or blocks are missing")
     if kernel.ndim != 4 or kernel.shape[1] != 3 or kernel.shape[2] != kernel.shape[3] or hidden.ndim != 2:
@@ -110,6 +111,8 @@ def likely_model(weights: Mapping[str, Tensor]) -> str:
     size = next((size for size in ("small", "large") if bias is not None and bias.shape == SIZES[size][:1]), "base")
     if "blocks.0.gamma_1" in weights:
         return f"vit_{size}_patch16_dinov3"
+    if "blocks.0.mlp.fc1_g.weight" in weights:
+        return f"eva02_{size}_patch14_224"
     if "blocks.0.ls1.gamma" not in weights and "reg_token" not in weights:
         return f"vit_{size}_patch16_224"
     return f"vit_{size}_patch14_{'reg4_' if 'reg_token' in weights else ''}dinov2"

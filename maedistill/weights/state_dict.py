@@ -19,7 +19,7 @@ from maedistill.errors import DataError
 from maedistill.models.vits import PlainViT
 from maedistill.weights.entries import StateDict, choose_entry, quoted
 from maedistill.weights.key_styles import TRANSFORMERS_EPS, merge_qkv, with_timm_names
-from maedistill.weights.recognize import KEY_OF_MODEL, likely_model
+from maedistill.weights.recognize import KEY_OF_MODEL, OTHER_KINDS, likely_model
 
 # Keys that a file may hold but that are not needed: classifiers and pooling heads of fine-tuned models, iBOT's token of
 # masked patches, the count of torch's AveragedModel, and norms of AMD's generators, which are never applied.
@@ -131,7 +131,7 @@ def load_encoder(
     audit = Audit(unused=[k for k in imported.weights if not k.startswith("encoder.vit.")] + list(imported.dropped))
     foreign = list(imported.foreign) + [k for k in weights if k not in expected]
     if foreign:
-        remedy = "check the model's name and depth; the file must hold a plain ViT's encoder"
+        remedy = f"check the model's name and depth; {OTHER_KINDS}"
         if "reg_token" in foreign:
             remedy = f"name a model with registers, e.g. {KEY_OF_MODEL.get(section, 'model')}={likely_model(weights)}"
         raise DataError(f"{name}: {len(foreign)} keys belong to no ViT of this kind, e.g. {quoted(foreign)}", remedy)
@@ -139,6 +139,8 @@ def load_encoder(
     audit.absent = [k for k in absent if k.startswith(tuple(optional)) or (fixed_positions and k == "pos_embed")]
     if missing := [k for k in absent if k not in audit.absent]:
         remedy = "check the model's name and dimensions"
+        if "reg_token" in missing:
+            remedy = f"name one without registers, e.g. {KEY_OF_MODEL.get(section, 'model')}={likely_model(weights)}"
         if missing == ["pos_embed"]:
             remedy = f"the file has no positions: name its fixed table, e.g. {section}.pos_embed=sincos1d for AMD's"
         raise DataError(f"{name}: {len(missing)} keys are missing, e.g. {quoted(missing)}", remedy)

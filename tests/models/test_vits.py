@@ -49,7 +49,8 @@ def test_dimensions_that_do_not_fit_are_refused_for_any_name(overrides: dict, ca
         ("vit_bse", "vit_base_patch16_224"),
         ("deit_smal", "deit_small_patch16_224"),
         ("resnt18", "resnet18"),
+        ("facebook/dinov3-vits16", "vit_base_patch16_dinov3"),  # another library's: no name begins like it
     ],
 )
-def test_the_nearest_name_begins_like_what_was_typed(typed, nearest):
+def test_the_nearest_name_begins_like_what_was_typed_or_has_a_word_of_it(typed, nearest):
     assert nearest_models(typed, timm.list_models())[0] == nearest

@@ -75,6 +75,17 @@ def test_what_shapes_do_not_tell_is_refused_with_the_key_to_set(weights, cause, 
     assert cause in caught.value.cause and remedy in caught.value.remedy
 
 
+@pytest.mark.parametrize(("model", "example"), [("resnet18", None), ("eva02_base_patch14_224", "eva02_base")])
+def test_a_file_of_another_kind_is_sent_to_a_source_that_takes_it(tmp_path, model, example):
+    shape = {"depth": 1} if example else {}
+    torch.save(timm.create_model(model, num_classes=0, **shape).state_dict(), tmp_path / "a.pth")
+    for named in (None, "vit_base_patch16_224"):  # whatever a user has tried, the remedy names the other sources
+        with pytest.raises(UserError) as caught:
+            open_network(f"file:{tmp_path}/a.pth", "teacher", spec=EncoderSpec(named), section="teacher")
+        assert "timm:NAME" in caught.value.remedy and "local-dir:FOLDER" in caught.value.remedy
+        assert named or (f"teacher.model={example}" in caught.value.remedy) == (example is not None)
+
+
 @pytest.mark.parametrize(("width", "names", "lines"), [(384, "momentum", 1), (384, "other", 0), (768, "momentum", 0)])
 def test_the_heads_of_moco_are_doubted(tmp_path, width, names, lines):
     """Its ViT-S has 12, where everybody else's has 6."""

@@ -103,6 +103,9 @@ def test_what_does_not_belong_is_named():
     assert "blocks.2." in refusal(vit(), vit(depth=3).state_dict())  # a deeper model than teacher.model says
     assert "blocks.0.ls1.gamma" in refusal(vit(), state | {"blocks.0.ls1.gamma": torch.zeros(32)})
     assert "reg_token" in refusal(vit(), vit(register_tokens=4).state_dict())
+    with pytest.raises(DataError) as caught:  # registers that the file lacks
+        loaded(vit(register_tokens=4), vit().state_dict())
+    assert "reg_token" in caught.value.cause and "teacher.model=vit_base_patch16_224" in caught.value.remedy
 
 
 def test_what_is_missing_is_named_but_for_a_final_norm_that_nobody_runs():
