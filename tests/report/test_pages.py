@@ -314,7 +314,9 @@ def test_exits_and_peers_are_among_the_results(tmp_path, parts, prefix, name):
     run = made_run(tmp_path / "run", "finetune", epochs=2, **parts)
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 9, "epoch": 2.0, f"{prefix}top1_correct": 3, f"{prefix}images": 4}) + "\n")
-    assert Parsed(write_page([run], run / PAGE)).row(f"{name}: top-1") == ["75.00 % (3 of 4), 95 % interval 30.06 to 95.44 %"]
+    assert Parsed(write_page([run], run / PAGE)).row(f"{name}: top-1") == [
+        "75.00 % (3 of 4), 95 % interval 30.06 to 95.44 %"
+    ]
 
 
 def test_a_page_is_refreshed_only_if_it_is_there_and_an_error_is_said_once(tmp_path, capsys, monkeypatch):
