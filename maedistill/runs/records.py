@@ -9,7 +9,7 @@ ignore_write_errors -> an optional file, such as a picture, is left out with a w
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from maedistill.durable import sync, write_durably
@@ -75,8 +75,9 @@ class AppendOnlyFile:
 @contextmanager
 def ignore_write_errors(path: Path) -> Iterator[None]:
     """Wrap the writing of an optional file, whose folder is made: on OSError, remove the file and warn."""
-    try:
+    with suppress(OSError):  # then what is written fails as well
         path.parent.mkdir(exist_ok=True)
+    try:
         yield
     except OSError as error:
         warn(f"{path} is left out: it cannot be written ({error.strerror})")

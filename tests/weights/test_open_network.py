@@ -141,7 +141,7 @@ def test_a_size_that_a_network_cannot_take_is_refused(tmp_path):
         ("run:{folder}", DataError, "holds no run", "run folder"),
         ("timm:resnt18", ConfigError, "no model 'resnt18'", "resnet18"),
         ("timm:resnet18.nonesuch", ConfigError, "nonesuch", "resnet18.a1_in1k"),
-        ("local-dir:{folder}/none", DataError, "{folder}/none", "check its name"),
+        ("local-dir:{folder}/none", DataError, "{folder}/none", "name a folder"),
     ],
 )
 def test_what_cannot_be_opened_is_named(tmp_path, source, error, cause, remedy):
