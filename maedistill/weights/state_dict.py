@@ -131,7 +131,8 @@ def load_encoder(
     audit = Audit(unused=[k for k in imported.weights if not k.startswith("encoder.vit.")] + list(imported.dropped))
     foreign = list(imported.foreign) + [k for k in weights if k not in expected]
     if foreign:
-        remedy = f"check the model's name and depth; {OTHER_KINDS}"
+        only = OTHER_KINDS if section == "teacher" else "the file must hold a plain ViT's encoder"
+        remedy = f"check the model's name and depth; {only}"
         if "reg_token" in foreign:
             remedy = f"name a model with registers, e.g. {KEY_OF_MODEL.get(section, 'model')}={likely_model(weights)}"
         raise DataError(f"{name}: {len(foreign)} keys belong to no ViT of this kind, e.g. {quoted(foreign)}", remedy)
