@@ -66,7 +66,9 @@ REFUSED = {
     "no token": (
         "resnet", ["hard_label={weight: 1, token: true}"], 2, "no register token for", "student.register_tokens=1",
     ),
-    "no such folder": ("none", ["logits.weight=1"], 3, "distill.teachers: local-dir:{made}/none cannot", "its name"),
+    "no such folder": (
+        "none", ["logits.weight=1"], 3, "distill.teachers: local-dir:{made}/none cannot", "model.safetensors",
+    ),
 }  # fmt: skip
 
 
