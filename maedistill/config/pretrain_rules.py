@@ -89,6 +89,9 @@ def _average(c: PretrainConfig) -> Iterator[Problem]:
     if c.engine.zero == 3:
         cause = "a moving average needs whole weights, and ZeRO 3 partitions them"
         yield Problem("teacher.source", cause, "use engine.zero=2")
+    if c.align.normalize == "stored":
+        cause = "statistics of the first steps do not hold for a teacher that changes in every step"
+        yield Problem("align.normalize", cause, "use align.normalize=whiten", (("align.normalize", "teacher.source"),))
     for key in c.teacher.model_dump(exclude={"source", "decay", "precision"}, exclude_defaults=True):
         replaced = (f"teacher.{key}", "teacher.source")
         yield Problem(f"teacher.{key}", "the teacher is the student's own average", "remove it", (replaced,))

@@ -161,6 +161,7 @@ def test_amd_by_the_decoder_and_the_average_as_teacher(refused, tmp_path):
     average = ["method=amd", "masks.teacher_keep_ratio=1", "teacher.source=ema", "align.teacher=[11]"]
     assert "engine.zero" in refused(GOOD, [*average, "engine.zero=3"]).remedy
     assert "align.teacher" in refused(GOOD, [*average[:-1], "engine.zero=1"]).cause, "it has the student's blocks"
+    assert "align.normalize" in refused(GOOD, [*average, "align.normalize=stored"]).cause, "it changes in every step"
     file.write_text(GOOD + "generate: {depth: 1}\n")
     loaded = load_config(file, [*average, "generate.by=decoder", "decoder.attention=cross"], root=PretrainConfig).config
     assert loaded.generate.depth == 2 and loaded.teacher_architecture == loaded.student_architecture
