@@ -208,10 +208,10 @@ class RankWatch:
             self._snapshots = []
             self._snapshot_requested.set()
             end = time.monotonic() + _DIAGNOSIS_SECONDS
-            while time.monotonic() < end:
+            while self._remote_failure is None and time.monotonic() < end:
                 time.sleep(self._round)
-                if self._remote_failure is not None:
-                    return self._remote_failure
+            if self._remote_failure is not None:  # known before: no round is lost, since `_leave` waits for only one
+                return self._remote_failure
             self._snapshot_requested.clear()
             if len(self._snapshots) < 2:
                 return diagnose_store()
